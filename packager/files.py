@@ -1,0 +1,116 @@
+"""Files that appear whole or not at all, and their digests.
+
+Every write goes to a temporary name in the same folder, is fsynced, and is renamed into place: a killed process
+leaves either the old file or the new one. Names starting with `.tmp-` are leftovers and may always be deleted.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from packager.errors import MachineError
+from packager.receipt import FileRecord
+
+TEMPORARY_PREFIX = ".tmp-"
+_CHUNK_BYTES = 1 << 22
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Translate a full disk, a quota or a read-only folder met while writing `path` into a MachineError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(
+                "the disk is full", where=str(path), why=str(error), hint="free some space and run the same command again"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise MachineError("the folder cannot be written", where=str(path), why=str(error)) from error
+        raise
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable (a no-op where folders cannot be opened)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that readers see the old content or the new, never a part.
+
+    Raises:
+        MachineError: the disk is full or the folder cannot be written.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                os.fchmod(stream.fileno(), 0o644)
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+def copy_atomic(source: Path, target: Path) -> None:
+    """Copy one file like `write_atomic`, in chunks."""
+    with disk_errors(target):
+        descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=target.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as stream, source.open("rb") as reader:
+                os.fchmod(stream.fileno(), 0o644)
+                shutil.copyfileobj(reader, stream, _CHUNK_BYTES)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed run left under temporary names directly inside `folder`."""
+    if not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        if entry.name.startswith(TEMPORARY_PREFIX):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's content, read in chunks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_record(path: Path) -> FileRecord:
+    """Return a file's size and sha256."""
+    return FileRecord(size_bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def list_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of all files below `folder`, relative, with '/', sorted; leftovers are not listed."""
+    return tuple(
+        sorted(
+            path.relative_to(folder).as_posix()
+            for path in folder.rglob("*")
+            if path.is_file() and not any(part.startswith(TEMPORARY_PREFIX) for part in path.relative_to(folder).parts)
+        )
+    )

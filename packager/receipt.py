@@ -1,0 +1,126 @@
+"""What was done and measured: one `Receipt` per variant.
+
+Its `provenance` is published with the branch as provenance.json and holds no time, path or name of this machine, so
+that the same build gives the same bytes; the rest stays in `dist/`.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+LoaderStatus = Literal["passed", "failed", "not run"]
+
+
+class Record(BaseModel):
+    """Base of everything a receipt holds: unknown keys refused, values frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(Record):
+    """A published file's size and digest."""
+
+    size_bytes: int
+    sha256: str
+
+
+class SourceRecord(Record):
+    """The base model that was read."""
+
+    id: str
+    revision: str | None
+    digest: str
+    files: dict[str, FileRecord]
+    dtype: str
+    num_parameters: int
+
+
+class TextRecord(Record):
+    """Calibration or evaluation rows: where the text came from and the digest of the token ids."""
+
+    source: str
+    revision: str | None
+    config: str | None
+    split: str | None
+    num_samples: int
+    seq_len: int
+    seed: int | None
+    text_sha256: str
+    digest: str
+
+
+class LinearRecord(Record):
+    """One quantized linear: its GPTQ loss per output feature and calibration token, and the damping it took."""
+
+    name: str
+    loss: float
+    damp_percent: float
+
+
+class LoaderRecord(Record):
+    """One runtime's verdict on the checkpoint."""
+
+    loader: str
+    required: bool
+    status: LoaderStatus
+    reason: str = ""
+    device: str = ""
+    dtype: str = ""
+    kernel: str = ""
+    versions: dict[str, str] = {}
+    relative_error: float | None = None
+    top1_agreement: float | None = None
+    tokens_generated: int = 0
+    tokens_equal: int = 0
+
+
+class QualityRecord(Record):
+    """Held-out quality against the fp16 model on the same tokens (nats; KL is fp16 || quantized)."""
+
+    num_tokens: int
+    perplexity: float
+    base_perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+    questions: int = 0
+    answered: int = 0
+    base_answered: int = 0
+
+
+class Provenance(Record):
+    """Everything a reader of a branch may want to check, published as provenance.json."""
+
+    schema_version: Literal[1] = 1
+    repository: str
+    branch: str
+    made_with: str
+    recipe_digest: str
+    variant_digest: str
+    parameters: dict[str, bool | int | float | str]
+    effective: dict[str, bool | int | float | str]
+    base_model: SourceRecord
+    calibration: TextRecord
+    evaluation: TextRecord
+    versions: dict[str, str]
+    device: str
+    linears: tuple[LinearRecord, ...]
+    quality: QualityRecord | None = None
+    loaders: tuple[LoaderRecord, ...] = ()
+    weights_bytes: int
+    files: dict[str, FileRecord]
+
+
+class Receipt(Record):
+    """A variant's provenance, and what concerns only this machine.
+
+    Attributes:
+        stages: for each finished stage (weights, evaluate, verify) the digest of everything that went into it; a stage
+            whose digest is still the same need not run again.
+        seconds: by stage; a stage that serves all variants of a sweep counts whole in each.
+        peak_memory_bytes: of the building process.
+    """
+
+    provenance: Provenance
+    stages: dict[str, str]
+    seconds: dict[str, float]
+    peak_memory_bytes: int

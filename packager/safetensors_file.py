@@ -1,0 +1,209 @@
+"""The safetensors container without torch: reading headers, predicting sizes, and writing tensors as a stream.
+
+Format: 8 bytes little-endian header length, a JSON header padded with spaces to a multiple of 8, then the tensors'
+bytes without holes. Reference: https://github.com/huggingface/safetensors#format. The writer orders tensors as the
+reference implementation does (by dtype, the widest first, then by name), so that its files agree byte by byte.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from packager.errors import SourceError
+from packager.files import disk_errors
+from packager.receipt import FileRecord
+
+# In the order in which the reference implementation (0.8.0) stores tensors: F32 before I32, BF16 before F16.
+DTYPE_BYTES = {
+    "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+_FILE_ORDER = {dtype: position for position, dtype in enumerate(DTYPE_BYTES)}
+_MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 32
+METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """One tensor's name, dtype (safetensors spelling) and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """A safetensors file's header: tensors with their place in the file, and its metadata."""
+
+    tensors: Mapping[str, TensorInfo]
+    offsets: Mapping[str, tuple[int, int]]
+    metadata: Mapping[str, str]
+
+
+def file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
+    """Return the tensors in the order in which they are stored."""
+    return sorted(tensors, key=lambda tensor: (_FILE_ORDER[tensor.dtype], tensor.name))
+
+
+def header_bytes(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] = METADATA) -> bytes:
+    """Return the length prefix and the padded header for `tensors`, which are in file order."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for tensor in tensors:
+        end = begin + tensor.size_bytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def predicted_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """Return the exact size of the file that `write` would make of `tensors`."""
+    ordered = file_order(tensors)
+    return len(header_bytes(ordered)) + sum(tensor.size_bytes for tensor in ordered)
+
+
+def read_header(path: Path) -> Header:
+    """Read and check a file's header: well-formed JSON, known dtypes, no hole, no overlap, the right file size.
+
+    Raises:
+        SourceError: the file is truncated or not a safetensors file; says what was expected and found.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+                raise SourceError(
+                    "not a safetensors file, or cut off inside its header",
+                    where=str(path),
+                    why=f"the header claims {length} bytes, the file has {size}",
+                    hint="copy or download the file again",
+                )
+            raw = stream.read(length)
+    except OSError as error:
+        raise SourceError("the file cannot be read", where=str(path), why=str(error)) from error
+    try:
+        return _parse_header(raw, data_bytes=size - 8 - length)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SourceError(
+            "the safetensors header does not fit the file",
+            where=str(path),
+            why=f"{error} is missing" if isinstance(error, KeyError) else str(error),
+            hint="the file is damaged or cut off: copy or download it again",
+        ) from error
+
+
+def _parse_header(raw: bytes, *, data_bytes: int) -> Header:
+    entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+    if not isinstance(entries, dict):
+        raise TypeError("the header is not a JSON object")
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise TypeError("__metadata__ is not an object of strings")
+    tensors, offsets = {}, {}
+    for name, entry in entries.items():
+        if entry["dtype"] not in DTYPE_BYTES:
+            raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
+        tensor = TensorInfo(name=name, dtype=entry["dtype"], shape=_naturals(name, entry["shape"], _MAX_DIMENSIONS))
+        begin, end = _naturals(name, entry["data_offsets"], 2)
+        if end - begin != tensor.size_bytes:
+            raise ValueError(f"{name} has {end - begin} bytes where its shape needs {tensor.size_bytes}")
+        tensors[name], offsets[name] = tensor, (begin, end)
+    position = 0
+    for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
+        if begin != position:
+            raise ValueError(f"{name} begins at byte {begin}, expected {position}")
+        position = end
+    if position != data_bytes:
+        raise ValueError(f"the header describes {position} bytes of tensors, the file holds {data_bytes}")
+    return Header(tensors=tensors, offsets=offsets, metadata=metadata)
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Refuse duplicate keys: parsers disagree on which one counts, so a file could show two faces."""
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a key stands twice in the header")
+    return keys
+
+
+def _naturals(name: str, values: object, at_most: int) -> tuple[int, ...]:
+    """Return a list of at most `at_most` integers from 0 to 2^63 - 1 as a tuple; True and 2.0 are no integers."""
+    if not isinstance(values, list) or len(values) > at_most:
+        raise ValueError(f"{name} has a shape or data_offsets that is not a list of at most {at_most} numbers")
+    if any(type(value) is not int or not 0 <= value < 1 << 63 for value in values):
+        raise ValueError(f"{name} has a shape or data_offsets with a number that is negative, fractional or too large")
+    return tuple(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor's bytes, where they lie on disk, under the name and shape they shall be stored with."""
+
+    info: TensorInfo
+    path: Path
+    offset: int
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a safetensors file with the place of its bytes."""
+    header = read_header(path)
+    with path.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+    return {
+        name: StoredTensor(info=info, path=path, offset=start + header.offsets[name][0])
+        for name, info in header.tensors.items()
+    }
+
+
+def write(path: Path, tensors: Iterable[StoredTensor], *, chunk_bytes: int = 1 << 24) -> FileRecord:
+    """Write a safetensors file by copying stored tensors, hashing on the way; memory stays at one chunk.
+
+    The caller renames the folder into place; this function only fsyncs the file.
+
+    Raises:
+        MachineError: the disk is full.
+        SourceError: two tensors have one name, or a tensor's file ended early.
+    """
+    tensors = tuple(tensors)
+    stored = {tensor.info.name: tensor for tensor in tensors}
+    if len(stored) != len(tensors):
+        raise SourceError("two tensors have the same name", where=str(path))
+    ordered = file_order(tensor.info for tensor in stored.values())
+    digest, written = hashlib.sha256(), 0
+    with disk_errors(path), path.open("wb") as stream:
+        for chunk in chain((header_bytes(ordered),), _data(ordered, stored, chunk_bytes)):
+            stream.write(chunk)
+            digest.update(chunk)
+            written += len(chunk)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return FileRecord(size_bytes=written, sha256=digest.hexdigest())
+
+
+def _data(ordered: Sequence[TensorInfo], stored: Mapping[str, StoredTensor], chunk_bytes: int) -> Iterator[bytes]:
+    for info in ordered:
+        source = stored[info.name]
+        with source.path.open("rb") as reader:
+            reader.seek(source.offset)
+            left = info.size_bytes
+            while left:
+                chunk = reader.read(min(left, chunk_bytes))
+                if not chunk:
+                    raise SourceError("a tensor's file ended early", where=str(source.path), why=f"reading {info.name}")
+                yield chunk
+                left -= len(chunk)

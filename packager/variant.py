@@ -1,0 +1,71 @@
+"""The variant: one GPTQ permutation of a base model, named everywhere by its branch."""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+MAIN = "main"
+Bits = Literal[2, 3, 4, 8]
+Engine = Literal["native"]
+
+_HEX = re.compile(r"[0-9a-f]{4,40}\Z")
+_BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The parameters that determine one branch's weights.
+
+    Attributes:
+        branch: the Hub branch, the folder and the name in every log line.
+        bits: bits per weight.
+        group_size: columns that share a scale; -1 = the whole row.
+        desc_act: quantize columns in order of decreasing diag(H) ("act order").
+        sym: symmetric grid, zero at 2^(bits-1).
+        damp_percent: fraction of mean(diag H) added to the diagonal.
+        damp_percent_limit: how far damping may be raised when a factorisation fails.
+        true_sequential: each linear sees inputs made by the already quantized ones before it.
+        static_groups: grids are fixed from the original weights, before any column is quantized.
+        scale_search: try smaller scales per group, keep the one with the least weighted squared error.
+        engine: which engine makes it.
+    """
+
+    branch: str
+    bits: Bits
+    group_size: int
+    desc_act: bool
+    sym: bool
+    damp_percent: float
+    damp_percent_limit: float
+    true_sequential: bool
+    static_groups: bool
+    scale_search: bool
+    engine: Engine
+
+    def parameters(self) -> dict[str, object]:
+        """Return every parameter but the branch, ready for JSON."""
+        return {key: value for key, value in asdict(self).items() if key != "branch"}
+
+
+def branch_name(*, bits: int, group_size: int, desc_act: bool) -> str:
+    """Return the conventional branch of a permutation, e.g. `gptq-4bit-32g-actorder_True`."""
+    return f"gptq-{bits}bit-{group_size}g-actorder_{desc_act}"
+
+
+def branch_problem(branch: str) -> str:
+    """Return why a branch name cannot be used on the Hub, or "" when it can.
+
+    The Hub answers 404 to names with a slash and reads a hex-like name as an abbreviated commit.
+    """
+    if not _BRANCH.match(branch):
+        return "a branch has 1 to 100 letters, digits, '.', '_' or '-' and no '/'"
+    if branch.endswith((".lock", ".")) or ".." in branch:
+        return "git refuses names that end in '.lock' or '.' or contain '..'"
+    if _HEX.match(branch):
+        return "it reads as an abbreviated commit"
+    return ""
+
+
+def num_groups(in_features: int, group_size: int) -> int:
+    """Return how many groups a row of `in_features` columns has."""
+    return 1 if group_size == -1 else -(-in_features // group_size)
