@@ -1,0 +1,70 @@
+"""Integers of 2, 3, 4 or 8 bits in 32-bit words, as every GPTQ runtime reads them.
+
+Along the packed axis the values form one little-endian bit stream: value i occupies bits [bits*i, bits*i + bits), and a
+3-bit value may straddle two words. 32 values fill exactly `bits` words.
+"""
+
+import torch
+from torch import Tensor
+
+_PERIOD = 32
+
+
+def values_per_pack(bits: int) -> int:
+    """Return the smallest number of values that fills whole words: 32 for 3 bits, else 32 / bits."""
+    return _PERIOD if bits == 3 else _PERIOD // bits
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """Pack along the first axis.
+
+    Args:
+        values: integers 0..2^bits-1, [n, m]; n a multiple of `values_per_pack(bits)`.
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        int32 [n * bits / 32, m].
+    """
+    n, m = values.shape
+    per = values_per_pack(bits)
+    if n % per:
+        raise ValueError(f"{n} values of {bits} bits do not fill whole 32-bit words")
+    grouped = values.reshape(n // per, per, m).to(torch.int64)
+    words = torch.zeros(n // per, per * bits // 32, m, dtype=torch.int64, device=values.device)
+    for i in range(per):
+        word, shift = divmod(bits * i, 32)
+        words[:, word] |= (grouped[:, i] << shift) & 0xFFFFFFFF
+        if shift + bits > 32:
+            words[:, word + 1] |= grouped[:, i] >> (32 - shift)
+    words = torch.where(words >= 2**31, words - 2**32, words)
+    return words.to(torch.int32).reshape(n * bits // 32, m)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Undo `pack`: int32 [n * bits / 32, m] -> uint8 [n, m]."""
+    per = values_per_pack(bits)
+    words_per_pack = per * bits // 32
+    packs, m = words.shape[0] // words_per_pack, words.shape[1]
+    grouped = words.reshape(packs, words_per_pack, m).to(torch.int64) & 0xFFFFFFFF
+    values = torch.empty(packs, per, m, dtype=torch.uint8, device=words.device)
+    for i in range(per):
+        word, shift = divmod(bits * i, 32)
+        value = grouped[:, word] >> shift
+        if shift + bits > 32:
+            value |= grouped[:, word + 1] << (32 - shift)
+        values[:, i] = (value & (2**bits - 1)).to(torch.uint8)
+    return values.reshape(packs * per, m)
+
+
+def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
+    """Pack zeros [n_groups, out_features] along out_features in the v1 format, which stores zero - 1.
+
+    Returns:
+        int32 [n_groups, out_features * bits / 32].
+    """
+    return pack((zeros.to(torch.int64) - 1).T & (2**bits - 1), bits).T.contiguous()
+
+
+def unpack_zeros(words: Tensor, bits: int) -> Tensor:
+    """Undo `pack_zeros`: int32 -> uint8 [n_groups, out_features], with the 1 added back."""
+    return unpack(words.T.contiguous(), bits).T + 1
