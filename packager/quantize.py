@@ -1,0 +1,273 @@
+"""Stage 5, quantize: all variants in one sweep over the base model's blocks.
+
+A block's weights are read once; every variant has its own activations, because each sees what its own quantized blocks
+make. A finished block is written at once, with a fingerprint of everything that determines it: a killed run picks up after
+the last finished block, whose weights it reads back and only runs forward.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from packager.calibrate import TokenRows
+from packager.decoder import BLOCK_PREFIX, Batch, Decoder, run_block
+from packager.errors import QuantizeError
+from packager.files import TEMPORARY_PREFIX, disk_errors, fsync_folder
+from packager.gptq.hessian import factorize
+from packager.gptq.layout import pack, pack_zeros, unpack, unpack_zeros
+from packager.gptq.solve import GridRules, Solution, solve
+from packager.receipt import LinearRecord
+from packager.recipe import digest_of
+from packager.safetensors_file import read_header
+from packager.source import SourceModel
+from packager.sweep import Group, linear_groups, linears_of, sweep_parallel, sweep_sequential
+from packager.variant import Variant
+
+_TOKENS_PER_BATCH = 16384
+_METADATA_KEY = "packager"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockDone:
+    """What progress reports after each block of each variant."""
+
+    branch: str
+    block: int
+    num_blocks: int
+    loss: float
+    seconds: float
+    resumed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeJob:
+    """Everything that determines the sweep.
+
+    Attributes:
+        source: the base model.
+        rows: calibration tokens.
+        variants: what to make, with the plan's digest of each.
+        work: folder for finished blocks, one subfolder per variant.
+        device: where to compute.
+        engine_version: part of every fingerprint.
+    """
+
+    source: SourceModel
+    rows: TokenRows
+    variants: Mapping[Variant, str]
+    work: Path
+    device: torch.device
+    engine_version: int
+
+    def fingerprint(self, variant: Variant) -> str:
+        """Return the digest of all that determines a variant's blocks, on this kind of device."""
+        return digest_of(
+            {
+                "variant": self.variants[variant],
+                "source": self.source.record.digest,
+                "calibration": self.rows.record.digest,
+                "engine": self.engine_version,
+                "torch": torch.__version__,
+                "device": device_name(self.device),
+                "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
+            }
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a receipt calls the device: the GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def compute_dtype(source: SourceModel, device: torch.device) -> torch.dtype:
+    """Return the dtype of activations: the base model's on a GPU, float32 on a CPU."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if "BF16" in source.record.dtype else torch.float16
+
+
+def block_path(work: Path, variant: Variant, block: int) -> Path:
+    """Return where a variant's finished block is kept."""
+    return work / variant.branch / f"block-{block:05d}.safetensors"
+
+
+@torch.no_grad()
+def quantize(job: QuantizeJob, report: Callable[[BlockDone], None]) -> dict[str, tuple[LinearRecord, ...]]:
+    """Quantize every variant, leaving one safetensors file per block and variant in `job.work`.
+
+    Returns:
+        For each branch, one record per linear in model order.
+
+    Raises:
+        QuantizeError: NaN or Inf, or a factorisation beyond the limit; names block and linear.
+    """
+    decoder = Decoder(
+        job.source.folder, job.source.read, device=job.device, dtype=compute_dtype(job.source, job.device)
+    )
+    rows_per_batch = max(1, _TOKENS_PER_BATCH // job.rows.ids.shape[1])
+    batches = decoder.embed(job.rows.ids, rows_per_batch=rows_per_batch)
+    states = {variant: [batch.hidden for batch in batches] for variant in job.variants}
+    records: dict[str, list[LinearRecord]] = {variant.branch: [] for variant in job.variants}
+    groups: tuple[Group, ...] = ()
+    for index in range(len(decoder)):
+        weights = decoder.block_weights(index)
+        for variant in job.variants:
+            started = time.monotonic()
+            block = decoder.load_block(index, weights)
+            if not groups:
+                groups = linear_groups(block, batches[0].hidden, batches[0].contexts[index])
+            path = block_path(job.work, variant, index)
+            stored = load_block(path, job.fingerprint(variant))
+            if stored is None:
+                work = _BlockWork(block=block, index=index, variant=variant)
+                states[variant] = work.run(groups, states[variant], batches)
+                stored = work.records
+                save_block(path, work.tensors, stored, job.fingerprint(variant))
+                resumed = False
+            else:
+                _restore(block, path, variant)
+                states[variant] = _run(block, index, states[variant], batches)
+                resumed = True
+            records[variant.branch].extend(stored)
+            report(
+                BlockDone(
+                    branch=variant.branch, block=index, num_blocks=len(decoder), resumed=resumed,
+                    loss=sum(record.loss for record in stored), seconds=time.monotonic() - started,
+                )
+            )  # fmt: skip
+        decoder.drop_block(index)
+    return {branch: tuple(found) for branch, found in records.items()}
+
+
+def _run(block: nn.Module, index: int, states: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
+    return [run_block(block, hidden, batch.contexts[index]) for hidden, batch in zip(states, batches, strict=True)]
+
+
+class _BlockWork:
+    """One block of one variant: solves its groups and keeps their packed tensors and records."""
+
+    def __init__(self, *, block: nn.Module, index: int, variant: Variant) -> None:
+        self._linears = linears_of(block)
+        self._block = block
+        self._index = index
+        self._variant = variant
+        self._rules = GridRules(
+            bits=variant.bits,
+            group_size=variant.group_size,
+            sym=variant.sym,
+            static_groups=variant.static_groups,
+            scale_search=variant.scale_search,
+        )
+        self.tensors: dict[str, Tensor] = {}
+        self.records: tuple[LinearRecord, ...] = ()
+
+    def run(self, groups: Sequence[Group], states: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
+        sweep = sweep_sequential if self._variant.true_sequential else sweep_parallel
+        contexts = [batch.contexts[self._index] for batch in batches]
+        try:
+            return sweep(self._block, groups, states, contexts, self._solve)
+        except QuantizeError as error:
+            error.where = error.where or f"{self._variant.branch}, {BLOCK_PREFIX}.{self._index}"
+            raise
+
+    def _solve(self, group: Group, H: Tensor) -> None:
+        variant = self._variant
+        try:
+            factor = factorize(
+                H,
+                desc_act=variant.desc_act,
+                damp_percent=variant.damp_percent,
+                damp_percent_limit=variant.damp_percent_limit,
+            )
+            weights = [self._linears[name].weight for name in group]
+            solution = solve(torch.cat([weight.T for weight in weights], dim=1), factor, self._rules)
+        except QuantizeError as error:
+            names = ", ".join(f"{BLOCK_PREFIX}.{self._index}.{name}" for name in group)
+            error.where = f"{variant.branch}, {names}"
+            raise
+        begin = 0
+        for name, weight in zip(group, weights, strict=True):
+            part = solution.outputs(begin, begin + weight.shape[0])
+            begin += weight.shape[0]
+            weight.copy_(part.dequantized().T)
+            self._keep(f"{BLOCK_PREFIX}.{self._index}.{name}", part, factor.damp_percent)
+
+    def _keep(self, name: str, solution: Solution, damp_percent: float) -> None:
+        bits = self._variant.bits
+        self.tensors |= {
+            f"{name}.qweight": pack(solution.q, bits),
+            f"{name}.qzeros": pack_zeros(solution.zeros, bits),
+            f"{name}.scales": solution.scales.contiguous(),
+            f"{name}.g_idx": solution.g_idx.clone(),
+        }
+        bias = self._linears[name.removeprefix(f"{BLOCK_PREFIX}.{self._index}.")].bias
+        if bias is not None:
+            self.tensors[f"{name}.bias"] = bias.to(torch.float16)
+        record = LinearRecord(name=name, loss=float(solution.losses.mean()), damp_percent=damp_percent)
+        self.records = (*self.records, record)
+
+
+def save_block(
+    path: Path, tensors: Mapping[str, Tensor], records: Sequence[LinearRecord], fingerprint: str
+) -> None:
+    """Write a finished block: temp, fsync, rename."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    # One key: safetensors writes several in an order that changes from run to run.
+    block = {"fingerprint": fingerprint, "linears": [record.model_dump() for record in records]}
+    metadata = {_METADATA_KEY: json.dumps(block, sort_keys=True)}
+    with disk_errors(path):
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        fsync_folder(path.parent)
+
+
+def load_block(path: Path, fingerprint: str) -> tuple[LinearRecord, ...] | None:
+    """Return the records of a finished block, or None when it is not there or was made from something else."""
+    if not path.exists():
+        return None
+    block = json.loads(read_header(path).metadata[_METADATA_KEY])
+    if block["fingerprint"] != fingerprint:
+        return None
+    return tuple(LinearRecord(**record) for record in block["linears"])
+
+
+def _restore(block: nn.Module, path: Path, variant: Variant) -> None:
+    """Give a block the weights that its finished file stands for."""
+    from safetensors.torch import load_file
+
+    device = next(block.parameters()).device
+    tensors = load_file(path, device=str(device))
+    prefix = path.stem.removeprefix("block-").lstrip("0") or "0"
+    for name, linear in linears_of(block).items():
+        weight = dequantize_linear(
+            lambda part, name=name: tensors[f"{BLOCK_PREFIX}.{prefix}.{name}.{part}"], variant.bits
+        )
+        linear.weight.copy_(weight)
+
+
+def dequantize_linear(read: Callable[[str], Tensor], bits: int) -> Tensor:
+    """Return the float32 weight [out_features, in_features] that a linear's packed tensors (v1 format) stand for.
+
+    Args:
+        read: returns the tensor "qweight", "qzeros", "scales" or "g_idx" of the linear.
+        bits: 2, 3, 4 or 8.
+    """
+    solution = Solution(
+        q=unpack(read("qweight"), bits),
+        zeros=unpack_zeros(read("qzeros"), bits),
+        scales=read("scales"),
+        g_idx=read("g_idx"),
+        losses=torch.empty(0),
+    )
+    return solution.dequantized().T.contiguous()

@@ -1,0 +1,282 @@
+"""Stage 3, source: the fp16 base model as files whose digests are known, never as a whole in memory.
+
+A local folder, or the Hub at a pinned commit. Only safetensors are read: a pickle can run code when it is opened.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from packager.architecture import IGNORED_SUFFIXES, Architecture, read_architecture
+from packager.errors import MachineError, SourceError
+from packager.files import file_record
+from packager.receipt import FileRecord, SourceRecord
+from packager.recipe import digest_of
+from packager.recipe_file import RecipeFile
+from packager.safetensors_file import StoredTensor, stored_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.md", "*.jinja", "LICENSE*", "Notice*", "NOTICE*")
+# What a branch takes over from the base model besides its weights and config.json, when it is there.
+TOKENIZER_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceModel:
+    """A base model on disk.
+
+    Attributes:
+        folder: where its files are.
+        config: config.json.
+        architecture: its shapes.
+        record: identity and digests, for the receipts.
+        tensors: every tensor by name, with the place of its bytes; derived buffers left out.
+    """
+
+    folder: Path
+    config: Mapping[str, object]
+    architecture: Architecture
+    record: SourceRecord
+    tensors: Mapping[str, StoredTensor]
+
+    def read(self, name: str) -> "torch.Tensor":
+        """Return one tensor on the CPU in its stored dtype, read from disk now."""
+        return read_tensor(self.tensors[name])
+
+
+def read_tensor(stored: StoredTensor) -> "torch.Tensor":
+    """Read a stored tensor's bytes into a new CPU tensor."""
+    import torch
+
+    dtypes = {
+        "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+        "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
+    }  # fmt: skip
+    data = bytearray(stored.info.size_bytes)
+    with stored.path.open("rb") as stream:
+        stream.seek(stored.offset)
+        if stream.readinto(data) != len(data):
+            raise SourceError("a tensor's file ended early", where=str(stored.path), why=f"reading {stored.info.name}")
+    return torch.frombuffer(data, dtype=dtypes[stored.info.dtype]).reshape(stored.info.shape)
+
+
+def open_source(recipe_file: RecipeFile, report: Callable[[str], None]) -> SourceModel:
+    """Find the base model, fetching it from the Hub if needed, and check it against the recipe.
+
+    Args:
+        recipe_file: the recipe and where it lies.
+        report: told about downloads, one line each.
+
+    Raises:
+        SourceError: not there, gated, pickle only, truncated, or not what config.json and the recipe say.
+    """
+    base = recipe_file.recipe.base_model
+    folder = recipe_file.resolve(base.path) if base.path else _download(base.id, str(base.revision), report)
+    return read_source(folder, base_id=base.id, revision=base.revision, expected_config=_expected(recipe_file))
+
+
+def _expected(recipe_file: RecipeFile) -> Mapping[str, object] | None:
+    config = recipe_file.recipe.base_model.config
+    if config is None:
+        return None
+    expected: Mapping[str, object] = json.loads(recipe_file.resolve(config).read_text(encoding="utf-8"))
+    return expected
+
+
+def read_source(
+    folder: Path, *, base_id: str, revision: str | None = None, expected_config: Mapping[str, object] | None = None
+) -> SourceModel:
+    """Open a folder as a base model; every file is hashed and every safetensors header is checked.
+
+    Raises:
+        SourceError: see `open_source`.
+    """
+    config = read_config(folder)
+    architecture = read_architecture(config, str(folder / "config.json"))
+    if expected_config is not None:
+        expected = read_architecture(expected_config, "the recipe's copy of config.json")
+        if expected.tensors != architecture.tensors:
+            raise SourceError(
+                "the base model's config.json does not have the shapes of the recipe's copy",
+                where=str(folder / "config.json"),
+                hint="replace the copy named by base_model.config with the model's own config.json",
+            )
+    tensors = _read_tensors(folder, architecture)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = {name: file_record(folder / name) for name in names}
+    weights = {name: record for name, record in files.items() if name.endswith((".safetensors", "config.json"))}
+    record = SourceRecord(
+        id=base_id,
+        revision=revision,
+        digest=digest_of({name: entry.sha256 for name, entry in weights.items()} | _text_files(files)),
+        files=files,
+        dtype=_dtype_of(tensors),
+        num_parameters=architecture.num_parameters,
+    )
+    return SourceModel(folder=folder, config=config, architecture=architecture, record=record, tensors=tensors)
+
+
+def _text_files(files: Mapping[str, FileRecord]) -> dict[str, str]:
+    return {name: files[name].sha256 for name in TOKENIZER_FILES if name in files}
+
+
+def _dtype_of(tensors: Mapping[str, StoredTensor]) -> str:
+    return ", ".join(sorted({stored.info.dtype for stored in tensors.values()}))
+
+
+def read_config(folder: Path) -> Mapping[str, object]:
+    """Return a model folder's config.json.
+
+    Raises:
+        SourceError: missing, or not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SourceError("this is not a model folder: config.json is missing", where=str(folder)) from error
+    except ValueError as error:
+        raise SourceError("config.json cannot be read", where=str(path), why=str(error)) from error
+    if not isinstance(config, dict):
+        raise SourceError("config.json is not a JSON object", where=str(path))
+    if "quantization_config" in config:
+        raise SourceError(
+            "the base model is already quantized", where=str(path), hint="name the fp16 model as base_model"
+        )
+    return config
+
+
+def _read_tensors(folder: Path, architecture: Architecture) -> dict[str, StoredTensor]:
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        raise SourceError(
+            "no safetensors weights",
+            where=str(folder),
+            why=f"only pickles are there: {', '.join(pickles[:3])}" if pickles else "no weights at all",
+            hint="a pickle can run code when it is opened; name a revision with safetensors, or convert it first",
+        )
+    found: dict[str, StoredTensor] = {}
+    for path in paths:
+        for name, stored in stored_tensors(path).items():
+            if name in found:
+                raise SourceError(f"{name} is stored twice", where=f"{found[name].path.name} and {path.name}")
+            found[name] = stored
+    return _matched(found, architecture, folder)
+
+
+def _matched(
+    found: Mapping[str, StoredTensor], architecture: Architecture, folder: Path
+) -> dict[str, StoredTensor]:
+    expected = {tensor.name: tensor for tensor in architecture.tensors}
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected and not name.endswith(tuple(IGNORED_SUFFIXES))]
+    wrong = [
+        f"{name} is {list(found[name].info.shape)}, config.json means {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].info.shape != tensor.shape
+    ]
+    # A tied lm_head is sometimes stored all the same; the embedding is the one that counts.
+    extra = [name for name in extra if not (name == "lm_head.weight" and architecture.tie_word_embeddings)]
+    if missing or extra or wrong:
+        listed = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in extra] + wrong
+        more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+        raise SourceError(
+            "the weights are not what config.json describes",
+            where=str(folder),
+            why="; ".join(listed[:5]) + more,
+            hint="a shard may be missing: compare the folder with the model's page",
+        )
+    return {name: found[name] for name in expected}
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Translate what the Hub client raises while reading `what` into a SourceError with a hint."""
+    from huggingface_hub import errors as hub
+
+    try:
+        yield
+    except hub.GatedRepoError as error:
+        raise SourceError(
+            f"{what} is gated",
+            why="the Hub wants an account that accepted its licence",
+            hint="accept the licence on the model's page, then `hf auth login` or set HF_TOKEN",
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise SourceError(f"{what} has no such revision", hint="copy the full commit id from the Hub's history") from error
+    except hub.RepositoryNotFoundError as error:
+        raise SourceError(
+            f"{what} is not on the Hub, or is private and no token is set", hint="check the id; `hf auth login`"
+        ) from error
+    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError) as error:
+        raise SourceError(
+            f"{what} could not be downloaded",
+            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            hint="run the same command again: what arrived is kept",
+        ) from error
+
+
+def access_problem(base_id: str) -> str:
+    """Return why a model on the Hub cannot be read from here (gated, private, no network), or "" when it can."""
+    import huggingface_hub
+
+    try:
+        with hub_errors(base_id):
+            huggingface_hub.HfApi().auth_check(base_id)
+    except SourceError as error:
+        return f"{error.what}: {error.why}" if error.why else error.what
+    return ""
+
+
+def _download(base_id: str, revision: str, report: Callable[[str], None]) -> Path:
+    """Fetch a model at a commit into the Hub's cache and compare it with the digests that the Hub states."""
+    import huggingface_hub
+
+    with hub_errors(f"{base_id} at {revision[:12]}"):
+        info = huggingface_hub.HfApi().model_info(base_id, revision=revision, files_metadata=True)
+        siblings = info.siblings or []
+        if not any(sibling.rfilename.endswith(".safetensors") for sibling in siblings):
+            raise SourceError(
+                "the base model has no safetensors weights at this revision",
+                where=f"{base_id} at {revision}",
+                hint="a pickle can run code when it is opened; name a revision with safetensors",
+            )
+        report(f"fetching {base_id} at {revision[:12]} into the Hub cache")
+        folder = Path(
+            huggingface_hub.snapshot_download(base_id, revision=revision, allow_patterns=list(_HUB_PATTERNS))
+        )
+    for sibling in siblings:
+        path = folder / sibling.rfilename
+        if sibling.lfs is not None and path.exists() and file_record(path).sha256 != sibling.lfs.sha256:
+            raise SourceError(
+                "a downloaded file is damaged",
+                where=str(path),
+                why="its sha256 is not the one the Hub states",
+                hint="delete it and run the same command again",
+            )
+    return folder
+
+
+def check_disk(folder: Path, needed_bytes: int) -> None:
+    """Raise MachineError when the file system of `folder` has less than `needed_bytes` free."""
+    import shutil
+
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise MachineError(
+            "not enough free disk space",
+            where=str(folder),
+            why=f"{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
+            hint="free some space, or point --dist at another disk",
+        )

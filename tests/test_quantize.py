@@ -1,0 +1,187 @@
+"""The sweep over whole models: any architecture, compared with an unstreamed model and with the repeated-forward way."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from packager import quantize as quantize_module
+from packager.decoder import Decoder, forward
+from packager.errors import QuantizeError, SourceError
+from packager.gptq.hessian import Hessian, factorize
+from packager.gptq.solve import GridRules, solve
+from packager.quantize import BlockDone, QuantizeJob, block_path, dequantize_linear, quantize
+from packager.safetensors_file import stored_tensors
+from packager.source import SourceModel, read_source, read_tensor
+from packager.sweep import linear_groups
+from packager.variant import Variant
+from tests.tiny_models import CONFIGS, save_model, token_rows, variant
+
+CPU = torch.device("cpu")
+
+
+def source_of(folder: Path, name: str) -> SourceModel:
+    return read_source(save_model(folder / "model", name), base_id="test/model")
+
+
+def run(source: SourceModel, work: Path, *variants: Variant) -> tuple[dict, list[BlockDone]]:
+    done: list[BlockDone] = []
+    job = QuantizeJob(
+        source=source, rows=token_rows(), variants={v: v.branch for v in variants}, work=work, device=CPU, engine_version=1
+    )
+    return quantize(job, done.append), done
+
+
+def dequantized(work: Path, v: Variant, block: int) -> dict[str, torch.Tensor]:
+    stored = stored_tensors(block_path(work, v, block))
+    names = sorted({name.rpartition(".")[0] for name in stored})
+    return {
+        name: dequantize_linear(lambda part, name=name: read_tensor(stored[f"{name}.{part}"]), v.bits) for name in names
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_streamed_forward_equals_the_whole_model(tmp_path, name):
+    source = source_of(tmp_path, name)
+    ids = token_rows().ids
+    decoder = Decoder(source.folder, source.read, device=CPU, dtype=torch.float32)
+    states = forward(decoder, ids, rows_per_batch=5)
+    found = torch.cat([decoder.logits(part, state) for part, state in zip(ids.split(5), states, strict=True)])
+    whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = whole(ids).logits
+    assert torch.allclose(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_quantizes_every_architecture(tmp_path, name):
+    source = source_of(tmp_path, name)
+    v = variant(desc_act=True)
+    records, done = run(source, tmp_path / "work", v)
+    assert {record.name for record in records["main"]} == {linear.name for linear in source.architecture.linears}
+    assert len(done) == source.architecture.num_blocks
+    assert all(record.loss > 0 for record in records["main"])
+    for block in range(3):
+        for linear, weight in dequantized(tmp_path / "work", v, block).items():
+            original = source.read(f"{linear}.weight").float()
+            assert (weight - original).norm() / original.norm() < 0.2
+    stored = stored_tensors(block_path(tmp_path / "work", v, 0))
+    biases = {name for name in stored if name.endswith(".bias")}
+    assert biases == {f"{linear.name}.bias" for linear in source.architecture.linears if linear.bias and linear.block == 0}
+
+
+def test_suspended_forward_equals_the_repeated_forward_bit_by_bit(tmp_path):
+    """The oracle runs the block anew for every group, as AutoGPTQ does, on an ordinary unstreamed model."""
+    source = source_of(tmp_path, "llama")
+    v = variant(desc_act=True, group_size=16)
+    run(source, tmp_path / "work", v)
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+    rules = GridRules(bits=4, group_size=16, sym=True, static_groups=False, scale_search=False)
+    groups = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
+              ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))  # fmt: skip
+    with torch.no_grad():
+        for index, block in enumerate(model.model.layers):
+            for group in groups:
+                linears = [block.get_submodule(name) for name in group]
+                hessian = Hessian(linears[0].in_features, CPU)
+                handle = linears[0].register_forward_pre_hook(lambda _, args, hessian=hessian: hessian.add(args[0]))
+                model(token_rows().ids)
+                handle.remove()
+                factor = factorize(hessian.matrix(), desc_act=True, damp_percent=0.01, damp_percent_limit=0.1)
+                solution = solve(torch.cat([linear.weight.T for linear in linears], 1), factor, rules)
+                begin = 0
+                for linear in linears:
+                    part = solution.outputs(begin, begin + linear.out_features)
+                    begin += linear.out_features
+                    linear.weight.copy_(part.dequantized().T)
+            for name, weight in dequantized(tmp_path / "work", v, index).items():
+                oracle = model.get_submodule(name).weight
+                assert torch.allclose(weight, oracle, atol=1e-6), name
+
+
+def test_linears_that_share_an_input_form_a_group(tmp_path):
+    source = source_of(tmp_path, "qwen2")
+    decoder = Decoder(source.folder, source.read, device=CPU, dtype=torch.float32)
+    (batch,) = decoder.embed(token_rows().ids, rows_per_batch=64)
+    block = decoder.load_block(0, decoder.block_weights(0))
+    assert linear_groups(block, batch.hidden, batch.contexts[0]) == (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    )
+
+
+def test_variants_of_a_sweep_equal_variants_made_alone(tmp_path):
+    source = source_of(tmp_path, "llama")
+    first = variant(branch="a", group_size=32)
+    second = variant(branch="b", group_size=16, desc_act=True, true_sequential=False)
+    third = variant(branch="c", bits=3, sym=False, group_size=-1, scale_search=True)
+    run(source, tmp_path / "together", first, second, third)
+    for v in (first, second, third):
+        run(source, tmp_path / "alone", v)
+        for block in range(3):
+            together, alone = (block_path(tmp_path / where, v, block) for where in ("together", "alone"))
+            assert together.read_bytes() == alone.read_bytes()
+
+
+def test_a_killed_sweep_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    source = source_of(tmp_path, "llama")
+    variants = variant(branch="a"), variant(branch="b", desc_act=True)
+    expected, _ = run(source, tmp_path / "whole", *variants)
+    saved = []
+
+    def save_then_die(path, *rest):
+        original(path, *rest)
+        saved.append(path)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    original = quantize_module.save_block
+    monkeypatch.setattr(quantize_module, "save_block", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "killed", *variants)
+    monkeypatch.setattr(quantize_module, "save_block", original)
+    records, done = run(source, tmp_path / "killed", *variants)
+    assert [step.resumed for step in done] == [True, True, True, False, False, False]
+    assert records == expected
+    for v in variants:
+        for block in range(3):
+            killed, whole = (block_path(tmp_path / where, v, block) for where in ("killed", "whole"))
+            assert killed.read_bytes() == whole.read_bytes()
+
+
+def test_blocks_made_from_something_else_are_not_taken_over(tmp_path):
+    source = source_of(tmp_path, "llama")
+    run(source, tmp_path / "work", variant())
+    other = read_source(save_model(tmp_path / "other", "llama", seed=1), base_id="test/model")
+    _, done = run(other, tmp_path / "work", variant())
+    assert not any(step.resumed for step in done)
+
+
+def test_nan_in_a_weight_names_the_tensor(tmp_path):
+    source = source_of(tmp_path, "llama")
+
+    def damaged(name: str) -> torch.Tensor:
+        tensor = source.read(name)
+        if name == "model.layers.1.mlp.up_proj.weight":
+            tensor[0, 0] = float("nan")
+        return tensor
+
+    broken = copy.copy(source)
+    object.__setattr__(broken, "read", damaged)
+    with pytest.raises(SourceError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        run(broken, tmp_path / "work", variant())
+
+
+def test_a_hessian_beyond_the_damping_limit_names_branch_and_linear(tmp_path, monkeypatch):
+    source = source_of(tmp_path, "llama")
+
+    def fail(*_args, **_rest):
+        raise QuantizeError("the Hessian cannot be factored")
+
+    monkeypatch.setattr(quantize_module, "factorize", fail)
+    with pytest.raises(QuantizeError, match=r"main, model\.layers\.0\.self_attn\.q_proj"):
+        run(source, tmp_path / "work", variant())

@@ -1,0 +1,65 @@
+"""Tiny random models of each architecture, saved as a base model's folder, and token rows to calibrate them on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+from packager.calibrate import TokenRows
+from packager.receipt import TextRecord
+from packager.variant import Variant
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "torch_dtype": "float16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**_SIZES),
+    "llama-tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
+    "llama-bias": lambda: LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True),
+    "llama3-rope": lambda: LlamaConfig(
+        **_SIZES,
+        rope_scaling={
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64, "rope_theta": 500000.0,
+        },
+    ),
+    "mistral": lambda: MistralConfig(**_SIZES, sliding_window=None),
+    "mistral-sliding": lambda: MistralConfig(**_SIZES, sliding_window=16),
+    "qwen2": lambda: Qwen2Config(**_SIZES),
+}  # fmt: skip
+
+
+def save_model(folder: Path, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float16) -> Path:
+    """Save a random model of one of CONFIGS; biases and norms are random too, so that losing one would show."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_(0, 0.1)
+            elif "norm" in key:
+                parameter.uniform_(0.5, 1.5)
+            elif "lm_head" not in key and "embed" not in key:
+                parameter.normal_(0, 0.08)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def token_rows(num_samples: int = 12, seq_len: int = 32, *, vocab_size: int = 128, seed: int = 0) -> TokenRows:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocab_size, (num_samples, seq_len), generator=generator)
+    record = TextRecord(
+        source="random", revision=None, config=None, split=None, num_samples=num_samples, seq_len=seq_len, seed=seed,
+        text_sha256="0" * 64, digest=f"{seed:064d}",
+    )  # fmt: skip
+    return TokenRows(ids=ids, record=record)
+
+
+def variant(**fields: Any) -> Variant:
+    defaults: dict[str, Any] = {
+        "branch": "main", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "damp_percent": 0.01,
+        "damp_percent_limit": 0.1, "true_sequential": True, "static_groups": False, "scale_search": False, "engine": "native",
+    }  # fmt: skip
+    return Variant(**{**defaults, **fields})
