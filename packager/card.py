@@ -1,0 +1,231 @@
+"""Stage 9, card: receipts to README.md.
+
+Pure but for reading the templates. Every figure comes from receipts; what was not measured or not run is said so. What
+a recipe or a receipt says is a value, never a template: it cannot run anything and cannot change the page around it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jinja2 import (
+    FileSystemLoader,
+    StrictUndefined,
+    TemplateError,
+    TemplateNotFound,
+    TemplateSyntaxError,
+)
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from packager import card_facts, markdown
+from packager.card_metadata import metadata
+from packager.compatibility import Verdict
+from packager.errors import CardError
+from packager.receipt import Provenance
+from packager.recipe import Recipe
+from packager.variant import MAIN
+
+TEMPLATE = "model_card.md.j2"
+HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardTexts:
+    """The markdown files a recipe's card names, read; "" where it names none."""
+
+    header: str = ""
+    footer: str = ""
+    original_card: str = ""
+
+
+def render_card(
+    recipe: Recipe,
+    texts: CardTexts,
+    receipts: Sequence[Provenance],
+    model_type: str,
+    branch: str,
+    *,
+    expectations: Mapping[str, Sequence[Verdict]] | None = None,
+) -> str:
+    """Return the README.md of one branch.
+
+    Args:
+        recipe: names the repository and says what cannot be measured.
+        texts: header, footer and original card, included as they are.
+        receipts: one per variant, in the recipe's order.
+        model_type: from the base model's config.json, e.g. "llama".
+        branch: whose README this is; its commands name that branch.
+        expectations: by branch, what `compatibility.verdicts` predicts of loaders; shown apart from what was run.
+
+    Raises:
+        CardError: the receipts are not this recipe's, a text would swallow the page, or the templates have a mistake.
+    """
+    _check_receipts(recipe, receipts, branch)
+    _check_texts(texts)
+    front = markdown.front_matter(metadata(recipe, receipts, model_type))
+    context = _context(recipe, texts, receipts, branch, expectations or {})
+    folder = templates_dir()
+    try:
+        body = _environment(folder).get_template(TEMPLATE).render(context)
+    except CardError as error:
+        raise CardError(error.what, where=_line_of(error), why=error.why, hint=error.hint) from error
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _translated(error, folder) from error
+    return front + "\n" + markdown.tidy(body)
+
+
+def templates_dir() -> Path:
+    """Return the templates' folder: beside the package in a checkout, inside it when installed.
+
+    Raises:
+        CardError: there is none.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "templates", package.parent / "templates"):
+        if (folder / TEMPLATE).is_file():
+            return folder
+    raise CardError(
+        "the card's templates are missing",
+        where=str(package / "templates" / TEMPLATE),
+        hint="install the package again",
+    )
+
+
+def _check_receipts(recipe: Recipe, receipts: Sequence[Provenance], branch: str) -> None:
+    expected = [variant.branch for variant in recipe.expanded_variants()]
+    given = [provenance.branch for provenance in receipts]
+    if given != expected:
+        raise CardError(
+            "the receipts are not the recipe's variants",
+            where=recipe.repository.id,
+            why=f"expected {', '.join(expected)}; got {', '.join(given) or 'none'}",
+            hint="build every variant of the recipe first",
+        )
+    strangers = {provenance.repository for provenance in receipts} - {recipe.repository.id}
+    if strangers:
+        raise CardError("the receipts are another repository's", where=recipe.repository.id, why=", ".join(strangers))
+    if branch not in expected:
+        raise CardError("there is no such branch", where=branch, why=f"the recipe has {', '.join(expected)}")
+
+
+def _check_texts(texts: CardTexts) -> None:
+    for name, text in asdict(texts).items():
+        if problem := markdown.unclosed(text):
+            raise CardError(
+                f"the {name} leaves {problem} open",
+                where=f"card.{name}",
+                why="what follows would become part of it",
+                hint="close it in the file the recipe names",
+            )
+
+
+def _context(
+    recipe: Recipe,
+    texts: CardTexts,
+    receipts: Sequence[Provenance],
+    branch: str,
+    expectations: Mapping[str, Sequence[Verdict]],
+) -> dict[str, object]:
+    branches = card_facts.branch_facts(recipe, receipts)
+    loaders = card_facts.loader_names(recipe, receipts)
+    others = [facts.branch for facts in branches if facts.branch != MAIN]
+    return {
+        "recipe": recipe,
+        "card": recipe.card,
+        "branches": branches,
+        "here": next(facts for facts in branches if facts.branch == branch),
+        "main": MAIN,
+        # On main, the examples of how to fetch a branch name one that is not taken by default anyway.
+        "example": (others or [MAIN])[0] if branch == MAIN else branch,
+        "repository": recipe.repository.id,
+        "repository_name": recipe.repository.id.split("/")[1],
+        "hub": HUB,
+        "loaders": loaders,
+        "loader_titles": {name: card_facts.LOADER_TITLES.get(name, name) for name in loaders},
+        "expectations": card_facts.expectation_rows(branches, expectations),
+        "license_files": tuple(
+            Path(name).name for name in (*recipe.card.license.files, *recipe.card.license.base_files)
+        ),
+        "header": texts.header.strip("\n"),
+        "footer": texts.footer.strip("\n"),
+        "original_card": markdown.strip_front_matter(texts.original_card).strip("\n"),
+    }
+
+
+def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
+    # Markdown is not HTML: values go through the filters below, HTML escaping would corrupt code blocks.
+    environment = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(folder),
+        undefined=StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        inline=markdown.inline,
+        code=markdown.code_span,
+        fence=markdown.fence,
+        link=markdown.link,
+        link_target=markdown.link_target,
+        python_string=markdown.python_string,
+        shell_word=markdown.shell_word,
+        size=_size,
+        decimals=_decimals,
+        percent=_percent,
+        digits=_digits,
+        pinned=card_facts.pinned,
+        by_field=card_facts.by_field,
+        loader_rows=card_facts.loader_rows,
+        loader_runs=card_facts.loader_runs,
+    )
+    return environment
+
+
+def _size(size_bytes: int) -> str:
+    """Return a size as people compare them: GB = 10^9; what would be 0.0x GB is said in MB = 10^6."""
+    if size_bytes < 100_000_000:
+        return f"{size_bytes / 1e6:.2f} MB"
+    return f"{size_bytes / 1e9:.2f} GB"
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise CardError("a receipt holds a figure that is not a number", why=str(value), hint="build the variant again")
+    return value
+
+
+def _decimals(value: float, places: int) -> str:
+    return f"{_finite(value):.{places}f}"
+
+
+def _percent(fraction: float, places: int = 2, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return f"{_finite(fraction) * 100:{sign}.{places}f}%"
+
+
+def _digits(value: float, significant: int) -> str:
+    return f"{_finite(value):.{significant}g}"
+
+
+def _line_of(error: BaseException) -> str:
+    """Return `template:line` of the innermost template line an error passed through."""
+    where, trace = "", error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if name.endswith(".j2"):
+            where = f"{Path(name).name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return where
+
+
+def _translated(error: Exception, folder: Path) -> CardError:
+    hint = "this is a mistake in the template, not in the recipe"
+    if isinstance(error, TemplateSyntaxError):
+        return CardError(
+            "a template is malformed", where=f"{error.name}:{error.lineno}", why=str(error.message), hint=hint
+        )
+    if isinstance(error, TemplateNotFound):
+        return CardError("a template is missing", where=str(folder / str(error.name)), hint="install the package again")
+    return CardError("the card's template cannot be filled in", where=_line_of(error), why=str(error), hint=hint)

@@ -1,0 +1,180 @@
+"""What the card's templates are given: every figure taken from receipts, grouped the way the page shows it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from packager.compatibility import LOADERS, Verdict
+from packager.receipt import LoaderRecord, Provenance
+from packager.recipe import Recipe
+
+LOADER_TITLES = {"autogptq": "AutoGPTQ", "transformers": "Transformers", "exllamav2": "ExLlamaV2"}
+# What a reader must install in AutoGPTQ's version of it; torch is not here, it goes by the reader's hardware.
+_LOADER_PACKAGES = (
+    *("auto-gptq", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "sentencepiece"),
+    *("huggingface-hub", "numpy", "pandas", "pyarrow"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchFacts:
+    """One row of the provided files.
+
+    Attributes:
+        provenance: the branch's receipt.
+        description: the recipe's own words, if it has any.
+        raised: for each linear whose damping had to be raised, the value it took.
+        changed: parameters that were not used as asked: name, asked, used.
+        smallest: the only branch with the least bytes; likewise largest.
+        closest: the only branch with the least KL divergence, among branches that were all measured; likewise furthest.
+    """
+
+    provenance: Provenance
+    description: str | None
+    raised: tuple[float, ...]
+    changed: tuple[tuple[str, object, object], ...]
+    smallest: bool
+    largest: bool
+    closest: bool
+    furthest: bool
+
+    @property
+    def branch(self) -> str:
+        """Return the branch's name."""
+        return self.provenance.branch
+
+    def record(self, loader: str) -> LoaderRecord:
+        """Return what `loader` made of this branch; a loader without a record was not run."""
+        for record in self.provenance.loaders:
+            if record.loader == loader:
+                return record
+        return LoaderRecord(loader=loader, required=False, status="not run", reason="no record of it in the receipt")
+
+    def weights(self) -> tuple[tuple[str, str], ...]:
+        """Return the weights files and their sha256, sorted by name."""
+        files = sorted(self.provenance.files.items())
+        return tuple((name, record.sha256) for name, record in files if name.endswith(".safetensors"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """A value and the branches it holds for."""
+
+    value: object
+    branches: tuple[str, ...]
+    everywhere: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderSetting:
+    """Where and how a loader ran; "" is what it did not tell."""
+
+    device: str
+    dtype: str
+    kernel: str
+    versions: Mapping[str, str]
+
+
+def branch_facts(recipe: Recipe, receipts: Sequence[Provenance]) -> tuple[BranchFacts, ...]:
+    """Return one row per receipt, in their order."""
+    sizes = [float(provenance.weights_bytes) for provenance in receipts]
+    losses = [provenance.quality.kl_divergence for provenance in receipts if provenance.quality is not None]
+    measured = losses if len(losses) == len(receipts) else []
+    return tuple(
+        BranchFacts(
+            provenance=provenance,
+            description=recipe.variants[index].description,
+            raised=_raised(provenance),
+            changed=_changed(provenance),
+            smallest=_only(sizes, index, min),
+            largest=_only(sizes, index, max),
+            closest=_only(measured, index, min),
+            furthest=_only(measured, index, max),
+        )
+        for index, provenance in enumerate(receipts)
+    )
+
+
+def loader_names(recipe: Recipe, receipts: Sequence[Provenance]) -> tuple[str, ...]:
+    """Return every loader the recipe names or a receipt has a record of, once, in that order."""
+    recorded = [record.loader for provenance in receipts for record in provenance.loaders]
+    return tuple(dict.fromkeys([*recipe.loaders.required, *recipe.loaders.if_available, *recorded]))
+
+
+def shared(branches: Sequence[BranchFacts], value_of: Callable[[BranchFacts], object]) -> tuple[Shared, ...]:
+    """Group branches by a value they have in common, in order of first appearance."""
+    return _grouped([(facts, value_of(facts)) for facts in branches], len(branches))
+
+
+def by_field(branches: Sequence[BranchFacts], field: str) -> tuple[Shared, ...]:
+    """Group branches by one field of their provenance."""
+    return shared(branches, lambda facts: getattr(facts.provenance, field))
+
+
+def loader_rows(branches: Sequence[BranchFacts], loader: str) -> tuple[Shared, ...]:
+    """Group branches by what `loader` made of them; runs differ in their figures, what was not run rarely differs."""
+    return shared(branches, lambda facts: facts.record(loader))
+
+
+def loader_runs(branches: Sequence[BranchFacts], loader: str) -> tuple[Shared, ...]:
+    """Group the branches on which `loader` ran by its setting."""
+    ran = [facts for facts in branches if facts.record(loader).status != "not run"]
+    return shared(ran, lambda facts: _setting(facts.record(loader)))
+
+
+def pinned(record: LoaderRecord) -> tuple[str, ...]:
+    """Return pip requirements for the versions AutoGPTQ ran with: nothing later than its own time works with it."""
+    versions = {name.lower().replace("_", "-"): version for name, version in record.versions.items()}
+    return tuple(f"{name}=={versions[name]}" for name in _LOADER_PACKAGES if name in versions)
+
+
+def expectation_rows(
+    branches: Sequence[BranchFacts], expectations: Mapping[str, Sequence[Verdict]]
+) -> tuple[tuple[str, Shared], ...]:
+    """Return per loader title the predicted verdicts of the branches it was not run on."""
+    rows: list[tuple[str, Shared]] = []
+    for loader in LOADERS:
+        unproven = [facts for facts in branches if facts.record(loader.name).status == "not run"]
+        known = [
+            (facts, verdict)
+            for facts in unproven
+            for verdict in expectations.get(facts.branch, ())
+            if verdict.loader == loader.name
+        ]
+        rows += [(loader.title, group) for group in _grouped(known, len(branches))]
+    return tuple(rows)
+
+
+def _setting(record: LoaderRecord) -> LoaderSetting:
+    versions = dict(sorted(record.versions.items()))
+    return LoaderSetting(device=record.device, dtype=record.dtype, kernel=record.kernel, versions=versions)
+
+
+def _grouped(pairs: Sequence[tuple[BranchFacts, object]], count: int) -> tuple[Shared, ...]:
+    # Records hold dictionaries and cannot be keys: a list, compared one by one, of at most 64 branches.
+    groups: list[tuple[object, list[str]]] = []
+    for facts, value in pairs:
+        for known, names in groups:
+            if known == value:
+                names.append(facts.branch)
+                break
+        else:
+            groups.append((value, [facts.branch]))
+    return tuple(Shared(value=value, branches=tuple(names), everywhere=len(names) == count) for value, names in groups)
+
+
+def _raised(provenance: Provenance) -> tuple[float, ...]:
+    asked = float(provenance.parameters["damp_percent"])
+    return tuple(linear.damp_percent for linear in provenance.linears if linear.damp_percent > asked)
+
+
+def _changed(provenance: Provenance) -> tuple[tuple[str, object, object], ...]:
+    asked = provenance.parameters
+    used = provenance.effective
+    return tuple((name, asked[name], used[name]) for name in asked if name in used and used[name] != asked[name])
+
+
+def _only(values: Sequence[float], index: int, best: Callable[[Sequence[float]], float]) -> bool:
+    if len(values) < 2:
+        return False
+    chosen = best(values)
+    return values[index] == chosen and values.count(chosen) == 1

@@ -1,0 +1,252 @@
+"""Markdown as data: escapes for values that land in a card, and the code blocks of a finished one.
+
+Everything a recipe or a receipt says is text, never markup: what reaches a table, a heading, a link or a code block
+goes through one of these functions, so that a pipe, a backtick or a line break cannot change the page around it.
+CommonMark 0.31 with the tables of GitHub Flavored Markdown, which is what the Hub renders.
+"""
+
+import io
+import json
+import re
+import shlex
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+RUN_COMMENT = re.compile(r"<!-- run: ([a-z0-9_-]+) -->\Z")
+
+_INLINE_SPECIAL = re.compile(r"[\\`*_\[\]<|~$]|&(?=#?[0-9A-Za-z]+;)|^#|#\Z")
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_OPENING = re.compile(r"( {0,3})(`{3,}|~{3,})[ \t]*(.*)\Z")
+_BACKTICKS = re.compile(r"`+")
+# Words of YAML 1.1 that are not text there; huggingface_hub reads front matter with PyYAML, which is 1.1.
+_YAML_11_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
+_YAML_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*\Z|[0-9]+-[A-Za-z]+\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeBlock:
+    """A fenced code block.
+
+    Attributes:
+        language: first word of the fence's info string, "" if there is none.
+        text: the content, each line ended by a line feed.
+        line: the opening fence's line, counted from 1.
+        run: the environment named by a `<!-- run: ... -->` comment directly above, "" if there is none.
+    """
+
+    language: str
+    text: str
+    line: int
+    run: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """A line and whether it belongs to a fenced block; `opens` is the info string on an opening fence."""
+
+    text: str
+    fenced: bool
+    opens: str | None = None
+    closes: bool = False
+    indent: int = 0
+
+
+def one_line(text: str) -> str:
+    """Return `text` on one line: runs of white space become a space, control and direction characters go."""
+    spaced = " ".join(text.split())
+    return "".join(char for char in spaced if unicodedata.category(char) != "Cc" and char not in _BIDI)
+
+
+def inline(text: str) -> str:
+    """Escape `text` for a sentence, a heading, a link's text or a table cell; it is shown as it is written."""
+    return _INLINE_SPECIAL.sub(lambda match: "\\" + match.group(), one_line(text))
+
+
+def code_span(text: str) -> str:
+    """Return `text` as inline code; in a table use it only for text without `|`."""
+    content = one_line(text)
+    fence = "`" * (_longest_run(content) + 1)
+    pad = " " if content.startswith("`") or content.endswith("`") else ""
+    return f"{fence}{pad}{content}{pad}{fence}"
+
+
+def fence(text: str, language: str) -> str:
+    """Return `text` as a fenced code block whose fence is longer than any run of backticks inside."""
+    content = text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")
+    visible = "".join(char if char in "\n\t" or unicodedata.category(char) != "Cc" else "\ufffd" for char in content)
+    ticks = "`" * max(3, _longest_run(visible) + 1)
+    return f"{ticks}{language}\n{visible}\n{ticks}\n"
+
+
+def link_target(url: str) -> str:
+    """Percent-encode what would end or escape a link's address; existing escapes stay."""
+    return quote(url, safe=":/?#@!$&'*+,;=%~-._[]")
+
+
+def link(title: str, url: str) -> str:
+    """Return a link whose text is `title`, literally."""
+    return f"[{inline(title)}]({link_target(url)})"
+
+
+def python_string(text: str, width: int = 96) -> str:
+    """Return a Python expression equal to `text`, over several lines when it is longer than `width`."""
+    pieces = [_python_literal(piece) for piece in _pieces(text, width)]
+    if len(pieces) == 1:
+        return pieces[0]
+    return "(\n" + "".join(f"    {piece}\n" for piece in pieces) + ")"
+
+
+def shell_word(text: str) -> str:
+    """Quote `text` as one word of a POSIX shell."""
+    return shlex.quote(text)
+
+
+def front_matter(fields: Mapping[str, str | list[str]]) -> str:
+    """Return the YAML front matter of a card; every value reads as text in YAML 1.1 and 1.2."""
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.width = 4096
+    stream = io.StringIO()
+    yaml.dump({key: _yaml_value(value) for key, value in fields.items()}, stream)
+    return f"---\n{stream.getvalue()}---\n"
+
+
+def strip_front_matter(markdown: str) -> str:
+    """Return a card without its YAML front matter, if it has one."""
+    text = _unix(markdown).removeprefix("\ufeff")
+    match = re.match(r"---[ \t]*\n((?:.*\n)*?)---[ \t]*(?:\n|\Z)", text)
+    return text[match.end() :] if match and _is_mapping(match[1]) else text
+
+
+def extract_code_blocks(markdown: str) -> list[CodeBlock]:
+    """Return the fenced code blocks of a page, in order; one that is never closed runs to the end of the page."""
+    blocks: list[CodeBlock] = []
+    content: list[str] | None = None
+    for number, line in enumerate(_lines(markdown), start=1):
+        if line.opens is not None:
+            content = []
+            words = line.opens.split()
+            opened = CodeBlock(
+                language=words[0] if words else "", text="", line=number, run=_run_above(markdown, number)
+            )
+            blocks.append(opened)
+        elif content is not None and line.fenced and not line.closes:
+            content.append(_unindent(line))
+            blocks[-1] = _with_text(blocks[-1], content)
+    return blocks
+
+
+def unclosed(markdown: str) -> str:
+    """Return what `markdown` opens and never closes ("a code fence", "an HTML comment"), or ""."""
+    lines = list(_lines(markdown))
+    if lines and lines[-1].fenced and not lines[-1].closes:
+        return "a code fence"
+    prose = "\n".join(line.text for line in lines if not line.fenced)
+    return "an HTML comment" if prose.rfind("<!--") > prose.rfind("-->") else ""
+
+
+def tidy(markdown: str) -> str:
+    """Return a page that ends in one line feed, without spaces that mean nothing and at most two blank lines in a row.
+
+    Inside code blocks, and where two spaces at a line's end are a line break, nothing changes.
+    """
+    lines = list(_lines(markdown))
+    kept: list[str] = []
+    blank = 0
+    for index, line in enumerate(lines):
+        following = lines[index + 1].text if index + 1 < len(lines) else ""
+        text = line.text if line.fenced else _without_trailing(line.text, following)
+        blank = 0 if text.strip() or line.fenced else blank + 1
+        if blank <= 2:
+            kept.append(text)
+    return "\n".join(kept).strip("\n") + "\n"
+
+
+def _without_trailing(text: str, following: str) -> str:
+    bare = text.rstrip()
+    is_break = bare and text.endswith("  ") and following.strip()
+    return text if is_break else bare
+
+
+def _unix(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _lines(markdown: str) -> Iterator[_Line]:
+    """Yield every line with its place in a fenced block (CommonMark 0.31, section 4.5)."""
+    ticks, indent = "", 0
+    for text in _unix(markdown).removesuffix("\n").split("\n"):
+        if ticks:
+            closes = re.fullmatch(rf" {{0,3}}{re.escape(ticks[0])}{{{len(ticks)},}}[ \t]*", text) is not None
+            yield _Line(text=text, fenced=True, closes=closes, indent=indent)
+            ticks = "" if closes else ticks
+            continue
+        match = _OPENING.match(text)
+        if match and not (match[2].startswith("`") and "`" in match[3]):
+            indent, ticks = len(match[1]), match[2]
+            yield _Line(text=text, fenced=True, opens=match[3].strip(), indent=indent)
+        else:
+            yield _Line(text=text, fenced=False)
+
+
+def _unindent(line: _Line) -> str:
+    spaces = len(line.text) - len(line.text.lstrip(" "))
+    return line.text[min(spaces, line.indent) :]
+
+
+def _with_text(block: CodeBlock, content: list[str]) -> CodeBlock:
+    text = "".join(f"{line}\n" for line in content)
+    return CodeBlock(language=block.language, text=text, line=block.line, run=block.run)
+
+
+def _run_above(markdown: str, number: int) -> str:
+    above = [line.strip() for line in _unix(markdown).split("\n")[: number - 1]]
+    while above and not above[-1]:
+        above.pop()
+    match = RUN_COMMENT.match(above[-1]) if above else None
+    return match[1] if match else ""
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in _BACKTICKS.findall(text)), default=0)
+
+
+def _pieces(text: str, width: int) -> Iterator[str]:
+    rest = text
+    while len(rest) > width:
+        cut = rest.rfind(" ", 0, width) + 1 or width
+        yield rest[:cut]
+        rest = rest[cut:]
+    yield rest
+
+
+def _python_literal(text: str) -> str:
+    literal = json.dumps(text, ensure_ascii=False)
+    return "".join(char if char.isprintable() else _escaped(char) for char in literal)
+
+
+def _escaped(char: str) -> str:
+    return f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}"
+
+
+def _yaml_value(value: str | list[str]) -> str | list[str]:
+    return [_yaml_text(item) for item in value] if isinstance(value, list) else _yaml_text(value)
+
+
+def _is_mapping(text: str) -> bool:
+    """Tell front matter from text between two horizontal rules."""
+    try:
+        return isinstance(YAML(typ="safe").load(text), dict)
+    except YAMLError:
+        return False
+
+
+def _yaml_text(value: str) -> str:
+    plain = _YAML_PLAIN.match(value) and value.lower() not in _YAML_11_WORDS
+    return value if plain else DoubleQuotedScalarString(one_line(value))

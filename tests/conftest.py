@@ -1,0 +1,47 @@
+"""What holds for every test: no network, no silent GPU skip, golden files renewed only when asked."""
+
+import os
+import socket
+
+import pytest
+
+# Before anything imports the Hub client or a tokenizer.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing")
+    parser.addoption("--require-gpu", action="store_true", help="tests marked gpu fail where there is no CUDA GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect gpu and release tests unless they are asked for; asked for, they run or fail."""
+    asked = config.getoption("-m")
+    wanted = [
+        item
+        for item in items
+        if ("gpu" not in item.keywords or config.getoption("--require-gpu"))
+        and ("release" not in item.keywords or "release" in asked)
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse every connection but those to this machine."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        host = address[0] if isinstance(address, tuple) else "localhost"
+        if host not in {"localhost", "127.0.0.1", "::1"}:
+            raise AssertionError(f"a test tried to reach {host}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)

@@ -1,0 +1,285 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from packager import card
+from packager.card import CardTexts, render_card
+from packager.card_metadata import HUB_LICENSES
+from packager.compatibility import Verdict
+from packager.errors import CardError
+from packager.markdown import extract_code_blocks, one_line
+from packager.receipt import LoaderRecord
+from packager.recipe import Recipe
+from tests import card_fixtures as fixtures
+from tests.card_page import assert_well_formed, body, front_matter, headings, tables
+from tests.golden_files import check_golden
+
+ACT_ORDER = "gptq-4bit-32g-actorder_True"
+FIXTURE_TEXTS = CardTexts(
+    header=fixtures.FIXTURE_HEADER, footer=fixtures.FIXTURE_FOOTER, original_card=fixtures.FIXTURE_ORIGINAL_CARD
+)
+
+
+def llama_card(branch: str = "main", **given: object) -> str:
+    recipe = fixtures.llama_recipe()
+    return render_card(recipe, FIXTURE_TEXTS, fixtures.llama_receipts(recipe), "llama", branch, **given)
+
+
+def minimal_card(recipe: Recipe | None = None, **changed: object) -> str:
+    recipe = recipe or fixtures.minimal_recipe()
+    receipts = [receipt.model_copy(update=changed) for receipt in fixtures.minimal_receipts(recipe)]
+    return render_card(recipe, CardTexts(), receipts, "llama", "main")
+
+
+@pytest.mark.parametrize("branch", ["main", ACT_ORDER])
+def test_llama_card(branch: str, update_golden: bool) -> None:
+    text = llama_card(branch)
+    assert_well_formed(text)
+    check_golden(f"cards/fixture_llama_{branch}.md", text, update=update_golden)
+
+
+def test_minimal_card(update_golden: bool) -> None:
+    text = minimal_card()
+    assert_well_formed(text)
+    check_golden("cards/fixture_minimal.md", text, update=update_golden)
+
+
+def test_front_matter_says_what_the_hub_needs() -> None:
+    fields = front_matter(llama_card())
+    assert fields == {
+        "base_model": "meta-llama/Llama-2-13b-chat-hf",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "model_type": "llama",
+        "language": ["en"],
+        "license": "llama2",
+        "license_link": "https://ai.meta.com/resources/models-and-libraries/llama-downloads/",
+        "quantized_by": "TheBloke",
+        "tags": ["gptq", "4-bit", "facebook", "meta", "pytorch", "llama", "llama-2"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("license_", "expected"),
+    [
+        ({"id": "Apache-2.0"}, {"license": "apache-2.0"}),
+        (
+            {"id": "My Licence 1.0", "link": "https://e.org/l"},
+            {"license": "other", "license_name": "my-licence-1.0", "license_link": "https://e.org/l"},
+        ),
+        (
+            {"id": "house-rules", "files": ("assets/LICENSE",)},
+            {"license": "other", "license_name": "house-rules", "license_link": "LICENSE"},
+        ),
+    ],
+)
+def test_a_licence_is_one_the_hub_knows_or_has_a_name(license_: dict[str, object], expected: dict[str, str]) -> None:
+    fields = front_matter(minimal_card(fixtures.minimal_recipe(license=license_)))
+    assert {key: value for key, value in fields.items() if key.startswith("license")} == expected
+    assert "other" not in HUB_LICENSES
+
+
+@pytest.mark.parametrize("identifier", ["other", "!!!"])
+def test_a_licence_without_a_name_is_refused(identifier: str) -> None:
+    with pytest.raises(CardError, match=r"card\.license\.id: the licence has no name"):
+        minimal_card(fixtures.minimal_recipe(license={"id": identifier}))
+
+
+def test_known_mistakes_of_2023_stay_away() -> None:
+    text = llama_card().partition("# Original model card")[0]
+    for mistake in (
+        "huggingface-cli",
+        "GITHUB_ACTIONS",
+        "trust_remote_code",
+        "model_basename",
+        "gptq_model-4bit",
+        "System:",
+        "datasets:",
+        "use_triton",
+        "Discord",
+    ):
+        assert mistake not in text
+    assert text.count("temperature=") == text.count("do_sample=True") == 3
+    assert "[INST] <<SYS>>" in text
+
+
+def test_every_block_that_runs_names_its_environment() -> None:
+    text = llama_card().partition("# Original model card")[0]
+    blocks = extract_code_blocks(text)
+    assert {block.language for block in blocks} == {"text", "console", "python", "shell"}
+    for block in blocks:
+        expected = {"python": {"transformers", "autogptq"}, "shell": {"shell"}}.get(block.language, {""})
+        assert block.run in expected, block
+    assert [block.run for block in blocks if block.run].count("shell") == 2
+
+
+def test_every_figure_comes_from_the_receipts() -> None:
+    recipe = fixtures.llama_recipe()
+    provided, quality, proven, made = tables(llama_card())[:4]
+    for row, measured, receipt in zip(provided[1:], quality[1:], fixtures.llama_receipts(recipe), strict=True):
+        shown = dict(zip(provided[0], row, strict=True))
+        assert receipt.branch in shown["Branch"]
+        assert shown["File Size"] == f"{receipt.weights_bytes / 1e9:.2f} GB"
+        assert shown["Loaders Proven"] == "AutoGPTQ, Transformers"
+        assert shown["Seq Len"] == "2048"
+        assert receipt.quality is not None
+        assert measured[1] == f"{receipt.quality.perplexity:.4f}"
+        assert measured[4] == f"{receipt.quality.kl_divergence:.5f}"
+        assert measured[6] == f"{receipt.quality.answered} of 200 (fp16: 181)"
+    assert ["ExLlamaV2", "all", "not run: the extension could not be built: no nvcc on this machine"] in [
+        row[:3] for row in proven
+    ]
+    assert made[2][-1] == "for 2 of 280 linears, up to 0.02"
+
+
+def test_what_was_not_measured_or_run_is_said_so() -> None:
+    text = minimal_card()
+    assert "not measured" in text
+    assert "No loader was run." in text
+    assert "from auto_gptq" not in text
+    recipe = fixtures.llama_recipe()
+    receipts = [receipt.model_copy(update={"quality": None}) for receipt in fixtures.llama_receipts(recipe)[:1]]
+    receipts += fixtures.llama_receipts(recipe)[1:]
+    partly = render_card(recipe, CardTexts(), receipts, "llama", "main")
+    assert tables(partly)[1][1][1:] == ["not measured"] * 6
+    assert "Closest to" not in partly.partition("## Which branch")[2]
+    assert "by quality, this page recommends none" in partly
+
+
+def test_a_loader_of_the_recipe_without_a_record_was_not_run() -> None:
+    recipe = fixtures.llama_recipe()
+    receipts = [receipt.model_copy(update={"loaders": ()}) for receipt in fixtures.llama_receipts(recipe)]
+    text = render_card(recipe, CardTexts(), receipts, "llama", "main")
+    results = {row[0]: row[2] for row in tables(text)[2][1:]}
+    assert results == dict.fromkeys(
+        ("AutoGPTQ", "Transformers", "ExLlamaV2"), "not run: no record of it in the receipt"
+    )
+    assert all(row[8] == "none" for row in tables(text)[0][1:])
+
+
+def test_a_loader_that_failed_is_not_hidden() -> None:
+    failed = LoaderRecord(loader="autogptq", required=True, status="failed", reason="relative error 1.1", device="CPU")
+    text = minimal_card(loaders=(failed,))
+    assert "**It failed on this branch:** relative error 1.1." in text
+    assert tables(text)[1][1][:3] == ["AutoGPTQ", "`main`", "failed: relative error 1.1"]
+    assert "from auto_gptq" not in text
+
+
+def test_expectations_are_kept_apart_from_what_was_proven() -> None:
+    branches = [variant.branch for variant in fixtures.llama_recipe().expanded_variants()]
+    expectations = {
+        branch: (
+            Verdict(loader="autogptq", can_load=True, reason="needs transformers 4.40"),
+            Verdict(loader="vllm", can_load=branch != "main", reason="" if branch != "main" else "a | reason"),
+        )
+        for branch in branches
+    }
+    text = llama_card(expectations=expectations)
+    assert_well_formed(text)
+    expected = tables(text.partition("### Expected, not run")[2].join(["---\n\n---\n", ""]))[0]
+    assert expected[1:] == [
+        ["vLLM", "`main`", "no", "a \\| reason".replace("\\|", "|")],
+        ["vLLM", ", ".join(f"`{branch}`" for branch in branches[1:]), "yes", "-"],
+    ]
+    assert "Expected, not run" not in llama_card()
+
+
+def test_a_branch_card_says_whose_it_is() -> None:
+    text = llama_card(ACT_ORDER)
+    lines = [line for line in body(text).split("\n") if line]
+    title = lines.index("# Meta's Llama 2 13B-chat GPTQ")
+    assert lines[title + 1].startswith(f"**This is the card of branch `{ACT_ORDER}`:**")
+    assert f"**`{ACT_ORDER}`** (this branch)" in text
+    commands = [block.text for block in extract_code_blocks(text) if block.run]
+    assert all(ACT_ORDER in command or "original card" in command for command in commands)
+    assert "This is the card of" not in llama_card()
+
+
+def test_the_local_target_is_said() -> None:
+    assert "dist/hub/models/fixture/tiny-GPTQ" in minimal_card()
+
+
+def test_the_original_card_comes_last_and_whole() -> None:
+    last = llama_card().partition("\n# Original model card: Meta's Llama 2 13B-chat\n\n")[2]
+    assert last == fixtures.FIXTURE_ORIGINAL_CARD.partition("---\n# ")[2].join(["# ", ""])
+
+
+def test_no_template_syntax_is_left() -> None:
+    for text in (llama_card(), minimal_card()):
+        assert not [mark for mark in ("{{", "}}", "{%", "%}", "{#", "Undefined") if mark in text]
+
+
+@pytest.mark.parametrize(("name", "text"), [("header", "<!-- open"), ("footer", "```\nopen"), ("original_card", "~~~")])
+def test_a_text_that_would_swallow_the_card_is_refused(name: str, text: str) -> None:
+    recipe = fixtures.minimal_recipe()
+    with pytest.raises(CardError, match=rf"card\.{name}: the {name} leaves an? (code fence|HTML comment) open"):
+        render_card(recipe, CardTexts(**{name: text}), fixtures.minimal_receipts(recipe), "llama", "main")
+
+
+def test_receipts_must_be_the_recipes() -> None:
+    recipe = fixtures.llama_recipe()
+    receipts = fixtures.llama_receipts(recipe)
+    with pytest.raises(CardError, match="not the recipe's variants"):
+        render_card(recipe, CardTexts(), receipts[::-1], "llama", "main")
+    stranger = [receipt.model_copy(update={"repository": "other/repository"}) for receipt in receipts]
+    with pytest.raises(CardError, match="another repository's"):
+        render_card(recipe, CardTexts(), stranger, "llama", "main")
+    with pytest.raises(CardError, match="no such branch"):
+        render_card(recipe, CardTexts(), receipts, "llama", "nowhere")
+
+
+def test_a_figure_that_is_not_a_number_is_refused() -> None:
+    recipe = fixtures.llama_recipe()
+    receipts = [
+        receipt.model_copy(update={"quality": receipt.quality.model_copy(update={"perplexity": float("nan")})})
+        for receipt in fixtures.llama_receipts(recipe)
+        if receipt.quality
+    ]
+    with pytest.raises(CardError, match=r"_quality\.md\.j2:\d+: a receipt holds a figure that is not a number"):
+        render_card(recipe, CardTexts(), receipts, "llama", "main")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{{ card.titel }}", r"_license\.md\.j2:2: the card's template cannot be filled in\n  why: .*titel"),
+        ("{{ nothing.at_all }}", r"_license\.md\.j2:2: .*\n  why: 'nothing' is undefined"),
+        ("{% if %}", r"_license\.md\.j2:2: a template is malformed"),
+        ('{% include "gone.md.j2" %}', r"gone\.md\.j2: a template is missing"),
+        ("{{ card.__class__.__mro__ }}", r"_license\.md\.j2:2: "),
+        ("{{ branches | size }}", r"_license\.md\.j2:2: "),
+    ],
+)
+def test_a_mistake_in_a_template_names_its_line(
+    line: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "templates"
+    shutil.copytree(card.templates_dir(), folder)
+    (folder / "_license.md.j2").write_text(f"## Licence\n{line}\n", encoding="utf-8")
+    monkeypatch.setattr(card, "templates_dir", lambda: folder)
+    with pytest.raises(CardError, match=expected):
+        minimal_card()
+
+
+def test_templates_are_found_beside_and_inside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = card.templates_dir()
+    package = tmp_path / "packager"
+    monkeypatch.setattr(card, "__file__", str(package / "card.py"))
+    with pytest.raises(CardError, match="templates are missing"):
+        card.templates_dir()
+    shutil.copytree(checkout, package / "templates")
+    assert card.templates_dir() == package / "templates"
+
+
+def test_titles_are_kept_on_one_line() -> None:
+    title = "Two\u2028lines and\u202e a turn"
+    assert headings(minimal_card(fixtures.minimal_recipe(title=title)))[0] == f"{one_line(title)} GPTQ"
+
+
+def test_rendering_needs_no_torch() -> None:
+    code = "import sys, packager.card; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1])

@@ -1,0 +1,144 @@
+import ast
+import shlex
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from ruamel.yaml import YAML
+
+from packager import markdown
+
+ANY_TEXT = st.text(max_size=300)
+HOSTILE_TEXT = st.text(alphabet="ab1 |`*_[]()<>&;#~$\\\n\t{}%!-+.\"'\u2028\x07", max_size=80)
+
+
+def page(text: str) -> list[Token]:
+    return MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
+
+
+def shown(tokens: list[Token]) -> str:
+    """What a reader sees of a page's prose."""
+    children = [child for token in tokens for child in token.children or []]
+    assert {child.type for child in children} <= {"text", "text_special", "code_inline"}, "markup came out of a value"
+    return "".join(child.content for child in children)
+
+
+@given(HOSTILE_TEXT)
+def test_inline_text_is_shown_as_written_and_marks_nothing_up(text: str) -> None:
+    assert shown(page(f"# Title {markdown.inline(text)} end")) == f"Title {markdown.one_line(text)} end"
+
+
+@given(HOSTILE_TEXT)
+def test_inline_text_stays_in_its_table_cell(text: str) -> None:
+    tokens = page(f"| a | b |\n| - | - |\n| x{markdown.inline(text)}x | y |\n")
+    cells = [tokens[index + 1] for index, token in enumerate(tokens) if token.type == "td_open"]
+    assert len(cells) == 2
+    assert shown(cells[:1]) == f"x{markdown.one_line(text)}x"
+    assert shown(cells[1:]) == "y"
+
+
+@given(HOSTILE_TEXT)
+def test_code_span_holds_any_text(text: str) -> None:
+    content = markdown.one_line(text)
+    if content:
+        assert shown(page(f"Before {markdown.code_span(text)} after")) == f"Before {content} after"
+
+
+@given(HOSTILE_TEXT, HOSTILE_TEXT)
+def test_a_link_stays_one_link(title: str, path: str) -> None:
+    (paragraph,) = [
+        token for token in page(f"* {markdown.link('t' + title, 'https://e.org/' + path)}") if token.children
+    ]
+    kinds = [child.type for child in paragraph.children or [] if child.type not in ("text", "text_special")]
+    assert kinds == ["link_open", "link_close"]
+
+
+@given(HOSTILE_TEXT)
+def test_a_fence_holds_any_text(text: str) -> None:
+    (block,) = markdown.extract_code_blocks(markdown.fence(f"a{text}a", "text") + "\nafter\n")
+    (token,) = [token for token in page(markdown.fence(f"a{text}a", "text") + "\nafter\n") if token.type == "fence"]
+    assert block.text == token.content == f"a{text}a\n".replace("\x07", "\ufffd")
+
+
+@given(ANY_TEXT)
+def test_python_string_is_the_text(text: str) -> None:
+    expression = markdown.python_string(text, width=20)
+    assert ast.literal_eval(expression) == text
+    assert all(line.isprintable() for line in expression.split("\n"))
+
+
+@given(ANY_TEXT.filter(lambda text: "\x00" not in text))
+def test_shell_word_is_one_word(text: str) -> None:
+    assert shlex.split(markdown.shell_word(text)) == [text]
+
+
+@pytest.mark.parametrize("version", [(1, 1), (1, 2)])
+@pytest.mark.parametrize(
+    "text", ["no", "on", "null", "1e3", "0x1F", "1_000", "12:30:45", "~", "a: b", "# x", "- x", "4-bit"]
+)
+def test_front_matter_values_are_text_in_every_yaml(text: str, version: tuple[int, int]) -> None:
+    yaml = YAML(typ="safe")
+    yaml.version = version
+    front = markdown.front_matter({"key": text, "list": [text, "x"]})
+    assert yaml.load(front.removesuffix("---\n")) == {"key": text, "list": [text, "x"]}
+
+
+def test_front_matter_is_stripped_only_when_it_is_one() -> None:
+    assert markdown.strip_front_matter("---\nlicense: mit\ntags:\n- a\n---\n# Title\n") == "# Title\n"
+    assert markdown.strip_front_matter("---\r\nlicense: mit\r\n---\r\n# Title\r\n") == "# Title\n"
+    rules = "---\nJust a sentence.\n---\n# Title\n"
+    assert markdown.strip_front_matter(rules) == rules
+    assert markdown.strip_front_matter("# Title\n---\na: b\n---\n") == "# Title\n---\na: b\n---\n"
+
+
+def test_code_blocks_are_found_as_commonmark_does() -> None:
+    text = """<!-- run: shell -->
+
+```shell
+echo "`tick`"
+```
+
+````python extra words
+```
+inner
+```
+````
+not `inline ```code``` here`
+~~~
+tilde ``` inside
+~~~
+  ```text
+  indented
+    more
+  ```
+    ```
+    an indented block is no fence
+``` not`a fence
+<!-- run: transformers -->
+some words
+```python
+open to the end
+"""
+    blocks = markdown.extract_code_blocks(text)
+    assert [(block.language, block.line, block.run) for block in blocks] == [
+        ("shell", 3, "shell"),
+        ("python", 7, ""),
+        ("", 13, ""),
+        ("text", 16, ""),
+        ("python", 25, ""),
+    ]
+    fences = [token for token in page(text) if token.type == "fence"]
+    assert [block.text for block in blocks] == [token.content for token in fences]
+
+
+def test_what_is_left_open_is_named() -> None:
+    assert markdown.unclosed("# ok\n```\ncode <!--\n```\n<!-- a --> b\n") == ""
+    assert markdown.unclosed("text\n```\ncode\n") == "a code fence"
+    assert markdown.unclosed("text <!-- never closed\n") == "an HTML comment"
+
+
+def test_tidy_keeps_code_and_line_breaks() -> None:
+    text = "\n\na  \nb \n\n\n\n\nc\t\n```\ncode  \n\n\n\n\nend\n```\nd  \n\n"
+    assert markdown.tidy(text) == "a  \nb\n\n\nc\n```\ncode  \n\n\n\n\nend\n```\nd\n"
