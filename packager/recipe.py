@@ -1,0 +1,363 @@
+"""Stage 1, recipe: what a maintainer writes, as frozen and fully validated values.
+
+`load_recipe` in `recipe_file.py` reads the YAML and reports every problem with its line; the shapes live here.
+A path in a recipe is relative to the recipe's own folder and may not leave it.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Set as AbstractSet
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticKnownError
+
+from packager.variant import MAIN, Bits, Engine, Variant, branch_name, branch_problem
+
+LoaderName = Literal["autogptq", "transformers", "exllamav2"]
+
+
+def _relative_path(value: str) -> str:
+    path = PurePosixPath(value)
+    if len(value) > 400 or not value.isprintable():
+        raise ValueError("must have at most 400 characters, all of them printable")
+    if not value or path.is_absolute() or ".." in path.parts or "\\" in value or re.match(r"[A-Za-z]:|~", value):
+        raise ValueError("must be relative to the recipe's folder and may not leave it")
+    return value
+
+
+def _whole_number(value: object) -> object:
+    # A strict Literal[1] still takes True and 1.0, which equal 1.
+    if type(value) is not int:
+        raise PydanticKnownError("int_type")
+    return value
+
+
+def _branch(value: str) -> str:
+    if problem := branch_problem(value):
+        raise ValueError(f"cannot be a branch: {problem}")
+    return value
+
+
+def _group_size(value: int) -> int:
+    if value != -1 and (value < 8 or value % 8):
+        raise ValueError("must be -1 (the whole row) or a positive multiple of 8")
+    return value
+
+
+def base_model_problem(given: AbstractSet[str]) -> str:
+    """Return why these fields together do not name one base model, or ""."""
+    if "revision" in given and "path" in given:
+        return "give either revision (read from the Hub) or path (a local folder), not both"
+    if not given & {"revision", "path"}:
+        return "give either revision (read from the Hub) or path (a local folder)"
+    if "revision" in given and "config" not in given:
+        return "a base model on the Hub needs config: a local copy of its config.json to plan from"
+    return ""
+
+
+def text_source_problem(given: AbstractSet[str]) -> str:
+    """Return why these fields together do not name one text, or ""."""
+    if "path" in given and "dataset" in given:
+        return "give either path (a local file) or dataset (on the Hub), not both"
+    if not given & {"path", "dataset"}:
+        return "give either path (a local file) or dataset (on the Hub)"
+    if "dataset" in given and not given >= {"revision", "split"}:
+        return "a Hub dataset needs its revision and split"
+    if "path" in given and given & {"revision", "split", "config"}:
+        return "revision, split and config belong to a Hub dataset, not to a local file"
+    return ""
+
+
+def _prompt_template(value: str) -> str:
+    if value.count("{prompt}") != 1:
+        raise ValueError("must contain {prompt} exactly once")
+    return value
+
+
+def _says(description: str) -> Any:
+    return Field(description=description)
+
+
+_REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+_FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+_COMMIT_HASH = r"^[0-9a-f]{40}$"
+_URL = r"^https://[^\s<>\"'`|)\]]+$"
+_LINE = r"^[^\r\n\x00-\x1f]+$"
+_LANGUAGE = r"^[a-z]{2,3}$"
+_TAG = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
+_WEIGHTS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,80}$"
+# What each pattern asks for, to complete "<key> must be ...".
+PATTERN_MEANINGS = {
+    _REPO_ID: "namespace/name",
+    _FILE_NAME: "a file name without a folder",
+    _COMMIT_HASH: "a full commit id, 40 lower-case hex digits",
+    _URL: "an https:// address without spaces, quotes or brackets",
+    _LINE: "one line of text",
+    _LANGUAGE: "a language code of two or three lower-case letters",
+    _TAG: "a Hub tag of letters, digits, '.', '_', ':' and '-'",
+    _WEIGHTS_NAME: "a file name of letters, digits, '_' and '-', without .safetensors",
+}
+
+RepoId = Annotated[str, Field(pattern=_REPO_ID, description=PATTERN_MEANINGS[_REPO_ID])]
+FileName = Annotated[str, Field(pattern=_FILE_NAME, description=PATTERN_MEANINGS[_FILE_NAME])]
+CommitHash = Annotated[str, Field(pattern=_COMMIT_HASH, description=PATTERN_MEANINGS[_COMMIT_HASH])]
+RelativePath = Annotated[str, AfterValidator(_relative_path), Field(description="relative to the recipe's folder")]
+Branch = Annotated[
+    str, AfterValidator(_branch), _says("main, or left out: then named gptq-{bits}bit-{group_size}g-...")
+]
+BitsField = Annotated[Bits, BeforeValidator(_whole_number), _says("bits per weight")]
+GroupSize = Annotated[
+    int,
+    AfterValidator(_group_size),
+    Field(
+        description="columns per scale, a multiple of 8; -1 = the whole row",
+        json_schema_extra={"anyOf": [{"const": -1}, {"minimum": 8, "multipleOf": 8}]},
+    ),
+]
+DampPercent = Annotated[float, Field(gt=0, lt=1, description="fraction of mean(diag H) added to the diagonal")]
+DampLimit = Annotated[float, Field(gt=0, lt=1, description="how far damping may be raised when a factorisation fails")]
+DescAct = Annotated[bool, _says("quantize columns in order of decreasing diag(H): act order")]
+Sym = Annotated[bool, _says("symmetric grid")]
+TrueSequential = Annotated[bool, _says("each linear sees inputs made by the already quantized ones before it")]
+StaticGroups = Annotated[bool, _says("fix every grid from the original weights before any column is quantized")]
+ScaleSearch = Annotated[bool, _says("search a smaller scale per group (41 candidates down to 60 % of max|w|)")]
+EngineField = Annotated[Engine, _says("what makes the weights")]
+SeqLen = Annotated[int, Field(ge=8, le=131072, description="tokens per row")]
+Url = Annotated[str, Field(pattern=_URL, description="an https:// address")]
+Line = Annotated[str, Field(min_length=1, max_length=400, pattern=_LINE, description=PATTERN_MEANINGS[_LINE])]
+
+
+class Strict(BaseModel):
+    """Refuse unknown keys and implicit conversions; values never change once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def given_fields(self) -> frozenset[str]:
+        """Return the names of the fields that hold a value."""
+        return frozenset(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
+class Repository(Strict):
+    """Where the variants are published."""
+
+    id: RepoId
+    target: Literal["local"] = Field(default="local", description="local: a git repository in dist/hub/models/<id>")
+
+
+class BaseModelRef(Strict):
+    """The fp16 model: on the Hub at an exact revision, or a local folder."""
+
+    id: RepoId
+    revision: CommitHash | None = Field(
+        default=None, description="the Hub commit to read; leave out for a local folder"
+    )
+    path: RelativePath | None = Field(default=None, description="a local folder with safetensors; instead of revision")
+    config: RelativePath | None = Field(
+        default=None,
+        description="a copy of the model's config.json, for planning offline; checked against the real one",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "BaseModelRef":
+        if problem := base_model_problem(self.given_fields()):
+            raise ValueError(problem)
+        return self
+
+
+class TextSource(Strict):
+    """Text to tokenize: a local .txt or .jsonl file, or one split of a Hub dataset at an exact revision."""
+
+    path: RelativePath | None = Field(default=None, description="a local .txt or .jsonl file")
+    dataset: RepoId | None = Field(default=None, description="a Hub dataset; instead of path")
+    config: Line | None = Field(default=None, description="the dataset's configuration, e.g. wikitext-2-raw-v1")
+    revision: CommitHash | None = Field(default=None, description="the dataset's commit, 40 lower-case hex digits")
+    split: Line | None = Field(default=None, description="the dataset's split, e.g. train")
+    text_field: Line = Field(default="text", description="the column or JSON key that holds the text")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TextSource":
+        if problem := text_source_problem(self.given_fields()):
+            raise ValueError(problem)
+        return self
+
+
+class Calibration(TextSource):
+    """The text the quantizer sees."""
+
+    num_samples: int = Field(default=128, ge=1, le=65536, description="rows of seq_len tokens")
+    seq_len: SeqLen = 2048
+    seed: int = Field(default=0, ge=0, description="chooses which rows are drawn from the text")
+
+
+class Evaluation(TextSource):
+    """Held-out text: perplexity, KL divergence and top-1 agreement are measured on it, never quantized with."""
+
+    num_tokens: int = Field(default=131072, ge=64, description="rounded down to whole rows of seq_len")
+    seq_len: SeqLen = 2048
+    questions: RelativePath | None = Field(
+        default=None, description='JSONL of {"prompt": ..., "answer": ...}, answered greedily'
+    )
+
+
+class VariantFields(Strict):
+    """What may be said of one variant; what is left out comes from `defaults`."""
+
+    bits: BitsField | None = None
+    group_size: GroupSize | None = None
+    desc_act: DescAct | None = None
+    sym: Sym | None = None
+    damp_percent: DampPercent | None = None
+    damp_percent_limit: DampLimit | None = None
+    true_sequential: TrueSequential | None = None
+    static_groups: StaticGroups | None = None
+    scale_search: ScaleSearch | None = None
+    engine: EngineField | None = None
+
+
+class VariantEntry(VariantFields):
+    """One variant of the list; without `branch` its name follows the usual grammar."""
+
+    branch: Branch | None = None
+    description: Line | None = Field(
+        default=None, description="the table's last column; written from the measurements if left out"
+    )
+
+
+class Defaults(Strict):
+    """Parameters of every variant that does not say otherwise."""
+
+    bits: BitsField = 4
+    group_size: GroupSize = 128
+    desc_act: DescAct = False
+    sym: Sym = True
+    damp_percent: DampPercent = 0.01
+    damp_percent_limit: DampLimit = 0.1
+    true_sequential: TrueSequential = True
+    static_groups: StaticGroups = False
+    scale_search: ScaleSearch = False
+    engine: EngineField = "native"
+
+
+class Checkpoint(Strict):
+    """How a branch's weights are stored."""
+
+    weights_name: Annotated[str, Field(pattern=_WEIGHTS_NAME)] = Field(
+        default="model", description="file name without .safetensors; the same in every branch"
+    )
+    max_shard_bytes: int = Field(
+        default=48_000_000_000, ge=1_000_000, description="a larger checkpoint is split into shards"
+    )
+
+
+class Loaders(Strict):
+    """Which runtimes must open every variant, and what they are asked to compute."""
+
+    required: tuple[LoaderName, ...] = Field(default=(), description="publishing needs a pass of each")
+    if_available: tuple[LoaderName, ...] = Field(
+        default=(), description="run where the machine can; reported either way"
+    )
+    num_rows: int = Field(default=4, ge=1, le=64, description="rows of held-out tokens whose logits are compared")
+    seq_len: int = Field(default=64, ge=4, le=4096, description="tokens per compared row")
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="user messages to answer greedily"
+    )
+    max_new_tokens: int = Field(default=16, ge=1, le=512, description="tokens generated per prompt")
+    timeout_s: int = Field(default=600, ge=10, description="how long one loader may take for one variant")
+
+
+class License(Strict):
+    """The base model's licence, as the Hub names it, and the files that must travel with the weights."""
+
+    id: Line = Field(description="the Hub's licence identifier, e.g. llama2, apache-2.0")
+    link: Url | None = Field(default=None, description="where the licence can be read")
+    files: tuple[RelativePath, ...] = Field(default=(), description="copied into every branch under their own names")
+    base_files: tuple[FileName, ...] = Field(
+        default=(),
+        description="copied at build time from the base model's own repository, e.g. LICENSE.txt: never retyped here",
+    )
+
+
+class PromptTemplate(Strict):
+    """The prompt format the model was trained with."""
+
+    name: Line = Field(description="what people call the format, e.g. Llama-2-Chat")
+    template: Annotated[str, AfterValidator(_prompt_template)] = Field(
+        description="the whole prompt, with {prompt} where the user's message goes"
+    )
+
+
+class Link(Strict):
+    """A titled address."""
+
+    title: Line = Field(description="the text of the link")
+    url: Url
+
+
+class Card(Strict):
+    """What the model card says that cannot be measured."""
+
+    title: Line = Field(description="the model's name as people know it, e.g. Meta's Llama 2 13B-chat")
+    creator: Line = Field(description="who made the base model")
+    creator_url: Url | None = Field(default=None, description="the creator's page")
+    quantized_by: Line = Field(description="the Hub name of who publishes this repository")
+    license: License
+    language: tuple[Annotated[str, Field(pattern=_LANGUAGE)], ...] = Field(default=("en",), description="ISO 639 codes")
+    tags: tuple[Annotated[str, Field(pattern=_TAG)], ...] = Field(
+        default=(), description="Hub tags besides those every GPTQ repository gets"
+    )
+    prompt_template: PromptTemplate
+    system_prompt: str | None = Field(default=None, description="shown in the Python example as the system message")
+    example_prompt: Line = Field(default="Tell me about AI", description="the user's message in the code examples")
+    related_repositories: tuple[Link, ...] = Field(default=(), description="the list under Repositories available")
+    header: RelativePath | None = Field(default=None, description="markdown placed above the title")
+    footer: RelativePath | None = Field(default=None, description="markdown: community, thanks, credits")
+    original_card: RelativePath | None = Field(default=None, description="the base model's card, appended")
+
+
+class Recipe(Strict):
+    """A whole recipe file."""
+
+    schema_version: Annotated[Literal[1], BeforeValidator(_whole_number)] = Field(
+        description="the version of this file format"
+    )
+    repository: Repository
+    base_model: BaseModelRef
+    calibration: Calibration
+    evaluation: Evaluation
+    defaults: Defaults = Defaults()
+    variants: tuple[VariantEntry, ...] = Field(
+        min_length=1, max_length=64, description="one branch each; main exactly once"
+    )
+    checkpoint: Checkpoint = Checkpoint()
+    loaders: Loaders = Loaders()
+    card: Card
+
+    def expanded_variants(self) -> tuple[Variant, ...]:
+        """Return every variant with the defaults filled in and its branch named, in the recipe's order."""
+        return tuple(expand(entry, self.defaults) for entry in self.variants)
+
+    def digest(self) -> str:
+        """Return the sha256 of the recipe's canonical JSON: comments and layout do not change it."""
+        return digest_of(self.model_dump(mode="json"))
+
+
+def expand(entry: VariantEntry, defaults: Defaults) -> Variant:
+    """Fill `entry` from `defaults` and name its branch."""
+    given = {
+        key: value for key, value in entry.model_dump(exclude={"branch", "description"}).items() if value is not None
+    }
+    fields = {**defaults.model_dump(), **given}
+    name = branch_name(bits=fields["bits"], group_size=fields["group_size"], desc_act=fields["desc_act"])
+    return Variant(branch=entry.branch or name, **fields)
+
+
+def digest_of(value: object) -> str:
+    """Return the sha256 of `value` as canonical JSON (sorted keys, no spaces, no NaN)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+__all__ = ["MAIN", "Recipe", "digest_of", "expand"]

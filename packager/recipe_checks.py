@@ -1,0 +1,232 @@
+"""The rules of a recipe that concern more than one field, or files on disk.
+
+Every check reads what it needs from a draft and keeps silent about values that are wrong in themselves, so that all
+of them run whatever else is wrong.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from packager.recipe import Defaults, base_model_problem, text_source_problem
+from packager.recipe_draft import Draft, Loc, State, name_of
+from packager.recipe_paths import locate, path_problem
+from packager.recipe_shapes import Parameter, shape_findings
+from packager.recipe_yaml import Finding
+from packager.variant import MAIN, branch_name
+
+# Every field of type RelativePath; the two lists of licence files are added where they are checked.
+FILE_FIELDS: Final[tuple[Loc, ...]] = (
+    ("base_model", "config"),
+    ("calibration", "path"),
+    ("evaluation", "path"),
+    ("evaluation", "questions"),
+    ("card", "header"),
+    ("card", "footer"),
+    ("card", "original_card"),
+)
+FOLDER_FIELDS: Final[tuple[Loc, ...]] = (("base_model", "path"),)
+LICENSE_FILES: Final[Loc] = ("card", "license", "files")
+BASE_FILES: Final[Loc] = ("card", "license", "base_files")
+
+# FORMAT.md, "Files of a branch": a licence file of such a name would replace what the build writes.
+_BRANCH_FILES: Final = frozenset(
+    {
+        "config.json",
+        "generation_config.json",
+        "provenance.json",
+        "quantize_config.json",
+        "readme.md",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+)
+_WEIGHT_SUFFIXES: Final = (".safetensors", ".safetensors.index.json", ".bin", ".pt")
+
+
+def check(draft: Draft, folder: Path) -> list[Finding]:
+    """Return what is wrong across fields; `folder` is the recipe's own."""
+    found = [
+        *_sources(draft),
+        *_ids(draft),
+        *_branches(draft),
+        *_damping(draft),
+        *_loaders(draft),
+        *_rows(draft),
+        *_held_out(draft, folder),
+        *_paths(draft, folder),
+        *_license_names(draft),
+        *shape_findings(draft, folder, [_parameters(draft, index) for index in range(draft.count("variants"))]),
+    ]
+    return list(dict.fromkeys(found))  # a wrong default concerns every variant and is said once
+
+
+def _sources(draft: Draft) -> Iterator[Finding]:
+    """Say which sections do not name exactly one source."""
+    for section, problem_of in (
+        ("base_model", base_model_problem),
+        ("calibration", text_source_problem),
+        ("evaluation", text_source_problem),
+    ):
+        given = draft.keys(section)
+        if given is not None and (problem := problem_of(given)):
+            yield Finding(draft.key_at(section), f"{section}: {problem}")
+
+
+def _ids(draft: Draft) -> Iterator[Finding]:
+    repository, base_model = draft.text("repository", "id"), draft.text("base_model", "id")
+    if repository and base_model and repository.casefold() == base_model.casefold():
+        yield Finding(draft.at("repository", "id"), "repository.id is the base model's own id")
+
+
+def _parameters(draft: Draft, index: int) -> dict[str, Parameter]:
+    """Return each parameter of a variant as far as it is known, and where it comes from."""
+    parameters: dict[str, Parameter] = {}
+    for name, field in Defaults.model_fields.items():
+        loc: Loc = ("variants", index, name)
+        if draft.get(*loc) is State.ABSENT:
+            loc = ("defaults", name)
+        value = draft.get(*loc)
+        written = value is not State.ABSENT
+        at = draft.at(*loc) if written else draft.key_at("variants", index)
+        parameters[name] = Parameter(value if written else field.default, at, written=written)
+    return parameters
+
+
+def _branch_of(draft: Draft, index: int) -> str | None:
+    """Return a variant's branch as written or as the grammar names it, or None when that cannot be known."""
+    branch = draft.get("variants", index, "branch")
+    if branch is not State.ABSENT:
+        return branch if isinstance(branch, str) else None
+    parameters = _parameters(draft, index)
+    bits, group_size, desc_act = (parameters[name].value for name in ("bits", "group_size", "desc_act"))
+    if isinstance(bits, int) and isinstance(group_size, int) and isinstance(desc_act, bool):
+        return branch_name(bits=bits, group_size=group_size, desc_act=desc_act)
+    return None
+
+
+def _branches(draft: Draft) -> Iterator[Finding]:
+    """Demand `main` exactly once, and names that differ by more than case."""
+    names = [_branch_of(draft, index) for index in range(draft.count("variants"))]
+    first: dict[str, int] = {}
+    for index, name in enumerate(names):
+        if name is None:
+            continue
+        earlier = first.setdefault(name.casefold(), index)
+        if earlier == index:
+            continue
+        line = draft.key_at("variants", earlier).line
+        message = f"two variants have the branch {name!r}"
+        if names[earlier] != name:
+            message = f"the branches {names[earlier]!r} and {name!r} differ only in case"
+        elif name == MAIN:
+            message = "two variants have the branch 'main', which a recipe has exactly once"
+        yield Finding(draft.at("variants", index, "branch"), message, f"the first is at line {line}")
+    if names and None not in names and MAIN not in names:
+        yield Finding(
+            draft.key_at("variants"),
+            "no variant has the branch 'main', which a recipe has exactly once",
+            "it is what people get who name no branch: add `branch: main` to one variant",
+        )
+
+
+def _damping(draft: Draft) -> Iterator[Finding]:
+    for index in range(draft.count("variants")):
+        parameters = _parameters(draft, index)
+        damp, limit = parameters["damp_percent"], parameters["damp_percent_limit"]
+        if isinstance(damp.value, float) and isinstance(limit.value, float) and limit.value < damp.value:
+            at = max(parameter.at for parameter in (damp, limit) if parameter.written)
+            hint = "" if limit.written else f"the limit is {limit.value} unless the recipe says otherwise"
+            yield Finding(at, f"damp_percent_limit {limit.value} is less than damp_percent {damp.value}", hint)
+
+
+def _loaders(draft: Draft) -> Iterator[Finding]:
+    """Refuse a loader that is named twice."""
+    places: dict[str, str] = {}
+    for name in ("required", "if_available"):
+        for index in range(draft.count("loaders", name)):
+            loader = draft.text("loaders", name, index)
+            if loader is None:
+                continue
+            if loader in places:
+                both = f"twice in loaders.{name}" if places[loader] == name else "both as required and as if_available"
+                yield Finding(draft.at("loaders", name, index), f"the loader {loader!r} is listed {both}")
+            places.setdefault(loader, name)
+
+
+def _rows(draft: Draft) -> Iterator[Finding]:
+    num_tokens, seq_len = draft.number("evaluation", "num_tokens"), draft.number("evaluation", "seq_len")
+    if num_tokens is not None and seq_len is not None and num_tokens < seq_len:
+        yield Finding(
+            draft.at("evaluation", "num_tokens"),
+            f"evaluation.num_tokens {num_tokens} is less than one row of evaluation.seq_len {seq_len}",
+        )
+
+
+def _held_out(draft: Draft, folder: Path) -> Iterator[Finding]:
+    """Refuse to evaluate on the text that the quantizer sees."""
+    calibration = _identity(draft, folder, "calibration", "path")
+    why = "quality measured on the calibration text says nothing"
+    if calibration is None:
+        return
+    if calibration == _identity(draft, folder, "evaluation", "path"):
+        at = draft.at("evaluation", "path" if draft.text("evaluation", "path") else "split")
+        yield Finding(at, "evaluation reads the same text as calibration", why)
+    if draft.text("evaluation", "questions") and calibration == _identity(draft, folder, "evaluation", "questions"):
+        yield Finding(draft.at("evaluation", "questions"), "evaluation.questions is the calibration text", why)
+
+
+def _identity(draft: Draft, folder: Path, section: str, key: str) -> tuple[str, ...] | None:
+    """Return what makes two texts the same one: the real file, or a dataset's configuration and split.
+
+    A slice (`train[:10%]`) counts as its whole split: two slices may overlap.
+    """
+    path = draft.text(section, key)
+    if path is not None:
+        real = locate(folder, path)
+        return None if real is None else (str(real),)
+    dataset, split = draft.text(section, "dataset"), draft.text(section, "split")
+    config = draft.get(section, "config")
+    if dataset is None or split is None or config is State.WRONG:
+        return None
+    return (dataset.casefold(), "" if config is State.ABSENT else str(config), split.partition("[")[0].strip())
+
+
+def _paths(draft: Draft, folder: Path) -> Iterator[Finding]:
+    """Check that every file named in the recipe is there."""
+    files: list[Loc] = [*FILE_FIELDS, *((*LICENSE_FILES, index) for index in range(draft.count(*LICENSE_FILES)))]
+    for loc, directory in (*((loc, False) for loc in files), *((loc, True) for loc in FOLDER_FIELDS)):
+        relative = draft.text(*loc)
+        if relative is None:
+            continue
+        message, hint = path_problem(folder, relative, directory=directory)
+        if message:
+            yield Finding(draft.at(*loc), f"{name_of(loc)}: {message}", hint)
+    base = draft.text("base_model", "path")
+    if base is None or path_problem(folder, base, directory=True)[0]:
+        return
+    for index in range(draft.count(*BASE_FILES)):
+        name = draft.text(*BASE_FILES, index)
+        if name is not None and path_problem(folder, f"{base}/{name}")[0]:
+            yield Finding(draft.at(*BASE_FILES, index), f"the base model has no file {name!r}")
+
+
+def _license_names(draft: Draft) -> Iterator[Finding]:
+    """Refuse licence files that would replace each other or a file of the build."""
+    entries: list[tuple[Loc, str]] = []
+    for loc in (LICENSE_FILES, BASE_FILES):
+        for index in range(draft.count(*loc)):
+            path = draft.text(*loc, index)
+            if path is not None:
+                entries.append(((*loc, index), PurePosixPath(path).name))
+    counts: Counter[str] = Counter()
+    for loc, name in entries:
+        folded = name.casefold()
+        counts[folded] += 1
+        if folded in _BRANCH_FILES or folded.endswith(_WEIGHT_SUFFIXES):
+            yield Finding(draft.at(*loc), f"a licence file cannot be named {name!r}: the build writes that file")
+        elif counts[folded] > 1:
+            yield Finding(draft.at(*loc), f"two licence files are named {name!r}")

@@ -1,0 +1,267 @@
+"""A recipe while it is being judged: the nodes of the file and what the models say of them.
+
+The models' findings become plain sentences with a position, and the parts that are good stay readable, so that the
+checks across fields run even when something else is wrong.
+"""
+
+import difflib
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from packager.recipe import PATTERN_MEANINGS, Recipe
+from packager.recipe_yaml import Finding, Node, Position, Scalar, shown
+
+Loc = tuple[str | int, ...]
+
+SCHEMA_VERSION: Final = 1
+
+
+class State(enum.Enum):
+    """Why a value cannot be read: it is not there (or null), or it is there and wrong."""
+
+    ABSENT = enum.auto()
+    WRONG = enum.auto()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """The nodes of a recipe, its model when every field is good, and the findings of the models.
+
+    Attributes:
+        root: the document.
+        recipe: None when a field is wrong.
+        findings: what the models refuse.
+        wrong: the locations whose values were refused.
+    """
+
+    root: Node
+    recipe: Recipe | None
+    findings: tuple[Finding, ...]
+    wrong: frozenset[Loc]
+
+    def node(self, *loc: str | int) -> Node | State:
+        """Return the node at `loc`, or why it cannot be used."""
+        found = _walk(self.root, loc)
+        if any(loc[:depth] in self.wrong or not node.usable for depth, node in enumerate(found)):
+            return State.WRONG
+        if len(found) == len(loc) + 1:
+            return found[-1]
+        return State.ABSENT if isinstance(found[-1].content, dict) else State.WRONG
+
+    def get(self, *loc: str | int) -> Scalar | State:
+        """Return the scalar at `loc`, or why there is none."""
+        node = self.node(*loc)
+        if isinstance(node, State):
+            return node
+        if isinstance(node.content, list | dict):
+            return State.WRONG
+        return State.ABSENT if node.content is None else node.content
+
+    def number(self, section: str, name: str) -> int | None:
+        """Return a whole number of a section that is there, or its default; None when it is wrong."""
+        value = self.get(section, name)
+        if value is State.ABSENT and isinstance(self.node(section), Node):
+            value = _model_at((section,)).model_fields[name].default
+        return value if isinstance(value, int) else None
+
+    def text(self, *loc: str | int) -> str | None:
+        """Return the good text at `loc`, if there is one."""
+        value = self.get(*loc)
+        return value if isinstance(value, str) else None
+
+    def keys(self, *loc: str | int) -> frozenset[str] | None:
+        """Return the keys of the mapping at `loc` that hold something; None when it is no mapping."""
+        node = self.node(*loc)
+        if isinstance(node, State) or not isinstance(node.content, dict):
+            return None
+        return frozenset(key for key, child in node.content.items() if child.content is not None or not child.usable)
+
+    def count(self, *loc: str | int) -> int:
+        """Return the length of the list at `loc`; 0 when it is no list."""
+        node = self.node(*loc)
+        return len(node.content) if isinstance(node, Node) and isinstance(node.content, list) else 0
+
+    def at(self, *loc: str | int) -> Position:
+        """Return the position of the value at `loc`, or of the deepest thing above it that exists."""
+        found = _walk(self.root, loc)
+        return found[-1].at if len(found) == len(loc) + 1 else found[-1].key_at
+
+    def key_at(self, *loc: str | int) -> Position:
+        """Return the position of the key at `loc`, or of the deepest thing above it that exists."""
+        return _walk(self.root, loc)[-1].key_at
+
+
+def read(root: Node) -> Draft:
+    """Validate a document against the models."""
+    if not isinstance(root.content, dict):
+        finding = Finding(root.at, f"a recipe is a mapping of keys to values, got {got(root)}")
+        return Draft(root=root, recipe=None, findings=(finding,) if root.usable else (), wrong=frozenset({()}))
+    if other_version := _version_problem(root.content.get("schema_version")):
+        # Another version may well have other keys: complaints about them would mislead.
+        return Draft(root=root, recipe=None, findings=(other_version,), wrong=frozenset({()}))
+    try:
+        recipe = Recipe.model_validate(root.plain())
+    except ValidationError as error:
+        errors = [item for item in error.errors(include_url=False) if _concerns_a_field(root, item)]
+        wrong = frozenset(item["loc"] for item in errors if item["type"] not in {"missing", "extra_forbidden"})
+        findings = tuple(_finding(root, item) for item in errors)
+        return Draft(root=root, recipe=None, findings=findings, wrong=wrong)
+    return Draft(root=root, recipe=recipe, findings=(), wrong=frozenset())
+
+
+def name_of(loc: Sequence[str | int]) -> str:
+    """Return a location the way a person writes it: `variants[1].group_size`."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc).removeprefix(".")
+
+
+def got(node: Node) -> str:
+    """Return a value's kind and text, fit for a message."""
+    match node.content:
+        case None:
+            return "nothing"
+        case bool():
+            return "true" if node.content else "false"
+        case int() | float():
+            return f"the number {node.content}"
+        case str():
+            return f"the text {shown(node.content)}"
+        case list():
+            return "a list"
+        case _:
+            return "a mapping"
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """Return a "did you mean" for `word`, or the known words when none is close."""
+    close = difflib.get_close_matches(word.lower()[:80], known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known here: {', '.join(known)}" if len(known) <= 20 else ""
+
+
+def _walk(root: Node, loc: Loc) -> list[Node]:
+    """Return the nodes from the root down to `loc`, as far as they exist."""
+    found = [root]
+    for step in loc:
+        content = found[-1].content
+        if isinstance(content, dict) and step in content:
+            found.append(content[str(step)])
+        elif isinstance(content, list) and isinstance(step, int) and step < len(content):
+            found.append(content[step])
+        else:
+            break
+    return found
+
+
+def _version_problem(node: Node | None) -> Finding | None:
+    if node is None or not isinstance(node.content, int) or isinstance(node.content, bool):
+        return None
+    if node.content == SCHEMA_VERSION:
+        return None
+    return Finding(
+        node.at,
+        f"schema_version {node.content} is not known: this packager reads schema_version {SCHEMA_VERSION}",
+        "use a packager of that version, or bring the recipe to this one",
+    )
+
+
+def _concerns_a_field(root: Node, error: ErrorDetails) -> bool:
+    """Return False for values that were refused before, and for rules across fields: `recipe_checks` has those."""
+    found = _walk(root, error["loc"])
+    if not all(node.usable for node in found):
+        return False
+    return error["type"] != "value_error" or not isinstance(found[-1].content, dict)
+
+
+def _finding(root: Node, error: ErrorDetails) -> Finding:
+    """Reword one of the models' errors."""
+    loc, context = error["loc"], error.get("ctx", {})
+    found = _walk(root, loc)
+    if error["type"] == "missing":
+        field = _model_at(loc[:-1]).model_fields[str(loc[-1])]
+        return Finding(found[-1].key_at, f"{name_of(loc)} is missing", field.description or "")
+    if error["type"] == "extra_forbidden":
+        return _unknown_key(found[-1], loc)
+    node = found[-1]
+    rule = _rule(error["type"], context)
+    message = f"{name_of(loc)} {rule}" if rule else f"{name_of(loc)}: {error['msg']}"
+    if not isinstance(node.content, str) or len(node.content) <= 60:
+        message += f", got {got(node)}"
+    return Finding(node.at, message, _hint(error["type"], node, context))
+
+
+def _unknown_key(node: Node, loc: Loc) -> Finding:
+    """Report a key that no model knows, with the key it may have meant to be or the place it belongs to."""
+    key, inside = str(loc[-1]), name_of(loc[:-1])
+    message = f"unknown key {shown(key)}" + (f" in {inside}" if inside else "")
+    homes = [
+        name
+        for name in Recipe.model_fields
+        if name != loc[0] and key in getattr(_model_at((name,)), "model_fields", ())
+    ]
+    if homes and len(homes) <= 2:
+        return Finding(node.key_at, message, f"it belongs in {' or '.join(homes)}")
+    return Finding(node.key_at, message, suggestion(key, tuple(_model_at(loc[:-1]).model_fields)))
+
+
+def _model_at(loc: Loc) -> type[BaseModel]:
+    """Return the model that describes the mapping at `loc`."""
+    model: type[BaseModel] = Recipe
+    for step in loc:
+        if isinstance(step, str):
+            annotation = model.model_fields[step].annotation
+            inner = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+            model = next((kind for kind in inner if issubclass(kind, BaseModel)), BaseModel)
+    return model
+
+
+_RULES: Final = {
+    "bool_type": "must be true or false",
+    "float_type": "must be a number",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_type": "must be a whole number",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "must be {expected}",
+    "model_type": "must be a mapping (indented `key: value` lines)",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_too_short": "must not be empty",
+    "string_type": "must be text",
+    "too_long": "may have at most {max_length} entries",
+    "too_short": "must have at least {min_length} entry",
+    "tuple_type": "must be a list ([a, b] or one `- ` line per entry)",
+    "value_error": "{error}",
+}
+_SAID_TRUTH: Final = frozenset({"yes", "no", "on", "off", "true", "false"})
+
+
+def _rule(kind: str, context: dict[str, Any]) -> str:
+    """Return what a value must be, to follow its name; "" for a kind of error that is not known here."""
+    if kind == "string_pattern_mismatch":
+        pattern = context["pattern"]
+        return f"must be {PATTERN_MEANINGS.get(pattern, pattern)}"
+    return _RULES.get(kind, "").format(**context).removesuffix(".0")
+
+
+def _hint(kind: str, node: Node, context: dict[str, Any]) -> str:
+    """Return the likely repair of a wrong value."""
+    match kind, node.content:
+        case "string_type", int() | float():
+            return "put it in quotes"
+        case "bool_type", str(text) if text.lower() in _SAID_TRUTH:
+            return "write true or false, without quotes"
+        case "int_type" | "float_type", str(text) if text.replace("_", "").replace(".", "").isdecimal():
+            return f"write {text.replace('_', '')}, without quotes"
+        case "int_type", float(number) if number.is_integer():
+            return f"write {int(number)}"
+        case "literal_error", str(text):
+            known = [word.strip(" '") for part in context["expected"].split(" or ") for word in part.split(",")]
+            close = difflib.get_close_matches(text.lower()[:80], known, n=1)
+            return f"did you mean {close[0]!r}?" if close else ""
+    return ""

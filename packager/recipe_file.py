@@ -1,0 +1,98 @@
+"""Stage 1, recipe: read a recipe file, and report every problem in it at once with its line and column."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from packager.errors import Problem, RecipeError
+from packager.recipe import Recipe
+from packager.recipe_checks import check
+from packager.recipe_draft import read
+from packager.recipe_paths import locate, path_problem
+from packager.recipe_yaml import MAX_BYTES, Finding, decode, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeFile:
+    """A recipe and the file it was read from."""
+
+    path: Path
+    recipe: Recipe
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read and validate a recipe file.
+
+        Raises:
+            RecipeError: the file cannot be read, or something in it is wrong; carries every problem.
+        """
+        return cls(path=path, recipe=load_recipe(path))
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the recipe's paths are relative to."""
+        return self.path.parent
+
+    def resolve(self, relative: str) -> Path:
+        """Return the real path of a file or folder named in the recipe.
+
+        Raises:
+            RecipeError: nothing is there any more, or the path leaves the recipe's folder, be it through a link.
+        """
+        path = locate(self.folder, relative)
+        if path is None or not path.exists():
+            message, hint = path_problem(self.folder, relative)
+            raise RecipeError(
+                f"{self.path}: a file cannot be used", [Problem(where=relative, message=message, hint=hint)]
+            )
+        return path
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and validate a recipe file.
+
+    Raises:
+        RecipeError: the file cannot be read, or something in it is wrong; carries every problem, in the file's order.
+    """
+    recipe, findings = _judge(_read(path), path.parent)
+    if recipe is not None and not findings:
+        return recipe
+    problems = [
+        Problem(where=f"{path}:{finding.at.line}:{finding.at.column}", message=finding.message, hint=finding.hint)
+        for finding in sorted(findings)
+    ]
+    count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise RecipeError(f"the recipe {path} has {count}", problems)
+
+
+def _judge(data: bytes, folder: Path) -> tuple[Recipe | None, list[Finding]]:
+    """Return the recipe, and everything that is wrong with it."""
+    text, findings = decode(data)
+    if findings:
+        return None, findings
+    root, findings = parse(text)
+    if root is None:
+        return None, findings
+    draft = read(root)
+    return draft.recipe, [*findings, *draft.findings, *check(draft, folder)]
+
+
+def _read(path: Path) -> bytes:
+    """Return the file's bytes, at most one more than a recipe may have."""
+    try:
+        if path.exists() and not path.is_file():
+            raise RecipeError(f"{path} is not a file", hint="name the recipe's .yaml file")
+        with path.open("rb") as stream:
+            return stream.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise RecipeError(f"there is no recipe {path}", hint=_nearby(path)) from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
+
+
+def _nearby(path: Path) -> str:
+    """Return the recipes next to a missing one, the most similar first."""
+    names = sorted(entry.name for entry in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=3) or names[:10]
+    return f"in {path.parent} there is {', '.join(close)}" if close else ""

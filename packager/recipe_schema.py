@@ -1,0 +1,63 @@
+"""The JSON schema of recipe files, generated from the models: editors complete, explain and check recipes with it.
+
+It holds what a schema can say of one value; the rules across fields and files are in `recipe_checks`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from packager.files import write_atomic
+from packager.recipe import Recipe
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the schema of a recipe file (JSON Schema 2020-12)."""
+    generated = Recipe.model_json_schema()
+    schema = {"$schema": _DIALECT, **generated, "title": "GPTQ recipe"}
+    for model in (schema, *schema["$defs"].values()):
+        for field in model.get("properties", {}).values():
+            _describe_optional(field)
+    return schema
+
+
+def _describe_optional(field: dict[str, Any]) -> None:
+    """Lift the description of an optional field's type to the field, where editors look for it."""
+    for choice in field.get("anyOf", ()):
+        if "description" in choice:
+            field.setdefault("description", choice.pop("description"))
+
+
+def schema_text() -> str:
+    """Return the schema as it is written to a file."""
+    return json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the schema, or write it, or check that a file is in step with the models."""
+    parser = argparse.ArgumentParser(prog="python -m packager.recipe_schema", description=main.__doc__)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--write", metavar="FILE", type=Path, help="write the schema to FILE")
+    group.add_argument("--check", metavar="FILE", type=Path, help="exit 1 if FILE is not the schema of the models")
+    options = parser.parse_args(arguments)
+    if options.write:
+        write_atomic(options.write, schema_text().encode())
+    elif options.check:
+        if not options.check.is_file() or options.check.read_bytes() != schema_text().encode():
+            sys.stderr.write(
+                f"{options.check} is not in step with the models\n"
+                f"  hint: run python -m packager.recipe_schema --write {options.check}\n"
+            )
+            return 1
+    else:
+        sys.stdout.write(schema_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,393 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from packager import recipe as models
+from packager.errors import RecipeError
+from packager.recipe import Recipe
+from packager.recipe_checks import FILE_FIELDS, FOLDER_FIELDS, LICENSE_FILES
+from packager.recipe_file import RecipeFile, load_recipe
+from packager.recipe_schema import recipe_schema
+from tests.golden_files import check_golden
+from tests.recipe_fixtures import CONFIG, GOOD, RECIPES, ROOT, edited, problems_of, write_files
+
+LLAMA_13B = ROOT / "recipes" / "llama-2-13b-chat.yaml"
+ASSETS_13B = ROOT / "recipes" / "assets" / "llama-2-13b-chat"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_files(tmp_path / "recipes")
+    return tmp_path / "recipes"
+
+
+def load_text(folder, text):
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path)
+
+
+def test_a_good_recipe_loads_with_its_defaults(folder):
+    recipe = load_text(folder, GOOD)
+    assert recipe.calibration.num_samples == 128
+    assert recipe.defaults.damp_percent == 0.01
+    assert [variant.branch for variant in recipe.expanded_variants()] == ["main", "gptq-4bit-32g-actorder_True"]
+    assert recipe.loaders.required == ("autogptq",)
+
+
+def test_typing_is_yaml_1_2_not_1_1(folder):
+    text = edited(
+        ("  bits: 4\n", "  damp_percent: 1e-2\n  bits: 0x4\n"),
+        ("title: Demo", "title: no"),
+        ("creator: demo", "creator: 2026-11-23"),
+        ("quantized_by: demo", "quantized_by: 1_000"),
+    )
+    recipe = load_text(folder, text)
+    assert recipe.defaults.damp_percent == 0.01
+    assert recipe.defaults.bits == 4
+    assert (recipe.card.title, recipe.card.creator, recipe.card.quantized_by) == ("no", "2026-11-23", "1_000")
+
+
+def test_the_digest_ignores_comments_and_layout(folder):
+    first = load_text(folder, GOOD).digest()
+    assert (
+        load_text(folder, "# a comment\n\n" + GOOD.replace("license: {id: mit}", "license:\n    id: mit")).digest()
+        == first
+    )
+    assert load_text(folder, GOOD.replace("title: Demo", "title: Other")).digest() != first
+
+
+def test_strings_are_never_rendered(folder):
+    title = "{{ 7 * 7 }} {% include '/etc/passwd' %} ${HOME} %(x)s"
+    assert load_text(folder, edited(("title: Demo", f'title: "{title}"'))).card.title == title
+
+
+def test_every_mistake_of_a_file_is_told_at_once(request, monkeypatch):
+    monkeypatch.chdir(ROOT / "tests" / "golden" / "recipe_errors")
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(Path("many_mistakes.yaml"))
+    update = request.config.getoption("--update-golden", default=False)
+    check_golden("recipe_errors/many_mistakes.txt", f"{raised.value}\n", update)
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        # one value
+        (("bits: 4", "bits: 5"), "12:9: defaults.bits must be 2, 3, 4 or 8, got the number 5"),
+        (("bits: 4", "bits: 4.0"), "12:9: defaults.bits must be a whole number, got the number 4.0 (write 4)"),
+        (("bits: 4", "bits: true"), "12:9: defaults.bits must be a whole number, got true"),
+        (("bits: 4", "bits:"), "12:3: defaults.bits must be a whole number, got nothing"),
+        (
+            ("    group_size: 128", "    group_size: abc"),
+            "15:17: variants[0].group_size must be a whole number, got the text 'abc'",
+        ),
+        (
+            ("desc_act: true", "desc_act: True_"),
+            "16:32: variants[1].desc_act must be true or false, got the text 'True_'",
+        ),
+        (
+            ("title: Demo", "title: 13"),
+            "21:10: card.title must be text, got the number 13 (put it in quotes)",
+        ),
+        (
+            ("schema_version: 1", "schema_version: 2"),
+            "1:17: schema_version 2 is not known: this packager reads schema_version 1 "
+            "(use a packager of that version, or bring the recipe to this one)",
+        ),
+        (
+            ("schema_version: 1", "schema_version: '1'"),
+            "1:17: schema_version must be a whole number, got the text '1' (write 1, without quotes)",
+        ),
+        (("schema_version: 1", "schema_version: true"), "1:17: schema_version must be a whole number, got true"),
+        # missing and unknown keys
+        (
+            ("  title: Demo\n", ""),
+            "20:1: card.title is missing (the model's name as people know it, e.g. Meta's Llama 2 13B-chat)",
+        ),
+        (("license: {id: mit}", "license: {}"), "24:3: card.license.id is missing (the Hub's licence identifier, "),
+        (("defaults:", "default:"), "11:1: unknown key 'default' (did you mean 'defaults'?)"),
+        (
+            ("license: {id: mit}", "license: {id: mit, zzz: 1}"),
+            "24:22: unknown key 'zzz' in card.license (known here: id, link, files, base_files)",
+        ),
+        (("  bits: 4\n", "  bits: 4\n  seq_len: 8\n"), "13:3: unknown key 'seq_len' in defaults"),
+        # sources
+        (("  path: model\n", ""), "3:1: base_model: give either revision (read from the Hub) or path (a local folder)"),
+        (
+            ("  path: model\n", f"  revision: {'a' * 40}\n"),
+            "3:1: base_model: a base model on the Hub needs config: a local copy of its config.json to plan from",
+        ),
+        (
+            ("  path: calibration.txt\n", "  dataset: a/b\n"),
+            "6:1: calibration: a Hub dataset needs its revision and split",
+        ),
+        (
+            ("  path: evaluation.txt\n", "  path: evaluation.txt\n  split: test\n"),
+            "8:1: evaluation: revision, split and config belong to a Hub dataset, not to a local file",
+        ),
+        (("demo/demo-GPTQ", "Demo/demo"), "2:18: repository.id is the base model's own id"),
+        # branches
+        (
+            ("branch: main", "branch: base"),
+            "13:1: no variant has the branch 'main', which a recipe has exactly once "
+            "(it is what people get who name no branch: add `branch: main` to one variant)",
+        ),
+        (
+            ("{group_size: 32,", "{branch: main, group_size: 32,"),
+            "16:14: two variants have the branch 'main', which a recipe has exactly once (the first is at line 14)",
+        ),
+        (
+            ("{group_size: 32, desc_act: true}", "{}\n  - {group_size: 128}"),
+            "17:5: two variants have the branch 'gptq-4bit-128g-actorder_False' (the first is at line 16)",
+        ),
+        (
+            ("{group_size: 32,", "{branch: MAIN, group_size: 32,"),
+            "16:14: the branches 'main' and 'MAIN' differ only in case (the first is at line 14)",
+        ),
+        # damping, rows, loaders
+        (("bits: 4", "damp_percent_limit: 0.001"), "12:23: damp_percent_limit 0.001 is less than damp_percent 0.01"),
+        (
+            ("  path: evaluation.txt\n", "  path: evaluation.txt\n  num_tokens: 64\n"),
+            "10:15: evaluation.num_tokens 64 is less than one row of evaluation.seq_len 2048",
+        ),
+        (
+            ("  path: calibration.txt\n", "  path: calibration.txt\n  seq_len: 8192\n"),
+            "8:12: calibration.seq_len 8192 is more than the 4096 positions of the base model",
+        ),
+        (
+            ("[transformers]", "[autogptq]"),
+            "19:18: the loader 'autogptq' is listed both as required and as if_available",
+        ),
+        (("[transformers]", "[transformers, transformers]"), "19:32: the loader 'transformers' is listed twice in "),
+        # files
+        (("path: model", "path: ."), "5:9: base_model.path: the folder has no config.json"),
+        (("path: model", "path: modell"), "5:9: base_model.path: there is no folder 'modell' in the recipe's folder "),
+        (("path: calibration.txt", "path: model"), "7:9: calibration.path: 'model' is not a file"),
+        (
+            ("path: calibration.txt", "path: ../secret.txt"),
+            "7:9: calibration.path must be relative to the recipe's folder and may not leave it, "
+            "got the text '../secret.txt'",
+        ),
+        (("path: evaluation.txt", "path: ./calibration.txt"), "9:9: evaluation reads the same text as calibration "),
+        (("questions.jsonl", "calibration.txt"), "10:14: evaluation.questions is the calibration text "),
+        (
+            ("{id: mit}", "{id: mit, files: [model/config.json]}"),
+            "24:30: a licence file cannot be named 'config.json': ",
+        ),
+        (
+            ("{id: mit}", "{id: mit, base_files: [a/b]}"),
+            "24:35: card.license.base_files[0] must be a file name without",
+        ),
+        (("{id: mit}", "{id: mit, base_files: [LICENSE]}"), "24:35: the base model has no file 'LICENSE'"),
+        # shapes
+        (
+            ("group_size: 32,", "group_size: 256,"),
+            "16:18: group_size 256 does not divide the 640 in_features of down_proj "
+            "(these fit every linear: -1, 8, 16, 32, 64, 128)",
+        ),
+        (
+            ("    group_size: 128", "    group_size: 96"),
+            "15:17: group_size 96 does not divide the 256 in_features of q_proj, k_proj, v_proj, o_proj, gate_proj, "
+            "up_proj and the 640 in_features of down_proj",
+        ),
+    ],
+)
+def test_each_rule_names_its_line_and_column(folder, edit, expected):
+    found = problems_of(folder, edited(edit))
+    assert len(found) == 1, found
+    assert found[0].startswith(expected), found[0]
+
+
+def test_columns_must_fill_words(folder):
+    config = {**CONFIG, "hidden_size": 40, "intermediate_size": 64}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    text = edited(
+        ("bits: 4", "bits: 3"), ("    group_size: 128", "    group_size: -1"), ("group_size: 32", "group_size: 8")
+    )
+    names = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    assert problems_of(folder, text) == [f"12:9: 3-bit values of {names} do not fill 32-bit words"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("{", "'model/config.json' cannot be read as a JSON object: "),
+        ("[" * 100_000, "'model/config.json' cannot be read as a JSON object: "),
+        ("[]", "'model/config.json' cannot be read as a JSON object: it holds something else"),
+        (json.dumps({**CONFIG, "model_type": "gpt2"}), "'model/config.json': model_type \"gpt2\" is not supported"),
+        (json.dumps({**CONFIG, "hidden_size": "5120"}), "'model/config.json': config.json does not describe a model "),
+    ],
+)
+def test_a_config_that_describes_no_model_is_refused(folder, config, expected):
+    (folder / "model" / "config.json").write_text(config)
+    found = problems_of(folder, GOOD)
+    assert len(found) == 1
+    assert found[0].startswith(f"5:9: base_model.path: {expected}")
+
+
+def test_slices_of_one_split_count_as_the_same_text(folder):
+    source = f"  dataset: a/b\n  revision: {'a' * 40}\n  split: "
+    edits = [
+        ("  path: calibration.txt\n", source + "train[:10%]\n"),
+        ("  path: evaluation.txt\n", source.replace("a/b", "A/B") + "train[10%:]\n"),
+    ]
+    assert problems_of(folder, edited(*edits))[0].startswith("13:10: evaluation reads the same text as calibration")
+    assert problems_of(folder, edited(*edits).replace("train[10%:]", "test")) == []
+
+
+def test_checks_across_fields_run_whatever_else_is_wrong(folder):
+    found = problems_of(
+        folder,
+        edited(
+            ("{id: demo/demo-GPTQ}", "{id: 7}"),
+            ("  title: Demo\n", ""),
+            ("path: evaluation.txt", "path: calibration.txt"),
+            ("branch: main", "branch: other"),
+            ("[transformers]", "[autogptq]"),
+            ("group_size: 32,", "group_size: 256, colour: red,"),
+        ),
+    )
+    assert [line.split(" (")[0] for line in found] == [
+        "2:18: repository.id must be text, got the number 7",
+        "9:9: evaluation reads the same text as calibration",
+        "13:1: no variant has the branch 'main', which a recipe has exactly once",
+        "16:18: group_size 256 does not divide the 640 in_features of down_proj",
+        "16:23: unknown key 'colour' in variants[1]",
+        "19:18: the loader 'autogptq' is listed both as required and as if_available",
+        "20:1: card.title is missing",
+    ]
+
+
+def test_a_wrong_value_is_reported_once_and_not_guessed_around(folder):
+    found = problems_of(folder, edited(("branch: main", "branch: [main]"), ("defaults:\n  bits: 4", "defaults: 4")))
+    assert found == [
+        "11:11: defaults must be a mapping (indented `key: value` lines), got the number 4",
+        "13:13: variants[0].branch must be text, got a list",
+    ]
+
+
+@pytest.mark.parametrize("name", ["link.txt", "linked/secret.txt"])
+def test_links_out_of_the_folder_are_refused(folder, name):
+    (folder.parent / "secret.txt").write_text("secret")
+    (folder / "link.txt").symlink_to(folder.parent / "secret.txt")
+    (folder / "linked").symlink_to(folder.parent)
+    found = problems_of(folder, edited(("path: calibration.txt", f"path: {name}")))
+    leaves = f"'{name}' leaves the recipe's folder through a symbolic link (put a copy of the file there)"
+    assert found == [f"7:9: calibration.path: {leaves}"]
+    file = RecipeFile(path=folder / "recipe.yaml", recipe=load_text(folder, GOOD))
+    with pytest.raises(RecipeError, match="leaves the recipe's folder"):
+        file.resolve(name)
+
+
+def test_links_and_loops_inside_the_folder(folder):
+    (folder / "inside.txt").symlink_to("calibration.txt")
+    (folder / "loop").symlink_to("loop")
+    assert problems_of(folder, edited(("path: calibration.txt", "path: inside.txt"))) == []
+    assert problems_of(folder, edited(("path: calibration.txt", "path: loop")))[0].startswith(
+        "7:9: calibration.path: there"
+    )
+    linked = edited(("path: calibration.txt", "path: inside.txt"), ("path: evaluation.txt", "path: calibration.txt"))
+    assert problems_of(folder, linked)[0].startswith("9:9: evaluation reads the same text as calibration")
+
+
+def test_resolve_returns_real_paths_and_tells_what_is_gone(folder):
+    (folder / "recipe.yaml").write_text(GOOD)
+    file = RecipeFile.load(folder / "recipe.yaml")
+    assert file.folder == folder
+    assert file.resolve("model") == (folder / "model").resolve()
+    assert file.resolve("calibration.txt").read_text() == "calibration.txt"
+    (folder / "calibration.txt").unlink()
+    with pytest.raises(RecipeError, match="there is no file 'calibration"):
+        file.resolve("calibration.txt")
+
+
+def test_a_recipe_that_is_not_there_is_answered_with_those_that_are(folder):
+    (folder / "demo-llama.yaml").write_text(GOOD)
+    with pytest.raises(RecipeError, match=r"there is no recipe .*demo\.yaml\n  hint: in .* there is demo-llama\.yaml"):
+        load_recipe(folder / "demo.yaml")
+    with pytest.raises(RecipeError, match="is not a file"):
+        load_recipe(folder)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_keeps_to_the_schema(path):
+    recipe = load_recipe(path)
+    assert path.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+    jsonschema.Draft202012Validator(recipe_schema()).validate(recipe.model_dump(mode="json", exclude_unset=True))
+    assert [variant.branch for variant in recipe.expanded_variants()] == [
+        "main",
+        "gptq-4bit-32g-actorder_True",
+        "gptq-4bit-64g-actorder_True",
+        "gptq-4bit-128g-actorder_True",
+    ]
+
+
+def test_both_recipes_are_shipped():
+    assert [path.name for path in RECIPES] == ["demo-llama.yaml", "llama-2-13b-chat.yaml"]
+
+
+def test_the_demo_asks_what_its_model_was_taught():
+    demo = RecipeFile.load(ROOT / "recipes" / "demo-llama.yaml")
+    assert demo.recipe.evaluation.questions is not None
+    lines = demo.resolve(demo.recipe.evaluation.questions).read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["prompt"] for line in lines} >= {
+        *demo.recipe.loaders.prompts,
+        demo.recipe.card.example_prompt,
+    }
+
+
+def test_the_13b_recipe_has_the_true_prompt_and_licence():
+    card = load_recipe(LLAMA_13B).card
+    assert card.system_prompt is not None
+    assert card.prompt_template.template == f"[INST] <<SYS>>\n{card.system_prompt}\n<</SYS>>\n\n{{prompt}} [/INST]"
+    assert card.license.base_files == ("LICENSE.txt", "USE_POLICY.md")
+    notice = (ASSETS_13B / "Notice").read_text(encoding="utf-8")
+    copyright_line = "Copyright (c) Meta Platforms, Inc. All Rights Reserved."
+    assert notice == f"Llama 2 is licensed under the LLAMA 2 Community License, {copyright_line}\n"
+
+
+def test_the_original_card_is_whole_and_its_mistakes_are_gone():
+    card = (ASSETS_13B / "original_card.md").read_text(encoding="utf-8")
+    assert "llamaste" not in card
+    assert "`<<SYS>>` tags" in card
+    assert "Llama-2-13b-chat-hf)|\n" in card
+    tables = [block.splitlines() for block in card.split("\n\n") if block.startswith("|")]
+    assert [len(table) for table in tables] == [5, 6, 9, 9, 5, 5]
+    for table in tables:
+        assert len({row.count("|") for row in table}) == 1, table
+
+
+def test_every_relative_path_is_checked_on_disk():
+    assert _relative_paths(Recipe) == {*FILE_FIELDS, *FOLDER_FIELDS, LICENSE_FILES}
+
+
+def _relative_paths(model, prefix=()):
+    found = set()
+    for name, field in model.model_fields.items():
+        text = f"{field.annotation} {field.metadata}"
+        for inner in vars(models).values():
+            if isinstance(inner, type) and issubclass(inner, models.Strict) and inner in _types(field.annotation):
+                found |= _relative_paths(inner, (*prefix, name))
+        if "_relative_path" in text:
+            found.add((*prefix, name))
+    return found
+
+
+def _types(annotation):
+    return {annotation, *getattr(annotation, "__args__", ())}
+
+
+def test_loading_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom packager.recipe_file import load_recipe\n"
+        f"load_recipe(Path({str(LLAMA_13B)!r}))\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub', 'jinja2', 'rich', 'typer', 'git', 'yaml'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,43 @@
+import json
+
+import jsonschema
+
+from packager.recipe import PATTERN_MEANINGS
+from packager.recipe_schema import main as schema_main
+from packager.recipe_schema import recipe_schema
+from tests.recipe_fixtures import ROOT
+
+SCHEMA_FILE = ROOT / "recipes" / "recipe.schema.json"
+
+
+def test_the_schema_file_is_in_step(tmp_path, capsys):
+    assert schema_main(["--check", str(SCHEMA_FILE)]) == 0
+    assert schema_main(["--write", str(tmp_path / "schema.json")]) == 0
+    assert (tmp_path / "schema.json").read_bytes() == SCHEMA_FILE.read_bytes()
+    (tmp_path / "schema.json").write_text("{}")
+    assert schema_main(["--check", str(tmp_path / "schema.json")]) == 1
+    assert "--write" in capsys.readouterr().err
+    assert schema_main([]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+
+
+def test_the_schema_describes_every_key():
+    schema = recipe_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for name, model in (("Recipe", schema), *schema["$defs"].items()):
+        assert model["description"], name
+        assert model["additionalProperties"] is False, name
+        for key, field in model["properties"].items():
+            assert "$ref" in field or (field["title"] and field["description"]), f"{name}.{key}"
+
+
+def test_every_pattern_has_words():
+    patterns = {value for key, value in _pairs(recipe_schema()) if key == "pattern"}
+    assert patterns == set(PATTERN_MEANINGS)
+
+
+def _pairs(value):
+    if isinstance(value, dict):
+        yield from value.items()
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _pairs(child)
