@@ -1,0 +1,335 @@
+"""`plan`, `compatibility` and `plan_view`: exact sizes, verdicts, digests, errors, and no torch."""
+
+import io
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from packager.architecture import read_architecture
+from packager.compatibility import LOADERS, verdicts
+from packager.errors import PackagerError, PlanError
+from packager.plan import BuildPlan, describe, make_plan, sweep_bytes
+from packager.plan_view import plan_json, print_plan
+from packager.recipe import Recipe
+from packager.recipe_file import RecipeFile
+from tests.test_architecture import LLAMA_2_13B, tiny_config, variant
+
+ROOT = Path(__file__).parent.parent
+FOUR_VARIANTS = [
+    {"branch": "main"},
+    {"group_size": 32, "desc_act": True},
+    {"group_size": 64, "desc_act": True},
+    {"desc_act": True},
+]
+
+
+def recipe_file(folder: Path, config: object = LLAMA_2_13B, **changes: Any) -> RecipeFile:
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    text = config if isinstance(config, str) else json.dumps(config)
+    (folder / "model" / "config.json").write_text(text)
+    values = {
+        "schema_version": 1,
+        "repository": {"id": "someone/model-GPTQ"},
+        "base_model": {"id": "meta/base", "revision": "a" * 40, "config": "model/config.json"},
+        "calibration": {"dataset": "a/b", "revision": "b" * 40, "split": "train"},
+        "evaluation": {"dataset": "a/b", "revision": "b" * 40, "split": "test"},
+        "variants": FOUR_VARIANTS,
+        "card": {
+            "title": "T", "creator": "C", "quantized_by": "Q", "license": {"id": "llama2"},
+            "prompt_template": {"name": "P", "template": "{prompt}"},
+        },
+        **changes,
+    }  # fmt: skip
+    return RecipeFile(path=folder / "recipe.yaml", recipe=Recipe.model_validate_json(json.dumps(values)))
+
+
+def plan_of(folder: Path, config: object = LLAMA_2_13B, **changes: Any) -> BuildPlan:
+    return make_plan(recipe_file(folder, config, **changes))
+
+
+def text_of(plan: BuildPlan, width: int = 200) -> str:
+    stream = io.StringIO()
+    print_plan(plan, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def test_13b_has_the_sizes_people_know(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    assert [planned.variant.branch for planned in plan.variants] == [
+        "main", "gptq-4bit-32g-actorder_True", "gptq-4bit-64g-actorder_True", "gptq-4bit-128g-actorder_True",
+    ]  # fmt: skip
+    assert [f"{planned.weights_bytes / 1e9:.2f}" for planned in plan.variants] == ["7.26", "8.00", "7.50", "7.26"]
+    assert plan.variants[0].tensor_bytes == 7_255_009_280
+    assert plan.calibration_tokens == 128 * 2048
+    assert plan.disk.source_bytes == 2 * 13_015_864_320
+    assert plan.disk.builds_bytes == sum(planned.weights_bytes for planned in plan.variants)
+    not_quantized = 2 * (2 * 32000 * 5120 + 81 * 5120)
+    assert plan.disk.work_bytes == sum(planned.tensor_bytes - not_quantized for planned in plan.variants)
+    assert plan.disk_bytes == plan.disk.total_bytes
+    assert plan.run_bytes(plan.variants[0]) == 7_255_009_280 + 4096 * 2 * 2 * 40 * 5120
+
+
+def test_a_plan_needs_no_torch_and_little_time(tmp_path: Path) -> None:
+    file = recipe_file(tmp_path)
+    script = (
+        "import sys, pathlib\n"
+        "from packager.plan import make_plan\n"
+        "from packager.plan_view import plan_json\n"
+        "from packager.recipe import Recipe\n"
+        "from packager.recipe_file import RecipeFile\n"
+        "recipe = Recipe.model_validate_json(sys.argv[2])\n"
+        "plan = make_plan(RecipeFile(path=pathlib.Path(sys.argv[1]), recipe=recipe))\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"
+        "print(plan_json(plan)['variants'][0]['tensor_bytes'], sorted(heavy))\n"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(file.path), file.recipe.model_dump_json(exclude_none=True)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout == "7255009280 []\n", done.stderr
+    # 0.4 s on one core; processor time, so that a busy machine does not fail it.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def test_the_memory_bound_follows_the_engine_s_formula(tmp_path: Path) -> None:
+    memory = plan_of(tmp_path).memory
+    activations = 2 * 128 * 2048 * 5120
+    assert memory.gpu_bytes - memory.gpu_bytes_one_variant == 3 * activations
+    # The prototype's peak was 23.7 GiB for the same model, rows and variants; a suspended forward holds more.
+    assert 23.7 * 2**30 < memory.gpu_bytes < 40e9
+    assert memory.cpu_bytes > memory.cpu_bytes_one_variant > memory.gpu_bytes_one_variant
+    assert memory.host_bytes < 2e9
+
+
+def test_more_tokens_and_variants_need_more_memory() -> None:
+    architecture = read_architecture(tiny_config(), "config.json")
+
+    def need(num_tokens: int, num_variants: int) -> int:
+        return sweep_bytes(architecture, num_tokens=num_tokens, num_variants=num_variants, element_bytes=4)
+
+    assert need(1000, 1) < need(1000, 2) < need(2000, 2)
+    assert need(1000, 2) - need(1000, 1) == 4 * 1000 * 64
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base_model": {"id": "meta/base", "revision": "c" * 40, "config": "model/config.json"}},
+        {"base_model": {"id": "meta/other", "revision": "a" * 40, "config": "model/config.json"}},
+        {"base_model": {"id": "meta/base", "path": "model"}},
+        {"calibration": {"dataset": "a/b", "revision": "b" * 40, "split": "train", "seed": 1}},
+        {"checkpoint": {"weights_name": "other"}},
+        {"defaults": {"damp_percent": 0.02}},
+        {"defaults": {"scale_search": True}},
+    ],
+)
+def test_the_digest_changes_with_what_determines_the_bytes(tmp_path: Path, changes: dict[str, Any]) -> None:
+    one, other = plan_of(tmp_path), plan_of(tmp_path, **changes)
+    assert not {p.digest for p in one.variants} & {p.digest for p in other.variants}
+
+
+def test_the_digest_ignores_card_names_and_evaluation(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    card = {
+        "title": "Other", "creator": "O", "quantized_by": "O", "license": {"id": "mit"},
+        "prompt_template": {"name": "O", "template": "<{prompt}>"},
+    }  # fmt: skip
+    other = plan_of(
+        tmp_path,
+        card=card,
+        repository={"id": "someone/other"},
+        evaluation={"dataset": "c/d", "revision": "d" * 40, "split": "test"},
+        variants=[{"branch": "other"}, {"branch": "main", "bits": 8}, *FOUR_VARIANTS[1:]],
+    )
+    assert plan.variants[0].digest == other.variants[0].digest
+    assert len({planned.digest for planned in plan.variants}) == 4
+    assert [planned.digest for planned in plan_of(tmp_path).variants] == [planned.digest for planned in plan.variants]
+
+
+def test_every_misfit_is_reported_at_once(tmp_path: Path) -> None:
+    config = tiny_config(hidden_size=48, intermediate_size=72, num_attention_heads=4, head_dim=12)
+    with pytest.raises(PlanError) as caught:
+        plan_of(tmp_path, config, variants=[{"branch": "main", "group_size": 32}, {"bits": 3, "group_size": 24}])
+    message = str(caught.value)
+    assert "main: model.layers.0.self_attn.q_proj (and its likes in 1 more blocks): group_size 32 does not" in message
+    assert "does not divide its 72 columns" in message
+    assert "mlp.gate_proj (and its likes in 1 more blocks): out_features 72 x 3 bits do not fill 32-bit" in message
+    assert "mlp.down_proj (and its likes in 1 more blocks): in_features 72 x 3 bits do not fill 32-bit" in message
+    assert "calibration.seq_len 2048 exceeds the model's max_position_embeddings 128" in message
+    assert "evaluation.seq_len 2048" in message
+    assert message.startswith(str(tmp_path / "recipe.yaml"))
+
+
+def test_a_required_loader_that_must_refuse_is_a_plan_error(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="main: the required loader exllamav2 reads 4 bits only"):
+        plan_of(tmp_path, variants=[{"branch": "main", "bits": 8}], loaders={"required": ["exllamav2"]})
+    plan_of(tmp_path, variants=[{"branch": "main", "bits": 8}], loaders={"if_available": ["exllamav2"]})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "is not a JSON object"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"model_type": "mamba"}', 'model_type "mamba" is not supported'),
+        ('{"model_type": ["llama"]}', 'model_type ["llama"] is not supported'),
+    ],
+)
+def test_an_unusable_config_is_a_plan_error(tmp_path: Path, config: str, message: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        plan_of(tmp_path, config)
+    assert message in str(caught.value)
+    assert "config.json" in caught.value.where
+
+
+def test_a_config_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+    file = recipe_file(tmp_path)
+    config = tmp_path / "model" / "config.json"
+    config.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanError, match="is not JSON"):
+        make_plan(file)
+    config.unlink()
+    with pytest.raises(PackagerError):
+        make_plan(file)
+    config.mkdir()
+    with pytest.raises(PlanError, match="cannot be read"):
+        make_plan(file)
+
+
+def test_a_local_base_model_brings_its_own_config(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, base_model={"id": "meta/base", "path": "model"})
+    assert plan.disk.source_bytes == 0
+    assert plan.architecture.num_blocks == 40
+
+
+def test_shards_follow_the_recipe(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, checkpoint={"max_shard_bytes": 4_000_000_000, "weights_name": "gptq_model"})
+    assert [shard.file_name for shard in plan.variants[0].shards] == [
+        "gptq_model-00001-of-00002.safetensors",
+        "gptq_model-00002-of-00002.safetensors",
+    ]
+    assert all(shard.size_bytes <= 4_000_000_000 for planned in plan.variants for shard in planned.shards)
+    assert [len(planned.shards) for planned in plan.variants] == [2, 2, 2, 2]
+    with pytest.raises(PlanError, match=r"model\.embed_tokens does not fit into one weights file"):
+        plan_of(tmp_path, checkpoint={"max_shard_bytes": 100_000_000})
+
+
+def test_descriptions_are_the_recipe_s_or_facts(tmp_path: Path) -> None:
+    variants = [{**FOUR_VARIANTS[0], "description": "Mine."}, *FOUR_VARIANTS[1:], {"group_size": -1, "sym": False}]
+    assert [planned.description for planned in plan_of(tmp_path, variants=variants).variants] == [
+        "Mine.",
+        "4-bit, group size 32, act order: the largest size, 14 % larger than the smallest.",
+        "4-bit, group size 64, act order: 7 % larger than the smallest.",
+        "4-bit, group size 128, act order: 3 % larger than the smallest.",
+        "4-bit, one group per row, no act order, asymmetric: the smallest size.",
+    ]
+    assert describe(variant(), 100, [100]) == "4-bit, group size 128, no act order."
+    assert describe(variant(), 1001, [1000, 1001, 2000]).endswith("less than 1 % larger than the smallest.")
+
+
+def answers(config: dict[str, Any] = LLAMA_2_13B, **parameters: Any) -> dict[str, tuple[bool, str]]:
+    found = verdicts(variant(**parameters), read_architecture(config, "config.json"))
+    return {verdict.loader: (verdict.can_load, verdict.reason) for verdict in found}
+
+
+def refusing(config: dict[str, Any] = LLAMA_2_13B, **parameters: Any) -> set[str]:
+    return {loader for loader, (can_load, _) in answers(config, **parameters).items() if not can_load}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "refusals"),
+    [
+        ({}, set()),
+        ({"desc_act": True, "group_size": 32}, set()),
+        ({"group_size": -1, "desc_act": True}, set()),
+        ({"bits": 8}, {"exllama", "exllamav2"}),
+        ({"bits": 3}, {"exllama", "exllamav2", "gptqmodel-marlin", "vllm", "tgi"}),
+        ({"bits": 3, "desc_act": True}, {"exllama", "exllamav2", "gptq-for-llama", "gptqmodel-marlin", "vllm", "tgi"}),
+        ({"bits": 2}, {"exllama", "exllamav2", "gptqmodel-marlin", "vllm"}),
+        ({"sym": False}, {"gptqmodel-marlin", "vllm"}),
+        ({"group_size": 256}, {"gptqmodel-marlin", "vllm"}),
+        ({"group_size": 160}, {"exllamav2", "gptqmodel-marlin", "vllm"}),
+    ],
+)
+def test_verdicts_follow_the_format_s_table(parameters: dict[str, Any], refusals: set[str]) -> None:
+    assert refusing(**parameters) == refusals
+
+
+@pytest.mark.parametrize(
+    ("config", "refusals"),
+    [
+        (tiny_config("mistral"), {"exllama", "gptq-for-llama", "gptqmodel-marlin"}),
+        (tiny_config("qwen2", intermediate_size=128, num_key_value_heads=4), {"exllama", "gptq-for-llama"}),
+        (tiny_config("qwen3"), {"autogptq", "exllama", "gptq-for-llama", "gptqmodel-marlin", "tgi"}),
+        ({**LLAMA_2_13B, "tie_word_embeddings": True}, {"exllama"}),
+        ({**LLAMA_2_13B, "attention_bias": True}, {"exllama"}),
+        ({**LLAMA_2_13B, "head_dim": 64}, {"exllama"}),
+        ({**LLAMA_2_13B, "rope_scaling": {"rope_type": "llama3"}}, {"exllama"}),
+    ],
+)
+def test_verdicts_follow_the_architecture(config: dict[str, Any], refusals: set[str]) -> None:
+    assert refusing(config, group_size=32) == refusals
+
+
+def test_every_refusal_has_its_reason_and_traps_are_told() -> None:
+    assert answers(bits=3)["vllm"] == (False, "reads 4, 8 bits only")
+    assert answers(bits=3, sym=False)["vllm"] == (False, "reads 4, 8 bits only; reads symmetric checkpoints only")
+    assert answers()["vllm"] == (
+        True,
+        "tensor parallel 8 fails: mlp.down_proj has 13824 / 8 = 1728 columns on each GPU, not a multiple of 128",
+    )
+    assert answers(group_size=64)["vllm"] == (True, "")
+    assert answers(group_size=-1)["vllm"] == (True, "")
+    assert answers(desc_act=True)["gptq-for-llama"] == (True, "Triton branch only")
+    assert answers(bits=2)["tgi"] == (True, "neither Marlin nor ExLlama fits: the slower Triton kernel")
+    assert "float16 only" in answers(sym=False)["sglang"][1]
+    for parameters in ({"bits": 3, "desc_act": True}, {"sym": False, "group_size": 160}):
+        assert all(reason for can_load, reason in answers(**parameters).values() if not can_load)
+
+
+def test_the_tables_show_every_figure_and_reason(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, variants=[*FOUR_VARIANTS, {"bits": 8, "sym": False}])
+    text = text_of(plan)
+    for word in ("7.26", "8.00", "7.50", f"{plan.variants[0].weights_bytes:,}", "gptq-8bit-128g-actorder_False"):
+        assert word in text
+    assert "someone/model-GPTQ from meta/base: llama, 13,015,864,320 parameters in F16, 40 blocks" in text
+    assert "no: vLLM for gptq-8bit-128g-actorder_False: reads symmetric checkpoints only" in text
+    assert "note: transformers 5: through gptqmodel and optimum" in text
+    assert f"{plan.disk.total_bytes / 1e9:.2f}" in text
+    for planned in plan.variants:
+        assert planned.variant.branch in text_of(plan, width=80)
+
+
+def test_the_tables_fit_a_narrow_terminal(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, variants=[{"branch": "main"}, {"bits": 8}], checkpoint={"max_shard_bytes": 5_000_000_000})
+    text = text_of(plan, width=80)
+    assert f"{plan.variants[1].weights_bytes:,}" in text
+    assert "main: loaded by AutoGPTQ 0.7.1, ExLlama v1, ExLlamaV2 0.3.2, GPTQ-for-LLaMa, " in text
+    assert "gptq-8bit-128g-actorder_False: loaded by AutoGPTQ 0.7.1, GPTQ-for-LLaMa, " in text
+    assert "; refused by ExLlama v1, ExLlamaV2 0.3.2" in text
+    assert "Weights files: main 2, gptq-8bit-128g-actorder_False 3." in text
+
+
+def test_json_holds_exact_integers(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    values: Any = json.loads(json.dumps(plan_json(plan), allow_nan=False))
+    assert [v["tensor_bytes"] for v in values["variants"]] == [
+        7_255_009_280,
+        7_998_433_280,
+        7_502_817_280,
+        7_255_009_280,
+    ]
+    assert values["variants"][0]["files"] == {"model.safetensors": plan.variants[0].weights_bytes}
+    assert values["variants"][1]["parameters"]["desc_act"] is True
+    assert [loader["loader"] for loader in values["variants"][0]["loaders"]] == [loader.name for loader in LOADERS]
+    assert values["memory"]["gpu_bytes"] == plan.memory.gpu_bytes
+    assert values["disk"]["total_bytes"] == plan.disk.total_bytes
