@@ -1,0 +1,333 @@
+"""Stage 10, publish: bring each branch of a repository to exactly the files that were built.
+
+The folders are compared with their records, the target is read, the plan is shown, and only then the first byte is
+written: variants first, `main` last, each re-read from the repository and compared with its manifest. A branch that
+already holds its files gets no commit, so a second publish changes nothing, and a killed one is simply run again.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from packager.errors import PublishError, StateError
+from packager.files import list_files
+from packager.receipt import FileRecord
+from packager.targets import BranchState, LocalFile, StoredFile, Target, file_name_problem, read_local_file
+from packager.variant import MAIN, branch_problem
+
+Action = Literal["create", "update", "unchanged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchContent:
+    """What a branch is to hold.
+
+    Attributes:
+        branch: its name.
+        folder: where the files lie.
+        files: the manifest: every file of the folder, by name with '/' between folders.
+        message: of the commit, if one is made.
+    """
+
+    branch: str
+    folder: Path
+    files: Mapping[str, FileRecord]
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileChange:
+    """A file that is written or removed, and its size in the new commit, or in the old one if it is removed."""
+
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchPlan:
+    """What publishing does to one branch.
+
+    Attributes:
+        branch: its name.
+        action: whether a commit is made, and on what.
+        parent: the head as it is now, None if the branch is not there.
+        foreign_author: who made that head, "" when it was this program; it stays in the history.
+        added: files that the branch does not have.
+        changed: files that it has with another content.
+        removed: files that it has and the manifest has not.
+        num_files: files in the manifest.
+        total_bytes: their size.
+    """
+
+    branch: str
+    action: Action
+    parent: str | None
+    foreign_author: str
+    added: tuple[FileChange, ...]
+    changed: tuple[FileChange, ...]
+    removed: tuple[FileChange, ...]
+    num_files: int
+    total_bytes: int
+
+    @property
+    def written_bytes(self) -> int:
+        """The size of the files added and changed."""
+        return sum(change.size_bytes for change in (*self.added, *self.changed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishPlan:
+    """What publishing does to a repository.
+
+    Attributes:
+        where: the repository, as people know it.
+        branches: in the order they are published, `main` last.
+        left_alone: branches that are there and not in this publish.
+    """
+
+    where: str
+    branches: tuple[BranchPlan, ...]
+    left_alone: tuple[str, ...]
+
+    @property
+    def changing(self) -> tuple[str, ...]:
+        """The branches that get a commit."""
+        return tuple(entry.branch for entry in self.branches if entry.action != "unchanged")
+
+    @property
+    def written_bytes(self) -> int:
+        """The size of the files added and changed on all branches."""
+        return sum(entry.written_bytes for entry in self.branches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchOutcome:
+    """What was done to one branch: its head (None after a dry run of a branch that is not there) and the seconds."""
+
+    plan: BranchPlan
+    commit: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishReport:
+    """What was done to a repository, in order, and what was put right before that."""
+
+    plan: PublishPlan
+    outcomes: tuple[BranchOutcome, ...]
+    notes: tuple[str, ...]
+    dry_run: bool
+
+
+def publish(
+    branches: Sequence[BranchContent],
+    target: Target,
+    report: Callable[[str], None],
+    *,
+    dry_run: bool = False,
+    show_plan: Callable[[PublishPlan], None] = lambda _: None,
+) -> PublishReport:
+    """Publish `branches` to `target`.
+
+    Args:
+        branches: the content of each branch.
+        target: the repository.
+        report: gets one line for the plan, one per branch, and one per thing put right after a killed run.
+        dry_run: plan and check, write nothing.
+        show_plan: gets the plan before the first effect.
+
+    Raises:
+        StateError: a folder, or the worktree of a published repository, was edited.
+        PublishError: the target is not in a state that can be published to, or did not store what it was given.
+        MachineError: git or disk space is missing.
+    """
+    files = check_folders(branches)
+    if dry_run:
+        plan = _checked_plan(files, target, show_plan)
+        report(plan_line(plan))
+        outcomes = [BranchOutcome(plan=entry, commit=entry.parent, seconds=0.0) for entry in plan.branches]
+        return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=(), dry_run=True)
+    if MAIN not in files:
+        plan_publish(files, target.read_branches(), where=target.where)  # may refuse, and no repository is made then
+    messages = {content.branch: content.message for content in branches}
+    outcomes = []
+    with target.exclusive() as notes:
+        for note in notes:
+            report(note)
+        plan = _checked_plan(files, target, show_plan)
+        report(plan_line(plan))
+        for entry in plan.branches:
+            outcome = _publish_branch(entry, files[entry.branch], target, messages[entry.branch])
+            report(outcome_line(outcome))
+            outcomes.append(outcome)
+    return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=tuple(notes), dry_run=False)
+
+
+def check_folders(branches: Sequence[BranchContent]) -> Mapping[str, Mapping[str, LocalFile]]:
+    """Read every branch's files and compare them with their records.
+
+    Returns:
+        The files by branch and name.
+
+    Raises:
+        PublishError: a branch or file name cannot be published, or a branch has no files or is given twice.
+        StateError: a folder does not hold exactly the files of its manifest.
+    """
+    _check_names(branches)
+    files: dict[str, dict[str, LocalFile]] = {}
+    findings: list[str] = []
+    for content in branches:
+        present, manifest = set(list_files(content.folder)), content.files
+        found = {name: read_local_file(content.folder / name) for name in sorted(present & manifest.keys())}
+        extra = sorted(present - manifest.keys())
+        findings.extend(f"{content.folder / name}: {text}" for name, text in _differences(found, manifest))
+        findings.extend(f"{content.folder / name}: not in the manifest" for name in extra)
+        files[content.branch] = found
+    if findings:
+        raise StateError(
+            "what was built is not what would be published",
+            why="\n    ".join(["these files are not as their records say:", *findings]),
+            hint="build the branch again; to publish an edit, make it in the recipe, where the next build keeps it",
+        )
+    return files
+
+
+def plan_publish(
+    files: Mapping[str, Mapping[str, LocalFile]], remote: Mapping[str, BranchState], *, where: str
+) -> PublishPlan:
+    """Compare what the branches are to hold with what is there.
+
+    Args:
+        files: by branch and name.
+        remote: the target's branches.
+        where: the target, for people.
+
+    Raises:
+        PublishError: there would be no `main`.
+    """
+    if MAIN not in files and MAIN not in remote:
+        raise PublishError(
+            f"{MAIN} is not among the branches and the repository has none",
+            where=where,
+            hint=f"publish {MAIN} together with the others: it is what a reader gets who names no branch",
+        )
+    ordered = sorted(files, key=lambda branch: branch == MAIN)
+    return PublishPlan(
+        where=where,
+        branches=tuple(_plan_branch(branch, files[branch], remote.get(branch)) for branch in ordered),
+        left_alone=tuple(sorted(remote.keys() - files.keys())),
+    )
+
+
+def plan_line(plan: PublishPlan) -> str:
+    """Return the plan in one line."""
+    actions = Counter(entry.action for entry in plan.branches)
+    counts = ", ".join(f"{count} {action}" for action, count in sorted(actions.items()))
+    return f"{plan.where}: {counts}; {format_bytes(plan.written_bytes)} to write"
+
+
+def outcome_line(outcome: BranchOutcome) -> str:
+    """Return the one line that says what became of a branch."""
+    plan = outcome.plan
+    if plan.action == "unchanged" or outcome.commit is None:
+        return f"{plan.branch}: {plan.action}"
+    changes = f"{len(plan.added)} added, {len(plan.changed)} changed, {len(plan.removed)} removed"
+    done = "created" if plan.action == "create" else "updated"
+    size = format_bytes(plan.written_bytes)
+    return f"{plan.branch}: {done} at {outcome.commit[:12]}, files: {changes}, {size}, {outcome.seconds:.1f} s"
+
+
+def format_bytes(size_bytes: int) -> str:
+    """Return a size in decimal units, e.g. `8.12 MB`."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.2f} {unit}"
+    return f"{size_bytes} B"
+
+
+def _checked_plan(
+    files: Mapping[str, Mapping[str, LocalFile]], target: Target, show_plan: Callable[[PublishPlan], None]
+) -> PublishPlan:
+    plan = plan_publish(files, target.read_branches(), where=target.where)
+    show_plan(plan)
+    target.check(plan.changing)
+    return plan
+
+
+def _plan_branch(branch: str, files: Mapping[str, LocalFile], state: BranchState | None) -> BranchPlan:
+    stored: Mapping[str, StoredFile] = state.files if state else {}
+    added = tuple(_change(name, files[name]) for name in sorted(files.keys() - stored.keys()))
+    removed = tuple(_change(name, stored[name]) for name in sorted(stored.keys() - files.keys()))
+    common = sorted(files.keys() & stored.keys())
+    changed = tuple(_change(name, files[name]) for name in common if not stored[name].holds(files[name]))
+    action: Action = "create" if state is None else "update" if added or changed or removed else "unchanged"
+    return BranchPlan(
+        branch=branch,
+        action=action,
+        parent=state.commit if state else None,
+        foreign_author=state.foreign_author if state else "",
+        added=added,
+        changed=changed,
+        removed=removed,
+        num_files=len(files),
+        total_bytes=sum(file.size_bytes for file in files.values()),
+    )
+
+
+def _change(name: str, file: LocalFile | StoredFile) -> FileChange:
+    return FileChange(name=name, size_bytes=file.size_bytes)
+
+
+def _publish_branch(plan: BranchPlan, files: Mapping[str, LocalFile], target: Target, message: str) -> BranchOutcome:
+    if plan.action == "unchanged":
+        return BranchOutcome(plan=plan, commit=plan.parent, seconds=0.0)
+    started = time.monotonic()
+    commit = target.commit(plan.branch, files, parent=plan.parent, message=message)
+    stored = target.read_records(commit)
+    wanted = {name: FileRecord(size_bytes=file.size_bytes, sha256=file.sha256) for name, file in files.items()}
+    wrong = [f"{name}: {text}" for name, text in _differences(stored, wanted)]
+    if wrong:
+        raise PublishError(
+            f"{plan.branch} was published and does not hold what was built",
+            where=target.where,
+            why="; ".join(wrong),
+            hint="check that repository's disk (git fsck), then publish again",
+        )
+    return BranchOutcome(plan=plan, commit=commit, seconds=time.monotonic() - started)
+
+
+def _differences(
+    found: Mapping[str, LocalFile] | Mapping[str, FileRecord], manifest: Mapping[str, FileRecord]
+) -> Iterator[tuple[str, str]]:
+    """Yield each file that is not as the manifest says, and how it differs."""
+    for name in sorted(found.keys() | manifest.keys()):
+        file, record = found.get(name), manifest.get(name)
+        if file is None:
+            yield name, "missing"
+        elif record is None:
+            yield name, "not in the manifest"
+        elif file.size_bytes != record.size_bytes:
+            yield name, f"changed: {file.size_bytes:,} bytes instead of {record.size_bytes:,}"
+        elif file.sha256 != record.sha256:
+            yield name, f"changed: sha256 {file.sha256} instead of {record.sha256}"
+
+
+def _check_names(branches: Sequence[BranchContent]) -> None:
+    problems = []
+    seen: set[str] = set()
+    for content in branches:
+        where = repr(content.branch)
+        if problem := branch_problem(content.branch):
+            problems.append(f"{where}: {problem}")
+        if content.branch in seen:
+            problems.append(f"{where}: given twice")
+        if not content.files:
+            problems.append(f"{where}: has no files")
+        seen.add(content.branch)
+        named = ((name, file_name_problem(name)) for name in content.files)
+        problems.extend(f"{where}: {name!r}: {problem}" for name, problem in named if problem)
+    if problems:
+        raise PublishError("these branches cannot be published", why="\n    ".join(problems))

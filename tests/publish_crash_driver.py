@@ -1,0 +1,97 @@
+"""Kill a publish at chosen moments, many times in one process start: run by test_publish_crash.py.
+
+Reads a JSON list of lists of kill points from standard input: each inner list is a chain of killed publishes of one
+repository, followed by one that may end. A number n kills before the n-th effect (a git process, a rename, a removal, a
+file opened for writing, a folder made); {"seconds": s} kills the whole process group after s seconds, git children
+included. Prints one JSON object per chain.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from packager.publish import BranchContent, publish
+from packager.targets.local import LocalTarget
+from tests.publish_fixtures import REPOSITORY, describe, files_in, git, hub_folder, leftovers, trees
+
+EFFECTS = {"subprocess.Popen", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "fcntl.flock"}
+
+
+class EffectCounter:
+    """An audit hook that counts effects and kills its process before the one it was told."""
+
+    def __init__(self, fatal: int) -> None:
+        self.fatal = fatal
+        self.count = 0
+
+    def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
+        flags = arguments[2] if event == "open" else 0
+        if event in EFFECTS or (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)):
+            self.count += 1
+            if self.count == self.fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def publish_in_child(contents: list[BranchContent], root: Path, kill: int | dict[str, float]) -> int:
+    """Publish in a forked child that is killed; return the number of effects if it came to its end, else -1."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        counter = EffectCounter(kill if isinstance(kill, int) else 0)
+        sys.addaudithook(counter)
+        publish(contents, LocalTarget(root, REPOSITORY), lambda _: None)
+        os.write(writer, str(counter.count).encode())
+        os._exit(0)
+    os.close(writer)
+    if isinstance(kill, dict):
+        time.sleep(kill["seconds"])
+        try:
+            os.killpg(child, signal.SIGKILL)
+        except ProcessLookupError:
+            os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(reader, "rb") as stream:
+        count = stream.read()
+    if os.waitstatus_to_exitcode(status) not in (0, -signal.SIGKILL):
+        raise SystemExit(f"the child failed at {kill}")
+    return int(count) if count else -1
+
+
+def run_chain(before: Path, root: Path, contents: list[BranchContent], kills: list[int | dict[str, float]]) -> object:
+    """Start from the state in `before`, publish under each kill, then once more to the end."""
+    shutil.rmtree(root, ignore_errors=True)
+    if before.exists():
+        shutil.copytree(before, root, symlinks=True)
+    repository = hub_folder(root)
+    between, counts = [], []
+    for kill in kills:
+        counts.append(publish_in_child(contents, root, kill))
+        between.append(trees(repository) if repository.exists() else {})
+    report = publish(contents, LocalTarget(root, REPOSITORY), lambda _: None)
+    return {
+        "counts": counts,
+        "between": between,
+        "trees": trees(repository),
+        "status": git("status", "--porcelain", "--ignored", cwd=repository),
+        "fsck": git("fsck", "--full", "--strict", "--no-dangling", cwd=repository),
+        "main": sorted(files_in(repository)),
+        "leftovers": leftovers(root),
+        "notes": report.notes,
+    }
+
+
+def main() -> None:
+    """Run every chain of standard input: arguments are the state before, the scratch root and the folders."""
+    before, root, *folders = map(Path, sys.argv[1:])
+    contents = [describe(folder, folder.name) for folder in folders]
+    for kills in json.load(sys.stdin):
+        print(json.dumps(run_chain(before, root, contents, kills)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

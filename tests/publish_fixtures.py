@@ -1,0 +1,77 @@
+"""What the tests of publishing share: folders to publish, and git as a reader without any settings sees it."""
+
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from packager.files import file_record, list_files
+from packager.publish import BranchContent
+
+REPOSITORY = "somebody/Model-GPTQ"
+VARIANT = "gptq-4bit-32g-actorder_True"
+
+
+def make_content(dist: Path, branch: str, files: Mapping[str, bytes]) -> BranchContent:
+    """Write a folder with `files` and describe it truthfully."""
+    folder = dist / branch
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return describe(folder, branch)
+
+
+def describe(folder: Path, branch: str) -> BranchContent:
+    """Describe a folder as it is now."""
+    records = {name: file_record(folder / name) for name in list_files(folder)}
+    return BranchContent(branch=branch, folder=folder, files=records, message=f"Publish {branch}")
+
+
+def hub_folder(root: Path) -> Path:
+    """Return where a local target with this root keeps the repository."""
+    return root / "models" / REPOSITORY
+
+
+def git(*arguments: str, cwd: Path | None = None) -> str:
+    """Run git as somebody without settings."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    neutral = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
+    identity = {"GIT_AUTHOR_NAME": "A Person", "GIT_AUTHOR_EMAIL": "person@example.org"}
+    committer = {"GIT_COMMITTER_NAME": "A Person", "GIT_COMMITTER_EMAIL": "person@example.org"}
+    result = subprocess.run(
+        ["git", *arguments],
+        cwd=cwd,
+        env={**environment, **neutral, **identity, **committer},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, f"git {' '.join(arguments)}: {result.stderr}"
+    return result.stdout
+
+
+def trees(repository: Path) -> dict[str, str]:
+    """Return each branch's tree id."""
+    lines = git("for-each-ref", "--format=%(refname:lstrip=2) %(tree)", "refs/heads", cwd=repository).splitlines()
+    return dict(line.split() for line in lines)
+
+
+def heads(repository: Path) -> dict[str, str]:
+    """Return each branch's head commit."""
+    lines = git("for-each-ref", "--format=%(refname:lstrip=2) %(objectname)", "refs/heads", cwd=repository).splitlines()
+    return dict(line.split() for line in lines)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Return the content of a worktree's files."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and ".git" not in path.relative_to(folder).parts)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def leftovers(root: Path) -> list[str]:
+    """Return what a killed run could have left anywhere below a target's root."""
+    ours = hub_folder(root).with_name(f".{hub_folder(root).name}.lock")
+    names = (path for path in root.rglob("*") if path != ours)
+    odd = (path for path in names if path.name.startswith((".tmp-", "tmp_", "packager-")) or path.suffix == ".lock")
+    return sorted(path.relative_to(root).as_posix() for path in odd)

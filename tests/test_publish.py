@@ -1,0 +1,643 @@
+"""Publishing to a local repository, read back with the git that everybody has."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+from packager.errors import MachineError, PackagerError, PublishError, StateError
+from packager.publish import BranchContent, PublishReport, check_folders, plan_publish, publish
+from packager.publish_view import plan_json, print_plan, print_report, report_json
+from packager.receipt import FileRecord
+from packager.targets import BranchState, LocalFile, StoredFile, file_name_problem, read_local_file
+from packager.targets.git_process import AUTHOR_EMAIL, AUTHOR_NAME
+from packager.targets.local import LocalTarget
+from tests.publish_fixtures import (
+    REPOSITORY,
+    VARIANT,
+    describe,
+    files_in,
+    git,
+    heads,
+    hub_folder,
+    leftovers,
+    make_content,
+    trees,
+)
+
+ODD_NAMES = {
+    "README.md": b"line\r\nends\nstay\r",
+    "-rf": b"a leading dash",
+    "a name with  spaces": b"",
+    '"quoted"': b"quotes",
+    "modèle/日本語/🦙.json": b"{}",
+    ".gitattributes": b"*.md text eol=crlf\n*.bin filter=lfs diff=lfs merge=lfs -text\n",
+    ".gitignore": b"*\n",
+    "w.bin": bytes(range(256)) * 40,
+}
+
+
+class Scene:
+    """A target below a scratch folder, and two branches to publish."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.dist = tmp_path / "dist"
+        self.root = tmp_path / "hub"
+        self.repository = hub_folder(self.root)
+        self.target = LocalTarget(self.root, REPOSITORY)
+        self.contents = [
+            make_content(self.dist, "main", {"README.md": b"card\n", "w.bin": b"weights"}),
+            make_content(self.dist, VARIANT, {"README.md": b"card\n", "w.bin": b"other", "sub/x.json": b"{}"}),
+        ]
+        self.lines: list[str] = []
+
+    def publish(self, contents: Sequence[BranchContent] | None = None, *, dry_run: bool = False) -> PublishReport:
+        self.lines.clear()
+        return publish(contents or self.contents, self.target, self.lines.append, dry_run=dry_run)
+
+    def refused(self, kind: type[PackagerError], contents: Sequence[BranchContent] | None = None) -> str:
+        """Publish, and return the error's text; the repository's branches have not moved."""
+        before = heads(self.repository) if (self.repository / ".git").is_dir() else {}
+        with pytest.raises(kind) as caught:
+            self.publish(contents)
+        assert (heads(self.repository) if (self.repository / ".git").is_dir() else {}) == before
+        return str(caught.value)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    return Scene(tmp_path)
+
+
+def assert_published(contents: Sequence[BranchContent], repository: Path, scratch: Path) -> None:
+    """Clone every branch alone and compare it with its folder, file by file."""
+    for content in contents:
+        clone = scratch / f"clone of {content.branch}"
+        git("clone", "--quiet", "--branch", content.branch, "--single-branch", str(repository), str(clone))
+        attributes = clone / ".git" / "info" / "attributes"
+        attributes.parent.mkdir(exist_ok=True)
+        attributes.write_text("* -text -filter\n")
+        git("rm", "--quiet", "--cached", "-r", ".", cwd=clone)
+        git("reset", "--quiet", "--hard", cwd=clone)
+        assert files_in(clone) == {name: (content.folder / name).read_bytes() for name in content.files}
+
+
+def test_every_branch_holds_exactly_its_files(scene: Scene, tmp_path: Path) -> None:
+    report = scene.publish()
+    assert [outcome.plan.action for outcome in report.outcomes] == ["create", "create"]
+    assert {outcome.plan.branch: outcome.commit for outcome in report.outcomes} == heads(scene.repository)
+    assert_published(scene.contents, scene.repository, tmp_path)
+    histories = git("rev-list", "--all", "--parents", cwd=scene.repository).splitlines()
+    assert sorted(histories) == sorted(heads(scene.repository).values()), "each branch is one commit without a parent"
+
+
+def test_main_comes_last_and_is_checked_out(scene: Scene) -> None:
+    report = scene.publish()
+    assert [outcome.plan.branch for outcome in report.outcomes] == [VARIANT, "main"]
+    assert files_in(scene.repository) == {"README.md": b"card\n", "w.bin": b"weights"}
+    assert git("status", "--porcelain", "--branch", cwd=scene.repository) == "## main\n"
+
+
+def test_a_second_publish_changes_nothing(scene: Scene) -> None:
+    scene.publish()
+    before = heads(scene.repository), {path: path.stat().st_mtime_ns for path in scene.repository.rglob("*")}
+    report = scene.publish()
+    assert [outcome.plan.action for outcome in report.outcomes] == ["unchanged", "unchanged"]
+    assert {outcome.plan.branch: outcome.commit for outcome in report.outcomes} == before[0]
+    assert heads(scene.repository) == before[0]
+    folders = {scene.repository / ".git"}
+    after = {path: path.stat().st_mtime_ns for path in scene.repository.rglob("*")}
+    assert {path for path in after if after[path] != before[1].get(path)} <= folders
+    assert scene.lines[1:] == [f"{VARIANT}: unchanged", "main: unchanged"]
+
+
+def test_an_update_is_one_commit_on_the_branch_it_concerns(scene: Scene, tmp_path: Path) -> None:
+    scene.publish()
+    before = heads(scene.repository)
+    (scene.dist / VARIANT / "sub" / "x.json").unlink()
+    (scene.dist / VARIANT / "w.bin").write_bytes(b"better")
+    (scene.dist / VARIANT / "new").write_bytes(b"n" * 10)
+    contents = [scene.contents[0], describe(scene.dist / VARIANT, VARIANT)]
+    report = scene.publish(contents)
+    plan = report.outcomes[0].plan
+    assert (plan.action, report.outcomes[1].plan.action) == ("update", "unchanged")
+    assert [(change.name, change.size_bytes) for change in plan.added] == [("new", 10)]
+    assert [(change.name, change.size_bytes) for change in plan.changed] == [("w.bin", 6)]
+    assert [(change.name, change.size_bytes) for change in plan.removed] == [("sub/x.json", 2)]
+    assert plan.written_bytes == 16
+    after = heads(scene.repository)
+    assert after["main"] == before["main"]
+    assert git("rev-parse", f"{VARIANT}^", cwd=scene.repository).strip() == before[VARIANT]
+    assert_published(contents, scene.repository, tmp_path)
+
+
+def test_main_can_be_updated_alone(scene: Scene) -> None:
+    scene.publish()
+    (scene.dist / "main" / "README.md").write_bytes(b"a better card\n")
+    report = scene.publish([describe(scene.dist / "main", "main")])
+    assert report.plan.left_alone == (VARIANT,)
+    assert (scene.repository / "README.md").read_bytes() == b"a better card\n"
+    assert git("status", "--porcelain", cwd=scene.repository) == ""
+
+
+def test_a_dry_run_writes_nothing(scene: Scene) -> None:
+    report = scene.publish(dry_run=True)
+    assert report.dry_run
+    assert [outcome.plan.action for outcome in report.outcomes] == ["create", "create"]
+    assert scene.lines == [f"{scene.repository}: 2 create; 24 B to write"]
+    assert not scene.root.exists()
+    scene.publish()
+    before = heads(scene.repository)
+    (scene.dist / "main" / "README.md").write_bytes(b"edited\n")
+    report = scene.publish([describe(scene.dist / "main", "main"), scene.contents[1]], dry_run=True)
+    assert [outcome.plan.action for outcome in report.outcomes] == ["unchanged", "update"]
+    assert heads(scene.repository) == before
+
+
+def test_odd_names_and_bytes_arrive_unchanged(scene: Scene, tmp_path: Path) -> None:
+    contents = [make_content(scene.dist, "odd", ODD_NAMES), make_content(scene.dist / "again", "main", ODD_NAMES)]
+    scene.publish(contents)
+    assert_published(contents, scene.repository, tmp_path)
+    assert files_in(scene.repository) == ODD_NAMES
+    assert git("status", "--porcelain", cwd=scene.repository) == ""
+    assert [outcome.plan.action for outcome in scene.publish(contents).outcomes] == ["unchanged", "unchanged"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nb", "back\\slash", "a\tb", ".git/config", "sub/.GIT/x", "git~1", "\udcff", "x/.tmp-y"]
+)
+def test_names_that_git_would_lose_are_refused(name: str) -> None:
+    assert file_name_problem(name)
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a//b", "a/./b", "", "a/"])
+def test_names_outside_the_folder_are_refused(name: str) -> None:
+    assert "relative" in file_name_problem(name)
+
+
+def test_every_name_problem_is_told_before_anything_is_read(scene: Scene) -> None:
+    record = FileRecord(size_bytes=1, sha256="0" * 64)
+    bad = BranchContent(branch="a/b", folder=scene.dist, files={"x\ny": record, "../z": record}, message="")
+    text = scene.refused(PublishError, [bad, scene.contents[0], scene.contents[0], replace(bad, branch="x", files={})])
+    for part in ("'a/b': a branch has", "'x\\ny'", "'../z'", "'main': given twice", "'x': has no files"):
+        assert part in text
+
+
+def test_an_edited_folder_is_not_published(scene: Scene) -> None:
+    (scene.dist / "main" / "w.bin").write_bytes(b"WEIGHTS")
+    (scene.dist / VARIANT / "README.md").write_bytes(b"longer card\n")
+    (scene.dist / VARIANT / "w.bin").unlink()
+    (scene.dist / VARIANT / "extra").write_bytes(b"")
+    text = scene.refused(StateError)
+    assert f"{scene.dist / 'main' / 'w.bin'}: changed: sha256" in text
+    assert f"{scene.dist / VARIANT / 'README.md'}: changed: 12 bytes instead of 5" in text
+    assert f"{scene.dist / VARIANT / 'w.bin'}: missing" in text
+    assert f"{scene.dist / VARIANT / 'extra'}: not in the manifest" in text
+    assert "hint: build the branch again" in text
+    assert not scene.root.exists()
+
+
+def test_a_file_that_changes_while_it_is_published_moves_no_branch(scene: Scene) -> None:
+    scene.publish()
+    files = dict(check_folders(scene.contents)["main"])
+    (scene.dist / "main" / "w.bin").write_bytes(b"changed")
+    before = heads(scene.repository)
+    stale = replace(files["w.bin"], blob_id="1" * 40)
+    with pytest.raises(PublishError, match="changed while it was being published"):
+        scene.target.commit("main", {**files, "w.bin": stale}, parent=before["main"], message="")
+    assert heads(scene.repository) == before
+
+
+def test_main_is_required(scene: Scene) -> None:
+    assert "main is not among the branches" in scene.refused(PublishError, scene.contents[1:])
+    assert not scene.root.exists()
+    scene.publish()
+    assert scene.publish(scene.contents[1:]).outcomes[0].plan.action == "unchanged"
+
+
+@pytest.fixture
+def hostile_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user whose settings would change, sign or refuse every commit, publishing from inside one of their hooks."""
+    home = tmp_path / "home"
+    hooks = home / "template" / "hooks"
+    hooks.mkdir(parents=True)
+    ran = home / "a hook ran"
+    for name in (
+        "pre-commit",
+        "commit-msg",
+        "post-commit",
+        "reference-transaction",
+        "post-checkout",
+        "post-index-change",
+    ):
+        (hooks / name).write_text(f"#!/bin/sh\ntouch '{ran}'\nexit 1\n")
+        (hooks / name).chmod(0o755)
+    settings = f"""
+        [user] name = Real Name
+        [user] email = real@host.example
+        [user] signingKey = DEADBEEF
+        [commit] gpgSign = true
+        [gpg] program = false
+        [core] autocrlf = true
+        [core] hooksPath = {hooks}
+        [core] attributesFile = {home / "attributes"}
+        [core] logAllRefUpdates = false
+        [init] templateDir = {home / "template"}
+        [init] defaultBranch = trunk
+        [init] defaultObjectFormat = sha256
+        [filter "upper"] clean = tr a-z A-Z
+        [filter "upper"] smudge = tr a-z A-Z
+        [status] showUntrackedFiles = no
+        [i18n] commitEncoding = latin1
+    """
+    (home / ".gitconfig").write_text(settings)
+    (home / "attributes").write_text("* text eol=crlf filter=upper ident\n")
+    elsewhere = tmp_path / "elsewhere"
+    git("init", "--quiet", str(elsewhere))
+    for key, value in {
+        "HOME": str(home),
+        "XDG_CONFIG_HOME": str(home),
+        "GIT_CONFIG_GLOBAL": str(home / ".gitconfig"),
+        "GIT_CONFIG_SYSTEM": str(home / ".gitconfig"),
+        "GIT_CONFIG_PARAMETERS": "'core.autocrlf=true' 'core.bare=true'",
+        "GIT_DIR": str(elsewhere / ".git"),
+        "GIT_WORK_TREE": str(elsewhere),
+        "GIT_INDEX_FILE": str(elsewhere / "index"),
+        "GIT_OBJECT_DIRECTORY": str(elsewhere / ".git" / "objects"),
+        "GIT_TEMPLATE_DIR": str(home / "template"),
+        "GIT_AUTHOR_NAME": "Real Name",
+        "GIT_COMMITTER_EMAIL": "real@host.example",
+        "GIT_AUTHOR_DATE": "2001-01-01T00:00:00 +0530",
+        "GIT_DEFAULT_HASH": "sha256",
+        "TZ": "Asia/Kolkata",
+    }.items():
+        monkeypatch.setenv(key, value)
+    return ran
+
+
+def test_the_users_settings_have_no_influence(scene: Scene, tmp_path: Path, hostile_user: Path) -> None:
+    contents = [make_content(scene.dist, "odd", ODD_NAMES), make_content(scene.dist / "again", "main", ODD_NAMES)]
+    scene.publish(contents)
+    (contents[1].folder / "README.md").write_bytes(b"$Id$ second\r\n")
+    contents[1] = describe(contents[1].folder, "main")
+    scene.publish(contents)
+    assert files_in(scene.repository) == {**ODD_NAMES, "README.md": b"$Id$ second\r\n"}
+    assert_published(contents, scene.repository, tmp_path)
+    facts = git("log", "--all", "--format=%an|%ae|%cn|%ce|%G?|%ai|%ci|%e", cwd=scene.repository).splitlines()
+    assert len(facts) == 3
+    for line in facts:
+        *names, author_date, commit_date, encoding = line.split("|")
+        assert names == [AUTHOR_NAME, AUTHOR_EMAIL, AUTHOR_NAME, AUTHOR_EMAIL, "N"]
+        assert author_date == commit_date
+        assert author_date.endswith("+0000")
+        assert not author_date.startswith("2001")
+        assert encoding == ""
+    assert not hostile_user.exists(), "a hook ran"
+    assert not (scene.repository / ".git" / "hooks").exists()
+    assert "Real" not in (scene.repository / ".git" / "logs" / "refs" / "heads" / "main").read_text()
+    assert trees(tmp_path / "elsewhere") == {}
+
+
+def test_the_users_own_git_finds_the_worktree_clean(scene: Scene, hostile_user: Path) -> None:
+    scene.publish([make_content(scene.dist / "again", "main", ODD_NAMES)])
+    environment = {key: value for key, value in os.environ.items() if key in ("HOME", "PATH")}
+    command = ["git", "-C", str(scene.repository), "status", "--porcelain", "--untracked-files=all"]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == ""
+
+
+def test_an_edited_worktree_is_not_overwritten(scene: Scene) -> None:
+    scene.publish()
+    (scene.repository / "README.md").write_bytes(b"a person's words\n")
+    (scene.repository / "w.bin").unlink()
+    (scene.repository / "notes.txt").write_bytes(b"mine\n")
+    (scene.dist / "main" / "README.md").write_bytes(b"new card\n")
+    contents = [describe(scene.dist / "main", "main"), scene.contents[1]]
+    text = scene.refused(StateError, contents)
+    for part in ("README.md (edited)", "w.bin (deleted)", "notes.txt (not one of ours)", "stash --include-untracked"):
+        assert part in text
+    assert (scene.repository / "README.md").read_bytes() == b"a person's words\n"
+    git("stash", "--include-untracked", cwd=scene.repository)
+    assert scene.publish(contents).outcomes[-1].plan.action == "update"
+    assert git("show", "stash@{0}:README.md", cwd=scene.repository) == "a person's words\n"
+    assert git("show", "stash@{0}^3:notes.txt", cwd=scene.repository) == "mine\n"
+
+
+def test_staged_edits_are_not_overwritten(scene: Scene) -> None:
+    scene.publish()
+    (scene.repository / "README.md").write_bytes(b"staged\n")
+    git("add", "README.md", cwd=scene.repository)
+    (scene.repository / "README.md").write_bytes(b"card\n")
+    assert "README.md (edited)" in scene.refused(StateError)
+
+
+def test_somebody_elses_commit_stays_in_the_history(scene: Scene, tmp_path: Path) -> None:
+    scene.publish()
+    (scene.repository / "README.md").write_bytes(b"a person's words\n")
+    git("commit", "--quiet", "--all", "--message", "edit", cwd=scene.repository)
+    theirs = heads(scene.repository)["main"]
+    report = scene.publish()
+    plan = report.outcomes[-1].plan
+    assert (plan.action, plan.foreign_author) == ("update", "A Person <person@example.org>")
+    assert git("rev-parse", "main^", cwd=scene.repository).strip() == theirs
+    assert (scene.repository / "README.md").read_bytes() == b"card\n"
+    assert_published(scene.contents, scene.repository, tmp_path)
+    console = Console(width=120, record=True)
+    print_plan(report.plan, console)
+    assert f"based on {theirs[:12]} by A Person <person@example.org>" in console.export_text()
+
+
+def test_executables_and_links_are_replaced_by_plain_files(scene: Scene) -> None:
+    scene.publish()
+    git("update-index", "--chmod=+x", "README.md", cwd=scene.repository)
+    blob = git("rev-parse", "main:w.bin", cwd=scene.repository).strip()
+    git("update-index", "--cacheinfo", f"120000,{blob},w.bin", cwd=scene.repository)
+    git("commit", "--quiet", "--message", "modes", cwd=scene.repository)
+    git("reset", "--quiet", "--hard", cwd=scene.repository)
+    report = scene.publish()
+    assert [change.name for change in report.outcomes[-1].plan.changed] == ["README.md", "w.bin"]
+    modes = {line.split()[0] for line in git("ls-tree", "-r", "main", cwd=scene.repository).splitlines()}
+    assert modes == {"100644"}
+    assert not (scene.repository / "w.bin").is_symlink()
+    assert git("status", "--porcelain", cwd=scene.repository) == ""
+
+
+def test_another_branch_in_the_worktree_is_left_there(scene: Scene) -> None:
+    scene.publish()
+    git("switch", "--quiet", VARIANT, cwd=scene.repository)
+    text = scene.refused(PublishError)
+    assert "does not have main checked out" in text
+    assert f"git -C '{scene.repository}' switch main" in text
+    assert (scene.repository / "sub" / "x.json").exists()
+
+
+def test_a_branch_does_not_move_under_a_linked_worktree(scene: Scene, tmp_path: Path) -> None:
+    scene.publish()
+    git("worktree", "add", "--quiet", str(tmp_path / "linked"), VARIANT, cwd=scene.repository)
+    assert scene.publish().outcomes[0].plan.action == "unchanged"
+    (scene.dist / VARIANT / "new").write_bytes(b"n")
+    contents = [scene.contents[0], describe(scene.dist / VARIANT, VARIANT)]
+    text = scene.refused(PublishError, contents)
+    assert str(tmp_path / "linked") in text
+    git("worktree", "remove", str(tmp_path / "linked"), cwd=scene.repository)
+    assert scene.publish(contents).outcomes[0].plan.action == "update"
+
+
+def test_a_branch_that_moves_meanwhile_is_not_overwritten(scene: Scene) -> None:
+    scene.publish()
+    observed = heads(scene.repository)
+    other = git("commit-tree", f"{VARIANT}^{{tree}}", "-m", "elsewhere", cwd=scene.repository).strip()
+    git("update-ref", f"refs/heads/{VARIANT}", other, cwd=scene.repository)
+    files = check_folders(scene.contents)[VARIANT]
+    with pytest.raises(PublishError, match=f"{VARIANT} was moved by somebody else"):
+        scene.target.commit(VARIANT, files, parent=observed[VARIANT], message="x")
+    with pytest.raises(PublishError, match=f"{VARIANT} was moved by somebody else"):
+        scene.target.commit(VARIANT, files, parent=None, message="x")
+    assert heads(scene.repository)[VARIANT] == other
+
+
+def test_foreign_files_at_the_path_are_not_touched(scene: Scene) -> None:
+    scene.repository.mkdir(parents=True)
+    (scene.repository / "thesis.tex").write_text("years of work")
+    assert "no git repository is in the way" in scene.refused(PublishError)
+    assert sorted(path.name for path in scene.root.rglob("*") if path.is_file()) == ["thesis.tex"]
+
+
+def test_a_broken_repository_is_not_touched(scene: Scene) -> None:
+    (scene.repository / ".git").mkdir(parents=True)
+    with pytest.raises(PublishError, match="rev-parse"):
+        scene.publish()
+    assert list(scene.root.rglob("*"))[-1] == scene.repository / ".git"
+
+
+def test_a_sha256_repository_is_refused(scene: Scene) -> None:
+    scene.repository.mkdir(parents=True)
+    git("init", "--quiet", "--object-format=sha256", ".", cwd=scene.repository)
+    with pytest.raises(PublishError, match="object format is sha256"):
+        scene.publish()
+
+
+def test_an_empty_folder_at_the_path_becomes_the_repository(scene: Scene) -> None:
+    scene.repository.mkdir(parents=True)
+    scene.publish()
+    assert git("status", "--porcelain", cwd=scene.repository) == ""
+
+
+def test_an_existing_repository_is_published_into(scene: Scene, tmp_path: Path) -> None:
+    scene.repository.mkdir(parents=True)
+    git("init", "--quiet", "--initial-branch=main", ".", cwd=scene.repository)
+    contents = [make_content(scene.dist, "odd", ODD_NAMES), make_content(scene.dist / "again", "main", ODD_NAMES)]
+    scene.publish(contents)
+    assert files_in(scene.repository) == ODD_NAMES
+    assert_published(contents, scene.repository, tmp_path)
+
+
+def test_a_second_publisher_stops(scene: Scene) -> None:
+    scene.publish()
+    (scene.dist / "main" / "new").write_bytes(b"n")
+    contents = [describe(scene.dist / "main", "main")]
+    with LocalTarget(scene.root, REPOSITORY).exclusive():
+        assert "another publisher is at work" in scene.refused(PublishError, contents)
+    code = (
+        "import sys; from filelock import FileLock\n"
+        "with FileLock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    )
+    lock = scene.repository.with_name(f".{scene.repository.name}.lock")
+    command = [sys.executable, "-c", code, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdin is not None
+        assert holder.stdout.readline() == b"held\n"
+        assert "another publisher is at work" in scene.refused(PublishError, contents)
+        assert scene.publish(contents, dry_run=True).outcomes[0].plan.action == "update"
+        holder.stdin.close()
+    with FileLock(str(lock), timeout=0):
+        pass
+    assert scene.publish(contents).outcomes[0].plan.action == "update"
+
+
+def test_publishers_that_race_leave_one_result(scene: Scene, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from packager.errors import PublishError\n"
+        "from packager.publish import publish; from packager.targets.local import LocalTarget\n"
+        "from tests.publish_fixtures import REPOSITORY, describe\n"
+        "contents = [describe(Path(folder), Path(folder).name) for folder in sys.argv[2:]]\n"
+        "try: publish(contents, LocalTarget(Path(sys.argv[1]), REPOSITORY), print)\n"
+        "except PublishError as error: print(error); sys.exit(error.exit_code)"
+    )
+    folders = [str(content.folder) for content in scene.contents]
+    command = [sys.executable, "-c", code, str(scene.root), *folders]
+    cwd = Path(__file__).resolve().parent.parent
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=cwd) for _ in range(3)]
+    for process in running:
+        output, _ = process.communicate()
+        assert process.returncode == 0 or (process.returncode == 10 and "another publisher is at work" in output)
+    assert 0 in [process.returncode for process in running]
+    assert_published(scene.contents, scene.repository, tmp_path)
+    assert leftovers(scene.root) == []
+
+
+def test_without_git_the_error_says_so(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    text = scene.refused(MachineError)
+    assert "git is not on the PATH" in text
+    assert "apt-get install git" in text
+    assert not scene.root.exists()
+
+
+def test_without_git_gitpython_cannot_even_be_imported(scene: Scene, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from packager.errors import MachineError\n"
+        "from packager.targets.local import LocalTarget\n"
+        "try: LocalTarget(Path(sys.argv[1]), 'a/b').check(())\n"
+        "except MachineError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    cwd = Path(__file__).resolve().parent.parent
+    environment = {"PATH": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=cwd)
+    assert result.stdout.startswith("git is not on the PATH\n")
+
+
+def shim(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a `git` first on the PATH that runs `script`, then the real one."""
+    real = next(path for entry in os.get_exec_path() if (path := Path(entry) / "git").exists())
+    folder.mkdir()
+    (folder / "git").write_text(f"#!/bin/sh\n{script}\nexec '{real}' \"$@\"\n")
+    (folder / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_an_old_git_is_refused(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shim(tmp_path / "bin", 'if [ "$1" = version ]; then echo git version 2.25.1; exit 0; fi', monkeypatch)
+    assert "git 2.25.1 is too old" in scene.refused(MachineError)
+    assert not scene.root.exists()
+
+
+@pytest.mark.parametrize("command", ["hash-object", "write-tree", "update-ref"])
+def test_a_full_disk_is_told_and_the_next_run_goes_on(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    words = "fatal: unable to write loose object file: No space left on device"
+    shim(tmp_path / "bin", f'if [ "$1" = {command} ]; then echo "{words}" >&2; exit 128; fi', monkeypatch)
+    text = scene.refused(MachineError)
+    assert "the disk is full" in text
+    assert words in text
+    monkeypatch.undo()
+    scene.publish()
+    assert_published(scene.contents, scene.repository, tmp_path)
+
+
+def test_what_is_stored_is_read_again(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.publish()
+    (scene.dist / VARIANT / "w.bin").write_bytes(b"better")
+    contents = [scene.contents[0], describe(scene.dist / VARIANT, VARIANT)]
+    blob = read_local_file(scene.dist / VARIANT / "w.bin").blob_id
+    script = f'if [ "$1" = cat-file ] && [ "$3" = {blob} ]; then printf rotten; exit 0; fi'
+    shim(tmp_path / "bin", script, monkeypatch)
+    with pytest.raises(PublishError, match="does not hold what was built") as caught:
+        scene.publish(contents)
+    assert "w.bin: changed: sha256" in str(caught.value)
+    assert "git fsck" in str(caught.value)
+
+
+def test_a_blob_that_breaks_off_is_not_checked_out(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.publish()
+    (scene.dist / "main" / "w.bin").write_bytes(b"better")
+    contents = [describe(scene.dist / "main", "main"), scene.contents[1]]
+    blob = read_local_file(scene.dist / "main" / "w.bin").blob_id
+    script = f'if [ "$1" = cat-file ] && [ "$3" = {blob} ]; then printf be; echo broken >&2; exit 1; fi'
+    shim(tmp_path / "bin", script, monkeypatch)
+    with pytest.raises(PublishError, match="git cat-file failed"):
+        scene.publish(contents)
+    assert (scene.repository / "w.bin").read_bytes() == b"weights"
+    monkeypatch.undo()
+    report = scene.publish(contents)
+    assert report.notes[-1].startswith("finished its checkout of main")
+    assert (scene.repository / "w.bin").read_bytes() == b"better"
+    assert git("status", "--porcelain", cwd=scene.repository) == ""
+
+
+class MemoryTarget:
+    """A target that knows large files by sha256 and the others by blob id, as the Hub does."""
+
+    where = "memory"
+
+    def __init__(self, remote: Mapping[str, BranchState]) -> None:
+        self.remote = remote
+        self.commits: list[tuple[str, str | None]] = []
+        self.stored: Mapping[str, FileRecord] = {}
+
+    def read_branches(self) -> Mapping[str, BranchState]:
+        return self.remote
+
+    def check(self, changing: Collection[str]) -> None:
+        self.changing = tuple(changing)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[Sequence[str]]:
+        yield ()
+
+    def commit(self, branch: str, files: Mapping[str, LocalFile], *, parent: str | None, message: str) -> str:
+        assert message
+        self.commits.append((branch, parent))
+        self.stored = {name: FileRecord(size_bytes=f.size_bytes, sha256=f.sha256) for name, f in files.items()}
+        return "f" * 40
+
+    def read_records(self, commit: str) -> Mapping[str, FileRecord]:
+        assert commit == "f" * 40
+        return self.stored
+
+
+def test_a_remote_that_answers_with_either_digest_is_compared(scene: Scene) -> None:
+    files = check_folders(scene.contents)
+    stored = {
+        branch: {
+            name: StoredFile(size_bytes=file.size_bytes, sha256=file.sha256)
+            if name == "w.bin"
+            else StoredFile(size_bytes=file.size_bytes, blob_id=file.blob_id)
+            for name, file in of_branch.items()
+        }
+        for branch, of_branch in files.items()
+    }
+    stored[VARIANT]["w.bin"] = replace(stored[VARIANT]["w.bin"], sha256="0" * 64)
+    remote = {name: BranchState(commit=name[0] * 40, foreign_author="", files=held) for name, held in stored.items()}
+    target = MemoryTarget(remote)
+    report = publish(scene.contents, target, print)
+    assert [outcome.plan.action for outcome in report.outcomes] == ["update", "unchanged"]
+    assert target.commits == [(VARIANT, "g" * 40)]
+    assert target.changing == (VARIANT,)
+
+
+def test_the_plan_is_shown_before_the_first_effect(scene: Scene) -> None:
+    seen: list[bool] = []
+    publish(scene.contents, scene.target, print, show_plan=lambda _: seen.append((scene.repository / "w.bin").exists()))
+    assert seen == [False]
+
+
+def test_the_plan_and_the_report_read_well(scene: Scene) -> None:
+    plan = plan_publish(check_folders(scene.contents), {}, where="a place [bold]")
+    console = Console(width=100, record=True)
+    print_plan(plan, console)
+    text = console.export_text()
+    assert "To publish in a place [bold]" in text
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert f"{VARIANT} create 12 B 12 B 3 files" in rows
+    assert rows.index("main create 12 B 12 B 2 files") > rows.index(f"{VARIANT} create 12 B 12 B 3 files")
+    assert json.loads(json.dumps(plan_json(plan)))["branches"][0]["added"][0] == {"name": "README.md", "size_bytes": 5}
+    report = scene.publish()
+    print_report(report, console)
+    assert report.outcomes[0].commit is not None
+    assert report.outcomes[0].commit[:12] in console.export_text()
+    values = json.loads(json.dumps(report_json(report)))
+    assert values["branches"][1]["commit"] == heads(scene.repository)["main"]
+    assert (values["dry_run"], values["notes"], values["written_bytes"]) == (False, [], 24)
