@@ -75,7 +75,7 @@ def prepare(recipe_file: RecipeFile, source: SourceModel) -> TextSets:
     return sets
 
 
-def load_tokenizer(source: SourceModel) -> Any:  # noqa: ANN401 - transformers' tokenizers have no useful static type
+def load_tokenizer(source: SourceModel) -> Any:
     """Return the base model's tokenizer.
 
     Raises:
@@ -86,7 +86,9 @@ def load_tokenizer(source: SourceModel) -> Any:  # noqa: ANN401 - transformers' 
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CalibrationError("the base model's tokenizer cannot be read", where=str(source.folder), why=str(error)) from error
+        raise CalibrationError(
+            "the base model's tokenizer cannot be read", where=str(source.folder), why=str(error)
+        ) from error
 
 
 def read_texts(text: TextSource, recipe_file: RecipeFile) -> list[str]:
@@ -137,11 +139,12 @@ def _read_file(path: Path, field: str) -> list[str]:
 
 
 def make_rows(
-    text: TextSource, texts: Sequence[str], tokenizer: Any, *, num_samples: int, seed: int | None  # noqa: ANN401
+    text: TextSource, texts: Sequence[str], tokenizer: Any, *, num_samples: int, seed: int | None
 ) -> TokenRows:
     """Tokenize documents one after the other and cut the stream into rows.
 
-    With a seed, rows are drawn from all whole rows of the stream without repetition; without one, the first rows are taken.
+    With a seed, rows are drawn from all whole rows of the stream without repetition; without one, the first rows are
+    taken.
 
     Raises:
         CalibrationError: too little text; says how many tokens are missing.
@@ -197,13 +200,15 @@ def _check_overlap(calibration: Sequence[str], evaluation: Sequence[str]) -> Non
         )
 
 
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:  # noqa: ANN401
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Return the token ids of a user's message in the model's own chat template, ready for an answer."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def check_prompt_template(recipe_file: RecipeFile, tokenizer: Any) -> None:  # noqa: ANN401
+def check_prompt_template(recipe_file: RecipeFile, tokenizer: Any) -> None:
     """Compare the card's prompt template with the tokenizer's chat template, where it has one.
 
     Raises:
@@ -233,7 +238,7 @@ def check_prompt_template(recipe_file: RecipeFile, tokenizer: Any) -> None:  # n
         )
 
 
-def _read_questions(evaluation: Evaluation, recipe_file: RecipeFile, tokenizer: Any) -> tuple[Question, ...]:  # noqa: ANN401
+def _read_questions(evaluation: Evaluation, recipe_file: RecipeFile, tokenizer: Any) -> tuple[Question, ...]:
     if evaluation.questions is None:
         return ()
     path = recipe_file.resolve(evaluation.questions)
@@ -249,7 +254,9 @@ def _read_questions(evaluation: Evaluation, recipe_file: RecipeFile, tokenizer: 
                 'a question is not {"prompt": ..., "answer": ...}', where=f"{path}:{number}", why=str(error)
             ) from error
         turn = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        whole = list(tokenizer(tokenizer.apply_chat_template(turn, tokenize=False), add_special_tokens=False)["input_ids"])
+        whole = list(
+            tokenizer(tokenizer.apply_chat_template(turn, tokenize=False), add_special_tokens=False)["input_ids"]
+        )
         asked = prompt_ids(tokenizer, prompt)
         if whole[: len(asked)] != asked:
             raise CalibrationError(

@@ -1,8 +1,8 @@
 """A transformers decoder that is visited one block at a time: its weights come from disk and go again.
 
 The model is built on the meta device, so it costs no memory; embeddings, norms and head are loaded once, blocks when
-their turn comes. What a block is called with besides the hidden states (positions, masks, rotary tables) is recorded from
-the model's own forward, so nothing here knows any architecture.
+their turn comes. What a block is called with besides the hidden states (positions, masks, rotary tables) is recorded
+from the model's own forward, so nothing here knows any architecture.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +70,9 @@ class Decoder:
         for name in self.blocks[index].state_dict():
             tensor = self._read(prefix + name).to(self.device, self.dtype)
             if not bool(torch.isfinite(tensor).all()):
-                raise SourceError("the weights contain NaN or Inf", where=prefix + name, hint="the base model is damaged")
+                raise SourceError(
+                    "the weights contain NaN or Inf", where=prefix + name, hint="the base model is damaged"
+                )
             weights[name] = tensor
         return weights
 
@@ -87,13 +89,13 @@ class Decoder:
     @torch.no_grad()
     def embed(self, ids: Tensor, *, rows_per_batch: int) -> list[Batch]:
         """Return the first block's inputs for token ids [rows, seq_len], in batches."""
-        return [self._embed_batch(part.to(self.device)) for part in ids.split(rows_per_batch)]
+        return [self._embed_batch(part.to(self.device)) for part in torch.split(ids, rows_per_batch)]
 
     def _embed_batch(self, ids: Tensor) -> Batch:
         inputs: list[Tensor] = []
         contexts: list[Context] = []
 
-        def record(hidden: Tensor, **context: Any) -> Tensor:  # noqa: ANN401 - whatever the architecture passes
+        def record(hidden: Tensor, **context: Any) -> Tensor:
             inputs.append(hidden)
             contexts.append(context)
             return hidden
@@ -105,7 +107,7 @@ class Decoder:
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Return float32 logits [rows, seq_len, vocab] of the last block's outputs for the token ids they belong to."""
 
-        def replace(_: Tensor, **context: Any) -> Tensor:  # noqa: ANN401, ARG001
+        def replace(_: Tensor, **context: Any) -> Tensor:  # noqa: ARG001
             return hidden
 
         return self._forward_with(replace, ids.to(self.device)).float()
@@ -136,7 +138,7 @@ class Decoder:
     def _rebuilt(self, name: str, module: nn.Module) -> nn.Module:
         """Return a module whose buffers are computed, not stored (rotary tables), built again on the device."""
         try:
-            return cast(nn.Module, type(module)(self._model.config)).to(self.device)  # type: ignore[arg-type]
+            return type(module)(self._model.config).to(self.device)
         except TypeError as error:
             raise SourceError(
                 "this architecture computes a buffer that cannot be rebuilt", where=name, why=str(error)
@@ -151,10 +153,11 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            build = cast(Callable[..., nn.Module], AutoModelForCausalLM.from_config)
+            model = build(config, dtype=dtype, attn_implementation="sdpa")
     except (ValueError, KeyError, OSError) as error:
         raise SourceError("transformers cannot build this model", where=str(folder), why=str(error)) from error
-    return cast(nn.Module, model.eval())
+    return model.eval()
 
 
 @torch.no_grad()

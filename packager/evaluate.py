@@ -14,7 +14,7 @@ from packager.calibrate import Question, TextSets
 from packager.decoder import Decoder, ReadTensor, forward
 from packager.quantize import compute_dtype, dequantize_linear
 from packager.receipt import QualityRecord
-from packager.safetensors_file import stored_tensors
+from packager.safetensors_file import StoredTensor, stored_tensors
 from packager.source import SourceModel, read_tensor
 
 _TOKENS_PER_BATCH = 8192
@@ -31,7 +31,7 @@ class Measured:
 
 def checkpoint_reader(folder: Path, bits: int) -> ReadTensor:
     """Return a reader of a checkpoint's tensors that dequantizes each linear's weight in float32."""
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= stored_tensors(path)
 
@@ -73,8 +73,8 @@ def measure(
 def count_answered(decoder: Decoder, questions: Sequence[Question]) -> int:
     """Count the questions that greedy decoding answers exactly, up to and including the end of the turn.
 
-    Greedy decoding gives precisely an answer if and only if each of its tokens is the most likely one after the prompt and
-    the answer's tokens before it; so one forward over prompt and answer decides, without generating.
+    Greedy decoding gives precisely an answer if and only if each of its tokens is the most likely one after the prompt
+    and the answer's tokens before it; so one forward over prompt and answer decides, without generating.
     """
     if not questions:
         return 0
@@ -86,7 +86,10 @@ def count_answered(decoder: Decoder, questions: Sequence[Question]) -> int:
     rows_per_batch = max(1, _TOKENS_PER_BATCH // width)
     states = forward(decoder, ids, rows_per_batch=rows_per_batch)
     greedy = torch.cat(
-        [decoder.logits(part, state).argmax(-1).cpu() for part, state in zip(ids.split(rows_per_batch), states, strict=True)]
+        [
+            decoder.logits(part, state).argmax(-1).cpu()
+            for part, state in zip(torch.split(ids, rows_per_batch), states, strict=True)
+        ]
     )
     answered = 0
     for row, question in enumerate(questions):
@@ -100,9 +103,7 @@ def measure_base(source: SourceModel, texts: TextSets, device: torch.device) -> 
     return measure(source.folder, source.read, texts, device=device, dtype=compute_dtype(source, device))
 
 
-def measure_checkpoint(
-    folder: Path, bits: int, source: SourceModel, texts: TextSets, device: torch.device
-) -> Measured:
+def measure_checkpoint(folder: Path, bits: int, source: SourceModel, texts: TextSets, device: torch.device) -> Measured:
     """Run a quantized checkpoint through our own dequantized forward; see `measure`."""
     reader = checkpoint_reader(folder, bits)
     return measure(folder, reader, texts, device=device, dtype=compute_dtype(source, device))

@@ -28,7 +28,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(
-                "the disk is full", where=str(path), why=str(error), hint="free some space and run the same command again"
+                "the disk is full",
+                where=str(path),
+                why=str(error),
+                hint="free some space and run the same command again",
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise MachineError("the folder cannot be written", where=str(path), why=str(error)) from error
@@ -62,7 +65,7 @@ def write_atomic(path: Path, data: bytes) -> None:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(temporary, path)
+            Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -79,7 +82,7 @@ def copy_atomic(source: Path, target: Path) -> None:
                 shutil.copyfileobj(reader, stream, _CHUNK_BYTES)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(temporary, target)
+            Path(temporary).replace(target)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise

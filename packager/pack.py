@@ -1,11 +1,10 @@
 """Stage 6, pack: finished blocks become a checkpoint folder, exactly as FORMAT says; it appears by rename.
 
-Weights are copied from the work files and from the base model byte by byte, so that what is not quantized keeps its dtype and
-its bits, and memory stays at one chunk.
+Weights are copied from the work files and from the base model byte by byte, so that what is not quantized keeps its
+dtype and its bits, and memory stays at one chunk.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ def pack_checkpoint(job: PackJob) -> dict[str, FileRecord]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(job.folder, ignore_errors=True)
-    os.replace(temporary, job.folder)
+    temporary.rename(job.folder)
     fsync_folder(job.folder.parent)
     remove_leftovers(job.folder.parent)
     return dict(sorted(records.items()))

@@ -1,8 +1,8 @@
 """Stage 5, quantize: all variants in one sweep over the base model's blocks.
 
 A block's weights are read once; every variant has its own activations, because each sees what its own quantized blocks
-make. A finished block is written at once, with a fingerprint of everything that determines it: a killed run picks up after
-the last finished block, whose weights it reads back and only runs forward.
+make. A finished block is written at once, with a fingerprint of everything that determines it: a killed run picks up
+after the last finished block, whose weights it reads back and only runs forward.
 """
 
 import json
@@ -131,7 +131,7 @@ def quantize(job: QuantizeJob, report: Callable[[BlockDone], None]) -> dict[str,
                 save_block(path, work.tensors, stored, job.fingerprint(variant))
                 resumed = False
             else:
-                _restore(block, path, variant)
+                _restore(block, index, path, variant)
                 states[variant] = _run(block, index, states[variant], batches)
                 resumed = True
             records[variant.branch].extend(stored)
@@ -213,9 +213,7 @@ class _BlockWork:
         self.records = (*self.records, record)
 
 
-def save_block(
-    path: Path, tensors: Mapping[str, Tensor], records: Sequence[LinearRecord], fingerprint: str
-) -> None:
+def save_block(path: Path, tensors: Mapping[str, Tensor], records: Sequence[LinearRecord], fingerprint: str) -> None:
     """Write a finished block: temp, fsync, rename."""
     from safetensors.torch import save_file
 
@@ -242,18 +240,19 @@ def load_block(path: Path, fingerprint: str) -> tuple[LinearRecord, ...] | None:
     return tuple(LinearRecord(**record) for record in block["linears"])
 
 
-def _restore(block: nn.Module, path: Path, variant: Variant) -> None:
+def _restore(block: nn.Module, index: int, path: Path, variant: Variant) -> None:
     """Give a block the weights that its finished file stands for."""
     from safetensors.torch import load_file
 
     device = next(block.parameters()).device
     tensors = load_file(path, device=str(device))
-    prefix = path.stem.removeprefix("block-").lstrip("0") or "0"
     for name, linear in linears_of(block).items():
-        weight = dequantize_linear(
-            lambda part, name=name: tensors[f"{BLOCK_PREFIX}.{prefix}.{name}.{part}"], variant.bits
-        )
-        linear.weight.copy_(weight)
+        stored = f"{BLOCK_PREFIX}.{index}.{name}."
+
+        def read(part: str, stored: str = stored) -> Tensor:
+            return tensors[stored + part]
+
+        linear.weight.copy_(dequantize_linear(read, variant.bits))
 
 
 def dequantize_linear(read: Callable[[str], Tensor], bits: int) -> Tensor:

@@ -116,7 +116,7 @@ class Receipt(Record):
     Attributes:
         stages: for each finished stage (weights, evaluate, verify) the digest of everything that went into it; a stage
             whose digest is still the same need not run again.
-        seconds: by stage; a stage that serves all variants of a sweep counts whole in each.
+        seconds: this variant's part of each stage's time.
         peak_memory_bytes: of the building process.
     """
 

@@ -174,9 +174,7 @@ def _read_tensors(folder: Path, architecture: Architecture) -> dict[str, StoredT
     return _matched(found, architecture, folder)
 
 
-def _matched(
-    found: Mapping[str, StoredTensor], architecture: Architecture, folder: Path
-) -> dict[str, StoredTensor]:
+def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, folder: Path) -> dict[str, StoredTensor]:
     expected = {tensor.name: tensor for tensor in architecture.tensors}
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected and not name.endswith(tuple(IGNORED_SUFFIXES))]
@@ -213,7 +211,9 @@ def hub_errors(what: str) -> Iterator[None]:
             hint="accept the licence on the model's page, then `hf auth login` or set HF_TOKEN",
         ) from error
     except hub.RevisionNotFoundError as error:
-        raise SourceError(f"{what} has no such revision", hint="copy the full commit id from the Hub's history") from error
+        raise SourceError(
+            f"{what} has no such revision", hint="copy the full commit id from the Hub's history"
+        ) from error
     except hub.RepositoryNotFoundError as error:
         raise SourceError(
             f"{what} is not on the Hub, or is private and no token is set", hint="check the id; `hf auth login`"
@@ -252,9 +252,7 @@ def _download(base_id: str, revision: str, report: Callable[[str], None]) -> Pat
                 hint="a pickle can run code when it is opened; name a revision with safetensors",
             )
         report(f"fetching {base_id} at {revision[:12]} into the Hub cache")
-        folder = Path(
-            huggingface_hub.snapshot_download(base_id, revision=revision, allow_patterns=list(_HUB_PATTERNS))
-        )
+        folder = Path(huggingface_hub.snapshot_download(base_id, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
     for sibling in siblings:
         path = folder / sibling.rfilename
         if sibling.lfs is not None and path.exists() and file_record(path).sha256 != sibling.lfs.sha256:

@@ -1,8 +1,9 @@
-"""The suspended forward: calibrate a block's linears in one forward, each seeing what the quantized ones before it make.
+"""The suspended forward: one forward calibrates a block's linears, each on what the quantized ones before it make.
 
-Every batch runs the block in its own greenlet and is suspended when it reaches a linear that is not quantized yet. Once all
-batches wait there, their inputs give the Hessian, the linear is quantized, and they go on. The usual way repeats the block's
-forward once per group of linears; this runs it once, in the same order, for any block made of `nn.Linear`.
+Every batch runs the block in its own greenlet and is suspended when it reaches a linear that is not quantized yet.
+Once all batches wait there, their inputs give the Hessian, the linear is quantized, and they go on. The usual way
+repeats the block's forward once per group of linears; this runs it once, in the same order, for any block made of
+`nn.Linear`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,7 +107,9 @@ def sweep_sequential(
             for run in runs:
                 name, x = run.switch()
                 if name != group[0]:
-                    raise QuantizeError("the block reached its linears in another order", where=f"{name}, not {group[0]}")
+                    raise QuantizeError(
+                        "the block reached its linears in another order", where=f"{name}, not {group[0]}"
+                    )
                 hessian.add(x)
                 del x
             solve(group, hessian.matrix())

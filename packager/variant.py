@@ -42,7 +42,7 @@ class Variant:
     scale_search: bool
     engine: Engine
 
-    def parameters(self) -> dict[str, object]:
+    def parameters(self) -> dict[str, bool | int | float | str]:
         """Return every parameter but the branch, ready for JSON."""
         return {key: value for key, value in asdict(self).items() if key != "branch"}
 

@@ -1,4 +1,4 @@
-"""An independent GPTQ in float64, written from the paper's algorithm 1 one column at a time; slow and plain on purpose."""
+"""An independent GPTQ in float64, from the paper's algorithm 1, one column at a time; slow and plain on purpose."""
 
 from dataclasses import dataclass
 
@@ -18,9 +18,8 @@ def grid(group: torch.Tensor, bits: int, sym: bool) -> tuple[torch.Tensor, torch
     maxq = 2**bits - 1
     low, high = group.min(0).values.clamp(max=0), group.max(0).values.clamp(min=0)
     scales, zeros = [], []
-    for lo, hi in zip(low.tolist(), high.tolist(), strict=True):
-        if lo == 0 and hi == 0:
-            lo, hi = -1.0, 1.0
+    for lowest, highest in zip(low.tolist(), high.tolist(), strict=True):
+        lo, hi = (lowest, highest) if lowest or highest else (-1.0, 1.0)
         if sym:
             scale, zero = 2 * max(-lo, hi) / maxq, 2 ** (bits - 1)
         else:

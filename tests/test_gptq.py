@@ -72,15 +72,15 @@ def test_agrees_with_the_float64_reference(bits, group_size, sym, desc_act, stat
     )
     found = solved(weight, H, desc_act=desc_act, bits=bits, group_size=group_size, sym=sym, static_groups=static)
     assert found.g_idx.tolist() == expected.g_idx
-    # A float32 rounding tie (of a q, or of a scale to float16) changes one q and, through the error it spreads, a few after it; 8-bit
-    # steps are 16 times finer, so ties are more frequent. Nothing else may differ.
+    # A float32 rounding tie (of a q, or of a scale to float16) changes one q and, through the error it spreads, a few
+    # after it; 8-bit steps are 16 times finer, so ties are more frequent. Nothing else may differ.
     agree = (found.q.double() == expected.q).double().mean().item()
     assert agree >= (0.96 if bits == 8 else 0.985), agree
     assert float(found.losses.sum()) == pytest.approx(float(expected.losses.sum()), rel=0.01)
 
 
 def test_q_and_losses_are_the_references_wherever_no_tie_was_met():
-    """A row (output feature) that meets no rounding tie has every q and the loss to five digits; such rows are nearly all."""
+    """A row (output feature) that meets no rounding tie has every q and the loss to four digits; nearly all are such."""
     n, out = 256, 64
     H = hessian(inputs(n, 3))
     weight = torch.randn(n, out, generator=torch.Generator().manual_seed(8)) * 0.02
@@ -130,7 +130,10 @@ def test_linears_solved_side_by_side_equal_linears_solved_alone():
     H = hessian(inputs(64, 9))
     a, b = torch.randn(64, 16) * 0.02, torch.randn(64, 8) * 0.05
     both = solved(torch.cat([a, b], 1), H, desc_act=True)
-    for part, alone in ((both.outputs(0, 16), solved(a, H, desc_act=True)), (both.outputs(16, 24), solved(b, H, desc_act=True))):
+    for part, alone in (
+        (both.outputs(0, 16), solved(a, H, desc_act=True)),
+        (both.outputs(16, 24), solved(b, H, desc_act=True)),
+    ):
         assert (part.q == alone.q).double().mean() > 0.99
         assert torch.equal(part.g_idx, alone.g_idx)
 
@@ -162,7 +165,8 @@ def test_asymmetric_zero_is_never_zero_and_the_grid_covers_the_group(low, high, 
 
 def test_damping_is_raised_only_to_the_limit_and_recorded():
     H = hessian(inputs(32, 12))
-    # Shift the spectrum so that the smallest eigenvalue is -3 % of the mean diagonal: indefinite until damped by more than that.
+    # Shift the spectrum so that the smallest eigenvalue is -3 % of the mean diagonal: indefinite until damped by more
+    # than that.
     smallest = torch.linalg.eigvalsh(H)[0]
     mean = H.diagonal().mean()
     shift = (smallest + 0.03 * mean) / 1.03

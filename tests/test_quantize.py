@@ -1,4 +1,4 @@
-"""The sweep over whole models: any architecture, compared with an unstreamed model and with the repeated-forward way."""
+"""The sweep over whole models of any architecture, against an unstreamed model and the repeated-forward way."""
 
 import copy
 from pathlib import Path
@@ -29,7 +29,12 @@ def source_of(folder: Path, name: str) -> SourceModel:
 def run(source: SourceModel, work: Path, *variants: Variant) -> tuple[dict, list[BlockDone]]:
     done: list[BlockDone] = []
     job = QuantizeJob(
-        source=source, rows=token_rows(), variants={v: v.branch for v in variants}, work=work, device=CPU, engine_version=1
+        source=source,
+        rows=token_rows(),
+        variants={v: v.branch for v in variants},
+        work=work,
+        device=CPU,
+        engine_version=1,
     )
     return quantize(job, done.append), done
 
@@ -69,7 +74,9 @@ def test_quantizes_every_architecture(tmp_path, name):
             assert (weight - original).norm() / original.norm() < 0.2
     stored = stored_tensors(block_path(tmp_path / "work", v, 0))
     biases = {name for name in stored if name.endswith(".bias")}
-    assert biases == {f"{linear.name}.bias" for linear in source.architecture.linears if linear.bias and linear.block == 0}
+    assert biases == {
+        f"{linear.name}.bias" for linear in source.architecture.linears if linear.bias and linear.block == 0
+    }
 
 
 def test_suspended_forward_equals_the_repeated_forward_bit_by_bit(tmp_path):

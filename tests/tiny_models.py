@@ -12,7 +12,8 @@ from packager.variant import Variant
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "torch_dtype": "float16", "bos_token_id": 1, "eos_token_id": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "torch_dtype": "float16",
+    "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_SIZES),
@@ -60,6 +61,7 @@ def token_rows(num_samples: int = 12, seq_len: int = 32, *, vocab_size: int = 12
 def variant(**fields: Any) -> Variant:
     defaults: dict[str, Any] = {
         "branch": "main", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "damp_percent": 0.01,
-        "damp_percent_limit": 0.1, "true_sequential": True, "static_groups": False, "scale_search": False, "engine": "native",
+        "damp_percent_limit": 0.1, "true_sequential": True, "static_groups": False, "scale_search": False,
+        "engine": "native",
     }  # fmt: skip
     return Variant(**{**defaults, **fields})

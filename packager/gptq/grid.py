@@ -1,7 +1,7 @@
 """The quantization grid of a group: one scale and one zero per output feature.
 
-A weight w is stored as q = clamp(round(w / scale) + zero, 0, 2^bits - 1) and read back as scale * (q - zero). Scales are
-rounded to float16 before they are used, so that what is stored is what was solved.
+A weight w is stored as q = clamp(round(w / scale) + zero, 0, 2^bits - 1) and read back as scale * (q - zero). Scales
+are rounded to float16 before they are used, so that what is stored is what was solved.
 """
 
 from dataclasses import dataclass
@@ -92,5 +92,7 @@ def _grid_of(low: Tensor, high: Tensor, *, bits: int, sym: bool) -> Grid:
 
 def _float16(scale: Tensor) -> Tensor:
     if bool((scale > _LARGEST_SCALE).any()):
-        raise QuantizeError("a scale does not fit float16", why=f"it would be {float(scale.max()):g}; the largest is 65504")
+        raise QuantizeError(
+            "a scale does not fit float16", why=f"it would be {float(scale.max()):g}; the largest is 65504"
+        )
     return scale.clamp(min=_SMALLEST_SCALE).to(torch.float16).to(torch.float32)

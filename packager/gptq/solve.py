@@ -1,4 +1,4 @@
-"""GPTQ's column loop: round a column, spread its error over the columns still to come (arXiv:2210.17323, algorithm 1)."""
+"""GPTQ's column loop: round a column, spread its error over those still to come (arXiv:2210.17323, algorithm 1)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,0 +1,104 @@
+"""The developer and release interface; CI calls nothing else. `nox -l` lists the sessions.
+
+Versions come from constraints.txt, so that a session today and one next year install the same packages.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["lint", "typecheck", "schema", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_external_run = True
+
+HERE = Path(__file__).parent
+CONSTRAINTS = "constraints.txt"
+DEMO = "recipes/demo-llama.yaml"
+RECIPES = sorted(str(path.relative_to(HERE)) for path in (HERE / "recipes").glob("*.yaml"))
+
+
+def _install(session: nox.Session, *packages: str) -> None:
+    session.install("-c", CONSTRAINTS, *packages)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style with ruff (`-- --fix` mends what can be mended)."""
+    _install(session, "ruff")
+    session.run("ruff", "check", *session.posargs, ".")
+    session.run("ruff", "format", *([] if "--fix" in session.posargs else ["--check"]), ".")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Check types with mypy, strict."""
+    _install(session, "-e", ".[build]", "mypy", "nox")
+    session.run("mypy")
+
+
+@nox.session
+def schema(session: nox.Session) -> None:
+    """Check that the recipes' JSON schema is in step with the models (`-- --write` renews it)."""
+    _install(session, "-e", ".")
+    action = "--write" if "--write" in session.posargs else "--check"
+    session.run("python", "-m", "packager.recipe_schema", action, "recipes/recipe.schema.json")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the test suite; no GPU, no token, no network. Arguments after `--` go to pytest."""
+    _install(session, "-e", ".[build]", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "jsonschema")
+    workers = [] if any(argument.startswith("-n") for argument in session.posargs) else ["-n", str(os.cpu_count() or 1)]
+    session.run("pytest", *workers, *session.posargs)
+
+
+@nox.session(name="tests-gpu")
+def tests_gpu(session: nox.Session) -> None:
+    """Run the tests that need a CUDA GPU; without one they fail, they do not skip."""
+    _install(session, "-e", ".[build]", "pytest", "pytest-timeout", "hypothesis", "jsonschema")
+    session.run("pytest", "-m", "gpu", "--require-gpu", *session.posargs)
+
+
+@nox.session(name="tests-base")
+def tests_base(session: nox.Session) -> None:
+    """Prove that plan, audit, card, publish and status work in the base install, which has no torch."""
+    _install(session, ".", "pytest")
+    session.run("python", "-c", "import importlib.util as u; assert u.find_spec('torch') is None")
+    session.run("packager", "plan", "recipes/llama-2-13b-chat.yaml", silent=True)
+    session.run("packager", "status", DEMO, silent=True)
+
+
+@nox.session(name="build-all")
+def build_all(session: nox.Session) -> None:
+    """Build and publish every recipe that this machine can build; `-- --strict` makes a skipped one a failure."""
+    _install(session, "-e", ".[build]")
+    session.run("packager", "release", *RECIPES, *session.posargs)
+
+
+@nox.session(name="tests-release")
+def tests_release(session: nox.Session) -> None:
+    """Clone the published demo, load it as its readers would, and execute the code of its card. Needs build-all."""
+    _install(session, "-e", ".[build]", "pytest", "pytest-timeout", "olah")
+    session.run("pytest", "-m", "release", *session.posargs)
+
+
+@nox.session
+def plan(session: nox.Session) -> None:
+    """Show what every recipe means: branches, sizes, memory, disk, loaders; offline."""
+    _install(session, "-e", ".")
+    for recipe in RECIPES:
+        session.run("packager", "plan", recipe, *session.posargs)
+
+
+@nox.session(name="train-demo")
+def train_demo(session: nox.Session) -> None:
+    """Train the demo model again (minutes on a GPU, hours without) into recipes/assets/demo-llama."""
+    _install(session, "-e", ".[build]")
+    session.run("python", "recipes/assets/demo-llama/train.py", "--out", "recipes/assets/demo-llama", *session.posargs)
+
+
+if __name__ == "__main__":
+    sys.exit("run nox, not this file: nox -l lists the sessions")

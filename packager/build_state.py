@@ -1,0 +1,191 @@
+"""A build under way: which stages are done with the present inputs, and the values that several stages share.
+
+Each stage leaves its result in `dist/` with a digest of everything that went into it. A stage whose digest is
+unchanged is not run again; that decision needs neither torch nor a network.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from packager.errors import MachineError
+from packager.files import sha256_file
+from packager.loaders import LOADERS
+from packager.plan import VariantPlan, make_plan
+from packager.progress import Terminal
+from packager.receipt import Receipt
+from packager.recipe import digest_of
+from packager.recipe_file import RecipeFile
+from packager.workspace import CARD_FILES, Workspace, check_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from packager.calibrate import TextSets
+    from packager.source import SourceModel
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+StageName = Literal["weights", "evaluate", "verify"]
+STAGES: tuple[StageName, ...] = ("weights", "evaluate", "verify")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line says of where and how.
+
+    Attributes:
+        dist: output folder.
+        cache: where loader environments are kept.
+        device: where to compute.
+        environ: the process environment, for the loaders' processes.
+    """
+
+    dist: Path
+    cache: Path
+    device: DeviceChoice
+    environ: Mapping[str, str]
+
+
+class Build:
+    """A build under way: what is done, what is missing, and the values that several stages share."""
+
+    def __init__(self, recipe_file: RecipeFile, options: Options, terminal: Terminal) -> None:
+        self.recipe_file = recipe_file
+        self.recipe = recipe_file.recipe
+        self.options = options
+        self.terminal = terminal
+        self.plan = make_plan(recipe_file)
+        self.workspace = Workspace(dist=options.dist, repository=self.recipe.repository.id)
+        self.keys = {plan.variant.branch: stage_keys(recipe_file, plan) for plan in self.plan.variants}
+        self.receipts: dict[str, Receipt] = {}
+        self._source: SourceModel | None = None
+        self._texts: TextSets | None = None
+        self._device: torch.device | None = None
+
+    def missing(self, stage: StageName) -> tuple[VariantPlan, ...]:
+        """Return the variants for which a stage has not been done with the present inputs."""
+        return tuple(
+            plan
+            for plan in self.plan.variants
+            if (receipt := self.receipts.get(plan.variant.branch)) is None
+            or receipt.stages.get(stage) != self.keys[plan.variant.branch][stage]
+        )
+
+    def read_receipts(self) -> None:
+        """Take over what an earlier run finished; its folders must be as it left them."""
+        for plan in self.plan.variants:
+            branch = plan.variant.branch
+            receipt = self.workspace.read_receipt(branch)
+            if receipt is None or receipt.stages.get("weights") != self.keys[branch]["weights"]:
+                continue
+            if not self.workspace.folder(branch).exists():
+                continue
+            check_folder(self.workspace.folder(branch), receipt, ignore=CARD_FILES)
+            self.receipts[branch] = receipt
+
+    def ordered_receipts(self) -> tuple[Receipt, ...]:
+        """Return the receipts in the recipe's order."""
+        return tuple(self.receipts[plan.variant.branch] for plan in self.plan.variants)
+
+    def keep(self, receipt: Receipt) -> None:
+        """Make a receipt the present one and write it down."""
+        self.receipts[receipt.provenance.branch] = receipt
+        self.workspace.write_receipt(receipt)
+
+    @property
+    def source(self) -> "SourceModel":
+        """The base model, opened when first needed."""
+        from packager.source import open_source
+
+        if self._source is None:
+            with self.terminal.stage("source"):
+                self._source = open_source(self.recipe_file, self.terminal.say)
+        return self._source
+
+    @property
+    def texts(self) -> "TextSets":
+        """Calibration and evaluation tokens, read when first needed."""
+        from packager.calibrate import prepare
+
+        if self._texts is None:
+            source = self.source
+            with self.terminal.stage("calibrate"):
+                self._texts = prepare(self.recipe_file, source)
+        return self._texts
+
+    @property
+    def device(self) -> "torch.device":
+        """Where to compute."""
+        if self._device is None:
+            self._device = choose_device(self.options.device)
+        return self._device
+
+
+def stage_keys(recipe_file: RecipeFile, plan: VariantPlan) -> dict[str, str]:
+    """Return, for each stage, the digest of everything that determines its result (no torch, no network).
+
+    What lies on the Hub is named by its commit; local files are hashed.
+    """
+    recipe = recipe_file.recipe
+    base: dict[str, str] = {}
+    if recipe.base_model.path is not None:
+        folder = recipe_file.resolve(recipe.base_model.path)
+        base = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    licenses = {name: _local_digest(recipe_file, name) for name in recipe.card.license.files}
+    weights = digest_of(
+        [plan.digest, base, _local_digest(recipe_file, recipe.calibration.path), licenses, recipe.repository.id]
+    )
+    evaluation = recipe.evaluation
+    measured = digest_of(
+        [
+            weights,
+            evaluation.model_dump(mode="json"),
+            _local_digest(recipe_file, evaluation.path),
+            _local_digest(recipe_file, evaluation.questions),
+        ]
+    )
+    names = (*recipe.loaders.required, *recipe.loaders.if_available)
+    verified = digest_of([measured, recipe.loaders.model_dump(mode="json"), [_loader_digest(name) for name in names]])
+    return {"weights": weights, "evaluate": measured, "verify": verified}
+
+
+def _loader_digest(name: str) -> list[str]:
+    """Return the digests of a loader's script and of its pinned packages."""
+    return [sha256_file(LOADERS[name].script), sha256_file(LOADERS[name].requirements)]
+
+
+def _local_digest(recipe_file: RecipeFile, name: str | None) -> str:
+    return sha256_file(recipe_file.resolve(name)) if name is not None else ""
+
+
+def choose_device(choice: DeviceChoice) -> "torch.device":
+    """Return the device to compute on; "auto" takes a CUDA GPU where there is one.
+
+    Raises:
+        MachineError: "cuda" was asked for and there is none.
+    """
+    import torch
+
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise MachineError("no CUDA GPU", why="torch.cuda.is_available() is False", hint="use --device cpu or auto")
+    if choice != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    return torch.device("cpu")
+
+
+def require_build_extra() -> None:
+    """Raise MachineError unless the packages of the `build` extra are installed."""
+    lacking = []
+    for name in ("torch", "transformers", "safetensors", "greenlet"):
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            lacking.append(name)
+    if lacking:
+        raise MachineError(
+            "building needs packages that are not installed",
+            why=f"missing: {', '.join(lacking)}",
+            hint="pip install 'gptq-packager[build]'",
+        )

@@ -1,0 +1,168 @@
+"""The flow, top-down: `build` turns a recipe into proven folders with cards, `publish` turns folders into branches.
+
+`build` never publishes and `publish` never builds; each reads the other's files, so both can be killed at any point
+and run again, on this machine or another.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from packager.build_state import STAGES, Build, Options, StageName
+from packager.errors import LoaderError, PublishError
+from packager.progress import Terminal
+from packager.publish import BranchContent, PublishReport
+from packager.publish import publish as publish_branches
+from packager.receipt import Receipt
+from packager.recipe_file import RecipeFile
+from packager.stages import audit_or_raise, evaluate, quantize_and_pack, render_cards, verify
+from packager.targets.local import LocalTarget
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildResult:
+    """What a build did: the receipts in the recipe's order, and which branches were quantized now."""
+
+    receipts: tuple[Receipt, ...]
+    quantized: tuple[str, ...]
+    measured: tuple[str, ...]
+    verified: tuple[str, ...]
+
+    @property
+    def nothing_to_do(self) -> bool:
+        """Whether every stage was already done."""
+        return not (self.quantized or self.measured or self.verified)
+
+
+def build(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> BuildResult:
+    """Run every stage up to the card for each variant that needs it.
+
+    Raises:
+        PackagerError: of the stage that failed; everything finished before it is kept.
+    """
+    run = Build(recipe_file, options, terminal)
+    with run.workspace.locked():
+        run.read_receipts()
+        quantized = quantize_and_pack(run)
+        measured = evaluate(run)
+        verified = verify(run)
+        render_cards(run)
+    shutil.rmtree(run.workspace.work, ignore_errors=True)
+    result = BuildResult(
+        receipts=run.ordered_receipts(),
+        quantized=quantized,
+        measured=measured,
+        verified=verified,
+    )
+    if result.nothing_to_do:
+        terminal.say(f"{recipe_file.recipe.repository.id}: nothing to do, every variant is built, measured and proven")
+    raise_failed(result.receipts)
+    return result
+
+
+def reverify(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> tuple[Receipt, ...]:
+    """Run the loaders again over every built variant and bring receipts and cards up to date.
+
+    Raises:
+        PublishError: a variant is not built.
+    """
+    run = Build(recipe_file, options, terminal)
+    with run.workspace.locked():
+        run.read_receipts()
+        _require_stages(run, "weights", "evaluate")
+        verify(run, again=True)
+        render_cards(run)
+    return run.ordered_receipts()
+
+
+def render(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, branch: str) -> str:
+    """Render the cards of every built variant again and return one of them.
+
+    Raises:
+        PublishError: a variant is not built, measured and proven, or there is no such branch.
+    """
+    run = Build(recipe_file, options, terminal)
+    if branch not in run.keys:
+        raise PublishError(f"the recipe has no branch {branch!r}", hint=f"it has {', '.join(run.keys)}")
+    with run.workspace.locked():
+        run.read_receipts()
+        _require_stages(run, *STAGES)
+        render_cards(run)
+    return (run.workspace.folder(branch) / "README.md").read_text(encoding="utf-8")
+
+
+def raise_failed(receipts: Sequence[Receipt]) -> None:
+    """Raise LoaderError when a loader opened a checkpoint and computed something else."""
+    failed = [
+        f"{receipt.provenance.branch}: {record.loader}: {record.reason}"
+        for receipt in receipts
+        for record in receipt.provenance.loaders
+        if record.status == "failed"
+    ]
+    if failed:
+        raise LoaderError(
+            "a loader did not compute what the checkpoint says",
+            why="; ".join(failed),
+            hint="the card says so too; packager verify runs the loaders again",
+        )
+
+
+def publish(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, dry_run: bool) -> PublishReport:
+    """Stage 10: bring the built folders to the target, one branch each, `main` last.
+
+    Raises:
+        PublishError: a variant is not built from this recipe, or a required loader has not passed.
+        AuditError, StateError: a folder is not fit to be published.
+    """
+    run = Build(recipe_file, options, terminal)
+    with run.workspace.locked():
+        run.read_receipts()
+        _require_stages(run, *STAGES)
+        receipts = run.ordered_receipts()
+        require_loaders(receipts)
+        contents = []
+        for receipt in receipts:
+            folder = run.workspace.folder(receipt.provenance.branch)
+            audit_or_raise(folder, complete=True)
+            contents.append(_branch_content(receipt, folder))
+        with terminal.stage("publish"):
+            target = LocalTarget(run.workspace.hub, recipe_file.recipe.repository.id)
+            return publish_branches(contents, target, terminal.say, dry_run=dry_run)
+
+
+def _require_stages(run: Build, *stages: StageName) -> None:
+    for stage in stages:
+        if outdated := run.missing(stage):
+            raise PublishError(
+                f"not every variant is ready: {', '.join(plan.variant.branch for plan in outdated)}",
+                where=str(run.recipe_file.path),
+                why=f"the stage {stage!r} has not been done with the present recipe and files",
+                hint="run packager build first",
+            )
+
+
+def _branch_content(receipt: Receipt, folder: Path) -> BranchContent:
+    provenance = receipt.provenance
+    return BranchContent(
+        branch=provenance.branch,
+        folder=folder,
+        files=provenance.files,
+        message=f"{provenance.branch}: GPTQ {provenance.parameters['bits']}-bit, made with {provenance.made_with}",
+    )
+
+
+def require_loaders(receipts: Sequence[Receipt]) -> None:
+    """Raise PublishError unless every required loader passed on every variant."""
+    lacking = [
+        f"{receipt.provenance.branch}: {record.loader} {record.status}: {record.reason}"
+        for receipt in receipts
+        for record in receipt.provenance.loaders
+        if record.required and record.status != "passed"
+    ]
+    if lacking:
+        raise PublishError(
+            "a required loader has not passed",
+            why="; ".join(lacking),
+            hint="build on a machine where it runs, or move it to loaders.if_available in the recipe",
+        )

@@ -1,0 +1,95 @@
+"""The only writer to the terminal: talk goes to standard error, results to standard output.
+
+On a terminal long work shows a bar; elsewhere (a log, CI) each finished block is one line. Both end every stage with
+one line that says how long it took.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from packager.errors import PackagerError
+
+
+_LOG_WIDTH = 200
+
+
+@dataclass
+class Bar:
+    """Counts the steps of a stage; `step` says what was just finished."""
+
+    progress: Progress | None
+    task: int
+    total: int
+    console: Console
+    done: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def step(self, text: str) -> None:
+        """Advance by one; off a terminal, print a line with the text, the count and the time that is left."""
+        self.done += 1
+        if self.progress is not None:
+            self.progress.update(self.progress.task_ids[self.task], advance=1, description=f"  {text}")
+            return
+        elapsed = time.monotonic() - self.started
+        left = elapsed / self.done * (self.total - self.done)
+        self.console.print(f"  [{self.done}/{self.total}] {text}, {left:.0f} s left", highlight=False, markup=False)
+
+
+class Terminal:
+    """What stages report to.
+
+    Args:
+        quiet: say nothing but errors.
+
+    Attributes:
+        seconds: time of every finished stage, by name.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        # A log has no width: tables are as wide as what they show.
+        self.out = Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)
+        self.err = Console(stderr=True, quiet=quiet)
+        self._errors = Console(stderr=True)
+        self.seconds: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        """Print one line of talk."""
+        self.err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage and end it with one line."""
+        started = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+        self.say(f"{name:<10} {time.monotonic() - started:6.1f} s")
+
+    @contextmanager
+    def bar(self, total: int) -> Iterator[Bar]:
+        """Show the progress of `total` steps."""
+        if not self.err.is_terminal or self.err.quiet:
+            yield Bar(progress=None, task=0, total=total, console=self.err)
+            return
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("{task.description}"), console=self.err, transient=True) as progress:
+            progress.add_task("", total=total)
+            yield Bar(progress=progress, task=0, total=total, console=self.err)
+
+    def result(self, value: object) -> None:
+        """Print a command's result as JSON on standard output."""
+        sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+    def error(self, error: PackagerError) -> None:
+        """Print an error; its first line is marked."""
+        first, _, rest = str(error).partition("\n")
+        self._errors.print("error:", style="bold red", end=" ")
+        self._errors.print(first, markup=False, highlight=False, soft_wrap=True)
+        if rest:
+            self._errors.print(rest, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,275 @@
+"""The stages of a build, each bringing the variants that lack it up to date and writing their receipts.
+
+Order and meaning are `pipeline.py`'s; torch is imported only when there is work to do.
+"""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from packager import __version__
+from packager.audit import audit
+from packager.build_state import Build, StageName, require_build_extra
+from packager.card import CardTexts, render_card
+from packager.errors import AuditError, StateError
+from packager.files import file_record, write_atomic
+from packager.plan import ENGINE_VERSION, VariantPlan
+from packager.receipt import FileRecord, LinearRecord, Provenance, Receipt
+from packager.recipe_file import RecipeFile
+from packager.workspace import CARD_FILES, check_folder
+
+
+def quantize_and_pack(run: Build) -> tuple[str, ...]:
+    """Stages 3 to 6 for the variants whose weights are missing."""
+    missing = run.missing("weights")
+    if not missing:
+        return ()
+    require_build_extra()
+    from packager.quantize import BlockDone, QuantizeJob, device_name, quantize
+    from packager.source import check_disk
+
+    for plan in missing:
+        _refuse_edited(run, plan)
+    check_disk(run.workspace.dist, run.plan.disk_bytes)
+    source, texts = run.source, run.texts
+    job = QuantizeJob(
+        source=source,
+        rows=texts.calibration,
+        variants={plan.variant: plan.digest for plan in missing},
+        work=run.workspace.work,
+        device=run.device,
+        engine_version=ENGINE_VERSION,
+    )
+    spent = dict.fromkeys((plan.variant.branch for plan in missing), 0.0)
+    with run.terminal.stage("quantize"), run.terminal.bar(len(missing) * source.architecture.num_blocks) as bar:
+
+        def report(done: BlockDone) -> None:
+            spent[done.branch] += done.seconds
+            result = "resumed" if done.resumed else f"loss {done.loss:.4g}"
+            bar.step(f"{done.branch} block {done.block + 1}/{done.num_blocks} {result} {done.seconds:.1f} s")
+
+        records = quantize(job, report)
+    for plan in missing:
+        branch = plan.variant.branch
+        _pack(run, plan, records[branch], device_name(run.device), spent[branch])
+    return tuple(plan.variant.branch for plan in missing)
+
+
+def _pack(run: Build, plan: VariantPlan, linears: Sequence[LinearRecord], device: str, quantize_s: float) -> None:
+    """Stage 6 for one variant: its folder, audited, and then its receipt."""
+    from packager.pack import PackJob, pack_checkpoint
+
+    branch = plan.variant.branch
+    started = time.monotonic()
+    files = pack_checkpoint(
+        PackJob(
+            source=run.source,
+            recipe_file=run.recipe_file,
+            variant_plan=plan,
+            work=run.workspace.work / branch,
+            folder=run.workspace.folder(branch),
+        )
+    )
+    audit_or_raise(run.workspace.folder(branch), complete=False)
+    pack_s = time.monotonic() - started
+    run.terminal.say(f"pack       {pack_s:6.1f} s  {branch}")
+    run.keep(
+        Receipt(
+            provenance=_provenance(run, plan, files, linears, device),
+            stages={"weights": run.keys[branch]["weights"]},
+            seconds={"quantize": round(quantize_s, 3), "pack": round(pack_s, 3)},
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+    )
+
+
+def _refuse_edited(run: Build, plan: VariantPlan) -> None:
+    """Do not replace a folder that somebody changed: an outdated receipt still says what we left there."""
+    branch = plan.variant.branch
+    folder, receipt = run.workspace.folder(branch), run.workspace.read_receipt(branch)
+    if folder.exists() and receipt is not None:
+        check_folder(folder, receipt, ignore=CARD_FILES)
+    elif folder.exists() and any(folder.iterdir()) and run.workspace.receipt_path(branch).parent.exists() is False:
+        raise StateError(
+            "there is a folder that we did not make where a variant shall go",
+            where=str(folder),
+            hint="move it elsewhere, or choose another --dist",
+        )
+
+
+def evaluate(run: Build) -> tuple[str, ...]:
+    """Stage 8: measure the variants whose quality is not known."""
+    missing = run.missing("evaluate")
+    if not missing:
+        return ()
+    require_build_extra()
+    from packager.evaluate import compare, measure_base, measure_checkpoint
+
+    source, texts, device = run.source, run.texts, run.device
+    with run.terminal.stage("evaluate"), run.terminal.bar(len(missing) + 1) as bar:
+        base = measure_base(source, texts, device)
+        bar.step("fp16 base model")
+        for plan in missing:
+            branch, started = plan.variant.branch, time.monotonic()
+            folder = run.workspace.folder(branch)
+            quantized = measure_checkpoint(folder, plan.variant.bits, source, texts, device)
+            quality = compare(base, quantized, texts)
+            fields = {"quality": quality, "evaluation": texts.evaluation.record}
+            _update(run, branch, "evaluate", time.monotonic() - started, fields)
+            bar.step(f"{branch} perplexity {quality.perplexity:.4f}, KL {quality.kl_divergence:.5f}")
+    return tuple(plan.variant.branch for plan in missing)
+
+
+def verify(run: Build, *, again: bool = False) -> tuple[str, ...]:
+    """Stage 7: let the recipe's loaders open the variants, unless they have already proven every one of them.
+
+    All variants take part even if only one is new: each must be told apart from the others.
+    """
+    if not run.missing("verify") and not again:
+        return ()
+    require_build_extra()
+    from packager.verify import VerifyJob, checkpoint_of
+    from packager.verify import verify as run_loaders
+
+    texts, device = run.texts, run.device
+    branches = [plan.variant.branch for plan in run.plan.variants]
+    job = VerifyJob(
+        checkpoints=[checkpoint_of(run.receipts[name].provenance, run.workspace.folder(name)) for name in branches],
+        texts=texts,
+        loaders=run.recipe.loaders,
+        device=device,
+        cache=run.options.cache,
+        scratch=run.workspace.work / "verify",
+        environ=run.options.environ,
+    )
+    with run.terminal.stage("verify"):
+        records = run_loaders(job, run.terminal.say)
+    for branch in branches:
+        _update(run, branch, "verify", run.terminal.seconds["verify"] / len(branches), {"loaders": records[branch]})
+    return tuple(branches)
+
+
+def _update(run: Build, branch: str, stage: StageName, seconds: float, fields: Mapping[str, object]) -> None:
+    """Write a stage's results into a variant's receipt."""
+    receipt = run.receipts[branch]
+    provenance = receipt.provenance.model_copy(update=fields)
+    stages = {**receipt.stages, stage: run.keys[branch][stage]}
+    spent = {**receipt.seconds, stage: round(seconds, 3)}
+    run.keep(receipt.model_copy(update={"provenance": provenance, "stages": stages, "seconds": spent}))
+
+
+def render_cards(run: Build) -> None:
+    """Stage 9: README.md and provenance.json of every variant, from the receipts; then the whole folder is audited.
+
+    Raises:
+        StateError: somebody edited a card by hand; what it says belongs into the recipe or the templates.
+        AuditError: the folder does not keep the contract.
+    """
+    card = run.recipe.card
+    texts = CardTexts(
+        header=_text(run.recipe_file, card.header),
+        footer=_text(run.recipe_file, card.footer),
+        original_card=_text(run.recipe_file, card.original_card),
+    )
+    provenances = [receipt.provenance for receipt in run.ordered_receipts()]
+    expectations = {plan.variant.branch: plan.verdicts for plan in run.plan.variants}
+    for plan in run.plan.variants:
+        branch = plan.variant.branch
+        folder, receipt = run.workspace.folder(branch), run.receipts[branch]
+        model_type = run.plan.architecture.model_type
+        readme = render_card(run.recipe, texts, provenances, model_type, branch, expectations=expectations)
+        _write_derived(folder / "README.md", readme.encode(), receipt)
+        files = {name: record for name, record in receipt.provenance.files.items() if name not in CARD_FILES}
+        files["README.md"] = file_record(folder / "README.md")
+        provenance = receipt.provenance.model_copy(
+            update={"files": dict(sorted(files.items())), "recipe_digest": run.recipe.digest()}
+        )
+        content = provenance.model_dump_json(indent=2).encode() + b"\n"
+        _write_derived(folder / "provenance.json", content, receipt)
+        files["provenance.json"] = file_record(folder / "provenance.json")
+        run.keep(
+            receipt.model_copy(
+                update={"provenance": provenance.model_copy(update={"files": dict(sorted(files.items()))})}
+            )
+        )
+        audit_or_raise(folder, complete=True)
+
+
+def _write_derived(path: Path, content: bytes, receipt: Receipt) -> None:
+    """Write a file that follows from the receipts, unless somebody edited it since we last did."""
+    if path.exists():
+        present = path.read_bytes()
+        if present == content:
+            return
+        recorded = receipt.provenance.files.get(path.name)
+        if recorded is not None and file_record(path) != recorded:
+            raise StateError(
+                f"{path.name} was edited by hand",
+                where=str(path),
+                why="it follows from the recipe, the templates and the receipts, and would be overwritten",
+                hint="put the change into the recipe or templates/, then delete the file and run the command again",
+            )
+    write_atomic(path, content)
+
+
+def _text(recipe_file: RecipeFile, name: str | None) -> str:
+    return recipe_file.resolve(name).read_text(encoding="utf-8") if name else ""
+
+
+def audit_or_raise(folder: Path, *, complete: bool) -> None:
+    """Audit a folder of ours.
+
+    Raises:
+        AuditError: with every finding.
+    """
+    report = audit(folder, complete=complete)
+    if not report.passed:
+        errors = [finding for finding in report.findings if finding.severity == "error"]
+        raise AuditError(
+            f"{len(errors)} findings in the checkpoint folder",
+            where=str(folder),
+            why="; ".join(f"{finding.where}: {finding.message}" for finding in errors[:10]),
+            hint=f"packager audit {folder} shows them all",
+        )
+
+
+def _provenance(
+    run: Build, plan: VariantPlan, files: Mapping[str, FileRecord], linears: Sequence[LinearRecord], device: str
+) -> Provenance:
+    variant = plan.variant
+    damping = max(record.damp_percent for record in linears)
+    return Provenance(
+        repository=run.recipe.repository.id,
+        branch=variant.branch,
+        made_with=f"gptq-packager {__version__}",
+        recipe_digest=run.recipe.digest(),
+        variant_digest=plan.digest,
+        parameters=variant.parameters(),
+        effective={
+            "damp_percent_max": damping,
+            "linears_damped_further": sum(record.damp_percent > variant.damp_percent for record in linears),
+        },
+        base_model=run.source.record,
+        calibration=run.texts.calibration.record,
+        evaluation=run.texts.evaluation.record,
+        versions=_versions(),
+        device=device,
+        linears=tuple(linears),
+        weights_bytes=plan.weights_bytes,
+        files=dict(files),
+    )
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "tokenizers", "safetensors", "greenlet")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size this process has had."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

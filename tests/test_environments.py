@@ -1,0 +1,520 @@
+"""Loader environments and probe processes, with a toy torch and toy runtimes: nothing is installed or fetched."""
+
+import ast
+import importlib
+import json
+import platform
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from packager import environments, processes, shared_torch
+from packager.environments import (
+    LoaderSpec,
+    ProbeJob,
+    ProbeResult,
+    ensure_environment,
+    environment_name,
+    run_probe,
+    run_probes,
+)
+from packager.errors import LoaderError, LoaderUnavailable
+from packager.loaders import LOADERS
+
+ENVIRON = {"PATH": "/usr/bin:/bin"}
+
+# A runtime for tests: how it behaves is told by the name of the checkpoint folder.
+RUNTIME = """
+import json, os, pathlib, struct, subprocess, sys, time
+
+def succeed(job, output):
+    rows, seq_len, vocab = len(job["input_ids"]), len(job["input_ids"][0]), 4
+    header = str({"descr": "<f4", "fortran_order": False, "shape": (rows, seq_len, vocab)}).encode()
+    header += b" " * (-(len(header) + 11) % 64) + b"\\n"
+    data = struct.pack(f"<{rows * seq_len * vocab}f", *range(rows * seq_len * vocab))
+    (output / "logits.npy").write_bytes(b"\\x93NUMPY\\x01\\x00" + struct.pack("<H", len(header)) + header + data)
+    return {"status": "ok", "versions": dict(os.environ), "device": job["device"], "dtype": "float32", "kernel": "toy",
+            "weights_sha256": {"model.safetensors": "00"}, "generated": [[7, 2] for _ in job["prompts"]],
+            "load_s": 0.5, "forward_s": 0.25, "peak_memory_bytes": 1024}
+
+for name in sys.argv[1:]:
+    job = json.loads(pathlib.Path(name).read_text())
+    output, behaviour = pathlib.Path(job["output_dir"]), pathlib.Path(job["model_dir"]).name
+    if behaviour == "hangs":
+        beat = f"import time\\nwhile True:\\n    open({str(output / 'beat')!r}, 'a').write('.')\\n    time.sleep(0.02)"
+        subprocess.Popen([sys.executable, "-c", beat])
+        print("waiting for nothing", file=sys.stderr, flush=True)
+        time.sleep(60)
+    if behaviour == "crashes":
+        print(*(f"line {index}" for index in range(30)), sep="\\n", file=sys.stderr, flush=True)
+        os._exit(3)
+    if behaviour == "slow":
+        time.sleep(0.7)
+    if behaviour == "fails":
+        result = {"status": "error", "type": "ValueError", "message": "g_idx is wrong", "traceback": "a\\nb\\n"}
+    elif behaviour == "unavailable":
+        result = {"status": "error", "type": "UnavailableError", "message": "no nvcc"}
+    else:
+        result = succeed(job, output)
+    temporary = output / ".tmp"
+    temporary.write_text(json.dumps(result))
+    temporary.replace(output / "result.json")
+"""
+
+
+@pytest.fixture
+def toy_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put a torch 9.9 that depends on a toy_dep on this interpreter's path; returns the folder that holds them."""
+    site = tmp_path / "site"
+    _distribution(
+        site,
+        "torch",
+        "9.9",
+        "class cuda:\n    is_available = staticmethod(lambda: False)\n__version__ = '9.9'\n",
+        ["toy-dep>=1", 'absent-dep; extra == "never"', "not-installed"],
+    )
+    _distribution(site, "toy_dep", "1.5", "value = 'shared'\n", [])
+    monkeypatch.syspath_prepend(str(site))
+    return site
+
+
+def _distribution(site: Path, name: str, version: str, source: str, requires: list[str]) -> None:
+    metadata = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {each}" for each in requires)]
+    files = {
+        f"{name}/__init__.py": source,
+        f"{name}-{version}.dist-info/METADATA": "\n".join(["Metadata-Version: 2.1", *metadata, ""]),
+    }
+    names = [*files, f"{name}-{version}.dist-info/RECORD", f"../bin/{name}"]
+    files[f"{name}-{version}.dist-info/RECORD"] = "".join(f"{each},,\n" for each in names)
+    for file, content in files.items():
+        (site / file).parent.mkdir(parents=True, exist_ok=True)
+        (site / file).write_text(content)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> LoaderSpec:
+    return toy_spec(tmp_path)
+
+
+def toy_spec(folder: Path, requirements: str = "# nothing\n", requires_python: str = ">=3.11") -> LoaderSpec:
+    (folder / "runtime.py").write_text(RUNTIME)
+    (folder / "toy.txt").write_text(requirements)
+    return LoaderSpec(
+        name="toy",
+        script=folder / "runtime.py",
+        requirements=folder / "toy.txt",
+        devices=frozenset({"cpu"}),
+        requires_python=requires_python,
+        description="a runtime for tests",
+    )
+
+
+def probe_job(folder: Path, behaviour: str = "works") -> ProbeJob:
+    return ProbeJob(
+        model_dir=folder / "models" / behaviour,
+        device="cpu",
+        input_ids=[[1, 2, 3], [4, 5, 6]],
+        prompts=[[1], [2, 3]],
+        max_new_tokens=2,
+        output_dir=folder / "out" / behaviour,
+    )
+
+
+def probe(spec: LoaderSpec, folder: Path, behaviour: str, timeout_s: float = 30.0) -> ProbeResult:
+    return run_probe(spec, Path(sys.executable), probe_job(folder, behaviour), timeout_s, ENVIRON)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "my_password", "Api_Key", "GOOGLE_CREDENTIALS"],
+)
+def test_secrets_never_reach_a_child(name: str) -> None:
+    assert processes.clean_environ({name: "x", "PATH": "/bin", "PIP_INDEX_URL": "u"}) == {
+        "PATH": "/bin",
+        "PIP_INDEX_URL": "u",
+    }
+
+
+def test_a_child_is_not_led_to_packages_outside_its_environment() -> None:
+    environ = {"PYTHONPATH": "a", "PYTHONHOME": "b", "PIP_TARGET": "c", "PIP_USER": "1", "HOME": "/h"}
+    assert processes.clean_environ(environ) == {"HOME": "/h"}
+
+
+def test_probe_sees_neither_secrets_nor_index_nor_proxy(spec: LoaderSpec, tmp_path: Path) -> None:
+    environ = {
+        **ENVIRON,
+        "HF_TOKEN": "t",
+        "PIP_INDEX_URL": "https://user:pass@host",
+        "https_proxy": "http://user:pass@proxy",
+        "CUDA_HOME": "/c",
+    }
+    seen = run_probe(spec, Path(sys.executable), probe_job(tmp_path), 30.0, environ).versions
+    assert seen["CUDA_HOME"] == "/c"
+    assert seen["PATH"] == f"{Path(sys.executable).parent}:{ENVIRON['PATH']}"
+    assert not {"HF_TOKEN", "PIP_INDEX_URL", "https_proxy"} & set(seen)
+
+
+def test_name_is_the_loader_and_twelve_digits(spec: LoaderSpec) -> None:
+    assert re.fullmatch(r"toy-[0-9a-f]{12}", environment_name(spec))
+    assert environment_name(spec) == environment_name(spec)
+
+
+def test_name_changes_with_lock_python_and_torch(
+    spec: LoaderSpec, toy_torch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [environment_name(spec)]
+    spec.requirements.write_text("numpy==2.0.0\n")
+    names.append(environment_name(spec))
+    _distribution(toy_torch / "newer", "torch", "9.10", "", [])
+    monkeypatch.syspath_prepend(str(toy_torch / "newer"))
+    names.append(environment_name(spec))
+    monkeypatch.setattr(platform, "python_version", lambda: "3.99.0")
+    names.append(environment_name(spec))
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.usefixtures("toy_torch")
+def test_environment_is_created_once_and_shares_torch(spec: LoaderSpec, tmp_path: Path) -> None:
+    lines: list[str] = []
+    python = ensure_environment(spec, tmp_path / "cache", ENVIRON, lines.append)
+    assert python.parent.parent == tmp_path / "cache" / "loaders" / environment_name(spec)
+    assert [line.split(",")[0].rstrip("0123456789 s") for line in lines] == [
+        "toy: creating its environment",
+        "toy: environment ready in",
+    ]
+    assert ensure_environment(spec, tmp_path / "cache", ENVIRON, lines.append) == python
+    assert len(lines) == 2
+    code = "import torch, toy_dep, importlib.metadata as m; print(torch.__version__, toy_dep.value, m.version('torch'))"
+    assert _output(python, code) == "9.9 shared 9.9"
+
+
+def _output(python: Path, code: str) -> str:
+    return subprocess.run([python, "-I", "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_closure_follows_requirements_and_extras(toy_torch: Path) -> None:
+    _distribution(toy_torch, "bundle", "1.0", "", ['inner; extra == "gpu"', 'other; extra == "cpu"'])
+    _distribution(toy_torch, "inner", "1.0", "", [])
+    _distribution(toy_torch, "other", "1.0", "", [])
+    _distribution(toy_torch, "toy_dep", "1.5", "", ["bundle[gpu]"])
+    importlib.invalidate_caches()
+    assert set(shared_torch.torch_closure()) == {"torch", "toy-dep", "bundle", "inner"}
+
+
+def test_what_the_lock_pins_is_not_shared(toy_torch: Path, tmp_path: Path) -> None:
+    (tmp_path / "packages").mkdir()
+    shared_torch.share_torch(tmp_path / "layer", tmp_path / "packages", exclude={"toy-dep"})
+    assert sorted(entry.name for entry in (tmp_path / "layer").iterdir()) == ["torch", "torch-9.9.dist-info"]
+    assert (tmp_path / "layer" / "torch").resolve() == toy_torch / "torch"
+
+
+@pytest.mark.usefixtures("toy_torch")
+def test_shared_metadata_has_no_record_that_an_uninstall_could_follow(tmp_path: Path) -> None:
+    (tmp_path / "packages").mkdir()
+    shared_torch.share_torch(tmp_path / "layer", tmp_path / "packages", exclude=())
+    assert [file.name for file in (tmp_path / "layer" / "torch-9.9.dist-info").iterdir()] == ["METADATA"]
+
+
+def test_namespace_package_of_two_folders_is_merged(
+    toy_torch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, name in ((toy_torch, "nv_a"), (tmp_path / "second", "nv_b")):
+        _distribution(place, name, "1.0", "", [])
+        (place / "nv" / name).mkdir(parents=True)
+        (place / f"{name}-1.0.dist-info" / "RECORD").write_text(
+            f"nv/{name}/lib.so,,\n{name}-1.0.dist-info/METADATA,,\n"
+        )
+    monkeypatch.syspath_prepend(str(tmp_path / "second"))
+    _distribution(toy_torch, "toy_dep", "1.5", "", ["nv-a", "nv-b"])
+    (tmp_path / "packages").mkdir()
+    shared_torch.share_torch(tmp_path / "layer", tmp_path / "packages", exclude=())
+    assert sorted(entry.name for entry in (tmp_path / "layer" / "nv").iterdir()) == ["nv_a", "nv_b"]
+
+
+def test_torch_without_a_list_of_files_is_refused(toy_torch: Path, tmp_path: Path) -> None:
+    (toy_torch / "torch-9.9.dist-info" / "RECORD").unlink()
+    with pytest.raises(LoaderUnavailable, match="cannot be shared") as caught:
+        shared_torch.share_torch(tmp_path / "layer", tmp_path, exclude=())
+    assert "editable" in caught.value.why
+
+
+@pytest.mark.usefixtures("toy_torch")
+def test_killed_creation_is_redone(spec: LoaderSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(environments, "share_torch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ensure_environment(spec, tmp_path, ENVIRON, lambda _: None)
+    folder = tmp_path / "loaders" / environment_name(spec)
+    assert not (folder / environments.READY).exists()
+    (folder / "half-written").touch()
+    lines: list[str] = []
+    python = ensure_environment(spec, tmp_path, ENVIRON, lines.append)
+    assert len(lines) == 2
+    assert not (folder / "half-written").exists()
+    assert _output(python, "import torch; print(torch.__version__)") == "9.9"
+
+
+def test_environment_is_redone_when_the_shared_torch_went_away(
+    spec: LoaderSpec, toy_torch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure_environment(spec, tmp_path, ENVIRON, lambda _: None)
+    moved = toy_torch.rename(tmp_path / "moved")
+    monkeypatch.syspath_prepend(str(moved))
+    lines: list[str] = []
+    python = ensure_environment(spec, tmp_path, ENVIRON, lines.append)
+    assert len(lines) == 2
+    assert _output(python, "import torch; print(torch.__version__)") == "9.9"
+
+
+@pytest.mark.usefixtures("toy_torch")
+def test_of_two_at_once_one_creates(spec: LoaderSpec, tmp_path: Path) -> None:
+    lines: list[str] = []
+    threads = [
+        threading.Thread(target=ensure_environment, args=(spec, tmp_path, ENVIRON, lines.append)) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(lines) == 2
+
+
+@pytest.mark.usefixtures("toy_torch")
+def test_pip_failure_is_explained_and_pip_gets_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = toy_spec(tmp_path, "absent==1.0\nother==2.0; python_version < '3'\n")
+    seen: dict[str, str] = {}
+
+    def failing(command: list[str], *, environ: dict[str, str], out: object, **_: object) -> int:
+        seen.update(environ, command=" ".join(command))
+        (tmp_path / "loaders" / environment_name(spec) / "pip.log").write_text("noise\n" * 20 + "ERROR: no network\n")
+        return 1
+
+    monkeypatch.setattr(environments, "run", failing)
+    environ = {"HF_TOKEN": "t", "PIP_INDEX_URL": "u"}
+    with pytest.raises(LoaderUnavailable, match="packages of toy could not be installed") as caught:
+        ensure_environment(spec, tmp_path, environ, lambda _: None)
+    assert caught.value.why.startswith("pip: exit status 1")
+    assert caught.value.why.endswith("ERROR: no network")
+    assert caught.value.where.endswith("pip.log")
+    assert "HF_TOKEN" not in seen
+    assert (seen["PIP_INDEX_URL"], seen["BUILD_CUDA_EXT"]) == ("u", "0")
+    assert f"--no-deps --requirement {spec.requirements}" in seen["command"]
+    assert not (Path(caught.value.where).parent / environments.READY).exists()
+
+
+def test_wrong_python_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LoaderUnavailable, match=r"toy cannot be installed for Python 3\.") as caught:
+        ensure_environment(toy_spec(tmp_path, requires_python="<3"), tmp_path, ENVIRON, lambda _: None)
+    assert caught.value.why == "its pinned packages need Python <3"
+
+
+def test_probe_result(spec: LoaderSpec, tmp_path: Path) -> None:
+    result = probe(spec, tmp_path, "works")
+    assert isinstance(result.logits, np.memmap)
+    assert np.array_equal(result.logits, np.arange(24, dtype=np.float32).reshape(2, 3, 4))
+    assert result.generated == ((7, 2), (7, 2))
+    assert (result.device, result.dtype, result.kernel) == ("cpu", "float32", "toy")
+    assert result.weights_sha256 == {"model.safetensors": "00"}
+    assert (result.load_s, result.forward_s, result.peak_memory_bytes) == (0.5, 0.25, 1024)
+
+
+def test_failing_probe_names_checkpoint_error_and_traceback(spec: LoaderSpec, tmp_path: Path) -> None:
+    with pytest.raises(LoaderError) as caught:
+        probe(spec, tmp_path, "fails")
+    assert str(caught.value) == (
+        f"{tmp_path / 'models' / 'fails'}: toy could not open the checkpoint\n  why: ValueError: g_idx is wrong\na\nb"
+    )
+    assert not isinstance(caught.value, LoaderUnavailable)
+
+
+def test_probe_that_cannot_run_here_is_unavailable(spec: LoaderSpec, tmp_path: Path) -> None:
+    with pytest.raises(LoaderUnavailable, match="toy cannot run on this machine") as caught:
+        probe(spec, tmp_path, "unavailable")
+    assert caught.value.why == "no nvcc"
+
+
+def test_crash_shows_the_last_twenty_lines(spec: LoaderSpec, tmp_path: Path) -> None:
+    with pytest.raises(LoaderError, match="toy did not finish") as caught:
+        probe(spec, tmp_path, "crashes")
+    assert caught.value.why.splitlines() == ["exit status 3", *(f"line {index}" for index in range(10, 30))]
+
+
+def test_result_of_an_earlier_probe_is_not_taken_for_this_one(spec: LoaderSpec, tmp_path: Path) -> None:
+    job = probe_job(tmp_path, "crashes")
+    job.output_dir.mkdir(parents=True)
+    (job.output_dir / "result.json").write_text(json.dumps({"status": "ok"}))
+    with pytest.raises(LoaderError, match="did not finish"):
+        run_probe(spec, Path(sys.executable), job, 30.0, ENVIRON)
+
+
+def _beats(folder: Path) -> int:
+    beat = folder / "out" / "hangs" / "beat"
+    return beat.stat().st_size if beat.exists() else 0
+
+
+def _assert_grandchild_is_dead(folder: Path) -> None:
+    before = _beats(folder)
+    time.sleep(0.3)
+    assert before > 0
+    assert _beats(folder) == before
+
+
+def test_timeout_kills_the_whole_group(spec: LoaderSpec, tmp_path: Path) -> None:
+    with pytest.raises(LoaderError) as caught:
+        probe(spec, tmp_path, "hangs", timeout_s=1.0)
+    assert caught.value.why == "it took over 1 s and was killed\nwaiting for nothing"
+    _assert_grandchild_is_dead(tmp_path)
+
+
+def test_interrupted_wait_kills_the_whole_group(
+    spec: LoaderSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(command: list[str], *, progress: Callable[[], int], **options: object) -> int | None:
+        def until_started() -> int:
+            if _beats(tmp_path):
+                raise KeyboardInterrupt
+            return progress()
+
+        return processes.run(command, progress=until_started, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(environments, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        probe(spec, tmp_path, "hangs")
+    _assert_grandchild_is_dead(tmp_path)
+
+
+def test_stop_all_ends_probes_of_other_threads(
+    spec: LoaderSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_stopping", threading.Event())
+    ended: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            run_probes(
+                spec, Path(sys.executable), [probe_job(tmp_path, name) for name in ("hangs", "works")], 60.0, ENVIRON
+            )
+        except BaseException as error:  # noqa: BLE001 - what a thread ends with is what is tested
+            ended.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not _beats(tmp_path):
+        time.sleep(0.01)
+    processes.stop_all()
+    thread.join(timeout=10)
+    assert [type(error) for error in ended] == [KeyboardInterrupt]
+    _assert_grandchild_is_dead(tmp_path)
+
+
+def test_a_job_that_ends_the_process_costs_the_others_nothing(spec: LoaderSpec, tmp_path: Path) -> None:
+    names = ["works", "crashes", "fails", "slow", "hangs", "unavailable"]
+    jobs = [probe_job(tmp_path, name) for name in names]
+    outcomes = run_probes(spec, Path(sys.executable), jobs, 1.5, ENVIRON)
+    assert [type(outcome) for outcome in outcomes] == [
+        ProbeResult,
+        LoaderError,
+        LoaderError,
+        ProbeResult,
+        LoaderError,
+        LoaderUnavailable,
+    ]
+
+
+def test_time_limit_is_for_each_checkpoint(spec: LoaderSpec, tmp_path: Path) -> None:
+    jobs = [probe_job(tmp_path / str(index), "slow") for index in range(4)]
+    outcomes = run_probes(spec, Path(sys.executable), jobs, 2.0, ENVIRON)
+    assert all(isinstance(outcome, ProbeResult) for outcome in outcomes)
+
+
+@pytest.mark.parametrize("spec", LOADERS.values(), ids=LOADERS)
+def test_locks_pin_everything_but_torch(spec: LoaderSpec) -> None:
+    lines = [line.split("#")[0].strip() for line in spec.requirements.read_text().splitlines()]
+    requirements = [Requirement(line) for line in lines if line]
+    assert [each for each in requirements if not re.fullmatch(r"==[0-9a-z.]+", str(each.specifier))] == []
+    names = [each.name for each in requirements]
+    assert names == sorted(names, key=str.lower)
+    assert not [name for name in names if name.startswith(("torch", "nvidia", "triton"))]
+    assert SpecifierSet(spec.requires_python).contains("3.12.0")
+
+
+def test_loaders_are_named_by_their_keys_and_import_no_torch() -> None:
+    assert set(LOADERS) == {"autogptq", "transformers", "exllamav2"}
+    assert all(name == spec.name and spec.script.is_file() for name, spec in LOADERS.items())
+    code = "import sys, packager.loaders; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(environments.__file__).parent.parent)
+
+
+def _functions(script: Path) -> dict[str, str]:
+    tree = ast.parse(script.read_text())
+    return {
+        node.name: ast.dump(node) for node in tree.body if isinstance(node, ast.FunctionDef) and node.name != "probe"
+    }
+
+
+def test_functions_of_the_same_name_are_the_same_in_every_probe() -> None:
+    scripts = {spec.script.stem: _functions(spec.script) for spec in LOADERS.values()}
+    first = scripts.pop("autogptq")
+    for functions in scripts.values():
+        shared = first.keys() & functions.keys()
+        assert {"main", "run_job", "forbid_network", "weights_digests", "write_logits", "write_json"} <= shared
+        assert {name: first[name] for name in shared} == {name: functions[name] for name in shared}
+
+
+@pytest.mark.parametrize("spec", LOADERS.values(), ids=LOADERS)
+def test_probes_import_the_standard_library_only(spec: LoaderSpec) -> None:
+    imported = [
+        node for node in ast.walk(ast.parse(spec.script.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    names = {
+        name.split(".")[0]
+        for node in imported
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names])
+    }
+    assert names <= sys.stdlib_module_names
+
+
+@pytest.mark.usefixtures("toy_torch")
+@pytest.mark.parametrize("name", ["autogptq", "transformers"])
+def test_probe_without_its_runtime_reports_what_is_missing(name: str, spec: LoaderSpec, tmp_path: Path) -> None:
+    python = ensure_environment(spec, tmp_path / "cache", ENVIRON, lambda _: None)
+    with pytest.raises(LoaderError, match=f"{name} could not open the checkpoint") as caught:
+        run_probe(LOADERS[name], python, probe_job(tmp_path), 60.0, ENVIRON)
+    assert caught.value.why.startswith("ModuleNotFoundError: No module named")
+
+
+@pytest.mark.usefixtures("toy_torch")
+def test_exllamav2_says_that_it_needs_cuda(spec: LoaderSpec, tmp_path: Path) -> None:
+    python = ensure_environment(spec, tmp_path / "cache", ENVIRON, lambda _: None)
+    with pytest.raises(LoaderUnavailable) as caught:
+        run_probe(LOADERS["exllamav2"], python, probe_job(tmp_path), 60.0, ENVIRON)
+    assert caught.value.why == "it computes on CUDA only: device cpu, torch 9.9"
+
+
+@pytest.mark.parametrize("spec", LOADERS.values(), ids=LOADERS)
+def test_probes_refuse_the_network(spec: LoaderSpec) -> None:
+    code = textwrap.dedent(
+        f"""
+        import runpy, socket
+        runpy.run_path({str(spec.script)!r})["forbid_network"]()
+        for reach in (lambda: socket.create_connection(("127.0.0.1", 9)), lambda: socket.getaddrinfo("localhost", 80)):
+            try:
+                reach()
+            except OSError as error:
+                print(str(error)[:35])
+        """
+    )
+    assert _output(Path(sys.executable), code).splitlines() == ["a probe must not use the network: s"[:35]] * 2
