@@ -44,7 +44,7 @@ def schema(session: nox.Session) -> None:
     """Check that the recipes' JSON schema is in step with the models (`-- --write` renews it)."""
     _install(session, "-e", ".")
     action = "--write" if "--write" in session.posargs else "--check"
-    session.run("python", "-m", "packager.recipe_schema", action, "recipes/recipe.schema.json")
+    session.run("python", "-m", "packager.recipe.schema", action, "recipes/recipe.schema.json")
 
 
 @nox.session

@@ -17,7 +17,7 @@ from packager.plan import VariantPlan, make_plan
 from packager.progress import Terminal
 from packager.receipt import Receipt
 from packager.recipe import digest_of
-from packager.recipe_file import RecipeFile
+from packager.recipe.file import RecipeFile
 from packager.workspace import CARD_FILES, Workspace, check_folder
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from packager.errors import CalibrationError
 from packager.receipt import TextRecord
 from packager.recipe import Calibration, Evaluation, TextSource, digest_of
-from packager.recipe_file import RecipeFile
+from packager.recipe.file import RecipeFile
 from packager.source import SourceModel, hub_errors
 
 if TYPE_CHECKING:

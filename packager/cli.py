@@ -6,12 +6,12 @@ imported inside the command that needs it, so that `--help` answers at once.
 
 import os
 import sys
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from packager import __version__
 from packager.errors import LoaderError, PackagerError
@@ -19,12 +19,29 @@ from packager.errors import LoaderError, PackagerError
 if TYPE_CHECKING:
     from packager.build_state import Options
     from packager.progress import Terminal
-    from packager.recipe_file import RecipeFile
+    from packager.recipe.file import RecipeFile
 
 _INTERRUPTED = 130
 
+
+class _Commands(TyperGroup):
+    """Turn what a command raises into a message and an exit code."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except PackagerError as error:
+            _terminal().error(error)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted; what is finished is kept, run the same command to go on\n")
+            raise typer.Exit(_INTERRUPTED) from None
+
+
 app = typer.Typer(
     name="packager",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -87,8 +104,7 @@ def top(
 
 @app.command()
 def plan(recipe: RecipePath, format: FormatOption = Format.text) -> None:  # noqa: A002 - the option's name
-    """Show what a recipe means: branches, exact file sizes, memory and disk needed, which loaders can take each
-    variant.
+    """Show what a recipe means: branches, exact sizes, memory, disk, and which loaders can take each variant.
 
     Works offline and without torch, from the base model's config.json alone.
     """
@@ -136,13 +152,12 @@ def audit(
     ] = False,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Check a GPTQ folder against everything that runtimes are known to refuse; the exit code says pass (0) or fail
-    (7).
+    """Check a GPTQ folder against everything that runtimes are known to refuse; exit code 0 is a pass, 7 a fail.
 
-    Reads headers and small tensors only: a 13B folder takes seconds and needs no torch.
+    Needs no torch and reads headers and small tensors only, besides hashing the files that provenance.json lists.
     """
     from packager.audit import audit as run_audit
-    from packager.audit_view import print_report, report_json
+    from packager.audit.view import print_report, report_json
     from packager.errors import AuditError, SourceError
 
     terminal = _terminal()
@@ -269,7 +284,7 @@ def _terminal(*, quiet: bool = False) -> "Terminal":
 
 
 def _open(recipe: Path, *, quiet: bool = False) -> "tuple[Terminal, RecipeFile]":
-    from packager.recipe_file import RecipeFile
+    from packager.recipe.file import RecipeFile
 
     return _terminal(quiet=quiet), RecipeFile.load(recipe)
 
@@ -281,25 +296,11 @@ def _options(dist: Path, device: Device, cache: Path | None) -> "Options":
     return Options(
         dist=dist,
         cache=cache or base / "gptq-packager",
-        device=device.value,  # type: ignore[arg-type]
+        device=device.value,
         environ=dict(os.environ),
     )
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    try:
-        return app(list(arguments) if arguments is not None else None, standalone_mode=False) or 0
-    except PackagerError as error:
-        _terminal().error(error)
-        return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("interrupted; what is finished is kept, run the same command to go on\n")
-        return _INTERRUPTED
-    except BrokenPipeError:
-        return 1
-
-
 def main() -> None:
     """Entry point of the `packager` command."""
-    sys.exit(run())
+    app()

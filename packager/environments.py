@@ -183,8 +183,13 @@ def _create(spec: LoaderSpec, folder: Path, environ: Mapping[str, str], report: 
             venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
     except (OSError, subprocess.CalledProcessError) as error:
         raise LoaderUnavailable(f"no virtual environment could be made for {spec.name}", why=str(error)) from error
+    install = ["--no-deps", "--requirement", str(spec.requirements.absolute())]
+    if "setuptools" in pins:
+        # What comes as source is built with it, and not with one downloaded anew for each package: 12 s less.
+        _pip(spec, folder, ["--no-deps", str(pins["setuptools"])], environ, log)
+        install.insert(0, "--no-build-isolation")
     if pins:
-        _pip(spec, folder, ["--no-deps", "--requirement", str(spec.requirements.absolute())], environ, log)
+        _pip(spec, folder, install, environ, log)
     if share:
         # Only now: pip would uninstall a shared package of another version, through the links.
         packages = sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
@@ -195,11 +200,12 @@ def _create(spec: LoaderSpec, folder: Path, environ: Mapping[str, str], report: 
     report(f"{spec.name}: environment ready in {time.monotonic() - started:.0f} s")
 
 
-def _pins(spec: LoaderSpec) -> set[str]:
-    """Return the names that the lock installs on this Python."""
+def _pins(spec: LoaderSpec) -> dict[str, Requirement]:
+    """Return what the lock installs on this Python, by canonical name."""
     lines = [line.split("#")[0].strip() for line in spec.requirements.read_text(encoding="utf-8").splitlines()]
     requirements = [Requirement(line) for line in lines if line]
-    return {canonicalize_name(each.name) for each in requirements if each.marker is None or each.marker.evaluate()}
+    chosen = [each for each in requirements if each.marker is None or each.marker.evaluate()]
+    return {canonicalize_name(each.name): each for each in chosen}
 
 
 def _pip(spec: LoaderSpec, folder: Path, arguments: Sequence[str], environ: Mapping[str, str], log: Path) -> None:

@@ -23,7 +23,7 @@ from packager.files import (
 )
 from packager.plan import VariantPlan
 from packager.receipt import FileRecord
-from packager.recipe_file import RecipeFile
+from packager.recipe.file import RecipeFile
 from packager.safetensors_file import StoredTensor, stored_tensors, write
 from packager.source import TOKENIZER_FILES, SourceModel
 from packager.variant import Variant

@@ -15,7 +15,7 @@ from packager.progress import Terminal
 from packager.publish import BranchContent, PublishReport
 from packager.publish import publish as publish_branches
 from packager.receipt import Receipt
-from packager.recipe_file import RecipeFile
+from packager.recipe.file import RecipeFile
 from packager.stages import audit_or_raise, evaluate, quantize_and_pack, render_cards, verify
 from packager.targets.local import LocalTarget
 

@@ -20,7 +20,7 @@ from packager.architecture import (
 from packager.compatibility import Verdict, verdicts
 from packager.errors import PlanError
 from packager.recipe import Recipe, digest_of
-from packager.recipe_file import RecipeFile
+from packager.recipe.file import RecipeFile
 from packager.variant import Variant
 
 # Raised whenever the engine would make other bytes from the same inputs: finished work is then made anew.

@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from packager.errors import PackagerError
 
-
 _LOG_WIDTH = 200
 
 

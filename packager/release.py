@@ -9,7 +9,7 @@ from packager.errors import MachineError, PackagerError
 from packager.pipeline import build, publish
 from packager.plan import BuildPlan
 from packager.progress import Terminal
-from packager.recipe_file import RecipeFile
+from packager.recipe.file import RecipeFile
 from packager.source import access_problem
 from packager.status import print_status
 

@@ -15,7 +15,7 @@ from packager.errors import MachineError, SourceError
 from packager.files import file_record
 from packager.receipt import FileRecord, SourceRecord
 from packager.recipe import digest_of
-from packager.recipe_file import RecipeFile
+from packager.recipe.file import RecipeFile
 from packager.safetensors_file import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from packager.errors import AuditError, StateError
 from packager.files import file_record, write_atomic
 from packager.plan import ENGINE_VERSION, VariantPlan
 from packager.receipt import FileRecord, LinearRecord, Provenance, Receipt
-from packager.recipe_file import RecipeFile
+from packager.recipe.file import RecipeFile
 from packager.workspace import CARD_FILES, check_folder
 
 

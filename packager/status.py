@@ -11,7 +11,7 @@ from packager.build_state import STAGES, Build, Options
 from packager.errors import StateError
 from packager.progress import Terminal
 from packager.receipt import LoaderRecord, Receipt
-from packager.recipe_file import RecipeFile
+from packager.recipe.file import RecipeFile
 from packager.targets.local import LocalTarget
 
 _MARKS = {"passed": "ok", "failed": "FAILED", "not run": "not run"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from packager.errors import RecipeError
 from packager.recipe import Recipe
-from packager.recipe_file import load_recipe
+from packager.recipe.file import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

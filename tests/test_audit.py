@@ -13,9 +13,9 @@ from rich.console import Console
 
 from packager.architecture import checkpoint_tensors, read_architecture
 from packager.audit import RULES, AuditReport, audit
-from packager.audit_finding import Findings, printable, shown
-from packager.audit_values import unpack_rows, value_counts
-from packager.audit_view import print_report, report_json
+from packager.audit.finding import Findings, printable, shown
+from packager.audit.values import unpack_rows, value_counts
+from packager.audit.view import print_report, report_json
 from packager.safetensors_file import file_order, header_bytes
 from packager.variant import Variant
 from tests.audit_cases import CASES, TOKEN, WEIGHTS, Case, Q, declare

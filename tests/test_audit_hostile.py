@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from packager.audit import audit
-from packager.audit_view import print_report, report_json
+from packager.audit.view import print_report, report_json
 from tests.audit_cases import ACT_ORDER, QWEN
 from tests.checkpoints import Checkpoint, edit_text, write_json
 

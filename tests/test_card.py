@@ -7,7 +7,7 @@ import pytest
 
 from packager import card
 from packager.card import CardTexts, render_card
-from packager.card_metadata import HUB_LICENSES
+from packager.card.metadata import HUB_LICENSES
 from packager.compatibility import Verdict
 from packager.errors import CardError
 from packager.markdown import extract_code_blocks, one_line
@@ -268,7 +268,7 @@ def test_a_mistake_in_a_template_names_its_line(
 def test_templates_are_found_beside_and_inside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkout = card.templates_dir()
     package = tmp_path / "packager"
-    monkeypatch.setattr(card, "__file__", str(package / "card.py"))
+    monkeypatch.setattr(card, "__file__", str(package / "card" / "__init__.py"))
     with pytest.raises(CardError, match="templates are missing"):
         card.templates_dir()
     shutil.copytree(checkout, package / "templates")

@@ -17,7 +17,7 @@ from packager.errors import PackagerError, PlanError
 from packager.plan import BuildPlan, describe, make_plan, sweep_bytes
 from packager.plan_view import plan_json, print_plan
 from packager.recipe import Recipe
-from packager.recipe_file import RecipeFile
+from packager.recipe.file import RecipeFile
 from tests.test_architecture import LLAMA_2_13B, tiny_config, variant
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def test_a_plan_needs_no_torch_and_little_time(tmp_path: Path) -> None:
         "from packager.plan import make_plan\n"
         "from packager.plan_view import plan_json\n"
         "from packager.recipe import Recipe\n"
-        "from packager.recipe_file import RecipeFile\n"
+        "from packager.recipe.file import RecipeFile\n"
         "recipe = Recipe.model_validate_json(sys.argv[2])\n"
         "plan = make_plan(RecipeFile(path=pathlib.Path(sys.argv[1]), recipe=recipe))\n"
         "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"

@@ -9,9 +9,9 @@ import pytest
 from packager import recipe as models
 from packager.errors import RecipeError
 from packager.recipe import Recipe
-from packager.recipe_checks import FILE_FIELDS, FOLDER_FIELDS, LICENSE_FILES
-from packager.recipe_file import RecipeFile, load_recipe
-from packager.recipe_schema import recipe_schema
+from packager.recipe.checks import FILE_FIELDS, FOLDER_FIELDS, LICENSE_FILES
+from packager.recipe.file import RecipeFile, load_recipe
+from packager.recipe.schema import recipe_schema
 from tests.golden_files import check_golden
 from tests.recipe_fixtures import CONFIG, GOOD, RECIPES, ROOT, edited, problems_of, write_files
 
@@ -384,7 +384,7 @@ def _types(annotation):
 
 def test_loading_imports_nothing_heavy():
     code = (
-        "import sys\nfrom pathlib import Path\nfrom packager.recipe_file import load_recipe\n"
+        "import sys\nfrom pathlib import Path\nfrom packager.recipe.file import load_recipe\n"
         f"load_recipe(Path({str(LLAMA_13B)!r}))\n"
         "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub', 'jinja2', 'rich', 'typer', 'git', 'yaml'}\n"
         "print(sorted(heavy & set(sys.modules)))"

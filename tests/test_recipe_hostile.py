@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from packager.errors import RecipeError
 from packager.recipe import Recipe
-from packager.recipe_file import load_recipe
-from packager.recipe_schema import recipe_schema
-from packager.recipe_yaml import MAX_BYTES, MAX_NODES, decode, parse
+from packager.recipe.file import load_recipe
+from packager.recipe.schema import recipe_schema
+from packager.recipe.yaml import MAX_BYTES, MAX_NODES, decode, parse
 from tests.recipe_fixtures import GOOD, RECIPES, edited, load_or_error, problems_of, write_files
 
 BOMB = "\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 30))])

@@ -3,8 +3,8 @@ import json
 import jsonschema
 
 from packager.recipe import PATTERN_MEANINGS
-from packager.recipe_schema import main as schema_main
-from packager.recipe_schema import recipe_schema
+from packager.recipe.schema import main as schema_main
+from packager.recipe.schema import recipe_schema
 from tests.recipe_fixtures import ROOT
 
 SCHEMA_FILE = ROOT / "recipes" / "recipe.schema.json"

@@ -12,13 +12,16 @@ import gc
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
+import re
 import resource
 import sys
 import time
 import traceback
+import types
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,7 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     configure(device)
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
+    pcre = provide_pcre()
     # transformers would import it while loading; its seconds belong to no checkpoint.
     importlib.import_module("gptqmodel")
     digests = weights_digests(folder)
@@ -80,7 +84,7 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     forward_s = time.perf_counter() - started
     generated = [greedy(torch, model, folder, prompt, job["max_new_tokens"]) for prompt in job["prompts"]]
     return {
-        "versions": versions(),
+        "versions": {**versions(), "pypcre": pcre},
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
         "kernel": kernel,
@@ -103,6 +107,20 @@ def configure(device: str) -> None:
     if device == "cpu":
         # The kernel compiles its dequantization, which needs a C++ compiler and took 30 s for two layers.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+
+def provide_pcre() -> str:
+    """Put Python's re in the place of PyPcre where that is not installed; return the version, or what it was replaced by.
+
+    PyPcre exists as C source only. GPTQModel matches module names with it, by patterns that both engines read alike.
+    """
+    if importlib.util.find_spec("pcre") is not None:
+        return importlib.metadata.version("pypcre")
+    stand_in: Any = types.ModuleType("pcre")
+    stand_in.compile, stand_in.escape, stand_in.split, stand_in.Pattern = re.compile, re.escape, re.split, re.Pattern
+    stand_in.Flag = types.SimpleNamespace(CASELESS=re.IGNORECASE, MULTILINE=re.MULTILINE, DOTALL=re.DOTALL)
+    sys.modules["pcre"] = stand_in
+    return "replaced by re"
 
 
 def kernel_choice(transformers: Any, folder: Path, device: str) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from packager.audit_finding import Findings, shown
+from packager.audit.finding import Findings, shown
 from packager.files import TEMPORARY_PREFIX
 
 README = "README.md"

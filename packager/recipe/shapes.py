@@ -8,9 +8,9 @@ from typing import Final, NamedTuple
 
 from packager.architecture import Architecture, LinearSpec, read_architecture
 from packager.errors import PlanError
-from packager.recipe_draft import Draft, Loc, State, name_of
-from packager.recipe_paths import locate, path_problem
-from packager.recipe_yaml import Finding, Position, Scalar, shown
+from packager.recipe.draft import Draft, Loc, State, name_of
+from packager.recipe.paths import locate, path_problem
+from packager.recipe.yaml import Finding, Position, Scalar, shown
 
 _MAX_CONFIG_BYTES: Final = 1 << 20
 _WORD_BITS: Final = 32

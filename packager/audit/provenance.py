@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 
-from packager.audit_config import Declared
-from packager.audit_files import PROVENANCE, JsonObject, Listing
-from packager.audit_finding import Findings, shown
-from packager.audit_weights import Weights
+from packager.audit.config import Declared
+from packager.audit.files import PROVENANCE, JsonObject, Listing
+from packager.audit.finding import Findings, shown
+from packager.audit.weights import Weights
 from packager.files import sha256_file
 from packager.receipt import FileRecord, Provenance
 

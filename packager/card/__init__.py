@@ -18,8 +18,9 @@ from jinja2 import (
 )
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from packager import card_facts, markdown
-from packager.card_metadata import metadata
+from packager import markdown
+from packager.card import facts
+from packager.card.metadata import metadata
 from packager.compatibility import Verdict
 from packager.errors import CardError
 from packager.receipt import Provenance
@@ -81,7 +82,7 @@ def templates_dir() -> Path:
     Raises:
         CardError: there is none.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for folder in (package / "templates", package.parent / "templates"):
         if (folder / TEMPLATE).is_file():
             return folder
@@ -127,8 +128,8 @@ def _context(
     branch: str,
     expectations: Mapping[str, Sequence[Verdict]],
 ) -> dict[str, object]:
-    branches = card_facts.branch_facts(recipe, receipts)
-    loaders = card_facts.loader_names(recipe, receipts)
+    branches = facts.branch_facts(recipe, receipts)
+    loaders = facts.loader_names(recipe, receipts)
     others = [facts.branch for facts in branches if facts.branch != MAIN]
     return {
         "recipe": recipe,
@@ -142,8 +143,8 @@ def _context(
         "repository_name": recipe.repository.id.split("/")[1],
         "hub": HUB,
         "loaders": loaders,
-        "loader_titles": {name: card_facts.LOADER_TITLES.get(name, name) for name in loaders},
-        "expectations": card_facts.expectation_rows(branches, expectations),
+        "loader_titles": {name: facts.LOADER_TITLES.get(name, name) for name in loaders},
+        "expectations": facts.expectation_rows(branches, expectations),
         "license_files": tuple(
             Path(name).name for name in (*recipe.card.license.files, *recipe.card.license.base_files)
         ),
@@ -175,10 +176,10 @@ def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
         decimals=_decimals,
         percent=_percent,
         digits=_digits,
-        pinned=card_facts.pinned,
-        by_field=card_facts.by_field,
-        loader_rows=card_facts.loader_rows,
-        loader_runs=card_facts.loader_runs,
+        pinned=facts.pinned,
+        by_field=facts.by_field,
+        loader_rows=facts.loader_rows,
+        loader_runs=facts.loader_runs,
     )
     return environment
 

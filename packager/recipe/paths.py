@@ -4,7 +4,7 @@ import difflib
 import os
 from pathlib import Path
 
-from packager.recipe_yaml import shown
+from packager.recipe.yaml import shown
 
 
 def locate(folder: Path, relative: str) -> Path | None:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from packager.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, LinearSpec, quantized_tensors
-from packager.audit_config import Declared
-from packager.audit_finding import Findings
-from packager.audit_weights import Weights
+from packager.audit.config import Declared
+from packager.audit.finding import Findings
+from packager.audit.weights import Weights
 from packager.safetensors_file import StoredTensor
 
 PARTS: Mapping[str, str] = {"qweight": "I32", "qzeros": "I32", "scales": "F16", "g_idx": "I32"}

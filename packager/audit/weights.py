@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from packager.audit_files import JsonObject, Listing, as_object
-from packager.audit_finding import Findings, shown
+from packager.audit.files import JsonObject, Listing, as_object
+from packager.audit.finding import Findings, shown
 from packager.errors import SourceError
 from packager.safetensors_file import METADATA, StoredTensor, read_header, stored_tensors
 

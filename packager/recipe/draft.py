@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from packager.recipe import PATTERN_MEANINGS, Recipe
-from packager.recipe_yaml import Finding, Node, Position, Scalar, shown
+from packager.recipe.yaml import Finding, Node, Position, Scalar, shown
 
 Loc = tuple[str | int, ...]
 
@@ -171,7 +171,7 @@ def _version_problem(node: Node | None) -> Finding | None:
 
 
 def _concerns_a_field(root: Node, error: ErrorDetails) -> bool:
-    """Return False for values that were refused before, and for rules across fields: `recipe_checks` has those."""
+    """Return False for values that were refused before, and for rules across fields: `checks` has those."""
     found = _walk(root, error["loc"])
     if not all(node.usable for node in found):
         return False

@@ -7,8 +7,8 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from packager.audit_files import PROVENANCE, README, Listing, read_text
-from packager.audit_finding import Findings
+from packager.audit.files import PROVENANCE, README, Listing, read_text
+from packager.audit.finding import Findings
 
 _TEXT_SUFFIXES = (".md", ".txt", ".json", ".jsonl", ".jinja", ".yaml", ".yml", ".py")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")

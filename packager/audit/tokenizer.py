@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from packager.audit_config import CONFIG, whole
-from packager.audit_files import JsonObject, Listing, as_object, read_text
-from packager.audit_finding import Findings, shown
+from packager.audit.config import CONFIG, whole
+from packager.audit.files import JsonObject, Listing, as_object, read_text
+from packager.audit.finding import Findings, shown
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

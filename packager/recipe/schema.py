@@ -1,6 +1,6 @@
 """The JSON schema of recipe files, generated from the models: editors complete, explain and check recipes with it.
 
-It holds what a schema can say of one value; the rules across fields and files are in `recipe_checks`.
+It holds what a schema can say of one value; the rules across fields and files are in `checks`.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def schema_text() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the schema, or write it, or check that a file is in step with the models."""
-    parser = argparse.ArgumentParser(prog="python -m packager.recipe_schema", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m packager.recipe.schema", description=main.__doc__)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--write", metavar="FILE", type=Path, help="write the schema to FILE")
     group.add_argument("--check", metavar="FILE", type=Path, help="exit 1 if FILE is not the schema of the models")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.check.is_file() or options.check.read_bytes() != schema_text().encode():
             sys.stderr.write(
                 f"{options.check} is not in step with the models\n"
-                f"  hint: run python -m packager.recipe_schema --write {options.check}\n"
+                f"  hint: run python -m packager.recipe.schema --write {options.check}\n"
             )
             return 1
     else:

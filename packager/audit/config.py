@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from packager.architecture import DTYPES, FAMILIES, Architecture, read_architecture
-from packager.audit_files import JsonObject, as_object
-from packager.audit_finding import Findings, shown
-from packager.audit_weights import DEFAULT_STEM, Weights
+from packager.audit.files import JsonObject, as_object
+from packager.audit.finding import Findings, shown
+from packager.audit.weights import DEFAULT_STEM, Weights
 from packager.errors import PlanError
 
 CONFIG = "config.json"

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from packager.architecture import INPUT_GROUPS
-from packager.audit_config import Declared
-from packager.audit_finding import Findings
-from packager.audit_tensors import Linear
+from packager.audit.config import Declared
+from packager.audit.finding import Findings
+from packager.audit.tensors import Linear
 from packager.safetensors_file import StoredTensor
 from packager.variant import num_groups
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from packager.audit_config import CONFIG
-from packager.audit_files import PROVENANCE, README, JsonObject, Listing, as_object, read_text
-from packager.audit_finding import Findings, shown
-from packager.card_metadata import HUB_LICENSES
+from packager.audit.config import CONFIG
+from packager.audit.files import PROVENANCE, README, JsonObject, Listing, as_object, read_text
+from packager.audit.finding import Findings, shown
+from packager.card.metadata import HUB_LICENSES
 from packager.markdown import CodeBlock, extract_code_blocks, unclosed
 
 _PYTHON = frozenset({"python", "py", "python3"})

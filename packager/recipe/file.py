@@ -7,10 +7,10 @@ from typing import Self
 
 from packager.errors import Problem, RecipeError
 from packager.recipe import Recipe
-from packager.recipe_checks import check
-from packager.recipe_draft import read
-from packager.recipe_paths import locate, path_problem
-from packager.recipe_yaml import MAX_BYTES, Finding, decode, parse
+from packager.recipe.checks import check
+from packager.recipe.draft import read
+from packager.recipe.paths import locate, path_problem
+from packager.recipe.yaml import MAX_BYTES, Finding, decode, parse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from packager.recipe import Defaults, base_model_problem, text_source_problem
-from packager.recipe_draft import Draft, Loc, State, name_of
-from packager.recipe_paths import locate, path_problem
-from packager.recipe_shapes import Parameter, shape_findings
-from packager.recipe_yaml import Finding
+from packager.recipe.draft import Draft, Loc, State, name_of
+from packager.recipe.paths import locate, path_problem
+from packager.recipe.shapes import Parameter, shape_findings
+from packager.recipe.yaml import Finding
 from packager.variant import MAIN, branch_name
 
 # Every field of type RelativePath; the two lists of licence files are added where they are checked.

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from packager.audit_card import check_card
-from packager.audit_config import CONFIG, Declared, check_declared, read_model
-from packager.audit_files import PROVENANCE, as_object, check_file_set, list_folder, read_documents
-from packager.audit_finding import RULES, Finding, Findings, Rule, Severity
-from packager.audit_privacy import check_privacy
-from packager.audit_provenance import check_provenance
-from packager.audit_tensors import Expected, check_tensors, quantized_modules
-from packager.audit_tokenizer import check_generation, check_tokenizer
-from packager.audit_values import check_values
-from packager.audit_weights import Weights, read_weights
+from packager.audit.card import check_card
+from packager.audit.config import CONFIG, Declared, check_declared, read_model
+from packager.audit.files import PROVENANCE, as_object, check_file_set, list_folder, read_documents
+from packager.audit.finding import RULES, Finding, Findings, Rule, Severity
+from packager.audit.privacy import check_privacy
+from packager.audit.provenance import check_provenance
+from packager.audit.tensors import Expected, check_tensors, quantized_modules
+from packager.audit.tokenizer import check_generation, check_tokenizer
+from packager.audit.values import check_values
+from packager.audit.weights import Weights, read_weights
 
 
 @dataclass(frozen=True, kw_only=True)
