@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Literal
 from packager.errors import MachineError
 from packager.files import sha256_file
 from packager.loaders import LOADERS
+from packager.pack import is_packed
 from packager.plan import VariantPlan, make_plan
 from packager.progress import Terminal
 from packager.receipt import Receipt
 from packager.recipe import digest_of
 from packager.recipe.file import RecipeFile
-from packager.workspace import CARD_FILES, Workspace, check_folder
+from packager.source import model_files
+from packager.workspace import PROVENANCE, README, Workspace, check_folder
 
 if TYPE_CHECKING:
     import torch
@@ -82,16 +84,25 @@ class Build:
                 continue
             if not self.workspace.folder(branch).exists():
                 continue
-            check_folder(self.workspace.folder(branch), receipt, ignore=CARD_FILES)
+            check_folder(self.workspace.folder(branch), receipt, ignore=self.card_files(receipt))
             self.receipts[branch] = receipt
+
+    def card_files(self, receipt: Receipt) -> frozenset[str]:
+        """Return which files of a variant's folder come with its card, now or by a run that was killed."""
+        announced = self.workspace.announced(receipt.provenance.branch)
+        known = (*receipt.provenance.files, *(announced.provenance.files if announced else ()))
+        return frozenset((README, PROVENANCE, *(name for name in known if not is_packed(name))))
 
     def ordered_receipts(self) -> tuple[Receipt, ...]:
         """Return the receipts in the recipe's order."""
         return tuple(self.receipts[plan.variant.branch] for plan in self.plan.variants)
 
     def keep(self, receipt: Receipt) -> None:
-        """Make a receipt the present one and write it down."""
-        self.receipts[receipt.provenance.branch] = receipt
+        """Make a receipt the present one and write it down, unless it says what is written already."""
+        branch = receipt.provenance.branch
+        if receipt == self.receipts.get(branch) and not self.workspace.unfinished_path(branch).exists():
+            return
+        self.receipts[branch] = receipt
         self.workspace.write_receipt(receipt)
 
     @property
@@ -132,11 +143,8 @@ def stage_keys(recipe_file: RecipeFile, plan: VariantPlan) -> dict[str, str]:
     base: dict[str, str] = {}
     if recipe.base_model.path is not None:
         folder = recipe_file.resolve(recipe.base_model.path)
-        base = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    licenses = {name: _local_digest(recipe_file, name) for name in recipe.card.license.files}
-    weights = digest_of(
-        [plan.digest, base, _local_digest(recipe_file, recipe.calibration.path), licenses, recipe.repository.id]
-    )
+        base = {path.name: sha256_file(path) for path in model_files(folder)}
+    weights = digest_of([plan.digest, base, _local_digest(recipe_file, recipe.calibration.path), recipe.repository.id])
     evaluation = recipe.evaluation
     measured = digest_of(
         [

@@ -1,10 +1,12 @@
 """Stage 4, calibrate: text becomes seeded rows of token ids, for quantizing and, from other text, for evaluating."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
 
 from packager.errors import CalibrationError
 from packager.receipt import TextRecord
@@ -53,6 +55,7 @@ def prepare(recipe_file: RecipeFile, source: SourceModel) -> TextSets:
     """
     recipe = recipe_file.recipe
     tokenizer = load_tokenizer(source)
+    _check_vocabulary(tokenizer, source)
     calibration_texts = read_texts(recipe.calibration, recipe_file)
     evaluation_texts = read_texts(recipe.evaluation, recipe_file)
     _check_overlap(calibration_texts, evaluation_texts)
@@ -65,14 +68,12 @@ def prepare(recipe_file: RecipeFile, source: SourceModel) -> TextSets:
         recipe.evaluation, evaluation_texts, tokenizer,
         num_samples=max(1, recipe.evaluation.num_tokens // recipe.evaluation.seq_len), seed=None,
     )  # fmt: skip
-    sets = TextSets(
+    return TextSets(
         calibration=calibration,
         evaluation=evaluation,
         questions=_read_questions(recipe.evaluation, recipe_file, tokenizer),
         prompts=tuple(tuple(prompt_ids(tokenizer, prompt)) for prompt in recipe.loaders.prompts),
     )
-    _check_vocabulary(sets, source)
-    return sets
 
 
 def load_tokenizer(source: SourceModel) -> Any:
@@ -83,9 +84,17 @@ def load_tokenizer(source: SourceModel) -> Any:
     """
     from transformers import AutoTokenizer
 
+    files = source.record.files
+    if "tokenizer_config.json" not in files or not {"tokenizer.json", "tokenizer.model"} & files.keys():
+        raise CalibrationError(
+            "the base model has no tokenizer",
+            where=str(source.folder),
+            why="a branch needs tokenizer_config.json, and tokenizer.json or tokenizer.model",
+            hint="take the tokenizer files from the same revision as the weights",
+        )
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         raise CalibrationError(
             "the base model's tokenizer cannot be read", where=str(source.folder), why=str(error)
         ) from error
@@ -118,24 +127,32 @@ def read_texts(text: TextSource, recipe_file: RecipeFile) -> list[str]:
 
 
 def _read_file(path: Path, field: str) -> list[str]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError("the text cannot be read", where=str(path), why=str(error)) from error
     if path.suffix != ".jsonl":
-        return [content]
+        return [_read_text(path)]
     texts = []
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError("a line is not JSON", where=f"{path}:{number}", why=str(error)) from error
+    for number, record in _json_lines(path):
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             raise CalibrationError(f"a line has no text {field!r}", where=f"{path}:{number}", hint="set text_field")
         texts.append(record[field])
     return texts
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError("the text cannot be read", where=str(path), why=str(error)) from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each line; U+2028 and its like may stand inside a JSON string."""
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            raise CalibrationError("a line is not JSON", where=f"{path}:{number}", why=str(error)) from error
 
 
 def make_rows(
@@ -190,22 +207,38 @@ def texts_digest(texts: Sequence[str]) -> str:
 
 
 def _check_overlap(calibration: Sequence[str], evaluation: Sequence[str]) -> None:
-    seen = {text.strip() for text in calibration if len(text.strip()) >= _LEAK_CHARACTERS}
-    shared = [text for text in evaluation if text.strip() in seen]
+    seen = set(_long_lines(calibration))
+    shared = [line for line in _long_lines(evaluation) if line in seen]
     if shared:
         raise CalibrationError(
             "the evaluation text overlaps the calibration text",
-            why=f"{len(shared)} of its documents are in both, the first begins {shared[0].strip()[:40]!r}",
+            why=f"{len(shared)} of its lines are in both, the first begins {shared[0][:40]!r}",
             hint="evaluate on another split: what was calibrated on measures nothing",
         )
 
 
+def _long_lines(texts: Sequence[str]) -> Iterator[str]:
+    lines = (line.strip() for text in texts for line in text.split("\n"))
+    return (line for line in lines if len(line) >= _LEAK_CHARACTERS)
+
+
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Return the token ids of a user's message in the model's own chat template, ready for an answer."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _chat_ids(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+
+
+def _chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: bool) -> list[int]:
+    return list(tokenizer(_render(tokenizer, messages, **options), add_special_tokens=False)["input_ids"])
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise CalibrationError(
+            "the model's chat template cannot be rendered", why=f"for messages of {roles}: {error}"
+        ) from error
 
 
 def check_prompt_template(recipe_file: RecipeFile, tokenizer: Any) -> None:
@@ -226,7 +259,7 @@ def check_prompt_template(recipe_file: RecipeFile, tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "{prompt}"}]
     if recipe.card.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": recipe.card.system_prompt})
-    rendered = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    rendered = _render(tokenizer, messages, add_generation_prompt=True)
     rendered = rendered.removeprefix(tokenizer.bos_token or "").strip()
     given = recipe.card.prompt_template.template.removeprefix(tokenizer.bos_token or "").strip()
     if rendered != given:
@@ -243,20 +276,12 @@ def _read_questions(evaluation: Evaluation, recipe_file: RecipeFile, tokenizer: 
         return ()
     path = recipe_file.resolve(evaluation.questions)
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            prompt, answer = record["prompt"], record["answer"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CalibrationError(
-                'a question is not {"prompt": ..., "answer": ...}', where=f"{path}:{number}", why=str(error)
-            ) from error
+    for number, record in _json_lines(path):
+        prompt, answer = (record.get(key) if isinstance(record, dict) else None for key in ("prompt", "answer"))
+        if not isinstance(prompt, str) or not isinstance(answer, str):
+            raise CalibrationError('a question is not {"prompt": ..., "answer": ...}', where=f"{path}:{number}")
         turn = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        whole = list(
-            tokenizer(tokenizer.apply_chat_template(turn, tokenize=False), add_special_tokens=False)["input_ids"]
-        )
+        whole = _chat_ids(tokenizer, turn)
         asked = prompt_ids(tokenizer, prompt)
         if whole[: len(asked)] != asked:
             raise CalibrationError(
@@ -266,13 +291,12 @@ def _read_questions(evaluation: Evaluation, recipe_file: RecipeFile, tokenizer: 
     return tuple(questions)
 
 
-def _check_vocabulary(sets: TextSets, source: SourceModel) -> None:
-    largest = max(int(sets.calibration.ids.max()), int(sets.evaluation.ids.max()))
-    largest = max([largest, *(max(question.prompt_ids + question.answer_ids) for question in sets.questions)])
+def _check_vocabulary(tokenizer: Any, source: SourceModel) -> None:
+    largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= source.architecture.vocab_size:
         raise CalibrationError(
             "the tokenizer does not fit the model's vocabulary",
             where=str(source.folder),
-            why=f"it makes the token {largest}, the embedding has {source.architecture.vocab_size} rows",
+            why=f"its largest token id is {largest}, the embedding has {source.architecture.vocab_size} rows",
             hint="take the tokenizer files from the same revision as the weights",
         )

@@ -8,13 +8,13 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from packager import __version__
-from packager.errors import LoaderError, PackagerError
+from packager.errors import AuditError, LoaderError, MachineError, PackagerError
 
 if TYPE_CHECKING:
     from packager.build_state import Options
@@ -22,21 +22,51 @@ if TYPE_CHECKING:
     from packager.recipe.file import RecipeFile
 
 _INTERRUPTED = 130
+_EPILOG = """
+\b
+Exit codes:
+  0   done
+  2   the command line or the recipe is wrong
+  3   the base model cannot be read, or is not what the recipe says
+  4   the calibration or evaluation text cannot be used
+  5   a linear cannot be quantized
+  6   a checkpoint folder cannot be written
+  7   a checkpoint folder does not keep the format's contract
+  8   a loader failed, or computed something else
+  9   the model card cannot be rendered
+  10  the publishing target refused, or a variant is not ready for it
+  11  a file in the output folder was edited, or another run is under way
+  12  this machine lacks something: a GPU, memory, disk space, git, a package
+  130 interrupted
+
+A first run, on any machine: packager release recipes/demo-llama.yaml
+"""
+# What the file system answers to a wrong --dist; a full disk is reported by whoever writes.
+_REFUSALS = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
 class _Commands(TyperGroup):
     """Turn what a command raises into a message and an exit code."""
 
-    def invoke(self, ctx: typer.Context) -> object:
+    def invoke(self, ctx: Any) -> Any:  # typer's releases disagree on the module of Context
         """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
         except PackagerError as error:
-            _terminal().error(error)
-            raise typer.Exit(error.exit_code) from error
+            raise _reported(error) from error
+        except _REFUSALS as error:
+            if error.filename is None:
+                raise
+            refusal = MachineError("cannot be used", where=str(error.filename), why=error.strerror or "")
+            raise _reported(refusal) from error
         except KeyboardInterrupt:
             sys.stderr.write("interrupted; what is finished is kept, run the same command to go on\n")
             raise typer.Exit(_INTERRUPTED) from None
+
+
+def _reported(error: PackagerError) -> typer.Exit:
+    _terminal().error(error)
+    return typer.Exit(error.exit_code)
 
 
 app = typer.Typer(
@@ -44,10 +74,10 @@ app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # plain help: half the time of boxes, and the same text at every width
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="A first run, on any machine: packager release recipes/demo-llama.yaml",
+    epilog=_EPILOG,
 )
 
 
@@ -76,7 +106,11 @@ DeviceOption = Annotated[
 ]
 CacheOption = Annotated[
     Path | None,
-    typer.Option("--cache", help="Where the loaders' environments are kept.  [default: ~/.cache/gptq-packager]"),
+    typer.Option(
+        "--cache",
+        help="Where the loaders' environments are kept; XDG_CACHE_HOME is heeded.",
+        show_default="~/.cache/gptq-packager",
+    ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")]
 DIST = Path("dist")
@@ -96,17 +130,17 @@ def top(
 ) -> None:
     """Turn an fp16 language model into a published repository of GPTQ variants, one branch each.
 
-    A recipe names the base model, the calibration text and the variants. [bold]plan[/bold] shows what it means,
-    [bold]build[/bold] quantizes, measures, proves and writes the cards, [bold]publish[/bold] makes the branches. Every
-    command can be interrupted and run again.
+    A recipe names the base model, the calibration text and the variants. `plan` shows what it means, `build` quantizes,
+    measures, proves and writes the cards, `publish` makes the branches. Every command can be interrupted and run again.
     """
 
 
 @app.command()
 def plan(recipe: RecipePath, format: FormatOption = Format.text) -> None:  # noqa: A002 - the option's name
-    """Show what a recipe means: branches, exact sizes, memory, disk, and which loaders can take each variant.
+    """Show what a recipe means: branches, sizes, memory, disk, loaders.
 
-    Works offline and without torch, from the base model's config.json alone.
+    Works offline and without torch, from the base model's config.json alone. Exits with 2 if the recipe is wrong or
+    cannot be built from this model; every problem is named with its place.
     """
     from packager.plan import make_plan
     from packager.plan_view import plan_json, print_plan
@@ -128,9 +162,11 @@ def build(
     format: FormatOption = Format.text,  # noqa: A002
     quiet: QuietOption = False,
 ) -> None:
-    """Quantize every variant, measure it, let the loaders prove it, and write its card. Publishes nothing.
+    """Quantize, measure and prove every variant, and write its card.
 
-    What is already done is not done again; a killed build goes on after its last finished block.
+    Publishes nothing. What is already done is not done again; a killed build goes on after its last finished block.
+    Exits with 8 if a loader computed something else than the checkpoint says; one that cannot run here is reported and
+    is no failure.
     """
     from packager.pipeline import build as run_build
     from packager.status import print_status, status_json
@@ -140,29 +176,32 @@ def build(
     run_build(recipe_file, options, terminal)
     if format is Format.json:
         terminal.result(status_json(recipe_file, options))
-    elif not quiet:
+    else:
         print_status(recipe_file, options, terminal.out)
 
 
 @app.command()
 def audit(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder, ours or anybody's.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A checkpoint folder, ours or anybody's.", exists=True, file_okay=False, readable=False
+        ),
+    ],
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Do not expect README.md and provenance.json.")
     ] = False,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Check a GPTQ folder against everything that runtimes are known to refuse; exit code 0 is a pass, 7 a fail.
+    """Check a GPTQ folder against what runtimes are known to refuse.
 
     Needs no torch and reads headers and small tensors only, besides hashing the files that provenance.json lists.
+    Exits with 0 if there is no error (warnings may be), with 7 if there is one.
     """
     from packager.audit import audit as run_audit
     from packager.audit.view import print_report, report_json
-    from packager.errors import AuditError, SourceError
 
     terminal = _terminal()
-    if not folder.is_dir():
-        raise SourceError("not a folder", where=str(folder), hint="name the folder that holds config.json")
     report = run_audit(folder, complete=not weights_only)
     if format is Format.json:
         terminal.result(report_json(report))
@@ -180,10 +219,10 @@ def verify(
     cache: CacheOption = None,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Run the recipe's loaders again over the built variants and compare their logits with our own float32 forward.
+    """Let the loaders prove the built variants again.
 
-    The receipts and cards take over the new results. The exit code is 0 only if every loader that ran passed and every
-    required one ran.
+    Their logits are compared with our own float32 forward; receipts and cards take over the new results. Exits with 0
+    if every required loader passed and no other failed, else with 8; with 10 if a variant is not built.
     """
     from packager.pipeline import reverify
     from packager.status import print_loaders
@@ -199,7 +238,8 @@ def verify(
         )
     else:
         print_loaders(receipts, terminal.out)
-    if any(record.required and record.status != "passed" for r in receipts for record in r.provenance.loaders):
+    records = [record for receipt in receipts for record in receipt.provenance.loaders]
+    if any(record.status == "failed" or (record.required and record.status != "passed") for record in records):
         raise typer.Exit(LoaderError.exit_code)
 
 
@@ -210,7 +250,11 @@ def card(
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Render the cards again from the receipts (the recipe's words or the templates changed) and print one."""
+    """Render the cards of the built variants again and print one.
+
+    For when the recipe's words or the templates have changed: no figure does, they come from the receipts. Exits with
+    10 if a variant is not built and proven, with 11 if somebody edited a card by hand.
+    """
     from packager.pipeline import render
 
     terminal, recipe_file = _open(recipe)
@@ -218,7 +262,7 @@ def card(
     if format is Format.json:
         terminal.result({"branch": branch, "card": text})
     else:
-        sys.stdout.write(text)
+        terminal.write(text)
 
 
 @app.command()
@@ -229,9 +273,11 @@ def publish(
     format: FormatOption = Format.text,  # noqa: A002
     quiet: QuietOption = False,
 ) -> None:
-    """Bring the built variants to the recipe's target: one commit per changed branch, main last. Builds nothing.
+    """Bring the built variants to the recipe's target, a branch each.
 
-    Refuses a folder that was edited after the build and a variant that a required loader has not passed.
+    One commit per changed branch, main last; builds nothing. Exits with 10 if a variant is not ready, a required loader
+    has not passed or the target refuses, with 11 if a built folder or the published files were edited, with 7 if a
+    folder fails the audit.
     """
     from packager.pipeline import publish as run_publish
     from packager.publish_view import print_report, report_json
@@ -250,7 +296,10 @@ def status(
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Show, per branch, what is built, measured, proven and published. Changes nothing."""
+    """Show, per branch, what is built, measured, proven and published. Changes nothing.
+
+    Exits with 0 also when nothing is built; `--format json` names the stages that are missing.
+    """
     from packager.status import print_status, status_json
 
     terminal, recipe_file = _open(recipe)
@@ -263,7 +312,7 @@ def status(
 
 @app.command()
 def release(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="The recipes to build and publish.")],
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="The recipes to build and publish.")],
     dist: DistOption = DIST,
     device: DeviceOption = Device.auto,
     cache: CacheOption = None,
@@ -271,7 +320,12 @@ def release(
         bool, typer.Option("--strict", help="A recipe that this machine cannot build is a failure.")
     ] = False,
 ) -> None:
-    """Build and publish every recipe that this machine can build, and say why it cannot build the others."""
+    """Build and publish every recipe that this machine can build.
+
+    It says why it cannot build the others; nothing is built before all recipes are read and planned. Exits with 0 also
+    when recipes were left out; with `--strict` that is an error (12), before anything is built. A failed build or
+    publish ends the run with its own code.
+    """
     from packager.release import release as run_release
 
     run_release(recipes, _options(dist, device, cache), _terminal(), strict=strict)

@@ -110,7 +110,7 @@ class LoaderError(PackagerError):
     exit_code = 8
 
 
-class LoaderUnavailable(LoaderError):
+class LoaderUnavailableError(LoaderError):
     """A runtime cannot run on this machine; the message says why."""
 
 

@@ -3,7 +3,7 @@
 Both models run block by block, their weights read from disk, so a 13B model is evaluated in the memory of a few blocks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from packager.calibrate import Question, TextSets
-from packager.decoder import Decoder, ReadTensor, forward
+from packager.decoder import Decoder, ReadTensor, forward, rows_per_batch
+from packager.errors import QuantizeError
 from packager.quantize import compute_dtype, dequantize_linear
 from packager.receipt import QualityRecord
 from packager.safetensors_file import StoredTensor, stored_tensors
 from packager.source import SourceModel, read_tensor
-
-_TOKENS_PER_BATCH = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,6 @@ def measure(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    on_block: Callable[[int, int], None] = lambda _index, _count: None,
 ) -> Measured:
     """Run a model over the held-out rows and the questions.
 
@@ -61,11 +59,10 @@ def measure(
         texts: held-out rows and questions.
         device: where to compute.
         dtype: of weights and activations.
-        on_block: called after each block with its index and their number.
     """
     decoder = Decoder(folder, read, device=device, dtype=dtype)
     ids = texts.evaluation.ids
-    states = forward(decoder, ids, rows_per_batch=max(1, _TOKENS_PER_BATCH // ids.shape[1]), on_block=on_block)
+    states = forward(decoder, ids, rows=rows_per_batch(ids.shape[1], device))
     return Measured(decoder=decoder, states=states, answered=count_answered(decoder, texts.questions))
 
 
@@ -83,12 +80,12 @@ def count_answered(decoder: Decoder, questions: Sequence[Question]) -> int:
     for row, question in enumerate(questions):
         tokens = question.prompt_ids + question.answer_ids
         ids[row, : len(tokens)] = torch.tensor(tokens)
-    rows_per_batch = max(1, _TOKENS_PER_BATCH // width)
-    states = forward(decoder, ids, rows_per_batch=rows_per_batch)
+    rows = rows_per_batch(width, decoder.device)
+    states = forward(decoder, ids, rows=rows)
     greedy = torch.cat(
         [
             decoder.logits(part, state).argmax(-1).cpu()
-            for part, state in zip(torch.split(ids, rows_per_batch), states, strict=True)
+            for part, state in zip(torch.split(ids, rows), states, strict=True)
         ]
     )
     answered = 0
@@ -114,6 +111,9 @@ def compare(base: Measured, quantized: Measured, texts: TextSets) -> QualityReco
     """Return perplexity of both models, KL(base || quantized) in nats per token and top-1 agreement.
 
     Every position predicts the next token of its row; the last position of a row predicts nothing.
+
+    Raises:
+        QuantizeError: one of them is not a finite number.
     """
     loss = base_loss = kl = torch.zeros((), dtype=torch.float64)
     equal = count = 0
@@ -125,16 +125,28 @@ def compare(base: Measured, quantized: Measured, texts: TextSets) -> QualityReco
         kl = kl + (p.exp() * (p - q)).sum(-1).double().sum().cpu()
         equal += int((p.argmax(-1) == q.argmax(-1)).sum())
         count += target.numel()
+    perplexity, base_perplexity, kl_divergence = (float(value) for value in _means(loss, base_loss, kl, count))
     return QualityRecord(
         num_tokens=count,
-        perplexity=float((loss / count).exp()),
-        base_perplexity=float((base_loss / count).exp()),
-        kl_divergence=float(kl / count),
+        perplexity=perplexity,
+        base_perplexity=base_perplexity,
+        kl_divergence=kl_divergence,
         top1_agreement=equal / count,
         questions=len(texts.questions),
         answered=quantized.answered,
         base_answered=base.answered,
     )
+
+
+def _means(loss: Tensor, base_loss: Tensor, kl: Tensor, count: int) -> Tensor:
+    means = torch.stack([(loss / count).exp(), (base_loss / count).exp(), kl / count])
+    if not bool(torch.isfinite(means).all()):
+        raise QuantizeError(
+            "the quantized or the base model computes NaN or Inf on the evaluation text",
+            why=f"perplexity {means[0]:g}, of the base model {means[1]:g}, KL divergence {means[2]:g}",
+            hint="the base model overflows in this dtype: check its weights",
+        )
+    return means
 
 
 def _chunks(base: Measured, quantized: Measured, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

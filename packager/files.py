@@ -22,7 +22,11 @@ _CHUNK_BYTES = 1 << 22
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Translate a full disk, a quota or a read-only folder met while writing `path` into a MachineError."""
+    """Translate a full disk, a quota, a size limit or an unwritable folder met while writing `path`.
+
+    Raises:
+        MachineError: instead of these OSErrors; any other passes.
+    """
     try:
         yield
     except OSError as error:
@@ -33,7 +37,14 @@ def disk_errors(path: Path) -> Iterator[None]:
                 why=str(error),
                 hint="free some space and run the same command again",
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno == errno.EFBIG:
+            raise MachineError(
+                "the file system or the shell allows no file of this size",
+                where=str(path),
+                why=str(error),
+                hint="look at `ulimit -f`; FAT takes 4 GiB at most; checkpoint.max_shard_bytes makes smaller files",
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise MachineError("the folder cannot be written", where=str(path), why=str(error)) from error
         raise
 
@@ -88,6 +99,23 @@ def copy_atomic(source: Path, target: Path) -> None:
             raise
 
 
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Rename a finished folder into its place; one that is there goes, whole and not file by file.
+
+    Raises:
+        MachineError: the parent cannot be written.
+    """
+    old = folder.with_name(f"{TEMPORARY_PREFIX}old-{folder.name}")
+    with disk_errors(folder):
+        fsync_folder(temporary)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        fsync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed run left under temporary names directly inside `folder`."""
     if not folder.is_dir():
@@ -106,6 +134,11 @@ def sha256_file(path: Path) -> str:
 def file_record(path: Path) -> FileRecord:
     """Return a file's size and sha256."""
     return FileRecord(size_bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def bytes_record(data: bytes) -> FileRecord:
+    """Return the size and sha256 that a file with this content has."""
+    return FileRecord(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def list_files(folder: Path) -> tuple[str, ...]:

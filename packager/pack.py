@@ -1,4 +1,4 @@
-"""Stage 6, pack: finished blocks become a checkpoint folder, exactly as FORMAT says; it appears by rename.
+"""Stage 6, pack: finished blocks become a checkpoint folder, exactly as FORMAT says, but for what the card brings.
 
 Weights are copied from the work files and from the base model byte by byte, so that what is not quantized keeps its
 dtype and its bits, and memory stays at one chunk.
@@ -12,15 +12,7 @@ from pathlib import Path
 
 from packager.architecture import shard_index
 from packager.errors import PackError
-from packager.files import (
-    TEMPORARY_PREFIX,
-    copy_atomic,
-    disk_errors,
-    file_record,
-    fsync_folder,
-    remove_leftovers,
-    write_atomic,
-)
+from packager.files import copy_atomic, disk_errors, file_record, write_atomic
 from packager.plan import VariantPlan
 from packager.receipt import FileRecord
 from packager.recipe.file import RecipeFile
@@ -30,6 +22,8 @@ from packager.variant import Variant
 
 # What AutoGPTQ <= 0.3.2 accepts; it raises TypeError on any other key.
 PORTABLE_KEYS = ("bits", "group_size", "damp_percent", "desc_act", "sym", "true_sequential")
+_CONFIGS = ("config.json", "quantize_config.json", "generation_config.json")
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +32,10 @@ class PackJob:
 
     Attributes:
         source: the base model.
-        recipe_file: for the repository's id, the weights' name and the licence files.
+        recipe_file: for the repository's id and the weights' name.
         variant_plan: the parameters and the shards with their predicted sizes.
         work: the variant's finished blocks, `block-00000.safetensors` and so on.
-        folder: where the checkpoint shall appear.
+        folder: where to write; the caller renames it into its place.
     """
 
     source: SourceModel
@@ -51,48 +45,48 @@ class PackJob:
     folder: Path
 
 
+def is_packed(name: str) -> bool:
+    """Return whether a file of a branch comes from this stage; the others come with the card."""
+    return name in (*_CONFIGS, *TOKENIZER_FILES) or name.endswith(_WEIGHTS)
+
+
 def pack_checkpoint(job: PackJob) -> dict[str, FileRecord]:
-    """Write a variant's folder, all files fsynced, and rename it into place; an older folder of that name goes.
+    """Write a variant's folder, all files fsynced; one that is there under this temporary name goes.
 
     Returns:
         Size and sha256 of every file.
 
     Raises:
         PackError: a block is missing, or a file's size is not the planned one.
-        MachineError: the disk is full; nothing half-written stays visible.
+        MachineError: the disk is full; the folder is removed.
     """
     with disk_errors(job.folder):
-        job.folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = job.folder.with_name(f"{TEMPORARY_PREFIX}{job.folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+        shutil.rmtree(job.folder, ignore_errors=True)
+        job.folder.mkdir(parents=True)
     try:
-        records = _write_weights(job, temporary)
+        records = _write_weights(job)
         for name, content in _configs(job).items():
-            write_atomic(temporary / name, content)
-        for path in _copied_files(job):
-            copy_atomic(path, temporary / path.name)
-        for path in sorted(temporary.iterdir()):
+            write_atomic(job.folder / name, content)
+        for name in TOKENIZER_FILES:
+            if (job.source.folder / name).exists():
+                copy_atomic(job.source.folder / name, job.folder / name)
+        for path in sorted(job.folder.iterdir()):
             if path.name not in records:
                 records[path.name] = file_record(path)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(job.folder, ignore_errors=True)
         raise
-    shutil.rmtree(job.folder, ignore_errors=True)
-    temporary.rename(job.folder)
-    fsync_folder(job.folder.parent)
-    remove_leftovers(job.folder.parent)
     return dict(sorted(records.items()))
 
 
-def _write_weights(job: PackJob, folder: Path) -> dict[str, FileRecord]:
+def _write_weights(job: PackJob) -> dict[str, FileRecord]:
     available = dict(job.source.tensors)
     for path in sorted(job.work.glob("block-*.safetensors")):
         available |= stored_tensors(path)
     records = {}
     for shard in job.variant_plan.shards:
         wanted = [_find(available, tensor.name, job) for tensor in shard.tensors]
-        records[shard.file_name] = write(folder / shard.file_name, wanted)
+        records[shard.file_name] = write(job.folder / shard.file_name, wanted)
         if records[shard.file_name].size_bytes != shard.size_bytes:
             raise PackError(
                 "a weights file does not have its planned size",
@@ -102,7 +96,7 @@ def _write_weights(job: PackJob, folder: Path) -> dict[str, FileRecord]:
             )
     if len(job.variant_plan.shards) > 1:
         name = f"{job.recipe_file.recipe.checkpoint.weights_name}.safetensors.index.json"
-        write_atomic(folder / name, shard_index(job.variant_plan.shards))
+        write_atomic(job.folder / name, shard_index(job.variant_plan.shards))
     return records
 
 
@@ -147,19 +141,3 @@ def quantization_config(variant: Variant) -> dict[str, object]:
         "checkpoint_format": "gptq",
         "lm_head": False,
     }
-
-
-def _copied_files(job: PackJob) -> list[Path]:
-    license_ = job.recipe_file.recipe.card.license
-    paths = [job.source.folder / name for name in TOKENIZER_FILES if (job.source.folder / name).exists()]
-    paths += [job.recipe_file.resolve(name) for name in license_.files]
-    for name in license_.base_files:
-        path = job.source.folder / name
-        if not path.exists():
-            raise PackError(
-                f"the base model has no file {name}, which its licence wants in every branch",
-                where=str(job.source.folder),
-                hint="correct card.license.base_files, or ship the file with the recipe and name it in files",
-            )
-        paths.append(path)
-    return paths

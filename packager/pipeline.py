@@ -18,6 +18,7 @@ from packager.receipt import Receipt
 from packager.recipe.file import RecipeFile
 from packager.stages import audit_or_raise, evaluate, quantize_and_pack, render_cards, verify
 from packager.targets.local import LocalTarget
+from packager.workspace import PROVENANCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> Buil
         measured = evaluate(run)
         verified = verify(run)
         render_cards(run)
-    shutil.rmtree(run.workspace.work, ignore_errors=True)
+        shutil.rmtree(run.workspace.work, ignore_errors=True)
     result = BuildResult(
         receipts=run.ordered_receipts(),
         quantized=quantized,
@@ -119,6 +120,7 @@ def publish(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, dr
     with run.workspace.locked():
         run.read_receipts()
         _require_stages(run, *STAGES)
+        _require_cards(run)
         receipts = run.ordered_receipts()
         require_loaders(receipts)
         contents = []
@@ -140,6 +142,20 @@ def _require_stages(run: Build, *stages: StageName) -> None:
                 why=f"the stage {stage!r} has not been done with the present recipe and files",
                 hint="run packager build first",
             )
+
+
+def _require_cards(run: Build) -> None:
+    lacking = [
+        branch
+        for branch, receipt in run.receipts.items()
+        if PROVENANCE not in receipt.provenance.files or receipt.provenance.recipe_digest != run.recipe.digest()
+    ]
+    if lacking:
+        raise PublishError(
+            f"the cards are not the present recipe's: {', '.join(lacking)}",
+            where=str(run.recipe_file.path),
+            hint="run packager card first",
+        )
 
 
 def _branch_content(receipt: Receipt, folder: Path) -> BranchContent:

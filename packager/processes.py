@@ -5,7 +5,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -39,6 +39,7 @@ def run(
     err: IO[bytes],
     timeout_s: float,
     progress: Callable[[], int] = lambda: 0,
+    inherited: Collection[int] = (),
 ) -> int | None:
     """Run a command in a process group of its own; return its exit status, or None if it took too long.
 
@@ -52,6 +53,7 @@ def run(
         err: takes its standard error.
         timeout_s: how long it may take.
         progress: whenever this returns another number, the time starts anew.
+        inherited: descriptors that stay open in the child.
 
     Raises:
         KeyboardInterrupt: `stop_all` was called.
@@ -60,7 +62,14 @@ def run(
         if _stopping.is_set():
             raise KeyboardInterrupt
         process = subprocess.Popen(
-            command, cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            command,
+            cwd=folder,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+            pass_fds=inherited,
         )
         _running.add(process)
     try:

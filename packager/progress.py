@@ -10,11 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from packager.errors import PackagerError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _LOG_WIDTH = 200
 
@@ -23,7 +26,7 @@ _LOG_WIDTH = 200
 class Bar:
     """Counts the steps of a stage; `step` says what was just finished."""
 
-    progress: Progress | None
+    progress: "Progress | None"
     task: int
     total: int
     console: Console
@@ -38,7 +41,8 @@ class Bar:
             return
         elapsed = time.monotonic() - self.started
         left = elapsed / self.done * (self.total - self.done)
-        self.console.print(f"  [{self.done}/{self.total}] {text}, {left:.0f} s left", highlight=False, markup=False)
+        line = f"  [{self.done}/{self.total}] {text}, {left:.0f} s left"
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class Terminal:
@@ -52,10 +56,10 @@ class Terminal:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        # A log has no width: tables are as wide as what they show.
-        self.out = Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)
-        self.err = Console(stderr=True, quiet=quiet)
-        self._errors = Console(stderr=True)
+        # A log has no width: tables are as wide as what they show. A name that reads like an emoji code stays a name.
+        self.out = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, emoji=False)
+        self.err = Console(stderr=True, quiet=quiet, emoji=False)
+        self._errors = Console(stderr=True, emoji=False)
         self.seconds: dict[str, float] = {}
 
     def say(self, text: str) -> None:
@@ -76,6 +80,16 @@ class Terminal:
         if not self.err.is_terminal or self.err.quiet:
             yield Bar(progress=None, task=0, total=total, console=self.err)
             return
+        # Imported here: `plan` and `status` show no bar and answer sooner without.
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.description}"), console=self.err, transient=True) as progress:
             progress.add_task("", total=total)
@@ -83,7 +97,15 @@ class Terminal:
 
     def result(self, value: object) -> None:
         """Print a command's result as JSON on standard output."""
-        sys.stdout.write(json.dumps(value, indent=2) + "\n")
+        self.write(json.dumps(value, indent=2) + "\n")
+
+    def write(self, text: str) -> None:
+        """Print a command's result on standard output as it is; a reader that leaves early, like `head`, may."""
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            self.out.on_broken_pipe()
 
     def error(self, error: PackagerError) -> None:
         """Print an error; its first line is marked."""

@@ -6,19 +6,19 @@ after the last finished block, whose weights it reads back and only runs forward
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from packager.calibrate import TokenRows
-from packager.decoder import BLOCK_PREFIX, Batch, Decoder, run_block
-from packager.errors import QuantizeError
-from packager.files import TEMPORARY_PREFIX, disk_errors, fsync_folder
+from packager.decoder import BLOCK_PREFIX, Batch, Decoder, rows_per_batch, run_block
+from packager.errors import QuantizeError, SourceError
+from packager.files import write_atomic
 from packager.gptq.hessian import factorize
 from packager.gptq.layout import pack, pack_zeros, unpack, unpack_zeros
 from packager.gptq.solve import GridRules, Solution, solve
@@ -29,7 +29,6 @@ from packager.source import SourceModel
 from packager.sweep import Group, linear_groups, linears_of, sweep_parallel, sweep_sequential
 from packager.variant import Variant
 
-_TOKENS_PER_BATCH = 16384
 _METADATA_KEY = "packager"
 
 
@@ -74,6 +73,7 @@ class QuantizeJob:
                 "calibration": self.rows.record.digest,
                 "engine": self.engine_version,
                 "torch": torch.__version__,
+                "transformers": metadata.version("transformers"),
                 "device": device_name(self.device),
                 "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
             }
@@ -110,8 +110,7 @@ def quantize(job: QuantizeJob, report: Callable[[BlockDone], None]) -> dict[str,
     decoder = Decoder(
         job.source.folder, job.source.read, device=job.device, dtype=compute_dtype(job.source, job.device)
     )
-    rows_per_batch = max(1, _TOKENS_PER_BATCH // job.rows.ids.shape[1])
-    batches = decoder.embed(job.rows.ids, rows_per_batch=rows_per_batch)
+    batches = decoder.embed(job.rows.ids, rows=rows_per_batch(job.rows.ids.shape[1], job.device))
     states = {variant: [batch.hidden for batch in batches] for variant in job.variants}
     records: dict[str, list[LinearRecord]] = {variant.branch: [] for variant in job.variants}
     groups: tuple[Group, ...] = ()
@@ -214,30 +213,31 @@ class _BlockWork:
 
 
 def save_block(path: Path, tensors: Mapping[str, Tensor], records: Sequence[LinearRecord], fingerprint: str) -> None:
-    """Write a finished block: temp, fsync, rename."""
-    from safetensors.torch import save_file
+    """Write a finished block, whole or not at all.
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    Raises:
+        MachineError: the disk is full.
+    """
+    from safetensors.torch import save
+
     # One key: safetensors writes several in an order that changes from run to run.
     block = {"fingerprint": fingerprint, "linears": [record.model_dump() for record in records]}
-    metadata = {_METADATA_KEY: json.dumps(block, sort_keys=True)}
-    with disk_errors(path):
-        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, temporary, metadata=metadata)
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        fsync_folder(path.parent)
+    header = {_METADATA_KEY: json.dumps(block, sort_keys=True)}
+    # Not save_file: what it raises on a full disk is no OSError.
+    write_atomic(path, save({name: tensor.cpu() for name, tensor in tensors.items()}, metadata=header))
 
 
 def load_block(path: Path, fingerprint: str) -> tuple[LinearRecord, ...] | None:
-    """Return the records of a finished block, or None when it is not there or was made from something else."""
+    """Return a finished block's records, or None when it is not there, is damaged, or was made from something else."""
     if not path.exists():
         return None
-    block = json.loads(read_header(path).metadata[_METADATA_KEY])
-    if block["fingerprint"] != fingerprint:
-        return None
-    return tuple(LinearRecord(**record) for record in block["linears"])
+    try:
+        block = json.loads(read_header(path).metadata[_METADATA_KEY])
+        if block["fingerprint"] != fingerprint:
+            return None
+        return tuple(LinearRecord(**record) for record in block["linears"])
+    except (SourceError, ValueError, KeyError, TypeError):
+        return None  # work files are ours to throw away: the block is made again
 
 
 def _restore(block: nn.Module, index: int, path: Path, variant: Variant) -> None:

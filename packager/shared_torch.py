@@ -7,7 +7,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from packager.errors import LoaderUnavailable
+from packager.errors import LoaderUnavailableError
 
 
 def find(name: str) -> importlib.metadata.Distribution | None:
@@ -52,7 +52,7 @@ def share_torch(layer: Path, packages: Path, *, exclude: Container[str]) -> None
         exclude: canonical names of distributions that the environment has itself.
 
     Raises:
-        LoaderUnavailable: the installed torch does not say which files it consists of.
+        LoaderUnavailableError: the installed torch does not say which files it consists of.
     """
     sources: dict[str, list[Path]] = {}
     for name, distribution in torch_closure().items():
@@ -63,7 +63,7 @@ def share_torch(layer: Path, packages: Path, *, exclude: Container[str]) -> None
             if top not in ("..", "__pycache__") and not top.endswith(".pth") and source not in sources.get(top, ()):
                 sources.setdefault(top, []).append(source)
     if "torch" not in sources:
-        raise LoaderUnavailable(
+        raise LoaderUnavailableError(
             "the installed torch cannot be shared with the loaders",
             why="its metadata does not list its files: an editable or hand-made installation",
             hint="install torch from a wheel",

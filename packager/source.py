@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packager.architecture import IGNORED_SUFFIXES, Architecture, read_architecture
+from packager.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, read_architecture
 from packager.errors import MachineError, SourceError
 from packager.files import file_record
 from packager.receipt import FileRecord, SourceRecord
@@ -49,8 +49,15 @@ class SourceModel:
     tensors: Mapping[str, StoredTensor]
 
     def read(self, name: str) -> "torch.Tensor":
-        """Return one tensor on the CPU in its stored dtype, read from disk now."""
-        return read_tensor(self.tensors[name])
+        """Return one tensor on the CPU in its stored dtype, read from disk now.
+
+        Raises:
+            SourceError: NaN or Inf outside the blocks; theirs are checked on the device, where it costs less.
+        """
+        tensor = read_tensor(self.tensors[name])
+        if not name.startswith(f"{BLOCK_PREFIX}.") and not bool(tensor.isfinite().all()):
+            raise SourceError("the weights contain NaN or Inf", where=name, hint="the base model is damaged")
+        return tensor
 
 
 def read_tensor(stored: StoredTensor) -> "torch.Tensor":
@@ -111,8 +118,7 @@ def read_source(
                 hint="replace the copy named by base_model.config with the model's own config.json",
             )
     tensors = _read_tensors(folder, architecture)
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    files = {name: file_record(folder / name) for name in names}
+    files = {path.name: file_record(path) for path in model_files(folder)}
     weights = {name: record for name, record in files.items() if name.endswith((".safetensors", "config.json"))}
     record = SourceRecord(
         id=base_id,
@@ -123,6 +129,11 @@ def read_source(
         num_parameters=architecture.num_parameters,
     )
     return SourceModel(folder=folder, config=config, architecture=architecture, record=record, tensors=tensors)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return what lies in a model's folder, sorted; hidden files are a file manager's or a download's."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
 def _text_files(files: Mapping[str, FileRecord]) -> dict[str, str]:
@@ -148,7 +159,7 @@ def read_config(folder: Path) -> Mapping[str, object]:
         raise SourceError("config.json cannot be read", where=str(path), why=str(error)) from error
     if not isinstance(config, dict):
         raise SourceError("config.json is not a JSON object", where=str(path))
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise SourceError(
             "the base model is already quantized", where=str(path), hint="name the fp16 model as base_model"
         )
@@ -156,7 +167,7 @@ def read_config(folder: Path) -> Mapping[str, object]:
 
 
 def _read_tensors(folder: Path, architecture: Architecture) -> dict[str, StoredTensor]:
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = _weights_files(folder)
     if not paths:
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         raise SourceError(
@@ -174,6 +185,30 @@ def _read_tensors(folder: Path, architecture: Architecture) -> dict[str, StoredT
     return _matched(found, architecture, folder)
 
 
+def _weights_files(folder: Path) -> list[Path]:
+    """Return the files of the one weights set: those that the index names, else every safetensors file.
+
+    Raises:
+        SourceError: the index is damaged, or a shard is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError("the index of the weights cannot be read", where=str(index), why=str(error)) from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise SourceError(
+            f"{len(missing)} of {len(names)} weights files are missing",
+            where=str(folder),
+            why=", ".join(missing[:5]),
+            hint="copy or download them again",
+        )
+    return [folder / name for name in names]
+
+
 def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, folder: Path) -> dict[str, StoredTensor]:
     expected = {tensor.name: tensor for tensor in architecture.tensors}
     missing = [name for name in expected if name not in found]
@@ -182,6 +217,11 @@ def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, fold
         f"{name} is {list(found[name].info.shape)}, config.json means {list(tensor.shape)}"
         for name, tensor in expected.items()
         if name in found and found[name].info.shape != tensor.shape
+    ]
+    wrong += [
+        f"{name} is {found[name].info.dtype}, config.json means {tensor.dtype}"
+        for name, tensor in expected.items()
+        if name in found and found[name].info.dtype != tensor.dtype
     ]
     # A tied lm_head is sometimes stored all the same; the embedding is the one that counts.
     extra = [name for name in extra if not (name == "lm_head.weight" and architecture.tie_word_embeddings)]

@@ -3,24 +3,26 @@
 Order and meaning are `pipeline.py`'s; torch is imported only when there is work to do.
 """
 
+import os
 import platform
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from packager import __version__
 from packager.audit import audit
 from packager.build_state import Build, StageName, require_build_extra
 from packager.card import CardTexts, render_card
-from packager.errors import AuditError, StateError
-from packager.files import file_record, write_atomic
+from packager.errors import AuditError, CardError, PackError, StateError
+from packager.files import bytes_record, disk_errors, file_record, replace_folder, write_atomic
+from packager.pack import is_packed
 from packager.plan import ENGINE_VERSION, VariantPlan
 from packager.receipt import FileRecord, LinearRecord, Provenance, Receipt
 from packager.recipe.file import RecipeFile
-from packager.workspace import CARD_FILES, check_folder
+from packager.workspace import PROVENANCE, README, check_folder
 
 
 def quantize_and_pack(run: Build) -> tuple[str, ...]:
@@ -34,8 +36,9 @@ def quantize_and_pack(run: Build) -> tuple[str, ...]:
 
     for plan in missing:
         _refuse_edited(run, plan)
-    check_disk(run.workspace.dist, run.plan.disk_bytes)
+    check_disk(run.workspace.dist, _needed_bytes(run, missing))
     source, texts = run.source, run.texts
+    _check_licenses(run)
     job = QuantizeJob(
         source=source,
         rows=texts.calibration,
@@ -59,46 +62,70 @@ def quantize_and_pack(run: Build) -> tuple[str, ...]:
     return tuple(plan.variant.branch for plan in missing)
 
 
+def _needed_bytes(run: Build, missing: Sequence[VariantPlan]) -> int:
+    """Return the disk space that building and publishing `missing` takes besides the blocks that are there already."""
+    blocks = sum(path.stat().st_size for path in run.workspace.work.glob("*/block-*.safetensors"))
+    whole = run.plan.disk
+    shares = sum(plan.weights_bytes for plan in missing) / sum(plan.weights_bytes for plan in run.plan.variants)
+    return whole.source_bytes + round((whole.total_bytes - whole.source_bytes) * shares) - blocks
+
+
+def _check_licenses(run: Build) -> None:
+    """Raise PackError before anything is computed if the base model lacks a licence file that the recipe wants."""
+    for name in run.recipe.card.license.base_files:
+        if name not in run.source.record.files:
+            raise PackError(
+                f"the base model has no file {name}, which its licence wants in every branch",
+                where=str(run.source.folder),
+                hint="correct card.license.base_files, or ship the file with the recipe and name it in files",
+            )
+
+
 def _pack(run: Build, plan: VariantPlan, linears: Sequence[LinearRecord], device: str, quantize_s: float) -> None:
-    """Stage 6 for one variant: its folder, audited, and then its receipt."""
+    """Stage 6 for one variant: its folder, put in place by rename, audited, and then its receipt."""
     from packager.pack import PackJob, pack_checkpoint
 
     branch = plan.variant.branch
     started = time.monotonic()
-    files = pack_checkpoint(
-        PackJob(
-            source=run.source,
-            recipe_file=run.recipe_file,
-            variant_plan=plan,
-            work=run.workspace.work / branch,
-            folder=run.workspace.folder(branch),
-        )
+    job = PackJob(
+        source=run.source,
+        recipe_file=run.recipe_file,
+        variant_plan=plan,
+        work=run.workspace.work / branch,
+        folder=run.workspace.temporary_folder(branch),
     )
+    files = pack_checkpoint(job)
+    receipt = Receipt(
+        provenance=_provenance(run, plan, files, linears, device),
+        stages={},
+        seconds={},
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    run.workspace.announce(receipt)
+    replace_folder(job.folder, run.workspace.folder(branch))
     audit_or_raise(run.workspace.folder(branch), complete=False)
     pack_s = time.monotonic() - started
     run.terminal.say(f"pack       {pack_s:6.1f} s  {branch}")
-    run.keep(
-        Receipt(
-            provenance=_provenance(run, plan, files, linears, device),
-            stages={"weights": run.keys[branch]["weights"]},
-            seconds={"quantize": round(quantize_s, 3), "pack": round(pack_s, 3)},
-            peak_memory_bytes=peak_memory_bytes(),
-        )
-    )
+    seconds = {"quantize": round(quantize_s, 3), "pack": round(pack_s, 3)}
+    run.keep(receipt.model_copy(update={"stages": {"weights": run.keys[branch]["weights"]}, "seconds": seconds}))
 
 
 def _refuse_edited(run: Build, plan: VariantPlan) -> None:
-    """Do not replace a folder that somebody changed: an outdated receipt still says what we left there."""
+    """Do not replace a folder that somebody made or changed: an outdated receipt still says what we left there."""
     branch = plan.variant.branch
     folder, receipt = run.workspace.folder(branch), run.workspace.read_receipt(branch)
-    if folder.exists() and receipt is not None:
-        check_folder(folder, receipt, ignore=CARD_FILES)
-    elif folder.exists() and any(folder.iterdir()) and run.workspace.receipt_path(branch).parent.exists() is False:
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if receipt is None:
         raise StateError(
             "there is a folder that we did not make where a variant shall go",
             where=str(folder),
             hint="move it elsewhere, or choose another --dist",
         )
+    card_files = run.card_files(receipt)
+    check_folder(folder, receipt, ignore=card_files)
+    for name in card_files:
+        _refuse_edited_card(run, branch, name)
 
 
 def evaluate(run: Build) -> tuple[str, ...]:
@@ -163,10 +190,10 @@ def _update(run: Build, branch: str, stage: StageName, seconds: float, fields: M
 
 
 def render_cards(run: Build) -> None:
-    """Stage 9: README.md and provenance.json of every variant, from the receipts; then the whole folder is audited.
+    """Stage 9: README.md, licence files and provenance.json of every variant; then the whole folder is audited.
 
     Raises:
-        StateError: somebody edited a card by hand; what it says belongs into the recipe or the templates.
+        StateError: somebody edited one by hand; what it says belongs into the recipe or the templates.
         AuditError: the folder does not keep the contract.
     """
     card = run.recipe.card
@@ -177,47 +204,89 @@ def render_cards(run: Build) -> None:
     )
     provenances = [receipt.provenance for receipt in run.ordered_receipts()]
     expectations = {plan.variant.branch: plan.verdicts for plan in run.plan.variants}
-    for plan in run.plan.variants:
-        branch = plan.variant.branch
-        folder, receipt = run.workspace.folder(branch), run.receipts[branch]
-        model_type = run.plan.architecture.model_type
+    model_type = run.plan.architecture.model_type
+    rendered = {}
+    for branch in run.keys:
         readme = render_card(run.recipe, texts, provenances, model_type, branch, expectations=expectations)
-        _write_derived(folder / "README.md", readme.encode(), receipt)
-        files = {name: record for name, record in receipt.provenance.files.items() if name not in CARD_FILES}
-        files["README.md"] = file_record(folder / "README.md")
-        provenance = receipt.provenance.model_copy(
-            update={"files": dict(sorted(files.items())), "recipe_digest": run.recipe.digest()}
-        )
-        content = provenance.model_dump_json(indent=2).encode() + b"\n"
-        _write_derived(folder / "provenance.json", content, receipt)
-        files["provenance.json"] = file_record(folder / "provenance.json")
-        run.keep(
-            receipt.model_copy(
-                update={"provenance": provenance.model_copy(update={"files": dict(sorted(files.items()))})}
-            )
-        )
-        audit_or_raise(folder, complete=True)
+        rendered[branch] = {README: readme.encode(), **_licenses(run, branch)}
+    cards = {branch: _with_provenance(run, branch, files) for branch, files in rendered.items()}
+    for branch, (files, _) in cards.items():
+        for name in run.card_files(run.receipts[branch]) | files.keys():
+            _refuse_edited_card(run, branch, name, files.get(name))
+    for branch, (files, receipt) in cards.items():
+        _write_card(run, branch, files, receipt)
+        audit_or_raise(run.workspace.folder(branch), complete=True)
 
 
-def _write_derived(path: Path, content: bytes, receipt: Receipt) -> None:
-    """Write a file that follows from the receipts, unless somebody edited it since we last did."""
-    if path.exists():
-        present = path.read_bytes()
-        if present == content:
-            return
-        recorded = receipt.provenance.files.get(path.name)
-        if recorded is not None and file_record(path) != recorded:
-            raise StateError(
-                f"{path.name} was edited by hand",
-                where=str(path),
-                why="it follows from the recipe, the templates and the receipts, and would be overwritten",
-                hint="put the change into the recipe or templates/, then delete the file and run the command again",
-            )
-    write_atomic(path, content)
+def _licenses(run: Build, branch: str) -> dict[str, bytes]:
+    """Return the licence files by name; the base model's are read from it only where the branch lacks them."""
+    license_, provenance = run.recipe.card.license, run.receipts[branch].provenance
+    found = {PurePosixPath(name).name: run.recipe_file.resolve(name).read_bytes() for name in license_.files}
+    for name in license_.base_files:
+        path, record = run.workspace.folder(branch) / name, provenance.base_model.files.get(name)
+        if record is None or not path.is_file() or file_record(path) != record:
+            path = run.source.folder / name
+        found[name] = path.read_bytes()
+    return found
+
+
+def _with_provenance(run: Build, branch: str, files: dict[str, bytes]) -> tuple[dict[str, bytes], Receipt]:
+    """Add provenance.json, and return the receipt to be: its provenance also lists provenance.json itself."""
+    receipt = run.receipts[branch]
+    packed = {name: record for name, record in receipt.provenance.files.items() if is_packed(name)}
+    records = packed | {name: bytes_record(content) for name, content in files.items()}
+    changes = {"files": dict(sorted(records.items())), "recipe_digest": run.recipe.digest()}
+    provenance = receipt.provenance.model_copy(update=changes)
+    content = provenance.model_dump_json(indent=2).encode() + b"\n"
+    records[PROVENANCE] = bytes_record(content)
+    listed = provenance.model_copy(update={"files": dict(sorted(records.items()))})
+    return {**files, PROVENANCE: content}, receipt.model_copy(update={"provenance": listed})
+
+
+def _refuse_edited_card(run: Build, branch: str, name: str, content: bytes | None = None) -> None:
+    """Do not replace a file of the card unless it is as we left it, as a killed run left it, or already `content`."""
+    path = run.workspace.folder(branch) / name
+    if not os.path.lexists(path):
+        return
+    receipts = (run.workspace.read_receipt(branch), run.workspace.announced(branch))
+    known = {receipt.provenance.files.get(name) for receipt in receipts if receipt is not None}
+    if content is not None:
+        known.add(bytes_record(content))
+    if not path.is_file() or file_record(path) not in known:
+        raise StateError(
+            f"{name} was edited by hand",
+            where=str(path),
+            why="it follows from the recipe, the templates and the receipts, and would be overwritten",
+            hint="put the change into the recipe or templates/, then delete the file and run the command again",
+        )
+
+
+def _write_card(run: Build, branch: str, files: Mapping[str, bytes], receipt: Receipt) -> None:
+    folder = run.workspace.folder(branch)
+    changed = [name for name, content in files.items() if not _holds(folder / name, content)]
+    removed = [name for name in run.card_files(run.receipts[branch]) - files.keys() if (folder / name).exists()]
+    if changed or removed:
+        run.workspace.announce(receipt)
+    with disk_errors(folder):
+        for name in changed:
+            write_atomic(folder / name, files[name])
+        for name in removed:
+            (folder / name).unlink()
+    run.keep(receipt)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
 
 
 def _text(recipe_file: RecipeFile, name: str | None) -> str:
-    return recipe_file.resolve(name).read_text(encoding="utf-8") if name else ""
+    if name is None:
+        return ""
+    path = recipe_file.resolve(name)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CardError("a text of the card cannot be read", where=str(path), why=str(error)) from error
 
 
 def audit_or_raise(folder: Path, *, complete: bool) -> None:

@@ -1,29 +1,47 @@
 """What is built, measured, proven and published, read from `dist/`: the table that ends a release."""
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
-from packager.build_state import STAGES, Build, Options
+from packager.build_state import STAGES, Build, Options, StageName
 from packager.errors import StateError
 from packager.progress import Terminal
+from packager.publish import format_bytes
 from packager.receipt import LoaderRecord, Receipt
 from packager.recipe.file import RecipeFile
 from packager.targets.local import LocalTarget
 
+State = Literal["built", "not built", "outdated", "edited"]
+
 _MARKS = {"passed": "ok", "failed": "FAILED", "not run": "not run"}
+_NUMBERS = {"Size", "Perplexity", "KL", "Seconds", "Relative\nerror", "Top-1", "Tokens\nequal"}
+_FLEXIBLE = {"Branch", "Loaders"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BranchStatus:
-    """One variant's state; `problem` says why its folder cannot be used, if somebody edited it."""
+    """One variant's state.
+
+    Attributes:
+        branch: the variant.
+        state: of its folder; an outdated one was made from another recipe or other files.
+        receipt: of a built folder, else None.
+        stages_missing: what has not been done with the present recipe and files.
+        commit: the published head, or "".
+        problem: why an edited folder or receipt cannot be used, or "".
+    """
 
     branch: str
+    state: State
     receipt: Receipt | None
-    stages_missing: tuple[str, ...]
+    stages_missing: tuple[StageName, ...]
     commit: str
     problem: str
 
@@ -31,23 +49,41 @@ class BranchStatus:
 def read_status(recipe_file: RecipeFile, options: Options) -> tuple[BranchStatus, ...]:
     """Return every variant's state, in the recipe's order; nothing is changed."""
     run = Build(recipe_file, options, Terminal(quiet=True))
-    problem = ""
-    try:
-        run.read_receipts()
-    except StateError as error:
-        problem = str(error)
+    problems = _read_receipts(run)
     missing = {stage: {plan.variant.branch for plan in run.missing(stage)} for stage in STAGES}
     published = LocalTarget(run.workspace.hub, recipe_file.recipe.repository.id).read_branches()
     return tuple(
         BranchStatus(
             branch=branch,
+            state=_state(run, branch, problems),
             receipt=run.receipts.get(branch),
             stages_missing=tuple(stage for stage in STAGES if branch in missing[stage]),
             commit=published[branch].commit if branch in published else "",
-            problem=problem,
+            problem=problems.get(branch, ""),
         )
-        for branch in (plan.variant.branch for plan in run.plan.variants)
+        for branch in run.keys
     )
+
+
+def _read_receipts(run: Build) -> dict[str, str]:
+    """Read each variant's receipt by itself, so that an edited folder hides no other; return what is wrong, if so."""
+    problems = {}
+    for plan in run.plan.variants:
+        alone = copy.copy(run)  # shares the receipts
+        alone.plan = replace(run.plan, variants=(plan,))
+        try:
+            alone.read_receipts()
+        except StateError as error:
+            problems[plan.variant.branch] = str(error)
+    return problems
+
+
+def _state(run: Build, branch: str, problems: dict[str, str]) -> State:
+    if branch in problems:
+        return "edited"
+    if branch in run.receipts:
+        return "built"
+    return "outdated" if run.workspace.folder(branch).exists() else "not built"
 
 
 def status_json(recipe_file: RecipeFile, options: Options) -> dict[str, object]:
@@ -57,6 +93,7 @@ def status_json(recipe_file: RecipeFile, options: Options) -> dict[str, object]:
         "branches": [
             {
                 "branch": status.branch,
+                "state": status.state,
                 "commit": status.commit or None,
                 "stages_missing": list(status.stages_missing),
                 "problem": status.problem or None,
@@ -68,74 +105,94 @@ def status_json(recipe_file: RecipeFile, options: Options) -> dict[str, object]:
 
 
 def print_status(recipe_file: RecipeFile, options: Options, console: Console) -> None:
-    """Print the table: branch, size, quality, loaders, commit, seconds."""
-    table = _table("Branch", "Size", "Perplexity", "KL", "Loaders", "Commit", "Seconds")
+    """Print a row per branch, and below it what the loaders made of it where the table has no room for that."""
     statuses = read_status(recipe_file, options)
+    _line(console, recipe_file.recipe.repository.id)
+    table = _status_table(statuses, loaders=True)
+    fits = console.measure(table, options=console.options.update(width=1000)).maximum <= console.width
+    console.print(table if fits else _status_table(statuses, loaders=False))
+    for text in _loader_lines(statuses) if not fits else ():
+        _line(console, text)
+    for text in dict.fromkeys([*(status.problem for status in statuses if status.problem), *_reasons(statuses)]):
+        _line(console, text)
+
+
+def _status_table(statuses: Sequence[BranchStatus], *, loaders: bool) -> Table:
+    table = _table("Branch", "Size", "Perplexity", "KL", *(["Loaders"] if loaders else []), "Commit", "Seconds")
     for status in statuses:
-        if status.receipt is None:
-            table.add_row(status.branch, "", "", "", "not built", status.commit[:12], "")
-            continue
-        provenance, quality = status.receipt.provenance, status.receipt.provenance.quality
-        table.add_row(
-            status.branch,
-            _size(provenance.weights_bytes),
-            f"{quality.perplexity:.4f}" if quality else "not measured",
-            f"{quality.kl_divergence:.5f}" if quality else "",
-            _loaders(provenance.loaders) or "not verified",
-            status.commit[:12] or "not published",
-            f"{sum(status.receipt.seconds.values()):.1f}",
-        )
-    console.print(f"{recipe_file.recipe.repository.id}", highlight=False, markup=False)
-    console.print(table)
-    for problem in sorted({status.problem for status in statuses if status.problem}):
-        console.print(problem, highlight=False, markup=False)
-    for reason in _reasons(statuses):
-        console.print(reason, highlight=False, markup=False)
-
-
-def print_loaders(receipts: Sequence[Receipt], console: Console) -> None:
-    """Print one row per branch and loader."""
-    table = _table("Branch", "Loader", "Status", "Device", "Kernel", "Relative error", "Top-1", "Generated")
-    for receipt in receipts:
-        for record in receipt.provenance.loaders:
-            measured = record.relative_error is not None
-            table.add_row(
-                receipt.provenance.branch,
-                record.loader,
-                _MARKS[record.status],
-                f"{record.device} {record.dtype}",
-                record.kernel,
-                f"{record.relative_error:.5f}" if measured else "",
-                f"{record.top1_agreement:.3f}" if measured else "",
-                f"{record.tokens_equal}/{record.tokens_generated}" if measured else "",
-            )
-    console.print(table)
-    for receipt in receipts:
-        for record in receipt.provenance.loaders:
-            if record.reason:
-                console.print(
-                    f"{receipt.provenance.branch}: {record.loader} {record.status}: {record.reason}",
-                    highlight=False,
-                    markup=False,
-                )
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    right = {"Size", "Perplexity", "KL", "Seconds", "Relative error", "Top-1", "Generated"}
-    for column in columns:
-        table.add_column(
-            column, justify="right" if column in right else "left", no_wrap=column not in {"Loaders", "Kernel"}
-        )
+        cells = [status.branch, *_figures(status), *([_loaders(status)] if loaders else [])]
+        seconds = f"{sum(status.receipt.seconds.values()):.1f}" if status.receipt else ""
+        table.add_row(*(Text(cell) for cell in (*cells, status.commit[:8] or "none", seconds)))
     return table
 
 
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.2f} MB"
+def _figures(status: BranchStatus) -> tuple[str, str, str]:
+    """Return size, perplexity and KL divergence, or what stands in their place."""
+    if status.receipt is None:
+        return status.state, "", ""
+    size, quality = format_bytes(status.receipt.provenance.weights_bytes), status.receipt.provenance.quality
+    if quality is None:
+        return size, "unmeasured", ""
+    if "evaluate" in status.stages_missing:
+        return size, "outdated", ""
+    return size, f"{quality.perplexity:.4f}", f"{quality.kl_divergence:.5f}"
 
 
-def _loaders(records: Sequence[LoaderRecord]) -> str:
+def _loaders(status: BranchStatus) -> str:
+    records = status.receipt.provenance.loaders if status.receipt else ()
+    if status.receipt and "verify" in status.stages_missing:
+        return "outdated" if records else "unproven"
     return ", ".join(f"{record.loader} {_MARKS[record.status]}" for record in records)
+
+
+def _loader_lines(statuses: Sequence[BranchStatus]) -> list[str]:
+    """Return what the loaders made of each branch, in one line if it is always the same."""
+    found = {status.branch: loaders for status in statuses if (loaders := _loaders(status))}
+    if len(found) == len(statuses) > 1 and len(set(found.values())) == 1:
+        return [f"every branch: {next(iter(found.values()))}"]
+    return [f"{branch}: {loaders}" for branch, loaders in found.items()]
+
+
+def print_loaders(receipts: Sequence[Receipt], console: Console) -> None:
+    """Print one row per branch and loader, then what each loader computed with, and why one did not run or failed."""
+    table = _table("Branch", "Loader", "Status", "Relative\nerror", "Top-1", "Tokens\nequal")
+    notes: dict[str, list[str]] = {}
+    for receipt in receipts:
+        branch = receipt.provenance.branch
+        for record in receipt.provenance.loaders:
+            cells = (branch, record.loader, _MARKS[record.status], *_measured(record))
+            table.add_row(*(Text(cell) for cell in cells))
+            for note in _notes(record):
+                notes.setdefault(note, []).append(branch)
+    console.print(table)
+    for note, branches in notes.items():
+        _line(console, note if len(branches) == len(receipts) else f"{', '.join(branches)}: {note}")
+
+
+def _measured(record: LoaderRecord) -> tuple[str, str, str]:
+    if record.relative_error is None or record.top1_agreement is None:
+        return "", "", ""
+    tokens = f"{record.tokens_equal}/{record.tokens_generated}"
+    return f"{record.relative_error:.5f}", f"{record.top1_agreement:.3f}", tokens
+
+
+def _notes(record: LoaderRecord) -> list[str]:
+    used = f"{record.loader}: {record.dtype} on {record.device}, {record.kernel}" if record.device else ""
+    reason = f"{record.loader} {record.status}: {record.reason}" if record.reason else ""
+    return [note for note in (used, reason) if note]
+
+
+def _table(*columns: str) -> Table:
+    """Return an empty table; where the terminal is narrow, only names and lists go over several lines."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        justify: JustifyMethod = "right" if column in _NUMBERS else "left"
+        table.add_column(column, justify=justify, no_wrap=column not in _FLEXIBLE, overflow="fold")
+    return table
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _reasons(statuses: Sequence[BranchStatus]) -> list[str]:

@@ -5,6 +5,7 @@ agree better with this variant than with any other, when the weights it read hav
 when each token it generates greedily is one that our forward finds most likely (or within its rounding of most likely).
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from torch import Tensor
 from packager.calibrate import TextSets
 from packager.decoder import Decoder, forward
 from packager.environments import LoaderSpec, ProbeJob, ProbeResult, ensure_environment, run_probes
-from packager.errors import LoaderError, LoaderUnavailable
+from packager.errors import LoaderError, LoaderUnavailableError
 from packager.evaluate import checkpoint_reader
 from packager.loaders import LOADERS
+from packager.processes import stop_all
 from packager.receipt import LoaderRecord, Provenance
 from packager.recipe import Loaders
 
@@ -31,6 +33,8 @@ MIN_TOP1_AGREEMENT = 0.95
 # A generated token counts as equal when our logit for it is this close to our largest, in units of the loader's rms
 # error.
 _TIE_RMS = 8.0
+_PATH = re.compile(r"(?:file://)?(?:/[\w.+~@-]+)+/([\w.+~@-]+)/?")
+_REASON_LENGTH = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +105,17 @@ def verify(job: VerifyJob, report: Callable[[str], None]) -> dict[str, tuple[Loa
     records: dict[str, list[LoaderRecord]] = {checkpoint.branch: [] for checkpoint in job.checkpoints}
     with ThreadPoolExecutor(max_workers=max(1, len(names))) as pool:
         outcomes = {name: pool.submit(_probe, LOADERS[name], job, report) for name in names}
-        references = {checkpoint.branch: reference(checkpoint, job) for checkpoint in job.checkpoints}
-        for name, outcome in outcomes.items():
-            required = name in job.loaders.required
-            found = outcome.result()
-            for checkpoint in job.checkpoints:
-                record = _judge(name, required, checkpoint, found[checkpoint.branch], references, job)
-                records[checkpoint.branch].append(record)
-                report(_line(checkpoint.branch, record))
+        try:
+            references = {checkpoint.branch: reference(checkpoint, job) for checkpoint in job.checkpoints}
+            for name, outcome in outcomes.items():
+                found = outcome.result()
+                for checkpoint in job.checkpoints:
+                    record = _judge(name, checkpoint, found[checkpoint.branch], references, job)
+                    records[checkpoint.branch].append(record)
+                    report(_line(checkpoint.branch, record))
+        except BaseException:
+            stop_all()  # Ctrl-C does not reach the threads that wait for the loaders
+            raise
     return {branch: tuple(found) for branch, found in records.items()}
 
 
@@ -121,7 +128,7 @@ def reference(checkpoint: Checkpoint, job: VerifyJob) -> Reference:
 
 
 def _logits(decoder: Decoder, ids: Tensor) -> Tensor:
-    (state,) = forward(decoder, ids, rows_per_batch=ids.shape[0])
+    (state,) = forward(decoder, ids, rows=ids.shape[0])
     return decoder.logits(ids, state).cpu()
 
 
@@ -129,7 +136,7 @@ def _probe(spec: LoaderSpec, job: VerifyJob, report: Callable[[str], None]) -> d
     """Run one loader over all checkpoints in one process; never raises a LoaderError, but returns it."""
     branches = [checkpoint.branch for checkpoint in job.checkpoints]
     if job.device.type not in spec.devices:
-        missing = LoaderUnavailable(
+        missing = LoaderUnavailableError(
             f"needs a {' or '.join(sorted(spec.devices)).upper()} device, this machine has none"
         )
         return dict.fromkeys(branches, missing)
@@ -154,13 +161,13 @@ def _probe(spec: LoaderSpec, job: VerifyJob, report: Callable[[str], None]) -> d
 
 def _judge(
     name: str,
-    required: bool,
     checkpoint: Checkpoint,
     outcome: ProbeResult | LoaderError,
     references: Mapping[str, Reference],
     job: VerifyJob,
 ) -> LoaderRecord:
-    if isinstance(outcome, LoaderUnavailable):
+    required = name in job.loaders.required
+    if isinstance(outcome, LoaderUnavailableError):
         return LoaderRecord(loader=name, required=required, status="not run", reason=_reason(outcome))
     if isinstance(outcome, LoaderError):
         return LoaderRecord(loader=name, required=required, status="failed", reason=_reason(outcome))
@@ -237,7 +244,9 @@ def _compare_generated(outcome: ProbeResult, own: Reference, job: VerifyJob) -> 
 
 
 def _reason(error: LoaderError) -> str:
-    return " ".join(part for part in (error.what, error.why) if part).replace("\n", " ")[:400]
+    """Return an error in one line that can be published: of every path only the last name stays."""
+    text = " ".join(part for part in (error.what, error.why) if part).replace("\n", " ")
+    return _PATH.sub(lambda path: f".../{path.group(1)}", text)[:_REASON_LENGTH]
 
 
 def _line(branch: str, record: LoaderRecord) -> str:

@@ -28,7 +28,7 @@ from packager.environments import (
     run_probe,
     run_probes,
 )
-from packager.errors import LoaderError, LoaderUnavailable
+from packager.errors import LoaderError, LoaderUnavailableError
 from packager.loaders import LOADERS
 
 ENVIRON = {"PATH": "/usr/bin:/bin"}
@@ -231,6 +231,7 @@ def test_namespace_package_of_two_folders_is_merged(
     for place, name in ((toy_torch, "nv_a"), (tmp_path / "second", "nv_b")):
         _distribution(place, name, "1.0", "", [])
         (place / "nv" / name).mkdir(parents=True)
+        (place / "nv" / name / "lib.so").touch()
         (place / f"{name}-1.0.dist-info" / "RECORD").write_text(
             f"nv/{name}/lib.so,,\n{name}-1.0.dist-info/METADATA,,\n"
         )
@@ -243,7 +244,7 @@ def test_namespace_package_of_two_folders_is_merged(
 
 def test_torch_without_a_list_of_files_is_refused(toy_torch: Path, tmp_path: Path) -> None:
     (toy_torch / "torch-9.9.dist-info" / "RECORD").unlink()
-    with pytest.raises(LoaderUnavailable, match="cannot be shared") as caught:
+    with pytest.raises(LoaderUnavailableError, match="cannot be shared") as caught:
         shared_torch.share_torch(tmp_path / "layer", tmp_path, exclude=())
     assert "editable" in caught.value.why
 
@@ -297,14 +298,14 @@ def test_pip_failure_is_explained_and_pip_gets_no_secret(tmp_path: Path, monkeyp
     spec = toy_spec(tmp_path, "absent==1.0\nother==2.0; python_version < '3'\n")
     seen: dict[str, str] = {}
 
-    def failing(command: list[str], *, environ: dict[str, str], out: object, **_: object) -> int:
-        seen.update(environ, command=" ".join(command))
+    def failing(command: list[str], *, environ: dict[str, str], inherited: tuple[int, ...], **_: object) -> int:
+        seen.update(environ, command=" ".join(command), lock=Path(f"/dev/fd/{inherited[0]}").resolve().name)
         (tmp_path / "loaders" / environment_name(spec) / "pip.log").write_text("noise\n" * 20 + "ERROR: no network\n")
         return 1
 
     monkeypatch.setattr(environments, "run", failing)
     environ = {"HF_TOKEN": "t", "PIP_INDEX_URL": "u"}
-    with pytest.raises(LoaderUnavailable, match="packages of toy could not be installed") as caught:
+    with pytest.raises(LoaderUnavailableError, match="packages of toy could not be installed") as caught:
         ensure_environment(spec, tmp_path, environ, lambda _: None)
     assert caught.value.why.startswith("pip: exit status 1")
     assert caught.value.why.endswith("ERROR: no network")
@@ -312,11 +313,13 @@ def test_pip_failure_is_explained_and_pip_gets_no_secret(tmp_path: Path, monkeyp
     assert "HF_TOKEN" not in seen
     assert (seen["PIP_INDEX_URL"], seen["BUILD_CUDA_EXT"]) == ("u", "0")
     assert f"--no-deps --requirement {spec.requirements}" in seen["command"]
+    # A pip that survives us keeps others from starting over in the folder that it still writes to.
+    assert seen["lock"] == f"{environment_name(spec)}.lock"
     assert not (Path(caught.value.where).parent / environments.READY).exists()
 
 
 def test_wrong_python_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LoaderUnavailable, match=r"toy cannot be installed for Python 3\.") as caught:
+    with pytest.raises(LoaderUnavailableError, match=r"toy cannot be installed for Python 3\.") as caught:
         ensure_environment(toy_spec(tmp_path, requires_python="<3"), tmp_path, ENVIRON, lambda _: None)
     assert caught.value.why == "its pinned packages need Python <3"
 
@@ -337,11 +340,11 @@ def test_failing_probe_names_checkpoint_error_and_traceback(spec: LoaderSpec, tm
     assert str(caught.value) == (
         f"{tmp_path / 'models' / 'fails'}: toy could not open the checkpoint\n  why: ValueError: g_idx is wrong\na\nb"
     )
-    assert not isinstance(caught.value, LoaderUnavailable)
+    assert not isinstance(caught.value, LoaderUnavailableError)
 
 
 def test_probe_that_cannot_run_here_is_unavailable(spec: LoaderSpec, tmp_path: Path) -> None:
-    with pytest.raises(LoaderUnavailable, match="toy cannot run on this machine") as caught:
+    with pytest.raises(LoaderUnavailableError, match="toy cannot run on this machine") as caught:
         probe(spec, tmp_path, "unavailable")
     assert caught.value.why == "no nvcc"
 
@@ -430,7 +433,7 @@ def test_a_job_that_ends_the_process_costs_the_others_nothing(spec: LoaderSpec, 
         LoaderError,
         ProbeResult,
         LoaderError,
-        LoaderUnavailable,
+        LoaderUnavailableError,
     ]
 
 
@@ -499,7 +502,7 @@ def test_probe_without_its_runtime_reports_what_is_missing(name: str, spec: Load
 @pytest.mark.usefixtures("toy_torch")
 def test_exllamav2_says_that_it_needs_cuda(spec: LoaderSpec, tmp_path: Path) -> None:
     python = ensure_environment(spec, tmp_path / "cache", ENVIRON, lambda _: None)
-    with pytest.raises(LoaderUnavailable) as caught:
+    with pytest.raises(LoaderUnavailableError) as caught:
         run_probe(LOADERS["exllamav2"], python, probe_job(tmp_path), 60.0, ENVIRON)
     assert caught.value.why == "it computes on CUDA only: device cpu, torch 9.9"
 

@@ -52,7 +52,7 @@ def test_streamed_forward_equals_the_whole_model(tmp_path, name):
     source = source_of(tmp_path, name)
     ids = token_rows().ids
     decoder = Decoder(source.folder, source.read, device=CPU, dtype=torch.float32)
-    states = forward(decoder, ids, rows_per_batch=5)
+    states = forward(decoder, ids, rows=5)
     found = torch.cat([decoder.logits(part, state) for part, state in zip(ids.split(5), states, strict=True)])
     whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_suspended_forward_equals_the_repeated_forward_bit_by_bit(tmp_path):
 def test_linears_that_share_an_input_form_a_group(tmp_path):
     source = source_of(tmp_path, "qwen2")
     decoder = Decoder(source.folder, source.read, device=CPU, dtype=torch.float32)
-    (batch,) = decoder.embed(token_rows().ids, rows_per_batch=64)
+    (batch,) = decoder.embed(token_rows().ids, rows=64)
     block = decoder.load_block(0, decoder.block_weights(0))
     assert linear_groups(block, batch.hidden, batch.contexts[0]) == (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

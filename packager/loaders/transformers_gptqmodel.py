@@ -12,7 +12,6 @@ import gc
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -110,16 +109,18 @@ def configure(device: str) -> None:
 
 
 def provide_pcre() -> str:
-    """Put Python's re in the place of PyPcre where that is not installed; return the version, or what it was replaced by.
+    """Put Python's re in the place of PyPcre where that is not installed; return the version or what replaces it.
 
     PyPcre exists as C source only. GPTQModel matches module names with it, by patterns that both engines read alike.
     """
-    if importlib.util.find_spec("pcre") is not None:
+    try:
         return importlib.metadata.version("pypcre")
+    except importlib.metadata.PackageNotFoundError:
+        pass
     stand_in: Any = types.ModuleType("pcre")
     stand_in.compile, stand_in.escape, stand_in.split, stand_in.Pattern = re.compile, re.escape, re.split, re.Pattern
     stand_in.Flag = types.SimpleNamespace(CASELESS=re.IGNORECASE, MULTILINE=re.MULTILINE, DOTALL=re.DOTALL)
-    sys.modules["pcre"] = stand_in
+    sys.modules.setdefault("pcre", stand_in)
     return "replaced by re"
 
 
@@ -127,10 +128,17 @@ def kernel_choice(transformers: Any, folder: Path, device: str) -> Any:
     """Return the loading options; everything about the format is read from the checkpoint all the same.
 
     On the CPU the plain PyTorch kernel is asked for: the default depends on the processor, and where that has
-    AVX512-BF16 it first compiles an extension (160 s on two cores) and then computes in bfloat16.
+    AVX512-BF16 it first compiles an extension (160 s on two cores) and then computes in bfloat16. On a GPU it is the
+    Triton kernel: the default there downloads CUTLASS (Machete, on Hopper) or compiles for minutes (Marlin).
+
+    Raises:
+        ValueError: the checkpoint does not say that it is quantized.
     """
-    quantization = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    return transformers.GPTQConfig(bits=quantization["bits"], backend="gptq_torch" if device == "cpu" else "auto")
+    quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if quantization is None:
+        raise ValueError("config.json has no quantization_config: transformers would take the weights for plain ones")
+    backend = "gptq_torch" if device == "cpu" else "gptq_triton"
+    return transformers.GPTQConfig(bits=quantization["bits"], backend=backend)
 
 
 def forbid_network() -> None:
