@@ -1,10 +1,10 @@
 """A release run: build and publish every recipe that this machine can build, and account for the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from packager.build_state import Build, Options, choose_device
+from packager.build_state import STAGES, Build, Options, choose_device, require_build_extra
 from packager.errors import MachineError, PackagerError
 from packager.pipeline import build, publish
 from packager.plan import BuildPlan
@@ -18,7 +18,7 @@ _LARGEST_ON_CPU = 1_000_000_000
 
 
 def release(recipes: Sequence[Path], options: Options, terminal: Terminal, *, strict: bool) -> None:
-    """Build and publish the recipes one after the other; end with one table each.
+    """Build and publish the recipes one after the other; end with one table each, and why others were left out.
 
     All recipes are read and planned before the first is built.
 
@@ -27,52 +27,61 @@ def release(recipes: Sequence[Path], options: Options, terminal: Terminal, *, st
         MachineError: `strict`, and this machine cannot build one of them.
     """
     files = [RecipeFile.load(path) for path in recipes]
-    reasons = {}
-    for recipe_file in files:
-        run = Build(recipe_file, options, terminal)
-        with suppress(PackagerError):  # building it will say what is wrong
-            run.read_receipts()
-        done = not any(run.missing(stage) for stage in ("weights", "evaluate", "verify"))
-        reasons[recipe_file.path] = "" if done else cannot_build(run.plan, options)
+    reasons = {file.path: _why_not(Build(file, options, terminal)) for file in files}
     skipped = {path: reason for path, reason in reasons.items() if reason}
     if skipped and strict:
         raise _skipped_error(skipped)
-    for recipe_file in files:
-        if recipe_file.path in skipped:
-            continue
-        terminal.say(f"{recipe_file.path}")
-        build(recipe_file, options, terminal)
-        publish(recipe_file, options, terminal, dry_run=False)
-        print_status(recipe_file, options, terminal.out)
-    for path, reason in skipped.items():
-        terminal.out.print(f"{path}: not built: {reason}", highlight=False, markup=False)
+    try:
+        for recipe_file in files:
+            if recipe_file.path not in skipped:
+                terminal.say(str(recipe_file.path))
+                build(recipe_file, options, terminal)
+                publish(recipe_file, options, terminal, dry_run=False)
+                print_status(recipe_file, options, terminal.out)
+    finally:
+        for path, reason in skipped.items():
+            terminal.out.print(f"{path}: not built: {reason}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _skipped_error(skipped: dict[Path, str]) -> MachineError:
+def _skipped_error(skipped: Mapping[Path, str]) -> MachineError:
     return MachineError(
         "this machine cannot build every recipe",
-        why="; ".join(f"{path}: {reason}" for path, reason in skipped.items()),
+        why="\n       ".join(f"{path}: {reason}" for path, reason in skipped.items()),
         hint="build these elsewhere, or leave out --strict",
     )
 
 
+def _why_not(run: Build) -> str:
+    """Return why a build cannot go on here, or ""; one that is finished asks nothing of the machine."""
+    with suppress(PackagerError):  # building it will say what is wrong
+        run.read_receipts()
+    return cannot_build(run.plan, run.options) if any(map(run.missing, STAGES)) else ""
+
+
 def cannot_build(plan: BuildPlan, options: Options) -> str:
-    """Return why this machine cannot build a plan, or "" when it can."""
-    device = choose_device(options.device)
+    """Return why this machine cannot build a plan, or "" when it can.
+
+    Raises:
+        MachineError: a GPU was asked for and there is none.
+    """
+    try:
+        require_build_extra()
+    except MachineError as error:
+        return f"{error.what} ({error.why})"
+    base = plan.recipe.base_model
+    return _lacking_memory(plan, options) or (access_problem(base.id) if base.revision else "")
+
+
+def _lacking_memory(plan: BuildPlan, options: Options) -> str:
+    device, needed = choose_device(options.device), _gib(plan.memory.gpu_bytes)
     if device.type == "cpu":
-        if plan.architecture.num_parameters > _LARGEST_ON_CPU:
-            return (
-                f"needs a CUDA GPU with {_gib(plan.memory.gpu_bytes_one_variant)} GiB for one variant at a time, "
-                f"{_gib(plan.memory.gpu_bytes)} GiB for all in one sweep"
-            )
-        return ""
+        return f"needs a CUDA GPU with {needed} GiB" if plan.architecture.num_parameters > _LARGEST_ON_CPU else ""
     import torch
 
-    free = torch.cuda.get_device_properties(device).total_memory
-    if plan.memory.gpu_bytes > free:
-        return f"needs {_gib(plan.memory.gpu_bytes)} GiB of GPU memory, this GPU has {_gib(free)} GiB"
-    base = plan.recipe.base_model
-    return access_problem(base.id) if base.revision else ""
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    if plan.memory.gpu_bytes > total_bytes:
+        return f"needs a CUDA GPU with {needed} GiB, this one has {_gib(total_bytes)} GiB"
+    return ""
 
 
 def _gib(size_bytes: int) -> str:
