@@ -27,7 +27,7 @@ from packager.variant import Variant
 ENGINE_VERSION = 1
 
 # Matrices of the widest linear's [in_features, in_features] that live at once while its Hessian is factored.
-_SQUARES = 8
+_SQUARES = 11
 # Bytes per weight that live at once while a group of linears is solved: float32 weights twice, codes, fp16 originals.
 _SOLVE_BYTES = 12
 _TOKENS_PER_BATCH = 16384
@@ -286,8 +286,10 @@ def sweep_bytes(architecture: Architecture, *, num_tokens: int, num_variants: in
     every variant's activations [num_tokens, hidden_size]; for the variant under way also what its suspended forward
     holds, at its widest either queries, keys, values and attention output, or residual and the MLP's product; the
     block's weights as read and as overwritten, the embedding and the head; and the largest of one batch's forward,
-    factoring the widest Hessian, or solving the largest group. Measured on a CPU with one block of 512 hidden and
-    1408 to 2048 intermediate features, 1 to 4 variants, 8,192 to 32,768 tokens: 7 to 13 % above the peak.
+    factoring the widest Hessian, or solving the largest group. Measured on an
+    H100 (torch 2.11), two 13B-shaped blocks, 262,144 tokens: 34.5 GB for four variants where 34.3 GB were allocated at
+    the peak, 26.4 GB for one where it was 26.2 GB. On a CPU, whose LAPACK needs less room, it was 7 to 13 % too much
+    with 8 squares in place of 11 (one block, 512 hidden features, 1 to 4 variants, 8,192 to 32,768 tokens).
 
     Args:
         architecture: of the base model.
