@@ -22,7 +22,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("auto-gptq", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy", "torch")
+PACKAGES = (
+    *("auto-gptq", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "huggingface-hub"),
+    *("numpy", "pandas", "pyarrow", "torch"),
+)
 KERNELS = "auto_gptq.nn_modules.qlinear."
 
 
