@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from packager.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, read_architecture
 from packager.errors import MachineError, SourceError
-from packager.files import file_record
+from packager.files import disk_errors, file_record
 from packager.receipt import FileRecord, SourceRecord
 from packager.recipe import digest_of
 from packager.recipe.file import RecipeFile
@@ -258,7 +258,8 @@ def hub_errors(what: str) -> Iterator[None]:
         raise SourceError(
             f"{what} is not on the Hub, or is private and no token is set", hint="check the id; `hf auth login`"
         ) from error
-    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError) as error:
+    # The bases are OSError and the HTTP library's own error: httpx in client 1.x, httpx2 in 2.x.
+    except (*hub.HfHubHTTPError.__bases__, hub.OfflineModeIsEnabled) as error:
         raise SourceError(
             f"{what} could not be downloaded",
             why=str(error).splitlines()[0] if str(error) else type(error).__name__,
@@ -282,7 +283,7 @@ def _download(base_id: str, revision: str, report: Callable[[str], None]) -> Pat
     """Fetch a model at a commit into the Hub's cache and compare it with the digests that the Hub states."""
     import huggingface_hub
 
-    with hub_errors(f"{base_id} at {revision[:12]}"):
+    with hub_errors(f"{base_id} at {revision[:12]}"), disk_errors(Path("the Hub cache")):
         info = huggingface_hub.HfApi().model_info(base_id, revision=revision, files_metadata=True)
         siblings = info.siblings or []
         if not any(sibling.rfilename.endswith(".safetensors") for sibling in siblings):

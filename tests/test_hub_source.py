@@ -1,0 +1,169 @@
+"""Reading base models and datasets from the Hub, at the client's own calls: what it returns and what it raises."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import httpx2
+import huggingface_hub
+import pytest
+from huggingface_hub import errors as hub
+
+from packager.calibrate import read_texts
+from packager.errors import CalibrationError, SourceError
+from packager.files import sha256_file
+from packager.recipe import TextSource
+from packager.recipe.file import RecipeFile
+from packager.source import access_problem, open_source
+from tests.tiny_recipe import build, write_all, write_recipe
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> RecipeFile:
+    """A recipe whose base model is on the Hub, with its copy of config.json."""
+    write_all(tmp_path)
+    (tmp_path / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
+    base = {"id": "tester/tiny", "revision": REVISION, "config": "config.json"}
+    return RecipeFile.load(write_recipe(tmp_path, {"base_model": base}))
+
+
+class FakeHub:
+    """Answers the two calls that fetching a model makes, from a folder, and remembers what was asked."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.asked: list[tuple[Any, ...]] = []
+        self.wrong_digest = ""
+        self.hidden: tuple[str, ...] = ()
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self._model_info)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self._snapshot_download)
+
+    def _model_info(self, repo_id: str, *, revision: str, files_metadata: bool) -> SimpleNamespace:
+        self.asked.append(("model_info", repo_id, revision, files_metadata))
+        siblings = []
+        for path in sorted(self.folder.iterdir()):
+            if path.name in self.hidden:
+                continue
+            digest = "0" * 64 if path.name == self.wrong_digest else sha256_file(path)
+            lfs = SimpleNamespace(sha256=digest) if path.suffix == ".safetensors" else None
+            siblings.append(SimpleNamespace(rfilename=path.name, lfs=lfs))
+        return SimpleNamespace(siblings=siblings)
+
+    def _snapshot_download(self, repo_id: str, *, revision: str, allow_patterns: list[str]) -> str:
+        self.asked.append(("snapshot_download", repo_id, revision))
+        assert not any(pattern.endswith(("bin", "pt", "py")) for pattern in allow_patterns)
+        return str(self.folder)
+
+
+@pytest.fixture
+def fake_hub(recipe: RecipeFile, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    return FakeHub(recipe.folder / "model", monkeypatch)
+
+
+def test_a_model_on_the_hub_is_read_at_its_commit_and_builds(recipe: RecipeFile, fake_hub: FakeHub, tmp_path: Path):
+    result = build(recipe, tmp_path / "dist")
+    record = result.receipts[0].provenance.base_model
+    assert record.revision == REVISION
+    assert fake_hub.asked == [
+        ("model_info", "tester/tiny", REVISION, True),
+        ("snapshot_download", "tester/tiny", REVISION),
+    ]
+    # The commit names the bytes: a second build asks nobody.
+    assert build(recipe, tmp_path / "dist").nothing_to_do
+    assert len(fake_hub.asked) == 2
+
+
+def test_a_download_with_another_digest_is_refused(recipe: RecipeFile, fake_hub: FakeHub):
+    fake_hub.wrong_digest = "model.safetensors"
+    with pytest.raises(SourceError, match="damaged") as caught:
+        open_source(recipe, lambda _: None)
+    assert "model.safetensors" in caught.value.where
+
+
+def test_a_revision_without_safetensors_is_refused_before_the_download(recipe: RecipeFile, fake_hub: FakeHub):
+    fake_hub.hidden = ("model.safetensors",)
+    with pytest.raises(SourceError, match="no safetensors"):
+        open_source(recipe, lambda _: None)
+    assert [call[0] for call in fake_hub.asked] == ["model_info"]
+
+
+def test_a_config_that_differs_from_the_recipes_copy_is_refused(recipe: RecipeFile, fake_hub: FakeHub):
+    copy = recipe.folder / "config.json"
+    copy.write_text(copy.read_text().replace('"intermediate_size": 96', '"intermediate_size": 64'))
+    with pytest.raises(SourceError, match="shapes"):
+        open_source(recipe, lambda _: None)
+
+
+def response(status: int) -> httpx2.Response:
+    return httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co/x"))
+
+
+FAILURES = [
+    (hub.GatedRepoError("403 gated", response=response(403)), "gated", "accept the licence"),
+    (hub.RepositoryNotFoundError("404", response=response(404)), "not on the Hub, or is private", "hf auth login"),
+    (hub.RevisionNotFoundError("404", response=response(404)), "no such revision", "full commit id"),
+    (hub.HfHubHTTPError("503 Service Unavailable", response=response(503)), "could not be downloaded", "run the same"),
+    (hub.OfflineModeIsEnabled("offline"), "could not be downloaded", "run the same"),
+    (ConnectionError("no route to host"), "could not be downloaded", "run the same"),
+    (httpx2.ConnectError("name resolution failed"), "could not be downloaded", "run the same"),
+]
+
+
+@pytest.mark.parametrize(("failure", "what", "hint"), FAILURES, ids=lambda value: type(value).__name__)
+def test_what_the_client_raises_becomes_an_error_with_a_hint(
+    recipe: RecipeFile, monkeypatch: pytest.MonkeyPatch, failure: Exception, what: str, hint: str
+):
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    with pytest.raises(SourceError) as caught:
+        open_source(recipe, lambda _: None)
+    assert what in caught.value.what
+    assert hint in caught.value.hint
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", fail)
+    assert what in access_problem("tester/tiny")
+
+
+def test_access_to_an_open_model_is_no_problem(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda _self, _id: None)
+    assert access_problem("tester/tiny") == ""
+
+
+def dataset(**fields: Any) -> TextSource:
+    return TextSource(dataset="tester/text", config="plain", revision=REVISION, split="train", **fields)
+
+
+def test_a_dataset_is_read_at_its_commit_and_split(recipe: RecipeFile, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def load(*given: object, **named: object) -> datasets.Dataset:
+        asked.append((given, named))
+        return datasets.Dataset.from_dict({"text": ["one", "two"], "other": [1, 2]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_texts(dataset(), recipe) == ["one", "two"]
+    assert asked == [(("tester/text", "plain"), {"revision": REVISION, "split": "train"})]
+    with pytest.raises(CalibrationError, match="no column 'body'") as caught:
+        read_texts(dataset(text_field="body"), recipe)
+    assert "text, other" in caught.value.why
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [
+        (ValueError("Unknown split 'train'"), CalibrationError),
+        (datasets.exceptions.DatasetNotFoundError("gone"), CalibrationError),
+        (hub.GatedRepoError("403", response=response(403)), SourceError),
+    ],
+)
+def test_a_dataset_that_cannot_be_read(recipe: RecipeFile, monkeypatch: pytest.MonkeyPatch, failure, error):
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(error):
+        read_texts(dataset(), recipe)
