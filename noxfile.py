@@ -10,7 +10,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = ["lint", "typecheck", "schema", "tests"]
+nox.options.sessions = ["lint", "typecheck", "schema", "docs", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_external_run = True
 
@@ -45,6 +45,14 @@ def schema(session: nox.Session) -> None:
     _install(session, "-e", ".")
     action = "--write" if "--write" in session.posargs else "--check"
     session.run("python", "-m", "packager.recipe.schema", action, "recipes/recipe.schema.json")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Check that the pages of docs/reference are in step with the code (`-- --write` renews them)."""
+    _install(session, "-e", ".")
+    action = "--write" if "--write" in session.posargs else "--check"
+    session.run("python", "docs/generate.py", action)
 
 
 @nox.session

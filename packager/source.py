@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from packager.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, read_architecture
 from packager.errors import MachineError, SourceError
@@ -242,6 +242,8 @@ def hub_errors(what: str) -> Iterator[None]:
     """Translate what the Hub client raises while reading `what` into a SourceError with a hint."""
     from huggingface_hub import errors as hub
 
+    # OSError and the HTTP library's own error, which is httpx's in client 1.x and httpx2's in 2.x.
+    transport = cast(tuple[type[Exception], ...], hub.HfHubHTTPError.__bases__)
     try:
         yield
     except hub.GatedRepoError as error:
@@ -258,8 +260,7 @@ def hub_errors(what: str) -> Iterator[None]:
         raise SourceError(
             f"{what} is not on the Hub, or is private and no token is set", hint="check the id; `hf auth login`"
         ) from error
-    # The bases are OSError and the HTTP library's own error: httpx in client 1.x, httpx2 in 2.x.
-    except (*hub.HfHubHTTPError.__bases__, hub.OfflineModeIsEnabled) as error:
+    except (*transport, hub.OfflineModeIsEnabled) as error:
         raise SourceError(
             f"{what} could not be downloaded",
             why=str(error).splitlines()[0] if str(error) else type(error).__name__,

@@ -202,8 +202,8 @@ def render_cards(run: Build) -> None:
         footer=_text(run.recipe_file, card.footer),
         original_card=_text(run.recipe_file, card.original_card),
     )
-    digest = run.recipe.digest()
-    provenances = [receipt.provenance.model_copy(update={"recipe_digest": digest}) for receipt in run.ordered_receipts()]
+    present = {"recipe_digest": run.recipe.digest()}
+    provenances = [receipt.provenance.model_copy(update=present) for receipt in run.ordered_receipts()]
     expectations = {plan.variant.branch: plan.verdicts for plan in run.plan.variants}
     model_type = run.plan.architecture.model_type
     rendered = {}
