@@ -244,6 +244,7 @@ def hub_errors(what: str) -> Iterator[None]:
 
     # OSError and the HTTP library's own error, which is httpx's in client 1.x and httpx2's in 2.x.
     transport = cast(tuple[type[Exception], ...], hub.HfHubHTTPError.__bases__)
+    failures: tuple[type[Exception], ...] = (*transport, hub.OfflineModeIsEnabled)
     try:
         yield
     except hub.GatedRepoError as error:
@@ -260,7 +261,7 @@ def hub_errors(what: str) -> Iterator[None]:
         raise SourceError(
             f"{what} is not on the Hub, or is private and no token is set", hint="check the id; `hf auth login`"
         ) from error
-    except (*transport, hub.OfflineModeIsEnabled) as error:
+    except failures as error:
         raise SourceError(
             f"{what} could not be downloaded",
             why=str(error).splitlines()[0] if str(error) else type(error).__name__,
