@@ -3,6 +3,7 @@
 Versions come from constraints.txt, so that a session today and one next year install the same packages.
 """
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,14 @@ RECIPES = sorted(str(path.relative_to(HERE)) for path in (HERE / "recipes").glob
 
 
 def _install(session: nox.Session, *packages: str) -> None:
+    """Install into the session's environment, unless exactly this is what it holds already."""
+    wanted = [*packages, (HERE / CONSTRAINTS).read_text(), (HERE / "pyproject.toml").read_text()]
+    digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()
+    stamp = Path(session.virtualenv.location) / "installed.sha256"
+    if "." not in packages and stamp.exists() and stamp.read_text() == digest:
+        return
     session.install("-c", CONSTRAINTS, *packages)
+    stamp.write_text(digest)
 
 
 @nox.session

@@ -26,8 +26,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = [
         item
         for item in items
-        if ("gpu" not in item.keywords or config.getoption("--require-gpu"))
-        and ("release" not in item.keywords or "release" in asked)
+        if (item.get_closest_marker("gpu") is None or config.getoption("--require-gpu"))
+        and (item.get_closest_marker("release") is None or "release" in asked)
     ]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     items[:] = wanted

@@ -80,7 +80,7 @@ def test_agrees_with_the_float64_reference(bits, group_size, sym, desc_act, stat
 
 
 def test_q_and_losses_are_the_references_wherever_no_tie_was_met():
-    """A row (output feature) that meets no rounding tie has every q and four digits of the loss; nearly all are such."""
+    """A row (output feature) that meets no rounding tie has every q and four digits of the loss; most are such."""
     n, out = 256, 64
     H = hessian(inputs(n, 3))
     weight = torch.randn(n, out, generator=torch.Generator().manual_seed(8)) * 0.02

@@ -1,0 +1,510 @@
+"""`cli`, `progress`, `status` and `release`: what people and scripts see: help, results, errors, exit codes."""
+
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from packager import __version__
+from packager.cli import app
+from packager.errors import (
+    LoaderError,
+    MachineError,
+    PackagerError,
+    PublishError,
+    RecipeError,
+    StateError,
+)
+from packager.progress import Terminal
+from packager.receipt import Receipt
+from packager.recipe.file import RecipeFile
+from packager.status import print_loaders, print_status, read_status
+from tests import tiny_recipe
+from tests.checkpoints import Checkpoint
+from tests.golden_files import check_golden
+from tests.test_house_rules import ROOT
+
+COMMANDS = ("plan", "build", "audit", "verify", "card", "publish", "status", "release")
+TOO_LARGE = re.compile(r"(?m)^.*llama-2-13b-chat\.yaml: not built: needs a CUDA GPU with \d\d\.\d GiB\n\Z")
+DEMO = str(ROOT / "recipes" / "demo-llama.yaml")
+LARGE = str(ROOT / "recipes" / "llama-2-13b-chat.yaml")
+
+
+def packager(*arguments: object) -> Result:
+    """Run the command line in this process; standard output and error are kept apart."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="packager")
+
+
+def process(*arguments: str, patch: str = "", **options: Any) -> subprocess.Popen[str]:
+    """Start the command line in a process of its own, after the Python statements in `patch`."""
+    code = f"{patch}\nfrom packager.cli import main\nmain()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, text=True, stderr=subprocess.PIPE, **options
+    )
+
+
+def error_classes(parent: type[PackagerError] = PackagerError) -> list[type[PackagerError]]:
+    children = [child for child in parent.__subclasses__() if child.__module__ == "packager.errors"]
+    return [parent, *(kind for child in children for kind in error_classes(child))]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny recipe and what was built from it, to be copied."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_recipe.build(tiny_recipe.write_all(folder), folder / "dist")
+    return folder
+
+
+@pytest.fixture
+def tiny(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tiny recipe with its dist/, as the present folder."""
+    shutil.copytree(built, tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def status_text(folder: Path, width: int) -> str:
+    stream = io.StringIO()
+    recipe_file = RecipeFile.load(folder / "recipe.yaml")
+    print_status(recipe_file, tiny_recipe.options(folder / "dist"), Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def edit_receipt(folder: Path, branch: str, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "dist" / "receipts" / tiny_recipe.REPOSITORY / f"{branch}.json"
+    receipt = json.loads(path.read_text())
+    change(receipt)
+    path.write_text(json.dumps(receipt))
+
+
+def add_loaders(folder: Path) -> None:
+    """Give every receipt the records of two loaders that passed and one that did not run."""
+    ran = {"required": True, "status": "passed", "device": "cpu", "dtype": "float32", "relative_error": 0.00012}
+    ran |= {"top1_agreement": 1.0, "tokens_generated": 39, "tokens_equal": 39, "kernel": "some.package.TorchLinear"}
+    records: list[dict[str, Any]] = [
+        {"loader": "autogptq", **ran},
+        {"loader": "transformers", **ran},
+        {"loader": "exllamav2", "required": False, "status": "not run", "reason": "needs a CUDA device"},
+    ]
+    for branch in tiny_recipe.BRANCHES:
+        edit_receipt(folder, branch, lambda receipt: receipt["provenance"].update(loaders=records))
+
+
+# Help
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("plan", ["sizes", "loaders", "offline", "without torch", "Exits with 2"]),
+        ("build", ["Publishes nothing", "not done again", "Exits with 8", "--cache", "~/.cache/gptq-"]),
+        ("audit", ["Exits with 0", "with 7", "no torch"]),
+        ("verify", ["logits", "Exits with 0", "with 8"]),
+        ("card", ["no figure", "Exits with 10", "with 11"]),
+        ("publish", ["main last", "builds nothing", "Exits with 10", "with 11", "with 7", "--dry-run"]),
+        ("status", ["Changes nothing", "Exits with 0"]),
+        ("release", ["Exits with 0", "--strict", "12", "nothing is built before"]),
+    ],
+)
+def test_help_teaches(command: str, words: list[str]) -> None:
+    result = packager(command, "--help")
+    text = " ".join(result.stdout.split())
+    assert result.exit_code == 0
+    assert [word for word in words if word not in text] == []
+    assert packager(command, "-h").stdout == result.stdout
+
+
+def test_the_first_page_names_every_command_whole_and_every_exit_code() -> None:
+    text = packager("--help").stdout
+    assert [command for command in COMMANDS if f"\n  {command} " not in text] == []
+    assert "..." not in text.partition("Commands:")[2]
+    codes = {line.split()[0] for line in text.partition("Exit codes:\n")[2].partition("\n\n")[0].splitlines()}
+    assert codes == {"0", "130", *(str(error.exit_code) for error in error_classes() if error is not PackagerError)}
+
+
+def test_no_command_is_help_and_version_is_one_line() -> None:
+    assert "Commands:" in packager().output
+    result = packager("--version")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"packager {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pln"], ["No such command 'pln'"]),
+        (["plan"], ["Missing argument 'RECIPE'"]),
+        (["plan", DEMO, "--fromat", "json"], ["No such option: --fromat", "--format"]),
+        (["plan", DEMO, "--format", "yaml"], ["'yaml'", "text", "json"]),
+        (["build", DEMO, "--device", "gpu"], ["'gpu'", "cpu", "cuda"]),
+        (["audit", "nowhere"], ["DIR", "nowhere", "does not exist"]),
+        (["audit", DEMO], ["DIR", "is a file"]),
+        (["release"], ["Missing argument 'RECIPE'"]),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2_and_says_what_is_wrong(arguments: list[str], words: list[str]) -> None:
+    result = packager(*arguments)
+    text = " ".join(result.stderr.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Try 'packager" in text
+    assert [word for word in words if word not in text] == []
+
+
+# Errors
+
+
+@pytest.mark.parametrize("error_class", error_classes(), ids=lambda kind: kind.__name__)
+def test_every_error_becomes_its_exit_code_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, error_class: type[PackagerError]
+) -> None:
+    def fail(_: RecipeFile) -> None:
+        raise error_class("it [bold]went[/bold] :bomb: wrong", hint="do [i]this[/i]")
+
+    monkeypatch.setattr("packager.plan.make_plan", fail)
+    result = packager("plan", DEMO)
+    assert (result.exit_code, result.stdout) == (error_class.exit_code, "")
+    assert result.stderr == "error: it [bold]went[/bold] :bomb: wrong\n  hint: do [i]this[/i]\n"
+
+
+def test_exit_codes_tell_the_kinds_of_errors_apart() -> None:
+    kinds = [error for error in error_classes() if PackagerError in error.__bases__ and error.exit_code != 2]
+    assert len({error.exit_code for error in kinds}) == len(kinds)
+    assert LoaderError.exit_code == 8
+    assert PublishError.exit_code == 10
+    assert {error.exit_code for error in error_classes()} == set(range(1, 13))
+
+
+def test_what_the_file_system_refuses_is_an_error_like_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(_: RecipeFile) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "dist/work")
+
+    monkeypatch.setattr("packager.plan.make_plan", fail)
+    result = packager("plan", DEMO)
+    assert (result.exit_code, result.stdout) == (MachineError.exit_code, "")
+    assert result.stderr == "error: dist/work: cannot be used\n  why: Permission denied\n"
+
+
+def test_a_file_in_place_of_the_output_folder_is_an_error(tiny: Path) -> None:
+    shutil.rmtree("dist")
+    Path("dist").write_text("")
+    for command in ("status", "publish", "card"):
+        result = packager(command, "recipe.yaml")
+        assert result.exit_code == MachineError.exit_code
+        assert result.stderr.startswith("error: dist/")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: RecipeFile) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("packager.plan.make_plan", fail)
+    assert isinstance(packager("plan", DEMO).exception, ZeroDivisionError)
+
+
+def test_ctrl_c_gives_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: RecipeFile) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("packager.plan.make_plan", interrupted)
+    result = packager("plan", DEMO)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr == "interrupted; what is finished is kept, run the same command to go on\n"
+
+
+def test_ctrl_c_in_the_middle_of_work_shows_no_traceback() -> None:
+    patch = (
+        "import signal, time, packager.plan\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run in the background ignores it
+        "def make_plan(file):\n"
+        "    print('working', flush=True)\n"
+        "    time.sleep(60)\n"
+        "packager.plan.make_plan = make_plan\n"
+    )
+    running = process("plan", DEMO, patch=patch, stdout=subprocess.PIPE)
+    assert running.stdout is not None
+    assert running.stdout.readline() == "working\n"
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert errors == "interrupted; what is finished is kept, run the same command to go on\n"
+
+
+@pytest.mark.parametrize("arguments", [["plan", DEMO], ["plan", DEMO, "--format", "json"], ["--help"], ["--version"]])
+def test_a_reader_that_left_is_met_with_silence(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    running = process(*arguments, stdout=writer)
+    os.close(writer)
+    _, errors = running.communicate(timeout=60)
+    assert (running.returncode, errors) == (1, "")
+
+
+GOLDEN_ERRORS: dict[str, tuple[list[str], int]] = {
+    "missing_recipe": (["plan", "recipies.yaml"], 2),
+    "broken_recipe": (["plan", "broken.yaml"], 2),
+    "not_a_recipe": (["build", "dist"], 2),
+    "cannot_be_built": (["plan", "narrow.yaml"], 2),
+    "publish_before_build": (["publish", "recipe.yaml", "--dist", "elsewhere"], 10),
+    "card_before_build": (["card", "recipe.yaml", "--dist", "elsewhere"], 10),
+    "card_of_no_branch": (["card", "recipe.yaml", "--branch", "mian"], 10),
+    "edited_folder": (["publish", "recipe.yaml", "--dist", "edited"], 11),
+    "release_strict": (["release", "large.yaml", "recipe.yaml", "--strict", "--device", "cpu"], 12),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN_ERRORS)
+def test_error_texts(tiny: Path, update_golden: bool, name: str) -> None:
+    text = Path("recipe.yaml").read_text()
+    Path("broken.yaml").write_text(text.replace('"bits": 4', '"bits": 5').replace('"creator"', '"craetor"'))
+    Path("narrow.yaml").write_text(text.replace('"required": []', '"required": ["exllamav2"]'))
+    config = json.loads((ROOT / "recipes" / "assets" / "llama-2-13b-chat" / "config.json").read_text())
+    Path("large.json").write_text(json.dumps(config))
+    large = json.loads(text) | {"base_model": {"id": "some/large", "revision": "a" * 40, "config": "large.json"}}
+    Path("large.yaml").write_text(json.dumps(large | {"repository": {"id": "tester/large-GPTQ"}}))
+    shutil.copytree("dist", "edited")
+    Path("edited/builds/tester/tiny-GPTQ/main/config.json").write_text("{}")
+    arguments, code = GOLDEN_ERRORS[name]
+    result = packager(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    text = re.sub(r"[0-9.]+ GiB", "<size> GiB", result.stderr)  # what the engine needs may change, the words not
+    check_golden(f"cli/{name}.txt", text, update=update_golden)
+
+
+# Results
+
+
+def test_json_is_all_there_is_on_standard_output(tiny: Path) -> None:
+    def result_of(*arguments: object) -> Any:
+        result = packager(*arguments, "--format", "json")
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    assert [variant["branch"] for variant in result_of("plan", "recipe.yaml")["variants"]] == [*tiny_recipe.BRANCHES]
+    assert result_of("card", "recipe.yaml")["card"] == Path("dist/builds/tester/tiny-GPTQ/main/README.md").read_text()
+    assert {entry["action"] for entry in result_of("publish", "recipe.yaml", "--dry-run")["branches"]} == {"create"}
+    assert not Path("dist/hub/models").exists()
+    published = result_of("publish", "recipe.yaml")["branches"]
+    status = result_of("status", "recipe.yaml")["branches"]
+    assert {entry["branch"]: entry["commit"] for entry in status} == {
+        entry["branch"]: entry["commit"] for entry in published
+    }
+    assert all(entry["state"] == "built" and entry["stages_missing"] == [] for entry in status)
+    report = result_of("audit", "dist/builds/tester/tiny-GPTQ/main")
+    assert report["passed"] is True
+    built_again = result_of("build", "recipe.yaml", "--device", "cpu")
+    assert [entry["branch"] for entry in built_again["branches"]] == [*tiny_recipe.BRANCHES]
+
+
+def test_talk_goes_to_standard_error_and_quiet_ends_it(tiny: Path) -> None:
+    talking = packager("publish", "recipe.yaml")
+    assert "main: created at" in talking.stderr
+    assert "main: created at" not in talking.stdout
+    assert "Published in" in talking.stdout
+    quiet = packager("publish", "recipe.yaml", "--quiet")
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
+    assert "unchanged" in quiet.stdout
+    quiet = packager("build", "recipe.yaml", "--quiet")
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
+    assert "Perplexity" in quiet.stdout
+
+
+def test_an_audit_s_verdict_is_its_exit_code(tmp_path: Path) -> None:
+    folder = Checkpoint().write(tmp_path / "branch")
+    passed = packager("audit", folder)
+    assert (passed.exit_code, passed.stderr) == (0, "")
+    (folder / "config.json").write_text("{")
+    failed = packager("audit", folder, "--format", "json")
+    assert (failed.exit_code, failed.stderr) == (7, "")
+    assert json.loads(failed.stdout)["passed"] is False
+    assert "json-damaged" in packager("audit", folder).stdout
+
+
+def test_a_card_is_printed_to_the_byte(tiny: Path) -> None:
+    result = packager("card", "recipe.yaml", "--branch", tiny_recipe.ACT_ORDER)
+    folder = Path("dist/builds/tester/tiny-GPTQ") / tiny_recipe.ACT_ORDER
+    assert result.stdout == (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("required", "status", "code"),
+    [(True, "passed", 0), (True, "not run", 8), (False, "not run", 0), (False, "failed", 8)],
+)
+def test_verify_exits_with_what_the_loaders_found(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, required: bool, status: str, code: int
+) -> None:
+    add_loaders(tiny)
+    change = {"loader": "autogptq", "required": required, "status": status, "reason": ""}
+    edit_receipt(tiny, "main", lambda receipt: receipt["provenance"].update(loaders=[change]))
+    path = tiny / "dist" / "receipts" / tiny_recipe.REPOSITORY / "main.json"
+    receipts = (Receipt.model_validate_json(path.read_bytes()),)
+    monkeypatch.setattr("packager.pipeline.reverify", lambda *_: receipts)
+    assert packager("verify", "recipe.yaml").exit_code == code
+    result = packager("verify", "recipe.yaml", "--format", "json")
+    assert json.loads(result.stdout)["main"][0]["status"] == status
+
+
+# Status
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_the_status_table_fits_and_cuts_no_branch(tiny: Path, update_golden: bool, width: int) -> None:
+    add_loaders(tiny)
+
+    def change(receipt: dict[str, Any]) -> None:
+        receipt["seconds"] = {"quantize": 61.4}
+        receipt["provenance"]["weights_bytes"] = 7_255_144_864
+        receipt["provenance"]["quality"] |= {"perplexity": 5.4321, "kl_divergence": 0.01234}
+
+    for branch in tiny_recipe.BRANCHES:
+        edit_receipt(tiny, branch, change)
+    text = status_text(tiny, width)
+    assert max(map(len, text.splitlines())) <= width
+    check_golden(f"cli/status_{width}.txt", "".join(f"{line.rstrip()}\n" for line in text.splitlines()), update_golden)
+
+
+def test_a_narrow_table_folds_names_and_cuts_no_figure(tiny: Path) -> None:
+    text = status_text(tiny, 50)
+    assert max(len(line) for line in text.splitlines() if ":" not in line) <= 50
+    assert "…" not in text
+
+
+def test_an_edited_folder_hides_no_other_variant(tiny: Path) -> None:
+    (tiny / "dist/builds/tester/tiny-GPTQ" / tiny_recipe.MAIN / "config.json").write_text("{}")
+    shutil.rmtree(tiny / "dist/builds/tester/tiny-GPTQ" / tiny_recipe.THREE_BITS)
+    states = read_status(RecipeFile.load(tiny / "recipe.yaml"), tiny_recipe.options(tiny / "dist"))
+    assert [(entry.branch, entry.state) for entry in states] == [
+        (tiny_recipe.MAIN, "edited"), (tiny_recipe.ACT_ORDER, "built"), (tiny_recipe.THREE_BITS, "not built"),
+    ]  # fmt: skip
+    assert "config.json was changed" in states[0].problem
+    result = packager("status", "recipe.yaml")
+    assert result.exit_code == 0
+    assert "config.json was changed" in result.stdout
+    assert [line.split()[:2] for line in result.stdout.splitlines() if line.startswith("main")] == [["main", "edited"]]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "shown"),
+    [
+        ('"num_samples": 12', '"num_samples": 11', "outdated"),  # other weights
+        ('"num_tokens": 256', '"num_tokens": 224', "MB  outdated"),  # other measurements
+        ('"tester"', '"somebody"', "0."),  # only the card
+    ],
+)
+def test_status_does_not_show_figures_of_another_recipe(tiny: Path, old: str, new: str, shown: str) -> None:
+    Path("recipe.yaml").write_text(Path("recipe.yaml").read_text().replace(old, new))
+    row = next(line for line in packager("status", "recipe.yaml").stdout.splitlines() if line.startswith("main"))
+    assert shown in " ".join(row.split()).replace(" MB ", " MB  ").replace(" kB ", " MB  ")
+
+
+def test_the_loaders_table_says_why_one_did_not_run_once(tiny: Path) -> None:
+    add_loaders(tiny)
+    folder = tiny / "dist" / "receipts" / tiny_recipe.REPOSITORY
+    receipts = [Receipt.model_validate_json((folder / f"{name}.json").read_bytes()) for name in tiny_recipe.BRANCHES]
+    stream = io.StringIO()
+    print_loaders(receipts, Console(file=stream, width=80))
+    text = stream.getvalue()
+    assert text.count("needs a CUDA device") == 1
+    assert text.count("39/39") == 2 * len(receipts)
+    assert "autogptq: float32 on cpu, some.package.TorchLinear" in text
+
+
+# Release
+
+
+def test_a_recipe_too_large_for_this_machine_is_left_out_and_said(tmp_path: Path) -> None:
+    dist = tmp_path / "dist"
+    result = packager("release", LARGE, "--dist", dist, "--device", "cpu")
+    assert result.exit_code == 0
+    assert TOO_LARGE.fullmatch(result.stdout)
+    assert not dist.exists()
+    strict = packager("release", LARGE, "--dist", dist, "--device", "cpu", "--strict")
+    assert (strict.exit_code, strict.stdout) == (12, "")
+    assert "needs a CUDA GPU with" in strict.stderr
+    assert not dist.exists()
+
+
+def test_a_base_install_builds_nothing_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking() -> None:
+        raise MachineError("building needs packages that are not installed", why="missing: torch")
+
+    monkeypatch.setattr("packager.release.require_build_extra", lacking)
+    result = packager("release", DEMO, "--dist", tmp_path / "dist")
+    assert result.exit_code == 0
+    assert result.stdout == f"{DEMO}: not built: building needs packages that are not installed (missing: torch)\n"
+
+
+def test_a_release_publishes_what_is_built_and_accounts_for_the_rest(tiny: Path) -> None:
+    result = packager("release", "recipe.yaml", LARGE, "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert "nothing to do" in result.stderr
+    assert "Perplexity" in result.stdout
+    assert TOO_LARGE.search(result.stdout)
+    assert tiny_recipe.hub_folder(Path("dist")).is_dir()
+
+
+def test_a_failed_release_still_accounts_for_what_was_left_out(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise StateError("no")
+
+    monkeypatch.setattr("packager.release.publish", fail)
+    result = packager("release", "recipe.yaml", LARGE, "--device", "cpu")
+    assert result.exit_code == StateError.exit_code
+    assert "needs a CUDA GPU" in result.stdout
+
+
+def test_all_recipes_are_read_before_the_first_is_built(tiny: Path) -> None:
+    result = packager("release", "recipe.yaml", "nowhere.yaml")
+    assert (result.exit_code, result.stdout) == (RecipeError.exit_code, "")
+    assert not tiny_recipe.hub_folder(Path("dist")).exists()
+
+
+# Terminal
+
+
+def test_off_a_terminal_every_step_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    with terminal.stage("quantize"), terminal.bar(2) as bar:
+        bar.step("a :smile: [b]name[/b] " + "x" * 100)
+        bar.step("second")
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert captured.out == ""
+    assert len(lines) == 3
+    assert lines[0].startswith("  [1/2] a :smile: [b]name[/b] xxx")
+    assert lines[1] == "  [2/2] second, 0 s left"
+    assert lines[2].startswith("quantize")
+    assert terminal.seconds.keys() == {"quantize"}
+
+
+def test_a_quiet_terminal_says_errors_only(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal(quiet=True)
+    with terminal.stage("quantize"), terminal.bar(1) as bar:
+        bar.step("first")
+    terminal.error(StateError("edited", where="dist"))
+    assert capsys.readouterr() == ("", "error: dist: edited\n")
+
+
+def test_a_bar_on_a_terminal_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    stream = io.StringIO()
+    terminal.err = Console(file=stream, force_terminal=True, width=100)
+    with terminal.bar(2) as bar:
+        bar.step("first")
+        assert bar.progress is not None
+        assert bar.progress.tasks[0].completed == 1
+        bar.step("second")
+    assert "2/2" in stream.getvalue()

@@ -1,0 +1,175 @@
+"""The documentation: reference pages in step with the code, links that resolve, commands that exist."""
+
+import ast
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from typer.testing import CliRunner
+
+from packager.cli import app
+from packager.recipe import Recipe
+from packager.recipe.yaml import parse
+from tests.test_house_rules import ROOT
+
+REFERENCE = ROOT / "docs" / "reference"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINK = re.compile(r"\]\(([^()\s]+(?:\([^()\s]*\)[^()\s]*)*)\)")
+SHELL = {"bash", "console", "sh", "shell"}
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shown(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, languages: set[str]) -> Iterator[str]:
+    """Yield the fenced code blocks of a page in one of `languages`."""
+    fence = re.compile(r"(?ms)^ *```(\w+)\n(.*?)^ *```$")
+    yield from (code for language, code in fence.findall(page.read_text(encoding="utf-8")) if language in languages)
+
+
+def commands(page: Path, program: str) -> Iterator[list[str]]:
+    """Yield the words after `program` of each command in a page's shell blocks that runs it."""
+    for block in blocks(page, SHELL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in re.split(r"&&|\|\||[|;]", line.removeprefix("$ ")):
+                words = shlex.split(command, comments=True)
+                if words and words[0].rpartition("/")[2] == program:
+                    yield words[1:]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives a page's headings."""
+    text = re.sub(r"(?ms)^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"))
+    headings = (heading.strip().lower() for heading in re.findall(r"(?m)^#+ (.*)$", text))
+    return {re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(REFERENCE.glob("*.md"))])
+def test_a_reference_page_is_in_step_with_the_code(name: str) -> None:
+    made = generator().PAGES[name]()
+    assert (REFERENCE / name).read_text(encoding="utf-8") == made, "run nox -s docs -- --write"
+
+
+def test_every_reference_page_is_generated_and_there() -> None:
+    module = generator()
+    assert {path.name for path in REFERENCE.glob("*.md")} == set(module.PAGES)
+    assert module.main(["--check"]) == 0
+
+
+def test_pages_do_not_depend_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = generator()
+    before = {name: make() for name, make in module.PAGES.items()}
+    for name, value in {"COLUMNS": "200", "FORCE_COLOR": "1", "HOME": "/nowhere", "XDG_CACHE_HOME": "/else"}.items():
+        monkeypatch.setenv(name, value)
+    assert {name: make() for name, make in module.PAGES.items()} == before
+    assert not [name for name, text in before.items() if str(Path.home()) in text or str(ROOT) in text]
+
+
+def test_a_stale_page_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = generator()
+    module.ROOT, module.REFERENCE = tmp_path, tmp_path / "docs" / "reference"
+    assert module.main(["--write"]) == 0
+    assert module.main(["--check"]) == 0
+    (module.REFERENCE / "cli.md").write_text("old")
+    assert module.main(["--check"]) == 1
+    error = capsys.readouterr().err
+    assert "docs/reference/cli.md" in error
+    assert "nox -s docs -- --write" in error
+
+
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"(?ms)^ *```.*?^ *```$|`[^`\n]*`", "", page.read_text(encoding="utf-8"))
+    broken = []
+    for target in LINK.findall(text):
+        if target.startswith(("https://", "http://", "mailto:")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        there = path.is_relative_to(ROOT) and path.exists()
+        if not there or (anchor and anchor not in anchors(path)):
+            broken.append(target)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_commands_are_those_of_the_command_line(page: Path) -> None:
+    wrong = []
+    for words in commands(page, "packager"):
+        name = next((word for word in words if not word.startswith("-")), "")
+        result = CliRunner().invoke(app, [name, "--help"] if name else ["--help"], prog_name="packager")
+        known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", result.stdout.partition("Options:")[2]))
+        unknown = [word for word in words if word.startswith("-") and word.partition("=")[0] not in known]
+        if result.exit_code or unknown:
+            wrong.append(f"packager {' '.join(words)}: {' '.join(unknown) or 'no such command'}")
+        named = [word for word in words if word.endswith(".yaml") and word.startswith("recipes/")]
+        wrong += [f"there is no {word}" for word in named if not (ROOT / word).exists() and "my-" not in word]
+    assert wrong == []
+
+
+def nox_sessions() -> set[str]:
+    names = set()
+    for node in ast.parse((ROOT / "noxfile.py").read_bytes()).body:
+        if isinstance(node, ast.FunctionDef):
+            for decorator in node.decorator_list:
+                given = decorator.keywords if isinstance(decorator, ast.Call) else []
+                called = [key.value.value for key in given if key.arg == "name" and isinstance(key.value, ast.Constant)]
+                names.add(str(called[0]) if called else node.name)
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_sessions_are_those_of_the_noxfile(page: Path) -> None:
+    known = nox_sessions()
+    assert {"lint", "docs", "build-all"} <= known
+    wrong = []
+    inline = re.findall(r"`nox (-s [^`]*)`", page.read_text(encoding="utf-8"))
+    for words in [*commands(page, "nox"), *(text.split() for text in inline)]:
+        ours = words[: words.index("--")] if "--" in words else words
+        if "-s" in ours:
+            wrong += [word for word in ours[ours.index("-s") + 1 :] if word not in known]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_whole_recipes_are_recipes(page: Path) -> None:
+    for block in blocks(page, {"yaml"}):
+        root, findings = parse(block)
+        assert root is not None, block
+        assert findings == []
+        if isinstance(root.content, dict) and "schema_version" in root.content:
+            Recipe.model_validate(root.plain())
+
+
+def test_the_tolerances_told_are_those_used() -> None:
+    constants = {
+        target.id: ast.literal_eval(node.value)
+        for node in ast.parse((ROOT / "packager" / "verify.py").read_bytes()).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name) and target.id in {"TOLERANCE", "MIN_TOP1_AGREEMENT"}
+    }
+    page = " ".join((ROOT / "docs" / "explanation" / "how-it-works.md").read_text(encoding="utf-8").split())
+    assert [f"{value:g} in {dtype}" in page for dtype, value in constants["TOLERANCE"].items()] == [True] * 3
+    assert f"at {constants['MIN_TOP1_AGREEMENT']:.0%} of".replace("%", " %") in page
+
+
+def test_the_checks_above_find_what_they_look_for() -> None:
+    tutorial = ROOT / "docs" / "tutorial" / "first-release.md"
+    assert len(list(commands(tutorial, "packager"))) >= 5
+    assert any("schema_version" in block for block in blocks(ROOT / "docs" / "how-to" / "write-a-recipe.md", {"yaml"}))
+    assert any(list(commands(page, "nox")) for page in PAGES)

@@ -1,0 +1,222 @@
+"""The rules of the house: who may import what and write where, how long things get, how fast we start."""
+
+import ast
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "packager"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_bytes()) for path in FILES}
+# Programs of their own, run in the loaders' environments by path.
+PROBES = {name for name in MODULES if name.startswith("packager/loaders/") and not name.endswith("__init__.py")}
+TORCH_FREE = (
+    "cli", "progress", "recipe", "recipe.file", "recipe.schema", "plan", "plan_view", "compatibility", "card",
+    "publish", "publish_view", "targets", "targets.local", "status", "audit", "audit.view", "build_state", "pipeline",
+    "release", "workspace", "receipt", "loaders", "errors",
+)  # fmt: skip
+TERMINAL = {"packager/cli.py", "packager/progress.py"}
+# `python -m packager.recipe.schema` is an entry point of its own: nox runs it, the command line does not know it.
+ENTRY_POINTS = {"packager/recipe/schema.py"}
+NETWORK = ("packager/source.py", "packager/calibrate.py", "packager/targets/")
+MAX_FUNCTION_LINES = 60
+MAX_MODULE_LINES = 400
+BAD_NAMES = {"util", "utils", "helper", "helpers", "common", "base", "manager", "handler", "info", "misc"}
+
+# Runs the command line and ends with the heavy modules that it has imported, on the last line of standard error.
+RUN = """
+import sys
+from packager.cli import main
+try:
+    main()
+except SystemExit as end:
+    if end.code:
+        raise
+names = {"torch", "transformers", "numpy", "huggingface_hub", "datasets", "git", "safetensors", "tokenizers"}
+sys.stderr.write("\\n" + " ".join(sorted(names & set(sys.modules))))
+"""
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield every imported module with its line, those inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not used here"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def importers(*packages: str) -> dict[str, list[str]]:
+    """Return which files import one of `packages`, with the lines."""
+    found: dict[str, list[str]] = {}
+    for name, tree in MODULES.items():
+        for imported, line in imports(tree):
+            if imported.split(".")[0] in packages:
+                found.setdefault(name, []).append(f"{name}:{line}: {imported}")
+    return found
+
+
+def loaded_by(*arguments: str) -> tuple[set[str], str]:
+    """Run a command in a process of its own; return the heavy modules it has imported, and its standard output."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.rpartition("\n")[2].split()), done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A tiny recipe and the folder it was built into."""
+    from tests import tiny_recipe
+
+    folder = tmp_path_factory.mktemp("tiny")
+    recipe = tiny_recipe.write_all(folder)
+    tiny_recipe.build(recipe, folder / "dist")
+    return str(recipe), str(folder / "dist")
+
+
+def test_what_runs_without_torch_imports_none() -> None:
+    script = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(f'packager.{name}')\n"
+        "    if found := {'torch', 'transformers'} & set(sys.modules):\n"
+        "        sys.exit(f'packager.{name} imports {found}')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *TORCH_FREE], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["plan", "audit", "status", "card", "publish --dry-run", "publish", "release --device cpu"]
+)
+def test_nothing_but_building_needs_torch(built: tuple[str, str], command: str) -> None:
+    recipe, dist = built
+    name, *options = command.split()
+    where = [f"{dist}/builds/tester/tiny-GPTQ/main"] if name == "audit" else [recipe, "--dist", dist]
+    if name == "plan":
+        where = [recipe]
+    modules, output = loaded_by(name, *where, *options)
+    assert not modules & {"torch", "transformers", "datasets", "huggingface_hub"}
+    assert output
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["plan", "recipes/llama-2-13b-chat.yaml"]])
+def test_help_and_plan_start_quickly(arguments: list[str]) -> None:
+    def processor_s() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert loaded_by(*arguments)[0] == set()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # 0.1 s for --help and 0.4 s for plan on an idle core; the better of two, as the first may have to compile.
+    assert min(processor_s(), processor_s()) < 1.0
+
+
+def test_gptq_imports_torch_and_of_ours_only_errors() -> None:
+    wrong = [
+        f"{name}:{line}: {imported}"
+        for name, tree in MODULES.items()
+        if name.startswith("packager/gptq/")
+        for imported, line in imports(tree)
+        if imported.split(".")[0] not in {*sys.stdlib_module_names, "torch", "triton"}
+        and not imported.startswith(("packager.errors", "packager.gptq"))
+    ]
+    assert not wrong
+    assert any(name.startswith("packager/gptq/") for name in importers("torch"))
+
+
+def test_only_source_calibrate_and_targets_reach_the_network() -> None:
+    clients = ("huggingface_hub", "datasets", "requests", "httpx", "urllib3", "urllib", "http", "socket")
+    found = {name: places for name, places in importers(*clients).items() if name not in PROBES}
+    assert found.keys() >= {"packager/source.py", "packager/calibrate.py"}
+    others = [place for name, places in found.items() if not name.startswith(NETWORK) for place in places]
+    assert [place for place in others if "urllib.parse" not in place] == []
+
+
+def test_probes_import_nothing_of_ours() -> None:
+    assert PROBES
+    assert not PROBES & importers("packager").keys()
+
+
+def attributes(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield `module.attribute` for every name looked up in a module, and every plain name, with the line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield f"{node.value.id}.{node.attr}", node.lineno
+        elif isinstance(node, ast.Name):
+            yield node.id, node.lineno
+    yield from imports(tree)
+
+
+def users(*names: str, but: set[str]) -> list[str]:
+    return [
+        f"{name}:{line}: {used}"
+        for name, tree in MODULES.items()
+        if name not in but
+        for used, line in attributes(tree)
+        if used in names
+    ]
+
+
+def test_only_the_command_line_reads_the_environment() -> None:
+    names = ("os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv")
+    assert users(*names, but=set())
+    assert not users(*names, but=TERMINAL | PROBES)
+
+
+def test_only_the_command_line_writes_to_the_terminal() -> None:
+    names = ("print", "input", "sys.stdout", "sys.stderr", "sys.stdin", "typer.echo", "click.echo")
+    assert not users(*names, but=TERMINAL | PROBES | ENTRY_POINTS)
+
+
+def test_only_the_command_line_ends_the_process() -> None:
+    names = ("sys.exit", "exit", "quit", "os.abort")
+    assert not users(*names, but=TERMINAL | PROBES | ENTRY_POINTS)
+
+
+def test_functions_fit_a_screen_and_modules_a_sitting() -> None:
+    long = [
+        f"{name}:{node.lineno}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
+    ]
+    for path in FILES:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > MAX_MODULE_LINES:
+            long.append(f"{path.relative_to(ROOT)} has {lines} lines")
+    assert not long
+
+
+def test_names_say_something() -> None:
+    parts = {part for name in MODULES for part in Path(name).with_suffix("").parts}
+    words = {word for part in parts for word in part.split("_")}
+    assert not words & BAD_NAMES
+
+
+def test_a_broad_except_raises_again_or_says_why_not() -> None:
+    wrong = []
+    for name, tree in MODULES.items():
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ExceptHandler) or name in PROBES:  # a probe reports whatever its runtime raises
+                continue
+            kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            broad = any(kind is None or (isinstance(kind, ast.Name) and kind.id in {"BaseException", "Exception"})
+                        for kind in kinds)  # fmt: skip
+            again = isinstance(node.body[-1], ast.Raise)
+            if broad and not again and "noqa: BLE001" not in lines[node.lineno - 1]:
+                wrong.append(f"{name}:{node.lineno}")
+    assert not wrong
