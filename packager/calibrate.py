@@ -207,19 +207,20 @@ def texts_digest(texts: Sequence[str]) -> str:
 
 
 def _check_overlap(calibration: Sequence[str], evaluation: Sequence[str]) -> None:
-    seen = set(_long_lines(calibration))
-    shared = [line for line in _long_lines(evaluation) if line in seen]
+    seen = set(_long_pieces(calibration))
+    shared = [piece for piece in _long_pieces(evaluation) if piece in seen]
     if shared:
         raise CalibrationError(
             "the evaluation text overlaps the calibration text",
-            why=f"{len(shared)} of its lines are in both, the first begins {shared[0][:40]!r}",
+            why=f"{len(shared)} of its documents or lines are in both, the first begins {shared[0][:40]!r}",
             hint="evaluate on another split: what was calibrated on measures nothing",
         )
 
 
-def _long_lines(texts: Sequence[str]) -> Iterator[str]:
-    lines = (line.strip() for text in texts for line in text.split("\n"))
-    return (line for line in lines if len(line) >= _LEAK_CHARACTERS)
+def _long_pieces(texts: Sequence[str]) -> Iterator[str]:
+    """Yield the documents, or the lines of a single one; web pages share single lines, which is no leak."""
+    pieces = texts if len(texts) > 1 else [line for text in texts for line in text.split("\n")]
+    return (piece.strip() for piece in pieces if len(piece.strip()) >= _LEAK_CHARACTERS)
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

@@ -16,7 +16,14 @@ from packager.publish import BranchContent, PublishReport
 from packager.publish import publish as publish_branches
 from packager.receipt import Receipt
 from packager.recipe.file import RecipeFile
-from packager.stages import audit_or_raise, evaluate, quantize_and_pack, render_cards, verify
+from packager.stages import (
+    audit_or_raise,
+    evaluate,
+    quantize_and_pack,
+    refuse_edited_cards,
+    render_cards,
+    verify,
+)
 from packager.targets.local import LocalTarget
 from packager.workspace import PROVENANCE
 
@@ -121,6 +128,7 @@ def publish(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, dr
         run.read_receipts()
         _require_stages(run, *STAGES)
         _require_cards(run)
+        refuse_edited_cards(run)
         receipts = run.ordered_receipts()
         require_loaders(receipts)
         contents = []
@@ -145,11 +153,12 @@ def _require_stages(run: Build, *stages: StageName) -> None:
 
 
 def _require_cards(run: Build) -> None:
-    lacking = [
-        branch
-        for branch, receipt in run.receipts.items()
-        if PROVENANCE not in receipt.provenance.files or receipt.provenance.recipe_digest != run.recipe.digest()
-    ]
+    digest, lacking = run.recipe.digest(), []
+    for branch, receipt in run.receipts.items():
+        files, folder = receipt.provenance.files, run.workspace.folder(branch)
+        rendered = PROVENANCE in files and all((folder / name).exists() for name in files)
+        if not rendered or receipt.provenance.recipe_digest != digest:
+            lacking.append(branch)
     if lacking:
         raise PublishError(
             f"the cards are not the present recipe's: {', '.join(lacking)}",

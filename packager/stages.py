@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 from packager import __version__
 from packager.audit import audit
@@ -124,7 +125,7 @@ def _refuse_edited(run: Build, plan: VariantPlan) -> None:
         )
     card_files = run.card_files(receipt)
     check_folder(folder, receipt, ignore=card_files)
-    for name in card_files:
+    for name in sorted(card_files):
         _refuse_edited_card(run, branch, name)
 
 
@@ -211,9 +212,7 @@ def render_cards(run: Build) -> None:
         readme = render_card(run.recipe, texts, provenances, model_type, branch, expectations=expectations)
         rendered[branch] = {README: readme.encode(), **_licenses(run, branch)}
     cards = {branch: _with_provenance(run, branch, files) for branch, files in rendered.items()}
-    for branch, (files, _) in cards.items():
-        for name in run.card_files(run.receipts[branch]) | files.keys():
-            _refuse_edited_card(run, branch, name, files.get(name))
+    refuse_edited_cards(run, {branch: files for branch, (files, _) in cards.items()})
     for branch, (files, receipt) in cards.items():
         _write_card(run, branch, files, receipt)
         audit_or_raise(run.workspace.folder(branch), complete=True)
@@ -242,6 +241,22 @@ def _with_provenance(run: Build, branch: str, files: dict[str, bytes]) -> tuple[
     records[PROVENANCE] = bytes_record(content)
     listed = provenance.model_copy(update={"files": dict(sorted(records.items()))})
     return {**files, PROVENANCE: content}, receipt.model_copy(update={"provenance": listed})
+
+
+def refuse_edited_cards(run: Build, contents: Mapping[str, Mapping[str, bytes]] = MappingProxyType({})) -> None:
+    """Check every file that comes with a card, before any is written.
+
+    Args:
+        run: with its receipts read.
+        contents: by branch and name, what is about to be written, and so may be there already.
+
+    Raises:
+        StateError: a file was edited by hand.
+    """
+    for branch, receipt in run.receipts.items():
+        files = contents.get(branch, {})
+        for name in sorted(run.card_files(receipt) | files.keys()):
+            _refuse_edited_card(run, branch, name, files.get(name))
 
 
 def _refuse_edited_card(run: Build, branch: str, name: str, content: bytes | None = None) -> None:
