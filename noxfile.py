@@ -99,7 +99,7 @@ def tests_release(session: nox.Session) -> None:
     """Clone the published demo, load it as its readers would, and execute the code of its card. Needs build-all."""
     # Another olah may need other corrections than those in tests/local_hub.py.
     _install(session, "-e", ".[build]", "pytest", "olah==0.5.4")
-    session.run("pytest", "tests/test_release.py", "-m", "release", "tests/test_release.py", *session.posargs)
+    session.run("pytest", "-m", "release", "tests/test_release.py", *session.posargs)
 
 
 @nox.session

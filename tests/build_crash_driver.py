@@ -1,0 +1,136 @@
+"""Kill or interrupt builds at chosen moments, many times in one process start: run by test_build_crash.py.
+
+Reads jobs from standard input, one JSON object per line, and answers each with a line. A job has a folder to start from
+(null: nothing), steps, and perhaps a folder to keep the end in. A step names a recipe, a command and when it ends:
+{"kill": n} before the n-th effect (a file opened for writing, a rename, a removal, a folder made), {"interrupt": n} the
+same by Ctrl-C, {"seconds": s} killed after s seconds, {} never. Every step is a fork of this process, which has torch
+imported but has never used it.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from packager.cli import main as packager
+from packager.files import sha256_file
+from tests.publish_fixtures import git, trees
+from tests.tiny_recipe import BRANCHES, hub_folder, leftovers, workspace
+
+EFFECTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+WARM = (
+    "packager.verify", "packager.stages", "packager.status", "packager.publish_view", "packager.targets.git_process",
+    "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers", "git",
+)  # fmt: skip
+
+
+class EffectCounter:
+    """An audit hook that counts effects and sends its process a signal before the one it was told."""
+
+    def __init__(self, fatal: int, number: signal.Signals) -> None:
+        self.fatal = fatal
+        self.number = number
+        self.count = 0
+
+    def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
+        flags = arguments[2] if event == "open" else 0
+        if event in EFFECTS or (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)):
+            self.count += 1
+            if self.count == self.fatal:
+                os.kill(os.getpid(), self.number)
+
+
+def child(step: dict[str, Any], dist: Path, count: int, words: Path) -> None:
+    """Run the command of a step as the command line would."""
+    stream = os.open(words, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    os.dup2(stream, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    counter = EffectCounter(
+        step.get("kill") or step.get("interrupt") or 0, signal.SIGINT if "interrupt" in step else signal.SIGKILL
+    )
+    command = step.get("command", "build")
+    sys.argv = ["packager", command, step["recipe"], "--dist", str(dist), *(["--quiet"] if command != "status" else [])]
+    sys.addaudithook(counter)
+    code: object = 1
+    try:
+        packager()
+    except SystemExit as end:
+        code = end.code
+    os.write(count, str(counter.count).encode())
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0)
+
+
+def run_step(step: dict[str, Any], dist: Path, words: Path) -> dict[str, object]:
+    """Run a step in a fork; return its exit code, its effects if it came to its end, and what it said."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.setsid()
+        child(step, dist, writer, words)
+    os.close(writer)
+    if "seconds" in step:
+        time.sleep(step["seconds"])
+        os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    with os.fdopen(reader, "rb") as stream:
+        count = stream.read()
+    return {
+        "code": os.waitstatus_to_exitcode(status),
+        "effects": int(count) if count else -1,
+        "said": words.read_text() if words.exists() else "",
+        "visible": visible(dist),
+    }
+
+
+def visible(dist: Path) -> dict[str, dict[str, str]]:
+    """Return the sha256 of each file in the folders that a person sees."""
+    folders = {branch: workspace(dist).folder(branch) for branch in BRANCHES}
+    return {
+        branch: {path.name: sha256_file(path) for path in folder.iterdir() if not path.name.startswith(".tmp-")}
+        for branch, folder in folders.items()
+        if folder.exists()
+    }
+
+
+def run_job(job: dict[str, Any], scratch: Path) -> dict[str, object]:
+    """Run the steps of a job one after the other in a fresh output folder."""
+    dist = scratch / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    if job["start"]:
+        shutil.copytree(job["start"], dist, symlinks=True)
+    steps = [run_step(step, dist, scratch / "words") for step in job["steps"]]
+    if "keep" in job:
+        shutil.copytree(dist, job["keep"], symlinks=True)
+    repository = hub_folder(dist)
+    published = repository.exists()
+    return {
+        "steps": steps,
+        "trees": trees(repository) if published else {},
+        "status": git("status", "--porcelain", "--ignored", cwd=repository) if published else "",
+        "leftovers": leftovers(dist),
+        "unfinished": [path.name for path in dist.rglob("unfinished/*")],
+    }
+
+
+def main() -> None:
+    """Run the jobs; the argument is a scratch folder."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    for name in WARM:
+        importlib.import_module(name)
+    scratch = Path(sys.argv[1])
+    for line in sys.stdin:
+        print(json.dumps(run_job(json.loads(line), scratch)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""The build from recipe to branches: what it makes, what it makes again, and that it makes the same bytes twice."""
+
+import getpass
+import hashlib
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from packager import quantize as quantize_module
+from packager.audit import audit
+from packager.evaluate import checkpoint_reader
+from packager.gptq.solve import Solution
+from packager.pipeline import BuildResult
+from packager.plan import make_plan
+from packager.recipe.file import RecipeFile
+from tests.publish_fixtures import trees
+from tests.tiny_models import save_model
+from tests.tiny_recipe import (
+    BRANCHES,
+    MAIN,
+    RECIPE,
+    THREE_BITS,
+    build,
+    built_files,
+    hub_folder,
+    leftovers,
+    publish,
+    sentences,
+    workspace,
+    write_all,
+    write_recipe,
+)
+
+# Runs a command of the packager in this process, and says whether torch came along.
+WITHOUT_TORCH = """
+import sys
+from packager.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {"torch", "transformers", "tokenizers"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A recipe folder and its output folder."""
+
+    recipe: Path
+    dist: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.parent
+
+    def build(self, changes: Mapping[str, Any] | None = None) -> BuildResult:
+        return build(write_recipe(self.folder, changes), self.dist)
+
+    def files(self, branch: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted(workspace(self.dist).folder(branch).iterdir())}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """Build and publish once; tests only read it."""
+    root = tmp_path_factory.mktemp("made")
+    scene = Scene(recipe=write_all(root / "recipe"), dist=root / "dist")
+    build(scene.recipe, scene.dist)
+    publish(scene.recipe, scene.dist)
+    return scene
+
+
+@pytest.fixture
+def scene(made: Scene, tmp_path: Path) -> Scene:
+    """A copy to change."""
+    for name in ("recipe", "dist"):
+        shutil.copytree(made.recipe.parent.parent / name, tmp_path / name, symlinks=True)
+    return Scene(recipe=tmp_path / "recipe" / "recipe.yaml", dist=tmp_path / "dist")
+
+
+def test_every_folder_passes_the_whole_audit(made: Scene) -> None:
+    for branch in BRANCHES:
+        report = audit(workspace(made.dist).folder(branch), complete=True)
+        assert report.findings == ()
+        assert report.facts.num_linears == 21
+
+
+def test_predicted_sizes_are_the_real_ones(made: Scene) -> None:
+    for plan in make_plan(RecipeFile.load(made.recipe)).variants:
+        folder = workspace(made.dist).folder(plan.variant.branch)
+        (shard,) = plan.shards
+        assert (folder / shard.file_name).stat().st_size == shard.size_bytes == plan.weights_bytes
+
+
+def test_a_build_leaves_no_work_behind(made: Scene) -> None:
+    assert leftovers(made.dist) == []
+    assert not workspace(made.dist).work.exists()
+    assert not list(made.dist.rglob("unfinished/*"))
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_receipts_hold_what_was_read_done_and_measured(made: Scene, branch: str) -> None:
+    receipt = workspace(made.dist).read_receipt(branch)
+    assert receipt is not None
+    provenance, files = receipt.provenance, made.files(branch)
+    assert set(receipt.stages) == {"weights", "evaluate", "verify"}
+    assert set(receipt.seconds) == {"quantize", "pack", "evaluate", "verify"}
+    assert {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()} == {
+        name: (record.size_bytes, record.sha256) for name, record in provenance.files.items()
+    }
+    base = made.folder / "model"
+    assert {name: record.sha256 for name, record in provenance.base_model.files.items()} == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in base.iterdir()
+    }
+    assert len(provenance.linears) == 21
+    assert all(record.loss > 0 and record.damp_percent == 0.01 for record in provenance.linears)
+    assert provenance.versions["torch"] == torch.__version__
+    assert provenance.calibration.num_samples == 12
+    quality = provenance.quality
+    assert quality is not None
+    assert quality.num_tokens == 8 * 31
+    assert quality.questions == 2
+    assert quality.kl_divergence > 0
+
+
+def test_provenance_is_the_receipt_without_itself_and_without_this_machine(made: Scene) -> None:
+    for branch in BRANCHES:
+        text = made.files(branch)["provenance.json"].decode()
+        receipt = workspace(made.dist).read_receipt(branch)
+        assert receipt is not None
+        recorded = receipt.provenance.model_dump(mode="json")
+        del recorded["files"]["provenance.json"]
+        assert json.loads(text) == recorded
+        for private in (str(made.dist.parent), getpass.getuser(), platform.node()):
+            assert private not in text
+        assert not re.search(r"\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d", text)
+
+
+def test_losses_fall_with_more_bits(made: Scene) -> None:
+    losses = {}
+    for branch in (MAIN, THREE_BITS):
+        receipt = workspace(made.dist).read_receipt(branch)
+        assert receipt is not None
+        losses[branch] = sum(record.loss for record in receipt.provenance.linears)
+    assert losses[MAIN] < losses[THREE_BITS]
+
+
+def test_a_second_build_does_nothing_and_needs_no_torch(scene: Scene) -> None:
+    before = {path: path.stat().st_mtime_ns for path in sorted(scene.dist.rglob("*")) if path.is_file()}
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_TORCH]
+    for arguments in (["build"], ["card"], ["publish"], ["status"]):
+        result = subprocess.run(
+            [*command, *arguments, str(scene.recipe), "--dist", str(scene.dist)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        if arguments == ["build"]:
+            assert "nothing to do" in result.stderr
+    after = {path: path.stat().st_mtime_ns for path in sorted(scene.dist.rglob("*")) if path.is_file()}
+    assert {path for path in before if before[path] != after.get(path) and path.suffix != ".lock"} == set()
+    assert after.keys() == before.keys()
+
+
+EVERY, NONE = BRANCHES, ()
+CHANGES: dict[str, tuple[Mapping[str, Any], tuple[tuple[str, ...], ...]]] = {
+    "card": ({"card.title": "Another"}, (NONE, NONE, NONE)),
+    "description": ({"variants": [RECIPE["variants"][0] | {"description": "x"}, *RECIPE["variants"][1:]]}, (NONE,) * 3),
+    "prompts": ({"loaders.prompts": ["seven"]}, (NONE, NONE, EVERY)),
+    "evaluation": ({"evaluation.num_tokens": 128}, (NONE, EVERY, EVERY)),
+    "one variant": (
+        {"variants": [*RECIPE["variants"][:2], RECIPE["variants"][2] | {"damp_percent": 0.02}]},
+        ((THREE_BITS,), (THREE_BITS,), EVERY),
+    ),
+    "order of variants": ({"variants": RECIPE["variants"][::-1]}, (NONE, NONE, NONE)),
+    "seed": ({"calibration.seed": 1}, (EVERY, EVERY, EVERY)),
+    "weights name": ({"checkpoint.weights_name": "gptq_model"}, (EVERY, EVERY, EVERY)),
+    "license file's name": ({"card.license.files": ["calibration.txt"]}, (NONE, NONE, NONE)),
+    "license of the base": ({"card.license.files": [], "card.license.base_files": ["config.json.md"]}, (NONE,) * 3),
+}
+
+
+def assert_remade(scene: Scene, result: BuildResult, expected: tuple[tuple[str, ...], ...], fresh: Path) -> None:
+    """Check which branches each stage took, and that the files are those of a build from nothing."""
+    assert tuple(map(set, (result.quantized, result.measured, result.verified))) == tuple(map(set, expected))
+    build(scene.recipe, fresh)
+    assert built_files(scene.dist) == built_files(fresh)
+    assert leftovers(scene.dist) == []
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_recipe_runs_what_it_must_again(scene: Scene, tmp_path: Path, change: str) -> None:
+    changes, expected = CHANGES[change]
+    if change == "license of the base":
+        (scene.folder / "model" / "config.json.md").write_text("The base model's licence.\n")
+        scene.build()
+    result = scene.build(changes)
+    assert_remade(scene, result, expected, tmp_path / "fresh")
+    if change.startswith("license"):
+        assert "LICENSE.txt" not in scene.files(MAIN)
+
+
+def change_evaluation(folder: Path) -> None:
+    (folder / "evaluation.txt").write_text(sentences(40, seed=5))
+
+
+def change_questions(folder: Path) -> None:
+    (folder / "questions.jsonl").write_text('{"prompt": "a", "answer": "river"}\n')
+
+
+def change_calibration(folder: Path) -> None:
+    with (folder / "calibration.txt").open("a") as stream:
+        stream.write("One more line.\n")
+
+
+def change_license(folder: Path) -> None:
+    (folder / "LICENSE.txt").write_text("Do what you must.\n")
+
+
+def change_weights(folder: Path) -> None:
+    save_model(folder / "model", "llama", seed=9)
+
+
+def hide_a_file(folder: Path) -> None:
+    (folder / "model" / ".directory").write_text("of a file manager")
+
+
+FILE_CHANGES = {
+    change_evaluation: (NONE, EVERY, EVERY),
+    change_questions: (NONE, EVERY, EVERY),
+    change_calibration: (EVERY, EVERY, EVERY),
+    change_license: (NONE, NONE, NONE),
+    change_weights: (EVERY, EVERY, EVERY),
+    hide_a_file: (NONE, NONE, NONE),
+}
+
+
+@pytest.mark.parametrize("change", FILE_CHANGES, ids=lambda change: change.__name__)
+def test_a_changed_file_runs_what_it_must_again(scene: Scene, tmp_path: Path, change: Any) -> None:
+    change(scene.folder)
+    assert_remade(scene, scene.build(), FILE_CHANGES[change], tmp_path / "fresh")
+
+
+def test_a_new_variant_costs_itself_and_one_that_leaves_costs_nothing(scene: Scene) -> None:
+    untouched = scene.files(MAIN)["model.safetensors"]
+    result = scene.build({"variants": [*RECIPE["variants"], {"branch": "eight", "bits": 8}]})
+    assert result.quantized == result.measured == ("eight",)
+    assert scene.files(MAIN)["model.safetensors"] == untouched
+    result = scene.build({"variants": RECIPE["variants"][:2]})
+    assert result.nothing_to_do
+    assert "three-bits" not in scene.files(MAIN)["README.md"].decode()
+
+
+def test_two_builds_publish_the_same_bytes(made: Scene, tmp_path: Path) -> None:
+    shutil.copytree(made.folder, tmp_path / "elsewhere")
+    again = Scene(recipe=tmp_path / "elsewhere" / "recipe.yaml", dist=tmp_path / "other" / "dist")
+    build(again.recipe, again.dist)
+    publish(again.recipe, again.dist)
+    assert built_files(again.dist) == built_files(made.dist)
+    assert trees(hub_folder(again.dist)) == trees(hub_folder(made.dist))
+    assert set(trees(hub_folder(made.dist))) == set(BRANCHES)
+
+
+def sharded(recipe: Path, max_shard_bytes: int) -> RecipeFile:
+    """Return a recipe whose shards are smaller than a recipe file may ask for."""
+    recipe_file = RecipeFile.load(recipe)
+    checkpoint = recipe_file.recipe.checkpoint.model_copy(update={"max_shard_bytes": max_shard_bytes})
+    return replace(recipe_file, recipe=recipe_file.recipe.model_copy(update={"checkpoint": checkpoint}))
+
+
+def test_shards_and_their_index_are_read_by_transformers(tmp_path: Path) -> None:
+    recipe_file = sharded(write_all(tmp_path / "recipe"), 40_000)
+    build(recipe_file, tmp_path / "dist")
+    folder = workspace(tmp_path / "dist").folder(MAIN)
+    plan = make_plan(recipe_file).variants[0]
+    assert len(plan.shards) > 2
+    assert {shard.file_name: shard.size_bytes for shard in plan.shards} == {
+        path.name: path.stat().st_size for path in folder.glob("*.safetensors")
+    }
+    assert audit(folder, complete=True).errors == ()
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]  # no GPTQ runtime is needed to see that every shard is found
+    (folder / "config.json").write_text(json.dumps(config))
+    model, seen = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float16)
+    base = load_file(tmp_path / "recipe" / "model" / "model.safetensors")
+    state = model.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.2.input_layernorm.weight"):
+        assert torch.equal(state[name], base[name])
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    names = {linear.name for linear in make_plan(recipe_file).architecture.linears}
+    assert set(seen["unexpected_keys"]) == {f"{name}.{part}" for name in names for part in parts}
+
+
+GRID: list[dict[str, Any]] = [
+    {"branch": MAIN, "bits": 4, "group_size": -1},
+    {"bits": 2, "desc_act": True},
+    {"bits": 3, "sym": False, "desc_act": True, "group_size": -1},
+    {"bits": 8, "sym": False},
+    {"branch": "static", "bits": 4, "desc_act": True, "static_groups": True},
+    {"branch": "parallel", "bits": 4, "group_size": 16, "true_sequential": False, "sym": False},
+    {"branch": "search", "bits": 3, "scale_search": True},
+]
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], torch.Tensor]:
+    """Collect the weights the engine computed with, by branch and linear."""
+    found: dict[tuple[str, str], torch.Tensor] = {}
+    keep = quantize_module._BlockWork._keep
+
+    def collect(work: Any, name: str, solution: Solution, damp_percent: float) -> None:
+        found[work._variant.branch, name] = solution.dequantized().T.clone()
+        keep(work, name, solution, damp_percent)
+
+    monkeypatch.setattr(quantize_module._BlockWork, "_keep", collect)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "variants"),
+    [
+        ("llama", torch.float16, GRID),
+        ("qwen2", torch.bfloat16, GRID[:2]),
+        ("llama-tied", torch.bfloat16, GRID[:1]),
+        ("llama-bias", torch.float16, GRID[:2]),
+        ("mistral", torch.float32, GRID[:1]),
+    ],
+    ids=lambda value: str(value) if not isinstance(value, list) else f"{len(value)} variants",
+)
+def test_every_kind_of_variant_stores_what_the_engine_computed(
+    tmp_path: Path, solved: dict[tuple[str, str], torch.Tensor], name: str, dtype: torch.dtype, variants: list[Any]
+) -> None:
+    recipe = write_all(tmp_path / "recipe", {"variants": variants}, name=name, dtype=dtype)
+    build(recipe, tmp_path / "dist")
+    plan = make_plan(RecipeFile.load(recipe))
+    base = load_file(tmp_path / "recipe" / "model" / "model.safetensors")
+    for variant_plan in plan.variants:
+        variant = variant_plan.variant
+        folder = workspace(tmp_path / "dist").folder(variant.branch)
+        assert audit(folder, complete=True).errors == ()
+        stored = load_file(folder / "model.safetensors")
+        read = checkpoint_reader(folder, variant.bits)
+        for linear in plan.architecture.linears:
+            assert torch.equal(read(f"{linear.name}.weight"), solved[variant.branch, linear.name])
+            assert stored[f"{linear.name}.scales"].dtype == torch.float16
+            if linear.bias:
+                assert torch.equal(stored[f"{linear.name}.bias"], base[f"{linear.name}.bias"].to(torch.float16))
+        untouched = {key for key in stored if key in base and not key.endswith(".bias")}
+        assert len(untouched) == (1 if "tied" in name else 2) + 1 + 2 * plan.architecture.num_blocks
+        for key in untouched:
+            assert stored[key].dtype == dtype
+            assert torch.equal(stored[key], base[key])

@@ -1,0 +1,187 @@
+"""A build killed or interrupted at any moment is simply run again: the end is that of a build nobody touched."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_recipe import ACT_ORDER, MAIN, RECIPE, write_inputs, write_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+CARD = {"README.md", "provenance.json", "LICENSE.txt", "questions.jsonl"}
+INTERRUPTED = "interrupted; what is finished is kept, run the same command to go on\n"
+
+Step = dict[str, Any]
+Folders = dict[str, dict[str, str]]
+
+
+class Driver:
+    """The driver's process: importing torch takes longer than a dozen builds."""
+
+    def __init__(self, scratch: Path) -> None:
+        scratch.mkdir()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.build_crash_driver", str(scratch)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def run(self, start: Path | None, *steps: Step, **more: str) -> dict[str, Any]:
+        """Run steps in a copy of `start`; return what became of them."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"start": start and str(start), "steps": steps, **more}) + "\n")
+        self.process.stdin.flush()
+        found: dict[str, Any] = json.loads(self.process.stdout.readline())
+        assert len(found["steps"]) == len(steps)
+        return found
+
+    def close(self) -> None:
+        """Let it end."""
+        self.process.communicate()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Two recipes for one repository that share no weights, and what undisturbed builds of them make.
+
+    Attributes:
+        built: an output folder with the old recipe's build.
+        effects: of building the old recipe from nothing, and the new one in `built`.
+        files: by recipe, the sha256 of each file of each branch.
+        trees: by recipe, what is published.
+        driver: runs the steps.
+    """
+
+    old: str
+    new: str
+    built: Path
+    effects: tuple[int, int]
+    files: dict[str, Folders]
+    trees: dict[str, dict[str, str]]
+
+    driver: Driver
+
+    def run(self, start: Path | None, *steps: Step) -> list[dict[str, Any]]:
+        """Run steps and check the end, and what could be seen before; return what became of each step."""
+        outcome = self.driver.run(start, *steps)
+        recipe = steps[-1]["recipe"]
+        story = f"{steps}: {outcome}"
+        for seen in outcome["steps"]:
+            self.check_visible(seen["visible"], story)
+        assert outcome["steps"][-1]["code"] == 0, story
+        assert outcome["steps"][-1]["visible"] == self.files[recipe], story
+        assert outcome["trees"] == (self.trees[recipe] if "command" in steps[-1] else {}), story
+        assert outcome["leftovers"] == outcome["unfinished"] == [], story
+        assert outcome["status"] == "", story
+        found: list[dict[str, Any]] = outcome["steps"]
+        return found
+
+    def check_visible(self, folders: Folders, story: str) -> None:
+        """Check that a folder's checkpoint is one recipe's and whole, and each file of its card one recipe's."""
+        for branch, files in folders.items():
+            wholes = [whole[branch] for whole in self.files.values()]
+            packed = [{name: digest for name, digest in whole.items() if name not in CARD} for whole in wholes]
+            assert {name: digest for name, digest in files.items() if name not in CARD} in packed, story
+            for name in files.keys() & CARD:
+                assert files[name] in [whole.get(name) for whole in wholes], story
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    root = tmp_path_factory.mktemp("crash")
+    driver = Driver(root / "scratch")
+    folder = write_inputs(root / "recipe")
+    two = {"variants": RECIPE["variants"][:2]}
+    old = str(write_recipe(folder, two))
+    changes = {"calibration.seed": 1, "card.title": "Another", "card.license.files": ["questions.jsonl"]}
+    new = str(write_recipe(folder, two | changes, name="new.yaml"))
+    first = driver.run(None, {"recipe": old}, keep=str(root / "built"))
+    publish_old, publish_new = ({"recipe": recipe, "command": "publish"} for recipe in (old, new))
+    whole = driver.run(root / "built", publish_old), driver.run(root / "built", {"recipe": new}, publish_new)
+    assert [step["code"] for outcome in (first, *whole) for step in outcome["steps"]] == [0, 0, 0, 0]
+    yield Scene(
+        old=old,
+        new=new,
+        built=root / "built",
+        effects=(first["steps"][0]["effects"], whole[1]["steps"][0]["effects"]),
+        files={recipe: outcome["steps"][-1]["visible"] for recipe, outcome in zip((old, new), whole, strict=True)},
+        trees={recipe: outcome["trees"] for recipe, outcome in zip((old, new), whole, strict=True)},
+        driver=driver,
+    )
+    driver.close()
+
+
+def spread(count: int, last: int) -> list[int]:
+    return sorted({1 + round(step * (last - 1) / (count - 1)) for step in range(count)})
+
+
+def test_the_two_recipes_differ_in_all_that_counts(scene: Scene) -> None:
+    assert set(scene.files[scene.old]) == {MAIN, ACT_ORDER}
+    for branch in (MAIN, ACT_ORDER):
+        old, new = (scene.files[recipe][branch] for recipe in (scene.old, scene.new))
+        differing = {name for name in old if old[name] != new.get(name)}
+        assert differing == {"model.safetensors", "README.md", "provenance.json", "LICENSE.txt"}
+
+
+def test_killed_anywhere_in_a_first_build(scene: Scene) -> None:
+    for kill in spread(12, scene.effects[0]):
+        again = {"recipe": scene.old}, {"recipe": scene.old, "command": "publish"}
+        killed, *_ = scene.run(None, {"recipe": scene.old, "kill": kill}, *again)
+        assert killed["code"] == -signal.SIGKILL
+
+
+def test_killed_anywhere_in_a_build_that_replaces_another(scene: Scene) -> None:
+    for kill in spread(12, scene.effects[1]):
+        killed, _ = scene.run(scene.built, {"recipe": scene.new, "kill": kill}, {"recipe": scene.new})
+        assert killed["code"] == -signal.SIGKILL
+
+
+def test_killed_and_then_the_recipe_is_changed_back(scene: Scene) -> None:
+    for kill in spread(6, scene.effects[1])[1:]:
+        scene.run(scene.built, {"recipe": scene.new, "kill": kill}, {"recipe": scene.old})
+
+
+def test_killed_at_random_moments_again_and_again(scene: Scene) -> None:
+    dice = random.Random(20261123)
+    for number in range(5):
+        kills: list[Step] = [{"kill": dice.randrange(1, scene.effects[0])} for _ in range(2)]
+        kills.insert(dice.randrange(3), {"seconds": dice.uniform(0.05, 1.5)})
+        steps = [{"recipe": scene.old, **kill} for kill in kills]
+        scene.run(None if number % 2 else scene.built, *steps, {"recipe": scene.new})
+
+
+def test_status_can_look_at_what_a_killed_build_left(scene: Scene) -> None:
+    kill, look = {"recipe": scene.new, "kill": scene.effects[1] - 20}, {"recipe": scene.new, "command": "status"}
+    _, status, _ = scene.run(scene.built, kill, look, {"recipe": scene.new})
+    assert (status["code"], status["said"]) == (0, "")
+
+
+def test_ctrl_c_anywhere_says_one_line(scene: Scene) -> None:
+    for point in spread(6, scene.effects[1]):
+        stopped, _ = scene.run(scene.built, {"recipe": scene.new, "interrupt": point}, {"recipe": scene.new})
+        assert (stopped["code"], stopped["said"]) == (130, INTERRUPTED)
+
+
+def test_the_command_itself_can_be_interrupted(scene: Scene, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("packager")), "build", scene.old, "--dist", str(tmp_path / "dist")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("source")
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] + "\n" == INTERRUPTED
+    assert "Traceback" not in said
+    assert not (tmp_path / "dist" / "receipts").exists()
