@@ -50,6 +50,7 @@ class EffectCounter:
 
 def child(step: dict[str, Any], dist: Path, count: int, words: Path) -> None:
     """Run the command of a step as the command line would."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     stream = os.open(words, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(stream, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -14,8 +14,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing")
     # Not --dist: that is pytest-xdist's.
     parser.addoption("--dist-folder", default="dist", help="what build-all wrote, for tests marked release")
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     parser.addoption(
-        "--cache-folder", default="~/.cache/gptq-packager", help="the loaders' environments, for tests marked release"
+        "--cache-folder", default=f"{caches}/gptq-packager", help="the loaders' environments, for tests marked release"
     )
     parser.addoption("--require-gpu", action="store_true", help="tests marked gpu fail where there is no CUDA GPU")
 

@@ -174,6 +174,15 @@ def test_ctrl_c_anywhere_says_one_line(scene: Scene) -> None:
         assert (stopped["code"], stopped["said"]) == (130, INTERRUPTED)
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """Let child processes take Ctrl-C even where this one ignores it, as a shell's background job does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 def test_the_command_itself_can_be_interrupted(scene: Scene, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("packager")), "build", scene.old, "--dist", str(tmp_path / "dist")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:

@@ -28,6 +28,7 @@ from packager.calibrate import prompt_ids, read_texts
 from packager.card import CardTexts, render_card
 from packager.decoder import Decoder, forward
 from packager.environments import ProbeJob, ProbeResult, ensure_environment, run_probes
+from packager.errors import LoaderError
 from packager.evaluate import checkpoint_reader
 from packager.files import file_record
 from packager.loaders import LOADERS
@@ -53,10 +54,13 @@ REQUIRED = RECIPE.loaders.required
 BIN = str(Path(sys.executable).parent)
 
 ROWS, SEQ_LEN = 4, 96
-# ||loader - ours|| / ||ours||. Measured: 0 (AutoGPTQ) and 1.3e-4 (GPTQModel) for the branch itself, 0.07 and more for any
-# other branch.
+# ||loader - ours|| / ||ours||. Measured: 0 (AutoGPTQ) and 1.3e-4 (GPTQModel) for the branch itself, 0.07 and more for
+# any other.
 RTOL = 0.002
 BLOCK_TIMEOUT_S = 120.0
+
+# The demo is too small for threads, and OpenMP threads that wait for a core that others use spin: 52 s instead of 20 s.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 Logits = NDArray[np.float32]
 Environ = Mapping[str, str]
@@ -98,7 +102,7 @@ def published_files(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def root(pytestconfig: pytest.Config) -> Path:
     """The folder that the local target publishes to, with the demo in it."""
-    folder = (pytestconfig.rootpath / pytestconfig.getoption("--dist-folder") / "hub").absolute()
+    folder = Path(pytestconfig.rootpath, pytestconfig.getoption("--dist-folder"), "hub").absolute()
     repository = folder / "models" / REPOSITORY
     if not (repository / ".git").is_dir():
         pytest.fail(f"there is no published repository at {repository}: run nox -s build-all first", pytrace=False)
@@ -125,6 +129,7 @@ def reader(root: Path, tmp_path: Path) -> dict[str, str]:
     return {
         **kept,
         "HOME": str(home),
+        "TMPDIR": str(home),
         "PATH": os.pathsep.join([BIN, kept.get("PATH", os.defpath)]),
         "GIT_CONFIG_GLOBAL": str(home / "gitconfig"),
         "GIT_CONFIG_NOSYSTEM": "1",
@@ -147,6 +152,7 @@ def online(reader: dict[str, str], hub: str) -> dict[str, str]:
     # Xet is not negotiated: a client that has it must be told that this server does not.
     return {
         **reader,
+        **ONE_THREAD,
         "HF_ENDPOINT": hub,
         "HF_HOME": f"{reader['HOME']}/huggingface",
         "HF_HUB_DISABLE_XET": "1",
@@ -205,7 +211,7 @@ def probed(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str, str], ProbeResult]:
     """What a loader computes of a branch; each loader opens all clones once, in one process."""
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, ProbeResult | LoaderError]] = {}
     scratch = tmp_path_factory.mktemp("probes")
     prompt = prompt_ids(tokenizer, RECIPE.card.example_prompt)
 
@@ -222,10 +228,12 @@ def probed(
                 )
                 for name, folder in clones.items()
             ]
-            found = run_probes(LOADERS[loader], pythons[loader], jobs, RECIPE.loaders.timeout_s, os.environ)
+            found = run_probes(
+                LOADERS[loader], pythons[loader], jobs, RECIPE.loaders.timeout_s, {**os.environ, **ONE_THREAD}
+            )
             results[loader] = dict(zip(clones, found, strict=True))
         result = results[loader][branch]
-        if isinstance(result, Exception):
+        if isinstance(result, LoaderError):
             raise result
         return result
 
@@ -292,7 +300,8 @@ def test_published_files_name_nothing_of_this_machine(
         assert not [folder for folder in folders if f"{folder}/".encode() in content], path.name
     # Names that are ordinary words prove nothing.
     names = {getpass.getuser(), platform.node(), platform.node().split(".")[0]} - {"root", "runner", "localhost", ""}
-    assert audit(clones[branch], private_words=sorted(names)).passed
+    findings = audit(clones[branch], private_words=sorted(names)).findings
+    assert not [each for each in findings if each.code in ("local-path", "host-name", "secret")]
 
 
 # The card
