@@ -33,8 +33,11 @@ BASE_FILES: Final[Loc] = ("card", "license", "base_files")
 # FORMAT.md, "Files of a branch": a licence file of such a name would replace what the build writes.
 _BRANCH_FILES: Final = frozenset(
     {
+        "added_tokens.json",
+        "chat_template.jinja",
         "config.json",
         "generation_config.json",
+        "merges.txt",
         "provenance.json",
         "quantize_config.json",
         "readme.md",
@@ -42,6 +45,7 @@ _BRANCH_FILES: Final = frozenset(
         "tokenizer.json",
         "tokenizer.model",
         "tokenizer_config.json",
+        "vocab.json",
     }
 )
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".safetensors.index.json", ".bin", ".pt")
