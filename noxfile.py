@@ -43,7 +43,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check types with mypy, strict."""
-    _install(session, "-e", ".[build]", "mypy", "nox")
+    _install(session, "-e", ".[build]", "mypy", "nox", "types-greenlet")
     session.run("mypy")
 
 
