@@ -94,7 +94,7 @@ def load_tokenizer(source: SourceModel) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except Exception as error:
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged tokenizer.json
         raise CalibrationError(
             "the base model's tokenizer cannot be read", where=str(source.folder), why=str(error)
         ) from error
