@@ -107,6 +107,7 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     """
     old = folder.with_name(f"{TEMPORARY_PREFIX}old-{folder.name}")
     with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         fsync_folder(temporary)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():

@@ -1,22 +1,18 @@
 """Stage 6, pack: finished blocks become a checkpoint folder, exactly as FORMAT says, but for what the card brings.
 
-Weights are copied from the work files and from the base model byte by byte, so that what is not quantized keeps its
-dtype and its bits, and memory stays at one chunk.
+The blocks are in the weights files already; what is not quantized is copied from the base model byte by byte, so that
+it keeps its dtype and its bits.
 """
 
 import json
-import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from packager.architecture import shard_index
-from packager.errors import PackError
+from packager.block_store import BlockStore
 from packager.files import copy_atomic, disk_errors, file_record, write_atomic
 from packager.plan import VariantPlan
 from packager.receipt import FileRecord
 from packager.recipe.file import RecipeFile
-from packager.safetensors_file import StoredTensor, stored_tensors, write
 from packager.source import TOKENIZER_FILES, SourceModel
 from packager.variant import Variant
 
@@ -33,16 +29,14 @@ class PackJob:
     Attributes:
         source: the base model.
         recipe_file: for the repository's id and the weights' name.
-        variant_plan: the parameters and the shards with their predicted sizes.
-        work: the variant's finished blocks, `block-00000.safetensors` and so on.
-        folder: where to write; the caller renames it into its place.
+        variant_plan: the parameters and the shards.
+        store: the variant's finished blocks.
     """
 
     source: SourceModel
     recipe_file: RecipeFile
     variant_plan: VariantPlan
-    work: Path
-    folder: Path
+    store: BlockStore
 
 
 def is_packed(name: str) -> bool:
@@ -51,63 +45,30 @@ def is_packed(name: str) -> bool:
 
 
 def pack_checkpoint(job: PackJob) -> dict[str, FileRecord]:
-    """Write a variant's folder, all files fsynced; one that is there under this temporary name goes.
+    """Complete the folder of a variant's store, all files fsynced; the caller renames it into its place.
 
     Returns:
         Size and sha256 of every file.
 
     Raises:
-        PackError: a block is missing, or a file's size is not the planned one.
-        MachineError: the disk is full; the folder is removed.
+        PackError: a block is missing.
+        MachineError: the disk is full; the finished blocks stay.
     """
-    with disk_errors(job.folder):
-        shutil.rmtree(job.folder, ignore_errors=True)
-        job.folder.mkdir(parents=True)
-    try:
-        records = _write_weights(job)
-        for name, content in _configs(job).items():
-            write_atomic(job.folder / name, content)
-        for name in TOKENIZER_FILES:
-            if (job.source.folder / name).exists():
-                copy_atomic(job.source.folder / name, job.folder / name)
-        for path in sorted(job.folder.iterdir()):
-            if path.name not in records:
-                records[path.name] = file_record(path)
-    except BaseException:
-        shutil.rmtree(job.folder, ignore_errors=True)
-        raise
+    folder = job.store.checkpoint
+    records = job.store.complete(job.source.tensors)
+    with disk_errors(folder):
+        for path in folder.iterdir():
+            if path.name not in records:  # a killed run's
+                path.unlink()
+    for name, content in _configs(job).items():
+        write_atomic(folder / name, content)
+    for name in TOKENIZER_FILES:
+        if (job.source.folder / name).exists():
+            copy_atomic(job.source.folder / name, folder / name)
+    for path in folder.iterdir():
+        if path.name not in records:
+            records[path.name] = file_record(path)
     return dict(sorted(records.items()))
-
-
-def _write_weights(job: PackJob) -> dict[str, FileRecord]:
-    available = dict(job.source.tensors)
-    for path in sorted(job.work.glob("block-*.safetensors")):
-        available |= stored_tensors(path)
-    records = {}
-    for shard in job.variant_plan.shards:
-        wanted = [_find(available, tensor.name, job) for tensor in shard.tensors]
-        records[shard.file_name] = write(job.folder / shard.file_name, wanted)
-        if records[shard.file_name].size_bytes != shard.size_bytes:
-            raise PackError(
-                "a weights file does not have its planned size",
-                where=f"{job.variant_plan.variant.branch}/{shard.file_name}",
-                why=f"planned {shard.size_bytes} bytes, wrote {records[shard.file_name].size_bytes}",
-                hint="this is a defect of packager: please report it with the recipe",
-            )
-    if len(job.variant_plan.shards) > 1:
-        name = f"{job.recipe_file.recipe.checkpoint.weights_name}.safetensors.index.json"
-        write_atomic(job.folder / name, shard_index(job.variant_plan.shards))
-    return records
-
-
-def _find(available: Mapping[str, StoredTensor], name: str, job: PackJob) -> StoredTensor:
-    if name not in available:
-        raise PackError(
-            f"{name} was not quantized",
-            where=job.variant_plan.variant.branch,
-            hint="a block is missing from the work folder: run build again",
-        )
-    return available[name]
 
 
 def _configs(job: PackJob) -> dict[str, bytes]:
@@ -128,7 +89,10 @@ def _configs(job: PackJob) -> dict[str, bytes]:
             "_from_model_config": True,
             **{key: job.source.config[key] for key in keys if job.source.config.get(key) is not None},
         }
-    return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
+    contents = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
+    if len(job.variant_plan.shards) > 1:
+        contents[f"{recipe.checkpoint.weights_name}.safetensors.index.json"] = shard_index(job.variant_plan.shards)
+    return contents
 
 
 def quantization_config(variant: Variant) -> dict[str, object]:

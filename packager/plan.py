@@ -82,22 +82,22 @@ class MemoryPlan:
 class DiskPlan:
     """Disk space at the end of a build, weights only: tokenizers and cards are a few megabytes more.
 
+    Building takes no space of its own: a checkpoint is made in the files that it is published from.
+
     Attributes:
         source_bytes: the base model's download (0 for a local folder).
-        work_bytes: finished blocks, kept for resuming.
-        builds_bytes: the checkpoint folders.
+        builds_bytes: the checkpoint folders, reserved before the first block.
         publish_bytes: the same weights once more in a local publishing target.
     """
 
     source_bytes: int
-    work_bytes: int
     builds_bytes: int
     publish_bytes: int
 
     @property
     def total_bytes(self) -> int:
         """All of them together."""
-        return self.source_bytes + self.work_bytes + self.builds_bytes + self.publish_bytes
+        return self.source_bytes + self.builds_bytes + self.publish_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,7 +349,6 @@ def _disk(recipe: Recipe, architecture: Architecture, planned: Sequence[VariantP
     builds = sum(plan.weights_bytes for plan in planned)
     return DiskPlan(
         source_bytes=architecture.base_bytes if recipe.base_model.path is None else 0,
-        work_bytes=sum(_packed_bytes(architecture, plan.variant) for plan in planned),
         builds_bytes=builds,
         publish_bytes=builds,
     )

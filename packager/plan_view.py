@@ -117,8 +117,7 @@ def _needs_table(plan: BuildPlan) -> Table:
         ("", memory.cpu_bytes_one_variant, "without a GPU, one variant per sweep"),
         ("disk", disk.total_bytes, "everything below"),
         ("", disk.source_bytes, "download of the base model"),
-        ("", disk.work_bytes, "finished blocks"),
-        ("", disk.builds_bytes, "checkpoint folders"),
+        ("", disk.builds_bytes, "checkpoint folders, finished blocks included"),
         ("", disk.publish_bytes, "a local publishing target"),
     ):
         table.add_row(where, gigabytes(size_bytes), purpose)

@@ -1,35 +1,29 @@
 """Stage 5, quantize: all variants in one sweep over the base model's blocks.
 
 A block's weights are read once; every variant has its own activations, because each sees what its own quantized blocks
-make. A finished block is written at once, with a fingerprint of everything that determines it: a killed run picks up
-after the last finished block, whose weights it reads back and only runs forward.
+make. A finished block is written at once: a killed run picks up after the last finished block, whose weights it reads
+back and only runs forward.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from packager.block_store import BlockStore
 from packager.calibrate import TokenRows
 from packager.decoder import BLOCK_PREFIX, Batch, Decoder, rows_per_batch, run_block
-from packager.errors import QuantizeError, SourceError
-from packager.files import write_atomic
+from packager.errors import QuantizeError
 from packager.gptq.hessian import factorize
 from packager.gptq.layout import pack, pack_zeros, unpack, unpack_zeros
 from packager.gptq.solve import GridRules, Solution, solve
 from packager.receipt import LinearRecord
-from packager.recipe import digest_of
-from packager.safetensors_file import read_header
 from packager.source import SourceModel
 from packager.sweep import Group, linear_groups, linears_of, sweep_parallel, sweep_sequential
 from packager.variant import Variant
-
-_METADATA_KEY = "packager"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,33 +45,38 @@ class QuantizeJob:
     Attributes:
         source: the base model.
         rows: calibration tokens.
-        variants: what to make, with the plan's digest of each.
-        work: folder for finished blocks, one subfolder per variant.
+        stores: the variants to make, each with the open store of its blocks.
         device: where to compute.
-        engine_version: part of every fingerprint.
     """
 
     source: SourceModel
     rows: TokenRows
-    variants: Mapping[Variant, str]
-    work: Path
+    stores: Mapping[Variant, BlockStore]
     device: torch.device
-    engine_version: int
 
-    def fingerprint(self, variant: Variant) -> str:
-        """Return the digest of all that determines a variant's blocks, on this kind of device."""
-        return digest_of(
-            {
-                "variant": self.variants[variant],
-                "source": self.source.record.digest,
-                "calibration": self.rows.record.digest,
-                "engine": self.engine_version,
-                "torch": torch.__version__,
-                "transformers": metadata.version("transformers"),
-                "device": device_name(self.device),
-                "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
-            }
-        )
+
+def fingerprint(
+    variant_digest: str, source: SourceModel, rows: TokenRows, device: torch.device, *, engine_version: int
+) -> dict[str, str]:
+    """Return everything that determines a variant's blocks, on this kind of device, by the names a person reads.
+
+    Args:
+        variant_digest: the plan's, of what the recipe says.
+        source: the base model.
+        rows: calibration tokens.
+        device: where to compute.
+        engine_version: of the code.
+    """
+    parts = {
+        "recipe": variant_digest,
+        "base model": source.record.digest,
+        "calibration": rows.record.digest,
+        "engine": str(engine_version),
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "device": device_name(device),
+    }
+    return parts | {"threads": str(torch.get_num_threads())} if device.type == "cpu" else parts
 
 
 def device_name(device: torch.device) -> str:
@@ -92,14 +91,9 @@ def compute_dtype(source: SourceModel, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if "BF16" in source.record.dtype else torch.float16
 
 
-def block_path(work: Path, variant: Variant, block: int) -> Path:
-    """Return where a variant's finished block is kept."""
-    return work / variant.branch / f"block-{block:05d}.safetensors"
-
-
 @torch.no_grad()
 def quantize(job: QuantizeJob, report: Callable[[BlockDone], None]) -> dict[str, tuple[LinearRecord, ...]]:
-    """Quantize every variant, leaving one safetensors file per block and variant in `job.work`.
+    """Quantize every variant block by block into its store; blocks that are finished there are only run forward.
 
     Returns:
         For each branch, one record per linear in model order.
@@ -111,32 +105,30 @@ def quantize(job: QuantizeJob, report: Callable[[BlockDone], None]) -> dict[str,
         job.source.folder, job.source.read, device=job.device, dtype=compute_dtype(job.source, job.device)
     )
     batches = decoder.embed(job.rows.ids, rows=rows_per_batch(job.rows.ids.shape[1], job.device))
-    states = {variant: [batch.hidden for batch in batches] for variant in job.variants}
-    records: dict[str, list[LinearRecord]] = {variant.branch: [] for variant in job.variants}
+    states = {variant: [batch.hidden for batch in batches] for variant in job.stores}
+    records: dict[str, list[LinearRecord]] = {variant.branch: [] for variant in job.stores}
     groups: tuple[Group, ...] = ()
     for index in range(len(decoder)):
         weights = decoder.block_weights(index)
-        for variant in job.variants:
+        for variant in job.stores:
             started = time.monotonic()
             block = decoder.load_block(index, weights)
             if not groups:
                 groups = linear_groups(block, batches[0].hidden, batches[0].contexts[index])
-            path = block_path(job.work, variant, index)
-            stored = load_block(path, job.fingerprint(variant))
-            if stored is None:
+            store = job.stores[variant]
+            tensors, stored = store.read(index), store.records(index)
+            if tensors is None or stored is None:
                 work = _BlockWork(block=block, index=index, variant=variant)
                 states[variant] = work.run(groups, states[variant], batches)
                 stored = work.records
-                save_block(path, work.tensors, stored, job.fingerprint(variant))
-                resumed = False
+                store.write(index, {name: tensor.cpu() for name, tensor in work.tensors.items()}, stored)
             else:
-                _restore(block, index, path, variant)
+                _restore(block, index, tensors, variant)
                 states[variant] = _run(block, index, states[variant], batches)
-                resumed = True
             records[variant.branch].extend(stored)
             report(
                 BlockDone(
-                    branch=variant.branch, block=index, num_blocks=len(decoder), resumed=resumed,
+                    branch=variant.branch, block=index, num_blocks=len(decoder), resumed=tensors is not None,
                     loss=sum(record.loss for record in stored), seconds=time.monotonic() - started,
                 )
             )  # fmt: skip
@@ -212,45 +204,14 @@ class _BlockWork:
         self.records = (*self.records, record)
 
 
-def save_block(path: Path, tensors: Mapping[str, Tensor], records: Sequence[LinearRecord], fingerprint: str) -> None:
-    """Write a finished block, whole or not at all.
-
-    Raises:
-        MachineError: the disk is full.
-    """
-    from safetensors.torch import save
-
-    # One key: safetensors writes several in an order that changes from run to run.
-    block = {"fingerprint": fingerprint, "linears": [record.model_dump() for record in records]}
-    header = {_METADATA_KEY: json.dumps(block, sort_keys=True)}
-    # Not save_file: what it raises on a full disk is no OSError.
-    write_atomic(path, save({name: tensor.cpu() for name, tensor in tensors.items()}, metadata=header))
-
-
-def load_block(path: Path, fingerprint: str) -> tuple[LinearRecord, ...] | None:
-    """Return a finished block's records, or None when it is not there, is damaged, or was made from something else."""
-    if not path.exists():
-        return None
-    try:
-        block = json.loads(read_header(path).metadata[_METADATA_KEY])
-        if block["fingerprint"] != fingerprint:
-            return None
-        return tuple(LinearRecord(**record) for record in block["linears"])
-    except (SourceError, ValueError, KeyError, TypeError):
-        return None  # work files are ours to throw away: the block is made again
-
-
-def _restore(block: nn.Module, index: int, path: Path, variant: Variant) -> None:
-    """Give a block the weights that its finished file stands for."""
-    from safetensors.torch import load_file
-
+def _restore(block: nn.Module, index: int, tensors: Mapping[str, Tensor], variant: Variant) -> None:
+    """Give a block the weights that its finished tensors stand for."""
     device = next(block.parameters()).device
-    tensors = load_file(path, device=str(device))
     for name, linear in linears_of(block).items():
         stored = f"{BLOCK_PREFIX}.{index}.{name}."
 
         def read(part: str, stored: str = stored) -> Tensor:
-            return tensors[stored + part]
+            return tensors[stored + part].to(device)
 
         linear.weight.copy_(dequantize_linear(read, variant.bits))
 

@@ -1,22 +1,18 @@
-"""The safetensors container without torch: reading headers, predicting sizes, and writing tensors as a stream.
+"""The safetensors container without torch: reading headers, predicting sizes and places, and putting tensors there.
 
 Format: 8 bytes little-endian header length, a JSON header padded with spaces to a multiple of 8, then the tensors'
-bytes without holes. Reference: https://github.com/huggingface/safetensors#format. The writer orders tensors as the
-reference implementation does (by dtype, the widest first, then by name), so that its files agree byte by byte.
+bytes without holes. Reference: https://github.com/huggingface/safetensors#format. Tensors are ordered as the reference
+implementation orders them (by dtype, the widest first, then by name), so that files agree byte by byte.
 """
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 from packager.errors import SourceError
-from packager.files import disk_errors
-from packager.receipt import FileRecord
 
 # In the order in which the reference implementation (0.8.0) stores tensors: F32 before I32, BF16 before F16.
 DTYPE_BYTES = {
@@ -71,7 +67,7 @@ def header_bytes(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] = ME
 
 
 def predicted_bytes(tensors: Iterable[TensorInfo]) -> int:
-    """Return the exact size of the file that `write` would make of `tensors`."""
+    """Return the exact size of a file that holds `tensors`."""
     ordered = file_order(tensors)
     return len(header_bytes(ordered)) + sum(tensor.size_bytes for tensor in ordered)
 
@@ -152,7 +148,7 @@ def _naturals(name: str, values: object, at_most: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor's bytes, where they lie on disk, under the name and shape they shall be stored with."""
+    """A tensor and the place of its bytes on disk, or the place that they shall get."""
 
     info: TensorInfo
     path: Path
@@ -170,40 +166,37 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def write(path: Path, tensors: Iterable[StoredTensor], *, chunk_bytes: int = 1 << 24) -> FileRecord:
-    """Write a safetensors file by copying stored tensors, hashing on the way; memory stays at one chunk.
+def layout(path: Path, tensors: Iterable[TensorInfo]) -> tuple[bytes, dict[str, StoredTensor]]:
+    """Return the header of a file that is to hold `tensors`, and the place that each one's bytes get in it."""
+    ordered = file_order(tensors)
+    header = header_bytes(ordered)
+    places, offset = {}, len(header)
+    for info in ordered:
+        places[info.name] = StoredTensor(info=info, path=path, offset=offset)
+        offset += info.size_bytes
+    return header, places
 
-    The caller renames the folder into place; this function only fsyncs the file.
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` (bytes) at an offset of an open file."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def copy_tensor(source: StoredTensor, descriptor: int, offset: int, *, chunk_bytes: int = 1 << 24) -> None:
+    """Copy a stored tensor's bytes to an offset of an open file; memory stays at one chunk.
 
     Raises:
-        MachineError: the disk is full.
-        SourceError: two tensors have one name, or a tensor's file ended early.
+        SourceError: the tensor's file ended early.
     """
-    tensors = tuple(tensors)
-    stored = {tensor.info.name: tensor for tensor in tensors}
-    if len(stored) != len(tensors):
-        raise SourceError("two tensors have the same name", where=str(path))
-    ordered = file_order(tensor.info for tensor in stored.values())
-    digest, written = hashlib.sha256(), 0
-    with disk_errors(path), path.open("wb") as stream:
-        for chunk in chain((header_bytes(ordered),), _data(ordered, stored, chunk_bytes)):
-            stream.write(chunk)
-            digest.update(chunk)
-            written += len(chunk)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return FileRecord(size_bytes=written, sha256=digest.hexdigest())
-
-
-def _data(ordered: Sequence[TensorInfo], stored: Mapping[str, StoredTensor], chunk_bytes: int) -> Iterator[bytes]:
-    for info in ordered:
-        source = stored[info.name]
-        with source.path.open("rb") as reader:
-            reader.seek(source.offset)
-            left = info.size_bytes
-            while left:
-                chunk = reader.read(min(left, chunk_bytes))
-                if not chunk:
-                    raise SourceError("a tensor's file ended early", where=str(source.path), why=f"reading {info.name}")
-                yield chunk
-                left -= len(chunk)
+    with source.path.open("rb") as reader:
+        reader.seek(source.offset)
+        for begin in range(0, source.info.size_bytes, chunk_bytes):
+            size = min(chunk_bytes, source.info.size_bytes - begin)
+            chunk = reader.read(size)
+            if len(chunk) != size:
+                raise SourceError(
+                    "a tensor's file ended early", where=str(source.path), why=f"reading {source.info.name}"
+                )
+            write_at(descriptor, memoryview(chunk), offset + begin)

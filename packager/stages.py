@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from packager import __version__
 from packager.audit import audit
@@ -20,10 +21,15 @@ from packager.card import CardTexts, render_card
 from packager.errors import AuditError, CardError, PackError, StateError
 from packager.files import bytes_record, disk_errors, file_record, replace_folder, write_atomic
 from packager.pack import is_packed
+from packager.parallel import in_parallel
 from packager.plan import ENGINE_VERSION, VariantPlan
 from packager.receipt import FileRecord, LinearRecord, Provenance, Receipt
 from packager.recipe.file import RecipeFile
 from packager.workspace import PROVENANCE, README, check_folder
+
+if TYPE_CHECKING:
+    from packager.block_store import BlockStore
+    from packager.variant import Variant
 
 
 def quantize_and_pack(run: Build) -> tuple[str, ...]:
@@ -40,14 +46,8 @@ def quantize_and_pack(run: Build) -> tuple[str, ...]:
     check_disk(run.workspace.dist, _needed_bytes(run, missing))
     source, texts = run.source, run.texts
     _check_licenses(run)
-    job = QuantizeJob(
-        source=source,
-        rows=texts.calibration,
-        variants={plan.variant: plan.digest for plan in missing},
-        work=run.workspace.work,
-        device=run.device,
-        engine_version=ENGINE_VERSION,
-    )
+    stores = _open_stores(run, missing)
+    job = QuantizeJob(source=source, rows=texts.calibration, stores=stores, device=run.device)
     spent = dict.fromkeys((plan.variant.branch for plan in missing), 0.0)
     with run.terminal.stage("quantize"), run.terminal.bar(len(missing) * source.architecture.num_blocks) as bar:
 
@@ -57,18 +57,60 @@ def quantize_and_pack(run: Build) -> tuple[str, ...]:
             bar.step(f"{done.branch} block {done.block + 1}/{done.num_blocks} {result} {done.seconds:.1f} s")
 
         records = quantize(job, report)
-    for plan in missing:
+    for plan, files, pack_s in _packed(run, missing, stores):
         branch = plan.variant.branch
-        _pack(run, plan, records[branch], device_name(run.device), spent[branch])
+        seconds = {"quantize": round(spent[branch], 3), "pack": round(pack_s, 3)}
+        receipt = Receipt(
+            provenance=_provenance(run, plan, files, records[branch], device_name(run.device)),
+            stages={"weights": run.keys[branch]["weights"]},
+            seconds=seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+        # Announced, so that a run killed before the receipt is kept finds its own folder and takes it over.
+        run.workspace.announce(receipt)
+        replace_folder(stores[plan.variant].checkpoint, run.workspace.folder(branch))
+        run.keep(receipt)
     return tuple(plan.variant.branch for plan in missing)
 
 
+def _open_stores(run: Build, missing: Sequence[VariantPlan]) -> "dict[Variant, BlockStore]":
+    """Make room for the blocks of every variant, or find those that a killed run finished."""
+    from packager.block_store import BlockStore
+    from packager.quantize import fingerprint
+
+    stores = {}
+    for plan in missing:
+        parts = fingerprint(plan.digest, run.source, run.texts.calibration, run.device, engine_version=ENGINE_VERSION)
+        folder = run.workspace.work / plan.variant.branch
+        stores[plan.variant] = BlockStore(folder, plan.shards, parts, run.terminal.say)
+        stores[plan.variant].open()
+    return stores
+
+
+def _packed(
+    run: Build, missing: Sequence[VariantPlan], stores: "Mapping[Variant, BlockStore]"
+) -> list[tuple[VariantPlan, dict[str, FileRecord], float]]:
+    """Stage 6 for all variants at once: complete and audit their folders; return the files and the time of each."""
+    from packager.pack import PackJob, pack_checkpoint
+
+    def pack(plan: VariantPlan) -> tuple[VariantPlan, dict[str, FileRecord], float]:
+        started, store = time.monotonic(), stores[plan.variant]
+        files = pack_checkpoint(PackJob(source=run.source, recipe_file=run.recipe_file, variant_plan=plan, store=store))
+        audit_or_raise(store.checkpoint, complete=False)
+        pack_s = time.monotonic() - started
+        run.terminal.say(f"pack       {pack_s:6.1f} s  {plan.variant.branch}")
+        return plan, files, pack_s
+
+    return in_parallel(pack, missing)
+
+
 def _needed_bytes(run: Build, missing: Sequence[VariantPlan]) -> int:
-    """Return the disk space that building and publishing `missing` takes besides the blocks that are there already."""
-    blocks = sum(path.stat().st_size for path in run.workspace.work.glob("*/block-*.safetensors"))
+    """Return the disk space that building and publishing `missing` takes besides what a killed run reserved for it."""
+    folders = [run.workspace.work / plan.variant.branch for plan in missing]
+    held = sum(path.stat().st_blocks * 512 for folder in folders for path in folder.rglob("*.safetensors"))
     whole = run.plan.disk
     shares = sum(plan.weights_bytes for plan in missing) / sum(plan.weights_bytes for plan in run.plan.variants)
-    return whole.source_bytes + round((whole.total_bytes - whole.source_bytes) * shares) - blocks
+    return whole.source_bytes + round((whole.total_bytes - whole.source_bytes) * shares) - held
 
 
 def _check_licenses(run: Build) -> None:
@@ -80,35 +122,6 @@ def _check_licenses(run: Build) -> None:
                 where=str(run.source.folder),
                 hint="correct card.license.base_files, or ship the file with the recipe and name it in files",
             )
-
-
-def _pack(run: Build, plan: VariantPlan, linears: Sequence[LinearRecord], device: str, quantize_s: float) -> None:
-    """Stage 6 for one variant: its folder, put in place by rename, audited, and then its receipt."""
-    from packager.pack import PackJob, pack_checkpoint
-
-    branch = plan.variant.branch
-    started = time.monotonic()
-    job = PackJob(
-        source=run.source,
-        recipe_file=run.recipe_file,
-        variant_plan=plan,
-        work=run.workspace.work / branch,
-        folder=run.workspace.temporary_folder(branch),
-    )
-    files = pack_checkpoint(job)
-    receipt = Receipt(
-        provenance=_provenance(run, plan, files, linears, device),
-        stages={},
-        seconds={},
-        peak_memory_bytes=peak_memory_bytes(),
-    )
-    run.workspace.announce(receipt)
-    replace_folder(job.folder, run.workspace.folder(branch))
-    audit_or_raise(run.workspace.folder(branch), complete=False)
-    pack_s = time.monotonic() - started
-    run.terminal.say(f"pack       {pack_s:6.1f} s  {branch}")
-    seconds = {"quantize": round(quantize_s, 3), "pack": round(pack_s, 3)}
-    run.keep(receipt.model_copy(update={"stages": {"weights": run.keys[branch]["weights"]}, "seconds": seconds}))
 
 
 def _refuse_edited(run: Build, plan: VariantPlan) -> None:

@@ -3,7 +3,7 @@
 dist/builds/<namespace>/<name>/<branch>/         checkpoint folders, as they will be published
 dist/receipts/<namespace>/<name>/<branch>.json   what was done and measured
 dist/receipts/<namespace>/<name>/unfinished/     receipts of files that are just being put in place
-dist/work/<namespace>/<name>/                    finished blocks of a build under way; may be deleted at any time
+dist/work/<namespace>/<name>/<branch>/           a checkpoint under construction; may be deleted at any time
 dist/hub/models/<namespace>/<name>               the local publishing target
 """
 
@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from packager.errors import StateError
-from packager.files import TEMPORARY_PREFIX, disk_errors, file_record, list_files, remove_leftovers, write_atomic
+from packager.files import disk_errors, file_record, list_files, remove_leftovers, write_atomic
 from packager.receipt import FileRecord, Receipt
 
 README, PROVENANCE = "README.md", "provenance.json"
@@ -31,7 +31,7 @@ class Workspace:
 
     @property
     def work(self) -> Path:
-        """Finished blocks of a build under way."""
+        """Checkpoints under construction; on the file system of the builds, where they go by rename."""
         return self.dist / "work" / self.repository
 
     @property
@@ -42,10 +42,6 @@ class Workspace:
     def folder(self, branch: str) -> Path:
         """Return a variant's checkpoint folder."""
         return self.dist / "builds" / self.repository / branch
-
-    def temporary_folder(self, branch: str) -> Path:
-        """Return where a variant's checkpoint folder is made before it is put in place."""
-        return self.folder(branch).with_name(f"{TEMPORARY_PREFIX}{branch}")
 
     def receipt_path(self, branch: str) -> Path:
         """Return where a variant's receipt is kept."""

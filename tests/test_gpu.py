@@ -7,10 +7,10 @@ from packager.decoder import Decoder, forward
 from packager.gptq.hessian import Hessian, factorize
 from packager.gptq.layout import pack, unpack
 from packager.gptq.solve import GridRules, solve
-from packager.quantize import QuantizeJob, block_path, quantize
+from packager.quantize import QuantizeJob, quantize
 from packager.source import read_source
 from tests.gptq_reference import gptq
-from tests.tiny_models import CONFIGS, save_model, token_rows, variant
+from tests.tiny_models import CONFIGS, open_store, save_model, token_rows, variant
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -63,15 +63,8 @@ def test_every_architecture_quantizes_as_on_the_cpu(tmp_path, name):
     variants = variant(branch="main"), variant(branch="act", desc_act=True, group_size=16)
     losses = {}
     for device in (torch.device("cpu"), CUDA):
-        job = QuantizeJob(
-            source=source,
-            rows=token_rows(),
-            variants={v: v.branch for v in variants},
-            work=tmp_path / device.type,
-            device=device,
-            engine_version=1,
-        )
-        records = quantize(job, lambda _: None)
+        stores = {v: open_store(source, tmp_path / device.type, v, device=device) for v in variants}
+        records = quantize(QuantizeJob(source=source, rows=token_rows(), stores=stores, device=device), lambda _: None)
         losses[device.type] = torch.tensor([record.loss for found in records.values() for record in found])
     # float16 activations move single roundings; the sum over a model's linears hardly moves.
     assert float(losses["cuda"].sum()) == pytest.approx(float(losses["cpu"].sum()), rel=0.05)
@@ -79,17 +72,12 @@ def test_every_architecture_quantizes_as_on_the_cpu(tmp_path, name):
 
 def test_the_same_gpu_gives_the_same_bytes_twice(tmp_path):
     source = read_source(save_model(tmp_path / "model", "llama"), base_id="test/model")
-    v = variant(desc_act=True)
+    v, made = variant(desc_act=True), []
     for run in ("first", "second"):
-        job = QuantizeJob(
-            source=source, rows=token_rows(), variants={v: "v"}, work=tmp_path / run, device=CUDA, engine_version=1
-        )
-        quantize(job, lambda _: None)
-    for block in range(3):
-        assert (
-            block_path(tmp_path / "first", v, block).read_bytes()
-            == block_path(tmp_path / "second", v, block).read_bytes()
-        )
+        store = open_store(source, tmp_path / run, v, device=CUDA)
+        quantize(QuantizeJob(source=source, rows=token_rows(), stores={v: store}, device=CUDA), lambda _: None)
+        made.append((store.checkpoint / "model.safetensors").read_bytes())
+    assert made[0] == made[1]
 
 
 def test_streamed_forward_in_float32_equals_the_cpu(tmp_path):

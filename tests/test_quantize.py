@@ -8,16 +8,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from packager import quantize as quantize_module
+from packager.block_store import BlockStore
 from packager.decoder import Decoder, forward
 from packager.errors import QuantizeError, SourceError
 from packager.gptq.hessian import Hessian, factorize
 from packager.gptq.solve import GridRules, solve
-from packager.quantize import BlockDone, QuantizeJob, block_path, dequantize_linear, quantize
-from packager.safetensors_file import stored_tensors
-from packager.source import SourceModel, read_source, read_tensor
+from packager.quantize import BlockDone, QuantizeJob, dequantize_linear, quantize
+from packager.source import SourceModel, read_source
 from packager.sweep import linear_groups
 from packager.variant import Variant
-from tests.tiny_models import CONFIGS, save_model, token_rows, variant
+from tests.tiny_models import CONFIGS, open_store, save_model, token_rows, variant
 
 CPU = torch.device("cpu")
 
@@ -28,23 +28,25 @@ def source_of(folder: Path, name: str) -> SourceModel:
 
 def run(source: SourceModel, work: Path, *variants: Variant) -> tuple[dict, list[BlockDone]]:
     done: list[BlockDone] = []
-    job = QuantizeJob(
-        source=source,
-        rows=token_rows(),
-        variants={v: v.branch for v in variants},
-        work=work,
-        device=CPU,
-        engine_version=1,
-    )
-    return quantize(job, done.append), done
+    stores = {v: open_store(source, work, v) for v in variants}
+    return quantize(QuantizeJob(source=source, rows=token_rows(), stores=stores, device=CPU), done.append), done
 
 
-def dequantized(work: Path, v: Variant, block: int) -> dict[str, torch.Tensor]:
-    stored = stored_tensors(block_path(work, v, block))
+def stored_block(source: SourceModel, work: Path, v: Variant, block: int) -> dict[str, torch.Tensor]:
+    tensors = open_store(source, work, v).read(block)
+    assert tensors is not None
+    return tensors
+
+
+def files(work: Path) -> dict[str, bytes]:
+    """Return weights and journals of every variant."""
+    return {path.relative_to(work).as_posix(): path.read_bytes() for path in work.rglob("*") if path.is_file()}
+
+
+def dequantized(source: SourceModel, work: Path, v: Variant, block: int) -> dict[str, torch.Tensor]:
+    stored = stored_block(source, work, v, block)
     names = sorted({name.rpartition(".")[0] for name in stored})
-    return {
-        name: dequantize_linear(lambda part, name=name: read_tensor(stored[f"{name}.{part}"]), v.bits) for name in names
-    }
+    return {name: dequantize_linear(lambda part, name=name: stored[f"{name}.{part}"], v.bits) for name in names}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -69,10 +71,10 @@ def test_quantizes_every_architecture(tmp_path, name):
     assert len(done) == source.architecture.num_blocks
     assert all(record.loss > 0 for record in records["main"])
     for block in range(3):
-        for linear, weight in dequantized(tmp_path / "work", v, block).items():
+        for linear, weight in dequantized(source, tmp_path / "work", v, block).items():
             original = source.read(f"{linear}.weight").float()
             assert (weight - original).norm() / original.norm() < 0.2
-    stored = stored_tensors(block_path(tmp_path / "work", v, 0))
+    stored = stored_block(source, tmp_path / "work", v, 0)
     biases = {name for name in stored if name.endswith(".bias")}
     assert biases == {
         f"{linear.name}.bias" for linear in source.architecture.linears if linear.bias and linear.block == 0
@@ -103,7 +105,7 @@ def test_suspended_forward_equals_the_repeated_forward_bit_by_bit(tmp_path):
                     part = solution.outputs(begin, begin + linear.out_features)
                     begin += linear.out_features
                     linear.weight.copy_(part.dequantized().T)
-            for name, weight in dequantized(tmp_path / "work", v, index).items():
+            for name, weight in dequantized(source, tmp_path / "work", v, index).items():
                 oracle = model.get_submodule(name).weight
                 assert torch.allclose(weight, oracle, atol=1e-6), name
 
@@ -129,35 +131,30 @@ def test_variants_of_a_sweep_equal_variants_made_alone(tmp_path):
     run(source, tmp_path / "together", first, second, third)
     for v in (first, second, third):
         run(source, tmp_path / "alone", v)
-        for block in range(3):
-            together, alone = (block_path(tmp_path / where, v, block) for where in ("together", "alone"))
-            assert together.read_bytes() == alone.read_bytes()
+    assert files(tmp_path / "together") == files(tmp_path / "alone")
 
 
 def test_a_killed_sweep_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     source = source_of(tmp_path, "llama")
     variants = variant(branch="a"), variant(branch="b", desc_act=True)
     expected, _ = run(source, tmp_path / "whole", *variants)
-    saved = []
+    written = []
 
-    def save_then_die(path, *rest):
-        original(path, *rest)
-        saved.append(path)
-        if len(saved) == 3:
+    def write_then_die(store, *rest):
+        original(store, *rest)
+        written.append(store)
+        if len(written) == 3:
             raise KeyboardInterrupt
 
-    original = quantize_module.save_block
-    monkeypatch.setattr(quantize_module, "save_block", save_then_die)
+    original = BlockStore.write
+    monkeypatch.setattr(BlockStore, "write", write_then_die)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "killed", *variants)
-    monkeypatch.setattr(quantize_module, "save_block", original)
+    monkeypatch.undo()
     records, done = run(source, tmp_path / "killed", *variants)
     assert [step.resumed for step in done] == [True, True, True, False, False, False]
     assert records == expected
-    for v in variants:
-        for block in range(3):
-            killed, whole = (block_path(tmp_path / where, v, block) for where in ("killed", "whole"))
-            assert killed.read_bytes() == whole.read_bytes()
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
 def test_blocks_made_from_something_else_are_not_taken_over(tmp_path):

@@ -6,8 +6,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
+from packager.architecture import checkpoint_tensors, split_shards
+from packager.block_store import BlockStore
 from packager.calibrate import TokenRows
+from packager.quantize import fingerprint
 from packager.receipt import TextRecord
+from packager.source import SourceModel
 from packager.variant import Variant
 
 _SIZES: dict[str, Any] = {
@@ -65,3 +69,14 @@ def variant(**fields: Any) -> Variant:
         "engine": "native",
     }  # fmt: skip
     return Variant(**{**defaults, **fields})
+
+
+def open_store(
+    source: SourceModel, work: Path, v: Variant, *, device: torch.device | None = None, max_shard_bytes: int = 1 << 30
+) -> BlockStore:
+    """Open a variant's store below `work` for quantizing `token_rows()`."""
+    shards = split_shards(checkpoint_tensors(source.architecture, v), max_shard_bytes, "model")
+    parts = fingerprint("f" * 64, source, token_rows(), device or torch.device("cpu"), engine_version=1)
+    store = BlockStore(work / v.branch, shards, parts, print)
+    store.open()
+    return store
