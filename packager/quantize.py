@@ -17,9 +17,10 @@ from packager.block_store import BlockStore
 from packager.calibrate import TokenRows
 from packager.decoder import BLOCK_PREFIX, Batch, Decoder, rows_per_batch, run_block
 from packager.errors import QuantizeError
+from packager.gptq.grid import GridRules
 from packager.gptq.hessian import factorize
 from packager.gptq.layout import pack, pack_zeros, unpack, unpack_zeros
-from packager.gptq.solve import GridRules, Solution, solve
+from packager.gptq.solve import Solution, solve
 from packager.receipt import LinearRecord
 from packager.source import SourceModel
 from packager.sweep import Group, linear_groups, linears_of, sweep_parallel, sweep_sequential
@@ -148,13 +149,7 @@ class _BlockWork:
         self._block = block
         self._index = index
         self._variant = variant
-        self._rules = GridRules(
-            bits=variant.bits,
-            group_size=variant.group_size,
-            sym=variant.sym,
-            static_groups=variant.static_groups,
-            scale_search=variant.scale_search,
-        )
+        self._rules = GridRules(bits=variant.bits, sym=variant.sym, scale_search=variant.scale_search)
         self.tensors: dict[str, Tensor] = {}
         self.records: tuple[LinearRecord, ...] = ()
 
@@ -177,7 +172,11 @@ class _BlockWork:
                 damp_percent_limit=variant.damp_percent_limit,
             )
             weights = [self._linears[name].weight for name in group]
-            solution = solve(torch.cat([weight.T for weight in weights], dim=1), factor, self._rules)
+            solution = solve(
+                torch.cat([weight.T for weight in weights], dim=1), factor, self._rules,
+                group_size=variant.group_size, static_groups=variant.static_groups,
+            )  # fmt: skip
+            solution.check()
         except QuantizeError as error:
             names = ", ".join(f"{BLOCK_PREFIX}.{self._index}.{name}" for name in group)
             error.where = f"{variant.branch}, {names}"

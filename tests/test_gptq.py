@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packager.errors import QuantizeError
-from packager.gptq.grid import find_grid
+from packager.gptq.grid import GridRules, find_grids
 from packager.gptq.hessian import Hessian, factorize
 from packager.gptq.layout import pack, pack_zeros, unpack, unpack_zeros, values_per_pack
-from packager.gptq.solve import GridRules, Solution, solve
+from packager.gptq.solve import Solution, solve
 from tests.gptq_reference import gptq
 
 CPU = torch.device("cpu")
@@ -33,9 +33,11 @@ def hessian(x: torch.Tensor) -> torch.Tensor:
 
 
 def solved(weight: torch.Tensor, H: torch.Tensor, *, desc_act: bool = False, damp: float = 0.01, **rules) -> Solution:
-    defaults = {"bits": 4, "group_size": 32, "sym": True, "static_groups": False, "scale_search": False}
-    factor = factorize(H, desc_act=desc_act, damp_percent=damp, damp_percent_limit=0.5)
-    return solve(weight, factor, GridRules(**{**defaults, **rules}))
+    factor = factorize(H.clone(), desc_act=desc_act, damp_percent=damp, damp_percent_limit=0.5)
+    grouping = {"group_size": rules.pop("group_size", 32), "static_groups": rules.pop("static_groups", False)}
+    found = solve(weight, factor, GridRules(**{"bits": 4, "sym": True, "scale_search": False, **rules}), **grouping)
+    found.check()
+    return found
 
 
 def test_hessian_is_twice_the_mean_outer_product():
@@ -44,13 +46,13 @@ def test_hessian_is_twice_the_mean_outer_product():
     assert torch.allclose(hessian(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_factor_is_upper_and_inverts_the_damped_hessian():
+def test_factor_is_upper_and_its_square_is_the_damped_hessian():
     H = hessian(inputs(48, 1))
-    factor = factorize(H, desc_act=False, damp_percent=0.02, damp_percent_limit=0.02)
+    factor = factorize(H.clone(), desc_act=False, damp_percent=0.02, damp_percent_limit=0.02)
     damped = H.double() + torch.eye(48) * 0.02 * H.double().diagonal().mean()
-    U = factor.Hinv.double()
-    assert torch.equal(U, U.triu())
-    assert torch.allclose(U.T @ U @ damped, torch.eye(48).double(), atol=1e-4)
+    M = factor.M.double()
+    assert torch.equal(M, M.triu())
+    assert torch.allclose(M @ M.T, damped, rtol=1e-5, atol=1e-5)
 
 
 CASES = [
@@ -105,10 +107,17 @@ def test_losses_are_the_squared_output_error():
         assert torch.allclose(found.losses.double(), expected, rtol=1e-4)
 
 
+def nearest_values(w: torch.Tensor, *, bits: int, sym: bool) -> torch.Tensor:
+    """One group, rounded to the nearest values of its grid."""
+    rules = GridRules(bits=bits, sym=sym, scale_search=False)
+    scales, zeros = find_grids(w, len(w), rules, torch.ones(len(w)))
+    return (torch.clamp(torch.round(w / scales) + zeros, 0, rules.maxq) - zeros) * scales
+
+
 def test_better_than_rounding_to_nearest():
     H = hessian(inputs(64, 5))
     weight = torch.randn(64, 32) * 0.02
-    nearest = torch.cat([(g := find_grid(w, bits=4, sym=True)).dequantize(g.quantize(w)) for w in weight.split(32)])
+    nearest = torch.cat([nearest_values(w, bits=4, sym=True) for w in weight.split(32)])
 
     def error(w: torch.Tensor) -> float:
         return float(((w - weight) * (H @ (w - weight))).sum())
@@ -158,9 +167,10 @@ def test_a_group_of_zeros_stays_zero():
 def test_asymmetric_zero_is_never_zero_and_the_grid_covers_the_group(low, high, bits):
     low, high = sorted((low, high))
     w = torch.linspace(low, high, 16)[:, None]
-    found = find_grid(w, bits=bits, sym=False)
-    assert 1 <= int(found.zero) <= found.maxq
-    assert (w - found.dequantize(found.quantize(w))).abs().max() <= float(found.scale) * 1.001
+    rules = GridRules(bits=bits, sym=False, scale_search=False)
+    scales, zeros = find_grids(w, 16, rules, torch.ones(16))
+    assert 1 <= int(zeros) <= rules.maxq
+    assert (w - nearest_values(w, bits=bits, sym=False)).abs().max() <= float(scales) * 1.001
 
 
 def test_damping_is_raised_only_to_the_limit_and_recorded():
@@ -186,7 +196,7 @@ def test_nan_in_activations_is_an_error():
 
 def test_a_scale_beyond_float16_is_an_error():
     with pytest.raises(QuantizeError, match="float16"):
-        find_grid(torch.tensor([[1e9], [0.0]]), bits=4, sym=True)
+        solved(torch.full((64, 8), 1e9), hessian(inputs(64, 13)))
 
 
 @settings(max_examples=80, deadline=None)

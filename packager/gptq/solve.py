@@ -1,26 +1,47 @@
-"""GPTQ's column loop: round a column, spread its error over those still to come (arXiv:2210.17323, algorithm 1)."""
+"""GPTQ over all columns of a linear: grids, rounding, and the spreading of errors, column block by column block.
 
-from collections.abc import Iterator
+With H = M M^T, M upper triangular, the weights that GPTQ has updated before it reaches a block B of columns are
+w[B] + owed[B] Hinv[B, B], where owed[B] = sum over the columns j before B of change[j] M[j, B] and Hinv[B, B] is the
+inverse of M[B, B]. So M itself is all that is needed of H; its whole inverse, the paper's Hinv, is never formed.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from packager.gptq.grid import Grid, find_grid
+from packager.errors import QuantizeError
+from packager.gptq import columns, grid
+from packager.gptq.carry import Carry, Float32Carry, SplitCarry
+from packager.gptq.columns import Columns, Grids
+from packager.gptq.grid import GridRules
 from packager.gptq.hessian import Factor
 
 COLUMN_BLOCK = 128
+# Column blocks whose debts to each other are settled one by one; those to earlier ones in one product before the first.
+_BLOCKS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridRules:
-    """How grids are chosen: the parameters of a variant that `solve` needs."""
+class Backend:
+    """The three parts that a kind of device has its own version of; see `grid`, `columns` and `carry` for the plain ones."""
 
-    bits: int
-    group_size: int
-    sym: bool
-    static_groups: bool
-    scale_search: bool
+    find_grids: Callable[[Tensor, int, GridRules, Tensor], tuple[Tensor, Tensor]]
+    round_columns: Callable[[Tensor, Tensor, Tensor, Tensor, Grids, GridRules, int, Columns], None]
+    carry: type[Float32Carry] | type[SplitCarry]
+
+
+TORCH = Backend(find_grids=grid.find_grids, round_columns=columns.round_columns, carry=Float32Carry)
+
+
+def backend_for(device: torch.device) -> Backend:
+    """Return Triton kernels on CUDA, torch elsewhere."""
+    if device.type != "cuda":
+        return TORCH
+    from packager.gptq import kernels
+
+    return Backend(find_grids=kernels.find_grids, round_columns=kernels.round_columns, carry=SplitCarry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,77 +77,145 @@ class Solution:
             losses=self.losses[begin:end],
         )
 
+    def check(self) -> None:
+        """Raise QuantizeError if a scale does not fit float16. Not part of `solve`: a GPU must finish for it."""
+        if not bool(torch.isfinite(self.scales).all()):
+            raise QuantizeError("a scale does not fit float16", why="it would be more than 65504")
 
-def solve(weight: Tensor, factor: Factor, rules: GridRules) -> Solution:
+
+def solve(
+    weight: Tensor,
+    factor: Factor,
+    rules: GridRules,
+    *,
+    group_size: int,
+    static_groups: bool,
+    backend: Backend | None = None,
+) -> Solution:
     """Quantize a linear, or several that see the same input side by side.
 
     Args:
         weight: [in_features, out_features], any float dtype; not modified.
         factor: of the Hessian of these inputs.
-        rules: bits, grouping and how grids are found.
-
-    Groups are cut in solving order (so desc_act without static_groups gives a scattered g_idx); a group that begins
-    inside a column block takes its grid from the columns as updated so far. `group_size` need not divide anything.
+        rules: how grids are found.
+        group_size: columns of a group; -1 for one group of all. It need not divide anything.
+        static_groups: take the grids from the columns as stored, before any is changed, and cut groups there; else cut
+            them in solving order (so desc_act gives a scattered g_idx), and a group's grid comes from its columns as
+            updated when the first of them is reached.
+        backend: for tests; None takes the device's own.
     """
-    in_features, out_features = weight.shape
-    W = weight.to(torch.float32, copy=True)
-    W[factor.dead] = 0
-    group_size = in_features if rules.group_size == -1 else rules.group_size
-    order = factor.order if factor.order is not None else torch.arange(in_features, device=W.device)
-    if rules.static_groups:
-        grids = _static_grids(W, factor, group_size, rules)
-        groups = order // group_size
-    else:
-        grids = []
-        groups = torch.arange(in_features, device=W.device) // group_size
-    W = W[order] if factor.order is not None else W
-    q = torch.empty_like(W, dtype=torch.uint8)
-    losses = torch.zeros(out_features, dtype=torch.float32, device=W.device)
-    group_of = groups.tolist()
-    for begin in range(0, in_features, COLUMN_BLOCK):
-        end = min(begin + COLUMN_BLOCK, in_features)
-        errors = torch.empty(end - begin, out_features, dtype=torch.float32, device=W.device)
-        for i in range(begin, end):
-            if len(grids) == group_of[i]:
-                grids.append(_grid(W[i : i + group_size], factor.Hinv, i, rules))
-            grid = grids[group_of[i]]
-            column = grid.quantize(W[i])
-            q[i] = column
-            error = (W[i] - grid.dequantize(column)) / factor.Hinv[i, i]
-            W[i:end].addr_(factor.Hinv[i, i:end], error, alpha=-1)
-            errors[i - begin] = error
-        losses += errors.square().sum(0)
-        W[end:].addmm_(factor.Hinv[begin:end, end:].T, errors, alpha=-1)
-    inverse = torch.argsort(order)
+    in_features = weight.shape[0]
+    size = in_features if group_size == -1 else group_size
+    weight = weight.masked_fill(factor.dead[:, None], 0)
+    order = torch.arange(in_features, device=weight.device) if factor.order is None else factor.order
+    walk = _Walk(
+        weight=weight if factor.order is None else weight[order],
+        M=factor.M,
+        rules=rules,
+        group_size=size,
+        backend=backend or backend_for(weight.device),
+    )
+    if static_groups:
+        price = torch.empty_like(walk.diagonal).index_copy_(0, order, walk.diagonal.square())
+        scales, zeros = walk.backend.find_grids(weight.float(), size, rules, price)
+        walk.grids = Grids(scales=scales, zeros=zeros, groups=order // size)
+    walk.run(find=not static_groups)
+    back = slice(None) if factor.order is None else torch.argsort(order)
     return Solution(
-        q=q[inverse],
-        scales=torch.stack([grid.scale for grid in grids]).to(torch.float16),
-        zeros=torch.stack([grid.zero for grid in grids]).to(torch.uint8),
-        g_idx=groups[inverse].to(torch.int32),
-        losses=losses / 2,
+        q=walk.q[back],
+        scales=walk.grids.scales.to(torch.float16),
+        zeros=walk.grids.zeros.to(torch.uint8),
+        g_idx=walk.grids.groups[back].to(torch.int32),
+        losses=walk.squared_errors / 2,
     )
 
 
-def _grid(columns: Tensor, Hinv: Tensor, first: int, rules: GridRules) -> Grid:
-    weight = None
-    if rules.scale_search:
-        weight = Hinv.diagonal()[first : first + columns.shape[0]].square().reciprocal()
-    return find_grid(columns, bits=rules.bits, sym=rules.sym, search_weight=weight)
+class _Walk:
+    """One pass over the columns, all in solving order.
+
+    Attributes:
+        diagonal: float32 [in_features], of M, which is 1 / Hinv_ii: its square is what an error in a column costs.
+        grids: of the groups reached so far.
+        q: uint8 [in_features, out_features].
+        squared_errors: float32 [out_features].
+    """
+
+    def __init__(self, *, weight: Tensor, M: Tensor, rules: GridRules, group_size: int, backend: Backend) -> None:
+        in_features, out_features = weight.shape
+        self._weight, self._M, self._rules, self._size = weight, M, rules, group_size
+        self.backend = backend
+        self._carry: Carry = backend.carry(M, weight)
+        self.diagonal = M.diagonal().contiguous()
+        scales = torch.empty(-(-in_features // group_size), out_features, device=weight.device)
+        groups = torch.arange(in_features, device=weight.device) // group_size
+        self.grids = Grids(scales=scales, zeros=torch.empty_like(scales), groups=groups)
+        self.q = torch.empty_like(weight, dtype=torch.uint8)
+        self.squared_errors = torch.zeros(out_features, device=weight.device)
+
+    def run(self, *, find: bool) -> None:
+        """Quantize every column, finding the grids on the way or using those that are there."""
+        blocks = column_blocks(self._weight.shape[0], self._size)
+        inverses = inverse_blocks(self._M, blocks)
+        for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
+            some = slice(first, first + _BLOCKS_AT_ONCE)
+            self._run_some(blocks[some], inverses[some], find=find)
+
+    def _run_some(self, blocks: Sequence[tuple[int, int]], inverses: Sequence[Tensor], *, find: bool) -> None:
+        start, stop = blocks[0][0], blocks[-1][1]
+        weight = self._weight[start:stop].float()
+        owed = self._carry.owed(start, start, stop) if start else torch.zeros_like(weight)
+        change = torch.empty_like(weight)
+        # Groups within a column block are found while it is rounded, longer ones here.
+        find_every = self._size if find and self._size <= COLUMN_BLOCK else 0
+        for (begin, end), Hinv in zip(blocks, inverses, strict=True):
+            here, after = slice(begin - start, end - start), slice(end - start, None)
+            updated = torch.addmm(weight[here], Hinv.T, owed[here])
+            if find and not find_every and begin % self._size == 0:
+                self._find_grid(begin, change[: begin - start])
+            result = Columns(q=self.q[begin:end], change=change[here], squared_errors=self.squared_errors)
+            self.backend.round_columns(
+                updated, self._weight[begin:end], Hinv, self.diagonal[begin:end], self.grids.of(slice(begin, end)),
+                self._rules, find_every, result,
+            )  # fmt: skip
+            if end < stop:
+                owed[after].addmm_(self._M[begin:end, end:stop].T, change[here])
+        self._carry.record(start, change)
+
+    def _find_grid(self, begin: int, change: Tensor) -> None:
+        """Find the grid of the group at `begin`; `change` is that of the columns just before, new to the carry."""
+        end = min(begin + self._size, self._weight.shape[0])
+        updated = self._weight[begin:end].float()
+        if begin:
+            known = begin - change.shape[0]
+            owed = self._M[known:begin, begin:end].T @ change
+            if known:
+                owed += self._carry.owed(known, begin, end)
+            updated += torch.linalg.solve_triangular(self._M[begin:end, begin:end].T, owed, upper=False)
+        scales, zeros = self.backend.find_grids(updated, self._size, self._rules, self.diagonal[begin:end].square())
+        group = slice(begin // self._size, begin // self._size + 1)
+        self.grids.scales[group], self.grids.zeros[group] = scales, zeros
 
 
-def _static_grids(W: Tensor, factor: Factor, group_size: int, rules: GridRules) -> list[Grid]:
-    """Return the grids of the original, unordered columns."""
-    weight = None
-    if rules.scale_search:
-        weight = factor.Hinv.diagonal().square().reciprocal()
-        if factor.order is not None:
-            weight = weight[torch.argsort(factor.order)]
+def column_blocks(in_features: int, group_size: int) -> list[tuple[int, int]]:
+    """Cut the columns into blocks of at most `COLUMN_BLOCK` that hold whole groups, or part of a single one."""
+    if group_size <= COLUMN_BLOCK:
+        width = COLUMN_BLOCK // group_size * group_size
+        starts = list(range(0, in_features, width))
+    else:
+        starts = [
+            begin
+            for group in range(0, in_features, group_size)
+            for begin in range(group, min(group + group_size, in_features), COLUMN_BLOCK)
+        ]
+    return list(zip(starts, [*starts[1:], in_features], strict=True))
 
-    def grids() -> Iterator[Grid]:
-        for begin in range(0, W.shape[0], group_size):
-            part = slice(begin, begin + group_size)
-            yield find_grid(
-                W[part], bits=rules.bits, sym=rules.sym, search_weight=None if weight is None else weight[part]
-            )
 
-    return list(grids())
+def inverse_blocks(M: Tensor, blocks: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return the inverses of M's diagonal blocks, upper triangular; blocks of one width are inverted in one call."""
+    inverses: dict[int, Tensor] = {}
+    for width in {end - begin for begin, end in blocks}:
+        chosen = [number for number, (begin, end) in enumerate(blocks) if end - begin == width]
+        squares = torch.stack([M[slice(*blocks[number]), slice(*blocks[number])] for number in chosen])
+        identity = torch.eye(width, dtype=M.dtype, device=M.device).expand_as(squares)
+        inverses |= dict(zip(chosen, torch.linalg.solve_triangular(squares, identity, upper=True).contiguous(), strict=True))
+    return [inverses[number] for number in range(len(blocks))]
