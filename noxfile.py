@@ -66,7 +66,9 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the test suite; no GPU, no token, no network. Arguments after `--` go to pytest."""
-    _install(session, "-e", ".[build]", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "jsonschema")
+    # A CUDA build of torch brings Triton; a CPU build does not, and runs its kernels in the interpreter.
+    triton = 'triton; sys_platform == "linux"'
+    _install(session, "-e", ".[build]", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "jsonschema", triton)
     workers = [] if any(argument.startswith("-n") for argument in session.posargs) else ["-n", str(os.cpu_count() or 1)]
     session.run("pytest", *workers, *session.posargs)
 

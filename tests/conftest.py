@@ -21,6 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="tests marked gpu fail where there is no CUDA GPU")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Triton kernels run in its interpreter where no GPU was asked for: read when triton is first imported."""
+    # Not for the loaders that the release tests start: their kernels are not made for it.
+    if not config.getoption("--require-gpu") and "release" not in config.getoption("-m"):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect gpu and release tests unless they are asked for; asked for, they run or fail."""
     asked = config.getoption("-m")

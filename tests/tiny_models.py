@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from packager.architecture import checkpoint_tensors, split_shards
 from packager.block_store import BlockStore
@@ -33,6 +33,7 @@ CONFIGS = {
     "mistral": lambda: MistralConfig(**_SIZES, sliding_window=None),
     "mistral-sliding": lambda: MistralConfig(**_SIZES, sliding_window=16),
     "qwen2": lambda: Qwen2Config(**_SIZES),
+    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=32),
 }  # fmt: skip
 
 
