@@ -42,12 +42,14 @@ class Options:
         cache: where loader environments are kept.
         device: where to compute.
         environ: the process environment, for the loaders' processes.
+        gpu_memory_bytes: how much of each GPU quantizing may use; None for what is free.
     """
 
     dist: Path
     cache: Path
     device: DeviceChoice
     environ: Mapping[str, str]
+    gpu_memory_bytes: int | None = None
 
 
 class Build:
@@ -133,6 +135,11 @@ class Build:
             self._device = choose_device(self.options.device)
         return self._device
 
+    @property
+    def devices(self) -> "tuple[torch.device, ...]":
+        """Where to quantize: the device and every other GPU of the same kind."""
+        return same_devices(self.device)
+
 
 def stage_keys(recipe_file: RecipeFile, plan: VariantPlan) -> dict[str, str]:
     """Return, for each stage, the digest of everything that determines its result (no torch, no network).
@@ -181,6 +188,18 @@ def choose_device(choice: DeviceChoice) -> "torch.device":
     if choice != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", 0)
     return torch.device("cpu")
+
+
+def same_devices(device: "torch.device") -> "tuple[torch.device, ...]":
+    """Return a device and, if it is a GPU, every other GPU of its name: on those the same bytes are made."""
+    import torch
+
+    if device.type == "cpu":
+        return (device,)
+    found = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    name = torch.cuda.get_device_name(device)
+    others = [other for other in found if other != device and torch.cuda.get_device_name(other) == name]
+    return (device, *others)
 
 
 def require_build_extra() -> None:

@@ -5,7 +5,9 @@ their turn comes. What a block is called with besides the hidden states (positio
 from the model's own forward, so nothing here knows any architecture.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,17 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from packager.errors import SourceError
+from packager.fusion import fuse
 
 BLOCK_PREFIX = "model.layers"
-# Batches that stay in a CPU's cache are 15 % faster there than these large ones, which a GPU needs to be busy.
-_TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
 ReadTensor = Callable[[str], Tensor]
 Context = Mapping[str, Any]
-
-
-def rows_per_batch(seq_len: int, device: torch.device) -> int:
-    """Return how many rows of `seq_len` tokens travel together."""
-    return max(1, _TOKENS_PER_BATCH[device.type] // seq_len)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +29,7 @@ class Batch:
 
     Attributes:
         hidden: [rows, seq_len, hidden_size].
-        contexts: for each block, the keyword arguments its forward gets.
+        contexts: for each block, the keyword arguments its forward gets; batches of one shape share them.
     """
 
     hidden: Tensor
@@ -58,6 +54,8 @@ class Decoder:
         self.dtype = dtype
         self._read = read
         self._model = _skeleton(folder, dtype)
+        fuse(self._model)
+        self._reading = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.blocks = cast(nn.ModuleList, self._model.get_submodule(BLOCK_PREFIX))
         self._tied = bool(getattr(self._model.config, "tie_word_embeddings", False))
         self._load_outside_blocks()
@@ -66,21 +64,39 @@ class Decoder:
         """Return the number of blocks."""
         return len(self.blocks)
 
-    def block_weights(self, index: int) -> dict[str, Tensor]:
-        """Read the tensors of a block from disk: names relative to the block, on the device, in `dtype`.
+    def stream(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the weights of each block in turn; the next block is read while the caller works on this one.
+
+        Yields:
+            Names relative to the block, tensors on the device, in `dtype`.
 
         Raises:
             SourceError: a tensor holds NaN or Inf.
         """
+        with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+            coming = pool.submit(self._block_weights, 0)
+            for index in range(len(self)):
+                weights = coming.result()
+                if index + 1 < len(self):
+                    coming = pool.submit(self._block_weights, index + 1)
+                if self._reading is not None:
+                    for tensor in weights.values():
+                        tensor.record_stream(torch.cuda.current_stream(self.device))
+                yield weights
+                del weights
+
+    def _block_weights(self, index: int) -> dict[str, Tensor]:
+        """Read the tensors of a block from disk; on CUDA beside what is being computed, finished on return."""
         prefix = f"{BLOCK_PREFIX}.{index}."
         weights = {}
-        for name in self.blocks[index].state_dict():
-            tensor = self._read(prefix + name).to(self.device, self.dtype)
-            if not bool(torch.isfinite(tensor).all()):
-                raise SourceError(
-                    "the weights contain NaN or Inf", where=prefix + name, hint="the base model is damaged"
-                )
-            weights[name] = tensor
+        with torch.cuda.stream(self._reading) if self._reading is not None else nullcontext():
+            for name in self.blocks[index].state_dict():
+                tensor = self._read(prefix + name).to(self.device, self.dtype)
+                if not bool(torch.isfinite(tensor).all()):
+                    raise SourceError(
+                        "the weights contain NaN or Inf", where=prefix + name, hint="the base model is damaged"
+                    )
+                weights[name] = tensor
         return weights
 
     def load_block(self, index: int, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -93,12 +109,23 @@ class Decoder:
         """Free a block's weights."""
         self.blocks[index].to("meta")
 
+    def drop_outside_blocks(self) -> None:
+        """Free embeddings, norm and head, when only blocks are still to be run."""
+        for name, child in self._model.named_modules():
+            if not name.startswith(BLOCK_PREFIX) and next(child.children(), None) is None:
+                child.to("meta")
+
     @torch.no_grad()
     def embed(self, ids: Tensor, *, rows: int) -> list[Batch]:
         """Return the first block's inputs for token ids [num_samples, seq_len], `rows` to a batch."""
-        return [self._embed_batch(part.to(self.device)) for part in torch.split(ids, rows)]
+        shared: dict[int, tuple[Context, ...]] = {}
+        batches = []
+        for part in torch.split(ids, rows):
+            hidden, contexts = self._embed_batch(part.to(self.device))
+            batches.append(Batch(hidden=hidden, contexts=shared.setdefault(part.shape[0], contexts)))
+        return batches
 
-    def _embed_batch(self, ids: Tensor) -> Batch:
+    def _embed_batch(self, ids: Tensor) -> tuple[Tensor, tuple[Context, ...]]:
         inputs: list[Tensor] = []
         contexts: list[Context] = []
 
@@ -107,8 +134,9 @@ class Decoder:
             contexts.append(context)
             return hidden
 
-        self._forward_with(record, ids)
-        return Batch(hidden=inputs[0], contexts=tuple(contexts))
+        with self._blocks_replaced(record):
+            self._model.get_submodule(BLOCK_PREFIX.rpartition(".")[0])(input_ids=ids, use_cache=False)
+        return inputs[0], tuple(contexts)
 
     @torch.no_grad()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -117,15 +145,17 @@ class Decoder:
         def replace(_: Tensor, **context: Any) -> Tensor:  # noqa: ARG001
             return hidden
 
-        return self._forward_with(replace, ids.to(self.device)).float()
+        with self._blocks_replaced(replace):
+            return cast(Tensor, self._model(input_ids=ids.to(self.device), use_cache=False).logits).float()
 
-    def _forward_with(self, block_forward: Callable[..., Tensor], ids: Tensor) -> Tensor:
-        """Run the model's own forward with every block replaced by a function."""
+    @contextmanager
+    def _blocks_replaced(self, block_forward: Callable[..., Tensor]) -> Iterator[None]:
+        """Let the model's own forward run with every block replaced by a function."""
         originals = [block.forward for block in self.blocks]
         for block in self.blocks:
             block.forward = block_forward
         try:
-            return cast(Tensor, self._model(input_ids=ids, use_cache=False).logits)
+            yield
         finally:
             for block, original in zip(self.blocks, originals, strict=True):
                 block.forward = original
@@ -177,8 +207,8 @@ def forward(
     """Run token ids [num_samples, seq_len] through every block, `rows` to a batch; return the last hidden states."""
     batches = decoder.embed(ids, rows=rows)
     states = [batch.hidden for batch in batches]
-    for index in range(len(decoder)):
-        block = decoder.load_block(index, decoder.block_weights(index))
+    for index, weights in enumerate(decoder.stream()):
+        block = decoder.load_block(index, weights)
         for number, batch in enumerate(batches):
             states[number] = run_block(block, states[number], batch.contexts[index])
         decoder.drop_block(index)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from packager.calibrate import Question, TextSets
-from packager.decoder import Decoder, ReadTensor, forward, rows_per_batch
+from packager.decoder import Decoder, ReadTensor, forward
 from packager.errors import QuantizeError
+from packager.memory import rows_per_batch
 from packager.quantize import compute_dtype, dequantize_linear
 from packager.receipt import QualityRecord
 from packager.safetensors_file import StoredTensor, stored_tensors
@@ -62,7 +63,7 @@ def measure(
     """
     decoder = Decoder(folder, read, device=device, dtype=dtype)
     ids = texts.evaluation.ids
-    states = forward(decoder, ids, rows=rows_per_batch(ids.shape[1], device))
+    states = forward(decoder, ids, rows=rows_per_batch(ids.shape[1], device.type))
     return Measured(decoder=decoder, states=states, answered=count_answered(decoder, texts.questions))
 
 
@@ -80,7 +81,7 @@ def count_answered(decoder: Decoder, questions: Sequence[Question]) -> int:
     for row, question in enumerate(questions):
         tokens = question.prompt_ids + question.answer_ids
         ids[row, : len(tokens)] = torch.tensor(tokens)
-    rows = rows_per_batch(width, decoder.device)
+    rows = rows_per_batch(width, decoder.device.type)
     states = forward(decoder, ids, rows=rows)
     greedy = torch.cat(
         [

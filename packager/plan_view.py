@@ -9,10 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from packager.compatibility import LOADERS, Verdict
+from packager.memory import SweepPlan
 from packager.plan import BuildPlan, VariantPlan
 
 _LOADERS_TITLE = "What loads them (predicted from parameters and shapes)"
 _FLEXIBLE = ("Branch", "For")
+_FP16_BYTES = 2
 _TITLES = {loader.name: loader.title for loader in LOADERS}
 
 
@@ -36,7 +38,7 @@ def print_plan(plan: BuildPlan, console: Console) -> None:
         counts = (f"{planned.variant.branch} {len(planned.shards)}" for planned in plan.variants)
         _line(console, f"Weights files: {', '.join(counts)}.")
     _print_loaders(plan, console)
-    for text in _reasons(plan.variants):
+    for text in [*_reasons(plan.variants), *_engine_notes(plan)]:
         _line(console, text)
     console.print(_needs_table(plan))
 
@@ -56,8 +58,9 @@ def _table(title: str, *columns: str, numbers: Iterable[int] = ()) -> Table:
 
 
 def _branch_table(plan: BuildPlan) -> Table:
-    columns = ("Branch", "Bits", "Group\nsize", "Act\norder", "Size,\nGB", "Bytes", "To run,\nGB")
-    table = _table("Branches", *columns, numbers=(1, 2, 4, 5, 6))
+    columns = ["Branch", "Bits", "Group\nsize", "Act\norder", "Size,\nGB", "Bytes", "To run,\nGB"]
+    foreign = [planned for planned in plan.variants if planned.variant.engine != "native"]
+    table = _table("Branches", *columns, *(["Engine"] if foreign else []), numbers=(1, 2, 4, 5, 6))
     for planned in plan.variants:
         variant = planned.variant
         table.add_row(
@@ -68,8 +71,21 @@ def _branch_table(plan: BuildPlan) -> Table:
             gigabytes(planned.weights_bytes),
             f"{planned.weights_bytes:,}",
             gigabytes(plan.run_bytes(planned)),
+            *([variant.engine] if foreign else []),
         )
     return table
+
+
+def _engine_notes(plan: BuildPlan) -> list[str]:
+    """Return what the memory table does not say: it counts with our own engine."""
+    branches = [planned.variant.branch for planned in plan.variants if planned.variant.engine == "auto-gptq"]
+    if not branches:
+        return []
+    host = gigabytes(2 * _FP16_BYTES * plan.architecture.num_parameters)
+    return [
+        f"note: engine auto-gptq makes {', '.join(branches)} one after the other, on CUDA only, with the whole model "
+        f"in host memory (up to {host} GB while it is read); the memory below is that of engine native"
+    ]
 
 
 def _print_loaders(plan: BuildPlan, console: Console) -> None:
@@ -110,11 +126,10 @@ def _needs_table(plan: BuildPlan) -> Table:
     memory, disk = plan.memory, plan.disk
     table = _table("What a build needs", "Where", "GB", "For", numbers=(1,))
     for where, size_bytes, purpose in (
-        ("GPU memory", memory.gpu_bytes, "all variants in one sweep (estimated, without the CUDA context)"),
-        ("", memory.gpu_bytes_one_variant, "one variant per sweep"),
-        ("host memory", memory.host_bytes, "beside a GPU"),
-        ("", memory.cpu_bytes, "without a GPU, all variants in one sweep"),
-        ("", memory.cpu_bytes_one_variant, "without a GPU, one variant per sweep"),
+        ("GPU memory", memory.fastest.device_bytes, "everything on the GPU (estimated, without the CUDA context)"),
+        ("", memory.full_speed.device_bytes, f"as fast, with {_host(memory.full_speed)}"),
+        ("", memory.least.device_bytes, f"least, up to twice as long, with {_host(memory.least)}"),
+        ("host memory", memory.cpu.device_bytes, "without a GPU"),
         ("disk", disk.total_bytes, "everything below"),
         ("", disk.source_bytes, "download of the base model"),
         ("", disk.builds_bytes, "checkpoint folders, finished blocks included"),
@@ -122,6 +137,10 @@ def _needs_table(plan: BuildPlan) -> Table:
     ):
         table.add_row(where, gigabytes(size_bytes), purpose)
     return table
+
+
+def _host(way: SweepPlan) -> str:
+    return f"{gigabytes(way.host_bytes)} GB of host memory"
 
 
 def plan_json(plan: BuildPlan) -> dict[str, object]:

@@ -1,30 +1,47 @@
 """Stage 5, quantize: all variants in one sweep over the base model's blocks.
 
 A block's weights are read once; every variant has its own activations, because each sees what its own quantized blocks
-make. A finished block is written at once: a killed run picks up after the last finished block, whose weights it reads
-back and only runs forward.
+make. Reading the next block, computing and writing the last go on side by side. A finished block is written at once: a
+killed run picks up after the last finished block, whose weights it reads back and only runs forward.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
+from threading import Event
 
 import torch
 from torch import Tensor, nn
 
+from packager.activations import Activations
 from packager.block_store import BlockStore
 from packager.calibrate import TokenRows
-from packager.decoder import BLOCK_PREFIX, Batch, Decoder, rows_per_batch, run_block
+from packager.decoder import BLOCK_PREFIX, Context, Decoder
 from packager.errors import QuantizeError
 from packager.gptq.grid import GridRules
-from packager.gptq.hessian import factorize
+from packager.gptq.hessian import Hessian, factorize
 from packager.gptq.layout import pack, pack_zeros, unpack, unpack_zeros
 from packager.gptq.solve import Solution, solve
+from packager.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, choose_sweep, rows_per_batch
 from packager.receipt import LinearRecord
 from packager.source import SourceModel
-from packager.sweep import Group, linear_groups, linears_of, sweep_parallel, sweep_sequential
+from packager.sweep import Group, linear_groups, linears_of, run_forward, sweep_parallel, sweep_sequential
 from packager.variant import Variant
+
+# What is left to CUDA's libraries and to the allocator's gaps when a GPU's free memory is planned with.
+_SPARE = 0.92
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearsDone:
+    """What progress reports when linears that see the same input have been quantized."""
+
+    branch: str
+    block: int
+    linears: tuple[LinearRecord, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +56,9 @@ class BlockDone:
     resumed: bool
 
 
+Report = Callable[[BlockDone | LinearsDone], None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizeJob:
     """Everything that determines the sweep.
@@ -47,13 +67,17 @@ class QuantizeJob:
         source: the base model.
         rows: calibration tokens.
         stores: the variants to make, each with the open store of its blocks.
-        device: where to compute.
+        devices: where to compute; several share the variants.
+        device_limit: bytes of each device that may be used; None for what is free on it.
+        host_limit: bytes of host memory beside GPUs, for all of them together.
     """
 
     source: SourceModel
     rows: TokenRows
     stores: Mapping[Variant, BlockStore]
-    device: torch.device
+    devices: tuple[torch.device, ...]
+    device_limit: int | None = None
+    host_limit: int = HOST_LIMIT_BYTES
 
 
 def fingerprint(
@@ -92,103 +116,249 @@ def compute_dtype(source: SourceModel, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if "BF16" in source.record.dtype else torch.float16
 
 
-@torch.no_grad()
-def quantize(job: QuantizeJob, report: Callable[[BlockDone], None]) -> dict[str, tuple[LinearRecord, ...]]:
+def quantize(job: QuantizeJob, report: Report) -> dict[str, tuple[LinearRecord, ...]]:
     """Quantize every variant block by block into its store; blocks that are finished there are only run forward.
+
+    Args:
+        job: what and where.
+        report: called from the thread of each device.
 
     Returns:
         For each branch, one record per linear in model order.
 
     Raises:
         QuantizeError: NaN or Inf, or a factorisation beyond the limit; names block and linear.
+        MachineError: it does not fit into memory.
     """
-    decoder = Decoder(
-        job.source.folder, job.source.read, device=job.device, dtype=compute_dtype(job.source, job.device)
+    variants = list(job.stores)
+    shares = [variants[number :: len(job.devices)] for number in range(len(job.devices))]
+    stop = Event()
+    workers = [
+        _Worker(job, share, device, report, stop) for share, device in zip(shares, job.devices, strict=True) if share
+    ]
+    with ThreadPoolExecutor(len(workers), thread_name_prefix="quantize") as pool:
+        runs = [pool.submit(worker.run) for worker in workers]
+        try:
+            for run in runs:
+                run.result()
+        finally:
+            stop.set()
+    records = {branch: found for worker in workers for branch, found in worker.records.items()}
+    return {variant.branch: tuple(records[variant.branch]) for variant in variants}
+
+
+def sweep_plan(job: QuantizeJob, variants: Sequence[Variant], device: torch.device) -> SweepPlan:
+    """Choose how many variants ride one sweep on a device and where their activations live.
+
+    Raises:
+        MachineError: it does not fit.
+    """
+    work = Workload(
+        architecture=job.source.architecture,
+        num_samples=job.rows.ids.shape[0],
+        seq_len=job.rows.ids.shape[1],
+        num_variants=len(variants),
+        true_sequential=any(variant.true_sequential for variant in variants),
     )
-    batches = decoder.embed(job.rows.ids, rows=rows_per_batch(job.rows.ids.shape[1], job.device))
-    states = {variant: [batch.hidden for batch in batches] for variant in job.stores}
-    records: dict[str, list[LinearRecord]] = {variant.branch: [] for variant in job.stores}
-    groups: tuple[Group, ...] = ()
-    for index in range(len(decoder)):
-        weights = decoder.block_weights(index)
-        for variant in job.stores:
-            started = time.monotonic()
-            block = decoder.load_block(index, weights)
-            if not groups:
-                groups = linear_groups(block, batches[0].hidden, batches[0].contexts[index])
-            store = job.stores[variant]
-            tensors, stored = store.read(index), store.records(index)
-            if tensors is None or stored is None:
-                work = _BlockWork(block=block, index=index, variant=variant)
-                states[variant] = work.run(groups, states[variant], batches)
-                stored = work.records
-                store.write(index, {name: tensor.cpu() for name, tensor in work.tensors.items()}, stored)
-            else:
-                _restore(block, index, tensors, variant)
-                states[variant] = _run(block, index, states[variant], batches)
-            records[variant.branch].extend(stored)
-            report(
-                BlockDone(
-                    branch=variant.branch, block=index, num_blocks=len(decoder), resumed=tensors is not None,
-                    loss=sum(record.loss for record in stored), seconds=time.monotonic() - started,
-                )
-            )  # fmt: skip
-        decoder.drop_block(index)
-    return {branch: tuple(found) for branch, found in records.items()}
+    if device.type == "cpu":
+        return choose_sweep(work, "cpu", device_limit=None, host_limit=None)
+    limit = job.device_limit or torch.cuda.mem_get_info(device)[0]
+    host_limit = job.host_limit // len(job.devices)
+    return choose_sweep(work, "cuda", device_limit=int(limit * _SPARE), host_limit=host_limit)
 
 
-def _run(block: nn.Module, index: int, states: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
-    return [run_block(block, hidden, batch.contexts[index]) for hidden, batch in zip(states, batches, strict=True)]
+class _Worker:
+    """One device and the variants it makes, in one sweep or, where memory is short, in several.
+
+    Attributes:
+        records: for each branch, one record per linear in model order.
+    """
+
+    def __init__(
+        self, job: QuantizeJob, variants: Sequence[Variant], device: torch.device, report: Report, stop: Event
+    ) -> None:
+        self._job, self._variants, self._device = job, variants, device
+        self._report, self._stop = report, stop
+        self._plan = sweep_plan(job, variants, device)
+        self.records: dict[str, list[LinearRecord]] = {variant.branch: [] for variant in variants}
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Quantize every variant."""
+        cuda = self._device.type == "cuda"
+        with torch.cuda.device(self._device) if cuda else nullcontext():
+            if cuda and self._job.device_limit is not None:
+                total = torch.cuda.get_device_properties(self._device).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, self._job.device_limit / total))
+            step = self._plan.num_variants
+            for first in range(0, len(self._variants), step):
+                self._sweep(self._variants[first : first + step])
+
+    def _sweep(self, variants: Sequence[Variant]) -> None:
+        job, plan = self._job, self._plan
+        decoder = Decoder(
+            job.source.folder, job.source.read, device=self._device, dtype=compute_dtype(job.source, self._device)
+        )
+        batches = decoder.embed(job.rows.ids, rows=rows_per_batch(job.rows.ids.shape[1], self._device.type))
+        decoder.drop_outside_blocks()
+        contexts = [batch.contexts for batch in batches]
+        folder = job.stores[variants[0]].checkpoint.parent
+        hidden = [batch.hidden for batch in batches]
+        del batches
+        rides = [
+            _Ride(variant, job.stores[variant], Activations(hidden, plan.placement, folder), self._report, plan)
+            for variant in variants
+        ]
+        first = hidden[0]
+        del hidden
+        groups: tuple[Group, ...] = ()
+        with ThreadPoolExecutor(len(rides), thread_name_prefix="write") as writers:
+            for index, weights in enumerate(decoder.stream()):
+                for ride in rides:
+                    if self._stop.is_set():
+                        return
+                    block = decoder.load_block(index, weights)
+                    if not groups:
+                        groups = linear_groups(block, first, contexts[0][index])
+                        del first
+                    ride.run(block, index, len(decoder), groups, [batch[index] for batch in contexts], writers)
+                decoder.drop_block(index)
+            for ride in rides:
+                self.records[ride.variant.branch] = ride.finish()
+
+
+class _Ride:
+    """One variant on its way through the blocks."""
+
+    def __init__(
+        self, variant: Variant, store: BlockStore, states: Activations, report: Report, plan: SweepPlan
+    ) -> None:
+        self.variant = variant
+        self._store, self._states, self._report, self._plan = store, states, report, plan
+        self._records: list[LinearRecord] = []
+        self._writing: Future[BlockDone] | None = None
+
+    def run(
+        self, block: nn.Module, index: int, num_blocks: int, groups: Sequence[Group], contexts: Sequence[Context],
+        writers: ThreadPoolExecutor,
+    ) -> None:  # fmt: skip
+        """Take the variant through a block; the finished block is written while the caller goes on."""
+        started = time.monotonic()
+        last = index + 1 == num_blocks
+        tensors, records = self._store.read(index), self._store.records(index)
+        resumed = tensors is not None and records is not None
+        if tensors is None or records is None:
+            work = _BlockWork(block=block, index=index, variant=self.variant, report=self._report)
+            work.run(groups, self._states, contexts, suspended=self._plan.suspended_batches, last=last)
+            tensors, records = work.tensors, work.records
+        elif not last:
+            _restore(block, index, tensors, self.variant)
+            run_forward(block, self._states, contexts)
+        self._records.extend(records)
+        done = BlockDone(
+            branch=self.variant.branch, block=index, num_blocks=num_blocks, resumed=resumed,
+            loss=sum(record.loss for record in records), seconds=time.monotonic() - started,
+        )  # fmt: skip
+        self._wait()
+        self._writing = writers.submit(self._write, done, _OnItsWay(tensors), records)
+
+    def finish(self) -> list[LinearRecord]:
+        """Wait until everything is written."""
+        self._wait()
+        return self._records
+
+    def _wait(self) -> None:
+        """Wait for the block being written; what went wrong there is raised here."""
+        if self._writing is not None:
+            self._report(self._writing.result())
+            self._writing = None
+
+    def _write(self, done: BlockDone, tensors: "_OnItsWay", records: Sequence[LinearRecord]) -> BlockDone:
+        if not done.resumed:
+            self._store.write(done.block, tensors.arrived(), records)
+        return done
+
+
+class _OnItsWay:
+    """Tensors being copied to the host."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        self._tensors = {name: _to_host(tensor) for name, tensor in tensors.items()}
+        self._event = torch.cuda.current_stream().record_event() if on_gpu else None
+
+    def arrived(self) -> Mapping[str, Tensor]:
+        """Wait for the copies."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensors
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class _BlockWork:
     """One block of one variant: solves its groups and keeps their packed tensors and records."""
 
-    def __init__(self, *, block: nn.Module, index: int, variant: Variant) -> None:
+    def __init__(self, *, block: nn.Module, index: int, variant: Variant, report: Report) -> None:
         self._linears = linears_of(block)
         self._block = block
         self._index = index
         self._variant = variant
+        self._report = report
         self._rules = GridRules(bits=variant.bits, sym=variant.sym, scale_search=variant.scale_search)
         self.tensors: dict[str, Tensor] = {}
         self.records: tuple[LinearRecord, ...] = ()
 
-    def run(self, groups: Sequence[Group], states: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
-        sweep = sweep_sequential if self._variant.true_sequential else sweep_parallel
-        contexts = [batch.contexts[self._index] for batch in batches]
+    def run(
+        self, groups: Sequence[Group], states: Activations, contexts: Sequence[Context], *, suspended: int, last: bool
+    ) -> None:
         try:
-            return sweep(self._block, groups, states, contexts, self._solve)
+            if self._variant.true_sequential:
+                sweep_sequential(
+                    self._block, groups, states, contexts, self._solve, suspended=suspended, last=last
+                )
+            else:
+                sweep_parallel(self._block, groups, states, contexts, self._solve)
         except QuantizeError as error:
             error.where = error.where or f"{self._variant.branch}, {BLOCK_PREFIX}.{self._index}"
             raise
 
-    def _solve(self, group: Group, H: Tensor) -> None:
+    def _solve(self, group: Group, hessian: Hessian) -> None:
         variant = self._variant
+        names = [f"{BLOCK_PREFIX}.{self._index}.{name}" for name in group]
+        weights = [self._linears[name].weight for name in group]
         try:
             factor = factorize(
-                H,
+                hessian.matrix(),
                 desc_act=variant.desc_act,
                 damp_percent=variant.damp_percent,
                 damp_percent_limit=variant.damp_percent_limit,
             )
-            weights = [self._linears[name].weight for name in group]
+            together = torch.cat([weight.T for weight in weights], dim=1)
             solution = solve(
-                torch.cat([weight.T for weight in weights], dim=1), factor, self._rules,
-                group_size=variant.group_size, static_groups=variant.static_groups,
-            )  # fmt: skip
+                together, factor, self._rules, group_size=variant.group_size, static_groups=variant.static_groups
+            )
             solution.check()
         except QuantizeError as error:
-            names = ", ".join(f"{BLOCK_PREFIX}.{self._index}.{name}" for name in group)
-            error.where = f"{variant.branch}, {names}"
+            error.where = f"{variant.branch}, {', '.join(names)}"
             raise
-        begin = 0
-        for name, weight in zip(group, weights, strict=True):
-            part = solution.outputs(begin, begin + weight.shape[0])
-            begin += weight.shape[0]
+        parts = solution.by_linear([weight.shape[0] for weight in weights])
+        losses = torch.stack([part.losses.mean() for part in parts]).tolist()
+        records = tuple(
+            LinearRecord(name=name, loss=loss, damp_percent=factor.damp_percent)
+            for name, loss in zip(names, losses, strict=True)
+        )
+        for name, weight, part in zip(names, weights, parts, strict=True):
             weight.copy_(part.dequantized().T)
-            self._keep(f"{BLOCK_PREFIX}.{self._index}.{name}", part, factor.damp_percent)
+            self._keep(name, part)
+        self.records = (*self.records, *records)
+        self._report(LinearsDone(branch=variant.branch, block=self._index, linears=records))
 
-    def _keep(self, name: str, solution: Solution, damp_percent: float) -> None:
+    def _keep(self, name: str, solution: Solution) -> None:
         bits = self._variant.bits
         self.tensors |= {
             f"{name}.qweight": pack(solution.q, bits),
@@ -199,8 +369,6 @@ class _BlockWork:
         bias = self._linears[name.removeprefix(f"{BLOCK_PREFIX}.{self._index}.")].bias
         if bias is not None:
             self.tensors[f"{name}.bias"] = bias.to(torch.float16)
-        record = LinearRecord(name=name, loss=float(solution.losses.mean()), damp_percent=damp_percent)
-        self.records = (*self.records, record)
 
 
 def _restore(block: nn.Module, index: int, tensors: Mapping[str, Tensor], variant: Variant) -> None:

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from packager.build_state import STAGES, Build, Options, choose_device, require_build_extra
+from packager.engines import needs_cuda
 from packager.errors import MachineError, PackagerError
 from packager.pipeline import build, publish
 from packager.plan import BuildPlan
@@ -73,13 +74,15 @@ def cannot_build(plan: BuildPlan, options: Options) -> str:
 
 
 def _lacking_memory(plan: BuildPlan, options: Options) -> str:
-    device, needed = choose_device(options.device), _gib(plan.memory.gpu_bytes)
+    device, needed = choose_device(options.device), _gib(plan.memory.least.device_bytes)
+    if device.type == "cpu" and (foreign := [v.variant.branch for v in plan.variants if needs_cuda(v.variant.engine)]):
+        return f"needs a CUDA GPU for {', '.join(foreign)}, made by engine auto-gptq"
     if device.type == "cpu":
         return f"needs a CUDA GPU with {needed} GiB" if plan.architecture.num_parameters > _LARGEST_ON_CPU else ""
     import torch
 
     total_bytes = torch.cuda.get_device_properties(device).total_memory
-    if plan.memory.gpu_bytes > total_bytes:
+    if plan.memory.least.device_bytes > total_bytes:
         return f"needs a CUDA GPU with {needed} GiB, this one has {_gib(total_bytes)} GiB"
     return ""
 

@@ -14,12 +14,13 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from packager.activations import Activations
 from packager.decoder import Context, run_block
 from packager.errors import QuantizeError
 from packager.gptq.hessian import Hessian
 
 Group = tuple[str, ...]
-SolveGroup = Callable[[Group, Tensor], None]
+SolveGroup = Callable[[Group, Hessian], None]
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
@@ -72,23 +73,31 @@ def linear_groups(block: nn.Module, hidden: Tensor, context: Context) -> tuple[G
 
 @torch.no_grad()
 def sweep_sequential(
-    block: nn.Module, groups: Sequence[Group], inputs: Sequence[Tensor], contexts: Sequence[Context], solve: SolveGroup
-) -> list[Tensor]:
+    block: nn.Module,
+    groups: Sequence[Group],
+    states: Activations,
+    contexts: Sequence[Context],
+    solve: SolveGroup,
+    *,
+    suspended: int | None = None,
+    last: bool = False,
+) -> None:
     """Quantize group after group while the batches are under way.
 
     Args:
         block: with its original weights; `solve` overwrites them.
         groups: from `linear_groups`.
-        inputs: hidden states, one tensor per batch.
+        states: the block's inputs, replaced by the quantized block's outputs.
         contexts: the block's other arguments, one per batch.
-        solve: quantizes a group given its Hessian, float32 [in_features, in_features].
-
-    Returns:
-        The quantized block's outputs, one tensor per batch.
+        solve: quantizes a group given its Hessian.
+        suspended: how many batches wait inside the block; the others are abandoned at each group and run again from
+            the beginning for the next, with the same values. None: all of them wait.
+        last: there is no further block, so nobody needs the outputs.
     """
     linears = linears_of(block)
     main = getcurrent()
     done: set[str] = set()
+    waiting: dict[int, greenlet] = {}
 
     def make(name: str) -> Callable[..., None]:
         def suspend(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -97,14 +106,14 @@ def sweep_sequential(
 
         return suspend
 
+    def run_of(index: int) -> greenlet:
+        return waiting.pop(index, None) or greenlet(partial(run_block, block, states.get(index), contexts[index]))
+
     with _hooks({group[0]: linears[group[0]] for group in groups}, make):
-        runs = [
-            greenlet(partial(run_block, block, hidden, context))
-            for hidden, context in zip(inputs, contexts, strict=True)
-        ]
         for group in groups:
-            hessian = Hessian(linears[group[0]].in_features, inputs[0].device)
-            for run in runs:
+            hessian = Hessian(linears[group[0]].in_features, linears[group[0]].weight.device)
+            for index in range(len(states)):
+                run = run_of(index)
                 name, x = run.switch()
                 if name != group[0]:
                     raise QuantizeError(
@@ -112,28 +121,44 @@ def sweep_sequential(
                     )
                 hessian.add(x)
                 del x
-            solve(group, hessian.matrix())
+                if suspended is None or index < suspended:
+                    waiting[index] = run
+                else:
+                    run.throw()
+            solve(group, hessian)
             done.add(group[0])
-        return [run.switch() for run in runs]
+        if last:
+            for run in waiting.values():
+                run.throw()
+            return
+        for index in range(len(states)):
+            states.put(index, run_of(index).switch())
 
 
 @torch.no_grad()
 def sweep_parallel(
-    block: nn.Module, groups: Sequence[Group], inputs: Sequence[Tensor], contexts: Sequence[Context], solve: SolveGroup
-) -> list[Tensor]:
+    block: nn.Module, groups: Sequence[Group], states: Activations, contexts: Sequence[Context], solve: SolveGroup
+) -> None:
     """Quantize all groups from the original block's activations (true_sequential False); takes two forwards.
 
-    Arguments and result as in `sweep_sequential`.
+    Arguments and effect as in `sweep_sequential`.
     """
     linears = linears_of(block)
-    hessians = {group[0]: Hessian(linears[group[0]].in_features, inputs[0].device) for group in groups}
+    hessians = {group[0]: Hessian(linears[group[0]].in_features, linears[group[0]].weight.device) for group in groups}
 
     def make(name: str) -> Callable[..., None]:
         return lambda _, args: hessians[name].add(args[0])
 
     with _hooks({name: linears[name] for name in hessians}, make):
-        for hidden, context in zip(inputs, contexts, strict=True):
-            run_block(block, hidden, context)
+        for index in range(len(states)):
+            run_block(block, states.get(index), contexts[index])
     for group in groups:
-        solve(group, hessians[group[0]].matrix())
-    return [run_block(block, hidden, context) for hidden, context in zip(inputs, contexts, strict=True)]
+        solve(group, hessians.pop(group[0]))
+    run_forward(block, states, contexts)
+
+
+@torch.no_grad()
+def run_forward(block: nn.Module, states: Activations, contexts: Sequence[Context]) -> None:
+    """Replace the states by the block's outputs."""
+    for index in range(len(states)):
+        states.put(index, run_block(block, states.get(index), contexts[index]))

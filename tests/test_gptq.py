@@ -127,22 +127,19 @@ def test_better_than_rounding_to_nearest():
 
 def test_scale_search_lowers_the_loss_of_every_permutation():
     H = hessian(inputs(128, 6))
-    weight = torch.randn(128, 48) * 0.02
+    weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(6)) * 0.02
     for desc_act in (False, True):
-        for sym in (True, False):
+        for sym, most in ((True, 0.95), (False, 1.0)):
             plain = solved(weight, H, desc_act=desc_act, sym=sym).losses.sum()
             searched = solved(weight, H, desc_act=desc_act, sym=sym, scale_search=True).losses.sum()
-            assert searched < plain
+            assert searched < most * plain
 
 
 def test_linears_solved_side_by_side_equal_linears_solved_alone():
     H = hessian(inputs(64, 9))
     a, b = torch.randn(64, 16) * 0.02, torch.randn(64, 8) * 0.05
     both = solved(torch.cat([a, b], 1), H, desc_act=True)
-    for part, alone in (
-        (both.outputs(0, 16), solved(a, H, desc_act=True)),
-        (both.outputs(16, 24), solved(b, H, desc_act=True)),
-    ):
+    for part, alone in zip(both.by_linear([16, 8]), [solved(w, H, desc_act=True) for w in (a, b)], strict=True):
         assert (part.q == alone.q).double().mean() > 0.99
         assert torch.equal(part.g_idx, alone.g_idx)
 

@@ -64,7 +64,7 @@ def test_every_architecture_quantizes_as_on_the_cpu(tmp_path, name):
     losses = {}
     for device in (torch.device("cpu"), CUDA):
         stores = {v: open_store(source, tmp_path / device.type, v, device=device) for v in variants}
-        records = quantize(QuantizeJob(source=source, rows=token_rows(), stores=stores, device=device), lambda _: None)
+        records = quantize(QuantizeJob(source=source, rows=token_rows(), stores=stores, devices=(device,)), lambda _: None)
         losses[device.type] = torch.tensor([record.loss for found in records.values() for record in found])
     # float16 activations move single roundings; the sum over a model's linears hardly moves.
     assert float(losses["cuda"].sum()) == pytest.approx(float(losses["cpu"].sum()), rel=0.05)
@@ -75,7 +75,7 @@ def test_the_same_gpu_gives_the_same_bytes_twice(tmp_path):
     v, made = variant(desc_act=True), []
     for run in ("first", "second"):
         store = open_store(source, tmp_path / run, v, device=CUDA)
-        quantize(QuantizeJob(source=source, rows=token_rows(), stores={v: store}, device=CUDA), lambda _: None)
+        quantize(QuantizeJob(source=source, rows=token_rows(), stores={v: store}, devices=(CUDA,)), lambda _: None)
         made.append((store.checkpoint / "model.safetensors").read_bytes())
     assert made[0] == made[1]
 

@@ -1,6 +1,7 @@
 """The sweep over whole models of any architecture, against an unstreamed model and the repeated-forward way."""
 
 import copy
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from packager.decoder import Decoder, forward
 from packager.errors import QuantizeError, SourceError
 from packager.gptq.hessian import Hessian, factorize
 from packager.gptq.solve import GridRules, solve
-from packager.quantize import BlockDone, QuantizeJob, dequantize_linear, quantize
+from packager.memory import TOKENS_PER_BATCH, SweepPlan
+from packager.quantize import BlockDone, LinearsDone, QuantizeJob, dequantize_linear, quantize
 from packager.source import SourceModel, read_source
 from packager.sweep import linear_groups
 from packager.variant import Variant
@@ -26,10 +28,12 @@ def source_of(folder: Path, name: str) -> SourceModel:
     return read_source(save_model(folder / "model", name), base_id="test/model")
 
 
-def run(source: SourceModel, work: Path, *variants: Variant) -> tuple[dict, list[BlockDone]]:
-    done: list[BlockDone] = []
+def run(source: SourceModel, work: Path, *variants: Variant, devices: int = 1) -> tuple[dict, list[BlockDone]]:
+    steps: list[BlockDone | LinearsDone] = []
     stores = {v: open_store(source, work, v) for v in variants}
-    return quantize(QuantizeJob(source=source, rows=token_rows(), stores=stores, device=CPU), done.append), done
+    job = QuantizeJob(source=source, rows=token_rows(), stores=stores, devices=(CPU,) * devices)
+    records = quantize(job, steps.append)
+    return records, [step for step in steps if isinstance(step, BlockDone)]
 
 
 def stored_block(source: SourceModel, work: Path, v: Variant, block: int) -> dict[str, torch.Tensor]:
@@ -87,7 +91,7 @@ def test_suspended_forward_equals_the_repeated_forward_bit_by_bit(tmp_path):
     v = variant(desc_act=True, group_size=16)
     run(source, tmp_path / "work", v)
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
-    rules = GridRules(bits=4, group_size=16, sym=True, static_groups=False, scale_search=False)
+    rules = GridRules(bits=4, sym=True, scale_search=False)
     groups = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
               ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))  # fmt: skip
     with torch.no_grad():
@@ -99,11 +103,10 @@ def test_suspended_forward_equals_the_repeated_forward_bit_by_bit(tmp_path):
                 model(token_rows().ids)
                 handle.remove()
                 factor = factorize(hessian.matrix(), desc_act=True, damp_percent=0.01, damp_percent_limit=0.1)
-                solution = solve(torch.cat([linear.weight.T for linear in linears], 1), factor, rules)
-                begin = 0
-                for linear in linears:
-                    part = solution.outputs(begin, begin + linear.out_features)
-                    begin += linear.out_features
+                together = torch.cat([linear.weight.T for linear in linears], 1)
+                solution = solve(together, factor, rules, group_size=16, static_groups=False)
+                parts = solution.by_linear([linear.out_features for linear in linears])
+                for linear, part in zip(linears, parts, strict=True):
                     linear.weight.copy_(part.dequantized().T)
             for name, weight in dequantized(source, tmp_path / "work", v, index).items():
                 oracle = model.get_submodule(name).weight
@@ -114,7 +117,7 @@ def test_linears_that_share_an_input_form_a_group(tmp_path):
     source = source_of(tmp_path, "qwen2")
     decoder = Decoder(source.folder, source.read, device=CPU, dtype=torch.float32)
     (batch,) = decoder.embed(token_rows().ids, rows=64)
-    block = decoder.load_block(0, decoder.block_weights(0))
+    block = decoder.load_block(0, next(decoder.stream()))
     assert linear_groups(block, batch.hidden, batch.contexts[0]) == (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),
@@ -132,6 +135,53 @@ def test_variants_of_a_sweep_equal_variants_made_alone(tmp_path):
     for v in (first, second, third):
         run(source, tmp_path / "alone", v)
     assert files(tmp_path / "together") == files(tmp_path / "alone")
+
+
+WAYS = [
+    (placement, suspended, together)
+    for placement in ("device", "host", "disk")
+    for suspended in (0, 2, 3)
+    for together in (1, 2)
+]
+
+
+@pytest.mark.parametrize(("placement", "suspended", "together"), WAYS)
+def test_memory_is_saved_without_changing_a_byte(tmp_path, monkeypatch, placement, suspended, together):
+    source = source_of(tmp_path, "llama")
+    variants = variant(branch="a"), variant(branch="b", desc_act=True, true_sequential=False)
+    monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", token_rows().ids.numel() // 3)
+    expected, _ = run(source, tmp_path / "plenty", *variants)
+    plan = SweepPlan(
+        num_variants=together, placement=placement, num_batches=3, suspended_batches=suspended, device_bytes=0,
+        host_bytes=0,
+    )  # fmt: skip
+    monkeypatch.setattr(quantize_module, "sweep_plan", lambda *_: plan)
+    records, _ = run(source, tmp_path / "scarce", *variants)
+    assert records == expected
+    assert files(tmp_path / "scarce") == files(tmp_path / "plenty")
+
+
+@pytest.mark.parametrize("devices", [2, 3, 5])
+def test_several_devices_make_the_bytes_of_one(tmp_path, devices):
+    source = source_of(tmp_path, "llama")
+    variants = [variant(branch=name, group_size=size) for name, size in (("a", 16), ("b", 32), ("c", -1))]
+    expected, _ = run(source, tmp_path / "one", *variants)
+    records, _ = run(source, tmp_path / "several", *variants, devices=devices)
+    assert list(records.items()) == list(expected.items())
+    assert files(tmp_path / "several") == files(tmp_path / "one")
+
+
+def test_what_fails_on_one_device_stops_the_others(tmp_path, monkeypatch):
+    source = source_of(tmp_path, "llama")
+
+    def fail_for_b(work, *_args, **_rest):
+        if work._variant.branch == "b":  # noqa: SLF001
+            raise QuantizeError("no", where="b")
+        time.sleep(0.05)
+
+    monkeypatch.setattr(quantize_module._BlockWork, "run", fail_for_b)  # noqa: SLF001
+    with pytest.raises(QuantizeError, match="no"):
+        run(source, tmp_path / "work", variant(branch="b"), variant(branch="a"), devices=2)
 
 
 def test_a_killed_sweep_resumes_to_the_same_bytes(tmp_path, monkeypatch):
@@ -152,7 +202,9 @@ def test_a_killed_sweep_resumes_to_the_same_bytes(tmp_path, monkeypatch):
         run(source, tmp_path / "killed", *variants)
     monkeypatch.undo()
     records, done = run(source, tmp_path / "killed", *variants)
-    assert [step.resumed for step in done] == [True, True, True, False, False, False]
+    resumed = [step.resumed for step in done]
+    assert resumed[:3] == [True, True, True]  # a block of the other variant may have been under way
+    assert not any(resumed[4:])
     assert records == expected
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 

@@ -44,7 +44,7 @@ class Hessian:
         self.num_tokens += x.shape[0]
 
     def matrix(self) -> Tensor:
-        """Return H, float32 [in_features, in_features]; this Hessian is used up.
+        """Return H, float32 [in_features, in_features], and forget it: the caller alone holds its memory.
 
         Raises:
             QuantizeError: an input held NaN or Inf, or no input arrived.
@@ -52,6 +52,7 @@ class Hessian:
         if self.num_tokens == 0:
             raise QuantizeError("a linear never received an input")
         H = self._sum.mul_(2.0 / self.num_tokens)
+        del self._sum
         for begin, end in self._panels:
             H[end:, begin:end] = H[begin:end, end:].T
         # Squares only grow: a NaN or Inf in any input is still there in the sum of its squares.
@@ -109,6 +110,7 @@ def factorize(H: Tensor, *, desc_act: bool, damp_percent: float, damp_percent_li
         L, failed = torch.linalg.cholesky_ex(damped)
         del damped
         if bool((failed == 0) & L.diagonal().isfinite().all()):
+            del H, diagonal
             return Factor(M=L.flip(0, 1), order=order, dead=dead, damp_percent=damping)
         if damping >= damp_percent_limit:
             raise QuantizeError(

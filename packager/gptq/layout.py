@@ -29,15 +29,15 @@ def pack(values: Tensor, bits: int) -> Tensor:
     per = values_per_pack(bits)
     if n % per:
         raise ValueError(f"{n} values of {bits} bits do not fill whole 32-bit words")
-    grouped = values.reshape(n // per, per, m).to(torch.int64)
-    words = torch.zeros(n // per, per * bits // 32, m, dtype=torch.int64, device=values.device)
+    grouped = values.reshape(n // per, per, m)
+    words = torch.zeros(n // per, per * bits // 32, m, dtype=torch.int32, device=values.device)
     for i in range(per):
         word, shift = divmod(bits * i, 32)
-        words[:, word] |= (grouped[:, i] << shift) & 0xFFFFFFFF
+        value = grouped[:, i].to(torch.int32)
+        words[:, word] |= value << shift
         if shift + bits > 32:
-            words[:, word + 1] |= grouped[:, i] >> (32 - shift)
-    words = torch.where(words >= 2**31, words - 2**32, words)
-    return words.to(torch.int32).reshape(n * bits // 32, m)
+            words[:, word + 1] |= value >> (32 - shift)
+    return words.reshape(n * bits // 32, m)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -45,12 +45,13 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     per = values_per_pack(bits)
     words_per_pack = per * bits // 32
     packs, m = words.shape[0] // words_per_pack, words.shape[1]
-    grouped = words.reshape(packs, words_per_pack, m).to(torch.int64) & 0xFFFFFFFF
+    grouped = words.reshape(packs, words_per_pack, m)
     values = torch.empty(packs, per, m, dtype=torch.uint8, device=words.device)
     for i in range(per):
         word, shift = divmod(bits * i, 32)
-        value = grouped[:, word] >> shift
+        value = grouped[:, word] >> shift  # an int32's sign comes along; the mask takes it off again
         if shift + bits > 32:
+            value &= 2 ** (32 - shift) - 1
             value |= grouped[:, word + 1] << (32 - shift)
         values[:, i] = (value & (2**bits - 1)).to(torch.uint8)
     return values.reshape(packs * per, m)
@@ -62,7 +63,7 @@ def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
     Returns:
         int32 [n_groups, out_features * bits / 32].
     """
-    return pack((zeros.to(torch.int64) - 1).T & (2**bits - 1), bits).T.contiguous()
+    return pack((zeros.to(torch.int32) - 1).T & (2**bits - 1), bits).T.contiguous()
 
 
 def unpack_zeros(words: Tensor, bits: int) -> Tensor:

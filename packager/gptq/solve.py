@@ -67,15 +67,16 @@ class Solution:
         groups = self.g_idx.long()
         return (self.q.float() - self.zeros.float()[groups]) * self.scales.float()[groups]
 
-    def outputs(self, begin: int, end: int) -> "Solution":
-        """Return the part for output features begin..end."""
-        return Solution(
-            q=self.q[:, begin:end],
-            scales=self.scales[:, begin:end],
-            zeros=self.zeros[:, begin:end],
-            g_idx=self.g_idx,
-            losses=self.losses[begin:end],
-        )
+    def by_linear(self, out_features: Sequence[int]) -> "list[Solution]":
+        """Return the parts of linears that were solved side by side."""
+        parts = zip(*(tensor.split(list(out_features), dim=-1) for tensor in self._of_outputs()), strict=True)
+        return [
+            Solution(q=q, scales=scales, zeros=zeros, g_idx=self.g_idx, losses=losses)
+            for q, scales, zeros, losses in parts
+        ]
+
+    def _of_outputs(self) -> tuple[Tensor, ...]:
+        return self.q, self.scales, self.zeros, self.losses
 
     def check(self) -> None:
         """Raise QuantizeError if a scale does not fit float16. Not part of `solve`: a GPU must finish for it."""
