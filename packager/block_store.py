@@ -21,8 +21,8 @@ from pydantic import ValidationError
 
 from packager.architecture import BLOCK_PREFIX, Shard
 from packager.errors import PackError
-from packager.files import disk_errors, file_record, fsync_folder, write_atomic
-from packager.receipt import FileRecord, LinearRecord, Record
+from packager.files import disk_errors, fsync_folder, write_atomic
+from packager.receipt import LinearRecord, Record
 from packager.safetensors_file import StoredTensor, copy_tensor, layout, write_at
 from packager.source import read_tensor
 
@@ -50,7 +50,7 @@ class Journal(Record):
 
 
 class BlockStore:
-    """The weights files of one variant, filled block by block; one thread at a time may use it.
+    """The weights files of one variant, filled block by block; threads may use it, each for a block of its own.
 
     Args:
         folder: the variant's own, named by its branch; its content may be deleted at any time.
@@ -146,8 +146,8 @@ class BlockStore:
         write_atomic(self._journal_path(block), journal.model_dump_json(indent=2).encode() + b"\n")
         self._journals[block] = journal
 
-    def complete(self, tensors: Mapping[str, StoredTensor]) -> dict[str, FileRecord]:
-        """Put everything that is not quantized in place and return each weights file's size and sha256.
+    def complete(self, tensors: Mapping[str, StoredTensor]) -> None:
+        """Put everything that is not quantized in place: the weights files are then whole and durable.
 
         Args:
             tensors: the base model's, by name.
@@ -167,15 +167,12 @@ class BlockStore:
         for name, place in self._others.items():
             if name not in tensors or tensors[name].info != place.info:
                 raise PackError(f"{name} is not in the base model as planned", where=self._folder.name)
-        records = {}
         for path in self._shards:
             with disk_errors(path), path.open("rb+") as stream:
                 for name, place in self._others.items():
                     if place.path == path:
                         copy_tensor(tensors[name], stream.fileno(), place.offset)
                 os.fsync(stream.fileno())
-            records[path.name] = file_record(path)
-        return records
 
     def _journal_path(self, block: int) -> Path:
         return self._folder / f"block-{block:05d}.json"

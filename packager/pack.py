@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from packager.architecture import shard_index
 from packager.block_store import BlockStore
-from packager.files import copy_atomic, disk_errors, file_record, write_atomic
+from packager.files import copy_atomic, disk_errors, file_records, write_atomic
 from packager.plan import VariantPlan
 from packager.receipt import FileRecord
 from packager.recipe.file import RecipeFile
@@ -55,20 +55,18 @@ def pack_checkpoint(job: PackJob) -> dict[str, FileRecord]:
         MachineError: the disk is full; the finished blocks stay.
     """
     folder = job.store.checkpoint
-    records = job.store.complete(job.source.tensors)
+    job.store.complete(job.source.tensors)
+    weights = {shard.file_name for shard in job.variant_plan.shards}
     with disk_errors(folder):
         for path in folder.iterdir():
-            if path.name not in records:  # a killed run's
+            if path.name not in weights:  # left by a run that was killed here
                 path.unlink()
     for name, content in _configs(job).items():
         write_atomic(folder / name, content)
     for name in TOKENIZER_FILES:
         if (job.source.folder / name).exists():
             copy_atomic(job.source.folder / name, folder / name)
-    for path in folder.iterdir():
-        if path.name not in records:
-            records[path.name] = file_record(path)
-    return dict(sorted(records.items()))
+    return {path.name: record for path, record in file_records(sorted(folder.iterdir())).items()}
 
 
 def _configs(job: PackJob) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from packager import cli, pipeline
-from packager import quantize as quantize_module
+from packager.block_store import BlockStore
 from packager.build_state import Build
 from packager.errors import (
     CalibrationError,
@@ -396,6 +396,13 @@ class Disk:
 
         return io.BufferedWriter(Stream(file, mode))
 
+    def reserve(self, _descriptor: int, _offset: int, size: int) -> None:
+        """Take space now; writing there later takes none."""
+        if size > self.free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.free -= size
+        self.written += size
+
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
@@ -410,6 +417,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
     monkeypatch.setattr(Path, "open", path_open)
     monkeypatch.setattr(os, "fdopen", descriptor_open)
+    monkeypatch.setattr(os, "posix_fallocate", disk.reserve)
     return disk
 
 
@@ -450,16 +458,16 @@ def test_a_limit_on_the_size_of_files(recipe: Path, made: Path, tmp_path: Path) 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Interrupt the next quantization after `count` blocks."""
-    original, saved = quantize_module.save_block, []
+    original, written = BlockStore.write, []
 
-    def save_then_stop(path: Path, *rest: Any) -> None:
-        original(path, *rest)
-        saved.append(path)
-        if len(saved) == count:
+    def write_then_stop(store: BlockStore, *rest: Any) -> None:
+        original(store, *rest)
+        written.append(store)
+        if len(written) == count:
             monkeypatch.undo()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantize_module, "save_block", save_then_stop)
+    monkeypatch.setattr(BlockStore, "write", write_then_stop)
 
 
 def set_free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -597,23 +605,31 @@ def test_two_at_once(recipe: Path, dist: Path, command: Callable[..., object]) -
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("name", "damage"),
     [
-        lambda data: data[:-9],
-        lambda data: data[:40],
-        lambda _: b"",
-        lambda data: data.replace(b"linears", b"lineals"),
+        (f"{MAIN}/block-00000.json", lambda data: data[:-9]),
+        (f"{MAIN}/block-00001.json", lambda _: b""),
+        (f"{MAIN}/block-00000.json", lambda data: data.replace(b"linears", b"lineals")),
+        (f"{MAIN}/checkpoint/{WEIGHTS}", lambda data: data[:-9]),
+        (f"{MAIN}/checkpoint/{WEIGHTS}", lambda data: data[:90_000] + bytes(20_000) + data[110_000:]),
     ],
 )
 def test_a_damaged_work_file_is_made_again(
-    recipe: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
+    recipe: Path,
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    damage: Callable[[bytes], bytes],
 ) -> None:
     stop_after(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
         build(recipe, tmp_path / "new")
-    blocks = sorted(workspace(tmp_path / "new").work.rglob("block-*.safetensors"))
-    assert len(blocks) == 5
-    blocks[2].write_bytes(damage(blocks[2].read_bytes()))
+    work = workspace(tmp_path / "new").work
+    assert len(list(work.rglob("block-*.json"))) == 5
+    damaged = damage((work / name).read_bytes())
+    assert damaged != (work / name).read_bytes()
+    (work / name).write_bytes(damaged)
     build(recipe, tmp_path / "new")
     assert built_files(tmp_path / "new") == built_files(made / "dist")
 
