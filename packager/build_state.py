@@ -14,12 +14,13 @@ from packager.errors import MachineError
 from packager.files import sha256_file
 from packager.loaders import LOADERS
 from packager.pack import is_packed
+from packager.parallel import in_parallel
 from packager.plan import VariantPlan, make_plan
 from packager.progress import Terminal
 from packager.receipt import Receipt
 from packager.recipe import digest_of
 from packager.recipe.file import RecipeFile
-from packager.source import model_files
+from packager.source import model_files, model_records
 from packager.workspace import PROVENANCE, README, Workspace, check_folder
 
 if TYPE_CHECKING:
@@ -79,15 +80,16 @@ class Build:
 
     def read_receipts(self) -> None:
         """Take over what an earlier run finished; its folders must be as it left them."""
-        for plan in self.plan.variants:
-            branch = plan.variant.branch
-            receipt = self.workspace.read_receipt(branch)
-            if receipt is None or receipt.stages.get("weights") != self.keys[branch]["weights"]:
-                continue
-            if not self.workspace.folder(branch).exists():
-                continue
-            check_folder(self.workspace.folder(branch), receipt, ignore=self.card_files(receipt))
-            self.receipts[branch] = receipt
+        for receipt in in_parallel(self._read_receipt, [plan.variant.branch for plan in self.plan.variants]):
+            if receipt is not None:
+                self.receipts[receipt.provenance.branch] = receipt
+
+    def _read_receipt(self, branch: str) -> Receipt | None:
+        folder, receipt = self.workspace.folder(branch), self.workspace.read_receipt(branch)
+        if receipt is None or receipt.stages.get("weights") != self.keys[branch]["weights"] or not folder.exists():
+            return None
+        check_folder(folder, receipt, ignore=self.card_files(receipt))
+        return receipt
 
     def card_files(self, receipt: Receipt) -> frozenset[str]:
         """Return which files of a variant's folder come with its card, now or by a run that was killed."""
@@ -150,7 +152,7 @@ def stage_keys(recipe_file: RecipeFile, plan: VariantPlan) -> dict[str, str]:
     base: dict[str, str] = {}
     if recipe.base_model.path is not None:
         folder = recipe_file.resolve(recipe.base_model.path)
-        base = {path.name: sha256_file(path) for path in model_files(folder)}
+        base = {path.name: record.sha256 for path, record in model_records(model_files(folder)).items()}
     weights = digest_of([plan.digest, base, _local_digest(recipe_file, recipe.calibration.path), recipe.repository.id])
     evaluation = recipe.evaluation
     measured = digest_of(

@@ -9,11 +9,12 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from packager.errors import MachineError
+from packager.parallel import in_parallel
 from packager.receipt import FileRecord
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -135,6 +136,14 @@ def sha256_file(path: Path) -> str:
 def file_record(path: Path) -> FileRecord:
     """Return a file's size and sha256."""
     return FileRecord(size_bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def file_records(paths: Iterable[Path]) -> dict[Path, FileRecord]:
+    """Return size and sha256 of several files, in their order; they are hashed in parallel, the largest first."""
+    paths = tuple(paths)
+    by_size = sorted(paths, key=lambda path: path.stat().st_size, reverse=True)
+    found = dict(zip(by_size, in_parallel(file_record, by_size), strict=True))
+    return {path: found[path] for path in paths}
 
 
 def bytes_record(data: bytes) -> FileRecord:

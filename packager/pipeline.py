@@ -131,11 +131,9 @@ def publish(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, dr
         refuse_edited_cards(run)
         receipts = run.ordered_receipts()
         require_loaders(receipts)
-        contents = []
-        for receipt in receipts:
-            folder = run.workspace.folder(receipt.provenance.branch)
-            audit_or_raise(folder, complete=True)
-            contents.append(_branch_content(receipt, folder))
+        folders = [run.workspace.folder(receipt.provenance.branch) for receipt in receipts]
+        audit_or_raise(folders, complete=True)
+        contents = [_branch_content(receipt, folder) for receipt, folder in zip(receipts, folders, strict=True)]
         with terminal.stage("publish"):
             target = LocalTarget(run.workspace.hub, recipe_file.recipe.repository.id)
             return publish_branches(contents, target, terminal.say, dry_run=dry_run)

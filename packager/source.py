@@ -4,7 +4,7 @@ A local folder, or the Hub at a pinned commit. Only safetensors are read: a pick
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from packager.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, read_architecture
 from packager.errors import MachineError, SourceError
-from packager.files import disk_errors, file_record
+from packager.files import disk_errors, file_records
 from packager.receipt import FileRecord, SourceRecord
 from packager.recipe import digest_of
 from packager.recipe.file import RecipeFile
@@ -118,7 +118,7 @@ def read_source(
                 hint="replace the copy named by base_model.config with the model's own config.json",
             )
     tensors = _read_tensors(folder, architecture)
-    files = {path.name: file_record(path) for path in model_files(folder)}
+    files = {path.name: record for path, record in model_records(model_files(folder)).items()}
     weights = {name: record for name, record in files.items() if name.endswith((".safetensors", "config.json"))}
     record = SourceRecord(
         id=base_id,
@@ -134,6 +134,24 @@ def read_source(
 def model_files(folder: Path) -> list[Path]:
     """Return what lies in a model's folder, sorted; hidden files are a file manager's or a download's."""
     return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+_known_records: dict[tuple[Path, int, int, int, int], FileRecord] = {}
+
+
+def model_records(paths: Iterable[Path]) -> dict[Path, FileRecord]:
+    """Return size and sha256 of files of a base model, in their order; each is hashed once in a process's life.
+
+    Which stages must run and what a receipt says of the model both follow from these digests, and a 13B model has
+    26 GB. A file whose size, times or inode changed since is hashed again.
+    """
+    keys = {}
+    for path in paths:
+        stat = path.stat()
+        keys[path] = (path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    new = file_records(path for path, key in keys.items() if key not in _known_records)
+    _known_records.update((keys[path], record) for path, record in new.items())
+    return {path: _known_records[key] for path, key in keys.items()}
 
 
 def _text_files(files: Mapping[str, FileRecord]) -> dict[str, str]:
@@ -296,9 +314,9 @@ def _download(base_id: str, revision: str, report: Callable[[str], None]) -> Pat
             )
         report(f"fetching {base_id} at {revision[:12]} into the Hub cache")
         folder = Path(huggingface_hub.snapshot_download(base_id, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
-    for sibling in siblings:
-        path = folder / sibling.rfilename
-        if sibling.lfs is not None and path.exists() and file_record(path).sha256 != sibling.lfs.sha256:
+    stated = {folder / sibling.rfilename: sibling.lfs.sha256 for sibling in siblings if sibling.lfs is not None}
+    for path, record in model_records(path for path in stated if path.exists()).items():
+        if record.sha256 != stated[path]:
             raise SourceError(
                 "a downloaded file is damaged",
                 where=str(path),

@@ -96,7 +96,7 @@ def _packed(
     def pack(plan: VariantPlan) -> tuple[VariantPlan, dict[str, FileRecord], float]:
         started, store = time.monotonic(), stores[plan.variant]
         files = pack_checkpoint(PackJob(source=run.source, recipe_file=run.recipe_file, variant_plan=plan, store=store))
-        audit_or_raise(store.checkpoint, complete=False)
+        audit_or_raise([store.checkpoint], complete=False)
         pack_s = time.monotonic() - started
         run.terminal.say(f"pack       {pack_s:6.1f} s  {plan.variant.branch}")
         return plan, files, pack_s
@@ -228,7 +228,7 @@ def render_cards(run: Build) -> None:
     refuse_edited_cards(run, {branch: files for branch, (files, _) in cards.items()})
     for branch, (files, receipt) in cards.items():
         _write_card(run, branch, files, receipt)
-        audit_or_raise(run.workspace.folder(branch), complete=True)
+    audit_or_raise([run.workspace.folder(branch) for branch in cards], complete=True)
 
 
 def _licenses(run: Build, branch: str) -> dict[str, bytes]:
@@ -318,21 +318,21 @@ def _text(recipe_file: RecipeFile, name: str | None) -> str:
         raise CardError("a text of the card cannot be read", where=str(path), why=str(error)) from error
 
 
-def audit_or_raise(folder: Path, *, complete: bool) -> None:
-    """Audit a folder of ours.
+def audit_or_raise(folders: Sequence[Path], *, complete: bool) -> None:
+    """Audit folders of ours, in parallel.
 
     Raises:
-        AuditError: with every finding.
+        AuditError: of the first that has findings, with every one.
     """
-    report = audit(folder, complete=complete)
-    if not report.passed:
-        errors = [finding for finding in report.findings if finding.severity == "error"]
-        raise AuditError(
-            f"{len(errors)} findings in the checkpoint folder",
-            where=str(folder),
-            why="; ".join(f"{finding.where}: {finding.message}" for finding in errors[:10]),
-            hint=f"packager audit {folder} shows them all",
-        )
+    reports = in_parallel(lambda folder: audit(folder, complete=complete), folders)
+    for folder, report in zip(folders, reports, strict=True):
+        if not report.passed:
+            raise AuditError(
+                f"{len(report.errors)} findings in the checkpoint folder",
+                where=str(folder),
+                why="; ".join(f"{finding.where}: {finding.message}" for finding in report.errors[:10]),
+                hint=f"packager audit {folder} shows them all",
+            )
 
 
 def _provenance(

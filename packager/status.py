@@ -12,6 +12,8 @@ from rich.text import Text
 
 from packager.build_state import STAGES, Build, Options, StageName
 from packager.errors import StateError
+from packager.parallel import in_parallel
+from packager.plan import VariantPlan
 from packager.progress import Terminal
 from packager.publish import format_bytes
 from packager.receipt import LoaderRecord, Receipt
@@ -67,15 +69,18 @@ def read_status(recipe_file: RecipeFile, options: Options) -> tuple[BranchStatus
 
 def _read_receipts(run: Build) -> dict[str, str]:
     """Read each variant's receipt by itself, so that an edited folder hides no other; return what is wrong, if so."""
-    problems = {}
-    for plan in run.plan.variants:
+
+    def problem(plan: VariantPlan) -> str:
         alone = copy.copy(run)  # shares the receipts
         alone.plan = replace(run.plan, variants=(plan,))
         try:
             alone.read_receipts()
         except StateError as error:
-            problems[plan.variant.branch] = str(error)
-    return problems
+            return str(error)
+        return ""
+
+    problems = in_parallel(problem, run.plan.variants)
+    return {plan.variant.branch: text for plan, text in zip(run.plan.variants, problems, strict=True) if text}
 
 
 def _state(run: Build, branch: str, problems: dict[str, str]) -> State:

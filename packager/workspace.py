@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from packager.errors import StateError
-from packager.files import disk_errors, file_record, list_files, remove_leftovers, write_atomic
+from packager.files import disk_errors, file_records, list_files, remove_leftovers, write_atomic
 from packager.receipt import FileRecord, Receipt
 
 README, PROVENANCE = "README.md", "provenance.json"
@@ -159,7 +159,8 @@ def differences(folder: Path, files: Mapping[str, FileRecord], *, ignore: Collec
     present = [name for name in list_files(folder) if name not in ignore] if folder.is_dir() else []
     found = [f"{name} is missing" for name in expected if name not in present]
     found += [f"{name} is not ours" for name in present if name not in expected]
+    records = file_records(folder / name for name in present if name in expected)
     found += [
-        f"{name} was changed" for name in present if name in expected and file_record(folder / name) != expected[name]
+        f"{name} was changed" for name in expected if records.get(folder / name, expected[name]) != expected[name]
     ]
     return found

@@ -4,7 +4,9 @@ import re
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -19,6 +21,7 @@ _PYTHON = frozenset({"python", "py", "python3"})
 _SHELL = frozenset({"", "bash", "sh", "shell", "console", "zsh"})
 _TEMPLATE = re.compile(r"\{\{|\{%")
 _MAX_PYTHON = _MAX_FRONT_MATTER = 100_000
+_FILTERS = Lock()
 
 # The safe loader lets errors of its own constructors escape, e.g. ValueError for a 13th month.
 _YAML_ERRORS = (YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -89,12 +92,19 @@ def _check_body(lines: Sequence[str], findings: Findings, *, remote_code: bool) 
             findings.add("card-command", place, "this model needs no remote code")
 
 
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Ignore warnings. Their filters are the process's, and folders are audited in parallel: one thread at a time."""
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _front_matter(text: str, findings: Findings) -> JsonObject | None:
     if len(text) > _MAX_FRONT_MATTER:
         findings.add("card-front-matter", README, f"the front matter has {len(text)} characters")
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ruamel.yaml warns of oddities; they are errors or nothing here
+    with _silenced():  # ruamel.yaml warns of oddities; they are errors or nothing here
         try:
             value = YAML(typ="safe", pure=True).load(text)
         except _YAML_ERRORS as error:
@@ -171,8 +181,7 @@ def _python_problem(text: str) -> str:
     if len(text) > _MAX_PYTHON:
         return "it is too long for an example"
     code = textwrap.dedent(text)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _silenced():
         try:
             compile(code, README, "exec", dont_inherit=True)
         except SyntaxError as error:
