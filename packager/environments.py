@@ -6,6 +6,7 @@ nobody downloads torch again. Probes run there as processes of their own, withou
 
 import fcntl
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -154,6 +155,17 @@ def environment_name(spec: LoaderSpec) -> str:
     return f"{spec.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 
 
+def installed_versions(python: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the versions of packages in an environment of ours, of those that it has."""
+    folder = python.parent.parent
+    packages = sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
+    found: dict[str, str] = {
+        canonicalize_name(distribution.metadata["Name"]): distribution.version
+        for distribution in importlib.metadata.distributions(path=[str(_shared(folder)), packages])
+    }
+    return {name: found[name] for name in names if name in found}
+
+
 def _python(folder: Path) -> Path:
     return folder / "bin" / "python"
 
@@ -265,7 +277,7 @@ def _pip(site: _Site, arguments: Sequence[str]) -> None:
             )
 
 
-def _probe_environ(python: Path, environ: Mapping[str, str]) -> dict[str, str]:
+def probe_environ(python: Path, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a probe: it needs no index and no proxy, whose addresses may hold passwords."""
     kept = {
         name: value
@@ -348,7 +360,7 @@ def _run_script(
         status = run(
             command,
             folder=folder,
-            environ=_probe_environ(python, environ),
+            environ=probe_environ(python, environ),
             out=out,
             err=err,
             timeout_s=timeout_s,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packager.architecture import (
-    INPUT_GROUPS,
     Architecture,
     Shard,
     checkpoint_tensors,
@@ -18,22 +17,17 @@ from packager.architecture import (
     split_shards,
 )
 from packager.compatibility import Verdict, verdicts
+from packager.engines import auto_gptq_digest, engine_problems
 from packager.errors import PlanError
+from packager.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, sweep_ways
 from packager.recipe import Recipe, digest_of
 from packager.recipe.file import RecipeFile
-from packager.variant import Variant
+from packager.variant import Engine, Variant
 
-# Raised whenever the engine would make other bytes from the same inputs: finished work is then made anew.
-ENGINE_VERSION = 1
+# Raised whenever our own engine would make other bytes from the same inputs: finished work is then made anew.
+ENGINE_VERSION = 2
 
-# Matrices of the widest linear's [in_features, in_features] that live at once while its Hessian is factored.
-_SQUARES = 11
-# Bytes per weight that live at once while a group of linears is solved: float32 weights twice, codes, fp16 originals.
-_SOLVE_BYTES = 12
-_TOKENS_PER_BATCH = 16384
 _CONTEXT_TOKENS = 4096
-_CPU_BYTES = 4  # float32 activations and weights
-_GPU_BYTES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +55,19 @@ class VariantPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Estimated peak memory of quantizing, without what Python, torch and the CUDA context take themselves.
+    """Ways to quantize and their estimated peak memory, without what Python, torch and CUDA take themselves.
 
     Attributes:
-        gpu_bytes: on the GPU, all variants in one sweep.
-        gpu_bytes_one_variant: on the GPU, one variant per sweep.
-        host_bytes: in host memory beside a GPU.
-        cpu_bytes: in host memory when there is no GPU (float32), all variants in one sweep.
-        cpu_bytes_one_variant: the same, one variant per sweep.
+        fastest: on a GPU, all variants in one sweep, everything in its memory.
+        full_speed: on the smallest GPU that is as fast: activations in pinned host memory.
+        least: on the smallest GPU of all, about half as fast.
+        cpu: in host memory when there is no GPU (float32).
     """
 
-    gpu_bytes: int
-    gpu_bytes_one_variant: int
-    host_bytes: int
-    cpu_bytes: int
-    cpu_bytes_one_variant: int
+    fastest: SweepPlan
+    full_speed: SweepPlan
+    least: SweepPlan
+    cpu: SweepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +126,14 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
     """
     recipe = recipe_file.recipe
     config_path = _config_path(recipe_file)
-    architecture = read_architecture(_read_config(config_path), str(config_path))
+    config = _read_config(config_path)
+    architecture = read_architecture(config, str(config_path))
     variants = recipe.expanded_variants()
     judged = {variant.branch: verdicts(variant, architecture) for variant in variants}
     problems = [
         *_length_problems(recipe, architecture),
         *(problem for variant in variants for problem in _variant_problems(variant, architecture)),
+        *engine_problems(variants, config, architecture, recipe.calibration.seq_len),
         *_loader_problems(recipe, judged),
     ]
     if problems:
@@ -152,7 +146,7 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
         recipe=recipe,
         architecture=architecture,
         variants=_described(recipe, planned),
-        memory=_memory(architecture, variants, tokens),
+        memory=_memory(architecture, recipe, variants),
         disk=_disk(recipe, architecture, planned),
         calibration_tokens=tokens,
     )
@@ -222,6 +216,11 @@ def _loader_problems(recipe: Recipe, judged: Mapping[str, Sequence[Verdict]]) ->
     ]
 
 
+def engine_version(engine: Engine) -> int | str:
+    """Return what changes when an engine would make other bytes from the same inputs."""
+    return ENGINE_VERSION if engine == "native" else auto_gptq_digest()
+
+
 def _plan_variant(
     variant: Variant, recipe: Recipe, architecture: Architecture, judged: tuple[Verdict, ...]
 ) -> VariantPlan:
@@ -230,7 +229,7 @@ def _plan_variant(
     shards = split_shards(tensors, checkpoint.max_shard_bytes, checkpoint.weights_name)
     digest = digest_of(
         {
-            "engine_version": ENGINE_VERSION,
+            "engine_version": engine_version(variant.engine),
             "base_model": recipe.base_model.model_dump(mode="json", include={"id", "revision", "path"}),
             "calibration": recipe.calibration.model_dump(mode="json"),
             "parameters": variant.parameters(),
@@ -279,61 +278,26 @@ def describe(variant: Variant, weights_bytes: int, all_sizes: Sequence[int]) -> 
     return f"{', '.join(facts)}{relation}."
 
 
-def sweep_bytes(architecture: Architecture, *, num_tokens: int, num_variants: int, element_bytes: int) -> int:
-    """Estimate the peak memory of quantizing `num_variants` in one sweep, on the device that computes.
-
-    Terms, for one block (ENGINE.md "Memory"; gptq/hessian.py, gptq/solve.py and sweep.py of engine version 1):
-    every variant's activations [num_tokens, hidden_size]; for the variant under way also what its suspended forward
-    holds, at its widest either queries, keys, values and attention output, or residual and the MLP's product; the
-    block's weights as read and as overwritten, the embedding and the head; and the largest of one batch's forward,
-    factoring the widest Hessian, or solving the largest group. Measured on an
-    H100 (torch 2.11), two 13B-shaped blocks, 262,144 tokens: 34.5 GB for four variants where 34.3 GB were allocated at
-    the peak, 26.4 GB for one where it was 26.2 GB. On a CPU, whose LAPACK needs less room, it was 7 to 13 % too much
-    with 8 squares in place of 11 (one block, 512 hidden features, 1 to 4 variants, 8,192 to 32,768 tokens).
-
-    Args:
-        architecture: of the base model.
-        num_tokens: calibration rows x tokens per row.
-        num_variants: variants whose activations are kept side by side.
-        element_bytes: bytes of an activation or weight: 2 on a GPU, 4 on a CPU.
-    """
-    hidden, intermediate = architecture.hidden_size, architecture.intermediate_size
-    queries = architecture.num_attention_heads * architecture.head_dim
-    keys = architecture.num_key_value_heads * architecture.head_dim
-    suspended = max(hidden + 2 * queries + 2 * keys, 2 * hidden + intermediate)
-    activations = element_bytes * num_tokens * (num_variants * hidden + suspended)
-    block = {linear.local_name: linear for linear in architecture.block_linears}
-    weights = element_bytes * 2 * sum(linear.in_features * linear.out_features for linear in block.values())
-    outside = element_bytes * architecture.vocab_size * hidden * (1 if architecture.tie_word_embeddings else 2)
-    factoring = _SQUARES * 4 * max(linear.in_features for linear in block.values()) ** 2
-    solving = max(
-        3 * 4 * block[group[0]].in_features ** 2
-        + _SOLVE_BYTES * block[group[0]].in_features * sum(block[name].out_features for name in group)
-        for group in INPUT_GROUPS
+def _memory(architecture: Architecture, recipe: Recipe, variants: Sequence[Variant]) -> MemoryPlan:
+    work = Workload(
+        architecture=architecture,
+        num_samples=recipe.calibration.num_samples,
+        seq_len=recipe.calibration.seq_len,
+        num_variants=len(variants),
+        true_sequential=any(variant.true_sequential for variant in variants),
     )
-    batch = element_bytes * min(num_tokens, _TOKENS_PER_BATCH) * max(3 * intermediate, 4 * queries)
-    return activations + weights + outside + max(factoring, solving, batch)
-
-
-def _memory(architecture: Architecture, variants: Sequence[Variant], tokens: int) -> MemoryPlan:
-    """Host memory beside a GPU: the largest tensor being read twice over, one packed block, the token ids."""
-    count = len(variants)
-    host = (
-        2 * max(tensor.size_bytes for tensor in architecture.tensors)
-        + max(_packed_bytes(architecture, variant) for variant in variants) // architecture.num_blocks
-        + 8 * tokens
-    )
-
-    def sweep(num_variants: int, element_bytes: int) -> int:
-        return sweep_bytes(architecture, num_tokens=tokens, num_variants=num_variants, element_bytes=element_bytes)
-
+    ways = list(sweep_ways(work, "cuda"))
+    host = [way for way in ways if way.placement == "host" and way.host_bytes <= HOST_LIMIT_BYTES] or ways
     return MemoryPlan(
-        gpu_bytes=sweep(count, _GPU_BYTES),
-        gpu_bytes_one_variant=sweep(1, _GPU_BYTES),
-        host_bytes=host,
-        cpu_bytes=sweep(count, _CPU_BYTES) + host,
-        cpu_bytes_one_variant=sweep(1, _CPU_BYTES) + host,
+        fastest=ways[0],
+        full_speed=min((way for way in host if way.suspended_batches == host[0].suspended_batches), key=_device_bytes),
+        least=min(host, key=_device_bytes),
+        cpu=next(sweep_ways(work, "cpu")),
     )
+
+
+def _device_bytes(way: SweepPlan) -> int:
+    return way.device_bytes
 
 
 def _packed_bytes(architecture: Architecture, variant: Variant) -> int:

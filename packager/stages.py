@@ -4,32 +4,31 @@ Order and meaning are `pipeline.py`'s; torch is imported only when there is work
 """
 
 import os
-import platform
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from packager import __version__
 from packager.audit import audit
 from packager.build_state import Build, StageName, require_build_extra
 from packager.card import CardTexts, render_card
+from packager.engines import Made, Site, engine_named, require_engines
 from packager.errors import AuditError, CardError, PackError, StateError
 from packager.files import bytes_record, disk_errors, file_record, replace_folder, write_atomic
 from packager.pack import is_packed
 from packager.parallel import in_parallel
 from packager.plan import ENGINE_VERSION, VariantPlan
-from packager.receipt import FileRecord, LinearRecord, Provenance, Receipt
+from packager.receipt import FileRecord, Provenance, Receipt
 from packager.recipe.file import RecipeFile
 from packager.workspace import PROVENANCE, README, check_folder
 
 if TYPE_CHECKING:
     from packager.block_store import BlockStore
-    from packager.variant import Variant
+    from packager.quantize import Report
+    from packager.variant import Engine, Variant
 
 
 def quantize_and_pack(run: Build) -> tuple[str, ...]:
@@ -38,30 +37,32 @@ def quantize_and_pack(run: Build) -> tuple[str, ...]:
     if not missing:
         return ()
     require_build_extra()
-    from packager.quantize import BlockDone, QuantizeJob, device_name, quantize
+    from packager.quantize import BlockDone, LinearsDone
     from packager.source import check_disk
 
+    require_engines((plan.variant.engine for plan in missing), run.device.type)
     for plan in missing:
         _refuse_edited(run, plan)
     check_disk(run.workspace.dist, _needed_bytes(run, missing))
-    source, texts = run.source, run.texts
+    source = run.source
     _check_licenses(run)
     stores = _open_stores(run, missing)
-    job = QuantizeJob(source=source, rows=texts.calibration, stores=stores, device=run.device)
     spent = dict.fromkeys((plan.variant.branch for plan in missing), 0.0)
     with run.terminal.stage("quantize"), run.terminal.bar(len(missing) * source.architecture.num_blocks) as bar:
 
-        def report(done: BlockDone) -> None:
+        def report(done: BlockDone | LinearsDone) -> None:
+            if isinstance(done, LinearsDone):
+                return
             spent[done.branch] += done.seconds
             result = "resumed" if done.resumed else f"loss {done.loss:.4g}"
             bar.step(f"{done.branch} block {done.block + 1}/{done.num_blocks} {result} {done.seconds:.1f} s")
 
-        records = quantize(job, report)
+        made = _quantize(run, stores, report)
     for plan, files, pack_s in _packed(run, missing, stores):
         branch = plan.variant.branch
         seconds = {"quantize": round(spent[branch], 3), "pack": round(pack_s, 3)}
         receipt = Receipt(
-            provenance=_provenance(run, plan, files, records[branch], device_name(run.device)),
+            provenance=_provenance(run, plan, files, made[plan.variant.engine]),
             stages={"weights": run.keys[branch]["weights"]},
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(),
@@ -71,6 +72,25 @@ def quantize_and_pack(run: Build) -> tuple[str, ...]:
         replace_folder(stores[plan.variant].checkpoint, run.workspace.folder(branch))
         run.keep(receipt)
     return tuple(plan.variant.branch for plan in missing)
+
+
+def _quantize(run: Build, stores: "Mapping[Variant, BlockStore]", report: "Report") -> "dict[Engine, Made]":
+    """Stage 5: let each engine make its variants, one engine after the other."""
+    from packager.quantize import QuantizeJob
+
+    site = Site(cache=run.options.cache, scratch=run.workspace.work, environ=run.options.environ, say=run.terminal.say)
+    made = {}
+    for name in dict.fromkeys(variant.engine for variant in stores):
+        own = {variant: store for variant, store in stores.items() if variant.engine == name}
+        job = QuantizeJob(
+            source=run.source,
+            rows=run.texts.calibration,
+            stores=own,
+            devices=run.devices,
+            device_limit=run.options.gpu_memory_bytes,
+        )
+        made[name] = engine_named(name, site).quantize(job, report)
+    return made
 
 
 def _open_stores(run: Build, missing: Sequence[VariantPlan]) -> "dict[Variant, BlockStore]":
@@ -335,36 +355,30 @@ def audit_or_raise(folders: Sequence[Path], *, complete: bool) -> None:
             )
 
 
-def _provenance(
-    run: Build, plan: VariantPlan, files: Mapping[str, FileRecord], linears: Sequence[LinearRecord], device: str
-) -> Provenance:
-    variant = plan.variant
-    damping = max(record.damp_percent for record in linears)
+def _provenance(run: Build, plan: VariantPlan, files: Mapping[str, FileRecord], made: Made) -> Provenance:
+    from packager.quantize import device_name
+
+    variant, linears = plan.variant, made.records[plan.variant.branch]
     return Provenance(
         repository=run.recipe.repository.id,
         branch=variant.branch,
-        made_with=f"gptq-packager {__version__}",
+        made_with=made.made_with,
         recipe_digest=run.recipe.digest(),
         variant_digest=plan.digest,
         parameters=variant.parameters(),
         effective={
-            "damp_percent_max": damping,
+            "damp_percent_max": max(record.damp_percent for record in linears),
             "linears_damped_further": sum(record.damp_percent > variant.damp_percent for record in linears),
         },
         base_model=run.source.record,
         calibration=run.texts.calibration.record,
         evaluation=run.texts.evaluation.record,
-        versions=_versions(),
-        device=device,
-        linears=tuple(linears),
+        versions=dict(made.versions),
+        device=device_name(run.device),
+        linears=linears,
         weights_bytes=plan.weights_bytes,
         files=dict(files),
     )
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "tokenizers", "safetensors", "greenlet")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
 def peak_memory_bytes() -> int:

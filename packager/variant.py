@@ -1,12 +1,15 @@
 """The variant: one GPTQ permutation of a base model, named everywhere by its branch."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 MAIN = "main"
 Bits = Literal[2, 3, 4, 8]
-Engine = Literal["native"]
+Engine = Literal["native", "auto-gptq"]
+# Parameters that only our own engine knows, and the value that asks nothing of it.
+NATIVE_ONLY: Mapping[str, object] = {"scale_search": False}
 
 _HEX = re.compile(r"[0-9a-f]{4,40}\Z")
 _BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
@@ -27,7 +30,7 @@ class Variant:
         true_sequential: each linear sees inputs made by the already quantized ones before it.
         static_groups: grids are fixed from the original weights, before any column is quantized.
         scale_search: try smaller scales per group, keep the one with the least weighted squared error.
-        engine: which engine makes it.
+        engine: which engine makes it; auto-gptq knows no scale_search, and uses damp_percent as it is.
     """
 
     branch: str

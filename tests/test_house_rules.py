@@ -14,11 +14,15 @@ PACKAGE = ROOT / "packager"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_bytes()) for path in FILES}
 # Programs of their own, run in the loaders' environments by path.
-PROBES = {name for name in MODULES if name.startswith("packager/loaders/") and not name.endswith("__init__.py")}
+PROBES = {
+    name
+    for name in MODULES
+    if name.endswith("_script.py") or (name.startswith("packager/loaders/") and not name.endswith("__init__.py"))
+}
 TORCH_FREE = (
     "cli", "progress", "recipe", "recipe.file", "recipe.schema", "plan", "plan_view", "compatibility", "card",
     "publish", "publish_view", "targets", "targets.local", "status", "audit", "audit.view", "build_state", "pipeline",
-    "release", "workspace", "receipt", "loaders", "errors",
+    "release", "workspace", "receipt", "loaders", "errors", "engines", "engines.legacy_config",
 )  # fmt: skip
 TERMINAL = {"packager/cli.py", "packager/progress.py"}
 # `python -m packager.recipe.schema` is an entry point of its own: nox runs it, the command line does not know it.

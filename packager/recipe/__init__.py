@@ -124,7 +124,9 @@ Sym = Annotated[bool, _says("symmetric grid")]
 TrueSequential = Annotated[bool, _says("each linear sees inputs made by the already quantized ones before it")]
 StaticGroups = Annotated[bool, _says("fix every grid from the original weights before any column is quantized")]
 ScaleSearch = Annotated[bool, _says("search a smaller scale per group (41 candidates down to 60 % of max|w|)")]
-EngineField = Annotated[Engine, _says("what makes the weights")]
+EngineField = Annotated[
+    Engine, _says("what makes the weights: our own engine, or AutoGPTQ 0.7.1 in its own environment on CUDA")
+]
 SeqLen = Annotated[int, Field(ge=8, le=131072, description="tokens per row")]
 Url = Annotated[str, Field(pattern=_URL, description="an https:// address")]
 Line = Annotated[str, Field(min_length=1, max_length=400, pattern=_LINE, description=PATTERN_MEANINGS[_LINE])]

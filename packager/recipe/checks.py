@@ -4,17 +4,18 @@ Every check reads what it needs from a draft and keeps silent about values that 
 of them run whatever else is wrong.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Final, get_args
 
 from packager.recipe import Defaults, base_model_problem, text_source_problem
 from packager.recipe.draft import Draft, Loc, State, name_of
 from packager.recipe.paths import locate, path_problem
 from packager.recipe.shapes import Parameter, shape_findings
 from packager.recipe.yaml import Finding
-from packager.variant import MAIN, branch_name
+from packager.variant import MAIN, NATIVE_ONLY, Engine, branch_name
 
 # Every field of type RelativePath; the two lists of licence files are added where they are checked.
 FILE_FIELDS: Final[tuple[Loc, ...]] = (
@@ -58,6 +59,7 @@ def check(draft: Draft, folder: Path) -> list[Finding]:
         *_ids(draft),
         *_branches(draft),
         *_damping(draft),
+        *_engines(draft),
         *_loaders(draft),
         *_rows(draft),
         *_held_out(draft, folder),
@@ -145,6 +147,26 @@ def _damping(draft: Draft) -> Iterator[Finding]:
             at = max(parameter.at for parameter in (damp, limit) if parameter.written)
             hint = "" if limit.written else f"the limit is {limit.value} unless the recipe says otherwise"
             yield Finding(at, f"damp_percent_limit {limit.value} is less than damp_percent {damp.value}", hint)
+
+
+def _engines(draft: Draft) -> Iterator[Finding]:
+    """Refuse what only our own engine can do where a variant asks for another."""
+    for index in range(draft.count("variants")):
+        parameters = _parameters(draft, index)
+        engine = parameters["engine"]
+        if engine.value not in get_args(Engine) or engine.value == "native":
+            continue
+        for name, off in NATIVE_ONLY.items():
+            asked = parameters[name]
+            if isinstance(asked.value, State) or asked.value == off:
+                continue
+            at = max(parameter.at for parameter in (engine, asked) if parameter.written)
+            hint = f"write {name}: {json.dumps(off)} in this variant, or engine: native"
+            yield Finding(at, f"engine {engine.value} cannot do {name}", hint)
+        if draft.get("variants", index, "damp_percent_limit") is not State.ABSENT:
+            at = draft.at("variants", index, "damp_percent_limit")
+            message = f"engine {engine.value} never raises damping: damp_percent_limit has no effect in this variant"
+            yield Finding(at, message, "leave it out, or use engine: native")
 
 
 def _loaders(draft: Draft) -> Iterator[Finding]:
