@@ -105,6 +105,20 @@ def tests_release(session: nox.Session) -> None:
 
 
 @nox.session
+def benchmark(session: nox.Session) -> None:
+    """Time our engine and, where installed, others on one random model; benchmarks/README.md has the options."""
+    _install(session, "-e", ".[build]")
+    session.run("python", "benchmarks/speed.py", *session.posargs)
+
+
+@nox.session(name="benchmark-quality")
+def benchmark_quality(session: nox.Session) -> None:
+    """Measure what our engine and others make of the demo model; benchmarks/README.md has the options."""
+    _install(session, "-e", ".[build]")
+    session.run("python", "benchmarks/quality.py", *session.posargs)
+
+
+@nox.session
 def plan(session: nox.Session) -> None:
     """Show what every recipe means: branches, sizes, memory, disk, loaders; offline."""
     _install(session, "-e", ".")

@@ -1,0 +1,286 @@
+"""Make a Llama of any shape with random weights, and a recipe that quantizes it; nothing is downloaded.
+
+    python benchmarks/make_model.py FOLDER --layers 40
+
+FOLDER gets model/ (sharded safetensors, fp16, N(0, 0.02), and the demo model's tokenizer), two texts long enough for
+the rows that are wanted, and recipe.yaml with the four permutations that people publish. The default shape is that of
+Llama-2-13B: 26 GB for 40 layers. Weights are made on the GPU where there is one, and written by several threads
+meanwhile. The same seed gives the same bytes on the same kind of device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from packager.architecture import read_architecture
+from packager.files import write_atomic
+
+DEMO = Path(__file__).parent.parent / "recipes" / "assets" / "demo-llama"
+STD = 0.02
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+_WRITERS = 4
+_WORDS_PER_DOCUMENT = 150
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model's shape; what is made follows from this alone, the seed and the kind of device."""
+
+    hidden: int = 5120
+    intermediate: int = 13824
+    heads: int = 40
+    kv_heads: int = 40
+    layers: int = 40
+    vocab: int = 32000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What `make` wrote, kept beside it so that the next run need not write it again."""
+
+    shape: Shape
+    rows: int
+    seq_len: int
+    seed: int
+    shard_bytes: int
+    on_gpu: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """One tensor's place on disk."""
+
+    name: str
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+
+    @property
+    def elements(self) -> int:
+        return int(np.prod(self.shape))
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser, *, layers: int | None) -> None:
+    """Add an option for every field of `Shape`."""
+    for field in fields(Shape):
+        default = layers if field.name == "layers" else field.default
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
+
+
+def config_of(shape: Shape, seq_len: int) -> dict[str, Any]:
+    """Return config.json in the spellings that transformers 4 and 5 both read."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden,
+        "initializer_range": STD,
+        "intermediate_size": shape.intermediate,
+        "max_position_embeddings": max(4096, seq_len),
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "use_cache": True,
+        "vocab_size": shape.vocab,
+    }
+
+
+def make(folder: Path, made: Made) -> float:
+    """Write the model, the texts and the recipe, unless exactly these are there; return the seconds it took."""
+    marker = folder / "made.json"
+    wanted = json.dumps(asdict(made), indent=2).encode() + b"\n"
+    if marker.exists() and marker.read_bytes() == wanted:
+        return 0.0
+    started = time.perf_counter()
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    marker.unlink(missing_ok=True)
+    (folder / "model").mkdir(parents=True)
+    config = config_of(made.shape, made.seq_len)
+    write_atomic(folder / "model" / "config.json", json.dumps(config, indent=2).encode())
+    for name in _TOKENIZER:
+        shutil.copyfile(DEMO / "model" / name, folder / "model" / name)
+    write_weights(folder / "model", config, made)
+    write_texts(folder, made)
+    write_atomic(folder / "recipe.yaml", json.dumps(recipe_of(made), indent=2).encode())
+    write_atomic(marker, wanted)
+    return time.perf_counter() - started
+
+
+def write_weights(folder: Path, config: dict[str, Any], made: Made) -> None:
+    """Write the shards and their index: values are made on the device while earlier ones are on their way to disk."""
+    pieces, headers = _plan(config, made.shard_bytes)
+    names = [f"model-{number:05d}-of-{len(headers):05d}.safetensors" for number in range(1, len(headers) + 1)]
+    device = torch.device("cuda" if made.on_gpu else "cpu")
+    generator = torch.Generator(device).manual_seed(made.seed)
+    largest = max(piece.elements for piece in pieces)
+    buffers: queue.Queue[torch.Tensor] = queue.Queue()
+    for _ in range(2 * _WRITERS):
+        buffers.put(torch.empty(largest, dtype=torch.float16, pin_memory=made.on_gpu))
+    files = [os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644) for name in names]
+
+    def write(piece: _Piece, buffer: torch.Tensor) -> None:
+        start = len(headers[piece.shard]) + piece.offset
+        _write_all(files[piece.shard], buffer[: piece.elements].view(torch.uint8).numpy(), start)
+        buffers.put(buffer)
+
+    try:
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            for file, header in zip(files, headers, strict=True):
+                _write_all(file, np.frombuffer(header, dtype=np.uint8), 0)
+            written = []
+            for piece in pieces:
+                buffer = buffers.get()
+                _fill(buffer[: piece.elements], piece, device, generator)
+                written.append(pool.submit(write, piece, buffer))
+            for each in written:
+                each.result()
+            # On disk, not only in memory: what reads them next may ask for a cold start.
+            list(pool.map(os.fsync, files))
+    finally:
+        for file in files:
+            os.close(file)
+    total = sum(2 * piece.elements for piece in pieces)
+    index = {"metadata": {"total_size": total}, "weight_map": {piece.name: names[piece.shard] for piece in pieces}}
+    write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+
+
+def _plan(config: dict[str, Any], shard_bytes: int) -> tuple[list[_Piece], list[bytes]]:
+    """Return every tensor's place, and each shard's header."""
+    pieces: list[_Piece] = []
+    entries: list[dict[str, Any]] = [{}]
+    offset = 0
+    for tensor in read_architecture(config, "config.json").tensors:
+        size = 2 * int(np.prod(tensor.shape))
+        if offset and offset + size > shard_bytes:
+            entries.append({})
+            offset = 0
+        pieces.append(_Piece(name=tensor.name, shape=tuple(tensor.shape), shard=len(entries) - 1, offset=offset))
+        span = [offset, offset + size]
+        entries[-1][tensor.name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": span}
+        offset += size
+    headers = []
+    for entry in entries:
+        text = json.dumps({"__metadata__": {"format": "pt"}, **entry}).encode()
+        text += b" " * (-len(text) % 8)
+        headers.append(len(text).to_bytes(8, "little") + text)
+    return pieces, headers
+
+
+def _fill(buffer: torch.Tensor, piece: _Piece, device: torch.device, generator: torch.Generator) -> None:
+    if len(piece.shape) == 1:  # a norm's weight
+        buffer.fill_(1.0)
+        return
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    buffer.copy_(torch.empty(piece.elements, dtype=dtype, device=device).normal_(0, STD, generator=generator))
+
+
+def _write_all(file: int, data: np.ndarray[Any, np.dtype[np.uint8]], offset: int) -> None:
+    view = data.data
+    while view:
+        done = os.pwrite(file, view[: 1 << 28], offset)
+        view, offset = view[done:], offset + done
+
+
+def write_texts(folder: Path, made: Made) -> None:
+    """Write calibration and evaluation text: random words of the demo's text, as many as the rows need."""
+    source = (DEMO / "text" / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
+    words = np.array(sorted({word for line in source for word in json.loads(line)["text"].split()}))
+    tokenizer = Tokenizer.from_file(str(DEMO / "model" / "tokenizer.json"))
+    for number, (name, rows) in enumerate({"calibration": made.rows, "evaluation": _evaluation_rows(made)}.items()):
+        needed = (rows + 1) * made.seq_len
+        documents = _documents(words, tokenizer, needed, np.random.default_rng([made.seed, number]))
+        lines = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
+        write_atomic(folder / f"{name}.jsonl", lines.encode())
+
+
+def _documents(
+    words: np.ndarray[Any, Any], tokenizer: Tokenizer, num_tokens: int, generator: np.random.Generator
+) -> Iterator[str]:
+    while num_tokens > 0:
+        document = " ".join(generator.choice(words, _WORDS_PER_DOCUMENT))
+        num_tokens -= len(tokenizer.encode(document).ids)
+        yield document
+
+
+def _evaluation_rows(made: Made) -> int:
+    return max(4, -(-64 // made.seq_len))
+
+
+def recipe_of(made: Made) -> dict[str, Any]:
+    """Return the recipe; its variants are those of recipes/llama-2-13b-chat.yaml."""
+    return {
+        "schema_version": 1,
+        "repository": {"id": "benchmark/random-llama-GPTQ"},
+        "base_model": {"id": "benchmark/random-llama", "path": "model"},
+        "calibration": {"path": "calibration.jsonl", "num_samples": made.rows, "seq_len": made.seq_len, "seed": 0},
+        "evaluation": {
+            "path": "evaluation.jsonl",
+            "num_tokens": _evaluation_rows(made) * made.seq_len,
+            "seq_len": made.seq_len,
+        },
+        "defaults": {"bits": 4, "sym": True, "damp_percent": 0.01, "true_sequential": True},
+        "variants": [
+            {"branch": "main", "group_size": 128, "desc_act": False},
+            *({"group_size": group_size, "desc_act": True} for group_size in (32, 64, 128)),
+        ],
+        "card": {
+            "title": "Random Llama",
+            "creator": "a random number generator",
+            "quantized_by": "benchmark",
+            "license": {"id": "apache-2.0"},
+            "prompt_template": {"name": "Llama-2-Chat", "template": "[INST] {prompt} [/INST]"},
+        },
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path)
+    add_shape_arguments(parser, layers=Shape.layers)
+    parser.add_argument("--rows", type=int, default=128, help="calibration rows the text must be enough for")
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard-bytes", type=int, default=5_000_000_000)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where values are made")
+    given = parser.parse_args(arguments)
+    made = Made(
+        shape=Shape(**{field.name: getattr(given, field.name) for field in fields(Shape)}),
+        rows=given.rows,
+        seq_len=given.seq_len,
+        seed=given.seed,
+        shard_bytes=given.shard_bytes,
+        on_gpu=given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available()),
+    )
+    seconds = make(given.folder, made)
+    size = sum(path.stat().st_size for path in (given.folder / "model").iterdir())
+    print(f"{given.folder}: {size / 1e9:.2f} GB, {f'made in {seconds:.1f} s' if seconds else 'was there'}")
+
+
+if __name__ == "__main__":
+    main()

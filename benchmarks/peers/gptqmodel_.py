@@ -1,0 +1,89 @@
+"""GPTQModel 7.7: one permutation, its own defaults but for what the comparison fixes.
+
+Timed: `model.quantize(...)`, which packs in threads while the next layer is under way. Weights stay in memory rather
+than go to disk layer by layer. `act_group_aware` keeps its default: on without desc_act.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import sys
+import types
+from typing import Any
+
+from peer import Job, Stopwatch, need, rows_of, run, versions
+
+SETTINGS = {"offload_to_disk": False}
+
+
+class _Layers:
+    """Receives GPTQModel's word that a layer is done."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self._watch = watch
+
+    def layer_complete(self, *, layer_idx: int, submodule_finalized: bool) -> None:  # noqa: ARG002 - its signature
+        """Mark the end of a layer's solving; its packing may still be under way."""
+        if not submodule_finalized:
+            self._watch.mark()
+
+
+def configure() -> None:
+    """Set what GPTQModel reads when it is imported: nothing may be fetched, and few cores are enough."""
+    os.environ["GPTQMODEL_OFFLINE"] = "1"
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(4, os.cpu_count() or 1)))
+
+
+def provide_pcre() -> str:
+    """Put Python's re in the place of PyPcre, which exists as C source only; module names are matched alike."""
+    try:
+        return importlib.metadata.version("pypcre")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    stand_in: Any = types.ModuleType("pcre")
+    stand_in.compile, stand_in.escape, stand_in.split, stand_in.Pattern = re.compile, re.escape, re.split, re.Pattern
+    stand_in.Flag = types.SimpleNamespace(CASELESS=re.IGNORECASE, MULTILINE=re.MULTILINE, DOTALL=re.DOTALL)
+    sys.modules.setdefault("pcre", stand_in)
+    return "replaced by re"
+
+
+def quantize(job: Job) -> dict[str, Any]:
+    """Quantize one model and save it if asked to."""
+    configure()
+    pcre = provide_pcre()
+    gptqmodel: Any = need("gptqmodel")
+    torch: Any = need("torch")
+    config = gptqmodel.QuantizeConfig(
+        bits=job["bits"],
+        group_size=job["group_size"],
+        desc_act=job["desc_act"],
+        sym=job["sym"],
+        damp_percent=job["damp_percent"],
+        true_sequential=True,
+        **SETTINGS,
+    )
+    on_gpu = job["device"] == "cuda"
+    model = gptqmodel.GPTQModel.load(
+        job["model_dir"], config, device="cuda:0" if on_gpu else "cpu", dtype=torch.float16 if on_gpu else torch.float32
+    )
+    rows = rows_of(job)
+    examples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in rows]
+    watch = Stopwatch(job["device"])
+    model.layer_callback = _Layers(watch)
+    with watch:
+        model.quantize(examples, batch_size=job["batch_size"])
+    outcome = watch.outcome()
+    if job["save_dir"]:
+        model.save(job["save_dir"])
+    return {
+        **outcome,
+        "timed": "model.quantize, packing included",
+        "settings": {**SETTINGS, "batch_size": job["batch_size"], "act_group_aware": bool(config.act_group_aware)},
+        "versions": {**versions("gptqmodel", "accelerate", "numpy"), "pypcre": pcre},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:], quantize))

@@ -1,0 +1,83 @@
+"""Our engine, through the stages of a real build: from a recipe on disk to checkpoint folders that were audited.
+
+A job has recipe, dist, device, gpu_memory_bytes (null: all) and result. `seconds` is the stage "quantize" alone:
+weights are read from disk, solved, packed and written to disk in it. `stages` has what the whole way took.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peer import Job, Stopwatch, need, run, versions
+
+if TYPE_CHECKING:
+    from packager.build_state import Build
+    from packager.progress import Bar
+
+
+def quantize(job: Job) -> dict[str, Any]:
+    """Build the weights of every variant of the recipe."""
+    progress: Any = need("packager.progress")
+    watch = Stopwatch(job["device"])
+    terminal = _terminal(progress, watch)
+    with watch:
+        build = _build(job, terminal)
+        stages = {"plan": time.perf_counter() - watch.started}
+        with build.workspace.locked():
+            build.read_receipts()
+            _ = build.source, build.texts  # read now, so that they are stages of their own
+            need("packager.stages").quantize_and_pack(build)
+    packed = [receipt.seconds["pack"] for receipt in build.ordered_receipts() if "pack" in receipt.seconds]
+    stages |= terminal.seconds
+    if packed:
+        stages["pack and audit"] = sum(packed)
+    return {
+        **watch.outcome(),
+        "seconds": terminal.seconds["quantize"],
+        "marks": watch.marks[len(build.plan.variants) - 1 :: len(build.plan.variants)],
+        "stages": stages,
+        "disk_to_disk_s": watch.seconds,
+        "variants": [plan.variant.branch for plan in build.plan.variants],
+        "timed": "the stage quantize: reading, solving, packing and writing",
+        "settings": {"gpu_memory_bytes": job["gpu_memory_bytes"]},
+        "versions": versions("triton", "numpy", "greenlet", "safetensors"),
+    }
+
+
+def _build(job: Job, terminal: Any) -> Build:
+    state: Any = need("packager.build_state")
+    recipe_file = need("packager.recipe.file").RecipeFile.load(Path(job["recipe"]))
+    limit = {} if job["gpu_memory_bytes"] is None else {"gpu_memory_bytes": job["gpu_memory_bytes"]}
+    dist = Path(job["dist"])
+    options = state.Options(dist=dist, cache=dist / "cache", device=job["device"], environ=dict(os.environ), **limit)
+    build: Build = state.Build(recipe_file, options, terminal)
+    return build
+
+
+def _terminal(progress: Any, watch: Stopwatch) -> Any:
+    """Return a terminal that marks each finished block of each variant."""
+
+    class Marking(progress.Terminal):  # type: ignore[misc] # imported late, so that a failed import is reported
+        @contextmanager
+        def bar(self, total: int) -> Iterator[Bar]:
+            with super().bar(total) as bar:
+                step = bar.step
+
+                def marked(text: str) -> None:
+                    watch.mark()
+                    step(text)
+
+                bar.step = marked
+                yield bar
+
+    return Marking()
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:], quantize))

@@ -1,0 +1,190 @@
+"""Runs an engine's script in a process of its own: its peaks and its imports are its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from packager.environments import READY, environment_name
+from packager.loaders import LOADERS
+from packager.processes import clean_environ, run, tail
+
+SCRIPTS = Path(__file__).parent / "peers"
+ROOT = Path(__file__).parent.parent
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+_OTHERS = {"TOKENIZERS_PARALLELISM": "false", "PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """A program that quantizes.
+
+    Attributes:
+        name: what the command line calls it.
+        title: what the table calls it.
+        script: in peers/.
+        loader: the loader of ours whose environment has it, if one has.
+    """
+
+    name: str
+    title: str
+    script: str
+    loader: str | None = None
+
+
+OURS = Engine(name="ours", title="ours", script="ours.py")
+PEERS = {
+    engine.name: engine
+    for engine in (
+        Engine(name="autogptq", title="AutoGPTQ", script="autogptq.py", loader="autogptq"),
+        Engine(name="gptqmodel", title="GPTQModel", script="gptqmodel_.py", loader="transformers"),
+        Engine(name="llmcompressor", title="llm-compressor", script="llmcompressor_.py"),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where engines are found.
+
+    Attributes:
+        pythons: by engine, the interpreter the user named.
+        paths: by engine, folders put before everything else on its path.
+        cache: where the loaders' environments are.
+    """
+
+    pythons: Mapping[str, Path]
+    paths: Mapping[str, Sequence[Path]]
+    cache: Path
+
+    def python(self, engine: Engine) -> Path:
+        """Return the named interpreter, else the loader's environment that has the engine, else the running one.
+
+        Where a path was named for the engine, the running interpreter takes it.
+        """
+        if engine.name in self.pythons:
+            return self.pythons[engine.name]
+        if engine.loader is not None and engine.name not in self.paths:
+            folder = self.cache / "loaders" / environment_name(LOADERS[engine.loader])
+            if (folder / READY).exists():
+                return folder / "bin" / "python"
+        return Path(sys.executable)
+
+    def environ(self, engine: Engine, environ: Mapping[str, str]) -> dict[str, str]:
+        """Return the environment of an engine's process: offline, without secrets, with its own paths first."""
+        own = [str(path.absolute()) for path in self.paths.get(engine.name, ())]
+        # Another interpreter's packages are no business of this one's path.
+        inherited = environ.get("PYTHONPATH", "") if self.python(engine) == Path(sys.executable) else ""
+        root = [str(ROOT)] if engine is OURS else []
+        path = os.pathsep.join(filter(None, [*own, *root, inherited]))
+        return {**clean_environ(environ), **_OFFLINE, **_OTHERS, **({"PYTHONPATH": path} if path else {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one job came to.
+
+    Attributes:
+        status: "ok", "not installed", "unavailable" or "failed"; `reason` says why it is not "ok".
+        said: the script's own words (see peers/peer.py).
+    """
+
+    status: str
+    reason: str = ""
+    said: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_jobs(
+    engine: Engine, jobs: Sequence[Mapping[str, Any]], places: Places, folder: Path, *, timeout_s: float
+) -> list[Outcome]:
+    """Run an engine's jobs one after the other in one process; its output goes to a log in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files, results = [], []
+    for number, job in enumerate(jobs):
+        files.append(folder / f"{engine.name}-{number}.json")
+        results.append(folder / f"{engine.name}-{number}-result.json")
+        results[-1].unlink(missing_ok=True)
+        content = {**job, "result": str(results[-1].absolute())}
+        files[-1].write_text(json.dumps(content, indent=2), encoding="utf-8")
+    command = [str(places.python(engine)), str(SCRIPTS / engine.script), *(str(file.absolute()) for file in files)]
+    log = folder / f"{engine.name}.log"
+    with log.open("wb") as out:
+        status = run(
+            command,
+            folder=folder,
+            environ=places.environ(engine, os.environ),
+            out=out,
+            err=out,
+            timeout_s=timeout_s,
+            progress=lambda: sum(result.exists() for result in results),
+        )
+    ended = f"it took over {timeout_s:g} s" if status is None else f"exit status {status}"
+    last = tail(log, 1)[:200]
+    return [_outcome(path, f"{ended}: {last}") for path in results]
+
+
+def _outcome(path: Path, ended: str) -> Outcome:
+    if not path.exists():
+        return Outcome(status="failed", reason=ended)
+    said = json.loads(path.read_text(encoding="utf-8"))
+    return Outcome(status=said["status"], reason=said.get("reason", ""), said=said)
+
+
+def add_place_arguments(parser: argparse.ArgumentParser, *, peers: str) -> None:
+    """Add the options that say which peers run and where they are."""
+    parser.add_argument("--peers", default=peers, help=f'comma-separated, "" for none (default {peers})')
+    parser.add_argument(
+        "--peer-python", action="append", default=[], metavar="NAME=PATH",
+        help="the interpreter that has a peer (default: the loader's environment that has it, else this one)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peer-path", action="append", default=[], metavar="NAME=DIR", help="a folder to put first on a peer's path"
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="where the loaders' environments are (default ~/.cache/gptq-packager)"
+    )
+
+
+def peers_of(parser: argparse.ArgumentParser, names: str) -> tuple[Engine, ...]:
+    """Return the peers of a comma-separated list, in its order."""
+    wanted = [name for name in names.split(",") if name]
+    if unknown := [name for name in wanted if name not in PEERS]:
+        parser.error(f"no such peer: {', '.join(unknown)}; there are {', '.join(PEERS)}")
+    return tuple(PEERS[name] for name in wanted)
+
+
+def places_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Places:
+    """Return where the command line says that the peers are."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    # Not resolved: an environment's interpreter is a link to the one that it was made with.
+    pythons = {name: Path(path).absolute() for name, path in _pairs(parser, given.peer_python)}
+    paths: dict[str, list[Path]] = {}
+    for name, path in _pairs(parser, given.peer_path):
+        paths.setdefault(name, []).append(Path(path))
+    cache = given.cache or Path(caches).expanduser() / "gptq-packager"
+    return Places(pythons=pythons, paths=paths, cache=cache)
+
+
+def _pairs(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or name not in (*PEERS, OURS.name) or not Path(path).exists():
+            parser.error(f"{text!r}: expected a peer's name, '=' and a path that exists")
+        pairs.append((name, path))
+    return pairs
+
+
+def device_of(choice: str) -> str:
+    """Return "cpu" or "cuda"."""
+    import torch
+
+    if choice == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return choice

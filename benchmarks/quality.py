@@ -1,0 +1,246 @@
+"""Compare what engines make of the demo model: the same rows, parameters and checkpoint format, several seeds.
+
+    python benchmarks/quality.py --json quality.json
+
+Each engine quantizes the model into each permutation, calibrated on rows that are drawn anew for every seed. The judge
+is our own evaluation, in float32, of the checkpoint each engine saved: KL divergence to the base model in nats per
+token, perplexity and top-1 agreement on held-out text. benchmarks/README.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from processes import Engine, Outcome, Places, add_place_arguments, device_of, peers_of, places_of, run_jobs
+from quality_table import Measurement, figures_table, kl_table
+from rich.console import Console
+
+from packager.build_state import Build, Options
+from packager.evaluate import Measured, checkpoint_reader, compare, measure
+from packager.files import write_atomic
+from packager.progress import Terminal
+from packager.recipe.file import RecipeFile
+from packager.stages import quantize_and_pack
+
+DEMO = Path(__file__).parent.parent / "recipes" / "demo-llama.yaml"
+PERMUTATIONS = ((128, False), (128, True), (64, True), (32, True))
+OURS = ("plain:scale_search=false", "search:scale_search=true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the command line asked for."""
+
+    recipe: Path
+    seeds: tuple[int, ...]
+    permutations: tuple[tuple[int, bool], ...]
+    ours: dict[str, dict[str, Any]]
+    peers: tuple[Engine, ...]
+    places: Places
+    device: str
+    rows: int | None
+    seq_len: int | None
+    batch_size: int
+    timeout_s: float
+    work: Path
+    json: Path | None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 1 if an engine failed."""
+    settings = parse(arguments)
+    terminal = Terminal()
+    shutil.rmtree(settings.work, ignore_errors=True)
+    # A recipe's paths may not leave its folder.
+    shutil.copytree(settings.recipe.parent, settings.work / "recipes")
+    builds = {seed: _build(settings, seed, terminal) for seed in settings.seeds}
+    first = builds[settings.seeds[0]]
+    texts, device = first.texts, first.device
+    reader, folder = first.source.read, first.source.folder
+    base = measure(folder, reader, texts, device=device, dtype=torch.float32)
+    measurements = []
+    failed = False
+    for engine, seed, permutation, outcome, checkpoint in (*_ours(settings, builds), *_peers(settings, builds)):
+        quality = None
+        if outcome.status == "ok":
+            quality = compare(base, _measured(checkpoint, first), texts)
+            terminal.say(f"{engine} {name_of(permutation)} seed {seed}: KL {quality.kl_divergence:.6f}")
+        failed |= outcome.status == "failed"
+        measurements.append(
+            Measurement(
+                engine=engine, permutation=name_of(permutation), seed=seed, outcome=outcome, quality=quality,
+                ours=engine in settings.ours,
+            )
+        )  # fmt: skip
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(kl_table(measurements))
+    console.print(figures_table(measurements))
+    if settings.json is not None:
+        calibration = first.texts.calibration.record
+        report = {
+            "base_model": first.source.record.id,
+            "ours": settings.ours,
+            "calibration": {"rows": calibration.num_samples, "seq_len": calibration.seq_len},
+            "held_out_tokens": texts.evaluation.ids.numel(),
+            "measurements": [measurement.result() for measurement in measurements],
+        }
+        write_atomic(settings.json.absolute(), json.dumps(report, indent=2).encode() + b"\n")
+    return int(failed)
+
+
+def name_of(permutation: tuple[int, bool]) -> str:
+    """Return what the table calls a permutation."""
+    group_size, desc_act = permutation
+    return f"4-bit {group_size}g{' desc_act' if desc_act else ''}"
+
+
+def _build(settings: Settings, seed: int, terminal: Terminal) -> Build:
+    """Make all of our variants for one seed, and leave the calibration rows where the peers find them."""
+    recipe = RecipeFile.load(settings.recipe).recipe.model_dump(mode="json", exclude_none=True)
+    recipe["repository"]["id"] = f"benchmark/quality-seed-{seed}"
+    recipe["calibration"]["seed"] = seed
+    recipe["calibration"] |= {
+        key: value
+        for key, value in (("num_samples", settings.rows), ("seq_len", settings.seq_len))
+        if value is not None
+    }
+    recipe["defaults"] |= {"bits": 4, "sym": True, "damp_percent": 0.01, "true_sequential": True}
+    recipe["loaders"] |= {"required": [], "if_available": []}
+    recipe["variants"] = [
+        {
+            "branch": _branch(settings, name, permutation),
+            "group_size": permutation[0],
+            "desc_act": permutation[1],
+            **own,
+        }
+        for name, own in settings.ours.items()
+        for permutation in settings.permutations
+    ]
+    path = settings.work / "recipes" / f"seed-{seed}.yaml"
+    path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
+    dist = settings.work / "dist"
+    options = Options(dist=dist, cache=dist / "cache", device=settings.device, environ=dict(os.environ))  # type: ignore[arg-type]
+    build = Build(RecipeFile.load(path), options, terminal)
+    with build.workspace.locked():
+        build.read_receipts()
+        quantize_and_pack(build)
+    np.save(settings.work / f"rows-{seed}.npy", build.texts.calibration.ids.numpy())
+    return build
+
+
+def _branch(settings: Settings, name: str, permutation: tuple[int, bool]) -> str:
+    if name == next(iter(settings.ours)) and permutation == settings.permutations[0]:
+        return "main"  # a recipe has one variant of this name
+    return f"{name}-{permutation[0]}g-{permutation[1]}"
+
+
+Job = tuple[str, int, tuple[int, bool], Outcome, Path]
+
+
+def _ours(settings: Settings, builds: dict[int, Build]) -> Iterator[Job]:
+    """Yield our checkpoints with their engine's name, seed and permutation."""
+    for seed, build in builds.items():
+        for name in settings.ours:
+            for permutation in settings.permutations:
+                folder = build.workspace.folder(_branch(settings, name, permutation))
+                yield name, seed, permutation, Outcome(status="ok"), folder
+
+
+def _peers(settings: Settings, builds: dict[int, Build]) -> Iterator[Job]:
+    """Let each peer quantize everything in one process, and yield what it saved."""
+    made = [(seed, permutation) for seed in settings.seeds for permutation in settings.permutations]
+    for engine in settings.peers:
+        folders = [
+            settings.work / engine.name / f"{seed}-{group_size}g-{desc_act}" for seed, (group_size, desc_act) in made
+        ]
+        jobs = [
+            {
+                "model_dir": str(builds[seed].source.folder.absolute()),
+                "rows": str((settings.work / f"rows-{seed}.npy").absolute()),
+                "bits": 4,
+                "group_size": group_size,
+                "desc_act": desc_act,
+                "sym": True,
+                "damp_percent": 0.01,
+                "batch_size": settings.batch_size,
+                "device": settings.device,
+                "save_dir": str(folder.absolute()),
+            }
+            for (seed, (group_size, desc_act)), folder in zip(made, folders, strict=True)
+        ]
+        outcomes = run_jobs(engine, jobs, settings.places, settings.work / "jobs", timeout_s=settings.timeout_s)
+        for (seed, permutation), folder, outcome in zip(made, folders, outcomes, strict=True):
+            yield engine.title, seed, permutation, outcome, folder
+
+
+def _measured(checkpoint: Path, build: Build) -> Measured:
+    """Run a checkpoint; what its own config.json says is not looked at, only its tensors."""
+    read = checkpoint_reader(checkpoint, 4)
+    return measure(build.source.folder, read, build.texts, device=build.device, dtype=torch.float32)
+
+
+def parse(arguments: Sequence[str] | None) -> Settings:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--recipe", type=Path, default=DEMO, help="whose model and texts are used (default: the demo's)")
+    add("--seeds", default="0,1,2", help="calibration seeds (default 0,1,2)")
+    add("--permutations", default="128,128d,64d,32d", help="group sizes, d for desc_act (default 128,128d,64d,32d)")
+    add(
+        "--ours", action="append", metavar="NAME:KEY=VALUE,...",
+        help=f"a setting of ours: keys of a recipe's variant (default: {' and '.join(OURS)})",
+    )  # fmt: skip
+    add("--rows", type=int, help="calibration rows (default: the recipe's)")
+    add("--seq-len", type=int, help="tokens per row (default: the recipe's)")
+    add("--batch-size", type=int, default=8, help="rows that travel together in the peers (default 8)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--work", type=Path, default=Path("build/quality"), help="emptied first (default build/quality)")
+    add("--timeout", type=float, default=3600.0, help="seconds a peer may take for one model (default 3600)")
+    add("--json", type=Path, help="write everything that was measured here")
+    add_place_arguments(parser, peers="autogptq,gptqmodel")
+    given = parser.parse_args(arguments)
+    return Settings(
+        recipe=given.recipe,
+        seeds=tuple(int(seed) for seed in given.seeds.split(",")),
+        permutations=tuple((int(name.rstrip("d")), name.endswith("d")) for name in given.permutations.split(",")),
+        ours=dict(_own(parser, text) for text in given.ours or OURS),
+        peers=peers_of(parser, given.peers),
+        places=places_of(parser, given),
+        device=device_of(given.device),
+        rows=given.rows,
+        seq_len=given.seq_len,
+        batch_size=given.batch_size,
+        timeout_s=given.timeout,
+        work=given.work,
+        json=given.json,
+    )
+
+
+def _own(parser: argparse.ArgumentParser, text: str) -> tuple[str, dict[str, Any]]:
+    """Return a setting's name and what it says of a variant: "search:scale_search=true"."""
+    name, _, rest = text.partition(":")
+    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    try:
+        found = {key: json.loads(value) for key, _, value in pairs}
+    except ValueError:
+        found = {"": None}
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or "" in found:
+        parser.error(f"{text!r}: expected a name, ':' and settings such as scale_search=true")
+    return name, found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What benchmarks/quality.py prints: each engine's held-out figures, permutation by permutation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from processes import Outcome
+from rich.table import Table
+
+from packager.receipt import QualityRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One checkpoint's figures, or why there are none."""
+
+    engine: str
+    permutation: str
+    seed: int
+    ours: bool
+    outcome: Outcome
+    quality: QualityRecord | None
+
+    @property
+    def kl(self) -> float:
+        """KL divergence; only where there is a quality."""
+        assert self.quality is not None  # noqa: S101 - the tables ask only then
+        return self.quality.kl_divergence
+
+    def result(self) -> dict[str, Any]:
+        """Return what the JSON file says of it."""
+        return {
+            "engine": self.engine,
+            "permutation": self.permutation,
+            "seed": self.seed,
+            "status": self.outcome.status,
+            "reason": self.outcome.reason,
+            "quality": self.quality.model_dump() if self.quality is not None else None,
+            "said": dict(self.outcome.said),
+        }
+
+
+def kl_table(measurements: Sequence[Measurement]) -> Table:
+    """Return KL per permutation: the mean over the seeds and their range, and ours over the best peer of each seed."""
+    engines = list(dict.fromkeys(each.engine for each in measurements))
+    ours = list(dict.fromkeys(each.engine for each in measurements if each.ours))
+    peers = any(each.quality is not None and not each.ours for each in measurements)
+    table = Table(title="KL divergence to the base model, nats per token: mean over the seeds, and their range")
+    table.add_column("permutation")
+    for engine in engines:
+        table.add_column(engine, justify="right")
+    for engine in ours if peers else ():
+        table.add_column(f"{engine} / best peer,\nworst seed", justify="right")
+    for permutation in dict.fromkeys(each.permutation for each in measurements):
+        here = [each for each in measurements if each.permutation == permutation]
+        cells = [_range([each for each in here if each.engine == engine]) for engine in engines]
+        ratios = [_worst_ratio(here, engine) for engine in ours] if peers else []
+        table.add_row(permutation, *cells, *ratios)
+    return table
+
+
+def figures_table(measurements: Sequence[Measurement]) -> Table:
+    """Return perplexity and top-1 agreement, means over the seeds, engine by engine."""
+    table = Table(title="Means over the seeds")
+    table.add_column("permutation")
+    table.add_column("engine")
+    for head in ("perplexity", "base perplexity", "top-1 agreement", "seeds"):
+        table.add_column(head, justify="right")
+    for permutation, engine in dict.fromkeys((each.permutation, each.engine) for each in measurements):
+        here = [each for each in measurements if (each.permutation, each.engine) == (permutation, engine)]
+        found = [each.quality for each in here if each.quality is not None]
+        if not found:
+            table.add_row(permutation, engine, f"{here[0].outcome.status}: {here[0].outcome.reason}")
+            continue
+        table.add_row(
+            permutation,
+            engine,
+            f"{mean(quality.perplexity for quality in found):.4f}",
+            f"{found[0].base_perplexity:.4f}",
+            f"{mean(quality.top1_agreement for quality in found):.2%}",
+            str(len(found)),
+        )
+    return table
+
+
+def _range(measurements: Sequence[Measurement]) -> str:
+    found = [each.kl for each in measurements if each.quality is not None]
+    if not found:
+        return measurements[0].outcome.status if measurements else "-"
+    text = f"{mean(found):.6f}"
+    if len(found) > 1:
+        text += f"\n({min(found):.6f} to {max(found):.6f})"
+    return text if len(found) == len(measurements) else f"{text}\n{len(measurements) - len(found)} failed"
+
+
+def _worst_ratio(measurements: Sequence[Measurement], engine: str) -> str:
+    """Return the largest ratio, over the seeds, of an engine's KL to the best peer's of the same seed."""
+    ratios = []
+    for own in (each for each in measurements if each.engine == engine and each.quality is not None):
+        peers = [each.kl for each in measurements if each.seed == own.seed and not each.ours and each.quality]
+        if peers:
+            ratios.append(own.kl / min(peers))
+    return f"{max(ratios):.3f}" if ratios else "-"

@@ -1,0 +1,274 @@
+"""Quantize one random model with our engine and with those of others: the same layers, rows and machine, in one run.
+
+    python benchmarks/speed.py --layers 4 --peers autogptq,gptqmodel,llmcompressor --json out.json
+    python benchmarks/speed.py --full --json full.json
+
+benchmarks/README.md says what is timed and how to read the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from make_model import Made, Shape, add_shape_arguments, make, recipe_of
+from processes import (
+    OURS,
+    Engine,
+    Outcome,
+    Places,
+    add_place_arguments,
+    device_of,
+    peers_of,
+    places_of,
+    run_jobs,
+)
+from rich.console import Console
+from tables import Row, speed_table, stages_table
+
+from packager.calibrate import prepare
+from packager.files import write_atomic
+from packager.recipe.file import RecipeFile
+from packager.source import read_source
+
+# What every engine quantizes first, unmeasured: kernels are compiled and libraries loaded then.
+SMALL = Shape(hidden=512, intermediate=1024, heads=4, kv_heads=4, layers=2, vocab=1024)
+ONE, FOUR = "recipe-one.yaml", "recipe.yaml"
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the command line asked for."""
+
+    made: Made
+    peers: tuple[Engine, ...]
+    places: Places
+    device: str
+    batch_size: int
+    desc_act: bool
+    full: bool
+    gpu_memory_bytes: int | None
+    from_page_cache: bool
+    warm_up: bool
+    timeout_s: float
+    work: Path
+    dist: Path
+    json: Path | None
+
+    def plain(self) -> dict[str, Any]:
+        """Return what the JSON file says of the settings: no paths, which mean nothing elsewhere."""
+        return {
+            **asdict(self.made),
+            **{name: getattr(self, name) for name in ("device", "batch_size", "desc_act", "full", "gpu_memory_bytes")},
+            "from_page_cache": self.from_page_cache,
+            "warm_up": self.warm_up,
+        }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 1 if an engine failed."""
+    settings = parse(arguments)
+    talk = Console(stderr=True, highlight=False, soft_wrap=True)
+    model = settings.work / "model"
+    _make(settings.made, model, settings, talk)
+    small = settings.work / "small" if settings.warm_up else None
+    if small is not None:
+        _make(replace(settings.made, shape=SMALL, rows=8, seq_len=128), small, settings, talk)
+    rows = []
+    for row in _run_all(settings, model, small):
+        rows.append(row)
+        what = f"{row.seconds:.1f} s" if row.seconds is not None else f"{row.outcome.status}: {row.outcome.reason}"
+        talk.print(f"{row.title}: {what}", markup=False)
+    # A log has no width: the table is as wide as what it shows.
+    console = Console(width=None if sys.stdout.isatty() else 220)
+    console.print(speed_table(rows))
+    for row in rows:
+        if row.variants == 4 and row.seconds is not None:
+            console.print(stages_table(row.outcome.said))
+    if settings.json is not None:
+        report = {
+            "settings": settings.plain(),
+            "machine": _machine(settings, rows),
+            "results": [row.result() for row in rows],
+        }
+        write_atomic(settings.json.absolute(), json.dumps(report, indent=2).encode() + b"\n")
+    return int(any(row.outcome.status == "failed" for row in rows))
+
+
+def _run_all(settings: Settings, model: Path, small: Path | None) -> Iterator[Row]:
+    layers = settings.made.shape.layers
+    for recipe, variants in ((ONE, 1), (FOUR, 4)):
+        if settings.full and recipe == ONE:
+            continue
+        yield Row(
+            title=f"ours, {variants} at once",
+            variants=variants,
+            layers=layers,
+            ours=True,
+            outcome=_run_ours(settings, recipe, model, small),
+        )
+    for engine in settings.peers:
+        outcome = _run_peer(settings, engine, model, small)
+        yield Row(title=engine.title, variants=1, layers=layers, ours=False, outcome=outcome)
+
+
+def _run_ours(settings: Settings, recipe: str, model: Path, small: Path | None) -> Outcome:
+    """Run our engine; what it leaves is deleted, but for the checkpoints of a full run."""
+    shutil.rmtree(settings.dist, ignore_errors=True)
+    jobs = [
+        {
+            "recipe": str((folder / recipe).absolute()),
+            "dist": str((settings.dist / folder.name).absolute()),
+            "device": settings.device,
+            "gpu_memory_bytes": settings.gpu_memory_bytes,
+        }
+        for folder in (small, model)
+        if folder is not None
+    ]
+    if not settings.from_page_cache:
+        _forget(model / "model")
+    outcome = run_jobs(OURS, jobs, settings.places, settings.work / "jobs", timeout_s=settings.timeout_s)[-1]
+    if not settings.full:
+        shutil.rmtree(settings.dist, ignore_errors=True)
+    return outcome
+
+
+def _run_peer(settings: Settings, engine: Engine, model: Path, small: Path | None) -> Outcome:
+    jobs = [
+        {
+            "model_dir": str((folder / "model").absolute()),
+            "rows": str((folder / "rows.npy").absolute()),
+            "bits": 4,
+            "group_size": 128,
+            "desc_act": settings.desc_act,
+            "sym": True,
+            "damp_percent": 0.01,
+            "batch_size": settings.batch_size,
+            "device": settings.device,
+            "save_dir": None,
+        }
+        for folder in (small, model)
+        if folder is not None
+    ]
+    return run_jobs(engine, jobs, settings.places, settings.work / "jobs", timeout_s=settings.timeout_s)[-1]
+
+
+def _make(made: Made, folder: Path, settings: Settings, talk: Console) -> None:
+    """Make a model, on a GPU in a process of its own, which leaves nothing there, and what the engines are given."""
+    if made.on_gpu:
+        options = {**asdict(made.shape), "rows": made.rows, "seq_len": made.seq_len, "seed": made.seed}
+        options |= {"shard_bytes": made.shard_bytes, "device": "cuda"}
+        command = [sys.executable, str(Path(__file__).parent / "make_model.py"), str(folder)]
+        command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        environ = settings.places.environ(OURS, os.environ)
+        done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
+        talk.print(done.stdout.strip(), markup=False)
+    else:
+        talk.print(f"{folder}: made in {make(folder, made):.1f} s", markup=False)
+    one = {**recipe_of(made), "variants": [{"branch": "main", "group_size": 128, "desc_act": settings.desc_act}]}
+    write_atomic(folder / ONE, json.dumps(one, indent=2).encode())
+    if settings.peers:
+        recipe_file = RecipeFile.load(folder / FOUR)
+        source = read_source(folder / "model", base_id=recipe_file.recipe.base_model.id)
+        np.save(folder / "rows.npy", prepare(recipe_file, source).calibration.ids.numpy())
+
+
+def _forget(folder: Path) -> None:
+    """Have the weights read from disk again, not from the page cache, where the system has such a call."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _machine(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
+    found = [str(row.outcome.said["device_name"]) for row in rows if "device_name" in row.outcome.said]
+    return {
+        "device": found[0] if found else "unknown",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "file_systems": {"model": _file_system(settings.work), "checkpoints": _file_system(settings.dist)},
+    }
+
+
+def _file_system(folder: Path) -> str:
+    """Return the type of the file system that a folder is on: tmpfs is memory, whatever a path looks like."""
+    mounts = Path("/proc/self/mounts")
+    if not mounts.exists():
+        return "unknown"
+    where = folder.absolute()
+    lines = [line.split()[1:3] for line in mounts.read_text(encoding="utf-8").splitlines()]
+    over = [(len(point), kind) for point, kind in lines if where.is_relative_to(point)]
+    return max(over, default=(0, "unknown"))[1]
+
+
+def parse(arguments: Sequence[str] | None) -> Settings:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_shape_arguments(parser, layers=None)
+    add = parser.add_argument
+    add("--rows", type=int, default=128, help="calibration rows (default 128)")
+    add("--seq-len", type=int, default=2048, help="tokens per row (default 2048)")
+    add("--seed", type=int, default=0)
+    add("--full", action="store_true", help="40 layers, four permutations, ours alone, down to audited checkpoints")
+    add("--desc-act", action="store_true", help="the one permutation that all engines make is with desc_act")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--batch-size", type=int, default=8, help="rows that travel together in the peers (default 8)")
+    add("--gpu-memory", type=_bytes, metavar="SIZE", help="what our engine may take of the GPU, such as 24GB")
+    add("--from-page-cache", action="store_true", help="do not make our engine read the weights from disk again")
+    add("--no-warm-up", action="store_true", help="measure the first thing that a process quantizes")
+    add("--work", type=Path, default=Path("build/benchmark"), help="where the model is made (default build/benchmark)")
+    add("--dist", type=Path, help="where checkpoints are made (default: dist in the work folder)")
+    add("--timeout", type=float, default=3600.0, help="seconds an engine may take for one model (default 3600)")
+    add("--json", type=Path, help="write everything that was measured here")
+    add_place_arguments(parser, peers="autogptq,gptqmodel,llmcompressor")
+    given = parser.parse_args(arguments)
+    layers = given.layers if given.layers is not None else (40 if given.full else 4)
+    shape = Shape(**{field.name: getattr(given, field.name) for field in fields(Shape) if field.name != "layers"})
+    device = device_of(given.device)
+    return Settings(
+        made=Made(
+            shape=replace(shape, layers=layers), rows=given.rows, seq_len=given.seq_len, seed=given.seed,
+            shard_bytes=5_000_000_000, on_gpu=device == "cuda",
+        ),
+        peers=() if given.full else peers_of(parser, given.peers),
+        places=places_of(parser, given),
+        device=device,
+        batch_size=given.batch_size,
+        desc_act=given.desc_act,
+        full=given.full,
+        gpu_memory_bytes=given.gpu_memory,
+        from_page_cache=given.from_page_cache,
+        warm_up=not given.no_warm_up,
+        timeout_s=given.timeout,
+        work=given.work,
+        dist=given.dist or given.work / "dist",
+        json=given.json,
+    )  # fmt: skip
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMG]I?B|B)", text.upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 24GB or 22GiB")
+    return round(float(match[1]) * _UNITS[match[2]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""What the benchmarks print: one line per engine, with ratios and peaks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from processes import Outcome
+from rich.table import Table
+
+_NOTHING = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One engine's line of the table of speeds.
+
+    Attributes:
+        title: the engine.
+        variants: permutations made in the run.
+        layers: of the model.
+        ours: whether the engine is ours.
+        outcome: what the engine's process said.
+    """
+
+    title: str
+    variants: int
+    layers: int
+    ours: bool
+    outcome: Outcome
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of the timed call, less packing where it is known apart: the figure that is kindest to a peer."""
+        if self.outcome.status != "ok":
+            return None
+        return float(self.outcome.said["seconds"]) - float(self.outcome.said.get("packing_s") or 0.0)
+
+    @property
+    def per_layer(self) -> float | None:
+        """Seconds per layer and permutation."""
+        return None if self.seconds is None else self.seconds / self.layers / self.variants
+
+    @property
+    def later_layers(self) -> float | None:
+        """The same between the first layer's mark and the last one's: without what is done once."""
+        marks = list(self.outcome.said.get("marks", ()))[: self.layers]
+        if self.outcome.status != "ok" or self.layers < 2 or len(marks) < self.layers:
+            return None
+        return float(marks[-1] - marks[0]) / (self.layers - 1) / self.variants
+
+    def result(self) -> dict[str, Any]:
+        """Return what the JSON file says of the run."""
+        return {
+            "engine": self.title,
+            "permutations": self.variants,
+            "layers": self.layers,
+            "status": self.outcome.status,
+            "reason": self.outcome.reason,
+            "seconds_without_packing": self.seconds,
+            "seconds_per_layer_and_permutation": self.per_layer,
+            "seconds_per_later_layer_and_permutation": self.later_layers,
+            "said": dict(self.outcome.said),
+        }
+
+
+def speed_table(rows: Sequence[Row]) -> Table:
+    """Return the table; ratios are per layer and permutation, to each line of ours."""
+    ours = [row for row in rows if row.ours]
+    table = Table(title="Seconds and peaks")
+    table.add_column("engine")
+    heads = ("permutations", "seconds", "packing", "per layer and permutation", "later layers")
+    ratios = (f"ratio to {row.title}" for row in ours)
+    for head in (*heads, *ratios, "GPU peak", "reserved", "host peak"):
+        table.add_column(head, justify="right")
+    table.add_column("version, or why there is no figure")
+    for row in rows:
+        said = row.outcome.said
+        note = _versions(said) if row.seconds is not None else f"{row.outcome.status}: {row.outcome.reason}"
+        table.add_row(
+            row.title,
+            str(row.variants),
+            seconds(row.seconds),
+            seconds(said.get("packing_s")),
+            seconds(row.per_layer, digits=2),
+            seconds(row.later_layers, digits=2),
+            *(_ratio(row.per_layer, each.per_layer) for each in ours),
+            gigabytes(said.get("gpu_allocated_bytes")),
+            gigabytes(said.get("gpu_reserved_bytes")),
+            gigabytes(said.get("host_bytes")) if row.seconds is not None else _NOTHING,
+            note,
+        )
+    return table
+
+
+def stages_table(said: Mapping[str, Any]) -> Table:
+    """Return the seconds of each stage of a run of ours."""
+    table = Table(title="From the recipe to audited checkpoints")
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    for name, spent in said["stages"].items():
+        table.add_row(str(name), seconds(spent))
+    table.add_row("all, disk to disk", seconds(said["disk_to_disk_s"]))
+    return table
+
+
+def seconds(value: float | None, *, digits: int = 1) -> str:
+    """Return seconds as a cell."""
+    return _NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def gigabytes(value: int | None) -> str:
+    """Return bytes as a cell."""
+    return _NOTHING if value is None else f"{value / 1e9:.1f} GB"
+
+
+def _ratio(value: float | None, ours: float | None) -> str:
+    return _NOTHING if value is None or ours is None else f"{value / ours:.2f}"
+
+
+def _versions(said: Mapping[str, Any]) -> str:
+    found: Mapping[str, str] = said["versions"]
+    own = [name for name in ("auto-gptq", "gptqmodel", "llmcompressor") if name in found]
+    return ", ".join(f"{name} {found[name]}" for name in (*own, "transformers", "torch"))

@@ -1,0 +1,219 @@
+"""The benchmarks: a model made from nothing, our engine run on it, and peers that are not there named as such."""
+
+import importlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from packager.calibrate import prepare
+from packager.plan import make_plan
+from packager.recipe.file import RecipeFile
+from packager.source import read_source
+from tests import tiny_recipe
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = ["--layers=2", "--hidden=128", "--intermediate=256", "--heads=2", "--kv-heads=1", "--vocab=1024", "--rows=4",
+        "--seq-len=32", "--device=cpu", "--no-warm-up"]  # fmt: skip
+BRANCHES = ("main", "gptq-4bit-32g-actorder_True", "gptq-4bit-64g-actorder_True", "gptq-4bit-128g-actorder_True")
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[Any]:
+    """The benchmarks' modules, which are no package: each command runs as a script."""
+    names = ("make_model", "processes", "tables", "quality_table", "speed", "quality")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+def made(modules: Any, **changes: Any) -> Any:
+    shape = modules.make_model.Shape(hidden=128, intermediate=256, heads=2, kv_heads=1, layers=2, vocab=1024)
+    fields = {"shape": shape, "rows": 6, "seq_len": 32, "seed": 0, "shard_bytes": 300_000, "on_gpu": False}
+    return modules.make_model.Made(**{**fields, **changes})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted((folder / "model").glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def row(modules: Any, title: str = "ours", *, ours: bool = True, variants: int = 1, **said: Any) -> Any:
+    words = {"versions": {"transformers": "5", "torch": "2"}, "host_bytes": 10**9, **said}
+    outcome = modules.processes.Outcome(status="ok", said=words)
+    return modules.tables.Row(title=title, variants=variants, layers=4, ours=ours, outcome=outcome)
+
+
+def printed(table: Any) -> str:
+    console = Console(width=250, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_a_made_model_is_what_its_recipe_says(modules: Any, tmp_path: Path) -> None:
+    assert modules.make_model.make(tmp_path, made(modules)) > 0
+    recipe_file = RecipeFile.load(tmp_path / "recipe.yaml")
+    plan = make_plan(recipe_file)
+    assert tuple(each.variant.branch for each in plan.variants) == BRANCHES
+    source = read_source(tmp_path / "model", base_id="benchmark/random-llama")
+    assert len({stored.path for stored in source.tensors.values()}) > 2
+    texts = prepare(recipe_file, source)
+    assert texts.calibration.ids.shape == (6, 32)
+    assert texts.evaluation.ids.shape[1] == 32
+    found = weights(tmp_path)
+    assert found.keys() == source.tensors.keys()
+    assert torch.equal(found["model.norm.weight"], torch.ones(128, dtype=torch.float16))
+    values = torch.cat([tensor.flatten().float() for tensor in found.values() if tensor.dim() == 2])
+    assert abs(float(values.std()) - 0.02) < 2e-4
+    assert abs(float(values.mean())) < 2e-4
+
+
+def test_a_seed_gives_the_same_model_and_another_seed_another(modules: Any, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        modules.make_model.make(tmp_path / name, made(modules, seed=seed))
+    first, again, other = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+    texts = [(tmp_path / name / "calibration.jsonl").read_text() for name in "abc"]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_model_that_is_there_is_not_made_again_and_another_is(modules: Any, tmp_path: Path) -> None:
+    modules.make_model.make(tmp_path, made(modules))
+    assert modules.make_model.make(tmp_path, made(modules)) == 0.0
+    assert modules.make_model.make(tmp_path, made(modules, shard_bytes=10**9)) > 0
+    assert [path.name for path in (tmp_path / "model").glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
+
+
+def test_speed_runs_our_engine_and_says_which_peer_is_not_installed(modules: Any, tmp_path: Path, capsys: Any) -> None:
+    places = [f"--work={tmp_path}", f"--cache={tmp_path}", f"--json={tmp_path / 'out.json'}"]
+    status = modules.speed.main([*TINY, *places, "--peers=autogptq"])
+    printed_out, said = capsys.readouterr()
+    assert status == 0, said
+    report = json.loads((tmp_path / "out.json").read_text())
+    one, four, peer = report["results"]
+    assert (one["permutations"], four["permutations"], four["layers"]) == (1, 4, 2)
+    assert one["status"] == four["status"] == "ok"
+    assert four["said"]["variants"] == list(BRANCHES)
+    assert four["said"]["stages"].keys() >= {"plan", "source", "calibrate", "quantize", "pack and audit"}
+    assert 0 < four["said"]["stages"]["quantize"] < four["said"]["disk_to_disk_s"]
+    assert len(four["said"]["marks"]) == 2
+    assert peer["status"] == "not installed"
+    assert "auto_gptq" in peer["reason"]
+    assert "not installed" in printed_out
+    assert report["settings"]["shape"]["hidden"] == 128
+    assert str(tmp_path) not in json.dumps(report["settings"])
+
+
+def test_full_is_ours_alone_down_to_checkpoints(modules: Any, tmp_path: Path, capsys: Any) -> None:
+    assert modules.speed.main([*TINY, "--full", f"--work={tmp_path}", f"--json={tmp_path / 'out.json'}"]) == 0
+    (only,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert only["permutations"] == 4
+    assert "all, disk to disk" in capsys.readouterr().out
+    builds = tmp_path / "dist" / "model" / "builds" / "benchmark" / "random-llama-GPTQ"
+    assert {path.name for path in builds.iterdir() if not path.name.startswith(".")} == set(BRANCHES)
+
+
+def test_an_engine_that_takes_too_long_fails_the_run(modules: Any, tmp_path: Path, capsys: Any) -> None:
+    assert modules.speed.main([*TINY, f"--work={tmp_path}", "--peers=", "--timeout=0.2"]) == 1
+    assert "failed: it took over 0.2 s" in capsys.readouterr().out
+
+
+def test_a_killed_process_is_a_failed_outcome(modules: Any, tmp_path: Path) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text("import os\nprint('on my way', flush=True)\nos.kill(os.getpid(), 9)\n")
+    engine = modules.processes.Engine(name="dies", title="Dies", script=os.path.relpath(script, BENCHMARKS / "peers"))
+    places = modules.processes.Places(pythons={}, paths={}, cache=tmp_path)
+    (outcome,) = modules.processes.run_jobs(engine, [{}], places, tmp_path / "jobs", timeout_s=60)
+    assert outcome.status == "failed"
+    assert outcome.reason == "exit status -9: on my way"
+
+
+def test_a_peer_gets_its_own_paths_first_and_no_secrets(modules: Any, tmp_path: Path) -> None:
+    peer = modules.processes.PEERS["gptqmodel"]
+    other = Path("/usr/bin/python3")
+    environ = {"PYTHONPATH": "/inherited", "HF_TOKEN": "secret", "HOME": "/root"}
+    here = modules.processes.Places(pythons={}, paths={"gptqmodel": [tmp_path]}, cache=tmp_path)
+    found = here.environ(peer, environ)
+    assert found["PYTHONPATH"].split(os.pathsep) == [str(tmp_path), "/inherited"]
+    assert "HF_TOKEN" not in found
+    assert found["HF_HUB_OFFLINE"] == "1"
+    elsewhere = modules.processes.Places(pythons={"gptqmodel": other}, paths={}, cache=tmp_path)
+    assert elsewhere.python(peer) == other
+    assert "PYTHONPATH" not in elsewhere.environ(peer, environ)
+
+
+def test_ratios_are_per_layer_and_permutation_and_spare_the_peer_its_packing(modules: Any) -> None:
+    ours, four = row(modules, seconds=4.0, marks=[1.0, 2.0, 3.0, 4.0]), row(modules, variants=4, seconds=8.0, marks=[])
+    peer = row(modules, "AutoGPTQ", ours=False, seconds=50.0, packing_s=10.0, marks=[0.0, 10.0, 20.0, 30.0, 31.0])
+    assert (ours.per_layer, four.per_layer, peer.per_layer) == (1.0, 0.5, 10.0)
+    assert (ours.later_layers, four.later_layers, peer.later_layers) == (1.0, None, 10.0)
+    text = printed(modules.tables.speed_table([ours, four, peer]))
+    cells = [cell.strip() for cell in next(line for line in text.splitlines() if "AutoGPTQ" in line).split("│")]
+    assert cells[2:9] == ["1", "40.0", "10.0", "10.00", "10.00", "10.00", "20.00"]
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("22GiB", 22 * 2**30), ("1.5 gb", 1_500_000_000)])
+def test_sizes(modules: Any, text: str, size: int) -> None:
+    assert modules.speed.parse([f"--gpu-memory={text}"]).gpu_memory_bytes == size
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "says"),
+    [
+        ("speed", ["--gpu-memory=much"], "is not a size such as 24GB"),
+        ("speed", ["--peers=autogptq,other"], "no such peer: other"),
+        ("speed", ["--peer-path=autogptq=/does/not/exist"], "a path that exists"),
+        ("quality", ["--ours=Search"], "expected a name"),
+        ("quality", ["--ours=search:scale_search=yes"], "expected a name"),
+    ],
+)
+def test_wrong_options_are_refused(modules: Any, script: str, arguments: list[str], says: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as refused:
+        getattr(modules, script).parse(arguments)
+    assert refused.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_quality_measures_what_every_engine_saved(modules: Any, tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    recipe = tiny_recipe.write_all(tmp_path / "recipes")
+    options = ["--seeds=0,1", "--permutations=32,16d", "--device=cpu", "--peers=autogptq", f"--cache={tmp_path}"]
+    places = [f"--recipe={recipe}", f"--work={tmp_path / 'work'}", f"--json={tmp_path / 'out.json'}"]
+    assert modules.quality.main([*options, *places, "--ours=plain", "--ours=search:scale_search=true"]) == 0
+    measurements = json.loads((tmp_path / "out.json").read_text())["measurements"]
+    found = {(each["engine"], each["permutation"], each["seed"]): each["quality"] for each in measurements}
+    assert len(found) == 2 * 2 * 3
+    kl = {key: quality["kl_divergence"] for key, quality in found.items() if quality is not None}
+    assert len(kl) == 2 * 2 * 2
+    assert len(set(kl.values())) == len(kl)
+    assert all(0 < value < 1 for value in kl.values())
+    assert {each["status"] for each in measurements if each["engine"] == "AutoGPTQ"} == {"not installed"}
+
+
+def test_the_worst_seed_decides(modules: Any) -> None:
+    def measured(engine: str, seed: int, kl: float) -> Any:
+        quality = SimpleNamespace(kl_divergence=kl)
+        outcome = modules.processes.Outcome(status="ok")
+        return modules.quality_table.Measurement(
+            engine=engine, permutation="4-bit 128g", seed=seed, ours=engine == "mine", outcome=outcome, quality=quality
+        )
+
+    table = modules.quality_table.kl_table(
+        [
+            *(measured("mine", 0, 0.8), measured("mine", 1, 1.8)),
+            *(measured("one", 0, 1.0), measured("one", 1, 2.0), measured("two", 0, 1.6), measured("two", 1, 1.5)),
+        ]
+    )
+    line = next(line for line in printed(table).splitlines() if "128g" in line)
+    assert [cell.strip() for cell in line.split("│")][2:6] == ["1.300000", "1.500000", "1.550000", "1.200"]
