@@ -132,6 +132,8 @@ class BlockStore:
         """
         places = self._blocks[block]
         self._check(block, tensors)
+        if self._journals.pop(block, None) is not None:
+            self._journal_path(block).unlink()
         digest = hashlib.sha256()
         with disk_errors(self.checkpoint), ExitStack() as stack:
             paths = {place.path for place in places.values()}

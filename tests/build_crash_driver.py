@@ -2,14 +2,16 @@
 
 Reads jobs from standard input, one JSON object per line, and answers each with a line. A job has a folder to start from
 (null: nothing), steps, and perhaps a folder to keep the end in. A step names a recipe, a command and when it ends:
-{"kill": n} before the n-th effect (a file opened for writing, a rename, a removal, a folder made), {"interrupt": n} the
-same by Ctrl-C, {"seconds": s} killed after s seconds, {} never. Every step is a fork of this process, which has torch
-imported but has never used it.
+{"kill": n} before the n-th effect (a file opened for writing, a rename, a removal, a folder made), {"kill": pattern}
+before the first effect described by it ("os.rename SOURCE TARGET"), {"interrupt": n} before the n-th by Ctrl-C,
+{"seconds": s} killed after s seconds, {} never. Every step is a fork of this process, which has torch imported but has
+never used it; it says which blocks it has finished.
 """
 
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 
+from packager.block_store import BlockStore
 from packager.cli import main as packager
 from packager.files import sha256_file
 from tests.publish_fixtures import git, trees
@@ -35,7 +38,7 @@ WARM = (
 class EffectCounter:
     """An audit hook that counts effects and sends its process a signal before the one it was told."""
 
-    def __init__(self, fatal: int, number: signal.Signals) -> None:
+    def __init__(self, fatal: int | str, number: signal.Signals) -> None:
         self.fatal = fatal
         self.number = number
         self.count = 0
@@ -44,8 +47,11 @@ class EffectCounter:
         flags = arguments[2] if event == "open" else 0
         if event in EFFECTS or (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)):
             self.count += 1
-            if self.count == self.fatal:
+            if self.count == self.fatal or (isinstance(self.fatal, str) and self.described(event, arguments)):
                 os.kill(os.getpid(), self.number)
+
+    def described(self, event: str, arguments: tuple[object, ...]) -> bool:
+        return re.search(str(self.fatal), f"{event} {arguments[0]} {arguments[1]}") is not None
 
 
 def child(step: dict[str, Any], dist: Path, count: int, words: Path) -> None:
@@ -60,18 +66,30 @@ def child(step: dict[str, Any], dist: Path, count: int, words: Path) -> None:
     command = step.get("command", "build")
     sys.argv = ["packager", command, step["recipe"], "--dist", str(dist), *(["--quiet"] if command != "status" else [])]
     sys.addaudithook(counter)
+    tell_finished_blocks(count)
     code: object = 1
     try:
         packager()
     except SystemExit as end:
         code = end.code
-    os.write(count, str(counter.count).encode())
+    os.write(count, f"effects {counter.count}\n".encode())
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 0)
 
 
+def tell_finished_blocks(stream: int) -> None:
+    """Let this process write a line once a block is finished."""
+    write = BlockStore.write
+
+    def write_and_tell(store: BlockStore, block: int, *rest: Any) -> None:
+        write(store, block, *rest)
+        os.write(stream, f"{store.checkpoint.parent.name} {block}\n".encode())
+
+    BlockStore.write = write_and_tell  # type: ignore[method-assign]
+
+
 def run_step(step: dict[str, Any], dist: Path, words: Path) -> dict[str, object]:
-    """Run a step in a fork; return its exit code, its effects if it came to its end, and what it said."""
+    """Run a step in a fork; return its exit code, its blocks, its effects if it came to its end, and what it said."""
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
@@ -83,10 +101,12 @@ def run_step(step: dict[str, Any], dist: Path, words: Path) -> dict[str, object]
         os.kill(process, signal.SIGKILL)
     _, status = os.waitpid(process, 0)
     with os.fdopen(reader, "rb") as stream:
-        count = stream.read()
+        *blocks, last = stream.read().decode().split("\n")[:-1] or [""]
+    ended = last.startswith("effects ")
     return {
         "code": os.waitstatus_to_exitcode(status),
-        "effects": int(count) if count else -1,
+        "blocks": blocks if ended or not last else [*blocks, last],
+        "effects": int(last.removeprefix("effects ")) if ended else -1,
         "said": words.read_text() if words.exists() else "",
         "visible": visible(dist),
     }

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -36,6 +37,7 @@ from packager.plan import make_plan
 from packager.progress import Terminal
 from packager.receipt import LoaderRecord, LoaderStatus
 from packager.recipe.file import RecipeFile
+from packager.workspace import Workspace
 from tests.checkpoints import edit_json
 from tests.tiny_models import save_model
 from tests.tiny_recipe import (
@@ -456,18 +458,19 @@ def test_a_limit_on_the_size_of_files(recipe: Path, made: Path, tmp_path: Path) 
     assert built_files(tmp_path / "new") == built_files(made / "dist")
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Interrupt the next quantization after `count` blocks."""
-    original, written = BlockStore.write, []
+def build_blocks(monkeypatch: pytest.MonkeyPatch, count: int, recipe: Path, dist: Path) -> None:
+    """Build, interrupted after `count` blocks."""
+    original, numbers = BlockStore.write, itertools.count(1)
 
-    def write_then_stop(store: BlockStore, *rest: Any) -> None:
-        original(store, *rest)
-        written.append(store)
-        if len(written) == count:
-            monkeypatch.undo()
+    def write_or_stop(store: BlockStore, *rest: Any) -> None:
+        if next(numbers) > count:
             raise KeyboardInterrupt
+        original(store, *rest)
 
-    monkeypatch.setattr(BlockStore, "write", write_then_stop)
+    with monkeypatch.context() as context:
+        context.setattr(BlockStore, "write", write_or_stop)
+        with pytest.raises(KeyboardInterrupt):
+            build(recipe, dist)
 
 
 def set_free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -487,9 +490,7 @@ def test_too_little_disk_space_is_said_before_anything_is_written(
     assert "point --dist at another disk" in text
     assert not workspace(new).work.exists()
     monkeypatch.undo()
-    stop_after(monkeypatch, 8)
-    with pytest.raises(KeyboardInterrupt):
-        build(recipe, new)
+    build_blocks(monkeypatch, 8, recipe, new)
     set_free_bytes(monkeypatch, free)  # what is there already is not needed again
     build(recipe, new)
 
@@ -588,6 +589,28 @@ def test_something_else_where_a_variant_shall_go(recipe: Path, dist: Path, tmp_p
     build(recipe, place)
 
 
+def test_a_folder_that_a_killed_build_put_in_place_and_somebody_edited(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    new = tmp_path / "new"
+    monkeypatch.setattr(Workspace, "write_receipt", die)
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe, new)
+    monkeypatch.undo()
+    edited = workspace(new).folder(MAIN) / "config.json"
+    before = edited.read_bytes()
+    edited.write_text("{}")
+    text = refused(StateError, 11, build, recipe, new)
+    assert f"{edited.parent}: there is a folder that we did not make where a variant shall go" in text
+    assert edited.read_text() == "{}"
+    edited.write_bytes(before)
+    monkeypatch.setattr(BlockStore, "write", die)  # every block is finished
+    build(recipe, new)
+
+
 def test_an_output_folder_that_is_a_file(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     text = refused(MachineError, 12, build, recipe, tmp_path / "taken")
@@ -622,9 +645,7 @@ def test_a_damaged_work_file_is_made_again(
     name: str,
     damage: Callable[[bytes], bytes],
 ) -> None:
-    stop_after(monkeypatch, 5)
-    with pytest.raises(KeyboardInterrupt):
-        build(recipe, tmp_path / "new")
+    build_blocks(monkeypatch, 5, recipe, tmp_path / "new")
     work = workspace(tmp_path / "new").work
     assert len(list(work.rglob("block-*.json"))) == 5
     damaged = damage((work / name).read_bytes())

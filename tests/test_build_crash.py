@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.tiny_recipe import ACT_ORDER, MAIN, RECIPE, write_inputs, write_recip
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = {"README.md", "provenance.json", "LICENSE.txt", "questions.jsonl"}
+BLOCKS = 3
 INTERRUPTED = "interrupted; what is finished is kept, run the same command to go on\n"
 
 Step = dict[str, Any]
@@ -80,6 +82,9 @@ class Scene:
         story = f"{steps}: {outcome}"
         for seen in outcome["steps"]:
             self.check_visible(seen["visible"], story)
+        for wanted, group in groupby(zip(steps, outcome["steps"], strict=True), key=lambda pair: pair[0]["recipe"]):
+            blocks = [block for _, seen in group for block in seen["blocks"]]
+            assert len(blocks) == len(set(blocks)), f"{wanted}: a finished block was made again: {story}"
         assert outcome["steps"][-1]["code"] == 0, story
         assert outcome["steps"][-1]["visible"] == self.files[recipe], story
         assert outcome["trees"] == (self.trees[recipe] if "command" in steps[-1] else {}), story
@@ -155,11 +160,48 @@ def test_killed_and_then_the_recipe_is_changed_back(scene: Scene) -> None:
 
 def test_killed_at_random_moments_again_and_again(scene: Scene) -> None:
     dice = random.Random(20261123)
-    for number in range(5):
+    for number in range(10):
         kills: list[Step] = [{"kill": dice.randrange(1, scene.effects[0])} for _ in range(2)]
         kills.insert(dice.randrange(3), {"seconds": dice.uniform(0.05, 1.5)})
-        steps = [{"recipe": scene.old, **kill} for kill in kills]
-        scene.run(None if number % 2 else scene.built, *steps, {"recipe": scene.new})
+        recipe = (scene.old, scene.new)[number % 2]
+        steps = [{"recipe": recipe, **kill} for kill in kills]
+        scene.run(None if number % 4 < 2 else scene.built, *steps, {"recipe": scene.new})
+
+
+# Where the last finished block must still count, and from where on the folder itself does.
+POINTS = {
+    "the first weights file is made": r"^open .*/main/checkpoint/model\.safetensors x",
+    "a journal is written": r"^open .*/work/.*/main/\.tmp-",
+    "a journal is put in place": r"^os.rename .* .*/main/block-00001\.json$",
+    "the last journal is put in place": rf"^os.rename .* .*/{ACT_ORDER}/block-00002\.json$",
+    "what is not quantized is put in place": r"^open .*/main/checkpoint/\.tmp-",
+    "the receipt is announced": r"^os.rename .* .*/unfinished/main\.json$",
+    "the folder is put in place": r"^os.rename .*/checkpoint .*/builds/.*/main$",
+    "the receipt is written": r"^open .*/receipts/[^/]*/[^/]*/\.tmp-",
+    "the receipt is put in place": r"^os.rename .* .*/receipts/[^/]*/[^/]*/main\.json$",
+    "the announcement goes": r"^os.remove .*/unfinished/main\.json",
+    "the next receipt is announced": rf"^os.rename .* .*/unfinished/{ACT_ORDER}\.json$",
+    "the next folder is put in place": rf"^os.rename .*/checkpoint .*/builds/.*/{ACT_ORDER}$",
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("replaces", [False, True], ids=["first build", "replaces another"])
+def test_killed_before(scene: Scene, point: str, replaces: bool) -> None:
+    recipe = scene.new if replaces else scene.old
+    killed, again = scene.run(
+        scene.built if replaces else None, {"recipe": recipe, "kill": POINTS[point]}, {"recipe": recipe}
+    )
+    assert killed["code"] == -signal.SIGKILL
+    assert len(killed["blocks"]) + len(again["blocks"]) == len((MAIN, ACT_ORDER)) * BLOCKS
+
+
+def test_a_folder_that_is_in_place_without_its_receipt_is_taken_over(scene: Scene) -> None:
+    kill = {"recipe": scene.old, "kill": POINTS["the receipt is written"]}
+    killed, _ = scene.run(None, kill, {"recipe": scene.old})
+    assert killed["visible"].keys() == {MAIN}
+    assert killed["visible"][MAIN].items() <= scene.files[scene.old][MAIN].items()
+    scene.run(None, kill, {"recipe": scene.new})
 
 
 def test_status_can_look_at_what_a_killed_build_left(scene: Scene) -> None:
