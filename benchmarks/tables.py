@@ -44,11 +44,11 @@ class Row:
 
     @property
     def later_layers(self) -> float | None:
-        """The same between the first layer's mark and the last one's: without what is done once."""
-        marks = list(self.outcome.said.get("marks", ()))[: self.layers]
-        if self.outcome.status != "ok" or self.layers < 2 or len(marks) < self.layers:
+        """The same between the first layer's mark and the last but one: without what only the first or last needs."""
+        marks = list(self.outcome.said.get("marks", ()))
+        if self.outcome.status != "ok" or self.layers < 3 or len(marks) < self.layers:
             return None
-        return float(marks[-1] - marks[0]) / (self.layers - 1) / self.variants
+        return float(marks[self.layers - 2] - marks[0]) / (self.layers - 2) / self.variants
 
     def result(self) -> dict[str, Any]:
         """Return what the JSON file says of the run."""

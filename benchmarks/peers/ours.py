@@ -18,15 +18,13 @@ from peer import Job, Stopwatch, need, run, versions
 
 if TYPE_CHECKING:
     from packager.build_state import Build
-    from packager.progress import Bar
 
 
 def quantize(job: Job) -> dict[str, Any]:
     """Build the weights of every variant of the recipe."""
-    progress: Any = need("packager.progress")
+    terminal = need("packager.progress").Terminal()
     watch = Stopwatch(job["device"])
-    terminal = _terminal(progress, watch)
-    with watch:
+    with watch, _layers(watch) as reached:
         build = _build(job, terminal)
         stages = {"plan": time.perf_counter() - watch.started}
         with build.workspace.locked():
@@ -40,7 +38,7 @@ def quantize(job: Job) -> dict[str, Any]:
     return {
         **watch.outcome(),
         "seconds": terminal.seconds["quantize"],
-        "marks": watch.marks[len(build.plan.variants) - 1 :: len(build.plan.variants)],
+        "marks": [reached[block] for block in sorted(reached)],
         "stages": stages,
         "disk_to_disk_s": watch.seconds,
         "variants": [plan.variant.branch for plan in build.plan.variants],
@@ -60,23 +58,21 @@ def _build(job: Job, terminal: Any) -> Build:
     return build
 
 
-def _terminal(progress: Any, watch: Stopwatch) -> Any:
-    """Return a terminal that marks each finished block of each variant."""
+@contextmanager
+def _layers(watch: Stopwatch) -> Iterator[dict[int, float]]:
+    """Note when each block was finished by the last variant: then it goes to its store, while the next one begins."""
+    store: Any = need("packager.block_store").BlockStore
+    write, reached = store.write, {}
 
-    class Marking(progress.Terminal):  # type: ignore[misc] # imported late, so that a failed import is reported
-        @contextmanager
-        def bar(self, total: int) -> Iterator[Bar]:
-            with super().bar(total) as bar:
-                step = bar.step
+    def marked(self: Any, block: int, *rest: Any) -> None:
+        reached[block] = time.perf_counter() - watch.started
+        write(self, block, *rest)
 
-                def marked(text: str) -> None:
-                    watch.mark()
-                    step(text)
-
-                bar.step = marked
-                yield bar
-
-    return Marking()
+    store.write = marked
+    try:
+        yield reached
+    finally:
+        store.write = write
 
 
 if __name__ == "__main__":
