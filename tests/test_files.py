@@ -1,0 +1,80 @@
+"""`files` and `parallel`: digests of many files at once, in order, and of a base model's files only once."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from packager import files as files_module
+from packager.files import file_record, file_records
+from packager.parallel import in_parallel
+from packager.source import model_records
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the files that were hashed since."""
+    names: list[str] = []
+
+    def record(path: Path) -> object:
+        names.append(path.name)
+        return file_record(path)
+
+    monkeypatch.setattr(files_module, "file_record", record)
+    return names
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    for number in range(20):
+        (tmp_path / f"{number:02d}").write_bytes(bytes([number]) * number * 1000)
+    return sorted(tmp_path.iterdir())
+
+
+def test_records_are_those_of_each_file_in_the_order_asked_for(paths: list[Path], hashed: list[str]) -> None:
+    records = file_records(reversed(paths))
+    assert list(records) == list(reversed(paths))
+    assert records == {path: file_record(path) for path in paths}
+    assert sorted(hashed) == [path.name for path in paths]
+    assert file_records([]) == {}
+
+
+def test_a_base_model_s_file_is_hashed_once_unless_it_changes(paths: list[Path], hashed: list[str]) -> None:
+    first = model_records(paths)
+    assert list(first) == paths
+    assert model_records(paths[:5]) == dict(list(first.items())[:5])
+    assert len(hashed) == len(paths)
+    paths[3].write_bytes(bytes([7]) * 3000)
+    changed = model_records(paths)
+    assert changed[paths[3]] == file_record(paths[3]) != first[paths[3]]
+    assert hashed[len(paths) :] == ["03"]
+
+
+def test_a_change_that_hides_behind_the_old_time_is_noticed(paths: list[Path], hashed: list[str]) -> None:
+    model_records(paths)
+    stat = paths[3].stat()
+    paths[3].write_bytes(bytes([7]) * 3000)
+    os.utime(paths[3], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert model_records(paths)[paths[3]] == file_record(paths[3])
+
+
+def test_results_come_in_order_and_from_threads() -> None:
+    barrier = threading.Barrier(3, timeout=30)
+
+    def work(number: int) -> int:
+        barrier.wait()
+        return number * number
+
+    assert in_parallel(work, [3, 1, 2]) == [9, 1, 4]
+    assert in_parallel(work, []) == []
+
+
+def test_the_first_failure_in_order_is_raised() -> None:
+    def work(number: int) -> int:
+        if number:
+            raise ValueError(str(number))
+        return number
+
+    with pytest.raises(ValueError, match="2"):
+        in_parallel(work, [0, 2, 1, 3])
