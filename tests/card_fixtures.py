@@ -135,6 +135,27 @@ def minimal_recipe(**card: object) -> Recipe:
     )
 
 
+def two_engines_recipe() -> Recipe:
+    """Return `minimal_recipe` with the same permutation twice, once by each engine."""
+    recipe = minimal_recipe().model_dump()
+    entry = {"group_size": 128}
+    recipe["variants"] = ({"branch": "main", **entry}, {**entry, "engine": "auto-gptq"})
+    return Recipe.model_validate(recipe)
+
+
+def two_engines_receipts(recipe: Recipe) -> tuple[Provenance, ...]:
+    """Return invented receipts of `two_engines_recipe`, made on the same GPU."""
+    (common,) = minimal_receipts(minimal_recipe())
+    receipts = [
+        common.model_copy(update={**_common(recipe, variant), "device": "NVIDIA H100 80GB HBM3 (fixture)"})
+        for variant in recipe.expanded_variants()
+    ]
+    versions = {"auto-gptq": "0.7.1", "gptq-packager": "0.1.0", "transformers": "4.40.2", "torch": "2.11.0+cu130"}
+    receipts[0] = receipts[0].model_copy(update={"versions": {"torch": "2.11.0+cu130", "transformers": "5.23.0"}})
+    receipts[1] = receipts[1].model_copy(update={"made_with": "AutoGPTQ 0.7.1", "versions": versions})
+    return tuple(receipts)
+
+
 def llama_receipts(recipe: Recipe) -> tuple[Provenance, ...]:
     """Return invented receipts of `llama_recipe`: two loaders passed, one was not run."""
     return tuple(_llama_receipt(recipe, variant) for variant in recipe.expanded_variants())

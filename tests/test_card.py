@@ -34,6 +34,11 @@ def minimal_card(recipe: Recipe | None = None, **changed: object) -> str:
     return render_card(recipe, CardTexts(), receipts, "llama", "main")
 
 
+def two_engines_card() -> str:
+    recipe = fixtures.two_engines_recipe()
+    return render_card(recipe, CardTexts(), fixtures.two_engines_receipts(recipe), "llama", "main")
+
+
 @pytest.mark.parametrize("branch", ["main", ACT_ORDER])
 def test_llama_card(branch: str, update_golden: bool) -> None:
     text = llama_card(branch)
@@ -45,6 +50,22 @@ def test_minimal_card(update_golden: bool) -> None:
     text = minimal_card()
     assert_well_formed(text)
     check_golden("cards/fixture_minimal.md", text, update=update_golden)
+
+
+def test_card_of_two_engines(update_golden: bool) -> None:
+    text = two_engines_card()
+    assert_well_formed(text)
+    check_golden("cards/fixture_two_engines.md", text, update=update_golden)
+
+
+def test_the_table_names_the_engine_that_made_a_branch() -> None:
+    text = two_engines_card()
+    (files,) = [table for table in tables(text) if "Made With" in table[0]]
+    column = files[0].index("Made With")
+    assert [row[column] for row in files[1:]] == ["gptq-packager 0.1.0", "AutoGPTQ 0.7.1"]
+    assert "* Made with AutoGPTQ 0.7.1 (`gptq-4bit-128g-actorder_False`)." in text
+    assert "`auto-gptq` is AutoGPTQ, run in an environment of its own" in text
+    assert "`auto-gptq` is AutoGPTQ" not in llama_card()
 
 
 def test_front_matter_says_what_the_hub_needs() -> None:
