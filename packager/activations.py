@@ -4,6 +4,7 @@ Off the device they travel while the device computes: the next batch comes and t
 own.
 """
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Activations:
             self._present = dict(enumerate(batches))
             return
         if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._stored = [self._room(index, batch, folder) for index, batch in enumerate(batches)]
         for index, batch in enumerate(batches):
             self.put(index, batch)
@@ -85,10 +86,20 @@ class Activations:
 
     def _room(self, index: int, batch: Tensor, folder: Path | None) -> Tensor:
         if self._placement == "host":
-            return torch.empty(batch.shape, dtype=batch.dtype, pin_memory=self._device.type == "cuda")
+            room = torch.empty(batch.shape, dtype=batch.dtype)
+            return _pinned(room) if self._device.type == "cuda" else room
         if folder is None:
             raise ValueError("activations on disk need a folder")
         path = folder / f"activations-{id(self):x}-{index}"
         room = torch.from_file(str(path), shared=True, size=batch.numel(), dtype=batch.dtype)
         path.unlink()
         return room.view(batch.shape)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """Pin a tensor's own memory as long as it lives; torch's pinned allocations are rounded up to powers of two."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    torch.cuda.check_error(runtime.cudaHostRegister(address, size, 0))
+    weakref.finalize(tensor.untyped_storage(), runtime.cudaHostUnregister, address)
+    return tensor

@@ -55,7 +55,9 @@ class Decoder:
         self._read = read
         self._model = _skeleton(folder, dtype)
         fuse(self._model)
-        self._reading = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._reading: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._reading = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.blocks = cast(nn.ModuleList, self._model.get_submodule(BLOCK_PREFIX))
         self._tied = bool(getattr(self._model.config, "tie_word_embeddings", False))
         self._load_outside_blocks()

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from packager.block import dequantize_linear
 from packager.calibrate import Question, TextSets
 from packager.decoder import Decoder, ReadTensor, forward
 from packager.errors import QuantizeError
 from packager.memory import rows_per_batch
-from packager.quantize import compute_dtype, dequantize_linear
+from packager.quantize import compute_dtype
 from packager.receipt import QualityRecord
 from packager.safetensors_file import StoredTensor, stored_tensors
 from packager.source import SourceModel, read_tensor

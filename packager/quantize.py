@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from threading import Event
 
@@ -17,18 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from packager.activations import Activations
+from packager.block import Passage, quantize_block, restore_block
 from packager.block_store import BlockStore
 from packager.calibrate import TokenRows
-from packager.decoder import BLOCK_PREFIX, Context, Decoder
-from packager.errors import QuantizeError
-from packager.gptq.grid import GridRules
-from packager.gptq.hessian import Hessian, factorize
-from packager.gptq.layout import pack, pack_zeros, unpack, unpack_zeros
-from packager.gptq.solve import Solution, solve
+from packager.decoder import Context, Decoder
 from packager.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, choose_sweep, rows_per_batch
 from packager.receipt import LinearRecord
 from packager.source import SourceModel
-from packager.sweep import Group, linear_groups, linears_of, run_forward, sweep_parallel, sweep_sequential
+from packager.sweep import Group, linear_groups, run_forward
 from packager.variant import Variant
 
 # What is left to CUDA's libraries and to the allocator's gaps when a GPU's free memory is planned with.
@@ -214,17 +211,41 @@ class _Worker:
         groups: tuple[Group, ...] = ()
         with ThreadPoolExecutor(len(rides), thread_name_prefix="write") as writers:
             for index, weights in enumerate(decoder.stream()):
+                load = partial(decoder.load_block, index, weights)
+                here = [batch[index] for batch in contexts]
+                if not groups:
+                    groups = linear_groups(load(), first, here[0])
+                    del first
+                place = _Place(index=index, num_blocks=len(decoder), groups=groups, contexts=here)
                 for ride in rides:
                     if self._stop.is_set():
                         return
-                    block = decoder.load_block(index, weights)
-                    if not groups:
-                        groups = linear_groups(block, first, contexts[0][index])
-                        del first
-                    ride.run(block, index, len(decoder), groups, [batch[index] for batch in contexts], writers)
+                    ride.run(load, place, writers)
                 decoder.drop_block(index)
             for ride in rides:
                 self.records[ride.variant.branch] = ride.finish()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """A block, as every variant finds it.
+
+    Attributes:
+        index: its number.
+        num_blocks: how many there are.
+        groups: from `linear_groups`.
+        contexts: the block's arguments besides the hidden states, one per batch.
+    """
+
+    index: int
+    num_blocks: int
+    groups: Sequence[Group]
+    contexts: Sequence[Context]
+
+    @property
+    def last(self) -> bool:
+        """Whether no block comes after it."""
+        return self.index + 1 == self.num_blocks
 
 
 class _Ride:
@@ -238,29 +259,32 @@ class _Ride:
         self._records: list[LinearRecord] = []
         self._writing: Future[BlockDone] | None = None
 
-    def run(
-        self, block: nn.Module, index: int, num_blocks: int, groups: Sequence[Group], contexts: Sequence[Context],
-        writers: ThreadPoolExecutor,
-    ) -> None:  # fmt: skip
+    def run(self, load: Callable[[], nn.Module], place: "_Place", writers: ThreadPoolExecutor) -> None:
         """Take the variant through a block; the finished block is written while the caller goes on."""
         started = time.monotonic()
-        last = index + 1 == num_blocks
-        tensors, records = self._store.read(index), self._store.records(index)
-        resumed = tensors is not None and records is not None
-        if tensors is None or records is None:
-            work = _BlockWork(block=block, index=index, variant=self.variant, report=self._report)
-            work.run(groups, self._states, contexts, suspended=self._plan.suspended_batches, last=last)
-            tensors, records = work.tensors, work.records
-        elif not last:
-            _restore(block, index, tensors, self.variant)
-            run_forward(block, self._states, contexts)
+        stored, records = self._store.read(place.index), self._store.records(place.index)
+        tensors: Mapping[str, Tensor] = stored or {}
+        if stored is None or records is None:
+            passage = Passage(
+                variant=self.variant, index=place.index, groups=place.groups, states=self._states,
+                contexts=place.contexts, suspended=self._plan.suspended_batches, last=place.last,
+            )  # fmt: skip
+            made = quantize_block(load, passage, partial(self._linears_done, place.index))
+            tensors, records = made.tensors, made.records
+        elif not place.last:
+            block = load()
+            restore_block(block, place.index, tensors, self.variant)
+            run_forward(block, self._states, place.contexts)
         self._records.extend(records)
         done = BlockDone(
-            branch=self.variant.branch, block=index, num_blocks=num_blocks, resumed=resumed,
+            branch=self.variant.branch, block=place.index, num_blocks=place.num_blocks, resumed=stored is not None,
             loss=sum(record.loss for record in records), seconds=time.monotonic() - started,
         )  # fmt: skip
         self._wait()
         self._writing = writers.submit(self._write, done, _OnItsWay(tensors), records)
+
+    def _linears_done(self, index: int, records: tuple[LinearRecord, ...]) -> None:
+        self._report(LinearsDone(branch=self.variant.branch, block=index, linears=records))
 
     def finish(self) -> list[LinearRecord]:
         """Wait until everything is written."""
@@ -298,103 +322,3 @@ def _to_host(tensor: Tensor) -> Tensor:
     if not tensor.is_cuda:
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-class _BlockWork:
-    """One block of one variant: solves its groups and keeps their packed tensors and records."""
-
-    def __init__(self, *, block: nn.Module, index: int, variant: Variant, report: Report) -> None:
-        self._linears = linears_of(block)
-        self._block = block
-        self._index = index
-        self._variant = variant
-        self._report = report
-        self._rules = GridRules(bits=variant.bits, sym=variant.sym, scale_search=variant.scale_search)
-        self.tensors: dict[str, Tensor] = {}
-        self.records: tuple[LinearRecord, ...] = ()
-
-    def run(
-        self, groups: Sequence[Group], states: Activations, contexts: Sequence[Context], *, suspended: int, last: bool
-    ) -> None:
-        try:
-            if self._variant.true_sequential:
-                sweep_sequential(
-                    self._block, groups, states, contexts, self._solve, suspended=suspended, last=last
-                )
-            else:
-                sweep_parallel(self._block, groups, states, contexts, self._solve)
-        except QuantizeError as error:
-            error.where = error.where or f"{self._variant.branch}, {BLOCK_PREFIX}.{self._index}"
-            raise
-
-    def _solve(self, group: Group, hessian: Hessian) -> None:
-        variant = self._variant
-        names = [f"{BLOCK_PREFIX}.{self._index}.{name}" for name in group]
-        weights = [self._linears[name].weight for name in group]
-        try:
-            factor = factorize(
-                hessian.matrix(),
-                desc_act=variant.desc_act,
-                damp_percent=variant.damp_percent,
-                damp_percent_limit=variant.damp_percent_limit,
-            )
-            together = torch.cat([weight.T for weight in weights], dim=1)
-            solution = solve(
-                together, factor, self._rules, group_size=variant.group_size, static_groups=variant.static_groups
-            )
-            solution.check()
-        except QuantizeError as error:
-            error.where = f"{variant.branch}, {', '.join(names)}"
-            raise
-        parts = solution.by_linear([weight.shape[0] for weight in weights])
-        losses = torch.stack([part.losses.mean() for part in parts]).tolist()
-        records = tuple(
-            LinearRecord(name=name, loss=loss, damp_percent=factor.damp_percent)
-            for name, loss in zip(names, losses, strict=True)
-        )
-        for name, weight, part in zip(names, weights, parts, strict=True):
-            weight.copy_(part.dequantized().T)
-            self._keep(name, part)
-        self.records = (*self.records, *records)
-        self._report(LinearsDone(branch=variant.branch, block=self._index, linears=records))
-
-    def _keep(self, name: str, solution: Solution) -> None:
-        bits = self._variant.bits
-        self.tensors |= {
-            f"{name}.qweight": pack(solution.q, bits),
-            f"{name}.qzeros": pack_zeros(solution.zeros, bits),
-            f"{name}.scales": solution.scales.contiguous(),
-            f"{name}.g_idx": solution.g_idx.clone(),
-        }
-        bias = self._linears[name.removeprefix(f"{BLOCK_PREFIX}.{self._index}.")].bias
-        if bias is not None:
-            self.tensors[f"{name}.bias"] = bias.to(torch.float16)
-
-
-def _restore(block: nn.Module, index: int, tensors: Mapping[str, Tensor], variant: Variant) -> None:
-    """Give a block the weights that its finished tensors stand for."""
-    device = next(block.parameters()).device
-    for name, linear in linears_of(block).items():
-        stored = f"{BLOCK_PREFIX}.{index}.{name}."
-
-        def read(part: str, stored: str = stored) -> Tensor:
-            return tensors[stored + part].to(device)
-
-        linear.weight.copy_(dequantize_linear(read, variant.bits))
-
-
-def dequantize_linear(read: Callable[[str], Tensor], bits: int) -> Tensor:
-    """Return the float32 weight [out_features, in_features] that a linear's packed tensors (v1 format) stand for.
-
-    Args:
-        read: returns the tensor "qweight", "qzeros", "scales" or "g_idx" of the linear.
-        bits: 2, 3, 4 or 8.
-    """
-    solution = Solution(
-        q=unpack(read("qweight"), bits),
-        zeros=unpack_zeros(read("qzeros"), bits),
-        scales=read("scales"),
-        g_idx=read("g_idx"),
-        losses=torch.empty(0),
-    )
-    return solution.dequantized().T.contiguous()

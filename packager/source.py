@@ -68,12 +68,18 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
         "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
         "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
     }  # fmt: skip
-    data = bytearray(stored.info.size_bytes)
-    with stored.path.open("rb") as stream:
+    # Not a bytearray: clearing one stops every other thread, among them the one that keeps a GPU busy.
+    data = torch.empty(stored.info.size_bytes, dtype=torch.uint8)
+    with stored.path.open("rb", buffering=0) as stream:
         stream.seek(stored.offset)
-        if stream.readinto(data) != len(data):
-            raise SourceError("a tensor's file ended early", where=str(stored.path), why=f"reading {stored.info.name}")
-    return torch.frombuffer(data, dtype=dtypes[stored.info.dtype]).reshape(stored.info.shape)
+        view, done = data.numpy().data, 0
+        while done < len(view):  # an unbuffered read may give less than it was asked for
+            count = stream.readinto(view[done:])
+            if not count:
+                where = str(stored.path)
+                raise SourceError("a tensor's file ended early", where=where, why=f"reading {stored.info.name}")
+            done += count
+    return data.view(dtypes[stored.info.dtype]).reshape(stored.info.shape)
 
 
 def open_source(recipe_file: RecipeFile, report: Callable[[str], None]) -> SourceModel:

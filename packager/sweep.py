@@ -81,6 +81,7 @@ def sweep_sequential(
     *,
     suspended: int | None = None,
     last: bool = False,
+    confirm: Callable[[], None] = lambda: None,
 ) -> None:
     """Quantize group after group while the batches are under way.
 
@@ -93,6 +94,7 @@ def sweep_sequential(
         suspended: how many batches wait inside the block; the others are abandoned at each group and run again from
             the beginning for the next, with the same values. None: all of them wait.
         last: there is no further block, so nobody needs the outputs.
+        confirm: called when every group is quantized and the states are still the block's inputs; may raise.
     """
     linears = linears_of(block)
     main = getcurrent()
@@ -127,6 +129,7 @@ def sweep_sequential(
                     run.throw()
             solve(group, hessian)
             done.add(group[0])
+        confirm()
         if last:
             for run in waiting.values():
                 run.throw()
@@ -137,7 +140,14 @@ def sweep_sequential(
 
 @torch.no_grad()
 def sweep_parallel(
-    block: nn.Module, groups: Sequence[Group], states: Activations, contexts: Sequence[Context], solve: SolveGroup
+    block: nn.Module,
+    groups: Sequence[Group],
+    states: Activations,
+    contexts: Sequence[Context],
+    solve: SolveGroup,
+    *,
+    last: bool = False,
+    confirm: Callable[[], None] = lambda: None,
 ) -> None:
     """Quantize all groups from the original block's activations (true_sequential False); takes two forwards.
 
@@ -154,7 +164,9 @@ def sweep_parallel(
             run_block(block, states.get(index), contexts[index])
     for group in groups:
         solve(group, hessians.pop(group[0]))
-    run_forward(block, states, contexts)
+    confirm()
+    if not last:
+        run_forward(block, states, contexts)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from packager.errors import QuantizeError
 from packager.gptq.grid import GridRules, find_grids
-from packager.gptq.hessian import Hessian, factorize
+from packager.gptq.hessian import Hessian, factorize, factorize_within
 from packager.gptq.layout import pack, pack_zeros, unpack, unpack_zeros, values_per_pack
 from packager.gptq.solve import Solution, solve
 from tests.gptq_reference import gptq
@@ -33,10 +33,10 @@ def hessian(x: torch.Tensor) -> torch.Tensor:
 
 
 def solved(weight: torch.Tensor, H: torch.Tensor, *, desc_act: bool = False, damp: float = 0.01, **rules) -> Solution:
-    factor = factorize(H.clone(), desc_act=desc_act, damp_percent=damp, damp_percent_limit=0.5)
+    factor = factorize_within(H, desc_act=desc_act, damp_percent=damp, damp_percent_limit=0.5)
     grouping = {"group_size": rules.pop("group_size", 32), "static_groups": rules.pop("static_groups", False)}
     found = solve(weight, factor, GridRules(**{"bits": 4, "sym": True, "scale_search": False, **rules}), **grouping)
-    found.check()
+    assert bool(found.fits())
     return found
 
 
@@ -48,7 +48,7 @@ def test_hessian_is_twice_the_mean_outer_product():
 
 def test_factor_is_upper_and_its_square_is_the_damped_hessian():
     H = hessian(inputs(48, 1))
-    factor = factorize(H.clone(), desc_act=False, damp_percent=0.02, damp_percent_limit=0.02)
+    factor = factorize(H, desc_act=False, damp_percent=0.02)
     damped = H.double() + torch.eye(48) * 0.02 * H.double().diagonal().mean()
     M = factor.M.double()
     assert torch.equal(M, M.triu())
@@ -178,22 +178,25 @@ def test_damping_is_raised_only_to_the_limit_and_recorded():
     mean = H.diagonal().mean()
     shift = (smallest + 0.03 * mean) / 1.03
     H = H - shift * torch.eye(32)
-    factor = factorize(H, desc_act=False, damp_percent=0.01, damp_percent_limit=0.5)
+    assert not bool(factorize(H, desc_act=False, damp_percent=0.01).succeeded)
+    factor = factorize_within(H, desc_act=False, damp_percent=0.01, damp_percent_limit=0.5)
     assert factor.damp_percent == pytest.approx(0.04)
     with pytest.raises(QuantizeError, match="cannot be factored"):
-        factorize(H, desc_act=False, damp_percent=0.01, damp_percent_limit=0.02)
+        factorize_within(H, desc_act=False, damp_percent=0.01, damp_percent_limit=0.02)
 
 
 def test_nan_in_activations_is_an_error():
     accumulated = Hessian(4, CPU)
     accumulated.add(torch.tensor([[1.0, float("nan"), 0, 0]]))
     with pytest.raises(QuantizeError, match="NaN or Inf"):
-        accumulated.matrix()
+        factorize_within(accumulated.matrix(), desc_act=False, damp_percent=0.01, damp_percent_limit=0.1)
 
 
-def test_a_scale_beyond_float16_is_an_error():
-    with pytest.raises(QuantizeError, match="float16"):
-        solved(torch.full((64, 8), 1e9), hessian(inputs(64, 13)))
+def test_a_scale_beyond_float16_does_not_fit():
+    factor = factorize(hessian(inputs(64, 13)), desc_act=False, damp_percent=0.01)
+    rules = GridRules(bits=4, sym=True, scale_search=False)
+    found = solve(torch.full((64, 8), 1e9), factor, rules, group_size=32, static_groups=False)
+    assert not bool(found.fits())
 
 
 @settings(max_examples=80, deadline=None)

@@ -41,7 +41,7 @@ def test_solver_agrees_with_the_float64_reference(bits, group_size, sym, desc_ac
     H = 2 * x.T @ x / x.shape[0]
     weight = torch.randn(96, 24) * 0.02
     expected = gptq(weight, H, bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, damp=0.01)
-    factor = factorize(H.to(CUDA), desc_act=desc_act, damp_percent=0.01, damp_percent_limit=0.1)
+    factor = factorize(H.to(CUDA), desc_act=desc_act, damp_percent=0.01)
     rules = GridRules(bits=bits, group_size=group_size, sym=sym, static_groups=False, scale_search=False)
     found = solve(weight.to(CUDA), factor, rules)
     assert found.g_idx.tolist() == expected.g_idx
@@ -64,7 +64,9 @@ def test_every_architecture_quantizes_as_on_the_cpu(tmp_path, name):
     losses = {}
     for device in (torch.device("cpu"), CUDA):
         stores = {v: open_store(source, tmp_path / device.type, v, device=device) for v in variants}
-        records = quantize(QuantizeJob(source=source, rows=token_rows(), stores=stores, devices=(device,)), lambda _: None)
+        records = quantize(
+            QuantizeJob(source=source, rows=token_rows(), stores=stores, devices=(device,)), lambda _: None
+        )
         losses[device.type] = torch.tensor([record.loss for found in records.values() for record in found])
     # float16 activations move single roundings; the sum over a model's linears hardly moves.
     assert float(losses["cuda"].sum()) == pytest.approx(float(losses["cpu"].sum()), rel=0.05)

@@ -8,14 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from packager import block as block_module
 from packager import quantize as quantize_module
+from packager.block import dequantize_linear, quantize_block
 from packager.block_store import BlockStore
 from packager.decoder import Decoder, forward
 from packager.errors import QuantizeError, SourceError
 from packager.gptq.hessian import Hessian, factorize
 from packager.gptq.solve import GridRules, solve
 from packager.memory import TOKENS_PER_BATCH, SweepPlan
-from packager.quantize import BlockDone, LinearsDone, QuantizeJob, dequantize_linear, quantize
+from packager.quantize import BlockDone, LinearsDone, QuantizeJob, quantize
 from packager.source import SourceModel, read_source
 from packager.sweep import linear_groups
 from packager.variant import Variant
@@ -102,7 +104,7 @@ def test_suspended_forward_equals_the_repeated_forward_bit_by_bit(tmp_path):
                 handle = linears[0].register_forward_pre_hook(lambda _, args, hessian=hessian: hessian.add(args[0]))
                 model(token_rows().ids)
                 handle.remove()
-                factor = factorize(hessian.matrix(), desc_act=True, damp_percent=0.01, damp_percent_limit=0.1)
+                factor = factorize(hessian.matrix(), desc_act=True, damp_percent=0.01)
                 together = torch.cat([linear.weight.T for linear in linears], 1)
                 solution = solve(together, factor, rules, group_size=16, static_groups=False)
                 parts = solution.by_linear([linear.out_features for linear in linears])
@@ -174,12 +176,13 @@ def test_several_devices_make_the_bytes_of_one(tmp_path, devices):
 def test_what_fails_on_one_device_stops_the_others(tmp_path, monkeypatch):
     source = source_of(tmp_path, "llama")
 
-    def fail_for_b(work, *_args, **_rest):
-        if work._variant.branch == "b":  # noqa: SLF001
+    def fail_for_b(load, passage, solved):
+        if passage.variant.branch == "b":
             raise QuantizeError("no", where="b")
         time.sleep(0.05)
+        return quantize_block(load, passage, solved)
 
-    monkeypatch.setattr(quantize_module._BlockWork, "run", fail_for_b)  # noqa: SLF001
+    monkeypatch.setattr(quantize_module, "quantize_block", fail_for_b)
     with pytest.raises(QuantizeError, match="no"):
         run(source, tmp_path / "work", variant(branch="b"), variant(branch="a"), devices=2)
 
@@ -238,6 +241,6 @@ def test_a_hessian_beyond_the_damping_limit_names_branch_and_linear(tmp_path, mo
     def fail(*_args, **_rest):
         raise QuantizeError("the Hessian cannot be factored")
 
-    monkeypatch.setattr(quantize_module, "factorize", fail)
+    monkeypatch.setattr(block_module, "factorize_within", fail)
     with pytest.raises(QuantizeError, match=r"main, model\.layers\.0\.self_attn\.q_proj"):
         run(source, tmp_path / "work", variant())

@@ -49,7 +49,8 @@ def round_columns(
     """Quantize the columns of one column block, in order. `kernels.round_columns` is the same for CUDA.
 
     Args:
-        w: float32 [columns, out_features], with the errors of every column before this block already spread over it.
+        w: float32 [columns, out_features], with the errors of every column before this block already spread over it;
+            overwritten.
         original: float [columns, out_features], the weights before anything was spread.
         Hinv: float32 [columns, columns], upper triangular, the block's part of it.
         diagonal: float32 [columns], 1 / Hinv_ii.
@@ -58,7 +59,6 @@ def round_columns(
         find_every: columns of a group whose grid is to be found when its first column is reached; 0: all are known.
         result: filled in.
     """
-    w = w.clone()
     for i, group in enumerate(grids.groups.tolist()):
         if find_every and i % find_every == 0:
             members = slice(i, i + find_every)

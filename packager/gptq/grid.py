@@ -57,10 +57,8 @@ def find_grids(w: Tensor, group_size: int, rules: GridRules, price: Tensor) -> t
         Scales and zeros, float32 [n_groups, out_features]; scales hold float16 values (infinity where none is large
         enough), zeros whole numbers.
     """
-    grids = [
-        _find_grid(group, rules, weight[:, None])
-        for group, weight in zip(w.split(group_size), price.split(group_size), strict=True)
-    ]
+    groups = [slice(begin, begin + group_size) for begin in range(0, w.shape[0], group_size)]
+    grids = [_find_grid(w[group], rules, price[group, None]) for group in groups]
     return torch.stack([scale for scale, _ in grids]), torch.stack([zero for _, zero in grids])
 
 

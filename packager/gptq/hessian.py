@@ -47,7 +47,7 @@ class Hessian:
         """Return H, float32 [in_features, in_features], and forget it: the caller alone holds its memory.
 
         Raises:
-            QuantizeError: an input held NaN or Inf, or no input arrived.
+            QuantizeError: no input arrived.
         """
         if self.num_tokens == 0:
             raise QuantizeError("a linear never received an input")
@@ -55,12 +55,6 @@ class Hessian:
         del self._sum
         for begin, end in self._panels:
             H[end:, begin:end] = H[begin:end, end:].T
-        # Squares only grow: a NaN or Inf in any input is still there in the sum of its squares.
-        if not bool(torch.isfinite(H.diagonal()).all()):
-            raise QuantizeError(
-                "the activations contain NaN or Inf",
-                hint="the base model overflows in this dtype: check its weights, or choose shorter calibration rows",
-            )
         return H
 
 
@@ -73,49 +67,66 @@ class Factor:
             inverse is the Hinv of the paper: H^-1 = Hinv^T Hinv.
         order: int64 [in_features], the original column at each place of the solving order; None = as stored.
         dead: bool [in_features], columns (original order) whose input is always zero.
-        damp_percent: the damping that made the factorisation succeed.
+        damp_percent: the damping that went into it.
+        succeeded: bool [], on the device; False when H with this damping is not positive definite, or not finite.
     """
 
     M: Tensor
     order: Tensor | None
     dead: Tensor
     damp_percent: float
+    succeeded: Tensor
 
 
-def factorize(H: Tensor, *, desc_act: bool, damp_percent: float, damp_percent_limit: float) -> Factor:
+def factorize(H: Tensor, *, desc_act: bool, damp_percent: float) -> Factor:
     """Damp H and factor it: with J the reversal, J H J = L L^T gives M = J L J.
 
     One Cholesky, where the usual route takes Cholesky, inverse and Cholesky again: `solve` needs the inverse of M's
-    diagonal blocks only. When the factorisation fails, damping is doubled up to `damp_percent_limit`, and the result
-    says how far it went.
+    diagonal blocks only. Nothing here waits for a GPU to finish; whoever uses the result asks `succeeded` in time.
 
     Args:
-        H: float32 [in_features, in_features]; its diagonal is changed (dead columns get 1).
+        H: float32 [in_features, in_features]; not modified.
         desc_act: order columns by decreasing diag(H); equal entries keep their order.
         damp_percent: fraction of mean(diag H) to add.
-        damp_percent_limit: the largest fraction allowed.
+    """
+    dead = H.diagonal() == 0
+    diagonal = H.diagonal().masked_fill(dead, 1)
+    order = torch.argsort(diagonal, descending=True, stable=True) if desc_act else None
+    diagonal = diagonal + damp_percent * diagonal.mean()
+    if order is None:
+        damped = H.flip(0, 1)
+        damped.diagonal().copy_(diagonal.flip(0))
+    else:
+        backwards = order.flip(0)
+        damped = H[backwards][:, backwards]
+        damped.diagonal().copy_(diagonal[backwards])
+    del H
+    L, failed = torch.linalg.cholesky_ex(damped)
+    del damped
+    succeeded = (failed == 0) & L.diagonal().isfinite().all()
+    return Factor(M=L.flip(0, 1), order=order, dead=dead, damp_percent=damp_percent, succeeded=succeeded)
+
+
+def factorize_within(H: Tensor, *, desc_act: bool, damp_percent: float, damp_percent_limit: float) -> Factor:
+    """Factor H as `factorize` does; when that fails, double the damping, up to `damp_percent_limit`.
 
     Raises:
-        QuantizeError: not positive definite even at the limit.
+        QuantizeError: H holds NaN or Inf, or is not positive definite even at the limit.
     """
-    diagonal = H.diagonal()
-    dead = diagonal == 0
-    diagonal.masked_fill_(dead, 1)
-    order = torch.argsort(diagonal, descending=True, stable=True) if desc_act else None
-    mean = diagonal.mean()
-    damping = damp_percent
+    # Squares only grow: a NaN or Inf in any input is still there in the sum of its squares.
+    if not bool(torch.isfinite(H.diagonal()).all()):
+        raise QuantizeError(
+            "the activations contain NaN or Inf",
+            hint="the base model overflows in this dtype: check its weights, or choose shorter calibration rows",
+        )
     while True:
-        damped = H.flip(0, 1) if order is None else H[order.flip(0)][:, order.flip(0)]
-        damped.diagonal().add_(damping * mean)
-        L, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if bool((failed == 0) & L.diagonal().isfinite().all()):
-            del H, diagonal
-            return Factor(M=L.flip(0, 1), order=order, dead=dead, damp_percent=damping)
-        if damping >= damp_percent_limit:
+        factor = factorize(H, desc_act=desc_act, damp_percent=damp_percent)
+        if bool(factor.succeeded):
+            return factor
+        if damp_percent >= damp_percent_limit:
             raise QuantizeError(
                 "the Hessian cannot be factored",
-                why=f"still not positive definite with damp_percent {damping:g}, the recipe's damp_percent_limit",
+                why=f"still not positive definite with damp_percent {damp_percent:g}, the recipe's damp_percent_limit",
                 hint="use more calibration rows, or raise damp_percent_limit",
             )
-        damping = min(2 * damping, damp_percent_limit)
+        damp_percent = min(2 * damp_percent, damp_percent_limit)

@@ -12,7 +12,7 @@ from torch import Tensor
 from packager.gptq.columns import Columns, Grids
 from packager.gptq.grid import SEARCH_STEPS, SMALLEST_SCALE, GridRules, search_shrinks
 
-_TILE = 128  # columns in registers at a time
+_TILE = 128
 _ROUND_FEATURES, _ROUND_WARPS = 16, 1
 _GRID_FEATURES, _GRID_WARPS = 32, 4
 
@@ -50,6 +50,28 @@ def _error_of(w, inside, price, scale, inverse, zero, MAXQ: tl.constexpr):
     q = tl.minimum(tl.maximum(_round(w * inverse[None, :]) + zero[None, :], 0.0), MAXQ * 1.0)
     wrong = w - (q - zero[None, :]) * scale[None, :]
     return tl.sum(tl.where(inside, wrong * wrong * price[:, None], 0.0), 0)
+
+
+@triton.jit
+def _best_grid(
+    w, inside, price, shrink_ptr, MAXQ: tl.constexpr, SYM: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr
+):
+    """Return the grid of a group that is in registers; `price` counts if there is a search."""
+    low = tl.min(tl.where(inside, tl.minimum(w, 0.0), 0.0), 0)
+    high = tl.max(tl.where(inside, tl.maximum(w, 0.0), 0.0), 0)
+    scale, zero = _grid_of(low, high, MAXQ, SYM, SMALLEST)
+    if STEPS > 1:
+        least = tl.zeros_like(low) + float("inf")
+        for step in range(STEPS):
+            shrink = tl.load(shrink_ptr + step)
+            tried_scale, tried_zero = _grid_of(low * shrink, high * shrink, MAXQ, SYM, SMALLEST)
+            inverse = tl.math.div_rn(tl.zeros_like(tried_scale) + 1.0, tried_scale)
+            error = _error_of(w, inside, price, tried_scale, inverse, tried_zero, MAXQ)
+            better = error < least
+            least = tl.where(better, error, least)
+            scale = tl.where(better, tried_scale, scale)
+            zero = tl.where(better, tried_zero, zero)
+    return scale, zero
 
 
 @triton.jit
@@ -112,57 +134,58 @@ def find_grids(w: Tensor, group_size: int, rules: GridRules, price: Tensor) -> t
 
 
 @triton.jit
+def _column_inputs(
+    i, Hinv_ptr, diagonal_ptr, group_ptr, original_ptr, column, feature, features, in_range, COLUMNS: tl.constexpr
+):
+    """Return what rounding column i needs from memory: its row of Hinv, 1 / Hinv_ii, its group and its weights."""
+    exists = i < COLUMNS
+    spread = tl.load(Hinv_ptr + i * COLUMNS + column, mask=(column > i) & (column < COLUMNS) & exists, other=0.0)
+    diagonal = tl.load(diagonal_ptr + i, mask=exists, other=0.0)
+    group = tl.load(group_ptr + i, mask=exists, other=0)
+    weights = original_ptr + tl.cast(i, tl.int64) * features + feature
+    original = tl.load(weights, mask=in_range & exists, other=0.0).to(tl.float32)
+    return spread, diagonal, group, original
+
+
+@triton.jit
 def _round_columns_kernel(
     w_ptr, original_ptr, Hinv_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, q_ptr, change_ptr,
     error_ptr, features, COLUMNS: tl.constexpr, TILE: tl.constexpr, FEATURES: tl.constexpr, FIND_EVERY: tl.constexpr,
-    MAXQ: tl.constexpr, SYM: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr,
+    GROUP_TILE: tl.constexpr, MAXQ: tl.constexpr, SYM: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     in_range = feature < features
     column = tl.arange(0, TILE)
-    exists = column < COLUMNS
-    inside = exists[:, None] & in_range[None, :]
-    w = tl.load(w_ptr + column[:, None].to(tl.int64) * features + feature[None, :], mask=inside, other=0.0)
-    price = tl.load(diagonal_ptr + column, mask=exists, other=0.0)
-    price = price * price
+    inside = (column < COLUMNS)[:, None] & in_range[None, :]
+    w_tile = w_ptr + column[:, None].to(tl.int64) * features + feature[None, :]
+    w = tl.load(w_tile, mask=inside, other=0.0)
     scale = tl.zeros([FEATURES], tl.float32) + 1.0
     zero = tl.zeros([FEATURES], tl.float32)
     inverse = scale
     squared_error = tl.load(error_ptr + feature, mask=in_range, other=0.0)
-    # What column i needs from memory is fetched while column i - 1 is rounded.
-    next_spread = tl.load(Hinv_ptr + column, mask=exists & (column > 0), other=0.0)
-    next_diagonal = tl.load(diagonal_ptr)
-    next_group = tl.load(group_ptr)
-    next_original = tl.load(original_ptr + feature, mask=in_range, other=0.0).to(tl.float32)
+    # What column i needs is fetched while column i - 1 is rounded.
+    coming = _column_inputs(
+        0, Hinv_ptr, diagonal_ptr, group_ptr, original_ptr, column, feature, features, in_range, COLUMNS
+    )
     for i in range(COLUMNS):
-        spread, diagonal, original = next_spread, next_diagonal, next_original
-        grid = next_group * features + feature
+        spread, diagonal, group, original = coming
+        coming = _column_inputs(
+            i + 1, Hinv_ptr, diagonal_ptr, group_ptr, original_ptr, column, feature, features, in_range, COLUMNS
+        )
+        grid = group * features + feature
         row = tl.cast(i, tl.int64) * features + feature
-        more = i + 1 < COLUMNS
-        next_spread = tl.load(Hinv_ptr + (i + 1) * COLUMNS + column, mask=exists & (column > i + 1) & more, other=0.0)
-        next_diagonal = tl.load(diagonal_ptr + i + 1, mask=more, other=0.0)
-        next_group = tl.load(group_ptr + i + 1, mask=more, other=0)
-        next_original = tl.load(original_ptr + row + features, mask=in_range & more, other=0.0).to(tl.float32)
         if FIND_EVERY == 0:
             scale = tl.load(scale_ptr + grid, mask=in_range, other=1.0)
             zero = tl.load(zero_ptr + grid, mask=in_range, other=0.0)
             inverse = tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale)
         elif i % FIND_EVERY == 0:
-            of_group = ((column >= i) & (column < i + FIND_EVERY))[:, None] & inside
-            low = tl.min(tl.where(of_group, tl.minimum(w, 0.0), 0.0), 0)
-            high = tl.max(tl.where(of_group, tl.maximum(w, 0.0), 0.0), 0)
-            scale, zero = _grid_of(low, high, MAXQ, SYM, SMALLEST)
-            if STEPS > 1:
-                least = tl.zeros([FEATURES], tl.float32) + float("inf")
-                for step in range(STEPS):
-                    shrink = tl.load(shrink_ptr + step)
-                    tried_scale, tried_zero = _grid_of(low * shrink, high * shrink, MAXQ, SYM, SMALLEST)
-                    tried_inverse = tl.math.div_rn(tl.zeros_like(tried_scale) + 1.0, tried_scale)
-                    error = _error_of(w, of_group, price, tried_scale, tried_inverse, tried_zero, MAXQ)
-                    better = error < least
-                    least = tl.where(better, error, least)
-                    scale = tl.where(better, tried_scale, scale)
-                    zero = tl.where(better, tried_zero, zero)
+            if FIND_EVERY < COLUMNS:  # through memory, so that the search goes over the group's columns alone
+                tl.store(w_tile, w, mask=inside)
+                tl.debug_barrier()
+            scale, zero = _group_grid(
+                w, w_ptr, diagonal_ptr, shrink_ptr, i, column, feature, features, in_range, COLUMNS, FIND_EVERY,
+                GROUP_TILE, MAXQ, SYM, STEPS, SMALLEST,
+            )  # fmt: skip
             inverse = tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale)
             tl.store(scale_ptr + grid, scale, mask=in_range)
             tl.store(zero_ptr + grid, zero, mask=in_range)
@@ -177,6 +200,23 @@ def _round_columns_kernel(
     tl.store(error_ptr + feature, squared_error, mask=in_range)
 
 
+@triton.jit
+def _group_grid(
+    w, w_ptr, diagonal_ptr, shrink_ptr, i, column, feature, features, in_range, COLUMNS: tl.constexpr,
+    FIND_EVERY: tl.constexpr, GROUP_TILE: tl.constexpr, MAXQ: tl.constexpr, SYM: tl.constexpr, STEPS: tl.constexpr,
+    SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """Return the grid of the group at column i: all of `w`, or some of it, which lies in memory then."""
+    if FIND_EVERY < COLUMNS:
+        column = i + tl.arange(0, GROUP_TILE)
+        inside = (column < tl.minimum(i + FIND_EVERY, COLUMNS))[:, None] & in_range[None, :]
+        w = tl.load(w_ptr + column[:, None].to(tl.int64) * features + feature[None, :], mask=inside, other=0.0)
+    else:
+        inside = (column < COLUMNS)[:, None] & in_range[None, :]
+    price = tl.load(diagonal_ptr + column, mask=column < COLUMNS, other=0.0)
+    return _best_grid(w, inside, price * price, shrink_ptr, MAXQ, SYM, STEPS, SMALLEST)
+
+
 def round_columns(
     w: Tensor, original: Tensor, Hinv: Tensor, diagonal: Tensor, grids: Grids, rules: GridRules, find_every: int,
     result: Columns,
@@ -187,6 +227,7 @@ def round_columns(
         _round_columns_kernel[(triton.cdiv(features, _ROUND_FEATURES),)](
             w, original, Hinv, diagonal, search_shrinks(w.device), grids.scales, grids.zeros, grids.groups, result.q,
             result.change, result.squared_errors, features, COLUMNS=columns, TILE=_TILE, FEATURES=_ROUND_FEATURES,
-            FIND_EVERY=find_every, MAXQ=rules.maxq, SYM=rules.sym, STEPS=SEARCH_STEPS if rules.scale_search else 1,
-            SMALLEST=SMALLEST_SCALE, num_warps=_ROUND_WARPS,
+            FIND_EVERY=find_every, GROUP_TILE=triton.next_power_of_2(max(find_every, 1)), MAXQ=rules.maxq,
+            SYM=rules.sym, STEPS=SEARCH_STEPS if rules.scale_search else 1, SMALLEST=SMALLEST_SCALE,
+            num_warps=_ROUND_WARPS,
         )  # fmt: skip

@@ -7,11 +7,11 @@ inverse of M[B, B]. So M itself is all that is needed of H; its whole inverse, t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from packager.errors import QuantizeError
 from packager.gptq import columns, grid
 from packager.gptq.carry import Carry, Float32Carry, SplitCarry
 from packager.gptq.columns import Columns, Grids
@@ -25,7 +25,7 @@ _BLOCKS_AT_ONCE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """The three parts that a kind of device has its own version of; see `grid`, `columns` and `carry` for the plain ones."""
+    """What a kind of device has its own version of; see `grid`, `columns` and `carry` for the plain ones."""
 
     find_grids: Callable[[Tensor, int, GridRules, Tensor], tuple[Tensor, Tensor]]
     round_columns: Callable[[Tensor, Tensor, Tensor, Tensor, Grids, GridRules, int, Columns], None]
@@ -69,19 +69,22 @@ class Solution:
 
     def by_linear(self, out_features: Sequence[int]) -> "list[Solution]":
         """Return the parts of linears that were solved side by side."""
-        parts = zip(*(tensor.split(list(out_features), dim=-1) for tensor in self._of_outputs()), strict=True)
+        ends = list(accumulate(out_features))
+        parts = [slice(end - width, end) for end, width in zip(ends, out_features, strict=True)]
         return [
-            Solution(q=q, scales=scales, zeros=zeros, g_idx=self.g_idx, losses=losses)
-            for q, scales, zeros, losses in parts
+            Solution(
+                q=self.q[:, part],
+                scales=self.scales[:, part],
+                zeros=self.zeros[:, part],
+                g_idx=self.g_idx,
+                losses=self.losses[part],
+            )
+            for part in parts
         ]
 
-    def _of_outputs(self) -> tuple[Tensor, ...]:
-        return self.q, self.scales, self.zeros, self.losses
-
-    def check(self) -> None:
-        """Raise QuantizeError if a scale does not fit float16. Not part of `solve`: a GPU must finish for it."""
-        if not bool(torch.isfinite(self.scales).all()):
-            raise QuantizeError("a scale does not fit float16", why="it would be more than 65504")
+    def fits(self) -> Tensor:
+        """Return whether every scale fits float16, bool [] on the device: to know it, a GPU must finish."""
+        return torch.isfinite(self.scales).all()
 
 
 def solve(
@@ -218,5 +221,7 @@ def inverse_blocks(M: Tensor, blocks: Sequence[tuple[int, int]]) -> list[Tensor]
         chosen = [number for number, (begin, end) in enumerate(blocks) if end - begin == width]
         squares = torch.stack([M[slice(*blocks[number]), slice(*blocks[number])] for number in chosen])
         identity = torch.eye(width, dtype=M.dtype, device=M.device).expand_as(squares)
-        inverses |= dict(zip(chosen, torch.linalg.solve_triangular(squares, identity, upper=True).contiguous(), strict=True))
+        inverses |= dict(
+            zip(chosen, torch.linalg.solve_triangular(squares, identity, upper=True).contiguous(), strict=True)
+        )
     return [inverses[number] for number in range(len(blocks))]
