@@ -86,9 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     small = settings.work / "small" if settings.warm_up else None
     if small is not None:
         _make(replace(settings.made, shape=SMALL, rows=8, seq_len=128), small, settings, talk)
-    rows = []
+    rows: list[Row] = []
     for row in _run_all(settings, model, small):
         rows.append(row)
+        _write_report(settings, rows)  # after each: a run that is stopped keeps what it has
         what = f"{row.seconds:.1f} s" if row.seconds is not None else f"{row.outcome.status}: {row.outcome.reason}"
         talk.print(f"{row.title}: {what}", markup=False)
     # A log has no width: the table is as wide as what it shows.
@@ -97,14 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in rows:
         if row.variants == 4 and row.seconds is not None:
             console.print(stages_table(row.outcome.said))
-    if settings.json is not None:
-        report = {
-            "settings": settings.plain(),
-            "machine": _machine(settings, rows),
-            "results": [row.result() for row in rows],
-        }
-        write_atomic(settings.json.absolute(), json.dumps(report, indent=2).encode() + b"\n")
     return int(any(row.outcome.status == "failed" for row in rows))
+
+
+def _write_report(settings: Settings, rows: Sequence[Row]) -> None:
+    if settings.json is None:
+        return
+    report = {
+        "settings": settings.plain(),
+        "machine": _machine(settings, rows),
+        "results": [row.result() for row in rows],
+    }
+    write_atomic(settings.json.absolute(), json.dumps(report, indent=2).encode() + b"\n")
 
 
 def _run_all(settings: Settings, model: Path, small: Path | None) -> Iterator[Row]:
