@@ -158,7 +158,7 @@ class BlockStore:
             PackError: a block is not finished, or a tensor is not there or not as planned.
             MachineError: the disk is full.
         """
-        unfinished = [block for block in self._blocks if block not in self._journals]
+        unfinished = sorted(self._blocks.keys() - self._journals.keys())
         if unfinished:
             raise PackError(
                 f"{len(unfinished)} of {len(self._blocks)} blocks are not quantized",

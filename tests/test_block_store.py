@@ -362,6 +362,21 @@ def test_a_base_model_without_a_tensor_cannot_complete(scene: Scene) -> None:
         scene.store.complete({**base, "model.norm.weight": base["lm_head.weight"]})
 
 
+def test_the_first_missing_block_is_named_in_the_order_of_numbers(tmp_path: Path) -> None:
+    shards = split_shards(
+        checkpoint_tensors(read_architecture(tiny_config(num_hidden_layers=12), "config"), variant()), 1 << 30, "model"
+    )
+    store = BlockStore(tmp_path / "main", shards, FINGERPRINT, print)
+    store.open()
+    for block in (0, 1):
+        infos = [info for info in shards[0].tensors if info.name.startswith(f"model.layers.{block}.")]
+        linears = [info for info in infos if info.name.endswith(("qweight", "qzeros", "scales", "g_idx"))]
+        store.write(block, {info.name: torch.zeros(info.shape).to(DTYPES[info.dtype]) for info in linears}, ())
+    with pytest.raises(PackError, match="10 of 12 blocks are not quantized") as caught:
+        store.complete({})
+    assert caught.value.why == "the first is model.layers.2"
+
+
 def test_several_stores_are_written_from_threads(tmp_path: Path) -> None:
     scenes = [Scene(tmp_path / str(number)) for number in range(4)]
     with ThreadPoolExecutor() as pool:
