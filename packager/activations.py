@@ -28,14 +28,17 @@ class Activations:
         self._placement = placement
         self._present: dict[int, Tensor] = {}
         self._arrived: dict[int, torch.cuda.Event] = {}
+        self._gone: dict[int, torch.cuda.Event] = {}
         self._stored: list[Tensor] = []
-        self._stream: torch.cuda.Stream | None = None
+        self._coming: torch.cuda.Stream | None = None
+        self._going: torch.cuda.Stream | None = None
         self._count = len(batches)
         if placement == "device":
             self._present = dict(enumerate(batches))
             return
         if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._coming = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._going = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._stored = [self._room(index, batch, folder) for index, batch in enumerate(batches)]
         for index, batch in enumerate(batches):
             self.put(index, batch)
@@ -44,18 +47,23 @@ class Activations:
         """Return the number of batches."""
         return self._count
 
+    def expect_all(self) -> None:
+        """Let every batch come: they will be asked for soon, and there is room for them."""
+        for index in range(self._count):
+            self._fetch(index)
+
     def get(self, index: int) -> Tensor:
         """Return a batch on the device, and let the one after it come."""
+        self._fetch(index)
         if self._placement == "device":
             return self._present[index]
-        self._fetch(index)
         batch = self._present.pop(index)
         if (arrived := self._arrived.pop(index, None)) is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(arrived)
             batch.record_stream(stream)
-        if self._count > 1:
-            self._fetch((index + 1) % self._count)
+        if index + 1 < self._count:
+            self._fetch(index + 1)
         return batch
 
     def put(self, index: int, batch: Tensor) -> None:
@@ -65,24 +73,26 @@ class Activations:
             return
         self._present.pop(index, None)
         self._arrived.pop(index, None)
-        if self._stream is None:
+        if self._going is None:
             self._stored[index].copy_(batch)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        self._going.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._going):
             self._stored[index].copy_(batch, non_blocking=True)
-            batch.record_stream(self._stream)
+            batch.record_stream(self._going)
+            self._gone[index] = self._going.record_event()
 
     def _fetch(self, index: int) -> None:
-        """Let a batch come, behind whatever is on its way to be stored."""
+        """Let a batch come, once it has been stored."""
         if index in self._present:
             return
-        if self._stream is None:
+        if self._coming is None:
             self._present[index] = self._stored[index].to(self._device, copy=True)
             return
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._coming):
+            self._coming.wait_event(self._gone[index])
             self._present[index] = self._stored[index].to(self._device, non_blocking=True)
-            self._arrived[index] = self._stream.record_event()
+            self._arrived[index] = self._coming.record_event()
 
     def _room(self, index: int, batch: Tensor, folder: Path | None) -> Tensor:
         if self._placement == "host":

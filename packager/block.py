@@ -30,6 +30,7 @@ class Passage:
         contexts: the block's other arguments, one per batch.
         suspended: how many batches wait inside the block.
         last: nobody needs the outputs.
+        leaving: called when the states are about to be replaced: memory that the block held is being freed.
     """
 
     variant: Variant
@@ -39,6 +40,7 @@ class Passage:
     contexts: Sequence[Context]
     suspended: int
     last: bool
+    leaving: Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +109,11 @@ class _Attempt:
         if way.variant.true_sequential:
             sweep_sequential(
                 self._block, way.groups, way.states, way.contexts, self._solve, suspended=way.suspended, last=way.last,
-                confirm=self._confirm,
+                confirm=self._leave,
             )  # fmt: skip
         else:
             sweep_parallel(
-                self._block, way.groups, way.states, way.contexts, self._solve, last=way.last, confirm=self._confirm
+                self._block, way.groups, way.states, way.contexts, self._solve, last=way.last, confirm=self._leave
             )
         return QuantizedBlock(tensors=self._tensors, records=self._records)
 
@@ -150,6 +152,10 @@ class _Attempt:
             damp_percent=variant.damp_percent,
             damp_percent_limit=variant.damp_percent_limit,
         )
+
+    def _leave(self) -> None:
+        self._confirm()
+        self._passage.leaving()
 
     def _confirm(self) -> None:
         """Wait for the device and report what it solved since the last time."""

@@ -217,10 +217,10 @@ class _Worker:
                     groups = linear_groups(load(), first, here[0])
                     del first
                 place = _Place(index=index, num_blocks=len(decoder), groups=groups, contexts=here)
-                for ride in rides:
+                for ride, following in zip(rides, [*rides[1:], rides[0]], strict=True):
                     if self._stop.is_set():
                         return
-                    ride.run(load, place, writers)
+                    ride.run(load, place, writers, leaving=following.expect)
                 decoder.drop_block(index)
             for ride in rides:
                 self.records[ride.variant.branch] = ride.finish()
@@ -259,7 +259,19 @@ class _Ride:
         self._records: list[LinearRecord] = []
         self._writing: Future[BlockDone] | None = None
 
-    def run(self, load: Callable[[], nn.Module], place: "_Place", writers: ThreadPoolExecutor) -> None:
+    def expect(self) -> None:
+        """Let the states come: this ride's turn is next, and the one before is leaving its block."""
+        if self._plan.suspended_batches == self._plan.num_batches:
+            self._states.expect_all()
+
+    def run(
+        self,
+        load: Callable[[], nn.Module],
+        place: "_Place",
+        writers: ThreadPoolExecutor,
+        *,
+        leaving: Callable[[], None],
+    ) -> None:
         """Take the variant through a block; the finished block is written while the caller goes on."""
         started = time.monotonic()
         stored, records = self._store.read(place.index), self._store.records(place.index)
@@ -268,6 +280,7 @@ class _Ride:
             passage = Passage(
                 variant=self.variant, index=place.index, groups=place.groups, states=self._states,
                 contexts=place.contexts, suspended=self._plan.suspended_batches, last=place.last,
+                leaving=leaving,
             )  # fmt: skip
             made = quantize_block(load, passage, partial(self._linears_done, place.index))
             tensors, records = made.tensors, made.records

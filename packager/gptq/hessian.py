@@ -7,9 +7,10 @@ from torch import Tensor
 
 from packager.errors import QuantizeError
 
-# H is symmetric: of each panel of rows only what lies right of its diagonal is computed. Eight panels do 9/16 of the
-# work and still are large products. Widths that no tile divides are several times slower (H100: 853 against 640).
+# H is symmetric: of each panel of rows only what lies right of its diagonal is computed. Eight panels or more do about
+# half the work and still are large products. Widths that no tile divides are several times slower (H100: 853 for 640).
 _PANELS = 8
+_WIDEST_PANEL = 1152
 _PANEL_MULTIPLE = 128
 
 
@@ -26,7 +27,7 @@ class Hessian:
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        width = -(-in_features // (_PANELS * _PANEL_MULTIPLE)) * _PANEL_MULTIPLE
+        width = min(-(-in_features // (_PANELS * _PANEL_MULTIPLE)) * _PANEL_MULTIPLE, _WIDEST_PANEL)
         self._panels = [(begin, min(begin + width, in_features)) for begin in range(0, in_features, width)]
         self.num_tokens = 0
 

@@ -13,7 +13,8 @@ from packager.gptq.columns import Columns, Grids
 from packager.gptq.grid import SEARCH_STEPS, SMALLEST_SCALE, GridRules, search_shrinks
 
 _TILE = 128
-_ROUND_FEATURES, _ROUND_WARPS = 16, 1
+# Output features of a program: many where there are many, to use each load more often; few else, to use all of the GPU.
+_ROUND_FEATURES, _ROUND_MANY, _ROUND_WARPS = (8, 16, 32), (0, 10000, 20000), 1
 _GRID_FEATURES, _GRID_WARPS = 32, 4
 
 
@@ -223,10 +224,11 @@ def round_columns(
 ) -> None:  # fmt: skip
     """See `columns.round_columns`; every tensor must be contiguous."""
     columns, features = w.shape
+    tile = max(size for size, many in zip(_ROUND_FEATURES, _ROUND_MANY, strict=True) if features >= many)
     with torch.cuda.device_of(w):
-        _round_columns_kernel[(triton.cdiv(features, _ROUND_FEATURES),)](
+        _round_columns_kernel[(triton.cdiv(features, tile),)](
             w, original, Hinv, diagonal, search_shrinks(w.device), grids.scales, grids.zeros, grids.groups, result.q,
-            result.change, result.squared_errors, features, COLUMNS=columns, TILE=_TILE, FEATURES=_ROUND_FEATURES,
+            result.change, result.squared_errors, features, COLUMNS=columns, TILE=_TILE, FEATURES=tile,
             FIND_EVERY=find_every, GROUP_TILE=triton.next_power_of_2(max(find_every, 1)), MAXQ=rules.maxq,
             SYM=rules.sym, STEPS=SEARCH_STEPS if rules.scale_search else 1, SMALLEST=SMALLEST_SCALE,
             num_warps=_ROUND_WARPS,

@@ -29,9 +29,24 @@ def pack(values: Tensor, bits: int) -> Tensor:
     per = values_per_pack(bits)
     if n % per:
         raise ValueError(f"{n} values of {bits} bits do not fill whole 32-bit words")
-    grouped = values.reshape(n // per, per, m)
-    words = torch.zeros(n // per, per * bits // 32, m, dtype=torch.int32, device=values.device)
-    for i in range(per):
+    if bits == 3:
+        return _pack_straddling(values, bits)
+    in_byte = 8 // bits
+    values = values.to(torch.uint8).reshape(n // per, 4, in_byte, m)
+    packed = values[:, :, 0].clone()
+    for i in range(1, in_byte):
+        packed |= values[:, :, i] << (bits * i)
+    # The four bytes of a word side by side, the lowest first, as every machine that torch runs on stores it.
+    words = torch.empty(n // per, m, dtype=torch.int32, device=values.device)
+    words.view(torch.uint8).view(n // per, m, 4).copy_(packed.permute(0, 2, 1))
+    return words
+
+
+def _pack_straddling(values: Tensor, bits: int) -> Tensor:
+    n, m = values.shape
+    grouped = values.reshape(n // _PERIOD, _PERIOD, m)
+    words = torch.zeros(n // _PERIOD, bits, m, dtype=torch.int32, device=values.device)
+    for i in range(_PERIOD):
         word, shift = divmod(bits * i, 32)
         value = grouped[:, i].to(torch.int32)
         words[:, word] |= value << shift
