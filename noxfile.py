@@ -98,10 +98,10 @@ def build_all(session: nox.Session) -> None:
 
 @nox.session(name="tests-release")
 def tests_release(session: nox.Session) -> None:
-    """Clone the published demo, load it as its readers would, and execute the code of its card. Needs build-all."""
+    """Read the published demo as its readers would, run its card's code, ask AutoGPTQ as an oracle. Needs build-all."""
     # Another olah may need other corrections than those in tests/local_hub.py.
     _install(session, "-e", ".[build]", "pytest", "olah==0.5.4")
-    session.run("pytest", "-m", "release", "tests/test_release.py", *session.posargs)
+    session.run("pytest", "-m", "release", "tests/test_release.py", "tests/test_auto_gptq.py", *session.posargs)
 
 
 @nox.session
@@ -116,6 +116,13 @@ def benchmark_quality(session: nox.Session) -> None:
     """Measure what our engine and others make of the demo model; benchmarks/README.md has the options."""
     _install(session, "-e", ".[build]")
     session.run("python", "benchmarks/quality.py", *session.posargs)
+
+
+@nox.session(name="benchmark-engines")
+def benchmark_engines(session: nox.Session) -> None:
+    """Build the demo's variants with both engines, ours and AutoGPTQ, and compare losses and quality; needs a GPU."""
+    _install(session, "-e", ".[build]")
+    session.run("python", "benchmarks/compare_engines.py", *session.posargs)
 
 
 @nox.session
