@@ -8,7 +8,7 @@ killed run picks up after the last finished block, whose weights it reads back a
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -22,8 +22,10 @@ from packager.block import Passage, quantize_block, restore_block
 from packager.block_store import BlockStore
 from packager.calibrate import TokenRows
 from packager.decoder import Context, Decoder
+from packager.errors import MachineError
 from packager.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, choose_sweep, rows_per_batch
 from packager.receipt import LinearRecord
+from packager.shared_reader import SharedReader
 from packager.source import SourceModel
 from packager.sweep import Group, linear_groups, run_forward
 from packager.variant import Variant
@@ -128,11 +130,13 @@ def quantize(job: QuantizeJob, report: Report) -> dict[str, tuple[LinearRecord, 
         MachineError: it does not fit into memory.
     """
     variants = list(job.stores)
-    shares = [variants[number :: len(job.devices)] for number in range(len(job.devices))]
+    lanes = lanes_of(job)
+    read = SharedReader(job.source.read, len(lanes))
     stop = Event()
-    workers = [
-        _Worker(job, share, device, report, stop) for share, device in zip(shares, job.devices, strict=True) if share
-    ]
+    if job.device_limit is not None:
+        for device in job.devices:
+            _limit_memory(device, job.device_limit)
+    workers = [_Worker(job, lane, read, report, stop) for lane in lanes]
     with ThreadPoolExecutor(len(workers), thread_name_prefix="quantize") as pool:
         runs = [pool.submit(worker.run) for worker in workers]
         try:
@@ -144,8 +148,55 @@ def quantize(job: QuantizeJob, report: Report) -> dict[str, tuple[LinearRecord, 
     return {variant.branch: tuple(records[variant.branch]) for variant in variants}
 
 
-def sweep_plan(job: QuantizeJob, variants: Sequence[Variant], device: torch.device) -> SweepPlan:
-    """Choose how many variants ride one sweep on a device and where their activations live.
+@dataclass(frozen=True, kw_only=True)
+class Lane:
+    """Variants that one thread makes on one device, in one sweep or, where memory is short, in several.
+
+    Attributes:
+        device: where.
+        variants: which.
+        plan: how.
+    """
+
+    device: torch.device
+    variants: tuple[Variant, ...]
+    plan: SweepPlan
+
+
+def lanes_of(job: QuantizeJob) -> list[Lane]:
+    """Spread the variants over the devices.
+
+    A GPU with enough memory gets two lanes: while one is at a Cholesky or at columns, which leave most of the GPU idle,
+    the other keeps it busy with products.
+
+    Raises:
+        MachineError: it does not fit.
+    """
+    variants = list(job.stores)
+    lanes: list[Lane] = []
+    for number, device in enumerate(job.devices):
+        share = variants[number :: len(job.devices)]
+        halves = [half for half in (share[::2], share[1::2]) if half]
+        pair = [_comfortable(job, half, device) for half in halves] if device.type == "cuda" else []
+        if len(pair) > 1 and all(pair):
+            lanes += [lane for lane in pair if lane is not None]
+        elif share:
+            lanes.append(Lane(device=device, variants=tuple(share), plan=sweep_plan(job, share, device)))
+    return lanes
+
+
+def _comfortable(job: QuantizeJob, variants: Sequence[Variant], device: torch.device) -> Lane | None:
+    """Return a lane in half a device's memory, or None if that would need a compromise."""
+    with suppress(MachineError):
+        plan = sweep_plan(job, variants, device, part=2)
+        all_wait = plan.suspended_batches in (0, plan.num_batches)
+        if plan.placement == "device" and plan.num_variants == len(variants) and all_wait:
+            return Lane(device=device, variants=tuple(variants), plan=plan)
+    return None
+
+
+def sweep_plan(job: QuantizeJob, variants: Sequence[Variant], device: torch.device, *, part: int = 1) -> SweepPlan:
+    """Choose how many variants ride one sweep on a device, or a `part`-th of it, and where their activations live.
 
     Raises:
         MachineError: it does not fit.
@@ -160,43 +211,44 @@ def sweep_plan(job: QuantizeJob, variants: Sequence[Variant], device: torch.devi
     if device.type == "cpu":
         return choose_sweep(work, "cpu", device_limit=None, host_limit=None)
     limit = job.device_limit or torch.cuda.mem_get_info(device)[0]
-    host_limit = job.host_limit // len(job.devices)
-    return choose_sweep(work, "cuda", device_limit=int(limit * _SPARE), host_limit=host_limit)
+    host_limit = job.host_limit // len(job.devices) // part
+    return choose_sweep(work, "cuda", device_limit=int(limit * _SPARE) // part, host_limit=host_limit)
+
+
+def _limit_memory(device: torch.device, limit: int) -> None:
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
 
 class _Worker:
-    """One device and the variants it makes, in one sweep or, where memory is short, in several.
+    """The thread of a lane.
 
     Attributes:
         records: for each branch, one record per linear in model order.
     """
 
-    def __init__(
-        self, job: QuantizeJob, variants: Sequence[Variant], device: torch.device, report: Report, stop: Event
-    ) -> None:
-        self._job, self._variants, self._device = job, variants, device
-        self._report, self._stop = report, stop
-        self._plan = sweep_plan(job, variants, device)
-        self.records: dict[str, list[LinearRecord]] = {variant.branch: [] for variant in variants}
+    def __init__(self, job: QuantizeJob, lane: Lane, read: SharedReader, report: Report, stop: Event) -> None:
+        self._job, self._lane, self._read, self._report, self._stop = job, lane, read, report, stop
+        self.records: dict[str, list[LinearRecord]] = {variant.branch: [] for variant in lane.variants}
 
     @torch.no_grad()
     def run(self) -> None:
         """Quantize every variant."""
-        cuda = self._device.type == "cuda"
-        with torch.cuda.device(self._device) if cuda else nullcontext():
-            if cuda and self._job.device_limit is not None:
-                total = torch.cuda.get_device_properties(self._device).total_memory
-                torch.cuda.set_per_process_memory_fraction(min(1.0, self._job.device_limit / total))
-            step = self._plan.num_variants
-            for first in range(0, len(self._variants), step):
-                self._sweep(self._variants[first : first + step])
+        device, variants, step = self._lane.device, self._lane.variants, self._lane.plan.num_variants
+        with ExitStack() as stack:
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
+                # Its own stream, or lanes would wait for each other.
+                stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                stack.enter_context(torch.cuda.stream(stream))
+            for first in range(0, len(variants), step):
+                self._sweep(variants[first : first + step])
 
     def _sweep(self, variants: Sequence[Variant]) -> None:
-        job, plan = self._job, self._plan
-        decoder = Decoder(
-            job.source.folder, job.source.read, device=self._device, dtype=compute_dtype(job.source, self._device)
-        )
-        batches = decoder.embed(job.rows.ids, rows=rows_per_batch(job.rows.ids.shape[1], self._device.type))
+        job, plan, device = self._job, self._lane.plan, self._lane.device
+        decoder = Decoder(job.source.folder, self._read, device=device, dtype=compute_dtype(job.source, device))
+        batches = decoder.embed(job.rows.ids, rows=rows_per_batch(job.rows.ids.shape[1], device.type))
         decoder.drop_outside_blocks()
         contexts = [batch.contexts for batch in batches]
         folder = job.stores[variants[0]].checkpoint.parent

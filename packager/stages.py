@@ -125,12 +125,12 @@ def _packed(
 
 
 def _needed_bytes(run: Build, missing: Sequence[VariantPlan]) -> int:
-    """Return the disk space that building and publishing `missing` takes besides what a killed run reserved for it."""
+    """Return the disk space that building `missing` takes besides what a killed run reserved for it."""
     folders = [run.workspace.work / plan.variant.branch for plan in missing]
     held = sum(path.stat().st_blocks * 512 for folder in folders for path in folder.rglob("*.safetensors"))
     whole = run.plan.disk
     shares = sum(plan.weights_bytes for plan in missing) / sum(plan.weights_bytes for plan in run.plan.variants)
-    return whole.source_bytes + round((whole.total_bytes - whole.source_bytes) * shares) - held
+    return whole.source_bytes + round(whole.builds_bytes * shares) - held
 
 
 def _check_licenses(run: Build) -> None:

@@ -157,7 +157,7 @@ def test_memory_is_saved_without_changing_a_byte(tmp_path, monkeypatch, placemen
         num_variants=together, placement=placement, num_batches=3, suspended_batches=suspended, device_bytes=0,
         host_bytes=0,
     )  # fmt: skip
-    monkeypatch.setattr(quantize_module, "sweep_plan", lambda *_: plan)
+    monkeypatch.setattr(quantize_module, "sweep_plan", lambda *_, **__: plan)
     records, _ = run(source, tmp_path / "scarce", *variants)
     assert records == expected
     assert files(tmp_path / "scarce") == files(tmp_path / "plenty")

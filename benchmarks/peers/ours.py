@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as packager.cli does
+
 from peer import Job, Stopwatch, need, run, versions
 
 if TYPE_CHECKING:
