@@ -39,6 +39,8 @@ class Batch:
 class Decoder:
     """A causal language model, block by block.
 
+    Make it while no other thread computes: transformers changes torch's default dtype while it builds a model.
+
     Args:
         folder: with config.json (a checkpoint's quantization_config is ignored: weights come from `read`).
         read: returns a named tensor on the CPU, in any float dtype.
@@ -60,7 +62,7 @@ class Decoder:
             self._reading = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.blocks = cast(nn.ModuleList, self._model.get_submodule(BLOCK_PREFIX))
         self._tied = bool(getattr(self._model.config, "tie_word_embeddings", False))
-        self._load_outside_blocks()
+        self._outside_loaded = False
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -112,7 +114,8 @@ class Decoder:
         self.blocks[index].to("meta")
 
     def drop_outside_blocks(self) -> None:
-        """Free embeddings, norm and head, when only blocks are still to be run."""
+        """Free embeddings, norm and head, when only blocks are still to be run; they are read again when needed."""
+        self._outside_loaded = False
         for name, child in self._model.named_modules():
             if not name.startswith(BLOCK_PREFIX) and next(child.children(), None) is None:
                 child.to("meta")
@@ -153,6 +156,8 @@ class Decoder:
     @contextmanager
     def _blocks_replaced(self, block_forward: Callable[..., Tensor]) -> Iterator[None]:
         """Let the model's own forward run with every block replaced by a function."""
+        if not self._outside_loaded:
+            self._load_outside_blocks()
         originals = [block.forward for block in self.blocks]
         for block in self.blocks:
             block.forward = block_forward
@@ -163,6 +168,8 @@ class Decoder:
                 block.forward = original
 
     def _load_outside_blocks(self) -> None:
+        """Read embeddings, norm and head; first when needed, so that whoever runs the model also owns them."""
+        self._outside_loaded = True
         state = {}
         for name in self._model.state_dict():
             if name.startswith(BLOCK_PREFIX + "."):

@@ -229,7 +229,9 @@ class _Worker:
     """
 
     def __init__(self, job: QuantizeJob, lane: Lane, read: SharedReader, report: Report, stop: Event) -> None:
-        self._job, self._lane, self._read, self._report, self._stop = job, lane, read, report, stop
+        self._job, self._lane, self._report, self._stop = job, lane, report, stop
+        dtype = compute_dtype(job.source, lane.device)
+        self._decoder = Decoder(job.source.folder, read, device=lane.device, dtype=dtype)
         self.records: dict[str, list[LinearRecord]] = {variant.branch: [] for variant in lane.variants}
 
     @torch.no_grad()
@@ -246,9 +248,8 @@ class _Worker:
                 self._sweep(variants[first : first + step])
 
     def _sweep(self, variants: Sequence[Variant]) -> None:
-        job, plan, device = self._job, self._lane.plan, self._lane.device
-        decoder = Decoder(job.source.folder, self._read, device=device, dtype=compute_dtype(job.source, device))
-        batches = decoder.embed(job.rows.ids, rows=rows_per_batch(job.rows.ids.shape[1], device.type))
+        job, plan, decoder = self._job, self._lane.plan, self._decoder
+        batches = decoder.embed(job.rows.ids, rows=rows_per_batch(job.rows.ids.shape[1], decoder.device.type))
         decoder.drop_outside_blocks()
         contexts = [batch.contexts for batch in batches]
         folder = job.stores[variants[0]].checkpoint.parent

@@ -41,7 +41,7 @@ class GridRules:
 @cache
 def search_shrinks(device: torch.device) -> Tensor:
     """Return the fractions of a group's range that the scale search tries, the whole range first."""
-    return torch.linspace(1.0, _SEARCH_LOWEST, SEARCH_STEPS).to(device)
+    return torch.linspace(1.0, _SEARCH_LOWEST, SEARCH_STEPS, dtype=torch.float32).to(device)
 
 
 def find_grids(w: Tensor, group_size: int, rules: GridRules, price: Tensor) -> tuple[Tensor, Tensor]:

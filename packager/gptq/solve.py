@@ -150,11 +150,11 @@ class _Walk:
         self.backend = backend
         self._carry: Carry = backend.carry(M, weight)
         self.diagonal = M.diagonal().contiguous()
-        scales = torch.empty(-(-in_features // group_size), out_features, device=weight.device)
+        scales = torch.empty(-(-in_features // group_size), out_features, dtype=torch.float32, device=weight.device)
         groups = torch.arange(in_features, device=weight.device) // group_size
         self.grids = Grids(scales=scales, zeros=torch.empty_like(scales), groups=groups)
         self.q = torch.empty_like(weight, dtype=torch.uint8)
-        self.squared_errors = torch.zeros(out_features, device=weight.device)
+        self.squared_errors = torch.zeros(out_features, dtype=torch.float32, device=weight.device)
 
     def run(self, *, find: bool) -> None:
         """Quantize every column, finding the grids on the way or using those that are there."""
@@ -194,7 +194,8 @@ class _Walk:
             owed = self._M[known:begin, begin:end].T @ change
             if known:
                 owed += self._carry.owed(known, begin, end)
-            updated += torch.linalg.solve_triangular(self._M[begin:end, begin:end].T, owed, upper=False)
+            # Not in place: the weights as given may be float32 themselves.
+            updated = updated + torch.linalg.solve_triangular(self._M[begin:end, begin:end].T, owed, upper=False)
         scales, zeros = self.backend.find_grids(updated, self._size, self._rules, self.diagonal[begin:end].square())
         group = slice(begin // self._size, begin // self._size + 1)
         self.grids.scales[group], self.grids.zeros[group] = scales, zeros
