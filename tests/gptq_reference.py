@@ -1,46 +1,45 @@
-"""An independent GPTQ in float64, from the paper's algorithm 1, one column at a time; slow and plain on purpose."""
+"""An independent GPTQ in float64, from the paper's algorithm 1, one column at a time; slow and plain on purpose.
 
+Where a value lies on the boundary between two roundings, the last bit of float32 decides, and through the error that
+spreads everything after it becomes another, equally good solution. So the reference can also follow the decisions of
+somebody else, and say of each how far it is from the one it would have taken in that very place.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
+
+from packager.gptq.solve import Solution
+
+# What float32 justifies: a value before rounding has up to 2^bits steps and is off by a few units in its last place,
+# each 2^-24 of it.
+TIE = 2.0**-20
+LOSS_TOLERANCE = 1e-3
+SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+SHRINKS = [1 - step / 100 for step in range(41)]
 
 
 @dataclass
 class Reference:
-    q: torch.Tensor  # [in, out], original column order
-    weight: torch.Tensor  # float64 [in, out], what q stands for
+    q: Tensor  # [in, out], original column order
+    weight: Tensor  # float64 [in, out], what q stands for
     g_idx: list[int]
-    losses: torch.Tensor  # [out]
-
-
-def grid(group: torch.Tensor, bits: int, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zeros of a group [columns, out], by AutoGPTQ's rules, scales rounded to float16."""
-    maxq = 2**bits - 1
-    low, high = group.min(0).values.clamp(max=0), group.max(0).values.clamp(min=0)
-    scales, zeros = [], []
-    for lowest, highest in zip(low.tolist(), high.tolist(), strict=True):
-        lo, hi = (lowest, highest) if lowest or highest else (-1.0, 1.0)
-        if sym:
-            scale, zero = 2 * max(-lo, hi) / maxq, 2 ** (bits - 1)
-        else:
-            scale = (hi - lo) / maxq
-            zero = None
-        scale = torch.tensor(scale).to(torch.float16).double().item()
-        if zero is None:
-            zero = min(max(round(-lo / scale), 0), maxq)
-            if zero == 0:  # v1 cannot store it
-                zero, scale = 1, torch.tensor(hi / (maxq - 1)).to(torch.float16).double().item()
-        scales.append(scale)
-        zeros.append(zero)
-    return torch.tensor(scales, dtype=torch.float64), torch.tensor(zeros, dtype=torch.float64)
+    losses: Tensor  # [out]
+    # How far the decisions that were followed are from the reference's own, 0 where they are the same:
+    q_misses: Tensor  # [in, out], the value before rounding from the boundary to q's rounding, in steps of the grid
+    grid_misses: Tensor  # [n_groups, out], the scale before rounding likewise, and the search's error, both relative
 
 
 def gptq(
-    weight: torch.Tensor, H: torch.Tensor, *, bits: int, group_size: int, sym: bool, desc_act: bool, damp: float,
-    static_groups: bool = False,
+    weight: Tensor, H: Tensor, *, bits: int, group_size: int, sym: bool, desc_act: bool, damp: float,
+    static_groups: bool = False, scale_search: bool = False, follow: Solution | None = None,
 ) -> Reference:  # fmt: skip
     """weight [in, out], H [in, in]."""
-    n = H.shape[0]
+    n, out = weight.shape
+    maxq = 2**bits - 1
     W, H = weight.double().clone(), H.double().clone()
     size = n if group_size == -1 else group_size
     for i in range(n):
@@ -48,26 +47,146 @@ def gptq(
             H[i, i] = 1
             W[i] = 0
     order = sorted(range(n), key=lambda i: -H[i, i].item()) if desc_act else list(range(n))
-    static = [grid(W[i : i + size], bits, sym) for i in range(0, n, size)] if static_groups else []
+    stored = W
     W, H = W[order], H[order][:, order]
     H += torch.eye(n, dtype=torch.float64) * damp * H.diagonal().mean()
-    inverse = torch.linalg.inv(H)
+    pivots, spread = eliminations(torch.linalg.inv(H))
+    price = 1 / pivots
+    grids = Grids(-(-n // size), out, bits=bits, sym=sym, search=scale_search, follow=follow)
+    if static_groups:
+        price_stored = torch.empty_like(price)
+        price_stored[order] = price
+        for group, begin in enumerate(range(0, n, size)):
+            grids.find(group, stored[begin : begin + size], price_stored[begin : begin + size])
     q, weights, g_idx, losses = torch.zeros_like(W), torch.zeros_like(W), [0] * n, torch.zeros_like(W[0])
+    misses = torch.zeros_like(W)
     for i in range(n):
-        if static_groups:
-            group = order[i] // size
-            scale, zero = static[group]
-        else:
-            group = i // size
-            if i % size == 0:
-                scale, zero = grid(W[i : i + size], bits, sym)
-        q[i] = torch.clamp(torch.round(W[i] / scale) + zero, 0, 2**bits - 1)
+        group = order[i] // size if static_groups else i // size
+        if not static_groups and i % size == 0:
+            grids.find(group, W[i : i + size], price[i : i + size])
+        scale, zero = grids.scales[group], grids.zeros[group]
+        q[i] = torch.clamp(torch.round(W[i] / scale) + zero, 0, maxq)
+        if follow is not None:
+            q[i] = follow.q[order[i]].cpu().double()
+            misses[i] = ((torch.clamp(W[i] / scale + zero, 0, maxq) - q[i]).abs() - 0.5).clamp(min=0)
         weights[i] = (q[i] - zero) * scale
-        # The paper's update with the inverse Hessian itself, eliminating one variable at a time (no Cholesky).
-        error = (W[i] - weights[i]) / inverse[i, i]
-        losses += error * (W[i] - weights[i]) / 2
-        W[i + 1 :] -= inverse[i + 1 :, i, None] * error
-        inverse = inverse - inverse[:, i, None] * inverse[i, None, :] / inverse[i, i]
+        error = W[i] - weights[i]
+        losses += error.square() / pivots[i] / 2
+        W[i + 1 :] -= spread[i, i + 1 :, None] * error
         g_idx[order[i]] = group
-    back = [order.index(i) for i in range(n)]
-    return Reference(q=q[back], weight=weights[back], g_idx=g_idx, losses=losses)
+    back = torch.argsort(torch.tensor(order))
+    return Reference(
+        q=q[back], weight=weights[back], g_idx=g_idx, losses=losses, q_misses=misses[back], grid_misses=grids.misses
+    )
+
+
+def eliminations(inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """The paper's way with the inverse Hessian itself, eliminating one variable at a time (no Cholesky).
+
+    Returns each column's diagonal entry [in] at its turn, and what the later ones lose per error in it [in, in].
+    """
+    pivots, spread = inverse.diagonal().clone(), torch.zeros_like(inverse)
+    for i in range(len(inverse)):
+        pivots[i] = inverse[0, 0]
+        spread[i, i + 1 :] = inverse[0, 1:] / inverse[0, 0]
+        inverse = inverse[1:, 1:] - torch.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
+    return pivots, spread
+
+
+class Grids:
+    """Scales and zeros by AutoGPTQ's rules, scales rounded to float16; or those that are followed."""
+
+    def __init__(self, n_groups: int, out: int, *, bits: int, sym: bool, search: bool, follow: Solution | None) -> None:
+        self.bits, self.maxq, self.sym, self.search = bits, 2**bits - 1, sym, search
+        self.scales, self.zeros, self.misses = (torch.zeros(n_groups, out, dtype=torch.float64) for _ in range(3))
+        self.follow = follow
+
+    def find(self, group: int, w: Tensor, price: Tensor) -> None:
+        """Decide for the columns w [columns, out] of a group."""
+        least, miss = torch.full_like(w[0], torch.inf), torch.full_like(w[0], torch.inf)
+        for low, high in self.ranges(w):
+            scale, zero = self.grid(low, high)
+            error = self.error(w, price, scale, zero)
+            better = error < least
+            self.scales[group] = torch.where(better, scale, self.scales[group])
+            self.zeros[group] = torch.where(better, zero, self.zeros[group])
+            least = torch.where(better, error, least)
+            if self.follow is not None:
+                taken = self.follow.scales[group].cpu().double(), self.follow.zeros[group].cpu().double()
+                miss = torch.minimum(miss, self.miss(low, high, *taken))
+        if self.follow is not None:
+            excess = (
+                self.error(w, price, *taken) / least.clamp(min=1e-300) - 1 if self.search else torch.zeros_like(miss)
+            )
+            self.scales[group], self.zeros[group] = taken
+            self.misses[group] = torch.maximum(miss, excess)
+
+    def ranges(self, w: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        low, high = w.amin(0).clamp(max=0), w.amax(0).clamp(min=0)
+        empty = (low == 0) & (high == 0)
+        for shrink in SHRINKS if self.search else [1.0]:
+            yield torch.where(empty, -1.0, low * shrink), torch.where(empty, 1.0, high * shrink)
+
+    def exact_scale(self, low: Tensor, high: Tensor) -> Tensor:
+        span = 2 * torch.maximum(-low, high) if self.sym else high - low
+        return (span / self.maxq).clamp(min=SMALLEST_SCALE)
+
+    def exact_scale_without_zero(self, high: Tensor) -> Tensor:
+        return (high / (self.maxq - 1)).clamp(min=SMALLEST_SCALE)
+
+    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.exact_scale(low, high).half().double()
+        if self.sym:
+            return scale, torch.full_like(scale, 2.0 ** (self.bits - 1))
+        zero = torch.clamp(torch.round(-low / scale), 0, self.maxq)
+        none = zero == 0  # v1 cannot store it
+        above = self.exact_scale_without_zero(high).half().double()
+        return torch.where(none, above, scale), torch.where(none, 1.0, zero)
+
+    def error(self, w: Tensor, price: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        q = torch.clamp(torch.round(w / scale) + zero, 0, self.maxq)
+        return ((w - (q - zero) * scale).square() * price[:, None]).sum(0)
+
+    def miss(self, low: Tensor, high: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """How far a grid is from being the one of a range; 0 if it is."""
+        exact = self.exact_scale(low, high)
+        if self.sym:
+            other = torch.where(zero == 2 ** (self.bits - 1), 0.0, torch.inf)
+            return torch.maximum(scale_miss(exact, scale), other)
+        zero_miss = ((torch.clamp(-low / scale, 0, self.maxq) - zero).abs() - 0.5).clamp(min=0)
+        within = torch.maximum(scale_miss(exact, scale), zero_miss)
+        no_zero_miss = (-low / exact.half().double() - 0.5).clamp(min=0)
+        above = torch.maximum(scale_miss(self.exact_scale_without_zero(high), scale), no_zero_miss)
+        return torch.where(zero == 1, torch.minimum(within, above), within)
+
+
+def scale_miss(exact: Tensor, scale: Tensor) -> Tensor:
+    """By how much, relatively, a scale would have to differ to be rounded to this float16."""
+    half = scale.half().numpy()
+    below, above = (torch.from_numpy(np.nextafter(half, np.float16(end)).astype(np.float64)) for end in (0, np.inf))
+    lower, upper = (below + scale) / 2, (scale + above) / 2
+    return torch.maximum(lower - exact, exact - upper).clamp(min=0) / exact
+
+
+def assert_agrees(
+    found: Solution, weight: Tensor, H: Tensor, *, bits: int, group_size: int, sym: bool, desc_act: bool,
+    damp: float = 0.01, static_groups: bool = False, scale_search: bool = False, tie: float = TIE,
+) -> Reference:  # fmt: skip
+    """Assert that every q, scale and zero is the reference's but for ties, which are few, and the losses likewise.
+
+    A decision may differ only where the reference's own value lies within `tie` x 2^bits of the boundary; it is then
+    taken over by the reference and the next one is judged by what follows from it.
+    """
+    expected = gptq(
+        weight.cpu(), H.cpu(), bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, damp=damp,
+        static_groups=static_groups, scale_search=scale_search, follow=found,
+    )  # fmt: skip
+    assert found.g_idx.tolist() == expected.g_idx
+    misses = {"q": expected.q_misses, "grid": expected.grid_misses}
+    furthest = {name: float(miss.max()) for name, miss in misses.items()}
+    assert max(furthest.values()) <= tie * 2**bits, furthest
+    assert (expected.q_misses > 0).double().mean() <= 1e-3
+    assert torch.equal(found.q.cpu().double(), expected.q)
+    assert torch.allclose(found.dequantized().cpu().double(), expected.weight, rtol=1e-6, atol=0)
+    assert torch.allclose(found.losses.cpu().double(), expected.losses, rtol=LOSS_TOLERANCE, atol=0)
+    return expected
