@@ -105,9 +105,31 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe fil
 FormatOption = Annotated[
     Format, typer.Option("--format", help="text for people, json for machines (on standard output).")
 ]
+
+
+def _size(text: str) -> int:
+    """Read a size such as 24GB or 12GiB."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise typer.BadParameter(f"{text!r} is not a size such as 24GB or 12GiB") from error
+
+
 DistOption = Annotated[Path, typer.Option("--dist", help="Output folder: builds, receipts, the local target.")]
 DeviceOption = Annotated[
     Device, typer.Option("--device", help="Where to compute; auto takes a CUDA GPU if there is one.")
+]
+GpuMemoryOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpu-memory",
+        metavar="SIZE",
+        parser=_size,
+        help="How much of each GPU quantizing may use, such as 24GB; less takes longer and makes the same bytes.",
+        show_default="what is free",
+    ),
 ]
 CacheOption = Annotated[
     Path | None,
@@ -163,6 +185,7 @@ def build(
     recipe: RecipePath,
     dist: DistOption = DIST,
     device: DeviceOption = Device.auto,
+    gpu_memory: GpuMemoryOption = None,
     cache: CacheOption = None,
     format: FormatOption = Format.text,  # noqa: A002
     quiet: QuietOption = False,
@@ -177,7 +200,7 @@ def build(
     from packager.status import print_status, status_json
 
     terminal, recipe_file = _open(recipe, quiet=quiet)
-    options = _options(dist, device, cache)
+    options = _options(dist, device, cache, gpu_memory)
     run_build(recipe_file, options, terminal)
     if format is Format.json:
         terminal.result(status_json(recipe_file, options))
@@ -320,6 +343,7 @@ def release(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="The recipes to build and publish.")],
     dist: DistOption = DIST,
     device: DeviceOption = Device.auto,
+    gpu_memory: GpuMemoryOption = None,
     cache: CacheOption = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="A recipe that this machine cannot build is a failure.")
@@ -333,7 +357,7 @@ def release(
     """
     from packager.release import release as run_release
 
-    run_release(recipes, _options(dist, device, cache), _terminal(), strict=strict)
+    run_release(recipes, _options(dist, device, cache, gpu_memory), _terminal(), strict=strict)
 
 
 def _terminal(*, quiet: bool = False) -> "Terminal":
@@ -348,7 +372,7 @@ def _open(recipe: Path, *, quiet: bool = False) -> "tuple[Terminal, RecipeFile]"
     return _terminal(quiet=quiet), RecipeFile.load(recipe)
 
 
-def _options(dist: Path, device: Device, cache: Path | None) -> "Options":
+def _options(dist: Path, device: Device, cache: Path | None, gpu_memory: int | None = None) -> "Options":
     from packager.build_state import Options
 
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -357,6 +381,7 @@ def _options(dist: Path, device: Device, cache: Path | None) -> "Options":
         cache=cache or base / "gptq-packager",
         device=device.value,
         environ=dict(os.environ),
+        gpu_memory_bytes=gpu_memory,
     )
 
 

@@ -18,6 +18,8 @@ Placement = Literal["device", "host", "disk"]
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
 ELEMENT_BYTES = {"cpu": 4, "cuda": 2}
 HOST_LIMIT_BYTES = 16 * 10**9
+# Of a GPU's memory, what is left by CUDA's libraries and by the gaps between allocations.
+USABLE = 0.92
 
 # Matrices of the widest linear's [in_features, in_features], float32, that live at once while its Hessian is factored.
 _SQUARES = 4

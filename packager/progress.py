@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -24,7 +25,7 @@ _LOG_WIDTH = 200
 
 @dataclass
 class Bar:
-    """Counts the steps of a stage; `step` says what was just finished."""
+    """Counts the steps of a stage; several threads may report at once."""
 
     progress: "Progress | None"
     task: int
@@ -32,17 +33,24 @@ class Bar:
     console: Console
     done: int = 0
     started: float = field(default_factory=time.monotonic)
+    lock: Lock = field(default_factory=Lock)
+
+    def note(self, text: str) -> None:
+        """Say on a terminal what is going on within a step; a log has only whole steps."""
+        if self.progress is not None:
+            self.progress.update(self.progress.task_ids[self.task], description=f"  {text}")
 
     def step(self, text: str) -> None:
         """Advance by one; off a terminal, print a line with the text, the count and the time that is left."""
-        self.done += 1
-        if self.progress is not None:
-            self.progress.update(self.progress.task_ids[self.task], advance=1, description=f"  {text}")
-            return
-        elapsed = time.monotonic() - self.started
-        left = elapsed / self.done * (self.total - self.done)
-        line = f"  [{self.done}/{self.total}] {text}, {left:.0f} s left"
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        with self.lock:
+            self.done += 1
+            if self.progress is not None:
+                self.progress.update(self.progress.task_ids[self.task], advance=1, description=f"  {text}")
+                return
+            elapsed = time.monotonic() - self.started
+            left = elapsed / self.done * (self.total - self.done)
+            line = f"  [{self.done}/{self.total}] {text}, {left:.0f} s left"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class Terminal:

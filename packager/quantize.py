@@ -23,15 +23,12 @@ from packager.block_store import BlockStore
 from packager.calibrate import TokenRows
 from packager.decoder import Context, Decoder
 from packager.errors import MachineError
-from packager.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, choose_sweep, rows_per_batch
+from packager.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, Workload, choose_sweep, rows_per_batch
 from packager.receipt import LinearRecord
 from packager.shared_reader import SharedReader
 from packager.source import SourceModel
 from packager.sweep import Group, linear_groups, run_forward
 from packager.variant import Variant
-
-# What is left to CUDA's libraries and to the allocator's gaps when a GPU's free memory is planned with.
-_SPARE = 0.92
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +52,22 @@ class BlockDone:
     resumed: bool
 
 
-Report = Callable[[BlockDone | LinearsDone], None]
+@dataclass(frozen=True, kw_only=True)
+class Lane:
+    """Variants that one thread makes on one device, in one sweep or, where memory is short, in several.
+
+    Attributes:
+        device: where.
+        variants: which.
+        plan: how.
+    """
+
+    device: torch.device
+    variants: tuple[Variant, ...]
+    plan: SweepPlan
+
+
+Report = Callable[[Lane | BlockDone | LinearsDone], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +132,7 @@ def quantize(job: QuantizeJob, report: Report) -> dict[str, tuple[LinearRecord, 
 
     Args:
         job: what and where.
-        report: called from the thread of each device.
+        report: told how it will go about it, then called from the thread of each lane.
 
     Returns:
         For each branch, one record per linear in model order.
@@ -136,6 +148,8 @@ def quantize(job: QuantizeJob, report: Report) -> dict[str, tuple[LinearRecord, 
     if job.device_limit is not None:
         for device in job.devices:
             _limit_memory(device, job.device_limit)
+    for lane in lanes:
+        report(lane)
     workers = [_Worker(job, lane, read, report, stop) for lane in lanes]
     with ThreadPoolExecutor(len(workers), thread_name_prefix="quantize") as pool:
         runs = [pool.submit(worker.run) for worker in workers]
@@ -146,21 +160,6 @@ def quantize(job: QuantizeJob, report: Report) -> dict[str, tuple[LinearRecord, 
             stop.set()
     records = {branch: found for worker in workers for branch, found in worker.records.items()}
     return {variant.branch: tuple(records[variant.branch]) for variant in variants}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lane:
-    """Variants that one thread makes on one device, in one sweep or, where memory is short, in several.
-
-    Attributes:
-        device: where.
-        variants: which.
-        plan: how.
-    """
-
-    device: torch.device
-    variants: tuple[Variant, ...]
-    plan: SweepPlan
 
 
 def lanes_of(job: QuantizeJob) -> list[Lane]:
@@ -212,7 +211,7 @@ def sweep_plan(job: QuantizeJob, variants: Sequence[Variant], device: torch.devi
         return choose_sweep(work, "cpu", device_limit=None, host_limit=None)
     limit = job.device_limit or torch.cuda.mem_get_info(device)[0]
     host_limit = job.host_limit // len(job.devices) // part
-    return choose_sweep(work, "cuda", device_limit=int(limit * _SPARE) // part, host_limit=host_limit)
+    return choose_sweep(work, "cuda", device_limit=int(limit * USABLE) // part, host_limit=host_limit)
 
 
 def _limit_memory(device: torch.device, limit: int) -> None:

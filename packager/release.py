@@ -7,6 +7,7 @@ from pathlib import Path
 from packager.build_state import STAGES, Build, Options, choose_device, require_build_extra
 from packager.engines import needs_cuda
 from packager.errors import MachineError, PackagerError
+from packager.memory import USABLE
 from packager.pipeline import build, publish
 from packager.plan import BuildPlan
 from packager.progress import Terminal
@@ -81,9 +82,10 @@ def _lacking_memory(plan: BuildPlan, options: Options) -> str:
         return f"needs a CUDA GPU with {needed} GiB" if plan.architecture.num_parameters > _LARGEST_ON_CPU else ""
     import torch
 
-    total_bytes = torch.cuda.get_device_properties(device).total_memory
-    if plan.memory.least.device_bytes > total_bytes:
-        return f"needs a CUDA GPU with {needed} GiB, this one has {_gib(total_bytes)} GiB"
+    total_bytes = options.gpu_memory_bytes or torch.cuda.get_device_properties(device).total_memory
+    usable_bytes = round(USABLE * total_bytes)
+    if plan.memory.least.device_bytes > usable_bytes:
+        return f"needs {needed} GiB of a CUDA GPU, of this one {_gib(usable_bytes)} GiB can be used"
     return ""
 
 

@@ -37,7 +37,7 @@ def quantize_and_pack(run: Build) -> tuple[str, ...]:
     if not missing:
         return ()
     require_build_extra()
-    from packager.quantize import BlockDone, LinearsDone
+    from packager.quantize_view import QuantizeView
     from packager.source import check_disk
 
     require_engines((plan.variant.engine for plan in missing), run.device.type)
@@ -47,20 +47,13 @@ def quantize_and_pack(run: Build) -> tuple[str, ...]:
     source = run.source
     _check_licenses(run)
     stores = _open_stores(run, missing)
-    spent = dict.fromkeys((plan.variant.branch for plan in missing), 0.0)
+    branches = [plan.variant.branch for plan in missing]
     with run.terminal.stage("quantize"), run.terminal.bar(len(missing) * source.architecture.num_blocks) as bar:
-
-        def report(done: BlockDone | LinearsDone) -> None:
-            if isinstance(done, LinearsDone):
-                return
-            spent[done.branch] += done.seconds
-            result = "resumed" if done.resumed else f"loss {done.loss:.4g}"
-            bar.step(f"{done.branch} block {done.block + 1}/{done.num_blocks} {result} {done.seconds:.1f} s")
-
-        made = _quantize(run, stores, report)
+        view = QuantizeView(run.terminal, bar, branches)
+        made = _quantize(run, stores, view.report)
     for plan, files, pack_s in _packed(run, missing, stores):
         branch = plan.variant.branch
-        seconds = {"quantize": round(spent[branch], 3), "pack": round(pack_s, 3)}
+        seconds = {"quantize": round(view.seconds[branch], 3), "pack": round(pack_s, 3)}
         receipt = Receipt(
             provenance=_provenance(run, plan, files, made[plan.variant.engine]),
             stages={"weights": run.keys[branch]["weights"]},

@@ -116,13 +116,7 @@ def sweep_sequential(
             hessian = Hessian(linears[group[0]].in_features, linears[group[0]].weight.device)
             for index in range(len(states)):
                 run = run_of(index)
-                name, x = run.switch()
-                if name != group[0]:
-                    raise QuantizeError(
-                        "the block reached its linears in another order", where=f"{name}, not {group[0]}"
-                    )
-                hessian.add(x)
-                del x
+                hessian.add(_input_of(group, *run.switch()))
                 if suspended is None or index < suspended:
                     waiting[index] = run
                 else:
@@ -130,12 +124,17 @@ def sweep_sequential(
             solve(group, hessian)
             done.add(group[0])
         confirm()
-        if last:
-            for run in waiting.values():
-                run.throw()
-            return
         for index in range(len(states)):
-            states.put(index, run_of(index).switch())
+            if not last:
+                states.put(index, run_of(index).switch())
+        for run in waiting.values():
+            run.throw()
+
+
+def _input_of(group: Group, name: str, x: Tensor) -> Tensor:
+    if name != group[0]:
+        raise QuantizeError("the block reached its linears in another order", where=f"{name}, not {group[0]}")
+    return x
 
 
 @torch.no_grad()
