@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _HEADROOM = 2.0**9  # float16 ends at 2^16; a change exceeds the largest weight only where errors pile up
+_SMALLEST = 2.0**-64  # of a weight times its row of M: in a linear of zeros the factors stay finite
 
 
 class Carry(ABC):
@@ -59,7 +60,7 @@ class SplitCarry(Carry):
     def __init__(self, M: Tensor, weight: Tensor) -> None:
         row = torch.exp2(torch.ceil(torch.log2(torch.linalg.vector_norm(M, dim=1))))
         self._M = _split(M / row[:, None])
-        largest = (weight.abs().amax(1).float() * row).amax().clamp(min=torch.finfo(torch.float32).tiny)
+        largest = (weight.abs().amax(1).float() * row).amax().clamp(min=_SMALLEST)
         self._common = torch.exp2(torch.floor(torch.log2(_HEADROOM / largest)))
         self._row = (row * self._common)[:, None]
         high = torch.empty_like(weight, dtype=torch.float16)
