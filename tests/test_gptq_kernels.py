@@ -1,0 +1,177 @@
+"""The Triton kernels against torch and the float64 reference: in Triton's interpreter, natively under --require-gpu."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from packager.gptq import columns, grid
+from packager.gptq.carry import SplitCarry
+from packager.gptq.columns import Columns, Grids
+from packager.gptq.grid import GridRules
+from packager.gptq.hessian import factorize
+from packager.gptq.solve import TORCH, Backend, backend_for, solve
+from tests.gptq_reference import assert_agrees
+from tests.test_gptq import hessian, inputs
+
+triton = pytest.importorskip("triton", reason="Triton is not made for this system")
+from packager.gptq import kernels  # noqa: E402 - imports Triton
+
+# The interpreter computes with numpy, which warns where float32 or float16 overflows to infinity, as it should here.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+BACKEND = Backend(find_grids=kernels.find_grids, round_columns=kernels.round_columns, carry=SplitCarry)
+NATIVE = pytest.mark.gpu
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NATIVE)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return device_of(request.param)
+
+
+def device_of(name: str) -> torch.device:
+    if name == "cuda":
+        assert torch.cuda.is_available(), "this test needs a CUDA GPU"
+    elif not triton.knobs.runtime.interpret:
+        pytest.skip("kernels take CPU tensors in the interpreter only, which --require-gpu leaves out")
+    return torch.device(name)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Columns for each group size so that its last group is shorter, and one of exactly a column block.
+COLUMNS_OF = {16: 40, 32: 80, 40: 136, 48: 64, 128: 144, 200: 216, -1: 72}
+ORDERS = ((False, False), (True, False), (True, True))
+CASES = list(product((2, 3, 4, 8), (True, False), COLUMNS_OF, ORDERS))
+# The interpreter takes seconds where a GPU takes milliseconds; every fifth case still has nearly every pair of values.
+ON_CPU, ON_CUDA = ([pytest.param(name, *case, marks=marks) for case in cases] for name, cases, marks in (
+    ("cpu", CASES[::5], ()), ("cuda", CASES, NATIVE),
+))  # fmt: skip
+
+
+def solves_like_the_reference(
+    device: torch.device, n: int, out: int, *, search: bool, sym: bool, bits: int, group_size: int,
+    order: tuple[bool, bool],
+) -> None:  # fmt: skip
+    """Check a solution of the kernels; some weights are zero: a column's input, a group, an output feature."""
+    desc_act, static = order
+    H, weight = hessian(inputs(n, bits, dead=5)), random(n, out, seed=7) * 0.02
+    weight[:32, 1], weight[:, 2] = 0, 0
+    factor = factorize(H.to(device), desc_act=desc_act, damp_percent=0.01)
+    rules = GridRules(bits=bits, sym=sym, scale_search=search)
+    found = solve(
+        weight.to(device, torch.float16), factor, rules, group_size=group_size, static_groups=static, backend=BACKEND
+    )
+    how = {"bits": bits, "sym": sym, "group_size": group_size, "desc_act": desc_act, "static_groups": static}
+    assert_agrees(found, weight.half(), H, scale_search=search, **how)
+
+
+@pytest.mark.parametrize(("name", "bits", "sym", "group_size", "order"), ON_CPU + ON_CUDA)
+def test_solves_like_the_reference(name, bits, sym, group_size, order):
+    n = COLUMNS_OF[group_size]
+    solves_like_the_reference(
+        device_of(name), n, 5, search=False, sym=sym, bits=bits, group_size=group_size, order=order
+    )
+
+
+@pytest.mark.parametrize(("group_size", "sym"), [(32, True), (48, False), (128, True), (200, True), (200, False)])
+def test_searches_scales_like_the_reference(device, group_size, sym):
+    n, order = COLUMNS_OF[group_size], ORDERS[group_size % 3]
+    solves_like_the_reference(device, n, 5, search=True, sym=sym, bits=4, group_size=group_size, order=order)
+
+
+@pytest.mark.parametrize(("group_size", "order"), [(32, ORDERS[1]), (200, ORDERS[0]), (48, ORDERS[2])])
+def test_solves_many_column_blocks(device, group_size, order):
+    """More than 512 columns: what column blocks owe each other goes through the carry as well."""
+    solves_like_the_reference(device, 536, 5, search=False, sym=True, bits=4, group_size=group_size, order=order)
+
+
+def test_cuda_is_given_the_kernels(device):
+    expected = BACKEND if device.type == "cuda" else TORCH
+    assert backend_for(device) == expected
+
+
+def edge_groups() -> Tensor:
+    """Groups of 16 columns: zeros, one sign only, one value only, tiny, beyond float16, with and without outliers."""
+    w = random(16, 8, seed=3) * 0.02
+    ones = torch.ones(16, 8)
+    several = (
+        w,
+        w * 0,
+        w.abs(),
+        -w.abs(),
+        w.abs() + 1,
+        ones,
+        -ones,
+        w * 1e-4,
+        w * 1e9,
+        w.index_fill(0, torch.tensor([3]), 2.0),
+    )
+    return torch.cat(several, 1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_range_gives_the_grid_that_torch_gives(device, bits, sym):
+    w, rules = edge_groups(), GridRules(bits=bits, sym=sym, scale_search=False)
+    expected = grid.find_grids(w, 16, rules, torch.ones(16))
+    found = kernels.find_grids(w.to(device), 16, rules, torch.ones(16, device=device))
+    assert [part.cpu().tolist() for part in found] == [part.tolist() for part in expected]
+
+
+@pytest.mark.parametrize(
+    ("n", "group_size", "sym"), [(70, 32, True), (7, 16, False), (60, 60, True), (210, 200, False), (56, 48, False)]
+)
+def test_grids_of_groups_that_divide_nothing(device, n, group_size, sym):
+    w, price = random(n, 33, seed=n) * 0.02, random(n, seed=1).square()
+    for search in (False, True):
+        rules = GridRules(bits=4, sym=sym, scale_search=search)
+        expected = grid.find_grids(w, group_size, rules, price)
+        found = kernels.find_grids(w.to(device), group_size, rules, price.to(device))
+        # Sums of errors are taken in another order; two scales may be equally good to float32.
+        same = [(part.cpu() == torch_part).double().mean() for part, torch_part in zip(found, expected, strict=True)]
+        assert min(same) >= (0.98 if search else 1.0)
+
+
+def rounded_by(
+    round_columns, w: Tensor, Hinv: Tensor, rules: GridRules, find_every: int, device: torch.device
+) -> tuple[Columns, Grids]:
+    n, features = w.shape
+    size = find_every or 16
+    scales = torch.full((-(-n // size), features), 0.004, device=device)
+    grids = Grids(
+        scales=scales,
+        zeros=torch.full_like(scales, 2 ** (rules.bits - 1)),
+        groups=torch.arange(n, device=device) // size,
+    )
+    result = Columns(
+        q=torch.empty(n, features, dtype=torch.uint8, device=device),
+        change=torch.empty(n, features, device=device),
+        squared_errors=torch.full((features,), 0.5, device=device),
+    )
+    Hinv = Hinv.to(device)
+    round_columns(
+        w.to(device, copy=True), (w * 1.01).to(device, torch.float16), Hinv, Hinv.diagonal().reciprocal(), grids, rules,
+        find_every, result,
+    )  # fmt: skip
+    return result, grids
+
+
+@pytest.mark.parametrize("features", [3, 13, *(pytest.param(many, marks=NATIVE) for many in (10_007, 20_011))])
+@pytest.mark.parametrize(
+    ("n", "find_every"), [(128, 0), (128, 16), (128, 128), (96, 48), (72, 128), (1, 32), (80, 40)]
+)
+def test_a_column_block_is_rounded_as_torch_rounds_it(device, n, find_every, features):
+    w = random(n, features, seed=n) * 0.02
+    Hinv = (torch.eye(n) + 0.05 * random(n, n, seed=2)).triu()
+    Hinv.diagonal().abs_().clamp_(min=0.5)
+    rules = GridRules(bits=4, sym=find_every != 48, scale_search=find_every == 40)
+    expected, expected_grids = rounded_by(columns.round_columns, w, Hinv, rules, find_every, torch.device("cpu"))
+    found, grids = rounded_by(kernels.round_columns, w, Hinv, rules, find_every, device)
+    same = (found.q.cpu() == expected.q).all(0) & (grids.scales.cpu() == expected_grids.scales).all(0)
+    assert same.double().mean() >= 0.95  # of a feature that meets no tie nothing differs
+    assert torch.equal(grids.zeros.cpu()[:, same], expected_grids.zeros[:, same])
+    assert torch.allclose(found.change.cpu()[:, same], expected.change[:, same], rtol=1e-5, atol=1e-7)
+    assert torch.allclose(found.squared_errors.cpu()[same], expected.squared_errors[same], rtol=1e-5)
