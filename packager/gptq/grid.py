@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
-# From the full range down to 60 % of it in steps of 1 %: what that gains is measured in docs/explanation/quality.md.
+# From the full range down to 60 % of it in steps of 1 %: docs/explanation/measurements.md has what it gains.
 SEARCH_STEPS = 41
 _SEARCH_LOWEST = 0.6
 

@@ -123,7 +123,13 @@ DescAct = Annotated[bool, _says("quantize columns in order of decreasing diag(H)
 Sym = Annotated[bool, _says("symmetric grid")]
 TrueSequential = Annotated[bool, _says("each linear sees inputs made by the already quantized ones before it")]
 StaticGroups = Annotated[bool, _says("fix every grid from the original weights before any column is quantized")]
-ScaleSearch = Annotated[bool, _says("search a smaller scale per group (41 candidates down to 60 % of max|w|)")]
+ScaleSearch = Annotated[
+    bool,
+    _says(
+        "search a smaller scale per group (41 candidates down to 60 % of max|w|); "
+        "left out: true, but false for engine auto-gptq, which has none"
+    ),
+]
 EngineField = Annotated[
     Engine, _says("what makes the weights: our own engine, or AutoGPTQ 0.7.1 in its own environment on CUDA")
 ]
@@ -239,7 +245,7 @@ class Defaults(Strict):
     damp_percent_limit: DampLimit = 0.1
     true_sequential: TrueSequential = True
     static_groups: StaticGroups = False
-    scale_search: ScaleSearch = False
+    scale_search: ScaleSearch | None = None
     engine: EngineField = "native"
 
 
@@ -352,6 +358,10 @@ def expand(entry: VariantEntry, defaults: Defaults) -> Variant:
         key: value for key, value in entry.model_dump(exclude={"branch", "description"}).items() if value is not None
     }
     fields = {**defaults.model_dump(), **given}
+    if (
+        fields["scale_search"] is None
+    ):  # it lowers the KL divergence of every permutation: docs/explanation/measurements.md
+        fields["scale_search"] = fields["engine"] == "native"
     name = branch_name(bits=fields["bits"], group_size=fields["group_size"], desc_act=fields["desc_act"])
     return Variant(branch=entry.branch or name, **fields)
 

@@ -158,7 +158,7 @@ def _engines(draft: Draft) -> Iterator[Finding]:
             continue
         for name, off in NATIVE_ONLY.items():
             asked = parameters[name]
-            if isinstance(asked.value, State) or asked.value == off:
+            if isinstance(asked.value, State) or asked.value in (None, off):
                 continue
             at = max(parameter.at for parameter in (engine, asked) if parameter.written)
             hint = f"write {name}: {json.dumps(off)} in this variant, or engine: native"
