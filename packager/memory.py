@@ -98,7 +98,7 @@ def choose_sweep(work: Workload, device_type: str, *, device_limit: int | None, 
     for plan in sweep_ways(work, device_type):
         if not _exceeds(plan.device_bytes, device_limit) and not _exceeds(plan.host_bytes, host_limit):
             return plan
-        smallest = min(smallest or plan, plan, key=lambda way: way.device_bytes)
+        smallest = min(smallest or plan, plan, key=lambda way: (way.device_bytes, way.host_bytes))
     assert smallest is not None, "there is always a way"  # noqa: S101
     raise MachineError(
         "quantizing does not fit into this machine's memory",

@@ -1,0 +1,215 @@
+"""How quantizing fits into memory: the fastest way within the limits, and what is said when there is none."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packager.architecture import read_architecture
+from packager.errors import MachineError
+from packager.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, choose_sweep, rows_per_batch, sweep_ways
+from packager.plan import make_plan
+from packager.recipe.file import RecipeFile
+from tests.test_architecture import tiny_config
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+GB = 10**9
+SPARE = 0.92  # what of a GPU's memory `quantize` plans with
+
+
+def workload(recipe: str) -> Workload:
+    plan = make_plan(RecipeFile.load(RECIPES / recipe))
+    calibration = plan.recipe.calibration
+    return Workload(
+        architecture=plan.architecture, num_samples=calibration.num_samples, seq_len=calibration.seq_len,
+        num_variants=len(plan.variants),
+    )  # fmt: skip
+
+
+LARGE = workload("llama-2-13b-chat.yaml")
+SMALL = Workload(
+    architecture=read_architecture(tiny_config(), "config.json"), num_samples=2048, seq_len=32, num_variants=3
+)
+MODELS = {"13B": LARGE, "tiny": SMALL}
+WORKS = st.fixed_dictionaries(
+    {
+        "model": st.sampled_from(sorted(MODELS)),
+        "num_samples": st.sampled_from([1, 8, 100, 128]),
+        "num_variants": st.integers(1, 5),
+        "true_sequential": st.booleans(),
+    }
+)
+# Limits from nothing to plenty, as shares of what the fastest way takes.
+SHARES = st.floats(0, 1.2)
+
+
+def made(fields: dict[str, Any]) -> Workload:
+    return replace(MODELS[fields["model"]], **{name: value for name, value in fields.items() if name != "model"})
+
+
+def limits(work: Workload, device: float, host: float) -> dict[str, int]:
+    ways = list(sweep_ways(work, "cuda"))
+    return {
+        "device_limit": int(device * max(way.device_bytes for way in ways)),
+        "host_limit": int(host * max(way.host_bytes for way in ways)),
+    }
+
+
+def fits(way: SweepPlan, *, device_limit: int, host_limit: int) -> bool:
+    return way.device_bytes <= device_limit and way.host_bytes <= host_limit
+
+
+def chosen(work: Workload, device_gb: float, host_gb: float) -> SweepPlan:
+    """What a GPU of this size is planned to do."""
+    return choose_sweep(work, "cuda", device_limit=int(device_gb * GB * SPARE), host_limit=int(host_gb * GB))
+
+
+@settings(max_examples=60, deadline=None)
+@given(fields=WORKS, device=SHARES, host=SHARES)
+def test_the_first_way_that_fits_is_taken(fields, device, host):
+    work = made(fields)
+    within = limits(work, device, host)
+    ways = [way for way in sweep_ways(work, "cuda") if fits(way, **within)]
+    if not ways:
+        with pytest.raises(MachineError):
+            choose_sweep(work, "cuda", **within)
+        return
+    assert choose_sweep(work, "cuda", **within) == ways[0]
+    if ways[0].placement == "disk":
+        assert all(way.placement == "disk" for way in ways)
+
+
+@settings(max_examples=60, deadline=None)
+@given(fields=WORKS, device=st.tuples(SHARES, SHARES), host=st.tuples(SHARES, SHARES))
+def test_more_memory_is_never_slower(fields, device, host):
+    work = made(fields)
+    ways = list(sweep_ways(work, "cuda"))
+
+    def rank(device: float, host: float) -> int:
+        try:
+            return ways.index(choose_sweep(work, "cuda", **limits(work, device, host)))
+        except MachineError:
+            return len(ways)
+
+    assert rank(max(device), max(host)) <= rank(min(device), min(host))
+
+
+@settings(max_examples=60, deadline=None)
+@given(fields=WORKS, device_type=st.sampled_from(["cpu", "cuda"]))
+def test_ways_are_each_another_trade_the_fastest_first(fields, device_type):
+    work = made(fields)
+    ways = list(sweep_ways(work, device_type))
+    first = ways[0]
+    assert (first.num_variants, first.placement) == (work.num_variants, "device")
+    assert len({(way.num_variants, way.placement, way.suspended_batches) for way in ways}) == len(ways)
+    # To run batches again costs more time than to read the weights again; the disk is slower than either.
+    memory = [way for way in ways if way.placement != "disk"]
+    assert ways[: len(memory)] == memory
+    pace = [(-way.suspended_batches, -way.num_variants, way.placement) for way in memory]
+    assert pace == sorted(pace)
+    for way in ways:
+        assert way.num_batches == -(-work.num_samples // work.rows_per_batch(device_type))
+        assert 0 <= way.suspended_batches <= way.num_batches
+        assert way.device_bytes > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(fields=WORKS, device_type=st.sampled_from(["cpu", "cuda"]))
+def test_more_tokens_and_variants_need_more_memory(fields, device_type):
+    work = made(fields)
+
+    def needed(**changes: int) -> int:
+        return next(sweep_ways(replace(work, **changes), device_type)).device_bytes
+
+    states = {"cpu": 4, "cuda": 2}[device_type] * work.num_samples * work.seq_len * work.architecture.hidden_size
+    assert needed(num_variants=work.num_variants + 1) == needed() + states
+    assert needed(num_samples=2 * work.num_samples) > needed()
+
+
+def test_what_waits_and_where_it_waits_is_what_saves_memory():
+    ways = {(way.num_variants, way.placement, way.suspended_batches): way for way in sweep_ways(LARGE, "cuda")}
+    states = 2 * 128 * 2048 * 5120
+    everything, on_host = ways[4, "device", 16], ways[4, "host", 16]
+    assert on_host.host_bytes - everything.host_bytes == 4 * states
+    assert on_host.device_bytes < everything.device_bytes - 2 * states
+    assert ways[4, "disk", 16].device_bytes == on_host.device_bytes
+    assert ways[4, "disk", 16].host_bytes == everything.host_bytes
+    assert everything.device_bytes - ways[3, "device", 16].device_bytes == states
+    waiting = [ways[1, "host", kept].device_bytes for kept in range(17)]
+    assert waiting == sorted(set(waiting))
+
+
+def test_13b_on_the_gpus_that_people_have():
+    on_80 = chosen(LARGE, 80, 16)
+    assert (on_80.placement, on_80.num_variants, on_80.suspended_batches) == ("device", 4, 16)
+    assert on_80 == next(sweep_ways(LARGE, "cuda"))
+    assert on_80.device_bytes < 40 * GB
+    # 24 GB at full speed: every batch waits inside its block, so nothing is run twice.
+    on_24 = chosen(LARGE, 24, 16)
+    assert (on_24.placement, on_24.num_variants, on_24.suspended_batches) == ("host", 4, on_24.num_batches)
+    on_12 = chosen(LARGE, 12, 16)
+    assert (on_12.placement, on_12.num_variants) == ("host", 4)
+    assert 0 < on_12.suspended_batches < on_12.num_batches
+    assert max(on_24.host_bytes, on_12.host_bytes) <= HOST_LIMIT_BYTES
+
+
+def test_13b_beside_little_host_memory():
+    way = chosen(LARGE, 24, 3)
+    assert (way.placement, way.num_variants, way.suspended_batches) == ("device", 1, 16)
+    way = chosen(LARGE, 8, 3)
+    assert (way.placement, way.num_variants) == ("disk", 3)
+    assert way.host_bytes <= 3 * GB
+
+
+def test_one_way_is_left_for_variants_calibrated_in_parallel():
+    """Their batches never wait: they run once to be seen, once to go on."""
+    work = replace(LARGE, true_sequential=False)
+    assert {way.suspended_batches for way in sweep_ways(work, "cuda")} == {0}
+    assert chosen(work, 24, 16).placement == "device"
+    assert chosen(work, 12, 16).placement == "host"
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_a_cpu_keeps_everything_in_its_memory(true_sequential):
+    work = replace(SMALL, true_sequential=true_sequential)
+    ways = list(sweep_ways(work, "cpu"))
+    assert [way.num_variants for way in ways] == [3, 2, 1]
+    assert {(way.placement, way.suspended_batches, way.host_bytes) for way in ways} == {("device", 16, 0)}
+    assert choose_sweep(work, "cpu", device_limit=None, host_limit=None) == ways[0]
+    assert choose_sweep(work, "cpu", device_limit=ways[0].device_bytes - 1, host_limit=0) == ways[1]
+
+
+def test_what_does_not_fit_says_what_would():
+    with pytest.raises(MachineError) as caught:
+        choose_sweep(LARGE, "cuda", device_limit=6 * GB, host_limit=16 * GB)
+    assert str(caught.value) == (
+        "quantizing does not fit into this machine's memory\n"
+        "  why: it needs 6.8 GB of the device and 2.2 GB of the host; there are 6.0 GB and 16.0 GB\n"
+        "  hint: use a larger GPU, a higher --gpu-memory, or fewer calibration rows"
+    )
+    assert caught.value.exit_code == 12
+    with pytest.raises(MachineError, match=r"there are any number of GB and 2\.0 GB"):
+        choose_sweep(LARGE, "cuda", device_limit=None, host_limit=2 * GB)
+
+
+@settings(max_examples=60, deadline=None)
+@given(fields=WORKS)
+def test_what_is_said_to_be_needed_is_enough_and_no_more(fields):
+    work = made(fields)
+    ways = list(sweep_ways(work, "cuda"))
+    least = {
+        "device_limit": min(way.device_bytes for way in ways),
+        "host_limit": min(way.host_bytes for way in ways),
+    }
+    assert fits(choose_sweep(work, "cuda", **least), **least)
+    for limit, size in least.items():
+        with pytest.raises(MachineError):
+            choose_sweep(work, "cuda", **{**least, limit: size - 1})
+
+
+@pytest.mark.parametrize(("seq_len", "on_cpu", "on_cuda"), [(2048, 2, 8), (32, 128, 512), (4096, 1, 4), (32768, 1, 1)])
+def test_rows_travel_in_batches_of_some_tokens(seq_len, on_cpu, on_cuda):
+    assert (rows_per_batch(seq_len, "cpu"), rows_per_batch(seq_len, "cuda")) == (on_cpu, on_cuda)
