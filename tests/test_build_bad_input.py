@@ -482,7 +482,7 @@ def test_too_little_disk_space_is_said_before_anything_is_written(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new = tmp_path / "new"
-    free = make_plan(RecipeFile.load(recipe)).disk_bytes - 1
+    free = make_plan(RecipeFile.load(recipe)).disk.builds_bytes - 1
     set_free_bytes(monkeypatch, free)
     text = refused(MachineError, 12, build, recipe, new)
     assert f"{new}: not enough free disk space" in text
@@ -500,7 +500,7 @@ def test_one_more_variant_does_not_need_the_space_of_all(
 ) -> None:
     changes = {"variants": [{"branch": MAIN}, {"branch": "eight", "bits": 8}]}
     changed = write_recipe(recipe.parent, changes)
-    set_free_bytes(monkeypatch, make_plan(RecipeFile.load(changed)).disk_bytes - 1)
+    set_free_bytes(monkeypatch, make_plan(RecipeFile.load(changed)).disk.builds_bytes - 1)
     assert build(changed, dist).quantized == ("eight",)
 
 
