@@ -37,7 +37,7 @@ from tests.golden_files import check_golden
 from tests.test_house_rules import ROOT
 
 COMMANDS = ("plan", "build", "audit", "verify", "card", "publish", "status", "release")
-TOO_LARGE = re.compile(r"(?m)^.*llama-2-13b-chat\.yaml: not built: needs a CUDA GPU with \d\d\.\d GiB\n\Z")
+TOO_LARGE = re.compile(r"(?m)^.*llama-2-13b-chat\.yaml: not built: needs a CUDA GPU with \d+\.\d GiB\n\Z")
 DEMO = str(ROOT / "recipes" / "demo-llama.yaml")
 LARGE = str(ROOT / "recipes" / "llama-2-13b-chat.yaml")
 

@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 
 from packager.architecture import read_architecture
 from packager.errors import MachineError
-from packager.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, choose_sweep, rows_per_batch, sweep_ways
+from packager.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, Workload, choose_sweep, rows_per_batch, sweep_ways
 from packager.plan import make_plan
 from packager.recipe.file import RecipeFile
 from tests.test_architecture import tiny_config
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 GB = 10**9
-SPARE = 0.92  # what of a GPU's memory `quantize` plans with
 
 
 def workload(recipe: str) -> Workload:
@@ -64,7 +63,7 @@ def fits(way: SweepPlan, *, device_limit: int, host_limit: int) -> bool:
 
 def chosen(work: Workload, device_gb: float, host_gb: float) -> SweepPlan:
     """What a GPU of this size is planned to do."""
-    return choose_sweep(work, "cuda", device_limit=int(device_gb * GB * SPARE), host_limit=int(host_gb * GB))
+    return choose_sweep(work, "cuda", device_limit=int(device_gb * GB * USABLE), host_limit=int(host_gb * GB))
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from rich.console import Console
 from packager.architecture import read_architecture
 from packager.compatibility import LOADERS, verdicts
 from packager.errors import PackagerError, PlanError
-from packager.plan import BuildPlan, describe, make_plan, sweep_bytes
+from packager.memory import HOST_LIMIT_BYTES, USABLE, Workload, choose_sweep
+from packager.plan import BuildPlan, describe, make_plan
 from packager.plan_view import plan_json, print_plan
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
@@ -98,24 +100,29 @@ def test_a_plan_needs_no_torch_and_little_time(tmp_path: Path) -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
-def test_the_memory_bound_follows_the_engine_s_formula(tmp_path: Path) -> None:
+def test_memory_is_planned_for_the_gpus_that_people_have(tmp_path: Path) -> None:
     memory = plan_of(tmp_path).memory
-    activations = 2 * 128 * 2048 * 5120
-    assert memory.gpu_bytes - memory.gpu_bytes_one_variant == 3 * activations
+    fastest, full_speed, least, cpu = memory.fastest, memory.full_speed, memory.least, memory.cpu
+    assert (fastest.placement, fastest.num_variants) == ("device", 4)
     # The prototype's peak was 23.7 GiB for the same model, rows and variants; a suspended forward holds more.
-    assert 23.7 * 2**30 < memory.gpu_bytes < 40e9
-    assert memory.cpu_bytes > memory.cpu_bytes_one_variant > memory.gpu_bytes_one_variant
-    assert memory.host_bytes < 2e9
+    assert 23.7 * 2**30 < fastest.device_bytes < 40e9
+    assert (full_speed.placement, full_speed.suspended_batches) == ("host", full_speed.num_batches)
+    assert full_speed.device_bytes < 24e9 * USABLE
+    assert (least.placement, least.suspended_batches) == ("host", 0)
+    assert least.device_bytes < 12e9 * USABLE
+    assert max(way.host_bytes for way in (fastest, full_speed, least)) <= HOST_LIMIT_BYTES
+    assert (cpu.placement, cpu.host_bytes) == ("device", 0)
 
 
-def test_more_tokens_and_variants_need_more_memory() -> None:
-    architecture = read_architecture(tiny_config(), "config.json")
-
-    def need(num_tokens: int, num_variants: int) -> int:
-        return sweep_bytes(architecture, num_tokens=num_tokens, num_variants=num_variants, element_bytes=4)
-
-    assert need(1000, 1) < need(1000, 2) < need(2000, 2)
-    assert need(1000, 2) - need(1000, 1) == 4 * 1000 * 64
+@pytest.mark.parametrize("name", ["fastest", "full_speed", "least"])
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_what_is_planned_is_what_a_gpu_of_that_size_is_given(tmp_path: Path, name: str, true_sequential: bool) -> None:
+    plan = plan_of(tmp_path, defaults={"true_sequential": true_sequential})
+    work = Workload(
+        architecture=plan.architecture, num_samples=128, seq_len=2048, num_variants=4, true_sequential=true_sequential
+    )
+    way = getattr(plan.memory, name)
+    assert choose_sweep(work, "cuda", device_limit=way.device_bytes, host_limit=HOST_LIMIT_BYTES) == way
 
 
 @pytest.mark.parametrize(
@@ -127,7 +134,7 @@ def test_more_tokens_and_variants_need_more_memory() -> None:
         {"calibration": {"dataset": "a/b", "revision": "b" * 40, "split": "train", "seed": 1}},
         {"checkpoint": {"weights_name": "other"}},
         {"defaults": {"damp_percent": 0.02}},
-        {"defaults": {"scale_search": True}},
+        {"defaults": {"scale_search": False}},
     ],
 )
 def test_the_digest_changes_with_what_determines_the_bytes(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -269,14 +276,35 @@ def test_verdicts_follow_the_format_s_table(parameters: dict[str, Any], refusals
         (tiny_config("mistral"), {"exllama", "gptq-for-llama", "gptqmodel-marlin"}),
         (tiny_config("qwen2", intermediate_size=128, num_key_value_heads=4), {"exllama", "gptq-for-llama"}),
         (tiny_config("qwen3"), {"autogptq", "exllama", "gptq-for-llama", "gptqmodel-marlin", "tgi"}),
-        ({**LLAMA_2_13B, "tie_word_embeddings": True}, {"exllama"}),
+        ({**LLAMA_2_13B, "tie_word_embeddings": True}, {"autogptq", "exllama"}),
         ({**LLAMA_2_13B, "attention_bias": True}, {"exllama"}),
-        ({**LLAMA_2_13B, "head_dim": 64}, {"exllama"}),
-        ({**LLAMA_2_13B, "rope_scaling": {"rope_type": "llama3"}}, {"exllama"}),
+        ({**LLAMA_2_13B, "head_dim": 64}, {"autogptq", "exllama"}),
+        ({**LLAMA_2_13B, "rope_scaling": {"rope_type": "llama3"}}, {"autogptq", "exllama"}),
+        ({**LLAMA_2_13B, "rope_scaling": {"type": "linear", "factor": 2.0}}, {"exllama"}),
+        ({**LLAMA_2_13B, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, set()),
+        ({**LLAMA_2_13B, "rope_parameters": {"rope_theta": 5e5}}, {"autogptq", "exllama", "exllamav2"}),
+        ({**LLAMA_2_13B, "rope_parameters": {"rope_theta": 5e5}, "rope_theta": 5e5}, set()),
+        ({**LLAMA_2_13B, "rope_parameters": {"rope_type": "llama3"}}, {"autogptq", "exllama", "exllamav2"}),
     ],
 )
 def test_verdicts_follow_the_architecture(config: dict[str, Any], refusals: set[str]) -> None:
     assert refusing(config, group_size=32) == refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model_type": "mistral", "sliding_window": 2048}, True),
+        ({"model_type": "mistral", "sliding_window": 4096}, False),  # as long as the model itself
+        ({"model_type": "mistral", "sliding_window": None}, False),
+        ({"model_type": "qwen2", "sliding_window": 2048, "use_sliding_window": False}, True),
+        ({"sliding_window": 2048}, False),  # Llama has none
+    ],
+)
+def test_a_sliding_window_that_autogptq_makes_otherwise_is_told(changes: dict[str, Any], told: bool) -> None:
+    can_load, reason = answers({**LLAMA_2_13B, **changes})["autogptq"]
+    assert can_load
+    assert ("past 2048 tokens" in reason) is told
 
 
 def test_every_refusal_has_its_reason_and_traps_are_told() -> None:
@@ -304,6 +332,14 @@ def test_the_tables_show_every_figure_and_reason(tmp_path: Path) -> None:
     assert "no: vLLM for gptq-8bit-128g-actorder_False: reads symmetric checkpoints only" in text
     assert "note: transformers 5: through gptqmodel and optimum" in text
     assert f"{plan.disk.total_bytes / 1e9:.2f}" in text
+    memory = plan.memory
+    for way, purpose in (
+        (memory.fastest, "everything on the GPU"),
+        (memory.full_speed, f"as fast, with {memory.full_speed.host_bytes / 1e9:.2f} GB of host memory"),
+        (memory.least, f"least, up to twice as long, with {memory.least.host_bytes / 1e9:.2f} GB of host memory"),
+        (memory.cpu, "without a GPU"),
+    ):
+        assert re.search(rf"{way.device_bytes / 1e9:.2f} +{re.escape(purpose)}", text)
     for planned in plan.variants:
         assert planned.variant.branch in text_of(plan, width=80)
 
@@ -330,5 +366,9 @@ def test_json_holds_exact_integers(tmp_path: Path) -> None:
     assert values["variants"][0]["files"] == {"model.safetensors": plan.variants[0].weights_bytes}
     assert values["variants"][1]["parameters"]["desc_act"] is True
     assert [loader["loader"] for loader in values["variants"][0]["loaders"]] == [loader.name for loader in LOADERS]
-    assert values["memory"]["gpu_bytes"] == plan.memory.gpu_bytes
+    assert values["memory"]["fastest"] == {
+        "num_variants": 4, "placement": "device", "num_batches": 16, "suspended_batches": 16,
+        "device_bytes": plan.memory.fastest.device_bytes, "host_bytes": plan.memory.fastest.host_bytes,
+    }  # fmt: skip
+    assert list(values["memory"]) == ["fastest", "full_speed", "least", "cpu"]
     assert values["disk"]["total_bytes"] == plan.disk.total_bytes
