@@ -7,9 +7,9 @@ killed run picks up after the last finished block, whose weights it reads back a
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from threading import Event
@@ -23,7 +23,9 @@ from packager.block_store import BlockStore
 from packager.calibrate import TokenRows
 from packager.decoder import Context, Decoder
 from packager.errors import MachineError
-from packager.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, Workload, choose_sweep, rows_per_batch
+from packager.host_copies import HostCopies
+from packager.lanes import Lane, lanes_of, limit_memory
+from packager.memory import HOST_LIMIT_BYTES, SweepPlan, rows_per_batch
 from packager.receipt import LinearRecord
 from packager.shared_reader import SharedReader
 from packager.source import SourceModel
@@ -50,21 +52,6 @@ class BlockDone:
     loss: float
     seconds: float
     resumed: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lane:
-    """Variants that one thread makes on one device, in one sweep or, where memory is short, in several.
-
-    Attributes:
-        device: where.
-        variants: which.
-        plan: how.
-    """
-
-    device: torch.device
-    variants: tuple[Variant, ...]
-    plan: SweepPlan
 
 
 Report = Callable[[Lane | BlockDone | LinearsDone], None]
@@ -141,83 +128,62 @@ def quantize(job: QuantizeJob, report: Report) -> dict[str, tuple[LinearRecord, 
         QuantizeError: NaN or Inf, or a factorisation beyond the limit; names block and linear.
         MachineError: it does not fit into memory.
     """
-    variants = list(job.stores)
+    records = _finished(job, report)
+    left = {variant: store for variant, store in job.stores.items() if variant.branch not in records}
+    if left:
+        records |= _quantize(replace(job, stores=left), report)
+    return {variant.branch: tuple(records[variant.branch]) for variant in job.stores}
+
+
+def _finished(job: QuantizeJob, report: Report) -> dict[str, Sequence[LinearRecord]]:
+    """Return the records of the variants that an earlier run finished: nothing needs to be run for them."""
+    num_blocks = job.source.architecture.num_blocks
+    found: dict[str, Sequence[LinearRecord]] = {}
+    for variant, store in job.stores.items():
+        if all(store.read(block) is not None for block in range(num_blocks)):
+            blocks = [store.records(block) or () for block in range(num_blocks)]
+            found[variant.branch] = [record for block in blocks for record in block]
+            for block, records in enumerate(blocks):
+                loss = sum(record.loss for record in records)
+                report(
+                    BlockDone(
+                        branch=variant.branch, block=block, num_blocks=num_blocks, loss=loss, seconds=0.0, resumed=True
+                    )
+                )  # fmt: skip
+    return found
+
+
+def _quantize(job: QuantizeJob, report: Report) -> dict[str, Sequence[LinearRecord]]:
     lanes = lanes_of(job)
     read = SharedReader(job.source.read, len(lanes))
     stop = Event()
     if job.device_limit is not None:
         for device in job.devices:
-            _limit_memory(device, job.device_limit)
+            limit_memory(device, job.device_limit)
     for lane in lanes:
         report(lane)
     workers = [_Worker(job, lane, read, report, stop) for lane in lanes]
     with ThreadPoolExecutor(len(workers), thread_name_prefix="quantize") as pool:
         runs = [pool.submit(worker.run) for worker in workers]
         try:
-            for run in runs:
-                run.result()
+            wait(runs, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()
-    records = {branch: found for worker in workers for branch, found in worker.records.items()}
-    return {variant.branch: tuple(records[variant.branch]) for variant in variants}
+    _raise_first(runs)
+    return {branch: found for worker in workers for branch, found in worker.records.items()}
 
 
-def lanes_of(job: QuantizeJob) -> list[Lane]:
-    """Spread the variants over the devices.
-
-    A GPU with enough memory gets two lanes: while one is at a Cholesky or at columns, which leave most of the GPU idle,
-    the other keeps it busy with products.
-
-    Raises:
-        MachineError: it does not fit.
-    """
-    variants = list(job.stores)
-    lanes: list[Lane] = []
-    for number, device in enumerate(job.devices):
-        share = variants[number :: len(job.devices)]
-        halves = [half for half in (share[::2], share[1::2]) if half]
-        pair = [_comfortable(job, half, device) for half in halves] if device.type == "cuda" else []
-        if len(pair) > 1 and all(pair):
-            lanes += [lane for lane in pair if lane is not None]
-        elif share:
-            lanes.append(Lane(device=device, variants=tuple(share), plan=sweep_plan(job, share, device)))
-    return lanes
-
-
-def _comfortable(job: QuantizeJob, variants: Sequence[Variant], device: torch.device) -> Lane | None:
-    """Return a lane in half a device's memory, or None if that would need a compromise."""
-    with suppress(MachineError):
-        plan = sweep_plan(job, variants, device, part=2)
-        all_wait = plan.suspended_batches in (0, plan.num_batches)
-        if plan.placement == "device" and plan.num_variants == len(variants) and all_wait:
-            return Lane(device=device, variants=tuple(variants), plan=plan)
-    return None
-
-
-def sweep_plan(job: QuantizeJob, variants: Sequence[Variant], device: torch.device, *, part: int = 1) -> SweepPlan:
-    """Choose how many variants ride one sweep on a device, or a `part`-th of it, and where their activations live.
-
-    Raises:
-        MachineError: it does not fit.
-    """
-    work = Workload(
-        architecture=job.source.architecture,
-        num_samples=job.rows.ids.shape[0],
-        seq_len=job.rows.ids.shape[1],
-        num_variants=len(variants),
-        true_sequential=any(variant.true_sequential for variant in variants),
-    )
-    if device.type == "cpu":
-        return choose_sweep(work, "cpu", device_limit=None, host_limit=None)
-    limit = job.device_limit or torch.cuda.mem_get_info(device)[0]
-    host_limit = job.host_limit // len(job.devices) // part
-    return choose_sweep(work, "cuda", device_limit=int(limit * USABLE) // part, host_limit=host_limit)
-
-
-def _limit_memory(device: torch.device, limit: int) -> None:
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+def _raise_first(runs: Sequence[Future[None]]) -> None:
+    """Raise what stopped a thread, if anything did."""
+    try:
+        for run in runs:
+            run.result()
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            "the GPU's memory is exhausted",
+            why=str(error).partition(".")[0],
+            hint="run build again with a smaller --gpu-memory: finished blocks are kept, and the bytes are the same",
+        ) from error
 
 
 class _Worker:
@@ -269,10 +235,11 @@ class _Worker:
                     groups = linear_groups(load(), first, here[0])
                     del first
                 place = _Place(index=index, num_blocks=len(decoder), groups=groups, contexts=here)
-                for ride, following in zip(rides, [*rides[1:], rides[0]], strict=True):
+                for number, ride in enumerate(rides):
                     if self._stop.is_set():
                         return
-                    ride.run(load, place, writers, leaving=following.expect)
+                    following = rides[(number + 1) % len(rides)]
+                    ride.run(load, place, writers, leaving=partial(following.expect, ride))
                 decoder.drop_block(index)
             for ride in rides:
                 self.records[ride.variant.branch] = ride.finish()
@@ -311,9 +278,9 @@ class _Ride:
         self._records: list[LinearRecord] = []
         self._writing: Future[BlockDone] | None = None
 
-    def expect(self) -> None:
-        """Let the states come: this ride's turn is next, and the one before is leaving its block."""
-        if self._plan.suspended_batches == self._plan.num_batches:
+    def expect(self, leaving: "_Ride") -> None:
+        """Let the states come: this ride's turn is next, and another is leaving its block."""
+        if leaving is not self and self._plan.suspended_batches == self._plan.num_batches:
             self._states.expect_all()
 
     def run(
@@ -346,7 +313,7 @@ class _Ride:
             loss=sum(record.loss for record in records), seconds=time.monotonic() - started,
         )  # fmt: skip
         self._wait()
-        self._writing = writers.submit(self._write, done, _OnItsWay(tensors), records)
+        self._writing = writers.submit(self._write, done, HostCopies(tensors), records)
 
     def _linears_done(self, index: int, records: tuple[LinearRecord, ...]) -> None:
         self._report(LinearsDone(branch=self.variant.branch, block=index, linears=records))
@@ -362,28 +329,7 @@ class _Ride:
             self._report(self._writing.result())
             self._writing = None
 
-    def _write(self, done: BlockDone, tensors: "_OnItsWay", records: Sequence[LinearRecord]) -> BlockDone:
+    def _write(self, done: BlockDone, tensors: HostCopies, records: Sequence[LinearRecord]) -> BlockDone:
         if not done.resumed:
             self._store.write(done.block, tensors.arrived(), records)
         return done
-
-
-class _OnItsWay:
-    """Tensors being copied to the host."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-        self._tensors = {name: _to_host(tensor) for name, tensor in tensors.items()}
-        self._event = torch.cuda.current_stream().record_event() if on_gpu else None
-
-    def arrived(self) -> Mapping[str, Tensor]:
-        """Wait for the copies."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._tensors
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

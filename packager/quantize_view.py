@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
+from packager.lanes import Lane
 from packager.progress import Bar, Terminal
-from packager.quantize import BlockDone, Lane, LinearsDone
+from packager.quantize import BlockDone, LinearsDone
 
 
 class QuantizeView:

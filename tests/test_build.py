@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from packager import quantize as quantize_module
+from packager import block as block_module
 from packager.audit import audit
 from packager.evaluate import checkpoint_reader
 from packager.gptq.solve import Solution
@@ -321,13 +321,13 @@ GRID: list[dict[str, Any]] = [
 def solved(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], torch.Tensor]:
     """Collect the weights the engine computed with, by branch and linear."""
     found: dict[tuple[str, str], torch.Tensor] = {}
-    keep = quantize_module._BlockWork._keep
+    keep = block_module._Attempt._keep
 
-    def collect(work: Any, name: str, solution: Solution, damp_percent: float) -> None:
-        found[work._variant.branch, name] = solution.dequantized().T.clone()
-        keep(work, name, solution, damp_percent)
+    def collect(attempt: Any, name: str, solution: Solution) -> None:
+        found[attempt._passage.variant.branch, name] = solution.dequantized().T.clone()
+        keep(attempt, name, solution)
 
-    monkeypatch.setattr(quantize_module._BlockWork, "_keep", collect)
+    monkeypatch.setattr(block_module._Attempt, "_keep", collect)
     return found
 
 

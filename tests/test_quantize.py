@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from packager import block as block_module
+from packager import lanes as lanes_module
 from packager import quantize as quantize_module
 from packager.block import dequantize_linear, quantize_block
 from packager.block_store import BlockStore
@@ -157,7 +158,7 @@ def test_memory_is_saved_without_changing_a_byte(tmp_path, monkeypatch, placemen
         num_variants=together, placement=placement, num_batches=3, suspended_batches=suspended, device_bytes=0,
         host_bytes=0,
     )  # fmt: skip
-    monkeypatch.setattr(quantize_module, "sweep_plan", lambda *_, **__: plan)
+    monkeypatch.setattr(lanes_module, "sweep_plan", lambda *_, **__: plan)
     records, _ = run(source, tmp_path / "scarce", *variants)
     assert records == expected
     assert files(tmp_path / "scarce") == files(tmp_path / "plenty")
