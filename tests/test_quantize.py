@@ -14,7 +14,7 @@ from packager import quantize as quantize_module
 from packager.block import dequantize_linear, quantize_block
 from packager.block_store import BlockStore
 from packager.decoder import Decoder, forward
-from packager.errors import QuantizeError, SourceError
+from packager.errors import MachineError, QuantizeError, SourceError
 from packager.gptq.hessian import Hessian, factorize
 from packager.gptq.solve import GridRules, solve
 from packager.memory import TOKENS_PER_BATCH, SweepPlan
@@ -172,6 +172,32 @@ def test_several_devices_make_the_bytes_of_one(tmp_path, devices):
     records, _ = run(source, tmp_path / "several", *variants, devices=devices)
     assert list(records.items()) == list(expected.items())
     assert files(tmp_path / "several") == files(tmp_path / "one")
+
+
+def test_a_finished_variant_is_not_run_again(tmp_path, monkeypatch):
+    source = source_of(tmp_path, "llama")
+    done, other = variant(branch="a"), variant(branch="b", group_size=16)
+    expected, _ = run(source, tmp_path / "work", done)
+    forwarded = []
+    restore = quantize_module.restore_block
+    monkeypatch.setattr(quantize_module, "restore_block", lambda *rest: (forwarded.append(rest), restore(*rest)))
+    records, steps = run(source, tmp_path / "work", other, done)
+    assert list(records) == ["b", "a"]
+    assert records["a"] == expected["a"]
+    assert [step.branch for step in steps if step.resumed] == ["a"] * source.architecture.num_blocks
+    assert not forwarded
+
+
+def test_a_full_gpu_is_a_clear_error(tmp_path, monkeypatch):
+    source = source_of(tmp_path, "llama")
+
+    def fill(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(quantize_module, "quantize_block", fill)
+    with pytest.raises(MachineError, match="memory is exhausted") as caught:
+        run(source, tmp_path / "work", variant())
+    assert "--gpu-memory" in str(caught.value)
 
 
 def test_what_fails_on_one_device_stops_the_others(tmp_path, monkeypatch):
