@@ -1,0 +1,30 @@
+"""Quantize on a GPU in a process that a test may kill: says when it begins, and at the end what it found finished."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from packager.quantize import BlockDone, QuantizeJob, quantize
+from packager.source import read_source
+from tests.tiny_models import open_store, token_rows, variant
+
+VARIANTS = (
+    variant(branch="a", group_size=128, scale_search=True),
+    variant(branch="b", group_size=32, desc_act=True),
+    variant(branch="c", bits=3, sym=False, group_size=64, true_sequential=False),
+)
+
+
+def main(model: str, work: str) -> None:
+    device, resumed = torch.device("cuda", 0), []
+    source = read_source(Path(model), base_id="test/model")
+    stores = {v: open_store(source, Path(work), v, device=device) for v in VARIANTS}
+    job = QuantizeJob(source=source, rows=token_rows(64, 512, vocab_size=512), stores=stores, devices=(device,))
+    print("begins", flush=True)
+    quantize(job, lambda step: resumed.append(step.resumed) if isinstance(step, BlockDone) else None)
+    print(sum(resumed), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
