@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from packager.config_values import MOST_BLOCKS, ConfigReader, short
 from packager.errors import PlanError
 from packager.safetensors_file import TensorInfo, predicted_bytes
 from packager.variant import Variant, num_groups
@@ -25,8 +26,6 @@ INPUT_GROUPS = (
     ("mlp.down_proj",),
 )
 BLOCK_LINEARS = tuple(name for group in INPUT_GROUPS for name in group)
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-_LARGEST, _MOST_BLOCKS = 1 << 24, 1000  # beyond are typing errors, and planning them would take for ever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,10 @@ class Architecture:
 
     Attributes:
         dtype: of every tensor of the base checkpoint, safetensors spelling: F16, BF16 or F32.
-        scaled_rope: the rotary embedding is of another type than "default" (llama3, yarn, ...).
+        rope_type: of the rotary embedding: "default", "llama3", "yarn", ...
+        rope_said_anew: what differs from a plain one of base 10000 stands in `rope_parameters` alone, where only
+            transformers 5 looks, and not in `rope_theta` and `rope_scaling`.
+        sliding_window: what config.json says, whether the family heeds it or not; None where it can never matter.
         tensors: every tensor of the base checkpoint: embedding, blocks, norm, head (absent when tied).
         linears: every linear that is quantized, block by block, in the order of `INPUT_GROUPS`.
     """
@@ -98,10 +100,17 @@ class Architecture:
     vocab_size: int
     max_position_embeddings: int
     tie_word_embeddings: bool
-    scaled_rope: bool
+    rope_type: str
+    rope_said_anew: bool
+    sliding_window: int | None
     tensors: tuple[TensorInfo, ...]
     linears: tuple[LinearSpec, ...]
     block_prefix: str = BLOCK_PREFIX
+
+    @property
+    def scaled_rope(self) -> bool:
+        """Whether the rotary embedding is of another type than the plain one."""
+        return self.rope_type != "default"
 
     @property
     def num_parameters(self) -> int:
@@ -124,62 +133,6 @@ class Architecture:
         return 2 * 2 * self.num_blocks * self.num_key_value_heads * self.head_dim
 
 
-class _Config:
-    """Read typed values from config.json and remember every problem met."""
-
-    def __init__(self, config: Mapping[str, object]) -> None:
-        self.values = config
-        self.problems: list[str] = []
-
-    def size(self, key: str, default: int | None = None, *, largest: int = _LARGEST) -> int:
-        """Return a positive integer; `default` when it is absent or null, a problem when there is no default."""
-        value = self.values.get(key)
-        value = default if value is None else value
-        if value is None:
-            self.problems.append(f"{key} is missing")
-        elif not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-            self.problems.append(f"{key} is {_short(value)}, expected an integer from 1 to {largest}")
-        else:
-            return value
-        return 1
-
-    def flag(self, key: str) -> bool:
-        """Return a boolean; absent or null is False, the default of every family here."""
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, bool):
-            self.problems.append(f"{key} is {_short(value)}, expected true or false")
-        return value is True
-
-    def dtype(self) -> str:
-        """Return the checkpoint's dtype from `torch_dtype` (transformers 4) or `dtype` (transformers 5)."""
-        given = [self.values[key] for key in ("torch_dtype", "dtype") if self.values.get(key) is not None]
-        if not given:
-            self.problems.append("torch_dtype (or dtype) is missing")
-        elif given[0] != given[-1]:
-            self.problems.append(f"torch_dtype and dtype disagree: {_short(given[0])} and {_short(given[-1])}")
-        elif not isinstance(given[0], str) or given[0] not in DTYPES:
-            self.problems.append(f"torch_dtype is {_short(given[0])}, expected one of {', '.join(DTYPES)}")
-        else:
-            return DTYPES[given[0]]
-        return "F16"
-
-    def scaled_rope(self) -> bool:
-        """Return whether the rotary embedding is of another type than the plain one."""
-        for key in ("rope_scaling", "rope_parameters"):
-            rope = self.values.get(key)
-            if isinstance(rope, Mapping):
-                return bool(rope.get("rope_type", rope.get("type", "default")) != "default")
-            if rope is not None:
-                self.problems.append(f"{key} is {_short(rope)}, expected an object or null")
-        return False
-
-
-def _short(value: object) -> str:
-    """Return a value as it stands in the file, cut to a readable length."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
 def read_architecture(config: Mapping[str, object], where: str) -> Architecture:
     """Derive every tensor of a model from its config.json.
 
@@ -194,12 +147,12 @@ def read_architecture(config: Mapping[str, object], where: str) -> Architecture:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None or not isinstance(model_type, str):
         raise PlanError(
-            f"model_type {_short(model_type)} is not supported",
+            f"model_type {short(model_type)} is not supported",
             where=where,
             why=f"the tensors of these are known: {', '.join(FAMILIES)}",
             hint="a new family is one entry of FAMILIES in packager/architecture.py",
         )
-    reader = _Config(config)
+    reader = ConfigReader(config)
     architecture = _derive(reader, family, model_type)
     problems = reader.problems or _contradictions(config, family, architecture)
     if problems:
@@ -207,19 +160,20 @@ def read_architecture(config: Mapping[str, object], where: str) -> Architecture:
     return architecture
 
 
-def _derive(reader: _Config, family: Family, model_type: str) -> Architecture:
+def _derive(reader: ConfigReader, family: Family, model_type: str) -> Architecture:
     """Build the architecture; what is missing counts 1 and is left in `reader.problems`."""
     heads, hidden = reader.size("num_attention_heads"), reader.size("hidden_size")
     kv_heads_known = family.kv_heads_optional or "num_key_value_heads" in reader.values
     kv_heads = reader.size("num_key_value_heads", heads if kv_heads_known else None)
     head_dim = reader.size("head_dim", None if family.head_dim_required else max(hidden // heads, 1))
-    intermediate, num_blocks = reader.size("intermediate_size"), reader.size("num_hidden_layers", largest=_MOST_BLOCKS)
+    intermediate, num_blocks = reader.size("intermediate_size"), reader.size("num_hidden_layers", largest=MOST_BLOCKS)
     shapes = _linear_shapes(hidden, intermediate, heads * head_dim, kv_heads * head_dim, _biases(family, reader))
     linears = tuple(
         LinearSpec(name=f"{BLOCK_PREFIX}.{block}.{name}", block=block, in_features=rows, out_features=cols, bias=bias)
         for block in range(num_blocks)
         for name, (rows, cols, bias) in shapes.items()
     )
+    rope_type, rope_said_anew = reader.rope()
     architecture = Architecture(
         model_type=model_type,
         dtype=reader.dtype(),
@@ -232,7 +186,9 @@ def _derive(reader: _Config, family: Family, model_type: str) -> Architecture:
         vocab_size=reader.size("vocab_size"),
         max_position_embeddings=reader.size("max_position_embeddings"),
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
-        scaled_rope=reader.scaled_rope(),
+        rope_type=rope_type,
+        rope_said_anew=rope_said_anew,
+        sliding_window=reader.sliding_window(),
         tensors=(),
         linears=linears,
     )
@@ -244,7 +200,7 @@ def _contradictions(config: Mapping[str, object], family: Family, architecture: 
     problems = []
     classes = config.get("architectures")
     if classes is not None and classes != [family.causal_lm]:
-        problems.append(f'architectures is {_short(classes)}, expected ["{family.causal_lm}"]')
+        problems.append(f'architectures is {short(classes)}, expected ["{family.causal_lm}"]')
     if config.get("quantization_config") is not None:
         problems.append("quantization_config is there: the base model is already quantized")
     heads, kv_heads = architecture.num_attention_heads, architecture.num_key_value_heads
@@ -257,7 +213,7 @@ def _contradictions(config: Mapping[str, object], family: Family, architecture: 
     return problems
 
 
-def _biases(family: Family, reader: _Config) -> tuple[bool, bool, bool]:
+def _biases(family: Family, reader: ConfigReader) -> tuple[bool, bool, bool]:
     """Return whether q, k, v, then o, then the MLP have biases."""
     attention = family.attention_bias and reader.flag("attention_bias")
     return family.qkv_bias or attention, attention, family.mlp_bias and reader.flag("mlp_bias")

@@ -15,6 +15,7 @@ Check = Callable[[Variant, Architecture], str]
 
 MARLIN_BITS = (4, 8)
 MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
+AUTOGPTQ_FAMILIES = ("llama", "mistral", "qwen2")
 TENSOR_PARALLEL_SIZES = (2, 4, 8)
 # Linears whose input columns are divided among the GPUs.
 ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
@@ -88,6 +89,38 @@ def _out_features_multiple(divisor: int) -> Check:
     return check
 
 
+def _rope_said_anew(_: Variant, architecture: Architecture) -> str:
+    """Return what makes a runtime compute something else that reads `rope_theta` and `rope_scaling` only."""
+    if not architecture.rope_said_anew:
+        return ""
+    return "does not read rope_parameters: takes the rotary embedding for a plain one of base 10000, without a word"
+
+
+def _transformers_4_40(_: Variant, architecture: Architecture) -> str:
+    """Return what transformers 4.40.2, with which AutoGPTQ 0.7.1 runs, does not know."""
+    family = architecture.model_type
+    known = ("default", "linear", "dynamic") if family == "llama" else ("default",)
+    found = []
+    if family in AUTOGPTQ_FAMILIES and not architecture.rope_said_anew and architecture.rope_type not in known:
+        found.append(f"knows no rotary embedding of type {architecture.rope_type} (transformers 4.40)")
+    if architecture.head_dim * architecture.num_attention_heads != architecture.hidden_size:
+        found.append("takes head_dim to be hidden_size / num_attention_heads (transformers 4.40)")
+    return "; ".join(found)
+
+
+def _transformers_4_40_window(_: Variant, architecture: Architecture) -> str:
+    """Return from where on it computes something else: its mask is a token too wide, Qwen2's also where it is off."""
+    if architecture.sliding_window is None or architecture.model_type not in ("mistral", "qwen2"):
+        return ""
+    return f"past {architecture.sliding_window} tokens its sliding window is not the model's (transformers 4.40)"
+
+
+def _autogptq_head(_: Variant, architecture: Architecture) -> str:
+    if architecture.tie_word_embeddings:
+        return "with tied embeddings it computes with a head that it never loaded"
+    return ""
+
+
 def _exllama_shapes(_: Variant, architecture: Architecture) -> str:
     """Return what ExLlama v1 (3b013cd, model.py) takes for granted and this model has otherwise."""
     if architecture.tie_word_embeddings:
@@ -142,19 +175,25 @@ LOADERS: tuple[Loader, ...] = (
     Loader(
         name="autogptq",
         title="AutoGPTQ 0.7.1",
-        refuses=(_bits(2, 3, 4, 8), _families("llama", "mistral", "qwen2")),
-        traps=(_note("needs transformers 4.40; its import breaks on later ones"),),
+        refuses=(
+            _bits(2, 3, 4, 8),
+            _families(*AUTOGPTQ_FAMILIES),
+            _transformers_4_40,
+            _rope_said_anew,
+            _autogptq_head,
+        ),
+        traps=(_note("needs transformers 4.40; its import breaks on later ones"), _transformers_4_40_window),
     ),
     Loader(
         name="exllama",
         title="ExLlama v1",
-        refuses=(_bits(4), _families("llama"), _exllama_shapes),
+        refuses=(_bits(4), _families("llama"), _exllama_shapes, _rope_said_anew),
         traps=(_note("needs tokenizer.model"),),
     ),
     Loader(
         name="exllamav2",
         title="ExLlamaV2 0.3.2",
-        refuses=(_bits(4), _power_of_two_groups),
+        refuses=(_bits(4), _power_of_two_groups, _rope_said_anew),
         traps=(_note("needs CUDA; without flash-attn set config.no_sdpa = True or its prompt pass is wrong"),),
     ),
     Loader(

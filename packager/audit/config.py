@@ -4,10 +4,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from packager.architecture import DTYPES, FAMILIES, Architecture, read_architecture
+from packager.architecture import FAMILIES, Architecture, read_architecture
 from packager.audit.files import JsonObject, as_object
 from packager.audit.finding import Findings, shown
 from packager.audit.weights import DEFAULT_STEM, Weights
+from packager.config_values import DTYPES
 from packager.errors import PlanError
 
 CONFIG = "config.json"
