@@ -98,10 +98,11 @@ def build_all(session: nox.Session) -> None:
 
 @nox.session(name="tests-release")
 def tests_release(session: nox.Session) -> None:
-    """Read the published demo as its readers would, run its card's code, ask AutoGPTQ as an oracle. Needs build-all."""
+    """Read the published demo as its readers would, run its card's code, ask the loaders. Needs build-all."""
     # Another olah may need other corrections than those in tests/local_hub.py.
     _install(session, "-e", ".[build]", "pytest", "olah==0.5.4")
-    session.run("pytest", "-m", "release", "tests/test_release.py", "tests/test_auto_gptq.py", *session.posargs)
+    files = ("test_release", "test_auto_gptq", "test_loaders_of_architectures")
+    session.run("pytest", "-m", "release", *(f"tests/{name}.py" for name in files), *session.posargs)
 
 
 @nox.session

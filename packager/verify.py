@@ -164,6 +164,8 @@ def _probe(spec: LoaderSpec, job: VerifyJob, report: Callable[[str], None]) -> d
     return dict(zip(branches, results, strict=True))
 
 
+# What a loader leaves unset is whatever was in memory: too large to be squared, or not a number. Neither may pass.
+@np.errstate(over="ignore", invalid="ignore")
 def _judge(
     name: str,
     checkpoint: Checkpoint,

@@ -35,6 +35,7 @@ def test_the_old_config_says_what_the_new_one_means_or_the_model_is_refused(tmp_
     refused = {
         "llama-bias": "mlp_bias",
         "llama3-rope": "a rotary embedding of type llama3",
+        "mistral-head-dim": "head_dim",
         "qwen3": "model_type qwen3",
     }
     if name in refused:

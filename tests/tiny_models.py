@@ -23,6 +23,7 @@ CONFIGS = {
     "llama": lambda: LlamaConfig(**_SIZES),
     "llama-tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "llama-bias": lambda: LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True),
+    "llama-attention-bias": lambda: LlamaConfig(**_SIZES, attention_bias=True),
     "llama3-rope": lambda: LlamaConfig(
         **_SIZES,
         rope_scaling={
@@ -32,6 +33,7 @@ CONFIGS = {
     ),
     "mistral": lambda: MistralConfig(**_SIZES, sliding_window=None),
     "mistral-sliding": lambda: MistralConfig(**_SIZES, sliding_window=16),
+    "mistral-head-dim": lambda: MistralConfig(**_SIZES, sliding_window=None, head_dim=32),
     "qwen2": lambda: Qwen2Config(**_SIZES),
     "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=32),
 }  # fmt: skip

@@ -1,0 +1,183 @@
+"""Every architecture through the whole pipeline and into the real loaders, and what `plan` had predicted of that.
+
+Run by `nox -s tests-release`, because the loaders' environments must exist. A tiny random model of each architecture is
+built into two variants; then each loader opens all of them in one process and is judged as `verify` judges in a build.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from packager.build_state import Build
+from packager.errors import PlanError
+from packager.plan import BuildPlan, make_plan
+from packager.progress import Terminal
+from packager.receipt import LoaderRecord
+from packager.recipe import Loaders
+from packager.recipe.file import RecipeFile
+from packager.verify import TOLERANCE, VerifyJob, checkpoint_of, verify
+from tests import tiny_recipe
+from tests.tiny_recipe import write_inputs, write_recipe
+
+pytestmark = pytest.mark.release
+
+LOADERS = ("autogptq", "transformers")
+VARIANTS = [{"branch": "main"}, {"group_size": 16, "desc_act": True}]
+BRANCHES = ("main", "gptq-4bit-16g-actorder_True")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model of tests/tiny_models.py, its config.json spelled as one or the other transformers writes it.
+
+    Attributes:
+        model: one of CONFIGS.
+        rope_theta: the rotary embedding's base, where it is not the model's own.
+        old: config.json as transformers 4 wrote it, and as almost all published models have it: rope_theta and
+            rope_scaling apart, torch_dtype; else rope_parameters and dtype.
+        config: what else config.json says.
+        refusal: what our verdict on AutoGPTQ says, or "" where it can load.
+        trap: what our verdict says to mind, and these rows do not mind it.
+        old_only: it concerns transformers 4.40; with the 4.46 that AutoGPTQ gets on Python 3.13, it may pass.
+    """
+
+    model: str
+    rope_theta: float | None = None
+    old: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+    refusal: str = ""
+    trap: str = ""
+    old_only: bool = False
+
+    def outcomes(self, loader: str) -> set[str]:
+        """Return every status that agrees with the verdict."""
+        if loader != "autogptq" or not (self.refusal or self.trap):
+            return {"passed"}
+        return {"failed", "passed"} if self.old_only and sys.version_info >= (3, 13) else {"failed"}
+
+
+NEW_ROPE = "takes the rotary embedding for a plain one of base 10000"
+WINDOW = "past 16 tokens its sliding window is not the model's"
+CASES: dict[str, Case] = {
+    "llama": Case(model="llama"),
+    "llama-old-config": Case(model="llama", rope_theta=1e6, old=True),
+    "llama-tied": Case(model="llama-tied", refusal="a head that it never loaded"),
+    "llama-attention-bias": Case(model="llama-attention-bias"),
+    "llama-bias": Case(model="llama-bias"),
+    "llama3-rope": Case(model="llama3-rope", refusal=NEW_ROPE),
+    "llama3-rope-old-config": Case(model="llama3-rope", old=True, refusal="of type llama3", old_only=True),
+    "mistral": Case(model="mistral"),
+    "mistral-sliding": Case(model="mistral-sliding", trap=WINDOW, old_only=True),
+    "mistral-rope-theta": Case(model="mistral", rope_theta=1e6, refusal=NEW_ROPE),
+    "mistral-head-dim": Case(model="mistral-head-dim", refusal="head_dim", old_only=True),
+    "qwen2": Case(model="qwen2"),
+    "qwen2-old-config": Case(model="qwen2", rope_theta=1e6, old=True),
+    "qwen2-unused-window": Case(
+        model="qwen2", config={"use_sliding_window": False, "sliding_window": 16}, trap=WINDOW, old_only=True
+    ),
+    "qwen3": Case(model="qwen3", refusal="knows llama, mistral, qwen2 only"),
+}
+
+
+def spell(config: Mapping[str, Any], case: Case) -> dict[str, Any]:
+    """Return what transformers 5 saved with the case's rope_theta, in the case's spelling."""
+    config = {**config, **case.config}
+    rope = dict(config["rope_parameters"])
+    rope["rope_theta"] = case.rope_theta or rope["rope_theta"]
+    if not case.old:
+        return {**config, "rope_parameters": rope}
+    spelled = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype")}
+    theta = rope.pop("rope_theta")
+    scaling = None if rope["rope_type"] == "default" else rope
+    return {**spelled, "torch_dtype": config["dtype"], "rope_theta": theta, "rope_scaling": scaling}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proven:
+    """What was planned of every case, and what the loaders made of every branch: records by case, branch, loader."""
+
+    plans: Mapping[str, BuildPlan]
+    records: Mapping[tuple[str, str, str], LoaderRecord]
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A recipe of each case; no loader runs in its build, for verify() takes all builds at once."""
+    found = {}
+    for name, case in CASES.items():
+        folder = write_inputs(tmp_path_factory.mktemp(name), case.model)
+        path = folder / "model" / "config.json"
+        path.write_text(json.dumps(spell(json.loads(path.read_text()), case)))
+        found[name] = write_recipe(folder, {"variants": VARIANTS})
+    return found
+
+
+@pytest.fixture(scope="module")
+def proven(
+    recipes: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Proven:
+    checkpoints, owners = [], {}
+    for number, (name, recipe) in enumerate(recipes.items()):
+        dist = recipe.parent / "dist"
+        for receipt in tiny_recipe.build(recipe, dist).receipts:
+            branch = receipt.provenance.branch
+            # Two recipes' branches have the same name; here each needs its own.
+            unique = f"{number}-{branch}"
+            owners[unique] = (name, branch)
+            provenance = receipt.provenance.model_copy(update={"branch": unique})
+            checkpoints.append(checkpoint_of(provenance, tiny_recipe.workspace(dist).folder(branch)))
+    # All have the same tokenizer, so any build's texts will do.
+    recipe_file = RecipeFile.load(recipes["llama"])
+    run = Build(recipe_file, tiny_recipe.options(recipes["llama"].parent / "dist"), Terminal(quiet=True))
+    job = VerifyJob(
+        checkpoints=checkpoints,
+        texts=run.texts,
+        loaders=Loaders(required=LOADERS, prompts=("old bird",), seq_len=32, max_new_tokens=12),
+        device=torch.device("cpu"),
+        cache=Path(pytestconfig.getoption("--cache-folder")).expanduser(),
+        scratch=tmp_path_factory.mktemp("verify"),
+        environ=os.environ,
+    )
+    records = verify(job, print)
+    return Proven(
+        plans={name: make_plan(RecipeFile.load(recipe)) for name, recipe in recipes.items()},
+        records={(*owners[unique], record.loader): record for unique, found in records.items() for record in found},
+    )
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_loader_does_is_what_was_predicted(proven: Proven, name: str, loader: str) -> None:
+    """Measured: relative errors of 0.0008 and less where it passes, 0.1 and more where it computes something else."""
+    case = CASES[name]
+    for planned in proven.plans[name].variants:
+        record = proven.records[name, planned.variant.branch, loader]
+        (verdict,) = [each for each in planned.verdicts if each.loader == loader]
+        assert verdict.can_load is not (loader == "autogptq" and bool(case.refusal)), verdict.reason
+        if loader == "autogptq":
+            assert case.refusal in verdict.reason
+            assert case.trap in verdict.reason
+            assert bool(case.trap) is ("sliding window" in verdict.reason)
+        assert record.status in case.outcomes(loader), record.reason
+        if record.status == "failed":
+            assert record.reason
+        else:
+            assert record.relative_error is not None
+            assert record.relative_error <= TOLERANCE["float32"]
+            assert record.dtype == "float32"
+            assert record.tokens_generated == record.tokens_equal > 0
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.refusal])
+def test_a_recipe_that_requires_what_is_refused_is_refused_itself(recipes: Mapping[str, Path], name: str) -> None:
+    changes = {"variants": VARIANTS, "loaders.required": ["autogptq"]}
+    recipe = write_recipe(recipes[name].parent, changes, name="required.yaml")
+    with pytest.raises(PlanError, match=CASES[name].refusal):
+        make_plan(RecipeFile.load(recipe))
