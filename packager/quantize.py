@@ -8,7 +8,7 @@ killed run picks up after the last finished block, whose weights it reads back a
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -24,7 +24,7 @@ from packager.calibrate import TokenRows
 from packager.decoder import Context, Decoder
 from packager.errors import MachineError
 from packager.host_copies import HostCopies
-from packager.lanes import Lane, lanes_of, limit_memory
+from packager.lanes import Lane, lanes_of, prepare
 from packager.memory import HOST_LIMIT_BYTES, SweepPlan, rows_per_batch
 from packager.receipt import LinearRecord
 from packager.shared_reader import SharedReader
@@ -157,10 +157,8 @@ def _quantize(job: QuantizeJob, report: Report) -> dict[str, Sequence[LinearReco
     lanes = lanes_of(job)
     read = SharedReader(job.source.read, len(lanes))
     stop = Event()
-    if job.device_limit is not None:
-        for device in job.devices:
-            limit_memory(device, job.device_limit)
     for lane in lanes:
+        prepare(lane.device, job.device_limit)
         report(lane)
     workers = [_Worker(job, lane, read, report, stop) for lane in lanes]
     with ThreadPoolExecutor(len(workers), thread_name_prefix="quantize") as pool:
@@ -203,12 +201,7 @@ class _Worker:
     def run(self) -> None:
         """Quantize every variant."""
         device, variants, step = self._lane.device, self._lane.variants, self._lane.plan.num_variants
-        with ExitStack() as stack:
-            if device.type == "cuda":
-                stack.enter_context(torch.cuda.device(device))
-                # Its own stream, or lanes would wait for each other.
-                stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-                stack.enter_context(torch.cuda.stream(stream))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             for first in range(0, len(variants), step):
                 self._sweep(variants[first : first + step])
 

@@ -16,7 +16,7 @@ class QuantizeView:
         branches: of the variants.
 
     Attributes:
-        seconds: each variant's time so far. Variants in two lanes take theirs at the same time.
+        seconds: each variant's time so far; on several GPUs at the same time.
     """
 
     def __init__(self, terminal: Terminal, bar: Bar, branches: Iterable[str]) -> None:
