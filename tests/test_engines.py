@@ -110,6 +110,13 @@ def test_a_sliding_window_that_covers_the_rows_does_not_matter():
         assert legacy_config.problems(config, read_architecture(config, "config.json"), 512) == []
 
 
+def test_the_old_window_is_the_one_that_lets_a_token_see_as_much():
+    sliding = {"model_type": "mistral", "sliding_window": 16}
+    assert legacy_config.legacy_config({**CONFIG, **sliding})["sliding_window"] == 15
+    switched_off = {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 16}
+    assert legacy_config.legacy_config({**CONFIG, **switched_off})["sliding_window"] is None
+
+
 def test_only_variants_of_that_engine_are_refused():
     config = {**CONFIG, "mlp_bias": True}
     architecture = read_architecture(config, "config.json")

@@ -61,13 +61,13 @@ def _shape_problems(config: Mapping[str, object], architecture: Architecture) ->
 
 
 def _window_problems(config: Mapping[str, object], model_type: str, seq_len: int) -> list[str]:
-    """Refuse Qwen2's sliding window where it would matter: transformers 4.40 ignores it (it knows Mistral's)."""
+    """Refuse Qwen2's sliding window where it would matter: transformers 4.40 has it in all blocks, not in some."""
     window = config.get("sliding_window")
     if model_type != "qwen2" or not config.get("use_sliding_window") or not isinstance(window, int):
         return []
     if seq_len <= window:
         return []
-    return [f"calibration rows of {seq_len} tokens: transformers 4.40 ignores Qwen2's sliding window of {window}"]
+    return [f"calibration rows of {seq_len} tokens: transformers 4.40 cannot give Qwen2 its sliding window of {window}"]
 
 
 def legacy_config(config: Mapping[str, object]) -> dict[str, object]:
@@ -78,7 +78,18 @@ def legacy_config(config: Mapping[str, object]) -> dict[str, object]:
     if (kind := _rope_type(config)) != "default":
         # Exactly these two fields, the factor as a float: anything else is refused there.
         legacy["rope_scaling"] = {"type": kind, "factor": float(str(rope["factor"]))}
-    return legacy | {"torch_dtype": "float16"}
+    return legacy | _window(config) | {"torch_dtype": "float16"}
+
+
+def _window(config: Mapping[str, object]) -> dict[str, object]:
+    """Return the sliding window under which transformers 4.40 attends to the same tokens.
+
+    Its mask lets a token see one more than the window says, and it applies Qwen2's even when that is switched off.
+    """
+    window = config.get("sliding_window")
+    if config.get("model_type") == "qwen2":
+        return {"sliding_window": None}  # one that is on and matters was refused
+    return {"sliding_window": window - 1} if isinstance(window, int) else {}
 
 
 def _rope(config: Mapping[str, object]) -> Mapping[str, object]:
