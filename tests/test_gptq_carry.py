@@ -7,6 +7,8 @@ from torch import Tensor
 from packager.gptq.carry import Carry, Float32Carry, SplitCarry
 
 N, OUT = 320, 24
+# Tensor cores add exact products but do not round each sum to nearest.
+TOLERANCE = {"cpu": 1e-6, "cuda": 2e-6}
 CARRIES = pytest.mark.parametrize("kind", [Float32Carry, SplitCarry])
 
 
@@ -55,7 +57,7 @@ def test_sums_are_those_of_float64(device, kind, orders, step):
     """Steps from those of 2 bits to those of 8, beside weights of about 1."""
     M, weight, change = factor(orders=orders), random(N, OUT, seed=4), random(N, OUT, seed=5) * step
     M, weight, change = (part.to(device) for part in (M, weight, change))
-    assert largest_error(filled(kind, M, weight, change), M, change) < 1e-6
+    assert largest_error(filled(kind, M, weight, change), M, change) < TOLERANCE[device.type]
 
 
 @CARRIES
@@ -64,7 +66,7 @@ def test_weights_of_any_size_keep_their_digits(device, kind, size):
     M, outputs = factor(orders=2).to(device), spread(OUT, 2, 6)
     weight, change = (random(N, OUT, seed=seed) * outputs * size for seed in (4, 5))
     change = change.to(device) * 0.05
-    assert largest_error(filled(kind, M, weight.to(device), change), M, change) < 1e-6
+    assert largest_error(filled(kind, M, weight.to(device), change), M, change) < TOLERANCE[device.type]
 
 
 @CARRIES
@@ -72,7 +74,7 @@ def test_changes_far_above_the_weights_do_not_overflow(device, kind):
     """Where errors pile up a weight is moved far away from what it was."""
     M, weight = factor(orders=4).to(device), random(N, OUT, seed=4).clamp(-1, 1).to(device)
     change = 50 * random(N, OUT, seed=5).clamp(-1, 1).to(device)
-    assert largest_error(filled(kind, M, weight, change), M, change) < 1e-6
+    assert largest_error(filled(kind, M, weight, change), M, change) < TOLERANCE[device.type]
 
 
 @CARRIES
@@ -85,4 +87,4 @@ def test_nothing_is_owed_in_a_linear_of_zeros(device, kind):
 def test_half_precision_weights_are_recorded_in_full(device, kind):
     M, weight = factor(orders=2).to(device), random(N, OUT, seed=4).to(device, torch.float16)
     change = random(N, OUT, seed=5).to(device) * 0.05
-    assert largest_error(filled(kind, M, weight, change), M, change) < 1e-6
+    assert largest_error(filled(kind, M, weight, change), M, change) < TOLERANCE[device.type]
