@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from packager.files import disk_errors, reserve
 from packager.memory import Placement
 
 
@@ -101,8 +102,12 @@ class Activations:
         if folder is None:
             raise ValueError("activations on disk need a folder")
         path = folder / f"activations-{id(self):x}-{index}"
-        room = torch.from_file(str(path), shared=True, size=batch.numel(), dtype=batch.dtype)
-        path.unlink()
+        with disk_errors(path):
+            # Its space is taken now: writing to a mapping that the disk cannot hold kills the process.
+            with path.open("xb") as stream:
+                reserve(stream.fileno(), batch.numel() * batch.element_size())
+            room = torch.from_file(str(path), shared=True, size=batch.numel(), dtype=batch.dtype)
+            path.unlink()
         return room.view(batch.shape)
 
 

@@ -1,6 +1,7 @@
 """One block of one variant: its linears calibrated, solved and packed, or restored from what was packed before."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -69,10 +70,11 @@ def quantize_block(
     """
     try:
         block = load()
-        try:
-            return _Attempt(block, passage, solved, careful=not next(block.parameters()).is_cuda).run()
-        except _SomethingFailed:
-            return _Attempt(load(), passage, solved, careful=True).run()
+        on_gpu = next(block.parameters()).is_cuda
+        # The second attempt begins outside the handler: an error under way would keep the first one's batches alive.
+        with suppress(_SomethingFailed):
+            return _Attempt(block, passage, solved, careful=not on_gpu).run()
+        return _Attempt(load(), passage, solved, careful=True).run()
     except QuantizeError as error:
         error.where = error.where or f"{passage.variant.branch}, {BLOCK_PREFIX}.{passage.index}"
         raise

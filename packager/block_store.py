@@ -8,7 +8,6 @@ work/<branch>/checkpoint/        the weights files; completed and packed, this f
 work/<branch>/block-00000.json   one journal per finished block
 """
 
-import errno
 import hashlib
 import os
 import shutil
@@ -21,7 +20,7 @@ from pydantic import ValidationError
 
 from packager.architecture import BLOCK_PREFIX, Shard
 from packager.errors import PackError
-from packager.files import disk_errors, fsync_folder, write_atomic
+from packager.files import disk_errors, fsync_folder, reserve, write_atomic
 from packager.receipt import LinearRecord, Record
 from packager.safetensors_file import StoredTensor, copy_tensor, layout, write_at
 from packager.source import read_tensor
@@ -213,7 +212,7 @@ class BlockStore:
             try:
                 for path, header in self._headers.items():
                     with path.open("xb") as stream:
-                        _reserve(stream.fileno(), self._shards[path].size_bytes)
+                        reserve(stream.fileno(), self._shards[path].size_bytes)
                         stream.write(header)
                         stream.flush()
                         os.fsync(stream.fileno())
@@ -246,18 +245,6 @@ def _bytes_of(tensor: "Tensor") -> memoryview:
     import torch
 
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _reserve(descriptor: int, size_bytes: int) -> None:
-    """Give a new file its size and, where the file system can, its space: a full disk shows now, not in the middle."""
-    os.ftruncate(descriptor, size_bytes)
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(descriptor, 0, size_bytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
 
 
 def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:

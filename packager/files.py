@@ -160,3 +160,15 @@ def list_files(folder: Path) -> tuple[str, ...]:
             if path.is_file() and not any(part.startswith(TEMPORARY_PREFIX) for part in path.relative_to(folder).parts)
         )
     )
+
+
+def reserve(descriptor: int, size_bytes: int) -> None:
+    """Give a new file its size and, where the file system can, its space: a full disk shows now, not in the middle."""
+    os.ftruncate(descriptor, size_bytes)
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise

@@ -190,7 +190,10 @@ def test_quality_measures_what_every_engine_saved(modules: Any, tmp_path: Path) 
     recipe = tiny_recipe.write_all(tmp_path / "recipes")
     options = ["--seeds=0,1", "--permutations=32,16d", "--device=cpu", "--peers=autogptq", f"--cache={tmp_path}"]
     places = [f"--recipe={recipe}", f"--work={tmp_path / 'work'}", f"--json={tmp_path / 'out.json'}"]
-    assert modules.quality.main([*options, *places, "--ours=plain", "--ours=search:scale_search=true"]) == 0
+    assert (
+        modules.quality.main([*options, *places, "--ours=plain:scale_search=false", "--ours=search:scale_search=true"])
+        == 0
+    )
     measurements = json.loads((tmp_path / "out.json").read_text())["measurements"]
     found = {(each["engine"], each["permutation"], each["seed"]): each["quality"] for each in measurements}
     assert len(found) == 2 * 2 * 3

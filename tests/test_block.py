@@ -192,9 +192,6 @@ def test_the_last_block_s_outputs_are_nobody_s(tmp_path, true_sequential, suspen
     assert suspended_batches() == 0
 
 
-@pytest.mark.xfail(
-    reason="the second attempt runs inside an except clause, whose traceback holds the first one's frames"
-)
 def test_the_first_attempt_holds_nothing_while_the_second_runs(tmp_path, hasty):
     """Its batches wait inside the block with their activations: there is no memory for them twice."""
     scene, waiting, load = Scene(tmp_path), [], Scene.load

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _HEADROOM = 2.0**9  # float16 ends at 2^16; a change exceeds the largest weight only where errors pile up
-_SMALLEST = 2.0**-64  # of a weight times its row of M: in a linear of zeros the factors stay finite
+_SMALLEST = 2.0**-64  # of a weight times its row of M: where all weights are zero the factors stay finite
 
 
 class Carry(ABC):
@@ -51,8 +51,8 @@ class Float32Carry(Carry):
 class SplitCarry(Carry):
     """Each factor as the sum of two float16 numbers, 22 bits in all; the product of the two low parts is left out.
 
-    Rows of M are scaled by powers of two to at most 1, the changes by the inverse and by one power of two for all, so
-    that neither overflows nor loses bits to float16's small range.
+    Rows of M are scaled by powers of two to at most 1, the changes by the inverse and by a power of two for each output
+    feature, so that neither overflows nor loses bits to float16's small range.
 
     Args and effect: as `Float32Carry`.
     """
@@ -60,9 +60,8 @@ class SplitCarry(Carry):
     def __init__(self, M: Tensor, weight: Tensor) -> None:
         row = torch.exp2(torch.ceil(torch.log2(torch.linalg.vector_norm(M, dim=1))))
         self._M = _split(M / row[:, None])
-        largest = (weight.abs().amax(1).float() * row).amax().clamp(min=_SMALLEST)
-        self._common = torch.exp2(torch.floor(torch.log2(_HEADROOM / largest)))
-        self._row = (row * self._common)[:, None]
+        largest = (weight.abs() * row[:, None]).amax(0).clamp(min=_SMALLEST)
+        self._row, self._output = row[:, None], torch.exp2(torch.floor(torch.log2(_HEADROOM / largest)))
         high = torch.empty_like(weight, dtype=torch.float16)
         self._change = high, torch.empty_like(high)
 
@@ -70,7 +69,7 @@ class SplitCarry(Carry):
         """See `Carry`."""
         rows = slice(begin, begin + change.shape[0])
         high, low = (part[rows] for part in self._change)
-        scaled = change * self._row[rows]
+        scaled = (change * self._row[rows]).mul_(self._output)
         high.copy_(scaled)
         low.copy_(scaled.sub_(high))
 
@@ -80,7 +79,7 @@ class SplitCarry(Carry):
         total = _add_product(None, M_high[:, begin:end], low)
         total = _add_product(total, M_low[:, begin:end], high)
         total = _add_product(total, M_high[:, begin:end], high)
-        return total.div_(self._common)
+        return total.div_(self._output)
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:
