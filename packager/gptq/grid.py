@@ -58,33 +58,29 @@ def find_grids(w: Tensor, group_size: int, rules: GridRules, price: Tensor) -> t
         enough), zeros whole numbers.
     """
     groups = [slice(begin, begin + group_size) for begin in range(0, w.shape[0], group_size)]
-    grids = [_find_grid(w[group], rules, price[group, None]) for group in groups]
+    grids = [_find_grid(w[group], rules, price[group]) for group in groups]
     return torch.stack([scale for scale, _ in grids]), torch.stack([zero for _, zero in grids])
 
 
 def _find_grid(w: Tensor, rules: GridRules, price: Tensor) -> tuple[Tensor, Tensor]:
     low, high = w.amin(0).clamp(max=0), w.amax(0).clamp(min=0)
-    scale, zero = _grid_of(low, high, rules)
     if not rules.scale_search:
-        return scale, zero
-    least = _error(w, scale, zero, rules.maxq, price)
-    for shrink in search_shrinks(w.device)[1:]:
-        tried_scale, tried_zero = _grid_of(low * shrink, high * shrink, rules)
-        error = _error(w, tried_scale, tried_zero, rules.maxq, price)
-        better = error < least
-        least = torch.where(better, error, least)
-        scale, zero = torch.where(better, tried_scale, scale), torch.where(better, tried_zero, zero)
-    return scale, zero
+        return _grid_of(low, high, rules)
+    shrinks = search_shrinks(w.device)[:, None]
+    scales, zeros = _grid_of(low * shrinks, high * shrinks, rules)
+    errors = [_error(w, scale, zero, rules.maxq, price) for scale, zero in zip(scales, zeros, strict=True)]
+    best = torch.stack(errors).argmin(0, keepdim=True)  # of equal ones the first, that is the largest range
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
 def _error(w: Tensor, scale: Tensor, zero: Tensor, maxq: int, price: Tensor) -> Tensor:
     """Return the weighted squared rounding error; multiplies by 1/scale, which is near enough to choose by."""
-    q = torch.clamp(torch.round(w * scale.reciprocal()) + zero, 0, maxq)
-    return ((w - (q - zero) * scale).square() * price).sum(0)
+    q = (w * scale.reciprocal()).round_().add_(zero).clamp_(0, maxq)
+    return price @ q.sub_(zero).mul_(scale).sub_(w).square_()
 
 
 def _grid_of(low: Tensor, high: Tensor, rules: GridRules) -> tuple[Tensor, Tensor]:
-    """Return scale and zero of the grid that spans [low, high], float32 [out_features] each, low <= 0 <= high."""
+    """Return scale and zero of the grid that spans [low, high], float32 of one shape, low <= 0 <= high."""
     maxq = rules.maxq
     empty = (low == 0) & (high == 0)
     low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
