@@ -205,21 +205,19 @@ class BlockStore:
 
     def _make_files(self) -> None:
         """Make the weights files at their final size, headers written, from an empty folder."""
-        with disk_errors(self.checkpoint):
+        with disk_errors(self.checkpoint), ExitStack() as undo:
             if self._folder.exists():
                 shutil.rmtree(self._folder)
             self.checkpoint.mkdir(parents=True)
-            try:
-                for path, header in self._headers.items():
-                    with path.open("xb") as stream:
-                        reserve(stream.fileno(), self._shards[path].size_bytes)
-                        stream.write(header)
-                        stream.flush()
-                        os.fsync(stream.fileno())
-                fsync_folder(self.checkpoint)
-            except BaseException:
-                shutil.rmtree(self._folder, ignore_errors=True)
-                raise
+            undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            for path, header in self._headers.items():
+                with path.open("xb") as stream:
+                    reserve(stream.fileno(), self._shards[path].size_bytes)
+                    stream.write(header)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            fsync_folder(self.checkpoint)
+            undo.pop_all()
 
     def _check(self, block: int, tensors: "Mapping[str, Tensor]") -> None:
         planned = {

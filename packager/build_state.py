@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from packager.errors import MachineError
 from packager.files import sha256_file
-from packager.loaders import LOADERS
+from packager.loaders import ISOLATED, LOADERS
 from packager.pack import is_packed
 from packager.parallel import in_parallel
 from packager.plan import VariantPlan, make_plan
@@ -169,8 +169,8 @@ def stage_keys(recipe_file: RecipeFile, plan: VariantPlan) -> dict[str, str]:
 
 
 def _loader_digest(name: str) -> list[str]:
-    """Return the digests of a loader's script and of its pinned packages."""
-    return [sha256_file(LOADERS[name].script), sha256_file(LOADERS[name].requirements)]
+    """Return the digests of a loader's script, of what it shares with others, and of its pinned packages."""
+    return [sha256_file(path) for path in (LOADERS[name].script, ISOLATED, LOADERS[name].requirements)]
 
 
 def _local_digest(recipe_file: RecipeFile, name: str | None) -> str:

@@ -21,10 +21,8 @@ import venv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -33,6 +31,10 @@ from packager.errors import LoaderError, LoaderUnavailableError
 from packager.files import disk_errors, write_atomic
 from packager.processes import clean_environ, run, tail
 from packager.shared_torch import find, share_torch
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Installed into an environment only where the running interpreter has no torch to share.
 TORCH_REQUIREMENT = "torch==2.13.0"
@@ -101,7 +103,7 @@ class ProbeResult:
         peak_memory_bytes: on a GPU what this checkpoint took there, on the CPU the process's peak so far.
     """
 
-    logits: NDArray[np.float32]
+    logits: "NDArray[np.float32]"
     generated: tuple[tuple[int, ...], ...]
     versions: Mapping[str, str]
     device: str
@@ -380,6 +382,8 @@ def _outcome(spec: LoaderSpec, job: ProbeJob) -> ProbeResult | LoaderError:
         lines = result.get("traceback", "").rstrip().splitlines()[-TAIL_LINES:]
         why = "\n".join([f"{result['type']}: {result['message']}", *lines])
         return LoaderError(f"{spec.name} could not open the checkpoint", where=where, why=why)
+    import numpy as np
+
     logits = np.load(job.output_dir / "logits.npy", mmap_mode="r")
     if logits.shape[:2] != (len(job.input_ids), len(job.input_ids[0])) or logits.dtype != np.float32:
         return LoaderError(f"{spec.name} wrote logits {logits.dtype} {logits.shape}", where=where)

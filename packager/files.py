@@ -10,8 +10,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from packager.errors import MachineError
 from packager.parallel import in_parallel
@@ -62,6 +63,25 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a stream to write; when the block ends without an error, all of it appears at `path`, durably.
+
+    Raises:
+        MachineError: the disk is full or the folder cannot be written.
+    """
+    with disk_errors(path), ExitStack() as undo:
+        descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        undo.callback(Path(temporary).unlink, missing_ok=True)
+        with os.fdopen(descriptor, "wb") as stream:
+            os.fchmod(stream.fileno(), 0o644)
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).replace(path)
+        fsync_folder(path.parent)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that readers see the old content or the new, never a part.
 
@@ -70,34 +90,14 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                os.fchmod(stream.fileno(), 0o644)
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        fsync_folder(path.parent)
+    with atomic_file(path) as stream:
+        stream.write(data)
 
 
 def copy_atomic(source: Path, target: Path) -> None:
     """Copy one file like `write_atomic`, in chunks."""
-    with disk_errors(target):
-        descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=target.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as stream, source.open("rb") as reader:
-                os.fchmod(stream.fileno(), 0o644)
-                shutil.copyfileobj(reader, stream, _CHUNK_BYTES)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+    with source.open("rb") as reader, atomic_file(target) as stream:
+        shutil.copyfileobj(reader, stream, _CHUNK_BYTES)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:

@@ -17,6 +17,5 @@ def in_parallel(work: Callable[[Item], Result], items: Iterable[Item]) -> list[R
         futures = [pool.submit(work, item) for item in items]
         try:
             return [future.result() for future in futures]
-        except BaseException:
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise

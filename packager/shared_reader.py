@@ -1,7 +1,6 @@
 """One reading of the base model for several threads that go through it side by side."""
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -15,10 +14,11 @@ _MOST_KEPT = 32
 
 @dataclass
 class _Kept:
-    """A tensor that was read or is being read, and how many threads have yet to ask for it."""
+    """A tensor, once it was read, and how many threads have yet to ask for it."""
 
     left: int
-    tensor: "Future[Tensor]" = field(default_factory=Future)
+    tensor: "Tensor | None" = None
+    reading: Lock = field(default_factory=Lock)
 
 
 class SharedReader:
@@ -37,19 +37,13 @@ class SharedReader:
     def __call__(self, name: str) -> "Tensor":
         """Return a named tensor, not to be written to."""
         with self._lock:
-            kept = self._kept.get(name)
-            first = kept is None
-            if kept is None:
-                kept = self._kept[name] = _Kept(left=self._readers)
+            kept = self._kept.setdefault(name, _Kept(left=self._readers))
             kept.left -= 1
             if not kept.left:
                 del self._kept[name]
             while len(self._kept) > _MOST_KEPT:
                 del self._kept[next(iter(self._kept))]
-        if first:
-            try:
-                kept.tensor.set_result(self._read(name))
-            except BaseException as error:  # whoever waits for it must hear of it, even of an interruption
-                kept.tensor.set_exception(error)
-                raise
-        return kept.tensor.result()
+        with kept.reading:
+            if kept.tensor is None:
+                kept.tensor = self._read(name)
+            return kept.tensor

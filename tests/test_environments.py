@@ -18,7 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from packager import environments, processes, shared_torch
+from packager import build_state, engines, environments, processes, shared_torch
 from packager.environments import (
     LoaderSpec,
     ProbeJob,
@@ -29,7 +29,7 @@ from packager.environments import (
     run_probes,
 )
 from packager.errors import LoaderError, LoaderUnavailableError
-from packager.loaders import LOADERS
+from packager.loaders import ISOLATED, LOADERS
 
 ENVIRON = {"PATH": "/usr/bin:/bin"}
 
@@ -461,26 +461,31 @@ def test_loaders_are_named_by_their_keys_and_import_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(environments.__file__).parent.parent)
 
 
-def _functions(script: Path) -> dict[str, str]:
-    tree = ast.parse(script.read_text())
-    return {
-        node.name: ast.dump(node) for node in tree.body if isinstance(node, ast.FunctionDef) and node.name != "probe"
-    }
+def _functions(script: Path) -> set[str]:
+    return {node.name for node in ast.parse(script.read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
-def test_functions_of_the_same_name_are_the_same_in_every_probe() -> None:
-    scripts = {spec.script.stem: _functions(spec.script) for spec in LOADERS.values()}
-    first = scripts.pop("autogptq")
-    for functions in scripts.values():
-        shared = first.keys() & functions.keys()
-        assert {"main", "run_job", "forbid_network", "weights_digests", "write_logits", "write_json"} <= shared
-        assert {name: first[name] for name in shared} == {name: functions[name] for name in shared}
+def test_what_scripts_share_is_written_once() -> None:
+    scripts, shared = [_functions(spec.script) for spec in LOADERS.values()], _functions(ISOLATED)
+    assert {"main", "run_job", "forbid_network", "weights_digests", "write_logits", "write_json"} <= shared
+    for number, functions in enumerate(scripts):
+        assert functions & shared.union(*scripts[number + 1 :]) <= {"probe"}
 
 
-@pytest.mark.parametrize("spec", LOADERS.values(), ids=LOADERS)
-def test_probes_import_the_standard_library_only(spec: LoaderSpec) -> None:
+def test_what_scripts_share_belongs_to_their_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = build_state._loader_digest("autogptq"), engines.auto_gptq_digest()
+    changed = tmp_path / "packager_isolated.py"
+    changed.write_text(ISOLATED.read_text() + "# changed\n")
+    monkeypatch.setattr(build_state, "ISOLATED", changed)
+    monkeypatch.setattr(engines, "ISOLATED", changed)
+    assert build_state._loader_digest("autogptq") != before[0]
+    assert engines.auto_gptq_digest() != before[1]
+
+
+@pytest.mark.parametrize("script", [ISOLATED, *(spec.script for spec in LOADERS.values())], ids=lambda path: path.stem)
+def test_probes_import_the_standard_library_only(script: Path) -> None:
     imported = [
-        node for node in ast.walk(ast.parse(spec.script.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+        node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
     ]
     names = {
         name.split(".")[0]
@@ -512,7 +517,7 @@ def test_probes_refuse_the_network(spec: LoaderSpec) -> None:
     code = textwrap.dedent(
         f"""
         import runpy, socket
-        runpy.run_path({str(spec.script)!r})["forbid_network"]()
+        runpy.run_path({str(spec.script)!r})["isolated"].forbid_network()
         for reach in (lambda: socket.create_connection(("127.0.0.1", 9)), lambda: socket.getaddrinfo("localhost", 80)):
             try:
                 reach()

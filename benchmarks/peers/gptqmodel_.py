@@ -6,16 +6,17 @@ than go to disk layer by layer. `act_group_aware` keeps its default: on without 
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import re
+import runpy
 import sys
-import types
+from pathlib import Path
 from typing import Any
 
 from peer import Job, Stopwatch, need, rows_of, run, versions
 
 SETTINGS = {"offload_to_disk": False}
+# The loader knows how to do without PyPcre, which exists as C source only.
+_PROBE = Path(__file__).parents[2] / "packager" / "loaders" / "transformers_gptqmodel.py"
 
 
 class _Layers:
@@ -36,23 +37,10 @@ def configure() -> None:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(4, os.cpu_count() or 1)))
 
 
-def provide_pcre() -> str:
-    """Put Python's re in the place of PyPcre, which exists as C source only; module names are matched alike."""
-    try:
-        return importlib.metadata.version("pypcre")
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    stand_in: Any = types.ModuleType("pcre")
-    stand_in.compile, stand_in.escape, stand_in.split, stand_in.Pattern = re.compile, re.escape, re.split, re.Pattern
-    stand_in.Flag = types.SimpleNamespace(CASELESS=re.IGNORECASE, MULTILINE=re.MULTILINE, DOTALL=re.DOTALL)
-    sys.modules.setdefault("pcre", stand_in)
-    return "replaced by re"
-
-
 def quantize(job: Job) -> dict[str, Any]:
     """Quantize one model and save it if asked to."""
     configure()
-    pcre = provide_pcre()
+    pcre = runpy.run_path(str(_PROBE))["provide_pcre"]()
     gptqmodel: Any = need("gptqmodel")
     torch: Any = need("torch")
     config = gptqmodel.QuantizeConfig(

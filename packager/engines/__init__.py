@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from packager.architecture import Architecture
 from packager.engines import legacy_config
 from packager.errors import MachineError
+from packager.loaders import ISOLATED
 from packager.receipt import LinearRecord
 from packager.variant import Engine as EngineName
 from packager.variant import Variant
@@ -114,5 +115,6 @@ def engine_problems(
 
 
 def auto_gptq_digest() -> str:
-    """Return what changes when AutoGPTQ would make other bytes: the digest of our script and of the pinned packages."""
-    return hashlib.sha256(AUTO_GPTQ_SCRIPT.read_bytes() + AUTO_GPTQ_LOCK.read_bytes()).hexdigest()
+    """Return what changes when AutoGPTQ would make other bytes: the digest of our scripts and the pinned packages."""
+    parts = (AUTO_GPTQ_SCRIPT, ISOLATED, AUTO_GPTQ_LOCK)
+    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()

@@ -33,6 +33,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Behind everything else, so that nothing of ours hides a package.
+sys.path.append(str(Path(__file__).parents[1] / "loaders"))
+isolated: Any = importlib.import_module("packager_isolated")
+
 BLOCKS = "model.layers."
 # Tokens that travel together: the float32 inputs of a 13B model's widest linear are then 226 MB.
 TOKENS_PER_BATCH = 4096
@@ -54,7 +58,7 @@ class FailureError(Exception):
 def main(job_file: str) -> int:
     """Run a job; return the exit status."""
     say = protocol()
-    forbid_network()
+    isolated.forbid_network()
     try:
         say({"event": "done", **quantize(json.loads(Path(job_file).read_text(encoding="utf-8")), say)})
     except (Exception, SystemExit) as error:
@@ -272,27 +276,6 @@ def selected(name: str, buffers: dict[str, Any], *, has_bias: bool) -> dict[str,
     """Return the tensors that a checkpoint holds of a linear, by their full names."""
     kept = ("qweight", "qzeros", "scales", "g_idx", *(("bias",) if has_bias else ()))
     return {f"{name}.{kind}": buffers[kind].contiguous() for kind in kept}
-
-
-def forbid_network() -> None:
-    """Make Hugging Face libraries work offline, and any other attempt to reach a network an error."""
-    os.environ.update(
-        HF_HUB_OFFLINE="1",
-        TRANSFORMERS_OFFLINE="1",
-        HF_DATASETS_OFFLINE="1",
-        HF_HUB_DISABLE_TELEMETRY="1",
-        HF_HUB_DISABLE_PROGRESS_BARS="1",
-        TOKENIZERS_PARALLELISM="false",
-        # The user's folder may hold an access token and other people's models.
-        HF_HOME=str(Path(sys.prefix) / "huggingface"),
-    )
-
-    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-        # Unix sockets are named by a string; multiprocessing uses them.
-        if event == "socket.getaddrinfo" or (event == "socket.connect" and isinstance(arguments[1], tuple)):
-            raise OSError(f"a probe must not use the network: {event} {arguments[-1]}")
-
-    sys.addaudithook(refuse)
 
 
 if __name__ == "__main__":

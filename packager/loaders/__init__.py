@@ -1,10 +1,12 @@
-"""The runtimes that must open what is published: one stand-alone probe script and one lock of pinned packages each."""
+"""The runtimes that must open what is published: one probe script and one lock of pinned packages each."""
 
 from pathlib import Path
 
 from packager.environments import LoaderSpec
 
 _HERE = Path(__file__).parent
+# What the scripts have in common; their behaviour changes with it.
+ISOLATED = _HERE / "packager_isolated.py"
 # All locks have wheels, or sources without compiled code, for these.
 _REQUIRES_PYTHON = ">=3.11,<3.14"
 

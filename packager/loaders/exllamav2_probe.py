@@ -1,55 +1,26 @@
 """Open GPTQ checkpoints in ExLlamaV2 and write down what it computes. Needs a CUDA GPU and nvcc.
 
-Stand-alone, run as `python exllamav2_probe.py JOB.json ...` in an environment that has ExLlamaV2. A job is an object:
-model_dir, device ("cuda"), input_ids (rows of equal length), prompts (token ids), max_new_tokens, output_dir.
-Written to output_dir: `logits.npy` float32 [rows, seq_len, vocab], then `result.json`, whose status is "ok" or "error".
-Exit status 1 if any job failed.
-
-Functions with the same name are the same in every probe; a test compares them.
+Stand-alone, run as `python exllamav2_probe.py JOB.json ...` where ExLlamaV2 is installed; `packager_isolated.py`
+says what a job is and what is written. Exit status 1 if any job failed.
 """
 
 import fcntl
-import gc
-import hashlib
 import importlib
-import importlib.metadata
-import json
 import os
-import platform
-import resource
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
+
+# Behind everything else, so that nothing of ours hides a package.
+sys.path.append(str(Path(__file__).parent))
+isolated: Any = importlib.import_module("packager_isolated")
 
 PACKAGES = ("exllamav2", "tokenizers", "safetensors", "numpy", "torch")
 
 
 class UnavailableError(Exception):
     """This machine lacks what the runtime needs, whatever the checkpoint."""
-
-
-def main(job_files: list[str]) -> int:
-    """Run the jobs one after the other; a failed job does not stop the next. Returns the exit status."""
-    forbid_network()
-    return max([run_job(json.loads(Path(name).read_text(encoding="utf-8"))) for name in job_files], default=1)
-
-
-def run_job(job: dict[str, Any]) -> int:
-    """Run one job and write its result.json last, so that its presence means that the job is over."""
-    output = Path(job["output_dir"])
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        status, result = 0, {"status": "ok", **probe(job, output)}
-    except (Exception, SystemExit) as error:
-        trace = traceback.format_exc()
-        sys.stderr.write(trace)
-        sys.stderr.flush()
-        status = 1
-        result = {"status": "error", "type": type(error).__name__, "message": str(error), "traceback": trace}
-    write_json(output / "result.json", result)
-    return status
 
 
 def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -66,9 +37,9 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     torch: Any = importlib.import_module("torch")
     require_cuda(torch, device)
     exllamav2 = import_exllamav2()
-    digests = weights_digests(folder)
+    digests = isolated.weights_digests(folder)
     longest = max(len(row) for row in [*job["input_ids"], *job["prompts"]]) + job["max_new_tokens"]
-    reset_peak_memory(torch, device)
+    isolated.reset_peak_memory(torch, device)
     started = time.perf_counter()
     model, cache = load(exllamav2, folder, longest)
     torch.cuda.synchronize()
@@ -76,17 +47,17 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     kernel = quantized_linear(model)
     started = time.perf_counter()
     rows = (cached_logits(torch, model, cache, row, start=0) for row in job["input_ids"])
-    write_logits(output / "logits.npy", rows, len(job["input_ids"]))
+    isolated.write_logits(output / "logits.npy", rows, len(job["input_ids"]))
     forward_s = time.perf_counter() - started
     generated = [
-        cached_greedy(torch, model, cache, prompt, job["max_new_tokens"], end_tokens(folder))
+        cached_greedy(torch, model, cache, prompt, job["max_new_tokens"], isolated.end_tokens(folder))
         for prompt in job["prompts"]
     ]
-    peak = peak_memory_bytes(torch, device)
+    peak = isolated.peak_memory_bytes(torch, device)
     # Quantized matrices live in the extension, where no garbage collector finds them.
     model.unload()
     return {
-        "versions": versions(),
+        "versions": isolated.versions(PACKAGES),
         "device": device,
         "dtype": "float16",
         "kernel": kernel,
@@ -176,89 +147,5 @@ def cached_greedy(
     return new
 
 
-def forbid_network() -> None:
-    """Make Hugging Face libraries work offline, and any other attempt to reach a network an error."""
-    os.environ.update(
-        HF_HUB_OFFLINE="1",
-        TRANSFORMERS_OFFLINE="1",
-        HF_DATASETS_OFFLINE="1",
-        HF_HUB_DISABLE_TELEMETRY="1",
-        HF_HUB_DISABLE_PROGRESS_BARS="1",
-        TOKENIZERS_PARALLELISM="false",
-        # The user's folder may hold an access token and other people's models.
-        HF_HOME=str(Path(sys.prefix) / "huggingface"),
-    )
-
-    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-        # Unix sockets are named by a string; multiprocessing uses them.
-        if event == "socket.getaddrinfo" or (event == "socket.connect" and isinstance(arguments[1], tuple)):
-            raise OSError(f"a probe must not use the network: {event} {arguments[-1]}")
-
-    sys.addaudithook(refuse)
-
-
-def weights_digests(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every *.safetensors file in `folder` as this process sees it."""
-    digests = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return digests
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that matter here."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
-def end_tokens(folder: Path) -> list[int]:
-    """Return the end-of-sequence token ids: those of generation_config.json, else those of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-        if found is not None:
-            return found if isinstance(found, list) else [found]
-    return []
-
-
-def write_logits(path: Path, logits: Any, num_rows: int) -> None:
-    """Write tensors [seq_len, vocab] as one float32 array [num_rows, seq_len, vocab], row by row to save memory."""
-    numpy: Any = importlib.import_module("numpy")
-    temporary = path.with_name(f".tmp-{path.name}")
-    array = None
-    for index, row in enumerate(logits):
-        if array is None:
-            shape = (num_rows, *row.shape)
-            array = numpy.lib.format.open_memmap(temporary, mode="w+", dtype=numpy.float32, shape=shape)
-        array[index] = row.float().cpu().numpy()
-    if array is None:
-        raise ValueError("input_ids has no rows")
-    array.flush()
-    temporary.replace(path)
-
-
-def reset_peak_memory(torch: Any, device: str) -> None:
-    """Forget what the jobs before this one left on the GPU."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory_bytes(torch: Any, device: str) -> int:
-    """Return the most memory this job's tensors took on the GPU, or on the CPU the process's peak so far, in bytes."""
-    if device == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` so that the file appears whole or not at all."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(isolated.main(probe, sys.argv[1:]))

@@ -6,7 +6,6 @@ GitPython finds and starts the executable; it is imported on first use, because 
 """
 
 import hashlib
-import os
 import shutil
 import tempfile
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from packager.errors import MachineError, PackagerError, PublishError
-from packager.files import TEMPORARY_PREFIX
+from packager.files import TEMPORARY_PREFIX, atomic_file
 from packager.targets import LocalFile, StoredFile
 
 if TYPE_CHECKING:
@@ -105,17 +104,9 @@ class GitProcess:
 
     def export_blob(self, blob_id: str, path: Path) -> None:
         """Write a stored file's content to `path`, whole or not at all."""
-        descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as writer, self._blob(blob_id) as stream:
-                os.fchmod(writer.fileno(), 0o644)
-                shutil.copyfileobj(stream, writer, _CHUNK_BYTES)
-                writer.flush()
-                os.fsync(writer.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        # In this order: git's exit status is known before the file appears.
+        with atomic_file(path) as writer, self._blob(blob_id) as stream:
+            shutil.copyfileobj(stream, writer, _CHUNK_BYTES)
 
     def heads(self) -> Mapping[str, tuple[str, str]]:
         """Return each branch's head commit and its committer, "" when it was this program."""
