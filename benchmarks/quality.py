@@ -173,6 +173,7 @@ def _peers(settings: Settings, builds: dict[int, Build]) -> Iterator[Job]:
                 "desc_act": desc_act,
                 "sym": True,
                 "damp_percent": 0.01,
+                "fastest": True,
                 "batch_size": settings.batch_size,
                 "device": settings.device,
                 "save_dir": str(folder.absolute()),

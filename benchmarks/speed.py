@@ -44,6 +44,7 @@ from packager.source import read_source
 
 # What every engine quantizes first, unmeasured: kernels are compiled and libraries loaded then.
 SMALL = Shape(hidden=512, intermediate=1024, heads=4, kv_heads=4, layers=2, vocab=1024)
+FASTEST, DEFAULTS = "fastest", "defaults"
 ONE, FOUR = "recipe-one.yaml", "recipe.yaml"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -57,6 +58,7 @@ class Settings:
     places: Places
     device: str
     batch_size: int
+    peer_settings: tuple[str, ...]
     desc_act: bool
     full: bool
     gpu_memory_bytes: int | None
@@ -125,8 +127,10 @@ def _run_all(settings: Settings, model: Path, small: Path | None) -> Iterator[Ro
             outcome=_run_ours(settings, recipe, model, small),
         )
     for engine in settings.peers:
-        outcome = _run_peer(settings, engine, model, small)
-        yield Row(title=engine.title, variants=1, layers=layers, ours=False, outcome=outcome)
+        outcomes = _run_peer(settings, engine, model, small)
+        for kind, outcome in zip(settings.peer_settings, outcomes, strict=True):
+            title = f"{engine.title}, {kind}"
+            yield Row(title=title, variants=1, layers=layers, ours=False, outcome=outcome)
 
 
 def _run_ours(settings: Settings, recipe: str, model: Path, small: Path | None) -> Outcome:
@@ -150,7 +154,10 @@ def _run_ours(settings: Settings, recipe: str, model: Path, small: Path | None) 
     return outcome
 
 
-def _run_peer(settings: Settings, engine: Engine, model: Path, small: Path | None) -> Outcome:
+def _run_peer(settings: Settings, engine: Engine, model: Path, small: Path | None) -> list[Outcome]:
+    """Run a peer in one process; returns what came of each of its settings."""
+    kinds = settings.peer_settings
+    warm_up = [] if small is None else [(small, kinds[0])]
     jobs = [
         {
             "model_dir": str((folder / "model").absolute()),
@@ -160,14 +167,15 @@ def _run_peer(settings: Settings, engine: Engine, model: Path, small: Path | Non
             "desc_act": settings.desc_act,
             "sym": True,
             "damp_percent": 0.01,
+            "fastest": kind == FASTEST,
             "batch_size": settings.batch_size,
             "device": settings.device,
             "save_dir": None,
         }
-        for folder in (small, model)
-        if folder is not None
+        for folder, kind in [*warm_up, *((model, kind) for kind in kinds)]
     ]
-    return run_jobs(engine, jobs, settings.places, settings.work / "jobs", timeout_s=settings.timeout_s)[-1]
+    outcomes = run_jobs(engine, jobs, settings.places, settings.work / "jobs", timeout_s=settings.timeout_s)
+    return outcomes[len(warm_up) :]
 
 
 def _make(made: Made, folder: Path, settings: Settings, talk: Console) -> None:
@@ -235,6 +243,13 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     add("--desc-act", action="store_true", help="the one permutation that all engines make is with desc_act")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--batch-size", type=int, default=8, help="rows that travel together in the peers (default 8)")
+    add(
+        "--peer-settings",
+        type=_kinds,
+        default=_kinds("fastest,defaults"),
+        metavar="LIST",
+        help="with what settings each peer runs (default fastest,defaults)",
+    )
     add("--gpu-memory", type=_bytes, metavar="SIZE", help="what our engine may take of the GPU, such as 24GB")
     add("--from-page-cache", action="store_true", help="do not make our engine read the weights from disk again")
     add("--no-warm-up", action="store_true", help="measure the first thing that a process quantizes")
@@ -256,6 +271,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         places=places_of(parser, given),
         device=device,
         batch_size=given.batch_size,
+        peer_settings=given.peer_settings,
         desc_act=given.desc_act,
         full=given.full,
         gpu_memory_bytes=given.gpu_memory,
@@ -266,6 +282,13 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         dist=given.dist or given.work / "dist",
         json=given.json,
     )  # fmt: skip
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    kinds = tuple(text.split(","))
+    if not set(kinds) <= {FASTEST, DEFAULTS}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {FASTEST} and {DEFAULTS}")
+    return kinds
 
 
 def _bytes(text: str) -> int:

@@ -109,7 +109,11 @@ def choose_sweep(work: Workload, device_type: str, *, device_limit: int | None, 
 
 
 def sweep_ways(work: Workload, device_type: str) -> Iterator[SweepPlan]:
-    """Yield ways to quantize, the fastest first: reading the weights again is cheap, running again is not."""
+    """Yield ways to quantize, the fastest first.
+
+    Reading the weights once more is cheap: it happens beside the computing. Activations that travel are not always in
+    time on the fastest GPUs, and running a batch again costs most.
+    """
     batches = -(-work.num_samples // work.rows_per_batch(device_type))
     counts = range(work.num_variants, 0, -1)
     suspended = range(batches, -1, -1) if work.true_sequential else (0,)
@@ -117,7 +121,7 @@ def sweep_ways(work: Workload, device_type: str) -> Iterator[SweepPlan]:
     if device_type == "cpu":
         placements, suspended = (("device",),), (batches,)
     for wheres in placements:
-        for kept, count, where in product(suspended, counts, wheres):
+        for kept, where, count in product(suspended, wheres, counts):
             yield _way(work, device_type, num_batches=batches, suspended=kept, count=count, placement=where)
 
 

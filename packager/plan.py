@@ -59,7 +59,7 @@ class MemoryPlan:
 
     Attributes:
         fastest: on a GPU, all variants in one sweep, everything in its memory.
-        full_speed: on the smallest GPU that is as fast: activations in pinned host memory.
+        full_speed: on the smallest GPU that is as fast, if it reads the weights several times.
         least: on the smallest GPU of all, about half as fast.
         cpu: in host memory when there is no GPU (float32).
     """
@@ -287,11 +287,11 @@ def _memory(architecture: Architecture, recipe: Recipe, variants: Sequence[Varia
         true_sequential=any(variant.true_sequential for variant in variants),
     )
     ways = list(sweep_ways(work, "cuda"))
-    host = [way for way in ways if way.placement == "host" and way.host_bytes <= HOST_LIMIT_BYTES] or ways
+    usual = [way for way in ways if way.host_bytes <= HOST_LIMIT_BYTES] or ways
     return MemoryPlan(
         fastest=ways[0],
-        full_speed=min((way for way in host if way.suspended_batches == host[0].suspended_batches), key=_device_bytes),
-        least=min(host, key=_device_bytes),
+        full_speed=min((way for way in usual if way.suspended_batches == ways[0].suspended_batches), key=_device_bytes),
+        least=min(usual, key=_device_bytes),
         cpu=next(sweep_ways(work, "cpu")),
     )
 

@@ -1,6 +1,7 @@
 """What holds for every test: no network, no silent GPU skip, golden files renewed only when asked."""
 
 import os
+import re
 import socket
 
 import pytest
@@ -18,27 +19,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--cache-folder", default=f"{caches}/gptq-packager", help="the loaders' environments, for tests marked release"
     )
-    parser.addoption("--require-gpu", action="store_true", help="tests marked gpu fail where there is no CUDA GPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let Triton kernels run in its interpreter where no GPU was asked for: read when triton is first imported."""
     # Not for the loaders that the release tests start: their kernels are not made for it.
-    if not config.getoption("--require-gpu") and "release" not in config.getoption("-m"):
+    if not {"gpu", "release"} & _asked(config):
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect gpu and release tests unless they are asked for; asked for, they run or fail."""
-    asked = config.getoption("-m")
-    wanted = [
-        item
-        for item in items
-        if (item.get_closest_marker("gpu") is None or config.getoption("--require-gpu"))
-        and (item.get_closest_marker("release") is None or "release" in asked)
-    ]
+    unasked = {"gpu", "release"} - _asked(config)
+    wanted = [item for item in items if not any(item.get_closest_marker(name) for name in unasked)]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     items[:] = wanted
+
+
+def _asked(config: pytest.Config) -> set[str]:
+    """Return the words of `-m`."""
+    return set(re.findall(r"\w+", config.getoption("-m")))
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ class Grids:
 
     def find(self, group: int, w: Tensor, price: Tensor) -> None:
         """Decide for the columns w [columns, out] of a group."""
-        least, miss = torch.full_like(w[0], torch.inf), torch.full_like(w[0], torch.inf)
+        least, sure, miss = (torch.full_like(w[0], torch.inf) for _ in range(3))
         for low, high in self.ranges(w):
             scale, zero = self.grid(low, high)
             error = self.error(w, price, scale, zero)
@@ -112,11 +112,12 @@ class Grids:
             self.zeros[group] = torch.where(better, zero, self.zeros[group])
             least = torch.where(better, error, least)
             if self.follow is not None:
+                sure = torch.minimum(sure, self.surely(w, price, low, high))
                 taken = self.follow.scales[group].cpu().double(), self.follow.zeros[group].cpu().double()
                 miss = torch.minimum(miss, self.miss(low, high, *taken))
         if self.follow is not None:
             excess = (
-                self.error(w, price, *taken) / least.clamp(min=1e-300) - 1 if self.search else torch.zeros_like(miss)
+                self.error(w, price, *taken) / sure.clamp(min=1e-300) - 1 if self.search else torch.zeros_like(miss)
             )
             self.scales[group], self.zeros[group] = taken
             self.misses[group] = torch.maximum(miss, excess)
@@ -142,6 +143,11 @@ class Grids:
         none = zero == 0  # v1 cannot store it
         above = self.exact_scale_without_zero(high).half().double()
         return torch.where(none, above, scale), torch.where(none, 1.0, zero)
+
+    def surely(self, w: Tensor, price: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The error that float32, too, finds for a range, whichever way it rounds scale and zero where they tie."""
+        ends = [(low * a, high * b) for a in (1 - TIE, 1, 1 + TIE) for b in (1 - TIE, 1, 1 + TIE)]
+        return torch.stack([self.error(w, price, *self.grid(*each)) for each in ends]).amax(0)
 
     def error(self, w: Tensor, price: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         q = torch.clamp(torch.round(w / scale) + zero, 0, self.maxq)

@@ -101,15 +101,17 @@ def test_speed_runs_our_engine_and_says_which_peer_is_not_installed(modules: Any
     printed_out, said = capsys.readouterr()
     assert status == 0, said
     report = json.loads((tmp_path / "out.json").read_text())
-    one, four, peer = report["results"]
+    one, four, fastest, defaults = report["results"]
     assert (one["permutations"], four["permutations"], four["layers"]) == (1, 4, 2)
     assert one["status"] == four["status"] == "ok"
     assert four["said"]["variants"] == list(BRANCHES)
     assert four["said"]["stages"].keys() >= {"plan", "source", "calibrate", "quantize", "pack and audit"}
     assert 0 < four["said"]["stages"]["quantize"] < four["said"]["disk_to_disk_s"]
     assert len(four["said"]["marks"]) == 2
-    assert peer["status"] == "not installed"
-    assert "auto_gptq" in peer["reason"]
+    assert [peer["engine"] for peer in (fastest, defaults)] == ["AutoGPTQ, fastest", "AutoGPTQ, defaults"]
+    for peer in (fastest, defaults):
+        assert peer["status"] == "not installed"
+        assert "auto_gptq" in peer["reason"]
     assert "not installed" in printed_out
     assert report["settings"]["shape"]["hidden"] == 128
     assert str(tmp_path) not in json.dumps(report["settings"])

@@ -1,4 +1,4 @@
-"""Fused modules against transformers' own: in Triton's interpreter on the CPU, natively under --require-gpu.
+"""Fused modules against transformers' own: in Triton's interpreter on the CPU, natively under -m gpu.
 
 A release of transformers that changes the mirrored source fails `test_fuses_every_norm_mlp_and_attention`.
 """
@@ -36,7 +36,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda":
         assert torch.cuda.is_available(), "this test needs a CUDA GPU"
     elif not kernels.interpreted():
-        pytest.skip("kernels take CPU tensors in the interpreter only, which --require-gpu leaves out")
+        pytest.skip("kernels take CPU tensors in the interpreter only, which -m gpu leaves out")
     return torch.device(request.param)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels against torch and the float64 reference: in Triton's interpreter, natively under --require-gpu."""
+"""The Triton kernels against torch and the float64 reference: in Triton's interpreter, natively under -m gpu."""
 
 from itertools import product
 
@@ -29,7 +29,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda":
         assert torch.cuda.is_available(), "this test needs a CUDA GPU"
     elif not triton.knobs.runtime.interpret:
-        pytest.skip("kernels take CPU tensors in the interpreter only, which --require-gpu leaves out")
+        pytest.skip("kernels take CPU tensors in the interpreter only, which -m gpu leaves out")
     return torch.device(request.param)
 
 

@@ -1,7 +1,7 @@
-"""AutoGPTQ 0.7.1: one permutation, as its README quantizes, with the settings that are fastest on a large GPU.
+"""AutoGPTQ 0.7.1: one permutation, as its README quantizes.
 
 Timed: `model.quantize(...)`, the weights in host memory already. It packs at the end, on the CPU; the share is reported
-apart. Rows travel `batch_size` at a time and stay on the GPU between layers; a layer's weights come there for its turn.
+apart. By default rows travel one by one, and stay on the GPU between layers; a layer's weights come there for its turn.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def quantize(job: Job) -> dict[str, Any]:
     )
     model = auto_gptq.AutoGPTQForCausalLM.from_pretrained(job["model_dir"], config)
     examples = [{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in rows_of(job)]
+    batch_size = job["batch_size"] if job["fastest"] else 1
     watch = Stopwatch(job["device"])
     handler, pack_model = _Layers(watch), base.pack_model
     base.logger.setLevel(logging.INFO)
@@ -51,7 +52,7 @@ def quantize(job: Job) -> dict[str, Any]:
     base.pack_model = watch.packing(pack_model)
     try:
         with watch:
-            model.quantize(examples, batch_size=job["batch_size"], **SETTINGS)
+            model.quantize(examples, batch_size=batch_size, **SETTINGS)
     finally:
         base.pack_model = pack_model
         base.logger.removeHandler(handler)
@@ -61,7 +62,7 @@ def quantize(job: Job) -> dict[str, Any]:
     return {
         **outcome,
         "timed": "model.quantize, packing at its end included and given apart",
-        "settings": {**SETTINGS, "batch_size": job["batch_size"]},
+        "settings": {**SETTINGS, "batch_size": batch_size},
         "versions": versions("auto-gptq", "accelerate", "numpy"),
     }
 

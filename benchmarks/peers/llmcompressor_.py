@@ -35,12 +35,11 @@ def quantize(job: Job) -> dict[str, Any]:
         actorder=actorder,
         dampening_frac=job["damp_percent"],
     )
-    settings = {
-        "pipeline": "sequential",
+    settings: dict[str, Any] = {"pipeline": "sequential", "batch_size": 1}
+    if job["fastest"]:
         # Activations stay on the GPU between layers, as with the others; the default is the CPU.
-        "sequential_offload_device": "cuda:0" if job["device"] == "cuda" else "cpu",
-        "batch_size": job["batch_size"],
-    }
+        device = "cuda:0" if job["device"] == "cuda" else "cpu"
+        settings |= {"sequential_offload_device": device, "batch_size": job["batch_size"]}
     rows = rows_of(job)
     watch = Stopwatch(job["device"])
     ended = session.LifecycleCallbacks.sequential_epoch_end
@@ -56,7 +55,7 @@ def quantize(job: Job) -> dict[str, Any]:
             llmcompressor.oneshot(
                 model=model,
                 recipe=modifier,
-                dataset=_loader(torch, rows, job["batch_size"]),
+                dataset=_loader(torch, rows, settings["batch_size"]),
                 num_calibration_samples=len(rows),
                 max_seq_length=rows.shape[1],
                 **settings,

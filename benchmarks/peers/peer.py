@@ -5,7 +5,8 @@ Run as `python SCRIPT JOB.json ...` in an environment that has the engine. A job
     model_dir     a folder with a fp16 Llama in safetensors
     rows          a .npy file of token ids [num_samples, seq_len]
     bits, group_size, desc_act, sym, damp_percent
-    batch_size    rows that travel together
+    fastest       whether to set what makes the engine faster on a large GPU; false: its defaults
+    batch_size    rows that travel together in its fastest settings
     device        "cpu" or "cuda"
     save_dir      where to save what was made (null: nowhere); never part of the time
     result        the file to write: status "ok", "not installed", "unavailable" or "failed"
