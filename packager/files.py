@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ from packager.receipt import FileRecord
 
 TEMPORARY_PREFIX = ".tmp-"
 _CHUNK_BYTES = 1 << 22
+# File systems note times every few milliseconds: what was written within this one may have been written again.
+_SETTLED_NS = 2 * 10**9
+_digests: dict[tuple[int, ...], str] = {}
 
 
 @contextmanager
@@ -128,9 +132,24 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file's content, read in chunks."""
+    """Return the sha256 of a file's content, read in chunks; a file that has not changed since is not read again.
+
+    What a file was changed by just now may not show in its times yet, so such a digest is not remembered.
+    """
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        identity = _identity(stream.fileno())
+        if (known := _digests.get(identity)) is not None:
+            return known
+        settled = time.time_ns() - max(identity[3:]) > _SETTLED_NS
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if settled and _identity(stream.fileno()) == identity:
+            _digests[identity] = digest
+        return digest
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    status = os.fstat(descriptor)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def file_record(path: Path) -> FileRecord:

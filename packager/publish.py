@@ -7,15 +7,24 @@ already holds its files gets no commit, so a second publish changes nothing, and
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from packager.errors import PublishError, StateError
 from packager.files import list_files
+from packager.parallel import in_parallel
 from packager.receipt import FileRecord
-from packager.targets import BranchState, LocalFile, StoredFile, Target, file_name_problem, read_local_file
+from packager.targets import (
+    BranchState,
+    HeadMovedError,
+    LocalFile,
+    StoredFile,
+    Target,
+    file_name_problem,
+    read_local_file,
+)
 from packager.variant import MAIN, branch_problem
 
 Action = Literal["create", "update", "unchanged"]
@@ -60,6 +69,7 @@ class BranchPlan:
         removed: files that it has and the manifest has not.
         num_files: files in the manifest.
         total_bytes: their size.
+        present_bytes: the size of those added and changed whose content the repository holds already, on some branch.
     """
 
     branch: str
@@ -71,11 +81,17 @@ class BranchPlan:
     removed: tuple[FileChange, ...]
     num_files: int
     total_bytes: int
+    present_bytes: int
 
     @property
     def written_bytes(self) -> int:
         """The size of the files added and changed."""
         return sum(change.size_bytes for change in (*self.added, *self.changed))
+
+    @property
+    def uploaded_bytes(self) -> int:
+        """What of that must travel."""
+        return self.written_bytes - self.present_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +117,11 @@ class PublishPlan:
     def written_bytes(self) -> int:
         """The size of the files added and changed on all branches."""
         return sum(entry.written_bytes for entry in self.branches)
+
+    @property
+    def uploaded_bytes(self) -> int:
+        """What of that must travel, if nothing is on two branches."""
+        return sum(entry.uploaded_bytes for entry in self.branches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +150,7 @@ def publish(
     *,
     dry_run: bool = False,
     show_plan: Callable[[PublishPlan], None] = lambda _: None,
+    confirm: Callable[[PublishPlan], None] = lambda _: None,
 ) -> PublishReport:
     """Publish `branches` to `target`.
 
@@ -138,13 +160,14 @@ def publish(
         report: gets one line for the plan, one per branch, and one per thing put right after a killed run.
         dry_run: plan and check, write nothing.
         show_plan: gets the plan before the first effect.
+        confirm: called if anything would change, after `show_plan` and before the first effect; raises to stop.
 
     Raises:
         StateError: a folder, or the worktree of a published repository, was edited.
         PublishError: the target is not in a state that can be published to, or did not store what it was given.
         MachineError: git or disk space is missing.
     """
-    files = check_folders(branches)
+    files = check_folders(branches, blob_ids=target.names_by_blob)
     if dry_run:
         plan = _checked_plan(files, target, show_plan)
         report(plan_line(plan))
@@ -159,6 +182,8 @@ def publish(
             report(note)
         plan = _checked_plan(files, target, show_plan)
         report(plan_line(plan))
+        if plan.changing:
+            confirm(plan)
         for entry in plan.branches:
             outcome = _publish_branch(entry, files[entry.branch], target, messages[entry.branch])
             report(outcome_line(outcome))
@@ -166,8 +191,12 @@ def publish(
     return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=tuple(notes), dry_run=False)
 
 
-def check_folders(branches: Sequence[BranchContent]) -> Mapping[str, Mapping[str, LocalFile]]:
-    """Read every branch's files and compare them with their records.
+def check_folders(branches: Sequence[BranchContent], *, blob_ids: bool = True) -> Mapping[str, Mapping[str, LocalFile]]:
+    """Read every branch's files, in parallel, and compare them with their records.
+
+    Args:
+        branches: the content of each branch.
+        blob_ids: whether the blob ids of large files are wanted, too.
 
     Returns:
         The files by branch and name.
@@ -179,9 +208,16 @@ def check_folders(branches: Sequence[BranchContent]) -> Mapping[str, Mapping[str
     _check_names(branches)
     files: dict[str, dict[str, LocalFile]] = {}
     findings: list[str] = []
+    listings = {content.branch: set(list_files(content.folder)) for content in branches}
+    wanted = [
+        (content, name) for content in branches for name in sorted(listings[content.branch] & content.files.keys())
+    ]
+    wanted.sort(key=lambda entry: -entry[0].files[entry[1]].size_bytes)
+    read = in_parallel(lambda entry: read_local_file(entry[0].folder / entry[1], blob_id=blob_ids), wanted)
+    by_name = {(content.branch, name): file for (content, name), file in zip(wanted, read, strict=True)}
     for content in branches:
-        present, manifest = set(list_files(content.folder)), content.files
-        found = {name: read_local_file(content.folder / name) for name in sorted(present & manifest.keys())}
+        present, manifest = listings[content.branch], content.files
+        found = {name: by_name[content.branch, name] for name in sorted(present & manifest.keys())}
         extra = sorted(present - manifest.keys())
         findings.extend(f"{content.folder / name}: {text}" for name, text in _differences(found, manifest))
         findings.extend(f"{content.folder / name}: not in the manifest" for name in extra)
@@ -215,9 +251,10 @@ def plan_publish(
             hint=f"publish {MAIN} together with the others: it is what a reader gets who names no branch",
         )
     ordered = sorted(files, key=lambda branch: branch == MAIN)
+    held = {name for state in remote.values() for file in state.files.values() for name in (file.sha256, file.blob_id)}
     return PublishPlan(
         where=where,
-        branches=tuple(_plan_branch(branch, files[branch], remote.get(branch)) for branch in ordered),
+        branches=tuple(_plan_branch(branch, files[branch], remote.get(branch), held - {""}) for branch in ordered),
         left_alone=tuple(sorted(remote.keys() - files.keys())),
     )
 
@@ -226,7 +263,9 @@ def plan_line(plan: PublishPlan) -> str:
     """Return the plan in one line."""
     actions = Counter(entry.action for entry in plan.branches)
     counts = ", ".join(f"{count} {action}" for action, count in sorted(actions.items()))
-    return f"{plan.where}: {counts}; {format_bytes(plan.written_bytes)} to write"
+    there = plan.written_bytes - plan.uploaded_bytes
+    known = f", {format_bytes(there)} already there" if there else ""
+    return f"{plan.where}: {counts}; {format_bytes(plan.uploaded_bytes)} to upload{known}"
 
 
 def outcome_line(outcome: BranchOutcome) -> str:
@@ -257,12 +296,15 @@ def _checked_plan(
     return plan
 
 
-def _plan_branch(branch: str, files: Mapping[str, LocalFile], state: BranchState | None) -> BranchPlan:
+def _plan_branch(
+    branch: str, files: Mapping[str, LocalFile], state: BranchState | None, held: Collection[str]
+) -> BranchPlan:
     stored: Mapping[str, StoredFile] = state.files if state else {}
     added = tuple(_change(name, files[name]) for name in sorted(files.keys() - stored.keys()))
     removed = tuple(_change(name, stored[name]) for name in sorted(stored.keys() - files.keys()))
     common = sorted(files.keys() & stored.keys())
     changed = tuple(_change(name, files[name]) for name in common if not stored[name].holds(files[name]))
+    new = [files[change.name] for change in (*added, *changed)]
     action: Action = "create" if state is None else "update" if added or changed or removed else "unchanged"
     return BranchPlan(
         branch=branch,
@@ -274,6 +316,7 @@ def _plan_branch(branch: str, files: Mapping[str, LocalFile], state: BranchState
         removed=removed,
         num_files=len(files),
         total_bytes=sum(file.size_bytes for file in files.values()),
+        present_bytes=sum(file.size_bytes for file in new if file.sha256 in held or file.blob_id in held),
     )
 
 
@@ -285,23 +328,59 @@ def _publish_branch(plan: BranchPlan, files: Mapping[str, LocalFile], target: Ta
     if plan.action == "unchanged":
         return BranchOutcome(plan=plan, commit=plan.parent, seconds=0.0)
     started = time.monotonic()
-    commit = target.commit(plan.branch, files, parent=plan.parent, message=message)
-    stored = target.read_records(commit)
-    wanted = {name: FileRecord(size_bytes=file.size_bytes, sha256=file.sha256) for name, file in files.items()}
-    wrong = [f"{name}: {text}" for name, text in _differences(stored, wanted)]
-    if wrong:
+    try:
+        commit = target.commit(plan.branch, files, parent=plan.parent, message=message)
+    except HeadMovedError as error:
+        raise _moved(plan, target, error) from error
+    if wrong := list(_not_as_built(target.read_back(commit), files)):
         raise PublishError(
             f"{plan.branch} was published and does not hold what was built",
             where=target.where,
             why="; ".join(wrong),
-            hint="check that repository's disk (git fsck), then publish again",
+            hint="publish again; if that does not help, check the repository (git fsck, where it is a folder)",
         )
     return BranchOutcome(plan=plan, commit=commit, seconds=time.monotonic() - started)
 
 
-def _differences(
-    found: Mapping[str, LocalFile] | Mapping[str, FileRecord], manifest: Mapping[str, FileRecord]
-) -> Iterator[tuple[str, str]]:
+def _not_as_built(stored: Mapping[str, StoredFile], files: Mapping[str, LocalFile]) -> Iterator[str]:
+    for name in sorted(stored.keys() | files.keys()):
+        if name not in stored:
+            yield f"{name}: missing"
+        elif name not in files:
+            yield f"{name}: not one of ours"
+        elif not stored[name].holds(files[name]):
+            yield f"{name}: {stored[name].size_bytes:,} bytes of other content"
+
+
+def _moved(plan: BranchPlan, target: Target, error: HeadMovedError) -> HeadMovedError:
+    """Return the error with what changed: the files that differ between the planned parent and the head now."""
+    before = target.read_back(plan.parent) if plan.parent else {}
+    now = target.read_branches().get(plan.branch)
+    changes = ["the branch is gone"] if now is None else _changes(before, now)
+    return HeadMovedError(
+        f"{plan.branch} was moved by somebody else while it was being published",
+        where=target.where,
+        why=", ".join([*filter(None, [error.why]), *changes]),
+        hint="look at what is there now, then publish again: what has been uploaded is not uploaded twice",
+    )
+
+
+def _changes(before: Mapping[str, StoredFile], now: BranchState) -> list[str]:
+    """Say what somebody else made of a branch."""
+    author = f" by {now.foreign_author}" if now.foreign_author else ""
+    words = {name: _change_word(before.get(name), now.files.get(name)) for name in before.keys() | now.files.keys()}
+    changed = [f"{name} was {words[name]}" for name in sorted(words) if words[name]]
+    return [f"its head is now {now.commit[:12]}{author}", *changed]
+
+
+def _change_word(before: StoredFile | None, now: StoredFile | None) -> str:
+    if before is None or now is None:
+        return "added" if before is None else "removed"
+    same = before.blob_id == now.blob_id if before.blob_id and now.blob_id else before.sha256 == now.sha256
+    return "" if same and before.size_bytes == now.size_bytes else "changed"
+
+
+def _differences(found: Mapping[str, LocalFile], manifest: Mapping[str, FileRecord]) -> Iterator[tuple[str, str]]:
     """Yield each file that is not as the manifest says, and how it differs."""
     for name in sorted(found.keys() | manifest.keys()):
         file, record = found.get(name), manifest.get(name)

@@ -152,7 +152,7 @@ def test_a_dry_run_writes_nothing(scene: Scene) -> None:
     report = scene.publish(dry_run=True)
     assert report.dry_run
     assert [outcome.plan.action for outcome in report.outcomes] == ["create", "create"]
-    assert scene.lines == [f"{scene.repository}: 2 create; 24 B to write"]
+    assert scene.lines == [f"{scene.repository}: 2 create; 24 B to upload"]
     assert not scene.root.exists()
     scene.publish()
     before = heads(scene.repository)
@@ -544,7 +544,7 @@ def test_what_is_stored_is_read_again(scene: Scene, tmp_path: Path, monkeypatch:
     shim(tmp_path / "bin", script, monkeypatch)
     with pytest.raises(PublishError, match="does not hold what was built") as caught:
         scene.publish(contents)
-    assert "w.bin: changed: sha256" in str(caught.value)
+    assert "w.bin: 6 bytes of other content" in str(caught.value)
     assert "git fsck" in str(caught.value)
 
 
@@ -571,11 +571,13 @@ class MemoryTarget:
     """A target that knows large files by sha256 and the others by blob id, as the Hub does."""
 
     where = "memory"
+    is_public = False
+    names_by_blob = False
 
     def __init__(self, remote: Mapping[str, BranchState]) -> None:
         self.remote = remote
         self.commits: list[tuple[str, str | None]] = []
-        self.stored: Mapping[str, FileRecord] = {}
+        self.stored: Mapping[str, StoredFile] = {}
 
     def read_branches(self) -> Mapping[str, BranchState]:
         return self.remote
@@ -590,10 +592,10 @@ class MemoryTarget:
     def commit(self, branch: str, files: Mapping[str, LocalFile], *, parent: str | None, message: str) -> str:
         assert message
         self.commits.append((branch, parent))
-        self.stored = {name: FileRecord(size_bytes=f.size_bytes, sha256=f.sha256) for name, f in files.items()}
+        self.stored = {name: StoredFile(size_bytes=f.size_bytes, sha256=f.sha256) for name, f in files.items()}
         return "f" * 40
 
-    def read_records(self, commit: str) -> Mapping[str, FileRecord]:
+    def read_back(self, commit: str) -> Mapping[str, StoredFile]:
         assert commit == "f" * 40
         return self.stored
 

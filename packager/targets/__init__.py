@@ -1,8 +1,9 @@
 """Where branches are published: one small port, and the values that cross it.
 
-A target holds branches; a branch holds exactly the files of its head commit. `publish.py` decides what to do from
-`read_branches` alone, so a target never compares anything. What identifies a stored file is whatever the target can
-answer without reading its content: git knows blob ids, the Hub the sha256 of large files and blob ids of the rest.
+A target holds branches; a branch holds exactly the files of its head commit. What is to be done is decided elsewhere
+(`publish.py`, `rollback.py`, `published.py`) from what a target says, so a target never compares anything. What
+identifies a stored file is whatever the target can answer without reading its content: git knows blob ids, git-lfs and
+the Hub the sha256 of large files and blob ids of the rest.
 """
 
 import hashlib
@@ -13,22 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from packager.files import TEMPORARY_PREFIX
-from packager.receipt import FileRecord
+from packager.errors import PublishError
+from packager.files import TEMPORARY_PREFIX, sha256_file
 
+# Git keeps smaller files as they are, and larger ones by git-lfs, as the Hub does.
+LARGE_BYTES = 10_000_000
 _CHUNK_BYTES = 1 << 20
 _LOST_IN_A_CLONE = {"Cc", "Cs", "Zl", "Zp"}  # control, surrogate, line and paragraph separators
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalFile:
-    """A file to publish, with both names git and the Hub know its content by.
+    """A file to publish, with the names git and the Hub know its content by.
 
     Attributes:
         path: where it lies.
         size_bytes: its length.
         sha256: digest of the content.
-        blob_id: git's id of the content (sha1 over a header and the content).
+        blob_id: git's id of the content (sha1 over a header and the content); "" for a large file, where the target
+            has no use for it.
     """
 
     path: Path
@@ -70,15 +74,63 @@ class BranchState:
     files: Mapping[str, StoredFile]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommitRecord:
+    """A commit of a branch's history.
+
+    Attributes:
+        commit: 40 hex digits.
+        author: who made it, "" when it was this program.
+        title: its message's first line.
+        time_s: when, in seconds since 1970.
+    """
+
+    commit: str
+    author: str
+    title: str
+    time_s: int
+
+
+class HeadMovedError(PublishError):
+    """A branch's head is not what it was when the plan was made: somebody else committed meanwhile."""
+
+
 class Target(Protocol):
-    """A repository that branches are published to."""
+    """A repository that branches are published to.
+
+    Whatever is read of a commit holds for ever; only `read_branches` gives another answer the next time.
+    """
 
     @property
     def where(self) -> str:
         """The repository as people know it: a folder or an address."""
 
+    @property
+    def is_public(self) -> bool:
+        """Whether others may see at once what is published: then a person is asked first."""
+
+    @property
+    def names_by_blob(self) -> bool:
+        """Whether large files, too, are told apart by their blob ids."""
+
     def read_branches(self) -> Mapping[str, BranchState]:
         """Return every branch that is there; nothing is written, and none is there before the first publish."""
+
+    def read_back(self, commit: str) -> Mapping[str, StoredFile]:
+        """Return a commit's files anew, by the strongest digests the repository can answer of what it stores."""
+
+    def read_bytes(self, commit: str, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        """Return a stored file's content, or `size` bytes of it from `start` on; the rest need not travel.
+
+        Raises:
+            PublishError: there is no such file.
+        """
+
+    def export(self, commit: str, name: str, path: Path) -> None:
+        """Write a stored file's content to `path`, whole or not at all."""
+
+    def history(self, branch: str) -> Sequence[CommitRecord]:
+        """Return a branch's commits, the newest first, following first parents; none if it is not there."""
 
     def check(self, changing: Collection[str]) -> None:
         """Raise unless the branches named could be written now; nothing is written."""
@@ -90,16 +142,32 @@ class Target(Protocol):
         """Make `files` the whole content of `branch` in one commit on top of `parent`, and return its id.
 
         Raises:
-            PublishError: the branch's head is no longer `parent` (None: it was not there).
+            HeadMovedError: the branch's head is no longer `parent` (None: it was not there).
+            PublishError: the target refused, or a file is no longer what it was.
         """
 
-    def read_records(self, commit: str) -> Mapping[str, FileRecord]:
-        """Return size and sha256 of a commit's files, computed from what the repository stores."""
+    def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
+        """Make the files of an earlier `commit` the whole content of `branch` in one new commit on top of `parent`.
+
+        Nothing is uploaded: the repository has all of it.
+
+        Raises:
+            HeadMovedError: the branch's head is no longer `parent`.
+        """
+
+    def tag(self, name: str, commit: str) -> None:
+        """Give a commit a name for good; the same name for the same commit again is fine.
+
+        Raises:
+            PublishError: the name is taken by another commit.
+        """
 
 
-def read_local_file(path: Path) -> LocalFile:
-    """Return `path` with its digests, computed in one pass."""
+def read_local_file(path: Path, *, blob_id: bool = True) -> LocalFile:
+    """Return `path` with its digests, computed in one pass; a large file's blob id only if it is asked for."""
     size_bytes = path.stat().st_size
+    if not blob_id and size_bytes >= LARGE_BYTES:
+        return LocalFile(path=path, size_bytes=size_bytes, sha256=sha256_file(path), blob_id="")
     sha256 = hashlib.sha256()
     blob = hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
     with path.open("rb") as stream:

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING
 
 from packager.errors import MachineError, PackagerError, PublishError
 from packager.files import TEMPORARY_PREFIX, atomic_file
-from packager.targets import LocalFile, StoredFile
+from packager.targets import CommitRecord, HeadMovedError, LocalFile, StoredFile
 
 if TYPE_CHECKING:
     from git.cmd import Git
@@ -102,6 +102,15 @@ class GitProcess:
                 digest.update(chunk)
         return digest.hexdigest()
 
+    def read_blob(self, blob_id: str, *, start: int = 0, size: int | None = None) -> bytes:
+        """Return a stored file's content, or a part of it."""
+        with self._blob(blob_id) as stream:
+            stream.read(start)
+            part = stream.read() if size is None else stream.read(size)
+            while stream.read(_CHUNK_BYTES):
+                pass
+        return part
+
     def export_blob(self, blob_id: str, path: Path) -> None:
         """Write a stored file's content to `path`, whole or not at all."""
         # In this order: git's exit status is known before the file appears.
@@ -114,7 +123,7 @@ class GitProcess:
         heads = {}
         for line in self.run("for-each-ref", pattern, "refs/heads").splitlines():
             commit, branch, committer = line.split(" ", 2)
-            heads[branch] = (commit, "" if committer == f"{AUTHOR_NAME} <{AUTHOR_EMAIL}>" else committer)
+            heads[branch] = (commit, _foreign(committer))
         return heads
 
     def files(self, commit: str | None) -> Mapping[str, StoredFile]:
@@ -161,6 +170,32 @@ class GitProcess:
             tree = self.run("write-tree", index=index).strip()
         ancestry = ("-p", parent) if parent else ()
         return self.run("commit-tree", tree, *ancestry, "-F", "-", stdin=f"{message}\n".encode()).strip()
+
+    def commit_again(self, commit: str, *, parent: str, message: str) -> str:
+        """Make a commit that holds the files of another one; no branch moves."""
+        return self.run(
+            "commit-tree", f"{commit}^{{tree}}", "-p", parent, "-F", "-", stdin=f"{message}\n".encode()
+        ).strip()
+
+    def history(self, revision: str) -> list[CommitRecord]:
+        """Return the commits that lead to a revision, first parents only, the newest first."""
+        listing = self.run("log", "-z", "--first-parent", "--format=%H%n%ct%n%cn <%ce>%n%s", revision, "--")
+        return [
+            CommitRecord(commit=commit, author=_foreign(committer), title=title, time_s=int(time_s))
+            for commit, time_s, committer, title in (entry.split("\n", 3) for entry in listing.split("\0") if entry)
+        ]
+
+    def tag(self, name: str, commit: str) -> None:
+        """Name a commit.
+
+        Raises:
+            PublishError: the name is another commit's.
+        """
+        found = self.run("for-each-ref", "--format=%(objectname) %(*objectname)", f"refs/tags/{name}").split()
+        if found and commit not in found:
+            raise PublishError(f"the tag {name} is there and names {found[-1][:12]}", where=str(self.worktree))
+        if not found:
+            self.run("update-ref", f"refs/tags/{name}", commit, _NO_COMMIT)
 
     def move_branch(self, branch: str, commit: str, *, parent: str | None) -> None:
         """Point `branch` at `commit` if its head still is `parent`; None means that it must not exist."""
@@ -258,13 +293,18 @@ class GitProcess:
         if any(text in words for text in ("Permission denied", "Read-only file system", "insufficient permission")):
             return MachineError("the repository cannot be written", where=where, why=words)
         if arguments[0] == "update-ref":
-            return PublishError(
+            return HeadMovedError(
                 f"{arguments[3].removeprefix('refs/heads/')} was moved by somebody else while it was being published",
                 where=where,
                 why=words,
                 hint="look at what is there now, then publish again",
             )
         return PublishError(f"git {arguments[0]} failed", where=where, why=words)
+
+
+def _foreign(committer: str) -> str:
+    """Return who made a commit, "" when it was this program."""
+    return "" if committer == f"{AUTHOR_NAME} <{AUTHOR_EMAIL}>" else committer
 
 
 def _missing_git(error: Exception) -> MachineError:

@@ -13,15 +13,14 @@ import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from packager.errors import PublishError, StateError
 from packager.files import TEMPORARY_PREFIX, disk_errors, fsync_folder, remove_leftovers, write_atomic
-from packager.receipt import FileRecord
-from packager.targets import BranchState, LocalFile, read_local_file
+from packager.targets import BranchState, CommitRecord, LocalFile, StoredFile, read_local_file
 from packager.targets.git_process import GitProcess
 from packager.variant import MAIN
 
@@ -58,6 +57,16 @@ class LocalTarget:
     def where(self) -> str:
         """The repository's folder."""
         return str(self._folder)
+
+    @property
+    def is_public(self) -> bool:
+        """No: it is a folder of this machine."""
+        return False
+
+    @property
+    def names_by_blob(self) -> bool:
+        """Yes: git knows nothing else."""
+        return True
 
     def read_branches(self) -> Mapping[str, BranchState]:
         """Return every branch with its files."""
@@ -118,21 +127,52 @@ class LocalTarget:
         with disk_errors(self._folder):
             self._write_journal(None)
             self._git.store(files)
-            commit = self._git.commit(files, parent=parent, message=message)
-            if branch == MAIN:
-                self._write_journal(_Checkout(old=parent, new=commit))
-            self._git.move_branch(branch, commit, parent=parent)
-            if branch == MAIN:
-                self._check_out(_Checkout(old=parent, new=commit))
-                self._write_journal(None)
+            return self._advance(branch, self._git.commit(files, parent=parent, message=message), parent=parent)
+
+    def _advance(self, branch: str, commit: str, *, parent: str | None) -> str:
+        """Let a branch's head be `commit`, and main's worktree show it."""
+        checkout = _Checkout(old=parent, new=commit) if branch == MAIN else None
+        self._write_journal(checkout)
+        self._git.move_branch(branch, commit, parent=parent)
+        if checkout is not None:
+            self._check_out(checkout)
+            self._write_journal(None)
         return commit
 
-    def read_records(self, commit: str) -> Mapping[str, FileRecord]:
-        """Return size and sha256 of each of a commit's blobs."""
+    def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
+        """Put a commit with the files of an earlier one on top of `parent`, and check it out when it is main's."""
+        with disk_errors(self._folder):
+            return self._advance(branch, self._git.commit_again(commit, parent=parent, message=message), parent=parent)
+
+    def read_back(self, commit: str) -> Mapping[str, StoredFile]:
+        """Return a commit's files with the sha256 of what the repository's blobs hold now."""
         return {
-            name: FileRecord(size_bytes=stored.size_bytes, sha256=self._git.blob_sha256(stored.blob_id))
+            name: replace(stored, sha256=self._git.blob_sha256(stored.blob_id)) if stored.blob_id else stored
             for name, stored in self._git.files(commit).items()
         }
+
+    def read_bytes(self, commit: str, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        """Return a blob's content, or a part of it."""
+        return self._git.read_blob(self._stored(commit, name), start=start, size=size)
+
+    def export(self, commit: str, name: str, path: Path) -> None:
+        """Write a blob's content to `path`."""
+        self._git.export_blob(self._stored(commit, name), path)
+
+    def history(self, branch: str) -> Sequence[CommitRecord]:
+        """Return a branch's commits."""
+        return self._git.history(branch) if branch in self._git.heads() else ()
+
+    def tag(self, name: str, commit: str) -> None:
+        """Make a lightweight tag."""
+        self._git.tag(name, commit)
+
+    def _stored(self, commit: str, name: str) -> str:
+        """Return the blob id of a commit's file."""
+        stored = self._git.files(commit).get(name)
+        if stored is None or not stored.blob_id:
+            raise PublishError(f"{commit[:12]} has no file {name}", where=self.where)
+        return stored.blob_id
 
     def _is_there(self) -> bool:
         """Return whether the repository exists; whatever else lies at its path is an error."""
