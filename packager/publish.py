@@ -6,16 +6,16 @@ already holds its files gets no commit, so a second publish changes nothing, and
 """
 
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from packager.errors import PublishError, StateError
 from packager.files import list_files
 from packager.parallel import in_parallel
+from packager.publish_plan import BranchPlan, PublishPlan, plan_line, plan_publish
 from packager.receipt import FileRecord
+from packager.sizes import format_bytes
 from packager.targets import (
     BranchState,
     HeadMovedError,
@@ -26,8 +26,6 @@ from packager.targets import (
     read_local_file,
 )
 from packager.variant import MAIN, branch_problem
-
-Action = Literal["create", "update", "unchanged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,83 +46,6 @@ class BranchContent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileChange:
-    """A file that is written or removed, and its size in the new commit, or in the old one if it is removed."""
-
-    name: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class BranchPlan:
-    """What publishing does to one branch.
-
-    Attributes:
-        branch: its name.
-        action: whether a commit is made, and on what.
-        parent: the head as it is now, None if the branch is not there.
-        foreign_author: who made that head, "" when it was this program; it stays in the history.
-        added: files that the branch does not have.
-        changed: files that it has with another content.
-        removed: files that it has and the manifest has not.
-        num_files: files in the manifest.
-        total_bytes: their size.
-        present_bytes: the size of those added and changed whose content the repository holds already, on some branch.
-    """
-
-    branch: str
-    action: Action
-    parent: str | None
-    foreign_author: str
-    added: tuple[FileChange, ...]
-    changed: tuple[FileChange, ...]
-    removed: tuple[FileChange, ...]
-    num_files: int
-    total_bytes: int
-    present_bytes: int
-
-    @property
-    def written_bytes(self) -> int:
-        """The size of the files added and changed."""
-        return sum(change.size_bytes for change in (*self.added, *self.changed))
-
-    @property
-    def uploaded_bytes(self) -> int:
-        """What of that must travel."""
-        return self.written_bytes - self.present_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishPlan:
-    """What publishing does to a repository.
-
-    Attributes:
-        where: the repository, as people know it.
-        branches: in the order they are published, `main` last.
-        left_alone: branches that are there and not in this publish.
-    """
-
-    where: str
-    branches: tuple[BranchPlan, ...]
-    left_alone: tuple[str, ...]
-
-    @property
-    def changing(self) -> tuple[str, ...]:
-        """The branches that get a commit."""
-        return tuple(entry.branch for entry in self.branches if entry.action != "unchanged")
-
-    @property
-    def written_bytes(self) -> int:
-        """The size of the files added and changed on all branches."""
-        return sum(entry.written_bytes for entry in self.branches)
-
-    @property
-    def uploaded_bytes(self) -> int:
-        """What of that must travel, if nothing is on two branches."""
-        return sum(entry.uploaded_bytes for entry in self.branches)
-
-
-@dataclass(frozen=True, kw_only=True)
 class BranchOutcome:
     """What was done to one branch: its head (None after a dry run of a branch that is not there) and the seconds."""
 
@@ -141,6 +62,14 @@ class PublishReport:
     outcomes: tuple[BranchOutcome, ...]
     notes: tuple[str, ...]
     dry_run: bool
+
+    def head(self, branch: str) -> str:
+        """Return a branch's head commit after publishing.
+
+        Raises:
+            KeyError: the branch was not published, or has no head after a dry run.
+        """
+        return {outcome.plan.branch: outcome.commit for outcome in self.outcomes if outcome.commit}[branch]
 
 
 def publish(
@@ -231,43 +160,6 @@ def check_folders(branches: Sequence[BranchContent], *, blob_ids: bool = True) -
     return files
 
 
-def plan_publish(
-    files: Mapping[str, Mapping[str, LocalFile]], remote: Mapping[str, BranchState], *, where: str
-) -> PublishPlan:
-    """Compare what the branches are to hold with what is there.
-
-    Args:
-        files: by branch and name.
-        remote: the target's branches.
-        where: the target, for people.
-
-    Raises:
-        PublishError: there would be no `main`.
-    """
-    if MAIN not in files and MAIN not in remote:
-        raise PublishError(
-            f"{MAIN} is not among the branches and the repository has none",
-            where=where,
-            hint=f"publish {MAIN} together with the others: it is what a reader gets who names no branch",
-        )
-    ordered = sorted(files, key=lambda branch: branch == MAIN)
-    held = {name for state in remote.values() for file in state.files.values() for name in (file.sha256, file.blob_id)}
-    return PublishPlan(
-        where=where,
-        branches=tuple(_plan_branch(branch, files[branch], remote.get(branch), held - {""}) for branch in ordered),
-        left_alone=tuple(sorted(remote.keys() - files.keys())),
-    )
-
-
-def plan_line(plan: PublishPlan) -> str:
-    """Return the plan in one line."""
-    actions = Counter(entry.action for entry in plan.branches)
-    counts = ", ".join(f"{count} {action}" for action, count in sorted(actions.items()))
-    there = plan.written_bytes - plan.uploaded_bytes
-    known = f", {format_bytes(there)} already there" if there else ""
-    return f"{plan.where}: {counts}; {format_bytes(plan.uploaded_bytes)} to upload{known}"
-
-
 def outcome_line(outcome: BranchOutcome) -> str:
     """Return the one line that says what became of a branch."""
     plan = outcome.plan
@@ -279,14 +171,6 @@ def outcome_line(outcome: BranchOutcome) -> str:
     return f"{plan.branch}: {done} at {outcome.commit[:12]}, files: {changes}, {size}, {outcome.seconds:.1f} s"
 
 
-def format_bytes(size_bytes: int) -> str:
-    """Return a size in decimal units, e.g. `8.12 MB`."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.2f} {unit}"
-    return f"{size_bytes} B"
-
-
 def _checked_plan(
     files: Mapping[str, Mapping[str, LocalFile]], target: Target, show_plan: Callable[[PublishPlan], None]
 ) -> PublishPlan:
@@ -294,34 +178,6 @@ def _checked_plan(
     show_plan(plan)
     target.check(plan.changing)
     return plan
-
-
-def _plan_branch(
-    branch: str, files: Mapping[str, LocalFile], state: BranchState | None, held: Collection[str]
-) -> BranchPlan:
-    stored: Mapping[str, StoredFile] = state.files if state else {}
-    added = tuple(_change(name, files[name]) for name in sorted(files.keys() - stored.keys()))
-    removed = tuple(_change(name, stored[name]) for name in sorted(stored.keys() - files.keys()))
-    common = sorted(files.keys() & stored.keys())
-    changed = tuple(_change(name, files[name]) for name in common if not stored[name].holds(files[name]))
-    new = [files[change.name] for change in (*added, *changed)]
-    action: Action = "create" if state is None else "update" if added or changed or removed else "unchanged"
-    return BranchPlan(
-        branch=branch,
-        action=action,
-        parent=state.commit if state else None,
-        foreign_author=state.foreign_author if state else "",
-        added=added,
-        changed=changed,
-        removed=removed,
-        num_files=len(files),
-        total_bytes=sum(file.size_bytes for file in files.values()),
-        present_bytes=sum(file.size_bytes for file in new if file.sha256 in held or file.blob_id in held),
-    )
-
-
-def _change(name: str, file: LocalFile | StoredFile) -> FileChange:
-    return FileChange(name=name, size_bytes=file.size_bytes)
 
 
 def _publish_branch(plan: BranchPlan, files: Mapping[str, LocalFile], target: Target, message: str) -> BranchOutcome:

@@ -1,5 +1,6 @@
 """A publish plan and its report for people, as a table, and for machines, as JSON with exact integers."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich import box
@@ -7,9 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from packager.publish import BranchOutcome, BranchPlan, PublishPlan, PublishReport, format_bytes
+from packager.publish import BranchOutcome, PublishReport
+from packager.publish_plan import BranchPlan, FileChange, PublishPlan
+from packager.sizes import format_bytes
 
-_SHOWN_FILES = 3
+_SHOWN_FILES = 5
 
 
 def print_plan(plan: PublishPlan, console: Console) -> None:
@@ -34,6 +37,7 @@ def plan_json(plan: PublishPlan) -> dict[str, object]:
         "branches": [_branch_json(entry) for entry in plan.branches],
         "left_alone": list(plan.left_alone),
         "written_bytes": plan.written_bytes,
+        "uploaded_bytes": plan.uploaded_bytes,
     }
 
 
@@ -52,29 +56,35 @@ def _table(plan: PublishPlan, commits: dict[str, str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for heading in ("Branch", "Action"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("Size", "Write"):
+    for heading in ("Size", "To send", "There already"):
         table.add_column(heading, no_wrap=True, justify="right")
     table.add_column("Changes", overflow="fold")
     if commits:
         table.add_column("Commit", no_wrap=True)
     for entry in plan.branches:
-        sizes = (format_bytes(entry.total_bytes), format_bytes(entry.written_bytes))
+        there = entry.total_bytes - entry.uploaded_bytes
+        sizes = (format_bytes(entry.total_bytes), format_bytes(entry.uploaded_bytes), format_bytes(there))
         commit = (commits[entry.branch][:12],) if commits else ()
         table.add_row(*(Text(cell) for cell in (entry.branch, entry.action, *sizes, _changes(entry), *commit)))
     return table
 
 
 def _changes(plan: BranchPlan) -> str:
-    """Return what differs, a line each; a branch that is not there yet is all new."""
+    """Return what differs, a line each; of a new branch the largest files."""
     if plan.action == "create":
-        return f"{plan.num_files} files"
+        return "\n".join(_lines("+", sorted(plan.added, key=lambda change: -change.size_bytes)))
     lines = [f"based on {plan.parent[:12]} by {plan.foreign_author}"] if plan.parent and plan.foreign_author else []
-    for title, changes in (("added", plan.added), ("changed", plan.changed), ("removed", plan.removed)):
-        if changes:
-            shown = ", ".join(change.name for change in changes[:_SHOWN_FILES])
-            more = len(changes) - _SHOWN_FILES
-            lines.append(f"{title} {shown}" + (f" and {more} more" if more > 0 else ""))
+    for sign, changes in (("+", plan.added), ("~", plan.changed), ("-", plan.removed)):
+        lines.extend(_lines(sign, changes))
     return "\n".join(lines)
+
+
+def _lines(sign: str, changes: Sequence[FileChange]) -> list[str]:
+    shown = [f"{sign} {change.name} {format_bytes(change.size_bytes)}" for change in changes[:_SHOWN_FILES]]
+    more = changes[_SHOWN_FILES:]
+    return (
+        [*shown, f"{sign} {len(more)} more, {format_bytes(sum(each.size_bytes for each in more))}"] if more else shown
+    )
 
 
 def _print_left_alone(plan: PublishPlan, console: Console) -> None:
@@ -84,7 +94,7 @@ def _print_left_alone(plan: PublishPlan, console: Console) -> None:
 
 
 def _branch_json(plan: BranchPlan) -> dict[str, object]:
-    return {**asdict(plan), "written_bytes": plan.written_bytes}
+    return {**asdict(plan), "written_bytes": plan.written_bytes, "uploaded_bytes": plan.uploaded_bytes}
 
 
 def _outcome_json(outcome: BranchOutcome) -> dict[str, object]:

@@ -14,7 +14,8 @@ from filelock import FileLock
 from rich.console import Console
 
 from packager.errors import MachineError, PackagerError, PublishError, StateError
-from packager.publish import BranchContent, PublishReport, check_folders, plan_publish, publish
+from packager.publish import BranchContent, PublishReport, check_folders, publish
+from packager.publish_plan import plan_publish
 from packager.publish_view import plan_json, print_plan, print_report, report_json
 from packager.receipt import FileRecord
 from packager.targets import BranchState, LocalFile, StoredFile, file_name_problem, read_local_file
@@ -349,7 +350,7 @@ def test_somebody_elses_commit_stays_in_the_history(scene: Scene, tmp_path: Path
     assert git("rev-parse", "main^", cwd=scene.repository).strip() == theirs
     assert (scene.repository / "README.md").read_bytes() == b"card\n"
     assert_published(scene.contents, scene.repository, tmp_path)
-    console = Console(width=120, record=True)
+    console = Console(width=160, record=True)
     print_plan(report.plan, console)
     assert f"based on {theirs[:12]} by A Person <person@example.org>" in console.export_text()
 
@@ -633,8 +634,9 @@ def test_the_plan_and_the_report_read_well(scene: Scene) -> None:
     text = console.export_text()
     assert "To publish in a place [bold]" in text
     rows = [" ".join(line.split()) for line in text.splitlines()]
-    assert f"{VARIANT} create 12 B 12 B 3 files" in rows
-    assert rows.index("main create 12 B 12 B 2 files") > rows.index(f"{VARIANT} create 12 B 12 B 3 files")
+    variant = rows.index(f"{VARIANT} create 12 B 12 B 0 B + README.md 5 B")
+    assert rows[variant + 1 : variant + 3] == ["+ w.bin 5 B", "+ sub/x.json 2 B"]
+    assert "main create 12 B 12 B 0 B + w.bin 7 B" in rows[variant + 3 :]
     assert json.loads(json.dumps(plan_json(plan)))["branches"][0]["added"][0] == {"name": "README.md", "size_bytes": 5}
     report = scene.publish()
     print_report(report, console)

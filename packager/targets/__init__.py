@@ -82,12 +82,14 @@ class CommitRecord:
         commit: 40 hex digits.
         author: who made it, "" when it was this program.
         title: its message's first line.
+        message: the whole of it, title and trailers, without line ends at the end.
         time_s: when, in seconds since 1970.
     """
 
     commit: str
     author: str
     title: str
+    message: str
     time_s: int
 
 
