@@ -1,0 +1,52 @@
+"""A publisher that dies, and a Hub that fails, at any point: the same end, or a clear error and a run that ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from packager.errors import PackagerError
+from tests.loopback_hub import FaultKind, LoopbackHub
+from tests.recipe_fixtures import ROOT
+from tests.test_hub_target import Scene, hub
+
+__all__ = ["hub"]
+pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
+
+
+def test_killed_at_any_moment_and_run_again_it_ends_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.hub_crash_driver", str(tmp_path), "--runs", "10", "--seed", "3"]
+    environ = {**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert sum(found["branches complete when killed"].values()) == 10
+    assert len(found["branches complete when killed"]) > 1
+
+
+@pytest.mark.parametrize("kind", ["status", "status-after", "cut", "cut-after", "cut-body", "cut-answer"])
+def test_every_request_may_fail_once(
+    tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, kind: FaultKind
+) -> None:
+    """It ends right, or is said and the next run ends right; nothing that arrived is sent again."""
+    Scene(tmp_path, hub).publish()
+    errors, fired = [], 0
+    for place in range(len(hub.requests)):
+        with LoopbackHub(tmp_path / f"hub-{place}", tokens=hub.tokens) as other:
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", other.endpoint)
+            scene = Scene(tmp_path, other)
+            fault = other.fault("", kind, after=place, status=503)
+            try:
+                scene.publish()
+            except PackagerError as error:
+                errors.append(f"request {place}: {error}")
+                scene.publish()
+            fired += fault.fired
+            scene.assert_published()
+            arrived = [upload.oid for upload in other.uploaded if upload.accepted]
+            assert len(arrived) == len(set(arrived))
+    assert not errors
+    assert fired >= len(hub.requests) - 2  # the client remembers an answer or two

@@ -1,0 +1,345 @@
+"""Publishing to the Hub, against a loopback Hub: what ends up there, what travels, and what faults come to."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from threading import Thread
+
+import huggingface_hub.constants
+import pytest
+
+from packager.errors import MachineError, PackagerError, PublishError
+from packager.publish import BranchContent, PublishReport, publish
+from packager.targets import HeadMovedError, hub_calls
+from packager.targets.hub import HubTarget, NewRepository
+from tests.loopback_hub import Account, LoopbackHub
+from tests.publish_fixtures import REPOSITORY, VARIANT, describe, git, make_content, trees
+
+# The client's own upload of raw bytes.
+pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
+TOKEN, READER, RIVAL = "hf_writes_0123456789", "hf_reads_0123456789", "hf_rival_0123456789"
+COMMIT = "POST /api/models/.*/commit/"
+PUT = "PUT /"
+WEIGHTS = {"main": b"main's weights" * 1000, VARIANT: b"the variant's weights" * 1000}
+
+
+class Scene:
+    """An empty Hub, two branches to publish, and what was said."""
+
+    def __init__(self, tmp_path: Path, hub: LoopbackHub) -> None:
+        self.dist, self.hub = tmp_path / "dist", hub
+        self.contents = [
+            make_content(
+                self.dist,
+                branch,
+                {"README.md": b"---\nlicense: mit\n---\n# Card\n", "config.json": b"{}", "model.safetensors": weights},
+            )
+            for branch, weights in WEIGHTS.items()
+        ]
+        self.lines: list[str] = []
+
+    @property
+    def path(self) -> Path:
+        return self.hub.repository(REPOSITORY).path
+
+    def target(self, **settings: object) -> HubTarget:
+        return HubTarget(REPOSITORY, say=self.lines.append, **settings)  # type: ignore[arg-type]
+
+    def publish(self, contents: Sequence[BranchContent] | None = None, **settings: object) -> PublishReport:
+        self.lines.clear()
+        return publish(contents or self.contents, self.target(**settings), self.lines.append)
+
+    def refused(self, kind: type[PackagerError] = PublishError, **settings: object) -> str:
+        with pytest.raises(kind) as caught:
+            self.publish(**settings)
+        assert TOKEN not in str(caught.value)
+        assert isinstance(caught.value.__cause__, HeadMovedError | type(None))
+        return str(caught.value)
+
+    def change(self, branch: str, **files: bytes) -> list[BranchContent]:
+        """Return the contents after some files of a branch have changed."""
+        for name, data in files.items():
+            (self.dist / branch / name.replace("_", ".")).write_bytes(data)
+        return [describe(self.dist / content.branch, content.branch) for content in self.contents]
+
+    def assert_published(self) -> None:
+        """Whoever clones gets exactly the files, large ones by git-lfs, and nothing but .gitattributes besides."""
+        for content in self.contents:
+            names = git("ls-tree", "-r", "--name-only", content.branch, cwd=self.path).split()
+            assert set(names) == {*content.files, ".gitattributes"}
+            for name in content.files:
+                data = (content.folder / name).read_bytes()
+                stored = git("show", f"{content.branch}:{name}", cwd=self.path)
+                if name.endswith(".safetensors"):
+                    record = content.files[name]
+                    assert f"oid sha256:{record.sha256}\nsize {record.size_bytes}\n" in stored
+                    assert self.hub.repository(REPOSITORY).lfs_object(record.sha256).read_bytes() == data
+                else:
+                    assert stored.encode() == data
+
+    def uploaded_bytes(self) -> int:
+        return sum(upload.received for upload in self.hub.uploaded)
+
+    def commits(self, branch: str) -> list[str]:
+        return git("log", "--format=%s", branch, cwd=self.path).splitlines()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    tokens = {
+        TOKEN: Account("somebody"),
+        READER: Account("somebody", role="read"),
+        RIVAL: Account("rival", orgs=("somebody",)),
+    }
+    with LoopbackHub(tmp_path / "hub", tokens=tokens) as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        # The client waits between its own tries, too.
+        monkeypatch.setattr("time.sleep", lambda _: None)
+        yield hub
+
+
+@pytest.fixture
+def scene(tmp_path: Path, hub: LoopbackHub) -> Scene:
+    return Scene(tmp_path, hub)
+
+
+def test_a_new_repository_gets_a_branch_per_variant_main_last(scene: Scene) -> None:
+    report = scene.publish()
+    assert [outcome.plan.branch for outcome in report.outcomes] == [VARIANT, "main"]
+    scene.assert_published()
+    written = [request.path for request in scene.hub.requests if "/commit/" in request.path]
+    assert [path.rpartition("/")[2] for path in written] == [VARIANT, "main"]
+    # A variant's history begins with the repository's first commit, which holds nobody's weights.
+    assert len(scene.commits(VARIANT)) == 2
+    message = git("log", "-1", "--format=%B", VARIANT, cwd=scene.path)
+    assert message.startswith(f"Publish {VARIANT}\n")
+    assert "Published-by: gptq-packager" in message
+
+
+def test_a_second_publish_makes_no_request_that_writes(scene: Scene) -> None:
+    scene.publish()
+    before, uploaded = trees(scene.path), scene.uploaded_bytes()
+    scene.hub.requests.clear()
+    report = scene.publish()
+    assert {outcome.plan.action for outcome in report.outcomes} == {"unchanged"}
+    assert {request.method for request in scene.hub.requests} == {"GET"}
+    assert (trees(scene.path), scene.uploaded_bytes()) == (before, uploaded)
+
+
+def test_only_what_changed_travels_and_what_is_stale_goes_in_the_same_commit(scene: Scene) -> None:
+    scene.publish()
+    scene.hub.uploaded.clear()
+    (scene.dist / VARIANT / "model.safetensors").rename(scene.dist / VARIANT / "better.safetensors")
+    scene.contents = scene.change(VARIANT, config_json=b'{"new": true}')
+    (outcome, _) = scene.publish().outcomes
+    assert outcome.plan.present_bytes == len(WEIGHTS[VARIANT])
+    assert [change.name for change in outcome.plan.removed] == ["model.safetensors"]
+    assert scene.uploaded_bytes() == 0
+    assert len(scene.commits(VARIANT)) == 3
+    scene.assert_published()
+
+
+def test_what_main_has_is_not_copied_to_a_new_branch(scene: Scene) -> None:
+    main, variant = scene.contents
+    scene.publish([main])
+    seen: list[set[str]] = []
+
+    def look(_: object) -> None:
+        seen.append(set(git("ls-tree", "-r", "--name-only", VARIANT, cwd=scene.path).split()))
+
+    scene.hub.fault(COMMIT, "call", call=look)
+    scene.publish([main, variant])
+    assert seen == [{".gitattributes"}]
+    scene.assert_published()
+
+
+def test_visibility_and_gating_are_those_of_the_recipe(scene: Scene) -> None:
+    scene.publish(new=NewRepository(visibility="private", gated="manual"))
+    settings = scene.hub.repository(REPOSITORY).settings
+    assert (settings["private"], settings["gated"]) == (True, "manual")
+
+
+@pytest.mark.parametrize("kind", ["cut-after", "status-after"])
+def test_a_commit_whose_answer_is_lost_has_landed(scene: Scene, kind: str) -> None:
+    scene.hub.fault(COMMIT, kind, times=2)  # type: ignore[arg-type]
+    scene.publish()
+    scene.assert_published()
+    assert len(scene.commits(VARIANT)) == 2
+    assert [line for line in scene.lines if "the commit had landed" in line]
+
+
+@pytest.mark.parametrize(("options", "said"), [({"retry_after": 7}, "in 7 s"), ({"reset": 31}, "in 31 s")])
+def test_a_busy_hub_is_waited_for_as_it_asks(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], said: str
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(hub_calls.time, "sleep", waits.append)
+    scene.hub.fault(COMMIT, "status", status=429, message="You have exceeded our hourly quota", **options)
+    scene.publish()
+    scene.assert_published()
+    line = next(line for line in scene.lines if "429" in line)
+    assert line == f"committing {VARIANT}: 429: You have exceeded our hourly quota; trying again {said}"
+    assert int(said.split()[1]) in waits
+
+
+def test_a_hub_that_stays_busy_is_given_up_with_what_to_do(scene: Scene) -> None:
+    scene.hub.fault(COMMIT, "status", status=429, retry_after=4000, times=99)
+    text = scene.refused()
+    assert f"committing {VARIANT}: the Hub did not do it within 3600 s" in text
+    assert "what has arrived is not sent again" in text
+    scene.hub.faults.clear()
+    uploaded = scene.uploaded_bytes()
+    scene.publish()
+    scene.assert_published()
+    assert scene.uploaded_bytes() == uploaded + len(WEIGHTS["main"])
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status", "text"),
+    [
+        ("GET /api/whoami", 401, "asking whose token this is: the Hub does not know the token, or it has expired"),
+        ("POST /api/repos/create", 403, "making the repository: the token may not do that"),
+        (COMMIT, 403, f"committing {VARIANT}: the token may not do that"),
+        (PUT, 413, f"uploading the files of {VARIANT}: a file is larger than the Hub takes"),
+        (PUT, 507, f"uploading the files of {VARIANT}: the Hub has no room for it"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_at_once(scene: Scene, request_line: str, status: int, text: str) -> None:
+    scene.hub.fault(request_line, "status", status=status, message="No.", times=99)
+    assert text in scene.refused()
+    scene.hub.faults.clear()
+    scene.publish()
+    scene.assert_published()
+
+
+def test_a_token_for_reading_or_none_is_refused_before_anything_is_made(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", READER)
+    assert "the token is for reading only" in scene.refused()
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.utils._auth._get_token_from_file", lambda: None)
+    assert "hf auth login" in scene.refused()
+    assert all(request.method == "GET" for request in scene.hub.requests)
+
+
+def test_an_offline_machine_says_so(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True, raising=False)
+    huggingface_hub.close_session()
+    assert "unset HF_HUB_OFFLINE" in scene.refused(MachineError)
+    huggingface_hub.close_session()
+
+
+def test_a_head_that_somebody_moves_stops_the_run_and_says_what_changed(scene: Scene) -> None:
+    scene.publish()
+    better = scene.change(VARIANT, config_json=b'{"better": 1}')
+
+    def rival(_: object) -> None:
+        api = huggingface_hub.HfApi(token=RIVAL)
+        api.upload_file(path_or_fileobj=b"rival", path_in_repo="NEWS.md", repo_id=REPOSITORY, revision=VARIANT)
+
+    scene.hub.fault(COMMIT, "call", call=rival)
+    with pytest.raises(HeadMovedError) as caught:
+        scene.publish(better)
+    text = str(caught.value)
+    assert f"{VARIANT} was moved by somebody else while it was being published" in text
+    assert "by rival, NEWS.md was added" in text
+    plan = scene.publish(better).plan.branches[0]
+    assert (plan.foreign_author, [change.name for change in plan.removed]) == ("rival", ["NEWS.md"])
+
+
+def test_a_branch_somebody_makes_meanwhile_is_not_overwritten(scene: Scene) -> None:
+    scene.publish(scene.contents[:1])
+
+    def rival(_: object) -> None:
+        huggingface_hub.HfApi(token=RIVAL).create_branch(REPOSITORY, branch=VARIANT)
+
+    scene.hub.fault(f"GET /api/models/{REPOSITORY}/refs", "call", after=1, call=rival)
+    assert f"{VARIANT} was moved by somebody else" in scene.refused(HeadMovedError)
+
+
+def test_a_file_that_changes_while_it_is_sent_moves_no_branch(scene: Scene) -> None:
+    weights = scene.dist / VARIANT / "model.safetensors"
+    scene.hub.fault("POST .*/objects/batch", "call", call=lambda _: weights.write_bytes(b"x" * len(WEIGHTS[VARIANT])))
+    assert f"uploading the files of {VARIANT}" in scene.refused()
+    assert scene.commits(VARIANT) == ["initial commit"]
+
+
+def test_what_is_published_can_be_read_in_parts(scene: Scene, tmp_path: Path) -> None:
+    report = scene.publish()
+    target, commit = scene.target(), report.outcomes[0].commit or ""
+    data = WEIGHTS[VARIANT]
+    assert target.read_bytes(commit, "model.safetensors") == data
+    scene.hub.requests.clear()
+    assert target.read_bytes(commit, "model.safetensors", start=5, size=9) == data[5:14]
+    assert "bytes=5-13" in json.dumps(scene.hub.requests[-1].headers)
+    assert target.read_bytes(commit, "config.json", start=1) == b"}"
+    target.export(commit, "model.safetensors", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == data
+    with pytest.raises(PublishError, match="there is no such file"):
+        target.read_bytes(commit, "nothing.bin")
+
+
+def test_an_earlier_commit_is_restored_without_an_upload(scene: Scene) -> None:
+    first = scene.publish().outcomes[0].commit or ""
+    scene.publish(scene.change(VARIANT, model_safetensors=b"worse" * 1000, config_json=b'{"worse": 1}'))
+    target = scene.target()
+    head, before, *_ = target.history(VARIANT)
+    assert (before.commit, before.author, head.title) == (first, "", f"Publish {VARIANT}")
+    scene.hub.uploaded.clear()
+    made = target.restore(VARIANT, first, parent=head.commit, message="Back\n\nRollback-of: it")
+    assert target.read_back(made) == target.read_back(first)
+    assert target.history(VARIANT)[0].title == "Back"
+    assert not scene.hub.uploaded
+    scene.hub.commit(REPOSITORY, {"NEWS.md": b"news"}, branch=VARIANT)
+    with pytest.raises(HeadMovedError):
+        target.restore(VARIANT, head.commit, parent=made, message="Forth")
+
+
+def test_a_tag_names_one_commit_for_good(scene: Scene) -> None:
+    first, last = (outcome.commit or "" for outcome in scene.publish().outcomes)
+    scene.target().tag("v1", first)
+    scene.target().tag("v1", first)
+    assert git("rev-parse", "v1^{commit}", cwd=scene.path).strip() == first
+    with pytest.raises(PublishError, match="the tag v1 is there"):
+        scene.target().tag("v1", last)
+
+
+def test_each_weight_byte_is_hashed_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client is given our digest, and sends what it reads."""
+    monkeypatch.setattr("huggingface_hub.lfs.sha_fileobj", lambda *_: pytest.fail("hashed again"))
+    scene.publish()
+    scene.assert_published()
+
+
+def test_of_two_publishers_at_once_one_wins_each_branch(scene: Scene, tmp_path: Path) -> None:
+    """They publish different content; each branch ends as one of them made it, whole, and a loser is told."""
+    scene.publish()
+    other = Scene(tmp_path / "other", scene.hub)
+    results: list[str] = []
+
+    def run(each: Scene, word: bytes) -> None:
+        for branch in WEIGHTS:
+            each.contents = each.change(branch, model_safetensors=word * 3000, config_json=b'{"by": "%s"}' % word)
+        try:
+            publish(each.contents, each.target(), each.lines.append)
+            results.append("won")
+        except HeadMovedError as error:
+            results.append(str(error))
+
+    threads = [Thread(target=run, args=arguments) for arguments in ((scene, b"one"), (other, b"two"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "won" in results
+    assert [text for text in results if text != "won" and "was moved by somebody else" not in text] == []
+    for branch in WEIGHTS:
+        config = json.loads(git("show", f"{branch}:config.json", cwd=scene.path))
+        maker = scene if config["by"] == "one" else other
+        record = next(content for content in maker.contents if content.branch == branch).files["model.safetensors"]
+        assert record.sha256 in git("show", f"{branch}:model.safetensors", cwd=scene.path)
