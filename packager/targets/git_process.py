@@ -6,11 +6,13 @@ GitPython finds and starts the executable; it is imported on first use, because 
 """
 
 import hashlib
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -46,16 +48,38 @@ _SETTINGS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a git command ended with: its exit status, standard output, and words on standard error."""
+
+    status: int
+    output: str
+    words: str
+
+
 class GitProcess:
     """Runs git for one repository, an ordinary one with its worktree.
 
     Args:
         worktree: the folder that holds `.git`; it need not exist yet.
+        settings: configuration beside our own.
+        environment: variables beside our own.
+        secrets: texts that nothing git says may show.
     """
 
-    def __init__(self, worktree: Path) -> None:
+    def __init__(
+        self,
+        worktree: Path,
+        *,
+        settings: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        secrets: Collection[str] = (),
+    ) -> None:
         self.worktree = worktree.absolute()
         self.git_folder = self.worktree / ".git"
+        self._settings = {**_SETTINGS, **(settings or {})}
+        self._variables = dict(environment or {})
+        self._secrets = sorted(secrets, key=len, reverse=True)
         self._git: Git | None = None
         self._files: dict[str, Mapping[str, StoredFile]] = {}
 
@@ -71,11 +95,18 @@ class GitProcess:
             MachineError: no usable git, no space, no permission.
             PublishError: git refused; the message holds its words.
         """
+        answer = self.attempt(*arguments, stdin=stdin, index=index)
+        if answer.status:
+            raise self._refusal(arguments, answer.words)
+        return answer.output
+
+    def attempt(self, *arguments: str, stdin: bytes = b"", index: Path | None = None, discard: bool = False) -> Answer:
+        """Run one git command, `run`'s way, and return how it ended; `discard` its standard output, however long."""
         from git.exc import GitCommandNotFound
 
         git = self._checked()
         extra = {"GIT_INDEX_FILE": str(index)} if index else {}
-        with tempfile.TemporaryFile() as reader:
+        with tempfile.TemporaryFile() as reader, Path(os.devnull).open("wb") as nowhere:
             reader.write(stdin)
             reader.seek(0)
             try:
@@ -83,6 +114,7 @@ class GitProcess:
                     [str(git.GIT_PYTHON_GIT_EXECUTABLE), *arguments],
                     istream=reader,
                     env=self._environment(**extra),
+                    output_stream=nowhere if discard else None,
                     with_extended_output=True,
                     with_exceptions=False,
                     stdout_as_string=False,
@@ -90,9 +122,14 @@ class GitProcess:
                 )
             except GitCommandNotFound as error:
                 raise _missing_git(error) from error
-        if status:
-            raise self._refusal(arguments, words)
-        return output.decode("utf-8", "backslashreplace")
+        text = "" if discard else output.decode("utf-8", "backslashreplace")
+        return Answer(status=status, output=text, words=self._scrubbed(words))
+
+    def _scrubbed(self, words: str | bytes) -> str:
+        text = words.decode("utf-8", "backslashreplace") if isinstance(words, bytes) else words
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text.strip()
 
     def blob_sha256(self, blob_id: str) -> str:
         """Return the sha256 of a stored file's content."""
@@ -117,11 +154,11 @@ class GitProcess:
         with atomic_file(path) as writer, self._blob(blob_id) as stream:
             shutil.copyfileobj(stream, writer, _CHUNK_BYTES)
 
-    def heads(self) -> Mapping[str, tuple[str, str]]:
+    def heads(self, namespace: str = "refs/heads") -> Mapping[str, tuple[str, str]]:
         """Return each branch's head commit and its committer, "" when it was this program."""
         pattern = "--format=%(objectname) %(refname:lstrip=2) %(committername) %(committeremail)"
         heads = {}
-        for line in self.run("for-each-ref", pattern, "refs/heads").splitlines():
+        for line in self.run("for-each-ref", pattern, namespace).splitlines():
             commit, branch, committer = line.split(" ", 2)
             heads[branch] = (commit, _foreign(committer))
         return heads
@@ -179,11 +216,16 @@ class GitProcess:
 
     def history(self, revision: str) -> list[CommitRecord]:
         """Return the commits that lead to a revision, first parents only, the newest first."""
-        listing = self.run("log", "-z", "--first-parent", "--format=%H%n%ct%n%cn <%ce>%n%s", revision, "--")
-        return [
-            CommitRecord(commit=commit, author=_foreign(committer), title=title, time_s=int(time_s))
-            for commit, time_s, committer, title in (entry.split("\n", 3) for entry in listing.split("\0") if entry)
-        ]
+        listing = self.run("log", "-z", "--first-parent", "--format=%H%n%ct%n%cn <%ce>%n%B", revision, "--")
+        records = []
+        for commit, time_s, committer, message in (entry.split("\n", 3) for entry in listing.split("\0") if entry):
+            title, author = message.partition("\n")[0], _foreign(committer)
+            records.append(
+                CommitRecord(
+                    commit=commit, author=author, title=title, message=message.rstrip("\n"), time_s=int(time_s)
+                )
+            )
+        return records
 
     def tag(self, name: str, commit: str) -> None:
         """Name a commit.
@@ -219,13 +261,13 @@ class GitProcess:
             yield process.stdout
             process.wait()
         except GitCommandError as error:
-            raise self._refusal(arguments, str(error.stderr)) from error
+            raise self._refusal(arguments, self._scrubbed(str(error.stderr))) from error
         finally:
             process.stdout.close()
             process.stderr.close()
 
     def _environment(self, **extra: str) -> dict[str, str]:
-        settings = dict(enumerate(_SETTINGS.items()))
+        settings = dict(enumerate(self._settings.items()))
         now = f"@{int(time.time())} +0000"
         person = {
             f"GIT_{role}_{key}": value
@@ -254,6 +296,7 @@ class GitProcess:
             "GIT_DEFAULT_HASH": "sha1",
             "GIT_DEFAULT_REF_FORMAT": "files",
             "TZ": "UTC",
+            **self._variables,
             **extra,
         }
 
