@@ -1,0 +1,490 @@
+"""Verifying published repositories: real git repositories, one thing wrong with each, and hostile ones."""
+
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from packager import audit
+from packager.cli import app
+from packager.errors import AuditError, MachineError, PublishError
+from packager.publish import publish
+from packager.published import RULES, PublishedReport, verify_published
+from packager.published.card import is_rounded, table_rows
+from packager.published.view import print_report, report_json
+from packager.targets import StoredFile
+from packager.targets.local import LocalTarget
+from tests import checkpoints
+from tests.audit_cases import FIRST_SHARD, INDEX, WEIGHTS, Q
+from tests.checkpoints import Checkpoint, edit_json, edit_tensors, edit_text, seal
+from tests.golden_files import check_golden
+from tests.publish_fixtures import describe
+
+REPOSITORY = "tester/tiny-GPTQ"
+MAIN, VARIANT = "main", "gptq-4bit-16g-actorder_True"
+MADE: Mapping[str, Checkpoint] = {MAIN: Checkpoint(), VARIANT: Checkpoint(group_size=16, desc_act=True, shards=2)}
+HEADINGS = "| Branch | Bits | Group Size | Act Order (desc_act) | Damp % | GPTQ Dataset | Seq Len | File Size |"
+PROVENANCE, README = "provenance.json", "README.md"
+
+
+def row(branch: str, folder: Path) -> str:
+    """Return a branch's row of the card's table."""
+    parameters = json.loads((folder / PROVENANCE).read_text())
+    used, size = parameters["parameters"], parameters["weights_bytes"] / 1000
+    figures = f"{used['bits']} | {used['group_size']} | {used['desc_act']} | 0.01 | text \\| more | 32 | {size:.2f} kB"
+    return f"| [`{branch}`](https://huggingface.co/{REPOSITORY}/tree/{branch}) | {figures} |"
+
+
+def reseal(folder: Path, branch: str) -> None:
+    """Let provenance.json be that of the files as they are."""
+    made = MADE[branch]
+    used = {key: getattr(made, key) for key in ("bits", "group_size", "desc_act", "sym")}
+    seal(folder, parameters={**used, "damp_percent": 0.01})
+    edit_json(folder, PROVENANCE, lambda record: record.update(branch=branch))
+
+
+class Target(LocalTarget):
+    """A local target that can be told to lie, and remembers how much was asked of it at once."""
+
+    lie: Callable[[dict[str, StoredFile]], object] = staticmethod(lambda files: files)
+    fails: str = ""
+    largest: int = 0
+    exported: int = 0
+
+    def read_back(self, commit: str) -> Mapping[str, StoredFile]:
+        files = dict(super().read_back(commit))
+        self.lie(files)
+        return files
+
+    def read_bytes(self, commit: str, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        if name == self.fails:
+            raise PublishError("gone", where=self.where, why="404")
+        data = super().read_bytes(commit, name, start=start, size=size)
+        self.largest = max(self.largest, len(data))
+        return data
+
+    def export(self, commit: str, name: str, path: Path) -> None:
+        self.exported += 1
+        super().export(commit, name, path)
+
+
+class Scene:
+    """Two branches that can be damaged before they are published."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.root = tmp_path / "hub"
+        self.target = Target(self.root, REPOSITORY)
+        self.folders = {branch: made.write(tmp_path / "dist" / branch) for branch, made in MADE.items()}
+        self.lines: list[str] = []
+        for branch, folder in self.folders.items():
+            reseal(folder, branch)
+        self.write_card()
+
+    @property
+    def main(self) -> Path:
+        return self.folders[MAIN]
+
+    def write_card(self, change: Callable[[str], str] = lambda table: table) -> None:
+        """Put the table into main's card."""
+        rows = [row(branch, folder) for branch, folder in self.folders.items()]
+        table = "\n".join([HEADINGS, "| ---" * 8 + " |", *rows, "", "More words.", ""])
+        (self.main / README).write_text(checkpoints.README + "\n" + change(table), encoding="utf-8")
+        reseal(self.main, MAIN)
+
+    def publish(self, *branches: str) -> None:
+        contents = [describe(self.folders[branch], branch) for branch in branches or self.folders]
+        publish(contents, self.target, self.lines.append)
+        self.lines.clear()
+
+    def verify(self, *branches: str, full: bool = False) -> PublishedReport:
+        return verify_published(self.target, self.lines.append, branches=branches, full=full)
+
+    def found(self, *branches: str, full: bool = False) -> dict[str, list[str]]:
+        """Return the messages by rule."""
+        messages: dict[str, list[str]] = {}
+        for finding in self.verify(*branches, full=full).findings:
+            text = f"{finding.branch}: {finding.file}: {finding.message}"
+            messages.setdefault(finding.rule, []).append(text)
+        return messages
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    return Scene(tmp_path)
+
+
+def test_what_was_published_is_proven_and_how_deep_is_said(scene: Scene) -> None:
+    scene.publish()
+    report = scene.verify()
+    assert report.findings == ()
+    assert [proof.branch for proof in report.branches] == [MAIN, VARIANT]
+    for proof, documents in zip(report.branches, (3, 4), strict=True):
+        assert proof.num_read == documents, "config.json, quantize_config.json, README.md, the index"
+        assert proof.num_stated + proof.num_read == proof.num_files - 1, "all but provenance.json itself"
+        assert proof.num_tensors == 63
+    assert report.card_rows == 2
+    assert scene.lines == ["main: ok", f"{VARIANT}: ok"]
+    assert scene.target.exported == 0
+
+
+def test_full_reads_every_byte_and_audits(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    scene.publish()
+    report = scene.verify(full=True)
+    assert report.findings == ()
+    for proof in report.branches:
+        assert (proof.num_stated, proof.num_read, proof.audited) == (0, proof.num_files - 1, True)
+    assert any(line.startswith(f"  {VARIANT}: {FIRST_SHARD}, ") for line in scene.lines)
+    assert list(scratch.iterdir()) == [], "what was downloaded is deleted"
+
+
+def forget_sha256(files: dict[str, StoredFile]) -> None:
+    for name, file in files.items():
+        files[name] = replace(file, sha256="")
+
+
+def test_what_has_no_stated_sha256_is_read(scene: Scene) -> None:
+    scene.publish()
+    scene.target.lie = forget_sha256
+    report = scene.verify()
+    assert report.findings == ()
+    assert [(proof.num_stated, proof.num_read) for proof in report.branches] == [
+        (0, proof.num_files - 1) for proof in report.branches
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A change, and the only rule that it may break."""
+
+    rule: str
+    change: Callable[[Scene], object]
+    words: str = ""
+
+
+def append(scene: Scene, branch: str, name: str, data: bytes = b" ") -> None:
+    path = scene.folders[branch] / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes((path.read_bytes() if path.exists() else b"") + data)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def damage(change: Callable[[Path], object], branch: str = MAIN) -> Callable[[Scene], object]:
+    """Change a branch's files, and let the record be that of the files as they are then."""
+
+    def changed(scene: Scene) -> None:
+        change(scene.folders[branch])
+        reseal(scene.folders[branch], branch)
+
+    return changed
+
+
+def record(change: Callable[[dict[str, Any]], object], branch: str = VARIANT) -> Callable[[Scene], object]:
+    return lambda scene: edit_json(scene.folders[branch], PROVENANCE, change)
+
+
+def table(old: str, new: str) -> Callable[[Scene], object]:
+    def replaced(text: str) -> str:
+        assert old in text
+        return text.replace(old, new)
+
+    return lambda scene: scene.write_card(replaced)
+
+
+def declare(folder: Path, **values: object) -> None:
+    edit_json(folder, "config.json", lambda config: config["quantization_config"].update(values))
+    edit_json(folder, "quantize_config.json", lambda config: config.update(values))
+
+
+def header(data: bytes) -> Callable[[Scene], object]:
+    """Let main's weights begin with these bytes."""
+    return damage(lambda folder: (folder / WEIGHTS).write_bytes(data))
+
+
+ANOTHER_ROW = "| `gptq-8bit-128g` | 8 | 128 | False | 0.01 | x | 32 | 1 kB |\n\nMore words."
+CASES = [
+    Case(rule="remote-file-missing", change=lambda scene: (scene.main / "USE_POLICY.md").unlink(), words="USE_POLICY"),
+    Case(rule="remote-file-unlisted", change=lambda scene: append(scene, VARIANT, "notes/x.txt"), words="notes/x.txt"),
+    Case(rule="remote-file-changed", change=lambda scene: append(scene, VARIANT, "tokenizer.json"), words="bytes"),
+    Case(rule="remote-file-changed", change=lambda scene: flip(scene.main / WEIGHTS), words="the sha256"),
+    Case(rule="remote-file-changed", change=lambda scene: flip(scene.main / README), words="its content has"),
+    Case(rule="repository-differs", change=record(lambda found: found.update(repository="a/tiny-GPTQ")), words='"a/t'),
+    Case(rule="repository-differs", change=record(lambda found: found.update(repository="iny-GPTQ"))),
+    Case(rule="branch-differs", change=record(lambda found: found.update(branch=MAIN)), words="lies on gptq-4bit-16g"),
+    Case(rule="provenance-invalid", change=record(lambda found: found.pop("files")), words="provenance.json: files"),
+    Case(rule="provenance-missing", change=lambda scene: (scene.folders[VARIANT] / PROVENANCE).unlink()),
+    Case(rule="provenance-disagrees", change=record(lambda found: found.update(weights_bytes=5)), words="weights_byte"),
+    Case(rule="provenance-disagrees", change=record(lambda found: found["linears"].pop()), words="13 linears"),
+    Case(rule="linear-shape", change=damage(lambda folder: declare(folder, group_size=64)), words="group_size 64"),
+    Case(rule="linear-shape", change=damage(lambda folder: declare(folder, bits=8)), words="8 bits"),
+    Case(rule="index-disagrees", change=damage(
+        lambda folder: edit_json(folder, INDEX, lambda found: found["weight_map"].pop(f"{Q}.g_idx")), VARIANT
+    )),
+    Case(rule="linear-incomplete", change=damage(
+        lambda folder: edit_tensors(folder, lambda found: found.pop(f"{Q}.g_idx"))
+    ), words="lacks g_idx"),
+    Case(rule="file-missing", change=damage(lambda folder: (folder / "generation_config.json").unlink())),
+    Case(rule="weights-stray", change=damage(lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"))),
+    Case(rule="quantize-config-disagrees", change=damage(
+        lambda folder: edit_json(folder, "quantize_config.json", lambda found: found.update(damp_percent=0.1))
+    )),
+    Case(rule="safetensors-damaged", change=header(b"\xff" * 100), words="header claims"),
+    Case(rule="safetensors-damaged", change=header(b"\x08"), words="header claims 8 bytes, the file has 1"),
+    Case(rule="safetensors-damaged", change=header((2).to_bytes(8, "little") + b"{}more"), words="describes 0 bytes"),
+    Case(rule="safetensors-damaged", change=header((9 * 10**5).to_bytes(8, "little") + b"[" * 9 * 10**5)),
+    Case(rule="header-too-large", change=header((17 * 10**6).to_bytes(8, "little") + b" " * 17 * 10**6)),
+    Case(rule="text-damaged", change=damage(
+        lambda folder: (folder / README).write_bytes((folder / README).read_bytes() + b" " * 8 * 10**6)
+    ), words="too many"),
+    Case(rule="card-table", change=table(HEADINGS, "no headings"), words="no table"),
+    Case(rule="card-table", change=table("\n\nMore words.", "\n" + ANOTHER_ROW.replace("gptq-8bit-128g", MAIN)),
+         words="two rows for main"),
+    Case(rule="card-branch-missing", change=table("\n\nMore words.", "\n" + ANOTHER_ROW), words="gptq-8bit-128g"),
+    Case(rule="card-branch-unlisted", change=table(f"[`{VARIANT}`]", "[`main2`]"), words=VARIANT),
+    Case(rule="card-figure", change=table("| 4 | 32 |", "| 3 | 32 |"), words="main: Bits is \"3\", its record says 4"),
+    Case(rule="card-figure", change=table("| 4 | 16 |", "| 4 | -1 (whole row) |"), words="Group Size"),
+    Case(rule="card-figure", change=table("| True |", "| False |"), words="Act Order"),
+    Case(rule="card-figure", change=table("| 32 | False | 0.01 |", "| 32 | False | 0.1 |"), words="Damp %"),
+    Case(rule="card-figure", change=table("more | 32 | ", "more | 33 | "), words="Seq Len"),
+    Case(rule="card-figure", change=table("kB |", "MB |"), words="File Size"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rule} {case.words}".strip())
+def test_one_thing_that_is_wrong_is_found(scene: Scene, case: Case) -> None:
+    case.change(scene)
+    scene.publish()
+    found = scene.found()
+    assert any(case.words in message for message in found[case.rule])
+    assert scene.target.largest <= 10_000_000
+    thorough = scene.found(full=True)
+    assert case.rule in thorough or case.rule in ("header-too-large", "text-damaged"), "limits are for bounded reads"
+    if case.rule not in ("header-too-large", "text-damaged"):
+        assert any(case.words in message for message in thorough[case.rule])
+
+
+def test_every_rule_of_its_own_has_a_case() -> None:
+    elsewhere = {"branch-unreadable", "files-too-many", "file-name", "main-missing"}
+    assert set(RULES) - set(audit.RULES) == {case.rule for case in CASES if case.rule not in audit.RULES} | elsewhere
+
+
+def test_a_branch_that_somebody_else_made_has_no_record(scene: Scene, tmp_path: Path) -> None:
+    scene.publish()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.txt").write_text("x")
+    publish([describe(tmp_path / "other", "other")], scene.target, scene.lines.append)
+    assert list(scene.found()) == ["provenance-missing"]
+    assert scene.found(MAIN, VARIANT) == {}
+
+
+def test_only_the_branches_named_are_looked_at(scene: Scene) -> None:
+    edit_json(scene.main, PROVENANCE, lambda found: found.update(branch="other"))
+    scene.publish()
+    report = scene.verify(VARIANT)
+    assert (report.findings, report.card_rows) == ((), None)
+    assert list(scene.found(MAIN)) == ["branch-differs"]
+    with pytest.raises(PublishError, match="there is no branch mian"):
+        scene.verify("mian")
+
+
+def test_without_main_the_others_are_looked_at(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.publish()
+    states = {branch: state for branch, state in scene.target.read_branches().items() if branch != MAIN}
+    monkeypatch.setattr(scene.target, "read_branches", lambda: states)
+    assert list(scene.found()) == ["main-missing"]
+
+
+def test_nothing_published_cannot_be_read(scene: Scene) -> None:
+    with pytest.raises(PublishError, match="nothing is published here"):
+        scene.verify()
+
+
+def test_one_branch_that_cannot_be_read_is_a_finding_all_of_them_are_an_error(scene: Scene) -> None:
+    scene.publish()
+    scene.target.fails = INDEX
+    assert scene.found() == {"branch-unreadable": [f"{VARIANT}: : gone: 404"]}
+    scene.target.fails = PROVENANCE
+    with pytest.raises(PublishError, match="gone"):
+        scene.verify()
+
+
+def test_full_needs_space(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.publish()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(MachineError, match="no space for main") as caught:
+        scene.verify(full=True)
+    assert "TMPDIR" in caught.value.hint
+
+
+# Hostile repositories
+
+
+HUGE = StoredFile(size_bytes=10**40, sha256="0" * 64)
+LIES: Sequence[tuple[str, Callable[[dict[str, StoredFile]], object]]] = [
+    ("file-name", lambda files: files.update({"../../../outside": HUGE})),
+    ("file-name", lambda files: files.update({"/absolute": HUGE})),
+    ("file-name", lambda files: files.update({".git/config": HUGE})),
+    ("file-name", lambda files: files.update({"a\nb": HUGE})),
+    ("file-name", lambda files: files.update({f"{WEIGHTS}/x": HUGE, f"{FIRST_SHARD}/x": HUGE})),
+    ("not-a-regular-file", lambda files: files.update({"config.json": StoredFile(size_bytes=0)})),
+    ("not-a-regular-file", lambda files: files.update({"x": StoredFile(size_bytes=-5, sha256="0")})),
+    ("remote-file-changed", lambda files: files.update({"tokenizer.json": HUGE})),
+    ("remote-file-unlisted", lambda files: files.update({"more.safetensors": HUGE})),
+    ("provenance-invalid", lambda files: files.update({PROVENANCE: HUGE})),
+    ("remote-file-missing", lambda files: [files.pop(name) for name in list(files) if name != PROVENANCE]),
+    ("files-too-many", lambda files: files.update({f"{n}.json": HUGE for n in range(1_000_000)})),
+]
+
+
+@pytest.mark.parametrize(("rule", "lie"), LIES)
+def test_a_listing_that_lies_is_a_finding(
+    scene: Scene, rule: str, lie: Callable[[dict[str, StoredFile]], object], tmp_path: Path
+) -> None:
+    scene.publish()
+    scene.target.lie = lie
+    before = {path for path in tmp_path.rglob("*") if ".git" not in path.parts}
+    found = scene.found()
+    assert rule in found
+    assert sum(map(len, found.values())) < 200
+    assert scene.target.largest <= 10_000_000
+    assert {path for path in tmp_path.rglob("*") if ".git" not in path.parts} == before
+
+
+FAKE = {"size_bytes": 10**40, "sha256": "x" * 1000}
+RECORDS: Sequence[tuple[str, bytes | Callable[[dict[str, Any]], object]]] = [
+    ("provenance-invalid", b"\xff\xfe{}"),
+    ("provenance-invalid", b'{"files": ' * 50_000),
+    ("provenance-invalid", b"[]"),
+    ("provenance-invalid", b" " * 8_000_001),
+    ("provenance-invalid", lambda found: found["files"].update(x={"size_bytes": 1, "sha256": 1})),
+    ("remote-file-missing", lambda found: found["files"].update({"../../etc/passwd": FAKE})),
+    ("remote-file-missing", lambda found: found["files"].update(
+        {f"../{n}\x1b[2J": FAKE for n in range(5000)}
+    )),
+    ("remote-file-changed", lambda found: found["files"]["config.json"].update(size_bytes=10**4000)),
+    ("remote-file-changed", lambda found: found["files"]["Notice"].update(sha256="\x1b[2J" * 10**4)),
+    ("branch-differs", lambda found: found.update(branch="\n[bold]" * 10**5)),
+    ("provenance-disagrees", lambda found: found["parameters"].update(bits=10**4000)),
+    ("provenance-disagrees", lambda found: found.update(weights_bytes=-(10**4000))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "content"), RECORDS, ids=range(len(RECORDS)))
+def test_a_hostile_record_is_a_finding(
+    scene: Scene, rule: str, content: bytes | Callable[[dict[str, Any]], object]
+) -> None:
+    path = scene.folders[VARIANT] / PROVENANCE
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        document = json.loads(path.read_text())
+        content(document)
+        sys.set_int_max_str_digits(0)
+        path.write_text(json.dumps(document))
+        sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)
+    scene.publish()
+    for report in (scene.verify(), scene.verify(full=True)):
+        assert rule in {finding.rule for finding in report.findings}
+        for finding in report.findings:
+            assert (finding.file + finding.message).isprintable()
+            assert len(finding.message) < 2000
+        assert len(report.findings) < 100
+        print_report(report, Console(file=io.StringIO(), width=120))
+        json.dumps(report_json(report))
+
+
+def test_an_index_that_names_files_outside_reads_none(scene: Scene) -> None:
+    folder = scene.folders[VARIANT]
+    edit_json(folder, INDEX, lambda found: found["weight_map"].update({f"{Q}.g_idx": "../../../../etc/passwd"}))
+    reseal(folder, VARIANT)
+    scene.publish()
+    assert "index-shard-missing" in scene.found()
+
+
+def test_a_listed_size_that_no_file_system_can_have(scene: Scene) -> None:
+    edit_json(scene.main, PROVENANCE, lambda found: found["files"][WEIGHTS].update(size_bytes=1 << 62))
+    scene.publish()
+    scene.target.lie = lambda files: files.update({
+        name: replace(file, size_bytes=1 << 62) for name, file in files.items() if name == WEIGHTS
+    })  # fmt: skip
+    assert "header-too-large" in scene.found(MAIN)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "|", "|\n" * 10**5, HEADINGS, HEADINGS * 1000, f"{HEADINGS}\n|\n{'|' * 10**6}", "\\|" * 10**5 + "|"],
+)
+def test_a_hostile_card_has_no_table(text: str) -> None:
+    assert list(table_rows(text)) == []
+
+
+def test_a_table_of_many_rows_is_cut(scene: Scene) -> None:
+    rows = "\n".join(ANOTHER_ROW.partition("\n")[0].replace("128g", str(n)) for n in range(15_000))
+    scene.write_card(lambda table: table.replace("\n\nMore words.", f"\n{rows}\n"))
+    scene.publish()
+    (messages,) = scene.found().values()
+    assert len(messages) == 21
+    assert messages[-1].endswith("and 978 more findings of this rule")
+
+
+def test_sizes_are_compared_as_they_are_rounded() -> None:
+    assert is_rounded("7.26 GB", 7_255_000_000)
+    assert is_rounded("7.26 GB", 7_264_999_999)
+    assert not is_rounded("7.26 GB", 7_254_000_000)
+    assert not is_rounded("7.26", 7)
+    assert is_rounded("17 B", 17)
+
+
+# What people and programs see
+
+
+def test_the_words(scene: Scene, update_golden: bool) -> None:
+    flip(scene.folders[VARIANT] / "tokenizer.model")
+    scene.write_card(lambda table: table.replace("| 4 | 16 |", "| 4 | 128 |"))
+    scene.publish()
+    report = scene.verify()
+    proofs = tuple(replace(proof, commit=letter * 40) for proof, letter in zip(report.branches, "ab", strict=True))
+    stream = io.StringIO()
+    shown = replace(report, where="https://huggingface.co/tester/tiny-GPTQ", branches=proofs)
+    print_report(shown, Console(file=stream, width=200))
+    text = "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
+    check_golden("cli/verify_published.txt", text, update_golden)
+
+
+def packager(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="packager")
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_s_exit_codes(scene: Scene, tmp_path: Path) -> None:
+    scene.publish()
+    where = scene.root / "models" / REPOSITORY
+    code, out, err = packager("verify-published", where, "--full")
+    assert code == 0
+    assert "passed  0 errors, 0 warnings; the table of main's card: 2 rows compared" in out
+    assert f"  {VARIANT}: config.json, " in err
+    edit_text(scene.main, README, "tiny", "tinier")
+    scene.publish(MAIN)
+    code, out, _ = packager("verify-published", where, "--format", "json", "-q")
+    result = json.loads(out)
+    assert (code, result["passed"]) == (AuditError.exit_code, False)
+    (finding,) = result["branches"][0]["findings"]
+    assert (finding["branch"], finding["file"], finding["rule"]) == (MAIN, README, "remote-file-changed")
+    assert result["branches"][1]["passed"]
+    code, out, err = packager("verify-published", where, "--branch", "nobody")
+    assert (code, out) == (PublishError.exit_code, "")
+    assert packager("verify-published", tmp_path / "nowhere")[0] == PublishError.exit_code
