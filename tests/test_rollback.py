@@ -1,0 +1,456 @@
+"""Rolling published branches back, in real git repositories, also when killed in the middle."""
+
+import io
+import json
+import os
+import random
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from packager.cli import app
+from packager.errors import PublishError
+from packager.publish import publish
+from packager.rollback import Request, RollbackReport, rollback
+from packager.rollback.history import Line
+from packager.rollback.plan import RollbackPlan
+from packager.rollback.view import print_plan, print_report, report_json
+from packager.targets import CommitRecord, HeadMovedError, StoredFile
+from packager.targets.local import LocalTarget
+from tests.golden_files import check_golden
+from tests.publish_fixtures import REPOSITORY, git, heads, hub_folder, make_content, trees
+
+A, B, MAIN = "four-bits", "three-bits", "main"
+NOON = 1_700_000_000
+Files = Mapping[str, Mapping[str, bytes]]
+
+
+class KilledError(Exception):
+    """What a test's target raises instead of dying."""
+
+
+class Killable(LocalTarget):
+    """A local target that dies instead of restoring one more branch, once."""
+
+    lives = 1000
+    public = False
+
+    @property
+    def is_public(self) -> bool:
+        return self.public
+
+    def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
+        self.lives -= 1
+        if self.lives < 0:
+            self.lives = 1000
+            raise KilledError
+        return super().restore(branch, commit, parent=parent, message=message)
+
+
+class Scene:
+    """A repository, and a clock that goes on an hour with each thing that happens."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.scratch, self.root, self.repository = tmp_path, tmp_path / "hub", hub_folder(tmp_path / "hub")
+        self.target = Killable(self.root, REPOSITORY)
+        self.now, self.lines = NOON, list[str]()
+        clock = SimpleNamespace(time=lambda: self.now, sleep=time.sleep, monotonic=time.monotonic)
+        monkeypatch.setattr("packager.targets.git_process.time", clock)
+        self.releases: list[dict[str, str]] = []
+
+    def publish(self, branches: Files) -> dict[str, str]:
+        """Publish a release and return the trees of all branches then."""
+        self.now += 3600
+        folder = self.scratch / f"dist {self.now}"
+        contents = [make_content(folder, branch, files) for branch, files in branches.items()]
+        publish(contents, self.target, self.lines.append)
+        self.releases.append(trees(self.repository))
+        return self.releases[-1]
+
+    def release(self, *branches: str, number: int) -> dict[str, str]:
+        """Publish a release in which the branches named have changed."""
+        return self.publish({branch: {"README.md": f"card {number}\n".encode(), "w.bin": b"x" * number, "same": b"s"}
+                             for branch in branches})  # fmt: skip
+
+    def back(self, *branches: str, to: str = "", again: bool = False, dry_run: bool = False) -> RollbackReport:
+        self.now += 3600
+        self.lines.clear()
+        request = Request(branches=branches, to=to, again=again)
+        return rollback(self.target, request, self.lines.append, dry_run=dry_run)
+
+    def refused(self, *branches: str, to: str = "", again: bool = False) -> str:
+        before = heads(self.repository)
+        with pytest.raises(PublishError) as caught:
+            self.back(*branches, to=to, again=again)
+        assert heads(self.repository) == before
+        return str(caught.value)
+
+    def commits(self, branch: str) -> list[str]:
+        """Return a branch's commits, the newest first."""
+        return git("rev-list", branch, cwd=self.repository).split()
+
+    def somebody_commits(self, branch: str, parent: str, message: str = "By hand") -> str:
+        """Let a person put an edited card on a branch, past its worktree."""
+        blob = self.scratch / "blob"
+        blob.write_text(f"edited on {branch}")
+        blob_id = git("hash-object", "-w", str(blob), cwd=self.repository).strip()
+        listing = git("ls-tree", parent, cwd=self.repository).replace(
+            git("rev-parse", f"{parent}:README.md", cwd=self.repository).strip(), blob_id
+        )
+        tree = git_input(self.repository, listing, "mktree").strip()
+        commit = git("commit-tree", tree, "-p", parent, "-m", message, cwd=self.repository).strip()
+        git("update-ref", f"refs/heads/{branch}", commit, cwd=self.repository)
+        if branch == MAIN:
+            git("reset", "--quiet", "--hard", cwd=self.repository)
+        return commit
+
+
+def git_input(repository: Path, text: str, *arguments: str, date_s: int = NOON) -> str:
+    """Run git with something to read, on a given day."""
+    facts = {"NAME": "A Host", "EMAIL": "host@example.org", "DATE": f"@{date_s} +0000"}
+    person = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in facts.items()}
+    environment = {**os.environ, **person}
+    done = subprocess.run(
+        ["git", *arguments], cwd=repository, input=text, capture_output=True, text=True, check=True, env=environment
+    )
+    return done.stdout
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    return Scene(tmp_path, monkeypatch)
+
+
+def actions(report: RollbackReport) -> dict[str, str]:
+    return {entry.branch: entry.action for entry in report.plan.branches}
+
+
+def test_a_release_goes_back_to_the_one_before_in_new_commits(scene: Scene) -> None:
+    first = scene.release(A, B, MAIN, number=1)
+    scene.release(A, B, MAIN, number=2)
+    before = {branch: scene.commits(branch) for branch in (A, B, MAIN)}
+    report = scene.back()
+    assert trees(scene.repository) == first
+    assert [entry.branch for entry in report.plan.branches] == [A, B, MAIN], "variants first, main last"
+    for outcome in report.outcomes:
+        assert scene.commits(outcome.plan.branch) == [outcome.commit, *before[outcome.plan.branch]]
+    message = git("log", "-1", "--format=%B", MAIN, cwd=scene.repository).strip()
+    newest, oldest = before[MAIN]
+    assert message.endswith(f"Rollback-of: {newest}\nRollback-to: {oldest}\nRollback-release: {oldest}")
+    assert message.startswith(f"main: back to {oldest[:12]}, Publish main\n\n")
+    assert git("status", "--porcelain", cwd=scene.repository) == ""
+
+
+def test_the_plan_says_what_changes(scene: Scene) -> None:
+    scene.publish({MAIN: {"gone later": b"12345", "README.md": b"1"}})
+    scene.publish({MAIN: {"new": b"123", "README.md": b"22"}})
+    (entry,) = scene.back(dry_run=True).plan.branches
+    changes = [[(change.name, change.size_bytes) for change in changes] for changes in
+               (entry.added, entry.changed, entry.removed)]  # fmt: skip
+    assert changes == [[("gone later", 5)], [("README.md", 1)], [("new", 3)]]
+
+
+def test_done_twice_it_changes_nothing(scene: Scene) -> None:
+    scene.release(A, MAIN, number=1)
+    scene.release(A, MAIN, number=2)
+    scene.back()
+    before = heads(scene.repository)
+    assert actions(scene.back()) == {A: "done", MAIN: "done"}
+    assert heads(scene.repository) == before
+
+
+def test_what_the_latest_release_left_alone_stays_and_what_it_made_is_named(scene: Scene) -> None:
+    scene.release(A, MAIN, number=1)
+    scene.release(A, MAIN, number=2)
+    second = scene.publish({MAIN: {"README.md": b"3"}, B: {"README.md": b"3"}})
+    report = scene.back()
+    assert actions(report) == {A: "done", B: "left alone", MAIN: "restore"}
+    assert "it was not there then" in "\n".join(scene.lines)
+    assert trees(scene.repository) == {**scene.releases[1], B: second[B]}
+
+
+def test_a_host_s_empty_first_commit_is_nothing_to_go_back_to(scene: Scene) -> None:
+    scene.release(MAIN, number=1)
+    tree = git_input(scene.repository, "", "mktree").strip()
+    empty = git_input(scene.repository, "initial commit", "commit-tree", tree, date_s=NOON).strip()
+    git("update-ref", f"refs/heads/{A}", empty, cwd=scene.repository)
+    scene.release(A, MAIN, number=2)
+    assert "nothing to go back to" in scene.refused(A)
+    assert "nothing to go back to" in scene.refused(A, to=empty)
+    assert actions(scene.back()) == {A: "left alone", MAIN: "restore"}
+
+
+def test_a_publish_that_did_not_reach_main_is_undone_and_no_more(scene: Scene) -> None:
+    scene.release(A, B, MAIN, number=1)
+    complete = scene.release(A, B, MAIN, number=2)
+    scene.release(A, B, number=3)
+    assert actions(scene.back()) == {A: "restore", B: "restore", MAIN: "done"}
+    assert trees(scene.repository) == complete
+    assert set(actions(scene.back()).values()) == {"done"}
+    scene.back(again=True)
+    assert trees(scene.repository) == scene.releases[0]
+
+
+@pytest.mark.parametrize("lives", [0, 1, 2])
+def test_killed_and_run_again_it_finishes_the_same_rollback(scene: Scene, lives: int) -> None:
+    scene.release(A, B, MAIN, number=1)
+    scene.release(A, B, MAIN, number=2)
+    scene.release(A, B, MAIN, number=3)
+    scene.target.lives = lives
+    with pytest.raises(KilledError):
+        scene.back()
+    scene.back()
+    assert trees(scene.repository) == scene.releases[1]
+    assert [len(scene.commits(branch)) for branch in (A, B, MAIN)] == [4, 4, 4], "one rollback each"
+
+
+@pytest.mark.parametrize("lives", [0, 1])
+def test_undoing_an_unfinished_publish_can_be_killed_too(scene: Scene, lives: int) -> None:
+    scene.release(A, B, MAIN, number=1)
+    scene.release(A, B, MAIN, number=2)
+    scene.release(A, B, number=3)
+    scene.target.lives = lives
+    with pytest.raises(KilledError):
+        scene.back()
+    scene.back()
+    scene.back()
+    assert trees(scene.repository) == scene.releases[1]
+
+
+def test_again_goes_one_further_and_killed_it_finishes_first(scene: Scene) -> None:
+    for number in (1, 2, 3, 4):
+        scene.release(A, B, MAIN, number=number)
+    scene.back()
+    scene.target.lives = 1
+    with pytest.raises(KilledError):
+        scene.back(again=True)
+    scene.back(again=True)
+    assert trees(scene.repository) == scene.releases[1], "the second run ended the first"
+    scene.back(again=True)
+    assert trees(scene.repository) == scene.releases[0]
+    assert "nothing to go back to" in scene.refused(again=True)
+
+
+def test_a_release_after_a_rollback_goes_back_to_what_was_rolled_back_to(scene: Scene) -> None:
+    for number in (1, 2):
+        scene.release(A, MAIN, number=number)
+    scene.back()
+    scene.release(A, MAIN, number=3)
+    scene.back()
+    assert trees(scene.repository) == scene.releases[0]
+    assert "nothing to go back to" in scene.refused(again=True), "release 2 was taken back, it is not before 3"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_was_published_the_state_before_comes_back(scene: Scene, seed: int) -> None:
+    dice = random.Random(seed)
+    for number in range(1, 4):
+        others = [branch for branch in (A, B) if dice.random() < 0.6]
+        scene.release(*others, MAIN, number=number)
+    scene.target.lives = dice.randrange(3)
+    try:
+        scene.back()
+    except KilledError:
+        scene.back()
+    expected = {**scene.releases[-1], **scene.releases[-2]}
+    assert trees(scene.repository) == expected
+
+
+def test_a_branch_by_name_goes_to_the_commit_before_its_head(scene: Scene) -> None:
+    for number in (1, 2, 3):
+        scene.release(A, B, MAIN, number=number)
+    scene.back(A)
+    assert trees(scene.repository) == {**scene.releases[2], A: scene.releases[1][A]}
+    assert actions(scene.back(A)) == {A: "done"}
+    assert "--again goes further back" in scene.lines[0]
+    scene.back(A, again=True)
+    assert trees(scene.repository)[A] == scene.releases[0][A]
+    assert "nothing to go back to" in scene.refused(A, again=True)
+    scene.back(A, B)
+    assert trees(scene.repository) == {**scene.releases[2], A: scene.releases[0][A], B: scene.releases[1][B]}
+
+
+def test_a_first_commit_has_nothing_before_it(scene: Scene) -> None:
+    scene.release(A, MAIN, number=1)
+    assert f"{A} has nothing to go back to" in scene.refused(A)
+    assert "main has nothing to go back to" in scene.refused()
+
+
+def test_any_commit_can_be_named(scene: Scene) -> None:
+    for number in (1, 2, 3):
+        scene.release(A, B, MAIN, number=number)
+    commits = {branch: scene.commits(branch) for branch in (A, MAIN)}
+    scene.back(to=commits[MAIN][2][:10])
+    assert trees(scene.repository) == scene.releases[0]
+    scene.back(to=commits[MAIN][0])
+    assert trees(scene.repository) == scene.releases[2], "forward, too"
+    scene.back(A, to=commits[A][1])
+    assert trees(scene.repository) == {**scene.releases[2], A: scene.releases[1][A]}
+    assert "is not one commit of main" in scene.refused(to=commits[A][0])
+    assert "7 to 40 hex digits" in scene.refused(to="HEAD~1")
+    assert "is for one branch" in scene.refused(A, B, to=commits[A][1])
+    assert "is for one branch" in scene.refused(A, B, again=True)
+    assert "contradict" in scene.refused(A, again=True, to=commits[A][1])
+    assert f"there are {A}, {MAIN}, {B}" in scene.refused("tree-bits")
+
+
+def test_what_somebody_else_made_is_left_alone_unless_named(scene: Scene) -> None:
+    scene.release(A, B, MAIN, number=1)
+    scene.release(A, B, MAIN, number=2)
+    edited = scene.somebody_commits(A, heads(scene.repository)[A], "Rollback-to: nonsense")
+    report = scene.back()
+    assert actions(report) == {A: "left alone", B: "restore", MAIN: "restore"}
+    assert f"its head was made by A Person <person@example.org>: --branch {A} puts it back" in scene.lines[0]
+    assert heads(scene.repository)[A] == edited
+    scene.back(A)
+    assert trees(scene.repository)[A] == scene.releases[1][A]
+
+
+def test_an_edited_card_is_undone_by_name_before_the_release(scene: Scene) -> None:
+    scene.release(A, MAIN, number=1)
+    scene.release(A, MAIN, number=2)
+    scene.somebody_commits(MAIN, heads(scene.repository)[MAIN])
+    text = scene.refused()
+    assert "made by A Person <person@example.org>, not by packager" in text
+    assert "--branch main" in text
+    scene.back(MAIN)
+    assert trees(scene.repository) == scene.releases[1]
+    scene.back()
+    assert trees(scene.repository) == scene.releases[0]
+
+
+def test_variants_follow_a_main_that_was_put_back_by_name(scene: Scene) -> None:
+    for number in (1, 2, 3):
+        scene.release(A, MAIN, number=number)
+    scene.back(MAIN)
+    scene.back()
+    assert trees(scene.repository) == scene.releases[1]
+
+
+def test_a_head_that_moves_meanwhile_is_somebody_s_work(scene: Scene) -> None:
+    scene.release(A, MAIN, number=1)
+    scene.release(A, MAIN, number=2)
+
+    def meanwhile(_: RollbackPlan) -> None:
+        scene.somebody_commits(A, heads(scene.repository)[A])
+
+    with pytest.raises(HeadMovedError) as caught:
+        rollback(scene.target, Request(), scene.lines.append, confirm=meanwhile)
+    assert f"{A} was moved by somebody else while it was being put back" in str(caught.value)
+    assert "done are not put back twice" in caught.value.hint
+    assert trees(scene.repository)[MAIN] == scene.releases[1][MAIN]
+
+
+def test_a_dry_run_and_a_no_write_nothing(scene: Scene) -> None:
+    scene.release(MAIN, number=1)
+    scene.release(MAIN, number=2)
+    before = heads(scene.repository)
+    shown: list[RollbackPlan] = []
+
+    def no(_: RollbackPlan) -> None:
+        assert shown, "the plan comes first"
+        raise KilledError
+
+    assert actions(scene.back(dry_run=True)) == {MAIN: "restore"}
+    with pytest.raises(KilledError):
+        rollback(scene.target, Request(), scene.lines.append, show_plan=shown.append, confirm=no)
+    assert heads(scene.repository) == before
+
+
+def test_what_is_stored_is_read_again_and_compared(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.release(MAIN, number=1)
+    scene.release(MAIN, number=2)
+    known = set(scene.commits(MAIN))
+    read = Killable.read_back
+
+    def forgetful(self: Killable, commit: str) -> Mapping[str, StoredFile]:
+        files = dict(read(self, commit))
+        if commit not in known:
+            files["w.bin"] = replace(files["w.bin"], sha256="0" * 64)
+        return files
+
+    monkeypatch.setattr(Killable, "read_back", forgetful)
+    with pytest.raises(PublishError) as caught:
+        scene.back()
+    assert "does not hold what" in str(caught.value)
+    assert caught.value.why == "w.bin"
+
+
+def test_nothing_published_is_an_error_and_makes_no_repository(scene: Scene) -> None:
+    with pytest.raises(PublishError, match="nothing is published here"):
+        scene.back()
+    assert not scene.repository.exists()
+
+
+def record(letter: str, *, to: str = "", author: str = "", time_s: int = 0) -> CommitRecord:
+    message = f"title\n\nRollback-to: {to * 40}" if to else "title"
+    return CommitRecord(commit=letter * 40, author=author, title="title", message=message, time_s=time_s)
+
+
+def test_a_trailer_counts_only_if_it_is_ours_and_leads_back() -> None:
+    c, b, a = record("c", to="a"), record("b"), record("a")
+    assert Line(MAIN, [c, b, a]).shown is a
+    for odd in (record("c", to="d"), record("c", to="c"), record("c", to="a", author="Mallory <m@example.org>")):
+        assert Line(MAIN, [odd, b, a]).shown is odd
+    looping = [record("c", to="b"), record("b", to="c"), a]
+    assert Line(MAIN, looping).shown is looping[1], "a rollback never leads to a younger commit"
+    assert Line(MAIN, [record("d"), c, b, a]).before(record("d")) is a
+
+
+def test_the_words(scene: Scene, update_golden: bool) -> None:
+    scene.release(A, B, MAIN, number=1)
+    scene.publish({A: {"README.md": b"2", "more.json": b"{}"}, MAIN: {"README.md": b"2"}})
+    stream = io.StringIO()
+    console = Console(file=stream, width=200)
+    report = scene.back(dry_run=True)
+    print_plan(replace(report.plan, where="/srv/hub/models/somebody/Model-GPTQ"), console)
+    report = scene.back()
+    print_report(replace(report, plan=replace(report.plan, where="somebody/Model-GPTQ")), console)
+    stream.write("\n".join(line.rpartition(",")[0] or line for line in scene.lines) + "\n")
+    text = "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
+    check_golden("cli/rollback.txt", text, update_golden)
+
+
+def packager(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="packager")
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_asks_where_others_would_see_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.release(A, MAIN, number=1)
+    scene.release(A, MAIN, number=2)
+    monkeypatch.setattr("packager.targets.opening.open_target", lambda *_: scene.target)
+    scene.target.public = True
+    code, out, err = packager("rollback", scene.repository)
+    assert (code, out) == (PublishError.exit_code, "")
+    assert "To put back in" in err
+    assert "--yes" in err
+    code, out, _ = packager("rollback", scene.repository, "--dry-run", "--format", "json")
+    assert (code, json.loads(out)["dry_run"]) == (0, True)
+    assert trees(scene.repository) == scene.releases[1]
+    code, out, _ = packager("rollback", scene.repository, "--yes", "--format", "json")
+    result = json.loads(out)
+    assert code == 0
+    assert [entry["action"] for entry in result["branches"]] == ["restore", "restore"]
+    assert {entry["branch"]: entry["commit"] for entry in result["branches"]} == heads(scene.repository)
+    assert trees(scene.repository) == scene.releases[0]
+    code, out, _ = packager("rollback", scene.repository)
+    assert code == 0, "nothing changes, so nobody need be asked"
+    assert "nothing to do" in out
+
+
+def test_json_has_what_the_table_has(scene: Scene) -> None:
+    scene.release(MAIN, number=1)
+    scene.release(MAIN, number=2)
+    result = report_json(scene.back())
+    result = json.loads(json.dumps(result))
+    (entry,) = result["branches"]
+    assert entry["changed"] == [{"name": "README.md", "size_bytes": 7}, {"name": "w.bin", "size_bytes": 1}]
+    assert set(result) == {"where", "release", "branches", "dry_run", "notes"}
