@@ -6,25 +6,42 @@ imported inside the command that needs it, so that `--help` answers at once.
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from packager import __version__
+from packager.cli_options import (
+    DIST,
+    CacheOption,
+    Device,
+    DeviceOption,
+    DistOption,
+    Format,
+    FormatOption,
+    GpuMemoryOption,
+    QuietOption,
+    RecipePath,
+    YesOption,
+    open_recipe,
+    options_of,
+    terminal_of,
+)
+from packager.cli_publishing import consent, publish, rollback, verify_published
 from packager.errors import AuditError, LoaderError, MachineError, PackagerError
-
-if TYPE_CHECKING:
-    from packager.build_state import Options
-    from packager.progress import Terminal
-    from packager.recipe.file import RecipeFile
 
 # Looking for plugins reads the metadata of every installed package: 25 of 500 ms of `plan`, and there are none to find.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 # Quantizing takes and frees pieces of many sizes; without this, a fifth of a GPU's memory is lost in the gaps.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# Another server than the Hub's own does not speak its newer protocol, and the client does not ask.
+if os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") != "https://huggingface.co":
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+# The Hub client's bars are for people.
+if not sys.stderr.isatty():
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 _INTERRUPTED = 130
 _EPILOG = """
@@ -70,7 +87,7 @@ class _Commands(TyperGroup):
 
 
 def _reported(error: PackagerError) -> typer.Exit:
-    _terminal().error(error)
+    terminal_of().error(error)
     return typer.Exit(error.exit_code)
 
 
@@ -84,63 +101,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=_EPILOG,
 )
-
-
-class Format(StrEnum):
-    """How a result is printed."""
-
-    text = "text"
-    json = "json"
-
-
-class Device(StrEnum):
-    """Where to compute."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/demo-llama.yaml.")]
-FormatOption = Annotated[
-    Format, typer.Option("--format", help="text for people, json for machines (on standard output).")
-]
-
-
-def _size(text: str) -> int:
-    """Read a size such as 24GB or 12GiB."""
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError as error:
-        raise typer.BadParameter(f"{text!r} is not a size such as 24GB or 12GiB") from error
-
-
-DistOption = Annotated[Path, typer.Option("--dist", help="Output folder: builds, receipts, the local target.")]
-DeviceOption = Annotated[
-    Device, typer.Option("--device", help="Where to compute; auto takes a CUDA GPU if there is one.")
-]
-GpuMemoryOption = Annotated[
-    int | None,
-    typer.Option(
-        "--gpu-memory",
-        metavar="SIZE",
-        parser=_size,
-        help="How much of each GPU quantizing may use, such as 24GB; less takes longer and makes the same bytes.",
-        show_default="what is free",
-    ),
-]
-CacheOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--cache",
-        help="Where the loaders' environments are kept; XDG_CACHE_HOME is heeded.",
-        show_default="~/.cache/gptq-packager",
-    ),
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")]
-DIST = Path("dist")
 
 
 def _version(wanted: bool) -> None:
@@ -164,7 +124,7 @@ def top(
 
 @app.command()
 def plan(recipe: RecipePath, format: FormatOption = Format.text) -> None:  # noqa: A002 - the option's name
-    """Show what a recipe means: branches, sizes, memory, disk, loaders.
+    """Show what a recipe means: sizes, memory, disk, loaders.
 
     Works offline and without torch, from the base model's config.json alone. Exits with 2 if the recipe is wrong or
     cannot be built from this model; every problem is named with its place.
@@ -172,7 +132,7 @@ def plan(recipe: RecipePath, format: FormatOption = Format.text) -> None:  # noq
     from packager.plan import make_plan
     from packager.plan_view import plan_json, print_plan
 
-    terminal, recipe_file = _open(recipe)
+    terminal, recipe_file = open_recipe(recipe)
     made = make_plan(recipe_file)
     if format is Format.json:
         terminal.result(plan_json(made))
@@ -190,17 +150,17 @@ def build(
     format: FormatOption = Format.text,  # noqa: A002
     quiet: QuietOption = False,
 ) -> None:
-    """Quantize, measure and prove every variant, and write its card.
+    """Quantize, measure and prove every variant.
 
-    Publishes nothing. What is already done is not done again; a killed build goes on after its last finished block.
-    Exits with 8 if a loader computed something else than the checkpoint says; one that cannot run here is reported and
-    is no failure.
+    Writes the cards, too. Publishes nothing. What is already done is not done again; a killed build goes on after its
+    last finished block. Exits with 8 if a loader computed something else than the checkpoint says; one that cannot run
+    here is reported and is no failure.
     """
     from packager.pipeline import build as run_build
     from packager.status import print_status, status_json
 
-    terminal, recipe_file = _open(recipe, quiet=quiet)
-    options = _options(dist, device, cache, gpu_memory)
+    terminal, recipe_file = open_recipe(recipe, quiet=quiet)
+    options = options_of(dist, device, cache, gpu_memory)
     run_build(recipe_file, options, terminal)
     if format is Format.json:
         terminal.result(status_json(recipe_file, options))
@@ -221,7 +181,7 @@ def audit(
     ] = False,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Check a GPTQ folder against what runtimes are known to refuse.
+    """Check a GPTQ folder for what runtimes refuse.
 
     Needs no torch and reads headers and small tensors only, besides hashing the files that provenance.json lists.
     Exits with 0 if there is no error (warnings may be), with 7 if there is one.
@@ -229,7 +189,7 @@ def audit(
     from packager.audit import audit as run_audit
     from packager.audit.view import print_report, report_json
 
-    terminal = _terminal()
+    terminal = terminal_of()
     report = run_audit(folder, complete=not weights_only)
     if format is Format.json:
         terminal.result(report_json(report))
@@ -255,8 +215,8 @@ def verify(
     from packager.pipeline import reverify
     from packager.status import print_loaders
 
-    terminal, recipe_file = _open(recipe)
-    receipts = reverify(recipe_file, _options(dist, device, cache), terminal)
+    terminal, recipe_file = open_recipe(recipe)
+    receipts = reverify(recipe_file, options_of(dist, device, cache), terminal)
     if format is Format.json:
         terminal.result(
             {
@@ -278,44 +238,24 @@ def card(
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Render the cards of the built variants again and print one.
+    """Render the built variants' cards again and print one.
 
     For when the recipe's words or the templates have changed: no figure does, they come from the receipts. Exits with
     10 if a variant is not built and proven, with 11 if somebody edited a card by hand.
     """
     from packager.pipeline import render
 
-    terminal, recipe_file = _open(recipe)
-    text = render(recipe_file, _options(dist, Device.cpu, None), terminal, branch=branch)
+    terminal, recipe_file = open_recipe(recipe)
+    text = render(recipe_file, options_of(dist, Device.cpu, None), terminal, branch=branch)
     if format is Format.json:
         terminal.result({"branch": branch, "card": text})
     else:
         terminal.write(text)
 
 
-@app.command()
-def publish(
-    recipe: RecipePath,
-    dist: DistOption = DIST,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would change and change nothing.")] = False,
-    format: FormatOption = Format.text,  # noqa: A002
-    quiet: QuietOption = False,
-) -> None:
-    """Bring the built variants to the recipe's target, a branch each.
-
-    One commit per changed branch, main last; builds nothing. Exits with 10 if a variant is not ready, a required loader
-    has not passed or the target refuses, with 11 if a built folder or the published files were edited, with 7 if a
-    folder fails the audit.
-    """
-    from packager.pipeline import publish as run_publish
-    from packager.publish_view import print_report, report_json
-
-    terminal, recipe_file = _open(recipe, quiet=quiet)
-    report = run_publish(recipe_file, _options(dist, Device.cpu, None), terminal, dry_run=dry_run)
-    if format is Format.json:
-        terminal.result(report_json(report))
-    else:
-        print_report(report, terminal.out)
+app.command()(publish)
+app.command("verify-published")(verify_published)
+app.command()(rollback)
 
 
 @app.command()
@@ -324,14 +264,14 @@ def status(
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Show, per branch, what is built, measured, proven and published. Changes nothing.
+    """Show what is built, measured, proven and published.
 
-    Exits with 0 also when nothing is built; `--format json` names the stages that are missing.
+    Changes nothing. Exits with 0 also when nothing is built; `--format json` names the stages that are missing.
     """
     from packager.status import print_status, status_json
 
-    terminal, recipe_file = _open(recipe)
-    options = _options(dist, Device.cpu, None)
+    terminal, recipe_file = open_recipe(recipe)
+    options = options_of(dist, Device.cpu, None)
     if format is Format.json:
         terminal.result(status_json(recipe_file, options))
     else:
@@ -348,8 +288,9 @@ def release(
     strict: Annotated[
         bool, typer.Option("--strict", help="A recipe that this machine cannot build is a failure.")
     ] = False,
+    yes: YesOption = False,
 ) -> None:
-    """Build and publish every recipe that this machine can build.
+    """Build and publish what this machine can build.
 
     It says why it cannot build the others; nothing is built before all recipes are read and planned. Exits with 0 also
     when recipes were left out; with `--strict` that is an error (12), before anything is built. A failed build or
@@ -357,32 +298,9 @@ def release(
     """
     from packager.release import release as run_release
 
-    run_release(recipes, _options(dist, device, cache, gpu_memory), _terminal(), strict=strict)
-
-
-def _terminal(*, quiet: bool = False) -> "Terminal":
-    from packager.progress import Terminal
-
-    return Terminal(quiet=quiet)
-
-
-def _open(recipe: Path, *, quiet: bool = False) -> "tuple[Terminal, RecipeFile]":
-    from packager.recipe.file import RecipeFile
-
-    return _terminal(quiet=quiet), RecipeFile.load(recipe)
-
-
-def _options(dist: Path, device: Device, cache: Path | None, gpu_memory: int | None = None) -> "Options":
-    from packager.build_state import Options
-
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Options(
-        dist=dist,
-        cache=cache or base / "gptq-packager",
-        device=device.value,
-        environ=dict(os.environ),
-        gpu_memory_bytes=gpu_memory,
-    )
+    options = options_of(dist, device, cache, gpu_memory)
+    attended = yes or sys.stdin.isatty()
+    run_release(recipes, options, terminal_of(), strict=strict, attended=attended, consent=consent("publish", yes=yes))
 
 
 def main() -> None:

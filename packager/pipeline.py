@@ -5,7 +5,7 @@ and run again, on this machine or another.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from packager.errors import LoaderError, PublishError
 from packager.progress import Terminal
 from packager.publish import BranchContent, PublishReport
 from packager.publish import publish as publish_branches
+from packager.publish_plan import PublishPlan
 from packager.receipt import Receipt
 from packager.recipe.file import RecipeFile
 from packager.stages import (
@@ -24,7 +25,8 @@ from packager.stages import (
     render_cards,
     verify,
 )
-from packager.targets.local import LocalTarget
+from packager.targets.opening import target_of
+from packager.variant import MAIN
 from packager.workspace import PROVENANCE
 
 
@@ -116,8 +118,26 @@ def raise_failed(receipts: Sequence[Receipt]) -> None:
         )
 
 
-def publish(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, dry_run: bool) -> PublishReport:
+def publish(
+    recipe_file: RecipeFile,
+    options: Options,
+    terminal: Terminal,
+    *,
+    dry_run: bool,
+    show_plan: Callable[[PublishPlan], None] = lambda _: None,
+    consent: Callable[[PublishPlan], None] = lambda _: None,
+    tag: str = "",
+) -> PublishReport:
     """Stage 10: bring the built folders to the target, one branch each, `main` last.
+
+    Args:
+        recipe_file: what was built.
+        options: where it lies.
+        terminal: gets a line per branch.
+        dry_run: plan and check, write nothing.
+        show_plan: gets the plan before the first effect.
+        consent: asked, with the plan, before anything changes that others can see; raises to stop.
+        tag: names main's commit at the end; "" for none.
 
     Raises:
         PublishError: a variant is not built from this recipe, or a required loader has not passed.
@@ -135,8 +155,12 @@ def publish(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, dr
         audit_or_raise(folders, complete=True)
         contents = [_branch_content(receipt, folder) for receipt, folder in zip(receipts, folders, strict=True)]
         with terminal.stage("publish"):
-            target = LocalTarget(run.workspace.hub, recipe_file.recipe.repository.id)
-            return publish_branches(contents, target, terminal.say, dry_run=dry_run)
+            target = target_of(recipe_file.recipe.repository, run.workspace.dist, options.environ, terminal.say)
+            ask = consent if target.is_public else lambda _: None
+            report = publish_branches(contents, target, terminal.say, dry_run=dry_run, show_plan=show_plan, confirm=ask)
+            if tag and not dry_run:
+                target.tag(tag, report.head(MAIN))
+            return report
 
 
 def _require_stages(run: Build, *stages: StageName) -> None:

@@ -1,16 +1,17 @@
 """A release run: build and publish every recipe that this machine can build, and account for the rest."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from packager.build_state import STAGES, Build, Options, choose_device, require_build_extra
 from packager.engines import needs_cuda
-from packager.errors import MachineError, PackagerError
+from packager.errors import MachineError, PackagerError, PublishError
 from packager.memory import USABLE
 from packager.pipeline import build, publish
 from packager.plan import BuildPlan
 from packager.progress import Terminal
+from packager.publish_plan import PublishPlan
 from packager.recipe.file import RecipeFile
 from packager.source import access_problem
 from packager.status import print_status
@@ -19,16 +20,37 @@ from packager.status import print_status
 _LARGEST_ON_CPU = 1_000_000_000
 
 
-def release(recipes: Sequence[Path], options: Options, terminal: Terminal, *, strict: bool) -> None:
+def release(
+    recipes: Sequence[Path],
+    options: Options,
+    terminal: Terminal,
+    *,
+    strict: bool,
+    attended: bool = True,
+    consent: Callable[[PublishPlan], None] = lambda _: None,
+) -> None:
     """Build and publish the recipes one after the other; end with one table each, and why others were left out.
 
     All recipes are read and planned before the first is built.
 
+    Args:
+        recipes: their files.
+        options: where and how.
+        terminal: gets everything that is said.
+        strict: whether a recipe that this machine cannot build is an error.
+        attended: whether `consent` may be asked: else nothing is built for a target that others can see.
+        consent: see `pipeline.publish`.
+
     Raises:
+        PublishError: not `attended`, and a recipe's target is not local.
         PackagerError: of the first recipe that failed.
         MachineError: `strict`, and this machine cannot build one of them.
     """
     files = [RecipeFile.load(path) for path in recipes]
+    remote = [str(file.path) for file in files if file.recipe.repository.target != "local"]
+    if remote and not attended:
+        what = "others would see what is published, and there is nobody to ask"
+        raise PublishError(what, where=", ".join(remote), hint="say --yes")
     reasons = {file.path: _why_not(Build(file, options, terminal)) for file in files}
     skipped = {path: reason for path, reason in reasons.items() if reason}
     if skipped and strict:
@@ -38,7 +60,7 @@ def release(recipes: Sequence[Path], options: Options, terminal: Terminal, *, st
             if recipe_file.path not in skipped:
                 terminal.say(str(recipe_file.path))
                 build(recipe_file, options, terminal)
-                publish(recipe_file, options, terminal, dry_run=False)
+                publish(recipe_file, options, terminal, dry_run=False, consent=consent)
                 print_status(recipe_file, options, terminal.out)
     finally:
         for path, reason in skipped.items():

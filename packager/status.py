@@ -15,9 +15,9 @@ from packager.errors import StateError
 from packager.parallel import in_parallel
 from packager.plan import VariantPlan
 from packager.progress import Terminal
-from packager.publish import format_bytes
 from packager.receipt import LoaderRecord, Receipt
 from packager.recipe.file import RecipeFile
+from packager.sizes import format_bytes
 from packager.targets.local import LocalTarget
 
 State = Literal["built", "not built", "outdated", "edited"]
@@ -53,7 +53,9 @@ def read_status(recipe_file: RecipeFile, options: Options) -> tuple[BranchStatus
     run = Build(recipe_file, options, Terminal(quiet=True))
     problems = _read_receipts(run)
     missing = {stage: {plan.variant.branch for plan in run.missing(stage)} for stage in STAGES}
-    published = LocalTarget(run.workspace.hub, recipe_file.recipe.repository.id).read_branches()
+    local = LocalTarget(run.workspace.hub, recipe_file.recipe.repository.id)
+    # What is elsewhere is not asked for here: `packager verify-published` does that.
+    published = local.read_branches() if recipe_file.recipe.repository.target == "local" else {}
     return tuple(
         BranchStatus(
             branch=branch,

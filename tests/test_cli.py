@@ -36,7 +36,9 @@ from tests.checkpoints import Checkpoint
 from tests.golden_files import check_golden
 from tests.test_house_rules import ROOT
 
-COMMANDS = ("plan", "build", "audit", "verify", "card", "publish", "status", "release")
+COMMANDS = (
+    "plan", "build", "audit", "verify", "card", "publish", "verify-published", "rollback", "status", "release",
+)  # fmt: skip
 TOO_LARGE = re.compile(r"(?m)^.*llama-2-13b-chat\.yaml: not built: needs a CUDA GPU with \d+\.\d GiB\n\Z")
 DEMO = str(ROOT / "recipes" / "demo-llama.yaml")
 LARGE = str(ROOT / "recipes" / "llama-2-13b-chat.yaml")
@@ -116,6 +118,8 @@ def add_loaders(folder: Path) -> None:
         ("card", ["no figure", "Exits with 10", "with 11"]),
         ("publish", ["main last", "builds nothing", "Exits with 10", "with 11", "with 7", "--dry-run"]),
         ("status", ["Changes nothing", "Exits with 0"]),
+        ("verify-published", ["no build", "no torch", "--full", "with 7", "with 10"]),
+        ("rollback", ["new commit", "killed", "--yes", "Exits with 10"]),
         ("release", ["Exits with 0", "--strict", "12", "nothing is built before"]),
     ],
 )

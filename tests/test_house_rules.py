@@ -24,7 +24,7 @@ TORCH_FREE = (
     "publish", "publish_view", "targets", "targets.local", "status", "audit", "audit.view", "build_state", "pipeline",
     "release", "workspace", "receipt", "loaders", "errors", "engines", "engines.legacy_config",
 )  # fmt: skip
-TERMINAL = {"packager/cli.py", "packager/progress.py"}
+TERMINAL = {"packager/cli.py", "packager/cli_options.py", "packager/cli_publishing.py", "packager/progress.py"}
 # `python -m packager.recipe.schema` is an entry point of its own: nox runs it, the command line does not know it.
 ENTRY_POINTS = {"packager/recipe/schema.py"}
 NETWORK = ("packager/source.py", "packager/calibrate.py", "packager/targets/")

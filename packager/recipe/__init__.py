@@ -58,6 +58,13 @@ def base_model_problem(given: AbstractSet[str]) -> str:
     return ""
 
 
+def repository_problem(target: str, *, has_url: bool) -> str:
+    """Return why these fields together do not name one target, or ""."""
+    if has_url == (target == "git"):
+        return ""
+    return "url belongs to target git" if has_url else "target git needs the url of the remote"
+
+
 def text_source_problem(given: AbstractSet[str]) -> str:
     """Return why these fields together do not name one text, or ""."""
     if "path" in given and "dataset" in given:
@@ -85,6 +92,7 @@ _REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 _FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 _COMMIT_HASH = r"^[0-9a-f]{40}$"
 _URL = r"^https://[^\s<>\"'`|)\]]+$"
+_GIT_URL = r"^(https://|ssh://|file:///|[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:)[^\s<>\"'`|)\]]+$"
 _LINE = r"^[^\r\n\x00-\x1f]+$"
 _LANGUAGE = r"^[a-z]{2,3}$"
 _TAG = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
@@ -95,6 +103,7 @@ PATTERN_MEANINGS = {
     _FILE_NAME: "a file name without a folder",
     _COMMIT_HASH: "a full commit id, 40 lower-case hex digits",
     _URL: "an https:// address without spaces, quotes or brackets",
+    _GIT_URL: "an address of a git remote: https://, ssh://, file:/// or user@host:path",
     _LINE: "one line of text",
     _LANGUAGE: "a language code of two or three lower-case letters",
     _TAG: "a Hub tag of letters, digits, '.', '_', ':' and '-'",
@@ -135,6 +144,7 @@ EngineField = Annotated[
 ]
 SeqLen = Annotated[int, Field(ge=8, le=131072, description="tokens per row")]
 Url = Annotated[str, Field(pattern=_URL, description="an https:// address")]
+GitUrl = Annotated[str, Field(pattern=_GIT_URL, description=PATTERN_MEANINGS[_GIT_URL])]
 Line = Annotated[str, Field(min_length=1, max_length=400, pattern=_LINE, description=PATTERN_MEANINGS[_LINE])]
 
 
@@ -152,7 +162,23 @@ class Repository(Strict):
     """Where the variants are published."""
 
     id: RepoId
-    target: Literal["local"] = Field(default="local", description="local: a git repository in dist/hub/models/<id>")
+    target: Literal["local", "hub", "git"] = Field(
+        default="local",
+        description="local: a git repository in dist/hub/models/<id>; hub: the Hugging Face Hub; git: any git remote",
+    )
+    url: GitUrl | None = Field(default=None, description="the remote of target git, without a password in it")
+    visibility: Literal["public", "private"] = Field(
+        default="public", description="of a repository that publishing makes on the Hub"
+    )
+    gated: Literal["auto", "manual"] | None = Field(
+        default=None, description="whether readers of a repository that publishing makes on the Hub must ask for access"
+    )
+
+    @model_validator(mode="after")
+    def _target_and_settings(self) -> "Repository":
+        if problem := repository_problem(self.target, has_url=self.url is not None):
+            raise ValueError(problem)
+        return self
 
 
 class BaseModelRef(Strict):
@@ -358,9 +384,8 @@ def expand(entry: VariantEntry, defaults: Defaults) -> Variant:
         key: value for key, value in entry.model_dump(exclude={"branch", "description"}).items() if value is not None
     }
     fields = {**defaults.model_dump(), **given}
-    if (
-        fields["scale_search"] is None
-    ):  # it lowers the KL divergence of every permutation: docs/explanation/measurements.md
+    # It lowers the KL divergence of every permutation: docs/explanation/measurements.md.
+    if fields["scale_search"] is None:
         fields["scale_search"] = fields["engine"] == "native"
     name = branch_name(bits=fields["bits"], group_size=fields["group_size"], desc_act=fields["desc_act"])
     return Variant(branch=entry.branch or name, **fields)

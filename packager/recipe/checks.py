@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final, get_args
 
-from packager.recipe import Defaults, base_model_problem, text_source_problem
+from packager.recipe import Defaults, base_model_problem, repository_problem, text_source_problem
 from packager.recipe.draft import Draft, Loc, State, name_of
 from packager.recipe.paths import locate, path_problem
 from packager.recipe.shapes import Parameter, shape_findings
@@ -80,6 +80,9 @@ def _sources(draft: Draft) -> Iterator[Finding]:
         given = draft.keys(section)
         if given is not None and (problem := problem_of(given)):
             yield Finding(draft.key_at(section), f"{section}: {problem}")
+    repository, target = draft.keys("repository"), draft.text("repository", "target") or "local"
+    if repository is not None and (problem := repository_problem(target, has_url="url" in repository)):
+        yield Finding(draft.key_at("repository"), f"repository: {problem}")
 
 
 def _ids(draft: Draft) -> Iterator[Finding]:

@@ -1,0 +1,186 @@
+"""The commands that look at or change what others see: `publish`, `verify-published`, `rollback`."""
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from packager.cli_options import (
+    DIST,
+    Device,
+    DistOption,
+    Format,
+    FormatOption,
+    QuietOption,
+    RecipePath,
+    YesOption,
+    open_recipe,
+    options_of,
+    terminal_of,
+)
+from packager.errors import AuditError, PublishError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from packager.publish_plan import PublishPlan
+    from packager.rollback import RollbackPlan
+
+
+def publish(
+    recipe: RecipePath,
+    dist: DistOption = DIST,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would change and change nothing.")] = False,
+    yes: YesOption = False,
+    tag: Annotated[str, typer.Option(help="Name main's commit, such as v1.0, when everything is published.")] = "",
+    format: FormatOption = Format.text,  # noqa: A002
+    quiet: QuietOption = False,
+) -> None:
+    """Bring the built variants to their branches.
+
+    The target is compared with what was built, and the plan printed: what is created, updated and left alone, what is
+    sent and what is there already. Then one commit per changed branch, main last, each read back; what is there is not
+    sent again, so a run that was killed is simply run again. It builds nothing.
+
+    The Hub's token comes from HF_TOKEN, `hf auth login` or a CI job's identity, a git remote's from PACKAGER_GIT_TOKEN.
+
+    Exits with 10 if a variant is not ready, a required loader has not passed or the target refuses, with 11 if a built
+    folder or the published files were edited, with 7 if a folder fails the audit.
+    """
+    from packager.pipeline import publish as run_publish
+    from packager.publish_view import print_plan, print_report, report_json
+
+    terminal, recipe_file = open_recipe(recipe, quiet=quiet)
+    report = run_publish(
+        recipe_file,
+        options_of(dist, Device.cpu, None),
+        terminal,
+        dry_run=dry_run,
+        show_plan=lambda plan: None if dry_run else print_plan(plan, terminal.err),
+        consent=consent("publish", yes=yes),
+        tag=tag,
+    )
+    if format is Format.json:
+        terminal.result(report_json(report))
+    else:
+        print_report(report, terminal.out)
+
+
+RepositoryAddress = Annotated[
+    str, typer.Argument(metavar="REPO", help="namespace/name on the Hub, a git remote's URL, or a published folder.")
+]
+
+
+def verify_published(
+    repository: RepositoryAddress,
+    branch: Annotated[
+        list[str] | None, typer.Option("--branch", metavar="NAME", help="Look at this branch only; may be repeated.")
+    ] = None,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="Download, hash and audit every file, a branch at a time, in the temporary folder (TMPDIR)."
+        ),
+    ] = False,
+    dist: DistOption = DIST,
+    format: FormatOption = Format.text,  # noqa: A002
+    quiet: QuietOption = False,
+) -> None:
+    """Check a published repository against its own records.
+
+    Needs no build, no recipe and no torch. Each branch's provenance.json must be that of this repository and branch,
+    and list exactly the files that are there, by size and sha256; the headers of the weights must be what was
+    declared; the card of main must list every branch with its figures (not looked at if --branch names others only).
+    Without --full the repository's word is taken for the sha256 of large files. Exits with 0 if nothing is wrong, with
+    7 if something is, with 10 if it cannot be read.
+    """
+    from packager.published import verify_published as run_verify
+    from packager.published.view import print_report, report_json
+    from packager.targets.opening import open_target
+
+    terminal = terminal_of(quiet=quiet)
+    target = open_target(repository, dist, os.environ, terminal.say)
+    report = run_verify(target, terminal.say, branches=branch or (), full=full)
+    if format is Format.json:
+        terminal.result(report_json(report))
+    else:
+        print_report(report, terminal.out)
+    if not report.passed:
+        raise typer.Exit(AuditError.exit_code)
+
+
+def rollback(
+    repository: RepositoryAddress,
+    branch: Annotated[
+        list[str] | None, typer.Option("--branch", metavar="NAME", help="Put back this branch only; may be repeated.")
+    ] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="COMMIT", help="Go back to this commit, of the one --branch, or of main for the whole release."
+        ),
+    ] = "",
+    again: Annotated[
+        bool, typer.Option("--again", help="Go one further back from where the last rollback led.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would change and change nothing.")] = False,
+    yes: YesOption = False,
+    dist: DistOption = DIST,
+    format: FormatOption = Format.text,  # noqa: A002
+    quiet: QuietOption = False,
+) -> None:
+    """Put published branches back to what they held before.
+
+    Each is put back by a new commit. With --branch, each goes back to the commit before its head. Without, the whole
+    release goes back to the one before: main is published last, so every branch gets what it held when main's commit
+    before its head was made, or, if a publish did not get as far as main, at main's head. Branches that were not there
+    then are left alone, and so are those whose head somebody else made. Variants go first, main last; nothing is
+    deleted from the history.
+
+    What is back already is not put back twice: run a killed rollback again to finish it. Before anything changes that
+    others see it asks; where nobody can answer, it needs --yes. Exits with 10 if there is nothing to go back to,
+    somebody else committed meanwhile, or the target refuses.
+    """
+    from packager.rollback import Request
+    from packager.rollback import rollback as run_rollback
+    from packager.rollback.view import print_plan, print_report, report_json
+    from packager.targets.opening import open_target
+
+    terminal = terminal_of(quiet=quiet)
+    target = open_target(repository, dist, os.environ, terminal.say)
+    report = run_rollback(
+        target,
+        Request(branches=tuple(branch or ()), to=to, again=again),
+        terminal.say,
+        dry_run=dry_run,
+        show_plan=lambda plan: None if dry_run else print_plan(plan, terminal.err),
+        confirm=consent("put back", yes=yes or not target.is_public),
+    )
+    if format is Format.json:
+        terminal.result(report_json(report))
+    else:
+        print_report(report, terminal.out)
+
+
+def consent(what: str, *, yes: bool) -> "Callable[[PublishPlan | RollbackPlan], None]":
+    """Return what asks a person before anything changes that others see; it raises if the answer is not yes.
+
+    Args:
+        what: is done to the branches, for the question.
+        yes: the answer, if it is known.
+    """
+
+    def ask(plan: "PublishPlan | RollbackPlan") -> None:
+        if yes:
+            return
+        if not sys.stdin.isatty():
+            raise PublishError(
+                "nothing was changed: others see this repository, and nobody is here to be asked",
+                where=plan.where,
+                hint="look at the plan with --dry-run, then run again with --yes",
+            )
+        if not typer.confirm(f"{plan.where}: {what} {', '.join(plan.changing)}?", err=True):
+            raise PublishError("nothing was changed: the answer was no", where=plan.where)
+
+    return ask
