@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packager.calibrate import TextSets
 from packager.decoder import Decoder, forward
 from packager.environments import LoaderSpec, ProbeJob, ProbeResult, ensure_environment, run_probes
 from packager.errors import LoaderError, LoaderUnavailableError
@@ -62,8 +61,9 @@ class VerifyJob:
 
     Attributes:
         checkpoints: the variants.
-        texts: held-out rows (the first `loaders.num_rows` are used) and prompts.
-        loaders: the recipe's wishes.
+        ids: token ids int64 [rows, seq_len] of text; the first `loaders.num_rows` rows are compared.
+        prompts: token ids after each of which the loaders generate.
+        loaders: which, and how much they are asked.
         device: where our own reference is computed, and the loaders too.
         cache: where environments are kept.
         scratch: folder for jobs and logits.
@@ -71,7 +71,8 @@ class VerifyJob:
     """
 
     checkpoints: Sequence[Checkpoint]
-    texts: TextSets
+    ids: Tensor
+    prompts: Sequence[Sequence[int]]
     loaders: Loaders
     device: torch.device
     cache: Path
@@ -81,7 +82,7 @@ class VerifyJob:
     @property
     def rows(self) -> Tensor:
         """Token ids int64 [num_rows, seq_len] whose logits are compared."""
-        return self.texts.evaluation.ids[: self.loaders.num_rows, : self.loaders.seq_len]
+        return self.ids[: self.loaders.num_rows, : self.loaders.seq_len]
 
 
 def checkpoint_of(provenance: Provenance, folder: Path) -> Checkpoint:
@@ -154,7 +155,7 @@ def _probe(spec: LoaderSpec, job: VerifyJob, report: Callable[[str], None]) -> d
             model_dir=checkpoint.folder,
             device=job.device.type,
             input_ids=job.rows.tolist(),
-            prompts=[list(prompt) for prompt in job.texts.prompts],
+            prompts=[list(prompt) for prompt in job.prompts],
             max_new_tokens=job.loaders.max_new_tokens,
             output_dir=job.scratch / spec.name / checkpoint.branch,
         )
@@ -239,7 +240,7 @@ def _compare_generated(outcome: ProbeResult, own: Reference, job: VerifyJob) -> 
     """
     rms = float(np.sqrt(np.mean((outcome.logits - own.logits) ** 2)))
     tokens = equal = 0
-    for prompt, generated in zip(job.texts.prompts, outcome.generated, strict=True):
+    for prompt, generated in zip(job.prompts, outcome.generated, strict=True):
         if not generated:
             continue
         ids = torch.tensor([[*prompt, *generated]])

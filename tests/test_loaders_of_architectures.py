@@ -138,7 +138,8 @@ def proven(
     run = Build(recipe_file, tiny_recipe.options(recipes["llama"].parent / "dist"), Terminal(quiet=True))
     job = VerifyJob(
         checkpoints=checkpoints,
-        texts=run.texts,
+        ids=run.texts.evaluation.ids,
+        prompts=run.texts.prompts,
         loaders=Loaders(required=LOADERS, prompts=("old bird",), seq_len=32, max_new_tokens=12),
         device=torch.device("cpu"),
         cache=Path(pytestconfig.getoption("--cache-folder")).expanduser(),
