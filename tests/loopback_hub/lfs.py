@@ -1,0 +1,77 @@
+"""Large files: which are stored, where to send the others, and where they are fetched."""
+
+import hashlib
+import re
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from tests.loopback_hub.messages import Answer, Call, RefusedError
+from tests.loopback_hub.repository import Repository, write_whole
+
+if TYPE_CHECKING:
+    from tests.loopback_hub.hub import LoopbackHub
+
+
+def lfs_batch(hub: "LoopbackHub", call: Call) -> Answer:
+    """Tell for each object whether it is stored, or where to send it."""
+    repository, wish = hub.writable(call), call.json()
+    if wish.get("operation") != "upload":
+        raise RefusedError(422, "The loopback hub gives no LFS downloads; see resolve")
+    in_parts = "multipart" in wish.get("transfers", [])
+    told = [_lfs_actions(hub, repository, item["oid"], item["size"], in_parts=in_parts) for item in wish["objects"]]
+    multipart = any("chunk_size" in item.get("actions", {}).get("upload", {}).get("header", {}) for item in told)
+    return Answer.of_json({"transfer": "multipart" if multipart else "basic", "objects": told})
+
+
+def _lfs_actions(hub: "LoopbackHub", repository: Repository, oid: str, size: int, *, in_parts: bool) -> dict[str, Any]:
+    if not re.fullmatch("[0-9a-f]{64}", oid):
+        return {"oid": oid, "size": size, "error": {"code": 422, "message": "Invalid object id"}}
+    if repository.lfs_object(oid).is_file():
+        return {"oid": oid, "size": size}
+    storage = f"{hub.endpoint}/_lfs/{repository.id}/{oid}"
+    upload: dict[str, Any] = {"href": storage}
+    if in_parts and size > hub.multipart_threshold:
+        parts = range(1, -(-size // hub.part_bytes) + 1)
+        header = {"chunk_size": str(hub.part_bytes), **{str(part): f"{storage}/{part}" for part in parts}}
+        upload = {"href": storage, "header": header}
+    verify = {"href": f"{hub.endpoint}/{repository.id}.git/info/lfs/objects/verify"}
+    return {"oid": oid, "size": size, "authenticated": True, "actions": {"upload": upload, "verify": verify}}
+
+
+def put_object(hub: "LoopbackHub", call: Call) -> Answer:
+    """Store an object."""
+    hub.repository(call.args["id"]).store(call.args["oid"], call.body.blocks())
+    return Answer()
+
+
+def put_part(hub: "LoopbackHub", call: Call) -> Answer:
+    """Keep a part of an object until all are there."""
+    target = hub.repository(call.args["id"]).part(call.args["oid"], int(call.args["part"]))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = b"".join(call.body.blocks())
+    write_whole(target, content)
+    return Answer(headers={"ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"'})
+
+
+def complete_object(hub: "LoopbackHub", call: Call) -> Answer:
+    """Store an object whose parts have been sent."""
+    repository, oid = hub.repository(call.args["id"]), call.args["oid"]
+    blocks = []
+    for listed in sorted(call.json()["parts"], key=lambda part: int(part["partNumber"])):
+        path = repository.part(oid, int(listed["partNumber"]))
+        content = path.read_bytes() if path.is_file() else b""
+        if listed["etag"] != f'"{hashlib.sha256(content).hexdigest()[:32]}"':
+            raise RefusedError(400, f"Part {listed['partNumber']} of {oid} is not the one that was uploaded")
+        blocks.append(content)
+    repository.store(oid, blocks)
+    shutil.rmtree(repository.part(oid, 1).parent)
+    return Answer.of_json({"success": True})
+
+
+def lfs_verify(hub: "LoopbackHub", call: Call) -> Answer:
+    """Tell whether an object is stored."""
+    repository, wish = hub.writable(call), call.json()
+    path = repository.lfs_object(wish["oid"])
+    if not path.is_file() or path.stat().st_size != wish["size"]:
+        raise RefusedError(404, f"No object {wish['oid']} of {wish['size']} bytes")
+    return Answer.of_json({})

@@ -1,0 +1,69 @@
+"""Which address is answered by which function."""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from tests.loopback_hub.accounts import whoami
+from tests.loopback_hub.commits import create_commit, preupload
+from tests.loopback_hub.downloads import resolve
+from tests.loopback_hub.lfs import complete_object, lfs_batch, lfs_verify, put_object, put_part
+from tests.loopback_hub.listings import list_commits, list_paths, list_tree
+from tests.loopback_hub.messages import Answer, Call
+from tests.loopback_hub.model_collections import add_collection_item, create_collection, get_collection
+from tests.loopback_hub.models import change_settings, check_access, create_repo, model_info, validate_yaml
+from tests.loopback_hub.references import create_branch, create_tag, list_refs
+
+if TYPE_CHECKING:
+    from tests.loopback_hub.hub import LoopbackHub
+
+
+def _arm_fault(hub: "LoopbackHub", call: Call) -> Answer:
+    hub.fault(**call.json())
+    return Answer.of_json({})
+
+
+def _tell_record(hub: "LoopbackHub", call: Call) -> Answer:
+    told = {"requests": [asdict(it) for it in hub.requests], "uploaded": [asdict(it) for it in hub.uploaded]}
+    return Answer.of_json(told)
+
+
+def _route(
+    method: str, template: str, respond: "Callable[[LoopbackHub, Call], Answer]"
+) -> "tuple[str, re.Pattern[str], Callable[[LoopbackHub, Call], Answer]]":
+    several = {"id": "[^/]+/[^/]+", "slug": "[^/]+/[^/]+", "path": ".+", "oid": "[0-9a-f]{64}", "part": "[0-9]+"}
+    pattern = re.sub(r"{(\w+)}", lambda name: f"(?P<{name[1]}>{several.get(name[1], '[^/]+')})", template)
+    return method, re.compile(pattern), respond
+
+
+ROUTES = (
+    _route("GET", "/api/whoami-v2", whoami),
+    _route("POST", "/api/repos/create", create_repo),
+    _route("POST", "/api/validate-yaml", validate_yaml),
+    _route("GET", "/api/models/{id}", model_info),
+    _route("GET", "/api/models/{id}/revision/{rev}", model_info),
+    _route("GET", "/api/models/{id}/auth-check", check_access),
+    _route("PUT", "/api/models/{id}/settings", change_settings),
+    _route("POST", "/api/models/{id}/branch/{name}", create_branch),
+    _route("POST", "/api/models/{id}/tag/{rev}", create_tag),
+    _route("GET", "/api/models/{id}/refs", list_refs),
+    _route("GET", "/api/models/{id}/tree/{rev}", list_tree),
+    _route("GET", "/api/models/{id}/tree/{rev}/{path}", list_tree),
+    _route("POST", "/api/models/{id}/paths-info/{rev}", list_paths),
+    _route("GET", "/api/models/{id}/commits/{rev}", list_commits),
+    _route("POST", "/api/models/{id}/preupload/{rev}", preupload),
+    _route("POST", "/{id}[.]git/info/lfs/objects/batch", lfs_batch),
+    _route("POST", "/{id}[.]git/info/lfs/objects/verify", lfs_verify),
+    # Where the Hub would name a storage with signed addresses: the client sends no token there.
+    _route("PUT", "/_lfs/{id}/{oid}", put_object),
+    _route("PUT", "/_lfs/{id}/{oid}/{part}", put_part),
+    _route("POST", "/_lfs/{id}/{oid}", complete_object),
+    _route("POST", "/api/models/{id}/commit/{rev}", create_commit),
+    _route("GET", "/{id}/resolve/{rev}/{path}", resolve),
+    _route("POST", "/api/collections", create_collection),
+    _route("GET", "/api/collections/{slug}", get_collection),
+    _route("POST", "/api/collections/{slug}/items", add_collection_item),
+    _route("POST", "/_loopback/faults", _arm_fault),
+    _route("GET", "/_loopback/record", _tell_record),
+)
