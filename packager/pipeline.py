@@ -25,6 +25,8 @@ from packager.stages import (
     render_cards,
     verify,
 )
+from packager.targets import Target
+from packager.targets.hub_collection import collect
 from packager.targets.opening import target_of
 from packager.variant import MAIN
 from packager.workspace import PROVENANCE
@@ -155,12 +157,23 @@ def publish(
         audit_or_raise(folders, complete=True)
         contents = [_branch_content(receipt, folder) for receipt, folder in zip(receipts, folders, strict=True)]
         with terminal.stage("publish"):
-            target = target_of(recipe_file.recipe.repository, run.workspace.dist, options.environ, terminal.say)
+            target = target_of(run.recipe, run.workspace.dist, options.environ, terminal.say)
             ask = consent if target.is_public else lambda _: None
             report = publish_branches(contents, target, terminal.say, dry_run=dry_run, show_plan=show_plan, confirm=ask)
-            if tag and not dry_run:
-                target.tag(tag, report.head(MAIN))
+            if not dry_run:
+                _finish(run, target, report, tag)
             return report
+
+
+def _finish(run: Build, target: Target, report: PublishReport, tag: str) -> None:
+    """Do what comes after the last branch: the tag, and the collection of variants with repositories of their own."""
+    if tag:
+        target.tag(tag, report.head(MAIN))
+    repository = run.recipe.repository
+    if repository.target == "hub" and repository.layout == "repos":
+        places = [repository.place(branch).repository for branch in sorted(run.keys, key=lambda name: name != MAIN)]
+        title, private = f"{run.recipe.card.title} GPTQ", repository.visibility == "private"
+        collect(title, places, run.terminal.say, private=private)
 
 
 def _require_stages(run: Build, *stages: StageName) -> None:

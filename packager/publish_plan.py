@@ -110,12 +110,21 @@ def plan_publish(
             hint=f"publish {MAIN} together with the others: it is what a reader gets who names no branch",
         )
     ordered = sorted(files, key=lambda branch: branch == MAIN)
-    held = {name for state in remote.values() for file in state.files.values() for name in (file.sha256, file.blob_id)}
     return PublishPlan(
         where=where,
-        branches=tuple(_plan_branch(branch, files[branch], remote.get(branch), held - {""}) for branch in ordered),
+        branches=tuple(
+            _plan_branch(branch, files[branch], remote.get(branch), _held(remote, branch)) for branch in ordered
+        ),
         left_alone=tuple(sorted(remote.keys() - files.keys())),
     )
+
+
+def _held(remote: Mapping[str, BranchState], branch: str) -> Collection[str]:
+    """Return the digests of what the branch's repository has already, on any branch."""
+    repository = remote[branch].repository if branch in remote else ""
+    states = [state for state in remote.values() if state.repository == repository]
+    found = {name for state in states for file in state.files.values() for name in (file.sha256, file.blob_id)}
+    return found - {""}
 
 
 def plan_line(plan: PublishPlan) -> str:

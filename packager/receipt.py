@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from packager.variant import Layout, Place, place_of
+
 LoaderStatus = Literal["passed", "failed", "not run"]
 
 
@@ -93,6 +95,7 @@ class Provenance(Record):
     schema_version: Literal[1] = 1
     repository: str
     branch: str
+    layout: Layout = "branches"
     made_with: str
     recipe_digest: str
     variant_digest: str
@@ -108,6 +111,11 @@ class Provenance(Record):
     loaders: tuple[LoaderRecord, ...] = ()
     weights_bytes: int
     files: dict[str, FileRecord]
+
+    @property
+    def place(self) -> Place:
+        """Where the variant is published."""
+        return place_of(self.repository, self.layout, self.branch)
 
 
 class Receipt(Record):

@@ -230,7 +230,7 @@ def render_cards(run: Build) -> None:
         footer=_text(run.recipe_file, card.footer),
         original_card=_text(run.recipe_file, card.original_card),
     )
-    present = {"recipe_digest": run.recipe.digest()}
+    present = _present(run)
     provenances = [receipt.provenance.model_copy(update=present) for receipt in run.ordered_receipts()]
     expectations = {plan.variant.branch: plan.verdicts for plan in run.plan.variants}
     model_type = run.plan.architecture.model_type
@@ -243,6 +243,11 @@ def render_cards(run: Build) -> None:
     for branch, (files, receipt) in cards.items():
         _write_card(run, branch, files, receipt)
     audit_or_raise([run.workspace.folder(branch) for branch in cards], complete=True)
+
+
+def _present(run: Build) -> dict[str, object]:
+    """Return what a record says of the recipe and may change without the weights."""
+    return {"recipe_digest": run.recipe.digest(), "layout": run.recipe.repository.layout}
 
 
 def _licenses(run: Build, branch: str) -> dict[str, bytes]:
@@ -262,7 +267,7 @@ def _with_provenance(run: Build, branch: str, files: dict[str, bytes]) -> tuple[
     receipt = run.receipts[branch]
     packed = {name: record for name, record in receipt.provenance.files.items() if is_packed(name)}
     records = packed | {name: bytes_record(content) for name, content in files.items()}
-    changes = {"files": dict(sorted(records.items())), "recipe_digest": run.recipe.digest()}
+    changes = {"files": dict(sorted(records.items())), **_present(run)}
     provenance = receipt.provenance.model_copy(update=changes)
     content = provenance.model_dump_json(indent=2).encode() + b"\n"
     records[PROVENANCE] = bytes_record(content)
@@ -356,6 +361,7 @@ def _provenance(run: Build, plan: VariantPlan, files: Mapping[str, FileRecord], 
     return Provenance(
         repository=run.recipe.repository.id,
         branch=variant.branch,
+        layout=run.recipe.repository.layout,
         made_with=made.made_with,
         recipe_digest=run.recipe.digest(),
         variant_digest=plan.digest,

@@ -18,7 +18,7 @@ from packager.progress import Terminal
 from packager.receipt import LoaderRecord, Receipt
 from packager.recipe.file import RecipeFile
 from packager.sizes import format_bytes
-from packager.targets.local import LocalTarget
+from packager.targets.opening import target_of
 
 State = Literal["built", "not built", "outdated", "edited"]
 
@@ -53,9 +53,10 @@ def read_status(recipe_file: RecipeFile, options: Options) -> tuple[BranchStatus
     run = Build(recipe_file, options, Terminal(quiet=True))
     problems = _read_receipts(run)
     missing = {stage: {plan.variant.branch for plan in run.missing(stage)} for stage in STAGES}
-    local = LocalTarget(run.workspace.hub, recipe_file.recipe.repository.id)
     # What is elsewhere is not asked for here: `packager verify-published` does that.
-    published = local.read_branches() if recipe_file.recipe.repository.target == "local" else {}
+    local = run.recipe.repository.target == "local"
+    target = target_of(run.recipe, run.workspace.dist, options.environ, run.terminal.say)
+    published = target.read_branches() if local else {}
     return tuple(
         BranchStatus(
             branch=branch,

@@ -8,6 +8,8 @@ from typing import Literal
 MAIN = "main"
 Bits = Literal[2, 3, 4, 8]
 Engine = Literal["native", "auto-gptq"]
+Layout = Literal["branches", "repos"]
+MAX_REPOSITORY_NAME = 96  # on the Hub, without the namespace
 # Parameters that only our own engine knows, and the value that asks nothing of it.
 NATIVE_ONLY: Mapping[str, object] = {"scale_search": False}
 
@@ -67,6 +69,33 @@ def branch_problem(branch: str) -> str:
     if _HEX.match(branch):
         return "it reads as an abbreviated commit"
     return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a variant is published.
+
+    Attributes:
+        repository: namespace/name.
+        revision: the branch there.
+    """
+
+    repository: str
+    revision: str
+
+
+def place_of(repository: str, layout: Layout, branch: str) -> Place:
+    """Return where the variant `branch` of a recipe is published.
+
+    Args:
+        repository: the recipe's, namespace/name.
+        layout: "branches" keeps all variants in that repository; with "repos" the variant `main` has it for itself and
+            any other one has a repository of the same name and its own behind it.
+        branch: the variant.
+    """
+    if layout == "branches":
+        return Place(repository=repository, revision=branch)
+    return Place(repository=repository if branch == MAIN else f"{repository}-{branch}", revision=MAIN)
 
 
 def num_groups(in_features: int, group_size: int) -> int:

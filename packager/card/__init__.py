@@ -104,6 +104,7 @@ def _check_receipts(recipe: Recipe, receipts: Sequence[Provenance], branch: str)
             hint="build every variant of the recipe first",
         )
     strangers = {provenance.repository for provenance in receipts} - {recipe.repository.id}
+    strangers |= {provenance.layout for provenance in receipts} - {recipe.repository.layout}
     if strangers:
         raise CardError("the receipts are another repository's", where=recipe.repository.id, why=", ".join(strangers))
     if branch not in expected:
@@ -130,15 +131,19 @@ def _context(
 ) -> dict[str, object]:
     branches = facts.branch_facts(recipe, receipts)
     loaders = facts.loader_names(recipe, receipts)
-    others = [facts.branch for facts in branches if facts.branch != MAIN]
+    here = next(facts for facts in branches if facts.branch == branch)
+    others = [facts for facts in branches if facts.branch != MAIN]
+    separate = recipe.repository.layout == "repos"
     return {
         "recipe": recipe,
         "card": recipe.card,
         "branches": branches,
-        "here": next(facts for facts in branches if facts.branch == branch),
+        "here": here,
+        "separate": separate,
+        "noun": "variant" if separate else "branch",
         "main": MAIN,
         # On main, the examples of how to fetch a branch name one that is not taken by default anyway.
-        "example": (others or [MAIN])[0] if branch == MAIN else branch,
+        "example": (others or [here])[0] if branch == MAIN and not separate else here,
         "repository": recipe.repository.id,
         "repository_name": recipe.repository.id.split("/")[1],
         "hub": HUB,

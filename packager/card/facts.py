@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from packager.compatibility import LOADERS, Verdict
 from packager.receipt import LoaderRecord, Provenance
 from packager.recipe import Recipe
+from packager.variant import Place
 
 LOADER_TITLES = {"autogptq": "AutoGPTQ", "transformers": "Transformers", "exllamav2": "ExLlamaV2"}
 # What a reader must install in AutoGPTQ's version of it; torch is not here, it goes by the reader's hardware.
@@ -41,6 +42,11 @@ class BranchFacts:
     def branch(self) -> str:
         """Return the branch's name."""
         return self.provenance.branch
+
+    @property
+    def place(self) -> Place:
+        """Return the repository and the revision that hold it."""
+        return self.provenance.place
 
     def record(self, loader: str) -> LoaderRecord:
         """Return what `loader` made of this branch; a loader without a record was not run."""

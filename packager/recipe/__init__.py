@@ -7,14 +7,14 @@ A path in a recipe is relative to the recipe's own folder and may not leave it.
 import hashlib
 import json
 import re
-from collections.abc import Set as AbstractSet
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticKnownError
 
-from packager.variant import MAIN, Bits, Engine, Variant, branch_name, branch_problem
+from packager.recipe.sections import base_model_problem, repository_problem, text_source_problem
+from packager.variant import MAIN, Bits, Engine, Layout, Place, Variant, branch_name, branch_problem, place_of
 
 LoaderName = Literal["autogptq", "transformers", "exllamav2"]
 
@@ -45,37 +45,6 @@ def _group_size(value: int) -> int:
     if value != -1 and (value < 8 or value % 8):
         raise ValueError("must be -1 (the whole row) or a positive multiple of 8")
     return value
-
-
-def base_model_problem(given: AbstractSet[str]) -> str:
-    """Return why these fields together do not name one base model, or ""."""
-    if "revision" in given and "path" in given:
-        return "give either revision (read from the Hub) or path (a local folder), not both"
-    if not given & {"revision", "path"}:
-        return "give either revision (read from the Hub) or path (a local folder)"
-    if "revision" in given and "config" not in given:
-        return "a base model on the Hub needs config: a local copy of its config.json to plan from"
-    return ""
-
-
-def repository_problem(target: str, *, has_url: bool) -> str:
-    """Return why these fields together do not name one target, or ""."""
-    if has_url == (target == "git"):
-        return ""
-    return "url belongs to target git" if has_url else "target git needs the url of the remote"
-
-
-def text_source_problem(given: AbstractSet[str]) -> str:
-    """Return why these fields together do not name one text, or ""."""
-    if "path" in given and "dataset" in given:
-        return "give either path (a local file) or dataset (on the Hub), not both"
-    if not given & {"path", "dataset"}:
-        return "give either path (a local file) or dataset (on the Hub)"
-    if "dataset" in given and not given >= {"revision", "split"}:
-        return "a Hub dataset needs its revision and split"
-    if "path" in given and given & {"revision", "split", "config"}:
-        return "revision, split and config belong to a Hub dataset, not to a local file"
-    return ""
 
 
 def _prompt_template(value: str) -> str:
@@ -167,6 +136,10 @@ class Repository(Strict):
         description="local: a git repository in dist/hub/models/<id>; hub: the Hugging Face Hub; git: any git remote",
     )
     url: GitUrl | None = Field(default=None, description="the remote of target git, without a password in it")
+    layout: Layout = Field(
+        default="branches",
+        description="branches: one repository, a branch per variant; repos: a repository per variant, and a collection",
+    )
     visibility: Literal["public", "private"] = Field(
         default="public", description="of a repository that publishing makes on the Hub"
     )
@@ -176,9 +149,13 @@ class Repository(Strict):
 
     @model_validator(mode="after")
     def _target_and_settings(self) -> "Repository":
-        if problem := repository_problem(self.target, has_url=self.url is not None):
+        if problem := repository_problem(self.target, self.layout, has_url=self.url is not None):
             raise ValueError(problem)
         return self
+
+    def place(self, branch: str) -> Place:
+        """Return where a variant is published."""
+        return place_of(self.id, self.layout, branch)
 
 
 class BaseModelRef(Strict):

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final, get_args
 
-from packager.recipe import Defaults, base_model_problem, repository_problem, text_source_problem
+from packager.recipe import Defaults
 from packager.recipe.draft import Draft, Loc, State, name_of
 from packager.recipe.paths import locate, path_problem
+from packager.recipe.sections import base_model_problem, repository_problem, text_source_problem
 from packager.recipe.shapes import Parameter, shape_findings
 from packager.recipe.yaml import Finding
-from packager.variant import MAIN, NATIVE_ONLY, Engine, branch_name
+from packager.variant import MAIN, MAX_REPOSITORY_NAME, NATIVE_ONLY, Engine, branch_name, place_of
 
 # Every field of type RelativePath; the two lists of licence files are added where they are checked.
 FILE_FIELDS: Final[tuple[Loc, ...]] = (
@@ -58,6 +59,7 @@ def check(draft: Draft, folder: Path) -> list[Finding]:
         *_sources(draft),
         *_ids(draft),
         *_branches(draft),
+        *_repositories(draft),
         *_damping(draft),
         *_engines(draft),
         *_loaders(draft),
@@ -80,8 +82,11 @@ def _sources(draft: Draft) -> Iterator[Finding]:
         given = draft.keys(section)
         if given is not None and (problem := problem_of(given)):
             yield Finding(draft.key_at(section), f"{section}: {problem}")
-    repository, target = draft.keys("repository"), draft.text("repository", "target") or "local"
-    if repository is not None and (problem := repository_problem(target, has_url="url" in repository)):
+    repository = draft.keys("repository")
+    target, layout = (draft.text("repository", key) for key in ("target", "layout"))
+    if repository is not None and (
+        problem := repository_problem(target or "local", layout or "branches", has_url="url" in repository)
+    ):
         yield Finding(draft.key_at("repository"), f"repository: {problem}")
 
 
@@ -140,6 +145,24 @@ def _branches(draft: Draft) -> Iterator[Finding]:
             "no variant has the branch 'main', which a recipe has exactly once",
             "it is what people get who name no branch: add `branch: main` to one variant",
         )
+
+
+def _repositories(draft: Draft) -> Iterator[Finding]:
+    """Refuse names of repositories that the Hub would refuse."""
+    repository = draft.text("repository", "id")
+    if repository is None or draft.text("repository", "layout") != "repos":
+        return
+    for index in range(draft.count("variants")):
+        branch = _branch_of(draft, index)
+        if branch is None:
+            continue
+        name = place_of(repository, "repos", branch).repository.split("/")[-1]
+        if len(name) > MAX_REPOSITORY_NAME:
+            text = f"the repository {name} has {len(name)} characters, the Hub takes at most {MAX_REPOSITORY_NAME}"
+            yield Finding(draft.at("variants", index, "branch"), text, "shorten repository.id or the branch")
+        elif "--" in name or name.endswith(".git"):
+            text = f"the Hub takes no repository {name}: it has '--' in it or ends in '.git'"
+            yield Finding(draft.at("variants", index, "branch"), text)
 
 
 def _damping(draft: Draft) -> Iterator[Finding]:

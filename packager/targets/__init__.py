@@ -67,11 +67,13 @@ class BranchState:
         commit: the head, 40 hex digits.
         foreign_author: who made the head, "" when it was this program.
         files: by name, with '/' between folders.
+        repository: whose branch it is, where each variant has a repository of its own; else "".
     """
 
     commit: str
     foreign_author: str
     files: Mapping[str, StoredFile]
+    repository: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,7 +167,7 @@ class HubTarget:
         """
         if not changing:
             return
-        account = self._patience.call("asking whose token this is", self._api.whoami)
+        account = self._patience.call("asking whose token this is", lambda: self._api.whoami(cache=True))
         role = account.get("auth", {}).get("accessToken", {}).get("role", "")
         if role == "read":
             raise PublishError(

@@ -6,11 +6,12 @@ from hashlib import sha256
 from pathlib import Path
 
 from packager.errors import PublishError
-from packager.recipe import Repository
+from packager.recipe import Recipe
 from packager.targets import Target
 from packager.targets.git import GitTarget
 from packager.targets.hub import HubTarget, NewRepository
 from packager.targets.local import LocalTarget
+from packager.targets.separate import SeparateTarget
 
 # The token of target git; the Hub's client finds its own.
 GIT_TOKEN = "PACKAGER_GIT_TOKEN"  # noqa: S105 - the variable's name
@@ -18,21 +19,29 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _GIT_URL = re.compile(r"[a-z+]+://|[\w.-]+@[\w.-]+:")
 
 
-def target_of(repository: Repository, dist: Path, environ: Mapping[str, str], say: Callable[[str], None]) -> Target:
+def target_of(recipe: Recipe, dist: Path, environ: Mapping[str, str], say: Callable[[str], None]) -> Target:
     """Return the target that a recipe names; nothing is read or written yet.
 
     Args:
-        repository: the recipe's section.
+        recipe: its section `repository`, and its variants where each has a repository of its own.
         dist: the output folder: the local target and copies of git remotes are below it.
         environ: where the token for a git remote is.
         say: gets a line when something has to be waited for.
     """
-    if repository.target == "hub":
-        new = NewRepository(visibility=repository.visibility, gated=repository.gated)
-        return HubTarget(repository.id, new=new, say=say)
+    repository = recipe.repository
     if repository.url is not None:
         return _git(repository.url, dist, environ, say)
-    return LocalTarget(dist / "hub", repository.id)
+
+    def open_one(repository_id: str) -> Target:
+        if repository.target == "local":
+            return LocalTarget(dist / "hub", repository_id)
+        new = NewRepository(visibility=repository.visibility, gated=repository.gated)
+        return HubTarget(repository_id, new=new, say=say)
+
+    if repository.layout == "branches":
+        return open_one(repository.id)
+    branches = [variant.branch for variant in recipe.expanded_variants()]
+    return SeparateTarget({branch: open_one(repository.place(branch).repository) for branch in branches})
 
 
 def open_target(address: str, dist: Path, environ: Mapping[str, str], say: Callable[[str], None]) -> Target:

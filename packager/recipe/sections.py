@@ -1,0 +1,36 @@
+"""Which keys of a section go together; asked of the text as written and of the finished values alike."""
+
+from collections.abc import Set as AbstractSet
+
+
+def base_model_problem(given: AbstractSet[str]) -> str:
+    """Return why these fields together do not name one base model, or ""."""
+    if "revision" in given and "path" in given:
+        return "give either revision (read from the Hub) or path (a local folder), not both"
+    if not given & {"revision", "path"}:
+        return "give either revision (read from the Hub) or path (a local folder)"
+    if "revision" in given and "config" not in given:
+        return "a base model on the Hub needs config: a local copy of its config.json to plan from"
+    return ""
+
+
+def repository_problem(target: str, layout: str, *, has_url: bool) -> str:
+    """Return why these fields together do not name one target, or ""."""
+    if target == "git" and layout == "repos":
+        return "layout repos is for the targets hub and local: target git has one url"
+    if has_url == (target == "git"):
+        return ""
+    return "url belongs to target git" if has_url else "target git needs the url of the remote"
+
+
+def text_source_problem(given: AbstractSet[str]) -> str:
+    """Return why these fields together do not name one text, or ""."""
+    if "path" in given and "dataset" in given:
+        return "give either path (a local file) or dataset (on the Hub), not both"
+    if not given & {"path", "dataset"}:
+        return "give either path (a local file) or dataset (on the Hub)"
+    if "dataset" in given and not given >= {"revision", "split"}:
+        return "a Hub dataset needs its revision and split"
+    if "path" in given and given & {"revision", "split", "config"}:
+        return "revision, split and config belong to a Hub dataset, not to a local file"
+    return ""
