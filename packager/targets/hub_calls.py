@@ -92,6 +92,7 @@ class Patience:
             return HeadMovedError(f"{what}: the branch's head moved", where=self._where, why=_reason(error))
         kinds: tuple[tuple[type[Exception], str, str], ...] = (
             (hub.GatedRepoError, "the repository is gated and the token's account has no access", _LOGIN_HINT),
+            (hub.LocalTokenNotFoundError, "there is no token", _LOGIN_HINT),
             (hub.OIDCError, "no token could be had for this CI job", "docs/how-to/publish.md says what it needs"),
             (hub.RevisionNotFoundError, "there is no such branch or commit", "run again: the plan is made anew"),
             (hub.EntryNotFoundError, "there is no such file", "run again: the plan is made anew"),

@@ -1,0 +1,188 @@
+"""`packager publish` from a recipe to the Hub, as a maintainer runs it: in a process of its own, by environment."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from packager.errors import AuditError, PublishError
+from packager.variant import place_of
+from tests import tiny_recipe
+from tests.loopback_hub import Account, LoopbackHub
+from tests.publish_fixtures import git, heads, trees
+from tests.test_house_rules import ROOT
+from tests.tiny_recipe import ACT_ORDER, BRANCHES, MAIN, REPOSITORY, THREE_BITS
+
+PROGRAM = "from packager.cli import main; main()"
+TOKEN, READER = "hf_a_secret_that_writes_0123456789", "hf_a_secret_that_reads_0123456789"
+
+
+class Scene:
+    """A built recipe whose target is the Hub, an empty Hub, and a command line."""
+
+    def __init__(self, folder: Path, hub: LoopbackHub, layout: str) -> None:
+        self.folder, self.dist, self.hub = folder, folder / "dist", hub
+        self.recipe = tiny_recipe.write_all(folder, {"repository.target": "hub", "repository.layout": layout})
+        tiny_recipe.build(self.recipe, self.dist)
+        self.environ = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "GIT_"))}
+        self.environ |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(ROOT)}
+        self.said = ""
+
+    @property
+    def path(self) -> Path:
+        return self.hub.repository(REPOSITORY).path
+
+    def run(self, *arguments: object, token: str = TOKEN, code: int = 0, program: str = PROGRAM) -> str:
+        """Run a command, and return what it wrote to standard output."""
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        environ = self.environ | ({"HF_TOKEN": token} if token else {})
+        done = subprocess.run(
+            command, env=environ, cwd=self.folder, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        )
+        assert done.returncode == code, done.stderr
+        self.said = done.stderr
+        for secret in (TOKEN, READER):
+            assert secret not in done.stdout + done.stderr
+        return done.stdout
+
+    def publish(self, *options: object, **settings: Any) -> str:
+        return self.run("publish", self.recipe, "--dist", self.dist, *options, **settings)
+
+    def asked(self) -> list[str]:
+        """Return the requests since the last call."""
+        requests = [f"{request.method} {request.path}" for request in self.hub.requests]
+        self.hub.requests.clear()
+        return requests
+
+
+@pytest.fixture
+def scene(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    tokens = {TOKEN: Account("tester"), READER: Account("tester", role="read")}
+    project = tmp_path / "project"
+    project.mkdir()
+    with LoopbackHub(tmp_path / "hub", tokens=tokens) as hub:
+        yield Scene(project, hub, getattr(request, "param", "branches"))
+
+
+def test_a_maintainer_plans_publishes_checks_and_publishes_again(scene: Scene) -> None:
+    plan = json.loads(scene.publish("--dry-run", "--format", "json"))
+    assert [(entry["branch"], entry["action"]) for entry in plan["branches"]] == [
+        (ACT_ORDER, "create"),
+        (THREE_BITS, "create"),
+        (MAIN, "create"),
+    ]
+    assert plan["dry_run"]
+    scene.publish(code=PublishError.exit_code)
+    assert "--yes" in scene.said
+    assert "nobody is here to be asked" in scene.said
+    assert [request for request in scene.asked() if not request.startswith(("GET ", "HEAD "))] == []
+
+    report = json.loads(scene.publish("--yes", "--tag", "v1.0", "--format", "json"))
+    assert {entry["branch"]: entry["commit"] for entry in report["branches"]} == {
+        branch: heads(scene.path)[branch] for branch in BRANCHES
+    }
+    assert git("rev-parse", "v1.0^{commit}", cwd=scene.path).strip() == heads(scene.path)[MAIN]
+    scene.asked()
+    published, sent = trees(scene.path), len(scene.hub.uploaded)
+    report = json.loads(scene.publish("--yes", "--format", "json"))
+    assert {entry["action"] for entry in report["branches"]} == {"unchanged"}
+    assert [request for request in scene.asked() if not request.startswith("GET ")] == []
+    assert (trees(scene.path), len(scene.hub.uploaded)) == (published, sent)
+
+    result = json.loads(scene.run("verify-published", REPOSITORY, "--full", "--format", "json"))
+    assert [branch["findings"] for branch in result["branches"]] == [[], [], []]
+    scene.run("rollback", REPOSITORY, "--yes", code=PublishError.exit_code)
+    assert "nothing to go back to" in scene.said
+
+
+def test_an_edit_travels_alone_and_is_rolled_back(scene: Scene) -> None:
+    scene.publish("--yes")
+    before, sent = trees(scene.path), len(scene.hub.uploaded)
+    recipe = json.loads(scene.recipe.read_text())
+    recipe["card"]["title"] = "Tiny the second"
+    scene.recipe.write_text(json.dumps(recipe))
+    scene.run("card", scene.recipe, "--dist", scene.dist)
+    plan = json.loads(scene.publish("--dry-run", "--format", "json"))
+    changed = [[change["name"] for change in entry["changed"]] for entry in plan["branches"]]
+    assert changed == [["README.md", "provenance.json"]] * 3
+    scene.publish("--yes")
+    assert len(scene.hub.uploaded) == sent, "the weights are the same"
+    assert trees(scene.path).keys() == before.keys()
+    assert not set(trees(scene.path).values()) & set(before.values())
+    scene.run("verify-published", REPOSITORY)
+    scene.run("rollback", REPOSITORY, code=PublishError.exit_code)
+    assert "--yes" in scene.said
+    scene.run("rollback", REPOSITORY, "--yes")
+    assert trees(scene.path) == before
+    assert len(scene.hub.uploaded) == sent
+    scene.run("verify-published", REPOSITORY)
+    scene.hub.commit(REPOSITORY, {"config.json": b"{}"}, branch=ACT_ORDER)
+    result = json.loads(scene.run("verify-published", REPOSITORY, "--format", "json", code=AuditError.exit_code))
+    assert [branch["branch"] for branch in result["branches"] if branch["findings"]] == [ACT_ORDER]
+
+
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [("", "there is no token"), (READER, "for reading only"), ("hf_nobody_knows_this_one", "HF_TOKEN")],
+)
+def test_a_token_that_may_not_write_is_named_by_what_is_wrong_with_it(scene: Scene, token: str, words: str) -> None:
+    scene.publish("--yes", token=token, code=PublishError.exit_code)
+    assert words in scene.said
+    assert not token or token not in scene.said
+    assert [request for request in scene.asked() if not request.startswith(("GET ", "HEAD "))] == []
+
+
+def test_the_token_is_in_no_file_and_in_no_address(scene: Scene) -> None:
+    scene.publish("--yes", "--tag", "v1")
+    files = [path for path in scene.folder.parent.rglob("*") if path.is_file()]
+    assert len(files) > 50
+    assert [str(path) for path in files if TOKEN.encode() in path.read_bytes()] == []
+    assert [request.path for request in scene.hub.requests if TOKEN in request.path] == []
+
+
+@pytest.mark.parametrize("scene", ["repos"], indirect=True)
+def test_a_repository_per_variant_and_a_collection(scene: Scene) -> None:
+    places = {branch: place_of(REPOSITORY, "repos", branch).repository for branch in BRANCHES}
+    scene.publish("--yes", "--tag", "v1")
+    (collection,) = json.loads((scene.hub.root / "collections.json").read_text()).values()
+    assert collection["title"] == "Tiny GPTQ"
+    assert [item["id"] for item in collection["items"]] == [places[branch] for branch in BRANCHES]
+    for branch, place in places.items():
+        path = scene.hub.repository(place).path
+        assert list(heads(path)) == [MAIN]
+        assert json.loads(git("show", "main:provenance.json", cwd=path))["branch"] == branch
+        assert git("rev-parse", "v1^{commit}", cwd=path).strip() == heads(path)[MAIN]
+    scene.asked()
+    report = json.loads(scene.publish("--yes", "--format", "json"))
+    assert {entry["action"] for entry in report["branches"]} == {"unchanged"}
+    assert [request for request in scene.asked() if not request.startswith("GET ")] == ["POST /api/collections"]
+
+
+def test_every_weight_byte_is_hashed_once_and_sent_once(scene: Scene) -> None:
+    """The digest serves the receipt, the audit, the comparison with the Hub and the upload alike."""
+    time.sleep(2.1)  # what has just been written may still change unnoticed, and is hashed again
+    counting = (
+        "import hashlib, json, sys\n"
+        "from packager.cli import app\n"  # first: it says what the client is to do without
+        "import huggingface_hub.lfs\n"
+        "file_digest, hashed = hashlib.file_digest, []\n"
+        "def count(stream, *rest):\n"
+        "    hashed.append(stream.name)\n"
+        "    return file_digest(stream, *rest)\n"
+        "hashlib.file_digest = count\n"
+        "huggingface_hub.lfs.sha_fileobj = count\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "json.dump([str(name) for name in hashed], open('hashed.json', 'w'))\n"
+    )
+    scene.publish("--yes", program=counting)
+    weights = sorted(str(path) for path in (scene.dist / "builds").rglob("*.safetensors"))
+    hashed = json.loads((scene.folder / "hashed.json").read_text())
+    assert sorted(name for name in hashed if name in weights) == weights
+    sent = [upload.received for upload in scene.hub.uploaded]
+    assert sorted(sent) == sorted(Path(path).stat().st_size for path in weights)
