@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+
+from tests.git_backend import ask_git
 
 _CHUNK_BYTES = 1 << 20
 _GIFTLESS = """
@@ -179,31 +180,9 @@ class _Front(BaseHTTPRequestHandler):
         connection.close()
 
     def _run_backend(self) -> None:
-        parts = urlsplit(self.path)
-        environment = {
-            "PATH": os.environ["PATH"],
-            "GIT_CONFIG_GLOBAL": os.devnull,
-            "GIT_CONFIG_NOSYSTEM": "1",
-            "GIT_HTTP_EXPORT_ALL": "1",
-            "GIT_PROJECT_ROOT": str(self.root),
-            "GIT_PROTOCOL": self.headers.get("Git-Protocol", ""),
-            "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
-            "CONTENT_TYPE": self.headers.get("Content-Type", ""),
-            "PATH_INFO": parts.path,
-            "QUERY_STRING": parts.query,
-            "REMOTE_USER": "somebody",
-            "REQUEST_METHOD": self.command,
-        }
-        body = self._body()
-        environment["CONTENT_LENGTH"] = str(len(body))
-        done = subprocess.run(["git", "http-backend"], input=body, env=environment, capture_output=True, check=False)
-        head, _, content = done.stdout.partition(b"\r\n\r\n")
-        headers = [line.split(": ", 1) for line in head.decode().split("\r\n") if line]
-        status = next((int(value.split()[0]) for name, value in headers if name == "Status"), 200)
-        self.send_response(status)
-        for name, value in headers:
-            if name != "Status":
-                self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
+        answer = ask_git(self.root, self.command, self.path, dict(self.headers), self._body(), user="somebody")
+        self.send_response(answer.status)
+        for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(answer.body)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import random
 import socket
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from huggingface_hub.errors import (
 )
 
 from tests.loopback_hub import Account, Call, LoopbackHub
+from tests.publish_fixtures import git
 
 # huggingface_hub's own way of sending a file to its HTTP client.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -344,10 +347,10 @@ def test_a_client_that_is_killed_while_it_uploads_leaves_nothing(hub: LoopbackHu
 
 def test_a_download_that_is_cut_is_begun_again(hub: LoopbackHub, api: HfApi, tmp_path: Path) -> None:
     _publish(api)
-    hub.fault("GET .*/resolve/.*/model.safetensors", "cut-answer", at_bytes=1000)
+    hub.fault("GET /_lfs/", "cut-answer", at_bytes=1000)
     path = api.hf_hub_download(REPO, "model.safetensors", revision="w4", cache_dir=tmp_path / "cache")
     assert Path(path).read_bytes() == WEIGHTS
-    gets = [request for request in hub.requests if request.method == "GET" and "/resolve/" in request.path]
+    gets = [request for request in hub.requests if request.method == "GET" and "/_lfs/" in request.path]
     assert [request.status for request in gets] == [200, 200]
 
 
@@ -369,7 +372,8 @@ def test_ranges(hub: LoopbackHub, api: HfApi) -> None:
     _publish(api)
 
     def ask(path: str, span: str) -> httpx2.Response:
-        return get_session().get(f"{hub.endpoint}/{REPO}/resolve/w4/{path}", headers={"Range": f"bytes={span}"})
+        url = f"{hub.endpoint}/{REPO}/resolve/w4/{path}"
+        return get_session().get(url, headers={"Range": f"bytes={span}"}, follow_redirects=True)
 
     assert (ask("model.safetensors", "8-15").status_code, ask("model.safetensors", "8-15").content) == (
         206,
@@ -411,6 +415,116 @@ def test_a_card_is_validated_and_read(api: HfApi) -> None:
     assert (info.tags, info.card_data and info.card_data.license) == (["gptq"], "mit")
     with pytest.raises(ValueError, match="Invalid metadata in README"):
         api.create_commit(REPO, [CommitOperationAdd("README.md", b"---\na: [\n---\n")], commit_message="Break card")
+
+
+CLONE = ("-c", "filter.lfs.smudge=", "-c", "filter.lfs.process=", "-c", "filter.lfs.required=false", "clone", "-q")
+
+
+def test_git_clones_what_it_may_see_and_pushes_nothing(hub: LoopbackHub, api: HfApi, tmp_path: Path) -> None:
+    commit = _publish(api)
+    url = f"{hub.endpoint}/{REPO}"
+    for number, address in enumerate((url, f"{url}.git")):
+        git(*CLONE, "--single-branch", "--branch", "w4", address, str(tmp_path / str(number)))
+        assert git("rev-parse", "HEAD", cwd=tmp_path / str(number)).strip() == commit
+    assert git("show", "HEAD:config.json", cwd=tmp_path / "0") == "{}\n"
+    with pytest.raises(AssertionError, match="403"):
+        git("push", "-q", "origin", "w4:mine", cwd=tmp_path / "0")
+    api.update_repo_settings(REPO, private=True)
+    with pytest.raises(AssertionError, match="Authentication failed"):
+        git("-c", "core.askPass=true", "-c", "credential.helper=", *CLONE, url, str(tmp_path / "refused"))
+    with pytest.raises(AssertionError, match="not found"):
+        git(*CLONE, url.replace("://", "://any:hf_other@"), str(tmp_path / "refused"))
+    git(*CLONE, url.replace("://", "://any:hf_read@"), str(tmp_path / "private"))
+
+
+def test_git_lfs_is_told_where_an_object_lies(hub: LoopbackHub, api: HfApi) -> None:
+    _publish(api)
+    sha256 = hashlib.sha256(WEIGHTS).hexdigest()
+    objects = [{"oid": sha256, "size": len(WEIGHTS)}, {"oid": "0" * 64, "size": 1}]
+    wish = {"operation": "download", "transfers": ["basic"], "objects": objects}
+    batch = f"{hub.endpoint}/{REPO}.git/info/lfs/objects/batch"
+    found, lost = get_session().post(batch, json=wish).json()["objects"]
+    assert lost["error"]["code"] == 404
+    href = found["actions"]["download"]["href"]
+    assert get_session().get(href).content == WEIGHTS
+    assert get_session().get(href, headers={"Authorization": "Bearer hf_read"}).status_code == 400
+    assert get_session().post(batch, json={**wish, "operation": "upload"}).status_code == 401
+    api.update_repo_settings(REPO, gated="auto")
+    assert get_session().post(batch, json=wish).headers["X-Error-Code"] == "GatedRepo"
+
+
+# The client keeps its Xet session and what it remembers of a server for as long as its process lives.
+XET_CLIENT = """
+import sys
+from pathlib import Path
+from huggingface_hub import CommitOperationAdd, HfApi
+api, repository, branch, weights = HfApi(), sys.argv[1], sys.argv[2], Path("model.safetensors")
+operations = [CommitOperationAdd(weights.name, weights), CommitOperationAdd("config.json", b"{}")]
+api.create_repo(repository, exist_ok=True)
+api.create_branch(repository, branch=branch)
+api.preupload_lfs_files(repository, operations, revision=branch)
+api.create_commit(repository, operations, commit_message="Add", revision=branch)
+found = Path(api.snapshot_download(repository, revision=branch), weights.name)
+assert found.read_bytes() == weights.read_bytes()
+"""
+
+
+def _with_xet(hub: LoopbackHub, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_write", "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
+    environ = {**os.environ, **own, "HF_HUB_DISABLE_XET": "0"}
+    command = [sys.executable, "-c", XET_CLIENT, *arguments]
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
+
+
+def _xet_bytes(hub: LoopbackHub) -> int:
+    xorbs = [request for request in hub.requests if "/v1/xorbs/" in request.path and request.method == "POST"]
+    return sum(request.received for request in xorbs if request.status == 200)
+
+
+def test_xet_stores_chunks_and_git_has_the_file(tmp_path: Path) -> None:
+    weights = random.Random(1).randbytes(400_000) + b"xet" * 300_000 + random.Random(2).randbytes(400_000)
+    changed = weights[:-1] + b"!"
+    with LoopbackHub(tmp_path / "hub", tokens=TOKENS, xet=True) as hub:
+        for branch, content in (("w4", weights), ("w8", changed)):
+            (tmp_path / "model.safetensors").write_bytes(content)
+            sent = _xet_bytes(hub)
+            done = _with_xet(hub, tmp_path, REPO, branch)
+            assert done.returncode == 0, done.stderr
+            sha256 = hashlib.sha256(content).hexdigest()
+            assert hub.repository(REPO).lfs_object(sha256).read_bytes() == content
+            pointer = hub.repository(REPO).git("show", f"{branch}:model.safetensors").decode()
+            assert f"oid sha256:{sha256}\n" in pointer
+        assert 0 < _xet_bytes(hub) - sent < 200_000  # the chunk that changed
+        assert not hub.uploaded
+        assert [request for request in hub.requests if "/_xet/xorbs/" in request.path and request.status == 206]
+        assert not [request for request in hub.requests if request.path.startswith("/_loopback")]
+
+
+def test_a_commit_of_what_xet_got_wrong_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(random.Random(1).randbytes(100_000))
+
+    def spoil(_: Call) -> None:
+        (xorb,) = (tmp_path / "hub" / ".xet" / "xorbs").iterdir()
+        content = xorb.read_bytes()
+        xorb.write_bytes(content[:1000] + bytes(8) + content[1008:])
+
+    with LoopbackHub(tmp_path / "hub", tokens=TOKENS, xet=True) as hub:
+        hub.fault("POST /api/models/.*/commit/", "call", call=spoil)
+        done = _with_xet(hub, tmp_path, REPO, "w4")
+        assert done.returncode == 1
+        assert "hash to" in done.stderr.splitlines()[-1]
+        hub.fault("POST /_xet/v1/shards", "status", status=403)
+        done = _with_xet(hub, tmp_path, REPO, "w8")
+        assert done.returncode == 1
+        assert hub.repository(REPO).head("w8") == hub.repository(REPO).head("main")
+
+
+def test_a_server_without_xet_says_so(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with LoopbackHub(tmp_path / "hub", tokens=TOKENS) as hub:
+        done = _with_xet(hub, tmp_path, REPO, "w4")
+        assert done.returncode == 1
+        assert "xet-write-token" in done.stderr.splitlines()[-1]
 
 
 def test_collections(hub: LoopbackHub, api: HfApi) -> None:

@@ -4,9 +4,11 @@ No package implements the Hub's write API, so this is ours, kept a thin skin ove
 a bare git repository (`<root>/<namespace>/<name>.git`: git's commit ids, git's compare-and-swap, `git check-attr` for
 what is LFS), LFS bytes lie in its `lfs/objects/ab/cd/<sha256>` where git-lfs looks for them, every stored object is
 hashed again, and a commit that names an object which is not stored is refused. All state is on disk and survives a
-restart. What it does not know (datasets, Spaces, pull requests, discussions) it answers with 404.
+restart. `git clone` and git-lfs read it through git's own HTTP backend. What it does not know (datasets, Spaces, pull
+requests, discussions) it answers with 404.
 
-It does not speak Xet, and the client does not negotiate: set HF_HUB_DISABLE_XET=1 before huggingface_hub is imported.
+The client does not ask whether a server has Xet: with `xet=True`, give each Hub a client with an HF_HOME of its own,
+which remembers what was sent; without it, set HF_HUB_DISABLE_XET=1 before huggingface_hub is imported.
 
     with LoopbackHub(tmp_path, tokens={"hf_w": Account("alice", orgs=("acme",))}) as hub:
         hub.fault("POST /api/models/.*/commit/", "status", status=429, retry_after=1)
@@ -16,6 +18,21 @@ As a process, which prints its address once it listens, takes faults at POST /_l
 asked at GET /_loopback/record:
 
     python -m tests.loopback_hub --root DIR --port 0 --token hf_w --user alice --org acme
+
+Where the Hub is known to do otherwise, so that a test here proves nothing of it:
+
+- Addresses of the storage are not signed, do not expire, and are this server under the name `localhost`: they refuse a
+  token as a storage elsewhere would, but lie on no other machine, and there is no CDN that could lag behind.
+- What was written is there at once for every reader.
+- A rate limit is a fault that a test arms; of its own accord only commits are counted, per repository and hour.
+- A 401 carries the code RepoNotFound: over http the client does not take a bare one for what it is over https.
+- A branch whose name could be an abbreviated commit is found as a branch, and names with a `/` are.
+- Tokens may write everywhere in their namespaces or nowhere; there are no fine-grained ones, no OIDC and no expiry.
+- Files are refused for their size only as regular files of `lfs_threshold` bytes (413), never as large ones, and small
+  binary files may be regular ones. There is no scan of what they hold, and no quota of the storage.
+- `git push` is refused.
+- Xet answers the older half of its protocols (shards and reconstructions of version 1, xorbs without a grant), knows no
+  chunk of anybody else's, and takes a xorb for what it says it is; the files that come of it are hashed.
 """
 
 from tests.loopback_hub.accounts import Account

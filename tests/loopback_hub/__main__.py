@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--org", action="append", default=[])
     for option in ("page-size", "lfs-threshold", "multipart-threshold", "part-bytes", "commit-cap"):
         parser.add_argument(f"--{option}", type=int, default=argparse.SUPPRESS)
+    parser.add_argument("--xet", action="store_true", help="store large files by chunks, too")
     options = vars(parser.parse_args())
     user, orgs = options.pop("user"), tuple(options.pop("org"))
     tokens = {options.pop("token"): Account(user, "write", orgs)}

@@ -41,7 +41,7 @@ def create_commit(hub: "LoopbackHub", call: Call) -> Answer:
         head = repository.head(branch)
         if header.get("parentCommit", head) != head:
             raise changed_since
-        changes = _changes(repository, head, operations)
+        changes = _changes(hub, repository, head, operations)
         hub.count_commit(repository.id)
         message = "\n\n".join(filter(None, (header["summary"], header.get("description"))))
         user = call.account.user if call.account else ""
@@ -66,7 +66,7 @@ def _read_commit(body: bytes) -> tuple[dict[str, Any], list[tuple[str, dict[str,
 
 
 def _changes(
-    repository: Repository, head: str, operations: Sequence[tuple[str, dict[str, Any]]]
+    hub: "LoopbackHub", repository: Repository, head: str, operations: Sequence[tuple[str, dict[str, Any]]]
 ) -> list[tuple[str, bytes | None]]:
     """Return what to write and delete, in order; an LFS file that no pattern covers gets a line of .gitattributes."""
     there = repository.files(head)
@@ -77,7 +77,7 @@ def _changes(
         gone = {path} & paths if key == "deletedFile" else {name for name in paths if name.startswith(f"{path}/")}
         if key.startswith("deleted") and not gone:
             raise RefusedError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-        content = None if key.startswith("deleted") else _content(repository, key, value)
+        content = None if key.startswith("deleted") else _content(hub, repository, key, value)
         paths = paths - gone if content is None else paths | {path}
         changes.append((path, content))
     texts = {".gitattributes": repository.blob(there[".gitattributes"].oid)} if ".gitattributes" in there else {}
@@ -96,16 +96,21 @@ def _checked_path(path: str) -> str:
     return "/".join(parts)
 
 
-def _content(repository: Repository, key: str, value: dict[str, Any]) -> bytes:
+def _content(hub: "LoopbackHub", repository: Repository, key: str, value: dict[str, Any]) -> bytes:
     """Return what git is to hold of a file: its bytes, or a pointer to an object that is stored."""
     if key == "file":
         try:
-            return base64.b64decode(value["content"], validate=True)
+            content = base64.b64decode(value["content"], validate=True)
         except binascii.Error as error:
             raise RefusedError(400, f"Invalid content of {value['path']}: {error}") from error
+        if len(content) >= hub.lfs_threshold:
+            raise RefusedError(413, f"{value['path']} is too large for git: upload it as a large file")
+        return content
     if key != "lfsFile":
         raise RefusedError(400, f"Unknown operation: {key}")
     stored = repository.lfs_object(value["oid"])
+    if not stored.is_file() and (file := hub.xet_store.file(value["oid"], "sha256")):
+        hub.xet_store.unpack(file, f"{hub.endpoint}/_loopback", repository)
     if not stored.is_file() or value.get("size", stored.stat().st_size) != stored.stat().st_size:
         message = "Your push was rejected because an LFS pointer pointed to a file that does not exist."
         raise RefusedError(400, f"{message} Offending file: - {value['path']}")

@@ -1,5 +1,6 @@
 """The Hub itself: what it keeps, and who may reach it."""
 
+import base64
 import threading
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from tests.loopback_hub.messages import Answer, Call, RefusedError
 from tests.loopback_hub.repository import REPO_ID, Repository
 from tests.loopback_hub.routes import ROUTES
 from tests.loopback_hub.server import HOST, Recorded, Server, Upload
+from tests.loopback_hub.xet import XetStore
 
 
 class LoopbackHub:
@@ -26,6 +28,7 @@ class LoopbackHub:
         lfs_threshold: files of so many bytes are LFS whatever their name.
         multipart_threshold: objects of more bytes are uploaded in parts of `part_bytes`.
         commit_cap: commits per repository and hour, then 429.
+        xet: whether large files may be stored by chunks; a server that is not the Hub has no such storage.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class LoopbackHub:
         multipart_threshold: int = 1 << 30,
         part_bytes: int = 1 << 24,
         commit_cap: int = 128,
+        xet: bool = False,
     ) -> None:
         self.root = root
         self.tokens = dict(tokens)
@@ -47,6 +51,8 @@ class LoopbackHub:
         self.multipart_threshold = multipart_threshold
         self.part_bytes = part_bytes
         self.commit_cap = commit_cap
+        self.xet = xet
+        self.xet_store = XetStore(root / ".xet")
         self.requests: list[Recorded] = []
         self.uploaded: list[Upload] = []
         self.faults: list[Fault] = []
@@ -55,6 +61,8 @@ class LoopbackHub:
         self._repositories: dict[str, Repository] = {}
         self._server = Server(self, port)
         self.endpoint = f"http://{HOST}:{self._server.server_address[1]}"
+        # The same server by another name: to a client a host that must not get its token.
+        self.storage = f"http://localhost:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -80,7 +88,9 @@ class LoopbackHub:
         return fault
 
     def claim(self, request: str) -> Fault | None:
-        """Return the fault that befalls a request, if any."""
+        """Return the fault that befalls a request, if any; the Hub's own do not go wrong."""
+        if "/_loopback/" in request:
+            return None
         with self.lock:
             return next((fault for fault in self.faults if fault.claims(request)), None)
 
@@ -124,22 +134,38 @@ class LoopbackHub:
             return refused.answer
 
     def _account(self, call: Call) -> Account | None:
+        if call.path.startswith(("/_xet/", "/_loopback/")):
+            return None  # the storage has tokens of its own
         scheme, _, token = call.headers.get("Authorization", "").partition(" ")
+        if scheme == "Basic":  # git's, with any user name
+            token = base64.b64decode(token).decode().partition(":")[2]
         if not token:
             return None
-        if scheme != "Bearer" or token not in self.tokens:
+        if call.path.startswith("/_lfs/"):
+            raise RefusedError(400, "Only one way to authenticate is allowed, and the address is signed")
+        if scheme not in {"Bearer", "Basic"} or token not in self.tokens:
             raise RefusedError(401, "Invalid credentials in Authorization header")
         return self.tokens[token]
 
     def readable(self, call: Call) -> Repository:
-        """Return the repository of a request that may see it."""
-        repository = self.repository(call.args["id"])
-        if repository.settings["private"] and not is_member(call.account, repository.id):
-            raise RefusedError(404, "Repository not found", "RepoNotFound")
+        """Return the repository of a request that may see it; who has no token is not told whether it is there."""
+        try:
+            repository = self.repository(call.args["id"])
+            if repository.settings["private"] and not is_member(call.account, repository.id):
+                raise RefusedError(404, "Repository not found", "RepoNotFound")
+        except RefusedError as refused:
+            raise (refused if call.account else _who_are_you()) from None
         return repository
 
     def writable(self, call: Call) -> Repository:
         """Return the repository of a request that may change it."""
         repository = self.readable(call)
+        if call.account is None:
+            raise _who_are_you()
         require_write(call.account, repository.id)
         return repository
+
+
+def _who_are_you() -> RefusedError:
+    """Return the Hub's 401; it has no code, but over http the client takes only the code for what it is over https."""
+    return RefusedError(401, "Invalid username or password.", "RepoNotFound")

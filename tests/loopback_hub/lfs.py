@@ -5,22 +5,41 @@ import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from tests.loopback_hub.messages import Answer, Call, RefusedError
+from tests.loopback_hub.messages import Answer, Call, RefusedError, ranged
+from tests.loopback_hub.models import require_ungated
 from tests.loopback_hub.repository import Repository, write_whole
 
 if TYPE_CHECKING:
     from tests.loopback_hub.hub import LoopbackHub
 
+_LFS_JSON = {"Content-Type": "application/vnd.git-lfs+json"}
+
 
 def lfs_batch(hub: "LoopbackHub", call: Call) -> Answer:
-    """Tell for each object whether it is stored, or where to send it."""
-    repository, wish = hub.writable(call), call.json()
+    """Tell for each object whether it is stored, and where to send it or to fetch it."""
+    wish = call.json()
     if wish.get("operation") != "upload":
-        raise RefusedError(422, "The loopback hub gives no LFS downloads; see resolve")
+        repository = hub.readable(call)
+        require_ungated(repository, call)
+        found = [_lfs_download(hub, repository, item["oid"], item["size"]) for item in wish["objects"]]
+        return Answer.of_json({"transfer": "basic", "objects": found}, headers=_LFS_JSON)
+    repository = hub.writable(call)
     in_parts = "multipart" in wish.get("transfers", [])
     told = [_lfs_actions(hub, repository, item["oid"], item["size"], in_parts=in_parts) for item in wish["objects"]]
     multipart = any("chunk_size" in item.get("actions", {}).get("upload", {}).get("header", {}) for item in told)
-    return Answer.of_json({"transfer": "multipart" if multipart else "basic", "objects": told})
+    return Answer.of_json({"transfer": "multipart" if multipart else "basic", "objects": told}, headers=_LFS_JSON)
+
+
+def storage_address(hub: "LoopbackHub", repository: Repository, oid: str) -> str:
+    """Return where an object is sent to and fetched from, which the Hub would sign."""
+    return f"{hub.storage}/_lfs/{repository.id}/{oid}"
+
+
+def _lfs_download(hub: "LoopbackHub", repository: Repository, oid: str, size: int) -> dict[str, Any]:
+    if not repository.lfs_object(oid).is_file():
+        return {"oid": oid, "size": size, "error": {"code": 404, "message": "Object does not exist"}}
+    actions = {"download": {"href": storage_address(hub, repository, oid)}}
+    return {"oid": oid, "size": size, "authenticated": True, "actions": actions}
 
 
 def _lfs_actions(hub: "LoopbackHub", repository: Repository, oid: str, size: int, *, in_parts: bool) -> dict[str, Any]:
@@ -28,7 +47,7 @@ def _lfs_actions(hub: "LoopbackHub", repository: Repository, oid: str, size: int
         return {"oid": oid, "size": size, "error": {"code": 422, "message": "Invalid object id"}}
     if repository.lfs_object(oid).is_file():
         return {"oid": oid, "size": size}
-    storage = f"{hub.endpoint}/_lfs/{repository.id}/{oid}"
+    storage = storage_address(hub, repository, oid)
     upload: dict[str, Any] = {"href": storage}
     if in_parts and size > hub.multipart_threshold:
         parts = range(1, -(-size // hub.part_bytes) + 1)
@@ -36,6 +55,15 @@ def _lfs_actions(hub: "LoopbackHub", repository: Repository, oid: str, size: int
         upload = {"href": storage, "header": header}
     verify = {"href": f"{hub.endpoint}/{repository.id}.git/info/lfs/objects/verify"}
     return {"oid": oid, "size": size, "authenticated": True, "actions": {"upload": upload, "verify": verify}}
+
+
+def get_object(hub: "LoopbackHub", call: Call) -> Answer:
+    """Send an object."""
+    path = hub.repository(call.args["id"]).lfs_object(call.args["oid"])
+    if not path.is_file():
+        raise RefusedError(404, "No such object")
+    headers = {"ETag": f'"{path.name}"', "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+    return ranged(call, Answer(200, b"", headers, path), path.stat().st_size)
 
 
 def put_object(hub: "LoopbackHub", call: Call) -> Answer:

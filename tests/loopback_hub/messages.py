@@ -1,12 +1,14 @@
 """Requests as they arrive and answers as they leave."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
 from io import BufferedIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import parse_qs
 
 if TYPE_CHECKING:
     from tests.loopback_hub.accounts import Account
@@ -98,11 +100,16 @@ class Call:
 
     method: str
     path: str
-    query: dict[str, list[str]]
+    query_text: str
     headers: Message
     body: Body
     account: "Account | None" = None
     args: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def query(self) -> dict[str, list[str]]:
+        """What the address asks for after its question mark."""
+        return parse_qs(self.query_text)
 
     def json(self) -> Any:
         """Return the body's JSON; 400 if it is none."""
@@ -114,3 +121,18 @@ class Call:
     def says(self, name: str) -> bool:
         """Whether the query has this flag."""
         return self.query.get(name, [""])[0].lower() in {"1", "true"}
+
+
+def ranged(call: Call, answer: Answer, size: int) -> Answer:
+    """Narrow an answer to the one range that was asked for, if any."""
+    answer.length = size
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", call.headers.get("Range", ""))
+    if match is None or match[0] == "bytes=-":
+        return answer
+    first = int(match[1]) if match[1] else max(0, size - int(match[2]))
+    last = min(int(match[2]), size - 1) if match[1] and match[2] else size - 1
+    if first > last:
+        raise RefusedError(416, "Range Not Satisfiable", headers={"Content-Range": f"bytes */{size}"})
+    answer.status, answer.first, answer.length = 206, first, last - first + 1
+    answer.headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+    return answer

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from tests.loopback_hub.faults import Fault
@@ -90,8 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         address = urlsplit(self.path)
-        query = parse_qs(address.query)
-        call = Call(self.command, address.path, query, self.headers, Body(self.rfile, self.headers))
+        call = Call(self.command, address.path, address.query, self.headers, Body(self.rfile, self.headers))
         fault = self.server.hub.claim(f"{self.command} {address.path}")
         kind = fault.kind if fault else None
         try:
