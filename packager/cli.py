@@ -296,11 +296,19 @@ def release(
     when recipes were left out; with `--strict` that is an error (12), before anything is built. A failed build or
     publish ends the run with its own code.
     """
+    from packager.publish_view import print_plan
     from packager.release import release as run_release
 
-    options = options_of(dist, device, cache, gpu_memory)
-    attended = yes or sys.stdin.isatty()
-    run_release(recipes, options, terminal_of(), strict=strict, attended=attended, consent=consent("publish", yes=yes))
+    terminal = terminal_of()
+    run_release(
+        recipes,
+        options_of(dist, device, cache, gpu_memory),
+        terminal,
+        strict=strict,
+        attended=yes or sys.stdin.isatty(),
+        show_plan=lambda plan: print_plan(plan, terminal.err),
+        consent=consent("publish", yes=yes),
+    )
 
 
 def main() -> None:

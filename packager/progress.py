@@ -66,7 +66,7 @@ class Terminal:
     def __init__(self, *, quiet: bool = False) -> None:
         # A log has no width: tables are as wide as what they show. A name that reads like an emoji code stays a name.
         self.out = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, emoji=False)
-        self.err = Console(stderr=True, quiet=quiet, emoji=False)
+        self.err = Console(stderr=True, quiet=quiet, emoji=False, width=None if sys.stderr.isatty() else _LOG_WIDTH)
         self._errors = Console(stderr=True, emoji=False)
         self.seconds: dict[str, float] = {}
 

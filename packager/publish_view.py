@@ -1,4 +1,4 @@
-"""A publish plan and its report for people, as a table, and for machines, as JSON with exact integers."""
+"""A publish plan and its report: for people, as a list of changes and a table; for machines, as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,25 +9,70 @@ from rich.table import Table
 from rich.text import Text
 
 from packager.publish import BranchOutcome, PublishReport
-from packager.publish_plan import BranchPlan, FileChange, PublishPlan
+from packager.publish_plan import BranchPlan, FileChange, PublishPlan, plan_line
 from packager.sizes import format_bytes
 
-_SHOWN_FILES = 5
+_SHOWN_FILES = 12
+_STYLES = {"+": "green", "~": "yellow", "-": "red", " ": ""}
+_SIGNS = {"create": "+", "update": "~", "unchanged": " "}
+_DONE = {"create": "created", "update": "updated", "unchanged": "unchanged"}
 
 
 def print_plan(plan: PublishPlan, console: Console) -> None:
-    """Print what publishing will do, one row per branch in publishing order."""
-    console.print(_table(plan, {}))
+    """Print what publishing will do: every branch in publishing order, and below it every file that changes."""
+    _print(console, f"To publish in {plan.where}:\n")
+    width = max(len(entry.branch) for entry in plan.branches)
+    for entry in plan.branches:
+        _print(console, f"{_headline(entry, width)}", _SIGNS[entry.action])
+        for sign, line in change_lines(entry.added, entry.changed, entry.removed):
+            _print(console, f"    {line}", sign)
+        if entry.parent and entry.foreign_author:
+            _print(console, f"    on top of {entry.parent[:12]} by {entry.foreign_author}")
+    _print(console, "")
     _print_left_alone(plan, console)
 
 
 def print_report(report: PublishReport, console: Console) -> None:
-    """Print what publishing did, or would do after a dry run."""
-    commits = {outcome.plan.branch: outcome.commit or "" for outcome in report.outcomes}
-    console.print(_table(report.plan, {} if report.dry_run else commits))
-    _print_left_alone(report.plan, console)
+    """Print what publishing did, one row per branch; after a dry run, what it would do."""
     if report.dry_run:
-        console.print("dry run: nothing was written", markup=False, highlight=False)
+        print_plan(report.plan, console)
+        _print(console, plan_line(report.plan))
+        _print(console, "dry run: nothing was written")
+        return
+    title = Text(f"Published in {report.plan.where}")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for heading in ("Branch", "Now", "Size", "Sent", "Commit"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading in ("Size", "Sent") else "left")
+    for outcome in report.outcomes:
+        plan, commit = outcome.plan, (outcome.commit or "")[:12]
+        sizes = (format_bytes(plan.total_bytes), format_bytes(plan.uploaded_bytes))
+        table.add_row(*(Text(cell) for cell in (plan.branch, _DONE[plan.action], *sizes, commit)))
+    console.print(table)
+    _print_left_alone(report.plan, console)
+
+
+def change_lines(
+    added: Sequence[FileChange], changed: Sequence[FileChange], removed: Sequence[FileChange]
+) -> Sequence[tuple[str, str]]:
+    """Return a line for every file that differs, with the sign it begins with; of many, for the largest."""
+    signed = [(sign, change) for sign, changes in (("+", added), ("~", changed), ("-", removed)) for change in changes]
+    largest = sorted(signed, key=lambda pair: -pair[1].size_bytes)[:_SHOWN_FILES]
+    shown = [pair for pair in signed if pair in largest]
+    width = max((len(change.name) for _, change in shown), default=0)
+    lines = [(sign, f"{sign} {change.name:<{width}}  {format_bytes(change.size_bytes):>9}") for sign, change in shown]
+    rest = [change.size_bytes for sign, change in signed if (sign, change) not in shown]
+    return [*lines, (" ", f"  and {len(rest)} more, {format_bytes(sum(rest))}")] if rest else lines
+
+
+def _headline(plan: BranchPlan, width: int) -> str:
+    size = f"{plan.num_files} files, {format_bytes(plan.total_bytes)}"
+    there = f", {format_bytes(plan.present_bytes)} there already" if plan.present_bytes else ""
+    sending = f"; {format_bytes(plan.uploaded_bytes)} to send{there}" if plan.action != "unchanged" else ""
+    return f"{_SIGNS[plan.action]} {plan.branch:<{width}}  {plan.action}: {size}{sending}"
+
+
+def _print(console: Console, text: str, sign: str = " ") -> None:
+    console.print(text, style=_STYLES[sign], markup=False, highlight=False, soft_wrap=True)
 
 
 def plan_json(plan: PublishPlan) -> dict[str, object]:
@@ -51,46 +96,9 @@ def report_json(report: PublishReport) -> dict[str, object]:
     }
 
 
-def _table(plan: PublishPlan, commits: dict[str, str]) -> Table:
-    title = Text(f"{'Published' if commits else 'To publish'} in {plan.where}")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for heading in ("Branch", "Action"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("Size", "To send", "There already"):
-        table.add_column(heading, no_wrap=True, justify="right")
-    table.add_column("Changes", overflow="fold")
-    if commits:
-        table.add_column("Commit", no_wrap=True)
-    for entry in plan.branches:
-        there = entry.total_bytes - entry.uploaded_bytes
-        sizes = (format_bytes(entry.total_bytes), format_bytes(entry.uploaded_bytes), format_bytes(there))
-        commit = (commits[entry.branch][:12],) if commits else ()
-        table.add_row(*(Text(cell) for cell in (entry.branch, entry.action, *sizes, _changes(entry), *commit)))
-    return table
-
-
-def _changes(plan: BranchPlan) -> str:
-    """Return what differs, a line each; of a new branch the largest files."""
-    if plan.action == "create":
-        return "\n".join(_lines("+", sorted(plan.added, key=lambda change: -change.size_bytes)))
-    lines = [f"based on {plan.parent[:12]} by {plan.foreign_author}"] if plan.parent and plan.foreign_author else []
-    for sign, changes in (("+", plan.added), ("~", plan.changed), ("-", plan.removed)):
-        lines.extend(_lines(sign, changes))
-    return "\n".join(lines)
-
-
-def _lines(sign: str, changes: Sequence[FileChange]) -> list[str]:
-    shown = [f"{sign} {change.name} {format_bytes(change.size_bytes)}" for change in changes[:_SHOWN_FILES]]
-    more = changes[_SHOWN_FILES:]
-    return (
-        [*shown, f"{sign} {len(more)} more, {format_bytes(sum(each.size_bytes for each in more))}"] if more else shown
-    )
-
-
 def _print_left_alone(plan: PublishPlan, console: Console) -> None:
     if plan.left_alone:
-        text = f"left alone: {', '.join(plan.left_alone)}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        _print(console, f"left alone: {', '.join(plan.left_alone)}")
 
 
 def _branch_json(plan: BranchPlan) -> dict[str, object]:

@@ -27,6 +27,7 @@ def release(
     *,
     strict: bool,
     attended: bool = True,
+    show_plan: Callable[[PublishPlan], None] = lambda _: None,
     consent: Callable[[PublishPlan], None] = lambda _: None,
 ) -> None:
     """Build and publish the recipes one after the other; end with one table each, and why others were left out.
@@ -39,7 +40,8 @@ def release(
         terminal: gets everything that is said.
         strict: whether a recipe that this machine cannot build is an error.
         attended: whether `consent` may be asked: else nothing is built for a target that others can see.
-        consent: see `pipeline.publish`.
+        show_plan: see `pipeline.publish`.
+        consent: likewise.
 
     Raises:
         PublishError: not `attended`, and a recipe's target is not local.
@@ -60,7 +62,7 @@ def release(
             if recipe_file.path not in skipped:
                 terminal.say(str(recipe_file.path))
                 build(recipe_file, options, terminal)
-                publish(recipe_file, options, terminal, dry_run=False, consent=consent)
+                publish(recipe_file, options, terminal, dry_run=False, show_plan=show_plan, consent=consent)
                 print_status(recipe_file, options, terminal.out)
     finally:
         for path, reason in skipped.items():

@@ -352,7 +352,7 @@ def test_somebody_elses_commit_stays_in_the_history(scene: Scene, tmp_path: Path
     assert_published(scene.contents, scene.repository, tmp_path)
     console = Console(width=160, record=True)
     print_plan(report.plan, console)
-    assert f"based on {theirs[:12]} by A Person <person@example.org>" in console.export_text()
+    assert f"on top of {theirs[:12]} by A Person <person@example.org>" in console.export_text()
 
 
 def test_executables_and_links_are_replaced_by_plain_files(scene: Scene) -> None:
@@ -634,9 +634,9 @@ def test_the_plan_and_the_report_read_well(scene: Scene) -> None:
     text = console.export_text()
     assert "To publish in a place [bold]" in text
     rows = [" ".join(line.split()) for line in text.splitlines()]
-    variant = rows.index(f"{VARIANT} create 12 B 12 B 0 B + README.md 5 B")
-    assert rows[variant + 1 : variant + 3] == ["+ w.bin 5 B", "+ sub/x.json 2 B"]
-    assert "main create 12 B 12 B 0 B + w.bin 7 B" in rows[variant + 3 :]
+    variant = rows.index(f"+ {VARIANT} create: 3 files, 12 B; 12 B to send")
+    assert rows[variant + 1 : variant + 4] == ["+ README.md 5 B", "+ sub/x.json 2 B", "+ w.bin 5 B"]
+    assert "+ main create: 2 files, 12 B; 12 B to send" in rows[variant + 4 :]
     assert json.loads(json.dumps(plan_json(plan)))["branches"][0]["added"][0] == {"name": "README.md", "size_bytes": 5}
     report = scene.publish()
     print_report(report, console)
