@@ -157,6 +157,11 @@ def test_what_main_has_is_not_copied_to_a_new_branch(scene: Scene) -> None:
 
 
 def test_visibility_and_gating_are_those_of_the_recipe(scene: Scene) -> None:
+    # A run that ends between making the repository and gating it.
+    fault = scene.hub.fault("PUT /api/models/.*/settings", "status", status=403)
+    scene.refused(new=NewRepository(visibility="private", gated="manual"))
+    assert fault.fired == 1
+    assert scene.uploaded_bytes() == 0
     scene.publish(new=NewRepository(visibility="private", gated="manual"))
     settings = scene.hub.repository(REPOSITORY).settings
     assert (settings["private"], settings["gated"]) == (True, "manual")

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from packager import __version__
@@ -70,6 +71,7 @@ class HubTarget:
     ) -> None:
         self._id, self._new, self._say = repository_id, new or NewRepository(), say
         self._patience_s = patience_s
+        self._gated = False
 
     @property
     def where(self) -> str:
@@ -167,7 +169,7 @@ class HubTarget:
         """
         if not changing:
             return
-        account = self._patience.call("asking whose token this is", lambda: self._api.whoami(cache=True))
+        account = self._patience.call("asking whose token this is", self._whoami)
         role = account.get("auth", {}).get("accessToken", {}).get("role", "")
         if role == "read":
             raise PublishError(
@@ -186,6 +188,7 @@ class HubTarget:
         from huggingface_hub import CommitOperationDelete
 
         head = parent or self._new_branch(branch)
+        self._gate()
         stored = self.read_back(head)
         additions = [
             _addition(name, file) for name, file in files.items() if name not in stored or not stored[name].holds(file)
@@ -225,6 +228,17 @@ class HubTarget:
         if name not in found:
             make = self._api.create_tag
             self._patience.call(f"tagging {name}", lambda: make(self._id, tag=name, revision=commit, exist_ok=True))
+
+    def _whoami(self) -> Mapping[str, Any]:
+        """Return what the Hub says of the token; nothing if it may be used without being allowed to ask that."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            return self._api.whoami(cache=True)
+        except HfHubHTTPError as error:
+            if error.response.status_code == HTTPStatus.FORBIDDEN:
+                return {}
+            raise
 
     def _heads(self) -> dict[str, str]:
         """Return every branch's head commit; none if there is no repository."""
@@ -292,9 +306,13 @@ class HubTarget:
         self._patience.call(
             "making the repository", lambda: self._api.create_repo(self._id, private=private, exist_ok=True)
         )
-        if self._new.gated is not None:
-            gated = self._new.gated
+
+    def _gate(self) -> None:
+        """Gate a repository that is being made; a killed run may have made it and not come to this."""
+        gated = self._new.gated
+        if gated is not None and not self._gated and not self.read_back(self._heads()[MAIN]):
             self._patience.call("gating the repository", lambda: self._api.update_repo_settings(self._id, gated=gated))
+        self._gated = True
 
     def _advance(
         self,
