@@ -2,13 +2,16 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from packager.cli_options import (
     DIST,
+    CacheOption,
     Device,
+    DeviceOption,
     DistOption,
     Format,
     FormatOption,
@@ -19,12 +22,13 @@ from packager.cli_options import (
     options_of,
     terminal_of,
 )
-from packager.errors import AuditError, PublishError
+from packager.errors import AuditError, LoaderError, PublishError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from packager.publish_plan import PublishPlan
+    from packager.published import LoaderSite
     from packager.rollback import RollbackPlan
 
 
@@ -83,31 +87,54 @@ def verify_published(
             "--full", help="Download, hash and audit every file, a branch at a time, in the temporary folder (TMPDIR)."
         ),
     ] = False,
+    loaders: Annotated[
+        bool,
+        typer.Option(
+            "--loaders",
+            help="Let the loaders that each record names open what was downloaded; means --full, and needs torch.",
+        ),
+    ] = False,
+    device: DeviceOption = Device.auto,
+    cache: CacheOption = None,
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
     quiet: QuietOption = False,
 ) -> None:
     """Check a published repository against its own records.
 
-    Needs no build, no recipe and no torch. Each branch's provenance.json must be that of this repository and branch,
-    and list exactly the files that are there, by size and sha256; the headers of the weights must be what was
-    declared; the card of main must list every branch with its figures (not looked at if --branch names others only).
-    Without --full the repository's word is taken for the sha256 of large files. Exits with 0 if nothing is wrong, with
-    7 if something is, with 10 if it cannot be read.
+    Needs no build, no recipe and, without --loaders, no torch. Each branch's provenance.json must be that of this
+    repository and branch, and list exactly the files that are there, by size and sha256; the headers of the weights
+    must be what was declared; the card of main must list every branch with its figures (not looked at if --branch names
+    others only). Without --full the repository's word is taken for the sha256 of large files, of which only headers are
+    read; a git-lfs server sends them whole all the same.
+
+    With --loaders those of each record that can run here open the branch, and must compute what our own float32 forward
+    of the same files does; the others are reported as not run. Exits with 0 if nothing is wrong, with 8 if a loader
+    failed, with 7 if anything else is wrong, with 10 if the repository cannot be read.
     """
     from packager.published import verify_published as run_verify
     from packager.published.view import print_report, report_json
     from packager.targets.opening import open_target
 
     terminal = terminal_of(quiet=quiet)
+    site = _loader_site(device, cache) if loaders else None
     target = open_target(repository, dist, os.environ, terminal.say)
-    report = run_verify(target, terminal.say, branches=branch or (), full=full)
+    report = run_verify(target, terminal.say, branches=branch or (), full=full, loaders=site)
     if format is Format.json:
         terminal.result(report_json(report))
     else:
         print_report(report, terminal.out)
     if not report.passed:
-        raise typer.Exit(AuditError.exit_code)
+        raise typer.Exit(LoaderError.exit_code if report.loader_failed else AuditError.exit_code)
+
+
+def _loader_site(device: Device, cache: Path | None) -> "LoaderSite":
+    from packager.build_state import choose_device, require_build_extra
+    from packager.published import LoaderSite
+
+    require_build_extra()
+    options = options_of(DIST, device, cache)
+    return LoaderSite(device=choose_device(options.device), cache=options.cache, environ=options.environ)
 
 
 def rollback(
@@ -125,7 +152,9 @@ def rollback(
         bool, typer.Option("--again", help="Go one further back from where the last rollback led.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would change and change nothing.")] = False,
-    yes: YesOption = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Put back where others can see it without being asked.")
+    ] = False,
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
     quiet: QuietOption = False,
@@ -172,6 +201,8 @@ def consent(what: str, *, yes: bool) -> "Callable[[PublishPlan | RollbackPlan], 
     """
 
     def ask(plan: "PublishPlan | RollbackPlan") -> None:
+        from packager.audit.finding import printable
+
         if yes:
             return
         if not sys.stdin.isatty():
@@ -180,7 +211,7 @@ def consent(what: str, *, yes: bool) -> "Callable[[PublishPlan | RollbackPlan], 
                 where=plan.where,
                 hint="look at the plan with --dry-run, then run again with --yes",
             )
-        if not typer.confirm(f"{plan.where}: {what} {', '.join(plan.changing)}?", err=True):
+        if not typer.confirm(f"{plan.where}: {what} {printable(', '.join(plan.changing))}?", err=True):
             raise PublishError("nothing was changed: the answer was no", where=plan.where)
 
     return ask

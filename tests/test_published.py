@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -225,6 +226,8 @@ CASES = [
     Case(rule="repository-differs", change=record(lambda found: found.update(repository="a/tiny-GPTQ")), words='"a/t'),
     Case(rule="repository-differs", change=record(lambda found: found.update(repository="iny-GPTQ"))),
     Case(rule="branch-differs", change=record(lambda found: found.update(branch=MAIN)), words="lies on gptq-4bit-16g"),
+    Case(rule="branch-differs", change=record(lambda found: found["parameters"].update(desc_act=False)),
+         words="not those that the name gptq-4bit-16g-actorder_True stands for"),
     Case(rule="provenance-invalid", change=record(lambda found: found.pop("files")), words="provenance.json: files"),
     Case(rule="provenance-missing", change=lambda scene: (scene.folders[VARIANT] / PROVENANCE).unlink()),
     Case(rule="provenance-disagrees", change=record(lambda found: found.update(weights_bytes=5)), words="weights_byte"),
@@ -278,7 +281,9 @@ def test_one_thing_that_is_wrong_is_found(scene: Scene, case: Case) -> None:
 
 
 def test_every_rule_of_its_own_has_a_case() -> None:
-    elsewhere = {"branch-unreadable", "files-too-many", "file-name", "main-missing"}
+    elsewhere = {"branch-unreadable", "files-too-many", "file-name", "main-missing", "digest-unknown"}
+    elsewhere |= {"address-differs", "head-foreign", "branch-copied"}  # tests/test_published_targets.py
+    elsewhere |= {"loader-failed", "loader-not-run"}  # tests/test_published_loaders.py
     assert set(RULES) - set(audit.RULES) == {case.rule for case in CASES if case.rule not in audit.RULES} | elsewhere
 
 
@@ -306,6 +311,36 @@ def test_without_main_the_others_are_looked_at(scene: Scene, monkeypatch: pytest
     states = {branch: state for branch, state in scene.target.read_branches().items() if branch != MAIN}
     monkeypatch.setattr(scene.target, "read_branches", lambda: states)
     assert list(scene.found()) == ["main-missing"]
+
+
+def alone(scene: Scene, branch: str) -> LocalTarget:
+    """Publish a variant into a repository of its own, and return that."""
+    repository = REPOSITORY if branch == MAIN else f"{REPOSITORY}-{branch}"
+    scene.write_card(lambda table: table.replace("| Branch |", "| Variant |"))
+    folder = scene.folders[branch]
+    if branch != MAIN:
+        (folder / README).write_bytes((scene.main / README).read_bytes())
+        reseal(folder, branch)
+    edit_json(folder, PROVENANCE, lambda found: found.update(layout="repos"))
+    target = LocalTarget(scene.root, repository)
+    publish([replace(describe(folder, branch), branch=MAIN)], target, scene.lines.append)
+    return target
+
+
+@pytest.mark.parametrize("branch", [MAIN, VARIANT])
+def test_a_variant_in_a_repository_of_its_own_lies_on_its_main(scene: Scene, branch: str) -> None:
+    report = verify_published(alone(scene, branch), scene.lines.append)
+    assert report.findings == ()
+    assert report.card_rows == 1, "the other rows lead to other repositories"
+
+
+def test_a_variant_in_another_s_repository_is_found(scene: Scene) -> None:
+    target = alone(scene, VARIANT)
+    misplaced = LocalTarget(scene.root, f"{REPOSITORY}-another")
+    shutil.move(scene.root / "models" / f"{REPOSITORY}-{VARIANT}", scene.root / "models" / f"{REPOSITORY}-another")
+    (finding,) = verify_published(misplaced, scene.lines.append).findings
+    assert finding.rule == "repository-differs"
+    assert target.where != misplaced.where
 
 
 def test_nothing_published_cannot_be_read(scene: Scene) -> None:
@@ -339,6 +374,7 @@ LIES: Sequence[tuple[str, Callable[[dict[str, StoredFile]], object]]] = [
     ("file-name", lambda files: files.update({"/absolute": HUGE})),
     ("file-name", lambda files: files.update({".git/config": HUGE})),
     ("file-name", lambda files: files.update({"a\nb": HUGE})),
+    ("remote-file-unlisted", lambda files: files.update({"x.bin": replace(HUGE, size_bytes=10**4200)})),
     ("file-name", lambda files: files.update({f"{WEIGHTS}/x": HUGE, f"{FIRST_SHARD}/x": HUGE})),
     ("not-a-regular-file", lambda files: files.update({"config.json": StoredFile(size_bytes=0)})),
     ("not-a-regular-file", lambda files: files.update({"x": StoredFile(size_bytes=-5, sha256="0")})),
@@ -415,12 +451,60 @@ def test_an_index_that_names_files_outside_reads_none(scene: Scene) -> None:
     assert "index-shard-missing" in scene.found()
 
 
-def test_a_listed_size_that_no_file_system_can_have(scene: Scene) -> None:
-    edit_json(scene.main, PROVENANCE, lambda found: found["files"][WEIGHTS].update(size_bytes=1 << 62))
+def claim_size(scene: Scene, name: str, size_bytes: int, sha256: str | None = None) -> None:
+    """Let the record of main and the listing agree on a size that a file does not have."""
+    edit_json(scene.main, PROVENANCE, lambda found: found["files"][name].update(size_bytes=size_bytes))
+    scene.target.lie = lambda files: files
     scene.publish()
-    scene.target.lie = lambda files: files.update({
-        name: replace(file, size_bytes=1 << 62) for name, file in files.items() if name == WEIGHTS
-    })  # fmt: skip
+
+    def lie(files: dict[str, StoredFile]) -> None:
+        stored = files[name]
+        files[name] = replace(stored, size_bytes=size_bytes, sha256=stored.sha256 if sha256 is None else sha256)
+
+    scene.target.lie = lie
+
+
+@pytest.mark.parametrize("size_bytes", [10**9, 1 << 62])
+def test_what_no_sha256_is_stated_of_is_read_up_to_a_limit(scene: Scene, size_bytes: int) -> None:
+    claim_size(scene, "tokenizer.json", size_bytes, sha256="")
+    scene.target.fails = "tokenizer.json"
+    assert "digest-unknown" in scene.found(MAIN)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x08", b"\xff" * 8, (10**18).to_bytes(8, "little")])
+def test_a_header_of_any_length_in_a_file_of_any_size_is_read_in_bounds(scene: Scene, data: bytes) -> None:
+    (scene.main / WEIGHTS).write_bytes(data + b" " * 100 if data else data)
+    reseal(scene.main, MAIN)
+    claim_size(scene, WEIGHTS, 10**30)
+    assert "header-too-large" in scene.found(MAIN)
+    claim_size(scene, WEIGHTS, 1 << 40)
+    scene.target.largest = 0
+    report = scene.verify(MAIN)
+    assert {finding.rule for finding in report.findings} & {"header-too-large", "safetensors-damaged"}
+    assert scene.target.largest < 100_000
+
+
+def test_names_of_branches_are_shown_without_what_a_terminal_obeys(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.publish()
+    states = scene.target.read_branches()
+    odd = "\x9b2J[red]\u202e"  # git allows all of that
+    monkeypatch.setattr(scene.target, "read_branches", lambda: {**states, odd: states[VARIANT]})
+    report = scene.verify(full=True)
+    stream = io.StringIO()
+    print_report(report, Console(file=stream, width=200))
+    shown = f"{stream.getvalue()}{scene.lines}"
+    assert "\\x9b2J[red]\\u202e" in shown
+    assert all(line.isprintable() for line in (*stream.getvalue().splitlines(), *scene.lines))
+    assert json.loads(json.dumps(report_json(report)))["branches"][2]["branch"] == odd
+    with pytest.raises(PublishError) as caught:
+        scene.verify("mian")
+    assert all(line.isprintable() for line in str(caught.value).splitlines())
+
+
+def test_a_listed_size_that_no_file_system_can_have(scene: Scene) -> None:
+    claim_size(scene, WEIGHTS, 1 << 62)
     assert "header-too-large" in scene.found(MAIN)
 
 

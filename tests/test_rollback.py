@@ -389,6 +389,56 @@ def test_nothing_published_is_an_error_and_makes_no_repository(scene: Scene) -> 
     assert not scene.repository.exists()
 
 
+@pytest.mark.parametrize("later_s", [0, -7200])
+def test_releases_that_their_times_do_not_tell_apart_are_not_mixed(scene: Scene, later_s: int) -> None:
+    scene.release(A, MAIN, number=1)
+    scene.now += later_s - 3600  # a publisher whose clock is wrong
+    scene.release(A, MAIN, number=2)
+    scene.now += 7200
+    text = scene.refused()
+    assert "the times of the commits do not tell" in text
+    assert "--branch NAME" in text
+    scene.back(A, MAIN)
+    assert trees(scene.repository) == scene.releases[0]
+
+
+def test_a_head_that_only_says_that_it_is_back_is_put_back(scene: Scene) -> None:
+    scene.release(A, MAIN, number=1)
+    scene.release(A, MAIN, number=2)
+    first = scene.commits(A)[1]
+    scene.now += 3600
+    scene.target.restore(A, heads(scene.repository)[A], parent=heads(scene.repository)[A],
+                         message=f"{A}: back\n\nRollback-to: {first}")  # fmt: skip
+    assert trees(scene.repository)[A] == scene.releases[1][A]
+    assert actions(scene.back(A)) == {A: "restore"}
+    assert trees(scene.repository)[A] == scene.releases[0][A]
+
+
+def test_a_release_does_not_go_back_to_a_commit_without_files(scene: Scene) -> None:
+    scene.release(MAIN, number=1)
+    empty = git_input(scene.repository, "", "mktree").strip()
+    commit = git_input(scene.repository, "initial commit", "commit-tree", empty, date_s=NOON).strip()
+    again = git("commit-tree", f"{MAIN}^{{tree}}", "-p", commit, "-m", "x", cwd=scene.repository).strip()
+    git("update-ref", f"refs/heads/{MAIN}", again, cwd=scene.repository)
+    assert "main has nothing to go back to" in scene.refused(to=commit)
+
+
+def test_what_others_wrote_is_shown_without_what_a_terminal_obeys(scene: Scene) -> None:
+    odd = "\x1b[2J\x9b2J\u202e Rollback-to: nonsense"
+    scene.release(A, MAIN, number=1)
+    edited = scene.somebody_commits(A, heads(scene.repository)[A], odd)
+    scene.somebody_commits(MAIN, heads(scene.repository)[MAIN], odd)
+    texts = [scene.refused(), scene.refused(A, to="abcdefabcdef")]
+    scene.release(A, number=2)
+    stream = io.StringIO()
+    print_report(scene.back(A), Console(file=stream, width=200))
+    assert trees(scene.repository)[A] == git("rev-parse", f"{edited}^{{tree}}", cwd=scene.repository).strip()
+    texts += [stream.getvalue(), *scene.lines, git("log", "-1", "--format=%B", A, cwd=scene.repository)]
+    for text in texts:
+        assert all(line.isprintable() for line in text.splitlines()), text
+    assert all("\\x1b[2J\\x9b2J\\u202e" in text for text in (texts[0], texts[1], stream.getvalue()))
+
+
 def record(letter: str, *, to: str = "", author: str = "", time_s: int = 0) -> CommitRecord:
     message = f"title\n\nRollback-to: {to * 40}" if to else "title"
     return CommitRecord(commit=letter * 40, author=author, title="title", message=message, time_s=time_s)

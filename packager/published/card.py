@@ -5,14 +5,16 @@ from collections.abc import Mapping, Sequence
 
 from packager.audit.files import PROVENANCE, README
 from packager.audit.finding import shown
-from packager.published.finding import Collector
+from packager.errors import PublishError
+from packager.published.finding import Collector, unreadable
 from packager.receipt import Provenance
 from packager.targets import BranchState, Target
 from packager.variant import MAIN
 
 _MAX_CARD_BYTES = 2_000_000
 _MAX_ROWS = 1000
-BRANCH, BITS, GROUP_SIZE, ACT_ORDER = "Branch", "Bits", "Group Size", "Act Order (desc_act)"
+BRANCH, VARIANT = "Branch", "Variant"
+BITS, GROUP_SIZE, ACT_ORDER = "Bits", "Group Size", "Act Order (desc_act)"
 DAMP, SEQ_LEN, SIZE = "Damp %", "Seq Len", "File Size"
 _COLUMNS = frozenset({BRANCH, BITS, GROUP_SIZE, ACT_ORDER, DAMP, SEQ_LEN, SIZE})
 _CELL_END = re.compile(r"(?<!\\)\|")
@@ -40,41 +42,57 @@ def check_card(
     if MAIN not in states:
         found.add("main-missing", "", "there is no branch main")
         return 0
-    if README not in states[MAIN].files or states[MAIN].files[README].size_bytes > _MAX_CARD_BYTES:
-        found.add("card-table", README, f"there is no {README}, or none of a card's size")
-        return 0
-    data = target.read_bytes(states[MAIN].commit, README, size=_MAX_CARD_BYTES)
-    rows = table_rows(data.decode("utf-8", "replace"))
+    # In a repository of its own a variant lies on main, and the table's other rows lead to other repositories.
+    alone = provenances[MAIN] if MAIN in provenances and provenances[MAIN].layout == "repos" else None
+    rows = _read_rows(target, states[MAIN], VARIANT if alone else BRANCH, found)
     if not rows:
-        found.add("card-table", README, "there is no table of the provided files")
         return 0
+    records = {alone.branch: alone} if alone else provenances
+    expected = set(records) if alone else {branch for branch, state in states.items() if PROVENANCE in state.files}
     listed: dict[str, Row] = {}
     for row in rows:
         code = _CODE.search(row[BRANCH])
         name = code[1] if code else row[BRANCH]
         if name in listed:
             found.add("card-table", README, f"the table has two rows for {name}")
-        elif name not in states:
+        elif name not in states and not alone:
             found.add("card-branch-missing", README, f"the table lists {name}, which is not a branch here")
         listed.setdefault(name, row)
-    for branch, state in sorted(states.items()):
-        if PROVENANCE in state.files and branch not in listed:
-            found.add("card-branch-unlisted", README, f"{branch} is there, and the table does not list it")
-    compared = sorted(listed.keys() & provenances.keys())
+    for branch in sorted(expected - listed.keys()):
+        found.add("card-branch-unlisted", README, f"{branch} is there, and the table does not list it")
+    compared = sorted(listed.keys() & records.keys())
     for branch in compared:
-        for column, cell, recorded in _differences(listed[branch], provenances[branch]):
+        for column, cell, recorded in _differences(listed[branch], records[branch]):
             found.add("card-figure", README, f"{branch}: {column} is {shown(cell)}, its record says {shown(recorded)}")
     return len(compared)
 
 
-def table_rows(text: str) -> Sequence[Row]:
+def _read_rows(target: Target, main: BranchState, heading: str, found: Collector) -> Sequence[Row]:
+    """Return the rows of main's card; why there are none is reported."""
+    size_bytes = main.files[README].size_bytes if README in main.files else 0
+    if not 0 < size_bytes <= _MAX_CARD_BYTES:
+        found.add("card-table", README, f"there is no {README}, or none of a card's size")
+        return ()
+    try:
+        data = target.read_bytes(main.commit, README, size=_MAX_CARD_BYTES)
+    except PublishError as error:
+        found.add("branch-unreadable", README, unreadable(error))
+        return ()
+    rows = table_rows(data.decode("utf-8", "replace"), heading)
+    if not rows:
+        found.add("card-table", README, "there is no table of the provided files")
+    return rows
+
+
+def table_rows(text: str, heading: str = BRANCH) -> Sequence[Row]:
     """Return the rows of a card's table of provided files, by the heading of the column; none if it has no such table.
 
-    It is the first table of the page that has all the columns that are compared.
+    It is the first table of the page that has all the columns that are compared. The column of the names is called
+    `heading` there, and `BRANCH` in what is returned.
     """
     lines = text.replace("\r\n", "\n").split("\n")
     for number, line in enumerate(lines):
-        headings = _cells(line)
+        headings = [BRANCH if cell == heading else cell for cell in _cells(line)]
         if len(headings) > 40 or not _COLUMNS.issubset(headings):
             continue
         rows = []

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from packager import audit
 from packager.audit.finding import Finding, Rule, Severity, printable
+from packager.errors import PublishError
 
 _MAX_FINDINGS = 20  # of a rule on a branch
 
@@ -16,6 +17,10 @@ def _rule(hint: str) -> Rule:
     return Rule(severity="error", hint=hint)
 
 
+def _warning(hint: str) -> Rule:
+    return Rule(severity="warning", hint=hint)
+
+
 # The audit's rules, and those that only a repository of several branches can break.
 RULES: Mapping[str, Rule] = {
     **audit.RULES,
@@ -24,17 +29,28 @@ RULES: Mapping[str, Rule] = {
     "file-name": _rule("remove the file: a name like this leaves the folder it is downloaded to, or does not survive"),
     "provenance-missing": _rule("publish the branch with packager, or leave it out: name the others with --branch"),
     "repository-differs": _rule("publish from the recipe whose repository this is; after a renaming, publish again"),
+    "address-differs": _warning("a git remote may have any address: make sure that it is the one you mean"),
+    "head-foreign": _warning("look at what they changed: packager publishes again, or rolls back"),
     "branch-differs": _rule("these are another variant's files: " + _AGAIN),
+    "branch-copied": _rule("variants never have the same weights: one is not what its record says; " + _AGAIN),
     "remote-file-missing": _rule(_AGAIN),
     "remote-file-unlisted": _rule("somebody else put it there: remove it, or " + _AGAIN),
     "remote-file-changed": _rule(_AGAIN),
+    "digest-unknown": _rule("run with --full, which reads everything"),
     "header-too-large": _rule("no model has such a header: " + _AGAIN),
+    "loader-failed": _rule("its users get an error or nonsense: put the branch back with packager rollback"),
+    "loader-not-run": _warning("run where the loader can run, such as on a machine with a CUDA GPU"),
     "main-missing": _rule("publish main: it is what a reader gets who names no branch"),
     "card-table": _rule(_CARD),
     "card-branch-missing": _rule("publish the branch, or " + _CARD),
     "card-branch-unlisted": _rule("delete the branch, or " + _CARD),
     "card-figure": _rule(_CARD),
 }
+
+
+def unreadable(error: PublishError) -> str:
+    """Return why something could not be read, as a finding says it."""
+    return f"{error.what}: {error.why}" if error.why else error.what
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +79,15 @@ class Collector:
         self._counts[rule] = self._counts.get(rule, 0) + 1
         if self._counts[rule] <= _MAX_FINDINGS:
             self._found.append(self._finding(rule, known, printable(file), printable(message)))
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether an error was reported so far."""
+        return any(RULES[rule].severity == "error" for rule in self._counts)
+
+    def has(self, rule: str) -> bool:
+        """Return whether anything was reported under `rule`."""
+        return rule in self._counts
 
     def take(self, findings: Iterable[Finding]) -> None:
         """Report what the audit found."""

@@ -7,7 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from packager.audit.finding import printable
 from packager.published import BranchProof, PublishedFinding, PublishedReport
+from packager.receipt import LoaderRecord
 from packager.sizes import format_bytes
 
 _STYLES = {"error": "bold red", "warning": "yellow"}
@@ -44,11 +46,20 @@ def depth(proof: BranchProof) -> str:
         parts.append(f"{_counted(proof.num_read, 'file')}: content read")
     if proof.num_tensors:
         parts.append(f"{_counted(proof.num_tensors, 'tensor')}: {'audited' if proof.audited else 'header read'}")
+    parts += [_loader(record) for record in proof.loaders]
     return "\n".join(parts) or "nothing"
 
 
+def _loader(record: LoaderRecord) -> str:
+    figures = ""
+    if record.relative_error is not None:
+        figures = f", relative error {record.relative_error:.5f}, top-1 {record.top1_agreement:.3f}"
+    return f"{record.loader}: {record.status}{figures or f', {record.reason}'}"
+
+
 def _branch_json(proof: BranchProof) -> dict[str, object]:
-    return {**asdict(proof), "passed": proof.passed, "findings": [asdict(finding) for finding in proof.findings]}
+    loaders = [record.model_dump() for record in proof.loaders]
+    return {**asdict(proof), "passed": proof.passed, "loaders": loaders}
 
 
 def _table(report: PublishedReport) -> Table:
@@ -61,7 +72,7 @@ def _table(report: PublishedReport) -> Table:
     table.add_column("Verdict", no_wrap=True)
     for proof in report.branches:
         size = format_bytes(proof.total_bytes)
-        cells = (proof.branch, proof.commit[:12], f"{proof.num_files:,}", size, depth(proof))
+        cells = (printable(proof.branch), proof.commit[:12], f"{proof.num_files:,}", size, depth(proof))
         table.add_row(*map(Text, cells), _judged(proof.passed, len(proof.findings)))
     return table
 
@@ -74,7 +85,8 @@ def _judged(passed: bool, num_findings: int) -> Text:
 
 
 def _line(finding: PublishedFinding) -> Text:
-    place = f"{finding.branch}: {finding.file}" if finding.file else finding.branch
+    branch = printable(finding.branch)
+    place = f"{branch}: {finding.file}" if finding.file else branch
     return Text.assemble(
         (f"{finding.severity:<7}", _STYLES[finding.severity]),
         f"  {finding.rule}  {place}: {finding.message}",

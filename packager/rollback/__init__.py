@@ -26,9 +26,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from packager.audit.finding import printable
 from packager.errors import PublishError
+from packager.published.states import published_states
 from packager.rollback.history import trailers
-from packager.rollback.plan import BranchRollback, Request, RollbackPlan, plan_rollback, published_states, same
+from packager.rollback.plan import BranchRollback, Request, RollbackPlan, plan_rollback, same
 from packager.targets import HeadMovedError, Target
 
 
@@ -101,10 +103,10 @@ def outcome_line(outcome: RollbackOutcome) -> str:
     """Return the one line that says what became of a branch."""
     plan = outcome.plan
     if plan.action != "restore" or plan.to is None:
-        return f"{plan.branch}: {plan.action}: {plan.reason}"
+        return f"{printable(plan.branch)}: {plan.action}: {plan.reason}"
     changes = f"{len(plan.added)} added, {len(plan.changed)} changed, {len(plan.removed)} removed"
     back = f"back to {plan.to.commit[:12]} at {outcome.commit[:12]}"
-    return f"{plan.branch}: {back}, files: {changes}, {outcome.seconds:.1f} s"
+    return f"{printable(plan.branch)}: {back}, files: {changes}, {outcome.seconds:.1f} s"
 
 
 def _restore(entry: BranchRollback, plan: RollbackPlan, target: Target) -> RollbackOutcome:
@@ -112,7 +114,7 @@ def _restore(entry: BranchRollback, plan: RollbackPlan, target: Target) -> Rollb
         return RollbackOutcome(plan=entry, commit=entry.head.commit, seconds=0.0)
     started = time.monotonic()
     title = entry.to.title.removeprefix(f"{entry.branch}: ")
-    title = f"{entry.branch}: back to {entry.to.commit[:12]}, {title}"[:200]
+    title = printable(f"{entry.branch}: back to {entry.to.commit[:12]}, {title}")[:200]
     message = "\n\n".join([title, trailers(entry.head, entry.to, plan.release)])
     try:
         commit = target.restore(entry.branch, entry.to.commit, parent=entry.head.commit, message=message)
@@ -132,7 +134,7 @@ def _restore(entry: BranchRollback, plan: RollbackPlan, target: Target) -> Rollb
         raise PublishError(
             f"{entry.branch} was put back and does not hold what {entry.to.commit[:12]} holds",
             where=target.where,
-            why=", ".join(wrong),
+            why=printable(", ".join(wrong)),
             hint="run again with --to; if that does not help, check the repository (git fsck, where it is a folder)",
         )
     return RollbackOutcome(plan=entry, commit=commit, seconds=time.monotonic() - started)

@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from packager.audit.finding import printable
 from packager.errors import PublishError
 from packager.publish_plan import FileChange
+from packager.published.states import published_states
 from packager.rollback.history import Line
 from packager.targets import BranchState, CommitRecord, HeadMovedError, StoredFile, Target
 from packager.variant import MAIN
@@ -86,14 +88,7 @@ def plan_rollback(target: Target, request: Request) -> RollbackPlan:
     Raises:
         PublishError: there is nothing to go back to, or the request does not fit the repository.
     """
-    states = published_states(target)
-    absent = [branch for branch in request.branches if branch not in states]
-    if absent or (not request.branches and MAIN not in states):
-        raise PublishError(
-            f"there is no branch {', '.join(absent or [MAIN])}",
-            where=target.where,
-            hint=f"there are {', '.join(sorted(states))}",
-        )
+    states = published_states(target, request.branches or (MAIN,))
     if len(request.branches) > 1 and (request.to or request.again):
         raise PublishError(
             f"--{'to' if request.to else 'again'} is for one branch or for the whole release", where=target.where
@@ -109,20 +104,17 @@ def plan_rollback(target: Target, request: Request) -> RollbackPlan:
         wanted = [_wanted_by_name(lines[branch], request, target.where) for branch in chosen]
         return _plan(target, states, lines, dict(zip(chosen, wanted, strict=True)), None)
     release = _wanted_release(lines, states, request, target)
+    if not files_of(target, release):
+        raise _nothing_before(MAIN, lines[MAIN].shown, target.where)
     at_that_time = {branch: line.at(release.time_s) for branch, line in lines.items()}
-    return _plan(target, states, lines, {**at_that_time, MAIN: release}, release)
-
-
-def published_states(target: Target) -> States:
-    """Return every branch that is there.
-
-    Raises:
-        PublishError: there is none.
-    """
-    states = target.read_branches()
-    if not states:
-        raise PublishError("nothing is published here", where=target.where, hint="check the address")
-    return states
+    if at_that_time[MAIN] is not release:
+        raise PublishError(
+            f"the times of the commits do not tell what belonged to {release.commit[:12]} of {MAIN}",
+            where=target.where,
+            why=f"a later commit of {MAIN} has the same time or an earlier one: a clock was wrong",
+            hint="put back each branch by name: --branch NAME, with --to COMMIT where it is not the one before",
+        )
+    return _plan(target, states, lines, at_that_time, release)
 
 
 def _wanted_by_name(line: Line, request: Request, where: str) -> CommitRecord:
@@ -144,9 +136,9 @@ def _wanted_release(lines: Mapping[str, Line], states: States, request: Request,
         return _found(main, request.to, where)
     if main.head.author:
         raise PublishError(
-            f"the head of {MAIN} was made by {main.head.author}, not by packager",
+            f"the head of {MAIN} was made by {printable(main.head.author)}, not by packager",
             where=where,
-            why=f"{main.head.commit[:12]} {main.head.title}",
+            why=f"{main.head.commit[:12]} {printable(main.head.title)}",
             hint=f"undo it with --branch {MAIN}, then run again; or name with --to the commit of {MAIN} to go back to",
         )
     latest = max((line for line in lines.values() if not line.head.author), key=_event)
@@ -158,7 +150,7 @@ def _wanted_release(lines: Mapping[str, Line], states: States, request: Request,
         before = main.before(goal)
     elif latest.branch == MAIN:
         before = main.before(main.shown)
-    if before is None or not files_of(target, before):
+    if before is None:
         raise _nothing_before(MAIN, main.shown, where)
     return before
 
@@ -177,7 +169,7 @@ def _is_complete(goal: CommitRecord, lines: Mapping[str, Line], states: States, 
     """Return whether every branch of ours holds what it held at the goal's time."""
     for branch, line in lines.items():
         wanted = line.at(goal.time_s)
-        if line.head.author or wanted is None or wanted is line.shown:
+        if line.head.author or wanted is None or wanted is line.head:
             continue
         files = files_of(target, wanted)
         if files and not same_files(states[branch].files, files):
@@ -188,7 +180,7 @@ def _is_complete(goal: CommitRecord, lines: Mapping[str, Line], states: States, 
 def _found(line: Line, commit: str, where: str) -> CommitRecord:
     matches = line.find(commit) if _ABBREVIATED.match(commit) else []
     if len(matches) != 1:
-        latest = ", ".join(f"{record.commit[:12]} ({record.title})" for record in line.records[:5])
+        latest = ", ".join(f"{record.commit[:12]} ({printable(record.title)})" for record in line.records[:5])
         raise PublishError(
             f"{commit!r} is not one commit of {line.branch}",
             where=where,
@@ -202,7 +194,7 @@ def _nothing_before(branch: str, record: CommitRecord, where: str) -> PublishErr
     return PublishError(
         f"{branch} has nothing to go back to",
         where=where,
-        why=f"{record.commit[:12]} ({record.title}) is the first that holds files",
+        why=f"{record.commit[:12]} ({printable(record.title)}) is the first that holds files",
     )
 
 
@@ -224,11 +216,9 @@ def _plan_branch(
     target: Target, state: BranchState, line: Line, wanted: CommitRecord | None, *, by_name: bool
 ) -> BranchRollback:
     head = line.head
-    if wanted is line.shown and wanted is not None:
-        reason = f"it holds what {wanted.commit[:12]} does"
-        more = "; --again goes further back" if line.is_rollback() else ""
-        return BranchRollback(branch=line.branch, action="done", head=head, to=wanted, reason=reason + more)
-    files = files_of(target, wanted) if wanted else {}
+    files: Mapping[str, StoredFile] = {}
+    if wanted is not None:
+        files = state.files if wanted is head else files_of(target, wanted)
     if wanted is None or not files:
         if by_name:
             raise _nothing_before(line.branch, line.shown, target.where)
@@ -236,9 +226,10 @@ def _plan_branch(
         return BranchRollback(branch=line.branch, action="left alone", head=head, reason=reason)
     if same_files(state.files, files):
         reason = f"it holds what {wanted.commit[:12]} does"
-        return BranchRollback(branch=line.branch, action="done", head=head, to=wanted, reason=reason)
+        more = "; --again goes further back" if line.is_rollback() else ""
+        return BranchRollback(branch=line.branch, action="done", head=head, to=wanted, reason=reason + more)
     if head.author and not by_name and line.branch != MAIN:
-        reason = f"its head was made by {head.author}: --branch {line.branch} puts it back"
+        reason = f"its head was made by {printable(head.author)}: --branch {line.branch} puts it back"
         return BranchRollback(branch=line.branch, action="left alone", head=head, reason=reason)
     now = state.files
     return BranchRollback(

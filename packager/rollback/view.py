@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from packager.audit.finding import printable
 from packager.publish_plan import FileChange
 from packager.rollback import BranchRollback, RollbackPlan, RollbackReport
 from packager.sizes import format_bytes
@@ -68,7 +69,7 @@ def _table(plan: RollbackPlan, commits: dict[str, str]) -> Table:
     for entry in plan.branches:
         commit = (commits[entry.branch][:12],) if commits else ()
         ends = (_commit(record, entry.branch) if record else "" for record in (entry.head, entry.to))
-        cells = (entry.branch, entry.action, *ends, _changes(entry), *commit)
+        cells = (printable(entry.branch), entry.action, *ends, _changes(entry), *commit)
         table.add_row(*map(Text, cells))
     return table
 
@@ -81,11 +82,11 @@ def _print_release(plan: RollbackPlan, console: Console) -> None:
 
 
 def _commit(record: CommitRecord, branch: str) -> str:
-    return f"{record.commit[:12]}\n{_date(record)}\n{record.title.removeprefix(f'{branch}: ')}"
+    return f"{record.commit[:12]}\n{_date(record)}\n{printable(record.title.removeprefix(f'{branch}: '))}"
 
 
 def _named(record: CommitRecord) -> str:
-    return f"{record.commit[:12]} ({record.title})"
+    return f"{record.commit[:12]} ({printable(record.title)})"
 
 
 def _date(record: CommitRecord) -> str:
@@ -105,7 +106,9 @@ def _changes(entry: BranchRollback) -> str:
 
 
 def _files(changes: Sequence[FileChange]) -> str:
-    shown = ", ".join(f"{change.name} ({format_bytes(change.size_bytes)})" for change in changes[:_SHOWN_FILES])
+    shown = ", ".join(
+        f"{printable(change.name)} ({format_bytes(change.size_bytes)})" for change in changes[:_SHOWN_FILES]
+    )
     more = len(changes) - _SHOWN_FILES
     total = format_bytes(sum(change.size_bytes for change in changes))
     return shown + (f" and {more} more, {total} in all" if more > 0 else "")
