@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from packager.errors import PublishError
 from packager.publish import PublishReport, publish
 from packager.targets import LARGE_BYTES, read_local_file
 from packager.targets.git import GitTarget
-from tests.git_servers import Service, serve_git, serve_lfs
+from tests.git_servers import Service, require_git_lfs, serve_git, serve_lfs
 from tests.publish_fixtures import VARIANT, describe, files_in, git, heads, make_content
 
 pytestmark = pytest.mark.release
@@ -23,7 +24,7 @@ NAME = "weights [1] of ü 1*.safetensors"
 
 @pytest.fixture(autouse=True, scope="module")
 def _git_lfs() -> None:
-    assert shutil.which("git-lfs"), "these tests need git-lfs on the PATH: apt-get install git-lfs"
+    require_git_lfs()
 
 
 class Scene:
@@ -82,7 +83,7 @@ def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
         return
     git("init", "--quiet", "--bare", "--initial-branch=main", str(made.repository))
     git("config", "http.receivepack", "true", cwd=made.repository)
-    python = os.environ.get("GIFTLESS_PYTHON", "python")
+    python = os.environ.get("GIFTLESS_PYTHON", sys.executable)
     with serve_lfs(tmp_path / "lfs", python) as port, serve_git(tmp_path / "served", TOKEN, lfs_port=port) as service:
         made.url, made.token = f"{service.url}/a/b.git", TOKEN
         made.service = service

@@ -10,8 +10,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,16 +28,25 @@ from packager.decoder import Decoder, forward
 from packager.environments import ProbeJob, ProbeResult, ensure_environment, run_probes
 from packager.errors import LoaderError
 from packager.evaluate import checkpoint_reader
-from packager.files import file_record
 from packager.loaders import LOADERS
 from packager.markdown import CodeBlock, extract_code_blocks
 from packager.plan import make_plan
-from packager.processes import clean_environ
 from packager.receipt import Provenance
 from packager.recipe.file import RecipeFile
 from packager.targets.git_process import AUTHOR_EMAIL, AUTHOR_NAME
 from tests import local_hub
 from tests.card_page import tables
+from tests.readers import (
+    BIN,
+    Environ,
+    assert_audit_passes,
+    fetch,
+    new_reader,
+    on_the_hub,
+    published_files,
+    run,
+    succeed,
+)
 
 pytestmark = pytest.mark.release
 
@@ -51,52 +58,16 @@ BRANCHES = [variant.branch for variant in RECIPE.expanded_variants()]
 ACT_ORDER = "gptq-4bit-32g-actorder_True"
 NO_BRANCH = "gptq-4bit-99g-actorder_True"
 REQUIRED = RECIPE.loaders.required
-BIN = str(Path(sys.executable).parent)
 
 ROWS, SEQ_LEN = 4, 96
 # ||loader - ours|| / ||ours||. Measured: 0 (AutoGPTQ) and 1.3e-4 (GPTQModel) for the branch itself, 0.07 and more for
 # any other.
 RTOL = 0.002
-BLOCK_TIMEOUT_S = 120.0
 
 # The demo is too small for threads, and OpenMP threads that wait for a core that others use spin: 52 s instead of 20 s.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 Logits = NDArray[np.float32]
-Environ = Mapping[str, str]
-
-
-def run(command: Sequence[str | Path], environ: Environ, folder: Path) -> "subprocess.CompletedProcess[str]":
-    """Run to the end, whatever the exit status; a reader's terminal is not ours, so nothing is asked."""
-    return subprocess.run(
-        list(map(str, command)),
-        env=dict(environ),
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=BLOCK_TIMEOUT_S,
-    )
-
-
-def succeed(command: Sequence[str | Path], environ: Environ, folder: Path) -> str:
-    """Run and return the standard output; a failure shows what was written."""
-    ended = run(command, environ, folder)
-    assert ended.returncode == 0, f"exit status {ended.returncode}\n{ended.stdout}\n{ended.stderr[-4000:]}"
-    assert "Traceback" not in ended.stderr, ended.stderr[-4000:]
-    return ended.stdout
-
-
-def published_files(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file a reader got, without what git and the Hub's client keep beside them."""
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {
-        name: file_record(path).sha256
-        for name, path in names.items()
-        if not name.startswith((".git/", ".cache/huggingface/"))
-    }
 
 
 @pytest.fixture(scope="module")
@@ -120,21 +91,7 @@ def reader(root: Path, tmp_path: Path) -> dict[str, str]:
 
     Hub clients are pointed to their server by `online`.
     """
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "gitconfig").write_text(f'[url "file://{root}/models/"]\n\tinsteadOf = https://huggingface.co/\n')
-    environ = clean_environ(os.environ)
-    foreign = ("HF_", "HUGGING", "TRANSFORMERS_", "GIT_", "XDG_", "PIP_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-    kept = {name: value for name, value in environ.items() if not name.upper().startswith(foreign)}
-    return {
-        **kept,
-        "HOME": str(home),
-        "TMPDIR": str(home),
-        "PATH": os.pathsep.join([BIN, kept.get("PATH", os.defpath)]),
-        "GIT_CONFIG_GLOBAL": str(home / "gitconfig"),
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_TERMINAL_PROMPT": "0",
-    }
+    return new_reader(tmp_path / "home", f"file://{root}/models/")
 
 
 @pytest.fixture(scope="module")
@@ -149,16 +106,7 @@ def hub(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def online(reader: dict[str, str], hub: str) -> dict[str, str]:
     """`reader`, for whom the Hub is the local server."""
-    # Xet is not negotiated: a client that has it must be told that this server does not.
-    return {
-        **reader,
-        **ONE_THREAD,
-        "HF_ENDPOINT": hub,
-        "HF_HOME": f"{reader['HOME']}/huggingface",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "*",
-    }
+    return {**on_the_hub(reader, hub), **ONE_THREAD}
 
 
 @pytest.fixture(scope="module")
@@ -282,11 +230,7 @@ def test_commits_name_nobody(repository: Path, reader: Environ) -> None:
 
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_a_clone_passes_the_audit(branch: str, clones: Mapping[str, Path], reader: Environ) -> None:
-    report = json.loads(
-        succeed([f"{BIN}/packager", "audit", clones[branch], "--format", "json"], reader, clones[branch])
-    )
-    assert report["passed"] is True
-    assert report["findings"] == []
+    assert_audit_passes(clones[branch], reader)
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
@@ -369,10 +313,7 @@ def test_the_cards_shell_commands_fetch_the_branch_they_name(
     blocks = code(clones, branch, "shell")
     assert [block.text.split()[0] for block in blocks] == ["hf", "git"]
     for number, block in enumerate(blocks):
-        work = tmp_path / str(number)
-        work.mkdir()
-        succeed(["bash", "-euo", "pipefail", "-c", block.text], online, work)
-        (fetched,) = work.iterdir()
+        fetched = fetch(block.text, online, tmp_path / str(number))
         assert published_files(fetched) == published_files(clones[ACT_ORDER])
         assert ACT_ORDER in block.text
 

@@ -1,0 +1,100 @@
+"""Readers of what was published: no token, no settings, an empty home, and a server on this machine for the Hub."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from packager.files import file_record
+from packager.processes import clean_environ
+
+BIN = str(Path(sys.executable).parent)
+TIMEOUT_S = 120.0
+Environ = Mapping[str, str]
+_FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_", "GIT_", "XDG_", "PIP_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+
+
+def new_reader(home: Path, repositories: str) -> dict[str, str]:
+    """Return the environment of somebody who has never been here.
+
+    Args:
+        home: made for them.
+        repositories: where git finds what it is told to fetch from https://huggingface.co/.
+    """
+    home.mkdir()
+    (home / "gitconfig").write_text(f'[url "{repositories}"]\n\tinsteadOf = https://huggingface.co/\n')
+    kept = {name: text for name, text in clean_environ(os.environ).items() if not name.upper().startswith(_FOREIGN)}
+    return {
+        **kept,
+        "HOME": str(home),
+        "TMPDIR": str(home),
+        "PATH": os.pathsep.join([BIN, kept.get("PATH", os.defpath)]),
+        "GIT_CONFIG_GLOBAL": str(home / "gitconfig"),
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_TERMINAL_PROMPT": "0",
+    }
+
+
+def on_the_hub(reader: Environ, endpoint: str, *, xet: bool = False) -> dict[str, str]:
+    """Return the environment in which the Hub's own clients take `endpoint` for the Hub.
+
+    Xet is not negotiated: a client that has it must be told when a server does not.
+    """
+    return {
+        **reader,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": f"{reader['HOME']}/huggingface",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "*",
+        **({} if xet else {"HF_HUB_DISABLE_XET": "1"}),
+    }
+
+
+def run(command: Sequence[str | Path], environ: Environ, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run to the end, whatever the exit status; a reader's terminal is not ours, so nothing is asked."""
+    return subprocess.run(
+        list(map(str, command)),
+        env=dict(environ),
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
+    )
+
+
+def succeed(command: Sequence[str | Path], environ: Environ, folder: Path) -> str:
+    """Run and return the standard output; a failure shows what was written."""
+    ended = run(command, environ, folder)
+    assert ended.returncode == 0, f"exit status {ended.returncode}\n{ended.stdout}\n{ended.stderr[-4000:]}"
+    assert "Traceback" not in ended.stderr, ended.stderr[-4000:]
+    return ended.stdout
+
+
+def fetch(script: str, environ: Environ, work: Path) -> Path:
+    """Run a card's shell commands in a new folder, and return the one folder that they make there."""
+    work.mkdir()
+    succeed(["bash", "-euo", "pipefail", "-c", script], environ, work)
+    (fetched,) = work.iterdir()
+    return fetched
+
+
+def published_files(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file a reader got, without what git and the Hub's client keep beside them."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {
+        name: file_record(path).sha256
+        for name, path in names.items()
+        if not name.startswith((".git/", ".cache/huggingface/"))
+    }
+
+
+def assert_audit_passes(folder: Path, environ: Environ) -> None:
+    """Let the command line audit a folder as its reader would."""
+    report = json.loads(succeed([f"{BIN}/packager", "audit", folder, "--format", "json"], environ, folder))
+    assert report["passed"] is True
+    assert report["findings"] == []
