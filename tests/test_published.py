@@ -393,9 +393,11 @@ def test_a_listing_that_lies_is_a_finding(
     scene.publish()
     scene.target.lie = lie
     before = {path for path in tmp_path.rglob("*") if ".git" not in path.parts}
-    found = scene.found()
-    assert rule in found
-    assert sum(map(len, found.values())) < 200
+    report = scene.verify()
+    assert rule in {finding.rule for finding in report.findings}
+    assert len(report.findings) < 200
+    print_report(report, Console(file=io.StringIO(), width=120))
+    json.dumps(report_json(report))
     assert scene.target.largest <= 10_000_000
     assert {path for path in tmp_path.rglob("*") if ".git" not in path.parts} == before
 

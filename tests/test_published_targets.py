@@ -1,5 +1,6 @@
 """verify-published and rollback where others publish: on the Hub's double, and on a git remote."""
 
+import io
 import json
 import os
 import shutil
@@ -10,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from packager import published
 from packager.cli import app
 from packager.errors import AuditError, PublishError
 from packager.published import PublishedReport
+from packager.published.view import print_report, report_json
 from packager.receipt import Provenance
 from packager.rollback import Request, RollbackPlan, RollbackReport, rollback
 from packager.targets import HeadMovedError, Target
@@ -224,7 +227,7 @@ def test_a_server_without_ranges_costs_nothing_but_time(on_hub: Scene, hub: Loop
     def whole(call: object) -> None:
         del call.headers["Range"]  # type: ignore[attr-defined] - a message of the standard library
 
-    fault = hub.fault("GET /.*(/resolve/|/_lfs/)", "call", times=10_000, call=whole)
+    fault = hub.fault("GET .*(/resolve/|/_lfs/)", "call", times=10_000, call=whole)
     assert on_hub.verify().findings == ()
     assert fault.fired
 
@@ -331,6 +334,19 @@ def test_a_git_remote_may_have_any_address_but_one_repository(on_git: Scene, tmp
     assert not report.passed
     (error,) = [finding for finding in report.findings if finding.severity == "error"]
     assert (error.branch, error.rule) == (VARIANT, "repository-differs")
+
+
+def test_pointers_of_git_lfs_to_nothing_of_any_size_are_findings(on_git: Scene) -> None:
+    on_git.publish()
+    on_git.tamper(MAIN, ".gitattributes", b"*.safetensors filter=lfs -text\nREADME.md filter=lfs -text\n")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %s\n" % (b"0" * 64, b"9" * 800)
+    for name in (WEIGHTS, README):
+        on_git.tamper(MAIN, name, pointer)
+    report = on_git.verify()
+    print_report(report, Console(file=io.StringIO(), width=120))
+    json.dumps(report_json(report))
+    assert {"not-a-regular-file", "card-table"} <= {finding.rule for finding in report.findings}
+    assert report.branches[1].passed
 
 
 # rollback

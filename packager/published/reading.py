@@ -36,7 +36,7 @@ class Branch:
 
 
 def bounded(file: StoredFile) -> StoredFile:
-    """Return a file with a size that can be computed with: a pointer of git-lfs may name one of 900 digits."""
+    """Return a file with a size that can be computed with: a pointer of git-lfs may name one of 800 digits."""
     return replace(file, size_bytes=min(file.size_bytes, _HUGE_BYTES))
 
 
