@@ -5,6 +5,7 @@ Versions come from constraints.txt, so that a session today and one next year in
 
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -103,6 +104,32 @@ def tests_release(session: nox.Session) -> None:
     _install(session, "-e", ".[build]", "pytest", "olah==0.5.4")
     files = ("test_release", "test_auto_gptq", "test_loaders_of_architectures")
     session.run("pytest", "-m", "release", *(f"tests/{name}.py" for name in files), *session.posargs)
+
+
+@nox.session(name="tests-publish")
+def tests_publish(session: nox.Session) -> None:
+    """Publish through git-lfs to real servers, and clone by the cards' commands; without git-lfs it fails."""
+    if shutil.which("git-lfs") is None:
+        session.error(
+            "git-lfs is not on the PATH: apt-get install git-lfs, brew install git-lfs, or https://git-lfs.com"
+        )
+    _install(session, "-e", ".[build]", "pytest")
+    files = ("test_git_lfs", "test_card_commands")
+    python = _giftless(session)
+    command = ("pytest", "-m", "release", *(f"tests/{name}.py" for name in files), *session.posargs)
+    session.run(*command, env={"GIFTLESS_PYTHON": str(python)})
+
+
+def _giftless(session: nox.Session) -> Path:
+    """Return the Python of giftless, an LFS server that needs packages older than ours."""
+    wanted = HERE / "tests" / "giftless.txt"
+    folder = Path(session.virtualenv.location).absolute() / "giftless"
+    python, stamp = folder / "bin" / "python", folder / "installed.txt"
+    if not stamp.exists() or stamp.read_text() != wanted.read_text():
+        session.run("python", "-m", "venv", "--clear", str(folder))
+        session.run(str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(wanted), external=True)
+        stamp.write_text(wanted.read_text())
+    return python
 
 
 @nox.session
