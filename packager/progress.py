@@ -72,7 +72,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Print one line of talk."""
-        self.err.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.err.print(_tame(text), highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -117,8 +117,13 @@ class Terminal:
 
     def error(self, error: PackagerError) -> None:
         """Print an error; its first line is marked."""
-        first, _, rest = str(error).partition("\n")
+        first, _, rest = _tame(str(error)).partition("\n")
         self._errors.print("error:", style="bold red", end=" ")
         self._errors.print(first, markup=False, highlight=False, soft_wrap=True)
         if rest:
             self._errors.print(rest, markup=False, highlight=False, soft_wrap=True)
+
+
+def _tame(text: str) -> str:
+    """Return text without what could move the cursor or hide words: some of it is a server's, or a repository's."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text.expandtabs(4))

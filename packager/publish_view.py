@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from packager.audit.finding import printable
 from packager.publish import BranchOutcome, PublishReport
 from packager.publish_plan import BranchPlan, FileChange, PublishPlan, plan_line
 from packager.sizes import format_bytes
@@ -20,15 +21,15 @@ _DONE = {"create": "created", "update": "updated", "unchanged": "unchanged"}
 
 def print_plan(plan: PublishPlan, console: Console) -> None:
     """Print what publishing will do: every branch in publishing order, and below it every file that changes."""
-    _print(console, f"To publish in {plan.where}:\n")
+    print_line(console, f"To publish in {plan.where}:\n")
     width = max(len(entry.branch) for entry in plan.branches)
     for entry in plan.branches:
-        _print(console, f"{_headline(entry, width)}", _SIGNS[entry.action])
+        print_line(console, f"{_headline(entry, width)}", _SIGNS[entry.action])
         for sign, line in change_lines(entry.added, entry.changed, entry.removed):
-            _print(console, f"    {line}", sign)
+            print_line(console, f"    {line}", sign)
         if entry.parent and entry.foreign_author:
-            _print(console, f"    on top of {entry.parent[:12]} by {entry.foreign_author}")
-    _print(console, "")
+            print_line(console, f"    on top of {entry.parent[:12]} by {printable(entry.foreign_author)}")
+    print_line(console, "")
     _print_left_alone(plan, console)
 
 
@@ -36,8 +37,8 @@ def print_report(report: PublishReport, console: Console) -> None:
     """Print what publishing did, one row per branch; after a dry run, what it would do."""
     if report.dry_run:
         print_plan(report.plan, console)
-        _print(console, plan_line(report.plan))
-        _print(console, "dry run: nothing was written")
+        print_line(console, plan_line(report.plan))
+        print_line(console, "dry run: nothing was written")
         return
     title = Text(f"Published in {report.plan.where}")
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
@@ -59,9 +60,17 @@ def change_lines(
     largest = sorted(signed, key=lambda pair: -pair[1].size_bytes)[:_SHOWN_FILES]
     shown = [pair for pair in signed if pair in largest]
     width = max((len(change.name) for _, change in shown), default=0)
-    lines = [(sign, f"{sign} {change.name:<{width}}  {format_bytes(change.size_bytes):>9}") for sign, change in shown]
+    lines = [
+        (sign, f"{sign} {printable(change.name):<{width}}  {format_bytes(change.size_bytes):>9}")
+        for sign, change in shown
+    ]
     rest = [change.size_bytes for sign, change in signed if (sign, change) not in shown]
     return [*lines, (" ", f"  and {len(rest)} more, {format_bytes(sum(rest))}")] if rest else lines
+
+
+def print_line(console: Console, text: str, sign: str = " ") -> None:
+    """Print a line as it is, in the colour of its sign."""
+    console.print(text, style=_STYLES[sign], markup=False, highlight=False, soft_wrap=True)
 
 
 def _headline(plan: BranchPlan, width: int) -> str:
@@ -69,10 +78,6 @@ def _headline(plan: BranchPlan, width: int) -> str:
     there = f", {format_bytes(plan.present_bytes)} there already" if plan.present_bytes else ""
     sending = f"; {format_bytes(plan.uploaded_bytes)} to send{there}" if plan.action != "unchanged" else ""
     return f"{_SIGNS[plan.action]} {plan.branch:<{width}}  {plan.action}: {size}{sending}"
-
-
-def _print(console: Console, text: str, sign: str = " ") -> None:
-    console.print(text, style=_STYLES[sign], markup=False, highlight=False, soft_wrap=True)
 
 
 def plan_json(plan: PublishPlan) -> dict[str, object]:
@@ -98,7 +103,7 @@ def report_json(report: PublishReport) -> dict[str, object]:
 
 def _print_left_alone(plan: PublishPlan, console: Console) -> None:
     if plan.left_alone:
-        _print(console, f"left alone: {', '.join(plan.left_alone)}")
+        print_line(console, f"left alone: {printable(', '.join(plan.left_alone))}")
 
 
 def _branch_json(plan: BranchPlan) -> dict[str, object]:

@@ -431,7 +431,7 @@ def test_what_others_wrote_is_shown_without_what_a_terminal_obeys(scene: Scene) 
     texts = [scene.refused(), scene.refused(A, to="abcdefabcdef")]
     scene.release(A, number=2)
     stream = io.StringIO()
-    print_report(scene.back(A), Console(file=stream, width=200))
+    print_plan(scene.back(A).plan, Console(file=stream, width=200))
     assert trees(scene.repository)[A] == git("rev-parse", f"{edited}^{{tree}}", cwd=scene.repository).strip()
     texts += [stream.getvalue(), *scene.lines, git("log", "-1", "--format=%B", A, cwd=scene.repository)]
     for text in texts:
