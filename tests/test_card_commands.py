@@ -40,14 +40,18 @@ class Release:
     """A recipe that was built, and published to a loopback Hub by the command line."""
 
     def __init__(self, folder: Path, hub: LoopbackHub, layout: Layout) -> None:
-        self.hub, self.layout = hub, layout
+        self.hub, self.layout, self._home = hub, layout, folder
         recipe = tiny_recipe.write_all(folder, {"repository.target": "hub", "repository.layout": layout})
         tiny_recipe.build(recipe, folder / "dist")
         self.built = {branch: tiny_recipe.workspace(folder / "dist").folder(branch) for branch in BRANCHES}
-        environ = on_the_hub(new_reader(folder / "home", f"{hub.endpoint}/"), hub.endpoint, xet=True)
-        # The command line turns Xet off unless it is told to use it: not every server that is not the Hub has it.
-        environ |= {"HF_TOKEN": TOKEN, **({"HF_HUB_DISABLE_XET": "0"} if hub.xet else {})}
-        succeed([f"{BIN}/packager", "publish", recipe, "--dist", folder / "dist", "--yes"], environ, folder)
+        self._environ = on_the_hub(new_reader(folder / "home", f"{hub.endpoint}/"), hub.endpoint, xet=True)
+        # The command line turns Xet off where it is not the Hub's, unless it is told to use it.
+        self._environ |= {"HF_TOKEN": TOKEN, **({"HF_HUB_DISABLE_XET": "0"} if hub.xet else {})}
+        self._command = [f"{BIN}/packager", "publish", recipe, "--dist", folder / "dist", "--yes"]
+        self.publish()
+
+    def publish(self) -> None:
+        succeed(self._command, self._environ, self._home)
 
     def place(self, branch: str) -> Place:
         return place_of(tiny_recipe.REPOSITORY, self.layout, branch)
@@ -143,3 +147,10 @@ def test_with_git_lfs_a_clone_is_the_variant(branch: str, release: Release, read
         succeed(["git", "lfs", "fsck"], reader, fetched)
         assert succeed(["git", "status", "--porcelain"], reader, fetched) == ""
         assert_audit_passes(fetched, reader)
+
+
+def test_what_is_there_is_not_sent_again(release: Release) -> None:
+    before = len(release.hub.requests)
+    release.publish()
+    written = [request for request in release.hub.requests[before:] if request.method != "GET"]
+    assert [request for request in written if request.status != 409] == []  # a collection that is there is a conflict

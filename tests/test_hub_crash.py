@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from packager.errors import PackagerError
-from tests.loopback_hub import FaultKind, LoopbackHub
+from tests.loopback_hub import Account, FaultKind, LoopbackHub
 from tests.recipe_fixtures import ROOT
-from tests.test_hub_target import Scene, hub
+from tests.test_hub_target import TOKEN, Scene, hub
 
 __all__ = ["hub"]
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
@@ -50,3 +50,33 @@ def test_every_request_may_fail_once(
             assert len(arrived) == len(set(arrived))
     assert not errors
     assert fired >= len(hub.requests) - 2  # the client remembers an answer or two
+
+
+PUBLISH = """
+import sys
+from pathlib import Path
+from packager.publish import publish
+from packager.targets.hub import HubTarget
+from tests.publish_fixtures import REPOSITORY, describe
+contents = [describe(folder, folder.name) for folder in sorted(Path(sys.argv[1]).iterdir(), reverse=True)]
+publish(contents, HubTarget(REPOSITORY), print)
+"""
+
+
+def test_each_step_of_an_upload_by_xet_may_fail_once(tmp_path: Path) -> None:
+    with LoopbackHub(tmp_path / "hub", tokens={TOKEN: Account("somebody")}, xet=True) as hub:
+        scene = Scene(tmp_path, hub)
+        faults = [
+            hub.fault("GET .*/xet-write-token/", "status", status=503),
+            hub.fault("POST /_xet/v1/xorbs/", "cut-body"),
+            hub.fault("POST /_xet/v1/shards", "status-after", status=503),
+            hub.fault("POST .*/commit/", "cut-after"),
+        ]
+        own = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+        environ = {**os.environ, **own, "HF_HUB_DISABLE_XET": "0", "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", PUBLISH, str(scene.dist)]
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert [fault.fired for fault in faults] == [1] * len(faults)
+        assert not hub.uploaded
+        scene.assert_published()
