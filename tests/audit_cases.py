@@ -19,6 +19,8 @@ INDEX = "model.safetensors.index.json"
 FIRST_SHARD = "model-00001-of-00002.safetensors"
 TOKEN = "hf_" + "Abc123" * 6
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+
 PLAIN = Checkpoint()
 QWEN = Checkpoint(model_type="qwen2")
 SHARDED = Checkpoint(shards=2)
@@ -123,6 +125,7 @@ CASES = [
     case("link-leaves-folder", lambda folder: (folder / "sub").symlink_to("/etc")),
     case("not-a-regular-file", lambda folder: os.mkfifo(folder / "pipe")),
     case("empty-file", write("special_tokens_map.json", b"")),
+    case("lfs-pointer", write("model.safetensors", POINTER), sealed=False),
     case("file-missing", remove("provenance.json"), sealed=False),
     case("file-missing", remove("README.md")),
     case("file-missing", remove("config.json")),

@@ -166,6 +166,11 @@ def test_a_hub_cache_snapshot_may_link_to_its_blobs(tmp_path: Path) -> None:
         path.rename(blobs / path.name)
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     assert audit(snapshot).findings == ()
+    shared = tmp_path / "blobs" / "ea" / "weights"
+    shared.parent.mkdir(parents=True)
+    (blobs / "model.safetensors").rename(shared)
+    (blobs / "model.safetensors").symlink_to("../../blobs/ea/weights")
+    assert audit(snapshot).findings == ()
 
 
 def test_what_fetched_the_folder_is_not_looked_at(tmp_path: Path) -> None:

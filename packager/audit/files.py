@@ -32,6 +32,8 @@ _FETCHERS_FOLDERS = (".git", ".cache")
 _OBJECT_FILES = frozenset({*REQUIRED_FILES, PROVENANCE, "tokenizer.json", "special_tokens_map.json"})
 _INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_TEXT_BYTES = 200_000_000
+_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
+_MAX_POINTER_BYTES = 1024  # git-lfs looks no further
 
 JsonObject = dict[str, object]
 
@@ -85,6 +87,9 @@ def list_folder(folder: Path, findings: Findings) -> Listing:
         elif status.st_size == 0:
             findings.add("empty-file", name, "the file has no content")
             unread.add(name)
+        elif _is_lfs_pointer(path, status.st_size):
+            findings.add("lfs-pointer", name, "what git-lfs keeps was not fetched: this is a pointer to it")
+            unread.add(name)
         else:
             sizes[name] = status.st_size
     return Listing(folder=folder, sizes=dict(sorted(sizes.items())), unread=frozenset(unread))
@@ -121,10 +126,23 @@ def _link_problem(folder: Path, link: Path) -> str:
         return "the link leads nowhere"
     if target.is_dir():
         return "the link leads to a folder"
-    hub_blobs = root.parent.parent / "blobs"
-    if target.is_relative_to(root) or (root.parent.name == "snapshots" and target.parent == hub_blobs):
+    if target.is_relative_to(root):
+        return ""
+    # The Hub client's cache: blobs of the repository, or, since huggingface_hub 2, of all repositories together.
+    model = root.parent.parent
+    blobs = (target.parent == model / "blobs", target.parent.parent == model.parent / "blobs")
+    if root.parent.name == "snapshots" and any(blobs):
         return ""
     return "the link leads out of the folder"
+
+
+def _is_lfs_pointer(path: Path, size_bytes: int) -> bool:
+    if size_bytes > _MAX_POINTER_BYTES:
+        return False
+    try:
+        return path.read_bytes().startswith(_POINTER)
+    except OSError:  # whoever needs the file says so
+        return False
 
 
 def check_file_set(listing: Listing, findings: Findings, *, complete: bool) -> None:

@@ -107,6 +107,7 @@ RULES: Mapping[str, Rule] = {
     "not-a-regular-file": _error("delete it: only regular files can be published"),
     "file-unreadable": _error("make it readable, or copy it again"),
     "empty-file": _error(_COPY_AGAIN),
+    "lfs-pointer": _error("install git-lfs (https://git-lfs.com) and run `git lfs install` and `git lfs pull` there"),
     "file-missing": _error("add the file: every branch has it"),
     "json-damaged": _error("write it as UTF-8 JSON, or copy it again"),
     "text-damaged": _error("write it as UTF-8 text of a sane size, or copy it again"),
