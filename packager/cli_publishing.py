@@ -211,7 +211,7 @@ def consent(what: str, *, yes: bool) -> "Callable[[PublishPlan | RollbackPlan], 
                 where=plan.where,
                 hint="look at the plan with --dry-run, then run again with --yes",
             )
-        if not typer.confirm(f"{plan.where}: {what} {printable(', '.join(plan.changing))}?", err=True):
+        if not typer.confirm(f"{plan.where}: {what} {printable(', '.join(plan.effects))}?", err=True):
             raise PublishError("nothing was changed: the answer was no", where=plan.where)
 
     return ask

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packager.build_state import STAGES, Build, Options, StageName
+from packager.closing import Closing, ReleaseTag
 from packager.errors import LoaderError, PublishError
 from packager.progress import Terminal
 from packager.publish import BranchContent, PublishReport
@@ -26,7 +27,7 @@ from packager.stages import (
     verify,
 )
 from packager.targets import Target
-from packager.targets.hub_collection import collect
+from packager.targets.hub_collection import HubCollection
 from packager.targets.opening import target_of
 from packager.variant import MAIN
 from packager.workspace import PROVENANCE
@@ -159,21 +160,26 @@ def publish(
         with terminal.stage("publish"):
             target = target_of(run.recipe, run.workspace.dist, options.environ, terminal.say)
             ask = consent if target.is_public else lambda _: None
-            report = publish_branches(contents, target, terminal.say, dry_run=dry_run, show_plan=show_plan, confirm=ask)
-            if not dry_run:
-                _finish(run, target, report, tag)
-            return report
+            return publish_branches(
+                contents,
+                target,
+                terminal.say,
+                closing=_closing(run, target, tag),
+                dry_run=dry_run,
+                show_plan=show_plan,
+                confirm=ask,
+            )
 
 
-def _finish(run: Build, target: Target, report: PublishReport, tag: str) -> None:
-    """Do what comes after the last branch: the tag, and the collection of variants with repositories of their own."""
-    if tag:
-        target.tag(tag, report.head(MAIN))
+def _closing(run: Build, target: Target, tag: str) -> list[Closing]:
+    """Return what comes after the last branch: the tag, and the collection of variants with their own repositories."""
+    steps: list[Closing] = [ReleaseTag(target, tag)] if tag else []
     repository = run.recipe.repository
     if repository.target == "hub" and repository.layout == "repos":
         places = [repository.place(branch).repository for branch in sorted(run.keys, key=lambda name: name != MAIN)]
         title, private = f"{run.recipe.card.title} GPTQ", repository.visibility == "private"
-        collect(title, places, run.terminal.say, private=private)
+        steps.append(HubCollection(title, places, private=private, say=run.terminal.say))
+    return steps
 
 
 def _require_stages(run: Build, *stages: StageName) -> None:

@@ -7,9 +7,10 @@ already holds its files gets no commit, so a second publish changes nothing, and
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from packager.closing import Closing
 from packager.errors import PublishError, StateError
 from packager.files import list_files
 from packager.parallel import in_parallel
@@ -77,6 +78,7 @@ def publish(
     target: Target,
     report: Callable[[str], None],
     *,
+    closing: Sequence[Closing] = (),
     dry_run: bool = False,
     show_plan: Callable[[PublishPlan], None] = lambda _: None,
     confirm: Callable[[PublishPlan], None] = lambda _: None,
@@ -87,6 +89,7 @@ def publish(
         branches: the content of each branch.
         target: the repository.
         report: gets one line for the plan, one per branch, and one per thing put right after a killed run.
+        closing: what comes after the last branch.
         dry_run: plan and check, write nothing.
         show_plan: gets the plan before the first effect.
         confirm: called if anything would change, after `show_plan` and before the first effect; raises to stop.
@@ -98,7 +101,7 @@ def publish(
     """
     files = check_folders(branches, blob_ids=target.names_by_blob)
     if dry_run:
-        plan = _checked_plan(files, target, show_plan)
+        plan = _checked_plan(files, target, closing, show_plan)
         report(plan_line(plan))
         outcomes = [BranchOutcome(plan=entry, commit=entry.parent, seconds=0.0) for entry in plan.branches]
         return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=(), dry_run=True)
@@ -109,14 +112,18 @@ def publish(
     with target.exclusive() as notes:
         for note in notes:
             report(note)
-        plan = _checked_plan(files, target, show_plan)
+        plan = _checked_plan(files, target, closing, show_plan)
         report(plan_line(plan))
-        if plan.changing:
+        if plan.effects:
             confirm(plan)
         for entry in plan.branches:
             outcome = _publish_branch(entry, files[entry.branch], target, messages[entry.branch])
             report(outcome_line(outcome))
             outcomes.append(outcome)
+        for step in closing:
+            step.carry_out({outcome.plan.branch: outcome.commit or "" for outcome in outcomes})
+        for line in plan.closing:
+            report(f"done: {line}")
     return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=tuple(notes), dry_run=False)
 
 
@@ -172,11 +179,15 @@ def outcome_line(outcome: BranchOutcome) -> str:
 
 
 def _checked_plan(
-    files: Mapping[str, Mapping[str, LocalFile]], target: Target, show_plan: Callable[[PublishPlan], None]
+    files: Mapping[str, Mapping[str, LocalFile]],
+    target: Target,
+    closing: Sequence[Closing],
+    show_plan: Callable[[PublishPlan], None],
 ) -> PublishPlan:
     plan = plan_publish(files, target.read_branches(), where=target.where)
+    plan = replace(plan, closing=tuple(line for step in closing for line in step.plan(plan)))
     show_plan(plan)
-    target.check(plan.changing)
+    target.check(plan.changing or ((MAIN,) if plan.closing else ()))
     return plan
 
 

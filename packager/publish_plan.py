@@ -68,11 +68,18 @@ class PublishPlan:
         where: the repository, as people know it.
         branches: in the order they are published, `main` last.
         left_alone: branches that are there and not in this publish.
+        closing: what comes after the last branch, a line each.
     """
 
     where: str
     branches: tuple[BranchPlan, ...]
     left_alone: tuple[str, ...]
+    closing: tuple[str, ...] = ()
+
+    @property
+    def effects(self) -> tuple[str, ...]:
+        """Everything that would be done, for the question whether it shall be."""
+        return (*self.changing, *self.closing)
 
     @property
     def changing(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -19,6 +20,7 @@ from packager.publish import PublishReport, check_folders, publish
 from packager.targets import LARGE_BYTES, HeadMovedError
 from packager.targets import git_remote as transport
 from packager.targets.git import GitTarget
+from packager.targets.git_remote import RemoteGit
 from tests.git_servers import Service, serve_git
 from tests.publish_fixtures import VARIANT, describe, files_in, git, heads, make_content, trees
 
@@ -165,10 +167,12 @@ def test_history_is_read_restored_and_tagged(scene: Scene, tmp_path: Path) -> No
     restored = scene.target(staging="fourth").restore("main", first, parent=records[0].commit, message="Go back")
     assert heads(scene.repository)["main"] == restored
     assert trees(scene.repository)["main"] == git("rev-parse", f"{first}^{{tree}}", cwd=scene.repository).strip()
-    target.tag("v1", first)
-    scene.target(staging="fifth").tag("v1", first)
+    assert target.read_tag("v1") == {"main": ""}
+    target.tag("v1", {"main": first})
+    scene.target(staging="fifth").tag("v1", {"main": first})
+    assert target.read_tag("v1") == {"main": first}
     with pytest.raises(PublishError, match="the tag v1 is there and names"):
-        target.tag("v1", restored)
+        target.tag("v1", {"main": restored})
     assert git("rev-parse", "v1", cwd=scene.repository).strip() == first
     assert git("fsck", "--full", "--strict", cwd=scene.repository) == ""
 
@@ -322,7 +326,41 @@ def test_a_network_that_does_not_is_given_up(scene: Scene, tmp_path: Path, monke
     assert "the repository cannot be reached" in text
     assert words in text
     assert "run again" in text
-    assert len(scene.said) == 4
+    assert len([line for line in scene.said if "trying again" in line]) == 4
+
+
+def test_nothing_is_made_before_the_answer(scene: Scene) -> None:
+    def no(_: object) -> None:
+        raise PublishError("no")
+
+    with pytest.raises(PublishError, match="no"):
+        publish(scene.contents, scene.target(), scene.said.append, confirm=no)
+    assert not scene.repository.exists()
+
+
+def test_a_branch_that_has_moved_is_done_whatever_becomes_of_the_cache(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.publish()
+    scene.edit("main", "README.md", b"new\n")
+    transfer = RemoteGit.transfer
+
+    def locking(self: RemoteGit, *arguments: str, **options: Any) -> Any:
+        answer = transfer(self, *arguments, **options)
+        if arguments[0] == "push" and "--dry-run" not in arguments:
+            lock = scene.staging / ".git" / "refs" / "published" / "main.lock"
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+        return answer
+
+    monkeypatch.setattr(RemoteGit, "transfer", locking)
+    scene.publish()
+    assert git("show", "main:README.md", cwd=scene.repository) == "new\n"
+
+
+def test_a_token_with_a_line_end_is_the_token_without(tmp_path: Path) -> None:
+    remote = RemoteGit(tmp_path, "https://h/r", host="h", token=f"{TOKEN}\n", say=print)
+    assert remote._scrubbed(f"fatal: {TOKEN} refused") == "fatal: *** refused"
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,23 @@
 """Publishing to the Hub, against a loopback Hub: what ends up there, what travels, and what faults come to."""
 
+import email.utils
 import json
-from collections.abc import Iterator, Sequence
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 
+from packager.closing import ReleaseTag
 from packager.errors import MachineError, PackagerError, PublishError
 from packager.publish import BranchContent, PublishReport, publish
-from packager.targets import HeadMovedError, hub_calls
+from packager.targets import HeadMovedError, hub_calls, hub_client
 from packager.targets.hub import HubTarget, NewRepository
+from packager.targets.separate import SeparateTarget
 from tests.loopback_hub import Account, LoopbackHub
 from tests.publish_fixtures import REPOSITORY, VARIANT, describe, git, make_content, trees
 
@@ -307,11 +313,170 @@ def test_an_earlier_commit_is_restored_without_an_upload(scene: Scene) -> None:
 
 def test_a_tag_names_one_commit_for_good(scene: Scene) -> None:
     first, last = (outcome.commit or "" for outcome in scene.publish().outcomes)
-    scene.target().tag("v1", first)
-    scene.target().tag("v1", first)
+    target = scene.target()
+    assert target.read_tag("v1") == {"main": ""}
+    target.tag("v1", {"main": first})
+    target.tag("v1", {"main": first})
+    assert target.read_tag("v1") == {"main": first}
     assert git("rev-parse", "v1^{commit}", cwd=scene.path).strip() == first
     with pytest.raises(PublishError, match="the tag v1 is there"):
-        scene.target().tag("v1", last)
+        scene.target().tag("v1", {"main": last})
+
+
+def test_a_tag_that_is_taken_or_is_no_name_stops_a_publish_before_it_begins(scene: Scene) -> None:
+    first = scene.publish().outcomes[-1].commit
+    scene.target().tag("v1", {"main": first or ""})
+    before = trees(scene.path)
+    contents = scene.change("main", README_md=b"---\nlicense: mit\n---\n# Another\n")
+    for name, problem in (
+        ("v1", "the tag v1 is there"),
+        ("main", "a branch has that name"),
+        ("my release", "a tag has"),
+    ):
+        for dry_run in (True, False):
+            with pytest.raises(PublishError, match=problem):
+                publish(contents, scene.target(), print, closing=[ReleaseTag(scene.target(), name)], dry_run=dry_run)
+    assert trees(scene.path) == before
+    report = publish(contents, scene.target(), print, closing=[ReleaseTag(scene.target(), "v2")])
+    assert report.plan.closing == ("tag v2 on main",)
+    assert git("rev-parse", "v2^{commit}", cwd=scene.path).strip() == report.head("main")
+    again = publish(contents, scene.target(), print, closing=[ReleaseTag(scene.target(), "v2")])
+    assert again.plan.effects == ()
+
+
+def test_repositories_of_their_own_are_tagged_as_they_were_published(scene: Scene) -> None:
+    target = SeparateTarget({"main": HubTarget("somebody/M"), VARIANT: HubTarget("somebody/M-v")})
+
+    class Rival(ReleaseTag):
+        def carry_out(self, heads: Mapping[str, str]) -> None:
+            scene.hub.commit("somebody/M-v", {"NEWS.md": b"news"})
+            super().carry_out(heads)
+
+    report = publish(scene.contents, target, print, closing=[Rival(target, "v1")])
+    for name, branch in (("M", "main"), ("M-v", VARIANT)):
+        path = scene.hub.repository(f"somebody/{name}").path
+        assert git("rev-parse", "v1^{commit}", cwd=path).strip() == report.head(branch)
+
+
+def test_wherever_the_hub_draws_the_line_of_large_files(scene: Scene) -> None:
+    scene.hub.lfs_threshold = 10 << 20
+    (scene.dist / "main" / "tokenizer.json").write_bytes(b"x" * 10_200_000)
+    scene.contents = [describe(scene.dist / content.branch, content.branch) for content in scene.contents]
+    scene.publish()
+    assert scene.publish().plan.changing == ()
+
+
+def test_what_takes_long_may_still_be_tried_again(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10**9, 10**6))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    tries: list[int] = []
+
+    def upload() -> str:
+        tries.append(1)
+        if len(tries) == 1:
+            raise ConnectionError("cut after hours")
+        return "done"
+
+    assert hub_calls.Patience("here", scene.lines.append).call("uploading", upload) == "done"
+    assert "trying again" in scene.lines[0]
+
+
+def test_no_wait_is_silent(scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The client would wait by itself, as long as it is asked to, and print the signed address of an upload."""
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    scene.hub.fault("POST /api/models/.*/preupload/", "status", status=429, retry_after=50_000, times=99)
+    text = scene.refused(patience_s=60)
+    assert "the next try would be in 50000 s" in text
+    assert waits == []
+    scene.hub.faults.clear()
+    scene.hub.fault("PUT /", "status", status=503)
+    scene.publish()
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("huggingface_hub")] == []
+
+
+def test_a_server_that_says_nothing_is_not_listened_to_for_ever(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hub_client._TIMEOUTS_S, "read", 0.3)
+    monkeypatch.setattr("time.sleep", lambda seconds: Event().wait(min(seconds, 1.0)))
+    scene.hub.fault(COMMIT, "delay", seconds=1.0)
+    scene.publish()
+    assert [line for line in scene.lines if "ReadTimeout" in line]
+    scene.assert_published()
+
+
+def test_a_new_branch_of_a_squashed_repository_is_emptied_before_the_upload(scene: Scene) -> None:
+    scene.publish(scene.contents[:1])
+    tree = git("rev-parse", "main^{tree}", cwd=scene.path).strip()
+    squashed = git("commit-tree", tree, "-m", "Super-squash branch 'main'", cwd=scene.path).strip()
+    git("update-ref", "refs/heads/main", squashed, cwd=scene.path)
+    seen: list[set[str]] = []
+
+    def look(_: object) -> None:
+        seen.append(set(git("ls-tree", "-r", "--name-only", VARIANT, cwd=scene.path).split()))
+
+    scene.hub.fault(PUT, "call", call=look)
+    scene.publish()
+    assert seen == [{".gitattributes"}]
+    scene.assert_published()
+
+
+def test_a_branch_that_somebody_makes_at_the_same_moment_is_not_overwritten(scene: Scene) -> None:
+    scene.publish(scene.contents[:1])
+
+    def rival(_: object) -> None:
+        api = huggingface_hub.HfApi(token=RIVAL)
+        api.create_branch(REPOSITORY, branch=VARIANT)
+        api.upload_file(path_or_fileobj=b"news", path_in_repo="NEWS.md", repo_id=REPOSITORY, revision=VARIANT)
+
+    scene.hub.fault(f"POST /api/models/{REPOSITORY}/branch/", "call", call=rival)
+    with pytest.raises(HeadMovedError, match=r"NEWS\.md was added"):
+        scene.publish()
+    assert "NEWS.md" in git("ls-tree", "--name-only", VARIANT, cwd=scene.path).split()
+
+
+def test_a_file_that_changed_after_the_question_is_not_sent(scene: Scene) -> None:
+    def meanwhile(_: object) -> None:
+        (scene.dist / "main" / "model.safetensors").write_bytes(b"other weights")
+
+    with pytest.raises(PublishError, match="the file changed while it was being published"):
+        publish(scene.contents[:1], scene.target(), scene.lines.append, confirm=meanwhile)
+    assert scene.uploaded_bytes() == 0
+
+
+def test_a_token_that_no_header_can_have_is_not_shown(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_se\x0bcret")
+    text = scene.refused()
+    assert "a character that no request can have" in text
+    assert "cret" not in text + "".join(scene.lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"status": 520, "message": ""}, "520"),
+        ({"status": 529, "message": "overloaded"}, "529: overloaded"),
+        ({"status": 503, "headers": {"Retry-After": email.utils.formatdate(time.time() + 600, usegmt=True)}}, " s"),
+    ],
+)
+def test_whatever_a_server_says_of_its_trouble_is_waited_out(scene: Scene, options: dict[str, Any], words: str) -> None:
+    scene.hub.fault(COMMIT, "status", **options)
+    scene.publish()
+    (line,) = [line for line in scene.lines if "trying again" in line]
+    assert words in line
+    wait_s = int(line.split(" in ")[-1].split()[0])
+    assert (wait_s > 400) == ("headers" in options)
+
+
+def test_who_made_a_head_is_one_request(scene: Scene) -> None:
+    scene.publish()
+    for number in range(60):
+        scene.hub.commit(REPOSITORY, {"n.md": str(number).encode()})
+    scene.hub.requests.clear()
+    states = scene.target().read_branches()
+    assert states["main"].foreign_author
+    assert len([request for request in scene.hub.requests if "/commits/" in request.path]) == len(states)
 
 
 def test_each_weight_byte_is_hashed_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

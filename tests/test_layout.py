@@ -37,6 +37,8 @@ def test_main_has_the_name_for_itself_and_others_have_their_own_behind_it() -> N
     ("changes", "problem"),
     [
         ({"repository.target": "git", "repository.url": "https://git.example/x.git"}, "target git has one url"),
+        ({"repository.target": "git", "repository.url": "https://bob:SECRET@git.example/x.git"}, "has credentials"),
+        ({"repository.target": "git", "repository.url": "ssh://git:SECRET@git.example/x.git"}, "has credentials"),
         ({"variants": [{"branch": MAIN}, {"branch": "b" * 90}]}, "has 100 characters, the Hub takes at most 96"),
         ({"variants": [{"branch": MAIN}, {"branch": "a--b"}]}, "the Hub takes no repository tiny-GPTQ-a--b"),
         ({"repository.layout": "repo"}, "did you mean 'repos'"),
@@ -44,8 +46,9 @@ def test_main_has_the_name_for_itself_and_others_have_their_own_behind_it() -> N
 )
 def test_what_cannot_be_laid_out_is_refused(tmp_path: Path, changes: dict[str, object], problem: str) -> None:
     path = tiny_recipe.write_all(tmp_path, REPOS | changes)
-    with pytest.raises(RecipeError, match=problem):
+    with pytest.raises(RecipeError, match=problem) as caught:
         RecipeFile.load(path)
+    assert "SECRET" not in str(caught.value)
 
 
 def test_a_card_leads_to_its_own_repository_and_names_the_others(update_golden: bool) -> None:

@@ -149,7 +149,7 @@ class Repository(Strict):
 
     @model_validator(mode="after")
     def _target_and_settings(self) -> "Repository":
-        if problem := repository_problem(self.target, self.layout, has_url=self.url is not None):
+        if problem := repository_problem(self.target, self.layout, url=self.url):
             raise ValueError(problem)
         return self
 

@@ -84,9 +84,8 @@ def _sources(draft: Draft) -> Iterator[Finding]:
             yield Finding(draft.key_at(section), f"{section}: {problem}")
     repository = draft.keys("repository")
     target, layout = (draft.text("repository", key) for key in ("target", "layout"))
-    if repository is not None and (
-        problem := repository_problem(target or "local", layout or "branches", has_url="url" in repository)
-    ):
+    url = (draft.text("repository", "url") or "") if repository is not None and "url" in repository else None
+    if repository is not None and (problem := repository_problem(target or "local", layout or "branches", url=url)):
         yield Finding(draft.key_at("repository"), f"repository: {problem}")
 
 

@@ -1,6 +1,7 @@
 """Which keys of a section go together; asked of the text as written and of the finished values alike."""
 
 from collections.abc import Set as AbstractSet
+from urllib.parse import urlsplit
 
 
 def base_model_problem(given: AbstractSet[str]) -> str:
@@ -14,8 +15,19 @@ def base_model_problem(given: AbstractSet[str]) -> str:
     return ""
 
 
-def repository_problem(target: str, layout: str, *, has_url: bool) -> str:
-    """Return why these fields together do not name one target, or ""."""
+def has_credentials(url: str) -> bool:
+    """Return whether an address has a password in it, or what may be one."""
+    parts = urlsplit(url)
+    return parts.password is not None or (
+        parts.scheme.startswith("http") and ("@" in parts.netloc or bool(parts.query))
+    )
+
+
+def repository_problem(target: str, layout: str, *, url: str | None) -> str:
+    """Return why these fields together do not name one target, or ""; without what may be a secret."""
+    if url is not None and has_credentials(url):
+        return "the url has credentials in it: leave them out, and set PACKAGER_GIT_TOKEN where you publish"
+    has_url = url is not None
     if target == "git" and layout == "repos":
         return "layout repos is for the targets hub and local: target git has one url"
     if has_url == (target == "git"):

@@ -77,6 +77,11 @@ class RollbackPlan:
     branches: tuple[BranchRollback, ...]
 
     @property
+    def effects(self) -> tuple[str, ...]:
+        """Everything that would be done, for the question whether it shall be."""
+        return self.changing
+
+    @property
     def changing(self) -> tuple[str, ...]:
         """The branches that get a commit."""
         return tuple(entry.branch for entry in self.branches if entry.action == "restore")

@@ -19,6 +19,8 @@ from packager.files import TEMPORARY_PREFIX, sha256_file
 
 # Git keeps smaller files as they are, and larger ones by git-lfs, as the Hub does.
 LARGE_BYTES = 10_000_000
+# Wherever a host draws that line, so large a file is beyond it, and nobody asks for its blob id.
+NEVER_IN_GIT_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 _LOST_IN_A_CLONE = {"Cc", "Cs", "Zl", "Zp"}  # control, surrogate, line and paragraph separators
 
@@ -31,8 +33,8 @@ class LocalFile:
         path: where it lies.
         size_bytes: its length.
         sha256: digest of the content.
-        blob_id: git's id of the content (sha1 over a header and the content); "" for a large file, where the target
-            has no use for it.
+        blob_id: git's id of the content (sha1 over a header and the content); "" for a very large file, where the
+            target has no use for it.
     """
 
     path: Path
@@ -159,8 +161,14 @@ class Target(Protocol):
             HeadMovedError: the branch's head is no longer `parent`.
         """
 
-    def tag(self, name: str, commit: str) -> None:
-        """Give a commit a name for good; the same name for the same commit again is fine.
+    def read_tag(self, name: str) -> Mapping[str, str]:
+        """Return the commit that a tag names, "" if it is not there.
+
+        By branch: `main`; or every branch, where each has a repository of its own, and tags of its own.
+        """
+
+    def tag(self, name: str, commits: Mapping[str, str]) -> None:
+        """Give commits a name for good, by branch as `read_tag` has them; the same again is fine.
 
         Raises:
             PublishError: the name is taken by another commit.
@@ -168,9 +176,9 @@ class Target(Protocol):
 
 
 def read_local_file(path: Path, *, blob_id: bool = True) -> LocalFile:
-    """Return `path` with its digests, computed in one pass; a large file's blob id only if it is asked for."""
+    """Return `path` with its digests, computed in one pass; a very large file's blob id only if it is asked for."""
     size_bytes = path.stat().st_size
-    if not blob_id and size_bytes >= LARGE_BYTES:
+    if not blob_id and size_bytes >= NEVER_IN_GIT_BYTES:
         return LocalFile(path=path, size_bytes=size_bytes, sha256=sha256_file(path), blob_id="")
     sha256 = hashlib.sha256()
     blob = hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
@@ -179,6 +187,19 @@ def read_local_file(path: Path, *, blob_id: bool = True) -> LocalFile:
             sha256.update(chunk)
             blob.update(chunk)
     return LocalFile(path=path, size_bytes=size_bytes, sha256=sha256.hexdigest(), blob_id=blob.hexdigest())
+
+
+def require_unchanged(file: LocalFile) -> None:
+    """Raise PublishError unless a file still has the content that was compared and planned with.
+
+    That costs nothing where its times say that it was not written to.
+    """
+    if sha256_file(file.path) != file.sha256:
+        raise PublishError(
+            "the file changed while it was being published",
+            where=str(file.path),
+            hint="stop whatever writes to the output folder, build the branch again, then publish",
+        )
 
 
 def file_name_problem(name: str) -> str:

@@ -10,7 +10,6 @@ files. Unless the manifest brings one of its own, that file is the target's and 
 
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,32 +17,31 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
-
 from packager.errors import MachineError, PublishError
-from packager.files import (
-    TEMPORARY_PREFIX,
-    copy_atomic,
-    disk_errors,
-    remove_leftovers,
-    sha256_file,
-    write_atomic,
+from packager.files import TEMPORARY_PREFIX, copy_atomic, disk_errors
+from packager.targets import (
+    LARGE_BYTES,
+    BranchState,
+    CommitRecord,
+    HeadMovedError,
+    LocalFile,
+    StoredFile,
+    require_unchanged,
 )
-from packager.targets import LARGE_BYTES, BranchState, CommitRecord, HeadMovedError, LocalFile, StoredFile
 from packager.targets.git_lfs import (
     ATTRIBUTES,
     MARK,
     attributes,
     attributes_line,
     by_attributes,
-    git_folder,
     hashed,
     link_or_copy,
     object_path,
     pointer,
     read_files,
 )
-from packager.targets.git_remote import RemoteGit, create_bare, folder_of, unlock
+from packager.targets.git_remote import RemoteGit, create_bare, folder_of
+from packager.targets.git_staging import Staging
 from packager.variant import MAIN
 
 _READ = "refs/published"  # where the staging repository keeps the heads that it read
@@ -51,7 +49,6 @@ _HEADS = f"+refs/heads/*:{_READ}/*"
 _FETCH = ("fetch", "--quiet", "--no-tags", "--no-write-fetch-head")
 _WHOLE = f"--depth={2**31 - 1}"
 _NOT_GIVEN_OUT = r"not our ref|unadvertised object|not a valid object"  # some servers: nothing but branches' heads
-_LOCK_WAIT_S = 10.0
 _LFS_HINT = "install git-lfs (apt-get install git-lfs, brew install git-lfs or https://git-lfs.com) and run again"
 
 
@@ -73,11 +70,9 @@ class GitTarget:
     ) -> None:
         self._folder = folder_of(url, token)
         self._where = url
-        self._staging = staging.absolute()
-        self._lock = FileLock(str(self._staging.with_name(f".{self._staging.name}.lock")))
         host = "" if self._folder else urlsplit(url).netloc
-        self._git = RemoteGit(self._staging, str(self._folder or url), host=host, token=token, say=say)
-        self._pushing = self._git.git_folder / "packager-pushing"
+        self._git = RemoteGit(staging.absolute(), str(self._folder or url), host=host, token=token, say=say)
+        self._staging = Staging(self._git, self._folder, url)
         self._trees: dict[str, Mapping[str, StoredFile]] = {}
 
     @property
@@ -99,7 +94,7 @@ class GitTarget:
         """Fetch the newest commit of every branch."""
         if self._absent():
             return {}
-        with self._open():
+        with self._staging.open():
             if not self._git.reach("ls-remote", "--heads", "origin"):  # of nothing, git fetches nothing, and fails
                 return {}
             self._git.reach(*_FETCH, "--prune", "--depth=1", "origin", _HEADS)
@@ -118,25 +113,23 @@ class GitTarget:
         self._git.check()
         if not changing or self._absent():
             return
-        with self._open():
+        with self._staging.open():
             tree = self._git.run("hash-object", "-w", "-t", "tree", "--stdin").strip()
             commit = self._git.run("commit-tree", tree, "-m", "check").strip()
             self._git.reach("push", "--quiet", "--dry-run", "--force", "origin", f"{commit}:refs/heads/packager-check")
 
     @contextmanager
     def exclusive(self) -> Iterator[Sequence[str]]:
-        """Lock the staging folder, and make the repository if it is a path where nothing is.
+        """Lock the staging folder, and empty it of what git-lfs has sent at the end.
 
         That keeps publishers of this machine apart who stage in the same place; of others the push's lease takes care.
 
         Raises:
             PublishError: another publisher is at work there.
         """
-        with self._open(timeout_s=0.0) as notes:
-            if self._folder and self._absent():
-                with disk_errors(self._folder.parent):
-                    create_bare(self._folder)
+        with self._staging.open(timeout_s=0.0) as notes:
             yield notes
+            self._staging.forget_objects()
 
     def commit(self, branch: str, files: Mapping[str, LocalFile], *, parent: str | None, message: str) -> str:
         """Push one commit that holds exactly `files`; what git-lfs keeps is uploaded before.
@@ -144,7 +137,9 @@ class GitTarget:
         Raises:
             MachineError: git-lfs is needed and missing.
         """
-        with self._open(), disk_errors(self._staging):
+        with self._staging.open(), disk_errors(self._staging.folder):
+            if self._folder and self._absent():
+                create_bare(self._folder)
             self._git.store({name: file for name, file in files.items() if file.size_bytes < LARGE_BYTES})
             large = self._large(files)
             if large and self._git.attempt("lfs", "version").status:
@@ -163,7 +158,7 @@ class GitTarget:
 
     def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
         """Push a commit with the tree of an earlier one."""
-        with self._open():
+        with self._staging.open():
             self._based(branch, parent)
             self._ensure(commit, self._git)
             return self._push(branch, self._git.commit_again(commit, parent=parent, message=message), parent=parent)
@@ -176,7 +171,10 @@ class GitTarget:
         from the fetch, and its server is asked once more about each object that is staged here: it says that it has
         it, or is sent it again.
         """
-        with self._open(), tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=self._staging) as empty:
+        with (
+            self._staging.open(),
+            tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=self._staging.folder) as empty,
+        ):
             git = self._git.beside(Path(empty))
             git.run("init", "--quiet", "--template=")
             self._ensure(commit, git)
@@ -189,13 +187,15 @@ class GitTarget:
             kept = {name: file for name, file in files.items() if not file.blob_id and file.sha256}
             if self._folder:
                 kept = {name: hashed(object_path(self._folder, file.sha256)) for name, file in kept.items()}
-            elif staged := {file.sha256 for file in kept.values() if object_path(self._staging, file.sha256).exists()}:
+            elif staged := {
+                file.sha256 for file in kept.values() if object_path(self._staging.folder, file.sha256).exists()
+            }:
                 self._upload(staged)
             return {**files, **found, **kept}
 
     def read_bytes(self, commit: str, name: str, *, start: int = 0, size: int | None = None) -> bytes:
         """Return a file's content, or a part of it; from a git-lfs server all of it travels, once."""
-        with self._open():
+        with self._staging.open():
             stored = self._stored(commit, name)
             if stored.blob_id:
                 return self._git.read_blob(stored.blob_id, start=start, size=size)
@@ -205,7 +205,7 @@ class GitTarget:
 
     def export(self, commit: str, name: str, path: Path) -> None:
         """Write a file's content to `path`."""
-        with self._open():
+        with self._staging.open():
             stored = self._stored(commit, name)
             if stored.blob_id:
                 self._git.export_blob(stored.blob_id, path)
@@ -216,72 +216,40 @@ class GitTarget:
         """Fetch all of a branch's commits."""
         if self._absent():
             return ()
-        with self._open():
+        with self._staging.open():
             ref = f"refs/heads/{branch}"
             if self._head(ref) is None:
                 return ()
             self._git.reach(*_FETCH, _WHOLE, "origin", f"+{ref}:{_READ}/{branch}")
             return self._git.history(f"{_READ}/{branch}")
 
-    def tag(self, name: str, commit: str) -> None:
+    def read_tag(self, name: str) -> Mapping[str, str]:
+        """Return the commit that a tag names."""
+        if self._absent():
+            return {MAIN: ""}
+        with self._staging.open():
+            return {MAIN: self._tagged(f"refs/tags/{name}")}
+
+    def tag(self, name: str, commits: Mapping[str, str]) -> None:
         """Push a lightweight tag."""
-        ref = f"refs/tags/{name}"
-        with self._open():
-            if self._head(ref) is None:
+        ref, commit = f"refs/tags/{name}", commits[MAIN]
+        with self._staging.open():
+            if not self._tagged(ref):
                 self._ensure(commit, self._git)
                 answer = self._git.transfer("push", f"--force-with-lease={ref}:", "origin", f"{commit}:{ref}")
-                if answer.status and self._head(ref) is None:
+                if answer.status and not self._tagged(ref):
                     raise self._git.refusal("push", answer.words)
-            if (found := self._head(f"{ref}^{{}}") or self._head(ref)) != commit:
-                raise PublishError(f"the tag {name} is there and names {(found or '')[:12]}", where=self.where)
+            if (found := self._tagged(ref)) != commit:
+                raise PublishError(f"the tag {name} is there and names {found[:12]}", where=self.where)
+
+    def _tagged(self, ref: str) -> str:
+        """Return the commit that a tag of the remote names, "" if there is none."""
+        return self._head(f"{ref}^{{}}") or self._head(ref) or ""
 
     def _absent(self) -> bool:
         """Return whether the remote is a path where nothing is yet."""
         folder = self._folder
         return folder is not None and (not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())))
-
-    @contextmanager
-    def _open(self, timeout_s: float = _LOCK_WAIT_S) -> Iterator[Sequence[str]]:
-        """Have the staging repository for ourselves, made or put right if need be, which the value describes."""
-        self._git.check()
-        with disk_errors(self._staging.parent):
-            self._staging.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=timeout_s)
-            except Timeout as error:
-                what, hint = "another publisher is at work", "wait until it is done, then run again"
-                raise PublishError(what, where=self.where, why=f"it stages in {self._staging}", hint=hint) from error
-        try:
-            with disk_errors(self._staging):
-                notes = self._prepare() if self._lock.lock_counter == 1 else []
-            yield notes
-        finally:
-            self._lock.release()
-
-    def _prepare(self) -> list[str]:
-        """Make the staging repository, or put right what a killed run left of it."""
-        folder, mark, notes = self._git.git_folder, self._staging / "packager-staging", []
-        if self._staging.exists() and not mark.exists() and any(self._staging.iterdir()):
-            raise PublishError("the staging folder holds something else", where=str(self._staging), hint="name another")
-        write_atomic(mark, b"A cache of a published repository; it may be deleted at any time.\n")
-        remove_leftovers(self._staging)
-        if self._folder and self._pushing.exists():
-            ref = self._pushing.read_text(encoding="utf-8")
-            notes += unlock([git_folder(self._folder) / f"{ref}.lock"])
-            self._pushing.unlink()
-        if folder.exists():
-            notes += unlock([*folder.glob("*.lock"), *(folder / "refs").rglob("*.lock")])
-            remove_leftovers(folder)
-            for path in (*folder.glob("objects/*/tmp_obj_*"), *folder.glob("objects/pack/tmp_*")):
-                path.unlink(missing_ok=True)
-            if self._git.attempt("rev-list", "--objects", "--quiet", "--all").status:
-                notes.append("the staging folder was not whole: it is made anew")
-                shutil.rmtree(folder)
-        if not folder.exists():
-            self._trees.clear()
-            self._git.run("init", "--quiet", "--template=", f"--initial-branch={MAIN}")
-        self._git.write_askpass()
-        return notes
 
     def _head(self, ref: str) -> str | None:
         """Ask the remote what a ref names."""
@@ -291,9 +259,10 @@ class GitTarget:
     def _push(self, branch: str, commit: str, *, parent: str | None) -> str:
         """Let a branch of the remote be `commit` if it still is `parent`, and return the commit that it is then."""
         ref = f"refs/heads/{branch}"
-        write_atomic(self._pushing, ref.encode())
+        self._staging.begin_push(ref)
         lease = f"--force-with-lease={ref}:{parent or ''}"
         answer = self._git.transfer("push", "--quiet", lease, "origin", f"{commit}:{ref}")
+        self._staging.end_push()
         if answer.status:
             # What was answered may be about a second try, or be lost: the branch itself knows.
             head = self._head(ref)
@@ -302,8 +271,7 @@ class GitTarget:
             if head is None or not self._same(head, commit):
                 raise self._moved(branch)
             commit = head
-        self._pushing.unlink()
-        self._git.run("update-ref", f"{_READ}/{branch}", commit)
+        self._git.attempt("update-ref", f"{_READ}/{branch}", commit)  # what was read last; it is read anew each time
         return commit
 
     def _same(self, one: str, other: str) -> bool:
@@ -369,7 +337,7 @@ class GitTarget:
     def _written(self, data: bytes) -> LocalFile:
         """Store a file that is in no folder."""
         blob_id = self._git.run("hash-object", "-w", "--stdin", stdin=data).strip()
-        return LocalFile(path=self._staging, size_bytes=len(data), sha256="", blob_id=blob_id)
+        return LocalFile(path=self._staging.folder, size_bytes=len(data), sha256="", blob_id=blob_id)
 
     def _stage(self, file: LocalFile) -> None:
         """Put a file where git-lfs uploads it from: as a hard link, which costs nothing.
@@ -377,10 +345,8 @@ class GitTarget:
         git-lfs would hard-link it on into a remote of the same file system, where an edit of the folder that is
         published would be an edit of the published repository. Such a remote gets a copy.
         """
-        if sha256_file(file.path) != file.sha256:
-            hint = "stop whatever writes to the output folder, build the branch again, then publish"
-            raise PublishError("the file changed while it was being published", where=str(file.path), hint=hint)
-        path = object_path(self._staging, file.sha256)
+        require_unchanged(file)
+        path = object_path(self._staging.folder, file.sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._folder and path.exists() and path.stat().st_size == file.size_bytes:
             return
@@ -392,7 +358,11 @@ class GitTarget:
 
     def _downloaded(self, stored: StoredFile) -> Path:
         """Return a file with an object's content, fetched unless it is here."""
-        path = object_path(self._folder, stored.sha256) if self._folder else object_path(self._staging, stored.sha256)
+        path = (
+            object_path(self._folder, stored.sha256)
+            if self._folder
+            else object_path(self._staging.folder, stored.sha256)
+        )
         if not path.exists() and not self._folder:
             self._git.reach("lfs", "smudge", stdin=pointer(stored.sha256, stored.size_bytes), discard=True)
         if not path.exists() or path.stat().st_size != stored.size_bytes:

@@ -227,21 +227,39 @@ class GitProcess:
             )
         return records
 
+    def read_tag(self, name: str) -> str:
+        """Return the commit that a tag names, "" if it is not there."""
+        pattern = "--format=%(refname:lstrip=2) %(objectname) %(*objectname)"
+        lines = self.run("for-each-ref", pattern, f"refs/tags/{name}").splitlines()
+        return next((line.split()[-1] for line in lines if line.split()[0] == name), "")
+
     def tag(self, name: str, commit: str) -> None:
         """Name a commit.
 
         Raises:
             PublishError: the name is another commit's.
         """
-        found = self.run("for-each-ref", "--format=%(objectname) %(*objectname)", f"refs/tags/{name}").split()
-        if found and commit not in found:
-            raise PublishError(f"the tag {name} is there and names {found[-1][:12]}", where=str(self.worktree))
+        found = self.read_tag(name)
+        if found and commit != found:
+            raise PublishError(f"the tag {name} is there and names {found[:12]}", where=str(self.worktree))
         if not found:
             self.run("update-ref", f"refs/tags/{name}", commit, _NO_COMMIT)
 
     def move_branch(self, branch: str, commit: str, *, parent: str | None) -> None:
         """Point `branch` at `commit` if its head still is `parent`; None means that it must not exist."""
-        self.run("update-ref", "-m", "publish", f"refs/heads/{branch}", commit, parent or _NO_COMMIT)
+        arguments = ("update-ref", "-m", "publish", f"refs/heads/{branch}", commit, parent or _NO_COMMIT)
+        answer = self.attempt(*arguments)
+        if not answer.status:
+            return
+        error = self._refusal(arguments, answer.words)
+        if isinstance(error, MachineError):
+            raise error
+        raise HeadMovedError(
+            f"{branch} was moved by somebody else while it was being published",
+            where=str(self.worktree),
+            why=answer.words,
+            hint="look at what is there now, then publish again",
+        )
 
     @contextmanager
     def scratch_index(self) -> Iterator[Path]:
@@ -335,13 +353,6 @@ class GitProcess:
             )
         if any(text in words for text in ("Permission denied", "Read-only file system", "insufficient permission")):
             return MachineError("the repository cannot be written", where=where, why=words)
-        if arguments[0] == "update-ref":
-            return HeadMovedError(
-                f"{arguments[3].removeprefix('refs/heads/')} was moved by somebody else while it was being published",
-                where=where,
-                why=words,
-                hint="look at what is there now, then publish again",
-            )
         return PublishError(f"git {arguments[0]} failed", where=where, why=words)
 
 

@@ -17,12 +17,13 @@ from filelock import FileLock
 
 from packager.errors import PackagerError, PublishError
 from packager.files import TEMPORARY_PREFIX, fsync_folder, write_atomic
+from packager.recipe.sections import has_credentials
 from packager.targets.git_process import Answer, GitProcess
 from packager.variant import MAIN
 
 _REMOTE_SETTINGS = {
     # GIT_SSH_COMMAND, if the user set it, goes before this; their ~/.ssh/config and agent hold either way.
-    "core.sshCommand": "ssh -o BatchMode=yes",
+    "core.sshCommand": "ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=30",
     "core.filesRefLockTimeout": "2000",
     "fetch.recurseSubmodules": "false",
     "push.recurseSubmodules": "no",
@@ -76,7 +77,7 @@ class RemoteGit(GitProcess):
     """
 
     def __init__(self, worktree: Path, address: str, *, host: str, token: str, say: Callable[[str], None]) -> None:
-        user, _, password = token.rpartition(":")
+        user, _, password = token.strip().rpartition(":")
         user = user or "x-access-token"  # GitHub's name for it; GitLab, Gitea and the Hub take any
         basic = base64.b64encode(f"{user}:{password}".encode()).decode()
         self._askpass = worktree.absolute() / "packager-askpass"
@@ -158,7 +159,7 @@ def folder_of(url: str, token: str) -> Path | None:
         return None if ":" in url.split("/", 1)[0] else Path(url).absolute()
     if parts.scheme not in ("https", "http", "ssh", "file"):
         raise PublishError(f"nothing is published by {parts.scheme}", hint="https, ssh, file or a path")
-    if parts.password is not None or (parts.scheme.startswith("http") and ("@" in parts.netloc or parts.query)):
+    if has_credentials(url):
         where = f"{parts.scheme}://***@{parts.hostname or ''}{parts.path}"
         hint = "leave them out, and give the token by itself"
         raise PublishError("an address with credentials in it would be kept and shown", where=where, hint=hint)

@@ -12,15 +12,15 @@ from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote
 
 from packager import __version__
 from packager.errors import PublishError
 from packager.files import atomic_file
 from packager.parallel import in_parallel
 from packager.sizes import format_bytes
-from packager.targets import BranchState, CommitRecord, HeadMovedError, LocalFile, StoredFile
+from packager.targets import BranchState, CommitRecord, HeadMovedError, LocalFile, StoredFile, require_unchanged
 from packager.targets.hub_calls import PATIENCE_S, Patience
+from packager.targets.hub_client import hub_api, newest_commit, read_content
 from packager.variant import MAIN
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 _ATTRIBUTES = ".gitattributes"
 # The last line of our commits' messages: the Hub says whose token it was, not which program's.
 _TRAILER = "Published-by: gptq-packager"
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +89,7 @@ class HubTarget:
 
     @cached_property
     def _api(self) -> "HfApi":
-        from huggingface_hub import HfApi
-
-        return HfApi(library_name="gptq-packager", library_version=__version__)
+        return hub_api()
 
     @cached_property
     def _patience(self) -> Patience:
@@ -127,7 +124,7 @@ class HubTarget:
 
         def read() -> bytes:
             parts: list[bytes] = []
-            for chunk in self._content(commit, name, headers):
+            for chunk in read_content(self._id, commit, name, headers):
                 parts.append(chunk)
                 if size is not None and sum(map(len, parts)) > size:
                     break  # a server that does not know ranges would send the whole file
@@ -141,7 +138,7 @@ class HubTarget:
 
         def download() -> None:
             with atomic_file(path) as stream:
-                for chunk in self._content(commit, name, {}):
+                for chunk in read_content(self._id, commit, name, {}):
                     stream.write(chunk)
 
         self._patience.call(f"downloading {name}", download)
@@ -153,7 +150,7 @@ class HubTarget:
         return [
             CommitRecord(
                 commit=entry.commit_id,
-                author=_author(entry),
+                author=_author(entry.message, entry.authors),
                 title=entry.title,
                 message=f"{entry.title}\n\n{entry.message}".strip(),
                 time_s=int(entry.created_at.timestamp()),
@@ -190,9 +187,8 @@ class HubTarget:
         head = parent or self._new_branch(branch)
         self._gate()
         stored = self.read_back(head)
-        additions = [
-            _addition(name, file) for name, file in files.items() if name not in stored or not stored[name].holds(file)
-        ]
+        lacking = {name: file for name, file in files.items() if name not in stored or not stored[name].holds(file)}
+        additions = [_addition(name, file) for name, file in lacking.items()]
         if additions:
             size = format_bytes(sum(addition.upload_info.size for addition in additions))
             self._say(f"{branch}: sending what the Hub lacks of {size}")
@@ -200,6 +196,8 @@ class HubTarget:
                 f"uploading the files of {branch}",
                 lambda: self._api.preupload_lfs_files(self._id, additions, revision=branch, free_memory=False),
             )
+            for file in lacking.values():  # or it would be published under the digest of what was there before
+                require_unchanged(file)
         stale = [CommitOperationDelete(name, is_folder=False) for name in sorted(stored.keys() - files.keys())]
         wanted = {name: _stored(file) for name, file in files.items()}
         return self._advance(branch, [*additions, *stale], wanted, parent=head, message=message)
@@ -219,13 +217,19 @@ class HubTarget:
         stale = [CommitOperationDelete(name, is_folder=False) for name in sorted(stored.keys() - wanted.keys())]
         return self._advance(branch, [*copies, *stale], wanted, parent=parent, message=message)
 
-    def tag(self, name: str, commit: str) -> None:
+    def read_tag(self, name: str) -> Mapping[str, str]:
+        """Return the commit that a tag names."""
+        refs = (
+            self._patience.call("listing tags", lambda: self._api.list_repo_refs(self._id)) if self._heads() else None
+        )
+        return {MAIN: next((ref.target_commit for ref in refs.tags if ref.name == name), "") if refs else ""}
+
+    def tag(self, name: str, commits: Mapping[str, str]) -> None:
         """Make a tag on the Hub."""
-        refs = self._patience.call("listing tags", lambda: self._api.list_repo_refs(self._id))
-        found = {ref.name: ref.target_commit for ref in refs.tags}
-        if name in found and found[name] != commit:
-            raise PublishError(f"the tag {name} is there and names {found[name][:12]}", where=self.where)
-        if name not in found:
+        found, commit = self.read_tag(name)[MAIN], commits[MAIN]
+        if found and found != commit:
+            raise PublishError(f"the tag {name} is there and names {found[:12]}", where=self.where)
+        if not found:
             make = self._api.create_tag
             self._patience.call(f"tagging {name}", lambda: make(self._id, tag=name, revision=commit, exist_ok=True))
 
@@ -256,28 +260,13 @@ class HubTarget:
         return self._patience.call("listing branches", read)
 
     def _state(self, commit: str) -> BranchState:
-        return BranchState(
-            commit=commit, foreign_author=_author(self._commits(commit)[0]), files=self.read_back(commit)
-        )
+        entry = self._patience.call(f"asking who made {commit[:12]}", lambda: newest_commit(self._id, commit))
+        author = _author(entry["message"], [author["user"] for author in entry["authors"]])
+        return BranchState(commit=commit, foreign_author=author, files=self.read_back(commit))
 
     def _commits(self, revision: str) -> "Sequence[GitCommitInfo]":
         read = self._api.list_repo_commits
         return self._patience.call(f"listing commits of {revision[:40]}", lambda: read(self._id, revision=revision))
-
-    def _content(self, commit: str, name: str, headers: Mapping[str, str]) -> Iterator[bytes]:
-        """Yield a file's content as it arrives."""
-        from huggingface_hub import get_session
-        from huggingface_hub.utils._headers import build_hf_headers
-        from huggingface_hub.utils._http import hf_raise_for_status
-
-        url = f"{self._api.endpoint}/{self._id}/resolve/{quote(commit, safe='')}/{quote(name)}"
-        sent = {**build_hf_headers(library_name="gptq-packager", library_version=__version__), **headers}
-        sent["Accept-Encoding"] = "identity"  # a range of what is stored, not of what is sent
-        with get_session().stream("GET", url, headers=sent, follow_redirects=True) as response:
-            if response.is_error:
-                response.read()
-            hf_raise_for_status(response)
-            yield from response.iter_bytes(_CHUNK_BYTES)
 
     def _new_branch(self, branch: str) -> str:
         """Make a branch, and the repository if there is none; return its head, which holds no file of anybody's.
@@ -296,10 +285,25 @@ class HubTarget:
             self._patience.call(
                 f"making the branch {branch}", lambda: make(self._id, branch=branch, revision=first, exist_ok=True)
             )
-            return self._heads()[branch]
+            if self._heads().get(branch) != first:
+                raise HeadMovedError(f"{branch} is there now", where=self.where)
+            return self._emptied(branch, first)
         if self.read_back(heads[branch]):
             raise HeadMovedError(f"{branch} is there now", where=self.where)
         return heads[branch]
+
+    def _emptied(self, branch: str, first: str) -> str:
+        """Return the head of a branch that was just made at the first commit, without the files of that one.
+
+        A first commit has files if the history was squashed, or began with a push.
+        """
+        from huggingface_hub import CommitOperationDelete
+
+        files = self.read_back(first)
+        if not files:
+            return first
+        deletions = [CommitOperationDelete(name, is_folder=False) for name in sorted(files)]
+        return self._advance(branch, deletions, {}, parent=first, message=f"{branch}: begins empty")
 
     def _new_repository(self) -> None:
         private = self._new.visibility == "private"
@@ -376,11 +380,12 @@ def _addition(name: str, file: LocalFile) -> "CommitOperationAdd":
     """Return the operation that adds a file, whose digest is known: the client need not read it for that."""
     from huggingface_hub import CommitOperationAdd
 
+    require_unchanged(file)
     operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=file.path)
     operation.upload_info.sha256 = bytes.fromhex(file.sha256)
     return operation
 
 
-def _author(entry: "GitCommitInfo") -> str:
+def _author(message: str, authors: Sequence[str]) -> str:
     """Return who made a commit, "" when it was this program."""
-    return "" if _TRAILER in entry.message else ", ".join(entry.authors) or "somebody"
+    return "" if _TRAILER in message else ", ".join(authors) or "somebody"

@@ -13,10 +13,12 @@ from typing import TypeVar, cast
 
 from packager.errors import MachineError, PackagerError, PublishError
 from packager.targets import HeadMovedError
+from packager.targets.hub_client import asked_wait_s
 
 Result = TypeVar("Result")
 
-_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+_TRANSIENT = frozenset({408, 425, 429})
+_FINAL = frozenset({501, 505, 507, 511})  # of the server's errors, those that another try does not change
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.1, 60.0
 # The Hub counts commits and requests by the hour, and by five minutes.
 PATIENCE_S = 3600.0
@@ -61,7 +63,7 @@ class Patience:
             PublishError: the Hub refused, or did not answer within the limit.
             MachineError: this machine's disk is full, or it is set to be offline.
         """
-        started, waited_s = time.monotonic(), 0.0
+        waited_s = 0.0  # waits alone: an upload of hours is no reason to give up at its first trouble
         for attempt in itertools.count():
             try:
                 return function()
@@ -70,7 +72,7 @@ class Patience:
                 if not _may_pass(cause):
                     raise self._refusal(what, cause) from None
                 reason, wait_s = _reason(cause), _wait_s(cause, attempt)
-            if max(time.monotonic() - started, waited_s) + wait_s > self._limit_s:
+            if waited_s + wait_s > self._limit_s:
                 raise PublishError(
                     f"{what}: the Hub did not do it within {self._limit_s:.0f} s",
                     where=self._where,
@@ -88,6 +90,9 @@ class Patience:
 
         if isinstance(error, hub.OfflineModeIsEnabled):
             return MachineError(f"{what}: this machine is set to be offline", hint="unset HF_HUB_OFFLINE and run again")
+        if _is_of_this_side(error):
+            problem = "the token or the address has a character that no request can have"
+            return PublishError(f"{what}: {problem}", where=self._where, hint=_LOGIN_HINT)
         if _status(error) == HTTPStatus.PRECONDITION_FAILED:
             return HeadMovedError(f"{what}: the branch's head moved", where=self._where, why=_reason(error))
         kinds: tuple[tuple[type[Exception], str, str], ...] = (
@@ -117,6 +122,11 @@ def _transport() -> tuple[type[Exception], ...]:
     return (cast(type[Exception], hub.HfHubHTTPError.__bases__[0]), ConnectionError, TimeoutError)
 
 
+def _is_of_this_side(error: Exception) -> bool:
+    """Whether a request could not even be written, as with a line end in the token."""
+    return type(error).__name__ in ("LocalProtocolError", "UnsupportedProtocol")
+
+
 def _cause(error: Exception) -> Exception:
     """Return the error below one that only says which file it was about."""
     return error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
@@ -128,8 +138,8 @@ def _may_pass(error: Exception) -> bool:
 
     status = _status(error)
     if status is not None or isinstance(error, hub.OfflineModeIsEnabled):
-        return status in _TRANSIENT
-    return isinstance(error, _transport())
+        return status is not None and (status in _TRANSIENT or (status >= 500 and status not in _FINAL))
+    return isinstance(error, _transport()) and not _is_of_this_side(error)
 
 
 def _status(error: Exception) -> int | None:
@@ -139,22 +149,19 @@ def _status(error: Exception) -> int | None:
 
 def _wait_s(error: Exception, attempt: int) -> float:
     """Return how long the answer asks to wait, else ever longer."""
-    from huggingface_hub.utils._http import parse_ratelimit_headers
-
     headers: Mapping[str, str] = getattr(getattr(error, "response", None), "headers", {})
-    if (asked := headers.get("retry-after", "")).isdigit():
-        return max(float(asked), _SHORTEST_WAIT_S)
-    limit = parse_ratelimit_headers(headers)
-    if limit is not None and _status(error) == HTTPStatus.TOO_MANY_REQUESTS:
-        return max(float(limit.reset_in_seconds), _SHORTEST_WAIT_S)
+    if (asked := asked_wait_s(headers, _status(error))) is not None:
+        return max(asked, _SHORTEST_WAIT_S)
     return min(_LONGEST_WAIT_S, 2.0**attempt) * random.uniform(0.75, 1.25)  # noqa: S311 - so that crowds scatter
 
 
 def _reason(error: Exception) -> str:
     """Return the status and the server's words, or the client's in one line."""
     status = _status(error)
-    words = getattr(error, "server_message", None) or ("" if status is not None else str(error))
-    words = words.strip().splitlines()[0] if words and words.strip() else ""
+    told = "" if status is not None or _is_of_this_side(error) else str(error)  # the header that is wrong is the token
+    words = (getattr(error, "server_message", None) or told).strip()
+    words = words.splitlines()[0] if words else ""
     if status is None:
         return f"{type(error).__name__}: {words}" if words else type(error).__name__
-    return f"{status}: {words}" if words else f"{status} {HTTPStatus(status).phrase}"
+    phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else "without a word"
+    return f"{status}: {words}" if words else f"{status} {phrase}"

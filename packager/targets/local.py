@@ -163,9 +163,13 @@ class LocalTarget:
         """Return a branch's commits."""
         return self._git.history(branch) if branch in self._git.heads() else ()
 
-    def tag(self, name: str, commit: str) -> None:
+    def read_tag(self, name: str) -> Mapping[str, str]:
+        """Return the commit that a tag names."""
+        return {MAIN: self._git.read_tag(name) if self._is_there() else ""}
+
+    def tag(self, name: str, commits: Mapping[str, str]) -> None:
         """Make a lightweight tag."""
-        self._git.tag(name, commit)
+        self._git.tag(name, commits[MAIN])
 
     def _stored(self, commit: str, name: str) -> str:
         """Return the blob id of a commit's file."""

@@ -87,12 +87,14 @@ class SeparateTarget:
         """Make an earlier commit's files the whole content of a variant's repository."""
         return self._held(branch, self._targets[branch].restore(MAIN, commit, parent=parent, message=message))
 
-    def tag(self, name: str, commit: str) -> None:
-        """Tag the head of every repository; `commit`, that of `main`, is among them."""
-        for target in self._targets.values():
-            state = target.read_branches().get(MAIN)
-            if state is not None:
-                target.tag(name, commit if target is self._targets[MAIN] else state.commit)
+    def read_tag(self, name: str) -> Mapping[str, str]:
+        """Return the commit that a tag names in each repository."""
+        return {branch: target.read_tag(name)[MAIN] for branch, target in self._targets.items()}
+
+    def tag(self, name: str, commits: Mapping[str, str]) -> None:
+        """Tag repositories."""
+        for branch, commit in commits.items():
+            self._targets[branch].tag(name, {MAIN: commit})
 
     def _held(self, branch: str, commit: str) -> str:
         self._holders[commit] = self._targets[branch]

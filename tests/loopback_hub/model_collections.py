@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from tests.loopback_hub.hub import LoopbackHub
 
 
+def list_collections(hub: "LoopbackHub", call: Call) -> Answer:
+    """List an owner's collections; the Hub tells no more than four items of each, and no position."""
+    owner = call.query.get("owner", [""])[0]
+    found = [entry for entry in _collections(hub).values() if entry["owner"]["name"] == owner]
+    listed = ({name: value for name, value in entry.items() if name != "position"} for entry in found)
+    return Answer.of_json([{**entry, "items": entry["items"][:4]} for entry in listed])
+
+
 def get_collection(hub: "LoopbackHub", call: Call) -> Answer:
     """Describe a collection."""
     return Answer.of_json(_collection(_collections(hub), call))

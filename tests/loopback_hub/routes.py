@@ -12,7 +12,12 @@ from tests.loopback_hub.git_http import serve_git
 from tests.loopback_hub.lfs import complete_object, get_object, lfs_batch, lfs_verify, put_object, put_part
 from tests.loopback_hub.listings import list_commits, list_paths, list_tree
 from tests.loopback_hub.messages import Answer, Call
-from tests.loopback_hub.model_collections import add_collection_item, create_collection, get_collection
+from tests.loopback_hub.model_collections import (
+    add_collection_item,
+    create_collection,
+    get_collection,
+    list_collections,
+)
 from tests.loopback_hub.models import change_settings, check_access, create_repo, model_info, validate_yaml
 from tests.loopback_hub.references import create_branch, create_tag, list_refs
 from tests.loopback_hub.xet import get_xorb, put_shard, put_xorb, reconstruct, xet_token
@@ -67,6 +72,7 @@ ROUTES = (
     _route("GET", "/{id}/resolve/{rev}/{path}", resolve),
     _route("GET", "/{id}(?:[.]git)?/{service}", serve_git),
     _route("POST", "/{id}(?:[.]git)?/{service}", serve_git),
+    _route("GET", "/api/collections", list_collections),
     _route("POST", "/api/collections", create_collection),
     _route("GET", "/api/collections/{slug}", get_collection),
     _route("POST", "/api/collections/{slug}/items", add_collection_item),
