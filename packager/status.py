@@ -18,6 +18,7 @@ from packager.progress import Terminal
 from packager.receipt import LoaderRecord, Receipt
 from packager.recipe.file import RecipeFile
 from packager.sizes import format_bytes
+from packager.targets import BranchState
 from packager.targets.opening import target_of
 
 State = Literal["built", "not built", "outdated", "edited"]
@@ -36,7 +37,7 @@ class BranchStatus:
         state: of its folder; an outdated one was made from another recipe or other files.
         receipt: of a built folder, else None.
         stages_missing: what has not been done with the present recipe and files.
-        commit: the published head, or "".
+        commit: the published head, "" if there is none, None if the target was not asked.
         problem: why an edited folder or receipt cannot be used, or "".
     """
 
@@ -44,7 +45,7 @@ class BranchStatus:
     state: State
     receipt: Receipt | None
     stages_missing: tuple[StageName, ...]
-    commit: str
+    commit: str | None
     problem: str
 
 
@@ -63,11 +64,19 @@ def read_status(recipe_file: RecipeFile, options: Options) -> tuple[BranchStatus
             state=_state(run, branch, problems),
             receipt=run.receipts.get(branch),
             stages_missing=tuple(stage for stage in STAGES if branch in missing[stage]),
-            commit=published[branch].commit if branch in published else "",
+            commit=_head(published.get(branch)) if local else None,
             problem=problems.get(branch, ""),
         )
         for branch in run.keys
     )
+
+
+def _head(state: BranchState | None) -> str:
+    return state.commit if state else ""
+
+
+def _short(commit: str | None) -> str:
+    return "not asked" if commit is None else commit[:8] or "none"
 
 
 def _read_receipts(run: Build) -> dict[str, str]:
@@ -115,7 +124,11 @@ def status_json(recipe_file: RecipeFile, options: Options) -> dict[str, object]:
 def print_status(recipe_file: RecipeFile, options: Options, console: Console) -> None:
     """Print a row per branch, and below it what the loaders made of it where the table has no room for that."""
     statuses = read_status(recipe_file, options)
-    _line(console, recipe_file.recipe.repository.id)
+    repository = recipe_file.recipe.repository
+    _line(console, repository.id)
+    if repository.target != "local":
+        address = repository.url or repository.id
+        _line(console, f"what is published is told by: packager verify-published {address}")
     table = _status_table(statuses, loaders=True)
     fits = console.measure(table, options=console.options.update(width=1000)).maximum <= console.width
     console.print(table if fits else _status_table(statuses, loaders=False))
@@ -130,7 +143,7 @@ def _status_table(statuses: Sequence[BranchStatus], *, loaders: bool) -> Table:
     for status in statuses:
         cells = [status.branch, *_figures(status), *([_loaders(status)] if loaders else [])]
         seconds = f"{sum(status.receipt.seconds.values()):.1f}" if status.receipt else ""
-        table.add_row(*(Text(cell) for cell in (*cells, status.commit[:8] or "none", seconds)))
+        table.add_row(*(Text(cell) for cell in (*cells, _short(status.commit), seconds)))
     return table
 
 

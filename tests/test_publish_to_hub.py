@@ -95,6 +95,9 @@ def test_a_maintainer_plans_publishes_checks_and_publishes_again(scene: Scene) -
     assert [request for request in scene.asked() if not request.startswith("GET ")] == []
     assert (trees(scene.path), len(scene.hub.uploaded)) == (published, sent)
 
+    told = scene.run("status", scene.recipe, "--dist", scene.dist)
+    assert told.count("not asked") == 3
+    assert f"packager verify-published {REPOSITORY}" in told
     result = json.loads(scene.run("verify-published", REPOSITORY, "--full", "--format", "json"))
     assert [branch["findings"] for branch in result["branches"]] == [[], [], []]
     scene.run("rollback", REPOSITORY, "--yes", code=PublishError.exit_code)
