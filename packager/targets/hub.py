@@ -191,7 +191,7 @@ class HubTarget:
         additions = [_addition(name, file) for name, file in lacking.items()]
         if additions:
             size = format_bytes(sum(addition.upload_info.size for addition in additions))
-            self._say(f"{branch}: sending what the Hub lacks of {size}")
+            self._say(f"{self._id} {branch}: sending what the Hub lacks of {size}")
             self._patience.call(
                 f"uploading the files of {branch}",
                 lambda: self._api.preupload_lfs_files(self._id, additions, revision=branch, free_memory=False),
