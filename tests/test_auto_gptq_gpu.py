@@ -63,7 +63,7 @@ def test_every_loader_opens_what_both_engines_made(cache: Path, tmp_path: Path) 
     """The demo in two permutations by both engines, through the whole build: audit, loaders, quality, card."""
     recipe_file = RecipeFile.load(DEMO)
     variants = tuple(
-        VariantEntry(branch=f"{name}{suffix}", engine=engine, group_size=size, desc_act=desc_act)
+        VariantEntry(branch=f"{name}{suffix}", engine=engine, group_size=size, desc_act=desc_act, scale_search=False)
         for engine, suffix in (("native", ""), ("auto-gptq", ".auto-gptq"))
         for name, size, desc_act in (("main", 128, False), ("act-order", 32, True))
     )

@@ -457,10 +457,12 @@ def test_a_token_that_no_header_can_have_is_not_shown(scene: Scene, monkeypatch:
     [
         ({"status": 520, "message": ""}, "520"),
         ({"status": 529, "message": "overloaded"}, "529: overloaded"),
-        ({"status": 503, "headers": {"Retry-After": email.utils.formatdate(time.time() + 600, usegmt=True)}}, " s"),
+        ({"status": 503, "headers": {"Retry-After": ""}}, " s"),
     ],
 )
 def test_whatever_a_server_says_of_its_trouble_is_waited_out(scene: Scene, options: dict[str, Any], words: str) -> None:
+    if "headers" in options:
+        options["headers"]["Retry-After"] = email.utils.formatdate(time.time() + 600, usegmt=True)
     scene.hub.fault(COMMIT, "status", **options)
     scene.publish()
     (line,) = [line for line in scene.lines if "trying again" in line]
