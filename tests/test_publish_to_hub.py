@@ -144,6 +144,30 @@ def test_a_token_that_may_not_write_is_named_by_what_is_wrong_with_it(scene: Sce
     assert [request for request in scene.asked() if not request.startswith(("GET ", "HEAD "))] == []
 
 
+def test_a_ci_job_publishes_by_its_identity(scene: Scene) -> None:
+    """Its repository is there already: a trusted publisher is named in a repository's settings."""
+    hf = str(Path(sys.executable).with_name("hf"))
+    environ = scene.environ | {"HF_TOKEN": TOKEN}
+    subprocess.run([hf, "repos", "create", REPOSITORY], env=environ, capture_output=True, check=True)
+    scene.environ |= {"GITHUB_ACTIONS": "true", "HF_OIDC_RESOURCE": REPOSITORY}
+    scene.publish("--yes", token="", code=PublishError.exit_code)
+    assert "no token could be had for this CI job" in scene.said
+    assert "id-token: write" in scene.said
+    scene.hub.ci_secret, scene.hub.trusting = "the_job_s_secret_0123456789", REPOSITORY
+    scene.environ |= {
+        "ACTIONS_ID_TOKEN_REQUEST_URL": f"{scene.hub.endpoint}/_loopback/id-token?api-version=2.0",
+        "ACTIONS_ID_TOKEN_REQUEST_TOKEN": scene.hub.ci_secret,
+    }
+    said = scene.publish("--yes", "--tag", "v1", token="") + scene.said
+    assert set(heads(scene.path)) == set(BRANCHES)
+    secrets = {scene.hub.ci_secret, *scene.hub.identities, *scene.hub.tokens}
+    assert len(secrets) == 5
+    files = [path for path in scene.folder.rglob("*") if path.is_file()]
+    for secret in secrets:
+        assert secret not in said
+        assert [str(path) for path in files if secret.encode() in path.read_bytes()] == []
+
+
 def test_the_token_is_in_no_file_and_in_no_address(scene: Scene) -> None:
     scene.publish("--yes", "--tag", "v1")
     files = [path for path in scene.folder.parent.rglob("*") if path.is_file()]

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Account:
-    """Who a token belongs to, and what it may do; it writes to the user's namespace and to `orgs`."""
+    """Who a token belongs to, and what it may do: it writes to the user's namespace and `orgs`, or to `only` one."""
 
     user: str
     role: Literal["write", "read"] = "write"
     orgs: tuple[str, ...] = ()
+    only: str = ""
 
 
 def namespace(name: str) -> str:
@@ -34,7 +35,7 @@ def require_write(account: Account | None, repo_id: str) -> Account:
         raise RefusedError(401, "Invalid username or password.")
     if account.role != "write":
         raise RefusedError(403, "Forbidden: you must use a write token to write to a repository.")
-    if not is_member(account, repo_id):
+    if not is_member(account, repo_id) or account.only not in {"", repo_id}:
         raise RefusedError(403, f"You don't have the rights to write to the namespace {namespace(repo_id)}")
     return account
 
@@ -44,6 +45,8 @@ def whoami(hub: "LoopbackHub", call: Call) -> Answer:
     if call.account is None:
         raise RefusedError(401, "Invalid username or password.")
     account = call.account
+    if account.only:  # whether the Hub tells such a token whose it is was not seen
+        raise RefusedError(403, "This token is for one repository")
     orgs = [{"type": "org", "name": org, "fullname": org, "roleInOrg": account.role} for org in account.orgs]
     auth = {"type": "access_token", "accessToken": {"displayName": "loopback", "role": account.role}}
     user = {"type": "user", "id": account.user, "name": account.user, "fullname": account.user}

@@ -56,6 +56,9 @@ class LoopbackHub:
         self.requests: list[Recorded] = []
         self.uploaded: list[Upload] = []
         self.faults: list[Fault] = []
+        self.ci_secret = ""  # of the job that `trusting` trusts
+        self.trusting = ""
+        self.identities: set[str] = set()
         self.lock = threading.Lock()
         self._commit_times: dict[str, list[float]] = {}
         self._repositories: dict[str, Repository] = {}
@@ -139,7 +142,7 @@ class LoopbackHub:
         scheme, _, token = call.headers.get("Authorization", "").partition(" ")
         if scheme == "Basic":  # git's, with any user name
             token = base64.b64decode(token).decode().partition(":")[2]
-        if not token:
+        if not token or call.path == "/_loopback/id-token":
             return None
         if call.path.startswith("/_lfs/"):
             raise RefusedError(400, "Only one way to authenticate is allowed, and the address is signed")

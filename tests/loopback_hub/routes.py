@@ -19,6 +19,7 @@ from tests.loopback_hub.model_collections import (
     list_collections,
 )
 from tests.loopback_hub.models import change_settings, check_access, create_repo, model_info, validate_yaml
+from tests.loopback_hub.oidc import exchange, id_token
 from tests.loopback_hub.references import create_branch, create_tag, list_refs
 from tests.loopback_hub.xet import get_xorb, put_shard, put_xorb, reconstruct, xet_token
 
@@ -82,6 +83,8 @@ ROUTES = (
     # The Hub asks itself, too.
     _route("GET", "/(?:_xet|_loopback)/v1/reconstructions/{hash}", reconstruct),
     _route("GET", "/(?:_xet|_loopback)/xorbs/{hash}", get_xorb),
+    _route("POST", "/oauth/token", exchange),
+    _route("GET", "/_loopback/id-token", id_token),
     _route("POST", "/_loopback/faults", _arm_fault),
     _route("GET", "/_loopback/record", _tell_record),
 )
