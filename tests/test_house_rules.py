@@ -23,6 +23,9 @@ TORCH_FREE = (
     "cli", "progress", "recipe", "recipe.file", "recipe.schema", "plan", "plan_view", "compatibility", "card",
     "publish", "publish_view", "targets", "targets.local", "status", "audit", "audit.view", "build_state", "pipeline",
     "release", "workspace", "receipt", "loaders", "errors", "engines", "engines.legacy_config",
+    "cli_publishing", "closing",
+    "targets.opening", "targets.hub", "targets.hub_collection", "targets.git", "targets.separate",
+    "published", "published.view", "rollback", "rollback.view",
 )  # fmt: skip
 TERMINAL = {"packager/cli.py", "packager/cli_options.py", "packager/cli_publishing.py", "packager/progress.py"}
 # `python -m packager.recipe.schema` is an entry point of its own: nox runs it, the command line does not know it.
