@@ -5,6 +5,7 @@ unchanged is not run again; that decision needs neither torch nor a network.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,7 @@ from packager.progress import Terminal
 from packager.receipt import Receipt
 from packager.recipe import digest_of
 from packager.recipe.file import RecipeFile
+from packager.sizes import format_bytes
 from packager.source import model_files, model_records
 from packager.workspace import PROVENANCE, README, Workspace, check_folder
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 StageName = Literal["weights", "evaluate", "verify"]
+_LONG_TO_HASH_BYTES = 2_000_000_000
 STAGES: tuple[StageName, ...] = ("weights", "evaluate", "verify")
 
 
@@ -80,6 +83,9 @@ class Build:
 
     def read_receipts(self) -> None:
         """Take over what an earlier run finished; its folders must be as it left them."""
+        size_bytes = sum(_bytes_in(self.workspace.folder(plan.variant.branch)) for plan in self.plan.variants)
+        if size_bytes >= _LONG_TO_HASH_BYTES:
+            self.terminal.say(f"comparing {format_bytes(size_bytes)} of finished files with their records")
         for receipt in in_parallel(self._read_receipt, [plan.variant.branch for plan in self.plan.variants]):
             if receipt is not None:
                 self.receipts[receipt.provenance.branch] = receipt
@@ -166,6 +172,15 @@ def stage_keys(recipe_file: RecipeFile, plan: VariantPlan) -> dict[str, str]:
     names = (*recipe.loaders.required, *recipe.loaders.if_available)
     verified = digest_of([measured, recipe.loaders.model_dump(mode="json"), [_loader_digest(name) for name in names]])
     return {"weights": weights, "evaluate": measured, "verify": verified}
+
+
+def _bytes_in(folder: Path) -> int:
+    """Return the size of a folder's files, roughly: others may be at work there."""
+    size_bytes = 0
+    with suppress(OSError):
+        for path in folder.rglob("*"):
+            size_bytes += path.lstat().st_size
+    return size_bytes
 
 
 def _loader_digest(name: str) -> list[str]:

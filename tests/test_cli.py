@@ -311,8 +311,10 @@ def test_json_is_all_there_is_on_standard_output(tiny: Path) -> None:
     assert [entry["branch"] for entry in built_again["branches"]] == [*tiny_recipe.BRANCHES]
 
 
-def test_talk_goes_to_standard_error_and_quiet_ends_it(tiny: Path) -> None:
+def test_talk_goes_to_standard_error_and_quiet_ends_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("packager.build_state._LONG_TO_HASH_BYTES", 1)
     talking = packager("publish", "recipe.yaml")
+    assert re.match(r"comparing \d+\.\d\d [kM]B of finished files with their records\n", talking.stderr)
     assert "main: created at" in talking.stderr
     assert "main: created at" not in talking.stdout
     assert "Published in" in talking.stdout
