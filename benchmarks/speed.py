@@ -45,7 +45,7 @@ from packager.source import read_source
 # What every engine quantizes first, unmeasured: kernels are compiled and libraries loaded then.
 SMALL = Shape(hidden=512, intermediate=1024, heads=4, kv_heads=4, layers=2, vocab=1024)
 FASTEST, DEFAULTS = "fastest", "defaults"
-ONE, FOUR = "recipe-one.yaml", "recipe.yaml"
+ONE, FOUR, PLAIN = "recipe-one.yaml", "recipe.yaml", "plain-"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -60,6 +60,7 @@ class Settings:
     batch_size: int
     peer_settings: tuple[str, ...]
     desc_act: bool
+    searches: tuple[bool, ...]
     full: bool
     gpu_memory_bytes: int | None
     from_page_cache: bool
@@ -74,6 +75,7 @@ class Settings:
         return {
             **asdict(self.made),
             **{name: getattr(self, name) for name in ("device", "batch_size", "desc_act", "full", "gpu_memory_bytes")},
+            "scale_search": list(self.searches),
             "from_page_cache": self.from_page_cache,
             "warm_up": self.warm_up,
         }
@@ -116,16 +118,17 @@ def _write_report(settings: Settings, rows: Sequence[Row]) -> None:
 
 def _run_all(settings: Settings, model: Path, small: Path | None) -> Iterator[Row]:
     layers = settings.made.shape.layers
-    for recipe, variants in ((ONE, 1), (FOUR, 4)):
-        if settings.full and recipe == ONE:
-            continue
-        yield Row(
-            title=f"ours, {variants} at once",
-            variants=variants,
-            layers=layers,
-            ours=True,
-            outcome=_run_ours(settings, recipe, model, small),
-        )
+    for search in settings.searches:
+        for recipe, variants in ((ONE, 1), (FOUR, 4)):
+            if settings.full and recipe == ONE:
+                continue
+            yield Row(
+                title=f"ours, {variants} at once{'' if search else ', plain'}",
+                variants=variants,
+                layers=layers,
+                ours=True,
+                outcome=_run_ours(settings, recipe if search else f"{PLAIN}{recipe}", model, small),
+            )
     for engine in settings.peers:
         outcomes = _run_peer(settings, engine, model, small)
         for kind, outcome in zip(settings.peer_settings, outcomes, strict=True):
@@ -190,8 +193,12 @@ def _make(made: Made, folder: Path, settings: Settings, talk: Console) -> None:
         talk.print(done.stdout.strip(), markup=False)
     else:
         talk.print(f"{folder}: made in {make(folder, made):.1f} s", markup=False)
-    one = {**recipe_of(made), "variants": [{"branch": "main", "group_size": 128, "desc_act": settings.desc_act}]}
+    four = recipe_of(made)
+    one = {**four, "variants": [{"branch": "main", "group_size": 128, "desc_act": settings.desc_act}]}
     write_atomic(folder / ONE, json.dumps(one, indent=2).encode())
+    for name, recipe in ((ONE, one), (FOUR, four)):
+        plain = {**recipe, "defaults": {**recipe["defaults"], "scale_search": False}}
+        write_atomic(folder / f"{PLAIN}{name}", json.dumps(plain, indent=2).encode())
     if settings.peers:
         recipe_file = RecipeFile.load(folder / FOUR)
         source = read_source(folder / "model", base_id=recipe_file.recipe.base_model.id)
@@ -241,6 +248,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     add("--seed", type=int, default=0)
     add("--full", action="store_true", help="40 layers, four permutations, ours alone, down to audited checkpoints")
     add("--desc-act", action="store_true", help="the one permutation that all engines make is with desc_act")
+    add("--plain", action="store_true", help="ours once more without scale_search, which the peers do not have")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--batch-size", type=int, default=8, help="rows that travel together in the peers (default 8)")
     add(
@@ -273,6 +281,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         batch_size=given.batch_size,
         peer_settings=given.peer_settings,
         desc_act=given.desc_act,
+        searches=(True, False) if given.plain else (True,),
         full=given.full,
         gpu_memory_bytes=given.gpu_memory,
         from_page_cache=given.from_page_cache,

@@ -118,9 +118,15 @@ def test_speed_runs_our_engine_and_says_which_peer_is_not_installed(modules: Any
 
 
 def test_full_is_ours_alone_down_to_checkpoints(modules: Any, tmp_path: Path, capsys: Any) -> None:
-    assert modules.speed.main([*TINY, "--full", f"--work={tmp_path}", f"--json={tmp_path / 'out.json'}"]) == 0
-    (only,) = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert only["permutations"] == 4
+    assert (
+        modules.speed.main([*TINY, "--full", "--plain", f"--work={tmp_path}", f"--json={tmp_path / 'out.json'}"]) == 0
+    )
+    search, plain = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert search["permutations"] == plain["permutations"] == 4
+    assert (search["engine"], plain["engine"]) == ("ours, 4 at once", "ours, 4 at once, plain")
+    receipts = (tmp_path / "dist" / "model" / "receipts").rglob("*.json")
+    parameters = [json.loads(path.read_text())["provenance"]["parameters"] for path in receipts]
+    assert [each["scale_search"] for each in parameters] == [False] * 4
     assert "all, disk to disk" in capsys.readouterr().out
     builds = tmp_path / "dist" / "model" / "builds" / "benchmark" / "random-llama-GPTQ"
     assert {path.name for path in builds.iterdir() if not path.name.startswith(".")} == set(BRANCHES)
