@@ -31,11 +31,19 @@ if TYPE_CHECKING:
     from packager.published import LoaderSite
     from packager.rollback import RollbackPlan
 
+RepositoryAddress = Annotated[
+    str, typer.Argument(metavar="REPO", help="namespace/name on the Hub, a git remote's URL, or a published folder.")
+]
+BranchesOption = Annotated[
+    list[str] | None, typer.Option("--branch", metavar="NAME", help="This branch only; may be repeated.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would change and change nothing.")]
+
 
 def publish(
     recipe: RecipePath,
     dist: DistOption = DIST,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would change and change nothing.")] = False,
+    dry_run: DryRunOption = False,
     yes: YesOption = False,
     tag: Annotated[str, typer.Option(help="Name main's commit, such as v1.0, when everything is published.")] = "",
     format: FormatOption = Format.text,  # noqa: A002
@@ -61,7 +69,7 @@ def publish(
         options_of(dist, Device.cpu, None),
         terminal,
         dry_run=dry_run,
-        show_plan=lambda plan: None if dry_run else print_plan(plan, terminal.err),
+        show_plan=lambda plan: print_plan(plan, terminal.err),
         consent=consent("publish", yes=yes),
         tag=tag,
     )
@@ -71,16 +79,9 @@ def publish(
         print_report(report, terminal.out)
 
 
-RepositoryAddress = Annotated[
-    str, typer.Argument(metavar="REPO", help="namespace/name on the Hub, a git remote's URL, or a published folder.")
-]
-
-
 def verify_published(
     repository: RepositoryAddress,
-    branch: Annotated[
-        list[str] | None, typer.Option("--branch", metavar="NAME", help="Look at this branch only; may be repeated.")
-    ] = None,
+    branch: BranchesOption = None,
     full: Annotated[
         bool,
         typer.Option(
@@ -139,9 +140,7 @@ def _loader_site(device: Device, cache: Path | None) -> "LoaderSite":
 
 def rollback(
     repository: RepositoryAddress,
-    branch: Annotated[
-        list[str] | None, typer.Option("--branch", metavar="NAME", help="Put back this branch only; may be repeated.")
-    ] = None,
+    branch: BranchesOption = None,
     to: Annotated[
         str,
         typer.Option(
@@ -151,7 +150,7 @@ def rollback(
     again: Annotated[
         bool, typer.Option("--again", help="Go one further back from where the last rollback led.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would change and change nothing.")] = False,
+    dry_run: DryRunOption = False,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Put back where others can see it without being asked.")
     ] = False,
@@ -183,7 +182,7 @@ def rollback(
         Request(branches=tuple(branch or ()), to=to, again=again),
         terminal.say,
         dry_run=dry_run,
-        show_plan=lambda plan: None if dry_run else print_plan(plan, terminal.err),
+        show_plan=lambda plan: print_plan(plan, terminal.err),
         confirm=consent("put back", yes=yes or not target.is_public),
     )
     if format is Format.json:

@@ -138,7 +138,7 @@ def publish(
         options: where it lies.
         terminal: gets a line per branch.
         dry_run: plan and check, write nothing.
-        show_plan: gets the plan before the first effect.
+        show_plan: gets the plan before the first effect; not called for a dry run, whose report holds it.
         consent: asked, with the plan, before anything changes that others can see; raises to stop.
         tag: names main's commit at the end; "" for none.
 

@@ -91,7 +91,7 @@ def publish(
         report: gets one line for the plan, one per branch, and one per thing put right after a killed run.
         closing: what comes after the last branch.
         dry_run: plan and check, write nothing.
-        show_plan: gets the plan before the first effect.
+        show_plan: gets the plan before the first effect; not called for a dry run, whose report holds it.
         confirm: called if anything would change, after `show_plan` and before the first effect; raises to stop.
 
     Raises:
@@ -101,7 +101,7 @@ def publish(
     """
     files = check_folders(branches, blob_ids=target.names_by_blob)
     if dry_run:
-        plan = _checked_plan(files, target, closing, show_plan)
+        plan = _checked_plan(files, target, closing)
         report(plan_line(plan))
         outcomes = [BranchOutcome(plan=entry, commit=entry.parent, seconds=0.0) for entry in plan.branches]
         return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=(), dry_run=True)
@@ -182,7 +182,7 @@ def _checked_plan(
     files: Mapping[str, Mapping[str, LocalFile]],
     target: Target,
     closing: Sequence[Closing],
-    show_plan: Callable[[PublishPlan], None],
+    show_plan: Callable[[PublishPlan], None] = lambda _: None,
 ) -> PublishPlan:
     plan = plan_publish(files, target.read_branches(), where=target.where)
     plan = replace(plan, closing=tuple(line for step in closing for line in step.plan(plan)))
@@ -243,8 +243,7 @@ def _changes(before: Mapping[str, StoredFile], now: BranchState) -> list[str]:
 def _change_word(before: StoredFile | None, now: StoredFile | None) -> str:
     if before is None or now is None:
         return "added" if before is None else "removed"
-    same = before.blob_id == now.blob_id if before.blob_id and now.blob_id else before.sha256 == now.sha256
-    return "" if same and before.size_bytes == now.size_bytes else "changed"
+    return "" if before.holds(now) else "changed"
 
 
 def _differences(found: Mapping[str, LocalFile], manifest: Mapping[str, FileRecord]) -> Iterator[tuple[str, str]]:

@@ -103,11 +103,26 @@ def verify(job: VerifyJob, report: Callable[[str], None]) -> dict[str, tuple[Loa
     Returns:
         For each branch, one record per loader: passed, failed with what differs, or "not run" with why.
     """
-    names = (*job.loaders.required, *job.loaders.if_available)
-    records: dict[str, list[LoaderRecord]] = {checkpoint.branch: [] for checkpoint in job.checkpoints}
     # Before the loaders start, and each of them with its share of the cores: OpenMP threads that wait for a core spin,
     # and three processes with two threads each took 74 s on two cores where they now take a third of that.
-    references = {checkpoint.branch: reference(checkpoint, job) for checkpoint in job.checkpoints}
+    return prove(job, references_of(job), report)
+
+
+def references_of(job: VerifyJob) -> dict[str, Reference]:
+    """Compute our own logits of every checkpoint, by branch."""
+    return {checkpoint.branch: reference(checkpoint, job) for checkpoint in job.checkpoints}
+
+
+def prove(
+    job: VerifyJob, references: Mapping[str, Reference], report: Callable[[str], None]
+) -> dict[str, tuple[LoaderRecord, ...]]:
+    """Run every loader over every checkpoint, and compare with logits that are computed already.
+
+    Returns:
+        What `verify` does.
+    """
+    names = (*job.loaders.required, *job.loaders.if_available)
+    records: dict[str, list[LoaderRecord]] = {checkpoint.branch: [] for checkpoint in job.checkpoints}
     threads = max(1, (os.cpu_count() or 1) // max(1, len(names)))
     job = replace(job, environ={**job.environ, "OMP_NUM_THREADS": str(threads)})
     with ThreadPoolExecutor(max_workers=max(1, len(names))) as pool:

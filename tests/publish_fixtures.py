@@ -4,9 +4,15 @@ import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packager.files import file_record, list_files
 from packager.publish import BranchContent
+
+if TYPE_CHECKING:
+    import pytest
+
+    from tests.loopback_hub import LoopbackHub
 
 REPOSITORY = "somebody/Model-GPTQ"
 VARIANT = "gptq-4bit-32g-actorder_True"
@@ -75,3 +81,11 @@ def leftovers(root: Path) -> list[str]:
     names = (path for path in root.rglob("*") if path != ours)
     odd = (path for path in names if path.name.startswith((".tmp-", "tmp_", "packager-")) or path.suffix == ".lock")
     return sorted(path.relative_to(root).as_posix() for path in odd)
+
+
+def log_in(hub: "LoopbackHub", token: str, monkeypatch: "pytest.MonkeyPatch") -> None:
+    """Let this process's Hub client reach a Hub of ours, and no other, without Xet."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_TOKEN", token)

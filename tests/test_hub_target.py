@@ -19,7 +19,7 @@ from packager.targets import HeadMovedError, hub_calls, hub_client
 from packager.targets.hub import HubTarget, NewRepository
 from packager.targets.separate import SeparateTarget
 from tests.loopback_hub import Account, LoopbackHub
-from tests.publish_fixtures import REPOSITORY, VARIANT, describe, git, make_content, trees
+from tests.publish_fixtures import REPOSITORY, VARIANT, describe, git, log_in, make_content, trees
 
 # The client's own upload of raw bytes.
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
@@ -98,10 +98,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
         RIVAL: Account("rival", orgs=("somebody",)),
     }
     with LoopbackHub(tmp_path / "hub", tokens=tokens) as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        log_in(hub, TOKEN, monkeypatch)
         # The client waits between its own tries, too.
         monkeypatch.setattr("time.sleep", lambda _: None)
         yield hub

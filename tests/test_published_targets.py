@@ -29,7 +29,7 @@ from tests.audit_cases import WEIGHTS
 from tests.checkpoints import edit_json
 from tests.loopback_hub import Account, LoopbackHub
 from tests.loopback_hub.messages import Answer
-from tests.publish_fixtures import git, heads, trees
+from tests.publish_fixtures import git, heads, log_in, trees
 from tests.test_published import MAIN, PROVENANCE, README, REPOSITORY, VARIANT, reseal
 
 # The client's own upload of raw bytes.
@@ -103,10 +103,7 @@ class Scene(test_published.Scene):
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     with LoopbackHub(tmp_path / "hub-root", tokens={TOKEN: Account("tester")}) as hub:
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        log_in(hub, TOKEN, monkeypatch)
         yield hub
 
 

@@ -109,7 +109,7 @@ def _run(
     import torch
 
     from packager.recipe import Loaders
-    from packager.verify import VerifyJob, checkpoint_of, verify
+    from packager.verify import VerifyJob, checkpoint_of, prove, references_of
 
     loaders = Loaders.model_validate(
         {
@@ -130,7 +130,7 @@ def _run(
             scratch=folder.with_name("loaders"),
             environ=site.environ,
         )
-        return list(verify(job, say)[branch])
+        references = references_of(job)
     except torch.OutOfMemoryError as error:
         raise MachineError(
             "the GPU's memory is exhausted", why=str(error).partition(".")[0], hint="run again with --device cpu"
@@ -143,6 +143,7 @@ def _run(
             LoaderRecord(loader=name, required=required, status="failed", reason=reason)
             for name, required in wanted.items()
         ]
+    return list(prove(job, references, say)[branch])
 
 
 def _token_rows(folder: Path, num_rows: int, seq_len: int) -> Sequence[list[int]]:

@@ -30,7 +30,7 @@ from packager.audit.finding import printable
 from packager.errors import PublishError
 from packager.published.states import published_states
 from packager.rollback.history import trailers
-from packager.rollback.plan import BranchRollback, Request, RollbackPlan, plan_rollback, same
+from packager.rollback.plan import BranchRollback, Request, RollbackPlan, plan_rollback
 from packager.targets import HeadMovedError, Target
 
 
@@ -69,7 +69,7 @@ def rollback(
         request: which branches, and how far.
         report: gets one line per branch and one per thing put right after a killed run.
         dry_run: plan and check, write nothing.
-        show_plan: gets the plan before the first effect.
+        show_plan: gets the plan before the first effect; not called for a dry run, whose report holds it.
         confirm: called if anything would change, after `show_plan` and before the first effect; raises to stop.
 
     Raises:
@@ -78,7 +78,6 @@ def rollback(
     """
     if dry_run:
         plan = plan_rollback(target, request)
-        show_plan(plan)
         target.check(plan.changing)
         outcomes = [RollbackOutcome(plan=entry, commit=entry.head.commit, seconds=0.0) for entry in plan.branches]
         return RollbackReport(plan=plan, outcomes=tuple(outcomes), notes=(), dry_run=True)
@@ -129,7 +128,7 @@ def _restore(entry: BranchRollback, plan: RollbackPlan, target: Target) -> Rollb
     if wrong := sorted(
         name
         for name in stored.keys() | entry.files.keys()
-        if name not in stored or name not in entry.files or not same(stored[name], entry.files[name])
+        if name not in stored or name not in entry.files or not stored[name].holds(entry.files[name])
     ):
         raise PublishError(
             f"{entry.branch} was put back and does not hold what {entry.to.commit[:12]} holds",

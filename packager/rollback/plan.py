@@ -10,7 +10,7 @@ from packager.errors import PublishError
 from packager.publish_plan import FileChange
 from packager.published.states import published_states
 from packager.rollback.history import Line
-from packager.targets import BranchState, CommitRecord, HeadMovedError, StoredFile, Target
+from packager.targets import BranchState, CommitRecord, HeadMovedError, StoredFile, Target, same_files
 from packager.variant import MAIN
 
 Action = Literal["restore", "done", "left alone"]
@@ -245,7 +245,7 @@ def _plan_branch(
         files=files,
         added=_changes(files, sorted(files.keys() - now.keys())),
         changed=_changes(
-            files, [name for name in sorted(files.keys() & now.keys()) if not same(files[name], now[name])]
+            files, [name for name in sorted(files.keys() & now.keys()) if not files[name].holds(now[name])]
         ),
         removed=_changes(now, sorted(now.keys() - files.keys())),
     )
@@ -259,15 +259,3 @@ def files_of(target: Target, record: CommitRecord) -> Mapping[str, StoredFile]:
 
 def _changes(files: Mapping[str, StoredFile], names: Sequence[str]) -> tuple[FileChange, ...]:
     return tuple(FileChange(name=name, size_bytes=files[name].size_bytes) for name in names)
-
-
-def same_files(one: Mapping[str, StoredFile], other: Mapping[str, StoredFile]) -> bool:
-    """Return whether two commits hold the same files."""
-    return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
-
-
-def same(one: StoredFile, other: StoredFile) -> bool:
-    """Return whether two files are equal, by the strongest digest that is known of both."""
-    if one.sha256 and other.sha256:
-        return (one.size_bytes, one.sha256) == (other.size_bytes, other.sha256)
-    return (one.size_bytes, one.blob_id) == (other.size_bytes, other.blob_id)

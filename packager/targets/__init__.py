@@ -54,11 +54,16 @@ class StoredFile:
     sha256: str = ""
     blob_id: str = ""
 
-    def holds(self, file: LocalFile) -> bool:
-        """Return whether the stored content is `file`'s content, by the strongest digest the target knows."""
-        if self.size_bytes != file.size_bytes:
+    def holds(self, other: "LocalFile | StoredFile") -> bool:
+        """Return whether the content is that of another file, by the strongest digest that is known of both."""
+        if self.size_bytes != other.size_bytes:
             return False
-        return self.sha256 == file.sha256 if self.sha256 else self.blob_id == file.blob_id
+        return self.sha256 == other.sha256 if self.sha256 and other.sha256 else self.blob_id == other.blob_id
+
+
+def same_files(one: Mapping[str, StoredFile], other: Mapping[str, StoredFile]) -> bool:
+    """Return whether two commits hold the same files."""
+    return one.keys() == other.keys() and all(one[name].holds(other[name]) for name in one)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,11 +200,16 @@ def require_unchanged(file: LocalFile) -> None:
     That costs nothing where its times say that it was not written to.
     """
     if sha256_file(file.path) != file.sha256:
-        raise PublishError(
-            "the file changed while it was being published",
-            where=str(file.path),
-            hint="stop whatever writes to the output folder, build the branch again, then publish",
-        )
+        raise changed_meanwhile(file.path)
+
+
+def changed_meanwhile(path: Path) -> PublishError:
+    """Return the error for a file whose content is no longer what was compared and planned with."""
+    return PublishError(
+        "the file changed while it was being published",
+        where=str(path),
+        hint="stop whatever writes to the output folder, build the branch again, then publish",
+    )
 
 
 def file_name_problem(name: str) -> str:

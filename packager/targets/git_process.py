@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING
 
 from packager.errors import MachineError, PackagerError, PublishError
 from packager.files import TEMPORARY_PREFIX, atomic_file
-from packager.targets import CommitRecord, HeadMovedError, LocalFile, StoredFile
+from packager.targets import CommitRecord, HeadMovedError, LocalFile, StoredFile, changed_meanwhile
 
 if TYPE_CHECKING:
     from git.cmd import Git
@@ -193,11 +193,7 @@ class GitProcess:
         stored = self.run("hash-object", "-w", "--no-filters", "--stdin-paths", stdin=paths.encode()).split()
         for blob_id, found in zip(missing, stored, strict=True):
             if blob_id != found:
-                raise PublishError(
-                    "the file changed while it was being published",
-                    where=str(wanted[blob_id]),
-                    hint="stop whatever writes to the output folder, build the branch again, then publish",
-                )
+                raise changed_meanwhile(wanted[blob_id])
 
     def commit(self, files: Mapping[str, LocalFile], *, parent: str | None, message: str) -> str:
         """Make a commit that holds exactly `files`, already stored; no branch moves."""

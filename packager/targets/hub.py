@@ -18,7 +18,15 @@ from packager.errors import PublishError
 from packager.files import atomic_file
 from packager.parallel import in_parallel
 from packager.sizes import format_bytes
-from packager.targets import BranchState, CommitRecord, HeadMovedError, LocalFile, StoredFile, require_unchanged
+from packager.targets import (
+    BranchState,
+    CommitRecord,
+    HeadMovedError,
+    LocalFile,
+    StoredFile,
+    require_unchanged,
+    same_files,
+)
 from packager.targets.hub_calls import PATIENCE_S, Patience
 from packager.targets.hub_client import hub_api, newest_commit, read_content
 from packager.variant import MAIN
@@ -341,7 +349,7 @@ class HubTarget:
                     revision=branch,
                     parent_commit=parent,
                 )
-            except Exception:
+            except Exception:  # whatever was heard, or not, only the branch knows; what has not landed is raised again
                 if landed := self._landed(branch, wanted, parent=parent):
                     return landed
                 raise
@@ -358,18 +366,10 @@ class HubTarget:
         head = self._heads().get(branch, "")
         if head in (parent, ""):
             return ""
-        found = self.read_back(head)
-        same = found.keys() == wanted.keys() and all(_same(found[name], wanted[name]) for name in found)
-        if not same:
+        if not same_files(self.read_back(head), wanted):
             raise HeadMovedError(f"{branch} moved", where=self.where)
         self._say(f"{branch}: the answer was lost, the commit had landed")
         return head
-
-
-def _same(found: StoredFile, wanted: StoredFile) -> bool:
-    if found.size_bytes != wanted.size_bytes:
-        return False
-    return found.sha256 == wanted.sha256 if found.sha256 else found.blob_id == wanted.blob_id
 
 
 def _stored(file: LocalFile) -> StoredFile:
