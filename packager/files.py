@@ -20,6 +20,8 @@ from packager.parallel import in_parallel
 from packager.receipt import FileRecord
 
 TEMPORARY_PREFIX = ".tmp-"
+# A process that was killed just as it started another leaves its locks to that one for an instant.
+LOCK_WAIT_S = 2.0
 _CHUNK_BYTES = 1 << 22
 # File systems note times every few milliseconds: what was written within this one may have been written again.
 _SETTLED_NS = 2 * 10**9

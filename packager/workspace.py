@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from packager.errors import StateError
-from packager.files import disk_errors, file_records, list_files, remove_leftovers, write_atomic
+from packager.files import LOCK_WAIT_S, disk_errors, file_records, list_files, remove_leftovers, write_atomic
 from packager.receipt import FileRecord, Receipt
 
 README, PROVENANCE = "README.md", "provenance.json"
@@ -105,7 +105,7 @@ class Workspace:
             MachineError: the output folder cannot be written.
         """
         path = self.dist / "work" / f"{self.repository.replace('/', '--')}.lock"
-        lock = FileLock(path, timeout=0)
+        lock = FileLock(path, timeout=LOCK_WAIT_S)
         try:
             with disk_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -243,6 +243,19 @@ def test_a_second_publisher_in_the_same_staging_folder_stops(scene: Scene) -> No
     scene.publish()
 
 
+def test_a_lock_that_a_killed_run_leaves_for_an_instant_is_waited_for(scene: Scene) -> None:
+    """Its child holds it between fork and exec."""
+    lock = scene.staging.with_name(f".{scene.staging.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    hold = "import fcntl, sys, time; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX); print(flush=True); "
+    hold += "time.sleep(0.3)"
+    with subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        scene.publish()
+    scene.assert_published()
+
+
 def test_a_hook_that_refuses_is_quoted(scene: Scene) -> None:
     scene.publish()
     before = heads(scene.repository)

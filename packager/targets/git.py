@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from packager.errors import MachineError, PublishError
-from packager.files import TEMPORARY_PREFIX, copy_atomic, disk_errors
+from packager.files import LOCK_WAIT_S, TEMPORARY_PREFIX, copy_atomic, disk_errors
 from packager.targets import (
     LARGE_BYTES,
     BranchState,
@@ -127,7 +127,7 @@ class GitTarget:
         Raises:
             PublishError: another publisher is at work there.
         """
-        with self._staging.open(timeout_s=0.0) as notes:
+        with self._staging.open(timeout_s=LOCK_WAIT_S) as notes:
             yield notes
             self._staging.forget_objects()
 

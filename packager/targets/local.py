@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from packager.errors import PublishError, StateError
-from packager.files import TEMPORARY_PREFIX, disk_errors, fsync_folder, remove_leftovers, write_atomic
+from packager.files import LOCK_WAIT_S, TEMPORARY_PREFIX, disk_errors, fsync_folder, remove_leftovers, write_atomic
 from packager.targets import BranchState, CommitRecord, LocalFile, StoredFile, read_local_file
 from packager.targets.git_process import GitProcess
 from packager.variant import MAIN
@@ -106,7 +106,7 @@ class LocalTarget:
         """
         self._git.check()
         self._is_there()
-        lock = FileLock(str(self._folder.with_name(f".{self._folder.name}.lock")), timeout=0)
+        lock = FileLock(str(self._folder.with_name(f".{self._folder.name}.lock")), timeout=LOCK_WAIT_S)
         with disk_errors(self._folder.parent):
             self._folder.parent.mkdir(parents=True, exist_ok=True)
             try:
