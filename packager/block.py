@@ -125,9 +125,8 @@ class _Attempt:
         weights = [self._linears[name].weight for name in group]
         try:
             factor = self._factor(hessian)
-            together = torch.cat([weight.T for weight in weights], dim=1)
             solution = solve(
-                together, factor, self._rules, group_size=variant.group_size, static_groups=variant.static_groups
+                weights, factor, self._rules, group_size=variant.group_size, static_groups=variant.static_groups
             )
             if self._careful and not bool(solution.fits()):
                 raise QuantizeError("a scale does not fit float16", why="it would be more than 65504")
@@ -136,7 +135,7 @@ class _Attempt:
             raise
         parts = solution.by_linear([weight.shape[0] for weight in weights])
         for name, weight, part in zip(names, weights, parts, strict=True):
-            weight.copy_(part.dequantized().T)
+            part.dequantize_into(weight)
             self._keep(name, part)
         losses = torch.stack([part.losses.mean() for part in parts])
         succeeded = factor.succeeded & solution.fits()
@@ -211,4 +210,4 @@ def dequantize_linear(read: Callable[[str], Tensor], bits: int) -> Tensor:
         g_idx=read("g_idx"),
         losses=torch.empty(0),
     )
-    return solution.dequantized().T.contiguous()
+    return solution.dequantized()

@@ -6,7 +6,7 @@ from the model's own forward, so nothing here knows any architecture.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,14 +62,14 @@ class Decoder:
             self._reading = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.blocks = cast(nn.ModuleList, self._model.get_submodule(BLOCK_PREFIX))
         self._tied = bool(getattr(self._model.config, "tie_word_embeddings", False))
-        self._outside_loaded = False
+        self._outside: set[str] = set()
 
     def __len__(self) -> int:
         """Return the number of blocks."""
         return len(self.blocks)
 
     def stream(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the weights of each block in turn; the next block is read while the caller works on this one.
+        """Yield the weights of each block in turn; the next is read while the caller works on this one, the first now.
 
         Yields:
             Names relative to the block, tensors on the device, in `dtype`.
@@ -77,8 +77,11 @@ class Decoder:
         Raises:
             SourceError: a tensor holds NaN or Inf.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-            coming = pool.submit(self._block_weights, 0)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="read")
+        return self._streamed(pool, pool.submit(self._block_weights, 0))
+
+    def _streamed(self, pool: ThreadPoolExecutor, coming: Future[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        with pool:
             for index in range(len(self)):
                 weights = coming.result()
                 if index + 1 < len(self):
@@ -115,7 +118,7 @@ class Decoder:
 
     def drop_outside_blocks(self) -> None:
         """Free embeddings, norm and head, when only blocks are still to be run; they are read again when needed."""
-        self._outside_loaded = False
+        self._outside.clear()
         for name, child in self._model.named_modules():
             if not name.startswith(BLOCK_PREFIX) and next(child.children(), None) is None:
                 child.to("meta")
@@ -139,8 +142,10 @@ class Decoder:
             contexts.append(context)
             return hidden
 
+        inner = BLOCK_PREFIX.rpartition(".")[0]
+        self._load_outside_blocks(f"{inner}.")
         with self._blocks_replaced(record):
-            self._model.get_submodule(BLOCK_PREFIX.rpartition(".")[0])(input_ids=ids, use_cache=False)
+            self._model.get_submodule(inner)(input_ids=ids, use_cache=False)
         return inputs[0], tuple(contexts)
 
     @torch.no_grad()
@@ -150,14 +155,13 @@ class Decoder:
         def replace(_: Tensor, **context: Any) -> Tensor:  # noqa: ARG001
             return hidden
 
+        self._load_outside_blocks()
         with self._blocks_replaced(replace):
             return cast(Tensor, self._model(input_ids=ids.to(self.device), use_cache=False).logits).float()
 
     @contextmanager
     def _blocks_replaced(self, block_forward: Callable[..., Tensor]) -> Iterator[None]:
         """Let the model's own forward run with every block replaced by a function."""
-        if not self._outside_loaded:
-            self._load_outside_blocks()
         originals = [block.forward for block in self.blocks]
         for block in self.blocks:
             block.forward = block_forward
@@ -167,15 +171,15 @@ class Decoder:
             for block, original in zip(self.blocks, originals, strict=True):
                 block.forward = original
 
-    def _load_outside_blocks(self) -> None:
-        """Read embeddings, norm and head; first when needed, so that whoever runs the model also owns them."""
-        self._outside_loaded = True
+    def _load_outside_blocks(self, prefix: str = "") -> None:
+        """Read embeddings, norm and head, or those below a prefix, once they are needed: calibration needs no head."""
         state = {}
         for name in self._model.state_dict():
-            if name.startswith(BLOCK_PREFIX + "."):
+            if name.startswith(BLOCK_PREFIX + ".") or not name.startswith(prefix) or name in self._outside:
                 continue
             source = "model.embed_tokens.weight" if name == "lm_head.weight" and self._tied else name
             state[name] = self._read(source).to(self.device, self.dtype)
+        self._outside |= state.keys()
         self._model.load_state_dict(state, strict=False, assign=True)
         for name, module in list(self._model.named_modules()):
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):

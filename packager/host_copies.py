@@ -1,22 +1,31 @@
 """Copies of device tensors on their way to the host, while the device goes on."""
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
 class HostCopies:
-    """Start copying tensors to pinned host memory; CPU tensors are taken as they are.
+    """Start copying tensors to pinned host memory, beside what is computed next; CPU tensors are taken as they are.
 
     Args:
-        tensors: on the current stream's device; not to be changed before `arrived` returns.
+        tensors: of one device; not to be changed before `arrived` returns.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-        self._copies = {name: _to_host(tensor) for name, tensor in tensors.items()}
-        self._event = torch.cuda.current_stream().record_event() if on_gpu else None
+        self._event: torch.cuda.Event | None = None
+        devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+        if not devices:
+            self._copies = dict(tensors)
+            return
+        (device,) = devices
+        stream = _stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self._copies = {name: _to_host(tensor, stream) for name, tensor in tensors.items()}
+            self._event = stream.record_event()
 
     def arrived(self) -> Mapping[str, Tensor]:
         """Wait for the copies and return them; any thread may."""
@@ -25,7 +34,12 @@ class HostCopies:
         return self._copies
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _to_host(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    tensor.record_stream(stream)
+    return copy

@@ -23,8 +23,8 @@ USABLE = 0.92
 
 # Matrices of the widest linear's [in_features, in_features], float32, that live at once while its Hessian is factored.
 _SQUARES = 4
-# Bytes per weight that live at once while a group of linears is solved: the weights as given, side by side and in
-# order, their changes, codes twice; and float32 products beside them.
+# Bytes per weight that live at once while a group of linears is solved: the weights in order, their changes, codes
+# twice; and float32 products beside them.
 _SOLVE_BYTES = 16
 # Batches that wait on the device to be used, are used, or wait to be stored, when activations live elsewhere.
 _STAGED_BATCHES = 4

@@ -25,7 +25,7 @@ from packager.recipe.file import RecipeFile
 from packager.variant import Engine, Variant
 
 # Raised whenever our own engine would make other bytes from the same inputs: finished work is then made anew.
-ENGINE_VERSION = 2
+ENGINE_VERSION = 3
 
 _CONTEXT_TOKENS = 4096
 

@@ -207,6 +207,7 @@ class _Worker:
 
     def _sweep(self, variants: Sequence[Variant]) -> None:
         job, plan, decoder = self._job, self._lane.plan, self._decoder
+        blocks = decoder.stream()
         batches = decoder.embed(job.rows.ids, rows=rows_per_batch(job.rows.ids.shape[1], decoder.device.type))
         decoder.drop_outside_blocks()
         contexts = [batch.contexts for batch in batches]
@@ -221,7 +222,7 @@ class _Worker:
         del hidden
         groups: tuple[Group, ...] = ()
         with ThreadPoolExecutor(len(rides), thread_name_prefix="write") as writers:
-            for index, weights in enumerate(decoder.stream()):
+            for index, weights in enumerate(blocks):
                 load = partial(decoder.load_block, index, weights)
                 here = [batch[index] for batch in contexts]
                 if not groups:

@@ -193,6 +193,6 @@ def assert_agrees(
     assert max(furthest.values()) <= tie * 2**bits, furthest
     assert (expected.q_misses > 0).double().mean() <= 1e-3
     assert torch.equal(found.q.cpu().double(), expected.q)
-    assert torch.allclose(found.dequantized().cpu().double(), expected.weight, rtol=1e-6, atol=0)
+    assert torch.allclose(found.dequantized().T.cpu().double(), expected.weight, rtol=1e-6, atol=0)
     assert torch.allclose(found.losses.cpu().double(), expected.losses, rtol=LOSS_TOLERANCE, atol=0)
     return expected

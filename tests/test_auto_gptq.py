@@ -108,7 +108,7 @@ def our_solution(case: Case) -> Solution:
     hessian.add(x)
     factor = factorize(hessian.matrix(), desc_act=case.desc_act, damp_percent=0.01)
     rules = GridRules(bits=case.bits, sym=case.sym, scale_search=False)
-    return solve(weight.T.contiguous(), factor, rules, group_size=case.group_size, static_groups=case.static_groups)
+    return solve([weight], factor, rules, group_size=case.group_size, static_groups=case.static_groups)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -324,7 +324,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], torch.Tenso
     keep = block_module._Attempt._keep
 
     def collect(attempt: Any, name: str, solution: Solution) -> None:
-        found[attempt._passage.variant.branch, name] = solution.dequantized().T.clone()
+        found[attempt._passage.variant.branch, name] = solution.dequantized()
         keep(attempt, name, solution)
 
     monkeypatch.setattr(block_module._Attempt, "_keep", collect)

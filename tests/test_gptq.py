@@ -39,7 +39,7 @@ def solved(weight: torch.Tensor, H: torch.Tensor, *, desc_act: bool = False, dam
     factor = factorize_within(H, desc_act=desc_act, damp_percent=damp, damp_percent_limit=0.5)
     rest = {"group_size": 32, "static_groups": False, "backend": None}
     rest = {name: rules.pop(name, default) for name, default in rest.items()}
-    found = solve(weight, factor, GridRules(**{"bits": 4, "sym": True, "scale_search": False, **rules}), **rest)
+    found = solve([weight.T], factor, GridRules(**{"bits": 4, "sym": True, "scale_search": False, **rules}), **rest)
     assert bool(found.fits())
     return found
 
@@ -148,7 +148,7 @@ def test_losses_are_the_squared_output_error():
     weight = torch.randn(64, 16) * 0.02
     for desc_act in (False, True):
         found = solved(weight, H, desc_act=desc_act)
-        delta = (found.dequantized() - weight).double()
+        delta = (found.dequantized().T - weight).double()
         damped = H.double() + torch.eye(64) * 0.01 * H.double().diagonal().mean()
         expected = (delta * (damped @ delta)).sum(0) / 2
         assert torch.allclose(found.losses.double(), expected, rtol=1e-4)
@@ -169,7 +169,7 @@ def test_better_than_rounding_to_nearest():
     def error(w: torch.Tensor) -> float:
         return float(((w - weight) * (H @ (w - weight))).sum())
 
-    assert error(solved(weight, H).dequantized()) < 0.8 * error(nearest)
+    assert error(solved(weight, H).dequantized().T) < 0.8 * error(nearest)
 
 
 def test_scale_search_lowers_the_loss_of_every_permutation():
@@ -196,8 +196,8 @@ def test_dead_columns_become_zero_and_disturb_nothing():
     weight = torch.randn(64, 16) * 0.02
     weight[3] = 100.0
     found = solved(weight, hessian(x))
-    assert torch.equal(found.dequantized()[3], torch.zeros(16))
-    assert found.dequantized().abs().max() < 1
+    assert torch.equal(found.dequantized().T[3], torch.zeros(16))
+    assert found.dequantized().T.abs().max() < 1
 
 
 @pytest.mark.parametrize("carry", [Float32Carry, SplitCarry])
@@ -205,7 +205,7 @@ def test_a_linear_of_zeros_stays_zero(carry):
     weight, H = torch.zeros(552, 8), hessian(inputs(552, 11))
     for sym in (True, False):
         found = solved(weight, H, sym=sym, backend=replace(TORCH, carry=carry))
-        assert torch.equal(found.dequantized(), weight)
+        assert torch.equal(found.dequantized().T, weight)
 
 
 @settings(max_examples=60, deadline=None)
@@ -244,7 +244,7 @@ def test_nan_in_activations_is_an_error():
 def test_a_scale_beyond_float16_does_not_fit():
     factor = factorize(hessian(inputs(64, 13)), desc_act=False, damp_percent=0.01)
     rules = GridRules(bits=4, sym=True, scale_search=False)
-    found = solve(torch.full((64, 8), 1e9), factor, rules, group_size=32, static_groups=False)
+    found = solve([torch.full((8, 64), 1e9)], factor, rules, group_size=32, static_groups=False)
     assert not bool(found.fits())
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packager.gptq import columns, grid
+from packager.gptq import columns, copies, grid, halves
 from packager.gptq.carry import SplitCarry
 from packager.gptq.columns import Columns, Grids
 from packager.gptq.grid import GridRules
@@ -20,7 +20,13 @@ from packager.gptq import kernels  # noqa: E402 - imports Triton
 
 # The interpreter computes with numpy, which warns where float32 or float16 overflows to infinity, as it should here.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-BACKEND = Backend(find_grids=kernels.find_grids, round_columns=kernels.round_columns, carry=SplitCarry)
+BACKEND = Backend(
+    in_order=kernels.in_order,
+    find_grids=kernels.find_grids,
+    round_columns=kernels.round_columns,
+    dequantize=kernels.dequantize,
+    carry=SplitCarry,
+)
 NATIVE = pytest.mark.gpu
 
 
@@ -56,7 +62,12 @@ def solves_like_the_reference(
     factor = factorize(H.to(device), desc_act=desc_act, damp_percent=0.01)
     rules = GridRules(bits=bits, sym=sym, scale_search=search)
     found = solve(
-        weight.to(device, torch.float16), factor, rules, group_size=group_size, static_groups=static, backend=BACKEND
+        [weight.to(device, torch.float16).T],
+        factor,
+        rules,
+        group_size=group_size,
+        static_groups=static,
+        backend=BACKEND,
     )
     how = {"bits": bits, "sym": sym, "group_size": group_size, "desc_act": desc_act, "static_groups": static}
     assert_agrees(found, weight.half(), H, scale_search=search, **how)
@@ -165,3 +176,54 @@ def test_a_column_block_is_rounded_as_torch_rounds_it(device, n, find_every, fea
     assert torch.equal(grids.zeros.cpu()[:, same], expected_grids.zeros[:, same])
     assert torch.allclose(found.change.cpu()[:, same], expected.change[:, same], rtol=1e-5, atol=1e-7)
     assert torch.allclose(found.squared_errors.cpu()[same], expected.squared_errors[same], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("widths", [(70,), (64, 1, 33)])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_linears_come_into_order_as_by_torch(device, dtype, widths, ordered):
+    n = 150
+    weights = [random(width, n, seed=width).to(device, dtype) for width in widths]
+    weights[0] = weights[0].T.contiguous().T  # not dense
+    dead, place = torch.zeros(n, dtype=torch.bool), torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    dead[[0, 64, 149]] = True
+    weights[0][:, 64] = torch.nan  # a weight that no input reaches may be anything
+    dead, where = dead.to(device), place.to(device) if ordered else None
+    expected = copies.in_order(weights, dead, where)
+    assert torch.equal(kernels.in_order(weights, dead, where), expected)
+    assert not expected.isnan().any()
+    column = int(place[10]) if ordered else 10
+    assert torch.equal(expected[column], torch.cat([weight[:, 10] for weight in weights]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("n", "out"), [(150, 70), (64, 64), (1, 3)])
+def test_dequantizes_as_torch(device, dtype, n, out):
+    """Codes and grids are parts of those of several linears, as after `by_linear`."""
+    groups = 5
+    q = torch.randint(0, 16, (n, out + 9), dtype=torch.uint8)[:, 4 : out + 4].to(device)
+    zeros = torch.randint(1, 16, (groups, out + 9), dtype=torch.uint8)[:, 4 : out + 4].to(device)
+    scales = (random(groups, out + 9) * 0.01).half()[:, 4 : out + 4].to(device)
+    g_idx = torch.randint(0, groups, (n,), dtype=torch.int32).to(device)
+    expected, found = (torch.full((out, n), torch.nan, dtype=dtype, device=device) for _ in range(2))
+    copies.dequantize(expected, q, zeros, scales, g_idx)
+    kernels.dequantize(found, q, zeros, scales, g_idx)
+    assert torch.equal(found, expected)
+    assert not found.isnan().any()
+
+
+@pytest.mark.parametrize("scaled", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("width", [7, 2500])
+def test_splits_as_torch(device, scaled, width):
+    """Rows are dense, but part of wider ones, and so are those of the result."""
+    x = random(5, width + 6)[:, 3 : width + 3]
+    rows, features = (2.0 ** torch.arange(-count, count + 1)[:count] for count in (5, width))
+    factors = [
+        part if wanted else None for part, wanted in zip((rows, features.clamp(2**-9, 2**9)), scaled, strict=True)
+    ]
+    expected = halves.split(x, *factors)
+    found = tuple(torch.zeros(5, width + 4, dtype=torch.float16, device=device)[:, 2 : width + 2] for _ in range(2))
+    given = [None if part is None else part.to(device) for part in factors]
+    kernels.split(x.to(device), *given, *found)
+    assert all(torch.equal(mine.cpu(), plain) for mine, plain in zip(found, expected, strict=True))
+    assert expected[1].any()

@@ -107,7 +107,7 @@ def test_the_whole_way_from_inputs_to_q_agrees_with_the_float64_reference(bits, 
     weight = (torch.randn(n, 200, device=CUDA, generator=generator) * 0.02).half()
     factor = factorize(H, desc_act=desc_act, damp_percent=0.01)
     rules = GridRules(bits=bits, sym=sym, scale_search=True)
-    found = solve(weight, factor, rules, group_size=group_size, static_groups=False)
+    found = solve([weight.T], factor, rules, group_size=group_size, static_groups=False)
     how = {"bits": bits, "group_size": group_size, "sym": sym, "desc_act": desc_act}
     assert_agrees(found, weight, H, scale_search=True, **how)
 

@@ -106,11 +106,11 @@ def test_suspended_forward_equals_the_repeated_forward_bit_by_bit(tmp_path):
                 model(token_rows().ids)
                 handle.remove()
                 factor = factorize(hessian.matrix(), desc_act=True, damp_percent=0.01)
-                together = torch.cat([linear.weight.T for linear in linears], 1)
-                solution = solve(together, factor, rules, group_size=16, static_groups=False)
+                weights = [linear.weight for linear in linears]
+                solution = solve(weights, factor, rules, group_size=16, static_groups=False)
                 parts = solution.by_linear([linear.out_features for linear in linears])
                 for linear, part in zip(linears, parts, strict=True):
-                    linear.weight.copy_(part.dequantized().T)
+                    linear.weight.copy_(part.dequantized())
             for name, weight in dequantized(source, tmp_path / "work", v, index).items():
                 oracle = model.get_submodule(name).weight
                 assert torch.allclose(weight, oracle, atol=1e-6), name

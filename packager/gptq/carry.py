@@ -2,14 +2,15 @@
 
 Column k should move by what the columns j before it were changed, sum_j M[j, k] change[j], seen through the inverse of
 its own block of M. Those sums are most of the solver's arithmetic and need float32's precision: the columns' rounding
-decisions hang on them. On CUDA they are made of three float16 products, which the tensor cores do four times as fast
-as one in float32.
+decisions hang on them. On CUDA they are made of three float16 products.
 """
 
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+
+from packager.gptq.halves import add_product, split
 
 _HEADROOM = 2.0**9  # float16 ends at 2^16; a change exceeds the largest weight only where errors pile up
 _SMALLEST = 2.0**-64  # of a weight times its row of M: where all weights are zero the factors stay finite
@@ -49,7 +50,7 @@ class Float32Carry(Carry):
 
 
 class SplitCarry(Carry):
-    """Each factor as the sum of two float16 numbers, 22 bits in all; the product of the two low parts is left out.
+    """Each factor as the sum of two float16 numbers (`halves`); the product of the two low parts is left out.
 
     Rows of M are scaled by powers of two to at most 1, the changes by the inverse and by a power of two for each output
     feature, so that neither overflows nor loses bits to float16's small range.
@@ -58,40 +59,24 @@ class SplitCarry(Carry):
     """
 
     def __init__(self, M: Tensor, weight: Tensor) -> None:
-        row = torch.exp2(torch.ceil(torch.log2(torch.linalg.vector_norm(M, dim=1))))
-        self._M = _split(M / row[:, None])
-        largest = (weight.abs() * row[:, None]).amax(0).clamp(min=_SMALLEST)
-        self._row, self._output = row[:, None], torch.exp2(torch.floor(torch.log2(_HEADROOM / largest)))
+        self._row = torch.exp2(torch.ceil(torch.log2(torch.linalg.vector_norm(M, dim=1))))
+        self._M = split(M, rows=1 / self._row)
+        largest = torch.linalg.vector_norm(weight * self._row[:, None], torch.inf, dim=0).clamp(min=_SMALLEST)
+        self._output = torch.exp2(torch.floor(torch.log2(_HEADROOM / largest)))
         high = torch.empty_like(weight, dtype=torch.float16)
         self._change = high, torch.empty_like(high)
 
     def record(self, begin: int, change: Tensor) -> None:
         """See `Carry`."""
         rows = slice(begin, begin + change.shape[0])
-        high, low = (part[rows] for part in self._change)
-        scaled = (change * self._row[rows]).mul_(self._output)
-        high.copy_(scaled)
-        low.copy_(scaled.sub_(high))
+        high, low = self._change
+        split(change, rows=self._row[rows], columns=self._output, out=(high[rows], low[rows]))
 
     def owed(self, until: int, begin: int, end: int) -> Tensor:
         """See `Carry`."""
-        (M_high, M_low), (high, low) = ((part[:until] for part in parts) for parts in (self._M, self._change))
-        total = _add_product(None, M_high[:, begin:end], low)
-        total = _add_product(total, M_low[:, begin:end], high)
-        total = _add_product(total, M_high[:, begin:end], high)
+        M_high, M_low = (part[:until, begin:end].T for part in self._M)
+        high, low = (part[:until] for part in self._change)
+        total = add_product(None, M_high, low)
+        total = add_product(total, M_low, high)
+        total = add_product(total, M_high, high)
         return total.div_(self._output)
-
-
-def _split(x: Tensor) -> tuple[Tensor, Tensor]:
-    high = x.half()
-    return high, (x - high).half()
-
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return total + a^T b, float32, of float16 matrices; `total` may be overwritten."""
-    if not a.is_cuda:
-        product = a.float().T @ b.float()
-        return product if total is None else total + product
-    if total is None:
-        return torch.mm(a.T, b, out_dtype=torch.float32)
-    return torch.addmm(total, a.T, b, out_dtype=torch.float32, out=total)

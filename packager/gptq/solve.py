@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from packager.gptq import columns, grid
+from packager.gptq import columns, copies, grid
 from packager.gptq.carry import Carry, Float32Carry, SplitCarry
 from packager.gptq.columns import Columns, Grids
 from packager.gptq.grid import GridRules
@@ -25,14 +25,22 @@ _BLOCKS_AT_ONCE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """What a kind of device has its own version of; see `grid`, `columns` and `carry` for the plain ones."""
+    """What a kind of device has its own version of; see `copies`, `grid`, `columns` and `carry` for the plain ones."""
 
+    in_order: Callable[[Sequence[Tensor], Tensor, Tensor | None], Tensor]
     find_grids: Callable[[Tensor, int, GridRules, Tensor], tuple[Tensor, Tensor]]
     round_columns: Callable[[Tensor, Tensor, Tensor, Tensor, Grids, GridRules, int, Columns], None]
+    dequantize: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     carry: type[Float32Carry] | type[SplitCarry]
 
 
-TORCH = Backend(find_grids=grid.find_grids, round_columns=columns.round_columns, carry=Float32Carry)
+TORCH = Backend(
+    in_order=copies.in_order,
+    find_grids=grid.find_grids,
+    round_columns=columns.round_columns,
+    dequantize=copies.dequantize,
+    carry=Float32Carry,
+)
 
 
 def backend_for(device: torch.device) -> Backend:
@@ -41,7 +49,13 @@ def backend_for(device: torch.device) -> Backend:
         return TORCH
     from packager.gptq import kernels
 
-    return Backend(find_grids=kernels.find_grids, round_columns=kernels.round_columns, carry=SplitCarry)
+    return Backend(
+        in_order=kernels.in_order,
+        find_grids=kernels.find_grids,
+        round_columns=kernels.round_columns,
+        dequantize=kernels.dequantize,
+        carry=SplitCarry,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +76,15 @@ class Solution:
     g_idx: Tensor
     losses: Tensor
 
+    def dequantize_into(self, weight: Tensor) -> None:
+        """Overwrite a linear's weight, [out_features, in_features], with what a loader will compute with."""
+        backend_for(weight.device).dequantize(weight, self.q, self.zeros, self.scales, self.g_idx)
+
     def dequantized(self) -> Tensor:
-        """Return the weights a loader will compute with, float32 [in_features, out_features]."""
-        groups = self.g_idx.long()
-        return (self.q.float() - self.zeros.float()[groups]) * self.scales.float()[groups]
+        """Return these weights, float32 [out_features, in_features]."""
+        weight = torch.empty(self.q.shape[::-1], dtype=torch.float32, device=self.q.device)
+        self.dequantize_into(weight)
+        return weight
 
     def by_linear(self, out_features: Sequence[int]) -> "list[Solution]":
         """Return the parts of linears that were solved side by side."""
@@ -88,7 +107,7 @@ class Solution:
 
 
 def solve(
-    weight: Tensor,
+    weights: Sequence[Tensor],
     factor: Factor,
     rules: GridRules,
     *,
@@ -96,10 +115,10 @@ def solve(
     static_groups: bool,
     backend: Backend | None = None,
 ) -> Solution:
-    """Quantize a linear, or several that see the same input side by side.
+    """Quantize linears that see the same input, side by side.
 
     Args:
-        weight: [in_features, out_features], any float dtype; not modified.
+        weights: [out_features, in_features] each, any float dtype; not modified.
         factor: of the Hessian of these inputs.
         rules: how grids are found.
         group_size: columns of a group; -1 for one group of all. It need not divide anything.
@@ -108,28 +127,24 @@ def solve(
             updated when the first of them is reached.
         backend: for tests; None takes the device's own.
     """
-    in_features = weight.shape[0]
+    in_features = factor.dead.shape[0]
     size = in_features if group_size == -1 else group_size
-    weight = weight.masked_fill(factor.dead[:, None], 0)
-    order = torch.arange(in_features, device=weight.device) if factor.order is None else factor.order
-    walk = _Walk(
-        weight=weight if factor.order is None else weight[order],
-        M=factor.M,
-        rules=rules,
-        group_size=size,
-        backend=backend or backend_for(weight.device),
-    )
+    backend = backend or backend_for(factor.M.device)
+    back = None if factor.order is None else torch.argsort(factor.order)
+    weight = backend.in_order(weights, factor.dead, back)
+    walk = _Walk(weight=weight, M=factor.M, rules=rules, group_size=size, backend=backend)
     if static_groups:
+        order = torch.arange(in_features, device=weight.device) if factor.order is None else factor.order
         price = torch.empty_like(walk.diagonal).index_copy_(0, order, walk.diagonal.square())
-        scales, zeros = walk.backend.find_grids(weight.float(), size, rules, price)
+        as_stored = backend.in_order(weights, factor.dead, None)
+        scales, zeros = backend.find_grids(as_stored.float(), size, rules, price)
         walk.grids = Grids(scales=scales, zeros=zeros, groups=order // size)
     walk.run(find=not static_groups)
-    back = slice(None) if factor.order is None else torch.argsort(order)
     return Solution(
-        q=walk.q[back],
+        q=walk.q if back is None else walk.q[back],
         scales=walk.grids.scales.to(torch.float16),
         zeros=walk.grids.zeros.to(torch.uint8),
-        g_idx=walk.grids.groups[back].to(torch.int32),
+        g_idx=(walk.grids.groups if back is None else walk.grids.groups[back]).to(torch.int32),
         losses=walk.squared_errors / 2,
     )
 
