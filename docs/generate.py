@@ -277,7 +277,6 @@ def _example_architectures() -> Iterator[Architecture]:
     yield replace(llama, model_type="qwen3")
     yield replace(llama, tie_word_embeddings=True)
     yield replace(llama, rope_type="llama3")
-    yield replace(llama, rope_type="llama3", rope_said_anew=True)
     yield replace(llama, head_dim=2 * llama.head_dim)
     yield replace(llama, linears=(odd, *llama.linears[1:]))
     yield replace(llama, linears=(biased, *llama.linears[1:]))

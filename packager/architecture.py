@@ -82,8 +82,6 @@ class Architecture:
     Attributes:
         dtype: of every tensor of the base checkpoint, safetensors spelling: F16, BF16 or F32.
         rope_type: of the rotary embedding: "default", "llama3", "yarn", ...
-        rope_said_anew: what differs from a plain one of base 10000 stands in `rope_parameters` alone, where only
-            transformers 5 looks, and not in `rope_theta` and `rope_scaling`.
         sliding_window: what config.json says, whether the family heeds it or not; None where it can never matter.
         tensors: every tensor of the base checkpoint: embedding, blocks, norm, head (absent when tied).
         linears: every linear that is quantized, block by block, in the order of `INPUT_GROUPS`.
@@ -101,7 +99,6 @@ class Architecture:
     max_position_embeddings: int
     tie_word_embeddings: bool
     rope_type: str
-    rope_said_anew: bool
     sliding_window: int | None
     tensors: tuple[TensorInfo, ...]
     linears: tuple[LinearSpec, ...]
@@ -173,7 +170,6 @@ def _derive(reader: ConfigReader, family: Family, model_type: str) -> Architectu
         for block in range(num_blocks)
         for name, (rows, cols, bias) in shapes.items()
     )
-    rope_type, rope_said_anew = reader.rope()
     architecture = Architecture(
         model_type=model_type,
         dtype=reader.dtype(),
@@ -186,8 +182,7 @@ def _derive(reader: ConfigReader, family: Family, model_type: str) -> Architectu
         vocab_size=reader.size("vocab_size"),
         max_position_embeddings=reader.size("max_position_embeddings"),
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
-        rope_type=rope_type,
-        rope_said_anew=rope_said_anew,
+        rope_type=reader.rope_type(),
         sliding_window=reader.sliding_window(),
         tensors=(),
         linears=linears,

@@ -89,19 +89,12 @@ def _out_features_multiple(divisor: int) -> Check:
     return check
 
 
-def _rope_said_anew(_: Variant, architecture: Architecture) -> str:
-    """Return what makes a runtime compute something else that reads `rope_theta` and `rope_scaling` only."""
-    if not architecture.rope_said_anew:
-        return ""
-    return "does not read rope_parameters: takes the rotary embedding for a plain one of base 10000, without a word"
-
-
 def _transformers_4_40(_: Variant, architecture: Architecture) -> str:
     """Return what transformers 4.40.2, with which AutoGPTQ 0.7.1 runs, does not know."""
     family = architecture.model_type
     known = ("default", "linear", "dynamic") if family == "llama" else ("default",)
     found = []
-    if family in AUTOGPTQ_FAMILIES and not architecture.rope_said_anew and architecture.rope_type not in known:
+    if family in AUTOGPTQ_FAMILIES and architecture.rope_type not in known:
         found.append(f"knows no rotary embedding of type {architecture.rope_type} (transformers 4.40)")
     if architecture.head_dim * architecture.num_attention_heads != architecture.hidden_size:
         found.append("takes head_dim to be hidden_size / num_attention_heads (transformers 4.40)")
@@ -179,7 +172,6 @@ LOADERS: tuple[Loader, ...] = (
             _bits(2, 3, 4, 8),
             _families(*AUTOGPTQ_FAMILIES),
             _transformers_4_40,
-            _rope_said_anew,
             _autogptq_head,
         ),
         traps=(_note("needs transformers 4.40; its import breaks on later ones"), _transformers_4_40_window),
@@ -187,13 +179,13 @@ LOADERS: tuple[Loader, ...] = (
     Loader(
         name="exllama",
         title="ExLlama v1",
-        refuses=(_bits(4), _families("llama"), _exllama_shapes, _rope_said_anew),
+        refuses=(_bits(4), _families("llama"), _exllama_shapes),
         traps=(_note("needs tokenizer.model"),),
     ),
     Loader(
         name="exllamav2",
         title="ExLlamaV2 0.3.2",
-        refuses=(_bits(4), _power_of_two_groups, _rope_said_anew),
+        refuses=(_bits(4), _power_of_two_groups),
         traps=(_note("needs CUDA; without flash-attn set config.no_sdpa = True or its prompt pass is wrong"),),
     ),
     Loader(

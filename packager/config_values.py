@@ -3,10 +3,11 @@
 import json
 from collections.abc import Mapping
 
+from packager.rope import rope_type
+
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 MOST_BLOCKS = 1000  # beyond are typing errors, as beyond _LARGEST, and planning them would take for ever
 _LARGEST = 1 << 24
-_DEFAULT_ROPE_THETA = 10000.0  # of every family of packager/architecture.py
 
 
 class ConfigReader:
@@ -48,25 +49,18 @@ class ConfigReader:
             return DTYPES[given[0]]
         return "F16"
 
-    def rope(self) -> tuple[str, bool]:
-        """Return the rotary embedding's type, and whether older runtimes take it for a plain one of base 10000."""
+    def rope_type(self) -> str:
+        """Return the rotary embedding's type, "default" for a plain one."""
         for key in ("rope_scaling", "rope_parameters"):
             rope = self.values.get(key)
-            if isinstance(rope, Mapping):
-                kind = str(rope.get("rope_type", rope.get("type", "default")))
-                return kind, key == "rope_parameters" and self._said_anew(rope, kind)
-            if rope is not None:
+            if rope is not None and not isinstance(rope, Mapping):
                 self.problems.append(f"{key} is {short(rope)}, expected an object or null")
-        return "default", False
+        return rope_type(self.values)
 
     def sliding_window(self) -> int | None:
         """Return the window unless all that the model was made for fits into it."""
         window, longest = self.values.get("sliding_window"), self.values.get("max_position_embeddings")
         return window if isinstance(window, int) and isinstance(longest, int) and window < longest else None
-
-    def _said_anew(self, rope: Mapping[str, object], kind: str) -> bool:
-        told = self.values.get("rope_theta", _DEFAULT_ROPE_THETA)
-        return kind != "default" or rope.get("rope_theta", told) != told
 
 
 def short(value: object) -> str:

@@ -13,6 +13,7 @@ from packager.files import copy_atomic, disk_errors, file_records, write_atomic
 from packager.plan import VariantPlan
 from packager.receipt import FileRecord
 from packager.recipe.file import RecipeFile
+from packager.rope import in_both_spellings
 from packager.source import TOKENIZER_FILES, SourceModel
 from packager.variant import Variant
 
@@ -74,7 +75,7 @@ def _configs(job: PackJob) -> dict[str, bytes]:
     portable = {key: variant.parameters()[key] for key in PORTABLE_KEYS}
     recipe = job.recipe_file.recipe
     files = {
-        "config.json": {**job.source.config, "quantization_config": quantization_config(variant)},
+        "config.json": {**in_both_spellings(job.source.config), "quantization_config": quantization_config(variant)},
         "quantize_config.json": {
             **portable,
             "model_name_or_path": recipe.repository.id,

@@ -40,6 +40,7 @@ from tests.tiny_recipe import (
     sentences,
     workspace,
     write_all,
+    write_inputs,
     write_recipe,
 )
 
@@ -304,6 +305,16 @@ def test_shards_and_their_index_are_read_by_transformers(tmp_path: Path) -> None
     parts = ("qweight", "qzeros", "scales", "g_idx")
     names = {linear.name for linear in make_plan(recipe_file).architecture.linears}
     assert set(seen["unexpected_keys"]) == {f"{name}.{part}" for name in names for part in parts}
+
+
+def test_a_rotary_embedding_is_published_as_old_and_new_runtimes_read_it(tmp_path: Path) -> None:
+    folder = write_inputs(tmp_path / "recipe", "llama3-rope")
+    rope = json.loads((folder / "model" / "config.json").read_text())["rope_parameters"]
+    build(write_recipe(folder, {"variants": [{"branch": MAIN}]}), tmp_path / "dist")
+    config = json.loads((workspace(tmp_path / "dist").folder(MAIN) / "config.json").read_text())
+    assert config["rope_parameters"] == rope
+    assert config["rope_theta"] == rope["rope_theta"] == 500000.0
+    assert config["rope_scaling"] == {key: value for key, value in rope.items() if key != "rope_theta"}
 
 
 GRID: list[dict[str, Any]] = [

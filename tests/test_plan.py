@@ -282,9 +282,8 @@ def test_verdicts_follow_the_format_s_table(parameters: dict[str, Any], refusals
         ({**LLAMA_2_13B, "rope_scaling": {"rope_type": "llama3"}}, {"autogptq", "exllama"}),
         ({**LLAMA_2_13B, "rope_scaling": {"type": "linear", "factor": 2.0}}, {"exllama"}),
         ({**LLAMA_2_13B, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, set()),
-        ({**LLAMA_2_13B, "rope_parameters": {"rope_theta": 5e5}}, {"autogptq", "exllama", "exllamav2"}),
-        ({**LLAMA_2_13B, "rope_parameters": {"rope_theta": 5e5}, "rope_theta": 5e5}, set()),
-        ({**LLAMA_2_13B, "rope_parameters": {"rope_type": "llama3"}}, {"autogptq", "exllama", "exllamav2"}),
+        ({**LLAMA_2_13B, "rope_parameters": {"rope_theta": 5e5}}, set()),
+        ({**LLAMA_2_13B, "rope_parameters": {"rope_type": "llama3"}}, {"autogptq", "exllama"}),
     ],
 )
 def test_verdicts_follow_the_architecture(config: dict[str, Any], refusals: set[str]) -> None:

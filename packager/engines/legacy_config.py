@@ -9,15 +9,22 @@ is either written the old way or refused before anything is computed. Read from 
 from collections.abc import Mapping
 
 from packager.architecture import Architecture
+from packager.rope import old_spelling, rope_of, rope_type
 
 # What both AutoGPTQ 0.7.1 and transformers 4.40.2 know, of the families we know.
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 # AutoGPTQ packs 32 rows and 32 columns at a time and forgets what is left over.
 _PACKED_TOGETHER = 32
-_DEFAULT_ROPE_THETA = 10000.0
-_ROPE_KEYS = ("rope_parameters", "rope_scaling")
 # Keys whose meaning or name changed, and auto_map, which AutoGPTQ's trust_remote_code=True would follow.
-_REWRITTEN = (*_ROPE_KEYS, "rope_theta", "dtype", "torch_dtype", "quantization_config", "auto_map")
+_REWRITTEN = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+    "auto_map",
+)
 
 
 def problems(config: Mapping[str, object], architecture: Architecture, seq_len: int) -> list[str]:
@@ -39,8 +46,8 @@ def problems(config: Mapping[str, object], architecture: Architecture, seq_len: 
 
 
 def _rope_problems(config: Mapping[str, object], model_type: str) -> list[str]:
-    kind, rope = _rope_type(config), _rope(config)
-    if kind == "default" or (kind in ("linear", "dynamic") and model_type == "llama" and "factor" in rope):
+    kind = rope_type(config)
+    if kind == "default" or (kind in ("linear", "dynamic") and model_type == "llama" and "factor" in rope_of(config)):
         return []
     known = "plain, linear and dynamic ones" if model_type == "llama" else "plain ones"
     return [f"a rotary embedding of type {kind}: for {model_type}, transformers 4.40 knows {known}"]
@@ -73,12 +80,7 @@ def _window_problems(config: Mapping[str, object], model_type: str, seq_len: int
 def legacy_config(config: Mapping[str, object]) -> dict[str, object]:
     """Return config.json as transformers 4.40 reads it, for a model without `problems`."""
     legacy = {key: value for key, value in config.items() if key not in _REWRITTEN}
-    rope = _rope(config)
-    legacy["rope_theta"] = config.get("rope_theta") or rope.get("rope_theta") or _DEFAULT_ROPE_THETA
-    if (kind := _rope_type(config)) != "default":
-        # Exactly these two fields, the factor as a float: anything else is refused there.
-        legacy["rope_scaling"] = {"type": kind, "factor": float(str(rope["factor"]))}
-    return legacy | _window(config) | {"torch_dtype": "float16"}
+    return legacy | old_spelling(config) | _window(config) | {"torch_dtype": "float16"}
 
 
 def _window(config: Mapping[str, object]) -> dict[str, object]:
@@ -90,13 +92,3 @@ def _window(config: Mapping[str, object]) -> dict[str, object]:
     if config.get("model_type") == "qwen2":
         return {"sliding_window": None}  # one that is on and matters was refused
     return {"sliding_window": window - 1} if isinstance(window, int) else {}
-
-
-def _rope(config: Mapping[str, object]) -> Mapping[str, object]:
-    """Return what a config says of the rotary embedding, under its name of transformers 5 or of 4."""
-    return next((found for key in _ROPE_KEYS if isinstance(found := config.get(key), Mapping)), {})
-
-
-def _rope_type(config: Mapping[str, object]) -> str:
-    rope = _rope(config)
-    return str(rope.get("rope_type", rope.get("type", "default")))

@@ -1,0 +1,44 @@
+"""The rotary embedding in a config.json, which has two spellings.
+
+transformers 5 writes `rope_parameters`. Every older runtime reads `rope_theta` and `rope_scaling` alone and takes what
+it does not find for a plain embedding of base 10000, without a word. transformers 5 reads both; `rope_scaling` wins.
+No torch here: `plan` must stay fast.
+"""
+
+from collections.abc import Mapping
+
+DEFAULT_THETA = 10000.0  # of every family of packager/architecture.py
+# In `rope_scaling`, transformers 4.40 wants exactly these two fields of them, the factor as a float.
+_TWO_FIELDS = ("linear", "dynamic")
+
+
+def rope_of(config: Mapping[str, object]) -> Mapping[str, object]:
+    """Return what transformers 5 would take, under either name; empty where nothing is said."""
+    keys = ("rope_scaling", "rope_parameters")
+    return next((found for key in keys if isinstance(found := config.get(key), Mapping) and found), {})
+
+
+def rope_type(config: Mapping[str, object]) -> str:
+    """Return "default", "linear", "llama3", "yarn" ..."""
+    rope = rope_of(config)
+    return str(rope.get("rope_type", rope.get("type", "default")))
+
+
+def old_spelling(config: Mapping[str, object]) -> dict[str, object]:
+    """Return `rope_theta` and, where the embedding is not a plain one, `rope_scaling`, as the config means them."""
+    rope, kind = rope_of(config), rope_type(config)
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    said: dict[str, object] = {"rope_theta": DEFAULT_THETA if theta is None else theta}
+    factor = rope.get("factor")
+    if kind in _TWO_FIELDS and isinstance(factor, int | float):
+        said["rope_scaling"] = {"type": kind, "factor": float(factor)}
+    elif kind != "default":
+        rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "type")}
+        said["rope_scaling"] = {**rest, "rope_type": kind}
+    return said
+
+
+def in_both_spellings(config: Mapping[str, object]) -> dict[str, object]:
+    """Return a config.json that every runtime reads alike; one that already says it the old way stays as it is."""
+    said_anew = not config.get("rope_scaling") and config.get("rope_parameters")
+    return {**config, **old_spelling(config)} if said_anew else dict(config)
