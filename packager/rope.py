@@ -38,6 +38,14 @@ def old_spelling(config: Mapping[str, object]) -> dict[str, object]:
     return said
 
 
+def misread(config: Mapping[str, object]) -> bool:
+    """Return whether a runtime that knows the old spelling alone computes something else than transformers 5."""
+    said = old_spelling(config)
+    theta = config.get("rope_theta")
+    same = said["rope_theta"] == (DEFAULT_THETA if theta is None else theta)
+    return not same or ("rope_scaling" in said and not config.get("rope_scaling"))
+
+
 def in_both_spellings(config: Mapping[str, object]) -> dict[str, object]:
     """Return a config.json that every runtime reads alike; one that already says it the old way stays as it is."""
     said_anew = not config.get("rope_scaling") and config.get("rope_parameters")

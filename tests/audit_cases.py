@@ -166,6 +166,8 @@ CASES = [
     document("config-value", "config.json", lambda config: config.pop("torch_dtype")),
     document("config-value", "config.json", lambda config: config.update(num_hidden_layers=10**9)),
     document("config-value", "config.json", lambda config: config.update(torch_dtype=["float16"])),
+    document("rope-spelling", "config.json", lambda config: config.update(rope_parameters={"rope_theta": 5e5})),
+    document("rope-spelling", "config.json", lambda config: config.update(rope_parameters={"rope_type": "llama3"})),
     document("quantization-config-missing", "config.json", lambda config: config.pop("quantization_config")),
     document("quantization-config-missing", "config.json", lambda config: config.update(quantization_config=[])),
     quantization("quantization-key-missing", lambda section: section.pop("desc_act")),

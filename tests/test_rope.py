@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from packager.rope import in_both_spellings, rope_type
+from packager.rope import in_both_spellings, misread, rope_type
 from tests.test_architecture import tiny_config
 
 LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
@@ -42,6 +42,8 @@ def test_what_only_transformers_5_would_read_is_said_the_old_way_too(
     found = in_both_spellings(config)
     assert found == {**config, **added}
     assert rope_type(found) == rope_type(config)
+    assert not misread(found)
+    assert misread(config) == any(config.get(key, {"rope_theta": 10000.0}.get(key)) != added[key] for key in added)
     pytest.importorskip("transformers")
     # And transformers 5 itself reads the same.
     assert rope_as_read(found) == rope_as_read(config)

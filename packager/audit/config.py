@@ -10,6 +10,7 @@ from packager.audit.finding import Findings, shown
 from packager.audit.weights import DEFAULT_STEM, Weights
 from packager.config_values import DTYPES
 from packager.errors import PlanError
+from packager.rope import misread
 
 CONFIG = "config.json"
 QUANTIZE_CONFIG = "quantize_config.json"
@@ -181,6 +182,9 @@ def read_model(config: JsonObject, findings: Findings) -> tuple[Architecture | N
     except RecursionError:
         findings.add("config-value", CONFIG, "a value is nested too deeply")
     else:
+        if misread(plain):
+            why = "runtimes before transformers 5 take the rotary embedding for a plain one of base 10000"
+            findings.add("rope-spelling", f"{CONFIG}: rope_parameters", why)
         return architecture, architecture.dtype
     return None, _dtype(config)
 

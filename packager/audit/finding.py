@@ -126,6 +126,9 @@ RULES: Mapping[str, Rule] = {
     "safetensors-metadata": _error('write the file with metadata {"format": "pt"}: transformers refuses it without'),
     # config.json and quantize_config.json
     "config-value": _error("copy it from the base model's config.json"),
+    "rope-spelling": _warning(
+        "write rope_theta (and rope_scaling) beside rope_parameters, which older runtimes ignore"
+    ),
     "quantization-config-missing": _error("without it transformers, vLLM and SGLang load the folder as an fp16 model"),
     "quantization-key-missing": _error("write the key: a loader that misses it guesses in silence"),
     "quantization-key-undeclared": _warning("declare it, so that readers need not guess how the weights were made"),
