@@ -80,6 +80,11 @@ def quantize_block(
         raise
 
 
+def rules_of(variant: Variant) -> GridRules:
+    """Return how a variant's grids are found."""
+    return GridRules(bits=variant.bits, sym=variant.sym, scale_search=variant.scale_search)
+
+
 class _SomethingFailed(Exception):  # noqa: N818
     """A factorisation failed, or a scale did not fit: the careful way will say which."""
 
@@ -100,8 +105,7 @@ class _Attempt:
     ) -> None:
         self._block, self._passage, self._report, self._careful = block, passage, solved, careful
         self._linears = linears_of(block)
-        variant = passage.variant
-        self._rules = GridRules(bits=variant.bits, sym=variant.sym, scale_search=variant.scale_search)
+        self._rules = rules_of(passage.variant)
         self._solved: list[_Solved] = []
         self._records: tuple[LinearRecord, ...] = ()
         self._tensors: dict[str, Tensor] = {}

@@ -6,19 +6,22 @@ killed run picks up after the last finished block, whose weights it reads back a
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
+from itertools import product
 from threading import Event
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from packager.activations import Activations
-from packager.block import Passage, quantize_block, restore_block
+from packager.architecture import INPUT_GROUPS
+from packager.block import Passage, quantize_block, restore_block, rules_of
 from packager.block_store import BlockStore
 from packager.calibrate import TokenRows
 from packager.decoder import Context, Decoder
@@ -31,6 +34,9 @@ from packager.shared_reader import SharedReader
 from packager.source import SourceModel
 from packager.sweep import Group, linear_groups, run_forward
 from packager.variant import Variant
+
+if TYPE_CHECKING:
+    from packager.gptq.ahead import Walk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,9 +207,33 @@ class _Worker:
     def run(self) -> None:
         """Quantize every variant."""
         device, variants, step = self._lane.device, self._lane.variants, self._lane.plan.num_variants
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="compile") as pool,
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+        ):
+            self._compiled = pool.submit(self._compile)
             for first in range(0, len(variants), step):
                 self._sweep(variants[first : first + step])
+
+    def _compile(self) -> None:
+        """Have kernels compiled while the first weights are read."""
+        if self._lane.device.type == "cuda":
+            from packager.gptq.ahead import compile_kernels
+
+            compile_kernels(self._walks(), self._lane.device, self._decoder.dtype)
+
+    def _walks(self) -> "Iterator[Walk]":
+        from packager.gptq.ahead import Walk
+
+        block = {linear.local_name: linear for linear in self._job.source.architecture.block_linears}
+        for variant, group in product(self._lane.variants, INPUT_GROUPS):
+            yield Walk(
+                in_features=block[group[0]].in_features,
+                out_features=sum(block[name].out_features for name in group),
+                rules=rules_of(variant),
+                group_size=variant.group_size,
+                static_groups=variant.static_groups,
+            )
 
     def _sweep(self, variants: Sequence[Variant]) -> None:
         job, plan, decoder = self._job, self._lane.plan, self._decoder
@@ -228,6 +258,7 @@ class _Worker:
                 if not groups:
                     groups = linear_groups(load(), first, here[0])
                     del first
+                self._compiled.result()
                 place = _Place(index=index, num_blocks=len(decoder), groups=groups, contexts=here)
                 for number, ride in enumerate(rides):
                     if self._stop.is_set():

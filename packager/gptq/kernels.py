@@ -16,7 +16,7 @@ from packager.gptq.grid import SEARCH_STEPS, SMALLEST_SCALE, GridRules, search_s
 
 _TILE = 128
 # Output features of a program: many where there are many, to use each load more often; few else, to use all of the GPU.
-_ROUND_FEATURES, _ROUND_MANY, _ROUND_WARPS = (8, 16, 32), (0, 10000, 20000), 1
+_ROUND_FEATURES, _ROUND_MANY, _ROUND_WARPS = (16, 32), (0, 20000), 1
 _GRID_FEATURES, _GRID_WARPS = 32, 4
 _SPLIT_TILE, _COPY_TILE = 2048, 64
 
@@ -212,7 +212,7 @@ def _round_columns_kernel(
                 scale = tl.load(scale_ptr + group * features + feature, mask=in_range, other=1.0)
                 zero = tl.load(zero_ptr + group * features + feature, mask=in_range, other=0.0)
                 inverse = tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale)
-            elif i % FIND_EVERY == 0 and i > 0:
+            elif (half + 1) * HALF > FIND_EVERY and i % FIND_EVERY == 0 and i > 0:
                 # Through memory, so that the search goes over the group's columns alone.
                 if half == 0:
                     tl.store(first_ptr, first, mask=in_first)
@@ -253,13 +253,18 @@ def _group_grid(
     return scale, tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale), zero
 
 
+def features_at_once(features: int) -> int:
+    """Return how many output features a program of `round_columns` takes."""
+    return max(size for size, many in zip(_ROUND_FEATURES, _ROUND_MANY, strict=True) if features >= many)
+
+
 def round_columns(
     w: Tensor, original: Tensor, Hinv: Tensor, diagonal: Tensor, grids: Grids, rules: GridRules, find_every: int,
     result: Columns,
 ) -> None:  # fmt: skip
     """See `columns.round_columns`; every tensor must be contiguous."""
     columns, features = w.shape
-    tile = max(size for size, many in zip(_ROUND_FEATURES, _ROUND_MANY, strict=True) if features >= many)
+    tile = features_at_once(features)
     with torch.cuda.device_of(w):
         _round_columns_kernel[(triton.cdiv(features, tile),)](
             w, original, Hinv, diagonal, search_shrinks(w.device), grids.scales, grids.zeros, grids.groups, result.q,

@@ -184,17 +184,16 @@ class _Walk:
         weight = self._weight[start:stop].float()
         owed = self._carry.owed(start, start, stop) if start else torch.zeros_like(weight)
         change = torch.empty_like(weight)
-        # Groups within a column block are found while it is rounded, longer ones here.
-        find_every = self._size if find and self._size <= COLUMN_BLOCK else 0
+        every = find_every(self._size, static_groups=not find)
         for (begin, end), Hinv in zip(blocks, inverses, strict=True):
             here, after = slice(begin - start, end - start), slice(end - start, None)
             updated = torch.addmm(weight[here], Hinv.T, owed[here])
-            if find and not find_every and begin % self._size == 0:
+            if find and not every and begin % self._size == 0:
                 self._find_grid(begin, change[: begin - start])
             result = Columns(q=self.q[begin:end], change=change[here], squared_errors=self.squared_errors)
             self.backend.round_columns(
                 updated, self._weight[begin:end], Hinv, self.diagonal[begin:end], self.grids.of(slice(begin, end)),
-                self._rules, find_every, result,
+                self._rules, every, result,
             )  # fmt: skip
             if end < stop:
                 owed[after].addmm_(self._M[begin:end, end:stop].T, change[here])
@@ -214,6 +213,11 @@ class _Walk:
         scales, zeros = self.backend.find_grids(updated, self._size, self._rules, self.diagonal[begin:end].square())
         group = slice(begin // self._size, begin // self._size + 1)
         self.grids.scales[group], self.grids.zeros[group] = scales, zeros
+
+
+def find_every(group_size: int, *, static_groups: bool) -> int:
+    """Return how many columns share a grid that is found while they are rounded: those of a group that fits a block."""
+    return 0 if static_groups or group_size > COLUMN_BLOCK else group_size
 
 
 def column_blocks(in_features: int, group_size: int) -> list[tuple[int, int]]:
