@@ -84,6 +84,15 @@ def test_nothing_is_owed_in_a_linear_of_zeros(device, kind):
 
 
 @CARRIES
+def test_a_factor_may_lie_column_by_column(device, kind):
+    """As the library's Cholesky returns it."""
+    M, weight, change = factor(orders=2).to(device), random(N, OUT, seed=4).to(device), random(N, OUT, seed=5)
+    M, change = M.T.contiguous().T, change.to(device) * 0.05
+    assert M.stride() == (1, N)
+    assert largest_error(filled(kind, M, weight, change), M, change) < TOLERANCE[device.type]
+
+
+@CARRIES
 def test_half_precision_weights_are_recorded_in_full(device, kind):
     M, weight = factor(orders=2).to(device), random(N, OUT, seed=4).to(device, torch.float16)
     change = random(N, OUT, seed=5).to(device) * 0.05

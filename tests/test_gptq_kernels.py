@@ -214,9 +214,10 @@ def test_dequantizes_as_torch(device, dtype, n, out):
 
 @pytest.mark.parametrize("scaled", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("width", [7, 2500])
-def test_splits_as_torch(device, scaled, width):
-    """Rows are dense, but part of wider ones, and so are those of the result."""
-    x = random(5, width + 6)[:, 3 : width + 3]
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_splits_as_torch(device, scaled, width, by_columns):
+    """Rows are part of wider ones, or not dense: the library's Cholesky factors lie column by column."""
+    x = random(width + 6, 5).T[:, 3 : width + 3] if by_columns else random(5, width + 6)[:, 3 : width + 3]
     rows, features = (2.0 ** torch.arange(-count, count + 1)[:count] for count in (5, width))
     factors = [
         part if wanted else None for part, wanted in zip((rows, features.clamp(2**-9, 2**9)), scaled, strict=True)

@@ -14,7 +14,7 @@ def split(
     """Return float16 `high` and `low` with high + low = x, its rows and columns multiplied by powers of two.
 
     Args:
-        x: float32 [n, m], rows dense.
+        x: float32 [n, m].
         rows: float32 [n], what each row is multiplied by; None for 1.
         columns: float32 [m], likewise.
         out: float16 [n, m] each, rows dense, to be filled in; None makes them.

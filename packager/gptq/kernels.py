@@ -296,6 +296,7 @@ def _split_kernel(
 
 def split(x: Tensor, rows: Tensor | None, columns: Tensor | None, high: Tensor, low: Tensor) -> None:
     """See `halves.split`; `high` and `low`, of equal strides, are filled in."""
+    x = x if x.stride(1) == 1 else x.contiguous()
     with torch.cuda.device_of(x):
         _split_kernel[(x.shape[0], triton.cdiv(x.shape[1], _SPLIT_TILE))](
             x, x if rows is None else rows, x if columns is None else columns, high, low, x.shape[1], x.stride(0),
