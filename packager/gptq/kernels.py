@@ -144,12 +144,9 @@ def _shared_inputs(i, Hinv_ptr, diagonal_ptr, group_ptr, column, COLUMNS: tl.con
     row = Hinv_ptr + i * COLUMNS + column
     first = tl.load(row, mask=(column > i) & (column < COLUMNS) & exists, other=0.0)
     second = tl.load(row + HALF, mask=(column + HALF > i) & (column + HALF < COLUMNS) & exists, other=0.0)
-    return (
-        first,
-        second,
-        tl.load(diagonal_ptr + i, mask=exists, other=0.0),
-        tl.load(group_ptr + i, mask=exists, other=0),
-    )
+    diagonal = tl.load(diagonal_ptr + i, mask=exists, other=0.0)
+    group = tl.load(group_ptr + i, mask=exists, other=0)
+    return first, second, diagonal, group
 
 
 @triton.jit
