@@ -19,6 +19,7 @@ from packager.errors import SourceError
 from packager.fusion import fuse
 
 BLOCK_PREFIX = "model.layers"
+_INNER = BLOCK_PREFIX.rpartition(".")[0]  # the part of the model that has the blocks, but no head
 ReadTensor = Callable[[str], Tensor]
 Context = Mapping[str, Any]
 
@@ -62,7 +63,8 @@ class Decoder:
             self._reading = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.blocks = cast(nn.ModuleList, self._model.get_submodule(BLOCK_PREFIX))
         self._tied = bool(getattr(self._model.config, "tie_word_embeddings", False))
-        self._outside: set[str] = set()
+        self._outside = [name for name in self._model.state_dict() if not name.startswith(f"{BLOCK_PREFIX}.")]
+        self._loaded: set[str] = set()
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -118,7 +120,7 @@ class Decoder:
 
     def drop_outside_blocks(self) -> None:
         """Free embeddings, norm and head, when only blocks are still to be run; they are read again when needed."""
-        self._outside.clear()
+        self._loaded.clear()
         for name, child in self._model.named_modules():
             if not name.startswith(BLOCK_PREFIX) and next(child.children(), None) is None:
                 child.to("meta")
@@ -142,10 +144,9 @@ class Decoder:
             contexts.append(context)
             return hidden
 
-        inner = BLOCK_PREFIX.rpartition(".")[0]
-        self._load_outside_blocks(f"{inner}.")
+        self._load_outside_blocks([name for name in self._outside if name.startswith(f"{_INNER}.")])
         with self._blocks_replaced(record):
-            self._model.get_submodule(inner)(input_ids=ids, use_cache=False)
+            self._model.get_submodule(_INNER)(input_ids=ids, use_cache=False)
         return inputs[0], tuple(contexts)
 
     @torch.no_grad()
@@ -155,7 +156,7 @@ class Decoder:
         def replace(_: Tensor, **context: Any) -> Tensor:  # noqa: ARG001
             return hidden
 
-        self._load_outside_blocks()
+        self._load_outside_blocks(self._outside)
         with self._blocks_replaced(replace):
             return cast(Tensor, self._model(input_ids=ids.to(self.device), use_cache=False).logits).float()
 
@@ -171,19 +172,29 @@ class Decoder:
             for block, original in zip(self.blocks, originals, strict=True):
                 block.forward = original
 
-    def _load_outside_blocks(self, prefix: str = "") -> None:
-        """Read embeddings, norm and head, or those below a prefix, once they are needed: calibration needs no head."""
-        state = {}
-        for name in self._model.state_dict():
-            if name.startswith(BLOCK_PREFIX + ".") or not name.startswith(prefix) or name in self._outside:
-                continue
-            source = "model.embed_tokens.weight" if name == "lm_head.weight" and self._tied else name
-            state[name] = self._read(source).to(self.device, self.dtype)
-        self._outside |= state.keys()
+    def check_head(self) -> None:
+        """Read what `embed` does not need, and let it go: reading finds damage. May run beside `embed`.
+
+        Raises:
+            SourceError: a tensor holds NaN or Inf, or is missing.
+        """
+        for name in self._outside:
+            if not name.startswith(f"{_INNER}."):
+                self._read(self._stored(name))
+
+    def _load_outside_blocks(self, names: Sequence[str]) -> None:
+        """Read some of embeddings, norm and head once they are needed, so that whoever runs the model owns them too."""
+        missing = [name for name in names if name not in self._loaded]
+        state = {name: self._read(self._stored(name)).to(self.device, self.dtype) for name in missing}
+        self._loaded |= state.keys()
         self._model.load_state_dict(state, strict=False, assign=True)
         for name, module in list(self._model.named_modules()):
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
                 self._model.set_submodule(name, self._rebuilt(name, module))
+
+    def _stored(self, name: str) -> str:
+        """Return the name under which a tensor is stored; a tied head is the embedding."""
+        return "model.embed_tokens.weight" if name == "lm_head.weight" and self._tied else name
 
     def _rebuilt(self, name: str, module: nn.Module) -> nn.Module:
         """Return a module whose buffers are computed, not stored (rotary tables), built again on the device."""

@@ -78,7 +78,7 @@ class Scene:
 
 
 def suspended_batches() -> int:
-    """How many batches wait inside some block."""
+    """How many batches wait inside some block; those of a thread that another test let die are never freed."""
     gc.collect()
     return sum(type(found) is greenlet and bool(found) and found is not getcurrent() for found in gc.get_objects())
 
@@ -185,22 +185,23 @@ def test_what_has_no_name_yet_is_the_block_s(tmp_path, monkeypatch):
 
 @WAYS
 def test_the_last_block_s_outputs_are_nobody_s(tmp_path, true_sequential, suspended):
-    scene = Scene(tmp_path, ids=token_rows(9, 32).ids)
+    scene, before = Scene(tmp_path, ids=token_rows(9, 32).ids), suspended_batches()
     made = scene.quantize(variant(true_sequential=true_sequential), suspended=suspended, last=True)
     assert len(made.records) == 7
     assert scene.outputs_are(scene.inputs)
-    assert suspended_batches() == 0
+    assert suspended_batches() <= before
 
 
 def test_the_first_attempt_holds_nothing_while_the_second_runs(tmp_path, hasty):
     """Its batches wait inside the block with their activations: there is no memory for them twice."""
-    scene, waiting, load = Scene(tmp_path), [], Scene.load
+    scene, waiting, load, before = Scene(tmp_path), [], Scene.load, suspended_batches()
 
     def counted() -> nn.Module:
-        waiting.append(suspended_batches())
+        waiting.append(suspended_batches() - before)
         return load(scene)
 
     scene.load = counted  # type: ignore[method-assign]
     scene.quantize(variant(**SINGULAR))
     assert hasty == [False, True]
-    assert waiting == [0, 0]
+    assert len(waiting) == 2
+    assert max(waiting) <= 0
