@@ -208,16 +208,15 @@ class _Worker:
         """Quantize every variant."""
         device, variants, step = self._lane.device, self._lane.variants, self._lane.plan.num_variants
         with (
-            ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool,
+            ThreadPoolExecutor(2, thread_name_prefix="prepare") as pool,
             torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
         ):
-            self._prepared = pool.submit(self._prepare)
+            # A damaged head is found and kernels are compiled while the first weights are read.
+            self._prepared = [pool.submit(self._decoder.check_head), pool.submit(self._compile)]
             for first in range(0, len(variants), step):
                 self._sweep(variants[first : first + step])
 
-    def _prepare(self) -> None:
-        """Have kernels compiled, and a damaged head found, while the first weights are read."""
-        self._decoder.check_head()
+    def _compile(self) -> None:
         if self._lane.device.type == "cuda":
             from packager.gptq.ahead import compile_kernels
 
@@ -259,7 +258,8 @@ class _Worker:
                 if not groups:
                     groups = linear_groups(load(), first, here[0])
                     del first
-                self._prepared.result()
+                for prepared in self._prepared:
+                    prepared.result()
                 place = _Place(index=index, num_blocks=len(decoder), groups=groups, contexts=here)
                 for number, ride in enumerate(rides):
                     if self._stop.is_set():
