@@ -179,12 +179,14 @@ class Decoder:
             SourceError: a tensor holds NaN or Inf, or is missing.
         """
         for name in self._outside:
-            if not name.startswith(f"{_INNER}."):
-                self._read(self._stored(name))
+            if not name.startswith(f"{_INNER}.") and self._stored(name) == name:
+                self._read(name)
 
     def _load_outside_blocks(self, names: Sequence[str]) -> None:
         """Read some of embeddings, norm and head once they are needed, so that whoever runs the model owns them too."""
         missing = [name for name in names if name not in self._loaded]
+        if not missing:
+            return
         state = {name: self._read(self._stored(name)).to(self.device, self.dtype) for name in missing}
         self._loaded |= state.keys()
         self._model.load_state_dict(state, strict=False, assign=True)

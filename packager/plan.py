@@ -26,6 +26,8 @@ from packager.variant import Engine, Variant
 
 # Raised whenever our own engine would make other bytes from the same inputs: finished work is then made anew.
 ENGINE_VERSION = 3
+# Raised when the files beside an auto-gptq variant's weights become other ones; ours are covered above.
+_FILES_VERSION = 2
 
 _CONTEXT_TOKENS = 4096
 
@@ -218,7 +220,7 @@ def _loader_problems(recipe: Recipe, judged: Mapping[str, Sequence[Verdict]]) ->
 
 def engine_version(engine: Engine) -> int | str:
     """Return what changes when an engine would make other bytes from the same inputs."""
-    return ENGINE_VERSION if engine == "native" else auto_gptq_digest()
+    return ENGINE_VERSION if engine == "native" else f"{auto_gptq_digest()}-{_FILES_VERSION}"
 
 
 def _plan_variant(

@@ -5,6 +5,7 @@ it does not find for a plain embedding of base 10000, without a word. transforme
 No torch here: `plan` must stay fast.
 """
 
+import sys
 from collections.abc import Mapping
 
 DEFAULT_THETA = 10000.0  # of every family of packager/architecture.py
@@ -21,7 +22,15 @@ def rope_of(config: Mapping[str, object]) -> Mapping[str, object]:
 def rope_type(config: Mapping[str, object]) -> str:
     """Return "default", "linear", "llama3", "yarn" ..."""
     rope = rope_of(config)
-    return str(rope.get("rope_type", rope.get("type", "default")))
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def rope_factor(config: Mapping[str, object]) -> float | None:
+    """Return the factor of a scaled embedding, None where it is no finite number."""
+    factor = rope_of(config).get("factor")
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not abs(factor) <= sys.float_info.max:
+        return None
+    return float(factor)
 
 
 def old_spelling(config: Mapping[str, object]) -> dict[str, object]:
@@ -29,9 +38,9 @@ def old_spelling(config: Mapping[str, object]) -> dict[str, object]:
     rope, kind = rope_of(config), rope_type(config)
     theta = rope.get("rope_theta", config.get("rope_theta"))
     said: dict[str, object] = {"rope_theta": DEFAULT_THETA if theta is None else theta}
-    factor = rope.get("factor")
-    if kind in _TWO_FIELDS and isinstance(factor, int | float):
-        said["rope_scaling"] = {"type": kind, "factor": float(factor)}
+    factor = rope_factor(config)
+    if kind in _TWO_FIELDS and factor is not None and not rope.keys() - {"rope_type", "type", "factor", "rope_theta"}:
+        said["rope_scaling"] = {"type": kind, "factor": factor}
     elif kind != "default":
         rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "type")}
         said["rope_scaling"] = {**rest, "rope_type": kind}
@@ -47,6 +56,10 @@ def misread(config: Mapping[str, object]) -> bool:
 
 
 def in_both_spellings(config: Mapping[str, object]) -> dict[str, object]:
-    """Return a config.json that every runtime reads alike; one that already says it the old way stays as it is."""
-    said_anew = not config.get("rope_scaling") and config.get("rope_parameters")
-    return {**config, **old_spelling(config)} if said_anew else dict(config)
+    """Return a config.json that every runtime reads alike; what already says it the old way stays as it is."""
+    if not misread(config):
+        return dict(config)
+    said = old_spelling(config)
+    if config.get("rope_scaling"):
+        del said["rope_scaling"]
+    return {**config, **said}

@@ -168,6 +168,11 @@ CASES = [
     document("config-value", "config.json", lambda config: config.update(torch_dtype=["float16"])),
     document("rope-spelling", "config.json", lambda config: config.update(rope_parameters={"rope_theta": 5e5})),
     document("rope-spelling", "config.json", lambda config: config.update(rope_parameters={"rope_type": "llama3"})),
+    document(
+        "rope-spelling",
+        "config.json",
+        lambda config: config.update(rope_parameters={"rope_type": "linear", "factor": 10**400}),
+    ),
     document("quantization-config-missing", "config.json", lambda config: config.pop("quantization_config")),
     document("quantization-config-missing", "config.json", lambda config: config.update(quantization_config=[])),
     quantization("quantization-key-missing", lambda section: section.pop("desc_act")),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from packager.gptq import hessian as hessian_module
 from packager.gptq.cholesky import _DIRECT, cholesky, in_panels
 from packager.gptq.halves import split
 
@@ -63,6 +64,17 @@ def test_an_indefinite_matrix_with_a_positive_diagonal_did_not_succeed(device):
     A = torch.eye(200, device=device)
     A[150, 20] = A[20, 150] = 1.5
     assert not bool(in_panels(A, 64)[1])
+
+
+def test_a_careful_factorisation_takes_the_library_s_way(monkeypatch):
+    """Of an all but singular matrix it needs less damping."""
+    monkeypatch.setattr(hessian_module, "cholesky", lambda A: in_panels(A, 64))
+    x = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
+    H = x.T @ x
+    damping = 2e-6
+    assert not bool(hessian_module.factorize(H, desc_act=False, damp_percent=damping).succeeded)
+    careful = hessian_module.factorize_within(H, desc_act=False, damp_percent=damping, damp_percent_limit=0.1)
+    assert careful.damp_percent == damping
 
 
 @pytest.mark.gpu

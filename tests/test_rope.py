@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from packager.rope import in_both_spellings, misread, rope_type
+from packager.rope import in_both_spellings, misread, rope_factor, rope_type
 from tests.test_architecture import tiny_config
 
 LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
@@ -21,8 +21,10 @@ LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "origi
         # transformers 5 takes rope_scaling where both are
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5e5}}, {}),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {"rope_theta": 1e6}),
-        ({"rope_parameters": {"rope_type": "default"}}, {"rope_theta": 10000.0}),
-        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, {"rope_theta": 5e5}),
+        ({"rope_parameters": {"rope_type": "default"}}, {}),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, {}),
+        ({"rope_parameters": {"rope_type": None, "rope_theta": 5e5}}, {"rope_theta": 5e5}),
+        ({"rope_scaling": {**LLAMA3, "rope_type": "llama3", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
         ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 5e5}, {"rope_theta": 1e6}),
         ({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": None}, {"rope_theta": 1e6}),
         (
@@ -43,7 +45,7 @@ def test_what_only_transformers_5_would_read_is_said_the_old_way_too(
     assert found == {**config, **added}
     assert rope_type(found) == rope_type(config)
     assert not misread(found)
-    assert misread(config) == any(config.get(key, {"rope_theta": 10000.0}.get(key)) != added[key] for key in added)
+    assert misread(config) == bool(added)
     pytest.importorskip("transformers")
     # And transformers 5 itself reads the same.
     assert rope_as_read(found) == rope_as_read(config)
@@ -55,3 +57,20 @@ def rope_as_read(config: Mapping[str, Any]) -> dict[str, Any]:
     read = dict(LlamaConfig(**config).rope_parameters)
     assert read.pop("type", read["rope_type"]) == read["rope_type"]
     return read
+
+
+@pytest.mark.parametrize("factor", [10**400, float("inf"), float("nan"), True, "4", None, [4]])
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_a_factor_that_is_no_number_crashes_nothing(key: str, factor: object) -> None:
+    config = tiny_config(**{key: {"rope_type": "linear", "factor": factor, "rope_theta": 5e5}})
+    assert rope_factor(config) is None
+    found = in_both_spellings(config)
+    assert found["rope_theta"] == 5e5
+    assert found["rope_scaling"]["factor"] is factor
+    assert found["rope_scaling"]["rope_type"] == "linear"
+
+
+def test_what_two_fields_cannot_say_keeps_its_others() -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5, "rope_theta": 5e5}
+    found = in_both_spellings(tiny_config(rope_parameters=rope))
+    assert found["rope_scaling"] == {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}

@@ -9,7 +9,7 @@ is either written the old way or refused before anything is computed. Read from 
 from collections.abc import Mapping
 
 from packager.architecture import Architecture
-from packager.rope import old_spelling, rope_of, rope_type
+from packager.rope import old_spelling, rope_factor, rope_type
 
 # What both AutoGPTQ 0.7.1 and transformers 4.40.2 know, of the families we know.
 MODEL_TYPES = ("llama", "mistral", "qwen2")
@@ -47,7 +47,7 @@ def problems(config: Mapping[str, object], architecture: Architecture, seq_len: 
 
 def _rope_problems(config: Mapping[str, object], model_type: str) -> list[str]:
     kind = rope_type(config)
-    if kind == "default" or (kind in ("linear", "dynamic") and model_type == "llama" and "factor" in rope_of(config)):
+    if kind == "default" or (kind in ("linear", "dynamic") and model_type == "llama" and rope_factor(config)):
         return []
     known = "plain, linear and dynamic ones" if model_type == "llama" else "plain ones"
     return [f"a rotary embedding of type {kind}: for {model_type}, transformers 4.40 knows {known}"]
@@ -80,7 +80,11 @@ def _window_problems(config: Mapping[str, object], model_type: str, seq_len: int
 def legacy_config(config: Mapping[str, object]) -> dict[str, object]:
     """Return config.json as transformers 4.40 reads it, for a model without `problems`."""
     legacy = {key: value for key, value in config.items() if key not in _REWRITTEN}
-    return legacy | old_spelling(config) | _window(config) | {"torch_dtype": "float16"}
+    legacy["rope_theta"] = old_spelling(config)["rope_theta"]
+    if (kind := rope_type(config)) != "default":
+        # Exactly these two fields: anything else is refused there.
+        legacy["rope_scaling"] = {"type": kind, "factor": rope_factor(config)}
+    return legacy | _window(config) | {"torch_dtype": "float16"}
 
 
 def _window(config: Mapping[str, object]) -> dict[str, object]:

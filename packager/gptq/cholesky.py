@@ -26,8 +26,11 @@ def cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         L, lower triangular, and whether it is one, bool [] on the device: A is positive definite and finite.
     """
-    if A.is_cuda and A.shape[0] > _DIRECT:
-        return in_panels(A, _PANEL)
+    return in_panels(A, _PANEL) if A.is_cuda and A.shape[0] > _DIRECT else by_library(A)
+
+
+def by_library(A: Tensor) -> tuple[Tensor, Tensor]:
+    """See `cholesky`; succeeds with less damping than `in_panels` needs where A is all but singular."""
     L, failed = torch.linalg.cholesky_ex(A)
     return L, (failed == 0) & L.diagonal().isfinite().all()
 
@@ -36,7 +39,8 @@ def in_panels(A: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """See `cholesky`; after each panel of columns what is right of it is updated, in A itself.
 
     The panel's part of L is split into float16 numbers of 22 bits (`halves`), rows scaled by powers of two so that the
-    diagonal of A is about 1. No sum of such products errs by more than 2^-22 of sqrt(A_ii A_jj), whatever its length.
+    diagonal of A is about 1. Splitting costs a sum of such products at most 2^-21 of sqrt(A_ii A_jj), whatever its length;
+    adding it up on tensor cores, which cut off where they should round, 7e-6 on an H100.
     """
     n = A.shape[0]
     scale = torch.exp2(-torch.ceil(torch.log2(A.diagonal()) / 2))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from packager.errors import QuantizeError
-from packager.gptq.cholesky import cholesky
+from packager.gptq.cholesky import by_library, cholesky
 
 # H is symmetric: of each panel of rows only what lies right of its diagonal is computed. Five panels or more do some
 # 60 % of the work and still are large products. Widths that no tile divides are several times slower.
@@ -80,7 +80,7 @@ class Factor:
     succeeded: Tensor
 
 
-def factorize(H: Tensor, *, desc_act: bool, damp_percent: float) -> Factor:
+def factorize(H: Tensor, *, desc_act: bool, damp_percent: float, careful: bool = False) -> Factor:
     """Damp H and factor it: with J the reversal, J H J = L L^T gives M = J L J.
 
     One Cholesky, where the usual route takes Cholesky, inverse and Cholesky again: `solve` needs the inverse of M's
@@ -90,6 +90,7 @@ def factorize(H: Tensor, *, desc_act: bool, damp_percent: float) -> Factor:
         H: float32 [in_features, in_features]; not modified.
         desc_act: order columns by decreasing diag(H); equal entries keep their order.
         damp_percent: fraction of mean(diag H) to add.
+        careful: take the way that needs the least damping, not the fastest.
     """
     dead = H.diagonal() == 0
     diagonal = H.diagonal().masked_fill(dead, 1)
@@ -103,7 +104,7 @@ def factorize(H: Tensor, *, desc_act: bool, damp_percent: float) -> Factor:
         damped = H[backwards][:, backwards]
         damped.diagonal().copy_(diagonal[backwards])
     del H
-    L, succeeded = cholesky(damped)
+    L, succeeded = by_library(damped) if careful else cholesky(damped)
     del damped
     return Factor(M=L.flip(0, 1), order=order, dead=dead, damp_percent=damp_percent, succeeded=succeeded)
 
@@ -121,7 +122,7 @@ def factorize_within(H: Tensor, *, desc_act: bool, damp_percent: float, damp_per
             hint="the base model overflows in this dtype: check its weights, or choose shorter calibration rows",
         )
     while True:
-        factor = factorize(H, desc_act=desc_act, damp_percent=damp_percent)
+        factor = factorize(H, desc_act=desc_act, damp_percent=damp_percent, careful=True)
         if bool(factor.succeeded):
             return factor
         if damp_percent >= damp_percent_limit:
