@@ -39,7 +39,7 @@ def in_panels(A: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """See `cholesky`; after each panel of columns what is right of it is updated, in A itself.
 
     The panel's part of L is split into float16 numbers of 22 bits (`halves`), rows scaled by powers of two so that the
-    diagonal of A is about 1. Splitting costs a sum of such products at most 2^-21 of sqrt(A_ii A_jj), whatever its length;
+    diagonal of A is about 1. Splitting costs a sum of such products at most 2^-21 of sqrt(A_ii A_jj), of any length;
     adding it up on tensor cores, which cut off where they should round, 7e-6 on an H100.
     """
     n = A.shape[0]
