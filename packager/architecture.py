@@ -125,6 +125,14 @@ class Architecture:
         return self.linears[: len(BLOCK_LINEARS)]
 
     @property
+    def group_shapes(self) -> tuple[tuple[int, int], ...]:
+        """For each of `INPUT_GROUPS`, the columns its linears share and all their output features together."""
+        block = {linear.local_name: linear for linear in self.block_linears}
+        return tuple(
+            (block[group[0]].in_features, sum(block[name].out_features for name in group)) for group in INPUT_GROUPS
+        )
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of the fp16 keys and values that a runtime keeps for each token."""
         return 2 * 2 * self.num_blocks * self.num_key_value_heads * self.head_dim

@@ -162,13 +162,13 @@ class _Sizes:
         self._queries = architecture.num_attention_heads * architecture.head_dim
         self._keys = architecture.num_key_value_heads * architecture.head_dim
         self._element = element_bytes
-        self._block = {linear.local_name: linear for linear in architecture.block_linears}
+        self._group_shapes = architecture.group_shapes
         self._largest_tensor = max(tensor.size_bytes for tensor in architecture.tensors)
 
     @property
     def weights(self) -> int:
         """Bytes of a block's weights."""
-        return self._element * sum(linear.in_features * linear.out_features for linear in self._block.values())
+        return self._element * sum(in_features * out_features for in_features, out_features in self._group_shapes)
 
     def host(self, num_variants: int) -> int:
         """Return host memory beside activations: blocks being read, packed blocks being written, a tensor outside."""
@@ -177,10 +177,8 @@ class _Sizes:
     def peak(self, suspended_tokens: int, batch_tokens: int, *, inputs_held: int) -> int:
         """Return the peak of the device beside the states: each group of linears, when its turn comes."""
         peaks = []
-        for group in INPUT_GROUPS:
+        for group, (in_features, out_features) in zip(INPUT_GROUPS, self._group_shapes, strict=True):
             waiting = suspended_tokens * (self._suspended(group) - inputs_held)
-            in_features = self._block[group[0]].in_features
-            out_features = sum(self._block[name].out_features for name in group)
             square = 4 * in_features**2
             solving = 4 * square + _SOLVE_BYTES * in_features * out_features
             running = square + batch_tokens * self._running()

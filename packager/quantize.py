@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from packager.activations import Activations
-from packager.architecture import INPUT_GROUPS
 from packager.block import Passage, quantize_block, restore_block, rules_of
 from packager.block_store import BlockStore
 from packager.calibrate import TokenRows
@@ -225,11 +224,11 @@ class _Worker:
     def _walks(self) -> "Iterator[Walk]":
         from packager.gptq.ahead import Walk
 
-        block = {linear.local_name: linear for linear in self._job.source.architecture.block_linears}
-        for variant, group in product(self._lane.variants, INPUT_GROUPS):
+        shapes = self._job.source.architecture.group_shapes
+        for variant, (in_features, out_features) in product(self._lane.variants, shapes):
             yield Walk(
-                in_features=block[group[0]].in_features,
-                out_features=sum(block[name].out_features for name in group),
+                in_features=in_features,
+                out_features=out_features,
                 rules=rules_of(variant),
                 group_size=variant.group_size,
                 static_groups=variant.static_groups,

@@ -11,7 +11,7 @@ from packager.gptq.carry import SplitCarry
 from packager.gptq.columns import Columns, Grids
 from packager.gptq.grid import GridRules
 from packager.gptq.hessian import factorize
-from packager.gptq.solve import TORCH, Backend, backend_for, solve
+from packager.gptq.solve import TORCH, backend_for, solve
 from tests.gptq_reference import assert_agrees
 from tests.test_gptq import hessian, inputs
 
@@ -20,13 +20,7 @@ from packager.gptq import kernels  # noqa: E402 - imports Triton
 
 # The interpreter computes with numpy, which warns where float32 or float16 overflows to infinity, as it should here.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-BACKEND = Backend(
-    in_order=kernels.in_order,
-    find_grids=kernels.find_grids,
-    round_columns=kernels.round_columns,
-    dequantize=kernels.dequantize,
-    carry=SplitCarry,
-)
+BACKEND = backend_for(torch.device("cuda"))  # its kernels, wherever they run
 NATIVE = pytest.mark.gpu
 
 
@@ -91,9 +85,11 @@ def test_solves_many_column_blocks(device, group_size, order):
     solves_like_the_reference(device, 536, 5, search=False, sym=True, bits=4, group_size=group_size, order=order)
 
 
-def test_cuda_is_given_the_kernels(device):
-    expected = BACKEND if device.type == "cuda" else TORCH
-    assert backend_for(device) == expected
+def test_cuda_is_given_the_kernels():
+    assert backend_for(torch.device("cpu")) == TORCH
+    for name in ("in_order", "find_grids", "round_columns", "dequantize"):
+        assert getattr(BACKEND, name) is getattr(kernels, name)
+    assert BACKEND.carry is SplitCarry
 
 
 def edge_groups() -> Tensor:

@@ -39,7 +39,7 @@ class _Launch:
 
     @property
     def key(self) -> tuple[object, ...]:
-        aligned = self.out_features % 16 == 0
+        aligned = self.out_features % 16 == 0  # Triton has another kernel for numbers and addresses that 16 divides
         return self.columns, kernels.features_at_once(self.out_features), aligned, self.rules, self.find_every
 
 
