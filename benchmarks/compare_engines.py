@@ -23,14 +23,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from packager.build_state import Build, Options
 from packager.errors import PackagerError
-from packager.files import write_atomic
-from packager.progress import Terminal
+from packager.pipeline.build_state import Build, Options
+from packager.pipeline.stages import evaluate, quantize_and_pack
 from packager.receipt import QualityRecord, Receipt
 from packager.recipe import Loaders, Recipe, VariantEntry
 from packager.recipe.file import RecipeFile
-from packager.stages import evaluate, quantize_and_pack
+from packager.system.files import write_atomic
+from packager.system.terminal import Terminal
 from packager.variant import NATIVE_ONLY, Engine
 
 DEMO = Path(__file__).parent.parent / "recipes" / "demo-llama.yaml"

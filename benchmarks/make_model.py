@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from packager.architecture import read_architecture
-from packager.files import write_atomic
+from packager.model.architecture import read_architecture
+from packager.system.files import write_atomic
 
 DEMO = Path(__file__).parent.parent / "recipes" / "assets" / "demo-llama"
 STD = 0.02

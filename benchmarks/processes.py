@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from packager.environments import READY, environment_name
-from packager.loaders import LOADERS
-from packager.processes import clean_environ, run, tail
+from packager.prove.environments import READY, environment_name
+from packager.prove.loaders import LOADERS
+from packager.system.processes import clean_environ, run, tail
 
 SCRIPTS = Path(__file__).parent / "peers"
 ROOT = Path(__file__).parent.parent

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from speed import _bytes
 
-from packager.files import write_atomic
+from packager.system.files import write_atomic
 
 ROOT = Path(__file__).parents[1]
 BRANCHES = ("main", "gptq-4bit-32g-actorder_True", "gptq-4bit-64g-actorder_True", "gptq-4bit-128g-actorder_True")
@@ -35,10 +35,10 @@ TOKEN = "hf_writes_0123456789"  # noqa: S105 - the loopback Hub's
 OURS = """
 import sys, time
 from pathlib import Path
-from packager.files import file_records, list_files
-from packager.publish import BranchContent, publish
+from packager.system.files import file_records, list_files
+from packager.publish.branches import BranchContent, publish
 from packager.receipt import FileRecord
-from packager.targets.hub import HubTarget
+from packager.publish.targets.hub import HubTarget
 import json
 folder, repository = Path(sys.argv[1]), sys.argv[2]
 manifests = json.loads((folder / "manifests.json").read_text())
@@ -84,7 +84,7 @@ def main() -> int:
 
 def make(folder: Path, size: int) -> None:
     """Write the branches' folders and their manifests, as a build leaves them."""
-    from packager.files import file_records, list_files
+    from packager.system.files import file_records, list_files
 
     manifests = {}
     for number, branch in enumerate(BRANCHES):

@@ -26,12 +26,12 @@ from processes import Engine, Outcome, Places, add_place_arguments, device_of, p
 from quality_table import Measurement, figures_table, kl_table
 from rich.console import Console
 
-from packager.build_state import Build, Options
-from packager.evaluate import Measured, checkpoint_reader, compare, measure
-from packager.files import write_atomic
-from packager.progress import Terminal
+from packager.pipeline.build_state import Build, Options
+from packager.pipeline.stages import quantize_and_pack
+from packager.prove.evaluate import Measured, checkpoint_reader, compare, measure
 from packager.recipe.file import RecipeFile
-from packager.stages import quantize_and_pack
+from packager.system.files import write_atomic
+from packager.system.terminal import Terminal
 
 DEMO = Path(__file__).parent.parent / "recipes" / "demo-llama.yaml"
 PERMUTATIONS = ((128, False), (128, True), (64, True), (32, True))

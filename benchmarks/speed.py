@@ -37,10 +37,10 @@ from processes import (
 from rich.console import Console
 from tables import Row, speed_table, stages_table
 
-from packager.calibrate import prepare
-from packager.files import write_atomic
+from packager.inputs.base_model import read_source
+from packager.inputs.texts import prepare
 from packager.recipe.file import RecipeFile
-from packager.source import read_source
+from packager.system.files import write_atomic
 
 # What every engine quantizes first, unmeasured: kernels are compiled and libraries loaded then.
 SMALL = Shape(hidden=512, intermediate=1024, heads=4, kv_heads=4, layers=2, vocab=1024)

@@ -17,15 +17,15 @@ from typing import Any, Final
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
-from packager import compatibility
-from packager.architecture import Architecture, read_architecture
-from packager.audit.finding import RULES
-from packager.cli import app
+from packager.cli.main import app
 from packager.errors import PackagerError
-from packager.files import write_atomic
-from packager.loaders import LOADERS
+from packager.model import compatibility
+from packager.model.architecture import Architecture, read_architecture
+from packager.prove.audit.finding import RULES
+from packager.prove.loaders import LOADERS
 from packager.recipe import PATTERN_MEANINGS, Defaults
 from packager.recipe.schema import recipe_schema
+from packager.system.files import write_atomic
 from packager.variant import Variant
 
 ROOT: Final = Path(__file__).parent.parent
@@ -240,7 +240,7 @@ def _pinned(requirements: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _predicted() -> str:
-    """Return the rules of `packager/compatibility.py`, each said as it says it when it applies."""
+    """Return the rules of `packager/model/compatibility.py`, each said as it says it when it applies."""
     rows = ((cell(loader.title), _said(loader.refuses), _said(loader.traps)) for loader in compatibility.LOADERS)
     text = (
         "## Predicted by `plan`\n\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import auto_gptq.modeling._base as loop
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[1] / "packager" / "engines" / "auto_gptq_script.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "packager" / "quantize" / "engines" / "auto_gptq_script.py"
 
 loop.CUDA_0 = torch.device("cpu")
 torch.cuda.is_available = lambda: True

@@ -18,7 +18,8 @@ import torch
 from auto_gptq.quantization import gptq, quantizer
 from safetensors.torch import load_file, save_file
 
-SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[1] / "packager" / "engines" / "auto_gptq_script.py"))
+ENGINES = Path(__file__).resolve().parents[1] / "packager" / "quantize" / "engines"
+SCRIPT = runpy.run_path(str(ENGINES / "auto_gptq_script.py"))
 torch.cuda.synchronize = lambda: None
 torch.cuda.empty_cache = lambda: None
 

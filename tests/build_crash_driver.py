@@ -22,15 +22,16 @@ from typing import Any
 
 import torch
 
-from packager.block_store import BlockStore
-from packager.cli import main as packager
-from packager.files import sha256_file
+from packager.cli.main import main as packager
+from packager.quantize.block_store import BlockStore
+from packager.system.files import sha256_file
 from tests.publish_fixtures import git, trees
 from tests.tiny_recipe import BRANCHES, hub_folder, leftovers, workspace
 
 EFFECTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 WARM = (
-    "packager.verify", "packager.stages", "packager.status", "packager.publish_view", "packager.targets.git_process",
+    "packager.prove.verify", "packager.pipeline.stages", "packager.pipeline.status", "packager.cli.publish_view",
+    "packager.publish.targets.git_process",
     "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers", "git",
 )  # fmt: skip
 

@@ -5,7 +5,7 @@ import subprocess
 from markdown_it import MarkdownIt
 from ruamel.yaml import YAML
 
-from packager.markdown import extract_code_blocks
+from packager.card.markdown import extract_code_blocks
 
 
 def front_matter(text: str) -> dict[str, object]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packager.gptq.solve import Solution
+from packager.quantize.gptq.solve import Solution
 
 # What float32 justifies: a value before rounding has up to 2^bits steps and is off by a few units in its last place,
 # each 2^-24 of it.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from packager.quantize import BlockDone, QuantizeJob, quantize
-from packager.source import read_source
+from packager.inputs.base_model import read_source
+from packager.quantize.sweep import BlockDone, QuantizeJob, quantize
 from tests.tiny_models import open_store, token_rows, variant
 
 VARIANTS = (

@@ -21,8 +21,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from packager.publish import BranchContent, publish
-from packager.targets.hub import HubTarget
+from packager.publish.branches import BranchContent, publish
+from packager.publish.targets.hub import HubTarget
 from tests.publish_fixtures import git, make_content
 
 TOKEN = "hf_writes_0123456789"  # noqa: S105 - the loopback Hub's

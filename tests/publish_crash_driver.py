@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from packager.publish import BranchContent, publish
-from packager.targets.local import LocalTarget
+from packager.publish.branches import BranchContent, publish
+from packager.publish.targets.local import LocalTarget
 from tests.publish_fixtures import REPOSITORY, describe, files_in, git, hub_folder, leftovers, trees
 
 EFFECTS = {"subprocess.Popen", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "fcntl.flock"}

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packager.files import file_record, list_files
-from packager.publish import BranchContent
+from packager.publish.branches import BranchContent
+from packager.system.files import file_record, list_files
 
 if TYPE_CHECKING:
     import pytest

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from packager.files import file_record
-from packager.processes import clean_environ
+from packager.system.files import file_record
+from packager.system.processes import clean_environ
 
 BIN = str(Path(sys.executable).parent)
 TIMEOUT_S = 120.0

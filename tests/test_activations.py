@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from packager.activations import Activations
+from packager.quantize.activations import Activations
 
 PLACEMENTS = ("device", "host", "disk")
 SHAPES = ((4, 6, 8), (4, 6, 8), (3, 6, 8))  # the last batch is often shorter

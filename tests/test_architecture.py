@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packager.architecture import (
+from packager.errors import PlanError
+from packager.model.architecture import (
     BLOCK_LINEARS,
     FAMILIES,
     INPUT_GROUPS,
@@ -18,8 +19,7 @@ from packager.architecture import (
     shard_index,
     split_shards,
 )
-from packager.errors import PlanError
-from packager.safetensors_file import METADATA, TensorInfo
+from packager.model.safetensors_file import METADATA, TensorInfo
 from packager.variant import Variant
 
 LLAMA_2_13B: dict[str, Any] = {
@@ -266,7 +266,7 @@ def test_an_unknown_family_names_the_known_ones_and_where_to_add_it() -> None:
     message = str(caught.value)
     assert 'some/config.json: model_type "mamba" is not supported' in message
     assert all(name in message for name in FAMILIES)
-    assert "packager/architecture.py" in message
+    assert "packager/model/architecture.py" in message
 
 
 @pytest.mark.parametrize(

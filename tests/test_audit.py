@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from packager.architecture import checkpoint_tensors, read_architecture
-from packager.audit import RULES, AuditReport, audit
-from packager.audit.finding import Findings, printable, shown
-from packager.audit.values import unpack_rows, value_counts
-from packager.audit.view import print_report, report_json
-from packager.safetensors_file import file_order, header_bytes
+from packager.cli.audit_view import print_report, report_json
+from packager.model.architecture import checkpoint_tensors, read_architecture
+from packager.model.safetensors_file import file_order, header_bytes
+from packager.prove.audit import RULES, AuditReport, audit
+from packager.prove.audit.finding import Findings, printable, shown
+from packager.prove.audit.values import unpack_rows, value_counts
 from packager.variant import Variant
 from tests.audit_cases import CASES, TOKEN, WEIGHTS, Case, Q, declare
 from tests.checkpoints import HIDDEN, VOCAB, Checkpoint, edit_json, edit_tensors, edit_text, pack, seal, write_json

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from packager.audit import audit
-from packager.audit.view import print_report, report_json
+from packager.cli.audit_view import print_report, report_json
+from packager.prove.audit import audit
 from tests.audit_cases import ACT_ORDER, QWEN
 from tests.checkpoints import Checkpoint, edit_text, write_json
 

@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from packager.engines import Made, Site, auto_gptq
-from packager.environments import ensure_environment, probe_environ
-from packager.gptq.grid import GridRules
-from packager.gptq.hessian import Hessian, factorize
-from packager.gptq.layout import unpack, unpack_zeros
-from packager.gptq.solve import Solution, solve
-from packager.quantize import QuantizeJob, quantize
-from packager.source import SourceModel, read_source
+from packager.inputs.base_model import SourceModel, read_source
+from packager.model.packing import unpack, unpack_zeros
+from packager.prove.environments import ensure_environment, probe_environ
+from packager.quantize.engines import Made, Site, auto_gptq
+from packager.quantize.gptq.grid import GridRules
+from packager.quantize.gptq.hessian import Hessian, factorize
+from packager.quantize.gptq.solve import Solution, solve
+from packager.quantize.sweep import QuantizeJob, quantize
 from packager.variant import Variant
 from tests.tiny_models import open_store, save_model, token_rows, variant
 

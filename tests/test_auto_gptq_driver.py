@@ -14,14 +14,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from packager.engines import auto_gptq, auto_gptq_script
-from packager.environments import environment_name
 from packager.errors import LoaderUnavailableError, MachineError, QuantizeError
-from packager.gptq.grid import GridRules, find_grids
-from packager.loaders import LOADERS
-from packager.quantize import BlockDone, LinearsDone
+from packager.inputs.base_model import read_source
+from packager.prove.environments import environment_name
+from packager.prove.loaders import LOADERS
+from packager.quantize.engines import auto_gptq, auto_gptq_script
+from packager.quantize.gptq.grid import GridRules, find_grids
+from packager.quantize.sweep import BlockDone, LinearsDone
 from packager.receipt import LinearRecord
-from packager.source import read_source
 from tests.tiny_models import token_rows, variant
 from tests.toy_engine import SECRET, Bench
 
@@ -261,7 +261,7 @@ def test_errors_have_kinds(error, kind):
 
 def test_what_libraries_print_does_not_reach_the_protocol():
     code = (
-        "from packager.engines import auto_gptq_script as s; import os; say = s.protocol()\n"
+        "from packager.quantize.engines import auto_gptq_script as s; import os; say = s.protocol()\n"
         "print('chatter', flush=True); os.write(1, b'deep chatter\\n'); os.system('echo child'); say({'event': 'x'})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

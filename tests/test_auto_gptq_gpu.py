@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from packager import pipeline
-from packager.build_state import Options
-from packager.engines import Site, auto_gptq
-from packager.progress import Terminal
-from packager.quantize import QuantizeJob, quantize
+from packager.inputs.base_model import read_source
+from packager.pipeline import flow
+from packager.pipeline.build_state import Options
+from packager.quantize.engines import Site, auto_gptq
+from packager.quantize.sweep import QuantizeJob, quantize
 from packager.recipe import Loaders, VariantEntry
 from packager.recipe.file import RecipeFile
-from packager.source import read_source
+from packager.system.terminal import Terminal
 from tests.tiny_models import open_store, save_model, token_rows, variant
 
 pytestmark = pytest.mark.gpu
@@ -70,7 +70,7 @@ def test_every_loader_opens_what_both_engines_made(cache: Path, tmp_path: Path) 
     loaders = Loaders(required=("autogptq", "transformers"), if_available=("exllamav2",))
     recipe = recipe_file.recipe.model_copy(update={"variants": variants, "loaders": loaders})
     options = Options(dist=tmp_path / "dist", cache=cache, device="cuda", environ=os.environ)
-    result = pipeline.build(RecipeFile(path=DEMO, recipe=recipe), options, Terminal())
+    result = flow.build(RecipeFile(path=DEMO, recipe=recipe), options, Terminal())
     made = {receipt.provenance.branch: receipt.provenance for receipt in result.receipts}
     for branch, provenance in made.items():
         found = {record.loader: record.status for record in provenance.loaders}

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from packager.calibrate import prepare
-from packager.plan import make_plan
+from packager.inputs.base_model import read_source
+from packager.inputs.texts import prepare
+from packager.pipeline.plan import make_plan
 from packager.recipe.file import RecipeFile
-from packager.source import read_source
 from tests import tiny_recipe
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

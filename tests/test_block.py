@@ -10,14 +10,14 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from packager import block as block_module
-from packager.activations import Activations
-from packager.block import Passage, QuantizedBlock, quantize_block
-from packager.decoder import Context, Decoder
 from packager.errors import QuantizeError
+from packager.inputs.base_model import read_source
+from packager.model.decoder import Context, Decoder
+from packager.quantize import block as block_module
+from packager.quantize.activations import Activations
+from packager.quantize.block import Passage, QuantizedBlock, quantize_block
+from packager.quantize.suspended_forward import Group, linear_groups
 from packager.receipt import LinearRecord
-from packager.source import read_source
-from packager.sweep import Group, linear_groups
 from packager.variant import Variant
 from tests.tiny_models import save_model, token_rows, variant
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from packager import block_store as block_store_module
-from packager.architecture import Architecture, Shard, checkpoint_tensors, read_architecture, split_shards
-from packager.block_store import BlockStore
 from packager.errors import MachineError, PackError
+from packager.model.architecture import Architecture, Shard, checkpoint_tensors, read_architecture, split_shards
+from packager.model.safetensors_file import METADATA, StoredTensor, stored_tensors
+from packager.quantize import block_store as block_store_module
+from packager.quantize.block_store import BlockStore
 from packager.receipt import LinearRecord
-from packager.safetensors_file import METADATA, StoredTensor, stored_tensors
 from tests.test_architecture import tiny_config
 from tests.tiny_models import variant
 

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from packager import block as block_module
-from packager.audit import audit
-from packager.evaluate import checkpoint_reader
-from packager.gptq.solve import Solution
-from packager.pipeline import BuildResult
-from packager.plan import make_plan
+from packager.pipeline.flow import BuildResult
+from packager.pipeline.plan import make_plan
+from packager.prove.audit import audit
+from packager.prove.evaluate import checkpoint_reader
+from packager.quantize import block as block_module
+from packager.quantize.gptq.solve import Solution
 from packager.recipe.file import RecipeFile
 from tests.publish_fixtures import trees
 from tests.tiny_models import save_model
@@ -47,7 +47,7 @@ from tests.tiny_recipe import (
 # Runs a command of the packager in this process, and says whether torch came along.
 WITHOUT_TORCH = """
 import sys
-from packager.cli import main
+from packager.cli.main import main
 try:
     main()
 except SystemExit as end:

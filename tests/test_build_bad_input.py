@@ -18,9 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from packager import cli, pipeline
-from packager.block_store import BlockStore
-from packager.build_state import Build
+from packager.cli import main
 from packager.errors import (
     CalibrationError,
     CardError,
@@ -33,11 +31,14 @@ from packager.errors import (
     SourceError,
     StateError,
 )
-from packager.plan import make_plan
-from packager.progress import Terminal
+from packager.pipeline import flow
+from packager.pipeline.build_state import Build
+from packager.pipeline.plan import make_plan
+from packager.pipeline.workspace import Workspace
+from packager.quantize.block_store import BlockStore
 from packager.receipt import LoaderRecord, LoaderStatus
 from packager.recipe.file import RecipeFile
-from packager.workspace import Workspace
+from packager.system.terminal import Terminal
 from tests.checkpoints import edit_json
 from tests.tiny_models import save_model
 from tests.tiny_recipe import (
@@ -363,7 +364,7 @@ def test_a_license_file_that_the_base_model_lacks_is_missed_before_anything_is_c
     run = Build(RecipeFile.load(write_recipe(recipe.parent)), options(tmp_path / "new"), Terminal(quiet=True))
     license_ = run.recipe.card.license.model_copy(update={"base_files": ("NOTICE.md",)})
     object.__setattr__(run.recipe.card, "license", license_)  # as for a model on the Hub, whose files are not known
-    text = refused(PackError, 6, pipeline.quantize_and_pack, run)
+    text = refused(PackError, 6, flow.quantize_and_pack, run)
     assert "the base model has no file NOTICE.md" in text
     assert not run.workspace.work.exists()
 
@@ -688,7 +689,7 @@ def record_loader(recipe: Path, dist: Path, status: LoaderStatus, *, required: b
         provenance = receipt.provenance.model_copy(update={"loaders": (record,)})
         stages = {**receipt.stages, "verify": run.keys[branch]["verify"]}
         run.workspace.write_receipt(receipt.model_copy(update={"provenance": provenance, "stages": stages}))
-    pipeline.render(RecipeFile.load(recipe), options(dist), Terminal(quiet=True), branch=MAIN)
+    flow.render(RecipeFile.load(recipe), options(dist), Terminal(quiet=True), branch=MAIN)
 
 
 def test_publishing_what_a_required_loader_has_not_passed(recipe: Path, dist: Path) -> None:
@@ -734,7 +735,7 @@ def test_no_secret_of_the_environment_gets_anywhere(
     for command in ("build", "publish", "status"):
         monkeypatch.setattr(sys, "argv", ["packager", command, str(recipe), "--dist", str(tmp_path / "new")])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main.main()
         assert (end.value.code in (0, None)) == (good or command == "status")
         said += "".join(capfd.readouterr())
     written = b"".join(path.read_bytes() for path in (tmp_path / "new").rglob("*") if path.is_file())

@@ -7,10 +7,10 @@ import pytest
 
 from packager import card
 from packager.card import CardTexts, render_card
+from packager.card.markdown import extract_code_blocks, one_line
 from packager.card.metadata import HUB_LICENSES
-from packager.compatibility import Verdict
 from packager.errors import CardError
-from packager.markdown import extract_code_blocks, one_line
+from packager.model.compatibility import Verdict
 from packager.receipt import LoaderRecord
 from packager.recipe import Recipe
 from tests import card_fixtures as fixtures

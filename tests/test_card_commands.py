@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from packager.audit import audit
 from packager.card import HUB
-from packager.files import file_record
-from packager.markdown import CodeBlock, extract_code_blocks
+from packager.card.markdown import CodeBlock, extract_code_blocks
+from packager.prove.audit import audit
+from packager.system.files import file_record
 from packager.variant import Layout, Place, place_of
 from tests import tiny_recipe
 from tests.git_servers import require_git_lfs

@@ -1,5 +1,5 @@
 from packager.card import CardTexts, render_card
-from packager.markdown import extract_code_blocks
+from packager.card.markdown import extract_code_blocks
 from packager.receipt import Provenance
 from packager.recipe import Recipe
 from tests import card_fixtures as fixtures

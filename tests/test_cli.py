@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from packager import __version__
-from packager.cli import app
+from packager.cli.main import app
 from packager.errors import (
     LoaderError,
     MachineError,
@@ -27,10 +27,10 @@ from packager.errors import (
     RecipeError,
     StateError,
 )
-from packager.progress import Terminal
+from packager.pipeline.status import print_loaders, print_status, read_status
 from packager.receipt import Receipt
 from packager.recipe.file import RecipeFile
-from packager.status import print_loaders, print_status, read_status
+from packager.system.terminal import Terminal
 from tests import tiny_recipe
 from tests.checkpoints import Checkpoint
 from tests.golden_files import check_golden
@@ -51,7 +51,7 @@ def packager(*arguments: object) -> Result:
 
 def process(*arguments: str, patch: str = "", **options: Any) -> subprocess.Popen[str]:
     """Start the command line in a process of its own, after the Python statements in `patch`."""
-    code = f"{patch}\nfrom packager.cli import main\nmain()"
+    code = f"{patch}\nfrom packager.cli.main import main\nmain()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, text=True, stderr=subprocess.PIPE, **options
     )
@@ -176,7 +176,7 @@ def test_every_error_becomes_its_exit_code_and_no_traceback(
     def fail(_: RecipeFile) -> None:
         raise error_class("it [bold]went[/bold] :bomb: wrong", hint="do [i]this[/i]")
 
-    monkeypatch.setattr("packager.plan.make_plan", fail)
+    monkeypatch.setattr("packager.pipeline.plan.make_plan", fail)
     result = packager("plan", DEMO)
     assert (result.exit_code, result.stdout) == (error_class.exit_code, "")
     assert result.stderr == "error: it [bold]went[/bold] :bomb: wrong\n  hint: do [i]this[/i]\n"
@@ -194,7 +194,7 @@ def test_what_the_file_system_refuses_is_an_error_like_others(monkeypatch: pytes
     def fail(_: RecipeFile) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "dist/work")
 
-    monkeypatch.setattr("packager.plan.make_plan", fail)
+    monkeypatch.setattr("packager.pipeline.plan.make_plan", fail)
     result = packager("plan", DEMO)
     assert (result.exit_code, result.stdout) == (MachineError.exit_code, "")
     assert result.stderr == "error: dist/work: cannot be used\n  why: Permission denied\n"
@@ -213,7 +213,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: RecipeFile) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("packager.plan.make_plan", fail)
+    monkeypatch.setattr("packager.pipeline.plan.make_plan", fail)
     assert isinstance(packager("plan", DEMO).exception, ZeroDivisionError)
 
 
@@ -221,7 +221,7 @@ def test_ctrl_c_gives_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_: RecipeFile) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("packager.plan.make_plan", interrupted)
+    monkeypatch.setattr("packager.pipeline.plan.make_plan", interrupted)
     result = packager("plan", DEMO)
     assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr == "interrupted; what is finished is kept, run the same command to go on\n"
@@ -229,12 +229,12 @@ def test_ctrl_c_gives_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ctrl_c_in_the_middle_of_work_shows_no_traceback() -> None:
     patch = (
-        "import signal, time, packager.plan\n"
+        "import signal, time, packager.pipeline.plan\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run in the background ignores it
         "def make_plan(file):\n"
         "    print('working', flush=True)\n"
         "    time.sleep(60)\n"
-        "packager.plan.make_plan = make_plan\n"
+        "packager.pipeline.plan.make_plan = make_plan\n"
     )
     running = process("plan", DEMO, patch=patch, stdout=subprocess.PIPE)
     assert running.stdout is not None
@@ -312,7 +312,7 @@ def test_json_is_all_there_is_on_standard_output(tiny: Path) -> None:
 
 
 def test_talk_goes_to_standard_error_and_quiet_ends_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("packager.build_state._LONG_TO_HASH_BYTES", 1)
+    monkeypatch.setattr("packager.pipeline.build_state._LONG_TO_HASH_BYTES", 1)
     talking = packager("publish", "recipe.yaml")
     assert re.match(r"comparing \d+\.\d\d [kM]B of finished files with their records\n", talking.stderr)
     assert "main: created at" in talking.stderr
@@ -355,7 +355,7 @@ def test_verify_exits_with_what_the_loaders_found(
     edit_receipt(tiny, "main", lambda receipt: receipt["provenance"].update(loaders=[change]))
     path = tiny / "dist" / "receipts" / tiny_recipe.REPOSITORY / "main.json"
     receipts = (Receipt.model_validate_json(path.read_bytes()),)
-    monkeypatch.setattr("packager.pipeline.reverify", lambda *_: receipts)
+    monkeypatch.setattr("packager.pipeline.flow.reverify", lambda *_: receipts)
     assert packager("verify", "recipe.yaml").exit_code == code
     result = packager("verify", "recipe.yaml", "--format", "json")
     assert json.loads(result.stdout)["main"][0]["status"] == status
@@ -447,7 +447,7 @@ def test_a_base_install_builds_nothing_and_says_what_is_missing(
     def lacking() -> None:
         raise MachineError("building needs packages that are not installed", why="missing: torch")
 
-    monkeypatch.setattr("packager.release.require_build_extra", lacking)
+    monkeypatch.setattr("packager.pipeline.release.require_build_extra", lacking)
     result = packager("release", DEMO, "--dist", tmp_path / "dist")
     assert result.exit_code == 0
     assert result.stdout == f"{DEMO}: not built: building needs packages that are not installed (missing: torch)\n"
@@ -466,7 +466,7 @@ def test_a_failed_release_still_accounts_for_what_was_left_out(tiny: Path, monke
     def fail(*_: object, **__: object) -> None:
         raise StateError("no")
 
-    monkeypatch.setattr("packager.release.publish", fail)
+    monkeypatch.setattr("packager.pipeline.release.publish", fail)
     result = packager("release", "recipe.yaml", LARGE, "--device", "cpu")
     assert result.exit_code == StateError.exit_code
     assert "needs a CUDA GPU" in result.stdout

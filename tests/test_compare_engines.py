@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from packager.engines import auto_gptq
+from packager.quantize.engines import auto_gptq
 from packager.recipe.file import RecipeFile
 from packager.variant import NATIVE_ONLY
 from tests import tiny_recipe
@@ -50,7 +50,7 @@ def test_losses_and_quality_stand_side_by_side(
     (bench.folder / "toy.py").write_text(TOY.format(behaviour="", seen=str(tmp_path / "seen.json")))
     spec = replace(auto_gptq.SPEC, script=bench.folder / "toy.py")
     monkeypatch.setattr(auto_gptq.AutoGptq.__init__, "__defaults__", (spec, 60.0))
-    monkeypatch.setattr("packager.engines.needs_cuda", lambda _: False)
+    monkeypatch.setattr("packager.quantize.engines.needs_cuda", lambda _: False)
     places = [f"--work={tmp_path / 'work'}", f"--json={tmp_path / 'out.json'}", f"--cache={tmp_path}"]
     assert module.main([str(recipe), "--seeds=0,3", "--device=cpu", *places]) == 0
     pairs = json.loads((tmp_path / "out.json").read_text())["pairs"]

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner
 
-from packager.cli import app
+from packager.cli.main import app
 from packager.recipe import Recipe
 from packager.recipe.yaml import parse
 from tests.test_house_rules import ROOT
@@ -158,7 +158,7 @@ def test_whole_recipes_are_recipes(page: Path) -> None:
 def test_the_tolerances_told_are_those_used() -> None:
     constants = {
         target.id: ast.literal_eval(node.value)
-        for node in ast.parse((ROOT / "packager" / "verify.py").read_bytes()).body
+        for node in ast.parse((ROOT / "packager" / "prove" / "verify.py").read_bytes()).body
         if isinstance(node, ast.Assign)
         for target in node.targets
         if isinstance(target, ast.Name) and target.id in {"TOLERANCE", "MIN_TOP1_AGREEMENT"}

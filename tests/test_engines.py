@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from packager.architecture import read_architecture
-from packager.build_state import stage_keys
-from packager.engines import auto_gptq, engine_problems, legacy_config
+from packager.cli.plan_view import print_plan
 from packager.errors import MachineError, PlanError, RecipeError
-from packager.plan import make_plan
-from packager.plan_view import print_plan
+from packager.inputs.base_model import read_source
+from packager.model.architecture import read_architecture
+from packager.pipeline.build_state import stage_keys
+from packager.pipeline.plan import make_plan
+from packager.pipeline.release import cannot_build
+from packager.quantize.engines import auto_gptq, engine_problems, legacy_config
 from packager.recipe.file import RecipeFile
-from packager.release import cannot_build
-from packager.source import read_source
 from tests import tiny_recipe
 from tests.tiny_models import CONFIGS, save_model, variant
 from tests.toy_engine import TOY, Bench
@@ -191,7 +191,7 @@ def test_another_script_makes_only_autogptqs_variants_again(tmp_path, monkeypatc
         return [stage_keys(recipe_file, plan)["weights"] for plan in make_plan(recipe_file).variants]
 
     before = keys()
-    monkeypatch.setattr("packager.plan.auto_gptq_digest", lambda: "another")
+    monkeypatch.setattr("packager.pipeline.plan.auto_gptq_digest", lambda: "another")
     after = keys()
     assert before[0] == after[0]
     assert before[1] != after[1]
@@ -218,7 +218,7 @@ def test_a_build_with_both_engines_says_who_made_what(tmp_path, monkeypatch):
     (tmp_path / "bench" / "toy.py").write_text(TOY.format(behaviour="", seen=str(tmp_path / "seen.json")))
     monkeypatch.setattr(auto_gptq, "SPEC", replace(auto_gptq.SPEC, script=bench.folder / "toy.py"))
     monkeypatch.setattr(auto_gptq.AutoGptq.__init__, "__defaults__", (auto_gptq.SPEC, 60.0))
-    monkeypatch.setattr("packager.engines.needs_cuda", lambda _: False)
+    monkeypatch.setattr("packager.quantize.engines.needs_cuda", lambda _: False)
     tiny_recipe.build(with_variants(tmp_path / "recipe", FOREIGN), tmp_path / "dist")
     provenances = {
         branch: json.loads((tiny_recipe.workspace(tmp_path / "dist").folder(branch) / "provenance.json").read_text())

@@ -18,8 +18,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from packager import build_state, engines, environments, processes, shared_torch
-from packager.environments import (
+from packager.errors import LoaderError, LoaderUnavailableError
+from packager.pipeline import build_state
+from packager.prove import environments, shared_torch
+from packager.prove.environments import (
     LoaderSpec,
     ProbeJob,
     ProbeResult,
@@ -28,8 +30,9 @@ from packager.environments import (
     run_probe,
     run_probes,
 )
-from packager.errors import LoaderError, LoaderUnavailableError
-from packager.loaders import ISOLATED, LOADERS
+from packager.prove.loaders import ISOLATED, LOADERS
+from packager.quantize import engines
+from packager.system import processes
 
 ENVIRON = {"PATH": "/usr/bin:/bin"}
 
@@ -457,8 +460,8 @@ def test_locks_pin_everything_but_torch(spec: LoaderSpec) -> None:
 def test_loaders_are_named_by_their_keys_and_import_no_torch() -> None:
     assert set(LOADERS) == {"autogptq", "transformers", "exllamav2"}
     assert all(name == spec.name and spec.script.is_file() for name, spec in LOADERS.items())
-    code = "import sys, packager.loaders; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(environments.__file__).parent.parent)
+    code = "import sys, packager.prove.loaders; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(environments.__file__).parents[2])
 
 
 def _functions(script: Path) -> set[str]:

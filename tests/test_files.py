@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from packager import files as files_module
-from packager.files import file_record, file_records
-from packager.parallel import in_parallel
-from packager.source import model_records
+from packager.inputs.base_model import model_records
+from packager.system import files as files_module
+from packager.system.files import file_record, file_records
+from packager.system.parallel import in_parallel
 
 
 @pytest.fixture

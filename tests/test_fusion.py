@@ -20,12 +20,12 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from packager import fusion
-from packager.fusion import fuse
-from packager.sweep import linear_groups
+from packager.model import fused_blocks
+from packager.model.fused_blocks import fuse
+from packager.quantize.suspended_forward import linear_groups
 from tests.tiny_models import CONFIGS, save_model
 
-kernels = pytest.importorskip("packager.fusion_triton", reason="Triton is not made for this system")
+kernels = pytest.importorskip("packager.model.fused_kernels", reason="Triton is not made for this system")
 FAMILIES = ("llama3-rope", "mistral", "qwen2", "qwen3")
 # The interpreter computes with numpy, which warns where float32 or float16 overflows to infinity, as it should here.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -253,7 +253,7 @@ def test_own_code_runs_where_kernels_cannot(tmp_path, monkeypatch, why):
     model = model_of(tmp_path, "qwen3", torch.float32 if why == "float32" else torch.bfloat16, torch.device("cpu"))
     fused = copy.deepcopy(model)
     fuse(fused)
-    monkeypatch.setattr(fusion, "_interpreted", lambda: why != "no interpreter")
+    monkeypatch.setattr(fused_blocks, "_interpreted", lambda: why != "no interpreter")
     for kernel in ("rms_norm", "rotate_in_place", "silu_multiply_in_place"):
         monkeypatch.setattr(kernels, kernel, None)
     ids = token_ids(torch.device("cpu"))
@@ -321,7 +321,7 @@ def test_knows_both_modules_that_are_silu():
 
 
 def test_does_nothing_without_triton(monkeypatch):
-    monkeypatch.setattr(fusion, "find_spec", lambda _: None)
+    monkeypatch.setattr(fused_blocks, "find_spec", lambda _: None)
     assert fuse(LlamaRMSNorm(64)) == ()
 
 

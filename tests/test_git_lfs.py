@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from packager.errors import PublishError
-from packager.publish import PublishReport, publish
-from packager.targets import LARGE_BYTES, read_local_file
-from packager.targets.git import GitTarget
+from packager.publish.branches import PublishReport, publish
+from packager.publish.targets import LARGE_BYTES, read_local_file
+from packager.publish.targets.git import GitTarget
 from tests.git_servers import Service, require_git_lfs, serve_git, serve_lfs
 from tests.publish_fixtures import VARIANT, describe, files_in, git, heads, make_content
 

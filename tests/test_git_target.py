@@ -16,11 +16,11 @@ from urllib.parse import quote
 import pytest
 
 from packager.errors import MachineError, PackagerError, PublishError
-from packager.publish import PublishReport, check_folders, publish
-from packager.targets import LARGE_BYTES, HeadMovedError
-from packager.targets import git_remote as transport
-from packager.targets.git import GitTarget
-from packager.targets.git_remote import RemoteGit
+from packager.publish.branches import PublishReport, check_folders, publish
+from packager.publish.targets import LARGE_BYTES, HeadMovedError
+from packager.publish.targets import git_remote as transport
+from packager.publish.targets.git import GitTarget
+from packager.publish.targets.git_remote import RemoteGit
 from tests.git_servers import Service, serve_git
 from tests.publish_fixtures import VARIANT, describe, files_in, git, heads, make_content, trees
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_Secret/Token+1"  # noqa: S105 - made up
 PUBLISH = (
     "import sys; from pathlib import Path; from packager.errors import PackagerError\n"
-    "from packager.publish import publish; from packager.targets.git import GitTarget\n"
+    "from packager.publish.branches import publish; from packager.publish.targets.git import GitTarget\n"
     "from tests.publish_fixtures import describe\n"
     "contents = [describe(Path(folder), Path(folder).name) for folder in sys.argv[3:]]\n"
     "try: publish(contents, GitTarget(sys.argv[1], Path(sys.argv[2])), print)\n"
@@ -527,7 +527,7 @@ def publish_killed(scene: Scene, seconds: float) -> None:
     folders = [str(content.folder) for content in scene.contents]
     command = [sys.executable, "-c", PUBLISH, str(scene.repository), str(scene.staging), *folders]
     reader, writer = os.pipe()
-    command[2] = f"import os, git.cmd, packager.targets.git\nos.write({writer}, b'x')\n{PUBLISH}"
+    command[2] = f"import os, git.cmd, packager.publish.targets.git\nos.write({writer}, b'x')\n{PUBLISH}"
     with subprocess.Popen(
         command, cwd=ROOT, start_new_session=True, pass_fds=[writer], stdout=subprocess.DEVNULL
     ) as process:

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packager.errors import QuantizeError
-from packager.gptq.carry import Float32Carry, SplitCarry
-from packager.gptq.grid import GridRules, find_grids
-from packager.gptq.hessian import Hessian, factorize, factorize_within
-from packager.gptq.layout import pack, pack_zeros, unpack, unpack_zeros, values_per_pack
-from packager.gptq.solve import TORCH, Solution, solve
+from packager.model.packing import pack, pack_zeros, unpack, unpack_zeros, values_per_pack
+from packager.quantize.gptq.grid import GridRules, find_grids
+from packager.quantize.gptq.hessian import Hessian, factorize, factorize_within
+from packager.quantize.gptq.lazy_updates import Float32Carry, SplitCarry
+from packager.quantize.gptq.solve import TORCH, Solution, solve
 from tests.gptq_reference import LOSS_TOLERANCE, TIE, assert_agrees, gptq
 
 CPU = torch.device("cpu")

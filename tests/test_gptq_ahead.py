@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from packager.gptq import columns
-from packager.gptq.grid import GridRules
-from packager.gptq.hessian import factorize
-from packager.gptq.solve import TORCH, solve
+from packager.quantize.gptq import columns
+from packager.quantize.gptq.grid import GridRules
+from packager.quantize.gptq.hessian import factorize
+from packager.quantize.gptq.solve import TORCH, solve
 from tests.test_gptq import hessian, inputs
 
 pytest.importorskip("triton", reason="Triton is not made for this system")
-from packager.gptq import ahead, kernels
-from packager.gptq.ahead import Walk, compile_kernels
+from packager.quantize.gptq import compile_kernels as compile_kernels_module
+from packager.quantize.gptq import kernels
+from packager.quantize.gptq.compile_kernels import Walk, compile_kernels
 
 CPU = torch.device("cpu")
 RULES = GridRules(bits=4, sym=True, scale_search=False)
@@ -53,7 +54,7 @@ def test_what_is_launched_ahead_is_what_solving_launches(monkeypatch, group_size
 def test_four_variants_of_a_13b_take_six_kernels(monkeypatch):
     """Two widths of programs, three group sizes."""
     launched = []
-    monkeypatch.setattr(ahead, "_launch", lambda launch, **_: launched.append(launch))
+    monkeypatch.setattr(compile_kernels_module, "_launch", lambda launch, **_: launched.append(launch))
     shapes = ((5120, 15360), (5120, 5120), (5120, 27648), (13824, 5120))
     walks = [
         Walk(in_features=rows, out_features=width, rules=RULES, group_size=size, static_groups=False)
@@ -65,7 +66,7 @@ def test_four_variants_of_a_13b_take_six_kernels(monkeypatch):
 
 
 def test_the_launches_run(monkeypatch):
-    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 1)  # Triton's interpreter serves one thread
+    monkeypatch.setattr(compile_kernels_module.os, "cpu_count", lambda: 1)  # Triton's interpreter serves one thread
     rules = replace(RULES, scale_search=True)
     walks = [
         Walk(in_features=72, out_features=8, rules=rules, group_size=size, static_groups=static)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packager.gptq.carry import Carry, Float32Carry, SplitCarry
+from packager.quantize.gptq.lazy_updates import Carry, Float32Carry, SplitCarry
 
 N, OUT = 320, 24
 # Tensor cores add exact products but do not round each sum to nearest.

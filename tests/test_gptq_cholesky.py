@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from packager.gptq import hessian as hessian_module
-from packager.gptq.cholesky import _DIRECT, cholesky, in_panels
-from packager.gptq.halves import split
+from packager.quantize.gptq import hessian as hessian_module
+from packager.quantize.gptq.cholesky import _DIRECT, cholesky, in_panels
+from packager.quantize.gptq.split_float16 import split
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from packager.gptq import columns, copies, grid, halves
-from packager.gptq.carry import SplitCarry
-from packager.gptq.columns import Columns, Grids
-from packager.gptq.grid import GridRules
-from packager.gptq.hessian import factorize
-from packager.gptq.solve import TORCH, backend_for, solve
+from packager.quantize.gptq import columns, grid, solving_order, split_float16
+from packager.quantize.gptq.columns import Columns, Grids
+from packager.quantize.gptq.grid import GridRules
+from packager.quantize.gptq.hessian import factorize
+from packager.quantize.gptq.lazy_updates import SplitCarry
+from packager.quantize.gptq.solve import TORCH, backend_for, solve
 from tests.gptq_reference import assert_agrees
 from tests.test_gptq import hessian, inputs
 
 triton = pytest.importorskip("triton", reason="Triton is not made for this system")
-from packager.gptq import kernels  # noqa: E402 - imports Triton
+from packager.quantize.gptq import kernels  # noqa: E402 - imports Triton
 
 # The interpreter computes with numpy, which warns where float32 or float16 overflows to infinity, as it should here.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -199,7 +199,7 @@ def test_linears_come_into_order_as_by_torch(device, dtype, widths, ordered):
     dead[[0, 64, 149]] = True
     weights[0][:, 64] = torch.nan  # a weight that no input reaches may be anything
     dead, where = dead.to(device), place.to(device) if ordered else None
-    expected = copies.in_order(weights, dead, where)
+    expected = solving_order.in_order(weights, dead, where)
     assert torch.equal(kernels.in_order(weights, dead, where), expected)
     assert not expected.isnan().any()
     column = int(place[10]) if ordered else 10
@@ -216,7 +216,7 @@ def test_dequantizes_as_torch(device, dtype, n, out):
     scales = (random(groups, out + 9) * 0.01).half()[:, 4 : out + 4].to(device)
     g_idx = torch.randint(0, groups, (n,), dtype=torch.int32).to(device)
     expected, found = (torch.full((out, n), torch.nan, dtype=dtype, device=device) for _ in range(2))
-    copies.dequantize(expected, q, zeros, scales, g_idx)
+    solving_order.dequantize(expected, q, zeros, scales, g_idx)
     kernels.dequantize(found, q, zeros, scales, g_idx)
     assert torch.equal(found, expected)
     assert not found.isnan().any()
@@ -232,7 +232,7 @@ def test_splits_as_torch(device, scaled, width, by_columns):
     factors = [
         part if wanted else None for part, wanted in zip((rows, features.clamp(2**-9, 2**9)), scaled, strict=True)
     ]
-    expected = halves.split(x, *factors)
+    expected = split_float16.split(x, *factors)
     found = tuple(torch.zeros(5, width + 4, dtype=torch.float16, device=device)[:, 2 : width + 2] for _ in range(2))
     given = [None if part is None else part.to(device) for part in factors]
     kernels.split(x.to(device), *given, *found)

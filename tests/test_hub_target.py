@@ -12,12 +12,12 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from packager.closing import ReleaseTag
 from packager.errors import MachineError, PackagerError, PublishError
-from packager.publish import BranchContent, PublishReport, publish
-from packager.targets import HeadMovedError, hub_calls, hub_client
-from packager.targets.hub import HubTarget, NewRepository
-from packager.targets.separate import SeparateTarget
+from packager.publish.after_publish import ReleaseTag
+from packager.publish.branches import BranchContent, PublishReport, publish
+from packager.publish.targets import HeadMovedError, hub_calls, hub_client
+from packager.publish.targets.hub import HubTarget, NewRepository
+from packager.publish.targets.repository_per_variant import SeparateTarget
 from tests.loopback_hub import Account, LoopbackHub
 from tests.publish_fixtures import REPOSITORY, VARIANT, describe, git, log_in, make_content, trees
 

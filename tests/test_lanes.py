@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from packager.architecture import read_architecture
 from packager.errors import MachineError
-from packager.lanes import Lane, lanes_of
-from packager.memory import HOST_LIMIT_BYTES, USABLE
+from packager.model.architecture import read_architecture
+from packager.quantize.device_shares import Lane, lanes_of
+from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE
 from packager.variant import Variant
 from tests.test_architecture import LLAMA_2_13B
 from tests.tiny_models import variant

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from packager import pipeline
 from packager.card import CardTexts, render_card
 from packager.errors import RecipeError
-from packager.progress import Terminal
-from packager.publish import PublishReport
+from packager.pipeline import flow
+from packager.pipeline.status import read_status
+from packager.publish.branches import PublishReport
 from packager.receipt import Provenance
 from packager.recipe.file import RecipeFile
-from packager.status import read_status
+from packager.system.terminal import Terminal
 from packager.variant import Place, place_of
 from tests import card_fixtures as fixtures
 from tests import tiny_recipe
@@ -78,7 +78,7 @@ class Scene:
 
     def publish(self, *, tag: str = "", dry_run: bool = False) -> PublishReport:
         options = tiny_recipe.options(self.dist)
-        return pipeline.publish(self.recipe, options, Terminal(quiet=True), dry_run=dry_run, tag=tag)
+        return flow.publish(self.recipe, options, Terminal(quiet=True), dry_run=dry_run, tag=tag)
 
     def path(self, branch: str) -> Path:
         return self.dist / "hub" / "models" / PLACES[branch]

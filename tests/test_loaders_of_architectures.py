@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from packager.build_state import Build
 from packager.errors import PlanError
-from packager.plan import BuildPlan, make_plan
-from packager.progress import Terminal
+from packager.pipeline.build_state import Build
+from packager.pipeline.plan import BuildPlan, make_plan
+from packager.prove.verify import TOLERANCE, VerifyJob, checkpoint_of, verify
 from packager.receipt import LoaderRecord
 from packager.recipe import Loaders
 from packager.recipe.file import RecipeFile
-from packager.verify import TOLERANCE, VerifyJob, checkpoint_of, verify
+from packager.system.terminal import Terminal
 from tests import tiny_recipe
 from tests.tiny_recipe import write_inputs, write_recipe
 

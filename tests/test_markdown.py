@@ -8,7 +8,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from ruamel.yaml import YAML
 
-from packager import markdown
+from packager.card import markdown
 
 ANY_TEXT = st.text(max_size=300)
 HOSTILE_TEXT = st.text(alphabet="ab1 |`*_[]()<>&;#~$\\\n\t{}%!-+.\"'\u2028\x07", max_size=80)

@@ -8,10 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packager.architecture import read_architecture
 from packager.errors import MachineError
-from packager.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, Workload, choose_sweep, rows_per_batch, sweep_ways
-from packager.plan import make_plan
+from packager.model.architecture import read_architecture
+from packager.pipeline.plan import make_plan
+from packager.quantize.memory import (
+    HOST_LIMIT_BYTES,
+    USABLE,
+    SweepPlan,
+    Workload,
+    choose_sweep,
+    rows_per_batch,
+    sweep_ways,
+)
 from packager.recipe.file import RecipeFile
 from tests.test_architecture import tiny_config
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from packager.architecture import read_architecture
-from packager.compatibility import LOADERS, verdicts
+from packager.cli.plan_view import plan_json, print_plan
 from packager.errors import PackagerError, PlanError
-from packager.memory import HOST_LIMIT_BYTES, USABLE, Workload, choose_sweep
-from packager.plan import BuildPlan, describe, make_plan
-from packager.plan_view import plan_json, print_plan
+from packager.model.architecture import read_architecture
+from packager.model.compatibility import LOADERS, verdicts
+from packager.pipeline.plan import BuildPlan, describe, make_plan
+from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, Workload, choose_sweep
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
 from tests.test_architecture import LLAMA_2_13B, tiny_config, variant
@@ -80,8 +80,8 @@ def test_a_plan_needs_no_torch_and_little_time(tmp_path: Path) -> None:
     file = recipe_file(tmp_path)
     script = (
         "import sys, pathlib\n"
-        "from packager.plan import make_plan\n"
-        "from packager.plan_view import plan_json\n"
+        "from packager.pipeline.plan import make_plan\n"
+        "from packager.cli.plan_view import plan_json\n"
         "from packager.recipe import Recipe\n"
         "from packager.recipe.file import RecipeFile\n"
         "recipe = Recipe.model_validate_json(sys.argv[2])\n"

@@ -13,14 +13,14 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
+from packager.cli.publish_view import plan_json, print_plan, print_report, report_json
 from packager.errors import MachineError, PackagerError, PublishError, StateError
-from packager.publish import BranchContent, PublishReport, check_folders, publish
-from packager.publish_plan import plan_publish
-from packager.publish_view import plan_json, print_plan, print_report, report_json
+from packager.publish.branches import BranchContent, PublishReport, check_folders, publish
+from packager.publish.plan import plan_publish
+from packager.publish.targets import BranchState, LocalFile, StoredFile, file_name_problem, read_local_file
+from packager.publish.targets.git_process import AUTHOR_EMAIL, AUTHOR_NAME
+from packager.publish.targets.local import LocalTarget
 from packager.receipt import FileRecord
-from packager.targets import BranchState, LocalFile, StoredFile, file_name_problem, read_local_file
-from packager.targets.git_process import AUTHOR_EMAIL, AUTHOR_NAME
-from packager.targets.local import LocalTarget
 from tests.publish_fixtures import (
     REPOSITORY,
     VARIANT,
@@ -467,7 +467,7 @@ def test_a_second_publisher_stops(scene: Scene) -> None:
 def test_publishers_that_race_leave_one_result(scene: Scene, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from packager.errors import PublishError\n"
-        "from packager.publish import publish; from packager.targets.local import LocalTarget\n"
+        "from packager.publish.branches import publish; from packager.publish.targets.local import LocalTarget\n"
         "from tests.publish_fixtures import REPOSITORY, describe\n"
         "contents = [describe(Path(folder), Path(folder).name) for folder in sys.argv[2:]]\n"
         "try: publish(contents, LocalTarget(Path(sys.argv[1]), REPOSITORY), print)\n"
@@ -496,7 +496,7 @@ def test_without_git_the_error_says_so(scene: Scene, tmp_path: Path, monkeypatch
 def test_without_git_gitpython_cannot_even_be_imported(scene: Scene, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from packager.errors import MachineError\n"
-        "from packager.targets.local import LocalTarget\n"
+        "from packager.publish.targets.local import LocalTarget\n"
         "try: LocalTarget(Path(sys.argv[1]), 'a/b').check(())\n"
         "except MachineError as error: print(error)"
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from packager.publish import BranchContent, publish
-from packager.targets.local import LocalTarget
+from packager.publish.branches import BranchContent, publish
+from packager.publish.targets.local import LocalTarget
 from tests.publish_fixtures import REPOSITORY, VARIANT, files_in, git, hub_folder, leftovers, make_content, trees
 
 Chain = list[int | dict[str, float]]

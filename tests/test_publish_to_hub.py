@@ -19,7 +19,7 @@ from tests.publish_fixtures import git, heads, trees
 from tests.test_house_rules import ROOT
 from tests.tiny_recipe import ACT_ORDER, BRANCHES, MAIN, REPOSITORY, THREE_BITS
 
-PROGRAM = "from packager.cli import main; main()"
+PROGRAM = "from packager.cli.main import main; main()"
 TOKEN, READER = "hf_a_secret_that_writes_0123456789", "hf_a_secret_that_reads_0123456789"
 
 
@@ -201,9 +201,9 @@ def test_every_weight_byte_is_hashed_once_and_sent_once(scene: Scene) -> None:
     time.sleep(2.1)  # what has just been written may still change unnoticed, and is hashed again
     counting = (
         "import hashlib, json, sys\n"
-        "from packager.cli import app\n"  # first: it says what the client is to do without
-        "import huggingface_hub.lfs, packager.targets\n"
-        "packager.targets.NEVER_IN_GIT_BYTES = 50_000\n"
+        "from packager.cli.main import app\n"  # first: it says what the client is to do without
+        "import huggingface_hub.lfs, packager.publish.targets\n"
+        "packager.publish.targets.NEVER_IN_GIT_BYTES = 50_000\n"
         "file_digest, hashed = hashlib.file_digest, []\n"
         "def count(stream, *rest):\n"
         "    hashed.append(stream.name)\n"

@@ -13,15 +13,15 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from packager import audit
-from packager.cli import app
+from packager.cli.main import app
+from packager.cli.published_view import print_report, report_json
 from packager.errors import AuditError, MachineError, PublishError
-from packager.publish import publish
-from packager.published import RULES, PublishedReport, verify_published
-from packager.published.card import is_rounded, table_rows
-from packager.published.view import print_report, report_json
-from packager.targets import StoredFile
-from packager.targets.local import LocalTarget
+from packager.prove import audit
+from packager.publish.branches import publish
+from packager.publish.published import RULES, PublishedReport, verify_published
+from packager.publish.published.card import is_rounded, table_rows
+from packager.publish.targets import StoredFile
+from packager.publish.targets.local import LocalTarget
 from tests import checkpoints
 from tests.audit_cases import FIRST_SHARD, INDEX, WEIGHTS, Q
 from tests.checkpoints import Checkpoint, edit_json, edit_tensors, edit_text, seal

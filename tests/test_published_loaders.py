@@ -17,17 +17,17 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from packager import verify
-from packager.cli import app
-from packager.decoder import Decoder, forward
-from packager.environments import LoaderSpec, ProbeJob, ProbeResult
+from packager.cli.main import app
+from packager.cli.published_view import print_report, report_json
 from packager.errors import AuditError, LoaderError, LoaderUnavailableError, MachineError
-from packager.evaluate import checkpoint_reader
-from packager.files import sha256_file
-from packager.publish import publish
-from packager.published import LoaderSite, PublishedReport, verify_published
-from packager.published.view import print_report, report_json
-from packager.targets.local import LocalTarget
+from packager.model.decoder import Decoder, forward
+from packager.prove import verify
+from packager.prove.environments import LoaderSpec, ProbeJob, ProbeResult
+from packager.prove.evaluate import checkpoint_reader
+from packager.publish.branches import publish
+from packager.publish.published import LoaderSite, PublishedReport, verify_published
+from packager.publish.targets.local import LocalTarget
+from packager.system.files import sha256_file
 from tests import tiny_recipe
 from tests.checkpoints import edit_json
 from tests.publish_fixtures import describe

@@ -14,16 +14,16 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from packager import published
-from packager.cli import app
+from packager.cli.main import app
+from packager.cli.published_view import print_report, report_json
 from packager.errors import AuditError, PublishError
-from packager.published import PublishedReport
-from packager.published.view import print_report, report_json
+from packager.publish import published
+from packager.publish.published import PublishedReport
+from packager.publish.rollback import Request, RollbackPlan, RollbackReport, rollback
+from packager.publish.targets import HeadMovedError, Target
+from packager.publish.targets.git import GitTarget
+from packager.publish.targets.hub import HubTarget
 from packager.receipt import Provenance
-from packager.rollback import Request, RollbackPlan, RollbackReport, rollback
-from packager.targets import HeadMovedError, Target
-from packager.targets.git import GitTarget
-from packager.targets.hub import HubTarget
 from tests import test_published
 from tests.audit_cases import WEIGHTS
 from tests.checkpoints import edit_json
@@ -116,7 +116,7 @@ def on_hub(tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) ->
     bare = hub.root / f"{REPOSITORY}.git"
     scene = Scene(tmp_path, bare, lambda: HubTarget(REPOSITORY, patience_s=5))
     monkeypatch.setattr("tests.loopback_hub.repository.time", clock(scene))
-    monkeypatch.setattr("packager.targets.hub_calls.time.sleep", lambda _: None)
+    monkeypatch.setattr("packager.publish.targets.hub_calls.time.sleep", lambda _: None)
     return scene
 
 
@@ -124,7 +124,7 @@ def on_hub(tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) ->
 def on_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     bare = tmp_path / "remotes" / f"{REPOSITORY}.git"
     scene = Scene(tmp_path, bare, lambda: GitTarget(f"file://{bare}", tmp_path / "staging"))
-    monkeypatch.setattr("packager.targets.git_process.time", clock(scene))
+    monkeypatch.setattr("packager.publish.targets.git_process.time", clock(scene))
     return scene
 
 

@@ -8,19 +8,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from packager import block as block_module
-from packager import lanes as lanes_module
-from packager import quantize as quantize_module
-from packager.block import dequantize_linear, quantize_block
-from packager.block_store import BlockStore
-from packager.decoder import Decoder, forward
 from packager.errors import MachineError, QuantizeError, SourceError
-from packager.gptq.hessian import Hessian, factorize
-from packager.gptq.solve import GridRules, solve
-from packager.memory import TOKENS_PER_BATCH, SweepPlan
-from packager.quantize import BlockDone, LinearsDone, QuantizeJob, quantize
-from packager.source import SourceModel, read_source
-from packager.sweep import linear_groups
+from packager.inputs.base_model import SourceModel, read_source
+from packager.model.decoder import Decoder, forward
+from packager.quantize import block as block_module
+from packager.quantize import device_shares as lanes_module
+from packager.quantize import sweep as quantize_module
+from packager.quantize.block import dequantize_linear, quantize_block
+from packager.quantize.block_store import BlockStore
+from packager.quantize.gptq.hessian import Hessian, factorize
+from packager.quantize.gptq.solve import GridRules, solve
+from packager.quantize.memory import TOKENS_PER_BATCH, SweepPlan
+from packager.quantize.suspended_forward import linear_groups
+from packager.quantize.sweep import BlockDone, LinearsDone, QuantizeJob, quantize
 from packager.variant import Variant
 from tests.tiny_models import CONFIGS, open_store, save_model, token_rows, variant
 

@@ -21,19 +21,19 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from packager.audit import audit
-from packager.calibrate import prompt_ids, read_texts
 from packager.card import CardTexts, render_card
-from packager.decoder import Decoder, forward
-from packager.environments import ProbeJob, ProbeResult, ensure_environment, run_probes
+from packager.card.markdown import CodeBlock, extract_code_blocks
 from packager.errors import LoaderError
-from packager.evaluate import checkpoint_reader
-from packager.loaders import LOADERS
-from packager.markdown import CodeBlock, extract_code_blocks
-from packager.plan import make_plan
+from packager.inputs.texts import prompt_ids, read_texts
+from packager.model.decoder import Decoder, forward
+from packager.pipeline.plan import make_plan
+from packager.prove.audit import audit
+from packager.prove.environments import ProbeJob, ProbeResult, ensure_environment, run_probes
+from packager.prove.evaluate import checkpoint_reader
+from packager.prove.loaders import LOADERS
+from packager.publish.targets.git_process import AUTHOR_EMAIL, AUTHOR_NAME
 from packager.receipt import Provenance
 from packager.recipe.file import RecipeFile
-from packager.targets.git_process import AUTHOR_EMAIL, AUTHOR_NAME
 from tests import local_hub
 from tests.card_page import tables
 from tests.readers import (

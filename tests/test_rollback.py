@@ -15,15 +15,15 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from packager.cli import app
+from packager.cli.main import app
+from packager.cli.rollback_view import print_plan, print_report, report_json
 from packager.errors import PublishError
-from packager.publish import publish
-from packager.rollback import Request, RollbackReport, rollback
-from packager.rollback.history import Line
-from packager.rollback.plan import RollbackPlan
-from packager.rollback.view import print_plan, print_report, report_json
-from packager.targets import CommitRecord, HeadMovedError, StoredFile
-from packager.targets.local import LocalTarget
+from packager.publish.branches import publish
+from packager.publish.rollback import Request, RollbackReport, rollback
+from packager.publish.rollback.history import Line
+from packager.publish.rollback.plan import RollbackPlan
+from packager.publish.targets import CommitRecord, HeadMovedError, StoredFile
+from packager.publish.targets.local import LocalTarget
 from tests.golden_files import check_golden
 from tests.publish_fixtures import REPOSITORY, git, heads, hub_folder, make_content, trees
 
@@ -62,7 +62,7 @@ class Scene:
         self.target = Killable(self.root, REPOSITORY)
         self.now, self.lines = NOON, list[str]()
         clock = SimpleNamespace(time=lambda: self.now, sleep=time.sleep, monotonic=time.monotonic)
-        monkeypatch.setattr("packager.targets.git_process.time", clock)
+        monkeypatch.setattr("packager.publish.targets.git_process.time", clock)
         self.releases: list[dict[str, str]] = []
 
     def publish(self, branches: Files) -> dict[str, str]:
@@ -476,7 +476,7 @@ def packager(*arguments: object) -> tuple[int, str, str]:
 def test_the_command_asks_where_others_would_see_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     scene.release(A, MAIN, number=1)
     scene.release(A, MAIN, number=2)
-    monkeypatch.setattr("packager.targets.opening.open_target", lambda *_: scene.target)
+    monkeypatch.setattr("packager.publish.targets.resolve_target.open_target", lambda *_: scene.target)
     scene.target.public = True
     code, out, err = packager("rollback", scene.repository)
     assert (code, out) == (PublishError.exit_code, "")

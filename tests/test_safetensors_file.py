@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from packager.errors import SourceError
-from packager.safetensors_file import (
+from packager.model.safetensors_file import (
     METADATA,
     StoredTensor,
     TensorInfo,

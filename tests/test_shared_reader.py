@@ -7,8 +7,8 @@ from threading import Barrier
 import pytest
 import torch
 
-from packager import shared_reader
-from packager.shared_reader import SharedReader
+from packager.quantize import shared_reader
+from packager.quantize.shared_reader import SharedReader
 
 NAMES = [f"t{number}" for number in range(100)]
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from packager import verify
-from packager.decoder import Decoder
-from packager.environments import ProbeResult
+from packager.model.decoder import Decoder
+from packager.prove import verify
+from packager.prove.environments import ProbeResult
+from packager.prove.verify import Checkpoint, Reference, VerifyJob
 from packager.receipt import LoaderRecord
 from packager.recipe import Loaders
-from packager.verify import Checkpoint, Reference, VerifyJob
 
 SHA256 = {"model.safetensors": "0" * 64}
 OWN, OTHER = (np.random.default_rng(seed).normal(size=(2, 8, 32)).astype(np.float32) for seed in (1, 2))

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from packager.architecture import checkpoint_tensors, split_shards
-from packager.block_store import BlockStore
-from packager.calibrate import TokenRows
-from packager.quantize import fingerprint
+from packager.inputs.base_model import SourceModel
+from packager.inputs.texts import TokenRows
+from packager.model.architecture import checkpoint_tensors, split_shards
+from packager.quantize.block_store import BlockStore
+from packager.quantize.sweep import fingerprint
 from packager.receipt import TextRecord
-from packager.source import SourceModel
 from packager.variant import Variant
 
 _SIZES: dict[str, Any] = {

@@ -10,13 +10,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from packager import pipeline
-from packager.build_state import Options
-from packager.pipeline import BuildResult
-from packager.progress import Terminal
-from packager.publish import PublishReport
+from packager.pipeline import flow
+from packager.pipeline.build_state import Options
+from packager.pipeline.flow import BuildResult
+from packager.pipeline.workspace import Workspace
+from packager.publish.branches import PublishReport
 from packager.recipe.file import RecipeFile
-from packager.workspace import Workspace
+from packager.system.terminal import Terminal
 from tests.tiny_models import save_model
 
 REPOSITORY = "tester/tiny-GPTQ"
@@ -112,11 +112,11 @@ def options(dist: Path) -> Options:
 
 
 def build(recipe: Path | RecipeFile, dist: Path) -> BuildResult:
-    return pipeline.build(_loaded(recipe), options(dist), Terminal(quiet=True))
+    return flow.build(_loaded(recipe), options(dist), Terminal(quiet=True))
 
 
 def publish(recipe: Path | RecipeFile, dist: Path) -> PublishReport:
-    return pipeline.publish(_loaded(recipe), options(dist), Terminal(quiet=True), dry_run=False)
+    return flow.publish(_loaded(recipe), options(dist), Terminal(quiet=True), dry_run=False)
 
 
 def _loaded(recipe: Path | RecipeFile) -> RecipeFile:

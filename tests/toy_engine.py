@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from packager.block_store import BlockStore
-from packager.engines import Made, Site, auto_gptq
 from packager.errors import PackagerError
-from packager.quantize import BlockDone, LinearsDone, QuantizeJob
-from packager.source import SourceModel, read_source
+from packager.inputs.base_model import SourceModel, read_source
+from packager.quantize.block_store import BlockStore
+from packager.quantize.engines import Made, Site, auto_gptq
+from packager.quantize.sweep import BlockDone, LinearsDone, QuantizeJob
 from packager.variant import Variant
 from tests.tiny_models import open_store, save_model, token_rows, variant
 

@@ -17,7 +17,7 @@ from peer import Job, Stopwatch, need, rows_of, run, versions
 
 FASTEST = {"offload_to_disk": False}
 # The loader knows how to do without PyPcre, which exists as C source only.
-_PROBE = Path(__file__).parents[2] / "packager" / "loaders" / "transformers_gptqmodel.py"
+_PROBE = Path(__file__).parents[2] / "packager" / "prove" / "loaders" / "transformers_probe.py"
 
 
 class _Layers:

@@ -14,17 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as packager.cli does
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as packager.cli.main does
 
 from peer import Job, Stopwatch, need, run, versions
 
 if TYPE_CHECKING:
-    from packager.build_state import Build
+    from packager.pipeline.build_state import Build
 
 
 def quantize(job: Job) -> dict[str, Any]:
     """Build the weights of every variant of the recipe."""
-    terminal = need("packager.progress").Terminal()
+    terminal = need("packager.system.terminal").Terminal()
     watch = Stopwatch(job["device"])
     with watch, _layers(watch) as reached:
         build = _build(job, terminal)
@@ -32,7 +32,7 @@ def quantize(job: Job) -> dict[str, Any]:
         with build.workspace.locked():
             build.read_receipts()
             _ = build.source, build.texts  # read now, so that they are stages of their own
-            need("packager.stages").quantize_and_pack(build)
+            need("packager.pipeline.stages").quantize_and_pack(build)
     packed = [receipt.seconds["pack"] for receipt in build.ordered_receipts() if "pack" in receipt.seconds]
     stages |= terminal.seconds
     if packed:
@@ -51,7 +51,7 @@ def quantize(job: Job) -> dict[str, Any]:
 
 
 def _build(job: Job, terminal: Any) -> Build:
-    state: Any = need("packager.build_state")
+    state: Any = need("packager.pipeline.build_state")
     recipe_file = need("packager.recipe.file").RecipeFile.load(Path(job["recipe"]))
     limit = {} if job["gpu_memory_bytes"] is None else {"gpu_memory_bytes": job["gpu_memory_bytes"]}
     dist = Path(job["dist"])
@@ -63,7 +63,7 @@ def _build(job: Job, terminal: Any) -> Build:
 @contextmanager
 def _layers(watch: Stopwatch) -> Iterator[dict[int, float]]:
     """Note when each block was finished by the last variant: then it goes to its store, while the next one begins."""
-    store: Any = need("packager.block_store").BlockStore
+    store: Any = need("packager.quantize.block_store").BlockStore
     write, reached = store.write, {}
 
     def marked(self: Any, block: int, *rest: Any) -> None:

@@ -18,11 +18,10 @@ from jinja2 import (
 )
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from packager import markdown
-from packager.card import facts
+from packager.card import facts, markdown
 from packager.card.metadata import metadata
-from packager.compatibility import Verdict
 from packager.errors import CardError
+from packager.model.compatibility import Verdict
 from packager.receipt import Provenance
 from packager.recipe import Recipe
 from packager.variant import MAIN

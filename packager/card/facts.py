@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from packager.compatibility import LOADERS, Verdict
+from packager.model.compatibility import LOADERS, Verdict
 from packager.receipt import LoaderRecord, Provenance
 from packager.recipe import Recipe
 from packager.variant import Place

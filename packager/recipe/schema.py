@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from packager.files import write_atomic
 from packager.recipe import Recipe
+from packager.system.files import write_atomic
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from packager.architecture import Architecture, LinearSpec, read_architecture
 from packager.errors import PlanError
+from packager.model.architecture import Architecture, LinearSpec, read_architecture
 from packager.recipe.draft import Draft, Loc, State, name_of
 from packager.recipe.paths import locate, path_problem
 from packager.recipe.yaml import Finding, Position, Scalar, shown

@@ -1,0 +1,181 @@
+"""The plan for people, as tables, and for machines, as JSON with exact integers."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+
+from rich import box
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+from rich.text import Text
+
+from packager.model.compatibility import LOADERS, Verdict
+from packager.pipeline.plan import BuildPlan, VariantPlan
+from packager.quantize.memory import SweepPlan
+
+_LOADERS_TITLE = "What loads them (predicted from parameters and shapes)"
+_FLEXIBLE = ("Branch", "For")
+_FP16_BYTES = 2
+_TITLES = {loader.name: loader.title for loader in LOADERS}
+
+
+def gigabytes(size_bytes: int) -> str:
+    """Return a size in GB (10^9 bytes) with two decimals, as the Hub shows it."""
+    return f"{size_bytes / 1e9:.2f}"
+
+
+def print_plan(plan: BuildPlan, console: Console) -> None:
+    """Print the branches, what loads them and why not, and the memory and disk a build needs."""
+    architecture = plan.architecture
+    _line(
+        console,
+        f"{plan.recipe.repository.id} from {plan.recipe.base_model.id}: {architecture.model_type}, "
+        f"{architecture.num_parameters:,} parameters in {architecture.dtype}, {architecture.num_blocks} blocks, "
+        f"calibrated on {plan.calibration_tokens:,} tokens",
+    )
+    console.print(_branch_table(plan))
+    _line(console, f"To run: weights and the keys and values of {plan.context_tokens} tokens, nothing else.")
+    if any(len(planned.shards) > 1 for planned in plan.variants):
+        counts = (f"{planned.variant.branch} {len(planned.shards)}" for planned in plan.variants)
+        _line(console, f"Weights files: {', '.join(counts)}.")
+    _print_loaders(plan, console)
+    for text in [*_reasons(plan.variants), *_engine_notes(plan)]:
+        _line(console, text)
+    console.print(_needs_table(plan))
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(title: str, *columns: str, numbers: Iterable[int] = ()) -> Table:
+    """Return an empty table; where the terminal is narrow, only names and texts go over several lines."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    right = set(numbers)
+    for index, column in enumerate(columns):
+        justify: JustifyMethod = "right" if index in right else "left"
+        table.add_column(column, justify=justify, no_wrap=column not in _FLEXIBLE, overflow="fold")
+    return table
+
+
+def _branch_table(plan: BuildPlan) -> Table:
+    columns = ["Branch", "Bits", "Group\nsize", "Act\norder", "Size,\nGB", "Bytes", "To run,\nGB"]
+    foreign = [planned for planned in plan.variants if planned.variant.engine != "native"]
+    table = _table("Branches", *columns, *(["Engine"] if foreign else []), numbers=(1, 2, 4, 5, 6))
+    for planned in plan.variants:
+        variant = planned.variant
+        table.add_row(
+            Text(variant.branch),
+            str(variant.bits),
+            str(variant.group_size),
+            str(variant.desc_act),
+            gigabytes(planned.weights_bytes),
+            f"{planned.weights_bytes:,}",
+            gigabytes(plan.run_bytes(planned)),
+            *([variant.engine] if foreign else []),
+        )
+    return table
+
+
+def _engine_notes(plan: BuildPlan) -> list[str]:
+    """Return what the memory table does not say: it counts with our own engine."""
+    branches = [planned.variant.branch for planned in plan.variants if planned.variant.engine == "auto-gptq"]
+    if not branches:
+        return []
+    host = gigabytes(2 * _FP16_BYTES * plan.architecture.num_parameters)
+    return [
+        f"note: engine auto-gptq makes {', '.join(branches)} one after the other, on CUDA only, with the whole model "
+        f"in host memory (up to {host} GB while it is read); the memory below is that of engine native"
+    ]
+
+
+def _print_loaders(plan: BuildPlan, console: Console) -> None:
+    """Print who loads what: a table where the terminal is wide enough for it, else a line per branch."""
+    table = _table(_LOADERS_TITLE, "Branch", *(loader.title.replace(" ", "\n") for loader in LOADERS))
+    for planned in plan.variants:
+        answers = ("yes" if verdict.can_load else "no" for verdict in planned.verdicts)
+        table.add_row(Text(planned.variant.branch), *answers)
+    if console.measure(table, options=console.options.update(width=1000)).maximum <= console.width:
+        console.print(table)
+        return
+    _line(console, _LOADERS_TITLE)
+    for planned in plan.variants:
+        lists = [", ".join(_titles(planned, can_load=can_load)) for can_load in (True, False)]
+        refused = f"; refused by {lists[1]}" if lists[1] else ""
+        _line(console, f"{planned.variant.branch}: loaded by {lists[0] or 'nothing'}{refused}")
+
+
+def _titles(planned: VariantPlan, *, can_load: bool) -> list[str]:
+    return [_TITLES[verdict.loader] for verdict in planned.verdicts if verdict.can_load is can_load]
+
+
+def _reasons(planned: tuple[VariantPlan, ...]) -> list[str]:
+    """Return one line per loader and reason, with the branches it holds for: refusals first."""
+    branches: dict[Verdict, list[str]] = {}
+    for plan in planned:
+        for verdict in plan.verdicts:
+            if verdict.reason:
+                branches.setdefault(verdict, []).append(plan.variant.branch)
+    return [
+        f"{'note' if verdict.can_load else 'no'}: {_TITLES[verdict.loader]}"
+        f"{'' if len(names) == len(planned) else ' for ' + ', '.join(names)}: {verdict.reason}"
+        for verdict, names in sorted(branches.items(), key=lambda item: item[0].can_load)
+    ]
+
+
+def _needs_table(plan: BuildPlan) -> Table:
+    memory, disk = plan.memory, plan.disk
+    table = _table("What a build needs", "Where", "GB", "For", numbers=(1,))
+    for where, size_bytes, purpose in (
+        ("GPU memory", memory.fastest.device_bytes, "everything on the GPU (estimated, without the CUDA context)"),
+        ("", memory.full_speed.device_bytes, f"as fast, with {_host(memory.full_speed)}"),
+        ("", memory.least.device_bytes, f"least, up to twice as long, with {_host(memory.least)}"),
+        ("host memory", memory.cpu.device_bytes, "without a GPU"),
+        ("disk", disk.total_bytes, "everything below"),
+        ("", disk.source_bytes, "download of the base model"),
+        ("", disk.builds_bytes, "checkpoint folders, finished blocks included"),
+        ("", disk.publish_bytes, "a local publishing target"),
+    ):
+        table.add_row(where, gigabytes(size_bytes), purpose)
+    return table
+
+
+def _host(way: SweepPlan) -> str:
+    return f"{gigabytes(way.host_bytes)} GB of host memory"
+
+
+def plan_json(plan: BuildPlan) -> dict[str, object]:
+    """Return the plan as JSON values: sizes in bytes, verdicts with reasons, tensors left out."""
+    architecture = plan.architecture
+    return {
+        "schema_version": 1,
+        "repository": plan.recipe.repository.id,
+        "recipe_digest": plan.recipe.digest(),
+        "base_model": {
+            "id": plan.recipe.base_model.id,
+            "revision": plan.recipe.base_model.revision,
+            "model_type": architecture.model_type,
+            "dtype": architecture.dtype,
+            "num_parameters": architecture.num_parameters,
+            "num_blocks": architecture.num_blocks,
+            "size_bytes": architecture.base_bytes,
+        },
+        "calibration_tokens": plan.calibration_tokens,
+        "context_tokens": plan.context_tokens,
+        "variants": [_variant_json(plan, planned) for planned in plan.variants],
+        "memory": asdict(plan.memory),
+        "disk": {**asdict(plan.disk), "total_bytes": plan.disk.total_bytes},
+    }
+
+
+def _variant_json(plan: BuildPlan, planned: VariantPlan) -> Mapping[str, object]:
+    return {
+        "branch": planned.variant.branch,
+        "parameters": planned.variant.parameters(),
+        "digest": planned.digest,
+        "description": planned.description,
+        "weights_bytes": planned.weights_bytes,
+        "tensor_bytes": planned.tensor_bytes,
+        "run_bytes": plan.run_bytes(planned),
+        "files": {shard.file_name: shard.size_bytes for shard in planned.shards},
+        "loaders": [asdict(verdict) for verdict in planned.verdicts],
+    }

@@ -1,0 +1,117 @@
+"""A publish plan and its report: for people, as a list of changes and a table; for machines, as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from packager.prove.audit.finding import printable
+from packager.publish.branches import BranchOutcome, PublishReport
+from packager.publish.plan import BranchPlan, FileChange, PublishPlan, plan_line
+from packager.system.text import format_bytes
+
+_SHOWN_FILES = 12
+_STYLES = {"+": "green", "~": "yellow", "-": "red", " ": ""}
+_SIGNS = {"create": "+", "update": "~", "unchanged": " "}
+_DONE = {"create": "created", "update": "updated", "unchanged": "unchanged"}
+
+
+def print_plan(plan: PublishPlan, console: Console) -> None:
+    """Print what publishing will do: every branch in publishing order, and below it every file that changes."""
+    print_line(console, f"To publish in {plan.where}:\n")
+    width = max(len(entry.branch) for entry in plan.branches)
+    for entry in plan.branches:
+        print_line(console, f"{_headline(entry, width)}", _SIGNS[entry.action])
+        for sign, line in change_lines(entry.added, entry.changed, entry.removed):
+            print_line(console, f"    {line}", sign)
+        if entry.parent and entry.foreign_author:
+            print_line(console, f"    on top of {entry.parent[:12]} by {printable(entry.foreign_author)}")
+    for line in plan.closing:
+        print_line(console, f"+ {line}", "+")
+    print_line(console, "")
+    _print_left_alone(plan, console)
+
+
+def print_report(report: PublishReport, console: Console) -> None:
+    """Print what publishing did, one row per branch; after a dry run, what it would do."""
+    if report.dry_run:
+        print_plan(report.plan, console)
+        print_line(console, plan_line(report.plan))
+        print_line(console, "dry run: nothing was written")
+        return
+    title = Text(f"Published in {report.plan.where}")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for heading in ("Branch", "Now", "Size", "Sent", "Commit"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading in ("Size", "Sent") else "left")
+    for outcome in report.outcomes:
+        plan, commit = outcome.plan, (outcome.commit or "")[:12]
+        sizes = (format_bytes(plan.total_bytes), format_bytes(plan.uploaded_bytes))
+        table.add_row(*(Text(cell) for cell in (plan.branch, _DONE[plan.action], *sizes, commit)))
+    console.print(table)
+    _print_left_alone(report.plan, console)
+
+
+def change_lines(
+    added: Sequence[FileChange], changed: Sequence[FileChange], removed: Sequence[FileChange]
+) -> Sequence[tuple[str, str]]:
+    """Return a line for every file that differs, with the sign it begins with; of many, for the largest."""
+    signed = [(sign, change) for sign, changes in (("+", added), ("~", changed), ("-", removed)) for change in changes]
+    largest = sorted(signed, key=lambda pair: -pair[1].size_bytes)[:_SHOWN_FILES]
+    shown = [pair for pair in signed if pair in largest]
+    width = max((len(change.name) for _, change in shown), default=0)
+    lines = [
+        (sign, f"{sign} {printable(change.name):<{width}}  {format_bytes(change.size_bytes):>9}")
+        for sign, change in shown
+    ]
+    rest = [change.size_bytes for sign, change in signed if (sign, change) not in shown]
+    return [*lines, (" ", f"  and {len(rest)} more, {format_bytes(sum(rest))}")] if rest else lines
+
+
+def print_line(console: Console, text: str, sign: str = " ") -> None:
+    """Print a line as it is, in the colour of its sign."""
+    console.print(text, style=_STYLES[sign], markup=False, highlight=False, soft_wrap=True)
+
+
+def _headline(plan: BranchPlan, width: int) -> str:
+    size = f"{plan.num_files} files, {format_bytes(plan.total_bytes)}"
+    there = f", {format_bytes(plan.present_bytes)} there already" if plan.present_bytes else ""
+    sending = f"; {format_bytes(plan.uploaded_bytes)} to send{there}" if plan.action != "unchanged" else ""
+    return f"{_SIGNS[plan.action]} {plan.branch:<{width}}  {plan.action}: {size}{sending}"
+
+
+def plan_json(plan: PublishPlan) -> dict[str, object]:
+    """Return the plan as values that `json` can write."""
+    return {
+        "where": plan.where,
+        "branches": [_branch_json(entry) for entry in plan.branches],
+        "left_alone": list(plan.left_alone),
+        "closing": list(plan.closing),
+        "written_bytes": plan.written_bytes,
+        "uploaded_bytes": plan.uploaded_bytes,
+    }
+
+
+def report_json(report: PublishReport) -> dict[str, object]:
+    """Return the report as values that `json` can write."""
+    return {
+        **plan_json(report.plan),
+        "dry_run": report.dry_run,
+        "branches": [_outcome_json(outcome) for outcome in report.outcomes],
+        "notes": list(report.notes),
+    }
+
+
+def _print_left_alone(plan: PublishPlan, console: Console) -> None:
+    if plan.left_alone:
+        print_line(console, f"left alone: {printable(', '.join(plan.left_alone))}")
+
+
+def _branch_json(plan: BranchPlan) -> dict[str, object]:
+    return {**asdict(plan), "written_bytes": plan.written_bytes, "uploaded_bytes": plan.uploaded_bytes}
+
+
+def _outcome_json(outcome: BranchOutcome) -> dict[str, object]:
+    return {**_branch_json(outcome.plan), "commit": outcome.commit, "seconds": round(outcome.seconds, 3)}

@@ -1,0 +1,95 @@
+"""A rollback's plan and report: for people, as a list of changes and a table; for machines, as JSON."""
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from packager.cli.publish_view import change_lines, print_line
+from packager.prove.audit.finding import printable
+from packager.publish.rollback import BranchRollback, RollbackPlan, RollbackReport
+from packager.publish.targets import CommitRecord
+from packager.variant import MAIN
+
+
+def print_plan(plan: RollbackPlan, console: Console) -> None:
+    """Print what a rollback will do: every branch in the order they are put back, and every file that changes."""
+    print_line(console, f"To put back in {plan.where}:\n")
+    width = max(len(entry.branch) for entry in plan.branches)
+    for entry in plan.branches:
+        _print_branch(entry, width, console)
+    print_line(console, "")
+    if plan.release:
+        when = f"{_date(plan.release)} UTC, when main became {_named(plan.release, MAIN)}"
+        print_line(console, f"the release goes back to what was there on {when}")
+
+
+def print_report(report: RollbackReport, console: Console) -> None:
+    """Print what a rollback did, one row per branch; after a dry run, what it would do."""
+    if report.dry_run:
+        print_plan(report.plan, console)
+        print_line(console, "dry run: nothing was written")
+        return
+    title = Text(f"Put back in {report.plan.where}")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for heading in ("Branch", "Now", "Holds", "Commit"):
+        table.add_column(heading, no_wrap=True)
+    for outcome in report.outcomes:
+        entry = outcome.plan
+        action = "put back" if entry.action == "restore" else entry.action
+        held = f"what {entry.to.commit[:12]} does" if entry.to else ""
+        table.add_row(*map(Text, (printable(entry.branch), action, held, outcome.commit[:12])))
+    console.print(table)
+    if not report.plan.changing:
+        print_line(console, "nothing to do")
+
+
+def plan_json(plan: RollbackPlan) -> dict[str, object]:
+    """Return the plan as values that `json` can write."""
+    return {
+        "where": plan.where,
+        "release": asdict(plan.release) if plan.release else None,
+        "branches": [_branch_json(entry) for entry in plan.branches],
+    }
+
+
+def report_json(report: RollbackReport) -> dict[str, object]:
+    """Return the report as values that `json` can write."""
+    return {
+        **plan_json(report.plan),
+        "dry_run": report.dry_run,
+        "branches": [
+            {**_branch_json(outcome.plan), "commit": outcome.commit, "seconds": round(outcome.seconds, 3)}
+            for outcome in report.outcomes
+        ],
+        "notes": list(report.notes),
+    }
+
+
+def _print_branch(entry: BranchRollback, width: int, console: Console) -> None:
+    sign = "~" if entry.action == "restore" else " "
+    to = f"to {_named(entry.to, entry.branch)}, {_date(entry.to)} UTC" if entry.to else ""
+    print_line(console, f"{sign} {printable(entry.branch):<{width}}  {entry.action}: {entry.reason or to}", sign)
+    if entry.action != "restore":
+        return
+    print_line(console, f"    in place of {_named(entry.head, entry.branch)}, {_date(entry.head)} UTC")
+    for mark, line in change_lines(entry.added, entry.changed, entry.removed):
+        print_line(console, f"    {line}", mark)
+
+
+def _named(record: CommitRecord, branch: str) -> str:
+    return f"{record.commit[:12]} ({printable(record.title.removeprefix(f'{branch}: '))})"
+
+
+def _date(record: CommitRecord) -> str:
+    try:
+        return datetime.fromtimestamp(record.time_s, UTC).strftime("%Y-%m-%d %H:%M")
+    except (OverflowError, OSError, ValueError):  # git keeps any number as a time
+        return f"@{record.time_s}"
+
+
+def _branch_json(entry: BranchRollback) -> dict[str, object]:
+    return {key: value for key, value in asdict(entry).items() if key != "files"}

@@ -1,0 +1,1 @@
+"""What a build reads: the base model and the texts."""

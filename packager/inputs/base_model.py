@@ -1,0 +1,347 @@
+"""Stage 3, source: the fp16 base model as files whose digests are known, never as a whole in memory.
+
+A local folder, or the Hub at a pinned commit. Only safetensors are read: a pickle can run code when it is opened.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from packager.errors import MachineError, SourceError
+from packager.model.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, read_architecture
+from packager.model.safetensors_file import StoredTensor, stored_tensors
+from packager.receipt import FileRecord, SourceRecord
+from packager.recipe import digest_of
+from packager.recipe.file import RecipeFile
+from packager.system.files import disk_errors, file_records
+
+if TYPE_CHECKING:
+    import torch
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.md", "*.jinja", "LICENSE*", "Notice*", "NOTICE*")
+# What a branch takes over from the base model besides its weights and config.json, when it is there.
+TOKENIZER_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceModel:
+    """A base model on disk.
+
+    Attributes:
+        folder: where its files are.
+        config: config.json.
+        architecture: its shapes.
+        record: identity and digests, for the receipts.
+        tensors: every tensor by name, with the place of its bytes; derived buffers left out.
+    """
+
+    folder: Path
+    config: Mapping[str, object]
+    architecture: Architecture
+    record: SourceRecord
+    tensors: Mapping[str, StoredTensor]
+
+    def read(self, name: str) -> "torch.Tensor":
+        """Return one tensor on the CPU in its stored dtype, read from disk now.
+
+        Raises:
+            SourceError: NaN or Inf outside the blocks; theirs are checked on the device, where it costs less.
+        """
+        tensor = read_tensor(self.tensors[name])
+        if not name.startswith(f"{BLOCK_PREFIX}.") and not bool(tensor.isfinite().all()):
+            raise SourceError("the weights contain NaN or Inf", where=name, hint="the base model is damaged")
+        return tensor
+
+
+def read_tensor(stored: StoredTensor) -> "torch.Tensor":
+    """Read a stored tensor's bytes into a new CPU tensor."""
+    import torch
+
+    dtypes = {
+        "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+        "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
+    }  # fmt: skip
+    # Not a bytearray: clearing one stops every other thread, among them the one that keeps a GPU busy.
+    data = torch.empty(stored.info.size_bytes, dtype=torch.uint8)
+    with stored.path.open("rb", buffering=0) as stream:
+        stream.seek(stored.offset)
+        view, done = data.numpy().data, 0
+        while done < len(view):  # an unbuffered read may give less than it was asked for
+            count = stream.readinto(view[done:])
+            if not count:
+                where = str(stored.path)
+                raise SourceError("a tensor's file ended early", where=where, why=f"reading {stored.info.name}")
+            done += count
+    return data.view(dtypes[stored.info.dtype]).reshape(stored.info.shape)
+
+
+def open_source(recipe_file: RecipeFile, report: Callable[[str], None]) -> SourceModel:
+    """Find the base model, fetching it from the Hub if needed, and check it against the recipe.
+
+    Args:
+        recipe_file: the recipe and where it lies.
+        report: told about downloads, one line each.
+
+    Raises:
+        SourceError: not there, gated, pickle only, truncated, or not what config.json and the recipe say.
+    """
+    base = recipe_file.recipe.base_model
+    folder = recipe_file.resolve(base.path) if base.path else _download(base.id, str(base.revision), report)
+    return read_source(folder, base_id=base.id, revision=base.revision, expected_config=_expected(recipe_file))
+
+
+def _expected(recipe_file: RecipeFile) -> Mapping[str, object] | None:
+    config = recipe_file.recipe.base_model.config
+    if config is None:
+        return None
+    expected: Mapping[str, object] = json.loads(recipe_file.resolve(config).read_text(encoding="utf-8"))
+    return expected
+
+
+def read_source(
+    folder: Path, *, base_id: str, revision: str | None = None, expected_config: Mapping[str, object] | None = None
+) -> SourceModel:
+    """Open a folder as a base model; every file is hashed and every safetensors header is checked.
+
+    Raises:
+        SourceError: see `open_source`.
+    """
+    config = read_config(folder)
+    architecture = read_architecture(config, str(folder / "config.json"))
+    if expected_config is not None:
+        expected = read_architecture(expected_config, "the recipe's copy of config.json")
+        if expected.tensors != architecture.tensors:
+            raise SourceError(
+                "the base model's config.json does not have the shapes of the recipe's copy",
+                where=str(folder / "config.json"),
+                hint="replace the copy named by base_model.config with the model's own config.json",
+            )
+    tensors = _read_tensors(folder, architecture)
+    files = {path.name: record for path, record in model_records(model_files(folder)).items()}
+    weights = {name: record for name, record in files.items() if name.endswith((".safetensors", "config.json"))}
+    record = SourceRecord(
+        id=base_id,
+        revision=revision,
+        digest=digest_of({name: entry.sha256 for name, entry in weights.items()} | _text_files(files)),
+        files=files,
+        dtype=_dtype_of(tensors),
+        num_parameters=architecture.num_parameters,
+    )
+    return SourceModel(folder=folder, config=config, architecture=architecture, record=record, tensors=tensors)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return what lies in a model's folder, sorted; hidden files are a file manager's or a download's."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+_known_records: dict[tuple[Path, int, int, int, int], FileRecord] = {}
+
+
+def model_records(paths: Iterable[Path]) -> dict[Path, FileRecord]:
+    """Return size and sha256 of files of a base model, in their order; each is hashed once in a process's life.
+
+    Which stages must run and what a receipt says of the model both follow from these digests, and a 13B model has
+    26 GB. A file whose size, times or inode changed since is hashed again.
+    """
+    keys = {}
+    for path in paths:
+        stat = path.stat()
+        keys[path] = (path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    new = file_records(path for path, key in keys.items() if key not in _known_records)
+    _known_records.update((keys[path], record) for path, record in new.items())
+    return {path: _known_records[key] for path, key in keys.items()}
+
+
+def _text_files(files: Mapping[str, FileRecord]) -> dict[str, str]:
+    return {name: files[name].sha256 for name in TOKENIZER_FILES if name in files}
+
+
+def _dtype_of(tensors: Mapping[str, StoredTensor]) -> str:
+    return ", ".join(sorted({stored.info.dtype for stored in tensors.values()}))
+
+
+def read_config(folder: Path) -> Mapping[str, object]:
+    """Return a model folder's config.json.
+
+    Raises:
+        SourceError: missing, or not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SourceError("this is not a model folder: config.json is missing", where=str(folder)) from error
+    except ValueError as error:
+        raise SourceError("config.json cannot be read", where=str(path), why=str(error)) from error
+    if not isinstance(config, dict):
+        raise SourceError("config.json is not a JSON object", where=str(path))
+    if config.get("quantization_config") is not None:
+        raise SourceError(
+            "the base model is already quantized", where=str(path), hint="name the fp16 model as base_model"
+        )
+    return config
+
+
+def _read_tensors(folder: Path, architecture: Architecture) -> dict[str, StoredTensor]:
+    paths = _weights_files(folder)
+    if not paths:
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        raise SourceError(
+            "no safetensors weights",
+            where=str(folder),
+            why=f"only pickles are there: {', '.join(pickles[:3])}" if pickles else "no weights at all",
+            hint="a pickle can run code when it is opened; name a revision with safetensors, or convert it first",
+        )
+    found: dict[str, StoredTensor] = {}
+    for path in paths:
+        for name, stored in stored_tensors(path).items():
+            if name in found:
+                raise SourceError(f"{name} is stored twice", where=f"{found[name].path.name} and {path.name}")
+            found[name] = stored
+    return _matched(found, architecture, folder)
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    """Return the files of the one weights set: those that the index names, else every safetensors file.
+
+    Raises:
+        SourceError: the index is damaged, or a shard is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError("the index of the weights cannot be read", where=str(index), why=str(error)) from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise SourceError(
+            f"{len(missing)} of {len(names)} weights files are missing",
+            where=str(folder),
+            why=", ".join(missing[:5]),
+            hint="copy or download them again",
+        )
+    return [folder / name for name in names]
+
+
+def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, folder: Path) -> dict[str, StoredTensor]:
+    expected = {tensor.name: tensor for tensor in architecture.tensors}
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected and not name.endswith(tuple(IGNORED_SUFFIXES))]
+    wrong = [
+        f"{name} is {list(found[name].info.shape)}, config.json means {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].info.shape != tensor.shape
+    ]
+    wrong += [
+        f"{name} is {found[name].info.dtype}, config.json means {tensor.dtype}"
+        for name, tensor in expected.items()
+        if name in found and found[name].info.dtype != tensor.dtype
+    ]
+    # A tied lm_head is sometimes stored all the same; the embedding is the one that counts.
+    extra = [name for name in extra if not (name == "lm_head.weight" and architecture.tie_word_embeddings)]
+    if missing or extra or wrong:
+        listed = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in extra] + wrong
+        more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+        raise SourceError(
+            "the weights are not what config.json describes",
+            where=str(folder),
+            why="; ".join(listed[:5]) + more,
+            hint="a shard may be missing: compare the folder with the model's page",
+        )
+    return {name: found[name] for name in expected}
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Translate what the Hub client raises while reading `what` into a SourceError with a hint."""
+    from huggingface_hub import errors as hub
+
+    # OSError and the HTTP library's own error, which is httpx's in client 1.x and httpx2's in 2.x.
+    transport = cast(tuple[type[Exception], ...], hub.HfHubHTTPError.__bases__)
+    failures: tuple[type[Exception], ...] = (*transport, hub.OfflineModeIsEnabled)
+    try:
+        yield
+    except hub.GatedRepoError as error:
+        raise SourceError(
+            f"{what} is gated",
+            why="the Hub wants an account that accepted its licence",
+            hint="accept the licence on the model's page, then `hf auth login` or set HF_TOKEN",
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise SourceError(
+            f"{what} has no such revision", hint="copy the full commit id from the Hub's history"
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise SourceError(
+            f"{what} is not on the Hub, or is private and no token is set", hint="check the id; `hf auth login`"
+        ) from error
+    except failures as error:
+        raise SourceError(
+            f"{what} could not be downloaded",
+            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            hint="run the same command again: what arrived is kept",
+        ) from error
+
+
+def access_problem(base_id: str) -> str:
+    """Return why a model on the Hub cannot be read from here (gated, private, no network), or "" when it can."""
+    import huggingface_hub
+
+    try:
+        with hub_errors(base_id):
+            huggingface_hub.HfApi().auth_check(base_id)
+    except SourceError as error:
+        return f"{error.what}: {error.why}" if error.why else error.what
+    return ""
+
+
+def _download(base_id: str, revision: str, report: Callable[[str], None]) -> Path:
+    """Fetch a model at a commit into the Hub's cache and compare it with the digests that the Hub states."""
+    import huggingface_hub
+
+    with hub_errors(f"{base_id} at {revision[:12]}"), disk_errors(Path("the Hub cache")):
+        info = huggingface_hub.HfApi().model_info(base_id, revision=revision, files_metadata=True)
+        siblings = info.siblings or []
+        if not any(sibling.rfilename.endswith(".safetensors") for sibling in siblings):
+            raise SourceError(
+                "the base model has no safetensors weights at this revision",
+                where=f"{base_id} at {revision}",
+                hint="a pickle can run code when it is opened; name a revision with safetensors",
+            )
+        report(f"fetching {base_id} at {revision[:12]} into the Hub cache")
+        folder = Path(huggingface_hub.snapshot_download(base_id, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
+    stated = {folder / sibling.rfilename: sibling.lfs.sha256 for sibling in siblings if sibling.lfs is not None}
+    for path, record in model_records(path for path in stated if path.exists()).items():
+        if record.sha256 != stated[path]:
+            raise SourceError(
+                "a downloaded file is damaged",
+                where=str(path),
+                why="its sha256 is not the one the Hub states",
+                hint="delete it and run the same command again",
+            )
+    return folder
+
+
+def check_disk(folder: Path, needed_bytes: int) -> None:
+    """Raise MachineError when the file system of `folder` has less than `needed_bytes` free."""
+    import shutil
+
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise MachineError(
+            "not enough free disk space",
+            where=str(folder),
+            why=f"{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
+            hint="free some space, or point --dist at another disk",
+        )

@@ -1,0 +1,358 @@
+"""The tensors of a decoder model, of its quantized checkpoint and of each weights file, from config.json alone.
+
+Shapes were read from transformers 5.23 (`modeling_{llama,mistral,qwen2,qwen3}.py`) and are compared with it by
+`tests/test_architecture.py`. A new family is one more entry of `FAMILIES`. No torch here: `plan` must stay fast.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from packager.errors import PlanError
+from packager.model.config_values import MOST_BLOCKS, ConfigReader, short
+from packager.model.safetensors_file import TensorInfo, predicted_bytes
+from packager.variant import Variant, num_groups
+
+# Buffers that old checkpoints store and every runtime derives again; a quantized branch leaves them out.
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+BLOCK_PREFIX = "model.layers"
+# Linears of a block in order; those of one row see the same input (and so share one Hessian).
+INPUT_GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+BLOCK_LINEARS = tuple(name for group in INPUT_GROUPS for name in group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What a model_type makes of the config keys that families do not share.
+
+    Attributes:
+        causal_lm: the only class of config.json's `architectures` whose tensor names we know.
+        qkv_bias: q_proj, k_proj and v_proj always have a bias.
+        attention_bias: `attention_bias` gives all four attention linears a bias (ignored by other families).
+        mlp_bias: `mlp_bias` gives the three linears of the MLP a bias (ignored by other families).
+        qk_norm: queries and keys have an RMSNorm of head_dim each.
+        kv_heads_optional: without `num_key_value_heads` there are as many as attention heads.
+        head_dim_required: head_dim is not hidden_size / num_attention_heads when it is left out.
+    """
+
+    causal_lm: str
+    qkv_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    kv_heads_optional: bool = False
+    head_dim_required: bool = False
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(causal_lm="LlamaForCausalLM", attention_bias=True, mlp_bias=True, kv_heads_optional=True),
+    "mistral": Family(causal_lm="MistralForCausalLM"),
+    "qwen2": Family(causal_lm="Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family(causal_lm="Qwen3ForCausalLM", attention_bias=True, qk_norm=True, head_dim_required=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSpec:
+    """One weight matrix [out_features, in_features] of a block; `name` like `model.layers.3.self_attn.q_proj`."""
+
+    name: str
+    block: int
+    in_features: int
+    out_features: int
+    bias: bool
+
+    @property
+    def local_name(self) -> str:
+        """The name inside its block, one of `BLOCK_LINEARS`."""
+        return self.name.removeprefix(f"{BLOCK_PREFIX}.{self.block}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A decoder model's shapes.
+
+    Attributes:
+        dtype: of every tensor of the base checkpoint, safetensors spelling: F16, BF16 or F32.
+        rope_type: of the rotary embedding: "default", "llama3", "yarn", ...
+        sliding_window: what config.json says, whether the family heeds it or not; None where it can never matter.
+        tensors: every tensor of the base checkpoint: embedding, blocks, norm, head (absent when tied).
+        linears: every linear that is quantized, block by block, in the order of `INPUT_GROUPS`.
+    """
+
+    model_type: str
+    dtype: str
+    num_blocks: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope_type: str
+    sliding_window: int | None
+    tensors: tuple[TensorInfo, ...]
+    linears: tuple[LinearSpec, ...]
+    block_prefix: str = BLOCK_PREFIX
+
+    @property
+    def scaled_rope(self) -> bool:
+        """Whether the rotary embedding is of another type than the plain one."""
+        return self.rope_type != "default"
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, a tied embedding counted once."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of all tensors of the base checkpoint."""
+        return sum(tensor.size_bytes for tensor in self.tensors)
+
+    @property
+    def block_linears(self) -> tuple[LinearSpec, ...]:
+        """The first block's linears; all blocks are alike."""
+        return self.linears[: len(BLOCK_LINEARS)]
+
+    @property
+    def group_shapes(self) -> tuple[tuple[int, int], ...]:
+        """For each of `INPUT_GROUPS`, the columns its linears share and all their output features together."""
+        block = {linear.local_name: linear for linear in self.block_linears}
+        return tuple(
+            (block[group[0]].in_features, sum(block[name].out_features for name in group)) for group in INPUT_GROUPS
+        )
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the fp16 keys and values that a runtime keeps for each token."""
+        return 2 * 2 * self.num_blocks * self.num_key_value_heads * self.head_dim
+
+
+def read_architecture(config: Mapping[str, object], where: str) -> Architecture:
+    """Derive every tensor of a model from its config.json.
+
+    Args:
+        config: the parsed config.json.
+        where: the file's name, for messages.
+
+    Raises:
+        PlanError: an unsupported model_type, or keys that are missing or make no sense; all are named at once.
+    """
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None or not isinstance(model_type, str):
+        raise PlanError(
+            f"model_type {short(model_type)} is not supported",
+            where=where,
+            why=f"the tensors of these are known: {', '.join(FAMILIES)}",
+            hint="a new family is one entry of FAMILIES in packager/model/architecture.py",
+        )
+    reader = ConfigReader(config)
+    architecture = _derive(reader, family, model_type)
+    problems = reader.problems or _contradictions(config, family, architecture)
+    if problems:
+        raise PlanError("config.json does not describe a model we can plan", where=where, why="; ".join(problems))
+    return architecture
+
+
+def _derive(reader: ConfigReader, family: Family, model_type: str) -> Architecture:
+    """Build the architecture; what is missing counts 1 and is left in `reader.problems`."""
+    heads, hidden = reader.size("num_attention_heads"), reader.size("hidden_size")
+    kv_heads_known = family.kv_heads_optional or "num_key_value_heads" in reader.values
+    kv_heads = reader.size("num_key_value_heads", heads if kv_heads_known else None)
+    head_dim = reader.size("head_dim", None if family.head_dim_required else max(hidden // heads, 1))
+    intermediate, num_blocks = reader.size("intermediate_size"), reader.size("num_hidden_layers", largest=MOST_BLOCKS)
+    shapes = _linear_shapes(hidden, intermediate, heads * head_dim, kv_heads * head_dim, _biases(family, reader))
+    linears = tuple(
+        LinearSpec(name=f"{BLOCK_PREFIX}.{block}.{name}", block=block, in_features=rows, out_features=cols, bias=bias)
+        for block in range(num_blocks)
+        for name, (rows, cols, bias) in shapes.items()
+    )
+    architecture = Architecture(
+        model_type=model_type,
+        dtype=reader.dtype(),
+        num_blocks=num_blocks,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=reader.size("vocab_size"),
+        max_position_embeddings=reader.size("max_position_embeddings"),
+        tie_word_embeddings=reader.flag("tie_word_embeddings"),
+        rope_type=reader.rope_type(),
+        sliding_window=reader.sliding_window(),
+        tensors=(),
+        linears=linears,
+    )
+    return replace(architecture, tensors=tuple(_base_tensors(architecture, qk_norm=family.qk_norm)))
+
+
+def _contradictions(config: Mapping[str, object], family: Family, architecture: Architecture) -> list[str]:
+    """Return what is wrong with values that are well formed one by one."""
+    problems = []
+    classes = config.get("architectures")
+    if classes is not None and classes != [family.causal_lm]:
+        problems.append(f'architectures is {short(classes)}, expected ["{family.causal_lm}"]')
+    if config.get("quantization_config") is not None:
+        problems.append("quantization_config is there: the base model is already quantized")
+    heads, kv_heads = architecture.num_attention_heads, architecture.num_key_value_heads
+    if heads % kv_heads:
+        problems.append(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
+    if config.get("head_dim") is None and architecture.hidden_size % heads:
+        problems.append(f"num_attention_heads {heads} does not divide hidden_size {architecture.hidden_size}")
+    elif architecture.head_dim % 2:
+        problems.append(f"head_dim {architecture.head_dim} is odd: a rotary embedding turns pairs")
+    return problems
+
+
+def _biases(family: Family, reader: ConfigReader) -> tuple[bool, bool, bool]:
+    """Return whether q, k, v, then o, then the MLP have biases."""
+    attention = family.attention_bias and reader.flag("attention_bias")
+    return family.qkv_bias or attention, attention, family.mlp_bias and reader.flag("mlp_bias")
+
+
+def _linear_shapes(
+    hidden: int, intermediate: int, queries: int, keys: int, biases: tuple[bool, bool, bool]
+) -> dict[str, tuple[int, int, bool]]:
+    """Return (in_features, out_features, bias) of every linear of a block, in the order of `BLOCK_LINEARS`."""
+    qkv_bias, o_bias, mlp_bias = biases
+    shapes = (
+        (hidden, queries, qkv_bias),
+        (hidden, keys, qkv_bias),
+        (hidden, keys, qkv_bias),
+        (queries, hidden, o_bias),
+        (hidden, intermediate, mlp_bias),
+        (hidden, intermediate, mlp_bias),
+        (intermediate, hidden, mlp_bias),
+    )
+    return dict(zip(BLOCK_LINEARS, shapes, strict=True))
+
+
+def _base_tensors(architecture: Architecture, *, qk_norm: bool) -> Iterator[TensorInfo]:
+    """Yield every tensor of the base checkpoint in the order of `Architecture.tensors`."""
+    hidden, vocab_size = architecture.hidden_size, architecture.vocab_size
+
+    def tensor(name: str, *shape: int) -> TensorInfo:
+        return TensorInfo(name=name, dtype=architecture.dtype, shape=shape)
+
+    yield tensor("model.embed_tokens.weight", vocab_size, hidden)
+    for block, members in groupby(architecture.linears, key=lambda linear: linear.block):
+        prefix = f"{BLOCK_PREFIX}.{block}"
+        for linear in members:
+            yield tensor(f"{linear.name}.weight", linear.out_features, linear.in_features)
+            if linear.bias:
+                yield tensor(f"{linear.name}.bias", linear.out_features)
+        if qk_norm:
+            yield tensor(f"{prefix}.self_attn.q_norm.weight", architecture.head_dim)
+            yield tensor(f"{prefix}.self_attn.k_norm.weight", architecture.head_dim)
+        yield tensor(f"{prefix}.input_layernorm.weight", hidden)
+        yield tensor(f"{prefix}.post_attention_layernorm.weight", hidden)
+    yield tensor("model.norm.weight", hidden)
+    if not architecture.tie_word_embeddings:
+        yield tensor("lm_head.weight", vocab_size, hidden)
+
+
+def quantized_tensors(linear: LinearSpec, *, bits: int, group_size: int) -> tuple[TensorInfo, ...]:
+    """Return the tensors that replace a linear's weight and bias (FORMAT.md, "Tensors of a quantized linear")."""
+    rows, columns = linear.in_features, linear.out_features
+    groups = num_groups(rows, group_size)
+    stored = [
+        TensorInfo(name=f"{linear.name}.qweight", dtype="I32", shape=(rows * bits // 32, columns)),
+        TensorInfo(name=f"{linear.name}.qzeros", dtype="I32", shape=(groups, columns * bits // 32)),
+        TensorInfo(name=f"{linear.name}.scales", dtype="F16", shape=(groups, columns)),
+        TensorInfo(name=f"{linear.name}.g_idx", dtype="I32", shape=(rows,)),
+    ]
+    if linear.bias:
+        stored.append(TensorInfo(name=f"{linear.name}.bias", dtype="F16", shape=(columns,)))
+    return tuple(stored)
+
+
+def checkpoint_tensors(architecture: Architecture, variant: Variant) -> tuple[TensorInfo, ...]:
+    """Return every tensor of a variant's checkpoint in the base checkpoint's order.
+
+    Linears become qweight, qzeros, scales, g_idx (and bias in F16 where the base has one); the rest keeps the base
+    model's dtype; lm_head is not quantized.
+    """
+    linears = {linear.name: linear for linear in architecture.linears}
+    tensors: list[TensorInfo] = []
+    for tensor in architecture.tensors:
+        module, _, kind = tensor.name.rpartition(".")
+        if module not in linears:
+            tensors.append(tensor)
+        elif kind == "weight":
+            tensors.extend(quantized_tensors(linears[module], bits=variant.bits, group_size=variant.group_size))
+    return tuple(tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One weights file: its name, its tensors and its exact size, header included."""
+
+    file_name: str
+    tensors: tuple[TensorInfo, ...]
+    size_bytes: int
+
+
+def split_shards(tensors: Iterable[TensorInfo], max_shard_bytes: int, weights_name: str) -> tuple[Shard, ...]:
+    """Distribute tensors over files of at most `max_shard_bytes`, in order, the tensors of one module together.
+
+    Args:
+        tensors: in the order of `checkpoint_tensors`; a module's tensors follow each other.
+        max_shard_bytes: largest file, header included.
+        weights_name: `model` gives model.safetensors, or model-00001-of-00003.safetensors and so on.
+
+    Raises:
+        PlanError: a module is larger than `max_shard_bytes`.
+    """
+    empty = filled = predicted_bytes(()) + 8
+    longest_offsets = 2 * len(str(max_shard_bytes))
+    parts: list[list[TensorInfo]] = [[]]
+    for module, members in groupby(tensors, key=lambda tensor: tensor.name.rpartition(".")[0]):
+        group = list(members)
+        # A header entry has at most 50 characters besides name, shape and offsets: a file can only be smaller.
+        entries = sum(50 + len(json.dumps(t.name)) + len(str(t.shape)) + longest_offsets for t in group)
+        needed = entries + sum(tensor.size_bytes for tensor in group)
+        if empty + needed > max_shard_bytes:
+            raise PlanError(
+                f"{module} does not fit into one weights file",
+                where="checkpoint.max_shard_bytes",
+                why=f"its tensors need a file of {empty + needed} bytes, the limit is {max_shard_bytes}",
+                hint="raise checkpoint.max_shard_bytes",
+            )
+        if filled + needed > max_shard_bytes:
+            parts.append([])
+            filled = empty
+        parts[-1].extend(group)
+        filled += needed
+    return tuple(
+        Shard(
+            file_name=_file_name(weights_name, number, len(parts)),
+            tensors=tuple(part),
+            size_bytes=predicted_bytes(part),
+        )
+        for number, part in enumerate(parts, start=1)
+    )
+
+
+def _file_name(weights_name: str, number: int, count: int) -> str:
+    return f"{weights_name}.safetensors" if count == 1 else f"{weights_name}-{number:05d}-of-{count:05d}.safetensors"
+
+
+def shard_index(shards: Sequence[Shard]) -> bytes:
+    """Return the content of `<weights_name>.safetensors.index.json`: the total size and each tensor's file."""
+    content = {
+        "metadata": {"total_size": sum(tensor.size_bytes for shard in shards for tensor in shard.tensors)},
+        "weight_map": {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors},
+    }
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,233 @@
+"""What each runtime makes of a variant, judged from parameters and shapes alone.
+
+One row of `LOADERS` per row of FORMAT.md's loader table: `refuses` are the runtime's own checks, `traps` what a reader
+must know although it loads. A verdict is a prediction: `verify` opens the files, and only that is called proven.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from packager.model.architecture import Architecture
+from packager.variant import Variant
+
+# Returns the finding in a few words, or "" when there is nothing to say.
+Check = Callable[[Variant, Architecture], str]
+
+MARLIN_BITS = (4, 8)
+MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
+AUTOGPTQ_FAMILIES = ("llama", "mistral", "qwen2")
+TENSOR_PARALLEL_SIZES = (2, 4, 8)
+# Linears whose input columns are divided among the GPUs.
+ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether a loader can open a variant: the reasons why not, or what to mind (may be "") when it can."""
+
+    loader: str
+    can_load: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """One runtime: its name in recipes and receipts, its name for people, and what is known of it."""
+
+    name: str
+    title: str
+    refuses: tuple[Check, ...] = ()
+    traps: tuple[Check, ...] = ()
+
+    def verdict(self, variant: Variant, architecture: Architecture) -> Verdict:
+        """Apply every check and report all that found something."""
+        refusals = _found(self.refuses, variant, architecture)
+        return Verdict(
+            loader=self.name,
+            can_load=not refusals,
+            reason=refusals or _found(self.traps, variant, architecture),
+        )
+
+
+def _found(checks: tuple[Check, ...], variant: Variant, architecture: Architecture) -> str:
+    return "; ".join(filter(None, (check(variant, architecture) for check in checks)))
+
+
+def _bits(*known: int) -> Check:
+    words = ", ".join(map(str, known))
+    return lambda variant, _: "" if variant.bits in known else f"reads {words} bits only"
+
+
+def _group_sizes(*known: int) -> Check:
+    words = ", ".join(map(str, known))
+    return lambda variant, _: "" if variant.group_size in known else f"reads group sizes {words} only"
+
+
+def _families(*known: str) -> Check:
+    words = ", ".join(known)
+    return lambda _, architecture: "" if architecture.model_type in known else f"knows {words} only"
+
+
+def _note(text: str) -> Check:
+    return lambda _variant, _architecture: text
+
+
+def _symmetric_only(variant: Variant, _: Architecture) -> str:
+    return "" if variant.sym else "reads symmetric checkpoints only"
+
+
+def _power_of_two_groups(variant: Variant, _: Architecture) -> str:
+    size = variant.group_size
+    return "" if size == -1 or size & (size - 1) == 0 else "rounds the group size up to a power of two, without a word"
+
+
+def _out_features_multiple(divisor: int) -> Check:
+    def check(_: Variant, architecture: Architecture) -> str:
+        odd = [linear for linear in architecture.block_linears if linear.out_features % divisor]
+        return f"{odd[0].local_name} has {odd[0].out_features} rows, not a multiple of {divisor}" if odd else ""
+
+    return check
+
+
+def _transformers_4_40(_: Variant, architecture: Architecture) -> str:
+    """Return what transformers 4.40.2, with which AutoGPTQ 0.7.1 runs, does not know."""
+    family = architecture.model_type
+    known = ("default", "linear", "dynamic") if family == "llama" else ("default",)
+    found = []
+    if family in AUTOGPTQ_FAMILIES and architecture.rope_type not in known:
+        found.append(f"knows no rotary embedding of type {architecture.rope_type} (transformers 4.40)")
+    if architecture.head_dim * architecture.num_attention_heads != architecture.hidden_size:
+        found.append("takes head_dim to be hidden_size / num_attention_heads (transformers 4.40)")
+    return "; ".join(found)
+
+
+def _transformers_4_40_window(_: Variant, architecture: Architecture) -> str:
+    """Return from where on it computes something else: its mask is a token too wide, Qwen2's also where it is off."""
+    if architecture.sliding_window is None or architecture.model_type not in ("mistral", "qwen2"):
+        return ""
+    return f"past {architecture.sliding_window} tokens its sliding window is not the model's (transformers 4.40)"
+
+
+def _autogptq_head(_: Variant, architecture: Architecture) -> str:
+    if architecture.tie_word_embeddings:
+        return "with tied embeddings it computes with a head that it never loaded"
+    return ""
+
+
+def _exllama_shapes(_: Variant, architecture: Architecture) -> str:
+    """Return what ExLlama v1 (3b013cd, model.py) takes for granted and this model has otherwise."""
+    if architecture.tie_word_embeddings:
+        return "needs lm_head.weight, which a model with tied embeddings does not store"
+    if any(linear.bias for linear in architecture.block_linears):
+        return "drops biases without a word"
+    if architecture.head_dim * architecture.num_attention_heads != architecture.hidden_size:
+        return "takes head_dim to be hidden_size / num_attention_heads"
+    return "ignores rope_scaling without a word" if architecture.scaled_rope else ""
+
+
+def _gptq_for_llama_kernel(variant: Variant, _: Architecture) -> str:
+    if variant.bits == 3 and variant.desc_act and variant.group_size != -1:
+        return "its CUDA branch has no act order with groups, its Triton branch has no 3 bits"
+    return ""
+
+
+def _gptq_for_llama_branch(variant: Variant, _: Architecture) -> str:
+    if variant.bits == 3:
+        return "CUDA branch only"
+    return "Triton branch only" if variant.desc_act and variant.group_size != -1 else ""
+
+
+def _tensor_parallel_limit(variant: Variant, architecture: Architecture) -> str:
+    """Return the smallest number of GPUs over which a row-parallel linear cannot be split into whole groups."""
+    group = max(variant.group_size, 1)
+    for size in TENSOR_PARALLEL_SIZES:
+        for linear in architecture.block_linears:
+            if linear.local_name in ROW_PARALLEL and linear.in_features % (size * group):
+                return (
+                    f"tensor parallel {size} fails: {linear.local_name} has {linear.in_features} / {size} = "
+                    f"{linear.in_features / size:g} columns on each GPU, not a multiple of {group}"
+                )
+    return ""
+
+
+def _marlin_fits(variant: Variant) -> bool:
+    return variant.sym and variant.bits in MARLIN_BITS and variant.group_size in MARLIN_GROUP_SIZES
+
+
+def _sglang_kernel(variant: Variant, _: Architecture) -> str:
+    return "" if _marlin_fits(variant) else "without Marlin: the slower GPTQ kernel, in float16 only"
+
+
+def _tgi_kernel(variant: Variant, _: Architecture) -> str:
+    if _marlin_fits(variant) or (variant.bits == 4 and not variant.desc_act):
+        return ""
+    return "neither Marlin nor ExLlama fits: the slower Triton kernel"
+
+
+LOADERS: tuple[Loader, ...] = (
+    Loader(
+        name="autogptq",
+        title="AutoGPTQ 0.7.1",
+        refuses=(
+            _bits(2, 3, 4, 8),
+            _families(*AUTOGPTQ_FAMILIES),
+            _transformers_4_40,
+            _autogptq_head,
+        ),
+        traps=(_note("needs transformers 4.40; its import breaks on later ones"), _transformers_4_40_window),
+    ),
+    Loader(
+        name="exllama",
+        title="ExLlama v1",
+        refuses=(_bits(4), _families("llama"), _exllama_shapes),
+        traps=(_note("needs tokenizer.model"),),
+    ),
+    Loader(
+        name="exllamav2",
+        title="ExLlamaV2 0.3.2",
+        refuses=(_bits(4), _power_of_two_groups),
+        traps=(_note("needs CUDA; without flash-attn set config.no_sdpa = True or its prompt pass is wrong"),),
+    ),
+    Loader(
+        name="gptq-for-llama",
+        title="GPTQ-for-LLaMa",
+        refuses=(_bits(2, 3, 4, 8), _families("llama"), _gptq_for_llama_kernel),
+        traps=(_gptq_for_llama_branch,),
+    ),
+    Loader(
+        name="transformers",
+        title="transformers 5",
+        refuses=(_bits(2, 3, 4, 8),),
+        traps=(_note("through gptqmodel and optimum"),),
+    ),
+    Loader(
+        name="gptqmodel-marlin",
+        title="GPTQModel 7.7 (Marlin)",
+        refuses=(
+            _bits(*MARLIN_BITS),
+            _group_sizes(*MARLIN_GROUP_SIZES),
+            _symmetric_only,
+            _out_features_multiple(64),
+        ),
+        traps=(_note("needs CUDA with compute capability 8.0"),),
+    ),
+    Loader(
+        name="vllm",
+        title="vLLM",
+        refuses=(_bits(*MARLIN_BITS), _group_sizes(*MARLIN_GROUP_SIZES), _symmetric_only),
+        traps=(_tensor_parallel_limit,),
+    ),
+    Loader(name="sglang", title="SGLang", refuses=(_bits(2, 3, 4, 8),), traps=(_sglang_kernel,)),
+    Loader(
+        name="tgi",
+        title="TGI",
+        # Its router does not know qwen3: text-generation-inference#3199, open.
+        refuses=(_bits(2, 4, 8), _families("llama", "mistral", "qwen2")),
+        traps=(_tgi_kernel,),
+    ),
+)
+
+
+def verdicts(variant: Variant, architecture: Architecture) -> tuple[Verdict, ...]:
+    """Return one verdict per loader, in the order of `LOADERS`."""
+    return tuple(loader.verdict(variant, architecture) for loader in LOADERS)

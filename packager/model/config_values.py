@@ -1,0 +1,69 @@
+"""Values of a base model's config.json, read with their types; every problem met is remembered, not raised."""
+
+import json
+from collections.abc import Mapping
+
+from packager.model.rope import rope_type
+
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+MOST_BLOCKS = 1000  # beyond are typing errors, as beyond _LARGEST, and planning them would take for ever
+_LARGEST = 1 << 24
+
+
+class ConfigReader:
+    """Read typed values from config.json and remember every problem met."""
+
+    def __init__(self, config: Mapping[str, object]) -> None:
+        self.values = config
+        self.problems: list[str] = []
+
+    def size(self, key: str, default: int | None = None, *, largest: int = _LARGEST) -> int:
+        """Return a positive integer; `default` when it is absent or null, a problem when there is no default."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if value is None:
+            self.problems.append(f"{key} is missing")
+        elif not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+            self.problems.append(f"{key} is {short(value)}, expected an integer from 1 to {largest}")
+        else:
+            return value
+        return 1
+
+    def flag(self, key: str) -> bool:
+        """Return a boolean; absent or null is False, the default of every family here."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            self.problems.append(f"{key} is {short(value)}, expected true or false")
+        return value is True
+
+    def dtype(self) -> str:
+        """Return the checkpoint's dtype from `torch_dtype` (transformers 4) or `dtype` (transformers 5)."""
+        given = [self.values[key] for key in ("torch_dtype", "dtype") if self.values.get(key) is not None]
+        if not given:
+            self.problems.append("torch_dtype (or dtype) is missing")
+        elif given[0] != given[-1]:
+            self.problems.append(f"torch_dtype and dtype disagree: {short(given[0])} and {short(given[-1])}")
+        elif not isinstance(given[0], str) or given[0] not in DTYPES:
+            self.problems.append(f"torch_dtype is {short(given[0])}, expected one of {', '.join(DTYPES)}")
+        else:
+            return DTYPES[given[0]]
+        return "F16"
+
+    def rope_type(self) -> str:
+        """Return the rotary embedding's type, "default" for a plain one."""
+        for key in ("rope_scaling", "rope_parameters"):
+            rope = self.values.get(key)
+            if rope is not None and not isinstance(rope, Mapping):
+                self.problems.append(f"{key} is {short(rope)}, expected an object or null")
+        return rope_type(self.values)
+
+    def sliding_window(self) -> int | None:
+        """Return the window unless all that the model was made for fits into it."""
+        window, longest = self.values.get("sliding_window"), self.values.get("max_position_embeddings")
+        return window if isinstance(window, int) and isinstance(longest, int) and window < longest else None
+
+
+def short(value: object) -> str:
+    """Return a value as it stands in the file, cut to a readable length."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,1 @@
+"""The flow: the plan, its stages, what is done, where it lies, and a release run."""

@@ -1,0 +1,235 @@
+"""A build under way: which stages are done with the present inputs, and the values that several stages share.
+
+Each stage leaves its result in `dist/` with a digest of everything that went into it. A stage whose digest is
+unchanged is not run again; that decision needs neither torch nor a network.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from packager.errors import MachineError
+from packager.inputs.base_model import model_files, model_records
+from packager.pipeline.pack import is_packed
+from packager.pipeline.plan import VariantPlan, make_plan
+from packager.pipeline.workspace import PROVENANCE, README, Workspace, check_folder
+from packager.prove.loaders import ISOLATED, LOADERS
+from packager.receipt import Receipt
+from packager.recipe import digest_of
+from packager.recipe.file import RecipeFile
+from packager.system.files import sha256_file
+from packager.system.parallel import in_parallel
+from packager.system.terminal import Terminal
+from packager.system.text import format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from packager.inputs.base_model import SourceModel
+    from packager.inputs.texts import TextSets
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+StageName = Literal["weights", "evaluate", "verify"]
+_LONG_TO_HASH_BYTES = 2_000_000_000
+STAGES: tuple[StageName, ...] = ("weights", "evaluate", "verify")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line says of where and how.
+
+    Attributes:
+        dist: output folder.
+        cache: where loader environments are kept.
+        device: where to compute.
+        environ: the process environment, for the loaders' processes.
+        gpu_memory_bytes: how much of each GPU quantizing may use; None for what is free.
+    """
+
+    dist: Path
+    cache: Path
+    device: DeviceChoice
+    environ: Mapping[str, str]
+    gpu_memory_bytes: int | None = None
+
+
+class Build:
+    """A build under way: what is done, what is missing, and the values that several stages share."""
+
+    def __init__(self, recipe_file: RecipeFile, options: Options, terminal: Terminal) -> None:
+        self.recipe_file = recipe_file
+        self.recipe = recipe_file.recipe
+        self.options = options
+        self.terminal = terminal
+        self.plan = make_plan(recipe_file)
+        self.workspace = Workspace(dist=options.dist, repository=self.recipe.repository.id)
+        self.keys = {plan.variant.branch: stage_keys(recipe_file, plan) for plan in self.plan.variants}
+        self.receipts: dict[str, Receipt] = {}
+        self._source: SourceModel | None = None
+        self._texts: TextSets | None = None
+        self._device: torch.device | None = None
+
+    def missing(self, stage: StageName) -> tuple[VariantPlan, ...]:
+        """Return the variants for which a stage has not been done with the present inputs."""
+        return tuple(
+            plan
+            for plan in self.plan.variants
+            if (receipt := self.receipts.get(plan.variant.branch)) is None
+            or receipt.stages.get(stage) != self.keys[plan.variant.branch][stage]
+        )
+
+    def read_receipts(self) -> None:
+        """Take over what an earlier run finished; its folders must be as it left them."""
+        size_bytes = sum(_bytes_in(self.workspace.folder(plan.variant.branch)) for plan in self.plan.variants)
+        if size_bytes >= _LONG_TO_HASH_BYTES:
+            self.terminal.say(f"comparing {format_bytes(size_bytes)} of finished files with their records")
+        for receipt in in_parallel(self._read_receipt, [plan.variant.branch for plan in self.plan.variants]):
+            if receipt is not None:
+                self.receipts[receipt.provenance.branch] = receipt
+
+    def _read_receipt(self, branch: str) -> Receipt | None:
+        folder, receipt = self.workspace.folder(branch), self.workspace.read_receipt(branch)
+        if receipt is None or receipt.stages.get("weights") != self.keys[branch]["weights"] or not folder.exists():
+            return None
+        check_folder(folder, receipt, ignore=self.card_files(receipt))
+        return receipt
+
+    def card_files(self, receipt: Receipt) -> frozenset[str]:
+        """Return which files of a variant's folder come with its card, now or by a run that was killed."""
+        announced = self.workspace.announced(receipt.provenance.branch)
+        known = (*receipt.provenance.files, *(announced.provenance.files if announced else ()))
+        return frozenset((README, PROVENANCE, *(name for name in known if not is_packed(name))))
+
+    def ordered_receipts(self) -> tuple[Receipt, ...]:
+        """Return the receipts in the recipe's order."""
+        return tuple(self.receipts[plan.variant.branch] for plan in self.plan.variants)
+
+    def keep(self, receipt: Receipt) -> None:
+        """Make a receipt the present one and write it down, unless it says what is written already."""
+        branch = receipt.provenance.branch
+        if receipt == self.receipts.get(branch) and not self.workspace.unfinished_path(branch).exists():
+            return
+        self.receipts[branch] = receipt
+        self.workspace.write_receipt(receipt)
+
+    @property
+    def source(self) -> "SourceModel":
+        """The base model, opened when first needed."""
+        from packager.inputs.base_model import open_source
+
+        if self._source is None:
+            with self.terminal.stage("source"):
+                self._source = open_source(self.recipe_file, self.terminal.say)
+        return self._source
+
+    @property
+    def texts(self) -> "TextSets":
+        """Calibration and evaluation tokens, read when first needed."""
+        from packager.inputs.texts import prepare
+
+        if self._texts is None:
+            source = self.source
+            with self.terminal.stage("calibrate"):
+                self._texts = prepare(self.recipe_file, source)
+        return self._texts
+
+    @property
+    def device(self) -> "torch.device":
+        """Where to compute."""
+        if self._device is None:
+            self._device = choose_device(self.options.device)
+        return self._device
+
+    @property
+    def devices(self) -> "tuple[torch.device, ...]":
+        """Where to quantize: the device and every other GPU of the same kind."""
+        return same_devices(self.device)
+
+
+def stage_keys(recipe_file: RecipeFile, plan: VariantPlan) -> dict[str, str]:
+    """Return, for each stage, the digest of everything that determines its result (no torch, no network).
+
+    What lies on the Hub is named by its commit; local files are hashed.
+    """
+    recipe = recipe_file.recipe
+    base: dict[str, str] = {}
+    if recipe.base_model.path is not None:
+        folder = recipe_file.resolve(recipe.base_model.path)
+        base = {path.name: record.sha256 for path, record in model_records(model_files(folder)).items()}
+    weights = digest_of([plan.digest, base, _local_digest(recipe_file, recipe.calibration.path), recipe.repository.id])
+    evaluation = recipe.evaluation
+    measured = digest_of(
+        [
+            weights,
+            evaluation.model_dump(mode="json"),
+            _local_digest(recipe_file, evaluation.path),
+            _local_digest(recipe_file, evaluation.questions),
+        ]
+    )
+    names = (*recipe.loaders.required, *recipe.loaders.if_available)
+    verified = digest_of([measured, recipe.loaders.model_dump(mode="json"), [_loader_digest(name) for name in names]])
+    return {"weights": weights, "evaluate": measured, "verify": verified}
+
+
+def _bytes_in(folder: Path) -> int:
+    """Return the size of a folder's files, roughly: others may be at work there."""
+    size_bytes = 0
+    with suppress(OSError):
+        for path in folder.rglob("*"):
+            size_bytes += path.lstat().st_size
+    return size_bytes
+
+
+def _loader_digest(name: str) -> list[str]:
+    """Return the digests of a loader's script, of what it shares with others, and of its pinned packages."""
+    return [sha256_file(path) for path in (LOADERS[name].script, ISOLATED, LOADERS[name].requirements)]
+
+
+def _local_digest(recipe_file: RecipeFile, name: str | None) -> str:
+    return sha256_file(recipe_file.resolve(name)) if name is not None else ""
+
+
+def choose_device(choice: DeviceChoice) -> "torch.device":
+    """Return the device to compute on; "auto" takes a CUDA GPU where there is one.
+
+    Raises:
+        MachineError: "cuda" was asked for and there is none.
+    """
+    import torch
+
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise MachineError("no CUDA GPU", why="torch.cuda.is_available() is False", hint="use --device cpu or auto")
+    if choice != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    return torch.device("cpu")
+
+
+def same_devices(device: "torch.device") -> "tuple[torch.device, ...]":
+    """Return a device and, if it is a GPU, every other GPU of its name: on those the same bytes are made."""
+    import torch
+
+    if device.type == "cpu":
+        return (device,)
+    found = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    name = torch.cuda.get_device_name(device)
+    others = [other for other in found if other != device and torch.cuda.get_device_name(other) == name]
+    return (device, *others)
+
+
+def require_build_extra() -> None:
+    """Raise MachineError unless the packages of the `build` extra are installed."""
+    lacking = []
+    for name in ("torch", "transformers", "safetensors", "greenlet"):
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            lacking.append(name)
+    if lacking:
+        raise MachineError(
+            "building needs packages that are not installed",
+            why=f"missing: {', '.join(lacking)}",
+            hint="pip install 'gptq-packager[build]'",
+        )

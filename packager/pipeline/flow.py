@@ -1,0 +1,234 @@
+"""The flow, top-down: `build` turns a recipe into proven folders with cards, `publish` turns folders into branches.
+
+`build` never publishes and `publish` never builds; each reads the other's files, so both can be killed at any point
+and run again, on this machine or another.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from packager.errors import LoaderError, PublishError
+from packager.pipeline.build_state import STAGES, Build, Options, StageName
+from packager.pipeline.stages import (
+    audit_or_raise,
+    evaluate,
+    quantize_and_pack,
+    refuse_edited_cards,
+    render_cards,
+    verify,
+)
+from packager.pipeline.workspace import PROVENANCE
+from packager.publish.after_publish import Closing, ReleaseTag
+from packager.publish.branches import BranchContent, PublishReport
+from packager.publish.branches import publish as publish_branches
+from packager.publish.hub_collection import HubCollection
+from packager.publish.plan import PublishPlan
+from packager.publish.targets import Target
+from packager.publish.targets.resolve_target import target_of
+from packager.receipt import Receipt
+from packager.recipe.file import RecipeFile
+from packager.system.terminal import Terminal
+from packager.variant import MAIN
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildResult:
+    """What a build did: the receipts in the recipe's order, and which branches were quantized now."""
+
+    receipts: tuple[Receipt, ...]
+    quantized: tuple[str, ...]
+    measured: tuple[str, ...]
+    verified: tuple[str, ...]
+
+    @property
+    def nothing_to_do(self) -> bool:
+        """Whether every stage was already done."""
+        return not (self.quantized or self.measured or self.verified)
+
+
+def build(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> BuildResult:
+    """Run every stage up to the card for each variant that needs it.
+
+    Raises:
+        PackagerError: of the stage that failed; everything finished before it is kept.
+    """
+    run = Build(recipe_file, options, terminal)
+    with run.workspace.locked():
+        run.read_receipts()
+        quantized = quantize_and_pack(run)
+        measured = evaluate(run)
+        verified = verify(run)
+        render_cards(run)
+        shutil.rmtree(run.workspace.work, ignore_errors=True)
+    result = BuildResult(
+        receipts=run.ordered_receipts(),
+        quantized=quantized,
+        measured=measured,
+        verified=verified,
+    )
+    if result.nothing_to_do:
+        terminal.say(f"{recipe_file.recipe.repository.id}: nothing to do, every variant is built, measured and proven")
+    raise_failed(result.receipts)
+    return result
+
+
+def reverify(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> tuple[Receipt, ...]:
+    """Run the loaders again over every built variant and bring receipts and cards up to date.
+
+    Raises:
+        PublishError: a variant is not built.
+    """
+    run = Build(recipe_file, options, terminal)
+    with run.workspace.locked():
+        run.read_receipts()
+        _require_stages(run, "weights", "evaluate")
+        verify(run, again=True)
+        render_cards(run)
+    return run.ordered_receipts()
+
+
+def render(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, branch: str) -> str:
+    """Render the cards of every built variant again and return one of them.
+
+    Raises:
+        PublishError: a variant is not built, measured and proven, or there is no such branch.
+    """
+    run = Build(recipe_file, options, terminal)
+    if branch not in run.keys:
+        raise PublishError(f"the recipe has no branch {branch!r}", hint=f"it has {', '.join(run.keys)}")
+    with run.workspace.locked():
+        run.read_receipts()
+        _require_stages(run, *STAGES)
+        render_cards(run)
+    return (run.workspace.folder(branch) / "README.md").read_text(encoding="utf-8")
+
+
+def raise_failed(receipts: Sequence[Receipt]) -> None:
+    """Raise LoaderError when a loader opened a checkpoint and computed something else."""
+    failed = [
+        f"{receipt.provenance.branch}: {record.loader}: {record.reason}"
+        for receipt in receipts
+        for record in receipt.provenance.loaders
+        if record.status == "failed"
+    ]
+    if failed:
+        raise LoaderError(
+            "a loader did not compute what the checkpoint says",
+            why="; ".join(failed),
+            hint="the card says so too; packager verify runs the loaders again",
+        )
+
+
+def publish(
+    recipe_file: RecipeFile,
+    options: Options,
+    terminal: Terminal,
+    *,
+    dry_run: bool,
+    show_plan: Callable[[PublishPlan], None] = lambda _: None,
+    consent: Callable[[PublishPlan], None] = lambda _: None,
+    tag: str = "",
+) -> PublishReport:
+    """Stage 10: bring the built folders to the target, one branch each, `main` last.
+
+    Args:
+        recipe_file: what was built.
+        options: where it lies.
+        terminal: gets a line per branch.
+        dry_run: plan and check, write nothing.
+        show_plan: gets the plan before the first effect; not called for a dry run, whose report holds it.
+        consent: asked, with the plan, before anything changes that others can see; raises to stop.
+        tag: names main's commit at the end; "" for none.
+
+    Raises:
+        PublishError: a variant is not built from this recipe, or a required loader has not passed.
+        AuditError, StateError: a folder is not fit to be published.
+    """
+    run = Build(recipe_file, options, terminal)
+    with run.workspace.locked():
+        run.read_receipts()
+        _require_stages(run, *STAGES)
+        _require_cards(run)
+        refuse_edited_cards(run)
+        receipts = run.ordered_receipts()
+        require_loaders(receipts)
+        folders = [run.workspace.folder(receipt.provenance.branch) for receipt in receipts]
+        audit_or_raise(folders, complete=True)
+        contents = [_branch_content(receipt, folder) for receipt, folder in zip(receipts, folders, strict=True)]
+        with terminal.stage("publish"):
+            target = target_of(run.recipe, run.workspace.dist, options.environ, terminal.say)
+            ask = consent if target.is_public else lambda _: None
+            return publish_branches(
+                contents,
+                target,
+                terminal.say,
+                closing=_closing(run, target, tag),
+                dry_run=dry_run,
+                show_plan=show_plan,
+                confirm=ask,
+            )
+
+
+def _closing(run: Build, target: Target, tag: str) -> list[Closing]:
+    """Return what comes after the last branch: the tag, and the collection of variants with their own repositories."""
+    steps: list[Closing] = [ReleaseTag(target, tag)] if tag else []
+    repository = run.recipe.repository
+    if repository.target == "hub" and repository.layout == "repos":
+        places = [repository.place(branch).repository for branch in sorted(run.keys, key=lambda name: name != MAIN)]
+        title, private = f"{run.recipe.card.title} GPTQ", repository.visibility == "private"
+        steps.append(HubCollection(title, places, private=private, say=run.terminal.say))
+    return steps
+
+
+def _require_stages(run: Build, *stages: StageName) -> None:
+    for stage in stages:
+        if outdated := run.missing(stage):
+            raise PublishError(
+                f"not every variant is ready: {', '.join(plan.variant.branch for plan in outdated)}",
+                where=str(run.recipe_file.path),
+                why=f"the stage {stage!r} has not been done with the present recipe and files",
+                hint="run packager build first",
+            )
+
+
+def _require_cards(run: Build) -> None:
+    digest, lacking = run.recipe.digest(), []
+    for branch, receipt in run.receipts.items():
+        files, folder = receipt.provenance.files, run.workspace.folder(branch)
+        rendered = PROVENANCE in files and all((folder / name).exists() for name in files)
+        if not rendered or receipt.provenance.recipe_digest != digest:
+            lacking.append(branch)
+    if lacking:
+        raise PublishError(
+            f"the cards are not the present recipe's: {', '.join(lacking)}",
+            where=str(run.recipe_file.path),
+            hint="run packager card first",
+        )
+
+
+def _branch_content(receipt: Receipt, folder: Path) -> BranchContent:
+    provenance = receipt.provenance
+    return BranchContent(
+        branch=provenance.branch,
+        folder=folder,
+        files=provenance.files,
+        message=f"{provenance.branch}: GPTQ {provenance.parameters['bits']}-bit, made with {provenance.made_with}",
+    )
+
+
+def require_loaders(receipts: Sequence[Receipt]) -> None:
+    """Raise PublishError unless every required loader passed on every variant."""
+    lacking = [
+        f"{receipt.provenance.branch}: {record.loader} {record.status}: {record.reason}"
+        for receipt in receipts
+        for record in receipt.provenance.loaders
+        if record.required and record.status != "passed"
+    ]
+    if lacking:
+        raise PublishError(
+            "a required loader has not passed",
+            why="; ".join(lacking),
+            hint="build on a machine where it runs, or move it to loaders.if_available in the recipe",
+        )

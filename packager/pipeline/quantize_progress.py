@@ -1,0 +1,55 @@
+"""What a person sees of quantizing: how it will be done, then a line per block, and the time of each variant."""
+
+from collections.abc import Iterable
+
+from packager.quantize.device_shares import Lane
+from packager.quantize.sweep import BlockDone, LinearsDone
+from packager.system.terminal import Bar, Terminal
+
+
+class QuantizeView:
+    """Receives what `quantize` reports, from several threads.
+
+    Args:
+        terminal: where to say it.
+        bar: counts blocks, of all variants.
+        branches: of the variants.
+
+    Attributes:
+        seconds: each variant's time so far; on several GPUs at the same time.
+    """
+
+    def __init__(self, terminal: Terminal, bar: Bar, branches: Iterable[str]) -> None:
+        self._terminal, self._bar = terminal, bar
+        self.seconds = dict.fromkeys(branches, 0.0)
+
+    def report(self, event: Lane | BlockDone | LinearsDone) -> None:
+        """Show one event."""
+        if isinstance(event, Lane):
+            self._terminal.say(lane_line(event))
+        elif isinstance(event, LinearsDone):
+            self._bar.note(linears_line(event))
+        else:
+            self.seconds[event.branch] += event.seconds
+            result = "resumed" if event.resumed else f"loss {event.loss:.4g}"
+            self._bar.step(f"{event.branch} block {event.block + 1}/{event.num_blocks} {result} {event.seconds:.1f} s")
+
+
+def lane_line(lane: Lane) -> str:
+    """Say how variants are going to be made."""
+    plan, branches = lane.plan, ", ".join(variant.branch for variant in lane.variants)
+    sweeps = -(-len(lane.variants) // plan.num_variants)
+    ways = {"device": f"on {lane.device.type}", "host": "in pinned host memory", "disk": "on disk"}
+    parts = [f"activations {ways[plan.placement]}", f"about {plan.device_bytes / 1e9:.1f} GB of {lane.device}"]
+    if sweeps > 1:
+        parts.insert(0, f"{sweeps} sweeps")
+    if 0 < plan.suspended_batches < plan.num_batches:
+        again = plan.num_batches - plan.suspended_batches
+        parts.append(f"{again} of {plan.num_batches} batches run again for each group of linears")
+    return f"  {branches}: {', '.join(parts)}"
+
+
+def linears_line(done: LinearsDone) -> str:
+    """Say which linears of a block are quantized, and their losses."""
+    losses = ", ".join(f"{record.name.rpartition('.')[2]} {record.loss:.3g}" for record in done.linears)
+    return f"{done.branch} block {done.block + 1}: {losses}"

@@ -1,0 +1,117 @@
+"""A release run: build and publish every recipe that this machine can build, and account for the rest."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from packager.errors import MachineError, PackagerError, PublishError
+from packager.inputs.base_model import access_problem
+from packager.pipeline.build_state import STAGES, Build, Options, choose_device, require_build_extra
+from packager.pipeline.flow import build, publish
+from packager.pipeline.plan import BuildPlan
+from packager.pipeline.status import print_status
+from packager.publish.plan import PublishPlan
+from packager.quantize.engines import needs_cuda
+from packager.quantize.memory import USABLE
+from packager.recipe.file import RecipeFile
+from packager.system.terminal import Terminal
+
+# A CPU quantizes the demo in seconds and a 13B model in days: above this many parameters a GPU is asked for.
+_LARGEST_ON_CPU = 1_000_000_000
+
+
+def release(
+    recipes: Sequence[Path],
+    options: Options,
+    terminal: Terminal,
+    *,
+    strict: bool,
+    attended: bool = True,
+    show_plan: Callable[[PublishPlan], None] = lambda _: None,
+    consent: Callable[[PublishPlan], None] = lambda _: None,
+) -> None:
+    """Build and publish the recipes one after the other; end with one table each, and why others were left out.
+
+    All recipes are read and planned before the first is built.
+
+    Args:
+        recipes: their files.
+        options: where and how.
+        terminal: gets everything that is said.
+        strict: whether a recipe that this machine cannot build is an error.
+        attended: whether `consent` may be asked: else nothing is built for a target that others can see.
+        show_plan: see `pipeline.publish`.
+        consent: likewise.
+
+    Raises:
+        PublishError: not `attended`, and a recipe's target is not local.
+        PackagerError: of the first recipe that failed.
+        MachineError: `strict`, and this machine cannot build one of them.
+    """
+    files = [RecipeFile.load(path) for path in recipes]
+    remote = [str(file.path) for file in files if file.recipe.repository.target != "local"]
+    if remote and not attended:
+        what = "others would see what is published, and there is nobody to ask"
+        raise PublishError(what, where=", ".join(remote), hint="say --yes")
+    reasons = {file.path: _why_not(Build(file, options, terminal)) for file in files}
+    skipped = {path: reason for path, reason in reasons.items() if reason}
+    if skipped and strict:
+        raise _skipped_error(skipped)
+    try:
+        for recipe_file in files:
+            if recipe_file.path not in skipped:
+                terminal.say(str(recipe_file.path))
+                build(recipe_file, options, terminal)
+                publish(recipe_file, options, terminal, dry_run=False, show_plan=show_plan, consent=consent)
+                print_status(recipe_file, options, terminal.out)
+    finally:
+        for path, reason in skipped.items():
+            terminal.out.print(f"{path}: not built: {reason}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _skipped_error(skipped: Mapping[Path, str]) -> MachineError:
+    return MachineError(
+        "this machine cannot build every recipe",
+        why="\n       ".join(f"{path}: {reason}" for path, reason in skipped.items()),
+        hint="build these elsewhere, or leave out --strict",
+    )
+
+
+def _why_not(run: Build) -> str:
+    """Return why a build cannot go on here, or ""; one that is finished asks nothing of the machine."""
+    with suppress(PackagerError):  # building it will say what is wrong
+        run.read_receipts()
+    return cannot_build(run.plan, run.options) if any(map(run.missing, STAGES)) else ""
+
+
+def cannot_build(plan: BuildPlan, options: Options) -> str:
+    """Return why this machine cannot build a plan, or "" when it can.
+
+    Raises:
+        MachineError: a GPU was asked for and there is none.
+    """
+    try:
+        require_build_extra()
+    except MachineError as error:
+        return f"{error.what} ({error.why})"
+    base = plan.recipe.base_model
+    return _lacking_memory(plan, options) or (access_problem(base.id) if base.revision else "")
+
+
+def _lacking_memory(plan: BuildPlan, options: Options) -> str:
+    device, needed = choose_device(options.device), _gib(plan.memory.least.device_bytes)
+    if device.type == "cpu" and (foreign := [v.variant.branch for v in plan.variants if needs_cuda(v.variant.engine)]):
+        return f"needs a CUDA GPU for {', '.join(foreign)}, made by engine auto-gptq"
+    if device.type == "cpu":
+        return f"needs a CUDA GPU with {needed} GiB" if plan.architecture.num_parameters > _LARGEST_ON_CPU else ""
+    import torch
+
+    total_bytes = options.gpu_memory_bytes or torch.cuda.get_device_properties(device).total_memory
+    usable_bytes = round(USABLE * total_bytes)
+    if plan.memory.least.device_bytes > usable_bytes:
+        return f"needs {needed} GiB of a CUDA GPU, of this one {_gib(usable_bytes)} GiB can be used"
+    return ""
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f}"

@@ -1,0 +1,166 @@
+"""Where things lie in the output folder, and whether what lies there is still what the receipts say.
+
+dist/builds/<namespace>/<name>/<branch>/         checkpoint folders, as they will be published
+dist/receipts/<namespace>/<name>/<branch>.json   what was done and measured
+dist/receipts/<namespace>/<name>/unfinished/     receipts of files that are just being put in place
+dist/work/<namespace>/<name>/<branch>/           a checkpoint under construction; may be deleted at any time
+dist/hub/models/<namespace>/<name>               the local publishing target
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from packager.errors import StateError
+from packager.receipt import FileRecord, Receipt
+from packager.system.files import LOCK_WAIT_S, disk_errors, file_records, list_files, remove_leftovers, write_atomic
+
+README, PROVENANCE = "README.md", "provenance.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """The output folder of one repository."""
+
+    dist: Path
+    repository: str
+
+    @property
+    def work(self) -> Path:
+        """Checkpoints under construction; on the file system of the builds, where they go by rename."""
+        return self.dist / "work" / self.repository
+
+    @property
+    def hub(self) -> Path:
+        """Root of the local publishing target."""
+        return self.dist / "hub"
+
+    def folder(self, branch: str) -> Path:
+        """Return a variant's checkpoint folder."""
+        return self.dist / "builds" / self.repository / branch
+
+    def receipt_path(self, branch: str) -> Path:
+        """Return where a variant's receipt is kept."""
+        return self._receipts / f"{branch}.json"
+
+    def unfinished_path(self, branch: str) -> Path:
+        """Return where a variant's next receipt is kept while its files are put in place."""
+        return self._receipts / "unfinished" / f"{branch}.json"
+
+    @property
+    def _receipts(self) -> Path:
+        return self.dist / "receipts" / self.repository
+
+    def read_receipt(self, branch: str) -> Receipt | None:
+        """Return a variant's receipt, or None when it was never built.
+
+        When a run was killed after it had put all files in place and before it wrote the receipt, that is the one it
+        announced.
+
+        Raises:
+            StateError: the file was damaged, or another version wrote it.
+        """
+        announced = self.announced(branch)
+        if announced is not None and not differences(self.folder(branch), announced.provenance.files):
+            return announced
+        return self._read(self.receipt_path(branch))
+
+    def announced(self, branch: str) -> Receipt | None:
+        """Return what a run that did not finish announced."""
+        return self._read(self.unfinished_path(branch))
+
+    def _read(self, path: Path) -> Receipt | None:
+        try:
+            return Receipt.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise StateError(
+                "a receipt cannot be read",
+                where=str(path),
+                why=str(error).splitlines()[0],
+                hint=f"it is damaged or another version's: delete it and {self.folder(path.stem)} to build that again",
+            ) from error
+
+    def announce(self, receipt: Receipt) -> None:
+        """Write down what a receipt will say before its files are put in place, so that a killed run knows its own."""
+        _write(self.unfinished_path(receipt.provenance.branch), receipt)
+
+    def write_receipt(self, receipt: Receipt) -> None:
+        """Keep a variant's receipt; nothing is unfinished any more."""
+        branch = receipt.provenance.branch
+        _write(self.receipt_path(branch), receipt)
+        self.unfinished_path(branch).unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second build of the same repository out, and delete what a killed one left half-written.
+
+        Raises:
+            StateError: one is under way.
+            MachineError: the output folder cannot be written.
+        """
+        path = self.dist / "work" / f"{self.repository.replace('/', '--')}.lock"
+        lock = FileLock(path, timeout=LOCK_WAIT_S)
+        try:
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+        except Timeout as error:
+            raise StateError(
+                f"another build of {self.repository} is under way", where=str(path), hint="wait for it, or stop it"
+            ) from error
+        try:
+            with disk_errors(self.dist):
+                self._remove_leftovers()
+            yield
+        finally:
+            lock.release()
+
+    def _remove_leftovers(self) -> None:
+        builds, receipts = self.folder("main").parent, self._receipts
+        for parent in (builds, receipts, self.work):
+            remove_leftovers(parent)
+            for folder in parent.glob("*/"):
+                remove_leftovers(folder)
+
+
+def _write(path: Path, receipt: Receipt) -> None:
+    write_atomic(path, receipt.model_dump_json(indent=2).encode() + b"\n")
+
+
+def check_folder(folder: Path, receipt: Receipt, *, ignore: Collection[str] = ()) -> None:
+    """Compare a checkpoint folder with its receipt, file by file.
+
+    Args:
+        folder: the variant's folder.
+        receipt: what was written there.
+        ignore: names not compared.
+
+    Raises:
+        StateError: a file is missing, was changed, or is not ours; lists each.
+    """
+    if found := differences(folder, receipt.provenance.files, ignore=ignore):
+        raise StateError(
+            "a built folder is not what its receipt says",
+            where=str(folder),
+            why="; ".join(found),
+            hint="move your changes elsewhere, then delete the folder and run build again",
+        )
+
+
+def differences(folder: Path, files: Mapping[str, FileRecord], *, ignore: Collection[str] = ()) -> list[str]:
+    """Return how a folder differs from its files' records, one sentence per file."""
+    expected = {name: record for name, record in files.items() if name not in ignore}
+    present = [name for name in list_files(folder) if name not in ignore] if folder.is_dir() else []
+    found = [f"{name} is missing" for name in expected if name not in present]
+    found += [f"{name} is not ours" for name in present if name not in expected]
+    records = file_records(folder / name for name in present if name in expected)
+    found += [
+        f"{name} was changed" for name in expected if records.get(folder / name, expected[name]) != expected[name]
+    ]
+    return found

@@ -1,0 +1,118 @@
+"""Stage 7, first half: whether a folder keeps the format's contract, without loading it.
+
+The audit reads any checkpoint folder, ours or not, and reports everything at once: damaged input is a finding, never an
+exception. Of the weights it reads headers and the small tensors (qzeros, scales, g_idx, bias), in slices, so that
+13 billion parameters need a few megabytes of memory; qweight is only hashed, against provenance.json.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from packager.prove.audit.card import check_card
+from packager.prove.audit.config import CONFIG, Declared, check_declared, read_model
+from packager.prove.audit.files import PROVENANCE, as_object, check_file_set, list_folder, read_documents
+from packager.prove.audit.finding import RULES, Finding, Findings, Rule, Severity
+from packager.prove.audit.privacy import check_privacy
+from packager.prove.audit.provenance import check_provenance
+from packager.prove.audit.tensors import Expected, check_tensors, quantized_modules
+from packager.prove.audit.tokenizer import check_generation, check_tokenizer
+from packager.prove.audit.values import check_values
+from packager.prove.audit.weights import Weights, read_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the folder is, as far as it says so; None where it does not.
+
+    Attributes:
+        bits, group_size, desc_act, sym, checkpoint_format: as declared.
+        num_linears: quantized linears found.
+        tensors_checked: tensors whose header was checked.
+        weights_bytes: size of the weights files.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    desc_act: bool | None = None
+    sym: bool | None = None
+    checkpoint_format: str | None = None
+    num_linears: int = 0
+    tensors_checked: int = 0
+    weights_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditReport:
+    """Everything an audit found, in the order of the checks, and the facts it went by."""
+
+    findings: tuple[Finding, ...]
+    facts: Facts
+
+    @property
+    def passed(self) -> bool:
+        """Whether no finding is an error."""
+        return not self.errors
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that break the contract."""
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """The findings that do not."""
+        return tuple(finding for finding in self.findings if finding.severity == "warning")
+
+
+def audit(folder: Path, *, complete: bool = True, private_words: Sequence[str] = ()) -> AuditReport:
+    """Check a checkpoint folder against everything that a published branch must be.
+
+    Args:
+        folder: the folder of one branch.
+        complete: False leaves out README.md, the licence files it demands, and provenance.json: the state of a
+            folder before its card is rendered.
+        private_words: distinctive names of this machine or its user, which may not occur in any text.
+
+    Returns:
+        All findings; an absent or damaged folder is one, never an exception.
+    """
+    findings = Findings()
+    if not folder.is_dir():
+        findings.add("folder-missing", str(folder), "there is no such folder")
+        return AuditReport(findings=findings.collected(), facts=Facts())
+    listing = list_folder(folder, findings)
+    check_file_set(listing, findings, complete=complete)
+    documents = read_documents(listing, findings, complete=complete)
+    weights = read_weights(listing, documents, findings)
+    declared = check_declared(documents, weights, findings)
+    config = as_object(documents.get(CONFIG))
+    architecture, dtype = read_model(config, findings) if config is not None else (None, None)
+    expected = Expected(declared=declared, architecture=architecture, dtype=dtype)
+    check_values(check_tensors(weights, expected, findings), declared, findings)
+    check_tokenizer(listing, documents, findings)
+    check_generation(documents, findings)
+    check_privacy(listing, documents, findings, private_words=private_words, complete=complete)
+    facts = _facts(declared, weights)
+    if complete:
+        check_card(listing, documents, findings)
+        if (provenance := as_object(documents.get(PROVENANCE))) is not None:
+            linears = facts.num_linears
+            check_provenance(listing, provenance, findings, declared=declared, weights=weights, num_linears=linears)
+    return AuditReport(findings=findings.collected(), facts=facts)
+
+
+def _facts(declared: Declared, weights: Weights) -> Facts:
+    return Facts(
+        bits=declared.bits,
+        group_size=declared.group_size,
+        desc_act=declared.desc_act,
+        sym=declared.sym,
+        checkpoint_format=declared.checkpoint_format,
+        num_linears=len(quantized_modules(weights)),
+        tensors_checked=len(weights.tensors),
+        weights_bytes=weights.size_bytes,
+    )
+
+
+__all__ = ["RULES", "AuditReport", "Facts", "Finding", "Rule", "Severity", "audit"]

@@ -1,0 +1,210 @@
+"""README.md and the licence files: front matter, code blocks, commands that no longer work, template leftovers."""
+
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from packager.card.markdown import CodeBlock, extract_code_blocks, unclosed
+from packager.card.metadata import HUB_LICENSES
+from packager.prove.audit.config import CONFIG
+from packager.prove.audit.files import PROVENANCE, README, JsonObject, Listing, as_object, read_text
+from packager.prove.audit.finding import Findings, shown
+
+_PYTHON = frozenset({"python", "py", "python3"})
+_SHELL = frozenset({"", "bash", "sh", "shell", "console", "zsh"})
+_TEMPLATE = re.compile(r"\{\{|\{%")
+_MAX_PYTHON = _MAX_FRONT_MATTER = 100_000
+_FILTERS = Lock()
+
+# The safe loader lets errors of its own constructors escape, e.g. ValueError for a 13th month.
+_YAML_ERRORS = (YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+_METADATA_KEYS = ("library_name", "pipeline_tag", "language", "tags", "quantized_by", "model_type")
+
+# Commands of 2023 that no longer work, or never should have been given.
+_BAD_COMMANDS: Mapping[str, re.Pattern[str]] = {
+    "huggingface-cli is gone, the command is hf": re.compile(r"\bhuggingface-cli\b"),
+    "GITHUB_ACTIONS=true is for AutoGPTQ's own CI, not for a reader's shell": re.compile(
+        r"\bGITHUB_ACTIONS=true\s+pip3?\b"
+    ),
+}
+_REMOTE_CODE = re.compile(r"\btrust_remote_code\s*=\s*True\b|--trust-remote-code\b")
+
+LLAMA2_NOTICE = (
+    "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LicenseFiles:
+    """The files a licence demands: prefixes of their names, and the sentence of the one that starts with Notice."""
+
+    prefixes: Sequence[str]
+    notice: str
+
+
+LICENSE_FILES: Mapping[str, LicenseFiles] = {
+    "llama2": LicenseFiles(prefixes=("license", "use_policy", "notice"), notice=LLAMA2_NOTICE),
+}
+
+
+def check_card(listing: Listing, documents: Mapping[str, object], findings: Findings) -> None:
+    """Check README.md, and the licence files that its licence demands."""
+    text = read_text(listing, README, findings) if README in listing.sizes else None
+    if text is None:
+        return
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    end = next((number for number, line in enumerate(lines) if number and line.rstrip() == "---"), 0)
+    if lines[0].rstrip() != "---" or not end:
+        findings.add("card-front-matter", README, "there is no front matter")
+        end = -1
+    elif (metadata := _front_matter("\n".join(lines[1:end]), findings)) is not None:
+        _check_metadata(metadata, findings)
+        _check_origin(metadata, documents, findings)
+        _check_license(metadata, listing, findings)
+    # The front matter's lines stay, empty, so that line numbers are the file's.
+    body = [""] * (end + 1) + lines[end + 1 :]
+    _check_body(body, findings, remote_code="auto_map" in (as_object(documents.get(CONFIG)) or {}))
+
+
+def _check_body(lines: Sequence[str], findings: Findings, *, remote_code: bool) -> None:
+    blocks = extract_code_blocks("\n".join(lines))
+    fenced = {number for block in blocks for number in range(block.line, block.line + block.text.count("\n") + 2)}
+    for block in blocks:
+        _check_block(block, findings)
+    if problem := unclosed("\n".join(lines)):
+        findings.add("card-unclosed", README, f"{problem} is never closed")
+    for number, line in enumerate(lines, start=1):
+        place = f"{README}:{number}"
+        if number not in fenced and _TEMPLATE.search(_without_code(line)):
+            findings.add("card-template", place, "a template expression was not rendered")
+        for problem, pattern in _BAD_COMMANDS.items():
+            if pattern.search(line):
+                findings.add("card-command", place, problem)
+        if not remote_code and _REMOTE_CODE.search(line):
+            findings.add("card-command", place, "this model needs no remote code")
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Ignore warnings. Their filters are the process's, and folders are audited in parallel: one thread at a time."""
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _front_matter(text: str, findings: Findings) -> JsonObject | None:
+    if len(text) > _MAX_FRONT_MATTER:
+        findings.add("card-front-matter", README, f"the front matter has {len(text)} characters")
+        return None
+    with _silenced():  # ruamel.yaml warns of oddities; they are errors or nothing here
+        try:
+            value = YAML(typ="safe", pure=True).load(text)
+        except _YAML_ERRORS as error:
+            problem = getattr(error, "problem", None) or type(error).__name__
+            findings.add("card-front-matter", README, f"the front matter is not YAML: {problem}")
+            return None
+    if not isinstance(value, dict):
+        findings.add("card-front-matter", README, f"the front matter is {shown(value)}, not keys and values")
+        return None
+    return value
+
+
+def _check_metadata(metadata: JsonObject, findings: Findings) -> None:
+    models = metadata.get("base_model")
+    named = models if isinstance(models, list) else [models]
+    if not named or not all(isinstance(name, str) and name.count("/") == 1 for name in named):
+        findings.add("card-base-model", README, "base_model does not name a repository")
+    if metadata.get("base_model_relation") != "quantized":
+        relation = metadata.get("base_model_relation")
+        findings.add("card-relation", README, f"base_model_relation is {shown(relation)}")
+    for key in _METADATA_KEYS:
+        if not metadata.get(key):
+            findings.add("card-metadata", f"{README}: {key}", f"{key} is missing")
+    tags = metadata.get("tags")
+    if tags and not (isinstance(tags, list) and "gptq" in tags):
+        findings.add("card-metadata", f"{README}: tags", "the tag gptq is missing")
+    if metadata.get("datasets"):
+        findings.add("card-datasets", f"{README}: datasets", "datasets are named")
+
+
+def _check_origin(metadata: JsonObject, documents: Mapping[str, object], findings: Findings) -> None:
+    """Compare base_model with the model that provenance.json names."""
+    provenance = as_object(documents.get(PROVENANCE)) or {}
+    recorded = (as_object(provenance.get("base_model")) or {}).get("id")
+    models = metadata.get("base_model")
+    named = models if isinstance(models, list) else [models]
+    if models and isinstance(recorded, str) and recorded not in named:
+        findings.add("card-base-model", README, f"base_model is not {shown(recorded)}, as provenance.json has it")
+
+
+def _check_license(metadata: JsonObject, listing: Listing, findings: Findings) -> None:
+    license_id = metadata.get("license")
+    if not isinstance(license_id, str) or not license_id:
+        findings.add("card-license", README, f"license is {shown(license_id)}")
+        return
+    if license_id not in (*HUB_LICENSES, "other"):
+        findings.add("card-license", README, f"the Hub knows no license {shown(license_id)}")
+    if license_id == "other" and not metadata.get("license_name"):
+        findings.add("card-license-name", README, "license is other, without license_name")
+    demanded = LICENSE_FILES.get(license_id)
+    names = [name for name in (*listing.sizes, *sorted(listing.unread)) if "/" not in name]
+    for prefix in demanded.prefixes if demanded else ():
+        if not any(name.lower().startswith(prefix) for name in names):
+            findings.add("license-file-missing", prefix.upper(), f"{license_id} demands a file of this name")
+    notices = [name for name in names if demanded and name.lower().startswith("notice") and name in listing.sizes]
+    for name in notices:
+        text = read_text(listing, name, findings)
+        if demanded and text is not None and demanded.notice not in " ".join(text.split()):
+            findings.add("license-notice", name, f"it lacks the sentence: {demanded.notice}")
+
+
+def _check_block(block: CodeBlock, findings: Findings) -> None:
+    language = block.language.lower()
+    if language in _PYTHON and (problem := _python_problem(block.text)):
+        findings.add("card-python", f"{README}:{block.line}", problem)
+    elif language in _SHELL:
+        for number, line in enumerate(block.text.split("\n"), start=block.line + 1):
+            if line.count("`") % 2:
+                findings.add("card-command", f"{README}:{number}", "a stray backtick in a command")
+
+
+def _python_problem(text: str) -> str:
+    """Return why a block of Python does not compile, or ""."""
+    if len(text) > _MAX_PYTHON:
+        return "it is too long for an example"
+    code = textwrap.dedent(text)
+    with _silenced():
+        try:
+            compile(code, README, "exec", dont_inherit=True)
+        except SyntaxError as error:
+            return f"line {error.lineno} of this block: {error.msg}"
+        except (ValueError, OverflowError, RecursionError, MemoryError) as error:
+            return f"Python cannot read it: {error}"
+    return ""
+
+
+def _without_code(line: str) -> str:
+    """Return a line of prose without its inline code; an indented line is code as a whole."""
+    return "" if line.startswith(("    ", "\t")) else "".join(_prose_parts(line))
+
+
+def _prose_parts(line: str) -> Iterator[str]:
+    """Yield what lies outside code spans: a span ends at the next run of as many backticks, if there is one."""
+    parts = re.findall(r"`+|[^`]+", line)
+    last = {part: position for position, part in enumerate(parts)}
+    position = 0
+    while position < len(parts):
+        part = parts[position]
+        if part[0] == "`" and last[part] > position:
+            position = parts.index(part, position + 1)
+        else:
+            yield part
+        position += 1

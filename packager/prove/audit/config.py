@@ -1,0 +1,197 @@
+"""config.json and quantize_config.json: the GPTQ parameters they declare, and that they agree."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from packager.errors import PlanError
+from packager.model.architecture import FAMILIES, Architecture, read_architecture
+from packager.model.config_values import DTYPES
+from packager.model.rope import misread
+from packager.prove.audit.files import JsonObject, as_object
+from packager.prove.audit.finding import Findings, shown
+from packager.prove.audit.weights import DEFAULT_STEM, Weights
+
+CONFIG = "config.json"
+QUANTIZE_CONFIG = "quantize_config.json"
+
+PORTABLE_KEYS = (
+    "bits", "group_size", "damp_percent", "desc_act", "sym", "true_sequential", "model_name_or_path",
+    "model_file_base_name",
+)  # fmt: skip
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*\Z")
+_MAX_WHOLE = 1 << 31
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declared:
+    """The GPTQ parameters a folder declares; None where it declares nothing usable."""
+
+    bits: int | None = None
+    group_size: int | None = None
+    desc_act: bool | None = None
+    sym: bool | None = None
+    static_groups: bool = False
+    checkpoint_format: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Key:
+    """What a parameter may be; `guessed` says that loaders replace a missing one by a guess."""
+
+    accepts: Callable[[object], bool]
+    expected: str
+    guessed: bool
+
+
+def whole(value: object, *, least: int = 1) -> int | None:
+    """Return an int of a plausible size, or None for anything else (a bool is not an int here)."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and least <= value < _MAX_WHOLE else None
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, float) and 0 < value < 1
+
+
+_KEYS: Mapping[str, _Key] = {
+    "quant_method": _Key(accepts=lambda value: value == "gptq", expected='"gptq"', guessed=True),
+    "bits": _Key(accepts=lambda value: whole(value) in (2, 3, 4, 8), expected="2, 3, 4 or 8", guessed=True),
+    "group_size": _Key(
+        accepts=lambda value: whole(value, least=-1) not in (None, 0), expected="-1 or a positive integer", guessed=True
+    ),
+    "desc_act": _Key(accepts=_is_flag, expected="true or false", guessed=True),
+    "sym": _Key(accepts=_is_flag, expected="true or false", guessed=True),
+    "true_sequential": _Key(accepts=_is_flag, expected="true or false", guessed=False),
+    "damp_percent": _Key(accepts=_is_fraction, expected="a fraction between 0 and 1", guessed=False),
+    "static_groups": _Key(accepts=_is_flag, expected="true or false", guessed=False),
+    "checkpoint_format": _Key(
+        accepts=lambda value: value in ("gptq", "gptq_v2"), expected='"gptq" or "gptq_v2"', guessed=False
+    ),
+    "lm_head": _Key(accepts=_is_flag, expected="false", guessed=False),
+}
+
+
+def check_declared(documents: Mapping[str, object], weights: Weights, findings: Findings) -> Declared:
+    """Check both files' parameters and return them; config.json wins where they disagree."""
+    config, portable = as_object(documents.get(CONFIG)), as_object(documents.get(QUANTIZE_CONFIG))
+    inner: JsonObject = {}
+    if config is not None:
+        section = as_object(config.get("quantization_config"))
+        if section is None:
+            findings.add("quantization-config-missing", CONFIG, "there is no object called quantization_config")
+        else:
+            inner = section
+            _check_section(section, findings)
+    if portable is not None:
+        _check_portable(portable, inner, weights, findings)
+    return _declared({**(portable or {}), **inner})
+
+
+def _check_section(section: JsonObject, findings: Findings) -> None:
+    place = f"{CONFIG}: quantization_config."
+    for key, rule in _KEYS.items():
+        if key not in section:
+            code = "quantization-key-missing" if rule.guessed else "quantization-key-undeclared"
+            findings.add(code, f"{place}{key}", f"{key} is missing")
+    _check_values(section, place, findings)
+    if section.get("dynamic"):
+        findings.add("quantization-override", f"{place}dynamic", "parameters of single linears are overridden")
+    if section.get("pack_dtype", "int32") != "int32":
+        message = f"words are {shown(section['pack_dtype'])}, not int32"
+        findings.add("quantization-override", f"{place}pack_dtype", message)
+    if section.get("lm_head") is True:
+        findings.add("lm-head-quantized", f"{place}lm_head", "lm_head is declared quantized")
+    if section.get("checkpoint_format") == "gptq_v2":
+        findings.add("checkpoint-format", f"{place}checkpoint_format", "gptq_v2 is declared")
+
+
+def _check_portable(portable: JsonObject, inner: JsonObject, weights: Weights, findings: Findings) -> None:
+    place = f"{QUANTIZE_CONFIG}: "
+    foreign = sorted(key for key in portable if key not in PORTABLE_KEYS)
+    if foreign:
+        findings.add("quantize-config-key", QUANTIZE_CONFIG, f"keys that are not portable: {', '.join(foreign)}")
+    for key in PORTABLE_KEYS:
+        if key in _KEYS and _KEYS[key].guessed and key not in portable:
+            findings.add("quantization-key-missing", f"{place}{key}", f"{key} is missing")
+    shared = {key: portable[key] for key in PORTABLE_KEYS if key in portable}
+    _check_values(shared, place, findings)
+    for key, value in shared.items():
+        if key in inner and value != inner[key]:
+            message = f"{shown(value)}, but config.json says {shown(inner[key])}"
+            findings.add("quantize-config-disagrees", f"{place}{key}", message)
+    stem = portable.get("model_file_base_name")
+    if weights.stem and stem is not None and stem != weights.stem:
+        message = f"it is {shown(stem)}, the weights are called {weights.stem}"
+        findings.add("weights-name-disagrees", f"{place}model_file_base_name", message)
+    elif weights.stem and stem is None and weights.stem not in _guessed_stems(portable):
+        message = f"it is missing, and AutoGPTQ does not guess {weights.stem}"
+        findings.add("weights-name-disagrees", f"{place}model_file_base_name", message)
+
+
+def _guessed_stems(portable: JsonObject) -> tuple[str, str]:
+    """Return the names that AutoGPTQ tries when model_file_base_name is not given."""
+    return DEFAULT_STEM, f"gptq_model-{shown(portable.get('bits'))}bit-{shown(portable.get('group_size'))}g"
+
+
+def _check_values(section: JsonObject, place: str, findings: Findings) -> None:
+    for key, rule in _KEYS.items():
+        if key in section and not rule.accepts(section[key]):
+            message = f"{key} is {shown(section[key])}, expected {rule.expected}"
+            findings.add("quantization-value", f"{place}{key}", message)
+    name = section.get("model_name_or_path")
+    # An absolute path is reported as a local path.
+    if name not in (None, "") and not (isinstance(name, str) and (_REPO_ID.match(name) or name.startswith("/"))):
+        findings.add("model-name-or-path", f"{place}model_name_or_path", f"it is {shown(name)}, not a repository id")
+
+
+def _declared(section: JsonObject) -> Declared:
+    values = {key: section[key] for key in _KEYS if key in section and _KEYS[key].accepts(section[key])}
+    checkpoint_format = values.get("checkpoint_format")
+    return Declared(
+        bits=whole(values.get("bits")),
+        group_size=whole(values.get("group_size"), least=-1),
+        desc_act=_flag(values.get("desc_act")),
+        sym=_flag(values.get("sym")),
+        static_groups=values.get("static_groups") is True,
+        checkpoint_format=checkpoint_format if isinstance(checkpoint_format, str) else None,
+    )
+
+
+def _flag(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def read_model(config: JsonObject, findings: Findings) -> tuple[Architecture | None, str | None]:
+    """Return the architecture and the dtype (safetensors spelling) that config.json describes; None if it does not."""
+    if config.get("model_type") not in list(FAMILIES):
+        findings.add("architecture-unknown", f"{CONFIG}: model_type", f"it is {shown(config.get('model_type'))}")
+        dtype = _dtype(config)
+        if dtype is None:
+            findings.add("config-value", CONFIG, f"torch_dtype or dtype must be one of {', '.join(DTYPES)}")
+        return None, dtype
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        architecture = read_architecture(plain, CONFIG)
+    except PlanError as error:
+        findings.add("config-value", CONFIG, error.why)
+    except RecursionError:
+        findings.add("config-value", CONFIG, "a value is nested too deeply")
+    else:
+        if misread(plain):
+            why = "runtimes before transformers 5 take the rotary embedding for a plain one of base 10000"
+            findings.add("rope-spelling", f"{CONFIG}: rope_parameters", why)
+        return architecture, architecture.dtype
+    return None, _dtype(config)
+
+
+def _dtype(config: JsonObject) -> str | None:
+    """Return the dtype, which transformers 4 calls torch_dtype and transformers 5 dtype."""
+    for value in (config.get("torch_dtype"), config.get("dtype")):
+        if isinstance(value, str) and value in DTYPES:
+            return DTYPES[value]
+    return None

@@ -1,0 +1,67 @@
+"""provenance.json against the folder: the same files, the same bytes, the same parameters."""
+
+from collections.abc import Mapping
+
+from pydantic import ValidationError
+
+from packager.prove.audit.config import Declared
+from packager.prove.audit.files import PROVENANCE, JsonObject, Listing
+from packager.prove.audit.finding import Findings, shown
+from packager.prove.audit.weights import Weights
+from packager.receipt import FileRecord, Provenance
+from packager.system.files import sha256_file
+
+# Written after provenance.json, or by the hosting side.
+_UNLISTED = frozenset({PROVENANCE, ".gitattributes"})
+_MAX_PROBLEMS = 5
+
+
+def check_provenance(
+    listing: Listing,
+    document: JsonObject,
+    findings: Findings,
+    *,
+    declared: Declared,
+    weights: Weights,
+    num_linears: int,
+) -> None:
+    """Check provenance.json, and by its digests every byte of the folder."""
+    try:
+        provenance = Provenance.model_validate(document)
+    except ValidationError as error:
+        for problem in error.errors()[:_MAX_PROBLEMS]:
+            place = ".".join(str(part) for part in problem["loc"])
+            findings.add("provenance-invalid", f"{PROVENANCE}: {place}", problem["msg"])
+        return
+    _check_files(listing, provenance.files, findings)
+    for name in ("bits", "group_size", "desc_act", "sym"):
+        found, recorded = getattr(declared, name), provenance.parameters.get(name)
+        if found is not None and recorded != found:
+            message = f"{shown(recorded)}, declared is {shown(found)}"
+            findings.add("provenance-disagrees", f"{PROVENANCE}: {name}", message)
+    if weights.whole and provenance.weights_bytes != weights.size_bytes:
+        message = f"{provenance.weights_bytes}, the weights files have {weights.size_bytes}"
+        findings.add("provenance-disagrees", f"{PROVENANCE}: weights_bytes", message)
+    if weights.whole and len(provenance.linears) != num_linears:
+        message = f"{len(provenance.linears)} linears, the weights have {num_linears}"
+        findings.add("provenance-disagrees", f"{PROVENANCE}: linears", message)
+
+
+def _check_files(listing: Listing, records: Mapping[str, FileRecord], findings: Findings) -> None:
+    for name in sorted(listing.sizes.keys() - records.keys() - _UNLISTED):
+        findings.add("provenance-file-unlisted", name, "provenance.json does not list this file")
+    for name, record in sorted(records.items()):
+        if not listing.has(name):
+            findings.add("provenance-file-missing", name, "provenance.json lists this file, the folder lacks it")
+        elif name in listing.sizes and (problem := _file_problem(listing, name, record)):
+            findings.add("provenance-file-changed", name, problem)
+
+
+def _file_problem(listing: Listing, name: str, record: FileRecord) -> str:
+    if listing.sizes[name] != record.size_bytes:
+        return f"it has {listing.sizes[name]} bytes, provenance.json says {record.size_bytes}"
+    try:
+        digest = sha256_file(listing.path(name))
+    except OSError as error:
+        return f"it cannot be read: {error}"
+    return "" if digest == record.sha256 else f"its sha256 is {digest}, provenance.json says {shown(record.sha256)}"

@@ -1,0 +1,152 @@
+"""The tokenizer against the embedding, the chat template, and generation_config.json."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from packager.prove.audit.config import CONFIG, whole
+from packager.prove.audit.files import JsonObject, Listing, as_object, read_text
+from packager.prove.audit.finding import Findings, shown
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+
+# transformers marks the assistant's words with this tag; it is the only one that jinja2 does not know.
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+_TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+# What transformers' GenerationConfig.validate accepts.
+_GENERATION_VALUES: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
+    "temperature": (_positive, "a number above 0"),
+    "top_p": (_share, "a number from 0 to 1"),
+    "top_k": (lambda value: whole(value, least=0) is not None, "a whole number"),
+    "max_new_tokens": (lambda value: whole(value) is not None, "a positive whole number"),
+}
+# Sampling parameters that transformers ignores, with a warning, unless do_sample is true: values that mean "unset".
+_SAMPLING_DEFAULTS: Mapping[str, float] = {"temperature": 1, "top_p": 1, "top_k": 50, "typical_p": 1, "min_p": 0}
+
+
+def check_tokenizer(listing: Listing, documents: Mapping[str, object], findings: Findings) -> None:
+    """Check that every token id has a row in the embedding, and that there is a usable chat template."""
+    config = as_object(documents.get(CONFIG)) or {}
+    vocab_size = whole(config.get("vocab_size"))
+    tokenizer = as_object(documents.get(TOKENIZER))
+    tokenizer_config = as_object(documents.get(TOKENIZER_CONFIG))
+    if tokenizer is not None:
+        _check_ids(TOKENIZER, _tokenizer_ids(tokenizer), vocab_size, findings)
+    if (added := as_object(documents.get("added_tokens.json"))) is not None:
+        _check_ids("added_tokens.json", iter(added.values()), vocab_size, findings)
+    if tokenizer_config is not None:
+        decoder = as_object(tokenizer_config.get("added_tokens_decoder")) or {}
+        _check_ids(TOKENIZER_CONFIG, map(_number, decoder), vocab_size, findings)
+        _check_template(listing, tokenizer_config, findings)
+    for name in (CONFIG, GENERATION_CONFIG):
+        if vocab_size and (document := as_object(documents.get(name))) is not None:
+            _check_special_ids(name, document, vocab_size, findings)
+
+
+def _tokenizer_ids(tokenizer: JsonObject) -> Iterator[object]:
+    """Yield every token id of a tokenizer.json, and None for what should be one and is not."""
+    model = as_object(tokenizer.get("model")) or {}
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict):
+        yield from vocab.values()
+    elif isinstance(vocab, list):  # Unigram: [token, score] in the order of the ids
+        yield len(vocab) - 1 if vocab else None
+    else:
+        yield None
+    added = tokenizer.get("added_tokens") or []
+    for token in added if isinstance(added, list) else [None]:
+        yield (as_object(token) or {}).get("id")
+
+
+def _number(key: str) -> object:
+    """Return a JSON key that spells a token id as a number, any other as it is."""
+    return int(key) if re.fullmatch("[0-9]{1,10}", key) else key
+
+
+def _check_ids(name: str, ids: Iterator[object], vocab_size: int | None, findings: Findings) -> None:
+    valid: list[int] = []
+    for value in ids:
+        number = whole(value, least=0)
+        if number is None:
+            findings.add("tokenizer-damaged", name, f"a token has the id {shown(value)}")
+        else:
+            valid.append(number)
+    highest = max(valid, default=-1)
+    if vocab_size is not None and highest >= vocab_size:
+        findings.add("tokenizer-vocab", name, f"the highest token id is {highest}, vocab_size is {vocab_size}")
+
+
+def _check_special_ids(name: str, document: JsonObject, vocab_size: int, findings: Findings) -> None:
+    for key in _TOKEN_ID_KEYS:
+        value = document.get(key)
+        for number in value if isinstance(value, list) else [value]:
+            found = whole(number, least=0)
+            if number is not None and (found is None or found >= vocab_size):
+                message = f"{key} is {shown(number)}, expected a token id below {vocab_size}"
+                findings.add("token-id-range", f"{name}: {key}", message)
+
+
+def _check_template(listing: Listing, tokenizer_config: JsonObject, findings: Findings) -> None:
+    value = tokenizer_config.get("chat_template")
+    if value is None and not listing.has(TEMPLATE_FILE):
+        findings.add("chat-template-missing", TOKENIZER_CONFIG, "there is no chat_template")
+    templates = _templates(value, findings)
+    if TEMPLATE_FILE in listing.sizes and (text := read_text(listing, TEMPLATE_FILE, findings)) is not None:
+        templates[TEMPLATE_FILE] = text
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    for place, template in templates.items():
+        try:
+            environment.parse(_GENERATION_TAG.sub("", template))
+        except (TemplateError, ValueError) as error:
+            findings.add("chat-template-invalid", place, f"jinja2 cannot read it: {error}")
+        except RecursionError:
+            findings.add("chat-template-invalid", place, "it is nested too deeply")
+
+
+def _templates(value: object, findings: Findings) -> dict[str, str]:
+    """Return the templates in tokenizer_config.json by place: one string, or a list of named ones."""
+    place = f"{TOKENIZER_CONFIG}: chat_template"
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {place: value}
+    named = [as_object(entry) or {} for entry in value] if isinstance(value, list) else []
+    templates = [entry.get("template") for entry in named]
+    if not templates or not all(isinstance(template, str) for template in templates):
+        findings.add("chat-template-invalid", place, "it is neither a string nor a list of named templates")
+    return {f"{place}[{number}]": text for number, text in enumerate(templates) if isinstance(text, str)}
+
+
+def check_generation(documents: Mapping[str, object], findings: Findings) -> None:
+    """Check generation_config.json as transformers does when it loads and saves one."""
+    document = as_object(documents.get(GENERATION_CONFIG))
+    if document is None:
+        return
+    for key, (accepts, expected) in _GENERATION_VALUES.items():
+        if document.get(key) is not None and not accepts(document[key]):
+            message = f"{key} is {shown(document[key])}, expected {expected}"
+            findings.add("generation-value", f"{GENERATION_CONFIG}: {key}", message)
+    if document.get("do_sample") is True:
+        return
+    for key, unset in _SAMPLING_DEFAULTS.items():
+        if document.get(key) not in (None, unset):
+            message = f"{key} is {shown(document[key])}, but do_sample is not true"
+            findings.add("generation-sampling", f"{GENERATION_CONFIG}: {key}", message)

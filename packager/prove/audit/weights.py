@@ -1,0 +1,152 @@
+"""The weights set: exactly one, whole, its index and its shards in agreement. Only headers are read."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from packager.errors import SourceError
+from packager.model.safetensors_file import METADATA, StoredTensor, read_header, stored_tensors
+from packager.prove.audit.files import JsonObject, Listing, as_object
+from packager.prove.audit.finding import Findings, shown
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+DEFAULT_STEM = "model"
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".pkl", ".h5", ".msgpack")
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What could be read of the weights set.
+
+    Attributes:
+        files: the names of the set's safetensors files that exist.
+        stem: the name without shard number and suffix, "" without a set.
+        tensors: every tensor with the place of its bytes.
+        size_bytes: the size of the files.
+        whole: every file of the set could be read, so that a tensor not in `tensors` is missing.
+    """
+
+    files: tuple[str, ...] = ()
+    stem: str = ""
+    tensors: Mapping[str, StoredTensor]
+    size_bytes: int = 0
+    whole: bool = False
+
+
+def read_weights(listing: Listing, documents: Mapping[str, object], findings: Findings) -> Weights:
+    """Choose the weights set, report everything beside it, and read the headers of its files."""
+    indexes = sorted(listing.top_level(INDEX_SUFFIX), key=_default_first)
+    index = as_object(documents.get(indexes[0])) if indexes else None
+    weight_map = _weight_map(indexes[0], index, findings) if index is not None else None
+    files = _choose(listing, weight_map, findings)
+    _check_strays(listing, {*files, *indexes[:1]}, findings)
+    present = [name for name in files if name in listing.sizes]
+    for name in files:
+        if not listing.has(name):
+            findings.add("index-shard-missing", indexes[0], f"it names {shown(name)}, which is not in the folder")
+    shards = {name: shard for name in present if (shard := _read_shard(listing, name, findings)) is not None}
+    whole = bool(files) and len(shards) == len(files)
+    if index is not None and weight_map is not None:
+        _check_index(indexes[0], index, weight_map, shards, findings, whole=whole)
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards.values():
+        for tensor in sorted(tensors.keys() & shard.keys()):
+            findings.add("tensor-duplicate", tensor, "more than one file of the set holds this tensor")
+        tensors.update(shard)
+    stem = _stem(present[0]) if present else ""
+    if stem not in ("", DEFAULT_STEM):
+        findings.add("weights-name", present[0], f"the weights are not called {DEFAULT_STEM}{SUFFIX}")
+    size = sum(listing.sizes[name] for name in present)
+    return Weights(files=tuple(present), stem=stem, tensors=tensors, size_bytes=size, whole=whole)
+
+
+def _default_first(name: str) -> tuple[bool, str]:
+    return not name.startswith(DEFAULT_STEM + "."), name
+
+
+def _stem(name: str) -> str:
+    shard = _SHARD.match(name)
+    return shard[1] if shard else name[: -len(SUFFIX)]
+
+
+def _choose(listing: Listing, weight_map: Mapping[str, str] | None, findings: Findings) -> Sequence[str]:
+    """Return the file names of the set: what the index names, else all shards, else one single file."""
+    if weight_map:
+        return sorted(set(weight_map.values()))
+    candidates = sorted(listing.top_level(SUFFIX), key=_default_first)
+    single = [name for name in candidates if not _SHARD.match(name)]
+    if single:
+        return single[:1]
+    if not candidates:
+        if not any(name.endswith(SUFFIX) for name in listing.unread):
+            findings.add("weights-missing", ".", "there is no safetensors file")
+        return ()
+    if not any(name.endswith(INDEX_SUFFIX) for name in (*listing.sizes, *listing.unread)):
+        findings.add("index-missing", candidates[0], "shards without an index")
+    stem = _stem(candidates[0])
+    return [name for name in candidates if _stem(name) == stem]
+
+
+def _check_strays(listing: Listing, chosen: set[str], findings: Findings) -> None:
+    for name in listing.sizes:
+        lower = name.lower()
+        if name in chosen or not lower.endswith((SUFFIX, INDEX_SUFFIX, *_OTHER_WEIGHTS)):
+            continue
+        findings.add("weights-stray", name, "a weights file that is not part of the branch's one weights set")
+
+
+def _read_shard(listing: Listing, name: str, findings: Findings) -> Mapping[str, StoredTensor] | None:
+    """Return a file's tensors, or None after reporting that it is damaged."""
+    path = listing.path(name)
+    try:
+        tensors, metadata = stored_tensors(path), read_header(path).metadata
+    except SourceError as error:
+        findings.add("safetensors-damaged", name, f"{error.what}: {error.why}")
+        return None
+    except OSError as error:
+        findings.add("file-unreadable", name, f"it cannot be read: {error}")
+        return None
+    found = metadata.get("format")
+    if found != METADATA["format"]:
+        findings.add("safetensors-metadata", name, f"the metadata's format is {shown(found)}")
+    return tensors
+
+
+def _weight_map(name: str, index: JsonObject, findings: Findings) -> Mapping[str, str] | None:
+    """Return the index's weight_map, or None after reporting that it has none."""
+    weight_map = as_object(index.get("weight_map"))
+    if not weight_map:
+        findings.add("index-damaged", name, f"weight_map must be an object with tensors, found {shown(weight_map)}")
+        return None
+    valid = {tensor: file for tensor, file in weight_map.items() if isinstance(file, str)}
+    if len(valid) < len(weight_map):
+        findings.add("index-damaged", name, "weight_map has values that are not file names")
+        return None
+    return valid
+
+
+def _check_index(
+    name: str,
+    index: JsonObject,
+    weight_map: Mapping[str, str],
+    shards: Mapping[str, Mapping[str, StoredTensor]],
+    findings: Findings,
+    *,
+    whole: bool,
+) -> None:
+    for tensor, file in weight_map.items():
+        if file in shards and tensor not in shards[file]:
+            findings.add("index-disagrees", tensor, "the index names a shard that does not hold this tensor")
+    for file, shard in shards.items():
+        for tensor in shard:
+            if tensor not in weight_map:
+                findings.add("index-disagrees", tensor, f"{file} holds this tensor, the index does not name it")
+    metadata = as_object(index.get("metadata")) or {}
+    sizes = {tensor: stored.info.size_bytes for shard in shards.values() for tensor, stored in shard.items()}
+    total = sum(sizes.values())
+    if whole and "total_size" in metadata and metadata["total_size"] != total:
+        findings.add(
+            "index-total-size", name, f"total_size is {shown(metadata['total_size'])}, the tensors have {total} bytes"
+        )

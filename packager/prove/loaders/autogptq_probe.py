@@ -1,0 +1,89 @@
+"""Open GPTQ checkpoints in AutoGPTQ and write down what it computes.
+
+Stand-alone, run as `python autogptq_probe.py JOB.json ...` in an environment that has AutoGPTQ; `packager_isolated.py`
+says what a job is and what is written. Exit status 1 if any job failed.
+"""
+
+import importlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# Behind everything else, so that nothing of ours hides a package.
+sys.path.append(str(Path(__file__).parent))
+isolated: Any = importlib.import_module("packager_isolated")
+
+PACKAGES = (
+    *("auto-gptq", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "huggingface-hub"),
+    *("numpy", "pandas", "pyarrow", "torch"),
+)
+KERNELS = "auto_gptq.nn_modules.qlinear."
+
+
+def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Load the checkpoint, compute the rows' logits, generate greedily.
+
+    Returns:
+        What result.json records of a success.
+    """
+    torch: Any = importlib.import_module("torch")
+    auto_gptq: Any = importlib.import_module("auto_gptq")
+    folder, device = Path(job["model_dir"]), job["device"]
+    digests = isolated.weights_digests(folder)
+    # float16 has no matrix product here on the CPU: "Unexpected floating ScalarType in at::autocast::prioritize".
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    isolated.reset_peak_memory(torch, device)
+    started = time.perf_counter()
+    wrapper = auto_gptq.AutoGPTQForCausalLM.from_quantized(
+        str(folder),
+        device="cpu" if device == "cpu" else "cuda:0",
+        torch_dtype=dtype,
+        use_safetensors=True,
+        model_basename=weights_basename(folder),
+        inject_fused_attention=False,
+        inject_fused_mlp=False,
+    )
+    load_s = time.perf_counter() - started
+    # The wrapper's own generate() turns autocast on, which computes in bfloat16 on the CPU.
+    model = wrapper.model.eval()
+    kernel = isolated.kernel_name(model, KERNELS)
+    started = time.perf_counter()
+    isolated.write_logits(
+        output / "logits.npy",
+        (isolated.row_logits(torch, model, row) for row in job["input_ids"]),
+        len(job["input_ids"]),
+    )
+    forward_s = time.perf_counter() - started
+    generated = [isolated.greedy(torch, model, folder, prompt, job["max_new_tokens"]) for prompt in job["prompts"]]
+    return {
+        "versions": isolated.versions(PACKAGES),
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "kernel": kernel,
+        "weights_sha256": digests,
+        "generated": generated,
+        "load_s": load_s,
+        "forward_s": forward_s,
+        "peak_memory_bytes": isolated.peak_memory_bytes(torch, device),
+    }
+
+
+def weights_basename(folder: Path) -> str:
+    """Return the name of the weights without extension, as from_quantized wants it: "model" for model.safetensors.
+
+    Raises:
+        ValueError: there is no weights file, or several without an index.
+    """
+    suffix = ".safetensors.index.json"
+    indexes = sorted(folder.glob(f"*{suffix}"))
+    if indexes:
+        return indexes[0].name.removesuffix(suffix)
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(f"one weights file or an index expected, found {[file.name for file in files]}")
+    return files[0].stem
+
+
+if __name__ == "__main__":
+    sys.exit(isolated.main(probe, sys.argv[1:]))

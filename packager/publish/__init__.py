@@ -1,0 +1,1 @@
+"""Folders to branches and back: the plan, the targets, published repositories, rollback."""

@@ -1,0 +1,278 @@
+"""Stage 10, publish: bring each branch of a repository to exactly the files that were built.
+
+The folders are compared with their records, the target is read, the plan is shown, and only then the first byte is
+written: variants first, `main` last, each re-read from the repository and compared with its manifest. A branch that
+already holds its files gets no commit, so a second publish changes nothing, and a killed one is simply run again.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from packager.errors import PublishError, StateError
+from packager.publish.after_publish import Closing
+from packager.publish.plan import BranchPlan, PublishPlan, plan_line, plan_publish
+from packager.publish.targets import (
+    BranchState,
+    HeadMovedError,
+    LocalFile,
+    StoredFile,
+    Target,
+    file_name_problem,
+    read_local_file,
+)
+from packager.receipt import FileRecord
+from packager.system.files import list_files
+from packager.system.parallel import in_parallel
+from packager.system.text import format_bytes
+from packager.variant import MAIN, branch_problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchContent:
+    """What a branch is to hold.
+
+    Attributes:
+        branch: its name.
+        folder: where the files lie.
+        files: the manifest: every file of the folder, by name with '/' between folders.
+        message: of the commit, if one is made.
+    """
+
+    branch: str
+    folder: Path
+    files: Mapping[str, FileRecord]
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchOutcome:
+    """What was done to one branch: its head (None after a dry run of a branch that is not there) and the seconds."""
+
+    plan: BranchPlan
+    commit: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishReport:
+    """What was done to a repository, in order, and what was put right before that."""
+
+    plan: PublishPlan
+    outcomes: tuple[BranchOutcome, ...]
+    notes: tuple[str, ...]
+    dry_run: bool
+
+    def head(self, branch: str) -> str:
+        """Return a branch's head commit after publishing.
+
+        Raises:
+            KeyError: the branch was not published, or has no head after a dry run.
+        """
+        return {outcome.plan.branch: outcome.commit for outcome in self.outcomes if outcome.commit}[branch]
+
+
+def publish(
+    branches: Sequence[BranchContent],
+    target: Target,
+    report: Callable[[str], None],
+    *,
+    closing: Sequence[Closing] = (),
+    dry_run: bool = False,
+    show_plan: Callable[[PublishPlan], None] = lambda _: None,
+    confirm: Callable[[PublishPlan], None] = lambda _: None,
+) -> PublishReport:
+    """Publish `branches` to `target`.
+
+    Args:
+        branches: the content of each branch.
+        target: the repository.
+        report: gets one line for the plan, one per branch, and one per thing put right after a killed run.
+        closing: what comes after the last branch.
+        dry_run: plan and check, write nothing.
+        show_plan: gets the plan before the first effect; not called for a dry run, whose report holds it.
+        confirm: called if anything would change, after `show_plan` and before the first effect; raises to stop.
+
+    Raises:
+        StateError: a folder, or the worktree of a published repository, was edited.
+        PublishError: the target is not in a state that can be published to, or did not store what it was given.
+        MachineError: git or disk space is missing.
+    """
+    files = check_folders(branches, blob_ids=target.names_by_blob)
+    if dry_run:
+        plan = _checked_plan(files, target, closing)
+        report(plan_line(plan))
+        outcomes = [BranchOutcome(plan=entry, commit=entry.parent, seconds=0.0) for entry in plan.branches]
+        return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=(), dry_run=True)
+    if MAIN not in files:
+        plan_publish(files, target.read_branches(), where=target.where)  # may refuse, and no repository is made then
+    messages = {content.branch: content.message for content in branches}
+    outcomes = []
+    with target.exclusive() as notes:
+        for note in notes:
+            report(note)
+        plan = _checked_plan(files, target, closing, show_plan)
+        report(plan_line(plan))
+        if plan.effects:
+            confirm(plan)
+        for entry in plan.branches:
+            outcome = _publish_branch(entry, files[entry.branch], target, messages[entry.branch])
+            report(outcome_line(outcome))
+            outcomes.append(outcome)
+        for step in closing:
+            step.carry_out({outcome.plan.branch: outcome.commit or "" for outcome in outcomes})
+        for line in plan.closing:
+            report(f"done: {line}")
+    return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=tuple(notes), dry_run=False)
+
+
+def check_folders(branches: Sequence[BranchContent], *, blob_ids: bool = True) -> Mapping[str, Mapping[str, LocalFile]]:
+    """Read every branch's files, in parallel, and compare them with their records.
+
+    Args:
+        branches: the content of each branch.
+        blob_ids: whether the blob ids of large files are wanted, too.
+
+    Returns:
+        The files by branch and name.
+
+    Raises:
+        PublishError: a branch or file name cannot be published, or a branch has no files or is given twice.
+        StateError: a folder does not hold exactly the files of its manifest.
+    """
+    _check_names(branches)
+    files: dict[str, dict[str, LocalFile]] = {}
+    findings: list[str] = []
+    listings = {content.branch: set(list_files(content.folder)) for content in branches}
+    wanted = [
+        (content, name) for content in branches for name in sorted(listings[content.branch] & content.files.keys())
+    ]
+    wanted.sort(key=lambda entry: -entry[0].files[entry[1]].size_bytes)
+    read = in_parallel(lambda entry: read_local_file(entry[0].folder / entry[1], blob_id=blob_ids), wanted)
+    by_name = {(content.branch, name): file for (content, name), file in zip(wanted, read, strict=True)}
+    for content in branches:
+        present, manifest = listings[content.branch], content.files
+        found = {name: by_name[content.branch, name] for name in sorted(present & manifest.keys())}
+        extra = sorted(present - manifest.keys())
+        findings.extend(f"{content.folder / name}: {text}" for name, text in _differences(found, manifest))
+        findings.extend(f"{content.folder / name}: not in the manifest" for name in extra)
+        files[content.branch] = found
+    if findings:
+        raise StateError(
+            "what was built is not what would be published",
+            why="\n    ".join(["these files are not as their records say:", *findings]),
+            hint="build the branch again; to publish an edit, make it in the recipe, where the next build keeps it",
+        )
+    return files
+
+
+def outcome_line(outcome: BranchOutcome) -> str:
+    """Return the one line that says what became of a branch."""
+    plan = outcome.plan
+    if plan.action == "unchanged" or outcome.commit is None:
+        return f"{plan.branch}: {plan.action}"
+    changes = f"{len(plan.added)} added, {len(plan.changed)} changed, {len(plan.removed)} removed"
+    done = "created" if plan.action == "create" else "updated"
+    size = format_bytes(plan.written_bytes)
+    return f"{plan.branch}: {done} at {outcome.commit[:12]}, files: {changes}, {size}, {outcome.seconds:.1f} s"
+
+
+def _checked_plan(
+    files: Mapping[str, Mapping[str, LocalFile]],
+    target: Target,
+    closing: Sequence[Closing],
+    show_plan: Callable[[PublishPlan], None] = lambda _: None,
+) -> PublishPlan:
+    plan = plan_publish(files, target.read_branches(), where=target.where)
+    plan = replace(plan, closing=tuple(line for step in closing for line in step.plan(plan)))
+    show_plan(plan)
+    target.check(plan.changing or ((MAIN,) if plan.closing else ()))
+    return plan
+
+
+def _publish_branch(plan: BranchPlan, files: Mapping[str, LocalFile], target: Target, message: str) -> BranchOutcome:
+    if plan.action == "unchanged":
+        return BranchOutcome(plan=plan, commit=plan.parent, seconds=0.0)
+    started = time.monotonic()
+    try:
+        commit = target.commit(plan.branch, files, parent=plan.parent, message=message)
+    except HeadMovedError as error:
+        raise _moved(plan, target, error) from error
+    if wrong := list(_not_as_built(target.read_back(commit), files)):
+        raise PublishError(
+            f"{plan.branch} was published and does not hold what was built",
+            where=target.where,
+            why="; ".join(wrong),
+            hint="publish again; if that does not help, check the repository (git fsck, where it is a folder)",
+        )
+    return BranchOutcome(plan=plan, commit=commit, seconds=time.monotonic() - started)
+
+
+def _not_as_built(stored: Mapping[str, StoredFile], files: Mapping[str, LocalFile]) -> Iterator[str]:
+    for name in sorted(stored.keys() | files.keys()):
+        if name not in stored:
+            yield f"{name}: missing"
+        elif name not in files:
+            yield f"{name}: not one of ours"
+        elif not stored[name].holds(files[name]):
+            yield f"{name}: {stored[name].size_bytes:,} bytes of other content"
+
+
+def _moved(plan: BranchPlan, target: Target, error: HeadMovedError) -> HeadMovedError:
+    """Return the error with what changed: the files that differ between the planned parent and the head now."""
+    before = target.read_back(plan.parent) if plan.parent else {}
+    now = target.read_branches().get(plan.branch)
+    changes = ["the branch is gone"] if now is None else _changes(before, now)
+    return HeadMovedError(
+        f"{plan.branch} was moved by somebody else while it was being published",
+        where=target.where,
+        why=", ".join([*filter(None, [error.why]), *changes]),
+        hint="look at what is there now, then publish again: what has been uploaded is not uploaded twice",
+    )
+
+
+def _changes(before: Mapping[str, StoredFile], now: BranchState) -> list[str]:
+    """Say what somebody else made of a branch."""
+    author = f" by {now.foreign_author}" if now.foreign_author else ""
+    words = {name: _change_word(before.get(name), now.files.get(name)) for name in before.keys() | now.files.keys()}
+    changed = [f"{name} was {words[name]}" for name in sorted(words) if words[name]]
+    return [f"its head is now {now.commit[:12]}{author}", *changed]
+
+
+def _change_word(before: StoredFile | None, now: StoredFile | None) -> str:
+    if before is None or now is None:
+        return "added" if before is None else "removed"
+    return "" if before.holds(now) else "changed"
+
+
+def _differences(found: Mapping[str, LocalFile], manifest: Mapping[str, FileRecord]) -> Iterator[tuple[str, str]]:
+    """Yield each file that is not as the manifest says, and how it differs."""
+    for name in sorted(found.keys() | manifest.keys()):
+        file, record = found.get(name), manifest.get(name)
+        if file is None:
+            yield name, "missing"
+        elif record is None:
+            yield name, "not in the manifest"
+        elif file.size_bytes != record.size_bytes:
+            yield name, f"changed: {file.size_bytes:,} bytes instead of {record.size_bytes:,}"
+        elif file.sha256 != record.sha256:
+            yield name, f"changed: sha256 {file.sha256} instead of {record.sha256}"
+
+
+def _check_names(branches: Sequence[BranchContent]) -> None:
+    problems = []
+    seen: set[str] = set()
+    for content in branches:
+        where = repr(content.branch)
+        if problem := branch_problem(content.branch):
+            problems.append(f"{where}: {problem}")
+        if content.branch in seen:
+            problems.append(f"{where}: given twice")
+        if not content.files:
+            problems.append(f"{where}: has no files")
+        seen.add(content.branch)
+        named = ((name, file_name_problem(name)) for name in content.files)
+        problems.extend(f"{where}: {name!r}: {problem}" for name, problem in named if problem)
+    if problems:
+        raise PublishError("these branches cannot be published", why="\n    ".join(problems))

@@ -1,0 +1,128 @@
+"""Whether a published repository still is what was published: asked of the repository alone, without any build.
+
+Each branch carries its own record, provenance.json: `branch` compares everything on it with that, and `card` the table
+of main's card with every branch's record. Nothing that a repository holds is trusted: what is damaged, hostile or too
+large is a finding, and what is read is read in bounded pieces.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from packager.errors import PublishError
+from packager.prove.audit.files import PROVENANCE
+from packager.prove.audit.finding import printable, shown
+from packager.prove.audit.weights import SUFFIX
+from packager.publish.published.branch import BranchProof, Depth, prove
+from packager.publish.published.card import check_card
+from packager.publish.published.finding import RULES, Collector, PublishedFinding, unreadable
+from packager.publish.published.loaders import LoaderSite
+from packager.publish.published.states import published_states
+from packager.publish.targets import Target
+from packager.publish.targets.git import GitTarget
+from packager.receipt import Provenance
+from packager.variant import MAIN
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedReport:
+    """What was proven of a repository.
+
+    Attributes:
+        where: the repository.
+        full: every file was downloaded.
+        branches: one proof each, main first.
+        card_rows: rows of the card's table that were compared; None if the card was not looked at.
+        card_findings: of the card of main against the branches.
+    """
+
+    where: str
+    full: bool
+    branches: tuple[BranchProof, ...]
+    card_rows: int | None
+    card_findings: tuple[PublishedFinding, ...]
+
+    @property
+    def findings(self) -> tuple[PublishedFinding, ...]:
+        """Everything found."""
+        return (*(finding for proof in self.branches for finding in proof.findings), *self.card_findings)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no finding is an error."""
+        return not any(finding.severity == "error" for finding in self.findings)
+
+    @property
+    def loader_failed(self) -> bool:
+        """Whether a loader failed on a branch."""
+        return any(finding.rule == "loader-failed" for finding in self.findings)
+
+
+def verify_published(
+    target: Target,
+    say: Callable[[str], None],
+    *,
+    branches: Sequence[str] = (),
+    full: bool = False,
+    loaders: LoaderSite | None = None,
+) -> PublishedReport:
+    """Compare a repository with what its branches record of themselves.
+
+    Args:
+        target: the repository.
+        say: gets a line per branch, and with `full` one per file.
+        branches: look at these only; the card's table is compared if main is among them.
+        full: download every file, one branch at a time, hash it, and run the whole audit.
+        loaders: where the loaders that a branch's record names open it, once it is downloaded: that means `full`.
+
+    Raises:
+        PublishError: nothing is published there, a branch named is not there, or no branch could be read.
+        MachineError: `full`, and the temporary folder has no space for a branch.
+    """
+    states = published_states(target, branches)
+    # A git remote is wherever its host has put it; the Hub and the local target go by the repository's name.
+    depth = Depth(full=full or loaders is not None, named=not isinstance(target, GitTarget), loaders=loaders)
+    chosen = sorted(set(branches or states), key=lambda branch: (branch != MAIN, branch))
+    proofs: list[BranchProof] = []
+    provenances: dict[str, Provenance] = {}
+    failures: list[PublishError] = []
+    for branch in chosen:
+        found, state = Collector(branch), states[branch]
+        proof = BranchProof(branch=branch, commit=state.commit)
+        try:
+            proof, provenance = prove(target, proof, found, say, depth)
+        except PublishError as error:
+            failures.append(error)
+            found.add("branch-unreadable", "", unreadable(error))
+        else:
+            if provenance:
+                _compare_branches(branch, provenance, provenances, found)
+                provenances[branch] = provenance
+        if state.foreign_author and branch in provenances:
+            found.add("head-foreign", "", f"its head was made by {state.foreign_author}, not by packager")
+        proofs.append(replace(proof, findings=found.collected()))
+        say(f"{printable(branch)}: {'ok' if proofs[-1].passed else f'{len(proofs[-1].findings)} findings'}")
+    if len(failures) == len(chosen):
+        raise failures[0]
+    card = Collector(MAIN)
+    rows = check_card(target, states, provenances, card) if not branches or MAIN in chosen else None
+    return PublishedReport(
+        where=target.where, full=depth.full, branches=tuple(proofs), card_rows=rows, card_findings=card.collected()
+    )
+
+
+def _compare_branches(branch: str, provenance: Provenance, others: Mapping[str, Provenance], found: Collector) -> None:
+    """Compare a record with those of the branches before it: one repository, and weights of each branch's own."""
+    for other, record in others.items():
+        if provenance.place.repository != record.place.repository:
+            message = f"it was built for {shown(provenance.repository)}, {other} for {shown(record.repository)}"
+            found.add("repository-differs", PROVENANCE, message)
+        if (weights := _weights(provenance)) and weights == _weights(record):
+            found.add("branch-copied", PROVENANCE, f"{branch} and {other} have the same weights")
+
+
+def _weights(provenance: Provenance) -> frozenset[str]:
+    """Return the digests of the weights that a record lists."""
+    return frozenset(record.sha256 for name, record in provenance.files.items() if name.endswith(SUFFIX))
+
+
+__all__ = ["RULES", "BranchProof", "LoaderSite", "PublishedFinding", "PublishedReport", "verify_published"]

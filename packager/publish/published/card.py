@@ -1,0 +1,142 @@
+"""The card of main against the branches: its table lists what is there, with the figures of their records."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from packager.errors import PublishError
+from packager.prove.audit.files import PROVENANCE, README
+from packager.prove.audit.finding import shown
+from packager.publish.published.finding import Collector, unreadable
+from packager.publish.targets import BranchState, Target
+from packager.receipt import Provenance
+from packager.variant import MAIN
+
+_MAX_CARD_BYTES = 2_000_000
+_MAX_ROWS = 1000
+BRANCH, VARIANT = "Branch", "Variant"
+BITS, GROUP_SIZE, ACT_ORDER = "Bits", "Group Size", "Act Order (desc_act)"
+DAMP, SEQ_LEN, SIZE = "Damp %", "Seq Len", "File Size"
+_COLUMNS = frozenset({BRANCH, BITS, GROUP_SIZE, ACT_ORDER, DAMP, SEQ_LEN, SIZE})
+_CELL_END = re.compile(r"(?<!\\)\|")
+_CODE = re.compile(r"`([^`]{1,200})`")
+_SIZE = re.compile(r"(\d{1,9})(?:\.(\d{1,6}))? (B|kB|MB|GB)\Z")
+_FACTORS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+Row = Mapping[str, str]
+
+
+def check_card(
+    target: Target, states: Mapping[str, BranchState], provenances: Mapping[str, Provenance], found: Collector
+) -> int:
+    """Compare the table of main's card with the repository.
+
+    Args:
+        target: the repository.
+        states: every branch that is there.
+        provenances: the records of those that were read.
+        found: where to report.
+
+    Returns:
+        How many rows were compared with a record.
+    """
+    if MAIN not in states:
+        found.add("main-missing", "", "there is no branch main")
+        return 0
+    # In a repository of its own a variant lies on main, and the table's other rows lead to other repositories.
+    alone = provenances[MAIN] if MAIN in provenances and provenances[MAIN].layout == "repos" else None
+    rows = _read_rows(target, states[MAIN], VARIANT if alone else BRANCH, found)
+    if not rows:
+        return 0
+    records = {alone.branch: alone} if alone else provenances
+    expected = set(records) if alone else {branch for branch, state in states.items() if PROVENANCE in state.files}
+    listed: dict[str, Row] = {}
+    for row in rows:
+        code = _CODE.search(row[BRANCH])
+        name = code[1] if code else row[BRANCH]
+        if name in listed:
+            found.add("card-table", README, f"the table has two rows for {name}")
+        elif name not in states and not alone:
+            found.add("card-branch-missing", README, f"the table lists {name}, which is not a branch here")
+        listed.setdefault(name, row)
+    for branch in sorted(expected - listed.keys()):
+        found.add("card-branch-unlisted", README, f"{branch} is there, and the table does not list it")
+    compared = sorted(listed.keys() & records.keys())
+    for branch in compared:
+        for column, cell, recorded in _differences(listed[branch], records[branch]):
+            found.add("card-figure", README, f"{branch}: {column} is {shown(cell)}, its record says {shown(recorded)}")
+    return len(compared)
+
+
+def _read_rows(target: Target, main: BranchState, heading: str, found: Collector) -> Sequence[Row]:
+    """Return the rows of main's card; why there are none is reported."""
+    size_bytes = main.files[README].size_bytes if README in main.files else 0
+    if not 0 < size_bytes <= _MAX_CARD_BYTES:
+        found.add("card-table", README, f"there is no {README}, or none of a card's size")
+        return ()
+    try:
+        data = target.read_bytes(main.commit, README, size=_MAX_CARD_BYTES)
+    except PublishError as error:
+        found.add("branch-unreadable", README, unreadable(error))
+        return ()
+    rows = table_rows(data.decode("utf-8", "replace"), heading)
+    if not rows:
+        found.add("card-table", README, "there is no table of the provided files")
+    return rows
+
+
+def table_rows(text: str, heading: str = BRANCH) -> Sequence[Row]:
+    """Return the rows of a card's table of provided files, by the heading of the column; none if it has no such table.
+
+    It is the first table of the page that has all the columns that are compared. The column of the names is called
+    `heading` there, and `BRANCH` in what is returned.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    for number, line in enumerate(lines):
+        headings = [BRANCH if cell == heading else cell for cell in _cells(line)]
+        if len(headings) > 40 or not _COLUMNS.issubset(headings):
+            continue
+        rows = []
+        for body in lines[number + 2 : number + 2 + _MAX_ROWS]:
+            cells = _cells(body)
+            if len(cells) != len(headings):
+                break
+            rows.append(dict(zip(headings, cells, strict=True)))
+        return rows
+    return ()
+
+
+def _cells(line: str) -> list[str]:
+    """Return the cells of a table's row; none if the line is not one."""
+    if not line.startswith("|") or not line.rstrip().endswith("|"):
+        return []
+    return [cell.strip() for cell in _CELL_END.split(line.rstrip())[1:-1]]
+
+
+def _differences(row: Row, provenance: Provenance) -> list[tuple[str, str, object]]:
+    """Return column, cell and recorded value of every figure that is not the record's."""
+    used = provenance.parameters
+    recorded: dict[str, object] = {
+        BITS: used.get("bits"),
+        GROUP_SIZE: used.get("group_size"),
+        ACT_ORDER: used.get("desc_act"),
+        DAMP: used.get("damp_percent"),
+        SEQ_LEN: provenance.calibration.seq_len,
+    }
+    # "-1 (whole row)" is a group size, too.
+    wrong = [
+        (column, row[column], value) for column, value in recorded.items() if row[column].split(" ")[0] != f"{value}"
+    ]
+    if not is_rounded(row[SIZE], provenance.weights_bytes):
+        wrong.append((SIZE, row[SIZE], provenance.weights_bytes))
+    return wrong
+
+
+def is_rounded(cell: str, size_bytes: int) -> bool:
+    """Return whether a size such as `7.26 GB` is `size_bytes`, rounded to the digits that it shows."""
+    match = _SIZE.match(cell)
+    if match is None:
+        return False
+    whole, fraction, factor = match[1], match[2] or "", _FACTORS[match[3]]
+    # In integers, which no size is too large for.
+    difference = abs(int(whole + fraction) * factor - size_bytes * int(10 ** len(fraction)))
+    return 2 * difference <= factor

@@ -1,0 +1,156 @@
+"""Loaders open a downloaded branch: those that its record names, compared with our own forward of the same files.
+
+What they compute on is the branch's own card, in its own tokens: ordinary text that comes with every branch, and whose
+sha256 is in the record. A branch that another check has found wrong is not opened.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from packager.errors import MachineError
+from packager.prove.audit.files import PROVENANCE, README
+from packager.prove.audit.finding import printable
+from packager.prove.audit.tokenizer import TOKENIZER
+from packager.prove.loaders import LOADERS
+from packager.publish.published.finding import Collector
+from packager.receipt import LoaderRecord, Provenance
+from packager.variant import branch_problem
+
+if TYPE_CHECKING:
+    import torch
+
+_TEXT_CHARACTERS = 100_000
+_PROMPT_TOKENS = 16
+_MAX_UNKNOWN = 5  # loaders that this version does not know, of a record
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderSite:
+    """Where loaders are run.
+
+    Attributes:
+        device: where they, and our own forward, compute.
+        cache: where their environments are kept.
+        environ: the process environment to derive theirs from; secrets are removed.
+    """
+
+    device: "torch.device"
+    cache: Path
+    environ: Mapping[str, str]
+
+
+def prove_by_loaders(
+    site: LoaderSite,
+    folder: Path,
+    branch: str,
+    provenance: Provenance,
+    found: Collector,
+    say: Callable[[str], None],
+) -> tuple[LoaderRecord, ...]:
+    """Let the loaders that a record names open its branch.
+
+    Args:
+        site: where they are run.
+        folder: the branch, downloaded and audited; what the loaders write goes beside it.
+        branch: its name.
+        provenance: its record.
+        found: has what was found before, and gets what the loaders find.
+        say: gets a line per loader.
+
+    Returns:
+        One record per loader: passed, failed with what differs, or "not run" with why.
+
+    Raises:
+        MachineError: a loader's environment cannot be written, or the GPU has no memory for our own forward.
+    """
+    wanted = {record.loader: record.required for record in sorted(provenance.loaders, key=lambda each: each.required)}
+    known = {name: wanted[name] for name in LOADERS if name in wanted}
+    if problem := _problem(branch, folder, found):
+        records = [_not_run(name, required, problem) for name, required in known.items()]
+    else:
+        records = _run(site, folder, branch, provenance, known, say) if known else []
+    unknown = [name for name in wanted if name not in known][:_MAX_UNKNOWN]
+    records += [_not_run(name, wanted[name], "this version of packager does not know it") for name in unknown]
+    if not records:
+        found.add("loader-not-run", PROVENANCE, "the record names no loader")
+    for record in records:
+        if record.status == "failed":
+            found.add("loader-failed", record.loader, record.reason)
+        elif record.status == "not run" and record.required:
+            found.add("loader-not-run", record.loader, record.reason)
+    return tuple(records)
+
+
+def _problem(branch: str, folder: Path, found: Collector) -> str:
+    """Return why the branch is not opened, or ""."""
+    if found.has_errors or branch_problem(branch):
+        return "the branch failed the checks before this one"
+    if found.has("architecture-unknown"):
+        return "its architecture is none that could be checked"
+    if not (folder / TOKENIZER).exists():
+        return f"there is no {TOKENIZER} to make tokens with"
+    return ""
+
+
+def _not_run(name: str, required: bool, reason: str) -> LoaderRecord:
+    return LoaderRecord(loader=printable(name), required=required, status="not run", reason=reason)
+
+
+def _run(
+    site: LoaderSite,
+    folder: Path,
+    branch: str,
+    provenance: Provenance,
+    wanted: Mapping[str, bool],
+    say: Callable[[str], None],
+) -> list[LoaderRecord]:
+    import torch
+
+    from packager.prove.verify import VerifyJob, checkpoint_of, prove, references_of
+    from packager.recipe import Loaders
+
+    loaders = Loaders.model_validate(
+        {
+            "required": tuple(name for name, required in wanted.items() if required),
+            "if_available": tuple(name for name, required in wanted.items() if not required),
+        }
+    )
+    checkpoint = checkpoint_of(provenance.model_copy(update={"branch": branch}), folder)
+    try:
+        rows = _token_rows(folder, loaders.num_rows, loaders.seq_len)
+        job = VerifyJob(
+            checkpoints=[checkpoint],
+            ids=torch.tensor(rows),
+            prompts=[rows[0][:_PROMPT_TOKENS]],
+            loaders=loaders,
+            device=site.device,
+            cache=site.cache,
+            scratch=folder.with_name("loaders"),
+            environ=site.environ,
+        )
+        references = references_of(job)
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            "the GPU's memory is exhausted", why=str(error).partition(".")[0], hint="run again with --device cpu"
+        ) from error
+    except MachineError:
+        raise
+    except Exception as error:  # noqa: BLE001 - somebody else's files: tokenizers, transformers and torch raise anything
+        reason = printable(f"our own forward of it failed: {type(error).__name__}: {error}")
+        return [
+            LoaderRecord(loader=name, required=required, status="failed", reason=reason)
+            for name, required in wanted.items()
+        ]
+    return list(prove(job, references, say)[branch])
+
+
+def _token_rows(folder: Path, num_rows: int, seq_len: int) -> Sequence[list[int]]:
+    """Return rows of the card's token ids, from its start again where it is too short."""
+    from tokenizers import Tokenizer
+
+    text = (folder / README).read_text(encoding="utf-8")[:_TEXT_CHARACTERS]
+    ids = Tokenizer.from_file(str(folder / TOKENIZER)).encode(text).ids
+    stream = ids * (num_rows * seq_len // len(ids) + 1)
+    return [stream[begin : begin + seq_len] for begin in range(0, num_rows * seq_len, seq_len)]

@@ -1,0 +1,130 @@
+"""Reading a branch that nobody vouches for: in bounded pieces, and to disk only under names that stay in the folder."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from packager.errors import MachineError
+from packager.prove.audit.finding import printable, shown
+from packager.publish.published.finding import Collector
+from packager.publish.targets import LARGE_BYTES, StoredFile, Target, file_name_problem
+from packager.system.files import disk_errors
+from packager.system.parallel import in_parallel
+from packager.system.text import format_bytes
+
+_HUGE_BYTES = 1 << 63
+_MAX_WEIGHTS_BYTES = 1 << 43  # of one file: what file systems can have as a hole, ext4 included
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """A branch that is being looked at: its head, the files there, and those of them that may be written to disk."""
+
+    target: Target
+    name: str
+    commit: str
+    stored: Mapping[str, StoredFile]
+    safe: frozenset[str]
+
+    def read(self, name: str, size: int) -> bytes:
+        """Return a file's first bytes, at most `size`."""
+        if self.stored[name].size_bytes <= 0:
+            return b""  # HTTP knows no range of nothing, and answers with an error
+        return self.target.read_bytes(self.commit, name, size=size)[:size]
+
+
+def bounded(file: StoredFile) -> StoredFile:
+    """Return a file with a size that can be computed with: a pointer of git-lfs may name one of 800 digits."""
+    return replace(file, size_bytes=min(file.size_bytes, _HUGE_BYTES))
+
+
+def safe_names(stored: Mapping[str, StoredFile], found: Collector) -> frozenset[str]:
+    """Return the ordinary files whose names may be written to disk; report the others."""
+    safe = set()
+    for name, file in sorted(stored.items()):
+        if problem := file_name_problem(name):
+            found.add("file-name", name, problem)
+        elif any(folder.as_posix() in stored for folder in PurePosixPath(name).parents):
+            found.add("file-name", name, "its folder is a file, too")
+        elif not (file.sha256 or file.blob_id) or file.size_bytes < 0:
+            found.add("not-a-regular-file", name, "a link, a submodule or an executable")
+        else:
+            safe.add(name)
+    return frozenset(safe)
+
+
+def download(
+    branch: Branch, names: Sequence[str], folder: Path, found: Collector, say: Callable[[str], None]
+) -> list[str]:
+    """Write files of the branch into `folder`; return the names of those that could be.
+
+    Raises:
+        MachineError: there is no space for them.
+    """
+    needed, free = sum(branch.stored[name].size_bytes for name in names), shutil.disk_usage(folder).free
+    if needed > free:
+        raise MachineError(
+            f"the temporary folder has no space for {printable(branch.name)}",
+            where=str(folder.parent.parent),
+            why=f"{format_bytes(needed)} are needed, {format_bytes(free)} are free",
+            hint="set TMPDIR to a folder with more space, or name other branches with --branch",
+        )
+
+    def fetch(name: str) -> str:
+        size_bytes = branch.stored[name].size_bytes
+        say(f"  {printable(branch.name)}: {printable(name)}, {format_bytes(size_bytes)}")
+        if size_bytes < LARGE_BYTES:  # a server that sends more than it has listed sends it in vain
+            return put(folder / name, branch.read(name, size_bytes + 1))
+        return _written(folder / name, lambda path: branch.target.export(branch.commit, name, path))
+
+    problems: dict[str, str] = dict(zip(names, in_parallel(fetch, names), strict=True))
+    for name, problem in problems.items():
+        if problem:
+            found.add("file-name", name, f"it cannot be written to disk: {problem}")
+    return [name for name in names if not problems[name]]
+
+
+def put_header(branch: Branch, name: str, folder: Path, left_bytes: int, found: Collector) -> int | None:
+    """Write a weights file up to the end of its header, and a hole for the rest; return how many bytes were read.
+
+    None if it cannot be looked at, which is reported. What is not a header is written as far as it was read: whoever
+    parses it says what is wrong.
+    """
+    size_bytes = branch.stored[name].size_bytes
+    data = branch.read(name, 8) if size_bytes <= _MAX_WEIGHTS_BYTES else b""
+    length = int.from_bytes(data, "little")
+    readable = len(data) == 8 and length <= size_bytes - 8
+    if size_bytes > _MAX_WEIGHTS_BYTES or (readable and length > left_bytes):
+        found.add("header-too-large", name, f"a header of {shown(length)} bytes in a file of {shown(size_bytes)}")
+        return None
+    if readable:
+        # From the start: whoever knows no ranges sends what lies there.
+        data = branch.read(name, 8 + length)
+    if problem := put(folder / name, data, size_bytes):
+        found.add("file-name", name, f"it cannot be written to disk: {problem}")
+        return None
+    return len(data)
+
+
+def put(path: Path, data: bytes, size_bytes: int | None = None) -> str:
+    """Write a file, followed by a hole up to `size_bytes`; return why it could not be, or ""."""
+
+    def write(path: Path) -> None:
+        path.write_bytes(data)
+        if size_bytes is not None:
+            os.truncate(path, size_bytes)
+
+    return _written(path, write)
+
+
+def _written(path: Path, write: Callable[[Path], None]) -> str:
+    """Return why a file could not be written because of its name, or ""; a full disk is an error, nobody's finding."""
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""

@@ -1,0 +1,101 @@
+"""Variants in repositories of their own, seen as the branches of one target.
+
+Each variant is the branch `main` of its repository; publishing plans, orders and reads them back as it does branches.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from packager.publish.targets import BranchState, CommitRecord, LocalFile, StoredFile, Target
+from packager.system.parallel import in_parallel
+from packager.variant import MAIN
+
+
+class SeparateTarget:
+    """One target per variant.
+
+    Args:
+        targets: by variant, `main` among them.
+    """
+
+    def __init__(self, targets: Mapping[str, Target]) -> None:
+        self._targets = dict(targets)
+        self._holders: dict[str, Target] = {}  # by commit
+
+    @property
+    def where(self) -> str:
+        """The repository of `main`; the others have its name and their own behind it."""
+        return self._targets[MAIN].where
+
+    @property
+    def is_public(self) -> bool:
+        """Whether one of them is."""
+        return any(target.is_public for target in self._targets.values())
+
+    @property
+    def names_by_blob(self) -> bool:
+        """Whether one of them does."""
+        return any(target.names_by_blob for target in self._targets.values())
+
+    def read_branches(self) -> Mapping[str, BranchState]:
+        """Return every variant whose repository is there."""
+        found = in_parallel(lambda branch: self._targets[branch].read_branches().get(MAIN), list(self._targets))
+        states = {
+            branch: replace(state, repository=self._targets[branch].where)
+            for branch, state in zip(self._targets, found, strict=True)
+            if state is not None
+        }
+        self._holders |= {state.commit: self._targets[branch] for branch, state in states.items()}
+        return states
+
+    def read_back(self, commit: str) -> Mapping[str, StoredFile]:
+        """Return a commit's files."""
+        return self._holders[commit].read_back(commit)
+
+    def read_bytes(self, commit: str, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        """Return a stored file's content, or a part of it."""
+        return self._holders[commit].read_bytes(commit, name, start=start, size=size)
+
+    def export(self, commit: str, name: str, path: Path) -> None:
+        """Write a stored file's content to `path`."""
+        self._holders[commit].export(commit, name, path)
+
+    def history(self, branch: str) -> Sequence[CommitRecord]:
+        """Return the commits of a variant's repository."""
+        records = self._targets[branch].history(MAIN)
+        self._holders |= {record.commit: self._targets[branch] for record in records}
+        return records
+
+    def check(self, changing: Collection[str]) -> None:
+        """Raise unless the variants named could be written now."""
+        for branch, target in self._targets.items():
+            target.check([MAIN] if branch in changing else [])
+
+    @contextmanager
+    def exclusive(self) -> Iterator[Sequence[str]]:
+        """Keep other publishers out of every repository."""
+        with ExitStack() as stack:
+            yield [note for target in self._targets.values() for note in stack.enter_context(target.exclusive())]
+
+    def commit(self, branch: str, files: Mapping[str, LocalFile], *, parent: str | None, message: str) -> str:
+        """Make `files` the whole content of a variant's repository."""
+        return self._held(branch, self._targets[branch].commit(MAIN, files, parent=parent, message=message))
+
+    def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
+        """Make an earlier commit's files the whole content of a variant's repository."""
+        return self._held(branch, self._targets[branch].restore(MAIN, commit, parent=parent, message=message))
+
+    def read_tag(self, name: str) -> Mapping[str, str]:
+        """Return the commit that a tag names in each repository."""
+        return {branch: target.read_tag(name)[MAIN] for branch, target in self._targets.items()}
+
+    def tag(self, name: str, commits: Mapping[str, str]) -> None:
+        """Tag repositories."""
+        for branch, commit in commits.items():
+            self._targets[branch].tag(name, {MAIN: commit})
+
+    def _held(self, branch: str, commit: str) -> str:
+        self._holders[commit] = self._targets[branch]
+        return commit

@@ -1,0 +1,1 @@
+"""The engine: fp16 blocks in, packed blocks out."""

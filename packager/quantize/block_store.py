@@ -1,0 +1,256 @@
+"""A variant's checkpoint under construction: a finished block is written to the place it will be published from.
+
+The plan fixes every weights file to the byte, so the files are made at their final size before the first block, and a
+block's tensors go straight to their offsets: no byte is written twice or needs room twice. A block is finished once it
+has a journal, a small file beside the weights that appears after the block's bytes are durable.
+
+work/<branch>/checkpoint/        the weights files; completed and packed, this folder is renamed into its place
+work/<branch>/block-00000.json   one journal per finished block
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from packager.errors import PackError
+from packager.inputs.base_model import read_tensor
+from packager.model.architecture import BLOCK_PREFIX, Shard
+from packager.model.safetensors_file import StoredTensor, copy_tensor, layout, write_at
+from packager.receipt import LinearRecord, Record
+from packager.system.files import disk_errors, fsync_folder, reserve, write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DTYPES = {"I32": "torch.int32", "F16": "torch.float16"}
+_DIGEST_LENGTH = 64
+# macOS has no fdatasync; fsync also waits for what only describes the file.
+_sync = getattr(os, "fdatasync", os.fsync)
+
+
+class Journal(Record):
+    """What makes a block finished.
+
+    Attributes:
+        fingerprint: everything that determined the block's bytes, by name.
+        sha256: of the block's bytes, its tensors sorted by name.
+        linears: what quantizing them said.
+    """
+
+    fingerprint: dict[str, str]
+    sha256: str
+    linears: tuple[LinearRecord, ...]
+
+
+class BlockStore:
+    """The weights files of one variant, filled block by block; threads may use it, each for a block of its own.
+
+    Args:
+        folder: the variant's own, named by its branch; its content may be deleted at any time.
+        shards: the planned weights files.
+        fingerprint: everything that determines the blocks' bytes, by name; work of another fingerprint is not resumed.
+        say: told in one line when finished work is thrown away, and why.
+
+    Attributes:
+        checkpoint: the folder that holds the weights files.
+    """
+
+    def __init__(
+        self, folder: Path, shards: Sequence[Shard], fingerprint: Mapping[str, str], say: Callable[[str], None]
+    ) -> None:
+        self.checkpoint = folder / "checkpoint"
+        self._folder = folder
+        self._fingerprint = dict(fingerprint)
+        self._say = say
+        self._shards = {self.checkpoint / shard.file_name: shard for shard in shards}
+        self._headers: dict[Path, bytes] = {}
+        places: dict[str, StoredTensor] = {}
+        for path, shard in self._shards.items():
+            self._headers[path], placed = layout(path, shard.tensors)
+            places |= placed
+        linears = {name.removesuffix(".qweight") for name in places if name.endswith(".qweight")}
+        self._blocks: dict[int, dict[str, StoredTensor]] = {}
+        self._others: dict[str, StoredTensor] = {}
+        for name in sorted(places):
+            linear = name.rpartition(".")[0]
+            kept = self._blocks.setdefault(_block_of(name), {}) if linear in linears else self._others
+            kept[name] = places[name]
+        self._journals: dict[int, Journal] = {}
+
+    def open(self) -> None:
+        """Take over the blocks that an earlier run finished, or make the files anew and reserve their space.
+
+        Raises:
+            MachineError: the disk is full, or the folder cannot be written; nothing of the attempt stays.
+        """
+        found = {block: self._read_journal(block) for block in self._blocks if self._journal_path(block).exists()}
+        journals = {block: journal for block, journal in found.items() if journal is not None}
+        reason = self._why_not_resumed(list(journals.values()))
+        if journals and reason:
+            blocks = "1 finished block is" if len(journals) == 1 else f"{len(journals)} finished blocks are"
+            self._say(f"{self._folder.name}: {blocks} not resumed: {reason}")
+        self._journals = {} if reason else journals
+        if not self._journals:
+            self._make_files()
+
+    def records(self, block: int) -> tuple[LinearRecord, ...] | None:
+        """Return what quantizing a finished block said, or None when it is not finished."""
+        journal = self._journals.get(block)
+        return journal.linears if journal is not None else None
+
+    def read(self, block: int) -> "dict[str, Tensor] | None":
+        """Return a finished block's tensors on the CPU by their full names.
+
+        None when the block is not finished, or no longer: bytes that changed since they were written are said, and
+        the block is to be made again.
+        """
+        journal = self._journals.get(block)
+        if journal is None:
+            return None
+        digest, tensors = hashlib.sha256(), {}
+        for name, place in self._blocks[block].items():
+            tensors[name] = read_tensor(place)
+            digest.update(_bytes_of(tensors[name]))
+        if digest.hexdigest() == journal.sha256:
+            return tensors
+        self._forget(block, "its bytes are not those that were written")
+        return None
+
+    def write(self, block: int, tensors: "Mapping[str, Tensor]", records: Sequence[LinearRecord]) -> None:
+        """Put a finished block's CPU tensors in place; when this returns, no crash can lose them.
+
+        Raises:
+            PackError: names, dtypes or shapes are not those of the plan.
+            MachineError: the disk is full.
+        """
+        places = self._blocks[block]
+        self._check(block, tensors)
+        if self._journals.pop(block, None) is not None:
+            self._journal_path(block).unlink()
+        digest = hashlib.sha256()
+        with disk_errors(self.checkpoint), ExitStack() as stack:
+            paths = {place.path for place in places.values()}
+            streams = {path: stack.enter_context(path.open("rb+")) for path in paths}
+            for name, place in places.items():
+                data = _bytes_of(tensors[name])
+                digest.update(data)
+                write_at(streams[place.path].fileno(), data, place.offset)
+            for stream in streams.values():
+                _sync(stream.fileno())
+        journal = Journal(fingerprint=self._fingerprint, sha256=digest.hexdigest(), linears=tuple(records))
+        write_atomic(self._journal_path(block), journal.model_dump_json(indent=2).encode() + b"\n")
+        self._journals[block] = journal
+
+    def complete(self, tensors: Mapping[str, StoredTensor]) -> None:
+        """Put everything that is not quantized in place: the weights files are then whole and durable.
+
+        Args:
+            tensors: the base model's, by name.
+
+        Raises:
+            PackError: a block is not finished, or a tensor is not there or not as planned.
+            MachineError: the disk is full.
+        """
+        unfinished = sorted(self._blocks.keys() - self._journals.keys())
+        if unfinished:
+            raise PackError(
+                f"{len(unfinished)} of {len(self._blocks)} blocks are not quantized",
+                where=self._folder.name,
+                why=f"the first is {BLOCK_PREFIX}.{unfinished[0]}",
+                hint="run build again",
+            )
+        for name, place in self._others.items():
+            if name not in tensors or tensors[name].info != place.info:
+                raise PackError(f"{name} is not in the base model as planned", where=self._folder.name)
+        for path in self._shards:
+            with disk_errors(path), path.open("rb+") as stream:
+                for name, place in self._others.items():
+                    if place.path == path:
+                        copy_tensor(tensors[name], stream.fileno(), place.offset)
+                os.fsync(stream.fileno())
+
+    def _journal_path(self, block: int) -> Path:
+        return self._folder / f"block-{block:05d}.json"
+
+    def _read_journal(self, block: int) -> Journal | None:
+        try:
+            return Journal.model_validate_json(self._journal_path(block).read_bytes())
+        except ValidationError:
+            self._forget(block, "its journal is damaged")
+            return None
+
+    def _forget(self, block: int, reason: str) -> None:
+        self._say(f"{self._folder.name}: block {block} is made again: {reason}")
+        self._journals.pop(block, None)
+        self._journal_path(block).unlink(missing_ok=True)
+
+    def _why_not_resumed(self, journals: Sequence[Journal]) -> str:
+        """Return why what lies in the folder cannot be used, or "" when it can."""
+        for journal in journals:
+            if journal.fingerprint != self._fingerprint:
+                return _differences(journal.fingerprint, self._fingerprint)
+        for path, header in self._headers.items():
+            if not path.is_file():
+                return f"{path.name} is missing"
+            with path.open("rb") as stream:
+                if path.stat().st_size != self._shards[path].size_bytes or stream.read(len(header)) != header:
+                    return f"{path.name} is not the planned file"
+        return ""
+
+    def _make_files(self) -> None:
+        """Make the weights files at their final size, headers written, from an empty folder."""
+        with disk_errors(self.checkpoint), ExitStack() as undo:
+            if self._folder.exists():
+                shutil.rmtree(self._folder)
+            self.checkpoint.mkdir(parents=True)
+            undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            for path, header in self._headers.items():
+                with path.open("xb") as stream:
+                    reserve(stream.fileno(), self._shards[path].size_bytes)
+                    stream.write(header)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            fsync_folder(self.checkpoint)
+            undo.pop_all()
+
+    def _check(self, block: int, tensors: "Mapping[str, Tensor]") -> None:
+        planned = {
+            name: (_DTYPES.get(place.info.dtype), place.info.shape) for name, place in self._blocks[block].items()
+        }
+        given = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        wrong = [name for name in sorted(planned.keys() | given.keys()) if planned.get(name) != given.get(name)]
+        if wrong:
+            raise PackError(
+                "a block does not have the planned tensors",
+                where=f"{self._folder.name}, {BLOCK_PREFIX}.{block}",
+                why=f"{wrong[0]}: planned {planned.get(wrong[0])}, got {given.get(wrong[0])}",
+                hint="this is a defect of packager: please report it with the recipe",
+            )
+
+
+def _block_of(name: str) -> int:
+    return int(name.removeprefix(f"{BLOCK_PREFIX}.").partition(".")[0])
+
+
+def _bytes_of(tensor: "Tensor") -> memoryview:
+    """Return the bytes of a CPU tensor, without a copy where it is contiguous."""
+    import torch
+
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """Say in which parts two fingerprints differ: digests only that they do, other values what they were and are."""
+    said = []
+    for part in [*new, *(part for part in old if part not in new)]:
+        before, after = old.get(part, "nothing"), new.get(part, "nothing")
+        if before != after:
+            digests = _DIGEST_LENGTH in (len(before), len(after))
+            said.append(f"{part} differs" if digests else f"{part} was {before} and is {after}")
+    return ", ".join(said)

@@ -1,0 +1,175 @@
+"""The suspended forward: one forward calibrates a block's linears, each on what the quantized ones before it make.
+
+Every batch runs the block in its own greenlet and is suspended when it reaches a linear that is not quantized yet.
+Once all batches wait there, their inputs give the Hessian, the linear is quantized, and they go on. The usual way
+repeats the block's forward once per group of linears; this runs it once, in the same order, for any block made of
+`nn.Linear`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from packager.errors import QuantizeError
+from packager.model.decoder import Context, run_block
+from packager.quantize.activations import Activations
+from packager.quantize.gptq.hessian import Hessian
+
+Group = tuple[str, ...]
+SolveGroup = Callable[[Group, Hessian], None]
+
+
+def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+    """Return a block's linears by name."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+@contextmanager
+def _hooks(modules: Mapping[str, nn.Module], make: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(make(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def linear_groups(block: nn.Module, hidden: Tensor, context: Context) -> tuple[Group, ...]:
+    """Return the linears that see the same input, group by group in the order in which the block reaches them.
+
+    Args:
+        block: with its weights.
+        hidden: inputs of one batch.
+        context: the block's other arguments.
+
+    Raises:
+        QuantizeError: a linear was never reached (a routed expert, say): there is nothing to calibrate it on.
+    """
+    seen: list[tuple[str, Tensor]] = []
+
+    def make(name: str) -> Callable[..., None]:
+        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append((name, args[0]))
+
+        return record
+
+    linears = linears_of(block)
+    with _hooks(linears, make):
+        run_block(block, hidden, context)
+    if missed := set(linears) - {name for name, _ in seen}:
+        raise QuantizeError("a linear received no input", where=", ".join(sorted(missed)))
+    groups: list[list[str]] = []
+    for index, (name, x) in enumerate(seen):
+        if index and x is seen[index - 1][1]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return tuple(tuple(group) for group in groups)
+
+
+@torch.no_grad()
+def sweep_sequential(
+    block: nn.Module,
+    groups: Sequence[Group],
+    states: Activations,
+    contexts: Sequence[Context],
+    solve: SolveGroup,
+    *,
+    suspended: int | None = None,
+    last: bool = False,
+    confirm: Callable[[], None] = lambda: None,
+) -> None:
+    """Quantize group after group while the batches are under way.
+
+    Args:
+        block: with its original weights; `solve` overwrites them.
+        groups: from `linear_groups`.
+        states: the block's inputs, replaced by the quantized block's outputs.
+        contexts: the block's other arguments, one per batch.
+        solve: quantizes a group given its Hessian.
+        suspended: how many batches wait inside the block; the others are abandoned at each group and run again from
+            the beginning for the next, with the same values. None: all of them wait.
+        last: there is no further block, so nobody needs the outputs.
+        confirm: called when every group is quantized and the states are still the block's inputs; may raise.
+    """
+    linears = linears_of(block)
+    main = getcurrent()
+    done: set[str] = set()
+    waiting: dict[int, greenlet] = {}
+
+    def make(name: str) -> Callable[..., None]:
+        def suspend(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name not in done:
+                main.switch(name, args[0])
+
+        return suspend
+
+    def run_of(index: int) -> greenlet:
+        return waiting.pop(index, None) or greenlet(partial(run_block, block, states.get(index), contexts[index]))
+
+    with _hooks({group[0]: linears[group[0]] for group in groups}, make):
+        for group in groups:
+            hessian = Hessian(linears[group[0]].in_features, linears[group[0]].weight.device)
+            for index in range(len(states)):
+                run = run_of(index)
+                hessian.add(_input_of(group, *run.switch()))
+                if suspended is None or index < suspended:
+                    waiting[index] = run
+                else:
+                    run.throw()
+            solve(group, hessian)
+            done.add(group[0])
+        confirm()
+        for index in range(len(states)):
+            if not last:
+                states.put(index, run_of(index).switch())
+        for run in waiting.values():
+            run.throw()
+
+
+def _input_of(group: Group, name: str, x: Tensor) -> Tensor:
+    if name != group[0]:
+        raise QuantizeError("the block reached its linears in another order", where=f"{name}, not {group[0]}")
+    return x
+
+
+@torch.no_grad()
+def sweep_parallel(
+    block: nn.Module,
+    groups: Sequence[Group],
+    states: Activations,
+    contexts: Sequence[Context],
+    solve: SolveGroup,
+    *,
+    last: bool = False,
+    confirm: Callable[[], None] = lambda: None,
+) -> None:
+    """Quantize all groups from the original block's activations (true_sequential False); takes two forwards.
+
+    Arguments and effect as in `sweep_sequential`.
+    """
+    linears = linears_of(block)
+    hessians = {group[0]: Hessian(linears[group[0]].in_features, linears[group[0]].weight.device) for group in groups}
+
+    def make(name: str) -> Callable[..., None]:
+        return lambda _, args: hessians[name].add(args[0])
+
+    with _hooks({name: linears[name] for name in hessians}, make):
+        for index in range(len(states)):
+            run_block(block, states.get(index), contexts[index])
+    for group in groups:
+        solve(group, hessians.pop(group[0]))
+    confirm()
+    if not last:
+        run_forward(block, states, contexts)
+
+
+@torch.no_grad()
+def run_forward(block: nn.Module, states: Activations, contexts: Sequence[Context]) -> None:
+    """Replace the states by the block's outputs."""
+    for index in range(len(states)):
+        states.put(index, run_block(block, states.get(index), contexts[index]))

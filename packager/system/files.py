@@ -1,0 +1,195 @@
+"""Files that appear whole or not at all, and their digests.
+
+Every write goes to a temporary name in the same folder, is fsynced, and is renamed into place: a killed process
+leaves either the old file or the new one. Names starting with `.tmp-` are leftovers and may always be deleted.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from packager.errors import MachineError
+from packager.receipt import FileRecord
+from packager.system.parallel import in_parallel
+
+TEMPORARY_PREFIX = ".tmp-"
+# A process that was killed just as it started another leaves its locks to that one for an instant.
+LOCK_WAIT_S = 2.0
+_CHUNK_BYTES = 1 << 22
+# File systems note times every few milliseconds: what was written within this one may have been written again.
+_SETTLED_NS = 2 * 10**9
+_digests: dict[tuple[int, ...], str] = {}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Translate a full disk, a quota, a size limit or an unwritable folder met while writing `path`.
+
+    Raises:
+        MachineError: instead of these OSErrors; any other passes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(
+                "the disk is full",
+                where=str(path),
+                why=str(error),
+                hint="free some space and run the same command again",
+            ) from error
+        if error.errno == errno.EFBIG:
+            raise MachineError(
+                "the file system or the shell allows no file of this size",
+                where=str(path),
+                why=str(error),
+                hint="look at `ulimit -f`; FAT takes 4 GiB at most; checkpoint.max_shard_bytes makes smaller files",
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise MachineError("the folder cannot be written", where=str(path), why=str(error)) from error
+        raise
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable (a no-op where folders cannot be opened)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a stream to write; when the block ends without an error, all of it appears at `path`, durably.
+
+    Raises:
+        MachineError: the disk is full or the folder cannot be written.
+    """
+    with disk_errors(path), ExitStack() as undo:
+        descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        undo.callback(Path(temporary).unlink, missing_ok=True)
+        with os.fdopen(descriptor, "wb") as stream:
+            os.fchmod(stream.fileno(), 0o644)
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).replace(path)
+        fsync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that readers see the old content or the new, never a part.
+
+    Raises:
+        MachineError: the disk is full or the folder cannot be written.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as stream:
+        stream.write(data)
+
+
+def copy_atomic(source: Path, target: Path) -> None:
+    """Copy one file like `write_atomic`, in chunks."""
+    with source.open("rb") as reader, atomic_file(target) as stream:
+        shutil.copyfileobj(reader, stream, _CHUNK_BYTES)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Rename a finished folder into its place; one that is there goes, whole and not file by file.
+
+    Raises:
+        MachineError: the parent cannot be written.
+    """
+    old = folder.with_name(f"{TEMPORARY_PREFIX}old-{folder.name}")
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fsync_folder(temporary)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        fsync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed run left under temporary names directly inside `folder`."""
+    if not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        if entry.name.startswith(TEMPORARY_PREFIX):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's content, read in chunks; a file that has not changed since is not read again.
+
+    What a file was changed by just now may not show in its times yet, so such a digest is not remembered.
+    """
+    with path.open("rb") as stream:
+        identity = _identity(stream.fileno())
+        if (known := _digests.get(identity)) is not None:
+            return known
+        settled = time.time_ns() - max(identity[3:]) > _SETTLED_NS
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if settled and _identity(stream.fileno()) == identity:
+            _digests[identity] = digest
+        return digest
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    status = os.fstat(descriptor)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def file_record(path: Path) -> FileRecord:
+    """Return a file's size and sha256."""
+    return FileRecord(size_bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def file_records(paths: Iterable[Path]) -> dict[Path, FileRecord]:
+    """Return size and sha256 of several files, in their order; they are hashed in parallel, the largest first."""
+    paths = tuple(paths)
+    by_size = sorted(paths, key=lambda path: path.stat().st_size, reverse=True)
+    found = dict(zip(by_size, in_parallel(file_record, by_size), strict=True))
+    return {path: found[path] for path in paths}
+
+
+def bytes_record(data: bytes) -> FileRecord:
+    """Return the size and sha256 that a file with this content has."""
+    return FileRecord(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def list_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of all files below `folder`, relative, with '/', sorted; leftovers are not listed."""
+    return tuple(
+        sorted(
+            path.relative_to(folder).as_posix()
+            for path in folder.rglob("*")
+            if path.is_file() and not any(part.startswith(TEMPORARY_PREFIX) for part in path.relative_to(folder).parts)
+        )
+    )
+
+
+def reserve(descriptor: int, size_bytes: int) -> None:
+    """Give a new file its size and, where the file system can, its space: a full disk shows now, not in the middle."""
+    os.ftruncate(descriptor, size_bytes)
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
