@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quality = None
         if outcome.status == "ok":
             quality = compare(base, _measured(checkpoint, first), texts)
-            terminal.say(f"{engine} {name_of(permutation)} seed {seed}: KL {quality.kl_divergence:.6f}")
+            terminal.log(f"{engine} {name_of(permutation)} seed {seed}: KL {quality.kl_divergence:.6f}")
         failed |= outcome.status == "failed"
         measurements.append(
             Measurement(

@@ -150,7 +150,7 @@ def both(source: SourceModel, folder: Path, cache: Path, v: Variant) -> Both:
     rows, tensors = token_rows(), []
     native = open_store(source, folder / "native", v)
     records = quantize(QuantizeJob(source=source, rows=rows, stores={v: native}, devices=(CPU,)), lambda _: None)
-    site = Site(cache=cache, scratch=folder / "work", environ=ENVIRON, say=print)
+    site = Site(cache=cache, scratch=folder / "work", environ=ENVIRON, log=print)
     engine = auto_gptq.AutoGptq(site, replace(auto_gptq.SPEC, script=HERE / "auto_gptq_on_cpu.py"), 300.0)
     reference = open_store(source, folder / "reference", foreign)
     job = QuantizeJob(source=source, rows=rows, stores={foreign: reference}, devices=(CPU,))

@@ -48,7 +48,7 @@ def test_losses_are_those_of_our_own_engine(cache: Path, tmp_path: Path, model: 
     foreign = replace(v, engine="auto-gptq")
     native = open_store(source, tmp_path / "native", v, device=CUDA)
     ours = quantize(QuantizeJob(source=source, rows=rows, stores={v: native}, devices=(CUDA,)), lambda _: None)
-    site = Site(cache=cache, scratch=tmp_path / "work", environ=os.environ, say=print)
+    site = Site(cache=cache, scratch=tmp_path / "work", environ=os.environ, log=print)
     reference = open_store(source, tmp_path / "reference", foreign, device=CUDA)
     job = QuantizeJob(source=source, rows=rows, stores={foreign: reference}, devices=(CUDA,))
     theirs = auto_gptq.AutoGptq(site, silence_s=300.0).quantize(job, lambda _: None)

@@ -56,7 +56,7 @@ class Scene:
         self.said: list[str] = []
 
     def target(self, url: str = "", staging: str = "staging", token: str = "") -> GitTarget:
-        return GitTarget(url or str(self.repository), self.tmp_path / staging, token=token, say=self.said.append)
+        return GitTarget(url or str(self.repository), self.tmp_path / staging, token=token, log=self.said.append)
 
     def publish(self, target: GitTarget | None = None, *, dry_run: bool = False) -> PublishReport:
         return publish(self.contents, target or self.target(), self.said.append, dry_run=dry_run)
@@ -372,7 +372,7 @@ def test_a_branch_that_has_moved_is_done_whatever_becomes_of_the_cache(
 
 
 def test_a_token_with_a_line_end_is_the_token_without(tmp_path: Path) -> None:
-    remote = RemoteGit(tmp_path, "https://h/r", host="h", token=f"{TOKEN}\n", say=print)
+    remote = RemoteGit(tmp_path, "https://h/r", host="h", token=f"{TOKEN}\n", log=print)
     assert remote._scrubbed(f"fatal: {TOKEN} refused") == "fatal: *** refused"
 
 

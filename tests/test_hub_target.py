@@ -49,7 +49,7 @@ class Scene:
         return self.hub.repository(REPOSITORY).path
 
     def target(self, **settings: object) -> HubTarget:
-        return HubTarget(REPOSITORY, say=self.lines.append, **settings)  # type: ignore[arg-type]
+        return HubTarget(REPOSITORY, log=self.lines.append, **settings)  # type: ignore[arg-type]
 
     def publish(self, contents: Sequence[BranchContent] | None = None, **settings: object) -> PublishReport:
         self.lines.clear()

@@ -109,7 +109,7 @@ class Bench:
         script = self.folder / "toy.py"
         script.write_text(TOY.format(behaviour=behaviour, seen=str(self.folder / "seen.json")))
         environ = {"PATH": "/usr/bin:/bin", "HF_TOKEN": SECRET, "HTTPS_PROXY": f"http://me:{SECRET}@proxy"}
-        site = Site(cache=self.folder / "cache", scratch=self.folder / "work", environ=environ, say=self.said.append)
+        site = Site(cache=self.folder / "cache", scratch=self.folder / "work", environ=environ, log=self.said.append)
         engine = auto_gptq.AutoGptq(site, replace(auto_gptq.SPEC, script=script), silence_s)
         devices = (torch.device("cpu"),)
         job = QuantizeJob(source=self.source, rows=token_rows(), stores={self.variant: self.store}, devices=devices)

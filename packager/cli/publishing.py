@@ -119,8 +119,8 @@ def verify_published(
 
     terminal = terminal_of(quiet=quiet)
     site = _loader_site(device, cache) if loaders else None
-    target = open_target(repository, dist, os.environ, terminal.say)
-    report = run_verify(target, terminal.say, branches=branch or (), full=full, loaders=site)
+    target = open_target(repository, dist, os.environ, terminal.log)
+    report = run_verify(target, terminal.log, branches=branch or (), full=full, loaders=site)
     if format is Format.json:
         terminal.result(report_json(report))
     else:
@@ -176,11 +176,11 @@ def rollback(
     from packager.publish.targets.resolve_target import open_target
 
     terminal = terminal_of(quiet=quiet)
-    target = open_target(repository, dist, os.environ, terminal.say)
+    target = open_target(repository, dist, os.environ, terminal.log)
     report = run_rollback(
         target,
         Request(branches=tuple(branch or ()), to=to, again=again),
-        terminal.say,
+        terminal.log,
         dry_run=dry_run,
         show_plan=lambda plan: print_plan(plan, terminal.err),
         confirm=consent("put back", yes=yes or not target.is_public),

@@ -85,7 +85,7 @@ class Build:
         """Take over what an earlier run finished; its folders must be as it left them."""
         size_bytes = sum(_bytes_in(self.workspace.folder(plan.variant.branch)) for plan in self.plan.variants)
         if size_bytes >= _LONG_TO_HASH_BYTES:
-            self.terminal.say(f"comparing {format_bytes(size_bytes)} of finished files with their records")
+            self.terminal.log(f"comparing {format_bytes(size_bytes)} of finished files with their records")
         for receipt in in_parallel(self._read_receipt, [plan.variant.branch for plan in self.plan.variants]):
             if receipt is not None:
                 self.receipts[receipt.provenance.branch] = receipt
@@ -122,7 +122,7 @@ class Build:
 
         if self._source is None:
             with self.terminal.stage("source"):
-                self._source = open_source(self.recipe_file, self.terminal.say)
+                self._source = open_source(self.recipe_file, self.terminal.log)
         return self._source
 
     @property

@@ -69,7 +69,7 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> Buil
         verified=verified,
     )
     if result.nothing_to_do:
-        terminal.say(f"{recipe_file.recipe.repository.id}: nothing to do, every variant is built, measured and proven")
+        terminal.log(f"{recipe_file.recipe.repository.id}: nothing to do, every variant is built, measured and proven")
     raise_failed(result.receipts)
     return result
 
@@ -158,12 +158,12 @@ def publish(
         audit_or_raise(folders, complete=True)
         contents = [_branch_content(receipt, folder) for receipt, folder in zip(receipts, folders, strict=True)]
         with terminal.stage("publish"):
-            target = target_of(run.recipe, run.workspace.dist, options.environ, terminal.say)
+            target = target_of(run.recipe, run.workspace.dist, options.environ, terminal.log)
             ask = consent if target.is_public else lambda _: None
             return publish_branches(
                 contents,
                 target,
-                terminal.say,
+                terminal.log,
                 closing=_closing(run, target, tag),
                 dry_run=dry_run,
                 show_plan=show_plan,
@@ -178,7 +178,7 @@ def _closing(run: Build, target: Target, tag: str) -> list[Closing]:
     if repository.target == "hub" and repository.layout == "repos":
         places = [repository.place(branch).repository for branch in sorted(run.keys, key=lambda name: name != MAIN)]
         title, private = f"{run.recipe.card.title} GPTQ", repository.visibility == "private"
-        steps.append(HubCollection(title, places, private=private, say=run.terminal.say))
+        steps.append(HubCollection(title, places, private=private, log=run.terminal.log))
     return steps
 
 

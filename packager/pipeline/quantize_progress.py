@@ -26,7 +26,7 @@ class QuantizeView:
     def report(self, event: Lane | BlockDone | LinearsDone) -> None:
         """Show one event."""
         if isinstance(event, Lane):
-            self._terminal.say(lane_line(event))
+            self._terminal.log(lane_line(event))
         elif isinstance(event, LinearsDone):
             self._bar.note(linears_line(event))
         else:

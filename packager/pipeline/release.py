@@ -60,7 +60,7 @@ def release(
     try:
         for recipe_file in files:
             if recipe_file.path not in skipped:
-                terminal.say(str(recipe_file.path))
+                terminal.log(str(recipe_file.path))
                 build(recipe_file, options, terminal)
                 publish(recipe_file, options, terminal, dry_run=False, show_plan=show_plan, consent=consent)
                 print_status(recipe_file, options, terminal.out)

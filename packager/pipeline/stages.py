@@ -71,7 +71,7 @@ def _quantize(run: Build, stores: "Mapping[Variant, BlockStore]", report: "Repor
     """Stage 5: let each engine make its variants, one engine after the other."""
     from packager.quantize.sweep import QuantizeJob
 
-    site = Site(cache=run.options.cache, scratch=run.workspace.work, environ=run.options.environ, say=run.terminal.say)
+    site = Site(cache=run.options.cache, scratch=run.workspace.work, environ=run.options.environ, log=run.terminal.log)
     made = {}
     for name in dict.fromkeys(variant.engine for variant in stores):
         own = {variant: store for variant, store in stores.items() if variant.engine == name}
@@ -95,7 +95,7 @@ def _open_stores(run: Build, missing: Sequence[VariantPlan]) -> "dict[Variant, B
     for plan in missing:
         parts = fingerprint(plan.digest, run.source, run.texts.calibration, run.device, engine_version=ENGINE_VERSION)
         folder = run.workspace.work / plan.variant.branch
-        stores[plan.variant] = BlockStore(folder, plan.shards, parts, run.terminal.say)
+        stores[plan.variant] = BlockStore(folder, plan.shards, parts, run.terminal.log)
         stores[plan.variant].open()
     return stores
 
@@ -111,7 +111,7 @@ def _packed(
         files = pack_checkpoint(PackJob(source=run.source, recipe_file=run.recipe_file, variant_plan=plan, store=store))
         audit_or_raise([store.checkpoint], complete=False)
         pack_s = time.monotonic() - started
-        run.terminal.say(f"pack       {pack_s:6.1f} s  {plan.variant.branch}")
+        run.terminal.log(f"pack       {pack_s:6.1f} s  {plan.variant.branch}")
         return plan, files, pack_s
 
     return in_parallel(pack, missing)
@@ -202,7 +202,7 @@ def verify(run: Build, *, again: bool = False) -> tuple[str, ...]:
         environ=run.options.environ,
     )
     with run.terminal.stage("verify"):
-        records = run_loaders(job, run.terminal.say)
+        records = run_loaders(job, run.terminal.log)
     for branch in branches:
         _update(run, branch, "verify", run.terminal.seconds["verify"] / len(branches), {"loaders": records[branch]})
     return tuple(branches)

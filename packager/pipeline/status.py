@@ -56,7 +56,7 @@ def read_status(recipe_file: RecipeFile, options: Options) -> tuple[BranchStatus
     missing = {stage: {plan.variant.branch for plan in run.missing(stage)} for stage in STAGES}
     # What is elsewhere is not asked for here: `packager verify-published` does that.
     local = run.recipe.repository.target == "local"
-    target = target_of(run.recipe, run.workspace.dist, options.environ, run.terminal.say)
+    target = target_of(run.recipe, run.workspace.dist, options.environ, run.terminal.log)
     published = target.read_branches() if local else {}
     return tuple(
         BranchStatus(

@@ -20,7 +20,7 @@ class HubCollection:
         title: of the collection, in the namespace of the first repository.
         repository_ids: namespace/name each, in the order they are to be shown.
         private: whether a collection that is made is.
-        say: gets a line when something has to be waited for.
+        log: gets a line when something has to be waited for.
         patience_s: seconds that one call may be waited for.
     """
 
@@ -30,13 +30,13 @@ class HubCollection:
         repository_ids: Sequence[str],
         *,
         private: bool,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         patience_s: float = PATIENCE_S,
     ) -> None:
         self._title, self._ids, self._private = title, tuple(repository_ids), private
         self._namespace = self._ids[0].split("/")[0]
         self._api = hub_api()
-        self._patience = Patience(f"{self._api.endpoint}/collections", say, limit_s=patience_s)
+        self._patience = Patience(f"{self._api.endpoint}/collections", log, limit_s=patience_s)
         self._lacking = self._ids
 
     def plan(self, plan: PublishPlan) -> Sequence[str]:  # noqa: ARG002 - it is the same for every plan

@@ -55,19 +55,19 @@ class BlockStore:
         folder: the variant's own, named by its branch; its content may be deleted at any time.
         shards: the planned weights files.
         fingerprint: everything that determines the blocks' bytes, by name; work of another fingerprint is not resumed.
-        say: told in one line when finished work is thrown away, and why.
+        log: told in one line when finished work is thrown away, and why.
 
     Attributes:
         checkpoint: the folder that holds the weights files.
     """
 
     def __init__(
-        self, folder: Path, shards: Sequence[Shard], fingerprint: Mapping[str, str], say: Callable[[str], None]
+        self, folder: Path, shards: Sequence[Shard], fingerprint: Mapping[str, str], log: Callable[[str], None]
     ) -> None:
         self.checkpoint = folder / "checkpoint"
         self._folder = folder
         self._fingerprint = dict(fingerprint)
-        self._say = say
+        self._say = log
         self._shards = {self.checkpoint / shard.file_name: shard for shard in shards}
         self._headers: dict[Path, bytes] = {}
         places: dict[str, StoredTensor] = {}

@@ -70,7 +70,7 @@ class Terminal:
         self._errors = Console(stderr=True, emoji=False)
         self.seconds: dict[str, float] = {}
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print one line of talk."""
         self.err.print(_tame(text), highlight=False, markup=False, soft_wrap=True)
 
@@ -80,7 +80,7 @@ class Terminal:
         started = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-        self.say(f"{name:<10} {time.monotonic() - started:6.1f} s")
+        self.log(f"{name:<10} {time.monotonic() - started:6.1f} s")
 
     @contextmanager
     def bar(self, total: int) -> Iterator[Bar]:

@@ -59,7 +59,7 @@ class PublishedReport:
 
 def verify_published(
     target: Target,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     branches: Sequence[str] = (),
     full: bool = False,
@@ -69,7 +69,7 @@ def verify_published(
 
     Args:
         target: the repository.
-        say: gets a line per branch, and with `full` one per file.
+        log: gets a line per branch, and with `full` one per file.
         branches: look at these only; the card's table is compared if main is among them.
         full: download every file, one branch at a time, hash it, and run the whole audit.
         loaders: where the loaders that a branch's record names open it, once it is downloaded: that means `full`.
@@ -89,7 +89,7 @@ def verify_published(
         found, state = Collector(branch), states[branch]
         proof = BranchProof(branch=branch, commit=state.commit)
         try:
-            proof, provenance = prove(target, proof, found, say, depth)
+            proof, provenance = prove(target, proof, found, log, depth)
         except PublishError as error:
             failures.append(error)
             found.add("branch-unreadable", "", unreadable(error))
@@ -100,7 +100,7 @@ def verify_published(
         if state.foreign_author and branch in provenances:
             found.add("head-foreign", "", f"its head was made by {state.foreign_author}, not by packager")
         proofs.append(replace(proof, findings=found.collected()))
-        say(f"{printable(branch)}: {'ok' if proofs[-1].passed else f'{len(proofs[-1].findings)} findings'}")
+        log(f"{printable(branch)}: {'ok' if proofs[-1].passed else f'{len(proofs[-1].findings)} findings'}")
     if len(failures) == len(chosen):
         raise failures[0]
     card = Collector(MAIN)

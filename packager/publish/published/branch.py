@@ -91,7 +91,7 @@ class BranchProof:
 
 
 def prove(
-    target: Target, proof: BranchProof, found: Collector, say: Callable[[str], None], depth: Depth
+    target: Target, proof: BranchProof, found: Collector, log: Callable[[str], None], depth: Depth
 ) -> tuple[BranchProof, Provenance | None]:
     """Look at one branch; return what was proven and its record, None if it has none that can be used.
 
@@ -115,11 +115,11 @@ def prove(
         folder = Path(scratch) / "branch"
         folder.mkdir()
         if depth.full:
-            proof = _prove_content(branch, proof, provenance, folder, found, say)
+            proof = _prove_content(branch, proof, provenance, folder, found, log)
         else:
             proof = _prove_headers(branch, proof, provenance, folder, found)
         if depth.loaders:
-            records = prove_by_loaders(depth.loaders, folder, proof.branch, provenance, found, say)
+            records = prove_by_loaders(depth.loaders, folder, proof.branch, provenance, found, log)
             proof = replace(proof, loaders=records)
     return proof, provenance
 
@@ -174,10 +174,10 @@ def _prove_content(
     provenance: Provenance,
     folder: Path,
     found: Collector,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> BranchProof:
     """Download every file, compare its content with the record, and run the whole audit."""
-    there = download(branch, sorted(branch.safe), folder, found, say)
+    there = download(branch, sorted(branch.safe), folder, found, log)
     num_read = _compare_read(branch, provenance, folder, there, found)
     report = audit.audit(folder, complete=True)
     # Files and record were compared before, as the branch's own findings.

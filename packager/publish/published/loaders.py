@@ -47,7 +47,7 @@ def prove_by_loaders(
     branch: str,
     provenance: Provenance,
     found: Collector,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[LoaderRecord, ...]:
     """Let the loaders that a record names open its branch.
 
@@ -57,7 +57,7 @@ def prove_by_loaders(
         branch: its name.
         provenance: its record.
         found: has what was found before, and gets what the loaders find.
-        say: gets a line per loader.
+        log: gets a line per loader.
 
     Returns:
         One record per loader: passed, failed with what differs, or "not run" with why.
@@ -70,7 +70,7 @@ def prove_by_loaders(
     if problem := _problem(branch, folder, found):
         records = [_not_run(name, required, problem) for name, required in known.items()]
     else:
-        records = _run(site, folder, branch, provenance, known, say) if known else []
+        records = _run(site, folder, branch, provenance, known, log) if known else []
     unknown = [name for name in wanted if name not in known][:_MAX_UNKNOWN]
     records += [_not_run(name, wanted[name], "this version of packager does not know it") for name in unknown]
     if not records:
@@ -104,7 +104,7 @@ def _run(
     branch: str,
     provenance: Provenance,
     wanted: Mapping[str, bool],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[LoaderRecord]:
     import torch
 
@@ -143,7 +143,7 @@ def _run(
             LoaderRecord(loader=name, required=required, status="failed", reason=reason)
             for name, required in wanted.items()
         ]
-    return list(prove(job, references, say)[branch])
+    return list(prove(job, references, log)[branch])
 
 
 def _token_rows(folder: Path, num_rows: int, seq_len: int) -> Sequence[list[int]]:

@@ -56,7 +56,7 @@ def safe_names(stored: Mapping[str, StoredFile], found: Collector) -> frozenset[
 
 
 def download(
-    branch: Branch, names: Sequence[str], folder: Path, found: Collector, say: Callable[[str], None]
+    branch: Branch, names: Sequence[str], folder: Path, found: Collector, log: Callable[[str], None]
 ) -> list[str]:
     """Write files of the branch into `folder`; return the names of those that could be.
 
@@ -74,7 +74,7 @@ def download(
 
     def fetch(name: str) -> str:
         size_bytes = branch.stored[name].size_bytes
-        say(f"  {printable(branch.name)}: {printable(name)}, {format_bytes(size_bytes)}")
+        log(f"  {printable(branch.name)}: {printable(name)}, {format_bytes(size_bytes)}")
         if size_bytes < LARGE_BYTES:  # a server that sends more than it has listed sends it in vain
             return put(folder / name, branch.read(name, size_bytes + 1))
         return _written(folder / name, lambda path: branch.target.export(branch.commit, name, path))

@@ -59,19 +59,19 @@ class GitTarget:
         url: https://, ssh:// or user@host:path, file:// or a path; without credentials.
         staging: a folder for the cache, for this repository alone.
         token: for https, a token or user:password; only the URL's host gets it.
-        say: gets a line when something has to be waited for.
+        log: gets a line when something has to be waited for.
 
     Raises:
         PublishError: the URL has credentials in it, or is none that can be published to.
     """
 
     def __init__(
-        self, url: str, staging: Path, *, token: str = "", say: Callable[[str], None] = lambda _: None
+        self, url: str, staging: Path, *, token: str = "", log: Callable[[str], None] = lambda _: None
     ) -> None:
         self._folder = folder_of(url, token)
         self._where = url
         host = "" if self._folder else urlsplit(url).netloc
-        self._git = RemoteGit(staging.absolute(), str(self._folder or url), host=host, token=token, say=say)
+        self._git = RemoteGit(staging.absolute(), str(self._folder or url), host=host, token=token, log=log)
         self._staging = Staging(self._git, self._folder, url)
         self._trees: dict[str, Mapping[str, StoredFile]] = {}
 

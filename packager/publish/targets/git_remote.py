@@ -73,10 +73,10 @@ class RemoteGit(GitProcess):
         address: what git calls the remote.
         host: the only one that the token is for, with its port.
         token: a password for it, or user:password; "" if none is needed.
-        say: gets a line for each wait.
+        log: gets a line for each wait.
     """
 
-    def __init__(self, worktree: Path, address: str, *, host: str, token: str, say: Callable[[str], None]) -> None:
+    def __init__(self, worktree: Path, address: str, *, host: str, token: str, log: Callable[[str], None]) -> None:
         user, _, password = token.strip().rpartition(":")
         user = user or "x-access-token"  # GitHub's name for it; GitLab, Gitea and the Hub take any
         basic = base64.b64encode(f"{user}:{password}".encode()).decode()
@@ -95,7 +95,7 @@ class RemoteGit(GitProcess):
             },
             secrets={text for text in (token, password, quote(password, safe=""), basic) if password and text},
         )
-        self._address, self._say = address, say
+        self._address, self._say = address, log
 
     def beside(self, worktree: Path) -> "RemoteGit":
         """Return git for another repository with the same remote."""

@@ -64,7 +64,7 @@ class HubTarget:
     Args:
         repository_id: namespace/name.
         new: how to make the repository if there is none.
-        say: gets a line when something has to be waited for.
+        log: gets a line when something has to be waited for.
         patience_s: seconds that one call may be waited for.
     """
 
@@ -73,10 +73,10 @@ class HubTarget:
         repository_id: str,
         *,
         new: NewRepository | None = None,
-        say: Callable[[str], None] = lambda _: None,
+        log: Callable[[str], None] = lambda _: None,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        self._id, self._new, self._say = repository_id, new or NewRepository(), say
+        self._id, self._new, self._say = repository_id, new or NewRepository(), log
         self._patience_s = patience_s
         self._gated = False
 

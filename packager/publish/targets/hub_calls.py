@@ -39,18 +39,18 @@ class Patience:
 
     Args:
         where: the repository, for people.
-        say: gets one line per wait.
+        log: gets one line per wait.
         limit_s: seconds that one call may be waited for in all.
     """
 
     def __init__(
         self,
         where: str,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         *,
         limit_s: float = PATIENCE_S,
     ) -> None:
-        self._where, self._say, self._limit_s = where, say, limit_s
+        self._where, self._say, self._limit_s = where, log, limit_s
 
     def call(self, what: str, function: Callable[[], Result]) -> Result:
         """Return what `function` returns.

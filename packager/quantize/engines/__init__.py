@@ -66,13 +66,13 @@ class Site:
         cache: where environments are kept.
         scratch: a folder for what passes between processes; its content may be deleted at any time.
         environ: the process environment to derive its own from; secrets are removed.
-        say: told in one line when an environment is made.
+        log: told in one line when an environment is made.
     """
 
     cache: Path
     scratch: Path
     environ: Mapping[str, str]
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
 
 def engine_named(name: EngineName, site: Site) -> Engine:

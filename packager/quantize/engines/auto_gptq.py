@@ -59,7 +59,7 @@ class AutoGptq:
     def quantize(self, job: "QuantizeJob", report: "Report") -> Made:
         """See `Engine`."""
         try:
-            python = ensure_environment(self._spec, self._site.cache, self._site.environ, self._site.say)
+            python = ensure_environment(self._spec, self._site.cache, self._site.environ, self._site.log)
         except LoaderUnavailableError as error:
             raise MachineError(error.what, where=error.where, why=error.why, hint=error.hint or _USE_NATIVE) from error
         records = {}
