@@ -10,6 +10,19 @@ from pydantic import BaseModel, ConfigDict
 
 from packager.variant import Layout, Place, place_of
 
+README, PROVENANCE = "README.md", "provenance.json"
+CONFIG, QUANTIZE_CONFIG, GENERATION_CONFIG = "config.json", "quantize_config.json", "generation_config.json"
+TOKENIZER, TOKENIZER_MODEL, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+# Copied into a branch as they are, where the base model has them.
+TOKENIZER_FILES = (
+    *(GENERATION_CONFIG, TOKENIZER, TOKENIZER_MODEL, TOKENIZER_CONFIG, "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
+INDEX_SUFFIX = ".safetensors.index.json"
+GIT_ATTRIBUTES = ".gitattributes"
+# Files that no provenance.json lists: it is written last, and hosts add attributes.
+UNLISTED_FILES = frozenset({PROVENANCE, GIT_ATTRIBUTES})
+
 LoaderStatus = Literal["passed", "failed", "not run"]
 
 

@@ -15,8 +15,9 @@ from packager.cli.audit_view import print_report, report_json
 from packager.model.architecture import checkpoint_tensors, read_architecture
 from packager.model.safetensors_file import file_order, header_bytes
 from packager.prove.audit import RULES, AuditReport, audit
-from packager.prove.audit.finding import Findings, printable, shown
+from packager.prove.audit.finding import Findings
 from packager.prove.audit.values import unpack_rows, value_counts
+from packager.system.text import format_bytes, printable, shown
 from packager.variant import Variant
 from tests.audit_cases import CASES, TOKEN, WEIGHTS, Case, Q, declare
 from tests.checkpoints import HIDDEN, VOCAB, Checkpoint, edit_json, edit_tensors, edit_text, pack, seal, write_json
@@ -372,7 +373,7 @@ def test_the_view_has_one_line_per_finding_errors_first(tmp_path: Path) -> None:
         "warning  chat-template-missing  tokenizer_config.json: there is no chat_template"
         "  hint: add chat_template to tokenizer_config.json if the base model has one",
         "failed  1 error, 1 warning; 4 bits, group_size 32, desc_act False, sym True, 14 quantized linears, "
-        f"61 tensors, {size / 1e9:.3f} GB",
+        f"61 tensors, {format_bytes(size)}",
     ]
 
 

@@ -39,6 +39,7 @@ from packager.quantize.block_store import BlockStore
 from packager.receipt import LoaderRecord, LoaderStatus
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
+from packager.system.text import format_bytes
 from tests.checkpoints import edit_json
 from tests.tiny_models import save_model
 from tests.tiny_recipe import (
@@ -487,7 +488,7 @@ def test_too_little_disk_space_is_said_before_anything_is_written(
     set_free_bytes(monkeypatch, free)
     text = refused(MachineError, 12, build, recipe, new)
     assert f"{new}: not enough free disk space" in text
-    assert "GB needed, 0.00 GB free" in text
+    assert f"{format_bytes(free + 1)} needed, {format_bytes(free)} free" in text
     assert "point --dist at another disk" in text
     assert not workspace(new).work.exists()
     monkeypatch.undo()

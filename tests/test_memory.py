@@ -196,11 +196,11 @@ def test_what_does_not_fit_says_what_would():
         choose_sweep(LARGE, "cuda", device_limit=6 * GB, host_limit=16 * GB)
     assert str(caught.value) == (
         "quantizing does not fit into this machine's memory\n"
-        "  why: it needs 6.8 GB of the device and 2.2 GB of the host; there are 6.0 GB and 16.0 GB\n"
+        "  why: it needs 6.76 GB of the device and 2.24 GB of the host; there are 6.00 GB and 16.00 GB\n"
         "  hint: use a larger GPU, a higher --gpu-memory, or fewer calibration rows"
     )
     assert caught.value.exit_code == 12
-    with pytest.raises(MachineError, match=r"there are any number of GB and 2\.0 GB"):
+    with pytest.raises(MachineError, match=r"there are any number of GB and 2\.00 GB"):
         choose_sweep(LARGE, "cuda", device_limit=None, host_limit=2 * GB)
 
 

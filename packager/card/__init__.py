@@ -24,6 +24,7 @@ from packager.errors import CardError
 from packager.model.compatibility import Verdict
 from packager.receipt import Provenance
 from packager.recipe import Recipe
+from packager.system.text import format_bytes
 from packager.variant import MAIN
 
 TEMPLATE = "model_card.md.j2"
@@ -176,7 +177,7 @@ def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
         link_target=markdown.link_target,
         python_string=markdown.python_string,
         shell_word=markdown.shell_word,
-        size=_size,
+        size=format_bytes,
         decimals=_decimals,
         percent=_percent,
         digits=_digits,
@@ -186,13 +187,6 @@ def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
         loader_runs=facts.loader_runs,
     )
     return environment
-
-
-def _size(size_bytes: int) -> str:
-    """Return a size as people compare them: GB = 10^9; what would be 0.0x GB is said in MB = 10^6."""
-    if size_bytes < 100_000_000:
-        return f"{size_bytes / 1e6:.2f} MB"
-    return f"{size_bytes / 1e9:.2f} GB"
 
 
 def _finite(value: float) -> float:

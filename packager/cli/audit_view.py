@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from packager.prove.audit import AuditReport, Facts, Finding
+from packager.system.text import format_bytes
 
 _STYLES = {"error": "bold red", "warning": "yellow"}
 
@@ -46,7 +47,7 @@ def _facts_line(facts: Facts) -> str:
     parts = [f"{'unknown' if facts.bits is None else facts.bits} bits"]
     parts += [f"{name} {'unknown' if value is None else value}" for name, value in declared.items()]
     parts.append(f"{_counted(facts.num_linears, 'quantized linear')}")
-    parts.append(f"{_counted(facts.tensors_checked, 'tensor')}, {facts.weights_bytes / 1e9:.3f} GB")
+    parts.append(f"{_counted(facts.tensors_checked, 'tensor')}, {format_bytes(facts.weights_bytes)}")
     return ", ".join(parts)
 
 

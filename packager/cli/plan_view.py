@@ -11,16 +11,12 @@ from rich.text import Text
 from packager.model.compatibility import LOADERS, Verdict
 from packager.pipeline.plan import BuildPlan, VariantPlan
 from packager.quantize.memory import SweepPlan
+from packager.system.text import gigabytes
 
 _LOADERS_TITLE = "What loads them (predicted from parameters and shapes)"
 _FLEXIBLE = ("Branch", "For")
 _FP16_BYTES = 2
 _TITLES = {loader.name: loader.title for loader in LOADERS}
-
-
-def gigabytes(size_bytes: int) -> str:
-    """Return a size in GB (10^9 bytes) with two decimals, as the Hub shows it."""
-    return f"{size_bytes / 1e9:.2f}"
 
 
 def print_plan(plan: BuildPlan, console: Console) -> None:

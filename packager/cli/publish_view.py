@@ -8,10 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from packager.prove.audit.finding import printable
 from packager.publish.branches import BranchOutcome, PublishReport
 from packager.publish.plan import BranchPlan, FileChange, PublishPlan, plan_line
-from packager.system.text import format_bytes
+from packager.system.text import format_bytes, printable
 
 _SHOWN_FILES = 12
 _STYLES = {"+": "green", "~": "yellow", "-": "red", " ": ""}

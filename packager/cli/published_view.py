@@ -7,10 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from packager.prove.audit.finding import printable
 from packager.publish.published import BranchProof, PublishedFinding, PublishedReport
 from packager.receipt import LoaderRecord
-from packager.system.text import format_bytes
+from packager.system.text import format_bytes, printable
 
 _STYLES = {"error": "bold red", "warning": "yellow"}
 

@@ -200,7 +200,7 @@ def consent(what: str, *, yes: bool) -> "Callable[[PublishPlan | RollbackPlan], 
     """
 
     def ask(plan: "PublishPlan | RollbackPlan") -> None:
-        from packager.prove.audit.finding import printable
+        from packager.system.text import printable
 
         if yes:
             return

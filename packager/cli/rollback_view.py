@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from packager.cli.publish_view import change_lines, print_line
-from packager.prove.audit.finding import printable
 from packager.publish.rollback import BranchRollback, RollbackPlan, RollbackReport
 from packager.publish.targets import CommitRecord
+from packager.system.text import printable
 from packager.variant import MAIN
 
 

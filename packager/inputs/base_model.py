@@ -13,21 +13,17 @@ from typing import TYPE_CHECKING, cast
 from packager.errors import MachineError, SourceError
 from packager.model.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, read_architecture
 from packager.model.safetensors_file import StoredTensor, stored_tensors
-from packager.receipt import FileRecord, SourceRecord
+from packager.receipt import CONFIG, INDEX_SUFFIX, TOKENIZER_FILES, FileRecord, SourceRecord
 from packager.recipe import digest_of
 from packager.recipe.file import RecipeFile
 from packager.system.files import disk_errors, file_records
+from packager.system.text import format_bytes
 
 if TYPE_CHECKING:
     import torch
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.md", "*.jinja", "LICENSE*", "Notice*", "NOTICE*")
-# What a branch takes over from the base model besides its weights and config.json, when it is there.
-TOKENIZER_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +110,18 @@ def read_source(
         SourceError: see `open_source`.
     """
     config = read_config(folder)
-    architecture = read_architecture(config, str(folder / "config.json"))
+    architecture = read_architecture(config, str(folder / CONFIG))
     if expected_config is not None:
         expected = read_architecture(expected_config, "the recipe's copy of config.json")
         if expected.tensors != architecture.tensors:
             raise SourceError(
                 "the base model's config.json does not have the shapes of the recipe's copy",
-                where=str(folder / "config.json"),
+                where=str(folder / CONFIG),
                 hint="replace the copy named by base_model.config with the model's own config.json",
             )
     tensors = _read_tensors(folder, architecture)
     files = {path.name: record for path, record in model_records(model_files(folder)).items()}
-    weights = {name: record for name, record in files.items() if name.endswith((".safetensors", "config.json"))}
+    weights = {name: record for name, record in files.items() if name.endswith((".safetensors", CONFIG))}
     record = SourceRecord(
         id=base_id,
         revision=revision,
@@ -174,7 +170,7 @@ def read_config(folder: Path) -> Mapping[str, object]:
     Raises:
         SourceError: missing, or not a JSON object.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -215,7 +211,7 @@ def _weights_files(folder: Path) -> list[Path]:
     Raises:
         SourceError: the index is damaged, or a shard is missing.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / f"model{INDEX_SUFFIX}"
     if not index.exists():
         return sorted(folder.glob("*.safetensors"))
     try:
@@ -342,6 +338,6 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
         raise MachineError(
             "not enough free disk space",
             where=str(folder),
-            why=f"{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
+            why=f"{format_bytes(needed_bytes)} needed, {format_bytes(free)} free",
             hint="free some space, or point --dist at another disk",
         )

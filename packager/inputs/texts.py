@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 
 from packager.errors import CalibrationError
 from packager.inputs.base_model import SourceModel, hub_errors
-from packager.receipt import TextRecord
+from packager.receipt import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL, TextRecord
 from packager.recipe import Calibration, Evaluation, TextSource, digest_of
 from packager.recipe.file import RecipeFile
 
@@ -85,7 +85,7 @@ def load_tokenizer(source: SourceModel) -> Any:
     from transformers import AutoTokenizer
 
     files = source.record.files
-    if "tokenizer_config.json" not in files or not {"tokenizer.json", "tokenizer.model"} & files.keys():
+    if TOKENIZER_CONFIG not in files or not {TOKENIZER, TOKENIZER_MODEL} & files.keys():
         raise CalibrationError(
             "the base model has no tokenizer",
             where=str(source.folder),

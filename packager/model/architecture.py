@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from packager.errors import PlanError
-from packager.model.config_values import MOST_BLOCKS, ConfigReader, short
+from packager.model.config_values import MOST_BLOCKS, ConfigReader
 from packager.model.safetensors_file import TensorInfo, predicted_bytes
+from packager.system.text import shortened
 from packager.variant import Variant, num_groups
 
 # Buffers that old checkpoints store and every runtime derives again; a quantized branch leaves them out.
@@ -152,7 +153,7 @@ def read_architecture(config: Mapping[str, object], where: str) -> Architecture:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None or not isinstance(model_type, str):
         raise PlanError(
-            f"model_type {short(model_type)} is not supported",
+            f"model_type {shortened(model_type)} is not supported",
             where=where,
             why=f"the tensors of these are known: {', '.join(FAMILIES)}",
             hint="a new family is one entry of FAMILIES in packager/model/architecture.py",
@@ -203,7 +204,7 @@ def _contradictions(config: Mapping[str, object], family: Family, architecture: 
     problems = []
     classes = config.get("architectures")
     if classes is not None and classes != [family.causal_lm]:
-        problems.append(f'architectures is {short(classes)}, expected ["{family.causal_lm}"]')
+        problems.append(f'architectures is {shortened(classes)}, expected ["{family.causal_lm}"]')
     if config.get("quantization_config") is not None:
         problems.append("quantization_config is there: the base model is already quantized")
     heads, kv_heads = architecture.num_attention_heads, architecture.num_key_value_heads

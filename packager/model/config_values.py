@@ -1,9 +1,9 @@
 """Values of a base model's config.json, read with their types; every problem met is remembered, not raised."""
 
-import json
 from collections.abc import Mapping
 
 from packager.model.rope import rope_type
+from packager.system.text import shortened
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 MOST_BLOCKS = 1000  # beyond are typing errors, as beyond _LARGEST, and planning them would take for ever
@@ -24,7 +24,7 @@ class ConfigReader:
         if value is None:
             self.problems.append(f"{key} is missing")
         elif not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-            self.problems.append(f"{key} is {short(value)}, expected an integer from 1 to {largest}")
+            self.problems.append(f"{key} is {shortened(value)}, expected an integer from 1 to {largest}")
         else:
             return value
         return 1
@@ -33,7 +33,7 @@ class ConfigReader:
         """Return a boolean; absent or null is False, the default of every family here."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, bool):
-            self.problems.append(f"{key} is {short(value)}, expected true or false")
+            self.problems.append(f"{key} is {shortened(value)}, expected true or false")
         return value is True
 
     def dtype(self) -> str:
@@ -42,9 +42,9 @@ class ConfigReader:
         if not given:
             self.problems.append("torch_dtype (or dtype) is missing")
         elif given[0] != given[-1]:
-            self.problems.append(f"torch_dtype and dtype disagree: {short(given[0])} and {short(given[-1])}")
+            self.problems.append(f"torch_dtype and dtype disagree: {shortened(given[0])} and {shortened(given[-1])}")
         elif not isinstance(given[0], str) or given[0] not in DTYPES:
-            self.problems.append(f"torch_dtype is {short(given[0])}, expected one of {', '.join(DTYPES)}")
+            self.problems.append(f"torch_dtype is {shortened(given[0])}, expected one of {', '.join(DTYPES)}")
         else:
             return DTYPES[given[0]]
         return "F16"
@@ -54,16 +54,10 @@ class ConfigReader:
         for key in ("rope_scaling", "rope_parameters"):
             rope = self.values.get(key)
             if rope is not None and not isinstance(rope, Mapping):
-                self.problems.append(f"{key} is {short(rope)}, expected an object or null")
+                self.problems.append(f"{key} is {shortened(rope)}, expected an object or null")
         return rope_type(self.values)
 
     def sliding_window(self) -> int | None:
         """Return the window unless all that the model was made for fits into it."""
         window, longest = self.values.get("sliding_window"), self.values.get("max_position_embeddings")
         return window if isinstance(window, int) and isinstance(longest, int) and window < longest else None
-
-
-def short(value: object) -> str:
-    """Return a value as it stands in the file, cut to a readable length."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 40 else text[:37] + "..."

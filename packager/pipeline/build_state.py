@@ -15,9 +15,9 @@ from packager.errors import MachineError
 from packager.inputs.base_model import model_files, model_records
 from packager.pipeline.pack import is_packed
 from packager.pipeline.plan import VariantPlan, make_plan
-from packager.pipeline.workspace import PROVENANCE, README, Workspace, check_folder
+from packager.pipeline.workspace import Workspace, check_folder
 from packager.prove.loaders import ISOLATED, LOADERS
-from packager.receipt import Receipt
+from packager.receipt import PROVENANCE, README, Receipt
 from packager.recipe import digest_of
 from packager.recipe.file import RecipeFile
 from packager.system.files import sha256_file

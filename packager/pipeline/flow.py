@@ -19,7 +19,6 @@ from packager.pipeline.stages import (
     render_cards,
     verify,
 )
-from packager.pipeline.workspace import PROVENANCE
 from packager.publish.after_publish import Closing, ReleaseTag
 from packager.publish.branches import BranchContent, PublishReport
 from packager.publish.branches import publish as publish_branches
@@ -27,7 +26,7 @@ from packager.publish.hub_collection import HubCollection
 from packager.publish.plan import PublishPlan
 from packager.publish.targets import Target
 from packager.publish.targets.resolve_target import target_of
-from packager.receipt import Receipt
+from packager.receipt import PROVENANCE, README, Receipt
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
 from packager.variant import MAIN
@@ -102,7 +101,7 @@ def render(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, bra
         run.read_receipts()
         _require_stages(run, *STAGES)
         render_cards(run)
-    return (run.workspace.folder(branch) / "README.md").read_text(encoding="utf-8")
+    return (run.workspace.folder(branch) / README).read_text(encoding="utf-8")
 
 
 def raise_failed(receipts: Sequence[Receipt]) -> None:

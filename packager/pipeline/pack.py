@@ -7,20 +7,20 @@ it keeps its dtype and its bits.
 import json
 from dataclasses import dataclass
 
-from packager.inputs.base_model import TOKENIZER_FILES, SourceModel
+from packager.inputs.base_model import SourceModel
 from packager.model.architecture import shard_index
 from packager.model.rope import in_both_spellings
 from packager.pipeline.plan import VariantPlan
 from packager.quantize.block_store import BlockStore
-from packager.receipt import FileRecord
+from packager.receipt import CONFIG, GENERATION_CONFIG, INDEX_SUFFIX, QUANTIZE_CONFIG, TOKENIZER_FILES, FileRecord
 from packager.recipe.file import RecipeFile
 from packager.system.files import copy_atomic, disk_errors, file_records, write_atomic
 from packager.variant import Variant
 
 # What AutoGPTQ <= 0.3.2 accepts; it raises TypeError on any other key.
 PORTABLE_KEYS = ("bits", "group_size", "damp_percent", "desc_act", "sym", "true_sequential")
-_CONFIGS = ("config.json", "quantize_config.json", "generation_config.json")
-_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_CONFIGS = (CONFIG, QUANTIZE_CONFIG, GENERATION_CONFIG)
+_WEIGHTS = (".safetensors", INDEX_SUFFIX)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,22 +75,22 @@ def _configs(job: PackJob) -> dict[str, bytes]:
     portable = {key: variant.parameters()[key] for key in PORTABLE_KEYS}
     recipe = job.recipe_file.recipe
     files = {
-        "config.json": {**in_both_spellings(job.source.config), "quantization_config": quantization_config(variant)},
-        "quantize_config.json": {
+        CONFIG: {**in_both_spellings(job.source.config), "quantization_config": quantization_config(variant)},
+        QUANTIZE_CONFIG: {
             **portable,
             "model_name_or_path": recipe.repository.id,
             "model_file_base_name": recipe.checkpoint.weights_name,
         },
     }
-    if not (job.source.folder / "generation_config.json").exists():
+    if not (job.source.folder / GENERATION_CONFIG).exists():
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-        files["generation_config.json"] = {
+        files[GENERATION_CONFIG] = {
             "_from_model_config": True,
             **{key: job.source.config[key] for key in keys if job.source.config.get(key) is not None},
         }
     contents = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
     if len(job.variant_plan.shards) > 1:
-        contents[f"{recipe.checkpoint.weights_name}.safetensors.index.json"] = shard_index(job.variant_plan.shards)
+        contents[f"{recipe.checkpoint.weights_name}{INDEX_SUFFIX}"] = shard_index(job.variant_plan.shards)
     return contents
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from packager.quantize.device_shares import Lane
 from packager.quantize.sweep import BlockDone, LinearsDone
 from packager.system.terminal import Bar, Terminal
+from packager.system.text import format_bytes
 
 
 class QuantizeView:
@@ -40,7 +41,7 @@ def lane_line(lane: Lane) -> str:
     plan, branches = lane.plan, ", ".join(variant.branch for variant in lane.variants)
     sweeps = -(-len(lane.variants) // plan.num_variants)
     ways = {"device": f"on {lane.device.type}", "host": "in pinned host memory", "disk": "on disk"}
-    parts = [f"activations {ways[plan.placement]}", f"about {plan.device_bytes / 1e9:.1f} GB of {lane.device}"]
+    parts = [f"activations {ways[plan.placement]}", f"about {format_bytes(plan.device_bytes)} of {lane.device}"]
     if sweeps > 1:
         parts.insert(0, f"{sweeps} sweeps")
     if 0 < plan.suspended_batches < plan.num_batches:

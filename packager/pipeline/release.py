@@ -15,6 +15,7 @@ from packager.quantize.engines import needs_cuda
 from packager.quantize.memory import USABLE
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
+from packager.system.text import gibibytes
 
 # A CPU quantizes the demo in seconds and a 13B model in days: above this many parameters a GPU is asked for.
 _LARGEST_ON_CPU = 1_000_000_000
@@ -99,7 +100,7 @@ def cannot_build(plan: BuildPlan, options: Options) -> str:
 
 
 def _lacking_memory(plan: BuildPlan, options: Options) -> str:
-    device, needed = choose_device(options.device), _gib(plan.memory.least.device_bytes)
+    device, needed = choose_device(options.device), gibibytes(plan.memory.least.device_bytes)
     if device.type == "cpu" and (foreign := [v.variant.branch for v in plan.variants if needs_cuda(v.variant.engine)]):
         return f"needs a CUDA GPU for {', '.join(foreign)}, made by engine auto-gptq"
     if device.type == "cpu":
@@ -109,9 +110,5 @@ def _lacking_memory(plan: BuildPlan, options: Options) -> str:
     total_bytes = options.gpu_memory_bytes or torch.cuda.get_device_properties(device).total_memory
     usable_bytes = round(USABLE * total_bytes)
     if plan.memory.least.device_bytes > usable_bytes:
-        return f"needs {needed} GiB of a CUDA GPU, of this one {_gib(usable_bytes)} GiB can be used"
+        return f"needs {needed} GiB of a CUDA GPU, of this one {gibibytes(usable_bytes)} GiB can be used"
     return ""
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f}"

@@ -17,10 +17,10 @@ from packager.errors import AuditError, CardError, PackError, StateError
 from packager.pipeline.build_state import Build, StageName, require_build_extra
 from packager.pipeline.pack import is_packed
 from packager.pipeline.plan import ENGINE_VERSION, VariantPlan
-from packager.pipeline.workspace import PROVENANCE, README, check_folder
+from packager.pipeline.workspace import check_folder
 from packager.prove.audit import audit
 from packager.quantize.engines import Made, Site, engine_named, require_engines
-from packager.receipt import FileRecord, Provenance, Receipt
+from packager.receipt import PROVENANCE, README, FileRecord, Provenance, Receipt
 from packager.recipe.file import RecipeFile
 from packager.system.files import bytes_record, disk_errors, file_record, replace_folder, write_atomic
 from packager.system.parallel import in_parallel

@@ -19,8 +19,6 @@ from packager.errors import StateError
 from packager.receipt import FileRecord, Receipt
 from packager.system.files import LOCK_WAIT_S, disk_errors, file_records, list_files, remove_leftovers, write_atomic
 
-README, PROVENANCE = "README.md", "provenance.json"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace:

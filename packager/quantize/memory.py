@@ -10,6 +10,7 @@ from typing import Literal
 
 from packager.errors import MachineError
 from packager.model.architecture import INPUT_GROUPS, Architecture
+from packager.system.text import format_bytes
 
 Placement = Literal["device", "host", "disk"]
 
@@ -206,4 +207,4 @@ def _exceeds(size: int, limit: int | None) -> bool:
 
 
 def _gb(size: int | None) -> str:
-    return "any number of GB" if size is None else f"{size / 1e9:.1f} GB"
+    return "any number of GB" if size is None else format_bytes(size)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final, get_args
 
+from packager.receipt import CONFIG, INDEX_SUFFIX, PROVENANCE, QUANTIZE_CONFIG, README, TOKENIZER_FILES
 from packager.recipe import Defaults
 from packager.recipe.draft import Draft, Loc, State, name_of
 from packager.recipe.paths import locate, path_problem
@@ -32,25 +33,11 @@ FOLDER_FIELDS: Final[tuple[Loc, ...]] = (("base_model", "path"),)
 LICENSE_FILES: Final[Loc] = ("card", "license", "files")
 BASE_FILES: Final[Loc] = ("card", "license", "base_files")
 
-# FORMAT.md, "Files of a branch": a licence file of such a name would replace what the build writes.
+# A licence file of such a name would replace what the build writes.
 _BRANCH_FILES: Final = frozenset(
-    {
-        "added_tokens.json",
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "merges.txt",
-        "provenance.json",
-        "quantize_config.json",
-        "readme.md",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "vocab.json",
-    }
+    name.casefold() for name in (README, PROVENANCE, CONFIG, QUANTIZE_CONFIG, *TOKENIZER_FILES)
 )
-_WEIGHT_SUFFIXES: Final = (".safetensors", ".safetensors.index.json", ".bin", ".pt")
+_WEIGHT_SUFFIXES: Final = (".safetensors", INDEX_SUFFIX, ".bin", ".pt")
 
 
 def check(draft: Draft, folder: Path) -> list[Finding]:

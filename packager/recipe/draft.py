@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from packager.recipe import PATTERN_MEANINGS, Recipe
-from packager.recipe.yaml import Finding, Node, Position, Scalar, shown
+from packager.recipe.yaml import Finding, Node, Position, Scalar
+from packager.system.text import quoted
 
 Loc = tuple[str | int, ...]
 
@@ -129,7 +130,7 @@ def got(node: Node) -> str:
         case int() | float():
             return f"the number {node.content}"
         case str():
-            return f"the text {shown(node.content)}"
+            return f"the text {quoted(node.content)}"
         case list():
             return "a list"
         case _:
@@ -198,7 +199,7 @@ def _finding(root: Node, error: ErrorDetails) -> Finding:
 def _unknown_key(node: Node, loc: Loc) -> Finding:
     """Report a key that no model knows, with the key it may have meant to be or the place it belongs to."""
     key, inside = str(loc[-1]), name_of(loc[:-1])
-    message = f"unknown key {shown(key)}" + (f" in {inside}" if inside else "")
+    message = f"unknown key {quoted(key)}" + (f" in {inside}" if inside else "")
     homes = [
         name
         for name in Recipe.model_fields

@@ -4,7 +4,7 @@ import difflib
 import os
 from pathlib import Path
 
-from packager.recipe.yaml import shown
+from packager.system.text import quoted
 
 
 def locate(folder: Path, relative: str) -> Path | None:
@@ -23,15 +23,15 @@ def path_problem(folder: Path, relative: str, *, directory: bool = False) -> tup
     kind = "folder" if directory else "file"
     if path is None:
         return (
-            f"{shown(relative)} leaves the recipe's folder through a symbolic link",
+            f"{quoted(relative)} leaves the recipe's folder through a symbolic link",
             f"put a copy of the {kind} there",
         )
     # os.path answers False where Path.is_file raises: a name that is too long, a folder without permission.
     if os.path.isdir(path) if directory else os.path.isfile(path):  # noqa: PTH112, PTH113
         return "", ""
     if os.path.exists(path):  # noqa: PTH110
-        return f"{shown(relative)} is not a {kind}", ""
-    return f"there is no {kind} {shown(relative)} in the recipe's folder", _similar(path)
+        return f"{quoted(relative)} is not a {kind}", ""
+    return f"there is no {kind} {quoted(relative)} in the recipe's folder", _similar(path)
 
 
 def _similar(path: Path) -> str:
@@ -40,4 +40,4 @@ def _similar(path: Path) -> str:
     except OSError:
         return ""
     close = difflib.get_close_matches(path.name, names, n=1)
-    return f"did you mean {shown(close[0])}?" if close else ""
+    return f"did you mean {quoted(close[0])}?" if close else ""

@@ -8,9 +8,11 @@ from typing import Final, NamedTuple
 
 from packager.errors import PlanError
 from packager.model.architecture import Architecture, LinearSpec, read_architecture
+from packager.receipt import CONFIG
 from packager.recipe.draft import Draft, Loc, State, name_of
 from packager.recipe.paths import locate, path_problem
-from packager.recipe.yaml import Finding, Position, Scalar, shown
+from packager.recipe.yaml import Finding, Position, Scalar
+from packager.system.text import quoted
 
 _MAX_CONFIG_BYTES: Final = 1 << 20
 _WORD_BITS: Final = 32
@@ -85,7 +87,7 @@ def _architecture(draft: Draft, folder: Path) -> Architecture | Finding | None:
         base = draft.text(*loc)
         if base is None or path_problem(folder, base, directory=True)[0]:
             return None
-        relative = f"{base}/config.json"
+        relative = f"{base}/{CONFIG}"
         if path_problem(folder, relative)[0]:
             return Finding(draft.at(*loc), f"{name_of(loc)}: the folder has no config.json")
     path = locate(folder, relative)
@@ -94,9 +96,9 @@ def _architecture(draft: Draft, folder: Path) -> Architecture | Finding | None:
     try:
         return read_architecture(_read_json(path), relative)
     except (OSError, ValueError, RecursionError) as error:
-        return Finding(draft.at(*loc), f"{name_of(loc)}: {shown(relative)} cannot be read as a JSON object: {error}")
+        return Finding(draft.at(*loc), f"{name_of(loc)}: {quoted(relative)} cannot be read as a JSON object: {error}")
     except PlanError as error:
-        return Finding(draft.at(*loc), f"{name_of(loc)}: {shown(relative)}: {error.what}: {error.why}", error.hint)
+        return Finding(draft.at(*loc), f"{name_of(loc)}: {quoted(relative)}: {error.what}: {error.why}", error.hint)
 
 
 def _read_json(path: Path) -> dict[str, object]:

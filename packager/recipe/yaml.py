@@ -24,6 +24,8 @@ from ruamel.yaml.events import (
     SequenceEndEvent,
 )
 
+from packager.system.text import quoted
+
 # The 13B recipe has 4 KiB, 130 values and 4 levels. The parser is pure Python and reads about 50,000 values a second.
 MAX_BYTES: Final = 256 * 1024
 MAX_DEPTH: Final = 16
@@ -247,7 +249,7 @@ class _Composer:
             self.findings.append(Finding(node.at, f"the anchor &{event.anchor} is refused", "write every value out"))
         if event.tag is not None:
             tag = str(event.tag).replace("tag:yaml.org,2002:", "!!")
-            self.findings.append(Finding(node.at, f"the tag {shown(tag)} is refused", "write the plain value"))
+            self.findings.append(Finding(node.at, f"the tag {quoted(tag)} is refused", "write the plain value"))
             node.usable = False
 
     def _open(self, event: CollectionStartEvent, node: Node, *, is_key: bool) -> None:
@@ -271,7 +273,7 @@ class _Composer:
             node.content = _resolve(text) if plain else text
             if not isinstance(node.content, float) or math.isfinite(node.content):
                 return
-            message, hint = f"the number {shown(text)} is too large", "quote it if it is text"
+            message, hint = f"the number {quoted(text)} is too large", "quote it if it is text"
         node.content, node.usable = None, False
         self.findings.append(Finding(node.at, message, hint))
 
@@ -282,13 +284,13 @@ class _Composer:
             return key
         name = node.content
         if not isinstance(name, str):
-            got = shown(str(event.value)) if isinstance(event, ScalarEvent) and event.value else "nothing"
+            got = quoted(str(event.value)) if isinstance(event, ScalarEvent) and event.value else "nothing"
             self.findings.append(Finding(node.at, f"a key must be text, got {got}"))
         elif name == "<<":
             self.findings.append(Finding(node.at, "merge keys (<<) are refused", "write every value out"))
         elif name in siblings:
             first = siblings[name].key_at
-            message = f"the key {shown(name)} is given twice"
+            message = f"the key {quoted(name)} is given twice"
             self.findings.append(Finding(node.at, message, f"it is first given at line {first.line}"))
         else:
             key.name = name
@@ -320,8 +322,3 @@ def _resolve(text: str) -> Scalar:
             return math.inf
         return int(text) if _INT.match(text) else int(text, 0)
     return float(text) if _FLOAT.match(text) else text
-
-
-def shown(text: str) -> str:
-    """Return a text fit for a message: quoted, escaped, shortened."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from packager.errors import PackagerError
+from packager.system.text import printable_lines
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -72,7 +73,7 @@ class Terminal:
 
     def log(self, text: str) -> None:
         """Print one line of talk."""
-        self.err.print(_tame(text), highlight=False, markup=False, soft_wrap=True)
+        self.err.print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -117,13 +118,8 @@ class Terminal:
 
     def error(self, error: PackagerError) -> None:
         """Print an error; its first line is marked."""
-        first, _, rest = _tame(str(error)).partition("\n")
+        first, _, rest = printable_lines(str(error)).partition("\n")
         self._errors.print("error:", style="bold red", end=" ")
         self._errors.print(first, markup=False, highlight=False, soft_wrap=True)
         if rest:
             self._errors.print(rest, markup=False, highlight=False, soft_wrap=True)
-
-
-def _tame(text: str) -> str:
-    """Return text without what could move the cursor or hide words: some of it is a server's, or a repository's."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text.expandtabs(4))

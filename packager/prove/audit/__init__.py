@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packager.prove.audit.card import check_card
-from packager.prove.audit.config import CONFIG, Declared, check_declared, read_model
-from packager.prove.audit.files import PROVENANCE, as_object, check_file_set, list_folder, read_documents
+from packager.prove.audit.config import Declared, check_declared, read_model
+from packager.prove.audit.files import as_object, check_file_set, list_folder, read_documents
 from packager.prove.audit.finding import RULES, Finding, Findings, Rule, Severity
 from packager.prove.audit.privacy import check_privacy
 from packager.prove.audit.provenance import check_provenance
@@ -19,6 +19,7 @@ from packager.prove.audit.tensors import Expected, check_tensors, quantized_modu
 from packager.prove.audit.tokenizer import check_generation, check_tokenizer
 from packager.prove.audit.values import check_values
 from packager.prove.audit.weights import Weights, read_weights
+from packager.receipt import CONFIG, PROVENANCE
 
 
 @dataclass(frozen=True, kw_only=True)

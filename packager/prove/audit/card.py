@@ -13,9 +13,10 @@ from ruamel.yaml.error import YAMLError
 
 from packager.card.markdown import CodeBlock, extract_code_blocks, unclosed
 from packager.card.metadata import HUB_LICENSES
-from packager.prove.audit.config import CONFIG
-from packager.prove.audit.files import PROVENANCE, README, JsonObject, Listing, as_object, read_text
-from packager.prove.audit.finding import Findings, shown
+from packager.prove.audit.files import JsonObject, Listing, as_object, read_text
+from packager.prove.audit.finding import Findings
+from packager.receipt import CONFIG, PROVENANCE, README
+from packager.system.text import shown
 
 _PYTHON = frozenset({"python", "py", "python3"})
 _SHELL = frozenset({"", "bash", "sh", "shell", "console", "zsh"})

@@ -9,11 +9,10 @@ from packager.model.architecture import FAMILIES, Architecture, read_architectur
 from packager.model.config_values import DTYPES
 from packager.model.rope import misread
 from packager.prove.audit.files import JsonObject, as_object
-from packager.prove.audit.finding import Findings, shown
+from packager.prove.audit.finding import Findings
 from packager.prove.audit.weights import DEFAULT_STEM, Weights
-
-CONFIG = "config.json"
-QUANTIZE_CONFIG = "quantize_config.json"
+from packager.receipt import CONFIG, QUANTIZE_CONFIG
+from packager.system.text import shown
 
 PORTABLE_KEYS = (
     "bits", "group_size", "damp_percent", "desc_act", "sym", "true_sequential", "model_name_or_path",

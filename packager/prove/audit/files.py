@@ -11,17 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from packager.prove.audit.finding import Findings, shown
+from packager.prove.audit.finding import Findings
+from packager.receipt import (
+    CONFIG,
+    GENERATION_CONFIG,
+    INDEX_SUFFIX,
+    PROVENANCE,
+    QUANTIZE_CONFIG,
+    README,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_MODEL,
+)
 from packager.system.files import TEMPORARY_PREFIX
-
-README = "README.md"
-PROVENANCE = "provenance.json"
+from packager.system.text import shown
 
 REQUIRED_FILES: Mapping[str, str] = {
-    "config.json": "every loader reads the architecture and quantization_config from it",
-    "quantize_config.json": "AutoGPTQ does not open a local folder without it",
-    "generation_config.json": "without it runtimes use other stop tokens and sampling than the base model",
-    "tokenizer_config.json": "it holds the special tokens and the chat template",
+    CONFIG: "every loader reads the architecture and quantization_config from it",
+    QUANTIZE_CONFIG: "AutoGPTQ does not open a local folder without it",
+    GENERATION_CONFIG: "without it runtimes use other stop tokens and sampling than the base model",
+    TOKENIZER_CONFIG: "it holds the special tokens and the chat template",
 }
 CARD_FILES: Mapping[str, str] = {
     README: "the model card",
@@ -29,8 +38,7 @@ CARD_FILES: Mapping[str, str] = {
 }
 
 _FETCHERS_FOLDERS = (".git", ".cache")
-_OBJECT_FILES = frozenset({*REQUIRED_FILES, PROVENANCE, "tokenizer.json", "special_tokens_map.json"})
-_INDEX_SUFFIX = ".safetensors.index.json"
+_OBJECT_FILES = frozenset({*REQUIRED_FILES, PROVENANCE, TOKENIZER, "special_tokens_map.json"})
 _MAX_TEXT_BYTES = 200_000_000
 _POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 _MAX_POINTER_BYTES = 1024  # git-lfs looks no further
@@ -151,14 +159,14 @@ def check_file_set(listing: Listing, findings: Findings, *, complete: bool) -> N
     for name, reason in required.items():
         if not listing.has(name):
             findings.add("file-missing", name, f"there is no {name}: {reason}")
-    if listing.has("tokenizer.json"):
+    if listing.has(TOKENIZER):
         return
-    if listing.has("tokenizer.model"):
+    if listing.has(TOKENIZER_MODEL):
         findings.add(
-            "tokenizer-json-missing", "tokenizer.json", "only tokenizer.model is here; ExLlamaV2 needs tokenizer.json"
+            "tokenizer-json-missing", TOKENIZER, "only tokenizer.model is here; ExLlamaV2 needs tokenizer.json"
         )
     else:
-        findings.add("file-missing", "tokenizer.json", "there is neither tokenizer.json nor tokenizer.model")
+        findings.add("file-missing", TOKENIZER, "there is neither tokenizer.json nor tokenizer.model")
 
 
 def read_text(listing: Listing, name: str, findings: Findings) -> str | None:
@@ -193,7 +201,7 @@ def read_documents(listing: Listing, findings: Findings, *, complete: bool) -> d
             findings.add("json-damaged", name, "it is nested too deeply")
             continue
         documents[name] = value
-        if (name in _OBJECT_FILES or name.endswith(_INDEX_SUFFIX)) and not isinstance(value, dict):
+        if (name in _OBJECT_FILES or name.endswith(INDEX_SUFFIX)) and not isinstance(value, dict):
             findings.add("json-damaged", name, f"it must be a JSON object, found {shown(value)}")
     return documents
 

@@ -3,15 +3,13 @@
 A code is stable: scripts and CI filter on it. Its severity and its hint live here and nowhere else.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Severity = Literal["error", "warning"]
+from packager.system.text import printable
 
-_MAX_MESSAGE = 600
-_MAX_VALUE = 80
+Severity = Literal["error", "warning"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,23 +66,6 @@ class Findings:
             )
             for (code, message), places in self._places.items()
         )
-
-
-def printable(text: str) -> str:
-    """Return text from an untrusted file as one bounded line that any terminal and any JSON writer accepts."""
-    escaped = text[:_MAX_MESSAGE].encode("utf-8", "backslashreplace").decode("utf-8")
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in escaped)
-    return line if len(text) <= _MAX_MESSAGE else f"{line}..."
-
-
-def shown(value: object) -> str:
-    """Return a value from JSON or YAML as a message shows it: scalars in JSON's spelling, the rest by its kind."""
-    if isinstance(value, int) and abs(value) >= 1 << 63:
-        return "a huge number"
-    if not isinstance(value, str | int | float | None):
-        return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
-    text = json.dumps(value)
-    return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
 
 
 def _error(hint: str) -> Rule:

@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from packager.prove.audit.files import PROVENANCE, README, Listing, read_text
+from packager.prove.audit.files import Listing, read_text
 from packager.prove.audit.finding import Findings
+from packager.receipt import PROVENANCE, README, TOKENIZER
 
 _TEXT_SUFFIXES = (".md", ".txt", ".json", ".jsonl", ".jinja", ".yaml", ".yml", ".py")
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+_VOCABULARIES = (TOKENIZER, "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 _SHOWN_SECRET = 6
 
 _SECRETS = re.compile(

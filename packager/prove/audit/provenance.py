@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 
 from packager.prove.audit.config import Declared
-from packager.prove.audit.files import PROVENANCE, JsonObject, Listing
-from packager.prove.audit.finding import Findings, shown
+from packager.prove.audit.files import JsonObject, Listing
+from packager.prove.audit.finding import Findings
 from packager.prove.audit.weights import Weights
-from packager.receipt import FileRecord, Provenance
+from packager.receipt import PROVENANCE, UNLISTED_FILES, FileRecord, Provenance
 from packager.system.files import sha256_file
+from packager.system.text import shown
 
-# Written after provenance.json, or by the hosting side.
-_UNLISTED = frozenset({PROVENANCE, ".gitattributes"})
 _MAX_PROBLEMS = 5
 
 
@@ -48,7 +47,7 @@ def check_provenance(
 
 
 def _check_files(listing: Listing, records: Mapping[str, FileRecord], findings: Findings) -> None:
-    for name in sorted(listing.sizes.keys() - records.keys() - _UNLISTED):
+    for name in sorted(listing.sizes.keys() - records.keys() - UNLISTED_FILES):
         findings.add("provenance-file-unlisted", name, "provenance.json does not list this file")
     for name, record in sorted(records.items()):
         if not listing.has(name):

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from packager.prove.audit.config import CONFIG, whole
+from packager.prove.audit.config import whole
 from packager.prove.audit.files import JsonObject, Listing, as_object, read_text
-from packager.prove.audit.finding import Findings, shown
+from packager.prove.audit.finding import Findings
+from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
+from packager.system.text import shown
 
-TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-GENERATION_CONFIG = "generation_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
 # transformers marks the assistant's words with this tag; it is the only one that jinja2 does not know.

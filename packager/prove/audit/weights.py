@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from packager.errors import SourceError
 from packager.model.safetensors_file import METADATA, StoredTensor, read_header, stored_tensors
 from packager.prove.audit.files import JsonObject, Listing, as_object
-from packager.prove.audit.finding import Findings, shown
+from packager.prove.audit.finding import Findings
+from packager.receipt import INDEX_SUFFIX
+from packager.system.text import shown
 
 SUFFIX = ".safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
 DEFAULT_STEM = "model"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".pkl", ".h5", ".msgpack")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors\Z")

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from packager.errors import PublishError
-from packager.prove.audit.files import PROVENANCE
-from packager.prove.audit.finding import printable, shown
 from packager.prove.audit.weights import SUFFIX
 from packager.publish.published.branch import BranchProof, Depth, prove
 from packager.publish.published.card import check_card
@@ -19,7 +17,8 @@ from packager.publish.published.loaders import LoaderSite
 from packager.publish.published.states import published_states
 from packager.publish.targets import Target
 from packager.publish.targets.git import GitTarget
-from packager.receipt import Provenance
+from packager.receipt import PROVENANCE, Provenance
+from packager.system.text import printable, shown
 from packager.variant import MAIN
 
 

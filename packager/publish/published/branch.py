@@ -14,23 +14,32 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from packager.prove import audit
-from packager.prove.audit.config import CONFIG, QUANTIZE_CONFIG, check_declared, read_model
-from packager.prove.audit.files import PROVENANCE, README, Listing, as_object, check_file_set, read_documents
-from packager.prove.audit.finding import Findings, shown
+from packager.prove.audit.config import check_declared, read_model
+from packager.prove.audit.files import Listing, as_object, check_file_set, read_documents
+from packager.prove.audit.finding import Findings
 from packager.prove.audit.provenance import check_provenance
 from packager.prove.audit.tensors import Expected, check_tensors, quantized_modules
-from packager.prove.audit.weights import INDEX_SUFFIX, SUFFIX, read_weights
+from packager.prove.audit.weights import SUFFIX, read_weights
 from packager.publish.published.finding import Collector, PublishedFinding
 from packager.publish.published.loaders import LoaderSite, prove_by_loaders
 from packager.publish.published.reading import Branch, bounded, download, put_header, safe_names
 from packager.publish.targets import Target, file_name_problem
-from packager.receipt import FileRecord, LoaderRecord, Provenance
+from packager.receipt import (
+    CONFIG,
+    INDEX_SUFFIX,
+    PROVENANCE,
+    QUANTIZE_CONFIG,
+    README,
+    UNLISTED_FILES,
+    FileRecord,
+    LoaderRecord,
+    Provenance,
+)
 from packager.system.files import sha256_file
 from packager.system.parallel import in_parallel
-from packager.system.text import format_bytes
+from packager.system.text import format_bytes, shown
 
 # What is not in the record: the record itself, and what hosts and git-lfs add.
-_UNLISTED = frozenset({PROVENANCE, ".gitattributes"})
 _MAX_FILES = 10_000
 # A 405B model has 4,000 tensors, which take half a megabyte of a header; JSON takes many times its size in memory.
 _MAX_DOCUMENT_BYTES = 8_000_000
@@ -158,7 +167,7 @@ def _check_place(branch: Branch, provenance: Provenance, found: Collector, *, na
 def _compare_listing(branch: Branch, provenance: Provenance, found: Collector) -> None:
     """Compare which files there are, and how large, with the record."""
     stored, records = branch.stored, provenance.files
-    for name in sorted(stored.keys() - records.keys() - _UNLISTED):
+    for name in sorted(stored.keys() - records.keys() - UNLISTED_FILES):
         found.add("remote-file-unlisted", name, "the record does not list this file")
     for name in sorted(records.keys() - stored.keys()):
         found.add("remote-file-missing", name, file_name_problem(name) or "the record lists this file, it is not here")

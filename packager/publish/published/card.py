@@ -4,11 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from packager.errors import PublishError
-from packager.prove.audit.files import PROVENANCE, README
-from packager.prove.audit.finding import shown
 from packager.publish.published.finding import Collector, unreadable
 from packager.publish.targets import BranchState, Target
-from packager.receipt import Provenance
+from packager.receipt import PROVENANCE, README, Provenance
+from packager.system.text import shown
 from packager.variant import MAIN
 
 _MAX_CARD_BYTES = 2_000_000

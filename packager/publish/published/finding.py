@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from packager.errors import PublishError
 from packager.prove import audit
-from packager.prove.audit.finding import Finding, Rule, Severity, printable
+from packager.prove.audit.finding import Finding, Rule, Severity
+from packager.system.text import printable
 
 _MAX_FINDINGS = 20  # of a rule on a branch
 

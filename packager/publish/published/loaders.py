@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packager.errors import MachineError
-from packager.prove.audit.files import PROVENANCE, README
-from packager.prove.audit.finding import printable
-from packager.prove.audit.tokenizer import TOKENIZER
 from packager.prove.loaders import LOADERS
 from packager.publish.published.finding import Collector
-from packager.receipt import LoaderRecord, Provenance
+from packager.receipt import PROVENANCE, README, TOKENIZER, LoaderRecord, Provenance
+from packager.system.text import printable
 from packager.variant import branch_problem
 
 if TYPE_CHECKING:

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from packager.errors import MachineError
-from packager.prove.audit.finding import printable, shown
 from packager.publish.published.finding import Collector
 from packager.publish.targets import LARGE_BYTES, StoredFile, Target, file_name_problem
 from packager.system.files import disk_errors
 from packager.system.parallel import in_parallel
-from packager.system.text import format_bytes
+from packager.system.text import format_bytes, printable, shown
 
 _HUGE_BYTES = 1 << 63
 _MAX_WEIGHTS_BYTES = 1 << 43  # of one file: what file systems can have as a hole, ext4 included

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Mapping
 
 from packager.errors import PublishError
-from packager.prove.audit.finding import printable
 from packager.publish.targets import BranchState, Target
+from packager.system.text import printable
 
 
 def published_states(target: Target, named: Collection[str] = ()) -> Mapping[str, BranchState]:

@@ -27,11 +27,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from packager.errors import PublishError
-from packager.prove.audit.finding import printable
 from packager.publish.published.states import published_states
 from packager.publish.rollback.history import trailers
 from packager.publish.rollback.plan import BranchRollback, Request, RollbackPlan, plan_rollback
 from packager.publish.targets import HeadMovedError, Target
+from packager.system.text import printable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,18 +6,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from packager.errors import PublishError
-from packager.prove.audit.finding import printable
 from packager.publish.plan import FileChange
 from packager.publish.published.states import published_states
 from packager.publish.rollback.history import Line
 from packager.publish.targets import BranchState, CommitRecord, HeadMovedError, StoredFile, Target, same_files
+from packager.receipt import GIT_ATTRIBUTES
+from packager.system.text import printable
 from packager.variant import MAIN
 
 Action = Literal["restore", "done", "left alone"]
 States = Mapping[str, BranchState]
 
 _ABBREVIATED = re.compile(r"[0-9a-f]{7,40}\Z")
-_UNLISTED = frozenset({".gitattributes"})  # hosts begin a branch with a commit that holds nothing else
+_HOSTS_FILES = frozenset({GIT_ATTRIBUTES})  # hosts begin a branch with a commit that holds nothing else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +255,7 @@ def _plan_branch(
 def files_of(target: Target, record: CommitRecord) -> Mapping[str, StoredFile]:
     """Return what a commit holds; nothing if that is nothing but what hosts put there."""
     files = target.read_back(record.commit)
-    return files if files.keys() - _UNLISTED else {}
+    return files if files.keys() - _HOSTS_FILES else {}
 
 
 def _changes(files: Mapping[str, StoredFile], names: Sequence[str]) -> tuple[FileChange, ...]:

@@ -28,7 +28,6 @@ from packager.publish.targets import (
     require_unchanged,
 )
 from packager.publish.targets.git_lfs import (
-    ATTRIBUTES,
     MARK,
     attributes,
     attributes_line,
@@ -41,6 +40,7 @@ from packager.publish.targets.git_lfs import (
 )
 from packager.publish.targets.git_remote import RemoteGit, create_bare, folder_of
 from packager.publish.targets.git_staging import Staging
+from packager.receipt import GIT_ATTRIBUTES
 from packager.system.files import LOCK_WAIT_S, TEMPORARY_PREFIX, copy_atomic, disk_errors
 from packager.variant import MAIN
 
@@ -146,8 +146,8 @@ class GitTarget:
                 names = ", ".join(sorted(large))
                 raise MachineError("git-lfs is not on the PATH", why=f"it keeps large files: {names}", hint=_LFS_HINT)
             tree = {**files, **{name: self._pointer(file) for name, file in large.items()}}
-            if large and ATTRIBUTES not in files:
-                tree[ATTRIBUTES] = self._written(attributes(large))
+            if large and GIT_ATTRIBUTES not in files:
+                tree[GIT_ATTRIBUTES] = self._written(attributes(large))
             self._based(branch, parent)
             commit = self._git.commit(tree, parent=parent, message=message)
             if large:
@@ -319,16 +319,16 @@ class GitTarget:
     def _large(self, files: Mapping[str, LocalFile]) -> Mapping[str, LocalFile]:
         """Return the files that git-lfs is to keep: the large ones, and what the manifest's own attributes say."""
         large = {name for name, file in files.items() if file.size_bytes >= LARGE_BYTES}
-        if not (own := files.get(ATTRIBUTES)):
+        if not (own := files.get(GIT_ATTRIBUTES)):
             return {name: files[name] for name in large}
         if self._git.read_blob(own.blob_id).startswith(MARK):
             hint = "delete it from what is published: it is written anew where it is needed"
-            raise PublishError(f"{ATTRIBUTES} is this program's, of another branch", where=str(own.path), hint=hint)
+            raise PublishError(f"{GIT_ATTRIBUTES} is this program's, of another branch", where=str(own.path), hint=hint)
         kept = by_attributes(self._git, files)
         if left := sorted(large - kept):
             why = f"it does not give these files to git-lfs, and they are too large for git: {', '.join(left)}"
             hint = f"add {attributes_line(left[0])!r}, or remove it: then one is written"
-            raise PublishError(f"{ATTRIBUTES} is not complete", where=str(own.path), why=why, hint=hint)
+            raise PublishError(f"{GIT_ATTRIBUTES} is not complete", where=str(own.path), why=why, hint=hint)
         return {name: files[name] for name in kept}
 
     def _pointer(self, file: LocalFile) -> LocalFile:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from packager.publish.targets import LocalFile, StoredFile
 from packager.publish.targets.git_process import GitProcess
+from packager.receipt import GIT_ATTRIBUTES
 from packager.system.files import TEMPORARY_PREFIX, copy_atomic, sha256_file
 
-ATTRIBUTES = ".gitattributes"
 MARK = b"# Written by gptq-packager: the files of this branch that git-lfs keeps.\n"
 _POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (\d+)\n")
 _POINTER_BYTES = 1024  # git-lfs looks no further
@@ -33,9 +33,9 @@ def read_files(git: GitProcess, commit: str) -> Mapping[str, StoredFile]:
         text = git.read_blob(stored.blob_id) if stored.blob_id and stored.size_bytes <= _POINTER_BYTES else b""
         if found := _POINTER.fullmatch(text):
             pointers[name] = StoredFile(size_bytes=int(found[2]), sha256=found[1].decode())
-    own = files.get(ATTRIBUTES)
+    own = files.get(GIT_ATTRIBUTES)
     if pointers and own and own.blob_id and git.read_blob(own.blob_id) == attributes(pointers):
-        del files[ATTRIBUTES]
+        del files[GIT_ATTRIBUTES]
     return {**files, **pointers}
 
 
@@ -44,7 +44,7 @@ def by_attributes(git: GitProcess, files: Mapping[str, LocalFile] | Mapping[str,
     entries = "".join(
         f"100644 {file.blob_id}\t{name}\0"
         for name, file in files.items()
-        if name.rpartition("/")[2] == ATTRIBUTES and file.blob_id
+        if name.rpartition("/")[2] == GIT_ATTRIBUTES and file.blob_id
     )
     if not entries:
         return set()

@@ -26,6 +26,7 @@ from packager.publish.targets import (
 )
 from packager.publish.targets.hub_calls import PATIENCE_S, Patience
 from packager.publish.targets.hub_client import hub_api, newest_commit, read_content
+from packager.receipt import GIT_ATTRIBUTES
 from packager.system.files import atomic_file
 from packager.system.parallel import in_parallel
 from packager.system.text import format_bytes
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 
 # Which files are large is the repository's own business: a new one has this file, and it stays as it is.
-_ATTRIBUTES = ".gitattributes"
 # The last line of our commits' messages: the Hub says whose token it was, not which program's.
 _TRAILER = "Published-by: gptq-packager"
 
@@ -121,7 +121,7 @@ class HubTarget:
             if entry.lfs
             else StoredFile(size_bytes=entry.size, blob_id=entry.blob_id)
             for entry in entries
-            if isinstance(entry, RepoFile) and entry.path != _ATTRIBUTES
+            if isinstance(entry, RepoFile) and entry.path != GIT_ATTRIBUTES
         }
 
     def read_bytes(self, commit: str, name: str, *, start: int = 0, size: int | None = None) -> bytes:

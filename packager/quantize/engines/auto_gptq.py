@@ -23,7 +23,7 @@ from packager.prove.loaders import LOADERS
 from packager.quantize.block_store import BlockStore
 from packager.quantize.engines import AUTO_GPTQ_LOCK, AUTO_GPTQ_SCRIPT, Made, Site
 from packager.quantize.engines.legacy_config import legacy_config
-from packager.receipt import LinearRecord
+from packager.receipt import CONFIG, INDEX_SUFFIX, LinearRecord
 from packager.system.files import TEMPORARY_PREFIX, disk_errors
 from packager.system.processes import run, tail
 from packager.variant import Variant
@@ -109,14 +109,14 @@ def _stage_model(source: SourceModel, folder: Path) -> None:
     """Make a folder that transformers 4.40 reads: its own config.json, links to the weights, and an index."""
     folder.mkdir()
     config = json.dumps(legacy_config(source.config), indent=2)
-    (folder / "config.json").write_text(config, encoding="utf-8")
+    (folder / CONFIG).write_text(config, encoding="utf-8")
     names = {path: path.name for path in sorted({stored.path for stored in source.tensors.values()})}
     if len(names) == 1:
         names = dict.fromkeys(names, "model.safetensors")
     else:
         weight_map = {name: names[stored.path] for name, stored in source.tensors.items()}
         index = json.dumps({"metadata": {}, "weight_map": weight_map})
-        (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+        (folder / f"model{INDEX_SUFFIX}").write_text(index, encoding="utf-8")
     for path, name in names.items():
         (folder / name).symlink_to(path.resolve())
 
