@@ -6,6 +6,9 @@ import socket
 
 import pytest
 
+from tests.hypothesis_profiles import load_default_profile
+
+load_default_profile()
 # Before anything imports the Hub client or a tokenizer.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

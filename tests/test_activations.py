@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from packager.quantize.activations import Activations
+from tests.hypothesis_profiles import examples
 
 PLACEMENTS = ("device", "host", "disk")
 SHAPES = ((4, 6, 8), (4, 6, 8), (3, 6, 8))  # the last batch is often shorter
@@ -62,7 +63,7 @@ def test_a_sweep_reads_all_some_again_and_then_replaces_all(device, tmp_path, pl
     assert values(held) == [30, 31, 32]
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(50), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.tuples(st.sampled_from(["get", "put", "expect"]), st.integers(0, 2)), max_size=20))
 @EVERYWHERE
 def test_any_order_of_reading_and_replacing(device, tmp_path, placement, steps):

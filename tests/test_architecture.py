@@ -21,6 +21,7 @@ from packager.model.architecture import (
 )
 from packager.model.safetensors_file import METADATA, TensorInfo
 from packager.variant import Variant
+from tests.hypothesis_profiles import examples
 
 LLAMA_2_13B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -104,7 +105,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     return config
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(config=configs())
 def test_base_tensors_are_those_of_transformers(config: dict[str, Any]) -> None:
     pytest.importorskip("transformers")
@@ -163,7 +164,7 @@ def test_13b_has_the_sizes_of_the_format(group_size: int, expected: int) -> None
     assert expected < shard.size_bytes < expected + 200_000
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     config=configs(),
     bits=st.sampled_from([2, 3, 4, 8]),
@@ -220,7 +221,7 @@ def test_predicted_sizes_are_those_on_disk(tmp_path: Path, dtype: str, max_shard
         assert (tmp_path / shard.file_name).stat().st_size == shard.size_bytes <= max_shard_bytes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(max_shard_bytes=st.integers(8_000, 200_000), model_type=st.sampled_from(sorted(FAMILIES)))
 def test_shards_hold_everything_once_and_keep_modules_together(max_shard_bytes: int, model_type: str) -> None:
     tensors = checkpoint_tensors(read_architecture(tiny_config(model_type), "config.json"), variant(group_size=32))

@@ -16,6 +16,7 @@ from packager.cli.audit_view import print_report, report_json
 from packager.prove.audit import audit
 from tests.audit_cases import ACT_ORDER, QWEN
 from tests.checkpoints import Checkpoint, edit_text, write_json
+from tests.hypothesis_profiles import examples
 
 
 def assert_reportable(folder: Path) -> None:
@@ -27,7 +28,7 @@ def assert_reportable(folder: Path) -> None:
     assert written.encode("utf-8").count(b"\n") == len(report.findings) + 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(data=st.data())
 def test_random_damage_never_raises(data: st.DataObject) -> None:
     checkpoint = data.draw(st.sampled_from((Checkpoint(), Checkpoint(shards=2), QWEN, ACT_ORDER)))
@@ -66,7 +67,7 @@ def mutated(document: Any, data: st.DataObject) -> Any:
         return result
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(data=st.data())
 def test_odd_values_never_raise(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as temporary:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.tiny_recipe import ACT_ORDER, MAIN, RECIPE, write_inputs, write_recipe
 
+pytestmark = pytest.mark.crash
 ROOT = Path(__file__).resolve().parent.parent
 CARD = {"README.md", "provenance.json", "LICENSE.txt", "questions.jsonl"}
 BLOCKS = 3

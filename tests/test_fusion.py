@@ -23,6 +23,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from packager.model import fused_blocks
 from packager.model.fused_blocks import fuse
 from packager.quantize.suspended_forward import linear_groups
+from tests.hypothesis_profiles import examples
 from tests.tiny_models import CONFIGS, save_model
 
 kernels = pytest.importorskip("packager.model.fused_kernels", reason="Triton is not made for this system")
@@ -31,7 +32,10 @@ FAMILIES = ("llama3-rope", "mistral", "qwen2", "qwen3")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)],
+)
 def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda":
         assert torch.cuda.is_available(), "this test needs a CUDA GPU"
@@ -109,7 +113,7 @@ def test_norm_of_heads_inside_a_wider_projection(device, dtype):
         assert ulps(kernels.rms_norm(x, norm.weight, 1e-5), norm(x)).max() <= 2
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15))
 @given(sizes=st.lists(st.integers(1, 5), max_size=3), width=st.integers(1, 300))
 def test_norm_of_any_shape(device, sizes, width):
     norm = norm_of(width).to(device, torch.float16)

@@ -213,6 +213,7 @@ def test_a_branch_that_is_there_is_not_created_again(scene: Scene) -> None:
         scene.target().commit("gone", files, parent="1" * 40, message="x")
 
 
+@pytest.mark.crash
 def test_publishers_that_race_leave_one_result(scene: Scene, tmp_path: Path) -> None:
     other = tmp_path / "other"
     theirs = [make_content(other, content.branch, {"README.md": b"theirs\n"}) for content in scene.contents]
@@ -538,6 +539,7 @@ def publish_killed(scene: Scene, seconds: float) -> None:
     os.close(reader)
 
 
+@pytest.mark.crash
 def test_killed_at_random_moments_the_next_run_ends_the_same(scene: Scene, tmp_path: Path) -> None:
     scene.publish()
     old = trees(scene.repository)

@@ -14,6 +14,7 @@ from packager.quantize.gptq.hessian import Hessian, factorize, factorize_within
 from packager.quantize.gptq.lazy_updates import Float32Carry, SplitCarry
 from packager.quantize.gptq.solve import TORCH, Solution, solve
 from tests.gptq_reference import LOSS_TOLERANCE, TIE, assert_agrees, gptq
+from tests.hypothesis_profiles import examples
 
 CPU = torch.device("cpu")
 
@@ -208,7 +209,7 @@ def test_a_linear_of_zeros_stays_zero(carry):
         assert torch.equal(found.dequantized().T, weight)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(low=st.floats(-4, 4), high=st.floats(-4, 4), bits=st.sampled_from([2, 3, 4, 8]))
 def test_asymmetric_zero_is_never_zero_and_the_grid_covers_the_group(low, high, bits):
     low, high = sorted((low, high))
@@ -248,7 +249,7 @@ def test_a_scale_beyond_float16_does_not_fit():
     assert not bool(found.fits())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80))
 @given(data=st.data(), bits=st.sampled_from([2, 3, 4, 8]))
 def test_pack_is_one_little_endian_bit_stream(data, bits):
     per = values_per_pack(bits)

@@ -24,7 +24,7 @@ BACKEND = backend_for(torch.device("cuda"))  # its kernels, wherever they run
 NATIVE = pytest.mark.gpu
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NATIVE)])
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=NATIVE)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda":
         assert torch.cuda.is_available(), "this test needs a CUDA GPU"

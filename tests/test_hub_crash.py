@@ -14,7 +14,10 @@ from tests.recipe_fixtures import ROOT
 from tests.test_hub_target import TOKEN, Scene, hub
 
 __all__ = ["hub"]
-pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
+pytestmark = [
+    pytest.mark.crash,
+    pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning"),
+]
 
 
 def test_killed_at_any_moment_and_run_again_it_ends_the_same(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from packager.quantize.memory import (
     sweep_ways,
 )
 from packager.recipe.file import RecipeFile
+from tests.hypothesis_profiles import examples
 from tests.test_architecture import tiny_config
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -74,7 +75,7 @@ def chosen(work: Workload, device_gb: float, host_gb: float) -> SweepPlan:
     return choose_sweep(work, "cuda", device_limit=int(device_gb * GB * USABLE), host_limit=int(host_gb * GB))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(fields=WORKS, device=SHARES, host=SHARES)
 def test_the_first_way_that_fits_is_taken(fields, device, host):
     work = made(fields)
@@ -89,7 +90,7 @@ def test_the_first_way_that_fits_is_taken(fields, device, host):
         assert all(way.placement == "disk" for way in ways)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(fields=WORKS, device=st.tuples(SHARES, SHARES), host=st.tuples(SHARES, SHARES))
 def test_more_memory_is_never_slower(fields, device, host):
     work = made(fields)
@@ -104,7 +105,7 @@ def test_more_memory_is_never_slower(fields, device, host):
     assert rank(max(device), max(host)) <= rank(min(device), min(host))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(fields=WORKS, device_type=st.sampled_from(["cpu", "cuda"]))
 def test_ways_are_each_another_trade_the_fastest_first(fields, device_type):
     work = made(fields)
@@ -124,7 +125,7 @@ def test_ways_are_each_another_trade_the_fastest_first(fields, device_type):
         assert way.device_bytes > 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(fields=WORKS, device_type=st.sampled_from(["cpu", "cuda"]))
 def test_more_tokens_and_variants_need_more_memory(fields, device_type):
     work = made(fields)
@@ -204,7 +205,7 @@ def test_what_does_not_fit_says_what_would():
         choose_sweep(LARGE, "cuda", device_limit=None, host_limit=2 * GB)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(fields=WORKS)
 def test_what_is_said_to_be_needed_is_enough_and_no_more(fields):
     work = made(fields)

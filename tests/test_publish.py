@@ -464,6 +464,7 @@ def test_a_second_publisher_stops(scene: Scene) -> None:
     assert scene.publish(contents).outcomes[0].plan.action == "update"
 
 
+@pytest.mark.crash
 def test_publishers_that_race_leave_one_result(scene: Scene, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from packager.errors import PublishError\n"

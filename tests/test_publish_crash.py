@@ -13,6 +13,7 @@ from packager.publish.branches import BranchContent, publish
 from packager.publish.targets.local import LocalTarget
 from tests.publish_fixtures import REPOSITORY, VARIANT, files_in, git, hub_folder, leftovers, make_content, trees
 
+pytestmark = pytest.mark.crash
 Chain = list[int | dict[str, float]]
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,6 +12,7 @@ from packager.recipe import Recipe
 from packager.recipe.file import load_recipe
 from packager.recipe.schema import recipe_schema
 from packager.recipe.yaml import MAX_BYTES, MAX_NODES, decode, parse
+from tests.hypothesis_profiles import examples
 from tests.recipe_fixtures import GOOD, RECIPES, edited, load_or_error, problems_of, write_files
 
 BOMB = "\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 30))])
@@ -217,7 +218,7 @@ def mutated():
     return build()
 
 
-@settings(max_examples=80, deadline=None, database=None)
+@settings(max_examples=examples(80), database=None)
 @given(text=mutated())
 def test_a_mutated_recipe_is_a_recipe_or_a_recipe_error(folder, text):
     path = folder / "mutated.yaml"
@@ -233,7 +234,7 @@ def test_a_mutated_recipe_is_a_recipe_or_a_recipe_error(folder, text):
     assert str(result).count("\n") == len(result.problems)
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=examples(60), database=None)
 @given(data=st.binary(max_size=60))
 def test_any_bytes_are_a_recipe_error(folder, data):
     path = folder / "bytes.yaml"
@@ -246,7 +247,7 @@ SCALARS = st.none() | st.booleans() | st.integers(-(10**15), 10**15) | st.floats
 WORDS = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x24F, exclude_categories=("Cc", "Cs")), max_size=12)
 
 
-@settings(max_examples=50, deadline=None, database=None)
+@settings(max_examples=examples(50), database=None)
 @given(
     value=st.recursive(
         SCALARS | WORDS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3)

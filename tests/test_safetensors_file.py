@@ -25,6 +25,7 @@ from packager.model.safetensors_file import (
     read_header,
     stored_tensors,
 )
+from tests.hypothesis_profiles import examples
 
 NUMPY_DTYPES = {
     "F64": np.float64, "I64": np.int64, "U64": np.uint64, "F32": np.float32, "I32": np.int32, "U32": np.uint32,
@@ -37,7 +38,7 @@ tensors_of_any_kind = st.dictionaries(
     min_size=1,
     max_size=8,
 )
-few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def make_file(path: Path, header: object, data: bytes = b"", *, length: int | None = None) -> Path:
