@@ -7,12 +7,14 @@ import hashlib
 import os
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = ["lint", "typecheck", "schema", "docs", "tests"]
+nox.options.sessions = ["lint", "typecheck", "docs", "tests-fast"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_external_run = True
 
@@ -20,10 +22,17 @@ HERE = Path(__file__).parent
 CONSTRAINTS = "constraints.txt"
 DEMO = "recipes/demo-llama.yaml"
 RECIPES = sorted(str(path.relative_to(HERE)) for path in (HERE / "recipes").glob("*.yaml"))
+# A CUDA build of torch brings Triton; a CPU build does not, and runs its kernels in the interpreter.
+TEST_PACKAGES = (
+    "-e", ".[build]", "hypothesis", "jsonschema", "pytest", "pytest-timeout", "pytest-xdist",
+    'triton; sys_platform == "linux"',
+)  # fmt: skip
+FAST = ("-m", "not crash and not interpreter", "--hypothesis-profile", "dev")
+MIN_COVERAGE = 0  # per cent of lines and branches that the fast tests run; raise it when it rises
 
 
 def _install(session: nox.Session, *packages: str) -> None:
-    """Install into the session's environment, unless exactly this is what it holds already."""
+    """Install into the session's environment, unless it holds exactly these packages already."""
     wanted = [*packages, (HERE / CONSTRAINTS).read_text(), (HERE / "pyproject.toml").read_text()]
     digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()
     stamp = Path(session.virtualenv.location) / "installed.sha256"
@@ -35,7 +44,7 @@ def _install(session: nox.Session, *packages: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style with ruff (`-- --fix` mends what can be mended)."""
+    """Check style with ruff (`-- --fix` corrects what ruff can correct)."""
     _install(session, "ruff")
     session.run("ruff", "check", *session.posargs, ".")
     session.run("ruff", "format", *([] if "--fix" in session.posargs else ["--check"]), ".")
@@ -43,41 +52,74 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typecheck(session: nox.Session) -> None:
-    """Check types with mypy, strict."""
+    """Check types with mypy: the package strictly, the tests less so."""
     _install(session, "-e", ".[build]", "mypy", "nox", "types-greenlet")
     session.run("mypy")
 
 
 @nox.session
-def schema(session: nox.Session) -> None:
-    """Check that the recipes' JSON schema is in step with the models (`-- --write` renews it)."""
+def docs(session: nox.Session) -> None:
+    """Check that the recipes' JSON schema and docs/reference agree with the code (`-- --write` writes them again)."""
     _install(session, "-e", ".")
     action = "--write" if "--write" in session.posargs else "--check"
     session.run("python", "-m", "packager.recipe.schema", action, "recipes/recipe.schema.json")
-
-
-@nox.session
-def docs(session: nox.Session) -> None:
-    """Check that the pages of docs/reference are in step with the code (`-- --write` renews them)."""
-    _install(session, "-e", ".")
-    action = "--write" if "--write" in session.posargs else "--check"
     session.run("python", "docs/generate.py", action)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the test suite; no GPU, no token, no network. Arguments after `--` go to pytest."""
-    # A CUDA build of torch brings Triton; a CPU build does not, and runs its kernels in the interpreter.
-    triton = 'triton; sys_platform == "linux"'
-    _install(session, "-e", ".[build]", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "jsonschema", triton)
-    workers = [] if any(argument.startswith("-n") for argument in session.posargs) else ["-n", str(os.cpu_count() or 1)]
-    session.run("pytest", *workers, *session.posargs)
+    """Run every test that needs no GPU, no token and no network. Arguments after `--` go to pytest."""
+    _install(session, *TEST_PACKAGES)
+    _pytest(session, "--hypothesis-profile", "ci")
+
+
+@nox.session(name="tests-fast", venv_backend="none")
+def tests_fast(session: nox.Session) -> None:
+    """Run `tests` without those marked crash or interpreter, and with few examples of each property."""
+    session.notify("tests", [*FAST, *session.posargs])
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the fast tests, report the lines and branches that they run, and fail below the agreed share."""
+    _install(session, *TEST_PACKAGES, "pytest-cov")
+    _pytest(session, *FAST, "--cov", "--cov-report=term:skip-covered", f"--cov-fail-under={MIN_COVERAGE}")
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """Run the fast tests with the lowest versions that pyproject.toml allows.
+
+    torch is the exception: it keeps the version of constraints.txt, whose CPU build is the one that CI downloads.
+    """
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    allowed = map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["build"]])
+    lowest = [_lowest(requirement) for requirement in allowed if requirement.name != "torch"]
+    pinned = {Requirement(line).name: line for line in (HERE / CONSTRAINTS).read_text().splitlines() if "==" in line}
+    tools = [pinned[name] for name in ("hypothesis", "jsonschema", "pytest", "pytest-timeout", "pytest-xdist", "torch")]
+    session.install("-e", ".[build]", *lowest, *tools)
+    _pytest(session, *FAST)
+
+
+def _lowest(requirement: Requirement) -> str:
+    """Return the requirement of exactly the lowest version that `requirement` allows."""
+    (lowest,) = [clause.version for clause in requirement.specifier if clause.operator == ">="]
+    return f"{requirement.name}=={lowest}"
+
+
+def _pytest(session: nox.Session, *options: str) -> None:
+    """Run pytest on all cores; arguments after `--` come last, so they take precedence over `options`."""
+    given = session.posargs
+    cores = os.cpu_count() or 1
+    spread = [] if any(argument.startswith("-n") for argument in given) else ["-n", str(cores), "--dist", "worksteal"]
+    # One thread for each worker's torch: the workers fill the cores already.
+    session.run("pytest", *spread, *options, *given, env={"OMP_NUM_THREADS": "1"} if spread else {})
 
 
 @nox.session(name="tests-gpu")
 def tests_gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA GPU; without one they fail, they do not skip."""
-    _install(session, "-e", ".[build]", "pytest", "pytest-timeout", "hypothesis", "jsonschema")
+    _install(session, "-e", ".[build]", "hypothesis", "jsonschema", "pytest", "pytest-timeout")
     session.run("pytest", "-m", "gpu", *session.posargs)
 
 
@@ -99,9 +141,9 @@ def build_all(session: nox.Session) -> None:
 
 @nox.session(name="tests-release")
 def tests_release(session: nox.Session) -> None:
-    """Read the published demo as its readers would, run its card's code, ask the loaders. Needs build-all."""
+    """Read the published demo as its readers do, run its card's code, open it with the loaders. Needs build-all."""
     # Another olah may need other corrections than those in tests/local_hub.py.
-    _install(session, "-e", ".[build]", "pytest", "olah==0.5.4")
+    _install(session, "-e", ".[build]", "hypothesis", "pytest", "olah==0.5.4")
     files = ("test_release", "test_auto_gptq", "test_loaders_of_architectures")
     session.run("pytest", "-m", "release", *(f"tests/{name}.py" for name in files), *session.posargs)
 
@@ -113,7 +155,7 @@ def tests_publish(session: nox.Session) -> None:
         session.error(
             "git-lfs is not on the PATH: apt-get install git-lfs, brew install git-lfs, or https://git-lfs.com"
         )
-    _install(session, "-e", ".[build]", "pytest")
+    _install(session, "-e", ".[build]", "hypothesis", "pytest")
     files = ("test_git_lfs", "test_card_commands")
     python = _giftless(session)
     command = ("pytest", "-m", "release", *(f"tests/{name}.py" for name in files), *session.posargs)
@@ -141,7 +183,7 @@ def benchmark(session: nox.Session) -> None:
 
 @nox.session(name="benchmark-quality")
 def benchmark_quality(session: nox.Session) -> None:
-    """Measure what our engine and others make of the demo model; benchmarks/README.md has the options."""
+    """Measure the quality of the demo model as our engine and others quantize it; benchmarks/README.md has options."""
     _install(session, "-e", ".[build]")
     session.run("python", "benchmarks/quality.py", *session.posargs)
 
@@ -155,7 +197,7 @@ def benchmark_engines(session: nox.Session) -> None:
 
 @nox.session
 def plan(session: nox.Session) -> None:
-    """Show what every recipe means: branches, sizes, memory, disk, loaders; offline."""
+    """Show the plan of every recipe: branches, sizes, memory, disk, loaders; offline."""
     _install(session, "-e", ".")
     for recipe in RECIPES:
         session.run("packager", "plan", recipe, *session.posargs)
