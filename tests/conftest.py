@@ -3,10 +3,14 @@
 import os
 import re
 import socket
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.hypothesis_profiles import load_default_profile
+
+if TYPE_CHECKING:
+    from tests.tiny_recipe import Builds
 
 load_default_profile()
 # Before anything imports the Hub client or a tokenizer.
@@ -47,6 +51,14 @@ def _asked(config: pytest.Config) -> set[str]:
 @pytest.fixture
 def update_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> "Builds":
+    """Builds of the tiny recipe, made when a test first asks for one."""
+    from tests.tiny_recipe import Builds  # imports torch and transformers: most tests need neither
+
+    return Builds(tmp_path_factory.mktemp("builds"))
 
 
 @pytest.fixture(autouse=True)

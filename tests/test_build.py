@@ -32,6 +32,7 @@ from tests.tiny_recipe import (
     MAIN,
     RECIPE,
     THREE_BITS,
+    Builds,
     build,
     built_files,
     hub_folder,
@@ -76,21 +77,17 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    """Build and publish once; tests only read it."""
-    root = tmp_path_factory.mktemp("made")
-    scene = Scene(recipe=write_all(root / "recipe"), dist=root / "dist")
-    build(scene.recipe, scene.dist)
-    publish(scene.recipe, scene.dist)
-    return scene
+def made(builds: Builds) -> Scene:
+    """A recipe that was built and published; tests only read it."""
+    folder = builds.built(published=True)
+    return Scene(recipe=folder / "recipe.yaml", dist=folder / "dist")
 
 
 @pytest.fixture
-def scene(made: Scene, tmp_path: Path) -> Scene:
+def scene(builds: Builds, tmp_path: Path) -> Scene:
     """A copy to change."""
-    for name in ("recipe", "dist"):
-        shutil.copytree(made.recipe.parent.parent / name, tmp_path / name, symlinks=True)
-    return Scene(recipe=tmp_path / "recipe" / "recipe.yaml", dist=tmp_path / "dist")
+    recipe = builds.copy(tmp_path / "recipe", published=True)
+    return Scene(recipe=recipe, dist=recipe.parent / "dist")
 
 
 def test_every_folder_passes_the_whole_audit(made: Scene) -> None:

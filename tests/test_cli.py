@@ -62,18 +62,10 @@ def error_classes(parent: type[PackagerError] = PackagerError) -> list[type[Pack
     return [parent, *(kind for child in children for kind in error_classes(child))]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny recipe and what was built from it, to be copied."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_recipe.build(tiny_recipe.write_all(folder), folder / "dist")
-    return folder
-
-
 @pytest.fixture
-def tiny(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny(builds: tiny_recipe.Builds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the tiny recipe with its dist/, as the present folder."""
-    shutil.copytree(built, tmp_path / "tiny")
+    builds.copy(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path / "tiny")
     return tmp_path / "tiny"
 

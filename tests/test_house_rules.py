@@ -6,8 +6,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.tiny_recipe import Builds
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "packager"
@@ -86,14 +90,10 @@ def loaded_by(*arguments: str) -> tuple[set[str], str]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def built(builds: "Builds", tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A tiny recipe and the folder it was built into."""
-    from tests import tiny_recipe
-
-    folder = tmp_path_factory.mktemp("tiny")
-    recipe = tiny_recipe.write_all(folder)
-    tiny_recipe.build(recipe, folder / "dist")
-    return str(recipe), str(folder / "dist")
+    recipe = builds.copy(tmp_path_factory.mktemp("tiny"))
+    return str(recipe), str(recipe.parent / "dist")
 
 
 def test_what_runs_without_torch_imports_none() -> None:

@@ -26,10 +26,8 @@ TOKEN, READER = "hf_a_secret_that_writes_0123456789", "hf_a_secret_that_reads_01
 class Scene:
     """A built recipe whose target is the Hub, an empty Hub, and a command line."""
 
-    def __init__(self, folder: Path, hub: LoopbackHub, layout: str) -> None:
-        self.folder, self.dist, self.hub = folder, folder / "dist", hub
-        self.recipe = tiny_recipe.write_all(folder, {"repository.target": "hub", "repository.layout": layout})
-        tiny_recipe.build(self.recipe, self.dist)
+    def __init__(self, folder: Path, recipe: Path, hub: LoopbackHub) -> None:
+        self.folder, self.recipe, self.dist, self.hub = folder, recipe, folder / "dist", hub
         self.environ = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "GIT_"))}
         self.environ |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(ROOT)}
         self.said = ""
@@ -62,12 +60,13 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
+def scene(builds: tiny_recipe.Builds, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
     tokens = {TOKEN: Account("tester"), READER: Account("tester", role="read")}
     project = tmp_path / "project"
-    project.mkdir()
+    layout = getattr(request, "param", "branches")
+    recipe = builds.copy(project, {"repository.target": "hub", "repository.layout": layout})
     with LoopbackHub(tmp_path / "hub", tokens=tokens) as hub:
-        yield Scene(project, hub, getattr(request, "param", "branches"))
+        yield Scene(project, recipe, hub)
 
 
 def test_a_maintainer_plans_publishes_checks_and_publishes_again(scene: Scene) -> None:

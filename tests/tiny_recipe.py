@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,32 @@ def build(recipe: Path | RecipeFile, dist: Path) -> BuildResult:
 
 def publish(recipe: Path | RecipeFile, dist: Path) -> PublishReport:
     return flow.publish(_loaded(recipe), options(dist), Terminal(quiet=True), dry_run=False)
+
+
+class Builds:
+    """Builds of the tiny recipe, each made once in a worker of the test run: their tests read them or take copies."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._made = root, dict[str, Path]()
+
+    def built(self, changes: Mapping[str, Any] | None = None, *, published: bool = False) -> Path:
+        """Return a folder with recipe.yaml, its inputs and dist/; a test may not change a file of it."""
+        key = json.dumps([changes or {}, published], sort_keys=True)
+        if key not in self._made:
+            folder = self._root / str(len(self._made))
+            if published:
+                publish(self.copy(folder, changes), folder / "dist")
+            else:
+                folder.mkdir()
+                build(write_all(folder, changes), folder / "dist")
+            self._made[key] = folder
+        return self._made[key]
+
+    def copy(self, folder: Path, changes: Mapping[str, Any] | None = None, *, published: bool = False) -> Path:
+        """Copy a build to `folder`, where a test may change it, and return the recipe's path."""
+        # Copies, not hard links: tests write into files in place.
+        shutil.copytree(self.built(changes, published=published), folder, symlinks=True, dirs_exist_ok=True)
+        return folder / "recipe.yaml"
 
 
 def _loaded(recipe: Path | RecipeFile) -> RecipeFile:
