@@ -7,6 +7,7 @@ a recipe or a receipt says is a value, never a template: it cannot run anything 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from jinja2 import (
@@ -159,6 +160,7 @@ def _context(
     }
 
 
+@cache  # compiling the templates takes longer than rendering a card; an edited template is still read again
 def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
     # Markdown is not HTML: values go through the filters below, HTML escaping would corrupt code blocks.
     environment = ImmutableSandboxedEnvironment(
