@@ -128,6 +128,10 @@ def tests_base(session: nox.Session) -> None:
     """Prove that plan, audit, card, publish and status work in the base install, which has no torch."""
     _install(session, ".", "pytest")
     session.run("python", "-c", "import importlib.util as u; assert u.find_spec('torch') is None")
+    # -I: the installed package, not the checkout. Type checkers read its annotations only beside a py.typed.
+    session.run(
+        "python", "-I", "-c", "import importlib.resources as r; (r.files('packager') / 'py.typed').read_bytes()"
+    )
     session.run("packager", "plan", "recipes/llama-2-13b-chat.yaml", silent=True)
     session.run("packager", "status", DEMO, silent=True)
 
