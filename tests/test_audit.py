@@ -118,6 +118,15 @@ def test_incomplete_leaves_out_card_and_provenance(tmp_path: Path) -> None:
     assert audit(folder, complete=False).findings == ()
 
 
+def test_a_card_too_long_to_parse_is_a_finding(tmp_path: Path) -> None:
+    folder = Checkpoint().write(tmp_path / "branch")
+    edit_text(folder, "README.md", "\n# ", "\n" + "- a\n" * 250_000 + "# ")
+    seal(folder)
+    (finding,) = audit(folder).findings
+    assert (finding.code, finding.where) == ("text-damaged", "README.md")
+    assert finding.message.endswith("characters are too many for a model card")
+
+
 def test_a_missing_folder_is_a_finding(tmp_path: Path) -> None:
     report = audit(tmp_path / "nowhere")
     assert codes(report) == {"folder-missing"}

@@ -234,10 +234,15 @@ def test_no_template_syntax_is_left() -> None:
         assert not [mark for mark in ("{{", "}}", "{%", "%}", "{#", "Undefined") if mark in text]
 
 
-@pytest.mark.parametrize(("name", "text"), [("header", "<!-- open"), ("footer", "```\nopen"), ("original_card", "~~~")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("header", "<!-- open"), ("footer", "```\nopen"), ("original_card", "~~~"), ("original_card", "<pre>")],
+)
 def test_a_text_that_would_swallow_the_card_is_refused(name: str, text: str) -> None:
     recipe = fixtures.minimal_recipe()
-    with pytest.raises(CardError, match=rf"card\.{name}: the {name} leaves an? (code fence|HTML comment) open"):
+    with pytest.raises(
+        CardError, match=rf"card\.{name}: the {name} leaves an? (code fence|HTML comment|HTML block) open"
+    ):
         render_card(recipe, CardTexts(**{name: text}), fixtures.minimal_receipts(recipe), "llama", "main")
 
 

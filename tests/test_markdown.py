@@ -133,10 +133,77 @@ open to the end
     assert [block.text for block in blocks] == [token.content for token in fences]
 
 
+# Expected values are written by hand, from CommonMark 0.31: 2.2 (tabs), 4.5 (fences), 5.1 (quotes), 5.2 (list items).
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param("```sh\n\tmake\n  ```\nend", [("sh", "\tmake\n", 1, 3)], id="a tab inside stays"),
+        pytest.param("\t```\n\tcode\n\t```\n", [], id="a tab before is indented code"),
+        pytest.param("```\nx\n\t```\n```\n", [("", "x\n\t```\n", 1, 4)], id="a tab before does not close"),
+        pytest.param("> ```sh\n> ls\n> ```\nend", [("sh", "ls\n", 1, 3)], id="in a quote"),
+        pytest.param("> ```sh\n> ls\n\n```\nx\n```", [("sh", "ls\n", 1, 2), ("", "x\n", 4, 6)], id="a quote ends it"),
+        pytest.param("* a\n\n  ```sh\n  ls\n    -l\n  ```\n", [("sh", "ls\n  -l\n", 3, 6)], id="in a list item"),
+        pytest.param("1. ```sh\n   ls\n\nend\n", [("sh", "ls\n\n", 1, 3)], id="a list item ends it"),
+        pytest.param("- > - ```sh\n  >   ls\n  >   ```\n", [("sh", "ls\n", 1, 3)], id="in nested lists and quotes"),
+        pytest.param("a\n\n```sh\nls\n\nend", [("sh", "ls\n\nend\n", 3, 6)], id="unclosed"),
+        pytest.param("```sh", [("sh", "", 1, 1)], id="unclosed at the end"),
+        pytest.param("~~~ sh `x` ~~\n```\n~~~\n", [("sh", "```\n", 1, 3)], id="tildes"),
+        pytest.param("~~~\n~~~~ x\n~~~~\nend", [("", "~~~~ x\n", 1, 3)], id="words after do not close"),
+        pytest.param("`````sh\n````\n``````\nend", [("sh", "````\n", 1, 3)], id="a longer fence closes"),
+        pytest.param("   ```sh\n     a\n  b\n c\n ```\n", [("sh", "  a\nb\nc\n", 1, 5)], id="indented by three"),
+        pytest.param("a\n```sh\nls\n```\nb", [("sh", "ls\n", 2, 4)], id="it interrupts a paragraph"),
+        pytest.param("```sh\r\nls\r\n```\r\n", [("sh", "ls\n", 1, 3)], id="lines of Windows"),
+        pytest.param("```sh\u2028x\nls\u2028\n```", [("sh", "ls\u2028\n", 1, 3)], id="other line separators"),
+        pytest.param("``` \\sh&amp; x\n```", [("\\sh&amp;", "", 1, 2)], id="an escape in the info string"),
+        pytest.param("<div>\n```sh\nls\n```\n</div>", [], id="in an HTML block it is text"),
+        pytest.param("<!-- \n```sh\nls\n```\n-->", [], id="in a comment it is text"),
+    ],
+)  # fmt: skip
+def test_fences_in_hostile_positions(text: str, expected: list[tuple[str, str, int, int]]) -> None:
+    blocks = markdown.extract_code_blocks(text)
+    assert [(block.language, block.text, block.lines[0], block.lines[-1]) for block in blocks] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<!-- run: shell -->\n\n\n```\n```", "shell"),
+        ("<details>\n<!-- run: shell -->\n\n```\n```", "shell"),
+        ("* <!-- run: shell -->\n  ```\n  ```", "shell"),
+        ("<!-- run: shell -->\nwords\n```\n```", ""),
+        ("`<!-- run: shell -->`\n\n```\n```", ""),
+        ("    <!-- run: shell -->\n\n```\n```", ""),
+        ("<!-- run: shell -->\n```\n```\n```\n```", ""),
+    ],
+)
+def test_a_run_comment_belongs_to_the_block_below_it(text: str, expected: str) -> None:
+    assert markdown.extract_code_blocks(text)[-1].run == expected
+
+
+@pytest.mark.parametrize("text", ["- ```\n  x", "> ```\n> x", "1. a\n\n   ~~~\n"])
+def test_a_fence_in_a_list_or_a_quote_ends_with_it(text: str) -> None:
+    assert markdown.unclosed(text) == ""
+
+
+@given(HOSTILE_TEXT)
+def test_a_page_that_is_closed_swallows_nothing(text: str) -> None:
+    if not markdown.unclosed(text):
+        (heading,) = [token for token in page(f"{text}\n\n# After\n\nend\n")[-6:] if token.type == "heading_open"]
+        assert heading.level == 0
+
+
+def test_tidy_keeps_code_in_lists_and_quotes() -> None:
+    text = "* a\n\n  ```\n  x  \n\n\n\n  y\n  ```\n\n> ```\n> x  \n> ```\n"
+    assert markdown.tidy(text) == text
+
+
 def test_what_is_left_open_is_named() -> None:
     assert markdown.unclosed("# ok\n```\ncode <!--\n```\n<!-- a --> b\n") == ""
     assert markdown.unclosed("text\n```\ncode\n") == "a code fence"
     assert markdown.unclosed("text <!-- never closed\n") == "an HTML comment"
+    assert markdown.unclosed("<!-- never\n\n# closed\n") == "an HTML comment"
+    assert markdown.unclosed("<pre>\n\n# never closed\n") == "an HTML block"
+    assert markdown.unclosed("<pre>\n# closed</pre>\n<details>\n") == ""
 
 
 def test_tidy_keeps_code_and_line_breaks() -> None:

@@ -12,20 +12,25 @@ import shlex
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-RUN_COMMENT = re.compile(r"<!-- run: ([a-z0-9_-]+) -->\Z")
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
+    from markdown_it.token import Token
 
+_RUN_COMMENT = re.compile(r"<!-- run: ([a-z0-9_-]+) -->")
 _INLINE_SPECIAL = re.compile(r"[\\`*_\[\]<|~$]|&(?=#?[0-9A-Za-z]+;)|^#|#\Z")
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_OPENING = re.compile(r"( {0,3})(`{3,}|~{3,})[ \t]*(.*)\Z")
 _BACKTICKS = re.compile(r"`+")
 # Words of YAML 1.1 that are not text there; huggingface_hub reads front matter with PyYAML, which is 1.1.
 _YAML_11_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
+_MAX_BLANK = 2
 _YAML_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*\Z|[0-9]+-[A-Za-z]+\Z")
 
 
@@ -36,25 +41,19 @@ class CodeBlock:
     Attributes:
         language: first word of the fence's info string, "" if there is none.
         text: the content, each line ended by a line feed.
-        line: the opening fence's line, counted from 1.
+        lines: its lines in the page, the fences included, counted from 1.
         run: the environment named by a `<!-- run: ... -->` comment directly above, "" if there is none.
     """
 
     language: str
     text: str
-    line: int
+    lines: range
     run: str = ""
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Line:
-    """A line and whether it belongs to a fenced block; `opens` is the info string on an opening fence."""
-
-    text: str
-    fenced: bool
-    opens: str | None = None
-    closes: bool = False
-    indent: int = 0
+    @property
+    def line(self) -> int:
+        """Return the line of the opening fence."""
+        return self.lines[0]
 
 
 def one_line(text: str) -> str:
@@ -125,46 +124,51 @@ def strip_front_matter(markdown: str) -> str:
 
 
 def extract_code_blocks(markdown: str) -> list[CodeBlock]:
-    """Return the fenced code blocks of a page, in order; one that is never closed runs to the end of the page."""
-    blocks: list[CodeBlock] = []
-    content: list[str] | None = None
-    for number, line in enumerate(_lines(markdown), start=1):
-        if line.opens is not None:
-            content = []
-            words = line.opens.split()
-            opened = CodeBlock(
-                language=words[0] if words else "", text="", line=number, run=_run_above(markdown, number)
-            )
-            blocks.append(opened)
-        elif content is not None and line.fenced and not line.closes:
-            content.append(_unindent(line))
-            blocks[-1] = _with_text(blocks[-1], content)
+    """Return the fenced code blocks of a page in order, those in lists and quotes too.
+
+    A block that is never closed ends with the list item or the quote around it, or with the page.
+    """
+    blocks = []
+    above = ""
+    for token in _blocks(markdown):
+        if token.type == "fence" and token.map:
+            run = _RUN_COMMENT.fullmatch(above)
+            language = token.info.split(maxsplit=1)[0] if token.info.strip() else ""
+            first, end = token.map
+            lines = range(first + 1, end + 1)
+            blocks.append(CodeBlock(language=language, text=token.content, lines=lines, run=run[1] if run else ""))
+        above = token.content.rstrip().rpartition("\n")[2].strip() if token.type == "html_block" else ""
     return blocks
 
 
 def unclosed(markdown: str) -> str:
-    """Return what `markdown` opens and never closes ("a code fence", "an HTML comment"), or ""."""
-    lines = list(_lines(markdown))
-    if lines and lines[-1].fenced and not lines[-1].closes:
+    """Return what `markdown` opens and never closes ("a code fence", "an HTML comment", "an HTML block"), or ""."""
+    text = _unix(markdown)
+    last = _blocks(f"{text}\n\nwhat follows\n")[-1]
+    if last.type == "fence":
         return "a code fence"
-    prose = "\n".join(line.text for line in lines if not line.fenced)
+    if last.type == "html_block":
+        return "an HTML comment" if last.content.lstrip().startswith("<!--") else "an HTML block"
+    fenced = _fenced_lines(text)
+    prose = "\n".join(line for number, line in enumerate(text.split("\n"), start=1) if number not in fenced)
     return "an HTML comment" if prose.rfind("<!--") > prose.rfind("-->") else ""
 
 
 def tidy(markdown: str) -> str:
     """Return a page that ends in one line feed, without spaces that mean nothing and at most two blank lines in a row.
 
-    Inside code blocks, and where two spaces at a line's end are a line break, nothing changes.
+    Nothing changes in fenced code blocks. Two spaces at the end of a line stay where they are a line break.
     """
-    lines = list(_lines(markdown))
+    text = _unix(markdown)
+    fenced = _fenced_lines(text)
+    lines = text.split("\n")
     kept: list[str] = []
     blank = 0
-    for index, line in enumerate(lines):
-        following = lines[index + 1].text if index + 1 < len(lines) else ""
-        text = line.text if line.fenced else _without_trailing(line.text, following)
-        blank = 0 if text.strip() or line.fenced else blank + 1
-        if blank <= 2:
-            kept.append(text)
+    for number, (line, following) in enumerate(zip(lines, [*lines[1:], ""], strict=True), start=1):
+        in_code = number in fenced
+        blank = 0 if line.strip() or in_code else blank + 1
+        if blank <= _MAX_BLANK:
+            kept.append(line if in_code else _without_trailing(line, following))
     return "\n".join(kept).strip("\n") + "\n"
 
 
@@ -178,39 +182,21 @@ def _unix(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _lines(markdown: str) -> Iterator[_Line]:
-    """Yield every line with its place in a fenced block (CommonMark 0.31, section 4.5)."""
-    ticks, indent = "", 0
-    for text in _unix(markdown).removesuffix("\n").split("\n"):
-        if ticks:
-            closes = re.fullmatch(rf" {{0,3}}{re.escape(ticks[0])}{{{len(ticks)},}}[ \t]*", text) is not None
-            yield _Line(text=text, fenced=True, closes=closes, indent=indent)
-            ticks = "" if closes else ticks
-            continue
-        match = _OPENING.match(text)
-        if match and not (match[2].startswith("`") and "`" in match[3]):
-            indent, ticks = len(match[1]), match[2]
-            yield _Line(text=text, fenced=True, opens=match[3].strip(), indent=indent)
-        else:
-            yield _Line(text=text, fenced=False)
+@cache
+def _parser() -> "MarkdownIt":
+    # Imported here: the parser takes 50 ms to import, and most commands render and check no page.
+    from markdown_it import MarkdownIt
+
+    return MarkdownIt("commonmark").disable(["inline", "text_join"])
 
 
-def _unindent(line: _Line) -> str:
-    spaces = len(line.text) - len(line.text.lstrip(" "))
-    return line.text[min(spaces, line.indent) :]
+def _blocks(markdown: str) -> "list[Token]":
+    """Parse the blocks of a page; what is inside paragraphs is not parsed."""
+    return _parser().parse(_unix(markdown).removesuffix("\n") + "\n")
 
 
-def _with_text(block: CodeBlock, content: list[str]) -> CodeBlock:
-    text = "".join(f"{line}\n" for line in content)
-    return CodeBlock(language=block.language, text=text, line=block.line, run=block.run)
-
-
-def _run_above(markdown: str, number: int) -> str:
-    above = [line.strip() for line in _unix(markdown).split("\n")[: number - 1]]
-    while above and not above[-1]:
-        above.pop()
-    match = RUN_COMMENT.match(above[-1]) if above else None
-    return match[1] if match else ""
+def _fenced_lines(markdown: str) -> frozenset[int]:
+    return frozenset(number for block in extract_code_blocks(markdown) for number in block.lines)
 
 
 def _longest_run(text: str) -> int:

@@ -22,6 +22,7 @@ _PYTHON = frozenset({"python", "py", "python3"})
 _SHELL = frozenset({"", "bash", "sh", "shell", "console", "zsh"})
 _TEMPLATE = re.compile(r"\{\{|\{%")
 _MAX_PYTHON = _MAX_FRONT_MATTER = 100_000
+_MAX_CARD = 1_000_000  # characters; a page of this size takes the parser seconds
 _FILTERS = Lock()
 
 # The safe loader lets errors of its own constructors escape, e.g. ValueError for a 13th month.
@@ -61,6 +62,9 @@ def check_card(listing: Listing, documents: Mapping[str, object], findings: Find
     text = read_text(listing, README, findings) if README in listing.sizes else None
     if text is None:
         return
+    if len(text) > _MAX_CARD:
+        findings.add("text-damaged", README, f"{len(text)} characters are too many for a model card")
+        return
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     end = next((number for number, line in enumerate(lines) if number and line.rstrip() == "---"), 0)
     if lines[0].rstrip() != "---" or not end:
@@ -77,7 +81,7 @@ def check_card(listing: Listing, documents: Mapping[str, object], findings: Find
 
 def _check_body(lines: Sequence[str], findings: Findings, *, remote_code: bool) -> None:
     blocks = extract_code_blocks("\n".join(lines))
-    fenced = {number for block in blocks for number in range(block.line, block.line + block.text.count("\n") + 2)}
+    fenced = {number for block in blocks for number in block.lines}
     for block in blocks:
         _check_block(block, findings)
     if problem := unclosed("\n".join(lines)):
