@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,11 +31,11 @@ from packager.recipe import Loaders, Recipe, VariantEntry
 from packager.recipe.file import RecipeFile
 from packager.system.files import write_atomic
 from packager.system.terminal import Terminal
-from packager.variant import NATIVE_ONLY, Engine
+from packager.variant import NATIVE_ONLY, EngineName
 
 DEMO = Path(__file__).parent.parent / "recipes" / "demo-llama.yaml"
 _REFERENCE_SUFFIX = ".auto-gptq"
-_ENGINES: tuple[tuple[Engine, str], ...] = (("native", ""), ("auto-gptq", _REFERENCE_SUFFIX))
+_ENGINES: tuple[tuple[EngineName, str], ...] = (("native", ""), ("auto-gptq", _REFERENCE_SUFFIX))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def compare(recipe_file: RecipeFile, seed: int, options: Options, terminal: Term
     Raises:
         PackagerError: no CUDA GPU, or a build failed.
     """
-    both = RecipeFile(path=recipe_file.path, recipe=with_both_engines(recipe_file.recipe, seed))
+    both = replace(recipe_file, recipe=with_both_engines(recipe_file.recipe, seed))
     run = Build(both, options, terminal)
     with run.workspace.locked():
         run.read_receipts()
@@ -128,7 +128,7 @@ def compare(recipe_file: RecipeFile, seed: int, options: Options, terminal: Term
 def with_both_engines(recipe: Recipe, seed: int) -> Recipe:
     """Return a recipe with each variant twice, once by each engine, calibrated on the rows of a seed; no loaders."""
 
-    def entry(index: int, suffix: str, engine: Engine) -> VariantEntry:
+    def entry(index: int, suffix: str, engine: EngineName) -> VariantEntry:
         branch = recipe.expanded_variants()[index].branch
         changes = {**NATIVE_ONLY, "branch": branch + suffix, "engine": engine}
         return recipe.variants[index].model_copy(update=changes)

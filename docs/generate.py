@@ -21,6 +21,7 @@ from packager.cli.main import app
 from packager.errors import PackagerError
 from packager.model import compatibility
 from packager.model.architecture import Architecture, read_architecture
+from packager.model.runtimes import RUNTIMES
 from packager.prove.audit.finding import RULES
 from packager.prove.loaders import LOADERS
 from packager.recipe import PATTERN_MEANINGS, Defaults
@@ -241,7 +242,10 @@ def _pinned(requirements: Path) -> Iterator[tuple[str, str, str]]:
 
 def _predicted() -> str:
     """Return the rules of `packager/model/compatibility.py`, each said as it says it when it applies."""
-    rows = ((cell(loader.title), _said(loader.refuses), _said(loader.traps)) for loader in compatibility.LOADERS)
+    rows = (
+        (cell(RUNTIMES[name].label), _said(rules.refuses), _said(rules.traps))
+        for name, rules in compatibility.RUNTIME_RULES.items()
+    )
     text = (
         "## Predicted by `plan`\n\n"
         "`packager plan` and the card say of each variant what these runtimes will make of it, from parameters and "

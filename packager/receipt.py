@@ -4,6 +4,8 @@ Its `provenance` is published with the branch as provenance.json and holds no ti
 that the same build gives the same bytes; the rest stays in `dist/`.
 """
 
+import hashlib
+import json
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -145,3 +147,9 @@ class Receipt(Record):
     stages: dict[str, str]
     seconds: dict[str, float]
     peak_memory_bytes: int
+
+
+def digest_of(value: object) -> str:
+    """Return the sha256 of `value` as canonical JSON (sorted keys, no spaces, no NaN)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -7,7 +7,7 @@ from typing import Literal
 
 MAIN = "main"
 Bits = Literal[2, 3, 4, 8]
-Engine = Literal["native", "auto-gptq"]
+EngineName = Literal["native", "auto-gptq"]
 Layout = Literal["branches", "repos"]
 MAX_REPOSITORY_NAME = 96  # on the Hub, without the namespace
 # Parameters that only our own engine knows, and the value that asks nothing of it.
@@ -45,7 +45,7 @@ class Variant:
     true_sequential: bool
     static_groups: bool
     scale_search: bool
-    engine: Engine
+    engine: EngineName
 
     def parameters(self) -> dict[str, bool | int | float | str]:
         """Return every parameter but the branch, ready for JSON."""

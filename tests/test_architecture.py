@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packager.errors import PlanError
-from packager.model.architecture import (
-    BLOCK_LINEARS,
-    FAMILIES,
-    INPUT_GROUPS,
-    checkpoint_tensors,
-    read_architecture,
-    shard_index,
-    split_shards,
-)
+from packager.model.architecture import BLOCK_LINEARS, FAMILIES, INPUT_GROUPS, read_architecture
+from packager.model.checkpoint import checkpoint_tensors, shard_index, split_shards
 from packager.model.safetensors_file import METADATA, TensorInfo
 from packager.variant import Variant
 from tests.hypothesis_profiles import examples

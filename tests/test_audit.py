@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from packager.cli.audit_view import print_report, report_json
-from packager.model.architecture import checkpoint_tensors, read_architecture
+from packager.model.architecture import read_architecture
+from packager.model.checkpoint import checkpoint_tensors
 from packager.model.safetensors_file import file_order, header_bytes
 from packager.prove.audit import RULES, AuditReport, audit
 from packager.prove.audit.finding import Findings

@@ -70,7 +70,7 @@ def test_every_loader_opens_what_both_engines_made(cache: Path, tmp_path: Path) 
     loaders = Loaders(required=("autogptq", "transformers"), if_available=("exllamav2",))
     recipe = recipe_file.recipe.model_copy(update={"variants": variants, "loaders": loaders})
     options = Options(dist=tmp_path / "dist", cache=cache, device="cuda", environ=os.environ)
-    result = flow.build(RecipeFile(path=DEMO, recipe=recipe), options, Terminal())
+    result = flow.build(replace(recipe_file, recipe=recipe), options, Terminal())
     made = {receipt.provenance.branch: receipt.provenance for receipt in result.receipts}
     for branch, provenance in made.items():
         found = {record.loader: record.status for record in provenance.loaders}

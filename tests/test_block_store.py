@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from packager.errors import MachineError, PackError
-from packager.model.architecture import Architecture, Shard, checkpoint_tensors, read_architecture, split_shards
+from packager.model.architecture import Architecture, read_architecture
+from packager.model.checkpoint import Shard, checkpoint_tensors, split_shards
 from packager.model.safetensors_file import METADATA, StoredTensor, stored_tensors
 from packager.quantize import block_store as block_store_module
 from packager.quantize.block_store import BlockStore

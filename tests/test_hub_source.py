@@ -93,6 +93,7 @@ def test_a_revision_without_safetensors_is_refused_before_the_download(recipe: R
 def test_a_config_that_differs_from_the_recipes_copy_is_refused(recipe: RecipeFile, fake_hub: FakeHub):
     copy = recipe.folder / "config.json"
     copy.write_text(copy.read_text().replace('"intermediate_size": 96', '"intermediate_size": 64'))
+    recipe = RecipeFile.load(recipe.path)
     with pytest.raises(SourceError, match="shapes"):
         open_source(recipe, lambda _: None)
 

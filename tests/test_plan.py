@@ -13,9 +13,11 @@ import pytest
 from rich.console import Console
 
 from packager.cli.plan_view import plan_json, print_plan
-from packager.errors import PackagerError, PlanError
+from packager.errors import PlanError, SourceError
 from packager.model.architecture import read_architecture
-from packager.model.compatibility import LOADERS, verdicts
+from packager.model.compatibility import verdicts
+from packager.model.config_values import read_config
+from packager.model.runtimes import RUNTIMES
 from packager.pipeline.plan import BuildPlan, describe, make_plan
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, Workload, choose_sweep
 from packager.recipe import Recipe
@@ -48,7 +50,13 @@ def recipe_file(folder: Path, config: object = LLAMA_2_13B, **changes: Any) -> R
         },
         **changes,
     }  # fmt: skip
-    return RecipeFile(path=folder / "recipe.yaml", recipe=Recipe.model_validate_json(json.dumps(values)))
+    read = read_config(folder / "model" / "config.json")
+    return RecipeFile(
+        path=folder / "recipe.yaml",
+        recipe=Recipe.model_validate_json(json.dumps(values)),
+        config=read,
+        architecture=read_architecture(read, str(folder / "model" / "config.json")),
+    )
 
 
 def plan_of(folder: Path, config: object = LLAMA_2_13B, **changes: Any) -> BuildPlan:
@@ -82,10 +90,15 @@ def test_a_plan_needs_no_torch_and_little_time(tmp_path: Path) -> None:
         "import sys, pathlib\n"
         "from packager.pipeline.plan import make_plan\n"
         "from packager.cli.plan_view import plan_json\n"
+        "from packager.model.architecture import read_architecture\n"
+        "from packager.model.config_values import read_config\n"
         "from packager.recipe import Recipe\n"
         "from packager.recipe.file import RecipeFile\n"
         "recipe = Recipe.model_validate_json(sys.argv[2])\n"
-        "plan = make_plan(RecipeFile(path=pathlib.Path(sys.argv[1]), recipe=recipe))\n"
+        "config = read_config(pathlib.Path(sys.argv[1]).parent / 'model' / 'config.json')\n"
+        "model = read_architecture(config, 'config.json')\n"
+        "file = RecipeFile(path=pathlib.Path(sys.argv[1]), recipe=recipe, config=config, architecture=model)\n"
+        "plan = make_plan(file)\n"
         "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"
         "print(plan_json(plan)['variants'][0]['tensor_bytes'], sorted(heavy))\n"
     )
@@ -165,11 +178,10 @@ def test_every_misfit_is_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as caught:
         plan_of(tmp_path, config, variants=[{"branch": "main", "group_size": 32}, {"bits": 3, "group_size": 24}])
     message = str(caught.value)
-    assert "main: model.layers.0.self_attn.q_proj (and its likes in 1 more blocks): group_size 32 does not" in message
-    assert "does not divide its 72 columns" in message
-    assert "mlp.gate_proj (and its likes in 1 more blocks): out_features 72 x 3 bits do not fill 32-bit" in message
-    assert "mlp.down_proj (and its likes in 1 more blocks): in_features 72 x 3 bits do not fill 32-bit" in message
-    assert "calibration.seq_len 2048 exceeds the model's max_position_embeddings 128" in message
+    assert "main: group_size 32 does not divide the 48 in_features of q_proj, k_proj, v_proj, o_proj, " in message
+    assert "and the 72 in_features of down_proj" in message
+    assert re.search("gptq-3bit-24g-actorder_False: 3-bit values of .*gate_proj.*down_proj do not fill 32-bit", message)
+    assert "calibration.seq_len 2048 is more than the 128 positions of the base model" in message
     assert "evaluation.seq_len 2048" in message
     assert message.startswith(str(tmp_path / "recipe.yaml"))
 
@@ -183,32 +195,34 @@ def test_a_required_loader_that_must_refuse_is_a_plan_error(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{", "is not JSON"),
-        ("[1]", "is not a JSON object"),
-        ("[" * 100_000, "is not JSON"),
+        ("{", "cannot be read as a JSON object"),
+        ("[1]", "cannot be read as a JSON object"),
+        ("[" * 100_000, "cannot be read as a JSON object"),
         ('{"model_type": "mamba"}', 'model_type "mamba" is not supported'),
         ('{"model_type": ["llama"]}', 'model_type ["llama"] is not supported'),
     ],
 )
-def test_an_unusable_config_is_a_plan_error(tmp_path: Path, config: str, message: str) -> None:
-    with pytest.raises(PlanError) as caught:
+def test_an_unusable_config_is_named(tmp_path: Path, config: str, message: str) -> None:
+    with pytest.raises((PlanError, SourceError)) as caught:
         plan_of(tmp_path, config)
     assert message in str(caught.value)
     assert "config.json" in caught.value.where
 
 
 def test_a_config_that_is_not_there_or_not_text(tmp_path: Path) -> None:
-    file = recipe_file(tmp_path)
-    config = tmp_path / "model" / "config.json"
+    config = tmp_path / "config.json"
     config.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PlanError, match="is not JSON"):
-        make_plan(file)
+    with pytest.raises(SourceError, match="cannot be read as a JSON object"):
+        read_config(config)
+    config.write_text(" " * (1 << 20) + "{}")
+    with pytest.raises(SourceError, match="it is larger than 1048576 bytes"):
+        read_config(config)
     config.unlink()
-    with pytest.raises(PackagerError):
-        make_plan(file)
+    with pytest.raises(SourceError, match="No such file or directory"):
+        read_config(config)
     config.mkdir()
-    with pytest.raises(PlanError, match="cannot be read"):
-        make_plan(file)
+    with pytest.raises(SourceError, match="Is a directory"):
+        read_config(config)
 
 
 def test_a_local_base_model_brings_its_own_config(tmp_path: Path) -> None:
@@ -329,7 +343,7 @@ def test_the_tables_show_every_figure_and_reason(tmp_path: Path) -> None:
         assert word in text
     assert "someone/model-GPTQ from meta/base: llama, 13,015,864,320 parameters in F16, 40 blocks" in text
     assert "no: vLLM for gptq-8bit-128g-actorder_False: reads symmetric checkpoints only" in text
-    assert "note: transformers 5: through gptqmodel and optimum" in text
+    assert "note: Transformers 5: through gptqmodel and optimum" in text
     assert f"{plan.disk.total_bytes / 1e9:.2f}" in text
     memory = plan.memory
     for way, purpose in (
@@ -364,7 +378,7 @@ def test_json_holds_exact_integers(tmp_path: Path) -> None:
     ]
     assert values["variants"][0]["files"] == {"model.safetensors": plan.variants[0].weights_bytes}
     assert values["variants"][1]["parameters"]["desc_act"] is True
-    assert [loader["loader"] for loader in values["variants"][0]["loaders"]] == [loader.name for loader in LOADERS]
+    assert [loader["loader"] for loader in values["variants"][0]["loaders"]] == list(RUNTIMES)
     assert values["memory"]["fastest"] == {
         "num_variants": 4, "placement": "device", "num_batches": 16, "suspended_batches": 16,
         "device_bytes": plan.memory.fastest.device_bytes, "host_bytes": plan.memory.fastest.host_bytes,

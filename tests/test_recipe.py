@@ -9,7 +9,7 @@ import pytest
 from packager import recipe as models
 from packager.errors import RecipeError
 from packager.recipe import Recipe
-from packager.recipe.checks import FILE_FIELDS, FOLDER_FIELDS, LICENSE_FILES
+from packager.recipe.checks import FILE_FIELDS, FOLDER_FIELDS, LICENSE_FILES_FIELD
 from packager.recipe.file import RecipeFile, load_recipe
 from packager.recipe.schema import recipe_schema
 from tests.golden_files import check_golden
@@ -216,9 +216,9 @@ def test_columns_must_fill_words(folder):
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ("{", "'model/config.json' cannot be read as a JSON object: "),
-        ("[" * 100_000, "'model/config.json' cannot be read as a JSON object: "),
-        ("[]", "'model/config.json' cannot be read as a JSON object: it holds something else"),
+        ("{", "'model/config.json': the file cannot be read as a JSON object: "),
+        ("[" * 100_000, "'model/config.json': the file cannot be read as a JSON object: "),
+        ("[]", "'model/config.json': the file cannot be read as a JSON object: it holds something else"),
         (json.dumps({**CONFIG, "model_type": "gpt2"}), "'model/config.json': model_type \"gpt2\" is not supported"),
         (json.dumps({**CONFIG, "hidden_size": "5120"}), "'model/config.json': config.json does not describe a model "),
     ],
@@ -279,7 +279,8 @@ def test_links_out_of_the_folder_are_refused(folder, name):
     found = problems_of(folder, edited(("path: calibration.txt", f"path: {name}")))
     leaves = f"'{name}' leaves the recipe's folder through a symbolic link (put a copy of the file there)"
     assert found == [f"7:9: calibration.path: {leaves}"]
-    file = RecipeFile(path=folder / "recipe.yaml", recipe=load_text(folder, GOOD))
+    (folder / "recipe.yaml").write_text(GOOD)
+    file = RecipeFile.load(folder / "recipe.yaml")
     with pytest.raises(RecipeError, match="leaves the recipe's folder"):
         file.resolve(name)
 
@@ -363,7 +364,7 @@ def test_the_original_card_is_whole_and_its_mistakes_are_gone():
 
 
 def test_every_relative_path_is_checked_on_disk():
-    assert _relative_paths(Recipe) == {*FILE_FIELDS, *FOLDER_FIELDS, LICENSE_FILES}
+    assert _relative_paths(Recipe) == {*FILE_FIELDS, *FOLDER_FIELDS, LICENSE_FILES_FIELD}
 
 
 def _relative_paths(model, prefix=()):

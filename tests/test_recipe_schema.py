@@ -3,21 +3,20 @@ import json
 import jsonschema
 
 from packager.recipe import PATTERN_MEANINGS
-from packager.recipe.schema import main as schema_main
-from packager.recipe.schema import recipe_schema
+from packager.recipe.schema import recipe_schema, write_schema
 from tests.recipe_fixtures import ROOT
 
 SCHEMA_FILE = ROOT / "recipes" / "recipe.schema.json"
 
 
 def test_the_schema_file_is_in_step(tmp_path, capsys):
-    assert schema_main(["--check", str(SCHEMA_FILE)]) == 0
-    assert schema_main(["--write", str(tmp_path / "schema.json")]) == 0
+    assert write_schema(["--check", str(SCHEMA_FILE)]) == 0
+    assert write_schema(["--write", str(tmp_path / "schema.json")]) == 0
     assert (tmp_path / "schema.json").read_bytes() == SCHEMA_FILE.read_bytes()
     (tmp_path / "schema.json").write_text("{}")
-    assert schema_main(["--check", str(tmp_path / "schema.json")]) == 1
+    assert write_schema(["--check", str(tmp_path / "schema.json")]) == 1
     assert "--write" in capsys.readouterr().err
-    assert schema_main([]) == 0
+    assert write_schema([]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
 
 

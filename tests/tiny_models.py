@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from packager.inputs.base_model import SourceModel
 from packager.inputs.texts import TokenRows
-from packager.model.architecture import checkpoint_tensors, split_shards
+from packager.model.checkpoint import checkpoint_tensors, split_shards
 from packager.quantize.block_store import BlockStore
 from packager.quantize.sweep import fingerprint
 from packager.receipt import TextRecord

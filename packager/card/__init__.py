@@ -23,6 +23,7 @@ from packager.card import facts, markdown
 from packager.card.metadata import metadata
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
+from packager.model.runtimes import RUNTIMES
 from packager.receipt import Provenance
 from packager.recipe import Recipe
 from packager.system.text import format_bytes
@@ -149,7 +150,7 @@ def _context(
         "repository_name": recipe.repository.id.split("/")[1],
         "hub": HUB,
         "loaders": loaders,
-        "loader_titles": {name: facts.LOADER_TITLES.get(name, name) for name in loaders},
+        "loader_titles": {name: RUNTIMES[name].title if name in RUNTIMES else name for name in loaders},
         "expectations": facts.expectation_rows(branches, expectations),
         "license_files": tuple(
             Path(name).name for name in (*recipe.card.license.files, *recipe.card.license.base_files)

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from packager.model.compatibility import LOADERS, Verdict
+from packager.model.compatibility import Verdict
+from packager.model.runtimes import RUNTIMES
 from packager.receipt import LoaderRecord, Provenance
 from packager.recipe import Recipe
 from packager.variant import Place
 
-LOADER_TITLES = {"autogptq": "AutoGPTQ", "transformers": "Transformers", "exllamav2": "ExLlamaV2"}
 # What a reader must install in AutoGPTQ's version of it; torch is not here, it goes by the reader's hardware.
 _LOADER_PACKAGES = (
     *("auto-gptq", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "sentencepiece"),
@@ -138,7 +138,7 @@ def expectation_rows(
 ) -> tuple[tuple[str, Shared], ...]:
     """Return per loader title the predicted verdicts of the branches it was not run on."""
     rows: list[tuple[str, Shared]] = []
-    for loader in LOADERS:
+    for loader in RUNTIMES.values():
         unproven = [facts for facts in branches if facts.record(loader.name).status == "not run"]
         known = [
             (facts, verdict)
@@ -146,7 +146,7 @@ def expectation_rows(
             for verdict in expectations.get(facts.branch, ())
             if verdict.loader == loader.name
         ]
-        rows += [(loader.title, group) for group in _grouped(known, len(branches))]
+        rows += [(loader.label, group) for group in _grouped(known, len(branches))]
     return tuple(rows)
 
 

@@ -8,7 +8,8 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from packager.model.compatibility import LOADERS, Verdict
+from packager.model.compatibility import Verdict
+from packager.model.runtimes import RUNTIMES
 from packager.pipeline.plan import BuildPlan, VariantPlan
 from packager.quantize.memory import SweepPlan
 from packager.system.text import gigabytes
@@ -16,7 +17,7 @@ from packager.system.text import gigabytes
 _LOADERS_TITLE = "What loads them (predicted from parameters and shapes)"
 _FLEXIBLE = ("Branch", "For")
 _FP16_BYTES = 2
-_TITLES = {loader.name: loader.title for loader in LOADERS}
+_TITLES = {name: runtime.label for name, runtime in RUNTIMES.items()}
 
 
 def print_plan(plan: BuildPlan, console: Console) -> None:
@@ -86,7 +87,7 @@ def _engine_notes(plan: BuildPlan) -> list[str]:
 
 def _print_loaders(plan: BuildPlan, console: Console) -> None:
     """Print who loads what: a table where the terminal is wide enough for it, else a line per branch."""
-    table = _table(_LOADERS_TITLE, "Branch", *(loader.title.replace(" ", "\n") for loader in LOADERS))
+    table = _table(_LOADERS_TITLE, "Branch", *(label.replace(" ", "\n") for label in _TITLES.values()))
     for planned in plan.variants:
         answers = ("yes" if verdict.can_load else "no" for verdict in planned.verdicts)
         table.add_row(Text(planned.variant.branch), *answers)

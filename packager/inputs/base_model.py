@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, cast
 
 from packager.errors import MachineError, SourceError
 from packager.model.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, read_architecture
+from packager.model.config_values import read_config
 from packager.model.safetensors_file import StoredTensor, stored_tensors
-from packager.receipt import CONFIG, INDEX_SUFFIX, TOKENIZER_FILES, FileRecord, SourceRecord
-from packager.recipe import digest_of
+from packager.receipt import CONFIG, INDEX_SUFFIX, TOKENIZER_FILES, FileRecord, SourceRecord, digest_of
 from packager.recipe.file import RecipeFile
 from packager.system.files import disk_errors, file_records
 from packager.system.text import format_bytes
@@ -90,15 +90,8 @@ def open_source(recipe_file: RecipeFile, report: Callable[[str], None]) -> Sourc
     """
     base = recipe_file.recipe.base_model
     folder = recipe_file.resolve(base.path) if base.path else _download(base.id, str(base.revision), report)
-    return read_source(folder, base_id=base.id, revision=base.revision, expected_config=_expected(recipe_file))
-
-
-def _expected(recipe_file: RecipeFile) -> Mapping[str, object] | None:
-    config = recipe_file.recipe.base_model.config
-    if config is None:
-        return None
-    expected: Mapping[str, object] = json.loads(recipe_file.resolve(config).read_text(encoding="utf-8"))
-    return expected
+    expected = recipe_file.config if base.config else None
+    return read_source(folder, base_id=base.id, revision=base.revision, expected_config=expected)
 
 
 def read_source(
@@ -109,7 +102,7 @@ def read_source(
     Raises:
         SourceError: see `open_source`.
     """
-    config = read_config(folder)
+    config = _fp16_config(folder)
     architecture = read_architecture(config, str(folder / CONFIG))
     if expected_config is not None:
         expected = read_architecture(expected_config, "the recipe's copy of config.json")
@@ -164,21 +157,14 @@ def _dtype_of(tensors: Mapping[str, StoredTensor]) -> str:
     return ", ".join(sorted({stored.info.dtype for stored in tensors.values()}))
 
 
-def read_config(folder: Path) -> Mapping[str, object]:
+def _fp16_config(folder: Path) -> Mapping[str, object]:
     """Return a model folder's config.json.
 
     Raises:
-        SourceError: missing, or not a JSON object.
+        SourceError: it cannot be read, or the model is already quantized.
     """
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SourceError("this is not a model folder: config.json is missing", where=str(folder)) from error
-    except ValueError as error:
-        raise SourceError("config.json cannot be read", where=str(path), why=str(error)) from error
-    if not isinstance(config, dict):
-        raise SourceError("config.json is not a JSON object", where=str(path))
+    config = read_config(path)
     if config.get("quantization_config") is not None:
         raise SourceError(
             "the base model is already quantized", where=str(path), hint="name the fp16 model as base_model"

@@ -10,8 +10,8 @@ from jinja2 import TemplateError
 
 from packager.errors import CalibrationError
 from packager.inputs.base_model import SourceModel, hub_errors
-from packager.receipt import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL, TextRecord
-from packager.recipe import Calibration, Evaluation, TextSource, digest_of
+from packager.receipt import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL, TextRecord, digest_of
+from packager.recipe import Calibration, Evaluation, TextSource
 from packager.recipe.file import RecipeFile
 
 if TYPE_CHECKING:

@@ -4,17 +4,14 @@ Shapes were read from transformers 5.23 (`modeling_{llama,mistral,qwen2,qwen3}.p
 `tests/test_architecture.py`. A new family is one more entry of `FAMILIES`. No torch here: `plan` must stay fast.
 """
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 from packager.errors import PlanError
-from packager.model.config_values import MOST_BLOCKS, ConfigReader
-from packager.model.safetensors_file import TensorInfo, predicted_bytes
-from packager.system.text import shortened
-from packager.variant import Variant, num_groups
+from packager.model.config_values import MOST_BLOCKS, ConfigReader, shortened
+from packager.model.safetensors_file import TensorInfo
 
 # Buffers that old checkpoints store and every runtime derives again; a quantized branch leaves them out.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -103,7 +100,6 @@ class Architecture:
     sliding_window: int | None
     tensors: tuple[TensorInfo, ...]
     linears: tuple[LinearSpec, ...]
-    block_prefix: str = BLOCK_PREFIX
 
     @property
     def scaled_rope(self) -> bool:
@@ -262,98 +258,3 @@ def _base_tensors(architecture: Architecture, *, qk_norm: bool) -> Iterator[Tens
     yield tensor("model.norm.weight", hidden)
     if not architecture.tie_word_embeddings:
         yield tensor("lm_head.weight", vocab_size, hidden)
-
-
-def quantized_tensors(linear: LinearSpec, *, bits: int, group_size: int) -> tuple[TensorInfo, ...]:
-    """Return the tensors that replace a linear's weight and bias (FORMAT.md, "Tensors of a quantized linear")."""
-    rows, columns = linear.in_features, linear.out_features
-    groups = num_groups(rows, group_size)
-    stored = [
-        TensorInfo(name=f"{linear.name}.qweight", dtype="I32", shape=(rows * bits // 32, columns)),
-        TensorInfo(name=f"{linear.name}.qzeros", dtype="I32", shape=(groups, columns * bits // 32)),
-        TensorInfo(name=f"{linear.name}.scales", dtype="F16", shape=(groups, columns)),
-        TensorInfo(name=f"{linear.name}.g_idx", dtype="I32", shape=(rows,)),
-    ]
-    if linear.bias:
-        stored.append(TensorInfo(name=f"{linear.name}.bias", dtype="F16", shape=(columns,)))
-    return tuple(stored)
-
-
-def checkpoint_tensors(architecture: Architecture, variant: Variant) -> tuple[TensorInfo, ...]:
-    """Return every tensor of a variant's checkpoint in the base checkpoint's order.
-
-    Linears become qweight, qzeros, scales, g_idx (and bias in F16 where the base has one); the rest keeps the base
-    model's dtype; lm_head is not quantized.
-    """
-    linears = {linear.name: linear for linear in architecture.linears}
-    tensors: list[TensorInfo] = []
-    for tensor in architecture.tensors:
-        module, _, kind = tensor.name.rpartition(".")
-        if module not in linears:
-            tensors.append(tensor)
-        elif kind == "weight":
-            tensors.extend(quantized_tensors(linears[module], bits=variant.bits, group_size=variant.group_size))
-    return tuple(tensors)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One weights file: its name, its tensors and its exact size, header included."""
-
-    file_name: str
-    tensors: tuple[TensorInfo, ...]
-    size_bytes: int
-
-
-def split_shards(tensors: Iterable[TensorInfo], max_shard_bytes: int, weights_name: str) -> tuple[Shard, ...]:
-    """Distribute tensors over files of at most `max_shard_bytes`, in order, the tensors of one module together.
-
-    Args:
-        tensors: in the order of `checkpoint_tensors`; a module's tensors follow each other.
-        max_shard_bytes: largest file, header included.
-        weights_name: `model` gives model.safetensors, or model-00001-of-00003.safetensors and so on.
-
-    Raises:
-        PlanError: a module is larger than `max_shard_bytes`.
-    """
-    empty = filled = predicted_bytes(()) + 8
-    longest_offsets = 2 * len(str(max_shard_bytes))
-    parts: list[list[TensorInfo]] = [[]]
-    for module, members in groupby(tensors, key=lambda tensor: tensor.name.rpartition(".")[0]):
-        group = list(members)
-        # A header entry has at most 50 characters besides name, shape and offsets: a file can only be smaller.
-        entries = sum(50 + len(json.dumps(t.name)) + len(str(t.shape)) + longest_offsets for t in group)
-        needed = entries + sum(tensor.size_bytes for tensor in group)
-        if empty + needed > max_shard_bytes:
-            raise PlanError(
-                f"{module} does not fit into one weights file",
-                where="checkpoint.max_shard_bytes",
-                why=f"its tensors need a file of {empty + needed} bytes, the limit is {max_shard_bytes}",
-                hint="raise checkpoint.max_shard_bytes",
-            )
-        if filled + needed > max_shard_bytes:
-            parts.append([])
-            filled = empty
-        parts[-1].extend(group)
-        filled += needed
-    return tuple(
-        Shard(
-            file_name=_file_name(weights_name, number, len(parts)),
-            tensors=tuple(part),
-            size_bytes=predicted_bytes(part),
-        )
-        for number, part in enumerate(parts, start=1)
-    )
-
-
-def _file_name(weights_name: str, number: int, count: int) -> str:
-    return f"{weights_name}.safetensors" if count == 1 else f"{weights_name}-{number:05d}-of-{count:05d}.safetensors"
-
-
-def shard_index(shards: Sequence[Shard]) -> bytes:
-    """Return the content of `<weights_name>.safetensors.index.json`: the total size and each tensor's file."""
-    content = {
-        "metadata": {"total_size": sum(tensor.size_bytes for shard in shards for tensor in shard.tensors)},
-        "weight_map": {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors},
-    }
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

@@ -1,13 +1,14 @@
-"""What each runtime makes of a variant, judged from parameters and shapes alone.
+"""Predict from parameters and shapes alone which runtimes load a variant.
 
-One row of `LOADERS` per row of FORMAT.md's loader table: `refuses` are the runtime's own checks, `traps` what a reader
-must know although it loads. A verdict is a prediction: `verify` opens the files, and only that is called proven.
+`RUNTIME_RULES` has an entry for each of `RUNTIMES`; docs/reference/format.md lists their sources. A verdict is a
+prediction: `verify` opens the files, and only what it opened is called proven.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from packager.model.architecture import Architecture
+from packager.model.runtimes import RUNTIMES
 from packager.variant import Variant
 
 # Returns the finding in a few words, or "" when there is nothing to say.
@@ -31,19 +32,22 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loader:
-    """One runtime: its name in recipes and receipts, its name for people, and what is known of it."""
+class RuntimeRules:
+    """What is known of a runtime.
 
-    name: str
-    title: str
+    Attributes:
+        refuses: its own checks: a checkpoint that one of them finds does not load.
+        traps: what a reader must know although the checkpoint loads.
+    """
+
     refuses: tuple[Check, ...] = ()
     traps: tuple[Check, ...] = ()
 
-    def verdict(self, variant: Variant, architecture: Architecture) -> Verdict:
-        """Apply every check and report all that found something."""
+    def verdict(self, name: str, variant: Variant, architecture: Architecture) -> Verdict:
+        """Apply every check and report all that found something; `name` is the runtime's."""
         refusals = _found(self.refuses, variant, architecture)
         return Verdict(
-            loader=self.name,
+            loader=name,
             can_load=not refusals,
             reason=refusals or _found(self.traps, variant, architecture),
         )
@@ -164,10 +168,8 @@ def _tgi_kernel(variant: Variant, _: Architecture) -> str:
     return "neither Marlin nor ExLlama fits: the slower Triton kernel"
 
 
-LOADERS: tuple[Loader, ...] = (
-    Loader(
-        name="autogptq",
-        title="AutoGPTQ 0.7.1",
+RUNTIME_RULES: Mapping[str, RuntimeRules] = {
+    "autogptq": RuntimeRules(
         refuses=(
             _bits(2, 3, 4, 8),
             _families(*AUTOGPTQ_FAMILIES),
@@ -176,33 +178,23 @@ LOADERS: tuple[Loader, ...] = (
         ),
         traps=(_note("needs transformers 4.40; its import breaks on later ones"), _transformers_4_40_window),
     ),
-    Loader(
-        name="exllama",
-        title="ExLlama v1",
+    "exllama": RuntimeRules(
         refuses=(_bits(4), _families("llama"), _exllama_shapes),
         traps=(_note("needs tokenizer.model"),),
     ),
-    Loader(
-        name="exllamav2",
-        title="ExLlamaV2 0.3.2",
+    "exllamav2": RuntimeRules(
         refuses=(_bits(4), _power_of_two_groups),
         traps=(_note("needs CUDA; without flash-attn set config.no_sdpa = True or its prompt pass is wrong"),),
     ),
-    Loader(
-        name="gptq-for-llama",
-        title="GPTQ-for-LLaMa",
+    "gptq-for-llama": RuntimeRules(
         refuses=(_bits(2, 3, 4, 8), _families("llama"), _gptq_for_llama_kernel),
         traps=(_gptq_for_llama_branch,),
     ),
-    Loader(
-        name="transformers",
-        title="transformers 5",
+    "transformers": RuntimeRules(
         refuses=(_bits(2, 3, 4, 8),),
         traps=(_note("through gptqmodel and optimum"),),
     ),
-    Loader(
-        name="gptqmodel-marlin",
-        title="GPTQModel 7.7 (Marlin)",
+    "gptqmodel-marlin": RuntimeRules(
         refuses=(
             _bits(*MARLIN_BITS),
             _group_sizes(*MARLIN_GROUP_SIZES),
@@ -211,23 +203,19 @@ LOADERS: tuple[Loader, ...] = (
         ),
         traps=(_note("needs CUDA with compute capability 8.0"),),
     ),
-    Loader(
-        name="vllm",
-        title="vLLM",
+    "vllm": RuntimeRules(
         refuses=(_bits(*MARLIN_BITS), _group_sizes(*MARLIN_GROUP_SIZES), _symmetric_only),
         traps=(_tensor_parallel_limit,),
     ),
-    Loader(name="sglang", title="SGLang", refuses=(_bits(2, 3, 4, 8),), traps=(_sglang_kernel,)),
-    Loader(
-        name="tgi",
-        title="TGI",
+    "sglang": RuntimeRules(refuses=(_bits(2, 3, 4, 8),), traps=(_sglang_kernel,)),
+    "tgi": RuntimeRules(
         # Its router does not know qwen3: text-generation-inference#3199, open.
         refuses=(_bits(2, 4, 8), _families("llama", "mistral", "qwen2")),
         traps=(_tgi_kernel,),
     ),
-)
+}
 
 
 def verdicts(variant: Variant, architecture: Architecture) -> tuple[Verdict, ...]:
-    """Return one verdict per loader, in the order of `LOADERS`."""
-    return tuple(loader.verdict(variant, architecture) for loader in LOADERS)
+    """Return one verdict per runtime, in the order of `RUNTIMES`."""
+    return tuple(RUNTIME_RULES[name].verdict(name, variant, architecture) for name in RUNTIMES)

@@ -1,13 +1,41 @@
 """Values of a base model's config.json, read with their types; every problem met is remembered, not raised."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
+from packager.errors import SourceError
 from packager.model.rope import rope_type
-from packager.system.text import shortened
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 MOST_BLOCKS = 1000  # beyond are typing errors, as beyond _LARGEST, and planning them would take for ever
 _LARGEST = 1 << 24
+_MAX_SHORT = 40
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """Read a model's config.json.
+
+    Raises:
+        SourceError: the file is missing, unreadable, larger than 1 MiB or not a JSON object.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_MAX_CONFIG_BYTES + 1)
+        if len(data) > _MAX_CONFIG_BYTES:
+            raise ValueError(f"it is larger than {_MAX_CONFIG_BYTES} bytes")
+        config = json.loads(data)
+        if not isinstance(config, dict):
+            raise ValueError("it holds something else")
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(
+            "the file cannot be read as a JSON object",
+            where=str(path),
+            why=(error.strerror if isinstance(error, OSError) else None) or str(error),
+            hint="base_model.config names a copy of the model's config.json, base_model.path the folder that holds it",
+        ) from error
+    return config
 
 
 class ConfigReader:
@@ -61,3 +89,9 @@ class ConfigReader:
         """Return the window unless all that the model was made for fits into it."""
         window, longest = self.values.get("sliding_window"), self.values.get("max_position_embeddings")
         return window if isinstance(window, int) and isinstance(longest, int) and window < longest else None
+
+
+def shortened(value: object) -> str:
+    """Return any value in JSON's spelling, cut to 40 characters."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _MAX_SHORT else text[: _MAX_SHORT - 3] + "..."

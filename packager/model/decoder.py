@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from packager.errors import SourceError
+from packager.model.architecture import BLOCK_PREFIX
 from packager.model.fused_blocks import fuse
 
-BLOCK_PREFIX = "model.layers"
 _INNER = BLOCK_PREFIX.rpartition(".")[0]  # the part of the model that has the blocks, but no head
 ReadTensor = Callable[[str], Tensor]
 Context = Mapping[str, Any]

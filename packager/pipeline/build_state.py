@@ -17,8 +17,7 @@ from packager.pipeline.pack import is_packed
 from packager.pipeline.plan import VariantPlan, make_plan
 from packager.pipeline.workspace import Workspace, check_folder
 from packager.prove.loaders import ISOLATED, LOADERS
-from packager.receipt import PROVENANCE, README, Receipt
-from packager.recipe import digest_of
+from packager.receipt import PROVENANCE, README, Receipt, digest_of
 from packager.recipe.file import RecipeFile
 from packager.system.files import sha256_file
 from packager.system.parallel import in_parallel

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 
 from packager.inputs.base_model import SourceModel
-from packager.model.architecture import shard_index
+from packager.model.checkpoint import PORTABLE_PARAMETERS, shard_index
 from packager.model.rope import in_both_spellings
 from packager.pipeline.plan import VariantPlan
 from packager.quantize.block_store import BlockStore
@@ -17,8 +17,6 @@ from packager.recipe.file import RecipeFile
 from packager.system.files import copy_atomic, disk_errors, file_records, write_atomic
 from packager.variant import Variant
 
-# What AutoGPTQ <= 0.3.2 accepts; it raises TypeError on any other key.
-PORTABLE_KEYS = ("bits", "group_size", "damp_percent", "desc_act", "sym", "true_sequential")
 _CONFIGS = (CONFIG, QUANTIZE_CONFIG, GENERATION_CONFIG)
 _WEIGHTS = (".safetensors", INDEX_SUFFIX)
 
@@ -72,7 +70,7 @@ def pack_checkpoint(job: PackJob) -> dict[str, FileRecord]:
 
 def _configs(job: PackJob) -> dict[str, bytes]:
     variant = job.variant_plan.variant
-    portable = {key: variant.parameters()[key] for key in PORTABLE_KEYS}
+    portable = {key: variant.parameters()[key] for key in PORTABLE_PARAMETERS}
     recipe = job.recipe_file.recipe
     files = {
         CONFIG: {**in_both_spellings(job.source.config), "quantization_config": quantization_config(variant)},
@@ -99,7 +97,7 @@ def quantization_config(variant: Variant) -> dict[str, object]:
     parameters = variant.parameters()
     return {
         "quant_method": "gptq",
-        **{key: parameters[key] for key in PORTABLE_KEYS},
+        **{key: parameters[key] for key in PORTABLE_PARAMETERS},
         "static_groups": variant.static_groups,
         "checkpoint_format": "gptq",
         "lm_head": False,

@@ -3,26 +3,19 @@
 No network, no torch: exact file sizes, the loaders' static verdicts, memory and disk, and a digest per variant.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from packager.errors import PlanError
-from packager.model.architecture import (
-    Architecture,
-    Shard,
-    checkpoint_tensors,
-    quantized_tensors,
-    read_architecture,
-    split_shards,
-)
+from packager.model.architecture import Architecture
+from packager.model.checkpoint import Shard, checkpoint_tensors, fit_problems, length_problem, split_shards
 from packager.model.compatibility import Verdict, verdicts
 from packager.quantize.engines import auto_gptq_digest, engine_problems
 from packager.quantize.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, sweep_ways
-from packager.recipe import Recipe, digest_of
+from packager.receipt import digest_of
+from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
-from packager.variant import Engine, Variant
+from packager.variant import EngineName, Variant
 
 # Raised whenever our own engine would make other bytes from the same inputs: finished work is then made anew.
 ENGINE_VERSION = 3
@@ -124,18 +117,15 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
     """Plan a build offline.
 
     Raises:
-        PlanError: config.json is missing or unusable, or variants cannot be made from this model; all are named.
+        PlanError: variants cannot be made from this model, or a required loader refuses one; all are named.
     """
     recipe = recipe_file.recipe
-    config_path = _config_path(recipe_file)
-    config = _read_config(config_path)
-    architecture = read_architecture(config, str(config_path))
+    architecture = recipe_file.architecture
     variants = recipe.expanded_variants()
     judged = {variant.branch: verdicts(variant, architecture) for variant in variants}
     problems = [
-        *_length_problems(recipe, architecture),
-        *(problem for variant in variants for problem in _variant_problems(variant, architecture)),
-        *engine_problems(variants, config, architecture, recipe.calibration.seq_len),
+        *_fit_problems(recipe, architecture, variants),
+        *engine_problems(variants, recipe_file.config, architecture, recipe.calibration.seq_len),
         *_loader_problems(recipe, judged),
     ]
     if problems:
@@ -154,58 +144,21 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
     )
 
 
-def _config_path(recipe_file: RecipeFile) -> Path:
-    base_model = recipe_file.recipe.base_model
-    if base_model.config is not None:
-        return recipe_file.resolve(base_model.config)
-    return recipe_file.resolve(f"{base_model.path}/config.json")
-
-
-def _read_config(path: Path) -> Mapping[str, object]:
-    try:
-        config = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise PlanError(
-            "the base model's config.json cannot be read",
-            where=str(path),
-            why=error.strerror or str(error),
-            hint="base_model.config names a copy of it, base_model.path the folder that holds it",
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise PlanError("the base model's config.json is not JSON", where=str(path), why=str(error)) from error
-    if not isinstance(config, dict):
-        raise PlanError("the base model's config.json is not a JSON object", where=str(path))
-    return config
-
-
-def _length_problems(recipe: Recipe, architecture: Architecture) -> list[str]:
-    """Return which token rows are longer than the model's positions."""
-    longest = architecture.max_position_embeddings
+def _fit_problems(recipe: Recipe, architecture: Architecture, variants: Sequence[Variant]) -> list[str]:
+    """Return which row lengths and variants do not fit the model."""
     lengths = {
         "calibration.seq_len": recipe.calibration.seq_len,
         "evaluation.seq_len": recipe.evaluation.seq_len,
         "loaders.seq_len": recipe.loaders.seq_len,
     }
     return [
-        f"{key} {length} exceeds the model's max_position_embeddings {longest}"
-        for key, length in lengths.items()
-        if length > longest
+        *filter(None, (length_problem(architecture, key, seq_len) for key, seq_len in lengths.items())),
+        *(
+            f"{variant.branch}: {problem.message}"
+            for variant in variants
+            for problem in fit_problems(architecture, bits=variant.bits, group_size=variant.group_size)
+        ),
     ]
-
-
-def _variant_problems(variant: Variant, architecture: Architecture) -> list[str]:
-    """Return why linears cannot be stored in this variant's format, a linear and its likes in other blocks once."""
-    problems = []
-    for linear in architecture.block_linears:
-        name = f"{variant.branch}: {linear.name}"
-        if architecture.num_blocks > 1:
-            name += f" (and its likes in {architecture.num_blocks - 1} more blocks)"
-        if variant.group_size != -1 and linear.in_features % variant.group_size:
-            problems.append(f"{name}: group_size {variant.group_size} does not divide its {linear.in_features} columns")
-        for key, features in (("in_features", linear.in_features), ("out_features", linear.out_features)):
-            if features * variant.bits % 32:
-                problems.append(f"{name}: {key} {features} x {variant.bits} bits do not fill 32-bit words")
-    return problems
 
 
 def _loader_problems(recipe: Recipe, judged: Mapping[str, Sequence[Verdict]]) -> list[str]:
@@ -218,7 +171,7 @@ def _loader_problems(recipe: Recipe, judged: Mapping[str, Sequence[Verdict]]) ->
     ]
 
 
-def engine_version(engine: Engine) -> int | str:
+def engine_version(engine: EngineName) -> int | str:
     """Return what changes when an engine would make other bytes from the same inputs."""
     return ENGINE_VERSION if engine == "native" else f"{auto_gptq_digest()}-{_FILES_VERSION}"
 
@@ -300,15 +253,6 @@ def _memory(architecture: Architecture, recipe: Recipe, variants: Sequence[Varia
 
 def _device_bytes(way: SweepPlan) -> int:
     return way.device_bytes
-
-
-def _packed_bytes(architecture: Architecture, variant: Variant) -> int:
-    """Return the bytes of a variant's quantized linears."""
-    return architecture.num_blocks * sum(
-        tensor.size_bytes
-        for linear in architecture.block_linears
-        for tensor in quantized_tensors(linear, bits=variant.bits, group_size=variant.group_size)
-    )
 
 
 def _disk(recipe: Recipe, architecture: Architecture, planned: Sequence[VariantPlan]) -> DiskPlan:

@@ -28,7 +28,7 @@ from packager.system.parallel import in_parallel
 if TYPE_CHECKING:
     from packager.quantize.block_store import BlockStore
     from packager.quantize.sweep import Report
-    from packager.variant import Engine, Variant
+    from packager.variant import EngineName, Variant
 
 
 def quantize_and_pack(run: Build) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ def quantize_and_pack(run: Build) -> tuple[str, ...]:
     return tuple(plan.variant.branch for plan in missing)
 
 
-def _quantize(run: Build, stores: "Mapping[Variant, BlockStore]", report: "Report") -> "dict[Engine, Made]":
+def _quantize(run: Build, stores: "Mapping[Variant, BlockStore]", report: "Report") -> "dict[EngineName, Made]":
     """Stage 5: let each engine make its variants, one engine after the other."""
     from packager.quantize.sweep import QuantizeJob
 

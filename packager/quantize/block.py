@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from packager.errors import QuantizeError
-from packager.model.decoder import BLOCK_PREFIX, Context
+from packager.model.architecture import BLOCK_PREFIX
+from packager.model.decoder import Context
 from packager.model.packing import pack, pack_zeros, unpack, unpack_zeros
 from packager.quantize.activations import Activations
 from packager.quantize.gptq.grid import GridRules

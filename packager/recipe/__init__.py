@@ -4,8 +4,6 @@
 A path in a recipe is relative to the recipe's own folder and may not leave it.
 """
 
-import hashlib
-import json
 import re
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -13,10 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticKnownError
 
-from packager.recipe.sections import base_model_problem, repository_problem, text_source_problem
-from packager.variant import MAIN, Bits, Engine, Layout, Place, Variant, branch_name, branch_problem, place_of
-
-LoaderName = Literal["autogptq", "transformers", "exllamav2"]
+from packager.model.runtimes import LoaderName
+from packager.receipt import digest_of
+from packager.recipe.field_groups import base_model_problem, repository_problem, text_source_problem
+from packager.variant import Bits, EngineName, Layout, Place, Variant, branch_name, branch_problem, place_of
 
 
 def _relative_path(value: str) -> str:
@@ -83,7 +81,7 @@ RepoId = Annotated[str, Field(pattern=_REPO_ID, description=PATTERN_MEANINGS[_RE
 FileName = Annotated[str, Field(pattern=_FILE_NAME, description=PATTERN_MEANINGS[_FILE_NAME])]
 CommitHash = Annotated[str, Field(pattern=_COMMIT_HASH, description=PATTERN_MEANINGS[_COMMIT_HASH])]
 RelativePath = Annotated[str, AfterValidator(_relative_path), Field(description="relative to the recipe's folder")]
-Branch = Annotated[
+BranchName = Annotated[
     str, AfterValidator(_branch), _says("main, or left out: then named gptq-{bits}bit-{group_size}g-...")
 ]
 BitsField = Annotated[Bits, BeforeValidator(_whole_number), _says("bits per weight")]
@@ -109,12 +107,12 @@ ScaleSearch = Annotated[
     ),
 ]
 EngineField = Annotated[
-    Engine, _says("what makes the weights: our own engine, or AutoGPTQ 0.7.1 in its own environment on CUDA")
+    EngineName, _says("what makes the weights: our own engine, or AutoGPTQ 0.7.1 in its own environment on CUDA")
 ]
 SeqLen = Annotated[int, Field(ge=8, le=131072, description="tokens per row")]
 Url = Annotated[str, Field(pattern=_URL, description="an https:// address")]
 GitUrl = Annotated[str, Field(pattern=_GIT_URL, description=PATTERN_MEANINGS[_GIT_URL])]
-Line = Annotated[str, Field(min_length=1, max_length=400, pattern=_LINE, description=PATTERN_MEANINGS[_LINE])]
+LineText = Annotated[str, Field(min_length=1, max_length=400, pattern=_LINE, description=PATTERN_MEANINGS[_LINE])]
 
 
 class Strict(BaseModel):
@@ -183,10 +181,10 @@ class TextSource(Strict):
 
     path: RelativePath | None = Field(default=None, description="a local .txt or .jsonl file")
     dataset: RepoId | None = Field(default=None, description="a Hub dataset; instead of path")
-    config: Line | None = Field(default=None, description="the dataset's configuration, e.g. wikitext-2-raw-v1")
+    config: LineText | None = Field(default=None, description="the dataset's configuration, e.g. wikitext-2-raw-v1")
     revision: CommitHash | None = Field(default=None, description="the dataset's commit, 40 lower-case hex digits")
-    split: Line | None = Field(default=None, description="the dataset's split, e.g. train")
-    text_field: Line = Field(default="text", description="the column or JSON key that holds the text")
+    split: LineText | None = Field(default=None, description="the dataset's split, e.g. train")
+    text_field: LineText = Field(default="text", description="the column or JSON key that holds the text")
 
     @model_validator(mode="after")
     def _one_source(self) -> "TextSource":
@@ -231,8 +229,8 @@ class VariantFields(Strict):
 class VariantEntry(VariantFields):
     """One variant of the list; without `branch` its name follows the usual grammar."""
 
-    branch: Branch | None = None
-    description: Line | None = Field(
+    branch: BranchName | None = None
+    description: LineText | None = Field(
         default=None, description="the table's last column; written from the measurements if left out"
     )
 
@@ -252,7 +250,7 @@ class Defaults(Strict):
     engine: EngineField = "native"
 
 
-class Checkpoint(Strict):
+class CheckpointOptions(Strict):
     """How a branch's weights are stored."""
 
     weights_name: Annotated[str, Field(pattern=_WEIGHTS_NAME)] = Field(
@@ -282,7 +280,7 @@ class Loaders(Strict):
 class License(Strict):
     """The base model's licence, as the Hub names it, and the files that must travel with the weights."""
 
-    id: Line = Field(description="the Hub's licence identifier, e.g. llama2, apache-2.0")
+    id: LineText = Field(description="the Hub's licence identifier, e.g. llama2, apache-2.0")
     link: Url | None = Field(default=None, description="where the licence can be read")
     files: tuple[RelativePath, ...] = Field(default=(), description="copied into every branch under their own names")
     base_files: tuple[FileName, ...] = Field(
@@ -294,7 +292,7 @@ class License(Strict):
 class PromptTemplate(Strict):
     """The prompt format the model was trained with."""
 
-    name: Line = Field(description="what people call the format, e.g. Llama-2-Chat")
+    name: LineText = Field(description="what people call the format, e.g. Llama-2-Chat")
     template: Annotated[str, AfterValidator(_prompt_template)] = Field(
         description="the whole prompt, with {prompt} where the user's message goes"
     )
@@ -303,17 +301,17 @@ class PromptTemplate(Strict):
 class Link(Strict):
     """A titled address."""
 
-    title: Line = Field(description="the text of the link")
+    title: LineText = Field(description="the text of the link")
     url: Url
 
 
 class Card(Strict):
     """What the model card says that cannot be measured."""
 
-    title: Line = Field(description="the model's name as people know it, e.g. Meta's Llama 2 13B-chat")
-    creator: Line = Field(description="who made the base model")
+    title: LineText = Field(description="the model's name as people know it, e.g. Meta's Llama 2 13B-chat")
+    creator: LineText = Field(description="who made the base model")
     creator_url: Url | None = Field(default=None, description="the creator's page")
-    quantized_by: Line = Field(description="the Hub name of who publishes this repository")
+    quantized_by: LineText = Field(description="the Hub name of who publishes this repository")
     license: License
     language: tuple[Annotated[str, Field(pattern=_LANGUAGE)], ...] = Field(default=("en",), description="ISO 639 codes")
     tags: tuple[Annotated[str, Field(pattern=_TAG)], ...] = Field(
@@ -321,7 +319,7 @@ class Card(Strict):
     )
     prompt_template: PromptTemplate
     system_prompt: str | None = Field(default=None, description="shown in the Python example as the system message")
-    example_prompt: Line = Field(default="Tell me about AI", description="the user's message in the code examples")
+    example_prompt: LineText = Field(default="Tell me about AI", description="the user's message in the code examples")
     related_repositories: tuple[Link, ...] = Field(default=(), description="the list under Repositories available")
     header: RelativePath | None = Field(default=None, description="markdown placed above the title")
     footer: RelativePath | None = Field(default=None, description="markdown: community, thanks, credits")
@@ -342,7 +340,7 @@ class Recipe(Strict):
     variants: tuple[VariantEntry, ...] = Field(
         min_length=1, max_length=64, description="one branch each; main exactly once"
     )
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointOptions = CheckpointOptions()
     loaders: Loaders = Loaders()
     card: Card
 
@@ -366,12 +364,3 @@ def expand(entry: VariantEntry, defaults: Defaults) -> Variant:
         fields["scale_search"] = fields["engine"] == "native"
     name = branch_name(bits=fields["bits"], group_size=fields["group_size"], desc_act=fields["desc_act"])
     return Variant(branch=entry.branch or name, **fields)
-
-
-def digest_of(value: object) -> str:
-    """Return the sha256 of `value` as canonical JSON (sorted keys, no spaces, no NaN)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-__all__ = ["MAIN", "Recipe", "digest_of", "expand"]

@@ -1,6 +1,6 @@
 """The rules of a recipe that concern more than one field, or files on disk.
 
-Every check reads what it needs from a draft and keeps silent about values that are wrong in themselves, so that all
+Every check reads what it needs from a parsed and keeps silent about values that are wrong in themselves, so that all
 of them run whatever else is wrong.
 """
 
@@ -12,12 +12,12 @@ from typing import Final, get_args
 
 from packager.receipt import CONFIG, INDEX_SUFFIX, PROVENANCE, QUANTIZE_CONFIG, README, TOKENIZER_FILES
 from packager.recipe import Defaults
-from packager.recipe.draft import Draft, Loc, State, name_of
+from packager.recipe.field_groups import base_model_problem, repository_problem, text_source_problem
+from packager.recipe.model_fit import ModelConfig, Parameter, misfits
+from packager.recipe.parsed_recipe import Loc, ParsedRecipe, Unreadable, name_of
 from packager.recipe.paths import locate, path_problem
-from packager.recipe.sections import base_model_problem, repository_problem, text_source_problem
-from packager.recipe.shapes import Parameter, shape_findings
-from packager.recipe.yaml import Finding
-from packager.variant import MAIN, MAX_REPOSITORY_NAME, NATIVE_ONLY, Engine, branch_name, place_of
+from packager.recipe.yaml import LocatedProblem
+from packager.variant import MAIN, MAX_REPOSITORY_NAME, NATIVE_ONLY, EngineName, branch_name, place_of
 
 # Every field of type RelativePath; the two lists of licence files are added where they are checked.
 FILE_FIELDS: Final[tuple[Loc, ...]] = (
@@ -30,8 +30,8 @@ FILE_FIELDS: Final[tuple[Loc, ...]] = (
     ("card", "original_card"),
 )
 FOLDER_FIELDS: Final[tuple[Loc, ...]] = (("base_model", "path"),)
-LICENSE_FILES: Final[Loc] = ("card", "license", "files")
-BASE_FILES: Final[Loc] = ("card", "license", "base_files")
+LICENSE_FILES_FIELD: Final[Loc] = ("card", "license", "files")
+BASE_FILES_FIELD: Final[Loc] = ("card", "license", "base_files")
 
 # A licence file of such a name would replace what the build writes.
 _BRANCH_FILES: Final = frozenset(
@@ -40,77 +40,92 @@ _BRANCH_FILES: Final = frozenset(
 _WEIGHT_SUFFIXES: Final = (".safetensors", INDEX_SUFFIX, ".bin", ".pt")
 
 
-def check(draft: Draft, folder: Path) -> list[Finding]:
-    """Return what is wrong across fields; `folder` is the recipe's own."""
+def check(parsed: ParsedRecipe, folder: Path, model: ModelConfig | LocatedProblem | None) -> list[LocatedProblem]:
+    """Return what is wrong across fields.
+
+    Args:
+        parsed: the recipe.
+        folder: the recipe's own.
+        model: the answer of `read_model_config`.
+    """
     found = [
-        *_sources(draft),
-        *_ids(draft),
-        *_branches(draft),
-        *_repositories(draft),
-        *_damping(draft),
-        *_engines(draft),
-        *_loaders(draft),
-        *_rows(draft),
-        *_held_out(draft, folder),
-        *_paths(draft, folder),
-        *_license_names(draft),
-        *shape_findings(draft, folder, [_parameters(draft, index) for index in range(draft.count("variants"))]),
+        *_sources(parsed),
+        *_ids(parsed),
+        *_branches(parsed),
+        *_repositories(parsed),
+        *_damping(parsed),
+        *_engines(parsed),
+        *_loaders(parsed),
+        *_rows(parsed),
+        *_held_out(parsed, folder),
+        *_paths(parsed, folder),
+        *_license_names(parsed),
+        *_model(parsed, model),
     ]
     return list(dict.fromkeys(found))  # a wrong default concerns every variant and is said once
 
 
-def _sources(draft: Draft) -> Iterator[Finding]:
+def _model(parsed: ParsedRecipe, model: ModelConfig | LocatedProblem | None) -> Iterator[LocatedProblem]:
+    """Report a config.json that cannot be used, and what does not fit the model that it describes."""
+    if isinstance(model, LocatedProblem):
+        yield model
+    elif model is not None:
+        variants = [_parameters(parsed, index) for index in range(parsed.count("variants"))]
+        yield from misfits(parsed, model.architecture, variants)
+
+
+def _sources(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
     """Say which sections do not name exactly one source."""
     for section, problem_of in (
         ("base_model", base_model_problem),
         ("calibration", text_source_problem),
         ("evaluation", text_source_problem),
     ):
-        given = draft.keys(section)
+        given = parsed.keys(section)
         if given is not None and (problem := problem_of(given)):
-            yield Finding(draft.key_at(section), f"{section}: {problem}")
-    repository = draft.keys("repository")
-    target, layout = (draft.text("repository", key) for key in ("target", "layout"))
-    url = (draft.text("repository", "url") or "") if repository is not None and "url" in repository else None
+            yield LocatedProblem(parsed.key_at(section), f"{section}: {problem}")
+    repository = parsed.keys("repository")
+    target, layout = (parsed.text("repository", key) for key in ("target", "layout"))
+    url = (parsed.text("repository", "url") or "") if repository is not None and "url" in repository else None
     if repository is not None and (problem := repository_problem(target or "local", layout or "branches", url=url)):
-        yield Finding(draft.key_at("repository"), f"repository: {problem}")
+        yield LocatedProblem(parsed.key_at("repository"), f"repository: {problem}")
 
 
-def _ids(draft: Draft) -> Iterator[Finding]:
-    repository, base_model = draft.text("repository", "id"), draft.text("base_model", "id")
+def _ids(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
+    repository, base_model = parsed.text("repository", "id"), parsed.text("base_model", "id")
     if repository and base_model and repository.casefold() == base_model.casefold():
-        yield Finding(draft.at("repository", "id"), "repository.id is the base model's own id")
+        yield LocatedProblem(parsed.at("repository", "id"), "repository.id is the base model's own id")
 
 
-def _parameters(draft: Draft, index: int) -> dict[str, Parameter]:
+def _parameters(parsed: ParsedRecipe, index: int) -> dict[str, Parameter]:
     """Return each parameter of a variant as far as it is known, and where it comes from."""
     parameters: dict[str, Parameter] = {}
     for name, field in Defaults.model_fields.items():
         loc: Loc = ("variants", index, name)
-        if draft.get(*loc) is State.ABSENT:
+        if parsed.get(*loc) is Unreadable.ABSENT:
             loc = ("defaults", name)
-        value = draft.get(*loc)
-        written = value is not State.ABSENT
-        at = draft.at(*loc) if written else draft.key_at("variants", index)
+        value = parsed.get(*loc)
+        written = value is not Unreadable.ABSENT
+        at = parsed.at(*loc) if written else parsed.key_at("variants", index)
         parameters[name] = Parameter(value if written else field.default, at, written=written)
     return parameters
 
 
-def _branch_of(draft: Draft, index: int) -> str | None:
+def _branch_of(parsed: ParsedRecipe, index: int) -> str | None:
     """Return a variant's branch as written or as the grammar names it, or None when that cannot be known."""
-    branch = draft.get("variants", index, "branch")
-    if branch is not State.ABSENT:
+    branch = parsed.get("variants", index, "branch")
+    if branch is not Unreadable.ABSENT:
         return branch if isinstance(branch, str) else None
-    parameters = _parameters(draft, index)
+    parameters = _parameters(parsed, index)
     bits, group_size, desc_act = (parameters[name].value for name in ("bits", "group_size", "desc_act"))
     if isinstance(bits, int) and isinstance(group_size, int) and isinstance(desc_act, bool):
         return branch_name(bits=bits, group_size=group_size, desc_act=desc_act)
     return None
 
 
-def _branches(draft: Draft) -> Iterator[Finding]:
+def _branches(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
     """Demand `main` exactly once, and names that differ by more than case."""
-    names = [_branch_of(draft, index) for index in range(draft.count("variants"))]
+    names = [_branch_of(parsed, index) for index in range(parsed.count("variants"))]
     first: dict[str, int] = {}
     for index, name in enumerate(names):
         if name is None:
@@ -118,146 +133,149 @@ def _branches(draft: Draft) -> Iterator[Finding]:
         earlier = first.setdefault(name.casefold(), index)
         if earlier == index:
             continue
-        line = draft.key_at("variants", earlier).line
+        line = parsed.key_at("variants", earlier).line
         message = f"two variants have the branch {name!r}"
         if names[earlier] != name:
             message = f"the branches {names[earlier]!r} and {name!r} differ only in case"
         elif name == MAIN:
             message = "two variants have the branch 'main', which a recipe has exactly once"
-        yield Finding(draft.at("variants", index, "branch"), message, f"the first is at line {line}")
+        yield LocatedProblem(parsed.at("variants", index, "branch"), message, f"the first is at line {line}")
     if names and None not in names and MAIN not in names:
-        yield Finding(
-            draft.key_at("variants"),
+        yield LocatedProblem(
+            parsed.key_at("variants"),
             "no variant has the branch 'main', which a recipe has exactly once",
             "it is what people get who name no branch: add `branch: main` to one variant",
         )
 
 
-def _repositories(draft: Draft) -> Iterator[Finding]:
+def _repositories(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
     """Refuse names of repositories that the Hub would refuse."""
-    repository = draft.text("repository", "id")
-    if repository is None or draft.text("repository", "layout") != "repos":
+    repository = parsed.text("repository", "id")
+    if repository is None or parsed.text("repository", "layout") != "repos":
         return
-    for index in range(draft.count("variants")):
-        branch = _branch_of(draft, index)
+    for index in range(parsed.count("variants")):
+        branch = _branch_of(parsed, index)
         if branch is None:
             continue
         name = place_of(repository, "repos", branch).repository.split("/")[-1]
         if len(name) > MAX_REPOSITORY_NAME:
             text = f"the repository {name} has {len(name)} characters, the Hub takes at most {MAX_REPOSITORY_NAME}"
-            yield Finding(draft.at("variants", index, "branch"), text, "shorten repository.id or the branch")
+            yield LocatedProblem(parsed.at("variants", index, "branch"), text, "shorten repository.id or the branch")
         elif "--" in name or name.endswith(".git"):
             text = f"the Hub takes no repository {name}: it has '--' in it or ends in '.git'"
-            yield Finding(draft.at("variants", index, "branch"), text)
+            yield LocatedProblem(parsed.at("variants", index, "branch"), text)
 
 
-def _damping(draft: Draft) -> Iterator[Finding]:
-    for index in range(draft.count("variants")):
-        parameters = _parameters(draft, index)
+def _damping(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
+    for index in range(parsed.count("variants")):
+        parameters = _parameters(parsed, index)
         damp, limit = parameters["damp_percent"], parameters["damp_percent_limit"]
         if isinstance(damp.value, float) and isinstance(limit.value, float) and limit.value < damp.value:
             at = max(parameter.at for parameter in (damp, limit) if parameter.written)
             hint = "" if limit.written else f"the limit is {limit.value} unless the recipe says otherwise"
-            yield Finding(at, f"damp_percent_limit {limit.value} is less than damp_percent {damp.value}", hint)
+            yield LocatedProblem(at, f"damp_percent_limit {limit.value} is less than damp_percent {damp.value}", hint)
 
 
-def _engines(draft: Draft) -> Iterator[Finding]:
+def _engines(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
     """Refuse what only our own engine can do where a variant asks for another."""
-    for index in range(draft.count("variants")):
-        parameters = _parameters(draft, index)
+    for index in range(parsed.count("variants")):
+        parameters = _parameters(parsed, index)
         engine = parameters["engine"]
-        if engine.value not in get_args(Engine) or engine.value == "native":
+        if engine.value not in get_args(EngineName) or engine.value == "native":
             continue
         for name, off in NATIVE_ONLY.items():
             asked = parameters[name]
-            if isinstance(asked.value, State) or asked.value in (None, off):
+            if isinstance(asked.value, Unreadable) or asked.value in (None, off):
                 continue
             at = max(parameter.at for parameter in (engine, asked) if parameter.written)
             hint = f"write {name}: {json.dumps(off)} in this variant, or engine: native"
-            yield Finding(at, f"engine {engine.value} cannot do {name}", hint)
-        if draft.get("variants", index, "damp_percent_limit") is not State.ABSENT:
-            at = draft.at("variants", index, "damp_percent_limit")
+            yield LocatedProblem(at, f"engine {engine.value} cannot do {name}", hint)
+        if parsed.get("variants", index, "damp_percent_limit") is not Unreadable.ABSENT:
+            at = parsed.at("variants", index, "damp_percent_limit")
             message = f"engine {engine.value} never raises damping: damp_percent_limit has no effect in this variant"
-            yield Finding(at, message, "leave it out, or use engine: native")
+            yield LocatedProblem(at, message, "leave it out, or use engine: native")
 
 
-def _loaders(draft: Draft) -> Iterator[Finding]:
+def _loaders(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
     """Refuse a loader that is named twice."""
     places: dict[str, str] = {}
     for name in ("required", "if_available"):
-        for index in range(draft.count("loaders", name)):
-            loader = draft.text("loaders", name, index)
+        for index in range(parsed.count("loaders", name)):
+            loader = parsed.text("loaders", name, index)
             if loader is None:
                 continue
             if loader in places:
                 both = f"twice in loaders.{name}" if places[loader] == name else "both as required and as if_available"
-                yield Finding(draft.at("loaders", name, index), f"the loader {loader!r} is listed {both}")
+                yield LocatedProblem(parsed.at("loaders", name, index), f"the loader {loader!r} is listed {both}")
             places.setdefault(loader, name)
 
 
-def _rows(draft: Draft) -> Iterator[Finding]:
-    num_tokens, seq_len = draft.number("evaluation", "num_tokens"), draft.number("evaluation", "seq_len")
+def _rows(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
+    num_tokens, seq_len = parsed.number("evaluation", "num_tokens"), parsed.number("evaluation", "seq_len")
     if num_tokens is not None and seq_len is not None and num_tokens < seq_len:
-        yield Finding(
-            draft.at("evaluation", "num_tokens"),
+        yield LocatedProblem(
+            parsed.at("evaluation", "num_tokens"),
             f"evaluation.num_tokens {num_tokens} is less than one row of evaluation.seq_len {seq_len}",
         )
 
 
-def _held_out(draft: Draft, folder: Path) -> Iterator[Finding]:
+def _held_out(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
     """Refuse to evaluate on the text that the quantizer sees."""
-    calibration = _identity(draft, folder, "calibration", "path")
+    calibration = _identity(parsed, folder, "calibration", "path")
     why = "quality measured on the calibration text says nothing"
     if calibration is None:
         return
-    if calibration == _identity(draft, folder, "evaluation", "path"):
-        at = draft.at("evaluation", "path" if draft.text("evaluation", "path") else "split")
-        yield Finding(at, "evaluation reads the same text as calibration", why)
-    if draft.text("evaluation", "questions") and calibration == _identity(draft, folder, "evaluation", "questions"):
-        yield Finding(draft.at("evaluation", "questions"), "evaluation.questions is the calibration text", why)
+    if calibration == _identity(parsed, folder, "evaluation", "path"):
+        at = parsed.at("evaluation", "path" if parsed.text("evaluation", "path") else "split")
+        yield LocatedProblem(at, "evaluation reads the same text as calibration", why)
+    if parsed.text("evaluation", "questions") and calibration == _identity(parsed, folder, "evaluation", "questions"):
+        yield LocatedProblem(parsed.at("evaluation", "questions"), "evaluation.questions is the calibration text", why)
 
 
-def _identity(draft: Draft, folder: Path, section: str, key: str) -> tuple[str, ...] | None:
+def _identity(parsed: ParsedRecipe, folder: Path, section: str, key: str) -> tuple[str, ...] | None:
     """Return what makes two texts the same one: the real file, or a dataset's configuration and split.
 
     A slice (`train[:10%]`) counts as its whole split: two slices may overlap.
     """
-    path = draft.text(section, key)
+    path = parsed.text(section, key)
     if path is not None:
         real = locate(folder, path)
         return None if real is None else (str(real),)
-    dataset, split = draft.text(section, "dataset"), draft.text(section, "split")
-    config = draft.get(section, "config")
-    if dataset is None or split is None or config is State.WRONG:
+    dataset, split = parsed.text(section, "dataset"), parsed.text(section, "split")
+    config = parsed.get(section, "config")
+    if dataset is None or split is None or config is Unreadable.WRONG:
         return None
-    return (dataset.casefold(), "" if config is State.ABSENT else str(config), split.partition("[")[0].strip())
+    return (dataset.casefold(), "" if config is Unreadable.ABSENT else str(config), split.partition("[")[0].strip())
 
 
-def _paths(draft: Draft, folder: Path) -> Iterator[Finding]:
+def _paths(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
     """Check that every file named in the recipe is there."""
-    files: list[Loc] = [*FILE_FIELDS, *((*LICENSE_FILES, index) for index in range(draft.count(*LICENSE_FILES)))]
+    files: list[Loc] = [
+        *FILE_FIELDS,
+        *((*LICENSE_FILES_FIELD, index) for index in range(parsed.count(*LICENSE_FILES_FIELD))),
+    ]
     for loc, directory in (*((loc, False) for loc in files), *((loc, True) for loc in FOLDER_FIELDS)):
-        relative = draft.text(*loc)
+        relative = parsed.text(*loc)
         if relative is None:
             continue
         message, hint = path_problem(folder, relative, directory=directory)
         if message:
-            yield Finding(draft.at(*loc), f"{name_of(loc)}: {message}", hint)
-    base = draft.text("base_model", "path")
+            yield LocatedProblem(parsed.at(*loc), f"{name_of(loc)}: {message}", hint)
+    base = parsed.text("base_model", "path")
     if base is None or path_problem(folder, base, directory=True)[0]:
         return
-    for index in range(draft.count(*BASE_FILES)):
-        name = draft.text(*BASE_FILES, index)
+    for index in range(parsed.count(*BASE_FILES_FIELD)):
+        name = parsed.text(*BASE_FILES_FIELD, index)
         if name is not None and path_problem(folder, f"{base}/{name}")[0]:
-            yield Finding(draft.at(*BASE_FILES, index), f"the base model has no file {name!r}")
+            yield LocatedProblem(parsed.at(*BASE_FILES_FIELD, index), f"the base model has no file {name!r}")
 
 
-def _license_names(draft: Draft) -> Iterator[Finding]:
+def _license_names(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
     """Refuse licence files that would replace each other or a file of the build."""
     entries: list[tuple[Loc, str]] = []
-    for loc in (LICENSE_FILES, BASE_FILES):
-        for index in range(draft.count(*loc)):
-            path = draft.text(*loc, index)
+    for loc in (LICENSE_FILES_FIELD, BASE_FILES_FIELD):
+        for index in range(parsed.count(*loc)):
+            path = parsed.text(*loc, index)
             if path is not None:
                 entries.append(((*loc, index), PurePosixPath(path).name))
     counts: Counter[str] = Counter()
@@ -265,6 +283,8 @@ def _license_names(draft: Draft) -> Iterator[Finding]:
         folded = name.casefold()
         counts[folded] += 1
         if folded in _BRANCH_FILES or folded.endswith(_WEIGHT_SUFFIXES):
-            yield Finding(draft.at(*loc), f"a licence file cannot be named {name!r}: the build writes that file")
+            yield LocatedProblem(
+                parsed.at(*loc), f"a licence file cannot be named {name!r}: the build writes that file"
+            )
         elif counts[folded] > 1:
-            yield Finding(draft.at(*loc), f"two licence files are named {name!r}")
+            yield LocatedProblem(parsed.at(*loc), f"two licence files are named {name!r}")

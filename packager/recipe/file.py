@@ -1,33 +1,54 @@
 """Stage 1, recipe: read a recipe file, and report every problem in it at once with its line and column."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from packager.errors import Problem, RecipeError
+from packager.model.architecture import Architecture
 from packager.recipe import Recipe
 from packager.recipe.checks import check
-from packager.recipe.draft import read
+from packager.recipe.model_fit import ModelConfig, read_model_config
+from packager.recipe.parsed_recipe import read
 from packager.recipe.paths import locate, path_problem
-from packager.recipe.yaml import MAX_BYTES, Finding, decode, parse
+from packager.recipe.yaml import MAX_BYTES, LocatedProblem, decode, parse
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeFile:
-    """A recipe and the file it was read from."""
+    """A recipe, the file it was read from, and the base model's config.json that the recipe names.
+
+    Attributes:
+        path: the recipe's file.
+        recipe: the recipe.
+        config: the base model's config.json: of the local folder, or the copy in the recipe's folder.
+        architecture: the shapes that `config` describes.
+    """
 
     path: Path
     recipe: Recipe
+    config: Mapping[str, object]
+    architecture: Architecture
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read and validate a recipe file.
 
         Raises:
-            RecipeError: the file cannot be read, or something in it is wrong; carries every problem.
+            RecipeError: the file cannot be read, or something in it is wrong; carries every problem, in the file's
+                order.
         """
-        return cls(path=path, recipe=load_recipe(path))
+        recipe, model, located = _judge(_read(path), path.parent)
+        if recipe is not None and isinstance(model, ModelConfig) and not located:
+            return cls(path=path, recipe=recipe, config=model.config, architecture=model.architecture)
+        problems = [
+            Problem(where=f"{path}:{problem.at.line}:{problem.at.column}", message=problem.message, hint=problem.hint)
+            for problem in sorted(located)
+        ]
+        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise RecipeError(f"the recipe {path} has {count}", problems)
 
     @property
     def folder(self) -> Path:
@@ -50,32 +71,23 @@ class RecipeFile:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read and validate a recipe file.
-
-    Raises:
-        RecipeError: the file cannot be read, or something in it is wrong; carries every problem, in the file's order.
-    """
-    recipe, findings = _judge(_read(path), path.parent)
-    if recipe is not None and not findings:
-        return recipe
-    problems = [
-        Problem(where=f"{path}:{finding.at.line}:{finding.at.column}", message=finding.message, hint=finding.hint)
-        for finding in sorted(findings)
-    ]
-    count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-    raise RecipeError(f"the recipe {path} has {count}", problems)
+    """Read and validate a recipe file; see `RecipeFile.load`."""
+    return RecipeFile.load(path).recipe
 
 
-def _judge(data: bytes, folder: Path) -> tuple[Recipe | None, list[Finding]]:
-    """Return the recipe, and everything that is wrong with it."""
-    text, findings = decode(data)
-    if findings:
-        return None, findings
-    root, findings = parse(text)
+def _judge(
+    data: bytes, folder: Path
+) -> tuple[Recipe | None, ModelConfig | LocatedProblem | None, list[LocatedProblem]]:
+    """Return the recipe, the base model's config.json, and everything that is wrong with them."""
+    text, problems = decode(data)
+    if problems:
+        return None, None, problems
+    root, problems = parse(text)
     if root is None:
-        return None, findings
-    draft = read(root)
-    return draft.recipe, [*findings, *draft.findings, *check(draft, folder)]
+        return None, None, problems
+    parsed = read(root)
+    model = read_model_config(parsed, folder)
+    return parsed.recipe, model, [*problems, *parsed.problems, *check(parsed, folder, model)]
 
 
 def _read(path: Path) -> bytes:

@@ -38,9 +38,9 @@ def schema_text() -> str:
     return json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def write_schema(arguments: Sequence[str] | None = None) -> int:
     """Print the schema, or write it, or check that a file is in step with the models."""
-    parser = argparse.ArgumentParser(prog="python -m packager.recipe.schema", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m packager.recipe.schema", description=write_schema.__doc__)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--write", metavar="FILE", type=Path, help="write the schema to FILE")
     group.add_argument("--check", metavar="FILE", type=Path, help="exit 1 if FILE is not the schema of the models")
@@ -60,4 +60,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_schema())

@@ -54,7 +54,7 @@ class Position(NamedTuple):
     column: int
 
 
-class Finding(NamedTuple):
+class LocatedProblem(NamedTuple):
     """A problem whose file is still to be named; sorts by position."""
 
     at: Position
@@ -87,26 +87,28 @@ class Node:
         return self.content
 
 
-def decode(data: bytes) -> tuple[str, list[Finding]]:
+def decode(data: bytes) -> tuple[str, list[LocatedProblem]]:
     """Return the text of a recipe file, and what must not be in any text file."""
     start = Position(1, 1)
     if len(data) > MAX_BYTES:
-        return "", [Finding(start, f"the file is larger than {MAX_BYTES // 1024} KiB", "a recipe has a few KiB")]
+        return "", [LocatedProblem(start, f"the file is larger than {MAX_BYTES // 1024} KiB", "a recipe has a few KiB")]
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = error.object[: error.start]
         head = before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")
         at = Position(before.count(b"\n") + 1, len(head) + 1)
-        return "", [Finding(at, f"byte 0x{data[error.start]:02x} is not UTF-8", "save the file as UTF-8")]
+        return "", [LocatedProblem(at, f"byte 0x{data[error.start]:02x} is not UTF-8", "save the file as UTF-8")]
     return text, [
-        Finding(Position(number, match.start() + 1), f"the invisible character U+{ord(match.group()):04X} is refused")
+        LocatedProblem(
+            Position(number, match.start() + 1), f"the invisible character U+{ord(match.group()):04X} is refused"
+        )
         for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1)
         for match in _HIDDEN_IN_FILE.finditer(line)
     ]
 
 
-def parse(text: str) -> tuple[Node | None, list[Finding]]:
+def parse(text: str) -> tuple[Node | None, list[LocatedProblem]]:
     """Compose one YAML document.
 
     Returns:
@@ -117,23 +119,23 @@ def parse(text: str) -> tuple[Node | None, list[Finding]]:
         for event in _events(text):
             composer.take(event)
     except _StopError as stop:
-        composer.findings.append(stop.finding)
-        return None, composer.findings
+        composer.problems.append(stop.problem)
+        return None, composer.problems
     if composer.root is None:
-        composer.findings.append(Finding(Position(1, 1), "the recipe is empty"))
-    return composer.root, composer.findings
+        composer.problems.append(LocatedProblem(Position(1, 1), "the recipe is empty"))
+    return composer.root, composer.problems
 
 
 class _StopError(Exception):
     """Reading cannot go on."""
 
-    def __init__(self, finding: Finding) -> None:
-        super().__init__(finding.message)
-        self.finding = finding
+    def __init__(self, problem: LocatedProblem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
 
 
 def _events(text: str) -> Iterator[Event]:
-    """Yield the parser's events; its errors become a finding."""
+    """Yield the parser's events; its errors become a problem."""
     last = Position(1, 1)
     try:
         for event in YAML(typ="safe", pure=True, plug_ins=[]).parse(text):
@@ -141,11 +143,11 @@ def _events(text: str) -> Iterator[Event]:
             yield event
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise _StopError(Finding(_position(mark) if mark else last, *_syntax(error))) from error
+        raise _StopError(LocatedProblem(_position(mark) if mark else last, *_syntax(error))) from error
     except (YAMLError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         # The scanner lets a few of its own mistakes out, e.g. OverflowError for "\UFFFFFFFF".
         message = "this is not valid YAML, here or a little further down"
-        raise _StopError(Finding(last, message, f"the parser says {type(error).__name__}: {error}")) from error
+        raise _StopError(LocatedProblem(last, message, f"the parser says {type(error).__name__}: {error}")) from error
 
 
 def _syntax(error: MarkedYAMLError) -> tuple[str, str]:
@@ -191,7 +193,7 @@ class _Composer:
 
     text: str
     root: Node | None = None
-    findings: list[Finding] = field(default_factory=list)
+    problems: list[LocatedProblem] = field(default_factory=list)
     stack: list[_Open] = field(default_factory=list)
     num_nodes: int = 0
     num_documents: int = 0
@@ -207,17 +209,21 @@ class _Composer:
         elif isinstance(event, AliasEvent | CollectionStartEvent | ScalarEvent):
             self.num_nodes += 1
             if self.num_nodes > MAX_NODES:
-                raise _StopError(Finding(_position(event.start_mark), f"the recipe has more than {MAX_NODES} values"))
+                raise _StopError(
+                    LocatedProblem(_position(event.start_mark), f"the recipe has more than {MAX_NODES} values")
+                )
             self._value(event)
 
     def _document(self, event: DocumentStartEvent) -> None:
         at = _position(event.start_mark)
         self.num_documents += 1
         if self.num_documents > 1:
-            raise _StopError(Finding(at, "a second document starts here", "a recipe is one YAML document"))
+            raise _StopError(LocatedProblem(at, "a second document starts here", "a recipe is one YAML document"))
         for number, line in enumerate(self.text.splitlines()[: at.line - 1], start=1):
             if line.startswith("%"):
-                self.findings.append(Finding(Position(number, 1), "YAML directives are refused", "delete this line"))
+                self.problems.append(
+                    LocatedProblem(Position(number, 1), "YAML directives are refused", "delete this line")
+                )
 
     def _value(self, event: AliasEvent | CollectionStartEvent | ScalarEvent) -> None:
         """Start or finish the value of `event`."""
@@ -242,21 +248,25 @@ class _Composer:
     def _refuse(self, event: AliasEvent | CollectionStartEvent | ScalarEvent, node: Node) -> None:
         """Report what a recipe may not use, whatever the value is."""
         if isinstance(event, AliasEvent):
-            self.findings.append(Finding(node.at, f"the alias *{event.anchor} is refused", "write the value out"))
+            self.problems.append(
+                LocatedProblem(node.at, f"the alias *{event.anchor} is refused", "write the value out")
+            )
             node.usable = False
             return
         if event.anchor is not None:
-            self.findings.append(Finding(node.at, f"the anchor &{event.anchor} is refused", "write every value out"))
+            self.problems.append(
+                LocatedProblem(node.at, f"the anchor &{event.anchor} is refused", "write every value out")
+            )
         if event.tag is not None:
             tag = str(event.tag).replace("tag:yaml.org,2002:", "!!")
-            self.findings.append(Finding(node.at, f"the tag {quoted(tag)} is refused", "write the plain value"))
+            self.problems.append(LocatedProblem(node.at, f"the tag {quoted(tag)} is refused", "write the plain value"))
             node.usable = False
 
     def _open(self, event: CollectionStartEvent, node: Node, *, is_key: bool) -> None:
         if len(self.stack) >= MAX_DEPTH:
-            raise _StopError(Finding(node.at, f"values are nested more than {MAX_DEPTH} levels deep"))
+            raise _StopError(LocatedProblem(node.at, f"values are nested more than {MAX_DEPTH} levels deep"))
         if is_key:
-            self.findings.append(Finding(node.at, "a key must be text, got a list or a mapping"))
+            self.problems.append(LocatedProblem(node.at, "a key must be text, got a list or a mapping"))
             self.stack[-1].key = _Key(at=node.at, name=None)
         node.content = {} if isinstance(event, MappingStartEvent) else []
         self.stack.append(_Open(node=node, is_key=is_key))
@@ -275,7 +285,7 @@ class _Composer:
                 return
             message, hint = f"the number {quoted(text)} is too large", "quote it if it is text"
         node.content, node.usable = None, False
-        self.findings.append(Finding(node.at, message, hint))
+        self.problems.append(LocatedProblem(node.at, message, hint))
 
     def _key(self, event: AliasEvent | ScalarEvent, node: Node, siblings: dict[str, Node]) -> _Key:
         """Return the key that `node` is, without a name when it may not be used."""
@@ -285,13 +295,13 @@ class _Composer:
         name = node.content
         if not isinstance(name, str):
             got = quoted(str(event.value)) if isinstance(event, ScalarEvent) and event.value else "nothing"
-            self.findings.append(Finding(node.at, f"a key must be text, got {got}"))
+            self.problems.append(LocatedProblem(node.at, f"a key must be text, got {got}"))
         elif name == "<<":
-            self.findings.append(Finding(node.at, "merge keys (<<) are refused", "write every value out"))
+            self.problems.append(LocatedProblem(node.at, "merge keys (<<) are refused", "write every value out"))
         elif name in siblings:
             first = siblings[name].key_at
             message = f"the key {quoted(name)} is given twice"
-            self.findings.append(Finding(node.at, message, f"it is first given at line {first.line}"))
+            self.problems.append(LocatedProblem(node.at, message, f"it is first given at line {first.line}"))
         else:
             key.name = name
         return key

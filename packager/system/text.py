@@ -4,7 +4,6 @@ import json
 
 _MAX_MESSAGE = 600
 _MAX_VALUE = 80
-_MAX_SHORT = 40
 _MAX_QUOTED = 60
 
 
@@ -41,12 +40,6 @@ def printable_lines(text: str) -> str:
 def quoted(text: str) -> str:
     """Return a text in quotes, escaped, cut to 60 characters."""
     return repr(text if len(text) <= _MAX_QUOTED else text[: _MAX_QUOTED - 3] + "...")
-
-
-def shortened(value: object) -> str:
-    """Return any value in JSON's spelling, cut to 40 characters."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= _MAX_SHORT else text[: _MAX_SHORT - 3] + "..."
 
 
 def shown(value: object) -> str:

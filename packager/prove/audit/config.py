@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from packager.errors import PlanError
 from packager.model.architecture import FAMILIES, Architecture, read_architecture
+from packager.model.checkpoint import PORTABLE_KEYS
 from packager.model.config_values import DTYPES
 from packager.model.rope import misread
 from packager.prove.audit.files import JsonObject, as_object
@@ -13,11 +14,6 @@ from packager.prove.audit.finding import Findings
 from packager.prove.audit.weights import DEFAULT_STEM, Weights
 from packager.receipt import CONFIG, QUANTIZE_CONFIG
 from packager.system.text import shown
-
-PORTABLE_KEYS = (
-    "bits", "group_size", "damp_percent", "desc_act", "sym", "true_sequential", "model_name_or_path",
-    "model_file_base_name",
-)  # fmt: skip
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _MAX_WHOLE = 1 << 31

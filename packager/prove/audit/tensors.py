@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from packager.model.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, LinearSpec, quantized_tensors
+from packager.model.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, LinearSpec
+from packager.model.checkpoint import quantized_tensors
 from packager.model.safetensors_file import StoredTensor
 from packager.prove.audit.config import Declared
 from packager.prove.audit.finding import Findings

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from packager.errors import PackagerError, PublishError
 from packager.publish.targets.git_process import Answer, GitProcess
-from packager.recipe.sections import has_credentials
+from packager.recipe.field_groups import has_credentials
 from packager.system.files import TEMPORARY_PREFIX, fsync_folder, write_atomic
 from packager.variant import MAIN
 

@@ -15,8 +15,7 @@ from packager.model.architecture import Architecture
 from packager.prove.loaders import ISOLATED
 from packager.quantize.engines import legacy_config
 from packager.receipt import LinearRecord
-from packager.variant import Engine as EngineName
-from packager.variant import Variant
+from packager.variant import EngineName, Variant
 
 if TYPE_CHECKING:
     from packager.quantize.sweep import QuantizeJob, Report

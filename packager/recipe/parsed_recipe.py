@@ -1,6 +1,6 @@
 """A recipe while it is being judged: the nodes of the file and what the models say of them.
 
-The models' findings become plain sentences with a position, and the parts that are good stay readable, so that the
+The models' problems become plain sentences with a position, and the parts that are good stay readable, so that the
 checks across fields run even when something else is wrong.
 """
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from packager.recipe import PATTERN_MEANINGS, Recipe
-from packager.recipe.yaml import Finding, Node, Position, Scalar
+from packager.recipe.yaml import LocatedProblem, Node, Position, Scalar
 from packager.system.text import quoted
 
 Loc = tuple[str | int, ...]
@@ -22,7 +22,7 @@ Loc = tuple[str | int, ...]
 SCHEMA_VERSION: Final = 1
 
 
-class State(enum.Enum):
+class Unreadable(enum.Enum):
     """Why a value cannot be read: it is not there (or null), or it is there and wrong."""
 
     ABSENT = enum.auto()
@@ -30,43 +30,43 @@ class State(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft:
-    """The nodes of a recipe, its model when every field is good, and the findings of the models.
+class ParsedRecipe:
+    """The nodes of a recipe, its model when every field is good, and the problems of the models.
 
     Attributes:
         root: the document.
         recipe: None when a field is wrong.
-        findings: what the models refuse.
+        problems: what the models refuse.
         wrong: the locations whose values were refused.
     """
 
     root: Node
     recipe: Recipe | None
-    findings: tuple[Finding, ...]
+    problems: tuple[LocatedProblem, ...]
     wrong: frozenset[Loc]
 
-    def node(self, *loc: str | int) -> Node | State:
+    def node(self, *loc: str | int) -> Node | Unreadable:
         """Return the node at `loc`, or why it cannot be used."""
         found = _walk(self.root, loc)
         if any(loc[:depth] in self.wrong or not node.usable for depth, node in enumerate(found)):
-            return State.WRONG
+            return Unreadable.WRONG
         if len(found) == len(loc) + 1:
             return found[-1]
-        return State.ABSENT if isinstance(found[-1].content, dict) else State.WRONG
+        return Unreadable.ABSENT if isinstance(found[-1].content, dict) else Unreadable.WRONG
 
-    def get(self, *loc: str | int) -> Scalar | State:
+    def get(self, *loc: str | int) -> Scalar | Unreadable:
         """Return the scalar at `loc`, or why there is none."""
         node = self.node(*loc)
-        if isinstance(node, State):
+        if isinstance(node, Unreadable):
             return node
         if isinstance(node.content, list | dict):
-            return State.WRONG
-        return State.ABSENT if node.content is None else node.content
+            return Unreadable.WRONG
+        return Unreadable.ABSENT if node.content is None else node.content
 
     def number(self, section: str, name: str) -> int | None:
         """Return a whole number of a section that is there, or its default; None when it is wrong."""
         value = self.get(section, name)
-        if value is State.ABSENT and isinstance(self.node(section), Node):
+        if value is Unreadable.ABSENT and isinstance(self.node(section), Node):
             value = _model_at((section,)).model_fields[name].default
         return value if isinstance(value, int) else None
 
@@ -78,7 +78,7 @@ class Draft:
     def keys(self, *loc: str | int) -> frozenset[str] | None:
         """Return the keys of the mapping at `loc` that hold something; None when it is no mapping."""
         node = self.node(*loc)
-        if isinstance(node, State) or not isinstance(node.content, dict):
+        if isinstance(node, Unreadable) or not isinstance(node.content, dict):
             return None
         return frozenset(key for key, child in node.content.items() if child.content is not None or not child.usable)
 
@@ -97,22 +97,22 @@ class Draft:
         return _walk(self.root, loc)[-1].key_at
 
 
-def read(root: Node) -> Draft:
+def read(root: Node) -> ParsedRecipe:
     """Validate a document against the models."""
     if not isinstance(root.content, dict):
-        finding = Finding(root.at, f"a recipe is a mapping of keys to values, got {got(root)}")
-        return Draft(root=root, recipe=None, findings=(finding,) if root.usable else (), wrong=frozenset({()}))
+        problem = LocatedProblem(root.at, f"a recipe is a mapping of keys to values, got {got(root)}")
+        return ParsedRecipe(root=root, recipe=None, problems=(problem,) if root.usable else (), wrong=frozenset({()}))
     if other_version := _version_problem(root.content.get("schema_version")):
         # Another version may well have other keys: complaints about them would mislead.
-        return Draft(root=root, recipe=None, findings=(other_version,), wrong=frozenset({()}))
+        return ParsedRecipe(root=root, recipe=None, problems=(other_version,), wrong=frozenset({()}))
     try:
         recipe = Recipe.model_validate(root.plain())
     except ValidationError as error:
         errors = [item for item in error.errors(include_url=False) if _concerns_a_field(root, item)]
         wrong = frozenset(item["loc"] for item in errors if item["type"] not in {"missing", "extra_forbidden"})
-        findings = tuple(_finding(root, item) for item in errors)
-        return Draft(root=root, recipe=None, findings=findings, wrong=wrong)
-    return Draft(root=root, recipe=recipe, findings=(), wrong=frozenset())
+        problems = tuple(_located(root, item) for item in errors)
+        return ParsedRecipe(root=root, recipe=None, problems=problems, wrong=wrong)
+    return ParsedRecipe(root=root, recipe=recipe, problems=(), wrong=frozenset())
 
 
 def name_of(loc: Sequence[str | int]) -> str:
@@ -159,12 +159,12 @@ def _walk(root: Node, loc: Loc) -> list[Node]:
     return found
 
 
-def _version_problem(node: Node | None) -> Finding | None:
+def _version_problem(node: Node | None) -> LocatedProblem | None:
     if node is None or not isinstance(node.content, int) or isinstance(node.content, bool):
         return None
     if node.content == SCHEMA_VERSION:
         return None
-    return Finding(
+    return LocatedProblem(
         node.at,
         f"schema_version {node.content} is not known: this packager reads schema_version {SCHEMA_VERSION}",
         "use a packager of that version, or bring the recipe to this one",
@@ -179,13 +179,13 @@ def _concerns_a_field(root: Node, error: ErrorDetails) -> bool:
     return error["type"] != "value_error" or not isinstance(found[-1].content, dict)
 
 
-def _finding(root: Node, error: ErrorDetails) -> Finding:
+def _located(root: Node, error: ErrorDetails) -> LocatedProblem:
     """Reword one of the models' errors."""
     loc, context = error["loc"], error.get("ctx", {})
     found = _walk(root, loc)
     if error["type"] == "missing":
         field = _model_at(loc[:-1]).model_fields[str(loc[-1])]
-        return Finding(found[-1].key_at, f"{name_of(loc)} is missing", field.description or "")
+        return LocatedProblem(found[-1].key_at, f"{name_of(loc)} is missing", field.description or "")
     if error["type"] == "extra_forbidden":
         return _unknown_key(found[-1], loc)
     node = found[-1]
@@ -193,10 +193,10 @@ def _finding(root: Node, error: ErrorDetails) -> Finding:
     message = f"{name_of(loc)} {rule}" if rule else f"{name_of(loc)}: {error['msg']}"
     if not isinstance(node.content, str) or len(node.content) <= 60:
         message += f", got {got(node)}"
-    return Finding(node.at, message, _hint(error["type"], node, context))
+    return LocatedProblem(node.at, message, _hint(error["type"], node, context))
 
 
-def _unknown_key(node: Node, loc: Loc) -> Finding:
+def _unknown_key(node: Node, loc: Loc) -> LocatedProblem:
     """Report a key that no model knows, with the key it may have meant to be or the place it belongs to."""
     key, inside = str(loc[-1]), name_of(loc[:-1])
     message = f"unknown key {quoted(key)}" + (f" in {inside}" if inside else "")
@@ -206,8 +206,8 @@ def _unknown_key(node: Node, loc: Loc) -> Finding:
         if name != loc[0] and key in getattr(_model_at((name,)), "model_fields", ())
     ]
     if homes and len(homes) <= 2:
-        return Finding(node.key_at, message, f"it belongs in {' or '.join(homes)}")
-    return Finding(node.key_at, message, suggestion(key, tuple(_model_at(loc[:-1]).model_fields)))
+        return LocatedProblem(node.key_at, message, f"it belongs in {' or '.join(homes)}")
+    return LocatedProblem(node.key_at, message, suggestion(key, tuple(_model_at(loc[:-1]).model_fields)))
 
 
 def _model_at(loc: Loc) -> type[BaseModel]:

@@ -1,0 +1,174 @@
+"""A quantized checkpoint: which variants fit a model, its tensors, its weights files and its portable config keys.
+
+docs/reference/format.md has the format. No torch here: `plan` must stay fast.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+from packager.errors import PlanError
+from packager.model.architecture import Architecture, LinearSpec
+from packager.model.safetensors_file import TensorInfo, predicted_bytes
+from packager.variant import Variant, num_groups
+
+# The parameters that AutoGPTQ <= 0.3.2 accepts in quantize_config.json; it raises TypeError on any other key.
+PORTABLE_PARAMETERS = ("bits", "group_size", "damp_percent", "desc_act", "sym", "true_sequential")
+PORTABLE_KEYS = (*PORTABLE_PARAMETERS, "model_name_or_path", "model_file_base_name")
+WORD_BITS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitProblem:
+    """A parameter that does not fit the linears of a model: what is wrong, and what would fit ("" where unknown)."""
+
+    parameter: Literal["bits", "group_size"]
+    message: str
+    hint: str = ""
+
+
+def fit_problems(
+    architecture: Architecture, *, bits: int | None = None, group_size: int | None = None
+) -> Iterator[FitProblem]:
+    """Yield which of the given parameters of a variant do not fit a model.
+
+    group_size must divide the in_features of every linear; in_features and out_features values of `bits` bits must
+    fill whole 32-bit words, as qweight packs rows and qzeros packs columns.
+    """
+    linears = architecture.block_linears
+    if group_size is not None and (message := _group_size_message(group_size, linears)):
+        yield FitProblem(parameter="group_size", message=message, hint=_fitting(linears))
+    if bits is not None and (message := _bits_message(bits, linears)):
+        yield FitProblem(parameter="bits", message=message)
+
+
+def length_problem(architecture: Architecture, key: str, seq_len: int) -> str:
+    """Return why token rows of `seq_len`, asked for by the recipe's `key`, are too long for a model, or ""."""
+    limit = architecture.max_position_embeddings
+    return f"{key} {seq_len} is more than the {limit} positions of the base model" if seq_len > limit else ""
+
+
+def _group_size_message(group_size: int, linears: Sequence[LinearSpec]) -> str:
+    misfits: dict[int, list[str]] = {}
+    for linear in linears:
+        if group_size != -1 and linear.in_features % group_size:
+            misfits.setdefault(linear.in_features, []).append(_short_name(linear))
+    parts = [f"the {in_features} in_features of {', '.join(names)}" for in_features, names in misfits.items()]
+    return f"group_size {group_size} does not divide {' and '.join(parts)}" if parts else ""
+
+
+def _bits_message(bits: int, linears: Sequence[LinearSpec]) -> str:
+    names = [
+        _short_name(linear)
+        for linear in linears
+        if any(features * bits % WORD_BITS for features in (linear.in_features, linear.out_features))
+    ]
+    return f"{bits}-bit values of {', '.join(names)} do not fill {WORD_BITS}-bit words" if names else ""
+
+
+def _short_name(linear: LinearSpec) -> str:
+    return linear.name.rpartition(".")[2]
+
+
+def _fitting(linears: Sequence[LinearSpec]) -> str:
+    common = math.gcd(*(linear.in_features for linear in linears))
+    sizes = [str(8 << shift) for shift in range(8) if common % (8 << shift) == 0]
+    return f"these fit every linear: {', '.join(['-1', *sizes])}"
+
+
+def quantized_tensors(linear: LinearSpec, *, bits: int, group_size: int) -> tuple[TensorInfo, ...]:
+    """Return the tensors that replace a linear's weight and bias; docs/reference/format.md describes each."""
+    rows, columns = linear.in_features, linear.out_features
+    groups = num_groups(rows, group_size)
+    stored = [
+        TensorInfo(name=f"{linear.name}.qweight", dtype="I32", shape=(rows * bits // WORD_BITS, columns)),
+        TensorInfo(name=f"{linear.name}.qzeros", dtype="I32", shape=(groups, columns * bits // WORD_BITS)),
+        TensorInfo(name=f"{linear.name}.scales", dtype="F16", shape=(groups, columns)),
+        TensorInfo(name=f"{linear.name}.g_idx", dtype="I32", shape=(rows,)),
+    ]
+    if linear.bias:
+        stored.append(TensorInfo(name=f"{linear.name}.bias", dtype="F16", shape=(columns,)))
+    return tuple(stored)
+
+
+def checkpoint_tensors(architecture: Architecture, variant: Variant) -> tuple[TensorInfo, ...]:
+    """Return every tensor of a variant's checkpoint in the base checkpoint's order.
+
+    Linears become qweight, qzeros, scales, g_idx (and bias in F16 where the base has one); the rest keeps the base
+    model's dtype; lm_head is not quantized.
+    """
+    linears = {linear.name: linear for linear in architecture.linears}
+    tensors: list[TensorInfo] = []
+    for tensor in architecture.tensors:
+        module, _, kind = tensor.name.rpartition(".")
+        if module not in linears:
+            tensors.append(tensor)
+        elif kind == "weight":
+            tensors.extend(quantized_tensors(linears[module], bits=variant.bits, group_size=variant.group_size))
+    return tuple(tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One weights file: its name, its tensors and its exact size, header included."""
+
+    file_name: str
+    tensors: tuple[TensorInfo, ...]
+    size_bytes: int
+
+
+def split_shards(tensors: Iterable[TensorInfo], max_shard_bytes: int, weights_name: str) -> tuple[Shard, ...]:
+    """Distribute tensors over files of at most `max_shard_bytes`, in order, the tensors of one module together.
+
+    Args:
+        tensors: in the order of `checkpoint_tensors`; a module's tensors follow each other.
+        max_shard_bytes: largest file, header included.
+        weights_name: `model` gives model.safetensors, or model-00001-of-00003.safetensors and so on.
+
+    Raises:
+        PlanError: a module is larger than `max_shard_bytes`.
+    """
+    empty = filled = predicted_bytes(()) + 8
+    longest_offsets = 2 * len(str(max_shard_bytes))
+    parts: list[list[TensorInfo]] = [[]]
+    for module, members in groupby(tensors, key=lambda tensor: tensor.name.rpartition(".")[0]):
+        group = list(members)
+        # A header entry has at most 50 characters besides name, shape and offsets: a file can only be smaller.
+        entries = sum(50 + len(json.dumps(t.name)) + len(str(t.shape)) + longest_offsets for t in group)
+        needed = entries + sum(tensor.size_bytes for tensor in group)
+        if empty + needed > max_shard_bytes:
+            raise PlanError(
+                f"{module} does not fit into one weights file",
+                where="checkpoint.max_shard_bytes",
+                why=f"its tensors need a file of {empty + needed} bytes, the limit is {max_shard_bytes}",
+                hint="raise checkpoint.max_shard_bytes",
+            )
+        if filled + needed > max_shard_bytes:
+            parts.append([])
+            filled = empty
+        parts[-1].extend(group)
+        filled += needed
+    return tuple(
+        Shard(
+            file_name=_file_name(weights_name, number, len(parts)),
+            tensors=tuple(part),
+            size_bytes=predicted_bytes(part),
+        )
+        for number, part in enumerate(parts, start=1)
+    )
+
+
+def _file_name(weights_name: str, number: int, count: int) -> str:
+    return f"{weights_name}.safetensors" if count == 1 else f"{weights_name}-{number:05d}-of-{count:05d}.safetensors"
+
+
+def shard_index(shards: Sequence[Shard]) -> bytes:
+    """Return the content of `<weights_name>.safetensors.index.json`: the total size and each tensor's file."""
+    content = {
+        "metadata": {"total_size": sum(tensor.size_bytes for shard in shards for tensor in shard.tensors)},
+        "weight_map": {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors},
+    }
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

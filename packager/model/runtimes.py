@@ -1,0 +1,89 @@
+"""The runtimes that read GPTQ checkpoints: the one table of their names, titles and versions.
+
+`packager/model/compatibility.py` has the rules of every runtime, `packager/prove/loaders` the scripts that run some.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+# The runtimes that a build can run, as recipes name them. `RUNTIMES` has a probe for each of them and for no other.
+LoaderName = Literal["autogptq", "transformers", "exllamav2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """How a build runs a runtime.
+
+    Attributes:
+        script: the stand-alone program, a file of packager/prove/loaders.
+        versions: of the runtime and of what it needs, as its lock pins them.
+        devices: of "cpu" and "cuda", those it can compute on.
+    """
+
+    script: str
+    versions: str
+    devices: frozenset[Literal["cpu", "cuda"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """A program that loads GPTQ checkpoints.
+
+    Attributes:
+        name: in recipes and receipts.
+        title: for people, without a version.
+        version: the versions that the rules are about; "" for all known ones.
+        kernel: the kernel that the rules are about, where a runtime has several.
+        probe: how a build runs it; None for a runtime that is only predicted.
+    """
+
+    name: str
+    title: str
+    version: str = ""
+    kernel: str = ""
+    probe: Probe | None = None
+
+    @property
+    def label(self) -> str:
+        """The title with version and kernel, e.g. `AutoGPTQ 0.7.1`."""
+        return " ".join(filter(None, (self.title, self.version, f"({self.kernel})" if self.kernel else "")))
+
+
+RUNTIMES: Mapping[str, Runtime] = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime(
+            name="autogptq",
+            title="AutoGPTQ",
+            version="0.7.1",
+            probe=Probe(
+                script="autogptq_probe.py",
+                versions="0.7.1 with transformers 4",
+                devices=frozenset({"cpu", "cuda"}),
+            ),
+        ),
+        Runtime(name="exllama", title="ExLlama", version="v1"),
+        Runtime(
+            name="exllamav2",
+            title="ExLlamaV2",
+            version="0.3.2",
+            probe=Probe(script="exllamav2_probe.py", versions="0.3.2", devices=frozenset({"cuda"})),
+        ),
+        Runtime(name="gptq-for-llama", title="GPTQ-for-LLaMa"),
+        Runtime(
+            name="transformers",
+            title="Transformers",
+            version="5",
+            probe=Probe(
+                script="transformers_probe.py",
+                versions="5.23 with GPTQModel 7.7",
+                devices=frozenset({"cpu", "cuda"}),
+            ),
+        ),
+        Runtime(name="gptqmodel-marlin", title="GPTQModel", version="7.7", kernel="Marlin"),
+        Runtime(name="vllm", title="vLLM"),
+        Runtime(name="sglang", title="SGLang"),
+        Runtime(name="tgi", title="TGI"),
+    )
+}
