@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console
@@ -15,10 +15,11 @@ from rich.console import Console
 from packager.cli.plan_view import plan_json, print_plan
 from packager.errors import PlanError, SourceError
 from packager.model.architecture import read_architecture
-from packager.model.compatibility import verdicts
+from packager.model.compatibility import RUNTIME_RULES, verdicts
 from packager.model.config_values import read_config
-from packager.model.runtimes import RUNTIMES
+from packager.model.runtimes import RUNTIMES, LoaderName
 from packager.pipeline.plan import BuildPlan, describe, make_plan
+from packager.prove.loaders import LOADERS
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, Workload, choose_sweep
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
@@ -334,6 +335,14 @@ def test_every_refusal_has_its_reason_and_traps_are_told() -> None:
     assert "float16 only" in answers(sym=False)["sglang"][1]
     for parameters in ({"bits": 3, "desc_act": True}, {"sym": False, "group_size": 160}):
         assert all(reason for can_load, reason in answers(**parameters).values() if not can_load)
+
+
+def test_one_table_names_the_runtimes() -> None:
+    proven = {name for name, runtime in RUNTIMES.items() if runtime.probe is not None}
+    assert set(get_args(LoaderName)) == proven == LOADERS.keys()
+    assert list(RUNTIME_RULES) == list(RUNTIMES)
+    assert [runtime.name for runtime in RUNTIMES.values()] == list(RUNTIMES)
+    assert all(spec.script.is_file() for spec in LOADERS.values())
 
 
 def test_the_tables_show_every_figure_and_reason(tmp_path: Path) -> None:
