@@ -1,7 +1,7 @@
 """The error tree: every failure a user can meet, each class with its own exit code.
 
-An error says what happened, where, why, and what to do about it. `cli.py` is the one place that catches these
-and turns them into an exit status; third-party errors are translated into one of these where they are raised.
+An error names what happened, where, why, and what to do about it. `packager/cli/main.py` alone catches these and turns
+them into an exit status. Third-party errors are translated into one of these where they are raised.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ class PackagerError(Exception):
     """A failure with an explanation.
 
     Args:
-        what: one sentence, what could not be done.
+        what: one sentence: the action that failed.
         where: the file, `file:line:column`, branch or linear concerned.
         why: the cause, as far as it is known.
-        hint: what the user can do next.
+        hint: the next step for the user.
     """
 
     exit_code = 1
@@ -39,7 +39,7 @@ class PackagerError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One finding in a file a person wrote: where it is, what is wrong, what to do."""
+    """One problem in a file that a person wrote: its position, a message, and a hint."""
 
     where: str
     message: str
@@ -75,7 +75,7 @@ class PlanError(PackagerError):
 
 
 class SourceError(PackagerError):
-    """The base model cannot be read, or is not what the recipe says."""
+    """The base model cannot be read, or differs from the recipe."""
 
     exit_code = 3
 
@@ -99,19 +99,19 @@ class PackError(PackagerError):
 
 
 class AuditError(PackagerError):
-    """A checkpoint folder does not keep the format's contract."""
+    """A checkpoint folder violates the format: docs/reference/format.md."""
 
     exit_code = 7
 
 
 class LoaderError(PackagerError):
-    """A runtime failed to open a checkpoint, or computed something else."""
+    """A runtime failed to open a checkpoint, or computed other values."""
 
     exit_code = 8
 
 
 class LoaderUnavailableError(LoaderError):
-    """A runtime cannot run on this machine; the message says why."""
+    """A runtime cannot run on this machine; the message names the reason."""
 
 
 class CardError(PackagerError):
@@ -121,13 +121,13 @@ class CardError(PackagerError):
 
 
 class PublishError(PackagerError):
-    """The publishing target refused, or is not in the state we left it in."""
+    """The publishing target refused, or changed since it was read."""
 
     exit_code = 10
 
 
 class StateError(PackagerError):
-    """The working or output folder is not what the receipts say: edited, incomplete, or somebody else's."""
+    """The working or output folder differs from the receipts: edited, incomplete, or of another recipe."""
 
     exit_code = 11
 

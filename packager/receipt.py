@@ -1,7 +1,7 @@
-"""What was done and measured: one `Receipt` per variant.
+"""Receipts: the record of one variant's build and measurements, and the names of the files of a branch.
 
-Its `provenance` is published with the branch as provenance.json and holds no time, path or name of this machine, so
-that the same build gives the same bytes; the rest stays in `dist/`.
+The `provenance` of a receipt is published with the branch as provenance.json. It holds no time, path or name of this
+machine, so that the same build gives the same bytes; the rest stays in `dist/`.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ LoaderStatus = Literal["passed", "failed", "not run"]
 
 
 class Record(BaseModel):
-    """Base of everything a receipt holds: unknown keys refused, values frozen."""
+    """Base of all parts of a receipt: unknown keys are refused, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,7 +42,7 @@ class FileRecord(Record):
 
 
 class SourceRecord(Record):
-    """The base model that was read."""
+    """The base model of a build."""
 
     id: str
     revision: str | None
@@ -53,7 +53,7 @@ class SourceRecord(Record):
 
 
 class TextRecord(Record):
-    """Calibration or evaluation rows: where the text came from and the digest of the token ids."""
+    """Calibration or evaluation rows: the source of the text and the digest of the token ids."""
 
     source: str
     revision: str | None
@@ -67,7 +67,7 @@ class TextRecord(Record):
 
 
 class LinearRecord(Record):
-    """One quantized linear: its GPTQ loss per output feature and calibration token, and the damping it took."""
+    """One quantized linear: its GPTQ loss per output feature and calibration token, and the damping it needed."""
 
     name: str
     loss: float
@@ -105,7 +105,7 @@ class QualityRecord(Record):
 
 
 class Provenance(Record):
-    """Everything a reader of a branch may want to check, published as provenance.json."""
+    """The record that is published with a branch as provenance.json, for readers who want to check the branch."""
 
     schema_version: Literal[1] = 1
     repository: str
@@ -129,17 +129,17 @@ class Provenance(Record):
 
     @property
     def place(self) -> Place:
-        """Where the variant is published."""
+        """The repository and branch that the variant is published to."""
         return place_of(self.repository, self.layout, self.branch)
 
 
 class Receipt(Record):
-    """A variant's provenance, and what concerns only this machine.
+    """A variant's provenance, and the facts that concern only this machine.
 
     Attributes:
         stages: for each finished stage (weights, evaluate, verify) the digest of everything that went into it; a stage
-            whose digest is still the same need not run again.
-        seconds: this variant's part of each stage's time.
+            with an unchanged digest need not run again.
+        seconds: this variant's share of each stage's time.
         peak_memory_bytes: of the building process.
     """
 

@@ -10,7 +10,7 @@ Bits = Literal[2, 3, 4, 8]
 EngineName = Literal["native", "auto-gptq"]
 Layout = Literal["branches", "repos"]
 MAX_REPOSITORY_NAME = 96  # on the Hub, without the namespace
-# Parameters that only our own engine knows, and the value that asks nothing of it.
+# Parameters that only our own engine has, each with the value that switches it off.
 NATIVE_ONLY: Mapping[str, object] = {"scale_search": False}
 
 _HEX = re.compile(r"[0-9a-f]{4,40}\Z")
@@ -22,7 +22,7 @@ class Variant:
     """The parameters that determine one branch's weights.
 
     Attributes:
-        branch: the Hub branch, the folder and the name in every log line.
+        branch: the name of the Hub branch and of the folder, used in every log line.
         bits: bits per weight.
         group_size: columns that share a scale; -1 = the whole row.
         desc_act: quantize columns in order of decreasing diag(H) ("act order").
@@ -31,8 +31,8 @@ class Variant:
         damp_percent_limit: how far damping may be raised when a factorisation fails.
         true_sequential: each linear sees inputs made by the already quantized ones before it.
         static_groups: grids are fixed from the original weights, before any column is quantized.
-        scale_search: try smaller scales per group, keep the one with the least weighted squared error.
-        engine: which engine makes it; auto-gptq knows no scale_search, and uses damp_percent as it is.
+        scale_search: try smaller scales per group and keep the one with the least weighted squared error.
+        engine: what quantizes it; auto-gptq has no scale_search and never raises damp_percent.
     """
 
     branch: str
@@ -73,7 +73,7 @@ def branch_problem(branch: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a variant is published.
+    """The repository and branch that a variant is published to.
 
     Attributes:
         repository: namespace/name.
@@ -89,8 +89,8 @@ def place_of(repository: str, layout: Layout, branch: str) -> Place:
 
     Args:
         repository: the recipe's, namespace/name.
-        layout: "branches" keeps all variants in that repository; with "repos" the variant `main` has it for itself and
-            any other one has a repository of the same name and its own behind it.
+        layout: "branches" keeps all variants in that repository. "repos" gives each its own: `main` keeps the name,
+            every other variant appends its branch.
         branch: the variant.
     """
     if layout == "branches":

@@ -135,7 +135,7 @@ def test_every_mistake_of_a_file_is_told_at_once(request, monkeypatch):
         (
             ("branch: main", "branch: base"),
             "13:1: no variant has the branch 'main', which a recipe has exactly once "
-            "(it is what people get who name no branch: add `branch: main` to one variant)",
+            "(readers who name no branch get main: add `branch: main` to one variant)",
         ),
         (
             ("{group_size: 32,", "{branch: main, group_size: 32,"),

@@ -209,10 +209,10 @@ def test_hostile_headers_are_refused(tmp_path: Path, header: object, data: int, 
     assert caught.value.hint
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     one = json.dumps(entry())
     path = make_file(tmp_path / "twice.safetensors", f'{{"a":{one},"a":{one}}}'.encode(), bytes(4))
-    with pytest.raises(SourceError, match="stands twice"):
+    with pytest.raises(SourceError, match="is given twice"):
         read_header(path)
 
 

@@ -1,4 +1,4 @@
-"""The tensors of a decoder model, of its quantized checkpoint and of each weights file, from config.json alone.
+"""Derive the tensors of a decoder model from config.json alone.
 
 Shapes were read from transformers 5.23 (`modeling_{llama,mistral,qwen2,qwen3}.py`) and are compared with it by
 `tests/test_architecture.py`. A new family is one more entry of `FAMILIES`. No torch here: `plan` must stay fast.
@@ -13,10 +13,10 @@ from packager.errors import PlanError
 from packager.model.config_values import MOST_BLOCKS, ConfigReader, shortened
 from packager.model.safetensors_file import TensorInfo
 
-# Buffers that old checkpoints store and every runtime derives again; a quantized branch leaves them out.
+# Buffers that old checkpoints store and every runtime computes itself; a quantized branch leaves them out.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 BLOCK_PREFIX = "model.layers"
-# Linears of a block in order; those of one row see the same input (and so share one Hessian).
+# Linears of a block in order; those of one row share their input, and so one Hessian.
 INPUT_GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -28,16 +28,16 @@ BLOCK_LINEARS = tuple(name for group in INPUT_GROUPS for name in group)
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a model_type makes of the config keys that families do not share.
+    """How a model_type reads the config keys that families read differently.
 
     Attributes:
-        causal_lm: the only class of config.json's `architectures` whose tensor names we know.
+        causal_lm: the only class of config.json's `architectures` with known tensor names.
         qkv_bias: q_proj, k_proj and v_proj always have a bias.
         attention_bias: `attention_bias` gives all four attention linears a bias (ignored by other families).
         mlp_bias: `mlp_bias` gives the three linears of the MLP a bias (ignored by other families).
         qk_norm: queries and keys have an RMSNorm of head_dim each.
         kv_heads_optional: without `num_key_value_heads` there are as many as attention heads.
-        head_dim_required: head_dim is not hidden_size / num_attention_heads when it is left out.
+        head_dim_required: config.json must give head_dim; there is no default.
     """
 
     causal_lm: str
@@ -80,7 +80,7 @@ class Architecture:
     Attributes:
         dtype: of every tensor of the base checkpoint, safetensors spelling: F16, BF16 or F32.
         rope_type: of the rotary embedding: "default", "llama3", "yarn", ...
-        sliding_window: what config.json says, whether the family heeds it or not; None where it can never matter.
+        sliding_window: as in config.json, whether the family uses it or not; None where it can never matter.
         tensors: every tensor of the base checkpoint: embedding, blocks, norm, head (absent when tied).
         linears: every linear that is quantized, block by block, in the order of `INPUT_GROUPS`.
     """
@@ -107,6 +107,11 @@ class Architecture:
         return self.rope_type != "default"
 
     @property
+    def head_dim_is_derived(self) -> bool:
+        """Whether head_dim is hidden_size / num_attention_heads, as runtimes of 2023 assume."""
+        return self.head_dim * self.num_attention_heads == self.hidden_size
+
+    @property
     def num_parameters(self) -> int:
         """Parameters, a tied embedding counted once."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors)
@@ -123,7 +128,7 @@ class Architecture:
 
     @property
     def group_shapes(self) -> tuple[tuple[int, int], ...]:
-        """For each of `INPUT_GROUPS`, the columns its linears share and all their output features together."""
+        """For each of `INPUT_GROUPS` the shared in_features and the sum of the out_features of its linears."""
         block = {linear.local_name: linear for linear in self.block_linears}
         return tuple(
             (block[group[0]].in_features, sum(block[name].out_features for name in group)) for group in INPUT_GROUPS
@@ -131,7 +136,7 @@ class Architecture:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of the fp16 keys and values that a runtime keeps for each token."""
+        """Bytes of the fp16 keys and values of one token."""
         return 2 * 2 * self.num_blocks * self.num_key_value_heads * self.head_dim
 
 
@@ -143,7 +148,7 @@ def read_architecture(config: Mapping[str, object], where: str) -> Architecture:
         where: the file's name, for messages.
 
     Raises:
-        PlanError: an unsupported model_type, or keys that are missing or make no sense; all are named at once.
+        PlanError: an unsupported model_type, or keys that are missing or impossible; all are named at once.
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
@@ -163,7 +168,7 @@ def read_architecture(config: Mapping[str, object], where: str) -> Architecture:
 
 
 def _derive(reader: ConfigReader, family: Family, model_type: str) -> Architecture:
-    """Build the architecture; what is missing counts 1 and is left in `reader.problems`."""
+    """Build the architecture; a missing size counts as 1 and is reported in `reader.problems`."""
     heads, hidden = reader.size("num_attention_heads"), reader.size("hidden_size")
     kv_heads_known = family.kv_heads_optional or "num_key_value_heads" in reader.values
     kv_heads = reader.size("num_key_value_heads", heads if kv_heads_known else None)
@@ -196,7 +201,7 @@ def _derive(reader: ConfigReader, family: Family, model_type: str) -> Architectu
 
 
 def _contradictions(config: Mapping[str, object], family: Family, architecture: Architecture) -> list[str]:
-    """Return what is wrong with values that are well formed one by one."""
+    """Return which values contradict each other, each being well formed."""
     problems = []
     classes = config.get("architectures")
     if classes is not None and classes != [family.causal_lm]:
@@ -209,7 +214,7 @@ def _contradictions(config: Mapping[str, object], family: Family, architecture: 
     if config.get("head_dim") is None and architecture.hidden_size % heads:
         problems.append(f"num_attention_heads {heads} does not divide hidden_size {architecture.hidden_size}")
     elif architecture.head_dim % 2:
-        problems.append(f"head_dim {architecture.head_dim} is odd: a rotary embedding turns pairs")
+        problems.append(f"head_dim {architecture.head_dim} is odd: a rotary embedding rotates pairs")
     return problems
 
 

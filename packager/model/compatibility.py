@@ -11,12 +11,18 @@ from packager.model.architecture import Architecture
 from packager.model.runtimes import RUNTIMES
 from packager.variant import Variant
 
-# Returns the finding in a few words, or "" when there is nothing to say.
+# Returns in a few words what it found, or "".
 Check = Callable[[Variant, Architecture], str]
 
 MARLIN_BITS = (4, 8)
 MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
-AUTOGPTQ_FAMILIES = ("llama", "mistral", "qwen2")
+# The families that AutoGPTQ 0.7.1 and transformers 4.40.2 both know, with the types of rotary embedding known there.
+LEGACY_ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
+    "llama": ("default", "linear", "dynamic"),
+    "mistral": ("default",),
+    "qwen2": ("default",),
+}
+AUTOGPTQ_FAMILIES = tuple(LEGACY_ROPE_TYPES)
 TENSOR_PARALLEL_SIZES = (2, 4, 8)
 # Linears whose input columns are divided among the GPUs.
 ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
@@ -24,7 +30,13 @@ ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether a loader can open a variant: the reasons why not, or what to mind (may be "") when it can."""
+    """Whether a loader can open a variant.
+
+    Attributes:
+        loader: the runtime's name.
+        can_load: the prediction.
+        reason: why not; when it can, what a reader must know, or "".
+    """
 
     loader: str
     can_load: bool
@@ -82,7 +94,7 @@ def _symmetric_only(variant: Variant, _: Architecture) -> str:
 
 def _power_of_two_groups(variant: Variant, _: Architecture) -> str:
     size = variant.group_size
-    return "" if size == -1 or size & (size - 1) == 0 else "rounds the group size up to a power of two, without a word"
+    return "" if size == -1 or size & (size - 1) == 0 else "silently rounds the group size up to a power of two"
 
 
 def _out_features_multiple(divisor: int) -> Check:
@@ -94,19 +106,21 @@ def _out_features_multiple(divisor: int) -> Check:
 
 
 def _transformers_4_40(_: Variant, architecture: Architecture) -> str:
-    """Return what transformers 4.40.2, with which AutoGPTQ 0.7.1 runs, does not know."""
-    family = architecture.model_type
-    known = ("default", "linear", "dynamic") if family == "llama" else ("default",)
+    """Return which parts of a model transformers 4.40.2 does not know; AutoGPTQ 0.7.1 runs with it."""
     found = []
-    if family in AUTOGPTQ_FAMILIES and architecture.rope_type not in known:
+    known = LEGACY_ROPE_TYPES.get(architecture.model_type)
+    if known is not None and architecture.rope_type not in known:
         found.append(f"knows no rotary embedding of type {architecture.rope_type} (transformers 4.40)")
-    if architecture.head_dim * architecture.num_attention_heads != architecture.hidden_size:
+    if not architecture.head_dim_is_derived:
         found.append("takes head_dim to be hidden_size / num_attention_heads (transformers 4.40)")
     return "; ".join(found)
 
 
 def _transformers_4_40_window(_: Variant, architecture: Architecture) -> str:
-    """Return from where on it computes something else: its mask is a token too wide, Qwen2's also where it is off."""
+    """Return the length from which transformers 4.40 differs.
+
+    Its sliding window is one token too wide; Qwen2's applies even when the config switches it off.
+    """
     if architecture.sliding_window is None or architecture.model_type not in ("mistral", "qwen2"):
         return ""
     return f"past {architecture.sliding_window} tokens its sliding window is not the model's (transformers 4.40)"
@@ -114,19 +128,19 @@ def _transformers_4_40_window(_: Variant, architecture: Architecture) -> str:
 
 def _autogptq_head(_: Variant, architecture: Architecture) -> str:
     if architecture.tie_word_embeddings:
-        return "with tied embeddings it computes with a head that it never loaded"
+        return "with tied embeddings it computes with a head that it never loads"
     return ""
 
 
 def _exllama_shapes(_: Variant, architecture: Architecture) -> str:
-    """Return what ExLlama v1 (3b013cd, model.py) takes for granted and this model has otherwise."""
+    """Return which assumption of ExLlama v1 (3b013cd, model.py) this model breaks."""
     if architecture.tie_word_embeddings:
         return "needs lm_head.weight, which a model with tied embeddings does not store"
     if any(linear.bias for linear in architecture.block_linears):
-        return "drops biases without a word"
-    if architecture.head_dim * architecture.num_attention_heads != architecture.hidden_size:
+        return "silently drops biases"
+    if not architecture.head_dim_is_derived:
         return "takes head_dim to be hidden_size / num_attention_heads"
-    return "ignores rope_scaling without a word" if architecture.scaled_rope else ""
+    return "silently ignores rope_scaling" if architecture.scaled_rope else ""
 
 
 def _gptq_for_llama_kernel(variant: Variant, _: Architecture) -> str:

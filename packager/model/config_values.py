@@ -1,4 +1,4 @@
-"""Values of a base model's config.json, read with their types; every problem met is remembered, not raised."""
+"""Read a base model's config.json: the file, and its values with their types."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from packager.errors import SourceError
 from packager.model.rope import rope_type
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-MOST_BLOCKS = 1000  # beyond are typing errors, as beyond _LARGEST, and planning them would take for ever
+MOST_BLOCKS = 1000  # larger numbers are typing errors, as beyond _LARGEST, and planning them would never end
 _LARGEST = 1 << 24
 _MAX_SHORT = 40
 _MAX_CONFIG_BYTES = 1 << 20
@@ -39,7 +39,7 @@ def read_config(path: Path) -> dict[str, object]:
 
 
 class ConfigReader:
-    """Read typed values from config.json and remember every problem met."""
+    """Read typed values of a config.json; problems are collected in `problems`, not raised."""
 
     def __init__(self, config: Mapping[str, object]) -> None:
         self.values = config
@@ -86,7 +86,7 @@ class ConfigReader:
         return rope_type(self.values)
 
     def sliding_window(self) -> int | None:
-        """Return the window unless all that the model was made for fits into it."""
+        """Return the window, or None where max_position_embeddings tokens fit into it."""
         window, longest = self.values.get("sliding_window"), self.values.get("max_position_embeddings")
         return window if isinstance(window, int) and isinstance(longest, int) and window < longest else None
 

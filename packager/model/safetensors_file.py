@@ -1,7 +1,7 @@
-"""The safetensors container without torch: reading headers, predicting sizes and places, and putting tensors there.
+"""Read and write safetensors files without torch: headers, exact sizes, and tensors at their offsets.
 
 Format: 8 bytes little-endian header length, a JSON header padded with spaces to a multiple of 8, then the tensors'
-bytes without holes. Reference: https://github.com/huggingface/safetensors#format. Tensors are ordered as the reference
+bytes without gaps. Reference: https://github.com/huggingface/safetensors#format. Tensors are ordered as the reference
 implementation orders them (by dtype, the widest first, then by name), so that files agree byte by byte.
 """
 
@@ -41,7 +41,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """A safetensors file's header: tensors with their place in the file, and its metadata."""
+    """A safetensors file's header: its tensors, their offsets [begin, end) after the header, and its metadata."""
 
     tensors: Mapping[str, TensorInfo]
     offsets: Mapping[str, tuple[int, int]]
@@ -54,7 +54,7 @@ def file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
 
 
 def header_bytes(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] = METADATA) -> bytes:
-    """Return the length prefix and the padded header for `tensors`, which are in file order."""
+    """Return the length prefix and the padded header for `tensors`, which must be in file order."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     begin = 0
     for tensor in tensors:
@@ -73,10 +73,10 @@ def predicted_bytes(tensors: Iterable[TensorInfo]) -> int:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check a file's header: well-formed JSON, known dtypes, no hole, no overlap, the right file size.
+    """Read and check a file's header: well-formed JSON, known dtypes, no gap, no overlap, the right file size.
 
     Raises:
-        SourceError: the file is truncated or not a safetensors file; says what was expected and found.
+        SourceError: the file is truncated or not a safetensors file; names the expected and the found size.
     """
     try:
         size = path.stat().st_size
@@ -130,15 +130,15 @@ def _parse_header(raw: bytes, *, data_bytes: int) -> Header:
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse duplicate keys: parsers disagree on which one counts, so a file could show two faces."""
+    """Refuse duplicate keys: parsers disagree on which one counts, so two readers could see two files."""
     keys = dict(pairs)
     if len(keys) != len(pairs):
-        raise ValueError("a key stands twice in the header")
+        raise ValueError("a key is given twice in the header")
     return keys
 
 
 def _naturals(name: str, values: object, at_most: int) -> tuple[int, ...]:
-    """Return a list of at most `at_most` integers from 0 to 2^63 - 1 as a tuple; True and 2.0 are no integers."""
+    """Return a list of at most `at_most` integers from 0 to 2^63 - 1 as a tuple; True and 2.0 are refused."""
     if not isinstance(values, list) or len(values) > at_most:
         raise ValueError(f"{name} has a shape or data_offsets that is not a list of at most {at_most} numbers")
     if any(type(value) is not int or not 0 <= value < 1 << 63 for value in values):
@@ -148,7 +148,7 @@ def _naturals(name: str, values: object, at_most: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor and the place of its bytes on disk, or the place that they shall get."""
+    """A tensor, and the file and offset of its bytes, which may still have to be written."""
 
     info: TensorInfo
     path: Path
@@ -156,7 +156,11 @@ class StoredTensor:
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of a safetensors file with the place of its bytes."""
+    """Return every tensor of a safetensors file with the offset of its bytes.
+
+    Raises:
+        SourceError: see `read_header`.
+    """
     header = read_header(path)
     with path.open("rb") as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")
@@ -167,7 +171,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def layout(path: Path, tensors: Iterable[TensorInfo]) -> tuple[bytes, dict[str, StoredTensor]]:
-    """Return the header of a file that is to hold `tensors`, and the place that each one's bytes get in it."""
+    """Return the header of a file for `tensors`, and the offset of each tensor in it."""
     ordered = file_order(tensors)
     header = header_bytes(ordered)
     places, offset = {}, len(header)

@@ -1,6 +1,6 @@
-"""Stage 1, recipe: what a maintainer writes, as frozen and fully validated values.
+"""Stage 1, recipe: the models of a recipe file, frozen and fully validated.
 
-`load_recipe` in `recipe_file.py` reads the YAML and reports every problem with its line; the shapes live here.
+`RecipeFile.load` in `file.py` reads the YAML and reports every problem with its line.
 A path in a recipe is relative to the recipe's own folder and may not leave it.
 """
 
@@ -51,7 +51,7 @@ def _prompt_template(value: str) -> str:
     return value
 
 
-def _says(description: str) -> Any:
+def _described(description: str) -> Any:
     return Field(description=description)
 
 
@@ -64,7 +64,7 @@ _LINE = r"^[^\r\n\x00-\x1f]+$"
 _LANGUAGE = r"^[a-z]{2,3}$"
 _TAG = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
 _WEIGHTS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,80}$"
-# What each pattern asks for, to complete "<key> must be ...".
+# The requirement of each pattern, to complete "<key> must be ...".
 PATTERN_MEANINGS = {
     _REPO_ID: "namespace/name",
     _FILE_NAME: "a file name without a folder",
@@ -82,9 +82,9 @@ FileName = Annotated[str, Field(pattern=_FILE_NAME, description=PATTERN_MEANINGS
 CommitHash = Annotated[str, Field(pattern=_COMMIT_HASH, description=PATTERN_MEANINGS[_COMMIT_HASH])]
 RelativePath = Annotated[str, AfterValidator(_relative_path), Field(description="relative to the recipe's folder")]
 BranchName = Annotated[
-    str, AfterValidator(_branch), _says("main, or left out: then named gptq-{bits}bit-{group_size}g-...")
+    str, AfterValidator(_branch), _described("main, or left out: then named gptq-{bits}bit-{group_size}g-...")
 ]
-BitsField = Annotated[Bits, BeforeValidator(_whole_number), _says("bits per weight")]
+BitsField = Annotated[Bits, BeforeValidator(_whole_number), _described("bits per weight")]
 GroupSize = Annotated[
     int,
     AfterValidator(_group_size),
@@ -95,19 +95,20 @@ GroupSize = Annotated[
 ]
 DampPercent = Annotated[float, Field(gt=0, lt=1, description="fraction of mean(diag H) added to the diagonal")]
 DampLimit = Annotated[float, Field(gt=0, lt=1, description="how far damping may be raised when a factorisation fails")]
-DescAct = Annotated[bool, _says("quantize columns in order of decreasing diag(H): act order")]
-Sym = Annotated[bool, _says("symmetric grid")]
-TrueSequential = Annotated[bool, _says("each linear sees inputs made by the already quantized ones before it")]
-StaticGroups = Annotated[bool, _says("fix every grid from the original weights before any column is quantized")]
+DescAct = Annotated[bool, _described("quantize columns in order of decreasing diag(H): act order")]
+Sym = Annotated[bool, _described("symmetric grid")]
+TrueSequential = Annotated[bool, _described("each linear sees inputs made by the already quantized ones before it")]
+StaticGroups = Annotated[bool, _described("fix every grid from the original weights before any column is quantized")]
 ScaleSearch = Annotated[
     bool,
-    _says(
+    _described(
         "search a smaller scale per group (41 candidates down to 60 % of max|w|); "
         "left out: true, but false for engine auto-gptq, which has none"
     ),
 ]
 EngineField = Annotated[
-    EngineName, _says("what makes the weights: our own engine, or AutoGPTQ 0.7.1 in its own environment on CUDA")
+    EngineName,
+    _described("the program that quantizes: our own engine, or AutoGPTQ 0.7.1 in its own environment on CUDA"),
 ]
 SeqLen = Annotated[int, Field(ge=8, le=131072, description="tokens per row")]
 Url = Annotated[str, Field(pattern=_URL, description="an https:// address")]
@@ -116,7 +117,7 @@ LineText = Annotated[str, Field(min_length=1, max_length=400, pattern=_LINE, des
 
 
 class Strict(BaseModel):
-    """Refuse unknown keys and implicit conversions; values never change once read."""
+    """Refuse unknown keys and implicit conversions; values are frozen."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -126,7 +127,7 @@ class Strict(BaseModel):
 
 
 class Repository(Strict):
-    """Where the variants are published."""
+    """The repository that the variants are published to."""
 
     id: RepoId
     target: Literal["local", "hub", "git"] = Field(
@@ -152,7 +153,7 @@ class Repository(Strict):
         return self
 
     def place(self, branch: str) -> Place:
-        """Return where a variant is published."""
+        """Return the repository and branch of a variant."""
         return place_of(self.id, self.layout, branch)
 
 
@@ -194,7 +195,7 @@ class TextSource(Strict):
 
 
 class Calibration(TextSource):
-    """The text the quantizer sees."""
+    """The text that the quantizer is calibrated on."""
 
     num_samples: int = Field(default=128, ge=1, le=65536, description="rows of seq_len tokens")
     seq_len: SeqLen = 2048
@@ -202,7 +203,7 @@ class Calibration(TextSource):
 
 
 class Evaluation(TextSource):
-    """Held-out text: perplexity, KL divergence and top-1 agreement are measured on it, never quantized with."""
+    """Held-out text for perplexity, KL divergence and top-1 agreement; no variant is calibrated on it."""
 
     num_tokens: int = Field(default=131072, ge=64, description="rounded down to whole rows of seq_len")
     seq_len: SeqLen = 2048
@@ -212,7 +213,7 @@ class Evaluation(TextSource):
 
 
 class VariantFields(Strict):
-    """What may be said of one variant; what is left out comes from `defaults`."""
+    """Parameters of one variant; those left out come from `defaults`."""
 
     bits: BitsField | None = None
     group_size: GroupSize | None = None
@@ -227,7 +228,7 @@ class VariantFields(Strict):
 
 
 class VariantEntry(VariantFields):
-    """One variant of the list; without `branch` its name follows the usual grammar."""
+    """One variant of the list; without `branch` its name follows `branch_name`."""
 
     branch: BranchName | None = None
     description: LineText | None = Field(
@@ -236,7 +237,7 @@ class VariantEntry(VariantFields):
 
 
 class Defaults(Strict):
-    """Parameters of every variant that does not say otherwise."""
+    """Parameters of every variant that does not give its own."""
 
     bits: BitsField = 4
     group_size: GroupSize = 128
@@ -251,7 +252,7 @@ class Defaults(Strict):
 
 
 class CheckpointOptions(Strict):
-    """How a branch's weights are stored."""
+    """The files of a branch's weights."""
 
     weights_name: Annotated[str, Field(pattern=_WEIGHTS_NAME)] = Field(
         default="model", description="file name without .safetensors; the same in every branch"
@@ -262,11 +263,11 @@ class CheckpointOptions(Strict):
 
 
 class Loaders(Strict):
-    """Which runtimes must open every variant, and what they are asked to compute."""
+    """The runtimes that must open every variant, and the rows and prompts that they compute."""
 
     required: tuple[LoaderName, ...] = Field(default=(), description="publishing needs a pass of each")
     if_available: tuple[LoaderName, ...] = Field(
-        default=(), description="run where the machine can; reported either way"
+        default=(), description="run where this machine can run them; the card reports either result"
     )
     num_rows: int = Field(default=4, ge=1, le=64, description="rows of held-out tokens whose logits are compared")
     seq_len: int = Field(default=64, ge=4, le=4096, description="tokens per compared row")
@@ -292,7 +293,7 @@ class License(Strict):
 class PromptTemplate(Strict):
     """The prompt format the model was trained with."""
 
-    name: LineText = Field(description="what people call the format, e.g. Llama-2-Chat")
+    name: LineText = Field(description="the usual name of the format, e.g. Llama-2-Chat")
     template: Annotated[str, AfterValidator(_prompt_template)] = Field(
         description="the whole prompt, with {prompt} where the user's message goes"
     )
@@ -306,12 +307,12 @@ class Link(Strict):
 
 
 class Card(Strict):
-    """What the model card says that cannot be measured."""
+    """The parts of the model card that cannot be measured."""
 
     title: LineText = Field(description="the model's name as people know it, e.g. Meta's Llama 2 13B-chat")
     creator: LineText = Field(description="who made the base model")
     creator_url: Url | None = Field(default=None, description="the creator's page")
-    quantized_by: LineText = Field(description="the Hub name of who publishes this repository")
+    quantized_by: LineText = Field(description="the Hub name of the publisher of this repository")
     license: License
     language: tuple[Annotated[str, Field(pattern=_LANGUAGE)], ...] = Field(default=("en",), description="ISO 639 codes")
     tags: tuple[Annotated[str, Field(pattern=_TAG)], ...] = Field(
@@ -359,7 +360,7 @@ def expand(entry: VariantEntry, defaults: Defaults) -> Variant:
         key: value for key, value in entry.model_dump(exclude={"branch", "description"}).items() if value is not None
     }
     fields = {**defaults.model_dump(), **given}
-    # It lowers the KL divergence of every permutation: docs/explanation/measurements.md.
+    # Scale search lowers the KL divergence of every permutation: docs/explanation/measurements.md.
     if fields["scale_search"] is None:
         fields["scale_search"] = fields["engine"] == "native"
     name = branch_name(bits=fields["bits"], group_size=fields["group_size"], desc_act=fields["desc_act"])

@@ -1,7 +1,6 @@
-"""The rules of a recipe that concern more than one field, or files on disk.
+"""Check the rules of a recipe that concern several fields, or files on disk.
 
-Every check reads what it needs from a parsed and keeps silent about values that are wrong in themselves, so that all
-of them run whatever else is wrong.
+Every check skips values that the models refused, so that all checks run whatever else is wrong.
 """
 
 import json
@@ -62,7 +61,7 @@ def check(parsed: ParsedRecipe, folder: Path, model: ModelConfig | LocatedProble
         *_license_names(parsed),
         *_model(parsed, model),
     ]
-    return list(dict.fromkeys(found))  # a wrong default concerns every variant and is said once
+    return list(dict.fromkeys(found))  # a wrong default concerns every variant and is reported once
 
 
 def _model(parsed: ParsedRecipe, model: ModelConfig | LocatedProblem | None) -> Iterator[LocatedProblem]:
@@ -75,7 +74,7 @@ def _model(parsed: ParsedRecipe, model: ModelConfig | LocatedProblem | None) -> 
 
 
 def _sources(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
-    """Say which sections do not name exactly one source."""
+    """Report sections that do not name exactly one source."""
     for section, problem_of in (
         ("base_model", base_model_problem),
         ("calibration", text_source_problem),
@@ -98,7 +97,7 @@ def _ids(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
 
 
 def _parameters(parsed: ParsedRecipe, index: int) -> dict[str, Parameter]:
-    """Return each parameter of a variant as far as it is known, and where it comes from."""
+    """Return each parameter of a variant with its position; values that cannot be read stay `Unreadable`."""
     parameters: dict[str, Parameter] = {}
     for name, field in Defaults.model_fields.items():
         loc: Loc = ("variants", index, name)
@@ -112,7 +111,7 @@ def _parameters(parsed: ParsedRecipe, index: int) -> dict[str, Parameter]:
 
 
 def _branch_of(parsed: ParsedRecipe, index: int) -> str | None:
-    """Return a variant's branch as written or as the grammar names it, or None when that cannot be known."""
+    """Return a variant's branch, written or derived by `branch_name`; None when a value for it is wrong."""
     branch = parsed.get("variants", index, "branch")
     if branch is not Unreadable.ABSENT:
         return branch if isinstance(branch, str) else None
@@ -124,7 +123,7 @@ def _branch_of(parsed: ParsedRecipe, index: int) -> str | None:
 
 
 def _branches(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
-    """Demand `main` exactly once, and names that differ by more than case."""
+    """Report branch names that are equal but for case, and a recipe without exactly one `main`."""
     names = [_branch_of(parsed, index) for index in range(parsed.count("variants"))]
     first: dict[str, int] = {}
     for index, name in enumerate(names):
@@ -144,12 +143,12 @@ def _branches(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
         yield LocatedProblem(
             parsed.key_at("variants"),
             "no variant has the branch 'main', which a recipe has exactly once",
-            "it is what people get who name no branch: add `branch: main` to one variant",
+            "readers who name no branch get main: add `branch: main` to one variant",
         )
 
 
 def _repositories(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
-    """Refuse names of repositories that the Hub would refuse."""
+    """Report repository names that the Hub refuses."""
     repository = parsed.text("repository", "id")
     if repository is None or parsed.text("repository", "layout") != "repos":
         return
@@ -177,7 +176,7 @@ def _damping(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
 
 
 def _engines(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
-    """Refuse what only our own engine can do where a variant asks for another."""
+    """Report parameters of only our own engine in variants of another engine."""
     for index in range(parsed.count("variants")):
         parameters = _parameters(parsed, index)
         engine = parameters["engine"]
@@ -197,7 +196,7 @@ def _engines(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
 
 
 def _loaders(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
-    """Refuse a loader that is named twice."""
+    """Report a loader that is named twice."""
     places: dict[str, str] = {}
     for name in ("required", "if_available"):
         for index in range(parsed.count("loaders", name)):
@@ -220,7 +219,7 @@ def _rows(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
 
 
 def _held_out(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
-    """Refuse to evaluate on the text that the quantizer sees."""
+    """Report an evaluation on the calibration text."""
     calibration = _identity(parsed, folder, "calibration", "path")
     why = "quality measured on the calibration text says nothing"
     if calibration is None:
@@ -233,7 +232,7 @@ def _held_out(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
 
 
 def _identity(parsed: ParsedRecipe, folder: Path, section: str, key: str) -> tuple[str, ...] | None:
-    """Return what makes two texts the same one: the real file, or a dataset's configuration and split.
+    """Return the identity of a text: the real file, or a dataset's configuration and split.
 
     A slice (`train[:10%]`) counts as its whole split: two slices may overlap.
     """
@@ -249,7 +248,7 @@ def _identity(parsed: ParsedRecipe, folder: Path, section: str, key: str) -> tup
 
 
 def _paths(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
-    """Check that every file named in the recipe is there."""
+    """Report files named in the recipe that are not there."""
     files: list[Loc] = [
         *FILE_FIELDS,
         *((*LICENSE_FILES_FIELD, index) for index in range(parsed.count(*LICENSE_FILES_FIELD))),
@@ -271,7 +270,7 @@ def _paths(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
 
 
 def _license_names(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
-    """Refuse licence files that would replace each other or a file of the build."""
+    """Report licence files that would replace each other or a file of the build."""
     entries: list[tuple[Loc, str]] = []
     for loc in (LICENSE_FILES_FIELD, BASE_FILES_FIELD):
         for index in range(parsed.count(*loc)):

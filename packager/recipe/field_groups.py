@@ -1,4 +1,4 @@
-"""Which keys of a section go together; asked of the text as written and of the finished values alike."""
+"""The keys of a section that belong together; one rule for the text as written and for the finished values."""
 
 from collections.abc import Set as AbstractSet
 from urllib.parse import urlsplit
@@ -16,7 +16,7 @@ def base_model_problem(given: AbstractSet[str]) -> str:
 
 
 def has_credentials(url: str) -> bool:
-    """Return whether an address has a password in it, or what may be one."""
+    """Return whether an address contains a password, or text that may be one."""
     parts = urlsplit(url)
     return parts.password is not None or (
         parts.scheme.startswith("http") and ("@" in parts.netloc or bool(parts.query))
@@ -24,7 +24,7 @@ def has_credentials(url: str) -> bool:
 
 
 def repository_problem(target: str, layout: str, *, url: str | None) -> str:
-    """Return why these fields together do not name one target, or ""; without what may be a secret."""
+    """Return why these fields together do not name one target, or ""; the text contains no secret."""
     if url is not None and has_credentials(url):
         return "the url has credentials in it: leave them out, and set PACKAGER_GIT_TOKEN where you publish"
     has_url = url is not None

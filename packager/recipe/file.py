@@ -91,7 +91,7 @@ def _judge(
 
 
 def _read(path: Path) -> bytes:
-    """Return the file's bytes, at most one more than a recipe may have."""
+    """Return the file's bytes, at most one more than MAX_BYTES."""
     try:
         if path.exists() and not path.is_file():
             raise RecipeError(f"{path} is not a file", hint="name the recipe's .yaml file")
@@ -104,7 +104,7 @@ def _read(path: Path) -> bytes:
 
 
 def _nearby(path: Path) -> str:
-    """Return the recipes next to a missing one, the most similar first."""
+    """Return a hint with the recipes next to a missing one, the most similar first."""
     names = sorted(entry.name for entry in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=3) or names[:10]
     return f"in {path.parent} there is {', '.join(close)}" if close else ""

@@ -1,7 +1,6 @@
-"""A recipe while it is being judged: the nodes of the file and what the models say of them.
+"""Validate a recipe's nodes against the models; report every problem with its position.
 
-The models' problems become plain sentences with a position, and the parts that are good stay readable, so that the
-checks across fields run even when something else is wrong.
+Good values stay readable, so that the checks across fields run even when other values are wrong.
 """
 
 import difflib
@@ -23,7 +22,7 @@ SCHEMA_VERSION: Final = 1
 
 
 class Unreadable(enum.Enum):
-    """Why a value cannot be read: it is not there (or null), or it is there and wrong."""
+    """Why a value cannot be read: it is absent (or null), or it is wrong."""
 
     ABSENT = enum.auto()
     WRONG = enum.auto()
@@ -31,12 +30,12 @@ class Unreadable(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedRecipe:
-    """The nodes of a recipe, its model when every field is good, and the problems of the models.
+    """The nodes of a recipe, and the result of validating them against the models.
 
     Attributes:
         root: the document.
-        recipe: None when a field is wrong.
-        problems: what the models refuse.
+        recipe: the model; None when a field is wrong.
+        problems: those that the models found.
         wrong: the locations whose values were refused.
     """
 
@@ -47,7 +46,7 @@ class ParsedRecipe:
 
     def node(self, *loc: str | int) -> Node | Unreadable:
         """Return the node at `loc`, or why it cannot be used."""
-        found = _walk(self.root, loc)
+        found = _nodes_to(self.root, loc)
         if any(loc[:depth] in self.wrong or not node.usable for depth, node in enumerate(found)):
             return Unreadable.WRONG
         if len(found) == len(loc) + 1:
@@ -64,7 +63,7 @@ class ParsedRecipe:
         return Unreadable.ABSENT if node.content is None else node.content
 
     def number(self, section: str, name: str) -> int | None:
-        """Return a whole number of a section that is there, or its default; None when it is wrong."""
+        """Return a whole number of an existing section, or its default; None when it is wrong."""
         value = self.get(section, name)
         if value is Unreadable.ABSENT and isinstance(self.node(section), Node):
             value = _model_at((section,)).model_fields[name].default
@@ -76,25 +75,25 @@ class ParsedRecipe:
         return value if isinstance(value, str) else None
 
     def keys(self, *loc: str | int) -> frozenset[str] | None:
-        """Return the keys of the mapping at `loc` that hold something; None when it is no mapping."""
+        """Return the keys of the mapping at `loc` that have a value; None when it is not a mapping."""
         node = self.node(*loc)
         if isinstance(node, Unreadable) or not isinstance(node.content, dict):
             return None
         return frozenset(key for key, child in node.content.items() if child.content is not None or not child.usable)
 
     def count(self, *loc: str | int) -> int:
-        """Return the length of the list at `loc`; 0 when it is no list."""
+        """Return the length of the list at `loc`; 0 when it is not a list."""
         node = self.node(*loc)
         return len(node.content) if isinstance(node, Node) and isinstance(node.content, list) else 0
 
     def at(self, *loc: str | int) -> Position:
-        """Return the position of the value at `loc`, or of the deepest thing above it that exists."""
-        found = _walk(self.root, loc)
+        """Return the position of the value at `loc`, or of its deepest parent that exists."""
+        found = _nodes_to(self.root, loc)
         return found[-1].at if len(found) == len(loc) + 1 else found[-1].key_at
 
     def key_at(self, *loc: str | int) -> Position:
-        """Return the position of the key at `loc`, or of the deepest thing above it that exists."""
-        return _walk(self.root, loc)[-1].key_at
+        """Return the position of the key at `loc`, or of its deepest parent that exists."""
+        return _nodes_to(self.root, loc)[-1].key_at
 
 
 def read(root: Node) -> ParsedRecipe:
@@ -145,7 +144,7 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     return f"known here: {', '.join(known)}" if len(known) <= 20 else ""
 
 
-def _walk(root: Node, loc: Loc) -> list[Node]:
+def _nodes_to(root: Node, loc: Loc) -> list[Node]:
     """Return the nodes from the root down to `loc`, as far as they exist."""
     found = [root]
     for step in loc:
@@ -172,8 +171,8 @@ def _version_problem(node: Node | None) -> LocatedProblem | None:
 
 
 def _concerns_a_field(root: Node, error: ErrorDetails) -> bool:
-    """Return False for values that were refused before, and for rules across fields: `checks` has those."""
-    found = _walk(root, error["loc"])
+    """Return False for values that were refused before, and for rules across fields, which `checks.py` repeats."""
+    found = _nodes_to(root, error["loc"])
     if not all(node.usable for node in found):
         return False
     return error["type"] != "value_error" or not isinstance(found[-1].content, dict)
@@ -182,7 +181,7 @@ def _concerns_a_field(root: Node, error: ErrorDetails) -> bool:
 def _located(root: Node, error: ErrorDetails) -> LocatedProblem:
     """Reword one of the models' errors."""
     loc, context = error["loc"], error.get("ctx", {})
-    found = _walk(root, loc)
+    found = _nodes_to(root, loc)
     if error["type"] == "missing":
         field = _model_at(loc[:-1]).model_fields[str(loc[-1])]
         return LocatedProblem(found[-1].key_at, f"{name_of(loc)} is missing", field.description or "")
@@ -197,16 +196,16 @@ def _located(root: Node, error: ErrorDetails) -> LocatedProblem:
 
 
 def _unknown_key(node: Node, loc: Loc) -> LocatedProblem:
-    """Report a key that no model knows, with the key it may have meant to be or the place it belongs to."""
+    """Report an unknown key, with the section that has it or a similar known key."""
     key, inside = str(loc[-1]), name_of(loc[:-1])
     message = f"unknown key {quoted(key)}" + (f" in {inside}" if inside else "")
-    homes = [
+    sections = [
         name
         for name in Recipe.model_fields
         if name != loc[0] and key in getattr(_model_at((name,)), "model_fields", ())
     ]
-    if homes and len(homes) <= 2:
-        return LocatedProblem(node.key_at, message, f"it belongs in {' or '.join(homes)}")
+    if sections and len(sections) <= 2:
+        return LocatedProblem(node.key_at, message, f"it belongs in {' or '.join(sections)}")
     return LocatedProblem(node.key_at, message, suggestion(key, tuple(_model_at(loc[:-1]).model_fields)))
 
 
@@ -239,11 +238,11 @@ _RULES: Final = {
     "tuple_type": "must be a list ([a, b] or one `- ` line per entry)",
     "value_error": "{error}",
 }
-_SAID_TRUTH: Final = frozenset({"yes", "no", "on", "off", "true", "false"})
+_BOOLEAN_WORDS: Final = frozenset({"yes", "no", "on", "off", "true", "false"})
 
 
 def _rule(kind: str, context: dict[str, Any]) -> str:
-    """Return what a value must be, to follow its name; "" for a kind of error that is not known here."""
+    """Return the rule that a value breaks, to follow its name; "" for an unknown kind of error."""
     if kind == "string_pattern_mismatch":
         pattern = context["pattern"]
         return f"must be {PATTERN_MEANINGS.get(pattern, pattern)}"
@@ -255,7 +254,7 @@ def _hint(kind: str, node: Node, context: dict[str, Any]) -> str:
     match kind, node.content:
         case "string_type", int() | float():
             return "put it in quotes"
-        case "bool_type", str(text) if text.lower() in _SAID_TRUTH:
+        case "bool_type", str(text) if text.lower() in _BOOLEAN_WORDS:
             return "write true or false, without quotes"
         case "int_type" | "float_type", str(text) if text.replace("_", "").replace(".", "").isdecimal():
             return f"write {text.replace('_', '')}, without quotes"

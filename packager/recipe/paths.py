@@ -1,4 +1,4 @@
-"""Paths in a recipe: relative to its folder, and never outside it, not even through a symbolic link."""
+"""Resolve paths of a recipe: relative to its folder, never outside it, not even through a symbolic link."""
 
 import difflib
 import os
@@ -18,7 +18,7 @@ def locate(folder: Path, relative: str) -> Path | None:
 
 
 def path_problem(folder: Path, relative: str, *, directory: bool = False) -> tuple[str, str]:
-    """Return why `relative` cannot be read as a file (or a folder), and what to do; two empty texts when it can."""
+    """Return why `relative` cannot be read as a file (or a folder), and a hint; two empty texts when it can."""
     path = locate(folder, relative)
     kind = "folder" if directory else "file"
     if path is None:

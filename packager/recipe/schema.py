@@ -1,6 +1,6 @@
-"""The JSON schema of recipe files, generated from the models: editors complete, explain and check recipes with it.
+"""Generate the JSON schema of recipe files from the models; editors complete, explain and check recipes with it.
 
-It holds what a schema can say of one value; the rules across fields and files are in `checks`.
+A schema describes single values; the rules across fields and files are in `checks.py`.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def schema_text() -> str:
 
 
 def write_schema(arguments: Sequence[str] | None = None) -> int:
-    """Print the schema, or write it, or check that a file is in step with the models."""
+    """Print the schema, or write it, or check that a file equals it."""
     parser = argparse.ArgumentParser(prog="python -m packager.recipe.schema", description=write_schema.__doc__)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--write", metavar="FILE", type=Path, help="write the schema to FILE")

@@ -1,8 +1,8 @@
-"""Strict YAML 1.2 with the position of every key and value.
+"""Parse strict YAML 1.2 and keep the position of every key and value.
 
 The parser's events are composed here rather than by the library: its loaders build Python objects, resolve aliases,
-and forget where a key stood. What a recipe never needs and an attacker does (anchors, aliases, tags, merge keys,
-directives, several documents) is refused with its position, and nothing here recurses, so depth cannot hurt.
+and lose the positions of keys. Features that a recipe never needs but an attacker does (anchors, aliases, tags, merge
+keys, directives, several documents) are refused with their position. Nothing here recurses, so nesting is harmless.
 """
 
 import math
@@ -48,14 +48,14 @@ _HIDDEN_IN_VALUE = re.compile(rf"[\x00-\x08\x0b-\x1f{_HIDDEN}]")
 
 
 class Position(NamedTuple):
-    """A place in the file, counted from 1 as editors do; columns are characters."""
+    """A position in the file, counted from 1 as editors do; columns are characters."""
 
     line: int
     column: int
 
 
 class LocatedProblem(NamedTuple):
-    """A problem whose file is still to be named; sorts by position."""
+    """A problem at a position of the file; sorts by position."""
 
     at: Position
     message: str
@@ -64,13 +64,13 @@ class LocatedProblem(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class Node:
-    """A value and where it starts.
+    """A value and its position.
 
     Attributes:
         at: the value's own position.
         key_at: the position of its key, or of the value itself in a list.
         content: a scalar, a list of nodes, or a mapping of keys to nodes.
-        usable: False when the value was refused: that is reported once, and no check looks at it again.
+        usable: False when the value was refused; the problem is reported once, and checks skip the value.
     """
 
     at: Position
@@ -79,7 +79,7 @@ class Node:
     usable: bool = True
 
     def plain(self) -> object:
-        """Return the value without positions; lists become tuples, as the models are strict."""
+        """Return the value without positions; lists become tuples, which the strict models require."""
         if isinstance(self.content, list):
             return tuple(child.plain() for child in self.content)
         if isinstance(self.content, dict):
@@ -88,7 +88,7 @@ class Node:
 
 
 def decode(data: bytes) -> tuple[str, list[LocatedProblem]]:
-    """Return the text of a recipe file, and what must not be in any text file."""
+    """Return the text of a recipe file, and the problems of its encoding: size, UTF-8, invisible characters."""
     start = Position(1, 1)
     if len(data) > MAX_BYTES:
         return "", [LocatedProblem(start, f"the file is larger than {MAX_BYTES // 1024} KiB", "a recipe has a few KiB")]
@@ -112,7 +112,7 @@ def parse(text: str) -> tuple[Node | None, list[LocatedProblem]]:
     """Compose one YAML document.
 
     Returns:
-        The root, or None when the text cannot be parsed to its end; and everything found on the way.
+        The root, or None when the text cannot be parsed to its end; and the problems found.
     """
     composer = _Composer(text)
     try:
@@ -127,7 +127,7 @@ def parse(text: str) -> tuple[Node | None, list[LocatedProblem]]:
 
 
 class _StopError(Exception):
-    """Reading cannot go on."""
+    """Parsing cannot continue."""
 
     def __init__(self, problem: LocatedProblem) -> None:
         super().__init__(problem.message)
@@ -135,7 +135,7 @@ class _StopError(Exception):
 
 
 def _events(text: str) -> Iterator[Event]:
-    """Yield the parser's events; its errors become a problem."""
+    """Yield the parser's events; raise its errors as a `_StopError` with a position."""
     last = Position(1, 1)
     try:
         for event in YAML(typ="safe", pure=True, plug_ins=[]).parse(text):
@@ -145,13 +145,15 @@ def _events(text: str) -> Iterator[Event]:
         mark = error.problem_mark or error.context_mark
         raise _StopError(LocatedProblem(_position(mark) if mark else last, *_syntax(error))) from error
     except (YAMLError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
-        # The scanner lets a few of its own mistakes out, e.g. OverflowError for "\UFFFFFFFF".
+        # The scanner raises some errors untranslated, e.g. OverflowError for "\UFFFFFFFF".
         message = "this is not valid YAML, here or a little further down"
-        raise _StopError(LocatedProblem(last, message, f"the parser says {type(error).__name__}: {error}")) from error
+        raise _StopError(
+            LocatedProblem(last, message, f"the parser reports {type(error).__name__}: {error}")
+        ) from error
 
 
 def _syntax(error: MarkedYAMLError) -> tuple[str, str]:
-    """Return the parser's complaint as a message and a hint."""
+    """Return the parser's error as a message and a hint."""
     problem = str(error.problem or error.context or "unreadable").replace("'\\x00'", "the end of the file")
     problem = problem.replace("<stream end>", "the end of the file").replace("<block end>", "the end of the block")
     hint = ""
@@ -172,7 +174,7 @@ def _position(mark: Any) -> Position:
 
 @dataclass(kw_only=True, slots=True)
 class _Open:
-    """A mapping or list being read; in a mapping `key` is None while a key is due."""
+    """A mapping or list under construction; in a mapping `key` is None while a key is expected."""
 
     node: Node
     key: "_Key | None" = None
@@ -181,7 +183,7 @@ class _Open:
 
 @dataclass(kw_only=True, slots=True)
 class _Key:
-    """A key whose value is due; without a name the value is read and dropped."""
+    """A key whose value is expected; without a name the value is read and dropped."""
 
     at: Position
     name: str | None
@@ -189,7 +191,7 @@ class _Key:
 
 @dataclass(slots=True)
 class _Composer:
-    """Builds nodes out of events and notes what is refused."""
+    """Build nodes from events and collect the problems."""
 
     text: str
     root: Node | None = None
@@ -228,13 +230,13 @@ class _Composer:
     def _value(self, event: AliasEvent | CollectionStartEvent | ScalarEvent) -> None:
         """Start or finish the value of `event`."""
         parent = self.stack[-1] if self.stack else None
-        due = parent.key if parent else None
+        pending = parent.key if parent else None
         at = _position(event.start_mark)
-        if due and isinstance(event, ScalarEvent) and event.end_mark.index == event.start_mark.index:
-            at = due.at  # the parser puts an absent value at the next token, which may be lines away
-        node = Node(at=at, key_at=due.at if due else at)
+        if pending and isinstance(event, ScalarEvent) and event.end_mark.index == event.start_mark.index:
+            at = pending.at  # the parser puts an absent value at the next token, which may be lines away
+        node = Node(at=at, key_at=pending.at if pending else at)
         self._refuse(event, node)
-        siblings = parent.node.content if parent and not due else None
+        siblings = parent.node.content if parent and not pending else None
         if isinstance(event, CollectionStartEvent):
             self._open(event, node, is_key=isinstance(siblings, dict))
             return
@@ -246,7 +248,7 @@ class _Composer:
             self._add(node)
 
     def _refuse(self, event: AliasEvent | CollectionStartEvent | ScalarEvent, node: Node) -> None:
-        """Report what a recipe may not use, whatever the value is."""
+        """Report YAML features that a recipe may not use."""
         if isinstance(event, AliasEvent):
             self.problems.append(
                 LocatedProblem(node.at, f"the alias *{event.anchor} is refused", "write the value out")
@@ -272,7 +274,7 @@ class _Composer:
         self.stack.append(_Open(node=node, is_key=is_key))
 
     def _scalar(self, event: ScalarEvent, node: Node) -> None:
-        """Set the content of `node`; a value that no recipe can use is reported and made unusable."""
+        """Set the content of `node`; a value that no recipe can use is reported and marked as unusable."""
         text, plain = str(event.value), event.style is None
         hidden = _HIDDEN_IN_VALUE.search(text)
         if hidden:
@@ -288,7 +290,7 @@ class _Composer:
         self.problems.append(LocatedProblem(node.at, message, hint))
 
     def _key(self, event: AliasEvent | ScalarEvent, node: Node, siblings: dict[str, Node]) -> _Key:
-        """Return the key that `node` is, without a name when it may not be used."""
+        """Return `node` as a key, without a name when the key is refused."""
         key = _Key(at=node.at, name=None)
         if not node.usable:
             return key
@@ -307,7 +309,7 @@ class _Composer:
         return key
 
     def _add(self, node: Node) -> None:
-        """Put a finished value where it belongs."""
+        """Add a finished value to its parent."""
         if not self.stack:
             self.root = node
             return
@@ -322,7 +324,7 @@ class _Composer:
 
 
 def _resolve(text: str) -> Scalar:
-    """Return the value of a plain scalar; numbers that no one writes by hand come back as infinity."""
+    """Return the value of a plain scalar; integers of more than 18 characters come back as infinity."""
     if text in _NULL:
         return None
     if text in _BOOL:

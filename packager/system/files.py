@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all, and their digests.
+"""Write files atomically, and compute their digests.
 
-Every write goes to a temporary name in the same folder, is fsynced, and is renamed into place: a killed process
+Every write goes to a temporary name in the same folder, is fsynced, and is renamed to its final name: a killed process
 leaves either the old file or the new one. Names starting with `.tmp-` are leftovers and may always be deleted.
 """
 
@@ -20,20 +20,20 @@ from packager.receipt import FileRecord
 from packager.system.parallel import in_parallel
 
 TEMPORARY_PREFIX = ".tmp-"
-# A process that was killed just as it started another leaves its locks to that one for an instant.
+# A process that is killed while it starts a child leaves its locks to the child for an instant.
 LOCK_WAIT_S = 2.0
 _CHUNK_BYTES = 1 << 22
-# File systems note times every few milliseconds: what was written within this one may have been written again.
+# File systems record times with a resolution of milliseconds: a file this young may change without a new time.
 _SETTLED_NS = 2 * 10**9
 _digests: dict[tuple[int, ...], str] = {}
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Translate a full disk, a quota, a size limit or an unwritable folder met while writing `path`.
+    """Translate OSErrors met while writing `path`: a full disk, a quota, a size limit, an unwritable folder.
 
     Raises:
-        MachineError: instead of these OSErrors; any other passes.
+        MachineError: instead of these OSErrors; others are raised unchanged.
     """
     try:
         yield
@@ -71,7 +71,7 @@ def fsync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Give a stream to write; when the block ends without an error, all of it appears at `path`, durably.
+    """Yield a stream to write; when the block ends without an error, its bytes appear at `path`, durably.
 
     Raises:
         MachineError: the disk is full or the folder cannot be written.
@@ -89,7 +89,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that readers see the old content or the new, never a part.
+    """Write `data` to `path` so that readers see the old content or the new one, never a part.
 
     Raises:
         MachineError: the disk is full or the folder cannot be written.
@@ -101,13 +101,13 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def copy_atomic(source: Path, target: Path) -> None:
-    """Copy one file like `write_atomic`, in chunks."""
+    """Copy one file as atomically as `write_atomic`, in chunks."""
     with source.open("rb") as reader, atomic_file(target) as stream:
         shutil.copyfileobj(reader, stream, _CHUNK_BYTES)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Rename a finished folder into its place; one that is there goes, whole and not file by file.
+    """Rename a finished folder to `folder`; an existing one is replaced as a whole, not file by file.
 
     Raises:
         MachineError: the parent cannot be written.
@@ -125,7 +125,7 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed run left under temporary names directly inside `folder`."""
+    """Delete the temporary files and folders that a killed run left directly inside `folder`."""
     if not folder.is_dir():
         return
     for entry in folder.iterdir():
@@ -134,9 +134,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file's content, read in chunks; a file that has not changed since is not read again.
+    """Return the sha256 of a file's content, read in chunks; an unchanged file is not read again.
 
-    What a file was changed by just now may not show in its times yet, so such a digest is not remembered.
+    A digest is remembered only where the file's times are old enough to show every later change.
     """
     with path.open("rb") as stream:
         identity = _identity(stream.fileno())
@@ -160,7 +160,7 @@ def file_record(path: Path) -> FileRecord:
 
 
 def file_records(paths: Iterable[Path]) -> dict[Path, FileRecord]:
-    """Return size and sha256 of several files, in their order; they are hashed in parallel, the largest first."""
+    """Return size and sha256 of several files, in their order; files are hashed in parallel, the largest first."""
     paths = tuple(paths)
     by_size = sorted(paths, key=lambda path: path.stat().st_size, reverse=True)
     found = dict(zip(by_size, in_parallel(file_record, by_size), strict=True))
@@ -168,12 +168,12 @@ def file_records(paths: Iterable[Path]) -> dict[Path, FileRecord]:
 
 
 def bytes_record(data: bytes) -> FileRecord:
-    """Return the size and sha256 that a file with this content has."""
+    """Return the size and sha256 of a file with this content."""
     return FileRecord(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def list_files(folder: Path) -> tuple[str, ...]:
-    """Return the names of all files below `folder`, relative, with '/', sorted; leftovers are not listed."""
+    """Return the names of all files below `folder`, relative, with '/', sorted, without leftovers."""
     return tuple(
         sorted(
             path.relative_to(folder).as_posix()
@@ -184,7 +184,7 @@ def list_files(folder: Path) -> tuple[str, ...]:
 
 
 def reserve(descriptor: int, size_bytes: int) -> None:
-    """Give a new file its size and, where the file system can, its space: a full disk shows now, not in the middle."""
+    """Set the size of a new file and reserve its space where the file system can, so that a full disk fails early."""
     os.ftruncate(descriptor, size_bytes)
     if not hasattr(os, "posix_fallocate"):
         return

@@ -9,10 +9,9 @@ is either written the old way or refused before anything is computed. Read from 
 from collections.abc import Mapping
 
 from packager.model.architecture import Architecture
+from packager.model.compatibility import AUTOGPTQ_FAMILIES, LEGACY_ROPE_TYPES
 from packager.model.rope import old_spelling, rope_factor, rope_type
 
-# What both AutoGPTQ 0.7.1 and transformers 4.40.2 know, of the families we know.
-MODEL_TYPES = ("llama", "mistral", "qwen2")
 # AutoGPTQ packs 32 rows and 32 columns at a time and forgets what is left over.
 _PACKED_TOGETHER = 32
 # Keys whose meaning or name changed, and auto_map, which AutoGPTQ's trust_remote_code=True would follow.
@@ -36,8 +35,9 @@ def problems(config: Mapping[str, object], architecture: Architecture, seq_len: 
         seq_len: tokens per calibration row.
     """
     model_type = architecture.model_type
-    if model_type not in MODEL_TYPES:
-        return [f"model_type {model_type}: AutoGPTQ 0.7.1 with transformers 4.40 knows {', '.join(MODEL_TYPES)}"]
+    if model_type not in AUTOGPTQ_FAMILIES:
+        known = ", ".join(AUTOGPTQ_FAMILIES)
+        return [f"model_type {model_type}: AutoGPTQ 0.7.1 with transformers 4.40 knows {known}"]
     return [
         *_rope_problems(config, model_type),
         *_shape_problems(config, architecture),
@@ -47,7 +47,7 @@ def problems(config: Mapping[str, object], architecture: Architecture, seq_len: 
 
 def _rope_problems(config: Mapping[str, object], model_type: str) -> list[str]:
     kind = rope_type(config)
-    if kind == "default" or (kind in ("linear", "dynamic") and model_type == "llama" and rope_factor(config)):
+    if kind in LEGACY_ROPE_TYPES[model_type] and (kind == "default" or rope_factor(config)):
         return []
     known = "plain, linear and dynamic ones" if model_type == "llama" else "plain ones"
     return [f"a rotary embedding of type {kind}: for {model_type}, transformers 4.40 knows {known}"]
@@ -57,7 +57,7 @@ def _shape_problems(config: Mapping[str, object], architecture: Architecture) ->
     found = []
     if architecture.model_type == "llama" and config.get("mlp_bias"):
         found.append("mlp_bias: transformers 4.40 drops these biases without a word")
-    if architecture.head_dim * architecture.num_attention_heads != architecture.hidden_size:
+    if not architecture.head_dim_is_derived:
         found.append("head_dim: transformers 4.40 takes it to be hidden_size / num_attention_heads")
     for linear in architecture.block_linears:
         if linear.in_features % _PACKED_TOGETHER or linear.out_features % _PACKED_TOGETHER:
