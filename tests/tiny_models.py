@@ -1,10 +1,11 @@
 """Tiny random models of each architecture, saved as a base model's folder, and token rows to calibrate them on."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from packager.inputs.base_model import SourceModel
 from packager.inputs.texts import TokenRows
@@ -14,33 +15,54 @@ from packager.quantize.sweep import fingerprint
 from packager.receipt import TextRecord
 from packager.variant import Variant
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 _SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "torch_dtype": "float16",
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+
+
+def _config(name: str, **fields: Any) -> "Callable[[], PretrainedConfig]":
+    """Return what makes a config of transformers' class `name`; importing transformers takes two seconds."""
+
+    def make() -> "PretrainedConfig":
+        import transformers
+
+        config: PretrainedConfig = getattr(transformers, name)(
+            **_SIZES, **copy.deepcopy(fields)
+        )  # a config changes what it is given
+        return config
+
+    return make
+
+
 CONFIGS = {
-    "llama": lambda: LlamaConfig(**_SIZES),
-    "llama-tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
-    "llama-bias": lambda: LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True),
-    "llama-attention-bias": lambda: LlamaConfig(**_SIZES, attention_bias=True),
-    "llama3-rope": lambda: LlamaConfig(
-        **_SIZES,
+    "llama": _config("LlamaConfig"),
+    "llama-tied": _config("LlamaConfig", tie_word_embeddings=True),
+    "llama-bias": _config("LlamaConfig", attention_bias=True, mlp_bias=True),
+    "llama-attention-bias": _config("LlamaConfig", attention_bias=True),
+    "llama3-rope": _config(
+        "LlamaConfig",
         rope_scaling={
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64, "rope_theta": 500000.0,
         },
     ),
-    "mistral": lambda: MistralConfig(**_SIZES, sliding_window=None),
-    "mistral-sliding": lambda: MistralConfig(**_SIZES, sliding_window=16),
-    "mistral-head-dim": lambda: MistralConfig(**_SIZES, sliding_window=None, head_dim=32),
-    "qwen2": lambda: Qwen2Config(**_SIZES),
-    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=32),
+    "mistral": _config("MistralConfig", sliding_window=None),
+    "mistral-sliding": _config("MistralConfig", sliding_window=16),
+    "mistral-head-dim": _config("MistralConfig", sliding_window=None, head_dim=32),
+    "qwen2": _config("Qwen2Config"),
+    "qwen3": _config("Qwen3Config", head_dim=32),
 }  # fmt: skip
 
 
 def save_model(folder: Path, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float16) -> Path:
     """Save a random model of one of CONFIGS; biases and norms are random too, so that losing one would show."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
     with torch.no_grad():

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from packager.pipeline import flow
 from packager.pipeline.build_state import Options
@@ -74,6 +73,8 @@ def write_inputs(folder: Path, name: str = "llama", *, dtype: torch.dtype = torc
 
 def save_tokenizer(folder: Path, *, vocab_size: int = _VOCAB_SIZE) -> None:
     """Train a byte-level BPE for printable ASCII and save it with a chat template."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
