@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
-import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub
@@ -16,6 +15,7 @@ from packager.inputs.texts import read_texts
 from packager.recipe import TextSource
 from packager.recipe.file import RecipeFile
 from packager.system.files import sha256_file
+from tests.hub_http import httpx
 from tests.tiny_recipe import build, write_all, write_recipe
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -98,8 +98,8 @@ def test_a_config_that_differs_from_the_recipes_copy_is_refused(recipe: RecipeFi
         open_source(recipe, lambda _: None)
 
 
-def response(status: int) -> httpx2.Response:
-    return httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co/x"))
+def response(status: int) -> httpx.Response:
+    return httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/x"))
 
 
 FAILURES = [
@@ -109,7 +109,7 @@ FAILURES = [
     (hub.HfHubHTTPError("503 Service Unavailable", response=response(503)), "could not be downloaded", "run the same"),
     (hub.OfflineModeIsEnabled("offline"), "could not be downloaded", "run the same"),
     (ConnectionError("no route to host"), "could not be downloaded", "run the same"),
-    (httpx2.ConnectError("name resolution failed"), "could not be downloaded", "run the same"),
+    (httpx.ConnectError("name resolution failed"), "could not be downloaded", "run the same"),
 ]
 
 

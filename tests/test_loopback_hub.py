@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import (
@@ -32,6 +31,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from tests.hub_http import httpx
 from tests.loopback_hub import Account, Call, LoopbackHub
 from tests.publish_fixtures import git
 
@@ -289,7 +289,7 @@ def test_a_commit_that_names_an_object_which_is_not_stored_is_refused(hub: Loopb
 def test_a_lost_answer_has_landed(hub: LoopbackHub, api: HfApi) -> None:
     first = _first(api)
     hub.fault("POST /api/models/.*/commit/", "cut-after")
-    with pytest.raises(httpx2.HTTPError):
+    with pytest.raises(httpx.HTTPError):
         api.create_commit(REPO, _additions(), commit_message="Lost", parent_commit=first)
     assert "model.safetensors" in _paths(api, "main")
     with pytest.raises(HfHubHTTPError) as error:
@@ -363,7 +363,7 @@ def test_times_after_and_delay(hub: LoopbackHub, api: HfApi) -> None:
     started = time.monotonic()
     api.whoami()
     assert time.monotonic() - started >= 0.2
-    with pytest.raises(httpx2.HTTPError):
+    with pytest.raises(httpx.HTTPError):
         api.model_info(REPO)
     assert api.model_info(REPO).id == REPO
 
@@ -371,7 +371,7 @@ def test_times_after_and_delay(hub: LoopbackHub, api: HfApi) -> None:
 def test_ranges(hub: LoopbackHub, api: HfApi) -> None:
     _publish(api)
 
-    def ask(path: str, span: str) -> httpx2.Response:
+    def ask(path: str, span: str) -> httpx.Response:
         url = f"{hub.endpoint}/{REPO}/resolve/w4/{path}"
         return get_session().get(url, headers={"Range": f"bytes={span}"}, follow_redirects=True)
 

@@ -31,9 +31,8 @@ def _config(name: str, **fields: Any) -> "Callable[[], PretrainedConfig]":
     def make() -> "PretrainedConfig":
         import transformers
 
-        config: PretrainedConfig = getattr(transformers, name)(
-            **_SIZES, **copy.deepcopy(fields)
-        )  # a config changes what it is given
+        own = copy.deepcopy(fields)  # a config changes the dicts that it is given
+        config: PretrainedConfig = getattr(transformers, name)(**_SIZES, **own)
         return config
 
     return make
