@@ -57,13 +57,13 @@ def branch_name(*, bits: int, group_size: int, desc_act: bool) -> str:
     return f"gptq-{bits}bit-{group_size}g-actorder_{desc_act}"
 
 
-def branch_problem(branch: str) -> str:
-    """Return why a branch name cannot be used on the Hub, or "" when it can.
+def branch_problem(branch: str, *, noun: str = "branch") -> str:
+    """Return why the name of a branch, or of another `noun`, cannot be used on the Hub, or "" when it can.
 
     The Hub answers 404 to names with a slash and reads a hex-like name as an abbreviated commit.
     """
     if not _BRANCH.match(branch):
-        return "a branch has 1 to 100 letters, digits, '.', '_' or '-' and no '/'"
+        return f"a {noun} has 1 to 100 letters, digits, '.', '_' or '-' and no '/'"
     if branch.endswith((".lock", ".")) or ".." in branch:
         return "git refuses names that end in '.lock' or '.' or contain '..'"
     if _HEX.match(branch):

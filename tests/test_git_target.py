@@ -102,7 +102,7 @@ def shim(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_branches_are_created_with_their_bytes(scene: Scene, as_url: bool) -> None:
     url = f"file://{quote(str(scene.repository))}" if as_url else str(scene.repository)
     target = scene.target(url)
-    assert (target.where, target.is_public, target.names_by_blob) == (url, True, False)
+    assert (target.where, target.is_public, target.identifies_by_blob) == (url, True, False)
     assert target.read_branches() == {}
     assert not scene.repository.exists()
     assert actions(scene.publish(target)) == ["create", "create"]
@@ -171,7 +171,7 @@ def test_history_is_read_restored_and_tagged(scene: Scene, tmp_path: Path) -> No
     target.tag("v1", {"main": first})
     scene.target(staging="fifth").tag("v1", {"main": first})
     assert target.read_tag("v1") == {"main": first}
-    with pytest.raises(PublishError, match="the tag v1 is there and names"):
+    with pytest.raises(PublishError, match="the tag v1 exists and names"):
         target.tag("v1", {"main": restored})
     assert git("rev-parse", "v1", cwd=scene.repository).strip() == first
     assert git("fsck", "--full", "--strict", cwd=scene.repository) == ""
@@ -191,7 +191,7 @@ def test_a_head_that_moves_meanwhile_stops_with_what_changed(
     dry = 'case "$*" in *dry-run*) exec "$real" "$@";; esac'
     shim(tmp_path / "bin", f'if [ "$1" = push ]; then {dry}; {theirs}; fi', monkeypatch)
     text = scene.refused(error=HeadMovedError)
-    assert f"{VARIANT} was moved by somebody else" in text
+    assert f"{VARIANT} moved" in text
     assert "by A Person <person@example.org>, README.md was changed, extra was added" in text
     head = git("rev-parse", "HEAD", cwd=tmp_path / "theirs").strip()
     assert heads(scene.repository)[VARIANT] == head
@@ -227,7 +227,7 @@ def test_publishers_that_race_leave_one_result(scene: Scene, tmp_path: Path) -> 
     ]  # fmt: skip
     for process in running:
         output, _ = process.communicate()
-        assert process.returncode == 0 or (process.returncode == 10 and "was moved by somebody else" in output), output
+        assert process.returncode == 0 or (process.returncode == 10 and "moved" in output), output
     assert 0 in [process.returncode for process in running]
     possible = [{content.branch: files_in(content.folder) for content in side} for side in (scene.contents, theirs)]
     for branch in heads(scene.repository):

@@ -17,7 +17,7 @@ from packager.publish.after_publish import ReleaseTag
 from packager.publish.branches import BranchContent, PublishReport, publish
 from packager.publish.targets import HeadMovedError, hub_calls, hub_client
 from packager.publish.targets.hub import HubTarget, NewRepository
-from packager.publish.targets.repository_per_variant import SeparateTarget
+from packager.publish.targets.repository_per_variant import RepositoryPerVariant
 from tests.loopback_hub import Account, LoopbackHub
 from tests.publish_fixtures import REPOSITORY, VARIANT, describe, git, log_in, make_content, trees
 
@@ -254,7 +254,7 @@ def test_a_head_that_somebody_moves_stops_the_run_and_says_what_changed(scene: S
     with pytest.raises(HeadMovedError) as caught:
         scene.publish(better)
     text = str(caught.value)
-    assert f"{VARIANT} was moved by somebody else while it was being published" in text
+    assert f"{VARIANT} moved while it was being published" in text
     assert "by rival, NEWS.md was added" in text
     plan = scene.publish(better).plan.branches[0]
     assert (plan.foreign_author, [change.name for change in plan.removed]) == ("rival", ["NEWS.md"])
@@ -267,7 +267,7 @@ def test_a_branch_somebody_makes_meanwhile_is_not_overwritten(scene: Scene) -> N
         huggingface_hub.HfApi(token=RIVAL).create_branch(REPOSITORY, branch=VARIANT)
 
     scene.hub.fault(f"GET /api/models/{REPOSITORY}/refs", "call", after=1, call=rival)
-    assert f"{VARIANT} was moved by somebody else" in scene.refused(HeadMovedError)
+    assert f"{VARIANT} moved" in scene.refused(HeadMovedError)
 
 
 def test_a_file_that_changes_while_it_is_sent_moves_no_branch(scene: Scene) -> None:
@@ -316,7 +316,7 @@ def test_a_tag_names_one_commit_for_good(scene: Scene) -> None:
     target.tag("v1", {"main": first})
     assert target.read_tag("v1") == {"main": first}
     assert git("rev-parse", "v1^{commit}", cwd=scene.path).strip() == first
-    with pytest.raises(PublishError, match="the tag v1 is there"):
+    with pytest.raises(PublishError, match="the tag v1 exists"):
         scene.target().tag("v1", {"main": last})
 
 
@@ -326,30 +326,32 @@ def test_a_tag_that_is_taken_or_is_no_name_stops_a_publish_before_it_begins(scen
     before = trees(scene.path)
     contents = scene.change("main", README_md=b"---\nlicense: mit\n---\n# Another\n")
     for name, problem in (
-        ("v1", "the tag v1 is there"),
+        ("v1", "the tag v1 exists"),
         ("main", "a branch has that name"),
         ("my release", "a tag has"),
     ):
         for dry_run in (True, False):
             with pytest.raises(PublishError, match=problem):
-                publish(contents, scene.target(), print, closing=[ReleaseTag(scene.target(), name)], dry_run=dry_run)
+                publish(
+                    contents, scene.target(), print, final_steps=[ReleaseTag(scene.target(), name)], dry_run=dry_run
+                )
     assert trees(scene.path) == before
-    report = publish(contents, scene.target(), print, closing=[ReleaseTag(scene.target(), "v2")])
-    assert report.plan.closing == ("tag v2 on main",)
+    report = publish(contents, scene.target(), print, final_steps=[ReleaseTag(scene.target(), "v2")])
+    assert report.plan.final_steps == ("tag v2 on main",)
     assert git("rev-parse", "v2^{commit}", cwd=scene.path).strip() == report.head("main")
-    again = publish(contents, scene.target(), print, closing=[ReleaseTag(scene.target(), "v2")])
+    again = publish(contents, scene.target(), print, final_steps=[ReleaseTag(scene.target(), "v2")])
     assert again.plan.effects == ()
 
 
 def test_repositories_of_their_own_are_tagged_as_they_were_published(scene: Scene) -> None:
-    target = SeparateTarget({"main": HubTarget("somebody/M"), VARIANT: HubTarget("somebody/M-v")})
+    target = RepositoryPerVariant({"main": HubTarget("somebody/M"), VARIANT: HubTarget("somebody/M-v")})
 
     class Rival(ReleaseTag):
-        def carry_out(self, heads: Mapping[str, str]) -> None:
+        def apply(self, heads: Mapping[str, str]) -> None:
             scene.hub.commit("somebody/M-v", {"NEWS.md": b"news"})
-            super().carry_out(heads)
+            super().apply(heads)
 
-    report = publish(scene.contents, target, print, closing=[Rival(target, "v1")])
+    report = publish(scene.contents, target, print, final_steps=[Rival(target, "v1")])
     for name, branch in (("M", "main"), ("M-v", VARIANT)):
         path = scene.hub.repository(f"somebody/{name}").path
         assert git("rev-parse", "v1^{commit}", cwd=path).strip() == report.head(branch)
@@ -374,7 +376,7 @@ def test_what_takes_long_may_still_be_tried_again(scene: Scene, monkeypatch: pyt
             raise ConnectionError("cut after hours")
         return "done"
 
-    assert hub_calls.Patience("here", scene.lines.append).call("uploading", upload) == "done"
+    assert hub_calls.RetryPolicy("here", scene.lines.append).call("uploading", upload) == "done"
     assert "trying again" in scene.lines[0]
 
 
@@ -385,7 +387,7 @@ def test_no_wait_is_silent(scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
     scene.hub.fault("POST /api/models/.*/preupload/", "status", status=429, retry_after=50_000, times=99)
-    text = scene.refused(patience_s=60)
+    text = scene.refused(retry_limit_s=60)
     assert "the next try would be in 50000 s" in text
     assert waits == []
     scene.hub.faults.clear()
@@ -506,7 +508,7 @@ def test_of_two_publishers_at_once_one_wins_each_branch(scene: Scene, tmp_path: 
     for thread in threads:
         thread.join()
     assert "won" in results
-    assert [text for text in results if text != "won" and "was moved by somebody else" not in text] == []
+    assert [text for text in results if text != "won" and "moved" not in text] == []
     for branch in WEIGHTS:
         config = json.loads(git("show", f"{branch}:config.json", cwd=scene.path))
         maker = scene if config["by"] == "one" else other

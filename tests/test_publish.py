@@ -322,7 +322,7 @@ def test_an_edited_worktree_is_not_overwritten(scene: Scene) -> None:
     (scene.dist / "main" / "README.md").write_bytes(b"new card\n")
     contents = [describe(scene.dist / "main", "main"), scene.contents[1]]
     text = scene.refused(StateError, contents)
-    for part in ("README.md (edited)", "w.bin (deleted)", "notes.txt (not one of ours)", "stash --include-untracked"):
+    for part in ("README.md (edited)", "w.bin (deleted)", "notes.txt (untracked)", "stash --include-untracked"):
         assert part in text
     assert (scene.repository / "README.md").read_bytes() == b"a person's words\n"
     git("stash", "--include-untracked", cwd=scene.repository)
@@ -397,9 +397,9 @@ def test_a_branch_that_moves_meanwhile_is_not_overwritten(scene: Scene) -> None:
     other = git("commit-tree", f"{VARIANT}^{{tree}}", "-m", "elsewhere", cwd=scene.repository).strip()
     git("update-ref", f"refs/heads/{VARIANT}", other, cwd=scene.repository)
     files = check_folders(scene.contents)[VARIANT]
-    with pytest.raises(PublishError, match=f"{VARIANT} was moved by somebody else"):
+    with pytest.raises(PublishError, match=f"{VARIANT} moved"):
         scene.target.commit(VARIANT, files, parent=observed[VARIANT], message="x")
-    with pytest.raises(PublishError, match=f"{VARIANT} was moved by somebody else"):
+    with pytest.raises(PublishError, match=f"{VARIANT} moved"):
         scene.target.commit(VARIANT, files, parent=None, message="x")
     assert heads(scene.repository)[VARIANT] == other
 
@@ -544,7 +544,7 @@ def test_what_is_stored_is_read_again(scene: Scene, tmp_path: Path, monkeypatch:
     blob = read_local_file(scene.dist / VARIANT / "w.bin").blob_id
     script = f'if [ "$1" = cat-file ] && [ "$3" = {blob} ]; then printf rotten; exit 0; fi'
     shim(tmp_path / "bin", script, monkeypatch)
-    with pytest.raises(PublishError, match="does not hold what was built") as caught:
+    with pytest.raises(PublishError, match="does not hold the files that were built") as caught:
         scene.publish(contents)
     assert "w.bin: 6 bytes of other content" in str(caught.value)
     assert "git fsck" in str(caught.value)
@@ -574,7 +574,7 @@ class MemoryTarget:
 
     where = "memory"
     is_public = False
-    names_by_blob = False
+    identifies_by_blob = False
 
     def __init__(self, remote: Mapping[str, BranchState]) -> None:
         self.remote = remote

@@ -180,7 +180,7 @@ def test_a_repository_per_variant_and_a_collection(scene: Scene) -> None:
     places = {branch: place_of(REPOSITORY, "repos", branch).repository for branch in BRANCHES}
     scene.publish("--yes", "--tag", "v1")
     plan = json.loads(scene.publish("--dry-run", "--format", "json"))
-    assert plan["closing"] == []
+    assert plan["final_steps"] == []
     (collection,) = json.loads((scene.hub.root / "collections.json").read_text()).values()
     assert collection["title"] == "Tiny GPTQ"
     assert [item["id"] for item in collection["items"]] == [places[branch] for branch in BRANCHES]

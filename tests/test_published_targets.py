@@ -45,14 +45,14 @@ class KilledError(Exception):
 class Scene(test_published.Scene):
     """Two branches, a bare repository that they are published to, and a clock that goes on a minute at each look."""
 
-    def __init__(self, tmp_path: Path, bare: Path, open_target: Callable[[], Target]) -> None:
+    def __init__(self, tmp_path: Path, bare: Path, resolve_target: Callable[[], Target]) -> None:
         super().__init__(tmp_path)
-        self.bare, self.open_target = bare, open_target
+        self.bare, self.resolve_target = bare, resolve_target
         self.now = NOON
 
     def remote(self) -> Target:
         """Return the target as a new process has it."""
-        return self.open_target()
+        return self.resolve_target()
 
     def tick(self) -> float:
         self.now += 60
@@ -114,7 +114,7 @@ def clock(scene: Scene) -> SimpleNamespace:
 @pytest.fixture
 def on_hub(tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> Scene:
     bare = hub.root / f"{REPOSITORY}.git"
-    scene = Scene(tmp_path, bare, lambda: HubTarget(REPOSITORY, patience_s=5))
+    scene = Scene(tmp_path, bare, lambda: HubTarget(REPOSITORY, retry_limit_s=5))
     monkeypatch.setattr("tests.loopback_hub.repository.time", clock(scene))
     monkeypatch.setattr("packager.publish.targets.hub_calls.time.sleep", lambda _: None)
     return scene
@@ -321,7 +321,7 @@ def test_a_git_remote_may_have_any_address_but_one_repository(on_git: Scene, tmp
     on_git.publish()
     elsewhere = tmp_path / "elsewhere.git"
     on_git.bare.rename(elsewhere)
-    on_git.open_target = lambda: GitTarget(f"file://{elsewhere}", tmp_path / "another-staging")
+    on_git.resolve_target = lambda: GitTarget(f"file://{elsewhere}", tmp_path / "another-staging")
     report = on_git.verify()
     assert report.passed
     assert [finding.rule for finding in report.findings] == ["address-differs"] * 2
@@ -409,7 +409,7 @@ def test_a_head_that_moves_in_between_is_somebody_s_work(scene: Scene) -> None:
 
     with pytest.raises(HeadMovedError) as caught:
         rollback(scene.remote(), Request(), scene.lines.append, confirm=meanwhile)
-    assert "main was moved by somebody else while it was being put back" in str(caught.value)
+    assert "main moved while it was being put back" in str(caught.value)
     now = trees(scene.bare)
     assert now[VARIANT] == first[VARIANT], "what came before it is done"
     assert now[MAIN] not in (first[MAIN], second[MAIN]), "nobody's work is overwritten"

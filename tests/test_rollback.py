@@ -19,8 +19,8 @@ from packager.cli.main import app
 from packager.cli.rollback_view import print_plan, print_report, report_json
 from packager.errors import PublishError
 from packager.publish.branches import publish
-from packager.publish.rollback import Request, RollbackReport, rollback
-from packager.publish.rollback.history import Line
+from packager.publish.rollback import RollbackReport, RollbackRequest, rollback
+from packager.publish.rollback.history import BranchHistory
 from packager.publish.rollback.plan import RollbackPlan
 from packager.publish.targets import CommitRecord, HeadMovedError, StoredFile
 from packager.publish.targets.local import LocalTarget
@@ -82,7 +82,7 @@ class Scene:
     def back(self, *branches: str, to: str = "", again: bool = False, dry_run: bool = False) -> RollbackReport:
         self.now += 3600
         self.lines.clear()
-        request = Request(branches=branches, to=to, again=again)
+        request = RollbackRequest(branches=branches, to=to, further_back=again)
         return rollback(self.target, request, self.lines.append, dry_run=dry_run)
 
     def refused(self, *branches: str, to: str = "", again: bool = False) -> str:
@@ -342,8 +342,8 @@ def test_a_head_that_moves_meanwhile_is_somebody_s_work(scene: Scene) -> None:
         scene.somebody_commits(A, heads(scene.repository)[A])
 
     with pytest.raises(HeadMovedError) as caught:
-        rollback(scene.target, Request(), scene.lines.append, confirm=meanwhile)
-    assert f"{A} was moved by somebody else while it was being put back" in str(caught.value)
+        rollback(scene.target, RollbackRequest(), scene.lines.append, confirm=meanwhile)
+    assert f"{A} moved while it was being put back" in str(caught.value)
     assert "done are not put back twice" in caught.value.hint
     assert trees(scene.repository)[MAIN] == scene.releases[1][MAIN]
 
@@ -360,7 +360,7 @@ def test_a_dry_run_and_a_no_write_nothing(scene: Scene) -> None:
 
     assert actions(scene.back(dry_run=True)) == {MAIN: "restore"}
     with pytest.raises(KilledError):
-        rollback(scene.target, Request(), scene.lines.append, show_plan=shown.append, confirm=no)
+        rollback(scene.target, RollbackRequest(), scene.lines.append, show_plan=shown.append, confirm=no)
     assert heads(scene.repository) == before
 
 
@@ -446,12 +446,12 @@ def record(letter: str, *, to: str = "", author: str = "", time_s: int = 0) -> C
 
 def test_a_trailer_counts_only_if_it_is_ours_and_leads_back() -> None:
     c, b, a = record("c", to="a"), record("b"), record("a")
-    assert Line(MAIN, [c, b, a]).shown is a
+    assert BranchHistory(MAIN, [c, b, a]).shown is a
     for odd in (record("c", to="d"), record("c", to="c"), record("c", to="a", author="Mallory <m@example.org>")):
-        assert Line(MAIN, [odd, b, a]).shown is odd
+        assert BranchHistory(MAIN, [odd, b, a]).shown is odd
     looping = [record("c", to="b"), record("b", to="c"), a]
-    assert Line(MAIN, looping).shown is looping[1], "a rollback never leads to a younger commit"
-    assert Line(MAIN, [record("d"), c, b, a]).before(record("d")) is a
+    assert BranchHistory(MAIN, looping).shown is looping[1], "a rollback never leads to a younger commit"
+    assert BranchHistory(MAIN, [record("d"), c, b, a]).before(record("d")) is a
 
 
 def test_the_words(scene: Scene, update_golden: bool) -> None:
@@ -476,7 +476,7 @@ def packager(*arguments: object) -> tuple[int, str, str]:
 def test_the_command_asks_where_others_would_see_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     scene.release(A, MAIN, number=1)
     scene.release(A, MAIN, number=2)
-    monkeypatch.setattr("packager.publish.targets.resolve_target.open_target", lambda *_: scene.target)
+    monkeypatch.setattr("packager.publish.targets.resolve_target.resolve_target", lambda *_: scene.target)
     scene.target.public = True
     code, out, err = packager("rollback", scene.repository)
     assert (code, out) == (PublishError.exit_code, "")

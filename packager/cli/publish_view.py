@@ -28,7 +28,7 @@ def print_plan(plan: PublishPlan, console: Console) -> None:
             print_line(console, f"    {line}", sign)
         if entry.parent and entry.foreign_author:
             print_line(console, f"    on top of {entry.parent[:12]} by {printable(entry.foreign_author)}")
-    for line in plan.closing:
+    for line in plan.final_steps:
         print_line(console, f"+ {line}", "+")
     print_line(console, "")
     _print_left_alone(plan, console)
@@ -87,7 +87,7 @@ def plan_json(plan: PublishPlan) -> dict[str, object]:
         "where": plan.where,
         "branches": [_branch_json(entry) for entry in plan.branches],
         "left_alone": list(plan.left_alone),
-        "closing": list(plan.closing),
+        "final_steps": list(plan.final_steps),
         "written_bytes": plan.written_bytes,
         "uploaded_bytes": plan.uploaded_bytes,
     }

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from packager.publish.published import BranchProof, PublishedFinding, PublishedReport
+from packager.publish.published import BranchReport, PublishedFinding, PublishedReport
 from packager.receipt import LoaderRecord
 from packager.system.text import format_bytes, printable
 
@@ -36,7 +36,7 @@ def report_json(report: PublishedReport) -> dict[str, object]:
     }
 
 
-def depth(proof: BranchProof) -> str:
+def depth(proof: BranchReport) -> str:
     """Return what was proven of a branch, and by what."""
     parts = []
     if proof.num_stated:
@@ -56,7 +56,7 @@ def _loader(record: LoaderRecord) -> str:
     return f"{record.loader}: {record.status}{figures or f', {record.reason}'}"
 
 
-def _branch_json(proof: BranchProof) -> dict[str, object]:
+def _branch_json(proof: BranchReport) -> dict[str, object]:
     loaders = [record.model_dump() for record in proof.loaders]
     return {**asdict(proof), "passed": proof.passed, "loaders": loaders}
 

@@ -115,11 +115,11 @@ def verify_published(
     """
     from packager.cli.published_view import print_report, report_json
     from packager.publish.published import verify_published as run_verify
-    from packager.publish.targets.resolve_target import open_target
+    from packager.publish.targets.resolve_target import resolve_target
 
     terminal = terminal_of(quiet=quiet)
     site = _loader_site(device, cache) if loaders else None
-    target = open_target(repository, dist, os.environ, terminal.log)
+    target = resolve_target(repository, dist, os.environ, terminal.log)
     report = run_verify(target, terminal.log, branches=branch or (), full=full, loaders=site)
     if format is Format.json:
         terminal.result(report_json(report))
@@ -171,15 +171,15 @@ def rollback(
     somebody else committed meanwhile, or the target refuses.
     """
     from packager.cli.rollback_view import print_plan, print_report, report_json
-    from packager.publish.rollback import Request
+    from packager.publish.rollback import RollbackRequest
     from packager.publish.rollback import rollback as run_rollback
-    from packager.publish.targets.resolve_target import open_target
+    from packager.publish.targets.resolve_target import resolve_target
 
     terminal = terminal_of(quiet=quiet)
-    target = open_target(repository, dist, os.environ, terminal.log)
+    target = resolve_target(repository, dist, os.environ, terminal.log)
     report = run_rollback(
         target,
-        Request(branches=tuple(branch or ()), to=to, again=again),
+        RollbackRequest(branches=tuple(branch or ()), to=to, further_back=again),
         terminal.log,
         dry_run=dry_run,
         show_plan=lambda plan: print_plan(plan, terminal.err),

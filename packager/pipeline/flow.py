@@ -19,7 +19,7 @@ from packager.pipeline.stages import (
     render_cards,
     verify,
 )
-from packager.publish.after_publish import Closing, ReleaseTag
+from packager.publish.after_publish import FinalStep, ReleaseTag
 from packager.publish.branches import BranchContent, PublishReport
 from packager.publish.branches import publish as publish_branches
 from packager.publish.hub_collection import HubCollection
@@ -163,16 +163,16 @@ def publish(
                 contents,
                 target,
                 terminal.log,
-                closing=_closing(run, target, tag),
+                final_steps=_final_steps(run, target, tag),
                 dry_run=dry_run,
                 show_plan=show_plan,
                 confirm=ask,
             )
 
 
-def _closing(run: Build, target: Target, tag: str) -> list[Closing]:
+def _final_steps(run: Build, target: Target, tag: str) -> list[FinalStep]:
     """Return what comes after the last branch: the tag, and the collection of variants with their own repositories."""
-    steps: list[Closing] = [ReleaseTag(target, tag)] if tag else []
+    steps: list[FinalStep] = [ReleaseTag(target, tag)] if tag else []
     repository = run.recipe.repository
     if repository.target == "hub" and repository.layout == "repos":
         places = [repository.place(branch).repository for branch in sorted(run.keys, key=lambda name: name != MAIN)]

@@ -1,4 +1,4 @@
-"""What a publish does after its last branch: planned, asked about and shown with the rest, and done once."""
+"""The steps after the last branch of a publish: planned, confirmed and shown with the branches, and applied once."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -9,26 +9,26 @@ from packager.publish.targets import Target
 from packager.variant import branch_problem
 
 
-class Closing(Protocol):
+class FinalStep(Protocol):
     """A step after the last branch."""
 
     def plan(self, plan: PublishPlan) -> Sequence[str]:
-        """Return what there is to do, a line each; nothing is written, and nothing is left to do the second time.
+        """Return one line per change that `apply` would make; write nothing. A step that was applied has no changes.
 
         Raises:
-            PublishError: it cannot be done.
+            PublishError: the step cannot be applied.
         """
 
-    def carry_out(self, heads: Mapping[str, str]) -> None:
-        """Do what was planned; `heads` are the branches' commits now."""
+    def apply(self, heads: Mapping[str, str]) -> None:
+        """Make the planned changes; `heads` are the present head commits by branch."""
 
 
 class ReleaseTag:
-    """Gives the release a name: main's commit; or each variant's, where each has a repository of its own.
+    """Tags the release: the commit of main, or one commit per variant if each variant has its own repository.
 
     Args:
-        target: where it is published.
-        name: of the tag.
+        target: where the release is published.
+        name: the tag's name.
     """
 
     def __init__(self, target: Target, name: str) -> None:
@@ -39,27 +39,27 @@ class ReleaseTag:
         """Return which branches' heads get the tag.
 
         Raises:
-            PublishError: it is no name for a tag, or names another commit already.
+            PublishError: the name is not valid for a tag, or the tag exists and names another commit.
         """
-        problem = branch_problem(self._name).replace("a branch has", "a tag has")
+        problem = branch_problem(self._name, noun="tag")
         if any(self._name == entry.branch for entry in plan.branches) or self._name in plan.left_alone:
             problem = "a branch has that name"
         if problem:
             raise PublishError(f"{self._name!r} cannot be a tag", where=plan.where, why=problem)
         found = self._target.read_tag(self._name)
-        kept = {entry.branch: entry.parent for entry in plan.branches if entry.action == "unchanged"}
+        unchanged = {entry.branch: entry.parent for entry in plan.branches if entry.action == "unchanged"}
         for branch, commit in found.items():
-            if commit and commit != kept.get(branch):
+            if commit and commit != unchanged.get(branch):
                 raise PublishError(
-                    f"the tag {self._name} is there and names {commit[:12]} of {branch}",
+                    f"the tag {self._name} exists and names {commit[:12]} of {branch}",
                     where=plan.where,
-                    why="what is published now is something else",
+                    why="this publish has other content",
                     hint="give this release another name: a tag that people use is not moved",
                 )
         self._lacking = tuple(branch for branch, commit in found.items() if not commit)
         return [f"tag {self._name} on {', '.join(self._lacking)}"] if self._lacking else []
 
-    def carry_out(self, heads: Mapping[str, str]) -> None:
+    def apply(self, heads: Mapping[str, str]) -> None:
         """Make the tag."""
         if self._lacking:
             self._target.tag(self._name, {branch: heads[branch] for branch in self._lacking})

@@ -1,8 +1,8 @@
 """Stage 10, publish: bring each branch of a repository to exactly the files that were built.
 
-The folders are compared with their records, the target is read, the plan is shown, and only then the first byte is
-written: variants first, `main` last, each re-read from the repository and compared with its manifest. A branch that
-already holds its files gets no commit, so a second publish changes nothing, and a killed one is simply run again.
+`publish` compares the folders with their records, reads the target and shows the plan before it writes the first byte.
+Variants go first and `main` last. Each branch is read back from the repository and compared with its manifest. A branch
+that already holds its files gets no commit: a second publish changes nothing, and a killed publish is run again.
 """
 
 import time
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packager.errors import PublishError, StateError
-from packager.publish.after_publish import Closing
+from packager.publish.after_publish import FinalStep
 from packager.publish.plan import BranchPlan, PublishPlan, plan_line, plan_publish
 from packager.publish.targets import (
     BranchState,
@@ -31,13 +31,13 @@ from packager.variant import MAIN, branch_problem
 
 @dataclass(frozen=True, kw_only=True)
 class BranchContent:
-    """What a branch is to hold.
+    """The content that a branch gets.
 
     Attributes:
-        branch: its name.
-        folder: where the files lie.
+        branch: the branch's name.
+        folder: the folder of the files.
         files: the manifest: every file of the folder, by name with '/' between folders.
-        message: of the commit, if one is made.
+        message: the message of the commit, if one is made.
     """
 
     branch: str
@@ -48,7 +48,7 @@ class BranchContent:
 
 @dataclass(frozen=True, kw_only=True)
 class BranchOutcome:
-    """What was done to one branch: its head (None after a dry run of a branch that is not there) and the seconds."""
+    """The result for one branch: its head (None after a dry run for a missing branch) and the time in seconds."""
 
     plan: BranchPlan
     commit: str | None
@@ -57,7 +57,7 @@ class BranchOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishReport:
-    """What was done to a repository, in order, and what was put right before that."""
+    """The result for a repository: the branches in order, and notes about repairs after a killed publish."""
 
     plan: PublishPlan
     outcomes: tuple[BranchOutcome, ...]
@@ -76,9 +76,9 @@ class PublishReport:
 def publish(
     branches: Sequence[BranchContent],
     target: Target,
-    report: Callable[[str], None],
+    log: Callable[[str], None],
     *,
-    closing: Sequence[Closing] = (),
+    final_steps: Sequence[FinalStep] = (),
     dry_run: bool = False,
     show_plan: Callable[[PublishPlan], None] = lambda _: None,
     confirm: Callable[[PublishPlan], None] = lambda _: None,
@@ -88,42 +88,42 @@ def publish(
     Args:
         branches: the content of each branch.
         target: the repository.
-        report: gets one line for the plan, one per branch, and one per thing put right after a killed run.
-        closing: what comes after the last branch.
+        log: gets one line for the plan, one per branch, and one per repair after a killed publish.
+        final_steps: the steps after the last branch.
         dry_run: plan and check, write nothing.
-        show_plan: gets the plan before the first effect; not called for a dry run, whose report holds it.
+        show_plan: gets the plan before the first effect; not called in a dry run, whose report holds the plan.
         confirm: called if anything would change, after `show_plan` and before the first effect; raises to stop.
 
     Raises:
         StateError: a folder, or the worktree of a published repository, was edited.
-        PublishError: the target is not in a state that can be published to, or did not store what it was given.
+        PublishError: the target cannot be published to now, or does not hold the files that it was given.
         MachineError: git or disk space is missing.
     """
-    files = check_folders(branches, blob_ids=target.names_by_blob)
+    files = check_folders(branches, blob_ids=target.identifies_by_blob)
     if dry_run:
-        plan = _checked_plan(files, target, closing)
-        report(plan_line(plan))
+        plan = _checked_plan(files, target, final_steps)
+        log(plan_line(plan))
         outcomes = [BranchOutcome(plan=entry, commit=entry.parent, seconds=0.0) for entry in plan.branches]
         return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=(), dry_run=True)
     if MAIN not in files:
-        plan_publish(files, target.read_branches(), where=target.where)  # may refuse, and no repository is made then
+        plan_publish(files, target.read_branches(), where=target.where)  # raises before a repository is made
     messages = {content.branch: content.message for content in branches}
     outcomes = []
     with target.exclusive() as notes:
         for note in notes:
-            report(note)
-        plan = _checked_plan(files, target, closing, show_plan)
-        report(plan_line(plan))
+            log(note)
+        plan = _checked_plan(files, target, final_steps, show_plan)
+        log(plan_line(plan))
         if plan.effects:
             confirm(plan)
         for entry in plan.branches:
             outcome = _publish_branch(entry, files[entry.branch], target, messages[entry.branch])
-            report(outcome_line(outcome))
+            log(outcome_line(outcome))
             outcomes.append(outcome)
-        for step in closing:
-            step.carry_out({outcome.plan.branch: outcome.commit or "" for outcome in outcomes})
-        for line in plan.closing:
-            report(f"done: {line}")
+        for step in final_steps:
+            step.apply({outcome.plan.branch: outcome.commit or "" for outcome in outcomes})
+        for line in plan.final_steps:
+            log(f"done: {line}")
     return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=tuple(notes), dry_run=False)
 
 
@@ -132,13 +132,13 @@ def check_folders(branches: Sequence[BranchContent], *, blob_ids: bool = True) -
 
     Args:
         branches: the content of each branch.
-        blob_ids: whether the blob ids of large files are wanted, too.
+        blob_ids: whether to compute the blob ids of large files, too.
 
     Returns:
         The files by branch and name.
 
     Raises:
-        PublishError: a branch or file name cannot be published, or a branch has no files or is given twice.
+        PublishError: a branch or file name cannot be published; a branch has no files or is given twice.
         StateError: a folder does not hold exactly the files of its manifest.
     """
     _check_names(branches)
@@ -160,15 +160,15 @@ def check_folders(branches: Sequence[BranchContent], *, blob_ids: bool = True) -
         files[content.branch] = found
     if findings:
         raise StateError(
-            "what was built is not what would be published",
-            why="\n    ".join(["these files are not as their records say:", *findings]),
+            "the output folder was changed after the build",
+            why="\n    ".join(["these files differ from their records:", *findings]),
             hint="build the branch again; to publish an edit, make it in the recipe, where the next build keeps it",
         )
     return files
 
 
 def outcome_line(outcome: BranchOutcome) -> str:
-    """Return the one line that says what became of a branch."""
+    """Return one line with a branch's result."""
     plan = outcome.plan
     if plan.action == "unchanged" or outcome.commit is None:
         return f"{plan.branch}: {plan.action}"
@@ -181,13 +181,13 @@ def outcome_line(outcome: BranchOutcome) -> str:
 def _checked_plan(
     files: Mapping[str, Mapping[str, LocalFile]],
     target: Target,
-    closing: Sequence[Closing],
+    final_steps: Sequence[FinalStep],
     show_plan: Callable[[PublishPlan], None] = lambda _: None,
 ) -> PublishPlan:
     plan = plan_publish(files, target.read_branches(), where=target.where)
-    plan = replace(plan, closing=tuple(line for step in closing for line in step.plan(plan)))
+    plan = replace(plan, final_steps=tuple(line for step in final_steps for line in step.plan(plan)))
     show_plan(plan)
-    target.check(plan.changing or ((MAIN,) if plan.closing else ()))
+    target.check(plan.changing or ((MAIN,) if plan.final_steps else ()))
     return plan
 
 
@@ -201,10 +201,10 @@ def _publish_branch(plan: BranchPlan, files: Mapping[str, LocalFile], target: Ta
         raise _moved(plan, target, error) from error
     if wrong := list(_not_as_built(target.read_back(commit), files)):
         raise PublishError(
-            f"{plan.branch} was published and does not hold what was built",
+            f"{plan.branch} was published and does not hold the files that were built",
             where=target.where,
             why="; ".join(wrong),
-            hint="publish again; if that does not help, check the repository (git fsck, where it is a folder)",
+            hint="publish again; if that does not help, check the repository (git fsck, if it is a folder)",
         )
     return BranchOutcome(plan=plan, commit=commit, seconds=time.monotonic() - started)
 
@@ -214,26 +214,26 @@ def _not_as_built(stored: Mapping[str, StoredFile], files: Mapping[str, LocalFil
         if name not in stored:
             yield f"{name}: missing"
         elif name not in files:
-            yield f"{name}: not one of ours"
+            yield f"{name}: not in the manifest"
         elif not stored[name].holds(files[name]):
             yield f"{name}: {stored[name].size_bytes:,} bytes of other content"
 
 
 def _moved(plan: BranchPlan, target: Target, error: HeadMovedError) -> HeadMovedError:
-    """Return the error with what changed: the files that differ between the planned parent and the head now."""
+    """Return the error with the files that differ between the planned parent and the present head."""
     before = target.read_back(plan.parent) if plan.parent else {}
     now = target.read_branches().get(plan.branch)
-    changes = ["the branch is gone"] if now is None else _changes(before, now)
+    changes = ["the branch was deleted"] if now is None else _changes(before, now)
     return HeadMovedError(
-        f"{plan.branch} was moved by somebody else while it was being published",
+        f"{plan.branch} moved while it was being published",
         where=target.where,
         why=", ".join([*filter(None, [error.why]), *changes]),
-        hint="look at what is there now, then publish again: what has been uploaded is not uploaded twice",
+        hint="look at the branch, then publish again: uploaded files are not uploaded twice",
     )
 
 
 def _changes(before: Mapping[str, StoredFile], now: BranchState) -> list[str]:
-    """Say what somebody else made of a branch."""
+    """Describe the changes that another publisher made to a branch."""
     author = f" by {now.foreign_author}" if now.foreign_author else ""
     words = {name: _change_word(before.get(name), now.files.get(name)) for name in before.keys() | now.files.keys()}
     changed = [f"{name} was {words[name]}" for name in sorted(words) if words[name]]
@@ -247,7 +247,7 @@ def _change_word(before: StoredFile | None, now: StoredFile | None) -> str:
 
 
 def _differences(found: Mapping[str, LocalFile], manifest: Mapping[str, FileRecord]) -> Iterator[tuple[str, str]]:
-    """Yield each file that is not as the manifest says, and how it differs."""
+    """Yield each file that differs from the manifest, and the difference."""
     for name in sorted(found.keys() | manifest.keys()):
         file, record = found.get(name), manifest.get(name)
         if file is None:

@@ -1,4 +1,4 @@
-"""A collection on the Hub: what ties repositories together that hold a variant each."""
+"""A collection on the Hub: groups the repositories of a release that has one repository per variant."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from packager.publish.plan import PublishPlan
-from packager.publish.targets.hub_calls import PATIENCE_S, Patience
+from packager.publish.targets.hub_calls import RETRY_LIMIT_S, RetryPolicy
 from packager.publish.targets.hub_client import hub_api
 
 if TYPE_CHECKING:
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 class HubCollection:
-    """Holds the repositories of a release; it is made if there is none of that title.
+    """Adds the repositories of a release to a collection, and makes the collection if none has that title.
 
     Args:
-        title: of the collection, in the namespace of the first repository.
-        repository_ids: namespace/name each, in the order they are to be shown.
-        private: whether a collection that is made is.
-        log: gets a line when something has to be waited for.
-        patience_s: seconds that one call may be waited for.
+        title: the collection's title, in the namespace of the first repository.
+        repository_ids: namespace/name each, in the order of display.
+        private: whether a new collection is private.
+        log: gets a line per wait.
+        retry_limit_s: total seconds of waiting per call.
     """
 
     def __init__(
@@ -31,24 +31,24 @@ class HubCollection:
         *,
         private: bool,
         log: Callable[[str], None],
-        patience_s: float = PATIENCE_S,
+        retry_limit_s: float = RETRY_LIMIT_S,
     ) -> None:
         self._title, self._ids, self._private = title, tuple(repository_ids), private
         self._namespace = self._ids[0].split("/")[0]
         self._api = hub_api()
-        self._patience = Patience(f"{self._api.endpoint}/collections", log, limit_s=patience_s)
+        self._retry = RetryPolicy(f"{self._api.endpoint}/collections", log, limit_s=retry_limit_s)
         self._lacking = self._ids
 
-    def plan(self, plan: PublishPlan) -> Sequence[str]:  # noqa: ARG002 - it is the same for every plan
-        """Return what the collection lacks."""
-        slug = self._patience.call("listing collections", self._slug)
+    def plan(self, plan: PublishPlan) -> Sequence[str]:  # noqa: ARG002 - the same for every plan
+        """Return the repositories that the collection lacks."""
+        slug = self._retry.call("listing collections", self._slug)
         held = self._held(slug) if slug else set()
         self._lacking = tuple(repository_id for repository_id in self._ids if repository_id not in held)
         what = "add" if slug else "make it with"
         return [f"collection {self._title!r}: {what} {', '.join(self._lacking)}"] if self._lacking else []
 
-    def carry_out(self, heads: Mapping[str, str]) -> None:  # noqa: ARG002 - it names repositories, not commits
-        """Make the collection, if there is none, and add what it lacks."""
+    def apply(self, heads: Mapping[str, str]) -> None:  # noqa: ARG002 - a collection holds repositories, not commits
+        """Make the collection if it does not exist, and add the repositories that it lacks."""
         if not self._lacking:
             return
         make = partial(
@@ -58,19 +58,19 @@ class HubCollection:
             private=self._private,
             exists_ok=True,
         )
-        slug = self._patience.call("making the collection", make).slug
+        slug = self._retry.call("making the collection", make).slug
         for repository_id in self._lacking:
             add = partial(self._api.add_collection_item, slug, repository_id, "model", exists_ok=True)
-            self._patience.call(f"adding {repository_id} to the collection", add)
+            self._retry.call(f"adding {repository_id} to the collection", add)
 
     def _slug(self) -> str:
-        """Return the Hub's name for the collection, "" if there is none."""
+        """Return the collection's slug on the Hub, "" if it does not exist."""
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
             found = [entry.slug for entry in self._api.list_collections(owner=self._namespace) if self._is_it(entry)]
         except HfHubHTTPError as error:
-            if error.response.status_code == HTTPStatus.NOT_FOUND:  # nobody of that name has published anything
+            if error.response.status_code == HTTPStatus.NOT_FOUND:  # the namespace does not exist yet
                 return ""
             raise
         return found[0] if found else ""
@@ -79,5 +79,5 @@ class HubCollection:
         return bool(entry.title == self._title)
 
     def _held(self, slug: str) -> set[str]:
-        collection = self._patience.call("reading the collection", lambda: self._api.get_collection(slug))
+        collection = self._retry.call("reading the collection", lambda: self._api.get_collection(slug))
         return {item.item_id for item in collection.items if item.item_type == "model"}

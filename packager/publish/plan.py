@@ -1,4 +1,4 @@
-"""What publishing would do: what each branch is to hold, compared with what is there. No effect, no network."""
+"""The publish plan: the files of each branch compared with those of the repository. No effect, no network."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -10,12 +10,12 @@ from packager.publish.targets import BranchState, LocalFile, StoredFile
 from packager.system.text import format_bytes
 from packager.variant import MAIN
 
-Action = Literal["create", "update", "unchanged"]
+PublishAction = Literal["create", "update", "unchanged"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileChange:
-    """A file that is written or removed, and its size in the new commit, or in the old one if it is removed."""
+    """A file that is written, with its size in the new commit, or removed, with its size in the old commit."""
 
     name: str
     size_bytes: int
@@ -23,23 +23,23 @@ class FileChange:
 
 @dataclass(frozen=True, kw_only=True)
 class BranchPlan:
-    """What publishing does to one branch.
+    """The changes of one branch.
 
     Attributes:
-        branch: its name.
-        action: whether a commit is made, and on what.
-        parent: the head as it is now, None if the branch is not there.
-        foreign_author: who made that head, "" when it was this program; it stays in the history.
+        branch: the branch's name.
+        action: "create" or "update" make a commit, "unchanged" makes none.
+        parent: the present head, None if the branch does not exist.
+        foreign_author: the author of that head, "" if this program made it; the head stays in the history.
         added: files that the branch does not have.
-        changed: files that it has with another content.
-        removed: files that it has and the manifest has not.
+        changed: files that the branch has with another content.
+        removed: files of the branch that are not in the manifest.
         num_files: files in the manifest.
-        total_bytes: their size.
-        present_bytes: the size of those added and changed whose content the repository holds already, on some branch.
+        total_bytes: size of the manifest's files.
+        present_bytes: size of the added and changed files whose content the repository already holds, on any branch.
     """
 
     branch: str
-    action: Action
+    action: PublishAction
     parent: str | None
     foreign_author: str
     added: tuple[FileChange, ...]
@@ -56,30 +56,30 @@ class BranchPlan:
 
     @property
     def uploaded_bytes(self) -> int:
-        """What of that must travel."""
+        """The part of `written_bytes` that is uploaded."""
         return self.written_bytes - self.present_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishPlan:
-    """What publishing does to a repository.
+    """The changes of a repository.
 
     Attributes:
-        where: the repository, as people know it.
-        branches: in the order they are published, `main` last.
-        left_alone: branches that are there and not in this publish.
-        closing: what comes after the last branch, a line each.
+        where: the repository's address, for messages.
+        branches: in the order of publishing, `main` last.
+        left_alone: branches of the repository that this publish does not change.
+        final_steps: one line per change after the last branch.
     """
 
     where: str
     branches: tuple[BranchPlan, ...]
     left_alone: tuple[str, ...]
-    closing: tuple[str, ...] = ()
+    final_steps: tuple[str, ...] = ()
 
     @property
     def effects(self) -> tuple[str, ...]:
-        """Everything that would be done, for the question whether it shall be."""
-        return (*self.changing, *self.closing)
+        """Every change, for the confirmation prompt."""
+        return (*self.changing, *self.final_steps)
 
     @property
     def changing(self) -> tuple[str, ...]:
@@ -93,28 +93,28 @@ class PublishPlan:
 
     @property
     def uploaded_bytes(self) -> int:
-        """What of that must travel, if nothing is on two branches."""
+        """The part of `written_bytes` that is uploaded, if no content is on two branches."""
         return sum(entry.uploaded_bytes for entry in self.branches)
 
 
 def plan_publish(
     files: Mapping[str, Mapping[str, LocalFile]], remote: Mapping[str, BranchState], *, where: str
 ) -> PublishPlan:
-    """Compare what the branches are to hold with what is there.
+    """Compare the files to publish with those of the repository.
 
     Args:
         files: by branch and name.
         remote: the target's branches.
-        where: the target, for people.
+        where: the target's address, for messages.
 
     Raises:
-        PublishError: there would be no `main`.
+        PublishError: neither `files` nor the repository has `main`.
     """
     if MAIN not in files and MAIN not in remote:
         raise PublishError(
             f"{MAIN} is not among the branches and the repository has none",
             where=where,
-            hint=f"publish {MAIN} together with the others: it is what a reader gets who names no branch",
+            hint=f"publish {MAIN} with the others: readers who name no branch get {MAIN}",
         )
     ordered = sorted(files, key=lambda branch: branch == MAIN)
     return PublishPlan(
@@ -127,7 +127,7 @@ def plan_publish(
 
 
 def _held(remote: Mapping[str, BranchState], branch: str) -> Collection[str]:
-    """Return the digests of what the branch's repository has already, on any branch."""
+    """Return the digests of the files that the branch's repository already holds, on any branch."""
     repository = remote[branch].repository if branch in remote else ""
     states = [state for state in remote.values() if state.repository == repository]
     found = {name for state in states for file in state.files.values() for name in (file.sha256, file.blob_id)}
@@ -138,8 +138,8 @@ def plan_line(plan: PublishPlan) -> str:
     """Return the plan in one line."""
     actions = Counter(entry.action for entry in plan.branches)
     counts = ", ".join(f"{count} {action}" for action, count in sorted(actions.items()))
-    there = plan.written_bytes - plan.uploaded_bytes
-    known = f", {format_bytes(there)} already there" if there else ""
+    present_bytes = plan.written_bytes - plan.uploaded_bytes
+    known = f", {format_bytes(present_bytes)} already there" if present_bytes else ""
     return f"{plan.where}: {counts}; {format_bytes(plan.uploaded_bytes)} to upload{known}"
 
 
@@ -152,7 +152,7 @@ def _plan_branch(
     common = sorted(files.keys() & stored.keys())
     changed = tuple(_change(name, files[name]) for name in common if not stored[name].holds(files[name]))
     new = [files[change.name] for change in (*added, *changed)]
-    action: Action = "create" if state is None else "update" if added or changed or removed else "unchanged"
+    action: PublishAction = "create" if state is None else "update" if added or changed or removed else "unchanged"
     return BranchPlan(
         branch=branch,
         action=action,

@@ -1,7 +1,8 @@
 """The keys of a section that belong together; one rule for the text as written and for the finished values."""
 
 from collections.abc import Set as AbstractSet
-from urllib.parse import urlsplit
+
+from packager.system.text import has_credentials
 
 
 def base_model_problem(given: AbstractSet[str]) -> str:
@@ -13,14 +14,6 @@ def base_model_problem(given: AbstractSet[str]) -> str:
     if "revision" in given and "config" not in given:
         return "a base model on the Hub needs config: a local copy of its config.json to plan from"
     return ""
-
-
-def has_credentials(url: str) -> bool:
-    """Return whether an address contains a password, or text that may be one."""
-    parts = urlsplit(url)
-    return parts.password is not None or (
-        parts.scheme.startswith("http") and ("@" in parts.netloc or bool(parts.query))
-    )
 
 
 def repository_problem(target: str, layout: str, *, url: str | None) -> str:

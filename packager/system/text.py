@@ -1,6 +1,7 @@
 """Text for people: sizes with their units, and values of untrusted files made safe to print. GB is 10^9 bytes."""
 
 import json
+from urllib.parse import urlsplit
 
 _MAX_MESSAGE = 600
 _MAX_VALUE = 80
@@ -50,3 +51,11 @@ def shown(value: object) -> str:
         return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
     text = json.dumps(value)
     return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
+
+
+def has_credentials(url: str) -> bool:
+    """Return whether a URL contains a password, or may contain one, and must not be shown or stored."""
+    parts = urlsplit(url)
+    return parts.password is not None or (
+        parts.scheme.startswith("http") and ("@" in parts.netloc or bool(parts.query))
+    )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from packager.errors import PublishError
 from packager.prove.audit.weights import SUFFIX
-from packager.publish.published.branch import BranchProof, Depth, prove
+from packager.publish.published.branch import BranchReport, Depth, verify_branch
 from packager.publish.published.card import check_card
 from packager.publish.published.finding import RULES, Collector, PublishedFinding, unreadable
 from packager.publish.published.loaders import LoaderSite
@@ -29,21 +29,21 @@ class PublishedReport:
     Attributes:
         where: the repository.
         full: every file was downloaded.
-        branches: one proof each, main first.
+        branches: one report each, main first.
         card_rows: rows of the card's table that were compared; None if the card was not looked at.
         card_findings: of the card of main against the branches.
     """
 
     where: str
     full: bool
-    branches: tuple[BranchProof, ...]
+    branches: tuple[BranchReport, ...]
     card_rows: int | None
     card_findings: tuple[PublishedFinding, ...]
 
     @property
     def findings(self) -> tuple[PublishedFinding, ...]:
         """Everything found."""
-        return (*(finding for proof in self.branches for finding in proof.findings), *self.card_findings)
+        return (*(finding for report in self.branches for finding in report.findings), *self.card_findings)
 
     @property
     def passed(self) -> bool:
@@ -79,16 +79,18 @@ def verify_published(
     """
     states = published_states(target, branches)
     # A git remote is wherever its host has put it; the Hub and the local target go by the repository's name.
-    depth = Depth(full=full or loaders is not None, named=not isinstance(target, GitTarget), loaders=loaders)
+    depth = Depth(
+        full=full or loaders is not None, address_names_repository=not isinstance(target, GitTarget), loaders=loaders
+    )
     chosen = sorted(set(branches or states), key=lambda branch: (branch != MAIN, branch))
-    proofs: list[BranchProof] = []
+    reports: list[BranchReport] = []
     provenances: dict[str, Provenance] = {}
     failures: list[PublishError] = []
     for branch in chosen:
         found, state = Collector(branch), states[branch]
-        proof = BranchProof(branch=branch, commit=state.commit)
+        report = BranchReport(branch=branch, commit=state.commit)
         try:
-            proof, provenance = prove(target, proof, found, log, depth)
+            report, provenance = verify_branch(target, report, found, log, depth)
         except PublishError as error:
             failures.append(error)
             found.add("branch-unreadable", "", unreadable(error))
@@ -98,14 +100,14 @@ def verify_published(
                 provenances[branch] = provenance
         if state.foreign_author and branch in provenances:
             found.add("head-foreign", "", f"its head was made by {state.foreign_author}, not by packager")
-        proofs.append(replace(proof, findings=found.collected()))
-        log(f"{printable(branch)}: {'ok' if proofs[-1].passed else f'{len(proofs[-1].findings)} findings'}")
+        reports.append(replace(report, findings=found.collected()))
+        log(f"{printable(branch)}: {'ok' if reports[-1].passed else f'{len(reports[-1].findings)} findings'}")
     if len(failures) == len(chosen):
         raise failures[0]
     card = Collector(MAIN)
     rows = check_card(target, states, provenances, card) if not branches or MAIN in chosen else None
     return PublishedReport(
-        where=target.where, full=depth.full, branches=tuple(proofs), card_rows=rows, card_findings=card.collected()
+        where=target.where, full=depth.full, branches=tuple(reports), card_rows=rows, card_findings=card.collected()
     )
 
 
@@ -124,4 +126,4 @@ def _weights(provenance: Provenance) -> frozenset[str]:
     return frozenset(record.sha256 for name, record in provenance.files.items() if name.endswith(SUFFIX))
 
 
-__all__ = ["RULES", "BranchProof", "LoaderSite", "PublishedFinding", "PublishedReport", "verify_published"]
+__all__ = ["RULES", "BranchReport", "LoaderSite", "PublishedFinding", "PublishedReport", "verify_published"]

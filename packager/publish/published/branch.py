@@ -21,7 +21,7 @@ from packager.prove.audit.provenance import check_provenance
 from packager.prove.audit.tensors import Expected, check_tensors, quantized_modules
 from packager.prove.audit.weights import SUFFIX, read_weights
 from packager.publish.published.finding import Collector, PublishedFinding
-from packager.publish.published.loaders import LoaderSite, prove_by_loaders
+from packager.publish.published.loaders import LoaderSite, check_with_loaders
 from packager.publish.published.reading import Branch, bounded, download, put_header, safe_names
 from packager.publish.targets import Target, file_name_problem
 from packager.receipt import (
@@ -56,17 +56,17 @@ class Depth:
 
     Attributes:
         full: every file is downloaded and audited.
-        named: the repository's address is its name, so the record must name it.
+        address_names_repository: the repository's address is its name, so the record must name it.
         loaders: where loaders open what was downloaded, None if they do not; it needs `full`.
     """
 
     full: bool = False
-    named: bool = True
+    address_names_repository: bool = True
     loaders: LoaderSite | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class BranchProof:
+class BranchReport:
     """What was proven of a branch, how deep, and what was found.
 
     Attributes:
@@ -99,38 +99,40 @@ class BranchProof:
         return not any(finding.severity == "error" for finding in self.findings)
 
 
-def prove(
-    target: Target, proof: BranchProof, found: Collector, log: Callable[[str], None], depth: Depth
-) -> tuple[BranchProof, Provenance | None]:
+def verify_branch(
+    target: Target, report: BranchReport, found: Collector, log: Callable[[str], None], depth: Depth
+) -> tuple[BranchReport, Provenance | None]:
     """Look at one branch; return what was proven and its record, None if it has none that can be used.
 
     Raises:
         PublishError: the repository could not be read.
         MachineError: there is no space for what is downloaded, or a loader found this machine wanting.
     """
-    stored = {name: bounded(file) for name, file in target.read_back(proof.commit).items()}
-    proof = replace(proof, num_files=len(stored), total_bytes=sum(max(0, file.size_bytes) for file in stored.values()))
+    stored = {name: bounded(file) for name, file in target.read_back(report.commit).items()}
+    report = replace(
+        report, num_files=len(stored), total_bytes=sum(max(0, file.size_bytes) for file in stored.values())
+    )
     if len(stored) > _MAX_FILES:
         found.add("files-too-many", "", f"{len(stored):,} files; nothing on this branch was compared")
-        return proof, None
+        return report, None
     safe = safe_names(stored, found)
-    branch = Branch(target=target, name=proof.branch, commit=proof.commit, stored=stored, safe=safe)
+    branch = Branch(target=target, name=report.branch, commit=report.commit, stored=stored, safe=safe)
     provenance = _read_provenance(branch, found)
     if provenance is None:
-        return proof, None
-    _check_place(branch, provenance, found, named=depth.named)
+        return report, None
+    _check_place(branch, provenance, found, address_names_repository=depth.address_names_repository)
     _compare_listing(branch, provenance, found)
     with tempfile.TemporaryDirectory(prefix="packager-published-") as scratch:
         folder = Path(scratch) / "branch"
         folder.mkdir()
         if depth.full:
-            proof = _prove_content(branch, proof, provenance, folder, found, log)
+            report = _verify_content(branch, report, provenance, folder, found, log)
         else:
-            proof = _prove_headers(branch, proof, provenance, folder, found)
+            report = _verify_headers(branch, report, provenance, folder, found)
         if depth.loaders:
-            records = prove_by_loaders(depth.loaders, folder, proof.branch, provenance, found, log)
-            proof = replace(proof, loaders=records)
-    return proof, provenance
+            records = check_with_loaders(depth.loaders, folder, report.branch, provenance, found, log)
+            report = replace(report, loaders=records)
+    return report, provenance
 
 
 def _read_provenance(branch: Branch, found: Collector) -> Provenance | None:
@@ -150,11 +152,11 @@ def _read_provenance(branch: Branch, found: Collector) -> Provenance | None:
     return None
 
 
-def _check_place(branch: Branch, provenance: Provenance, found: Collector, *, named: bool) -> None:
+def _check_place(branch: Branch, provenance: Provenance, found: Collector, *, address_names_repository: bool) -> None:
     """Compare what the record says of its repository, branch and parameters with where it was found."""
     address, place = branch.target.where.replace("\\", "/").rstrip("/").removesuffix(".git"), provenance.place
     if not address.endswith(f"/{place.repository}"):
-        rule = "repository-differs" if named else "address-differs"
+        rule = "repository-differs" if address_names_repository else "address-differs"
         found.add(rule, PROVENANCE, f"it was built for {shown(place.repository)}, not {address}")
     if place.revision != branch.name:
         found.add("branch-differs", PROVENANCE, f"it was built as {shown(place.revision)} and lies on {branch.name}")
@@ -177,32 +179,32 @@ def _compare_listing(branch: Branch, provenance: Provenance, found: Collector) -
             found.add("remote-file-changed", name, f"{shown(there)} bytes, the record says {shown(recorded)}")
 
 
-def _prove_content(
+def _verify_content(
     branch: Branch,
-    proof: BranchProof,
+    report: BranchReport,
     provenance: Provenance,
     folder: Path,
     found: Collector,
     log: Callable[[str], None],
-) -> BranchProof:
+) -> BranchReport:
     """Download every file, compare its content with the record, and run the whole audit."""
     there = download(branch, sorted(branch.safe), folder, found, log)
     num_read = _compare_read(branch, provenance, folder, there, found)
-    report = audit.audit(folder, complete=True)
+    audited = audit.audit(folder, complete=True)
     # Files and record were compared before, as the branch's own findings.
-    found.take(finding for finding in report.findings if not finding.code.startswith("provenance-file-"))
-    return replace(proof, num_read=num_read, num_tensors=report.facts.tensors_checked, audited=True)
+    found.take(finding for finding in audited.findings if not finding.code.startswith("provenance-file-"))
+    return replace(report, num_read=num_read, num_tensors=audited.facts.tensors_checked, audited=True)
 
 
-def _prove_headers(
-    branch: Branch, proof: BranchProof, provenance: Provenance, folder: Path, found: Collector
-) -> BranchProof:
+def _verify_headers(
+    branch: Branch, report: BranchReport, provenance: Provenance, folder: Path, found: Collector
+) -> BranchReport:
     """Take the repository's word for what it states the sha256 of, and read the rest, what is parsed, and headers."""
     num_stated, wanted = _compare_stated(branch, provenance, found)
     there = download(branch, wanted, folder, found, lambda _: None)
     num_read = _compare_read(branch, provenance, folder, there, found)
     num_tensors = _check_headers(branch, provenance, folder, there, found)
-    return replace(proof, num_stated=num_stated, num_read=num_read, num_tensors=num_tensors)
+    return replace(report, num_stated=num_stated, num_read=num_read, num_tensors=num_tensors)
 
 
 def _compare_stated(branch: Branch, provenance: Provenance, found: Collector) -> tuple[int, list[str]]:

@@ -42,19 +42,19 @@ def check_card(
         found.add("main-missing", "", "there is no branch main")
         return 0
     # In a repository of its own a variant lies on main, and the table's other rows lead to other repositories.
-    alone = provenances[MAIN] if MAIN in provenances and provenances[MAIN].layout == "repos" else None
-    rows = _read_rows(target, states[MAIN], VARIANT if alone else BRANCH, found)
+    own_record = provenances[MAIN] if MAIN in provenances and provenances[MAIN].layout == "repos" else None
+    rows = _read_rows(target, states[MAIN], VARIANT if own_record else BRANCH, found)
     if not rows:
         return 0
-    records = {alone.branch: alone} if alone else provenances
-    expected = set(records) if alone else {branch for branch, state in states.items() if PROVENANCE in state.files}
+    records = {own_record.branch: own_record} if own_record else provenances
+    expected = set(records) if own_record else {branch for branch, state in states.items() if PROVENANCE in state.files}
     listed: dict[str, Row] = {}
     for row in rows:
         code = _CODE.search(row[BRANCH])
         name = code[1] if code else row[BRANCH]
         if name in listed:
             found.add("card-table", README, f"the table has two rows for {name}")
-        elif name not in states and not alone:
+        elif name not in states and not own_record:
             found.add("card-branch-missing", README, f"the table lists {name}, which is not a branch here")
         listed.setdefault(name, row)
     for branch in sorted(expected - listed.keys()):

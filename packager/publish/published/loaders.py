@@ -39,7 +39,7 @@ class LoaderSite:
     environ: Mapping[str, str]
 
 
-def prove_by_loaders(
+def check_with_loaders(
     site: LoaderSite,
     folder: Path,
     branch: str,

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from packager.errors import PublishError
 from packager.publish.published.states import published_states
 from packager.publish.rollback.history import trailers
-from packager.publish.rollback.plan import BranchRollback, Request, RollbackPlan, plan_rollback
+from packager.publish.rollback.plan import BranchRollback, RollbackPlan, RollbackRequest, plan_rollback
 from packager.publish.targets import HeadMovedError, Target
 from packager.system.text import printable
 
@@ -55,7 +55,7 @@ class RollbackReport:
 
 def rollback(
     target: Target,
-    request: Request,
+    request: RollbackRequest,
     report: Callable[[str], None],
     *,
     dry_run: bool = False,
@@ -119,7 +119,7 @@ def _restore(entry: BranchRollback, plan: RollbackPlan, target: Target) -> Rollb
         commit = target.restore(entry.branch, entry.to.commit, parent=entry.head.commit, message=message)
     except HeadMovedError as error:
         raise HeadMovedError(
-            f"{entry.branch} was moved by somebody else while it was being put back",
+            f"{entry.branch} moved while it was being put back",
             where=target.where,
             why=error.why or f"its head is no longer {entry.head.commit[:12]}",
             hint="look at what is there now, then run again: branches that are done are not put back twice",
@@ -139,4 +139,12 @@ def _restore(entry: BranchRollback, plan: RollbackPlan, target: Target) -> Rollb
     return RollbackOutcome(plan=entry, commit=commit, seconds=time.monotonic() - started)
 
 
-__all__ = ["BranchRollback", "Request", "RollbackOutcome", "RollbackPlan", "RollbackReport", "outcome_line", "rollback"]
+__all__ = [
+    "BranchRollback",
+    "RollbackOutcome",
+    "RollbackPlan",
+    "RollbackReport",
+    "RollbackRequest",
+    "outcome_line",
+    "rollback",
+]

@@ -20,7 +20,7 @@ def trailers(head: CommitRecord, to: CommitRecord, release: CommitRecord | None)
     return "\n".join([*lines, f"Rollback-release: {release.commit}"] if release else lines)
 
 
-class Line:
+class BranchHistory:
     """A branch's history, the newest commit first, in which a rollback counts as the commit whose files it holds."""
 
     def __init__(self, branch: str, records: Sequence[CommitRecord]) -> None:

@@ -8,13 +8,13 @@ from typing import Literal
 from packager.errors import PublishError
 from packager.publish.plan import FileChange
 from packager.publish.published.states import published_states
-from packager.publish.rollback.history import Line
+from packager.publish.rollback.history import BranchHistory
 from packager.publish.targets import BranchState, CommitRecord, HeadMovedError, StoredFile, Target, same_files
 from packager.receipt import GIT_ATTRIBUTES
 from packager.system.text import printable
 from packager.variant import MAIN
 
-Action = Literal["restore", "done", "left alone"]
+RollbackAction = Literal["restore", "done", "left alone"]
 States = Mapping[str, BranchState]
 
 _ABBREVIATED = re.compile(r"[0-9a-f]{7,40}\Z")
@@ -22,18 +22,18 @@ _HOSTS_FILES = frozenset({GIT_ATTRIBUTES})  # hosts begin a branch with a commit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class RollbackRequest:
     """What is asked for.
 
     Attributes:
         branches: these; none means the whole release.
         to: a commit to go back to, of the one branch named, or of main for the whole release; "" goes one back.
-        again: go further back from where the last rollback led.
+        further_back: go further back from where the last rollback led.
     """
 
     branches: tuple[str, ...] = ()
     to: str = ""
-    again: bool = False
+    further_back: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class BranchRollback:
     """
 
     branch: str
-    action: Action
+    action: RollbackAction
     head: CommitRecord
     to: CommitRecord | None = None
     reason: str = ""
@@ -88,31 +88,31 @@ class RollbackPlan:
         return tuple(entry.branch for entry in self.branches if entry.action == "restore")
 
 
-def plan_rollback(target: Target, request: Request) -> RollbackPlan:
+def plan_rollback(target: Target, request: RollbackRequest) -> RollbackPlan:
     """Find out which commit each branch goes back to, and what that changes; nothing is written.
 
     Raises:
         PublishError: there is nothing to go back to, or the request does not fit the repository.
     """
     states = published_states(target, request.branches or (MAIN,))
-    if len(request.branches) > 1 and (request.to or request.again):
+    if len(request.branches) > 1 and (request.to or request.further_back):
         raise PublishError(
             f"--{'to' if request.to else 'again'} is for one branch or for the whole release", where=target.where
         )
-    if request.to and request.again:
+    if request.to and request.further_back:
         raise PublishError("--to and --again contradict each other", where=target.where)
     chosen = sorted(set(request.branches or states), key=lambda branch: (branch == MAIN, branch))
-    lines = {branch: Line(branch, target.history(branch)) for branch in chosen}
-    for branch, line in lines.items():
-        if not line.records or line.head.commit != states[branch].commit:
-            raise HeadMovedError(f"{branch} is being moved by somebody else", where=target.where, hint="run again")
+    histories = {branch: BranchHistory(branch, target.history(branch)) for branch in chosen}
+    for branch, history in histories.items():
+        if not history.records or history.head.commit != states[branch].commit:
+            raise HeadMovedError(f"{branch} is moving", where=target.where, hint="run again")
     if request.branches:
-        wanted = [_wanted_by_name(lines[branch], request, target.where) for branch in chosen]
-        return _plan(target, states, lines, dict(zip(chosen, wanted, strict=True)), None)
-    release = _wanted_release(lines, states, request, target)
+        wanted = [_wanted_by_name(histories[branch], request, target.where) for branch in chosen]
+        return _plan(target, states, histories, dict(zip(chosen, wanted, strict=True)), None)
+    release = _wanted_release(histories, states, request, target)
     if not files_of(target, release):
-        raise _nothing_before(MAIN, lines[MAIN].shown, target.where)
-    at_that_time = {branch: line.at(release.time_s) for branch, line in lines.items()}
+        raise _nothing_before(MAIN, histories[MAIN].shown, target.where)
+    at_that_time = {branch: history.at(release.time_s) for branch, history in histories.items()}
     if at_that_time[MAIN] is not release:
         raise PublishError(
             f"the times of the commits do not tell what belonged to {release.commit[:12]} of {MAIN}",
@@ -120,24 +120,26 @@ def plan_rollback(target: Target, request: Request) -> RollbackPlan:
             why=f"a later commit of {MAIN} has the same time or an earlier one: a clock was wrong",
             hint="put back each branch by name: --branch NAME, with --to COMMIT where it is not the one before",
         )
-    return _plan(target, states, lines, at_that_time, release)
+    return _plan(target, states, histories, at_that_time, release)
 
 
-def _wanted_by_name(line: Line, request: Request, where: str) -> CommitRecord:
+def _wanted_by_name(history: BranchHistory, request: RollbackRequest, where: str) -> CommitRecord:
     """Return the commit that a branch given by name goes back to, or is back at."""
     if request.to:
-        return _found(line, request.to, where)
-    if line.is_rollback() and not request.again:
-        return line.shown
-    wanted = line.before(line.shown if request.again else line.head)
+        return _found(history, request.to, where)
+    if history.is_rollback() and not request.further_back:
+        return history.shown
+    wanted = history.before(history.shown if request.further_back else history.head)
     if wanted is None:
-        raise _nothing_before(line.branch, line.shown, where)
+        raise _nothing_before(history.branch, history.shown, where)
     return wanted
 
 
-def _wanted_release(lines: Mapping[str, Line], states: States, request: Request, target: Target) -> CommitRecord:
+def _wanted_release(
+    histories: Mapping[str, BranchHistory], states: States, request: RollbackRequest, target: Target
+) -> CommitRecord:
     """Return the commit of main that marks the release to go back to, or that the last rollback was to go back to."""
-    main, where = lines[MAIN], target.where
+    main, where = histories[MAIN], target.where
     if request.to:
         return _found(main, request.to, where)
     if main.head.author:
@@ -147,11 +149,11 @@ def _wanted_release(lines: Mapping[str, Line], states: States, request: Request,
             why=f"{main.head.commit[:12]} {printable(main.head.title)}",
             hint=f"undo it with --branch {MAIN}, then run again; or name with --to the commit of {MAIN} to go back to",
         )
-    latest = max((line for line in lines.values() if not line.head.author), key=_event)
+    latest = max((history for history in histories.values() if not history.head.author), key=_event)
     before: CommitRecord | None = main.shown  # a publish that did not get as far as main: main need not move
     if goals := main.find(latest.release_goal() or "none"):
         goal = main.resolved(goals[0])
-        if not (request.again and _is_complete(goal, lines, states, target)):
+        if not (request.further_back and _is_complete(goal, histories, states, target)):
             return goal
         before = main.before(goal)
     elif latest.branch == MAIN:
@@ -161,21 +163,21 @@ def _wanted_release(lines: Mapping[str, Line], states: States, request: Request,
     return before
 
 
-def _event(line: Line) -> tuple[int, bool, bool]:
+def _event(history: BranchHistory) -> tuple[int, bool, bool]:
     """Return what orders the branches by the last thing that a publish or a rollback of the release did to them.
 
     In the same second a rollback is younger than a publish, and main, which is published last, than the rest. A branch
     that was put back by name counts as if what it undid had not been.
     """
-    is_release = bool(line.release_goal())
-    return (line.head if is_release else line.shown).time_s, is_release, line.branch == MAIN
+    is_release = bool(history.release_goal())
+    return (history.head if is_release else history.shown).time_s, is_release, history.branch == MAIN
 
 
-def _is_complete(goal: CommitRecord, lines: Mapping[str, Line], states: States, target: Target) -> bool:
+def _is_complete(goal: CommitRecord, histories: Mapping[str, BranchHistory], states: States, target: Target) -> bool:
     """Return whether every branch of ours holds what it held at the goal's time."""
-    for branch, line in lines.items():
-        wanted = line.at(goal.time_s)
-        if line.head.author or wanted is None or wanted is line.head:
+    for branch, history in histories.items():
+        wanted = history.at(goal.time_s)
+        if history.head.author or wanted is None or wanted is history.head:
             continue
         files = files_of(target, wanted)
         if files and not same_files(states[branch].files, files):
@@ -183,17 +185,17 @@ def _is_complete(goal: CommitRecord, lines: Mapping[str, Line], states: States, 
     return True
 
 
-def _found(line: Line, commit: str, where: str) -> CommitRecord:
-    matches = line.find(commit) if _ABBREVIATED.match(commit) else []
+def _found(history: BranchHistory, commit: str, where: str) -> CommitRecord:
+    matches = history.find(commit) if _ABBREVIATED.match(commit) else []
     if len(matches) != 1:
-        latest = ", ".join(f"{record.commit[:12]} ({printable(record.title)})" for record in line.records[:5])
+        latest = ", ".join(f"{record.commit[:12]} ({printable(record.title)})" for record in history.records[:5])
         raise PublishError(
-            f"{commit!r} is not one commit of {line.branch}",
+            f"{commit!r} is not one commit of {history.branch}",
             where=where,
             why="" if matches else "a commit is named by 7 to 40 hex digits of its id",
             hint=f"the latest ones are {latest}",
         )
-    return line.resolved(matches[0])
+    return history.resolved(matches[0])
 
 
 def _nothing_before(branch: str, record: CommitRecord, where: str) -> PublishError:
@@ -207,39 +209,39 @@ def _nothing_before(branch: str, record: CommitRecord, where: str) -> PublishErr
 def _plan(
     target: Target,
     states: States,
-    lines: Mapping[str, Line],
+    histories: Mapping[str, BranchHistory],
     wanted: Mapping[str, CommitRecord | None],
     release: CommitRecord | None,
 ) -> RollbackPlan:
     entries = [
-        _plan_branch(target, states[branch], line, wanted[branch], by_name=release is None)
-        for branch, line in lines.items()
+        _plan_branch(target, states[branch], history, wanted[branch], by_name=release is None)
+        for branch, history in histories.items()
     ]
     return RollbackPlan(where=target.where, release=release, branches=tuple(entries))
 
 
 def _plan_branch(
-    target: Target, state: BranchState, line: Line, wanted: CommitRecord | None, *, by_name: bool
+    target: Target, state: BranchState, history: BranchHistory, wanted: CommitRecord | None, *, by_name: bool
 ) -> BranchRollback:
-    head = line.head
+    head = history.head
     files: Mapping[str, StoredFile] = {}
     if wanted is not None:
         files = state.files if wanted is head else files_of(target, wanted)
     if wanted is None or not files:
         if by_name:
-            raise _nothing_before(line.branch, line.shown, target.where)
+            raise _nothing_before(history.branch, history.shown, target.where)
         reason = "it was not there then: nothing to go back to"
-        return BranchRollback(branch=line.branch, action="left alone", head=head, reason=reason)
+        return BranchRollback(branch=history.branch, action="left alone", head=head, reason=reason)
     if same_files(state.files, files):
         reason = f"it holds what {wanted.commit[:12]} does"
-        more = "; --again goes further back" if line.is_rollback() else ""
-        return BranchRollback(branch=line.branch, action="done", head=head, to=wanted, reason=reason + more)
-    if head.author and not by_name and line.branch != MAIN:
-        reason = f"its head was made by {printable(head.author)}: --branch {line.branch} puts it back"
-        return BranchRollback(branch=line.branch, action="left alone", head=head, reason=reason)
+        more = "; --again goes further back" if history.is_rollback() else ""
+        return BranchRollback(branch=history.branch, action="done", head=head, to=wanted, reason=reason + more)
+    if head.author and not by_name and history.branch != MAIN:
+        reason = f"its head was made by {printable(head.author)}: --branch {history.branch} puts it back"
+        return BranchRollback(branch=history.branch, action="left alone", head=head, reason=reason)
     now = state.files
     return BranchRollback(
-        branch=line.branch,
+        branch=history.branch,
         action="restore",
         head=head,
         to=wanted,

@@ -1,9 +1,9 @@
-"""Where branches are published: one small port, and the values that cross it.
+"""The targets that branches are published to: the protocol `Target` and its values.
 
-A target holds branches; a branch holds exactly the files of its head commit. What is to be done is decided elsewhere
-(`publish.py`, `rollback.py`, `published.py`) from what a target says, so a target never compares anything. What
-identifies a stored file is whatever the target can answer without reading its content: git knows blob ids, git-lfs and
-the Hub the sha256 of large files and blob ids of the rest.
+A target holds branches; a branch holds exactly the files of its head commit. A target only reads and writes: its
+callers (`branches.py`, `published/`, `rollback/`) compare and decide. A stored file is identified by the digest that
+the target can return without reading the content: git has blob ids; git-lfs and the Hub have the sha256 of large files
+and the blob ids of small ones.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from typing import Protocol
 from packager.errors import PublishError
 from packager.system.files import TEMPORARY_PREFIX, sha256_file
 
-# Git keeps smaller files as they are, and larger ones by git-lfs, as the Hub does.
+# Files from this size on are stored by git-lfs, as on the Hub; git itself stores smaller files.
 LARGE_BYTES = 10_000_000
-# Wherever a host draws that line, so large a file is beyond it, and nobody asks for its blob id.
+# Every host stores files of this size outside git, whatever its own limit: their blob ids are not needed.
 NEVER_IN_GIT_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 _LOST_IN_A_CLONE = {"Cc", "Cs", "Zl", "Zp"}  # control, surrogate, line and paragraph separators
@@ -27,14 +27,14 @@ _LOST_IN_A_CLONE = {"Cc", "Cs", "Zl", "Zp"}  # control, surrogate, line and para
 
 @dataclass(frozen=True, kw_only=True)
 class LocalFile:
-    """A file to publish, with the names git and the Hub know its content by.
+    """A file to publish, with its digests in git and on the Hub.
 
     Attributes:
-        path: where it lies.
-        size_bytes: its length.
+        path: the file's path.
+        size_bytes: the file's size.
         sha256: digest of the content.
-        blob_id: git's id of the content (sha1 over a header and the content); "" for a very large file, where the
-            target has no use for it.
+        blob_id: git's id of the content (sha1 over a header and the content); "" for a very large file if the target
+            does not need its blob id.
     """
 
     path: Path
@@ -45,9 +45,9 @@ class LocalFile:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
-    """A file of a published branch; `sha256` or `blob_id` is "" where the target does not know it.
+    """A file of a published branch; `sha256` or `blob_id` is "" if the target cannot return it.
 
-    Both are "" for what is no ordinary file (a symbolic link, a submodule, an executable): it equals nothing of ours.
+    Both are "" for a symbolic link, a submodule or an executable: they equal no file that this program publishes.
     """
 
     size_bytes: int
@@ -55,7 +55,7 @@ class StoredFile:
     blob_id: str = ""
 
     def holds(self, other: "LocalFile | StoredFile") -> bool:
-        """Return whether the content is that of another file, by the strongest digest that is known of both."""
+        """Return whether both files have the same content, by the strongest digest that both have."""
         if self.size_bytes != other.size_bytes:
             return False
         return self.sha256 == other.sha256 if self.sha256 and other.sha256 else self.blob_id == other.blob_id
@@ -68,13 +68,13 @@ def same_files(one: Mapping[str, StoredFile], other: Mapping[str, StoredFile]) -
 
 @dataclass(frozen=True, kw_only=True)
 class BranchState:
-    """A published branch: its head and the files there.
+    """A published branch: its head and files.
 
     Attributes:
         commit: the head, 40 hex digits.
-        foreign_author: who made the head, "" when it was this program.
+        foreign_author: the head's author, "" if this program made it.
         files: by name, with '/' between folders.
-        repository: whose branch it is, where each variant has a repository of its own; else "".
+        repository: the branch's repository if each variant has its own repository, else "".
     """
 
     commit: str
@@ -89,10 +89,10 @@ class CommitRecord:
 
     Attributes:
         commit: 40 hex digits.
-        author: who made it, "" when it was this program.
-        title: its message's first line.
-        message: the whole of it, title and trailers, without line ends at the end.
-        time_s: when, in seconds since 1970.
+        author: the commit's author, "" if this program made it.
+        title: the first line of the message.
+        message: the whole message with title and trailers, without line ends at its end.
+        time_s: the commit's time, in seconds since 1970.
     """
 
     commit: str
@@ -103,85 +103,85 @@ class CommitRecord:
 
 
 class HeadMovedError(PublishError):
-    """A branch's head is not what it was when the plan was made: somebody else committed meanwhile."""
+    """A branch's head is not the planned one: another publisher or a person has made a commit."""
 
 
 class Target(Protocol):
     """A repository that branches are published to.
 
-    Whatever is read of a commit holds for ever; only `read_branches` gives another answer the next time.
+    Reads by commit id are immutable and may be cached; `read_branches` is not.
     """
 
     @property
     def where(self) -> str:
-        """The repository as people know it: a folder or an address."""
+        """The repository's folder or address, for messages."""
 
     @property
     def is_public(self) -> bool:
-        """Whether others may see at once what is published: then a person is asked first."""
+        """Whether other people can see a publish at once; then publishing asks for confirmation."""
 
     @property
-    def names_by_blob(self) -> bool:
-        """Whether large files, too, are told apart by their blob ids."""
+    def identifies_by_blob(self) -> bool:
+        """Whether large files, too, are identified by their blob ids."""
 
     def read_branches(self) -> Mapping[str, BranchState]:
-        """Return every branch that is there; nothing is written, and none is there before the first publish."""
+        """Return every branch, none before the first publish; write nothing."""
 
     def read_back(self, commit: str) -> Mapping[str, StoredFile]:
-        """Return a commit's files anew, by the strongest digests the repository can answer of what it stores."""
+        """Read a commit's files from the repository again, with the strongest digests that it can return."""
 
     def read_bytes(self, commit: str, name: str, *, start: int = 0, size: int | None = None) -> bytes:
-        """Return a stored file's content, or `size` bytes of it from `start` on; the rest need not travel.
+        """Return a stored file's content, or `size` bytes of it from `start` on; the rest need not be transferred.
 
         Raises:
-            PublishError: there is no such file.
+            PublishError: the commit has no such file.
         """
 
     def export(self, commit: str, name: str, path: Path) -> None:
         """Write a stored file's content to `path`, whole or not at all."""
 
     def history(self, branch: str) -> Sequence[CommitRecord]:
-        """Return a branch's commits, the newest first, following first parents; none if it is not there."""
+        """Return a branch's commits, newest first, following first parents; none if the branch does not exist."""
 
     def check(self, changing: Collection[str]) -> None:
-        """Raise unless the branches named could be written now; nothing is written."""
+        """Raise unless these branches could be written now; write nothing."""
 
     def exclusive(self) -> AbstractContextManager[Sequence[str]]:
-        """Keep other publishers out and put right what a killed one left, which the value describes in sentences."""
+        """Lock out other publishers and repair the traces of a killed one; the value is one note per repair."""
 
     def commit(self, branch: str, files: Mapping[str, LocalFile], *, parent: str | None, message: str) -> str:
-        """Make `files` the whole content of `branch` in one commit on top of `parent`, and return its id.
+        """Make `files` the whole content of `branch` in one commit on top of `parent`, and return the commit's id.
 
         Raises:
-            HeadMovedError: the branch's head is no longer `parent` (None: it was not there).
-            PublishError: the target refused, or a file is no longer what it was.
+            HeadMovedError: the branch's head is no longer `parent` (None: the branch must not exist).
+            PublishError: the target refused, or a file has changed since it was hashed.
         """
 
     def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
         """Make the files of an earlier `commit` the whole content of `branch` in one new commit on top of `parent`.
 
-        Nothing is uploaded: the repository has all of it.
+        Nothing is uploaded: the repository has the files.
 
         Raises:
             HeadMovedError: the branch's head is no longer `parent`.
         """
 
     def read_tag(self, name: str) -> Mapping[str, str]:
-        """Return the commit that a tag names, "" if it is not there.
+        """Return the commit that a tag names, "" if the tag does not exist.
 
-        By branch: `main`; or every branch, where each has a repository of its own, and tags of its own.
+        The keys are branches: `main` alone, or every branch if each has its own repository with its own tags.
         """
 
     def tag(self, name: str, commits: Mapping[str, str]) -> None:
-        """Give commits a name for good, by branch as `read_tag` has them; the same again is fine.
+        """Tag commits, given by branch as in `read_tag`; repeating the call is allowed.
 
         Raises:
-            PublishError: the name is taken by another commit.
+            PublishError: the tag names another commit.
         """
 
 
 def read_local_file(path: Path, *, blob_id: bool = True) -> LocalFile:
-    """Return `path` with its digests, computed in one pass; a very large file's blob id only if it is asked for."""
+    """Hash a file in one pass; without `blob_id`, the blob id of a very large file is left out."""
     size_bytes = path.stat().st_size
     if not blob_id and size_bytes >= NEVER_IN_GIT_BYTES:
         return LocalFile(path=path, size_bytes=size_bytes, sha256=sha256_file(path), blob_id="")
@@ -195,20 +195,20 @@ def read_local_file(path: Path, *, blob_id: bool = True) -> LocalFile:
 
 
 def require_unchanged(file: LocalFile) -> None:
-    """Raise PublishError unless a file still has the content that was compared and planned with.
+    """Raise PublishError unless a file still has the planned content.
 
-    That costs nothing where its times say that it was not written to.
+    The file is hashed again only if its size or times have changed.
     """
     if sha256_file(file.path) != file.sha256:
-        raise changed_meanwhile(file.path)
+        raise changed_error(file.path)
 
 
-def changed_meanwhile(path: Path) -> PublishError:
-    """Return the error for a file whose content is no longer what was compared and planned with."""
+def changed_error(path: Path) -> PublishError:
+    """Return the error for a file that has changed since the plan was made."""
     return PublishError(
         "the file changed while it was being published",
         where=str(path),
-        hint="stop whatever writes to the output folder, build the branch again, then publish",
+        hint="stop the program that writes to the output folder, build the branch again, then publish",
     )
 
 

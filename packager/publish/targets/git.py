@@ -1,11 +1,11 @@
 """The git target: branches of any git remote, by https, ssh or a path.
 
-A staging repository, a cache that may be deleted at any time, holds what was read and what is about to be sent. A
-branch moves by a push with a lease on its old head, which the remote compares and swaps: no lock is needed there, and a
+A staging repository holds fetched objects and those to push; it is a cache and may be deleted at any time. A branch
+moves by a push with a lease on its old head, which the remote compares and swaps. So the remote needs no lock, and a
 killed publish leaves every branch at its old or its new commit.
 
-Files from LARGE_BYTES on are kept by git-lfs: the tree has a pointer, and a `.gitattributes` that names exactly these
-files. Unless the manifest brings one of its own, that file is the target's and no file of the branch.
+git-lfs stores files from LARGE_BYTES on: the tree has a pointer for each, and a `.gitattributes` that names exactly
+these files. Unless the manifest has its own `.gitattributes`, that file belongs to the target, not to the branch.
 """
 
 import os
@@ -38,41 +38,51 @@ from packager.publish.targets.git_lfs import (
     pointer,
     read_files,
 )
+from packager.publish.targets.git_locks import DEFAULT_WAITS, GitWaits
 from packager.publish.targets.git_remote import RemoteGit, create_bare, folder_of
 from packager.publish.targets.git_staging import Staging
 from packager.receipt import GIT_ATTRIBUTES
-from packager.system.files import LOCK_WAIT_S, TEMPORARY_PREFIX, copy_atomic, disk_errors
+from packager.system.files import TEMPORARY_PREFIX, copy_atomic, disk_errors
 from packager.variant import MAIN
 
-_READ = "refs/published"  # where the staging repository keeps the heads that it read
+_READ = "refs/published"  # the staging repository's refs for the heads of the remote
 _HEADS = f"+refs/heads/*:{_READ}/*"
 _FETCH = ("fetch", "--quiet", "--no-tags", "--no-write-fetch-head")
 _WHOLE = f"--depth={2**31 - 1}"
-_NOT_GIVEN_OUT = r"not our ref|unadvertised object|not a valid object"  # some servers: nothing but branches' heads
+_NOT_SERVED = r"not our ref|unadvertised object|not a valid object"  # some servers send only the heads of branches
 _LFS_HINT = "install git-lfs (apt-get install git-lfs, brew install git-lfs or https://git-lfs.com) and run again"
 
 
 class GitTarget:
-    """A git repository that git itself reaches.
+    """A git remote.
 
     Args:
         url: https://, ssh:// or user@host:path, file:// or a path; without credentials.
         staging: a folder for the cache, for this repository alone.
         token: for https, a token or user:password; only the URL's host gets it.
-        log: gets a line when something has to be waited for.
+        log: gets a line per wait.
+        waits: waiting times for locks and between tries of a transfer.
 
     Raises:
-        PublishError: the URL has credentials in it, or is none that can be published to.
+        PublishError: the URL contains credentials or is not supported.
     """
 
     def __init__(
-        self, url: str, staging: Path, *, token: str = "", log: Callable[[str], None] = lambda _: None
+        self,
+        url: str,
+        staging: Path,
+        *,
+        token: str = "",
+        log: Callable[[str], None] = lambda _: None,
+        waits: GitWaits = DEFAULT_WAITS,
     ) -> None:
         self._folder = folder_of(url, token)
         self._where = url
         host = "" if self._folder else urlsplit(url).netloc
-        self._git = RemoteGit(staging.absolute(), str(self._folder or url), host=host, token=token, log=log)
-        self._staging = Staging(self._git, self._folder, url)
+        self._waits = waits
+        address = str(self._folder or url)
+        self._git = RemoteGit(staging.absolute(), address, host=host, token=token, log=log, retries_s=waits.retries_s)
+        self._staging = Staging(self._git, self._folder, url, waits)
         self._trees: dict[str, Mapping[str, StoredFile]] = {}
 
     @property
@@ -82,12 +92,12 @@ class GitTarget:
 
     @property
     def is_public(self) -> bool:
-        """Yes: others may read the remote."""
+        """Yes: other people may read the remote."""
         return True
 
     @property
-    def names_by_blob(self) -> bool:
-        """No: git-lfs knows large files by sha256."""
+    def identifies_by_blob(self) -> bool:
+        """No: git-lfs identifies large files by sha256."""
         return False
 
     def read_branches(self) -> Mapping[str, BranchState]:
@@ -95,7 +105,9 @@ class GitTarget:
         if self._absent():
             return {}
         with self._staging.open():
-            if not self._git.reach("ls-remote", "--heads", "origin"):  # of nothing, git fetches nothing, and fails
+            if not self._git.reach(
+                "ls-remote", "--heads", "origin"
+            ):  # without branches `git fetch` of a wildcard fails
                 return {}
             self._git.reach(*_FETCH, "--prune", "--depth=1", "origin", _HEADS)
             return {
@@ -104,7 +116,7 @@ class GitTarget:
             }
 
     def check(self, changing: Collection[str]) -> None:
-        """Raise unless the remote would take a push from us, which git asks it without sending anything.
+        """Raise unless the remote would accept a push; a dry run sends nothing.
 
         Raises:
             MachineError: git is missing or too old.
@@ -120,19 +132,19 @@ class GitTarget:
 
     @contextmanager
     def exclusive(self) -> Iterator[Sequence[str]]:
-        """Lock the staging folder, and empty it of what git-lfs has sent at the end.
+        """Lock the staging folder, and delete the objects of git-lfs from it at the end.
 
-        That keeps publishers of this machine apart who stage in the same place; of others the push's lease takes care.
+        The lock excludes publishers with the same staging folder; the lease of a push protects against all others.
 
         Raises:
-            PublishError: another publisher is at work there.
+            PublishError: another publisher holds the lock.
         """
-        with self._staging.open(timeout_s=LOCK_WAIT_S) as notes:
+        with self._staging.open(timeout_s=self._waits.publisher_s) as notes:
             yield notes
             self._staging.forget_objects()
 
     def commit(self, branch: str, files: Mapping[str, LocalFile], *, parent: str | None, message: str) -> str:
-        """Push one commit that holds exactly `files`; what git-lfs keeps is uploaded before.
+        """Push one commit that holds exactly `files`; the objects of git-lfs are uploaded first.
 
         Raises:
             MachineError: git-lfs is needed and missing.
@@ -144,11 +156,11 @@ class GitTarget:
             large = self._large(files)
             if large and self._git.attempt("lfs", "version").status:
                 names = ", ".join(sorted(large))
-                raise MachineError("git-lfs is not on the PATH", why=f"it keeps large files: {names}", hint=_LFS_HINT)
+                raise MachineError("git-lfs is not on the PATH", why=f"it stores large files: {names}", hint=_LFS_HINT)
             tree = {**files, **{name: self._pointer(file) for name, file in large.items()}}
             if large and GIT_ATTRIBUTES not in files:
                 tree[GIT_ATTRIBUTES] = self._written(attributes(large))
-            self._based(branch, parent)
+            self._fetch_parent(branch, parent)
             commit = self._git.commit(tree, parent=parent, message=message)
             if large:
                 for file in large.values():
@@ -159,17 +171,16 @@ class GitTarget:
     def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
         """Push a commit with the tree of an earlier one."""
         with self._staging.open():
-            self._based(branch, parent)
+            self._fetch_parent(branch, parent)
             self._ensure(commit, self._git)
             return self._push(branch, self._git.commit_again(commit, parent=parent, message=message), parent=parent)
 
     def read_back(self, commit: str) -> Mapping[str, StoredFile]:
-        """Return a commit's files as the remote gives them to somebody who has nothing.
+        """Return a commit's files as a new clone would get them from the remote.
 
-        What git keeps is fetched into an empty repository and hashed there: it is what the remote sent. What git-lfs
-        keeps is hashed in the remote's store if that is a folder of this machine. Of another remote the pointers come
-        from the fetch, and its server is asked once more about each object that is staged here: it says that it has
-        it, or is sent it again.
+        Files in git are fetched into an empty repository and hashed there. Objects of git-lfs are hashed in the
+        remote's store if the remote is a folder of this machine. For another remote the pointers come from the fetch,
+        and each object that is staged here is pushed once more: the server confirms that it has it, or gets it again.
         """
         with (
             self._staging.open(),
@@ -194,7 +205,7 @@ class GitTarget:
             return {**files, **found, **kept}
 
     def read_bytes(self, commit: str, name: str, *, start: int = 0, size: int | None = None) -> bytes:
-        """Return a file's content, or a part of it; from a git-lfs server all of it travels, once."""
+        """Return a file's content, or a part of it; a git-lfs server sends the whole object, once."""
         with self._staging.open():
             stored = self._stored(commit, name)
             if stored.blob_id:
@@ -236,42 +247,45 @@ class GitTarget:
         with self._staging.open():
             if not self._tagged(ref):
                 self._ensure(commit, self._git)
-                answer = self._git.transfer("push", f"--force-with-lease={ref}:", "origin", f"{commit}:{ref}")
-                if answer.status and not self._tagged(ref):
-                    raise self._git.refusal("push", answer.words)
+                result = self._git.transfer("push", f"--force-with-lease={ref}:", "origin", f"{commit}:{ref}")
+                if result.status and not self._tagged(ref):
+                    raise self._git.refusal("push", result.stderr)
             if (found := self._tagged(ref)) != commit:
-                raise PublishError(f"the tag {name} is there and names {found[:12]}", where=self.where)
+                raise PublishError(f"the tag {name} exists and names {found[:12]}", where=self.where)
 
     def _tagged(self, ref: str) -> str:
-        """Return the commit that a tag of the remote names, "" if there is none."""
+        """Return the commit that a tag of the remote names, "" if the tag does not exist."""
         return self._head(f"{ref}^{{}}") or self._head(ref) or ""
 
     def _absent(self) -> bool:
-        """Return whether the remote is a path where nothing is yet."""
+        """Return whether the remote is a path without a repository."""
         folder = self._folder
         return folder is not None and (not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())))
 
     def _head(self, ref: str) -> str | None:
-        """Ask the remote what a ref names."""
+        """Return the commit or object that a ref of the remote names, None if the ref does not exist."""
         lines = self._git.reach("ls-remote", "origin", ref.removesuffix("^{}") + "*").splitlines()
         return next((commit for commit, name in (line.split("\t", 1) for line in lines) if name == ref), None)
 
     def _push(self, branch: str, commit: str, *, parent: str | None) -> str:
-        """Let a branch of the remote be `commit` if it still is `parent`, and return the commit that it is then."""
+        """Move a branch of the remote from `parent` to `commit`, and return its new head.
+
+        The head may be an equal commit of another publisher, with the same tree and parents.
+        """
         ref = f"refs/heads/{branch}"
         self._staging.begin_push(ref)
         lease = f"--force-with-lease={ref}:{parent or ''}"
-        answer = self._git.transfer("push", "--quiet", lease, "origin", f"{commit}:{ref}")
+        result = self._git.transfer("push", "--quiet", lease, "origin", f"{commit}:{ref}")
         self._staging.end_push()
-        if answer.status:
-            # What was answered may be about a second try, or be lost: the branch itself knows.
+        if result.status:
+            # The error may belong to a retry after the first try had succeeded: read the branch.
             head = self._head(ref)
             if head == parent:
-                raise self._git.refusal("push", answer.words)
+                raise self._git.refusal("push", result.stderr)
             if head is None or not self._same(head, commit):
                 raise self._moved(branch)
             commit = head
-        self._git.attempt("update-ref", f"{_READ}/{branch}", commit)  # what was read last; it is read anew each time
+        self._git.attempt("update-ref", f"{_READ}/{branch}", commit)  # a cache: each read fetches again
         return commit
 
     def _same(self, one: str, other: str) -> bool:
@@ -280,25 +294,25 @@ class GitTarget:
         headers = (self._git.run("cat-file", "commit", commit).split("\nauthor ", 1)[0] for commit in (one, other))
         return len(set(headers)) == 1
 
-    def _based(self, branch: str, parent: str | None) -> None:
-        """Have a branch's head here, to make a commit on top of it."""
+    def _fetch_parent(self, branch: str, parent: str | None) -> None:
+        """Fetch the parent of a new commit, unless the staging repository has it."""
         if parent is not None and self._git.attempt("cat-file", "-e", f"{parent}^{{tree}}").status:
             if self._head(f"refs/heads/{branch}") != parent:
                 raise self._moved(branch)
             self._ensure(parent, self._git)
 
     def _moved(self, branch: str) -> HeadMovedError:
-        return HeadMovedError(f"{branch} was moved by somebody else", where=self.where)
+        return HeadMovedError(f"{branch} moved", where=self.where)
 
     def _ensure(self, commit: str, git: RemoteGit) -> None:
-        """Fetch a commit that a repository of ours does not hold."""
+        """Fetch a commit into a repository on this machine, unless it has the commit."""
         known = ("cat-file", "-e", f"{commit}^{{tree}}")
         if not git.attempt(*known).status:
             return
-        answer = git.transfer(*_FETCH, "--depth=1", "origin", commit)
-        if answer.status:
-            if not re.search(_NOT_GIVEN_OUT, answer.words):
-                raise git.refusal("fetch", answer.words)
+        result = git.transfer(*_FETCH, "--depth=1", "origin", commit)
+        if result.status:
+            if not re.search(_NOT_SERVED, result.stderr):
+                raise git.refusal("fetch", result.stderr)
             git.reach(*_FETCH, _WHOLE, "origin", _HEADS)
         if git.attempt(*known).status:
             raise PublishError(f"there is no commit {commit[:12]}", where=self.where)
@@ -309,7 +323,11 @@ class GitTarget:
         return self._trees[commit]
 
     def _stored(self, commit: str, name: str) -> StoredFile:
-        """Return a commit's file, which is one of the ordinary ones."""
+        """Return an ordinary file of a commit.
+
+        Raises:
+            PublishError: the commit has no such file, or it is a link, a submodule or an executable.
+        """
         self._ensure(commit, self._git)
         stored = self._files(commit).get(name)
         if stored is None or not (stored.blob_id or stored.sha256):
@@ -317,33 +335,33 @@ class GitTarget:
         return stored
 
     def _large(self, files: Mapping[str, LocalFile]) -> Mapping[str, LocalFile]:
-        """Return the files that git-lfs is to keep: the large ones, and what the manifest's own attributes say."""
+        """Return the files that git-lfs stores: the large ones, and those named by the manifest's attributes."""
         large = {name for name, file in files.items() if file.size_bytes >= LARGE_BYTES}
         if not (own := files.get(GIT_ATTRIBUTES)):
             return {name: files[name] for name in large}
         if self._git.read_blob(own.blob_id).startswith(MARK):
-            hint = "delete it from what is published: it is written anew where it is needed"
-            raise PublishError(f"{GIT_ATTRIBUTES} is this program's, of another branch", where=str(own.path), hint=hint)
+            hint = "delete it from the published folder: publishing writes the file itself if it is needed"
+            raise PublishError(f"{GIT_ATTRIBUTES} was written for another branch", where=str(own.path), hint=hint)
         kept = by_attributes(self._git, files)
         if left := sorted(large - kept):
-            why = f"it does not give these files to git-lfs, and they are too large for git: {', '.join(left)}"
-            hint = f"add {attributes_line(left[0])!r}, or remove it: then one is written"
-            raise PublishError(f"{GIT_ATTRIBUTES} is not complete", where=str(own.path), why=why, hint=hint)
+            why = f"it does not name these files for git-lfs, and they are too large for git: {', '.join(left)}"
+            hint = f"add {attributes_line(left[0])!r}, or remove the file: publishing then writes one"
+            raise PublishError(f"{GIT_ATTRIBUTES} is incomplete", where=str(own.path), why=why, hint=hint)
         return {name: files[name] for name in kept}
 
     def _pointer(self, file: LocalFile) -> LocalFile:
         return self._written(pointer(file.sha256, file.size_bytes))
 
     def _written(self, data: bytes) -> LocalFile:
-        """Store a file that is in no folder."""
+        """Store content that is not in a published folder."""
         blob_id = self._git.run("hash-object", "-w", "--stdin", stdin=data).strip()
         return LocalFile(path=self._staging.folder, size_bytes=len(data), sha256="", blob_id=blob_id)
 
     def _stage(self, file: LocalFile) -> None:
-        """Put a file where git-lfs uploads it from: as a hard link, which costs nothing.
+        """Put a file into the store that git-lfs uploads from, as a hard link, which needs no space.
 
-        git-lfs would hard-link it on into a remote of the same file system, where an edit of the folder that is
-        published would be an edit of the published repository. Such a remote gets a copy.
+        If the remote is a folder, the file is copied instead: git-lfs would hard-link it from the store into the
+        remote, and an edit of the published folder would then change the published repository.
         """
         require_unchanged(file)
         path = object_path(self._staging.folder, file.sha256)
@@ -353,11 +371,11 @@ class GitTarget:
         (copy_atomic if self._folder else link_or_copy)(file.path, path)
 
     def _upload(self, sha256s: Iterable[str]) -> None:
-        """Send what the remote's store does not have."""
+        """Upload the objects that the remote's store lacks."""
         self._git.reach("lfs", "push", "--object-id", "origin", *sorted(sha256s))
 
     def _downloaded(self, stored: StoredFile) -> Path:
-        """Return a file with an object's content, fetched unless it is here."""
+        """Return the path of an object's content, downloaded if necessary."""
         path = (
             object_path(self._folder, stored.sha256)
             if self._folder

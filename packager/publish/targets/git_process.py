@@ -1,8 +1,8 @@
-"""Git without the user's settings: what a commit holds depends on the files alone.
+"""Git without the user's settings: a commit depends on the files alone.
 
-Every process gets the repository, the identity and the settings through its environment, which overrides the global and
-system configuration (autocrlf, signing, hooks, templates, filters) and whatever GIT_* variables the caller runs under.
-GitPython finds and starts the executable; it is imported on first use, because without git its import fails.
+Every process gets the repository, the identity and the settings through its environment. That overrides the global and
+system configuration (autocrlf, signing, hooks, templates, filters) and the GIT_* variables of the caller. GitPython
+finds and starts the executable; it is imported on first use, because its import fails on a machine without git.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from packager.errors import MachineError, PackagerError, PublishError
-from packager.publish.targets import CommitRecord, HeadMovedError, LocalFile, StoredFile, changed_meanwhile
+from packager.publish.targets import CommitRecord, HeadMovedError, LocalFile, StoredFile, changed_error
 from packager.system.files import TEMPORARY_PREFIX, atomic_file
 
 if TYPE_CHECKING:
@@ -49,12 +49,12 @@ _SETTINGS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a git command ended with: its exit status, standard output, and words on standard error."""
+class CommandResult:
+    """The result of a git command: exit status, standard output and standard error."""
 
     status: int
     output: str
-    words: str
+    stderr: str
 
 
 class GitProcess:
@@ -62,9 +62,9 @@ class GitProcess:
 
     Args:
         worktree: the folder that holds `.git`; it need not exist yet.
-        settings: configuration beside our own.
-        environment: variables beside our own.
-        secrets: texts that nothing git says may show.
+        settings: more configuration, which overrides the settings of this module.
+        environment: more variables.
+        secrets: texts to remove from git's error output.
     """
 
     def __init__(
@@ -88,20 +88,26 @@ class GitProcess:
 
         Args:
             arguments: the subcommand and its arguments.
-            stdin: what the command reads.
-            index: use this index file, not the repository's own.
+            stdin: the command's standard input.
+            index: an index file to use instead of the repository's own.
 
         Raises:
             MachineError: no usable git, no space, no permission.
-            PublishError: git refused; the message holds its words.
+            PublishError: git failed; the message has its error output.
         """
-        answer = self.attempt(*arguments, stdin=stdin, index=index)
-        if answer.status:
-            raise self._refusal(arguments, answer.words)
-        return answer.output
+        result = self.attempt(*arguments, stdin=stdin, index=index)
+        if result.status:
+            raise self._refusal(arguments, result.stderr)
+        return result.output
 
-    def attempt(self, *arguments: str, stdin: bytes = b"", index: Path | None = None, discard: bool = False) -> Answer:
-        """Run one git command, `run`'s way, and return how it ended; `discard` its standard output, however long."""
+    def attempt(
+        self, *arguments: str, stdin: bytes = b"", index: Path | None = None, discard: bool = False
+    ) -> CommandResult:
+        """Run one git command as `run` does and return its result; `discard` drops its standard output.
+
+        Raises:
+            MachineError: no usable git.
+        """
         from git.exc import GitCommandNotFound
 
         git = self._checked()
@@ -110,7 +116,7 @@ class GitProcess:
             reader.write(stdin)
             reader.seek(0)
             try:
-                status, output, words = git.execute(
+                status, output, stderr = git.execute(
                     [str(git.GIT_PYTHON_GIT_EXECUTABLE), *arguments],
                     istream=reader,
                     env=self._environment(**extra),
@@ -123,10 +129,10 @@ class GitProcess:
             except GitCommandNotFound as error:
                 raise _missing_git(error) from error
         text = "" if discard else output.decode("utf-8", "backslashreplace")
-        return Answer(status=status, output=text, words=self._scrubbed(words))
+        return CommandResult(status=status, output=text, stderr=self._scrubbed(stderr))
 
-    def _scrubbed(self, words: str | bytes) -> str:
-        text = words.decode("utf-8", "backslashreplace") if isinstance(words, bytes) else words
+    def _scrubbed(self, stderr: str | bytes) -> str:
+        text = stderr.decode("utf-8", "backslashreplace") if isinstance(stderr, bytes) else stderr
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text.strip()
@@ -150,12 +156,12 @@ class GitProcess:
 
     def export_blob(self, blob_id: str, path: Path) -> None:
         """Write a stored file's content to `path`, whole or not at all."""
-        # In this order: git's exit status is known before the file appears.
+        # In this order git's exit status is checked before the file appears.
         with atomic_file(path) as writer, self._blob(blob_id) as stream:
             shutil.copyfileobj(stream, writer, _CHUNK_BYTES)
 
     def heads(self, namespace: str = "refs/heads") -> Mapping[str, tuple[str, str]]:
-        """Return each branch's head commit and its committer, "" when it was this program."""
+        """Return each branch's head commit and its committer, "" if this program made the commit."""
         pattern = "--format=%(objectname) %(refname:lstrip=2) %(committername) %(committeremail)"
         heads = {}
         for line in self.run("for-each-ref", pattern, namespace).splitlines():
@@ -164,7 +170,7 @@ class GitProcess:
         return heads
 
     def files(self, commit: str | None) -> Mapping[str, StoredFile]:
-        """Return a commit's files by name; None has none. What a commit holds never changes, so it is read once."""
+        """Return a commit's files by name, none for None. The files of a commit never change: they are cached."""
         if commit is None:
             return {}
         if commit in self._files:
@@ -182,7 +188,7 @@ class GitProcess:
         """Write the content of every file that the repository does not hold yet.
 
         Raises:
-            PublishError: a file's content is no longer what was read before.
+            PublishError: a file has changed since it was hashed.
         """
         wanted = {file.blob_id: file.path for file in files.values()}
         answers = self.run("cat-file", "--batch-check", stdin="".join(f"{blob_id}\n" for blob_id in wanted).encode())
@@ -193,7 +199,7 @@ class GitProcess:
         stored = self.run("hash-object", "-w", "--no-filters", "--stdin-paths", stdin=paths.encode()).split()
         for blob_id, found in zip(missing, stored, strict=True):
             if blob_id != found:
-                raise changed_meanwhile(wanted[blob_id])
+                raise changed_error(wanted[blob_id])
 
     def commit(self, files: Mapping[str, LocalFile], *, parent: str | None, message: str) -> str:
         """Make a commit that holds exactly `files`, already stored; no branch moves."""
@@ -205,13 +211,13 @@ class GitProcess:
         return self.run("commit-tree", tree, *ancestry, "-F", "-", stdin=f"{message}\n".encode()).strip()
 
     def commit_again(self, commit: str, *, parent: str, message: str) -> str:
-        """Make a commit that holds the files of another one; no branch moves."""
+        """Make a commit with the files of another commit; no branch moves."""
         return self.run(
             "commit-tree", f"{commit}^{{tree}}", "-p", parent, "-F", "-", stdin=f"{message}\n".encode()
         ).strip()
 
     def history(self, revision: str) -> list[CommitRecord]:
-        """Return the commits that lead to a revision, first parents only, the newest first."""
+        """Return the commits of a revision's history, first parents only, newest first."""
         listing = self.run("log", "-z", "--first-parent", "--format=%H%n%ct%n%cn <%ce>%n%B", revision, "--")
         records = []
         for commit, time_s, committer, message in (entry.split("\n", 3) for entry in listing.split("\0") if entry):
@@ -224,42 +230,47 @@ class GitProcess:
         return records
 
     def read_tag(self, name: str) -> str:
-        """Return the commit that a tag names, "" if it is not there."""
+        """Return the commit that a tag names, "" if the tag does not exist."""
         pattern = "--format=%(refname:lstrip=2) %(objectname) %(*objectname)"
         lines = self.run("for-each-ref", pattern, f"refs/tags/{name}").splitlines()
         return next((line.split()[-1] for line in lines if line.split()[0] == name), "")
 
     def tag(self, name: str, commit: str) -> None:
-        """Name a commit.
+        """Make a lightweight tag, unless it exists.
 
         Raises:
-            PublishError: the name is another commit's.
+            PublishError: the tag names another commit.
         """
         found = self.read_tag(name)
         if found and commit != found:
-            raise PublishError(f"the tag {name} is there and names {found[:12]}", where=str(self.worktree))
+            raise PublishError(f"the tag {name} exists and names {found[:12]}", where=str(self.worktree))
         if not found:
             self.run("update-ref", f"refs/tags/{name}", commit, _NO_COMMIT)
 
     def move_branch(self, branch: str, commit: str, *, parent: str | None) -> None:
-        """Point `branch` at `commit` if its head still is `parent`; None means that it must not exist."""
+        """Move `branch` from `parent` to `commit`; None as parent means that the branch must not exist.
+
+        Raises:
+            HeadMovedError: the branch's head is not `parent`.
+            MachineError: no space or no permission.
+        """
         arguments = ("update-ref", "-m", "publish", f"refs/heads/{branch}", commit, parent or _NO_COMMIT)
-        answer = self.attempt(*arguments)
-        if not answer.status:
+        result = self.attempt(*arguments)
+        if not result.status:
             return
-        error = self._refusal(arguments, answer.words)
+        error = self._refusal(arguments, result.stderr)
         if isinstance(error, MachineError):
             raise error
         raise HeadMovedError(
-            f"{branch} was moved by somebody else while it was being published",
+            f"{branch} moved while it was being published",
             where=str(self.worktree),
-            why=answer.words,
-            hint="look at what is there now, then publish again",
+            why=result.stderr,
+            hint="look at the branch, then publish again",
         )
 
     @contextmanager
     def scratch_index(self) -> Iterator[Path]:
-        """Give the path of an index that only this run uses: a killed run's git cannot be in its way."""
+        """Yield the path of an index file for one use: a killed run's git may still hold the repository's own."""
         with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=self.git_folder) as folder:
             yield Path(folder) / "index"
 
@@ -315,7 +326,7 @@ class GitProcess:
         }
 
     def check(self) -> None:
-        """Raise a MachineError unless git is there and recent enough."""
+        """Raise a MachineError unless git is installed and recent enough."""
         self._checked()
 
     def _checked(self) -> "Git":
@@ -333,27 +344,27 @@ class GitProcess:
             if version < OLDEST_GIT:
                 raise MachineError(
                     f"git {'.'.join(map(str, version))} is too old",
-                    why=f"git {'.'.join(map(str, OLDEST_GIT))} is the first to work apart from the user's settings",
+                    why=f"git {'.'.join(map(str, OLDEST_GIT))} is the first that can ignore the user's settings",
                     hint=_INSTALL_HINT,
                 )
             self._git = git
         return self._git
 
-    def _refusal(self, arguments: tuple[str, ...], words: str) -> PackagerError:
-        """Translate git's last words."""
-        words = words.strip() or "it said nothing"
+    def _refusal(self, arguments: tuple[str, ...], stderr: str) -> PackagerError:
+        """Return the error for a command that failed with `stderr`."""
+        stderr = stderr.strip() or "git printed no error message"
         where = str(self.worktree)
-        if any(text in words for text in ("No space left on device", "Disk quota exceeded")):
+        if any(text in stderr for text in ("No space left on device", "Disk quota exceeded")):
             return MachineError(
-                "the disk is full", where=where, why=words, hint="free some space and run the same command again"
+                "the disk is full", where=where, why=stderr, hint="free some space and run the same command again"
             )
-        if any(text in words for text in ("Permission denied", "Read-only file system", "insufficient permission")):
-            return MachineError("the repository cannot be written", where=where, why=words)
-        return PublishError(f"git {arguments[0]} failed", where=where, why=words)
+        if any(text in stderr for text in ("Permission denied", "Read-only file system", "insufficient permission")):
+            return MachineError("the repository cannot be written", where=where, why=stderr)
+        return PublishError(f"git {arguments[0]} failed", where=where, why=stderr)
 
 
 def _foreign(committer: str) -> str:
-    """Return who made a commit, "" when it was this program."""
+    """Return a commit's committer, "" if this program made it."""
     return "" if committer == f"{AUTHOR_NAME} <{AUTHOR_EMAIL}>" else committer
 
 

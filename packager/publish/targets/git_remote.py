@@ -1,7 +1,7 @@
-"""Git for a copy of a repository on another machine: who we are there, and what to make of its answers.
+"""Git with a remote: authentication, retries, and the translation of its errors.
 
-A token travels in a variable that only our GIT_ASKPASS script reads, and only for the host of the address: a redirect
-elsewhere gets none.
+The token is in a variable that only the GIT_ASKPASS script of this module reads, and the script returns it only for the
+host of the remote's address: a redirect to another host gets no token.
 """
 
 import base64
@@ -16,18 +16,18 @@ from urllib.parse import quote, unquote, urlsplit
 from filelock import FileLock
 
 from packager.errors import PackagerError, PublishError
-from packager.publish.targets.git_process import Answer, GitProcess
-from packager.recipe.field_groups import has_credentials
+from packager.publish.targets.git_process import CommandResult, GitProcess
 from packager.system.files import TEMPORARY_PREFIX, fsync_folder, write_atomic
+from packager.system.text import has_credentials
 from packager.variant import MAIN
 
 _REMOTE_SETTINGS = {
-    # GIT_SSH_COMMAND, if the user set it, goes before this; their ~/.ssh/config and agent hold either way.
+    # GIT_SSH_COMMAND of the user's environment overrides this; their ~/.ssh/config and agent apply in both cases.
     "core.sshCommand": "ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=30",
     "core.filesRefLockTimeout": "2000",
     "fetch.recurseSubmodules": "false",
     "push.recurseSubmodules": "no",
-    # A server may be silent for minutes while its hooks run, not for ever.
+    # A server may send nothing for minutes while its hooks run.
     "http.lowSpeedLimit": "1",
     "http.lowSpeedTime": "300",
 }
@@ -36,9 +36,6 @@ _ASKPASS = b"""#!/bin/sh
 case $1 in *"//$PACKAGER_GIT_HOST"[\\'\\"]* | *"@$PACKAGER_GIT_HOST"[\\'\\"]*) ;; *) exit 1 ;; esac
 case $1 in Username*) printf '%s\\n' "$PACKAGER_GIT_USER" ;; *) printf '%s\\n' "$PACKAGER_GIT_PASSWORD" ;; esac
 """
-# A killed publisher's git outlives it by milliseconds.
-_ORPHAN_WAIT_S = 2.0
-WAITS_S = (1.0, 3.0, 9.0, 27.0)  # between five tries
 _TRANSIENT = (
     r"could not resolve|name resolution|no such host|connection (reset|refused|timed out|closed|aborted)|timed? ?out"
     r"|failed to connect|network is unreachable|no route to host|early eof|empty reply|unexpected (disconnect|eof)"
@@ -54,8 +51,8 @@ _REFUSALS = (
     ),
     (
         r"not found|does not appear to be a git repository|no such repository|does not exist",
-        "there is no such repository, or it does not show itself",
-        "git hosts make no repository by push: create it there first, empty, and check address and token",
+        "the repository does not exist, or the token may not see it",
+        "git hosts create no repository on push: create an empty one there first, and check address and token",
     ),
     (
         r"\[(remote )?rejected\]|declined|denycurrentbranch|protected branch|remote unpack failed",
@@ -66,19 +63,29 @@ _REFUSALS = (
 
 
 class RemoteGit(GitProcess):
-    """Git for a repository that is a cache of another one, its remote `origin`, which no configuration file names.
+    """Git for a repository that caches its remote `origin`; the environment configures the remote, no file does.
 
     Args:
         worktree: the folder that holds `.git`.
-        address: what git calls the remote.
-        host: the only one that the token is for, with its port.
-        token: a password for it, or user:password; "" if none is needed.
-        log: gets a line for each wait.
+        address: the remote's URL or path.
+        host: the only host that gets the token, with its port.
+        token: a password, or user:password; "" for none.
+        log: gets a line per wait.
+        retries_s: seconds between tries of a transfer.
     """
 
-    def __init__(self, worktree: Path, address: str, *, host: str, token: str, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        worktree: Path,
+        address: str,
+        *,
+        host: str,
+        token: str,
+        log: Callable[[str], None],
+        retries_s: Sequence[float],
+    ) -> None:
         user, _, password = token.strip().rpartition(":")
-        user = user or "x-access-token"  # GitHub's name for it; GitLab, Gitea and the Hub take any
+        user = user or "x-access-token"  # GitHub's user name for tokens; GitLab, Gitea and the Hub accept any
         basic = base64.b64encode(f"{user}:{password}".encode()).decode()
         self._askpass = worktree.absolute() / "packager-askpass"
         super().__init__(
@@ -95,104 +102,102 @@ class RemoteGit(GitProcess):
             },
             secrets={text for text in (token, password, quote(password, safe=""), basic) if password and text},
         )
-        self._address, self._say = address, log
+        self._address, self._log, self._retries_s = address, log, tuple(retries_s)
 
     def beside(self, worktree: Path) -> "RemoteGit":
-        """Return git for another repository with the same remote."""
+        """Return git for another repository on this machine with the same remote."""
         other = copy(self)
         other.worktree, other.git_folder, other._files = worktree, worktree / ".git", {}
         return other
 
     def write_askpass(self) -> None:
-        """Put the script in place that answers when git asks who we are; it holds no secret."""
+        """Write the script that answers git's questions for user and password; it holds no secret."""
         write_atomic(self._askpass, _ASKPASS)
         self._askpass.chmod(0o700)
 
-    def transfer(self, *arguments: str, stdin: bytes = b"", discard: bool = False) -> Answer:
-        """Run a command that needs the remote; while the network fails it is tried again, with growing waits."""
-        for wait_s in WAITS_S:
-            answer = self.attempt(*arguments, stdin=stdin, discard=discard)
-            if not answer.status or not is_transient(answer.words):
-                return answer
-            last = answer.words.rpartition("\n")[2]
-            self._say(f"{self._address}: git {arguments[0]}: {last}; trying again in {wait_s:g} s")
+    def transfer(self, *arguments: str, stdin: bytes = b"", discard: bool = False) -> CommandResult:
+        """Run a command that needs the remote; retry it after network failures, with growing waits."""
+        for wait_s in self._retries_s:
+            result = self.attempt(*arguments, stdin=stdin, discard=discard)
+            if not result.status or not is_transient(result.stderr):
+                return result
+            last = result.stderr.rpartition("\n")[2]
+            self._log(f"{self._address}: git {arguments[0]}: {last}; trying again in {wait_s:g} s")
             time.sleep(wait_s)
         return self.attempt(*arguments, stdin=stdin, discard=discard)
 
     def reach(self, *arguments: str, stdin: bytes = b"", discard: bool = False) -> str:
-        """Return the output of a command that needs the remote, or raise what `refusal` says."""
-        answer = self.transfer(*arguments, stdin=stdin, discard=discard)
-        if answer.status:
-            raise self.refusal(arguments[0], answer.words)
-        return answer.output
+        """Return the output of a command that needs the remote.
 
-    def refusal(self, command: str, words: str) -> PackagerError:
-        """Translate what git says when the remote, or the way to it, refuses."""
-        ours = _of_this_side(words)
+        Raises:
+            MachineError: the disk of this machine is full.
+            PublishError: the remote cannot be reached, or refused.
+        """
+        result = self.transfer(*arguments, stdin=stdin, discard=discard)
+        if result.status:
+            raise self.refusal(arguments[0], result.stderr)
+        return result.output
+
+    def refusal(self, command: str, stderr: str) -> PackagerError:
+        """Return the error for a transfer that failed with `stderr`."""
+        ours = _local_lines(stderr)
         if "No space left on device" in ours and "remote unpack failed" not in ours:
-            return self._refusal((command,), words)
-        if is_transient(words):
-            what, hint = "the repository cannot be reached", "run again: what has been uploaded is not uploaded twice"
+            return self._refusal((command,), stderr)
+        if is_transient(stderr):
+            what, hint = "the repository cannot be reached", "run again: uploaded files are not uploaded twice"
         else:
             what, hint = next(
-                ((what, hint) for pattern, what, hint in _REFUSALS if re.search(pattern, words, re.IGNORECASE)),
+                ((what, hint) for pattern, what, hint in _REFUSALS if re.search(pattern, stderr, re.IGNORECASE)),
                 (f"git {command} failed", ""),
             )
-        return PublishError(what, where=self._address, why=words or "git said nothing", hint=hint)
+        return PublishError(what, where=self._address, why=stderr or "git printed no error message", hint=hint)
 
 
-def is_transient(words: str) -> bool:
-    """Return whether git's words tell of a network or server that may be well again in a moment."""
-    ours = _of_this_side(words)
+def is_transient(stderr: str) -> bool:
+    """Return whether git's error output reports a network or server failure that may pass."""
+    ours = _local_lines(stderr)
     return bool(re.search(_TRANSIENT, ours, re.IGNORECASE)) and not re.search(_REFUSALS[0][0], ours, re.IGNORECASE)
 
 
-def _of_this_side(words: str) -> str:
-    """Return the lines that are git's own here: what a server's hooks print may say anything."""
-    return "\n".join(line for line in words.splitlines() if not line.startswith("remote:"))
+def _local_lines(stderr: str) -> str:
+    """Return the lines of the local git, without the output of the server's hooks, which may be any text."""
+    return "\n".join(line for line in stderr.splitlines() if not line.startswith("remote:"))
 
 
 def folder_of(url: str, token: str) -> Path | None:
-    """Return the folder that a URL names, None if it is on another machine, or raise if we do not publish there."""
+    """Return the folder that a URL names, None if the URL names another machine.
+
+    Raises:
+        PublishError: the scheme is not supported, the URL holds credentials, or the token would be sent unencrypted.
+    """
     parts = urlsplit(url) if "://" in url else None
     if parts is None:
         return None if ":" in url.split("/", 1)[0] else Path(url).absolute()
     if parts.scheme not in ("https", "http", "ssh", "file"):
-        raise PublishError(f"nothing is published by {parts.scheme}", hint="https, ssh, file or a path")
+        raise PublishError(f"{parts.scheme} addresses are not supported", hint="use https, ssh, file or a path")
     if has_credentials(url):
         where = f"{parts.scheme}://***@{parts.hostname or ''}{parts.path}"
-        hint = "leave them out, and give the token by itself"
-        raise PublishError("an address with credentials in it would be kept and shown", where=where, hint=hint)
+        hint = "remove them, and give the token separately"
+        raise PublishError("the address contains credentials, which would be stored and shown", where=where, hint=hint)
     if token and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
-        raise PublishError("a token would travel unencrypted", where=url, hint="use https")
+        raise PublishError("the token would be sent unencrypted", where=url, hint="use https")
     return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
 
 def create_bare(folder: Path) -> None:
-    """Make an empty bare repository aside and rename it into place, unless somebody else has."""
-    aside = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
+    """Make an empty bare repository under a temporary name and rename it, unless another process has made it."""
+    temporary = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{aside}.lock")
+    lock = FileLock(f"{temporary}.lock")
     with lock:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         if not folder.exists() or not any(folder.iterdir()):
-            aside.mkdir()
-            git = GitProcess(aside)
+            temporary.mkdir()
+            git = GitProcess(temporary)
             git.run("init", "--quiet", "--template=", f"--initial-branch={MAIN}")
             git.run("config", "core.bare", "true")
             git.run("config", "--unset-all", "core.logAllRefUpdates")
             git.git_folder.rename(folder)
             fsync_folder(folder.parent)
-            aside.rmdir()
+            temporary.rmdir()
         Path(lock.lock_file).unlink(missing_ok=True)
-
-
-def unlock(locks: Sequence[Path]) -> list[str]:
-    """Remove git's locks that nobody can hold any more, and say so."""
-    deadline = time.monotonic() + _ORPHAN_WAIT_S
-    while any(path.exists() for path in locks) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    stale = [path for path in locks if path.exists()]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return [f"removed a killed run's stale lock {path}" for path in stale]

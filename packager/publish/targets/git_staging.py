@@ -1,51 +1,56 @@
-"""The staging repository of the git target: a cache of the remote, that may be deleted at any time and mends itself."""
+"""The staging repository of the git target: a cache of the remote that may be deleted and repairs itself."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from packager.errors import PublishError
 from packager.publish.targets.git_lfs import git_folder
-from packager.publish.targets.git_remote import RemoteGit, unlock
+from packager.publish.targets.git_locks import (
+    GitWaits,
+    acquire,
+    git_locks,
+    publisher_lock,
+    remove_partial_objects,
+    remove_stale_locks,
+)
+from packager.publish.targets.git_remote import RemoteGit
 from packager.system.files import disk_errors, remove_leftovers, write_atomic
 from packager.variant import MAIN
 
-_LOCK_WAIT_S = 10.0
-
 
 class Staging:
-    """A folder with a repository, for one process at a time.
+    """A folder with a repository, used by one process at a time.
 
     Args:
-        git: works in it.
-        remote: the folder that the remote is, None if it is on another machine.
-        where: the remote, for people.
+        git: runs git in the folder.
+        remote: the remote's folder, None if the remote is on another machine.
+        where: the remote's address, for messages.
+        waits: waiting times for locks.
     """
 
-    def __init__(self, git: RemoteGit, remote: Path | None, where: str) -> None:
+    def __init__(self, git: RemoteGit, remote: Path | None, where: str, waits: GitWaits) -> None:
         self.folder = git.worktree
-        self._git, self._remote, self._where = git, remote, where
-        self._lock = FileLock(str(self.folder.with_name(f".{self.folder.name}.lock")))
+        self._git, self._remote, self._where, self._waits = git, remote, where, waits
+        self._lock = publisher_lock(self.folder)
         self._pushing = git.git_folder / "packager-pushing"
 
     @contextmanager
-    def open(self, timeout_s: float = _LOCK_WAIT_S) -> Iterator[Sequence[str]]:
-        """Have the repository for ourselves, made or put right if need be, which the value describes.
+    def open(self, timeout_s: float | None = None) -> Iterator[Sequence[str]]:
+        """Lock the repository, and make or repair it if necessary; the value is one note per repair.
+
+        Args:
+            timeout_s: how long to wait for the lock, `GitWaits.staging_s` by default.
 
         Raises:
-            PublishError: another publisher has it, or the folder holds something else.
+            PublishError: another publisher holds the lock, or the folder holds something else.
         """
         self._git.check()
         with disk_errors(self.folder.parent):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=timeout_s)
-            except Timeout as error:
-                what, hint = "another publisher is at work", "wait until it is done, then run again"
-                raise PublishError(what, where=self._where, why=f"it stages in {self.folder}", hint=hint) from error
+            wait_s = self._waits.staging_s if timeout_s is None else timeout_s
+            acquire(self._lock, wait_s, where=self._where, why=f"it uses the staging folder {self.folder}")
         try:
             with disk_errors(self.folder):
                 notes = self._prepare() if self._lock.lock_counter == 1 else []
@@ -54,37 +59,42 @@ class Staging:
             self._lock.release()
 
     def begin_push(self, ref: str) -> None:
-        """Write down which ref of the remote is about to move: a killed push leaves its lock in a folder."""
+        """Record the ref that a push moves: a killed push into a folder leaves the ref's lock there."""
         write_atomic(self._pushing, ref.encode())
 
     def end_push(self) -> None:
-        """Forget that: git has come back, and holds no lock."""
+        """Delete the record: git has ended and holds no lock."""
         self._pushing.unlink(missing_ok=True)
 
     def forget_objects(self) -> None:
-        """Delete what git-lfs has sent or fetched: it would keep the space of every release that was ever published."""
+        """Delete the objects of git-lfs: otherwise the folder would keep every published release."""
         shutil.rmtree(self._git.git_folder / "lfs" / "objects", ignore_errors=True)
 
     def _prepare(self) -> list[str]:
-        """Make the repository, or put right what a killed run left of it."""
+        """Make the repository, or repair the traces of a killed publish; return one note per repair."""
         folder, mark, notes = self._git.git_folder, self.folder / "packager-staging", []
         if self.folder.exists() and not mark.exists() and any(self.folder.iterdir()):
-            raise PublishError("the staging folder holds something else", where=str(self.folder), hint="name another")
+            hint = "give another folder"
+            raise PublishError("the staging folder holds something else", where=str(self.folder), hint=hint)
         write_atomic(mark, b"A cache of a published repository; it may be deleted at any time.\n")
         remove_leftovers(self.folder)
         if self._remote and self._pushing.exists():
             ref = self._pushing.read_text(encoding="utf-8")
-            notes += unlock([git_folder(self._remote) / f"{ref}.lock"])
+            lock = git_folder(self._remote) / f"{ref}.lock"
+            notes += self._unlock(lambda: [lock] if lock.exists() else [])
             self._pushing.unlink()
         if folder.exists():
-            notes += unlock([*folder.glob("*.lock"), *(folder / "refs").rglob("*.lock")])
+            notes += self._unlock(lambda: git_locks(folder))
             remove_leftovers(folder)
-            for path in (*folder.glob("objects/*/tmp_obj_*"), *folder.glob("objects/pack/tmp_*")):
-                path.unlink(missing_ok=True)
+            remove_partial_objects(folder)
             if self._git.attempt("rev-list", "--objects", "--quiet", "--all").status:
-                notes.append("the staging folder was not whole: it is made anew")
+                notes.append("the staging folder was incomplete: it is made again")
                 shutil.rmtree(folder)
         if not folder.exists():
             self._git.run("init", "--quiet", "--template=", f"--initial-branch={MAIN}")
         self._git.write_askpass()
         return notes
+
+    def _unlock(self, find_locks: Callable[[], Sequence[Path]]) -> list[str]:
+        stale = remove_stale_locks(find_locks, self._waits.orphan_s)
+        return [f"removed the stale lock {path} of a killed publish" for path in stale]

@@ -24,7 +24,7 @@ from packager.publish.targets import (
     require_unchanged,
     same_files,
 )
-from packager.publish.targets.hub_calls import PATIENCE_S, Patience
+from packager.publish.targets.hub_calls import RETRY_LIMIT_S, RetryPolicy
 from packager.publish.targets.hub_client import hub_api, newest_commit, read_content
 from packager.receipt import GIT_ATTRIBUTES
 from packager.system.files import atomic_file
@@ -65,7 +65,7 @@ class HubTarget:
         repository_id: namespace/name.
         new: how to make the repository if there is none.
         log: gets a line when something has to be waited for.
-        patience_s: seconds that one call may be waited for.
+        retry_limit_s: seconds that one call may be waited for.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class HubTarget:
         *,
         new: NewRepository | None = None,
         log: Callable[[str], None] = lambda _: None,
-        patience_s: float = PATIENCE_S,
+        retry_limit_s: float = RETRY_LIMIT_S,
     ) -> None:
-        self._id, self._new, self._say = repository_id, new or NewRepository(), log
-        self._patience_s = patience_s
+        self._id, self._new, self._log = repository_id, new or NewRepository(), log
+        self._retry_limit_s = retry_limit_s
         self._gated = False
 
     @property
@@ -91,7 +91,7 @@ class HubTarget:
         return True
 
     @property
-    def names_by_blob(self) -> bool:
+    def identifies_by_blob(self) -> bool:
         """No: the Hub knows large files by their sha256."""
         return False
 
@@ -100,8 +100,8 @@ class HubTarget:
         return hub_api()
 
     @cached_property
-    def _patience(self) -> Patience:
-        return Patience(self.where, self._say, limit_s=self._patience_s)
+    def _retry(self) -> RetryPolicy:
+        return RetryPolicy(self.where, self._log, limit_s=self._retry_limit_s)
 
     def read_branches(self) -> Mapping[str, BranchState]:
         """Return every branch; one that holds nothing but .gitattributes has no files."""
@@ -112,7 +112,7 @@ class HubTarget:
         """Return a commit's files as the Hub lists them: sha256 and size of large ones, blob ids of the rest."""
         from huggingface_hub.hf_api import RepoFile
 
-        entries = self._patience.call(
+        entries = self._retry.call(
             f"listing the files of {commit[:12]}",
             lambda: list(self._api.list_repo_tree(self._id, recursive=True, revision=commit)),
         )
@@ -139,7 +139,7 @@ class HubTarget:
             data = b"".join(parts)
             return data if size is None else data[:size]
 
-        return self._patience.call(f"reading {name}", read)
+        return self._retry.call(f"reading {name}", read)
 
     def export(self, commit: str, name: str, path: Path) -> None:
         """Download a file."""
@@ -149,7 +149,7 @@ class HubTarget:
                 for chunk in read_content(self._id, commit, name, {}):
                     stream.write(chunk)
 
-        self._patience.call(f"downloading {name}", download)
+        self._retry.call(f"downloading {name}", download)
 
     def history(self, branch: str) -> Sequence[CommitRecord]:
         """Return a branch's commits."""
@@ -174,7 +174,7 @@ class HubTarget:
         """
         if not changing:
             return
-        account = self._patience.call("asking whose token this is", self._whoami)
+        account = self._retry.call("asking whose token this is", self._whoami)
         role = account.get("auth", {}).get("accessToken", {}).get("role", "")
         if role == "read":
             raise PublishError(
@@ -199,8 +199,8 @@ class HubTarget:
         additions = [_addition(name, file) for name, file in lacking.items()]
         if additions:
             size = format_bytes(sum(addition.upload_info.size for addition in additions))
-            self._say(f"{self._id} {branch}: sending what the Hub lacks of {size}")
-            self._patience.call(
+            self._log(f"{self._id} {branch}: sending what the Hub lacks of {size}")
+            self._retry.call(
                 f"uploading the files of {branch}",
                 lambda: self._api.preupload_lfs_files(self._id, additions, revision=branch, free_memory=False),
             )
@@ -227,19 +227,17 @@ class HubTarget:
 
     def read_tag(self, name: str) -> Mapping[str, str]:
         """Return the commit that a tag names."""
-        refs = (
-            self._patience.call("listing tags", lambda: self._api.list_repo_refs(self._id)) if self._heads() else None
-        )
+        refs = self._retry.call("listing tags", lambda: self._api.list_repo_refs(self._id)) if self._heads() else None
         return {MAIN: next((ref.target_commit for ref in refs.tags if ref.name == name), "") if refs else ""}
 
     def tag(self, name: str, commits: Mapping[str, str]) -> None:
         """Make a tag on the Hub."""
         found, commit = self.read_tag(name)[MAIN], commits[MAIN]
         if found and found != commit:
-            raise PublishError(f"the tag {name} is there and names {found[:12]}", where=self.where)
+            raise PublishError(f"the tag {name} exists and names {found[:12]}", where=self.where)
         if not found:
             make = self._api.create_tag
-            self._patience.call(f"tagging {name}", lambda: make(self._id, tag=name, revision=commit, exist_ok=True))
+            self._retry.call(f"tagging {name}", lambda: make(self._id, tag=name, revision=commit, exist_ok=True))
 
     def _whoami(self) -> Mapping[str, Any]:
         """Return what the Hub says of the token; nothing if it may be used without being allowed to ask that."""
@@ -265,16 +263,16 @@ class HubTarget:
                 return {}
             return {ref.name: ref.target_commit for ref in refs.branches}
 
-        return self._patience.call("listing branches", read)
+        return self._retry.call("listing branches", read)
 
     def _state(self, commit: str) -> BranchState:
-        entry = self._patience.call(f"asking who made {commit[:12]}", lambda: newest_commit(self._id, commit))
+        entry = self._retry.call(f"asking who made {commit[:12]}", lambda: newest_commit(self._id, commit))
         author = _author(entry["message"], [author["user"] for author in entry["authors"]])
         return BranchState(commit=commit, foreign_author=author, files=self.read_back(commit))
 
     def _commits(self, revision: str) -> "Sequence[GitCommitInfo]":
         read = self._api.list_repo_commits
-        return self._patience.call(f"listing commits of {revision[:40]}", lambda: read(self._id, revision=revision))
+        return self._retry.call(f"listing commits of {revision[:40]}", lambda: read(self._id, revision=revision))
 
     def _new_branch(self, branch: str) -> str:
         """Make a branch, and the repository if there is none; return its head, which holds no file of anybody's.
@@ -290,7 +288,7 @@ class HubTarget:
             # Without a starting point the Hub copies main, weights and all.
             first = self._commits(MAIN)[-1].commit_id
             make = self._api.create_branch
-            self._patience.call(
+            self._retry.call(
                 f"making the branch {branch}", lambda: make(self._id, branch=branch, revision=first, exist_ok=True)
             )
             if self._heads().get(branch) != first:
@@ -315,7 +313,7 @@ class HubTarget:
 
     def _new_repository(self) -> None:
         private = self._new.visibility == "private"
-        self._patience.call(
+        self._retry.call(
             "making the repository", lambda: self._api.create_repo(self._id, private=private, exist_ok=True)
         )
 
@@ -323,7 +321,7 @@ class HubTarget:
         """Gate a repository that is being made; a killed run may have made it and not come to this."""
         gated = self._new.gated
         if gated is not None and not self._gated and not self.read_back(self._heads()[MAIN]):
-            self._patience.call("gating the repository", lambda: self._api.update_repo_settings(self._id, gated=gated))
+            self._retry.call("gating the repository", lambda: self._api.update_repo_settings(self._id, gated=gated))
         self._gated = True
 
     def _advance(
@@ -355,7 +353,7 @@ class HubTarget:
                 raise
             return str(made.oid)
 
-        return self._patience.call(f"committing {branch}", attempt)
+        return self._retry.call(f"committing {branch}", attempt)
 
     def _landed(self, branch: str, wanted: Mapping[str, StoredFile], *, parent: str) -> str:
         """Return the branch's head if it holds what was to be committed, "" if it has not moved.
@@ -368,7 +366,7 @@ class HubTarget:
             return ""
         if not same_files(self.read_back(head), wanted):
             raise HeadMovedError(f"{branch} moved", where=self.where)
-        self._say(f"{branch}: the answer was lost, the commit had landed")
+        self._log(f"{branch}: the answer was lost, the commit had landed")
         return head
 
 

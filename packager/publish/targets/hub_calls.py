@@ -21,7 +21,7 @@ _TRANSIENT = frozenset({408, 425, 429})
 _FINAL = frozenset({501, 505, 507, 511})  # of the server's errors, those that another try does not change
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.1, 60.0
 # The Hub counts commits and requests by the hour, and by five minutes.
-PATIENCE_S = 3600.0
+RETRY_LIMIT_S = 3600.0
 _LOGIN_HINT = "set HF_TOKEN, or run `hf auth login`, with a token that may write to this repository"
 _STATUSES: Mapping[int | None, tuple[str, str]] = {
     HTTPStatus.UNAUTHORIZED: ("the Hub does not know the token, or it has expired", _LOGIN_HINT),
@@ -34,7 +34,7 @@ _STATUSES: Mapping[int | None, tuple[str, str]] = {
 }
 
 
-class Patience:
+class RetryPolicy:
     """Runs calls until they succeed, fail for good, or have been waited for too long.
 
     Args:
@@ -48,9 +48,9 @@ class Patience:
         where: str,
         log: Callable[[str], None],
         *,
-        limit_s: float = PATIENCE_S,
+        limit_s: float = RETRY_LIMIT_S,
     ) -> None:
-        self._where, self._say, self._limit_s = where, log, limit_s
+        self._where, self._log, self._limit_s = where, log, limit_s
 
     def call(self, what: str, function: Callable[[], Result]) -> Result:
         """Return what `function` returns.
@@ -79,7 +79,7 @@ class Patience:
                     why=f"{reason}; the next try would be in {wait_s:.0f} s",
                     hint="run the same command again later: what has arrived is not sent again",
                 )
-            self._say(f"{what}: {reason}; trying again in {wait_s:.0f} s")
+            self._log(f"{what}: {reason}; trying again in {wait_s:.0f} s")
             time.sleep(wait_s)
             waited_s += wait_s
         raise AssertionError("the limit comes first")

@@ -1,6 +1,6 @@
-"""Variants in repositories of their own, seen as the branches of one target.
+"""A target for the layout with one repository per variant: it presents the repositories as branches.
 
-Each variant is the branch `main` of its repository; publishing plans, orders and reads them back as it does branches.
+Each variant is the branch `main` of its repository. Publishing plans, orders and reads variants back like branches.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from packager.system.parallel import in_parallel
 from packager.variant import MAIN
 
 
-class SeparateTarget:
+class RepositoryPerVariant:
     """One target per variant.
 
     Args:
@@ -26,21 +26,21 @@ class SeparateTarget:
 
     @property
     def where(self) -> str:
-        """The repository of `main`; the others have its name and their own behind it."""
+        """The repository of `main`; the other repositories have its name followed by the variant's."""
         return self._targets[MAIN].where
 
     @property
     def is_public(self) -> bool:
-        """Whether one of them is."""
+        """Whether one of the repositories is public."""
         return any(target.is_public for target in self._targets.values())
 
     @property
-    def names_by_blob(self) -> bool:
-        """Whether one of them does."""
-        return any(target.names_by_blob for target in self._targets.values())
+    def identifies_by_blob(self) -> bool:
+        """Whether one of the repositories identifies large files by blob ids."""
+        return any(target.identifies_by_blob for target in self._targets.values())
 
     def read_branches(self) -> Mapping[str, BranchState]:
-        """Return every variant whose repository is there."""
+        """Return every variant whose repository exists."""
         found = in_parallel(lambda branch: self._targets[branch].read_branches().get(MAIN), list(self._targets))
         states = {
             branch: replace(state, repository=self._targets[branch].where)
@@ -69,23 +69,23 @@ class SeparateTarget:
         return records
 
     def check(self, changing: Collection[str]) -> None:
-        """Raise unless the variants named could be written now."""
+        """Raise unless these variants could be written now."""
         for branch, target in self._targets.items():
             target.check([MAIN] if branch in changing else [])
 
     @contextmanager
     def exclusive(self) -> Iterator[Sequence[str]]:
-        """Keep other publishers out of every repository."""
+        """Lock out other publishers from every repository."""
         with ExitStack() as stack:
             yield [note for target in self._targets.values() for note in stack.enter_context(target.exclusive())]
 
     def commit(self, branch: str, files: Mapping[str, LocalFile], *, parent: str | None, message: str) -> str:
         """Make `files` the whole content of a variant's repository."""
-        return self._held(branch, self._targets[branch].commit(MAIN, files, parent=parent, message=message))
+        return self._remember(branch, self._targets[branch].commit(MAIN, files, parent=parent, message=message))
 
     def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
         """Make an earlier commit's files the whole content of a variant's repository."""
-        return self._held(branch, self._targets[branch].restore(MAIN, commit, parent=parent, message=message))
+        return self._remember(branch, self._targets[branch].restore(MAIN, commit, parent=parent, message=message))
 
     def read_tag(self, name: str) -> Mapping[str, str]:
         """Return the commit that a tag names in each repository."""
@@ -96,6 +96,6 @@ class SeparateTarget:
         for branch, commit in commits.items():
             self._targets[branch].tag(name, {MAIN: commit})
 
-    def _held(self, branch: str, commit: str) -> str:
+    def _remember(self, branch: str, commit: str) -> str:
         self._holders[commit] = self._targets[branch]
         return commit

@@ -1,4 +1,4 @@
-"""From what a recipe or a person says to the repository that is meant."""
+"""Find the target that a recipe or an address on the command line names."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -10,23 +10,23 @@ from packager.publish.targets import Target
 from packager.publish.targets.git import GitTarget
 from packager.publish.targets.hub import HubTarget, NewRepository
 from packager.publish.targets.local import LocalTarget
-from packager.publish.targets.repository_per_variant import SeparateTarget
+from packager.publish.targets.repository_per_variant import RepositoryPerVariant
 from packager.recipe import Recipe
 
-# The token of target git; the Hub's client finds its own.
+# The variable with the token for git remotes; the Hub's client finds its own token.
 GIT_TOKEN = "PACKAGER_GIT_TOKEN"  # noqa: S105 - the variable's name
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _GIT_URL = re.compile(r"[a-z+]+://|[\w.-]+@[\w.-]+:")
 
 
 def target_of(recipe: Recipe, dist: Path, environ: Mapping[str, str], log: Callable[[str], None]) -> Target:
-    """Return the target that a recipe names; nothing is read or written yet.
+    """Return the target that a recipe names; read and write nothing.
 
     Args:
-        recipe: its section `repository`, and its variants where each has a repository of its own.
-        dist: the output folder: the local target and copies of git remotes are below it.
-        environ: where the token for a git remote is.
-        log: gets a line when something has to be waited for.
+        recipe: its section `repository` is used, and its variants if each has its own repository.
+        dist: the output folder; the local target and the staging folders of git remotes are below it.
+        environ: the environment, which may hold the token for a git remote.
+        log: gets a line per wait.
     """
     repository = recipe.repository
     if repository.url is not None:
@@ -41,20 +41,20 @@ def target_of(recipe: Recipe, dist: Path, environ: Mapping[str, str], log: Calla
     if repository.layout == "branches":
         return open_one(repository.id)
     branches = [variant.branch for variant in recipe.expanded_variants()]
-    return SeparateTarget({branch: open_one(repository.place(branch).repository) for branch in branches})
+    return RepositoryPerVariant({branch: open_one(repository.place(branch).repository) for branch in branches})
 
 
-def open_target(address: str, dist: Path, environ: Mapping[str, str], log: Callable[[str], None]) -> Target:
-    """Return the target that an address names; nothing is read or written yet.
+def resolve_target(address: str, dist: Path, environ: Mapping[str, str], log: Callable[[str], None]) -> Target:
+    """Return the target that an address names; write nothing.
 
     Args:
         address: namespace/name on the Hub, a git remote's URL, or a folder that the local target made.
-        dist: where copies of git remotes are kept.
-        environ: where the token for a git remote is.
-        log: gets a line when something has to be waited for.
+        dist: the output folder; the staging folders of git remotes are below it.
+        environ: the environment, which may hold the token for a git remote.
+        log: gets a line per wait.
 
     Raises:
-        PublishError: the address names nothing that can be a repository.
+        PublishError: the address cannot name a repository.
     """
     folder = Path(address).absolute()
     if _GIT_URL.match(address):
@@ -66,7 +66,7 @@ def open_target(address: str, dist: Path, environ: Mapping[str, str], log: Calla
     if _HUB_ID.fullmatch(address):
         return HubTarget(address, log=log)
     raise PublishError(
-        "this is no address of a repository",
+        "this is not the address of a repository",
         where=address,
         hint="give namespace/name for the Hub, the URL of a git remote, or a folder",
     )
