@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from packager.inputs.base_model import read_source
-from packager.quantize.sweep import BlockDone, QuantizeJob, quantize
+from packager.quantize.job import BlockDone, QuantizeJob
+from packager.quantize.sweep import quantize
 from tests.tiny_models import open_store, token_rows, variant
 
 VARIANTS = (

@@ -52,7 +52,7 @@ def test_a_sweep_reads_all_some_again_and_then_replaces_all(device, tmp_path, pl
     held = Activations(batches(device), placement, tmp_path)
     for block in range(3):
         if expected:
-            held.expect_all()
+            held.prefetch_all()
         first = [held.get(index) for index in range(3)]
         again = [held.get(index) for index in (1, 2)]
         assert torch.equal(again[0], first[1])
@@ -75,7 +75,7 @@ def test_any_order_of_reading_and_replacing(device, tmp_path, placement, steps):
         elif what == "get":
             assert held.get(index).unique().tolist() == [present[index]]
         else:
-            held.expect_all()
+            held.prefetch_all()
     assert values(held) == present
 
 
@@ -148,7 +148,7 @@ def test_copies_wait_for_what_they_copy(tmp_path, placement, expected):
             del batch
             torch.full(shape, torch.nan, device=cuda)  # in the memory that was freed
         if expected:
-            held.expect_all()
+            held.prefetch_all()
         torch.cuda._sleep(20_000_000)
         found = [held.get(index).unique().tolist() for index in range(many)]
         assert found == [[block]] * many
@@ -157,4 +157,4 @@ def test_copies_wait_for_what_they_copy(tmp_path, placement, expected):
 @pytest.mark.gpu
 def test_states_beside_a_gpu_are_pinned():
     held = Activations(batches(torch.device("cuda")), "host")
-    assert all(room.is_pinned() for room in held._stored)
+    assert all(room.is_pinned() for room in held._buffers)

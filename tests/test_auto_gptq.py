@@ -21,11 +21,13 @@ from torch import Tensor
 from packager.inputs.base_model import SourceModel, read_source
 from packager.model.packing import unpack, unpack_zeros
 from packager.prove.environments import ensure_environment, probe_environ
-from packager.quantize.engines import Made, Site, auto_gptq
+from packager.quantize.engines import auto_gptq
+from packager.quantize.engines.protocol import EngineResult, Site
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Hessian, factorize
 from packager.quantize.gptq.solve import Solution, solve
-from packager.quantize.sweep import QuantizeJob, quantize
+from packager.quantize.job import QuantizeJob
+from packager.quantize.sweep import quantize
 from packager.variant import Variant
 from tests.tiny_models import open_store, save_model, token_rows, variant
 
@@ -135,7 +137,7 @@ class Both:
     native: Mapping[str, Tensor]
     reference: Mapping[str, Tensor]
     ratios: Tensor
-    made: Made
+    made: EngineResult
 
 
 def dequantized(tensors: Mapping[str, Tensor], linear: str, bits: int) -> Tensor:

@@ -1,6 +1,6 @@
 """AutoGPTQ as an engine, without AutoGPTQ: what is handed over, and what is said when it goes wrong.
 
-A toy script plays the protocol here; the real one meets the real AutoGPTQ in test_auto_gptq.py.
+A fake script follows the protocol here; the real one meets the real AutoGPTQ in test_auto_gptq.py.
 """
 
 import json
@@ -20,10 +20,10 @@ from packager.prove.environments import environment_name
 from packager.prove.loaders import LOADERS
 from packager.quantize.engines import auto_gptq, auto_gptq_script
 from packager.quantize.gptq.grid import GridRules, find_grids
-from packager.quantize.sweep import BlockDone, LinearsDone
+from packager.quantize.job import BlockDone, LinearsDone
 from packager.receipt import LinearRecord
+from tests.fake_engine import SECRET, Bench
 from tests.tiny_models import token_rows, variant
-from tests.toy_engine import SECRET, Bench
 
 
 @pytest.fixture
@@ -128,14 +128,14 @@ def test_a_crash_shows_the_last_words_and_no_secret(bench):
 
 def test_a_killed_script_is_told_from_one_that_hangs_and_one_that_stops(bench):
     assert bench.fails("is killed").why == signal.Signals(9).name.join(["killed by ", ""])
-    assert bench.fails("hangs", silence_s=4.0).why == "it said nothing for 4 s and was killed"
+    assert bench.fails("hangs", silence_s=4.0).why == "it wrote no event for 4 s and was killed"
     assert bench.fails("stops early").why == "it stopped before its last block"
 
 
 @pytest.mark.parametrize(
     ("behaviour", "kind", "what", "hint"),
     [
-        ("factorization", QuantizeError, "the Hessian cannot be factored", "AutoGPTQ raises no damping"),
+        ("factorization", QuantizeError, "the Hessian cannot be factored", "AutoGPTQ does not raise damping"),
         ("activations", QuantizeError, "activations failed\nand more", "native, which computes in the base model's"),
         ("scales", QuantizeError, "scales failed\nand more", "too large or too small"),
         ("memory", MachineError, "engine auto-gptq ran out of memory", "fewer or shorter calibration rows"),
@@ -163,9 +163,9 @@ def test_an_environment_without_cuda_is_the_machines_fault(bench):
     [
         ("zero biases", "a block does not have the planned tensors: model.layers.0.mlp.down_proj.bias: planned None"),
         ("wide scales", "down_proj.scales: planned ('torch.float16', (3, 64)), got ('torch.float32', (3, 64))"),
-        ("wrong order", "block 1 came where block 0 was due"),
+        ("wrong order", "block 1 came instead of block 0"),
         ("no losses", "block 0 came without the loss of model.layers.0.self_attn.q_proj"),
-        ("stranger", "lm_head is no linear of this model"),
+        ("stranger", "lm_head is not a linear of this model"),
     ],
 )
 def test_what_was_not_asked_for_is_not_taken(bench, behaviour, why):
@@ -218,9 +218,27 @@ def test_a_batch_has_a_bounded_number_of_tokens(seq_len, rows):
 def test_activations_stay_on_the_gpu_only_where_they_fit():
     needed = auto_gptq_script.activation_bytes(128, 2048, 5120)
     assert needed == pytest.approx(2 * 2 * 128 * 2048 * 5120, rel=0.001)
-    for free, fits in ((2 * needed, True), (2 * needed - 2, False)):
+    for free, limit, fits in (
+        (2 * needed, None, True),
+        (2 * needed - 2, None, False),
+        (4 * needed, 2 * needed, True),
+        (4 * needed, 2 * needed - 2, False),
+    ):
         torch_ = SimpleNamespace(cuda=SimpleNamespace(mem_get_info=lambda free=free: (free, 80_000_000_000)))
-        assert auto_gptq_script.fits_on_gpu(torch_, (128, 2048), 5120) is fits
+        assert auto_gptq_script.fits_on_gpu(torch_, (128, 2048), 5120, limit) is fits
+
+
+def test_the_gpu_memory_limit_reaches_the_script_and_torch(bench):
+    bench.make(device_limit=12_000_000_000)
+    assert bench.seen["gpu_memory_bytes"] == 12_000_000_000
+    fractions = []
+    cuda = SimpleNamespace(
+        mem_get_info=lambda: (40_000_000_000, 48_000_000_000),
+        set_per_process_memory_fraction=lambda *rest: fractions.append(rest),
+    )
+    auto_gptq_script.limit_gpu_memory(SimpleNamespace(cuda=cuda), bench.seen["gpu_memory_bytes"])
+    auto_gptq_script.limit_gpu_memory(SimpleNamespace(cuda=cuda), None)
+    assert fractions == [(0.25, 0)]
 
 
 def test_only_what_a_checkpoint_holds_is_selected():
@@ -261,8 +279,8 @@ def test_errors_have_kinds(error, kind):
 
 def test_what_libraries_print_does_not_reach_the_protocol():
     code = (
-        "from packager.quantize.engines import auto_gptq_script as s; import os; say = s.protocol()\n"
-        "print('chatter', flush=True); os.write(1, b'deep chatter\\n'); os.system('echo child'); say({'event': 'x'})"
+        "from packager.quantize.engines import auto_gptq_script as s; import os; emit = s.protocol()\n"
+        "print('chatter', flush=True); os.write(1, b'deep chatter\\n'); os.system('echo child'); emit({'event': 'x'})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == '{"event": "x"}\n'

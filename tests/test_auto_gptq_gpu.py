@@ -11,8 +11,10 @@ import torch
 from packager.inputs.base_model import read_source
 from packager.pipeline import flow
 from packager.pipeline.build_state import Options
-from packager.quantize.engines import Site, auto_gptq
-from packager.quantize.sweep import QuantizeJob, quantize
+from packager.quantize.engines import auto_gptq
+from packager.quantize.engines.protocol import Site
+from packager.quantize.job import QuantizeJob
+from packager.quantize.sweep import quantize
 from packager.recipe import Loaders, VariantEntry
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal

@@ -1,4 +1,4 @@
-"""One block: hasty on a GPU and careful when that failed; what fails says where and leaves the states alone."""
+"""One block: hasty on a GPU and checked when that failed; what fails says where and leaves the states alone."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from packager.inputs.base_model import read_source
 from packager.model.decoder import Context, Decoder
 from packager.quantize import block as block_module
 from packager.quantize.activations import Activations
-from packager.quantize.block import Passage, QuantizedBlock, quantize_block
+from packager.quantize.block import BlockJob, QuantizedBlock, quantize_block
 from packager.quantize.suspended_forward import Group, linear_groups
 from packager.receipt import LinearRecord
 from packager.variant import Variant
@@ -60,15 +60,15 @@ class Scene:
     def quantize(self, v: Variant, *, suspended: int = 3, last: bool = False) -> QuantizedBlock:
         self.states, self.reported, self.loads, self.left = Activations(self.inputs, "host"), [], 0, 0
 
-        def leaving() -> None:
+        def on_outputs_needed() -> None:
             assert self.outputs_are(self.inputs)
             self.left += 1
 
-        passage = Passage(
+        job = BlockJob(
             variant=v, index=1, groups=self.groups, states=self.states, contexts=self.contexts, suspended=suspended,
-            last=last, leaving=leaving,
+            last=last, on_outputs_needed=on_outputs_needed,
         )  # fmt: skip
-        return quantize_block(self.load, passage, self.reported.append)
+        return quantize_block(self.load, job, self.reported.append)
 
     def outputs(self) -> list[Tensor]:
         return [self.states.get(index) for index in range(3)]
@@ -85,15 +85,15 @@ def suspended_batches() -> int:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Let the first attempt at each block be as on a GPU; returns whether each attempt was careful."""
+    """Let the first attempt at each block be as on a GPU; returns whether each attempt was checked."""
     attempts: list[bool] = []
 
-    class Attempt(block_module._Attempt):
-        def __init__(self, block: nn.Module, passage: Passage, solved: object, *, careful: bool) -> None:
-            attempts.append(bool(attempts) and careful)
-            super().__init__(block, passage, solved, careful=attempts[-1])  # type: ignore[arg-type]
+    class Attempt(block_module._BlockSolver):
+        def __init__(self, block: nn.Module, job: BlockJob, solved: object, *, checked: bool) -> None:
+            attempts.append(bool(attempts) and checked)
+            super().__init__(block, job, solved, checked=attempts[-1])  # type: ignore[arg-type]
 
-    monkeypatch.setattr(block_module, "_Attempt", Attempt)
+    monkeypatch.setattr(block_module, "_BlockSolver", Attempt)
     return attempts
 
 
@@ -108,7 +108,7 @@ def test_a_block_that_failed_is_made_again_with_care(tmp_path, hasty, true_seque
     assert tuple(record for group in scene.reported for record in group) == made.records
     assert [len(group) for group in scene.reported] == [3, 1, 2, 1]
     outputs = scene.outputs()
-    hasty.append(True)  # careful from the start
+    hasty.append(True)  # checked from the start
     again = scene.quantize(v, suspended=suspended)
     assert (hasty[3:], scene.loads) == ([True], 1)
     assert again.records == made.records
@@ -131,11 +131,11 @@ def test_haste_and_care_make_the_same_bytes(tmp_path, hasty, true_sequential, su
     assert scene.outputs_are(outputs)
 
 
-@pytest.mark.parametrize("careful", [False, True])
+@pytest.mark.parametrize("checked", [False, True])
 @WAYS
-def test_a_hessian_beyond_the_limit_names_its_linears(tmp_path, hasty, true_sequential, suspended, careful):
+def test_a_hessian_beyond_the_limit_names_its_linears(tmp_path, hasty, true_sequential, suspended, checked):
     scene = Scene(tmp_path)
-    hasty += [True] * careful
+    hasty += [True] * checked
     v = variant(branch="mine", true_sequential=true_sequential, damp_percent=1e-9, damp_percent_limit=2e-9)
     with pytest.raises(QuantizeError, match="cannot be factored") as caught:
         scene.quantize(v, suspended=suspended)

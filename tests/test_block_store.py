@@ -174,7 +174,7 @@ def test_a_flipped_bit_is_noticed_and_said_and_the_block_made_again(any_scene: S
     any_scene.flip(f"model.layers.1.self_attn.k_proj.{kind}")
     store = any_scene.open()
     assert [store.read(block) is None for block in BLOCKS] == [False, True, False]
-    assert any_scene.said == ["main: block 1 is made again: its bytes are not those that were written"]
+    assert any_scene.said == ["main: block 1 is quantized again: its bytes are not those that were written"]
     assert any_scene.finished() == [0, 2]
     with pytest.raises(PackError, match="1 of 3 blocks are not quantized"):
         store.complete(any_scene.base())
@@ -197,7 +197,7 @@ def test_a_damaged_journal_costs_its_block_only(scene: Scene, damage: Callable[[
     path.write_bytes(damage(path.read_bytes()))
     scene.open()
     assert scene.finished() == [0, 2]
-    assert scene.said == ["main: block 1 is made again: its journal is damaged"]
+    assert scene.said == ["main: block 1 is quantized again: its journal is damaged"]
     scene.open()
     assert len(scene.said) == 1
 

@@ -13,7 +13,7 @@ from packager.quantize.engines import auto_gptq
 from packager.recipe.file import RecipeFile
 from packager.variant import NATIVE_ONLY
 from tests import tiny_recipe
-from tests.toy_engine import TOY, Bench
+from tests.fake_engine import FAKE_SCRIPT, Bench
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -47,8 +47,8 @@ def test_losses_and_quality_stand_side_by_side(
     module: Any, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     bench = Bench(tmp_path / "bench", monkeypatch)
-    (bench.folder / "toy.py").write_text(TOY.format(behaviour="", seen=str(tmp_path / "seen.json")))
-    spec = replace(auto_gptq.SPEC, script=bench.folder / "toy.py")
+    (bench.folder / "fake.py").write_text(FAKE_SCRIPT.format(behaviour="", seen=str(tmp_path / "seen.json")))
+    spec = replace(auto_gptq.SPEC, script=bench.folder / "fake.py")
     monkeypatch.setattr(auto_gptq.AutoGptq.__init__, "__defaults__", (spec, 60.0))
     monkeypatch.setattr("packager.quantize.engines.needs_cuda", lambda _: False)
     places = [f"--work={tmp_path / 'work'}", f"--json={tmp_path / 'out.json'}", f"--cache={tmp_path}"]

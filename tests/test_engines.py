@@ -20,8 +20,8 @@ from packager.pipeline.release import cannot_build
 from packager.quantize.engines import auto_gptq, engine_problems, legacy_config
 from packager.recipe.file import RecipeFile
 from tests import tiny_recipe
+from tests.fake_engine import FAKE_SCRIPT, Bench
 from tests.tiny_models import CONFIGS, save_model, variant
-from tests.toy_engine import TOY, Bench
 
 FOREIGN = {"branch": "foreign", "engine": "auto-gptq"}
 
@@ -122,7 +122,7 @@ def test_only_variants_of_that_engine_are_refused():
     architecture = read_architecture(config, "config.json")
     found = engine_problems([variant(), variant(**FOREIGN)], config, architecture, 512)
     assert found == [
-        "foreign: engine auto-gptq cannot quantize mlp_bias: transformers 4.40 drops these biases without a word; "
+        "foreign: engine auto-gptq cannot quantize mlp_bias: transformers 4.40 silently drops these biases; "
         "use engine: native"
     ]
 
@@ -191,7 +191,7 @@ def test_another_script_makes_only_autogptqs_variants_again(tmp_path, monkeypatc
         return [stage_keys(recipe_file, plan)["weights"] for plan in make_plan(recipe_file).variants]
 
     before = keys()
-    monkeypatch.setattr("packager.pipeline.plan.auto_gptq_digest", lambda: "another")
+    monkeypatch.setattr("packager.quantize.engines.auto_gptq_digest", lambda: "another")
     after = keys()
     assert before[0] == after[0]
     assert before[1] != after[1]
@@ -213,10 +213,10 @@ def test_a_release_says_why_it_leaves_such_a_recipe_out(tmp_path):
 
 
 def test_a_build_with_both_engines_says_who_made_what(tmp_path, monkeypatch):
-    """The toy's zeros are no good weights, but they make a whole checkpoint with card and receipt."""
+    """The fake engine's zeros are not good weights, but they fill a whole checkpoint with card and receipt."""
     bench = Bench(tmp_path / "bench", monkeypatch)
-    (tmp_path / "bench" / "toy.py").write_text(TOY.format(behaviour="", seen=str(tmp_path / "seen.json")))
-    monkeypatch.setattr(auto_gptq, "SPEC", replace(auto_gptq.SPEC, script=bench.folder / "toy.py"))
+    (tmp_path / "bench" / "fake.py").write_text(FAKE_SCRIPT.format(behaviour="", seen=str(tmp_path / "seen.json")))
+    monkeypatch.setattr(auto_gptq, "SPEC", replace(auto_gptq.SPEC, script=bench.folder / "fake.py"))
     monkeypatch.setattr(auto_gptq.AutoGptq.__init__, "__defaults__", (auto_gptq.SPEC, 60.0))
     monkeypatch.setattr("packager.quantize.engines.needs_cuda", lambda _: False)
     tiny_recipe.build(with_variants(tmp_path / "recipe", FOREIGN), tmp_path / "dist")

@@ -21,8 +21,9 @@ from packager.model.packing import pack, pack_zeros, unpack
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Hessian, factorize
 from packager.quantize.gptq.solve import solve
+from packager.quantize.job import BlockDone, QuantizeJob
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, Workload, sweep_ways
-from packager.quantize.sweep import BlockDone, QuantizeJob, quantize
+from packager.quantize.sweep import quantize
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 from tests.gptq_reference import assert_agrees

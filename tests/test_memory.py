@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from packager.errors import MachineError
 from packager.model.architecture import read_architecture
+from packager.model.batches import rows_per_batch
 from packager.pipeline.plan import make_plan
 from packager.quantize.memory import (
     HOST_LIMIT_BYTES,
@@ -17,7 +18,6 @@ from packager.quantize.memory import (
     SweepPlan,
     Workload,
     choose_sweep,
-    rows_per_batch,
     sweep_ways,
 )
 from packager.recipe.file import RecipeFile

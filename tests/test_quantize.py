@@ -3,6 +3,7 @@
 import copy
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,17 +11,21 @@ from transformers import AutoModelForCausalLM
 
 from packager.errors import MachineError, QuantizeError, SourceError
 from packager.inputs.base_model import SourceModel, read_source
+from packager.model.batches import TOKENS_PER_BATCH
 from packager.model.decoder import Decoder, forward
 from packager.quantize import block as block_module
-from packager.quantize import device_shares as lanes_module
-from packager.quantize import sweep as quantize_module
+from packager.quantize import device_shares as shares_module
+from packager.quantize import sweep as sweep_module
+from packager.quantize import worker as worker_module
 from packager.quantize.block import dequantize_linear, quantize_block
 from packager.quantize.block_store import BlockStore
 from packager.quantize.gptq.hessian import Hessian, factorize
 from packager.quantize.gptq.solve import GridRules, solve
-from packager.quantize.memory import TOKENS_PER_BATCH, SweepPlan
+from packager.quantize.job import BlockDone, LinearsDone, QuantizeJob
+from packager.quantize.memory import SweepPlan
+from packager.quantize.shared_reader import SharedReader
 from packager.quantize.suspended_forward import linear_groups
-from packager.quantize.sweep import BlockDone, LinearsDone, QuantizeJob, quantize
+from packager.quantize.sweep import quantize
 from packager.variant import Variant
 from tests.tiny_models import CONFIGS, open_store, save_model, token_rows, variant
 
@@ -158,10 +163,28 @@ def test_memory_is_saved_without_changing_a_byte(tmp_path, monkeypatch, placemen
         num_variants=together, placement=placement, num_batches=3, suspended_batches=suspended, device_bytes=0,
         host_bytes=0,
     )  # fmt: skip
-    monkeypatch.setattr(lanes_module, "sweep_plan", lambda *_, **__: plan)
+    monkeypatch.setattr(shares_module, "sweep_plan", lambda *_, **__: plan)
     records, _ = run(source, tmp_path / "scarce", *variants)
     assert records == expected
     assert files(tmp_path / "scarce") == files(tmp_path / "plenty")
+
+
+def test_devices_with_unequal_numbers_of_sweeps_keep_no_tensor(tmp_path, monkeypatch):
+    source, readers = source_of(tmp_path, "llama"), []
+
+    class Reader(SharedReader):
+        def __init__(self, *rest):
+            super().__init__(*rest)
+            readers.append(self)
+
+    plan = SweepPlan(
+        num_variants=1, placement="device", num_batches=1, suspended_batches=1, device_bytes=0, host_bytes=0
+    )  # fmt: skip
+    monkeypatch.setattr(sweep_module, "SharedReader", Reader)
+    monkeypatch.setattr(shares_module, "sweep_plan", lambda *_, **__: plan)
+    run(source, tmp_path / "work", *(variant(branch=name) for name in "abc"), devices=2)
+    assert len(readers) == 1
+    assert not readers[0]._kept
 
 
 @pytest.mark.parametrize("devices", [2, 3, 5])
@@ -179,8 +202,8 @@ def test_a_finished_variant_is_not_run_again(tmp_path, monkeypatch):
     done, other = variant(branch="a"), variant(branch="b", group_size=16)
     expected, _ = run(source, tmp_path / "work", done)
     forwarded = []
-    restore = quantize_module.restore_block
-    monkeypatch.setattr(quantize_module, "restore_block", lambda *rest: (forwarded.append(rest), restore(*rest)))
+    restore = worker_module.restore_block
+    monkeypatch.setattr(worker_module, "restore_block", lambda *rest: (forwarded.append(rest), restore(*rest)))
     records, steps = run(source, tmp_path / "work", other, done)
     assert list(records) == ["b", "a"]
     assert records["a"] == expected["a"]
@@ -194,22 +217,42 @@ def test_a_full_gpu_is_a_clear_error(tmp_path, monkeypatch):
     def fill(*_args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr(quantize_module, "quantize_block", fill)
+    monkeypatch.setattr(worker_module, "quantize_block", fill)
     with pytest.raises(MachineError, match="memory is exhausted") as caught:
         run(source, tmp_path / "work", variant())
     assert "--gpu-memory" in str(caught.value)
 
 
+def test_the_limit_of_gpu_memory_is_lifted_when_quantizing_fails(tmp_path, monkeypatch):
+    """Without CUDA the first call on the GPU fails, after the limit was set."""
+    source, v, fractions = source_of(tmp_path, "llama"), variant(), []
+
+    def fail(_):
+        raise MachineError("no GPU")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *rest: fractions.append(rest))
+    monkeypatch.setattr(sweep_module, "load_linear_algebra", fail)
+    gpu = torch.device("cuda", 0)
+    job = QuantizeJob(
+        source=source, rows=token_rows(), stores={v: open_store(source, tmp_path / "work", v)}, devices=(gpu,),
+        device_limit=20 * 10**9,
+    )  # fmt: skip
+    with pytest.raises(MachineError, match="no GPU"):
+        quantize(job, lambda _: None)
+    assert fractions == [(0.25, gpu), (1.0, gpu)]
+
+
 def test_what_fails_on_one_device_stops_the_others(tmp_path, monkeypatch):
     source = source_of(tmp_path, "llama")
 
-    def fail_for_b(load, passage, solved):
-        if passage.variant.branch == "b":
+    def fail_for_b(load, job, solved):
+        if job.variant.branch == "b":
             raise QuantizeError("no", where="b")
         time.sleep(0.05)
-        return quantize_block(load, passage, solved)
+        return quantize_block(load, job, solved)
 
-    monkeypatch.setattr(quantize_module, "quantize_block", fail_for_b)
+    monkeypatch.setattr(worker_module, "quantize_block", fail_for_b)
     with pytest.raises(QuantizeError, match="no"):
         run(source, tmp_path / "work", variant(branch="b"), variant(branch="a"), devices=2)
 

@@ -130,7 +130,8 @@ def verify_published(
 
 
 def _loader_site(device: Device, cache: Path | None) -> "LoaderSite":
-    from packager.pipeline.build_state import choose_device, require_build_extra
+    from packager.model.devices import choose_device
+    from packager.pipeline.build_state import require_build_extra
     from packager.publish.published import LoaderSite
 
     require_build_extra()

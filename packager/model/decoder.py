@@ -208,6 +208,18 @@ class Decoder:
             ) from error
 
 
+def compute_dtype(base_dtype: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of weights and activations: the base model's on a GPU, float32 on a CPU.
+
+    Args:
+        base_dtype: the base model's, as its files spell it ("F16", "BF16").
+        device: where to compute.
+    """
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if "BF16" in base_dtype else torch.float16
+
+
 def _skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from packager.errors import MachineError
 from packager.inputs.base_model import model_files, model_records
+from packager.model.devices import DeviceChoice, choose_device, same_devices
 from packager.pipeline.pack import is_packed
 from packager.pipeline.plan import VariantPlan, make_plan
 from packager.pipeline.workspace import Workspace, check_folder
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from packager.inputs.base_model import SourceModel
     from packager.inputs.texts import TextSets
 
-DeviceChoice = Literal["auto", "cpu", "cuda"]
 StageName = Literal["weights", "evaluate", "verify"]
 _LONG_TO_HASH_BYTES = 2_000_000_000
 STAGES: tuple[StageName, ...] = ("weights", "evaluate", "verify")
@@ -189,33 +189,6 @@ def _loader_digest(name: str) -> list[str]:
 
 def _local_digest(recipe_file: RecipeFile, name: str | None) -> str:
     return sha256_file(recipe_file.resolve(name)) if name is not None else ""
-
-
-def choose_device(choice: DeviceChoice) -> "torch.device":
-    """Return the device to compute on; "auto" takes a CUDA GPU where there is one.
-
-    Raises:
-        MachineError: "cuda" was asked for and there is none.
-    """
-    import torch
-
-    if choice == "cuda" and not torch.cuda.is_available():
-        raise MachineError("no CUDA GPU", why="torch.cuda.is_available() is False", hint="use --device cpu or auto")
-    if choice != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", 0)
-    return torch.device("cpu")
-
-
-def same_devices(device: "torch.device") -> "tuple[torch.device, ...]":
-    """Return a device and, if it is a GPU, every other GPU of its name: on those the same bytes are made."""
-    import torch
-
-    if device.type == "cpu":
-        return (device,)
-    found = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    name = torch.cuda.get_device_name(device)
-    others = [other for other in found if other != device and torch.cuda.get_device_name(other) == name]
-    return (device, *others)
 
 
 def require_build_extra() -> None:

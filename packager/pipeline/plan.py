@@ -10,17 +10,12 @@ from packager.errors import PlanError
 from packager.model.architecture import Architecture
 from packager.model.checkpoint import Shard, checkpoint_tensors, fit_problems, length_problem, split_shards
 from packager.model.compatibility import Verdict, verdicts
-from packager.quantize.engines import auto_gptq_digest, engine_problems
+from packager.quantize.engines import engine_problems, engine_version
 from packager.quantize.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, sweep_ways
 from packager.receipt import digest_of
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
-from packager.variant import EngineName, Variant
-
-# Raised whenever our own engine would make other bytes from the same inputs: finished work is then made anew.
-ENGINE_VERSION = 3
-# Raised when the files beside an auto-gptq variant's weights become other ones; ours are covered above.
-_FILES_VERSION = 2
+from packager.variant import Variant
 
 _CONTEXT_TOKENS = 4096
 
@@ -169,11 +164,6 @@ def _loader_problems(recipe: Recipe, judged: Mapping[str, Sequence[Verdict]]) ->
         for verdict in found
         if verdict.loader in recipe.loaders.required and not verdict.can_load
     ]
-
-
-def engine_version(engine: EngineName) -> int | str:
-    """Return what changes when an engine would make other bytes from the same inputs."""
-    return ENGINE_VERSION if engine == "native" else f"{auto_gptq_digest()}-{_FILES_VERSION}"
 
 
 def _plan_variant(

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable
 
-from packager.quantize.device_shares import Lane
-from packager.quantize.sweep import BlockDone, LinearsDone
+from packager.quantize.job import BlockDone, DeviceShare, LinearsDone
 from packager.system.terminal import Bar, Terminal
 from packager.system.text import format_bytes
 
@@ -24,10 +23,10 @@ class QuantizeView:
         self._terminal, self._bar = terminal, bar
         self.seconds = dict.fromkeys(branches, 0.0)
 
-    def report(self, event: Lane | BlockDone | LinearsDone) -> None:
+    def report(self, event: DeviceShare | BlockDone | LinearsDone) -> None:
         """Show one event."""
-        if isinstance(event, Lane):
-            self._terminal.log(lane_line(event))
+        if isinstance(event, DeviceShare):
+            self._terminal.log(share_line(event))
         elif isinstance(event, LinearsDone):
             self._bar.note(linears_line(event))
         else:
@@ -36,12 +35,12 @@ class QuantizeView:
             self._bar.step(f"{event.branch} block {event.block + 1}/{event.num_blocks} {result} {event.seconds:.1f} s")
 
 
-def lane_line(lane: Lane) -> str:
-    """Say how variants are going to be made."""
-    plan, branches = lane.plan, ", ".join(variant.branch for variant in lane.variants)
-    sweeps = -(-len(lane.variants) // plan.num_variants)
-    ways = {"device": f"on {lane.device.type}", "host": "in pinned host memory", "disk": "on disk"}
-    parts = [f"activations {ways[plan.placement]}", f"about {format_bytes(plan.device_bytes)} of {lane.device}"]
+def share_line(share: DeviceShare) -> str:
+    """Return the line that shows how a device will quantize its share."""
+    plan, branches = share.plan, ", ".join(variant.branch for variant in share.variants)
+    sweeps = len(share.sweeps)
+    ways = {"device": f"on {share.device.type}", "host": "in pinned host memory", "disk": "on disk"}
+    parts = [f"activations {ways[plan.placement]}", f"about {format_bytes(plan.device_bytes)} of {share.device}"]
     if sweeps > 1:
         parts.insert(0, f"{sweeps} sweeps")
     if 0 < plan.suspended_batches < plan.num_batches:

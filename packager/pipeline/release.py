@@ -6,7 +6,8 @@ from pathlib import Path
 
 from packager.errors import MachineError, PackagerError, PublishError
 from packager.inputs.base_model import access_problem
-from packager.pipeline.build_state import STAGES, Build, Options, choose_device, require_build_extra
+from packager.model.devices import choose_device
+from packager.pipeline.build_state import STAGES, Build, Options, require_build_extra
 from packager.pipeline.flow import build, publish
 from packager.pipeline.plan import BuildPlan
 from packager.pipeline.status import print_status

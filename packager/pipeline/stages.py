@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from packager.card import CardTexts, render_card
 from packager.errors import AuditError, CardError, PackError, StateError
+from packager.model.devices import device_name
 from packager.pipeline.build_state import Build, StageName, require_build_extra
 from packager.pipeline.pack import is_packed
-from packager.pipeline.plan import ENGINE_VERSION, VariantPlan
+from packager.pipeline.plan import VariantPlan
 from packager.pipeline.workspace import check_folder
 from packager.prove.audit import audit
-from packager.quantize.engines import Made, Site, engine_named, require_engines
+from packager.quantize.engines import ENGINE_VERSION, engine_named, require_engines
+from packager.quantize.engines.protocol import EngineResult, Site
 from packager.receipt import PROVENANCE, README, FileRecord, Provenance, Receipt
 from packager.recipe.file import RecipeFile
 from packager.system.files import bytes_record, disk_errors, file_record, replace_folder, write_atomic
@@ -27,7 +29,7 @@ from packager.system.parallel import in_parallel
 
 if TYPE_CHECKING:
     from packager.quantize.block_store import BlockStore
-    from packager.quantize.sweep import Report
+    from packager.quantize.job import Report
     from packager.variant import EngineName, Variant
 
 
@@ -67,9 +69,9 @@ def quantize_and_pack(run: Build) -> tuple[str, ...]:
     return tuple(plan.variant.branch for plan in missing)
 
 
-def _quantize(run: Build, stores: "Mapping[Variant, BlockStore]", report: "Report") -> "dict[EngineName, Made]":
+def _quantize(run: Build, stores: "Mapping[Variant, BlockStore]", report: "Report") -> "dict[EngineName, EngineResult]":
     """Stage 5: let each engine make its variants, one engine after the other."""
-    from packager.quantize.sweep import QuantizeJob
+    from packager.quantize.job import QuantizeJob
 
     site = Site(cache=run.options.cache, scratch=run.workspace.work, environ=run.options.environ, log=run.terminal.log)
     made = {}
@@ -354,9 +356,7 @@ def audit_or_raise(folders: Sequence[Path], *, complete: bool) -> None:
             )
 
 
-def _provenance(run: Build, plan: VariantPlan, files: Mapping[str, FileRecord], made: Made) -> Provenance:
-    from packager.quantize.sweep import device_name
-
+def _provenance(run: Build, plan: VariantPlan, files: Mapping[str, FileRecord], made: EngineResult) -> Provenance:
     variant, linears = plan.variant, made.records[plan.variant.branch]
     return Provenance(
         repository=run.recipe.repository.id,

@@ -13,11 +13,10 @@ from torch import Tensor
 from packager.errors import QuantizeError
 from packager.inputs.base_model import SourceModel, read_tensor
 from packager.inputs.texts import Question, TextSets
-from packager.model.decoder import Decoder, ReadTensor, forward
+from packager.model.batches import rows_per_batch
+from packager.model.decoder import Decoder, ReadTensor, compute_dtype, forward
 from packager.model.safetensors_file import StoredTensor, stored_tensors
 from packager.quantize.block import dequantize_linear
-from packager.quantize.memory import rows_per_batch
-from packager.quantize.sweep import compute_dtype
 from packager.receipt import QualityRecord
 
 
@@ -99,13 +98,13 @@ def count_answered(decoder: Decoder, questions: Sequence[Question]) -> int:
 
 def measure_base(source: SourceModel, texts: TextSets, device: torch.device) -> Measured:
     """Run the fp16 base model; see `measure`."""
-    return measure(source.folder, source.read, texts, device=device, dtype=compute_dtype(source, device))
+    return measure(source.folder, source.read, texts, device=device, dtype=compute_dtype(source.record.dtype, device))
 
 
 def measure_checkpoint(folder: Path, bits: int, source: SourceModel, texts: TextSets, device: torch.device) -> Measured:
     """Run a quantized checkpoint through our own dequantized forward; see `measure`."""
     reader = checkpoint_reader(folder, bits)
-    return measure(folder, reader, texts, device=device, dtype=compute_dtype(source, device))
+    return measure(folder, reader, texts, device=device, dtype=compute_dtype(source.record.dtype, device))
 
 
 @torch.no_grad()

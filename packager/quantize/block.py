@@ -1,4 +1,4 @@
-"""One block of one variant: its linears calibrated, solved and packed, or restored from what was packed before."""
+"""One block of one variant: calibrate, solve and pack its linears, or restore them from their packed tensors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,8 +21,8 @@ from packager.variant import Variant
 
 
 @dataclass(frozen=True, kw_only=True)
-class Passage:
-    """A variant's way through one block.
+class BlockJob:
+    """One block to be quantized for one variant.
 
     Attributes:
         variant: its parameters.
@@ -30,9 +30,9 @@ class Passage:
         groups: from `linear_groups`.
         states: the block's inputs; replaced by the quantized block's outputs.
         contexts: the block's other arguments, one per batch.
-        suspended: how many batches wait inside the block.
-        last: nobody needs the outputs.
-        leaving: called when the states are about to be replaced: memory that the block held is being freed.
+        suspended: how many batches are suspended inside the block at once.
+        last: the model's last block, whose outputs are not needed.
+        on_outputs_needed: called before the states are replaced, when the block's memory begins to be freed.
     """
 
     variant: Variant
@@ -42,7 +42,7 @@ class Passage:
     contexts: Sequence[Context]
     suspended: int
     last: bool
-    leaving: Callable[[], None]
+    on_outputs_needed: Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +54,18 @@ class QuantizedBlock:
 
 
 def quantize_block(
-    load: Callable[[], nn.Module], passage: Passage, solved: Callable[[tuple[LinearRecord, ...]], None]
+    load: Callable[[], nn.Module], job: BlockJob, solved: Callable[[tuple[LinearRecord, ...]], None]
 ) -> QuantizedBlock:
-    """Quantize a block and move the states through it.
+    """Quantize a block and replace the states by its outputs.
 
-    A GPU is given all the work of a block at once and asked at the end whether all went well: waiting for an answer
-    after each Cholesky would leave it idle. If not, the block is done again, this time asking, damping and explaining.
+    On a GPU, all work of a block is queued without checks, and one check follows at the end: a check after each
+    Cholesky would leave the GPU idle. If the check fails, the block is quantized again with a check per group of
+    linears, which raises damping and names the linear that fails.
 
     Args:
         load: gives the block its original weights and returns it.
-        passage: which block, of which variant.
-        solved: told the records of linears that were quantized together.
+        job: which block, for which variant.
+        solved: called with the records of linears that were quantized together.
 
     Raises:
         QuantizeError: NaN or Inf, or a factorisation beyond the limit; names branch and linear.
@@ -72,27 +73,27 @@ def quantize_block(
     try:
         block = load()
         on_gpu = next(block.parameters()).is_cuda
-        # The second attempt begins outside the handler: an error under way would keep the first one's batches alive.
-        with suppress(_SomethingFailed):
-            return _Attempt(block, passage, solved, careful=not on_gpu).run()
-        return _Attempt(load(), passage, solved, careful=True).run()
+        # Retry after the `except` block: the exception's traceback references the first attempt's activations.
+        with suppress(_NeedsChecks):
+            return _BlockSolver(block, job, solved, checked=not on_gpu).run()
+        return _BlockSolver(load(), job, solved, checked=True).run()
     except QuantizeError as error:
-        error.where = error.where or f"{passage.variant.branch}, {BLOCK_PREFIX}.{passage.index}"
+        error.where = error.where or f"{job.variant.branch}, {BLOCK_PREFIX}.{job.index}"
         raise
 
 
 def rules_of(variant: Variant) -> GridRules:
-    """Return how a variant's grids are found."""
+    """Return the rules by which a variant's grids are found."""
     return GridRules(bits=variant.bits, sym=variant.sym, scale_search=variant.scale_search)
 
 
-class _SomethingFailed(Exception):  # noqa: N818
-    """A factorisation failed, or a scale did not fit: the careful way will say which."""
+class _NeedsChecks(Exception):  # noqa: N818
+    """Internal signal: retry this block with per-linear checks, which raise the precise error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Solved:
-    """What is known of linears that were quantized together once the device has finished."""
+    """Linears that were quantized together; the device may still be computing `losses` and `succeeded`."""
 
     names: tuple[str, ...]
     damp_percent: float
@@ -100,40 +101,43 @@ class _Solved:
     succeeded: Tensor
 
 
-class _Attempt:
+class _BlockSolver:
+    """Quantizes a block once, with checks after each group of linears (`checked`) or with one at the end."""
+
     def __init__(
-        self, block: nn.Module, passage: Passage, solved: Callable[[tuple[LinearRecord, ...]], None], *, careful: bool
+        self, block: nn.Module, job: BlockJob, solved: Callable[[tuple[LinearRecord, ...]], None], *, checked: bool
     ) -> None:
-        self._block, self._passage, self._report, self._careful = block, passage, solved, careful
+        self._block, self._job, self._report, self._checked = block, job, solved, checked
         self._linears = linears_of(block)
-        self._rules = rules_of(passage.variant)
+        self._rules = rules_of(job.variant)
         self._solved: list[_Solved] = []
         self._records: tuple[LinearRecord, ...] = ()
         self._tensors: dict[str, Tensor] = {}
 
     def run(self) -> QuantizedBlock:
-        way = self._passage
-        if way.variant.true_sequential:
+        job = self._job
+        if job.variant.true_sequential:
             sweep_sequential(
-                self._block, way.groups, way.states, way.contexts, self._solve, suspended=way.suspended, last=way.last,
-                confirm=self._leave,
+                self._block, job.groups, job.states, job.contexts, self._solve, suspended=job.suspended, last=job.last,
+                on_solved=self._on_solved,
             )  # fmt: skip
         else:
             sweep_parallel(
-                self._block, way.groups, way.states, way.contexts, self._solve, last=way.last, confirm=self._leave
-            )
+                self._block, job.groups, job.states, job.contexts, self._solve, last=job.last,
+                on_solved=self._on_solved,
+            )  # fmt: skip
         return QuantizedBlock(tensors=self._tensors, records=self._records)
 
     def _solve(self, group: Group, hessian: Hessian) -> None:
-        variant = self._passage.variant
-        names = tuple(f"{BLOCK_PREFIX}.{self._passage.index}.{name}" for name in group)
+        variant = self._job.variant
+        names = tuple(f"{BLOCK_PREFIX}.{self._job.index}.{name}" for name in group)
         weights = [self._linears[name].weight for name in group]
         try:
             factor = self._factor(hessian)
             solution = solve(
                 weights, factor, self._rules, group_size=variant.group_size, static_groups=variant.static_groups
             )
-            if self._careful and not bool(solution.fits()):
+            if self._checked and not bool(solution.fits()):
                 raise QuantizeError("a scale does not fit float16", why="it would be more than 65504")
         except QuantizeError as error:
             error.where = f"{variant.branch}, {', '.join(names)}"
@@ -145,12 +149,12 @@ class _Attempt:
         losses = torch.stack([part.losses.mean() for part in parts])
         succeeded = factor.succeeded & solution.fits()
         self._solved.append(_Solved(names=names, damp_percent=factor.damp_percent, losses=losses, succeeded=succeeded))
-        if self._careful:
-            self._confirm()
+        if self._checked:
+            self._check()
 
     def _factor(self, hessian: Hessian) -> Factor:
-        variant = self._passage.variant
-        if not self._careful:
+        variant = self._job.variant
+        if not self._checked:
             return factorize(hessian.matrix(), desc_act=variant.desc_act, damp_percent=variant.damp_percent)
         return factorize_within(
             hessian.matrix(),
@@ -159,15 +163,19 @@ class _Attempt:
             damp_percent_limit=variant.damp_percent_limit,
         )
 
-    def _leave(self) -> None:
-        self._confirm()
-        self._passage.leaving()
+    def _on_solved(self) -> None:
+        self._check()
+        self._job.on_outputs_needed()
 
-    def _confirm(self) -> None:
-        """Wait for the device and report what it solved since the last time."""
+    def _check(self) -> None:
+        """Wait for the device, and report the linears that it solved since the last check.
+
+        Raises:
+            _NeedsChecks: a factorisation failed, or a scale does not fit float16.
+        """
         solved, self._solved = self._solved, []
         if solved and not bool(torch.stack([group.succeeded for group in solved]).all()):
-            raise _SomethingFailed
+            raise _NeedsChecks
         for group in solved:
             records = tuple(
                 LinearRecord(name=name, loss=loss, damp_percent=group.damp_percent)
@@ -177,20 +185,20 @@ class _Attempt:
             self._report(records)
 
     def _keep(self, name: str, solution: Solution) -> None:
-        bits = self._passage.variant.bits
+        bits = self._job.variant.bits
         self._tensors |= {
             f"{name}.qweight": pack(solution.q, bits),
             f"{name}.qzeros": pack_zeros(solution.zeros, bits),
             f"{name}.scales": solution.scales.contiguous(),
             f"{name}.g_idx": solution.g_idx.clone(),
         }
-        bias = self._block.get_submodule(name.removeprefix(f"{BLOCK_PREFIX}.{self._passage.index}.")).bias
+        bias = self._block.get_submodule(name.removeprefix(f"{BLOCK_PREFIX}.{self._job.index}.")).bias
         if isinstance(bias, Tensor):
             self._tensors[f"{name}.bias"] = bias.to(torch.float16)
 
 
 def restore_block(block: nn.Module, index: int, tensors: Mapping[str, Tensor], variant: Variant) -> None:
-    """Give a block the weights that its finished tensors stand for."""
+    """Overwrite a block's weights by those that its packed tensors stand for."""
     device = next(block.parameters()).device
     for name, linear in linears_of(block).items():
         stored = f"{BLOCK_PREFIX}.{index}.{name}."

@@ -1,10 +1,10 @@
-"""A variant's checkpoint under construction: a finished block is written to the place it will be published from.
+"""A variant's unfinished checkpoint: each block is written at its final offset in the files that will be published.
 
-The plan fixes every weights file to the byte, so the files are made at their final size before the first block, and a
-block's tensors go straight to their offsets: no byte is written twice or needs room twice. A block is finished once it
-has a journal, a small file beside the weights that appears after the block's bytes are durable.
+The plan fixes every weights file to the byte, so the files are made at their final size before the first block: no byte
+is written twice or needs space twice. A block is finished once it has a journal, a small file that is written after the
+block's bytes are durable.
 
-work/<branch>/checkpoint/        the weights files; completed and packed, this folder is renamed into its place
+work/<branch>/checkpoint/        the weights files; once complete, this folder is renamed to its final path
 work/<branch>/block-00000.json   one journal per finished block
 """
 
@@ -36,12 +36,12 @@ _sync = getattr(os, "fdatasync", os.fsync)
 
 
 class Journal(Record):
-    """What makes a block finished.
+    """The record of a finished block.
 
     Attributes:
         fingerprint: everything that determined the block's bytes, by name.
         sha256: of the block's bytes, its tensors sorted by name.
-        linears: what quantizing them said.
+        linears: one record per linear.
     """
 
     fingerprint: dict[str, str]
@@ -50,13 +50,13 @@ class Journal(Record):
 
 
 class BlockStore:
-    """The weights files of one variant, filled block by block; threads may use it, each for a block of its own.
+    """The weights files of one variant, filled block by block; several threads may use it for different blocks.
 
     Args:
         folder: the variant's own, named by its branch; its content may be deleted at any time.
         shards: the planned weights files.
         fingerprint: everything that determines the blocks' bytes, by name; work of another fingerprint is not resumed.
-        log: told in one line when finished work is thrown away, and why.
+        log: called with one line when finished work is discarded, with the reason.
 
     Attributes:
         checkpoint: the folder that holds the weights files.
@@ -68,55 +68,55 @@ class BlockStore:
         self.checkpoint = folder / "checkpoint"
         self._folder = folder
         self._fingerprint = dict(fingerprint)
-        self._say = log
+        self._log = log
         self._shards = {self.checkpoint / shard.file_name: shard for shard in shards}
         self._headers: dict[Path, bytes] = {}
-        places: dict[str, StoredTensor] = {}
+        planned: dict[str, StoredTensor] = {}
         for path, shard in self._shards.items():
-            self._headers[path], placed = layout(path, shard.tensors)
-            places |= placed
-        linears = {name.removesuffix(".qweight") for name in places if name.endswith(".qweight")}
+            self._headers[path], in_shard = layout(path, shard.tensors)
+            planned |= in_shard
+        linears = {name.removesuffix(".qweight") for name in planned if name.endswith(".qweight")}
         self._blocks: dict[int, dict[str, StoredTensor]] = {}
         self._others: dict[str, StoredTensor] = {}
-        for name in sorted(places):
+        for name in sorted(planned):
             linear = name.rpartition(".")[0]
             kept = self._blocks.setdefault(_block_of(name), {}) if linear in linears else self._others
-            kept[name] = places[name]
+            kept[name] = planned[name]
         self._journals: dict[int, Journal] = {}
 
     def open(self) -> None:
-        """Take over the blocks that an earlier run finished, or make the files anew and reserve their space.
+        """Resume the blocks that an earlier run finished, or create the files and reserve their space.
 
         Raises:
-            MachineError: the disk is full, or the folder cannot be written; nothing of the attempt stays.
+            MachineError: the disk is full, or the folder cannot be written; it is removed again.
         """
         found = {block: self._read_journal(block) for block in self._blocks if self._journal_path(block).exists()}
         journals = {block: journal for block, journal in found.items() if journal is not None}
         reason = self._why_not_resumed(list(journals.values()))
         if journals and reason:
             blocks = "1 finished block is" if len(journals) == 1 else f"{len(journals)} finished blocks are"
-            self._say(f"{self._folder.name}: {blocks} not resumed: {reason}")
+            self._log(f"{self._folder.name}: {blocks} not resumed: {reason}")
         self._journals = {} if reason else journals
         if not self._journals:
             self._make_files()
 
     def records(self, block: int) -> tuple[LinearRecord, ...] | None:
-        """Return what quantizing a finished block said, or None when it is not finished."""
+        """Return the records of a finished block's linears, or None when the block is not finished."""
         journal = self._journals.get(block)
         return journal.linears if journal is not None else None
 
     def read(self, block: int) -> "dict[str, Tensor] | None":
         """Return a finished block's tensors on the CPU by their full names.
 
-        None when the block is not finished, or no longer: bytes that changed since they were written are said, and
-        the block is to be made again.
+        None when the block is not finished, or when its bytes have changed since they were written: that is logged, and
+        the block must be quantized again.
         """
         journal = self._journals.get(block)
         if journal is None:
             return None
         digest, tensors = hashlib.sha256(), {}
-        for name, place in self._blocks[block].items():
-            tensors[name] = read_tensor(place)
+        for name, stored in self._blocks[block].items():
+            tensors[name] = read_tensor(stored)
             digest.update(_bytes_of(tensors[name]))
         if digest.hexdigest() == journal.sha256:
             return tensors
@@ -124,24 +124,24 @@ class BlockStore:
         return None
 
     def write(self, block: int, tensors: "Mapping[str, Tensor]", records: Sequence[LinearRecord]) -> None:
-        """Put a finished block's CPU tensors in place; when this returns, no crash can lose them.
+        """Write a finished block's CPU tensors; after the return, no crash can lose them.
 
         Raises:
-            PackError: names, dtypes or shapes are not those of the plan.
+            PackError: names, dtypes or shapes are not the planned ones.
             MachineError: the disk is full.
         """
-        places = self._blocks[block]
+        planned = self._blocks[block]
         self._check(block, tensors)
         if self._journals.pop(block, None) is not None:
             self._journal_path(block).unlink()
         digest = hashlib.sha256()
         with disk_errors(self.checkpoint), ExitStack() as stack:
-            paths = {place.path for place in places.values()}
+            paths = {stored.path for stored in planned.values()}
             streams = {path: stack.enter_context(path.open("rb+")) for path in paths}
-            for name, place in places.items():
+            for name, stored in planned.items():
                 data = _bytes_of(tensors[name])
                 digest.update(data)
-                write_at(streams[place.path].fileno(), data, place.offset)
+                write_at(streams[stored.path].fileno(), data, stored.offset)
             for stream in streams.values():
                 _sync(stream.fileno())
         journal = Journal(fingerprint=self._fingerprint, sha256=digest.hexdigest(), linears=tuple(records))
@@ -149,13 +149,13 @@ class BlockStore:
         self._journals[block] = journal
 
     def complete(self, tensors: Mapping[str, StoredTensor]) -> None:
-        """Put everything that is not quantized in place: the weights files are then whole and durable.
+        """Write the tensors that are not quantized: the weights files are then complete and durable.
 
         Args:
             tensors: the base model's, by name.
 
         Raises:
-            PackError: a block is not finished, or a tensor is not there or not as planned.
+            PackError: a block is not finished, or a tensor is missing or not as planned.
             MachineError: the disk is full.
         """
         unfinished = sorted(self._blocks.keys() - self._journals.keys())
@@ -166,14 +166,14 @@ class BlockStore:
                 why=f"the first is {BLOCK_PREFIX}.{unfinished[0]}",
                 hint="run build again",
             )
-        for name, place in self._others.items():
-            if name not in tensors or tensors[name].info != place.info:
+        for name, stored in self._others.items():
+            if name not in tensors or tensors[name].info != stored.info:
                 raise PackError(f"{name} is not in the base model as planned", where=self._folder.name)
         for path in self._shards:
             with disk_errors(path), path.open("rb+") as stream:
-                for name, place in self._others.items():
-                    if place.path == path:
-                        copy_tensor(tensors[name], stream.fileno(), place.offset)
+                for name, stored in self._others.items():
+                    if stored.path == path:
+                        copy_tensor(tensors[name], stream.fileno(), stored.offset)
                 os.fsync(stream.fileno())
 
     def _journal_path(self, block: int) -> Path:
@@ -187,12 +187,12 @@ class BlockStore:
             return None
 
     def _forget(self, block: int, reason: str) -> None:
-        self._say(f"{self._folder.name}: block {block} is made again: {reason}")
+        self._log(f"{self._folder.name}: block {block} is quantized again: {reason}")
         self._journals.pop(block, None)
         self._journal_path(block).unlink(missing_ok=True)
 
     def _why_not_resumed(self, journals: Sequence[Journal]) -> str:
-        """Return why what lies in the folder cannot be used, or "" when it can."""
+        """Return why the folder's blocks cannot be resumed, or "" when they can."""
         for journal in journals:
             if journal.fingerprint != self._fingerprint:
                 return _differences(journal.fingerprint, self._fingerprint)
@@ -205,7 +205,7 @@ class BlockStore:
         return ""
 
     def _make_files(self) -> None:
-        """Make the weights files at their final size, headers written, from an empty folder."""
+        """Empty the folder and create the weights files at their final size, with their headers."""
         with disk_errors(self.checkpoint), ExitStack() as undo:
             if self._folder.exists():
                 shutil.rmtree(self._folder)
@@ -222,7 +222,7 @@ class BlockStore:
 
     def _check(self, block: int, tensors: "Mapping[str, Tensor]") -> None:
         planned = {
-            name: (_DTYPES.get(place.info.dtype), place.info.shape) for name, place in self._blocks[block].items()
+            name: (_DTYPES.get(stored.info.dtype), stored.info.shape) for name, stored in self._blocks[block].items()
         }
         given = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
         wrong = [name for name in sorted(planned.keys() | given.keys()) if planned.get(name) != given.get(name)]
@@ -247,11 +247,11 @@ def _bytes_of(tensor: "Tensor") -> memoryview:
 
 
 def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """Say in which parts two fingerprints differ: digests only that they do, other values what they were and are."""
-    said = []
+    """Return in which parts two fingerprints differ: both values of a part, unless they are digests."""
+    found = []
     for part in [*new, *(part for part in old if part not in new)]:
         before, after = old.get(part, "nothing"), new.get(part, "nothing")
         if before != after:
             digests = _DIGEST_LENGTH in (len(before), len(after))
-            said.append(f"{part} differs" if digests else f"{part} was {before} and is {after}")
-    return ", ".join(said)
+            found.append(f"{part} differs" if digests else f"{part} was {before} and is {after}")
+    return ", ".join(found)

@@ -1,53 +1,35 @@
-"""Which thread makes which variants on which device, so that memory suffices and devices are busy."""
+"""Which device quantizes which variants, in how many sweeps, and how much of a GPU's memory it may use."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from packager.quantize.job import DeviceShare, QuantizeJob
 from packager.quantize.memory import USABLE, SweepPlan, Workload, choose_sweep
 from packager.variant import Variant
 
-if TYPE_CHECKING:
-    from packager.quantize.sweep import QuantizeJob
 
-
-@dataclass(frozen=True, kw_only=True)
-class Lane:
-    """Variants that one thread makes on one device, in one sweep or, where memory is short, in several.
-
-    Attributes:
-        device: where.
-        variants: which.
-        plan: how.
-    """
-
-    device: torch.device
-    variants: tuple[Variant, ...]
-    plan: SweepPlan
-
-
-def lanes_of(job: "QuantizeJob") -> list[Lane]:
-    """Spread the variants over the devices.
+def share_variants(job: QuantizeJob) -> list[DeviceShare]:
+    """Distribute the variants over the devices, in turn.
 
     Raises:
-        MachineError: it does not fit.
+        MachineError: a share does not fit into memory.
     """
     variants = list(job.stores)
     shares = [variants[number :: len(job.devices)] for number in range(len(job.devices))]
     return [
-        Lane(device=device, variants=tuple(share), plan=sweep_plan(job, share, device))
+        DeviceShare(device=device, variants=tuple(share), plan=sweep_plan(job, share, device))
         for device, share in zip(job.devices, shares, strict=True)
         if share
     ]
 
 
-def sweep_plan(job: "QuantizeJob", variants: Sequence[Variant], device: torch.device) -> SweepPlan:
-    """Choose how many variants ride one sweep on a device, and where their activations live.
+def sweep_plan(job: QuantizeJob, variants: Sequence[Variant], device: torch.device) -> SweepPlan:
+    """Choose how many variants share one sweep on a device, and where their activations are stored.
 
     Raises:
-        MachineError: it does not fit.
+        MachineError: it does not fit into memory.
     """
     work = Workload(
         architecture=job.source.architecture,
@@ -63,17 +45,29 @@ def sweep_plan(job: "QuantizeJob", variants: Sequence[Variant], device: torch.de
     return choose_sweep(work, "cuda", device_limit=int(limit * USABLE), host_limit=host_limit)
 
 
-def prepare(device: torch.device, limit: int | None) -> None:
-    """Make a GPU ready for a thread; to be called by one thread for all devices.
+def load_linear_algebra(device: torch.device) -> None:
+    """Have torch load its linear algebra for a GPU; call it from one thread, before the workers start.
+
+    torch loads it at the first use, and fails when two threads are first at the same time.
+    """
+    if device.type == "cuda":
+        torch.linalg.cholesky_ex(torch.eye(2, dtype=torch.float32, device=device))
+
+
+@contextmanager
+def limit_gpu_memory(devices: Sequence[torch.device], limit: int | None) -> Iterator[None]:
+    """Let torch allocate at most `limit` bytes of each GPU in the body, and all of it again afterwards.
 
     Args:
-        device: a CPU needs nothing.
-        limit: bytes that torch may use of it; None for all.
+        devices: CPUs are ignored.
+        limit: bytes per GPU; None for no limit.
     """
-    if device.type != "cuda":
-        return
-    # torch loads its linear algebra when it is first used, and fails when two threads are first at the same time.
-    torch.linalg.cholesky_ex(torch.eye(2, dtype=torch.float32, device=device))
-    if limit is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    gpus = [device for device in devices if device.type == "cuda"] if limit is not None else []
+    try:
+        for device in gpus:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or 0) / total), device)
+        yield
+    finally:
+        for device in gpus:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)

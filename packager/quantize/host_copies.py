@@ -1,4 +1,4 @@
-"""Copies of device tensors on their way to the host, while the device goes on."""
+"""Asynchronous copies of device tensors in pinned host memory."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class HostCopies:
-    """Start copying tensors to pinned host memory, beside what is computed next; CPU tensors are taken as they are.
+    """Start copying tensors to pinned host memory on a stream of their own; CPU tensors are not copied.
 
     Args:
-        tensors: of one device; not to be changed before `arrived` returns.
+        tensors: of one device; not to be changed before `wait` returns.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -27,8 +27,8 @@ class HostCopies:
             self._copies = {name: _to_host(tensor, stream) for name, tensor in tensors.items()}
             self._event = stream.record_event()
 
-    def arrived(self) -> Mapping[str, Tensor]:
-        """Wait for the copies and return them; any thread may."""
+    def wait(self) -> Mapping[str, Tensor]:
+        """Wait for the copies and return them; any thread may call it."""
         if self._event is not None:
             self._event.synchronize()
         return self._copies

@@ -1,6 +1,6 @@
-"""What quantizing takes of a GPU's and the host's memory, and how to make it fit. Arithmetic only: no torch.
+"""Estimate the GPU and host memory of quantizing, and choose a way that fits. Arithmetic only: no torch.
 
-Whatever is chosen here changes time and memory, never a byte of the result.
+The choice changes time and memory, never a byte of the result.
 """
 
 from collections.abc import Iterator
@@ -10,24 +10,22 @@ from typing import Literal
 
 from packager.errors import MachineError
 from packager.model.architecture import INPUT_GROUPS, Architecture
+from packager.model.batches import rows_per_batch
 from packager.system.text import format_bytes
 
 Placement = Literal["device", "host", "disk"]
 
-# Rows travel together in batches of about this many tokens: a GPU needs many to be busy, a CPU works faster on what
-# stays in its cache. The products' rounding depends on it, so it is not a matter of memory.
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
 ELEMENT_BYTES = {"cpu": 4, "cuda": 2}
 HOST_LIMIT_BYTES = 16 * 10**9
-# Of a GPU's memory, what is left by CUDA's libraries and by the gaps between allocations.
+# Usable fraction of free GPU memory (the rest: cuBLAS workspaces, allocator fragmentation).
 USABLE = 0.92
 
-# Matrices of the widest linear's [in_features, in_features], float32, that live at once while its Hessian is factored.
+# Float32 matrices [in_features, in_features] of the widest linear that exist at once while its Hessian is factored.
 _SQUARES = 4
-# Bytes per weight that live at once while a group of linears is solved: the weights in order, their changes, codes
-# twice; and float32 products beside them.
+# Bytes per weight that exist at once while a group of linears is solved: the weights in solving order, their
+# dequantization errors, the integers twice, and float32 products.
 _SOLVE_BYTES = 16
-# Batches that wait on the device to be used, are used, or wait to be stored, when activations live elsewhere.
+# Batches on the device (prefetched, in use, or being stored) when activations are stored elsewhere.
 _STAGED_BATCHES = 4
 # Copies of a block's weights: as read, as overwritten, and the next block's.
 _WEIGHT_COPIES = 3
@@ -35,14 +33,14 @@ _WEIGHT_COPIES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlan:
-    """How one or several sweeps over the blocks fit into a machine.
+    """How one or several sweeps over the blocks fit into a machine's memory.
 
     Attributes:
-        num_variants: permutations that ride one sweep; the others take further sweeps.
-        placement: where activations live between blocks.
+        num_variants: variants quantized in one sweep; further variants need further sweeps.
+        placement: where activations are stored between blocks.
         num_batches: of calibration rows.
-        suspended_batches: how many of them wait inside a block until their linears are quantized; the others run
-            again from the block's beginning each time, which costs time instead of memory.
+        suspended_batches: how many of them stay suspended inside a block until its linears are quantized; the others
+            run again from the block's beginning for each group of linears, which costs time instead of memory.
         device_bytes: estimated peak of the device that computes, without what Python, torch and CUDA take themselves.
         host_bytes: estimated peak of host memory beside a GPU, likewise; 0 where the host computes.
     """
@@ -57,14 +55,14 @@ class SweepPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is to be quantized.
+    """The sizes that determine the memory of quantizing.
 
     Attributes:
         architecture: of the base model.
         num_samples: calibration rows.
         seq_len: tokens per row.
-        num_variants: permutations.
-        true_sequential: whether any of them calibrates linears on what the quantized ones before make.
+        num_variants: variants.
+        true_sequential: whether any variant calibrates linears on the outputs of the quantized ones before them.
     """
 
     architecture: Architecture
@@ -74,17 +72,12 @@ class Workload:
     true_sequential: bool = True
 
     def rows_per_batch(self, device_type: str) -> int:
-        """Return how many rows travel together."""
+        """Return how many rows make a batch."""
         return rows_per_batch(self.seq_len, device_type)
 
 
-def rows_per_batch(seq_len: int, device_type: str) -> int:
-    """Return how many rows of `seq_len` tokens travel together on a "cpu" or on "cuda"."""
-    return max(1, TOKENS_PER_BATCH[device_type] // seq_len)
-
-
 def choose_sweep(work: Workload, device_type: str, *, device_limit: int | None, host_limit: int | None) -> SweepPlan:
-    """Choose the fastest way that fits: everything on the device if it can be, disk only if nothing else will do.
+    """Choose the fastest way that fits; activations on disk only if nothing else fits.
 
     Args:
         work: what is to be quantized.
@@ -93,7 +86,7 @@ def choose_sweep(work: Workload, device_type: str, *, device_limit: int | None, 
         host_limit: bytes of host memory beside a GPU; None for any number.
 
     Raises:
-        MachineError: it does not fit even in the smallest way; says what that needs.
+        MachineError: the smallest way does not fit either; the message states what that way needs.
     """
     smallest: SweepPlan | None = None
     for plan in sweep_ways(work, device_type):
@@ -112,8 +105,8 @@ def choose_sweep(work: Workload, device_type: str, *, device_limit: int | None, 
 def sweep_ways(work: Workload, device_type: str) -> Iterator[SweepPlan]:
     """Yield ways to quantize, the fastest first.
 
-    Reading the weights once more is cheap: it happens beside the computing. Activations that travel are not always in
-    time on the fastest GPUs, and running a batch again costs most.
+    Reading the weights once more is cheap, because it overlaps with computing. On the fastest GPUs, activations stored
+    off the device do not always arrive in time. Running a batch again costs most.
     """
     batches = -(-work.num_samples // work.rows_per_batch(device_type))
     counts = range(work.num_variants, 0, -1)
@@ -151,7 +144,7 @@ def _way(
 
 
 class _Sizes:
-    """The parts of the estimate; ENGINE.md "Memory", gptq/hessian.py, gptq/solve.py and sweep.py say where they are.
+    """The parts of the estimate: see docs/reference/engine.md, "Memory", and gptq/hessian.py, gptq/solve.py, worker.py.
 
     Args:
         architecture: of the base model.
@@ -172,22 +165,22 @@ class _Sizes:
         return self._element * sum(in_features * out_features for in_features, out_features in self._group_shapes)
 
     def host(self, num_variants: int) -> int:
-        """Return host memory beside activations: blocks being read, packed blocks being written, a tensor outside."""
+        """Return host bytes without activations: blocks being read, packed blocks being written, an embedding."""
         return 2 * self.weights + num_variants * self.weights // 2 + 2 * self._largest_tensor
 
     def peak(self, suspended_tokens: int, batch_tokens: int, *, inputs_held: int) -> int:
-        """Return the peak of the device beside the states: each group of linears, when its turn comes."""
+        """Return the peak of the device without the states: the maximum over the groups of linears."""
         peaks = []
         for group, (in_features, out_features) in zip(INPUT_GROUPS, self._group_shapes, strict=True):
-            waiting = suspended_tokens * (self._suspended(group) - inputs_held)
+            suspended = suspended_tokens * (self._suspended(group) - inputs_held)
             square = 4 * in_features**2
             solving = 4 * square + _SOLVE_BYTES * in_features * out_features
             running = square + batch_tokens * self._running()
-            peaks.append(waiting + max(_SQUARES * square, solving, running))
+            peaks.append(suspended + max(_SQUARES * square, solving, running))
         return max(peaks) + _WEIGHT_COPIES * self.weights
 
     def _suspended(self, group: tuple[str, ...]) -> int:
-        """Return what a token holds while its batch waits for a group of linears: the block's input and what is new."""
+        """Return the bytes per token of a batch suspended at a group of linears: the block's input and later values."""
         name = group[0].rpartition(".")[2]
         held = {
             "q_proj": 2 * self._hidden,
@@ -198,7 +191,7 @@ class _Sizes:
         return self._element * held[name]
 
     def _running(self) -> int:
-        """Return what a token of the batch under way takes at most, eager operations included."""
+        """Return the largest number of bytes per token of the running batch, eager operations included."""
         return self._element * max(4 * self._intermediate, 8 * self._queries)
 
 

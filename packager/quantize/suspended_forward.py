@@ -1,14 +1,15 @@
-"""The suspended forward: one forward calibrates a block's linears, each on what the quantized ones before it make.
+"""The suspended forward: one forward calibrates a block's linears, each on the outputs of the quantized ones before it.
 
 Every batch runs the block in its own greenlet and is suspended when it reaches a linear that is not quantized yet.
-Once all batches wait there, their inputs give the Hessian, the linear is quantized, and they go on. The usual way
-repeats the block's forward once per group of linears; this runs it once, in the same order, for any block made of
-`nn.Linear`.
+Once all batches are suspended there, their inputs give the Hessian, the linear is quantized, and the batches resume.
+Other implementations repeat the block's forward once per group of linears; this one runs it once, in the same order,
+for any block made of `nn.Linear`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, cast
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -81,9 +82,9 @@ def sweep_sequential(
     *,
     suspended: int | None = None,
     last: bool = False,
-    confirm: Callable[[], None] = lambda: None,
+    on_solved: Callable[[], None] = lambda: None,
 ) -> None:
-    """Quantize group after group while the batches are under way.
+    """Quantize group after group while the batches are inside the block.
 
     Args:
         block: with its original weights; `solve` overwrites them.
@@ -91,10 +92,13 @@ def sweep_sequential(
         states: the block's inputs, replaced by the quantized block's outputs.
         contexts: the block's other arguments, one per batch.
         solve: quantizes a group given its Hessian.
-        suspended: how many batches wait inside the block; the others are abandoned at each group and run again from
-            the beginning for the next, with the same values. None: all of them wait.
-        last: there is no further block, so nobody needs the outputs.
-        confirm: called when every group is quantized and the states are still the block's inputs; may raise.
+        suspended: how many batches stay suspended inside the block; each of the others is abandoned at every group and
+            run again from the block's beginning for the next group, with the same values. None: all of them stay.
+        last: the model's last block, whose outputs are not needed.
+        on_solved: called when every group is quantized and the states are still the block's inputs; may raise.
+
+    Raises:
+        QuantizeError: a batch does not reach the linears, or not in the order of `groups`.
     """
     linears = linears_of(block)
     main = getcurrent()
@@ -116,14 +120,14 @@ def sweep_sequential(
             hessian = Hessian(linears[group[0]].in_features, linears[group[0]].weight.device)
             for index in range(len(states)):
                 run = run_of(index)
-                hessian.add(_input_of(group, *run.switch()))
+                hessian.add(_input_of(group, run, run.switch()))
                 if suspended is None or index < suspended:
                     waiting[index] = run
                 else:
                     run.throw()
             solve(group, hessian)
             done.add(group[0])
-        confirm()
+        on_solved()
         for index in range(len(states)):
             if not last:
                 states.put(index, run_of(index).switch())
@@ -131,9 +135,19 @@ def sweep_sequential(
             run.throw()
 
 
-def _input_of(group: Group, name: str, x: Tensor) -> Tensor:
+def _input_of(group: Group, run: greenlet, reached: Any) -> Tensor:
+    """Return the input of a group's linears, from what a batch's greenlet handed over when it stopped.
+
+    A suspended greenlet hands over the linear's name and its input, a finished one the block's output.
+    """
+    if run.dead:
+        raise QuantizeError(
+            f"a batch passed through the block without reaching {', '.join(group)}",
+            why="the block's routing depends on the data: these linears cannot be calibrated on every batch",
+        )
+    name, x = cast(tuple[str, Tensor], reached)
     if name != group[0]:
-        raise QuantizeError("the block reached its linears in another order", where=f"{name}, not {group[0]}")
+        raise QuantizeError("the block reached its linears in another order", why=f"{name} before {group[0]}")
     return x
 
 
@@ -146,11 +160,11 @@ def sweep_parallel(
     solve: SolveGroup,
     *,
     last: bool = False,
-    confirm: Callable[[], None] = lambda: None,
+    on_solved: Callable[[], None] = lambda: None,
 ) -> None:
-    """Quantize all groups from the original block's activations (true_sequential False); takes two forwards.
+    """Quantize all groups on the original block's activations (true_sequential False), in two forwards per batch.
 
-    Arguments and effect as in `sweep_sequential`.
+    Arguments and effect are those of `sweep_sequential`.
     """
     linears = linears_of(block)
     hessians = {group[0]: Hessian(linears[group[0]].in_features, linears[group[0]].weight.device) for group in groups}
@@ -163,7 +177,7 @@ def sweep_parallel(
             run_block(block, states.get(index), contexts[index])
     for group in groups:
         solve(group, hessians.pop(group[0]))
-    confirm()
+    on_solved()
     if not last:
         run_forward(block, states, contexts)
 

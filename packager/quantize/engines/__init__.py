@@ -1,81 +1,26 @@
-"""What makes the weights: our own engine and, for comparison, AutoGPTQ. One protocol, one contract for the result.
+"""The engines that quantize: our own and, for comparison, AutoGPTQ. No torch: `plan` asks what an engine can do.
 
-Whatever the engine, the same linears come out as the same tensors (FORMAT.md), so that packing, proving, measuring and
-the card need not know who made them. No torch here: `plan` asks what an engine can do.
+Every engine returns the same linears as the same tensors (docs/reference/format.md), so packing, verifying, measuring
+and the card do not depend on the engine.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Mapping, Sequence
 
 from packager.errors import MachineError
 from packager.model.architecture import Architecture
-from packager.prove.loaders import ISOLATED
-from packager.quantize.engines import legacy_config
-from packager.receipt import LinearRecord
+from packager.quantize.engines.auto_gptq_files import auto_gptq_digest
+from packager.quantize.engines.legacy_config import problems
+from packager.quantize.engines.protocol import Engine, Site
 from packager.variant import EngineName, Variant
 
-if TYPE_CHECKING:
-    from packager.quantize.sweep import QuantizeJob, Report
-
-_HERE = Path(__file__).parent
-AUTO_GPTQ_SCRIPT = _HERE / "auto_gptq_script.py"
-# The loader's environment serves both: what quantizes is what opens the result.
-AUTO_GPTQ_LOCK = _HERE.parents[1] / "prove" / "loaders" / "requirements" / "autogptq.txt"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Made:
-    """What an engine says of the variants it made; their blocks are in the job's stores.
-
-    Attributes:
-        records: for each branch, one record per linear in model order.
-        made_with: the engine's name and version, as the card shows it.
-        versions: of the packages that took part.
-    """
-
-    records: Mapping[str, tuple[LinearRecord, ...]]
-    made_with: str
-    versions: Mapping[str, str]
-
-
-class Engine(Protocol):
-    """Makes variants of one base model."""
-
-    def quantize(self, job: "QuantizeJob", report: "Report") -> Made:
-        """Leave every block of every variant of the job finished in its store.
-
-        Args:
-            job: whose variants are all this engine's.
-            report: told of linears and blocks as they are done, each variant's blocks in order.
-
-        Raises:
-            QuantizeError: a linear cannot be quantized.
-            MachineError: this machine lacks what the engine needs.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """What an engine of another environment needs to know of this machine.
-
-    Attributes:
-        cache: where environments are kept.
-        scratch: a folder for what passes between processes; its content may be deleted at any time.
-        environ: the process environment to derive its own from; secrets are removed.
-        log: told in one line when an environment is made.
-    """
-
-    cache: Path
-    scratch: Path
-    environ: Mapping[str, str]
-    log: Callable[[str], None]
+# Raise it whenever our own engine makes other bytes from the same inputs: finished work is then quantized again.
+ENGINE_VERSION = 3
+# Raise it when the files beside the weights of an auto-gptq variant change; ENGINE_VERSION covers those of ours.
+_FILES_VERSION = 2
 
 
 def engine_named(name: EngineName, site: Site) -> Engine:
-    """Return an engine, its modules imported only now."""
+    """Return an engine; its modules are imported now."""
     if name == "native":
         from packager.quantize.engines.native import Native
 
@@ -83,6 +28,11 @@ def engine_named(name: EngineName, site: Site) -> Engine:
     from packager.quantize.engines.auto_gptq import AutoGptq
 
     return AutoGptq(site)
+
+
+def engine_version(name: EngineName) -> int | str:
+    """Return a value that changes whenever an engine makes other bytes from the same inputs."""
+    return ENGINE_VERSION if name == "native" else f"{auto_gptq_digest()}-{_FILES_VERSION}"
 
 
 def needs_cuda(name: EngineName) -> bool:
@@ -103,17 +53,18 @@ def require_engines(names: Iterable[EngineName], device_type: str) -> None:
 def engine_problems(
     variants: Sequence[Variant], config: Mapping[str, object], architecture: Architecture, seq_len: int
 ) -> list[str]:
-    """Return which variants ask an engine for what it cannot do with this model, one line for each."""
-    found = legacy_config.problems(config, architecture, seq_len)
+    """Return one line for each variant and reason why its engine cannot quantize this model.
+
+    Args:
+        variants: of the recipe.
+        config: the base model's config.json.
+        architecture: read from `config`.
+        seq_len: tokens per calibration row.
+    """
+    found = problems(config, architecture, seq_len)
     return [
         f"{variant.branch}: engine auto-gptq cannot quantize {problem}; use engine: native"
         for variant in variants
         if variant.engine == "auto-gptq"
         for problem in found
     ]
-
-
-def auto_gptq_digest() -> str:
-    """Return what changes when AutoGPTQ would make other bytes: the digest of our scripts and the pinned packages."""
-    parts = (AUTO_GPTQ_SCRIPT, ISOLATED, AUTO_GPTQ_LOCK)
-    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()

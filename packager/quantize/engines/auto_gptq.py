@@ -1,8 +1,9 @@
-"""AutoGPTQ 0.7.1 as an engine: a process of its own per variant, in the environment that the loader has too.
+"""AutoGPTQ 0.7.1 as an engine: one process per variant, in the environment of the loader autogptq.
 
-The script says each finished block on its standard output; what it says is read while it runs, and the block goes into
-the variant's store. AutoGPTQ cannot go on in the middle of a model: a variant that was interrupted starts again at its
-first block, unless all of its blocks are finished. One variant follows the other, each a pass over the whole model.
+The script writes an event per finished linear and block to its standard output. The events are read while it runs, and
+each block goes into the variant's store. AutoGPTQ cannot resume inside a model: an interrupted variant starts again at
+its first block, unless all of its blocks are finished. Variants are quantized one after the other, each in a pass over
+the whole model.
 """
 
 import json
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packager import __version__
 from packager.errors import LoaderUnavailableError, MachineError, PackError, QuantizeError
@@ -21,22 +22,21 @@ from packager.inputs.base_model import SourceModel
 from packager.prove.environments import LoaderSpec, ensure_environment, installed_versions, probe_environ
 from packager.prove.loaders import LOADERS
 from packager.quantize.block_store import BlockStore
-from packager.quantize.engines import AUTO_GPTQ_LOCK, AUTO_GPTQ_SCRIPT, Made, Site
+from packager.quantize.engines.auto_gptq_files import AUTO_GPTQ_LOCK, AUTO_GPTQ_SCRIPT
 from packager.quantize.engines.legacy_config import legacy_config
+from packager.quantize.engines.protocol import EngineResult, Site
+from packager.quantize.job import BlockDone, LinearsDone, QuantizeJob, Report
 from packager.receipt import CONFIG, INDEX_SUFFIX, LinearRecord
 from packager.system.files import TEMPORARY_PREFIX, disk_errors
 from packager.system.processes import run, tail
 from packager.variant import Variant
 
-if TYPE_CHECKING:
-    from packager.quantize.sweep import QuantizeJob, Report
-
-# For Python 3.13 the lock has another transformers, under which nobody has quantized yet.
+# For Python 3.13 the lock has another transformers, with which quantizing is untested.
 SPEC = replace(
     LOADERS["autogptq"], script=AUTO_GPTQ_SCRIPT, requirements=AUTO_GPTQ_LOCK, requires_python=">=3.11,<3.13"
 )
 PACKAGES = ("auto-gptq", "transformers", "accelerate", "safetensors", "numpy", "torch")
-# Longest time without a word: reading a 13B model from a cold disk, or solving its widest linear on a slow GPU.
+# Longest time without an event: reading a 13B model from a cold disk, or solving its widest linear on a slow GPU.
 SILENCE_S = 3600.0
 _TAIL_LINES = 20
 _USE_NATIVE = "use engine: native"
@@ -47,8 +47,8 @@ class AutoGptq:
 
     Args:
         site: where its environment and its scratch files are.
-        spec: the environment and the script; tests put others here.
-        silence_s: how long the script may say nothing before it is killed.
+        spec: the environment and the script; tests replace it.
+        silence_s: seconds without an event after which the script is killed.
     """
 
     def __init__(self, site: Site, spec: LoaderSpec = SPEC, silence_s: float = SILENCE_S) -> None:
@@ -56,39 +56,39 @@ class AutoGptq:
         self._spec = spec
         self._silence_s = silence_s
 
-    def quantize(self, job: "QuantizeJob", report: "Report") -> Made:
-        """See `Engine`."""
+    def quantize(self, job: QuantizeJob, report: Report) -> EngineResult:
+        """Quantize with AutoGPTQ; arguments, result and errors are those of `Engine.quantize`."""
         try:
             python = ensure_environment(self._spec, self._site.cache, self._site.environ, self._site.log)
         except LoaderUnavailableError as error:
             raise MachineError(error.what, where=error.where, why=error.why, hint=error.hint or _USE_NATIVE) from error
         records = {}
         for variant, store in job.stores.items():
-            run_ = _Run(job=job, variant=variant, store=store, report=report)
-            if not run_.resumed():
-                self._make(run_, python)
-            records[variant.branch] = run_.records()
+            progress = _VariantProgress(job=job, variant=variant, store=store, report=report)
+            if not progress.resumed():
+                self._run_script(progress, python)
+            records[variant.branch] = progress.records()
         versions = installed_versions(python, PACKAGES)
-        return Made(
+        return EngineResult(
             records=records,
             made_with=f"AutoGPTQ {versions['auto-gptq']}",
             versions={"python": platform.python_version(), "gptq-packager": __version__, **versions},
         )
 
-    def _make(self, run_: "_Run", python: Path) -> None:
-        """Let the script make one variant."""
+    def _run_script(self, progress: "_VariantProgress", python: Path) -> None:
+        """Run the script for one variant."""
         import torch
 
-        job, folder = run_.job, self._site.scratch / f"{TEMPORARY_PREFIX}auto-gptq"
-        torch.cuda.empty_cache()  # what an earlier sweep of ours keeps for itself, the other process cannot use
+        job, folder = progress.job, self._site.scratch / f"{TEMPORARY_PREFIX}auto-gptq"
+        torch.cuda.empty_cache()  # memory that torch caches in this process is not free for the other one
         with disk_errors(folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             _stage_model(job.source, folder / "model")
-            request = _request(run_.variant, folder, job)
+            request = _request(progress.variant, folder, job)
         try:
             with (folder / "stdout.txt").open("wb") as out, (folder / "stderr.txt").open("wb") as err:
-                reader = _Reader(folder / "stdout.txt", lambda event: run_.take(event, folder))
+                reader = _Reader(folder / "stdout.txt", lambda event: progress.take(event, folder))
                 status = run(
                     [str(python), "-I", str(self._spec.script.absolute()), str(request)],
                     folder=folder,
@@ -99,14 +99,14 @@ class AutoGptq:
                     progress=reader.read,
                 )
                 reader.read()
-            if status != 0 or not run_.done:
-                raise _ended(run_, status, tail(folder / "stderr.txt", _TAIL_LINES), self._silence_s)
+            if status != 0 or not progress.done:
+                raise _ended(progress.variant, status, tail(folder / "stderr.txt", _TAIL_LINES), self._silence_s)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stage_model(source: SourceModel, folder: Path) -> None:
-    """Make a folder that transformers 4.40 reads: its own config.json, links to the weights, and an index."""
+    """Write a folder that transformers 4.40 reads: a config.json of its own, links to the weights, and an index."""
     folder.mkdir()
     config = json.dumps(legacy_config(source.config), indent=2)
     (folder / CONFIG).write_text(config, encoding="utf-8")
@@ -121,8 +121,8 @@ def _stage_model(source: SourceModel, folder: Path) -> None:
         (folder / name).symlink_to(path.resolve())
 
 
-def _request(variant: Variant, folder: Path, job: "QuantizeJob") -> Path:
-    """Write the script's job and return its path."""
+def _request(variant: Variant, folder: Path, job: QuantizeJob) -> Path:
+    """Write the script's job file and return its path."""
     import numpy as np
 
     rows, request = folder / "rows.npy", folder / "job.json"
@@ -136,13 +136,14 @@ def _request(variant: Variant, folder: Path, job: "QuantizeJob") -> Path:
         "sym": variant.sym,
         "true_sequential": variant.true_sequential,
     }
-    places = {"model_dir": str(folder / "model"), "rows": str(rows), "output_dir": str(folder)}
-    request.write_text(json.dumps({**places, "quantize": parameters}), encoding="utf-8")
+    paths = {"model_dir": str(folder / "model"), "rows": str(rows), "output_dir": str(folder)}
+    content = {**paths, "gpu_memory_bytes": job.device_limit, "quantize": parameters}
+    request.write_text(json.dumps(content), encoding="utf-8")
     return request
 
 
 class _Reader:
-    """Reads whole lines that another process appends to a file, and hands on what each says."""
+    """Reads the whole lines that another process appends to a file, and passes each on as an event."""
 
     def __init__(self, path: Path, take: Callable[[Mapping[str, Any]], None]) -> None:
         self._path = path
@@ -150,7 +151,7 @@ class _Reader:
         self._offset = 0
 
     def read(self) -> int:
-        """Take the lines that have come since the last call; return how far the file was read."""
+        """Pass on the lines written since the last call; return the offset up to which the file was read."""
         with self._path.open("rb") as stream:
             stream.seek(self._offset)
             lines = stream.read()
@@ -167,22 +168,22 @@ def _event(line: bytes) -> Mapping[str, Any]:
     except ValueError:
         event = None
     if not isinstance(event, dict) or "event" not in event:
-        raise QuantizeError("the engine auto-gptq said something that is no event", why=repr(line[:200])[1:])
+        raise QuantizeError("engine auto-gptq wrote a line that is not an event", why=repr(line[:200])[1:])
     return event
 
 
 @dataclass(kw_only=True)
-class _Run:
-    """One variant under way: what the script has said of it.
+class _VariantProgress:
+    """The events of one variant's script, and what they have filled of its store.
 
     Attributes:
-        done: the script says that it is finished.
+        done: the script has reported its end, and every block was stored.
     """
 
-    job: "QuantizeJob"
+    job: QuantizeJob
     variant: Variant
     store: BlockStore
-    report: "Report"
+    report: Report
 
     def __post_init__(self) -> None:
         self.done = False
@@ -205,7 +206,12 @@ class _Run:
         return tuple(record for block in range(self._num_blocks) for record in self.store.records(block) or ())
 
     def take(self, event: Mapping[str, Any], folder: Path) -> None:
-        """Act on one thing the script said."""
+        """Act on one event of the script.
+
+        Raises:
+            QuantizeError: the script reports an error, or an event that was not expected.
+            MachineError: the script reports that this machine lacks something.
+        """
         match event["event"]:
             case "linear":
                 self._take_linear(str(event["name"]), float(event["loss"]))
@@ -217,10 +223,8 @@ class _Run:
                 raise _explained(event, self.variant)
 
     def _take_linear(self, name: str, loss: float) -> None:
-        from packager.quantize.sweep import LinearsDone
-
         if name not in self._blocks:
-            raise self._defect(f"{name} is no linear of this model")
+            raise self._defect(f"{name} is not a linear of this model")
         record = LinearRecord(name=name, loss=loss, damp_percent=self.variant.damp_percent)
         self._records[name] = record
         self.report(LinearsDone(branch=self.variant.branch, block=self._blocks[name], linears=(record,)))
@@ -229,7 +233,7 @@ class _Run:
         from safetensors.torch import load_file
 
         if block != self._next_block:
-            raise self._defect(f"block {block} came where block {self._next_block} was due")
+            raise self._defect(f"block {block} came instead of block {self._next_block}")
         self._next_block += 1
         linears = [name for name, its_block in self._blocks.items() if its_block == block]
         if missing := [name for name in linears if name not in self._records]:
@@ -243,8 +247,6 @@ class _Run:
         self._report(block, records, resumed=False)
 
     def _report(self, block: int, records: tuple[LinearRecord, ...], *, resumed: bool) -> None:
-        from packager.quantize.sweep import BlockDone
-
         now = time.monotonic()
         self.report(
             BlockDone(
@@ -256,13 +258,13 @@ class _Run:
 
     def _defect(self, why: str) -> QuantizeError:
         return QuantizeError(
-            "engine auto-gptq did not hand over what was asked of it", where=self.variant.branch, why=why,
+            "engine auto-gptq returned something else than it was asked for", where=self.variant.branch, why=why,
             hint=f"this is a defect of packager: please report it with the recipe; {_USE_NATIVE}",
         )  # fmt: skip
 
 
 def _explained(event: Mapping[str, Any], variant: Variant) -> QuantizeError | MachineError:
-    """Return what the script's last words mean."""
+    """Return the error that the script's error event stands for."""
     where = ", ".join(filter(None, [variant.branch, event["linear"]]))
     message = str(event["message"])
     match event["kind"]:
@@ -273,12 +275,12 @@ def _explained(event: Mapping[str, Any], variant: Variant) -> QuantizeError | Ma
         case "memory":
             return MachineError(
                 "engine auto-gptq ran out of memory", where=where, why=message.partition("\n")[0],
-                hint="use fewer or shorter calibration rows, a larger GPU, or engine: native, which needs less",
+                hint="use fewer or shorter calibration rows, a larger GPU or --gpu-memory, or engine: native",
             )  # fmt: skip
         case "factorization":
             return QuantizeError(
                 "the Hessian cannot be factored", where=where, why=message,
-                hint="AutoGPTQ raises no damping: raise damp_percent, use more calibration rows, or engine: native",
+                hint="AutoGPTQ does not raise damping: raise damp_percent, add calibration rows, or use engine: native",
             )  # fmt: skip
         case "activations":
             return QuantizeError(
@@ -292,15 +294,15 @@ def _explained(event: Mapping[str, Any], variant: Variant) -> QuantizeError | Ma
     return QuantizeError("engine auto-gptq failed", where=where, why="\n".join([message, *lines]), hint=_USE_NATIVE)
 
 
-def _ended(run_: _Run, status: int | None, stderr: str, silence_s: float) -> QuantizeError:
-    """Return what to say of a script that ended without a last word."""
+def _ended(variant: Variant, status: int | None, stderr: str, silence_s: float) -> QuantizeError:
+    """Return the error for a script that ended without reporting one."""
     if status is None:
-        how = f"it said nothing for {silence_s:g} s and was killed"
+        how = f"it wrote no event for {silence_s:g} s and was killed"
     elif status < 0:
         how = f"killed by {signal.Signals(-status).name}"
     else:
         how = f"exit status {status}" if status else "it stopped before its last block"
     return QuantizeError(
-        "engine auto-gptq did not finish", where=run_.variant.branch, why="\n".join(filter(None, [how, stderr])),
+        "engine auto-gptq did not finish", where=variant.branch, why="\n".join(filter(None, [how, stderr])),
         hint=f"build again: the variant starts at its first block; or {_USE_NATIVE}",
     )  # fmt: skip

@@ -1,9 +1,10 @@
 """A base model's config.json for the transformers 4.40 that AutoGPTQ 0.7.1 runs with, and what that cannot compute.
 
-transformers 4.40 takes what it does not know for a default and says nothing: a rope_theta that only stands in
-`rope_parameters` becomes 10000, a bias that `mlp_bias` announces is dropped. So every key whose meaning changed since
-is either written the old way or refused before anything is computed. Read from transformers 4.40.2
-(`configuration_{llama,mistral,qwen2}.py`, `modeling_*.py`). No torch here: `plan` must stay fast.
+transformers 4.40 silently replaces what it does not know by a default: a rope_theta that only stands in
+`rope_parameters` becomes 10000, a bias that `mlp_bias` announces is dropped. So every key whose meaning has changed
+since is either written the old way or refused before anything is computed. Read from transformers 4.40.2
+(`configuration_{llama,mistral,qwen2}.py`, `modeling_*.py`); what its runtime knows is in `model.compatibility`. No
+torch: `plan` imports this.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from packager.model.architecture import Architecture
 from packager.model.compatibility import AUTOGPTQ_FAMILIES, LEGACY_ROPE_TYPES
 from packager.model.rope import old_spelling, rope_factor, rope_type
 
-# AutoGPTQ packs 32 rows and 32 columns at a time and forgets what is left over.
+# AutoGPTQ packs 32 rows and 32 columns at a time and drops the rest.
 _PACKED_TOGETHER = 32
 # Keys whose meaning or name changed, and auto_map, which AutoGPTQ's trust_remote_code=True would follow.
 _REWRITTEN = (
@@ -49,16 +50,16 @@ def _rope_problems(config: Mapping[str, object], model_type: str) -> list[str]:
     kind = rope_type(config)
     if kind in LEGACY_ROPE_TYPES[model_type] and (kind == "default" or rope_factor(config)):
         return []
-    known = "plain, linear and dynamic ones" if model_type == "llama" else "plain ones"
-    return [f"a rotary embedding of type {kind}: for {model_type}, transformers 4.40 knows {known}"]
+    words = "plain, linear and dynamic ones" if model_type == "llama" else "plain ones"
+    return [f"a rotary embedding of type {kind}: for {model_type}, transformers 4.40 knows {words}"]
 
 
 def _shape_problems(config: Mapping[str, object], architecture: Architecture) -> list[str]:
     found = []
     if architecture.model_type == "llama" and config.get("mlp_bias"):
-        found.append("mlp_bias: transformers 4.40 drops these biases without a word")
+        found.append("mlp_bias: transformers 4.40 silently drops these biases")
     if not architecture.head_dim_is_derived:
-        found.append("head_dim: transformers 4.40 takes it to be hidden_size / num_attention_heads")
+        found.append("head_dim: transformers 4.40 assumes hidden_size / num_attention_heads")
     for linear in architecture.block_linears:
         if linear.in_features % _PACKED_TOGETHER or linear.out_features % _PACKED_TOGETHER:
             shape = f"{linear.in_features} x {linear.out_features}"
@@ -68,7 +69,7 @@ def _shape_problems(config: Mapping[str, object], architecture: Architecture) ->
 
 
 def _window_problems(config: Mapping[str, object], model_type: str, seq_len: int) -> list[str]:
-    """Refuse Qwen2's sliding window where it would matter: transformers 4.40 has it in all blocks, not in some."""
+    """Refuse Qwen2's sliding window where it matters: transformers 4.40 applies it in all blocks, not in some."""
     window = config.get("sliding_window")
     if model_type != "qwen2" or not config.get("use_sliding_window") or not isinstance(window, int):
         return []
@@ -78,11 +79,11 @@ def _window_problems(config: Mapping[str, object], model_type: str, seq_len: int
 
 
 def legacy_config(config: Mapping[str, object]) -> dict[str, object]:
-    """Return config.json as transformers 4.40 reads it, for a model without `problems`."""
+    """Return config.json in the spelling of transformers 4.40, for a model without `problems`."""
     legacy = {key: value for key, value in config.items() if key not in _REWRITTEN}
     legacy["rope_theta"] = old_spelling(config)["rope_theta"]
     if (kind := rope_type(config)) != "default":
-        # Exactly these two fields: anything else is refused there.
+        # Exactly these two fields: transformers 4.40 refuses others.
         legacy["rope_scaling"] = {"type": kind, "factor": rope_factor(config)}
     return legacy | _window(config) | {"torch_dtype": "float16"}
 
@@ -90,7 +91,7 @@ def legacy_config(config: Mapping[str, object]) -> dict[str, object]:
 def _window(config: Mapping[str, object]) -> dict[str, object]:
     """Return the sliding window under which transformers 4.40 attends to the same tokens.
 
-    Its mask lets a token see one more than the window says, and it applies Qwen2's even when that is switched off.
+    Its mask covers one token more than the window, and it applies Qwen2's window even when that is switched off.
     """
     window = config.get("sliding_window")
     if config.get("model_type") == "qwen2":

@@ -4,8 +4,9 @@ import platform
 from importlib import metadata
 
 from packager import __version__
-from packager.quantize.engines import Made
-from packager.quantize.sweep import QuantizeJob, Report, quantize
+from packager.quantize.engines.protocol import EngineResult
+from packager.quantize.job import QuantizeJob, Report
+from packager.quantize.sweep import quantize
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "greenlet")
 
@@ -13,9 +14,9 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "greenlet")
 class Native:
     """All variants in one sweep over the base model's blocks."""
 
-    def quantize(self, job: QuantizeJob, report: Report) -> Made:
-        """See `Engine`."""
-        return Made(
+    def quantize(self, job: QuantizeJob, report: Report) -> EngineResult:
+        """Quantize with our own engine; arguments, result and errors are those of `Engine.quantize`."""
+        return EngineResult(
             records=quantize(job, report),
             made_with=f"gptq-packager {__version__}",
             versions={"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},

@@ -1,4 +1,4 @@
-"""A toy in AutoGPTQ's place: a script that plays the engine's protocol, well or badly, and a bench to run it on."""
+"""A fake AutoGPTQ: a script that follows the engine's protocol, well or badly, and a bench to run it on."""
 
 import json
 import sys
@@ -12,15 +12,16 @@ import torch
 from packager.errors import PackagerError
 from packager.inputs.base_model import SourceModel, read_source
 from packager.quantize.block_store import BlockStore
-from packager.quantize.engines import Made, Site, auto_gptq
-from packager.quantize.sweep import BlockDone, LinearsDone, QuantizeJob
+from packager.quantize.engines import auto_gptq
+from packager.quantize.engines.protocol import EngineResult, Site
+from packager.quantize.job import BlockDone, LinearsDone, QuantizeJob
 from packager.variant import Variant
 from tests.tiny_models import open_store, save_model, token_rows, variant
 
 SECRET = "hf_this-is-no-real-token"  # noqa: S105 - a test looks for it where it must not be
 
-# Hands over zeros of the right shapes; what it does besides is told by the first argument baked into it.
-TOY = """
+# Returns zeros of the right shapes; `behaviour` selects what it does besides.
+FAKE_SCRIPT = """
 import json, os, pathlib, struct, sys, time
 import numpy as np
 from safetensors.numpy import save_file, safe_open
@@ -32,11 +33,11 @@ seen = {{**job, "ids": np.load(job["rows"]).tolist(), "config": json.loads((mode
         "environ": dict(os.environ), "files": sorted(path.name for path in model.iterdir())}}
 pathlib.Path({seen!r}).write_text(json.dumps(seen))
 
-def say(**event):
+def emit(**event):
     print(json.dumps(event), flush=True)
 
 def end(kind, message, linear=""):
-    say(event="error", kind=kind, message=message, linear=linear, traceback="line 1\\nline 2")
+    emit(event="error", kind=kind, message=message, linear=linear, traceback="line 1\\nline 2")
     sys.exit(1)
 
 def packed(name, out, columns, bias):
@@ -58,7 +59,7 @@ for path in model.glob("*.safetensors"):
     with safe_open(path, "numpy") as file:
         stored |= {{name: file.get_slice(name).get_shape() for name in file.keys()}}
 linears = [name.removesuffix(".weight") for name in stored if name.endswith("_proj.weight")]
-say(event="start", num_blocks=3)
+emit(event="start", num_blocks=3)
 if behaviour == "unavailable":
     end("unavailable", "torch 9.9 sees no CUDA GPU")
 for block in (1, 0, 2) if behaviour == "wrong order" else range(3):
@@ -71,13 +72,13 @@ for block in (1, 0, 2) if behaviour == "wrong order" else range(3):
         if behaviour in ("factorization", "activations", "scales", "memory", "other") and block == 1:
             end(behaviour, f"{{behaviour}} failed\\nand more", name)
         if behaviour != "no losses":
-            say(event="linear", name=name, loss=0.5 + block + len(name) / 1000, seconds=0.1)
+            emit(event="linear", name=name, loss=0.5 + block + len(name) / 1000, seconds=0.1)
     if behaviour == "stranger":
-        say(event="linear", name="lm_head", loss=1.0, seconds=0.1)
+        emit(event="linear", name="lm_head", loss=1.0, seconds=0.1)
     if behaviour == "talks":
         print("Packing model...", flush=True)
     save_file(tensors, output / f"block-{{block}}.safetensors")
-    say(event="block", block=block, file=f"block-{{block}}.safetensors")
+    emit(event="block", block=block, file=f"block-{{block}}.safetensors")
     if behaviour == "crashes":
         print("about to crash with", os.environ, file=sys.stderr, flush=True)
         os._exit(3)
@@ -85,19 +86,19 @@ for block in (1, 0, 2) if behaviour == "wrong order" else range(3):
         os.kill(os.getpid(), 9)
     if behaviour == "hangs":
         time.sleep(60)
-say(event="done", peak_memory_bytes=7)
+emit(event="done", peak_memory_bytes=7)
 """
 
 
 class Bench:
-    """A tiny model, a variant of it that the toy engine makes, and what was reported on the way."""
+    """A tiny model, a variant of it that the fake engine quantizes, and what was reported."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, model: str = "llama") -> None:
         self.folder = folder
         self.source: SourceModel = read_source(save_model(folder / "model", model), base_id="test/model")
         self.variant: Variant = variant(engine="auto-gptq")
         self.reports: list[BlockDone | LinearsDone] = []
-        self.said: list[str] = []
+        self.logged: list[str] = []
         monkeypatch.setattr(auto_gptq, "ensure_environment", lambda *_: Path(sys.executable))
         monkeypatch.setattr(auto_gptq, "installed_versions", lambda *_: {"auto-gptq": "0.7.1", "torch": "9.9"})
 
@@ -105,14 +106,17 @@ class Bench:
     def store(self) -> BlockStore:
         return open_store(self.source, self.folder / "work", self.variant)
 
-    def make(self, behaviour: str = "", *, silence_s: float = 60.0) -> Made:
-        script = self.folder / "toy.py"
-        script.write_text(TOY.format(behaviour=behaviour, seen=str(self.folder / "seen.json")))
+    def make(self, behaviour: str = "", *, silence_s: float = 60.0, device_limit: int | None = None) -> EngineResult:
+        script = self.folder / "fake.py"
+        script.write_text(FAKE_SCRIPT.format(behaviour=behaviour, seen=str(self.folder / "seen.json")))
         environ = {"PATH": "/usr/bin:/bin", "HF_TOKEN": SECRET, "HTTPS_PROXY": f"http://me:{SECRET}@proxy"}
-        site = Site(cache=self.folder / "cache", scratch=self.folder / "work", environ=environ, log=self.said.append)
+        site = Site(cache=self.folder / "cache", scratch=self.folder / "work", environ=environ, log=self.logged.append)
         engine = auto_gptq.AutoGptq(site, replace(auto_gptq.SPEC, script=script), silence_s)
         devices = (torch.device("cpu"),)
-        job = QuantizeJob(source=self.source, rows=token_rows(), stores={self.variant: self.store}, devices=devices)
+        job = QuantizeJob(
+            source=self.source, rows=token_rows(), stores={self.variant: self.store}, devices=devices,
+            device_limit=device_limit,
+        )  # fmt: skip
         return engine.quantize(job, self.reports.append)
 
     @property

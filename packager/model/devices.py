@@ -1,0 +1,66 @@
+"""Which device computes, and its name in receipts. torch is imported only when a function is called."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+from packager.errors import MachineError
+
+if TYPE_CHECKING:
+    import torch
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+
+def choose_device(choice: DeviceChoice) -> "torch.device":
+    """Return the device to compute on; "auto" takes a CUDA GPU where there is one.
+
+    Raises:
+        MachineError: "cuda" was asked for and there is none.
+    """
+    import torch
+
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise MachineError("no CUDA GPU", why="torch.cuda.is_available() is False", hint="use --device cpu or auto")
+    if choice != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    return torch.device("cpu")
+
+
+def same_devices(device: "torch.device") -> "tuple[torch.device, ...]":
+    """Return a device and, if it is a GPU, every other GPU of the same name: all of them make the same bytes."""
+    import torch
+
+    if device.type == "cpu":
+        return (device,)
+    found = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    name = torch.cuda.get_device_name(device)
+    others = [other for other in found if other != device and torch.cuda.get_device_name(other) == name]
+    return (device, *others)
+
+
+def device_name(device: "torch.device") -> str:
+    """Return the device's name in a receipt: the GPU's name, or "cpu"."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+@contextmanager
+def gpu_memory_errors(hint: str) -> Iterator[None]:
+    """Translate torch's OutOfMemoryError.
+
+    Args:
+        hint: what the user can do about it.
+
+    Raises:
+        MachineError: the body ran out of GPU memory.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            "the GPU's memory is exhausted", why=str(error).partition(".")[0], hint=hint
+        ) from error  # fmt: skip

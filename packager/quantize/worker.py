@@ -1,0 +1,215 @@
+"""What one device does: it takes its share of the variants through the blocks, one or several to a sweep."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from threading import Event
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from packager.model.batches import rows_per_batch
+from packager.model.decoder import Context, Decoder, ReadTensor, compute_dtype
+from packager.quantize.activations import Activations
+from packager.quantize.block import BlockJob, quantize_block, restore_block, rules_of
+from packager.quantize.block_store import BlockStore
+from packager.quantize.host_copies import HostCopies
+from packager.quantize.job import BlockDone, DeviceShare, LinearsDone, QuantizeJob, Report
+from packager.quantize.memory import SweepPlan
+from packager.quantize.suspended_forward import Group, linear_groups, run_forward
+from packager.receipt import LinearRecord
+from packager.variant import Variant
+
+if TYPE_CHECKING:
+    from packager.quantize.gptq.compile_kernels import Walk
+
+
+class Worker:
+    """Quantizes one device's share, in a thread of its own.
+
+    Args:
+        job: the whole job.
+        share: of this device.
+        read: returns a named tensor of the base model.
+        report: called with progress.
+        stop: when it is set, the worker returns before the next block.
+
+    Attributes:
+        records: for each branch of the share, one record per linear in model order.
+    """
+
+    def __init__(self, job: QuantizeJob, share: DeviceShare, read: ReadTensor, report: Report, stop: Event) -> None:
+        self._job, self._share, self._report, self._stop = job, share, report, stop
+        dtype = compute_dtype(job.source.record.dtype, share.device)
+        self._decoder = Decoder(job.source.folder, read, device=share.device, dtype=dtype)
+        self.records: dict[str, list[LinearRecord]] = {variant.branch: [] for variant in share.variants}
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Quantize every variant of the share.
+
+        Raises:
+            QuantizeError: a linear cannot be quantized.
+            SourceError: the base model is damaged.
+        """
+        device = self._share.device
+        with (
+            ThreadPoolExecutor(2, thread_name_prefix="prepare") as pool,
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+        ):
+            # Check the head and compile kernels while the first weights are read.
+            self._prepared = [pool.submit(self._decoder.check_head), pool.submit(self._compile)]
+            for variants in self._share.sweeps:
+                self._sweep(variants)
+
+    def _compile(self) -> None:
+        if self._share.device.type == "cuda":
+            from packager.quantize.gptq.compile_kernels import compile_kernels
+
+            compile_kernels(self._walks(), self._share.device, self._decoder.dtype)
+
+    def _walks(self) -> "Iterator[Walk]":
+        from packager.quantize.gptq.compile_kernels import Walk
+
+        shapes = self._job.source.architecture.group_shapes
+        for variant, (in_features, out_features) in product(self._share.variants, shapes):
+            yield Walk(
+                in_features=in_features,
+                out_features=out_features,
+                rules=rules_of(variant),
+                group_size=variant.group_size,
+                static_groups=variant.static_groups,
+            )
+
+    def _sweep(self, variants: Sequence[Variant]) -> None:
+        job, plan, decoder = self._job, self._share.plan, self._decoder
+        blocks = decoder.stream()
+        batches = decoder.embed(job.rows.ids, rows=rows_per_batch(job.rows.ids.shape[1], decoder.device.type))
+        decoder.drop_outside_blocks()
+        contexts = [batch.contexts for batch in batches]
+        folder = job.stores[variants[0]].checkpoint.parent
+        hidden = [batch.hidden for batch in batches]
+        del batches
+        runs = [
+            _VariantRun(variant, job.stores[variant], Activations(hidden, plan.placement, folder), self._report, plan)
+            for variant in variants
+        ]
+        first = hidden[0]
+        del hidden
+        groups: tuple[Group, ...] = ()
+        with ThreadPoolExecutor(len(runs), thread_name_prefix="write") as writers:
+            for index, weights in enumerate(blocks):
+                load = partial(decoder.load_block, index, weights)
+                block_contexts = [batch[index] for batch in contexts]
+                if not groups:
+                    groups = linear_groups(load(), first, block_contexts[0])
+                    del first
+                for prepared in self._prepared:
+                    prepared.result()
+                context = BlockContext(index=index, num_blocks=len(decoder), groups=groups, contexts=block_contexts)
+                for number, run in enumerate(runs):
+                    if self._stop.is_set():
+                        return
+                    following = runs[(number + 1) % len(runs)]
+                    run.run(load, context, writers, on_outputs_needed=partial(following.prefetch, run))
+                decoder.drop_block(index)
+            for run in runs:
+                self.records[run.variant.branch] = run.finish()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockContext:
+    """What all variants of a sweep share about a block.
+
+    Attributes:
+        index: the block's number.
+        num_blocks: of the model.
+        groups: from `linear_groups`.
+        contexts: the block's arguments besides the hidden states, one per batch.
+    """
+
+    index: int
+    num_blocks: int
+    groups: Sequence[Group]
+    contexts: Sequence[Context]
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the model's last block."""
+        return self.index + 1 == self.num_blocks
+
+
+class _VariantRun:
+    """One variant in one sweep: its activations, its store, and the block that is being written."""
+
+    def __init__(
+        self, variant: Variant, store: BlockStore, states: Activations, report: Report, plan: SweepPlan
+    ) -> None:
+        self.variant = variant
+        self._store, self._states, self._report, self._plan = store, states, report, plan
+        self._records: list[LinearRecord] = []
+        self._writing: Future[BlockDone] | None = None
+
+    def prefetch(self, previous: "_VariantRun") -> None:
+        """Prefetch this variant's activations while the previous variant finishes its block.
+
+        Only where all batches are suspended at once: then the device has room for all of them.
+        """
+        if previous is not self and self._plan.suspended_batches == self._plan.num_batches:
+            self._states.prefetch_all()
+
+    def run(
+        self,
+        load: Callable[[], nn.Module],
+        context: BlockContext,
+        writers: ThreadPoolExecutor,
+        *,
+        on_outputs_needed: Callable[[], None],
+    ) -> None:
+        """Quantize or restore a block and replace the activations by its outputs; start writing the finished block."""
+        started = time.monotonic()
+        stored, records = self._store.read(context.index), self._store.records(context.index)
+        tensors: Mapping[str, Tensor] = stored or {}
+        if stored is None or records is None:
+            job = BlockJob(
+                variant=self.variant, index=context.index, groups=context.groups, states=self._states,
+                contexts=context.contexts, suspended=self._plan.suspended_batches, last=context.last,
+                on_outputs_needed=on_outputs_needed,
+            )  # fmt: skip
+            quantized = quantize_block(load, job, partial(self._linears_done, context.index))
+            tensors, records = quantized.tensors, quantized.records
+        elif not context.last:
+            block = load()
+            restore_block(block, context.index, tensors, self.variant)
+            run_forward(block, self._states, context.contexts)
+        self._records.extend(records)
+        done = BlockDone(
+            branch=self.variant.branch, block=context.index, num_blocks=context.num_blocks, resumed=stored is not None,
+            loss=sum(record.loss for record in records), seconds=time.monotonic() - started,
+        )  # fmt: skip
+        self._wait()
+        self._writing = writers.submit(self._write, done, HostCopies(tensors), records)
+
+    def _linears_done(self, index: int, records: tuple[LinearRecord, ...]) -> None:
+        self._report(LinearsDone(branch=self.variant.branch, block=index, linears=records))
+
+    def finish(self) -> list[LinearRecord]:
+        """Wait until the last block is written; return the records of all linears."""
+        self._wait()
+        return self._records
+
+    def _wait(self) -> None:
+        """Wait for the block that is being written, and report it; an error of the writer is raised here."""
+        if self._writing is not None:
+            self._report(self._writing.result())
+            self._writing = None
+
+    def _write(self, done: BlockDone, tensors: HostCopies, records: Sequence[LinearRecord]) -> BlockDone:
+        if not done.resumed:
+            self._store.write(done.block, tensors.wait(), records)
+        return done

@@ -1,0 +1,107 @@
+"""Which device quantizes which variants: each has its share of them and of the host's memory."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from packager.errors import MachineError
+from packager.model.architecture import read_architecture
+from packager.quantize.device_shares import limit_gpu_memory, share_variants
+from packager.quantize.job import DeviceShare
+from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE
+from packager.variant import Variant
+from tests.test_architecture import LLAMA_2_13B
+from tests.tiny_models import variant
+
+GB = 10**9
+GPUS = tuple(torch.device("cuda", number) for number in range(4))
+CPU = torch.device("cpu")
+FOUR = tuple(variant(branch=name) for name in "abcd")
+
+
+@dataclass
+class Job:
+    """The part of a job that `share_variants` reads: 13B, 128 rows of 2048 tokens."""
+
+    stores: dict[Variant, Path]
+    devices: tuple[torch.device, ...]
+    device_limit: int | None = None
+    host_limit: int = HOST_LIMIT_BYTES
+    source: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(architecture=read_architecture(LLAMA_2_13B, "config.json"))
+    )
+    rows: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(ids=torch.empty(128, 2048, device="meta")))
+
+
+def shared(
+    *variants: Variant, devices: tuple[torch.device, ...] = GPUS[:1], gpu_gb: float = 80, host_gb: float = 16
+) -> list[DeviceShare]:
+    stores = dict.fromkeys(variants, Path())
+    job = Job(stores=stores, devices=devices, device_limit=int(gpu_gb * GB), host_limit=int(host_gb * GB))
+    found = share_variants(job)  # type: ignore[arg-type]
+    made = [v for share in found for v in share.variants]
+    assert sorted(v.branch for v in made) == sorted(v.branch for v in variants)
+    for device in devices:
+        here = [share.plan.device_bytes for share in found if share.device == device and device.type == "cuda"]
+        assert sum(here) <= gpu_gb * GB * USABLE
+    assert sum(share.plan.host_bytes for share in found) <= host_gb * GB
+    return found
+
+
+def branches_by_gpu(found: list[DeviceShare]) -> list[tuple[int | None, str]]:
+    return [(share.device.index, "".join(v.branch for v in share.variants)) for share in found]
+
+
+@pytest.mark.parametrize(
+    ("gpu_gb", "placement", "suspended"), [(80, "device", 16), (40, "device", 16), (24, "device", 16), (12, "host", 4)]
+)
+def test_a_gpu_is_given_what_fits_it(gpu_gb, placement, suspended):
+    (share,) = shared(*FOUR, gpu_gb=gpu_gb)
+    assert (share.variants, share.plan.placement, share.plan.suspended_batches) == (FOUR, placement, suspended)
+
+
+def test_variants_calibrated_in_parallel_need_not_wait_for_each_other():
+    (share,) = shared(*(variant(branch=name, true_sequential=False) for name in "abcd"))
+    assert share.plan.suspended_batches == 0
+    (share,) = shared(variant(branch="a", true_sequential=False), variant(branch="b"))
+    assert share.plan.suspended_batches == 16
+
+
+def test_devices_share_the_variants():
+    assert branches_by_gpu(shared(*FOUR, devices=GPUS[:2])) == [(0, "ac"), (1, "bd")]
+    assert branches_by_gpu(shared(*FOUR, devices=GPUS[:3])) == [(0, "ad"), (1, "b"), (2, "c")]
+    assert branches_by_gpu(shared(*FOUR[:2], devices=GPUS)) == [(0, "a"), (1, "b")]
+    # Half of the host's 16 GB holds the states of half of the variants.
+    assert {share.plan.placement for share in shared(*FOUR, devices=GPUS[:2], gpu_gb=12)} == {"host"}
+
+
+def test_a_cpu_has_one_share():
+    (share,) = shared(*FOUR, devices=(CPU,), gpu_gb=1)
+    assert (share.variants, share.plan.placement) == (FOUR, "device")
+
+
+def test_what_fits_no_device_is_an_error():
+    with pytest.raises(MachineError, match="does not fit into this machine's memory"):
+        shared(*FOUR, gpu_gb=6)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_limit_of_gpu_memory_ends_with_its_body(monkeypatch, fails):
+    fractions: list[tuple[float, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *rest: fractions.append(rest))
+    with pytest.raises(MachineError) if fails else nullcontext(), limit_gpu_memory((CPU, *GPUS[:2]), 20 * GB):
+        assert fractions == [(0.25, GPUS[0]), (0.25, GPUS[1])]
+        if fails:
+            raise MachineError("no")
+    assert fractions[2:] == [(1.0, GPUS[0]), (1.0, GPUS[1])]
+
+
+def test_without_a_limit_nothing_is_changed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *_: pytest.fail("a limit was set"))
+    with limit_gpu_memory(GPUS, None), limit_gpu_memory((CPU,), 5):
+        pass

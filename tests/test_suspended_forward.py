@@ -1,0 +1,51 @@
+"""Batches that are suspended at linears: what a block with data-dependent routing does to them."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from packager.errors import QuantizeError
+from packager.quantize.activations import Activations
+from packager.quantize.gptq.hessian import Hessian
+from packager.quantize.suspended_forward import Group, linear_groups, sweep_sequential
+
+POSITIVE, NEGATIVE = torch.ones(2, 4, 8), -torch.ones(2, 4, 8)
+
+
+class Routed(nn.Module):
+    """A block whose second linear is used only by batches of positive inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8, bias=False)
+        self.second = nn.Linear(8, 8, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out = hidden + self.first(hidden)
+        return out + self.second(out) if bool(hidden.sum() > 0) else out
+
+
+def sweep(block: nn.Module, batches: list[Tensor], *, suspended: int | None) -> list[Group]:
+    solved: list[Group] = []
+
+    def solve(group: Group, _: Hessian) -> None:
+        solved.append(group)
+
+    groups = linear_groups(block, batches[0], {})
+    states = Activations(batches, "device")
+    sweep_sequential(block, groups, states, [{}] * len(batches), solve, suspended=suspended)
+    return solved
+
+
+@pytest.mark.parametrize("suspended", [None, 1, 0])
+def test_a_batch_that_skips_a_linear_is_an_error_that_names_it(suspended):
+    with pytest.raises(QuantizeError, match="a batch passed through the block without reaching second") as caught:
+        sweep(Routed(), [POSITIVE, NEGATIVE], suspended=suspended)
+    assert "routing depends on the data" in caught.value.why
+    assert sweep(Routed(), [POSITIVE, 2 * POSITIVE], suspended=suspended) == [("first",), ("second",)]
+
+
+def test_a_linear_that_the_first_batch_skips_is_an_error_that_names_it():
+    with pytest.raises(QuantizeError, match="a linear received no input") as caught:
+        sweep(Routed(), [NEGATIVE, POSITIVE], suspended=None)
+    assert caught.value.where == "second"
