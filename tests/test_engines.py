@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from packager.cli.plan_view import print_plan
+from packager.cli.plan_view import plan_json, print_plan
 from packager.errors import MachineError, PlanError, RecipeError
 from packager.inputs.base_model import read_source
 from packager.model.architecture import read_architecture
@@ -175,6 +175,21 @@ def test_the_plan_shows_the_engine_only_where_it_is_not_ours(tmp_path):
     rows = [line.split() for line in text.splitlines() if line.startswith(("main  ", "foreign  "))]
     assert [row[-1] for row in rows[:2]] == ["native", "auto-gptq"]
     assert "note: engine auto-gptq makes foreign one after the other, on CUDA only" in text
+    assert "its GPU memory is not estimated" in text
+
+
+def test_the_planned_memory_is_that_of_our_own_engine_alone(tmp_path):
+    ours, both = with_variants(tmp_path / "ours"), with_variants(tmp_path / "both", FOREIGN)
+    own, mixed = (make_plan(RecipeFile.load(recipe)).memory for recipe in (ours, both))
+    assert own is not None
+    assert mixed == own
+    assert "engine native" not in plan_text(ours)
+    assert plan_text(both).count("engine native, ") == 4
+    foreign = tiny_recipe.write_all(tmp_path / "foreign", {"variants": [{"branch": "main", "engine": "auto-gptq"}]})
+    plan = make_plan(RecipeFile.load(foreign))
+    assert plan.memory is None
+    assert plan_json(plan)["memory"] is None
+    assert "everything on the GPU" not in plan_text(foreign)
 
 
 def test_the_plan_refuses_a_model_that_autogptq_cannot_quantize(tmp_path):

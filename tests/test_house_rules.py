@@ -31,7 +31,8 @@ TORCH_FREE = (
     "publish.hub_collection", "publish.targets", "publish.targets.local", "publish.targets.resolve_target",
     "publish.targets.hub", "publish.targets.git", "publish.targets.repository_per_variant", "publish.published",
     "publish.rollback", "prove.audit", "prove.loaders", "quantize.engines", "quantize.engines.legacy_config",
-    "quantize.engines.protocol", "quantize.job", "quantize.memory", "model.devices", "model.batches", "receipt", "errors",
+    "quantize.engines.protocol", "quantize.job", "quantize.memory", "model.devices", "model.batches", "receipt",
+    "errors",
 )  # fmt: skip
 TERMINAL = {
     "packager/cli/main.py",

@@ -74,14 +74,14 @@ def _branch_table(plan: BuildPlan) -> Table:
 
 
 def _engine_notes(plan: BuildPlan) -> list[str]:
-    """Return what the memory table does not say: it counts with our own engine."""
+    """Return a line on the memory of engine auto-gptq, which the table of needs does not contain."""
     branches = [planned.variant.branch for planned in plan.variants if planned.variant.engine == "auto-gptq"]
     if not branches:
         return []
     host = gigabytes(2 * _FP16_BYTES * plan.architecture.num_parameters)
     return [
         f"note: engine auto-gptq makes {', '.join(branches)} one after the other, on CUDA only, with the whole model "
-        f"in host memory (up to {host} GB while it is read); the memory below is that of engine native"
+        f"in host memory (up to {host} GB while it is read); its GPU memory is not estimated"
     ]
 
 
@@ -120,13 +120,10 @@ def _reasons(planned: tuple[VariantPlan, ...]) -> list[str]:
 
 
 def _needs_table(plan: BuildPlan) -> Table:
-    memory, disk = plan.memory, plan.disk
+    disk = plan.disk
     table = _table("What a build needs", "Where", "GB", "For", numbers=(1,))
     for where, size_bytes, purpose in (
-        ("GPU memory", memory.fastest.device_bytes, "everything on the GPU (estimated, without the CUDA context)"),
-        ("", memory.full_speed.device_bytes, f"as fast, with {_host(memory.full_speed)}"),
-        ("", memory.least.device_bytes, f"least, up to twice as long, with {_host(memory.least)}"),
-        ("host memory", memory.cpu.device_bytes, "without a GPU"),
+        *_memory_rows(plan),
         ("disk", disk.total_bytes, "everything below"),
         ("", disk.source_bytes, "download of the base model"),
         ("", disk.builds_bytes, "checkpoint folders, finished blocks included"),
@@ -134,6 +131,25 @@ def _needs_table(plan: BuildPlan) -> Table:
     ):
         table.add_row(where, gigabytes(size_bytes), purpose)
     return table
+
+
+def _memory_rows(plan: BuildPlan) -> list[tuple[str, int, str]]:
+    """Return the memory of engine native; its name is shown where the recipe has another engine too."""
+    memory = plan.memory
+    if memory is None:
+        return []
+    mixed = any(planned.variant.engine != "native" for planned in plan.variants)
+    engine = "engine native, " if mixed else ""
+    return [
+        (
+            "GPU memory",
+            memory.fastest.device_bytes,
+            f"{engine}everything on the GPU (estimated, without the CUDA context)",
+        ),
+        ("", memory.full_speed.device_bytes, f"{engine}as fast, with {_host(memory.full_speed)}"),
+        ("", memory.least.device_bytes, f"{engine}least, up to twice as long, with {_host(memory.least)}"),
+        ("host memory", memory.cpu.device_bytes, f"{engine}without a GPU"),
+    ]
 
 
 def _host(way: SweepPlan) -> str:
@@ -159,7 +175,7 @@ def plan_json(plan: BuildPlan) -> dict[str, object]:
         "calibration_tokens": plan.calibration_tokens,
         "context_tokens": plan.context_tokens,
         "variants": [_variant_json(plan, planned) for planned in plan.variants],
-        "memory": asdict(plan.memory),
+        "memory": asdict(plan.memory) if plan.memory is not None else None,
         "disk": {**asdict(plan.disk), "total_bytes": plan.disk.total_bytes},
     }
 

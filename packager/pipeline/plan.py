@@ -45,7 +45,9 @@ class VariantPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Ways to quantize and their estimated peak memory, without what Python, torch and CUDA take themselves.
+    """Ways of engine native to quantize its variants, and their estimated peak memory.
+
+    Python, torch and CUDA themselves are not counted.
 
     Attributes:
         fastest: on a GPU, all variants in one sweep, everything in its memory.
@@ -89,7 +91,7 @@ class BuildPlan:
     recipe: Recipe
     architecture: Architecture
     variants: tuple[VariantPlan, ...]
-    memory: MemoryPlan
+    memory: MemoryPlan | None  # None where no variant has engine native: other engines' memory is not planned
     disk: DiskPlan
     calibration_tokens: int
 
@@ -223,13 +225,16 @@ def describe(variant: Variant, weights_bytes: int, all_sizes: Sequence[int]) -> 
     return f"{', '.join(facts)}{relation}."
 
 
-def _memory(architecture: Architecture, recipe: Recipe, variants: Sequence[Variant]) -> MemoryPlan:
+def _memory(architecture: Architecture, recipe: Recipe, variants: Sequence[Variant]) -> MemoryPlan | None:
+    native = [variant for variant in variants if variant.engine == "native"]
+    if not native:
+        return None
     work = Workload(
         architecture=architecture,
         num_samples=recipe.calibration.num_samples,
         seq_len=recipe.calibration.seq_len,
-        num_variants=len(variants),
-        true_sequential=any(variant.true_sequential for variant in variants),
+        num_variants=len(native),
+        true_sequential=any(variant.true_sequential for variant in native),
     )
     ways = list(sweep_ways(work, "cuda"))
     usual = [way for way in ways if way.host_bytes <= HOST_LIMIT_BYTES] or ways

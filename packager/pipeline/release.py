@@ -101,9 +101,12 @@ def cannot_build(plan: BuildPlan, options: Options) -> str:
 
 
 def _lacking_memory(plan: BuildPlan, options: Options) -> str:
-    device, needed = choose_device(options.device), gibibytes(plan.memory.least.device_bytes)
+    device = choose_device(options.device)
     if device.type == "cpu" and (foreign := [v.variant.branch for v in plan.variants if needs_cuda(v.variant.engine)]):
         return f"needs a CUDA GPU for {', '.join(foreign)}, made by engine auto-gptq"
+    if plan.memory is None:
+        return ""
+    needed = gibibytes(plan.memory.least.device_bytes)
     if device.type == "cpu":
         return f"needs a CUDA GPU with {needed} GiB" if plan.architecture.num_parameters > _LARGEST_ON_CPU else ""
     import torch
