@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from packager.errors import QuantizeError
 from packager.quantize.activations import Activations
 from packager.quantize.gptq.hessian import Hessian
-from packager.quantize.suspended_forward import Group, linear_groups, sweep_sequential
+from packager.quantize.suspended_forward import Group, linear_groups, sweep_parallel, sweep_sequential
 
 POSITIVE, NEGATIVE = torch.ones(2, 4, 8), -torch.ones(2, 4, 8)
 
@@ -43,6 +43,13 @@ def test_a_batch_that_skips_a_linear_is_an_error_that_names_it(suspended):
         sweep(Routed(), [POSITIVE, NEGATIVE], suspended=suspended)
     assert "routing depends on the data" in caught.value.why
     assert sweep(Routed(), [POSITIVE, 2 * POSITIVE], suspended=suspended) == [("first",), ("second",)]
+
+
+def test_it_is_one_when_linears_are_calibrated_in_parallel_too():
+    batches, block = [POSITIVE, NEGATIVE], Routed()
+    groups, states = linear_groups(block, POSITIVE, {}), Activations(batches, "device")
+    with pytest.raises(QuantizeError, match="without reaching second"):
+        sweep_parallel(block, groups, states, [{}, {}], lambda *_: None)
 
 
 def test_a_linear_that_the_first_batch_skips_is_an_error_that_names_it():

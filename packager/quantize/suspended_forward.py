@@ -141,14 +141,18 @@ def _input_of(group: Group, run: greenlet, reached: Any) -> Tensor:
     A suspended greenlet hands over the linear's name and its input, a finished one the block's output.
     """
     if run.dead:
-        raise QuantizeError(
-            f"a batch passed through the block without reaching {', '.join(group)}",
-            why="the block's routing depends on the data: these linears cannot be calibrated on every batch",
-        )
+        raise _unreached(group)
     name, x = cast(tuple[str, Tensor], reached)
     if name != group[0]:
         raise QuantizeError("the block reached its linears in another order", why=f"{name} before {group[0]}")
     return x
+
+
+def _unreached(group: Group) -> QuantizeError:
+    return QuantizeError(
+        f"a batch passed through the block without reaching {', '.join(group)}",
+        why="the block's routing depends on the data: these linears cannot be calibrated on every batch",
+    )
 
 
 @torch.no_grad()
@@ -164,17 +168,27 @@ def sweep_parallel(
 ) -> None:
     """Quantize all groups on the original block's activations (true_sequential False), in two forwards per batch.
 
-    Arguments and effect are those of `sweep_sequential`.
+    Arguments, effect and errors are those of `sweep_sequential`.
     """
     linears = linears_of(block)
     hessians = {group[0]: Hessian(linears[group[0]].in_features, linears[group[0]].weight.device) for group in groups}
 
+    reached: set[str] = set()
+
     def make(name: str) -> Callable[..., None]:
-        return lambda _, args: hessians[name].add(args[0])
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            hessians[name].add(args[0])
+            reached.add(name)
+
+        return add
 
     with _hooks({name: linears[name] for name in hessians}, make):
         for index in range(len(states)):
+            reached.clear()
             run_block(block, states.get(index), contexts[index])
+            for group in groups:
+                if group[0] not in reached:
+                    raise _unreached(group)
     for group in groups:
         solve(group, hessians.pop(group[0]))
     on_solved()
