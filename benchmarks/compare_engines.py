@@ -1,10 +1,10 @@
-"""Build a recipe's variants with both of our engines and compare what they made, linear by linear.
+"""Build a recipe's variants with both of our engines and compare the results, linear by linear.
 
     python benchmarks/compare_engines.py recipes/demo-llama.yaml --json engines.json
 
 For each calibration seed every variant is built twice from the same rows with the same parameters, once by
 `engine: native` and once by `engine: auto-gptq`, and measured on the recipe's held-out text. Parameters that only our
-own engine knows (scale_search) are off in both. AutoGPTQ needs a CUDA GPU. Nothing is proven by loaders or published.
+own engine knows (scale_search) are off in both. AutoGPTQ needs a CUDA GPU. No loader runs, nothing is published.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ENGINES: tuple[tuple[EngineName, str], ...] = (("native", ""), ("auto-gptq", _R
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class EngineFigures:
     """One variant by one engine: the loss of each linear, held-out quality, and the seconds of quantizing."""
 
     losses: dict[str, float]
@@ -54,8 +54,8 @@ class Pair:
 
     branch: str
     seed: int
-    native: Made
-    reference: Made
+    native: EngineFigures
+    reference: EngineFigures
 
     @property
     def loss_ratios(self) -> dict[str, float]:
@@ -64,7 +64,7 @@ class Pair:
         return {name: loss / ours[name] for name, loss in self.reference.losses.items() if ours[name] > 0}
 
     def result(self) -> dict[str, Any]:
-        """Return what the JSON file says of it."""
+        """Return the pair's entry in the JSON file."""
         ratios = self.loss_ratios
         return {
             "branch": self.branch,
@@ -77,8 +77,8 @@ class Pair:
                 "linears": len(ratios),
             },
             **{
-                name: {"made_with": made.made_with, "seconds": made.seconds, "quality": made.quality.model_dump()}
-                for name, made in (("native", self.native), ("auto-gptq", self.reference))
+                name: {"made_with": one.made_with, "seconds": one.seconds, "quality": one.quality.model_dump()}
+                for name, one in (("native", self.native), ("auto-gptq", self.reference))
             },
         }
 
@@ -122,7 +122,7 @@ def compare(recipe_file: RecipeFile, seed: int, options: Options, terminal: Term
         evaluate(run)
     for variant in recipe_file.recipe.expanded_variants():
         native, reference = (run.receipts[variant.branch + suffix] for _, suffix in _ENGINES)
-        yield Pair(branch=variant.branch, seed=seed, native=_made(native), reference=_made(reference))
+        yield Pair(branch=variant.branch, seed=seed, native=_figures(native), reference=_figures(reference))
 
 
 def with_both_engines(recipe: Recipe, seed: int) -> Recipe:
@@ -140,10 +140,10 @@ def with_both_engines(recipe: Recipe, seed: int) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def _made(receipt: Receipt) -> Made:
+def _figures(receipt: Receipt) -> EngineFigures:
     provenance = receipt.provenance
     assert provenance.quality is not None  # noqa: S101 - evaluate has just measured it
-    return Made(
+    return EngineFigures(
         losses={record.name: record.loss for record in provenance.linears},
         quality=provenance.quality,
         made_with=provenance.made_with,
@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cache", type=Path, default=Path(caches).expanduser() / "gptq-packager",
         help="where the loaders' environments are (default ~/.cache/gptq-packager)",
     )  # fmt: skip
-    add("--json", type=Path, help="write everything that was measured here")
+    add("--json", type=Path, help="write all measurements here")
     return parser
 
 

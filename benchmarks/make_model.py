@@ -4,8 +4,8 @@
 
 FOLDER gets model/ (sharded safetensors, fp16, N(0, 0.02), and the demo model's tokenizer), two texts long enough for
 the rows that are wanted, and recipe.yaml with the four permutations that people publish. The default shape is that of
-Llama-2-13B: 26 GB for 40 layers. Weights are made on the GPU where there is one, and written by several threads
-meanwhile. The same seed gives the same bytes on the same kind of device.
+Llama-2-13B: 26 GB for 40 layers. Weights are made on the GPU where there is one, while several threads write earlier
+ones. The same seed gives the same bytes on the same kind of device.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _WORDS_PER_DOCUMENT = 150
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model's shape; what is made follows from this alone, the seed and the kind of device."""
+    """A model's shape; with the seed and the kind of device, it determines every byte."""
 
     hidden: int = 5120
     intermediate: int = 13824
@@ -49,8 +49,8 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """What `make` wrote, kept beside it so that the next run need not write it again."""
+class ModelSpec:
+    """Everything that determines what `make` writes; stored beside the model, so that it is written once."""
 
     shape: Shape
     rows: int
@@ -62,7 +62,7 @@ class Made:
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """One tensor's place on disk."""
+    """Where one tensor is stored: its shard, and its offset after the header in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -110,37 +110,37 @@ def config_of(shape: Shape, seq_len: int) -> dict[str, Any]:
     }
 
 
-def make(folder: Path, made: Made) -> float:
-    """Write the model, the texts and the recipe, unless exactly these are there; return the seconds it took."""
+def make(folder: Path, spec: ModelSpec) -> float:
+    """Write the model, the texts and the recipe, unless the folder has them; return the seconds it took."""
     marker = folder / "made.json"
-    wanted = json.dumps(asdict(made), indent=2).encode() + b"\n"
+    wanted = json.dumps(asdict(spec), indent=2).encode() + b"\n"
     if marker.exists() and marker.read_bytes() == wanted:
         return 0.0
     started = time.perf_counter()
     shutil.rmtree(folder / "model", ignore_errors=True)
     marker.unlink(missing_ok=True)
     (folder / "model").mkdir(parents=True)
-    config = config_of(made.shape, made.seq_len)
+    config = config_of(spec.shape, spec.seq_len)
     write_atomic(folder / "model" / "config.json", json.dumps(config, indent=2).encode())
     for name in _TOKENIZER:
         shutil.copyfile(DEMO / "model" / name, folder / "model" / name)
-    write_weights(folder / "model", config, made)
-    write_texts(folder, made)
-    write_atomic(folder / "recipe.yaml", json.dumps(recipe_of(made), indent=2).encode())
+    write_weights(folder / "model", config, spec)
+    write_texts(folder, spec)
+    write_atomic(folder / "recipe.yaml", json.dumps(recipe_of(spec), indent=2).encode())
     write_atomic(marker, wanted)
     return time.perf_counter() - started
 
 
-def write_weights(folder: Path, config: dict[str, Any], made: Made) -> None:
-    """Write the shards and their index: values are made on the device while earlier ones are on their way to disk."""
-    pieces, headers = _plan(config, made.shard_bytes)
+def write_weights(folder: Path, config: dict[str, Any], spec: ModelSpec) -> None:
+    """Write the shards and their index: the device makes values while threads write earlier ones."""
+    pieces, headers = _plan(config, spec.shard_bytes)
     names = [f"model-{number:05d}-of-{len(headers):05d}.safetensors" for number in range(1, len(headers) + 1)]
-    device = torch.device("cuda" if made.on_gpu else "cpu")
-    generator = torch.Generator(device).manual_seed(made.seed)
+    device = torch.device("cuda" if spec.on_gpu else "cpu")
+    generator = torch.Generator(device).manual_seed(spec.seed)
     largest = max(piece.elements for piece in pieces)
     buffers: queue.Queue[torch.Tensor] = queue.Queue()
     for _ in range(2 * _WRITERS):
-        buffers.put(torch.empty(largest, dtype=torch.float16, pin_memory=made.on_gpu))
+        buffers.put(torch.empty(largest, dtype=torch.float16, pin_memory=spec.on_gpu))
     files = [os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644) for name in names]
 
     def write(piece: _Piece, buffer: torch.Tensor) -> None:
@@ -159,7 +159,7 @@ def write_weights(folder: Path, config: dict[str, Any], made: Made) -> None:
                 written.append(pool.submit(write, piece, buffer))
             for each in written:
                 each.result()
-            # On disk, not only in memory: what reads them next may ask for a cold start.
+            # Flush to disk: the next reader may drop the page cache for a cold start.
             list(pool.map(os.fsync, files))
     finally:
         for file in files:
@@ -170,7 +170,7 @@ def write_weights(folder: Path, config: dict[str, Any], made: Made) -> None:
 
 
 def _plan(config: dict[str, Any], shard_bytes: int) -> tuple[list[_Piece], list[bytes]]:
-    """Return every tensor's place, and each shard's header."""
+    """Return every tensor's shard and offset, and each shard's header."""
     pieces: list[_Piece] = []
     entries: list[dict[str, Any]] = [{}]
     offset = 0
@@ -206,14 +206,14 @@ def _write_all(file: int, data: np.ndarray[Any, np.dtype[np.uint8]], offset: int
         view, offset = view[done:], offset + done
 
 
-def write_texts(folder: Path, made: Made) -> None:
+def write_texts(folder: Path, spec: ModelSpec) -> None:
     """Write calibration and evaluation text: random words of the demo's text, as many as the rows need."""
     source = (DEMO / "text" / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
     words = np.array(sorted({word for line in source for word in json.loads(line)["text"].split()}))
     tokenizer = Tokenizer.from_file(str(DEMO / "model" / "tokenizer.json"))
-    for number, (name, rows) in enumerate({"calibration": made.rows, "evaluation": _evaluation_rows(made)}.items()):
-        needed = (rows + 1) * made.seq_len
-        documents = _documents(words, tokenizer, needed, np.random.default_rng([made.seed, number]))
+    for number, (name, rows) in enumerate({"calibration": spec.rows, "evaluation": _evaluation_rows(spec)}.items()):
+        needed = (rows + 1) * spec.seq_len
+        documents = _documents(words, tokenizer, needed, np.random.default_rng([spec.seed, number]))
         lines = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
         write_atomic(folder / f"{name}.jsonl", lines.encode())
 
@@ -227,21 +227,21 @@ def _documents(
         yield document
 
 
-def _evaluation_rows(made: Made) -> int:
-    return max(4, -(-64 // made.seq_len))
+def _evaluation_rows(spec: ModelSpec) -> int:
+    return max(4, -(-64 // spec.seq_len))
 
 
-def recipe_of(made: Made) -> dict[str, Any]:
+def recipe_of(spec: ModelSpec) -> dict[str, Any]:
     """Return the recipe; its variants are those of recipes/llama-2-13b-chat.yaml."""
     return {
         "schema_version": 1,
         "repository": {"id": "benchmark/random-llama-GPTQ"},
         "base_model": {"id": "benchmark/random-llama", "path": "model"},
-        "calibration": {"path": "calibration.jsonl", "num_samples": made.rows, "seq_len": made.seq_len, "seed": 0},
+        "calibration": {"path": "calibration.jsonl", "num_samples": spec.rows, "seq_len": spec.seq_len, "seed": 0},
         "evaluation": {
             "path": "evaluation.jsonl",
-            "num_tokens": _evaluation_rows(made) * made.seq_len,
-            "seq_len": made.seq_len,
+            "num_tokens": _evaluation_rows(spec) * spec.seq_len,
+            "seq_len": spec.seq_len,
         },
         "defaults": {"bits": 4, "sym": True, "damp_percent": 0.01, "true_sequential": True},
         "variants": [
@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shard-bytes", type=int, default=5_000_000_000)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where values are made")
     given = parser.parse_args(arguments)
-    made = Made(
+    spec = ModelSpec(
         shape=Shape(**{field.name: getattr(given, field.name) for field in fields(Shape)}),
         rows=given.rows,
         seq_len=given.seq_len,
@@ -277,9 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shard_bytes=given.shard_bytes,
         on_gpu=given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available()),
     )
-    seconds = make(given.folder, made)
+    seconds = make(given.folder, spec)
     size = sum(path.stat().st_size for path in (given.folder / "model").iterdir())
-    print(f"{given.folder}: {size / 1e9:.2f} GB, {f'made in {seconds:.1f} s' if seconds else 'was there'}")
+    print(f"{given.folder}: {size / 1e9:.2f} GB, {f'made in {seconds:.1f} s' if seconds else 'existed'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs an engine's script in a process of its own: its peaks and its imports are its own."""
+"""Run an engine's script in a process of its own, so that its memory peaks and imports are its own."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Engine:
     """A program that quantizes.
 
     Attributes:
-        name: what the command line calls it.
-        title: what the table calls it.
+        name: on the command line.
+        title: in the table.
         script: in peers/.
-        loader: the loader of ours whose environment has it, if one has.
+        loader: our loader whose environment contains the engine, if there is one.
     """
 
     name: str
@@ -50,7 +50,7 @@ PEERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class EnginePaths:
     """Where engines are found.
 
     Attributes:
@@ -64,9 +64,9 @@ class Places:
     cache: Path
 
     def python(self, engine: Engine) -> Path:
-        """Return the named interpreter, else the loader's environment that has the engine, else the running one.
+        """Return the engine's interpreter: the one the user named, the loader's environment, or the running one.
 
-        Where a path was named for the engine, the running interpreter takes it.
+        The running interpreter is used where the user named a path for the engine.
         """
         if engine.name in self.pythons:
             return self.pythons[engine.name]
@@ -79,7 +79,7 @@ class Places:
     def environ(self, engine: Engine, environ: Mapping[str, str]) -> dict[str, str]:
         """Return the environment of an engine's process: offline, without secrets, with its own paths first."""
         own = [str(path.absolute()) for path in self.paths.get(engine.name, ())]
-        # Another interpreter's packages are no business of this one's path.
+        # Another interpreter must not import the packages of this one.
         inherited = environ.get("PYTHONPATH", "") if self.python(engine) == Path(sys.executable) else ""
         root = [str(ROOT)] if engine is OURS else []
         path = os.pathsep.join(filter(None, [*own, *root, inherited]))
@@ -88,20 +88,21 @@ class Places:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one job came to.
+    """The outcome of one job.
 
     Attributes:
-        status: "ok", "not installed", "unavailable" or "failed"; `reason` says why it is not "ok".
-        said: the script's own words (see peers/peer.py).
+        status: "ok", "not installed", "unavailable" or "failed".
+        reason: why the status is not "ok".
+        result: the script's result file (see peers/peer.py).
     """
 
     status: str
     reason: str = ""
-    said: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_jobs(
-    engine: Engine, jobs: Sequence[Mapping[str, Any]], places: Places, folder: Path, *, timeout_s: float
+    engine: Engine, jobs: Sequence[Mapping[str, Any]], paths: EnginePaths, folder: Path, *, timeout_s: float
 ) -> list[Outcome]:
     """Run an engine's jobs one after the other in one process; its output goes to a log in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,13 +113,13 @@ def run_jobs(
         results[-1].unlink(missing_ok=True)
         content = {**job, "result": str(results[-1].absolute())}
         files[-1].write_text(json.dumps(content, indent=2), encoding="utf-8")
-    command = [str(places.python(engine)), str(SCRIPTS / engine.script), *(str(file.absolute()) for file in files)]
+    command = [str(paths.python(engine)), str(SCRIPTS / engine.script), *(str(file.absolute()) for file in files)]
     log = folder / f"{engine.name}.log"
     with log.open("wb") as out:
         status = run(
             command,
             folder=folder,
-            environ=places.environ(engine, os.environ),
+            environ=paths.environ(engine, os.environ),
             out=out,
             err=out,
             timeout_s=timeout_s,
@@ -132,12 +133,12 @@ def run_jobs(
 def _outcome(path: Path, ended: str) -> Outcome:
     if not path.exists():
         return Outcome(status="failed", reason=ended)
-    said = json.loads(path.read_text(encoding="utf-8"))
-    return Outcome(status=said["status"], reason=said.get("reason", ""), said=said)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return Outcome(status=result["status"], reason=result.get("reason", ""), result=result)
 
 
-def add_place_arguments(parser: argparse.ArgumentParser, *, peers: str) -> None:
-    """Add the options that say which peers run and where they are."""
+def add_path_arguments(parser: argparse.ArgumentParser, *, peers: str) -> None:
+    """Add the options for which peers run and where they are."""
     parser.add_argument("--peers", default=peers, help=f'comma-separated, "" for none (default {peers})')
     parser.add_argument(
         "--peer-python", action="append", default=[], metavar="NAME=PATH",
@@ -159,8 +160,8 @@ def peers_of(parser: argparse.ArgumentParser, names: str) -> tuple[Engine, ...]:
     return tuple(PEERS[name] for name in wanted)
 
 
-def places_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Places:
-    """Return where the command line says that the peers are."""
+def engine_paths(parser: argparse.ArgumentParser, given: argparse.Namespace) -> EnginePaths:
+    """Return the paths of the peers that the command line names."""
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     # Not resolved: an environment's interpreter is a link to the one that it was made with.
     pythons = {name: Path(path).absolute() for name, path in _pairs(parser, given.peer_python)}
@@ -168,7 +169,7 @@ def places_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Pla
     for name, path in _pairs(parser, given.peer_path):
         paths.setdefault(name, []).append(Path(path))
     cache = given.cache or Path(caches).expanduser() / "gptq-packager"
-    return Places(pythons=pythons, paths=paths, cache=cache)
+    return EnginePaths(pythons=pythons, paths=paths, cache=cache)
 
 
 def _pairs(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[tuple[str, str]]:

@@ -2,8 +2,9 @@
 
     python benchmarks/publishing.py --size 256MB --rounds 3 --json publishing.json
 
-Both send every byte; `hf upload` is given its repository and branches beforehand, ours makes them, reads every branch
-back and compares it. The Hub is the tests' double, on this machine: the figures compare two clients, no networks.
+Both send every byte. `hf upload` gets its repository and branches beforehand; ours creates them, reads every branch
+back and compares it. The Hub is the tests' loopback server on this machine: the figures compare two clients, no
+networks.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from packager.system.files import write_atomic
 
 ROOT = Path(__file__).parents[1]
 BRANCHES = ("main", "gptq-4bit-32g-actorder_True", "gptq-4bit-64g-actorder_True", "gptq-4bit-128g-actorder_True")
-PLACES = ("first", "second")
+ORDER = ("first", "second")
 TOKEN = "hf_writes_0123456789"  # noqa: S105 - the loopback Hub's
 OURS = """
 import sys, time
@@ -66,7 +67,7 @@ def main() -> int:
     total = given.size * len(BRANCHES)
     found = {name: [each[name] for each in results if name in each] for name in sorted({*results[0], *results[-1]})}
     medians = {name: statistics.median(seconds) for name, seconds in found.items()}
-    ratio = statistics.geometric_mean(medians[f"hf upload, {place}"] / medians[f"ours, {place}"] for place in PLACES)
+    ratio = statistics.geometric_mean(medians[f"hf upload, {order}"] / medians[f"ours, {order}"] for order in ORDER)
     table = Table(title=f"Four branches of {given.size / 1e6:.0f} MB, {given.rounds} rounds")
     for heading in ("", "seconds", "MB/s"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -100,13 +101,13 @@ def make(folder: Path, size: int) -> None:
 
 
 def measure(folder: Path, environ: dict[str, str], number: int) -> dict[str, float]:
-    """Publish to a repository of each client's own; who comes second finds a busier disk, so the order changes."""
+    """Publish to one repository per client; the second client finds a busier disk, so the order alternates."""
     seconds: dict[str, float] = {}
     clients = [("hf upload", bare, "Bare"), ("ours", ours, "Ours")]
     ordered = clients if number % 2 else clients[::-1]
-    for place, (name, client, prefix) in zip(PLACES, ordered, strict=True):
+    for order, (name, client, prefix) in zip(ORDER, ordered, strict=True):
         os.sync()
-        seconds[f"{name}, {place}"] = client(folder, environ, f"somebody/{prefix}-{number}")
+        seconds[f"{name}, {order}"] = client(folder, environ, f"somebody/{prefix}-{number}")
     seconds["ours, nothing to do"] = ours(folder, environ, f"somebody/Ours-{number}")
     for name in ("Bare", "Ours"):
         shutil.rmtree(folder / "hub" / f"somebody/{name}-{number}.git")
@@ -114,7 +115,7 @@ def measure(folder: Path, environ: dict[str, str], number: int) -> dict[str, flo
 
 
 def bare(folder: Path, environ: dict[str, str], repository: str) -> float:
-    """Upload each folder to its branch with the Hub's own command."""
+    """Upload each folder to its branch with `hf upload`; return the seconds of the uploads."""
     hf = str(Path(sys.executable).with_name("hf"))
     run([hf, "repos", "create", repository], environ)
     for branch in BRANCHES[1:]:
@@ -126,7 +127,7 @@ def bare(folder: Path, environ: dict[str, str], repository: str) -> float:
 
 
 def ours(folder: Path, environ: dict[str, str], repository: str) -> float:
-    """Publish all folders with ours."""
+    """Publish all folders with packager; return the seconds."""
     return run([sys.executable, "-c", OURS, str(folder / "branches"), repository], environ)
 
 
@@ -141,7 +142,7 @@ def run(command: Sequence[str], environ: dict[str, str]) -> float:
 
 @contextmanager
 def loopback(folder: Path) -> Iterator[dict[str, str]]:
-    """Start the Hub; give the environment in which clients find it."""
+    """Start the loopback Hub; yield the environment by which clients find it."""
     command = [sys.executable, "-m", "tests.loopback_hub", "--root", str(folder / "hub"), "--token", TOKEN]
     server = subprocess.Popen([*command, "--user", "somebody"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:

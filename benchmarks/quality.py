@@ -1,10 +1,10 @@
-"""Compare what engines make of the demo model: the same rows, parameters and checkpoint format, several seeds.
+"""Compare the quality of engines on the demo model: the same rows, parameters and checkpoint format, several seeds.
 
     python benchmarks/quality.py --json quality.json
 
-Each engine quantizes the model into each permutation, calibrated on rows that are drawn anew for every seed. The judge
-is our own evaluation, in float32, of the checkpoint each engine saved: KL divergence to the base model in nats per
-token, perplexity and top-1 agreement on held-out text. benchmarks/README.md says more.
+Each engine quantizes the model into each permutation, calibrated on other rows for every seed. Our own evaluation
+measures each saved checkpoint in float32: KL divergence to the base model in nats per token, perplexity and top-1
+agreement on held-out text. See benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from processes import Engine, Outcome, Places, add_place_arguments, device_of, peers_of, places_of, run_jobs
+from processes import Engine, EnginePaths, Outcome, add_path_arguments, device_of, engine_paths, peers_of, run_jobs
 from quality_table import Measurement, figures_table, kl_table
 from rich.console import Console
 
@@ -40,14 +40,14 @@ OURS = ("plain:scale_search=false", "search:scale_search=true")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the command line asked for."""
+    """The options of the command line."""
 
     recipe: Path
     seeds: tuple[int, ...]
     permutations: tuple[tuple[int, bool], ...]
     ours: dict[str, dict[str, Any]]
     peers: tuple[Engine, ...]
-    places: Places
+    paths: EnginePaths
     device: str
     rows: int | None
     seq_len: int | None
@@ -100,13 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def name_of(permutation: tuple[int, bool]) -> str:
-    """Return what the table calls a permutation."""
+    """Return a permutation's name in the table."""
     group_size, desc_act = permutation
     return f"4-bit {group_size}g{' desc_act' if desc_act else ''}"
 
 
 def _build(settings: Settings, seed: int, terminal: Terminal) -> Build:
-    """Make all of our variants for one seed, and leave the calibration rows where the peers find them."""
+    """Build all of our variants for one seed, and save the calibration rows for the peers."""
     recipe = RecipeFile.load(settings.recipe).recipe.model_dump(mode="json", exclude_none=True)
     recipe["repository"]["id"] = f"benchmark/quality-seed-{seed}"
     recipe["calibration"]["seed"] = seed
@@ -158,7 +158,7 @@ def _ours(settings: Settings, builds: dict[int, Build]) -> Iterator[Job]:
 
 
 def _peers(settings: Settings, builds: dict[int, Build]) -> Iterator[Job]:
-    """Let each peer quantize everything in one process, and yield what it saved."""
+    """Run each peer in one process for everything, and yield the checkpoints it saved."""
     made = [(seed, permutation) for seed in settings.seeds for permutation in settings.permutations]
     for engine in settings.peers:
         folders = [
@@ -180,13 +180,13 @@ def _peers(settings: Settings, builds: dict[int, Build]) -> Iterator[Job]:
             }
             for (seed, (group_size, desc_act)), folder in zip(made, folders, strict=True)
         ]
-        outcomes = run_jobs(engine, jobs, settings.places, settings.work / "jobs", timeout_s=settings.timeout_s)
+        outcomes = run_jobs(engine, jobs, settings.paths, settings.work / "jobs", timeout_s=settings.timeout_s)
         for (seed, permutation), folder, outcome in zip(made, folders, outcomes, strict=True):
             yield engine.title, seed, permutation, outcome, folder
 
 
 def _measured(checkpoint: Path, build: Build) -> Measured:
-    """Run a checkpoint; what its own config.json says is not looked at, only its tensors."""
+    """Run a checkpoint's tensors in the base model; its own config.json is ignored."""
     read = checkpoint_reader(checkpoint, 4)
     return measure(build.source.folder, read, build.texts, device=build.device, dtype=torch.float32)
 
@@ -206,12 +206,12 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     )  # fmt: skip
     add("--rows", type=int, help="calibration rows (default: the recipe's)")
     add("--seq-len", type=int, help="tokens per row (default: the recipe's)")
-    add("--batch-size", type=int, default=8, help="rows that travel together in the peers (default 8)")
+    add("--batch-size", type=int, default=8, help="rows per batch in the peers (default 8)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--work", type=Path, default=Path("build/quality"), help="emptied first (default build/quality)")
     add("--timeout", type=float, default=3600.0, help="seconds a peer may take for one model (default 3600)")
-    add("--json", type=Path, help="write everything that was measured here")
-    add_place_arguments(parser, peers="autogptq,gptqmodel")
+    add("--json", type=Path, help="write all measurements here")
+    add_path_arguments(parser, peers="autogptq,gptqmodel")
     given = parser.parse_args(arguments)
     return Settings(
         recipe=given.recipe,
@@ -219,7 +219,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         permutations=tuple((int(name.rstrip("d")), name.endswith("d")) for name in given.permutations.split(",")),
         ours=dict(_own(parser, text) for text in given.ours or OURS),
         peers=peers_of(parser, given.peers),
-        places=places_of(parser, given),
+        paths=engine_paths(parser, given),
         device=device_of(given.device),
         rows=given.rows,
         seq_len=given.seq_len,
@@ -231,7 +231,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
 
 
 def _own(parser: argparse.ArgumentParser, text: str) -> tuple[str, dict[str, Any]]:
-    """Return a setting's name and what it says of a variant: "search:scale_search=true"."""
+    """Return the name and the variant's keys of a setting such as "search:scale_search=true"."""
     name, _, rest = text.partition(":")
     pairs = [pair.partition("=") for pair in rest.split(",") if pair]
     try:

@@ -1,4 +1,4 @@
-"""What benchmarks/quality.py prints: each engine's held-out figures, permutation by permutation."""
+"""The tables of quality.py: each engine's held-out figures per permutation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Measurement:
         return self.quality.kl_divergence
 
     def result(self) -> dict[str, Any]:
-        """Return what the JSON file says of it."""
+        """Return the measurement's entry in the JSON file."""
         return {
             "engine": self.engine,
             "permutation": self.permutation,
@@ -39,7 +39,7 @@ class Measurement:
             "status": self.outcome.status,
             "reason": self.outcome.reason,
             "quality": self.quality.model_dump() if self.quality is not None else None,
-            "said": dict(self.outcome.said),
+            "result": dict(self.outcome.result),
         }
 
 

@@ -1,4 +1,4 @@
-"""Quantize one random model with our engine and with those of others: the same layers, rows and machine, in one run.
+"""Quantize one random model with our engine and with others: the same layers, rows and machine, in one run.
 
     python benchmarks/speed.py --layers 4 --peers autogptq,gptqmodel,llmcompressor --json out.json
     python benchmarks/speed.py --full --json full.json
@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make_model import Made, Shape, add_shape_arguments, make, recipe_of
+from make_model import ModelSpec, Shape, add_shape_arguments, make, recipe_of
 from processes import (
     OURS,
     Engine,
+    EnginePaths,
     Outcome,
-    Places,
-    add_place_arguments,
+    add_path_arguments,
     device_of,
+    engine_paths,
     peers_of,
-    places_of,
     run_jobs,
 )
 from rich.console import Console
@@ -42,7 +42,7 @@ from packager.inputs.texts import prepare
 from packager.recipe.file import RecipeFile
 from packager.system.files import write_atomic
 
-# What every engine quantizes first, unmeasured: kernels are compiled and libraries loaded then.
+# Every engine quantizes this model first, unmeasured: that compiles kernels and loads libraries.
 SMALL = Shape(hidden=512, intermediate=1024, heads=4, kv_heads=4, layers=2, vocab=1024)
 FASTEST, DEFAULTS = "fastest", "defaults"
 ONE, FOUR, PLAIN = "recipe-one.yaml", "recipe.yaml", "plain-"
@@ -51,11 +51,11 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the command line asked for."""
+    """The options of the command line."""
 
-    made: Made
+    spec: ModelSpec
     peers: tuple[Engine, ...]
-    places: Places
+    paths: EnginePaths
     device: str
     batch_size: int
     peer_settings: tuple[str, ...]
@@ -71,9 +71,9 @@ class Settings:
     json: Path | None
 
     def plain(self) -> dict[str, Any]:
-        """Return what the JSON file says of the settings: no paths, which mean nothing elsewhere."""
+        """Return the settings for the JSON file, without paths, which mean nothing elsewhere."""
         return {
-            **asdict(self.made),
+            **asdict(self.spec),
             **{name: getattr(self, name) for name in ("device", "batch_size", "desc_act", "full", "gpu_memory_bytes")},
             "scale_search": list(self.searches),
             "from_page_cache": self.from_page_cache,
@@ -84,24 +84,24 @@ class Settings:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 if an engine failed."""
     settings = parse(arguments)
-    talk = Console(stderr=True, highlight=False, soft_wrap=True)
+    progress = Console(stderr=True, highlight=False, soft_wrap=True)
     model = settings.work / "model"
-    _make(settings.made, model, settings, talk)
+    _make(settings.spec, model, settings, progress)
     small = settings.work / "small" if settings.warm_up else None
     if small is not None:
-        _make(replace(settings.made, shape=SMALL, rows=8, seq_len=128), small, settings, talk)
+        _make(replace(settings.spec, shape=SMALL, rows=8, seq_len=128), small, settings, progress)
     rows: list[Row] = []
     for row in _run_all(settings, model, small):
         rows.append(row)
-        _write_report(settings, rows)  # after each: a run that is stopped keeps what it has
+        _write_report(settings, rows)  # after each row: an interrupted run keeps its results
         what = f"{row.seconds:.1f} s" if row.seconds is not None else f"{row.outcome.status}: {row.outcome.reason}"
-        talk.print(f"{row.title}: {what}", markup=False)
-    # A log has no width: the table is as wide as what it shows.
+        progress.print(f"{row.title}: {what}", markup=False)
+    # A log has no width: print the table at full width.
     console = Console(width=None if sys.stdout.isatty() else 220)
     console.print(speed_table(rows))
     for row in rows:
         if row.variants == 4 and row.seconds is not None:
-            console.print(stages_table(row.outcome.said))
+            console.print(stages_table(row.outcome.result))
     return int(any(row.outcome.status == "failed" for row in rows))
 
 
@@ -117,7 +117,7 @@ def _write_report(settings: Settings, rows: Sequence[Row]) -> None:
 
 
 def _run_all(settings: Settings, model: Path, small: Path | None) -> Iterator[Row]:
-    layers = settings.made.shape.layers
+    layers = settings.spec.shape.layers
     for search in settings.searches:
         for recipe, variants in ((ONE, 1), (FOUR, 4)):
             if settings.full and recipe == ONE:
@@ -137,7 +137,7 @@ def _run_all(settings: Settings, model: Path, small: Path | None) -> Iterator[Ro
 
 
 def _run_ours(settings: Settings, recipe: str, model: Path, small: Path | None) -> Outcome:
-    """Run our engine; what it leaves is deleted, but for the checkpoints of a full run."""
+    """Run our engine; its files are deleted afterwards, except the checkpoints of a full run."""
     shutil.rmtree(settings.dist, ignore_errors=True)
     jobs = [
         {
@@ -150,15 +150,15 @@ def _run_ours(settings: Settings, recipe: str, model: Path, small: Path | None) 
         if folder is not None
     ]
     if not settings.from_page_cache:
-        _forget(model / "model")
-    outcome = run_jobs(OURS, jobs, settings.places, settings.work / "jobs", timeout_s=settings.timeout_s)[-1]
+        _drop_page_cache(model / "model")
+    outcome = run_jobs(OURS, jobs, settings.paths, settings.work / "jobs", timeout_s=settings.timeout_s)[-1]
     if not settings.full:
         shutil.rmtree(settings.dist, ignore_errors=True)
     return outcome
 
 
 def _run_peer(settings: Settings, engine: Engine, model: Path, small: Path | None) -> list[Outcome]:
-    """Run a peer in one process; returns what came of each of its settings."""
+    """Run a peer in one process; return one outcome per setting."""
     kinds = settings.peer_settings
     warm_up = [] if small is None else [(small, kinds[0])]
     jobs = [
@@ -177,23 +177,23 @@ def _run_peer(settings: Settings, engine: Engine, model: Path, small: Path | Non
         }
         for folder, kind in [*warm_up, *((model, kind) for kind in kinds)]
     ]
-    outcomes = run_jobs(engine, jobs, settings.places, settings.work / "jobs", timeout_s=settings.timeout_s)
+    outcomes = run_jobs(engine, jobs, settings.paths, settings.work / "jobs", timeout_s=settings.timeout_s)
     return outcomes[len(warm_up) :]
 
 
-def _make(made: Made, folder: Path, settings: Settings, talk: Console) -> None:
-    """Make a model, on a GPU in a process of its own, which leaves nothing there, and what the engines are given."""
-    if made.on_gpu:
-        options = {**asdict(made.shape), "rows": made.rows, "seq_len": made.seq_len, "seed": made.seed}
-        options |= {"shard_bytes": made.shard_bytes, "device": "cuda"}
+def _make(spec: ModelSpec, folder: Path, settings: Settings, console: Console) -> None:
+    """Make a model and the engines' inputs; on a GPU in a process of its own, so that no GPU memory stays allocated."""
+    if spec.on_gpu:
+        options = {**asdict(spec.shape), "rows": spec.rows, "seq_len": spec.seq_len, "seed": spec.seed}
+        options |= {"shard_bytes": spec.shard_bytes, "device": "cuda"}
         command = [sys.executable, str(Path(__file__).parent / "make_model.py"), str(folder)]
         command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        environ = settings.places.environ(OURS, os.environ)
+        environ = settings.paths.environ(OURS, os.environ)
         done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
-        talk.print(done.stdout.strip(), markup=False)
+        console.print(done.stdout.strip(), markup=False)
     else:
-        talk.print(f"{folder}: made in {make(folder, made):.1f} s", markup=False)
-    four = recipe_of(made)
+        console.print(f"{folder}: made in {make(folder, spec):.1f} s", markup=False)
+    four = recipe_of(spec)
     one = {**four, "variants": [{"branch": "main", "group_size": 128, "desc_act": settings.desc_act}]}
     write_atomic(folder / ONE, json.dumps(one, indent=2).encode())
     for name, recipe in ((ONE, one), (FOUR, four)):
@@ -205,8 +205,8 @@ def _make(made: Made, folder: Path, settings: Settings, talk: Console) -> None:
         np.save(folder / "rows.npy", prepare(recipe_file, source).calibration.ids.numpy())
 
 
-def _forget(folder: Path) -> None:
-    """Have the weights read from disk again, not from the page cache, where the system has such a call."""
+def _drop_page_cache(folder: Path) -> None:
+    """Drop the weights from the page cache, where the system has such a call, so that they are read from disk again."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in folder.glob("*.safetensors"):
@@ -215,7 +215,7 @@ def _forget(folder: Path) -> None:
 
 
 def _machine(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
-    found = [str(row.outcome.said["device_name"]) for row in rows if "device_name" in row.outcome.said]
+    found = [str(row.outcome.result["device_name"]) for row in rows if "device_name" in row.outcome.result]
     return {
         "device": found[0] if found else "unknown",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -226,7 +226,7 @@ def _machine(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _file_system(folder: Path) -> str:
-    """Return the type of the file system that a folder is on: tmpfs is memory, whatever a path looks like."""
+    """Return the type of a folder's file system; tmpfs is memory."""
     mounts = Path("/proc/self/mounts")
     if not mounts.exists():
         return "unknown"
@@ -250,33 +250,33 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     add("--desc-act", action="store_true", help="the one permutation that all engines make is with desc_act")
     add("--plain", action="store_true", help="ours once more without scale_search, which the peers do not have")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--batch-size", type=int, default=8, help="rows that travel together in the peers (default 8)")
+    add("--batch-size", type=int, default=8, help="rows per batch in the peers (default 8)")
     add(
         "--peer-settings",
         type=_kinds,
         default=_kinds("fastest,defaults"),
         metavar="LIST",
-        help="with what settings each peer runs (default fastest,defaults)",
+        help="the settings each peer runs with (default fastest,defaults)",
     )
-    add("--gpu-memory", type=_bytes, metavar="SIZE", help="what our engine may take of the GPU, such as 24GB")
+    add("--gpu-memory", type=_bytes, metavar="SIZE", help="the GPU memory our engine may use, such as 24GB")
     add("--from-page-cache", action="store_true", help="do not make our engine read the weights from disk again")
-    add("--no-warm-up", action="store_true", help="measure the first thing that a process quantizes")
+    add("--no-warm-up", action="store_true", help="do not quantize a small model first")
     add("--work", type=Path, default=Path("build/benchmark"), help="where the model is made (default build/benchmark)")
     add("--dist", type=Path, help="where checkpoints are made (default: dist in the work folder)")
     add("--timeout", type=float, default=3600.0, help="seconds an engine may take for one model (default 3600)")
-    add("--json", type=Path, help="write everything that was measured here")
-    add_place_arguments(parser, peers="autogptq,gptqmodel,llmcompressor")
+    add("--json", type=Path, help="write all measurements here")
+    add_path_arguments(parser, peers="autogptq,gptqmodel,llmcompressor")
     given = parser.parse_args(arguments)
     layers = given.layers if given.layers is not None else (40 if given.full else 4)
     shape = Shape(**{field.name: getattr(given, field.name) for field in fields(Shape) if field.name != "layers"})
     device = device_of(given.device)
     return Settings(
-        made=Made(
+        spec=ModelSpec(
             shape=replace(shape, layers=layers), rows=given.rows, seq_len=given.seq_len, seed=given.seed,
             shard_bytes=5_000_000_000, on_gpu=device == "cuda",
         ),
         peers=() if given.full else peers_of(parser, given.peers),
-        places=places_of(parser, given),
+        paths=engine_paths(parser, given),
         device=device,
         batch_size=given.batch_size,
         peer_settings=given.peer_settings,

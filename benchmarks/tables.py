@@ -1,4 +1,4 @@
-"""What the benchmarks print: one line per engine, with ratios and peaks."""
+"""The tables of speed.py: one line per engine, with ratios and peaks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Row:
         variants: permutations made in the run.
         layers: of the model.
         ours: whether the engine is ours.
-        outcome: what the engine's process said.
+        outcome: of the engine's process.
     """
 
     title: str
@@ -32,10 +32,10 @@ class Row:
 
     @property
     def seconds(self) -> float | None:
-        """Wall time of the timed call, less packing where it is known apart: the figure that is kindest to a peer."""
+        """Wall time of the timed call, without packing where that is known separately: the best figure for a peer."""
         if self.outcome.status != "ok":
             return None
-        return float(self.outcome.said["seconds"]) - float(self.outcome.said.get("packing_s") or 0.0)
+        return float(self.outcome.result["seconds"]) - float(self.outcome.result.get("packing_s") or 0.0)
 
     @property
     def per_layer(self) -> float | None:
@@ -44,14 +44,14 @@ class Row:
 
     @property
     def later_layers(self) -> float | None:
-        """The same between the first layer's mark and the last but one: without what only the first or last needs."""
-        marks = list(self.outcome.said.get("marks", ()))
+        """Seconds per layer and permutation, without the work that only the first or the last layer has."""
+        marks = list(self.outcome.result.get("marks", ()))
         if self.outcome.status != "ok" or self.layers < 3 or len(marks) < self.layers:
             return None
         return float(marks[self.layers - 2] - marks[0]) / (self.layers - 2) / self.variants
 
     def result(self) -> dict[str, Any]:
-        """Return what the JSON file says of the run."""
+        """Return the run's entry in the JSON file."""
         return {
             "engine": self.title,
             "permutations": self.variants,
@@ -61,7 +61,7 @@ class Row:
             "seconds_without_packing": self.seconds,
             "seconds_per_layer_and_permutation": self.per_layer,
             "seconds_per_later_layer_and_permutation": self.later_layers,
-            "said": dict(self.outcome.said),
+            "result": dict(self.outcome.result),
         }
 
 
@@ -76,32 +76,32 @@ def speed_table(rows: Sequence[Row]) -> Table:
         table.add_column(head, justify="right")
     table.add_column("version, or why there is no figure")
     for row in rows:
-        said = row.outcome.said
-        note = _versions(said) if row.seconds is not None else f"{row.outcome.status}: {row.outcome.reason}"
+        result = row.outcome.result
+        note = _versions(result) if row.seconds is not None else f"{row.outcome.status}: {row.outcome.reason}"
         table.add_row(
             row.title,
             str(row.variants),
             seconds(row.seconds),
-            seconds(said.get("packing_s")),
+            seconds(result.get("packing_s")),
             seconds(row.per_layer, digits=2),
             seconds(row.later_layers, digits=2),
             *(_ratio(row.per_layer, each.per_layer) for each in ours),
-            gigabytes(said.get("gpu_allocated_bytes")),
-            gigabytes(said.get("gpu_reserved_bytes")),
-            gigabytes(said.get("host_bytes")) if row.seconds is not None else _NOTHING,
+            gigabytes(result.get("gpu_allocated_bytes")),
+            gigabytes(result.get("gpu_reserved_bytes")),
+            gigabytes(result.get("host_bytes")) if row.seconds is not None else _NOTHING,
             note,
         )
     return table
 
 
-def stages_table(said: Mapping[str, Any]) -> Table:
+def stages_table(result: Mapping[str, Any]) -> Table:
     """Return the seconds of each stage of a run of ours."""
     table = Table(title="From the recipe to audited checkpoints")
     table.add_column("stage")
     table.add_column("seconds", justify="right")
-    for name, spent in said["stages"].items():
+    for name, spent in result["stages"].items():
         table.add_row(str(name), seconds(spent))
-    table.add_row("all, disk to disk", seconds(said["disk_to_disk_s"]))
+    table.add_row("all, disk to disk", seconds(result["disk_to_disk_s"]))
     return table
 
 
@@ -119,7 +119,7 @@ def _ratio(value: float | None, ours: float | None) -> str:
     return _NOTHING if value is None or ours is None else f"{value / ours:.2f}"
 
 
-def _versions(said: Mapping[str, Any]) -> str:
-    found: Mapping[str, str] = said["versions"]
+def _versions(result: Mapping[str, Any]) -> str:
+    found: Mapping[str, str] = result["versions"]
     own = [name for name in ("auto-gptq", "gptqmodel", "llmcompressor") if name in found]
     return ", ".join(f"{name} {found[name]}" for name in (*own, "transformers", "torch"))

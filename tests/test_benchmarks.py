@@ -37,7 +37,7 @@ def modules() -> Iterator[Any]:
 def made(modules: Any, **changes: Any) -> Any:
     shape = modules.make_model.Shape(hidden=128, intermediate=256, heads=2, kv_heads=1, layers=2, vocab=1024)
     fields = {"shape": shape, "rows": 6, "seq_len": 32, "seed": 0, "shard_bytes": 300_000, "on_gpu": False}
-    return modules.make_model.Made(**{**fields, **changes})
+    return modules.make_model.ModelSpec(**{**fields, **changes})
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -47,9 +47,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def row(modules: Any, title: str = "ours", *, ours: bool = True, variants: int = 1, **said: Any) -> Any:
-    words = {"versions": {"transformers": "5", "torch": "2"}, "host_bytes": 10**9, **said}
-    outcome = modules.processes.Outcome(status="ok", said=words)
+def row(modules: Any, title: str = "ours", *, ours: bool = True, variants: int = 1, **fields: Any) -> Any:
+    result = {"versions": {"transformers": "5", "torch": "2"}, "host_bytes": 10**9, **fields}
+    outcome = modules.processes.Outcome(status="ok", result=result)
     return modules.tables.Row(title=title, variants=variants, layers=4, ours=ours, outcome=outcome)
 
 
@@ -96,18 +96,18 @@ def test_a_model_that_is_there_is_not_made_again_and_another_is(modules: Any, tm
 
 
 def test_speed_runs_our_engine_and_says_which_peer_is_not_installed(modules: Any, tmp_path: Path, capsys: Any) -> None:
-    places = [f"--work={tmp_path}", f"--cache={tmp_path}", f"--json={tmp_path / 'out.json'}"]
-    status = modules.speed.main([*TINY, *places, "--peers=autogptq"])
-    printed_out, said = capsys.readouterr()
-    assert status == 0, said
+    paths = [f"--work={tmp_path}", f"--cache={tmp_path}", f"--json={tmp_path / 'out.json'}"]
+    status = modules.speed.main([*TINY, *paths, "--peers=autogptq"])
+    printed_out, errors = capsys.readouterr()
+    assert status == 0, errors
     report = json.loads((tmp_path / "out.json").read_text())
     one, four, fastest, defaults = report["results"]
     assert (one["permutations"], four["permutations"], four["layers"]) == (1, 4, 2)
     assert one["status"] == four["status"] == "ok"
-    assert four["said"]["variants"] == list(BRANCHES)
-    assert four["said"]["stages"].keys() >= {"plan", "source", "calibrate", "quantize", "pack and audit"}
-    assert 0 < four["said"]["stages"]["quantize"] < four["said"]["disk_to_disk_s"]
-    assert len(four["said"]["marks"]) == 2
+    assert four["result"]["variants"] == list(BRANCHES)
+    assert four["result"]["stages"].keys() >= {"plan", "source", "calibrate", "quantize", "pack and audit"}
+    assert 0 < four["result"]["stages"]["quantize"] < four["result"]["disk_to_disk_s"]
+    assert len(four["result"]["marks"]) == 2
     assert [peer["engine"] for peer in (fastest, defaults)] == ["AutoGPTQ, fastest", "AutoGPTQ, defaults"]
     for peer in (fastest, defaults):
         assert peer["status"] == "not installed"
@@ -141,8 +141,8 @@ def test_a_killed_process_is_a_failed_outcome(modules: Any, tmp_path: Path) -> N
     script = tmp_path / "dies.py"
     script.write_text("import os\nprint('on my way', flush=True)\nos.kill(os.getpid(), 9)\n")
     engine = modules.processes.Engine(name="dies", title="Dies", script=os.path.relpath(script, BENCHMARKS / "peers"))
-    places = modules.processes.Places(pythons={}, paths={}, cache=tmp_path)
-    (outcome,) = modules.processes.run_jobs(engine, [{}], places, tmp_path / "jobs", timeout_s=60)
+    paths = modules.processes.EnginePaths(pythons={}, paths={}, cache=tmp_path)
+    (outcome,) = modules.processes.run_jobs(engine, [{}], paths, tmp_path / "jobs", timeout_s=60)
     assert outcome.status == "failed"
     assert outcome.reason == "exit status -9: on my way"
 
@@ -151,12 +151,12 @@ def test_a_peer_gets_its_own_paths_first_and_no_secrets(modules: Any, tmp_path: 
     peer = modules.processes.PEERS["gptqmodel"]
     other = Path("/usr/bin/python3")
     environ = {"PYTHONPATH": "/inherited", "HF_TOKEN": "secret", "HOME": "/root"}
-    here = modules.processes.Places(pythons={}, paths={"gptqmodel": [tmp_path]}, cache=tmp_path)
+    here = modules.processes.EnginePaths(pythons={}, paths={"gptqmodel": [tmp_path]}, cache=tmp_path)
     found = here.environ(peer, environ)
     assert found["PYTHONPATH"].split(os.pathsep) == [str(tmp_path), "/inherited"]
     assert "HF_TOKEN" not in found
     assert found["HF_HUB_OFFLINE"] == "1"
-    elsewhere = modules.processes.Places(pythons={"gptqmodel": other}, paths={}, cache=tmp_path)
+    elsewhere = modules.processes.EnginePaths(pythons={"gptqmodel": other}, paths={}, cache=tmp_path)
     assert elsewhere.python(peer) == other
     assert "PYTHONPATH" not in elsewhere.environ(peer, environ)
 
@@ -197,9 +197,9 @@ def test_quality_measures_what_every_engine_saved(modules: Any, tmp_path: Path) 
     (tmp_path / "recipes").mkdir()
     recipe = tiny_recipe.write_all(tmp_path / "recipes")
     options = ["--seeds=0,1", "--permutations=32,16d", "--device=cpu", "--peers=autogptq", f"--cache={tmp_path}"]
-    places = [f"--recipe={recipe}", f"--work={tmp_path / 'work'}", f"--json={tmp_path / 'out.json'}"]
+    paths = [f"--recipe={recipe}", f"--work={tmp_path / 'work'}", f"--json={tmp_path / 'out.json'}"]
     assert (
-        modules.quality.main([*options, *places, "--ours=plain:scale_search=false", "--ours=search:scale_search=true"])
+        modules.quality.main([*options, *paths, "--ours=plain:scale_search=false", "--ours=search:scale_search=true"])
         == 0
     )
     measurements = json.loads((tmp_path / "out.json").read_text())["measurements"]

@@ -51,8 +51,8 @@ def test_losses_and_quality_stand_side_by_side(
     spec = replace(auto_gptq.SPEC, script=bench.folder / "fake.py")
     monkeypatch.setattr(auto_gptq.AutoGptq.__init__, "__defaults__", (spec, 60.0))
     monkeypatch.setattr("packager.quantize.engines.needs_cuda", lambda _: False)
-    places = [f"--work={tmp_path / 'work'}", f"--json={tmp_path / 'out.json'}", f"--cache={tmp_path}"]
-    assert module.main([str(recipe), "--seeds=0,3", "--device=cpu", *places]) == 0
+    paths = [f"--work={tmp_path / 'work'}", f"--json={tmp_path / 'out.json'}", f"--cache={tmp_path}"]
+    assert module.main([str(recipe), "--seeds=0,3", "--device=cpu", *paths]) == 0
     pairs = json.loads((tmp_path / "out.json").read_text())["pairs"]
     assert [(pair["branch"], pair["seed"]) for pair in pairs] == [
         (branch, seed) for seed in (0, 3) for branch in ("main", "gptq-4bit-16g-actorder_False")

@@ -1,7 +1,7 @@
 """AutoGPTQ 0.7.1: one permutation, as its README quantizes.
 
-Timed: `model.quantize(...)`, the weights in host memory already. It packs at the end, on the CPU; the share is reported
-apart. By default rows travel one by one, and stay on the GPU between layers; a layer's weights come there for its turn.
+Timed: `model.quantize(...)`, with the weights in host memory. It packs at the end, on the CPU; that time is reported
+separately. By default a batch is one row, and activations stay on the GPU between layers; weights are moved per layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Layers(logging.Handler):
         self._watch = watch
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Look at one line."""
+        """Mark a layer if the line begins one."""
         if record.getMessage().startswith("Start quantizing layer"):
             self._watch.mark()
 

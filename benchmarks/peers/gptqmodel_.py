@@ -1,7 +1,7 @@
 """GPTQModel 7.7: one permutation.
 
-Timed: `model.quantize(...)`, which packs in threads while the next layer is under way. Its defaults send rows one by
-one and weights to disk layer by layer; its fastest settings do neither. `act_group_aware` keeps its default: on
+Timed: `model.quantize(...)`, which packs in threads while the next layer is solved. By default a batch is one row, and
+weights are moved to disk layer by layer; its fastest settings do neither. `act_group_aware` keeps its default: on
 without desc_act.
 """
 
@@ -16,24 +16,24 @@ from typing import Any
 from peer import Job, Stopwatch, need, rows_of, run, versions
 
 FASTEST = {"offload_to_disk": False}
-# The loader knows how to do without PyPcre, which exists as C source only.
+# The loader's probe replaces PyPcre, which exists as C source only.
 _PROBE = Path(__file__).parents[2] / "packager" / "prove" / "loaders" / "transformers_probe.py"
 
 
 class _Layers:
-    """Receives GPTQModel's word that a layer is done."""
+    """Receives GPTQModel's callback for a finished layer."""
 
     def __init__(self, watch: Stopwatch) -> None:
         self._watch = watch
 
     def layer_complete(self, *, layer_idx: int, submodule_finalized: bool) -> None:  # noqa: ARG002 - its signature
-        """Mark the end of a layer's solving; its packing may still be under way."""
+        """Mark the end of a layer's solving; its packing may still run."""
         if not submodule_finalized:
             self._watch.mark()
 
 
 def configure() -> None:
-    """Set what GPTQModel reads when it is imported: nothing may be fetched, and few cores are enough."""
+    """Set the environment variables that GPTQModel reads at import: offline, and enough workers on few cores."""
     os.environ["GPTQMODEL_OFFLINE"] = "1"
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(4, os.cpu_count() or 1)))
 

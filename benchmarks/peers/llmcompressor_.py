@@ -74,7 +74,7 @@ def quantize(job: Job) -> dict[str, Any]:
 
 
 def _loader(torch: Any, rows: Any, batch_size: int) -> Any:
-    """Return a loader of batches as the pipeline wants them."""
+    """Return a loader of batches in the form that the pipeline expects."""
 
     def collate(part: list[Any]) -> dict[str, Any]:
         ids = torch.stack(part)

@@ -1,7 +1,7 @@
-"""Our engine, through the stages of a real build: from a recipe on disk to checkpoint folders that were audited.
+"""Our engine, through the stages of a real build: from a recipe on disk to audited checkpoint folders.
 
-A job has recipe, dist, device, gpu_memory_bytes (null: all) and result. `seconds` is the stage "quantize" alone:
-weights are read from disk, solved, packed and written to disk in it. `stages` has what the whole way took.
+A job has recipe, dist, device, gpu_memory_bytes (null: all) and result. `seconds` is the stage "quantize" alone: it
+reads weights from disk, solves, packs, and writes to disk. `stages` has the seconds of every stage.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _build(job: Job, terminal: Any) -> Build:
 
 @contextmanager
 def _layers(watch: Stopwatch) -> Iterator[dict[int, float]]:
-    """Note when each block was finished by the last variant: then it goes to its store, while the next one begins."""
+    """Record when the last variant finished each block: then the block is stored while the next one begins."""
     store: Any = need("packager.quantize.block_store").BlockStore
     write, reached = store.write, {}
 

@@ -1,4 +1,4 @@
-"""What the engines' scripts share: they read jobs, time one call each, and write down what it took.
+"""Shared by the engines' scripts: read jobs, time one call each, and write the result.
 
 Run as `python SCRIPT JOB.json ...` in an environment that has the engine. A job is an object:
 
@@ -6,12 +6,12 @@ Run as `python SCRIPT JOB.json ...` in an environment that has the engine. A job
     rows          a .npy file of token ids [num_samples, seq_len]
     bits, group_size, desc_act, sym, damp_percent
     fastest       whether to set what makes the engine faster on a large GPU; false: its defaults
-    batch_size    rows that travel together in its fastest settings
+    batch_size    rows per batch in its fastest settings
     device        "cpu" or "cuda"
-    save_dir      where to save what was made (null: nowhere); never part of the time
+    save_dir      where to save the checkpoint (null: nowhere); never part of the time
     result        the file to write: status "ok", "not installed", "unavailable" or "failed"
 
-Only the standard library is imported before the engine is, which therefore may bring any versions it likes.
+Only the standard library is imported before the engine, so the engine may need any versions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class NotInstalledError(Exception):
 
 
 class UnavailableError(Exception):
-    """The engine is there and does not do this on this machine."""
+    """The engine is installed but cannot run this job on this machine."""
 
 
 def need(name: str) -> Any:
@@ -54,13 +54,13 @@ def need(name: str) -> Any:
 
 
 class Stopwatch:
-    """Time and peak GPU memory of what runs inside `with`.
+    """Time and peak GPU memory of a `with` block.
 
     Attributes:
         started: when it was entered, on time.perf_counter.
         seconds: wall time, the GPU's work finished.
         marks: seconds from the start at which the engine reached the same point of each layer.
-        packing_s: the part spent on packing weights into words, where the engine keeps that apart.
+        packing_s: the seconds of packing weights into words, where the engine packs separately.
     """
 
     def __init__(self, device: str) -> None:
@@ -90,11 +90,11 @@ class Stopwatch:
         self.seconds = time.perf_counter() - self.started
 
     def mark(self) -> None:
-        """Note that the next layer is reached."""
+        """Record that the next layer is reached."""
         self.marks.append(time.perf_counter() - self.started)
 
     def packing(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap the engine's packing so that its time is known apart."""
+        """Wrap the engine's packing so that its time is measured separately."""
 
         def timed(*arguments: Any, **options: Any) -> Any:
             started = time.perf_counter()
@@ -106,7 +106,7 @@ class Stopwatch:
         return timed
 
     def outcome(self) -> dict[str, Any]:
-        """Return what the result file says of time and memory; a peak is that of the fullest GPU."""
+        """Return the result's fields of time and memory; a peak is that of the fullest GPU."""
         cuda = self._torch.cuda
         devices = range(cuda.device_count()) if self._cuda else ()
         return {
@@ -128,7 +128,7 @@ def rows_of(job: Job) -> Any:
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Return the versions of Python and of the packages that are there."""
+    """Return the versions of Python and of the installed packages."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", *names):
         try:
@@ -150,7 +150,7 @@ def run(files: Sequence[str], quantize: Callable[[Job], dict[str, Any]]) -> int:
             result = {"status": "not installed", "reason": str(error)}
         except UnavailableError as error:
             result = {"status": "unavailable", "reason": str(error)}
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - an engine raises what it likes, and the table says what
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - an engine may raise anything; the table shows it
             traceback.print_exc()
             result = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
             status = 1
@@ -162,7 +162,7 @@ def run(files: Sequence[str], quantize: Callable[[Job], dict[str, Any]]) -> int:
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    """Write the result so that its file appears whole or not at all."""
+    """Write the result atomically."""
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
