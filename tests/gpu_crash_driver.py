@@ -1,4 +1,4 @@
-"""Quantize on a GPU in a process that a test may kill: says when it begins, and at the end what it found finished."""
+"""Quantize on a GPU in a process that a test may kill: print a line at the start, and the resumed blocks at the end."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where hidden states live: whatever the place, each batch comes back as it was put, and nobody else's."""
+"""Stored hidden states: for every placement, each batch is returned as it was put."""
 
 import gc
 import itertools

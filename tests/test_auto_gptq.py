@@ -87,7 +87,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def solved(python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, dict[str, Tensor]]:
-    """What AutoGPTQ makes of every case, all in one process."""
+    """AutoGPTQ's results of all cases, made in one process."""
     folder = tmp_path_factory.mktemp("oracle")
     jobs: list[dict[str, Any]] = []
     for case in CASES:

@@ -1,4 +1,4 @@
-"""AutoGPTQ as an engine, without AutoGPTQ: what is handed over, and what is said when it goes wrong.
+"""AutoGPTQ as an engine, without AutoGPTQ: the files that are exchanged, and the errors.
 
 A fake script follows the protocol here; the real one meets the real AutoGPTQ in test_auto_gptq.py.
 """
@@ -34,7 +34,7 @@ def bench(tmp_path, monkeypatch):
 # what the driver does with a script that works
 
 
-def test_blocks_and_losses_arrive_where_our_own_engine_leaves_them(bench):
+def test_blocks_and_losses_are_stored_as_by_our_own_engine(bench):
     made = bench.make()
     assert made.made_with == "AutoGPTQ 0.7.1"
     assert made.versions["torch"] == "9.9"
@@ -114,10 +114,10 @@ def test_an_interrupted_variant_starts_again_at_its_first_block(bench):
     assert [done.block for done in bench.reports if isinstance(done, BlockDone)] == [0, 1, 2]
 
 
-# what is said when it goes wrong
+# errors
 
 
-def test_a_crash_shows_the_last_words_and_no_secret(bench):
+def test_a_crash_shows_the_last_output_and_no_secret(bench):
     error = bench.fails("crashes")
     assert isinstance(error, QuantizeError)
     assert (error.what, error.where) == ("engine auto-gptq did not finish", "main")
@@ -126,7 +126,7 @@ def test_a_crash_shows_the_last_words_and_no_secret(bench):
     assert "the variant starts at its first block" in error.hint
 
 
-def test_a_killed_script_is_told_from_one_that_hangs_and_one_that_stops(bench):
+def test_killed_hanging_and_stopped_scripts_have_different_errors(bench):
     assert bench.fails("is killed").why == signal.Signals(9).name.join(["killed by ", ""])
     assert bench.fails("hangs", silence_s=4.0).why == "it wrote no event for 4 s and was killed"
     assert bench.fails("stops early").why == "it stopped before its last block"
@@ -176,7 +176,7 @@ def test_what_was_not_asked_for_is_not_taken(bench, behaviour, why):
     assert bench.finished == []
 
 
-def test_talk_on_the_wrong_channel_is_shown(bench):
+def test_a_line_that_is_not_an_event_is_shown(bench):
     assert bench.fails("talks").why == "'Packing model...'"
 
 

@@ -1,4 +1,4 @@
-"""One block: hasty on a GPU and checked when that failed; what fails says where and leaves the states alone."""
+"""One block: unchecked on a GPU, checked when that failed; an error names linears and leaves the states alone."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ WAYS = pytest.mark.parametrize(
 
 
 @dataclass
-class Scene:
+class BlockCase:
     """The second block of a tiny model, which may be quantized several times."""
 
     folder: Path
@@ -78,14 +78,14 @@ class Scene:
 
 
 def suspended_batches() -> int:
-    """How many batches wait inside some block; those of a thread that another test let die are never freed."""
+    """Return how many batches are suspended inside a block; those of threads that died in other tests are never freed."""
     gc.collect()
     return sum(type(found) is greenlet and bool(found) and found is not getcurrent() for found in gc.get_objects())
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Let the first attempt at each block be as on a GPU; returns whether each attempt was checked."""
+def attempts_checked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Run the first attempt at each block unchecked, as on a GPU; return whether each attempt was checked."""
     attempts: list[bool] = []
 
     class Attempt(block_module._BlockSolver):
@@ -98,110 +98,110 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @WAYS
-def test_a_block_that_failed_is_made_again_with_care(tmp_path, hasty, true_sequential, suspended):
-    scene = Scene(tmp_path)
+def test_a_block_that_failed_is_quantized_again_with_checks(tmp_path, attempts_checked, true_sequential, suspended):
+    case = BlockCase(tmp_path)
     v = variant(true_sequential=true_sequential, group_size=16, **SINGULAR)
-    made = scene.quantize(v, suspended=suspended)
-    assert (hasty, scene.loads, scene.left) == ([False, True], 2, 1)
+    made = case.quantize(v, suspended=suspended)
+    assert (attempts_checked, case.loads, case.left) == ([False, True], 2, 1)
     assert all(v.damp_percent < record.damp_percent <= v.damp_percent_limit for record in made.records)
     # Nothing of the first attempt was reported, and what was is what is returned.
-    assert tuple(record for group in scene.reported for record in group) == made.records
-    assert [len(group) for group in scene.reported] == [3, 1, 2, 1]
-    outputs = scene.outputs()
-    hasty.append(True)  # checked from the start
-    again = scene.quantize(v, suspended=suspended)
-    assert (hasty[3:], scene.loads) == ([True], 1)
+    assert tuple(record for group in case.reported for record in group) == made.records
+    assert [len(group) for group in case.reported] == [3, 1, 2, 1]
+    outputs = case.outputs()
+    attempts_checked.append(True)  # checked from the start
+    again = case.quantize(v, suspended=suspended)
+    assert (attempts_checked[3:], case.loads) == ([True], 1)
     assert again.records == made.records
     assert again.tensors.keys() == made.tensors.keys()
     assert all(torch.equal(again.tensors[name], made.tensors[name]) for name in made.tensors)
-    assert scene.outputs_are(outputs)
-    assert not scene.outputs_are(scene.inputs)
+    assert case.outputs_are(outputs)
+    assert not case.outputs_are(case.inputs)
 
 
 @WAYS
-def test_haste_and_care_make_the_same_bytes(tmp_path, hasty, true_sequential, suspended):
-    scene = Scene(tmp_path, ids=token_rows(9, 32).ids)
+def test_unchecked_and_checked_attempts_make_the_same_bytes(tmp_path, attempts_checked, true_sequential, suspended):
+    case = BlockCase(tmp_path, ids=token_rows(9, 32).ids)
     v = variant(true_sequential=true_sequential, group_size=16)
-    made, outputs = scene.quantize(v, suspended=suspended), scene.outputs()
+    made, outputs = case.quantize(v, suspended=suspended), case.outputs()
     assert [record.damp_percent for record in made.records] == [0.01] * 7
-    again = scene.quantize(v, suspended=suspended)
-    assert hasty == [False, True]
+    again = case.quantize(v, suspended=suspended)
+    assert attempts_checked == [False, True]
     assert again.records == made.records
     assert all(torch.equal(again.tensors[name], made.tensors[name]) for name in made.tensors)
-    assert scene.outputs_are(outputs)
+    assert case.outputs_are(outputs)
 
 
 @pytest.mark.parametrize("checked", [False, True])
 @WAYS
-def test_a_hessian_beyond_the_limit_names_its_linears(tmp_path, hasty, true_sequential, suspended, checked):
-    scene = Scene(tmp_path)
-    hasty += [True] * checked
+def test_a_hessian_beyond_the_limit_names_its_linears(tmp_path, attempts_checked, true_sequential, suspended, checked):
+    case = BlockCase(tmp_path)
+    attempts_checked += [True] * checked
     v = variant(branch="mine", true_sequential=true_sequential, damp_percent=1e-9, damp_percent_limit=2e-9)
     with pytest.raises(QuantizeError, match="cannot be factored") as caught:
-        scene.quantize(v, suspended=suspended)
+        case.quantize(v, suspended=suspended)
     names = ", ".join(f"model.layers.1.self_attn.{name}_proj" for name in "qkv")
     assert caught.value.where == f"mine, {names}"
-    assert scene.outputs_are(scene.inputs)
-    assert (scene.reported, scene.left) == ([], 0)
+    assert case.outputs_are(case.inputs)
+    assert (case.reported, case.left) == ([], 0)
 
 
 @WAYS
-def test_a_scale_beyond_float16_names_its_linear(tmp_path, hasty, true_sequential, suspended):
+def test_a_scale_beyond_float16_names_its_linear(tmp_path, attempts_checked, true_sequential, suspended):
     def enlarge(weights: dict[str, Tensor]) -> None:
         weights["self_attn.o_proj.weight"] *= 1e8
 
-    scene = Scene(tmp_path, ids=token_rows(9, 32).ids, change=enlarge)
+    case = BlockCase(tmp_path, ids=token_rows(9, 32).ids, change=enlarge)
     with pytest.raises(QuantizeError, match="a scale does not fit float16") as caught:
-        scene.quantize(variant(true_sequential=true_sequential), suspended=suspended)
+        case.quantize(variant(true_sequential=true_sequential), suspended=suspended)
     assert caught.value.where == "main, model.layers.1.self_attn.o_proj"
-    assert hasty == [False, True]
-    assert scene.outputs_are(scene.inputs)
-    assert [len(group) for group in scene.reported] == [3]
+    assert attempts_checked == [False, True]
+    assert case.outputs_are(case.inputs)
+    assert [len(group) for group in case.reported] == [3]
 
 
 @WAYS
-def test_activations_that_overflow_name_the_linear_they_reach(tmp_path, hasty, true_sequential, suspended):
+def test_activations_that_overflow_name_the_linear_they_reach(tmp_path, attempts_checked, true_sequential, suspended):
     def overflow(weights: dict[str, Tensor]) -> None:
         weights["mlp.up_proj.weight"][:] = 1e38
 
-    scene = Scene(tmp_path, ids=token_rows(9, 32).ids, change=overflow)
+    case = BlockCase(tmp_path, ids=token_rows(9, 32).ids, change=overflow)
     with pytest.raises(QuantizeError, match=r"NaN or Inf|a scale does not fit") as caught:
-        scene.quantize(variant(true_sequential=true_sequential), suspended=suspended)
+        case.quantize(variant(true_sequential=true_sequential), suspended=suspended)
     assert "model.layers.1.mlp." in caught.value.where
-    assert scene.outputs_are(scene.inputs)
+    assert case.outputs_are(case.inputs)
 
 
 def test_what_has_no_name_yet_is_the_block_s(tmp_path, monkeypatch):
-    scene = Scene(tmp_path)
+    case = BlockCase(tmp_path)
 
     def fail(*_args: object, **_rest: object) -> None:
         raise QuantizeError("the block reached its linears in another order")
 
     monkeypatch.setattr(block_module, "sweep_sequential", fail)
     with pytest.raises(QuantizeError) as caught:
-        scene.quantize(variant())
+        case.quantize(variant())
     assert caught.value.where == "main, model.layers.1"
 
 
 @WAYS
-def test_the_last_block_s_outputs_are_nobody_s(tmp_path, true_sequential, suspended):
-    scene, before = Scene(tmp_path, ids=token_rows(9, 32).ids), suspended_batches()
-    made = scene.quantize(variant(true_sequential=true_sequential), suspended=suspended, last=True)
+def test_the_last_block_s_outputs_are_not_computed(tmp_path, true_sequential, suspended):
+    case, before = BlockCase(tmp_path, ids=token_rows(9, 32).ids), suspended_batches()
+    made = case.quantize(variant(true_sequential=true_sequential), suspended=suspended, last=True)
     assert len(made.records) == 7
-    assert scene.outputs_are(scene.inputs)
+    assert case.outputs_are(case.inputs)
     assert suspended_batches() <= before
 
 
-def test_the_first_attempt_holds_nothing_while_the_second_runs(tmp_path, hasty):
-    """Its batches wait inside the block with their activations: there is no memory for them twice."""
-    scene, waiting, load, before = Scene(tmp_path), [], Scene.load, suspended_batches()
+def test_the_first_attempt_holds_nothing_while_the_second_runs(tmp_path, attempts_checked):
+    """Suspended batches hold their activations: there is no memory for those of two attempts."""
+    case, waiting, load, before = BlockCase(tmp_path), [], BlockCase.load, suspended_batches()
 
     def counted() -> nn.Module:
         waiting.append(suspended_batches() - before)
-        return load(scene)
+        return load(case)
 
-    scene.load = counted  # type: ignore[method-assign]
-    scene.quantize(variant(**SINGULAR))
-    assert hasty == [False, True]
+    case.load = counted  # type: ignore[method-assign]
+    case.quantize(variant(**SINGULAR))
+    assert attempts_checked == [False, True]
     assert len(waiting) == 2
     assert max(waiting) <= 0

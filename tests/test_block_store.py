@@ -38,8 +38,8 @@ def random_tensors() -> dict[str, Tensor]:
     return {info.name: torch.randint(-9, 9, info.shape, generator=generator).to(DTYPES[info.dtype]) for info in infos}
 
 
-class Scene:
-    """A store, its tensors, and what it said."""
+class StoreCase:
+    """A store, its tensors, and the lines it logged."""
 
     def __init__(self, root: Path, max_shard_bytes: int = 1 << 30) -> None:
         self.root = root
@@ -48,11 +48,11 @@ class Scene:
         self.shards: tuple[Shard, ...] = split_shards(
             checkpoint_tensors(architecture(), variant(group_size=16)), max_shard_bytes, "model"
         )
-        self.said: list[str] = []
+        self.logged: list[str] = []
         self.store = self.open()
 
     def open(self, **changes: str) -> BlockStore:
-        self.store = BlockStore(self.folder, self.shards, {**FINGERPRINT, **changes}, self.said.append)
+        self.store = BlockStore(self.folder, self.shards, {**FINGERPRINT, **changes}, self.logged.append)
         self.store.open()
         return self.store
 
@@ -115,39 +115,39 @@ def records(block: int) -> tuple[LinearRecord, ...]:
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Scene:
-    return Scene(tmp_path)
+def case(tmp_path: Path) -> StoreCase:
+    return StoreCase(tmp_path)
 
 
 @pytest.fixture(params=[1 << 30, 100_000, 40_000], ids=["one file", "two files", "many files"])
-def any_scene(request: pytest.FixtureRequest, tmp_path: Path) -> Scene:
-    return Scene(tmp_path, request.param)
+def any_case(request: pytest.FixtureRequest, tmp_path: Path) -> StoreCase:
+    return StoreCase(tmp_path, request.param)
 
 
-def test_the_files_are_the_reference_s_byte_by_byte(any_scene: Scene) -> None:
-    any_scene.write(2, 0, 1)
-    any_scene.store.complete(any_scene.base())
-    assert any_scene.weights() == any_scene.reference()
+def test_the_files_are_the_reference_s_byte_by_byte(any_case: StoreCase) -> None:
+    any_case.write(2, 0, 1)
+    any_case.store.complete(any_case.base())
+    assert any_case.weights() == any_case.reference()
 
 
-def test_a_later_run_finds_what_an_earlier_one_wrote(any_scene: Scene) -> None:
-    any_scene.write(0, 2)
-    store = any_scene.open()
-    assert any_scene.finished() == [0, 2]
+def test_a_later_run_finds_what_an_earlier_one_wrote(any_case: StoreCase) -> None:
+    any_case.write(0, 2)
+    store = any_case.open()
+    assert any_case.finished() == [0, 2]
     assert store.records(2) == records(2)
     assert store.read(1) is None
     for block in (0, 2):
-        found, expected = store.read(block), any_scene.block(block)
+        found, expected = store.read(block), any_case.block(block)
         assert found is not None
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert all(found[name].dtype == expected[name].dtype for name in expected)
-    assert any_scene.said == []
+    assert any_case.logged == []
 
 
-def test_space_is_taken_before_the_first_block(any_scene: Scene) -> None:
-    for shard in any_scene.shards:
-        stat = (any_scene.store.checkpoint / shard.file_name).stat()
+def test_space_is_taken_before_the_first_block(any_case: StoreCase) -> None:
+    for shard in any_case.shards:
+        stat = (any_case.store.checkpoint / shard.file_name).stat()
         assert stat.st_size == shard.size_bytes <= stat.st_blocks * 512
 
 
@@ -162,28 +162,28 @@ def test_where_space_cannot_be_reserved_it_works_all_the_same(
         monkeypatch.delattr(os, "posix_fallocate")
     else:
         monkeypatch.setattr(os, "posix_fallocate", refuse)
-    scene = Scene(tmp_path)
-    scene.write(*BLOCKS)
-    scene.store.complete(scene.base())
-    assert scene.weights() == scene.reference()
+    case = StoreCase(tmp_path)
+    case.write(*BLOCKS)
+    case.store.complete(case.base())
+    assert case.weights() == case.reference()
 
 
 @pytest.mark.parametrize("kind", ["qweight", "qzeros", "scales", "g_idx", "bias"])
-def test_a_flipped_bit_is_noticed_and_said_and_the_block_made_again(any_scene: Scene, kind: str) -> None:
-    any_scene.write(*BLOCKS)
-    any_scene.flip(f"model.layers.1.self_attn.k_proj.{kind}")
-    store = any_scene.open()
+def test_a_flipped_bit_is_noticed_and_logged_and_the_block_quantized_again(any_case: StoreCase, kind: str) -> None:
+    any_case.write(*BLOCKS)
+    any_case.flip(f"model.layers.1.self_attn.k_proj.{kind}")
+    store = any_case.open()
     assert [store.read(block) is None for block in BLOCKS] == [False, True, False]
-    assert any_scene.said == ["main: block 1 is quantized again: its bytes are not those that were written"]
-    assert any_scene.finished() == [0, 2]
+    assert any_case.logged == ["main: block 1 is quantized again: its bytes are not those that were written"]
+    assert any_case.finished() == [0, 2]
     with pytest.raises(PackError, match="1 of 3 blocks are not quantized"):
-        store.complete(any_scene.base())
-    any_scene.open()
-    assert any_scene.finished() == [0, 2]
-    any_scene.write(1)
-    any_scene.store.complete(any_scene.base())
-    assert any_scene.weights() == any_scene.reference()
-    assert len(any_scene.said) == 1
+        store.complete(any_case.base())
+    any_case.open()
+    assert any_case.finished() == [0, 2]
+    any_case.write(1)
+    any_case.store.complete(any_case.base())
+    assert any_case.weights() == any_case.reference()
+    assert len(any_case.logged) == 1
 
 
 def cut(data: bytes) -> bytes:
@@ -191,38 +191,38 @@ def cut(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [cut, lambda _: b"", lambda _: b"{}", lambda _: b"\xff\xfe", lambda d: d + b"{"])
-def test_a_damaged_journal_costs_its_block_only(scene: Scene, damage: Callable[[bytes], bytes]) -> None:
-    scene.write(*BLOCKS)
-    path = scene.folder / "block-00001.json"
+def test_a_damaged_journal_costs_its_block_only(case: StoreCase, damage: Callable[[bytes], bytes]) -> None:
+    case.write(*BLOCKS)
+    path = case.folder / "block-00001.json"
     path.write_bytes(damage(path.read_bytes()))
-    scene.open()
-    assert scene.finished() == [0, 2]
-    assert scene.said == ["main: block 1 is quantized again: its journal is damaged"]
-    scene.open()
-    assert len(scene.said) == 1
+    case.open()
+    assert case.finished() == [0, 2]
+    assert case.logged == ["main: block 1 is quantized again: its journal is damaged"]
+    case.open()
+    assert len(case.logged) == 1
 
 
-def test_work_of_another_fingerprint_is_thrown_away_with_the_reason(scene: Scene) -> None:
-    scene.write(*BLOCKS)
-    scene.open(calibration="d" * 64, torch="2.13.0")
-    assert scene.finished() == []
-    assert scene.said == [
+def test_work_of_another_fingerprint_is_discarded_with_the_reason(case: StoreCase) -> None:
+    case.write(*BLOCKS)
+    case.open(calibration="d" * 64, torch="2.13.0")
+    assert case.finished() == []
+    assert case.logged == [
         "main: 3 finished blocks are not resumed: calibration differs, torch was 2.11.0 and is 2.13.0"
     ]
-    scene.write(1)
-    scene.open()
-    assert scene.said[1:] == [
+    case.write(1)
+    case.open()
+    assert case.logged[1:] == [
         "main: 1 finished block is not resumed: calibration differs, torch was 2.13.0 and is 2.11.0"
     ]
-    scene.write(0)
-    scene.open(threads="2")
-    assert scene.said[2:] == ["main: 1 finished block is not resumed: threads was nothing and is 2"]
+    case.write(0)
+    case.open(threads="2")
+    assert case.logged[2:] == ["main: 1 finished block is not resumed: threads was nothing and is 2"]
 
 
-def test_a_store_without_finished_blocks_says_nothing(scene: Scene) -> None:
-    scene.open(torch="3")
-    scene.open()
-    assert scene.said == []
+def test_a_store_without_finished_blocks_logs_nothing(case: StoreCase) -> None:
+    case.open(torch="3")
+    case.open()
+    assert case.logged == []
 
 
 def remove(path: Path) -> None:
@@ -245,22 +245,24 @@ def rename_tensor(path: Path) -> None:
         (rename_tensor, "model.safetensors is not the planned file"),
     ],
 )
-def test_weights_files_that_are_not_the_planned_ones(scene: Scene, spoil: Callable[[Path], None], reason: str) -> None:
-    scene.write(*BLOCKS)
-    spoil(scene.store.checkpoint / "model.safetensors")
-    scene.open()
-    assert scene.finished() == []
-    assert scene.said == [f"main: 3 finished blocks are not resumed: {reason}"]
-    scene.write(*BLOCKS)
-    scene.store.complete(scene.base())
-    assert scene.weights() == scene.reference()
+def test_weights_files_that_are_not_the_planned_ones(
+    case: StoreCase, spoil: Callable[[Path], None], reason: str
+) -> None:
+    case.write(*BLOCKS)
+    spoil(case.store.checkpoint / "model.safetensors")
+    case.open()
+    assert case.finished() == []
+    assert case.logged == [f"main: 3 finished blocks are not resumed: {reason}"]
+    case.write(*BLOCKS)
+    case.store.complete(case.base())
+    assert case.weights() == case.reference()
 
 
 def test_files_of_another_plan_do_not_stay(tmp_path: Path) -> None:
-    Scene(tmp_path, 40_000).write(0)
-    scene = Scene(tmp_path)
-    assert [path.name for path in scene.store.checkpoint.iterdir()] == ["model.safetensors"]
-    assert list(scene.folder.iterdir()) == [scene.store.checkpoint]
+    StoreCase(tmp_path, 40_000).write(0)
+    case = StoreCase(tmp_path)
+    assert [path.name for path in case.store.checkpoint.iterdir()] == ["model.safetensors"]
+    assert list(case.folder.iterdir()) == [case.store.checkpoint]
 
 
 def refuse_space(*_: Any) -> None:
@@ -270,61 +272,65 @@ def refuse_space(*_: Any) -> None:
 def test_a_disk_that_is_full_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "posix_fallocate", refuse_space)
     with pytest.raises(MachineError, match="the disk is full") as caught:
-        Scene(tmp_path)
+        StoreCase(tmp_path)
     assert caught.value.where == str(tmp_path / "work" / "main" / "checkpoint")
     assert not (tmp_path / "work" / "main").exists()
 
 
 @pytest.mark.parametrize("function", ["pwrite", "fsync"])
-def test_a_disk_that_fills_up_in_the_middle(any_scene: Scene, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
-    any_scene.write(0, 1)
+def test_a_disk_that_fills_up_in_the_middle(
+    any_case: StoreCase, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    any_case.write(0, 1)
     monkeypatch.setattr(os, function, refuse_space)  # fsync: the journal's
     with pytest.raises(MachineError, match="the disk is full"):
-        any_scene.write(2)
+        any_case.write(2)
     with pytest.raises(PackError):
-        any_scene.store.complete(any_scene.base())
+        any_case.store.complete(any_case.base())
     monkeypatch.undo()
-    any_scene.open()
-    assert any_scene.finished() == [0, 1]
-    assert sorted(path.name for path in any_scene.folder.iterdir()) == [
+    any_case.open()
+    assert any_case.finished() == [0, 1]
+    assert sorted(path.name for path in any_case.folder.iterdir()) == [
         "block-00000.json", "block-00001.json", "checkpoint",
     ]  # fmt: skip
-    any_scene.write(2)
+    any_case.write(2)
     monkeypatch.setattr(os, "pwrite", refuse_space)
     with pytest.raises(MachineError, match="the disk is full"):
-        any_scene.store.complete(any_scene.base())
+        any_case.store.complete(any_case.base())
     monkeypatch.undo()
-    any_scene.open().complete(any_scene.base())
-    assert any_scene.weights() == any_scene.reference()
-    assert any_scene.said == []
+    any_case.open().complete(any_case.base())
+    assert any_case.weights() == any_case.reference()
+    assert any_case.logged == []
 
 
-def test_a_system_call_that_writes_only_a_part(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_call_that_writes_only_a_part(case: StoreCase, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:999], offset))
-    scene.write(*BLOCKS)
-    scene.store.complete(scene.base())
-    assert scene.weights() == scene.reference()
+    case.write(*BLOCKS)
+    case.store.complete(case.base())
+    assert case.weights() == case.reference()
 
 
 @pytest.mark.parametrize("after", ["some bytes", "all bytes"])
-def test_a_block_without_a_journal_is_not_finished(scene: Scene, monkeypatch: pytest.MonkeyPatch, after: str) -> None:
+def test_a_block_without_a_journal_is_not_finished(
+    case: StoreCase, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    scene.write(0)
+    case.write(0)
     if after == "all bytes":
         monkeypatch.setattr(block_store_module, "write_atomic", die)
     else:
         pwrite, calls = os.pwrite, iter(range(5))
         monkeypatch.setattr(os, "pwrite", lambda *rest: pwrite(*rest) if next(calls, None) is not None else die())
     with pytest.raises(KeyboardInterrupt):
-        scene.write(1)
+        case.write(1)
     monkeypatch.undo()
-    assert scene.finished() == [0]
-    scene.open()
-    assert scene.finished() == [0]
-    assert scene.said == []
+    assert case.finished() == [0]
+    case.open()
+    assert case.finished() == [0]
+    assert case.logged == []
 
 
 def spoiled(block: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -336,31 +342,31 @@ def spoiled(block: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]
     yield "model.layers.1.input_layernorm.weight", {**block, "model.layers.1.input_layernorm.weight": block[name]}
 
 
-def test_tensors_that_are_not_the_planned_ones_are_refused(scene: Scene) -> None:
-    before = scene.weights()
-    for name, tensors in spoiled(scene.block(1)):
+def test_tensors_that_are_not_the_planned_ones_are_refused(case: StoreCase) -> None:
+    before = case.weights()
+    for name, tensors in spoiled(case.block(1)):
         with pytest.raises(PackError, match="a block does not have the planned tensors") as caught:
-            scene.store.write(1, tensors, records(1))
+            case.store.write(1, tensors, records(1))
         assert name in caught.value.why
         assert caught.value.where == "main, model.layers.1"
-    assert scene.weights() == before
-    assert scene.finished() == []
+    assert case.weights() == before
+    assert case.finished() == []
 
 
-def test_tensors_need_not_be_contiguous(scene: Scene) -> None:
-    scene.store.write(0, {name: tensor.t().contiguous().t() for name, tensor in scene.block(0).items()}, records(0))
-    found = scene.store.read(0)
+def test_tensors_need_not_be_contiguous(case: StoreCase) -> None:
+    case.store.write(0, {name: tensor.t().contiguous().t() for name, tensor in case.block(0).items()}, records(0))
+    found = case.store.read(0)
     assert found is not None
-    assert all(torch.equal(found[name], tensor) for name, tensor in scene.block(0).items())
+    assert all(torch.equal(found[name], tensor) for name, tensor in case.block(0).items())
 
 
-def test_a_base_model_without_a_tensor_cannot_complete(scene: Scene) -> None:
-    scene.write(*BLOCKS)
-    base = scene.base()
+def test_a_base_model_without_a_tensor_cannot_complete(case: StoreCase) -> None:
+    case.write(*BLOCKS)
+    base = case.base()
     with pytest.raises(PackError, match=r"model\.norm\.weight is not in the base model as planned"):
-        scene.store.complete({name: tensor for name, tensor in base.items() if name != "model.norm.weight"})
+        case.store.complete({name: tensor for name, tensor in base.items() if name != "model.norm.weight"})
     with pytest.raises(PackError, match=r"model\.norm\.weight is not in the base model as planned"):
-        scene.store.complete({**base, "model.norm.weight": base["lm_head.weight"]})
+        case.store.complete({**base, "model.norm.weight": base["lm_head.weight"]})
 
 
 def test_the_first_missing_block_is_named_in_the_order_of_numbers(tmp_path: Path) -> None:
@@ -379,9 +385,9 @@ def test_the_first_missing_block_is_named_in_the_order_of_numbers(tmp_path: Path
 
 
 def test_several_stores_are_written_from_threads(tmp_path: Path) -> None:
-    scenes = [Scene(tmp_path / str(number)) for number in range(4)]
+    cases = [StoreCase(tmp_path / str(number)) for number in range(4)]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda step: step[0].write(step[1]), [(scene, block) for scene in scenes for block in BLOCKS]))
-    for scene in scenes:
-        scene.open().complete(scene.base())
-        assert scene.weights() == scenes[0].reference()
+        list(pool.map(lambda step: step[0].write(step[1]), [(case, block) for case in cases for block in BLOCKS]))
+    for case in cases:
+        case.open().complete(case.base())
+        assert case.weights() == cases[0].reference()

@@ -1,4 +1,4 @@
-"""benchmarks/compare_engines.py: both engines on the same rows, side by side; a toy is in AutoGPTQ's place."""
+"""benchmarks/compare_engines.py: both engines on the same rows, side by side; a fake engine replaces AutoGPTQ."""
 
 import importlib
 import json

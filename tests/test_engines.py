@@ -1,4 +1,4 @@
-"""Two engines behind one protocol: what a recipe may ask of each, what is refused, and who is named on the card."""
+"""Two engines behind one protocol: what a recipe may ask of each, what is refused, and what the card names."""
 
 import io
 import json

@@ -160,7 +160,7 @@ def test_the_same_gpu_gives_the_same_bytes_twice(tmp_path):
 
 @pytest.mark.parametrize("many", [2, 3])
 def test_several_devices_make_the_bytes_of_one(tmp_path, large, many):
-    """They are one GPU here; what differs is who computes what, beside whom."""
+    """They are the same GPU here, used by several threads."""
     source = large if many == 2 else tiny(tmp_path)
     rows = token_rows(16, LENGTH, vocab_size=VOCABULARY) if many == 2 else token_rows()
     variants = [variant(branch=name, group_size=size) for name, size in (("a", 32), ("b", 64), ("c", -1))]
@@ -178,7 +178,7 @@ def ways_of(source: SourceModel) -> list[SweepPlan]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, large: SourceModel) -> dict[str, str]:
-    """What two variants become where there is memory for everything."""
+    """The digests of two variants, quantized with enough memory for everything."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run(large, folder, *PAIR, rows=token_rows(ROWS, LENGTH, vocab_size=VOCABULARY))
     return digests(folder)
@@ -190,7 +190,7 @@ SCARCE = [("device", 1, 8), ("host", 2, 8), ("host", 2, 3), ("host", 2, 0), ("di
 
 @pytest.mark.parametrize(("placement", "together", "suspended"), SCARCE)
 def test_scarce_memory_is_enough_and_changes_no_byte(tmp_path, large, undisturbed, placement, together, suspended):
-    """The GPU is given what the plan says it takes; more is an error, which would show an estimate that is too low."""
+    """torch may allocate exactly the planned bytes: an estimate that is too low would be an error."""
     ways = {(way.placement, way.num_variants, way.suspended_batches): way for way in ways_of(large)}
     way = ways[placement, together, suspended]
     # One variant at a time on the device is what is left when the host has nothing to spare.
@@ -207,13 +207,21 @@ def test_scarce_memory_is_enough_and_changes_no_byte(tmp_path, large, undisturbe
     assert digests(tmp_path) == undisturbed
 
 
-def test_too_little_memory_is_said_before_anything_is_computed(tmp_path):
+def test_the_memory_limit_ends_with_quantizing(tmp_path):
+    """What comes next, such as evaluation, may use the whole GPU."""
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    run(tiny(tmp_path), tmp_path / "work", variant(), device_limit=total // 8)
+    torch.cuda.empty_cache()
+    torch.empty(total // 4, dtype=torch.uint8, device=CUDA)
+
+
+def test_too_little_memory_is_an_error_before_anything_is_computed(tmp_path):
     with pytest.raises(MachineError, match="does not fit into this machine's memory"):
         run(tiny(tmp_path), tmp_path / "work", variant(), device_limit=100_000)
 
 
 def test_a_singular_hessian_is_damped_as_on_the_cpu(tmp_path):
-    """The hasty way on a GPU notices at the end of a block that a factorisation failed, and does the block again."""
+    """The unchecked attempt on a GPU fails at the end of a block, and the block is quantized again with checks."""
     source = tiny(tmp_path)
     v = variant(damp_percent=1e-9, damp_percent_limit=0.1, group_size=16)
     records = run(source, tmp_path / "work", v, rows=token_rows(2, 8))["main"]
@@ -225,7 +233,7 @@ def test_a_singular_hessian_is_damped_as_on_the_cpu(tmp_path):
     assert digests(tmp_path / "again") == digests(tmp_path / "work")
 
 
-def test_what_fails_names_branch_and_linears(tmp_path):
+def test_errors_name_branch_and_linears(tmp_path):
     source, changed = tiny(tmp_path), "model.layers.1.mlp.up_proj.weight"
 
     def enlarged(name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How quantizing fits into memory: the fastest way within the limits, and what is said when there is none."""
+"""How quantizing fits into memory: the fastest way within the limits, and the error when there is none."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +71,7 @@ def fits(way: SweepPlan, *, device_limit: int, host_limit: int) -> bool:
 
 
 def chosen(work: Workload, device_gb: float, host_gb: float) -> SweepPlan:
-    """What a GPU of this size is planned to do."""
+    """Return the plan for a GPU of this size."""
     return choose_sweep(work, "cuda", device_limit=int(device_gb * GB * USABLE), host_limit=int(host_gb * GB))
 
 
