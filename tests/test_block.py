@@ -78,7 +78,7 @@ class BlockCase:
 
 
 def suspended_batches() -> int:
-    """Return how many batches are suspended inside a block; those of threads that died in other tests are never freed."""
+    """Return how many batches are suspended inside a block; those of threads that died in other tests stay."""
     gc.collect()
     return sum(type(found) is greenlet and bool(found) and found is not getcurrent() for found in gc.get_objects())
 
