@@ -116,6 +116,7 @@ def test_a_plan_needs_no_torch_and_little_time(tmp_path: Path) -> None:
 
 def test_memory_is_planned_for_the_gpus_that_people_have(tmp_path: Path) -> None:
     memory = plan_of(tmp_path).memory
+    assert memory is not None
     fastest, full_speed, least, cpu = memory.fastest, memory.full_speed, memory.least, memory.cpu
     assert (fastest.placement, fastest.num_variants) == ("device", 4)
     # The prototype's peak was 23.7 GiB for the same model, rows and variants; a suspended forward holds more.
@@ -355,6 +356,7 @@ def test_the_tables_show_every_figure_and_reason(tmp_path: Path) -> None:
     assert "note: Transformers 5: through gptqmodel and optimum" in text
     assert f"{plan.disk.total_bytes / 1e9:.2f}" in text
     memory = plan.memory
+    assert memory is not None
     for way, purpose in (
         (memory.fastest, "everything on the GPU"),
         (memory.full_speed, f"as fast, with {memory.full_speed.host_bytes / 1e9:.2f} GB of host memory"),
@@ -388,6 +390,7 @@ def test_json_holds_exact_integers(tmp_path: Path) -> None:
     assert values["variants"][0]["files"] == {"model.safetensors": plan.variants[0].weights_bytes}
     assert values["variants"][1]["parameters"]["desc_act"] is True
     assert [loader["loader"] for loader in values["variants"][0]["loaders"]] == list(RUNTIMES)
+    assert plan.memory is not None
     assert values["memory"]["fastest"] == {
         "num_variants": 4, "placement": "device", "num_batches": 16, "suspended_batches": 16,
         "device_bytes": plan.memory.fastest.device_bytes, "host_bytes": plan.memory.fastest.host_bytes,
