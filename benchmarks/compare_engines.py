@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from packager.errors import PackagerError
-from packager.pipeline.build_state import Build, Options
+from packager.pipeline.build_state import BuildState, Options
 from packager.pipeline.stages import evaluate, quantize_and_pack
 from packager.receipt import QualityRecord, Receipt
 from packager.recipe import Loaders, Recipe, VariantEntry
@@ -115,7 +115,7 @@ def compare(recipe_file: RecipeFile, seed: int, options: Options, terminal: Term
         PackagerError: no CUDA GPU, or a build failed.
     """
     both = replace(recipe_file, recipe=with_both_engines(recipe_file.recipe, seed))
-    run = Build(both, options, terminal)
+    run = BuildState(both, options, terminal)
     with run.workspace.locked():
         run.read_receipts()
         quantize_and_pack(run)

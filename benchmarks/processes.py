@@ -13,7 +13,7 @@ from typing import Any
 
 from packager.prove.environments import READY, environment_name
 from packager.prove.loaders import LOADERS
-from packager.system.processes import clean_environ, run, tail
+from packager.system.processes import Processes, clean_environ, tail
 
 SCRIPTS = Path(__file__).parent / "peers"
 ROOT = Path(__file__).parent.parent
@@ -116,7 +116,7 @@ def run_jobs(
     command = [str(paths.python(engine)), str(SCRIPTS / engine.script), *(str(file.absolute()) for file in files)]
     log = folder / f"{engine.name}.log"
     with log.open("wb") as out:
-        status = run(
+        status = Processes().run(
             command,
             folder=folder,
             environ=paths.environ(engine, os.environ),

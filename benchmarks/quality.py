@@ -26,7 +26,7 @@ from processes import Engine, EnginePaths, Outcome, add_path_arguments, device_o
 from quality_table import Measurement, figures_table, kl_table
 from rich.console import Console
 
-from packager.pipeline.build_state import Build, Options
+from packager.pipeline.build_state import BuildState, Options
 from packager.pipeline.stages import quantize_and_pack
 from packager.prove.evaluate import Measured, checkpoint_reader, compare, measure
 from packager.recipe.file import RecipeFile
@@ -105,7 +105,7 @@ def name_of(permutation: tuple[int, bool]) -> str:
     return f"4-bit {group_size}g{' desc_act' if desc_act else ''}"
 
 
-def _build(settings: Settings, seed: int, terminal: Terminal) -> Build:
+def _build(settings: Settings, seed: int, terminal: Terminal) -> BuildState:
     """Build all of our variants for one seed, and save the calibration rows for the peers."""
     recipe = RecipeFile.load(settings.recipe).recipe.model_dump(mode="json", exclude_none=True)
     recipe["repository"]["id"] = f"benchmark/quality-seed-{seed}"
@@ -131,7 +131,7 @@ def _build(settings: Settings, seed: int, terminal: Terminal) -> Build:
     path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
     dist = settings.work / "dist"
     options = Options(dist=dist, cache=dist / "cache", device=settings.device, environ=dict(os.environ))  # type: ignore[arg-type]
-    build = Build(RecipeFile.load(path), options, terminal)
+    build = BuildState(RecipeFile.load(path), options, terminal)
     with build.workspace.locked():
         build.read_receipts()
         quantize_and_pack(build)
@@ -148,7 +148,7 @@ def _branch(settings: Settings, name: str, permutation: tuple[int, bool]) -> str
 Job = tuple[str, int, tuple[int, bool], Outcome, Path]
 
 
-def _ours(settings: Settings, builds: dict[int, Build]) -> Iterator[Job]:
+def _ours(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Job]:
     """Yield our checkpoints with their engine's name, seed and permutation."""
     for seed, build in builds.items():
         for name in settings.ours:
@@ -157,7 +157,7 @@ def _ours(settings: Settings, builds: dict[int, Build]) -> Iterator[Job]:
                 yield name, seed, permutation, Outcome(status="ok"), folder
 
 
-def _peers(settings: Settings, builds: dict[int, Build]) -> Iterator[Job]:
+def _peers(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Job]:
     """Run each peer in one process for everything, and yield the checkpoints it saved."""
     made = [(seed, permutation) for seed in settings.seeds for permutation in settings.permutations]
     for engine in settings.peers:
@@ -185,7 +185,7 @@ def _peers(settings: Settings, builds: dict[int, Build]) -> Iterator[Job]:
             yield engine.title, seed, permutation, outcome, folder
 
 
-def _measured(checkpoint: Path, build: Build) -> Measured:
+def _measured(checkpoint: Path, build: BuildState) -> Measured:
     """Run a checkpoint's tensors in the base model; its own config.json is ignored."""
     read = checkpoint_reader(checkpoint, 4)
     return measure(build.source.folder, read, build.texts, device=build.device, dtype=torch.float32)

@@ -11,9 +11,10 @@ import torch
 
 from packager.errors import PackagerError
 from packager.inputs.base_model import SourceModel, read_source
+from packager.prove.environments import RuntimeContext
 from packager.quantize.block_store import BlockStore
 from packager.quantize.engines import auto_gptq
-from packager.quantize.engines.protocol import EngineResult, Site
+from packager.quantize.engines.protocol import EngineResult
 from packager.quantize.job import BlockDone, LinearsDone, QuantizeJob
 from packager.variant import Variant
 from tests.tiny_models import open_store, save_model, token_rows, variant
@@ -110,8 +111,10 @@ class Bench:
         script = self.folder / "fake.py"
         script.write_text(FAKE_SCRIPT.format(behaviour=behaviour, seen=str(self.folder / "seen.json")))
         environ = {"PATH": "/usr/bin:/bin", "HF_TOKEN": SECRET, "HTTPS_PROXY": f"http://me:{SECRET}@proxy"}
-        site = Site(cache=self.folder / "cache", scratch=self.folder / "work", environ=environ, log=self.logged.append)
-        engine = auto_gptq.AutoGptq(site, replace(auto_gptq.SPEC, script=script), silence_s)
+        context = RuntimeContext(
+            cache=self.folder / "cache", scratch=self.folder / "work", environ=environ, log=self.logged.append
+        )
+        engine = auto_gptq.AutoGptq(context, replace(auto_gptq.SPEC, script=script), silence_s)
         devices = (torch.device("cpu"),)
         job = QuantizeJob(
             source=self.source, rows=token_rows(), stores={self.variant: self.store}, devices=devices,

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from packager.inputs.base_model import SourceModel, read_source
 from packager.model.packing import unpack, unpack_zeros
-from packager.prove.environments import ensure_environment, probe_environ
+from packager.prove.environments import RuntimeContext, ensure_environment
+from packager.prove.probes import probe_environ
 from packager.quantize.engines import auto_gptq
-from packager.quantize.engines.protocol import EngineResult, Site
+from packager.quantize.engines.protocol import EngineResult
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Hessian, factorize
 from packager.quantize.gptq.solve import Solution, solve
@@ -46,7 +47,7 @@ def cache(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture(scope="module")
 def python(cache: Path) -> Path:
-    return ensure_environment(auto_gptq.SPEC, cache, os.environ, print)
+    return ensure_environment(auto_gptq.SPEC, RuntimeContext(cache=cache, scratch=cache, environ=os.environ, log=print))
 
 
 # the solver
@@ -152,8 +153,8 @@ def both(source: SourceModel, folder: Path, cache: Path, v: Variant) -> Both:
     rows, tensors = token_rows(), []
     native = open_store(source, folder / "native", v)
     records = quantize(QuantizeJob(source=source, rows=rows, stores={v: native}, devices=(CPU,)), lambda _: None)
-    site = Site(cache=cache, scratch=folder / "work", environ=ENVIRON, log=print)
-    engine = auto_gptq.AutoGptq(site, replace(auto_gptq.SPEC, script=HERE / "auto_gptq_on_cpu.py"), 300.0)
+    context = RuntimeContext(cache=cache, scratch=folder / "work", environ=ENVIRON, log=print)
+    engine = auto_gptq.AutoGptq(context, replace(auto_gptq.SPEC, script=HERE / "auto_gptq_on_cpu.py"), 300.0)
     reference = open_store(source, folder / "reference", foreign)
     job = QuantizeJob(source=source, rows=rows, stores={foreign: reference}, devices=(CPU,))
     made = engine.quantize(job, lambda _: None)

@@ -11,8 +11,8 @@ import torch
 from packager.inputs.base_model import read_source
 from packager.pipeline import flow
 from packager.pipeline.build_state import Options
+from packager.prove.environments import RuntimeContext
 from packager.quantize.engines import auto_gptq
-from packager.quantize.engines.protocol import Site
 from packager.quantize.job import QuantizeJob
 from packager.quantize.sweep import quantize
 from packager.recipe import Loaders, VariantEntry
@@ -50,10 +50,10 @@ def test_losses_are_those_of_our_own_engine(cache: Path, tmp_path: Path, model: 
     foreign = replace(v, engine="auto-gptq")
     native = open_store(source, tmp_path / "native", v, device=CUDA)
     ours = quantize(QuantizeJob(source=source, rows=rows, stores={v: native}, devices=(CUDA,)), lambda _: None)
-    site = Site(cache=cache, scratch=tmp_path / "work", environ=os.environ, log=print)
+    context = RuntimeContext(cache=cache, scratch=tmp_path / "work", environ=os.environ, log=print)
     reference = open_store(source, tmp_path / "reference", foreign, device=CUDA)
     job = QuantizeJob(source=source, rows=rows, stores={foreign: reference}, devices=(CUDA,))
-    theirs = auto_gptq.AutoGptq(site, silence_s=300.0).quantize(job, lambda _: None)
+    theirs = auto_gptq.AutoGptq(context, silence_s=300.0).quantize(job, lambda _: None)
     pairs = zip(theirs.records["main"], ours["main"], strict=True)
     ratios = torch.tensor([one.loss / other.loss for one, other in pairs])
     # On the CPU: 0.93 to 1.10 linear by linear, 0.99 to 1.03 in the mean (tests/test_auto_gptq.py).

@@ -32,7 +32,7 @@ from packager.errors import (
     StateError,
 )
 from packager.pipeline import flow
-from packager.pipeline.build_state import Build
+from packager.pipeline.build_state import BuildState
 from packager.pipeline.plan import make_plan
 from packager.pipeline.workspace import Workspace
 from packager.quantize.block_store import BlockStore
@@ -362,7 +362,7 @@ def test_a_license_file_that_the_base_model_lacks_is_missed_before_anything_is_c
     changed = write_recipe(recipe.parent, {"card.license.base_files": ["NOTICE.md"]})
     text = refused(RecipeError, 2, build, changed, tmp_path / "new")
     assert "NOTICE.md" in text
-    run = Build(RecipeFile.load(write_recipe(recipe.parent)), options(tmp_path / "new"), Terminal(quiet=True))
+    run = BuildState(RecipeFile.load(write_recipe(recipe.parent)), options(tmp_path / "new"), Terminal(quiet=True))
     license_ = run.recipe.card.license.model_copy(update={"base_files": ("NOTICE.md",)})
     object.__setattr__(run.recipe.card, "license", license_)  # as for a model on the Hub, whose files are not known
     text = refused(PackError, 6, flow.quantize_and_pack, run)
@@ -682,7 +682,7 @@ def test_publishing_without_git(recipe: Path, dist: Path, monkeypatch: pytest.Mo
 
 def record_loader(recipe: Path, dist: Path, status: LoaderStatus, *, required: bool) -> None:
     """Write into the receipts what a verify stage would have found, and the cards."""
-    run = Build(RecipeFile.load(recipe), options(dist), Terminal(quiet=True))
+    run = BuildState(RecipeFile.load(recipe), options(dist), Terminal(quiet=True))
     record = LoaderRecord(loader="autogptq", required=required, status=status, reason="needs a CUDA device")
     for branch in BRANCHES:
         receipt = run.workspace.read_receipt(branch)

@@ -475,7 +475,7 @@ def test_all_recipes_are_read_before_the_first_is_built(tiny: Path) -> None:
 
 def test_off_a_terminal_every_step_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Terminal()
-    with terminal.stage("quantize"), terminal.bar(2) as bar:
+    with terminal.stage("quantize") as stage, terminal.bar(2) as bar:
         bar.step("a :smile: [b]name[/b] " + "x" * 100)
         bar.step("second")
     captured = capsys.readouterr()
@@ -485,7 +485,7 @@ def test_off_a_terminal_every_step_is_one_line(capsys: pytest.CaptureFixture[str
     assert lines[0].startswith("  [1/2] a :smile: [b]name[/b] xxx")
     assert lines[1] == "  [2/2] second, 0 s left"
     assert lines[2].startswith("quantize")
-    assert terminal.seconds.keys() == {"quantize"}
+    assert stage.seconds > 0
 
 
 def test_a_quiet_terminal_says_errors_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +21,23 @@ from packaging.specifiers import SpecifierSet
 from packager.errors import LoaderError, LoaderUnavailableError
 from packager.pipeline import build_state
 from packager.prove import environments, shared_torch
-from packager.prove.environments import (
-    LoaderSpec,
-    ProbeJob,
-    ProbeResult,
-    ensure_environment,
-    environment_name,
-    run_probe,
-    run_probes,
-)
-from packager.prove.loaders import ISOLATED, LOADERS
+from packager.prove.environments import RuntimeContext, ensure_environment, environment_name
+from packager.prove.loaders import ISOLATED, LOADERS, LoaderSpec
+from packager.prove.probes import ProbeJob, ProbeResult, run_probe, run_probes
 from packager.quantize import engines
-from packager.system import processes
+from packager.system.processes import Processes, clean_environ
 
 ENVIRON = {"PATH": "/usr/bin:/bin"}
+
+
+def context(
+    cache: Path = Path(),
+    environ: Mapping[str, str] = ENVIRON,
+    log: Callable[[str], None] = lambda _: None,
+    processes: Processes | None = None,
+) -> RuntimeContext:
+    return RuntimeContext(cache=cache, scratch=cache, environ=environ, log=log, processes=processes or Processes())
+
 
 # A runtime for tests: how it behaves is told by the name of the checkpoint folder.
 RUNTIME = """
@@ -134,7 +137,7 @@ def probe_job(folder: Path, behaviour: str = "works") -> ProbeJob:
 
 
 def probe(spec: LoaderSpec, folder: Path, behaviour: str, timeout_s: float = 30.0) -> ProbeResult:
-    return run_probe(spec, Path(sys.executable), probe_job(folder, behaviour), timeout_s, ENVIRON)
+    return run_probe(spec, Path(sys.executable), probe_job(folder, behaviour), timeout_s, context())
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def probe(spec: LoaderSpec, folder: Path, behaviour: str, timeout_s: float = 30.
     ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "my_password", "Api_Key", "GOOGLE_CREDENTIALS"],
 )
 def test_secrets_never_reach_a_child(name: str) -> None:
-    assert processes.clean_environ({name: "x", "PATH": "/bin", "PIP_INDEX_URL": "u"}) == {
+    assert clean_environ({name: "x", "PATH": "/bin", "PIP_INDEX_URL": "u"}) == {
         "PATH": "/bin",
         "PIP_INDEX_URL": "u",
     }
@@ -150,7 +153,7 @@ def test_secrets_never_reach_a_child(name: str) -> None:
 
 def test_a_child_is_not_led_to_packages_outside_its_environment() -> None:
     environ = {"PYTHONPATH": "a", "PYTHONHOME": "b", "PIP_TARGET": "c", "PIP_USER": "1", "HOME": "/h"}
-    assert processes.clean_environ(environ) == {"HOME": "/h"}
+    assert clean_environ(environ) == {"HOME": "/h"}
 
 
 def test_probe_sees_neither_secrets_nor_index_nor_proxy(spec: LoaderSpec, tmp_path: Path) -> None:
@@ -161,7 +164,7 @@ def test_probe_sees_neither_secrets_nor_index_nor_proxy(spec: LoaderSpec, tmp_pa
         "https_proxy": "http://user:pass@proxy",
         "CUDA_HOME": "/c",
     }
-    seen = run_probe(spec, Path(sys.executable), probe_job(tmp_path), 30.0, environ).versions
+    seen = run_probe(spec, Path(sys.executable), probe_job(tmp_path), 30.0, context(environ=environ)).versions
     assert seen["CUDA_HOME"] == "/c"
     assert seen["PATH"] == f"{Path(sys.executable).parent}:{ENVIRON['PATH']}"
     assert not {"HF_TOKEN", "PIP_INDEX_URL", "https_proxy"} & set(seen)
@@ -189,13 +192,13 @@ def test_name_changes_with_lock_python_and_torch(
 @pytest.mark.usefixtures("toy_torch")
 def test_environment_is_created_once_and_shares_torch(spec: LoaderSpec, tmp_path: Path) -> None:
     lines: list[str] = []
-    python = ensure_environment(spec, tmp_path / "cache", ENVIRON, lines.append)
+    python = ensure_environment(spec, context(tmp_path / "cache", ENVIRON, lines.append))
     assert python.parent.parent == tmp_path / "cache" / "loaders" / environment_name(spec)
     assert [line.split(",")[0].rstrip("0123456789 s") for line in lines] == [
         "toy: creating its environment",
         "toy: environment ready in",
     ]
-    assert ensure_environment(spec, tmp_path / "cache", ENVIRON, lines.append) == python
+    assert ensure_environment(spec, context(tmp_path / "cache", ENVIRON, lines.append)) == python
     assert len(lines) == 2
     code = "import torch, toy_dep, importlib.metadata as m; print(torch.__version__, toy_dep.value, m.version('torch'))"
     assert _output(python, code) == "9.9 shared 9.9"
@@ -260,12 +263,12 @@ def test_killed_creation_is_redone(spec: LoaderSpec, tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(environments, "share_torch", killed)
         with pytest.raises(KeyboardInterrupt):
-            ensure_environment(spec, tmp_path, ENVIRON, lambda _: None)
+            ensure_environment(spec, context(tmp_path))
     folder = tmp_path / "loaders" / environment_name(spec)
     assert not (folder / environments.READY).exists()
     (folder / "half-written").touch()
     lines: list[str] = []
-    python = ensure_environment(spec, tmp_path, ENVIRON, lines.append)
+    python = ensure_environment(spec, context(tmp_path, ENVIRON, lines.append))
     assert len(lines) == 2
     assert not (folder / "half-written").exists()
     assert _output(python, "import torch; print(torch.__version__)") == "9.9"
@@ -274,11 +277,11 @@ def test_killed_creation_is_redone(spec: LoaderSpec, tmp_path: Path, monkeypatch
 def test_environment_is_redone_when_the_shared_torch_went_away(
     spec: LoaderSpec, toy_torch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ensure_environment(spec, tmp_path, ENVIRON, lambda _: None)
+    ensure_environment(spec, context(tmp_path))
     moved = toy_torch.rename(tmp_path / "moved")
     monkeypatch.syspath_prepend(str(moved))
     lines: list[str] = []
-    python = ensure_environment(spec, tmp_path, ENVIRON, lines.append)
+    python = ensure_environment(spec, context(tmp_path, ENVIRON, lines.append))
     assert len(lines) == 2
     assert _output(python, "import torch; print(torch.__version__)") == "9.9"
 
@@ -301,15 +304,17 @@ def test_pip_failure_is_explained_and_pip_gets_no_secret(tmp_path: Path, monkeyp
     spec = toy_spec(tmp_path, "absent==1.0\nother==2.0; python_version < '3'\n")
     seen: dict[str, str] = {}
 
-    def failing(command: list[str], *, environ: dict[str, str], inherited: tuple[int, ...], **_: object) -> int:
+    def failing(
+        _: Processes, command: list[str], *, environ: dict[str, str], inherited: tuple[int, ...], **options: object
+    ) -> int:
         seen.update(environ, command=" ".join(command), lock=Path(f"/dev/fd/{inherited[0]}").resolve().name)
         (tmp_path / "loaders" / environment_name(spec) / "pip.log").write_text("noise\n" * 20 + "ERROR: no network\n")
         return 1
 
-    monkeypatch.setattr(environments, "run", failing)
+    monkeypatch.setattr(Processes, "run", failing)
     environ = {"HF_TOKEN": "t", "PIP_INDEX_URL": "u"}
     with pytest.raises(LoaderUnavailableError, match="packages of toy could not be installed") as caught:
-        ensure_environment(spec, tmp_path, environ, lambda _: None)
+        ensure_environment(spec, context(tmp_path, environ))
     assert caught.value.why.startswith("pip: exit status 1")
     assert caught.value.why.endswith("ERROR: no network")
     assert caught.value.where.endswith("pip.log")
@@ -322,9 +327,8 @@ def test_pip_failure_is_explained_and_pip_gets_no_secret(tmp_path: Path, monkeyp
 
 
 def test_wrong_python_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LoaderUnavailableError, match=r"toy cannot be installed for Python 3\.") as caught:
-        ensure_environment(toy_spec(tmp_path, requires_python="<3"), tmp_path, ENVIRON, lambda _: None)
-    assert caught.value.why == "its pinned packages need Python <3"
+    with pytest.raises(LoaderUnavailableError, match=r"toy needs Python <3, and this is Python 3\."):
+        ensure_environment(toy_spec(tmp_path, requires_python="<3"), context(tmp_path))
 
 
 def test_probe_result(spec: LoaderSpec, tmp_path: Path) -> None:
@@ -363,7 +367,7 @@ def test_result_of_an_earlier_probe_is_not_taken_for_this_one(spec: LoaderSpec, 
     job.output_dir.mkdir(parents=True)
     (job.output_dir / "result.json").write_text(json.dumps({"status": "ok"}))
     with pytest.raises(LoaderError, match="did not finish"):
-        run_probe(spec, Path(sys.executable), job, 30.0, ENVIRON)
+        run_probe(spec, Path(sys.executable), job, 30.0, context())
 
 
 def _beats(folder: Path) -> int:
@@ -388,31 +392,31 @@ def test_timeout_kills_the_whole_group(spec: LoaderSpec, tmp_path: Path) -> None
 def test_interrupted_wait_kills_the_whole_group(
     spec: LoaderSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(command: list[str], *, progress: Callable[[], int], **options: object) -> int | None:
+    run = Processes.run
+
+    def interrupted(
+        self: Processes, command: list[str], *, progress: Callable[[], int], **options: object
+    ) -> int | None:
         def until_started() -> int:
             if _beats(tmp_path):
                 raise KeyboardInterrupt
             return progress()
 
-        return processes.run(command, progress=until_started, **options)  # type: ignore[arg-type]
+        return run(self, command, progress=until_started, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(environments, "run", interrupted)
+    monkeypatch.setattr(Processes, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         probe(spec, tmp_path, "hangs")
     _assert_grandchild_is_dead(tmp_path)
 
 
-def test_stop_all_ends_probes_of_other_threads(
-    spec: LoaderSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes, "_stopping", threading.Event())
-    ended: list[BaseException] = []
+def test_stop_all_ends_probes_of_other_threads_and_of_no_other_task(spec: LoaderSpec, tmp_path: Path) -> None:
+    processes, ended = Processes(), list[BaseException]()
 
     def work() -> None:
         try:
-            run_probes(
-                spec, Path(sys.executable), [probe_job(tmp_path, name) for name in ("hangs", "works")], 60.0, ENVIRON
-            )
+            jobs = [probe_job(tmp_path, name) for name in ("hangs", "works")]
+            run_probes(spec, Path(sys.executable), jobs, 60.0, context(processes=processes))
         except BaseException as error:  # noqa: BLE001 - what a thread ends with is what is tested
             ended.append(error)
 
@@ -424,12 +428,15 @@ def test_stop_all_ends_probes_of_other_threads(
     thread.join(timeout=10)
     assert [type(error) for error in ended] == [KeyboardInterrupt]
     _assert_grandchild_is_dead(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_probe(spec, Path(sys.executable), probe_job(tmp_path), 60.0, context(processes=processes))
+    assert probe(spec, tmp_path).generated  # a later task of this process is not stopped
 
 
 def test_a_job_that_ends_the_process_costs_the_others_nothing(spec: LoaderSpec, tmp_path: Path) -> None:
     names = ["works", "crashes", "fails", "slow", "hangs", "unavailable"]
     jobs = [probe_job(tmp_path, name) for name in names]
-    outcomes = run_probes(spec, Path(sys.executable), jobs, 1.5, ENVIRON)
+    outcomes = run_probes(spec, Path(sys.executable), jobs, 1.5, context())
     assert [type(outcome) for outcome in outcomes] == [
         ProbeResult,
         LoaderError,
@@ -442,7 +449,7 @@ def test_a_job_that_ends_the_process_costs_the_others_nothing(spec: LoaderSpec, 
 
 def test_time_limit_is_for_each_checkpoint(spec: LoaderSpec, tmp_path: Path) -> None:
     jobs = [probe_job(tmp_path / str(index), "slow") for index in range(4)]
-    outcomes = run_probes(spec, Path(sys.executable), jobs, 2.0, ENVIRON)
+    outcomes = run_probes(spec, Path(sys.executable), jobs, 2.0, context())
     assert all(isinstance(outcome, ProbeResult) for outcome in outcomes)
 
 
@@ -501,17 +508,17 @@ def test_probes_import_the_standard_library_only(script: Path) -> None:
 @pytest.mark.usefixtures("toy_torch")
 @pytest.mark.parametrize("name", ["autogptq", "transformers"])
 def test_probe_without_its_runtime_reports_what_is_missing(name: str, spec: LoaderSpec, tmp_path: Path) -> None:
-    python = ensure_environment(spec, tmp_path / "cache", ENVIRON, lambda _: None)
+    python = ensure_environment(spec, context(tmp_path / "cache"))
     with pytest.raises(LoaderError, match=f"{name} could not open the checkpoint") as caught:
-        run_probe(LOADERS[name], python, probe_job(tmp_path), 60.0, ENVIRON)
+        run_probe(LOADERS[name], python, probe_job(tmp_path), 60.0, context())
     assert caught.value.why.startswith("ModuleNotFoundError: No module named")
 
 
 @pytest.mark.usefixtures("toy_torch")
 def test_exllamav2_says_that_it_needs_cuda(spec: LoaderSpec, tmp_path: Path) -> None:
-    python = ensure_environment(spec, tmp_path / "cache", ENVIRON, lambda _: None)
+    python = ensure_environment(spec, context(tmp_path / "cache"))
     with pytest.raises(LoaderUnavailableError) as caught:
-        run_probe(LOADERS["exllamav2"], python, probe_job(tmp_path), 60.0, ENVIRON)
+        run_probe(LOADERS["exllamav2"], python, probe_job(tmp_path), 60.0, context())
     assert caught.value.why == "it computes on CUDA only: device cpu, torch 9.9"
 
 

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from packager.errors import PlanError
-from packager.pipeline.build_state import Build
+from packager.pipeline.build_state import BuildState
 from packager.pipeline.plan import BuildPlan, make_plan
+from packager.prove.environments import RuntimeContext
 from packager.prove.verify import TOLERANCE, VerifyJob, checkpoint_of, verify
 from packager.receipt import LoaderRecord
 from packager.recipe import Loaders
@@ -134,16 +135,19 @@ def proven(
             checkpoints.append(checkpoint_of(provenance, tiny_recipe.workspace(dist).folder(branch)))
     # All have the same tokenizer, so any build's texts will do.
     recipe_file = RecipeFile.load(recipes["llama"])
-    run = Build(recipe_file, tiny_recipe.options(recipes["llama"].parent / "dist"), Terminal(quiet=True))
+    run = BuildState(recipe_file, tiny_recipe.options(recipes["llama"].parent / "dist"), Terminal(quiet=True))
     job = VerifyJob(
         checkpoints=checkpoints,
         ids=run.texts.evaluation.ids,
         prompts=run.texts.prompts,
         loaders=Loaders(required=LOADERS, prompts=("old bird",), seq_len=32, max_new_tokens=12),
         device=torch.device("cpu"),
-        cache=Path(pytestconfig.getoption("--cache-folder")).expanduser(),
-        scratch=tmp_path_factory.mktemp("verify"),
-        environ=os.environ,
+        context=RuntimeContext(
+            cache=Path(pytestconfig.getoption("--cache-folder")).expanduser(),
+            scratch=tmp_path_factory.mktemp("verify"),
+            environ=os.environ,
+            log=print,
+        ),
     )
     records = verify(job, print)
     return Proven(

@@ -22,8 +22,9 @@ from packager.cli.published_view import print_report, report_json
 from packager.errors import AuditError, LoaderError, LoaderUnavailableError, MachineError
 from packager.model.decoder import Decoder, forward
 from packager.prove import verify
-from packager.prove.environments import LoaderSpec, ProbeJob, ProbeResult
 from packager.prove.evaluate import checkpoint_reader
+from packager.prove.loaders import LoaderSpec
+from packager.prove.probes import ProbeJob, ProbeResult
 from packager.publish.branches import publish
 from packager.publish.published import LoaderSite, PublishedReport, verify_published
 from packager.publish.targets.local import LocalTarget

@@ -28,9 +28,10 @@ from packager.inputs.texts import prompt_ids, read_texts
 from packager.model.decoder import Decoder, forward
 from packager.pipeline.plan import make_plan
 from packager.prove.audit import audit
-from packager.prove.environments import ProbeJob, ProbeResult, ensure_environment, run_probes
+from packager.prove.environments import RuntimeContext, ensure_environment
 from packager.prove.evaluate import checkpoint_reader
 from packager.prove.loaders import LOADERS
+from packager.prove.probes import ProbeJob, ProbeResult, run_probes
 from packager.publish.targets.git_process import AUTHOR_EMAIL, AUTHOR_NAME
 from packager.receipt import Provenance
 from packager.recipe.file import RecipeFile
@@ -119,11 +120,15 @@ def clones(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {branch: parent / branch for branch in BRANCHES}
 
 
+def context_of(folder: Path) -> RuntimeContext:
+    return RuntimeContext(cache=folder, scratch=folder, environ={**os.environ, **ONE_THREAD}, log=print)
+
+
 @pytest.fixture(scope="module")
 def pythons(pytestconfig: pytest.Config) -> dict[str, Path]:
     """The Python of each required loader's environment, made where a build made it."""
     cache = Path(pytestconfig.getoption("--cache-folder")).expanduser()
-    return {name: ensure_environment(LOADERS[name], cache, os.environ, print) for name in REQUIRED}
+    return {name: ensure_environment(LOADERS[name], context_of(cache)) for name in REQUIRED}
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +181,7 @@ def probed(
                 )
                 for name, folder in clones.items()
             ]
-            found = run_probes(
-                LOADERS[loader], pythons[loader], jobs, RECIPE.loaders.timeout_s, {**os.environ, **ONE_THREAD}
-            )
+            found = run_probes(LOADERS[loader], pythons[loader], jobs, RECIPE.loaders.timeout_s, context_of(scratch))
             results[loader] = dict(zip(clones, found, strict=True))
         result = results[loader][branch]
         if isinstance(result, LoaderError):

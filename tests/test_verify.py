@@ -11,7 +11,8 @@ import torch
 
 from packager.model.decoder import Decoder
 from packager.prove import verify
-from packager.prove.environments import ProbeResult
+from packager.prove.environments import RuntimeContext
+from packager.prove.probes import ProbeResult
 from packager.prove.verify import Checkpoint, Reference, VerifyJob
 from packager.receipt import LoaderRecord
 from packager.recipe import Loaders
@@ -37,7 +38,8 @@ def record_of(monkeypatch: pytest.MonkeyPatch, logits: np.ndarray, **probe: Any)
     references = {"main": Reference(decoder=nobody, logits=OWN), "other": Reference(decoder=nobody, logits=OTHER)}
     job = VerifyJob(
         checkpoints=checkpoints, ids=torch.zeros(2, 8, dtype=torch.int64), prompts=(),
-        loaders=Loaders(required=("autogptq",)), device=torch.device("cpu"), cache=Path(), scratch=Path(), environ={},
+        loaders=Loaders(required=("autogptq",)), device=torch.device("cpu"),
+        context=RuntimeContext(cache=Path(), scratch=Path(), environ={}, log=lambda _: None),
     )  # fmt: skip
     (record,) = verify.prove(job, references, lambda _: None)["main"]
     return record

@@ -19,7 +19,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as pa
 from peer import Job, Stopwatch, need, run, versions
 
 if TYPE_CHECKING:
-    from packager.pipeline.build_state import Build
+    from packager.pipeline.build_state import BuildState
 
 
 def quantize(job: Job) -> dict[str, Any]:
@@ -50,13 +50,13 @@ def quantize(job: Job) -> dict[str, Any]:
     }
 
 
-def _build(job: Job, terminal: Any) -> Build:
+def _build(job: Job, terminal: Any) -> BuildState:
     state: Any = need("packager.pipeline.build_state")
     recipe_file = need("packager.recipe.file").RecipeFile.load(Path(job["recipe"]))
     limit = {} if job["gpu_memory_bytes"] is None else {"gpu_memory_bytes": job["gpu_memory_bytes"]}
     dist = Path(job["dist"])
     options = state.Options(dist=dist, cache=dist / "cache", device=job["device"], environ=dict(os.environ), **limit)
-    build: Build = state.Build(recipe_file, options, terminal)
+    build: BuildState = state.BuildState(recipe_file, options, terminal)
     return build
 
 

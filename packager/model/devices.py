@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from packager.errors import MachineError
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     import torch
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+# Device files of NVIDIA's driver, of WSL and of AMD's driver; torch calls the GPUs of all three "cuda".
+_GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 
 
 def choose_device(choice: DeviceChoice) -> "torch.device":
@@ -25,6 +28,17 @@ def choose_device(choice: DeviceChoice) -> "torch.device":
     if choice != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", 0)
     return torch.device("cpu")
+
+
+def device_type(choice: DeviceChoice) -> str:
+    """Return the type of the device to compute on, "cpu" or "cuda"; import torch only where a GPU's driver is loaded.
+
+    Raises:
+        MachineError: "cuda" was asked for and there is none.
+    """
+    if choice == "cpu" or (choice == "auto" and not any(map(Path.exists, _GPU_DRIVERS))):
+        return "cpu"
+    return choose_device(choice).type
 
 
 def same_devices(device: "torch.device") -> "tuple[torch.device, ...]":

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Literal
 
 from packager.errors import MachineError
 from packager.inputs.base_model import model_files, model_records
-from packager.model.devices import DeviceChoice, choose_device, same_devices
+from packager.model.devices import DeviceChoice, choose_device, device_type, same_devices
+from packager.model.runtimes import LoaderName
 from packager.pipeline.pack import is_packed
 from packager.pipeline.plan import VariantPlan, make_plan
 from packager.pipeline.workspace import Workspace, check_folder
+from packager.prove.environments import RuntimeContext
 from packager.prove.loaders import ISOLATED, LOADERS
 from packager.receipt import PROVENANCE, README, Receipt, digest_of
 from packager.recipe.file import RecipeFile
@@ -55,7 +57,7 @@ class Options:
     gpu_memory_bytes: int | None = None
 
 
-class Build:
+class BuildState:
     """A build under way: what is done, what is missing, and the values that several stages share."""
 
     def __init__(self, recipe_file: RecipeFile, options: Options, terminal: Terminal) -> None:
@@ -74,27 +76,57 @@ class Build:
     def missing(self, stage: StageName) -> tuple[VariantPlan, ...]:
         """Return the variants for which a stage has not been done with the present inputs."""
         return tuple(
-            plan
-            for plan in self.plan.variants
-            if (receipt := self.receipts.get(plan.variant.branch)) is None
-            or receipt.stages.get(stage) != self.keys[plan.variant.branch][stage]
+            variant_plan
+            for variant_plan in self.plan.variants
+            if (receipt := self.receipts.get(variant_plan.variant.branch)) is None
+            or receipt.stages.get(stage) != self.keys[variant_plan.variant.branch][stage]
         )
 
+    def loaders_to_run(self) -> tuple[LoaderName, ...]:
+        """Return the recipe's loaders that have no result for some variant and that this machine can run.
+
+        "not run" is the result of one machine, or of a failure that may have passed since, such as a package index that
+        could not be reached. So a loader that did not run is run by the next build on a machine that can run it.
+        """
+        wanted = (*self.recipe.loaders.required, *self.recipe.loaders.if_available)
+        if self.missing("verify"):
+            return wanted
+        results = [
+            {record.loader for record in receipt.provenance.loaders if record.status != "not run"}
+            for receipt in self.receipts.values()
+        ]
+        left = [name for name in wanted if any(name not in found for found in results)]
+        return tuple(name for name in left if not LOADERS[name].machine_problem(device_type(self.options.device)))
+
     def read_receipts(self) -> None:
-        """Take over what an earlier run finished; its folders must be as it left them."""
-        size_bytes = sum(_bytes_in(self.workspace.folder(plan.variant.branch)) for plan in self.plan.variants)
+        """Read the receipts of what an earlier run finished.
+
+        Raises:
+            StateError: a finished folder is no longer as that run left it.
+        """
+        branches = [variant_plan.variant.branch for variant_plan in self.plan.variants]
+        size_bytes = sum(_bytes_in(self.workspace.folder(branch)) for branch in branches)
         if size_bytes >= _LONG_TO_HASH_BYTES:
             self.terminal.log(f"comparing {format_bytes(size_bytes)} of finished files with their records")
-        for receipt in in_parallel(self._read_receipt, [plan.variant.branch for plan in self.plan.variants]):
-            if receipt is not None:
-                self.receipts[receipt.provenance.branch] = receipt
+        found = in_parallel(self.read_receipt, branches)
+        self.receipts |= {receipt.provenance.branch: receipt for receipt in found if receipt is not None}
 
-    def _read_receipt(self, branch: str) -> Receipt | None:
+    def read_receipt(self, branch: str) -> Receipt | None:
+        """Return the receipt of a variant that is built with the present inputs, or None.
+
+        Raises:
+            StateError: its folder is no longer as the receipt states.
+        """
         folder, receipt = self.workspace.folder(branch), self.workspace.read_receipt(branch)
         if receipt is None or receipt.stages.get("weights") != self.keys[branch]["weights"] or not folder.exists():
             return None
         check_folder(folder, receipt, ignore=self.card_files(receipt))
         return receipt
+
+    def runtime_context(self, scratch: Path) -> RuntimeContext:
+        """Return what runtimes in environments of their own need, with a folder for their files."""
+        options = self.options
+        return RuntimeContext(cache=options.cache, scratch=scratch, environ=options.environ, log=self.terminal.log)
 
     def card_files(self, receipt: Receipt) -> frozenset[str]:
         """Return which files of a variant's folder come with its card, now or by a run that was killed."""
@@ -151,26 +183,31 @@ class Build:
 def stage_keys(recipe_file: RecipeFile, plan: VariantPlan) -> dict[str, str]:
     """Return, for each stage, the digest of everything that determines its result (no torch, no network).
 
-    What lies on the Hub is named by its commit; local files are hashed.
+    "quantize" is the key of the quantized tensors, "weights" that of the packed files. The commit stands for what lies
+    on the Hub; local files are hashed.
     """
     recipe = recipe_file.recipe
     base: dict[str, str] = {}
     if recipe.base_model.path is not None:
         folder = recipe_file.resolve(recipe.base_model.path)
         base = {path.name: record.sha256 for path, record in model_records(model_files(folder)).items()}
-    weights = digest_of([plan.digest, base, _local_digest(recipe_file, recipe.calibration.path), recipe.repository.id])
+    quantized = digest_of([plan.digest, base, _local_digest(recipe_file, recipe.calibration.path)])
+    # What packing adds: the repository's id in quantize_config.json, the names and the sizes of the weights files.
+    weights = digest_of([quantized, recipe.repository.id, recipe.checkpoint.model_dump(mode="json")])
     evaluation = recipe.evaluation
     measured = digest_of(
         [
-            weights,
+            quantized,
             evaluation.model_dump(mode="json"),
             _local_digest(recipe_file, evaluation.path),
             _local_digest(recipe_file, evaluation.questions),
         ]
     )
     names = (*recipe.loaders.required, *recipe.loaders.if_available)
-    verified = digest_of([measured, recipe.loaders.model_dump(mode="json"), [_loader_digest(name) for name in names]])
-    return {"weights": weights, "evaluate": measured, "verify": verified}
+    verified = digest_of(
+        [measured, weights, recipe.loaders.model_dump(mode="json"), [_loader_digest(name) for name in names]]
+    )
+    return {"quantize": quantized, "weights": weights, "evaluate": measured, "verify": verified}
 
 
 def _bytes_in(folder: Path) -> int:

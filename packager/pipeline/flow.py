@@ -10,15 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packager.errors import LoaderError, PublishError
-from packager.pipeline.build_state import STAGES, Build, Options, StageName
-from packager.pipeline.stages import (
-    audit_or_raise,
-    evaluate,
-    quantize_and_pack,
-    refuse_edited_cards,
-    render_cards,
-    verify,
-)
+from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
+from packager.pipeline.cards import refuse_edited_cards, render_cards
+from packager.pipeline.stages import evaluate, quantize_and_pack, verify
+from packager.pipeline.workspace import audit_or_raise
 from packager.publish.after_publish import FinalStep, ReleaseTag
 from packager.publish.branches import BranchContent, PublishReport
 from packager.publish.branches import publish as publish_branches
@@ -34,17 +29,18 @@ from packager.variant import MAIN
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
-    """What a build did: the receipts in the recipe's order, and which branches were quantized now."""
+    """The receipts in the recipe's order, and the branches that each stage worked on."""
 
     receipts: tuple[Receipt, ...]
     quantized: tuple[str, ...]
+    packed: tuple[str, ...]
     measured: tuple[str, ...]
     verified: tuple[str, ...]
 
     @property
     def nothing_to_do(self) -> bool:
         """Whether every stage was already done."""
-        return not (self.quantized or self.measured or self.verified)
+        return not (self.packed or self.measured or self.verified)
 
 
 def build(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> BuildResult:
@@ -53,10 +49,10 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> Buil
     Raises:
         PackagerError: of the stage that failed; everything finished before it is kept.
     """
-    run = Build(recipe_file, options, terminal)
+    run = BuildState(recipe_file, options, terminal)
     with run.workspace.locked():
         run.read_receipts()
-        quantized = quantize_and_pack(run)
+        quantized, packed = quantize_and_pack(run)
         measured = evaluate(run)
         verified = verify(run)
         render_cards(run)
@@ -64,11 +60,16 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> Buil
     result = BuildResult(
         receipts=run.ordered_receipts(),
         quantized=quantized,
+        packed=packed,
         measured=measured,
         verified=verified,
     )
+    lacking = _loaders_not_run(result.receipts)
     if result.nothing_to_do:
-        terminal.log(f"{recipe_file.recipe.repository.id}: nothing to do, every variant is built, measured and proven")
+        done = "built and measured" if lacking else "built, measured and proven"
+        terminal.log(f"{recipe_file.recipe.repository.id}: nothing to do, every variant is {done}")
+    if lacking:
+        terminal.log(f"not proven, required loaders did not run: {'; '.join(lacking)}")
     raise_failed(result.receipts)
     return result
 
@@ -79,7 +80,7 @@ def reverify(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> t
     Raises:
         PublishError: a variant is not built.
     """
-    run = Build(recipe_file, options, terminal)
+    run = BuildState(recipe_file, options, terminal)
     with run.workspace.locked():
         run.read_receipts()
         _require_stages(run, "weights", "evaluate")
@@ -94,7 +95,7 @@ def render(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, bra
     Raises:
         PublishError: a variant is not built, measured and proven, or there is no such branch.
     """
-    run = Build(recipe_file, options, terminal)
+    run = BuildState(recipe_file, options, terminal)
     if branch not in run.keys:
         raise PublishError(f"the recipe has no branch {branch!r}", hint=f"it has {', '.join(run.keys)}")
     with run.workspace.locked():
@@ -102,6 +103,17 @@ def render(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, bra
         _require_stages(run, *STAGES)
         render_cards(run)
     return (run.workspace.folder(branch) / README).read_text(encoding="utf-8")
+
+
+def _loaders_not_run(receipts: Sequence[Receipt]) -> list[str]:
+    """Return each required loader that did not run on some variant, with the reason."""
+    found = {
+        f"{record.loader}: {record.reason}": None
+        for receipt in receipts
+        for record in receipt.provenance.loaders
+        if record.required and record.status == "not run"
+    }
+    return list(found)
 
 
 def raise_failed(receipts: Sequence[Receipt]) -> None:
@@ -145,7 +157,7 @@ def publish(
         PublishError: a variant is not built from this recipe, or a required loader has not passed.
         AuditError, StateError: a folder is not fit to be published.
     """
-    run = Build(recipe_file, options, terminal)
+    run = BuildState(recipe_file, options, terminal)
     with run.workspace.locked():
         run.read_receipts()
         _require_stages(run, *STAGES)
@@ -170,7 +182,7 @@ def publish(
             )
 
 
-def _final_steps(run: Build, target: Target, tag: str) -> list[FinalStep]:
+def _final_steps(run: BuildState, target: Target, tag: str) -> list[FinalStep]:
     """Return what comes after the last branch: the tag, and the collection of variants with their own repositories."""
     steps: list[FinalStep] = [ReleaseTag(target, tag)] if tag else []
     repository = run.recipe.repository
@@ -181,7 +193,7 @@ def _final_steps(run: Build, target: Target, tag: str) -> list[FinalStep]:
     return steps
 
 
-def _require_stages(run: Build, *stages: StageName) -> None:
+def _require_stages(run: BuildState, *stages: StageName) -> None:
     for stage in stages:
         if outdated := run.missing(stage):
             raise PublishError(
@@ -192,7 +204,7 @@ def _require_stages(run: Build, *stages: StageName) -> None:
             )
 
 
-def _require_cards(run: Build) -> None:
+def _require_cards(run: BuildState) -> None:
     digest, lacking = run.recipe.digest(), []
     for branch, receipt in run.receipts.items():
         files, folder = receipt.provenance.files, run.workspace.folder(branch)
@@ -229,5 +241,6 @@ def require_loaders(receipts: Sequence[Receipt]) -> None:
         raise PublishError(
             "a required loader has not passed",
             why="; ".join(lacking),
-            hint="build on a machine where it runs, or move it to loaders.if_available in the recipe",
+            hint="run packager build with this output folder on a machine where the loader runs, or move the loader to "
+            "loaders.if_available in the recipe",
         )

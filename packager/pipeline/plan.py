@@ -26,7 +26,7 @@ class VariantPlan:
 
     Attributes:
         digest: sha256 of what the recipe says about the weights' bytes: base model, calibration, parameters,
-            checkpoint options, engine version. What the named files contain is not in it: that is digested at build.
+            engine version. The contents of local files are not in it: the build digests them.
         shards: the weights files with their tensors and exact sizes.
         weights_bytes: size of all weights files, headers included.
         tensor_bytes: the tensors alone: what a runtime holds on its device.
@@ -180,7 +180,6 @@ def _plan_variant(
             "base_model": recipe.base_model.model_dump(mode="json", include={"id", "revision", "path"}),
             "calibration": recipe.calibration.model_dump(mode="json"),
             "parameters": variant.parameters(),
-            "checkpoint": checkpoint.model_dump(mode="json"),
         }
     )
     return VariantPlan(

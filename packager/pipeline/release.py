@@ -7,7 +7,7 @@ from pathlib import Path
 from packager.errors import MachineError, PackagerError, PublishError
 from packager.inputs.base_model import access_problem
 from packager.model.devices import choose_device
-from packager.pipeline.build_state import STAGES, Build, Options, require_build_extra
+from packager.pipeline.build_state import STAGES, BuildState, Options, require_build_extra
 from packager.pipeline.flow import build, publish
 from packager.pipeline.plan import BuildPlan
 from packager.pipeline.status import print_status
@@ -55,7 +55,7 @@ def release(
     if remote and not attended:
         what = "others would see what is published, and there is nobody to ask"
         raise PublishError(what, where=", ".join(remote), hint="say --yes")
-    reasons = {file.path: _why_not(Build(file, options, terminal)) for file in files}
+    reasons = {file.path: _why_not(BuildState(file, options, terminal)) for file in files}
     skipped = {path: reason for path, reason in reasons.items() if reason}
     if skipped and strict:
         raise _skipped_error(skipped)
@@ -79,11 +79,12 @@ def _skipped_error(skipped: Mapping[Path, str]) -> MachineError:
     )
 
 
-def _why_not(run: Build) -> str:
+def _why_not(run: BuildState) -> str:
     """Return why a build cannot go on here, or ""; one that is finished asks nothing of the machine."""
     with suppress(PackagerError):  # building it will say what is wrong
         run.read_receipts()
-    return cannot_build(run.plan, run.options) if any(map(run.missing, STAGES)) else ""
+    unfinished = any(map(run.missing, STAGES)) or run.loaders_to_run()
+    return cannot_build(run.plan, run.options) if unfinished else ""
 
 
 def cannot_build(plan: BuildPlan, options: Options) -> str:

@@ -1,8 +1,7 @@
 """What is built, measured, proven and published, read from `dist/`: the table that ends a release."""
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from rich import box
@@ -11,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packager.errors import StateError
-from packager.pipeline.build_state import STAGES, Build, Options, StageName
-from packager.pipeline.plan import VariantPlan
+from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
 from packager.publish.targets import BranchState
 from packager.publish.targets.resolve_target import target_of
 from packager.receipt import LoaderRecord, Receipt
@@ -51,7 +49,7 @@ class BranchStatus:
 
 def read_status(recipe_file: RecipeFile, options: Options) -> tuple[BranchStatus, ...]:
     """Return every variant's state, in the recipe's order; nothing is changed."""
-    run = Build(recipe_file, options, Terminal(quiet=True))
+    run = BuildState(recipe_file, options, Terminal(quiet=True))
     problems = _read_receipts(run)
     missing = {stage: {plan.variant.branch for plan in run.missing(stage)} for stage in STAGES}
     # What is elsewhere is not asked for here: `packager verify-published` does that.
@@ -79,23 +77,25 @@ def _short(commit: str | None) -> str:
     return "not asked" if commit is None else commit[:8] or "none"
 
 
-def _read_receipts(run: Build) -> dict[str, str]:
-    """Read each variant's receipt by itself, so that an edited folder hides no other; return what is wrong, if so."""
+def _read_receipts(run: BuildState) -> dict[str, str]:
+    """Read each variant's receipt; return, by branch, why a folder or a receipt cannot be used."""
 
-    def problem(plan: VariantPlan) -> str:
-        alone = copy.copy(run)  # shares the receipts
-        alone.plan = replace(run.plan, variants=(plan,))
+    def read(branch: str) -> Receipt | StateError | None:
         try:
-            alone.read_receipts()
+            return run.read_receipt(branch)
         except StateError as error:
-            return str(error)
-        return ""
+            return error
 
-    problems = in_parallel(problem, run.plan.variants)
-    return {plan.variant.branch: text for plan, text in zip(run.plan.variants, problems, strict=True) if text}
+    problems = {}
+    for branch, found in zip(run.keys, in_parallel(read, list(run.keys)), strict=True):
+        if isinstance(found, StateError):
+            problems[branch] = str(found)
+        elif found is not None:
+            run.receipts[branch] = found
+    return problems
 
 
-def _state(run: Build, branch: str, problems: dict[str, str]) -> State:
+def _state(run: BuildState, branch: str, problems: dict[str, str]) -> State:
     if branch in problems:
         return "edited"
     if branch in run.receipts:

@@ -7,17 +7,19 @@ dist/work/<namespace>/<name>/<branch>/           a checkpoint under construction
 dist/hub/models/<namespace>/<name>               the local publishing target
 """
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from packager.errors import StateError
+from packager.errors import AuditError, StateError
+from packager.prove.audit import audit
 from packager.receipt import FileRecord, Receipt
 from packager.system.files import LOCK_WAIT_S, disk_errors, file_records, list_files, remove_leftovers, write_atomic
+from packager.system.parallel import in_parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,25 @@ class Workspace:
         if announced is not None and not differences(self.folder(branch), announced.provenance.files):
             return announced
         return self._read(self.receipt_path(branch))
+
+    def receipts_with(self, stage: str, key: str) -> Iterator[tuple[Path, Receipt]]:
+        """Yield the folder and the receipt of every finished variant, of any repository in `dist`, with a stage's key.
+
+        Damaged receipts and folders whose files changed are left out.
+        """
+        root = self.dist / "receipts"
+        for path in sorted(root.glob("*/*/*.json")):
+            other = replace(self, repository=path.parent.relative_to(root).as_posix())
+            with suppress(StateError, OSError):
+                receipt = other.read_receipt(path.stem)
+                if receipt is None or receipt.stages.get(stage) != key:
+                    continue
+                folder, files = other.folder(path.stem), receipt.provenance.files
+                weights = {name: record for name, record in files.items() if name.endswith(".safetensors")}
+                if folder.is_dir() and file_records(folder / name for name in weights) == {
+                    folder / name: record for name, record in weights.items()
+                }:
+                    yield folder, receipt
 
     def announced(self, branch: str) -> Receipt | None:
         """Return what a run that did not finish announced."""
@@ -162,3 +183,20 @@ def differences(folder: Path, files: Mapping[str, FileRecord], *, ignore: Collec
         f"{name} was changed" for name in expected if records.get(folder / name, expected[name]) != expected[name]
     ]
     return found
+
+
+def audit_or_raise(folders: Sequence[Path], *, complete: bool) -> None:
+    """Audit folders of ours, in parallel.
+
+    Raises:
+        AuditError: of the first that has findings, with every one.
+    """
+    reports = in_parallel(lambda folder: audit(folder, complete=complete), folders)
+    for folder, report in zip(folders, reports, strict=True):
+        if not report.passed:
+            raise AuditError(
+                f"{len(report.errors)} findings in the checkpoint folder",
+                where=str(folder),
+                why="; ".join(f"{finding.where}: {finding.message}" for finding in report.errors[:10]),
+                hint=f"packager audit {folder} shows them all",
+            )

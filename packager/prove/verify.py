@@ -19,12 +19,12 @@ from torch import Tensor
 
 from packager.errors import LoaderError, LoaderUnavailableError
 from packager.model.decoder import Decoder, forward
-from packager.prove.environments import LoaderSpec, ProbeJob, ProbeResult, ensure_environment, run_probes
+from packager.prove.environments import RuntimeContext, ensure_environment
 from packager.prove.evaluate import checkpoint_reader
-from packager.prove.loaders import LOADERS
+from packager.prove.loaders import LOADERS, LoaderSpec
+from packager.prove.probes import ProbeJob, ProbeResult, run_probes
 from packager.receipt import LoaderRecord, Provenance
 from packager.recipe import Loaders
-from packager.system.processes import stop_all
 
 # Largest ||loader - reference|| / ||reference|| by the dtype in which the loader computes. Right results measured:
 # 0.0005 to 0.002 in float32 and float16, 0.007 in bfloat16; a wrong g_idx, zero or group order gives 0.3 and more.
@@ -65,9 +65,7 @@ class VerifyJob:
         prompts: token ids after each of which the loaders generate.
         loaders: which, and how much they are asked.
         device: where our own reference is computed, and the loaders too.
-        cache: where environments are kept.
-        scratch: folder for jobs and logits.
-        environ: the process environment to derive the loaders' from; secrets are removed.
+        context: folders, environment and processes of the loaders; `scratch` gets jobs and logits.
     """
 
     checkpoints: Sequence[Checkpoint]
@@ -75,9 +73,7 @@ class VerifyJob:
     prompts: Sequence[Sequence[int]]
     loaders: Loaders
     device: torch.device
-    cache: Path
-    scratch: Path
-    environ: Mapping[str, str]
+    context: RuntimeContext
 
     @property
     def rows(self) -> Tensor:
@@ -124,9 +120,10 @@ def prove(
     names = (*job.loaders.required, *job.loaders.if_available)
     records: dict[str, list[LoaderRecord]] = {checkpoint.branch: [] for checkpoint in job.checkpoints}
     threads = max(1, (os.cpu_count() or 1) // max(1, len(names)))
-    job = replace(job, environ={**job.environ, "OMP_NUM_THREADS": str(threads)})
+    environ = {**job.context.environ, "OMP_NUM_THREADS": str(threads)}
+    job = replace(job, context=replace(job.context, environ=environ))
     with ThreadPoolExecutor(max_workers=max(1, len(names))) as pool:
-        outcomes = {name: pool.submit(_probe, LOADERS[name], job, report) for name in names}
+        outcomes = {name: pool.submit(_probe, LOADERS[name], job) for name in names}
         try:
             for name, outcome in outcomes.items():
                 found = outcome.result()
@@ -135,7 +132,7 @@ def prove(
                     records[checkpoint.branch].append(record)
                     report(_line(checkpoint.branch, record))
         except BaseException:
-            stop_all()  # Ctrl-C does not reach the threads that wait for the loaders
+            job.context.processes.stop_all()  # Ctrl-C does not reach the threads that wait for the loaders
             raise
     return {branch: tuple(found) for branch, found in records.items()}
 
@@ -153,16 +150,13 @@ def _logits(decoder: Decoder, ids: Tensor) -> Tensor:
     return decoder.logits(ids, state).cpu()
 
 
-def _probe(spec: LoaderSpec, job: VerifyJob, report: Callable[[str], None]) -> dict[str, ProbeResult | LoaderError]:
+def _probe(spec: LoaderSpec, job: VerifyJob) -> dict[str, ProbeResult | LoaderError]:
     """Run one loader over all checkpoints in one process; never raises a LoaderError, but returns it."""
     branches = [checkpoint.branch for checkpoint in job.checkpoints]
-    if job.device.type not in spec.devices:
-        missing = LoaderUnavailableError(
-            f"needs a {' or '.join(sorted(spec.devices)).upper()} device, this machine has none"
-        )
-        return dict.fromkeys(branches, missing)
+    if problem := spec.machine_problem(job.device.type):
+        return dict.fromkeys(branches, LoaderUnavailableError(problem))
     try:
-        python = ensure_environment(spec, job.cache, job.environ, report)
+        python = ensure_environment(spec, job.context)
     except LoaderError as error:
         return dict.fromkeys(branches, error)
     probes = [
@@ -172,11 +166,11 @@ def _probe(spec: LoaderSpec, job: VerifyJob, report: Callable[[str], None]) -> d
             input_ids=job.rows.tolist(),
             prompts=[list(prompt) for prompt in job.prompts],
             max_new_tokens=job.loaders.max_new_tokens,
-            output_dir=job.scratch / spec.name / checkpoint.branch,
+            output_dir=job.context.scratch / spec.name / checkpoint.branch,
         )
         for checkpoint in job.checkpoints
     ]
-    results = run_probes(spec, python, probes, job.loaders.timeout_s, job.environ)
+    results = run_probes(spec, python, probes, job.loaders.timeout_s, job.context)
     return dict(zip(branches, results, strict=True))
 
 

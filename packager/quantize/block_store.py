@@ -148,6 +148,23 @@ class BlockStore:
         write_atomic(self._journal_path(block), journal.model_dump_json(indent=2).encode() + b"\n")
         self._journals[block] = journal
 
+    def write_from(self, tensors: Mapping[str, StoredTensor], linears: Sequence[LinearRecord]) -> None:
+        """Write every unfinished block from a checkpoint whose quantized tensors have the same inputs.
+
+        Args:
+            tensors: the checkpoint's, by name; bits, shapes and dtypes are those of the plan.
+            linears: the checkpoint's records, in model order.
+
+        Raises:
+            PackError: a tensor is missing or is not as planned.
+            MachineError: the disk is full.
+        """
+        for block, planned in self._blocks.items():
+            if block in self._journals:
+                continue
+            found = {name: read_tensor(tensors[name]) for name in planned if name in tensors}
+            self.write(block, found, [record for record in linears if _block_of(record.name) == block])
+
     def complete(self, tensors: Mapping[str, StoredTensor]) -> None:
         """Write the tensors that are not quantized: the weights files are then complete and durable.
 

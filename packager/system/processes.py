@@ -16,10 +16,6 @@ _MISLEADING = frozenset(
 )
 _POLL_S = 0.1
 
-_running: set["subprocess.Popen[bytes]"] = set()
-_lock = threading.Lock()
-_stopping = threading.Event()
-
 
 def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """Return `environ` without secrets and without what leads Python or pip out of a virtual environment."""
@@ -30,49 +26,68 @@ def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def run(
-    command: Sequence[str],
-    *,
-    folder: Path,
-    environ: Mapping[str, str],
-    out: IO[bytes],
-    err: IO[bytes],
-    timeout_s: float,
-    progress: Callable[[], int] = lambda: 0,
-    inherited: Collection[int] = (),
-) -> int | None:
-    """Run a command in a process group of its own; return its exit status, or None if it took too long.
+class Processes:
+    """Child processes that one task runs, in several threads, and that stop together.
 
-    The whole group is killed when the time is over and when this wait is interrupted.
-
-    Args:
-        command: the program and its arguments.
-        folder: its working directory.
-        environ: its whole environment.
-        out: takes its standard output.
-        err: takes its standard error.
-        timeout_s: how long it may take.
-        progress: whenever this returns another number, the time starts anew.
-        inherited: descriptors that stay open in the child.
-
-    Raises:
-        KeyboardInterrupt: `stop_all` was called.
+    Ctrl-C reaches the main thread only: the main thread calls `stop_all` before it waits for threads that run children.
     """
-    with _lock:
-        if _stopping.is_set():
-            raise KeyboardInterrupt
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
-            pass_fds=inherited,
-        )
-        _running.add(process)
-    try:
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        folder: Path,
+        environ: Mapping[str, str],
+        out: IO[bytes],
+        err: IO[bytes],
+        timeout_s: float,
+        progress: Callable[[], int] = lambda: 0,
+        inherited: Collection[int] = (),
+    ) -> int | None:
+        """Run a command in a process group of its own; return its exit status, or None if it took too long.
+
+        The whole group is killed when the time is over and when this wait is interrupted.
+
+        Args:
+            command: the program and its arguments.
+            folder: its working directory.
+            environ: its whole environment.
+            out: receives its standard output.
+            err: receives its standard error.
+            timeout_s: the longest time it may take.
+            progress: whenever this returns another number, the time starts anew.
+            inherited: descriptors that stay open in the child.
+
+        Raises:
+            KeyboardInterrupt: `stop_all` was called.
+        """
+        with self._lock:
+            if self._stopping.is_set():
+                raise KeyboardInterrupt
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+                pass_fds=inherited,
+            )
+            self._running.add(process)
+        try:
+            return self._wait(process, timeout_s, progress)
+        finally:
+            with self._lock:
+                _kill(process)
+                self._running.discard(process)
+
+    def _wait(self, process: "subprocess.Popen[bytes]", timeout_s: float, progress: Callable[[], int]) -> int | None:
         state, deadline = progress(), time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             try:
@@ -81,25 +96,17 @@ def run(
                 if (now := progress()) != state:
                     state, deadline = now, time.monotonic() + timeout_s
                 continue
-            if _stopping.is_set():
+            if self._stopping.is_set():
                 raise KeyboardInterrupt
             return status
         return None
-    finally:
-        with _lock:
-            _kill(process)
-            _running.discard(process)
 
-
-def stop_all() -> None:
-    """Kill everything that `run` has started in any thread, and let it start nothing more.
-
-    Ctrl-C reaches the main thread only: it calls this before it waits for threads that run probes.
-    """
-    _stopping.set()
-    with _lock:
-        for process in _running:
-            _kill(process)
+    def stop_all(self) -> None:
+        """Kill every child that runs, in any thread, and start no more."""
+        self._stopping.set()
+        with self._lock:
+            for process in self._running:
+                _kill(process)
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:

@@ -29,7 +29,6 @@ class Bar:
     """Counts the steps of a stage; several threads may report at once."""
 
     progress: "Progress | None"
-    task: int
     total: int
     console: Console
     done: int = 0
@@ -39,14 +38,14 @@ class Bar:
     def note(self, text: str) -> None:
         """Say on a terminal what is going on within a step; a log has only whole steps."""
         if self.progress is not None:
-            self.progress.update(self.progress.task_ids[self.task], description=f"  {text}")
+            self.progress.update(self.progress.task_ids[0], description=f"  {text}")
 
     def step(self, text: str) -> None:
         """Advance by one; off a terminal, print a line with the text, the count and the time that is left."""
         with self.lock:
             self.done += 1
             if self.progress is not None:
-                self.progress.update(self.progress.task_ids[self.task], advance=1, description=f"  {text}")
+                self.progress.update(self.progress.task_ids[0], advance=1, description=f"  {text}")
                 return
             elapsed = time.monotonic() - self.started
             left = elapsed / self.done * (self.total - self.done)
@@ -54,14 +53,18 @@ class Bar:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+@dataclass
+class Stage:
+    """The time of one stage; 0 until it has ended."""
+
+    seconds: float = 0.0
+
+
 class Terminal:
-    """What stages report to.
+    """Receives the messages, the progress and the results of a command.
 
     Args:
-        quiet: say nothing but errors.
-
-    Attributes:
-        seconds: time of every finished stage, by name.
+        quiet: print nothing but errors.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -69,25 +72,24 @@ class Terminal:
         self.out = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, emoji=False)
         self.err = Console(stderr=True, quiet=quiet, emoji=False, width=None if sys.stderr.isatty() else _LOG_WIDTH)
         self._errors = Console(stderr=True, emoji=False)
-        self.seconds: dict[str, float] = {}
 
     def log(self, text: str) -> None:
         """Print one line of talk."""
         self.err.print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage and end it with one line."""
-        started = time.monotonic()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-        self.log(f"{name:<10} {time.monotonic() - started:6.1f} s")
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Time a stage and end it with one line; the value holds the seconds of this stage once it has ended."""
+        stage, started = Stage(), time.monotonic()
+        yield stage
+        stage.seconds = time.monotonic() - started
+        self.log(f"{name:<10} {stage.seconds:6.1f} s")
 
     @contextmanager
     def bar(self, total: int) -> Iterator[Bar]:
         """Show the progress of `total` steps."""
         if not self.err.is_terminal or self.err.quiet:
-            yield Bar(progress=None, task=0, total=total, console=self.err)
+            yield Bar(progress=None, total=total, console=self.err)
             return
         # Imported here: `plan` and `status` show no bar and answer sooner without.
         from rich.progress import (
@@ -102,7 +104,7 @@ class Terminal:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.description}"), console=self.err, transient=True) as progress:
             progress.add_task("", total=total)
-            yield Bar(progress=progress, task=0, total=total, console=self.err)
+            yield Bar(progress=progress, total=total, console=self.err)
 
     def result(self, value: object) -> None:
         """Print a command's result as JSON on standard output."""

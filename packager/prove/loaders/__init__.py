@@ -1,15 +1,52 @@
 """The runtimes that must open what is published: one probe script and one lock of pinned packages each."""
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.specifiers import SpecifierSet
+
 from packager.model.runtimes import RUNTIMES
-from packager.prove.environments import LoaderSpec
 
 _HERE = Path(__file__).parent
 # What the scripts have in common; their behaviour changes with it.
 ISOLATED = _HERE / "packager_isolated.py"
 # All locks have wheels, or sources without compiled code, for these.
 _REQUIRES_PYTHON = ">=3.11,<3.14"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderSpec:
+    """A runtime that must open what is published.
+
+    Attributes:
+        name: the name that recipes and receipts use.
+        script: the stand-alone probe.
+        requirements: the lock, installed without looking at dependencies; torch is not in it.
+        devices: of "cpu" and "cuda", where it can compute.
+        requires_python: the Python versions for which all of the lock can be installed, as a version specifier.
+        description: what it is, in a few words.
+    """
+
+    name: str
+    script: Path
+    requirements: Path
+    devices: frozenset[str]
+    requires_python: str
+    description: str
+
+    def python_problem(self) -> str:
+        """Return why the lock cannot be installed for the running Python, or ""."""
+        running = ".".join(map(str, sys.version_info[:3]))
+        if running in SpecifierSet(self.requires_python):
+            return ""
+        return f"{self.name} needs Python {self.requires_python}, and this is Python {running}"
+
+    def machine_problem(self, device_type: str) -> str:
+        """Return why this loader cannot run on a machine that computes on `device_type` ("cpu" or "cuda"), or ""."""
+        if device_type not in self.devices:
+            return f"needs a {' or '.join(sorted(self.devices)).upper()} device, this machine has none"
+        return self.python_problem()
 
 
 LOADERS: dict[str, LoaderSpec] = {

@@ -106,6 +106,7 @@ def _run(
 ) -> list[LoaderRecord]:
     import torch
 
+    from packager.prove.environments import RuntimeContext
     from packager.prove.verify import VerifyJob, checkpoint_of, prove, references_of
     from packager.recipe import Loaders
 
@@ -124,9 +125,9 @@ def _run(
             prompts=[rows[0][:_PROMPT_TOKENS]],
             loaders=loaders,
             device=site.device,
-            cache=site.cache,
-            scratch=folder.with_name("loaders"),
-            environ=site.environ,
+            context=RuntimeContext(
+                cache=site.cache, scratch=folder.with_name("loaders"), environ=site.environ, log=log
+            ),
         )
         references = references_of(job)
     except torch.OutOfMemoryError as error:

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from packager.errors import MachineError
 from packager.model.architecture import Architecture
+from packager.prove.environments import RuntimeContext
 from packager.quantize.engines.auto_gptq_files import auto_gptq_digest
 from packager.quantize.engines.legacy_config import problems
-from packager.quantize.engines.protocol import Engine, Site
+from packager.quantize.engines.protocol import Engine
 from packager.variant import EngineName, Variant
 
 # Raise it whenever our own engine makes other bytes from the same inputs: finished work is then quantized again.
@@ -19,7 +20,7 @@ ENGINE_VERSION = 3
 _FILES_VERSION = 2
 
 
-def engine_named(name: EngineName, site: Site) -> Engine:
+def engine_named(name: EngineName, context: RuntimeContext) -> Engine:
     """Return an engine; its modules are imported now."""
     if name == "native":
         from packager.quantize.engines.native import Native
@@ -27,7 +28,7 @@ def engine_named(name: EngineName, site: Site) -> Engine:
         return Native()
     from packager.quantize.engines.auto_gptq import AutoGptq
 
-    return AutoGptq(site)
+    return AutoGptq(context)
 
 
 def engine_version(name: EngineName) -> int | str:

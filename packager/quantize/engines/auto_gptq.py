@@ -19,16 +19,17 @@ from typing import Any
 from packager import __version__
 from packager.errors import LoaderUnavailableError, MachineError, PackError, QuantizeError
 from packager.inputs.base_model import SourceModel
-from packager.prove.environments import LoaderSpec, ensure_environment, installed_versions, probe_environ
-from packager.prove.loaders import LOADERS
+from packager.prove.environments import RuntimeContext, ensure_environment, installed_versions
+from packager.prove.loaders import LOADERS, LoaderSpec
+from packager.prove.probes import probe_environ
 from packager.quantize.block_store import BlockStore
 from packager.quantize.engines.auto_gptq_files import AUTO_GPTQ_LOCK, AUTO_GPTQ_SCRIPT
 from packager.quantize.engines.legacy_config import legacy_config
-from packager.quantize.engines.protocol import EngineResult, Site
+from packager.quantize.engines.protocol import EngineResult
 from packager.quantize.job import BlockDone, LinearsDone, QuantizeJob, Report
 from packager.receipt import CONFIG, INDEX_SUFFIX, LinearRecord
 from packager.system.files import TEMPORARY_PREFIX, disk_errors
-from packager.system.processes import run, tail
+from packager.system.processes import tail
 from packager.variant import Variant
 
 # For Python 3.13 the lock has another transformers, with which quantizing is untested.
@@ -46,20 +47,20 @@ class AutoGptq:
     """AutoGPTQ as the reference engine.
 
     Args:
-        site: where its environment and its scratch files are.
+        context: where its environment and its scratch files are.
         spec: the environment and the script; tests replace it.
         silence_s: seconds without an event after which the script is killed.
     """
 
-    def __init__(self, site: Site, spec: LoaderSpec = SPEC, silence_s: float = SILENCE_S) -> None:
-        self._site = site
+    def __init__(self, context: RuntimeContext, spec: LoaderSpec = SPEC, silence_s: float = SILENCE_S) -> None:
+        self._context = context
         self._spec = spec
         self._silence_s = silence_s
 
     def quantize(self, job: QuantizeJob, report: Report) -> EngineResult:
         """Quantize with AutoGPTQ; arguments, result and errors are those of `Engine.quantize`."""
         try:
-            python = ensure_environment(self._spec, self._site.cache, self._site.environ, self._site.log)
+            python = ensure_environment(self._spec, self._context)
         except LoaderUnavailableError as error:
             raise MachineError(error.what, where=error.where, why=error.why, hint=error.hint or _USE_NATIVE) from error
         records = {}
@@ -79,7 +80,7 @@ class AutoGptq:
         """Run the script for one variant."""
         import torch
 
-        job, folder = progress.job, self._site.scratch / f"{TEMPORARY_PREFIX}auto-gptq"
+        job, folder = progress.job, self._context.scratch / f"{TEMPORARY_PREFIX}auto-gptq"
         torch.cuda.empty_cache()  # memory that torch caches in this process is not free for the other one
         with disk_errors(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -89,10 +90,10 @@ class AutoGptq:
         try:
             with (folder / "stdout.txt").open("wb") as out, (folder / "stderr.txt").open("wb") as err:
                 reader = _Reader(folder / "stdout.txt", lambda event: progress.take(event, folder))
-                status = run(
+                status = self._context.processes.run(
                     [str(python), "-I", str(self._spec.script.absolute()), str(request)],
                     folder=folder,
-                    environ=probe_environ(python, self._site.environ),
+                    environ=probe_environ(python, self._context.environ),
                     out=out,
                     err=err,
                     timeout_s=self._silence_s,

@@ -1,8 +1,7 @@
 """The protocol that every engine implements, and its result. No torch at import."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from packager.quantize.job import QuantizeJob, Report
@@ -38,20 +37,3 @@ class Engine(Protocol):
             QuantizeError: a linear cannot be quantized.
             MachineError: this machine lacks what the engine needs.
         """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """What an engine in an environment of its own needs of this machine.
-
-    Attributes:
-        cache: where environments are kept.
-        scratch: a folder for files that pass between processes; its content may be deleted at any time.
-        environ: the process environment to derive its own from; secrets are removed.
-        log: called with one line when an environment is made.
-    """
-
-    cache: Path
-    scratch: Path
-    environ: Mapping[str, str]
-    log: Callable[[str], None]

@@ -1,0 +1,135 @@
+"""Stage 9, card: README.md, licence files and provenance.json of every variant, from the receipts."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+
+from packager.card import CardTexts, render_card
+from packager.errors import CardError, StateError
+from packager.pipeline.build_state import BuildState
+from packager.pipeline.pack import is_packed
+from packager.pipeline.workspace import audit_or_raise
+from packager.receipt import PROVENANCE, README, Receipt
+from packager.recipe.file import RecipeFile
+from packager.system.files import bytes_record, disk_errors, file_record, write_atomic
+
+
+def render_cards(run: BuildState) -> None:
+    """Stage 9: README.md, licence files and provenance.json of every variant; then the whole folder is audited.
+
+    Raises:
+        StateError: somebody edited one by hand; what it says belongs into the recipe or the templates.
+        AuditError: the folder does not keep the contract.
+    """
+    card = run.recipe.card
+    texts = CardTexts(
+        header=_text(run.recipe_file, card.header),
+        footer=_text(run.recipe_file, card.footer),
+        original_card=_text(run.recipe_file, card.original_card),
+    )
+    present = _present(run)
+    provenances = [receipt.provenance.model_copy(update=present) for receipt in run.ordered_receipts()]
+    expectations = {plan.variant.branch: plan.verdicts for plan in run.plan.variants}
+    model_type = run.plan.architecture.model_type
+    rendered = {}
+    for branch in run.keys:
+        readme = render_card(run.recipe, texts, provenances, model_type, branch, expectations=expectations)
+        rendered[branch] = {README: readme.encode(), **_licenses(run, branch)}
+    cards = {branch: _with_provenance(run, branch, files) for branch, files in rendered.items()}
+    refuse_edited_cards(run, {branch: files for branch, (files, _) in cards.items()})
+    for branch, (files, receipt) in cards.items():
+        _write_card(run, branch, files, receipt)
+    audit_or_raise([run.workspace.folder(branch) for branch in cards], complete=True)
+
+
+def _present(run: BuildState) -> dict[str, object]:
+    """Return what a record says of the recipe and may change without the weights."""
+    return {"recipe_digest": run.recipe.digest(), "layout": run.recipe.repository.layout}
+
+
+def _licenses(run: BuildState, branch: str) -> dict[str, bytes]:
+    """Return the licence files by name; the base model's are read from it only where the branch lacks them."""
+    license_, provenance = run.recipe.card.license, run.receipts[branch].provenance
+    found = {PurePosixPath(name).name: run.recipe_file.resolve(name).read_bytes() for name in license_.files}
+    for name in license_.base_files:
+        path, record = run.workspace.folder(branch) / name, provenance.base_model.files.get(name)
+        if record is None or not path.is_file() or file_record(path) != record:
+            path = run.source.folder / name
+        found[name] = path.read_bytes()
+    return found
+
+
+def _with_provenance(run: BuildState, branch: str, files: dict[str, bytes]) -> tuple[dict[str, bytes], Receipt]:
+    """Add provenance.json, and return the receipt to be: its provenance also lists provenance.json itself."""
+    receipt = run.receipts[branch]
+    packed = {name: record for name, record in receipt.provenance.files.items() if is_packed(name)}
+    records = packed | {name: bytes_record(content) for name, content in files.items()}
+    changes = {"files": dict(sorted(records.items())), **_present(run)}
+    provenance = receipt.provenance.model_copy(update=changes)
+    content = provenance.model_dump_json(indent=2).encode() + b"\n"
+    records[PROVENANCE] = bytes_record(content)
+    listed = provenance.model_copy(update={"files": dict(sorted(records.items()))})
+    return {**files, PROVENANCE: content}, receipt.model_copy(update={"provenance": listed})
+
+
+def refuse_edited_cards(run: BuildState, contents: Mapping[str, Mapping[str, bytes]] = MappingProxyType({})) -> None:
+    """Check every file that comes with a card, before any is written.
+
+    Args:
+        run: with its receipts read.
+        contents: by branch and name, what is about to be written, and so may be there already.
+
+    Raises:
+        StateError: a file was edited by hand.
+    """
+    for branch, receipt in run.receipts.items():
+        files = contents.get(branch, {})
+        for name in sorted(run.card_files(receipt) | files.keys()):
+            refuse_edited_card(run, branch, name, files.get(name))
+
+
+def refuse_edited_card(run: BuildState, branch: str, name: str, content: bytes | None = None) -> None:
+    """Do not replace a file of the card unless it is as we left it, as a killed run left it, or already `content`."""
+    path = run.workspace.folder(branch) / name
+    if not os.path.lexists(path):
+        return
+    receipts = (run.workspace.read_receipt(branch), run.workspace.announced(branch))
+    known = {receipt.provenance.files.get(name) for receipt in receipts if receipt is not None}
+    if content is not None:
+        known.add(bytes_record(content))
+    if not path.is_file() or file_record(path) not in known:
+        raise StateError(
+            f"{name} was edited by hand",
+            where=str(path),
+            why="it follows from the recipe, the templates and the receipts, and would be overwritten",
+            hint="put the change into the recipe or templates/, then delete the file and run the command again",
+        )
+
+
+def _write_card(run: BuildState, branch: str, files: Mapping[str, bytes], receipt: Receipt) -> None:
+    folder = run.workspace.folder(branch)
+    changed = [name for name, content in files.items() if not _holds(folder / name, content)]
+    removed = [name for name in run.card_files(run.receipts[branch]) - files.keys() if (folder / name).exists()]
+    if changed or removed:
+        run.workspace.announce(receipt)
+    with disk_errors(folder):
+        for name in changed:
+            write_atomic(folder / name, files[name])
+        for name in removed:
+            (folder / name).unlink()
+    run.keep(receipt)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
+
+
+def _text(recipe_file: RecipeFile, name: str | None) -> str:
+    if name is None:
+        return ""
+    path = recipe_file.resolve(name)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CardError("a text of the card cannot be read", where=str(path), why=str(error)) from error

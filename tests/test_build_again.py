@@ -1,0 +1,184 @@
+"""A build that continues on another machine, under another name, or after a loader could not run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from packager.errors import PublishError
+from packager.model import devices
+from packager.pipeline import flow, stages
+from packager.pipeline.build_state import BuildState
+from packager.pipeline.flow import BuildResult
+from packager.pipeline.release import release
+from packager.recipe.file import RecipeFile
+from packager.system.terminal import Terminal
+from tests import tiny_recipe
+from tests.test_published_loaders import StandIn, install
+from tests.tiny_recipe import BRANCHES, MAIN
+
+REQUIRED = {"loaders.required": ["transformers"]}
+WITH_GPU = {"loaders.required": ["transformers"], "loaders.if_available": ["exllamav2"]}
+
+
+@pytest.fixture
+def loader(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """A loader in this process, which opens what autogptq, transformers and exllamav2 would."""
+    made = StandIn()
+    install(made, monkeypatch)
+    return made
+
+
+def statuses(result: BuildResult) -> dict[str, list[str]]:
+    return {
+        receipt.provenance.branch: [f"{record.loader} {record.status}" for record in receipt.provenance.loaders]
+        for receipt in result.receipts
+    }
+
+
+def build(recipe: Path, dist: Path, capsys: pytest.CaptureFixture[str]) -> tuple[BuildResult, str]:
+    """Build and return the result and the messages."""
+    capsys.readouterr()
+    result = flow.build(RecipeFile.load(recipe), tiny_recipe.options(dist), Terminal())
+    return result, capsys.readouterr().err
+
+
+def test_a_loader_that_could_not_be_installed_is_run_by_the_next_build(
+    tmp_path: Path, loader: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, dist = tiny_recipe.write_all(tmp_path, REQUIRED), tmp_path / "dist"
+    loader.missing = "no network"
+    first, messages = build(recipe, dist, capsys)
+    assert statuses(first) == {branch: ["transformers not run"] for branch in BRANCHES}
+    assert "not proven, required loaders did not run: transformers: " in messages
+    with pytest.raises(PublishError, match="a required loader has not passed"):
+        tiny_recipe.publish(recipe, dist)
+
+    again, messages = build(recipe, dist, capsys)
+    assert again.verified == BRANCHES, "the package index may be reached again"
+    assert "proven" not in messages.replace("not proven", "")
+
+    loader.missing = ""
+    third, messages = build(recipe, dist, capsys)
+    assert statuses(third) == {branch: ["transformers passed"] for branch in BRANCHES}
+    assert (third.quantized, third.measured) == ((), ())
+    assert build(recipe, dist, capsys)[0].nothing_to_do
+    tiny_recipe.publish(recipe, dist)
+
+
+def test_a_loader_that_needs_a_gpu_is_run_where_there_is_one(
+    tmp_path: Path, loader: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, dist = tiny_recipe.write_all(tmp_path, WITH_GPU), tmp_path / "dist"
+    first, _ = build(recipe, dist, capsys)
+    assert statuses(first)[MAIN] == ["transformers passed", "exllamav2 not run"]
+    again, messages = build(recipe, dist, capsys)
+    assert again.nothing_to_do, "this machine cannot run exllamav2"
+    assert "built, measured and proven" in messages
+
+    # The same folder on a machine with a GPU: only the loader without a result is run.
+    monkeypatch.setattr("packager.pipeline.build_state.device_type", lambda _: "cuda")
+    monkeypatch.setattr("packager.prove.loaders.LoaderSpec.machine_problem", lambda *_: "")
+    loader.opened.clear()
+    there, _ = build(recipe, dist, capsys)
+    assert statuses(there) == {branch: ["transformers passed", "exllamav2 passed"] for branch in BRANCHES}
+    assert len(loader.opened) == len(BRANCHES)
+    assert build(recipe, dist, capsys)[0].nothing_to_do
+
+    # And back: what the GPU machine proved stays, also when the loaders run again here.
+    monkeypatch.undo()
+    install(loader, monkeypatch)
+    back = flow.reverify(RecipeFile.load(recipe), tiny_recipe.options(dist), Terminal(quiet=True))
+    assert {record.status for receipt in back for record in receipt.provenance.loaders} == {"passed"}
+
+
+def test_torch_is_asked_for_a_gpu_only_where_a_driver_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def choose(choice: str) -> object:
+        asked.append(choice)
+        return type("Device", (), {"type": "cuda"})
+
+    monkeypatch.setattr(devices, "choose_device", choose)
+    monkeypatch.setattr(devices, "_GPU_DRIVERS", (tmp_path / "absent",))
+    assert (devices.device_type("auto"), devices.device_type("cpu"), asked) == ("cpu", "cpu", [])
+    monkeypatch.setattr(devices, "_GPU_DRIVERS", (tmp_path,))
+    assert (devices.device_type("auto"), devices.device_type("cpu")) == ("cuda", "cpu")
+    assert (devices.device_type("cuda"), asked) == ("cuda", ["auto", "cuda"])
+
+
+def test_a_renamed_repository_is_packed_again_and_not_quantized_again(tmp_path: Path) -> None:
+    recipe, dist = tiny_recipe.write_all(tmp_path), tmp_path / "dist"
+    before = tiny_recipe.build(recipe, dist)
+    renamed = tiny_recipe.write_recipe(tmp_path, {"repository.id": "tester/another-name"})
+    after = tiny_recipe.build(renamed, dist)
+    assert (after.quantized, after.packed, after.measured) == ((), BRANCHES, ())
+    fresh = tmp_path / "fresh"
+    tiny_recipe.build(renamed, fresh)
+    for branch in BRANCHES:
+        folder = Path("builds") / "tester" / "another-name" / branch
+        files = {path.name: path.read_bytes() for path in (dist / folder).iterdir()}
+        assert files.keys() == {path.name for path in (fresh / folder).iterdir()}
+        for name in files.keys() - {"README.md", "provenance.json"}:
+            assert files[name] == (fresh / folder / name).read_bytes(), name
+        assert json.loads(files["quantize_config.json"])["model_name_or_path"] == "tester/another-name"
+    for one, other in zip(before.receipts, after.receipts, strict=True):
+        assert one.provenance.linears == other.provenance.linears
+        assert one.provenance.quality == other.provenance.quality
+        assert one.seconds["quantize"] == other.seconds["quantize"]
+
+
+def test_weights_that_changed_are_not_taken_over(tmp_path: Path) -> None:
+    recipe, dist = tiny_recipe.write_all(tmp_path), tmp_path / "dist"
+    tiny_recipe.build(recipe, dist)
+    weights = tiny_recipe.workspace(dist).folder(MAIN) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    renamed = tiny_recipe.write_recipe(tmp_path, {"repository.id": "tester/another-name"})
+    assert tiny_recipe.build(renamed, dist).quantized == (MAIN,)
+
+
+class Clock:
+    """The terminal's clock: it stands still unless a test moves it."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_the_seconds_of_a_stage_are_those_of_one_recipe(
+    tmp_path: Path, loader: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, spent = Clock(), iter((300.0, 30.0))
+    open_all = loader.probe
+
+    def probe(*arguments: Any) -> object:
+        clock.now += next(spent)
+        return open_all(*arguments)
+
+    monkeypatch.setattr("packager.prove.verify.run_probes", probe)
+    monkeypatch.setattr("packager.system.terminal.time", clock)
+    names = ("one", "two")
+    recipes = [
+        tiny_recipe.write_all(tmp_path / name, {"repository.id": f"tester/{name}", **REQUIRED}) for name in names
+    ]
+    options = tiny_recipe.options(tmp_path / "dist")
+    terminal = Terminal(quiet=True)
+    release(recipes, options, terminal, strict=True)
+    for recipe, seconds in zip(recipes, (100.0, 10.0), strict=True):
+        run = BuildState(RecipeFile.load(recipe), options, terminal)
+        run.read_receipts()
+        assert [receipt.seconds["verify"] for receipt in run.ordered_receipts()] == [seconds] * len(BRANCHES)
+
+
+def test_a_receipt_has_the_largest_memory_of_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, dist = tiny_recipe.write_all(tmp_path), tmp_path / "dist"
+    peaks = iter([100] * len(BRANCHES) + [500] * len(BRANCHES) + [300] * len(BRANCHES))
+    monkeypatch.setattr(stages, "peak_memory_bytes", lambda: next(peaks))
+    result = tiny_recipe.build(recipe, dist)
+    assert [receipt.peak_memory_bytes for receipt in result.receipts] == [500] * len(BRANCHES)
