@@ -487,7 +487,7 @@ def test_what_scripts_share_belongs_to_their_digest(monkeypatch: pytest.MonkeyPa
     changed = tmp_path / "packager_isolated.py"
     changed.write_text(ISOLATED.read_text() + "# changed\n")
     monkeypatch.setattr(build_state, "ISOLATED", changed)
-    monkeypatch.setattr(engines, "ISOLATED", changed)
+    monkeypatch.setattr("packager.quantize.engines.auto_gptq_files.ISOLATED", changed)
     assert build_state._loader_digest("autogptq") != before[0]
     assert engines.auto_gptq_digest() != before[1]
 
