@@ -290,7 +290,7 @@ def test_environment_is_redone_when_the_shared_torch_went_away(
 def test_of_two_at_once_one_creates(spec: LoaderSpec, tmp_path: Path) -> None:
     lines: list[str] = []
     threads = [
-        threading.Thread(target=ensure_environment, args=(spec, tmp_path, ENVIRON, lines.append)) for _ in range(3)
+        threading.Thread(target=ensure_environment, args=(spec, context(tmp_path, log=lines.append))) for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -430,7 +430,7 @@ def test_stop_all_ends_probes_of_other_threads_and_of_no_other_task(spec: Loader
     _assert_grandchild_is_dead(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run_probe(spec, Path(sys.executable), probe_job(tmp_path), 60.0, context(processes=processes))
-    assert probe(spec, tmp_path).generated  # a later task of this process is not stopped
+    assert probe(spec, tmp_path, "works").generated  # a later task of this process is not stopped
 
 
 def test_a_job_that_ends_the_process_costs_the_others_nothing(spec: LoaderSpec, tmp_path: Path) -> None:
