@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from packager.errors import QuantizeError
-from packager.quantize.gptq.cholesky import by_library, cholesky
 
 # H is symmetric: of each panel of rows only what lies right of its diagonal is computed. Five panels or more do some
 # 60 % of the work and still are large products. Widths that no tile divides are several times slower.
@@ -80,7 +79,7 @@ class Factor:
     succeeded: Tensor
 
 
-def factorize(H: Tensor, *, desc_act: bool, damp_percent: float, careful: bool = False) -> Factor:
+def factorize(H: Tensor, *, desc_act: bool, damp_percent: float) -> Factor:
     """Damp H and factor it: with J the reversal, J H J = L L^T gives M = J L J.
 
     One Cholesky, where the usual route takes Cholesky, inverse and Cholesky again: `solve` needs the inverse of M's
@@ -90,7 +89,6 @@ def factorize(H: Tensor, *, desc_act: bool, damp_percent: float, careful: bool =
         H: float32 [in_features, in_features]; not modified.
         desc_act: order columns by decreasing diag(H); equal entries keep their order.
         damp_percent: fraction of mean(diag H) to add.
-        careful: take the way that needs the least damping, not the fastest.
     """
     dead = H.diagonal() == 0
     diagonal = H.diagonal().masked_fill(dead, 1)
@@ -104,8 +102,9 @@ def factorize(H: Tensor, *, desc_act: bool, damp_percent: float, careful: bool =
         damped = H[backwards][:, backwards]
         damped.diagonal().copy_(diagonal[backwards])
     del H
-    L, succeeded = by_library(damped) if careful else cholesky(damped)
+    L, failed_at = torch.linalg.cholesky_ex(damped)
     del damped
+    succeeded = (failed_at == 0) & L.diagonal().isfinite().all()
     return Factor(M=L.flip(0, 1), order=order, dead=dead, damp_percent=damp_percent, succeeded=succeeded)
 
 
@@ -122,7 +121,7 @@ def factorize_within(H: Tensor, *, desc_act: bool, damp_percent: float, damp_per
             hint="the base model overflows in this dtype: check its weights, or choose shorter calibration rows",
         )
     while True:
-        factor = factorize(H, desc_act=desc_act, damp_percent=damp_percent, careful=True)
+        factor = factorize(H, desc_act=desc_act, damp_percent=damp_percent)
         if bool(factor.succeeded):
             return factor
         if damp_percent >= damp_percent_limit:

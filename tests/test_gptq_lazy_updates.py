@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from packager.quantize.gptq.lazy_updates import Carry, Float32Carry, SplitCarry
+from packager.quantize.gptq.split_float16 import split
 
 N, OUT = 320, 24
 # Tensor cores add exact products but do not round each sum to nearest.
@@ -97,3 +98,10 @@ def test_half_precision_weights_are_recorded_in_full(device, kind):
     M, weight = factor(orders=2).to(device), random(N, OUT, seed=4).to(device, torch.float16)
     change = random(N, OUT, seed=5).to(device) * 0.05
     assert largest_error(filled(kind, M, weight, change), M, change) < TOLERANCE[device.type]
+
+
+def test_two_float16_numbers_hold_22_bits():
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+    high, low = split(x)
+    assert high.dtype == low.dtype == torch.float16
+    assert ((high.double() + low.double() - x.double()).abs() <= 2.0**-22 * x.abs() + 2.0**-25).all()
