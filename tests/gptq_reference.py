@@ -2,7 +2,7 @@
 
 Where a value lies on the boundary between two roundings, the last bit of float32 decides, and through the error that
 spreads everything after it becomes another, equally good solution. So the reference can also follow the decisions of
-somebody else, and say of each how far it is from the one it would have taken in that very place.
+another solution, and measure how far each is from the one it would have taken itself in the same state.
 """
 
 from collections.abc import Iterator
@@ -51,19 +51,19 @@ def gptq(
     W, H = W[order], H[order][:, order]
     H += torch.eye(n, dtype=torch.float64) * damp * H.diagonal().mean()
     pivots, spread = eliminations(torch.linalg.inv(H))
-    price = 1 / pivots
+    column_weight = 1 / pivots
     grids = Grids(-(-n // size), out, bits=bits, sym=sym, search=scale_search, follow=follow)
     if static_groups:
-        price_stored = torch.empty_like(price)
-        price_stored[order] = price
+        column_weight_stored = torch.empty_like(column_weight)
+        column_weight_stored[order] = column_weight
         for group, begin in enumerate(range(0, n, size)):
-            grids.find(group, stored[begin : begin + size], price_stored[begin : begin + size])
+            grids.find(group, stored[begin : begin + size], column_weight_stored[begin : begin + size])
     q, weights, g_idx, losses = torch.zeros_like(W), torch.zeros_like(W), [0] * n, torch.zeros_like(W[0])
     misses = torch.zeros_like(W)
     for i in range(n):
         group = order[i] // size if static_groups else i // size
         if not static_groups and i % size == 0:
-            grids.find(group, W[i : i + size], price[i : i + size])
+            grids.find(group, W[i : i + size], column_weight[i : i + size])
         scale, zero = grids.scales[group], grids.zeros[group]
         q[i] = torch.clamp(torch.round(W[i] / scale) + zero, 0, maxq)
         if follow is not None:
@@ -101,23 +101,25 @@ class Grids:
         self.scales, self.zeros, self.misses = (torch.zeros(n_groups, out, dtype=torch.float64) for _ in range(3))
         self.follow = follow
 
-    def find(self, group: int, w: Tensor, price: Tensor) -> None:
+    def find(self, group: int, w: Tensor, column_weight: Tensor) -> None:
         """Decide for the columns w [columns, out] of a group."""
         least, sure, miss = (torch.full_like(w[0], torch.inf) for _ in range(3))
         for low, high in self.ranges(w):
             scale, zero = self.grid(low, high)
-            error = self.error(w, price, scale, zero)
+            error = self.error(w, column_weight, scale, zero)
             better = error < least
             self.scales[group] = torch.where(better, scale, self.scales[group])
             self.zeros[group] = torch.where(better, zero, self.zeros[group])
             least = torch.where(better, error, least)
             if self.follow is not None:
-                sure = torch.minimum(sure, self.surely(w, price, low, high))
+                sure = torch.minimum(sure, self.surely(w, column_weight, low, high))
                 taken = self.follow.scales[group].cpu().double(), self.follow.zeros[group].cpu().double()
                 miss = torch.minimum(miss, self.miss(low, high, *taken))
         if self.follow is not None:
             excess = (
-                self.error(w, price, *taken) / sure.clamp(min=1e-300) - 1 if self.search else torch.zeros_like(miss)
+                self.error(w, column_weight, *taken) / sure.clamp(min=1e-300) - 1
+                if self.search
+                else torch.zeros_like(miss)
             )
             self.scales[group], self.zeros[group] = taken
             self.misses[group] = torch.maximum(miss, excess)
@@ -144,14 +146,14 @@ class Grids:
         above = self.exact_scale_without_zero(high).half().double()
         return torch.where(none, above, scale), torch.where(none, 1.0, zero)
 
-    def surely(self, w: Tensor, price: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def surely(self, w: Tensor, column_weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The error that float32, too, finds for a range, whichever way it rounds scale and zero where they tie."""
         ends = [(low * a, high * b) for a in (1 - TIE, 1, 1 + TIE) for b in (1 - TIE, 1, 1 + TIE)]
-        return torch.stack([self.error(w, price, *self.grid(*each)) for each in ends]).amax(0)
+        return torch.stack([self.error(w, column_weight, *self.grid(*each)) for each in ends]).amax(0)
 
-    def error(self, w: Tensor, price: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    def error(self, w: Tensor, column_weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         q = torch.clamp(torch.round(w / scale) + zero, 0, self.maxq)
-        return ((w - (q - zero) * scale).square() * price[:, None]).sum(0)
+        return ((w - (q - zero) * scale).square() * column_weight[:, None]).sum(0)
 
     def miss(self, low: Tensor, high: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """How far a grid is from being the one of a range; 0 if it is."""

@@ -1,7 +1,5 @@
 """The solver against an independent float64 reference, and the layout against its inverse and a naive bit string."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,12 +9,23 @@ from packager.errors import QuantizeError
 from packager.model.packing import pack, pack_zeros, unpack, unpack_zeros, values_per_pack
 from packager.quantize.gptq.grid import GridRules, find_grids
 from packager.quantize.gptq.hessian import Hessian, factorize, factorize_within
-from packager.quantize.gptq.lazy_updates import Float32Carry, SplitCarry
-from packager.quantize.gptq.solve import TORCH, Solution, solve
+from packager.quantize.gptq.lazy_updates import SplitUpdates
+from packager.quantize.gptq.solve import Solution, solve
+from packager.quantize.gptq.torch_ops import TorchOps
 from tests.gptq_reference import LOSS_TOLERANCE, TIE, assert_agrees, gptq
 from tests.hypothesis_profiles import examples
 
 CPU = torch.device("cpu")
+
+
+class SplitTorchOps(TorchOps):
+    """Lazy updates from float16 parts, as on CUDA, without its kernels."""
+
+    def lazy_updates(self, U, weight):
+        return SplitUpdates(U, weight, self)
+
+
+OPS = pytest.mark.parametrize("ops", [TorchOps(), SplitTorchOps()], ids=["float32", "split"])
 
 
 def inputs(n: int, seed: int, *, dead: int | None = None) -> torch.Tensor:
@@ -38,10 +47,10 @@ def hessian(x: torch.Tensor) -> torch.Tensor:
 
 def solved(weight: torch.Tensor, H: torch.Tensor, *, desc_act: bool = False, damp: float = 0.01, **rules) -> Solution:
     factor = factorize_within(H, desc_act=desc_act, damp_percent=damp, damp_percent_limit=0.5)
-    rest = {"group_size": 32, "static_groups": False, "backend": None}
+    rest = {"group_size": 32, "static_groups": False, "ops": None}
     rest = {name: rules.pop(name, default) for name, default in rest.items()}
     found = solve([weight.T], factor, GridRules(**{"bits": 4, "sym": True, "scale_search": False, **rules}), **rest)
-    assert bool(found.fits())
+    assert bool(found.scales_are_finite())
     return found
 
 
@@ -55,9 +64,9 @@ def test_factor_is_upper_and_its_square_is_the_damped_hessian():
     H = hessian(inputs(48, 1))
     factor = factorize(H, desc_act=False, damp_percent=0.02)
     damped = H.double() + torch.eye(48) * 0.02 * H.double().diagonal().mean()
-    M = factor.M.double()
-    assert torch.equal(M, M.triu())
-    assert torch.allclose(M @ M.T, damped, rtol=1e-5, atol=1e-5)
+    U = factor.U.double()
+    assert torch.equal(U, U.triu())
+    assert torch.allclose(U @ U.T, damped, rtol=1e-5, atol=1e-5)
 
 
 ORDERS = [
@@ -87,19 +96,19 @@ def test_the_scale_search_finds_what_the_reference_finds(group_size, sym, order)
     assert_agrees(solved(weight, H, **how), weight, H, **how)
 
 
-@pytest.mark.parametrize("carry", [Float32Carry, SplitCarry])
+@OPS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize(
     ("group_size", "desc_act"),
     [(32, True), (48, False), (128, False), (160, True), (200, False), (256, True), (-1, True)],
 )
-def test_agrees_over_many_column_blocks(group_size, desc_act, dtype, carry):
-    """More than 512 columns: what column blocks owe each other goes through the carry as well."""
+def test_agrees_over_many_column_blocks(group_size, desc_act, dtype, ops):
+    """More than 512 columns: some updates of later columns go through `LazyUpdates`."""
     n, out = 648, 8
     H = hessian(inputs(n, 4, dead=5))
     weight = (torch.randn(n, out, generator=torch.Generator().manual_seed(8)) * 0.02).to(dtype)
     how = {"bits": 4, "group_size": group_size, "sym": True, "desc_act": desc_act}
-    assert_agrees(solved(weight, H, backend=replace(TORCH, carry=carry), **how), weight, H, **how)
+    assert_agrees(solved(weight, H, ops=ops, **how), weight, H, **how)
 
 
 def test_agrees_where_the_hessian_is_nearly_singular():
@@ -201,11 +210,11 @@ def test_dead_columns_become_zero_and_disturb_nothing():
     assert found.dequantized().T.abs().max() < 1
 
 
-@pytest.mark.parametrize("carry", [Float32Carry, SplitCarry])
-def test_a_linear_of_zeros_stays_zero(carry):
+@OPS
+def test_a_linear_of_zeros_stays_zero(ops):
     weight, H = torch.zeros(552, 8), hessian(inputs(552, 11))
     for sym in (True, False):
-        found = solved(weight, H, sym=sym, backend=replace(TORCH, carry=carry))
+        found = solved(weight, H, sym=sym, ops=ops)
         assert torch.equal(found.dequantized().T, weight)
 
 
@@ -246,7 +255,7 @@ def test_a_scale_beyond_float16_does_not_fit():
     factor = factorize(hessian(inputs(64, 13)), desc_act=False, damp_percent=0.01)
     rules = GridRules(bits=4, sym=True, scale_search=False)
     found = solve([torch.full((8, 64), 1e9)], factor, rules, group_size=32, static_groups=False)
-    assert not bool(found.fits())
+    assert not bool(found.scales_are_finite())
 
 
 @settings(max_examples=examples(80))

@@ -37,9 +37,9 @@ def test_the_square_of_the_factor_is_the_matrix(device, n, orders):
     H = hessian(n, orders=orders).to(device)
     factor = factorize(H, desc_act=False, damp_percent=0)
     assert bool(factor.succeeded)
-    assert torch.equal(factor.M, factor.M.triu())
-    assert bool((factor.M.diagonal() > 0).all())
-    assert largest_error(factor.M, H) < ERROR
+    assert torch.equal(factor.U, factor.U.triu())
+    assert bool((factor.U.diagonal() > 0).all())
+    assert largest_error(factor.U, H) < ERROR
 
 
 @pytest.mark.parametrize("desc_act", [False, True])
@@ -48,10 +48,10 @@ def test_the_factor_is_near_that_of_float64(device, desc_act):
     H = hessian(512, orders=3, damp=1e-4).to(device)
     found = factorize(H, desc_act=desc_act, damp_percent=0)
     assert bool(found.succeeded)
-    order = torch.arange(512, device=device) if found.order is None else found.order
+    order = torch.arange(512, device=device) if found.perm is None else found.perm
     backwards = H[order.flip(0)][:, order.flip(0)]
     library, exact = (torch.linalg.cholesky(each).flip(0, 1) for each in (backwards, backwards.double()))
-    assert (found.M - exact).norm() < 3 * (library - exact).norm()
+    assert (found.U - exact).norm() < 3 * (library - exact).norm()
 
 
 def test_the_matrix_is_not_modified(device):
@@ -93,5 +93,5 @@ def test_a_wide_matrix_keeps_the_precision_of_a_narrow_one():
     H = x.T @ x / x.shape[0] + 0.01 * torch.eye(n, device="cuda")
     factor = factorize(H, desc_act=False, damp_percent=0)
     assert bool(factor.succeeded)
-    assert torch.equal(factor.M, factor.M.triu())
-    assert largest_error(factor.M, H) < 4e-6
+    assert torch.equal(factor.U, factor.U.triu())
+    assert largest_error(factor.U, H) < 4e-6

@@ -6,21 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from packager.quantize.gptq import columns, grid, solving_order, split_float16
-from packager.quantize.gptq.columns import Columns, Grids
+from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import factorize
-from packager.quantize.gptq.lazy_updates import SplitCarry
-from packager.quantize.gptq.solve import TORCH, backend_for, solve
+from packager.quantize.gptq.lazy_updates import Float32Updates, SplitUpdates
+from packager.quantize.gptq.solve import solve
+from packager.quantize.gptq.tensor_ops import Grids, RoundedColumns, TensorOps
+from packager.quantize.gptq.torch_ops import TorchOps
 from tests.gptq_reference import assert_agrees
 from tests.test_gptq import hessian, inputs
 
 triton = pytest.importorskip("triton", reason="Triton is not made for this system")
-from packager.quantize.gptq import kernels  # noqa: E402 - imports Triton
+from packager.quantize.gptq import triton_ops as triton_ops_module  # noqa: E402 - imports Triton
+from packager.quantize.gptq.triton_ops import TritonOps, features_per_program  # noqa: E402
 
 # The interpreter computes with numpy, which warns where float32 or float16 overflows to infinity, as it should here.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-BACKEND = backend_for(torch.device("cuda"))  # its kernels, wherever they run
+TORCH = TorchOps()
 NATIVE = pytest.mark.gpu
 
 
@@ -31,6 +33,18 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     elif not triton.knobs.runtime.interpret:
         pytest.skip("kernels take CPU tensors in the interpreter only, which -m gpu leaves out")
     return torch.device(request.param)
+
+
+class InterpretedOps(TritonOps):
+    """The kernels on the CPU, which has no float16 products with float32 results."""
+
+    def add_product(self, total, a, b):
+        return TORCH.add_product(total, a, b)
+
+
+@pytest.fixture
+def kernels(device: torch.device) -> TensorOps:
+    return TritonOps() if device.type == "cuda" else InterpretedOps()
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -46,7 +60,7 @@ SOME_CASES = CASES[::5]
 
 
 def solves_like_the_reference(
-    device: torch.device, n: int, out: int, *, search: bool, sym: bool, bits: int, group_size: int,
+    kernels: TensorOps, device: torch.device, n: int, out: int, *, search: bool, sym: bool, bits: int, group_size: int,
     order: tuple[bool, bool],
 ) -> None:  # fmt: skip
     """Check a solution of the kernels; some weights are zero: a column's input, a group, an output feature."""
@@ -61,35 +75,53 @@ def solves_like_the_reference(
         rules,
         group_size=group_size,
         static_groups=static,
-        backend=BACKEND,
+        ops=kernels,
     )
     how = {"bits": bits, "sym": sym, "group_size": group_size, "desc_act": desc_act, "static_groups": static}
     assert_agrees(found, weight.half(), H, scale_search=search, **how)
 
 
 @pytest.mark.parametrize(("bits", "sym", "group_size", "order"), SOME_CASES)
-def test_solves_like_the_reference(device, bits, sym, group_size, order):
+def test_solves_like_the_reference(kernels, device, bits, sym, group_size, order):
     n = COLUMNS_OF[group_size]
-    solves_like_the_reference(device, n, 5, search=False, sym=sym, bits=bits, group_size=group_size, order=order)
+    solves_like_the_reference(
+        kernels, device, n, 5, search=False, sym=sym, bits=bits, group_size=group_size, order=order
+    )
 
 
 @pytest.mark.parametrize(("group_size", "sym"), [(32, True), (48, False), (128, True), (200, True), (200, False)])
-def test_searches_scales_like_the_reference(device, group_size, sym):
+def test_searches_scales_like_the_reference(kernels, device, group_size, sym):
     n, order = COLUMNS_OF[group_size], ORDERS[group_size % 3]
-    solves_like_the_reference(device, n, 5, search=True, sym=sym, bits=4, group_size=group_size, order=order)
+    solves_like_the_reference(kernels, device, n, 5, search=True, sym=sym, bits=4, group_size=group_size, order=order)
 
 
 @pytest.mark.parametrize(("group_size", "order"), [(32, ORDERS[1]), (200, ORDERS[0]), (48, ORDERS[2])])
-def test_solves_many_column_blocks(device, group_size, order):
-    """More than 512 columns: what column blocks owe each other goes through the carry as well."""
-    solves_like_the_reference(device, 536, 5, search=False, sym=True, bits=4, group_size=group_size, order=order)
+def test_solves_many_column_blocks(kernels, device, group_size, order):
+    """More than 512 columns: some updates of later columns go through `LazyUpdates`."""
+    solves_like_the_reference(
+        kernels, device, 536, 5, search=False, sym=True, bits=4, group_size=group_size, order=order
+    )
 
 
 def test_cuda_is_given_the_kernels():
-    assert backend_for(torch.device("cpu")) == TORCH
-    for name in ("in_order", "find_grids", "round_columns", "dequantize"):
-        assert getattr(BACKEND, name) is getattr(kernels, name)
-    assert BACKEND.carry is SplitCarry
+    assert type(ops_for(torch.device("cpu"))) is TorchOps
+    assert type(ops_for(torch.device("cuda"))) is TritonOps
+    U, weight = torch.eye(4), torch.ones(4, 2)
+    assert type(TORCH.lazy_updates(U, weight)) is Float32Updates
+
+
+def test_kernels_keep_deltas_in_float16_parts(kernels, device):
+    U, weight = torch.eye(4, device=device), torch.ones(4, 2, device=device)
+    assert type(kernels.lazy_updates(U, weight)) is SplitUpdates
+
+
+@NATIVE
+@pytest.mark.parametrize(("group_size", "order"), [(32, ORDERS[1]), (200, ORDERS[0])])
+def test_the_torch_operations_solve_on_cuda_too(group_size, order):
+    """They are what the kernels are compared with, so both must be able to run there."""
+    solves_like_the_reference(
+        TORCH, torch.device("cuda"), 536, 5, search=True, sym=True, bits=4, group_size=group_size, order=order
+    )
 
 
 def edge_groups() -> Tensor:
@@ -113,9 +145,9 @@ def edge_groups() -> Tensor:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
-def test_a_range_gives_the_grid_that_torch_gives(device, bits, sym):
+def test_a_range_gives_the_grid_that_torch_gives(kernels, device, bits, sym):
     w, rules = edge_groups(), GridRules(bits=bits, sym=sym, scale_search=False)
-    expected = grid.find_grids(w, 16, rules, torch.ones(16))
+    expected = TORCH.find_grids(w, 16, rules, torch.ones(16))
     found = kernels.find_grids(w.to(device), 16, rules, torch.ones(16, device=device))
     assert [part.cpu().tolist() for part in found] == [part.tolist() for part in expected]
 
@@ -123,92 +155,94 @@ def test_a_range_gives_the_grid_that_torch_gives(device, bits, sym):
 @pytest.mark.parametrize(
     ("n", "group_size", "sym"), [(70, 32, True), (7, 16, False), (60, 60, True), (210, 200, False), (56, 48, False)]
 )
-def test_grids_of_groups_that_divide_nothing(device, n, group_size, sym):
-    w, price = random(n, 33, seed=n) * 0.02, random(n, seed=1).square()
+def test_grids_of_groups_that_divide_nothing(kernels, device, n, group_size, sym):
+    w, column_weight = random(n, 33, seed=n) * 0.02, random(n, seed=1).square()
     for search in (False, True):
         rules = GridRules(bits=4, sym=sym, scale_search=search)
-        expected = grid.find_grids(w, group_size, rules, price)
-        found = kernels.find_grids(w.to(device), group_size, rules, price.to(device))
+        expected = TORCH.find_grids(w, group_size, rules, column_weight)
+        found = kernels.find_grids(w.to(device), group_size, rules, column_weight.to(device))
         # Sums of errors are taken in another order; two scales may be equally good to float32.
         same = [(part.cpu() == torch_part).double().mean() for part, torch_part in zip(found, expected, strict=True)]
         assert min(same) >= (0.98 if search else 1.0)
 
 
 def rounded_by(
-    round_columns, w: Tensor, Hinv: Tensor, rules: GridRules, find_every: int, device: torch.device
-) -> tuple[Columns, Grids]:
+    ops: TensorOps, w: Tensor, Hinv: Tensor, rules: GridRules, inline_group_size: int, device: torch.device
+) -> tuple[RoundedColumns, Grids]:
     n, features = w.shape
-    size = find_every or 16
+    size = inline_group_size or 16
     scales = torch.full((-(-n // size), features), 0.004, device=device)
     grids = Grids(
         scales=scales,
         zeros=torch.full_like(scales, 2 ** (rules.bits - 1)),
         groups=torch.arange(n, device=device) // size,
     )
-    result = Columns(
+    result = RoundedColumns(
         q=torch.empty(n, features, dtype=torch.uint8, device=device),
-        change=torch.empty(n, features, device=device),
+        delta=torch.empty(n, features, device=device),
         squared_errors=torch.full((features,), 0.5, device=device),
     )
     Hinv = Hinv.to(device)
-    round_columns(
+    ops.round_columns(
         w.to(device, copy=True), (w * 1.01).to(device, torch.float16), Hinv, Hinv.diagonal().reciprocal(), grids, rules,
-        find_every, result,
+        inline_group_size, result,
     )  # fmt: skip
     return result, grids
 
 
 @pytest.mark.parametrize("features", [3, 13, *(pytest.param(many, marks=NATIVE) for many in (20_011,))])
-@pytest.mark.parametrize(("n", "find_every"), [(128, 0), (128, 16), (128, 128), (96, 48), (72, 128), (1, 32), (80, 40)])
-def test_a_column_block_is_rounded_as_torch_rounds_it(device, n, find_every, features):
+@pytest.mark.parametrize(
+    ("n", "inline_group_size"), [(128, 0), (128, 16), (128, 128), (96, 48), (72, 128), (1, 32), (80, 40)]
+)
+def test_a_column_block_is_rounded_as_torch_rounds_it(kernels, device, n, inline_group_size, features):
     w = random(n, features, seed=n) * 0.02
     Hinv = (torch.eye(n) + 0.05 * random(n, n, seed=2)).triu()
     Hinv.diagonal().abs_().clamp_(min=0.5)
-    rules = GridRules(bits=4, sym=find_every != 48, scale_search=find_every == 40)
-    expected, expected_grids = rounded_by(columns.round_columns, w, Hinv, rules, find_every, torch.device("cpu"))
-    found, grids = rounded_by(kernels.round_columns, w, Hinv, rules, find_every, device)
+    rules = GridRules(bits=4, sym=inline_group_size != 48, scale_search=inline_group_size == 40)
+    expected, expected_grids = rounded_by(TORCH, w, Hinv, rules, inline_group_size, torch.device("cpu"))
+    found, grids = rounded_by(kernels, w, Hinv, rules, inline_group_size, device)
     same = (found.q.cpu() == expected.q).all(0) & (grids.scales.cpu() == expected_grids.scales).all(0)
     assert same.double().mean() >= 0.95  # of a feature that meets no tie nothing differs
     assert torch.equal(grids.zeros.cpu()[:, same], expected_grids.zeros[:, same])
-    assert torch.allclose(found.change.cpu()[:, same], expected.change[:, same], rtol=1e-5, atol=1e-7)
+    assert torch.allclose(found.delta.cpu()[:, same], expected.delta[:, same], rtol=1e-5, atol=1e-7)
     assert torch.allclose(found.squared_errors.cpu()[same], expected.squared_errors[same], rtol=1e-5)
 
 
 @pytest.mark.parametrize("at_once", [8, 32])
-def test_it_does_not_matter_how_many_features_a_program_takes(monkeypatch, device, at_once):
+def test_it_does_not_matter_how_many_features_a_program_takes(monkeypatch, kernels, device, at_once):
     w, Hinv = random(96, 50, seed=1) * 0.02, torch.eye(96) + 0.05 * random(96, 96, seed=2).triu(1)
     rules = GridRules(bits=4, sym=True, scale_search=True)
-    expected, expected_grids = rounded_by(kernels.round_columns, w, Hinv, rules, 32, device)
-    monkeypatch.setattr(kernels, "_ROUND_FEATURES", (at_once,))
-    monkeypatch.setattr(kernels, "_ROUND_MANY", (0,))
-    found, grids = rounded_by(kernels.round_columns, w, Hinv, rules, 32, device)
-    assert kernels.features_at_once(50) == at_once
+    expected, expected_grids = rounded_by(kernels, w, Hinv, rules, 32, device)
+    monkeypatch.setattr(triton_ops_module, "_ROUND_FEATURES", (at_once,))
+    monkeypatch.setattr(triton_ops_module, "_ROUND_MANY", (0,))
+    found, grids = rounded_by(kernels, w, Hinv, rules, 32, device)
+    assert features_per_program(50) == at_once
     assert torch.equal(found.q, expected.q)
     assert torch.equal(grids.scales, expected_grids.scales)
-    assert torch.allclose(found.change, expected.change, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(found.delta, expected.delta, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("widths", [(70,), (64, 1, 33)])
 @pytest.mark.parametrize("ordered", [False, True])
-def test_linears_come_into_order_as_by_torch(device, dtype, widths, ordered):
+def test_linears_are_permuted_as_by_torch(kernels, device, dtype, widths, ordered):
     n = 150
     weights = [random(width, n, seed=width).to(device, dtype) for width in widths]
     weights[0] = weights[0].T.contiguous().T  # not dense
-    dead, place = torch.zeros(n, dtype=torch.bool), torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    dead, inverse_perm = torch.zeros(n, dtype=torch.bool), torch.randperm(n, generator=torch.Generator().manual_seed(1))
     dead[[0, 64, 149]] = True
     weights[0][:, 64] = torch.nan  # a weight that no input reaches may be anything
-    dead, where = dead.to(device), place.to(device) if ordered else None
-    expected = solving_order.in_order(weights, dead, where)
-    assert torch.equal(kernels.in_order(weights, dead, where), expected)
+    dead, where = dead.to(device), inverse_perm.to(device) if ordered else None
+    expected = TORCH.permute_columns(weights, dead, where)
+    assert torch.equal(kernels.permute_columns(weights, dead, where), expected)
     assert not expected.isnan().any()
-    column = int(place[10]) if ordered else 10
+    column = int(inverse_perm[10]) if ordered else 10
     assert torch.equal(expected[column], torch.cat([weight[:, 10] for weight in weights]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("n", "out"), [(150, 70), (64, 64), (1, 3)])
-def test_dequantizes_as_torch(device, dtype, n, out):
+def test_dequantizes_as_torch(kernels, device, dtype, n, out):
     """Codes and grids are parts of those of several linears, as after `by_linear`."""
     groups = 5
     q = torch.randint(0, 16, (n, out + 9), dtype=torch.uint8)[:, 4 : out + 4].to(device)
@@ -216,7 +250,7 @@ def test_dequantizes_as_torch(device, dtype, n, out):
     scales = (random(groups, out + 9) * 0.01).half()[:, 4 : out + 4].to(device)
     g_idx = torch.randint(0, groups, (n,), dtype=torch.int32).to(device)
     expected, found = (torch.full((out, n), torch.nan, dtype=dtype, device=device) for _ in range(2))
-    solving_order.dequantize(expected, q, zeros, scales, g_idx)
+    TORCH.dequantize(expected, q, zeros, scales, g_idx)
     kernels.dequantize(found, q, zeros, scales, g_idx)
     assert torch.equal(found, expected)
     assert not found.isnan().any()
@@ -225,16 +259,16 @@ def test_dequantizes_as_torch(device, dtype, n, out):
 @pytest.mark.parametrize("scaled", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("width", [7, 2500])
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_splits_as_torch(device, scaled, width, by_columns):
+def test_splits_as_torch(kernels, device, scaled, width, by_columns):
     """Rows are part of wider ones, or not dense: the library's Cholesky factors lie column by column."""
     x = random(width + 6, 5).T[:, 3 : width + 3] if by_columns else random(5, width + 6)[:, 3 : width + 3]
     rows, features = (2.0 ** torch.arange(-count, count + 1)[:count] for count in (5, width))
     factors = [
         part if wanted else None for part, wanted in zip((rows, features.clamp(2**-9, 2**9)), scaled, strict=True)
     ]
-    expected = split_float16.split(x, *factors)
+    expected = TORCH.split(x, *factors)
     found = tuple(torch.zeros(5, width + 4, dtype=torch.float16, device=device)[:, 2 : width + 2] for _ in range(2))
     given = [None if part is None else part.to(device) for part in factors]
-    kernels.split(x.to(device), *given, *found)
+    kernels.split(x.to(device), *given, found)
     assert all(torch.equal(mine.cpu(), plain) for mine, plain in zip(found, expected, strict=True))
     assert expected[1].any()

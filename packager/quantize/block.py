@@ -137,7 +137,7 @@ class _BlockSolver:
             solution = solve(
                 weights, factor, self._rules, group_size=variant.group_size, static_groups=variant.static_groups
             )
-            if self._checked and not bool(solution.fits()):
+            if self._checked and not bool(solution.scales_are_finite()):
                 raise QuantizeError("a scale does not fit float16", why="it would be more than 65504")
         except QuantizeError as error:
             error.where = f"{variant.branch}, {', '.join(names)}"
@@ -147,7 +147,7 @@ class _BlockSolver:
             part.dequantize_into(weight)
             self._keep(name, part)
         losses = torch.stack([part.losses.mean() for part in parts])
-        succeeded = factor.succeeded & solution.fits()
+        succeeded = factor.succeeded & solution.scales_are_finite()
         self._solved.append(_Solved(names=names, damp_percent=factor.damp_percent, losses=losses, succeeded=succeeded))
         if self._checked:
             self._check()

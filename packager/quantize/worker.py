@@ -26,7 +26,7 @@ from packager.receipt import LinearRecord
 from packager.variant import Variant
 
 if TYPE_CHECKING:
-    from packager.quantize.gptq.compile_kernels import Walk
+    from packager.quantize.gptq.compile_kernels import KernelShape
 
 
 class Worker:
@@ -69,16 +69,16 @@ class Worker:
 
     def _compile(self) -> None:
         if self._share.device.type == "cuda":
-            from packager.quantize.gptq.compile_kernels import compile_kernels
+            from packager.quantize.gptq.compile_kernels import compile_for_shapes
 
-            compile_kernels(self._walks(), self._share.device, self._decoder.dtype)
+            compile_for_shapes(self._kernel_shapes(), self._share.device, self._decoder.dtype)
 
-    def _walks(self) -> "Iterator[Walk]":
-        from packager.quantize.gptq.compile_kernels import Walk
+    def _kernel_shapes(self) -> "Iterator[KernelShape]":
+        from packager.quantize.gptq.compile_kernels import KernelShape
 
         shapes = self._job.source.architecture.group_shapes
         for variant, (in_features, out_features) in product(self._share.variants, shapes):
-            yield Walk(
+            yield KernelShape(
                 in_features=in_features,
                 out_features=out_features,
                 rules=rules_of(variant),

@@ -1,6 +1,6 @@
-"""Have the kernels that round columns compiled before they are needed, side by side, while the first weights are read.
+"""Compile the kernels that round columns in parallel, before they are needed, while the first weights are read.
 
-Each bit width, group size and width of a linear has its own, and a compiler takes one to two seconds for each.
+Each bit width, group size and width of a linear has its own kernel, which takes one to two seconds to compile.
 """
 
 import os
@@ -11,15 +11,15 @@ from functools import partial
 
 import torch
 
-from packager.quantize.gptq import kernels
-from packager.quantize.gptq.columns import Columns, Grids
 from packager.quantize.gptq.grid import GridRules
-from packager.quantize.gptq.solve import column_blocks, find_every
+from packager.quantize.gptq.solve import column_blocks, inline_group_size
+from packager.quantize.gptq.tensor_ops import Grids, RoundedColumns
+from packager.quantize.gptq.triton_ops import TritonOps, features_per_program
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walk:
-    """What of a variant and a group of linears decides which kernels their solution takes; see `solve`."""
+class KernelShape:
+    """The arguments of `solve` that determine its kernels: a variant's, and the shape of a group of linears."""
 
     in_features: int
     out_features: int
@@ -29,59 +29,59 @@ class Walk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Launch:
-    """What a kernel is launched for; `key` is equal where the kernel is the same."""
+class _Specialization:
+    """The arguments of one launch; launches with equal `key` run the same compiled kernel."""
 
     columns: int
     out_features: int
     rules: GridRules
-    find_every: int
+    inline_group_size: int
 
     @property
     def key(self) -> tuple[object, ...]:
-        aligned = self.out_features % 16 == 0  # Triton has another kernel for numbers and addresses that 16 divides
-        return self.columns, kernels.features_at_once(self.out_features), aligned, self.rules, self.find_every
+        aligned = self.out_features % 16 == 0  # Triton specializes on numbers and addresses that 16 divides
+        return self.columns, features_per_program(self.out_features), aligned, self.rules, self.inline_group_size
 
 
-def compile_kernels(walks: Iterable[Walk], device: torch.device, dtype: torch.dtype) -> int:
-    """Compile, and load on a GPU, what these walks will launch; return how many kernels that are.
+def compile_for_shapes(shapes: Iterable[KernelShape], device: torch.device, dtype: torch.dtype) -> int:
+    """Compile, and load on a GPU, the kernels that solving these shapes launches; return their number.
 
     Args:
-        walks: what will be solved.
-        device: where.
+        shapes: of the linears to be solved.
+        device: the device to load them on.
         dtype: of the weights.
     """
-    launches: dict[tuple[object, ...], _Launch] = {}
-    for walk in walks:
-        size = walk.in_features if walk.group_size == -1 else walk.group_size
-        for begin, end in column_blocks(walk.in_features, size):
-            launch = _Launch(
+    found: dict[tuple[object, ...], _Specialization] = {}
+    for shape in shapes:
+        size = shape.in_features if shape.group_size == -1 else shape.group_size
+        for begin, end in column_blocks(shape.in_features, size):
+            launch = _Specialization(
                 columns=end - begin,
-                out_features=walk.out_features,
-                rules=walk.rules,
-                find_every=find_every(size, static_groups=walk.static_groups),
+                out_features=shape.out_features,
+                rules=shape.rules,
+                inline_group_size=inline_group_size(size, static_groups=shape.static_groups),
             )
-            launches.setdefault(launch.key, launch)
+            found.setdefault(launch.key, launch)
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile") as pool:
-        list(pool.map(partial(_launch, device=device, dtype=dtype), launches.values()))
-    return len(launches)
+        list(pool.map(partial(_launch_once, device=device, dtype=dtype), found.values()))
+    return len(found)
 
 
-def _launch(launch: _Launch, *, device: torch.device, dtype: torch.dtype) -> None:
+def _launch_once(launch: _Specialization, *, device: torch.device, dtype: torch.dtype) -> None:
     """Round columns of zeros."""
-    columns, features = launch.columns, launch.out_features
+    columns, features, inline = launch.columns, launch.out_features, launch.inline_group_size
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    groups = -(-columns // launch.find_every) if launch.find_every else 1
+    groups = -(-columns // inline) if inline else 1
     grids = Grids(
         scales=zeros(groups, features) + 1, zeros=zeros(groups, features), groups=zeros(columns, dtype=torch.int64)
     )
-    result = Columns(
-        q=zeros(columns, features, dtype=torch.uint8), change=zeros(columns, features), squared_errors=zeros(features)
+    result = RoundedColumns(
+        q=zeros(columns, features, dtype=torch.uint8), delta=zeros(columns, features), squared_errors=zeros(features)
     )
-    kernels.round_columns(
+    TritonOps().round_columns(
         zeros(columns, features), zeros(columns, features, dtype=dtype), zeros(columns, columns), zeros(columns), grids,
-        launch.rules, launch.find_every, result,
+        launch.rules, inline, result,
     )  # fmt: skip

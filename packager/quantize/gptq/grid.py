@@ -1,8 +1,7 @@
 """The quantization grids of groups of columns: one scale and one zero per group and output feature.
 
 A weight w is stored as q = clamp(round(w / scale) + zero, 0, 2^bits - 1) and read back as scale * (q - zero). Scales
-are rounded to float16 before they are used, so that what is stored is what was solved. `kernels.find_grids` is the same
-for CUDA.
+are rounded to float16 before they are used, so that the stored scales are those the solver used.
 """
 
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
-# From the full range down to 60 % of it in steps of 1 %: docs/explanation/measurements.md has what it gains.
+# From the full range down to 60 % of it in steps of 1 %: docs/explanation/measurements.md has the gain.
 SEARCH_STEPS = 41
 _SEARCH_LOWEST = 0.6
 
@@ -25,7 +24,7 @@ class GridRules:
         bits: 2, 3, 4 or 8.
         sym: zero fixed at 2^(bits-1) and scale = 2 max|w| / (2^bits - 1); else from min(w, 0) and max(w, 0).
         scale_search: also try smaller ranges and keep, per group and output feature, the one with the least squared
-            rounding error, each column weighted by what GPTQ pays for an error in it, 1 / Hinv_ii^2.
+            rounding error, each column weighted by 1 / Hinv_ii^2, its factor in the squared output error.
     """
 
     bits: int
@@ -44,39 +43,39 @@ def search_shrinks(device: torch.device) -> Tensor:
     return torch.linspace(1.0, _SEARCH_LOWEST, SEARCH_STEPS, dtype=torch.float32).to(device)
 
 
-def find_grids(w: Tensor, group_size: int, rules: GridRules, price: Tensor) -> tuple[Tensor, Tensor]:
+def find_grids(w: Tensor, group_size: int, rules: GridRules, column_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the grids of consecutive groups of columns.
 
     Args:
         w: float32 [columns, out_features]; groups are cut from its first column on, the last may be shorter.
         group_size: columns of a group, positive.
         rules: bits, symmetry and search.
-        price: float32 [columns], the weight of an error in each column; used by the scale search alone.
+        column_weight: float32 [columns], 1 / Hinv_ii^2; used by the scale search alone.
 
     Returns:
         Scales and zeros, float32 [n_groups, out_features]; scales hold float16 values (infinity where none is large
         enough), zeros whole numbers.
     """
     groups = [slice(begin, begin + group_size) for begin in range(0, w.shape[0], group_size)]
-    grids = [_find_grid(w[group], rules, price[group]) for group in groups]
+    grids = [_find_grid(w[group], rules, column_weight[group]) for group in groups]
     return torch.stack([scale for scale, _ in grids]), torch.stack([zero for _, zero in grids])
 
 
-def _find_grid(w: Tensor, rules: GridRules, price: Tensor) -> tuple[Tensor, Tensor]:
+def _find_grid(w: Tensor, rules: GridRules, column_weight: Tensor) -> tuple[Tensor, Tensor]:
     low, high = w.amin(0).clamp(max=0), w.amax(0).clamp(min=0)
     if not rules.scale_search:
         return _grid_of(low, high, rules)
     shrinks = search_shrinks(w.device)[:, None]
     scales, zeros = _grid_of(low * shrinks, high * shrinks, rules)
-    errors = [_error(w, scale, zero, rules.maxq, price) for scale, zero in zip(scales, zeros, strict=True)]
-    best = torch.stack(errors).argmin(0, keepdim=True)  # of equal ones the first, that is the largest range
+    errors = [_error(w, scale, zero, rules.maxq, column_weight) for scale, zero in zip(scales, zeros, strict=True)]
+    best = torch.stack(errors).argmin(0, keepdim=True)  # argmin takes the first of equal ones: the largest range
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
-def _error(w: Tensor, scale: Tensor, zero: Tensor, maxq: int, price: Tensor) -> Tensor:
-    """Return the weighted squared rounding error; multiplies by 1/scale, which is near enough to choose by."""
+def _error(w: Tensor, scale: Tensor, zero: Tensor, maxq: int, column_weight: Tensor) -> Tensor:
+    """Return the weighted squared rounding error; multiplying by 1/scale is precise enough for the choice."""
     q = (w * scale.reciprocal()).round_().add_(zero).clamp_(0, maxq)
-    return price @ q.sub_(zero).mul_(scale).sub_(w).square_()
+    return column_weight @ q.sub_(zero).mul_(scale).sub_(w).square_()
 
 
 def _grid_of(low: Tensor, high: Tensor, rules: GridRules) -> tuple[Tensor, Tensor]:
@@ -89,7 +88,7 @@ def _grid_of(low: Tensor, high: Tensor, rules: GridRules) -> tuple[Tensor, Tenso
         return scale, torch.full_like(scale, 2.0 ** (rules.bits - 1))
     scale = _float16((high - low) / maxq)
     zero = torch.clamp(torch.round(-low / scale), 0, maxq)
-    # The v1 checkpoint format stores zero - 1 and so cannot hold 0: such a group gives up one step below its minimum.
+    # The v1 checkpoint format stores zero - 1 and so cannot hold 0: such a range loses the step below its minimum.
     no_zero = zero == 0
     return torch.where(no_zero, _float16(high / (maxq - 1)), scale), torch.where(no_zero, 1.0, zero)
 

@@ -1,82 +1,71 @@
-"""What quantized columns owe to those still to come: products of the factor with the changes made so far.
+"""Lazy updates (arXiv:2210.17323, step 2): the product U[:k, B]^T (W - Q)[:k] that updates the later columns B.
 
-Column k should move by what the columns j before it were changed, sum_j M[j, k] change[j], seen through the inverse of
-its own block of M. Those sums are most of the solver's arithmetic and need float32's precision: the columns' rounding
-decisions hang on them. On CUDA they are made of three float16 products.
+`solve` derives the update. Its products are most of the solver's arithmetic and need float32's precision, because the
+columns' rounding decisions depend on them. On CUDA each is the sum of three float16 products.
 """
-
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from packager.quantize.gptq.split_float16 import add_product, split
+from packager.quantize.gptq.tensor_ops import TensorOps
 
-_HEADROOM = 2.0**9  # float16 ends at 2^16; a change exceeds the largest weight only where errors pile up
-_SMALLEST = 2.0**-64  # of a weight times its row of M: where all weights are zero the factors stay finite
-
-
-class Carry(ABC):
-    """The changes of the columns quantized so far."""
-
-    @abstractmethod
-    def record(self, begin: int, change: Tensor) -> None:
-        """Take the changes, float32 [columns, out_features], of the columns from `begin` on."""
-
-    @abstractmethod
-    def owed(self, until: int, begin: int, end: int) -> Tensor:
-        """Return M[:until, begin:end]^T change[:until], float32 [end - begin, out_features]."""
+_HEADROOM = 2.0**9  # float16 ends at 2^16; a delta exceeds the largest weight only where errors accumulate
+_SMALLEST = 2.0**-64  # of a weight times its row of U: keeps the factors finite where all weights are zero
 
 
-class Float32Carry(Carry):
-    """The plain way.
+class Float32Updates:
+    """`LazyUpdates` with deltas and products in float32.
 
     Args:
-        M: float32 [in_features, in_features].
-        weight: [in_features, out_features], the weights that will be changed.
+        U: float32 [in_features, in_features].
+        weight: [in_features, out_features], the weights to be quantized.
     """
 
-    def __init__(self, M: Tensor, weight: Tensor) -> None:
-        self._M = M
-        self._change = torch.empty_like(weight, dtype=torch.float32)
+    def __init__(self, U: Tensor, weight: Tensor) -> None:
+        self._U = U
+        self._delta = torch.empty_like(weight, dtype=torch.float32)
 
-    def record(self, begin: int, change: Tensor) -> None:
-        """See `Carry`."""
-        self._change[begin : begin + change.shape[0]] = change
+    def record(self, begin: int, delta: Tensor) -> None:
+        """Store deltas; see `LazyUpdates.record`."""
+        self._delta[begin : begin + delta.shape[0]] = delta
 
-    def owed(self, until: int, begin: int, end: int) -> Tensor:
-        """See `Carry`."""
-        return self._M[:until, begin:end].T @ self._change[:until]
+    def pending_update(self, until: int, begin: int, end: int) -> Tensor:
+        """Return U[:until, begin:end]^T delta[:until]."""
+        return self._U[:until, begin:end].T @ self._delta[:until]
 
 
-class SplitCarry(Carry):
-    """Each factor as the sum of two float16 numbers (`halves`); the product of the two low parts is left out.
+class SplitUpdates:
+    """`LazyUpdates` with each factor split into two float16 numbers; the product of the two low parts is left out.
 
-    Rows of M are scaled by powers of two to at most 1, the changes by the inverse and by a power of two for each output
+    Rows of U are scaled by powers of two to at most 1, the deltas by the inverse and by a power of two for each output
     feature, so that neither overflows nor loses bits to float16's small range.
 
-    Args and effect: as `Float32Carry`.
+    Args:
+        U: float32 [in_features, in_features].
+        weight: [in_features, out_features], the weights to be quantized.
+        ops: splits and multiplies.
     """
 
-    def __init__(self, M: Tensor, weight: Tensor) -> None:
-        self._row = torch.exp2(torch.ceil(torch.log2(torch.linalg.vector_norm(M, dim=1))))
-        self._M = split(M, rows=1 / self._row)
-        largest = torch.linalg.vector_norm(weight * self._row[:, None], torch.inf, dim=0).clamp(min=_SMALLEST)
-        self._output = torch.exp2(torch.floor(torch.log2(_HEADROOM / largest)))
+    def __init__(self, U: Tensor, weight: Tensor, ops: TensorOps) -> None:
+        self._ops = ops
+        self._row_scale = torch.exp2(torch.ceil(torch.log2(torch.linalg.vector_norm(U, dim=1))))
+        self._U = ops.split(U, 1 / self._row_scale, None)
+        largest = torch.linalg.vector_norm(weight * self._row_scale[:, None], torch.inf, dim=0).clamp(min=_SMALLEST)
+        self._out_scale = torch.exp2(torch.floor(torch.log2(_HEADROOM / largest)))
         high = torch.empty_like(weight, dtype=torch.float16)
-        self._change = high, torch.empty_like(high)
+        self._delta = high, torch.empty_like(high)
 
-    def record(self, begin: int, change: Tensor) -> None:
-        """See `Carry`."""
-        rows = slice(begin, begin + change.shape[0])
-        high, low = self._change
-        split(change, rows=self._row[rows], columns=self._output, out=(high[rows], low[rows]))
+    def record(self, begin: int, delta: Tensor) -> None:
+        """Split and store deltas; see `LazyUpdates.record`."""
+        rows = slice(begin, begin + delta.shape[0])
+        high, low = self._delta
+        self._ops.split(delta, self._row_scale[rows], self._out_scale, (high[rows], low[rows]))
 
-    def owed(self, until: int, begin: int, end: int) -> Tensor:
-        """See `Carry`."""
-        M_high, M_low = (part[:until, begin:end].T for part in self._M)
-        high, low = (part[:until] for part in self._change)
-        total = add_product(None, M_high, low)
-        total = add_product(total, M_low, high)
-        total = add_product(total, M_high, high)
-        return total.div_(self._output)
+    def pending_update(self, until: int, begin: int, end: int) -> Tensor:
+        """Return U[:until, begin:end]^T delta[:until]."""
+        U_high, U_low = (part[:until, begin:end].T for part in self._U)
+        high, low = (part[:until] for part in self._delta)
+        total = self._ops.add_product(None, U_high, low)
+        total = self._ops.add_product(total, U_low, high)
+        total = self._ops.add_product(total, U_high, high)
+        return total.div_(self._out_scale)

@@ -6,16 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from packager.quantize.gptq import columns
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import factorize
-from packager.quantize.gptq.solve import TORCH, solve
+from packager.quantize.gptq.solve import solve
+from packager.quantize.gptq.torch_ops import TorchOps
 from tests.test_gptq import hessian, inputs
 
 pytest.importorskip("triton", reason="Triton is not made for this system")
 from packager.quantize.gptq import compile_kernels as compile_kernels_module
-from packager.quantize.gptq import kernels
-from packager.quantize.gptq.compile_kernels import Walk, compile_kernels
+from packager.quantize.gptq import triton_kernels
+from packager.quantize.gptq.compile_kernels import KernelShape, compile_for_shapes
+from packager.quantize.gptq.triton_ops import TritonOps, features_per_program
 
 CPU = torch.device("cpu")
 RULES = GridRules(bits=4, sym=True, scale_search=False)
@@ -23,9 +24,9 @@ RULES = GridRules(bits=4, sym=True, scale_search=False)
 
 def key_of(arguments: tuple[Any, ...]) -> tuple[object, ...]:
     """Return what distinguishes the kernels of two calls of `round_columns`."""
-    w, _, Hinv, _, _, rules, find_every, _ = arguments
+    w, _, Hinv, _, _, rules, inline_group_size, _ = arguments
     assert Hinv.shape == (w.shape[0], w.shape[0])
-    return w.shape[0], kernels.features_at_once(w.shape[1]), w.shape[1] % 16 == 0, rules, find_every
+    return w.shape[0], features_per_program(w.shape[1]), w.shape[1] % 16 == 0, rules, inline_group_size
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -33,59 +34,60 @@ def key_of(arguments: tuple[Any, ...]) -> tuple[object, ...]:
 def test_what_is_launched_ahead_is_what_solving_launches(monkeypatch, group_size, static):
     solved, ahead_of_it = [], []
 
-    def record(*arguments: Any) -> None:
-        solved.append(key_of(arguments))
-        columns.round_columns(*arguments)
+    class Recording(TorchOps):
+        def round_columns(self, *arguments: Any) -> None:
+            solved.append(key_of(arguments))
+            super().round_columns(*arguments)
 
     n, widths = 536, (24, 32)
     factor = factorize(hessian(inputs(n, 1)), desc_act=True, damp_percent=0.01)
     for width in widths:
-        backend = replace(TORCH, round_columns=record)
-        solve([torch.randn(width, n)], factor, RULES, group_size=group_size, static_groups=static, backend=backend)
-    monkeypatch.setattr(kernels, "round_columns", lambda *arguments: ahead_of_it.append(key_of(arguments)))
-    walks = [
-        Walk(in_features=n, out_features=width, rules=RULES, group_size=group_size, static_groups=static)
+        weights = [torch.randn(width, n)]
+        solve(weights, factor, RULES, group_size=group_size, static_groups=static, ops=Recording())
+    monkeypatch.setattr(TritonOps, "round_columns", lambda _, *arguments: ahead_of_it.append(key_of(arguments)))
+    shapes = [
+        KernelShape(in_features=n, out_features=width, rules=RULES, group_size=group_size, static_groups=static)
         for width in widths
     ]
-    assert compile_kernels(walks, CPU, torch.float16) == len(ahead_of_it)
+    assert compile_for_shapes(shapes, CPU, torch.float16) == len(ahead_of_it)
     assert sorted(map(repr, ahead_of_it)) == sorted({repr(key) for key in solved})
 
 
 def test_four_variants_of_a_13b_take_six_kernels(monkeypatch):
     """Two widths of programs, three group sizes."""
     launched = []
-    monkeypatch.setattr(compile_kernels_module, "_launch", lambda launch, **_: launched.append(launch))
-    shapes = ((5120, 15360), (5120, 5120), (5120, 27648), (13824, 5120))
-    walks = [
-        Walk(in_features=rows, out_features=width, rules=RULES, group_size=size, static_groups=False)
+    monkeypatch.setattr(compile_kernels_module, "_launch_once", lambda launch, **_: launched.append(launch))
+    linears = ((5120, 15360), (5120, 5120), (5120, 27648), (13824, 5120))
+    shapes = [
+        KernelShape(in_features=rows, out_features=width, rules=RULES, group_size=size, static_groups=False)
         for size in (128, 32, 64, 128)
-        for rows, width in shapes
+        for rows, width in linears
     ]
-    assert compile_kernels(walks, CPU, torch.float16) == 6
-    assert {(launch.columns, launch.find_every) for launch in launched} == {(128, 128), (128, 32), (128, 64)}
+    assert compile_for_shapes(shapes, CPU, torch.float16) == 6
+    assert {(launch.columns, launch.inline_group_size) for launch in launched} == {(128, 128), (128, 32), (128, 64)}
 
 
 def test_the_launches_run(monkeypatch):
     monkeypatch.setattr(compile_kernels_module.os, "cpu_count", lambda: 1)  # Triton's interpreter serves one thread
     rules = replace(RULES, scale_search=True)
-    walks = [
-        Walk(in_features=72, out_features=8, rules=rules, group_size=size, static_groups=static)
+    shapes = [
+        KernelShape(in_features=72, out_features=8, rules=rules, group_size=size, static_groups=static)
         for size, static in ((32, False), (32, True), (-1, False))
     ]
-    assert compile_kernels(walks, CPU, torch.float16) == 3
+    assert compile_for_shapes(shapes, CPU, torch.float16) == 3
 
 
 @pytest.mark.gpu
 def test_nothing_is_left_to_compile(monkeypatch):
     rules = replace(RULES, scale_search=True)
-    walk = Walk(in_features=288, out_features=48, rules=rules, group_size=96, static_groups=False)
+    shape = KernelShape(in_features=288, out_features=48, rules=rules, group_size=96, static_groups=False)
     weight = (torch.randn(48, 288) * 0.02).half().cuda()
-    assert compile_kernels([walk], torch.device("cuda"), torch.float16) == 1
-    kernel = type(kernels._round_columns_kernel)
+    assert compile_for_shapes([shape], torch.device("cuda"), torch.float16) == 1
+    kernel = type(triton_kernels.round_columns_kernel)
     compiled: list[object] = []
     compile_one = kernel._do_compile
     monkeypatch.setattr(kernel, "_do_compile", lambda self, *rest: compiled.append(self) or compile_one(self, *rest))
     factor = factorize(hessian(inputs(288, 1)).cuda(), desc_act=True, damp_percent=0.01)
-    solve([weight], factor, walk.rules, group_size=96, static_groups=False)
-    assert kernels._round_columns_kernel not in compiled
+    solve([weight], factor, shape.rules, group_size=96, static_groups=False)
+    assert triton_kernels.round_columns_kernel not in compiled
     assert compiled  # the others are still compiled when they are needed: the check can fail

@@ -1,0 +1,111 @@
+"""The solver's operations on CUDA: Triton kernels, and float16 products on the tensor cores."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from packager.quantize.gptq import triton_kernels as kernels
+from packager.quantize.gptq.grid import SEARCH_STEPS, SMALLEST_SCALE, GridRules, search_shrinks
+from packager.quantize.gptq.lazy_updates import SplitUpdates
+from packager.quantize.gptq.tensor_ops import Grids, LazyUpdates, RoundedColumns
+
+_TILE = 128
+# Output features of a program: many where there are many, to use each load more often; few else, to use all of the GPU.
+_ROUND_FEATURES, _ROUND_MANY, _ROUND_WARPS = (16, 32), (0, 20000), 1
+_GRID_FEATURES, _GRID_WARPS = 32, 4
+_SPLIT_TILE, _COPY_TILE = 2048, 64
+_TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class TritonOps:
+    """`TensorOps` on CUDA. In Triton's interpreter the kernels take CPU tensors; `add_product` needs CUDA there too."""
+
+    def permute_columns(self, weights: Sequence[Tensor], dead: Tensor, inverse_perm: Tensor | None) -> Tensor:
+        """Concatenate, transpose and permute linears in one pass; see `TensorOps.permute_columns`."""
+        first, columns = weights[0], dead.shape[0]
+        total = sum(weight.shape[0] for weight in weights)
+        out, begin = torch.empty(columns, total, dtype=first.dtype, device=first.device), 0
+        for weight in weights:
+            features, dense = weight.shape[0], weight.contiguous()
+            with torch.cuda.device_of(dense):
+                kernels.permute_columns_kernel[(triton.cdiv(columns, _COPY_TILE), triton.cdiv(features, _COPY_TILE))](
+                    dense, dead, dead if inverse_perm is None else inverse_perm, out[:, begin:], columns, features,
+                    dense.stride(0), out.stride(0), PERMUTED=inverse_perm is not None, TILE=_COPY_TILE,
+                )  # fmt: skip
+            begin += features
+        return out
+
+    def find_grids(self, w: Tensor, group_size: int, rules: GridRules, column_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose grids; see `grid.find_grids`."""
+        columns, features = w.shape
+        w = w.contiguous()
+        groups = triton.cdiv(columns, group_size)
+        scales = torch.empty(groups, features, dtype=torch.float32, device=w.device)
+        zeros = torch.empty_like(scales)
+        tile = min(_TILE, triton.next_power_of_2(group_size))
+        with torch.cuda.device_of(w):
+            kernels.find_grids_kernel[(triton.cdiv(features, _GRID_FEATURES), groups)](
+                w, column_weight.contiguous(), search_shrinks(w.device), scales, zeros, columns, features, group_size,
+                TILE=tile, FEATURES=_GRID_FEATURES, TILES=triton.cdiv(min(group_size, columns), tile), MAXQ=rules.maxq,
+                SYM=rules.sym, STEPS=SEARCH_STEPS if rules.scale_search else 1, SMALLEST=SMALLEST_SCALE,
+                num_warps=_GRID_WARPS,
+            )  # fmt: skip
+        return scales, zeros
+
+    def round_columns(
+        self, w: Tensor, original: Tensor, Hinv: Tensor, diagonal: Tensor, grids: Grids, rules: GridRules,
+        inline_group_size: int, result: RoundedColumns,
+    ) -> None:  # fmt: skip
+        """Quantize the columns of a column block in one launch; see `columns.round_columns`."""
+        columns, features = w.shape
+        tile = features_per_program(features)
+        with torch.cuda.device_of(w):
+            kernels.round_columns_kernel[(triton.cdiv(features, tile),)](
+                w, original, Hinv, diagonal, search_shrinks(w.device), grids.scales, grids.zeros, grids.groups,
+                result.q, result.delta, result.squared_errors, features, COLUMNS=columns, TILE_COLUMNS=_TILE // 2,
+                FEATURES=tile, INLINE_GROUP_SIZE=inline_group_size,
+                GROUP_TILE=triton.next_power_of_2(max(inline_group_size, 1)), MAXQ=rules.maxq, SYM=rules.sym,
+                STEPS=SEARCH_STEPS if rules.scale_search else 1, SMALLEST=SMALLEST_SCALE, num_warps=_ROUND_WARPS,
+            )  # fmt: skip
+
+    def dequantize(self, weight: Tensor, q: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor) -> None:
+        """Overwrite a weight with scale * (q - zero) in one pass; see `TensorOps.dequantize`."""
+        features, columns = weight.shape
+        zeros, scales = zeros.contiguous(), scales.contiguous()
+        with torch.cuda.device_of(weight):
+            kernels.dequantize_kernel[(triton.cdiv(columns, _COPY_TILE), triton.cdiv(features, _COPY_TILE))](
+                weight, q, zeros, scales, g_idx, columns, features, weight.stride(0), q.stride(0), zeros.stride(0),
+                scales.stride(0), TILE=_COPY_TILE,
+            )  # fmt: skip
+
+    def split(
+        self, x: Tensor, rows: Tensor | None, columns: Tensor | None, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Split float32 into two float16 numbers in one pass; see `TensorOps.split`."""
+        high, low = out or (torch.empty(x.shape, dtype=torch.float16, device=x.device) for _ in range(2))
+        x = x if x.stride(1) == 1 else x.contiguous()
+        with torch.cuda.device_of(x):
+            kernels.split_kernel[(x.shape[0], triton.cdiv(x.shape[1], _SPLIT_TILE))](
+                x, x if rows is None else rows, x if columns is None else columns, high, low, x.shape[1], x.stride(0),
+                high.stride(0), ROWS=rows is not None, COLUMNS=columns is not None, TILE=_SPLIT_TILE,
+            )  # fmt: skip
+        return high, low
+
+    def add_product(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        """Add a matrix product on the tensor cores, float32 for float32 inputs; see `TensorOps.add_product`."""
+        if a.dtype not in _TENSOR_CORE_DTYPES:
+            return a @ b if total is None else total.addmm_(a, b)
+        if total is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+    def lazy_updates(self, U: Tensor, weight: Tensor) -> LazyUpdates:
+        """Keep deltas as two float16 numbers, for products on the tensor cores."""
+        return SplitUpdates(U, weight, self)
+
+
+def features_per_program(features: int) -> int:
+    """Return how many output features a program of `round_columns` takes."""
+    return max(size for size, many in zip(_ROUND_FEATURES, _ROUND_MANY, strict=True) if features >= many)
