@@ -26,9 +26,10 @@ from processes import Engine, EnginePaths, Outcome, add_path_arguments, device_o
 from quality_table import Measurement, figures_table, kl_table
 from rich.console import Console
 
+from packager.model.packing import checkpoint_reader
 from packager.pipeline.build_state import BuildState, Options
 from packager.pipeline.stages import quantize_and_pack
-from packager.prove.evaluate import Measured, checkpoint_reader, compare, measure
+from packager.prove.evaluate import Measured, compare, measure
 from packager.recipe.file import RecipeFile
 from packager.system.files import write_atomic
 from packager.system.terminal import Terminal

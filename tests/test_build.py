@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from packager.model.packing import checkpoint_reader
 from packager.pipeline.flow import BuildResult
 from packager.pipeline.plan import make_plan
 from packager.prove.audit import audit
-from packager.prove.evaluate import checkpoint_reader
 from packager.quantize import block as block_module
 from packager.quantize.gptq.solve import Solution
 from packager.recipe.file import RecipeFile

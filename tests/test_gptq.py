@@ -1,4 +1,4 @@
-"""The solver against an independent float64 reference, and the layout against its inverse and a naive bit string."""
+"""The solver against an independent float64 reference."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packager.errors import QuantizeError
-from packager.model.packing import pack, pack_zeros, unpack, unpack_zeros, values_per_pack
 from packager.quantize.gptq.grid import GridRules, find_grids
 from packager.quantize.gptq.hessian import Hessian, factorize, factorize_within
 from packager.quantize.gptq.lazy_updates import SplitUpdates
@@ -256,30 +255,3 @@ def test_a_scale_beyond_float16_does_not_fit():
     rules = GridRules(bits=4, sym=True, scale_search=False)
     found = solve([torch.full((8, 64), 1e9)], factor, rules, group_size=32, static_groups=False)
     assert not bool(found.scales_are_finite())
-
-
-@settings(max_examples=examples(80))
-@given(data=st.data(), bits=st.sampled_from([2, 3, 4, 8]))
-def test_pack_is_one_little_endian_bit_stream(data, bits):
-    per = values_per_pack(bits)
-    n = per * data.draw(st.integers(1, 4))
-    values = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=n, max_size=n))
-    words = pack(torch.tensor(values, dtype=torch.uint8)[:, None], bits)
-    stream = sum(value << (bits * i) for i, value in enumerate(values))
-    expected = [(stream >> (32 * i)) & 0xFFFFFFFF for i in range(n * bits // 32)]
-    assert [word & 0xFFFFFFFF for word in words[:, 0].tolist()] == expected
-    assert unpack(words, bits)[:, 0].tolist() == values
-
-
-@pytest.mark.parametrize(("bits", "word"), [(4, 0x77777777), (8, 0x7F7F7F7F), (2, 0x55555555)])
-def test_symmetric_zeros_are_stored_minus_one(bits, word):
-    zeros = torch.full((3, 32), 2 ** (bits - 1), dtype=torch.uint8)
-    packed = pack_zeros(zeros, bits)
-    assert packed.shape == (3, 32 * bits // 32)
-    assert set(packed.flatten().tolist()) == {word}
-    assert torch.equal(unpack_zeros(packed, bits), zeros)
-
-
-def test_values_that_do_not_fill_words_are_refused():
-    with pytest.raises(ValueError, match="whole 32-bit words"):
-        pack(torch.zeros(31, 2, dtype=torch.uint8), 3)

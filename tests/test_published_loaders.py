@@ -21,8 +21,8 @@ from packager.cli.main import app
 from packager.cli.published_view import print_report, report_json
 from packager.errors import AuditError, LoaderError, LoaderUnavailableError, MachineError
 from packager.model.decoder import Decoder, forward
+from packager.model.packing import checkpoint_reader
 from packager.prove import verify
-from packager.prove.evaluate import checkpoint_reader
 from packager.prove.loaders import LoaderSpec
 from packager.prove.probes import ProbeJob, ProbeResult
 from packager.publish.branches import publish

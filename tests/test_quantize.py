@@ -13,11 +13,12 @@ from packager.errors import MachineError, QuantizeError, SourceError
 from packager.inputs.base_model import SourceModel, read_source
 from packager.model.batches import TOKENS_PER_BATCH
 from packager.model.decoder import Decoder, forward
+from packager.model.packing import dequantize_linear
 from packager.quantize import block as block_module
 from packager.quantize import device_shares as shares_module
 from packager.quantize import sweep as sweep_module
 from packager.quantize import worker as worker_module
-from packager.quantize.block import dequantize_linear, quantize_block
+from packager.quantize.block import quantize_block
 from packager.quantize.block_store import BlockStore
 from packager.quantize.gptq.hessian import Hessian, factorize
 from packager.quantize.gptq.solve import GridRules, solve

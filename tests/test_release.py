@@ -26,10 +26,10 @@ from packager.card.markdown import CodeBlock, extract_code_blocks
 from packager.errors import LoaderError
 from packager.inputs.texts import prompt_ids, read_texts
 from packager.model.decoder import Decoder, forward
+from packager.model.packing import checkpoint_reader
 from packager.pipeline.plan import make_plan
 from packager.prove.audit import audit
 from packager.prove.environments import RuntimeContext, ensure_environment
-from packager.prove.evaluate import checkpoint_reader
 from packager.prove.loaders import LOADERS
 from packager.prove.probes import ProbeJob, ProbeResult, run_probes
 from packager.publish.targets.git_process import AUTHOR_EMAIL, AUTHOR_NAME

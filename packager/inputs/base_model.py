@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 from packager.errors import MachineError, SourceError
 from packager.model.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, read_architecture
 from packager.model.config_values import read_config
-from packager.model.safetensors_file import StoredTensor, stored_tensors
+from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
 from packager.receipt import CONFIG, INDEX_SUFFIX, TOKENIZER_FILES, FileRecord, SourceRecord, digest_of
 from packager.recipe.file import RecipeFile
 from packager.system.files import disk_errors, file_records
@@ -54,28 +54,6 @@ class SourceModel:
         if not name.startswith(f"{BLOCK_PREFIX}.") and not bool(tensor.isfinite().all()):
             raise SourceError("the weights contain NaN or Inf", where=name, hint="the base model is damaged")
         return tensor
-
-
-def read_tensor(stored: StoredTensor) -> "torch.Tensor":
-    """Read a stored tensor's bytes into a new CPU tensor."""
-    import torch
-
-    dtypes = {
-        "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-        "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
-    }  # fmt: skip
-    # Not a bytearray: clearing one stops every other thread, among them the one that keeps a GPU busy.
-    data = torch.empty(stored.info.size_bytes, dtype=torch.uint8)
-    with stored.path.open("rb", buffering=0) as stream:
-        stream.seek(stored.offset)
-        view, done = data.numpy().data, 0
-        while done < len(view):  # an unbuffered read may give less than it was asked for
-            count = stream.readinto(view[done:])
-            if not count:
-                where = str(stored.path)
-                raise SourceError("a tensor's file ended early", where=where, why=f"reading {stored.info.name}")
-            done += count
-    return data.view(dtypes[stored.info.dtype]).reshape(stored.info.shape)
 
 
 def open_source(recipe_file: RecipeFile, report: Callable[[str], None]) -> SourceModel:

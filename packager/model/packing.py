@@ -1,11 +1,18 @@
-"""Integers of 2, 3, 4 or 8 bits in 32-bit words, as every GPTQ runtime reads them.
+"""A GPTQ checkpoint's tensors: pack, unpack, dequantize and read them, as every GPTQ runtime does (v1 format).
 
-Along the packed axis the values form one little-endian bit stream: value i occupies bits [bits*i, bits*i + bits), and a
-3-bit value may straddle two words. 32 values fill exactly `bits` words.
+Integers of 2, 3, 4 or 8 bits fill 32-bit words: along the packed axis the values form one little-endian bit stream,
+value i occupies bits [bits*i, bits*i + bits), and a 3-bit value may straddle two words. 32 values fill exactly `bits`
+words. A weight is scale * (q - zero); the v1 format stores zero - 1.
 """
+
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from packager.errors import SourceError
+from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
 
 _PERIOD = 32
 
@@ -24,6 +31,9 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
     Returns:
         int32 [n * bits / 32, m].
+
+    Raises:
+        ValueError: n is no such multiple.
     """
     n, m = values.shape
     per = values_per_pack(bits)
@@ -36,7 +46,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     packed = values[:, :, 0].clone()
     for i in range(1, in_byte):
         packed |= values[:, :, i] << (bits * i)
-    # The four bytes of a word side by side, the lowest first, as every machine that torch runs on stores it.
+    # A word's four bytes, the lowest first: every machine that torch runs on is little-endian.
     words = torch.empty(n // per, m, dtype=torch.int32, device=values.device)
     words.view(torch.uint8).view(n // per, m, 4).copy_(packed.permute(0, 2, 1))
     return words
@@ -64,7 +74,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     values = torch.empty(packs, per, m, dtype=torch.uint8, device=words.device)
     for i in range(per):
         word, shift = divmod(bits * i, 32)
-        value = grouped[:, word] >> shift  # an int32's sign comes along; the mask takes it off again
+        value = grouped[:, word] >> shift  # the shift copies an int32's sign bit; the mask removes the copies
         if shift + bits > 32:
             value &= 2 ** (32 - shift) - 1
             value |= grouped[:, word + 1] << (32 - shift)
@@ -84,3 +94,42 @@ def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
 def unpack_zeros(words: Tensor, bits: int) -> Tensor:
     """Undo `pack_zeros`: int32 -> uint8 [n_groups, out_features], with the 1 added back."""
     return unpack(words.T.contiguous(), bits).T + 1
+
+
+def dequantize_linear(read: Callable[[str], Tensor], bits: int) -> Tensor:
+    """Return the float32 weight [out_features, in_features] that a linear's packed tensors stand for.
+
+    The formula is this module's own: a checkpoint is read without the solver's code, so reading checks the solver.
+
+    Args:
+        read: returns the tensor "qweight", "qzeros", "scales" or "g_idx" of the linear.
+        bits: 2, 3, 4 or 8.
+    """
+    q, zeros, groups = unpack(read("qweight"), bits), unpack_zeros(read("qzeros"), bits), read("g_idx").long()
+    return ((q.float() - zeros.float()[groups]) * read("scales").float()[groups]).T.contiguous()
+
+
+def checkpoint_reader(folder: Path, bits: int) -> Callable[[str], Tensor]:
+    """Return a reader of a checkpoint's tensors by name, in which "<linear>.weight" is dequantized to float32.
+
+    The reader raises SourceError for a tensor that the checkpoint does not have.
+
+    Raises:
+        SourceError: a file is not a safetensors file, or is cut off.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= stored_tensors(path)
+
+    def stored(name: str) -> Tensor:
+        if name not in tensors:
+            raise SourceError("the checkpoint lacks a tensor", where=str(folder), why=f"{name} is in none of its files")
+        return read_tensor(tensors[name])
+
+    def read(name: str) -> Tensor:
+        linear = name.removesuffix(".weight")
+        if f"{linear}.qweight" in tensors:
+            return dequantize_linear(lambda part: stored(f"{linear}.{part}"), bits)
+        return stored(name)
+
+    return read

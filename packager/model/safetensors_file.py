@@ -11,8 +11,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packager.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch
 
 # In the order in which the reference implementation (0.8.0) stores tensors: F32 before I32, BF16 before F16.
 DTYPE_BYTES = {
@@ -204,3 +208,29 @@ def copy_tensor(source: StoredTensor, descriptor: int, offset: int, *, chunk_byt
                     "a tensor's file ended early", where=str(source.path), why=f"reading {source.info.name}"
                 )
             write_at(descriptor, memoryview(chunk), offset + begin)
+
+
+def read_tensor(stored: StoredTensor) -> "torch.Tensor":
+    """Read a stored tensor's bytes into a new CPU tensor.
+
+    Raises:
+        SourceError: the file ends early.
+    """
+    import torch
+
+    dtypes = {
+        "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+        "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
+    }  # fmt: skip
+    # Not a bytearray: zeroing one holds the interpreter lock, which stops the thread that launches GPU work.
+    data = torch.empty(stored.info.size_bytes, dtype=torch.uint8)
+    with stored.path.open("rb", buffering=0) as stream:
+        stream.seek(stored.offset)
+        view, done = data.numpy().data, 0
+        while done < len(view):  # an unbuffered read may return fewer bytes than requested
+            count = stream.readinto(view[done:])
+            if not count:
+                where = str(stored.path)
+                raise SourceError("a tensor's file ended early", where=where, why=f"reading {stored.info.name}")
+            done += count
+    return data.view(dtypes[stored.info.dtype]).reshape(stored.info.shape)

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from packager.errors import QuantizeError
-from packager.inputs.base_model import SourceModel, read_tensor
+from packager.inputs.base_model import SourceModel
 from packager.inputs.texts import Question, TextSets
 from packager.model.batches import rows_per_batch
 from packager.model.decoder import Decoder, ReadTensor, compute_dtype, forward
-from packager.model.safetensors_file import StoredTensor, stored_tensors
-from packager.quantize.block import dequantize_linear
+from packager.model.packing import checkpoint_reader
 from packager.receipt import QualityRecord
 
 
@@ -27,21 +26,6 @@ class Measured:
     decoder: Decoder
     states: Sequence[Tensor]
     answered: int
-
-
-def checkpoint_reader(folder: Path, bits: int) -> ReadTensor:
-    """Return a reader of a checkpoint's tensors that dequantizes each linear's weight in float32."""
-    tensors: dict[str, StoredTensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= stored_tensors(path)
-
-    def read(name: str) -> Tensor:
-        linear = name.removesuffix(".weight")
-        if f"{linear}.qweight" in tensors:
-            return dequantize_linear(lambda part: read_tensor(tensors[f"{linear}.{part}"]), bits)
-        return read_tensor(tensors[name])
-
-    return read
 
 
 def measure(

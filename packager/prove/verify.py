@@ -19,8 +19,8 @@ from torch import Tensor
 
 from packager.errors import LoaderError, LoaderUnavailableError
 from packager.model.decoder import Decoder, forward
+from packager.model.packing import checkpoint_reader
 from packager.prove.environments import RuntimeContext, ensure_environment
-from packager.prove.evaluate import checkpoint_reader
 from packager.prove.loaders import LOADERS, LoaderSpec
 from packager.prove.probes import ProbeJob, ProbeResult, run_probes
 from packager.receipt import LoaderRecord, Provenance

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from packager.errors import QuantizeError
 from packager.model.architecture import BLOCK_PREFIX
 from packager.model.decoder import Context
-from packager.model.packing import pack, pack_zeros, unpack, unpack_zeros
+from packager.model.packing import dequantize_linear, pack, pack_zeros
 from packager.quantize.activations import Activations
+from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Factor, Hessian, factorize, factorize_within
 from packager.quantize.gptq.solve import Solution, solve
@@ -109,6 +110,7 @@ class _BlockSolver:
     ) -> None:
         self._block, self._job, self._report, self._checked = block, job, solved, checked
         self._linears = linears_of(block)
+        self._ops = ops_for(next(block.parameters()).device)
         self._rules = rules_of(job.variant)
         self._solved: list[_Solved] = []
         self._records: tuple[LinearRecord, ...] = ()
@@ -135,8 +137,9 @@ class _BlockSolver:
         try:
             factor = self._factor(hessian)
             solution = solve(
-                weights, factor, self._rules, group_size=variant.group_size, static_groups=variant.static_groups
-            )
+                weights, factor, self._rules, group_size=variant.group_size, static_groups=variant.static_groups,
+                ops=self._ops,
+            )  # fmt: skip
             if self._checked and not bool(solution.scales_are_finite()):
                 raise QuantizeError("a scale does not fit float16", why="it would be more than 65504")
         except QuantizeError as error:
@@ -144,7 +147,7 @@ class _BlockSolver:
             raise
         parts = solution.by_linear([weight.shape[0] for weight in weights])
         for name, weight, part in zip(names, weights, parts, strict=True):
-            part.dequantize_into(weight)
+            part.dequantize_into(weight, self._ops)
             self._keep(name, part)
         losses = torch.stack([part.losses.mean() for part in parts])
         succeeded = factor.succeeded & solution.scales_are_finite()
@@ -207,20 +210,3 @@ def restore_block(block: nn.Module, index: int, tensors: Mapping[str, Tensor], v
             return tensors[stored + part].to(device)
 
         linear.weight.copy_(dequantize_linear(read, variant.bits))
-
-
-def dequantize_linear(read: Callable[[str], Tensor], bits: int) -> Tensor:
-    """Return the float32 weight [out_features, in_features] that a linear's packed tensors (v1 format) stand for.
-
-    Args:
-        read: returns the tensor "qweight", "qzeros", "scales" or "g_idx" of the linear.
-        bits: 2, 3, 4 or 8.
-    """
-    solution = Solution(
-        q=unpack(read("qweight"), bits),
-        zeros=unpack_zeros(read("qzeros"), bits),
-        scales=read("scales"),
-        g_idx=read("g_idx"),
-        losses=torch.empty(0),
-    )
-    return solution.dequantized()

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from packager.errors import PackError
-from packager.inputs.base_model import read_tensor
 from packager.model.architecture import BLOCK_PREFIX
 from packager.model.checkpoint import Shard
-from packager.model.safetensors_file import StoredTensor, copy_tensor, layout, write_at
+from packager.model.safetensors_file import StoredTensor, copy_tensor, layout, read_tensor, write_at
 from packager.receipt import LinearRecord, Record
 from packager.system.files import disk_errors, fsync_folder, reserve, write_atomic
 
