@@ -21,6 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from packager.model import fused_blocks
+from packager.model.decoder import Decoder
 from packager.model.fused_blocks import fuse
 from packager.quantize.suspended_forward import linear_groups
 from tests.hypothesis_profiles import examples
@@ -180,11 +181,16 @@ def test_fuses_every_norm_mlp_and_attention(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIGS[name]())
     classes = {name: type(module) for name, module in model.named_modules()}
-    names = fuse(model)
+    result = fuse(model)
+    names = result.fused
     assert set(names) == expected_names(model)
     assert len(names) == 13 + (6 if name == "qwen3" else 0)
     assert all(isinstance(module, classes[name]) for name, module in model.named_modules())
-    assert fuse(model) == ()
+    assert result.candidates == names
+    assert result.missed == ()
+    assert str(result) == f"fused {len(names)} of {len(names)} norms, MLPs and attentions"
+    again = fuse(model)
+    assert (again.fused, again.candidates) == ((), ())
 
 
 def recorded(model: nn.Module, ids: Tensor) -> tuple[dict[str, tuple[tuple, dict, Any]], Tensor]:
@@ -302,31 +308,50 @@ def hooked_norm() -> LlamaRMSNorm:
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "candidate"),
     [
-        lambda: OffsetNorm(64),
-        lambda: KeepingAttention(CONFIGS["llama"](), 0),
-        lambda: mlp_of(nn.GELU()),
-        lambda: mlp_of(nn.functional.silu),
-        hooked_norm,
-        lambda: nn.Linear(4, 4),
+        (lambda: OffsetNorm(64), True),
+        (lambda: KeepingAttention(CONFIGS["llama"](), 0), True),
+        (lambda: mlp_of(nn.GELU()), True),
+        (lambda: mlp_of(nn.functional.silu), True),
+        (hooked_norm, True),
+        (lambda: nn.Linear(4, 4), False),
     ],
     ids=["another norm", "another attention", "another activation", "a function", "replaced forward", "linear"],
 )
-def test_leaves_alone_what_it_does_not_know(make):
+def test_leaves_unknown_modules_alone_and_reports_them(make, candidate):
     module = make()
     kind = type(module)
-    assert fuse(module) == ()
+    result = fuse(module)
+    assert result.fused == ()
+    assert result.missed == (("",) if candidate else ())
     assert type(module) is kind
 
 
 def test_knows_both_modules_that_are_silu():
-    assert fuse(mlp_of(nn.SiLU())) == fuse(mlp_of(SiLUActivation())) == ("",)
+    assert fuse(mlp_of(nn.SiLU())).fused == fuse(mlp_of(SiLUActivation())).fused == ("",)
 
 
 def test_does_nothing_without_triton(monkeypatch):
     monkeypatch.setattr(fused_blocks, "find_spec", lambda _: None)
-    assert fuse(LlamaRMSNorm(64)) == ()
+    result = fuse(LlamaRMSNorm(64))
+    assert (result.fused, result.candidates, result.missed) == ((), ("",), ())
+    assert str(result) == "fused 0 of 1 norms, MLPs and attentions (Triton is not installed)"
+
+
+def test_a_decoder_keeps_what_was_fused(tmp_path, monkeypatch):
+    """A release of transformers with other source text leaves every module unfused: the decoder's owner can see it."""
+    folder = save_model(tmp_path / "llama", "llama")
+
+    def decoder() -> Decoder:
+        return Decoder(folder, pytest.fail, device=torch.device("cpu"), dtype=torch.float32)
+
+    assert len(decoder().fused.fused) == 13
+    monkeypatch.setattr(fused_blocks, "_is", lambda *_: False)
+    monkeypatch.setattr(fused_blocks, "_begins", lambda *_: False)
+    other = decoder().fused
+    assert other.fused == ()
+    assert len(other.missed) == 13
 
 
 @pytest.mark.gpu

@@ -48,6 +48,9 @@ class Decoder:
         device: where blocks are computed.
         dtype: of weights and activations.
 
+    Attributes:
+        fused: the modules that run fused kernels where the device is CUDA.
+
     Raises:
         SourceError: transformers cannot build this architecture, or a tensor is missing.
     """
@@ -57,7 +60,7 @@ class Decoder:
         self.dtype = dtype
         self._read = read
         self._model = _skeleton(folder, dtype)
-        fuse(self._model)
+        self.fused = fuse(self._model)
         self._reading: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._reading = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

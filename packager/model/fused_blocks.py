@@ -4,16 +4,17 @@ Beside its matrix products, a 13B block at 262,144 tokens spends 80 ms of 330 ms
 that each read and write whole tensors. `fuse` replaces them, operation by operation, with one kernel each and the same
 roundings; everything else of the block is transformers' own code.
 
-The kernels mirror the source text below, which Llama, Mistral, Qwen2 and Qwen3 share word for word; read in
-transformers 5.0.0, 5.17.0 and 5.23.0. It is compared with the installed source: a module of any class is fused if its
-code is this text, and left alone if a single operation differs, so a new release of transformers can make us slow but
-not wrong.
+The kernels mirror the source text below, which Llama, Mistral, Qwen2 and Qwen3 share word for word (transformers 5.0.0,
+5.17.0 and 5.23.0). `fuse` compares it with the installed source: a module of any class is fused if its code is this
+text, and left alone if a single operation differs. So a new release of transformers can make a build slower, by some
+15 %, but not wrong; `FusedModules` shows it.
 """
 
 import ast
 import inspect
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from types import FunctionType
@@ -53,8 +54,8 @@ def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
     k_embed = (k * cos) + (rotate_half(k) * sin)
     return q_embed, k_embed
 """
-# How an attention's forward begins. Queries and keys are new tensors and the last line rebinds their only names, so
-# nobody can see that they are rotated in place. Qwen3 has the norms.
+# The first statements of an attention's forward. Queries and keys are new tensors and the last line rebinds their only
+# names, so rotating them in place has no other effect. Qwen3 has the norms.
 _ATTENTION = """
 def forward(self):
     input_shape = hidden_states.shape[:-1]
@@ -71,38 +72,75 @@ _NORMED_ATTENTION = _ATTENTION.replace(
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_WIDTH = 16384  # of a row that a norm holds in one program's registers
 
+_MARK = "_runs_fused_kernels"  # an attribute of the subclasses made here
+_CANDIDATES = ("Norm", "MLP", "Attention")  # ends of the names that transformers gives such classes
+
 _Forward = Callable[..., Any]
 
 
-def fuse(model: nn.Module) -> tuple[str, ...]:
-    """Let the norms, MLPs and attentions in a model run fused kernels from now on.
+@dataclass(frozen=True, kw_only=True)
+class FusedModules:
+    """The modules of a model that run fused kernels on CUDA, out of those that could.
 
-    Each module that is recognised becomes an instance of a subclass of its class, with another forward. Its linears are
-    called as before: in the same order, gate and up (and q, k and v) with the very same tensor. That forward decides at
+    Attributes:
+        fused: names of the modules that `fuse` changed.
+        candidates: names of all norms, MLPs and attentions by the names of their classes; contains `fused`.
+        triton_installed: False: no kernel can run, so nothing was fused.
+    """
+
+    fused: tuple[str, ...]
+    candidates: tuple[str, ...]
+    triton_installed: bool
+
+    @property
+    def missed(self) -> tuple[str, ...]:
+        """The candidates that run transformers' own code although Triton is installed; empty where all is well."""
+        return tuple(name for name in self.candidates if name not in self.fused) if self.triton_installed else ()
+
+    def __str__(self) -> str:
+        """Return one line for a log."""
+        reason = "" if self.triton_installed else " (Triton is not installed)"
+        return f"fused {len(self.fused)} of {len(self.candidates)} norms, MLPs and attentions{reason}"
+
+
+def fuse(model: nn.Module) -> FusedModules:
+    """Make the norms, MLPs and attentions in a model run fused kernels from now on.
+
+    Each recognised module becomes an instance of a subclass of its class, with another forward. Its linears are called
+    as before: in the same order, gate and up (and q, k and v) with the same tensor object. That forward chooses at
     every call: without gradients, on CUDA, in float16 or bfloat16 it launches kernels on the tensors' own device and
-    current stream; otherwise it is the class's own. Nothing outside the model changes, so threads may fuse and run
-    their models at the same time. A second call finds nothing left to do.
+    current stream; otherwise it runs the class's own code. Nothing outside the model changes, so threads may fuse and
+    run their models at the same time. A second call changes nothing.
 
-    The outputs of gate_proj, q_proj and k_proj (where there are norms, of q_norm and k_norm) are overwritten once they
-    were used: a forward hook that wants to keep one must copy it.
+    The outputs of gate_proj, q_proj and k_proj (with norms: of q_norm and k_norm) are overwritten after their use: a
+    forward hook that keeps one must copy it.
 
     Args:
         model: a whole model, a block or a single module, its weights still on the meta device or not.
 
     Returns:
-        The names of the modules that were changed; none if Triton is not installed.
+        The modules that were changed by this call, and those that could have been; one that an earlier call fused is
+        in neither.
     """
-    if find_spec("triton") is None:
-        return ()
-    changed = []
+    triton_installed = find_spec("triton") is not None
+    changed, candidates = [], []
     for name, module in model.named_modules():
-        if "forward" in vars(module):  # somebody else's forward
+        if hasattr(type(module), _MARK):
             continue
-        fused = next((found for find in (_fused_norm, _fused_mlp, _fused_attention) if (found := find(module))), None)
+        fused = _fused_class(module) if triton_installed else None
         if fused is not None:
             module.__class__ = fused
             changed.append(name)
-    return tuple(changed)
+        if fused is not None or type(module).__name__.endswith(_CANDIDATES):
+            candidates.append(name)
+    return FusedModules(fused=tuple(changed), candidates=tuple(candidates), triton_installed=triton_installed)
+
+
+def _fused_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the subclass that runs kernels; None for a module that is not recognised or whose forward was replaced."""
+    if "forward" in vars(module):
+        return None
+    return _fused_norm(module) or _fused_mlp(module) or _fused_attention(module)
 
 
 def _fused_norm(module: nn.Module) -> type[nn.Module] | None:
@@ -152,7 +190,7 @@ def _norm_class(original: Any) -> type[nn.Module]:
 @cache
 def _mlp_class(original: Any) -> type[nn.Module]:
     def forward(self: Any, x: Tensor) -> Tensor:
-        # One expression: while down_proj runs, or waits in the sweep, nothing keeps the output of up_proj alive.
+        # One expression: no name keeps the output of up_proj alive while down_proj runs or is suspended.
         return cast(Tensor, self.down_proj(_silu_multiply(self.act_fn, self.gate_proj(x), self.up_proj(x))))
 
     return _subclass(original, forward)
@@ -171,7 +209,7 @@ def _silu_multiply(act_fn: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 
 @cache
 def _attention_class(original: Any) -> type[nn.Module]:
-    """Return a subclass whose forward is the original's code, with ours under the rotary function's name."""
+    """Return a subclass whose forward is the original's code, in which the rotary function's name means the kernel."""
     forward: FunctionType = original.forward
     names = {**forward.__globals__, "apply_rotary_pos_emb": _rotary(forward.__globals__["apply_rotary_pos_emb"])}
     fused = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
@@ -218,7 +256,9 @@ def _interpreted() -> bool:
 
 
 def _subclass(original: Any, forward: _Forward) -> type[nn.Module]:
-    members = {"forward": forward, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    members = {
+        "forward": forward, "__module__": original.__module__, "__qualname__": original.__qualname__, _MARK: True
+    }  # fmt: skip
     return cast(type[nn.Module], type(original.__name__, (original,), members))
 
 
@@ -257,6 +297,6 @@ def _parse(source: str) -> ast.FunctionDef:
 
 
 def _body(definition: ast.FunctionDef) -> list[str]:
-    """Return the statements without the docstring, written in one way."""
+    """Return the statements without the docstring, each as the text of its syntax tree."""
     statements = definition.body[1:] if ast.get_docstring(definition) is not None else definition.body
     return [ast.dump(statement) for statement in statements]

@@ -1,4 +1,4 @@
-"""Triton kernels for the elementwise parts of a decoder block, with the roundings of the eager code they stand for.
+"""Triton kernels for the elementwise parts of a decoder block, with the roundings of the eager code they replace.
 
 Arithmetic is float32; wherever eager PyTorch stores an intermediate tensor, its value is rounded to the tensors' dtype
 here too. So rotary embedding and multiplication give the bits of the eager code; SiLU differs only where `exp` does,
@@ -43,6 +43,7 @@ def _rms_norm_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Store out = weight * rounded(x / sqrt(mean(x^2) + eps)), row by row; see `rms_norm`."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -74,6 +75,7 @@ def _rotary_kernel(
     COLUMNS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
+    """Store x1, x2 = x1 cos1 - x2 sin1, x2 cos2 + x1 sin2, the two halves of each head; see `rotate_in_place`."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     batch = (tl.program_id(0) // seq_len).to(tl.int64)
     token = (tl.program_id(0) % seq_len).to(tl.int64)
@@ -91,7 +93,7 @@ def _rotary_kernel(
     inside = (head < heads)[:, None] & real[None, :]
     x1 = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptrs + HALF, mask=inside, other=0.0).to(tl.float32)
-    # A small tile is held by several threads at once: all must have read before one writes.
+    # Several threads hold copies of a small tile: all must have read before one writes.
     tl.debug_barrier()
     first = _rounded(x1 * cos1, dtype) - _rounded(x2 * sin1, dtype)
     second = _rounded(x2 * cos2, dtype) + _rounded(x1 * sin2, dtype)
@@ -101,6 +103,7 @@ def _rotary_kernel(
 
 @triton.jit
 def _silu_multiply_kernel(gate_ptr, up_ptr, size, TILE: tl.constexpr):
+    """Store gate = rounded(gate / (1 + exp(-gate))) * up; see `silu_multiply_in_place`."""
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = offset < size
@@ -112,7 +115,7 @@ def _silu_multiply_kernel(gate_ptr, up_ptr, size, TILE: tl.constexpr):
     tl.store(gate_ptr + offset, _rounded(silu * up, dtype), mask=inside)
 
 
-# Kernels read it when they are compiled, so it may follow them.
+# Kernels read this constant when they are compiled, so it may be defined after them.
 _INTERPRETED = tl.constexpr(not isinstance(_silu_multiply_kernel, triton.JITFunction))
 
 
@@ -133,7 +136,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         A new, contiguous tensor of x's shape.
     """
     width = x.shape[-1]
-    # Two strides reach every row of a contiguous tensor or of a slice of a projection; reshape copies what is stranger.
+    # Two strides reach every row of a contiguous tensor or of a slice of a projection; reshape copies any other tensor.
     source = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, width)
     rows = source.shape[0] * source.shape[1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -161,7 +164,7 @@ def rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Overwrite x with x * cos + rotate_half(x) * sin, each product and the sum rounded to the dtype.
 
     Args:
-        x: [batch, heads, seq_len, head_dim], float16 or bfloat16, no two elements in the same place, the last
+        x: [batch, heads, seq_len, head_dim], float16 or bfloat16, no two elements sharing memory, the last
             dimension dense, the others of any stride.
         cos: [1 or batch, seq_len, head_dim], the last dimension dense, of x's dtype and device.
         sin: like cos.
