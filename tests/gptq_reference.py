@@ -25,7 +25,7 @@ SHRINKS = [1 - step / 100 for step in range(41)]
 @dataclass
 class Reference:
     q: Tensor  # [in, out], original column order
-    weight: Tensor  # float64 [in, out], what q stands for
+    weight: Tensor  # float64 [in, out], the dequantized q
     g_idx: list[int]
     losses: Tensor  # [out]
     # How far the decisions that were followed are from the reference's own, 0 where they are the same:
@@ -183,7 +183,7 @@ def assert_agrees(
     """Assert that every q, scale and zero is the reference's but for ties, which are few, and the losses likewise.
 
     A decision may differ only where the reference's own value lies within `tie` x 2^bits of the boundary; it is then
-    taken over by the reference and the next one is judged by what follows from it.
+    adopted by the reference, which judges the next decision by its consequences.
     """
     expected = gptq(
         weight.cpu(), H.cpu(), bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, damp=damp,

@@ -119,7 +119,7 @@ def test_agrees_where_the_hessian_is_nearly_singular():
 
 
 def test_alone_the_reference_gets_the_same_q_and_losses():
-    """Ties are so rare that a reference which follows nobody has 99 % of all q, and the loss to 0.1 %."""
+    """Ties are so rare that a reference that follows no other solution has 99 % of all q, and the loss to 0.1 %."""
     H = hessian(inputs(256, 3))
     weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(8)) * 0.02
     for desc_act, group_size in ((False, 128), (True, 32)):
@@ -129,7 +129,7 @@ def test_alone_the_reference_gets_the_same_q_and_losses():
         assert float(found.losses.sum()) == pytest.approx(float(expected.losses.sum()), rel=LOSS_TOLERANCE)
 
 
-def test_the_reference_tells_a_tie_from_a_mistake():
+def test_the_reference_distinguishes_a_tie_from_a_mistake():
     H = hessian(inputs(96, 4))
     weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(10)) * 0.02
     how = {"bits": 4, "group_size": 32, "sym": True, "desc_act": True}
@@ -152,7 +152,7 @@ def test_the_reference_tells_a_tie_from_a_mistake():
 
 
 def test_losses_are_the_squared_output_error():
-    """What the loop adds up is tr(dW H dW^T) / 2 with the damped H, here computed from the result alone."""
+    """The losses are tr(dW H dW^T) / 2 with the damped H, computed here from the result only."""
     H = hessian(inputs(64, 4))
     weight = torch.randn(64, 16) * 0.02
     for desc_act in (False, True):

@@ -31,7 +31,7 @@ def key_of(arguments: tuple[Any, ...]) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("group_size", [16, 48, 128, 200, -1])
-def test_what_is_launched_ahead_is_what_solving_launches(monkeypatch, group_size, static):
+def test_the_kernels_launched_ahead_are_those_that_solving_launches(monkeypatch, group_size, static):
     solved, ahead_of_it = [], []
 
     class Recording(TorchOps):
