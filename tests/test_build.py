@@ -330,13 +330,13 @@ GRID: list[dict[str, Any]] = [
 def solved(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], torch.Tensor]:
     """Collect the weights the engine computed with, by branch and linear."""
     found: dict[tuple[str, str], torch.Tensor] = {}
-    keep = block_module._Attempt._keep
+    keep = block_module._BlockSolver._keep
 
-    def collect(attempt: Any, name: str, solution: Solution) -> None:
-        found[attempt._passage.variant.branch, name] = solution.dequantized()
-        keep(attempt, name, solution)
+    def collect(solver: Any, name: str, solution: Solution) -> None:
+        found[solver._job.variant.branch, name] = solution.dequantized()
+        keep(solver, name, solution)
 
-    monkeypatch.setattr(block_module._Attempt, "_keep", collect)
+    monkeypatch.setattr(block_module._BlockSolver, "_keep", collect)
     return found
 
 

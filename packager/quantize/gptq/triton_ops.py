@@ -29,7 +29,7 @@ class TritonOps:
         out, begin = torch.empty(columns, total, dtype=first.dtype, device=first.device), 0
         for weight in weights:
             features, dense = weight.shape[0], weight.contiguous()
-            with torch.cuda.device_of(dense):
+            with _device_of(dense):
                 kernels.permute_columns_kernel[(triton.cdiv(columns, _COPY_TILE), triton.cdiv(features, _COPY_TILE))](
                     dense, dead, dead if inverse_perm is None else inverse_perm, out[:, begin:], columns, features,
                     dense.stride(0), out.stride(0), PERMUTED=inverse_perm is not None, TILE=_COPY_TILE,
@@ -45,7 +45,7 @@ class TritonOps:
         scales = torch.empty(groups, features, dtype=torch.float32, device=w.device)
         zeros = torch.empty_like(scales)
         tile = min(_TILE, triton.next_power_of_2(group_size))
-        with torch.cuda.device_of(w):
+        with _device_of(w):
             kernels.find_grids_kernel[(triton.cdiv(features, _GRID_FEATURES), groups)](
                 w, column_weight.contiguous(), search_shrinks(w.device), scales, zeros, columns, features, group_size,
                 TILE=tile, FEATURES=_GRID_FEATURES, TILES=triton.cdiv(min(group_size, columns), tile), MAXQ=rules.maxq,
@@ -61,7 +61,7 @@ class TritonOps:
         """Quantize the columns of a column block in one launch; see `columns.round_columns`."""
         columns, features = w.shape
         tile = features_per_program(features)
-        with torch.cuda.device_of(w):
+        with _device_of(w):
             kernels.round_columns_kernel[(triton.cdiv(features, tile),)](
                 w, original, Hinv, diagonal, search_shrinks(w.device), grids.scales, grids.zeros, grids.groups,
                 result.q, result.delta, result.squared_errors, features, COLUMNS=columns, TILE_COLUMNS=_TILE // 2,
@@ -74,7 +74,7 @@ class TritonOps:
         """Overwrite a weight with scale * (q - zero) in one pass; see `TensorOps.dequantize`."""
         features, columns = weight.shape
         zeros, scales = zeros.contiguous(), scales.contiguous()
-        with torch.cuda.device_of(weight):
+        with _device_of(weight):
             kernels.dequantize_kernel[(triton.cdiv(columns, _COPY_TILE), triton.cdiv(features, _COPY_TILE))](
                 weight, q, zeros, scales, g_idx, columns, features, weight.stride(0), q.stride(0), zeros.stride(0),
                 scales.stride(0), TILE=_COPY_TILE,
@@ -86,7 +86,7 @@ class TritonOps:
         """Split float32 into two float16 numbers in one pass; see `TensorOps.split`."""
         high, low = out or (torch.empty(x.shape, dtype=torch.float16, device=x.device) for _ in range(2))
         x = x if x.stride(1) == 1 else x.contiguous()
-        with torch.cuda.device_of(x):
+        with _device_of(x):
             kernels.split_kernel[(x.shape[0], triton.cdiv(x.shape[1], _SPLIT_TILE))](
                 x, x if rows is None else rows, x if columns is None else columns, high, low, x.shape[1], x.stride(0),
                 high.stride(0), ROWS=rows is not None, COLUMNS=columns is not None, TILE=_SPLIT_TILE,
@@ -109,3 +109,8 @@ class TritonOps:
 def features_per_program(features: int) -> int:
     """Return how many output features a program of `round_columns` takes."""
     return max(size for size, many in zip(_ROUND_FEATURES, _ROUND_MANY, strict=True) if features >= many)
+
+
+def _device_of(tensor: Tensor) -> torch.cuda.device_of:
+    """Return a context that launches kernels on a tensor's GPU; it does nothing for a CPU tensor."""
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
