@@ -153,17 +153,26 @@ def _round_column(
 
 
 @triton.jit
+def _tile(w_ptr, column, feature, features, in_range, COLUMNS: tl.constexpr):
+    """Return the addresses, the mask and the values of some columns.
+
+    A program keeps its columns in two tiles: the first needs no updates once all its columns are rounded.
+    """
+    inside = (column < COLUMNS)[:, None] & in_range[None, :]
+    address = w_ptr + column[:, None].to(tl.int64) * features + feature[None, :]
+    return address, inside, tl.load(address, mask=inside, other=0.0)
+
+
+@triton.jit
 def round_columns_kernel(
     w_ptr, original_ptr, Hinv_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, q_ptr, delta_ptr,
     error_ptr, features, COLUMNS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
     INLINE_GROUP_SIZE: tl.constexpr, GROUP_TILE: tl.constexpr, MAXQ: tl.constexpr, SYM: tl.constexpr,
     STEPS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """Quantize up to 128 columns in order: for each i store q_i and delta_i, then w_k -= Hinv_ik e_i for every k > i.
+    """Quantize up to 128 columns in order: store q_i and delta_i, then w_k -= Hinv_ik e_i for every column k > i.
 
-    e_i = (w_i - scale (q_i - zero)) / Hinv_ii; the sum of e_i^2 is added to the squared errors. With INLINE_GROUP_SIZE
-    the grid of a group is found from its updated columns when the first of them is reached. All columns of the
-    program's output features stay in registers, in two tiles of TILE_COLUMNS columns.
+    e_i = (w_i - scale (q_i - zero)) / Hinv_ii; with INLINE_GROUP_SIZE, a group's first column finds the group's grid.
     """
     feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     in_range = feature < features
@@ -174,14 +183,9 @@ def round_columns_kernel(
             0, w_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, feature, features, in_range, COLUMNS,
             INLINE_GROUP_SIZE, GROUP_TILE, MAXQ, SYM, STEPS, SMALLEST,
         )  # fmt: skip
-    # Two tiles: the first needs no updates once all its columns are rounded.
     column = tl.arange(0, TILE_COLUMNS)
-    first_ptr = w_ptr + column[:, None].to(tl.int64) * features + feature[None, :]
-    second_ptr = first_ptr + TILE_COLUMNS * tl.cast(features, tl.int64)
-    in_first = (column < COLUMNS)[:, None] & in_range[None, :]
-    in_second = (column + TILE_COLUMNS < COLUMNS)[:, None] & in_range[None, :]
-    first = tl.load(first_ptr, mask=in_first, other=0.0)
-    second = tl.load(second_ptr, mask=in_second, other=0.0)
+    first_ptr, in_first, first = _tile(w_ptr, column, feature, features, in_range, COLUMNS)
+    second_ptr, in_second, second = _tile(w_ptr, column + TILE_COLUMNS, feature, features, in_range, COLUMNS)
     squared_error = tl.load(error_ptr + feature, mask=in_range, other=0.0)
     # Inputs of column i are prefetched: those that programs share, which are in the cache, one column ahead; the
     # original weights, which come from device memory, four columns ahead.
