@@ -17,6 +17,7 @@ from packager.recipe.yaml import parse
 from tests.test_house_rules import ROOT
 
 REFERENCE = ROOT / "docs" / "reference"
+WRITTEN = {"engine.md", "format.md"}  # by hand; every other reference page is generated
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^()\s]+(?:\([^()\s]*\)[^()\s]*)*)\)")
 SHELL = {"bash", "console", "sh", "shell"}
@@ -58,15 +59,16 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", [path.name for path in sorted(REFERENCE.glob("*.md"))])
+@pytest.mark.parametrize("name", [path.name for path in sorted(REFERENCE.glob("*.md")) if path.name not in WRITTEN])
 def test_a_reference_page_is_in_step_with_the_code(name: str) -> None:
     made = generator().PAGES[name]()
     assert (REFERENCE / name).read_text(encoding="utf-8") == made, "run nox -s docs -- --write"
 
 
-def test_every_reference_page_is_generated_and_there() -> None:
+def test_every_reference_page_is_generated_or_written_and_there() -> None:
     module = generator()
-    assert {path.name for path in REFERENCE.glob("*.md")} == set(module.PAGES)
+    assert {path.name for path in REFERENCE.glob("*.md")} - WRITTEN == set(module.PAGES)
+    assert (REFERENCE / "engine.md").is_file()
     assert module.main(["--check"]) == 0
 
 
