@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packager.publish.branches import BranchContent
+from packager.publish.targets.git_locks import GitWaits
 from packager.system.files import file_record, list_files
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = "somebody/Model-GPTQ"
 VARIANT = "gptq-4bit-32g-actorder_True"
+SHORT_WAITS = GitWaits(publisher_s=0.2, staging_s=2.0, orphan_s=0.1, retries_s=(0.01, 0.02, 0.03, 0.04))
 
 
 def make_content(dist: Path, branch: str, files: Mapping[str, bytes]) -> BranchContent:

@@ -19,7 +19,7 @@ from packager.variant import Layout, Place, place_of
 from tests import tiny_recipe
 from tests.git_servers import require_git_lfs
 from tests.loopback_hub import Account, LoopbackHub
-from tests.readers import (
+from tests.reader_fixtures import (
     BIN,
     Environ,
     assert_audit_passes,

@@ -15,7 +15,7 @@ from packager.publish.branches import PublishReport, publish
 from packager.publish.targets import LARGE_BYTES, read_local_file
 from packager.publish.targets.git import GitTarget
 from tests.git_servers import Service, require_git_lfs, serve_git, serve_lfs
-from tests.publish_fixtures import VARIANT, describe, files_in, git, heads, make_content
+from tests.publish_fixtures import SHORT_WAITS, VARIANT, describe, files_in, git, heads, make_content
 
 pytestmark = pytest.mark.release
 TOKEN = "a-token-Secret"  # noqa: S105 - made up
@@ -27,7 +27,7 @@ def _git_lfs() -> None:
     require_git_lfs()
 
 
-class Scene:
+class GitLfsFixture:
     """Two branches that share one large file, a second large one, and a repository for them."""
 
     def __init__(self, tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ class Scene:
         self.service: Service | None = None
 
     def target(self, staging: str = "staging") -> GitTarget:
-        return GitTarget(self.url, self.tmp_path / staging, token=self.token)
+        return GitTarget(self.url, self.tmp_path / staging, token=self.token, waits=SHORT_WAITS)
 
     def publish(self, staging: str = "staging") -> PublishReport:
         return publish(self.contents, self.target(staging), print)
@@ -76,8 +76,8 @@ class Scene:
 
 
 @pytest.fixture(params=["path", "http"])
-def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
-    made = Scene(tmp_path)
+def fixture(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[GitLfsFixture]:
+    made = GitLfsFixture(tmp_path)
     if request.param == "path":
         yield made
         return
@@ -94,121 +94,121 @@ def uploads(service: Service) -> list[str]:
     return [path for method, path, _ in service.seen if method == "PUT"]
 
 
-def test_large_files_are_published_and_read(scene: Scene) -> None:
-    assert [outcome.plan.action for outcome in scene.publish().outcomes] == ["create", "create"]
-    scene.assert_published(".gitattributes")
-    before = heads(scene.repository)
-    assert [outcome.plan.action for outcome in scene.publish().outcomes] == ["unchanged", "unchanged"]
-    again = scene.publish("another")
+def test_large_files_are_published_and_read(fixture: GitLfsFixture) -> None:
+    assert [outcome.plan.action for outcome in fixture.publish().outcomes] == ["create", "create"]
+    fixture.assert_published(".gitattributes")
+    before = heads(fixture.repository)
+    assert [outcome.plan.action for outcome in fixture.publish().outcomes] == ["unchanged", "unchanged"]
+    again = fixture.publish("another")
     assert [outcome.plan.action for outcome in again.outcomes] == ["unchanged", "unchanged"]
-    assert heads(scene.repository) == before
-    target = scene.target("third")
-    large = scene.contents[0].folder / NAME
+    assert heads(fixture.repository) == before
+    target = fixture.target("third")
+    large = fixture.contents[0].folder / NAME
     stored = target.read_branches()["main"].files
     assert stored.keys() == {"README.md", "w.bin", NAME}
     assert stored[NAME].sha256 == read_local_file(large).sha256
     assert stored[NAME].size_bytes == LARGE_BYTES + 1
     assert target.read_bytes(before["main"], NAME, start=5, size=9) == large.read_bytes()[5:14]
-    target.export(before["main"], NAME, scene.tmp_path / "exported")
-    assert (scene.tmp_path / "exported").read_bytes() == large.read_bytes()
+    target.export(before["main"], NAME, fixture.tmp_path / "exported")
+    assert (fixture.tmp_path / "exported").read_bytes() == large.read_bytes()
 
 
-def test_what_is_there_is_not_uploaded_again(scene: Scene) -> None:
-    scene.publish()
-    if service := scene.service:
+def test_what_is_there_is_not_uploaded_again(fixture: GitLfsFixture) -> None:
+    fixture.publish()
+    if service := fixture.service:
         assert len(uploads(service)) == 2  # three files, two contents
         service.seen.clear()
-    scene.edit("main", {"copy.safetensors": (scene.contents[0].folder / NAME).read_bytes()})
-    report = scene.publish("another")
+    fixture.edit("main", {"copy.safetensors": (fixture.contents[0].folder / NAME).read_bytes()})
+    report = fixture.publish("another")
     assert report.outcomes[-1].plan.present_bytes == LARGE_BYTES + 1
     if service:
         assert uploads(service) == []
-    scene.assert_published(".gitattributes")
+    fixture.assert_published(".gitattributes")
 
 
-def test_restoring_uploads_nothing(scene: Scene) -> None:
-    scene.publish()
-    first = heads(scene.repository)["main"]
-    scene.edit("main", {NAME: bytes(LARGE_BYTES)})
-    scene.publish()
-    target = scene.target("another")
+def test_restoring_uploads_nothing(fixture: GitLfsFixture) -> None:
+    fixture.publish()
+    first = heads(fixture.repository)["main"]
+    fixture.edit("main", {NAME: bytes(LARGE_BYTES)})
+    fixture.publish()
+    target = fixture.target("another")
     second = target.read_branches()["main"].commit
     restored = target.restore("main", first, parent=second, message="Go back")
     assert target.read_back(restored) == target.read_back(first)
     assert target.read_bytes(restored, NAME, size=4) == random.Random(1).randbytes(LARGE_BYTES + 1)[:4]
 
 
-def test_an_attributes_file_of_the_manifest_is_kept(scene: Scene) -> None:
+def test_an_attributes_file_of_the_manifest_is_kept(fixture: GitLfsFixture) -> None:
     line = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
-    scene.edit("main", {".gitattributes": line, "tiny.safetensors": b"tiny"})
-    scene.publish()
-    assert files_in(scene.clone("main")) == files_in(scene.contents[0].folder)
-    stored = scene.target().read_branches()["main"].files
+    fixture.edit("main", {".gitattributes": line, "tiny.safetensors": b"tiny"})
+    fixture.publish()
+    assert files_in(fixture.clone("main")) == files_in(fixture.contents[0].folder)
+    stored = fixture.target().read_branches()["main"].files
     assert stored[".gitattributes"].size_bytes == len(line)
     assert stored["tiny.safetensors"].sha256  # what the manifest gives to git-lfs is there, whatever its size
-    assert [outcome.plan.action for outcome in scene.publish().outcomes] == ["unchanged", "unchanged"]
+    assert [outcome.plan.action for outcome in fixture.publish().outcomes] == ["unchanged", "unchanged"]
 
 
-def test_an_attributes_file_that_leaves_a_large_file_out_is_refused(scene: Scene) -> None:
-    scene.edit("main", {".gitattributes": b"*.bin filter=lfs\n"})
+def test_an_attributes_file_that_leaves_a_large_file_out_is_refused(fixture: GitLfsFixture) -> None:
+    fixture.edit("main", {".gitattributes": b"*.bin filter=lfs\n"})
     with pytest.raises(PublishError, match="is not complete") as caught:
-        scene.publish()
+        fixture.publish()
     assert NAME in str(caught.value)
     assert "filter=lfs diff=lfs merge=lfs -text" in str(caught.value)
-    (scene.contents[0].folder / ".gitattributes").unlink()
-    scene.edit("main", {})
-    scene.publish()
-    ours = scene.clone("main") / ".gitattributes"
-    scene.edit("main", {".gitattributes": ours.read_bytes(), "w.bin": b"x"})
+    (fixture.contents[0].folder / ".gitattributes").unlink()
+    fixture.edit("main", {})
+    fixture.publish()
+    ours = fixture.clone("main") / ".gitattributes"
+    fixture.edit("main", {".gitattributes": ours.read_bytes(), "w.bin": b"x"})
     with pytest.raises(PublishError, match="is this program's"):
-        scene.publish()
+        fixture.publish()
 
 
-def test_pointers_that_no_attributes_give_to_git_lfs_are_mended(scene: Scene) -> None:
-    scene.publish()
-    folder = scene.tmp_path / "work"
-    git("clone", "--quiet", "--no-local", "--branch", "main", str(scene.repository), str(folder))
+def test_pointers_that_no_attributes_give_to_git_lfs_are_mended(fixture: GitLfsFixture) -> None:
+    fixture.publish()
+    folder = fixture.tmp_path / "work"
+    git("clone", "--quiet", "--no-local", "--branch", "main", str(fixture.repository), str(folder))
     git("rm", "--quiet", ".gitattributes", cwd=folder)
     git("commit", "--quiet", "--message", "tidy", cwd=folder)
     git("push", "--quiet", cwd=folder)
-    report = scene.publish()
+    report = fixture.publish()
     assert [change.name for change in report.outcomes[-1].plan.changed] == [NAME]
-    scene.assert_published(".gitattributes")
+    fixture.assert_published(".gitattributes")
 
 
 def test_an_object_that_the_remote_lost_is_noticed(tmp_path: Path) -> None:
-    scene = Scene(tmp_path)
-    scene.publish()
-    commit = heads(scene.repository)["main"]
-    file = read_local_file(scene.contents[0].folder / NAME)
-    kept = scene.repository / "lfs" / "objects" / file.sha256[:2] / file.sha256[2:4] / file.sha256
-    assert scene.target().read_back(commit)[NAME].holds(file)
+    fixture = GitLfsFixture(tmp_path)
+    fixture.publish()
+    commit = heads(fixture.repository)["main"]
+    file = read_local_file(fixture.contents[0].folder / NAME)
+    kept = fixture.repository / "lfs" / "objects" / file.sha256[:2] / file.sha256[2:4] / file.sha256
+    assert fixture.target().read_back(commit)[NAME].holds(file)
     assert not kept.samefile(file.path)
     kept.chmod(0o644)
     with kept.open("r+b") as stream:
         stream.write(b"rotten")
-    assert not scene.target().read_back(commit)[NAME].holds(file)
+    assert not fixture.target().read_back(commit)[NAME].holds(file)
     kept.unlink()
-    assert not scene.target("another").read_back(commit)[NAME].holds(file)
+    assert not fixture.target("another").read_back(commit)[NAME].holds(file)
     with pytest.raises(PublishError, match="git-lfs has no object"):
-        scene.target().read_bytes(commit, NAME)
+        fixture.target().read_bytes(commit, NAME)
 
 
-def test_nothing_is_copied_for_a_server(scene: Scene) -> None:
-    if scene.service is None:
+def test_nothing_is_copied_for_a_server(fixture: GitLfsFixture) -> None:
+    if fixture.service is None:
         return
-    sha256 = read_local_file(scene.contents[0].folder / NAME).sha256
-    objects = scene.tmp_path / "staging" / ".git" / "lfs" / "objects"
+    sha256 = read_local_file(fixture.contents[0].folder / NAME).sha256
+    objects = fixture.tmp_path / "staging" / ".git" / "lfs" / "objects"
     linked: list[bool] = []
 
     def look(line: str) -> None:
         if "created at" in line:
             staged = objects / sha256[:2] / sha256[2:4] / sha256
-            linked.append(any(staged.samefile(each.folder / name) for each in scene.contents for name in each.files))
+            linked.append(any(staged.samefile(each.folder / name) for each in fixture.contents for name in each.files))
 
-    publish(scene.contents, scene.target(), look)
+    publish(fixture.contents, fixture.target(), look)
     assert linked
     assert all(linked)
     assert not objects.exists(), "what has arrived takes no space here"
-    found = subprocess.run(["grep", "-r", "Secret", "staging"], cwd=scene.tmp_path, capture_output=True, check=False)
+    found = subprocess.run(["grep", "-r", "Secret", "staging"], cwd=fixture.tmp_path, capture_output=True, check=False)
     assert found.stdout == b""

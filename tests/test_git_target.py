@@ -18,11 +18,11 @@ import pytest
 from packager.errors import MachineError, PackagerError, PublishError
 from packager.publish.branches import PublishReport, check_folders, publish
 from packager.publish.targets import LARGE_BYTES, HeadMovedError
-from packager.publish.targets import git_remote as transport
 from packager.publish.targets.git import GitTarget
+from packager.publish.targets.git_locks import DEFAULT_WAITS, GitWaits
 from packager.publish.targets.git_remote import RemoteGit
 from tests.git_servers import Service, serve_git
-from tests.publish_fixtures import VARIANT, describe, files_in, git, heads, make_content, trees
+from tests.publish_fixtures import SHORT_WAITS, VARIANT, describe, files_in, git, heads, make_content, trees
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_Secret/Token+1"  # noqa: S105 - made up
@@ -36,13 +36,7 @@ PUBLISH = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "WAITS_S", (0.01, 0.02, 0.03, 0.04))
-    monkeypatch.setattr(transport, "_ORPHAN_WAIT_S", 0.1)
-
-
-class Scene:
+class GitFixture:
     """Two branches, a path to publish them to, and publishers, each with its own staging folder if need be."""
 
     def __init__(self, tmp_path: Path) -> None:
@@ -55,8 +49,11 @@ class Scene:
         ]
         self.said: list[str] = []
 
-    def target(self, url: str = "", staging: str = "staging", token: str = "") -> GitTarget:
-        return GitTarget(url or str(self.repository), self.tmp_path / staging, token=token, log=self.said.append)
+    def target(
+        self, url: str = "", staging: str = "staging", token: str = "", waits: GitWaits = SHORT_WAITS
+    ) -> GitTarget:
+        staging_folder = self.tmp_path / staging
+        return GitTarget(url or str(self.repository), staging_folder, token=token, log=self.said.append, waits=waits)
 
     def publish(self, target: GitTarget | None = None, *, dry_run: bool = False) -> PublishReport:
         return publish(self.contents, target or self.target(), self.said.append, dry_run=dry_run)
@@ -81,8 +78,8 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Scene:
-    return Scene(tmp_path)
+def fixture(tmp_path: Path) -> GitFixture:
+    return GitFixture(tmp_path)
 
 
 def actions(report: PublishReport) -> list[str]:
@@ -99,63 +96,63 @@ def shim(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("as_url", [False, True], ids=["path", "file"])
-def test_branches_are_created_with_their_bytes(scene: Scene, as_url: bool) -> None:
-    url = f"file://{quote(str(scene.repository))}" if as_url else str(scene.repository)
-    target = scene.target(url)
+def test_branches_are_created_with_their_bytes(fixture: GitFixture, as_url: bool) -> None:
+    url = f"file://{quote(str(fixture.repository))}" if as_url else str(fixture.repository)
+    target = fixture.target(url)
     assert (target.where, target.is_public, target.identifies_by_blob) == (url, True, False)
     assert target.read_branches() == {}
-    assert not scene.repository.exists()
-    assert actions(scene.publish(target)) == ["create", "create"]
-    scene.assert_published()
-    assert git("rev-list", "--count", "--all", cwd=scene.repository).strip() == "2"  # two roots
-    assert git("symbolic-ref", "HEAD", cwd=scene.repository).strip() == "refs/heads/main"
-    assert sorted(path.name for path in scene.repository.parent.iterdir()) == [scene.repository.name]
+    assert not fixture.repository.exists()
+    assert actions(fixture.publish(target)) == ["create", "create"]
+    fixture.assert_published()
+    assert git("rev-list", "--count", "--all", cwd=fixture.repository).strip() == "2"  # two roots
+    assert git("symbolic-ref", "HEAD", cwd=fixture.repository).strip() == "refs/heads/main"
+    assert sorted(path.name for path in fixture.repository.parent.iterdir()) == [fixture.repository.name]
 
 
-def test_a_dry_run_makes_nothing(scene: Scene) -> None:
-    assert actions(scene.publish(dry_run=True)) == ["create", "create"]
-    assert not scene.repository.parent.exists()
+def test_a_dry_run_makes_nothing(fixture: GitFixture) -> None:
+    assert actions(fixture.publish(dry_run=True)) == ["create", "create"]
+    assert not fixture.repository.parent.exists()
 
 
-def test_a_second_publish_makes_no_commit(scene: Scene) -> None:
-    scene.publish()
-    before = heads(scene.repository)
-    assert actions(scene.publish()) == ["unchanged", "unchanged"]
-    assert actions(scene.publish(scene.target(staging="another"))) == ["unchanged", "unchanged"]
-    assert heads(scene.repository) == before
+def test_a_second_publish_makes_no_commit(fixture: GitFixture) -> None:
+    fixture.publish()
+    before = heads(fixture.repository)
+    assert actions(fixture.publish()) == ["unchanged", "unchanged"]
+    assert actions(fixture.publish(fixture.target(staging="another"))) == ["unchanged", "unchanged"]
+    assert heads(fixture.repository) == before
 
 
-def test_what_changed_is_updated_and_what_is_gone_is_removed(scene: Scene) -> None:
-    scene.publish()
-    before = heads(scene.repository)
-    scene.edit("main", "README.md", b"new\n")
-    scene.edit("main", "w.bin", None)
-    report = scene.publish(scene.target(staging="another"))
+def test_what_changed_is_updated_and_what_is_gone_is_removed(fixture: GitFixture) -> None:
+    fixture.publish()
+    before = heads(fixture.repository)
+    fixture.edit("main", "README.md", b"new\n")
+    fixture.edit("main", "w.bin", None)
+    report = fixture.publish(fixture.target(staging="another"))
     plan = report.outcomes[-1].plan
     assert actions(report) == ["unchanged", "update"]
     assert [[change.name for change in changes] for changes in (plan.changed, plan.removed)] == [
         ["README.md"],
         ["w.bin"],
     ]
-    assert git("rev-parse", "main^", cwd=scene.repository).strip() == before["main"]
-    assert heads(scene.repository)[VARIANT] == before[VARIANT]
-    scene.assert_published()
+    assert git("rev-parse", "main^", cwd=fixture.repository).strip() == before["main"]
+    assert heads(fixture.repository)[VARIANT] == before[VARIANT]
+    fixture.assert_published()
 
 
-def test_history_is_read_restored_and_tagged(scene: Scene, tmp_path: Path) -> None:
-    scene.publish()
-    first = heads(scene.repository)["main"]
+def test_history_is_read_restored_and_tagged(fixture: GitFixture, tmp_path: Path) -> None:
+    fixture.publish()
+    first = heads(fixture.repository)["main"]
     for text in (b"2\n", b"3\n"):
-        scene.edit("main", "README.md", text)
-        scene.publish()
-    target = scene.target(staging="another")
+        fixture.edit("main", "README.md", text)
+        fixture.publish()
+    target = fixture.target(staging="another")
     target.read_branches()
     assert target.history("nowhere") == ()
     records = target.history("main")
     assert [record.commit for record in records][-1] == first
     assert [(record.author, record.title) for record in records] == [("", "Publish main")] * 3
     assert target.read_bytes(first, "README.md") == b"card\n"
-    assert scene.target(staging="third").read_bytes(first, "w.bin", start=2, size=3) == b"igh"
+    assert fixture.target(staging="third").read_bytes(first, "w.bin", start=2, size=3) == b"igh"
     target.export(first, "w.bin", tmp_path / "w")
     assert (tmp_path / "w").read_bytes() == b"weights"
     assert target.read_back(first)["README.md"].size_bytes == 5
@@ -164,25 +161,25 @@ def test_history_is_read_restored_and_tagged(scene: Scene, tmp_path: Path) -> No
             target.read_bytes(commit, name)
     with pytest.raises(HeadMovedError):
         target.restore("main", first, parent=first, message="Go back")
-    restored = scene.target(staging="fourth").restore("main", first, parent=records[0].commit, message="Go back")
-    assert heads(scene.repository)["main"] == restored
-    assert trees(scene.repository)["main"] == git("rev-parse", f"{first}^{{tree}}", cwd=scene.repository).strip()
+    restored = fixture.target(staging="fourth").restore("main", first, parent=records[0].commit, message="Go back")
+    assert heads(fixture.repository)["main"] == restored
+    assert trees(fixture.repository)["main"] == git("rev-parse", f"{first}^{{tree}}", cwd=fixture.repository).strip()
     assert target.read_tag("v1") == {"main": ""}
     target.tag("v1", {"main": first})
-    scene.target(staging="fifth").tag("v1", {"main": first})
+    fixture.target(staging="fifth").tag("v1", {"main": first})
     assert target.read_tag("v1") == {"main": first}
     with pytest.raises(PublishError, match="the tag v1 exists and names"):
         target.tag("v1", {"main": restored})
-    assert git("rev-parse", "v1", cwd=scene.repository).strip() == first
-    assert git("fsck", "--full", "--strict", cwd=scene.repository) == ""
+    assert git("rev-parse", "v1", cwd=fixture.repository).strip() == first
+    assert git("fsck", "--full", "--strict", cwd=fixture.repository) == ""
 
 
 def test_a_head_that_moves_meanwhile_stops_with_what_changed(
-    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fixture: GitFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scene.publish()
-    scene.edit(VARIANT, "w.bin", b"ours")
-    git("clone", "--quiet", "--branch", VARIANT, str(scene.repository), str(tmp_path / "theirs"))
+    fixture.publish()
+    fixture.edit(VARIANT, "w.bin", b"ours")
+    git("clone", "--quiet", "--branch", VARIANT, str(fixture.repository), str(tmp_path / "theirs"))
     (tmp_path / "theirs" / "README.md").write_bytes(b"a person's words\n")
     (tmp_path / "theirs" / "extra").write_bytes(b"x")
     git("add", "--all", cwd=tmp_path / "theirs")
@@ -190,190 +187,194 @@ def test_a_head_that_moves_meanwhile_stops_with_what_changed(
     theirs = f'env -i PATH="$PATH" "$real" -C \'{tmp_path}/theirs\' push --quiet origin HEAD'
     dry = 'case "$*" in *dry-run*) exec "$real" "$@";; esac'
     shim(tmp_path / "bin", f'if [ "$1" = push ]; then {dry}; {theirs}; fi', monkeypatch)
-    text = scene.refused(error=HeadMovedError)
+    text = fixture.refused(error=HeadMovedError)
     assert f"{VARIANT} moved" in text
     assert "by A Person <person@example.org>, README.md was changed, extra was added" in text
     head = git("rev-parse", "HEAD", cwd=tmp_path / "theirs").strip()
-    assert heads(scene.repository)[VARIANT] == head
+    assert heads(fixture.repository)[VARIANT] == head
     monkeypatch.undo()
-    report = scene.publish()
+    report = fixture.publish()
     assert report.outcomes[0].plan.foreign_author == "A Person <person@example.org>"
-    assert git("rev-parse", f"{VARIANT}^", cwd=scene.repository).strip() == head
-    scene.assert_published()
+    assert git("rev-parse", f"{VARIANT}^", cwd=fixture.repository).strip() == head
+    fixture.assert_published()
 
 
-def test_a_branch_that_is_there_is_not_created_again(scene: Scene) -> None:
-    scene.publish()
-    scene.edit("main", "w.bin", b"other")
-    files = check_folders(scene.contents)["main"]
+def test_a_branch_that_is_there_is_not_created_again(fixture: GitFixture) -> None:
+    fixture.publish()
+    fixture.edit("main", "w.bin", b"other")
+    files = check_folders(fixture.contents)["main"]
     with pytest.raises(HeadMovedError):
-        scene.target().commit("main", files, parent=None, message="x")
-    files = check_folders(scene.contents)[VARIANT]
+        fixture.target().commit("main", files, parent=None, message="x")
+    files = check_folders(fixture.contents)[VARIANT]
     with pytest.raises(HeadMovedError):
-        scene.target().commit("gone", files, parent="1" * 40, message="x")
+        fixture.target().commit("gone", files, parent="1" * 40, message="x")
 
 
 @pytest.mark.crash
-def test_publishers_that_race_leave_one_result(scene: Scene, tmp_path: Path) -> None:
+def test_publishers_that_race_leave_one_result(fixture: GitFixture, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    theirs = [make_content(other, content.branch, {"README.md": b"theirs\n"}) for content in scene.contents]
+    theirs = [make_content(other, content.branch, {"README.md": b"theirs\n"}) for content in fixture.contents]
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", PUBLISH, str(scene.repository), str(tmp_path / f"stage{number}"),
+            [sys.executable, "-c", PUBLISH, str(fixture.repository), str(tmp_path / f"stage{number}"),
              *(str(content.folder) for content in contents)],
             stdout=subprocess.PIPE, text=True, cwd=ROOT,
         )
-        for number, contents in enumerate([scene.contents, theirs, scene.contents, theirs])
+        for number, contents in enumerate([fixture.contents, theirs, fixture.contents, theirs])
     ]  # fmt: skip
     for process in running:
         output, _ = process.communicate()
         assert process.returncode == 0 or (process.returncode == 10 and "moved" in output), output
     assert 0 in [process.returncode for process in running]
-    possible = [{content.branch: files_in(content.folder) for content in side} for side in (scene.contents, theirs)]
-    for branch in heads(scene.repository):
-        git("clone", "--quiet", "--branch", branch, str(scene.repository), str(tmp_path / "clones" / branch))
+    possible = [{content.branch: files_in(content.folder) for content in side} for side in (fixture.contents, theirs)]
+    for branch in heads(fixture.repository):
+        git("clone", "--quiet", "--branch", branch, str(fixture.repository), str(tmp_path / "clones" / branch))
         assert files_in(tmp_path / "clones" / branch) in [side[branch] for side in possible]
-    assert git("fsck", "--full", "--strict", "--no-dangling", cwd=scene.repository) == ""
+    assert git("fsck", "--full", "--strict", "--no-dangling", cwd=fixture.repository) == ""
 
 
-def test_a_second_publisher_in_the_same_staging_folder_stops(scene: Scene) -> None:
-    with scene.target().exclusive():
-        text = scene.refused()
+def test_a_second_publisher_in_the_same_staging_folder_stops(fixture: GitFixture) -> None:
+    with fixture.target().exclusive():
+        text = fixture.refused()
     assert "another publisher is at work" in text
-    assert str(scene.staging) in text
-    scene.publish()
+    assert str(fixture.staging) in text
+    fixture.publish()
 
 
-def test_a_lock_that_a_killed_run_leaves_for_an_instant_is_waited_for(scene: Scene) -> None:
+def test_a_lock_that_a_killed_run_leaves_for_an_instant_is_waited_for(fixture: GitFixture) -> None:
     """Its child holds it between fork and exec."""
-    lock = scene.staging.with_name(f".{scene.staging.name}.lock")
+    lock = fixture.staging.with_name(f".{fixture.staging.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     hold = "import fcntl, sys, time; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX); print(flush=True); "
     hold += "time.sleep(0.3)"
     with subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        scene.publish()
-    scene.assert_published()
+        fixture.publish(fixture.target(waits=DEFAULT_WAITS))
+    fixture.assert_published()
 
 
-def test_a_hook_that_refuses_is_quoted(scene: Scene) -> None:
-    scene.publish()
-    before = heads(scene.repository)
-    hook = scene.repository / "hooks" / "pre-receive"
+def test_a_hook_that_refuses_is_quoted(fixture: GitFixture) -> None:
+    fixture.publish()
+    before = heads(fixture.repository)
+    hook = fixture.repository / "hooks" / "pre-receive"
     hook.parent.mkdir(exist_ok=True)
     hook.write_text("#!/bin/sh\necho 'no weights on Fridays: connection refused' >&2\nexit 1\n")
     hook.chmod(0o755)
-    scene.edit("main", "w.bin", b"other")
-    text = scene.refused()
+    fixture.edit("main", "w.bin", b"other")
+    text = fixture.refused()
     assert "the repository refused the push" in text
     assert "no weights on Fridays" in text
     assert "pre-receive hook declined" in text
-    assert heads(scene.repository) == before
-    assert not any("trying again" in line for line in scene.said)
+    assert heads(fixture.repository) == before
+    assert not any("trying again" in line for line in fixture.said)
 
 
-def test_a_checked_out_branch_is_refused(scene: Scene) -> None:
-    git("init", "--quiet", "--initial-branch=main", str(scene.repository))
-    text = scene.refused()
+def test_a_checked_out_branch_is_refused(fixture: GitFixture) -> None:
+    git("init", "--quiet", "--initial-branch=main", str(fixture.repository))
+    text = fixture.refused()
     assert "refusing to update checked out branch" in text
 
 
 def test_a_full_disk_at_the_remote_is_told_as_such(
-    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fixture: GitFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = "error: remote unpack failed: No space left on device\\n ! [remote rejected] x -> main (unpacker error)"
     script = f'case "$*" in *dry-run*) ;; push*) printf "{words}\\n" >&2; exit 1;; esac'
     shim(tmp_path / "bin", script, monkeypatch)
-    text = scene.refused()
+    text = fixture.refused()
     assert "the repository refused the push" in text
     assert "No space left on device" in text
 
 
-def test_a_full_disk_here_is_told_as_such(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_here_is_told_as_such(fixture: GitFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "fatal: unable to write loose object file: No space left on device"
     shim(tmp_path / "bin", f'if [ "$1" = hash-object ]; then echo "{words}" >&2; exit 128; fi', monkeypatch)
-    assert "the disk is full" in scene.refused(error=MachineError)
+    assert "the disk is full" in fixture.refused(error=MachineError)
 
 
 @pytest.mark.parametrize("branches", ["all", "one"])
 def test_a_lost_answer_is_looked_up(
-    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, branches: str
+    fixture: GitFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, branches: str
 ) -> None:
     which = "*refs/heads/main" if branches == "one" else "*"
     lost = '"$real" "$@"; echo "fatal: something unheard of" >&2; exit 128'
     script = f'case "$*" in *dry-run*) ;; push{which}) {lost};; esac'
     shim(tmp_path / "bin", script, monkeypatch)
-    assert actions(scene.publish()) == ["create", "create"]
-    scene.assert_published()
-    scene.edit("main", "w.bin", b"other")
-    assert actions(scene.publish()) == ["unchanged", "update"]
-    assert git("rev-list", "--count", "--all", cwd=scene.repository).strip() == "3"
+    assert actions(fixture.publish()) == ["create", "create"]
+    fixture.assert_published()
+    fixture.edit("main", "w.bin", b"other")
+    assert actions(fixture.publish()) == ["unchanged", "update"]
+    assert git("rev-list", "--count", "--all", cwd=fixture.repository).strip() == "3"
 
 
-def test_the_same_commit_of_another_publisher_is_ours(scene: Scene) -> None:
-    scene.publish()
-    parent = heads(scene.repository)["main"]
-    scene.edit("main", "w.bin", b"other")
-    files = check_folders(scene.contents)["main"]
-    first = scene.target(staging="another").commit("main", files, parent=parent, message="first")
-    assert scene.target().commit("main", files, parent=parent, message="second") == first
+def test_the_same_commit_of_another_publisher_is_ours(fixture: GitFixture) -> None:
+    fixture.publish()
+    parent = heads(fixture.repository)["main"]
+    fixture.edit("main", "w.bin", b"other")
+    files = check_folders(fixture.contents)["main"]
+    first = fixture.target(staging="another").commit("main", files, parent=parent, message="first")
+    assert fixture.target().commit("main", files, parent=parent, message="second") == first
 
 
-def test_a_network_that_comes_back_is_waited_for(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_comes_back_is_waited_for(
+    fixture: GitFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tries = tmp_path / "tries"
     words = "fatal: unable to access: Could not resolve host: example.org"
     fail = f'if [ $(wc -l < {tries}) -lt 3 ]; then echo >> {tries}; echo "{words}" >&2; exit 128; fi'
     tries.write_text("")
     shim(tmp_path / "bin", f'case "$*" in *dry-run*) ;; push*) {fail};; esac', monkeypatch)
-    scene.publish()
-    waits = [line for line in scene.said if "trying again" in line]
+    fixture.publish()
+    waits = [line for line in fixture.said if "trying again" in line]
     assert [line.rpartition("again in ")[2] for line in waits] == ["0.01 s", "0.02 s", "0.03 s"]
     assert "Could not resolve host" in waits[0]
-    scene.assert_published()
+    fixture.assert_published()
 
 
-def test_a_network_that_does_not_is_given_up(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_does_not_is_given_up(
+    fixture: GitFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = "ssh: connect to host example.org port 22: Connection refused"
     shim(tmp_path / "bin", f'if [ "$1" = push ]; then echo "{words}" >&2; exit 128; fi', monkeypatch)
-    text = scene.refused()
+    text = fixture.refused()
     assert "the repository cannot be reached" in text
     assert words in text
     assert "run again" in text
-    assert len([line for line in scene.said if "trying again" in line]) == 4
+    assert len([line for line in fixture.said if "trying again" in line]) == 4
 
 
-def test_nothing_is_made_before_the_answer(scene: Scene) -> None:
+def test_nothing_is_made_before_the_answer(fixture: GitFixture) -> None:
     def no(_: object) -> None:
         raise PublishError("no")
 
     with pytest.raises(PublishError, match="no"):
-        publish(scene.contents, scene.target(), scene.said.append, confirm=no)
-    assert not scene.repository.exists()
+        publish(fixture.contents, fixture.target(), fixture.said.append, confirm=no)
+    assert not fixture.repository.exists()
 
 
 def test_a_branch_that_has_moved_is_done_whatever_becomes_of_the_cache(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
+    fixture: GitFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scene.publish()
-    scene.edit("main", "README.md", b"new\n")
+    fixture.publish()
+    fixture.edit("main", "README.md", b"new\n")
     transfer = RemoteGit.transfer
 
     def locking(self: RemoteGit, *arguments: str, **options: Any) -> Any:
         answer = transfer(self, *arguments, **options)
         if arguments[0] == "push" and "--dry-run" not in arguments:
-            lock = scene.staging / ".git" / "refs" / "published" / "main.lock"
+            lock = fixture.staging / ".git" / "refs" / "published" / "main.lock"
             lock.parent.mkdir(parents=True, exist_ok=True)
             lock.touch()
         return answer
 
     monkeypatch.setattr(RemoteGit, "transfer", locking)
-    scene.publish()
-    assert git("show", "main:README.md", cwd=scene.repository) == "new\n"
+    fixture.publish()
+    assert git("show", "main:README.md", cwd=fixture.repository) == "new\n"
 
 
 def test_a_token_with_a_line_end_is_the_token_without(tmp_path: Path) -> None:
-    remote = RemoteGit(tmp_path, "https://h/r", host="h", token=f"{TOKEN}\n", log=print)
+    remote = RemoteGit(tmp_path, "https://h/r", host="h", token=f"{TOKEN}\n", log=print, retries_s=())
     assert remote._scrubbed(f"fatal: {TOKEN} refused") == "fatal: *** refused"
 
 
@@ -386,107 +387,107 @@ def test_a_token_with_a_line_end_is_the_token_without(tmp_path: Path) -> None:
         "ssh://git:hf_SecretToken@example.org/a/b.git",
     ],
 )
-def test_credentials_in_the_url_are_refused(scene: Scene, url: str) -> None:
-    with pytest.raises(PublishError, match="an address with credentials") as caught:
-        scene.target(url)
+def test_credentials_in_the_url_are_refused(fixture: GitFixture, url: str) -> None:
+    with pytest.raises(PublishError, match="the address contains credentials") as caught:
+        fixture.target(url)
     assert "Secret" not in str(caught.value)
     assert "example.org/a/b.git" in str(caught.value)
-    assert not scene.staging.exists()
+    assert not fixture.staging.exists()
 
 
-def test_other_addresses_that_cannot_be_published_to(scene: Scene) -> None:
-    with pytest.raises(PublishError, match="nothing is published by ext"):
-        scene.target("ext://sh -c x")
+def test_other_addresses_that_cannot_be_published_to(fixture: GitFixture) -> None:
+    with pytest.raises(PublishError, match="ext addresses are not supported"):
+        fixture.target("ext://sh -c x")
     with pytest.raises(PublishError, match="nothing is published by git"):
-        scene.target("git://example.org/x")
+        fixture.target("git://example.org/x")
     with pytest.raises(PublishError, match="unencrypted"):
-        scene.target("http://example.org/x.git", token=TOKEN)
+        fixture.target("http://example.org/x.git", token=TOKEN)
 
 
-def test_something_else_at_the_path_is_not_touched(scene: Scene) -> None:
-    scene.repository.mkdir(parents=True)
-    (scene.repository / "thesis.tex").write_text("years of work")
-    assert "does not appear to be a git repository" in scene.refused()
-    assert [path.name for path in scene.repository.iterdir()] == ["thesis.tex"]
+def test_something_else_at_the_path_is_not_touched(fixture: GitFixture) -> None:
+    fixture.repository.mkdir(parents=True)
+    (fixture.repository / "thesis.tex").write_text("years of work")
+    assert "does not appear to be a git repository" in fixture.refused()
+    assert [path.name for path in fixture.repository.iterdir()] == ["thesis.tex"]
 
 
-def test_something_else_in_the_staging_folder_is_not_touched(scene: Scene) -> None:
-    git("init", "--quiet", str(scene.staging))
-    scene.publish(scene.target(staging="another"))
-    assert "the staging folder holds something else" in scene.refused()
-    assert (scene.staging / ".git" / "HEAD").exists()
+def test_something_else_in_the_staging_folder_is_not_touched(fixture: GitFixture) -> None:
+    git("init", "--quiet", str(fixture.staging))
+    fixture.publish(fixture.target(staging="another"))
+    assert "the staging folder holds something else" in fixture.refused()
+    assert (fixture.staging / ".git" / "HEAD").exists()
 
 
 @pytest.fixture
-def service(scene: Scene) -> Iterator[Service]:
-    scene.repository = scene.tmp_path / "served" / "a" / "b.git"
-    git("init", "--quiet", "--bare", "--initial-branch=main", str(scene.repository))
-    git("config", "http.receivepack", "true", cwd=scene.repository)
-    with serve_git(scene.tmp_path / "served", TOKEN) as running:
+def service(fixture: GitFixture) -> Iterator[Service]:
+    fixture.repository = fixture.tmp_path / "served" / "a" / "b.git"
+    git("init", "--quiet", "--bare", "--initial-branch=main", str(fixture.repository))
+    git("config", "http.receivepack", "true", cwd=fixture.repository)
+    with serve_git(fixture.tmp_path / "served", TOKEN) as running:
         yield running
 
 
 def test_over_http_with_a_token_that_nothing_shows(
-    scene: Scene, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fixture: GitFixture, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shim(tmp_path / "bin", f'printf "%s\\n" "$*" >> {tmp_path}/argv', monkeypatch)
     url = f"{service.url}/a/b.git"
-    assert actions(scene.publish(scene.target(url, token=TOKEN))) == ["create", "create"]
-    scene.edit("main", "w.bin", b"other")
-    assert actions(scene.publish(scene.target(url, token=f"somebody:{TOKEN}"))) == ["unchanged", "update"]
-    scene.assert_published()
+    assert actions(fixture.publish(fixture.target(url, token=TOKEN))) == ["create", "create"]
+    fixture.edit("main", "w.bin", b"other")
+    assert actions(fixture.publish(fixture.target(url, token=f"somebody:{TOKEN}"))) == ["unchanged", "update"]
+    fixture.assert_published()
     service.read_only = True
-    scene.edit("main", "w.bin", b"third")
-    texts = [scene.refused(scene.target(url, token=TOKEN)), *scene.said, (tmp_path / "argv").read_text()]
-    texts += [path.read_bytes().decode("latin-1") for path in scene.staging.rglob("*") if path.is_file()]
-    assert "push --quiet" in texts[len(scene.said) + 1]
+    fixture.edit("main", "w.bin", b"third")
+    texts = [fixture.refused(fixture.target(url, token=TOKEN)), *fixture.said, (tmp_path / "argv").read_text()]
+    texts += [path.read_bytes().decode("latin-1") for path in fixture.staging.rglob("*") if path.is_file()]
+    assert "push --quiet" in texts[len(fixture.said) + 1]
     forms = (TOKEN, quote(TOKEN, safe=""), "SecretToken", "Secret/Token")
     assert not [text for text in texts if any(form in text for form in forms)]
 
 
 def test_git_words_are_scrubbed_of_the_token(
-    scene: Scene, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fixture: GitFixture, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scene.publish(scene.target(f"{service.url}/a/b.git", token=TOKEN))
+    fixture.publish(fixture.target(f"{service.url}/a/b.git", token=TOKEN))
     words = f"fatal: unable to access 'https://x:{TOKEN}@h/' or 'https://x:{quote(TOKEN, safe='')}@h/'"
     shim(tmp_path / "bin", f'if [ "$1" = fetch ]; then echo "{words}" >&2; exit 128; fi', monkeypatch)
-    text = scene.refused(scene.target(f"{service.url}/a/b.git", token=TOKEN))
+    text = fixture.refused(fixture.target(f"{service.url}/a/b.git", token=TOKEN))
     assert "https://x:***@h/' or 'https://x:***@h/" in text
     assert "Secret" not in text
 
 
 @pytest.mark.parametrize("token", ["", "wrong"])
-def test_without_the_right_token_access_is_refused(scene: Scene, service: Service, token: str) -> None:
-    text = scene.refused(scene.target(f"{service.url}/a/b.git", token=token))
+def test_without_the_right_token_access_is_refused(fixture: GitFixture, service: Service, token: str) -> None:
+    text = fixture.refused(fixture.target(f"{service.url}/a/b.git", token=token))
     assert "the repository refuses access" in text
     assert "https needs a token" in text
 
 
-def test_who_may_only_read_is_told_before_anything_is_sent(scene: Scene, service: Service) -> None:
+def test_who_may_only_read_is_told_before_anything_is_sent(fixture: GitFixture, service: Service) -> None:
     service.read_only = True
-    text = scene.refused(scene.target(f"{service.url}/a/b.git", token=TOKEN))
+    text = fixture.refused(fixture.target(f"{service.url}/a/b.git", token=TOKEN))
     assert "the repository refuses access" in text
     assert "403" in text
     assert not any(method == "POST" and "git-receive-pack" in path for method, path, _ in service.seen)
 
 
-def test_a_repository_that_is_not_there_is_not_made_by_push(scene: Scene, service: Service) -> None:
-    text = scene.refused(scene.target(f"{service.url}/a/none.git", token=TOKEN))
-    assert "there is no such repository" in text
+def test_a_repository_that_is_not_there_is_not_made_by_push(fixture: GitFixture, service: Service) -> None:
+    text = fixture.refused(fixture.target(f"{service.url}/a/none.git", token=TOKEN))
+    assert "the repository does not exist" in text
     assert "create it there first" in text
 
 
-def test_a_busy_server_is_waited_for(scene: Scene, service: Service) -> None:
+def test_a_busy_server_is_waited_for(fixture: GitFixture, service: Service) -> None:
     service.failures = [503, 429, 500]
-    assert actions(scene.publish(scene.target(f"{service.url}/a/b.git", token=TOKEN))) == ["create", "create"]
-    assert sum("trying again" in line for line in scene.said) == 3
-    scene.assert_published()
+    assert actions(fixture.publish(fixture.target(f"{service.url}/a/b.git", token=TOKEN))) == ["create", "create"]
+    assert sum("trying again" in line for line in fixture.said) == 3
+    fixture.assert_published()
 
 
-def test_the_token_goes_to_no_other_host(scene: Scene, service: Service) -> None:
-    target = scene.target(f"{service.url}/a/b.git", token=TOKEN)
+def test_the_token_goes_to_no_other_host(fixture: GitFixture, service: Service) -> None:
+    target = fixture.target(f"{service.url}/a/b.git", token=TOKEN)
     target.read_branches()
-    script = scene.staging / "packager-askpass"
+    script = fixture.staging / "packager-askpass"
     host = service.url.removeprefix("http://")
     environment = {"PACKAGER_GIT_HOST": host, "PACKAGER_GIT_USER": "u", "PACKAGER_GIT_PASSWORD": TOKEN}
 
@@ -502,31 +503,31 @@ def test_the_token_goes_to_no_other_host(scene: Scene, service: Service) -> None
 
 
 def test_large_files_need_git_lfs_and_nothing_is_sent(
-    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fixture: GitFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shim(tmp_path / "bin", 'if [ "$1" = lfs ]; then echo "git: lfs is not a git command" >&2; exit 1; fi', monkeypatch)
-    scene.publish()
-    before = heads(scene.repository)
-    scene.edit(VARIANT, "w.bin", bytes(LARGE_BYTES))
-    text = scene.refused(error=MachineError)
+    fixture.publish()
+    before = heads(fixture.repository)
+    fixture.edit(VARIANT, "w.bin", bytes(LARGE_BYTES))
+    text = fixture.refused(error=MachineError)
     assert "git-lfs is not on the PATH" in text
     assert "w.bin" in text
     assert "apt-get install git-lfs" in text
-    assert heads(scene.repository) == before
+    assert heads(fixture.repository) == before
 
 
-def test_a_file_that_changes_meanwhile_is_noticed(scene: Scene) -> None:
-    scene.publish()
-    files = dict(check_folders(scene.contents)["main"])
+def test_a_file_that_changes_meanwhile_is_noticed(fixture: GitFixture) -> None:
+    fixture.publish()
+    files = dict(check_folders(fixture.contents)["main"])
     files["w.bin"] = replace(files["w.bin"], blob_id="0" * 39 + "1")
     with pytest.raises(PublishError, match="changed while it was being published"):
-        scene.target().commit("main", files, parent=heads(scene.repository)["main"], message="x")
+        fixture.target().commit("main", files, parent=heads(fixture.repository)["main"], message="x")
 
 
-def publish_killed(scene: Scene, seconds: float) -> None:
+def publish_killed(fixture: GitFixture, seconds: float) -> None:
     """Publish in a process group of its own and kill all of it, git too, after some seconds."""
-    folders = [str(content.folder) for content in scene.contents]
-    command = [sys.executable, "-c", PUBLISH, str(scene.repository), str(scene.staging), *folders]
+    folders = [str(content.folder) for content in fixture.contents]
+    command = [sys.executable, "-c", PUBLISH, str(fixture.repository), str(fixture.staging), *folders]
     reader, writer = os.pipe()
     command[2] = f"import os, git.cmd, packager.publish.targets.git\nos.write({writer}, b'x')\n{PUBLISH}"
     with subprocess.Popen(
@@ -540,80 +541,80 @@ def publish_killed(scene: Scene, seconds: float) -> None:
 
 
 @pytest.mark.crash
-def test_killed_at_random_moments_the_next_run_ends_the_same(scene: Scene, tmp_path: Path) -> None:
-    scene.publish()
-    old = trees(scene.repository)
-    scene.edit("main", "README.md", b"new\n")
-    scene.edit(VARIANT, "w.bin", random.Random(1).randbytes(100_000))
+def test_killed_at_random_moments_the_next_run_ends_the_same(fixture: GitFixture, tmp_path: Path) -> None:
+    fixture.publish()
+    old = trees(fixture.repository)
+    fixture.edit("main", "README.md", b"new\n")
+    fixture.edit(VARIANT, "w.bin", random.Random(1).randbytes(100_000))
     new: dict[str, str] = {}
     dice = random.Random(20261123)
     start, seen = tmp_path / "start", set()
-    scene.repository.rename(start)
+    fixture.repository.rename(start)
     for number in range(15):
-        for folder in (scene.repository, scene.staging):
+        for folder in (fixture.repository, fixture.staging):
             subprocess.run(["rm", "-rf", str(folder)], check=True)
         if number % 3:
-            subprocess.run(["cp", "-R", str(start), str(scene.repository)], check=True)
-        publish_killed(scene, dice.uniform(0.0, 0.9))
-        between = trees(scene.repository) if scene.repository.exists() else {}
-        scene.publish()
-        new = new or trees(scene.repository)
-        assert trees(scene.repository) == new
+            subprocess.run(["cp", "-R", str(start), str(fixture.repository)], check=True)
+        publish_killed(fixture, dice.uniform(0.0, 0.9))
+        between = trees(fixture.repository) if fixture.repository.exists() else {}
+        fixture.publish()
+        new = new or trees(fixture.repository)
+        assert trees(fixture.repository) == new
         assert all(tree in (old.get(branch), new[branch]) for branch, tree in between.items())
         assert between.get("main") != new["main"] or between == new
-        assert git("fsck", "--full", "--strict", "--no-dangling", cwd=scene.repository) == ""
-        assert not list(scene.repository.parent.rglob("*.lock"))
+        assert git("fsck", "--full", "--strict", "--no-dangling", cwd=fixture.repository) == ""
+        assert not list(fixture.repository.parent.rglob("*.lock"))
         seen.add(json.dumps(between, sort_keys=True))
-    scene.assert_published()
+    fixture.assert_published()
     assert len(seen) > 1
 
 
-def test_what_a_killed_run_left_is_put_right_and_named(scene: Scene) -> None:
-    scene.publish()
-    scene.edit("main", "w.bin", b"other")
-    locks = [scene.staging / ".git" / "shallow.lock", scene.repository / "refs" / "heads" / "main.lock"]
+def test_what_a_killed_run_left_is_put_right_and_named(fixture: GitFixture) -> None:
+    fixture.publish()
+    fixture.edit("main", "w.bin", b"other")
+    locks = [fixture.staging / ".git" / "shallow.lock", fixture.repository / "refs" / "heads" / "main.lock"]
     for lock in locks:
         lock.write_bytes(b"")
-    (scene.staging / ".git" / "packager-pushing").write_text("refs/heads/main")
-    (scene.staging / ".tmp-proof").mkdir()
-    report = scene.publish()
-    assert sorted(report.notes) == sorted(f"removed a killed run's stale lock {lock}" for lock in locks)
-    assert not (scene.staging / ".tmp-proof").exists()
-    assert not (scene.staging / ".git" / "packager-pushing").exists()
-    scene.assert_published()
+    (fixture.staging / ".git" / "packager-pushing").write_text("refs/heads/main")
+    (fixture.staging / ".tmp-proof").mkdir()
+    report = fixture.publish()
+    assert sorted(report.notes) == sorted(f"removed the stale lock {lock} of a killed publish" for lock in locks)
+    assert not (fixture.staging / ".tmp-proof").exists()
+    assert not (fixture.staging / ".git" / "packager-pushing").exists()
+    fixture.assert_published()
 
 
 @pytest.mark.parametrize("damage", ["object", "half made", "gone"])
-def test_a_staging_folder_that_is_not_whole_is_made_anew(scene: Scene, damage: str) -> None:
-    scene.publish()
-    scene.edit("main", "w.bin", b"other")
+def test_a_staging_folder_that_is_not_whole_is_made_anew(fixture: GitFixture, damage: str) -> None:
+    fixture.publish()
+    fixture.edit("main", "w.bin", b"other")
     if damage == "object":
-        for path in (scene.staging / ".git" / "objects").glob("??/*"):
+        for path in (fixture.staging / ".git" / "objects").glob("??/*"):
             path.unlink()
     elif damage == "half made":
-        (scene.staging / ".git" / "HEAD").unlink()
+        (fixture.staging / ".git" / "HEAD").unlink()
     else:
-        subprocess.run(["rm", "-rf", str(scene.staging)], check=True)
-    report = scene.publish()
-    assert list(report.notes) == ([] if damage == "gone" else ["the staging folder was not whole: it is made anew"])
-    scene.assert_published()
+        subprocess.run(["rm", "-rf", str(fixture.staging)], check=True)
+    report = fixture.publish()
+    assert list(report.notes) == ([] if damage == "gone" else ["the staging folder was incomplete: it is made again"])
+    fixture.assert_published()
 
 
 def test_what_the_remote_sends_is_what_is_compared(
-    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fixture: GitFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scene.publish()
-    scene.edit("main", "w.bin", b"better")
-    blob = check_folders(scene.contents)["main"]["w.bin"].blob_id
+    fixture.publish()
+    fixture.edit("main", "w.bin", b"better")
+    blob = check_folders(fixture.contents)["main"]["w.bin"].blob_id
     # The remote loses an object right after the push: a staging repository would not notice.
-    lose = f'"$real" "$@"; rm -f \'{scene.repository}\'/objects/{blob[:2]}/{blob[2:]}; exit 0'
+    lose = f'"$real" "$@"; rm -f \'{fixture.repository}\'/objects/{blob[:2]}/{blob[2:]}; exit 0'
     shim(tmp_path / "bin", f'case "$*" in *dry-run*) ;; push*) {lose};; esac', monkeypatch)
-    git("config", "receive.unpackLimit", "1000", cwd=scene.repository)
-    assert "git fetch failed" in scene.refused()
+    git("config", "receive.unpackLimit", "1000", cwd=fixture.repository)
+    assert "git fetch failed" in fixture.refused()
 
 
 def test_ssh_asks_nothing_and_keeps_the_users_settings(
-    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fixture: GitFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bin").mkdir()
     words = "git@example.org: Permission denied (publickey)."
@@ -623,7 +624,7 @@ def test_ssh_asks_nothing_and_keeps_the_users_settings(
     monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SSH_AUTH_SOCK", "/the/agent")
     monkeypatch.delenv("GIT_SSH_COMMAND", raising=False)
-    text = scene.refused(scene.target("git@example.org:a/b.git"))
+    text = fixture.refused(fixture.target("git@example.org:a/b.git"))
     assert "the repository refuses access" in text
     assert words in text
     asked = (tmp_path / "ssh").read_text()
@@ -631,13 +632,13 @@ def test_ssh_asks_nothing_and_keeps_the_users_settings(
     assert f"{os.environ['HOME']} /the/agent" in asked
 
 
-def test_a_foreign_attributes_file_is_a_file_like_others(scene: Scene, tmp_path: Path) -> None:
-    scene.publish()
-    git("clone", "--quiet", str(scene.repository), str(tmp_path / "theirs"))
+def test_a_foreign_attributes_file_is_a_file_like_others(fixture: GitFixture, tmp_path: Path) -> None:
+    fixture.publish()
+    git("clone", "--quiet", str(fixture.repository), str(tmp_path / "theirs"))
     (tmp_path / "theirs" / ".gitattributes").write_bytes(b"*.bin filter=lfs\n* text=auto eol=crlf\n")
     git("add", ".gitattributes", cwd=tmp_path / "theirs")
     git("commit", "--quiet", "--message", "attributes", cwd=tmp_path / "theirs")
     git("push", "--quiet", cwd=tmp_path / "theirs")
-    report = scene.publish()
+    report = fixture.publish()
     assert [change.name for change in report.outcomes[-1].plan.removed] == [".gitattributes"]
-    scene.assert_published()
+    fixture.assert_published()

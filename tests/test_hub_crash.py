@@ -11,7 +11,7 @@ import pytest
 from packager.errors import PackagerError
 from tests.loopback_hub import Account, FaultKind, LoopbackHub
 from tests.recipe_fixtures import ROOT
-from tests.test_hub_target import TOKEN, Scene, hub
+from tests.test_hub_target import TOKEN, HubFixture, hub
 
 __all__ = ["hub"]
 pytestmark = [
@@ -35,20 +35,20 @@ def test_every_request_may_fail_once(
     tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, kind: FaultKind
 ) -> None:
     """It ends right, or is said and the next run ends right; nothing that arrived is sent again."""
-    Scene(tmp_path, hub).publish()
+    HubFixture(tmp_path, hub).publish()
     errors, fired = [], 0
     for place in range(len(hub.requests)):
         with LoopbackHub(tmp_path / f"hub-{place}", tokens=hub.tokens) as other:
             monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", other.endpoint)
-            scene = Scene(tmp_path, other)
+            fixture = HubFixture(tmp_path, other)
             fault = other.fault("", kind, after=place, status=503)
             try:
-                scene.publish()
+                fixture.publish()
             except PackagerError as error:
                 errors.append(f"request {place}: {error}")
-                scene.publish()
+                fixture.publish()
             fired += fault.fired
-            scene.assert_published()
+            fixture.assert_published()
             arrived = [upload.oid for upload in other.uploaded if upload.accepted]
             assert len(arrived) == len(set(arrived))
     assert not errors
@@ -68,7 +68,7 @@ publish(contents, HubTarget(REPOSITORY), print)
 
 def test_each_step_of_an_upload_by_xet_may_fail_once(tmp_path: Path) -> None:
     with LoopbackHub(tmp_path / "hub", tokens={TOKEN: Account("somebody")}, xet=True) as hub:
-        scene = Scene(tmp_path, hub)
+        fixture = HubFixture(tmp_path, hub)
         faults = [
             hub.fault("GET .*/xet-write-token/", "status", status=503),
             hub.fault("POST /_xet/v1/xorbs/", "cut-body"),
@@ -77,9 +77,9 @@ def test_each_step_of_an_upload_by_xet_may_fail_once(tmp_path: Path) -> None:
         ]
         own = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
         environ = {**os.environ, **own, "HF_HUB_DISABLE_XET": "0", "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-c", PUBLISH, str(scene.dist)]
+        command = [sys.executable, "-c", PUBLISH, str(fixture.dist)]
         done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert [fault.fired for fault in faults] == [1] * len(faults)
         assert not hub.uploaded
-        scene.assert_published()
+        fixture.assert_published()

@@ -1,6 +1,7 @@
 """Publishing to the Hub, against a loopback Hub: what ends up there, what travels, and what faults come to."""
 
 import email.utils
+import errno
 import json
 import logging
 import time
@@ -18,6 +19,7 @@ from packager.publish.branches import BranchContent, PublishReport, publish
 from packager.publish.targets import HeadMovedError, hub_calls, hub_client
 from packager.publish.targets.hub import HubTarget, NewRepository
 from packager.publish.targets.repository_per_variant import RepositoryPerVariant
+from packager.system.files import sha256_file
 from tests.loopback_hub import Account, LoopbackHub
 from tests.publish_fixtures import REPOSITORY, VARIANT, describe, git, log_in, make_content, trees
 
@@ -29,7 +31,7 @@ PUT = "PUT /"
 WEIGHTS = {"main": b"main's weights" * 1000, VARIANT: b"the variant's weights" * 1000}
 
 
-class Scene:
+class HubFixture:
     """An empty Hub, two branches to publish, and what was said."""
 
     def __init__(self, tmp_path: Path, hub: LoopbackHub) -> None:
@@ -105,186 +107,186 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
 
 
 @pytest.fixture
-def scene(tmp_path: Path, hub: LoopbackHub) -> Scene:
-    return Scene(tmp_path, hub)
+def fixture(tmp_path: Path, hub: LoopbackHub) -> HubFixture:
+    return HubFixture(tmp_path, hub)
 
 
-def test_a_new_repository_gets_a_branch_per_variant_main_last(scene: Scene) -> None:
-    report = scene.publish()
+def test_a_new_repository_gets_a_branch_per_variant_main_last(fixture: HubFixture) -> None:
+    report = fixture.publish()
     assert [outcome.plan.branch for outcome in report.outcomes] == [VARIANT, "main"]
-    scene.assert_published()
-    written = [request.path for request in scene.hub.requests if "/commit/" in request.path]
+    fixture.assert_published()
+    written = [request.path for request in fixture.hub.requests if "/commit/" in request.path]
     assert [path.rpartition("/")[2] for path in written] == [VARIANT, "main"]
     # A variant's history begins with the repository's first commit, which holds nobody's weights.
-    assert len(scene.commits(VARIANT)) == 2
-    message = git("log", "-1", "--format=%B", VARIANT, cwd=scene.path)
+    assert len(fixture.commits(VARIANT)) == 2
+    message = git("log", "-1", "--format=%B", VARIANT, cwd=fixture.path)
     assert message.startswith(f"Publish {VARIANT}\n")
     assert "Published-by: gptq-packager" in message
 
 
-def test_a_second_publish_makes_no_request_that_writes(scene: Scene) -> None:
-    scene.publish()
-    before, uploaded = trees(scene.path), scene.uploaded_bytes()
-    scene.hub.requests.clear()
-    report = scene.publish()
+def test_a_second_publish_makes_no_request_that_writes(fixture: HubFixture) -> None:
+    fixture.publish()
+    before, uploaded = trees(fixture.path), fixture.uploaded_bytes()
+    fixture.hub.requests.clear()
+    report = fixture.publish()
     assert {outcome.plan.action for outcome in report.outcomes} == {"unchanged"}
-    assert {request.method for request in scene.hub.requests} == {"GET"}
-    assert (trees(scene.path), scene.uploaded_bytes()) == (before, uploaded)
+    assert {request.method for request in fixture.hub.requests} == {"GET"}
+    assert (trees(fixture.path), fixture.uploaded_bytes()) == (before, uploaded)
 
 
-def test_only_what_changed_travels_and_what_is_stale_goes_in_the_same_commit(scene: Scene) -> None:
-    scene.publish()
-    scene.hub.uploaded.clear()
-    (scene.dist / VARIANT / "model.safetensors").rename(scene.dist / VARIANT / "better.safetensors")
-    scene.contents = scene.change(VARIANT, config_json=b'{"new": true}')
-    (outcome, _) = scene.publish().outcomes
+def test_only_what_changed_travels_and_what_is_stale_goes_in_the_same_commit(fixture: HubFixture) -> None:
+    fixture.publish()
+    fixture.hub.uploaded.clear()
+    (fixture.dist / VARIANT / "model.safetensors").rename(fixture.dist / VARIANT / "better.safetensors")
+    fixture.contents = fixture.change(VARIANT, config_json=b'{"new": true}')
+    (outcome, _) = fixture.publish().outcomes
     assert outcome.plan.present_bytes == len(WEIGHTS[VARIANT])
     assert [change.name for change in outcome.plan.removed] == ["model.safetensors"]
-    assert scene.uploaded_bytes() == 0
-    assert len(scene.commits(VARIANT)) == 3
-    scene.assert_published()
+    assert fixture.uploaded_bytes() == 0
+    assert len(fixture.commits(VARIANT)) == 3
+    fixture.assert_published()
 
 
-def test_what_main_has_is_not_copied_to_a_new_branch(scene: Scene) -> None:
-    main, variant = scene.contents
-    scene.publish([main])
+def test_what_main_has_is_not_copied_to_a_new_branch(fixture: HubFixture) -> None:
+    main, variant = fixture.contents
+    fixture.publish([main])
     seen: list[set[str]] = []
 
     def look(_: object) -> None:
-        seen.append(set(git("ls-tree", "-r", "--name-only", VARIANT, cwd=scene.path).split()))
+        seen.append(set(git("ls-tree", "-r", "--name-only", VARIANT, cwd=fixture.path).split()))
 
-    scene.hub.fault(COMMIT, "call", call=look)
-    scene.publish([main, variant])
+    fixture.hub.fault(COMMIT, "call", call=look)
+    fixture.publish([main, variant])
     assert seen == [{".gitattributes"}]
-    scene.assert_published()
+    fixture.assert_published()
 
 
-def test_visibility_and_gating_are_those_of_the_recipe(scene: Scene) -> None:
+def test_visibility_and_gating_are_those_of_the_recipe(fixture: HubFixture) -> None:
     # A run that ends between making the repository and gating it.
-    fault = scene.hub.fault("PUT /api/models/.*/settings", "status", status=403)
-    scene.refused(new=NewRepository(visibility="private", gated="manual"))
+    fault = fixture.hub.fault("PUT /api/models/.*/settings", "status", status=403)
+    fixture.refused(new=NewRepository(visibility="private", gated="manual"))
     assert fault.fired == 1
-    assert scene.uploaded_bytes() == 0
-    scene.publish(new=NewRepository(visibility="private", gated="manual"))
-    settings = scene.hub.repository(REPOSITORY).settings
+    assert fixture.uploaded_bytes() == 0
+    fixture.publish(new=NewRepository(visibility="private", gated="manual"))
+    settings = fixture.hub.repository(REPOSITORY).settings
     assert (settings["private"], settings["gated"]) == (True, "manual")
 
 
 @pytest.mark.parametrize("kind", ["cut-after", "status-after"])
-def test_a_commit_whose_answer_is_lost_has_landed(scene: Scene, kind: str) -> None:
-    scene.hub.fault(COMMIT, kind, times=2)  # type: ignore[arg-type]
-    scene.publish()
-    scene.assert_published()
-    assert len(scene.commits(VARIANT)) == 2
-    assert [line for line in scene.lines if "the commit had landed" in line]
+def test_a_commit_whose_answer_is_lost_has_landed(fixture: HubFixture, kind: str) -> None:
+    fixture.hub.fault(COMMIT, kind, times=2)  # type: ignore[arg-type]
+    fixture.publish()
+    fixture.assert_published()
+    assert len(fixture.commits(VARIANT)) == 2
+    assert [line for line in fixture.lines if "but the commit was made" in line]
 
 
 @pytest.mark.parametrize(("options", "said"), [({"retry_after": 7}, "in 7 s"), ({"reset": 31}, "in 31 s")])
 def test_a_busy_hub_is_waited_for_as_it_asks(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], said: str
+    fixture: HubFixture, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], said: str
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr(hub_calls.time, "sleep", waits.append)
-    scene.hub.fault(COMMIT, "status", status=429, message="You have exceeded our hourly quota", **options)
-    scene.publish()
-    scene.assert_published()
-    line = next(line for line in scene.lines if "429" in line)
+    fixture.hub.fault(COMMIT, "status", status=429, message="You have exceeded our hourly quota", **options)
+    fixture.publish()
+    fixture.assert_published()
+    line = next(line for line in fixture.lines if "429" in line)
     assert line == f"committing {VARIANT}: 429: You have exceeded our hourly quota; trying again {said}"
     assert int(said.split()[1]) in waits
 
 
-def test_a_hub_that_stays_busy_is_given_up_with_what_to_do(scene: Scene) -> None:
-    scene.hub.fault(COMMIT, "status", status=429, retry_after=4000, times=99)
-    text = scene.refused()
-    assert f"committing {VARIANT}: the Hub did not do it within 3600 s" in text
-    assert "what has arrived is not sent again" in text
-    scene.hub.faults.clear()
-    uploaded = scene.uploaded_bytes()
-    scene.publish()
-    scene.assert_published()
-    assert scene.uploaded_bytes() == uploaded + len(WEIGHTS["main"])
+def test_a_hub_that_stays_busy_is_given_up_with_what_to_do(fixture: HubFixture) -> None:
+    fixture.hub.fault(COMMIT, "status", status=429, retry_after=4000, times=99)
+    text = fixture.refused()
+    assert f"committing {VARIANT}: the Hub did not answer within 3600 s of waiting" in text
+    assert "uploaded files are not uploaded twice" in text
+    fixture.hub.faults.clear()
+    uploaded = fixture.uploaded_bytes()
+    fixture.publish()
+    fixture.assert_published()
+    assert fixture.uploaded_bytes() == uploaded + len(WEIGHTS["main"])
 
 
 @pytest.mark.parametrize(
     ("request_line", "status", "text"),
     [
-        ("GET /api/whoami", 401, "asking whose token this is: the Hub does not know the token, or it has expired"),
+        ("GET /api/whoami", 401, "reading the token's account: the Hub does not know the token, or it has expired"),
         ("POST /api/repos/create", 403, "making the repository: the token may not do that"),
         (COMMIT, 403, f"committing {VARIANT}: the token may not do that"),
         (PUT, 413, f"uploading the files of {VARIANT}: a file is larger than the Hub takes"),
         (PUT, 507, f"uploading the files of {VARIANT}: the Hub has no room for it"),
     ],
 )
-def test_what_the_hub_refuses_is_said_at_once(scene: Scene, request_line: str, status: int, text: str) -> None:
-    scene.hub.fault(request_line, "status", status=status, message="No.", times=99)
-    assert text in scene.refused()
-    scene.hub.faults.clear()
-    scene.publish()
-    scene.assert_published()
+def test_what_the_hub_refuses_is_said_at_once(fixture: HubFixture, request_line: str, status: int, text: str) -> None:
+    fixture.hub.fault(request_line, "status", status=status, message="No.", times=99)
+    assert text in fixture.refused()
+    fixture.hub.faults.clear()
+    fixture.publish()
+    fixture.assert_published()
 
 
 def test_a_token_for_reading_or_none_is_refused_before_anything_is_made(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
+    fixture: HubFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", READER)
-    assert "the token is for reading only" in scene.refused()
+    assert "the token is for reading only" in fixture.refused()
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.utils._auth._get_token_from_file", lambda: None)
-    assert "hf auth login" in scene.refused()
-    assert all(request.method == "GET" for request in scene.hub.requests)
+    assert "hf auth login" in fixture.refused()
+    assert all(request.method == "GET" for request in fixture.hub.requests)
 
 
-def test_an_offline_machine_says_so(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_offline_machine_says_so(fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True, raising=False)
     huggingface_hub.close_session()
-    assert "unset HF_HUB_OFFLINE" in scene.refused(MachineError)
+    assert "unset HF_HUB_OFFLINE" in fixture.refused(MachineError)
     huggingface_hub.close_session()
 
 
-def test_a_head_that_somebody_moves_stops_the_run_and_says_what_changed(scene: Scene) -> None:
-    scene.publish()
-    better = scene.change(VARIANT, config_json=b'{"better": 1}')
+def test_a_head_that_somebody_moves_stops_the_run_and_says_what_changed(fixture: HubFixture) -> None:
+    fixture.publish()
+    better = fixture.change(VARIANT, config_json=b'{"better": 1}')
 
     def rival(_: object) -> None:
         api = huggingface_hub.HfApi(token=RIVAL)
         api.upload_file(path_or_fileobj=b"rival", path_in_repo="NEWS.md", repo_id=REPOSITORY, revision=VARIANT)
 
-    scene.hub.fault(COMMIT, "call", call=rival)
+    fixture.hub.fault(COMMIT, "call", call=rival)
     with pytest.raises(HeadMovedError) as caught:
-        scene.publish(better)
+        fixture.publish(better)
     text = str(caught.value)
     assert f"{VARIANT} moved while it was being published" in text
     assert "by rival, NEWS.md was added" in text
-    plan = scene.publish(better).plan.branches[0]
+    plan = fixture.publish(better).plan.branches[0]
     assert (plan.foreign_author, [change.name for change in plan.removed]) == ("rival", ["NEWS.md"])
 
 
-def test_a_branch_somebody_makes_meanwhile_is_not_overwritten(scene: Scene) -> None:
-    scene.publish(scene.contents[:1])
+def test_a_branch_somebody_makes_meanwhile_is_not_overwritten(fixture: HubFixture) -> None:
+    fixture.publish(fixture.contents[:1])
 
     def rival(_: object) -> None:
         huggingface_hub.HfApi(token=RIVAL).create_branch(REPOSITORY, branch=VARIANT)
 
-    scene.hub.fault(f"GET /api/models/{REPOSITORY}/refs", "call", after=1, call=rival)
-    assert f"{VARIANT} moved" in scene.refused(HeadMovedError)
+    fixture.hub.fault(f"GET /api/models/{REPOSITORY}/refs", "call", after=1, call=rival)
+    assert f"{VARIANT} moved" in fixture.refused(HeadMovedError)
 
 
-def test_a_file_that_changes_while_it_is_sent_moves_no_branch(scene: Scene) -> None:
-    weights = scene.dist / VARIANT / "model.safetensors"
-    scene.hub.fault("POST .*/objects/batch", "call", call=lambda _: weights.write_bytes(b"x" * len(WEIGHTS[VARIANT])))
-    assert f"uploading the files of {VARIANT}" in scene.refused()
-    assert scene.commits(VARIANT) == ["initial commit"]
+def test_a_file_that_changes_while_it_is_sent_moves_no_branch(fixture: HubFixture) -> None:
+    weights = fixture.dist / VARIANT / "model.safetensors"
+    fixture.hub.fault("POST .*/objects/batch", "call", call=lambda _: weights.write_bytes(b"x" * len(WEIGHTS[VARIANT])))
+    assert f"uploading the files of {VARIANT}" in fixture.refused()
+    assert fixture.commits(VARIANT) == ["initial commit"]
 
 
-def test_what_is_published_can_be_read_in_parts(scene: Scene, tmp_path: Path) -> None:
-    report = scene.publish()
-    target, commit = scene.target(), report.outcomes[0].commit or ""
+def test_what_is_published_can_be_read_in_parts(fixture: HubFixture, tmp_path: Path) -> None:
+    report = fixture.publish()
+    target, commit = fixture.target(), report.outcomes[0].commit or ""
     data = WEIGHTS[VARIANT]
     assert target.read_bytes(commit, "model.safetensors") == data
-    scene.hub.requests.clear()
+    fixture.hub.requests.clear()
     assert target.read_bytes(commit, "model.safetensors", start=5, size=9) == data[5:14]
-    assert "bytes=5-13" in json.dumps(scene.hub.requests[-1].headers)
+    assert "bytes=5-13" in json.dumps(fixture.hub.requests[-1].headers)
     assert target.read_bytes(commit, "config.json", start=1) == b"}"
     target.export(commit, "model.safetensors", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == data
@@ -292,39 +294,39 @@ def test_what_is_published_can_be_read_in_parts(scene: Scene, tmp_path: Path) ->
         target.read_bytes(commit, "nothing.bin")
 
 
-def test_an_earlier_commit_is_restored_without_an_upload(scene: Scene) -> None:
-    first = scene.publish().outcomes[0].commit or ""
-    scene.publish(scene.change(VARIANT, model_safetensors=b"worse" * 1000, config_json=b'{"worse": 1}'))
-    target = scene.target()
+def test_an_earlier_commit_is_restored_without_an_upload(fixture: HubFixture) -> None:
+    first = fixture.publish().outcomes[0].commit or ""
+    fixture.publish(fixture.change(VARIANT, model_safetensors=b"worse" * 1000, config_json=b'{"worse": 1}'))
+    target = fixture.target()
     head, before, *_ = target.history(VARIANT)
     assert (before.commit, before.author, head.title) == (first, "", f"Publish {VARIANT}")
-    scene.hub.uploaded.clear()
+    fixture.hub.uploaded.clear()
     made = target.restore(VARIANT, first, parent=head.commit, message="Back\n\nRollback-of: it")
     assert target.read_back(made) == target.read_back(first)
     assert target.history(VARIANT)[0].title == "Back"
-    assert not scene.hub.uploaded
-    scene.hub.commit(REPOSITORY, {"NEWS.md": b"news"}, branch=VARIANT)
+    assert not fixture.hub.uploaded
+    fixture.hub.commit(REPOSITORY, {"NEWS.md": b"news"}, branch=VARIANT)
     with pytest.raises(HeadMovedError):
         target.restore(VARIANT, head.commit, parent=made, message="Forth")
 
 
-def test_a_tag_names_one_commit_for_good(scene: Scene) -> None:
-    first, last = (outcome.commit or "" for outcome in scene.publish().outcomes)
-    target = scene.target()
+def test_a_tag_names_one_commit_for_good(fixture: HubFixture) -> None:
+    first, last = (outcome.commit or "" for outcome in fixture.publish().outcomes)
+    target = fixture.target()
     assert target.read_tag("v1") == {"main": ""}
     target.tag("v1", {"main": first})
     target.tag("v1", {"main": first})
     assert target.read_tag("v1") == {"main": first}
-    assert git("rev-parse", "v1^{commit}", cwd=scene.path).strip() == first
+    assert git("rev-parse", "v1^{commit}", cwd=fixture.path).strip() == first
     with pytest.raises(PublishError, match="the tag v1 exists"):
-        scene.target().tag("v1", {"main": last})
+        fixture.target().tag("v1", {"main": last})
 
 
-def test_a_tag_that_is_taken_or_is_no_name_stops_a_publish_before_it_begins(scene: Scene) -> None:
-    first = scene.publish().outcomes[-1].commit
-    scene.target().tag("v1", {"main": first or ""})
-    before = trees(scene.path)
-    contents = scene.change("main", README_md=b"---\nlicense: mit\n---\n# Another\n")
+def test_a_tag_that_is_taken_or_is_no_name_stops_a_publish_before_it_begins(fixture: HubFixture) -> None:
+    first = fixture.publish().outcomes[-1].commit
+    fixture.target().tag("v1", {"main": first or ""})
+    before = trees(fixture.path)
+    contents = fixture.change("main", README_md=b"---\nlicense: mit\n---\n# Another\n")
     for name, problem in (
         ("v1", "the tag v1 exists"),
         ("main", "a branch has that name"),
@@ -333,39 +335,39 @@ def test_a_tag_that_is_taken_or_is_no_name_stops_a_publish_before_it_begins(scen
         for dry_run in (True, False):
             with pytest.raises(PublishError, match=problem):
                 publish(
-                    contents, scene.target(), print, final_steps=[ReleaseTag(scene.target(), name)], dry_run=dry_run
+                    contents, fixture.target(), print, final_steps=[ReleaseTag(fixture.target(), name)], dry_run=dry_run
                 )
-    assert trees(scene.path) == before
-    report = publish(contents, scene.target(), print, final_steps=[ReleaseTag(scene.target(), "v2")])
+    assert trees(fixture.path) == before
+    report = publish(contents, fixture.target(), print, final_steps=[ReleaseTag(fixture.target(), "v2")])
     assert report.plan.final_steps == ("tag v2 on main",)
-    assert git("rev-parse", "v2^{commit}", cwd=scene.path).strip() == report.head("main")
-    again = publish(contents, scene.target(), print, final_steps=[ReleaseTag(scene.target(), "v2")])
+    assert git("rev-parse", "v2^{commit}", cwd=fixture.path).strip() == report.head("main")
+    again = publish(contents, fixture.target(), print, final_steps=[ReleaseTag(fixture.target(), "v2")])
     assert again.plan.effects == ()
 
 
-def test_repositories_of_their_own_are_tagged_as_they_were_published(scene: Scene) -> None:
+def test_repositories_of_their_own_are_tagged_as_they_were_published(fixture: HubFixture) -> None:
     target = RepositoryPerVariant({"main": HubTarget("somebody/M"), VARIANT: HubTarget("somebody/M-v")})
 
     class Rival(ReleaseTag):
         def apply(self, heads: Mapping[str, str]) -> None:
-            scene.hub.commit("somebody/M-v", {"NEWS.md": b"news"})
+            fixture.hub.commit("somebody/M-v", {"NEWS.md": b"news"})
             super().apply(heads)
 
-    report = publish(scene.contents, target, print, final_steps=[Rival(target, "v1")])
+    report = publish(fixture.contents, target, print, final_steps=[Rival(target, "v1")])
     for name, branch in (("M", "main"), ("M-v", VARIANT)):
-        path = scene.hub.repository(f"somebody/{name}").path
+        path = fixture.hub.repository(f"somebody/{name}").path
         assert git("rev-parse", "v1^{commit}", cwd=path).strip() == report.head(branch)
 
 
-def test_wherever_the_hub_draws_the_line_of_large_files(scene: Scene) -> None:
-    scene.hub.lfs_threshold = 10 << 20
-    (scene.dist / "main" / "tokenizer.json").write_bytes(b"x" * 10_200_000)
-    scene.contents = [describe(scene.dist / content.branch, content.branch) for content in scene.contents]
-    scene.publish()
-    assert scene.publish().plan.changing == ()
+def test_wherever_the_hub_draws_the_line_of_large_files(fixture: HubFixture) -> None:
+    fixture.hub.lfs_threshold = 10 << 20
+    (fixture.dist / "main" / "tokenizer.json").write_bytes(b"x" * 10_200_000)
+    fixture.contents = [describe(fixture.dist / content.branch, content.branch) for content in fixture.contents]
+    fixture.publish()
+    assert fixture.publish().plan.changing == ()
 
 
-def test_what_takes_long_may_still_be_tried_again(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_long_may_still_be_tried_again(fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10**9, 10**6))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     tries: list[int] = []
@@ -376,79 +378,107 @@ def test_what_takes_long_may_still_be_tried_again(scene: Scene, monkeypatch: pyt
             raise ConnectionError("cut after hours")
         return "done"
 
-    assert hub_calls.RetryPolicy("here", scene.lines.append).call("uploading", upload) == "done"
-    assert "trying again" in scene.lines[0]
+    assert hub_calls.RetryPolicy("here", fixture.lines.append).call("uploading", upload) == "done"
+    assert "trying again" in fixture.lines[0]
 
 
-def test_no_wait_is_silent(scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_of_this_program_is_not_taken_for_the_hubs(fixture: HubFixture, tmp_path: Path) -> None:
+    policy = hub_calls.RetryPolicy("here", fixture.lines.append)
+    for own in (ValueError("a bug"), RuntimeError("a bug"), OSError(errno.ENOSPC, "No space left on device")):
+
+        def fail(error: Exception = own) -> None:
+            raise error
+
+        with pytest.raises(type(own)) as caught:
+            policy.call("uploading", fail)
+        assert caught.value is own
+        assert caught.traceback[-1].name == "fail", "the traceback leads to the bug"
+    with pytest.raises(FileNotFoundError):
+        policy.call("reading", lambda: sha256_file(tmp_path / "none"))
+    assert fixture.lines == []
+
+
+def test_a_bare_error_of_the_client_is_the_hubs_refusal(fixture: HubFixture) -> None:
+    policy = hub_calls.RetryPolicy("here", fixture.lines.append)
+    api = hub_client.hub_api()
+    with pytest.raises(PublishError, match="committing: the Hub refused") as caught:
+        policy.call("committing", lambda: api.create_commit(REPOSITORY, [], commit_message=""))
+    assert "ValueError" in caught.value.why
+
+
+def test_no_wait_is_silent(
+    fixture: HubFixture, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The client would wait by itself, as long as it is asked to, and print the signed address of an upload."""
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
-    scene.hub.fault("POST /api/models/.*/preupload/", "status", status=429, retry_after=50_000, times=99)
-    text = scene.refused(retry_limit_s=60)
+    fixture.hub.fault("POST /api/models/.*/preupload/", "status", status=429, retry_after=50_000, times=99)
+    text = fixture.refused(retry_limit_s=60)
     assert "the next try would be in 50000 s" in text
     assert waits == []
-    scene.hub.faults.clear()
-    scene.hub.fault("PUT /", "status", status=503)
-    scene.publish()
+    fixture.hub.faults.clear()
+    fixture.hub.fault("PUT /", "status", status=503)
+    fixture.publish()
     assert [record.getMessage() for record in caplog.records if record.name.startswith("huggingface_hub")] == []
 
 
-def test_a_server_that_says_nothing_is_not_listened_to_for_ever(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_says_nothing_is_not_listened_to_for_ever(
+    fixture: HubFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(hub_client._TIMEOUTS_S, "read", 0.3)
     monkeypatch.setattr("time.sleep", lambda seconds: Event().wait(min(seconds, 1.0)))
-    scene.hub.fault(COMMIT, "delay", seconds=1.0)
-    scene.publish()
-    assert [line for line in scene.lines if "ReadTimeout" in line]
-    scene.assert_published()
+    fixture.hub.fault(COMMIT, "delay", seconds=1.0)
+    fixture.publish()
+    assert [line for line in fixture.lines if "ReadTimeout" in line]
+    fixture.assert_published()
 
 
-def test_a_new_branch_of_a_squashed_repository_is_emptied_before_the_upload(scene: Scene) -> None:
-    scene.publish(scene.contents[:1])
-    tree = git("rev-parse", "main^{tree}", cwd=scene.path).strip()
-    squashed = git("commit-tree", tree, "-m", "Super-squash branch 'main'", cwd=scene.path).strip()
-    git("update-ref", "refs/heads/main", squashed, cwd=scene.path)
+def test_a_new_branch_of_a_squashed_repository_is_emptied_before_the_upload(fixture: HubFixture) -> None:
+    fixture.publish(fixture.contents[:1])
+    tree = git("rev-parse", "main^{tree}", cwd=fixture.path).strip()
+    squashed = git("commit-tree", tree, "-m", "Super-squash branch 'main'", cwd=fixture.path).strip()
+    git("update-ref", "refs/heads/main", squashed, cwd=fixture.path)
     seen: list[set[str]] = []
 
     def look(_: object) -> None:
-        seen.append(set(git("ls-tree", "-r", "--name-only", VARIANT, cwd=scene.path).split()))
+        seen.append(set(git("ls-tree", "-r", "--name-only", VARIANT, cwd=fixture.path).split()))
 
-    scene.hub.fault(PUT, "call", call=look)
-    scene.publish()
+    fixture.hub.fault(PUT, "call", call=look)
+    fixture.publish()
     assert seen == [{".gitattributes"}]
-    scene.assert_published()
+    fixture.assert_published()
 
 
-def test_a_branch_that_somebody_makes_at_the_same_moment_is_not_overwritten(scene: Scene) -> None:
-    scene.publish(scene.contents[:1])
+def test_a_branch_that_somebody_makes_at_the_same_moment_is_not_overwritten(fixture: HubFixture) -> None:
+    fixture.publish(fixture.contents[:1])
 
     def rival(_: object) -> None:
         api = huggingface_hub.HfApi(token=RIVAL)
         api.create_branch(REPOSITORY, branch=VARIANT)
         api.upload_file(path_or_fileobj=b"news", path_in_repo="NEWS.md", repo_id=REPOSITORY, revision=VARIANT)
 
-    scene.hub.fault(f"POST /api/models/{REPOSITORY}/branch/", "call", call=rival)
+    fixture.hub.fault(f"POST /api/models/{REPOSITORY}/branch/", "call", call=rival)
     with pytest.raises(HeadMovedError, match=r"NEWS\.md was added"):
-        scene.publish()
-    assert "NEWS.md" in git("ls-tree", "--name-only", VARIANT, cwd=scene.path).split()
+        fixture.publish()
+    assert "NEWS.md" in git("ls-tree", "--name-only", VARIANT, cwd=fixture.path).split()
 
 
-def test_a_file_that_changed_after_the_question_is_not_sent(scene: Scene) -> None:
+def test_a_file_that_changed_after_the_question_is_not_sent(fixture: HubFixture) -> None:
     def meanwhile(_: object) -> None:
-        (scene.dist / "main" / "model.safetensors").write_bytes(b"other weights")
+        (fixture.dist / "main" / "model.safetensors").write_bytes(b"other weights")
 
     with pytest.raises(PublishError, match="the file changed while it was being published"):
-        publish(scene.contents[:1], scene.target(), scene.lines.append, confirm=meanwhile)
-    assert scene.uploaded_bytes() == 0
+        publish(fixture.contents[:1], fixture.target(), fixture.lines.append, confirm=meanwhile)
+    assert fixture.uploaded_bytes() == 0
 
 
-def test_a_token_that_no_header_can_have_is_not_shown(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_that_no_header_can_have_is_not_shown(fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_se\x0bcret")
-    text = scene.refused()
+    text = fixture.refused()
     assert "a character that no request can have" in text
-    assert "cret" not in text + "".join(scene.lines)
+    assert "cret" not in text + "".join(fixture.lines)
 
 
 @pytest.mark.parametrize(
@@ -459,41 +489,43 @@ def test_a_token_that_no_header_can_have_is_not_shown(scene: Scene, monkeypatch:
         ({"status": 503, "headers": {"Retry-After": ""}}, " s"),
     ],
 )
-def test_whatever_a_server_says_of_its_trouble_is_waited_out(scene: Scene, options: dict[str, Any], words: str) -> None:
+def test_whatever_a_server_says_of_its_trouble_is_waited_out(
+    fixture: HubFixture, options: dict[str, Any], words: str
+) -> None:
     if "headers" in options:
         options["headers"]["Retry-After"] = email.utils.formatdate(time.time() + 600, usegmt=True)
-    scene.hub.fault(COMMIT, "status", **options)
-    scene.publish()
-    (line,) = [line for line in scene.lines if "trying again" in line]
+    fixture.hub.fault(COMMIT, "status", **options)
+    fixture.publish()
+    (line,) = [line for line in fixture.lines if "trying again" in line]
     assert words in line
     wait_s = int(line.split(" in ")[-1].split()[0])
     assert (wait_s > 400) == ("headers" in options)
 
 
-def test_who_made_a_head_is_one_request(scene: Scene) -> None:
-    scene.publish()
+def test_who_made_a_head_is_one_request(fixture: HubFixture) -> None:
+    fixture.publish()
     for number in range(60):
-        scene.hub.commit(REPOSITORY, {"n.md": str(number).encode()})
-    scene.hub.requests.clear()
-    states = scene.target().read_branches()
+        fixture.hub.commit(REPOSITORY, {"n.md": str(number).encode()})
+    fixture.hub.requests.clear()
+    states = fixture.target().read_branches()
     assert states["main"].foreign_author
-    assert len([request for request in scene.hub.requests if "/commits/" in request.path]) == len(states)
+    assert len([request for request in fixture.hub.requests if "/commits/" in request.path]) == len(states)
 
 
-def test_each_weight_byte_is_hashed_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_weight_byte_is_hashed_once(fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client is given our digest, and sends what it reads."""
     monkeypatch.setattr("huggingface_hub.lfs.sha_fileobj", lambda *_: pytest.fail("hashed again"))
-    scene.publish()
-    scene.assert_published()
+    fixture.publish()
+    fixture.assert_published()
 
 
-def test_of_two_publishers_at_once_one_wins_each_branch(scene: Scene, tmp_path: Path) -> None:
+def test_of_two_publishers_at_once_one_wins_each_branch(fixture: HubFixture, tmp_path: Path) -> None:
     """They publish different content; each branch ends as one of them made it, whole, and a loser is told."""
-    scene.publish()
-    other = Scene(tmp_path / "other", scene.hub)
+    fixture.publish()
+    other = HubFixture(tmp_path / "other", fixture.hub)
     results: list[str] = []
 
-    def run(each: Scene, word: bytes) -> None:
+    def run(each: HubFixture, word: bytes) -> None:
         for branch in WEIGHTS:
             each.contents = each.change(branch, model_safetensors=word * 3000, config_json=b'{"by": "%s"}' % word)
         try:
@@ -502,7 +534,7 @@ def test_of_two_publishers_at_once_one_wins_each_branch(scene: Scene, tmp_path: 
         except HeadMovedError as error:
             results.append(str(error))
 
-    threads = [Thread(target=run, args=arguments) for arguments in ((scene, b"one"), (other, b"two"))]
+    threads = [Thread(target=run, args=arguments) for arguments in ((fixture, b"one"), (other, b"two"))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -510,7 +542,7 @@ def test_of_two_publishers_at_once_one_wins_each_branch(scene: Scene, tmp_path: 
     assert "won" in results
     assert [text for text in results if text != "won" and "moved" not in text] == []
     for branch in WEIGHTS:
-        config = json.loads(git("show", f"{branch}:config.json", cwd=scene.path))
-        maker = scene if config["by"] == "one" else other
+        config = json.loads(git("show", f"{branch}:config.json", cwd=fixture.path))
+        maker = fixture if config["by"] == "one" else other
         record = next(content for content in maker.contents if content.branch == branch).files["model.safetensors"]
-        assert record.sha256 in git("show", f"{branch}:model.safetensors", cwd=scene.path)
+        assert record.sha256 in git("show", f"{branch}:model.safetensors", cwd=fixture.path)

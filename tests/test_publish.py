@@ -23,6 +23,7 @@ from packager.publish.targets.local import LocalTarget
 from packager.receipt import FileRecord
 from tests.publish_fixtures import (
     REPOSITORY,
+    SHORT_WAITS,
     VARIANT,
     describe,
     files_in,
@@ -46,14 +47,14 @@ ODD_NAMES = {
 }
 
 
-class Scene:
+class LocalFixture:
     """A target below a scratch folder, and two branches to publish."""
 
     def __init__(self, tmp_path: Path) -> None:
         self.dist = tmp_path / "dist"
         self.root = tmp_path / "hub"
         self.repository = hub_folder(self.root)
-        self.target = LocalTarget(self.root, REPOSITORY)
+        self.target = LocalTarget(self.root, REPOSITORY, waits=SHORT_WAITS)
         self.contents = [
             make_content(self.dist, "main", {"README.md": b"card\n", "w.bin": b"weights"}),
             make_content(self.dist, VARIANT, {"README.md": b"card\n", "w.bin": b"other", "sub/x.json": b"{}"}),
@@ -74,8 +75,8 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Scene:
-    return Scene(tmp_path)
+def fixture(tmp_path: Path) -> LocalFixture:
+    return LocalFixture(tmp_path)
 
 
 def assert_published(contents: Sequence[BranchContent], repository: Path, scratch: Path) -> None:
@@ -91,85 +92,85 @@ def assert_published(contents: Sequence[BranchContent], repository: Path, scratc
         assert files_in(clone) == {name: (content.folder / name).read_bytes() for name in content.files}
 
 
-def test_every_branch_holds_exactly_its_files(scene: Scene, tmp_path: Path) -> None:
-    report = scene.publish()
+def test_every_branch_holds_exactly_its_files(fixture: LocalFixture, tmp_path: Path) -> None:
+    report = fixture.publish()
     assert [outcome.plan.action for outcome in report.outcomes] == ["create", "create"]
-    assert {outcome.plan.branch: outcome.commit for outcome in report.outcomes} == heads(scene.repository)
-    assert_published(scene.contents, scene.repository, tmp_path)
-    histories = git("rev-list", "--all", "--parents", cwd=scene.repository).splitlines()
-    assert sorted(histories) == sorted(heads(scene.repository).values()), "each branch is one commit without a parent"
+    assert {outcome.plan.branch: outcome.commit for outcome in report.outcomes} == heads(fixture.repository)
+    assert_published(fixture.contents, fixture.repository, tmp_path)
+    histories = git("rev-list", "--all", "--parents", cwd=fixture.repository).splitlines()
+    assert sorted(histories) == sorted(heads(fixture.repository).values()), "each branch is one commit without a parent"
 
 
-def test_main_comes_last_and_is_checked_out(scene: Scene) -> None:
-    report = scene.publish()
+def test_main_comes_last_and_is_checked_out(fixture: LocalFixture) -> None:
+    report = fixture.publish()
     assert [outcome.plan.branch for outcome in report.outcomes] == [VARIANT, "main"]
-    assert files_in(scene.repository) == {"README.md": b"card\n", "w.bin": b"weights"}
-    assert git("status", "--porcelain", "--branch", cwd=scene.repository) == "## main\n"
+    assert files_in(fixture.repository) == {"README.md": b"card\n", "w.bin": b"weights"}
+    assert git("status", "--porcelain", "--branch", cwd=fixture.repository) == "## main\n"
 
 
-def test_a_second_publish_changes_nothing(scene: Scene) -> None:
-    scene.publish()
-    before = heads(scene.repository), {path: path.stat().st_mtime_ns for path in scene.repository.rglob("*")}
-    report = scene.publish()
+def test_a_second_publish_changes_nothing(fixture: LocalFixture) -> None:
+    fixture.publish()
+    before = heads(fixture.repository), {path: path.stat().st_mtime_ns for path in fixture.repository.rglob("*")}
+    report = fixture.publish()
     assert [outcome.plan.action for outcome in report.outcomes] == ["unchanged", "unchanged"]
     assert {outcome.plan.branch: outcome.commit for outcome in report.outcomes} == before[0]
-    assert heads(scene.repository) == before[0]
-    folders = {scene.repository / ".git"}
-    after = {path: path.stat().st_mtime_ns for path in scene.repository.rglob("*")}
+    assert heads(fixture.repository) == before[0]
+    folders = {fixture.repository / ".git"}
+    after = {path: path.stat().st_mtime_ns for path in fixture.repository.rglob("*")}
     assert {path for path in after if after[path] != before[1].get(path)} <= folders
-    assert scene.lines[1:] == [f"{VARIANT}: unchanged", "main: unchanged"]
+    assert fixture.lines[1:] == [f"{VARIANT}: unchanged", "main: unchanged"]
 
 
-def test_an_update_is_one_commit_on_the_branch_it_concerns(scene: Scene, tmp_path: Path) -> None:
-    scene.publish()
-    before = heads(scene.repository)
-    (scene.dist / VARIANT / "sub" / "x.json").unlink()
-    (scene.dist / VARIANT / "w.bin").write_bytes(b"better")
-    (scene.dist / VARIANT / "new").write_bytes(b"n" * 10)
-    contents = [scene.contents[0], describe(scene.dist / VARIANT, VARIANT)]
-    report = scene.publish(contents)
+def test_an_update_is_one_commit_on_the_branch_it_concerns(fixture: LocalFixture, tmp_path: Path) -> None:
+    fixture.publish()
+    before = heads(fixture.repository)
+    (fixture.dist / VARIANT / "sub" / "x.json").unlink()
+    (fixture.dist / VARIANT / "w.bin").write_bytes(b"better")
+    (fixture.dist / VARIANT / "new").write_bytes(b"n" * 10)
+    contents = [fixture.contents[0], describe(fixture.dist / VARIANT, VARIANT)]
+    report = fixture.publish(contents)
     plan = report.outcomes[0].plan
     assert (plan.action, report.outcomes[1].plan.action) == ("update", "unchanged")
     assert [(change.name, change.size_bytes) for change in plan.added] == [("new", 10)]
     assert [(change.name, change.size_bytes) for change in plan.changed] == [("w.bin", 6)]
     assert [(change.name, change.size_bytes) for change in plan.removed] == [("sub/x.json", 2)]
     assert plan.written_bytes == 16
-    after = heads(scene.repository)
+    after = heads(fixture.repository)
     assert after["main"] == before["main"]
-    assert git("rev-parse", f"{VARIANT}^", cwd=scene.repository).strip() == before[VARIANT]
-    assert_published(contents, scene.repository, tmp_path)
+    assert git("rev-parse", f"{VARIANT}^", cwd=fixture.repository).strip() == before[VARIANT]
+    assert_published(contents, fixture.repository, tmp_path)
 
 
-def test_main_can_be_updated_alone(scene: Scene) -> None:
-    scene.publish()
-    (scene.dist / "main" / "README.md").write_bytes(b"a better card\n")
-    report = scene.publish([describe(scene.dist / "main", "main")])
+def test_main_can_be_updated_alone(fixture: LocalFixture) -> None:
+    fixture.publish()
+    (fixture.dist / "main" / "README.md").write_bytes(b"a better card\n")
+    report = fixture.publish([describe(fixture.dist / "main", "main")])
     assert report.plan.left_alone == (VARIANT,)
-    assert (scene.repository / "README.md").read_bytes() == b"a better card\n"
-    assert git("status", "--porcelain", cwd=scene.repository) == ""
+    assert (fixture.repository / "README.md").read_bytes() == b"a better card\n"
+    assert git("status", "--porcelain", cwd=fixture.repository) == ""
 
 
-def test_a_dry_run_writes_nothing(scene: Scene) -> None:
-    report = scene.publish(dry_run=True)
+def test_a_dry_run_writes_nothing(fixture: LocalFixture) -> None:
+    report = fixture.publish(dry_run=True)
     assert report.dry_run
     assert [outcome.plan.action for outcome in report.outcomes] == ["create", "create"]
-    assert scene.lines == [f"{scene.repository}: 2 create; 24 B to upload"]
-    assert not scene.root.exists()
-    scene.publish()
-    before = heads(scene.repository)
-    (scene.dist / "main" / "README.md").write_bytes(b"edited\n")
-    report = scene.publish([describe(scene.dist / "main", "main"), scene.contents[1]], dry_run=True)
+    assert fixture.lines == [f"{fixture.repository}: 2 create; 24 B to upload"]
+    assert not fixture.root.exists()
+    fixture.publish()
+    before = heads(fixture.repository)
+    (fixture.dist / "main" / "README.md").write_bytes(b"edited\n")
+    report = fixture.publish([describe(fixture.dist / "main", "main"), fixture.contents[1]], dry_run=True)
     assert [outcome.plan.action for outcome in report.outcomes] == ["unchanged", "update"]
-    assert heads(scene.repository) == before
+    assert heads(fixture.repository) == before
 
 
-def test_odd_names_and_bytes_arrive_unchanged(scene: Scene, tmp_path: Path) -> None:
-    contents = [make_content(scene.dist, "odd", ODD_NAMES), make_content(scene.dist / "again", "main", ODD_NAMES)]
-    scene.publish(contents)
-    assert_published(contents, scene.repository, tmp_path)
-    assert files_in(scene.repository) == ODD_NAMES
-    assert git("status", "--porcelain", cwd=scene.repository) == ""
-    assert [outcome.plan.action for outcome in scene.publish(contents).outcomes] == ["unchanged", "unchanged"]
+def test_odd_names_and_bytes_arrive_unchanged(fixture: LocalFixture, tmp_path: Path) -> None:
+    contents = [make_content(fixture.dist, "odd", ODD_NAMES), make_content(fixture.dist / "again", "main", ODD_NAMES)]
+    fixture.publish(contents)
+    assert_published(contents, fixture.repository, tmp_path)
+    assert files_in(fixture.repository) == ODD_NAMES
+    assert git("status", "--porcelain", cwd=fixture.repository) == ""
+    assert [outcome.plan.action for outcome in fixture.publish(contents).outcomes] == ["unchanged", "unchanged"]
 
 
 @pytest.mark.parametrize(
@@ -184,44 +185,46 @@ def test_names_outside_the_folder_are_refused(name: str) -> None:
     assert "relative" in file_name_problem(name)
 
 
-def test_every_name_problem_is_told_before_anything_is_read(scene: Scene) -> None:
+def test_every_name_problem_is_told_before_anything_is_read(fixture: LocalFixture) -> None:
     record = FileRecord(size_bytes=1, sha256="0" * 64)
-    bad = BranchContent(branch="a/b", folder=scene.dist, files={"x\ny": record, "../z": record}, message="")
-    text = scene.refused(PublishError, [bad, scene.contents[0], scene.contents[0], replace(bad, branch="x", files={})])
+    bad = BranchContent(branch="a/b", folder=fixture.dist, files={"x\ny": record, "../z": record}, message="")
+    text = fixture.refused(
+        PublishError, [bad, fixture.contents[0], fixture.contents[0], replace(bad, branch="x", files={})]
+    )
     for part in ("'a/b': a branch has", "'x\\ny'", "'../z'", "'main': given twice", "'x': has no files"):
         assert part in text
 
 
-def test_an_edited_folder_is_not_published(scene: Scene) -> None:
-    (scene.dist / "main" / "w.bin").write_bytes(b"WEIGHTS")
-    (scene.dist / VARIANT / "README.md").write_bytes(b"longer card\n")
-    (scene.dist / VARIANT / "w.bin").unlink()
-    (scene.dist / VARIANT / "extra").write_bytes(b"")
-    text = scene.refused(StateError)
-    assert f"{scene.dist / 'main' / 'w.bin'}: changed: sha256" in text
-    assert f"{scene.dist / VARIANT / 'README.md'}: changed: 12 bytes instead of 5" in text
-    assert f"{scene.dist / VARIANT / 'w.bin'}: missing" in text
-    assert f"{scene.dist / VARIANT / 'extra'}: not in the manifest" in text
+def test_an_edited_folder_is_not_published(fixture: LocalFixture) -> None:
+    (fixture.dist / "main" / "w.bin").write_bytes(b"WEIGHTS")
+    (fixture.dist / VARIANT / "README.md").write_bytes(b"longer card\n")
+    (fixture.dist / VARIANT / "w.bin").unlink()
+    (fixture.dist / VARIANT / "extra").write_bytes(b"")
+    text = fixture.refused(StateError)
+    assert f"{fixture.dist / 'main' / 'w.bin'}: changed: sha256" in text
+    assert f"{fixture.dist / VARIANT / 'README.md'}: changed: 12 bytes instead of 5" in text
+    assert f"{fixture.dist / VARIANT / 'w.bin'}: missing" in text
+    assert f"{fixture.dist / VARIANT / 'extra'}: not in the manifest" in text
     assert "hint: build the branch again" in text
-    assert not scene.root.exists()
+    assert not fixture.root.exists()
 
 
-def test_a_file_that_changes_while_it_is_published_moves_no_branch(scene: Scene) -> None:
-    scene.publish()
-    files = dict(check_folders(scene.contents)["main"])
-    (scene.dist / "main" / "w.bin").write_bytes(b"changed")
-    before = heads(scene.repository)
+def test_a_file_that_changes_while_it_is_published_moves_no_branch(fixture: LocalFixture) -> None:
+    fixture.publish()
+    files = dict(check_folders(fixture.contents)["main"])
+    (fixture.dist / "main" / "w.bin").write_bytes(b"changed")
+    before = heads(fixture.repository)
     stale = replace(files["w.bin"], blob_id="1" * 40)
     with pytest.raises(PublishError, match="changed while it was being published"):
-        scene.target.commit("main", {**files, "w.bin": stale}, parent=before["main"], message="")
-    assert heads(scene.repository) == before
+        fixture.target.commit("main", {**files, "w.bin": stale}, parent=before["main"], message="")
+    assert heads(fixture.repository) == before
 
 
-def test_main_is_required(scene: Scene) -> None:
-    assert "main is not among the branches" in scene.refused(PublishError, scene.contents[1:])
-    assert not scene.root.exists()
-    scene.publish()
-    assert scene.publish(scene.contents[1:]).outcomes[0].plan.action == "unchanged"
+def test_main_is_required(fixture: LocalFixture) -> None:
+    assert "main is not among the branches" in fixture.refused(PublishError, fixture.contents[1:])
+    assert not fixture.root.exists()
+    fixture.publish()
+    assert fixture.publish(fixture.contents[1:]).outcomes[0].plan.action == "unchanged"
 
 
 @pytest.fixture
@@ -284,15 +287,15 @@ def hostile_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return ran
 
 
-def test_the_users_settings_have_no_influence(scene: Scene, tmp_path: Path, hostile_user: Path) -> None:
-    contents = [make_content(scene.dist, "odd", ODD_NAMES), make_content(scene.dist / "again", "main", ODD_NAMES)]
-    scene.publish(contents)
+def test_the_users_settings_have_no_influence(fixture: LocalFixture, tmp_path: Path, hostile_user: Path) -> None:
+    contents = [make_content(fixture.dist, "odd", ODD_NAMES), make_content(fixture.dist / "again", "main", ODD_NAMES)]
+    fixture.publish(contents)
     (contents[1].folder / "README.md").write_bytes(b"$Id$ second\r\n")
     contents[1] = describe(contents[1].folder, "main")
-    scene.publish(contents)
-    assert files_in(scene.repository) == {**ODD_NAMES, "README.md": b"$Id$ second\r\n"}
-    assert_published(contents, scene.repository, tmp_path)
-    facts = git("log", "--all", "--format=%an|%ae|%cn|%ce|%G?|%ai|%ci|%e", cwd=scene.repository).splitlines()
+    fixture.publish(contents)
+    assert files_in(fixture.repository) == {**ODD_NAMES, "README.md": b"$Id$ second\r\n"}
+    assert_published(contents, fixture.repository, tmp_path)
+    facts = git("log", "--all", "--format=%an|%ae|%cn|%ce|%G?|%ai|%ci|%e", cwd=fixture.repository).splitlines()
     assert len(facts) == 3
     for line in facts:
         *names, author_date, commit_date, encoding = line.split("|")
@@ -302,170 +305,170 @@ def test_the_users_settings_have_no_influence(scene: Scene, tmp_path: Path, host
         assert not author_date.startswith("2001")
         assert encoding == ""
     assert not hostile_user.exists(), "a hook ran"
-    assert not (scene.repository / ".git" / "hooks").exists()
-    assert "Real" not in (scene.repository / ".git" / "logs" / "refs" / "heads" / "main").read_text()
+    assert not (fixture.repository / ".git" / "hooks").exists()
+    assert "Real" not in (fixture.repository / ".git" / "logs" / "refs" / "heads" / "main").read_text()
     assert trees(tmp_path / "elsewhere") == {}
 
 
-def test_the_users_own_git_finds_the_worktree_clean(scene: Scene, hostile_user: Path) -> None:
-    scene.publish([make_content(scene.dist / "again", "main", ODD_NAMES)])
+def test_the_users_own_git_finds_the_worktree_clean(fixture: LocalFixture, hostile_user: Path) -> None:
+    fixture.publish([make_content(fixture.dist / "again", "main", ODD_NAMES)])
     environment = {key: value for key, value in os.environ.items() if key in ("HOME", "PATH")}
-    command = ["git", "-C", str(scene.repository), "status", "--porcelain", "--untracked-files=all"]
+    command = ["git", "-C", str(fixture.repository), "status", "--porcelain", "--untracked-files=all"]
     assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == ""
 
 
-def test_an_edited_worktree_is_not_overwritten(scene: Scene) -> None:
-    scene.publish()
-    (scene.repository / "README.md").write_bytes(b"a person's words\n")
-    (scene.repository / "w.bin").unlink()
-    (scene.repository / "notes.txt").write_bytes(b"mine\n")
-    (scene.dist / "main" / "README.md").write_bytes(b"new card\n")
-    contents = [describe(scene.dist / "main", "main"), scene.contents[1]]
-    text = scene.refused(StateError, contents)
+def test_an_edited_worktree_is_not_overwritten(fixture: LocalFixture) -> None:
+    fixture.publish()
+    (fixture.repository / "README.md").write_bytes(b"a person's words\n")
+    (fixture.repository / "w.bin").unlink()
+    (fixture.repository / "notes.txt").write_bytes(b"mine\n")
+    (fixture.dist / "main" / "README.md").write_bytes(b"new card\n")
+    contents = [describe(fixture.dist / "main", "main"), fixture.contents[1]]
+    text = fixture.refused(StateError, contents)
     for part in ("README.md (edited)", "w.bin (deleted)", "notes.txt (untracked)", "stash --include-untracked"):
         assert part in text
-    assert (scene.repository / "README.md").read_bytes() == b"a person's words\n"
-    git("stash", "--include-untracked", cwd=scene.repository)
-    assert scene.publish(contents).outcomes[-1].plan.action == "update"
-    assert git("show", "stash@{0}:README.md", cwd=scene.repository) == "a person's words\n"
-    assert git("show", "stash@{0}^3:notes.txt", cwd=scene.repository) == "mine\n"
+    assert (fixture.repository / "README.md").read_bytes() == b"a person's words\n"
+    git("stash", "--include-untracked", cwd=fixture.repository)
+    assert fixture.publish(contents).outcomes[-1].plan.action == "update"
+    assert git("show", "stash@{0}:README.md", cwd=fixture.repository) == "a person's words\n"
+    assert git("show", "stash@{0}^3:notes.txt", cwd=fixture.repository) == "mine\n"
 
 
-def test_staged_edits_are_not_overwritten(scene: Scene) -> None:
-    scene.publish()
-    (scene.repository / "README.md").write_bytes(b"staged\n")
-    git("add", "README.md", cwd=scene.repository)
-    (scene.repository / "README.md").write_bytes(b"card\n")
-    assert "README.md (edited)" in scene.refused(StateError)
+def test_staged_edits_are_not_overwritten(fixture: LocalFixture) -> None:
+    fixture.publish()
+    (fixture.repository / "README.md").write_bytes(b"staged\n")
+    git("add", "README.md", cwd=fixture.repository)
+    (fixture.repository / "README.md").write_bytes(b"card\n")
+    assert "README.md (edited)" in fixture.refused(StateError)
 
 
-def test_somebody_elses_commit_stays_in_the_history(scene: Scene, tmp_path: Path) -> None:
-    scene.publish()
-    (scene.repository / "README.md").write_bytes(b"a person's words\n")
-    git("commit", "--quiet", "--all", "--message", "edit", cwd=scene.repository)
-    theirs = heads(scene.repository)["main"]
-    report = scene.publish()
+def test_somebody_elses_commit_stays_in_the_history(fixture: LocalFixture, tmp_path: Path) -> None:
+    fixture.publish()
+    (fixture.repository / "README.md").write_bytes(b"a person's words\n")
+    git("commit", "--quiet", "--all", "--message", "edit", cwd=fixture.repository)
+    theirs = heads(fixture.repository)["main"]
+    report = fixture.publish()
     plan = report.outcomes[-1].plan
     assert (plan.action, plan.foreign_author) == ("update", "A Person <person@example.org>")
-    assert git("rev-parse", "main^", cwd=scene.repository).strip() == theirs
-    assert (scene.repository / "README.md").read_bytes() == b"card\n"
-    assert_published(scene.contents, scene.repository, tmp_path)
+    assert git("rev-parse", "main^", cwd=fixture.repository).strip() == theirs
+    assert (fixture.repository / "README.md").read_bytes() == b"card\n"
+    assert_published(fixture.contents, fixture.repository, tmp_path)
     console = Console(width=160, record=True)
     print_plan(report.plan, console)
     assert f"on top of {theirs[:12]} by A Person <person@example.org>" in console.export_text()
 
 
-def test_executables_and_links_are_replaced_by_plain_files(scene: Scene) -> None:
-    scene.publish()
-    git("update-index", "--chmod=+x", "README.md", cwd=scene.repository)
-    blob = git("rev-parse", "main:w.bin", cwd=scene.repository).strip()
-    git("update-index", "--cacheinfo", f"120000,{blob},w.bin", cwd=scene.repository)
-    git("commit", "--quiet", "--message", "modes", cwd=scene.repository)
-    git("reset", "--quiet", "--hard", cwd=scene.repository)
-    report = scene.publish()
+def test_executables_and_links_are_replaced_by_plain_files(fixture: LocalFixture) -> None:
+    fixture.publish()
+    git("update-index", "--chmod=+x", "README.md", cwd=fixture.repository)
+    blob = git("rev-parse", "main:w.bin", cwd=fixture.repository).strip()
+    git("update-index", "--cacheinfo", f"120000,{blob},w.bin", cwd=fixture.repository)
+    git("commit", "--quiet", "--message", "modes", cwd=fixture.repository)
+    git("reset", "--quiet", "--hard", cwd=fixture.repository)
+    report = fixture.publish()
     assert [change.name for change in report.outcomes[-1].plan.changed] == ["README.md", "w.bin"]
-    modes = {line.split()[0] for line in git("ls-tree", "-r", "main", cwd=scene.repository).splitlines()}
+    modes = {line.split()[0] for line in git("ls-tree", "-r", "main", cwd=fixture.repository).splitlines()}
     assert modes == {"100644"}
-    assert not (scene.repository / "w.bin").is_symlink()
-    assert git("status", "--porcelain", cwd=scene.repository) == ""
+    assert not (fixture.repository / "w.bin").is_symlink()
+    assert git("status", "--porcelain", cwd=fixture.repository) == ""
 
 
-def test_another_branch_in_the_worktree_is_left_there(scene: Scene) -> None:
-    scene.publish()
-    git("switch", "--quiet", VARIANT, cwd=scene.repository)
-    text = scene.refused(PublishError)
+def test_another_branch_in_the_worktree_is_left_there(fixture: LocalFixture) -> None:
+    fixture.publish()
+    git("switch", "--quiet", VARIANT, cwd=fixture.repository)
+    text = fixture.refused(PublishError)
     assert "does not have main checked out" in text
-    assert f"git -C '{scene.repository}' switch main" in text
-    assert (scene.repository / "sub" / "x.json").exists()
+    assert f"git -C '{fixture.repository}' switch main" in text
+    assert (fixture.repository / "sub" / "x.json").exists()
 
 
-def test_a_branch_does_not_move_under_a_linked_worktree(scene: Scene, tmp_path: Path) -> None:
-    scene.publish()
-    git("worktree", "add", "--quiet", str(tmp_path / "linked"), VARIANT, cwd=scene.repository)
-    assert scene.publish().outcomes[0].plan.action == "unchanged"
-    (scene.dist / VARIANT / "new").write_bytes(b"n")
-    contents = [scene.contents[0], describe(scene.dist / VARIANT, VARIANT)]
-    text = scene.refused(PublishError, contents)
+def test_a_branch_does_not_move_under_a_linked_worktree(fixture: LocalFixture, tmp_path: Path) -> None:
+    fixture.publish()
+    git("worktree", "add", "--quiet", str(tmp_path / "linked"), VARIANT, cwd=fixture.repository)
+    assert fixture.publish().outcomes[0].plan.action == "unchanged"
+    (fixture.dist / VARIANT / "new").write_bytes(b"n")
+    contents = [fixture.contents[0], describe(fixture.dist / VARIANT, VARIANT)]
+    text = fixture.refused(PublishError, contents)
     assert str(tmp_path / "linked") in text
-    git("worktree", "remove", str(tmp_path / "linked"), cwd=scene.repository)
-    assert scene.publish(contents).outcomes[0].plan.action == "update"
+    git("worktree", "remove", str(tmp_path / "linked"), cwd=fixture.repository)
+    assert fixture.publish(contents).outcomes[0].plan.action == "update"
 
 
-def test_a_branch_that_moves_meanwhile_is_not_overwritten(scene: Scene) -> None:
-    scene.publish()
-    observed = heads(scene.repository)
-    other = git("commit-tree", f"{VARIANT}^{{tree}}", "-m", "elsewhere", cwd=scene.repository).strip()
-    git("update-ref", f"refs/heads/{VARIANT}", other, cwd=scene.repository)
-    files = check_folders(scene.contents)[VARIANT]
+def test_a_branch_that_moves_meanwhile_is_not_overwritten(fixture: LocalFixture) -> None:
+    fixture.publish()
+    observed = heads(fixture.repository)
+    other = git("commit-tree", f"{VARIANT}^{{tree}}", "-m", "elsewhere", cwd=fixture.repository).strip()
+    git("update-ref", f"refs/heads/{VARIANT}", other, cwd=fixture.repository)
+    files = check_folders(fixture.contents)[VARIANT]
     with pytest.raises(PublishError, match=f"{VARIANT} moved"):
-        scene.target.commit(VARIANT, files, parent=observed[VARIANT], message="x")
+        fixture.target.commit(VARIANT, files, parent=observed[VARIANT], message="x")
     with pytest.raises(PublishError, match=f"{VARIANT} moved"):
-        scene.target.commit(VARIANT, files, parent=None, message="x")
-    assert heads(scene.repository)[VARIANT] == other
+        fixture.target.commit(VARIANT, files, parent=None, message="x")
+    assert heads(fixture.repository)[VARIANT] == other
 
 
-def test_foreign_files_at_the_path_are_not_touched(scene: Scene) -> None:
-    scene.repository.mkdir(parents=True)
-    (scene.repository / "thesis.tex").write_text("years of work")
-    assert "no git repository is in the way" in scene.refused(PublishError)
-    assert sorted(path.name for path in scene.root.rglob("*") if path.is_file()) == ["thesis.tex"]
+def test_foreign_files_at_the_path_are_not_touched(fixture: LocalFixture) -> None:
+    fixture.repository.mkdir(parents=True)
+    (fixture.repository / "thesis.tex").write_text("years of work")
+    assert "holds something that is not a git repository" in fixture.refused(PublishError)
+    assert sorted(path.name for path in fixture.root.rglob("*") if path.is_file()) == ["thesis.tex"]
 
 
-def test_a_broken_repository_is_not_touched(scene: Scene) -> None:
-    (scene.repository / ".git").mkdir(parents=True)
+def test_a_broken_repository_is_not_touched(fixture: LocalFixture) -> None:
+    (fixture.repository / ".git").mkdir(parents=True)
     with pytest.raises(PublishError, match="rev-parse"):
-        scene.publish()
-    assert list(scene.root.rglob("*"))[-1] == scene.repository / ".git"
+        fixture.publish()
+    assert list(fixture.root.rglob("*"))[-1] == fixture.repository / ".git"
 
 
-def test_a_sha256_repository_is_refused(scene: Scene) -> None:
-    scene.repository.mkdir(parents=True)
-    git("init", "--quiet", "--object-format=sha256", ".", cwd=scene.repository)
+def test_a_sha256_repository_is_refused(fixture: LocalFixture) -> None:
+    fixture.repository.mkdir(parents=True)
+    git("init", "--quiet", "--object-format=sha256", ".", cwd=fixture.repository)
     with pytest.raises(PublishError, match="object format is sha256"):
-        scene.publish()
+        fixture.publish()
 
 
-def test_an_empty_folder_at_the_path_becomes_the_repository(scene: Scene) -> None:
-    scene.repository.mkdir(parents=True)
-    scene.publish()
-    assert git("status", "--porcelain", cwd=scene.repository) == ""
+def test_an_empty_folder_at_the_path_becomes_the_repository(fixture: LocalFixture) -> None:
+    fixture.repository.mkdir(parents=True)
+    fixture.publish()
+    assert git("status", "--porcelain", cwd=fixture.repository) == ""
 
 
-def test_an_existing_repository_is_published_into(scene: Scene, tmp_path: Path) -> None:
-    scene.repository.mkdir(parents=True)
-    git("init", "--quiet", "--initial-branch=main", ".", cwd=scene.repository)
-    contents = [make_content(scene.dist, "odd", ODD_NAMES), make_content(scene.dist / "again", "main", ODD_NAMES)]
-    scene.publish(contents)
-    assert files_in(scene.repository) == ODD_NAMES
-    assert_published(contents, scene.repository, tmp_path)
+def test_an_existing_repository_is_published_into(fixture: LocalFixture, tmp_path: Path) -> None:
+    fixture.repository.mkdir(parents=True)
+    git("init", "--quiet", "--initial-branch=main", ".", cwd=fixture.repository)
+    contents = [make_content(fixture.dist, "odd", ODD_NAMES), make_content(fixture.dist / "again", "main", ODD_NAMES)]
+    fixture.publish(contents)
+    assert files_in(fixture.repository) == ODD_NAMES
+    assert_published(contents, fixture.repository, tmp_path)
 
 
-def test_a_second_publisher_stops(scene: Scene) -> None:
-    scene.publish()
-    (scene.dist / "main" / "new").write_bytes(b"n")
-    contents = [describe(scene.dist / "main", "main")]
-    with LocalTarget(scene.root, REPOSITORY).exclusive():
-        assert "another publisher is at work" in scene.refused(PublishError, contents)
+def test_a_second_publisher_stops(fixture: LocalFixture) -> None:
+    fixture.publish()
+    (fixture.dist / "main" / "new").write_bytes(b"n")
+    contents = [describe(fixture.dist / "main", "main")]
+    with LocalTarget(fixture.root, REPOSITORY).exclusive():
+        assert "another publisher is at work" in fixture.refused(PublishError, contents)
     code = (
         "import sys; from filelock import FileLock\n"
         "with FileLock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
     )
-    lock = scene.repository.with_name(f".{scene.repository.name}.lock")
+    lock = fixture.repository.with_name(f".{fixture.repository.name}.lock")
     command = [sys.executable, "-c", code, str(lock)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdin is not None
         assert holder.stdout.readline() == b"held\n"
-        assert "another publisher is at work" in scene.refused(PublishError, contents)
-        assert scene.publish(contents, dry_run=True).outcomes[0].plan.action == "update"
+        assert "another publisher is at work" in fixture.refused(PublishError, contents)
+        assert fixture.publish(contents, dry_run=True).outcomes[0].plan.action == "update"
         holder.stdin.close()
     with FileLock(str(lock), timeout=0):
         pass
-    assert scene.publish(contents).outcomes[0].plan.action == "update"
+    assert fixture.publish(contents).outcomes[0].plan.action == "update"
 
 
 @pytest.mark.crash
-def test_publishers_that_race_leave_one_result(scene: Scene, tmp_path: Path) -> None:
+def test_publishers_that_race_leave_one_result(fixture: LocalFixture, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from packager.errors import PublishError\n"
         "from packager.publish.branches import publish; from packager.publish.targets.local import LocalTarget\n"
@@ -474,27 +477,27 @@ def test_publishers_that_race_leave_one_result(scene: Scene, tmp_path: Path) -> 
         "try: publish(contents, LocalTarget(Path(sys.argv[1]), REPOSITORY), print)\n"
         "except PublishError as error: print(error); sys.exit(error.exit_code)"
     )
-    folders = [str(content.folder) for content in scene.contents]
-    command = [sys.executable, "-c", code, str(scene.root), *folders]
+    folders = [str(content.folder) for content in fixture.contents]
+    command = [sys.executable, "-c", code, str(fixture.root), *folders]
     cwd = Path(__file__).resolve().parent.parent
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=cwd) for _ in range(3)]
     for process in running:
         output, _ = process.communicate()
         assert process.returncode == 0 or (process.returncode == 10 and "another publisher is at work" in output)
     assert 0 in [process.returncode for process in running]
-    assert_published(scene.contents, scene.repository, tmp_path)
-    assert leftovers(scene.root) == []
+    assert_published(fixture.contents, fixture.repository, tmp_path)
+    assert leftovers(fixture.root) == []
 
 
-def test_without_git_the_error_says_so(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git_the_error_says_so(fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    text = scene.refused(MachineError)
+    text = fixture.refused(MachineError)
     assert "git is not on the PATH" in text
     assert "apt-get install git" in text
-    assert not scene.root.exists()
+    assert not fixture.root.exists()
 
 
-def test_without_git_gitpython_cannot_even_be_imported(scene: Scene, tmp_path: Path) -> None:
+def test_without_git_gitpython_cannot_even_be_imported(fixture: LocalFixture, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from packager.errors import MachineError\n"
         "from packager.publish.targets.local import LocalTarget\n"
@@ -517,56 +520,56 @@ def shim(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
-def test_an_old_git_is_refused(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_git_is_refused(fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shim(tmp_path / "bin", 'if [ "$1" = version ]; then echo git version 2.25.1; exit 0; fi', monkeypatch)
-    assert "git 2.25.1 is too old" in scene.refused(MachineError)
-    assert not scene.root.exists()
+    assert "git 2.25.1 is too old" in fixture.refused(MachineError)
+    assert not fixture.root.exists()
 
 
 @pytest.mark.parametrize("command", ["hash-object", "write-tree", "update-ref"])
 def test_a_full_disk_is_told_and_the_next_run_goes_on(
-    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     words = "fatal: unable to write loose object file: No space left on device"
     shim(tmp_path / "bin", f'if [ "$1" = {command} ]; then echo "{words}" >&2; exit 128; fi', monkeypatch)
-    text = scene.refused(MachineError)
+    text = fixture.refused(MachineError)
     assert "the disk is full" in text
     assert words in text
     monkeypatch.undo()
-    scene.publish()
-    assert_published(scene.contents, scene.repository, tmp_path)
+    fixture.publish()
+    assert_published(fixture.contents, fixture.repository, tmp_path)
 
 
-def test_what_is_stored_is_read_again(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scene.publish()
-    (scene.dist / VARIANT / "w.bin").write_bytes(b"better")
-    contents = [scene.contents[0], describe(scene.dist / VARIANT, VARIANT)]
-    blob = read_local_file(scene.dist / VARIANT / "w.bin").blob_id
+def test_what_is_stored_is_read_again(fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixture.publish()
+    (fixture.dist / VARIANT / "w.bin").write_bytes(b"better")
+    contents = [fixture.contents[0], describe(fixture.dist / VARIANT, VARIANT)]
+    blob = read_local_file(fixture.dist / VARIANT / "w.bin").blob_id
     script = f'if [ "$1" = cat-file ] && [ "$3" = {blob} ]; then printf rotten; exit 0; fi'
     shim(tmp_path / "bin", script, monkeypatch)
     with pytest.raises(PublishError, match="does not hold the files that were built") as caught:
-        scene.publish(contents)
+        fixture.publish(contents)
     assert "w.bin: 6 bytes of other content" in str(caught.value)
     assert "git fsck" in str(caught.value)
 
 
 def test_a_blob_that_breaks_off_is_not_checked_out(
-    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scene.publish()
-    (scene.dist / "main" / "w.bin").write_bytes(b"better")
-    contents = [describe(scene.dist / "main", "main"), scene.contents[1]]
-    blob = read_local_file(scene.dist / "main" / "w.bin").blob_id
+    fixture.publish()
+    (fixture.dist / "main" / "w.bin").write_bytes(b"better")
+    contents = [describe(fixture.dist / "main", "main"), fixture.contents[1]]
+    blob = read_local_file(fixture.dist / "main" / "w.bin").blob_id
     script = f'if [ "$1" = cat-file ] && [ "$3" = {blob} ]; then printf be; echo broken >&2; exit 1; fi'
     shim(tmp_path / "bin", script, monkeypatch)
     with pytest.raises(PublishError, match="git cat-file failed"):
-        scene.publish(contents)
-    assert (scene.repository / "w.bin").read_bytes() == b"weights"
+        fixture.publish(contents)
+    assert (fixture.repository / "w.bin").read_bytes() == b"weights"
     monkeypatch.undo()
-    report = scene.publish(contents)
+    report = fixture.publish(contents)
     assert report.notes[-1].startswith("finished its checkout of main")
-    assert (scene.repository / "w.bin").read_bytes() == b"better"
-    assert git("status", "--porcelain", cwd=scene.repository) == ""
+    assert (fixture.repository / "w.bin").read_bytes() == b"better"
+    assert git("status", "--porcelain", cwd=fixture.repository) == ""
 
 
 class MemoryTarget:
@@ -602,8 +605,8 @@ class MemoryTarget:
         return self.stored
 
 
-def test_a_remote_that_answers_with_either_digest_is_compared(scene: Scene) -> None:
-    files = check_folders(scene.contents)
+def test_a_remote_that_answers_with_either_digest_is_compared(fixture: LocalFixture) -> None:
+    files = check_folders(fixture.contents)
     stored = {
         branch: {
             name: StoredFile(size_bytes=file.size_bytes, sha256=file.sha256)
@@ -616,20 +619,25 @@ def test_a_remote_that_answers_with_either_digest_is_compared(scene: Scene) -> N
     stored[VARIANT]["w.bin"] = replace(stored[VARIANT]["w.bin"], sha256="0" * 64)
     remote = {name: BranchState(commit=name[0] * 40, foreign_author="", files=held) for name, held in stored.items()}
     target = MemoryTarget(remote)
-    report = publish(scene.contents, target, print)
+    report = publish(fixture.contents, target, print)
     assert [outcome.plan.action for outcome in report.outcomes] == ["update", "unchanged"]
     assert target.commits == [(VARIANT, "g" * 40)]
     assert target.changing == (VARIANT,)
 
 
-def test_the_plan_is_shown_before_the_first_effect(scene: Scene) -> None:
+def test_the_plan_is_shown_before_the_first_effect(fixture: LocalFixture) -> None:
     seen: list[bool] = []
-    publish(scene.contents, scene.target, print, show_plan=lambda _: seen.append((scene.repository / "w.bin").exists()))
+    publish(
+        fixture.contents,
+        fixture.target,
+        print,
+        show_plan=lambda _: seen.append((fixture.repository / "w.bin").exists()),
+    )
     assert seen == [False]
 
 
-def test_the_plan_and_the_report_read_well(scene: Scene) -> None:
-    plan = plan_publish(check_folders(scene.contents), {}, where="a place [bold]")
+def test_the_plan_and_the_report_read_well(fixture: LocalFixture) -> None:
+    plan = plan_publish(check_folders(fixture.contents), {}, where="a place [bold]")
     console = Console(width=100, record=True)
     print_plan(plan, console)
     text = console.export_text()
@@ -639,10 +647,10 @@ def test_the_plan_and_the_report_read_well(scene: Scene) -> None:
     assert rows[variant + 1 : variant + 4] == ["+ README.md 5 B", "+ sub/x.json 2 B", "+ w.bin 5 B"]
     assert "+ main create: 2 files, 12 B; 12 B to send" in rows[variant + 4 :]
     assert json.loads(json.dumps(plan_json(plan)))["branches"][0]["added"][0] == {"name": "README.md", "size_bytes": 5}
-    report = scene.publish()
+    report = fixture.publish()
     print_report(report, console)
     assert report.outcomes[0].commit is not None
     assert report.outcomes[0].commit[:12] in console.export_text()
     values = json.loads(json.dumps(report_json(report)))
-    assert values["branches"][1]["commit"] == heads(scene.repository)["main"]
+    assert values["branches"][1]["commit"] == heads(fixture.repository)["main"]
     assert (values["dry_run"], values["notes"], values["written_bytes"]) == (False, [], 24)

@@ -11,10 +11,19 @@ import pytest
 
 from packager.publish.branches import BranchContent, publish
 from packager.publish.targets.local import LocalTarget
-from tests.publish_fixtures import REPOSITORY, VARIANT, files_in, git, hub_folder, leftovers, make_content, trees
+from tests.publish_fixtures import (
+    REPOSITORY,
+    SHORT_WAITS,
+    VARIANT,
+    files_in,
+    git,
+    hub_folder,
+    leftovers,
+    make_content,
+    trees,
+)
 
-pytestmark = pytest.mark.crash
-Chain = list[int | dict[str, float]]
+KillSequence = list[int | dict[str, float]]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -35,7 +44,7 @@ def new_contents(dist: Path) -> list[BranchContent]:
     ]
 
 
-class Scene:
+class CrashFixture:
     """A repository before, the folders to publish, and the trees before and after."""
 
     def __init__(self, tmp_path: Path, *, update: bool) -> None:
@@ -48,7 +57,7 @@ class Scene:
         publish(self.contents, LocalTarget(tmp_path / "undisturbed", REPOSITORY), print)
         self.trees_after = trees(hub_folder(tmp_path / "undisturbed"))
 
-    def run(self, chains: list[Chain]) -> list[dict[str, object]]:
+    def run(self, chains: list[KillSequence]) -> list[dict[str, object]]:
         """Run the chains of kills and return what the driver found, checked."""
         folders = [str(content.folder) for content in self.contents]
         result = subprocess.run(
@@ -83,34 +92,37 @@ def spread(count: int, last: int) -> list[int]:
     return sorted({1 + round(step * (last - 1) / (count - 1)) for step in range(count)})
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize("update", [False, True], ids=["create", "update"])
 def test_killed_before_an_effect(tmp_path: Path, update: bool) -> None:
-    scene = Scene(tmp_path, update=update)
-    last = scene.run([[0], [0]])[-1]["counts"][0]  # the first also counts the import of GitPython
-    found = scene.run([[kill] for kill in spread(10, last)])
+    fixture = CrashFixture(tmp_path, update=update)
+    last = fixture.run([[0], [0]])[-1]["counts"][0]  # the first also counts the import of GitPython
+    found = fixture.run([[kill] for kill in spread(10, last)])
     assert all(outcome["counts"] == [-1] for outcome in found)
     assert any("an earlier publish did not finish" in outcome["notes"] for outcome in found)
 
 
+@pytest.mark.crash
 def test_killed_in_every_step_of_the_checkout(tmp_path: Path) -> None:
-    scene = Scene(tmp_path, update=True)
-    last = scene.run([[0], [0]])[-1]["counts"][0]  # the first also counts the import of GitPython
-    found = scene.run([[kill] for kill in range(last - 32, last, 4)])
+    fixture = CrashFixture(tmp_path, update=True)
+    last = fixture.run([[0], [0]])[-1]["counts"][0]  # the first also counts the import of GitPython
+    found = fixture.run([[kill] for kill in range(last - 32, last, 4)])
     assert sum(any("finished its checkout" in note for note in outcome["notes"]) for outcome in found) > 3
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize("update", [False, True], ids=["create", "update"])
 def test_killed_with_its_git_at_random_moments_again_and_again(tmp_path: Path, update: bool) -> None:
     dice = random.Random(20261123 + update)
-    chains: list[Chain] = [[{"seconds": dice.uniform(0.0, 0.4)} for _ in range(2)] for _ in range(8)]
-    Scene(tmp_path, update=update).run(chains)
+    chains: list[KillSequence] = [[{"seconds": dice.uniform(0.0, 0.4)} for _ in range(2)] for _ in range(8)]
+    CrashFixture(tmp_path, update=update).run(chains)
 
 
 @pytest.fixture
 def interrupted(tmp_path: Path) -> tuple[LocalTarget, list[BranchContent], Path]:
     """A published repository, and new contents for it."""
     root = tmp_path / "hub"
-    target = LocalTarget(root, REPOSITORY)
+    target = LocalTarget(root, REPOSITORY, waits=SHORT_WAITS)
     publish(old_contents(tmp_path / "old"), target, print)
     return target, new_contents(tmp_path / "new"), hub_folder(root)
 

@@ -23,7 +23,7 @@ PROGRAM = "from packager.cli.main import main; main()"
 TOKEN, READER = "hf_a_secret_that_writes_0123456789", "hf_a_secret_that_reads_0123456789"
 
 
-class Scene:
+class HubReleaseFixture:
     """A built recipe whose target is the Hub, an empty Hub, and a command line."""
 
     def __init__(self, folder: Path, recipe: Path, hub: LoopbackHub) -> None:
@@ -60,75 +60,75 @@ class Scene:
 
 
 @pytest.fixture
-def scene(builds: tiny_recipe.Builds, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
+def fixture(builds: tiny_recipe.Builds, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[HubReleaseFixture]:
     tokens = {TOKEN: Account("tester"), READER: Account("tester", role="read")}
     project = tmp_path / "project"
     layout = getattr(request, "param", "branches")
     recipe = builds.copy(project, {"repository.target": "hub", "repository.layout": layout})
     with LoopbackHub(tmp_path / "hub", tokens=tokens) as hub:
-        yield Scene(project, recipe, hub)
+        yield HubReleaseFixture(project, recipe, hub)
 
 
-def test_a_maintainer_plans_publishes_checks_and_publishes_again(scene: Scene) -> None:
-    plan = json.loads(scene.publish("--dry-run", "--format", "json"))
+def test_a_maintainer_plans_publishes_checks_and_publishes_again(fixture: HubReleaseFixture) -> None:
+    plan = json.loads(fixture.publish("--dry-run", "--format", "json"))
     assert [(entry["branch"], entry["action"]) for entry in plan["branches"]] == [
         (ACT_ORDER, "create"),
         (THREE_BITS, "create"),
         (MAIN, "create"),
     ]
     assert plan["dry_run"]
-    scene.publish(code=PublishError.exit_code)
-    assert "--yes" in scene.said
-    assert "nobody is here to be asked" in scene.said
-    assert [request for request in scene.asked() if not request.startswith(("GET ", "HEAD "))] == []
+    fixture.publish(code=PublishError.exit_code)
+    assert "--yes" in fixture.said
+    assert "nobody is here to be asked" in fixture.said
+    assert [request for request in fixture.asked() if not request.startswith(("GET ", "HEAD "))] == []
 
-    report = json.loads(scene.publish("--yes", "--tag", "v1.0", "--format", "json"))
+    report = json.loads(fixture.publish("--yes", "--tag", "v1.0", "--format", "json"))
     assert {entry["branch"]: entry["commit"] for entry in report["branches"]} == {
-        branch: heads(scene.path)[branch] for branch in BRANCHES
+        branch: heads(fixture.path)[branch] for branch in BRANCHES
     }
-    assert git("rev-parse", "v1.0^{commit}", cwd=scene.path).strip() == heads(scene.path)[MAIN]
-    scene.asked()
-    published, sent = trees(scene.path), len(scene.hub.uploaded)
-    report = json.loads(scene.publish("--yes", "--format", "json"))
+    assert git("rev-parse", "v1.0^{commit}", cwd=fixture.path).strip() == heads(fixture.path)[MAIN]
+    fixture.asked()
+    published, sent = trees(fixture.path), len(fixture.hub.uploaded)
+    report = json.loads(fixture.publish("--yes", "--format", "json"))
     assert {entry["action"] for entry in report["branches"]} == {"unchanged"}
-    assert [request for request in scene.asked() if not request.startswith("GET ")] == []
-    assert (trees(scene.path), len(scene.hub.uploaded)) == (published, sent)
+    assert [request for request in fixture.asked() if not request.startswith("GET ")] == []
+    assert (trees(fixture.path), len(fixture.hub.uploaded)) == (published, sent)
 
-    told = scene.run("status", scene.recipe, "--dist", scene.dist)
+    told = fixture.run("status", fixture.recipe, "--dist", fixture.dist)
     assert told.count("not asked") == 3
     assert f"packager verify-published {REPOSITORY}" in told
-    result = json.loads(scene.run("verify-published", REPOSITORY, "--full", "--format", "json"))
+    result = json.loads(fixture.run("verify-published", REPOSITORY, "--full", "--format", "json"))
     assert [branch["findings"] for branch in result["branches"]] == [[], [], []]
-    scene.run("rollback", REPOSITORY, "--yes", code=PublishError.exit_code)
-    assert "nothing to go back to" in scene.said
+    fixture.run("rollback", REPOSITORY, "--yes", code=PublishError.exit_code)
+    assert "nothing to go back to" in fixture.said
 
 
-def test_an_edit_travels_alone_and_is_rolled_back(scene: Scene) -> None:
-    scene.publish("--yes")
-    scene.publish("--tag", "v1", code=PublishError.exit_code)
-    assert "+ tag v1 on main" in scene.said
-    scene.publish("--tag", "v1", "--yes")
-    before, sent = trees(scene.path), len(scene.hub.uploaded)
-    recipe = json.loads(scene.recipe.read_text())
+def test_an_edit_travels_alone_and_is_rolled_back(fixture: HubReleaseFixture) -> None:
+    fixture.publish("--yes")
+    fixture.publish("--tag", "v1", code=PublishError.exit_code)
+    assert "+ tag v1 on main" in fixture.said
+    fixture.publish("--tag", "v1", "--yes")
+    before, sent = trees(fixture.path), len(fixture.hub.uploaded)
+    recipe = json.loads(fixture.recipe.read_text())
     recipe["card"]["title"] = "Tiny the second"
-    scene.recipe.write_text(json.dumps(recipe))
-    scene.run("card", scene.recipe, "--dist", scene.dist)
-    plan = json.loads(scene.publish("--dry-run", "--format", "json"))
+    fixture.recipe.write_text(json.dumps(recipe))
+    fixture.run("card", fixture.recipe, "--dist", fixture.dist)
+    plan = json.loads(fixture.publish("--dry-run", "--format", "json"))
     changed = [[change["name"] for change in entry["changed"]] for entry in plan["branches"]]
     assert changed == [["README.md", "provenance.json"]] * 3
-    scene.publish("--yes")
-    assert len(scene.hub.uploaded) == sent, "the weights are the same"
-    assert trees(scene.path).keys() == before.keys()
-    assert not set(trees(scene.path).values()) & set(before.values())
-    scene.run("verify-published", REPOSITORY)
-    scene.run("rollback", REPOSITORY, code=PublishError.exit_code)
-    assert "--yes" in scene.said
-    scene.run("rollback", REPOSITORY, "--yes")
-    assert trees(scene.path) == before
-    assert len(scene.hub.uploaded) == sent
-    scene.run("verify-published", REPOSITORY)
-    scene.hub.commit(REPOSITORY, {"config.json": b"{}"}, branch=ACT_ORDER)
-    result = json.loads(scene.run("verify-published", REPOSITORY, "--format", "json", code=AuditError.exit_code))
+    fixture.publish("--yes")
+    assert len(fixture.hub.uploaded) == sent, "the weights are the same"
+    assert trees(fixture.path).keys() == before.keys()
+    assert not set(trees(fixture.path).values()) & set(before.values())
+    fixture.run("verify-published", REPOSITORY)
+    fixture.run("rollback", REPOSITORY, code=PublishError.exit_code)
+    assert "--yes" in fixture.said
+    fixture.run("rollback", REPOSITORY, "--yes")
+    assert trees(fixture.path) == before
+    assert len(fixture.hub.uploaded) == sent
+    fixture.run("verify-published", REPOSITORY)
+    fixture.hub.commit(REPOSITORY, {"config.json": b"{}"}, branch=ACT_ORDER)
+    result = json.loads(fixture.run("verify-published", REPOSITORY, "--format", "json", code=AuditError.exit_code))
     assert [branch["branch"] for branch in result["branches"] if branch["findings"]] == [ACT_ORDER]
 
 
@@ -136,66 +136,68 @@ def test_an_edit_travels_alone_and_is_rolled_back(scene: Scene) -> None:
     ("token", "words"),
     [("", "there is no token"), (READER, "for reading only"), ("hf_nobody_knows_this_one", "HF_TOKEN")],
 )
-def test_a_token_that_may_not_write_is_named_by_what_is_wrong_with_it(scene: Scene, token: str, words: str) -> None:
-    scene.publish("--yes", token=token, code=PublishError.exit_code)
-    assert words in scene.said
-    assert not token or token not in scene.said
-    assert [request for request in scene.asked() if not request.startswith(("GET ", "HEAD "))] == []
+def test_a_token_that_may_not_write_is_named_by_what_is_wrong_with_it(
+    fixture: HubReleaseFixture, token: str, words: str
+) -> None:
+    fixture.publish("--yes", token=token, code=PublishError.exit_code)
+    assert words in fixture.said
+    assert not token or token not in fixture.said
+    assert [request for request in fixture.asked() if not request.startswith(("GET ", "HEAD "))] == []
 
 
-def test_a_ci_job_publishes_by_its_identity(scene: Scene) -> None:
+def test_a_ci_job_publishes_by_its_identity(fixture: HubReleaseFixture) -> None:
     """Its repository is there already: a trusted publisher is named in a repository's settings."""
     hf = str(Path(sys.executable).with_name("hf"))
-    environ = scene.environ | {"HF_TOKEN": TOKEN}
+    environ = fixture.environ | {"HF_TOKEN": TOKEN}
     subprocess.run([hf, "repos", "create", REPOSITORY], env=environ, capture_output=True, check=True)
-    scene.environ |= {"GITHUB_ACTIONS": "true", "HF_OIDC_RESOURCE": REPOSITORY}
-    scene.publish("--yes", token="", code=PublishError.exit_code)
-    assert "no token could be had for this CI job" in scene.said
-    assert "id-token: write" in scene.said
-    scene.hub.ci_secret, scene.hub.trusting = "the_job_s_secret_0123456789", REPOSITORY
-    scene.environ |= {
-        "ACTIONS_ID_TOKEN_REQUEST_URL": f"{scene.hub.endpoint}/_loopback/id-token?api-version=2.0",
-        "ACTIONS_ID_TOKEN_REQUEST_TOKEN": scene.hub.ci_secret,
+    fixture.environ |= {"GITHUB_ACTIONS": "true", "HF_OIDC_RESOURCE": REPOSITORY}
+    fixture.publish("--yes", token="", code=PublishError.exit_code)
+    assert "the Hub gave this CI job no token" in fixture.said
+    assert "id-token: write" in fixture.said
+    fixture.hub.ci_secret, fixture.hub.trusting = "the_job_s_secret_0123456789", REPOSITORY
+    fixture.environ |= {
+        "ACTIONS_ID_TOKEN_REQUEST_URL": f"{fixture.hub.endpoint}/_loopback/id-token?api-version=2.0",
+        "ACTIONS_ID_TOKEN_REQUEST_TOKEN": fixture.hub.ci_secret,
     }
-    said = scene.publish("--yes", "--tag", "v1", token="") + scene.said
-    assert set(heads(scene.path)) == set(BRANCHES)
-    secrets = {scene.hub.ci_secret, *scene.hub.identities, *scene.hub.tokens}
+    said = fixture.publish("--yes", "--tag", "v1", token="") + fixture.said
+    assert set(heads(fixture.path)) == set(BRANCHES)
+    secrets = {fixture.hub.ci_secret, *fixture.hub.identities, *fixture.hub.tokens}
     assert len(secrets) == 5
-    files = [path for path in scene.folder.rglob("*") if path.is_file()]
+    files = [path for path in fixture.folder.rglob("*") if path.is_file()]
     for secret in secrets:
         assert secret not in said
         assert [str(path) for path in files if secret.encode() in path.read_bytes()] == []
 
 
-def test_the_token_is_in_no_file_and_in_no_address(scene: Scene) -> None:
-    scene.publish("--yes", "--tag", "v1")
-    files = [path for path in scene.folder.parent.rglob("*") if path.is_file()]
+def test_the_token_is_in_no_file_and_in_no_address(fixture: HubReleaseFixture) -> None:
+    fixture.publish("--yes", "--tag", "v1")
+    files = [path for path in fixture.folder.parent.rglob("*") if path.is_file()]
     assert len(files) > 50
     assert [str(path) for path in files if TOKEN.encode() in path.read_bytes()] == []
-    assert [request.path for request in scene.hub.requests if TOKEN in request.path] == []
+    assert [request.path for request in fixture.hub.requests if TOKEN in request.path] == []
 
 
-@pytest.mark.parametrize("scene", ["repos"], indirect=True)
-def test_a_repository_per_variant_and_a_collection(scene: Scene) -> None:
+@pytest.mark.parametrize("fixture", ["repos"], indirect=True)
+def test_a_repository_per_variant_and_a_collection(fixture: HubReleaseFixture) -> None:
     places = {branch: place_of(REPOSITORY, "repos", branch).repository for branch in BRANCHES}
-    scene.publish("--yes", "--tag", "v1")
-    plan = json.loads(scene.publish("--dry-run", "--format", "json"))
+    fixture.publish("--yes", "--tag", "v1")
+    plan = json.loads(fixture.publish("--dry-run", "--format", "json"))
     assert plan["final_steps"] == []
-    (collection,) = json.loads((scene.hub.root / "collections.json").read_text()).values()
+    (collection,) = json.loads((fixture.hub.root / "collections.json").read_text()).values()
     assert collection["title"] == "Tiny GPTQ"
     assert [item["id"] for item in collection["items"]] == [places[branch] for branch in BRANCHES]
     for branch, place in places.items():
-        path = scene.hub.repository(place).path
+        path = fixture.hub.repository(place).path
         assert list(heads(path)) == [MAIN]
         assert json.loads(git("show", "main:provenance.json", cwd=path))["branch"] == branch
         assert git("rev-parse", "v1^{commit}", cwd=path).strip() == heads(path)[MAIN]
-    scene.asked()
-    report = json.loads(scene.publish("--yes", "--format", "json"))
+    fixture.asked()
+    report = json.loads(fixture.publish("--yes", "--format", "json"))
     assert {entry["action"] for entry in report["branches"]} == {"unchanged"}
-    assert [request for request in scene.asked() if not request.startswith("GET ")] == []
+    assert [request for request in fixture.asked() if not request.startswith("GET ")] == []
 
 
-def test_every_weight_byte_is_hashed_once_and_sent_once(scene: Scene) -> None:
+def test_every_weight_byte_is_hashed_once_and_sent_once(fixture: HubReleaseFixture) -> None:
     """The digest serves the receipt, the audit, the comparison with the Hub and the upload alike."""
     time.sleep(2.1)  # what has just been written may still change unnoticed, and is hashed again
     counting = (
@@ -212,9 +214,9 @@ def test_every_weight_byte_is_hashed_once_and_sent_once(scene: Scene) -> None:
         "app(sys.argv[1:], standalone_mode=False)\n"
         "json.dump([str(name) for name in hashed], open('hashed.json', 'w'))\n"
     )
-    scene.publish("--yes", program=counting)
-    weights = sorted(str(path) for path in (scene.dist / "builds").rglob("*.safetensors"))
-    hashed = json.loads((scene.folder / "hashed.json").read_text())
+    fixture.publish("--yes", program=counting)
+    weights = sorted(str(path) for path in (fixture.dist / "builds").rglob("*.safetensors"))
+    hashed = json.loads((fixture.folder / "hashed.json").read_text())
     assert sorted(name for name in hashed if name in weights) == weights
-    sent = [upload.received for upload in scene.hub.uploaded]
+    sent = [upload.received for upload in fixture.hub.uploaded]
     assert sorted(sent) == sorted(Path(path).stat().st_size for path in weights)

@@ -76,7 +76,7 @@ class Target(LocalTarget):
         super().export(commit, name, path)
 
 
-class Scene:
+class PublishedFixture:
     """Two branches that can be damaged before they are published."""
 
     def __init__(self, tmp_path: Path) -> None:
@@ -117,13 +117,13 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Scene:
-    return Scene(tmp_path)
+def fixture(tmp_path: Path) -> PublishedFixture:
+    return PublishedFixture(tmp_path)
 
 
-def test_what_was_published_is_proven_and_how_deep_is_said(scene: Scene) -> None:
-    scene.publish()
-    report = scene.verify()
+def test_what_was_published_is_proven_and_how_deep_is_said(fixture: PublishedFixture) -> None:
+    fixture.publish()
+    report = fixture.verify()
     assert report.findings == ()
     assert [proof.branch for proof in report.branches] == [MAIN, VARIANT]
     for proof, documents in zip(report.branches, (3, 4), strict=True):
@@ -131,20 +131,22 @@ def test_what_was_published_is_proven_and_how_deep_is_said(scene: Scene) -> None
         assert proof.num_stated + proof.num_read == proof.num_files - 1, "all but provenance.json itself"
         assert proof.num_tensors == 63
     assert report.card_rows == 2
-    assert scene.lines == ["main: ok", f"{VARIANT}: ok"]
-    assert scene.target.exported == 0
+    assert fixture.lines == ["main: ok", f"{VARIANT}: ok"]
+    assert fixture.target.exported == 0
 
 
-def test_full_reads_every_byte_and_audits(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_reads_every_byte_and_audits(
+    fixture: PublishedFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    scene.publish()
-    report = scene.verify(full=True)
+    fixture.publish()
+    report = fixture.verify(full=True)
     assert report.findings == ()
     for proof in report.branches:
         assert (proof.num_stated, proof.num_read, proof.audited) == (0, proof.num_files - 1, True)
-    assert any(line.startswith(f"  {VARIANT}: {FIRST_SHARD}, ") for line in scene.lines)
+    assert any(line.startswith(f"  {VARIANT}: {FIRST_SHARD}, ") for line in fixture.lines)
     assert list(scratch.iterdir()) == [], "what was downloaded is deleted"
 
 
@@ -153,10 +155,10 @@ def forget_sha256(files: dict[str, StoredFile]) -> None:
         files[name] = replace(file, sha256="")
 
 
-def test_what_has_no_stated_sha256_is_read(scene: Scene) -> None:
-    scene.publish()
-    scene.target.lie = forget_sha256
-    report = scene.verify()
+def test_what_has_no_stated_sha256_is_read(fixture: PublishedFixture) -> None:
+    fixture.publish()
+    fixture.target.lie = forget_sha256
+    report = fixture.verify()
     assert report.findings == ()
     assert [(proof.num_stated, proof.num_read) for proof in report.branches] == [
         (0, proof.num_files - 1) for proof in report.branches
@@ -168,12 +170,12 @@ class Case:
     """A change, and the only rule that it may break."""
 
     rule: str
-    change: Callable[[Scene], object]
+    change: Callable[[PublishedFixture], object]
     words: str = ""
 
 
-def append(scene: Scene, branch: str, name: str, data: bytes = b" ") -> None:
-    path = scene.folders[branch] / name
+def append(fixture: PublishedFixture, branch: str, name: str, data: bytes = b" ") -> None:
+    path = fixture.folders[branch] / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes((path.read_bytes() if path.exists() else b"") + data)
 
@@ -184,26 +186,26 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def damage(change: Callable[[Path], object], branch: str = MAIN) -> Callable[[Scene], object]:
+def damage(change: Callable[[Path], object], branch: str = MAIN) -> Callable[[PublishedFixture], object]:
     """Change a branch's files, and let the record be that of the files as they are then."""
 
-    def changed(scene: Scene) -> None:
-        change(scene.folders[branch])
-        reseal(scene.folders[branch], branch)
+    def changed(fixture: PublishedFixture) -> None:
+        change(fixture.folders[branch])
+        reseal(fixture.folders[branch], branch)
 
     return changed
 
 
-def record(change: Callable[[dict[str, Any]], object], branch: str = VARIANT) -> Callable[[Scene], object]:
-    return lambda scene: edit_json(scene.folders[branch], PROVENANCE, change)
+def record(change: Callable[[dict[str, Any]], object], branch: str = VARIANT) -> Callable[[PublishedFixture], object]:
+    return lambda fixture: edit_json(fixture.folders[branch], PROVENANCE, change)
 
 
-def table(old: str, new: str) -> Callable[[Scene], object]:
+def table(old: str, new: str) -> Callable[[PublishedFixture], object]:
     def replaced(text: str) -> str:
         assert old in text
         return text.replace(old, new)
 
-    return lambda scene: scene.write_card(replaced)
+    return lambda fixture: fixture.write_card(replaced)
 
 
 def declare(folder: Path, **values: object) -> None:
@@ -211,25 +213,25 @@ def declare(folder: Path, **values: object) -> None:
     edit_json(folder, "quantize_config.json", lambda config: config.update(values))
 
 
-def header(data: bytes) -> Callable[[Scene], object]:
+def header(data: bytes) -> Callable[[PublishedFixture], object]:
     """Let main's weights begin with these bytes."""
     return damage(lambda folder: (folder / WEIGHTS).write_bytes(data))
 
 
 ANOTHER_ROW = "| `gptq-8bit-128g` | 8 | 128 | False | 0.01 | x | 32 | 1 kB |\n\nMore words."
 CASES = [
-    Case(rule="remote-file-missing", change=lambda scene: (scene.main / "USE_POLICY.md").unlink(), words="USE_POLICY"),
-    Case(rule="remote-file-unlisted", change=lambda scene: append(scene, VARIANT, "notes/x.txt"), words="notes/x.txt"),
-    Case(rule="remote-file-changed", change=lambda scene: append(scene, VARIANT, "tokenizer.json"), words="bytes"),
-    Case(rule="remote-file-changed", change=lambda scene: flip(scene.main / WEIGHTS), words="the sha256"),
-    Case(rule="remote-file-changed", change=lambda scene: flip(scene.main / README), words="its content has"),
+    Case(rule="remote-file-missing", change=lambda f: (f.main / "USE_POLICY.md").unlink(), words="USE_POLICY"),
+    Case(rule="remote-file-unlisted", change=lambda f: append(f, VARIANT, "notes/x.txt"), words="notes/x.txt"),
+    Case(rule="remote-file-changed", change=lambda f: append(f, VARIANT, "tokenizer.json"), words="bytes"),
+    Case(rule="remote-file-changed", change=lambda f: flip(f.main / WEIGHTS), words="the sha256"),
+    Case(rule="remote-file-changed", change=lambda f: flip(f.main / README), words="its content has"),
     Case(rule="repository-differs", change=record(lambda found: found.update(repository="a/tiny-GPTQ")), words='"a/t'),
     Case(rule="repository-differs", change=record(lambda found: found.update(repository="iny-GPTQ"))),
-    Case(rule="branch-differs", change=record(lambda found: found.update(branch=MAIN)), words="lies on gptq-4bit-16g"),
+    Case(rule="branch-differs", change=record(lambda found: found.update(branch=MAIN)), words="branch is gptq-4"),
     Case(rule="branch-differs", change=record(lambda found: found["parameters"].update(desc_act=False)),
-         words="not those that the name gptq-4bit-16g-actorder_True stands for"),
+         words="differ from those in the name gptq-4bit-16g-actorder_True"),
     Case(rule="provenance-invalid", change=record(lambda found: found.pop("files")), words="provenance.json: files"),
-    Case(rule="provenance-missing", change=lambda scene: (scene.folders[VARIANT] / PROVENANCE).unlink()),
+    Case(rule="provenance-missing", change=lambda f: (f.folders[VARIANT] / PROVENANCE).unlink()),
     Case(rule="provenance-disagrees", change=record(lambda found: found.update(weights_bytes=5)), words="weights_byte"),
     Case(rule="provenance-disagrees", change=record(lambda found: found["linears"].pop()), words="13 linears"),
     Case(rule="linear-shape", change=damage(lambda folder: declare(folder, group_size=64)), words="group_size 64"),
@@ -268,13 +270,13 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rule} {case.words}".strip())
-def test_one_thing_that_is_wrong_is_found(scene: Scene, case: Case) -> None:
-    case.change(scene)
-    scene.publish()
-    found = scene.found()
+def test_one_thing_that_is_wrong_is_found(f: PublishedFixture, case: Case) -> None:
+    case.change(f)
+    f.publish()
+    found = f.found()
     assert any(case.words in message for message in found[case.rule])
-    assert scene.target.largest <= 10_000_000
-    thorough = scene.found(full=True)
+    assert f.target.largest <= 10_000_000
+    thorough = f.found(full=True)
     assert case.rule in thorough or case.rule in ("header-too-large", "text-damaged"), "limits are for bounded reads"
     if case.rule not in ("header-too-large", "text-damaged"):
         assert any(case.words in message for message in thorough[case.rule])
@@ -287,81 +289,81 @@ def test_every_rule_of_its_own_has_a_case() -> None:
     assert set(RULES) - set(audit.RULES) == {case.rule for case in CASES if case.rule not in audit.RULES} | elsewhere
 
 
-def test_a_branch_that_somebody_else_made_has_no_record(scene: Scene, tmp_path: Path) -> None:
-    scene.publish()
+def test_a_branch_that_somebody_else_made_has_no_record(f: PublishedFixture, tmp_path: Path) -> None:
+    f.publish()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.txt").write_text("x")
-    publish([describe(tmp_path / "other", "other")], scene.target, scene.lines.append)
-    assert list(scene.found()) == ["provenance-missing"]
-    assert scene.found(MAIN, VARIANT) == {}
+    publish([describe(tmp_path / "other", "other")], f.target, f.lines.append)
+    assert list(f.found()) == ["provenance-missing"]
+    assert f.found(MAIN, VARIANT) == {}
 
 
-def test_only_the_branches_named_are_looked_at(scene: Scene) -> None:
-    edit_json(scene.main, PROVENANCE, lambda found: found.update(branch="other"))
-    scene.publish()
-    report = scene.verify(VARIANT)
+def test_only_the_branches_named_are_looked_at(f: PublishedFixture) -> None:
+    edit_json(f.main, PROVENANCE, lambda found: found.update(branch="other"))
+    f.publish()
+    report = f.verify(VARIANT)
     assert (report.findings, report.card_rows) == ((), None)
-    assert list(scene.found(MAIN)) == ["branch-differs"]
+    assert list(f.found(MAIN)) == ["branch-differs"]
     with pytest.raises(PublishError, match="there is no branch mian"):
-        scene.verify("mian")
+        f.verify("mian")
 
 
-def test_without_main_the_others_are_looked_at(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    scene.publish()
-    states = {branch: state for branch, state in scene.target.read_branches().items() if branch != MAIN}
-    monkeypatch.setattr(scene.target, "read_branches", lambda: states)
-    assert list(scene.found()) == ["main-missing"]
+def test_without_main_the_others_are_looked_at(f: PublishedFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    f.publish()
+    states = {branch: state for branch, state in f.target.read_branches().items() if branch != MAIN}
+    monkeypatch.setattr(f.target, "read_branches", lambda: states)
+    assert list(f.found()) == ["main-missing"]
 
 
-def alone(scene: Scene, branch: str) -> LocalTarget:
+def alone(f: PublishedFixture, branch: str) -> LocalTarget:
     """Publish a variant into a repository of its own, and return that."""
     repository = REPOSITORY if branch == MAIN else f"{REPOSITORY}-{branch}"
-    scene.write_card(lambda table: table.replace("| Branch |", "| Variant |"))
-    folder = scene.folders[branch]
+    f.write_card(lambda table: table.replace("| Branch |", "| Variant |"))
+    folder = f.folders[branch]
     if branch != MAIN:
-        (folder / README).write_bytes((scene.main / README).read_bytes())
+        (folder / README).write_bytes((f.main / README).read_bytes())
         reseal(folder, branch)
     edit_json(folder, PROVENANCE, lambda found: found.update(layout="repos"))
-    target = LocalTarget(scene.root, repository)
-    publish([replace(describe(folder, branch), branch=MAIN)], target, scene.lines.append)
+    target = LocalTarget(f.root, repository)
+    publish([replace(describe(folder, branch), branch=MAIN)], target, f.lines.append)
     return target
 
 
 @pytest.mark.parametrize("branch", [MAIN, VARIANT])
-def test_a_variant_in_a_repository_of_its_own_lies_on_its_main(scene: Scene, branch: str) -> None:
-    report = verify_published(alone(scene, branch), scene.lines.append)
+def test_a_variant_in_a_repository_of_its_own_lies_on_its_main(f: PublishedFixture, branch: str) -> None:
+    report = verify_published(alone(f, branch), f.lines.append)
     assert report.findings == ()
     assert report.card_rows == 1, "the other rows lead to other repositories"
 
 
-def test_a_variant_in_another_s_repository_is_found(scene: Scene) -> None:
-    target = alone(scene, VARIANT)
-    misplaced = LocalTarget(scene.root, f"{REPOSITORY}-another")
-    shutil.move(scene.root / "models" / f"{REPOSITORY}-{VARIANT}", scene.root / "models" / f"{REPOSITORY}-another")
-    (finding,) = verify_published(misplaced, scene.lines.append).findings
+def test_a_variant_in_another_s_repository_is_found(f: PublishedFixture) -> None:
+    target = alone(f, VARIANT)
+    misplaced = LocalTarget(f.root, f"{REPOSITORY}-another")
+    shutil.move(f.root / "models" / f"{REPOSITORY}-{VARIANT}", f.root / "models" / f"{REPOSITORY}-another")
+    (finding,) = verify_published(misplaced, f.lines.append).findings
     assert finding.rule == "repository-differs"
     assert target.where != misplaced.where
 
 
-def test_nothing_published_cannot_be_read(scene: Scene) -> None:
+def test_nothing_published_cannot_be_read(f: PublishedFixture) -> None:
     with pytest.raises(PublishError, match="nothing is published here"):
-        scene.verify()
+        f.verify()
 
 
-def test_one_branch_that_cannot_be_read_is_a_finding_all_of_them_are_an_error(scene: Scene) -> None:
-    scene.publish()
-    scene.target.fails = INDEX
-    assert scene.found() == {"branch-unreadable": [f"{VARIANT}: : gone: 404"]}
-    scene.target.fails = PROVENANCE
+def test_one_branch_that_cannot_be_read_is_a_finding_all_of_them_are_an_error(f: PublishedFixture) -> None:
+    f.publish()
+    f.target.fails = INDEX
+    assert f.found() == {"branch-unreadable": [f"{VARIANT}: : gone: 404"]}
+    f.target.fails = PROVENANCE
     with pytest.raises(PublishError, match="gone"):
-        scene.verify()
+        f.verify()
 
 
-def test_full_needs_space(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    scene.publish()
+def test_full_needs_space(f: PublishedFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    f.publish()
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(MachineError, match="no space for main") as caught:
-        scene.verify(full=True)
+        f.verify(full=True)
     assert "TMPDIR" in caught.value.hint
 
 
@@ -388,17 +390,17 @@ LIES: Sequence[tuple[str, Callable[[dict[str, StoredFile]], object]]] = [
 
 @pytest.mark.parametrize(("rule", "lie"), LIES)
 def test_a_listing_that_lies_is_a_finding(
-    scene: Scene, rule: str, lie: Callable[[dict[str, StoredFile]], object], tmp_path: Path
+    fixture: PublishedFixture, rule: str, lie: Callable[[dict[str, StoredFile]], object], tmp_path: Path
 ) -> None:
-    scene.publish()
-    scene.target.lie = lie
+    fixture.publish()
+    fixture.target.lie = lie
     before = {path for path in tmp_path.rglob("*") if ".git" not in path.parts}
-    report = scene.verify()
+    report = fixture.verify()
     assert rule in {finding.rule for finding in report.findings}
     assert len(report.findings) < 200
     print_report(report, Console(file=io.StringIO(), width=120))
     json.dumps(report_json(report))
-    assert scene.target.largest <= 10_000_000
+    assert fixture.target.largest <= 10_000_000
     assert {path for path in tmp_path.rglob("*") if ".git" not in path.parts} == before
 
 
@@ -423,9 +425,9 @@ RECORDS: Sequence[tuple[str, bytes | Callable[[dict[str, Any]], object]]] = [
 
 @pytest.mark.parametrize(("rule", "content"), RECORDS, ids=range(len(RECORDS)))
 def test_a_hostile_record_is_a_finding(
-    scene: Scene, rule: str, content: bytes | Callable[[dict[str, Any]], object]
+    fixture: PublishedFixture, rule: str, content: bytes | Callable[[dict[str, Any]], object]
 ) -> None:
-    path = scene.folders[VARIANT] / PROVENANCE
+    path = fixture.folders[VARIANT] / PROVENANCE
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
@@ -434,8 +436,8 @@ def test_a_hostile_record_is_a_finding(
         sys.set_int_max_str_digits(0)
         path.write_text(json.dumps(document))
         sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)
-    scene.publish()
-    for report in (scene.verify(), scene.verify(full=True)):
+    fixture.publish()
+    for report in (fixture.verify(), fixture.verify(full=True)):
         assert rule in {finding.rule for finding in report.findings}
         for finding in report.findings:
             assert (finding.file + finding.message).isprintable()
@@ -445,69 +447,69 @@ def test_a_hostile_record_is_a_finding(
         json.dumps(report_json(report))
 
 
-def test_an_index_that_names_files_outside_reads_none(scene: Scene) -> None:
-    folder = scene.folders[VARIANT]
+def test_an_index_that_names_files_outside_reads_none(fixture: PublishedFixture) -> None:
+    folder = fixture.folders[VARIANT]
     edit_json(folder, INDEX, lambda found: found["weight_map"].update({f"{Q}.g_idx": "../../../../etc/passwd"}))
     reseal(folder, VARIANT)
-    scene.publish()
-    assert "index-shard-missing" in scene.found()
+    fixture.publish()
+    assert "index-shard-missing" in fixture.found()
 
 
-def claim_size(scene: Scene, name: str, size_bytes: int, sha256: str | None = None) -> None:
+def claim_size(fixture: PublishedFixture, name: str, size_bytes: int, sha256: str | None = None) -> None:
     """Let the record of main and the listing agree on a size that a file does not have."""
-    edit_json(scene.main, PROVENANCE, lambda found: found["files"][name].update(size_bytes=size_bytes))
-    scene.target.lie = lambda files: files
-    scene.publish()
+    edit_json(fixture.main, PROVENANCE, lambda found: found["files"][name].update(size_bytes=size_bytes))
+    fixture.target.lie = lambda files: files
+    fixture.publish()
 
     def lie(files: dict[str, StoredFile]) -> None:
         stored = files[name]
         files[name] = replace(stored, size_bytes=size_bytes, sha256=stored.sha256 if sha256 is None else sha256)
 
-    scene.target.lie = lie
+    fixture.target.lie = lie
 
 
 @pytest.mark.parametrize("size_bytes", [10**9, 1 << 62])
-def test_what_no_sha256_is_stated_of_is_read_up_to_a_limit(scene: Scene, size_bytes: int) -> None:
-    claim_size(scene, "tokenizer.json", size_bytes, sha256="")
-    scene.target.fails = "tokenizer.json"
-    assert "digest-unknown" in scene.found(MAIN)
+def test_what_no_sha256_is_stated_of_is_read_up_to_a_limit(fixture: PublishedFixture, size_bytes: int) -> None:
+    claim_size(fixture, "tokenizer.json", size_bytes, sha256="")
+    fixture.target.fails = "tokenizer.json"
+    assert "digest-unknown" in fixture.found(MAIN)
 
 
 @pytest.mark.parametrize("data", [b"", b"\x08", b"\xff" * 8, (10**18).to_bytes(8, "little")])
-def test_a_header_of_any_length_in_a_file_of_any_size_is_read_in_bounds(scene: Scene, data: bytes) -> None:
-    (scene.main / WEIGHTS).write_bytes(data + b" " * 100 if data else data)
-    reseal(scene.main, MAIN)
-    claim_size(scene, WEIGHTS, 10**30)
-    assert "header-too-large" in scene.found(MAIN)
-    claim_size(scene, WEIGHTS, 1 << 40)
-    scene.target.largest = 0
-    report = scene.verify(MAIN)
+def test_a_header_of_any_length_in_a_file_of_any_size_is_read_in_bounds(fixture: PublishedFixture, data: bytes) -> None:
+    (fixture.main / WEIGHTS).write_bytes(data + b" " * 100 if data else data)
+    reseal(fixture.main, MAIN)
+    claim_size(fixture, WEIGHTS, 10**30)
+    assert "header-too-large" in fixture.found(MAIN)
+    claim_size(fixture, WEIGHTS, 1 << 40)
+    fixture.target.largest = 0
+    report = fixture.verify(MAIN)
     assert {finding.rule for finding in report.findings} & {"header-too-large", "safetensors-damaged"}
-    assert scene.target.largest < 100_000
+    assert fixture.target.largest < 100_000
 
 
 def test_names_of_branches_are_shown_without_what_a_terminal_obeys(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
+    fixture: PublishedFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scene.publish()
-    states = scene.target.read_branches()
+    fixture.publish()
+    states = fixture.target.read_branches()
     odd = "\x9b2J[red]\u202e"  # git allows all of that
-    monkeypatch.setattr(scene.target, "read_branches", lambda: {**states, odd: states[VARIANT]})
-    report = scene.verify(full=True)
+    monkeypatch.setattr(fixture.target, "read_branches", lambda: {**states, odd: states[VARIANT]})
+    report = fixture.verify(full=True)
     stream = io.StringIO()
     print_report(report, Console(file=stream, width=200))
-    shown = f"{stream.getvalue()}{scene.lines}"
+    shown = f"{stream.getvalue()}{fixture.lines}"
     assert "\\x9b2J[red]\\u202e" in shown
-    assert all(line.isprintable() for line in (*stream.getvalue().splitlines(), *scene.lines))
+    assert all(line.isprintable() for line in (*stream.getvalue().splitlines(), *fixture.lines))
     assert json.loads(json.dumps(report_json(report)))["branches"][2]["branch"] == odd
     with pytest.raises(PublishError) as caught:
-        scene.verify("mian")
+        fixture.verify("mian")
     assert all(line.isprintable() for line in str(caught.value).splitlines())
 
 
-def test_a_listed_size_that_no_file_system_can_have(scene: Scene) -> None:
-    claim_size(scene, WEIGHTS, 1 << 62)
-    assert "header-too-large" in scene.found(MAIN)
+def test_a_listed_size_that_no_file_system_can_have(fixture: PublishedFixture) -> None:
+    claim_size(fixture, WEIGHTS, 1 << 62)
+    assert "header-too-large" in fixture.found(MAIN)
 
 
 @pytest.mark.parametrize(
@@ -518,11 +520,11 @@ def test_a_hostile_card_has_no_table(text: str) -> None:
     assert list(table_rows(text)) == []
 
 
-def test_a_table_of_many_rows_is_cut(scene: Scene) -> None:
+def test_a_table_of_many_rows_is_cut(fixture: PublishedFixture) -> None:
     rows = "\n".join(ANOTHER_ROW.partition("\n")[0].replace("128g", str(n)) for n in range(15_000))
-    scene.write_card(lambda table: table.replace("\n\nMore words.", f"\n{rows}\n"))
-    scene.publish()
-    (messages,) = scene.found().values()
+    fixture.write_card(lambda table: table.replace("\n\nMore words.", f"\n{rows}\n"))
+    fixture.publish()
+    (messages,) = fixture.found().values()
     assert len(messages) == 21
     assert messages[-1].endswith("and 978 more findings of this rule")
 
@@ -538,11 +540,11 @@ def test_sizes_are_compared_as_they_are_rounded() -> None:
 # What people and programs see
 
 
-def test_the_words(scene: Scene, update_golden: bool) -> None:
-    flip(scene.folders[VARIANT] / "tokenizer.model")
-    scene.write_card(lambda table: table.replace("| 4 | 16 |", "| 4 | 128 |"))
-    scene.publish()
-    report = scene.verify()
+def test_the_words(fixture: PublishedFixture, update_golden: bool) -> None:
+    flip(fixture.folders[VARIANT] / "tokenizer.model")
+    fixture.write_card(lambda table: table.replace("| 4 | 16 |", "| 4 | 128 |"))
+    fixture.publish()
+    report = fixture.verify()
     proofs = tuple(replace(proof, commit=letter * 40) for proof, letter in zip(report.branches, "ab", strict=True))
     stream = io.StringIO()
     shown = replace(report, where="https://huggingface.co/tester/tiny-GPTQ", branches=proofs)
@@ -556,15 +558,15 @@ def packager(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_the_command_s_exit_codes(scene: Scene, tmp_path: Path) -> None:
-    scene.publish()
-    where = scene.root / "models" / REPOSITORY
+def test_the_command_s_exit_codes(fixture: PublishedFixture, tmp_path: Path) -> None:
+    fixture.publish()
+    where = fixture.root / "models" / REPOSITORY
     code, out, err = packager("verify-published", where, "--full")
     assert code == 0
     assert "passed  0 errors, 0 warnings; the table of main's card: 2 rows compared" in out
     assert f"  {VARIANT}: config.json, " in err
-    edit_text(scene.main, README, "tiny", "tinier")
-    scene.publish(MAIN)
+    edit_text(fixture.main, README, "tiny", "tinier")
+    fixture.publish(MAIN)
     code, out, _ = packager("verify-published", where, "--format", "json", "-q")
     result = json.loads(out)
     assert (code, result["passed"]) == (AuditError.exit_code, False)

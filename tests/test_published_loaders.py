@@ -122,7 +122,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "dist"
 
 
-class Scene:
+class LoadersFixture:
     """A copy of the release that may be changed."""
 
     def __init__(self, dist: Path) -> None:
@@ -147,17 +147,17 @@ class Scene:
 
 
 @pytest.fixture
-def scene(published: Path, tmp_path: Path) -> Scene:
+def fixture(published: Path, tmp_path: Path) -> LoadersFixture:
     shutil.copytree(published, tmp_path / "dist", symlinks=True)
-    return Scene(tmp_path / "dist")
+    return LoadersFixture(tmp_path / "dist")
 
 
 def loaders_of(report: PublishedReport) -> Mapping[str, dict[str, str]]:
     return {proof.branch: {record.loader: record.status for record in proof.loaders} for proof in report.branches}
 
 
-def test_the_loaders_of_the_record_open_what_was_downloaded(scene: Scene, loader: StandIn) -> None:
-    report = scene.verify()
+def test_the_loaders_of_the_record_open_what_was_downloaded(fixture: LoadersFixture, loader: StandIn) -> None:
+    report = fixture.verify()
     assert report.findings == ()
     assert (report.full, loader.opened) == (True, [4, 4, 3])
     assert loaders_of(report) == {branch: {"transformers": "passed", "exllamav2": "not run"} for branch in BRANCHES}
@@ -169,8 +169,8 @@ def test_the_loaders_of_the_record_open_what_was_downloaded(scene: Scene, loader
         assert "needs a CUDA device" in absent.reason
 
 
-def test_people_and_programs_see_it(scene: Scene, loader: StandIn) -> None:
-    report = scene.verify(MAIN)
+def test_people_and_programs_see_it(fixture: LoadersFixture, loader: StandIn) -> None:
+    report = fixture.verify(MAIN)
     stream = io.StringIO()
     print_report(report, Console(file=stream, width=200))
     assert "transformers: passed, relative error 0.00010, top-1 1.000" in stream.getvalue()
@@ -180,9 +180,9 @@ def test_people_and_programs_see_it(scene: Scene, loader: StandIn) -> None:
     assert len(loader.opened) == 1
 
 
-def test_a_loader_that_computes_something_else_exits_with_8(scene: Scene, loader: StandIn) -> None:
+def test_a_loader_that_computes_something_else_exits_with_8(fixture: LoadersFixture, loader: StandIn) -> None:
     loader.change = lambda logits: logits.roll(1, dims=-1)
-    code, out, _ = scene.run("--branch", THREE_BITS, "--format", "json")
+    code, out, _ = fixture.run("--branch", THREE_BITS, "--format", "json")
     assert code == LoaderError.exit_code
     (branch,) = json.loads(out)["branches"]
     (finding,) = branch["findings"]
@@ -191,7 +191,7 @@ def test_a_loader_that_computes_something_else_exits_with_8(scene: Scene, loader
     assert not branch["passed"]
 
 
-def test_weights_of_another_digest_than_the_record_s_fail(scene: Scene, loader: StandIn) -> None:
+def test_weights_of_another_digest_than_the_record_s_fail(fixture: LoadersFixture, loader: StandIn) -> None:
     right = loader.probe
 
     def other(*arguments: object) -> list[object]:
@@ -200,13 +200,15 @@ def test_weights_of_another_digest_than_the_record_s_fail(scene: Scene, loader: 
     loader.probe = other  # type: ignore[method-assign, assignment]
     with pytest.MonkeyPatch.context() as patch:
         install(loader, patch)
-        (finding,) = scene.verify(MAIN).findings
+        (finding,) = fixture.verify(MAIN).findings
     assert "it read other weights than were packed" in finding.message
 
 
-def test_a_required_loader_that_cannot_run_here_is_said_and_no_failure(scene: Scene, loader: StandIn) -> None:
+def test_a_required_loader_that_cannot_run_here_is_said_and_no_failure(
+    fixture: LoadersFixture, loader: StandIn
+) -> None:
     loader.missing = "no index can be reached"
-    code, out, _ = scene.run("--format", "json")
+    code, out, _ = fixture.run("--format", "json")
     assert code == 0
     for branch in json.loads(out)["branches"]:
         (finding,) = branch["findings"]
@@ -214,9 +216,9 @@ def test_a_required_loader_that_cannot_run_here_is_said_and_no_failure(scene: Sc
         assert "no index can be reached" in finding["message"]
 
 
-def test_a_branch_that_is_wrong_is_not_opened(scene: Scene, loader: StandIn) -> None:
-    scene.change(ACT_ORDER, lambda folder: (folder / "LICENSE.txt").write_text("Do what you want.\n"))
-    code, out, _ = scene.run("--format", "json")
+def test_a_branch_that_is_wrong_is_not_opened(fixture: LoadersFixture, loader: StandIn) -> None:
+    fixture.change(ACT_ORDER, lambda folder: (folder / "LICENSE.txt").write_text("Do what you want.\n"))
+    code, out, _ = fixture.run("--format", "json")
     assert code == AuditError.exit_code
     assert loader.opened == [4, 3]
     broken = json.loads(out)["branches"][1]
@@ -224,7 +226,7 @@ def test_a_branch_that_is_wrong_is_not_opened(scene: Scene, loader: StandIn) -> 
     assert {found["reason"] for found in broken["loaders"]} == {"the branch failed the checks before this one"}
 
 
-def test_whatever_a_record_names_as_a_loader(scene: Scene, loader: StandIn) -> None:
+def test_whatever_a_record_names_as_a_loader(fixture: LoadersFixture, loader: StandIn) -> None:
     record = {"loader": "x\x1b[2J", "required": True, "status": "passed"}
     names = [{**record, "loader": f"../{number}\n" * 100} for number in range(1000)]
     again = {**record, "loader": "transformers"}
@@ -233,8 +235,8 @@ def test_whatever_a_record_names_as_a_loader(scene: Scene, loader: StandIn) -> N
         loaders = [record, *names, again, {**again, "required": False}]
         edit_json(folder, PROVENANCE, lambda found: found.update(loaders=loaders))
 
-    scene.change(MAIN, edit)
-    report = scene.verify(MAIN)
+    fixture.change(MAIN, edit)
+    report = fixture.verify(MAIN)
     assert loader.opened == [4]
     (proof,) = report.branches
     assert [(found.status, found.required) for found in proof.loaders] == [("passed", True)] + [("not run", True)] * 5
@@ -242,22 +244,22 @@ def test_whatever_a_record_names_as_a_loader(scene: Scene, loader: StandIn) -> N
     assert report.passed, "what this version does not know is no failure"
 
 
-def test_a_record_without_loaders_is_said(scene: Scene, loader: StandIn) -> None:
-    scene.change(MAIN, lambda folder: edit_json(folder, PROVENANCE, lambda found: found.update(loaders=[])))
-    (finding,) = scene.verify(MAIN).findings
+def test_a_record_without_loaders_is_said(fixture: LoadersFixture, loader: StandIn) -> None:
+    fixture.change(MAIN, lambda folder: edit_json(folder, PROVENANCE, lambda found: found.update(loaders=[])))
+    (finding,) = fixture.verify(MAIN).findings
     assert (finding.rule, finding.severity) == ("loader-not-run", "warning")
     assert loader.opened == []
 
 
 @pytest.mark.parametrize("error", [ValueError("odd\x1b"), KeyError("model.embed_tokens"), RuntimeError("shape")])
 def test_a_forward_that_fails_is_the_branch_s_fault(
-    scene: Scene, loader: StandIn, monkeypatch: pytest.MonkeyPatch, error: Exception
+    fixture: LoadersFixture, loader: StandIn, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(verify, "reference", fail)
-    report = scene.verify(MAIN, THREE_BITS)
+    report = fixture.verify(MAIN, THREE_BITS)
     assert {finding.rule for finding in report.findings} == {"loader-failed"}
     assert all("our own forward of it failed: " in finding.message for finding in report.findings)
     assert all(finding.message.isprintable() for finding in report.findings)
@@ -265,17 +267,21 @@ def test_a_forward_that_fails_is_the_branch_s_fault(
     assert loader.opened == []
 
 
-def test_a_gpu_without_memory_is_this_machine_s(scene: Scene, loader: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_memory_is_this_machine_s(
+    fixture: LoadersFixture, loader: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
 
     monkeypatch.setattr(verify, "reference", fail)
     with pytest.raises(MachineError, match="the GPU's memory is exhausted"):
-        scene.verify(MAIN)
+        fixture.verify(MAIN)
     assert loader.opened == []
 
 
-def test_without_the_build_extra_it_says_what_is_missing_first(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_build_extra_it_says_what_is_missing_first(
+    fixture: LoadersFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     version = metadata.version
 
     def without_torch(name: str) -> str:
@@ -284,14 +290,14 @@ def test_without_the_build_extra_it_says_what_is_missing_first(scene: Scene, mon
         return version(name)
 
     monkeypatch.setattr(metadata, "version", without_torch)
-    code, out, err = scene.run()
+    code, out, err = fixture.run()
     assert (code, out) == (MachineError.exit_code, "")
     assert "missing: torch" in err
     assert "gptq-packager[build]" in err
 
 
 @pytest.mark.parametrize("options", [[], ["--full"]])
-def test_without_loaders_it_needs_no_torch(scene: Scene, options: list[str]) -> None:
-    modules, output = loaded_by("verify-published", str(scene.where), *options)
+def test_without_loaders_it_needs_no_torch(fixture: LoadersFixture, options: list[str]) -> None:
+    modules, output = loaded_by("verify-published", str(fixture.where), *options)
     assert not modules & {"torch", "transformers", "datasets", "tokenizers", "huggingface_hub"}
     assert "passed" in output

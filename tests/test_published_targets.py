@@ -19,7 +19,7 @@ from packager.cli.published_view import print_report, report_json
 from packager.errors import AuditError, PublishError
 from packager.publish import published
 from packager.publish.published import PublishedReport
-from packager.publish.rollback import Request, RollbackPlan, RollbackReport, rollback
+from packager.publish.rollback import RollbackPlan, RollbackReport, RollbackRequest, rollback
 from packager.publish.targets import HeadMovedError, Target
 from packager.publish.targets.git import GitTarget
 from packager.publish.targets.hub import HubTarget
@@ -42,7 +42,7 @@ class KilledError(Exception):
     """What a test raises instead of dying."""
 
 
-class Scene(test_published.Scene):
+class PublishedFixture(test_published.PublishedFixture):
     """Two branches, a bare repository that they are published to, and a clock that goes on a minute at each look."""
 
     def __init__(self, tmp_path: Path, bare: Path, resolve_target: Callable[[], Target]) -> None:
@@ -74,7 +74,7 @@ class Scene(test_published.Scene):
         return published.verify_published(self.remote(), self.lines.append, branches=branches, full=full)
 
     def back(self, *branches: str) -> RollbackReport:
-        return rollback(self.remote(), Request(branches=branches), self.lines.append)
+        return rollback(self.remote(), RollbackRequest(branches=branches), self.lines.append)
 
     def tamper(self, branch: str, name: str, data: bytes) -> None:
         """Let somebody put a file on a branch, past packager and past every interface."""
@@ -107,30 +107,30 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
         yield hub
 
 
-def clock(scene: Scene) -> SimpleNamespace:
-    return SimpleNamespace(time=scene.tick, sleep=lambda _: None, monotonic=time.monotonic)
+def clock(fixture: PublishedFixture) -> SimpleNamespace:
+    return SimpleNamespace(time=fixture.tick, sleep=lambda _: None, monotonic=time.monotonic)
 
 
 @pytest.fixture
-def on_hub(tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> Scene:
+def on_hub(tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> PublishedFixture:
     bare = hub.root / f"{REPOSITORY}.git"
-    scene = Scene(tmp_path, bare, lambda: HubTarget(REPOSITORY, retry_limit_s=5))
-    monkeypatch.setattr("tests.loopback_hub.repository.time", clock(scene))
+    fixture = PublishedFixture(tmp_path, bare, lambda: HubTarget(REPOSITORY, retry_limit_s=5))
+    monkeypatch.setattr("tests.loopback_hub.repository.time", clock(fixture))
     monkeypatch.setattr("packager.publish.targets.hub_calls.time.sleep", lambda _: None)
-    return scene
+    return fixture
 
 
 @pytest.fixture
-def on_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+def on_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PublishedFixture:
     bare = tmp_path / "remotes" / f"{REPOSITORY}.git"
-    scene = Scene(tmp_path, bare, lambda: GitTarget(f"file://{bare}", tmp_path / "staging"))
-    monkeypatch.setattr("packager.publish.targets.git_process.time", clock(scene))
-    return scene
+    fixture = PublishedFixture(tmp_path, bare, lambda: GitTarget(f"file://{bare}", tmp_path / "staging"))
+    monkeypatch.setattr("packager.publish.targets.git_process.time", clock(fixture))
+    return fixture
 
 
 @pytest.fixture(params=["on_hub", "on_git"])
-def scene(request: pytest.FixtureRequest) -> Scene:
-    found: Scene = request.getfixturevalue(request.param)
+def fixture(request: pytest.FixtureRequest) -> PublishedFixture:
+    found: PublishedFixture = request.getfixturevalue(request.param)
     return found
 
 
@@ -138,46 +138,46 @@ def scene(request: pytest.FixtureRequest) -> Scene:
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["", "full"])
-def test_what_was_just_published_is_proven(scene: Scene, full: bool) -> None:
-    scene.publish()
-    report = scene.verify(full=full)
+def test_what_was_just_published_is_proven(fixture: PublishedFixture, full: bool) -> None:
+    fixture.publish()
+    report = fixture.verify(full=full)
     assert report.findings == ()
     assert report.card_rows == 2
     for proof in report.branches:
-        assert proof.commit == heads(scene.bare)[proof.branch]
+        assert proof.commit == heads(fixture.bare)[proof.branch]
         assert proof.num_stated + proof.num_read == proof.num_files - 1, "all but provenance.json itself"
         assert (proof.audited, proof.num_tensors) == (full, 63)
 
 
-def test_a_file_that_was_edited_in_the_repository_is_named_with_its_branch(scene: Scene) -> None:
-    scene.publish()
-    scene.tamper(VARIANT, "tokenizer.json", (scene.folders[VARIANT] / "tokenizer.json").read_bytes() + b" ")
-    scene.tamper(MAIN, "more.txt", b"x")
-    found = scene.found()
+def test_a_file_that_was_edited_in_the_repository_is_named_with_its_branch(fixture: PublishedFixture) -> None:
+    fixture.publish()
+    fixture.tamper(VARIANT, "tokenizer.json", (fixture.folders[VARIANT] / "tokenizer.json").read_bytes() + b" ")
+    fixture.tamper(MAIN, "more.txt", b"x")
+    found = fixture.found()
     assert found.keys() == {"remote-file-changed", "remote-file-unlisted", "head-foreign"}
     assert found["remote-file-changed"][0].startswith(f"{VARIANT}: tokenizer.json: ")
     assert found["remote-file-unlisted"][0].startswith(f"{MAIN}: more.txt: ")
     assert len(found["head-foreign"]) == 2
 
 
-def test_swapped_branches_are_named(scene: Scene) -> None:
-    scene.publish()
-    before = heads(scene.bare)
+def test_swapped_branches_are_named(fixture: PublishedFixture) -> None:
+    fixture.publish()
+    before = heads(fixture.bare)
     for branch, other in ((MAIN, VARIANT), (VARIANT, MAIN)):
-        git("update-ref", f"refs/heads/{branch}", before[other], cwd=scene.bare)
-    assert len(scene.found()["branch-differs"]) >= 2
+        git("update-ref", f"refs/heads/{branch}", before[other], cwd=fixture.bare)
+    assert len(fixture.found()["branch-differs"]) >= 2
 
 
-def test_another_branch_s_files_under_an_edited_record_are_a_copy(scene: Scene) -> None:
-    scene.publish()
-    shutil.copytree(scene.main, scene.folders[VARIANT], dirs_exist_ok=True)
-    scene.folders[VARIANT].joinpath("model.safetensors.index.json").unlink()
-    for shard in scene.folders[VARIANT].glob("model-*.safetensors"):
+def test_another_branch_s_files_under_an_edited_record_are_a_copy(fixture: PublishedFixture) -> None:
+    fixture.publish()
+    shutil.copytree(fixture.main, fixture.folders[VARIANT], dirs_exist_ok=True)
+    fixture.folders[VARIANT].joinpath("model.safetensors.index.json").unlink()
+    for shard in fixture.folders[VARIANT].glob("model-*.safetensors"):
         shard.unlink()
-    edit_json(scene.folders[VARIANT], PROVENANCE, lambda record: record.update(branch=VARIANT))
-    reseal(scene.folders[VARIANT], VARIANT)
-    scene.publish(VARIANT)
-    found = scene.found()
+    edit_json(fixture.folders[VARIANT], PROVENANCE, lambda record: record.update(branch=VARIANT))
+    reseal(fixture.folders[VARIANT], VARIANT)
+    fixture.publish(VARIANT)
+    found = fixture.found()
     assert "branch-copied" in found
     assert f"{VARIANT} and {MAIN} have the same weights" in found["branch-copied"][0]
 
@@ -197,7 +197,7 @@ def count_served(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return served
 
 
-def test_of_weights_only_headers_travel(on_hub: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_weights_only_headers_travel(on_hub: PublishedFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     on_hub.publish()
     served = count_served(monkeypatch)
     assert on_hub.verify().findings == ()
@@ -218,7 +218,7 @@ def test_of_weights_only_headers_travel(on_hub: Scene, monkeypatch: pytest.Monke
     assert served["content"] - before > weights
 
 
-def test_a_server_without_ranges_costs_nothing_but_time(on_hub: Scene, hub: LoopbackHub) -> None:
+def test_a_server_without_ranges_costs_nothing_but_time(on_hub: PublishedFixture, hub: LoopbackHub) -> None:
     on_hub.publish()
 
     def whole(call: object) -> None:
@@ -229,18 +229,18 @@ def test_a_server_without_ranges_costs_nothing_but_time(on_hub: Scene, hub: Loop
     assert fault.fired
 
 
-def test_empty_files_are_read_where_no_range_of_nothing_exists(scene: Scene) -> None:
-    scene.publish()
-    scene.tamper(VARIANT, PROVENANCE, b"")
-    scene.tamper(MAIN, README, b"")
-    found = scene.found()
+def test_empty_files_are_read_where_no_range_of_nothing_exists(fixture: PublishedFixture) -> None:
+    fixture.publish()
+    fixture.tamper(VARIANT, PROVENANCE, b"")
+    fixture.tamper(MAIN, README, b"")
+    found = fixture.found()
     assert "branch-unreadable" not in found
     assert f"{VARIANT}: {PROVENANCE}: " in found["provenance-invalid"][0]
     assert f"{MAIN}: {README}: " in found["remote-file-changed"][0]
     assert "card-table" in found
 
 
-def test_a_card_that_cannot_be_read_is_a_finding_and_hides_no_other(on_hub: Scene, hub: LoopbackHub) -> None:
+def test_a_card_that_cannot_be_read_is_a_finding_and_hides_no_other(on_hub: PublishedFixture, hub: LoopbackHub) -> None:
     on_hub.publish()
     on_hub.tamper(VARIANT, "more.txt", b"x")
     seen: list[str] = []
@@ -259,7 +259,7 @@ def test_a_card_that_cannot_be_read_is_a_finding_and_hides_no_other(on_hub: Scen
 
 
 def test_a_stored_object_that_is_not_what_its_name_says_needs_the_full_download(
-    on_hub: Scene, hub: LoopbackHub
+    on_hub: PublishedFixture, hub: LoopbackHub
 ) -> None:
     on_hub.publish()
     record = Provenance.model_validate_json((on_hub.main / PROVENANCE).read_bytes()).files[WEIGHTS]
@@ -278,7 +278,7 @@ def packager(*arguments: object) -> tuple[int, str, str]:
 @pytest.mark.parametrize("settings", [{"private": True}, {"gated": "manual"}], ids=["private", "gated"])
 @pytest.mark.parametrize("token", ["", "hf_of_somebody_else_123"], ids=["no token", "another's"])
 def test_who_has_no_access_is_told_so_without_a_secret(
-    on_hub: Scene,
+    on_hub: PublishedFixture,
     hub: LoopbackHub,
     monkeypatch: pytest.MonkeyPatch,
     command: list[str],
@@ -302,7 +302,7 @@ def test_who_has_no_access_is_told_so_without_a_secret(
     assert "hf_of" not in err
 
 
-def test_the_command_on_a_git_remote(on_git: Scene, tmp_path: Path) -> None:
+def test_the_command_on_a_git_remote(on_git: PublishedFixture, tmp_path: Path) -> None:
     on_git.publish()
     where = f"file://{on_git.bare}"
     code, out, _ = packager("verify-published", where, "--dist", tmp_path / "copies")
@@ -317,7 +317,7 @@ def test_the_command_on_a_git_remote(on_git: Scene, tmp_path: Path) -> None:
     assert result["branches"][1]["passed"]
 
 
-def test_a_git_remote_may_have_any_address_but_one_repository(on_git: Scene, tmp_path: Path) -> None:
+def test_a_git_remote_may_have_any_address_but_one_repository(on_git: PublishedFixture, tmp_path: Path) -> None:
     on_git.publish()
     elsewhere = tmp_path / "elsewhere.git"
     on_git.bare.rename(elsewhere)
@@ -333,7 +333,7 @@ def test_a_git_remote_may_have_any_address_but_one_repository(on_git: Scene, tmp
     assert (error.branch, error.rule) == (VARIANT, "repository-differs")
 
 
-def test_pointers_of_git_lfs_to_nothing_of_any_size_are_findings(on_git: Scene) -> None:
+def test_pointers_of_git_lfs_to_nothing_of_any_size_are_findings(on_git: PublishedFixture) -> None:
     on_git.publish()
     on_git.tamper(MAIN, ".gitattributes", b"*.safetensors filter=lfs -text\nREADME.md filter=lfs -text\n")
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %s\n" % (b"0" * 64, b"9" * 800)
@@ -349,29 +349,31 @@ def test_pointers_of_git_lfs_to_nothing_of_any_size_are_findings(on_git: Scene) 
 # rollback
 
 
-def test_a_release_goes_back_and_verifies(scene: Scene) -> None:
-    first, second = scene.release(1), scene.release(2)
+def test_a_release_goes_back_and_verifies(fixture: PublishedFixture) -> None:
+    first, second = fixture.release(1), fixture.release(2)
     assert first != second
-    report = scene.back()
+    report = fixture.back()
     assert {entry.action for entry in report.plan.branches} == {"restore"}
-    assert trees(scene.bare) == first
-    assert scene.verify(full=True).findings == ()
-    before = heads(scene.bare)
-    assert {entry.action for entry in scene.back().plan.branches} == {"done"}
-    assert heads(scene.bare) == before
+    assert trees(fixture.bare) == first
+    assert fixture.verify(full=True).findings == ()
+    before = heads(fixture.bare)
+    assert {entry.action for entry in fixture.back().plan.branches} == {"done"}
+    assert heads(fixture.bare) == before
 
 
-def test_one_branch_goes_back(scene: Scene) -> None:
-    first, second = scene.release(1), scene.release(2)
-    scene.back(VARIANT)
-    assert trees(scene.bare) == {**second, VARIANT: first[VARIANT]}
-    assert scene.found() == {}, "both releases' files are what their records say"
+def test_one_branch_goes_back(fixture: PublishedFixture) -> None:
+    first, second = fixture.release(1), fixture.release(2)
+    fixture.back(VARIANT)
+    assert trees(fixture.bare) == {**second, VARIANT: first[VARIANT]}
+    assert fixture.found() == {}, "both releases' files are what their records say"
 
 
 @pytest.mark.parametrize("lives", [0, 1])
-def test_killed_in_the_middle_and_run_again(scene: Scene, monkeypatch: pytest.MonkeyPatch, lives: int) -> None:
-    first, _ = scene.release(1), scene.release(2)
-    kind, left = type(scene.remote()), [lives]
+def test_killed_in_the_middle_and_run_again(
+    fixture: PublishedFixture, monkeypatch: pytest.MonkeyPatch, lives: int
+) -> None:
+    first, _ = fixture.release(1), fixture.release(2)
+    kind, left = type(fixture.remote()), [lives]
     restore = kind.restore
 
     def dying(self: Target, branch: str, commit: str, *, parent: str, message: str) -> str:
@@ -382,17 +384,17 @@ def test_killed_in_the_middle_and_run_again(scene: Scene, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(kind, "restore", dying)
     with pytest.raises(KilledError):
-        scene.back()
+        fixture.back()
     monkeypatch.setattr(kind, "restore", restore)
-    scene.back()
-    assert trees(scene.bare) == first
-    commits = {branch: int(git("rev-list", "--count", branch, cwd=scene.bare)) for branch in first}
+    fixture.back()
+    assert trees(fixture.bare) == first
+    commits = {branch: int(git("rev-list", "--count", branch, cwd=fixture.bare)) for branch in first}
     made = 1 if kind is HubTarget else 0  # the Hub begins each branch with a commit of its own
     assert commits == dict.fromkeys(first, made + 3), "one rollback each"
-    assert scene.verify().findings == ()
+    assert fixture.verify().findings == ()
 
 
-def test_an_answer_that_is_lost_is_no_second_commit(on_hub: Scene, hub: LoopbackHub) -> None:
+def test_an_answer_that_is_lost_is_no_second_commit(on_hub: PublishedFixture, hub: LoopbackHub) -> None:
     first, _ = on_hub.release(1), on_hub.release(2)
     fault = hub.fault("POST /api/models/.*/commit/", "cut-after", times=2)
     on_hub.back()
@@ -401,15 +403,15 @@ def test_an_answer_that_is_lost_is_no_second_commit(on_hub: Scene, hub: Loopback
     assert git("rev-list", "--count", MAIN, cwd=on_hub.bare).strip() == "4"
 
 
-def test_a_head_that_moves_in_between_is_somebody_s_work(scene: Scene) -> None:
-    first, second = scene.release(1), scene.release(2)
+def test_a_head_that_moves_in_between_is_somebody_s_work(fixture: PublishedFixture) -> None:
+    first, second = fixture.release(1), fixture.release(2)
 
     def meanwhile(_: RollbackPlan) -> None:
-        scene.tamper(MAIN, "more.txt", b"x")
+        fixture.tamper(MAIN, "more.txt", b"x")
 
     with pytest.raises(HeadMovedError) as caught:
-        rollback(scene.remote(), Request(), scene.lines.append, confirm=meanwhile)
+        rollback(fixture.remote(), RollbackRequest(), fixture.lines.append, confirm=meanwhile)
     assert "main moved while it was being put back" in str(caught.value)
-    now = trees(scene.bare)
+    now = trees(fixture.bare)
     assert now[VARIANT] == first[VARIANT], "what came before it is done"
     assert now[MAIN] not in (first[MAIN], second[MAIN]), "nobody's work is overwritten"

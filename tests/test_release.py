@@ -37,7 +37,7 @@ from packager.receipt import Provenance
 from packager.recipe.file import RecipeFile
 from tests import local_hub
 from tests.card_page import tables
-from tests.readers import (
+from tests.reader_fixtures import (
     BIN,
     Environ,
     assert_audit_passes,

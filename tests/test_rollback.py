@@ -54,7 +54,7 @@ class Killable(LocalTarget):
         return super().restore(branch, commit, parent=parent, message=message)
 
 
-class Scene:
+class RollbackFixture:
     """A repository, and a clock that goes on an hour with each thing that happens."""
 
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,250 +124,250 @@ def git_input(repository: Path, text: str, *arguments: str, date_s: int = NOON) 
 
 
 @pytest.fixture
-def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    return Scene(tmp_path, monkeypatch)
+def fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RollbackFixture:
+    return RollbackFixture(tmp_path, monkeypatch)
 
 
 def actions(report: RollbackReport) -> dict[str, str]:
     return {entry.branch: entry.action for entry in report.plan.branches}
 
 
-def test_a_release_goes_back_to_the_one_before_in_new_commits(scene: Scene) -> None:
-    first = scene.release(A, B, MAIN, number=1)
-    scene.release(A, B, MAIN, number=2)
-    before = {branch: scene.commits(branch) for branch in (A, B, MAIN)}
-    report = scene.back()
-    assert trees(scene.repository) == first
+def test_a_release_goes_back_to_the_one_before_in_new_commits(fixture: RollbackFixture) -> None:
+    first = fixture.release(A, B, MAIN, number=1)
+    fixture.release(A, B, MAIN, number=2)
+    before = {branch: fixture.commits(branch) for branch in (A, B, MAIN)}
+    report = fixture.back()
+    assert trees(fixture.repository) == first
     assert [entry.branch for entry in report.plan.branches] == [A, B, MAIN], "variants first, main last"
     for outcome in report.outcomes:
-        assert scene.commits(outcome.plan.branch) == [outcome.commit, *before[outcome.plan.branch]]
-    message = git("log", "-1", "--format=%B", MAIN, cwd=scene.repository).strip()
+        assert fixture.commits(outcome.plan.branch) == [outcome.commit, *before[outcome.plan.branch]]
+    message = git("log", "-1", "--format=%B", MAIN, cwd=fixture.repository).strip()
     newest, oldest = before[MAIN]
     assert message.endswith(f"Rollback-of: {newest}\nRollback-to: {oldest}\nRollback-release: {oldest}")
     assert message.startswith(f"main: back to {oldest[:12]}, Publish main\n\n")
-    assert git("status", "--porcelain", cwd=scene.repository) == ""
+    assert git("status", "--porcelain", cwd=fixture.repository) == ""
 
 
-def test_the_plan_says_what_changes(scene: Scene) -> None:
-    scene.publish({MAIN: {"gone later": b"12345", "README.md": b"1"}})
-    scene.publish({MAIN: {"new": b"123", "README.md": b"22"}})
-    (entry,) = scene.back(dry_run=True).plan.branches
+def test_the_plan_says_what_changes(fixture: RollbackFixture) -> None:
+    fixture.publish({MAIN: {"gone later": b"12345", "README.md": b"1"}})
+    fixture.publish({MAIN: {"new": b"123", "README.md": b"22"}})
+    (entry,) = fixture.back(dry_run=True).plan.branches
     changes = [[(change.name, change.size_bytes) for change in changes] for changes in
                (entry.added, entry.changed, entry.removed)]  # fmt: skip
     assert changes == [[("gone later", 5)], [("README.md", 1)], [("new", 3)]]
 
 
-def test_done_twice_it_changes_nothing(scene: Scene) -> None:
-    scene.release(A, MAIN, number=1)
-    scene.release(A, MAIN, number=2)
-    scene.back()
-    before = heads(scene.repository)
-    assert actions(scene.back()) == {A: "done", MAIN: "done"}
-    assert heads(scene.repository) == before
+def test_done_twice_it_changes_nothing(fixture: RollbackFixture) -> None:
+    fixture.release(A, MAIN, number=1)
+    fixture.release(A, MAIN, number=2)
+    fixture.back()
+    before = heads(fixture.repository)
+    assert actions(fixture.back()) == {A: "done", MAIN: "done"}
+    assert heads(fixture.repository) == before
 
 
-def test_what_the_latest_release_left_alone_stays_and_what_it_made_is_named(scene: Scene) -> None:
-    scene.release(A, MAIN, number=1)
-    scene.release(A, MAIN, number=2)
-    second = scene.publish({MAIN: {"README.md": b"3"}, B: {"README.md": b"3"}})
-    report = scene.back()
+def test_what_the_latest_release_left_alone_stays_and_what_it_made_is_named(fixture: RollbackFixture) -> None:
+    fixture.release(A, MAIN, number=1)
+    fixture.release(A, MAIN, number=2)
+    second = fixture.publish({MAIN: {"README.md": b"3"}, B: {"README.md": b"3"}})
+    report = fixture.back()
     assert actions(report) == {A: "done", B: "left alone", MAIN: "restore"}
-    assert "it was not there then" in "\n".join(scene.lines)
-    assert trees(scene.repository) == {**scene.releases[1], B: second[B]}
+    assert "it did not exist then" in "\n".join(fixture.lines)
+    assert trees(fixture.repository) == {**fixture.releases[1], B: second[B]}
 
 
-def test_a_host_s_empty_first_commit_is_nothing_to_go_back_to(scene: Scene) -> None:
-    scene.release(MAIN, number=1)
-    tree = git_input(scene.repository, "", "mktree").strip()
-    empty = git_input(scene.repository, "initial commit", "commit-tree", tree, date_s=NOON).strip()
-    git("update-ref", f"refs/heads/{A}", empty, cwd=scene.repository)
-    scene.release(A, MAIN, number=2)
-    assert "nothing to go back to" in scene.refused(A)
-    assert "nothing to go back to" in scene.refused(A, to=empty)
-    assert actions(scene.back()) == {A: "left alone", MAIN: "restore"}
+def test_a_host_s_empty_first_commit_is_nothing_to_go_back_to(fixture: RollbackFixture) -> None:
+    fixture.release(MAIN, number=1)
+    tree = git_input(fixture.repository, "", "mktree").strip()
+    empty = git_input(fixture.repository, "initial commit", "commit-tree", tree, date_s=NOON).strip()
+    git("update-ref", f"refs/heads/{A}", empty, cwd=fixture.repository)
+    fixture.release(A, MAIN, number=2)
+    assert "nothing to go back to" in fixture.refused(A)
+    assert "nothing to go back to" in fixture.refused(A, to=empty)
+    assert actions(fixture.back()) == {A: "left alone", MAIN: "restore"}
 
 
-def test_a_publish_that_did_not_reach_main_is_undone_and_no_more(scene: Scene) -> None:
-    scene.release(A, B, MAIN, number=1)
-    complete = scene.release(A, B, MAIN, number=2)
-    scene.release(A, B, number=3)
-    assert actions(scene.back()) == {A: "restore", B: "restore", MAIN: "done"}
-    assert trees(scene.repository) == complete
-    assert set(actions(scene.back()).values()) == {"done"}
-    scene.back(again=True)
-    assert trees(scene.repository) == scene.releases[0]
+def test_a_publish_that_did_not_reach_main_is_undone_and_no_more(fixture: RollbackFixture) -> None:
+    fixture.release(A, B, MAIN, number=1)
+    complete = fixture.release(A, B, MAIN, number=2)
+    fixture.release(A, B, number=3)
+    assert actions(fixture.back()) == {A: "restore", B: "restore", MAIN: "done"}
+    assert trees(fixture.repository) == complete
+    assert set(actions(fixture.back()).values()) == {"done"}
+    fixture.back(again=True)
+    assert trees(fixture.repository) == fixture.releases[0]
 
 
 @pytest.mark.parametrize("lives", [0, 1, 2])
-def test_killed_and_run_again_it_finishes_the_same_rollback(scene: Scene, lives: int) -> None:
-    scene.release(A, B, MAIN, number=1)
-    scene.release(A, B, MAIN, number=2)
-    scene.release(A, B, MAIN, number=3)
-    scene.target.lives = lives
+def test_killed_and_run_again_it_finishes_the_same_rollback(fixture: RollbackFixture, lives: int) -> None:
+    fixture.release(A, B, MAIN, number=1)
+    fixture.release(A, B, MAIN, number=2)
+    fixture.release(A, B, MAIN, number=3)
+    fixture.target.lives = lives
     with pytest.raises(KilledError):
-        scene.back()
-    scene.back()
-    assert trees(scene.repository) == scene.releases[1]
-    assert [len(scene.commits(branch)) for branch in (A, B, MAIN)] == [4, 4, 4], "one rollback each"
+        fixture.back()
+    fixture.back()
+    assert trees(fixture.repository) == fixture.releases[1]
+    assert [len(fixture.commits(branch)) for branch in (A, B, MAIN)] == [4, 4, 4], "one rollback each"
 
 
 @pytest.mark.parametrize("lives", [0, 1])
-def test_undoing_an_unfinished_publish_can_be_killed_too(scene: Scene, lives: int) -> None:
-    scene.release(A, B, MAIN, number=1)
-    scene.release(A, B, MAIN, number=2)
-    scene.release(A, B, number=3)
-    scene.target.lives = lives
+def test_undoing_an_unfinished_publish_can_be_killed_too(fixture: RollbackFixture, lives: int) -> None:
+    fixture.release(A, B, MAIN, number=1)
+    fixture.release(A, B, MAIN, number=2)
+    fixture.release(A, B, number=3)
+    fixture.target.lives = lives
     with pytest.raises(KilledError):
-        scene.back()
-    scene.back()
-    scene.back()
-    assert trees(scene.repository) == scene.releases[1]
+        fixture.back()
+    fixture.back()
+    fixture.back()
+    assert trees(fixture.repository) == fixture.releases[1]
 
 
-def test_again_goes_one_further_and_killed_it_finishes_first(scene: Scene) -> None:
+def test_again_goes_one_further_and_killed_it_finishes_first(fixture: RollbackFixture) -> None:
     for number in (1, 2, 3, 4):
-        scene.release(A, B, MAIN, number=number)
-    scene.back()
-    scene.target.lives = 1
+        fixture.release(A, B, MAIN, number=number)
+    fixture.back()
+    fixture.target.lives = 1
     with pytest.raises(KilledError):
-        scene.back(again=True)
-    scene.back(again=True)
-    assert trees(scene.repository) == scene.releases[1], "the second run ended the first"
-    scene.back(again=True)
-    assert trees(scene.repository) == scene.releases[0]
-    assert "nothing to go back to" in scene.refused(again=True)
+        fixture.back(again=True)
+    fixture.back(again=True)
+    assert trees(fixture.repository) == fixture.releases[1], "the second run ended the first"
+    fixture.back(again=True)
+    assert trees(fixture.repository) == fixture.releases[0]
+    assert "nothing to go back to" in fixture.refused(again=True)
 
 
-def test_a_release_after_a_rollback_goes_back_to_what_was_rolled_back_to(scene: Scene) -> None:
+def test_a_release_after_a_rollback_goes_back_to_what_was_rolled_back_to(fixture: RollbackFixture) -> None:
     for number in (1, 2):
-        scene.release(A, MAIN, number=number)
-    scene.back()
-    scene.release(A, MAIN, number=3)
-    scene.back()
-    assert trees(scene.repository) == scene.releases[0]
-    assert "nothing to go back to" in scene.refused(again=True), "release 2 was taken back, it is not before 3"
+        fixture.release(A, MAIN, number=number)
+    fixture.back()
+    fixture.release(A, MAIN, number=3)
+    fixture.back()
+    assert trees(fixture.repository) == fixture.releases[0]
+    assert "nothing to go back to" in fixture.refused(again=True), "release 2 was taken back, it is not before 3"
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_was_published_the_state_before_comes_back(scene: Scene, seed: int) -> None:
+def test_whatever_was_published_the_state_before_comes_back(fixture: RollbackFixture, seed: int) -> None:
     dice = random.Random(seed)
     for number in range(1, 4):
         others = [branch for branch in (A, B) if dice.random() < 0.6]
-        scene.release(*others, MAIN, number=number)
-    scene.target.lives = dice.randrange(3)
+        fixture.release(*others, MAIN, number=number)
+    fixture.target.lives = dice.randrange(3)
     try:
-        scene.back()
+        fixture.back()
     except KilledError:
-        scene.back()
-    expected = {**scene.releases[-1], **scene.releases[-2]}
-    assert trees(scene.repository) == expected
+        fixture.back()
+    expected = {**fixture.releases[-1], **fixture.releases[-2]}
+    assert trees(fixture.repository) == expected
 
 
-def test_a_branch_by_name_goes_to_the_commit_before_its_head(scene: Scene) -> None:
+def test_a_branch_by_name_goes_to_the_commit_before_its_head(fixture: RollbackFixture) -> None:
     for number in (1, 2, 3):
-        scene.release(A, B, MAIN, number=number)
-    scene.back(A)
-    assert trees(scene.repository) == {**scene.releases[2], A: scene.releases[1][A]}
-    assert actions(scene.back(A)) == {A: "done"}
-    assert "--again goes further back" in scene.lines[0]
-    scene.back(A, again=True)
-    assert trees(scene.repository)[A] == scene.releases[0][A]
-    assert "nothing to go back to" in scene.refused(A, again=True)
-    scene.back(A, B)
-    assert trees(scene.repository) == {**scene.releases[2], A: scene.releases[0][A], B: scene.releases[1][B]}
+        fixture.release(A, B, MAIN, number=number)
+    fixture.back(A)
+    assert trees(fixture.repository) == {**fixture.releases[2], A: fixture.releases[1][A]}
+    assert actions(fixture.back(A)) == {A: "done"}
+    assert "--again goes further back" in fixture.lines[0]
+    fixture.back(A, again=True)
+    assert trees(fixture.repository)[A] == fixture.releases[0][A]
+    assert "nothing to go back to" in fixture.refused(A, again=True)
+    fixture.back(A, B)
+    assert trees(fixture.repository) == {**fixture.releases[2], A: fixture.releases[0][A], B: fixture.releases[1][B]}
 
 
-def test_a_first_commit_has_nothing_before_it(scene: Scene) -> None:
-    scene.release(A, MAIN, number=1)
-    assert f"{A} has nothing to go back to" in scene.refused(A)
-    assert "main has nothing to go back to" in scene.refused()
+def test_a_first_commit_has_nothing_before_it(fixture: RollbackFixture) -> None:
+    fixture.release(A, MAIN, number=1)
+    assert f"{A} has nothing to go back to" in fixture.refused(A)
+    assert "main has nothing to go back to" in fixture.refused()
 
 
-def test_any_commit_can_be_named(scene: Scene) -> None:
+def test_any_commit_can_be_named(fixture: RollbackFixture) -> None:
     for number in (1, 2, 3):
-        scene.release(A, B, MAIN, number=number)
-    commits = {branch: scene.commits(branch) for branch in (A, MAIN)}
-    scene.back(to=commits[MAIN][2][:10])
-    assert trees(scene.repository) == scene.releases[0]
-    scene.back(to=commits[MAIN][0])
-    assert trees(scene.repository) == scene.releases[2], "forward, too"
-    scene.back(A, to=commits[A][1])
-    assert trees(scene.repository) == {**scene.releases[2], A: scene.releases[1][A]}
-    assert "is not one commit of main" in scene.refused(to=commits[A][0])
-    assert "7 to 40 hex digits" in scene.refused(to="HEAD~1")
-    assert "is for one branch" in scene.refused(A, B, to=commits[A][1])
-    assert "is for one branch" in scene.refused(A, B, again=True)
-    assert "contradict" in scene.refused(A, again=True, to=commits[A][1])
-    assert f"there are {A}, {MAIN}, {B}" in scene.refused("tree-bits")
+        fixture.release(A, B, MAIN, number=number)
+    commits = {branch: fixture.commits(branch) for branch in (A, MAIN)}
+    fixture.back(to=commits[MAIN][2][:10])
+    assert trees(fixture.repository) == fixture.releases[0]
+    fixture.back(to=commits[MAIN][0])
+    assert trees(fixture.repository) == fixture.releases[2], "forward, too"
+    fixture.back(A, to=commits[A][1])
+    assert trees(fixture.repository) == {**fixture.releases[2], A: fixture.releases[1][A]}
+    assert "is not one commit of main" in fixture.refused(to=commits[A][0])
+    assert "7 to 40 hex digits" in fixture.refused(to="HEAD~1")
+    assert "is for one branch" in fixture.refused(A, B, to=commits[A][1])
+    assert "is for one branch" in fixture.refused(A, B, again=True)
+    assert "contradict" in fixture.refused(A, again=True, to=commits[A][1])
+    assert f"the branches are {A}, {MAIN}, {B}" in fixture.refused("tree-bits")
 
 
-def test_what_somebody_else_made_is_left_alone_unless_named(scene: Scene) -> None:
-    scene.release(A, B, MAIN, number=1)
-    scene.release(A, B, MAIN, number=2)
-    edited = scene.somebody_commits(A, heads(scene.repository)[A], "Rollback-to: nonsense")
-    report = scene.back()
+def test_what_somebody_else_made_is_left_alone_unless_named(fixture: RollbackFixture) -> None:
+    fixture.release(A, B, MAIN, number=1)
+    fixture.release(A, B, MAIN, number=2)
+    edited = fixture.somebody_commits(A, heads(fixture.repository)[A], "Rollback-to: nonsense")
+    report = fixture.back()
     assert actions(report) == {A: "left alone", B: "restore", MAIN: "restore"}
-    assert f"its head was made by A Person <person@example.org>: --branch {A} puts it back" in scene.lines[0]
-    assert heads(scene.repository)[A] == edited
-    scene.back(A)
-    assert trees(scene.repository)[A] == scene.releases[1][A]
+    assert f"A Person <person@example.org> made its head: --branch {A} puts it back" in fixture.lines[0]
+    assert heads(fixture.repository)[A] == edited
+    fixture.back(A)
+    assert trees(fixture.repository)[A] == fixture.releases[1][A]
 
 
-def test_an_edited_card_is_undone_by_name_before_the_release(scene: Scene) -> None:
-    scene.release(A, MAIN, number=1)
-    scene.release(A, MAIN, number=2)
-    scene.somebody_commits(MAIN, heads(scene.repository)[MAIN])
-    text = scene.refused()
+def test_an_edited_card_is_undone_by_name_before_the_release(fixture: RollbackFixture) -> None:
+    fixture.release(A, MAIN, number=1)
+    fixture.release(A, MAIN, number=2)
+    fixture.somebody_commits(MAIN, heads(fixture.repository)[MAIN])
+    text = fixture.refused()
     assert "made by A Person <person@example.org>, not by packager" in text
     assert "--branch main" in text
-    scene.back(MAIN)
-    assert trees(scene.repository) == scene.releases[1]
-    scene.back()
-    assert trees(scene.repository) == scene.releases[0]
+    fixture.back(MAIN)
+    assert trees(fixture.repository) == fixture.releases[1]
+    fixture.back()
+    assert trees(fixture.repository) == fixture.releases[0]
 
 
-def test_variants_follow_a_main_that_was_put_back_by_name(scene: Scene) -> None:
+def test_variants_follow_a_main_that_was_put_back_by_name(fixture: RollbackFixture) -> None:
     for number in (1, 2, 3):
-        scene.release(A, MAIN, number=number)
-    scene.back(MAIN)
-    scene.back()
-    assert trees(scene.repository) == scene.releases[1]
+        fixture.release(A, MAIN, number=number)
+    fixture.back(MAIN)
+    fixture.back()
+    assert trees(fixture.repository) == fixture.releases[1]
 
 
-def test_a_head_that_moves_meanwhile_is_somebody_s_work(scene: Scene) -> None:
-    scene.release(A, MAIN, number=1)
-    scene.release(A, MAIN, number=2)
+def test_a_head_that_moves_meanwhile_is_somebody_s_work(fixture: RollbackFixture) -> None:
+    fixture.release(A, MAIN, number=1)
+    fixture.release(A, MAIN, number=2)
 
     def meanwhile(_: RollbackPlan) -> None:
-        scene.somebody_commits(A, heads(scene.repository)[A])
+        fixture.somebody_commits(A, heads(fixture.repository)[A])
 
     with pytest.raises(HeadMovedError) as caught:
-        rollback(scene.target, RollbackRequest(), scene.lines.append, confirm=meanwhile)
+        rollback(fixture.target, RollbackRequest(), fixture.lines.append, confirm=meanwhile)
     assert f"{A} moved while it was being put back" in str(caught.value)
     assert "done are not put back twice" in caught.value.hint
-    assert trees(scene.repository)[MAIN] == scene.releases[1][MAIN]
+    assert trees(fixture.repository)[MAIN] == fixture.releases[1][MAIN]
 
 
-def test_a_dry_run_and_a_no_write_nothing(scene: Scene) -> None:
-    scene.release(MAIN, number=1)
-    scene.release(MAIN, number=2)
-    before = heads(scene.repository)
+def test_a_dry_run_and_a_no_write_nothing(fixture: RollbackFixture) -> None:
+    fixture.release(MAIN, number=1)
+    fixture.release(MAIN, number=2)
+    before = heads(fixture.repository)
     shown: list[RollbackPlan] = []
 
     def no(_: RollbackPlan) -> None:
         assert shown, "the plan comes first"
         raise KilledError
 
-    assert actions(scene.back(dry_run=True)) == {MAIN: "restore"}
+    assert actions(fixture.back(dry_run=True)) == {MAIN: "restore"}
     with pytest.raises(KilledError):
-        rollback(scene.target, RollbackRequest(), scene.lines.append, show_plan=shown.append, confirm=no)
-    assert heads(scene.repository) == before
+        rollback(fixture.target, RollbackRequest(), fixture.lines.append, show_plan=shown.append, confirm=no)
+    assert heads(fixture.repository) == before
 
 
-def test_what_is_stored_is_read_again_and_compared(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    scene.release(MAIN, number=1)
-    scene.release(MAIN, number=2)
-    known = set(scene.commits(MAIN))
+def test_what_is_stored_is_read_again_and_compared(fixture: RollbackFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixture.release(MAIN, number=1)
+    fixture.release(MAIN, number=2)
+    known = set(fixture.commits(MAIN))
     read = Killable.read_back
 
     def forgetful(self: Killable, commit: str) -> Mapping[str, StoredFile]:
@@ -378,62 +378,62 @@ def test_what_is_stored_is_read_again_and_compared(scene: Scene, monkeypatch: py
 
     monkeypatch.setattr(Killable, "read_back", forgetful)
     with pytest.raises(PublishError) as caught:
-        scene.back()
-    assert "does not hold what" in str(caught.value)
+        fixture.back()
+    assert "does not hold the files of" in str(caught.value)
     assert caught.value.why == "w.bin"
 
 
-def test_nothing_published_is_an_error_and_makes_no_repository(scene: Scene) -> None:
+def test_nothing_published_is_an_error_and_makes_no_repository(fixture: RollbackFixture) -> None:
     with pytest.raises(PublishError, match="nothing is published here"):
-        scene.back()
-    assert not scene.repository.exists()
+        fixture.back()
+    assert not fixture.repository.exists()
 
 
 @pytest.mark.parametrize("later_s", [0, -7200])
-def test_releases_that_their_times_do_not_tell_apart_are_not_mixed(scene: Scene, later_s: int) -> None:
-    scene.release(A, MAIN, number=1)
-    scene.now += later_s - 3600  # a publisher whose clock is wrong
-    scene.release(A, MAIN, number=2)
-    scene.now += 7200
-    text = scene.refused()
-    assert "the times of the commits do not tell" in text
+def test_releases_that_their_times_do_not_tell_apart_are_not_mixed(fixture: RollbackFixture, later_s: int) -> None:
+    fixture.release(A, MAIN, number=1)
+    fixture.now += later_s - 3600  # a publisher whose clock is wrong
+    fixture.release(A, MAIN, number=2)
+    fixture.now += 7200
+    text = fixture.refused()
+    assert "the times of the commits do not show" in text
     assert "--branch NAME" in text
-    scene.back(A, MAIN)
-    assert trees(scene.repository) == scene.releases[0]
+    fixture.back(A, MAIN)
+    assert trees(fixture.repository) == fixture.releases[0]
 
 
-def test_a_head_that_only_says_that_it_is_back_is_put_back(scene: Scene) -> None:
-    scene.release(A, MAIN, number=1)
-    scene.release(A, MAIN, number=2)
-    first = scene.commits(A)[1]
-    scene.now += 3600
-    scene.target.restore(A, heads(scene.repository)[A], parent=heads(scene.repository)[A],
+def test_a_head_that_only_says_that_it_is_back_is_put_back(fixture: RollbackFixture) -> None:
+    fixture.release(A, MAIN, number=1)
+    fixture.release(A, MAIN, number=2)
+    first = fixture.commits(A)[1]
+    fixture.now += 3600
+    fixture.target.restore(A, heads(fixture.repository)[A], parent=heads(fixture.repository)[A],
                          message=f"{A}: back\n\nRollback-to: {first}")  # fmt: skip
-    assert trees(scene.repository)[A] == scene.releases[1][A]
-    assert actions(scene.back(A)) == {A: "restore"}
-    assert trees(scene.repository)[A] == scene.releases[0][A]
+    assert trees(fixture.repository)[A] == fixture.releases[1][A]
+    assert actions(fixture.back(A)) == {A: "restore"}
+    assert trees(fixture.repository)[A] == fixture.releases[0][A]
 
 
-def test_a_release_does_not_go_back_to_a_commit_without_files(scene: Scene) -> None:
-    scene.release(MAIN, number=1)
-    empty = git_input(scene.repository, "", "mktree").strip()
-    commit = git_input(scene.repository, "initial commit", "commit-tree", empty, date_s=NOON).strip()
-    again = git("commit-tree", f"{MAIN}^{{tree}}", "-p", commit, "-m", "x", cwd=scene.repository).strip()
-    git("update-ref", f"refs/heads/{MAIN}", again, cwd=scene.repository)
-    assert "main has nothing to go back to" in scene.refused(to=commit)
+def test_a_release_does_not_go_back_to_a_commit_without_files(fixture: RollbackFixture) -> None:
+    fixture.release(MAIN, number=1)
+    empty = git_input(fixture.repository, "", "mktree").strip()
+    commit = git_input(fixture.repository, "initial commit", "commit-tree", empty, date_s=NOON).strip()
+    again = git("commit-tree", f"{MAIN}^{{tree}}", "-p", commit, "-m", "x", cwd=fixture.repository).strip()
+    git("update-ref", f"refs/heads/{MAIN}", again, cwd=fixture.repository)
+    assert "main has nothing to go back to" in fixture.refused(to=commit)
 
 
-def test_what_others_wrote_is_shown_without_what_a_terminal_obeys(scene: Scene) -> None:
+def test_what_others_wrote_is_shown_without_what_a_terminal_obeys(fixture: RollbackFixture) -> None:
     odd = "\x1b[2J\x9b2J\u202e Rollback-to: nonsense"
-    scene.release(A, MAIN, number=1)
-    edited = scene.somebody_commits(A, heads(scene.repository)[A], odd)
-    scene.somebody_commits(MAIN, heads(scene.repository)[MAIN], odd)
-    texts = [scene.refused(), scene.refused(A, to="abcdefabcdef")]
-    scene.release(A, number=2)
+    fixture.release(A, MAIN, number=1)
+    edited = fixture.somebody_commits(A, heads(fixture.repository)[A], odd)
+    fixture.somebody_commits(MAIN, heads(fixture.repository)[MAIN], odd)
+    texts = [fixture.refused(), fixture.refused(A, to="abcdefabcdef")]
+    fixture.release(A, number=2)
     stream = io.StringIO()
-    print_plan(scene.back(A).plan, Console(file=stream, width=200))
-    assert trees(scene.repository)[A] == git("rev-parse", f"{edited}^{{tree}}", cwd=scene.repository).strip()
-    texts += [stream.getvalue(), *scene.lines, git("log", "-1", "--format=%B", A, cwd=scene.repository)]
+    print_plan(fixture.back(A).plan, Console(file=stream, width=200))
+    assert trees(fixture.repository)[A] == git("rev-parse", f"{edited}^{{tree}}", cwd=fixture.repository).strip()
+    texts += [stream.getvalue(), *fixture.lines, git("log", "-1", "--format=%B", A, cwd=fixture.repository)]
     for text in texts:
         assert all(line.isprintable() for line in text.splitlines()), text
     assert all("\\x1b[2J\\x9b2J\\u202e" in text for text in (texts[0], texts[1], stream.getvalue()))
@@ -454,16 +454,16 @@ def test_a_trailer_counts_only_if_it_is_ours_and_leads_back() -> None:
     assert BranchHistory(MAIN, [record("d"), c, b, a]).before(record("d")) is a
 
 
-def test_the_words(scene: Scene, update_golden: bool) -> None:
-    scene.release(A, B, MAIN, number=1)
-    scene.publish({A: {"README.md": b"2", "more.json": b"{}"}, MAIN: {"README.md": b"2"}})
+def test_the_words(fixture: RollbackFixture, update_golden: bool) -> None:
+    fixture.release(A, B, MAIN, number=1)
+    fixture.publish({A: {"README.md": b"2", "more.json": b"{}"}, MAIN: {"README.md": b"2"}})
     stream = io.StringIO()
     console = Console(file=stream, width=200)
-    report = scene.back(dry_run=True)
+    report = fixture.back(dry_run=True)
     print_plan(replace(report.plan, where="/srv/hub/models/somebody/Model-GPTQ"), console)
-    report = scene.back()
+    report = fixture.back()
     print_report(replace(report, plan=replace(report.plan, where="somebody/Model-GPTQ")), console)
-    stream.write("\n".join(line.rpartition(",")[0] or line for line in scene.lines) + "\n")
+    stream.write("\n".join(line.rpartition(",")[0] or line for line in fixture.lines) + "\n")
     text = "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
     check_golden("cli/rollback.txt", text, update_golden)
 
@@ -473,33 +473,33 @@ def packager(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_the_command_asks_where_others_would_see_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    scene.release(A, MAIN, number=1)
-    scene.release(A, MAIN, number=2)
-    monkeypatch.setattr("packager.publish.targets.resolve_target.resolve_target", lambda *_: scene.target)
-    scene.target.public = True
-    code, out, err = packager("rollback", scene.repository)
+def test_the_command_asks_where_others_would_see_it(fixture: RollbackFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixture.release(A, MAIN, number=1)
+    fixture.release(A, MAIN, number=2)
+    monkeypatch.setattr("packager.publish.targets.resolve_target.resolve_target", lambda *_: fixture.target)
+    fixture.target.public = True
+    code, out, err = packager("rollback", fixture.repository)
     assert (code, out) == (PublishError.exit_code, "")
     assert "To put back in" in err
     assert "--yes" in err
-    code, out, _ = packager("rollback", scene.repository, "--dry-run", "--format", "json")
+    code, out, _ = packager("rollback", fixture.repository, "--dry-run", "--format", "json")
     assert (code, json.loads(out)["dry_run"]) == (0, True)
-    assert trees(scene.repository) == scene.releases[1]
-    code, out, _ = packager("rollback", scene.repository, "--yes", "--format", "json")
+    assert trees(fixture.repository) == fixture.releases[1]
+    code, out, _ = packager("rollback", fixture.repository, "--yes", "--format", "json")
     result = json.loads(out)
     assert code == 0
     assert [entry["action"] for entry in result["branches"]] == ["restore", "restore"]
-    assert {entry["branch"]: entry["commit"] for entry in result["branches"]} == heads(scene.repository)
-    assert trees(scene.repository) == scene.releases[0]
-    code, out, _ = packager("rollback", scene.repository)
+    assert {entry["branch"]: entry["commit"] for entry in result["branches"]} == heads(fixture.repository)
+    assert trees(fixture.repository) == fixture.releases[0]
+    code, out, _ = packager("rollback", fixture.repository)
     assert code == 0, "nothing changes, so nobody need be asked"
     assert "nothing to do" in out
 
 
-def test_json_has_what_the_table_has(scene: Scene) -> None:
-    scene.release(MAIN, number=1)
-    scene.release(MAIN, number=2)
-    result = report_json(scene.back())
+def test_json_has_what_the_table_has(fixture: RollbackFixture) -> None:
+    fixture.release(MAIN, number=1)
+    fixture.release(MAIN, number=2)
+    result = report_json(fixture.back())
     result = json.loads(json.dumps(result))
     (entry,) = result["branches"]
     assert entry["changed"] == [{"name": "README.md", "size_bytes": 7}, {"name": "w.bin", "size_bytes": 1}]

@@ -5,21 +5,21 @@ exception. Of the weights it reads headers and the small tensors (qzeros, scales
 13 billion parameters need a few megabytes of memory; qweight is only hashed, against provenance.json.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packager.prove.audit.card import check_card
 from packager.prove.audit.config import Declared, check_declared, read_model
-from packager.prove.audit.files import as_object, check_file_set, list_folder, read_documents
+from packager.prove.audit.files import JsonObject, Listing, as_object, check_file_set, list_folder, read_documents
 from packager.prove.audit.finding import RULES, Finding, Findings, Rule, Severity
 from packager.prove.audit.privacy import check_privacy
 from packager.prove.audit.provenance import check_provenance
-from packager.prove.audit.tensors import Expected, check_tensors, quantized_modules
+from packager.prove.audit.tensors import Expected, Linear, check_tensors, quantized_modules
 from packager.prove.audit.tokenizer import check_generation, check_tokenizer
 from packager.prove.audit.values import check_values
 from packager.prove.audit.weights import Weights, read_weights
-from packager.receipt import CONFIG, PROVENANCE
+from packager.receipt import CONFIG, PROVENANCE, Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,24 +83,66 @@ def audit(folder: Path, *, complete: bool = True, private_words: Sequence[str] =
         findings.add("folder-missing", str(folder), "there is no such folder")
         return AuditReport(findings=findings.collected(), facts=Facts())
     listing = list_folder(folder, findings)
+    headers = _check_headers(listing, listing.sizes, findings, complete=complete)
+    documents = headers.documents
+    check_values(headers.linears, headers.declared, findings)
+    check_tokenizer(listing, documents, findings)
+    check_generation(documents, findings)
+    check_privacy(listing, documents, findings, private_words=private_words, complete=complete)
+    if complete:
+        check_card(listing, documents, findings)
+        if (provenance := as_object(documents.get(PROVENANCE))) is not None:
+            _check_record(listing, provenance, headers, findings)
+    return AuditReport(findings=findings.collected(), facts=_facts(headers.declared, headers.weights))
+
+
+def audit_headers(listing: Listing, *, present: Collection[str], provenance: Provenance) -> AuditReport:
+    """Check a branch of which only some documents and the headers of the weights were downloaded.
+
+    Args:
+        listing: every file of the branch by its size; the folder holds the documents, and the weights files up to the
+            ends of their headers.
+        present: names of the documents in the folder.
+        provenance: the branch's record; its list of files is not compared.
+
+    Returns:
+        The findings of `audit` that need no other bytes than these.
+    """
+    findings = Findings()
+    headers = _check_headers(listing, {name: listing.sizes[name] for name in present}, findings, complete=True)
+    record = provenance.model_copy(update={"files": {}}).model_dump()
+    _check_record(replace(listing, sizes={}, unread=frozenset()), record, headers, findings)
+    return AuditReport(findings=findings.collected(), facts=_facts(headers.declared, headers.weights))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Headers:
+    """The parsed documents and headers of a folder, and the quantized linears with correct tensors."""
+
+    documents: Mapping[str, object]
+    weights: Weights
+    declared: Declared
+    linears: tuple[Linear, ...]
+
+
+def _check_headers(
+    listing: Listing, document_sizes: Mapping[str, int], findings: Findings, *, complete: bool
+) -> _Headers:
+    """Run the checks that need the names of files, the documents, and the headers of the weights."""
     check_file_set(listing, findings, complete=complete)
-    documents = read_documents(listing, findings, complete=complete)
+    documents = read_documents(replace(listing, sizes=document_sizes), findings, complete=complete)
     weights = read_weights(listing, documents, findings)
     declared = check_declared(documents, weights, findings)
     config = as_object(documents.get(CONFIG))
     architecture, dtype = read_model(config, findings) if config is not None else (None, None)
     expected = Expected(declared=declared, architecture=architecture, dtype=dtype)
-    check_values(check_tensors(weights, expected, findings), declared, findings)
-    check_tokenizer(listing, documents, findings)
-    check_generation(documents, findings)
-    check_privacy(listing, documents, findings, private_words=private_words, complete=complete)
-    facts = _facts(declared, weights)
-    if complete:
-        check_card(listing, documents, findings)
-        if (provenance := as_object(documents.get(PROVENANCE))) is not None:
-            linears = facts.num_linears
-            check_provenance(listing, provenance, findings, declared=declared, weights=weights, num_linears=linears)
-    return AuditReport(findings=findings.collected(), facts=facts)
+    linears = check_tensors(weights, expected, findings)
+    return _Headers(documents=documents, weights=weights, declared=declared, linears=linears)
+
+
+def _check_record(listing: Listing, provenance: JsonObject, headers: _Headers, findings: Findings) -> None:
+    weights, num_linears = headers.weights, len(quantized_modules(headers.weights))
+    check_provenance(listing, provenance, findings, declared=headers.declared, weights=weights, num_linears=num_linears)
 
 
 def _facts(declared: Declared, weights: Weights) -> Facts:
@@ -116,4 +158,4 @@ def _facts(declared: Declared, weights: Weights) -> Facts:
     )
 
 
-__all__ = ["RULES", "AuditReport", "Facts", "Finding", "Rule", "Severity", "audit"]
+__all__ = ["RULES", "AuditReport", "Facts", "Finding", "Rule", "Severity", "audit", "audit_headers"]

@@ -1,8 +1,8 @@
-"""Whether a published repository still is what was published: asked of the repository alone, without any build.
+"""Verify a published repository without any build: its files, records and card.
 
-Each branch carries its own record, provenance.json: `branch` compares everything on it with that, and `card` the table
-of main's card with every branch's record. Nothing that a repository holds is trusted: what is damaged, hostile or too
-large is a finding, and what is read is read in bounded pieces.
+Each branch has its own record, provenance.json. `branch` compares the whole branch with it, and `card` compares the
+table of main's card with the records of all branches. The content of a repository is not trusted: damaged, hostile or
+too large files are findings, and all reads are bounded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,14 +24,14 @@ from packager.variant import MAIN
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedReport:
-    """What was proven of a repository.
+    """The checks of a repository and their findings.
 
     Attributes:
-        where: the repository.
-        full: every file was downloaded.
-        branches: one report each, main first.
-        card_rows: rows of the card's table that were compared; None if the card was not looked at.
-        card_findings: of the card of main against the branches.
+        where: the repository's address.
+        full: whether every file was downloaded.
+        branches: one report per branch, main first.
+        card_rows: rows of the card's table that were compared; None if the card was not checked.
+        card_findings: findings about main's card.
     """
 
     where: str
@@ -42,7 +42,7 @@ class PublishedReport:
 
     @property
     def findings(self) -> tuple[PublishedFinding, ...]:
-        """Everything found."""
+        """All findings."""
         return (*(finding for report in self.branches for finding in report.findings), *self.card_findings)
 
     @property
@@ -64,21 +64,21 @@ def verify_published(
     full: bool = False,
     loaders: LoaderSite | None = None,
 ) -> PublishedReport:
-    """Compare a repository with what its branches record of themselves.
+    """Compare a repository with the records of its branches.
 
     Args:
         target: the repository.
         log: gets a line per branch, and with `full` one per file.
-        branches: look at these only; the card's table is compared if main is among them.
+        branches: check only these; the card's table is compared if main is among them.
         full: download every file, one branch at a time, hash it, and run the whole audit.
-        loaders: where the loaders that a branch's record names open it, once it is downloaded: that means `full`.
+        loaders: where to run the loaders that a branch's record names; implies `full`.
 
     Raises:
-        PublishError: nothing is published there, a branch named is not there, or no branch could be read.
+        PublishError: the repository has no branches, lacks one of `branches`, or no branch could be read.
         MachineError: `full`, and the temporary folder has no space for a branch.
     """
     states = published_states(target, branches)
-    # A git remote is wherever its host has put it; the Hub and the local target go by the repository's name.
+    # The address of a git remote may be any; those of the Hub and the local target end with the repository's name.
     depth = Depth(
         full=full or loaders is not None, address_names_repository=not isinstance(target, GitTarget), loaders=loaders
     )
@@ -99,7 +99,7 @@ def verify_published(
                 _compare_branches(branch, provenance, provenances, found)
                 provenances[branch] = provenance
         if state.foreign_author and branch in provenances:
-            found.add("head-foreign", "", f"its head was made by {state.foreign_author}, not by packager")
+            found.add("head-foreign", "", f"{state.foreign_author} made its head, not packager")
         reports.append(replace(report, findings=found.collected()))
         log(f"{printable(branch)}: {'ok' if reports[-1].passed else f'{len(reports[-1].findings)} findings'}")
     if len(failures) == len(chosen):
@@ -112,7 +112,7 @@ def verify_published(
 
 
 def _compare_branches(branch: str, provenance: Provenance, others: Mapping[str, Provenance], found: Collector) -> None:
-    """Compare a record with those of the branches before it: one repository, and weights of each branch's own."""
+    """Report if a record names another repository than the records before it, or has the same weights."""
     for other, record in others.items():
         if provenance.place.repository != record.place.repository:
             message = f"it was built for {shown(provenance.repository)}, {other} for {shown(record.repository)}"

@@ -1,8 +1,8 @@
-"""One published branch against its own record.
+"""Compare one published branch with its own record.
 
-The record, provenance.json, is compared with where it lies, every file with the record, and the headers of the weights
-with what config.json and the record declare. Headers are looked at by the audit itself: the branch is laid out in a
-temporary folder, its small documents as they are, its weights files as holes of the right size behind their headers.
+The record, provenance.json, is compared with its repository and branch, every file with the record, and the headers of
+the weights with config.json and the record. The audit checks the headers: a temporary folder gets the small documents
+and the weights files, which are sparse after their headers.
 """
 
 import re
@@ -14,12 +14,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from packager.prove import audit
-from packager.prove.audit.config import check_declared, read_model
-from packager.prove.audit.files import Listing, as_object, check_file_set, read_documents
-from packager.prove.audit.finding import Findings
-from packager.prove.audit.provenance import check_provenance
-from packager.prove.audit.tensors import Expected, check_tensors, quantized_modules
-from packager.prove.audit.weights import SUFFIX, read_weights
+from packager.prove.audit.files import Listing
+from packager.prove.audit.weights import SUFFIX
 from packager.publish.published.finding import Collector, PublishedFinding
 from packager.publish.published.loaders import LoaderSite, check_with_loaders
 from packager.publish.published.reading import Branch, bounded, download, put_header, safe_names
@@ -39,12 +35,11 @@ from packager.system.files import sha256_file
 from packager.system.parallel import in_parallel
 from packager.system.text import format_bytes, shown
 
-# What is not in the record: the record itself, and what hosts and git-lfs add.
 _MAX_FILES = 10_000
-# A 405B model has 4,000 tensors, which take half a megabyte of a header; JSON takes many times its size in memory.
+# A 405B model has 4,000 tensors: a header of half a megabyte. Parsed JSON takes many times its size in memory.
 _MAX_DOCUMENT_BYTES = 8_000_000
 _MAX_HEADERS_BYTES = 16_000_000  # of all weights files of a branch
-# Of a branch, without --full. What the Hub states no sha256 of has less than 10 MB: a tokenizer, texts.
+# Of a branch, without --full. Files without a sha256 on the Hub have less than 10 MB: a tokenizer, texts.
 _MAX_READ_BYTES = 200_000_000
 _MAX_PROBLEMS = 5
 _CONVENTIONAL = re.compile(r"gptq-(\d+)bit-(-?\d+)g-actorder_(True|False)\Z")  # `branch_name` of packager.variant
@@ -52,12 +47,12 @@ _CONVENTIONAL = re.compile(r"gptq-(\d+)bit-(-?\d+)g-actorder_(True|False)\Z")  #
 
 @dataclass(frozen=True, kw_only=True)
 class Depth:
-    """How deep a branch is looked at.
+    """How thoroughly a branch is checked.
 
     Attributes:
-        full: every file is downloaded and audited.
-        address_names_repository: the repository's address is its name, so the record must name it.
-        loaders: where loaders open what was downloaded, None if they do not; it needs `full`.
+        full: download and audit every file.
+        address_names_repository: the repository's address ends with its name, so the record must have the same name.
+        loaders: where loaders open the downloaded branch, None to run no loaders; it needs `full`.
     """
 
     full: bool = False
@@ -67,18 +62,18 @@ class Depth:
 
 @dataclass(frozen=True, kw_only=True)
 class BranchReport:
-    """What was proven of a branch, how deep, and what was found.
+    """The checks of one branch and their findings.
 
     Attributes:
-        branch: its name.
-        commit: the head that was looked at.
-        num_files: files there.
-        total_bytes: their size.
-        num_stated: files that equal the record by the sha256 that the repository states.
-        num_read: files that equal it by the sha256 of their content, read now.
+        branch: the branch's name.
+        commit: the head that was checked.
+        num_files: files of the branch.
+        total_bytes: size of the files.
+        num_stated: files whose sha256, as the repository states it, equals the record.
+        num_read: files whose content was read and has the sha256 of the record.
         num_tensors: tensors whose name, dtype and shape were checked.
-        audited: the whole audit was run on the downloaded files.
-        loaders: what the loaders made of it, if they were asked.
+        audited: whether the whole audit was run on the downloaded files.
+        loaders: one record per loader, if loaders were requested.
         findings: in the order of the checks.
     """
 
@@ -102,11 +97,11 @@ class BranchReport:
 def verify_branch(
     target: Target, report: BranchReport, found: Collector, log: Callable[[str], None], depth: Depth
 ) -> tuple[BranchReport, Provenance | None]:
-    """Look at one branch; return what was proven and its record, None if it has none that can be used.
+    """Check one branch; return its report and its record, None if it has no valid record.
 
     Raises:
         PublishError: the repository could not be read.
-        MachineError: there is no space for what is downloaded, or a loader found this machine wanting.
+        MachineError: there is no space for the download, or this machine cannot run a loader.
     """
     stored = {name: bounded(file) for name, file in target.read_back(report.commit).items()}
     report = replace(
@@ -137,7 +132,7 @@ def verify_branch(
 
 def _read_provenance(branch: Branch, found: Collector) -> Provenance | None:
     if PROVENANCE not in branch.stored:
-        found.add("provenance-missing", PROVENANCE, "the branch has no record: nothing on it can be proven")
+        found.add("provenance-missing", PROVENANCE, "the branch has no record: its files cannot be checked")
         return None
     size_bytes = branch.stored[PROVENANCE].size_bytes
     if size_bytes > _MAX_DOCUMENT_BYTES:
@@ -153,26 +148,26 @@ def _read_provenance(branch: Branch, found: Collector) -> Provenance | None:
 
 
 def _check_place(branch: Branch, provenance: Provenance, found: Collector, *, address_names_repository: bool) -> None:
-    """Compare what the record says of its repository, branch and parameters with where it was found."""
+    """Compare the repository, branch and parameters of the record with those of the published branch."""
     address, place = branch.target.where.replace("\\", "/").rstrip("/").removesuffix(".git"), provenance.place
     if not address.endswith(f"/{place.repository}"):
         rule = "repository-differs" if address_names_repository else "address-differs"
         found.add(rule, PROVENANCE, f"it was built for {shown(place.repository)}, not {address}")
     if place.revision != branch.name:
-        found.add("branch-differs", PROVENANCE, f"it was built as {shown(place.revision)} and lies on {branch.name}")
+        found.add("branch-differs", PROVENANCE, f"it was built as {shown(place.revision)}, the branch is {branch.name}")
     used, stated = provenance.parameters, _CONVENTIONAL.match(provenance.branch)
     if stated and list(stated.groups()) != [str(used.get(key)) for key in ("bits", "group_size", "desc_act")]:
-        message = f"its parameters are not those that the name {provenance.branch} stands for"
+        message = f"its parameters differ from those in the name {provenance.branch}"
         found.add("branch-differs", f"{PROVENANCE}: parameters", message)
 
 
 def _compare_listing(branch: Branch, provenance: Provenance, found: Collector) -> None:
-    """Compare which files there are, and how large, with the record."""
+    """Compare the names and sizes of the files with the record."""
     stored, records = branch.stored, provenance.files
     for name in sorted(stored.keys() - records.keys() - UNLISTED_FILES):
         found.add("remote-file-unlisted", name, "the record does not list this file")
     for name in sorted(records.keys() - stored.keys()):
-        found.add("remote-file-missing", name, file_name_problem(name) or "the record lists this file, it is not here")
+        found.add("remote-file-missing", name, file_name_problem(name) or "the branch lacks this file of the record")
     for name in sorted(branch.safe & records.keys()):
         there, recorded = stored[name].size_bytes, records[name].size_bytes
         if there != recorded:
@@ -191,7 +186,7 @@ def _verify_content(
     there = download(branch, sorted(branch.safe), folder, found, log)
     num_read = _compare_read(branch, provenance, folder, there, found)
     audited = audit.audit(folder, complete=True)
-    # Files and record were compared before, as the branch's own findings.
+    # The comparison above has reported the files that differ from the record.
     found.take(finding for finding in audited.findings if not finding.code.startswith("provenance-file-"))
     return replace(report, num_read=num_read, num_tensors=audited.facts.tensors_checked, audited=True)
 
@@ -199,7 +194,7 @@ def _verify_content(
 def _verify_headers(
     branch: Branch, report: BranchReport, provenance: Provenance, folder: Path, found: Collector
 ) -> BranchReport:
-    """Take the repository's word for what it states the sha256 of, and read the rest, what is parsed, and headers."""
+    """Compare the sha256 values that the repository states; read all other files, the documents and the headers."""
     num_stated, wanted = _compare_stated(branch, provenance, found)
     there = download(branch, wanted, folder, found, lambda _: None)
     num_read = _compare_read(branch, provenance, folder, there, found)
@@ -208,17 +203,17 @@ def _verify_headers(
 
 
 def _compare_stated(branch: Branch, provenance: Provenance, found: Collector) -> tuple[int, list[str]]:
-    """Compare the sha256 of every file that the repository states one of with the record.
+    """Compare the sha256 values that the repository states with the record.
 
     Returns:
-        How many are equal, and the names of those to be read: all that it states none of, and what is parsed, so that
-        what is judged is what was recorded.
+        The number of equal files, and the names of the files to read: those without a stated sha256, and the documents
+        that are parsed, whose content must be the recorded one.
     """
     num_stated, left_bytes, wanted = 0, _MAX_READ_BYTES, []
     for name in sorted(branch.safe & provenance.files.keys()):
         file, record = branch.stored[name], provenance.files[name]
         if file.size_bytes != record.size_bytes:
-            continue  # reported
+            continue  # `_compare_listing` has reported it
         if _is_document(name) and file.size_bytes > _MAX_DOCUMENT_BYTES:
             found.add("text-damaged", name, f"{file.size_bytes:,} bytes are too many for such a file")
         elif file.sha256 and not _is_document(name):
@@ -243,9 +238,9 @@ def _is_document(name: str) -> bool:
 
 
 def _compare_read(branch: Branch, provenance: Provenance, folder: Path, names: Sequence[str], found: Collector) -> int:
-    """Compare the content of what was downloaded with the record; return how many files equal it.
+    """Compare the content of downloaded files with the record; return the number of equal files.
 
-    Of a file that has another size than the record says, nothing more is said.
+    Files with another size than in the record are skipped: `_compare_listing` has reported them.
     """
     records = provenance.files
     listed = [name for name in names if name in records and branch.stored[name].size_bytes == records[name].size_bytes]
@@ -260,17 +255,17 @@ def _compare_read(branch: Branch, provenance: Provenance, folder: Path, names: S
 def _check_headers(
     branch: Branch, provenance: Provenance, folder: Path, documents: Sequence[str], found: Collector
 ) -> int:
-    """Check what config.json, the index and the headers of the weights say; return how many tensors were seen.
+    """Check config.json, the index and the headers of the weights; return the number of tensors.
 
     Args:
-        branch: whose headers are read.
-        provenance: its record.
-        folder: where its documents lie and its weights' headers are put.
-        documents: names of the files that lie there.
-        found: where to report.
+        branch: the branch whose headers are read.
+        provenance: the branch's record.
+        folder: holds the branch's documents and gets the headers of its weights files.
+        documents: names of the files in `folder`.
+        found: gets the findings.
     """
     weights_files = {name for name in branch.safe if name.endswith(SUFFIX)}
-    listed = weights_files & provenance.files.keys()  # any other was reported, whatever is in it
+    listed = weights_files & provenance.files.keys()  # other weights files were reported
     left_bytes, unread = _MAX_HEADERS_BYTES, (set(branch.stored) - branch.safe) | (weights_files - listed)
     for name in sorted(listed):
         num_read = put_header(branch, name, folder, left_bytes, found)
@@ -279,22 +274,7 @@ def _check_headers(
         left_bytes -= num_read or 0
     sizes = {name: branch.stored[name].size_bytes for name in sorted(branch.safe - unread)}
     listing = Listing(folder=folder, sizes=sizes, unread=frozenset(unread))
-    parsed = {name: sizes[name] for name in documents if _is_document(name)}
-    findings = Findings()
-    check_file_set(listing, findings, complete=True)
-    texts = read_documents(replace(listing, sizes=parsed), findings, complete=True)
-    weights = read_weights(listing, texts, findings)
-    declared = check_declared(texts, weights, findings)
-    config = as_object(texts.get(CONFIG))
-    architecture, dtype = read_model(config, findings) if config is not None else (None, None)
-    check_tensors(weights, Expected(declared=declared, architecture=architecture, dtype=dtype), findings)
-    check_provenance(
-        replace(listing, sizes={}, unread=frozenset()),
-        provenance.model_copy(update={"files": {}}).model_dump(),  # the files were compared before
-        findings,
-        declared=declared,
-        weights=weights,
-        num_linears=len(quantized_modules(weights)),
-    )
-    found.take(findings.collected())
-    return len(weights.tensors)
+    present = [name for name in documents if _is_document(name)]
+    report = audit.audit_headers(listing, present=present, provenance=provenance)
+    found.take(report.findings)
+    return report.facts.tensors_checked

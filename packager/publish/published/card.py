@@ -1,4 +1,4 @@
-"""The card of main against the branches: its table lists what is there, with the figures of their records."""
+"""Compare main's card with the branches: its table must list all of them, with the figures of their records."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -31,17 +31,17 @@ def check_card(
 
     Args:
         target: the repository.
-        states: every branch that is there.
-        provenances: the records of those that were read.
-        found: where to report.
+        states: every branch.
+        provenances: the records of the branches that were read.
+        found: gets the findings.
 
     Returns:
-        How many rows were compared with a record.
+        The number of rows that were compared with a record.
     """
     if MAIN not in states:
         found.add("main-missing", "", "there is no branch main")
         return 0
-    # In a repository of its own a variant lies on main, and the table's other rows lead to other repositories.
+    # A repository with one variant has it on main; the table's other rows link to other repositories.
     own_record = provenances[MAIN] if MAIN in provenances and provenances[MAIN].layout == "repos" else None
     rows = _read_rows(target, states[MAIN], VARIANT if own_record else BRANCH, found)
     if not rows:
@@ -58,7 +58,7 @@ def check_card(
             found.add("card-branch-missing", README, f"the table lists {name}, which is not a branch here")
         listed.setdefault(name, row)
     for branch in sorted(expected - listed.keys()):
-        found.add("card-branch-unlisted", README, f"{branch} is there, and the table does not list it")
+        found.add("card-branch-unlisted", README, f"the table does not list {branch}")
     compared = sorted(listed.keys() & records.keys())
     for branch in compared:
         for column, cell, recorded in _differences(listed[branch], records[branch]):
@@ -67,10 +67,10 @@ def check_card(
 
 
 def _read_rows(target: Target, main: BranchState, heading: str, found: Collector) -> Sequence[Row]:
-    """Return the rows of main's card; why there are none is reported."""
+    """Return the rows of main's card; report why there are none."""
     size_bytes = main.files[README].size_bytes if README in main.files else 0
     if not 0 < size_bytes <= _MAX_CARD_BYTES:
-        found.add("card-table", README, f"there is no {README}, or none of a card's size")
+        found.add("card-table", README, f"there is no {README}, or it is empty or too large")
         return ()
     try:
         data = target.read_bytes(main.commit, README, size=_MAX_CARD_BYTES)
@@ -84,10 +84,10 @@ def _read_rows(target: Target, main: BranchState, heading: str, found: Collector
 
 
 def table_rows(text: str, heading: str = BRANCH) -> Sequence[Row]:
-    """Return the rows of a card's table of provided files, by the heading of the column; none if it has no such table.
+    """Return the rows of a card's table of provided files, as cells by heading; none if the card has no such table.
 
-    It is the first table of the page that has all the columns that are compared. The column of the names is called
-    `heading` there, and `BRANCH` in what is returned.
+    The table is the first one with all compared columns. Its column of names has the heading `heading`; the returned
+    rows have it under `BRANCH`.
     """
     lines = text.replace("\r\n", "\n").split("\n")
     for number, line in enumerate(lines):
@@ -105,14 +105,14 @@ def table_rows(text: str, heading: str = BRANCH) -> Sequence[Row]:
 
 
 def _cells(line: str) -> list[str]:
-    """Return the cells of a table's row; none if the line is not one."""
+    """Return the cells of a table row; none if the line is no table row."""
     if not line.startswith("|") or not line.rstrip().endswith("|"):
         return []
     return [cell.strip() for cell in _CELL_END.split(line.rstrip())[1:-1]]
 
 
 def _differences(row: Row, provenance: Provenance) -> list[tuple[str, str, object]]:
-    """Return column, cell and recorded value of every figure that is not the record's."""
+    """Return column, cell and recorded value of every figure that differs from the record."""
     used = provenance.parameters
     recorded: dict[str, object] = {
         BITS: used.get("bits"),
@@ -121,7 +121,7 @@ def _differences(row: Row, provenance: Provenance) -> list[tuple[str, str, objec
         DAMP: used.get("damp_percent"),
         SEQ_LEN: provenance.calibration.seq_len,
     }
-    # "-1 (whole row)" is a group size, too.
+    # A cell may be "-1 (whole row)".
     wrong = [
         (column, row[column], value) for column, value in recorded.items() if row[column].split(" ")[0] != f"{value}"
     ]
@@ -131,11 +131,11 @@ def _differences(row: Row, provenance: Provenance) -> list[tuple[str, str, objec
 
 
 def is_rounded(cell: str, size_bytes: int) -> bool:
-    """Return whether a size such as `7.26 GB` is `size_bytes`, rounded to the digits that it shows."""
+    """Return whether a size such as `7.26 GB` is `size_bytes`, rounded to the displayed digits."""
     match = _SIZE.match(cell)
     if match is None:
         return False
     whole, fraction, factor = match[1], match[2] or "", _FACTORS[match[3]]
-    # In integers, which no size is too large for.
+    # Integers have no rounding error at any size.
     difference = abs(int(whole + fraction) * factor - size_bytes * int(10 ** len(fraction)))
     return 2 * difference <= factor

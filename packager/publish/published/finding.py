@@ -1,4 +1,4 @@
-"""What can be wrong with a published repository, and the collector that every check reports to."""
+"""The rules for published repositories, and the collector that every check reports to."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,26 +22,28 @@ def _warning(hint: str) -> Rule:
     return Rule(severity="warning", hint=hint)
 
 
-# The audit's rules, and those that only a repository of several branches can break.
+# The audit's rules, and the rules about repositories and their branches.
 RULES: Mapping[str, Rule] = {
     **audit.RULES,
-    "branch-unreadable": _rule("run again later; if it stays so, the repository has lost what it lists"),
-    "files-too-many": _rule("this is no branch of ours: restrict the run with --branch"),
-    "file-name": _rule("remove the file: a name like this leaves the folder it is downloaded to, or does not survive"),
-    "provenance-missing": _rule("publish the branch with packager, or leave it out: name the others with --branch"),
-    "repository-differs": _rule("publish from the recipe whose repository this is; after a renaming, publish again"),
-    "address-differs": _warning("a git remote may have any address: make sure that it is the one you mean"),
-    "head-foreign": _warning("look at what they changed: packager publishes again, or rolls back"),
+    "branch-unreadable": _rule("run again later; if the error remains, the repository has lost files that it lists"),
+    "files-too-many": _rule("packager did not publish this branch: restrict the run with --branch"),
+    "file-name": _rule("remove the file: its name leads out of the download folder, or does not survive a clone"),
+    "provenance-missing": _rule("publish the branch with packager, or name the other branches with --branch"),
+    "repository-differs": _rule("publish from the recipe of this repository; after a renaming, publish again"),
+    "address-differs": _warning("a git remote may have any address: check that this is the right one"),
+    "head-foreign": _warning("look at the changes; to undo them, publish again or use packager rollback"),
     "branch-differs": _rule("these are another variant's files: " + _AGAIN),
-    "branch-copied": _rule("variants never have the same weights: one is not what its record says; " + _AGAIN),
+    "branch-copied": _rule("variants never have the same weights: one of the records is wrong; " + _AGAIN),
     "remote-file-missing": _rule(_AGAIN),
-    "remote-file-unlisted": _rule("somebody else put it there: remove it, or " + _AGAIN),
+    "remote-file-unlisted": _rule("packager did not publish this file: remove it, or " + _AGAIN),
     "remote-file-changed": _rule(_AGAIN),
     "digest-unknown": _rule("run with --full, which reads everything"),
     "header-too-large": _rule("no model has such a header: " + _AGAIN),
-    "loader-failed": _rule("its users get an error or nonsense: put the branch back with packager rollback"),
-    "loader-not-run": _warning("run where the loader can run, such as on a machine with a CUDA GPU"),
-    "main-missing": _rule("publish main: it is what a reader gets who names no branch"),
+    "loader-failed": _rule(
+        "the loader's users get an error or wrong output: put the branch back with packager rollback"
+    ),
+    "loader-not-run": _warning("run on a machine that has what the loader needs, e.g. a CUDA GPU"),
+    "main-missing": _rule("publish main: readers who name no branch get main"),
     "card-table": _rule(_CARD),
     "card-branch-missing": _rule("publish the branch, or " + _CARD),
     "card-branch-unlisted": _rule("delete the branch, or " + _CARD),
@@ -50,13 +52,13 @@ RULES: Mapping[str, Rule] = {
 
 
 def unreadable(error: PublishError) -> str:
-    """Return why something could not be read, as a finding says it."""
+    """Return the message of a finding for an unreadable file or branch."""
     return f"{error.what}: {error.why}" if error.why else error.what
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedFinding:
-    """One thing that is wrong with a published repository: where, which of `RULES`, what, and what to do."""
+    """One fault of a published repository: branch and file, the broken rule of `RULES`, a message and a hint."""
 
     branch: str
     file: str
@@ -67,7 +69,7 @@ class PublishedFinding:
 
 
 class Collector:
-    """Collects a branch's findings; of each rule only so many are kept, the rest is counted."""
+    """Collects a branch's findings: at most 20 per rule, and the number of the others."""
 
     def __init__(self, branch: str) -> None:
         self._branch = branch
@@ -83,7 +85,7 @@ class Collector:
 
     @property
     def has_errors(self) -> bool:
-        """Whether an error was reported so far."""
+        """Whether an error has been reported."""
         return any(RULES[rule].severity == "error" for rule in self._counts)
 
     def has(self, rule: str) -> bool:
@@ -91,13 +93,13 @@ class Collector:
         return rule in self._counts
 
     def take(self, findings: Iterable[Finding]) -> None:
-        """Report what the audit found."""
+        """Report findings of the audit."""
         for finding in findings:
             more = f" (and {len(finding.also)} more like it)" if finding.also else ""
             self.add(finding.code, finding.where, f"{finding.message}{more}")
 
     def collected(self) -> tuple[PublishedFinding, ...]:
-        """Return what was reported so far."""
+        """Return the reported findings."""
         left_out = [
             self._finding(rule, RULES[rule], "", f"and {count - _MAX_FINDINGS:,} more findings of this rule")
             for rule, count in self._counts.items()

@@ -1,7 +1,7 @@
-"""Loaders open a downloaded branch: those that its record names, compared with our own forward of the same files.
+"""Run the loaders that a branch's record names on the downloaded branch, against our own forward of the same files.
 
-What they compute on is the branch's own card, in its own tokens: ordinary text that comes with every branch, and whose
-sha256 is in the record. A branch that another check has found wrong is not opened.
+Their input is the branch's own card in the branch's own tokens: every branch has this ordinary text, and its sha256 is
+in the record. A branch with errors in the earlier checks is not opened.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +26,12 @@ _MAX_UNKNOWN = 5  # loaders that this version does not know, of a record
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderSite:
-    """Where loaders are run.
+    """Where loaders run.
 
     Attributes:
-        device: where they, and our own forward, compute.
-        cache: where their environments are kept.
-        environ: the process environment to derive theirs from; secrets are removed.
+        device: the device of the loaders and of our own forward.
+        cache: the folder of the loaders' environments.
+        environ: the process environment that theirs are derived from, without secrets.
     """
 
     device: "torch.device"
@@ -47,18 +47,18 @@ def check_with_loaders(
     found: Collector,
     log: Callable[[str], None],
 ) -> tuple[LoaderRecord, ...]:
-    """Let the loaders that a record names open its branch.
+    """Run the loaders that a branch's record names on the branch.
 
     Args:
-        site: where they are run.
-        folder: the branch, downloaded and audited; what the loaders write goes beside it.
-        branch: its name.
-        provenance: its record.
-        found: has what was found before, and gets what the loaders find.
+        site: where the loaders run.
+        folder: the downloaded and audited branch; the loaders write beside it.
+        branch: the branch's name.
+        provenance: the branch's record.
+        found: has the findings of the earlier checks, and gets those of the loaders.
         log: gets a line per loader.
 
     Returns:
-        One record per loader: passed, failed with what differs, or "not run" with why.
+        One record per loader: passed, failed with the difference, or "not run" with the reason.
 
     Raises:
         MachineError: a loader's environment cannot be written, or the GPU has no memory for our own forward.
@@ -82,11 +82,11 @@ def check_with_loaders(
 
 
 def _problem(branch: str, folder: Path, found: Collector) -> str:
-    """Return why the branch is not opened, or ""."""
+    """Return why the branch cannot be opened, or ""."""
     if found.has_errors or branch_problem(branch):
         return "the branch failed the checks before this one"
     if found.has("architecture-unknown"):
-        return "its architecture is none that could be checked"
+        return "its architecture is not supported by the checks"
     if not (folder / TOKENIZER).exists():
         return f"there is no {TOKENIZER} to make tokens with"
     return ""
@@ -136,7 +136,7 @@ def _run(
         ) from error
     except MachineError:
         raise
-    except Exception as error:  # noqa: BLE001 - somebody else's files: tokenizers, transformers and torch raise anything
+    except Exception as error:  # noqa: BLE001 - untrusted files: tokenizers, transformers and torch may raise any error
         reason = printable(f"our own forward of it failed: {type(error).__name__}: {error}")
         return [
             LoaderRecord(loader=name, required=required, status="failed", reason=reason)
@@ -146,7 +146,7 @@ def _run(
 
 
 def _token_rows(folder: Path, num_rows: int, seq_len: int) -> Sequence[list[int]]:
-    """Return rows of the card's token ids, from its start again where it is too short."""
+    """Return `num_rows` rows of `seq_len` token ids of the card; a short card is repeated."""
     from tokenizers import Tokenizer
 
     text = (folder / README).read_text(encoding="utf-8")[:_TEXT_CHARACTERS]

@@ -1,4 +1,4 @@
-"""Reading a branch that nobody vouches for: in bounded pieces, and to disk only under names that stay in the folder."""
+"""Read an untrusted branch: in bounded pieces, and to disk only under names that stay in the folder."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ _MAX_WEIGHTS_BYTES = 1 << 43  # of one file: what file systems can have as a hol
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """A branch that is being looked at: its head, the files there, and those of them that may be written to disk."""
+    """A branch that is being checked: its head, its files, and the names that are safe to write to disk."""
 
     target: Target
     name: str
@@ -30,23 +30,23 @@ class Branch:
     def read(self, name: str, size: int) -> bytes:
         """Return a file's first bytes, at most `size`."""
         if self.stored[name].size_bytes <= 0:
-            return b""  # HTTP knows no range of nothing, and answers with an error
+            return b""  # HTTP has no empty range and answers with an error
         return self.target.read_bytes(self.commit, name, size=size)[:size]
 
 
 def bounded(file: StoredFile) -> StoredFile:
-    """Return a file with a size that can be computed with: a pointer of git-lfs may name one of 800 digits."""
+    """Return a file with a limited size: a pointer of git-lfs may state a size of 800 digits."""
     return replace(file, size_bytes=min(file.size_bytes, _HUGE_BYTES))
 
 
 def safe_names(stored: Mapping[str, StoredFile], found: Collector) -> frozenset[str]:
-    """Return the ordinary files whose names may be written to disk; report the others."""
+    """Return the ordinary files whose names are safe to write to disk; report the others."""
     safe = set()
     for name, file in sorted(stored.items()):
         if problem := file_name_problem(name):
             found.add("file-name", name, problem)
         elif any(folder.as_posix() in stored for folder in PurePosixPath(name).parents):
-            found.add("file-name", name, "its folder is a file, too")
+            found.add("file-name", name, "the branch has its folder as a file, too")
         elif not (file.sha256 or file.blob_id) or file.size_bytes < 0:
             found.add("not-a-regular-file", name, "a link, a submodule or an executable")
         else:
@@ -57,10 +57,10 @@ def safe_names(stored: Mapping[str, StoredFile], found: Collector) -> frozenset[
 def download(
     branch: Branch, names: Sequence[str], folder: Path, found: Collector, log: Callable[[str], None]
 ) -> list[str]:
-    """Write files of the branch into `folder`; return the names of those that could be.
+    """Write files of the branch into `folder`; return the names of those that were written.
 
     Raises:
-        MachineError: there is no space for them.
+        MachineError: the folder has no space for the files.
     """
     needed, free = sum(branch.stored[name].size_bytes for name in names), shutil.disk_usage(folder).free
     if needed > free:
@@ -74,7 +74,7 @@ def download(
     def fetch(name: str) -> str:
         size_bytes = branch.stored[name].size_bytes
         log(f"  {printable(branch.name)}: {printable(name)}, {format_bytes(size_bytes)}")
-        if size_bytes < LARGE_BYTES:  # a server that sends more than it has listed sends it in vain
+        if size_bytes < LARGE_BYTES:  # at most one byte more than listed: a larger answer is found as changed
             return put(folder / name, branch.read(name, size_bytes + 1))
         return _written(folder / name, lambda path: branch.target.export(branch.commit, name, path))
 
@@ -86,10 +86,10 @@ def download(
 
 
 def put_header(branch: Branch, name: str, folder: Path, left_bytes: int, found: Collector) -> int | None:
-    """Write a weights file up to the end of its header, and a hole for the rest; return how many bytes were read.
+    """Write a weights file up to the end of its header, sparse after it; return the number of bytes read.
 
-    None if it cannot be looked at, which is reported. What is not a header is written as far as it was read: whoever
-    parses it says what is wrong.
+    Returns None after reporting a file that cannot be checked. Bytes that are no header are written, too: the audit
+    parses them and reports the damage.
     """
     size_bytes = branch.stored[name].size_bytes
     data = branch.read(name, 8) if size_bytes <= _MAX_WEIGHTS_BYTES else b""
@@ -99,7 +99,7 @@ def put_header(branch: Branch, name: str, folder: Path, left_bytes: int, found: 
         found.add("header-too-large", name, f"a header of {shown(length)} bytes in a file of {shown(size_bytes)}")
         return None
     if readable:
-        # From the start: whoever knows no ranges sends what lies there.
+        # From the start of the file: a server without ranges sends these bytes, too.
         data = branch.read(name, 8 + length)
     if problem := put(folder / name, data, size_bytes):
         found.add("file-name", name, f"it cannot be written to disk: {problem}")
@@ -108,7 +108,7 @@ def put_header(branch: Branch, name: str, folder: Path, left_bytes: int, found: 
 
 
 def put(path: Path, data: bytes, size_bytes: int | None = None) -> str:
-    """Write a file, followed by a hole up to `size_bytes`; return why it could not be, or ""."""
+    """Write a file, sparse after `data` up to `size_bytes`; return why it could not be written, or ""."""
 
     def write(path: Path) -> None:
         path.write_bytes(data)
@@ -119,7 +119,11 @@ def put(path: Path, data: bytes, size_bytes: int | None = None) -> str:
 
 
 def _written(path: Path, write: Callable[[Path], None]) -> str:
-    """Return why a file could not be written because of its name, or ""; a full disk is an error, nobody's finding."""
+    """Return why a file's name cannot be written, or "".
+
+    Raises:
+        MachineError: the disk is full or not writable.
+    """
     try:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which branches are published, for whoever cannot go on without one."""
+"""Read the branches of a repository that must not be empty."""
 
 from collections.abc import Collection, Mapping
 
@@ -8,27 +8,27 @@ from packager.system.text import printable
 
 
 def published_states(target: Target, named: Collection[str] = ()) -> Mapping[str, BranchState]:
-    """Return every branch that is there.
+    """Return every branch.
 
     Args:
         target: the repository.
-        named: these must be.
+        named: branches that must exist.
 
     Raises:
-        PublishError: nothing is there, or a branch named is not.
+        PublishError: the repository has no branches, or lacks one of `named`.
     """
     states = target.read_branches()
     if not states:
         raise PublishError(
-            "nothing is published here, or it does not show itself",
+            "nothing is published here, or the token may not read it",
             where=target.where,
-            hint="check the address; a private repository shows itself to a token that may read it (HF_TOKEN, for git "
+            hint="check the address; a private repository needs a token that may read it (HF_TOKEN, for git "
             "PACKAGER_GIT_TOKEN)",
         )
     if absent := [branch for branch in named if branch not in states]:
         raise PublishError(
             f"there is no branch {', '.join(absent)}",
             where=target.where,
-            hint=f"there are {printable(', '.join(sorted(states)))}",
+            hint=f"the branches are {printable(', '.join(sorted(states)))}",
         )
     return states

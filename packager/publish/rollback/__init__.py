@@ -1,25 +1,25 @@
-"""Put branches back to what they held before, each by a new commit: what was published stays in the history.
+"""Restore the earlier files of branches, each by a new commit: all published commits stay in the history.
 
-Which commit a branch goes back to:
+The commit that a branch goes back to:
 
-* A branch given by name goes to the commit before its head.
-* The whole release goes to the one before it. Publishing ends with main, so the commit before main's head is the end
-  of the release before, and every branch gets what it held at that time: branches that the latest release did not
-  change stay as they are, and those that it made are left alone, as there is nothing before them. If a publish did not
-  get as far as main, variants have heads younger than main's; then only that publish is undone and main stays. The
-  order of events is that of the commits' times, in whole seconds.
+* A branch given by name goes back to the commit before its head.
+* A whole release goes back to the release before it. Publishing ends with main, so the commit before main's head is the
+  end of the release before, and every branch gets the files that it had at that time. Branches that the latest release
+  did not change keep their heads. Branches that it created are left alone: they have no earlier files. If a publish
+  ended before main, variants have younger heads than main; then only that publish is undone, and main keeps its head.
+  Events are ordered by the commits' times, in whole seconds.
 
-Every commit made here ends with trailers that name the head that it takes the place of, the commit whose files it
-holds, and, for a whole release, the commit of main that the release goes back to:
+Every commit of a rollback ends with trailers that name the head that it replaces, the commit whose files it has, and,
+for a whole release, the commit of main that the release goes back to:
 
     Rollback-of: <commit>
     Rollback-to: <commit>
     Rollback-release: <commit>
 
-A rollback that was killed is run again and finishes: as long as nothing was published after them, the youngest heads
-with `Rollback-release` say where the release goes, and a branch whose head is a rollback to its commit is done. Done
-twice, it changes nothing. `again` goes one further back, and only once the last rollback is complete. A rollback counts
-as the commit whose files it holds wherever "the commit before" is looked for, so nothing goes forward by accident.
+A killed rollback is run again and finishes. As long as nothing was published after it, the youngest heads with
+`Rollback-release` name the release to go back to, and a branch whose head is a rollback to its commit is done. A second
+run changes nothing. `further_back` goes one release further back, once the last rollback is complete. In the search for
+"the commit before", a rollback counts as the commit whose files it has, so a rollback never goes forward.
 """
 
 import time
@@ -36,7 +36,7 @@ from packager.system.text import printable
 
 @dataclass(frozen=True, kw_only=True)
 class RollbackOutcome:
-    """What became of one branch: its head afterwards, and the seconds."""
+    """The result for one branch: its new head and the time in seconds."""
 
     plan: BranchRollback
     commit: str
@@ -45,7 +45,7 @@ class RollbackOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class RollbackReport:
-    """What was done to a repository, in order, and what was put right before that."""
+    """The result for a repository: the branches in order, and notes about repairs after a killed run."""
 
     plan: RollbackPlan
     outcomes: tuple[RollbackOutcome, ...]
@@ -56,36 +56,36 @@ class RollbackReport:
 def rollback(
     target: Target,
     request: RollbackRequest,
-    report: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     dry_run: bool = False,
     show_plan: Callable[[RollbackPlan], None] = lambda _: None,
     confirm: Callable[[RollbackPlan], None] = lambda _: None,
 ) -> RollbackReport:
-    """Put branches of `target` back.
+    """Restore earlier files of branches of `target`.
 
     Args:
         target: the repository.
-        request: which branches, and how far.
-        report: gets one line per branch and one per thing put right after a killed run.
+        request: which branches, and how far back.
+        log: gets one line per branch and one per repair after a killed run.
         dry_run: plan and check, write nothing.
-        show_plan: gets the plan before the first effect; not called for a dry run, whose report holds it.
+        show_plan: gets the plan before the first effect; not called in a dry run, whose report holds the plan.
         confirm: called if anything would change, after `show_plan` and before the first effect; raises to stop.
 
     Raises:
-        HeadMovedError: somebody else committed meanwhile; branches before this one in the plan are done.
-        PublishError: there is nothing to go back to, or the target refused or did not store what it was told to.
+        HeadMovedError: a branch got another commit; the branches before it in the plan are done.
+        PublishError: there is nothing to go back to, the target refused, or it does not hold the restored files.
     """
     if dry_run:
         plan = plan_rollback(target, request)
         target.check(plan.changing)
         outcomes = [RollbackOutcome(plan=entry, commit=entry.head.commit, seconds=0.0) for entry in plan.branches]
         return RollbackReport(plan=plan, outcomes=tuple(outcomes), notes=(), dry_run=True)
-    published_states(target)  # or an empty repository would be made
+    published_states(target)  # raises before an empty repository is made
     outcomes = []
     with target.exclusive() as notes:
         for note in notes:
-            report(note)
+            log(note)
         plan = plan_rollback(target, request)
         show_plan(plan)
         target.check(plan.changing)
@@ -93,13 +93,13 @@ def rollback(
             confirm(plan)
         for entry in plan.branches:
             outcome = _restore(entry, plan, target)
-            report(outcome_line(outcome))
+            log(outcome_line(outcome))
             outcomes.append(outcome)
     return RollbackReport(plan=plan, outcomes=tuple(outcomes), notes=tuple(notes), dry_run=False)
 
 
 def outcome_line(outcome: RollbackOutcome) -> str:
-    """Return the one line that says what became of a branch."""
+    """Return one line with a branch's result."""
     plan = outcome.plan
     if plan.action != "restore" or plan.to is None:
         return f"{printable(plan.branch)}: {plan.action}: {plan.reason}"
@@ -122,7 +122,7 @@ def _restore(entry: BranchRollback, plan: RollbackPlan, target: Target) -> Rollb
             f"{entry.branch} moved while it was being put back",
             where=target.where,
             why=error.why or f"its head is no longer {entry.head.commit[:12]}",
-            hint="look at what is there now, then run again: branches that are done are not put back twice",
+            hint="look at the branch, then run again: branches that are done are not put back twice",
         ) from error
     stored = target.read_back(commit)
     if wrong := sorted(
@@ -131,10 +131,10 @@ def _restore(entry: BranchRollback, plan: RollbackPlan, target: Target) -> Rollb
         if name not in stored or name not in entry.files or not stored[name].holds(entry.files[name])
     ):
         raise PublishError(
-            f"{entry.branch} was put back and does not hold what {entry.to.commit[:12]} holds",
+            f"{entry.branch} was put back and does not hold the files of {entry.to.commit[:12]}",
             where=target.where,
             why=printable(", ".join(wrong)),
-            hint="run again with --to; if that does not help, check the repository (git fsck, where it is a folder)",
+            hint="run again with --to; if that does not help, check the repository (git fsck, if it is a folder)",
         )
     return RollbackOutcome(plan=entry, commit=commit, seconds=time.monotonic() - started)
 

@@ -1,4 +1,4 @@
-"""A branch's history, in which a rollback counts as the commit whose files it holds."""
+"""The history of a branch, in which a rollback counts as the commit whose files it has."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,20 +12,20 @@ def trailers(head: CommitRecord, to: CommitRecord, release: CommitRecord | None)
     """Return the last lines of a rollback's message.
 
     Args:
-        head: what the new commit takes the place of.
-        to: the commit whose files it holds.
-        release: the commit of main that the whole release goes back to, if it does.
+        head: the commit that the rollback replaces as head.
+        to: the commit whose files the rollback has.
+        release: the commit of main that the whole release goes back to, None for a branch given by name.
     """
     lines = [f"Rollback-of: {head.commit}", f"Rollback-to: {to.commit}"]
     return "\n".join([*lines, f"Rollback-release: {release.commit}"] if release else lines)
 
 
 class BranchHistory:
-    """A branch's history, the newest commit first, in which a rollback counts as the commit whose files it holds."""
+    """A branch's commits, newest first; a rollback counts as the commit whose files it has."""
 
     def __init__(self, branch: str, records: Sequence[CommitRecord]) -> None:
         self.branch, self.records = branch, records
-        self._places = {record.commit: place for place, record in enumerate(records)}
+        self._indices = {record.commit: index for index, record in enumerate(records)}
 
     @property
     def head(self) -> CommitRecord:
@@ -34,11 +34,11 @@ class BranchHistory:
 
     @property
     def shown(self) -> CommitRecord:
-        """The commit whose files the head holds."""
+        """The commit whose files the head has."""
         return self.resolved(self.head)
 
     def release_goal(self) -> str:
-        """Return which commit of main a whole release went back to when the head was made, "" if it was no such."""
+        """Return the commit of main that a rollback of the release went back to, "" if the head is none."""
         return _trailers(self.head).get("release", "")
 
     def is_rollback(self) -> bool:
@@ -46,28 +46,28 @@ class BranchHistory:
         return self.shown is not self.head
 
     def resolved(self, record: CommitRecord) -> CommitRecord:
-        """Return the commit that a rollback led to; any other commit is itself."""
-        while (place := self._places.get(_trailers(record).get("to", ""), -1)) > self._places[record.commit]:
-            record = self.records[place]
-        return record  # a trailer that names no earlier commit means nothing
+        """Return the commit that a rollback went back to; any other commit is returned unchanged."""
+        while (index := self._indices.get(_trailers(record).get("to", ""), -1)) > self._indices[record.commit]:
+            record = self.records[index]
+        return record  # a trailer that names no earlier commit is ignored
 
     def before(self, record: CommitRecord) -> CommitRecord | None:
-        """Return what was there before a commit; None if there was nothing."""
-        place = self._places[record.commit] + 1
-        return self.resolved(self.records[place]) if place < len(self.records) else None
+        """Return the commit whose files the branch had before `record`; None for the first commit."""
+        index = self._indices[record.commit] + 1
+        return self.resolved(self.records[index]) if index < len(self.records) else None
 
     def at(self, time_s: int) -> CommitRecord | None:
-        """Return what was there at a time; None if there was nothing."""
+        """Return the commit whose files the branch had at a time; None before the first commit."""
         for record in self.records:
             if record.time_s <= time_s:
                 return self.resolved(record)
         return None
 
     def find(self, commit: str) -> list[CommitRecord]:
-        """Return the commits that an abbreviated id may mean."""
+        """Return the commits whose ids begin with `commit`."""
         return [record for record in self.records if record.commit.startswith(commit)]
 
 
 def _trailers(record: CommitRecord) -> Mapping[str, str]:
-    """Return the trailers of a commit that this program made."""
+    """Return the rollback trailers of a commit, none if this program did not make it."""
     return {} if record.author else dict(_TRAILER.findall(record.message))

@@ -1,4 +1,4 @@
-"""Which commit each branch goes back to, and what that changes; nothing is written."""
+"""The rollback plan: the commit that each branch goes back to, and the changed files; nothing is written."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ _HOSTS_FILES = frozenset({GIT_ATTRIBUTES})  # hosts begin a branch with a commit
 
 @dataclass(frozen=True, kw_only=True)
 class RollbackRequest:
-    """What is asked for.
+    """Which branches to roll back, and how far.
 
     Attributes:
-        branches: these; none means the whole release.
+        branches: the branches; none means the whole release.
         to: a commit to go back to, of the one branch named, or of main for the whole release; "" goes one back.
-        further_back: go further back from where the last rollback led.
+        further_back: go back from the commit that the last rollback went back to.
     """
 
     branches: tuple[str, ...] = ()
@@ -38,18 +38,18 @@ class RollbackRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class BranchRollback:
-    """What a rollback does to one branch.
+    """The changes of one branch.
 
     Attributes:
-        branch: its name.
-        action: whether a commit is made; "done" if the branch holds the files already.
-        head: its head as it is now.
-        to: the commit whose files it gets, or holds already; None if it is left alone.
-        reason: why no commit is made, "" if one is.
-        added: files that come back, with their sizes then.
-        changed: files that get their earlier content, with their sizes then.
-        removed: files that go, with their sizes now.
-        files: all that it is to hold, if a commit is made.
+        branch: the branch's name.
+        action: "restore" makes a commit; "done" if the branch already holds the files.
+        head: the present head.
+        to: the commit whose files the branch gets or already holds; None if the branch is left alone.
+        reason: why no commit is made, "" if one is made.
+        added: files that come back, with their restored sizes.
+        changed: files that get their earlier content, with their restored sizes.
+        removed: files that are removed, with their present sizes.
+        files: all files of the branch after the rollback, if a commit is made.
     """
 
     branch: str
@@ -65,12 +65,12 @@ class BranchRollback:
 
 @dataclass(frozen=True, kw_only=True)
 class RollbackPlan:
-    """What a rollback does to a repository.
+    """The changes of a repository.
 
     Attributes:
-        where: the repository.
+        where: the repository's address.
         release: the commit of main that the whole release goes back to, None if branches were named.
-        branches: in the order they are restored, main last.
+        branches: in the order of the rollback, main last.
     """
 
     where: str
@@ -79,7 +79,7 @@ class RollbackPlan:
 
     @property
     def effects(self) -> tuple[str, ...]:
-        """Everything that would be done, for the question whether it shall be."""
+        """Every change, for the confirmation prompt."""
         return self.changing
 
     @property
@@ -89,9 +89,10 @@ class RollbackPlan:
 
 
 def plan_rollback(target: Target, request: RollbackRequest) -> RollbackPlan:
-    """Find out which commit each branch goes back to, and what that changes; nothing is written.
+    """Find the commit that each branch goes back to, and the changed files; write nothing.
 
     Raises:
+        HeadMovedError: a branch moved while its history was read.
         PublishError: there is nothing to go back to, or the request does not fit the repository.
     """
     states = published_states(target, request.branches or (MAIN,))
@@ -115,16 +116,16 @@ def plan_rollback(target: Target, request: RollbackRequest) -> RollbackPlan:
     at_that_time = {branch: history.at(release.time_s) for branch, history in histories.items()}
     if at_that_time[MAIN] is not release:
         raise PublishError(
-            f"the times of the commits do not tell what belonged to {release.commit[:12]} of {MAIN}",
+            f"the times of the commits do not show which commits belonged to {release.commit[:12]} of {MAIN}",
             where=target.where,
             why=f"a later commit of {MAIN} has the same time or an earlier one: a clock was wrong",
-            hint="put back each branch by name: --branch NAME, with --to COMMIT where it is not the one before",
+            hint="put back each branch by name: --branch NAME, with --to COMMIT unless it is the one before the head",
         )
     return _plan(target, states, histories, at_that_time, release)
 
 
 def _wanted_by_name(history: BranchHistory, request: RollbackRequest, where: str) -> CommitRecord:
-    """Return the commit that a branch given by name goes back to, or is back at."""
+    """Return the commit that a branch given by name goes back to, or has gone back to."""
     if request.to:
         return _found(history, request.to, where)
     if history.is_rollback() and not request.further_back:
@@ -138,19 +139,19 @@ def _wanted_by_name(history: BranchHistory, request: RollbackRequest, where: str
 def _wanted_release(
     histories: Mapping[str, BranchHistory], states: States, request: RollbackRequest, target: Target
 ) -> CommitRecord:
-    """Return the commit of main that marks the release to go back to, or that the last rollback was to go back to."""
+    """Return the commit of main that ends the release to go back to, or the goal of the last rollback."""
     main, where = histories[MAIN], target.where
     if request.to:
         return _found(main, request.to, where)
     if main.head.author:
         raise PublishError(
-            f"the head of {MAIN} was made by {printable(main.head.author)}, not by packager",
+            f"{printable(main.head.author)} made the head of {MAIN}, not packager",
             where=where,
             why=f"{main.head.commit[:12]} {printable(main.head.title)}",
             hint=f"undo it with --branch {MAIN}, then run again; or name with --to the commit of {MAIN} to go back to",
         )
     latest = max((history for history in histories.values() if not history.head.author), key=_event)
-    before: CommitRecord | None = main.shown  # a publish that did not get as far as main: main need not move
+    before: CommitRecord | None = main.shown  # main need not move if the publish ended before main
     if goals := main.find(latest.release_goal() or "none"):
         goal = main.resolved(goals[0])
         if not (request.further_back and _is_complete(goal, histories, states, target)):
@@ -164,17 +165,17 @@ def _wanted_release(
 
 
 def _event(history: BranchHistory) -> tuple[int, bool, bool]:
-    """Return what orders the branches by the last thing that a publish or a rollback of the release did to them.
+    """Return a key that sorts branches by their last publish or rollback of the release.
 
-    In the same second a rollback is younger than a publish, and main, which is published last, than the rest. A branch
-    that was put back by name counts as if what it undid had not been.
+    Within the same second a rollback is younger than a publish, and main, which is published last, is younger than the
+    other branches. A rollback of one branch by name counts as the commit that it went back to.
     """
     is_release = bool(history.release_goal())
     return (history.head if is_release else history.shown).time_s, is_release, history.branch == MAIN
 
 
 def _is_complete(goal: CommitRecord, histories: Mapping[str, BranchHistory], states: States, target: Target) -> bool:
-    """Return whether every branch of ours holds what it held at the goal's time."""
+    """Return whether every branch with a head of this program holds its files of the goal's time."""
     for branch, history in histories.items():
         wanted = history.at(goal.time_s)
         if history.head.author or wanted is None or wanted is history.head:
@@ -230,14 +231,14 @@ def _plan_branch(
     if wanted is None or not files:
         if by_name:
             raise _nothing_before(history.branch, history.shown, target.where)
-        reason = "it was not there then: nothing to go back to"
+        reason = "it did not exist then: nothing to go back to"
         return BranchRollback(branch=history.branch, action="left alone", head=head, reason=reason)
     if same_files(state.files, files):
-        reason = f"it holds what {wanted.commit[:12]} does"
+        reason = f"it already holds the files of {wanted.commit[:12]}"
         more = "; --again goes further back" if history.is_rollback() else ""
         return BranchRollback(branch=history.branch, action="done", head=head, to=wanted, reason=reason + more)
     if head.author and not by_name and history.branch != MAIN:
-        reason = f"its head was made by {printable(head.author)}: --branch {history.branch} puts it back"
+        reason = f"{printable(head.author)} made its head: --branch {history.branch} puts it back"
         return BranchRollback(branch=history.branch, action="left alone", head=head, reason=reason)
     now = state.files
     return BranchRollback(
@@ -255,7 +256,7 @@ def _plan_branch(
 
 
 def files_of(target: Target, record: CommitRecord) -> Mapping[str, StoredFile]:
-    """Return what a commit holds; nothing if that is nothing but what hosts put there."""
+    """Return a commit's files; none if the commit only has the file that hosts create."""
     files = target.read_back(record.commit)
     return files if files.keys() - _HOSTS_FILES else {}
 

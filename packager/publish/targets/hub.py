@@ -1,8 +1,8 @@
-"""The Hub as a target: one atomic commit per branch, and nothing sent twice.
+"""The Hub as a target: one atomic commit per branch, and no file uploaded twice.
 
-The bytes of large files go first; then one commit names them all, on top of the head that the plan was made from, so
-that a branch changes as a whole or not at all and nobody else's work is overwritten. A commit whose answer was lost is
-found by what the branch holds then. huggingface_hub is imported when first needed.
+Large files are uploaded first. Then one commit on top of the planned head names all files: a branch changes as a whole
+or not at all, and no other commit is overwritten. If the answer to a commit is lost, the branch's files show whether
+the commit was made. huggingface_hub is imported when first needed.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -38,17 +38,16 @@ if TYPE_CHECKING:
 
     Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 
-# Which files are large is the repository's own business: a new one has this file, and it stays as it is.
-# The last line of our commits' messages: the Hub says whose token it was, not which program's.
+# The last line of this program's commit messages: the Hub names the token's account, not the program.
 _TRAILER = "Published-by: gptq-packager"
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewRepository:
-    """How a repository is made, if there is none.
+    """The settings of a repository that does not exist yet.
 
     Attributes:
-        visibility: who may see it.
+        visibility: whether everyone may see it.
         gated: whether readers must ask for access; "auto" grants it at once.
     """
 
@@ -59,13 +58,13 @@ class NewRepository:
 class HubTarget:
     """A model repository on the Hub.
 
-    The token is the client's: HF_TOKEN, the login of `hf auth login`, or GitHub's identity of a CI job.
+    The client finds the token: HF_TOKEN, the login of `hf auth login`, or a CI job's identity on GitHub.
 
     Args:
         repository_id: namespace/name.
-        new: how to make the repository if there is none.
-        log: gets a line when something has to be waited for.
-        retry_limit_s: seconds that one call may be waited for.
+        new: settings of the repository if it does not exist.
+        log: gets a line per wait.
+        retry_limit_s: total seconds of waiting per call.
     """
 
     def __init__(
@@ -87,12 +86,12 @@ class HubTarget:
 
     @property
     def is_public(self) -> bool:
-        """Yes: a private repository, too, is read by others than this machine."""
+        """Yes: other people may read a private repository, too."""
         return True
 
     @property
     def identifies_by_blob(self) -> bool:
-        """No: the Hub knows large files by their sha256."""
+        """No: the Hub identifies large files by sha256."""
         return False
 
     @cached_property
@@ -104,12 +103,15 @@ class HubTarget:
         return RetryPolicy(self.where, self._log, limit_s=self._retry_limit_s)
 
     def read_branches(self) -> Mapping[str, BranchState]:
-        """Return every branch; one that holds nothing but .gitattributes has no files."""
+        """Return every branch; a branch with only .gitattributes has no files."""
         heads = self._heads()
         return dict(zip(heads, in_parallel(self._state, heads.values()), strict=True))
 
     def read_back(self, commit: str) -> Mapping[str, StoredFile]:
-        """Return a commit's files as the Hub lists them: sha256 and size of large ones, blob ids of the rest."""
+        """Return a commit's files as the Hub lists them: sha256 and size of large files, blob ids of small ones.
+
+        `.gitattributes` is left out: the Hub creates it and reads from it which files are large; it never changes.
+        """
         from huggingface_hub.hf_api import RepoFile
 
         entries = self._retry.call(
@@ -125,7 +127,7 @@ class HubTarget:
         }
 
     def read_bytes(self, commit: str, name: str, *, start: int = 0, size: int | None = None) -> bytes:
-        """Return a file's content, or the part of it that is asked for by a ranged request."""
+        """Return a file's content, or a part of it by a ranged request."""
         with_range = start > 0 or size is not None
         end = "" if size is None else str(start + size - 1)
         headers = {"Range": f"bytes={start}-{end}"} if with_range else {}
@@ -135,7 +137,7 @@ class HubTarget:
             for chunk in read_content(self._id, commit, name, headers):
                 parts.append(chunk)
                 if size is not None and sum(map(len, parts)) > size:
-                    break  # a server that does not know ranges would send the whole file
+                    break  # a server without ranges sends the whole file
             data = b"".join(parts)
             return data if size is None else data[:size]
 
@@ -167,29 +169,29 @@ class HubTarget:
         ]
 
     def check(self, changing: Collection[str]) -> None:
-        """Raise unless there is a token that may write.
+        """Raise unless the token may write.
 
         Raises:
-            PublishError: there is none, the Hub does not know it, or it is for reading only.
+            PublishError: there is no token, the Hub does not know it, or it is for reading only.
         """
         if not changing:
             return
-        account = self._retry.call("asking whose token this is", self._whoami)
+        account = self._retry.call("reading the token's account", self._whoami)
         role = account.get("auth", {}).get("accessToken", {}).get("role", "")
         if role == "read":
             raise PublishError(
                 "the token is for reading only",
                 where=self.where,
-                hint="make one that may write at https://huggingface.co/settings/tokens and set HF_TOKEN to it",
+                hint="make a token that may write at https://huggingface.co/settings/tokens and set HF_TOKEN to it",
             )
 
     @contextmanager
     def exclusive(self) -> Iterator[Sequence[str]]:
-        """Nothing is locked: each commit names the head that it is made on, and fails if that has moved."""
+        """Lock nothing: each commit names its parent, and fails if the branch's head has moved."""
         yield ()
 
     def commit(self, branch: str, files: Mapping[str, LocalFile], *, parent: str | None, message: str) -> str:
-        """Upload what the repository lacks, then make one commit that also removes what is not in `files`."""
+        """Upload the files that the repository lacks, then make one commit that also removes all other files."""
         from huggingface_hub import CommitOperationDelete
 
         head = parent or self._new_branch(branch)
@@ -199,19 +201,19 @@ class HubTarget:
         additions = [_addition(name, file) for name, file in lacking.items()]
         if additions:
             size = format_bytes(sum(addition.upload_info.size for addition in additions))
-            self._log(f"{self._id} {branch}: sending what the Hub lacks of {size}")
+            self._log(f"{self._id} {branch}: uploading the files of {size} that the Hub lacks")
             self._retry.call(
                 f"uploading the files of {branch}",
                 lambda: self._api.preupload_lfs_files(self._id, additions, revision=branch, free_memory=False),
             )
-            for file in lacking.values():  # or it would be published under the digest of what was there before
+            for file in lacking.values():  # else it would be published under its old digest
                 require_unchanged(file)
         stale = [CommitOperationDelete(name, is_folder=False) for name in sorted(stored.keys() - files.keys())]
         wanted = {name: _stored(file) for name, file in files.items()}
         return self._advance(branch, [*additions, *stale], wanted, parent=head, message=message)
 
     def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
-        """Make one commit with the files of an earlier one; the Hub copies the large ones by itself."""
+        """Make one commit with the files of an earlier one; the Hub copies large files itself."""
         from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
         wanted, stored = self.read_back(commit), self.read_back(parent)
@@ -240,7 +242,7 @@ class HubTarget:
             self._retry.call(f"tagging {name}", lambda: make(self._id, tag=name, revision=commit, exist_ok=True))
 
     def _whoami(self) -> Mapping[str, Any]:
-        """Return what the Hub says of the token; nothing if it may be used without being allowed to ask that."""
+        """Return the account of the token; nothing if the token may not read it, which does not prevent writing."""
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
@@ -251,7 +253,7 @@ class HubTarget:
             raise
 
     def _heads(self) -> dict[str, str]:
-        """Return every branch's head commit; none if there is no repository."""
+        """Return every branch's head commit; none if the repository does not exist."""
         from huggingface_hub import errors as hub
 
         def read() -> dict[str, str]:
@@ -266,7 +268,7 @@ class HubTarget:
         return self._retry.call("listing branches", read)
 
     def _state(self, commit: str) -> BranchState:
-        entry = self._retry.call(f"asking who made {commit[:12]}", lambda: newest_commit(self._id, commit))
+        entry = self._retry.call(f"reading the author of {commit[:12]}", lambda: newest_commit(self._id, commit))
         author = _author(entry["message"], [author["user"] for author in entry["authors"]])
         return BranchState(commit=commit, foreign_author=author, files=self.read_back(commit))
 
@@ -275,33 +277,33 @@ class HubTarget:
         return self._retry.call(f"listing commits of {revision[:40]}", lambda: read(self._id, revision=revision))
 
     def _new_branch(self, branch: str) -> str:
-        """Make a branch, and the repository if there is none; return its head, which holds no file of anybody's.
+        """Make an empty branch, and the repository if it does not exist; return the branch's head.
 
         Raises:
-            HeadMovedError: somebody else has put files there.
+            HeadMovedError: another publisher has made the branch and put files there.
         """
         heads = self._heads()
         if not heads:
             self._new_repository()
             heads = self._heads()
         if branch not in heads:
-            # Without a starting point the Hub copies main, weights and all.
+            # Without `revision` the Hub would copy main with its weights.
             first = self._commits(MAIN)[-1].commit_id
             make = self._api.create_branch
             self._retry.call(
                 f"making the branch {branch}", lambda: make(self._id, branch=branch, revision=first, exist_ok=True)
             )
             if self._heads().get(branch) != first:
-                raise HeadMovedError(f"{branch} is there now", where=self.where)
+                raise HeadMovedError(f"{branch} exists now", where=self.where)
             return self._emptied(branch, first)
         if self.read_back(heads[branch]):
-            raise HeadMovedError(f"{branch} is there now", where=self.where)
+            raise HeadMovedError(f"{branch} exists now", where=self.where)
         return heads[branch]
 
     def _emptied(self, branch: str, first: str) -> str:
-        """Return the head of a branch that was just made at the first commit, without the files of that one.
+        """Remove the files of a branch that was just made at the repository's first commit; return the new head.
 
-        A first commit has files if the history was squashed, or began with a push.
+        The first commit has files if the history was squashed or began with a push.
         """
         from huggingface_hub import CommitOperationDelete
 
@@ -318,7 +320,7 @@ class HubTarget:
         )
 
     def _gate(self) -> None:
-        """Gate a repository that is being made; a killed run may have made it and not come to this."""
+        """Gate a repository without published files: a new one, or one that a killed publish made."""
         gated = self._new.gated
         if gated is not None and not self._gated and not self.read_back(self._heads()[MAIN]):
             self._retry.call("gating the repository", lambda: self._api.update_repo_settings(self._id, gated=gated))
@@ -333,7 +335,7 @@ class HubTarget:
         parent: str,
         message: str,
     ) -> str:
-        """Make the commit; one that landed although nothing or an error was heard of it counts."""
+        """Make the commit and return its id, also if the commit was made but its answer was lost."""
         title, _, body = message.partition("\n")
         description = "\n\n".join(filter(None, [body.strip(), f"{_TRAILER} {__version__}"]))
 
@@ -347,7 +349,7 @@ class HubTarget:
                     revision=branch,
                     parent_commit=parent,
                 )
-            except Exception:  # whatever was heard, or not, only the branch knows; what has not landed is raised again
+            except Exception:  # the commit may exist in spite of the error: only the branch shows it
                 if landed := self._landed(branch, wanted, parent=parent):
                     return landed
                 raise
@@ -356,17 +358,17 @@ class HubTarget:
         return self._retry.call(f"committing {branch}", attempt)
 
     def _landed(self, branch: str, wanted: Mapping[str, StoredFile], *, parent: str) -> str:
-        """Return the branch's head if it holds what was to be committed, "" if it has not moved.
+        """Return the branch's head if it holds the `wanted` files, "" if the head has not moved.
 
         Raises:
-            HeadMovedError: it holds something else.
+            HeadMovedError: the branch holds other files.
         """
         head = self._heads().get(branch, "")
         if head in (parent, ""):
             return ""
         if not same_files(self.read_back(head), wanted):
             raise HeadMovedError(f"{branch} moved", where=self.where)
-        self._log(f"{branch}: the answer was lost, the commit had landed")
+        self._log(f"{branch}: the Hub's answer was lost, but the commit was made")
         return head
 
 
@@ -375,7 +377,7 @@ def _stored(file: LocalFile) -> StoredFile:
 
 
 def _addition(name: str, file: LocalFile) -> "CommitOperationAdd":
-    """Return the operation that adds a file, whose digest is known: the client need not read it for that."""
+    """Return the operation that adds a file, with the known digest: the client need not hash the file."""
     from huggingface_hub import CommitOperationAdd
 
     require_unchanged(file)
@@ -385,5 +387,5 @@ def _addition(name: str, file: LocalFile) -> "CommitOperationAdd":
 
 
 def _author(message: str, authors: Sequence[str]) -> str:
-    """Return who made a commit, "" when it was this program."""
-    return "" if _TRAILER in message else ", ".join(authors) or "somebody"
+    """Return a commit's author, "" if this program made it."""
+    return "" if _TRAILER in message else ", ".join(authors) or "an unknown author"

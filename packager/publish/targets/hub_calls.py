@@ -1,14 +1,17 @@
-"""Calls to the Hub that wait when it is busy, and its refusals in our words.
+"""Calls to the Hub: retries with waits, and the translation of the client's errors.
 
-The client retries some of its calls and not others, so every call goes through here: what may pass (429, 5xx, a cut
-connection) is tried again after as long as the Hub asks for, aloud and with a limit; everything else is final.
+huggingface_hub retries some of its calls and not others, so every call goes through `RetryPolicy`. It retries failures
+that may pass (429, 5xx, a cut connection) after the wait that the Hub asks for, logs each wait, and has a limit. Every
+other failure of the client or the network is final. An error of this program passes unchanged, with its traceback.
 """
 
 import itertools
 import random
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
+from types import ModuleType
 from typing import TypeVar, cast
 
 from packager.errors import MachineError, PackagerError, PublishError
@@ -18,10 +21,12 @@ from packager.publish.targets.hub_client import asked_wait_s
 Result = TypeVar("Result")
 
 _TRANSIENT = frozenset({408, 425, 429})
-_FINAL = frozenset({501, 505, 507, 511})  # of the server's errors, those that another try does not change
+_FINAL = frozenset({501, 505, 507, 511})  # errors of the server that a retry does not change
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.1, 60.0
-# The Hub counts commits and requests by the hour, and by five minutes.
+# The Hub's rate limits count commits and requests per hour and per five minutes.
 RETRY_LIMIT_S = 3600.0
+_OURS = "packager"
+_CLIENTS = frozenset({"huggingface_hub", "hf_xet", "httpx", "httpx2", "httpcore", "httpcore2"})
 _LOGIN_HINT = "set HF_TOKEN, or run `hf auth login`, with a token that may write to this repository"
 _STATUSES: Mapping[int | None, tuple[str, str]] = {
     HTTPStatus.UNAUTHORIZED: ("the Hub does not know the token, or it has expired", _LOGIN_HINT),
@@ -35,12 +40,12 @@ _STATUSES: Mapping[int | None, tuple[str, str]] = {
 
 
 class RetryPolicy:
-    """Runs calls until they succeed, fail for good, or have been waited for too long.
+    """Runs calls until they succeed, fail finally, or exceed a total waiting time.
 
     Args:
-        where: the repository, for people.
+        where: the repository's address, for messages.
         log: gets one line per wait.
-        limit_s: seconds that one call may be waited for in all.
+        limit_s: total seconds of waiting per call.
     """
 
     def __init__(
@@ -56,28 +61,30 @@ class RetryPolicy:
         """Return what `function` returns.
 
         Args:
-            what: what is being done, e.g. "listing branches"; it begins the lines people read.
+            what: the activity, e.g. "listing branches"; log lines and errors begin with it.
             function: may be run several times.
 
         Raises:
             PublishError: the Hub refused, or did not answer within the limit.
-            MachineError: this machine's disk is full, or it is set to be offline.
+            MachineError: this machine is set to be offline.
         """
-        waited_s = 0.0  # waits alone: an upload of hours is no reason to give up at its first trouble
+        waited_s = 0.0  # waits alone: the hours of a long upload do not count
         for attempt in itertools.count():
             try:
                 return function()
-            except _failures() as error:
+            except (*_transport_errors(), hub_errors().OIDCError, OSError, RuntimeError, ValueError) as error:
+                if not _is_of_client(error):
+                    raise
                 cause = _cause(error)
                 if not _may_pass(cause):
                     raise self._refusal(what, cause) from None
                 reason, wait_s = _reason(cause), _wait_s(cause, attempt)
             if waited_s + wait_s > self._limit_s:
                 raise PublishError(
-                    f"{what}: the Hub did not do it within {self._limit_s:.0f} s",
+                    f"{what}: the Hub did not answer within {self._limit_s:.0f} s of waiting",
                     where=self._where,
                     why=f"{reason}; the next try would be in {wait_s:.0f} s",
-                    hint="run the same command again later: what has arrived is not sent again",
+                    hint="run the same command again later: uploaded files are not uploaded twice",
                 )
             self._log(f"{what}: {reason}; trying again in {wait_s:.0f} s")
             time.sleep(wait_s)
@@ -85,12 +92,12 @@ class RetryPolicy:
         raise AssertionError("the limit comes first")
 
     def _refusal(self, what: str, error: Exception) -> PackagerError:
-        """Say what went wrong for good; only the Hub's own words are passed on, never a request and its headers."""
+        """Return the error for a final failure; it has the Hub's message, never a request and its headers."""
         from huggingface_hub import errors as hub
 
         if isinstance(error, hub.OfflineModeIsEnabled):
             return MachineError(f"{what}: this machine is set to be offline", hint="unset HF_HUB_OFFLINE and run again")
-        if _is_of_this_side(error):
+        if _is_unsendable(error):
             problem = "the token or the address has a character that no request can have"
             return PublishError(f"{what}: {problem}", where=self._where, hint=_LOGIN_HINT)
         if _status(error) == HTTPStatus.PRECONDITION_FAILED:
@@ -98,9 +105,9 @@ class RetryPolicy:
         kinds: tuple[tuple[type[Exception], str, str], ...] = (
             (hub.GatedRepoError, "the repository is gated and the token's account has no access", _LOGIN_HINT),
             (hub.LocalTokenNotFoundError, "there is no token", _LOGIN_HINT),
-            (hub.OIDCError, "no token could be had for this CI job", "docs/how-to/publish.md says what it needs"),
-            (hub.RevisionNotFoundError, "there is no such branch or commit", "run again: the plan is made anew"),
-            (hub.EntryNotFoundError, "there is no such file", "run again: the plan is made anew"),
+            (hub.OIDCError, "the Hub gave this CI job no token", "docs/how-to/publish.md lists the requirements"),
+            (hub.RevisionNotFoundError, "there is no such branch or commit", "run again: the plan is made again"),
+            (hub.EntryNotFoundError, "there is no such file", "run again: the plan is made again"),
             (hub.RepositoryNotFoundError, "there is no such repository, or the token may not see it", _LOGIN_HINT),
         )
         found = [(problem, hint) for kind, problem, hint in kinds if isinstance(error, kind)]
@@ -108,38 +115,52 @@ class RetryPolicy:
         return PublishError(f"{what}: {problem}", where=self._where, why=_reason(error), hint=hint)
 
 
-def _failures() -> tuple[type[Exception], ...]:
-    """Return what the client raises when a call fails: files that cannot be read and cards it refuses, too."""
-    from huggingface_hub import errors as hub
+def hub_errors() -> ModuleType:
+    """Return the client's module of errors, imported when first needed."""
+    from huggingface_hub import errors
 
-    return (*_transport(), hub.OIDCError, OSError, RuntimeError, ValueError)
-
-
-def _transport() -> tuple[type[Exception], ...]:
-    """Return the errors of a network that fails; the HTTP library's root error is httpx2's, or another client's."""
-    from huggingface_hub import errors as hub
-
-    return (cast(type[Exception], hub.HfHubHTTPError.__bases__[0]), ConnectionError, TimeoutError)
+    return errors
 
 
-def _is_of_this_side(error: Exception) -> bool:
-    """Whether a request could not even be written, as with a line end in the token."""
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of a failing network; the root error of the HTTP library is httpx's or httpx2's."""
+    return (cast(type[Exception], hub_errors().HfHubHTTPError.__bases__[0]), ConnectionError, TimeoutError)
+
+
+def _is_of_client(error: Exception) -> bool:
+    """Return whether the client or the network failed, not this program.
+
+    The client raises bare OSError, RuntimeError and ValueError, too (an unreadable file, a refused card). Such an error
+    is the client's if the innermost frame of the two programs, without those of other libraries, is the client's.
+    """
+    if isinstance(error, _transport_errors()) or _package(type(error).__module__) in _CLIENTS:
+        return True
+    frames = (_package(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__))
+    return [package for package in frames if package in {_OURS, *_CLIENTS}][-1] != _OURS
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _is_unsendable(error: Exception) -> bool:
+    """Return whether the request could not be written, e.g. because of a line end in the token."""
     return type(error).__name__ in ("LocalProtocolError", "UnsupportedProtocol")
 
 
 def _cause(error: Exception) -> Exception:
-    """Return the error below one that only says which file it was about."""
+    """Return the cause of an error that only adds the name of a file."""
     return error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same call may succeed later."""
+    """Return whether the same call may succeed later."""
     from huggingface_hub import errors as hub
 
     status = _status(error)
     if status is not None or isinstance(error, hub.OfflineModeIsEnabled):
         return status is not None and (status in _TRANSIENT or (status >= 500 and status not in _FINAL))
-    return isinstance(error, _transport()) and not _is_of_this_side(error)
+    return isinstance(error, _transport_errors()) and not _is_unsendable(error)
 
 
 def _status(error: Exception) -> int | None:
@@ -148,20 +169,21 @@ def _status(error: Exception) -> int | None:
 
 
 def _wait_s(error: Exception, attempt: int) -> float:
-    """Return how long the answer asks to wait, else ever longer."""
+    """Return the seconds that the answer asks to wait, else 2^attempt."""
     headers: Mapping[str, str] = getattr(getattr(error, "response", None), "headers", {})
     if (asked := asked_wait_s(headers, _status(error))) is not None:
         return max(asked, _SHORTEST_WAIT_S)
-    return min(_LONGEST_WAIT_S, 2.0**attempt) * random.uniform(0.75, 1.25)  # noqa: S311 - so that crowds scatter
+    return min(_LONGEST_WAIT_S, 2.0**attempt) * random.uniform(0.75, 1.25)  # noqa: S311 - spreads the retries of many clients
 
 
 def _reason(error: Exception) -> str:
-    """Return the status and the server's words, or the client's in one line."""
+    """Return the status and the server's message, or the client's message, in one line."""
     status = _status(error)
-    told = "" if status is not None or _is_of_this_side(error) else str(error)  # the header that is wrong is the token
-    words = (getattr(error, "server_message", None) or told).strip()
-    words = words.splitlines()[0] if words else ""
+    # The client's message about a header that cannot be sent would show the token.
+    own = "" if status is not None or _is_unsendable(error) else str(error)
+    message = (getattr(error, "server_message", None) or own).strip()
+    message = message.splitlines()[0] if message else ""
     if status is None:
-        return f"{type(error).__name__}: {words}" if words else type(error).__name__
-    phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else "without a word"
-    return f"{status}: {words}" if words else f"{status} {phrase}"
+        return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else "without a message"
+    return f"{status}: {message}" if message else f"{status} {phrase}"

@@ -1,6 +1,8 @@
-"""The Hub's client, set up so that nothing waits unseen or for ever, and what it has no call for.
+"""The Hub's client, with time limits and logged waits, and the requests that it has no method for.
 
-huggingface_hub is imported when first needed.
+huggingface_hub is imported when first needed. Only public names are used, with one exception: the client's default
+factory. A factory of our own cannot wrap the default one otherwise, and would have to repeat its hooks (request ids,
+offline mode) and know whether the HTTP library is httpx or httpx2.
 """
 
 import email.utils
@@ -19,16 +21,16 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _CHUNK_BYTES = 1 << 20
-# Of one read or write, not of a call: a commit of many files takes the Hub minutes, in which it sends nothing.
+# Limits of one read or write, not of a call: for a commit of many files the Hub sends nothing for minutes.
 _TIMEOUTS_S = {"connect": 30.0, "read": 600.0, "write": 600.0, "pool": 600.0}
-# The client waits by itself, in silence, for as long as it is asked to; what is longer is waited for aloud.
+# The client waits as long as the Hub asks, without a log line; longer waits are left to `RetryPolicy`, which logs them.
 _SILENT_WAIT_S = 10.0
 _BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 _LIBRARY = "gptq-packager"
 
 
 def hub_api() -> "HfApi":
-    """Return the client, for the server that the environment names."""
+    """Return the client for the server that the environment names."""
     from huggingface_hub import HfApi
 
     _set_up()
@@ -42,13 +44,13 @@ def read_content(repository_id: str, commit: str, name: str, headers: Mapping[st
         repository_id: namespace/name.
         commit: 40 hex digits.
         name: the file's.
-        headers: beside the client's own, such as Range.
+        headers: more headers, e.g. Range.
     """
     from huggingface_hub import get_session
-    from huggingface_hub.utils._http import hf_raise_for_status
+    from huggingface_hub.utils import hf_raise_for_status
 
     url = f"{hub_api().endpoint}/{repository_id}/resolve/{quote(commit, safe='')}/{quote(name)}"
-    sent = {**_headers(), **headers, "Accept-Encoding": "identity"}  # a range of what is stored, not of what is sent
+    sent = {**_headers(), **headers, "Accept-Encoding": "identity"}  # a range of the stored bytes
     with get_session().stream("GET", url, headers=sent, follow_redirects=True) as response:
         if response.is_error:
             response.read()
@@ -57,16 +59,16 @@ def read_content(repository_id: str, commit: str, name: str, headers: Mapping[st
 
 
 def newest_commit(repository_id: str, revision: str) -> Mapping[str, Any]:
-    """Return what the Hub tells of a revision's newest commit; `list_repo_commits` would ask for all of them."""
-    from huggingface_hub.utils._pagination import paginate
+    """Return the Hub's record of a revision's newest commit; `list_repo_commits` would request all commits."""
+    from huggingface_hub.utils import paginate
 
     url = f"{hub_api().endpoint}/api/models/{repository_id}/commits/{quote(revision, safe='')}"
     return next(iter(paginate(url, params={}, headers=_headers())))
 
 
 def asked_wait_s(headers: Mapping[str, str], status: int | None) -> float | None:
-    """Return how many seconds an answer asks to wait, None if it does not say."""
-    from huggingface_hub.utils._http import parse_ratelimit_headers
+    """Return the seconds that an answer asks to wait, None if it asks for no wait."""
+    from huggingface_hub.utils import parse_ratelimit_headers
 
     asked = headers.get("retry-after", "").strip()
     if asked.isdigit():
@@ -84,11 +86,11 @@ def _set_up() -> None:
     from huggingface_hub import set_client_factory
 
     set_client_factory(_client)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings name signed addresses of uploads
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings show signed addresses of uploads
 
 
 def _headers() -> dict[str, str]:
-    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers
 
     return build_hf_headers(library_name=_LIBRARY, library_version=__version__)
 
@@ -100,18 +102,19 @@ def _client() -> "Client":
     hooks = client.event_hooks
     client.event_hooks = {
         "request": [*hooks["request"], _limit_time],
-        "response": [*hooks["response"], _refuse_to_wait_in_silence],
+        "response": [*hooks["response"], _refuse_long_wait],
     }
     return client
 
 
 def _limit_time(request: "Request") -> None:
-    """Give a request its time limits: most of the client's calls ask for none."""
+    """Set a request's time limits: most calls of the client set none."""
     request.extensions = {**request.extensions, "timeout": _TIMEOUTS_S}
 
 
-def _refuse_to_wait_in_silence(response: "Response") -> None:
-    from huggingface_hub.utils._http import hf_raise_for_status
+def _refuse_long_wait(response: "Response") -> None:
+    """Raise the client's error if it would wait for longer than `_SILENT_WAIT_S` without a log line."""
+    from huggingface_hub.utils import hf_raise_for_status
 
     if response.status_code in _BUSY:
         wait_s = asked_wait_s(response.headers, response.status_code)
@@ -121,7 +124,7 @@ def _refuse_to_wait_in_silence(response: "Response") -> None:
 
 
 def _date(text: str) -> float | None:
-    """Return a date of HTTP in seconds since 1970, None if it is none."""
+    """Return an HTTP date in seconds since 1970, None if the text is not a date."""
     try:
         return email.utils.parsedate_to_datetime(text).timestamp()
     except ValueError:
