@@ -1,8 +1,7 @@
 """The Hub's client, with time limits and logged waits, and the requests that it has no method for.
 
-huggingface_hub is imported when first needed. Only public names are used, with one exception: the client's default
-factory. A factory of our own cannot wrap the default one otherwise, and would have to repeat its hooks (request ids,
-offline mode) and know whether the HTTP library is httpx or httpx2.
+huggingface_hub is imported when first needed. One private name is used: `default_client_factory`. A factory that does
+not call it would have to repeat its hooks (request ids, offline mode) and to choose between httpx and httpx2.
 """
 
 import email.utils
