@@ -46,6 +46,6 @@ def ask_git(root: Path, method: str, address: str, headers: Mapping[str, str], b
     }
     done = subprocess.run(["git", "http-backend"], input=body, env=environ, capture_output=True, check=False)
     head, _, content = done.stdout.partition(b"\r\n\r\n")
-    told = dict(line.split(": ", 1) for line in head.decode().split("\r\n") if line)
-    status = int(told.pop("Status", "200").split()[0])
-    return GitAnswer(status=status, headers=told, body=content)
+    answered = dict(line.split(": ", 1) for line in head.decode().split("\r\n") if line)
+    status = int(answered.pop("Status", "200").split()[0])
+    return GitAnswer(status=status, headers=answered, body=content)

@@ -1,4 +1,4 @@
-"""Publish to a loopback Hub again and again, kill each publisher at a random moment, and look at what is there.
+"""Publish to a loopback Hub many times, kill each publisher at a random moment, and check the repository.
 
     HF_HUB_DISABLE_XET=1 python -m tests.hub_crash_driver FOLDER --runs 200 --seed 1
 

@@ -22,7 +22,7 @@ EFFECTS = {"subprocess.Popen", "os.rename", "os.remove", "os.mkdir", "os.rmdir",
 
 
 class EffectCounter:
-    """An audit hook that counts effects and kills its process before the one it was told."""
+    """An audit hook that counts effects and kills its process before effect number `fatal`."""
 
     def __init__(self, fatal: int) -> None:
         self.fatal = fatal

@@ -1,4 +1,4 @@
-"""What the tests of publishing share: folders to publish, and git as a reader without any settings sees it."""
+"""Fixtures of the publishing tests: folders to publish, and git without the user's settings."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def hub_folder(root: Path) -> Path:
 
 
 def git(*arguments: str, cwd: Path | None = None) -> str:
-    """Run git as somebody without settings."""
+    """Run git without the user's settings."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     neutral = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
     identity = {"GIT_AUTHOR_NAME": "A Person", "GIT_AUTHOR_EMAIL": "person@example.org"}
@@ -78,7 +78,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def leftovers(root: Path) -> list[str]:
-    """Return what a killed run could have left anywhere below a target's root."""
+    """Return the temporary files and locks of killed runs below a target's root."""
     ours = hub_folder(root).with_name(f".{hub_folder(root).name}.lock")
     names = (path for path in root.rglob("*") if path != ours)
     odd = (path for path in names if path.name.startswith((".tmp-", "tmp_", "packager-")) or path.suffix == ".lock")
@@ -86,7 +86,7 @@ def leftovers(root: Path) -> list[str]:
 
 
 def log_in(hub: "LoopbackHub", token: str, monkeypatch: "pytest.MonkeyPatch") -> None:
-    """Let this process's Hub client reach a Hub of ours, and no other, without Xet."""
+    """Point this process's Hub client to a loopback Hub, without Xet."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)

@@ -1,4 +1,4 @@
-"""Readers of what was published: no token, no settings, an empty home, and a server on this machine for the Hub."""
+"""Environments of readers of published files: no token, no settings, an empty home, and a loopback Hub."""
 
 import json
 import os
@@ -17,11 +17,11 @@ _FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_", "GIT_", "XDG_", "PIP_", "HTTP_PRO
 
 
 def new_reader(home: Path, repositories: str) -> dict[str, str]:
-    """Return the environment of somebody who has never been here.
+    """Return the environment of a new reader.
 
     Args:
-        home: made for them.
-        repositories: where git finds what it is told to fetch from https://huggingface.co/.
+        home: the reader's home folder, which is created.
+        repositories: the address that git uses instead of https://huggingface.co/.
     """
     home.mkdir()
     (home / "gitconfig").write_text(f'[url "{repositories}"]\n\tinsteadOf = https://huggingface.co/\n')
@@ -40,7 +40,7 @@ def new_reader(home: Path, repositories: str) -> dict[str, str]:
 def on_the_hub(reader: Environ, endpoint: str, *, xet: bool = False) -> dict[str, str]:
     """Return the environment in which the Hub's own clients take `endpoint` for the Hub.
 
-    Xet is not negotiated: a client that has it must be told when a server does not.
+    Xet is not negotiated: a client with Xet needs a setting for a server without it.
     """
     return {
         **reader,
@@ -53,7 +53,7 @@ def on_the_hub(reader: Environ, endpoint: str, *, xet: bool = False) -> dict[str
 
 
 def run(command: Sequence[str | Path], environ: Environ, folder: Path) -> "subprocess.CompletedProcess[str]":
-    """Run to the end, whatever the exit status; a reader's terminal is not ours, so nothing is asked."""
+    """Run a command without a terminal and return its result, whatever the exit status."""
     return subprocess.run(
         list(map(str, command)),
         env=dict(environ),
@@ -83,7 +83,7 @@ def fetch(script: str, environ: Environ, work: Path) -> Path:
 
 
 def published_files(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file a reader got, without what git and the Hub's client keep beside them."""
+    """Return the sha256 of every downloaded file, without the files of git and of the Hub's client."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     return {
@@ -94,7 +94,7 @@ def published_files(folder: Path) -> dict[str, str]:
 
 
 def assert_audit_passes(folder: Path, environ: Environ) -> None:
-    """Let the command line audit a folder as its reader would."""
+    """Run `packager audit` on a folder as its reader would."""
     report = json.loads(succeed([f"{BIN}/packager", "audit", folder, "--format", "json"], environ, folder))
     assert report["passed"] is True
     assert report["findings"] == []

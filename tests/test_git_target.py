@@ -47,16 +47,16 @@ class GitFixture:
             make_content(self.dist, "main", {"README.md": b"card\n", "w.bin": b"weights"}),
             make_content(self.dist, VARIANT, {"README.md": b"card\n", "w.bin": b"wei", "sub/ü x.json": b"{}\r\n"}),
         ]
-        self.said: list[str] = []
+        self.lines: list[str] = []
 
     def target(
         self, url: str = "", staging: str = "staging", token: str = "", waits: GitWaits = SHORT_WAITS
     ) -> GitTarget:
         staging_folder = self.tmp_path / staging
-        return GitTarget(url or str(self.repository), staging_folder, token=token, log=self.said.append, waits=waits)
+        return GitTarget(url or str(self.repository), staging_folder, token=token, log=self.lines.append, waits=waits)
 
     def publish(self, target: GitTarget | None = None, *, dry_run: bool = False) -> PublishReport:
-        return publish(self.contents, target or self.target(), self.said.append, dry_run=dry_run)
+        return publish(self.contents, target or self.target(), self.lines.append, dry_run=dry_run)
 
     def refused(self, target: GitTarget | None = None, error: type[PackagerError] = PublishError) -> str:
         with pytest.raises(error) as caught:
@@ -267,7 +267,7 @@ def test_a_hook_that_refuses_is_quoted(fixture: GitFixture) -> None:
     assert "no weights on Fridays" in text
     assert "pre-receive hook declined" in text
     assert heads(fixture.repository) == before
-    assert not any("trying again" in line for line in fixture.said)
+    assert not any("trying again" in line for line in fixture.lines)
 
 
 def test_a_checked_out_branch_is_refused(fixture: GitFixture) -> None:
@@ -326,7 +326,7 @@ def test_a_network_that_comes_back_is_waited_for(
     tries.write_text("")
     shim(tmp_path / "bin", f'case "$*" in *dry-run*) ;; push*) {fail};; esac', monkeypatch)
     fixture.publish()
-    waits = [line for line in fixture.said if "trying again" in line]
+    waits = [line for line in fixture.lines if "trying again" in line]
     assert [line.rpartition("again in ")[2] for line in waits] == ["0.01 s", "0.02 s", "0.03 s"]
     assert "Could not resolve host" in waits[0]
     fixture.assert_published()
@@ -341,7 +341,7 @@ def test_a_network_that_does_not_is_given_up(
     assert "the repository cannot be reached" in text
     assert words in text
     assert "run again" in text
-    assert len([line for line in fixture.said if "trying again" in line]) == 4
+    assert len([line for line in fixture.lines if "trying again" in line]) == 4
 
 
 def test_nothing_is_made_before_the_answer(fixture: GitFixture) -> None:
@@ -349,7 +349,7 @@ def test_nothing_is_made_before_the_answer(fixture: GitFixture) -> None:
         raise PublishError("no")
 
     with pytest.raises(PublishError, match="no"):
-        publish(fixture.contents, fixture.target(), fixture.said.append, confirm=no)
+        publish(fixture.contents, fixture.target(), fixture.lines.append, confirm=no)
     assert not fixture.repository.exists()
 
 
@@ -438,9 +438,9 @@ def test_over_http_with_a_token_that_nothing_shows(
     fixture.assert_published()
     service.read_only = True
     fixture.edit("main", "w.bin", b"third")
-    texts = [fixture.refused(fixture.target(url, token=TOKEN)), *fixture.said, (tmp_path / "argv").read_text()]
+    texts = [fixture.refused(fixture.target(url, token=TOKEN)), *fixture.lines, (tmp_path / "argv").read_text()]
     texts += [path.read_bytes().decode("latin-1") for path in fixture.staging.rglob("*") if path.is_file()]
-    assert "push --quiet" in texts[len(fixture.said) + 1]
+    assert "push --quiet" in texts[len(fixture.lines) + 1]
     forms = (TOKEN, quote(TOKEN, safe=""), "SecretToken", "Secret/Token")
     assert not [text for text in texts if any(form in text for form in forms)]
 
@@ -480,7 +480,7 @@ def test_a_repository_that_is_not_there_is_not_made_by_push(fixture: GitFixture,
 def test_a_busy_server_is_waited_for(fixture: GitFixture, service: Service) -> None:
     service.failures = [503, 429, 500]
     assert actions(fixture.publish(fixture.target(f"{service.url}/a/b.git", token=TOKEN))) == ["create", "create"]
-    assert sum("trying again" in line for line in fixture.said) == 3
+    assert sum("trying again" in line for line in fixture.lines) == 3
     fixture.assert_published()
 
 

@@ -30,7 +30,7 @@ class HubReleaseFixture:
         self.folder, self.recipe, self.dist, self.hub = folder, recipe, folder / "dist", hub
         self.environ = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "GIT_"))}
         self.environ |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(ROOT)}
-        self.said = ""
+        self.stderr = ""
 
     @property
     def path(self) -> Path:
@@ -44,7 +44,7 @@ class HubReleaseFixture:
             command, env=environ, cwd=self.folder, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
         )
         assert done.returncode == code, done.stderr
-        self.said = done.stderr
+        self.stderr = done.stderr
         for secret in (TOKEN, READER):
             assert secret not in done.stdout + done.stderr
         return done.stdout
@@ -78,8 +78,8 @@ def test_a_maintainer_plans_publishes_checks_and_publishes_again(fixture: HubRel
     ]
     assert plan["dry_run"]
     fixture.publish(code=PublishError.exit_code)
-    assert "--yes" in fixture.said
-    assert "nobody is here to be asked" in fixture.said
+    assert "--yes" in fixture.stderr
+    assert "nobody is here to be asked" in fixture.stderr
     assert [request for request in fixture.asked() if not request.startswith(("GET ", "HEAD "))] == []
 
     report = json.loads(fixture.publish("--yes", "--tag", "v1.0", "--format", "json"))
@@ -100,13 +100,13 @@ def test_a_maintainer_plans_publishes_checks_and_publishes_again(fixture: HubRel
     result = json.loads(fixture.run("verify-published", REPOSITORY, "--full", "--format", "json"))
     assert [branch["findings"] for branch in result["branches"]] == [[], [], []]
     fixture.run("rollback", REPOSITORY, "--yes", code=PublishError.exit_code)
-    assert "nothing to go back to" in fixture.said
+    assert "nothing to go back to" in fixture.stderr
 
 
 def test_an_edit_travels_alone_and_is_rolled_back(fixture: HubReleaseFixture) -> None:
     fixture.publish("--yes")
     fixture.publish("--tag", "v1", code=PublishError.exit_code)
-    assert "+ tag v1 on main" in fixture.said
+    assert "+ tag v1 on main" in fixture.stderr
     fixture.publish("--tag", "v1", "--yes")
     before, sent = trees(fixture.path), len(fixture.hub.uploaded)
     recipe = json.loads(fixture.recipe.read_text())
@@ -122,7 +122,7 @@ def test_an_edit_travels_alone_and_is_rolled_back(fixture: HubReleaseFixture) ->
     assert not set(trees(fixture.path).values()) & set(before.values())
     fixture.run("verify-published", REPOSITORY)
     fixture.run("rollback", REPOSITORY, code=PublishError.exit_code)
-    assert "--yes" in fixture.said
+    assert "--yes" in fixture.stderr
     fixture.run("rollback", REPOSITORY, "--yes")
     assert trees(fixture.path) == before
     assert len(fixture.hub.uploaded) == sent
@@ -140,8 +140,8 @@ def test_a_token_that_may_not_write_is_named_by_what_is_wrong_with_it(
     fixture: HubReleaseFixture, token: str, words: str
 ) -> None:
     fixture.publish("--yes", token=token, code=PublishError.exit_code)
-    assert words in fixture.said
-    assert not token or token not in fixture.said
+    assert words in fixture.stderr
+    assert not token or token not in fixture.stderr
     assert [request for request in fixture.asked() if not request.startswith(("GET ", "HEAD "))] == []
 
 
@@ -152,14 +152,14 @@ def test_a_ci_job_publishes_by_its_identity(fixture: HubReleaseFixture) -> None:
     subprocess.run([hf, "repos", "create", REPOSITORY], env=environ, capture_output=True, check=True)
     fixture.environ |= {"GITHUB_ACTIONS": "true", "HF_OIDC_RESOURCE": REPOSITORY}
     fixture.publish("--yes", token="", code=PublishError.exit_code)
-    assert "the Hub gave this CI job no token" in fixture.said
-    assert "id-token: write" in fixture.said
+    assert "the Hub gave this CI job no token" in fixture.stderr
+    assert "id-token: write" in fixture.stderr
     fixture.hub.ci_secret, fixture.hub.trusting = "the_job_s_secret_0123456789", REPOSITORY
     fixture.environ |= {
         "ACTIONS_ID_TOKEN_REQUEST_URL": f"{fixture.hub.endpoint}/_loopback/id-token?api-version=2.0",
         "ACTIONS_ID_TOKEN_REQUEST_TOKEN": fixture.hub.ci_secret,
     }
-    said = fixture.publish("--yes", "--tag", "v1", token="") + fixture.said
+    said = fixture.publish("--yes", "--tag", "v1", token="") + fixture.stderr
     assert set(heads(fixture.path)) == set(BRANCHES)
     secrets = {fixture.hub.ci_secret, *fixture.hub.identities, *fixture.hub.tokens}
     assert len(secrets) == 5

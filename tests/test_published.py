@@ -260,7 +260,7 @@ CASES = [
          words="two rows for main"),
     Case(rule="card-branch-missing", change=table("\n\nMore words.", "\n" + ANOTHER_ROW), words="gptq-8bit-128g"),
     Case(rule="card-branch-unlisted", change=table(f"[`{VARIANT}`]", "[`main2`]"), words=VARIANT),
-    Case(rule="card-figure", change=table("| 4 | 32 |", "| 3 | 32 |"), words="main: Bits is \"3\", its record says 4"),
+    Case(rule="card-figure", change=table("| 4 | 32 |", "| 3 | 32 |"), words="main: Bits is \"3\", its record has 4"),
     Case(rule="card-figure", change=table("| 4 | 16 |", "| 4 | -1 (whole row) |"), words="Group Size"),
     Case(rule="card-figure", change=table("| True |", "| False |"), words="Act Order"),
     Case(rule="card-figure", change=table("| 32 | False | 0.01 |", "| 32 | False | 0.1 |"), words="Damp %"),

@@ -235,12 +235,12 @@ def _moved(plan: BranchPlan, target: Target, error: HeadMovedError) -> HeadMoved
 def _changes(before: Mapping[str, StoredFile], now: BranchState) -> list[str]:
     """Describe the changes that another publisher made to a branch."""
     author = f" by {now.foreign_author}" if now.foreign_author else ""
-    words = {name: _change_word(before.get(name), now.files.get(name)) for name in before.keys() | now.files.keys()}
-    changed = [f"{name} was {words[name]}" for name in sorted(words) if words[name]]
+    kinds = {name: _change_kind(before.get(name), now.files.get(name)) for name in before.keys() | now.files.keys()}
+    changed = [f"{name} was {kinds[name]}" for name in sorted(kinds) if kinds[name]]
     return [f"its head is now {now.commit[:12]}{author}", *changed]
 
 
-def _change_word(before: StoredFile | None, now: StoredFile | None) -> str:
+def _change_kind(before: StoredFile | None, now: StoredFile | None) -> str:
     if before is None or now is None:
         return "added" if before is None else "removed"
     return "" if before.holds(now) else "changed"

@@ -23,7 +23,7 @@ Where the Hub is known to do otherwise, so that a test here proves nothing of it
 
 - Addresses of the storage are not signed, do not expire, and are this server under the name `localhost`: they refuse a
   token as a storage elsewhere would, but lie on no other machine, and there is no CDN that could lag behind.
-- What was written is there at once for every reader.
+- Every reader sees a write at once.
 - A rate limit is a fault that a test arms; of its own accord only commits are counted, per repository and hour.
 - A 401 carries the code RepoNotFound: over http the client does not take a bare one for what it is over https.
 - A branch whose name could be an abbreviated commit is found as a branch, and names with a `/` are.

@@ -22,14 +22,14 @@ def preupload(hub: "LoopbackHub", call: Call) -> Answer:
     attributes = repository.blob(files[".gitattributes"].oid) if ".gitattributes" in files else b""
     asked = call.json()["files"]
     tracked = repository.lfs_tracked(attributes, [file["path"] for file in asked])
-    told = []
+    values = []
     for file in asked:
         is_lfs = file["path"] in tracked or file["size"] >= hub.lfs_threshold
         there = files.get(file["path"])
         oid = {"oid": there.sha256 or there.oid} if there else {}
         mode = "lfs" if is_lfs else "regular"
-        told.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **oid})
-    return Answer.of_json({"files": told, "commitOid": repository.resolve(call.args["rev"])})
+        values.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **oid})
+    return Answer.of_json({"files": values, "commitOid": repository.resolve(call.args["rev"])})
 
 
 def create_commit(hub: "LoopbackHub", call: Call) -> Answer:

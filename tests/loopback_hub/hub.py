@@ -151,7 +151,7 @@ class LoopbackHub:
         return self.tokens[token]
 
     def readable(self, call: Call) -> Repository:
-        """Return the repository of a request that may see it; who has no token is not told whether it is there."""
+        """Return the repository of a request that may see it; who has no token is not values whether it is there."""
         try:
             repository = self.repository(call.args["id"])
             if repository.settings["private"] and not is_member(call.account, repository.id):

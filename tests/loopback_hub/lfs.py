@@ -25,9 +25,9 @@ def lfs_batch(hub: "LoopbackHub", call: Call) -> Answer:
         return Answer.of_json({"transfer": "basic", "objects": found}, headers=_LFS_JSON)
     repository = hub.writable(call)
     in_parts = "multipart" in wish.get("transfers", [])
-    told = [_lfs_actions(hub, repository, item["oid"], item["size"], in_parts=in_parts) for item in wish["objects"]]
-    multipart = any("chunk_size" in item.get("actions", {}).get("upload", {}).get("header", {}) for item in told)
-    return Answer.of_json({"transfer": "multipart" if multipart else "basic", "objects": told}, headers=_LFS_JSON)
+    values = [_lfs_actions(hub, repository, item["oid"], item["size"], in_parts=in_parts) for item in wish["objects"]]
+    multipart = any("chunk_size" in item.get("actions", {}).get("upload", {}).get("header", {}) for item in values)
+    return Answer.of_json({"transfer": "multipart" if multipart else "basic", "objects": values}, headers=_LFS_JSON)
 
 
 def storage_address(hub: "LoopbackHub", repository: Repository, oid: str) -> str:

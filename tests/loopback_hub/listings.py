@@ -23,7 +23,7 @@ def list_tree(hub: "LoopbackHub", call: Call) -> Answer:
         raise RefusedError(404, f"{folder} does not exist on {call.args['rev']}", "EntryNotFound")
     below = [entry for entry in entries if entry.path.startswith(f"{folder}/" if folder else "")]
     depth = folder.count("/") + 1 if folder else 0
-    listed = [entry for entry in below if call.says("recursive") or entry.path.count("/") == depth]
+    listed = [entry for entry in below if call.is_set("recursive") or entry.path.count("/") == depth]
     page, link = _page(hub, call, listed, hub.page_size)
     return Answer.of_json([entry.described() for entry in page], 200, link)
 
@@ -43,8 +43,8 @@ def list_commits(hub: "LoopbackHub", call: Call) -> Answer:
     log = repository.log(repository.resolve(call.args["rev"]))
     page, link = _page(hub, call, log, min(hub.page_size, COMMITS_PER_PAGE))
     keys = ("id", "authors", "date", "title", "message")
-    told = [dict(zip(keys, (oid, [{"user": who}], *rest), strict=True)) for oid, who, *rest in page]
-    return Answer.of_json(told, 200, link)
+    values = [dict(zip(keys, (oid, [{"user": who}], *rest), strict=True)) for oid, who, *rest in page]
+    return Answer.of_json(values, 200, link)
 
 
 def _page(hub: "LoopbackHub", call: Call, items: Sequence[_T], size: int) -> tuple[Sequence[_T], dict[str, str]]:

@@ -52,12 +52,12 @@ class Answer:
 
 
 class RefusedError(Exception):
-    """What the Hub says instead of doing it."""
+    """A refusal of the Hub."""
 
     def __init__(self, status: int, message: str, code: str = "", headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        told = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
-        self.answer = Answer.of_json({"error": message}, status, told)
+        values = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
+        self.answer = Answer.of_json({"error": message}, status, values)
 
 
 class Body:
@@ -118,7 +118,7 @@ class Call:
         except ValueError as error:
             raise RefusedError(400, f"Invalid JSON: {error}") from error
 
-    def says(self, name: str) -> bool:
+    def is_set(self, name: str) -> bool:
         """Whether the query has this flag."""
         return self.query.get(name, [""])[0].lower() in {"1", "true"}
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def list_collections(hub: "LoopbackHub", call: Call) -> Answer:
-    """List an owner's collections; the Hub tells no more than four items of each, and no position."""
+    """List an owner's collections; the Hub lists at most four items of each, and no position."""
     owner = call.query.get("owner", [""])[0]
     found = [entry for entry in _collections(hub).values() if entry["owner"]["name"] == owner]
     listed = ({name: value for name, value in entry.items() if name != "position"} for entry in found)

@@ -26,13 +26,13 @@ def create_repo(hub: "LoopbackHub", call: Call) -> Answer:
     account = require_write(call.account, repo_id)
     if not REPO_ID.fullmatch(repo_id):
         raise RefusedError(400, f"Invalid repository name: {repo_id}")
-    told = {"url": f"{hub.endpoint}/{repo_id}", "name": repo_id}
+    values = {"url": f"{hub.endpoint}/{repo_id}", "name": repo_id}
     private = wish.get("visibility") == "private" or bool(wish.get("private"))
     try:
         Repository.create(repo_id, hub.root / f"{repo_id}.git", user=account.user, private=private)
     except FileExistsError:
-        return Answer.of_json({"error": "You already created this model repo", **told}, 409)
-    return Answer.of_json(told)
+        return Answer.of_json({"error": "You already created this model repo", **values}, 409)
+    return Answer.of_json(values)
 
 
 def change_settings(hub: "LoopbackHub", call: Call) -> Answer:
@@ -78,7 +78,7 @@ def model_info(hub: "LoopbackHub", call: Call) -> Answer:
         "likes": 0,
         "tags": card.get("tags", []),
         "cardData": card,
-        "siblings": [_sibling(entry, whole=call.says("blobs")) for entry in files.values()],
+        "siblings": [_sibling(entry, whole=call.is_set("blobs")) for entry in files.values()],
     }
     return Answer.of_json(info)
 

@@ -48,4 +48,4 @@ def list_refs(hub: "LoopbackHub", call: Call) -> Answer:
         _, group, name = reference.split("/", 2)
         found[group].append({"name": name, "ref": reference, "targetCommit": commit})
     listed: dict[str, object] = {"branches": found["heads"], "tags": found["tags"], "converts": []}
-    return Answer.of_json({**listed, **({"pullRequests": []} if call.says("include_prs") else {})})
+    return Answer.of_json({**listed, **({"pullRequests": []} if call.is_set("include_prs") else {})})

@@ -84,7 +84,7 @@ class Repository:
         write_whole(self.path / "hub.json", json.dumps(settings).encode())
 
     def git(self, *arguments: str, stdin: bytes = b"") -> bytes:
-        """Run git in it, with nobody's settings; return what it prints."""
+        """Run git in the repository without the user's settings; return its output."""
         command = ["git", f"--git-dir={self.path}", *arguments]
         alone = {**os.environ, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull}
         return subprocess.run(command, input=stdin, env=alone, check=True, capture_output=True).stdout
@@ -189,7 +189,7 @@ class Repository:
         return self.path / "lfs" / "objects" / sha256[:2] / sha256[2:4] / sha256
 
     def store(self, sha256: str, blocks: Iterable[bytes]) -> None:
-        """Keep an LFS object if the bytes are what their name says."""
+        """Keep an LFS object if the digest of its bytes is its name."""
         target = self.lfs_object(sha256)
         target.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()

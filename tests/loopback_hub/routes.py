@@ -32,9 +32,9 @@ def _arm_fault(hub: "LoopbackHub", call: Call) -> Answer:
     return Answer.of_json({})
 
 
-def _tell_record(hub: "LoopbackHub", call: Call) -> Answer:
-    told = {"requests": [asdict(it) for it in hub.requests], "uploaded": [asdict(it) for it in hub.uploaded]}
-    return Answer.of_json(told)
+def _send_record(hub: "LoopbackHub", call: Call) -> Answer:
+    values = {"requests": [asdict(it) for it in hub.requests], "uploaded": [asdict(it) for it in hub.uploaded]}
+    return Answer.of_json(values)
 
 
 def _route(
@@ -86,5 +86,5 @@ ROUTES = (
     _route("POST", "/oauth/token", exchange),
     _route("GET", "/_loopback/id-token", id_token),
     _route("POST", "/_loopback/faults", _arm_fault),
-    _route("GET", "/_loopback/record", _tell_record),
+    _route("GET", "/_loopback/record", _send_record),
 )

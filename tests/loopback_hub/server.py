@@ -53,7 +53,7 @@ class Server(ThreadingHTTPServer):
         self.connections: set[socket.socket] = set()
 
     def cut_all(self) -> None:
-        """Let nobody wait for a Hub that is gone: connections are kept alive."""
+        """Close the open connections, which are kept alive: no client waits for a stopped Hub."""
         for connection in list(self.connections):
             _cut(connection)
 

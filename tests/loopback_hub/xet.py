@@ -96,8 +96,8 @@ class XetStore:
         path = self._root / kind / name
         if not path.is_file():
             return None
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return XetFile(told["hash"], told["sha256"], tuple(Term(**term) for term in told["terms"]))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return XetFile(values["hash"], values["sha256"], tuple(Term(**term) for term in values["terms"]))
 
     def chunks(self, name: str) -> list[int]:
         """Return where in a xorb each chunk begins, and where the last one ends."""
@@ -200,7 +200,7 @@ def reconstruct(hub: "LoopbackHub", call: Call) -> Answer:
             skipped = skipped if terms else first - place
             terms.append(term)
         place += term.size
-    told = [
+    values = [
         {"hash": term.xorb, "unpacked_length": term.size, "range": {"start": term.first, "end": term.end}}
         for term in terms
     ]
@@ -211,7 +211,7 @@ def reconstruct(hub: "LoopbackHub", call: Call) -> Answer:
         where = {"start": places[term.first], "end": places[term.end] - 1}
         part = {"range": {"start": term.first, "end": term.end}, "url": f"{prefix}/xorbs/{term.xorb}"}
         fetch.setdefault(term.xorb, []).append({**part, "url_range": where})
-    return Answer.of_json({"offset_into_first_range": skipped, "terms": told, "fetch_info": fetch})
+    return Answer.of_json({"offset_into_first_range": skipped, "terms": values, "fetch_info": fetch})
 
 
 def get_xorb(hub: "LoopbackHub", call: Call) -> Answer:

@@ -171,7 +171,7 @@ def _compare_listing(branch: Branch, provenance: Provenance, found: Collector) -
     for name in sorted(branch.safe & records.keys()):
         there, recorded = stored[name].size_bytes, records[name].size_bytes
         if there != recorded:
-            found.add("remote-file-changed", name, f"{shown(there)} bytes, the record says {shown(recorded)}")
+            found.add("remote-file-changed", name, f"{shown(there)} bytes, the record has {shown(recorded)}")
 
 
 def _verify_content(
@@ -229,7 +229,7 @@ def _compare_stated(branch: Branch, provenance: Provenance, found: Collector) ->
 
 def _check_digest(name: str, sha256: str, record: FileRecord, found: Collector, what: str) -> bool:
     if sha256 != record.sha256:
-        found.add("remote-file-changed", name, f"{what} {sha256}, the record says {shown(record.sha256)}")
+        found.add("remote-file-changed", name, f"{what} {sha256}, the record has {shown(record.sha256)}")
     return sha256 == record.sha256
 
 

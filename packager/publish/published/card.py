@@ -62,7 +62,7 @@ def check_card(
     compared = sorted(listed.keys() & records.keys())
     for branch in compared:
         for column, cell, recorded in _differences(listed[branch], records[branch]):
-            found.add("card-figure", README, f"{branch}: {column} is {shown(cell)}, its record says {shown(recorded)}")
+            found.add("card-figure", README, f"{branch}: {column} is {shown(cell)}, its record has {shown(recorded)}")
     return len(compared)
 
 

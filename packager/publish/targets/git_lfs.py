@@ -1,4 +1,4 @@
-"""What git-lfs keeps: pointers in a commit's tree, a `.gitattributes` that names them, objects beside git's own."""
+"""Files in git-lfs: pointers in a commit's tree, a `.gitattributes` that names them, and a store of objects."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,21 +11,21 @@ from packager.system.files import TEMPORARY_PREFIX, copy_atomic, sha256_file
 
 MARK = b"# Written by gptq-packager: the files of this branch that git-lfs keeps.\n"
 _POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (\d+)\n")
-_POINTER_BYTES = 1024  # git-lfs looks no further
+_POINTER_BYTES = 1024  # git-lfs reads no larger file as a pointer
 
 
 def git_folder(folder: Path) -> Path:
-    """Return where a repository that is a folder keeps what is git's: there, or below if it has a worktree."""
+    """Return git's folder of a repository: the folder itself if bare, else its `.git`."""
     return folder / ".git" if (folder / ".git").is_dir() else folder
 
 
 def object_path(folder: Path, sha256: str) -> Path:
-    """Return where a repository that is a folder keeps an object of git-lfs."""
+    """Return the path of a git-lfs object in a repository on this machine."""
     return git_folder(folder) / "lfs" / "objects" / sha256[:2] / sha256[2:4] / sha256
 
 
 def read_files(git: GitProcess, commit: str) -> Mapping[str, StoredFile]:
-    """Return a commit's files: those that git-lfs keeps by what their pointers say, and no `.gitattributes` of ours."""
+    """Return a commit's files: for git-lfs the sizes and digests of the pointers; without our `.gitattributes`."""
     files = dict(git.files(commit))
     pointers = {}
     for name in by_attributes(git, files):
@@ -40,7 +40,7 @@ def read_files(git: GitProcess, commit: str) -> Mapping[str, StoredFile]:
 
 
 def by_attributes(git: GitProcess, files: Mapping[str, LocalFile] | Mapping[str, StoredFile]) -> set[str]:
-    """Return the files that the `.gitattributes` among them give to git-lfs: without, a clone has bare pointers."""
+    """Return the files that a `.gitattributes` among them assigns to git-lfs; others stay pointers in a clone."""
     entries = "".join(
         f"100644 {file.blob_id}\t{name}\0"
         for name, file in files.items()
@@ -57,30 +57,30 @@ def by_attributes(git: GitProcess, files: Mapping[str, LocalFile] | Mapping[str,
 
 
 def pointer(sha256: str, size_bytes: int) -> bytes:
-    """Return what stands in a tree for a file."""
+    """Return the pointer that a tree has instead of a file."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size_bytes}\n".encode()
 
 
 def attributes(names: Iterable[str]) -> bytes:
-    """Return a `.gitattributes` that gives exactly these files to git-lfs."""
+    """Return a `.gitattributes` that assigns exactly these files to git-lfs."""
     return MARK + "".join(f"{attributes_line(name)}\n" for name in sorted(names)).encode()
 
 
 def attributes_line(name: str) -> str:
-    """Return the line for one file, in the only quoting that both git and git-lfs read."""
+    """Return the line for one file, in the only quoting that both git and git-lfs understand."""
     pattern = re.sub(r"([*?\[\]])", r"\\\1", name).replace(" ", "[[:space:]]")
     return f"/{pattern} filter=lfs diff=lfs merge=lfs -text"
 
 
 def hashed(path: Path) -> StoredFile:
-    """Return what a file holds; one that is not there equals nothing."""
+    """Return a file's size and sha256; a missing file gets neither and equals no other."""
     if not path.is_file():
         return StoredFile(size_bytes=0)
     return StoredFile(size_bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file another name, or copy it where the file systems differ or know no hard links."""
+    """Hard-link a file, or copy it if the file systems differ or have no hard links."""
     link = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     link.unlink(missing_ok=True)
     try:

@@ -279,7 +279,7 @@ class LocalTarget:
                 f"the files of {MAIN} were edited in the published repository",
                 where=self.where,
                 why=", ".join(edited),
-                hint=f"nothing was touched; `git -C '{self.where}' stash --include-untracked` puts the changes aside",
+                hint=f"nothing was changed; `git -C '{self.where}' stash --include-untracked` puts the edits aside",
             )
 
     def _of_checkout(self, checkout: _Checkout, names: Collection[str]) -> set[str]:
