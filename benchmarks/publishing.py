@@ -37,7 +37,7 @@ OURS = """
 import sys, time
 from pathlib import Path
 from packager.system.files import file_records, list_files
-from packager.publish.branches import BranchContent, publish
+from packager.publish.branches import BranchContent, publish_branches
 from packager.receipt import FileRecord
 from packager.publish.targets.hub import HubTarget
 import json
@@ -48,7 +48,7 @@ contents = [
                   files={name: FileRecord(**record) for name, record in files.items()})
     for branch, files in manifests.items()
 ]
-publish(contents, HubTarget(repository), lambda line: print(line, file=sys.stderr))
+publish_branches(contents, HubTarget(repository), lambda line: print(line, file=sys.stderr))
 """
 
 

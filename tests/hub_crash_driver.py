@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from packager.publish.branches import BranchContent, publish
+from packager.publish.branches import BranchContent, publish_branches
 from packager.publish.targets.hub import HubTarget
 from tests.publish_fixtures import git, make_content
 
@@ -103,7 +103,7 @@ def fork(contents: Sequence[BranchContent], repository: str) -> int:
     status = 1
     try:
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process lives
-        publish(contents, HubTarget(repository), lambda _: None)
+        publish_branches(contents, HubTarget(repository), lambda _: None)
         status = 0
     except BaseException:  # noqa: BLE001 - the process ends here
         traceback.print_exc(file=sys.__stderr__)

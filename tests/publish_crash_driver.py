@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from packager.publish.branches import BranchContent, publish
+from packager.publish.branches import BranchContent, publish_branches
 from packager.publish.targets.local import LocalTarget
 from tests.publish_fixtures import REPOSITORY, SHORT_WAITS, describe, files_in, git, hub_folder, leftovers, trees
 
@@ -44,7 +44,7 @@ def publish_in_child(contents: list[BranchContent], root: Path, kill: int | dict
         os.setsid()
         counter = EffectCounter(kill if isinstance(kill, int) else 0)
         sys.addaudithook(counter)
-        publish(contents, LocalTarget(root, REPOSITORY, waits=SHORT_WAITS), lambda _: None)
+        publish_branches(contents, LocalTarget(root, REPOSITORY, waits=SHORT_WAITS), lambda _: None)
         os.write(writer, str(counter.count).encode())
         os._exit(0)
     os.close(writer)
@@ -72,7 +72,7 @@ def run_chain(before: Path, root: Path, contents: list[BranchContent], kills: li
     for kill in kills:
         counts.append(publish_in_child(contents, root, kill))
         between.append(trees(repository) if repository.exists() else {})
-    report = publish(contents, LocalTarget(root, REPOSITORY, waits=SHORT_WAITS), lambda _: None)
+    report = publish_branches(contents, LocalTarget(root, REPOSITORY, waits=SHORT_WAITS), lambda _: None)
     return {
         "counts": counts,
         "between": between,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from packager.errors import PublishError
-from packager.publish.branches import PublishReport, publish
+from packager.publish.branches import PublishReport, publish_branches
 from packager.publish.targets import LARGE_BYTES, read_local_file
 from packager.publish.targets.git import GitTarget
 from tests.git_servers import Service, require_git_lfs, serve_git, serve_lfs
@@ -47,7 +47,7 @@ class GitLfsFixture:
         return GitTarget(self.url, self.tmp_path / staging, token=self.token, waits=SHORT_WAITS)
 
     def publish(self, staging: str = "staging") -> PublishReport:
-        return publish(self.contents, self.target(staging), print)
+        return publish_branches(self.contents, self.target(staging), print)
 
     def edit(self, branch: str, files: dict[str, bytes]) -> None:
         folder = self.tmp_path / "dist" / branch
@@ -206,7 +206,7 @@ def test_nothing_is_copied_for_a_server(fixture: GitLfsFixture) -> None:
             staged = objects / sha256[:2] / sha256[2:4] / sha256
             linked.append(any(staged.samefile(each.folder / name) for each in fixture.contents for name in each.files))
 
-    publish(fixture.contents, fixture.target(), look)
+    publish_branches(fixture.contents, fixture.target(), look)
     assert linked
     assert all(linked)
     assert not objects.exists(), "what has arrived takes no space here"

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import pytest
 
 from packager.errors import MachineError, PackagerError, PublishError
-from packager.publish.branches import PublishReport, check_folders, publish
+from packager.publish.branches import PublishReport, check_folders, publish_branches
 from packager.publish.targets import LARGE_BYTES, HeadMovedError
 from packager.publish.targets.git import GitTarget
 from packager.publish.targets.git_locks import DEFAULT_WAITS, GitWaits
@@ -28,10 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_Secret/Token+1"  # noqa: S105 - made up
 PUBLISH = (
     "import sys; from pathlib import Path; from packager.errors import PackagerError\n"
-    "from packager.publish.branches import publish; from packager.publish.targets.git import GitTarget\n"
+    "from packager.publish.branches import publish_branches; from packager.publish.targets.git import GitTarget\n"
     "from tests.publish_fixtures import describe\n"
     "contents = [describe(Path(folder), Path(folder).name) for folder in sys.argv[3:]]\n"
-    "try: publish(contents, GitTarget(sys.argv[1], Path(sys.argv[2])), print)\n"
+    "try: publish_branches(contents, GitTarget(sys.argv[1], Path(sys.argv[2])), print)\n"
     "except PackagerError as error: print(error); sys.exit(error.exit_code)"
 )
 
@@ -56,7 +56,7 @@ class GitFixture:
         return GitTarget(url or str(self.repository), staging_folder, token=token, log=self.lines.append, waits=waits)
 
     def publish(self, target: GitTarget | None = None, *, dry_run: bool = False) -> PublishReport:
-        return publish(self.contents, target or self.target(), self.lines.append, dry_run=dry_run)
+        return publish_branches(self.contents, target or self.target(), self.lines.append, dry_run=dry_run)
 
     def refused(self, target: GitTarget | None = None, error: type[PackagerError] = PublishError) -> str:
         with pytest.raises(error) as caught:
@@ -349,7 +349,7 @@ def test_nothing_is_made_before_the_answer(fixture: GitFixture) -> None:
         raise PublishError("no")
 
     with pytest.raises(PublishError, match="no"):
-        publish(fixture.contents, fixture.target(), fixture.lines.append, confirm=no)
+        publish_branches(fixture.contents, fixture.target(), fixture.lines.append, confirm=no)
     assert not fixture.repository.exists()
 
 

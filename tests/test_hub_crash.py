@@ -58,11 +58,11 @@ def test_every_request_may_fail_once(
 PUBLISH = """
 import sys
 from pathlib import Path
-from packager.publish.branches import publish
+from packager.publish.branches import publish_branches
 from packager.publish.targets.hub import HubTarget
 from tests.publish_fixtures import REPOSITORY, describe
 contents = [describe(folder, folder.name) for folder in sorted(Path(sys.argv[1]).iterdir(), reverse=True)]
-publish(contents, HubTarget(REPOSITORY), print)
+publish_branches(contents, HubTarget(REPOSITORY), print)
 """
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from packager.errors import MachineError, PackagerError, PublishError
 from packager.publish.after_publish import ReleaseTag
-from packager.publish.branches import BranchContent, PublishReport, publish
+from packager.publish.branches import BranchContent, PublishReport, publish_branches
 from packager.publish.targets import HeadMovedError, hub_calls, hub_client
 from packager.publish.targets.hub import HubTarget, NewRepository
 from packager.publish.targets.repository_per_variant import RepositoryPerVariant
@@ -55,7 +55,7 @@ class HubFixture:
 
     def publish(self, contents: Sequence[BranchContent] | None = None, **settings: object) -> PublishReport:
         self.lines.clear()
-        return publish(contents or self.contents, self.target(**settings), self.lines.append)
+        return publish_branches(contents or self.contents, self.target(**settings), self.lines.append)
 
     def refused(self, kind: type[PackagerError] = PublishError, **settings: object) -> str:
         with pytest.raises(kind) as caught:
@@ -334,14 +334,14 @@ def test_a_tag_that_is_taken_or_is_no_name_stops_a_publish_before_it_begins(fixt
     ):
         for dry_run in (True, False):
             with pytest.raises(PublishError, match=problem):
-                publish(
+                publish_branches(
                     contents, fixture.target(), print, final_steps=[ReleaseTag(fixture.target(), name)], dry_run=dry_run
                 )
     assert trees(fixture.path) == before
-    report = publish(contents, fixture.target(), print, final_steps=[ReleaseTag(fixture.target(), "v2")])
+    report = publish_branches(contents, fixture.target(), print, final_steps=[ReleaseTag(fixture.target(), "v2")])
     assert report.plan.final_steps == ("tag v2 on main",)
     assert git("rev-parse", "v2^{commit}", cwd=fixture.path).strip() == report.head("main")
-    again = publish(contents, fixture.target(), print, final_steps=[ReleaseTag(fixture.target(), "v2")])
+    again = publish_branches(contents, fixture.target(), print, final_steps=[ReleaseTag(fixture.target(), "v2")])
     assert again.plan.effects == ()
 
 
@@ -353,7 +353,7 @@ def test_repositories_of_their_own_are_tagged_as_they_were_published(fixture: Hu
             fixture.hub.commit("somebody/M-v", {"NEWS.md": b"news"})
             super().apply(heads)
 
-    report = publish(fixture.contents, target, print, final_steps=[Rival(target, "v1")])
+    report = publish_branches(fixture.contents, target, print, final_steps=[Rival(target, "v1")])
     for name, branch in (("M", "main"), ("M-v", VARIANT)):
         path = fixture.hub.repository(f"somebody/{name}").path
         assert git("rev-parse", "v1^{commit}", cwd=path).strip() == report.head(branch)
@@ -470,7 +470,7 @@ def test_a_file_that_changed_after_the_question_is_not_sent(fixture: HubFixture)
         (fixture.dist / "main" / "model.safetensors").write_bytes(b"other weights")
 
     with pytest.raises(PublishError, match="the file changed while it was being published"):
-        publish(fixture.contents[:1], fixture.target(), fixture.lines.append, confirm=meanwhile)
+        publish_branches(fixture.contents[:1], fixture.target(), fixture.lines.append, confirm=meanwhile)
     assert fixture.uploaded_bytes() == 0
 
 
@@ -529,7 +529,7 @@ def test_of_two_publishers_at_once_one_wins_each_branch(fixture: HubFixture, tmp
         for branch in WEIGHTS:
             each.contents = each.change(branch, model_safetensors=word * 3000, config_json=b'{"by": "%s"}' % word)
         try:
-            publish(each.contents, each.target(), each.lines.append)
+            publish_branches(each.contents, each.target(), each.lines.append)
             results.append("won")
         except HeadMovedError as error:
             results.append(str(error))

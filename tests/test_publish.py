@@ -15,7 +15,7 @@ from rich.console import Console
 
 from packager.cli.publish_view import plan_json, print_plan, print_report, report_json
 from packager.errors import MachineError, PackagerError, PublishError, StateError
-from packager.publish.branches import BranchContent, PublishReport, check_folders, publish
+from packager.publish.branches import BranchContent, PublishReport, check_folders, publish_branches
 from packager.publish.plan import plan_publish
 from packager.publish.targets import BranchState, LocalFile, StoredFile, file_name_problem, read_local_file
 from packager.publish.targets.git_process import AUTHOR_EMAIL, AUTHOR_NAME
@@ -63,7 +63,7 @@ class LocalFixture:
 
     def publish(self, contents: Sequence[BranchContent] | None = None, *, dry_run: bool = False) -> PublishReport:
         self.lines.clear()
-        return publish(contents or self.contents, self.target, self.lines.append, dry_run=dry_run)
+        return publish_branches(contents or self.contents, self.target, self.lines.append, dry_run=dry_run)
 
     def refused(self, kind: type[PackagerError], contents: Sequence[BranchContent] | None = None) -> str:
         """Publish, and return the error's text; the repository's branches have not moved."""
@@ -471,10 +471,11 @@ def test_a_second_publisher_stops(fixture: LocalFixture) -> None:
 def test_publishers_that_race_leave_one_result(fixture: LocalFixture, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from packager.errors import PublishError\n"
-        "from packager.publish.branches import publish; from packager.publish.targets.local import LocalTarget\n"
+        "from packager.publish.branches import publish_branches\n"
+        "from packager.publish.targets.local import LocalTarget\n"
         "from tests.publish_fixtures import REPOSITORY, describe\n"
         "contents = [describe(Path(folder), Path(folder).name) for folder in sys.argv[2:]]\n"
-        "try: publish(contents, LocalTarget(Path(sys.argv[1]), REPOSITORY), print)\n"
+        "try: publish_branches(contents, LocalTarget(Path(sys.argv[1]), REPOSITORY), print)\n"
         "except PublishError as error: print(error); sys.exit(error.exit_code)"
     )
     folders = [str(content.folder) for content in fixture.contents]
@@ -619,7 +620,7 @@ def test_a_remote_that_answers_with_either_digest_is_compared(fixture: LocalFixt
     stored[VARIANT]["w.bin"] = replace(stored[VARIANT]["w.bin"], sha256="0" * 64)
     remote = {name: BranchState(commit=name[0] * 40, foreign_author="", files=held) for name, held in stored.items()}
     target = MemoryTarget(remote)
-    report = publish(fixture.contents, target, print)
+    report = publish_branches(fixture.contents, target, print)
     assert [outcome.plan.action for outcome in report.outcomes] == ["update", "unchanged"]
     assert target.commits == [(VARIANT, "g" * 40)]
     assert target.changing == (VARIANT,)
@@ -627,7 +628,7 @@ def test_a_remote_that_answers_with_either_digest_is_compared(fixture: LocalFixt
 
 def test_the_plan_is_shown_before_the_first_effect(fixture: LocalFixture) -> None:
     seen: list[bool] = []
-    publish(
+    publish_branches(
         fixture.contents,
         fixture.target,
         print,

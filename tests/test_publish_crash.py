@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from packager.publish.branches import BranchContent, publish
+from packager.publish.branches import BranchContent, publish_branches
 from packager.publish.targets.local import LocalTarget
 from tests.publish_fixtures import (
     REPOSITORY,
@@ -51,10 +51,10 @@ class CrashFixture:
         self.before, self.root = tmp_path / "before", tmp_path / "hub"
         self.trees_before: dict[str, str] = {}
         if update:
-            publish(old_contents(tmp_path / "old"), LocalTarget(self.before, REPOSITORY), print)
+            publish_branches(old_contents(tmp_path / "old"), LocalTarget(self.before, REPOSITORY), print)
             self.trees_before = trees(hub_folder(self.before))
         self.contents = new_contents(tmp_path / "new")
-        publish(self.contents, LocalTarget(tmp_path / "undisturbed", REPOSITORY), print)
+        publish_branches(self.contents, LocalTarget(tmp_path / "undisturbed", REPOSITORY), print)
         self.trees_after = trees(hub_folder(tmp_path / "undisturbed"))
 
     def run(self, chains: list[KillSequence]) -> list[dict[str, object]]:
@@ -123,7 +123,7 @@ def interrupted(tmp_path: Path) -> tuple[LocalTarget, list[BranchContent], Path]
     """A published repository, and new contents for it."""
     root = tmp_path / "hub"
     target = LocalTarget(root, REPOSITORY, waits=SHORT_WAITS)
-    publish(old_contents(tmp_path / "old"), target, print)
+    publish_branches(old_contents(tmp_path / "old"), target, print)
     return target, new_contents(tmp_path / "new"), hub_folder(root)
 
 
@@ -142,7 +142,7 @@ def test_locks_of_a_killed_run_are_removed_and_named(
     leave_locks(repository)
     (repository / ".git" / "packager-publishing.json").write_text('{"checkout": null}')
     lines: list[str] = []
-    report = publish(contents, target, lines.append)
+    report = publish_branches(contents, target, lines.append)
     assert report.notes[0] == "an earlier publish did not finish"
     assert "removed its stale lock .git/refs/heads/main.lock" in report.notes
     assert len(report.notes) == 6
@@ -169,7 +169,7 @@ def test_edits_in_a_checkout_that_was_killed_are_not_lost(
 ) -> None:
     target, contents, repository = interrupted
     old = git("rev-parse", "main", cwd=repository).strip()
-    publish(contents, target, print)
+    publish_branches(contents, target, print)
     new = git("rev-parse", "main", cwd=repository).strip()
     git("reset", "--hard", old, cwd=repository)
     git("update-ref", "refs/heads/main", new, cwd=repository)
@@ -181,7 +181,7 @@ def test_edits_in_a_checkout_that_was_killed_are_not_lost(
     assert "w.bin" not in text
     assert (repository / "README.md").read_text() == "a person's words\n"
     git("stash", "--include-untracked", cwd=repository)
-    report = publish(contents, target, print)
+    report = publish_branches(contents, target, print)
     assert report.outcomes[-1].plan.action == "unchanged"
     assert sorted(files_in(repository)) == sorted(contents[0].files)
     assert git("status", "--porcelain", cwd=repository) == ""
@@ -194,7 +194,7 @@ def refused() -> Callable[..., str]:
 
     def run(contents: list[BranchContent], target: LocalTarget) -> str:
         with pytest.raises(PackagerError) as caught:
-            publish(contents, target, print)
+            publish_branches(contents, target, print)
         return str(caught.value)
 
     return run

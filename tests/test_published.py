@@ -17,8 +17,8 @@ from packager.cli.main import app
 from packager.cli.published_view import print_report, report_json
 from packager.errors import AuditError, MachineError, PublishError
 from packager.prove import audit
-from packager.publish.branches import publish
-from packager.publish.published import RULES, PublishedReport, verify_published
+from packager.publish.branches import publish_branches
+from packager.publish.published import PUBLISHED_RULES, PublishedReport, verify_published
 from packager.publish.published.card import is_rounded, table_rows
 from packager.publish.targets import StoredFile
 from packager.publish.targets.local import LocalTarget
@@ -101,7 +101,7 @@ class PublishedFixture:
 
     def publish(self, *branches: str) -> None:
         contents = [describe(self.folders[branch], branch) for branch in branches or self.folders]
-        publish(contents, self.target, self.lines.append)
+        publish_branches(contents, self.target, self.lines.append)
         self.lines.clear()
 
     def verify(self, *branches: str, full: bool = False) -> PublishedReport:
@@ -286,14 +286,17 @@ def test_every_rule_of_its_own_has_a_case() -> None:
     elsewhere = {"branch-unreadable", "files-too-many", "file-name", "main-missing", "digest-unknown"}
     elsewhere |= {"address-differs", "head-foreign", "branch-copied"}  # tests/test_published_targets.py
     elsewhere |= {"loader-failed", "loader-not-run"}  # tests/test_published_loaders.py
-    assert set(RULES) - set(audit.RULES) == {case.rule for case in CASES if case.rule not in audit.RULES} | elsewhere
+    assert (
+        set(PUBLISHED_RULES) - set(audit.RULES)
+        == {case.rule for case in CASES if case.rule not in audit.RULES} | elsewhere
+    )
 
 
 def test_a_branch_that_somebody_else_made_has_no_record(fixture: PublishedFixture, tmp_path: Path) -> None:
     fixture.publish()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.txt").write_text("x")
-    publish([describe(tmp_path / "other", "other")], fixture.target, fixture.lines.append)
+    publish_branches([describe(tmp_path / "other", "other")], fixture.target, fixture.lines.append)
     assert list(fixture.found()) == ["provenance-missing"]
     assert fixture.found(MAIN, VARIANT) == {}
 
@@ -325,7 +328,7 @@ def alone(fixture: PublishedFixture, branch: str) -> LocalTarget:
         reseal(folder, branch)
     edit_json(folder, PROVENANCE, lambda found: found.update(layout="repos"))
     target = LocalTarget(fixture.root, repository)
-    publish([replace(describe(folder, branch), branch=MAIN)], target, fixture.lines.append)
+    publish_branches([replace(describe(folder, branch), branch=MAIN)], target, fixture.lines.append)
     return target
 
 

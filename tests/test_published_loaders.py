@@ -25,7 +25,7 @@ from packager.model.packing import checkpoint_reader
 from packager.prove import verify
 from packager.prove.loaders import LoaderSpec
 from packager.prove.probes import ProbeJob, ProbeResult
-from packager.publish.branches import publish
+from packager.publish.branches import publish_branches
 from packager.publish.published import LoaderSite, PublishedReport, verify_published
 from packager.publish.targets.local import LocalTarget
 from packager.system.files import sha256_file
@@ -138,7 +138,7 @@ class LoadersFixture:
         """Publish a branch after somebody has changed its folder."""
         folder = tiny_recipe.workspace(self.dist).folder(branch)
         change(folder)
-        publish([describe(folder, branch)], LocalTarget(self.dist / "hub", REPOSITORY), self.lines.append)
+        publish_branches([describe(folder, branch)], LocalTarget(self.dist / "hub", REPOSITORY), self.lines.append)
 
     def run(self, *options: str) -> tuple[int, str, str]:
         where = [str(self.where), "--loaders", "--device", "cpu", "--cache", str(self.dist / "cache")]

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from packager.cli.main import app
 from packager.cli.rollback_view import print_plan, print_report, report_json
 from packager.errors import PublishError
-from packager.publish.branches import publish
+from packager.publish.branches import publish_branches
 from packager.publish.rollback import RollbackReport, RollbackRequest, rollback
 from packager.publish.rollback.history import BranchHistory
 from packager.publish.rollback.plan import RollbackPlan
@@ -70,7 +70,7 @@ class RollbackFixture:
         self.now += 3600
         folder = self.scratch / f"dist {self.now}"
         contents = [make_content(folder, branch, files) for branch, files in branches.items()]
-        publish(contents, self.target, self.lines.append)
+        publish_branches(contents, self.target, self.lines.append)
         self.releases.append(trees(self.repository))
         return self.releases[-1]
 

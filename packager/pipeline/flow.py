@@ -15,8 +15,7 @@ from packager.pipeline.cards import refuse_edited_cards, render_cards
 from packager.pipeline.stages import evaluate, quantize_and_pack, verify
 from packager.pipeline.workspace import audit_or_raise
 from packager.publish.after_publish import FinalStep, ReleaseTag
-from packager.publish.branches import BranchContent, PublishReport
-from packager.publish.branches import publish as publish_branches
+from packager.publish.branches import BranchContent, PublishReport, publish_branches
 from packager.publish.hub_collection import HubCollection
 from packager.publish.plan import PublishPlan
 from packager.publish.targets import Target

@@ -73,7 +73,7 @@ class PublishReport:
         return {outcome.plan.branch: outcome.commit for outcome in self.outcomes if outcome.commit}[branch]
 
 
-def publish(
+def publish_branches(
     branches: Sequence[BranchContent],
     target: Target,
     log: Callable[[str], None],

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from packager.errors import PublishError
 from packager.prove.audit.weights import SUFFIX
 from packager.publish.published.branch import BranchReport, Depth, verify_branch
-from packager.publish.published.card import check_card
-from packager.publish.published.finding import RULES, Collector, PublishedFinding, unreadable
+from packager.publish.published.card import compare_card
+from packager.publish.published.finding import PUBLISHED_RULES, Collector, PublishedFinding, unreadable
 from packager.publish.published.loaders import LoaderSite
 from packager.publish.published.states import published_states
 from packager.publish.targets import Target
@@ -105,7 +105,7 @@ def verify_published(
     if len(failures) == len(chosen):
         raise failures[0]
     card = Collector(MAIN)
-    rows = check_card(target, states, provenances, card) if not branches or MAIN in chosen else None
+    rows = compare_card(target, states, provenances, card) if not branches or MAIN in chosen else None
     return PublishedReport(
         where=target.where, full=depth.full, branches=tuple(reports), card_rows=rows, card_findings=card.collected()
     )
@@ -126,4 +126,4 @@ def _weights(provenance: Provenance) -> frozenset[str]:
     return frozenset(record.sha256 for name, record in provenance.files.items() if name.endswith(SUFFIX))
 
 
-__all__ = ["RULES", "BranchReport", "LoaderSite", "PublishedFinding", "PublishedReport", "verify_published"]
+__all__ = ["PUBLISHED_RULES", "BranchReport", "LoaderSite", "PublishedFinding", "PublishedReport", "verify_published"]

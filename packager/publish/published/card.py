@@ -24,7 +24,7 @@ _FACTORS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 Row = Mapping[str, str]
 
 
-def check_card(
+def compare_card(
     target: Target, states: Mapping[str, BranchState], provenances: Mapping[str, Provenance], found: Collector
 ) -> int:
     """Compare the table of main's card with the repository.

@@ -23,7 +23,7 @@ def _warning(hint: str) -> Rule:
 
 
 # The audit's rules, and the rules about repositories and their branches.
-RULES: Mapping[str, Rule] = {
+PUBLISHED_RULES: Mapping[str, Rule] = {
     **audit.RULES,
     "branch-unreadable": _rule("run again later; if the error remains, the repository has lost files that it lists"),
     "files-too-many": _rule("packager did not publish this branch: restrict the run with --branch"),
@@ -58,7 +58,7 @@ def unreadable(error: PublishError) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedFinding:
-    """One fault of a published repository: branch and file, the broken rule of `RULES`, a message and a hint."""
+    """One fault of a published repository: branch, file, the broken rule of `PUBLISHED_RULES`, message and hint."""
 
     branch: str
     file: str
@@ -77,8 +77,8 @@ class Collector:
         self._counts: dict[str, int] = {}
 
     def add(self, rule: str, file: str, message: str) -> None:
-        """Report `message` on `file` under `rule`, which must be in `RULES`."""
-        known = RULES[rule]
+        """Report `message` on `file` under `rule`, which must be in `PUBLISHED_RULES`."""
+        known = PUBLISHED_RULES[rule]
         self._counts[rule] = self._counts.get(rule, 0) + 1
         if self._counts[rule] <= _MAX_FINDINGS:
             self._found.append(self._finding(rule, known, printable(file), printable(message)))
@@ -86,7 +86,7 @@ class Collector:
     @property
     def has_errors(self) -> bool:
         """Whether an error has been reported."""
-        return any(RULES[rule].severity == "error" for rule in self._counts)
+        return any(PUBLISHED_RULES[rule].severity == "error" for rule in self._counts)
 
     def has(self, rule: str) -> bool:
         """Return whether anything was reported under `rule`."""
@@ -101,7 +101,7 @@ class Collector:
     def collected(self) -> tuple[PublishedFinding, ...]:
         """Return the reported findings."""
         left_out = [
-            self._finding(rule, RULES[rule], "", f"and {count - _MAX_FINDINGS:,} more findings of this rule")
+            self._finding(rule, PUBLISHED_RULES[rule], "", f"and {count - _MAX_FINDINGS:,} more findings of this rule")
             for rule, count in self._counts.items()
             if count > _MAX_FINDINGS
         ]

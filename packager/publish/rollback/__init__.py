@@ -93,12 +93,12 @@ def rollback(
             confirm(plan)
         for entry in plan.branches:
             outcome = _restore(entry, plan, target)
-            log(outcome_line(outcome))
+            log(rollback_line(outcome))
             outcomes.append(outcome)
     return RollbackReport(plan=plan, outcomes=tuple(outcomes), notes=tuple(notes), dry_run=False)
 
 
-def outcome_line(outcome: RollbackOutcome) -> str:
+def rollback_line(outcome: RollbackOutcome) -> str:
     """Return one line with a branch's result."""
     plan = outcome.plan
     if plan.action != "restore" or plan.to is None:
@@ -145,6 +145,6 @@ __all__ = [
     "RollbackPlan",
     "RollbackReport",
     "RollbackRequest",
-    "outcome_line",
     "rollback",
+    "rollback_line",
 ]

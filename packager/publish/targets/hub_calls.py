@@ -18,7 +18,7 @@ from packager.errors import MachineError, PackagerError, PublishError
 from packager.publish.targets import HeadMovedError
 from packager.publish.targets.hub_client import asked_wait_s
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 _TRANSIENT = frozenset({408, 425, 429})
 _FINAL = frozenset({501, 505, 507, 511})  # errors of the server that a retry does not change
@@ -57,7 +57,7 @@ class RetryPolicy:
     ) -> None:
         self._where, self._log, self._limit_s = where, log, limit_s
 
-    def call(self, what: str, function: Callable[[], Result]) -> Result:
+    def call(self, what: str, function: Callable[[], _Result]) -> _Result:
         """Return what `function` returns.
 
         Args:
@@ -72,7 +72,7 @@ class RetryPolicy:
         for attempt in itertools.count():
             try:
                 return function()
-            except (*_transport_errors(), hub_errors().OIDCError, OSError, RuntimeError, ValueError) as error:
+            except (*_transport_errors(), _client_errors().OIDCError, OSError, RuntimeError, ValueError) as error:
                 if not _is_of_client(error):
                     raise
                 cause = _cause(error)
@@ -115,7 +115,7 @@ class RetryPolicy:
         return PublishError(f"{what}: {problem}", where=self._where, why=_reason(error), hint=hint)
 
 
-def hub_errors() -> ModuleType:
+def _client_errors() -> ModuleType:
     """Return the client's module of errors, imported when first needed."""
     from huggingface_hub import errors
 
@@ -124,7 +124,7 @@ def hub_errors() -> ModuleType:
 
 def _transport_errors() -> tuple[type[Exception], ...]:
     """Return the errors of a failing network; the root error of the HTTP library is httpx's or httpx2's."""
-    return (cast(type[Exception], hub_errors().HfHubHTTPError.__bases__[0]), ConnectionError, TimeoutError)
+    return (cast(type[Exception], _client_errors().HfHubHTTPError.__bases__[0]), ConnectionError, TimeoutError)
 
 
 def _is_of_client(error: Exception) -> bool:
