@@ -20,6 +20,7 @@ from packager.publish.targets import HeadMovedError, hub_calls, hub_client
 from packager.publish.targets.hub import HubTarget, NewRepository
 from packager.publish.targets.repository_per_variant import RepositoryPerVariant
 from packager.system.files import sha256_file
+from packager.variant import branch_problem
 from tests.loopback_hub import Account, LoopbackHub
 from tests.publish_fixtures import REPOSITORY, VARIANT, describe, git, log_in, make_content, trees
 
@@ -343,6 +344,12 @@ def test_a_tag_that_is_taken_or_is_no_name_stops_a_publish_before_it_begins(fixt
     assert git("rev-parse", "v2^{commit}", cwd=fixture.path).strip() == report.head("main")
     again = publish_branches(contents, fixture.target(), print, final_steps=[ReleaseTag(fixture.target(), "v2")])
     assert again.plan.effects == ()
+
+
+def test_the_rule_for_names_has_the_noun_of_its_subject() -> None:
+    rule = "has 1 to 100 letters, digits, '.', '_' or '-' and no '/'"
+    assert branch_problem("my release", noun="tag") == f"a tag {rule}"
+    assert branch_problem("my release") == f"a branch {rule}"
 
 
 def test_repositories_of_their_own_are_tagged_as_they_were_published(fixture: HubFixture) -> None:
