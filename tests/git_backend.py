@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True, kw_only=True)
 class GitAnswer:
-    """What git answers."""
+    """The answer of `git http-backend`."""
 
     status: int
     headers: dict[str, str]

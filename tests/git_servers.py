@@ -62,7 +62,7 @@ class Service:
 
 @contextmanager
 def serve_git(root: Path, token: str, *, lfs_port: int | None = None) -> Iterator[Service]:
-    """Serve the repositories below `root` to whoever has the token, with any user name or as a bearer."""
+    """Serve the repositories below `root` to clients with the token, with any user name or as a bearer."""
     service = Service(url="")
 
     class Front(_Front):
@@ -84,7 +84,7 @@ def serve_git(root: Path, token: str, *, lfs_port: int | None = None) -> Iterato
 
 @contextmanager
 def serve_lfs(folder: Path, python: str = sys.executable) -> Iterator[int]:
-    """Run giftless over a folder, and give its port; whoever reaches it may ask for addresses to send objects to."""
+    """Run giftless over a folder and yield its port; every client may request upload addresses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

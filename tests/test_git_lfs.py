@@ -56,7 +56,7 @@ class GitLfsFixture:
         self.contents = [describe(content.folder, content.branch) for content in self.contents]
 
     def clone(self, branch: str) -> Path:
-        """Clone as somebody who has git-lfs and the token."""
+        """Clone as a reader with git-lfs and the token."""
         folder = self.tmp_path / "clones" / branch
         shutil.rmtree(folder, ignore_errors=True)
         settings = [

@@ -1,4 +1,4 @@
-"""The git target: any remote, over paths and HTTP, without git-lfs; test_git_lfs.py has what needs it."""
+"""The git target over paths and HTTP, without git-lfs; test_git_lfs.py has the tests with git-lfs."""
 
 import json
 import os

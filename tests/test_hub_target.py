@@ -1,4 +1,4 @@
-"""Publishing to the Hub, against a loopback Hub: what ends up there, what travels, and what faults come to."""
+"""Publishing to a loopback Hub: stored files, uploaded bytes, and faults."""
 
 import email.utils
 import errno
@@ -33,7 +33,7 @@ WEIGHTS = {"main": b"main's weights" * 1000, VARIANT: b"the variant's weights" *
 
 
 class HubFixture:
-    """An empty Hub, two branches to publish, and what was said."""
+    """An empty Hub, two branches to publish, and the log lines."""
 
     def __init__(self, tmp_path: Path, hub: LoopbackHub) -> None:
         self.dist, self.hub = tmp_path / "dist", hub
@@ -72,7 +72,7 @@ class HubFixture:
         return [describe(self.dist / content.branch, content.branch) for content in self.contents]
 
     def assert_published(self) -> None:
-        """Whoever clones gets exactly the files, large ones by git-lfs, and nothing but .gitattributes besides."""
+        """Assert that a clone has exactly the files, large ones by git-lfs, and .gitattributes."""
         for content in self.contents:
             names = git("ls-tree", "-r", "--name-only", content.branch, cwd=self.path).split()
             assert set(names) == {*content.files, ".gitattributes"}
@@ -527,7 +527,7 @@ def test_each_weight_byte_is_hashed_once(fixture: HubFixture, monkeypatch: pytes
 
 
 def test_of_two_publishers_at_once_one_wins_each_branch(fixture: HubFixture, tmp_path: Path) -> None:
-    """They publish different content; each branch ends as one of them made it, whole, and a loser is told."""
+    """Two publishers have different content; each branch ends with one of them, the other publisher gets an error."""
     fixture.publish()
     other = HubFixture(tmp_path / "other", fixture.hub)
     results: list[str] = []

@@ -1,4 +1,4 @@
-"""The loopback Hub is asked by the real client, and what it keeps is looked at with git and hashlib."""
+"""The real client against the loopback Hub; git and hashlib check the stored files."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Publishing to a local repository, read back with the git that everybody has."""
+"""Publishing to a local repository, read back with git itself."""
 
 import json
 import os

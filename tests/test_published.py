@@ -52,7 +52,7 @@ def reseal(folder: Path, branch: str) -> None:
 
 
 class Target(LocalTarget):
-    """A local target that can be told to lie, and remembers how much was asked of it at once."""
+    """A local target with a false listing on request; it records the largest read."""
 
     lie: Callable[[dict[str, StoredFile]], object] = staticmethod(lambda files: files)
     fails: str = ""

@@ -135,7 +135,7 @@ class LoadersFixture:
         return verify_published(target, self.lines.append, branches=branches, loaders=site)
 
     def change(self, branch: str, change: Callable[[Path], object]) -> None:
-        """Publish a branch after somebody has changed its folder."""
+        """Publish a branch after an edit of its folder."""
         folder = tiny_recipe.workspace(self.dist).folder(branch)
         change(folder)
         publish_branches([describe(folder, branch)], LocalTarget(self.dist / "hub", REPOSITORY), self.lines.append)

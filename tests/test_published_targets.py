@@ -1,4 +1,4 @@
-"""verify-published and rollback where others publish: on the Hub's double, and on a git remote."""
+"""verify-published and rollback on the loopback Hub and on a git remote."""
 
 import io
 import json
@@ -39,7 +39,7 @@ NOON = 1_700_000_000
 
 
 class KilledError(Exception):
-    """What a test raises instead of dying."""
+    """Raised by a test in place of a kill."""
 
 
 class PublishedFixture(test_published.PublishedFixture):
@@ -77,7 +77,7 @@ class PublishedFixture(test_published.PublishedFixture):
         return rollback(self.remote(), RollbackRequest(branches=branches), self.lines.append)
 
     def tamper(self, branch: str, name: str, data: bytes) -> None:
-        """Let somebody put a file on a branch, past packager and past every interface."""
+        """Put a file on a branch without packager, as another person would."""
         blob = self._plumb("hash-object", "-w", "--stdin", stdin=data)
         index = {"GIT_INDEX_FILE": str(self.bare / "tamper-index")}
         self._plumb("read-tree", branch, **index)

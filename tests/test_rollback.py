@@ -1,4 +1,4 @@
-"""Rolling published branches back, in real git repositories, also when killed in the middle."""
+"""Rollbacks of published branches in real git repositories, complete and killed."""
 
 import io
 import json
@@ -33,7 +33,7 @@ Files = Mapping[str, Mapping[str, bytes]]
 
 
 class KilledError(Exception):
-    """What a test's target raises instead of dying."""
+    """Raised by a test's target in place of a kill."""
 
 
 class Killable(LocalTarget):

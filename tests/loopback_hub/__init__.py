@@ -1,4 +1,4 @@
-"""A test double of the Hugging Face Hub on 127.0.0.1: what huggingface_hub 2.4.0 asks while it publishes and downloads.
+"""A fake Hugging Face Hub on 127.0.0.1: the requests of huggingface_hub 2.4.0 for publishing and downloading.
 
 No package implements the Hub's write API, so this is ours, kept a thin skin over what is not: each model repository is
 a bare git repository (`<root>/<namespace>/<name>.git`: git's commit ids, git's compare-and-swap, `git check-attr` for

@@ -1,4 +1,4 @@
-"""Who a token belongs to, and what it may do."""
+"""The accounts and permissions of tokens."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Account:
-    """Who a token belongs to, and what it may do: it writes to the user's namespace and `orgs`, or to `only` one."""
+    """A token's account and permissions: it writes to the user's namespace and `orgs`, or to the repository `only`."""
 
     user: str
     role: Literal["write", "read"] = "write"
@@ -41,11 +41,11 @@ def require_write(account: Account | None, repo_id: str) -> Account:
 
 
 def whoami(hub: "LoopbackHub", call: Call) -> Answer:
-    """Tell whose token it is, and its role."""
+    """Answer with the token's account and role."""
     if call.account is None:
         raise RefusedError(401, "Invalid username or password.")
     account = call.account
-    if account.only:  # whether the Hub tells such a token whose it is was not seen
+    if account.only:  # the Hub's answer for such a token was never measured
         raise RefusedError(403, "This token is for one repository")
     orgs = [{"type": "org", "name": org, "fullname": org, "roleInOrg": account.role} for org in account.orgs]
     auth = {"type": "access_token", "accessToken": {"displayName": "loopback", "role": account.role}}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def preupload(hub: "LoopbackHub", call: Call) -> Answer:
-    """Tell which files are large, and what the branch holds under their names."""
+    """Answer which files are large, and the branch's present files of these names."""
     repository = hub.writable(call)
     files = repository.files(repository.resolve(call.args["rev"]))
     attributes = repository.blob(files[".gitattributes"].oid) if ".gitattributes" in files else b""
@@ -97,7 +97,7 @@ def _checked_path(path: str) -> str:
 
 
 def _content(hub: "LoopbackHub", repository: Repository, key: str, value: dict[str, Any]) -> bytes:
-    """Return what git is to hold of a file: its bytes, or a pointer to an object that is stored."""
+    """Return the content that git stores for a file: its bytes, or a pointer to a stored object."""
     if key == "file":
         try:
             content = base64.b64decode(value["content"], validate=True)

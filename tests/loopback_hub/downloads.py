@@ -1,4 +1,4 @@
-"""Files by their path, whole or the part that is asked for."""
+"""Files by path, whole or in part."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def resolve(hub: "LoopbackHub", call: Call) -> Answer:
-    """Send a file, or where a large one lies: the storage needs no token."""
+    """Send a small file, or the address of a large one: the storage needs no token."""
     repository = hub.readable(call)
     require_ungated(repository, call)
     commit = repository.resolve(call.args["rev"])

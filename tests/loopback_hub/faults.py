@@ -1,4 +1,4 @@
-"""What can be made to go wrong."""
+"""Injected faults."""
 
 import re
 from collections.abc import Callable
@@ -12,7 +12,7 @@ FaultKind = Literal["status", "status-after", "cut", "cut-body", "cut-after", "c
 
 @dataclass
 class Fault:
-    """What goes wrong with the requests after the first `after` that match, `times` of them."""
+    """A fault of `times` matching requests, after the first `after` of them."""
 
     match: str
     kind: FaultKind
@@ -31,7 +31,7 @@ class Fault:
     fired: int = 0
 
     def claims(self, request: str) -> bool:
-        """Say whether this request is one that goes wrong; counts it."""
+        """Count a request, and return whether the fault applies to it."""
         if not re.search(self.match, request):
             return False
         self.seen += 1
@@ -40,7 +40,7 @@ class Fault:
         return fires
 
     def answer(self) -> Answer:
-        """Return what a failing server answers."""
+        """Return the answer of a failing server."""
         headers = dict(self.headers)
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)

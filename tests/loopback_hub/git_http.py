@@ -1,4 +1,4 @@
-"""`git clone` over HTTP: git's own server, behind the Hub's accounts; what git-lfs asks for is in lfs.py."""
+"""`git clone` over HTTP: git's own server behind the Hub's accounts; lfs.py serves git-lfs."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The Hub itself: what it keeps, and who may reach it."""
+"""The Hub: its state and its access rules."""
 
 import base64
 import threading
@@ -80,7 +80,7 @@ class LoopbackHub:
         """Arm a fault for requests whose "METHOD /path" holds the regular expression `match`.
 
         Kinds: "status" answers `status` (with `message`, `code`, `headers`, `retry_after`, `reset`) and does nothing;
-        "status-after" does it and then says it failed; "cut" drops the connection unread, "cut-body" after `at_bytes`
+        "status-after" does it and answers with a failure; "cut" drops the connection unread, "cut-body" after `at_bytes`
         of the request's body, "cut-after" once it is done (the answer is lost), "cut-answer" after `at_bytes` of the
         answer's body; "delay" waits `seconds`; "call" calls `call` with the request first. One fault per request: the
         first that was armed and is not used up.
@@ -91,7 +91,7 @@ class LoopbackHub:
         return fault
 
     def claim(self, request: str) -> Fault | None:
-        """Return the fault that befalls a request, if any; the Hub's own do not go wrong."""
+        """Return the fault of a request, if any; requests to the Hub's own addresses have none."""
         if "/_loopback/" in request:
             return None
         with self.lock:
@@ -107,7 +107,7 @@ class LoopbackHub:
     def commit(
         self, repo_id: str, changes: Mapping[str, bytes | None], *, branch: str = "main", user: str = "somebody-else"
     ) -> str:
-        """Commit regular files past the API, as somebody else would; None deletes."""
+        """Commit regular files without the API, as another person would; None deletes."""
         repository = self.repository(repo_id)
         with repository.lock:
             head = repository.head(branch)
@@ -151,7 +151,7 @@ class LoopbackHub:
         return self.tokens[token]
 
     def readable(self, call: Call) -> Repository:
-        """Return the repository of a request that may see it; who has no token is not values whether it is there."""
+        """Return the repository of a request that may see it; without a token its existence is not revealed."""
         try:
             repository = self.repository(call.args["id"])
             if repository.settings["private"] and not is_member(call.account, repository.id):

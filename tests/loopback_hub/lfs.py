@@ -1,4 +1,4 @@
-"""Large files: which are stored, where to send the others, and where they are fetched."""
+"""Large files: stored objects, and the addresses for uploads and downloads."""
 
 import hashlib
 import re
@@ -16,7 +16,7 @@ _LFS_JSON = {"Content-Type": "application/vnd.git-lfs+json"}
 
 
 def lfs_batch(hub: "LoopbackHub", call: Call) -> Answer:
-    """Tell for each object whether it is stored, and where to send it or to fetch it."""
+    """Answer for each object whether it is stored, and its address for an upload or a download."""
     wish = call.json()
     if wish.get("operation") != "upload":
         repository = hub.readable(call)
@@ -31,7 +31,7 @@ def lfs_batch(hub: "LoopbackHub", call: Call) -> Answer:
 
 
 def storage_address(hub: "LoopbackHub", repository: Repository, oid: str) -> str:
-    """Return where an object is sent to and fetched from, which the Hub would sign."""
+    """Return the addresses of an object; the Hub would sign them."""
     return f"{hub.storage}/_lfs/{repository.id}/{oid}"
 
 
@@ -97,7 +97,7 @@ def complete_object(hub: "LoopbackHub", call: Call) -> Answer:
 
 
 def lfs_verify(hub: "LoopbackHub", call: Call) -> Answer:
-    """Tell whether an object is stored."""
+    """Answer whether an object is stored."""
     repository, wish = hub.writable(call), call.json()
     path = repository.lfs_object(wish["oid"])
     if not path.is_file() or path.stat().st_size != wish["size"]:

@@ -29,7 +29,7 @@ def list_tree(hub: "LoopbackHub", call: Call) -> Answer:
 
 
 def list_paths(hub: "LoopbackHub", call: Call) -> Answer:
-    """Describe the files and folders that are named; what is not there is left out."""
+    """Describe the named files and folders, without those that do not exist."""
     repository = hub.readable(call)
     commit = repository.resolve(call.args["rev"])
     form = parse_qs(b"".join(call.body.blocks()).decode())

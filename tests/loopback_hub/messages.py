@@ -71,7 +71,7 @@ class Body:
         self.received = 0
 
     def blocks(self, limit: float = float("inf")) -> Iterator[bytes]:
-        """Yield the body, or what of it lies before byte `limit`; a peer that goes away is a ConnectionError."""
+        """Yield the body, or its bytes before `limit`; raise ConnectionError if the peer closes the connection."""
         while self.received < limit and self._some_is_left():
             block = self._stream.read(int(min(BLOCK_BYTES, self._left, limit - self.received)))
             if not block:
@@ -108,7 +108,7 @@ class Call:
 
     @property
     def query(self) -> dict[str, list[str]]:
-        """What the address asks for after its question mark."""
+        """The parameters of the query."""
         return parse_qs(self.query_text)
 
     def json(self) -> Any:
@@ -124,7 +124,7 @@ class Call:
 
 
 def ranged(call: Call, answer: Answer, size: int) -> Answer:
-    """Narrow an answer to the one range that was asked for, if any."""
+    """Restrict an answer to the requested range, if any."""
     answer.length = size
     match = re.fullmatch(r"bytes=(\d*)-(\d*)", call.headers.get("Range", ""))
     if match is None or match[0] == "bytes=-":

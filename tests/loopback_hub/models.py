@@ -36,7 +36,7 @@ def create_repo(hub: "LoopbackHub", call: Call) -> Answer:
 
 
 def change_settings(hub: "LoopbackHub", call: Call) -> Answer:
-    """Set who may see it and who may download from it."""
+    """Set the visibility and the gate."""
     repository = hub.writable(call)
     wish = call.json()
     changes = {name: wish[name] for name in ("private", "gated") if name in wish}
@@ -91,7 +91,7 @@ def _sibling(entry: Entry, *, whole: bool) -> dict[str, Any]:
 
 
 def check_access(hub: "LoopbackHub", call: Call) -> Answer:
-    """Tell whether its files may be downloaded."""
+    """Answer whether the files may be downloaded."""
     require_ungated(hub.readable(call), call)
     return Answer.of_json({})
 

@@ -1,4 +1,4 @@
-"""Trusted publishers: a CI job proves who it is, and gets a token for one repository for a while."""
+"""Trusted publishers: a CI job proves its identity and gets a temporary token for one repository."""
 
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def id_token(hub: "LoopbackHub", call: Call) -> Answer:
-    """Give a job its identity, which GitHub would do: whoever has the job's secret gets it, for an audience."""
+    """Return a job's identity for an audience to a client with the job's secret, as GitHub does."""
     if call.headers.get("Authorization", "") != f"Bearer {hub.ci_secret}" or not hub.ci_secret:
         raise RefusedError(401, "no such job")
     token = f"jwt.{call.query['audience'][0]}.{uuid4().hex}"
@@ -20,7 +20,7 @@ def id_token(hub: "LoopbackHub", call: Call) -> Answer:
 
 
 def exchange(hub: "LoopbackHub", call: Call) -> Answer:
-    """Give a token for a repository that trusts the job (RFC 8693)."""
+    """Return a token for a repository that trusts the job (RFC 8693)."""
     wish = call.json()
     if wish["subject_token"] not in hub.identities or f".{hub.endpoint}." not in wish["subject_token"]:
         raise RefusedError(401, "Invalid subject token")

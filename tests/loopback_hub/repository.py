@@ -76,7 +76,7 @@ class Repository:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Who may see it and download from it."""
+        """The visibility and the gate."""
         return dict(json.loads((self.path / "hub.json").read_text(encoding="utf-8")))
 
     @settings.setter
@@ -110,13 +110,13 @@ class Repository:
         return commit
 
     def references(self) -> dict[str, str]:
-        """Return what each branch and tag points to, by full name."""
+        """Return the commit of each branch and tag by full name."""
         command = ("for-each-ref", "--format=%(refname) %(objectname) %(*objectname)", "refs/heads", "refs/tags")
         lines = [line.split() for line in self.git(*command).decode().splitlines()]
         return {name: oids[-1] for name, *oids in lines}
 
     def point(self, reference: str, commit: str, old: str) -> None:
-        """Move a reference from `old`; git itself refuses when it points elsewhere by now."""
+        """Move a reference from `old`; git refuses if it has moved."""
         self.git("update-ref", reference, commit, old)
 
     def entries(self, commit: str) -> list[Entry]:
@@ -134,7 +134,7 @@ class Repository:
         return {entry.path: entry for entry in self.entries(commit) if entry.kind == "blob"}
 
     def blob(self, oid: str) -> bytes:
-        """Return what git holds under an id."""
+        """Return git's object of an id."""
         return self.git("cat-file", "blob", oid)
 
     def _pointers(self, oids: Sequence[str]) -> dict[str, tuple[str, int]]:
@@ -150,7 +150,7 @@ class Repository:
         return pointers
 
     def lfs_tracked(self, attributes: bytes, paths: Sequence[str]) -> set[str]:
-        """Return the paths that a root .gitattributes gives to LFS; one in a folder is not looked at."""
+        """Return the paths that the root's .gitattributes assigns to LFS; those of folders are ignored."""
         with tempfile.NamedTemporaryFile(dir=self.path) as file:
             file.write(attributes)
             file.flush()
@@ -185,7 +185,7 @@ class Repository:
         return [(oid, author, date(int(when)), title, text.strip()) for oid, author, when, title, text in commits]
 
     def lfs_object(self, sha256: str) -> Path:
-        """Return where an LFS object lies, or would."""
+        """Return the path of an LFS object, stored or not."""
         return self.path / "lfs" / "objects" / sha256[:2] / sha256[2:4] / sha256
 
     def store(self, sha256: str, blocks: Iterable[bytes]) -> None:
@@ -206,7 +206,7 @@ class Repository:
             unfinished.unlink(missing_ok=True)
 
     def part(self, sha256: str, number: int) -> Path:
-        """Return where a part of an LFS object lies, or would."""
+        """Return the path of a part of an LFS object, stored or not."""
         return self.path / "lfs" / "incomplete" / sha256 / str(number)
 
 
@@ -225,7 +225,7 @@ def date(when: float) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written."""
+    """Write a file atomically."""
     unfinished = path.with_name(f".{uuid4().hex}")
     unfinished.write_bytes(content)
     unfinished.replace(path)

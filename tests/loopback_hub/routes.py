@@ -1,4 +1,4 @@
-"""Which address is answered by which function."""
+"""The addresses and their functions."""
 
 import re
 from collections.abc import Callable

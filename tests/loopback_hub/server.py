@@ -1,4 +1,4 @@
-"""HTTP/1.1 on 127.0.0.1: takes requests, lets go wrong what is to go wrong, and keeps a record."""
+"""HTTP/1.1 on 127.0.0.1: takes requests, injects faults, and keeps a record."""
 
 import re
 import socket
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815 # the names that http.server calls
 
     def log_message(self, *_: object) -> None:
-        """Say nothing: `requests` has it all."""
+        """Log nothing: `requests` has all requests."""
 
     def _serve(self) -> None:
         address = urlsplit(self.path)
@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(answer, fault)
 
     def _perform(self, call: Call, fault: Fault | None) -> Answer | None:
-        """Let happen what is asked, or what a fault puts before it or in its place; None is a cut connection."""
+        """Perform a request, or the fault before it or in its place; return None for a cut connection."""
         answer = None
         if fault and fault.kind in {"cut", "cut-body"}:
             half = call.body.announced // 2 if fault.at_bytes is None else fault.at_bytes

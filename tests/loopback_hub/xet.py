@@ -69,11 +69,11 @@ class XetStore:
         return XetSession()
 
     def xorb(self, name: str) -> Path:
-        """Return where a xorb lies, or would."""
+        """Return the path of a xorb, stored or not."""
         return self._root / "xorbs" / name
 
     def add_xorb(self, name: str, content: bytes) -> bool:
-        """Keep a xorb; say whether it is new."""
+        """Store a xorb; return whether it is new."""
         path = self.xorb(name)
         is_new = not path.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ class XetStore:
         return is_new
 
     def add_files(self, files: Iterable[XetFile]) -> None:
-        """Keep what files are made of, if it is all here."""
+        """Store the terms of files, if all their xorbs are stored."""
         for file in files:
             for term in file.terms:
                 if not self.xorb(term.xorb).is_file() or term.end > len(self.chunks(term.xorb)) - 1:
@@ -108,7 +108,7 @@ class XetStore:
         return places
 
     def unpack(self, file: XetFile, endpoint: str, repository: Repository) -> None:
-        """Let hf_xet put a file together from what is served at `endpoint`, and keep it as the repository's object."""
+        """Reconstruct a file by hf_xet from `endpoint`, and store it as the repository's object."""
         from hf_xet import XetFileInfo
 
         whole = self._root / f".{uuid4().hex}"
@@ -149,7 +149,7 @@ def _hex(hashed: bytes) -> str:
 
 
 def xet_token(hub: "LoopbackHub", call: Call) -> Answer:
-    """Tell where the storage is, and give a token for it."""
+    """Answer with the address of the storage and a token."""
     scope = call.args["scope"]
     if not hub.xet:
         raise RefusedError(404, "This Hub has no Xet")
@@ -177,14 +177,14 @@ def put_xorb(hub: "LoopbackHub", call: Call) -> Answer:
 
 
 def put_shard(hub: "LoopbackHub", call: Call) -> Answer:
-    """Take note of files."""
+    """Store the files of a shard."""
     _require_token(call, "write")
     hub.xet_store.add_files(list(parse_shard(b"".join(call.body.blocks()))))
     return Answer.of_json({"result": 1})
 
 
 def reconstruct(hub: "LoopbackHub", call: Call) -> Answer:
-    """Tell which parts of which xorbs make a file, or the bytes of it that are asked for."""
+    """Answer with the parts of xorbs that make up a file or a range of it."""
     _require_token(call, "read", "write")
     file = hub.xet_store.file(call.args["hash"])
     if file is None:
