@@ -527,7 +527,7 @@ def test_each_weight_byte_is_hashed_once(fixture: HubFixture, monkeypatch: pytes
 
 
 def test_of_two_publishers_at_once_one_wins_each_branch(fixture: HubFixture, tmp_path: Path) -> None:
-    """Two publishers have different content; each branch ends with one of them, the other publisher gets an error."""
+    """Two publishers have different content; each branch ends with one of them, the other gets an error."""
     fixture.publish()
     other = HubFixture(tmp_path / "other", fixture.hub)
     results: list[str] = []

@@ -318,7 +318,7 @@ def test_an_edited_card_is_undone_by_name_before_the_release(fixture: RollbackFi
     fixture.release(A, MAIN, number=2)
     fixture.somebody_commits(MAIN, heads(fixture.repository)[MAIN])
     text = fixture.refused()
-    assert "made by A Person <person@example.org>, not by packager" in text
+    assert "A Person <person@example.org> made the head of main, not packager" in text
     assert "--branch main" in text
     fixture.back(MAIN)
     assert trees(fixture.repository) == fixture.releases[1]

@@ -80,7 +80,7 @@ class LoopbackHub:
         """Arm a fault for requests whose "METHOD /path" holds the regular expression `match`.
 
         Kinds: "status" answers `status` (with `message`, `code`, `headers`, `retry_after`, `reset`) and does nothing;
-        "status-after" does it and answers with a failure; "cut" drops the connection unread, "cut-body" after `at_bytes`
+        "status-after" does it and answers as failed; "cut" drops the connection unread, "cut-body" after `at_bytes`
         of the request's body, "cut-after" once it is done (the answer is lost), "cut-answer" after `at_bytes` of the
         answer's body; "delay" waits `seconds`; "call" calls `call` with the request first. One fault per request: the
         first that was armed and is not used up.
