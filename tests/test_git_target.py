@@ -398,7 +398,7 @@ def test_credentials_in_the_url_are_refused(fixture: GitFixture, url: str) -> No
 def test_other_addresses_that_cannot_be_published_to(fixture: GitFixture) -> None:
     with pytest.raises(PublishError, match="ext addresses are not supported"):
         fixture.target("ext://sh -c x")
-    with pytest.raises(PublishError, match="nothing is published by git"):
+    with pytest.raises(PublishError, match="git addresses are not supported"):
         fixture.target("git://example.org/x")
     with pytest.raises(PublishError, match="unencrypted"):
         fixture.target("http://example.org/x.git", token=TOKEN)
@@ -474,7 +474,7 @@ def test_who_may_only_read_is_told_before_anything_is_sent(fixture: GitFixture, 
 def test_a_repository_that_is_not_there_is_not_made_by_push(fixture: GitFixture, service: Service) -> None:
     text = fixture.refused(fixture.target(f"{service.url}/a/none.git", token=TOKEN))
     assert "the repository does not exist" in text
-    assert "create it there first" in text
+    assert "create an empty one there first" in text
 
 
 def test_a_busy_server_is_waited_for(fixture: GitFixture, service: Service) -> None:
