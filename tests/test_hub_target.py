@@ -511,7 +511,8 @@ def test_whatever_a_server_says_of_its_trouble_is_waited_out(
 
 def test_who_made_a_head_is_one_request(fixture: HubFixture) -> None:
     fixture.publish()
-    for number in range(60):
+    fixture.hub.page_size = 5
+    for number in range(12):
         fixture.hub.commit(REPOSITORY, {"n.md": str(number).encode()})
     fixture.hub.requests.clear()
     states = fixture.target().read_branches()
