@@ -30,7 +30,7 @@ from tests.tiny_recipe import BRANCHES, hub_folder, leftovers, workspace
 
 EFFECTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 WARM = (
-    "packager.prove.verify", "packager.pipeline.stages", "packager.pipeline.status", "packager.cli.publish_view",
+    "packager.prove.verify", "packager.pipeline.stages", "packager.cli.status_view", "packager.cli.publish_view",
     "packager.publish.targets.git_process",
     "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers", "git",
 )  # fmt: skip

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from packager import __version__
 from packager.cli.main import app
+from packager.cli.status_view import print_loaders, print_status
 from packager.errors import (
     LoaderError,
     MachineError,
@@ -27,7 +28,7 @@ from packager.errors import (
     RecipeError,
     StateError,
 )
-from packager.pipeline.status import print_loaders, print_status, read_status
+from packager.pipeline.status import read_status
 from packager.receipt import Receipt
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal

@@ -81,7 +81,7 @@ def test_13b_has_the_sizes_people_know(tmp_path: Path) -> None:
     assert plan.disk.source_bytes == 2 * 13_015_864_320
     assert plan.disk.builds_bytes == sum(planned.weights_bytes for planned in plan.variants)
     # A checkpoint is made in the files that it is published from, so building takes no space of its own.
-    assert plan.disk_bytes == plan.disk.source_bytes + plan.disk.builds_bytes + plan.disk.publish_bytes
+    assert plan.disk.total_bytes == plan.disk.source_bytes + plan.disk.builds_bytes + plan.disk.publish_bytes
     assert plan.run_bytes(plan.variants[0]) == 7_255_009_280 + 4096 * 2 * 2 * 40 * 5120
 
 

@@ -156,8 +156,9 @@ def build(
     last finished block. Exits with 8 if a loader computed something else than the checkpoint says; one that cannot run
     here is reported and is no failure.
     """
+    from packager.cli.status_view import print_status
     from packager.pipeline.flow import build as run_build
-    from packager.pipeline.status import print_status, status_json
+    from packager.pipeline.status import status_json
 
     terminal, recipe_file = open_recipe(recipe, quiet=quiet)
     options = options_of(dist, device, cache, gpu_memory)
@@ -212,8 +213,8 @@ def verify(
     Their logits are compared with our own float32 forward; receipts and cards take over the new results. Exits with 0
     if every required loader passed and no other failed, else with 8; with 10 if a variant is not built.
     """
+    from packager.cli.status_view import print_loaders
     from packager.pipeline.flow import reverify
-    from packager.pipeline.status import print_loaders
 
     terminal, recipe_file = open_recipe(recipe)
     receipts = reverify(recipe_file, options_of(dist, device, cache), terminal)
@@ -268,7 +269,8 @@ def status(
 
     Changes nothing. Exits with 0 also when nothing is built; `--format json` names the stages that are missing.
     """
-    from packager.pipeline.status import print_status, status_json
+    from packager.cli.status_view import print_status
+    from packager.pipeline.status import status_json
 
     terminal, recipe_file = open_recipe(recipe)
     options = options_of(dist, Device.cpu, None)
@@ -297,6 +299,7 @@ def release(
     publish ends the run with its own code.
     """
     from packager.cli.publish_view import print_plan
+    from packager.cli.status_view import print_status
     from packager.pipeline.release import release as run_release
 
     terminal = terminal_of()
@@ -307,6 +310,7 @@ def release(
         strict=strict,
         attended=yes or sys.stdin.isatty(),
         show_plan=lambda plan: print_plan(plan, terminal.err),
+        show_status=lambda recipe_file, options: print_status(recipe_file, options, terminal.out),
         consent=consent("publish", yes=yes),
     )
 

@@ -67,7 +67,9 @@ class BuildState:
         self.terminal = terminal
         self.plan = make_plan(recipe_file)
         self.workspace = Workspace(dist=options.dist, repository=self.recipe.repository.id)
-        self.keys = {plan.variant.branch: stage_keys(recipe_file, plan) for plan in self.plan.variants}
+        self.keys = {
+            variant_plan.variant.branch: stage_keys(recipe_file, variant_plan) for variant_plan in self.plan.variants
+        }
         self.receipts: dict[str, Receipt] = {}
         self._source: SourceModel | None = None
         self._texts: TextSets | None = None
@@ -136,7 +138,7 @@ class BuildState:
 
     def ordered_receipts(self) -> tuple[Receipt, ...]:
         """Return the receipts in the recipe's order."""
-        return tuple(self.receipts[plan.variant.branch] for plan in self.plan.variants)
+        return tuple(self.receipts[variant_plan.variant.branch] for variant_plan in self.plan.variants)
 
     def keep(self, receipt: Receipt) -> None:
         """Make a receipt the present one and write it down, unless it says what is written already."""
@@ -180,7 +182,7 @@ class BuildState:
         return same_devices(self.device)
 
 
-def stage_keys(recipe_file: RecipeFile, plan: VariantPlan) -> dict[str, str]:
+def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, str]:
     """Return, for each stage, the digest of everything that determines its result (no torch, no network).
 
     "quantize" is the key of the quantized tensors, "weights" that of the packed files. The commit stands for what lies
@@ -191,7 +193,7 @@ def stage_keys(recipe_file: RecipeFile, plan: VariantPlan) -> dict[str, str]:
     if recipe.base_model.path is not None:
         folder = recipe_file.resolve(recipe.base_model.path)
         base = {path.name: record.sha256 for path, record in model_records(model_files(folder)).items()}
-    quantized = digest_of([plan.digest, base, _local_digest(recipe_file, recipe.calibration.path)])
+    quantized = digest_of([variant_plan.digest, base, _local_digest(recipe_file, recipe.calibration.path)])
     # What packing adds: the repository's id in quantize_config.json, the names and the sizes of the weights files.
     weights = digest_of([quantized, recipe.repository.id, recipe.checkpoint.model_dump(mode="json")])
     evaluation = recipe.evaluation

@@ -30,7 +30,7 @@ def render_cards(run: BuildState) -> None:
     )
     present = _present(run)
     provenances = [receipt.provenance.model_copy(update=present) for receipt in run.ordered_receipts()]
-    expectations = {plan.variant.branch: plan.verdicts for plan in run.plan.variants}
+    expectations = {variant_plan.variant.branch: variant_plan.verdicts for variant_plan in run.plan.variants}
     model_type = run.plan.architecture.model_type
     rendered = {}
     for branch in run.keys:

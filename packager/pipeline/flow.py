@@ -196,7 +196,7 @@ def _require_stages(run: BuildState, *stages: StageName) -> None:
     for stage in stages:
         if outdated := run.missing(stage):
             raise PublishError(
-                f"not every variant is ready: {', '.join(plan.variant.branch for plan in outdated)}",
+                f"not every variant is ready: {', '.join(variant_plan.variant.branch for variant_plan in outdated)}",
                 where=str(run.recipe_file.path),
                 why=f"the stage {stage!r} has not been done with the present recipe and files",
                 hint="run packager build first",

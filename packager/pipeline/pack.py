@@ -1,19 +1,18 @@
-"""Stage 6, pack: finished blocks become a checkpoint folder, exactly as FORMAT says, but for what the card brings.
+"""Stage 6, pack: finished blocks become a complete checkpoint folder; only the files of the card are added later.
 
-The blocks are in the weights files already; what is not quantized is copied from the base model byte by byte, so that
-it keeps its dtype and its bits.
+The blocks are in the weights files already. Tensors that are not quantized are copied from the base model byte by byte,
+so that they keep their dtype and their bits.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packager.inputs.base_model import SourceModel
-from packager.model.checkpoint import PORTABLE_PARAMETERS, shard_index
+from packager.model.checkpoint import PORTABLE_PARAMETERS, Shard, shard_index
 from packager.model.rope import in_both_spellings
-from packager.pipeline.plan import VariantPlan
 from packager.quantize.block_store import BlockStore
 from packager.receipt import CONFIG, GENERATION_CONFIG, INDEX_SUFFIX, QUANTIZE_CONFIG, TOKENIZER_FILES, FileRecord
-from packager.recipe.file import RecipeFile
 from packager.system.files import copy_atomic, disk_errors, file_records, write_atomic
 from packager.variant import Variant
 
@@ -23,18 +22,22 @@ _WEIGHTS = (".safetensors", INDEX_SUFFIX)
 
 @dataclass(frozen=True, kw_only=True)
 class PackJob:
-    """What a checkpoint folder is made of.
+    """The parts of a checkpoint folder.
 
     Attributes:
         source: the base model.
-        recipe_file: for the repository's id and the weights' name.
-        variant_plan: the parameters and the shards.
+        variant: the parameters.
+        shards: the weights files.
+        repository: id that quantize_config.json names.
+        weights_name: file name of the weights, without its ending.
         store: the variant's finished blocks.
     """
 
     source: SourceModel
-    recipe_file: RecipeFile
-    variant_plan: VariantPlan
+    variant: Variant
+    shards: Sequence[Shard]
+    repository: str
+    weights_name: str
     store: BlockStore
 
 
@@ -55,7 +58,7 @@ def pack_checkpoint(job: PackJob) -> dict[str, FileRecord]:
     """
     folder = job.store.checkpoint
     job.store.complete(job.source.tensors)
-    weights = {shard.file_name for shard in job.variant_plan.shards}
+    weights = {shard.file_name for shard in job.shards}
     with disk_errors(folder):
         for path in folder.iterdir():
             if path.name not in weights:  # left by a run that was killed here
@@ -69,15 +72,14 @@ def pack_checkpoint(job: PackJob) -> dict[str, FileRecord]:
 
 
 def _configs(job: PackJob) -> dict[str, bytes]:
-    variant = job.variant_plan.variant
+    variant = job.variant
     portable = {key: variant.parameters()[key] for key in PORTABLE_PARAMETERS}
-    recipe = job.recipe_file.recipe
     files = {
         CONFIG: {**in_both_spellings(job.source.config), "quantization_config": quantization_config(variant)},
         QUANTIZE_CONFIG: {
             **portable,
-            "model_name_or_path": recipe.repository.id,
-            "model_file_base_name": recipe.checkpoint.weights_name,
+            "model_name_or_path": job.repository,
+            "model_file_base_name": job.weights_name,
         },
     }
     if not (job.source.folder / GENERATION_CONFIG).exists():
@@ -87,8 +89,8 @@ def _configs(job: PackJob) -> dict[str, bytes]:
             **{key: job.source.config[key] for key in keys if job.source.config.get(key) is not None},
         }
     contents = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
-    if len(job.variant_plan.shards) > 1:
-        contents[f"{recipe.checkpoint.weights_name}{INDEX_SUFFIX}"] = shard_index(job.variant_plan.shards)
+    if len(job.shards) > 1:
+        contents[f"{job.weights_name}{INDEX_SUFFIX}"] = shard_index(job.shards)
     return contents
 
 

@@ -96,11 +96,6 @@ class BuildPlan:
     calibration_tokens: int
 
     @property
-    def disk_bytes(self) -> int:
-        """Disk space at the end of the build, all of it together."""
-        return self.disk.total_bytes
-
-    @property
     def context_tokens(self) -> int:
         """How long a conversation `run_bytes` counts with."""
         return min(_CONTEXT_TOKENS, self.architecture.max_position_embeddings)

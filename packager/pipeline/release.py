@@ -10,7 +10,6 @@ from packager.model.devices import choose_device
 from packager.pipeline.build_state import STAGES, BuildState, Options, require_build_extra
 from packager.pipeline.flow import build, publish
 from packager.pipeline.plan import BuildPlan
-from packager.pipeline.status import print_status
 from packager.publish.plan import PublishPlan
 from packager.quantize.engines import needs_cuda
 from packager.quantize.memory import USABLE
@@ -30,6 +29,7 @@ def release(
     strict: bool,
     attended: bool = True,
     show_plan: Callable[[PublishPlan], None] = lambda _: None,
+    show_status: Callable[[RecipeFile, Options], None] = lambda *_: None,
     consent: Callable[[PublishPlan], None] = lambda _: None,
 ) -> None:
     """Build and publish the recipes one after the other; end with one table each, and why others were left out.
@@ -42,7 +42,8 @@ def release(
         terminal: gets everything that is said.
         strict: whether a recipe that this machine cannot build is an error.
         attended: whether `consent` may be asked: else nothing is built for a target that others can see.
-        show_plan: see `pipeline.publish`.
+        show_plan: see `flow.publish`.
+        show_status: called after each recipe is published.
         consent: likewise.
 
     Raises:
@@ -65,7 +66,7 @@ def release(
                 terminal.log(str(recipe_file.path))
                 build(recipe_file, options, terminal)
                 publish(recipe_file, options, terminal, dry_run=False, show_plan=show_plan, consent=consent)
-                print_status(recipe_file, options, terminal.out)
+                show_status(recipe_file, options)
     finally:
         for path, reason in skipped.items():
             terminal.out.print(f"{path}: not built: {reason}", highlight=False, markup=False, soft_wrap=True)

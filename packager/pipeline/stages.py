@@ -44,23 +44,23 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
     from packager.inputs.base_model import check_disk
     from packager.pipeline.quantize_progress import QuantizeView
 
-    require_engines((plan.variant.engine for plan in missing), run.device.type)
-    for plan in missing:
-        _refuse_edited(run, plan)
+    require_engines((variant_plan.variant.engine for variant_plan in missing), run.device.type)
+    for variant_plan in missing:
+        _refuse_edited(run, variant_plan)
     check_disk(run.workspace.dist, _needed_bytes(run, missing))
     source = run.source
     _check_licenses(run)
     stores = _open_stores(run, missing)
     earlier = _quantized_earlier(run, missing, stores)
-    branches = [plan.variant.branch for plan in missing]
+    branches = [variant_plan.variant.branch for variant_plan in missing]
     with run.terminal.stage("quantize"), run.terminal.bar(len(missing) * source.architecture.num_blocks) as bar:
         view = QuantizeView(run.terminal, bar, branches)
         made = _quantize(run, stores, view.report)
-    for plan, files, pack_s in _packed(run, missing, stores):
-        branch = plan.variant.branch
+    for variant_plan, files, pack_s in _packed(run, missing, stores):
+        branch = variant_plan.variant.branch
         seconds = {"quantize": round(view.seconds[branch], 3), "pack": round(pack_s, 3)}
         receipt = Receipt(
-            provenance=_provenance(run, plan, files, made[plan.variant.engine]),
+            provenance=_provenance(run, variant_plan, files, made[variant_plan.variant.engine]),
             stages={stage: run.keys[branch][stage] for stage in ("quantize", "weights")},
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(),
@@ -69,7 +69,7 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
             receipt = _with_earlier_facts(run, receipt, earlier[branch])
         # Announced, so that a run killed before the receipt is kept finds its own folder and takes it over.
         run.workspace.announce(receipt)
-        replace_folder(stores[plan.variant].checkpoint, run.workspace.folder(branch))
+        replace_folder(stores[variant_plan.variant].checkpoint, run.workspace.folder(branch))
         run.keep(receipt)
     return tuple(branch for branch in branches if branch not in earlier), tuple(branches)
 
@@ -101,11 +101,13 @@ def _open_stores(run: BuildState, missing: Sequence[VariantPlan]) -> "dict[Varia
     from packager.quantize.sweep import fingerprint
 
     stores = {}
-    for plan in missing:
-        parts = fingerprint(plan.digest, run.source, run.texts.calibration, run.device, engine_version=ENGINE_VERSION)
-        folder = run.workspace.work / plan.variant.branch
-        stores[plan.variant] = BlockStore(folder, plan.shards, parts, run.terminal.log)
-        stores[plan.variant].open()
+    for variant_plan in missing:
+        parts = fingerprint(
+            variant_plan.digest, run.source, run.texts.calibration, run.device, engine_version=ENGINE_VERSION
+        )
+        folder = run.workspace.work / variant_plan.variant.branch
+        stores[variant_plan.variant] = BlockStore(folder, variant_plan.shards, parts, run.terminal.log)
+        stores[variant_plan.variant].open()
     return stores
 
 
@@ -152,23 +154,33 @@ def _packed(
     """Stage 6 for all variants at once: complete and audit their folders; return the files and the time of each."""
     from packager.pipeline.pack import PackJob, pack_checkpoint
 
-    def pack(plan: VariantPlan) -> tuple[VariantPlan, dict[str, FileRecord], float]:
-        started, store = time.monotonic(), stores[plan.variant]
-        files = pack_checkpoint(PackJob(source=run.source, recipe_file=run.recipe_file, variant_plan=plan, store=store))
+    def pack(variant_plan: VariantPlan) -> tuple[VariantPlan, dict[str, FileRecord], float]:
+        started, store = time.monotonic(), stores[variant_plan.variant]
+        job = PackJob(
+            source=run.source,
+            variant=variant_plan.variant,
+            shards=variant_plan.shards,
+            repository=run.recipe.repository.id,
+            weights_name=run.recipe.checkpoint.weights_name,
+            store=store,
+        )
+        files = pack_checkpoint(job)
         audit_or_raise([store.checkpoint], complete=False)
         pack_s = time.monotonic() - started
-        run.terminal.log(f"pack       {pack_s:6.1f} s  {plan.variant.branch}")
-        return plan, files, pack_s
+        run.terminal.log(f"pack       {pack_s:6.1f} s  {variant_plan.variant.branch}")
+        return variant_plan, files, pack_s
 
     return in_parallel(pack, missing)
 
 
 def _needed_bytes(run: BuildState, missing: Sequence[VariantPlan]) -> int:
     """Return the disk space that building `missing` takes besides what a killed run reserved for it."""
-    folders = [run.workspace.work / plan.variant.branch for plan in missing]
+    folders = [run.workspace.work / variant_plan.variant.branch for variant_plan in missing]
     held = sum(path.stat().st_blocks * 512 for folder in folders for path in folder.rglob("*.safetensors"))
     whole = run.plan.disk
-    shares = sum(plan.weights_bytes for plan in missing) / sum(plan.weights_bytes for plan in run.plan.variants)
+    shares = sum(variant_plan.weights_bytes for variant_plan in missing) / sum(
+        variant_plan.weights_bytes for variant_plan in run.plan.variants
+    )
     return whole.source_bytes + round(whole.builds_bytes * shares) - held
 
 
@@ -183,9 +195,9 @@ def _check_licenses(run: BuildState) -> None:
             )
 
 
-def _refuse_edited(run: BuildState, plan: VariantPlan) -> None:
+def _refuse_edited(run: BuildState, variant_plan: VariantPlan) -> None:
     """Do not replace a folder that somebody made or changed: an outdated receipt still says what we left there."""
-    branch = plan.variant.branch
+    branch = variant_plan.variant.branch
     folder, receipt = run.workspace.folder(branch), run.workspace.read_receipt(branch)
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -202,7 +214,7 @@ def _refuse_edited(run: BuildState, plan: VariantPlan) -> None:
 
 
 def evaluate(run: BuildState) -> tuple[str, ...]:
-    """Stage 8: measure the variants whose quality is not known."""
+    """Stage 7: measure the variants whose quality is not known."""
     missing = run.missing("evaluate")
     if not missing:
         return ()
@@ -213,15 +225,15 @@ def evaluate(run: BuildState) -> tuple[str, ...]:
     with run.terminal.stage("evaluate"), run.terminal.bar(len(missing) + 1) as bar:
         base = measure_base(source, texts, device)
         bar.step("fp16 base model")
-        for plan in missing:
-            branch, started = plan.variant.branch, time.monotonic()
+        for variant_plan in missing:
+            branch, started = variant_plan.variant.branch, time.monotonic()
             folder = run.workspace.folder(branch)
-            quantized = measure_checkpoint(folder, plan.variant.bits, source, texts, device)
+            quantized = measure_checkpoint(folder, variant_plan.variant.bits, source, texts, device)
             quality = compare(base, quantized, texts)
             fields = {"quality": quality, "evaluation": texts.evaluation.record}
             _update(run, branch, "evaluate", time.monotonic() - started, fields)
             bar.step(f"{branch} perplexity {quality.perplexity:.4f}, KL {quality.kl_divergence:.5f}")
-    return tuple(plan.variant.branch for plan in missing)
+    return tuple(variant_plan.variant.branch for variant_plan in missing)
 
 
 def verify(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
@@ -285,15 +297,17 @@ def _update(run: BuildState, branch: str, stage: StageName, seconds: float, fiel
     run.keep(receipt.model_copy(update=changes))
 
 
-def _provenance(run: BuildState, plan: VariantPlan, files: Mapping[str, FileRecord], made: EngineResult) -> Provenance:
-    variant, linears = plan.variant, made.records[plan.variant.branch]
+def _provenance(
+    run: BuildState, variant_plan: VariantPlan, files: Mapping[str, FileRecord], made: EngineResult
+) -> Provenance:
+    variant, linears = variant_plan.variant, made.records[variant_plan.variant.branch]
     return Provenance(
         repository=run.recipe.repository.id,
         branch=variant.branch,
         layout=run.recipe.repository.layout,
         made_with=made.made_with,
         recipe_digest=run.recipe.digest(),
-        variant_digest=plan.digest,
+        variant_digest=variant_plan.digest,
         parameters=variant.parameters(),
         effective={
             "damp_percent_max": max(record.damp_percent for record in linears),
@@ -305,7 +319,7 @@ def _provenance(run: BuildState, plan: VariantPlan, files: Mapping[str, FileReco
         versions=dict(made.versions),
         device=device_name(run.device),
         linears=linears,
-        weights_bytes=plan.weights_bytes,
+        weights_bytes=variant_plan.weights_bytes,
         files=dict(files),
     )
 

@@ -1,29 +1,18 @@
-"""What is built, measured, proven and published, read from `dist/`: the table that ends a release."""
+"""The state of every variant: built, measured, verified and published, as read from `dist/`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-from rich import box
-from rich.console import Console, JustifyMethod
-from rich.table import Table
-from rich.text import Text
 
 from packager.errors import StateError
 from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
 from packager.publish.targets import BranchState
 from packager.publish.targets.resolve_target import target_of
-from packager.receipt import LoaderRecord, Receipt
+from packager.receipt import Receipt
 from packager.recipe.file import RecipeFile
 from packager.system.parallel import in_parallel
 from packager.system.terminal import Terminal
-from packager.system.text import format_bytes
 
 State = Literal["built", "not built", "outdated", "edited"]
-
-_MARKS = {"passed": "ok", "failed": "FAILED", "not run": "not run"}
-_NUMBERS = {"Size", "Perplexity", "KL", "Seconds", "Relative\nerror", "Top-1", "Tokens\nequal"}
-_FLEXIBLE = {"Branch", "Loaders"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +23,7 @@ class BranchStatus:
         branch: the variant.
         state: of its folder; an outdated one was made from another recipe or other files.
         receipt: of a built folder, else None.
-        stages_missing: what has not been done with the present recipe and files.
+        stages_missing: the stages that have not been done with the present recipe and files.
         commit: the published head, "" if there is none, None if the target was not asked.
         problem: why an edited folder or receipt cannot be used, or "".
     """
@@ -51,8 +40,8 @@ def read_status(recipe_file: RecipeFile, options: Options) -> tuple[BranchStatus
     """Return every variant's state, in the recipe's order; nothing is changed."""
     run = BuildState(recipe_file, options, Terminal(quiet=True))
     problems = _read_receipts(run)
-    missing = {stage: {plan.variant.branch for plan in run.missing(stage)} for stage in STAGES}
-    # What is elsewhere is not asked for here: `packager verify-published` does that.
+    missing = {stage: {variant_plan.variant.branch for variant_plan in run.missing(stage)} for stage in STAGES}
+    # A remote target is not asked here: `packager verify-published` does that.
     local = run.recipe.repository.target == "local"
     target = target_of(run.recipe, run.workspace.dist, options.environ, run.terminal.log)
     published = target.read_branches() if local else {}
@@ -71,10 +60,6 @@ def read_status(recipe_file: RecipeFile, options: Options) -> tuple[BranchStatus
 
 def _head(state: BranchState | None) -> str:
     return state.commit if state else ""
-
-
-def _short(commit: str | None) -> str:
-    return "not asked" if commit is None else commit[:8] or "none"
 
 
 def _read_receipts(run: BuildState) -> dict[str, str]:
@@ -119,108 +104,3 @@ def status_json(recipe_file: RecipeFile, options: Options) -> dict[str, object]:
             for status in read_status(recipe_file, options)
         ],
     }
-
-
-def print_status(recipe_file: RecipeFile, options: Options, console: Console) -> None:
-    """Print a row per branch, and below it what the loaders made of it where the table has no room for that."""
-    statuses = read_status(recipe_file, options)
-    repository = recipe_file.recipe.repository
-    _line(console, repository.id)
-    if repository.target != "local":
-        address = repository.url or repository.id
-        _line(console, f"what is published is told by: packager verify-published {address}")
-    table = _status_table(statuses, loaders=True)
-    fits = console.measure(table, options=console.options.update(width=1000)).maximum <= console.width
-    console.print(table if fits else _status_table(statuses, loaders=False))
-    for text in _loader_lines(statuses) if not fits else ():
-        _line(console, text)
-    for text in dict.fromkeys([*(status.problem for status in statuses if status.problem), *_reasons(statuses)]):
-        _line(console, text)
-
-
-def _status_table(statuses: Sequence[BranchStatus], *, loaders: bool) -> Table:
-    table = _table("Branch", "Size", "Perplexity", "KL", *(["Loaders"] if loaders else []), "Commit", "Seconds")
-    for status in statuses:
-        cells = [status.branch, *_figures(status), *([_loaders(status)] if loaders else [])]
-        seconds = f"{sum(status.receipt.seconds.values()):.1f}" if status.receipt else ""
-        table.add_row(*(Text(cell) for cell in (*cells, _short(status.commit), seconds)))
-    return table
-
-
-def _figures(status: BranchStatus) -> tuple[str, str, str]:
-    """Return size, perplexity and KL divergence, or what stands in their place."""
-    if status.receipt is None:
-        return status.state, "", ""
-    size, quality = format_bytes(status.receipt.provenance.weights_bytes), status.receipt.provenance.quality
-    if quality is None:
-        return size, "unmeasured", ""
-    if "evaluate" in status.stages_missing:
-        return size, "outdated", ""
-    return size, f"{quality.perplexity:.4f}", f"{quality.kl_divergence:.3g}"
-
-
-def _loaders(status: BranchStatus) -> str:
-    records = status.receipt.provenance.loaders if status.receipt else ()
-    if status.receipt and "verify" in status.stages_missing:
-        return "outdated" if records else "unproven"
-    return ", ".join(f"{record.loader} {_MARKS[record.status]}" for record in records)
-
-
-def _loader_lines(statuses: Sequence[BranchStatus]) -> list[str]:
-    """Return what the loaders made of each branch, in one line if it is always the same."""
-    found = {status.branch: loaders for status in statuses if (loaders := _loaders(status))}
-    if len(found) == len(statuses) > 1 and len(set(found.values())) == 1:
-        return [f"every branch: {next(iter(found.values()))}"]
-    return [f"{branch}: {loaders}" for branch, loaders in found.items()]
-
-
-def print_loaders(receipts: Sequence[Receipt], console: Console) -> None:
-    """Print one row per branch and loader, then what each loader computed with, and why one did not run or failed."""
-    table = _table("Branch", "Loader", "Status", "Relative\nerror", "Top-1", "Tokens\nequal")
-    notes: dict[str, list[str]] = {}
-    for receipt in receipts:
-        branch = receipt.provenance.branch
-        for record in receipt.provenance.loaders:
-            cells = (branch, record.loader, _MARKS[record.status], *_measured(record))
-            table.add_row(*(Text(cell) for cell in cells))
-            for note in _notes(record):
-                notes.setdefault(note, []).append(branch)
-    console.print(table)
-    for note, branches in notes.items():
-        _line(console, note if len(branches) == len(receipts) else f"{', '.join(branches)}: {note}")
-
-
-def _measured(record: LoaderRecord) -> tuple[str, str, str]:
-    if record.relative_error is None or record.top1_agreement is None:
-        return "", "", ""
-    tokens = f"{record.tokens_equal}/{record.tokens_generated}"
-    return f"{record.relative_error:.5f}", f"{record.top1_agreement:.3f}", tokens
-
-
-def _notes(record: LoaderRecord) -> list[str]:
-    used = f"{record.loader}: {record.dtype} on {record.device}, {record.kernel}" if record.device else ""
-    reason = f"{record.loader} {record.status}: {record.reason}" if record.reason else ""
-    return [note for note in (used, reason) if note]
-
-
-def _table(*columns: str) -> Table:
-    """Return an empty table; where the terminal is narrow, only names and lists go over several lines."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for column in columns:
-        justify: JustifyMethod = "right" if column in _NUMBERS else "left"
-        table.add_column(column, justify=justify, no_wrap=column not in _FLEXIBLE, overflow="fold")
-    return table
-
-
-def _line(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _reasons(statuses: Sequence[BranchStatus]) -> list[str]:
-    """Return why loaders did not run or failed, each reason once."""
-    found: dict[str, None] = {}
-    for status in statuses:
-        for record in status.receipt.provenance.loaders if status.receipt else ():
-            if record.reason:
-                found[f"{record.loader} {record.status}: {record.reason}"] = None
-    return list(found)

@@ -4,7 +4,6 @@ An environment is created once per lock and kept in the cache. It shares the tor
 torch is not downloaded again. `probes.py` runs processes in it.
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -66,6 +65,8 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
         LoaderUnavailableError: it cannot be made here; the message says why.
         MachineError: the disk is full or the cache cannot be written.
     """
+    import fcntl  # POSIX only: importing this module works everywhere
+
     if problem := spec.python_problem():
         raise LoaderUnavailableError(problem)
     folder = context.cache.absolute() / "loaders" / environment_name(spec)
