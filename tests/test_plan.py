@@ -147,7 +147,6 @@ def test_what_is_planned_is_what_a_gpu_of_that_size_is_given(tmp_path: Path, nam
         {"base_model": {"id": "meta/other", "revision": "a" * 40, "config": "model/config.json"}},
         {"base_model": {"id": "meta/base", "path": "model"}},
         {"calibration": {"dataset": "a/b", "revision": "b" * 40, "split": "train", "seed": 1}},
-        {"checkpoint": {"weights_name": "other"}},
         {"defaults": {"damp_percent": 0.02}},
         {"defaults": {"scale_search": False}},
     ],
@@ -157,7 +156,7 @@ def test_the_digest_changes_with_what_determines_the_bytes(tmp_path: Path, chang
     assert not {p.digest for p in one.variants} & {p.digest for p in other.variants}
 
 
-def test_the_digest_ignores_card_names_and_evaluation(tmp_path: Path) -> None:
+def test_the_digest_ignores_card_names_files_names_and_evaluation(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     card = {
         "title": "Other", "creator": "O", "quantized_by": "O", "license": {"id": "mit"},
@@ -167,6 +166,7 @@ def test_the_digest_ignores_card_names_and_evaluation(tmp_path: Path) -> None:
         tmp_path,
         card=card,
         repository={"id": "someone/other"},
+        checkpoint={"weights_name": "other", "max_shard_bytes": 10_000_000_000},
         evaluation={"dataset": "c/d", "revision": "d" * 40, "split": "test"},
         variants=[{"branch": "other"}, {"branch": "main", "bits": 8}, *FOUR_VARIANTS[1:]],
     )

@@ -1,4 +1,4 @@
-"""What a person sees of quantizing: how it will be done, then a line per block, and the time of each variant."""
+"""The progress of quantizing on the terminal: the plan of each device, a line per block, the time of each variant."""
 
 from collections.abc import Iterable
 
@@ -8,10 +8,10 @@ from packager.system.text import format_bytes
 
 
 class QuantizeView:
-    """Receives what `quantize` reports, from several threads.
+    """Shows the events that `quantize` reports, from several threads.
 
     Args:
-        terminal: where to say it.
+        terminal: gets the lines.
         bar: counts blocks, of all variants.
         branches: of the variants.
 
@@ -50,6 +50,6 @@ def share_line(share: DeviceShare) -> str:
 
 
 def linears_line(done: LinearsDone) -> str:
-    """Say which linears of a block are quantized, and their losses."""
+    """Return the line with the linears of a block that are quantized, and their losses."""
     losses = ", ".join(f"{record.name.rpartition('.')[2]} {record.loss:.3g}" for record in done.linears)
     return f"{done.branch} block {done.block + 1}: {losses}"

@@ -1,6 +1,6 @@
 """The stages of a build, each bringing the variants that lack it up to date and writing their receipts.
 
-Order and meaning are `pipeline.py`'s; torch is imported only when there is work to do.
+Their order is in `flow.py`; torch is imported only when there is work to do.
 """
 
 import os
