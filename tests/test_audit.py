@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from packager.cli.audit_view import print_report, report_json
+from packager.cli.audit_view import audit_json, print_audit
 from packager.model.architecture import read_architecture
 from packager.model.checkpoint import checkpoint_tensors
 from packager.model.safetensors_file import file_order, header_bytes
@@ -257,7 +257,7 @@ def test_secrets_are_not_repeated_and_private_words_are_found(tmp_path: Path) ->
         ("host-name", "notes.txt:1"),
         ("secret", "notes.txt:2"),
     }
-    assert TOKEN not in json.dumps(report_json(report))
+    assert TOKEN not in json.dumps(audit_json(report))
 
 
 def test_remote_code_is_allowed_where_the_model_brings_some(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_the_view_has_one_line_per_finding_errors_first(tmp_path: Path) -> None:
     edit_json(folder, "tokenizer_config.json", lambda content: content.pop("chat_template"))
     edit_tensors(folder, lambda found: [found.pop(name) for name in list(found) if name.endswith("v_proj.g_idx")])
     console = Console(file=io.StringIO(), width=60)
-    print_report(audit(folder, complete=False), console)
+    print_audit(audit(folder, complete=False), console)
     size = (folder / WEIGHTS).stat().st_size
     assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
         "error    linear-incomplete  model.layers.0.self_attn.v_proj (and 1 more): it lacks g_idx"
@@ -390,7 +390,7 @@ def test_the_view_has_one_line_per_finding_errors_first(tmp_path: Path) -> None:
 def test_the_report_as_json_is_plain(tmp_path: Path) -> None:
     folder = Checkpoint(bits=8).write(tmp_path / "branch")
     (folder / "x.bin").write_bytes(b"x")
-    report = json.loads(json.dumps(report_json(audit(folder, complete=False))))
+    report = json.loads(json.dumps(audit_json(audit(folder, complete=False))))
     assert report["passed"] is False
     assert report["facts"]["bits"] == 8
     assert report["findings"][0]["code"] == "weights-stray"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from packager.cli.audit_view import print_report, report_json
+from packager.cli.audit_view import audit_json, print_audit
 from packager.prove.audit import audit
 from tests.audit_cases import ACT_ORDER, QWEN
 from tests.checkpoints import Checkpoint, edit_text, write_json
@@ -21,9 +21,9 @@ from tests.hypothesis_profiles import examples
 
 def assert_reportable(folder: Path) -> None:
     report = audit(folder)
-    json.dumps(report_json(report)).encode("utf-8")
+    json.dumps(audit_json(report)).encode("utf-8")
     console = Console(file=io.StringIO(), width=80)
-    print_report(report, console)
+    print_audit(report, console)
     written = console.file.getvalue()  # type: ignore[attr-defined]
     assert written.encode("utf-8").count(b"\n") == len(report.findings) + 1
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.crash
 ROOT = Path(__file__).resolve().parent.parent
 CARD = {"README.md", "provenance.json", "LICENSE.txt", "questions.jsonl"}
 BLOCKS = 3
-INTERRUPTED = "interrupted; what is finished is kept, run the same command to go on\n"
+INTERRUPTED = "interrupted: finished work is kept, run the same command again to continue\n"
 
 Step = dict[str, Any]
 Folders = dict[str, dict[str, str]]

@@ -217,7 +217,7 @@ def test_ctrl_c_gives_130(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("packager.pipeline.plan.make_plan", interrupted)
     result = packager("plan", DEMO)
     assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr == "interrupted; what is finished is kept, run the same command to go on\n"
+    assert result.stderr == "interrupted: finished work is kept, run the same command again to continue\n"
 
 
 def test_ctrl_c_in_the_middle_of_work_shows_no_traceback() -> None:
@@ -235,7 +235,7 @@ def test_ctrl_c_in_the_middle_of_work_shows_no_traceback() -> None:
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=30)
     assert running.returncode == 130
-    assert errors == "interrupted; what is finished is kept, run the same command to go on\n"
+    assert errors == "interrupted: finished work is kept, run the same command again to continue\n"
 
 
 @pytest.mark.parametrize("arguments", [["plan", DEMO], ["plan", DEMO, "--format", "json"], ["--help"], ["--version"]])

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from packager.cli.plan_view import plan_json, print_plan
+from packager.cli.plan_view import build_plan_json as plan_json
+from packager.cli.plan_view import print_build_plan as print_plan
 from packager.errors import MachineError, PlanError, RecipeError
 from packager.inputs.base_model import read_source
 from packager.model.architecture import read_architecture

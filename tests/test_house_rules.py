@@ -24,6 +24,7 @@ PROBES = {
     if name.endswith("_script.py") or (name.startswith("packager/prove/loaders/") and not name.endswith("__init__.py"))
 }
 TORCH_FREE = (
+    "cli.tables", "cli.consent",
     "cli.main", "cli.options", "cli.publishing", "cli.plan_view", "cli.publish_view", "cli.audit_view",
     "cli.published_view", "cli.rollback_view", "system.terminal", "recipe", "recipe.file", "recipe.schema",
     "pipeline.plan", "pipeline.status", "pipeline.build_state", "pipeline.flow", "pipeline.release",
@@ -38,6 +39,7 @@ TERMINAL = {
     "packager/cli/main.py",
     "packager/cli/options.py",
     "packager/cli/publishing.py",
+    "packager/cli/consent.py",
     "packager/system/terminal.py",
 }
 # `python -m packager.recipe.schema` is an entry point of its own: nox runs it, the command line does not know it.

@@ -12,7 +12,8 @@ from typing import Any, get_args
 import pytest
 from rich.console import Console
 
-from packager.cli.plan_view import plan_json, print_plan
+from packager.cli.plan_view import build_plan_json as plan_json
+from packager.cli.plan_view import print_build_plan as print_plan
 from packager.errors import PlanError, SourceError
 from packager.model.architecture import read_architecture
 from packager.model.compatibility import RUNTIME_RULES, verdicts
@@ -90,7 +91,7 @@ def test_a_plan_needs_no_torch_and_little_time(tmp_path: Path) -> None:
     script = (
         "import sys, pathlib\n"
         "from packager.pipeline.plan import make_plan\n"
-        "from packager.cli.plan_view import plan_json\n"
+        "from packager.cli.plan_view import build_plan_json\n"
         "from packager.model.architecture import read_architecture\n"
         "from packager.model.config_values import read_config\n"
         "from packager.recipe import Recipe\n"
@@ -101,7 +102,7 @@ def test_a_plan_needs_no_torch_and_little_time(tmp_path: Path) -> None:
         "file = RecipeFile(path=pathlib.Path(sys.argv[1]), recipe=recipe, config=config, architecture=model)\n"
         "plan = make_plan(file)\n"
         "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"
-        "print(plan_json(plan)['variants'][0]['tensor_bytes'], sorted(heavy))\n"
+        "print(build_plan_json(plan)['variants'][0]['tensor_bytes'], sorted(heavy))\n"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(

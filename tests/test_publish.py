@@ -13,7 +13,10 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from packager.cli.publish_view import plan_json, print_plan, print_report, report_json
+from packager.cli.publish_view import print_publish_plan as print_plan
+from packager.cli.publish_view import print_publish_report as print_report
+from packager.cli.publish_view import publish_plan_json as plan_json
+from packager.cli.publish_view import publish_report_json as report_json
 from packager.errors import MachineError, PackagerError, PublishError, StateError
 from packager.publish.branches import BranchContent, PublishReport, check_folders, publish_branches
 from packager.publish.plan import plan_publish

@@ -79,7 +79,7 @@ def test_a_maintainer_plans_publishes_checks_and_publishes_again(fixture: HubRel
     assert plan["dry_run"]
     fixture.publish(code=PublishError.exit_code)
     assert "--yes" in fixture.stderr
-    assert "nobody is here to be asked" in fixture.stderr
+    assert "standard input is not a terminal" in fixture.stderr
     assert [request for request in fixture.asked() if not request.startswith(("GET ", "HEAD "))] == []
 
     report = json.loads(fixture.publish("--yes", "--tag", "v1.0", "--format", "json"))

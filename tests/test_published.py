@@ -14,7 +14,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from packager.cli.main import app
-from packager.cli.published_view import print_report, report_json
+from packager.cli.published_view import print_published as print_report
+from packager.cli.published_view import published_json as report_json
 from packager.errors import AuditError, MachineError, PublishError
 from packager.prove import audit
 from packager.publish.branches import publish_branches

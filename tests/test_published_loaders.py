@@ -18,7 +18,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from packager.cli.main import app
-from packager.cli.published_view import print_report, report_json
+from packager.cli.published_view import print_published as print_report
+from packager.cli.published_view import published_json as report_json
 from packager.errors import AuditError, LoaderError, LoaderUnavailableError, MachineError
 from packager.model.decoder import Decoder, forward
 from packager.model.packing import checkpoint_reader

@@ -16,7 +16,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from packager.cli.main import app
-from packager.cli.rollback_view import print_plan, print_report, report_json
+from packager.cli.rollback_view import print_rollback_plan as print_plan
+from packager.cli.rollback_view import print_rollback_report as print_report
+from packager.cli.rollback_view import rollback_report_json as report_json
 from packager.errors import PublishError
 from packager.publish.branches import publish_branches
 from packager.publish.rollback import RollbackReport, RollbackRequest, rollback

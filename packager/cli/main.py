@@ -1,7 +1,7 @@
-"""The command line: one subcommand per stage or pair of stages; the one place that catches errors and sets exit codes.
+"""The command line: its commands, and the only code that catches errors and sets exit codes.
 
-Results go to standard output (`--format json` for machines), talk to standard error. Everything heavier than typer is
-imported inside the command that needs it, so that `--help` answers at once.
+Results go to standard output (`--format json` for machines), progress and errors to standard error. Each command
+imports what it needs in its body: `--help` imports nothing heavier than typer.
 """
 
 import os
@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from packager import __version__
+from packager.cli.consent import ask_for_consent
 from packager.cli.options import (
     DIST,
     CacheOption,
@@ -29,17 +30,17 @@ from packager.cli.options import (
     options_of,
     terminal_of,
 )
-from packager.cli.publishing import consent, publish, rollback, verify_published
+from packager.cli.publishing import publish_command, rollback_command, verify_published_command
 from packager.errors import AuditError, LoaderError, MachineError, PackagerError
 
-# Looking for plugins reads the metadata of every installed package: 25 of 500 ms of `plan`, and there are none to find.
+# pydantic's search for plugins reads the metadata of every installed package: 25 of 500 ms of `plan`, for no plugin.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-# Quantizing takes and frees pieces of many sizes; without this, a fifth of a GPU's memory is lost in the gaps.
+# Quantizing allocates and frees tensors of many sizes: without this, fragmentation loses a fifth of a GPU's memory.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-# Another server than the Hub's own does not speak its newer protocol, and the client does not ask.
+# Servers other than the Hub's own do not know the Xet protocol, and the client uses it without asking.
 if os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") != "https://huggingface.co":
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-# The Hub client's bars are for people.
+# The Hub client draws progress bars even where no person watches.
 if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -47,31 +48,31 @@ _INTERRUPTED = 130
 _EPILOG = """
 \b
 Exit codes:
-  0   done
+  0   success
   2   the command line or the recipe is wrong
-  3   the base model cannot be read, or is not what the recipe says
+  3   the base model cannot be read, or is not the one in the recipe
   4   the calibration or evaluation text cannot be used
   5   a linear cannot be quantized
   6   a checkpoint folder cannot be written
-  7   a checkpoint folder does not keep the format's contract
+  7   a checkpoint folder or a published branch fails its audit
   8   a loader failed, or computed something else
   9   the model card cannot be rendered
   10  the publishing target refused, or a variant is not ready for it
-  11  a file in the output folder was edited, or another run is under way
+  11  a file in the output folder was edited, or another run is in progress
   12  this machine lacks something: a GPU, memory, disk space, git, a package
   130 interrupted
 
 A first run, on any machine: packager release recipes/demo-llama.yaml
 """
-# What the file system answers to a wrong --dist; a full disk is reported by whoever writes.
+# What a wrong --dist raises. A full disk is reported where the file is written.
 _REFUSALS = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
 class _Commands(TyperGroup):
-    """Turn what a command raises into a message and an exit code."""
+    """Turn the errors of commands into messages and exit codes."""
 
     def invoke(self, ctx: Any) -> Any:  # typer's releases disagree on the module of Context
-        """Run the command that was asked for."""
+        """Run the command."""
         try:
             return super().invoke(ctx)
         except PackagerError as error:
@@ -82,7 +83,7 @@ class _Commands(TyperGroup):
             refusal = MachineError("cannot be used", where=str(error.filename), why=error.strerror or "")
             raise _reported(refusal) from error
         except KeyboardInterrupt:
-            sys.stderr.write("interrupted; what is finished is kept, run the same command to go on\n")
+            sys.stderr.write("interrupted: finished work is kept, run the same command again to continue\n")
             raise typer.Exit(_INTERRUPTED) from None
 
 
@@ -112,36 +113,37 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def top(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Turn an fp16 language model into a published repository of GPTQ variants, one branch each.
+    """Turn an fp16 language model into a published repository of GPTQ variants, one branch per variant.
 
-    A recipe names the base model, the calibration text and the variants. `plan` shows what it means, `build` quantizes,
-    measures, proves and writes the cards, `publish` makes the branches. Every command can be interrupted and run again.
+    A recipe, a YAML file, names the base model, the calibration text and the variants. `plan` shows what a recipe
+    means, `build` quantizes, measures and verifies the variants and writes their model cards, `publish` makes the
+    branches; `release` does all of it. Every command can be interrupted and run again.
     """
 
 
-@app.command()
-def plan(recipe: RecipePath, format: FormatOption = Format.text) -> None:  # noqa: A002 - the option's name
+@app.command("plan")
+def plan_command(recipe: RecipePath, format: FormatOption = Format.text) -> None:  # noqa: A002 - the option's name
     """Show what a recipe means: sizes, memory, disk, loaders.
 
-    Works offline and without torch, from the base model's config.json alone. Exits with 2 if the recipe is wrong or
-    cannot be built from this model; every problem is named with its place.
+    Reads only the recipe and the config.json of the base model, so it works offline and without torch. Exits with 2 if
+    the recipe is wrong or cannot be built from this model; every problem is printed with its line and column.
     """
-    from packager.cli.plan_view import plan_json, print_plan
+    from packager.cli.plan_view import build_plan_json, print_build_plan
     from packager.pipeline.plan import make_plan
 
     terminal, recipe_file = open_recipe(recipe)
-    made = make_plan(recipe_file)
+    plan = make_plan(recipe_file)
     if format is Format.json:
-        terminal.result(plan_json(made))
+        terminal.result(build_plan_json(plan))
     else:
-        print_plan(made, terminal.out)
+        print_build_plan(plan, terminal.out)
 
 
-@app.command()
-def build(
+@app.command("build")
+def build_command(
     recipe: RecipePath,
     dist: DistOption = DIST,
     device: DeviceOption = Device.auto,
@@ -150,68 +152,73 @@ def build(
     format: FormatOption = Format.text,  # noqa: A002
     quiet: QuietOption = False,
 ) -> None:
-    """Quantize, measure and prove every variant.
+    """Quantize, measure and verify every variant.
 
-    Writes the cards, too. Publishes nothing. What is already done is not done again; a killed build goes on after its
-    last finished block. Exits with 8 if a loader computed something else than the checkpoint says; one that cannot run
-    here is reported and is no failure.
+    Writes the model cards, too. Publishes nothing. Finished work is not done again: an interrupted build continues
+    after its last finished block. Exits with 8 if a loader computed something else than the checkpoint says; a loader
+    that cannot run on this machine is reported and is no error.
     """
     from packager.cli.status_view import print_status
-    from packager.pipeline.flow import build as run_build
+    from packager.pipeline.flow import build
     from packager.pipeline.status import status_json
 
     terminal, recipe_file = open_recipe(recipe, quiet=quiet)
     options = options_of(dist, device, cache, gpu_memory)
-    run_build(recipe_file, options, terminal)
+    build(recipe_file, options, terminal)
     if format is Format.json:
         terminal.result(status_json(recipe_file, options))
     else:
         print_status(recipe_file, options, terminal.out)
 
 
-@app.command()
-def audit(
+@app.command("audit")
+def audit_command(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR", help="A checkpoint folder, ours or anybody's.", exists=True, file_okay=False, readable=False
+            metavar="DIR",
+            help="A GPTQ checkpoint folder, made by any program.",
+            exists=True,
+            file_okay=False,
+            readable=False,
         ),
     ],
     weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Do not expect README.md and provenance.json.")
+        bool, typer.Option("--weights-only", help="Do not require README.md and provenance.json.")
     ] = False,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
     """Check a GPTQ folder for what runtimes refuse.
 
-    Needs no torch and reads headers and small tensors only, besides hashing the files that provenance.json lists.
-    Exits with 0 if there is no error (warnings may be), with 7 if there is one.
+    Needs no torch: it reads the headers of the weights and the small tensors, and hashes the files that provenance.json
+    lists. Exits with 0 if there is no error (there may be warnings), with 7 if there is one.
     """
-    from packager.cli.audit_view import print_report, report_json
-    from packager.prove.audit import audit as run_audit
+    from packager.cli.audit_view import audit_json, print_audit
+    from packager.prove.audit import audit
 
     terminal = terminal_of()
-    report = run_audit(folder, complete=not weights_only)
+    report = audit(folder, complete=not weights_only)
     if format is Format.json:
-        terminal.result(report_json(report))
+        terminal.result(audit_json(report))
     else:
-        print_report(report, terminal.out)
+        print_audit(report, terminal.out)
     if not report.passed:
         raise typer.Exit(AuditError.exit_code)
 
 
-@app.command()
-def verify(
+@app.command("verify")
+def verify_command(
     recipe: RecipePath,
     dist: DistOption = DIST,
     device: DeviceOption = Device.auto,
     cache: CacheOption = None,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Let the loaders prove the built variants again.
+    """Run the loaders on the built variants again.
 
-    Their logits are compared with our own float32 forward; receipts and cards take over the new results. Exits with 0
-    if every required loader passed and no other failed, else with 8; with 10 if a variant is not built.
+    Each loader opens each variant, and its logits are compared with those of our own float32 forward pass. The results
+    replace those in the receipts and the cards. Exits with 0 if every required loader passed and no other loader
+    failed, otherwise with 8; with 10 if a variant is not built.
     """
     from packager.cli.status_view import print_loaders
     from packager.pipeline.flow import reverify
@@ -232,17 +239,17 @@ def verify(
         raise typer.Exit(LoaderError.exit_code)
 
 
-@app.command()
-def card(
+@app.command("card")
+def card_command(
     recipe: RecipePath,
-    branch: Annotated[str, typer.Option(help="Which branch's card to print.")] = "main",
+    branch: Annotated[str, typer.Option(help="The branch whose card is printed.")] = "main",
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Render the built variants' cards again and print one.
+    """Render the cards of built variants again and print one.
 
-    For when the recipe's words or the templates have changed: no figure does, they come from the receipts. Exits with
-    10 if a variant is not built and proven, with 11 if somebody edited a card by hand.
+    Use it after a change of the recipe's texts or of the templates. All figures come from the receipts: no figure
+    changes. Exits with 10 if a variant is not built and verified, with 11 if a card was edited by hand.
     """
     from packager.pipeline.flow import render
 
@@ -254,20 +261,20 @@ def card(
         terminal.write(text)
 
 
-app.command()(publish)
-app.command("verify-published")(verify_published)
-app.command()(rollback)
+app.command("publish")(publish_command)
+app.command("verify-published")(verify_published_command)
+app.command("rollback")(rollback_command)
 
 
-@app.command()
-def status(
+@app.command("status")
+def status_command(
     recipe: RecipePath,
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Show what is built, measured, proven and published.
+    """Show what is built, measured, verified and published.
 
-    Changes nothing. Exits with 0 also when nothing is built; `--format json` names the stages that are missing.
+    Changes nothing. Exits with 0 even if nothing is built; `--format json` lists the stages that are missing.
     """
     from packager.cli.status_view import print_status
     from packager.pipeline.status import status_json
@@ -280,38 +287,38 @@ def status(
         print_status(recipe_file, options, terminal.out)
 
 
-@app.command()
-def release(
+@app.command("release")
+def release_command(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="The recipes to build and publish.")],
     dist: DistOption = DIST,
     device: DeviceOption = Device.auto,
     gpu_memory: GpuMemoryOption = None,
     cache: CacheOption = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="A recipe that this machine cannot build is a failure.")
+        bool, typer.Option("--strict", help="Fail if this machine cannot build one of the recipes.")
     ] = False,
     yes: YesOption = False,
 ) -> None:
     """Build and publish what this machine can build.
 
-    It says why it cannot build the others; nothing is built before all recipes are read and planned. Exits with 0 also
-    when recipes were left out; with `--strict` that is an error (12), before anything is built. A failed build or
-    publish ends the run with its own code.
+    All recipes are read and planned first: nothing is built before that. A recipe that this machine cannot build is
+    left out, and the reason is printed; with `--strict`, such a recipe is an error (12) before anything is built. Exits
+    with 0 even if recipes were left out. A failed build or publish ends the run with its own exit code.
     """
-    from packager.cli.publish_view import print_plan
+    from packager.cli.publish_view import print_publish_plan
     from packager.cli.status_view import print_status
-    from packager.pipeline.release import release as run_release
+    from packager.pipeline.release import release
 
     terminal = terminal_of()
-    run_release(
+    release(
         recipes,
         options_of(dist, device, cache, gpu_memory),
         terminal,
         strict=strict,
         attended=yes or sys.stdin.isatty(),
-        show_plan=lambda plan: print_plan(plan, terminal.err),
+        show_plan=lambda plan: print_publish_plan(plan, terminal.err),
         show_status=lambda recipe_file, options: print_status(recipe_file, options, terminal.out),
-        consent=consent("publish", yes=yes),
+        consent=ask_for_consent("publish", assume_yes=yes),
     )
 
 

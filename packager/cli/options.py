@@ -1,4 +1,4 @@
-"""What the commands share: their options, and what is made of them."""
+"""The options that commands share, and the objects that are made from them."""
 
 import os
 from enum import StrEnum
@@ -28,7 +28,7 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Publish where others can see it without being asked.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before others can see a change.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/demo-llama.yaml.")]
 FormatOption = Annotated[
     Format, typer.Option("--format", help="text for people, json for machines (on standard output).")
@@ -36,7 +36,11 @@ FormatOption = Annotated[
 
 
 def read_size(text: str) -> int:
-    """Read a size such as 24GB or 12GiB."""
+    """Return the bytes of a size such as 24GB or 12GiB.
+
+    Raises:
+        BadParameter: the text is not a size.
+    """
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     try:
@@ -45,9 +49,9 @@ def read_size(text: str) -> int:
         raise typer.BadParameter(f"{text!r} is not a size such as 24GB or 12GiB") from error
 
 
-DistOption = Annotated[Path, typer.Option("--dist", help="Output folder: builds, receipts, the local target.")]
+DistOption = Annotated[Path, typer.Option("--dist", help="Output folder: builds, receipts, local target.")]
 DeviceOption = Annotated[
-    Device, typer.Option("--device", help="Where to compute; auto takes a CUDA GPU if there is one.")
+    Device, typer.Option("--device", help="Where to compute; auto uses a CUDA GPU if there is one.")
 ]
 GpuMemoryOption = Annotated[
     int | None,
@@ -55,7 +59,7 @@ GpuMemoryOption = Annotated[
         "--gpu-memory",
         metavar="SIZE",
         parser=read_size,
-        help="How much of each GPU quantizing may use, such as 24GB; less takes longer and makes the same bytes.",
+        help="Memory of each GPU that quantizing may use, such as 24GB; less takes longer and makes the same bytes.",
         show_default="what is free",
     ),
 ]
@@ -63,30 +67,30 @@ CacheOption = Annotated[
     Path | None,
     typer.Option(
         "--cache",
-        help="Where the loaders' environments are kept; XDG_CACHE_HOME is heeded.",
+        help="Folder of the loaders' virtual environments; XDG_CACHE_HOME changes the default.",
         show_default="~/.cache/gptq-packager",
     ),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 DIST = Path("dist")
 
 
 def terminal_of(*, quiet: bool = False) -> "Terminal":
-    """Return what a command says everything to."""
+    """Return the terminal that a command writes to."""
     from packager.system.terminal import Terminal
 
     return Terminal(quiet=quiet)
 
 
 def open_recipe(recipe: Path, *, quiet: bool = False) -> "tuple[Terminal, RecipeFile]":
-    """Return what a command says everything to, and its recipe."""
+    """Return the terminal that a command writes to, and the recipe."""
     from packager.recipe.file import RecipeFile
 
     return terminal_of(quiet=quiet), RecipeFile.load(recipe)
 
 
 def options_of(dist: Path, device: Device, cache: Path | None, gpu_memory: int | None = None) -> "Options":
-    """Return where and how a command works, with this process's environment."""
+    """Return the options of a command, with the environment of this process."""
     from packager.pipeline.build_state import Options
 
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,13 +1,12 @@
-"""The plan for people, as tables, and for machines, as JSON with exact integers."""
+"""A build plan: tables for people, JSON with exact integers for machines."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 
-from rich import box
-from rich.console import Console, JustifyMethod
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from packager.cli.tables import add_row, fits, new_table, print_line
 from packager.model.compatibility import Verdict
 from packager.model.runtimes import RUNTIMES
 from packager.pipeline.plan import BuildPlan, VariantPlan
@@ -15,60 +14,51 @@ from packager.quantize.memory import SweepPlan
 from packager.system.text import gigabytes
 
 _LOADERS_TITLE = "What loads them (predicted from parameters and shapes)"
-_FLEXIBLE = ("Branch", "For")
+_BRANCH_COLUMNS = ("Branch", "Bits", "Group\nsize", "Act\norder", "Size,\nGB", "Bytes", "To run,\nGB")
 _FP16_BYTES = 2
 _TITLES = {name: runtime.label for name, runtime in RUNTIMES.items()}
 
 
-def print_plan(plan: BuildPlan, console: Console) -> None:
+def print_build_plan(plan: BuildPlan, console: Console) -> None:
     """Print the branches, what loads them and why not, and the memory and disk a build needs."""
     architecture = plan.architecture
-    _line(
+    print_line(
         console,
         f"{plan.recipe.repository.id} from {plan.recipe.base_model.id}: {architecture.model_type}, "
         f"{architecture.num_parameters:,} parameters in {architecture.dtype}, {architecture.num_blocks} blocks, "
         f"calibrated on {plan.calibration_tokens:,} tokens",
     )
     console.print(_branch_table(plan))
-    _line(console, f"To run: weights and the keys and values of {plan.context_tokens} tokens, nothing else.")
+    print_line(console, f"To run: weights and the keys and values of {plan.context_tokens} tokens, nothing else.")
     if any(len(planned.shards) > 1 for planned in plan.variants):
         counts = (f"{planned.variant.branch} {len(planned.shards)}" for planned in plan.variants)
-        _line(console, f"Weights files: {', '.join(counts)}.")
+        print_line(console, f"Weights files: {', '.join(counts)}.")
     _print_loaders(plan, console)
     for text in [*_reasons(plan.variants), *_engine_notes(plan)]:
-        _line(console, text)
+        print_line(console, text)
     console.print(_needs_table(plan))
 
 
-def _line(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _table(title: str, *columns: str, numbers: Iterable[int] = ()) -> Table:
-    """Return an empty table; where the terminal is narrow, only names and texts go over several lines."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    right = set(numbers)
-    for index, column in enumerate(columns):
-        justify: JustifyMethod = "right" if index in right else "left"
-        table.add_column(column, justify=justify, no_wrap=column not in _FLEXIBLE, overflow="fold")
-    return table
-
-
 def _branch_table(plan: BuildPlan) -> Table:
-    columns = ["Branch", "Bits", "Group\nsize", "Act\norder", "Size,\nGB", "Bytes", "To run,\nGB"]
-    foreign = [planned for planned in plan.variants if planned.variant.engine != "native"]
-    table = _table("Branches", *columns, *(["Engine"] if foreign else []), numbers=(1, 2, 4, 5, 6))
+    has_engines = any(planned.variant.engine != "native" for planned in plan.variants)
+    table = new_table(
+        (*_BRANCH_COLUMNS, "Engine") if has_engines else _BRANCH_COLUMNS,
+        title="Branches",
+        numbers=[column for column in _BRANCH_COLUMNS if column not in ("Branch", "Act\norder")],
+        folding=("Branch",),
+    )
     for planned in plan.variants:
         variant = planned.variant
-        table.add_row(
-            Text(variant.branch),
+        add_row(
+            table,
+            variant.branch,
             str(variant.bits),
             str(variant.group_size),
             str(variant.desc_act),
             gigabytes(planned.weights_bytes),
             f"{planned.weights_bytes:,}",
             gigabytes(plan.run_bytes(planned)),
-            *([variant.engine] if foreign else []),
+            *([variant.engine] if has_engines else []),
         )
     return table
 
@@ -86,19 +76,20 @@ def _engine_notes(plan: BuildPlan) -> list[str]:
 
 
 def _print_loaders(plan: BuildPlan, console: Console) -> None:
-    """Print who loads what: a table where the terminal is wide enough for it, else a line per branch."""
-    table = _table(_LOADERS_TITLE, "Branch", *(label.replace(" ", "\n") for label in _TITLES.values()))
+    """Print which runtime loads which branch: a table if it fits the terminal, else a line per branch."""
+    columns = ("Branch", *(label.replace(" ", "\n") for label in _TITLES.values()))
+    table = new_table(columns, title=_LOADERS_TITLE, folding=("Branch",))
     for planned in plan.variants:
         answers = ("yes" if verdict.can_load else "no" for verdict in planned.verdicts)
-        table.add_row(Text(planned.variant.branch), *answers)
-    if console.measure(table, options=console.options.update(width=1000)).maximum <= console.width:
+        add_row(table, planned.variant.branch, *answers)
+    if fits(table, console):
         console.print(table)
         return
-    _line(console, _LOADERS_TITLE)
+    print_line(console, _LOADERS_TITLE)
     for planned in plan.variants:
         lists = [", ".join(_titles(planned, can_load=can_load)) for can_load in (True, False)]
         refused = f"; refused by {lists[1]}" if lists[1] else ""
-        _line(console, f"{planned.variant.branch}: loaded by {lists[0] or 'nothing'}{refused}")
+        print_line(console, f"{planned.variant.branch}: loaded by {lists[0] or 'nothing'}{refused}")
 
 
 def _titles(planned: VariantPlan, *, can_load: bool) -> list[str]:
@@ -121,7 +112,7 @@ def _reasons(planned: tuple[VariantPlan, ...]) -> list[str]:
 
 def _needs_table(plan: BuildPlan) -> Table:
     disk = plan.disk
-    table = _table("What a build needs", "Where", "GB", "For", numbers=(1,))
+    table = new_table(("Where", "GB", "For"), title="What a build needs", numbers=("GB",), folding=("For",))
     for where, size_bytes, purpose in (
         *_memory_rows(plan),
         ("disk", disk.total_bytes, "everything below"),
@@ -129,7 +120,7 @@ def _needs_table(plan: BuildPlan) -> Table:
         ("", disk.builds_bytes, "checkpoint folders, finished blocks included"),
         ("", disk.publish_bytes, "a local publishing target"),
     ):
-        table.add_row(where, gigabytes(size_bytes), purpose)
+        add_row(table, where, gigabytes(size_bytes), purpose)
     return table
 
 
@@ -152,11 +143,11 @@ def _memory_rows(plan: BuildPlan) -> list[tuple[str, int, str]]:
     ]
 
 
-def _host(way: SweepPlan) -> str:
-    return f"{gigabytes(way.host_bytes)} GB of host memory"
+def _host(sweep: SweepPlan) -> str:
+    return f"{gigabytes(sweep.host_bytes)} GB of host memory"
 
 
-def plan_json(plan: BuildPlan) -> dict[str, object]:
+def build_plan_json(plan: BuildPlan) -> dict[str, object]:
     """Return the plan as JSON values: sizes in bytes, verdicts with reasons, tensors left out."""
     architecture = plan.architecture
     return {

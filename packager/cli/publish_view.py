@@ -1,54 +1,51 @@
-"""A publish plan and its report: for people, as a list of changes and a table; for machines, as JSON."""
+"""A publish plan and its report: a list of changes and a table for people, JSON for machines."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from packager.cli.tables import add_row, new_table, print_line
 from packager.publish.branches import BranchOutcome, PublishReport
 from packager.publish.plan import BranchPlan, FileChange, PublishPlan, plan_line
 from packager.system.text import format_bytes, printable
 
 _SHOWN_FILES = 12
-_STYLES = {"+": "green", "~": "yellow", "-": "red", " ": ""}
+# Colours of a line by its sign: added, changed, removed, unchanged.
+STYLES = {"+": "green", "~": "yellow", "-": "red", " ": ""}
 _SIGNS = {"create": "+", "update": "~", "unchanged": " "}
 _DONE = {"create": "created", "update": "updated", "unchanged": "unchanged"}
 
 
-def print_plan(plan: PublishPlan, console: Console) -> None:
-    """Print what publishing will do: every branch in publishing order, and below it every file that changes."""
+def print_publish_plan(plan: PublishPlan, console: Console) -> None:
+    """Print every branch in publishing order, and below it every file that will change."""
     print_line(console, f"To publish in {plan.where}:\n")
     width = max(len(entry.branch) for entry in plan.branches)
     for entry in plan.branches:
-        print_line(console, f"{_headline(entry, width)}", _SIGNS[entry.action])
+        print_line(console, _headline(entry, width), STYLES[_SIGNS[entry.action]])
         for sign, line in change_lines(entry.added, entry.changed, entry.removed):
-            print_line(console, f"    {line}", sign)
+            print_line(console, f"    {line}", STYLES[sign])
         if entry.parent and entry.foreign_author:
             print_line(console, f"    on top of {entry.parent[:12]} by {printable(entry.foreign_author)}")
     for line in plan.final_steps:
-        print_line(console, f"+ {line}", "+")
+        print_line(console, f"+ {line}", STYLES["+"])
     print_line(console, "")
     _print_left_alone(plan, console)
 
 
-def print_report(report: PublishReport, console: Console) -> None:
-    """Print what publishing did, one row per branch; after a dry run, what it would do."""
+def print_publish_report(report: PublishReport, console: Console) -> None:
+    """Print one row per published branch; after a dry run, the plan."""
     if report.dry_run:
-        print_plan(report.plan, console)
+        print_publish_plan(report.plan, console)
         print_line(console, plan_line(report.plan))
         print_line(console, "dry run: nothing was written")
         return
-    title = Text(f"Published in {report.plan.where}")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for heading in ("Branch", "Now", "Size", "Sent", "Commit"):
-        table.add_column(heading, no_wrap=True, justify="right" if heading in ("Size", "Sent") else "left")
+    title = f"Published in {report.plan.where}"
+    table = new_table(("Branch", "Now", "Size", "Sent", "Commit"), title=title, numbers=("Size", "Sent"))
     for outcome in report.outcomes:
         plan, commit = outcome.plan, (outcome.commit or "")[:12]
         sizes = (format_bytes(plan.total_bytes), format_bytes(plan.uploaded_bytes))
-        table.add_row(*(Text(cell) for cell in (plan.branch, _DONE[plan.action], *sizes, commit)))
+        add_row(table, plan.branch, _DONE[plan.action], *sizes, commit)
     console.print(table)
     _print_left_alone(report.plan, console)
 
@@ -56,7 +53,7 @@ def print_report(report: PublishReport, console: Console) -> None:
 def change_lines(
     added: Sequence[FileChange], changed: Sequence[FileChange], removed: Sequence[FileChange]
 ) -> Sequence[tuple[str, str]]:
-    """Return a line for every file that differs, with the sign it begins with; of many, for the largest."""
+    """Return (sign, line) for every file that differs; of more than 12 files, for the 12 largest and their rest."""
     signed = [(sign, change) for sign, changes in (("+", added), ("~", changed), ("-", removed)) for change in changes]
     largest = sorted(signed, key=lambda pair: -pair[1].size_bytes)[:_SHOWN_FILES]
     shown = [pair for pair in signed if pair in largest]
@@ -69,11 +66,6 @@ def change_lines(
     return [*lines, (" ", f"  and {len(rest)} more, {format_bytes(sum(rest))}")] if rest else lines
 
 
-def print_line(console: Console, text: str, sign: str = " ") -> None:
-    """Print a line as it is, in the colour of its sign."""
-    console.print(text, style=_STYLES[sign], markup=False, highlight=False, soft_wrap=True)
-
-
 def _headline(plan: BranchPlan, width: int) -> str:
     size = f"{plan.num_files} files, {format_bytes(plan.total_bytes)}"
     there = f", {format_bytes(plan.present_bytes)} there already" if plan.present_bytes else ""
@@ -81,8 +73,8 @@ def _headline(plan: BranchPlan, width: int) -> str:
     return f"{_SIGNS[plan.action]} {plan.branch:<{width}}  {plan.action}: {size}{sending}"
 
 
-def plan_json(plan: PublishPlan) -> dict[str, object]:
-    """Return the plan as values that `json` can write."""
+def publish_plan_json(plan: PublishPlan) -> dict[str, object]:
+    """Return the plan as JSON values."""
     return {
         "where": plan.where,
         "branches": [_branch_json(entry) for entry in plan.branches],
@@ -93,10 +85,10 @@ def plan_json(plan: PublishPlan) -> dict[str, object]:
     }
 
 
-def report_json(report: PublishReport) -> dict[str, object]:
-    """Return the report as values that `json` can write."""
+def publish_report_json(report: PublishReport) -> dict[str, object]:
+    """Return the report as JSON values."""
     return {
-        **plan_json(report.plan),
+        **publish_plan_json(report.plan),
         "dry_run": report.dry_run,
         "branches": [_outcome_json(outcome) for outcome in report.outcomes],
         "notes": list(report.notes),

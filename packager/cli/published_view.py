@@ -1,29 +1,32 @@
-"""What was proven of a published repository, for people as a table, and for machines as JSON."""
+"""The report on a published repository: a table and findings for people, JSON for machines."""
 
 from dataclasses import asdict
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from packager.cli.tables import add_row, counted, finding_line, new_table, print_line, verdict_line
 from packager.publish.published import BranchReport, PublishedFinding, PublishedReport
 from packager.receipt import LoaderRecord
 from packager.system.text import format_bytes, printable
 
-_STYLES = {"error": "bold red", "warning": "yellow"}
 
-
-def print_report(report: PublishedReport, console: Console) -> None:
-    """Print one row per branch with what was proven and how deep, then one line per finding, then the verdict."""
-    console.print(_table(report))
+def print_published(report: PublishedReport, console: Console) -> None:
+    """Print one row per branch with what was checked, then one line per finding, then the verdict."""
+    console.print(_branch_table(report))
     for finding in sorted(report.findings, key=lambda finding: finding.severity != "error"):
-        console.print(_line(finding), soft_wrap=True)
-    console.print(_verdict(report), soft_wrap=True)
+        print_line(
+            console, finding_line(finding.severity, finding.rule, _where(finding), finding.message, finding.hint)
+        )
+    errors = sum(finding.severity == "error" for finding in report.findings)
+    rows = "not compared" if report.card_rows is None else f"{counted(report.card_rows, 'row')} compared"
+    facts = f"the table of main's card: {rows}"
+    print_line(console, verdict_line(errors=errors, warnings=len(report.findings) - errors, facts=facts))
 
 
-def report_json(report: PublishedReport) -> dict[str, object]:
-    """Return the report as values that `json` can write."""
+def published_json(report: PublishedReport) -> dict[str, object]:
+    """Return the report as JSON values."""
     return {
         "where": report.where,
         "full": report.full,
@@ -36,15 +39,15 @@ def report_json(report: PublishedReport) -> dict[str, object]:
     }
 
 
-def depth(proof: BranchReport) -> str:
-    """Return what was proven of a branch, and by what."""
+def checks_line(proof: BranchReport) -> str:
+    """Return what was checked of a branch, one check per line."""
     parts = []
     if proof.num_stated:
-        parts.append(f"{_counted(proof.num_stated, 'file')}: sha256 as the repository states it")
+        parts.append(f"{counted(proof.num_stated, 'file')}: sha256 as the repository states it")
     if proof.num_read:
-        parts.append(f"{_counted(proof.num_read, 'file')}: content read")
+        parts.append(f"{counted(proof.num_read, 'file')}: content read")
     if proof.num_tensors:
-        parts.append(f"{_counted(proof.num_tensors, 'tensor')}: {'audited' if proof.audited else 'header read'}")
+        parts.append(f"{counted(proof.num_tensors, 'tensor')}: {'audited' if proof.audited else 'header read'}")
     parts += [_loader(record) for record in proof.loaders]
     return "\n".join(parts) or "nothing"
 
@@ -61,45 +64,24 @@ def _branch_json(proof: BranchReport) -> dict[str, object]:
     return {**asdict(proof), "passed": proof.passed, "loaders": loaders}
 
 
-def _table(report: PublishedReport) -> Table:
-    table = Table(title=Text(f"Published in {report.where}"), title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for heading in ("Branch", "Commit"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("Files", "Size"):
-        table.add_column(heading, no_wrap=True, justify="right")
-    table.add_column("Proven", overflow="fold")
-    table.add_column("Verdict", no_wrap=True)
+def _branch_table(report: PublishedReport) -> Table:
+    columns = ("Branch", "Commit", "Files", "Size", "Proven", "Verdict")
+    title = f"Published in {report.where}"
+    table = new_table(columns, title=title, numbers=("Files", "Size"), folding=("Proven",))
     for proof in report.branches:
         size = format_bytes(proof.total_bytes)
-        cells = (printable(proof.branch), proof.commit[:12], f"{proof.num_files:,}", size, depth(proof))
-        table.add_row(*map(Text, cells), _judged(proof.passed, len(proof.findings)))
+        cells = (printable(proof.branch), proof.commit[:12], f"{proof.num_files:,}", size, checks_line(proof))
+        add_row(table, *cells, _branch_verdict(proof.passed, len(proof.findings)))
     return table
 
 
-def _judged(passed: bool, num_findings: int) -> Text:
-    findings = _counted(num_findings, "finding") if num_findings else ""
+def _branch_verdict(passed: bool, num_findings: int) -> Text:
+    findings = counted(num_findings, "finding") if num_findings else ""
     if passed:
         return Text.assemble(("ok", "bold green"), f", {findings}" if findings else "")
-    return Text(findings, _STYLES["error"])
+    return Text(findings, "bold red")
 
 
-def _line(finding: PublishedFinding) -> Text:
+def _where(finding: PublishedFinding) -> str:
     branch = printable(finding.branch)
-    place = f"{branch}: {finding.file}" if finding.file else branch
-    return Text.assemble(
-        (f"{finding.severity:<7}", _STYLES[finding.severity]),
-        f"  {finding.rule}  {place}: {finding.message}",
-        (f"  hint: {finding.hint}", "dim"),
-    )
-
-
-def _verdict(report: PublishedReport) -> Text:
-    errors = sum(finding.severity == "error" for finding in report.findings)
-    counts = f"{_counted(errors, 'error')}, {_counted(len(report.findings) - errors, 'warning')}"
-    card = "not compared" if report.card_rows is None else f"{_counted(report.card_rows, 'row')} compared"
-    verdict = ("passed", "bold green") if report.passed else ("failed", "bold red")
-    return Text.assemble(verdict, f"  {counts}; the table of main's card: {card}")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    return f"{branch}: {finding.file}" if finding.file else branch

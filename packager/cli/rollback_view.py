@@ -1,22 +1,20 @@
-"""A rollback's plan and report: for people, as a list of changes and a table; for machines, as JSON."""
+"""A rollback's plan and report: a list of changes and a table for people, JSON for machines."""
 
 from dataclasses import asdict
 from datetime import UTC, datetime
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from packager.cli.publish_view import change_lines, print_line
+from packager.cli.publish_view import STYLES, change_lines
+from packager.cli.tables import add_row, new_table, print_line
 from packager.publish.rollback import BranchRollback, RollbackPlan, RollbackReport
 from packager.publish.targets import CommitRecord
 from packager.system.text import printable
 from packager.variant import MAIN
 
 
-def print_plan(plan: RollbackPlan, console: Console) -> None:
-    """Print what a rollback will do: every branch in the order they are put back, and every file that changes."""
+def print_rollback_plan(plan: RollbackPlan, console: Console) -> None:
+    """Print every branch in the order of the rollback, and below it every file that will change."""
     print_line(console, f"To put back in {plan.where}:\n")
     width = max(len(entry.branch) for entry in plan.branches)
     for entry in plan.branches:
@@ -27,28 +25,25 @@ def print_plan(plan: RollbackPlan, console: Console) -> None:
         print_line(console, f"the release goes back to what was there on {when}")
 
 
-def print_report(report: RollbackReport, console: Console) -> None:
-    """Print what a rollback did, one row per branch; after a dry run, what it would do."""
+def print_rollback_report(report: RollbackReport, console: Console) -> None:
+    """Print one row per branch; after a dry run, the plan."""
     if report.dry_run:
-        print_plan(report.plan, console)
+        print_rollback_plan(report.plan, console)
         print_line(console, "dry run: nothing was written")
         return
-    title = Text(f"Put back in {report.plan.where}")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for heading in ("Branch", "Now", "Holds", "Commit"):
-        table.add_column(heading, no_wrap=True)
+    table = new_table(("Branch", "Now", "Holds", "Commit"), title=f"Put back in {report.plan.where}")
     for outcome in report.outcomes:
         entry = outcome.plan
         action = "put back" if entry.action == "restore" else entry.action
         held = f"what {entry.to.commit[:12]} does" if entry.to else ""
-        table.add_row(*map(Text, (printable(entry.branch), action, held, outcome.commit[:12])))
+        add_row(table, printable(entry.branch), action, held, outcome.commit[:12])
     console.print(table)
     if not report.plan.changing:
         print_line(console, "nothing to do")
 
 
-def plan_json(plan: RollbackPlan) -> dict[str, object]:
-    """Return the plan as values that `json` can write."""
+def rollback_plan_json(plan: RollbackPlan) -> dict[str, object]:
+    """Return the plan as JSON values."""
     return {
         "where": plan.where,
         "release": asdict(plan.release) if plan.release else None,
@@ -56,10 +51,10 @@ def plan_json(plan: RollbackPlan) -> dict[str, object]:
     }
 
 
-def report_json(report: RollbackReport) -> dict[str, object]:
-    """Return the report as values that `json` can write."""
+def rollback_report_json(report: RollbackReport) -> dict[str, object]:
+    """Return the report as JSON values."""
     return {
-        **plan_json(report.plan),
+        **rollback_plan_json(report.plan),
         "dry_run": report.dry_run,
         "branches": [
             {**_branch_json(outcome.plan), "commit": outcome.commit, "seconds": round(outcome.seconds, 3)}
@@ -72,12 +67,13 @@ def report_json(report: RollbackReport) -> dict[str, object]:
 def _print_branch(entry: BranchRollback, width: int, console: Console) -> None:
     sign = "~" if entry.action == "restore" else " "
     to = f"to {_named(entry.to, entry.branch)}, {_date(entry.to)} UTC" if entry.to else ""
-    print_line(console, f"{sign} {printable(entry.branch):<{width}}  {entry.action}: {entry.reason or to}", sign)
+    line = f"{sign} {printable(entry.branch):<{width}}  {entry.action}: {entry.reason or to}"
+    print_line(console, line, STYLES[sign])
     if entry.action != "restore":
         return
     print_line(console, f"    in place of {_named(entry.head, entry.branch)}, {_date(entry.head)} UTC")
     for mark, line in change_lines(entry.added, entry.changed, entry.removed):
-        print_line(console, f"    {line}", mark)
+        print_line(console, f"    {line}", STYLES[mark])
 
 
 def _named(record: CommitRecord, branch: str) -> str:
