@@ -1,0 +1,353 @@
+"""Every figure of a card, computed again from the receipts' JSON by code that shares nothing with `packager.card`."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from decimal import ROUND_HALF_EVEN, Decimal
+from typing import Any
+
+import pytest
+
+from packager.card import CardTexts, render_card
+from packager.model.compatibility import Verdict
+from packager.receipt import LinearRecord, LoaderRecord, Provenance
+from packager.recipe import Recipe
+from tests import card_fixtures as fixtures
+from tests.card_page import tables
+
+# Of every figure another value per branch and per field, so that no figure can stand in for another.
+FIGURES: tuple[dict[str, Any], ...] = (
+    {"bytes": 7_255_101_440, "ppl": 5.12347, "base": 4.98123, "kl": 0.023416, "top1": 0.93123, "right": 171, "of": 201},
+    {"bytes": 7_998_012_416, "ppl": 5.03872, "base": 4.98132, "kl": 0.013023, "top1": 0.95614, "right": 178, "of": 202},
+    {"bytes": 7_503_401_984, "ppl": 4.95214, "base": 4.98143, "kl": 0.015174, "top1": 0.94985, "right": 177, "of": 203},
+    {"bytes": 7_244_093_111, "ppl": 5.06893, "base": 4.98154, "kl": 0.024339, "top1": 0.94376, "right": 175, "of": 204},
+)
+
+
+def changed_receipt(receipt: Provenance, index: int, figures: Mapping[str, Any]) -> Provenance:
+    """Return a receipt in which every figure that a card prints has a value of its own."""
+    quality = receipt.quality
+    assert quality is not None
+    records = [
+        record.model_copy(
+            update={
+                "relative_error": 0.00123 * (index + 1) + 0.0001 * position,
+                "top1_agreement": 0.991 - 0.001 * index - 0.0001 * position,
+                "tokens_generated": 64 + index,
+                "tokens_equal": 60 - index - position,
+            }
+        )
+        for position, record in enumerate(receipt.loaders[:2])
+    ]
+    damps = [0.01, 0.02, 0.04, 0.08][: index + 1] + [0.01] * (100 + index)
+    return receipt.model_copy(
+        update={
+            "weights_bytes": figures["bytes"],
+            "effective": receipt.effective | ({"damp_percent": 0.08, "sym": False} if index == 2 else {}),
+            "quality": quality.model_copy(
+                update={
+                    "perplexity": figures["ppl"],
+                    "base_perplexity": figures["base"],
+                    "kl_divergence": figures["kl"],
+                    "top1_agreement": figures["top1"],
+                    "answered": figures["right"],
+                    "questions": figures["of"],
+                    "base_answered": 190 + index,
+                }
+            ),
+            "loaders": (*records, *receipt.loaders[2:]),
+            "linears": tuple(
+                LinearRecord(name=f"model.layers.{number}.mlp.down_proj", loss=0.5, damp_percent=damp)
+                for number, damp in enumerate(damps)
+            ),
+            "calibration": receipt.calibration.model_copy(update={"num_samples": 130 + index, "seq_len": 2050 + index}),
+            "evaluation": receipt.evaluation.model_copy(update={"num_samples": 70 + index, "seq_len": 1030 + index}),
+            "base_model": receipt.base_model.model_copy(update={"num_parameters": 13_015_864_320 + index}),
+        }
+    )
+
+
+def recipe_of_four() -> Recipe:
+    recipe = fixtures.llama_recipe()
+    plain = tuple(variant.model_copy(update={"description": None}) for variant in recipe.variants)
+    return recipe.model_copy(update={"variants": plain})
+
+
+def receipts_of_four(recipe: Recipe) -> list[Provenance]:
+    receipts = fixtures.llama_receipts(recipe)
+    return [changed_receipt(*entry) for entry in zip(receipts, range(4), FIGURES, strict=True)]
+
+
+def render(recipe: Recipe, receipts: Iterable[Provenance], branch: str = "main", **given: Any) -> str:
+    return render_card(recipe, CardTexts(), tuple(receipts), "llama", branch, **given)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    recipe = recipe_of_four()
+    return render(recipe, receipts_of_four(recipe))
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict[str, Any]]:
+    """The receipts as they are published: provenance.json, parsed."""
+    return [json.loads(receipt.model_dump_json()) for receipt in receipts_of_four(recipe_of_four())]
+
+
+def table(text: str, heading: str) -> list[dict[str, str]]:
+    (found,) = [rows for rows in tables(text) if heading in rows[0]]
+    return [dict(zip(found[0], row, strict=True)) for row in found[1:]]
+
+
+def rounded(value: float | Decimal, places: int) -> str:
+    number = value if isinstance(value, Decimal) else Decimal(repr(value))
+    return str(number.quantize(Decimal(1).scaleb(-places), ROUND_HALF_EVEN))
+
+
+def percent(value: float) -> str:
+    return f"{rounded(Decimal(repr(value)) * 100, 2)}%"
+
+
+def gigabytes(size_bytes: int) -> str:
+    return f"{rounded(Decimal(size_bytes) / 10**9, 2)} GB"
+
+
+def test_the_table_of_files(page: str, records: list[dict[str, Any]]) -> None:
+    for row, record in zip(table(page, "File Size"), records, strict=True):
+        used = record["parameters"]
+        assert f"[`{record['branch']}`]" in row["Branch"]
+        assert (row["Bits"], row["Group Size"]) == (str(used["bits"]), str(used["group_size"]))
+        assert (row["Act Order (desc_act)"], row["Damp %"]) == (str(used["desc_act"]), str(used["damp_percent"]))
+        assert row["Seq Len"] == str(record["calibration"]["seq_len"])
+        assert row["File Size"] == gigabytes(record["weights_bytes"])
+        assert row["Made With"] == record["made_with"]
+        assert row["GPTQ Dataset"].startswith(f"[{record['calibration']['config']}]")
+
+
+def test_the_words_for_the_extremes(page: str, records: list[dict[str, Any]]) -> None:
+    sizes = {record["branch"]: record["weights_bytes"] for record in records}
+    losses = {record["branch"]: record["quality"]["kl_divergence"] for record in records}
+    for row, branch in zip(table(page, "File Size"), sizes, strict=True):
+        marks = {
+            "Smallest file.": sorted(sizes, key=sizes.__getitem__)[0],
+            "Largest file.": sorted(sizes, key=sizes.__getitem__)[-1],
+            "Closest to fp16.": sorted(losses, key=losses.__getitem__)[0],
+            "Furthest from fp16.": sorted(losses, key=losses.__getitem__)[-1],
+        }
+        for words, expected in marks.items():
+            assert (words in row["Description"]) == (branch == expected), (branch, words)
+
+
+def test_the_branches_to_take(page: str, records: list[dict[str, Any]]) -> None:
+    def cost(record: dict[str, Any]) -> str:
+        figures = (
+            f"{gigabytes(record['weights_bytes'])}, KL divergence {rounded(record['quality']['kl_divergence'], 5)}"
+        )
+        return f"`{record['branch']}` ({figures})."
+
+    smallest = min(records, key=lambda record: record["weights_bytes"])
+    closest = min(records, key=lambda record: record["quality"]["kl_divergence"])
+    assert f"* Closest to the fp16 model: {cost(closest)}\n" in page
+    assert f"* Smallest: {cost(smallest)}\n" in page
+    assert f"* What you get when no branch is named: {cost(records[0])}\n" in page
+
+
+def test_the_table_of_quality(page: str, records: list[dict[str, Any]]) -> None:
+    for row, record in zip(table(page, "KL divergence"), records, strict=True):
+        quality = record["quality"]
+        perplexity, base = Decimal(repr(quality["perplexity"])), Decimal(repr(quality["base_perplexity"]))
+        change = (perplexity - base) / base * 100
+        assert row == {
+            "Branch": f"`{record['branch']}`",
+            "Perplexity": rounded(perplexity, 4),
+            "fp16 perplexity": rounded(base, 4),
+            "Change": f"{'+' if change > 0 else ''}{rounded(change, 2)}%",
+            "KL divergence": rounded(quality["kl_divergence"], 5),
+            "Top-1 agreement": percent(quality["top1_agreement"]),
+            "Questions answered": f"{quality['answered']} of {quality['questions']} (fp16: {quality['base_answered']})",
+        }
+
+
+def test_the_texts_and_the_base_model(page: str, records: list[dict[str, Any]]) -> None:
+    for record in records:
+        (only,) = [line for line in page.splitlines() if line.startswith("Measured on") and record["branch"] in line]
+        text = record["evaluation"]
+        assert f": {text['num_samples']} rows of {text['seq_len']} tokens (`{record['branch']}`)." in only
+        assert text["revision"] in only
+        assert "split test" in only
+        (only,) = [line for line in page.splitlines() if line.startswith("* Calibration") and record["branch"] in line]
+        text = record["calibration"]
+        assert only.startswith(f"* Calibration: {text['num_samples']} rows of {text['seq_len']} tokens, seed 0, from")
+        assert text["digest"] in only
+        (only,) = [line for line in page.splitlines() if line.startswith("* Base model") and record["branch"] in line]
+        thousands = re.sub(r"(?<=\d)(?=(?:\d{3})+$)", ",", str(record["base_model"]["num_parameters"]))
+        assert f" {thousands} parameters in float16" in only
+
+
+def test_the_table_of_loaders(page: str, records: list[dict[str, Any]]) -> None:
+    rows = {(row["Loader"], row["Branch"]): row for row in table(page, "Greedy tokens equal")}
+    for record in records:
+        for title, loader in zip(("AutoGPTQ", "Transformers"), record["loaders"][:2], strict=True):
+            row = rows[title, f"`{record['branch']}`"]
+            assert row["Result"] == "passed"
+            error = Decimal(repr(loader["relative_error"]))
+            digits = error.quantize(Decimal(1).scaleb(error.adjusted() - 1), ROUND_HALF_EVEN)
+            assert Decimal(row["Relative error"]) == digits
+            assert row["Top-1 agreement"] == percent(loader["top1_agreement"])
+            assert row["Greedy tokens equal"] == f"{loader['tokens_equal']} of {loader['tokens_generated']}"
+    missing = rows["ExLlamaV2", "all"]
+    assert [missing[column] for column in ("Relative error", "Top-1 agreement", "Greedy tokens equal")] == ["-"] * 3
+    assert len(rows) == 2 * 4 + 1
+
+
+def test_the_table_of_engines(page: str, records: list[dict[str, Any]]) -> None:
+    for row, record in zip(table(page, "Damping raised"), records, strict=True):
+        used = record["parameters"]
+        damps = [linear["damp_percent"] for linear in record["linears"]]
+        raised = sorted(damp for damp in damps if damp != used["damp_percent"])
+        count = f"for {len(raised) or 'none'} of {len(damps)} linears"
+        assert row["Damping raised"] == (f"{count}, up to {raised[-1]}" if raised else count)
+        for column in ("engine", "sym", "true_sequential", "static_groups", "scale_search"):
+            assert row[column.replace("_", " ").capitalize().replace("Sym", "Symmetric")] == str(used[column])
+    assert f"* `{records[2]['branch']}`: sym was asked for as True and used as False.\n" in page
+    assert f"* `{records[2]['branch']}`: damp\\_percent was asked for as 0.01 and used as 0.08.\n" in page
+    assert page.count("was asked for as") == 2
+
+
+def test_the_digests_of_the_weights(page: str, records: list[dict[str, Any]]) -> None:
+    for record in records:
+        (name,) = [name for name in record["files"] if name.endswith("safetensors")]
+        assert f"\n{record['files'][name]['sha256']}  {record['branch']}/{name}\n" in page
+    assert len(re.findall(r"(?m)^[0-9a-f]{64}  ", page)) == len(records)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "expected"),
+    [(2_310_144, "2.31 MB"), (1_000_000, "1.00 MB"), (1_048_576, "1.05 MB"), (1_000_000_000, "1.00 GB")],
+)
+def test_sizes_are_decimal(size_bytes: int, expected: str) -> None:
+    recipe = fixtures.minimal_recipe()
+    receipts = [
+        receipt.model_copy(update={"weights_bytes": size_bytes}) for receipt in fixtures.minimal_receipts(recipe)
+    ]
+    (row,) = table(render(recipe, receipts), "File Size")
+    assert row["File Size"] == expected
+    assert row["Group Size"] == "-1 (whole row)"
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "base", "expected"),
+    [
+        (5.0, 5.0, "0.00%"),
+        (5.0002, 5.0, "0.00%"),
+        (4.9998, 5.0, "0.00%"),
+        (5.0003, 5.0, "+0.01%"),
+        (4.9997, 5.0, "-0.01%"),
+        (10.0, 5.0, "+100.00%"),
+        (4.0, 5.0, "-20.00%"),
+    ],
+)
+def test_a_change_has_a_sign_unless_it_is_none(perplexity: float, base: float, expected: str) -> None:
+    recipe = recipe_of_four()
+    receipts = receipts_of_four(recipe)
+    quality = receipts[0].quality
+    assert quality is not None
+    quality = quality.model_copy(update={"perplexity": perplexity, "base_perplexity": base})
+    text = render(recipe, [receipts[0].model_copy(update={"quality": quality}), *receipts[1:]])
+    assert table(text, "KL divergence")[0]["Change"] == expected
+
+
+@pytest.mark.parametrize(("error", "expected"), [(0.0, "under 0.000001"), (0.000001, "1e-06"), (0.0449, "0.045")])
+def test_a_relative_error_has_two_digits(error: float, expected: str) -> None:
+    record = LoaderRecord(
+        loader="autogptq", required=True, status="passed", relative_error=error, top1_agreement=1.0,
+        tokens_generated=0, tokens_equal=0,
+    )  # fmt: skip
+    recipe = fixtures.minimal_recipe()
+    receipts = [receipt.model_copy(update={"loaders": (record,)}) for receipt in fixtures.minimal_receipts(recipe)]
+    (row,) = table(render(recipe, receipts), "Greedy tokens equal")
+    assert (row["Relative error"], row["Top-1 agreement"], row["Greedy tokens equal"]) == (expected, "100.00%", "-")
+
+
+def with_figures(**columns: list[Any]) -> list[dict[str, str]]:
+    """Return the rows of the files when some figures are the given ones."""
+    recipe = recipe_of_four()
+    receipts = receipts_of_four(recipe)
+    for index, size_bytes in enumerate(columns.get("sizes", ())):
+        receipts[index] = receipts[index].model_copy(update={"weights_bytes": size_bytes})
+    for index, loss in enumerate(columns.get("losses", ())):
+        quality = receipts[index].quality
+        assert quality is not None
+        changed = None if loss is None else quality.model_copy(update={"kl_divergence": loss})
+        receipts[index] = receipts[index].model_copy(update={"quality": changed})
+    return table(render(recipe, receipts), "File Size")
+
+
+@pytest.mark.parametrize(
+    ("columns", "words", "expected"),
+    [
+        ({"sizes": [3, 3, 4, 5]}, "Smallest file.", []),
+        ({"sizes": [3, 4, 5, 5]}, "Largest file.", []),
+        ({"sizes": [4, 3, 4, 4]}, "Smallest file.", [1]),
+        ({"losses": [0.1, 0.1, 0.2, 0.3]}, "Closest to fp16.", []),
+        ({"losses": [0.1, 0.2, 0.3, 0.3]}, "Furthest from fp16.", []),
+        ({"losses": [0.2, 0.2, 0.2, 0.1]}, "Closest to fp16.", [3]),
+        ({"losses": [0.1, None, 0.2, 0.3]}, "Closest to fp16.", []),
+        ({"losses": [0.1, None, 0.2, 0.3]}, "Furthest from fp16.", []),
+    ],
+)
+def test_an_extreme_is_named_only_if_one_branch_has_it(
+    columns: dict[str, list[Any]], words: str, expected: list[int]
+) -> None:
+    rows = with_figures(**columns)
+    assert [index for index, row in enumerate(rows) if words in row["Description"]] == expected
+
+
+def test_one_branch_alone_is_no_extreme() -> None:
+    recipe = fixtures.minimal_recipe()
+    (row,) = table(render(recipe, fixtures.minimal_receipts(recipe)), "File Size")
+    assert row["Description"] == "4-bit, without Act Order, one group per row."
+
+
+def test_every_smallest_branch_is_named_with_its_cost() -> None:
+    recipe = recipe_of_four()
+    receipts = receipts_of_four(recipe)
+    receipts[1] = receipts[1].model_copy(update={"weights_bytes": receipts[3].weights_bytes})
+    (line,) = [line for line in render(recipe, receipts).splitlines() if line.startswith("* Smallest: ")]
+    names = [receipts[1].branch, receipts[3].branch]
+    assert re.findall(r"`([^`]+)` \(", line) == names
+    assert [entry.partition(" GB")[0] for entry in re.findall(r"\(([^)]+)\)", line)] == ["7.24", "7.24"]
+    assert re.findall(r"divergence ([0-9.]+)", line) == ["0.01302", "0.02434"]
+
+
+def test_a_card_of_a_branch_takes_that_branch_s_commands() -> None:
+    recipe = recipe_of_four()
+    receipts = receipts_of_four(recipe)
+    for receipt in receipts:
+        text = render(recipe, receipts, receipt.branch)
+        expected = receipt.branch if receipt.branch != "main" else receipts[1].branch
+        assert f"--revision {expected} --local-dir" in text
+        assert f'branch = "{receipt.branch}"' in text
+
+
+def test_expectations_leave_out_what_was_run() -> None:
+    """A loader that passed or failed on a branch is not predicted there."""
+    recipe = recipe_of_four()
+    receipts = receipts_of_four(recipe)
+    ran = [record.loader for record in receipts[0].loaders]
+    failed = receipts[1].loaders[0].model_copy(update={"status": "failed", "reason": "relative error 1.1"})
+    skipped = receipts[2].loaders[0].model_copy(update={"status": "not run", "reason": "no GPU"})
+    receipts[1] = receipts[1].model_copy(update={"loaders": (failed, *receipts[1].loaders[1:])})
+    receipts[2] = receipts[2].model_copy(update={"loaders": (skipped, *receipts[2].loaders[1:])})
+    assert ran[0] == "autogptq"
+    verdicts = (
+        Verdict(loader="autogptq", can_load=True, reason="old"),
+        Verdict(loader="exllamav2", can_load=False, reason="new"),
+    )
+    text = render(recipe, receipts, expectations={receipt.branch: verdicts for receipt in receipts})
+    old, new = [list(row.values()) for row in table(text, "Should open it")]
+    assert old[0].startswith("AutoGPTQ")
+    assert new[0].startswith("ExLlamaV2")
+    assert (old[1:], new[1:]) == ([f"`{receipts[2].branch}`", "yes", "old"], ["all", "no", "new"])
+    settings = [line for line in text.splitlines() if line.startswith("* AutoGPTQ ran on")]
+    assert [line.count("gptq-4bit") + line.count("`main`") for line in settings] == [3]
