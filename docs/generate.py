@@ -22,7 +22,7 @@ from packager.errors import PackagerError
 from packager.model import compatibility
 from packager.model.architecture import Architecture, read_architecture
 from packager.model.runtimes import RUNTIMES
-from packager.prove.audit.finding import RULES
+from packager.prove.audit.finding import AUDIT_RULES
 from packager.prove.loaders import LOADERS
 from packager.recipe import PATTERN_MEANINGS, Defaults
 from packager.recipe.schema import recipe_schema
@@ -155,7 +155,7 @@ def findings_page() -> str:
         "code 7, a warning does not. Each finding names the file, key or tensor concerned. How to run it is in "
         "[audit a folder](../how-to/audit-a-folder.md)."
     )
-    rows = ((f"`{code}`", rule.severity, cell(rule.hint)) for code, rule in RULES.items())
+    rows = ((f"`{code}`", rule.severity, cell(rule.hint)) for code, rule in AUDIT_RULES.items())
     return page("Audit findings", intro, table(("code", "severity", "what to do"), rows))
 
 

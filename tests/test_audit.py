@@ -15,7 +15,7 @@ from packager.cli.audit_view import audit_json, print_audit
 from packager.model.architecture import read_architecture
 from packager.model.checkpoint import checkpoint_tensors
 from packager.model.safetensors_file import file_order, header_bytes
-from packager.prove.audit import RULES, AuditReport, audit
+from packager.prove.audit import AUDIT_RULES, AuditReport, audit
 from packager.prove.audit.finding import Findings
 from packager.prove.audit.values import unpack_rows, value_counts
 from packager.system.text import format_bytes, printable, shown
@@ -68,13 +68,13 @@ def test_a_broken_branch_has_exactly_this_finding(tmp_path: Path, case: Case) ->
         seal(folder)
     report = audit(folder, complete=case.complete)
     assert codes(report) == {case.code}
-    assert report.passed == (RULES[case.code].severity == "warning")
+    assert report.passed == (AUDIT_RULES[case.code].severity == "warning")
     assert all(finding.where and finding.message and finding.hint for finding in report.findings)
 
 
 def test_every_code_has_a_case() -> None:
-    assert {parameter.values[0].code for parameter in CASES} | CODES_TESTED_ALONE == set(RULES)
-    assert all(code == code.lower() and code.replace("-", "").isalpha() for code in RULES)
+    assert {parameter.values[0].code for parameter in CASES} | CODES_TESTED_ALONE == set(AUDIT_RULES)
+    assert all(code == code.lower() and code.replace("-", "").isalpha() for code in AUDIT_RULES)
     with pytest.raises(KeyError, match="no-such-code"):
         Findings().add("no-such-code", "here", "x")
 

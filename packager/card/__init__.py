@@ -1,7 +1,7 @@
 """Stage 9, card: receipts to README.md.
 
-Pure but for reading the templates. Every figure comes from receipts; what was not measured or not run is said so. What
-a recipe or a receipt says is a value, never a template: it cannot run anything and cannot change the page around it.
+Reads only the templates. Every figure comes from receipts; the page states what was not measured or not run. The texts
+of recipes and receipts are values, never templates: they cannot run anything or change the page around them.
 """
 
 import math
@@ -35,7 +35,7 @@ HUB = "https://huggingface.co"
 
 @dataclass(frozen=True, kw_only=True)
 class CardTexts:
-    """The markdown files a recipe's card names, read; "" where it names none."""
+    """The texts of the markdown files that a recipe's card names; "" where it names none."""
 
     header: str = ""
     footer: str = ""
@@ -54,12 +54,12 @@ def render_card(
     """Return the README.md of one branch.
 
     Args:
-        recipe: names the repository and says what cannot be measured.
+        recipe: the repository, the variants and the card's texts.
         texts: header, footer and original card, included as they are.
         receipts: one per variant, in the recipe's order.
         model_type: from the base model's config.json, e.g. "llama".
-        branch: whose README this is; its commands name that branch.
-        expectations: by branch, what `compatibility.verdicts` predicts of loaders; shown apart from what was run.
+        branch: the branch of this README; the commands name it.
+        expectations: the predictions of `compatibility.verdicts` by branch; shown apart from the runs.
 
     Raises:
         CardError: the receipts are not this recipe's, a text would swallow the page, or the templates have a mistake.

@@ -1,4 +1,4 @@
-"""What the card's templates are given: every figure taken from receipts, grouped the way the page shows it."""
+"""The figures for the card's templates: all from receipts, grouped as the page shows them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from packager.receipt import LoaderRecord, Provenance
 from packager.recipe import Recipe
 from packager.variant import Place
 
-# What a reader must install in AutoGPTQ's version of it; torch is not here, it goes by the reader's hardware.
+# The packages that a reader installs in the versions that AutoGPTQ ran with; torch depends on the reader's hardware.
 _LOADER_PACKAGES = (
     *("auto-gptq", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "sentencepiece"),
     *("huggingface-hub", "numpy", "pandas", "pyarrow"),
@@ -22,21 +22,22 @@ class BranchFacts:
 
     Attributes:
         provenance: the branch's receipt.
-        description: the recipe's own words, if it has any.
-        raised: for each linear whose damping had to be raised, the value it took.
+        description: from the recipe, None if it has none.
+        raised: the raised damping of each linear that needed more than the recipe's.
         changed: parameters that were not used as asked: name, asked, used.
-        smallest: the only branch with the least bytes; likewise largest.
-        closest: the only branch with the least KL divergence, among branches that were all measured; likewise furthest.
+        is_smallest: it is the only branch with the fewest bytes; `is_largest`: the only one with the most.
+        is_closest: all branches were measured, and it is the only one with the least KL divergence; `is_furthest`: the
+            only one with the greatest.
     """
 
     provenance: Provenance
     description: str | None
     raised: tuple[float, ...]
     changed: tuple[tuple[str, object, object], ...]
-    smallest: bool
-    largest: bool
-    closest: bool
-    furthest: bool
+    is_smallest: bool
+    is_largest: bool
+    is_closest: bool
+    is_furthest: bool
 
     @property
     def branch(self) -> str:
@@ -49,7 +50,7 @@ class BranchFacts:
         return self.provenance.place
 
     def record(self, loader: str) -> LoaderRecord:
-        """Return what `loader` made of this branch; a loader without a record was not run."""
+        """Return the record of `loader` on this branch; a loader without a record was not run."""
         for record in self.provenance.loaders:
             if record.loader == loader:
                 return record
@@ -63,7 +64,7 @@ class BranchFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """A value and the branches it holds for."""
+    """A value, the branches that have it, and whether these are all branches."""
 
     value: object
     branches: tuple[str, ...]
@@ -72,7 +73,7 @@ class Shared:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderSetting:
-    """Where and how a loader ran; "" is what it did not tell."""
+    """The device and the software of a loader's runs; "" where the loader did not report it."""
 
     device: str
     dtype: str
@@ -91,10 +92,10 @@ def branch_facts(recipe: Recipe, receipts: Sequence[Provenance]) -> tuple[Branch
             description=recipe.variants[index].description,
             raised=_raised(provenance),
             changed=_changed(provenance),
-            smallest=_only(sizes, index, min),
-            largest=_only(sizes, index, max),
-            closest=_only(measured, index, min),
-            furthest=_only(measured, index, max),
+            is_smallest=_only(sizes, index, min),
+            is_largest=_only(sizes, index, max),
+            is_closest=_only(measured, index, min),
+            is_furthest=_only(measured, index, max),
         )
         for index, provenance in enumerate(receipts)
     )
@@ -117,7 +118,7 @@ def by_field(branches: Sequence[BranchFacts], field: str) -> tuple[Shared, ...]:
 
 
 def loader_rows(branches: Sequence[BranchFacts], loader: str) -> tuple[Shared, ...]:
-    """Group branches by what `loader` made of them; runs differ in their figures, what was not run rarely differs."""
+    """Group branches by the record of `loader`: runs differ in their figures, reasons for no run rarely differ."""
     return shared(branches, lambda facts: facts.record(loader))
 
 
@@ -128,7 +129,7 @@ def loader_runs(branches: Sequence[BranchFacts], loader: str) -> tuple[Shared, .
 
 
 def pinned(record: LoaderRecord) -> tuple[str, ...]:
-    """Return pip requirements for the versions AutoGPTQ ran with: nothing later than its own time works with it."""
+    """Return pip requirements for the versions that AutoGPTQ ran with: it does not work with later ones."""
     versions = {name.lower().replace("_", "-"): version for name, version in record.versions.items()}
     return tuple(f"{name}=={versions[name]}" for name in _LOADER_PACKAGES if name in versions)
 

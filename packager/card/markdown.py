@@ -1,7 +1,7 @@
 """Markdown as data: escapes for values that land in a card, and the code blocks of a finished one.
 
-Everything a recipe or a receipt says is text, never markup: what reaches a table, a heading, a link or a code block
-goes through one of these functions, so that a pipe, a backtick or a line break cannot change the page around it.
+The texts of recipes and receipts are never markup: each one that goes into a table, a heading, a link or a code block
+passes one of these functions, so that a pipe, a backtick or a line break cannot change the page around it.
 CommonMark 0.31 with the tables of GitHub Flavored Markdown, which is what the Hub renders.
 """
 
@@ -28,7 +28,7 @@ _RUN_COMMENT = re.compile(r"<!-- run: ([a-z0-9_-]+) -->")
 _INLINE_SPECIAL = re.compile(r"[\\`*_\[\]<|~$]|&(?=#?[0-9A-Za-z]+;)|^#|#\Z")
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _BACKTICKS = re.compile(r"`+")
-# Words of YAML 1.1 that are not text there; huggingface_hub reads front matter with PyYAML, which is 1.1.
+# Words that YAML 1.1 does not read as text; huggingface_hub reads front matter with PyYAML, which is 1.1.
 _YAML_11_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 _MAX_BLANK = 2
 _YAML_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*\Z|[0-9]+-[A-Za-z]+\Z")
@@ -155,7 +155,7 @@ def unclosed(markdown: str) -> str:
 
 
 def tidy(markdown: str) -> str:
-    """Return a page that ends in one line feed, without spaces that mean nothing and at most two blank lines in a row.
+    """Return a page with one line feed at its end, no spaces without meaning, and at most two blank lines in a row.
 
     Nothing changes in fenced code blocks. Two spaces at the end of a line stay where they are a line break.
     """
@@ -187,7 +187,9 @@ def _parser() -> "MarkdownIt":
     # Imported here: the parser takes 50 ms to import, and most commands render and check no page.
     from markdown_it import MarkdownIt
 
-    return MarkdownIt("commonmark").disable(["inline", "text_join"])
+    parser = MarkdownIt("commonmark").disable(["inline", "text_join"])
+    parser.parse("x")  # compiles its rules: the parser is shared by threads, and compiling is not safe there
+    return parser
 
 
 def _blocks(markdown: str) -> "list[Token]":

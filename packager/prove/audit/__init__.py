@@ -1,4 +1,4 @@
-"""Stage 7, first half: whether a folder keeps the format's contract, without loading it.
+"""Stage 8, first part: check a folder against the format's contract without loading the model.
 
 The audit reads any checkpoint folder, ours or not, and reports everything at once: damaged input is a finding, never an
 exception. Of the weights it reads headers and the small tensors (qzeros, scales, g_idx, bias), in slices, so that
@@ -9,10 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from packager.prove.audit.card import check_card
+from packager.prove.audit.card import check_readme
 from packager.prove.audit.config import Declared, check_declared, read_model
 from packager.prove.audit.files import JsonObject, Listing, as_object, check_file_set, list_folder, read_documents
-from packager.prove.audit.finding import RULES, Finding, Findings, Rule, Severity
+from packager.prove.audit.finding import AUDIT_RULES, Finding, Findings, Rule, Severity
 from packager.prove.audit.privacy import check_privacy
 from packager.prove.audit.provenance import check_provenance
 from packager.prove.audit.tensors import Expected, Linear, check_tensors, quantized_modules
@@ -24,7 +24,7 @@ from packager.receipt import CONFIG, PROVENANCE, Provenance
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the folder is, as far as it says so; None where it does not.
+    """The declared parameters and the contents of a folder; None where nothing is declared.
 
     Attributes:
         bits, group_size, desc_act, sym, checkpoint_format: as declared.
@@ -45,24 +45,24 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditReport:
-    """Everything an audit found, in the order of the checks, and the facts it went by."""
+    """The findings of an audit in the order of the checks, and the facts about the folder."""
 
     findings: tuple[Finding, ...]
     facts: Facts
 
     @property
     def passed(self) -> bool:
-        """Whether no finding is an error."""
+        """Return whether no finding is an error."""
         return not self.errors
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """The findings that break the contract."""
+        """Return the findings that break the contract."""
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
     @property
     def warnings(self) -> tuple[Finding, ...]:
-        """The findings that do not."""
+        """Return the findings that do not break the contract."""
         return tuple(finding for finding in self.findings if finding.severity == "warning")
 
 
@@ -90,7 +90,7 @@ def audit(folder: Path, *, complete: bool = True, private_words: Sequence[str] =
     check_generation(documents, findings)
     check_privacy(listing, documents, findings, private_words=private_words, complete=complete)
     if complete:
-        check_card(listing, documents, findings)
+        check_readme(listing, documents, findings)
         if (provenance := as_object(documents.get(PROVENANCE))) is not None:
             _check_record(listing, provenance, headers, findings)
     return AuditReport(findings=findings.collected(), facts=_facts(headers.declared, headers.weights))
@@ -158,4 +158,4 @@ def _facts(declared: Declared, weights: Weights) -> Facts:
     )
 
 
-__all__ = ["RULES", "AuditReport", "Facts", "Finding", "Rule", "Severity", "audit", "audit_headers"]
+__all__ = ["AUDIT_RULES", "AuditReport", "Facts", "Finding", "Rule", "Severity", "audit", "audit_headers"]

@@ -30,7 +30,7 @@ _YAML_ERRORS = (YAMLError, ArithmeticError, AttributeError, LookupError, Recursi
 
 _METADATA_KEYS = ("library_name", "pipeline_tag", "language", "tags", "quantized_by", "model_type")
 
-# Commands of 2023 that no longer work, or never should have been given.
+# Commands of 2023 that no longer work, or that were wrong then.
 _BAD_COMMANDS: Mapping[str, re.Pattern[str]] = {
     "huggingface-cli is gone, the command is hf": re.compile(r"\bhuggingface-cli\b"),
     "GITHUB_ACTIONS=true is for AutoGPTQ's own CI, not for a reader's shell": re.compile(
@@ -46,18 +46,18 @@ LLAMA2_NOTICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class LicenseFiles:
-    """The files a licence demands: prefixes of their names, and the sentence of the one that starts with Notice."""
+    """The files that a licence demands: the prefixes of their names, and the sentence of the Notice file."""
 
     prefixes: Sequence[str]
     notice: str
 
 
-LICENSE_FILES: Mapping[str, LicenseFiles] = {
+FILES_BY_LICENSE: Mapping[str, LicenseFiles] = {
     "llama2": LicenseFiles(prefixes=("license", "use_policy", "notice"), notice=LLAMA2_NOTICE),
 }
 
 
-def check_card(listing: Listing, documents: Mapping[str, object], findings: Findings) -> None:
+def check_readme(listing: Listing, documents: Mapping[str, object], findings: Findings) -> None:
     """Check README.md, and the licence files that its licence demands."""
     text = read_text(listing, README, findings) if README in listing.sizes else None
     if text is None:
@@ -99,7 +99,7 @@ def _check_body(lines: Sequence[str], findings: Findings, *, remote_code: bool) 
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Ignore warnings. Their filters are the process's, and folders are audited in parallel: one thread at a time."""
+    """Ignore warnings, in one thread at a time: the process has one list of filters, and audits run in parallel."""
     with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -109,7 +109,7 @@ def _front_matter(text: str, findings: Findings) -> JsonObject | None:
     if len(text) > _MAX_FRONT_MATTER:
         findings.add("card-front-matter", README, f"the front matter has {len(text)} characters")
         return None
-    with _silenced():  # ruamel.yaml warns of oddities; they are errors or nothing here
+    with _silenced():  # a warning of ruamel.yaml is an error here or nothing
         try:
             value = YAML(typ="safe", pure=True).load(text)
         except _YAML_ERRORS as error:
@@ -159,15 +159,20 @@ def _check_license(metadata: JsonObject, listing: Listing, findings: Findings) -
         findings.add("card-license", README, f"the Hub knows no license {shown(license_id)}")
     if license_id == "other" and not metadata.get("license_name"):
         findings.add("card-license-name", README, "license is other, without license_name")
-    demanded = LICENSE_FILES.get(license_id)
+    if license_id in FILES_BY_LICENSE:
+        _check_license_files(license_id, FILES_BY_LICENSE[license_id], listing, findings)
+
+
+def _check_license_files(license_id: str, demanded: LicenseFiles, listing: Listing, findings: Findings) -> None:
     names = [name for name in (*listing.sizes, *sorted(listing.unread)) if "/" not in name]
-    for prefix in demanded.prefixes if demanded else ():
+    for prefix in demanded.prefixes:
         if not any(name.lower().startswith(prefix) for name in names):
             findings.add("license-file-missing", prefix.upper(), f"{license_id} demands a file of this name")
-    notices = [name for name in names if demanded and name.lower().startswith("notice") and name in listing.sizes]
-    for name in notices:
+    for name in names:
+        if not name.lower().startswith("notice") or name not in listing.sizes:
+            continue
         text = read_text(listing, name, findings)
-        if demanded and text is not None and demanded.notice not in " ".join(text.split()):
+        if text is not None and demanded.notice not in " ".join(text.split()):
             findings.add("license-notice", name, f"it lacks the sentence: {demanded.notice}")
 
 

@@ -33,14 +33,14 @@ class Declared:
 
 @dataclass(frozen=True, kw_only=True)
 class _Key:
-    """What a parameter may be; `guessed` says that loaders replace a missing one by a guess."""
+    """The accepted values of a parameter; `is_guessed`: loaders guess a value where the key is missing."""
 
     accepts: Callable[[object], bool]
     expected: str
-    guessed: bool
+    is_guessed: bool
 
 
-def whole(value: object, *, least: int = 1) -> int | None:
+def plausible_int(value: object, *, least: int = 1) -> int | None:
     """Return an int of a plausible size, or None for anything else (a bool is not an int here)."""
     return value if isinstance(value, int) and not isinstance(value, bool) and least <= value < _MAX_WHOLE else None
 
@@ -54,21 +54,24 @@ def _is_fraction(value: object) -> bool:
 
 
 _KEYS: Mapping[str, _Key] = {
-    "quant_method": _Key(accepts=lambda value: value == "gptq", expected='"gptq"', guessed=True),
-    "bits": _Key(accepts=lambda value: whole(value) in (2, 3, 4, 8), expected="2, 3, 4 or 8", guessed=True),
+    "quant_method": _Key(accepts=lambda value: value == "gptq", expected='"gptq"', is_guessed=True),
+    "bits": _Key(accepts=lambda value: plausible_int(value) in (2, 3, 4, 8), expected="2, 3, 4 or 8", is_guessed=True),
     "group_size": _Key(
-        accepts=lambda value: whole(value, least=-1) not in (None, 0), expected="-1 or a positive integer", guessed=True
+        accepts=lambda value: plausible_int(value, least=-1) not in (None, 0),
+        expected="-1 or a positive integer",
+        is_guessed=True,
     ),
-    "desc_act": _Key(accepts=_is_flag, expected="true or false", guessed=True),
-    "sym": _Key(accepts=_is_flag, expected="true or false", guessed=True),
-    "true_sequential": _Key(accepts=_is_flag, expected="true or false", guessed=False),
-    "damp_percent": _Key(accepts=_is_fraction, expected="a fraction between 0 and 1", guessed=False),
-    "static_groups": _Key(accepts=_is_flag, expected="true or false", guessed=False),
+    "desc_act": _Key(accepts=_is_flag, expected="true or false", is_guessed=True),
+    "sym": _Key(accepts=_is_flag, expected="true or false", is_guessed=True),
+    "true_sequential": _Key(accepts=_is_flag, expected="true or false", is_guessed=False),
+    "damp_percent": _Key(accepts=_is_fraction, expected="a fraction between 0 and 1", is_guessed=False),
+    "static_groups": _Key(accepts=_is_flag, expected="true or false", is_guessed=False),
     "checkpoint_format": _Key(
-        accepts=lambda value: value in ("gptq", "gptq_v2"), expected='"gptq" or "gptq_v2"', guessed=False
+        accepts=lambda value: value in ("gptq", "gptq_v2"), expected='"gptq" or "gptq_v2"', is_guessed=False
     ),
-    "lm_head": _Key(accepts=_is_flag, expected="false", guessed=False),
+    "lm_head": _Key(accepts=_is_flag, expected="false", is_guessed=False),
 }
+_GUESSED_KEYS = frozenset(key for key, rule in _KEYS.items() if rule.is_guessed)
 
 
 def check_declared(documents: Mapping[str, object], weights: Weights, findings: Findings) -> Declared:
@@ -91,7 +94,7 @@ def _check_section(section: JsonObject, findings: Findings) -> None:
     place = f"{CONFIG}: quantization_config."
     for key, rule in _KEYS.items():
         if key not in section:
-            code = "quantization-key-missing" if rule.guessed else "quantization-key-undeclared"
+            code = "quantization-key-missing" if rule.is_guessed else "quantization-key-undeclared"
             findings.add(code, f"{place}{key}", f"{key} is missing")
     _check_values(section, place, findings)
     if section.get("dynamic"):
@@ -111,7 +114,7 @@ def _check_portable(portable: JsonObject, inner: JsonObject, weights: Weights, f
     if foreign:
         findings.add("quantize-config-key", QUANTIZE_CONFIG, f"keys that are not portable: {', '.join(foreign)}")
     for key in PORTABLE_KEYS:
-        if key in _KEYS and _KEYS[key].guessed and key not in portable:
+        if key in _GUESSED_KEYS and key not in portable:
             findings.add("quantization-key-missing", f"{place}{key}", f"{key} is missing")
     shared = {key: portable[key] for key in PORTABLE_KEYS if key in portable}
     _check_values(shared, place, findings)
@@ -119,18 +122,18 @@ def _check_portable(portable: JsonObject, inner: JsonObject, weights: Weights, f
         if key in inner and value != inner[key]:
             message = f"{shown(value)}, but config.json says {shown(inner[key])}"
             findings.add("quantize-config-disagrees", f"{place}{key}", message)
-    stem = portable.get("model_file_base_name")
-    if weights.stem and stem is not None and stem != weights.stem:
-        message = f"it is {shown(stem)}, the weights are called {weights.stem}"
-        findings.add("weights-name-disagrees", f"{place}model_file_base_name", message)
-    elif weights.stem and stem is None and weights.stem not in _guessed_stems(portable):
-        message = f"it is missing, and AutoGPTQ does not guess {weights.stem}"
-        findings.add("weights-name-disagrees", f"{place}model_file_base_name", message)
+    if weights.stem and (problem := _stem_problem(portable, weights.stem)):
+        findings.add("weights-name-disagrees", f"{place}model_file_base_name", problem)
 
 
-def _guessed_stems(portable: JsonObject) -> tuple[str, str]:
-    """Return the names that AutoGPTQ tries when model_file_base_name is not given."""
-    return DEFAULT_STEM, f"gptq_model-{shown(portable.get('bits'))}bit-{shown(portable.get('group_size'))}g"
+def _stem_problem(portable: JsonObject, stem: str) -> str:
+    """Return why AutoGPTQ does not find weights called `stem`, or ""."""
+    given = portable.get("model_file_base_name")
+    if given is not None:
+        return f"it is {shown(given)}, the weights are called {stem}" if given != stem else ""
+    # The names that AutoGPTQ tries then.
+    guesses = (DEFAULT_STEM, f"gptq_model-{shown(portable.get('bits'))}bit-{shown(portable.get('group_size'))}g")
+    return "" if stem in guesses else f"it is missing, and AutoGPTQ does not guess {stem}"
 
 
 def _check_values(section: JsonObject, place: str, findings: Findings) -> None:
@@ -148,8 +151,8 @@ def _declared(section: JsonObject) -> Declared:
     values = {key: section[key] for key in _KEYS if key in section and _KEYS[key].accepts(section[key])}
     checkpoint_format = values.get("checkpoint_format")
     return Declared(
-        bits=whole(values.get("bits")),
-        group_size=whole(values.get("group_size"), least=-1),
+        bits=plausible_int(values.get("bits")),
+        group_size=plausible_int(values.get("group_size"), least=-1),
         desc_act=_flag(values.get("desc_act")),
         sym=_flag(values.get("sym")),
         static_groups=values.get("static_groups") is True,

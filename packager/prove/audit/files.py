@@ -1,7 +1,7 @@
 """The folder itself: which files there are, which must be, and reading them without trusting them.
 
 Links are followed only inside the folder, or from a snapshot of the Hub's cache to its blobs. `.git` and `.cache` at
-the top belong to the tools that fetched the folder and are not looked at.
+the top belong to the tools that fetched the folder and are ignored.
 """
 
 import json
@@ -96,7 +96,7 @@ def list_folder(folder: Path, findings: Findings) -> Listing:
             findings.add("empty-file", name, "the file has no content")
             unread.add(name)
         elif _is_lfs_pointer(path, status.st_size):
-            findings.add("lfs-pointer", name, "what git-lfs keeps was not fetched: this is a pointer to it")
+            findings.add("lfs-pointer", name, "this is a git-lfs pointer: the file itself was not fetched")
             unread.add(name)
         else:
             sizes[name] = status.st_size
@@ -149,7 +149,7 @@ def _is_lfs_pointer(path: Path, size_bytes: int) -> bool:
         return False
     try:
         return path.read_bytes().startswith(_POINTER)
-    except OSError:  # whoever needs the file says so
+    except OSError:  # the check that needs the file reports it
         return False
 
 

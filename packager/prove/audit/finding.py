@@ -1,4 +1,4 @@
-"""What the audit can find: one rule per code, and the collector that every check reports to.
+"""The rules of the audit, one per code, and the collector that every check reports to.
 
 A code is stable: scripts and CI filter on it. Its severity and its hint live here and nowhere else.
 """
@@ -14,7 +14,7 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How serious a code is, and what to do about it."""
+    """The severity of a code, and what to do about it."""
 
     severity: Severity
     hint: str
@@ -25,12 +25,12 @@ class Finding:
     """One thing that is wrong with a checkpoint folder.
 
     Attributes:
-        code: stable kebab-case id, a key of `RULES`.
+        code: stable kebab-case id, a key of `AUDIT_RULES`.
         severity: an error fails the audit, a warning does not.
         where: the file, `file:line`, `file: key` or tensor concerned.
         message: what is wrong there.
         hint: what to do.
-        also: further places with the same message, e.g. the other linears.
+        also: further locations with the same message, e.g. the other linears.
     """
 
     code: str
@@ -42,14 +42,14 @@ class Finding:
 
 
 class Findings:
-    """Collect findings in the order of the checks; equal messages are one finding with several places."""
+    """Collect findings in the order of the checks; equal messages become one finding with several locations."""
 
     def __init__(self) -> None:
         self._places: dict[tuple[str, str], dict[str, None]] = {}
 
     def add(self, code: str, where: str, message: str) -> None:
-        """Report `message` at `where` under `code`, which must be in `RULES`."""
-        if code not in RULES:
+        """Report `message` at `where` under `code`, which must be in `AUDIT_RULES`."""
+        if code not in AUDIT_RULES:
             raise KeyError(code)
         self._places.setdefault((code, printable(message)), {})[printable(where)] = None
 
@@ -58,10 +58,10 @@ class Findings:
         return tuple(
             Finding(
                 code=code,
-                severity=RULES[code].severity,
+                severity=AUDIT_RULES[code].severity,
                 where=next(iter(places)),
                 message=message,
-                hint=RULES[code].hint,
+                hint=AUDIT_RULES[code].hint,
                 also=tuple(places)[1:],
             )
             for (code, message), places in self._places.items()
@@ -80,7 +80,7 @@ _PACK_AGAIN = "build this branch again; a tensor like this cannot be repaired by
 _COPY_AGAIN = "copy or download the file again"
 _FROM_BASE = "copy it from the base model"
 
-RULES: Mapping[str, Rule] = {
+AUDIT_RULES: Mapping[str, Rule] = {
     # The folder
     "folder-missing": _error("give the folder that holds one branch"),
     "leftover-file": _error("delete it: a killed run left it behind"),
@@ -91,10 +91,10 @@ RULES: Mapping[str, Rule] = {
     "lfs-pointer": _error("install git-lfs (https://git-lfs.com) and run `git lfs install` and `git lfs pull` there"),
     "file-missing": _error("add the file: every branch has it"),
     "json-damaged": _error("write it as UTF-8 JSON, or copy it again"),
-    "text-damaged": _error("write it as UTF-8 text of a sane size, or copy it again"),
+    "text-damaged": _error("write it as UTF-8 text of a normal size, or copy it again"),
     # The weights set
     "weights-missing": _error("a branch holds model.safetensors, or shards with model.safetensors.index.json"),
-    "weights-stray": _error("delete it: ExLlama and others take whatever weights file a glob finds first"),
+    "weights-stray": _error("delete it: ExLlama and other runtimes load the first weights file that they find"),
     "weights-name": _warning("name it model.safetensors: transformers looks for nothing else"),
     "weights-name-disagrees": _error("AutoGPTQ opens exactly <model_file_base_name>.safetensors: make the two agree"),
     "index-missing": _error("write model.safetensors.index.json: loaders do not guess shards"),
@@ -111,8 +111,8 @@ RULES: Mapping[str, Rule] = {
         "write rope_theta (and rope_scaling) beside rope_parameters, which older runtimes ignore"
     ),
     "quantization-config-missing": _error("without it transformers, vLLM and SGLang load the folder as an fp16 model"),
-    "quantization-key-missing": _error("write the key: a loader that misses it guesses in silence"),
-    "quantization-key-undeclared": _warning("declare it, so that readers need not guess how the weights were made"),
+    "quantization-key-missing": _error("add the key: a loader guesses a missing value and does not report it"),
+    "quantization-key-undeclared": _warning("declare it: readers see then how the weights were made"),
     "quantization-value": _error("write the value that the weights were made with"),
     "quantization-override": _error("remove it: most loaders ignore it and misread the weights"),
     "checkpoint-format": _warning('store zero-1 and declare "gptq": AutoGPTQ and ExLlama read nothing else'),
@@ -120,7 +120,7 @@ RULES: Mapping[str, Rule] = {
     "quantize-config-disagrees": _error("make the two files agree: loaders read one or the other"),
     "model-name-or-path": _error("write the repository id (namespace/name)"),
     # Tensors: what there is, dtypes and shapes
-    "architecture-unknown": _warning("only what holds for every architecture was checked"),
+    "architecture-unknown": _warning("only the checks that hold for every architecture were made"),
     "no-quantized-linear": _error("these are not GPTQ weights: no tensor is called *.qweight"),
     "block-missing": _error(_PACK_AGAIN),
     "block-unexpected": _error("num_hidden_layers and the weights belong to different models"),
@@ -147,11 +147,11 @@ RULES: Mapping[str, Rule] = {
     "zeros-range": _error("v1 stores zero-1 and cannot hold a zero of 0: loaders read this value in different ways"),
     "scale-not-finite": _error(_PACK_AGAIN),
     "scale-negative": _error(_PACK_AGAIN),
-    "scale-zero": _warning("every weight of such a group is 0: right only if the base model's are"),
+    "scale-zero": _warning("every weight of such a group is 0: correct only if the base model's weights are 0 too"),
     "g-idx-range": _error(_PACK_AGAIN),
     "g-idx-order": _error("declare desc_act true, or build this branch again"),
     "g-idx-groups": _error(_PACK_AGAIN),
-    "g-idx-fused": _error("order the columns of linears with one input alike: vLLM, SGLang and TGI fuse them"),
+    "g-idx-fused": _error("give linears with the same input the same column order: vLLM, SGLang and TGI fuse them"),
     # Tokenizer and generation
     "tokenizer-json-missing": _warning("add tokenizer.json; the vocabulary was not compared with vocab_size"),
     "tokenizer-damaged": _error(_FROM_BASE),
@@ -173,7 +173,7 @@ RULES: Mapping[str, Rule] = {
     "card-relation": _error("write base_model_relation: quantized"),
     "card-metadata": _warning("add it: the Hub files the model by it"),
     "card-datasets": _warning("remove it: datasets means training data, calibration text is not"),
-    "card-unclosed": _error("close it: it swallows the rest of the page"),
+    "card-unclosed": _error("close it: the rest of the page becomes part of it"),
     "card-python": _error("correct the example: readers paste it"),
     "card-command": _error("replace it by a command that works today"),
     "card-template": _error("render the card again: a template expression was left in it"),

@@ -1,6 +1,6 @@
-"""What must not leave the building machine: its paths, its names, and anybody's secrets.
+"""Text that must not be published: paths and names of the building machine, and secrets.
 
-Vocabularies are looked at for secrets only: "/home" and "file://" are ordinary tokens.
+Vocabularies are searched for secrets only: "/home" and "file://" are ordinary tokens.
 """
 
 import json
@@ -46,14 +46,14 @@ def check_privacy(
     private_words: Sequence[str] = (),
     complete: bool,
 ) -> None:
-    """Look through all text files for local paths, names of machines or users, and secrets.
+    """Search all text files for local paths, names of machines or users, and secrets.
 
     Args:
         listing: the folder.
         documents: its parsed JSON files.
         findings: where to report.
         private_words: this machine's host or user name, if they are distinctive.
-        complete: whether README.md and provenance.json are looked at.
+        complete: whether README.md and provenance.json are searched.
     """
     words = [re.escape(word) for word in private_words if word]
     private = re.compile(rf"(?<![\w-])(?:{'|'.join(words)})(?![\w-])", re.IGNORECASE) if words else None

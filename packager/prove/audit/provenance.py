@@ -38,10 +38,10 @@ def check_provenance(
         if found is not None and recorded != found:
             message = f"{shown(recorded)}, declared is {shown(found)}"
             findings.add("provenance-disagrees", f"{PROVENANCE}: {name}", message)
-    if weights.whole and provenance.weights_bytes != weights.size_bytes:
+    if weights.is_all_read and provenance.weights_bytes != weights.size_bytes:
         message = f"{provenance.weights_bytes}, the weights files have {weights.size_bytes}"
         findings.add("provenance-disagrees", f"{PROVENANCE}: weights_bytes", message)
-    if weights.whole and len(provenance.linears) != num_linears:
+    if weights.is_all_read and len(provenance.linears) != num_linears:
         message = f"{len(provenance.linears)} linears, the weights have {num_linears}"
         findings.add("provenance-disagrees", f"{PROVENANCE}: linears", message)
 

@@ -1,4 +1,4 @@
-"""Which tensors there are, with which dtypes and shapes. Only headers are looked at."""
+"""The names, dtypes and shapes of the tensors. Only headers are read."""
 
 import re
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ Parts = Mapping[str, StoredTensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What config.json and quantize_config.json lead us to expect; None where they do not say."""
+    """The parameters and shapes that config.json and quantize_config.json declare; None where they declare none."""
 
     declared: Declared
     architecture: Architecture | None
@@ -78,13 +78,14 @@ def check_tensors(weights: Weights, expected: Expected, findings: Findings) -> t
     """
     modules, architecture = _split(weights), expected.architecture
     specs = {spec.name: spec for spec in architecture.linears} if architecture else {}
-    if not modules.quantized and weights.whole:
+    if not modules.quantized and weights.is_all_read:
         findings.add("no-quantized-linear", weights.files[0], "no tensor is part of a quantized linear")
     else:
         _check_unquantized(modules, specs, findings)
     if architecture and modules.quantized:
         _check_names(modules, architecture, specs, findings)
-        if weights.whole:
+        _check_plain_shapes(modules.plain, architecture, findings)
+        if weights.is_all_read:
             _check_missing(modules, architecture, specs, findings)
     _check_dtypes(modules.plain, expected.dtype, findings)
     layout = _layout(modules.quantized, expected.declared)
@@ -92,9 +93,9 @@ def check_tensors(weights: Weights, expected: Expected, findings: Findings) -> t
     for name, parts in modules.quantized.items():
         if name in _OUTPUT_HEADS:
             findings.add("lm-head-quantized", name, "the output head is quantized")
-        sound = _check_parts(name, parts, findings, whole=weights.whole)
+        sound = _check_parts(name, parts, findings, is_all_read=weights.is_all_read)
         if name in specs:
-            _check_bias(specs[name], parts, findings, whole=weights.whole)
+            _check_bias(specs[name], parts, findings, is_all_read=weights.is_all_read)
         if layout and parts.keys() >= PARTS.keys():
             linear = _check_shapes(specs.get(name) or _derived_spec(name, parts, layout), parts, layout, findings)
             linears += [linear] if linear and sound else []
@@ -140,9 +141,9 @@ def _check_names(
     specs: Mapping[str, LinearSpec],
     findings: Findings,
 ) -> None:
-    """Report tensors that the architecture does not have, or has in another shape, and blocks beyond its last."""
-    shapes = {tensor.name: tensor.shape for tensor in architecture.tensors}
-    strays = [name for name in modules.plain if name not in shapes and name != _HEAD_WEIGHT]
+    """Report tensors that the architecture does not have, and blocks beyond its last."""
+    known = {_HEAD_WEIGHT, *(tensor.name for tensor in architecture.tensors)}
+    strays = [name for name in modules.plain if name not in known]
     strays += [name for name in modules.quantized if name not in specs and name not in _OUTPUT_HEADS]
     beyond = {number for name in strays if (number := _block_number(name) or 0) >= architecture.num_blocks}
     if beyond:
@@ -151,7 +152,11 @@ def _check_names(
     for name in strays:
         if _block_number(name) not in beyond:
             findings.add("tensor-unexpected", name, "the architecture has nothing of this name")
-    for name, tensor in modules.plain.items():
+
+
+def _check_plain_shapes(plain: Parts, architecture: Architecture, findings: Findings) -> None:
+    shapes = {tensor.name: tensor.shape for tensor in architecture.tensors}
+    for name, tensor in plain.items():
         shape, right = tensor.info.shape, shapes.get(name)
         if right is not None and shape != right:
             findings.add("tensor-shape", name, f"its shape is {list(shape)}, config.json gives {list(right)}")
@@ -163,7 +168,7 @@ def _check_missing(
     specs: Mapping[str, LinearSpec],
     findings: Findings,
 ) -> None:
-    """Report what the architecture has and the weights lack: whole blocks as one finding."""
+    """Report what the architecture has and the weights lack; all missing blocks are one finding."""
     present = {_block_number(name) for name in (*modules.quantized, *modules.plain)}
     absent = [block for block in range(architecture.num_blocks) if block not in present]
     if absent:
@@ -211,10 +216,10 @@ def _has_readable_shapes(parts: Parts) -> bool:
     return all(len(shape) == rank and 0 not in shape for shape, rank in shapes)
 
 
-def _check_parts(name: str, parts: Parts, findings: Findings, *, whole: bool) -> bool:
+def _check_parts(name: str, parts: Parts, findings: Findings, *, is_all_read: bool) -> bool:
     """Check which tensors a linear has and their dtypes; return whether both are right."""
     missing = [part for part in PARTS if part not in parts]
-    if missing and whole:
+    if missing and is_all_read:
         findings.add("linear-incomplete", name, f"it lacks {', '.join(missing)}")
     dtypes = {part: tensor.info.dtype for part, tensor in parts.items()}
     wrong = [f"{part} is {dtype}" for part, dtype in dtypes.items() if dtype != PARTS.get(part, BIAS_DTYPE)]
@@ -223,15 +228,15 @@ def _check_parts(name: str, parts: Parts, findings: Findings, *, whole: bool) ->
     return not missing and not wrong
 
 
-def _check_bias(spec: LinearSpec, parts: Parts, findings: Findings, *, whole: bool) -> None:
+def _check_bias(spec: LinearSpec, parts: Parts, findings: Findings, *, is_all_read: bool) -> None:
     if BIAS in parts and not spec.bias:
         findings.add("bias-unexpected", spec.name, "it has a bias, the architecture has none here")
-    elif BIAS not in parts and spec.bias and whole:
+    elif BIAS not in parts and spec.bias and is_all_read:
         findings.add("bias-missing", spec.name, "the architecture has a bias here, the weights have none")
 
 
 def _derived_spec(name: str, parts: Parts, layout: _Layout) -> LinearSpec:
-    """Return what qweight says of a linear that no architecture describes; no features if it says nothing."""
+    """Return the shape of a linear that no architecture describes, from its qweight; 0 features without one."""
     shape = parts["qweight"].info.shape
     in_features, out_features = (shape[0] * 32 // layout.bits, shape[1]) if len(shape) == 2 else (0, 0)
     return LinearSpec(name=name, block=0, in_features=in_features, out_features=out_features, bias=BIAS in parts)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from packager.prove.audit.config import whole
+from packager.prove.audit.config import plausible_int
 from packager.prove.audit.files import JsonObject, Listing, as_object, read_text
 from packager.prove.audit.finding import Findings
 from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
@@ -32,8 +32,8 @@ _GENERATION_VALUES: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "do_sample": (lambda value: isinstance(value, bool), "true or false"),
     "temperature": (_positive, "a number above 0"),
     "top_p": (_share, "a number from 0 to 1"),
-    "top_k": (lambda value: whole(value, least=0) is not None, "a whole number"),
-    "max_new_tokens": (lambda value: whole(value) is not None, "a positive whole number"),
+    "top_k": (lambda value: plausible_int(value, least=0) is not None, "a whole number"),
+    "max_new_tokens": (lambda value: plausible_int(value) is not None, "a positive whole number"),
 }
 # Sampling parameters that transformers ignores, with a warning, unless do_sample is true: values that mean "unset".
 _SAMPLING_DEFAULTS: Mapping[str, float] = {"temperature": 1, "top_p": 1, "top_k": 50, "typical_p": 1, "min_p": 0}
@@ -42,7 +42,7 @@ _SAMPLING_DEFAULTS: Mapping[str, float] = {"temperature": 1, "top_p": 1, "top_k"
 def check_tokenizer(listing: Listing, documents: Mapping[str, object], findings: Findings) -> None:
     """Check that every token id has a row in the embedding, and that there is a usable chat template."""
     config = as_object(documents.get(CONFIG)) or {}
-    vocab_size = whole(config.get("vocab_size"))
+    vocab_size = plausible_int(config.get("vocab_size"))
     tokenizer = as_object(documents.get(TOKENIZER))
     tokenizer_config = as_object(documents.get(TOKENIZER_CONFIG))
     if tokenizer is not None:
@@ -81,7 +81,7 @@ def _number(key: str) -> object:
 def _check_ids(name: str, ids: Iterator[object], vocab_size: int | None, findings: Findings) -> None:
     valid: list[int] = []
     for value in ids:
-        number = whole(value, least=0)
+        number = plausible_int(value, least=0)
         if number is None:
             findings.add("tokenizer-damaged", name, f"a token has the id {shown(value)}")
         else:
@@ -95,7 +95,7 @@ def _check_special_ids(name: str, document: JsonObject, vocab_size: int, finding
     for key in _TOKEN_ID_KEYS:
         value = document.get(key)
         for number in value if isinstance(value, list) else [value]:
-            found = whole(number, least=0)
+            found = plausible_int(number, least=0)
             if number is not None and (found is None or found >= vocab_size):
                 message = f"{key} is {shown(number)}, expected a token id below {vocab_size}"
                 findings.add("token-id-range", f"{name}: {key}", message)

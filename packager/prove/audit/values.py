@@ -1,6 +1,6 @@
 """The values of qzeros, scales, g_idx and bias, read in slices; qweight is never read.
 
-The checkpoint format is judged by the tensors, not by the declaration: files that declare one and hold the other exist
+The tensors decide the checkpoint format, not the declaration: there are files that declare one and hold the other
 (vLLM PR 38966).
 """
 
@@ -23,7 +23,7 @@ FUSED = tuple(tuple(name.rpartition(".")[2] for name in group) for group in INPU
 
 _CHUNK_BYTES = 1 << 20
 _NUMPY_DTYPES = {"I32": "<i4", "F16": "<u2"}
-# IEEE 754 half precision, looked at as integers: numpy's own float16 arithmetic is an order of magnitude slower.
+# IEEE 754 half precision as integers: numpy's own float16 arithmetic is an order of magnitude slower.
 _SIGN, _EXPONENT, _MAGNITUDE = 0x8000, 0x7C00, 0x7FFF
 
 
@@ -99,8 +99,8 @@ def _check_zeros(linear: Linear, declared: Declared, findings: Findings) -> None
     middle, declared_format = 1 << (linear.bits - 1), declared.checkpoint_format or V1
     holds = {middle - 1: V1, middle: V2}.get(int(stored[0])) if len(stored) == 1 else None
     if holds not in (None, declared_format):
-        said = "declared" if declared.checkpoint_format else "assumed, as checkpoint_format is not declared"
-        message = f"all stored zeros are {stored[0]}, which is {holds}; {declared_format} is {said}"
+        source = "declared" if declared.checkpoint_format else "assumed, as checkpoint_format is not declared"
+        message = f"all stored zeros are {stored[0]}, which is {holds}; {declared_format} is {source}"
         findings.add("zeros-format", linear.name, message)
     elif declared.sym and holds is None:
         message = f"sym is declared, but the stored zeros run from {stored[0]} to {stored[-1]}"

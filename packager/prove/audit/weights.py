@@ -1,7 +1,7 @@
-"""The weights set: exactly one, whole, its index and its shards in agreement. Only headers are read."""
+"""The weights set: there is exactly one, it is complete, and its index and shards agree. Only headers are read."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from packager.errors import SourceError
@@ -19,21 +19,21 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors\Z")
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What could be read of the weights set.
+    """The part of the weights set that could be read.
 
     Attributes:
         files: the names of the set's safetensors files that exist.
         stem: the name without shard number and suffix, "" without a set.
-        tensors: every tensor with the place of its bytes.
+        tensors: every tensor with its file and offset.
         size_bytes: the size of the files.
-        whole: every file of the set could be read, so that a tensor not in `tensors` is missing.
+        is_all_read: every file of the set could be read, so that a tensor not in `tensors` is missing.
     """
 
     files: tuple[str, ...] = ()
     stem: str = ""
     tensors: Mapping[str, StoredTensor]
     size_bytes: int = 0
-    whole: bool = False
+    is_all_read: bool = False
 
 
 def read_weights(listing: Listing, documents: Mapping[str, object], findings: Findings) -> Weights:
@@ -48,19 +48,24 @@ def read_weights(listing: Listing, documents: Mapping[str, object], findings: Fi
         if not listing.has(name):
             findings.add("index-shard-missing", indexes[0], f"it names {shown(name)}, which is not in the folder")
     shards = {name: shard for name in present if (shard := _read_shard(listing, name, findings)) is not None}
-    whole = bool(files) and len(shards) == len(files)
+    is_all_read = bool(files) and len(shards) == len(files)
     if index is not None and weight_map is not None:
-        _check_index(indexes[0], index, weight_map, shards, findings, whole=whole)
-    tensors: dict[str, StoredTensor] = {}
-    for shard in shards.values():
-        for tensor in sorted(tensors.keys() & shard.keys()):
-            findings.add("tensor-duplicate", tensor, "more than one file of the set holds this tensor")
-        tensors.update(shard)
+        _check_index(indexes[0], index, weight_map, shards, findings, is_all_read=is_all_read)
+    tensors = _merged(shards.values(), findings)
     stem = _stem(present[0]) if present else ""
     if stem not in ("", DEFAULT_STEM):
         findings.add("weights-name", present[0], f"the weights are not called {DEFAULT_STEM}{SUFFIX}")
     size = sum(listing.sizes[name] for name in present)
-    return Weights(files=tuple(present), stem=stem, tensors=tensors, size_bytes=size, whole=whole)
+    return Weights(files=tuple(present), stem=stem, tensors=tensors, size_bytes=size, is_all_read=is_all_read)
+
+
+def _merged(shards: Iterable[Mapping[str, StoredTensor]], findings: Findings) -> Mapping[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for tensor in sorted(tensors.keys() & shard.keys()):
+            findings.add("tensor-duplicate", tensor, "more than one file of the set holds this tensor")
+        tensors.update(shard)
+    return tensors
 
 
 def _default_first(name: str) -> tuple[bool, str]:
@@ -135,7 +140,7 @@ def _check_index(
     shards: Mapping[str, Mapping[str, StoredTensor]],
     findings: Findings,
     *,
-    whole: bool,
+    is_all_read: bool,
 ) -> None:
     for tensor, file in weight_map.items():
         if file in shards and tensor not in shards[file]:
@@ -147,7 +152,7 @@ def _check_index(
     metadata = as_object(index.get("metadata")) or {}
     sizes = {tensor: stored.info.size_bytes for shard in shards.values() for tensor, stored in shard.items()}
     total = sum(sizes.values())
-    if whole and "total_size" in metadata and metadata["total_size"] != total:
+    if is_all_read and "total_size" in metadata and metadata["total_size"] != total:
         findings.add(
             "index-total-size", name, f"total_size is {shown(metadata['total_size'])}, the tensors have {total} bytes"
         )
