@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from packager.card import CardTexts, render_card
+from packager.errors import CardError
 from packager.model.compatibility import Verdict
 from packager.receipt import LinearRecord, LoaderRecord, Provenance
 from packager.recipe import Recipe
@@ -351,3 +352,60 @@ def test_expectations_leave_out_what_was_run() -> None:
     assert (old[1:], new[1:]) == ([f"`{receipts[2].branch}`", "yes", "old"], ["all", "no", "new"])
     settings = [line for line in text.splitlines() if line.startswith("* AutoGPTQ ran on")]
     assert [line.count("gptq-4bit") + line.count("`main`") for line in settings] == [3]
+
+
+def test_a_fact_that_all_branches_share_names_none() -> None:
+    recipe = recipe_of_four()
+    lines = render(recipe, fixtures.llama_receipts(recipe)).splitlines()
+    for start in ("* Calibration: 128 rows of 2048 tokens", "Measured on", "* Base model", "* Hardware", "* Made with"):
+        (line,) = [line for line in lines if line.startswith(start)]
+        assert "(`" not in line
+        assert line.endswith(".")
+
+
+def test_loaders_come_in_the_order_of_the_recipe_and_then_of_the_receipts() -> None:
+    recipe = recipe_of_four()
+    stranger = LoaderRecord(loader="a-stranger", required=False, status="not run", reason="unknown")
+    receipts = [
+        receipt.model_copy(update={"loaders": (stranger, *receipt.loaders[::-1])})
+        for receipt in receipts_of_four(recipe)
+    ]
+    names = dict.fromkeys(row["Loader"] for row in table(render(recipe, receipts), "Greedy tokens equal"))
+    assert list(names) == ["AutoGPTQ", "Transformers", "ExLlamaV2", "a-stranger"]
+
+
+def test_a_branch_has_its_own_description() -> None:
+    recipe = recipe_of_four()
+    words = ["the first", None, "the third", None]
+    variants = [
+        variant.model_copy(update={"description": text}) for variant, text in zip(recipe.variants, words, strict=True)
+    ]
+    recipe = recipe.model_copy(update={"variants": tuple(variants)})
+    rows = table(render(recipe, receipts_of_four(recipe)), "File Size")
+    assert [row["Description"] for row in rows] == [
+        "the first",
+        "4-bit, with Act Order, 32g. Closest to fp16. Largest file.",
+        "the third",
+        "4-bit, with Act Order, 128g. Furthest from fp16. Smallest file.",
+    ]
+
+
+def test_autogptq_is_installed_in_the_versions_that_ran() -> None:
+    recipe = recipe_of_four()
+    receipts = receipts_of_four(recipe)
+    (line,) = [
+        line for line in render(recipe, receipts).splitlines() if line.startswith("pip install") and "==" in line
+    ]
+    versions = {"auto-gptq": "0.7.1", "transformers": "4.40.2", "accelerate": "0.30.1"}
+    assert line == "pip install " + " ".join(f"{name}=={version}" for name, version in versions.items())
+
+
+def test_a_figure_that_is_infinite_is_refused() -> None:
+    recipe = recipe_of_four()
+    receipts = receipts_of_four(recipe)
+    quality = receipts[1].quality
+    assert quality is not None
+    endless = quality.model_copy(update={"kl_divergence": float("inf")})
+    receipts[1] = receipts[1].model_copy(update={"quality": endless})
+    with pytest.raises(CardError, match="a figure that is not a number"):
+        render(recipe, receipts)

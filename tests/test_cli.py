@@ -373,6 +373,27 @@ def test_the_status_table_fits_and_cuts_no_branch(tiny: Path, update_golden: boo
     check_golden(f"cli/status_{width}.txt", "".join(f"{line.rstrip()}\n" for line in text.splitlines()), update_golden)
 
 
+def test_every_figure_of_the_status_is_that_of_the_branch_s_receipt(tiny: Path) -> None:
+    add_loaders(tiny)
+    sizes = {"main": 7_255_144_864, tiny_recipe.ACT_ORDER: 12_345_678, tiny_recipe.THREE_BITS: 4_321}
+    for index, (branch, size_bytes) in enumerate(sizes.items()):
+
+        def change(receipt: dict[str, Any], index: int = index, size_bytes: int = size_bytes) -> None:
+            receipt["seconds"] = {"quantize": 61.4 + index, "evaluate": 0.3, "verify": 100}
+            receipt["provenance"]["weights_bytes"] = size_bytes
+            quality = {"perplexity": 5.43216 + index, "base_perplexity": 4.1, "kl_divergence": 0.0123456 * 10**-index}
+            receipt["provenance"]["quality"] |= quality
+
+        edit_receipt(tiny, branch, change)
+    lines = [line.split() for line in status_text(tiny, 200).splitlines()]
+    rows = {line[0]: [*line[1:5], line[-1]] for line in lines if line[0] in sizes}
+    assert rows == {
+        "main": ["7.26", "GB", "5.4322", "0.0123", "161.7"],
+        tiny_recipe.ACT_ORDER: ["12.35", "MB", "6.4322", "0.00123", "162.7"],
+        tiny_recipe.THREE_BITS: ["4.32", "kB", "7.4322", "0.000123", "163.7"],
+    }
+
+
 def test_a_narrow_table_folds_names_and_cuts_no_figure(tiny: Path) -> None:
     text = status_text(tiny, 50)
     assert max(len(line) for line in text.splitlines() if ":" not in line) <= 50
@@ -405,6 +426,28 @@ def test_status_does_not_show_figures_of_another_recipe(tiny: Path, old: str, ne
     Path("recipe.yaml").write_text(Path("recipe.yaml").read_text().replace(old, new))
     row = next(line for line in packager("status", "recipe.yaml").stdout.splitlines() if line.startswith("main"))
     assert shown in " ".join(row.split()).replace(" MB ", " MB  ").replace(" kB ", " MB  ")
+
+
+def test_every_figure_of_the_loaders_table_is_that_of_its_record(tiny: Path) -> None:
+    def record(index: int) -> dict[str, Any]:
+        figures = {"relative_error": 0.001234 + index / 100, "top1_agreement": 0.99876 - index / 10}
+        counts = {"tokens_generated": 39 + index, "tokens_equal": 30 - index}
+        return {"loader": "autogptq", "required": True, "status": "passed"} | figures | counts
+
+    folder = tiny / "dist" / "receipts" / tiny_recipe.REPOSITORY
+    receipts = []
+    for index, branch in enumerate(tiny_recipe.BRANCHES):
+        records = [record(index)]
+        edit_receipt(tiny, branch, lambda receipt, records=records: receipt["provenance"].update(loaders=records))
+        receipts.append(Receipt.model_validate_json((folder / f"{branch}.json").read_bytes()))
+    stream = io.StringIO()
+    print_loaders(receipts, Console(file=stream, width=120))
+    rows = [line.split() for line in stream.getvalue().splitlines() if "autogptq" in line]
+    assert rows == [
+        [tiny_recipe.MAIN, "autogptq", "ok", "0.00123", "0.999", "30/39"],
+        [tiny_recipe.ACT_ORDER, "autogptq", "ok", "0.01123", "0.899", "29/40"],
+        [tiny_recipe.THREE_BITS, "autogptq", "ok", "0.02123", "0.799", "28/41"],
+    ]
 
 
 def test_the_loaders_table_says_why_one_did_not_run_once(tiny: Path) -> None:
