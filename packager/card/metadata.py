@@ -1,4 +1,4 @@
-"""The card's front matter: what the Hub reads to file, search and link a repository.
+"""The card's front matter, which the Hub reads to file, search and link a repository.
 
 https://huggingface.co/docs/hub/model-cards, read in November 2026. Calibration text is never listed under `datasets`:
 there it would mean training data.
@@ -58,7 +58,7 @@ def _license(license_: License) -> dict[str, str | list[str]]:
         raise CardError(
             "the licence has no name",
             where="card.license.id",
-            why="a card that says `license: other` must also say which one",
+            why="a card that says `license: other` must also name it",
             hint="write the licence's own name, e.g. coqui-public-model-license; the card adds `license: other`",
         )
     if not link:

@@ -64,7 +64,7 @@ Exit codes:
 
 A first run, on any machine: packager release recipes/demo-llama.yaml
 """
-# What a wrong --dist raises. A full disk is reported where the file is written.
+# Raised for a wrong --dist. A full disk is reported where the file is written.
 _REFUSALS = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 class Format(StrEnum):
-    """How a result is printed."""
+    """The format of a result."""
 
     text = "text"
     json = "json"
 
 
 class Device(StrEnum):
-    """Where to compute."""
+    """The device that computes."""
 
     auto = "auto"
     cpu = "cpu"

@@ -70,7 +70,7 @@ def check_privacy(
 
 
 def _strings(listing: Listing, name: str, documents: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Yield (place, text): the strings of a JSON file, the lines of any other. Damage was reported before."""
+    """Yield (location, text): the strings of a JSON file, the lines of another. Damage was reported before."""
     if name in documents and name not in _VOCABULARIES:
         yield from _json_strings(name, documents[name])
         return

@@ -194,7 +194,7 @@ def _check_dtypes(plain: Parts, dtype: str | None, findings: Findings) -> None:
 
 
 def _layout(quantized: Mapping[str, Parts], declared: Declared) -> _Layout | None:
-    """Return how the linears are packed: as declared, else as the first linear that can tell, else None."""
+    """Return how the linears are packed: as declared, else as the first readable linear shows, else None."""
     bits, group_size = declared.bits, declared.group_size
     for parts in quantized.values():
         if bits is not None and group_size is not None:

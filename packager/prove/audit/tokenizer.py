@@ -27,7 +27,7 @@ def _share(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
-# What transformers' GenerationConfig.validate accepts.
+# The values that transformers' GenerationConfig.validate accepts.
 _GENERATION_VALUES: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "do_sample": (lambda value: isinstance(value, bool), "true or false"),
     "temperature": (_positive, "a number above 0"),
@@ -121,7 +121,7 @@ def _check_template(listing: Listing, tokenizer_config: JsonObject, findings: Fi
 
 
 def _templates(value: object, findings: Findings) -> dict[str, str]:
-    """Return the templates in tokenizer_config.json by place: one string, or a list of named ones."""
+    """Return the templates in tokenizer_config.json by location: one string, or a list of named ones."""
     place = f"{TOKENIZER_CONFIG}: chat_template"
     if value is None:
         return {}
