@@ -409,3 +409,16 @@ def test_a_figure_that_is_infinite_is_refused() -> None:
     receipts[1] = receipts[1].model_copy(update={"quality": endless})
     with pytest.raises(CardError, match="a figure that is not a number"):
         render(recipe, receipts)
+
+
+def test_no_equal_token_is_a_figure_too() -> None:
+    recipe = recipe_of_four()
+    receipts = receipts_of_four(recipe)
+    record = receipts[0].loaders[0].model_copy(update={"tokens_equal": 0, "tokens_generated": 5})
+    receipts[0] = receipts[0].model_copy(update={"loaders": (record, *receipts[0].loaders[1:])})
+    (row,) = [
+        row
+        for row in table(render(recipe, receipts), "Greedy tokens equal")
+        if (row["Loader"], row["Branch"]) == ("AutoGPTQ", "`main`")
+    ]
+    assert row["Greedy tokens equal"] == "0 of 5"

@@ -24,7 +24,7 @@ def _warning(hint: str) -> Rule:
 
 # The audit's rules, and the rules about repositories and their branches.
 PUBLISHED_RULES: Mapping[str, Rule] = {
-    **audit.RULES,
+    **audit.AUDIT_RULES,
     "branch-unreadable": _rule("run again later; if the error remains, the repository has lost files that it lists"),
     "files-too-many": _rule("packager did not publish this branch: restrict the run with --branch"),
     "file-name": _rule("remove the file: its name leads out of the download folder, or does not survive a clone"),
