@@ -29,7 +29,7 @@ from rich.console import Console
 from packager.model.packing import checkpoint_reader
 from packager.pipeline.build_state import BuildState, Options
 from packager.pipeline.stages import quantize_and_pack
-from packager.prove.evaluate import Measured, compare, measure
+from packager.prove.evaluate import ForwardResult, quality_of, run_texts
 from packager.recipe.file import RecipeFile
 from packager.system.files import write_atomic
 from packager.system.terminal import Terminal
@@ -69,13 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = builds[settings.seeds[0]]
     texts, device = first.texts, first.device
     reader, folder = first.source.read, first.source.folder
-    base = measure(folder, reader, texts, device=device, dtype=torch.float32)
+    base = run_texts(folder, reader, texts, device=device, dtype=torch.float32)
     measurements = []
     failed = False
     for engine, seed, permutation, outcome, checkpoint in (*_ours(settings, builds), *_peers(settings, builds)):
         quality = None
         if outcome.status == "ok":
-            quality = compare(base, _measured(checkpoint, first), texts)
+            quality = quality_of(base, _measured(checkpoint, first), texts)
             terminal.log(f"{engine} {name_of(permutation)} seed {seed}: KL {quality.kl_divergence:.6f}")
         failed |= outcome.status == "failed"
         measurements.append(
@@ -186,10 +186,10 @@ def _peers(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Job]:
             yield engine.title, seed, permutation, outcome, folder
 
 
-def _measured(checkpoint: Path, build: BuildState) -> Measured:
+def _measured(checkpoint: Path, build: BuildState) -> ForwardResult:
     """Run a checkpoint's tensors in the base model; its own config.json is ignored."""
     read = checkpoint_reader(checkpoint, 4)
-    return measure(build.source.folder, read, build.texts, device=build.device, dtype=torch.float32)
+    return run_texts(build.source.folder, read, build.texts, device=build.device, dtype=torch.float32)
 
 
 def parse(arguments: Sequence[str] | None) -> Settings:

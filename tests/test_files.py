@@ -1,12 +1,14 @@
-"""`files` and `parallel`: digests of many files at once, in order, and of a base model's files only once."""
+"""`files` and `parallel`: digests of many files at once, in order, and of a file that did not change only once."""
 
+import hashlib
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from packager.inputs.base_model import model_records
+from packager.inputs.base_model import model_files
 from packager.system import files as files_module
 from packager.system.files import file_record, file_records
 from packager.system.parallel import in_parallel
@@ -26,6 +28,21 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the files whose content was read since; what was just written counts as settled."""
+    names: list[str] = []
+    digest = hashlib.file_digest
+
+    def counted(stream: Any, name: str) -> object:
+        names.append(Path(stream.name).name)
+        return digest(stream, name)
+
+    monkeypatch.setattr(files_module, "_SETTLED_NS", -(10**12))
+    monkeypatch.setattr(files_module.hashlib, "file_digest", counted)
+    return names
+
+
+@pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
     for number in range(20):
         (tmp_path / f"{number:02d}").write_bytes(bytes([number]) * number * 1000)
@@ -40,23 +57,33 @@ def test_records_are_those_of_each_file_in_the_order_asked_for(paths: list[Path]
     assert file_records([]) == {}
 
 
-def test_a_base_model_s_file_is_hashed_once_unless_it_changes(paths: list[Path], hashed: list[str]) -> None:
-    first = model_records(paths)
+def test_a_base_model_s_file_is_hashed_once_unless_it_changes(paths: list[Path], read: list[str]) -> None:
+    first = file_records(paths)
     assert list(first) == paths
-    assert model_records(paths[:5]) == dict(list(first.items())[:5])
-    assert len(hashed) == len(paths)
+    assert file_records(paths[:5]) == dict(list(first.items())[:5])
+    assert len(read) == len(paths)
     paths[3].write_bytes(bytes([7]) * 3000)
-    changed = model_records(paths)
+    changed = file_records(paths)
     assert changed[paths[3]] == file_record(paths[3]) != first[paths[3]]
-    assert hashed[len(paths) :] == ["03"]
+    assert read[len(paths) :] == ["03"]
 
 
-def test_a_change_that_hides_behind_the_old_time_is_noticed(paths: list[Path], hashed: list[str]) -> None:
-    model_records(paths)
+def test_a_change_that_hides_behind_the_old_time_is_noticed(paths: list[Path], read: list[str]) -> None:
+    file_records(paths)
     stat = paths[3].stat()
     paths[3].write_bytes(bytes([7]) * 3000)
     os.utime(paths[3], ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert model_records(paths)[paths[3]] == file_record(paths[3])
+    assert file_records(paths)[paths[3]] == file_record(paths[3])
+
+
+def test_a_base_model_s_file_that_is_rewritten_at_once_is_hashed_again(tmp_path: Path) -> None:
+    """Its size and, within a tick of the file system's clock, its times and inode are those of before."""
+    path = tmp_path / "tokenizer.json"
+    for number in range(100):
+        content = f"{number:04d}".encode()
+        path.write_bytes(content)
+        (record,) = file_records(model_files(tmp_path)).values()
+        assert record.sha256 == hashlib.sha256(content).hexdigest()
 
 
 def test_results_come_in_order_and_from_threads() -> None:

@@ -96,7 +96,7 @@ class StandIn:
 def logits_of(decoder: Decoder, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     ids = torch.tensor(rows)
     (state,) = forward(decoder, ids, rows=len(rows))
-    return decoder.logits(ids, state)
+    return decoder.logits(state)
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from transformers import AutoTokenizer
 from packager.card import CardTexts, render_card
 from packager.card.markdown import CodeBlock, extract_code_blocks
 from packager.errors import LoaderError
-from packager.inputs.texts import prompt_ids, read_texts
+from packager.inputs.chat import prompt_ids
+from packager.inputs.texts import read_texts
 from packager.model.decoder import Decoder, forward
 from packager.model.packing import checkpoint_reader
 from packager.pipeline.plan import make_plan
@@ -151,7 +152,7 @@ def own_logits(clones: Mapping[str, Path], rows: Sequence[Sequence[int]]) -> dic
     for branch, folder in clones.items():
         decoder = Decoder(folder, checkpoint_reader(folder, RECIPE.defaults.bits), device=cpu, dtype=torch.float32)
         (state,) = forward(decoder, ids, rows=ROWS)
-        logits[branch] = decoder.logits(ids, state).numpy()
+        logits[branch] = decoder.logits(state).numpy()
     return logits
 
 

@@ -1,47 +1,68 @@
-"""What is made of a loader's logits: agreement passes; numbers that are none, or somebody else's, never do."""
+"""The judgement of a loader's logits and tokens: agreement passes; NaN, or the logits of another variant, never do."""
 
+import gc
 import json
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from packager.errors import LoaderError, MachineError
 from packager.model.decoder import Decoder
 from packager.prove import verify
 from packager.prove.environments import RuntimeContext
-from packager.prove.probes import ProbeResult
-from packager.prove.verify import Checkpoint, Reference, VerifyJob
+from packager.prove.probes import ProbeJob, ProbeResult
+from packager.prove.verify import Checkpoint, VerifyJob
 from packager.receipt import LoaderRecord
 from packager.recipe import Loaders
+from tests.tiny_models import save_model, token_rows
 
 SHA256 = {"model.safetensors": "0" * 64}
+CPU = torch.device("cpu")
 OWN, OTHER = (np.random.default_rng(seed).normal(size=(2, 8, 32)).astype(np.float32) for seed in (1, 2))
 
 
-def record_of(monkeypatch: pytest.MonkeyPatch, logits: np.ndarray, **probe: Any) -> LoaderRecord:
-    """Return what is said of a loader that made these logits of the variant `main`, beside one with other weights."""
-    result = ProbeResult(
+def result_of(logits: np.ndarray, **probe: Any) -> ProbeResult:
+    return ProbeResult(
         **{
             "logits": logits, "generated": (), "load_s": 1.0, "forward_s": 1.0, "peak_memory_bytes": 1,
             "device": "cpu", "dtype": "float32", "kernel": "torch", "versions": {},
             "weights_sha256": SHA256,
         } | probe
     )  # fmt: skip
-    monkeypatch.setattr(verify, "_probe", lambda *_: {"main": result, "other": result})
-    checkpoints = tuple(
-        Checkpoint(branch=branch, folder=Path(branch), bits=4, weights_sha256=SHA256) for branch in ("main", "other")
-    )
-    nobody = cast(Decoder, None)
-    references = {"main": Reference(decoder=nobody, logits=OWN), "other": Reference(decoder=nobody, logits=OTHER)}
-    job = VerifyJob(
-        checkpoints=checkpoints, ids=torch.zeros(2, 8, dtype=torch.int64), prompts=(),
-        loaders=Loaders(required=("autogptq",)), device=torch.device("cpu"),
-        context=RuntimeContext(cache=Path(), scratch=Path(), environ={}, log=lambda _: None),
-    )  # fmt: skip
-    (record,) = verify.prove(job, references, lambda _: None)["main"]
+
+
+def job_of(folders: Mapping[str, Path], ids: torch.Tensor, **fields: Any) -> VerifyJob:
+    checkpoints = [
+        Checkpoint(branch=branch, folder=folder, bits=4, weights_sha256=SHA256) for branch, folder in folders.items()
+    ]
+    defaults: dict[str, Any] = {
+        "checkpoints": checkpoints, "ids": ids, "prompts": (), "loaders": Loaders(required=("autogptq",)),
+        "device": CPU, "context": RuntimeContext(cache=Path(), scratch=Path(), environ={}, log=lambda _: None),
+    }  # fmt: skip
+    return VerifyJob(**defaults | fields)
+
+
+def replace_loaders(monkeypatch: pytest.MonkeyPatch, probe: Callable[[ProbeJob], ProbeResult | LoaderError]) -> None:
+    """Replace environments and processes by a function that computes a checkpoint's result."""
+
+    def run_probes(_: object, __: Path, jobs: Sequence[ProbeJob], *___: object) -> list[ProbeResult | LoaderError]:
+        return [probe(job) for job in jobs]
+
+    monkeypatch.setattr(verify, "ensure_environment", lambda *_: Path("python"))
+    monkeypatch.setattr(verify, "run_probes", run_probes)
+
+
+def record_of(monkeypatch: pytest.MonkeyPatch, logits: np.ndarray, **probe: Any) -> LoaderRecord:
+    """Return the record of a loader that made these logits of the variant `main`, beside one with other weights."""
+    replace_loaders(monkeypatch, lambda _: result_of(logits, **probe))
+    job = job_of({"main": Path("main"), "other": Path("other")}, torch.zeros(2, 8, dtype=torch.int64))
+    (record,) = verify.check_loaders(job, {"main": OWN, "other": OTHER}, lambda _: None)["main"]
     return record
 
 
@@ -85,7 +106,238 @@ def test_what_is_not_a_number_or_too_large_fails(monkeypatch, what):
         (-OWN, {}, "top-1 agreement 0.000, at least 0.95 wanted"),
     ],
 )
-def test_a_failure_says_what_differs(monkeypatch, logits, probe, reason):
+def test_a_failure_names_the_difference(monkeypatch, logits, probe, reason):
     record = record_of(monkeypatch, logits, **probe)
     assert record.status == "failed"
     assert reason in record.reason
+
+
+def test_the_figures_are_those_of_a_plain_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(3).normal(size=OWN.shape).astype(np.float32)
+    logits = OWN + np.float32(0.4) * noise
+    record = record_of(monkeypatch, logits)
+    difference, own = (logits - OWN).astype(np.float64), OWN.astype(np.float64)
+    assert record.relative_error == pytest.approx((difference**2).sum() ** 0.5 / (own**2).sum() ** 0.5, abs=1e-6)
+    same = [
+        max(range(32), key=logits[row, position].__getitem__) == max(range(32), key=OWN[row, position].__getitem__)
+        for row in range(2)
+        for position in range(8)
+    ]
+    assert 0 < sum(same) < len(same)
+    assert record.top1_agreement == pytest.approx(sum(same) / len(same), abs=1e-6)
+    assert (record.tokens_generated, record.tokens_equal) == (0, 0)
+
+
+PROMPTS = ((5, 9, 11), (17,), (40, 41, 42, 43, 44, 45))
+NUM_TOKENS = 6
+
+
+class Checked:
+    """A tiny model that stands for a checkpoint (its linears are not packed), and transformers' whole model of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = save_model(folder, "llama")
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.ids = token_rows(2, 8).ids
+        self.logits = self.run(self.ids)
+        self.generated = tuple(self.generate(prompt) for prompt in PROMPTS)
+
+    @torch.no_grad()
+    def run(self, ids: torch.Tensor) -> np.ndarray:
+        logits: torch.Tensor = self.model(ids).logits
+        return logits.numpy()
+
+    def after(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return the logits of the next token."""
+        found: np.ndarray = self.run(torch.tensor([list(tokens)]))[0, -1]
+        return found
+
+    def generate(self, prompt: Sequence[int], count: int = NUM_TOKENS) -> tuple[int, ...]:
+        ids = list(prompt)
+        for _ in range(count):
+            ids.append(int(self.after(ids).argmax()))
+        return tuple(ids[len(prompt) :])
+
+    def equal(self, generated: Sequence[Sequence[int]]) -> int:
+        """Count the tokens that are the most likely one after the prompt and the tokens before them."""
+        return sum(
+            int(self.after([*prompt, *tokens[:number]]).argmax()) == token
+            for prompt, tokens in zip(PROMPTS, generated, strict=True)
+            for number, token in enumerate(tokens)
+        )
+
+    def job(self, **fields: Any) -> VerifyJob:
+        return job_of({"main": self.folder}, self.ids, prompts=PROMPTS, **fields)
+
+    def record(self, monkeypatch: pytest.MonkeyPatch, **probe: Any) -> LoaderRecord:
+        fields = {"logits": self.logits, "generated": self.generated} | probe
+        replace_loaders(monkeypatch, lambda _: result_of(**fields))
+        (record,) = verify.verify(self.job(), lambda _: None)["main"]
+        return record
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
+    return Checked(tmp_path_factory.mktemp("checked"))
+
+
+def test_our_logits_are_those_of_the_whole_model(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tokens in (1024, 3):  # pieces that end inside a row
+        monkeypatch.setattr(verify, "tokens_per_piece", lambda _, tokens=tokens: tokens)
+        found = verify.references_of(checked.job())["main"]
+        assert found.shape == checked.logits.shape
+        assert np.allclose(found, checked.logits, atol=1e-5)
+
+
+def test_greedy_tokens_of_the_whole_model_are_equal(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = checked.record(monkeypatch)
+    assert (record.status, record.reason) == ("passed", "")
+    assert (record.tokens_generated, record.tokens_equal) == (18, 18)
+
+
+def shifted(tokens: Sequence[int]) -> tuple[int, ...]:
+    return (*tokens[1:], tokens[0])
+
+
+CHANGES: Mapping[str, Callable[[tuple[tuple[int, ...], ...]], tuple[tuple[int, ...], ...]]] = {
+    "the last token differs": lambda made: (made[0], (*made[1][:-1], (made[1][-1] + 1) % 128), made[2]),
+    "the first token differs": lambda made: (((made[0][0] + 64) % 128, *made[0][1:]), made[1], made[2]),
+    "one position later": lambda made: tuple(shifted(tokens) for tokens in made),
+    "answers of other prompts": lambda made: (made[1], made[2], made[0]),
+    "fewer tokens": lambda made: (made[0][:2], (), (made[2][0], 3)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_token_that_differs_is_counted(checked: Checked, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    generated = CHANGES[name](checked.generated)
+    record = checked.record(monkeypatch, generated=generated)
+    count, equal = sum(map(len, generated)), checked.equal(generated)
+    assert equal < count
+    assert (record.tokens_generated, record.tokens_equal) == (count, equal)
+    assert record.status == "failed"
+    assert record.reason == f"{count - equal} of {count} generated tokens are not what our forward finds most likely"
+
+
+def test_garbage_logits_make_no_garbage_token_equal(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    dice = np.random.default_rng(0)
+    logits = dice.normal(size=checked.logits.shape).astype(np.float32)
+    generated = tuple(tuple(dice.integers(3, 128, NUM_TOKENS).tolist()) for _ in PROMPTS)
+    for garbage in (logits, logits * np.float32(1e30), np.full_like(logits, np.nan)):
+        record = checked.record(monkeypatch, logits=garbage, generated=generated, dtype="float16")
+        assert record.tokens_equal == checked.equal(generated) < 3
+        assert (record.status, record.tokens_generated) == ("failed", 18)
+
+
+def test_a_token_outside_the_vocabulary_is_not_equal(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    generated = ((*checked.generated[0][:2], 128, *checked.generated[0][3:]), (-1,) * 6, checked.generated[2])
+    record = checked.record(monkeypatch, generated=generated)
+    assert (record.tokens_generated, record.tokens_equal) == (18, 2 + 6)
+
+
+def test_nan_in_our_own_forward_makes_no_token_equal(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Decoder, "logits", lambda *_: torch.full((1, NUM_TOKENS, 128), torch.nan))
+    assert checked.record(monkeypatch, logits=checked.logits).tokens_equal == 0
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 0.02), ("float16", 0.04), ("bfloat16", 0.12)])
+@pytest.mark.parametrize("factor", [0.98, 1.02])
+def test_tokens_tie_within_the_rounding_of_the_dtype(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch, dtype: str, allowed: float, factor: float
+) -> None:
+    logits = checked.after([*PROMPTS[0], *checked.generated[0][:-1]]).astype(np.float64)
+    best, rms = checked.generated[0][-1], np.sqrt((logits**2).mean())
+    second = int(np.argsort(logits)[-2])
+    original = Decoder.logits
+
+    def changed(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        """Bring the second most likely token of the first prompt's last position close to the most likely one."""
+        found = original(self, hidden)
+        target = torch.from_numpy(logits).float()
+        near = (found - target).abs().amax(-1) < 1e-4
+        found[..., second] = torch.where(near, float(logits[best] - factor * allowed * rms), found[..., second])
+        return found
+
+    monkeypatch.setattr(Decoder, "logits", changed)
+    generated = ((*checked.generated[0][:-1], second), *checked.generated[1:])
+    record = checked.record(monkeypatch, generated=generated, dtype=dtype)
+    assert record.tokens_equal == (18 if factor < 1 else 17)
+
+
+def test_rounding_to_float16_changes_no_verdict(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader in float16: its own greedy tokens, and the other token wherever two tie in float16."""
+    half: Any = AutoModelForCausalLM.from_pretrained(checked.folder, dtype=torch.float16).eval()
+
+    @torch.no_grad()
+    def generate(prompt: Sequence[int]) -> tuple[int, ...]:
+        ids = list(prompt)
+        for _ in range(NUM_TOKENS):
+            logits = half(torch.tensor([ids])).logits[0, -1]
+            ids.append(int((logits == logits.max()).nonzero()[-1]))
+        return tuple(ids[len(prompt) :])
+
+    with torch.no_grad():
+        logits = half(checked.ids).logits.float().numpy()
+    generated = tuple(generate(prompt) for prompt in PROMPTS)
+    record = checked.record(monkeypatch, logits=logits, generated=generated, dtype="float16")
+    assert (record.status, record.tokens_equal) == ("passed", 18)
+
+
+def test_no_decoder_is_alive_while_loaders_run(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Decoder]] = []
+    alive: list[int] = []
+    emptied: list[int] = []
+    create = Decoder.__init__
+
+    def init(self: Decoder, *arguments: Any, **named: Any) -> None:
+        create(self, *arguments, **named)
+        made.append(weakref.ref(self))
+
+    def probe(_: ProbeJob) -> ProbeResult:
+        alive.append(sum(each() is not None for each in made))
+        return result_of(checked.logits, generated=checked.generated)
+
+    monkeypatch.setattr(Decoder, "__init__", init)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(alive)))
+    replace_loaders(monkeypatch, probe)
+    loaders = Loaders(required=("autogptq", "transformers"))
+    job = job_of({"main": checked.folder, "other": checked.folder}, checked.ids, prompts=PROMPTS, loaders=loaders)
+    records = verify.verify(job, lambda _: None)
+    assert [record.tokens_equal for found in records.values() for record in found] == [18] * 4
+    assert len(made) == 2 + 2  # our logits, then the tokens of all loaders at once
+    assert alive == [0] * 4
+    assert emptied == [0]
+
+
+def test_a_model_is_freed_without_the_garbage_collector(checked: Checked) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        decoder = verify._decoder(checked.job().checkpoints[0], checked.job())
+        (state,) = verify.forward(decoder, checked.ids, rows=2)
+        decoder.logits(state)
+        weights = weakref.ref(decoder.blocks[0])
+        del decoder, state
+        assert weights() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("step", ["references_of", "token_gaps"])
+def test_a_gpu_without_memory_is_an_error_with_a_hint(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    calls = []
+
+    def fail(*arguments: object, **named: object) -> list[torch.Tensor]:
+        calls.append(1)
+        if len(calls) > (step == "token_gaps"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(*arguments, **named)
+
+    forward: Any = verify.forward
+    monkeypatch.setattr(verify, "forward", fail)
+    with pytest.raises(MachineError, match="the GPU's memory is exhausted") as caught:
+        checked.record(monkeypatch)
+    assert (caught.value.why, len(calls)) == ("CUDA out of memory", 1 + (step == "token_gaps"))
+    assert "--device cpu" in caught.value.hint

@@ -1,10 +1,10 @@
-"""Stage 3, source: the fp16 base model as files whose digests are known, never as a whole in memory.
+"""Stage 3, source: open the fp16 base model as files with known digests; the whole model is never in memory.
 
-A local folder, or the Hub at a pinned commit. Only safetensors are read: a pickle can run code when it is opened.
+It is a local folder, or the Hub at a pinned commit. Only safetensors are read: a pickle can run code when it is opened.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +31,11 @@ class SourceModel:
     """A base model on disk.
 
     Attributes:
-        folder: where its files are.
-        config: config.json.
+        folder: with its files.
+        config: content of config.json.
         architecture: its shapes.
         record: identity and digests, for the receipts.
-        tensors: every tensor by name, with the place of its bytes; derived buffers left out.
+        tensors: position of every tensor's bytes, by name; derived buffers are left out.
     """
 
     folder: Path
@@ -45,29 +45,38 @@ class SourceModel:
     tensors: Mapping[str, StoredTensor]
 
     def read(self, name: str) -> "torch.Tensor":
-        """Return one tensor on the CPU in its stored dtype, read from disk now.
+        """Read one tensor from disk into the CPU's memory, in its stored dtype.
 
         Raises:
-            SourceError: NaN or Inf outside the blocks; theirs are checked on the device, where it costs less.
+            SourceError: there is no such tensor, or it is outside the blocks and holds NaN or Inf. The tensors of
+                blocks are checked on the device, where that costs less.
         """
+        if name not in self.tensors:
+            raise SourceError(
+                "the weights lack a tensor that the model needs",
+                where=name,
+                why=f"{self.folder} has no tensor of this name",
+                hint="the installed transformers may build this architecture with other tensors",
+            )
         tensor = read_tensor(self.tensors[name])
         if not name.startswith(f"{BLOCK_PREFIX}.") and not bool(tensor.isfinite().all()):
             raise SourceError("the weights contain NaN or Inf", where=name, hint="the base model is damaged")
         return tensor
 
 
-def open_source(recipe_file: RecipeFile, report: Callable[[str], None]) -> SourceModel:
-    """Find the base model, fetching it from the Hub if needed, and check it against the recipe.
+def open_source(recipe_file: RecipeFile, log: Callable[[str], None]) -> SourceModel:
+    """Find the base model, download it from the Hub if needed, and check it against the recipe.
 
     Args:
-        recipe_file: the recipe and where it lies.
-        report: told about downloads, one line each.
+        recipe_file: the recipe and its path.
+        log: receives a line for each download.
 
     Raises:
-        SourceError: not there, gated, pickle only, truncated, or not what config.json and the recipe say.
+        SourceError: the model is missing, gated, has only pickles, is truncated, or differs from its config.json or
+            from the recipe's copy of it.
     """
     base = recipe_file.recipe.base_model
-    folder = recipe_file.resolve(base.path) if base.path else _download(base.id, str(base.revision), report)
+    folder = recipe_file.resolve(base.path) if base.path else _download(base.id, str(base.revision), log)
     expected = recipe_file.config if base.config else None
     return read_source(folder, base_id=base.id, revision=base.revision, expected_config=expected)
 
@@ -75,7 +84,7 @@ def open_source(recipe_file: RecipeFile, report: Callable[[str], None]) -> Sourc
 def read_source(
     folder: Path, *, base_id: str, revision: str | None = None, expected_config: Mapping[str, object] | None = None
 ) -> SourceModel:
-    """Open a folder as a base model; every file is hashed and every safetensors header is checked.
+    """Open a folder as a base model: hash every file and check every safetensors header.
 
     Raises:
         SourceError: see `open_source`.
@@ -91,7 +100,7 @@ def read_source(
                 hint="replace the copy named by base_model.config with the model's own config.json",
             )
     tensors = _read_tensors(folder, architecture)
-    files = {path.name: record for path, record in model_records(model_files(folder)).items()}
+    files = {path.name: record for path, record in file_records(model_files(folder)).items()}
     weights = {name: record for name, record in files.items() if name.endswith((".safetensors", CONFIG))}
     record = SourceRecord(
         id=base_id,
@@ -105,26 +114,8 @@ def read_source(
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Return what lies in a model's folder, sorted; hidden files are a file manager's or a download's."""
+    """Return the files in a model's folder, sorted; hidden files belong to a file manager or a download."""
     return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-
-
-_known_records: dict[tuple[Path, int, int, int, int], FileRecord] = {}
-
-
-def model_records(paths: Iterable[Path]) -> dict[Path, FileRecord]:
-    """Return size and sha256 of files of a base model, in their order; each is hashed once in a process's life.
-
-    Which stages must run and what a receipt says of the model both follow from these digests, and a 13B model has
-    26 GB. A file whose size, times or inode changed since is hashed again.
-    """
-    keys = {}
-    for path in paths:
-        stat = path.stat()
-        keys[path] = (path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-    new = file_records(path for path, key in keys.items() if key not in _known_records)
-    _known_records.update((keys[path], record) for path, record in new.items())
-    return {path: _known_records[key] for path, key in keys.items()}
 
 
 def _text_files(files: Mapping[str, FileRecord]) -> dict[str, str]:
@@ -170,7 +161,7 @@ def _read_tensors(folder: Path, architecture: Architecture) -> dict[str, StoredT
 
 
 def _weights_files(folder: Path) -> list[Path]:
-    """Return the files of the one weights set: those that the index names, else every safetensors file.
+    """Return the weights files: those that the index names, or every safetensors file if there is no index.
 
     Raises:
         SourceError: the index is damaged, or a shard is missing.
@@ -207,7 +198,7 @@ def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, fold
         for name, tensor in expected.items()
         if name in found and found[name].info.dtype != tensor.dtype
     ]
-    # A tied lm_head is sometimes stored all the same; the embedding is the one that counts.
+    # Some checkpoints store a tied lm_head as well; runtimes use the embedding.
     extra = [name for name in extra if not (name == "lm_head.weight" and architecture.tie_word_embeddings)]
     if missing or extra or wrong:
         listed = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in extra] + wrong
@@ -223,7 +214,11 @@ def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, fold
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Translate what the Hub client raises while reading `what` into a SourceError with a hint."""
+    """Translate the Hub client's errors while reading `what`.
+
+    Raises:
+        SourceError: with a hint, instead of the client's own exceptions.
+    """
     from huggingface_hub import errors as hub
 
     # OSError and the HTTP library's own error, which is httpx's in client 1.x and httpx2's in 2.x.
@@ -254,7 +249,7 @@ def hub_errors(what: str) -> Iterator[None]:
 
 
 def access_problem(base_id: str) -> str:
-    """Return why a model on the Hub cannot be read from here (gated, private, no network), or "" when it can."""
+    """Return why a model on the Hub cannot be read by this user (gated, private, no network), or "" if it can."""
     import huggingface_hub
 
     try:
@@ -265,8 +260,8 @@ def access_problem(base_id: str) -> str:
     return ""
 
 
-def _download(base_id: str, revision: str, report: Callable[[str], None]) -> Path:
-    """Fetch a model at a commit into the Hub's cache and compare it with the digests that the Hub states."""
+def _download(base_id: str, revision: str, log: Callable[[str], None]) -> Path:
+    """Download a model at a commit into the Hub's cache and compare its digests with those that the Hub states."""
     import huggingface_hub
 
     with hub_errors(f"{base_id} at {revision[:12]}"), disk_errors(Path("the Hub cache")):
@@ -278,10 +273,10 @@ def _download(base_id: str, revision: str, report: Callable[[str], None]) -> Pat
                 where=f"{base_id} at {revision}",
                 hint="a pickle can run code when it is opened; name a revision with safetensors",
             )
-        report(f"fetching {base_id} at {revision[:12]} into the Hub cache")
+        log(f"fetching {base_id} at {revision[:12]} into the Hub cache")
         folder = Path(huggingface_hub.snapshot_download(base_id, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
     stated = {folder / sibling.rfilename: sibling.lfs.sha256 for sibling in siblings if sibling.lfs is not None}
-    for path, record in model_records(path for path in stated if path.exists()).items():
+    for path, record in file_records(path for path in stated if path.exists()).items():
         if record.sha256 != stated[path]:
             raise SourceError(
                 "a downloaded file is damaged",

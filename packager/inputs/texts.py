@@ -1,15 +1,18 @@
-"""Stage 4, calibrate: text becomes seeded rows of token ids, for quantizing and, from other text, for evaluating."""
+"""Stage 4, calibrate: read the texts of a build and cut them into rows of token ids.
+
+Calibration rows are drawn with a seed; evaluation rows come from other text.
+"""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from packager.errors import CalibrationError
 from packager.inputs.base_model import SourceModel, hub_errors
+from packager.inputs.chat import Question, check_prompt_template, prompt_ids, read_questions
+from packager.inputs.overlap import check_overlap
 from packager.receipt import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL, TextRecord, digest_of
 from packager.recipe import Calibration, Evaluation, TextSource
 from packager.recipe.file import RecipeFile
@@ -17,29 +20,28 @@ from packager.recipe.file import RecipeFile
 if TYPE_CHECKING:
     import torch
 
-# Shorter pieces (headings, blank lines) repeat in any corpus; a repeated piece of this length is a leak.
-_LEAK_CHARACTERS = 64
+# A token is rarely longer than this many of the words that the overlap check counts.
+_WORDS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRows:
-    """Token ids int64 [num_samples, seq_len], and where they came from."""
+    """Token ids int64 [num_samples, seq_len], and the record of their text."""
 
     ids: "torch.Tensor"
     record: TextRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """A prompt with the one right answer, as token ids; the answer ends with the token that ends a turn."""
-
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class TextSets:
-    """Everything that is text in a build."""
+    """All texts of a build as token ids.
+
+    Attributes:
+        calibration: rows that the quantizer sees.
+        evaluation: held-out rows.
+        questions: with their answers.
+        prompts: token ids after each of which loaders generate.
+    """
 
     calibration: TokenRows
     evaluation: TokenRows
@@ -51,14 +53,18 @@ def prepare(recipe_file: RecipeFile, source: SourceModel) -> TextSets:
     """Read and tokenize calibration text, evaluation text, questions and prompts, each once.
 
     Raises:
-        CalibrationError: unreadable, too little text, overlapping splits, or a tokenizer that does not fit the model.
+        CalibrationError: a text cannot be read, is too short or overlaps the other; the tokenizer or the prompt
+            template does not fit the model.
+        SourceError: the Hub refused a dataset.
     """
     recipe = recipe_file.recipe
     tokenizer = load_tokenizer(source)
     _check_vocabulary(tokenizer, source)
     calibration_texts = read_texts(recipe.calibration, recipe_file)
     evaluation_texts = read_texts(recipe.evaluation, recipe_file)
-    _check_overlap(calibration_texts, evaluation_texts)
+    check_overlap(
+        calibration_texts, evaluation_texts, num_words=_WORDS_PER_TOKEN * recipe.evaluation.num_tokens
+    )  # fmt: skip
     check_prompt_template(recipe_file, tokenizer)
     calibration = make_rows(
         recipe.calibration, calibration_texts, tokenizer, num_samples=recipe.calibration.num_samples,
@@ -71,7 +77,7 @@ def prepare(recipe_file: RecipeFile, source: SourceModel) -> TextSets:
     return TextSets(
         calibration=calibration,
         evaluation=evaluation,
-        questions=_read_questions(recipe.evaluation, recipe_file, tokenizer),
+        questions=_questions(recipe.evaluation, recipe_file, tokenizer),
         prompts=tuple(tuple(prompt_ids(tokenizer, prompt)) for prompt in recipe.loaders.prompts),
     )
 
@@ -104,7 +110,7 @@ def read_texts(text: TextSource, recipe_file: RecipeFile) -> list[str]:
     """Return the documents of a text source, in order.
 
     Raises:
-        CalibrationError: not readable; a JSONL line without the field (names file and line).
+        CalibrationError: the text cannot be read, or a JSONL line lacks the field; names file and line.
         SourceError: the Hub refused.
     """
     if text.path is not None:
@@ -145,7 +151,7 @@ def _read_text(path: Path) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the number and the value of each line; U+2028 and its like may stand inside a JSON string."""
+    """Yield the number and the value of each line; only a newline ends one, since JSON strings may contain U+2028."""
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -156,33 +162,36 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def make_rows(
-    text: TextSource, texts: Sequence[str], tokenizer: Any, *, num_samples: int, seed: int | None
+    text: Calibration | Evaluation, texts: Sequence[str], tokenizer: Any, *, num_samples: int, seed: int | None
 ) -> TokenRows:
     """Tokenize documents one after the other and cut the stream into rows.
 
-    With a seed, rows are drawn from all whole rows of the stream without repetition; without one, the first rows are
+    With a seed, rows are drawn from all whole rows of the stream without repetition. Without one, the first rows are
     taken.
 
+    Returns:
+        int64 [num_samples, text.seq_len].
+
     Raises:
-        CalibrationError: too little text; says how many tokens are missing.
+        CalibrationError: too little text; the message states how many tokens are missing.
     """
     import torch
 
-    seq_len = text.seq_len if isinstance(text, Calibration | Evaluation) else 0
     stream: list[int] = []
     encoded = tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"] if texts else []
     for ids in encoded:
         stream.extend(ids)
-    needed = num_samples * seq_len
+    needed = num_samples * text.seq_len
     where = text.path or f"{text.dataset} ({text.split})"
     if len(stream) < needed:
         raise CalibrationError(
             f"too little text: {needed - len(stream)} tokens are missing",
             where=where,
-            why=f"{num_samples} rows of {seq_len} tokens need {needed}; the text has {len(stream)}",
+            why=f"{num_samples} rows of {text.seq_len} tokens need {needed}; the text has {len(stream)}",
             hint="give more text, or fewer or shorter rows",
         )
-    rows = torch.tensor(stream[: len(stream) // seq_len * seq_len], dtype=torch.int64).reshape(-1, seq_len)
+    rows = torch.tensor(stream[: len(stream) // text.seq_len * text.seq_len], dtype=torch.int64)
+    rows = rows.reshape(-1, text.seq_len)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         rows = rows[torch.randperm(rows.shape[0], generator=generator)[:num_samples]]
@@ -193,7 +202,7 @@ def make_rows(
         config=text.config,
         split=text.split,
         num_samples=num_samples,
-        seq_len=seq_len,
+        seq_len=text.seq_len,
         seed=seed,
         text_sha256=texts_digest(texts),
         digest=digest_of(rows.tolist()),
@@ -206,90 +215,11 @@ def texts_digest(texts: Sequence[str]) -> str:
     return digest_of(list(texts))
 
 
-def _check_overlap(calibration: Sequence[str], evaluation: Sequence[str]) -> None:
-    seen = set(_long_pieces(calibration))
-    shared = [piece for piece in _long_pieces(evaluation) if piece in seen]
-    if shared:
-        raise CalibrationError(
-            "the evaluation text overlaps the calibration text",
-            why=f"{len(shared)} of its documents or lines are in both, the first begins {shared[0][:40]!r}",
-            hint="evaluate on another split: what was calibrated on measures nothing",
-        )
-
-
-def _long_pieces(texts: Sequence[str]) -> Iterator[str]:
-    """Yield the documents, or the lines of a single one; web pages share single lines, which is no leak."""
-    pieces = texts if len(texts) > 1 else [line for text in texts for line in text.split("\n")]
-    return (piece.strip() for piece in pieces if len(piece.strip()) >= _LEAK_CHARACTERS)
-
-
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the token ids of a user's message in the model's own chat template, ready for an answer."""
-    return _chat_ids(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
-
-
-def _chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: bool) -> list[int]:
-    return list(tokenizer(_render(tokenizer, messages, **options), add_special_tokens=False)["input_ids"])
-
-
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: bool) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise CalibrationError(
-            "the model's chat template cannot be rendered", why=f"for messages of {roles}: {error}"
-        ) from error
-
-
-def check_prompt_template(recipe_file: RecipeFile, tokenizer: Any) -> None:
-    """Compare the card's prompt template with the tokenizer's chat template, where it has one.
-
-    Raises:
-        CalibrationError: they differ (the 2023 card taught a format the model had never seen), or prompts and questions
-            are asked for and there is no chat template.
-    """
-    recipe = recipe_file.recipe
-    if not tokenizer.chat_template:
-        if recipe.loaders.prompts or recipe.evaluation.questions:
-            raise CalibrationError(
-                "the base model has no chat template, so prompts and questions cannot be asked",
-                hint="leave out loaders.prompts and evaluation.questions",
-            )
-        return
-    messages = [{"role": "user", "content": "{prompt}"}]
-    if recipe.card.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": recipe.card.system_prompt})
-    rendered = _render(tokenizer, messages, add_generation_prompt=True)
-    rendered = rendered.removeprefix(tokenizer.bos_token or "").strip()
-    given = recipe.card.prompt_template.template.removeprefix(tokenizer.bos_token or "").strip()
-    if rendered != given:
-        raise CalibrationError(
-            "the card's prompt template is not the model's chat template",
-            where=str(recipe_file.path),
-            why=f"the card says {given!r}, the tokenizer renders {rendered!r}",
-            hint="copy the rendered text into card.prompt_template.template",
-        )
-
-
-def _read_questions(evaluation: Evaluation, recipe_file: RecipeFile, tokenizer: Any) -> tuple[Question, ...]:
+def _questions(evaluation: Evaluation, recipe_file: RecipeFile, tokenizer: Any) -> tuple[Question, ...]:
     if evaluation.questions is None:
         return ()
     path = recipe_file.resolve(evaluation.questions)
-    questions = []
-    for number, record in _json_lines(path):
-        prompt, answer = (record.get(key) if isinstance(record, dict) else None for key in ("prompt", "answer"))
-        if not isinstance(prompt, str) or not isinstance(answer, str):
-            raise CalibrationError('a question is not {"prompt": ..., "answer": ...}', where=f"{path}:{number}")
-        turn = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        whole = _chat_ids(tokenizer, turn)
-        asked = prompt_ids(tokenizer, prompt)
-        if whole[: len(asked)] != asked:
-            raise CalibrationError(
-                "the chat template does not render an answer after its prompt", where=f"{path}:{number}"
-            )
-        questions.append(Question(prompt_ids=tuple(asked), answer_ids=tuple(whole[len(asked) :])))
-    return tuple(questions)
+    return read_questions(path, _json_lines(path), tokenizer)
 
 
 def _check_vocabulary(tokenizer: Any, source: SourceModel) -> None:

@@ -1,8 +1,7 @@
-"""A transformers decoder that is visited one block at a time: its weights come from disk and go again.
+"""A transformers decoder that runs one block at a time, with weights that are read from disk when they are needed.
 
-The model is built on the meta device, so it costs no memory; embeddings, norms and head are loaded once, blocks when
-their turn comes. What a block is called with besides the hidden states (positions, masks, rotary tables) is recorded
-from the model's own forward, so nothing here knows any architecture.
+The model is built on the meta device, so it takes no memory. The arguments of a block besides the hidden states
+(positions, masks, rotary tables) are recorded from the model's own forward, so no architecture is named here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,17 +19,19 @@ from packager.model.architecture import BLOCK_PREFIX
 from packager.model.fused_blocks import fuse
 
 _INNER = BLOCK_PREFIX.rpartition(".")[0]  # the part of the model that has the blocks, but no head
+_EMBEDDING = f"{_INNER}.embed_tokens.weight"
+_HEAD = "lm_head.weight"
 ReadTensor = Callable[[str], Tensor]
 Context = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows that travel through the blocks together.
+    """Rows that go through the blocks together.
 
     Attributes:
         hidden: [rows, seq_len, hidden_size].
-        contexts: for each block, the keyword arguments its forward gets; batches of one shape share them.
+        contexts: for each block, the keyword arguments of its forward; batches of one shape share them.
     """
 
     hidden: Tensor
@@ -40,11 +41,11 @@ class Batch:
 class Decoder:
     """A causal language model, block by block.
 
-    Make it while no other thread computes: transformers changes torch's default dtype while it builds a model.
+    Create it while no other thread computes: transformers changes torch's default dtype while it builds a model.
 
     Args:
         folder: with config.json (a checkpoint's quantization_config is ignored: weights come from `read`).
-        read: returns a named tensor on the CPU, in any float dtype.
+        read: returns a named tensor on the CPU, in any float dtype; raises KeyError or SourceError if there is none.
         device: where blocks are computed.
         dtype: of weights and activations.
 
@@ -52,7 +53,8 @@ class Decoder:
         fused: the modules that run fused kernels where the device is CUDA.
 
     Raises:
-        SourceError: transformers cannot build this architecture, or a tensor is missing.
+        SourceError: transformers cannot build this architecture. The methods that read weights raise it too, for a
+            tensor that is missing.
     """
 
     def __init__(self, folder: Path, read: ReadTensor, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -69,18 +71,25 @@ class Decoder:
         self._outside = [name for name in self._model.state_dict() if not name.startswith(f"{BLOCK_PREFIX}.")]
         self._loaded: set[str] = set()
 
+    @property
+    def vocab_size(self) -> int:
+        """The number of logits per token."""
+        return int(self._model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+
     def __len__(self) -> int:
         """Return the number of blocks."""
         return len(self.blocks)
 
     def stream(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the weights of each block in turn; the next is read while the caller works on this one, the first now.
+        """Yield the weights of each block in turn, and read the next block while the caller works on this one.
+
+        Reading of the first block begins with the call.
 
         Yields:
             Names relative to the block, tensors on the device, in `dtype`.
 
         Raises:
-            SourceError: a tensor holds NaN or Inf.
+            SourceError: a tensor holds NaN or Inf, or is missing.
         """
         pool = ThreadPoolExecutor(1, thread_name_prefix="read")
         return self._streamed(pool, pool.submit(self._block_weights, 0))
@@ -98,12 +107,12 @@ class Decoder:
                 del weights
 
     def _block_weights(self, index: int) -> dict[str, Tensor]:
-        """Read the tensors of a block from disk; on CUDA beside what is being computed, finished on return."""
+        """Read the tensors of a block from disk; on CUDA on a stream of its own, finished on return."""
         prefix = f"{BLOCK_PREFIX}.{index}."
         weights = {}
         with torch.cuda.stream(self._reading) if self._reading is not None else nullcontext():
             for name in self.blocks[index].state_dict():
-                tensor = self._read(prefix + name).to(self.device, self.dtype)
+                tensor = self._read_tensor(prefix + name).to(self.device, self.dtype)
                 if not bool(torch.isfinite(tensor).all()):
                     raise SourceError(
                         "the weights contain NaN or Inf", where=prefix + name, hint="the base model is damaged"
@@ -112,7 +121,7 @@ class Decoder:
         return weights
 
     def load_block(self, index: int, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Give a block its weights (copies, so that they may be overwritten) and return it."""
+        """Copy weights into a block, so that they may be overwritten, and return the block."""
         block = self.blocks[index]
         block.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
         return block.requires_grad_(False)
@@ -122,7 +131,7 @@ class Decoder:
         self.blocks[index].to("meta")
 
     def drop_outside_blocks(self) -> None:
-        """Free embeddings, norm and head, when only blocks are still to be run; they are read again when needed."""
+        """Free embeddings, norm and head; they are read again when they are needed."""
         self._loaded.clear()
         for name, child in self._model.named_modules():
             if not name.startswith(BLOCK_PREFIX) and next(child.children(), None) is None:
@@ -153,56 +162,78 @@ class Decoder:
         return inputs[0], tuple(contexts)
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Return float32 logits [rows, seq_len, vocab] of the last block's outputs for the token ids they belong to."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits [rows, seq_len, vocab] of the last block's outputs [rows, seq_len, hidden_size].
 
-        def replace(_: Tensor, **context: Any) -> Tensor:  # noqa: ARG001
-            return hidden
+        Every position is computed by itself, so any part of a row, or parts of several rows, may be given as a row.
+        """
+        hidden = hidden.to(self.device)
 
-        self._load_outside_blocks(self._outside)
-        with self._blocks_replaced(replace):
-            return cast(Tensor, self._model(input_ids=ids.to(self.device), use_cache=False).logits).float()
+        def keep(states: Tensor, **context: Any) -> Tensor:  # noqa: ARG001
+            return states
+
+        self._load_outside_blocks([name for name in self._outside if name != _EMBEDDING])
+        with self._blocks_replaced(keep):
+            return cast(Tensor, self._model(inputs_embeds=hidden, use_cache=False).logits).float()
 
     @contextmanager
     def _blocks_replaced(self, block_forward: Callable[..., Tensor]) -> Iterator[None]:
-        """Let the model's own forward run with every block replaced by a function."""
-        originals = [block.forward for block in self.blocks]
+        """Run the model's own forward with every block replaced by a function."""
         for block in self.blocks:
             block.forward = block_forward
         try:
             yield
         finally:
-            for block, original in zip(self.blocks, originals, strict=True):
-                block.forward = original
+            # Not an assignment of the old method: a block that refers to itself is freed by the garbage collector only.
+            for block in self.blocks:
+                del block.forward
 
     def check_head(self) -> None:
-        """Read what `embed` does not need, and let it go: reading finds damage. May run beside `embed`.
+        """Read and discard the tensors that `embed` does not read, to find damage early. May run beside `embed`.
 
         Raises:
             SourceError: a tensor holds NaN or Inf, or is missing.
         """
         for name in self._outside:
             if not name.startswith(f"{_INNER}.") and self._stored(name) == name:
-                self._read(name)
+                self._read_tensor(name)
 
     def _load_outside_blocks(self, names: Sequence[str]) -> None:
-        """Read some of embeddings, norm and head once they are needed, so that whoever runs the model owns them too."""
+        """Read those of embeddings, norm and head that are not loaded yet."""
         missing = [name for name in names if name not in self._loaded]
         if not missing:
             return
-        state = {name: self._read(self._stored(name)).to(self.device, self.dtype) for name in missing}
+        state = {name: self._outside_tensor(name) for name in missing}
         self._loaded |= state.keys()
         self._model.load_state_dict(state, strict=False, assign=True)
         for name, module in list(self._model.named_modules()):
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
                 self._model.set_submodule(name, self._rebuilt(name, module))
 
+    def _outside_tensor(self, name: str) -> Tensor:
+        """Return a tensor outside the blocks, on the device; a tied head shares the memory of a loaded embedding."""
+        stored = self._stored(name)
+        if stored != name and stored in self._loaded:
+            return self._model.get_parameter(stored).data
+        return self._read_tensor(stored).to(self.device, self.dtype)
+
+    def _read_tensor(self, name: str) -> Tensor:
+        try:
+            return self._read(name)
+        except KeyError as error:
+            raise SourceError(
+                "the weights lack a tensor that the model needs",
+                where=name,
+                why=f"there is no {error.args[0] if error.args else name}",
+                hint="the installed transformers may build this architecture with other tensors",
+            ) from error
+
     def _stored(self, name: str) -> str:
         """Return the name under which a tensor is stored; a tied head is the embedding."""
-        return "model.embed_tokens.weight" if name == "lm_head.weight" and self._tied else name
+        return _EMBEDDING if name == _HEAD and self._tied else name
 
     def _rebuilt(self, name: str, module: nn.Module) -> nn.Module:
-        """Return a module whose buffers are computed, not stored (rotary tables), built again on the device."""
+        """Return a module whose buffers are computed and not stored (rotary tables), built again on the device."""
         try:
             return type(module)(self._model.config).to(self.device)
         except TypeError as error:
@@ -239,24 +270,30 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 @torch.no_grad()
-def forward(
-    decoder: Decoder,
-    ids: Tensor,
-    *,
-    rows: int,
-) -> list[Tensor]:
-    """Run token ids [num_samples, seq_len] through every block, `rows` to a batch; return the last hidden states."""
-    batches = decoder.embed(ids, rows=rows)
+def run_blocks(decoder: Decoder, batches: list[Batch]) -> list[Tensor]:
+    """Run batches through every block, each block's weights read once; return the last hidden states of each batch.
+
+    Args:
+        decoder: whose blocks.
+        batches: from `Decoder.embed`; the list is emptied, so that their inputs are freed as the first block runs.
+    """
+    contexts = [batch.contexts for batch in batches]
     states = [batch.hidden for batch in batches]
+    batches.clear()
     for index, weights in enumerate(decoder.stream()):
         block = decoder.load_block(index, weights)
-        for number, batch in enumerate(batches):
-            states[number] = run_block(block, states[number], batch.contexts[index])
+        for number, context in enumerate(contexts):
+            states[number] = run_block(block, states[number], context[index])
         decoder.drop_block(index)
     return states
 
 
+def forward(decoder: Decoder, ids: Tensor, *, rows: int) -> list[Tensor]:
+    """Run token ids [num_samples, seq_len] through every block, `rows` to a batch; return the last hidden states."""
+    return run_blocks(decoder, decoder.embed(ids, rows=rows))
+
+
 def run_block(block: nn.Module, hidden: Tensor, context: Context) -> Tensor:
-    """Call a block; return its hidden states (some architectures wrap them in a tuple)."""
+    """Run a block and return its hidden states (some architectures wrap them in a tuple)."""
     output = block(hidden, **context)
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)

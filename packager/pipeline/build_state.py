@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from packager.errors import MachineError
-from packager.inputs.base_model import model_files, model_records
+from packager.inputs.base_model import model_files
 from packager.model.devices import DeviceChoice, choose_device, device_type, same_devices
 from packager.model.runtimes import LoaderName
 from packager.pipeline.pack import is_packed
@@ -22,7 +22,7 @@ from packager.prove.environments import RuntimeContext
 from packager.prove.loaders import ISOLATED, LOADERS
 from packager.receipt import PROVENANCE, README, Receipt, digest_of
 from packager.recipe.file import RecipeFile
-from packager.system.files import sha256_file
+from packager.system.files import file_records, sha256_file
 from packager.system.parallel import in_parallel
 from packager.system.terminal import Terminal
 from packager.system.text import format_bytes
@@ -192,7 +192,7 @@ def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, 
     base: dict[str, str] = {}
     if recipe.base_model.path is not None:
         folder = recipe_file.resolve(recipe.base_model.path)
-        base = {path.name: record.sha256 for path, record in model_records(model_files(folder)).items()}
+        base = {path.name: record.sha256 for path, record in file_records(model_files(folder)).items()}
     quantized = digest_of([variant_plan.digest, base, _local_digest(recipe_file, recipe.calibration.path)])
     # What packing adds: the repository's id in quantize_config.json, the names and the sizes of the weights files.
     weights = digest_of([quantized, recipe.repository.id, recipe.checkpoint.model_dump(mode="json")])

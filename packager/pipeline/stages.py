@@ -219,17 +219,17 @@ def evaluate(run: BuildState) -> tuple[str, ...]:
     if not missing:
         return ()
     require_build_extra()
-    from packager.prove.evaluate import compare, measure_base, measure_checkpoint
+    from packager.prove.evaluate import quality_of, run_base, run_checkpoint
 
     source, texts, device = run.source, run.texts, run.device
     with run.terminal.stage("evaluate"), run.terminal.bar(len(missing) + 1) as bar:
-        base = measure_base(source, texts, device)
+        base = run_base(source, texts, device)
         bar.step("fp16 base model")
         for variant_plan in missing:
             branch, started = variant_plan.variant.branch, time.monotonic()
             folder = run.workspace.folder(branch)
-            quantized = measure_checkpoint(folder, variant_plan.variant.bits, source, texts, device)
-            quality = compare(base, quantized, texts)
+            quantized = run_checkpoint(folder, variant_plan.variant.bits, source, texts, device)
+            quality = quality_of(base, quantized, texts)
             fields = {"quality": quality, "evaluation": texts.evaluation.record}
             _update(run, branch, "evaluate", time.monotonic() - started, fields)
             bar.step(f"{branch} perplexity {quality.perplexity:.4f}, KL {quality.kl_divergence:.5f}")

@@ -1,8 +1,10 @@
-"""Stage 8, evaluate: what quantizing cost, measured on held-out text against the fp16 model.
+"""Stage 7, evaluate: measure on held-out text what quantizing cost against the fp16 model.
 
-Both models run block by block, their weights read from disk, so a 13B model is evaluated in the memory of a few blocks.
+Both models run block by block with weights that are read from disk, and logits exist for some hundred tokens at a time,
+so a 13B model is evaluated in the memory of a few blocks (`evaluation_memory`).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,31 +14,38 @@ from torch import Tensor
 
 from packager.errors import QuantizeError
 from packager.inputs.base_model import SourceModel
-from packager.inputs.texts import Question, TextSets
+from packager.inputs.chat import Question
+from packager.inputs.texts import TextSets
 from packager.model.batches import rows_per_batch
-from packager.model.decoder import Decoder, ReadTensor, compute_dtype, forward
+from packager.model.decoder import Decoder, ReadTensor, compute_dtype, run_blocks
+from packager.model.devices import gpu_memory_errors
 from packager.model.packing import checkpoint_reader
+from packager.prove.evaluation_memory import tokens_per_piece
 from packager.receipt import QualityRecord
+
+_HINT = "end other programs on the GPU, or run build again with --device cpu: the quantized variants are kept"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One model's last hidden states on the held-out text, and how many questions it answered."""
+class ForwardResult:
+    """A model's forward over the held-out text.
+
+    Attributes:
+        decoder: the model; its blocks are not loaded.
+        states: the last block's outputs on the CPU, [rows, seq_len, hidden_size] for each batch of held-out rows.
+        answered: how many questions it answers.
+    """
 
     decoder: Decoder
     states: Sequence[Tensor]
     answered: int
 
 
-def measure(
-    folder: Path,
-    read: ReadTensor,
-    texts: TextSets,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Measured:
-    """Run a model over the held-out rows and the questions.
+@torch.no_grad()
+def run_texts(
+    folder: Path, read: ReadTensor, texts: TextSets, *, device: torch.device, dtype: torch.dtype
+) -> ForwardResult:
+    """Run a model over the held-out rows and the questions, each block's weights read once.
 
     Args:
         folder: with the model's config.json.
@@ -44,73 +53,90 @@ def measure(
         texts: held-out rows and questions.
         device: where to compute.
         dtype: of weights and activations.
+
+    Raises:
+        MachineError: the GPU's memory is exhausted.
+        SourceError: a tensor is missing, or holds NaN or Inf.
     """
-    decoder = Decoder(folder, read, device=device, dtype=dtype)
-    ids = texts.evaluation.ids
-    states = forward(decoder, ids, rows=rows_per_batch(ids.shape[1], device.type))
-    return Measured(decoder=decoder, states=states, answered=count_answered(decoder, texts.questions))
+    with gpu_memory_errors(_HINT):
+        decoder = Decoder(folder, read, device=device, dtype=dtype)
+        batches = decoder.embed(texts.evaluation.ids, rows=_rows(texts.evaluation.ids, device))
+        num_batches = len(batches)
+        if texts.questions:
+            asked = _padded(texts.questions)
+            batches += decoder.embed(asked, rows=_rows(asked, device))
+        decoder.drop_outside_blocks()
+        states = [state.cpu() for state in run_blocks(decoder, batches)]
+        answered = _count_answered(decoder, texts.questions, states[num_batches:])
+        return ForwardResult(decoder=decoder, states=states[:num_batches], answered=answered)
 
 
-@torch.no_grad()
-def count_answered(decoder: Decoder, questions: Sequence[Question]) -> int:
-    """Count the questions that greedy decoding answers exactly, up to and including the end of the turn.
+def _rows(ids: Tensor, device: torch.device) -> int:
+    return rows_per_batch(ids.shape[1], device.type)
 
-    Greedy decoding gives precisely an answer if and only if each of its tokens is the most likely one after the prompt
-    and the answer's tokens before it; so one forward over prompt and answer decides, without generating.
-    """
-    if not questions:
-        return 0
+
+def _padded(questions: Sequence[Question]) -> Tensor:
+    """Return prompts with their answers, int64 [questions, longest], padded on the right, where nothing attends."""
     width = max(len(question.prompt_ids) + len(question.answer_ids) for question in questions)
     ids = torch.zeros(len(questions), width, dtype=torch.int64)
     for row, question in enumerate(questions):
         tokens = question.prompt_ids + question.answer_ids
         ids[row, : len(tokens)] = torch.tensor(tokens)
-    rows = rows_per_batch(width, decoder.device.type)
-    states = forward(decoder, ids, rows=rows)
-    greedy = torch.cat(
-        [
-            decoder.logits(part, state).argmax(-1).cpu()
-            for part, state in zip(torch.split(ids, rows), states, strict=True)
-        ]
+    return ids
+
+
+def _count_answered(decoder: Decoder, questions: Sequence[Question], states: Sequence[Tensor]) -> int:
+    """Count the questions that greedy decoding answers exactly, including the end of the turn.
+
+    Greedy decoding produces an answer if and only if each of its tokens is the most likely one after the prompt and the
+    answer's tokens before it. So one forward over prompt and answer decides, without generating.
+    """
+    if not questions:
+        return 0
+    rows = [row for state in states for row in state]
+    lengths = [len(question.answer_ids) for question in questions]
+    begins = [len(question.prompt_ids) - 1 for question in questions]
+    hidden = torch.cat([row[begin : begin + n] for row, begin, n in zip(rows, begins, lengths, strict=True)])
+    greedy = torch.cat([decoder.logits(piece[None])[0].argmax(-1).cpu() for piece in hidden.split(_piece(decoder))])
+    return sum(
+        tuple(given.tolist()) == question.answer_ids
+        for question, given in zip(questions, greedy.split(lengths), strict=True)
     )
-    answered = 0
-    for row, question in enumerate(questions):
-        begin = len(question.prompt_ids) - 1
-        answered += greedy[row, begin : begin + len(question.answer_ids)].tolist() == list(question.answer_ids)
-    return answered
 
 
-def measure_base(source: SourceModel, texts: TextSets, device: torch.device) -> Measured:
-    """Run the fp16 base model; see `measure`."""
-    return measure(source.folder, source.read, texts, device=device, dtype=compute_dtype(source.record.dtype, device))
+def run_base(source: SourceModel, texts: TextSets, device: torch.device) -> ForwardResult:
+    """Run the fp16 base model; see `run_texts`."""
+    return run_texts(source.folder, source.read, texts, device=device, dtype=compute_dtype(source.record.dtype, device))
 
 
-def measure_checkpoint(folder: Path, bits: int, source: SourceModel, texts: TextSets, device: torch.device) -> Measured:
-    """Run a quantized checkpoint through our own dequantized forward; see `measure`."""
+def run_checkpoint(
+    folder: Path, bits: int, source: SourceModel, texts: TextSets, device: torch.device
+) -> ForwardResult:
+    """Run a quantized checkpoint with its weights dequantized; see `run_texts`."""
     reader = checkpoint_reader(folder, bits)
-    return measure(folder, reader, texts, device=device, dtype=compute_dtype(source.record.dtype, device))
+    return run_texts(folder, reader, texts, device=device, dtype=compute_dtype(source.record.dtype, device))
 
 
 @torch.no_grad()
-def compare(base: Measured, quantized: Measured, texts: TextSets) -> QualityRecord:
-    """Return perplexity of both models, KL(base || quantized) in nats per token and top-1 agreement.
+def quality_of(base: ForwardResult, quantized: ForwardResult, texts: TextSets) -> QualityRecord:
+    """Return perplexity of both models, KL(base || quantized) in nats per token, and top-1 agreement.
 
-    Every position predicts the next token of its row; the last position of a row predicts nothing.
+    Every position predicts the next token of its row; the last position of a row predicts nothing. Means are over all
+    predictions; sums are float64.
 
     Raises:
-        QuantizeError: one of them is not a finite number.
+        QuantizeError: a figure is not a finite number.
+        MachineError: the GPU's memory is exhausted.
     """
-    loss = base_loss = kl = torch.zeros((), dtype=torch.float64)
+    totals = torch.zeros(3, dtype=torch.float64)
     equal = count = 0
-    for ids, p_logits, q_logits in _chunks(base, quantized, texts.evaluation.ids):
-        target = ids[:, 1:, None].to(p_logits.device)
-        p, q = p_logits[:, :-1].log_softmax(-1), q_logits[:, :-1].log_softmax(-1)
-        base_loss = base_loss - p.gather(-1, target).double().sum().cpu()
-        loss = loss - q.gather(-1, target).double().sum().cpu()
-        kl = kl + (p.exp() * (p - q)).sum(-1).double().sum().cpu()
-        equal += int((p.argmax(-1) == q.argmax(-1)).sum())
-        count += target.numel()
-    perplexity, base_perplexity, kl_divergence = (float(value) for value in _means(loss, base_loss, kl, count))
+    with gpu_memory_errors(_HINT):
+        for piece in _pieces(base, quantized, texts.evaluation.ids):
+            sums, same = _compare(base.decoder, quantized.decoder, *piece)
+            totals += sums
+            equal += same
+            count += piece[-1].numel()
+    perplexity, base_perplexity, kl_divergence = _means(totals, count)
     return QualityRecord(
         num_tokens=count,
         perplexity=perplexity,
@@ -123,21 +149,43 @@ def compare(base: Measured, quantized: Measured, texts: TextSets) -> QualityReco
     )
 
 
-def _means(loss: Tensor, base_loss: Tensor, kl: Tensor, count: int) -> Tensor:
-    means = torch.stack([(loss / count).exp(), (base_loss / count).exp(), kl / count])
-    if not bool(torch.isfinite(means).all()):
+def _pieces(base: ForwardResult, quantized: ForwardResult, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield both models' states [tokens, hidden_size] and the next token ids [tokens] of some hundred predictions."""
+    size, begin = _piece(base.decoder), 0
+    for base_states, states in zip(base.states, quantized.states, strict=True):
+        following = ids[begin : begin + len(states), 1:].flatten()
+        begin += len(states)
+        own = (found[:, :-1].flatten(0, 1).split(size) for found in (base_states, states))
+        yield from zip(*own, following.split(size), strict=True)
+
+
+def _compare(base: Decoder, quantized: Decoder, p_states: Tensor, q_states: Tensor, ids: Tensor) -> tuple[Tensor, int]:
+    """Return the piece's summed losses of the quantized and the base model and KL, float64 [3], and equal top-1 counts.
+
+    Three float32 tensors [tokens, vocab] exist at most: `evaluation_memory` counts them.
+    """
+    target = ids[:, None].to(base.device)
+    p = base.logits(p_states[None])[0].log_softmax(-1)
+    q = quantized.logits(q_states[None])[0].log_softmax(-1)
+    base_loss, loss = (-found.gather(-1, target).double().sum() for found in (p, q))
+    equal = int((p.argmax(-1) == q.argmax(-1)).sum())
+    difference = q.neg_().add_(p)
+    kl = p.exp_().mul_(difference).sum(-1).double().sum()
+    return torch.stack([loss, base_loss, kl]).cpu(), equal
+
+
+def _piece(decoder: Decoder) -> int:
+    return tokens_per_piece(decoder.vocab_size)
+
+
+def _means(totals: Tensor, count: int) -> tuple[float, float, float]:
+    """Return perplexity, the base model's perplexity and KL divergence of summed losses and KL, float64 [3]."""
+    loss, base_loss, kl = totals / count
+    perplexity, base_perplexity, kl_divergence = means = float(loss.exp()), float(base_loss.exp()), float(kl)
+    if not all(math.isfinite(mean) for mean in means):
         raise QuantizeError(
             "the quantized or the base model computes NaN or Inf on the evaluation text",
-            why=f"perplexity {means[0]:g}, of the base model {means[1]:g}, KL divergence {means[2]:g}",
+            why=f"perplexity {perplexity:g}, of the base model {base_perplexity:g}, KL divergence {kl_divergence:g}",
             hint="the base model overflows in this dtype: check its weights",
         )
     return means
-
-
-def _chunks(base: Measured, quantized: Measured, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield ids and both models' float32 logits for a batch at a time: all logits at once would not fit."""
-    begin = 0
-    for p, q in zip(base.states, quantized.states, strict=True):
-        part = ids[begin : begin + p.shape[0]]
-        begin += p.shape[0]
-        yield part, base.decoder.logits(part, p), quantized.decoder.logits(part, q)

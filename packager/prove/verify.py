@@ -1,15 +1,17 @@
-"""Stage 7, verify: every runtime opens every checkpoint in an environment of its own and must compute what we compute.
+"""Stage 8, verify: each runtime opens each checkpoint in its own environment and must compute the same as we do.
 
-"It loaded" proves nothing. A loader passes when its logits agree with our own dequantized float32 forward, when they
-agree better with this variant than with any other, when the weights it read have the digests that were packed, and
-when each token it generates greedily is one that our forward finds most likely (or within its rounding of most likely).
+Loading alone shows nothing. A loader passes if four conditions hold: its logits agree with our own dequantized float32
+forward; they agree better with this variant than with any other; the weights it read have the digests that were packed;
+and each token it generates greedily is the one that our forward finds most likely, or ties with it.
 """
 
+import gc
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from packager.errors import LoaderError, LoaderUnavailableError
+from packager.model.batches import rows_per_batch
 from packager.model.decoder import Decoder, forward
+from packager.model.devices import gpu_memory_errors
 from packager.model.packing import checkpoint_reader
 from packager.prove.environments import RuntimeContext, ensure_environment
+from packager.prove.evaluation_memory import tokens_per_piece
 from packager.prove.loaders import LOADERS, LoaderSpec
 from packager.prove.probes import ProbeJob, ProbeResult, run_probes
 from packager.receipt import LoaderRecord, Provenance
@@ -30,16 +35,21 @@ from packager.recipe import Loaders
 # 0.0005 to 0.002 in float32 and float16, 0.007 in bfloat16; a wrong g_idx, zero or group order gives 0.3 and more.
 TOLERANCE = {"float32": 0.005, "float16": 0.01, "bfloat16": 0.03}
 MIN_TOP1_AGREEMENT = 0.95
-# A generated token counts as equal when our logit for it is this close to our largest, in units of the loader's rms
-# error.
-_TIE_RMS = 8.0
+# A generated token ties with our most likely one if our logits of the two differ by at most this many times TOLERANCE
+# times the root mean square (rms) of our logits at that position. A logit whose error is TOLERANCE times rms gives the
+# difference of two an error of sqrt(2) times that. So an honest loader's rounding stays 2.8 standard deviations inside
+# at the largest error that passes, and 14 at the largest measured one. The loader's own error does not enter.
+_TIE_TOLERANCES = 4.0
+_HINT = "end other programs on the GPU, or run again with --device cpu"
+Generated = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a prompt, and of what was generated after it
+
 _PATH = re.compile(r"(?:file://)?(?:/[\w.+~@-]+)+/([\w.+~@-]+)/?")
 _REASON_LENGTH = 400
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A packed variant to prove."""
+    """A packed variant to check."""
 
     branch: str
     folder: Path
@@ -48,23 +58,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
-    """Our own forward of a checkpoint: logits float32 [rows, seq_len, vocab] for the probe's rows."""
-
-    decoder: Decoder
-    logits: NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
 class VerifyJob:
-    """What is to be proven, and where.
+    """The checkpoints, the loaders, and the inputs that both compute on.
 
     Attributes:
         checkpoints: the variants.
         ids: token ids int64 [rows, seq_len] of text; the first `loaders.num_rows` rows are compared.
         prompts: token ids after each of which the loaders generate.
-        loaders: which, and how much they are asked.
-        device: where our own reference is computed, and the loaders too.
+        loaders: their names, and the sizes of what they compute.
+        device: of our own forward and of the loaders.
         context: folders, environment and processes of the loaders; `scratch` gets jobs and logits.
     """
 
@@ -82,7 +84,7 @@ class VerifyJob:
 
 
 def checkpoint_of(provenance: Provenance, folder: Path) -> Checkpoint:
-    """Return what `verify` needs to know of a packed variant."""
+    """Return the facts about a packed variant that `verify` needs."""
     return Checkpoint(
         branch=provenance.branch,
         folder=folder,
@@ -93,65 +95,96 @@ def checkpoint_of(provenance: Provenance, folder: Path) -> Checkpoint:
     )
 
 
-def verify(job: VerifyJob, report: Callable[[str], None]) -> dict[str, tuple[LoaderRecord, ...]]:
+def verify(job: VerifyJob, log: Callable[[str], None]) -> dict[str, tuple[LoaderRecord, ...]]:
     """Run every loader of the recipe over every checkpoint.
 
     Returns:
         For each branch, one record per loader: passed, failed with what differs, or "not run" with why.
+
+    Raises:
+        MachineError: the GPU's memory is exhausted by our own forward.
+        SourceError: a checkpoint lacks a tensor.
     """
-    # Before the loaders start, and each of them with its share of the cores: OpenMP threads that wait for a core spin,
-    # and three processes with two threads each took 74 s on two cores where they now take a third of that.
-    return prove(job, references_of(job), report)
+    return check_loaders(job, references_of(job), log)
 
 
-def references_of(job: VerifyJob) -> dict[str, Reference]:
-    """Compute our own logits of every checkpoint, by branch."""
-    return {checkpoint.branch: reference(checkpoint, job) for checkpoint in job.checkpoints}
+def references_of(job: VerifyJob) -> dict[str, NDArray[np.float32]]:
+    """Compute our own logits of every checkpoint, by branch: float32 [num_rows, seq_len, vocab].
+
+    Raises:
+        MachineError: the GPU's memory is exhausted.
+        SourceError: a checkpoint lacks a tensor.
+    """
+    with gpu_memory_errors(_HINT):
+        return {checkpoint.branch: reference(checkpoint, job) for checkpoint in job.checkpoints}
 
 
-def prove(
-    job: VerifyJob, references: Mapping[str, Reference], report: Callable[[str], None]
+def reference(checkpoint: Checkpoint, job: VerifyJob) -> NDArray[np.float32]:
+    """Compute our own float32 logits of a checkpoint, with its weights dequantized block by block."""
+    decoder = _decoder(checkpoint, job)
+    states = forward(decoder, job.rows, rows=rows_per_batch(job.rows.shape[1], job.device.type))
+    logits = _logits(decoder, torch.cat(states).flatten(0, 1))
+    return logits.reshape(*job.rows.shape, -1).numpy()
+
+
+def _decoder(checkpoint: Checkpoint, job: VerifyJob) -> Decoder:
+    read = checkpoint_reader(checkpoint.folder, checkpoint.bits)
+    return Decoder(checkpoint.folder, read, device=job.device, dtype=torch.float32)
+
+
+def _logits(decoder: Decoder, states: Tensor) -> Tensor:
+    """Return logits on the CPU, float32 [tokens, vocab], of states [tokens, hidden_size]."""
+    pieces = states.split(tokens_per_piece(decoder.vocab_size))
+    return torch.cat([decoder.logits(piece[None])[0].cpu() for piece in pieces])
+
+
+def check_loaders(
+    job: VerifyJob, references: Mapping[str, NDArray[np.float32]], log: Callable[[str], None]
 ) -> dict[str, tuple[LoaderRecord, ...]]:
-    """Run every loader over every checkpoint, and compare with logits that are computed already.
+    """Run every loader over every checkpoint, and compare with our logits.
+
+    Args:
+        job: see `VerifyJob`.
+        references: from `references_of`. While loaders run, no model of ours is kept: they need the GPU's memory.
+        log: receives one line for each loader and checkpoint.
 
     Returns:
-        What `verify` does.
+        See `verify`.
     """
+    outcomes = _run_loaders(job)
+    records: dict[str, tuple[LoaderRecord, ...]] = {}
+    for checkpoint in job.checkpoints:
+        own = {name: found[checkpoint.branch] for name, found in outcomes.items()}
+        results = [result for result in own.values() if isinstance(result, ProbeResult)]
+        gaps = token_gaps(checkpoint, [sequence for result in results for sequence in _sequences(result, job)], job)
+        found = [_judge(name, checkpoint, outcome, references, gaps, job) for name, outcome in own.items()]
+        records[checkpoint.branch] = tuple(found)
+        for record in found:
+            log(_line(checkpoint.branch, record))
+    return records
+
+
+def _run_loaders(job: VerifyJob) -> dict[str, dict[str, ProbeResult | LoaderError]]:
+    """Run the loaders side by side; return what each computed, by loader and branch."""
+    gc.collect()  # transformers' modules may refer to each other
+    torch.cuda.empty_cache()  # what our own forward allocated; without CUDA this does nothing
     names = (*job.loaders.required, *job.loaders.if_available)
-    records: dict[str, list[LoaderRecord]] = {checkpoint.branch: [] for checkpoint in job.checkpoints}
+    # Each loader gets its share of the cores. OpenMP threads that wait for a core spin: three processes with two
+    # threads each took 74 s on two cores, and take a third of that now.
     threads = max(1, (os.cpu_count() or 1) // max(1, len(names)))
     environ = {**job.context.environ, "OMP_NUM_THREADS": str(threads)}
     job = replace(job, context=replace(job.context, environ=environ))
     with ThreadPoolExecutor(max_workers=max(1, len(names))) as pool:
         outcomes = {name: pool.submit(_probe, LOADERS[name], job) for name in names}
         try:
-            for name, outcome in outcomes.items():
-                found = outcome.result()
-                for checkpoint in job.checkpoints:
-                    record = _judge(name, checkpoint, found[checkpoint.branch], references, job)
-                    records[checkpoint.branch].append(record)
-                    report(_line(checkpoint.branch, record))
+            return {name: outcome.result() for name, outcome in outcomes.items()}
         except BaseException:
             job.context.processes.stop_all()  # Ctrl-C does not reach the threads that wait for the loaders
             raise
-    return {branch: tuple(found) for branch, found in records.items()}
-
-
-def reference(checkpoint: Checkpoint, job: VerifyJob) -> Reference:
-    """Compute our own float32 logits of a checkpoint, its weights dequantized block by block."""
-    decoder = Decoder(
-        checkpoint.folder, checkpoint_reader(checkpoint.folder, checkpoint.bits), device=job.device, dtype=torch.float32
-    )
-    return Reference(decoder=decoder, logits=_logits(decoder, job.rows).numpy())
-
-
-def _logits(decoder: Decoder, ids: Tensor) -> Tensor:
-    (state,) = forward(decoder, ids, rows=ids.shape[0])
-    return decoder.logits(ids, state).cpu()
 
 
 def _probe(spec: LoaderSpec, job: VerifyJob) -> dict[str, ProbeResult | LoaderError]:
-    """Run one loader over all checkpoints in one process; never raises a LoaderError, but returns it."""
+    """Run one loader over all checkpoints in one process; return a LoaderError instead of raising it."""
     branches = [checkpoint.branch for checkpoint in job.checkpoints]
     if problem := spec.machine_problem(job.device.type):
         return dict.fromkeys(branches, LoaderUnavailableError(problem))
@@ -174,13 +207,14 @@ def _probe(spec: LoaderSpec, job: VerifyJob) -> dict[str, ProbeResult | LoaderEr
     return dict(zip(branches, results, strict=True))
 
 
-# What a loader leaves unset is whatever was in memory: too large to be squared, or not a number. Neither may pass.
+# Logits that a loader leaves unset are whatever was in memory: too large to be squared, or NaN. Neither may pass.
 @np.errstate(over="ignore", invalid="ignore")
 def _judge(
     name: str,
     checkpoint: Checkpoint,
     outcome: ProbeResult | LoaderError,
-    references: Mapping[str, Reference],
+    references: Mapping[str, NDArray[np.float32]],
+    gaps: Mapping[Generated, Tensor],
     job: VerifyJob,
 ) -> LoaderRecord:
     required = name in job.loaders.required
@@ -189,9 +223,11 @@ def _judge(
     if isinstance(outcome, LoaderError):
         return LoaderRecord(loader=name, required=required, status="failed", reason=_reason(outcome))
     own = references[checkpoint.branch]
-    relative_error = _relative_error(outcome.logits, own.logits)
-    top1 = float((outcome.logits.argmax(-1) == own.logits.argmax(-1)).mean())
-    tokens, equal = _compare_generated(outcome, own, job)
+    relative_error = _relative_error(outcome.logits, own)
+    top1 = float((outcome.logits.argmax(-1) == own.argmax(-1)).mean())
+    tokens = sum(len(generated) for generated in outcome.generated)
+    allowed = _TIE_TOLERANCES * _tolerance(outcome.dtype)
+    equal = sum(int((gaps[sequence] <= allowed).sum()) for sequence in _sequences(outcome, job))
     problems = _problems(checkpoint, outcome, references, relative_error, top1)
     if equal < tokens:
         problems.append(f"{tokens - equal} of {tokens} generated tokens are not what our forward finds most likely")
@@ -214,14 +250,14 @@ def _judge(
 def _problems(
     checkpoint: Checkpoint,
     outcome: ProbeResult,
-    references: Mapping[str, Reference],
+    references: Mapping[str, NDArray[np.float32]],
     relative_error: float,
     top1: float,
 ) -> list[str]:
     problems = []
     if dict(outcome.weights_sha256) != dict(checkpoint.weights_sha256):
         problems.append("it read other weights than were packed (sha256)")
-    tolerance = TOLERANCE.get(outcome.dtype, min(TOLERANCE.values()))
+    tolerance = _tolerance(outcome.dtype)
     if not relative_error <= tolerance:
         problems.append(f"logits differ by {relative_error:.4f} relative, allowed {tolerance} in {outcome.dtype}")
     if not top1 >= MIN_TOP1_AGREEMENT:
@@ -229,7 +265,7 @@ def _problems(
     closer = [
         branch
         for branch, other in references.items()
-        if branch != checkpoint.branch and _relative_error(outcome.logits, other.logits) < relative_error
+        if branch != checkpoint.branch and _relative_error(outcome.logits, other) < relative_error
     ]
     if closer:
         problems.append(f"its logits are closer to those of {', '.join(closer)}")
@@ -241,27 +277,58 @@ def _relative_error(logits: NDArray[np.float32], expected: NDArray[np.float32]) 
     return float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
 
 
-def _compare_generated(outcome: ProbeResult, own: Reference, job: VerifyJob) -> tuple[int, int]:
-    """Return how many tokens were generated and how many of them our forward agrees with.
+def _tolerance(dtype: str) -> float:
+    return TOLERANCE.get(dtype, min(TOLERANCE.values()))
 
-    Our forward runs over prompt and generated tokens at once; each generated token must have our largest logit at its
-    place, or one so close that the loader's own rounding error cannot tell them apart.
+
+def _sequences(outcome: ProbeResult, job: VerifyJob) -> list[Generated]:
+    """Return each prompt with the tokens that a loader generated after it."""
+    pairs = zip(job.prompts, outcome.generated, strict=True)
+    return [(tuple(prompt), tuple(generated)) for prompt, generated in pairs if generated]
+
+
+@torch.no_grad()
+def token_gaps(checkpoint: Checkpoint, sequences: Collection[Generated], job: VerifyJob) -> dict[Generated, Tensor]:
+    """Return for each generated token how far our logit for it is below our largest one.
+
+    Our forward runs over prompt and generated tokens at once: each token is judged after the loader's own tokens before
+    it. All sequences go through the blocks together.
+
+    Args:
+        checkpoint: which the loaders opened.
+        sequences: of all loaders.
+        job: see `VerifyJob`.
+
+    Returns:
+        For each sequence float32 [generated tokens], in units of the rms of our logits at that position; infinite from
+        the first token on that the vocabulary does not have.
+
+    Raises:
+        MachineError: the GPU's memory is exhausted.
     """
-    rms = float(np.sqrt(np.mean((outcome.logits - own.logits) ** 2)))
-    tokens = equal = 0
-    for prompt, generated in zip(job.prompts, outcome.generated, strict=True):
-        if not generated:
-            continue
-        ids = torch.tensor([[*prompt, *generated]])
-        logits = _logits(own.decoder, ids)[0, len(prompt) - 1 : -1]
-        chosen = logits.gather(-1, torch.tensor(generated)[:, None])[:, 0]
-        tokens += len(generated)
-        equal += int((logits.amax(-1) - chosen <= _TIE_RMS * rms).sum())
-    return tokens, equal
+    unique = list(dict.fromkeys(sequences))
+    if not unique:
+        return {}
+    with gpu_memory_errors(_HINT):
+        decoder = _decoder(checkpoint, job)
+        known = [list(takewhile(lambda token: 0 <= token < decoder.vocab_size, made)) for _, made in unique]
+        ids = torch.zeros(len(unique), max(len(prompt) + len(made) for prompt, made in unique), dtype=torch.int64)
+        for row, (prompt, _), made in zip(ids, unique, known, strict=True):
+            row[: len(prompt) + len(made)] = torch.tensor([*prompt, *made])
+        states = torch.cat(forward(decoder, ids, rows=rows_per_batch(ids.shape[1], job.device.type)))
+        found = {}
+        for (prompt, generated), made, row in zip(unique, known, states, strict=True):
+            gaps = torch.full((len(generated),), torch.inf)
+            if made:
+                logits = _logits(decoder, row[len(prompt) - 1 : len(prompt) - 1 + len(made)])
+                chosen = logits.gather(-1, torch.tensor(made)[:, None])[:, 0]
+                gaps[: len(made)] = (logits.amax(-1) - chosen) / logits.square().mean(-1).sqrt()
+            found[prompt, generated] = gaps
+        return found
 
 
 def _reason(error: LoaderError) -> str:
-    """Return an error in one line that can be published: of every path only the last name stays."""
+    """Return an error as one line that can be published: of every path only the last name is left."""
     text = " ".join(part for part in (error.what, error.why) if part).replace("\n", " ")
     return _PATH.sub(lambda path: f".../{path.group(1)}", text)[:_REASON_LENGTH]
 

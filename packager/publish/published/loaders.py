@@ -107,7 +107,7 @@ def _run(
     import torch
 
     from packager.prove.environments import RuntimeContext
-    from packager.prove.verify import VerifyJob, checkpoint_of, prove, references_of
+    from packager.prove.verify import VerifyJob, check_loaders, checkpoint_of, references_of
     from packager.recipe import Loaders
 
     loaders = Loaders.model_validate(
@@ -142,7 +142,7 @@ def _run(
             LoaderRecord(loader=name, required=required, status="failed", reason=reason)
             for name, required in wanted.items()
         ]
-    return list(prove(job, references, log)[branch])
+    return list(check_loaders(job, references, log)[branch])
 
 
 def _token_rows(folder: Path, num_rows: int, seq_len: int) -> Sequence[list[int]]:

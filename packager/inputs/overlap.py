@@ -1,0 +1,97 @@
+"""Find evaluation text in the calibration text: what was calibrated on measures nothing.
+
+Both texts become words, so line breaks, case, punctuation and the division into documents do not matter. Windows of 12
+words are compared; GPT-3's decontamination used 13 (arXiv 2005.14165, appendix C).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from packager.errors import CalibrationError
+
+_WINDOW_WORDS = 12
+# Web pages share single lines (a licence, a cookie notice), which is no leak. 50 words in a row are a copy (the
+# threshold of arXiv 2107.06499), and so are short documents or lines with as many words together.
+_LEAK_WORDS = 50
+# Each Chinese or Japanese character counts as a word: these scripts have no spaces.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
+
+Words = list[str]
+Window = tuple[str, ...]
+
+
+def check_overlap(calibration: Sequence[str], evaluation: Sequence[str], *, num_words: int) -> None:
+    """Refuse evaluation text that is also calibration text.
+
+    The texts overlap if 50 consecutive words of an evaluation document are in a calibration document, or if whole
+    short pieces with 50 words together are: documents, or the lines of a text that is a single document.
+
+    Args:
+        calibration: documents.
+        evaluation: documents.
+        num_words: how many words of the evaluation text are compared, in whole documents.
+
+    Raises:
+        CalibrationError: the texts overlap.
+    """
+    documents = list(_first(evaluation, num_words))
+    found = _shared(calibration, documents)
+    run = max((run for document in documents for run in _runs(document, found)), key=len, default=[])
+    lines = documents if len(evaluation) > 1 else [_words(line) for text in evaluation for line in text.split("\n")]
+    pieces = list(dict.fromkeys(tuple(line) for line in lines if line in list(_runs(line, found))))
+    if len(run) < _LEAK_WORDS and sum(map(len, pieces)) >= _LEAK_WORDS:
+        pieces = _contained(pieces, calibration)  # until here, its windows may be those of several documents
+    words = max(len(run), sum(map(len, pieces)))
+    if words >= _LEAK_WORDS:
+        raise CalibrationError(
+            "the evaluation text overlaps the calibration text",
+            why=f"{words} of its words are in both, for example {' '.join([*pieces, run][0])[:60]!r}",
+            hint="evaluate on another split: what was calibrated on measures nothing",
+        )
+
+
+def _contained(pieces: Sequence[Window], calibration: Sequence[str]) -> list[Window]:
+    """Return the pieces whose words stand one after the other in a calibration document."""
+    texts = [f" {' '.join(_words(text))} " for text in calibration]
+    return [piece for piece in pieces if any(f" {' '.join(piece)} " in text for text in texts)]
+
+
+def _first(texts: Sequence[str], num_words: int) -> Iterator[Words]:
+    """Yield documents as words until they have `num_words`."""
+    for text in texts:
+        if num_words <= 0:
+            return
+        words = _words(text)
+        num_words -= len(words)
+        yield words
+
+
+def _words(text: str) -> Words:
+    return _WORD.findall(text.casefold())
+
+
+def _windows(words: Words) -> Iterator[Window]:
+    return zip(*(words[start:] for start in range(_WINDOW_WORDS)), strict=False)
+
+
+def _shared(calibration: Sequence[str], evaluation: Sequence[Words]) -> set[Window]:
+    """Return the windows that both have. The evaluation's are kept in memory: that text is the smaller one."""
+    known = {window for words in evaluation for window in _windows(words)}
+    found: set[Window] = set()
+    for text in calibration:
+        found |= known.intersection(_windows(_words(text)))
+    return found
+
+
+def _runs(words: Words, found: set[Window]) -> Iterator[Words]:
+    """Yield the longest stretches of a document whose windows are all shared."""
+    begin: int | None = None
+    number = -1
+    for number, window in enumerate(_windows(words)):
+        if window in found:
+            begin = number if begin is None else begin
+        elif begin is not None:
+            yield words[begin : number + _WINDOW_WORDS - 1]
+            begin = None
+    if begin is not None:
+        yield words[begin : number + _WINDOW_WORDS]

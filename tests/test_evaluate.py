@@ -1,0 +1,345 @@
+"""The card's quality figures against transformers' whole forward and torch.nn.functional, and evaluation's memory."""
+
+import dataclasses
+import gc
+import json
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from packager.errors import MachineError, QuantizeError, SourceError
+from packager.inputs.base_model import SourceModel, read_source
+from packager.inputs.chat import Question
+from packager.inputs.texts import TextSets
+from packager.prove import evaluate, evaluation_memory
+from packager.prove.evaluate import quality_of, run_base, run_checkpoint
+from packager.prove.evaluation_memory import tokens_per_piece
+from packager.receipt import QualityRecord
+from tests.tiny_models import CONFIGS, save_model, token_rows
+
+CPU = torch.device("cpu")
+BITS, GROUP_SIZE = 4, 32
+LINEARS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+
+
+def whole_model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def packed(values: Tensor) -> Tensor:
+    """Pack 4-bit values [n, m] along the first axis, the lowest bits first: int32 [n / 8, m]."""
+    words = sum(values[i::8].to(torch.int64) << (4 * i) for i in range(8))
+    assert isinstance(words, Tensor)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def save_checkpoint(source: SourceModel, folder: Path) -> Path:
+    """Save random 4-bit weights near the base model's, as a checkpoint in the v1 format (it stores zero - 1)."""
+    folder.mkdir()
+    dice = torch.Generator().manual_seed(5)
+    tensors = {}
+    for name in source.tensors:
+        weight = source.read(name)
+        linear = name.removesuffix(".weight")
+        if not linear.endswith(LINEARS) or name.endswith(".bias"):
+            tensors[name] = weight
+            continue
+        columns = weight.float().T.contiguous()  # [in_features, out_features]
+        g_idx = torch.randperm(len(columns), generator=dice) // GROUP_SIZE
+        scales = torch.stack([columns[g_idx == g].abs().amax(0) / 6 for g in range(int(g_idx.max()) + 1)]).half()
+        zeros = torch.randint(7, 10, scales.shape, generator=dice)
+        q = (columns / scales[g_idx].float() + zeros[g_idx]).round().clamp(0, 15)
+        tensors[f"{linear}.qweight"] = packed(q)
+        tensors[f"{linear}.qzeros"] = packed((zeros - 1).T).T.contiguous()
+        tensors[f"{linear}.scales"] = scales
+        tensors[f"{linear}.g_idx"] = g_idx.to(torch.int32)
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((source.folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": BITS}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def unpacked(words: Tensor) -> Tensor:
+    return torch.stack([(words >> (4 * i)) & 15 for i in range(8)], 1).reshape(-1, words.shape[1])
+
+
+def dequantized_model(source: SourceModel, checkpoint: Path) -> Any:
+    """The whole transformers model with a checkpoint's weights, unpacked here."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    model = whole_model(source.folder)
+    state = {name: tensor.float() for name, tensor in tensors.items() if name.endswith((".weight", ".bias"))}
+    for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        scales, g_idx = tensors[f"{name}.scales"].float(), tensors[f"{name}.g_idx"].long()
+        zeros = unpacked(tensors[f"{name}.qzeros"].T.contiguous()).T + 1
+        state[f"{name}.weight"] = ((unpacked(tensors[f"{name}.qweight"]) - zeros[g_idx]) * scales[g_idx]).T
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model
+
+
+def answers(model: Any, prompt: Sequence[int], count: int) -> tuple[int, ...]:
+    """Decode greedily with the whole model, one token at a time."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return tuple(ids[len(prompt) :])
+
+
+def questions_for(base: Any, quantized: Any) -> tuple[Question, ...]:
+    """Return questions of unequal length: some answered by both, by one of them, or by none."""
+    dice = torch.Generator().manual_seed(3)
+    found = []
+    for number in range(12):
+        prompt = tuple(torch.randint(3, 128, (2 + number % 5,), generator=dice).tolist())
+        answer = answers(base if number % 2 else quantized, prompt, 1 + number % 4)
+        wrong = (answer[-1] + 1) % 128
+        if number >= 6:
+            answer = {6: answer, 7: (*answer[:-1], wrong), 8: (wrong, *answer[1:]), 9: answer}.get(number, answer)
+        found.append(Question(prompt_ids=prompt, answer_ids=answer))
+    return tuple(found)
+
+
+def texts_of(rows: int, seq_len: int, questions: tuple[Question, ...] = ()) -> TextSets:
+    return TextSets(
+        calibration=token_rows(), evaluation=token_rows(rows, seq_len, seed=9), questions=questions, prompts=()
+    )
+
+
+@torch.no_grad()
+def expected(base: Any, quantized: Any, texts: TextSets) -> dict[str, float]:
+    """Compute every figure with whole forwards, in float64 from the logits on."""
+    ids = texts.evaluation.ids
+    p, q = (model(ids).logits[:, :-1].flatten(0, 1).double() for model in (base, quantized))
+    target = ids[:, 1:].flatten()
+    return {
+        "num_tokens": target.numel(),
+        "perplexity": math.exp(functional.cross_entropy(q, target)),
+        "base_perplexity": math.exp(functional.cross_entropy(p, target)),
+        "kl_divergence": float(
+            functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="batchmean", log_target=True)
+        ),
+        "top1_agreement": float((p.argmax(-1) == q.argmax(-1)).double().mean()),
+        "questions": len(texts.questions),
+        "answered": sum(answers(quantized, x.prompt_ids, len(x.answer_ids)) == x.answer_ids for x in texts.questions),
+        "base_answered": sum(answers(base, x.prompt_ids, len(x.answer_ids)) == x.answer_ids for x in texts.questions),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A base model and a quantized checkpoint of it, as ours and as transformers' whole models."""
+
+    source: SourceModel
+    checkpoint: Path
+    base: Any
+    quantized: Any
+
+    def measured(self, texts: TextSets) -> QualityRecord:
+        base = run_base(self.source, texts, CPU)
+        return quality_of(base, run_checkpoint(self.checkpoint, BITS, self.source, texts, CPU), texts)
+
+
+@pytest.fixture(scope="module")
+def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    made: dict[str, Pair] = {}
+
+    def get(name: str) -> Pair:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            source = read_source(save_model(folder / "model", name), base_id="tester/tiny")
+            checkpoint = save_checkpoint(source, folder / "checkpoint")
+            made[name] = Pair(source, checkpoint, whole_model(source.folder), dequantized_model(source, checkpoint))
+        return made[name]
+
+    return get
+
+
+SHAPES = [("llama", 6, 32), ("llama-tied", 5, 17), ("qwen2", 1, 2), ("mistral-sliding", 3, 40), ("qwen3", 4, 24)]
+
+
+@pytest.mark.parametrize(("name", "rows", "seq_len"), SHAPES)
+def test_every_figure_is_that_of_whole_forwards(
+    pair_of: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, name: str, rows: int, seq_len: int
+) -> None:
+    pair = pair_of(name)
+    texts = texts_of(rows, seq_len, questions_for(pair.base, pair.quantized))
+    wanted = expected(pair.base, pair.quantized, texts)
+    assert 0 < wanted["answered"] < len(texts.questions)
+    assert 0 < wanted["base_answered"] < len(texts.questions)
+    if rows * seq_len > 50:
+        assert 0 < wanted["top1_agreement"] < 1
+        assert wanted["perplexity"] != pytest.approx(wanted["base_perplexity"], rel=1e-4)
+    # Several batches of rows and of questions, and pieces that end inside a row and inside an answer.
+    for batch_tokens, piece_tokens in ((4096, 1024), (70, 7)):
+        monkeypatch.setattr(evaluate, "rows_per_batch", lambda length, _, n=batch_tokens: max(1, n // length))
+        monkeypatch.setattr(evaluate, "tokens_per_piece", lambda _, n=piece_tokens: n)
+        found = pair.measured(texts).model_dump()
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert found[key] == pytest.approx(value, rel=2e-5, abs=2e-7), key
+
+
+def test_without_questions_none_is_answered(pair_of: Callable[[str], Pair]) -> None:
+    quality = pair_of("llama").measured(texts_of(2, 8))
+    assert (quality.questions, quality.answered, quality.base_answered) == (0, 0, 0)
+
+
+def test_a_model_compared_with_itself(pair_of: Callable[[str], Pair]) -> None:
+    pair, texts = pair_of("llama"), texts_of(3, 16)
+    result = run_base(pair.source, texts, CPU)
+    quality = quality_of(result, result, texts)
+    assert (quality.kl_divergence, quality.top1_agreement) == (0, 1)
+    assert quality.perplexity == quality.base_perplexity
+
+
+def test_each_tensor_is_read_once(pair_of: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, read = pair_of("llama"), list[str]()
+    original = SourceModel.read
+
+    def counted(self: SourceModel, name: str) -> Tensor:
+        read.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(SourceModel, "read", counted)
+    texts = texts_of(2, 8, questions_for(pair.base, pair.quantized))
+    run_base(pair.source, texts, CPU)
+    # The norm before the head belongs to the part of the model that `embed` runs.
+    assert sorted({name for name in read if read.count(name) > 1}) == ["model.norm.weight"]
+    assert set(read) == set(pair.source.tensors)
+
+
+def test_a_figure_that_is_no_number_is_refused(pair_of: Callable[[str], Pair]) -> None:
+    pair, texts = pair_of("llama"), texts_of(2, 8)
+    base = run_base(pair.source, texts, CPU)
+    broken = dataclasses.replace(base, states=[state * math.nan for state in base.states])
+    with pytest.raises(QuantizeError, match="NaN or Inf on the evaluation text") as caught:
+        quality_of(base, broken, texts)
+    assert "perplexity nan, of the base model 1" in caught.value.why
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_a_missing_tensor_is_an_error_of_the_model(pair_of: Callable[[str], Pair], name: str) -> None:
+    pair = pair_of("llama")
+    tensors = {key: stored for key, stored in pair.source.tensors.items() if key != name}
+    source = dataclasses.replace(pair.source, tensors=tensors)
+    with pytest.raises(SourceError, match="lack a tensor") as caught:
+        run_base(source, texts_of(2, 8, questions_for(pair.base, pair.quantized)), CPU)
+    assert caught.value.where == name
+
+
+@pytest.mark.parametrize("part", ["qzeros", "g_idx"])
+def test_a_missing_part_of_a_linear_is_an_error_of_the_checkpoint(
+    pair_of: Callable[[str], Pair], tmp_path: Path, part: str
+) -> None:
+    pair = pair_of("llama")
+    tensors = load_file(pair.checkpoint / "model.safetensors")
+    del tensors[f"model.layers.2.mlp.up_proj.{part}"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((pair.checkpoint / "config.json").read_bytes())
+    with pytest.raises(SourceError) as caught:
+        run_checkpoint(tmp_path, BITS, pair.source, texts_of(2, 8), CPU)
+    assert "model.layers.2.mlp.up_proj" in str(caught.value)
+
+
+@pytest.mark.parametrize("step", ["run_blocks", "_compare"])
+def test_a_gpu_without_memory_is_an_error_with_a_hint(
+    pair_of: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(evaluate, step, fail)
+    with pytest.raises(MachineError, match="the GPU's memory is exhausted") as caught:
+        pair_of("llama").measured(texts_of(2, 8))
+    assert caught.value.why == "CUDA out of memory"
+    assert "--device cpu" in caught.value.hint
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of every storage that an operation made and that is still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.live -= self._known.pop(key)
+
+
+def test_the_peak_with_a_large_vocabulary_is_the_estimate(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "vocab_size": 151_936, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+    }  # fmt: skip
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float16).save_pretrained(tmp_path)
+    source = read_source(tmp_path, base_id="tester/wide")
+    rows, seq_len = 10, 64  # 640 tokens: seven float32 tensors of them would take 2.7 GB
+    texts = texts_of(rows, seq_len)
+    base = run_base(source, texts, CPU)  # its head is read here
+    gc.collect()
+    with PeakBytes() as counter:
+        quality_of(base, run_base(source, texts, CPU), texts)
+    estimate = evaluation_memory.evaluation_memory(
+        source.architecture, num_tokens=rows * seq_len, seq_len=seq_len, device_type="cpu"
+    )
+    assert 0.8 * estimate.device_bytes < counter.peak < 1.1 * estimate.device_bytes
+    assert counter.peak < 600e6
+
+
+@pytest.mark.parametrize(("vocab_size", "tokens"), [(128, 1024), (32_000, 1024), (151_936, 220), (10**9, 1)])
+def test_pieces_stay_below_a_number_of_bytes(vocab_size: int, tokens: int) -> None:
+    assert tokens_per_piece(vocab_size) == tokens
+
+
+def test_the_estimate_grows_with_the_rows_and_counts_the_host_beside_a_gpu() -> None:
+    from packager.model.architecture import read_architecture
+
+    config = CONFIGS["llama"]().to_dict() | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16"}
+    architecture = read_architecture(json.loads(json.dumps(config, default=str)), "config.json")
+
+    def estimate(num_tokens: int, device_type: str) -> evaluation_memory.EvaluationMemory:
+        return evaluation_memory.evaluation_memory(
+            architecture, num_tokens=num_tokens, seq_len=64, device_type=device_type
+        )
+
+    few, many = estimate(2**16, "cuda"), estimate(2**18, "cuda")
+    states = 2 * (2**18 - 2**16) * architecture.hidden_size
+    assert 0 < many.device_bytes - few.device_bytes <= states
+    assert many.host_bytes - few.host_bytes == 2 * states
+    assert estimate(2**16, "cpu").host_bytes == 0
