@@ -271,7 +271,7 @@ BAD_TEXTS: dict[str, tuple[Callable[[Path], object], Mapping[str, Any], tuple[st
         {},
         (
             "the evaluation text overlaps the calibration text",
-            " of its documents or lines are in both, the first begins ",
+            " of its words are in both, for example ",
             "another split",
         ),
     ),
