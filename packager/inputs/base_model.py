@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from packager.errors import MachineError, SourceError
+from packager.errors import SourceError
 from packager.model.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, read_architecture
 from packager.model.config_values import read_config
 from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
 from packager.receipt import CONFIG, INDEX_SUFFIX, TOKENIZER_FILES, FileRecord, SourceRecord, digest_of
 from packager.recipe.file import RecipeFile
 from packager.system.files import disk_errors, file_records
-from packager.system.text import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -285,18 +284,3 @@ def _download(base_id: str, revision: str, log: Callable[[str], None]) -> Path:
                 hint="delete it and run the same command again",
             )
     return folder
-
-
-def check_disk(folder: Path, needed_bytes: int) -> None:
-    """Raise MachineError when the file system of `folder` has less than `needed_bytes` free."""
-    import shutil
-
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise MachineError(
-            "not enough free disk space",
-            where=str(folder),
-            why=f"{format_bytes(needed_bytes)} needed, {format_bytes(free)} free",
-            hint="free some space, or point --dist at another disk",
-        )

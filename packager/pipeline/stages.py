@@ -20,7 +20,7 @@ from packager.pipeline.workspace import audit_or_raise, check_folder
 from packager.quantize.engines import ENGINE_VERSION, engine_named, require_engines
 from packager.quantize.engines.protocol import EngineResult
 from packager.receipt import FileRecord, LoaderRecord, Provenance, Receipt
-from packager.system.files import replace_folder
+from packager.system.files import check_disk, replace_folder
 from packager.system.parallel import in_parallel
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
     if not missing:
         return (), ()
     require_build_extra()
-    from packager.inputs.base_model import check_disk
     from packager.pipeline.quantize_progress import QuantizeView
 
     require_engines((variant_plan.variant.engine for variant_plan in missing), run.device.type)

@@ -18,6 +18,7 @@ from typing import BinaryIO
 from packager.errors import MachineError
 from packager.receipt import FileRecord
 from packager.system.parallel import in_parallel
+from packager.system.text import format_bytes
 
 TEMPORARY_PREFIX = ".tmp-"
 # A process that is killed while it starts a child leaves its locks to the child for an instant.
@@ -181,6 +182,23 @@ def list_files(folder: Path) -> tuple[str, ...]:
             if path.is_file() and not any(part.startswith(TEMPORARY_PREFIX) for part in path.relative_to(folder).parts)
         )
     )
+
+
+def check_disk(folder: Path, needed_bytes: int) -> None:
+    """Check the free space of a folder's file system; the folder need not exist yet.
+
+    Raises:
+        MachineError: fewer than `needed_bytes` are free.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise MachineError(
+            "not enough free disk space",
+            where=str(folder),
+            why=f"{format_bytes(needed_bytes)} needed, {format_bytes(free)} free",
+            hint="free some space, or point --dist at another disk",
+        )
 
 
 def reserve(descriptor: int, size_bytes: int) -> None:
