@@ -1,0 +1,105 @@
+"""The decoder that reads its weights block by block: parts of rows, freed memory, shared heads and missing tensors."""
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from packager.errors import SourceError
+from packager.inputs.base_model import SourceModel, read_source
+from packager.model.decoder import Decoder, forward, run_blocks
+from tests.tiny_models import save_model, token_rows
+
+CPU = torch.device("cpu")
+IDS = token_rows(6, 16).ids
+
+
+@pytest.fixture(scope="module")
+def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SourceModel]:
+    made: dict[str, SourceModel] = {}
+
+    def get(name: str) -> SourceModel:
+        if name not in made:
+            made[name] = read_source(save_model(tmp_path_factory.mktemp(name), name), base_id="tester/tiny")
+        return made[name]
+
+    return get
+
+
+def decoder_of(source: SourceModel, read: Callable[[str], Tensor] | None = None) -> Decoder:
+    return Decoder(source.folder, read or source.read, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral-sliding", "qwen3"])
+def test_logits_do_not_depend_on_how_positions_are_grouped(source_of: Callable[[str], SourceModel], name: str) -> None:
+    decoder = decoder_of(source_of(name))
+    (states,) = forward(decoder, IDS, rows=6)
+    expected = decoder.logits(states)
+    pieces = states.flatten(0, 1).split(7)
+    found = torch.cat([decoder.logits(piece[None])[0] for piece in pieces])
+    assert found.shape == (IDS.numel(), 128)
+    assert torch.allclose(found.view_as(expected), expected, atol=1e-6)
+
+
+def test_batches_of_two_kinds_go_through_the_blocks_together(source_of: Callable[[str], SourceModel]) -> None:
+    source, read = source_of("llama"), list[str]()
+
+    def counted(name: str) -> Tensor:
+        read.append(name)
+        return source.read(name)
+
+    decoder = decoder_of(source, counted)
+    batches = [*decoder.embed(IDS, rows=4), *decoder.embed(IDS[:3, :5], rows=2)]
+    inputs = [weakref.ref(batch.hidden) for batch in batches]
+    found = run_blocks(decoder, batches)
+    assert batches == []
+    assert all(hidden() is None for hidden in inputs), "the first block's inputs are freed"
+    expected = [*forward(decoder_of(source), IDS, rows=4), *forward(decoder_of(source), IDS[:3, :5], rows=2)]
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert len(read) == len(set(read))
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_tied_head_is_the_embedding(source_of: Callable[[str], SourceModel], drop: bool) -> None:
+    decoder = decoder_of(source_of("llama-tied"))
+    (states,) = forward(decoder, IDS, rows=6)
+    expected = decoder.logits(states)
+    head, embedding = (decoder._model.get_parameter(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    assert head.data_ptr() == embedding.data_ptr()
+    if drop:
+        decoder.drop_outside_blocks()
+        assert torch.equal(decoder.logits(states), expected)
+        assert embedding.shape == (128, 64)
+        assert decoder._model.get_parameter("model.embed_tokens.weight").is_meta, "logits need no embedding"
+
+
+def test_what_is_outside_the_blocks_is_freed_and_read_again(source_of: Callable[[str], SourceModel]) -> None:
+    decoder = decoder_of(source_of("llama"))
+    first = forward(decoder, IDS, rows=6)
+    decoder.drop_outside_blocks()
+    assert all(parameter.is_meta for parameter in decoder._model.parameters())
+    assert torch.equal(first[0], forward(decoder, IDS, rows=6)[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_a_tensor_that_no_reader_has_is_named(source_of: Callable[[str], SourceModel], name: str) -> None:
+    source = source_of("llama")
+    tensors = {key: stored for key, stored in source.tensors.items() if key != name}
+    stored = {key: source.read(key) for key in tensors}
+    for read in (stored.__getitem__, dataclasses.replace(source, tensors=tensors).read):
+        decoder = decoder_of(source, read)
+        with pytest.raises(SourceError, match="the weights lack a tensor that the model needs") as caught:
+            decoder.logits(forward(decoder, IDS, rows=6)[0])
+        assert caught.value.where == name
+        assert caught.value.hint
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="transformers cannot build this model"):
+        Decoder(tmp_path, lambda _: torch.empty(0), device=CPU, dtype=torch.float32)
