@@ -4,6 +4,8 @@ import dataclasses
 import gc
 import json
 import math
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from packager.errors import MachineError, QuantizeError, SourceError
 from packager.inputs.base_model import SourceModel, read_source
 from packager.inputs.chat import Question
 from packager.inputs.texts import TextSets
+from packager.model.architecture import read_architecture
 from packager.prove import evaluate, evaluation_memory
 from packager.prove.evaluate import quality_of, run_base, run_checkpoint
 from packager.prove.evaluation_memory import tokens_per_piece
@@ -328,7 +331,6 @@ def test_pieces_stay_below_a_number_of_bytes(vocab_size: int, tokens: int) -> No
 
 
 def test_the_estimate_grows_with_the_rows_and_counts_the_host_beside_a_gpu() -> None:
-    from packager.model.architecture import read_architecture
 
     config = CONFIGS["llama"]().to_dict() | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16"}
     architecture = read_architecture(json.loads(json.dumps(config, default=str)), "config.json")
@@ -343,3 +345,8 @@ def test_the_estimate_grows_with_the_rows_and_counts_the_host_beside_a_gpu() -> 
     assert 0 < many.device_bytes - few.device_bytes <= states
     assert many.host_bytes - few.host_bytes == 2 * states
     assert estimate(2**16, "cpu").host_bytes == 0
+
+
+def test_the_estimate_needs_no_torch() -> None:
+    script = "import sys, packager.prove.evaluation_memory; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, check=False).returncode == 0
