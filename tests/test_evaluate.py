@@ -312,7 +312,7 @@ def test_the_peak_with_a_large_vocabulary_is_the_estimate(tmp_path: Path) -> Non
     }  # fmt: skip
     AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float16).save_pretrained(tmp_path)
     source = read_source(tmp_path, base_id="tester/wide")
-    rows, seq_len = 10, 64  # 640 tokens: seven float32 tensors of them would take 2.7 GB
+    rows, seq_len = 4, 64  # 256 tokens: seven float32 tensors of them would take 1.1 GB
     texts = texts_of(rows, seq_len)
     base = run_base(source, texts, CPU)  # its head is read here
     gc.collect()

@@ -97,10 +97,12 @@ def _count_answered(decoder: Decoder, questions: Sequence[Question], states: Seq
     lengths = [len(question.answer_ids) for question in questions]
     begins = [len(question.prompt_ids) - 1 for question in questions]
     hidden = torch.cat([row[begin : begin + n] for row, begin, n in zip(rows, begins, lengths, strict=True)])
-    greedy = torch.cat([decoder.logits(piece[None])[0].argmax(-1).cpu() for piece in hidden.split(_piece(decoder))])
+    greedy = torch.cat(
+        [decoder.logits(piece[None])[0].argmax(-1).cpu() for piece in torch.split(hidden, _piece(decoder))]
+    )
     return sum(
         tuple(given.tolist()) == question.answer_ids
-        for question, given in zip(questions, greedy.split(lengths), strict=True)
+        for question, given in zip(questions, torch.split(greedy, lengths), strict=True)
     )
 
 
@@ -155,8 +157,8 @@ def _pieces(base: ForwardResult, quantized: ForwardResult, ids: Tensor) -> Itera
     for base_states, states in zip(base.states, quantized.states, strict=True):
         following = ids[begin : begin + len(states), 1:].flatten()
         begin += len(states)
-        own = (found[:, :-1].flatten(0, 1).split(size) for found in (base_states, states))
-        yield from zip(*own, following.split(size), strict=True)
+        own = (torch.split(found[:, :-1].flatten(0, 1), size) for found in (base_states, states))
+        yield from zip(*own, torch.split(following, size), strict=True)
 
 
 def _compare(base: Decoder, quantized: Decoder, p_states: Tensor, q_states: Tensor, ids: Tensor) -> tuple[Tensor, int]:
