@@ -2,8 +2,10 @@
 
 import ast
 import importlib.util
+import io
 import re
 import shlex
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,14 +14,28 @@ import pytest
 from typer.testing import CliRunner
 
 from packager.cli.main import app
+from packager.model.architecture import LinearSpec
+from packager.model.checkpoint import PORTABLE_KEYS, PORTABLE_PARAMETERS, quantized_tensors
+from packager.model.runtimes import RUNTIMES
+from packager.receipt import CONFIG, PROVENANCE, QUANTIZE_CONFIG, README, TOKENIZER_FILES
 from packager.recipe import Recipe
 from packager.recipe.yaml import parse
 from tests.test_house_rules import ROOT
 
 REFERENCE = ROOT / "docs" / "reference"
-WRITTEN = {"engine.md", "format.md"}  # by hand; every other reference page is generated
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^()\s]+(?:\([^()\s]*\)[^()\s]*)*)\)")
+MODULES = [path for folder in ("packager", "docs", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+# Text that reads like a folder or a file of this project: folder/, name.py, folder/NAME.md.
+FILE_NAME = re.compile(
+    r"(?<![\w/.<$~-])(?:[A-Za-z0-9_.-]+/)+(?![\w*<{])"
+    r"|(?<![\w/.<$~}>-])(?:[\w.-]+/)*[\w-]+\.(?:py|md|yaml|toml)\b"
+)
+FOLDERS = ("packager", "docs", "benchmarks", "tests", "recipes", "templates")
+OUR_FILES = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
+# Folders that a build makes, and files of readers and of other projects.
+FOREIGN_FOLDERS = ("dist/", "work/", "builds/", "receipts/")
+FOREIGN_FILES = {"my-recipe.yaml", "recipe.yaml", "ruamel.yaml", "model.py"}
 SHELL = {"bash", "console", "sh", "shell"}
 
 
@@ -32,7 +48,7 @@ def generator() -> ModuleType:
     return module
 
 
-def shown(page: Path) -> str:
+def relative(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
@@ -59,7 +75,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", [path.name for path in sorted(REFERENCE.glob("*.md")) if path.name not in WRITTEN])
+@pytest.mark.parametrize("name", sorted(generator().PAGES))
 def test_a_reference_page_is_in_step_with_the_code(name: str) -> None:
     made = generator().PAGES[name]()
     assert (REFERENCE / name).read_text(encoding="utf-8") == made, "run nox -s docs -- --write"
@@ -67,8 +83,8 @@ def test_a_reference_page_is_in_step_with_the_code(name: str) -> None:
 
 def test_every_reference_page_is_generated_or_written_and_there() -> None:
     module = generator()
-    assert {path.name for path in REFERENCE.glob("*.md")} - WRITTEN == set(module.PAGES)
-    assert (REFERENCE / "engine.md").is_file()
+    generated = {path.name for path in REFERENCE.glob("*.md") if module.NOTE in path.read_text(encoding="utf-8")}
+    assert generated == set(module.PAGES)
     assert module.main(["--check"]) == 0
 
 
@@ -93,7 +109,7 @@ def test_a_stale_page_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "nox -s docs -- --write" in error
 
 
-@pytest.mark.parametrize("page", PAGES, ids=shown)
+@pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"(?ms)^ *```.*?^ *```$|`[^`\n]*`", "", page.read_text(encoding="utf-8"))
     broken = []
@@ -108,7 +124,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=shown)
+@pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_commands_are_those_of_the_command_line(page: Path) -> None:
     wrong = []
     for words in commands(page, "packager"):
@@ -134,7 +150,7 @@ def nox_sessions() -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("page", PAGES, ids=shown)
+@pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_sessions_are_those_of_the_noxfile(page: Path) -> None:
     known = nox_sessions()
     assert {"lint", "docs", "build-all"} <= known
@@ -147,7 +163,7 @@ def test_sessions_are_those_of_the_noxfile(page: Path) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=shown)
+@pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_whole_recipes_are_recipes(page: Path) -> None:
     for block in blocks(page, {"yaml"}):
         root, findings = parse(block)
@@ -155,6 +171,61 @@ def test_whole_recipes_are_recipes(page: Path) -> None:
         assert findings == []
         if isinstance(root.content, dict) and "schema_version" in root.content:
             Recipe.model_validate(root.plain())
+
+
+def missing_files(text: str, folder: Path) -> set[str]:
+    """Return the files of this project that a text names and that are not there.
+
+    A name is looked for beside the text, in the repository, in packager/ and in docs/; a bare name anywhere.
+    """
+    found = set()
+    for name in FILE_NAME.findall(re.sub(r"https?://\S+", "", text)):
+        if "*" in name or "{" in name or Path(name).name in FOREIGN_FILES or name.startswith(FOREIGN_FOLDERS):
+            continue
+        roots = (folder, ROOT, ROOT / "packager", ROOT / "docs")
+        if not any((root / name).exists() for root in roots) and ("/" in name or name not in OUR_FILES):
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    assert missing_files(page.read_text(encoding="utf-8"), page.parent) == set()
+
+
+def comments(path: Path) -> str:
+    """Return the comments and docstrings of a module."""
+    source = path.read_text(encoding="utf-8")
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return "\n".join([*texts, *(token.string for token in tokens if token.type == tokenize.COMMENT)])
+
+
+def test_every_file_that_a_docstring_or_comment_names_exists() -> None:
+    missing = {relative(module): missing_files(comments(module), module.parent) for module in MODULES}
+    assert {module: names for module, names in missing.items() if names} == {}
+
+
+def test_a_file_that_is_not_there_is_found() -> None:
+    text = "`gone.py`, packager/gone.py, GONE.md, gone/ and `packager/recipe/file.py`, checks.py, README.md, templates/"
+    assert missing_files(text, ROOT) == {"gone.py", "packager/gone.py", "GONE.md", "gone/"}
+
+
+def test_the_format_page_agrees_with_the_code() -> None:
+    page = (REFERENCE / "format.md").read_text(encoding="utf-8")
+    assert f"| {', '.join(f'`{key}`' for key in PORTABLE_PARAMETERS)} |" in page
+    for key in PORTABLE_KEYS:
+        assert f"`{key}`" in page
+    for name in (README, PROVENANCE, CONFIG, QUANTIZE_CONFIG, *TOKENIZER_FILES):
+        assert f"`{name}`" in page
+    linear = LinearSpec(name="x", block=0, in_features=128, out_features=64, bias=True)
+    dtypes = {"I32": "int32", "F16": "float16"}
+    rows = dict(re.findall(r"(?m)^\| `(\w+)` \| (int32|float16) \|", page))
+    stored = quantized_tensors(linear, bits=4, group_size=32)
+    assert rows == {tensor.name.removeprefix("x."): dtypes[tensor.dtype] for tensor in stored}
+    for runtime in RUNTIMES.values():
+        assert f"| {runtime.label}" in page
 
 
 def test_the_tolerances_told_are_those_used() -> None:

@@ -272,7 +272,7 @@ def refusing(config: dict[str, Any] = LLAMA_2_13B, **parameters: Any) -> set[str
     ("parameters", "refusals"),
     [
         ({}, set()),
-        ({"desc_act": True, "group_size": 32}, set()),
+        ({"desc_act": True, "group_size": 32}, {"vllm"}),
         ({"group_size": -1, "desc_act": True}, set()),
         ({"bits": 8}, {"exllama", "exllamav2"}),
         ({"bits": 3}, {"exllama", "exllamav2", "gptqmodel-marlin", "vllm", "tgi"}),
@@ -353,7 +353,7 @@ def test_the_tables_show_every_figure_and_reason(tmp_path: Path) -> None:
     for word in ("7.26", "8.00", "7.50", f"{plan.variants[0].weights_bytes:,}", "gptq-8bit-128g-actorder_False"):
         assert word in text
     assert "someone/model-GPTQ from meta/base: llama, 13,015,864,320 parameters in F16, 40 blocks" in text
-    assert "no: vLLM for gptq-8bit-128g-actorder_False: reads symmetric checkpoints only" in text
+    assert "no: vLLM 0.30 for gptq-8bit-128g-actorder_False: reads symmetric checkpoints only" in text
     assert "note: Transformers 5: through gptqmodel and optimum" in text
     assert f"{plan.disk.total_bytes / 1e9:.2f}" in text
     memory = plan.memory

@@ -92,6 +92,11 @@ def _symmetric_only(variant: Variant, _: Architecture) -> str:
     return "" if variant.sym else "reads symmetric checkpoints only"
 
 
+def _no_act_order(variant: Variant, _: Architecture) -> str:
+    """Return the refusal of vLLM 0.30 and later (vllm#54809); with one group per row act order changes nothing."""
+    return "reads no act order with groups (0.29 did)" if variant.desc_act and variant.group_size != -1 else ""
+
+
 def _power_of_two_groups(variant: Variant, _: Architecture) -> str:
     size = variant.group_size
     return "" if size == -1 or size & (size - 1) == 0 else "silently rounds the group size up to a power of two"
@@ -133,7 +138,7 @@ def _autogptq_head(_: Variant, architecture: Architecture) -> str:
 
 
 def _exllama_shapes(_: Variant, architecture: Architecture) -> str:
-    """Return which assumption of ExLlama v1 (3b013cd, model.py) this model breaks."""
+    """Return which assumption of ExLlama v1 (its model.py at 3b013cd) this model breaks."""
     if architecture.tie_word_embeddings:
         return "needs lm_head.weight, which a model with tied embeddings does not store"
     if any(linear.bias for linear in architecture.block_linears):
@@ -218,7 +223,7 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         traps=(_note("needs CUDA with compute capability 8.0"),),
     ),
     "vllm": RuntimeRules(
-        refuses=(_bits(*MARLIN_BITS), _group_sizes(*MARLIN_GROUP_SIZES), _symmetric_only),
+        refuses=(_bits(*MARLIN_BITS), _group_sizes(*MARLIN_GROUP_SIZES), _symmetric_only, _no_act_order),
         traps=(_tensor_parallel_limit,),
     ),
     "sglang": RuntimeRules(refuses=(_bits(2, 3, 4, 8),), traps=(_sglang_kernel,)),

@@ -82,7 +82,7 @@ RUNTIMES: Mapping[str, Runtime] = {
             ),
         ),
         Runtime(name="gptqmodel-marlin", title="GPTQModel", version="7.7", kernel="Marlin"),
-        Runtime(name="vllm", title="vLLM"),
+        Runtime(name="vllm", title="vLLM", version="0.30"),
         Runtime(name="sglang", title="SGLang"),
         Runtime(name="tgi", title="TGI"),
     )

@@ -1,4 +1,4 @@
-"""Stage 6, pack: finished blocks become a complete checkpoint folder; only the files of the card are added later.
+"""Stage 6, pack: make a checkpoint folder (docs/reference/format.md) of finished blocks, without the card's files.
 
 The blocks are in the weights files already. Tensors that are not quantized are copied from the base model byte by byte,
 so that they keep their dtype and their bits.
