@@ -97,9 +97,12 @@ def test_pages_do_not_depend_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> 
     assert not [name for name, text in before.items() if str(Path.home()) in text or str(ROOT) in text]
 
 
-def test_a_stale_page_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stale_page_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = generator()
-    module.ROOT, module.REFERENCE = tmp_path, tmp_path / "docs" / "reference"
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "REFERENCE", tmp_path / "docs" / "reference")
     assert module.main(["--write"]) == 0
     assert module.main(["--check"]) == 0
     (module.REFERENCE / "cli.md").write_text("old")

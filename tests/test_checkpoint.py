@@ -1,0 +1,37 @@
+"""Which parameters and row lengths fit a model; tensors, sizes and shards are in test_architecture.py."""
+
+import pytest
+
+from packager.model.architecture import read_architecture
+from packager.model.checkpoint import FitProblem, fit_problems, length_problem
+from tests.test_architecture import tiny_config
+
+LARGE = read_architecture(tiny_config(hidden_size=1024, intermediate_size=2048, head_dim=256), "config.json")
+ODD = read_architecture(
+    tiny_config(hidden_size=48, intermediate_size=72, num_attention_heads=4, head_dim=12), "config.json"
+)
+
+
+def test_every_size_that_divides_all_linears_is_offered() -> None:
+    (problem,) = fit_problems(LARGE, group_size=24)
+    assert problem.parameter == "group_size"
+    assert problem.hint == "these fit every linear: -1, 8, 16, 32, 64, 128, 256, 512, 1024"
+    assert not list(fit_problems(LARGE, group_size=1024))
+    assert not list(fit_problems(ODD, group_size=-1))
+
+
+def test_rows_and_columns_must_fill_words() -> None:
+    assert not list(fit_problems(ODD, bits=4, group_size=24))
+    (problem,) = fit_problems(ODD, bits=3)
+    # 48 x 3 = 144 and 72 x 3 = 216 bits are no multiples of 32.
+    names = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    assert problem == FitProblem(parameter="bits", message=f"3-bit values of {names} do not fill 32-bit words")
+    assert not list(fit_problems(ODD))
+
+
+@pytest.mark.parametrize("seq_len", [1, LARGE.max_position_embeddings])
+def test_rows_may_be_as_long_as_the_positions(seq_len: int) -> None:
+    assert length_problem(LARGE, "calibration.seq_len", seq_len) == ""
+    longer = LARGE.max_position_embeddings + 1
+    expected = f"calibration.seq_len {longer} is more than the {longer - 1} positions of the base model"
+    assert length_problem(LARGE, "calibration.seq_len", longer) == expected
