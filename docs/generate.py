@@ -1,6 +1,6 @@
-"""The pages of docs/reference, made from the code that they describe: `python docs/generate.py --check|--write`.
+"""Generate pages of docs/reference from the code that they describe: `python docs/generate.py --check|--write`.
 
-`nox -s docs` runs it. Nothing of the machine or the moment is in a page: the same code gives the same bytes anywhere.
+`nox -s docs` runs it. A page depends on nothing but the code: it has the same bytes on every machine.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def recipe_page() -> str:
     models = {"": schema, **dict(_models(schema, schema, ""))}
     sections = [_section(path, model, schema["$defs"]) for path, model in models.items()]
     intro = (
-        'Every key of a recipe file. What is not listed is refused, and so is a value of another type: `"4"` is no '
+        'Every key of a recipe file. Other keys are refused, and so are values of another type: `"4"` is not an '
         "integer. Paths are relative to the recipe's folder and may not leave it. How to write one is in "
         "[write a recipe](../how-to/write-a-recipe.md); editors read the same from `recipes/recipe.schema.json`."
     )
@@ -151,7 +151,7 @@ def _default(path: str, key: str, field: Schema) -> str:
 def findings_page() -> str:
     """Return every code of the audit with its severity and what to do."""
     intro = (
-        "Everything that `packager audit` finds. A code is stable: scripts may filter on it. An error makes the exit "
+        "All findings of `packager audit`. A code is stable: scripts may filter on it. An error makes the exit "
         "code 7, a warning does not. Each finding names the file, key or tensor concerned. How to run it is in "
         "[audit a folder](../how-to/audit-a-folder.md)."
     )
@@ -172,7 +172,7 @@ def cli_page() -> str:
         return f"## {' '.join(('packager', *arguments))}\n\n```text\n{text}```\n"
 
     intro = (
-        "Results go to standard output, with `--format json` as JSON and nothing else; talk, progress and errors go to "
+        "Results go to standard output, with `--format json` as JSON and nothing else; the log, progress and errors go to "
         "standard error. [Exit codes](exit-codes.md) tell the kinds of errors apart."
     )
     commands = [
@@ -187,17 +187,17 @@ def cli_page() -> str:
 def exit_codes_page() -> str:
     """Return what each exit code means."""
     meanings: dict[int, list[tuple[str, str]]] = {
-        0: [("", "Done. An audit passed; a release may have left recipes out and said why.")],
-        1: [("", "The reader of the output went away, or a defect of this program: then a traceback says where.")],
+        0: [("", "Done. An audit passed; a release may have skipped recipes and reported why.")],
+        1: [("", "The reader of the output closed it, or this program has a defect: then it prints a traceback.")],
         2: [("", "The command line is wrong.")],
-        130: [("", "Interrupted with Ctrl-C. What was finished is kept.")],
+        130: [("", "Interrupted with Ctrl-C. Finished work is kept.")],
     }
     for error in _subclasses(PackagerError):
         text = (inspect.getdoc(error) or "").partition("\n\n")[0]
         meanings.setdefault(error.exit_code, []).append((f"`{error.__name__}`", text))
     rows = ((str(code), name, cell(text)) for code, entries in sorted(meanings.items()) for name, text in entries)
     intro = (
-        "An error is printed on standard error: what happened and where, why, and a hint what to do. Its class, from "
+        "An error is printed on standard error: the problem, its place, its cause, and a hint. Its class, from "
         "`packager/errors.py`, decides the exit code."
     )
     return page("Exit codes", intro, table(("code", "error", "meaning"), rows))
@@ -220,8 +220,8 @@ def loaders_page() -> str:
         for spec in LOADERS.values()
     )
     intro = (
-        "The runtimes that open what is published. Those of the first table run in a build, each in an environment of "
-        "its own that shares the torch of the build; what they must show is in "
+        "The runtimes that load published branches. Those of the first table run in a build, each in an environment of "
+        "its own that shares the torch of the build; what they must prove is in "
         "[how it works](../explanation/how-it-works.md)."
     )
     proven = f"## In a build\n\n{table(('name in recipes', 'runtime', 'device', 'Python'), rows)}"
@@ -241,29 +241,29 @@ def _pinned(requirements: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _predicted() -> str:
-    """Return the rules of `packager/model/compatibility.py`, each said as it says it when it applies."""
+    """Return the rules of `packager/model/compatibility.py`, each by the sentence that it reports."""
     rows = (
-        (cell(RUNTIMES[name].label), _said(rules.refuses), _said(rules.traps))
+        (cell(RUNTIMES[name].label), _sentences(rules.refuses), _sentences(rules.traps))
         for name, rules in compatibility.RUNTIME_RULES.items()
     )
     text = (
         "## Predicted by `plan`\n\n"
-        "`packager plan` and the card say of each variant what these runtimes will make of it, from parameters and "
-        "shapes alone. The sentences are those that the rules say of variants with 2, 3, 4 and 8 bits, groups of 32, "
-        "48 and 128 columns and whole rows, with and without act order and symmetry, of Llama 2 13B and of models "
-        "that differ from it in one respect. A loader is said to be proven only after it ran.\n\n"
+        "`packager plan` and the card predict from parameters and shapes alone which runtimes load a variant. The "
+        "sentences below are the rules' answers for variants with 2, 3, 4 and 8 bits, groups of 32, 48 and 128 columns "
+        "and whole rows, with and without act order and symmetry, of Llama 2 13B and of models that differ from it in "
+        "one respect. Only a loader that ran is called proven. [The format](format.md#runtimes) has the sources.\n\n"
     )
     return text + table(("runtime", "refuses", "worth knowing"), rows)
 
 
-def _said(checks: Sequence[compatibility.Check]) -> str:
-    """Return each sentence that one of the checks says of any example."""
-    said: dict[str, None] = {}
+def _sentences(checks: Sequence[compatibility.Check]) -> str:
+    """Return each sentence that one of the checks reports for any example."""
+    sentences: dict[str, None] = {}
     for check in checks:
         for variant, architecture in product(_example_variants(), _example_architectures()):
             if sentence := check(variant, architecture):
-                said[cell(sentence)] = None
-    return "<br>".join(said)
+                sentences[cell(sentence)] = None
+    return "<br>".join(sentences)
 
 
 def _example_variants() -> Iterator[Variant]:

@@ -32,7 +32,12 @@ FILE_NAME = re.compile(
     r"|(?<![\w/.<$~}>-])(?:[\w.-]+/)*[\w-]+\.(?:py|md|yaml|toml)\b"
 )
 FOLDERS = ("packager", "docs", "benchmarks", "tests", "recipes", "templates")
-OUR_FILES = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
+OUR_FILES = {
+    path.name + "/" * path.is_dir()
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix != ".pyc"
+}
 # Folders that a build makes, and files of readers and of other projects.
 FOREIGN_FOLDERS = ("dist/", "work/", "builds/", "receipts/")
 FOREIGN_FILES = {"my-recipe.yaml", "recipe.yaml", "ruamel.yaml", "model.py"}
@@ -186,7 +191,7 @@ def missing_files(text: str, folder: Path) -> set[str]:
         if "*" in name or "{" in name or Path(name).name in FOREIGN_FILES or name.startswith(FOREIGN_FOLDERS):
             continue
         roots = (folder, ROOT, ROOT / "packager", ROOT / "docs")
-        if not any((root / name).exists() for root in roots) and ("/" in name or name not in OUR_FILES):
+        if not any((root / name).exists() for root in roots) and ("/" in name[:-1] or name not in OUR_FILES):
             found.add(name)
     return found
 
