@@ -172,8 +172,8 @@ def cli_page() -> str:
         return f"## {' '.join(('packager', *arguments))}\n\n```text\n{text}```\n"
 
     intro = (
-        "Results go to standard output, with `--format json` as JSON and nothing else; the log, progress and errors go to "
-        "standard error. [Exit codes](exit-codes.md) tell the kinds of errors apart."
+        "Results go to standard output, with `--format json` as JSON and nothing else; the log, progress and errors go "
+        "to standard error. [Exit codes](exit-codes.md) tell the kinds of errors apart."
     )
     commands = [
         str(command.name or command.callback.__name__) for command in app.registered_commands if command.callback

@@ -178,11 +178,11 @@ def layout(path: Path, tensors: Iterable[TensorInfo]) -> tuple[bytes, dict[str, 
     """Return the header of a file for `tensors`, and the offset of each tensor in it."""
     ordered = file_order(tensors)
     header = header_bytes(ordered)
-    places, offset = {}, len(header)
+    stored, offset = {}, len(header)
     for info in ordered:
-        places[info.name] = StoredTensor(info=info, path=path, offset=offset)
+        stored[info.name] = StoredTensor(info=info, path=path, offset=offset)
         offset += info.size_bytes
-    return header, places
+    return header, stored
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:

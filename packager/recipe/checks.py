@@ -171,7 +171,7 @@ def _damping(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
         damp, limit = parameters["damp_percent"], parameters["damp_percent_limit"]
         if isinstance(damp.value, float) and isinstance(limit.value, float) and limit.value < damp.value:
             at = max(parameter.at for parameter in (damp, limit) if parameter.written)
-            hint = "" if limit.written else f"the limit is {limit.value} unless the recipe says otherwise"
+            hint = "" if limit.written else f"the limit is {limit.value} unless the recipe gives another"
             yield LocatedProblem(at, f"damp_percent_limit {limit.value} is less than damp_percent {damp.value}", hint)
 
 
@@ -197,16 +197,16 @@ def _engines(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
 
 def _loaders(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
     """Report a loader that is named twice."""
-    places: dict[str, str] = {}
+    listed: dict[str, str] = {}
     for name in ("required", "if_available"):
         for index in range(parsed.count("loaders", name)):
             loader = parsed.text("loaders", name, index)
             if loader is None:
                 continue
-            if loader in places:
-                both = f"twice in loaders.{name}" if places[loader] == name else "both as required and as if_available"
+            if loader in listed:
+                both = f"twice in loaders.{name}" if listed[loader] == name else "both as required and as if_available"
                 yield LocatedProblem(parsed.at("loaders", name, index), f"the loader {loader!r} is listed {both}")
-            places.setdefault(loader, name)
+            listed.setdefault(loader, name)
 
 
 def _rows(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
@@ -221,7 +221,7 @@ def _rows(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
 def _held_out(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
     """Report an evaluation on the calibration text."""
     calibration = _identity(parsed, folder, "calibration", "path")
-    why = "quality measured on the calibration text says nothing"
+    why = "quality measured on the calibration text proves nothing"
     if calibration is None:
         return
     if calibration == _identity(parsed, folder, "evaluation", "path"):
