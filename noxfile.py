@@ -53,7 +53,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check types with mypy: the package strictly, the tests less so."""
-    _install(session, "-e", ".[build]", "mypy", "nox", "types-greenlet")
+    _install(session, "-e", ".[build]", "hypothesis", "mypy", "nox", "pytest", "types-greenlet")
     session.run("mypy")
 
 

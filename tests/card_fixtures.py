@@ -1,6 +1,7 @@
 """Invented recipes and receipts for the card's tests: FIXTURES, their figures were never measured on anything."""
 
 import hashlib
+from typing import Any
 
 from packager.receipt import (
     FileRecord,
@@ -245,7 +246,7 @@ def _llama_loaders(spread: float) -> tuple[LoaderRecord, ...]:
     )
 
 
-def _common(recipe: Recipe, variant: Variant) -> dict[str, object]:
+def _common(recipe: Recipe, variant: Variant) -> dict[str, Any]:
     parameters = variant.parameters()
     weights_name = f"{recipe.checkpoint.weights_name}.safetensors"
     return {

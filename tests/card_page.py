@@ -10,7 +10,8 @@ from packager.card.markdown import extract_code_blocks
 
 def front_matter(text: str) -> dict[str, object]:
     assert text.startswith("---\n")
-    return YAML(typ="safe").load(text[4 : text.index("\n---\n")])
+    read: dict[str, object] = YAML(typ="safe").load(text[4 : text.index("\n---\n")])
+    return read
 
 
 def body(text: str) -> str:

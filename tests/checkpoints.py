@@ -210,7 +210,7 @@ def save_weights(folder: Path, tensors: Tensors, *, shards: int = 1, name: str =
     if shards == 1:
         save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         part = {key: tensors[key] for key in sorted(tensors)[number::shards]}
         file_name = f"{name}-{number + 1:05d}-of-{shards:05d}.safetensors"

@@ -132,10 +132,12 @@ class Grids:
 
     def exact_scale(self, low: Tensor, high: Tensor) -> Tensor:
         span = 2 * torch.maximum(-low, high) if self.sym else high - low
-        return (span / self.maxq).clamp(min=SMALLEST_SCALE)
+        scale: Tensor = span / self.maxq
+        return scale.clamp(min=SMALLEST_SCALE)
 
     def exact_scale_without_zero(self, high: Tensor) -> Tensor:
-        return (high / (self.maxq - 1)).clamp(min=SMALLEST_SCALE)
+        scale: Tensor = high / (self.maxq - 1)
+        return scale.clamp(min=SMALLEST_SCALE)
 
     def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.exact_scale(low, high).half().double()

@@ -21,4 +21,6 @@ def load_default_profile() -> None:
 
 def examples(count: int) -> int:
     """Return `count` in profile ci, and at most 10 in profile dev."""
-    return min(count, settings.default.max_examples)
+    profile = settings.default
+    assert profile is not None, "a profile is loaded before the tests are imported"
+    return min(count, profile.max_examples)

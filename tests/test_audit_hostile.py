@@ -48,7 +48,7 @@ def test_random_damage_never_raises(data: st.DataObject) -> None:
         assert_reportable(folder)
 
 
-WEIRD = (
+WEIRD: tuple[Any, ...] = (
     None, True, -1, 0, 2**40, 10**30, 1e308, 0.5, "", "\ud800", "x" * 2000, "[red]\x1b[31m\n", [], {}, [[]], [None],
     {"a": {}}, ["x", 1], {"": ""}, "/home/x/y",
 )  # fmt: skip

@@ -2,6 +2,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ FIXTURE_TEXTS = CardTexts(
 )
 
 
-def llama_card(branch: str = "main", **given: object) -> str:
+def llama_card(branch: str = "main", **given: Any) -> str:
     recipe = fixtures.llama_recipe()
     return render_card(recipe, FIXTURE_TEXTS, fixtures.llama_receipts(recipe), "llama", branch, **given)
 

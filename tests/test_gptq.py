@@ -1,5 +1,7 @@
 """The solver against an independent float64 reference."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,7 +48,7 @@ def hessian(x: torch.Tensor) -> torch.Tensor:
 
 def solved(weight: torch.Tensor, H: torch.Tensor, *, desc_act: bool = False, damp: float = 0.01, **rules) -> Solution:
     factor = factorize_within(H, desc_act=desc_act, damp_percent=damp, damp_percent_limit=0.5)
-    rest = {"group_size": 32, "static_groups": False, "ops": None}
+    rest: dict[str, Any] = {"group_size": 32, "static_groups": False, "ops": None}
     rest = {name: rules.pop(name, default) for name, default in rest.items()}
     found = solve([weight.T], factor, GridRules(**{"bits": 4, "sym": True, "scale_search": False, **rules}), **rest)
     assert bool(found.scales_are_finite())
@@ -81,7 +83,7 @@ ORDERS = [
 def test_every_decision_is_the_float64_reference_s_but_for_ties(bits, group_size, sym, order):
     H = hessian(inputs(96, bits, dead=5))
     weight = torch.randn(96, 24, generator=torch.Generator().manual_seed(7)) * 0.02
-    how = {"bits": bits, "group_size": group_size, "sym": sym, **order}
+    how: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym, **order}
     assert_agrees(solved(weight, H, **how), weight, H, **how)
 
 
@@ -91,7 +93,7 @@ def test_every_decision_is_the_float64_reference_s_but_for_ties(bits, group_size
 def test_the_scale_search_finds_what_the_reference_finds(group_size, sym, order):
     H = hessian(inputs(96, 2, dead=5))
     weight = torch.randn(96, 24, generator=torch.Generator().manual_seed(7)) * 0.02
-    how = {"bits": 4, "group_size": group_size, "sym": sym, "scale_search": True, **order}
+    how: dict[str, Any] = {"bits": 4, "group_size": group_size, "sym": sym, "scale_search": True, **order}
     assert_agrees(solved(weight, H, **how), weight, H, **how)
 
 
@@ -114,7 +116,7 @@ def test_agrees_where_the_hessian_is_nearly_singular():
     """Fewer tokens than columns: damping alone makes it positive definite, and float32 has fewer digits to spare."""
     H = hessian(inputs(160, 14)[:48])
     weight = torch.randn(160, 16, generator=torch.Generator().manual_seed(9)) * 0.02
-    how = {"bits": 4, "group_size": 32, "sym": True, "desc_act": True}
+    how: dict[str, Any] = {"bits": 4, "group_size": 32, "sym": True, "desc_act": True}
     assert_agrees(solved(weight, H, **how), weight, H, tie=10 * TIE, **how)
 
 
@@ -123,7 +125,7 @@ def test_alone_the_reference_gets_the_same_q_and_losses():
     H = hessian(inputs(256, 3))
     weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(8)) * 0.02
     for desc_act, group_size in ((False, 128), (True, 32)):
-        how = {"bits": 4, "group_size": group_size, "sym": True, "desc_act": desc_act}
+        how: dict[str, Any] = {"bits": 4, "group_size": group_size, "sym": True, "desc_act": desc_act}
         expected, found = gptq(weight, H, damp=0.01, **how), solved(weight, H, **how)
         assert (found.q.double() == expected.q).double().mean() >= 0.99
         assert float(found.losses.sum()) == pytest.approx(float(expected.losses.sum()), rel=LOSS_TOLERANCE)
@@ -132,7 +134,7 @@ def test_alone_the_reference_gets_the_same_q_and_losses():
 def test_the_reference_distinguishes_a_tie_from_a_mistake():
     H = hessian(inputs(96, 4))
     weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(10)) * 0.02
-    how = {"bits": 4, "group_size": 32, "sym": True, "desc_act": True}
+    how: dict[str, Any] = {"bits": 4, "group_size": 32, "sym": True, "desc_act": True}
     # Weights that differ in their fifth digit are rounded otherwise where they are within about 1e-4 of a tie, and what
     # comes after becomes something else: the reference judges each decision by those before it.
     noise = 1 + 3e-5 * torch.randn(96, 256, generator=torch.Generator().manual_seed(11))

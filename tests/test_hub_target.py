@@ -51,14 +51,14 @@ class HubFixture:
     def path(self) -> Path:
         return self.hub.repository(REPOSITORY).path
 
-    def target(self, **settings: object) -> HubTarget:
-        return HubTarget(REPOSITORY, log=self.lines.append, **settings)  # type: ignore[arg-type]
+    def target(self, **settings: Any) -> HubTarget:
+        return HubTarget(REPOSITORY, log=self.lines.append, **settings)
 
-    def publish(self, contents: Sequence[BranchContent] | None = None, **settings: object) -> PublishReport:
+    def publish(self, contents: Sequence[BranchContent] | None = None, **settings: Any) -> PublishReport:
         self.lines.clear()
         return publish_branches(contents or self.contents, self.target(**settings), self.lines.append)
 
-    def refused(self, kind: type[PackagerError] = PublishError, **settings: object) -> str:
+    def refused(self, kind: type[PackagerError] = PublishError, **settings: Any) -> str:
         with pytest.raises(kind) as caught:
             self.publish(**settings)
         assert TOKEN not in str(caught.value)

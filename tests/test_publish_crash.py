@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,7 +76,7 @@ class CrashFixture:
             self.check(outcome, f"killed at {chain}: {outcome}")
         return found
 
-    def check(self, outcome: dict[str, object], story: str) -> None:
+    def check(self, outcome: dict[str, Any], story: str) -> None:
         for seen in outcome["between"]:
             for branch, tree in seen.items():
                 assert tree in (self.trees_before.get(branch), self.trees_after[branch]), story

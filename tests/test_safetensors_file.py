@@ -4,6 +4,7 @@ import json
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ NUMPY_DTYPES = {
 }  # fmt: skip
 
 tensors_of_any_kind = st.dictionaries(
-    st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(lambda n: n != "__metadata__"),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda n: n != "__metadata__"),
     st.tuples(st.sampled_from(sorted(NUMPY_DTYPES)), st.lists(st.integers(0, 5), max_size=3)),
     min_size=1,
     max_size=8,
@@ -73,7 +74,7 @@ def random_arrays(kinds: dict[str, tuple[str, list[int]]]) -> dict[str, np.ndarr
 
 @few
 @given(kinds=tensors_of_any_kind)
-def test_reads_what_the_reference_writes_and_predicts_its_size(tmp_path: Path, kinds: dict) -> None:
+def test_reads_what_the_reference_writes_and_predicts_its_size(tmp_path: Path, kinds: dict[str, Any]) -> None:
     arrays = random_arrays(kinds)
     path = tmp_path / "reference.safetensors"
     save_file(arrays, path, metadata=METADATA)
@@ -89,7 +90,7 @@ def test_reads_what_the_reference_writes_and_predicts_its_size(tmp_path: Path, k
 
 @few
 @given(kinds=tensors_of_any_kind)
-def test_gives_every_tensor_the_place_that_the_reference_gives_it(tmp_path: Path, kinds: dict) -> None:
+def test_gives_every_tensor_the_place_that_the_reference_gives_it(tmp_path: Path, kinds: dict[str, Any]) -> None:
     reference, ours = tmp_path / "reference.safetensors", tmp_path / "ours.safetensors"
     save_file(random_arrays(kinds), reference, metadata=METADATA)
     put_in_place(ours, stored_tensors(reference).values(), chunk_bytes=3)
