@@ -27,7 +27,7 @@ TEST_PACKAGES = (
     "-e", ".[build]", "hypothesis", "jsonschema", "pytest", "pytest-timeout", "pytest-xdist",
     'triton; sys_platform == "linux"',
 )  # fmt: skip
-FAST = ("-m", "not crash and not interpreter", "--hypothesis-profile", "dev")
+FAST = ("-m", "not crash and not interpreter and not slow", "--hypothesis-profile", "dev")
 MIN_COVERAGE = 0  # per cent of lines and branches that the fast tests run; raise it when it rises
 
 
@@ -75,7 +75,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(name="tests-fast", venv_backend="none")
 def tests_fast(session: nox.Session) -> None:
-    """Run `tests` without those marked crash or interpreter, and with few examples of each property."""
+    """Run `tests` without those marked crash, interpreter or slow, and with few examples of each property."""
     session.notify("tests", [*FAST, *session.posargs])
 
 

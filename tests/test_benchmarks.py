@@ -95,6 +95,7 @@ def test_a_model_that_is_there_is_not_made_again_and_another_is(modules: Any, tm
     assert [path.name for path in (tmp_path / "model").glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
 
 
+@pytest.mark.slow
 def test_speed_runs_our_engine_and_says_which_peer_is_not_installed(modules: Any, tmp_path: Path, capsys: Any) -> None:
     paths = [f"--work={tmp_path}", f"--cache={tmp_path}", f"--json={tmp_path / 'out.json'}"]
     status = modules.speed.main([*TINY, *paths, "--peers=autogptq"])
@@ -117,6 +118,7 @@ def test_speed_runs_our_engine_and_says_which_peer_is_not_installed(modules: Any
     assert str(tmp_path) not in json.dumps(report["settings"])
 
 
+@pytest.mark.slow
 def test_full_is_ours_alone_down_to_checkpoints(modules: Any, tmp_path: Path, capsys: Any) -> None:
     assert (
         modules.speed.main([*TINY, "--full", "--plain", f"--work={tmp_path}", f"--json={tmp_path / 'out.json'}"]) == 0

@@ -425,6 +425,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return disk
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_at_any_point(recipe: Path, made: Path, tmp_path: Path, disk: Disk) -> None:
     build(recipe, tmp_path / "roomy")
     whole, stages = disk.written, set()

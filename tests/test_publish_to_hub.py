@@ -69,6 +69,7 @@ def fixture(builds: tiny_recipe.Builds, tmp_path: Path, request: pytest.FixtureR
         yield HubReleaseFixture(project, recipe, hub)
 
 
+@pytest.mark.slow
 def test_a_maintainer_plans_publishes_checks_and_publishes_again(fixture: HubReleaseFixture) -> None:
     plan = json.loads(fixture.publish("--dry-run", "--format", "json"))
     assert [(entry["branch"], entry["action"]) for entry in plan["branches"]] == [
@@ -103,6 +104,7 @@ def test_a_maintainer_plans_publishes_checks_and_publishes_again(fixture: HubRel
     assert "nothing to go back to" in fixture.stderr
 
 
+@pytest.mark.slow
 def test_an_edit_travels_alone_and_is_rolled_back(fixture: HubReleaseFixture) -> None:
     fixture.publish("--yes")
     fixture.publish("--tag", "v1", code=PublishError.exit_code)
@@ -145,6 +147,7 @@ def test_a_token_that_may_not_write_is_named_by_what_is_wrong_with_it(
     assert [request for request in fixture.asked() if not request.startswith(("GET ", "HEAD "))] == []
 
 
+@pytest.mark.slow
 def test_a_ci_job_publishes_by_its_identity(fixture: HubReleaseFixture) -> None:
     """Its repository is there already: a trusted publisher is named in a repository's settings."""
     hf = str(Path(sys.executable).with_name("hf"))
