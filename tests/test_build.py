@@ -157,6 +157,7 @@ def test_losses_fall_with_more_bits(made: Scene) -> None:
     assert losses[MAIN] < losses[THREE_BITS]
 
 
+@pytest.mark.pinned
 def test_a_second_build_does_nothing_and_needs_no_torch(scene: Scene) -> None:
     before = {path: path.stat().st_mtime_ns for path in sorted(scene.dist.rglob("*")) if path.is_file()}
     command = [sys.executable, "-W", "error", "-c", WITHOUT_TORCH]

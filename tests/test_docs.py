@@ -80,12 +80,14 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.pinned
 @pytest.mark.parametrize("name", sorted(generator().PAGES))
 def test_a_reference_page_is_in_step_with_the_code(name: str) -> None:
     made = generator().PAGES[name]()
     assert (REFERENCE / name).read_text(encoding="utf-8") == made, "run nox -s docs -- --write"
 
 
+@pytest.mark.pinned
 def test_every_reference_page_is_generated_or_written_and_there() -> None:
     module = generator()
     generated = {path.name for path in REFERENCE.glob("*.md") if module.NOTE in path.read_text(encoding="utf-8")}

@@ -520,6 +520,7 @@ def test_who_made_a_head_is_one_request(fixture: HubFixture) -> None:
     assert len([request for request in fixture.hub.requests if "/commits/" in request.path]) == len(states)
 
 
+@pytest.mark.pinned
 def test_each_weight_byte_is_hashed_once(fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client is given our digest, and sends what it reads."""
     monkeypatch.setattr("huggingface_hub.lfs.sha_fileobj", lambda *_: pytest.fail("hashed again"))

@@ -1,6 +1,7 @@
 import json
 
 import jsonschema
+import pytest
 
 from packager.recipe import PATTERN_MEANINGS
 from packager.recipe.schema import recipe_schema, write_schema
@@ -9,6 +10,7 @@ from tests.recipe_fixtures import ROOT
 SCHEMA_FILE = ROOT / "recipes" / "recipe.schema.json"
 
 
+@pytest.mark.pinned
 def test_the_schema_file_is_in_step(tmp_path, capsys):
     assert write_schema(["--check", str(SCHEMA_FILE)]) == 0
     assert write_schema(["--write", str(tmp_path / "schema.json")]) == 0
