@@ -133,20 +133,30 @@ class Provenance(Record):
         return place_of(self.repository, self.layout, self.branch)
 
 
+class FusedRecord(Record):
+    """How many norms, MLPs and attentions ran fused kernels, out of those that could; `missed` has their names."""
+
+    fused: int
+    candidates: int
+    missed: tuple[str, ...] = ()
+
+
 class Receipt(Record):
     """A variant's provenance, and the facts that concern only this machine.
 
     Attributes:
-        stages: for each finished stage (weights, evaluate, verify) the digest of everything that went into it; a stage
-            with an unchanged digest need not run again.
+        stages: for each finished stage the digest of everything that went into it ("quantize": the
+            tensors, "weights": the files, "evaluate", "verify"); a stage with an unchanged digest need not run again.
         seconds: this variant's share of each stage's time.
-        peak_memory_bytes: of the building process.
+        peak_memory_bytes: the largest resident size of the building processes, over all stages; without their children.
+        fused_modules: on CUDA, what ran fused kernels while quantizing; None on a CPU.
     """
 
     provenance: Provenance
     stages: dict[str, str]
     seconds: dict[str, float]
     peak_memory_bytes: int
+    fused_modules: FusedRecord | None = None
 
 
 def digest_of(value: object) -> str:

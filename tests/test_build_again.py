@@ -182,3 +182,27 @@ def test_a_receipt_has_the_largest_memory_of_all_stages(tmp_path: Path, monkeypa
     monkeypatch.setattr(stages, "peak_memory_bytes", lambda: next(peaks))
     result = tiny_recipe.build(recipe, dist)
     assert [receipt.peak_memory_bytes for receipt in result.receipts] == [500] * len(BRANCHES)
+
+
+def test_a_receipt_records_which_modules_ran_fused_kernels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from packager.model.fused_blocks import FusedModules
+    from packager.quantize.job import ModulesFused, QuantizeJob, Report
+    from packager.quantize.sweep import quantize
+
+    names = tuple(f"model.layers.{block}.mlp" for block in range(5))
+    modules = FusedModules(fused=names[:1], candidates=names, triton_installed=True)
+
+    def on_a_gpu(job: QuantizeJob, report: Report) -> object:
+        report(ModulesFused(device=job.devices[0], modules=modules))
+        return quantize(job, report)
+
+    monkeypatch.setattr("packager.quantize.engines.native.quantize", on_a_gpu)
+    result, messages = build(tiny_recipe.write_all(tmp_path), tmp_path / "dist", capsys)
+    assert "fused 1 of 5 norms, MLPs and attentions; transformers' own code: " + ", ".join(names[1:4]) in messages
+    assert f"{names[3]} and 1 more\n" in messages
+    for receipt in result.receipts:
+        assert receipt.fused_modules is not None
+        assert (receipt.fused_modules.fused, receipt.fused_modules.candidates) == (1, 5)
+        assert receipt.fused_modules.missed == names[1:]

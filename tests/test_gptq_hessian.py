@@ -7,7 +7,8 @@ from torch import Tensor
 from packager.quantize.gptq.hessian import factorize, factorize_within
 
 # The error of U U^T, in units of sqrt(H_ii H_jj). The widest matrix measured 1e-6 on an H100.
-ERROR = 4 * 2.0**-22
+# Largest seen: 5e-7 on a CPU (LAPACK), 1.0e-6 on an H200 (cuSOLVER).
+ERROR = 8 * 2.0**-22
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

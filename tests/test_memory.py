@@ -126,6 +126,19 @@ def test_ways_are_each_another_trade_the_fastest_first(fields, device_type):
 
 
 @settings(max_examples=examples(60))
+@given(fields=WORKS)
+def test_host_memory_for_the_activations_saves_nothing_while_all_batches_are_suspended(fields):
+    """So such a way is never chosen: one variant on the device needs less of both memories and is tried first."""
+    ways = list(sweep_ways(made({**fields, "true_sequential": True}), "cuda"))
+    (alone,) = [
+        way for way in ways
+        if (way.placement, way.num_variants, way.suspended_batches) == ("device", 1, way.num_batches)
+    ]  # fmt: skip
+    others = [way for way in ways if way.placement == "host" and way.suspended_batches == way.num_batches]
+    assert all(way.device_bytes >= alone.device_bytes and way.host_bytes >= alone.host_bytes for way in others)
+
+
+@settings(max_examples=examples(60))
 @given(fields=WORKS, device_type=st.sampled_from(["cpu", "cuda"]))
 def test_more_tokens_and_variants_need_more_memory(fields, device_type):
     work = made(fields)

@@ -10,6 +10,7 @@ from packager.cli.tables import add_row, fits, new_table, print_line
 from packager.model.compatibility import Verdict
 from packager.model.runtimes import RUNTIMES
 from packager.pipeline.plan import BuildPlan, VariantPlan
+from packager.prove.evaluation_memory import EvaluationMemory
 from packager.quantize.memory import SweepPlan
 from packager.system.text import gigabytes
 
@@ -115,6 +116,8 @@ def _needs_table(plan: BuildPlan) -> Table:
     table = new_table(("Where", "GB", "For"), title="What a build needs", numbers=("GB",), folding=("For",))
     for where, size_bytes, purpose in (
         *_memory_rows(plan),
+        ("GPU memory", plan.evaluation.gpu.device_bytes, f"measuring quality, with {_host(plan.evaluation.gpu)}"),
+        ("host memory", plan.evaluation.cpu.device_bytes, "measuring quality without a GPU"),
         ("disk", disk.total_bytes, "everything below"),
         ("", disk.source_bytes, "download of the base model"),
         ("", disk.builds_bytes, "checkpoint folders, finished blocks included"),
@@ -143,8 +146,8 @@ def _memory_rows(plan: BuildPlan) -> list[tuple[str, int, str]]:
     ]
 
 
-def _host(sweep: SweepPlan) -> str:
-    return f"{gigabytes(sweep.host_bytes)} GB of host memory"
+def _host(needed: SweepPlan | EvaluationMemory) -> str:
+    return f"{gigabytes(needed.host_bytes)} GB of host memory"
 
 
 def build_plan_json(plan: BuildPlan) -> dict[str, object]:
@@ -167,6 +170,7 @@ def build_plan_json(plan: BuildPlan) -> dict[str, object]:
         "context_tokens": plan.context_tokens,
         "variants": [_variant_json(plan, planned) for planned in plan.variants],
         "memory": asdict(plan.memory) if plan.memory is not None else None,
+        "evaluation_memory": asdict(plan.evaluation),
         "disk": {**asdict(plan.disk), "total_bytes": plan.disk.total_bytes},
     }
 

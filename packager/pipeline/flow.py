@@ -12,7 +12,7 @@ from pathlib import Path
 from packager.errors import LoaderError, PublishError
 from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
 from packager.pipeline.cards import refuse_edited_cards, render_cards
-from packager.pipeline.stages import evaluate, quantize_and_pack, verify
+from packager.pipeline.stages import evaluate, quantize_and_pack, run_loaders
 from packager.pipeline.workspace import audit_or_raise
 from packager.publish.after_publish import FinalStep, ReleaseTag
 from packager.publish.branches import BranchContent, PublishReport, publish_branches
@@ -53,7 +53,7 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> Buil
         run.read_receipts()
         quantized, packed = quantize_and_pack(run)
         measured = evaluate(run)
-        verified = verify(run)
+        verified = run_loaders(run)
         render_cards(run)
         shutil.rmtree(run.workspace.work, ignore_errors=True)
     result = BuildResult(
@@ -83,7 +83,7 @@ def reverify(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> t
     with run.workspace.locked():
         run.read_receipts()
         _require_stages(run, "weights", "evaluate")
-        verify(run, again=True)
+        run_loaders(run, again=True)
         render_cards(run)
     return run.ordered_receipts()
 

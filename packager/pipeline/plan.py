@@ -10,6 +10,7 @@ from packager.errors import PlanError
 from packager.model.architecture import Architecture
 from packager.model.checkpoint import Shard, checkpoint_tensors, fit_problems, length_problem, split_shards
 from packager.model.compatibility import Verdict, verdicts
+from packager.prove.evaluation_memory import EvaluationMemory, evaluation_memory
 from packager.quantize.engines import engine_problems, engine_version
 from packager.quantize.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, sweep_ways
 from packager.receipt import digest_of
@@ -63,6 +64,14 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+    """The estimated peak memory of measuring the variants; Python, torch and CUDA themselves are not counted."""
+
+    gpu: EvaluationMemory
+    cpu: EvaluationMemory
+
+
+@dataclass(frozen=True, kw_only=True)
 class DiskPlan:
     """Disk space at the end of a build, weights only: tokenizers and cards are a few megabytes more.
 
@@ -92,6 +101,7 @@ class BuildPlan:
     architecture: Architecture
     variants: tuple[VariantPlan, ...]
     memory: MemoryPlan | None  # None where no variant has engine native: other engines' memory is not planned
+    evaluation: EvaluationPlan
     disk: DiskPlan
     calibration_tokens: int
 
@@ -131,6 +141,7 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
         architecture=architecture,
         variants=_described(recipe, planned),
         memory=_memory(architecture, recipe, variants),
+        evaluation=_evaluation(architecture, recipe),
         disk=_disk(recipe, architecture, planned),
         calibration_tokens=tokens,
     )
@@ -238,6 +249,15 @@ def _memory(architecture: Architecture, recipe: Recipe, variants: Sequence[Varia
         least=min(usual, key=_device_bytes),
         cpu=next(sweep_ways(work, "cpu")),
     )
+
+
+def _evaluation(architecture: Architecture, recipe: Recipe) -> EvaluationPlan:
+    num_tokens, seq_len = recipe.evaluation.num_tokens, recipe.evaluation.seq_len
+    gpu, cpu = (
+        evaluation_memory(architecture, num_tokens=num_tokens, seq_len=seq_len, device_type=device_type)
+        for device_type in ("cuda", "cpu")
+    )
+    return EvaluationPlan(gpu=gpu, cpu=cpu)
 
 
 def _device_bytes(way: SweepPlan) -> int:

@@ -1,10 +1,16 @@
 """The progress of quantizing on the terminal: the plan of each device, a line per block, the time of each variant."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from packager.quantize.job import BlockDone, DeviceShare, LinearsDone
+from packager.quantize.job import DeviceShare, Event, LinearsDone, ModulesFused
 from packager.system.terminal import Bar, Terminal
 from packager.system.text import format_bytes
+
+if TYPE_CHECKING:
+    from packager.model.fused_blocks import FusedModules
+
+_MOST_NAMES = 3
 
 
 class QuantizeView:
@@ -17,16 +23,21 @@ class QuantizeView:
 
     Attributes:
         seconds: each variant's time so far; on several GPUs at the same time.
+        fused: the modules that run fused kernels; None before a GPU has begun.
     """
 
     def __init__(self, terminal: Terminal, bar: Bar, branches: Iterable[str]) -> None:
         self._terminal, self._bar = terminal, bar
         self.seconds = dict.fromkeys(branches, 0.0)
+        self.fused: FusedModules | None = None
 
-    def report(self, event: DeviceShare | BlockDone | LinearsDone) -> None:
+    def report(self, event: Event) -> None:
         """Show one event."""
         if isinstance(event, DeviceShare):
             self._terminal.log(share_line(event))
+        elif isinstance(event, ModulesFused):
+            self.fused = event.modules
+            self._terminal.log(fused_line(event))
         elif isinstance(event, LinearsDone):
             self._bar.note(linears_line(event))
         else:
@@ -47,6 +58,14 @@ def share_line(share: DeviceShare) -> str:
         again = plan.num_batches - plan.suspended_batches
         parts.append(f"{again} of {plan.num_batches} batches run again for each group of linears")
     return f"  {branches}: {', '.join(parts)}"
+
+
+def fused_line(event: ModulesFused) -> str:
+    """Return the line that shows how much of the model runs fused kernels, and what does not although it could."""
+    missed = event.modules.missed
+    names = f"; transformers' own code: {', '.join(missed[:_MOST_NAMES])}" if missed else ""
+    more = f" and {len(missed) - _MOST_NAMES} more" if len(missed) > _MOST_NAMES else ""
+    return f"  {event.device}: {event.modules}{names}{more}"
 
 
 def linears_line(done: LinearsDone) -> str:

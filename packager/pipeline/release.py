@@ -106,15 +106,17 @@ def _lacking_memory(plan: BuildPlan, options: Options) -> str:
     device = choose_device(options.device)
     if device.type == "cpu" and (foreign := [v.variant.branch for v in plan.variants if needs_cuda(v.variant.engine)]):
         return f"needs a CUDA GPU for {', '.join(foreign)}, made by engine auto-gptq"
-    if plan.memory is None:
-        return ""
-    needed = gibibytes(plan.memory.least.device_bytes)
+    quantizing = plan.memory.least.device_bytes if plan.memory is not None else 0
+    needed = max(quantizing, plan.evaluation.gpu.device_bytes)
     if device.type == "cpu":
-        return f"needs a CUDA GPU with {needed} GiB" if plan.architecture.num_parameters > _LARGEST_ON_CPU else ""
+        too_large = plan.architecture.num_parameters > _LARGEST_ON_CPU
+        return f"needs a CUDA GPU with {gibibytes(needed)} GiB" if too_large else ""
     import torch
 
-    total_bytes = options.gpu_memory_bytes or torch.cuda.get_device_properties(device).total_memory
-    usable_bytes = round(USABLE * total_bytes)
-    if plan.memory.least.device_bytes > usable_bytes:
-        return f"needs {needed} GiB of a CUDA GPU, of this one {gibibytes(usable_bytes)} GiB can be used"
+    whole = round(USABLE * torch.cuda.get_device_properties(device).total_memory)
+    limited = round(USABLE * options.gpu_memory_bytes) if options.gpu_memory_bytes else whole
+    if quantizing > limited:
+        return f"needs {gibibytes(quantizing)} GiB of a CUDA GPU, of this one {gibibytes(limited)} GiB can be used"
+    if needed > whole:
+        return f"measuring needs {gibibytes(needed)} GiB of a CUDA GPU, of this one {gibibytes(whole)} GiB can be used"
     return ""

@@ -19,11 +19,12 @@ from packager.pipeline.plan import VariantPlan
 from packager.pipeline.workspace import audit_or_raise, check_folder
 from packager.quantize.engines import ENGINE_VERSION, engine_named, require_engines
 from packager.quantize.engines.protocol import EngineResult
-from packager.receipt import FileRecord, LoaderRecord, Provenance, Receipt
+from packager.receipt import FileRecord, FusedRecord, LoaderRecord, Provenance, Receipt
 from packager.system.files import check_disk, replace_folder
 from packager.system.parallel import in_parallel
 
 if TYPE_CHECKING:
+    from packager.model.fused_blocks import FusedModules
     from packager.quantize.block_store import BlockStore
     from packager.quantize.job import Report
     from packager.variant import EngineName, Variant
@@ -63,6 +64,7 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
             stages={stage: run.keys[branch][stage] for stage in ("quantize", "weights")},
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(),
+            fused_modules=_fused_record(view.fused),
         )
         if branch in earlier:
             receipt = _with_earlier_facts(run, receipt, earlier[branch])
@@ -140,11 +142,20 @@ def _with_earlier_facts(run: BuildState, receipt: Receipt, earlier: Receipt) -> 
     if made.quality is not None and earlier.stages.get("evaluate") == run.keys[branch]["evaluate"]:
         changes |= {"quality": made.quality, "evaluation": made.evaluation}
         stages["evaluate"], seconds["evaluate"] = earlier.stages["evaluate"], earlier.seconds["evaluate"]
-    provenance = receipt.provenance.model_copy(update=changes)
-    peak = max(receipt.peak_memory_bytes, earlier.peak_memory_bytes)
-    return receipt.model_copy(
-        update={"provenance": provenance, "stages": stages, "seconds": seconds, "peak_memory_bytes": peak}
-    )
+    changes = {
+        "provenance": receipt.provenance.model_copy(update=changes),
+        "stages": stages,
+        "seconds": seconds,
+        "peak_memory_bytes": max(receipt.peak_memory_bytes, earlier.peak_memory_bytes),
+        "fused_modules": earlier.fused_modules,
+    }
+    return receipt.model_copy(update=changes)
+
+
+def _fused_record(modules: "FusedModules | None") -> FusedRecord | None:
+    if modules is None:
+        return None
+    return FusedRecord(fused=len(modules.fused), candidates=len(modules.candidates), missed=modules.missed)
 
 
 def _packed(
@@ -235,7 +246,7 @@ def evaluate(run: BuildState) -> tuple[str, ...]:
     return tuple(variant_plan.variant.branch for variant_plan in missing)
 
 
-def verify(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
+def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
     """Stage 8: let the recipe's loaders open the variants, unless each has a result or cannot run on this machine.
 
     All variants take part even if only one is new: each must be told apart from the others.
@@ -249,8 +260,7 @@ def verify(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
     if not names and not run.missing("verify") and not again:
         return ()
     require_build_extra()
-    from packager.prove.verify import VerifyJob, checkpoint_of
-    from packager.prove.verify import verify as run_loaders
+    from packager.prove.verify import VerifyJob, checkpoint_of, verify
 
     texts, device = run.texts, run.device
     branches = [variant_plan.variant.branch for variant_plan in run.plan.variants]
@@ -264,7 +274,7 @@ def verify(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
         context=run.runtime_context(run.workspace.work / "verify"),
     )
     with run.terminal.stage("verify") as stage:
-        records = run_loaders(job, run.terminal.log)
+        records = verify(job, run.terminal.log)
     for branch in branches:
         merged = _with_earlier_results(run, branch, records[branch])
         _update(run, branch, "verify", stage.seconds / len(branches), {"loaders": merged})

@@ -14,6 +14,8 @@ from packager.variant import Variant
 if TYPE_CHECKING:
     import torch
 
+    from packager.model.fused_blocks import FusedModules
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeJob:
@@ -78,4 +80,13 @@ class BlockDone:
     resumed: bool
 
 
-Report = Callable[[DeviceShare | BlockDone | LinearsDone], None]
+@dataclass(frozen=True, kw_only=True)
+class ModulesFused:
+    """The modules of the base model that run fused kernels on a device; reported once per device, on CUDA only."""
+
+    device: "torch.device"
+    modules: "FusedModules"
+
+
+Event = DeviceShare | ModulesFused | BlockDone | LinearsDone
+Report = Callable[[Event], None]

@@ -17,7 +17,7 @@ from packager.inputs.base_model import SourceModel
 from packager.inputs.texts import TokenRows
 from packager.model.devices import device_name, gpu_memory_errors
 from packager.quantize.device_shares import limit_gpu_memory, load_linear_algebra, share_variants
-from packager.quantize.job import BlockDone, QuantizeJob, Report
+from packager.quantize.job import BlockDone, ModulesFused, QuantizeJob, Report
 from packager.quantize.shared_reader import SharedReader
 from packager.quantize.worker import Worker
 from packager.receipt import LinearRecord
@@ -98,6 +98,9 @@ def _quantize(job: QuantizeJob, report: Report) -> dict[str, Sequence[LinearReco
         load_linear_algebra(share.device)
         report(share)
     workers = [Worker(job, share, reader.for_thread(), report, stop) for share in shares]
+    for worker, share in zip(workers, shares, strict=True):
+        if share.device.type == "cuda":
+            report(ModulesFused(device=share.device, modules=worker.fused))
     with ThreadPoolExecutor(len(workers), thread_name_prefix="quantize") as pool:
         runs = [pool.submit(worker.run) for worker in workers]
         try:

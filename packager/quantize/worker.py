@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from packager.model.batches import rows_per_batch
 from packager.model.decoder import Context, Decoder, ReadTensor, compute_dtype
+from packager.model.fused_blocks import FusedModules
 from packager.quantize.activations import Activations
 from packager.quantize.block import BlockJob, quantize_block, restore_block, rules_of
 from packager.quantize.block_store import BlockStore
@@ -48,6 +49,11 @@ class Worker:
         dtype = compute_dtype(job.source.record.dtype, share.device)
         self._decoder = Decoder(job.source.folder, read, device=share.device, dtype=dtype)
         self.records: dict[str, list[LinearRecord]] = {variant.branch: [] for variant in share.variants}
+
+    @property
+    def fused(self) -> FusedModules:
+        """The modules that run fused kernels where the device is CUDA."""
+        return self._decoder.fused
 
     @torch.no_grad()
     def run(self) -> None:

@@ -1,0 +1,152 @@
+"""Which room may import which, what may import torch, and that a name means one thing: the rules of decision 5."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.import_graph import ROOT, box_of, circles, imported_names, merged, module_graph, modules
+
+TREES = modules()
+GRAPH = module_graph(TREES)
+# An import goes to the same room or down this table.
+ORDER = (
+    ("errors", "variant"),
+    ("receipt",),
+    ("system", "model"),
+    ("recipe",),
+    ("inputs", "card"),
+    ("prove",),
+    ("quantize", "publish"),
+    ("pipeline",),
+    ("cli",),
+)
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+# Rooms on one level do not see each other; these are the pairs that a lower level forbids besides.
+FORBIDDEN = {("publish", "pipeline"), ("publish", "quantize"), ("card", "prove"), ("card", "inputs")}
+# What quantize takes from prove: the environments in which an engine runs.
+PROVE_FOR_QUANTIZE = ("packager.prove.environments", "packager.prove.loaders", "packager.prove.probes")
+# Packages whose __init__ holds code: each is a room inside a room with a face of its own.
+FACES = {
+    "packager.card", "packager.recipe", "packager.prove.audit", "packager.prove.loaders", "packager.publish.published",
+    "packager.publish.rollback", "packager.publish.targets", "packager.quantize.engines",
+}  # fmt: skip
+# Everything else must not import torch when it is imported: `packager plan` and `--help` answer at once.
+MAY_IMPORT_TORCH = (
+    "packager.model.decoder", "packager.model.fused_blocks", "packager.model.fused_kernels", "packager.model.packing",
+    "packager.prove.evaluate", "packager.prove.verify", "packager.quantize.",
+)  # fmt: skip
+TORCH_FREE_IN_QUANTIZE = (
+    "packager.quantize.engines",
+    "packager.quantize.engines.legacy_config",
+    "packager.quantize.memory",
+)
+
+
+def test_an_import_goes_to_the_same_room_or_to_a_lower_one() -> None:
+    wrong = [
+        f"{name} imports {target}"
+        for name, targets in GRAPH.items()
+        for target in sorted(targets)
+        if name != "packager" and box_of(name) != box_of(target)
+        if LEVEL[box_of(target)] >= LEVEL[box_of(name)] or (box_of(name), box_of(target)) in FORBIDDEN
+    ]
+    assert wrong == []
+
+
+def test_the_table_of_rooms_is_the_package() -> None:
+    assert set(LEVEL) == {box_of(name) for name in TREES if name != "packager"}
+
+
+def test_quantize_takes_only_environments_of_prove() -> None:
+    wrong = [
+        f"{name} imports {target}"
+        for name, targets in GRAPH.items()
+        for target in sorted(targets)
+        if box_of(name) == "quantize" and box_of(target) == "prove" and not target.startswith(PROVE_FOR_QUANTIZE)
+    ]
+    assert wrong == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circles({name: targets for name, targets in GRAPH.items() if name != "packager"}) == []
+
+
+def test_the_circle_finder_finds_circles() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}
+    assert circles(graph) == [{"a", "b", "c"}]
+    assert circles(merged(graph, lambda name: "x" if name in "abc" else name)) == []
+
+
+def test_a_room_is_introduced_by_a_docstring() -> None:
+    packages = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("packager/**/__init__.py")
+    }
+    for name in sorted(packages - {"packager"}):
+        tree = TREES[name]
+        assert ast.get_docstring(tree), f"{name} has no docstring"
+        assert name in FACES or len(tree.body) == 1, f"{name}/__init__.py holds more than its docstring"
+
+
+def public_names(tree: ast.Module) -> Iterator[str]:
+    """Yield the names that a module defines at its top, imports left out."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            yield node.name
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def test_a_public_name_is_defined_once() -> None:
+    places: dict[str, list[str]] = {}
+    for module, tree in TREES.items():
+        if is_program(module):  # programs of other environments, never imported by the package
+            continue
+        for name in set(public_names(tree)):
+            if not name.startswith("_"):
+                places.setdefault(name, []).append(module)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def is_program(module: str) -> bool:
+    """Return whether a module is a script that runs in an environment of its own."""
+    return module.endswith("_script") or (module.startswith("packager.prove.loaders.") and "." in module)
+
+
+def may_import_torch(module: str) -> bool:
+    return module.startswith(MAY_IMPORT_TORCH) and module not in TORCH_FREE_IN_QUANTIZE
+
+
+def test_only_what_computes_imports_torch() -> None:
+    torch_free = [name for name in TREES if not may_import_torch(name) and not is_program(name)]
+    script = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    if found := {'torch', 'transformers'} & set(sys.modules):\n"
+        "        sys.exit(f'{name} imports {found}')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *torch_free], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    importing = [name for name, tree in TREES.items() if any(n.split(".")[0] == "torch" for n in _top_imports(tree))]
+    assert [name for name in importing if not may_import_torch(name) and not is_program(name)] == []
+
+
+def _top_imports(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        yield from (
+            imported_names(ast.Module(body=[node], type_ignores=[]))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            else ()
+        )
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT_TORCH)
+def test_the_list_of_what_imports_torch_has_no_stale_name(module: str) -> None:
+    assert any(name.startswith(module) for name in TREES)
