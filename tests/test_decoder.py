@@ -39,7 +39,7 @@ def test_logits_do_not_depend_on_how_positions_are_grouped(source_of: Callable[[
     decoder = decoder_of(source_of(name))
     (states,) = forward(decoder, IDS, rows=6)
     expected = decoder.logits(states)
-    pieces = states.flatten(0, 1).split(7)
+    pieces = torch.split(states.flatten(0, 1), 7)
     found = torch.cat([decoder.logits(piece[None])[0] for piece in pieces])
     assert found.shape == (IDS.numel(), 128)
     assert torch.allclose(found.view_as(expected), expected, atol=1e-6)

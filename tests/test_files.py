@@ -38,7 +38,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return digest(stream, name)
 
     monkeypatch.setattr(files_module, "_SETTLED_NS", -(10**12))
-    monkeypatch.setattr(files_module.hashlib, "file_digest", counted)
+    monkeypatch.setattr(hashlib, "file_digest", counted)
     return names
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from packager.errors import LoaderError, MachineError
-from packager.model.decoder import Decoder
+from packager.model.decoder import Decoder, forward
 from packager.prove import verify
 from packager.prove.environments import RuntimeContext
 from packager.prove.probes import ProbeJob, ProbeResult
@@ -28,13 +28,11 @@ OWN, OTHER = (np.random.default_rng(seed).normal(size=(2, 8, 32)).astype(np.floa
 
 
 def result_of(logits: np.ndarray, **probe: Any) -> ProbeResult:
-    return ProbeResult(
-        **{
-            "logits": logits, "generated": (), "load_s": 1.0, "forward_s": 1.0, "peak_memory_bytes": 1,
-            "device": "cpu", "dtype": "float32", "kernel": "torch", "versions": {},
-            "weights_sha256": SHA256,
-        } | probe
-    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "logits": logits, "generated": (), "load_s": 1.0, "forward_s": 1.0, "peak_memory_bytes": 1,
+        "device": "cpu", "dtype": "float32", "kernel": "torch", "versions": {}, "weights_sha256": SHA256,
+    }  # fmt: skip
+    return ProbeResult(**fields | probe)
 
 
 def job_of(folders: Mapping[str, Path], ids: torch.Tensor, **fields: Any) -> VerifyJob:
@@ -174,7 +172,7 @@ class Checked:
         return job_of({"main": self.folder}, self.ids, prompts=PROMPTS, **fields)
 
     def record(self, monkeypatch: pytest.MonkeyPatch, **probe: Any) -> LoaderRecord:
-        fields = {"logits": self.logits, "generated": self.generated} | probe
+        fields: dict[str, Any] = {"logits": self.logits, "generated": self.generated} | probe
         replace_loaders(monkeypatch, lambda _: result_of(**fields))
         (record,) = verify.verify(self.job(), lambda _: None)["main"]
         return record
@@ -318,7 +316,7 @@ def test_a_model_is_freed_without_the_garbage_collector(checked: Checked) -> Non
     gc.disable()
     try:
         decoder = verify._decoder(checked.job().checkpoints[0], checked.job())
-        (state,) = verify.forward(decoder, checked.ids, rows=2)
+        (state,) = forward(decoder, checked.ids, rows=2)
         decoder.logits(state)
         weights = weakref.ref(decoder.blocks[0])
         del decoder, state
@@ -333,13 +331,12 @@ def test_a_gpu_without_memory_is_an_error_with_a_hint(
 ) -> None:
     calls = []
 
-    def fail(*arguments: object, **named: object) -> list[torch.Tensor]:
+    def fail(decoder: Decoder, ids: torch.Tensor, *, rows: int) -> list[torch.Tensor]:
         calls.append(1)
         if len(calls) > (step == "token_gaps"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return forward(*arguments, **named)
+        return forward(decoder, ids, rows=rows)
 
-    forward: Any = verify.forward
     monkeypatch.setattr(verify, "forward", fail)
     with pytest.raises(MachineError, match="the GPU's memory is exhausted") as caught:
         checked.record(monkeypatch)
