@@ -131,7 +131,7 @@ class Builds:
         """Return a folder with recipe.yaml, its inputs and dist/; a test may not change a file of it."""
         key = json.dumps([changes or {}, published], sort_keys=True)
         if key not in self._made:
-            folder = self._root / str(len(self._made))
+            folder = self._root / f"{len(self._made)}{'-published' if published else ''}"
             if published:
                 publish(self.copy(folder, changes), folder / "dist")
             else:
