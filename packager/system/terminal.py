@@ -65,6 +65,9 @@ class Terminal:
 
     Args:
         quiet: print nothing but errors.
+
+    Attributes:
+        seconds: the time of all stages of each name: of several recipes, their sum.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -72,6 +75,7 @@ class Terminal:
         self.out = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, emoji=False)
         self.err = Console(stderr=True, quiet=quiet, emoji=False, width=None if sys.stderr.isatty() else _LOG_WIDTH)
         self._errors = Console(stderr=True, emoji=False)
+        self.seconds: dict[str, float] = {}
 
     def log(self, text: str) -> None:
         """Print one line of talk."""
@@ -83,6 +87,7 @@ class Terminal:
         stage, started = Stage(), time.monotonic()
         yield stage
         stage.seconds = time.monotonic() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + stage.seconds
         self.log(f"{name:<10} {stage.seconds:6.1f} s")
 
     @contextmanager
