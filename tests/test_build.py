@@ -189,7 +189,7 @@ CHANGES: dict[str, tuple[Mapping[str, Any], tuple[tuple[str, ...], ...]]] = {
     "order of variants": ({"variants": RECIPE["variants"][::-1]}, (NONE, NONE, NONE)),
     "seed": ({"calibration.seed": 1}, (EVERY, EVERY, EVERY)),
     "weights name": ({"checkpoint.weights_name": "gptq_model"}, (NONE, NONE, EVERY)),
-    "size of the weights files": ({"checkpoint.max_shard_bytes": 60_000}, (NONE, NONE, EVERY)),
+    "size of the weights files": ({"checkpoint.max_shard_bytes": 1_000_000}, (NONE, NONE, EVERY)),
     "license file's name": ({"card.license.files": ["calibration.txt"]}, (NONE, NONE, NONE)),
     "license of the base": ({"card.license.files": [], "card.license.base_files": ["config.json.md"]}, (NONE,) * 3),
 }

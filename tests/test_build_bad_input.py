@@ -700,7 +700,7 @@ def test_publishing_what_a_required_loader_has_not_passed(recipe: Path, dist: Pa
     text = refused(PublishError, 10, publish, required, dist)
     assert "a required loader has not passed" in text
     assert f"{MAIN}: autogptq not run: needs a CUDA device" in text
-    assert "move it to loaders.if_available" in text
+    assert "move the loader to loaders.if_available" in text
     assert not hub_folder(dist).exists()
     optional = write_recipe(recipe.parent, {"loaders.if_available": ["autogptq"]})
     record_loader(optional, dist, "not run", required=False)

@@ -204,8 +204,8 @@ def test_expectations_are_kept_apart_from_what_was_proven() -> None:
     assert_well_formed(text)
     expected = tables(text.partition("### Expected, not run")[2].join(["---\n\n---\n", ""]))[0]
     assert expected[1:] == [
-        ["vLLM", "`main`", "no", "a \\| reason".replace("\\|", "|")],
-        ["vLLM", ", ".join(f"`{branch}`" for branch in branches[1:]), "yes", "-"],
+        ["vLLM 0.30", "`main`", "no", "a \\| reason".replace("\\|", "|")],
+        ["vLLM 0.30", ", ".join(f"`{branch}`" for branch in branches[1:]), "yes", "-"],
     ]
     assert "Expected, not run" not in llama_card()
 
