@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 
 from packager.cli.main import main as packager
 from packager.quantize.block_store import BlockStore
+from packager.receipt import LinearRecord
 from packager.system.files import sha256_file
 from tests.publish_fixtures import git, trees
 from tests.tiny_recipe import BRANCHES, hub_folder, leftovers, workspace
@@ -82,11 +84,13 @@ def tell_finished_blocks(stream: int) -> None:
     """Let this process write a line once a block is finished."""
     write = BlockStore.write
 
-    def write_and_tell(store: BlockStore, block: int, *rest: Any) -> None:
-        write(store, block, *rest)
-        os.write(stream, f"{store.checkpoint.parent.name} {block}\n".encode())
+    def write_and_tell(
+        self: BlockStore, block: int, tensors: Mapping[str, torch.Tensor], records: Sequence[LinearRecord]
+    ) -> None:
+        write(self, block, tensors, records)
+        os.write(stream, f"{self.checkpoint.parent.name} {block}\n".encode())
 
-    BlockStore.write = write_and_tell  # type: ignore[method-assign]
+    BlockStore.write = write_and_tell  # type: ignore[method-assign]  # a driver has no monkeypatch
 
 
 def run_step(step: dict[str, Any], dist: Path, words: Path) -> dict[str, object]:

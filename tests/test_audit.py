@@ -374,10 +374,10 @@ def test_the_view_has_one_line_per_finding_errors_first(tmp_path: Path) -> None:
     folder = Checkpoint().write(tmp_path / "branch")
     edit_json(folder, "tokenizer_config.json", lambda content: content.pop("chat_template"))
     edit_tensors(folder, lambda found: [found.pop(name) for name in list(found) if name.endswith("v_proj.g_idx")])
-    console = Console(file=io.StringIO(), width=60)
-    print_audit(audit(folder, complete=False), console)
+    stream = io.StringIO()
+    print_audit(audit(folder, complete=False), Console(file=stream, width=60))
     size = (folder / WEIGHTS).stat().st_size
-    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+    assert stream.getvalue().splitlines() == [
         "error    linear-incomplete  model.layers.0.self_attn.v_proj (and 1 more): it lacks g_idx"
         "  hint: a quantized linear has qweight, qzeros, scales and g_idx",
         "warning  chat-template-missing  tokenizer_config.json: there is no chat_template"

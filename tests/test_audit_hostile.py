@@ -22,10 +22,9 @@ from tests.hypothesis_profiles import examples
 def assert_reportable(folder: Path) -> None:
     report = audit(folder)
     json.dumps(audit_json(report)).encode("utf-8")
-    console = Console(file=io.StringIO(), width=80)
-    print_audit(report, console)
-    written = console.file.getvalue()  # type: ignore[attr-defined]
-    assert written.encode("utf-8").count(b"\n") == len(report.findings) + 1
+    stream = io.StringIO()
+    print_audit(report, Console(file=stream, width=80))
+    assert stream.getvalue().encode("utf-8").count(b"\n") == len(report.findings) + 1
 
 
 @settings(max_examples=examples(60))

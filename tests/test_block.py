@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,9 +90,9 @@ def attempts_checked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     attempts: list[bool] = []
 
     class Attempt(block_module._BlockSolver):
-        def __init__(self, block: nn.Module, job: BlockJob, solved: object, *, checked: bool) -> None:
+        def __init__(self, block: nn.Module, job: BlockJob, solved: Any, *, checked: bool) -> None:
             attempts.append(bool(attempts) and checked)
-            super().__init__(block, job, solved, checked=attempts[-1])  # type: ignore[arg-type]
+            super().__init__(block, job, solved, checked=attempts[-1])
 
     monkeypatch.setattr(block_module, "_BlockSolver", Attempt)
     return attempts
@@ -192,7 +193,7 @@ def test_the_last_block_s_outputs_are_not_computed(tmp_path, true_sequential, su
     assert suspended_batches() <= before
 
 
-def test_the_first_attempt_holds_nothing_while_the_second_runs(tmp_path, attempts_checked):
+def test_the_first_attempt_holds_nothing_while_the_second_runs(tmp_path, monkeypatch, attempts_checked):
     """Suspended batches hold their activations: there is no memory for those of two attempts."""
     case, waiting, load, before = BlockCase(tmp_path), [], BlockCase.load, suspended_batches()
 
@@ -200,7 +201,7 @@ def test_the_first_attempt_holds_nothing_while_the_second_runs(tmp_path, attempt
         waiting.append(suspended_batches() - before)
         return load(case)
 
-    case.load = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(case, "load", counted)
     case.quantize(variant(**SINGULAR))
     assert attempts_checked == [False, True]
     assert len(waiting) == 2

@@ -34,6 +34,7 @@ from packager.errors import (
 from packager.pipeline import flow
 from packager.pipeline.build_state import BuildState
 from packager.pipeline.plan import make_plan
+from packager.pipeline.stages import quantize_and_pack
 from packager.pipeline.workspace import Workspace
 from packager.quantize.block_store import BlockStore
 from packager.receipt import LoaderRecord, LoaderStatus
@@ -365,7 +366,7 @@ def test_a_license_file_that_the_base_model_lacks_is_missed_before_anything_is_c
     run = BuildState(RecipeFile.load(write_recipe(recipe.parent)), options(tmp_path / "new"), Terminal(quiet=True))
     license_ = run.recipe.card.license.model_copy(update={"base_files": ("NOTICE.md",)})
     object.__setattr__(run.recipe.card, "license", license_)  # as for a model on the Hub, whose files are not known
-    text = refused(PackError, 6, flow.quantize_and_pack, run)
+    text = refused(PackError, 6, quantize_and_pack, run)
     assert "the base model has no file NOTICE.md" in text
     assert not run.workspace.work.exists()
 

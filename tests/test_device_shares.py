@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +42,8 @@ def shared(
     *variants: Variant, devices: tuple[torch.device, ...] = GPUS[:1], gpu_gb: float = 80, host_gb: float = 16
 ) -> list[DeviceShare]:
     stores = dict.fromkeys(variants, Path())
-    job = Job(stores=stores, devices=devices, device_limit=int(gpu_gb * GB), host_limit=int(host_gb * GB))
-    found = share_variants(job)  # type: ignore[arg-type]
+    job: Any = Job(stores=stores, devices=devices, device_limit=int(gpu_gb * GB), host_limit=int(host_gb * GB))
+    found = share_variants(job)
     made = [v for share in found for v in share.variants]
     assert sorted(v.branch for v in made) == sorted(v.branch for v in variants)
     for device in devices:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from packager.prove import environments, shared_torch
 from packager.prove.environments import RuntimeContext, ensure_environment, environment_name
 from packager.prove.loaders import ISOLATED, LOADERS, LoaderSpec
 from packager.prove.probes import ProbeJob, ProbeResult, run_probe, run_probes
-from packager.quantize import engines
+from packager.quantize.engines import auto_gptq_files
 from packager.system.processes import Processes, clean_environ
 
 ENVIRON = {"PATH": "/usr/bin:/bin"}
@@ -394,15 +395,13 @@ def test_interrupted_wait_kills_the_whole_group(
 ) -> None:
     run = Processes.run
 
-    def interrupted(
-        self: Processes, command: list[str], *, progress: Callable[[], int], **options: object
-    ) -> int | None:
+    def interrupted(self: Processes, command: list[str], *, progress: Callable[[], int], **options: Any) -> int | None:
         def until_started() -> int:
             if _beats(tmp_path):
                 raise KeyboardInterrupt
             return progress()
 
-        return run(self, command, progress=until_started, **options)  # type: ignore[arg-type]
+        return run(self, command, progress=until_started, **options)
 
     monkeypatch.setattr(Processes, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -483,13 +482,13 @@ def test_what_scripts_share_is_written_once() -> None:
 
 
 def test_what_scripts_share_belongs_to_their_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = build_state._loader_digest("autogptq"), engines.auto_gptq_digest()
+    before = build_state._loader_digest("autogptq"), auto_gptq_files.auto_gptq_digest()
     changed = tmp_path / "packager_isolated.py"
     changed.write_text(ISOLATED.read_text() + "# changed\n")
     monkeypatch.setattr(build_state, "ISOLATED", changed)
-    monkeypatch.setattr("packager.quantize.engines.auto_gptq_files.ISOLATED", changed)
+    monkeypatch.setattr(auto_gptq_files, "ISOLATED", changed)
     assert build_state._loader_digest("autogptq") != before[0]
-    assert engines.auto_gptq_digest() != before[1]
+    assert auto_gptq_files.auto_gptq_digest() != before[1]
 
 
 @pytest.mark.parametrize("script", [ISOLATED, *(spec.script for spec in LOADERS.values())], ids=lambda path: path.stem)

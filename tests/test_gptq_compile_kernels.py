@@ -68,7 +68,8 @@ def test_four_variants_of_a_13b_take_six_kernels(monkeypatch):
 
 
 def test_the_launches_run(monkeypatch):
-    monkeypatch.setattr(compile_kernels_module.os, "cpu_count", lambda: 1)  # Triton's interpreter serves one thread
+    # Triton's interpreter serves one thread.
+    monkeypatch.setattr("packager.quantize.gptq.compile_kernels.os.cpu_count", lambda: 1)
     rules = replace(RULES, scale_search=True)
     shapes = [
         KernelShape(in_features=72, out_features=8, rules=rules, group_size=size, static_groups=static)

@@ -21,7 +21,7 @@ from packager.publish.targets.hub import HubTarget, NewRepository
 from packager.publish.targets.repository_per_variant import RepositoryPerVariant
 from packager.system.files import sha256_file
 from packager.variant import branch_problem
-from tests.loopback_hub import Account, LoopbackHub
+from tests.loopback_hub import Account, FaultKind, LoopbackHub
 from tests.publish_fixtures import REPOSITORY, VARIANT, describe, git, log_in, make_content, trees
 
 # The client's own upload of raw bytes.
@@ -174,8 +174,8 @@ def test_visibility_and_gating_are_those_of_the_recipe(fixture: HubFixture) -> N
 
 
 @pytest.mark.parametrize("kind", ["cut-after", "status-after"])
-def test_a_commit_whose_answer_is_lost_has_landed(fixture: HubFixture, kind: str) -> None:
-    fixture.hub.fault(COMMIT, kind, times=2)  # type: ignore[arg-type]
+def test_a_commit_whose_answer_is_lost_has_landed(fixture: HubFixture, kind: FaultKind) -> None:
+    fixture.hub.fault(COMMIT, kind, times=2)
     fixture.publish()
     fixture.assert_published()
     assert len(fixture.commits(VARIANT)) == 2
@@ -187,7 +187,7 @@ def test_a_busy_hub_is_waited_for_as_it_asks(
     fixture: HubFixture, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], said: str
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(hub_calls.time, "sleep", waits.append)
+    monkeypatch.setattr("packager.publish.targets.hub_calls.time.sleep", waits.append)
     fixture.hub.fault(COMMIT, "status", status=429, message="You have exceeded our hourly quota", **options)
     fixture.publish()
     fixture.assert_published()

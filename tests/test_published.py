@@ -18,6 +18,7 @@ from packager.cli.published_view import print_published as print_report
 from packager.cli.published_view import published_json as report_json
 from packager.errors import AuditError, MachineError, PublishError
 from packager.prove import audit
+from packager.publish import targets
 from packager.publish.branches import publish_branches
 from packager.publish.published import PUBLISHED_RULES, PublishedReport, verify_published
 from packager.publish.published.card import is_rounded, table_rows
@@ -101,8 +102,11 @@ class PublishedFixture:
         reseal(self.main, MAIN)
 
     def publish(self, *branches: str) -> None:
+        self.publish_to(self.target, *branches)
+
+    def publish_to(self, target: targets.Target, *branches: str) -> None:
         contents = [describe(self.folders[branch], branch) for branch in branches or self.folders]
-        publish_branches(contents, self.target, self.lines.append)
+        publish_branches(contents, target, self.lines.append)
         self.lines.clear()
 
     def verify(self, *branches: str, full: bool = False) -> PublishedReport:

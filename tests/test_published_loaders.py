@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,13 +194,13 @@ def test_a_loader_that_computes_something_else_exits_with_8(fixture: LoadersFixt
 
 
 def test_weights_of_another_digest_than_the_record_s_fail(fixture: LoadersFixture, loader: StandIn) -> None:
-    right = loader.probe
+    right: Any = loader.probe
 
-    def other(*arguments: object) -> list[object]:
-        return [replace(result, weights_sha256={"model.safetensors": "0"}) for result in right(*arguments)]  # type: ignore[arg-type, type-var]
+    def other(*arguments: object) -> list[ProbeResult]:
+        return [replace(result, weights_sha256={"model.safetensors": "0"}) for result in right(*arguments)]
 
-    loader.probe = other  # type: ignore[method-assign, assignment]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "probe", other)
         install(loader, patch)
         (finding,) = fixture.verify(MAIN).findings
     assert "it read other weights than were packed" in finding.message

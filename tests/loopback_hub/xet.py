@@ -64,7 +64,7 @@ class XetStore:
 
     @cached_property
     def _session(self) -> Any:
-        from hf_xet import XetSession  # type: ignore[import-untyped]
+        from hf_xet import XetSession  # type: ignore[import-untyped]  # it has no types
 
         return XetSession()
 
