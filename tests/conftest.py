@@ -3,7 +3,7 @@
 import os
 import re
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -66,7 +66,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refuse every connection but those to this machine."""
     connect = socket.socket.connect
 
-    def guarded(self: socket.socket, address: object) -> None:
+    def guarded(self: socket.socket, address: Any) -> None:
         host = address[0] if isinstance(address, tuple) else "localhost"
         if host not in {"localhost", "127.0.0.1", "::1"}:
             raise AssertionError(f"a test tried to reach {host}")

@@ -15,7 +15,7 @@ from packager.prove.environments import RuntimeContext
 from packager.quantize.block_store import BlockStore
 from packager.quantize.engines import auto_gptq
 from packager.quantize.engines.protocol import EngineResult
-from packager.quantize.job import BlockDone, LinearsDone, QuantizeJob
+from packager.quantize.job import Event, QuantizeJob
 from packager.variant import Variant
 from tests.tiny_models import open_store, save_model, token_rows, variant
 
@@ -98,7 +98,7 @@ class Bench:
         self.folder = folder
         self.source: SourceModel = read_source(save_model(folder / "model", model), base_id="test/model")
         self.variant: Variant = variant(engine="auto-gptq")
-        self.reports: list[BlockDone | LinearsDone] = []
+        self.reports: list[Event] = []
         self.logged: list[str] = []
         monkeypatch.setattr(auto_gptq, "ensure_environment", lambda *_: Path(sys.executable))
         monkeypatch.setattr(auto_gptq, "installed_versions", lambda *_: {"auto-gptq": "0.7.1", "torch": "9.9"})

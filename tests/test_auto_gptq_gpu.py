@@ -18,6 +18,7 @@ from packager.quantize.sweep import quantize
 from packager.recipe import Loaders, VariantEntry
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
+from packager.variant import EngineName
 from tests.tiny_models import open_store, save_model, token_rows, variant
 
 pytestmark = pytest.mark.gpu
@@ -64,9 +65,10 @@ def test_losses_are_those_of_our_own_engine(cache: Path, tmp_path: Path, model: 
 def test_every_loader_opens_what_both_engines_made(cache: Path, tmp_path: Path) -> None:
     """The demo in two permutations by both engines, through the whole build: audit, loaders, quality, card."""
     recipe_file = RecipeFile.load(DEMO)
+    engines: tuple[tuple[EngineName, str], ...] = (("native", ""), ("auto-gptq", ".auto-gptq"))
     variants = tuple(
         VariantEntry(branch=f"{name}{suffix}", engine=engine, group_size=size, desc_act=desc_act, scale_search=False)
-        for engine, suffix in (("native", ""), ("auto-gptq", ".auto-gptq"))
+        for engine, suffix in engines
         for name, size, desc_act in (("main", 128, False), ("act-order", 32, True))
     )
     loaders = Loaders(required=("autogptq", "transformers"), if_available=("exllamav2",))

@@ -296,7 +296,8 @@ def test_shards_and_their_index_are_read_by_transformers(tmp_path: Path) -> None
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]  # no GPTQ runtime is needed to see that every shard is found
     (folder / "config.json").write_text(json.dumps(config))
-    model, seen = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float16)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float16)
+    model, seen = loaded
     base = load_file(tmp_path / "recipe" / "model" / "model.safetensors")
     state = model.state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.2.input_layernorm.weight"):

@@ -47,7 +47,7 @@ class Release:
         self._environ = on_the_hub(new_reader(folder / "home", f"{hub.endpoint}/"), hub.endpoint, xet=True)
         # The command line turns Xet off where it is not the Hub's, unless it is told to use it.
         self._environ |= {"HF_TOKEN": TOKEN, **({"HF_HUB_DISABLE_XET": "0"} if hub.xet else {})}
-        self._command = [f"{BIN}/packager", "publish", recipe, "--dist", folder / "dist", "--yes"]
+        self._command: list[str | Path] = [f"{BIN}/packager", "publish", recipe, "--dist", folder / "dist", "--yes"]
         self.publish()
 
     def publish(self) -> None:

@@ -436,11 +436,13 @@ def test_every_figure_of_the_loaders_table_is_that_of_its_record(tiny: Path) -> 
         counts = {"tokens_generated": 39 + index, "tokens_equal": 30 - index}
         return {"loader": "autogptq", "required": True, "status": "passed"} | figures | counts
 
+    def give_records(branch: str, records: list[dict[str, Any]]) -> None:
+        edit_receipt(tiny, branch, lambda receipt: receipt["provenance"].update(loaders=records))
+
     folder = tiny / "dist" / "receipts" / tiny_recipe.REPOSITORY
     receipts = []
     for index, branch in enumerate(tiny_recipe.BRANCHES):
-        records = [record(index)]
-        edit_receipt(tiny, branch, lambda receipt, records=records: receipt["provenance"].update(loaders=records))
+        give_records(branch, [record(index)])
         receipts.append(Receipt.model_validate_json((folder / f"{branch}.json").read_bytes()))
     stream = io.StringIO()
     print_loaders(receipts, Console(file=stream, width=120))

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
@@ -47,7 +47,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16], ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
+    dtype: torch.dtype = request.param
+    return dtype
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +80,7 @@ def norm_of(width: int, kind: type = LlamaRMSNorm) -> Any:
     return norm
 
 
-def model_of(folder, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def model_of(folder, name: str, dtype: torch.dtype, device: torch.device) -> Any:
     return AutoModelForCausalLM.from_pretrained(save_model(folder / name, name), dtype=dtype).eval().to(device)
 
 
@@ -193,7 +194,7 @@ def test_fuses_every_norm_mlp_and_attention(name):
     assert (again.fused, again.candidates) == ((), ())
 
 
-def recorded(model: nn.Module, ids: Tensor) -> tuple[dict[str, tuple[tuple, dict, Any]], Tensor]:
+def recorded(model: Any, ids: Tensor) -> tuple[dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]], Tensor]:
     """Run a model; return what each norm, MLP and attention received and gave, and the last hidden states."""
     seen = {}
 
@@ -244,14 +245,14 @@ def test_fused_model_computes_what_transformers_computes(tmp_path, monkeypatch, 
 
 def test_linears_are_called_as_before_and_up_is_freed_before_down(tmp_path, device):
     model, ids = model_of(tmp_path, "qwen3", torch.float16, device), token_ids(device)
-    inputs: list[tuple[Tensor, dict]] = []
-    block: Any = model.model.layers[0]
+    inputs: list[tuple[Tensor, dict[str, Any]]] = []
+    block = model.model.layers[0]
     with block.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args[0], kwargs)), with_kwargs=True):
         model(input_ids=ids, use_cache=False)
     hidden, context = inputs[0]
     expected = linear_groups(block, hidden, context)
     fuse(block)
-    alive = []
+    alive: list[Any] = []
     block.mlp.up_proj.register_forward_hook(lambda _, __, output: alive.append(weakref.ref(output)))
     block.mlp.down_proj.register_forward_pre_hook(lambda _, __: alive.append(alive[0]()))
     assert linear_groups(block, hidden, context) == expected
@@ -283,7 +284,7 @@ class OffsetNorm(LlamaRMSNorm):
 
 
 class KeepingAttention(LlamaAttention):
-    def forward(self, hidden_states, position_embeddings):
+    def forward(self, hidden_states, position_embeddings=None, *_, **__):
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
@@ -301,8 +302,14 @@ def mlp_of(act_fn: Any) -> LlamaMLP:
     return mlp
 
 
-def hooked_norm() -> LlamaRMSNorm:
-    norm = LlamaRMSNorm(64)
+def keeping_attention() -> LlamaAttention:
+    config = CONFIGS["llama"]()
+    assert isinstance(config, LlamaConfig)
+    return KeepingAttention(config, 0)
+
+
+def hooked_norm() -> Any:
+    norm: Any = LlamaRMSNorm(64)
     norm.forward = norm.forward
     return norm
 
@@ -311,7 +318,7 @@ def hooked_norm() -> LlamaRMSNorm:
     ("make", "candidate"),
     [
         (lambda: OffsetNorm(64), True),
-        (lambda: KeepingAttention(CONFIGS["llama"](), 0), True),
+        (keeping_attention, True),
         (lambda: mlp_of(nn.GELU()), True),
         (lambda: mlp_of(nn.functional.silu), True),
         (hooked_norm, True),
@@ -365,7 +372,9 @@ def test_threads_run_their_models_at_the_same_time(tmp_path):
 
     def run(index: int) -> Tensor:
         with torch.no_grad():
-            results = [models[index](token_ids(devices[index]), use_cache=False).logits.cpu() for _ in range(20)]
+            results: list[Tensor] = [
+                models[index](token_ids(devices[index]), use_cache=False).logits.cpu() for _ in range(20)
+            ]
         assert all(torch.equal(result, results[0]) for result in results)
         return results[0]
 

@@ -77,8 +77,10 @@ def solves_like_the_reference(
         static_groups=static,
         ops=kernels,
     )
-    how = {"bits": bits, "sym": sym, "group_size": group_size, "desc_act": desc_act, "static_groups": static}
-    assert_agrees(found, weight.half(), H, scale_search=search, **how)
+    assert_agrees(
+        found, weight.half(), H, bits=bits, sym=sym, group_size=group_size, desc_act=desc_act, static_groups=static,
+        scale_search=search,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("bits", "sym", "group_size", "order"), SOME_CASES)
@@ -263,12 +265,12 @@ def test_splits_as_torch(kernels, device, scaled, width, by_columns):
     """Rows are part of wider ones, or not dense: the library's Cholesky factors lie column by column."""
     x = random(width + 6, 5).T[:, 3 : width + 3] if by_columns else random(5, width + 6)[:, 3 : width + 3]
     rows, features = (2.0 ** torch.arange(-count, count + 1)[:count] for count in (5, width))
-    factors = [
+    by_row, by_column = (
         part if wanted else None for part, wanted in zip((rows, features.clamp(2**-9, 2**9)), scaled, strict=True)
-    ]
-    expected = TORCH.split(x, *factors)
+    )
+    expected = TORCH.split(x, by_row, by_column)
     found = tuple(torch.zeros(5, width + 4, dtype=torch.float16, device=device)[:, 2 : width + 2] for _ in range(2))
-    given = [None if part is None else part.to(device) for part in factors]
+    given = [None if part is None else part.to(device) for part in (by_row, by_column)]
     kernels.split(x.to(device), *given, found)
     assert all(torch.equal(mine.cpu(), plain) for mine, plain in zip(found, expected, strict=True))
     assert expected[1].any()

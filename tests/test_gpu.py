@@ -21,7 +21,7 @@ from packager.model.packing import pack, pack_zeros, unpack
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Hessian, factorize
 from packager.quantize.gptq.solve import solve
-from packager.quantize.job import BlockDone, QuantizeJob
+from packager.quantize.job import BlockDone, Event, QuantizeJob
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, Workload, sweep_ways
 from packager.quantize.sweep import quantize
 from packager.receipt import LinearRecord
@@ -49,7 +49,7 @@ def save_larger(folder: Path, *, hidden: int, intermediate: int, blocks: int) ->
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks,
         num_attention_heads=hidden // 128, num_key_value_heads=hidden // 256, max_position_embeddings=LENGTH,
-        torch_dtype="float16",
+        dtype="float16",
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(CUDA):
@@ -144,10 +144,10 @@ def test_every_architecture_quantizes_as_on_the_cpu(tmp_path, name):
     for branch, expected in losses["cpu"].items():
         # float16 activations move single roundings; the sum over a model's linears hardly moves.
         assert float(losses["cuda"][branch].sum()) == pytest.approx(float(expected.sum()), rel=0.05)
-    for found, expected in zip(tensors["cuda"], tensors["cpu"], strict=True):
-        assert found.keys() == expected.keys()
-        biases = [key for key in found if key.endswith(".bias")]
-        assert all(torch.equal(found[key], expected[key]) for key in biases)
+    for on_gpu, on_cpu in zip(tensors["cuda"], tensors["cpu"], strict=True):
+        assert on_gpu.keys() == on_cpu.keys()
+        biases = [key for key in on_gpu if key.endswith(".bias")]
+        assert all(torch.equal(on_gpu[key], on_cpu[key]) for key in biases)
         assert bool(biases) == any(linear.bias for linear in source.architecture.linears)
 
 
@@ -164,7 +164,7 @@ def test_several_devices_make_the_bytes_of_one(tmp_path, large, many):
     source = large if many == 2 else tiny(tmp_path)
     rows = token_rows(16, LENGTH, vocab_size=VOCABULARY) if many == 2 else token_rows()
     variants = [variant(branch=name, group_size=size) for name, size in (("a", 32), ("b", 64), ("c", -1))]
-    limits = {"device_limit": 20 * 10**9} if many == 2 else {}
+    limits: dict[str, Any] = {"device_limit": 20 * 10**9} if many == 2 else {}
     expected = run(source, tmp_path / "one", *variants, rows=rows)
     records = run(source, tmp_path / "several", *variants, rows=rows, devices=(CUDA,) * many, **limits)
     assert list(records.items()) == list(expected.items())
@@ -296,7 +296,8 @@ def test_streamed_forward_in_float32_equals_the_cpu(tmp_path):
 
 
 def test_a_finished_variant_is_not_run_again(tmp_path):
-    source, steps = tiny(tmp_path), []
+    source = tiny(tmp_path)
+    steps: list[Event] = []
     expected = run(source, tmp_path / "work", variant(desc_act=True))
     before = digests(tmp_path / "work")
     assert run(source, tmp_path / "work", variant(desc_act=True), report=steps.append) == expected

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from packager.errors import PlanError
+from packager.model.runtimes import LoaderName
 from packager.pipeline.build_state import BuildState
 from packager.pipeline.plan import BuildPlan, make_plan
 from packager.prove.environments import RuntimeContext
@@ -29,7 +30,7 @@ from tests.tiny_recipe import write_inputs, write_recipe
 
 pytestmark = pytest.mark.release
 
-LOADERS = ("autogptq", "transformers")
+LOADERS: tuple[LoaderName, ...] = ("autogptq", "transformers")
 VARIANTS = [{"branch": "main"}, {"group_size": 16, "desc_act": True}]
 BRANCHES = ("main", "gptq-4bit-16g-actorder_True")
 

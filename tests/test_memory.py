@@ -143,7 +143,7 @@ def test_host_memory_for_the_activations_saves_nothing_while_all_batches_are_sus
 def test_more_tokens_and_variants_need_more_memory(fields, device_type):
     work = made(fields)
 
-    def needed(**changes: int) -> int:
+    def needed(**changes: Any) -> int:
         return next(sweep_ways(replace(work, **changes), device_type)).device_bytes
 
     states = {"cpu": 4, "cuda": 2}[device_type] * work.num_samples * work.seq_len * work.architecture.hidden_size

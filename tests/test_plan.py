@@ -27,7 +27,7 @@ from packager.recipe.file import RecipeFile
 from tests.test_architecture import LLAMA_2_13B, tiny_config, variant
 
 ROOT = Path(__file__).parent.parent
-FOUR_VARIANTS = [
+FOUR_VARIANTS: list[dict[str, Any]] = [
     {"branch": "main"},
     {"group_size": 32, "desc_act": True},
     {"group_size": 64, "desc_act": True},
@@ -335,7 +335,8 @@ def test_every_refusal_has_its_reason_and_traps_are_told() -> None:
     assert answers(desc_act=True)["gptq-for-llama"] == (True, "Triton branch only")
     assert answers(bits=2)["tgi"] == (True, "neither Marlin nor ExLlama fits: the slower Triton kernel")
     assert "float16 only" in answers(sym=False)["sglang"][1]
-    for parameters in ({"bits": 3, "desc_act": True}, {"sym": False, "group_size": 160}):
+    refused: list[dict[str, Any]] = [{"bits": 3, "desc_act": True}, {"sym": False, "group_size": 160}]
+    for parameters in refused:
         assert all(reason for can_load, reason in answers(**parameters).values() if not can_load)
 
 

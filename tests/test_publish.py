@@ -20,7 +20,14 @@ from packager.cli.publish_view import publish_report_json as report_json
 from packager.errors import MachineError, PackagerError, PublishError, StateError
 from packager.publish.branches import BranchContent, PublishReport, check_folders, publish_branches
 from packager.publish.plan import plan_publish
-from packager.publish.targets import BranchState, LocalFile, StoredFile, file_name_problem, read_local_file
+from packager.publish.targets import (
+    BranchState,
+    CommitRecord,
+    LocalFile,
+    StoredFile,
+    file_name_problem,
+    read_local_file,
+)
 from packager.publish.targets.git_process import AUTHOR_EMAIL, AUTHOR_NAME
 from packager.publish.targets.local import LocalTarget
 from packager.receipt import FileRecord
@@ -607,6 +614,24 @@ class MemoryTarget:
     def read_back(self, commit: str) -> Mapping[str, StoredFile]:
         assert commit == "f" * 40
         return self.stored
+
+    def read_bytes(self, commit: str, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        raise NotImplementedError
+
+    def export(self, commit: str, name: str, path: Path) -> None:
+        raise NotImplementedError
+
+    def history(self, branch: str) -> Sequence[CommitRecord]:
+        raise NotImplementedError
+
+    def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
+        raise NotImplementedError
+
+    def read_tag(self, name: str) -> Mapping[str, str]:
+        raise NotImplementedError
+
+    def tag(self, name: str, commits: Mapping[str, str]) -> None:
+        raise NotImplementedError
 
 
 def test_a_remote_that_answers_with_either_digest_is_compared(fixture: LocalFixture) -> None:

@@ -58,7 +58,7 @@ class CrashFixture:
         publish_branches(self.contents, LocalTarget(tmp_path / "undisturbed", REPOSITORY), print)
         self.trees_after = trees(hub_folder(tmp_path / "undisturbed"))
 
-    def run(self, chains: list[KillSequence]) -> list[dict[str, object]]:
+    def run(self, chains: list[KillSequence]) -> list[dict[str, Any]]:
         """Run the chains of kills and return what the driver found, checked."""
         folders = [str(content.folder) for content in self.contents]
         result = subprocess.run(

@@ -20,13 +20,15 @@ from packager.quantize import sweep as sweep_module
 from packager.quantize import worker as worker_module
 from packager.quantize.block import quantize_block
 from packager.quantize.block_store import BlockStore
+from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Hessian, factorize
-from packager.quantize.gptq.solve import GridRules, solve
-from packager.quantize.job import BlockDone, LinearsDone, QuantizeJob
+from packager.quantize.gptq.solve import solve
+from packager.quantize.job import BlockDone, Event, QuantizeJob
 from packager.quantize.memory import SweepPlan
 from packager.quantize.shared_reader import SharedReader
 from packager.quantize.suspended_forward import linear_groups
 from packager.quantize.sweep import quantize
+from packager.receipt import LinearRecord
 from packager.variant import Variant
 from tests.tiny_models import CONFIGS, open_store, save_model, token_rows, variant
 
@@ -37,8 +39,10 @@ def source_of(folder: Path, name: str) -> SourceModel:
     return read_source(save_model(folder / "model", name), base_id="test/model")
 
 
-def run(source: SourceModel, work: Path, *variants: Variant, devices: int = 1) -> tuple[dict, list[BlockDone]]:
-    steps: list[BlockDone | LinearsDone] = []
+def run(
+    source: SourceModel, work: Path, *variants: Variant, devices: int = 1
+) -> tuple[dict[str, tuple[LinearRecord, ...]], list[BlockDone]]:
+    steps: list[Event] = []
     stores = {v: open_store(source, work, v) for v in variants}
     job = QuantizeJob(source=source, rows=token_rows(), stores=stores, devices=(CPU,) * devices)
     records = quantize(job, steps.append)
@@ -58,8 +62,11 @@ def files(work: Path) -> dict[str, bytes]:
 
 def dequantized(source: SourceModel, work: Path, v: Variant, block: int) -> dict[str, torch.Tensor]:
     stored = stored_block(source, work, v, block)
-    names = sorted({name.rpartition(".")[0] for name in stored})
-    return {name: dequantize_linear(lambda part, name=name: stored[f"{name}.{part}"], v.bits) for name in names}
+
+    def weight(linear: str) -> torch.Tensor:
+        return dequantize_linear(lambda part: stored[f"{linear}.{part}"], v.bits)
+
+    return {name: weight(name) for name in sorted({name.rpartition(".")[0] for name in stored})}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -203,7 +210,7 @@ def test_a_finished_variant_is_not_run_again(tmp_path, monkeypatch):
     done, other = variant(branch="a"), variant(branch="b", group_size=16)
     expected, _ = run(source, tmp_path / "work", done)
     forwarded = []
-    restore = worker_module.restore_block
+    restore = block_module.restore_block
     monkeypatch.setattr(worker_module, "restore_block", lambda *rest: (forwarded.append(rest), restore(*rest)))
     records, steps = run(source, tmp_path / "work", other, done)
     assert list(records) == ["b", "a"]

@@ -54,7 +54,9 @@ def test_what_only_transformers_5_would_read_is_said_the_old_way_too(
 def rope_as_read(config: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import LlamaConfig
 
-    read = dict(LlamaConfig(**config).rope_parameters)
+    parameters = LlamaConfig(**config).rope_parameters
+    assert parameters is not None
+    read: dict[str, Any] = {**parameters}
     assert read.pop("type", read["rope_type"]) == read["rope_type"]
     return read
 
@@ -62,9 +64,10 @@ def rope_as_read(config: Mapping[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("factor", [10**400, float("inf"), float("nan"), True, "4", None, [4]])
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 def test_a_factor_that_is_no_number_crashes_nothing(key: str, factor: object) -> None:
-    config = tiny_config(**{key: {"rope_type": "linear", "factor": factor, "rope_theta": 5e5}})
+    rope: dict[str, Any] = {key: {"rope_type": "linear", "factor": factor, "rope_theta": 5e5}}
+    config = tiny_config(**rope)
     assert rope_factor(config) is None
-    found = in_both_spellings(config)
+    found: Mapping[str, Any] = in_both_spellings(config)
     assert found["rope_theta"] == 5e5
     assert found["rope_scaling"]["factor"] is factor
     assert found["rope_scaling"]["rope_type"] == "linear"

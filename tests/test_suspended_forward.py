@@ -21,7 +21,7 @@ class Routed(nn.Module):
         self.second = nn.Linear(8, 8, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        out = hidden + self.first(hidden)
+        out: Tensor = hidden + self.first(hidden)
         return out + self.second(out) if bool(hidden.sum() > 0) else out
 
 
