@@ -115,7 +115,7 @@ def test_receipts_hold_what_was_read_done_and_measured(made: Scene, branch: str)
     receipt = workspace(made.dist).read_receipt(branch)
     assert receipt is not None
     provenance, files = receipt.provenance, made.files(branch)
-    assert set(receipt.stages) == {"weights", "evaluate", "verify"}
+    assert set(receipt.stages) == {"quantize", "weights", "evaluate", "verify"}
     assert set(receipt.seconds) == {"quantize", "pack", "evaluate", "verify"}
     assert {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()} == {
         name: (record.size_bytes, record.sha256) for name, record in provenance.files.items()

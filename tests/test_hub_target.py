@@ -182,9 +182,10 @@ def test_a_commit_whose_answer_is_lost_has_landed(fixture: HubFixture, kind: Fau
     assert [line for line in fixture.lines if "but the commit was made" in line]
 
 
-@pytest.mark.parametrize(("options", "said"), [({"retry_after": 7}, "in 7 s"), ({"reset": 31}, "in 31 s")])
+# `reset` is a time of the server's clock: some of the seconds are over when the client reads it.
+@pytest.mark.parametrize(("options", "allowed"), [({"retry_after": 7}, [7]), ({"reset": 31}, [29, 30, 31])])
 def test_a_busy_hub_is_waited_for_as_it_asks(
-    fixture: HubFixture, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], said: str
+    fixture: HubFixture, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], allowed: list[int]
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr("packager.publish.targets.hub_calls.time.sleep", waits.append)
@@ -192,8 +193,9 @@ def test_a_busy_hub_is_waited_for_as_it_asks(
     fixture.publish()
     fixture.assert_published()
     line = next(line for line in fixture.lines if "429" in line)
-    assert line == f"committing {VARIANT}: 429: You have exceeded our hourly quota; trying again {said}"
-    assert int(said.split()[1]) in waits
+    start = f"committing {VARIANT}: 429: You have exceeded our hourly quota; trying again in "
+    assert line in [f"{start}{seconds} s" for seconds in allowed]
+    assert int(line.split()[-2]) in waits
 
 
 def test_a_hub_that_stays_busy_is_given_up_with_what_to_do(fixture: HubFixture) -> None:

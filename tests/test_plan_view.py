@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from packager.cli.plan_view import build_plan_json, print_build_plan
-from packager.pipeline.plan import BuildPlan, DiskPlan, MemoryPlan, make_plan
+from packager.pipeline.plan import BuildPlan, DiskPlan, EvaluationPlan, MemoryPlan, make_plan
+from packager.prove.evaluation_memory import EvaluationMemory
 from packager.recipe.file import RecipeFile
 from tests.test_house_rules import ROOT
 
@@ -32,7 +33,11 @@ def plan() -> BuildPlan:
     ]
     memory = MemoryPlan(fastest=sweeps[0], full_speed=sweeps[1], least=sweeps[2], cpu=sweeps[3])
     disk = DiskPlan(source_bytes=26_110_000_000, builds_bytes=31_220_000_000, publish_bytes=1_330_000_000)
-    return replace(plan, memory=memory, disk=disk)
+    evaluation = EvaluationPlan(
+        gpu=EvaluationMemory(device_bytes=5_550_000_000, host_bytes=7_770_000_000),
+        cpu=EvaluationMemory(device_bytes=8_880_000_000, host_bytes=0),
+    )
+    return replace(plan, memory=memory, disk=disk, evaluation=evaluation)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,8 @@ def test_the_table_of_needs(lines: list[str]) -> None:
         "20.22 as fast, with 6.66 GB of host memory",
         "30.33 least, up to twice as long, with 9.99 GB of host memory",
         "host memory 40.44 without a GPU",
+        "GPU memory 5.55 measuring quality, with 7.77 GB of host memory",
+        "host memory 8.88 measuring quality without a GPU",
         "disk 58.66 everything below",
         "26.11 download of the base model",
         "31.22 checkpoint folders, finished blocks included",
@@ -79,6 +86,10 @@ def test_json_has_the_same_figures_in_bytes(plan: BuildPlan) -> None:
     values = json.loads(json.dumps(build_plan_json(plan)))
     assert values["memory"]["least"]["host_bytes"] == 9_990_000_000
     assert values["memory"]["cpu"]["device_bytes"] == 40_440_000_000
+    assert values["evaluation_memory"] == {
+        "gpu": {"device_bytes": 5_550_000_000, "host_bytes": 7_770_000_000},
+        "cpu": {"device_bytes": 8_880_000_000, "host_bytes": 0},
+    }
     assert values["disk"] == {
         "source_bytes": 26_110_000_000,
         "builds_bytes": 31_220_000_000,
