@@ -19,6 +19,8 @@ from packager.pipeline.plan import make_plan
 from packager.recipe.file import RecipeFile
 from tests import tiny_recipe
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--layers=2", "--hidden=128", "--intermediate=256", "--heads=2", "--kv-heads=1", "--vocab=1024", "--rows=4",
         "--seq-len=32", "--device=cpu", "--no-warm-up"]  # fmt: skip

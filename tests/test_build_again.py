@@ -18,6 +18,8 @@ from tests import tiny_recipe
 from tests.test_published_loaders import StandIn, install
 from tests.tiny_recipe import BRANCHES, MAIN
 
+pytestmark = pytest.mark.slow
+
 REQUIRED = {"loaders.required": ["transformers"]}
 WITH_GPU = {"loaders.required": ["transformers"], "loaders.if_available": ["exllamav2"]}
 

@@ -60,6 +60,8 @@ from tests.tiny_recipe import (
     write_recipe,
 )
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "model.safetensors"
 Tensors = dict[str, torch.Tensor]
 

@@ -31,6 +31,8 @@ from tests.reader_fixtures import (
 )
 from tests.tiny_recipe import ACT_ORDER, BRANCHES, MAIN
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "hf_writes_0123456789"  # noqa: S105 - the loopback Hub's
 POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize ([0-9]+)\n")
 ATTRIBUTES = ".gitattributes"  # the Hub's, in every repository

@@ -15,6 +15,8 @@ from packager.variant import NATIVE_ONLY
 from tests import tiny_recipe
 from tests.fake_engine import FAKE_SCRIPT, Bench
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 

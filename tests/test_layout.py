@@ -22,6 +22,8 @@ from tests.golden_files import check_golden
 from tests.publish_fixtures import files_in, git, heads
 from tests.tiny_recipe import ACT_ORDER, BRANCHES, MAIN, REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 PLACES = {branch: place_of(REPOSITORY, "repos", branch).repository for branch in BRANCHES}
 REPOS = {"repository.layout": "repos"}
 

@@ -19,6 +19,8 @@ from tests.publish_fixtures import git, heads, trees
 from tests.test_house_rules import ROOT
 from tests.tiny_recipe import ACT_ORDER, BRANCHES, MAIN, REPOSITORY, THREE_BITS
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = "from packager.cli.main import main; main()"
 TOKEN, READER = "hf_a_secret_that_writes_0123456789", "hf_a_secret_that_reads_0123456789"
 

@@ -37,6 +37,8 @@ from tests.publish_fixtures import describe
 from tests.test_house_rules import loaded_by
 from tests.tiny_recipe import ACT_ORDER, BRANCHES, MAIN, REPOSITORY, THREE_BITS
 
+pytestmark = pytest.mark.slow
+
 EXTRA = {"loaders.required": ["transformers"], "loaders.if_available": ["exllamav2"]}
 PROVENANCE = "provenance.json"
 
