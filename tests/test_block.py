@@ -22,6 +22,8 @@ from packager.receipt import LinearRecord
 from packager.variant import Variant
 from tests.tiny_models import save_model, token_rows, variant
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 # Fewer tokens than columns, so that H is singular, and a damping that float32 does not even see beside it.
 FEW = token_rows(6, 3).ids

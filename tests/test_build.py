@@ -203,6 +203,7 @@ def assert_remade(scene: Scene, result: BuildResult, expected: tuple[tuple[str, 
     assert leftovers(scene.dist) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_recipe_runs_what_it_must_again(scene: Scene, tmp_path: Path, change: str) -> None:
     changes, expected = CHANGES[change]
@@ -250,6 +251,7 @@ FILE_CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", FILE_CHANGES, ids=lambda change: change.__name__)
 def test_a_changed_file_runs_what_it_must_again(scene: Scene, tmp_path: Path, change: Any) -> None:
     change(scene.folder)
@@ -342,6 +344,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], torch.Tenso
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "variants"),
     [

@@ -97,6 +97,7 @@ def test_the_scale_search_finds_what_the_reference_finds(group_size, sym, order)
     assert_agrees(solved(weight, H, **how), weight, H, **how)
 
 
+@pytest.mark.slow
 @OPS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize(
