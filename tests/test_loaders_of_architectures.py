@@ -69,7 +69,7 @@ WINDOW = "past 16 tokens its sliding window is not the model's"
 CASES: dict[str, Case] = {
     "llama": Case(model="llama"),
     "llama-old-config": Case(model="llama", rope_theta=1e6, old=True),
-    "llama-tied": Case(model="llama-tied", refusal="a head that it never loaded"),
+    "llama-tied": Case(model="llama-tied", refusal="a head that it never loads"),
     "llama-attention-bias": Case(model="llama-attention-bias"),
     "llama-bias": Case(model="llama-bias"),
     "llama3-rope": Case(model="llama3-rope", refusal="of type llama3", old_only=True),
