@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packager.errors import MachineError
+from packager.model.devices import gpu_memory_errors
 from packager.prove.loaders import LOADERS
 from packager.publish.published.finding import Collector
 from packager.receipt import PROVENANCE, README, TOKENIZER, LoaderRecord, Provenance
@@ -118,22 +119,19 @@ def _run(
     )
     checkpoint = checkpoint_of(provenance.model_copy(update={"branch": branch}), folder)
     try:
-        rows = _token_rows(folder, loaders.num_rows, loaders.seq_len)
-        job = VerifyJob(
-            checkpoints=[checkpoint],
-            ids=torch.tensor(rows),
-            prompts=[rows[0][:_PROMPT_TOKENS]],
-            loaders=loaders,
-            device=site.device,
-            context=RuntimeContext(
-                cache=site.cache, scratch=folder.with_name("loaders"), environ=site.environ, log=log
-            ),
-        )
-        references = references_of(job)
-    except torch.OutOfMemoryError as error:
-        raise MachineError(
-            "the GPU's memory is exhausted", why=str(error).partition(".")[0], hint="run again with --device cpu"
-        ) from error
+        with gpu_memory_errors("run again with --device cpu"):
+            rows = _token_rows(folder, loaders.num_rows, loaders.seq_len)
+            job = VerifyJob(
+                checkpoints=[checkpoint],
+                ids=torch.tensor(rows),
+                prompts=[rows[0][:_PROMPT_TOKENS]],
+                loaders=loaders,
+                device=site.device,
+                context=RuntimeContext(
+                    cache=site.cache, scratch=folder.with_name("loaders"), environ=site.environ, log=log
+                ),
+            )
+            references = references_of(job)
     except MachineError:
         raise
     except Exception as error:  # noqa: BLE001 - untrusted files: tokenizers, transformers and torch may raise any error
