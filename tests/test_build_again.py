@@ -1,17 +1,22 @@
 """A build that continues on another machine, under another name, or after a loader could not run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from packager.errors import PublishError
 from packager.model import devices
 from packager.pipeline import flow, stages
 from packager.pipeline.build_state import BuildState
 from packager.pipeline.flow import BuildResult
-from packager.pipeline.release import release
+from packager.pipeline.plan import make_plan
+from packager.pipeline.release import cannot_build, release
+from packager.prove.evaluation_memory import EvaluationMemory
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
 from tests import tiny_recipe
@@ -208,3 +213,26 @@ def test_a_receipt_records_which_modules_ran_fused_kernels(
         assert receipt.fused_modules is not None
         assert (receipt.fused_modules.fused, receipt.fused_modules.candidates) == (1, 5)
         assert receipt.fused_modules.missed == names[1:]
+
+
+@pytest.mark.parametrize(
+    ("total_gb", "limit_gb", "reason"),
+    [
+        (40, None, ""),
+        (40, 9, "needs 10.0 GiB of a CUDA GPU, of this one 8.3 GiB can be used"),
+        (20, None, "measuring needs 30.0 GiB of a CUDA GPU, of this one 18.4 GiB can be used"),
+        (40, 12, ""),  # the limit is for quantizing, measuring may use the whole GPU
+    ],
+)
+def test_a_gpu_must_have_the_memory_to_quantize_and_to_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total_gb: int, limit_gb: int | None, reason: str
+) -> None:
+    gib = 2**30
+    plan = make_plan(RecipeFile.load(tiny_recipe.write_all(tmp_path)))
+    assert plan.memory is not None
+    memory = replace(plan.memory, least=replace(plan.memory.least, device_bytes=10 * gib))
+    measuring = replace(plan.evaluation, gpu=EvaluationMemory(device_bytes=30 * gib, host_bytes=0))
+    monkeypatch.setattr("packager.pipeline.release.choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total_gb * gib))
+    options = replace(tiny_recipe.options(tmp_path), gpu_memory_bytes=limit_gb * gib if limit_gb else None)
+    assert cannot_build(replace(plan, memory=memory, evaluation=measuring), options) == reason
