@@ -192,8 +192,8 @@ def test_a_busy_hub_is_waited_for_as_it_asks(
     fixture.hub.fault(COMMIT, "status", status=429, message="You have exceeded our hourly quota", **options)
     fixture.publish()
     fixture.assert_published()
-    line = next(line for line in fixture.lines if "429" in line)
     start = f"committing {VARIANT}: 429: You have exceeded our hourly quota; trying again in "
+    line = next(line for line in fixture.lines if line.startswith(start))
     assert line in [f"{start}{seconds} s" for seconds in allowed]
     assert int(line.split()[-2]) in waits
 
