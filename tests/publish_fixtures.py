@@ -91,3 +91,12 @@ def log_in(hub: "LoopbackHub", token: str, monkeypatch: "pytest.MonkeyPatch") ->
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
     monkeypatch.setenv("HF_TOKEN", token)
+
+
+def shim(folder: Path, script: str, monkeypatch: "pytest.MonkeyPatch") -> None:
+    """Put a `git` first on the PATH that runs `script`, in which $real is git, then the real one."""
+    real = next(path for entry in os.get_exec_path() if (path := Path(entry) / "git").exists())
+    folder.mkdir()
+    (folder / "git").write_text(f'#!/bin/sh\nreal=\'{real}\'\n{script}\nexec "$real" "$@"\n')
+    (folder / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")

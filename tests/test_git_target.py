@@ -22,7 +22,7 @@ from packager.publish.targets.git import GitTarget
 from packager.publish.targets.git_locks import DEFAULT_WAITS, GitWaits
 from packager.publish.targets.git_remote import RemoteGit
 from tests.git_servers import Service, serve_git
-from tests.publish_fixtures import SHORT_WAITS, VARIANT, describe, files_in, git, heads, make_content, trees
+from tests.publish_fixtures import SHORT_WAITS, VARIANT, describe, files_in, git, heads, make_content, shim, trees
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_Secret/Token+1"  # noqa: S105 - made up
@@ -84,15 +84,6 @@ def fixture(tmp_path: Path) -> GitFixture:
 
 def actions(report: PublishReport) -> list[str]:
     return [outcome.plan.action for outcome in report.outcomes]
-
-
-def shim(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a `git` first on the PATH that runs `script`, in which $real is git, then the real one."""
-    real = next(path for entry in os.get_exec_path() if (path := Path(entry) / "git").exists())
-    folder.mkdir()
-    (folder / "git").write_text(f'#!/bin/sh\nreal=\'{real}\'\n{script}\nexec "$real" "$@"\n')
-    (folder / "git").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
 @pytest.mark.parametrize("as_url", [False, True], ids=["path", "file"])
@@ -241,6 +232,7 @@ def test_a_second_publisher_in_the_same_staging_folder_stops(fixture: GitFixture
     fixture.publish()
 
 
+@pytest.mark.crash
 def test_a_lock_that_a_killed_run_leaves_for_an_instant_is_waited_for(fixture: GitFixture) -> None:
     """Its child holds it between fork and exec."""
     lock = fixture.staging.with_name(f".{fixture.staging.name}.lock")
@@ -293,6 +285,7 @@ def test_a_full_disk_here_is_told_as_such(fixture: GitFixture, tmp_path: Path, m
     assert "the disk is full" in fixture.refused(error=MachineError)
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize("branches", ["all", "one"])
 def test_a_lost_answer_is_looked_up(
     fixture: GitFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, branches: str
@@ -569,6 +562,7 @@ def test_killed_at_random_moments_the_next_run_ends_the_same(fixture: GitFixture
     assert len(seen) > 1
 
 
+@pytest.mark.crash
 def test_what_a_killed_run_left_is_put_right_and_named(fixture: GitFixture) -> None:
     fixture.publish()
     fixture.edit("main", "w.bin", b"other")

@@ -42,6 +42,7 @@ from tests.publish_fixtures import (
     hub_folder,
     leftovers,
     make_content,
+    shim,
     trees,
 )
 
@@ -522,15 +523,6 @@ def test_without_git_gitpython_cannot_even_be_imported(fixture: LocalFixture, tm
     assert result.stdout.startswith("git is not on the PATH\n")
 
 
-def shim(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a `git` first on the PATH that runs `script`, then the real one."""
-    real = next(path for entry in os.get_exec_path() if (path := Path(entry) / "git").exists())
-    folder.mkdir()
-    (folder / "git").write_text(f"#!/bin/sh\n{script}\nexec '{real}' \"$@\"\n")
-    (folder / "git").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-
-
 def test_an_old_git_is_refused(fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shim(tmp_path / "bin", 'if [ "$1" = version ]; then echo git version 2.25.1; exit 0; fi', monkeypatch)
     assert "git 2.25.1 is too old" in fixture.refused(MachineError)
@@ -555,13 +547,31 @@ def test_what_is_stored_is_read_again(fixture: LocalFixture, tmp_path: Path, mon
     fixture.publish()
     (fixture.dist / VARIANT / "w.bin").write_bytes(b"better")
     contents = [fixture.contents[0], describe(fixture.dist / VARIANT, VARIANT)]
-    blob = read_local_file(fixture.dist / VARIANT / "w.bin").blob_id
-    script = f'if [ "$1" = cat-file ] && [ "$3" = {blob} ]; then printf rotten; exit 0; fi'
+    script = 'if [ "$2" = --batch ]; then "$real" "$@" | sed s/^better$/rotten/; exit 0; fi'
     shim(tmp_path / "bin", script, monkeypatch)
     with pytest.raises(PublishError, match="does not hold the files that were built") as caught:
         fixture.publish(contents)
     assert "w.bin: 6 bytes of other content" in str(caught.value)
     assert "git fsck" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("script", "match"),
+    [
+        ("sed 's/ blob 6$/ missing/'", "does not give the blob"),
+        ("head -c 60", "does not give the blob"),
+        ("head -c 60; echo broken >&2; exit 1", "git cat-file failed.*broken"),
+        ("sed 's/ blob 6$/ tree 6/'", "does not give the blob"),
+    ],
+    ids=["lacks it", "breaks off", "fails", "another kind"],
+)
+def test_what_cannot_be_read_again_is_an_error(
+    fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, match: str
+) -> None:
+    (fixture.dist / VARIANT / "w.bin").write_bytes(b"better")
+    shim(tmp_path / "bin", f'if [ "$2" = --batch ]; then "$real" "$@" | ({script}); exit $?; fi', monkeypatch)
+    with pytest.raises(PublishError, match=f"(?s){match}"):
+        fixture.publish([fixture.contents[0], describe(fixture.dist / VARIANT, VARIANT)])
 
 
 def test_a_blob_that_breaks_off_is_not_checked_out(

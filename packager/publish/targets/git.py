@@ -13,7 +13,6 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -189,12 +188,7 @@ class GitTarget:
             git = self._git.beside(Path(empty))
             git.run("init", "--quiet", "--template=")
             self._ensure(commit, git)
-            files = read_files(git, commit)
-            found = {
-                name: replace(file, sha256=git.blob_sha256(file.blob_id))
-                for name, file in files.items()
-                if file.blob_id
-            }
+            files = git.hashed(read_files(git, commit))
             kept = {name: file for name, file in files.items() if not file.blob_id and file.sha256}
             if self._folder:
                 kept = {name: hashed(object_path(self._folder, file.sha256)) for name, file in kept.items()}
@@ -202,7 +196,7 @@ class GitTarget:
                 file.sha256 for file in kept.values() if object_path(self._staging.folder, file.sha256).exists()
             }:
                 self._upload(staged)
-            return {**files, **found, **kept}
+            return {**files, **kept}
 
     def read_bytes(self, commit: str, name: str, *, start: int = 0, size: int | None = None) -> bytes:
         """Return a file's content, or a part of it; a git-lfs server sends the whole object, once."""

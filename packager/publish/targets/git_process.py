@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -137,17 +137,41 @@ class GitProcess:
             text = text.replace(secret, "***")
         return text.strip()
 
-    def blob_sha256(self, blob_id: str) -> str:
-        """Return the sha256 of a stored file's content."""
-        digest = hashlib.sha256()
-        with self._blob(blob_id) as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-        return digest.hexdigest()
+    def hashed(self, files: Mapping[str, StoredFile]) -> Mapping[str, StoredFile]:
+        """Return the files, each that has a blob with the sha256 of that blob's content, computed now.
+
+        Raises:
+            PublishError: the repository lacks a blob, or git cannot read it.
+        """
+        digests = self._digests({file.blob_id for file in files.values() if file.blob_id})
+        return {
+            name: replace(file, sha256=digests[file.blob_id]) if file.blob_id else file for name, file in files.items()
+        }
+
+    def _digests(self, blob_ids: Collection[str]) -> Mapping[str, str]:
+        """Return the sha256 of each blob's content."""
+        digests: dict[str, str] = {}
+        if not blob_ids:
+            return digests
+        # One process for all files: starting git takes longer than reading a small file.
+        requests = "".join(f"{blob_id}\n" for blob_id in blob_ids).encode()
+        with self._reader("cat-file", "--batch", "--buffer", stdin=requests) as stream:
+            for blob_id in blob_ids:
+                # "<blob id> blob <bytes>", the content and a line feed; or "<blob id> missing", or the end.
+                header = stream.readline().decode("utf-8", "backslashreplace").split()
+                digest = _take_sha256(stream, int(header[2])) if header[:2] == [blob_id, "blob"] else ""
+                if not digest:
+                    # What git printed on its standard error says more, if it ended with an error.
+                    stream.read()
+                    break
+                digests[blob_id] = digest
+        if lacking := [blob_id for blob_id in blob_ids if blob_id not in digests]:
+            raise PublishError(f"the repository does not give the blob {lacking[0]}", where=str(self.worktree))
+        return digests
 
     def read_blob(self, blob_id: str, *, start: int = 0, size: int | None = None) -> bytes:
         """Return a stored file's content, or a part of it."""
-        with self._blob(blob_id) as stream:
+        with self._reader("cat-file", "blob", blob_id) as stream:
             stream.read(start)
             part = stream.read() if size is None else stream.read(size)
             while stream.read(_CHUNK_BYTES):
@@ -157,7 +181,7 @@ class GitProcess:
     def export_blob(self, blob_id: str, path: Path) -> None:
         """Write a stored file's content to `path`, whole or not at all."""
         # In this order git's exit status is checked before the file appears.
-        with atomic_file(path) as writer, self._blob(blob_id) as stream:
+        with atomic_file(path) as writer, self._reader("cat-file", "blob", blob_id) as stream:
             shutil.copyfileobj(stream, writer, _CHUNK_BYTES)
 
     def heads(self, namespace: str = "refs/heads") -> Mapping[str, tuple[str, str]]:
@@ -275,13 +299,20 @@ class GitProcess:
             yield Path(folder) / "index"
 
     @contextmanager
-    def _blob(self, blob_id: str) -> Iterator[IO[bytes]]:
+    def _reader(self, *arguments: str, stdin: bytes = b"") -> Iterator[IO[bytes]]:
+        """Run one git command and yield its standard output; read it to the end.
+
+        Raises:
+            PublishError: git failed.
+        """
         from git.exc import GitCommandError
 
-        arguments = ("cat-file", "blob", blob_id)
         git = self._checked()
         command = [str(git.GIT_PYTHON_GIT_EXECUTABLE), *arguments]
-        process = git.execute(command, env=self._environment(), as_process=True)
+        with tempfile.TemporaryFile() as requests:
+            requests.write(stdin)
+            requests.seek(0)
+            process = git.execute(command, istream=requests, env=self._environment(), as_process=True)
         try:
             yield process.stdout
             process.wait()
@@ -366,6 +397,15 @@ class GitProcess:
 def _foreign(committer: str) -> str:
     """Return a commit's committer, "" if this program made it."""
     return "" if committer == f"{AUTHOR_NAME} <{AUTHOR_EMAIL}>" else committer
+
+
+def _take_sha256(stream: IO[bytes], size: int) -> str:
+    """Read `size` bytes and a line feed, and return the sha256 of the bytes; "" if the stream ends before that."""
+    digest = hashlib.sha256()
+    while size and (chunk := stream.read(min(size, _CHUNK_BYTES))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.hexdigest() if not size and stream.read(1) == b"\n" else ""
 
 
 def _missing_git(error: Exception) -> MachineError:

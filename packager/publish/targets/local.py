@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from packager.errors import PublishError, StateError
@@ -154,10 +154,7 @@ class LocalTarget:
 
     def read_back(self, commit: str) -> Mapping[str, StoredFile]:
         """Return a commit's files with the sha256 of the repository's blobs, computed now."""
-        return {
-            name: replace(stored, sha256=self._git.blob_sha256(stored.blob_id)) if stored.blob_id else stored
-            for name, stored in self._git.files(commit).items()
-        }
+        return self._git.hashed(self._git.files(commit))
 
     def read_bytes(self, commit: str, name: str, *, start: int = 0, size: int | None = None) -> bytes:
         """Return a blob's content, or a part of it."""
