@@ -32,11 +32,15 @@ MIN_COVERAGE = 0  # per cent of lines and branches that the fast tests run; rais
 
 
 def _install(session: nox.Session, *packages: str) -> None:
-    """Install into the session's environment, unless it holds exactly these packages already."""
+    """Install into the session's environment, unless it holds exactly these packages already.
+
+    An editable install follows the checkout; a copy of it (".") is installed every time.
+    """
     wanted = [*packages, (HERE / CONSTRAINTS).read_text(), (HERE / "pyproject.toml").read_text()]
     digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()
     stamp = Path(session.virtualenv.location) / "installed.sha256"
-    if "." not in packages and stamp.exists() and stamp.read_text() == digest:
+    copied = "." in packages and "-e" not in packages
+    if not copied and stamp.exists() and stamp.read_text() == digest:
         return
     session.install("-c", CONSTRAINTS, *packages)
     stamp.write_text(digest)

@@ -126,6 +126,7 @@ def test_a_crash_shows_the_last_output_and_no_secret(bench):
     assert "the variant starts at its first block" in error.hint
 
 
+@pytest.mark.crash
 def test_killed_hanging_and_stopped_scripts_have_different_errors(bench):
     assert bench.fails("is killed").why == signal.Signals(9).name.join(["killed by ", ""])
     assert bench.fails("hangs", silence_s=4.0).why == "it wrote no event for 4 s and was killed"

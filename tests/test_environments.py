@@ -256,6 +256,7 @@ def test_torch_without_a_list_of_files_is_refused(toy_torch: Path, tmp_path: Pat
     assert "editable" in caught.value.why
 
 
+@pytest.mark.crash
 @pytest.mark.usefixtures("toy_torch")
 def test_killed_creation_is_redone(spec: LoaderSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: object, **__: object) -> None:
@@ -383,6 +384,7 @@ def _assert_grandchild_is_dead(folder: Path) -> None:
     assert _beats(folder) == before
 
 
+@pytest.mark.crash
 def test_timeout_kills_the_whole_group(spec: LoaderSpec, tmp_path: Path) -> None:
     with pytest.raises(LoaderError) as caught:
         probe(spec, tmp_path, "hangs", timeout_s=1.0)
@@ -432,6 +434,7 @@ def test_stop_all_ends_probes_of_other_threads_and_of_no_other_task(spec: Loader
     assert probe(spec, tmp_path, "works").generated  # a later task of this process is not stopped
 
 
+@pytest.mark.crash
 def test_a_job_that_ends_the_process_costs_the_others_nothing(spec: LoaderSpec, tmp_path: Path) -> None:
     names = ["works", "crashes", "fails", "slow", "hangs", "unavailable"]
     jobs = [probe_job(tmp_path, name) for name in names]
@@ -446,6 +449,7 @@ def test_a_job_that_ends_the_process_costs_the_others_nothing(spec: LoaderSpec, 
     ]
 
 
+@pytest.mark.crash
 def test_time_limit_is_for_each_checkpoint(spec: LoaderSpec, tmp_path: Path) -> None:
     jobs = [probe_job(tmp_path / str(index), "slow") for index in range(4)]
     outcomes = run_probes(spec, Path(sys.executable), jobs, 2.0, context())

@@ -173,6 +173,7 @@ def test_visibility_and_gating_are_those_of_the_recipe(fixture: HubFixture) -> N
     assert (settings["private"], settings["gated"]) == (True, "manual")
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize("kind", ["cut-after", "status-after"])
 def test_a_commit_whose_answer_is_lost_has_landed(fixture: HubFixture, kind: FaultKind) -> None:
     fixture.hub.fault(COMMIT, kind, times=2)
@@ -198,6 +199,7 @@ def test_a_busy_hub_is_waited_for_as_it_asks(
     assert int(line.split()[-2]) in waits
 
 
+@pytest.mark.crash
 def test_a_hub_that_stays_busy_is_given_up_with_what_to_do(fixture: HubFixture) -> None:
     fixture.hub.fault(COMMIT, "status", status=429, retry_after=4000, times=99)
     text = fixture.refused()
@@ -433,6 +435,7 @@ def test_no_wait_is_silent(
     assert [record.getMessage() for record in caplog.records if record.name.startswith("huggingface_hub")] == []
 
 
+@pytest.mark.crash
 def test_a_server_that_says_nothing_is_not_listened_to_for_ever(
     fixture: HubFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

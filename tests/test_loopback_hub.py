@@ -286,6 +286,7 @@ def test_a_commit_that_names_an_object_which_is_not_stored_is_refused(hub: Loopb
     assert list((hub.repository(REPO).path / "lfs").rglob("*.*")) == []
 
 
+@pytest.mark.crash
 def test_a_lost_answer_has_landed(hub: LoopbackHub, api: HfApi) -> None:
     first = _first(api)
     hub.fault("POST /api/models/.*/commit/", "cut-after")
@@ -306,6 +307,7 @@ def test_a_status_before_or_after_the_effect(hub: LoopbackHub, api: HfApi, kind:
     assert ("w4" in {ref.name for ref in api.list_repo_refs(REPO).branches}) is landed
 
 
+@pytest.mark.crash
 def test_a_rate_limit_is_told_in_headers_and_waited_for_where_the_client_does(hub: LoopbackHub, api: HfApi) -> None:
     fault = hub.fault("POST .*/commit/", "status", status=429, message="Slow down", retry_after=7, reset=30)
     with pytest.raises(HfHubHTTPError, match="Retry after 30 seconds") as error:
@@ -327,12 +329,14 @@ def test_commits_are_capped_per_hour(hub: LoopbackHub, api: HfApi) -> None:
     assert _status(error) == 429
 
 
+@pytest.mark.crash
 def test_an_upload_that_is_cut_is_begun_again(hub: LoopbackHub, api: HfApi) -> None:
     hub.fault("PUT /_lfs/", "cut-body", at_bytes=1000)
     api.create_commit(REPO, _additions(), commit_message="Add")
     assert [(upload.received, upload.accepted) for upload in hub.uploaded] == [(1000, False), (len(WEIGHTS), True)]
 
 
+@pytest.mark.crash
 def test_a_client_that_is_killed_while_it_uploads_leaves_nothing(hub: LoopbackHub, api: HfApi) -> None:
     oid = hashlib.sha256(WEIGHTS).hexdigest()
     with socket.create_connection(("127.0.0.1", int(hub.endpoint.rsplit(":", 1)[1]))) as connection:
@@ -345,6 +349,7 @@ def test_a_client_that_is_killed_while_it_uploads_leaves_nothing(hub: LoopbackHu
     assert api.model_info(REPO).id == REPO
 
 
+@pytest.mark.crash
 def test_a_download_that_is_cut_is_begun_again(hub: LoopbackHub, api: HfApi, tmp_path: Path) -> None:
     _publish(api)
     hub.fault("GET /_lfs/", "cut-answer", at_bytes=1000)

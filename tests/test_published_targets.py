@@ -129,7 +129,8 @@ def on_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PublishedFixture:
     return fixture
 
 
-@pytest.fixture(params=["on_hub", "on_git"])
+# test_git_target and test_rollback run a git remote in the fast loop.
+@pytest.fixture(params=["on_hub", pytest.param("on_git", marks=pytest.mark.slow)])
 def fixture(request: pytest.FixtureRequest) -> PublishedFixture:
     found: PublishedFixture = request.getfixturevalue(request.param)
     return found
@@ -369,6 +370,7 @@ def test_one_branch_goes_back(fixture: PublishedFixture) -> None:
     assert fixture.found() == {}, "both releases' files are what their records say"
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize("lives", [0, 1])
 def test_killed_in_the_middle_and_run_again(
     fixture: PublishedFixture, monkeypatch: pytest.MonkeyPatch, lives: int
@@ -395,6 +397,7 @@ def test_killed_in_the_middle_and_run_again(
     assert fixture.verify().findings == ()
 
 
+@pytest.mark.crash
 def test_an_answer_that_is_lost_is_no_second_commit(on_hub: PublishedFixture, hub: LoopbackHub) -> None:
     first, _ = on_hub.release(1), on_hub.release(2)
     fault = hub.fault("POST /api/models/.*/commit/", "cut-after", times=2)

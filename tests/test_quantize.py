@@ -265,6 +265,7 @@ def test_what_fails_on_one_device_stops_the_others(tmp_path, monkeypatch):
         run(source, tmp_path / "work", variant(branch="b"), variant(branch="a"), devices=2)
 
 
+@pytest.mark.crash
 def test_a_killed_sweep_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     source = source_of(tmp_path, "llama")
     variants = variant(branch="a"), variant(branch="b", desc_act=True)

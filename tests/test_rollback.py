@@ -200,6 +200,7 @@ def test_a_publish_that_did_not_reach_main_is_undone_and_no_more(fixture: Rollba
     assert trees(fixture.repository) == fixture.releases[0]
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize("lives", [0, 1, 2])
 def test_killed_and_run_again_it_finishes_the_same_rollback(fixture: RollbackFixture, lives: int) -> None:
     fixture.release(A, B, MAIN, number=1)
@@ -213,6 +214,7 @@ def test_killed_and_run_again_it_finishes_the_same_rollback(fixture: RollbackFix
     assert [len(fixture.commits(branch)) for branch in (A, B, MAIN)] == [4, 4, 4], "one rollback each"
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize("lives", [0, 1])
 def test_undoing_an_unfinished_publish_can_be_killed_too(fixture: RollbackFixture, lives: int) -> None:
     fixture.release(A, B, MAIN, number=1)
@@ -226,6 +228,7 @@ def test_undoing_an_unfinished_publish_can_be_killed_too(fixture: RollbackFixtur
     assert trees(fixture.repository) == fixture.releases[1]
 
 
+@pytest.mark.crash
 def test_again_goes_one_further_and_killed_it_finishes_first(fixture: RollbackFixture) -> None:
     for number in (1, 2, 3, 4):
         fixture.release(A, B, MAIN, number=number)
