@@ -2,7 +2,7 @@
 
 Every process gets the repository, the identity and the settings through its environment. That overrides the global and
 system configuration (autocrlf, signing, hooks, templates, filters) and the GIT_* variables of the caller. GitPython
-finds and starts the executable; it is imported on first use, because its import fails on a machine without git.
+starts the executable; it is imported on first use (`git_program`).
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING
 
 from packager.errors import MachineError, PackagerError, PublishError
 from packager.publish.targets import CommitRecord, HeadMovedError, LocalFile, StoredFile, changed_error
+from packager.publish.targets.git_program import find_git, missing_git
 from packager.system.files import TEMPORARY_PREFIX, atomic_file
 
 if TYPE_CHECKING:
@@ -25,11 +26,9 @@ if TYPE_CHECKING:
 
 AUTHOR_NAME = "gptq-packager"
 AUTHOR_EMAIL = "gptq-packager@localhost.invalid"  # RFC 2606: no mailbox can have it
-OLDEST_GIT = (2, 32)  # GIT_CONFIG_GLOBAL and GIT_CONFIG_COUNT
 _CHUNK_BYTES = 1 << 20
 _NO_COMMIT = "0" * 40
 _ORDINARY_FILE = "100644"
-_INSTALL_HINT = "install git (apt-get install git, brew install git or https://git-scm.com/downloads) and run again"
 
 _SETTINGS = {
     "core.attributesFile": "/dev/null",
@@ -127,7 +126,7 @@ class GitProcess:
                     strip_newline_in_stdout=False,
                 )
             except GitCommandNotFound as error:
-                raise _missing_git(error) from error
+                raise missing_git(error) from error
         text = "" if discard else output.decode("utf-8", "backslashreplace")
         return CommandResult(status=status, output=text, stderr=self._scrubbed(stderr))
 
@@ -362,23 +361,7 @@ class GitProcess:
 
     def _checked(self) -> "Git":
         if self._git is None:
-            try:
-                from git.cmd import Git
-                from git.exc import GitCommandNotFound
-            except ImportError as error:
-                raise _missing_git(error) from error
-            git = Git()
-            try:
-                version = git.version_info
-            except GitCommandNotFound as error:
-                raise _missing_git(error) from error
-            if version < OLDEST_GIT:
-                raise MachineError(
-                    f"git {'.'.join(map(str, version))} is too old",
-                    why=f"git {'.'.join(map(str, OLDEST_GIT))} is the first that can ignore the user's settings",
-                    hint=_INSTALL_HINT,
-                )
-            self._git = git
+            self._git = find_git()
         return self._git
 
     def _refusal(self, arguments: tuple[str, ...], stderr: str) -> PackagerError:
@@ -406,7 +389,3 @@ def _take_sha256(stream: IO[bytes], size: int) -> str:
         digest.update(chunk)
         size -= len(chunk)
     return digest.hexdigest() if not size and stream.read(1) == b"\n" else ""
-
-
-def _missing_git(error: Exception) -> MachineError:
-    return MachineError("git is not on the PATH", why=str(error).strip().split("\n", 1)[0], hint=_INSTALL_HINT)
