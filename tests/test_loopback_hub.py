@@ -486,6 +486,7 @@ def _xet_bytes(hub: LoopbackHub) -> int:
     return sum(request.received for request in xorbs if request.status == 200)
 
 
+@pytest.mark.pinned
 def test_xet_stores_chunks_and_git_has_the_file(tmp_path: Path) -> None:
     weights = random.Random(1).randbytes(400_000) + b"xet" * 300_000 + random.Random(2).randbytes(400_000)
     changed = weights[:-1] + b"!"
@@ -505,6 +506,7 @@ def test_xet_stores_chunks_and_git_has_the_file(tmp_path: Path) -> None:
         assert not [request for request in hub.requests if request.path.startswith("/_loopback")]
 
 
+@pytest.mark.pinned
 def test_a_commit_of_what_xet_got_wrong_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(random.Random(1).randbytes(100_000))
 
@@ -524,6 +526,7 @@ def test_a_commit_of_what_xet_got_wrong_is_refused(tmp_path: Path) -> None:
         assert hub.repository(REPO).head("w8") == hub.repository(REPO).head("main")
 
 
+@pytest.mark.pinned
 def test_a_server_without_xet_says_so(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     with LoopbackHub(tmp_path / "hub", tokens=TOKENS) as hub:
