@@ -4,7 +4,6 @@ Their order is in `flow.py`; torch is imported only when there is work to do.
 """
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -335,5 +334,7 @@ def _provenance(
 
 def peak_memory_bytes() -> int:
     """Return the largest resident size this process has had."""
+    import resource  # POSIX only: importing this module works everywhere
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
