@@ -25,10 +25,11 @@ from packager.errors import AuditError, LoaderError, LoaderUnavailableError, Mac
 from packager.model.decoder import Decoder, forward
 from packager.model.packing import checkpoint_reader
 from packager.prove import verify
+from packager.prove.environments import RuntimeContext
 from packager.prove.loaders import LoaderSpec
 from packager.prove.probes import ProbeJob, ProbeResult
 from packager.publish.branches import publish_branches
-from packager.publish.published import LoaderSite, PublishedReport, verify_published
+from packager.publish.published import PublishedReport, verify_published
 from packager.publish.targets.local import LocalTarget
 from packager.system.files import sha256_file
 from tests import tiny_recipe
@@ -53,11 +54,13 @@ class StandIn:
 
     Attributes:
         opened: the bits of what it opened, in order.
+        outputs: the folders that it was given for its files.
         change: what it does to the right logits.
         missing: why its environment cannot be made.
     """
 
     opened: list[int] = field(default_factory=list)
+    outputs: list[Path] = field(default_factory=list)
     change: Callable[[torch.Tensor], torch.Tensor] = a_bit_off
     missing: str = ""
 
@@ -73,6 +76,7 @@ class StandIn:
         config = json.loads((job.model_dir / "config.json").read_text())
         bits = config["quantization_config"]["bits"]
         self.opened.append(bits)
+        self.outputs.append(job.output_dir)
         reader = checkpoint_reader(job.model_dir, bits)
         decoder = Decoder(job.model_dir, reader, device=torch.device(job.device), dtype=torch.float32)
         generated = []
@@ -134,9 +138,9 @@ class LoadersFixture:
         self.where = tiny_recipe.hub_folder(dist)
 
     def verify(self, *branches: str) -> PublishedReport:
-        site = LoaderSite(device=torch.device("cpu"), cache=self.dist / "cache", environ={})
+        context = RuntimeContext(cache=self.dist / "cache", scratch=self.dist, environ={}, log=self.lines.append)
         target = LocalTarget(self.dist / "hub", REPOSITORY)
-        return verify_published(target, self.lines.append, branches=branches, loaders=site)
+        return verify_published(target, self.lines.append, branches=branches, loaders=context, device="cpu")
 
     def change(self, branch: str, change: Callable[[Path], object]) -> None:
         """Publish a branch after an edit of its folder."""
@@ -171,6 +175,27 @@ def test_the_loaders_of_the_record_open_what_was_downloaded(fixture: LoadersFixt
         assert passed.tokens_generated > 0
         assert passed.relative_error == pytest.approx(0.0001, rel=0.01)
         assert "needs a CUDA device" in absent.reason
+
+
+def test_the_files_of_loaders_lie_in_the_scratch_folder_and_are_deleted(
+    fixture: LoadersFixture, loader: StandIn
+) -> None:
+    fixture.verify()
+    assert len(set(loader.outputs)) == 3
+    for folder in loader.outputs:
+        assert folder.is_relative_to(fixture.dist)
+        assert not folder.exists()
+    assert list(fixture.dist.glob("packager-*")) == []
+
+
+def test_a_gpu_that_is_absent_is_reported_before_anything_is_read(
+    fixture: LoadersFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = fixture.run("--device", "cuda")
+    assert (code, out) == (MachineError.exit_code, "")
+    assert "no CUDA GPU" in err
+    assert MAIN not in err
 
 
 def test_people_and_programs_see_it(fixture: LoadersFixture, loader: StandIn) -> None:

@@ -1,6 +1,7 @@
 """The commands that work on published repositories: `publish`, `verify-published`, `rollback`."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +26,8 @@ from packager.cli.options import (
 from packager.errors import AuditError, LoaderError
 
 if TYPE_CHECKING:
-    from packager.publish.published import LoaderSite
+    from packager.prove.environments import RuntimeContext
+    from packager.system.terminal import Terminal
 
 RepositoryAddress = Annotated[
     str,
@@ -121,9 +123,11 @@ def verify_published_command(
     from packager.publish.targets.resolve_target import resolve_target
 
     terminal = terminal_of(quiet=quiet)
-    site = _loader_site(device, cache) if loaders else None
+    context = _runtime_context(cache, terminal) if loaders else None
     target = resolve_target(repository, dist, os.environ, terminal.log)
-    report = verify_published(target, terminal.log, branches=branch or (), full=full, loaders=site)
+    report = verify_published(
+        target, terminal.log, branches=branch or (), full=full, loaders=context, device=device.value
+    )
     if format is Format.json:
         terminal.result(published_json(report))
     else:
@@ -132,14 +136,14 @@ def verify_published_command(
         raise typer.Exit(LoaderError.exit_code if report.loader_failed else AuditError.exit_code)
 
 
-def _loader_site(device: Device, cache: Path | None) -> "LoaderSite":
-    from packager.model.devices import choose_device
+def _runtime_context(cache: Path | None, terminal: "Terminal") -> "RuntimeContext":
     from packager.pipeline.build_state import require_build_extra
-    from packager.publish.published import LoaderSite
+    from packager.prove.environments import RuntimeContext
 
     require_build_extra()
-    options = options_of(DIST, device, cache)
-    return LoaderSite(device=choose_device(options.device), cache=options.cache, environ=options.environ)
+    options = options_of(DIST, Device.auto, cache)
+    scratch = Path(tempfile.gettempdir())
+    return RuntimeContext(cache=options.cache, scratch=scratch, environ=options.environ, log=terminal.log)
 
 
 def rollback_command(

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from packager.errors import PublishError
+from packager.model.devices import DeviceChoice, device_type
 from packager.prove.audit.weights import SUFFIX
+from packager.prove.environments import RuntimeContext
 from packager.publish.published.branch import BranchReport, Depth, verify_branch
 from packager.publish.published.card import compare_card
 from packager.publish.published.finding import PUBLISHED_RULES, Collector, PublishedFinding, unreadable
-from packager.publish.published.loaders import LoaderSite
 from packager.publish.published.states import published_states
 from packager.publish.targets import Target
 from packager.publish.targets.git import GitTarget
@@ -62,7 +63,8 @@ def verify_published(
     *,
     branches: Sequence[str] = (),
     full: bool = False,
-    loaders: LoaderSite | None = None,
+    loaders: RuntimeContext | None = None,
+    device: DeviceChoice = "auto",
 ) -> PublishedReport:
     """Compare a repository with the records of its branches.
 
@@ -71,16 +73,22 @@ def verify_published(
         log: gets a line per branch, and with `full` one per file.
         branches: check only these; the card's table is compared if main is among them.
         full: download every file, one branch at a time, hash it, and run the whole audit.
-        loaders: where to run the loaders that a branch's record names; implies `full`.
+        loaders: the context in which to run the loaders that a branch's record names; implies `full`.
+        device: the device of the loaders and of our own forward.
 
     Raises:
         PublishError: the repository has no branches, lacks one of `branches`, or no branch could be read.
-        MachineError: `full`, and the temporary folder has no space for a branch.
+        MachineError: `full`, and the temporary folder has no space for a branch; or loaders need a GPU that is absent.
     """
+    if loaders:
+        device_type(device)  # before anything is downloaded
     states = published_states(target, branches)
     # The address of a git remote may be any; those of the Hub and the local target end with the repository's name.
     depth = Depth(
-        full=full or loaders is not None, address_names_repository=not isinstance(target, GitTarget), loaders=loaders
+        full=full or loaders is not None,
+        address_names_repository=not isinstance(target, GitTarget),
+        loaders=loaders,
+        device=device,
     )
     chosen = sorted(set(branches or states), key=lambda branch: (branch != MAIN, branch))
     reports: list[BranchReport] = []
@@ -126,4 +134,4 @@ def _weights(provenance: Provenance) -> frozenset[str]:
     return frozenset(record.sha256 for name, record in provenance.files.items() if name.endswith(SUFFIX))
 
 
-__all__ = ["PUBLISHED_RULES", "BranchReport", "LoaderSite", "PublishedFinding", "PublishedReport", "verify_published"]
+__all__ = ["PUBLISHED_RULES", "BranchReport", "PublishedFinding", "PublishedReport", "verify_published"]

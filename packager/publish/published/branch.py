@@ -13,11 +13,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from packager.model.devices import DeviceChoice
 from packager.prove import audit
 from packager.prove.audit.files import Listing
 from packager.prove.audit.weights import SUFFIX
+from packager.prove.environments import RuntimeContext
 from packager.publish.published.finding import Collector, PublishedFinding
-from packager.publish.published.loaders import LoaderSite, check_with_loaders
+from packager.publish.published.loaders import check_with_loaders
 from packager.publish.published.reading import Branch, bounded, download, put_header, safe_names
 from packager.publish.targets import Target, file_name_problem
 from packager.receipt import (
@@ -52,12 +54,14 @@ class Depth:
     Attributes:
         full: download and audit every file.
         address_names_repository: the repository's address ends with its name, so the record must have the same name.
-        loaders: where loaders open the downloaded branch, None to run no loaders; it needs `full`.
+        loaders: the context of loaders that open the downloaded branch, None to run no loaders; it needs `full`.
+        device: the device of the loaders and of our own forward.
     """
 
     full: bool = False
     address_names_repository: bool = True
-    loaders: LoaderSite | None = None
+    loaders: RuntimeContext | None = None
+    device: DeviceChoice = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +129,7 @@ def verify_branch(
         else:
             report = _verify_headers(branch, report, provenance, folder, found)
         if depth.loaders:
-            records = check_with_loaders(depth.loaders, folder, report.branch, provenance, found, log)
+            records = check_with_loaders(depth.loaders, depth.device, folder, report.branch, provenance, found, log)
             report = replace(report, loaders=records)
     return report, provenance
 

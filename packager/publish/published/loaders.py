@@ -4,44 +4,28 @@ Their input is the branch's own card in the branch's own tokens: every branch ha
 in the record. A branch with errors in the earlier checks is not opened.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from packager.errors import MachineError
-from packager.model.devices import gpu_memory_errors
+from packager.model.devices import DeviceChoice, choose_device, gpu_memory_errors
+from packager.prove.environments import RuntimeContext
 from packager.prove.loaders import LOADERS
 from packager.publish.published.finding import Collector
 from packager.receipt import PROVENANCE, README, TOKENIZER, LoaderRecord, Provenance
 from packager.system.text import printable
 from packager.variant import branch_problem
 
-if TYPE_CHECKING:
-    import torch
-
 _TEXT_CHARACTERS = 100_000
 _PROMPT_TOKENS = 16
 _MAX_UNKNOWN = 5  # loaders that this version does not know, of a record
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoaderSite:
-    """Where loaders run.
-
-    Attributes:
-        device: the device of the loaders and of our own forward.
-        cache: the folder of the loaders' environments.
-        environ: the process environment that theirs are derived from, without secrets.
-    """
-
-    device: "torch.device"
-    cache: Path
-    environ: Mapping[str, str]
-
-
 def check_with_loaders(
-    site: LoaderSite,
+    context: RuntimeContext,
+    device: DeviceChoice,
     folder: Path,
     branch: str,
     provenance: Provenance,
@@ -51,8 +35,9 @@ def check_with_loaders(
     """Run the loaders that a branch's record names on the branch.
 
     Args:
-        site: where the loaders run.
-        folder: the downloaded and audited branch; the loaders write beside it.
+        context: folders, environment and processes of the loaders.
+        device: the device of the loaders and of our own forward.
+        folder: the downloaded and audited branch.
         branch: the branch's name.
         provenance: the branch's record.
         found: has the findings of the earlier checks, and gets those of the loaders.
@@ -68,8 +53,12 @@ def check_with_loaders(
     known = {name: wanted[name] for name in LOADERS if name in wanted}
     if problem := _problem(branch, folder, found):
         records = [_not_run(name, required, problem) for name, required in known.items()]
+    elif known:
+        with tempfile.TemporaryDirectory(prefix="packager-loaders-", dir=context.scratch) as scratch:
+            own = replace(context, scratch=Path(scratch))
+            records = _run(own, device, folder, branch, provenance, known, log)
     else:
-        records = _run(site, folder, branch, provenance, known, log) if known else []
+        records = []
     unknown = [name for name in wanted if name not in known][:_MAX_UNKNOWN]
     records += [_not_run(name, wanted[name], "this version of packager does not know it") for name in unknown]
     if not records:
@@ -98,7 +87,8 @@ def _not_run(name: str, required: bool, reason: str) -> LoaderRecord:
 
 
 def _run(
-    site: LoaderSite,
+    context: RuntimeContext,
+    device: DeviceChoice,
     folder: Path,
     branch: str,
     provenance: Provenance,
@@ -107,7 +97,6 @@ def _run(
 ) -> list[LoaderRecord]:
     import torch
 
-    from packager.prove.environments import RuntimeContext
     from packager.prove.verify import VerifyJob, check_loaders, checkpoint_of, references_of
     from packager.recipe import Loaders
 
@@ -126,10 +115,8 @@ def _run(
                 ids=torch.tensor(rows),
                 prompts=[rows[0][:_PROMPT_TOKENS]],
                 loaders=loaders,
-                device=site.device,
-                context=RuntimeContext(
-                    cache=site.cache, scratch=folder.with_name("loaders"), environ=site.environ, log=log
-                ),
+                device=choose_device(device),
+                context=context,
             )
             references = references_of(job)
     except MachineError:
