@@ -11,7 +11,7 @@ import pytest
 from packager.card import CardTexts, render_card
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
-from packager.receipt import LinearRecord, LoaderRecord, Provenance
+from packager.receipt import LinearRecord, LoaderRecord, Provenance, TextRecord
 from packager.recipe import Recipe
 from tests import card_fixtures as fixtures
 from tests.card_page import tables
@@ -23,6 +23,31 @@ FIGURES: tuple[dict[str, Any], ...] = (
     {"bytes": 7_503_401_984, "ppl": 4.95214, "base": 4.98143, "kl": 0.015174, "top1": 0.94985, "right": 177, "of": 203},
     {"bytes": 7_244_093_111, "ppl": 5.06893, "base": 4.98154, "kl": 0.024339, "top1": 0.94376, "right": 175, "of": 204},
 )
+
+
+# No two parameters have the same values, so that no column can stand in for another.
+PARAMETERS: dict[str, tuple[Any, ...]] = {
+    "bits": (4, 8, 3, 2),
+    "damp_percent": (0.01, 0.011, 0.012, 0.013),
+    "sym": (True, False, False, False),
+    "true_sequential": (False, True, False, False),
+    "static_groups": (False, False, True, False),
+    "scale_search": (False, False, False, True),
+}
+
+
+def changed_text(record: TextRecord, name: str, num_samples: int, seq_len: int) -> TextRecord:
+    """Return the record of a text with a name, a size and digests of its own."""
+    return record.model_copy(
+        update={
+            "source": f"fixture/{name.replace(' ', '-')}",
+            "config": f"config of {name}",
+            "revision": fixtures.fixture_sha256(f"revision of {name}")[:40],
+            "digest": fixtures.fixture_sha256(f"ids of {name}"),
+            "num_samples": num_samples,
+            "seq_len": seq_len,
+        }
+    )
 
 
 def changed_receipt(receipt: Provenance, index: int, figures: Mapping[str, Any]) -> Provenance:
@@ -40,11 +65,18 @@ def changed_receipt(receipt: Provenance, index: int, figures: Mapping[str, Any])
         )
         for position, record in enumerate(receipt.loaders[:2])
     ]
-    damps = [0.01, 0.02, 0.04, 0.08][: index + 1] + [0.01] * (100 + index)
+    parameters = receipt.parameters | {name: values[index] for name, values in PARAMETERS.items()}
+    damp = PARAMETERS["damp_percent"][index]
+    damps = [damp, 0.02, 0.04, 0.08][: index + 1] + [damp] * (100 + index)
     return receipt.model_copy(
         update={
             "weights_bytes": figures["bytes"],
-            "effective": receipt.effective | ({"damp_percent": 0.08, "sym": False} if index == 2 else {}),
+            "made_with": f"quantizer {index} 0.{index}",
+            "recipe_digest": f"{index:064x}",
+            "device": f"GPU {index}",
+            "versions": {"torch": f"2.{index}", "triton": f"3.{index}"},
+            "parameters": parameters,
+            "effective": parameters | ({"damp_percent": 0.08, "sym": True} if index == 2 else {}),
             "quality": quality.model_copy(
                 update={
                     "perplexity": figures["ppl"],
@@ -61,8 +93,8 @@ def changed_receipt(receipt: Provenance, index: int, figures: Mapping[str, Any])
                 LinearRecord(name=f"model.layers.{number}.mlp.down_proj", loss=0.5, damp_percent=damp)
                 for number, damp in enumerate(damps)
             ),
-            "calibration": receipt.calibration.model_copy(update={"num_samples": 130 + index, "seq_len": 2050 + index}),
-            "evaluation": receipt.evaluation.model_copy(update={"num_samples": 70 + index, "seq_len": 1030 + index}),
+            "calibration": changed_text(receipt.calibration, f"calibration {index}", 130 + index, 2050 + index),
+            "evaluation": changed_text(receipt.evaluation, f"evaluation {index}", 70 + index, 1030 + index),
             "base_model": receipt.base_model.model_copy(update={"num_parameters": 13_015_864_320 + index}),
         }
     )
@@ -122,7 +154,8 @@ def test_the_table_of_files(page: str, records: list[dict[str, Any]]) -> None:
         assert row["Seq Len"] == str(record["calibration"]["seq_len"])
         assert row["File Size"] == gigabytes(record["weights_bytes"])
         assert row["Made With"] == record["made_with"]
-        assert row["GPTQ Dataset"].startswith(f"[{record['calibration']['config']}]")
+        text = record["calibration"]
+        assert row["GPTQ Dataset"] == f"[{text['config']}](https://huggingface.co/datasets/{text['source']})"
 
 
 def test_the_words_for_the_extremes(page: str, records: list[dict[str, Any]]) -> None:
@@ -174,11 +207,12 @@ def test_the_texts_and_the_base_model(page: str, records: list[dict[str, Any]]) 
         (only,) = [line for line in page.splitlines() if line.startswith("Measured on") and record["branch"] in line]
         text = record["evaluation"]
         assert f": {text['num_samples']} rows of {text['seq_len']} tokens (`{record['branch']}`)." in only
-        assert text["revision"] in only
-        assert "split test" in only
+        assert f"datasets/{text['source']}/tree/{text['revision']})" in only
+        assert f"configuration {text['config']}, split test, revision `{text['revision']}`" in only
         (only,) = [line for line in page.splitlines() if line.startswith("* Calibration") and record["branch"] in line]
         text = record["calibration"]
         assert only.startswith(f"* Calibration: {text['num_samples']} rows of {text['seq_len']} tokens, seed 0, from")
+        assert f"datasets/{text['source']}/tree/{text['revision']}), configuration {text['config']}" in only
         assert text["digest"] in only
         (only,) = [line for line in page.splitlines() if line.startswith("* Base model") and record["branch"] in line]
         thousands = re.sub(r"(?<=\d)(?=(?:\d{3})+$)", ",", str(record["base_model"]["num_parameters"]))
@@ -210,9 +244,62 @@ def test_the_table_of_engines(page: str, records: list[dict[str, Any]]) -> None:
         assert row["Damping raised"] == (f"{count}, up to {raised[-1]}" if raised else count)
         for column in ("engine", "sym", "true_sequential", "static_groups", "scale_search"):
             assert row[column.replace("_", " ").capitalize().replace("Sym", "Symmetric")] == str(used[column])
-    assert f"* `{records[2]['branch']}`: sym was asked for as True and used as False.\n" in page
-    assert f"* `{records[2]['branch']}`: damp\\_percent was asked for as 0.01 and used as 0.08.\n" in page
+    assert f"* `{records[2]['branch']}`: sym was asked for as False and used as True.\n" in page
+    assert f"* `{records[2]['branch']}`: damp\\_percent was asked for as 0.012 and used as 0.08.\n" in page
     assert page.count("was asked for as") == 2
+
+
+def test_the_columns_of_engines_differ(records: list[dict[str, Any]]) -> None:
+    """The test above can only find swapped columns whose values differ."""
+    assert len({tuple(record["parameters"][name] for record in records) for name in PARAMETERS}) == len(PARAMETERS)
+
+
+def test_what_made_a_branch(page: str, records: list[dict[str, Any]]) -> None:
+    lines = page.splitlines()
+    for index, record in enumerate(records):
+        branch = f"(`{record['branch']}`)."
+        assert f"* Made with {record['made_with']} {branch}" in lines
+        assert f"* Recipe: sha256 `{record['recipe_digest']}` {branch}" in lines
+        assert f"* Hardware: {record['device']} {branch}" in lines
+        assert f"* Software: torch 2.{index}, triton 3.{index} {branch}" in lines
+
+
+def test_a_loader_is_named_as_proven_only_where_it_passed() -> None:
+    """One loader per status and branch, in another order on each branch; the expectations change nothing."""
+    recipe = recipe_of_four()
+    titles = {"autogptq": "AutoGPTQ", "transformers": "Transformers", "exllamav2": "ExLlamaV2"}
+    statuses: list[dict[str, Any]] = [
+        {"autogptq": "passed", "transformers": "failed", "exllamav2": "not run"},
+        {"autogptq": "failed", "transformers": "not run", "exllamav2": "passed"},
+        {"autogptq": "not run", "transformers": "passed"},
+        {"autogptq": "failed", "transformers": "failed", "exllamav2": "not run"},
+    ]
+    receipts = []
+    for receipt, chosen in zip(receipts_of_four(recipe), statuses, strict=True):
+        loaders = [
+            LoaderRecord(loader=name, required=True, status=status, reason="" if status == "passed" else "why")
+            for name, status in chosen.items()
+        ]
+        receipts.append(receipt.model_copy(update={"loaders": tuple(loaders)}))
+    hopeful = tuple(Verdict(loader=name, can_load=True, reason="") for name in titles)
+    expectations = {receipt.branch: hopeful for receipt in receipts}
+    for receipt, chosen in zip(receipts, statuses, strict=True):
+        text = render(recipe, receipts, receipt.branch, expectations=expectations)
+        assert [row["Loaders Proven"] for row in table(text, "File Size")] == [
+            "AutoGPTQ", "ExLlamaV2", "Transformers", "none",
+        ]  # fmt: skip
+        results = table(text, "Greedy tokens equal")
+        for name, title in titles.items():
+            ran = [index for index, each in enumerate(statuses) if each.get(name) == "passed"]
+            passed = [row["Branch"] for row in results if row["Loader"] == title and row["Result"] == "passed"]
+            assert passed == [f"`{receipts[index].branch}`" for index in ran]
+        assert text.count("Proven on this branch") == sum(
+            chosen.get(name) == "passed" for name in ("autogptq", "transformers")
+        )
+        assert text.count("**It failed on this branch:** why.") == sum(
+            chosen.get(name) == "failed" for name in ("autogptq", "transformers")
+        )
+        assert ("from auto_gptq import" in text) == (chosen["autogptq"] == "passed")
 
 
 def test_the_digests_of_the_weights(page: str, records: list[dict[str, Any]]) -> None:
@@ -384,9 +471,9 @@ def test_a_branch_has_its_own_description() -> None:
     rows = table(render(recipe, receipts_of_four(recipe)), "File Size")
     assert [row["Description"] for row in rows] == [
         "the first",
-        "4-bit, with Act Order, 32g. Closest to fp16. Largest file.",
+        "8-bit, with Act Order, 32g. Closest to fp16. Largest file.",
         "the third",
-        "4-bit, with Act Order, 128g. Furthest from fp16. Smallest file.",
+        "2-bit, with Act Order, 128g. Furthest from fp16. Smallest file.",
     ]
 
 
