@@ -148,7 +148,8 @@ class Receipt(Record):
         stages: for each finished stage the digest of everything that went into it ("quantize": the
             tensors, "weights": the files, "evaluate", "verify"); a stage with an unchanged digest need not run again.
         seconds: this variant's share of each stage's time.
-        peak_memory_bytes: the largest resident size of the building processes, over all stages; without their children.
+        peak_memory_bytes: the largest resident size of the building processes, over all stages, without their children;
+            a process that builds several recipes counts those before too.
         fused_modules: on CUDA, what ran fused kernels while quantizing; None on a CPU.
     """
 

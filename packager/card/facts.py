@@ -24,7 +24,6 @@ class BranchFacts:
         provenance: the branch's receipt.
         description: from the recipe, None if it has none.
         raised: the raised damping of each linear that needed more than the recipe's.
-        changed: parameters that were not used as asked: name, asked, used.
         is_smallest: it is the only branch with the fewest bytes; `is_largest`: the only one with the most.
         is_closest: all branches were measured, and it is the only one with the least KL divergence; `is_furthest`: the
             only one with the greatest.
@@ -33,7 +32,6 @@ class BranchFacts:
     provenance: Provenance
     description: str | None
     raised: tuple[float, ...]
-    changed: tuple[tuple[str, object, object], ...]
     is_smallest: bool
     is_largest: bool
     is_closest: bool
@@ -91,7 +89,6 @@ def branch_facts(recipe: Recipe, receipts: Sequence[Provenance]) -> tuple[Branch
             provenance=provenance,
             description=recipe.variants[index].description,
             raised=_raised(provenance),
-            changed=_changed(provenance),
             is_smallest=_only(sizes, index, min),
             is_largest=_only(sizes, index, max),
             is_closest=_only(measured, index, min),
@@ -172,12 +169,6 @@ def _grouped(pairs: Sequence[tuple[BranchFacts, object]], count: int) -> tuple[S
 def _raised(provenance: Provenance) -> tuple[float, ...]:
     asked = float(provenance.parameters["damp_percent"])
     return tuple(linear.damp_percent for linear in provenance.linears if linear.damp_percent > asked)
-
-
-def _changed(provenance: Provenance) -> tuple[tuple[str, object, object], ...]:
-    asked = provenance.parameters
-    used = provenance.effective
-    return tuple((name, asked[name], used[name]) for name in asked if name in used and used[name] != asked[name])
 
 
 def _only(values: Sequence[float], index: int, best: Callable[[Sequence[float]], float]) -> bool:

@@ -217,8 +217,9 @@ def verify_command(
     """Run the loaders on the built variants again.
 
     Each loader opens each variant, and its logits are compared with those of our own float32 forward pass. The results
-    replace those in the receipts and the cards. Exits with 0 if every required loader passed and no other loader
-    failed, otherwise with 8; with 10 if a variant is not built.
+    replace those in the receipts and the cards; the result of a loader that cannot run on this machine stays. Exits
+    with 0 if every required loader passed and no other loader failed, otherwise with 8; with 10 if a variant is not
+    built.
     """
     from packager.cli.status_view import print_loaders
     from packager.pipeline.flow import reverify

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from rich import box
-from rich.console import Console, JustifyMethod
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from packager.cli.tables import add_row, fits, new_table, print_line
 from packager.pipeline.build_state import Options
 from packager.pipeline.status import BranchStatus, read_status
 from packager.receipt import LoaderRecord, Receipt
@@ -15,32 +14,33 @@ from packager.system.text import format_bytes
 
 _MARKS = {"passed": "ok", "failed": "FAILED", "not run": "not run"}
 _NUMBERS = {"Size", "Perplexity", "KL", "Seconds", "Relative\nerror", "Top-1", "Tokens\nequal"}
-_FLEXIBLE = {"Branch", "Loaders"}
+_FOLDING = {"Branch", "Loaders"}
 
 
 def print_status(recipe_file: RecipeFile, options: Options, console: Console) -> None:
     """Print one row per branch; where the table has no room for the loaders' results, print them below it."""
     statuses = read_status(recipe_file, options)
     repository = recipe_file.recipe.repository
-    _line(console, repository.id)
+    print_line(console, repository.id)
     if repository.target != "local":
         address = repository.url or repository.id
-        _line(console, f"what is published is told by: packager verify-published {address}")
+        print_line(console, f"to check what is published: packager verify-published {address}")
     table = _status_table(statuses, loaders=True)
-    fits = console.measure(table, options=console.options.update(width=1000)).maximum <= console.width
-    console.print(table if fits else _status_table(statuses, loaders=False))
-    for text in _loader_lines(statuses) if not fits else ():
-        _line(console, text)
+    wide = fits(table, console)
+    console.print(table if wide else _status_table(statuses, loaders=False))
+    for text in _loader_lines(statuses) if not wide else ():
+        print_line(console, text)
     for text in dict.fromkeys([*(status.problem for status in statuses if status.problem), *_reasons(statuses)]):
-        _line(console, text)
+        print_line(console, text)
 
 
 def _status_table(statuses: Sequence[BranchStatus], *, loaders: bool) -> Table:
-    table = _table("Branch", "Size", "Perplexity", "KL", *(["Loaders"] if loaders else []), "Commit", "Seconds")
+    columns = ("Branch", "Size", "Perplexity", "KL", *(["Loaders"] if loaders else []), "Commit", "Seconds")
+    table = new_table(columns, numbers=_NUMBERS, folding=_FOLDING)
     for status in statuses:
         cells = [status.branch, *_figures(status), *([_loaders(status)] if loaders else [])]
         seconds = f"{sum(status.receipt.seconds.values()):.1f}" if status.receipt else ""
-        table.add_row(*(Text(cell) for cell in (*cells, _short(status.commit), seconds)))
+        add_row(table, *cells, _short(status.commit), seconds)
     return table
 
 
@@ -77,18 +77,18 @@ def _loader_lines(statuses: Sequence[BranchStatus]) -> list[str]:
 
 def print_loaders(receipts: Sequence[Receipt], console: Console) -> None:
     """Print one row per branch and loader, then what each loader computed with, and why one did not run or failed."""
-    table = _table("Branch", "Loader", "Status", "Relative\nerror", "Top-1", "Tokens\nequal")
+    columns = ("Branch", "Loader", "Status", "Relative\nerror", "Top-1", "Tokens\nequal")
+    table = new_table(columns, numbers=_NUMBERS, folding=_FOLDING)
     notes: dict[str, list[str]] = {}
     for receipt in receipts:
         branch = receipt.provenance.branch
         for record in receipt.provenance.loaders:
-            cells = (branch, record.loader, _MARKS[record.status], *_measured(record))
-            table.add_row(*(Text(cell) for cell in cells))
+            add_row(table, branch, record.loader, _MARKS[record.status], *_measured(record))
             for note in _notes(record):
                 notes.setdefault(note, []).append(branch)
     console.print(table)
     for note, branches in notes.items():
-        _line(console, note if len(branches) == len(receipts) else f"{', '.join(branches)}: {note}")
+        print_line(console, note if len(branches) == len(receipts) else f"{', '.join(branches)}: {note}")
 
 
 def _measured(record: LoaderRecord) -> tuple[str, str, str]:
@@ -102,19 +102,6 @@ def _notes(record: LoaderRecord) -> list[str]:
     used = f"{record.loader}: {record.dtype} on {record.device}, {record.kernel}" if record.device else ""
     reason = f"{record.loader} {record.status}: {record.reason}" if record.reason else ""
     return [note for note in (used, reason) if note]
-
-
-def _table(*columns: str) -> Table:
-    """Return an empty table; where the terminal is narrow, only names and lists go over several lines."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for column in columns:
-        justify: JustifyMethod = "right" if column in _NUMBERS else "left"
-        table.add_column(column, justify=justify, no_wrap=column not in _FLEXIBLE, overflow="fold")
-    return table
-
-
-def _line(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _reasons(statuses: Sequence[BranchStatus]) -> list[str]:

@@ -1,4 +1,11 @@
-"""How many token rows go through the blocks together. No torch: the memory plan asks."""
+"""How many token rows go through the blocks together, and what they and a block take. No torch: memory plans ask."""
+
+from packager.model.architecture import Architecture
+
+# Bytes of an activation or weight while a model computes: float32 on the CPU, float16 or bfloat16 on a GPU.
+ELEMENT_BYTES = {"cpu": 4, "cuda": 2}
+# Copies of a block's weights that exist at once: as read, as used and overwritten in the block, and the next block's.
+WEIGHT_COPIES = 3
 
 # A GPU needs many tokens to be busy; a CPU is faster on what stays in its cache. Products round differently for other
 # batch sizes, so these numbers also determine bytes: they do not depend on the memory that is free.
@@ -8,3 +15,9 @@ TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
 def rows_per_batch(seq_len: int, device_type: str) -> int:
     """Return how many rows of `seq_len` tokens make a batch on a "cpu" or on "cuda"."""
     return max(1, TOKENS_PER_BATCH[device_type] // seq_len)
+
+
+def running_elements(architecture: Architecture) -> int:
+    """Return the most elements that a token of the running batch takes in a block, eager operations included."""
+    queries = architecture.num_attention_heads * architecture.head_dim
+    return max(4 * architecture.intermediate_size, 8 * queries, 8 * architecture.hidden_size)

@@ -16,7 +16,7 @@ from packager.pipeline.build_state import BuildState, StageName, require_build_e
 from packager.pipeline.cards import refuse_edited_card
 from packager.pipeline.plan import VariantPlan
 from packager.pipeline.workspace import audit_or_raise, check_folder
-from packager.quantize.engines import ENGINE_VERSION, engine_named, require_engines
+from packager.quantize.engines import engine_named, engine_version, require_engines
 from packager.quantize.engines.protocol import EngineResult
 from packager.receipt import FileRecord, FusedRecord, LoaderRecord, Provenance, Receipt
 from packager.system.files import check_disk, replace_folder
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from packager.quantize.block_store import BlockStore
     from packager.quantize.job import Report
     from packager.variant import EngineName, Variant
-
-_LOADER_KINDS = ("required", "if_available")
 
 
 def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -103,7 +101,11 @@ def _open_stores(run: BuildState, missing: Sequence[VariantPlan]) -> "dict[Varia
     stores = {}
     for variant_plan in missing:
         parts = fingerprint(
-            variant_plan.digest, run.source, run.texts.calibration, run.device, engine_version=ENGINE_VERSION
+            variant_plan.digest,
+            run.source,
+            run.texts.calibration,
+            run.device,
+            engine_version=engine_version(variant_plan.variant.engine),
         )
         folder = run.workspace.work / variant_plan.variant.branch
         stores[variant_plan.variant] = BlockStore(folder, variant_plan.shards, parts, run.terminal.log)
@@ -122,14 +124,15 @@ def _quantized_earlier(
     for variant_plan in missing:
         branch = variant_plan.variant.branch
         candidates = run.workspace.receipts_with("quantize", run.keys[branch]["quantize"])
-        for folder, receipt in candidates:
-            run.terminal.log(f"{branch}: its quantized tensors are taken from {folder}")
-            tensors: dict[str, StoredTensor] = {}
-            for path in sorted(folder.glob("*.safetensors")):
-                tensors |= stored_tensors(path)
-            stores[variant_plan.variant].write_from(tensors, receipt.provenance.linears)
-            found[branch] = receipt
-            break
+        folder, receipt = next(candidates, (None, None))
+        if folder is None or receipt is None:
+            continue
+        run.terminal.log(f"{branch}: its quantized tensors are taken from {folder}")
+        tensors: dict[str, StoredTensor] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors |= stored_tensors(path)
+        stores[variant_plan.variant].write_from(tensors, receipt.provenance.linears)
+        found[branch] = receipt
     return found
 
 
@@ -263,7 +266,10 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
 
     texts, device = run.texts, run.device
     branches = [variant_plan.variant.branch for variant_plan in run.plan.variants]
-    chosen = {kind: tuple(name for name in getattr(wanted, kind) if name in names) for kind in _LOADER_KINDS}
+    chosen = {
+        "required": tuple(name for name in wanted.required if name in names),
+        "if_available": tuple(name for name in wanted.if_available if name in names),
+    }
     job = VerifyJob(
         checkpoints=[checkpoint_of(run.receipts[name].provenance, run.workspace.folder(name)) for name in branches],
         ids=texts.evaluation.ids,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from packager.model.architecture import Architecture
-from packager.model.batches import rows_per_batch
+from packager.model.batches import ELEMENT_BYTES, WEIGHT_COPIES, rows_per_batch, running_elements
 
 # Bytes of one float32 tensor [tokens, vocab]. Its size does not change the time: 220 tokens of a vocabulary of 151,936
 # are enough to keep a GPU busy.
@@ -13,11 +13,8 @@ _MAX_PIECE_TOKENS = 1024
 # Float32 tensors [tokens, vocab] that exist at once: the base model's log-probabilities, the quantized model's logits,
 # and their log-probabilities.
 _PIECES = 3
-# Copies of a block's weights: as read, as loaded into the block, and the next block's.
-_WEIGHT_COPIES = 3
 # Bytes per weight of the linear that is being dequantized on the host: integers, zeros, scales and weights, float32.
 _DEQUANTIZE_BYTES = 20
-_ELEMENT_BYTES = {"cpu": 4, "cuda": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +42,17 @@ def evaluation_memory(
 
     Args:
         architecture: of the base model.
-        num_tokens: of the held-out rows and the questions.
+        num_tokens: of the held-out rows. Questions, of which the recipe states no number of tokens, are not counted.
         seq_len: tokens per row.
         device_type: "cpu" or "cuda".
     """
-    element, hidden = _ELEMENT_BYTES[device_type], architecture.hidden_size
+    element, hidden = ELEMENT_BYTES[device_type], architecture.hidden_size
     states = element * num_tokens * hidden
     head = element * architecture.vocab_size * hidden
     logits = _PIECES * 4 * architecture.vocab_size * min(num_tokens, tokens_per_piece(architecture.vocab_size))
     weights = element * sum(inputs * outputs for inputs, outputs in architecture.group_shapes)
     batch_tokens = min(num_tokens, rows_per_batch(seq_len, device_type) * seq_len)
-    blocks = _WEIGHT_COPIES * weights + batch_tokens * element * _running_elements(architecture)
+    blocks = WEIGHT_COPIES * weights + batch_tokens * element * running_elements(architecture)
     dequantizing = _DEQUANTIZE_BYTES * max(inputs * outputs for inputs, outputs in architecture.group_shapes)
     # The base model's head stays on the device while the quantized model's blocks run, and both heads make logits.
     if device_type == "cpu":
@@ -66,9 +63,3 @@ def evaluation_memory(
         device_bytes=head + max(states + head, states + blocks, head + logits),
         host_bytes=2 * states + 2 * weights + dequantizing + 2 * largest,
     )
-
-
-def _running_elements(architecture: Architecture) -> int:
-    """Return the most elements that a token of the running batch takes inside a block, eager operations included."""
-    queries = architecture.num_attention_heads * architecture.head_dim
-    return max(4 * architecture.intermediate_size, 8 * queries, 8 * architecture.hidden_size)

@@ -10,12 +10,11 @@ from typing import Literal
 
 from packager.errors import MachineError
 from packager.model.architecture import INPUT_GROUPS, Architecture
-from packager.model.batches import rows_per_batch
+from packager.model.batches import ELEMENT_BYTES, WEIGHT_COPIES, rows_per_batch, running_elements
 from packager.system.text import format_bytes
 
 Placement = Literal["device", "host", "disk"]
 
-ELEMENT_BYTES = {"cpu": 4, "cuda": 2}
 HOST_LIMIT_BYTES = 16 * 10**9
 # Usable fraction of free GPU memory (the rest: cuBLAS workspaces, allocator fragmentation).
 USABLE = 0.92
@@ -27,8 +26,6 @@ _SQUARES = 4
 _SOLVE_BYTES = 16
 # Batches on the device (prefetched, in use, or being stored) when activations are stored elsewhere.
 _STAGED_BATCHES = 4
-# Copies of a block's weights: as read, as overwritten, and the next block's.
-_WEIGHT_COPIES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +149,7 @@ class _Sizes:
     """
 
     def __init__(self, architecture: Architecture, element_bytes: int) -> None:
+        self._architecture = architecture
         self._hidden, self._intermediate = architecture.hidden_size, architecture.intermediate_size
         self._queries = architecture.num_attention_heads * architecture.head_dim
         self._keys = architecture.num_key_value_heads * architecture.head_dim
@@ -175,9 +173,9 @@ class _Sizes:
             suspended = suspended_tokens * (self._suspended(group) - inputs_held)
             square = 4 * in_features**2
             solving = 4 * square + _SOLVE_BYTES * in_features * out_features
-            running = square + batch_tokens * self._running()
+            running = square + batch_tokens * self._element * running_elements(self._architecture)
             peaks.append(suspended + max(_SQUARES * square, solving, running))
-        return max(peaks) + _WEIGHT_COPIES * self.weights
+        return max(peaks) + WEIGHT_COPIES * self.weights
 
     def _suspended(self, group: tuple[str, ...]) -> int:
         """Return the bytes per token of a batch suspended at a group of linears: the block's input and later values."""
@@ -189,10 +187,6 @@ class _Sizes:
             "down_proj": 3 * self._hidden + self._intermediate,
         }
         return self._element * held[name]
-
-    def _running(self) -> int:
-        """Return the largest number of bytes per token of the running batch, eager operations included."""
-        return self._element * max(4 * self._intermediate, 8 * self._queries)
 
 
 def _exceeds(size: int, limit: int | None) -> bool:

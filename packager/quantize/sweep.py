@@ -26,7 +26,7 @@ _SMALLER_LIMIT = "run build again with a smaller --gpu-memory: finished blocks a
 
 
 def fingerprint(
-    variant_digest: str, source: SourceModel, rows: TokenRows, device: torch.device, *, engine_version: int
+    variant_digest: str, source: SourceModel, rows: TokenRows, device: torch.device, *, engine_version: int | str
 ) -> dict[str, str]:
     """Return everything that determines the bytes of a variant's blocks on this kind of device, by name.
 

@@ -45,7 +45,7 @@ class LoaderSpec:
     def machine_problem(self, device_type: str) -> str:
         """Return why this loader cannot run on a machine that computes on `device_type` ("cpu" or "cuda"), or ""."""
         if device_type not in self.devices:
-            return f"needs a {' or '.join(sorted(self.devices)).upper()} device, this machine has none"
+            return f"needs {' or '.join(sorted(self.devices)).upper()}, and this run computes on {device_type}"
         return self.python_problem()
 
 

@@ -5,14 +5,17 @@ and the card do not depend on the engine.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from packager.errors import MachineError
 from packager.model.architecture import Architecture
-from packager.prove.environments import RuntimeContext
 from packager.quantize.engines.auto_gptq_files import auto_gptq_digest
 from packager.quantize.engines.legacy_config import problems
-from packager.quantize.engines.protocol import Engine
 from packager.variant import EngineName, Variant
+
+if TYPE_CHECKING:
+    from packager.prove.environments import RuntimeContext
+    from packager.quantize.engines.protocol import Engine
 
 # Raise it whenever our own engine makes other bytes from the same inputs: finished work is then quantized again.
 ENGINE_VERSION = 4
@@ -20,7 +23,7 @@ ENGINE_VERSION = 4
 _FILES_VERSION = 2
 
 
-def engine_named(name: EngineName, context: RuntimeContext) -> Engine:
+def engine_named(name: EngineName, context: "RuntimeContext") -> "Engine":
     """Return an engine; its modules are imported now."""
     if name == "native":
         from packager.quantize.engines.native import Native
