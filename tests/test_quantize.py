@@ -39,6 +39,16 @@ def source_of(folder: Path, name: str) -> SourceModel:
     return read_source(save_model(folder / "model", name), base_id="test/model")
 
 
+class Counter:
+    """A clock that goes on a second each time it is read."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1
+        return self.now
+
+
 def run(
     source: SourceModel, work: Path, *variants: Variant, devices: int = 1
 ) -> tuple[dict[str, tuple[LinearRecord, ...]], list[BlockDone]]:
@@ -101,11 +111,13 @@ def test_quantizes_every_architecture(tmp_path, name):
     }
 
 
-def test_suspended_forward_equals_the_repeated_forward_bit_by_bit(tmp_path):
+def test_suspended_forward_equals_the_repeated_forward_bit_by_bit(tmp_path, monkeypatch):
     """The oracle runs the block anew for every group, as AutoGPTQ does, on an ordinary unstreamed model."""
     source = source_of(tmp_path, "llama")
     v = variant(desc_act=True, group_size=16)
-    run(source, tmp_path / "work", v)
+    monkeypatch.setattr("packager.quantize.worker.time", Counter())
+    records, done = run(source, tmp_path / "work", v)
+    losses: dict[str, float] = {}
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
     rules = GridRules(bits=4, sym=True, scale_search=False)
     groups = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
@@ -118,15 +130,24 @@ def test_suspended_forward_equals_the_repeated_forward_bit_by_bit(tmp_path):
                 handle = linears[0].register_forward_pre_hook(lambda _, args, hessian=hessian: hessian.add(args[0]))
                 model(token_rows().ids)
                 handle.remove()
-                factor = factorize(hessian.matrix(), desc_act=True, damp_percent=0.01)
+                H = hessian.matrix()
+                damped = H.double() + torch.eye(len(H)) * 0.01 * H.double().diagonal().mean()
+                factor = factorize(H, desc_act=True, damp_percent=0.01)
                 weights = [linear.weight for linear in linears]
                 solution = solve(weights, factor, rules, group_size=16, static_groups=False)
                 parts = solution.by_linear([linear.out_features for linear in linears])
-                for linear, part in zip(linears, parts, strict=True):
+                for name, linear, part in zip(group, linears, parts, strict=True):
+                    delta = part.dequantized().double() - linear.weight.double()
+                    losses[f"model.layers.{index}.{name}"] = float(((delta @ damped) * delta).sum(1).mean() / 2)
                     linear.weight.copy_(part.dequantized())
             for name, weight in dequantized(source, tmp_path / "work", v, index).items():
                 oracle = model.get_submodule(name).weight
                 assert torch.allclose(weight, oracle, atol=1e-6), name
+    assert {record.name: record.loss for record in records["main"]} == pytest.approx(losses, rel=1e-3)
+    for step in done:
+        block = [loss for name, loss in losses.items() if name.startswith(f"model.layers.{step.block}.")]
+        assert (len(block), step.loss) == (7, pytest.approx(sum(block), rel=1e-3))
+        assert step.seconds == 1, "the clock is read when a block begins and when it has ended"
 
 
 def test_linears_that_share_an_input_form_a_group(tmp_path):

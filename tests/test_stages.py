@@ -2,10 +2,19 @@
 
 import subprocess
 import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from packager.pipeline import pack, stages
 from packager.pipeline.stages import peak_memory_bytes
+from packager.prove import evaluate
+from packager.quantize.engines import engine_named
+from tests import tiny_recipe
 from tests.import_graph import ROOT
 
 # Modules of POSIX systems: the base install plans and checks on systems without them too.
@@ -39,3 +48,62 @@ def test_peak_memory_is_that_of_this_process() -> None:
     block = bytearray(peak + 1_000_000)
     block[::4096] = b"x" * len(block[::4096])
     assert peak_memory_bytes() > peak > 10_000_000
+
+
+class ThreadClock(threading.local):
+    """A clock for each thread; it stands still unless a test moves it."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_a_receipt_has_the_seconds_of_its_own_variant_and_its_damping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, spent = ThreadClock(), dict(zip(tiny_recipe.BRANCHES, (10.0, 200.0, 3000.0), strict=True))
+    monkeypatch.setattr(stages, "time", clock)
+    pack_checkpoint, run_checkpoint = pack.pack_checkpoint, evaluate.run_checkpoint
+
+    def slow_pack(job: pack.PackJob) -> object:
+        clock.now += spent[job.variant.branch]
+        return pack_checkpoint(job)
+
+    def slow_run(folder: Path, *arguments: Any) -> object:
+        clock.now += 2 * spent[folder.name]
+        return run_checkpoint(folder, *arguments)
+
+    damping = {"main": (0.02, 0.16, 0.04), tiny_recipe.ACT_ORDER: (0.01,), tiny_recipe.THREE_BITS: (0.08,)}
+
+    def engine(*arguments: Any) -> object:
+        """Return our engine, which seems to have needed more damping for some linears."""
+
+        def quantize(job: Any, report: Any) -> object:
+            made = engine_named(*arguments).quantize(job, report)
+            records = {
+                branch: tuple(
+                    record.model_copy(update={"damp_percent": damping[branch][index]})
+                    if index < len(damping[branch])
+                    else record
+                    for index, record in enumerate(found)
+                )
+                for branch, found in made.records.items()
+            }
+            return replace(made, records=records)
+
+        return SimpleNamespace(quantize=quantize)
+
+    monkeypatch.setattr(pack, "pack_checkpoint", slow_pack)
+    monkeypatch.setattr(evaluate, "run_checkpoint", slow_run)
+    monkeypatch.setattr(stages, "engine_named", engine)
+    result = tiny_recipe.build(tiny_recipe.write_all(tmp_path), tmp_path / "dist")
+    found = {receipt.provenance.branch: receipt for receipt in result.receipts}
+    for branch, seconds in spent.items():
+        assert found[branch].seconds["pack"] == pytest.approx(seconds)
+        assert found[branch].seconds["evaluate"] == pytest.approx(2 * seconds)
+    assert {branch: receipt.provenance.effective for branch, receipt in found.items()} == {
+        "main": {"damp_percent_max": 0.16, "linears_damped_further": 3},
+        tiny_recipe.ACT_ORDER: {"damp_percent_max": 0.01, "linears_damped_further": 0},
+        tiny_recipe.THREE_BITS: {"damp_percent_max": 0.08, "linears_damped_further": 1},
+    }
