@@ -6,9 +6,9 @@ machine, so that the same build gives the same bytes; the rest stays in `dist/`.
 
 import hashlib
 import json
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from packager.variant import Layout, Place, place_of
 
@@ -20,7 +20,7 @@ TOKENIZER_FILES = (
     *(GENERATION_CONFIG, TOKENIZER, TOKENIZER_MODEL, TOKENIZER_CONFIG, "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
 )
-INDEX_SUFFIX = ".safetensors.index.json"
+SAFETENSORS, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 GIT_ATTRIBUTES = ".gitattributes"
 # Files that no provenance.json lists: it is written last, and hosts add attributes.
 UNLISTED_FILES = frozenset({PROVENANCE, GIT_ATTRIBUTES})
@@ -128,6 +128,11 @@ class Provenance(Record):
     files: dict[str, FileRecord]
 
     @property
+    def weights_files(self) -> dict[str, FileRecord]:
+        """The files that hold the weights, by name."""
+        return {name: record for name, record in self.files.items() if name.endswith(SAFETENSORS)}
+
+    @property
     def place(self) -> Place:
         """The repository and branch that the variant is published to."""
         return place_of(self.repository, self.layout, self.branch)
@@ -158,6 +163,18 @@ class Receipt(Record):
     seconds: dict[str, float]
     peak_memory_bytes: int
     fused_modules: FusedRecord | None = None
+
+    @model_validator(mode="after")
+    def _has_the_results_of_its_stages(self) -> Self:
+        made = self.provenance
+        results = {"weights": bool(made.linears and made.weights_files), "evaluate": made.quality is not None}
+        timed = {"weights": ("quantize", "pack"), "evaluate": ("evaluate",), "verify": ("verify",)}
+        for stage in self.stages:
+            if not results.get(stage, True):
+                raise ValueError(f"the stage {stage} is done and its results are not there")
+            if lacking := [name for name in timed.get(stage, ()) if name not in self.seconds]:
+                raise ValueError(f"the stage {stage} is done and has no seconds for {', '.join(lacking)}")
+        return self
 
 
 def digest_of(value: object) -> str:

@@ -2,6 +2,7 @@
 
 import getpass
 import hashlib
+import importlib.metadata
 import json
 import platform
 import re
@@ -126,7 +127,7 @@ def test_receipts_hold_what_was_read_done_and_measured(made: Scene, branch: str)
     }
     assert len(provenance.linears) == 21
     assert all(record.loss > 0 and record.damp_percent == 0.01 for record in provenance.linears)
-    assert provenance.versions["torch"] == torch.__version__
+    assert provenance.versions["torch"] == importlib.metadata.version("torch")
     assert provenance.calibration.num_samples == 12
     quality = provenance.quality
     assert quality is not None

@@ -1,6 +1,7 @@
 """A build that continues on another machine, under another name, or after a loader could not run."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,20 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from packager.errors import PublishError
+from packager.errors import LoaderError, MachineError, PublishError
 from packager.model import devices
+from packager.model.fused_blocks import FusedModules
 from packager.pipeline import flow, stages
 from packager.pipeline.build_state import BuildState
 from packager.pipeline.flow import BuildResult
 from packager.pipeline.plan import make_plan
 from packager.pipeline.release import cannot_build, release
 from packager.prove.evaluation_memory import EvaluationMemory
+from packager.quantize import engines
+from packager.quantize.job import ModulesFused
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
 from tests import tiny_recipe
+from tests.checkpoints import edit_json
 from tests.test_published_loaders import StandIn, install
-from tests.tiny_recipe import BRANCHES, MAIN
+from tests.tiny_recipe import BRANCHES, MAIN, REPOSITORY, Builds
 
 pytestmark = pytest.mark.slow
 
@@ -236,3 +242,131 @@ def test_a_gpu_must_have_the_memory_to_quantize_and_to_measure(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total_gb * gib))
     options = replace(tiny_recipe.options(tmp_path), gpu_memory_bytes=limit_gb * gib if limit_gb else None)
     assert cannot_build(replace(plan, memory=memory, evaluation=measuring), options) == reason
+
+
+def edited_receipt(dist: Path, branch: str, change: Callable[[dict[str, Any]], object]) -> Path:
+    path = tiny_recipe.workspace(dist).receipt_path(branch)
+    edit_json(path.parent, path.name, change)
+    return path
+
+
+def test_weights_that_no_receipt_lists_are_not_taken_over(tmp_path: Path, builds: Builds) -> None:
+    builds.copy(tmp_path)
+    dist = tmp_path / "dist"
+    folder = tiny_recipe.workspace(dist).folder(MAIN)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, folder / "zz.safetensors")
+    after = tiny_recipe.build(tiny_recipe.write_recipe(tmp_path, {"repository.id": "tester/other"}), dist)
+    assert after.quantized == (MAIN,), "only the folder with the foreign file is made again"
+    made = load_file(dist / "builds" / "tester/other" / MAIN / "model.safetensors")
+    assert {name for name in weights if not torch.equal(made[name], weights[name])} == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda receipt: receipt["seconds"].pop("quantize"), "has no seconds for quantize"),
+        (lambda receipt: receipt["seconds"].pop("evaluate"), "has no seconds for evaluate"),
+        (lambda receipt: receipt["provenance"].update(linears=[]), "its results are not there"),
+        (lambda receipt: receipt["provenance"].update(files={}), "its results are not there"),
+        (lambda receipt: receipt["provenance"].update(quality=None), "its results are not there"),
+        (lambda receipt: receipt["provenance"]["linears"][0].update(name="x"), "does not have the model's linears"),
+        (lambda receipt: receipt["provenance"]["linears"].pop(), "does not have the model's linears"),
+    ],
+)
+def test_an_edited_receipt_is_not_taken_over(
+    tmp_path: Path,
+    builds: Builds,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[dict[str, Any]], object],
+    reason: str,
+) -> None:
+    builds.copy(tmp_path)
+    edited_receipt(tmp_path / "dist", MAIN, change)
+    renamed = tiny_recipe.write_recipe(tmp_path, {"repository.id": "tester/other"})
+    after, messages = build(renamed, tmp_path / "dist", capsys)
+    assert after.quantized == (MAIN,)
+    assert "is not used: " in messages
+    assert reason in messages
+
+
+def test_a_renamed_variant_of_auto_gptq_needs_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only packing is left, no engine is asked for."""
+    recipe, dist = tiny_recipe.write_all(tmp_path), tmp_path / "dist"
+    tiny_recipe.build(recipe, dist)
+    monkeypatch.setattr("packager.quantize.engines.needs_cuda", lambda _: True)
+    monkeypatch.setattr("packager.pipeline.stages.engine_named", lambda *_: pytest.fail("an engine was started"))
+    renamed = tiny_recipe.write_recipe(tmp_path, {"repository.id": "tester/other"})
+    assert tiny_recipe.build(renamed, dist).quantized == ()
+    other = tiny_recipe.write_recipe(tmp_path, {"repository.id": "tester/other", "calibration.seed": 7})
+    with pytest.raises(MachineError, match="needs a CUDA GPU"):
+        tiny_recipe.build(other, dist)
+
+
+def test_a_required_loader_without_a_result_stops_a_publish(
+    tmp_path: Path, loader: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, dist = tiny_recipe.write_all(tmp_path, REQUIRED), tmp_path / "dist"
+    build(recipe, dist, capsys)
+    edited_receipt(dist, MAIN, lambda receipt: receipt["provenance"].update(loaders=[]))
+    with pytest.raises(PublishError, match=f"{MAIN}: transformers has no result"):
+        tiny_recipe.publish(recipe, dist)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e38])
+def test_a_loader_whose_logits_are_not_finite_has_failed(
+    tmp_path: Path, loader: StandIn, capsys: pytest.CaptureFixture[str], factor: float
+) -> None:
+    recipe, dist = tiny_recipe.write_all(tmp_path, REQUIRED), tmp_path / "dist"
+    loader.change = lambda logits: logits * factor
+    with pytest.raises(LoaderError, match=r"transformers.*its logits are not finite, or too large to compare"):
+        build(recipe, dist, capsys)
+
+
+def test_the_seconds_of_loaders_that_run_later_are_added(
+    tmp_path: Path, loader: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, spent = Clock(), iter((300.0, 30.0))
+    open_all = loader.probe
+
+    def probe(*arguments: Any) -> object:
+        clock.now += next(spent)
+        return open_all(*arguments)
+
+    monkeypatch.setattr("packager.prove.verify.run_probes", probe)
+    monkeypatch.setattr("packager.system.terminal.time", clock)
+    recipe, dist = tiny_recipe.write_all(tmp_path, WITH_GPU), tmp_path / "dist"
+    build(recipe, dist, capsys)
+    monkeypatch.setattr("packager.pipeline.build_state.device_type", lambda _: "cuda")
+    monkeypatch.setattr("packager.prove.loaders.LoaderSpec.machine_problem", lambda *_: "")
+    there, _ = build(recipe, dist, capsys)
+    assert [receipt.seconds["verify"] for receipt in there.receipts] == [110.0] * len(BRANCHES)
+
+
+def test_two_recipes_of_one_repository_are_refused_before_anything_is_built(tmp_path: Path) -> None:
+    one = tiny_recipe.write_all(tmp_path / "one")
+    two = tiny_recipe.write_all(tmp_path / "two", {"repository.id": REPOSITORY.upper(), "calibration.seed": 3})
+    with pytest.raises(PublishError, match="two recipes publish to"):
+        release([one, two], tiny_recipe.options(tmp_path / "dist"), Terminal(quiet=True), strict=False)
+    assert not (tmp_path / "dist").exists()
+
+
+def test_only_our_engine_runs_our_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = FusedModules(fused=("a",), candidates=("a", "b"), triton_installed=True)
+
+    def engine(*arguments: Any) -> object:
+        def quantize(job: Any, report: Any) -> object:
+            report(ModulesFused(device=torch.device("cpu"), modules=fused))
+            return engines.engine_named("native", *arguments[1:]).quantize(job, report)
+
+        return SimpleNamespace(quantize=quantize)
+
+    monkeypatch.setattr(stages, "engine_named", engine)
+    monkeypatch.setattr(stages, "require_engines", lambda *_: None)
+    recipe = tiny_recipe.write_all(
+        tmp_path, {"variants": [{"branch": MAIN}, {"branch": "theirs", "engine": "auto-gptq", "scale_search": False}]}
+    )
+    first, theirs = tiny_recipe.build(recipe, tmp_path / "dist").receipts
+    assert first.fused_modules is not None
+    assert (first.fused_modules.fused, first.fused_modules.candidates) == (1, 2)
+    assert theirs.fused_modules is None

@@ -9,10 +9,10 @@ from rich.console import Console
 from packager.model.fused_blocks import FusedModules
 from packager.pipeline.quantize_progress import QuantizeView
 from packager.quantize.job import BlockDone, DeviceShare, LinearsDone, ModulesFused
-from packager.quantize.memory import SweepPlan
+from packager.quantize.memory import Placement, SweepPlan
 from packager.receipt import LinearRecord
 from packager.system.terminal import Terminal
-from tests.test_quantize import variant
+from tests.tiny_models import variant
 
 NAMES = ("main", "gptq-4bit-32g-actorder_True")
 
@@ -63,7 +63,7 @@ def test_the_seconds_of_a_variant_are_those_of_its_blocks(terminal: Terminal) ->
     ],
 )  # fmt: skip
 def test_how_a_device_quantizes_its_share(
-    terminal: Terminal, placement: str, suspended: int, sweeps: int, parts: str
+    terminal: Terminal, placement: Placement, suspended: int, sweeps: int, parts: str
 ) -> None:
     variants = tuple(variant(branch=name) for name in NAMES)
     plan = SweepPlan(
@@ -80,7 +80,6 @@ def test_what_runs_fused_kernels_is_kept_and_what_does_not_is_named(terminal: Te
     modules = FusedModules(fused=("a", "b"), candidates=("a", "b", "c", "d", "e", "f"), triton_installed=True)
     with terminal.bar(1) as bar:
         view = QuantizeView(terminal, bar, NAMES)
-        assert view.fused is None
         view.report(ModulesFused(device=torch.device("cuda:1"), modules=modules))
     assert view.fused is modules
     assert shown(terminal).startswith("  cuda:1: ")

@@ -3,10 +3,11 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
+from packager.prove.loaders import LOADERS
 from tests.import_graph import ROOT, box_of, circles, imported_names, merged, module_graph, modules
 
 TREES = modules()
@@ -23,6 +24,11 @@ ORDER = (
     ("pipeline",),
     ("cli",),
 )
+# Scripts that run in environments of their own; the package never imports them.
+PROGRAMS = {
+    "packager.quantize.engines.auto_gptq_script", "packager.prove.loaders.packager_isolated",
+    *(f"packager.prove.loaders.{spec.script.stem}" for spec in LOADERS.values()),
+}  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # What quantize takes from prove: the environments in which an engine runs.
 PROVE_FOR_QUANTIZE = ("packager.prove.environments", "packager.prove.loaders", "packager.prove.probes")
@@ -34,7 +40,7 @@ FACES = {
 # Everything else must not import torch when it is imported: `packager plan` and `--help` answer at once.
 MAY_IMPORT_TORCH = (
     "packager.model.decoder", "packager.model.fused_blocks", "packager.model.fused_kernels", "packager.model.packing",
-    "packager.prove.evaluate", "packager.prove.verify", "packager.quantize.",
+    "packager.prove.evaluate", "packager.prove.verify", "packager.quantize",
 )  # fmt: skip
 TORCH_FREE_IN_QUANTIZE = {
     "packager.quantize", "packager.quantize.block_store", "packager.quantize.engines",
@@ -90,8 +96,8 @@ def test_a_room_is_introduced_by_a_docstring() -> None:
 
 
 def public_names(tree: ast.Module) -> Iterator[str]:
-    """Yield the names that a module defines at its top, imports left out."""
-    for node in tree.body:
+    """Yield the names that a module defines at its top, inside `if`, `try` and `with` too; imports are left out."""
+    for node in statements(tree.body):
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
             yield node.name
         targets = (
@@ -102,9 +108,22 @@ def public_names(tree: ast.Module) -> Iterator[str]:
         yield from (part.id for part in names if isinstance(part.ctx, ast.Store))
 
 
+def statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """Yield statements and those inside them; the bodies of functions and classes are left out."""
+    for node in body:
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            yield from statements(
+                child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.excepthandler)
+            )
+
+
 def test_every_form_of_definition_defines_a_name() -> None:
-    text = "A = 1\nB: int = 2\nC, (D, *E) = 1, (2, 3)\nF = G = 1\nx.y = z[0] = 1\ndef h(): i = 1\nclass J: K = 1\n"
-    assert sorted(public_names(ast.parse(text))) == ["A", "B", "C", "D", "E", "F", "G", "J", "h"]
+    text = (
+        "A = 1\nB: int = 2\nC, (D, *E) = 1, (2, 3)\nF = G = 1\nx.y = z[0] = 1\ndef h(): i = 1\nclass J: K = 1\n"
+        "if A:\n    L = 1\nelse:\n    M = 1\ntry:\n    N = 1\nexcept OSError:\n    O = 1\nfinally:\n    P = 1\n"
+    )
+    assert sorted(public_names(ast.parse(text))) == [*"ABCDEFGJLMNOP", "h"]
 
 
 def test_a_public_name_is_defined_once() -> None:
@@ -120,11 +139,37 @@ def test_a_public_name_is_defined_once() -> None:
 
 def is_program(module: str) -> bool:
     """Return whether a module is a script that runs in an environment of its own."""
-    return module.endswith("_script") or (module.startswith("packager.prove.loaders.") and "." in module)
+    return module in PROGRAMS
 
 
 def may_import_torch(module: str) -> bool:
-    return module.startswith(MAY_IMPORT_TORCH) and module not in TORCH_FREE_IN_QUANTIZE
+    listed = any(module == name or module.startswith(f"{name}.") for name in MAY_IMPORT_TORCH)
+    return listed and module not in TORCH_FREE_IN_QUANTIZE
+
+
+def test_modules_are_imported_by_full_names_that_the_graph_sees() -> None:
+    wrong = []
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                wrong.append(f"{name}:{node.lineno}: a relative import")
+            elif isinstance(node, ast.Constant) and node.value in TREES:
+                wrong.append(f"{name}:{node.lineno}: the name of a module as a string: {node.value}")
+    # `logging.getLogger` and `importlib.metadata` want the name of the package itself.
+    assert [text for text in wrong if not text.endswith(": packager")] == []
+
+
+def test_the_package_imports_none_of_its_rooms() -> None:
+    assert [name for name in imported_names(TREES["packager"]) if name.startswith("packager.")] == []
+
+
+def test_plan_imports_no_process_machinery() -> None:
+    script = (
+        "import sys, packager.pipeline.plan\n"
+        "sys.exit(', '.join({'venv', 'packager.prove.environments', 'packager.system.processes'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
 
 
 def test_only_what_computes_imports_torch() -> None:

@@ -89,7 +89,8 @@ SPOILED: Mapping[str, Callable[[], np.ndarray]] = {
 def test_what_is_not_a_number_or_too_large_fails(monkeypatch, what):
     record = record_of(monkeypatch, SPOILED[what]())
     assert record.status == "failed"
-    assert record.reason.startswith("logits differ by ")
+    assert record.reason.startswith("its logits are not finite, or too large to compare")
+    assert record.relative_error is None
     json.loads(record.model_dump_json(), parse_constant=pytest.fail)  # a receipt is JSON, which has no NaN
     assert LoaderRecord.model_validate_json(record.model_dump_json()).status == "failed"
 

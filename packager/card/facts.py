@@ -56,8 +56,8 @@ class BranchFacts:
 
     def weights(self) -> tuple[tuple[str, str], ...]:
         """Return the weights files and their sha256, sorted by name."""
-        files = sorted(self.provenance.files.items())
-        return tuple((name, record.sha256) for name, record in files if name.endswith(".safetensors"))
+        files = sorted(self.provenance.weights_files.items())
+        return tuple((name, record.sha256) for name, record in files)
 
 
 @dataclass(frozen=True, kw_only=True)

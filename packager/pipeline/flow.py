@@ -163,7 +163,7 @@ def publish(
         _require_cards(run)
         refuse_edited_cards(run)
         receipts = run.ordered_receipts()
-        require_loaders(receipts)
+        require_loaders(receipts, run.recipe.loaders.required)
         folders = [run.workspace.folder(receipt.provenance.branch) for receipt in receipts]
         audit_or_raise(folders, complete=True)
         contents = [_branch_content(receipt, folder) for receipt, folder in zip(receipts, folders, strict=True)]
@@ -228,14 +228,17 @@ def _branch_content(receipt: Receipt, folder: Path) -> BranchContent:
     )
 
 
-def require_loaders(receipts: Sequence[Receipt]) -> None:
+def require_loaders(receipts: Sequence[Receipt], required: Sequence[str]) -> None:
     """Raise PublishError unless every required loader passed on every variant."""
-    lacking = [
-        f"{receipt.provenance.branch}: {record.loader} {record.status}: {record.reason}"
-        for receipt in receipts
-        for record in receipt.provenance.loaders
-        if record.required and record.status != "passed"
-    ]
+    lacking = []
+    for receipt in receipts:
+        results = {record.loader: record for record in receipt.provenance.loaders}
+        for name in required:
+            record = results.get(name)
+            if record is None:
+                lacking.append(f"{receipt.provenance.branch}: {name} has no result")
+            elif record.status != "passed":
+                lacking.append(f"{receipt.provenance.branch}: {name} {record.status}: {record.reason}")
     if lacking:
         raise PublishError(
             "a required loader has not passed",

@@ -47,11 +47,12 @@ def release(
         consent: likewise.
 
     Raises:
-        PublishError: not `attended`, and a recipe's target is not local.
+        PublishError: two recipes have one repository, or not `attended` and a recipe's target is not local.
         PackagerError: of the first recipe that failed.
         MachineError: `strict`, and this machine cannot build one of them.
     """
     files = [RecipeFile.load(path) for path in recipes]
+    _refuse_same_repository(files)
     remote = [str(file.path) for file in files if file.recipe.repository.target != "local"]
     if remote and not attended:
         what = "others would see what is published, and there is nobody to ask"
@@ -70,6 +71,20 @@ def release(
     finally:
         for path, reason in skipped.items():
             terminal.out.print(f"{path}: not built: {reason}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _refuse_same_repository(files: Sequence[RecipeFile]) -> None:
+    """Raise PublishError if two recipes have one repository: each would replace the branches of the other."""
+    by_id: dict[str, Path] = {}
+    for file in files:
+        first = by_id.setdefault(file.recipe.repository.id.lower(), file.path)
+        if first is not file.path:
+            raise PublishError(
+                f"two recipes publish to {file.recipe.repository.id}",
+                where=f"{first} and {file.path}",
+                why="each would replace the branches of the other",
+                hint="give one of them another repository.id, or put all variants into one recipe",
+            )
 
 
 def _skipped_error(skipped: Mapping[Path, str]) -> MachineError:

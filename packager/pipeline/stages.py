@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from packager.errors import PackError, StateError
 from packager.model.devices import device_name
-from packager.model.safetensors_file import StoredTensor, stored_tensors
 from packager.pipeline.build_state import BuildState, StageName, require_build_extra
 from packager.pipeline.cards import refuse_edited_card
+from packager.pipeline.earlier_builds import copy_blocks, find_earlier, with_earlier_facts
 from packager.pipeline.plan import VariantPlan
 from packager.pipeline.workspace import audit_or_raise, check_folder
 from packager.quantize.engines import engine_named, engine_version, require_engines
@@ -41,35 +41,41 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
     require_build_extra()
     from packager.pipeline.quantize_progress import QuantizeView
 
-    require_engines((variant_plan.variant.engine for variant_plan in missing), run.device.type)
     for variant_plan in missing:
         _refuse_edited(run, variant_plan)
+    earlier = find_earlier(run, missing)
+    new = [variant_plan for variant_plan in missing if variant_plan.variant.branch not in earlier]
+    if new:
+        require_engines((variant_plan.variant.engine for variant_plan in new), run.device.type)
     check_disk(run.workspace.dist, _needed_bytes(run, missing))
     source = run.source
     _check_licenses(run)
     stores = _open_stores(run, missing)
-    earlier = _quantized_earlier(run, missing, stores)
-    branches = [variant_plan.variant.branch for variant_plan in missing]
-    with run.terminal.stage("quantize"), run.terminal.bar(len(missing) * source.architecture.num_blocks) as bar:
+    copy_blocks(earlier, stores)
+    branches = [variant_plan.variant.branch for variant_plan in new]
+    with run.terminal.stage("quantize"), run.terminal.bar(len(new) * source.architecture.num_blocks) as bar:
         view = QuantizeView(run.terminal, bar, branches)
-        made = _quantize(run, stores, view.report)
+        made = _quantize(run, {variant_plan.variant: stores[variant_plan.variant] for variant_plan in new}, view.report)
     for variant_plan, files, pack_s in _packed(run, missing, stores):
         branch = variant_plan.variant.branch
-        seconds = {"quantize": round(view.seconds[branch], 3), "pack": round(pack_s, 3)}
+        before = earlier.get(branch)
+        result = before.result(branch) if before else made[variant_plan.variant.engine]
+        seconds = {"quantize": round(view.seconds.get(branch, 0.0), 3), "pack": round(pack_s, 3)}
         receipt = Receipt(
-            provenance=_provenance(run, variant_plan, files, made[variant_plan.variant.engine]),
+            provenance=_provenance(run, variant_plan, files, result),
             stages={stage: run.keys[branch][stage] for stage in ("quantize", "weights")},
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(),
-            fused_modules=_fused_record(view.fused),
+            # auto-gptq quantizes in a process of its own, without our kernels.
+            fused_modules=_fused_record(view.fused) if variant_plan.variant.engine == "native" else None,
         )
-        if branch in earlier:
-            receipt = _with_earlier_facts(run, receipt, earlier[branch])
+        if before:
+            receipt = with_earlier_facts(run, receipt, before.receipt)
         # Announced, so that a run killed before the receipt is kept finds its own folder and takes it over.
         run.workspace.announce(receipt)
         replace_folder(stores[variant_plan.variant].checkpoint, run.workspace.folder(branch))
         run.keep(receipt)
-    return tuple(branch for branch in branches if branch not in earlier), tuple(branches)
+    return tuple(branches), tuple(variant_plan.variant.branch for variant_plan in missing)
 
 
 def _quantize(
@@ -111,47 +117,6 @@ def _open_stores(run: BuildState, missing: Sequence[VariantPlan]) -> "dict[Varia
         stores[variant_plan.variant] = BlockStore(folder, variant_plan.shards, parts, run.terminal.log)
         stores[variant_plan.variant].open()
     return stores
-
-
-def _quantized_earlier(
-    run: BuildState, missing: Sequence[VariantPlan], stores: "Mapping[Variant, BlockStore]"
-) -> dict[str, Receipt]:
-    """Copy the blocks of variants that an earlier build quantized from the same inputs; return its receipts by branch.
-
-    That build had another repository id, branch name, weights name or shard size: its tensors are the same.
-    """
-    found = {}
-    for variant_plan in missing:
-        branch = variant_plan.variant.branch
-        candidates = run.workspace.receipts_with("quantize", run.keys[branch]["quantize"])
-        folder, receipt = next(candidates, (None, None))
-        if folder is None or receipt is None:
-            continue
-        run.terminal.log(f"{branch}: its quantized tensors are taken from {folder}")
-        tensors: dict[str, StoredTensor] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            tensors |= stored_tensors(path)
-        stores[variant_plan.variant].write_from(tensors, receipt.provenance.linears)
-        found[branch] = receipt
-    return found
-
-
-def _with_earlier_facts(run: BuildState, receipt: Receipt, earlier: Receipt) -> Receipt:
-    """Return a receipt with what an earlier build recorded of the same quantized tensors."""
-    made, branch = earlier.provenance, receipt.provenance.branch
-    changes: dict[str, object] = {"made_with": made.made_with, "versions": made.versions, "device": made.device}
-    stages, seconds = dict(receipt.stages), {**receipt.seconds, "quantize": earlier.seconds["quantize"]}
-    if made.quality is not None and earlier.stages.get("evaluate") == run.keys[branch]["evaluate"]:
-        changes |= {"quality": made.quality, "evaluation": made.evaluation}
-        stages["evaluate"], seconds["evaluate"] = earlier.stages["evaluate"], earlier.seconds["evaluate"]
-    changes = {
-        "provenance": receipt.provenance.model_copy(update=changes),
-        "stages": stages,
-        "seconds": seconds,
-        "peak_memory_bytes": max(receipt.peak_memory_bytes, earlier.peak_memory_bytes),
-        "fused_modules": earlier.fused_modules,
-    }
-    return receipt.model_copy(update=changes)
 
 
 def _fused_record(modules: "FusedModules | None") -> FusedRecord | None:
@@ -258,7 +223,8 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
         again: run every loader again.
     """
     wanted = run.recipe.loaders
-    names = (*wanted.required, *wanted.if_available) if again else run.loaders_to_run()
+    every = (*wanted.required, *wanted.if_available)
+    names = every if again else run.loaders_to_run()
     if not names and not run.missing("verify") and not again:
         return ()
     require_build_extra()
@@ -282,7 +248,10 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
         records = verify(job, run.terminal.log)
     for branch in branches:
         merged = _with_earlier_results(run, branch, records[branch])
-        _update(run, branch, "verify", stage.seconds / len(branches), {"loaders": merged})
+        seconds = stage.seconds / len(branches)
+        if set(names) != set(every):
+            seconds += run.receipts[branch].seconds.get("verify", 0.0)
+        _update(run, branch, "verify", seconds, {"loaders": merged})
     return tuple(branches)
 
 

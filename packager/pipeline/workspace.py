@@ -7,8 +7,8 @@ dist/work/<namespace>/<name>/<branch>/           a checkpoint under construction
 dist/hub/models/<namespace>/<name>               the local publishing target
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from packager.errors import AuditError, StateError
 from packager.prove.audit import audit
-from packager.receipt import FileRecord, Receipt
+from packager.receipt import SAFETENSORS, FileRecord, Receipt
 from packager.system.files import LOCK_WAIT_S, disk_errors, file_records, list_files, remove_leftovers, write_atomic
 from packager.system.parallel import in_parallel
 
@@ -69,24 +69,29 @@ class Workspace:
             return announced
         return self._read(self.receipt_path(branch))
 
-    def receipts_with(self, stage: str, key: str) -> Iterator[tuple[Path, Receipt]]:
+    def receipts_with(self, stage: str, key: str, log: Callable[[str], None]) -> Iterator[tuple[Path, Receipt]]:
         """Yield the folder and the receipt of every finished variant, of any repository in `dist`, with a stage's key.
 
-        Damaged receipts and folders whose files changed are left out.
+        Damaged receipts, and folders whose weights files are not exactly those of the receipt, are left out; `log`
+        receives the reason of each.
         """
         root = self.dist / "receipts"
         for path in sorted(root.glob("*/*/*.json")):
             other = replace(self, repository=path.parent.relative_to(root).as_posix())
-            with suppress(StateError, OSError):
+            try:
                 receipt = other.read_receipt(path.stem)
                 if receipt is None or receipt.stages.get(stage) != key:
                     continue
-                folder, files = other.folder(path.stem), receipt.provenance.files
-                weights = {name: record for name, record in files.items() if name.endswith(".safetensors")}
-                if folder.is_dir() and file_records(folder / name for name in weights) == {
-                    folder / name: record for name, record in weights.items()
-                }:
-                    yield folder, receipt
+                folder = other.folder(path.stem)
+                stated = {folder / name: record for name, record in receipt.provenance.weights_files.items()}
+                found = file_records(folder.glob(f"*{SAFETENSORS}"))
+            except (StateError, OSError) as error:
+                log(f"{path} is not used: {error}")
+                continue
+            if found == stated:
+                yield folder, receipt
+            else:
+                log(f"{folder} is not used: its weights files are not those of its receipt")
 
     def announced(self, branch: str) -> Receipt | None:
         """Return what a run that did not finish announced."""
@@ -101,7 +106,7 @@ class Workspace:
             raise StateError(
                 "a receipt cannot be read",
                 where=str(path),
-                why=str(error).splitlines()[0],
+                why=_first_problem(error),
                 hint=f"it is damaged or another version's: delete it and {self.folder(path.stem)} to build that again",
             ) from error
 
@@ -146,6 +151,12 @@ class Workspace:
             remove_leftovers(parent)
             for folder in parent.glob("*/"):
                 remove_leftovers(folder)
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Return the first thing that is wrong with a receipt, with its location in the JSON."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the receipt'}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def _write(path: Path, receipt: Receipt) -> None:

@@ -89,9 +89,7 @@ def checkpoint_of(provenance: Provenance, folder: Path) -> Checkpoint:
         branch=provenance.branch,
         folder=folder,
         bits=int(provenance.parameters["bits"]),
-        weights_sha256={
-            name: record.sha256 for name, record in provenance.files.items() if name.endswith(".safetensors")
-        },
+        weights_sha256={name: record.sha256 for name, record in provenance.weights_files.items()},
     )
 
 
@@ -240,7 +238,7 @@ def _judge(
         dtype=outcome.dtype,
         kernel=outcome.kernel,
         versions=dict(outcome.versions),
-        relative_error=round(relative_error, 6),
+        relative_error=round(relative_error, 6) if np.isfinite(relative_error) else None,
         top1_agreement=round(top1, 6),
         tokens_generated=tokens,
         tokens_equal=equal,
@@ -258,7 +256,9 @@ def _problems(
     if dict(outcome.weights_sha256) != dict(checkpoint.weights_sha256):
         problems.append("it read other weights than were packed (sha256)")
     tolerance = _tolerance(outcome.dtype)
-    if not relative_error <= tolerance:
+    if not np.isfinite(relative_error):
+        problems.append("its logits are not finite, or too large to compare")
+    elif relative_error > tolerance:
         problems.append(f"logits differ by {relative_error:.4f} relative, allowed {tolerance} in {outcome.dtype}")
     if not top1 >= MIN_TOP1_AGREEMENT:
         problems.append(f"top-1 agreement {top1:.3f}, at least {MIN_TOP1_AGREEMENT} wanted")
