@@ -1,8 +1,12 @@
 """Invented recipes and receipts for the card's tests: FIXTURES, their figures were never measured on anything."""
 
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
+from packager.model.architecture import read_architecture
+from packager.model.compatibility import Verdict, verdicts
 from packager.receipt import (
     FileRecord,
     LinearRecord,
@@ -160,6 +164,14 @@ def two_engines_receipts(recipe: Recipe) -> tuple[Provenance, ...]:
 def llama_receipts(recipe: Recipe) -> tuple[Provenance, ...]:
     """Return invented receipts of `llama_recipe`: two loaders passed, one was not run."""
     return tuple(_llama_receipt(recipe, variant) for variant in recipe.expanded_variants())
+
+
+def llama_expectations(recipe: Recipe) -> dict[str, tuple[Verdict, ...]]:
+    """Return the predictions for the variants of `llama_recipe`, from the config of the model that it names."""
+    assets = Path(__file__).resolve().parents[1] / "recipes" / "assets"
+    config = json.loads((assets / "llama-2-13b-chat" / "config.json").read_bytes())
+    architecture = read_architecture(config, "config.json")
+    return {variant.branch: verdicts(variant, architecture) for variant in recipe.expanded_variants()}
 
 
 def minimal_receipts(recipe: Recipe) -> tuple[Provenance, ...]:

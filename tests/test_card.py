@@ -1,3 +1,4 @@
+import re
 import shutil
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def two_engines_card() -> str:
 
 @pytest.mark.parametrize("branch", ["main", ACT_ORDER])
 def test_llama_card(branch: str, update_golden: bool) -> None:
-    text = llama_card(branch)
+    text = llama_card(branch, expectations=fixtures.llama_expectations(fixtures.llama_recipe()))
     assert_well_formed(text)
     check_golden(f"cards/fixture_llama_{branch}.md", text, update=update_golden)
 
@@ -208,6 +209,64 @@ def test_expectations_are_kept_apart_from_what_was_proven() -> None:
         ["vLLM 0.30", ", ".join(f"`{branch}`" for branch in branches[1:]), "yes", "-"],
     ]
     assert "Expected, not run" not in llama_card()
+
+
+def servers_of(text: str) -> set[str]:
+    """The servers for which a card has a command."""
+    words = {"vllm serve ": "vllm", "python -m sglang.launch_server ": "sglang"}
+    blocks = [block.text for block in extract_code_blocks(text)]
+    return {name for start, name in words.items() if any(block.startswith(start) for block in blocks)}
+
+
+def test_a_server_is_offered_only_for_branches_that_it_accepts() -> None:
+    """vLLM 0.30 and later refuse act order with groups (vllm#54809)."""
+    recipe = fixtures.llama_recipe()
+    expectations = fixtures.llama_expectations(recipe)
+    act_order = [variant.branch for variant in recipe.expanded_variants() if variant.desc_act]
+    refused = ", ".join(f"`{branch}`" for branch in act_order)
+    assert len(act_order) == 3
+    for branch in ("main", *act_order):
+        text = llama_card(branch, expectations=expectations)
+        assert servers_of(text) == ({"sglang"} if branch in act_order else {"vllm", "sglang"})
+        assert f"\nvLLM 0.30 refuses {refused}: reads no act order with groups (0.29 did).\n" in text
+        assert "SGLang refuses" not in text
+
+
+@pytest.mark.parametrize("vllm", [True, False, None])
+@pytest.mark.parametrize("sglang", [True, False, None])
+def test_a_command_of_a_server_needs_a_verdict_of_that_server(vllm: bool | None, sglang: bool | None) -> None:
+    """The other branch has the opposite verdicts: they change nothing."""
+    given = {"vllm": vllm, "sglang": sglang}
+    own = [
+        Verdict(loader=name, can_load=can_load, reason=f"of {name} | `")
+        for name, can_load in given.items()
+        if can_load is not None
+    ]
+    other = [Verdict(loader=name, can_load=not can_load, reason="else") for name, can_load in given.items()]
+    text = llama_card(expectations={"main": own, ACT_ORDER: other})
+    assert_well_formed(text)
+    assert servers_of(text) == {name for name, can_load in given.items() if can_load}
+    for name, label, title in (("vllm", "vLLM 0.30", "vLLM"), ("sglang", "SGLang", "SGLang")):
+        assert (f"{label} refuses `main`: of {name} \\| \\`.\n" in text) == (given[name] is False)
+        assert (f"{label} refuses `{ACT_ORDER}`: else.\n" in text) == (given[name] is True)
+        unknown = re.search(rf"\[{title}\]\([^)]+\): no command, as no prediction was made for this branch\.\n", text)
+        assert bool(unknown) == (given[name] is None)
+    assert ("Servers have been known to ignore the revision" in text) == (True in given.values())
+
+
+def test_a_server_that_refuses_every_branch_is_not_offered() -> None:
+    refusal = (Verdict(loader="vllm", can_load=False, reason="why"),)
+    text = llama_card(expectations={variant.branch: refusal for variant in fixtures.llama_recipe().expanded_variants()})
+    assert servers_of(text) == set()
+    assert "\nvLLM 0.30 refuses every branch: why.\n" in text
+
+
+def test_every_unit_of_the_sizes_is_explained() -> None:
+    factors = {unit: 10 ** int(power) for unit, power in re.findall(r"(\w+) = 10<sup>(\d)</sup> bytes", minimal_card())}
+    assert factors == {"GB": 10**9, "MB": 10**6, "kB": 10**3}
+    for size_bytes in (1_500, 1_500_000, 1_500_000_000):
+        number, unit = tables(minimal_card(weights_bytes=size_bytes))[0][1][7].split()
+        assert float(number) * factors[unit] == size_bytes
 
 
 def test_a_branch_card_says_whose_it_is() -> None:

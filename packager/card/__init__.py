@@ -152,6 +152,7 @@ def _context(
         "loaders": loaders,
         "loader_titles": {name: RUNTIMES[name].title if name in RUNTIMES else name for name in loaders},
         "expectations": facts.expectation_rows(branches, expectations),
+        "offers": facts.offers(branches, expectations),
         "license_files": tuple(
             Path(name).name for name in (*recipe.card.license.files, *recipe.card.license.base_files)
         ),

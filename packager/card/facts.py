@@ -79,6 +79,30 @@ class LoaderSetting:
     versions: Mapping[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What a runtime's own checks say of the branches.
+
+    Attributes:
+        title: the runtime's name; `label` is the name with the version that the checks are of.
+        accepted: the branches that it should open.
+        refused: the branches that it should not open, by reason.
+    """
+
+    title: str
+    label: str
+    accepted: tuple[str, ...]
+    refused: tuple[Shared, ...]
+
+    def accepts(self, branch: str) -> bool:
+        """Return whether the runtime should open a branch."""
+        return branch in self.accepted
+
+    def is_known(self, branch: str) -> bool:
+        """Return whether there is a verdict on a branch."""
+        return self.accepts(branch) or any(branch in group.branches for group in self.refused)
+
+
 def branch_facts(recipe: Recipe, receipts: Sequence[Provenance]) -> tuple[BranchFacts, ...]:
     """Return one row per receipt, in their order."""
     sizes = [float(provenance.weights_bytes) for provenance in receipts]
@@ -146,6 +170,27 @@ def expectation_rows(
         ]
         rows += [(loader.label, group) for group in _grouped(known, len(branches))]
     return tuple(rows)
+
+
+def offers(branches: Sequence[BranchFacts], expectations: Mapping[str, Sequence[Verdict]]) -> dict[str, Offer]:
+    """Return by runtime which branches its verdicts accept; a branch without a verdict is not accepted."""
+    found = {}
+    for runtime in RUNTIMES.values():
+        verdicts = [
+            (facts, verdict)
+            for facts in branches
+            for verdict in expectations.get(facts.branch, ())
+            if verdict.loader == runtime.name
+        ]
+        found[runtime.name] = Offer(
+            title=runtime.title,
+            label=runtime.label,
+            accepted=tuple(facts.branch for facts, verdict in verdicts if verdict.can_load),
+            refused=_grouped(
+                [(facts, verdict.reason) for facts, verdict in verdicts if not verdict.can_load], len(branches)
+            ),
+        )
+    return found
 
 
 def _setting(record: LoaderRecord) -> LoaderSetting:
