@@ -20,6 +20,7 @@ from packager.model.compatibility import RUNTIME_RULES, verdicts
 from packager.model.config_values import read_config
 from packager.model.runtimes import RUNTIMES, LoaderName
 from packager.pipeline.plan import BuildPlan, describe, make_plan
+from packager.prove.evaluation_memory import evaluation_memory
 from packager.prove.loaders import LOADERS
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, Workload, choose_sweep
 from packager.recipe import Recipe
@@ -139,6 +140,63 @@ def test_what_is_planned_is_what_a_gpu_of_that_size_is_given(tmp_path: Path, nam
     )
     way = getattr(plan.memory, name)
     assert choose_sweep(work, "cuda", device_limit=way.device_bytes, host_limit=HOST_LIMIT_BYTES) == way
+
+
+def test_memory_is_planned_for_the_variants_of_our_engine(tmp_path: Path) -> None:
+    """The passes over a block depend on true_sequential of any of them, the rest on their number."""
+    sequential = [{"true_sequential": value} for value in (True, False, False)]
+
+    def memory(*chosen: dict[str, Any], other: str = "native") -> object:
+        entries = [FOUR_VARIANTS[index] | entry for index, entry in enumerate(chosen)]
+        return plan_of(tmp_path, variants=[*entries[:-1], entries[-1] | {"engine": other}]).memory
+
+    mixed = memory(*sequential)
+    assert mixed == memory(*[{"true_sequential": True}] * 3)
+    assert mixed != memory(*[{"true_sequential": False}] * 3)
+    assert memory(*sequential, other="auto-gptq") == memory(*sequential[:2])
+    only = [{"branch": "main", "engine": "auto-gptq"}]
+    assert plan_of(tmp_path, variants=only).memory is None
+
+
+def test_quality_is_planned_for_the_texts_that_measure_it(tmp_path: Path) -> None:
+    text = {"dataset": "a/b", "revision": "b" * 40, "split": "test", "num_tokens": 65_536, "seq_len": 1024}
+    plan = plan_of(tmp_path, evaluation=text)
+    for device_type, planned in (("cuda", plan.evaluation.gpu), ("cpu", plan.evaluation.cpu)):
+        assert planned == evaluation_memory(plan.architecture, num_tokens=65_536, seq_len=1024, device_type=device_type)
+    assert plan.evaluation.gpu != plan.evaluation.cpu
+
+
+@pytest.mark.parametrize(("positions", "expected"), [(3000, 3000), (4096, 4096), (100_000, 4096)])
+def test_a_conversation_is_as_long_as_the_model_allows(tmp_path: Path, positions: int, expected: int) -> None:
+    plan = plan_of(tmp_path, LLAMA_2_13B | {"max_position_embeddings": positions})
+    assert plan.context_tokens == expected
+    for planned in plan.variants:
+        assert plan.run_bytes(planned) == planned.tensor_bytes + expected * 2 * 2 * 40 * 5120
+
+
+def test_sizes_are_the_sums_of_files_and_tensors(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, checkpoint={"max_shard_bytes": 4_000_000_000})
+    for planned in plan.variants:
+        tensors = [tensor for shard in planned.shards for tensor in shard.tensors]
+        assert planned.weights_bytes == sum(shard.size_bytes for shard in planned.shards)
+        assert planned.tensor_bytes == sum(tensor.size_bytes for tensor in tensors)
+        assert 0 < planned.weights_bytes - planned.tensor_bytes < 1_000_000
+    weights = sum(planned.weights_bytes for planned in plan.variants)
+    assert (plan.disk.builds_bytes, plan.disk.publish_bytes) == (weights, weights)
+    assert plan.disk.total_bytes == 2 * 13_015_864_320 + 2 * weights
+
+
+def test_memory_grows_with_the_rows_and_their_length(tmp_path: Path) -> None:
+    def fastest(**changes: int) -> int:
+        text = {"dataset": "a/b", "revision": "b" * 40, "split": "train"} | changes
+        memory = plan_of(tmp_path, calibration=text).memory
+        assert memory is not None
+        return memory.fastest.device_bytes
+
+    states = 2 * 5120  # bytes of a token's fp16 hidden states
+    usual = fastest(num_samples=128, seq_len=2048)
+    assert usual - fastest(num_samples=64, seq_len=2048) >= 64 * 2048 * states
+    assert usual - fastest(num_samples=128, seq_len=1024) >= 128 * 1024 * states
 
 
 @pytest.mark.parametrize(

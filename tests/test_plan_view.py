@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from decimal import ROUND_HALF_EVEN, Decimal
 
@@ -9,6 +10,8 @@ import pytest
 from rich.console import Console
 
 from packager.cli.plan_view import build_plan_json, print_build_plan
+from packager.model.compatibility import Verdict
+from packager.model.runtimes import RUNTIMES
 from packager.pipeline.plan import BuildPlan, DiskPlan, EvaluationPlan, MemoryPlan, make_plan
 from packager.prove.evaluation_memory import EvaluationMemory
 from packager.recipe.file import RecipeFile
@@ -37,14 +40,37 @@ def plan() -> BuildPlan:
         gpu=EvaluationMemory(device_bytes=5_550_000_000, host_bytes=7_770_000_000),
         cpu=EvaluationMemory(device_bytes=8_880_000_000, host_bytes=0),
     )
-    return replace(plan, memory=memory, disk=disk, evaluation=evaluation)
+    variants = tuple(
+        replace(planned, weights_bytes=planned.weights_bytes + 1_110_000_000 * (index + 1))
+        for index, planned in enumerate(plan.variants)
+    )
+    return replace(plan, variants=variants, memory=memory, disk=disk, evaluation=evaluation)
 
 
 @pytest.fixture(scope="module")
 def lines(plan: BuildPlan) -> list[str]:
+    return printed(plan)
+
+
+def printed(plan: BuildPlan, *, width: int = 200) -> list[str]:
     stream = io.StringIO()
-    print_build_plan(plan, Console(file=stream, width=200))
+    print_build_plan(plan, Console(file=stream, width=width))
     return [" ".join(line.split()) for line in stream.getvalue().splitlines()]
+
+
+def with_verdicts(plan: BuildPlan, answers: Mapping[str, Sequence[tuple[bool, str]]]) -> BuildPlan:
+    """Return a plan with other verdicts: per runtime the answer and its reason for each variant."""
+    variants = [
+        replace(
+            planned,
+            verdicts=tuple(
+                Verdict(loader=name, can_load=given[index][0], reason=given[index][1])
+                for name, given in answers.items()
+            ),
+        )
+        for index, planned in enumerate(plan.variants)
+    ]
+    return replace(plan, variants=tuple(variants))
 
 
 def test_the_first_line_counts_parameters_and_tokens(lines: list[str]) -> None:
@@ -60,7 +86,7 @@ def test_the_table_of_branches(plan: BuildPlan, lines: list[str]) -> None:
     for planned in plan.variants:
         variant = planned.variant
         to_run = planned.tensor_bytes + heads * 4096 * 2
-        size = sum(shard.size_bytes for shard in planned.shards)
+        size = planned.weights_bytes
         row = [variant.branch, variant.bits, variant.group_size, variant.desc_act, gb(size), f"{size:,}", gb(to_run)]
         assert " ".join(map(str, row)) in lines
     assert "To run: weights and the keys and values of 4096 tokens, nothing else." in lines
@@ -96,7 +122,108 @@ def test_json_has_the_same_figures_in_bytes(plan: BuildPlan) -> None:
         "publish_bytes": 1_330_000_000,
         "total_bytes": 58_660_000_000,
     }
+    assert values["base_model"] == {
+        "id": "meta-llama/Llama-2-13b-chat-hf",
+        "revision": "a2cb7a712bb6e5e736ca7f8cd98167f81a0b5bd8",
+        "model_type": "llama",
+        "dtype": "F16",
+        "num_parameters": 13_015_864_320,
+        "num_blocks": 40,
+        "size_bytes": 2 * 13_015_864_320,
+    }
+    assert (values["calibration_tokens"], values["context_tokens"]) == (128 * 2048, 4096)
+    assert (values["recipe_digest"], values["repository"]) == (plan.recipe.digest(), plan.recipe.repository.id)
     for entry, planned in zip(values["variants"], plan.variants, strict=True):
-        assert sum(entry["files"].values()) == entry["weights_bytes"]
+        assert entry["files"] == {shard.file_name: shard.size_bytes for shard in planned.shards}
+        assert (entry["branch"], entry["digest"]) == (planned.variant.branch, planned.digest)
+        assert (entry["weights_bytes"], entry["tensor_bytes"]) == (planned.weights_bytes, planned.tensor_bytes)
+        assert entry["description"] == planned.description
+        assert entry["loaders"] == [vars(verdict) for verdict in planned.verdicts]
+        assert entry["parameters"] == planned.variant.parameters()
         assert entry["run_bytes"] - entry["tensor_bytes"] == 40 * 5120 * 2 * 2 * 4096
         assert entry["parameters"]["group_size"] == planned.variant.group_size
+
+
+def test_json_of_variants_differs(plan: BuildPlan) -> None:
+    """The test above can only find the values of another variant where they differ."""
+    for key in ("branch", "digest", "weights_bytes", "description", "parameters", "loaders"):
+        values = [json.dumps(entry[key]) for entry in json.loads(json.dumps(build_plan_json(plan)))["variants"]]
+        assert len(set(values)) == (2 if key == "loaders" else 4), key
+
+
+def test_a_plan_without_our_engine_has_no_memory_of_it(plan: BuildPlan) -> None:
+    without = replace(plan, memory=None)
+    assert build_plan_json(without)["memory"] is None
+    rows = printed(without)
+    assert rows[rows.index("What a build needs") + 3] == (
+        "GPU memory 5.55 measuring quality, with 7.77 GB of host memory"
+    )
+
+
+def test_every_answer_of_a_runtime_stands_in_its_row_and_column(plan: BuildPlan) -> None:
+    """Each runtime refuses another set of branches: the binary digits of its number."""
+    answers = {
+        name: [(bool(number >> index & 1), "") for index in range(4)] for number, name in enumerate(RUNTIMES, start=1)
+    }
+    assert len({tuple(given) for given in answers.values()}) == len(RUNTIMES)
+    judged = with_verdicts(plan, answers)
+    rows = printed(judged)
+    narrow = printed(judged, width=80)
+    for index, planned in enumerate(plan.variants):
+        words = ["yes" if given[index][0] else "no" for given in answers.values()]
+        assert f"{planned.variant.branch} {' '.join(words)}" in rows
+        labels = {
+            can_load: ", ".join(RUNTIMES[name].label for name, given in answers.items() if given[index][0] is can_load)
+            for can_load in (True, False)
+        }
+        assert f"{planned.variant.branch}: loaded by {labels[True]}; refused by {labels[False]}" in narrow
+
+
+def test_who_refuses_nothing_and_what_nothing_loads(plan: BuildPlan) -> None:
+    every = {name: [(True, ""), (False, ""), (True, ""), (True, "")] for name in RUNTIMES}
+    labels = ", ".join(runtime.label for runtime in RUNTIMES.values())
+    narrow = printed(with_verdicts(plan, every), width=80)
+    names = [planned.variant.branch for planned in plan.variants]
+    assert f"{names[0]}: loaded by {labels}" in narrow
+    assert f"{names[1]}: loaded by nothing; refused by {labels}" in narrow
+
+
+def test_a_reason_names_its_branches_unless_it_holds_for_all(plan: BuildPlan) -> None:
+    note, refusal = (True, "needs CUDA"), (False, "reads 4 bits only")
+    judged = with_verdicts(
+        plan, {"tgi": [note] * 4, "vllm": [note, refusal, (True, ""), refusal], "sglang": [refusal] * 4}
+    )
+    first, second, _, fourth = (planned.variant.branch for planned in plan.variants)
+    rows = printed(judged)
+    assert [row for row in rows if row.startswith(("no: ", "note: "))] == [
+        "no: SGLang: reads 4 bits only",
+        f"no: vLLM 0.30 for {second}, {fourth}: reads 4 bits only",
+        "note: TGI: needs CUDA",
+        f"note: vLLM 0.30 for {first}: needs CUDA",
+    ]
+
+
+def test_the_line_of_weights_files(plan: BuildPlan, lines: list[str]) -> None:
+    assert not [line for line in lines if line.startswith("Weights files")]
+    counts = (1, 2, 1, 1)
+    variants = tuple(
+        replace(planned, shards=planned.shards * count) for planned, count in zip(plan.variants, counts, strict=True)
+    )
+    expected = ", ".join(f"{planned.variant.branch} {count}" for planned, count in zip(variants, counts, strict=True))
+    assert f"Weights files: {expected}." in printed(replace(plan, variants=variants))
+
+
+def test_what_engine_auto_gptq_makes_and_needs(plan: BuildPlan, lines: list[str]) -> None:
+    assert not [line for line in lines if "auto-gptq" in line or "engine native" in line or "Engine" in line]
+    variants = tuple(
+        replace(planned, variant=replace(planned.variant, engine="auto-gptq")) if index in (1, 3) else planned
+        for index, planned in enumerate(plan.variants)
+    )
+    rows = printed(replace(plan, variants=variants))
+    for index, planned in enumerate(variants):
+        (row,) = [row for row in rows if f" {planned.weights_bytes:,} " in row]
+        assert row.split()[-1] == ("auto-gptq" if index in (1, 3) else "native")
+    (note,) = [row for row in rows if row.startswith("note: engine auto-gptq")]
+    assert f"makes {variants[1].variant.branch}, {variants[3].variant.branch} one after the other" in note
+    assert f"(up to {gb(2 * 2 * 13_015_864_320)} GB while it is read)" in note
+    assert sum("engine native, " in row for row in rows) == 4
