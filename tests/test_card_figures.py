@@ -408,6 +408,14 @@ def test_every_smallest_branch_is_named_with_its_cost() -> None:
     assert re.findall(r"divergence ([0-9.]+)", line) == ["0.01302", "0.02434"]
 
 
+def test_branches_of_one_size_are_not_called_the_smallest() -> None:
+    recipe = recipe_of_four()
+    receipts = [receipt.model_copy(update={"weights_bytes": 3}) for receipt in receipts_of_four(recipe)]
+    text = render(recipe, receipts)
+    assert "* Closest to the fp16 model: " in text
+    assert "* Smallest: " not in text
+
+
 def test_a_card_of_a_branch_takes_that_branch_s_commands() -> None:
     recipe = recipe_of_four()
     receipts = receipts_of_four(recipe)
