@@ -186,6 +186,15 @@ def test_sizes_are_the_sums_of_files_and_tensors(tmp_path: Path) -> None:
     assert plan.disk.total_bytes == 2 * 13_015_864_320 + 2 * weights
 
 
+def test_no_way_needs_more_host_memory_than_people_have(tmp_path: Path) -> None:
+    text = {"dataset": "a/b", "revision": "b" * 40, "split": "train", "num_samples": 512}
+    memory = plan_of(tmp_path, calibration=text).memory
+    assert memory is not None
+    for way in (memory.fastest, memory.full_speed, memory.least):
+        assert way.host_bytes <= HOST_LIMIT_BYTES
+    assert memory.least.device_bytes < memory.full_speed.device_bytes < memory.fastest.device_bytes
+
+
 def test_memory_grows_with_the_rows_and_their_length(tmp_path: Path) -> None:
     def fastest(**changes: int) -> int:
         text = {"dataset": "a/b", "revision": "b" * 40, "split": "train"} | changes
