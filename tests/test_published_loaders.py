@@ -174,7 +174,7 @@ def test_the_loaders_of_the_record_open_what_was_downloaded(fixture: LoadersFixt
         assert (passed.required, passed.tokens_generated) == (True, passed.tokens_equal)
         assert passed.tokens_generated > 0
         assert passed.relative_error == pytest.approx(0.0001, rel=0.01)
-        assert "needs a CUDA device" in absent.reason
+        assert "needs CUDA, and this run computes on cpu" in absent.reason
 
 
 def test_the_files_of_loaders_lie_in_the_scratch_folder_and_are_deleted(
@@ -203,7 +203,7 @@ def test_people_and_programs_see_it(fixture: LoadersFixture, loader: StandIn) ->
     stream = io.StringIO()
     print_report(report, Console(file=stream, width=200))
     assert "transformers: passed, relative error 0.00010, top-1 1.000" in stream.getvalue()
-    assert "exllamav2: not run, needs a CUDA device" in stream.getvalue()
+    assert "exllamav2: not run, needs CUDA, and this run computes on cpu" in stream.getvalue()
     (branch,) = json.loads(json.dumps(report_json(report)))["branches"]
     assert [found["status"] for found in branch["loaders"]] == ["passed", "not run"]
     assert len(loader.opened) == 1
