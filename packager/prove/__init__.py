@@ -1,1 +1,1 @@
-"""Is it right: the audit, measured quality, and real loaders in environments of their own."""
+"""Prove a variant: the audit, measured quality, and real loaders in environments of their own."""

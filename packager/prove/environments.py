@@ -38,14 +38,14 @@ _LAYOUT = "1"
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeContext:
-    """What a runtime in an environment of its own needs of this machine.
+    """The folders, variables and processes that runtimes in their own environments use on this machine.
 
     Attributes:
         cache: folder of the environments.
-        scratch: folder for files that pass between processes; its content may be deleted at any time.
+        scratch: folder for files that processes exchange; its content may be deleted at any time.
         environ: the process environment to derive the runtime's from; secrets are removed.
         log: receives one line when an environment is created, and one when it is ready.
-        processes: run the children, so that one call stops all of them.
+        processes: runs the child processes; one call stops all of them.
     """
 
     cache: Path
@@ -62,7 +62,7 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
     others wait. Proxies and pip's settings are taken from `context.environ`.
 
     Raises:
-        LoaderUnavailableError: it cannot be made here; the message says why.
+        LoaderUnavailableError: the environment cannot be created on this machine; the message has the reason.
         MachineError: the disk is full or the cache cannot be written.
     """
     import fcntl  # POSIX only: importing this module works everywhere
@@ -80,7 +80,7 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
 
 
 def environment_name(spec: LoaderSpec) -> str:
-    """Return `<loader>-<12 hex digits>`; the digits change with the lock, Python, the platform and the shared torch."""
+    """Return `<loader>-<12 hex digits>`; the digits depend on the lock, Python, the platform and torch."""
     torch = find("torch")
     parts = [
         _LAYOUT,
@@ -94,7 +94,7 @@ def environment_name(spec: LoaderSpec) -> str:
 
 
 def installed_versions(python: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return the versions of packages in an environment of ours, of those that it has."""
+    """Return the versions of those packages that are installed in a loader's environment."""
     folder = python.parent.parent
     packages = sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
     found: dict[str, str] = {
@@ -113,7 +113,7 @@ def _shared(folder: Path) -> Path:
 
 
 def _is_ready(folder: Path) -> bool:
-    """Tell whether creation went to its end here, and neither Python nor a shared package went away since."""
+    """Return whether the environment was completed in this folder, and its Python and shared packages still exist."""
     try:
         made_here = (folder / READY).read_text(encoding="utf-8") == str(folder)
         return made_here and _python(folder).exists() and all(entry.exists() for entry in _shared(folder).rglob("*"))
@@ -150,13 +150,13 @@ def _create(creation: _Creation) -> None:
         raise LoaderUnavailableError(f"no virtual environment could be made for {spec.name}", why=str(error)) from error
     install = ["--no-deps", "--requirement", str(spec.requirements.absolute())]
     if "setuptools" in pins:
-        # What comes as source is built with it, and not with one downloaded anew for each package: 5 s less of 24.
+        # Source packages are built with this one instead of one downloaded for each package: saves 5 s of 24.
         _pip(creation, ["--no-deps", str(pins["setuptools"])])
         install.insert(0, "--no-build-isolation")
     if pins:
         _pip(creation, install)
     if share:
-        # Only now: pip would uninstall a shared package of another version, through the links.
+        # After pip, which would uninstall a shared package of another version through the links.
         packages = sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
         share_torch(_shared(folder), Path(packages), exclude=pins)
     else:
@@ -181,13 +181,13 @@ def _pip(creation: _Creation, arguments: Sequence[str]) -> None:
     """
     python = str(_python(creation.folder))
     settings = {
-        # AutoGPTQ's source distribution would compile CUDA kernels, or give up where torch has no CUDA.
+        # AutoGPTQ's source distribution would compile CUDA kernels, or fail where torch has no CUDA.
         "BUILD_CUDA_EXT": "0",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "PIP_NO_INPUT": "1",
         "PYTHONNOUSERSITE": "1",
     }
-    # Bytecode is compiled when it is first imported: most of what is installed here never is.
+    # A module is compiled at its first import: most of the installed modules are never imported.
     install = ["install", "--no-compile", "--progress-bar=off", *arguments]
     if importlib.util.find_spec("pip"):
         commands = [[sys.executable, "-m", "pip", f"--python={python}", *install]]

@@ -1,4 +1,4 @@
-"""Stage 7, evaluate: measure on held-out text what quantizing cost against the fp16 model.
+"""Stage 7, evaluate: measure on held-out text how far a quantized model is from the fp16 model.
 
 Both models run block by block with weights that are read from disk, and logits exist for some hundred tokens at a time,
 so a 13B model is evaluated in the memory of a few blocks (`evaluation_memory`).

@@ -23,13 +23,13 @@ TAIL_LINES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeJob:
-    """One checkpoint, and what a probe computes with it.
+    """A checkpoint, and the inputs that a probe computes on.
 
     Attributes:
         model_dir: the checkpoint folder.
         device: "cpu" or "cuda".
         input_ids: rows of token ids, all of the same length, whose logits are wanted.
-        prompts: token ids after which to generate greedily.
+        prompts: token ids of each prompt, after which the probe generates greedily.
         max_new_tokens: the most tokens generated after a prompt.
         output_dir: folder for the probe's files; those of an earlier probe are removed.
     """
@@ -50,12 +50,12 @@ class ProbeResult:
         logits: float32 [rows, seq_len, vocab], memory-mapped from output_dir.
         generated: the new token ids after each prompt; an end-of-sequence token is the last one.
         versions: of Python and of the packages that matter.
-        dtype: in which it computed ("float32", "float16").
+        dtype: of the computation ("float32", "float16").
         kernel: class that computes the quantized linears.
         weights_sha256: by file name, as the runtime's own process saw the files.
         load_s: time to load the checkpoint, imports not counted.
         forward_s: time for all rows.
-        peak_memory_bytes: on a GPU what this checkpoint took there, on the CPU the process's peak so far.
+        peak_memory_bytes: on a GPU the peak for this checkpoint, on the CPU the peak of the process so far.
     """
 
     logits: "NDArray[np.float32]"
@@ -71,7 +71,7 @@ class ProbeResult:
 
 
 def probe_environ(python: Path, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a probe: it needs no index and no proxy, whose addresses may hold passwords."""
+    """Return the variables for a probe, without indexes and proxies: their addresses may hold passwords."""
     kept = {
         name: value
         for name, value in clean_environ(environ).items()
@@ -83,7 +83,7 @@ def probe_environ(python: Path, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_probe(spec: LoaderSpec, python: Path, job: ProbeJob, timeout_s: float, context: RuntimeContext) -> ProbeResult:
-    """Let a loader open one checkpoint.
+    """Open one checkpoint with a loader.
 
     Raises:
         LoaderError: it failed, was killed, or took longer than `timeout_s`; with the last lines it wrote.
@@ -98,9 +98,9 @@ def run_probe(spec: LoaderSpec, python: Path, job: ProbeJob, timeout_s: float, c
 def run_probes(
     spec: LoaderSpec, python: Path, jobs: Sequence[ProbeJob], timeout_s: float, context: RuntimeContext
 ) -> list[ProbeResult | LoaderError]:
-    """Let a loader open checkpoints one after the other, in one process as long as that lives.
+    """Open checkpoints with a loader one after the other, in one process unless a job ends it.
 
-    `timeout_s` is for each checkpoint; importing the runtime counts for the first.
+    `timeout_s` is for each checkpoint; that of the first includes the import of the runtime.
 
     Returns:
         One outcome per job, in order. When a job ends the process, a new process runs the jobs after it.
@@ -135,7 +135,7 @@ def _result_file(job: ProbeJob) -> Path:
 def _run_script(
     spec: LoaderSpec, python: Path, jobs: Sequence[ProbeJob], timeout_s: float, context: RuntimeContext
 ) -> str:
-    """Run the probe over `jobs` until it ends or one job takes too long; return a description of how it ended."""
+    """Run the probe on `jobs` until it ends or one job takes too long; return how it ended."""
     folder = jobs[0].output_dir
     # Isolated: neither the script's folder nor the user's packages are on the path.
     requests = [str(job.output_dir.absolute() / "job.json") for job in jobs]

@@ -1,4 +1,4 @@
-"""The running interpreter's torch, and all that it depends on, lent to other virtual environments by symbolic links."""
+"""Share the running interpreter's torch and its dependencies with other virtual environments, by symbolic links."""
 
 import importlib.metadata
 from collections.abc import Container, Sequence
@@ -33,7 +33,7 @@ def torch_closure() -> dict[str, importlib.metadata.Distribution]:
             continue
         seen.add(wanted)
         found[canonicalize_name(wanted.name)] = distribution
-        # cuda-toolkit[cublas,...] names what it really wants by extras.
+        # A requirement such as cuda-toolkit[cublas,...] selects its dependencies by extras.
         extras = wanted.extras or {""}
         queue += [
             needed
@@ -48,11 +48,11 @@ def share_torch(layer: Path, packages: Path, *, exclude: Container[str]) -> None
 
     Args:
         layer: the folder to make.
-        packages: that environment's site-packages; what is installed there is found first.
+        packages: that environment's site-packages; packages installed there take precedence.
         exclude: canonical names of distributions that the environment has itself.
 
     Raises:
-        LoaderUnavailableError: the installed torch does not say which files it consists of.
+        LoaderUnavailableError: the metadata of the installed torch does not list its files.
     """
     sources: dict[str, list[Path]] = {}
     for name, distribution in torch_closure().items():
@@ -82,6 +82,6 @@ def _link(target: Path, sources: Sequence[Path]) -> None:
         return
     target.mkdir()
     for name in dict.fromkeys(child.name for source in sources for child in source.iterdir()):
-        # Without a RECORD no pip can uninstall the running interpreter's torch from here.
+        # pip cannot uninstall a package without its RECORD: this protects the running interpreter's torch.
         if not (is_metadata and name == "RECORD"):
             _link(target / name, [source / name for source in sources if (source / name).exists()])

@@ -143,7 +143,7 @@ def check_loaders(
 
     Args:
         job: see `VerifyJob`.
-        references: from `references_of`. While loaders run, no model of ours is kept: they need the GPU's memory.
+        references: from `references_of`. While loaders run, our own model is not kept: they need the GPU's memory.
         log: receives one line for each loader and checkpoint.
 
     Returns:

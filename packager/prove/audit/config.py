@@ -120,7 +120,7 @@ def _check_portable(portable: JsonObject, inner: JsonObject, weights: Weights, f
     _check_values(shared, place, findings)
     for key, value in shared.items():
         if key in inner and value != inner[key]:
-            message = f"{shown(value)}, but config.json says {shown(inner[key])}"
+            message = f"{shown(value)}, but config.json has {shown(inner[key])}"
             findings.add("quantize-config-disagrees", f"{place}{key}", message)
     if weights.stem and (problem := _stem_problem(portable, weights.stem)):
         findings.add("weights-name-disagrees", f"{place}model_file_base_name", problem)

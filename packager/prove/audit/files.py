@@ -34,7 +34,7 @@ REQUIRED_FILES: Mapping[str, str] = {
 }
 CARD_FILES: Mapping[str, str] = {
     README: "the model card",
-    PROVENANCE: "it says what was built from what",
+    PROVENANCE: "it records the inputs and the files of the build",
 }
 
 _FETCHERS_FOLDERS = (".git", ".cache")

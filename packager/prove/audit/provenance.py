@@ -58,9 +58,9 @@ def _check_files(listing: Listing, records: Mapping[str, FileRecord], findings: 
 
 def _file_problem(listing: Listing, name: str, record: FileRecord) -> str:
     if listing.sizes[name] != record.size_bytes:
-        return f"it has {listing.sizes[name]} bytes, provenance.json says {record.size_bytes}"
+        return f"it has {listing.sizes[name]} bytes, provenance.json has {record.size_bytes}"
     try:
         digest = sha256_file(listing.path(name))
     except OSError as error:
         return f"it cannot be read: {error}"
-    return "" if digest == record.sha256 else f"its sha256 is {digest}, provenance.json says {shown(record.sha256)}"
+    return "" if digest == record.sha256 else f"its sha256 is {digest}, provenance.json has {shown(record.sha256)}"

@@ -74,7 +74,7 @@ def _tokenizer_ids(tokenizer: JsonObject) -> Iterator[object]:
 
 
 def _number(key: str) -> object:
-    """Return a JSON key that spells a token id as a number, any other as it is."""
+    """Return a JSON key as a number if it spells a token id, any other key unchanged."""
     return int(key) if re.fullmatch("[0-9]{1,10}", key) else key
 
 

@@ -1,4 +1,4 @@
-"""The runtimes that must open what is published: one probe script and one lock of pinned packages each."""
+"""The loaders: runtimes that must open every published checkpoint, each with a probe script and a lock of packages."""
 
 import sys
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from packaging.specifiers import SpecifierSet
 from packager.model.runtimes import RUNTIMES
 
 _HERE = Path(__file__).parent
-# What the scripts have in common; their behaviour changes with it.
+# The module that every script imports: a change here may change what any script does.
 ISOLATED = _HERE / "packager_isolated.py"
-# All locks have wheels, or sources without compiled code, for these.
+# For these Python versions each package of the locks has a wheel, or a source without compiled code.
 _REQUIRES_PYTHON = ">=3.11,<3.14"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderSpec:
-    """A runtime that must open what is published.
+    """A runtime that must open every published checkpoint.
 
     Attributes:
         name: the name that recipes and receipts use.
         script: the stand-alone probe.
-        requirements: the lock, installed without looking at dependencies; torch is not in it.
-        devices: of "cpu" and "cuda", where it can compute.
-        requires_python: the Python versions for which all of the lock can be installed, as a version specifier.
-        description: what it is, in a few words.
+        requirements: the lock, which pip installs with --no-deps; torch is not in it.
+        devices: the types of device that it can compute on, of "cpu" and "cuda".
+        requires_python: specifier of the Python versions for which the whole lock can be installed.
+        description: its title, and the versions that the lock pins.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Open GPTQ checkpoints in AutoGPTQ and write down what it computes.
+"""Open GPTQ checkpoints in AutoGPTQ and write its logits and tokens to files.
 
 Stand-alone, run as `python autogptq_probe.py JOB.json ...` in an environment that has AutoGPTQ; `packager_isolated.py`
-says what a job is and what is written. Exit status 1 if any job failed.
+describes a job and its output files. Exit status 1 if any job failed.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Behind everything else, so that nothing of ours hides a package.
+# At the end of the path, so that our folder hides no package.
 sys.path.append(str(Path(__file__).parent))
 isolated: Any = importlib.import_module("packager_isolated")
 
@@ -25,13 +25,13 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     """Load the checkpoint, compute the rows' logits, generate greedily.
 
     Returns:
-        What result.json records of a success.
+        The fields of result.json for a job that succeeded.
     """
     torch: Any = importlib.import_module("torch")
     auto_gptq: Any = importlib.import_module("auto_gptq")
     folder, device = Path(job["model_dir"]), job["device"]
     digests = isolated.weights_digests(folder)
-    # float16 has no matrix product here on the CPU: "Unexpected floating ScalarType in at::autocast::prioritize".
+    # AutoGPTQ has no float16 products on the CPU: "Unexpected floating ScalarType in at::autocast::prioritize".
     dtype = torch.float32 if device == "cpu" else torch.float16
     isolated.reset_peak_memory(torch, device)
     started = time.perf_counter()
@@ -70,7 +70,7 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
 
 
 def weights_basename(folder: Path) -> str:
-    """Return the name of the weights without extension, as from_quantized wants it: "model" for model.safetensors.
+    """Return the name of the weights without extension, as from_quantized expects it: "model" for model.safetensors.
 
     Raises:
         ValueError: there is no weights file, or several without an index.

@@ -1,7 +1,7 @@
-"""Open GPTQ checkpoints in ExLlamaV2 and write down what it computes. Needs a CUDA GPU and nvcc.
+"""Open GPTQ checkpoints in ExLlamaV2 and write its logits and tokens to files. Needs a CUDA GPU and nvcc.
 
 Stand-alone, run as `python exllamav2_probe.py JOB.json ...` where ExLlamaV2 is installed; `packager_isolated.py`
-says what a job is and what is written. Exit status 1 if any job failed.
+describes a job and its output files. Exit status 1 if any job failed.
 """
 
 import fcntl
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Behind everything else, so that nothing of ours hides a package.
+# At the end of the path, so that our folder hides no package.
 sys.path.append(str(Path(__file__).parent))
 isolated: Any = importlib.import_module("packager_isolated")
 
@@ -20,14 +20,14 @@ PACKAGES = ("exllamav2", "tokenizers", "safetensors", "numpy", "torch")
 
 
 class UnavailableError(Exception):
-    """This machine lacks what the runtime needs, whatever the checkpoint."""
+    """This machine lacks something that the runtime needs for every checkpoint."""
 
 
 def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     """Load the checkpoint, compute the rows' logits, generate greedily.
 
     Returns:
-        What result.json records of a success.
+        The fields of result.json for a job that succeeded.
 
     Raises:
         UnavailableError: there is no CUDA device or no compiler for it.
@@ -54,7 +54,7 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
         for prompt in job["prompts"]
     ]
     peak = isolated.peak_memory_bytes(torch, device)
-    # Quantized matrices live in the extension, where no garbage collector finds them.
+    # The extension owns the quantized matrices: Python's garbage collector does not free them.
     model.unload()
     return {
         "versions": isolated.versions(PACKAGES),
@@ -70,10 +70,10 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
 
 
 def require_cuda(torch: Any, device: str) -> None:
-    """Check what ExLlamaV2 needs of a machine.
+    """Check that the machine has a CUDA GPU and nvcc.
 
     Raises:
-        UnavailableError: something is missing.
+        UnavailableError: one of them is missing.
     """
     if device != "cuda" or not torch.cuda.is_available():
         raise UnavailableError(f"it computes on CUDA only: device {device}, torch {torch.__version__}")
@@ -85,8 +85,8 @@ def require_cuda(torch: Any, device: str) -> None:
 def import_exllamav2() -> Any:
     """Import ExLlamaV2, which compiles its extension the first time (150 s on 16 cores), and return the package.
 
-    PyTorch's lock around that is a file that a killed process leaves behind, after which every later import waits for
-    ever. A lock that the system releases is held here, so a file found under it is nobody's.
+    PyTorch locks the compilation with a file. A killed process leaves the file behind, and every later import waits
+    without end. This function takes a lock that the operating system releases, and deletes a file that it then finds.
     """
     kernels = Path(sys.prefix) / "kernels"
     kernels.mkdir(exist_ok=True)

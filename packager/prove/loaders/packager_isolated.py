@@ -1,6 +1,6 @@
-"""What scripts share that run in environments of their own: only the standard library is sure to be there.
+"""Functions of the scripts that run in the loaders' environments. At import it needs only the standard library.
 
-A script finds this file beside it, not as part of `packager`, which is not installed there. A probe's job is an object:
+A script imports this file from its own folder: `packager` is not installed there. A probe's job is a JSON object:
 model_dir, device ("cpu" or "cuda"), input_ids (rows of equal length), prompts (token ids), max_new_tokens, output_dir.
 Written to output_dir: `logits.npy` float32 [rows, seq_len, vocab], then `result.json`, whose status is "ok" or "error".
 """
@@ -27,8 +27,8 @@ def main(probe: Probe, job_files: Sequence[str]) -> int:
     """Run the jobs one after the other; a failed job does not stop the next. Returns 1 if any failed.
 
     Args:
-        probe: opens a job's checkpoint, computes, and returns what result.json records of a success.
-        job_files: JSON.
+        probe: opens a job's checkpoint, computes, and returns the fields of result.json for a job that succeeded.
+        job_files: JSON files with one job each.
     """
     forbid_network()
     return max([run_job(probe, json.loads(Path(name).read_text(encoding="utf-8"))) for name in job_files], default=1)
@@ -51,7 +51,7 @@ def run_job(probe: Probe, job: Job) -> int:
 
 
 def forbid_network() -> None:
-    """Make Hugging Face libraries work offline, and any other attempt to reach a network an error."""
+    """Switch Hugging Face libraries to offline mode, and raise OSError at any attempt to reach a network."""
     os.environ.update(
         HF_HUB_OFFLINE="1",
         TRANSFORMERS_OFFLINE="1",
@@ -59,7 +59,7 @@ def forbid_network() -> None:
         HF_HUB_DISABLE_TELEMETRY="1",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
         TOKENIZERS_PARALLELISM="false",
-        # The user's folder may hold an access token and other people's models.
+        # The user's own HF_HOME may hold an access token and other models.
         HF_HOME=str(Path(sys.prefix) / "huggingface"),
     )
 
@@ -77,7 +77,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def weights_digests(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every *.safetensors file in `folder` as this process sees it."""
+    """Return the sha256 of every *.safetensors file in `folder`, as this process reads it."""
     digests = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
@@ -111,7 +111,7 @@ def greedy(torch: Any, model: Any, folder: Path, prompt: list[int], max_new_toke
         return []
     transformers: Any = importlib.import_module("transformers")
     ends = end_tokens(folder)
-    # A checkpoint's own generation_config may sample or punish repetition.
+    # A checkpoint's own generation_config may sample or penalize repetition.
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
     )
@@ -148,7 +148,7 @@ def write_logits(path: Path, logits: Any, num_rows: int) -> None:
 
 
 def reset_peak_memory(torch: Any, device: str) -> None:
-    """Forget what the jobs before this one left on the GPU."""
+    """Free the GPU memory of earlier jobs and reset the peak."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -156,7 +156,7 @@ def reset_peak_memory(torch: Any, device: str) -> None:
 
 
 def peak_memory_bytes(torch: Any, device: str) -> int:
-    """Return the most memory this job's tensors took on the GPU, or on the CPU the process's peak so far, in bytes."""
+    """Return a peak in bytes: on the GPU that of this job's tensors, on the CPU that of the process so far."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,7 @@
-"""Open GPTQ checkpoints in transformers (with GPTQModel and optimum) and write down what it computes.
+"""Open GPTQ checkpoints in transformers (with GPTQModel and optimum) and write its logits and tokens to files.
 
 Stand-alone, run as `python transformers_probe.py JOB.json ...` where all three are installed;
-`packager_isolated.py` says what a job is and what is written. Exit status 1 if any job failed.
+`packager_isolated.py` describes a job and its output files. Exit status 1 if any job failed.
 """
 
 import importlib
@@ -15,7 +15,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-# Behind everything else, so that nothing of ours hides a package.
+# At the end of the path, so that our folder hides no package.
 sys.path.append(str(Path(__file__).parent))
 isolated: Any = importlib.import_module("packager_isolated")
 
@@ -27,14 +27,14 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     """Load the checkpoint, compute the rows' logits, generate greedily.
 
     Returns:
-        What result.json records of a success.
+        The fields of result.json for a job that succeeded.
     """
     folder, device = Path(job["model_dir"]), job["device"]
     configure(device)
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     pcre = provide_pcre()
-    # transformers would import it while loading; its seconds belong to no checkpoint.
+    # Otherwise transformers would import it while loading, and the import would count as load time.
     importlib.import_module("gptqmodel")
     digests = isolated.weights_digests(folder)
     dtype = torch.float32 if device == "cpu" else torch.float16
@@ -72,11 +72,11 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
 
 def configure(device: str) -> None:
     """Set what GPTQModel reads from its environment when it is imported."""
-    # Its kernels are compiled on first use; inside this environment they cannot meet those of another torch.
+    # Kernels are compiled on first use; a folder in this environment keeps them apart from those of another torch.
     os.environ.setdefault("GPTQMODEL_TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "kernels"))
-    # On a small machine its default number of workers is refused.
+    # GPTQModel refuses its own default number of workers on a small machine.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")
-    # Without it the Machete kernel fetches CUTLASS.
+    # Without this variable the Machete kernel downloads CUTLASS.
     os.environ["GPTQMODEL_OFFLINE"] = "1"
     if device == "cpu":
         # The kernel compiles its dequantization, which needs a C++ compiler and took 30 s for two layers.
@@ -84,9 +84,9 @@ def configure(device: str) -> None:
 
 
 def provide_pcre() -> str:
-    """Put Python's re in the place of PyPcre where that is not installed; return the version or what replaces it.
+    """Replace PyPcre by Python's re if PyPcre is not installed; return PyPcre's version, or what replaces it.
 
-    PyPcre exists as C source only. GPTQModel matches module names with it, by patterns that both engines read alike.
+    PyPcre exists as C source only. GPTQModel matches module names with it; its patterns mean the same in both.
     """
     try:
         return importlib.metadata.version("pypcre")
@@ -100,14 +100,14 @@ def provide_pcre() -> str:
 
 
 def kernel_choice(transformers: Any, folder: Path, device: str) -> Any:
-    """Return the loading options; everything about the format is read from the checkpoint all the same.
+    """Return the loading options, which choose the kernel; the format is still read from the checkpoint.
 
-    On the CPU the plain PyTorch kernel is asked for: the default depends on the processor, and where that has
-    AVX512-BF16 it first compiles an extension (160 s on two cores) and then computes in bfloat16. On a GPU it is the
-    Triton kernel: the default there downloads CUTLASS (Machete, on Hopper) or compiles for minutes (Marlin).
+    On the CPU it is the plain PyTorch kernel. The default depends on the processor: with AVX512-BF16 it first compiles
+    an extension (160 s on two cores) and then computes in bfloat16. On a GPU it is the Triton kernel. The default there
+    downloads CUTLASS (Machete, on Hopper) or compiles for minutes (Marlin).
 
     Raises:
-        ValueError: the checkpoint does not say that it is quantized.
+        ValueError: config.json has no quantization_config.
     """
     quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     if quantization is None:
