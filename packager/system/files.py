@@ -21,7 +21,7 @@ from packager.system.parallel import in_parallel
 from packager.system.text import format_bytes
 
 TEMPORARY_PREFIX = ".tmp-"
-# A process that is killed while it starts a child leaves its locks to the child for an instant.
+# If a process is killed while it starts a child, the child holds the locks for an instant.
 LOCK_WAIT_S = 2.0
 _CHUNK_BYTES = 1 << 22
 # File systems record times with a resolution of milliseconds: a file this young may change without a new time.
@@ -51,7 +51,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 "the file system or the shell allows no file of this size",
                 where=str(path),
                 why=str(error),
-                hint="look at `ulimit -f`; FAT takes 4 GiB at most; checkpoint.max_shard_bytes makes smaller files",
+                hint="check `ulimit -f`; FAT allows 4 GiB at most; lower checkpoint.max_shard_bytes for smaller files",
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise MachineError("the folder cannot be written", where=str(path), why=str(error)) from error
@@ -137,7 +137,7 @@ def remove_leftovers(folder: Path) -> None:
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a file's content, read in chunks; an unchanged file is not read again.
 
-    A digest is remembered only where the file's times are old enough to show every later change.
+    A digest is cached only if the file's times are old enough for every later change to alter them.
     """
     with path.open("rb") as stream:
         identity = _identity(stream.fileno())

@@ -1,4 +1,4 @@
-"""Threads for work that waits for the disk or hashes: both leave the interpreter free for others."""
+"""Run work in threads: disk access and hashing release the interpreter lock."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +9,9 @@ Result = TypeVar("Result")
 
 
 def in_parallel(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Return `work(item)` of every item, in the items' order; the first of them to fail, in that order, is raised.
+    """Return `work(item)` for every item, in the items' order; of several errors, raise that of the first item.
 
-    After a failure or Ctrl-C what has not begun is dropped, and what has begun comes to its end.
+    After an error or Ctrl-C, items that have not started are dropped; those that have started are finished.
     """
     with ThreadPoolExecutor() as pool:
         futures = [pool.submit(work, item) for item in items]

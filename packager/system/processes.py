@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 _SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
-# They lead an interpreter or pip to packages outside its environment.
+# Variables that make Python or pip use packages outside the virtual environment.
 _MISLEADING = frozenset(
     ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER", "PIP_CONSTRAINT")
 )
@@ -18,7 +18,7 @@ _POLL_S = 0.1
 
 
 def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return `environ` without secrets and without what leads Python or pip out of a virtual environment."""
+    """Return `environ` without secrets and without variables that lead out of a virtual environment."""
     return {
         name: value
         for name, value in environ.items()
@@ -60,7 +60,7 @@ class Processes:
             out: receives its standard output.
             err: receives its standard error.
             timeout_s: the longest time it may take.
-            progress: whenever this returns another number, the time starts anew.
+            progress: the time limit starts again whenever this returns another number.
             inherited: descriptors that stay open in the child.
 
         Raises:

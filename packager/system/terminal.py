@@ -1,7 +1,7 @@
-"""The only writer to the terminal: talk goes to standard error, results to standard output.
+"""The only writer to the terminal: messages go to standard error, results to standard output.
 
-On a terminal long work shows a bar; elsewhere (a log, CI) each finished block is one line. Both end every stage with
-one line that says how long it took.
+On a terminal a long stage shows a progress bar; elsewhere (a log, CI) each step prints one line. Every stage ends with
+one line that has its time.
 """
 
 import json
@@ -36,7 +36,7 @@ class Bar:
     lock: Lock = field(default_factory=Lock)
 
     def note(self, text: str) -> None:
-        """Say on a terminal what is going on within a step; a log has only whole steps."""
+        """Show the activity within a step on a terminal; a log has only whole steps."""
         if self.progress is not None:
             self.progress.update(self.progress.task_ids[0], description=f"  {text}")
 
@@ -55,7 +55,7 @@ class Bar:
 
 @dataclass
 class Stage:
-    """The time of one stage; 0 until it has ended."""
+    """The time of one stage, in seconds; 0 until it has ended."""
 
     seconds: float = 0.0
 
@@ -67,23 +67,23 @@ class Terminal:
         quiet: print nothing but errors.
 
     Attributes:
-        seconds: the time of all stages of each name: of several recipes, their sum.
+        seconds: the time by the name of the stage, summed over all recipes.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        # A log has no width: tables are as wide as what they show. A name that reads like an emoji code stays a name.
+        # A log has no width: tables get enough for their content. Without emoji=False a name like :tada: is replaced.
         self.out = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, emoji=False)
         self.err = Console(stderr=True, quiet=quiet, emoji=False, width=None if sys.stderr.isatty() else _LOG_WIDTH)
         self._errors = Console(stderr=True, emoji=False)
         self.seconds: dict[str, float] = {}
 
     def log(self, text: str) -> None:
-        """Print one line of talk."""
+        """Print one message."""
         self.err.print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        """Time a stage and end it with one line; the value holds the seconds of this stage once it has ended."""
+        """Time a stage and print its time at the end; the value then holds the seconds of this stage."""
         stage, started = Stage(), time.monotonic()
         yield stage
         stage.seconds = time.monotonic() - started
@@ -96,7 +96,7 @@ class Terminal:
         if not self.err.is_terminal or self.err.quiet:
             yield Bar(progress=None, total=total, console=self.err)
             return
-        # Imported here: `plan` and `status` show no bar and answer sooner without.
+        # Imported here: `plan` and `status` show no bar and start faster without it.
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -116,7 +116,7 @@ class Terminal:
         self.write(json.dumps(value, indent=2) + "\n")
 
     def write(self, text: str) -> None:
-        """Print a command's result on standard output as it is; a reader that leaves early, like `head`, may."""
+        """Write a command's result to standard output unchanged; a reader that ends early (`| head`) is no error."""
         try:
             sys.stdout.write(text)
             sys.stdout.flush()
