@@ -302,7 +302,7 @@ BAD_TEXTS: dict[str, tuple[Callable[[Path], object], Mapping[str, Any], tuple[st
     "another prompt template": (
         lambda _: None,
         {"card.prompt_template.template": "User: {prompt}"},
-        ("is not the model's chat template", "the card says 'User: {prompt}'", "renders '[INST] {prompt} [/INST]'"),
+        ("is not the model's chat template", "the card has 'User: {prompt}'", "renders '[INST] {prompt} [/INST]'"),
     ),
     "no system messages": (
         chat_template(SYSTEM_REFUSED),
@@ -528,8 +528,8 @@ def test_an_edited_folder_is_never_replaced(
     spoil_folder(workspace(dist).folder(MAIN))
     before = built_files(dist)
     text = refused(StateError, 11, command, write_recipe(recipe.parent, changes), dist)
-    assert f"{workspace(dist).folder(MAIN)}: a built folder is not what its receipt says" in text
-    for part in ("config.json was changed", "tokenizer.json is missing", "adapter.safetensors is not ours"):
+    assert f"{workspace(dist).folder(MAIN)}: a built folder differs from its receipt" in text
+    for part in ("config.json was changed", "tokenizer.json is missing", "adapter.safetensors is not in the receipt"):
         assert part in text
     assert "move your changes elsewhere, then delete the folder and run build again" in text
     assert built_files(dist) == before
@@ -585,7 +585,7 @@ def test_something_else_where_a_variant_shall_go(recipe: Path, dist: Path, tmp_p
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "thesis.txt").write_text("years of work")
     text = refused(StateError, 11, build, recipe, place)
-    assert f"{folder}: there is a folder that we did not make where a variant shall go" in text
+    assert f"{folder}: the folder of a variant exists, and packager did not make it" in text
     assert (folder / "thesis.txt").read_text() == "years of work"
     shutil.rmtree(folder)
     folder.write_text("a file")
@@ -610,7 +610,7 @@ def test_a_folder_that_a_killed_build_put_in_place_and_somebody_edited(
     before = edited.read_bytes()
     edited.write_text("{}")
     text = refused(StateError, 11, build, recipe, new)
-    assert f"{edited.parent}: there is a folder that we did not make where a variant shall go" in text
+    assert f"{edited.parent}: the folder of a variant exists, and packager did not make it" in text
     assert edited.read_text() == "{}"
     edited.write_bytes(before)
     monkeypatch.setattr(BlockStore, "write", die)  # every block is finished
@@ -628,7 +628,7 @@ def test_an_output_folder_that_is_a_file(recipe: Path, tmp_path: Path) -> None:
 def test_two_at_once(recipe: Path, dist: Path, command: Callable[..., object]) -> None:
     with workspace(dist).locked():
         text = refused(StateError, 11, command, recipe, dist)
-    assert f"another build of {REPOSITORY} is under way" in text
+    assert f"another build of {REPOSITORY} is in progress" in text
     assert "wait for it, or stop it" in text
     command(recipe, dist)
 

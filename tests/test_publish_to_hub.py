@@ -98,7 +98,7 @@ def test_a_maintainer_plans_publishes_checks_and_publishes_again(fixture: HubRel
     assert (trees(fixture.path), len(fixture.hub.uploaded)) == (published, sent)
 
     told = fixture.run("status", fixture.recipe, "--dist", fixture.dist)
-    assert told.count("not asked") == 3
+    assert told.count("not read") == 3
     assert f"packager verify-published {REPOSITORY}" in told
     result = json.loads(fixture.run("verify-published", REPOSITORY, "--full", "--format", "json"))
     assert [branch["findings"] for branch in result["branches"]] == [[], [], []]

@@ -22,7 +22,7 @@ def print_rollback_plan(plan: RollbackPlan, console: Console) -> None:
     print_line(console, "")
     if plan.release:
         when = f"{_date(plan.release)} UTC, when main became {_named(plan.release, MAIN)}"
-        print_line(console, f"the release goes back to what was there on {when}")
+        print_line(console, f"the release goes back to its state of {when}")
 
 
 def print_rollback_report(report: RollbackReport, console: Console) -> None:

@@ -45,7 +45,7 @@ def _status_table(statuses: Sequence[BranchStatus], *, loaders: bool) -> Table:
 
 
 def _short(commit: str | None) -> str:
-    return "not asked" if commit is None else commit[:8] or "none"
+    return "not read" if commit is None else commit[:8] or "none"
 
 
 def _figures(status: BranchStatus) -> tuple[str, str, str]:

@@ -1,1 +1,1 @@
-"""What a build reads: the base model and the texts."""
+"""The inputs of a build: the base model and the texts."""

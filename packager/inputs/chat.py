@@ -49,7 +49,7 @@ def check_prompt_template(recipe_file: RecipeFile, tokenizer: Any) -> None:
     if not tokenizer.chat_template:
         if recipe.loaders.prompts or recipe.evaluation.questions:
             raise CalibrationError(
-                "the base model has no chat template, so prompts and questions cannot be asked",
+                "the base model has no chat template, so prompts and questions cannot be rendered",
                 hint="leave out loaders.prompts and evaluation.questions",
             )
         return
@@ -63,7 +63,7 @@ def check_prompt_template(recipe_file: RecipeFile, tokenizer: Any) -> None:
         raise CalibrationError(
             "the card's prompt template is not the model's chat template",
             where=str(recipe_file.path),
-            why=f"the card says {given!r}, the tokenizer renders {rendered!r}",
+            why=f"the card has {given!r}, the tokenizer renders {rendered!r}",
             hint="copy the rendered text into card.prompt_template.template",
         )
 

@@ -1,4 +1,4 @@
-"""Find evaluation text in the calibration text: what was calibrated on measures nothing.
+"""Find evaluation text that is also calibration text: quality measured on such text proves nothing.
 
 Both texts become words, so line breaks, case, punctuation and the division into documents do not matter. Windows of 12
 words are compared; GPT-3's decontamination used 13 (arXiv 2005.14165, appendix C).
@@ -40,13 +40,13 @@ def check_overlap(calibration: Sequence[str], evaluation: Sequence[str], *, num_
     lines = documents if len(evaluation) > 1 else [_words(line) for text in evaluation for line in text.split("\n")]
     pieces = list(dict.fromkeys(tuple(line) for line in lines if line in list(_runs(line, found))))
     if len(run) < _LEAK_WORDS and sum(map(len, pieces)) >= _LEAK_WORDS:
-        pieces = _contained(pieces, calibration)  # until here, its windows may be those of several documents
+        pieces = _contained(pieces, calibration)  # before, the windows of a piece may be from several documents
     words = max(len(run), sum(map(len, pieces)))
     if words >= _LEAK_WORDS:
         raise CalibrationError(
             "the evaluation text overlaps the calibration text",
             why=f"{words} of its words are in both, for example {' '.join([*pieces, run][0])[:60]!r}",
-            hint="evaluate on another split: what was calibrated on measures nothing",
+            hint="evaluate on another split: quality measured on the calibration text proves nothing",
         )
 
 

@@ -1,1 +1,1 @@
-"""The flow: the plan, its stages, what is done, where it lies, and a release run."""
+"""The flow: the plan, the stages, the state of a build, its folders, and a release run."""

@@ -1,4 +1,4 @@
-"""A build under way: which stages are done with the present inputs, and the values that several stages share.
+"""A build in progress: which stages are done with the present inputs, and the values that several stages share.
 
 Each stage leaves its result in `dist/` with a digest of everything that went into it. A stage whose digest is
 unchanged is not run again; that decision needs neither torch nor a network.
@@ -40,7 +40,7 @@ STAGES: tuple[StageName, ...] = ("weights", "evaluate", "verify")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line says of where and how.
+    """The options of the command line that a build needs.
 
     Attributes:
         dist: output folder.
@@ -58,7 +58,7 @@ class Options:
 
 
 class BuildState:
-    """A build under way: what is done, what is missing, and the values that several stages share."""
+    """A build in progress: what is done, what is missing, and the values that several stages share."""
 
     def __init__(self, recipe_file: RecipeFile, options: Options, terminal: Terminal) -> None:
         self.recipe_file = recipe_file
@@ -101,10 +101,10 @@ class BuildState:
         return tuple(name for name in left if not LOADERS[name].machine_problem(device_type(self.options.device)))
 
     def read_receipts(self) -> None:
-        """Read the receipts of what an earlier run finished.
+        """Read the receipts of variants that earlier runs finished.
 
         Raises:
-            StateError: a finished folder is no longer as that run left it.
+            StateError: a finished folder differs from its receipt.
         """
         branches = [variant_plan.variant.branch for variant_plan in self.plan.variants]
         size_bytes = sum(_bytes_in(self.workspace.folder(branch)) for branch in branches)
@@ -117,7 +117,7 @@ class BuildState:
         """Return the receipt of a variant that is built with the present inputs, or None.
 
         Raises:
-            StateError: its folder is no longer as the receipt states.
+            StateError: its folder differs from the receipt.
         """
         folder, receipt = self.workspace.folder(branch), self.workspace.read_receipt(branch)
         if receipt is None or receipt.stages.get("weights") != self.keys[branch]["weights"] or not folder.exists():
@@ -126,12 +126,12 @@ class BuildState:
         return receipt
 
     def runtime_context(self, scratch: Path) -> RuntimeContext:
-        """Return what runtimes in environments of their own need, with a folder for their files."""
+        """Return the context of runtimes in their own environments; `scratch` is the folder of their files."""
         options = self.options
         return RuntimeContext(cache=options.cache, scratch=scratch, environ=options.environ, log=self.terminal.log)
 
     def card_files(self, receipt: Receipt) -> frozenset[str]:
-        """Return which files of a variant's folder come with its card, now or by a run that was killed."""
+        """Return the names of the files that the card stage writes to a variant's folder, or a killed run wrote."""
         announced = self.workspace.announced(receipt.provenance.branch)
         known = (*receipt.provenance.files, *(announced.provenance.files if announced else ()))
         return frozenset((README, PROVENANCE, *(name for name in known if not is_packed(name))))
@@ -141,7 +141,7 @@ class BuildState:
         return tuple(self.receipts[variant_plan.variant.branch] for variant_plan in self.plan.variants)
 
     def keep(self, receipt: Receipt) -> None:
-        """Make a receipt the present one and write it down, unless it says what is written already."""
+        """Make a receipt the present one, and write it unless the same receipt is written already."""
         branch = receipt.provenance.branch
         if receipt == self.receipts.get(branch) and not self.workspace.unfinished_path(branch).exists():
             return
@@ -185,8 +185,8 @@ class BuildState:
 def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, str]:
     """Return, for each stage, the digest of everything that determines its result (no torch, no network).
 
-    "quantize" is the key of the quantized tensors, "weights" that of the packed files. The commit stands for what lies
-    on the Hub; local files are hashed.
+    "quantize" is the key of the quantized tensors, "weights" that of the packed files. Files on the Hub
+    are identified by their commit; local files are hashed.
     """
     recipe = recipe_file.recipe
     base: dict[str, str] = {}
@@ -194,7 +194,7 @@ def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, 
         folder = recipe_file.resolve(recipe.base_model.path)
         base = {path.name: record.sha256 for path, record in file_records(model_files(folder)).items()}
     quantized = digest_of([variant_plan.digest, base, _local_digest(recipe_file, recipe.calibration.path)])
-    # What packing adds: the repository's id in quantize_config.json, the names and the sizes of the weights files.
+    # Packing adds: the repository's id in quantize_config.json, the names and the sizes of the weights files.
     weights = digest_of([quantized, recipe.repository.id, recipe.checkpoint.model_dump(mode="json")])
     evaluation = recipe.evaluation
     measured = digest_of(
@@ -213,7 +213,7 @@ def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, 
 
 
 def _bytes_in(folder: Path) -> int:
-    """Return the size of a folder's files, roughly: others may be at work there."""
+    """Return the approximate size of a folder's files: other processes may write there."""
     size_bytes = 0
     with suppress(OSError):
         for path in folder.rglob("*"):
@@ -222,7 +222,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _loader_digest(name: str) -> list[str]:
-    """Return the digests of a loader's script, of what it shares with others, and of its pinned packages."""
+    """Return the digests of a loader's script, of the module that all scripts share, and of its lock."""
     return [sha256_file(path) for path in (LOADERS[name].script, ISOLATED, LOADERS[name].requirements)]
 
 

@@ -19,8 +19,8 @@ def render_cards(run: BuildState) -> None:
     """Stage 9: README.md, licence files and provenance.json of every variant; then the whole folder is audited.
 
     Raises:
-        StateError: somebody edited one by hand; what it says belongs into the recipe or the templates.
-        AuditError: the folder does not keep the contract.
+        StateError: a file was edited by hand; such a change belongs in the recipe or the templates.
+        AuditError: a folder violates the format.
     """
     card = run.recipe.card
     texts = CardTexts(
@@ -44,7 +44,7 @@ def render_cards(run: BuildState) -> None:
 
 
 def _present(run: BuildState) -> dict[str, object]:
-    """Return what a record says of the recipe and may change without the weights."""
+    """Return the fields of a record that follow the recipe and may change while the weights stay."""
     return {"recipe_digest": run.recipe.digest(), "layout": run.recipe.repository.layout}
 
 
@@ -61,7 +61,7 @@ def _licenses(run: BuildState, branch: str) -> dict[str, bytes]:
 
 
 def _with_provenance(run: BuildState, branch: str, files: dict[str, bytes]) -> tuple[dict[str, bytes], Receipt]:
-    """Add provenance.json, and return the receipt to be: its provenance also lists provenance.json itself."""
+    """Add provenance.json, and return the next receipt: its provenance also lists provenance.json itself."""
     receipt = run.receipts[branch]
     packed = {name: record for name, record in receipt.provenance.files.items() if is_packed(name)}
     records = packed | {name: bytes_record(content) for name, content in files.items()}
@@ -74,11 +74,11 @@ def _with_provenance(run: BuildState, branch: str, files: dict[str, bytes]) -> t
 
 
 def refuse_edited_cards(run: BuildState, contents: Mapping[str, Mapping[str, bytes]] = MappingProxyType({})) -> None:
-    """Check every file that comes with a card, before any is written.
+    """Check every file of the cards before any is written.
 
     Args:
         run: with its receipts read.
-        contents: by branch and name, what is about to be written, and so may be there already.
+        contents: by branch and name, the content to be written; a killed run may have written it already.
 
     Raises:
         StateError: a file was edited by hand.
@@ -90,7 +90,7 @@ def refuse_edited_cards(run: BuildState, contents: Mapping[str, Mapping[str, byt
 
 
 def refuse_edited_card(run: BuildState, branch: str, name: str, content: bytes | None = None) -> None:
-    """Do not replace a file of the card unless it is as we left it, as a killed run left it, or already `content`."""
+    """Refuse to replace a file of the card, unless a receipt (also an announced one) lists it or it holds `content`."""
     path = run.workspace.folder(branch) / name
     if not os.path.lexists(path):
         return

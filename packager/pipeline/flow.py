@@ -116,7 +116,7 @@ def _loaders_not_run(receipts: Sequence[Receipt]) -> list[str]:
 
 
 def raise_failed(receipts: Sequence[Receipt]) -> None:
-    """Raise LoaderError when a loader opened a checkpoint and computed something else."""
+    """Raise LoaderError if a loader failed to open a checkpoint or computed other values."""
     failed = [
         f"{receipt.provenance.branch}: {record.loader}: {record.reason}"
         for receipt in receipts
@@ -125,9 +125,9 @@ def raise_failed(receipts: Sequence[Receipt]) -> None:
     ]
     if failed:
         raise LoaderError(
-            "a loader did not compute what the checkpoint says",
+            "a loader failed, or computed other values than our own forward pass",
             why="; ".join(failed),
-            hint="the card says so too; packager verify runs the loaders again",
+            hint="the card shows it, too; packager verify runs the loaders again",
         )
 
 
@@ -145,11 +145,11 @@ def publish(
 
     Args:
         recipe_file: what was built.
-        options: where it lies.
+        options: where the built folders are.
         terminal: gets a line per branch.
         dry_run: plan and check, write nothing.
         show_plan: gets the plan before the first effect; not called for a dry run, whose report holds it.
-        consent: asked, with the plan, before anything changes that others can see; raises to stop.
+        consent: called with the plan before a change that others can see; raises to stop.
         tag: names main's commit at the end; "" for none.
 
     Raises:
@@ -182,7 +182,7 @@ def publish(
 
 
 def _final_steps(run: BuildState, target: Target, tag: str) -> list[FinalStep]:
-    """Return what comes after the last branch: the tag, and the collection of variants with their own repositories."""
+    """Return the steps after the last branch: the tag, and the collection of variants with their own repositories."""
     steps: list[FinalStep] = [ReleaseTag(target, tag)] if tag else []
     repository = run.recipe.repository
     if repository.target == "hub" and repository.layout == "repos":

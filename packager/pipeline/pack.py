@@ -42,7 +42,7 @@ class PackJob:
 
 
 def is_packed(name: str) -> bool:
-    """Return whether a file of a branch comes from this stage; the others come with the card."""
+    """Return whether this stage makes a file of a branch; the card stage makes the others."""
     return name in (*_CONFIGS, *TOKENIZER_FILES) or name.endswith(_WEIGHTS)
 
 

@@ -1,6 +1,6 @@
-"""Stage 2, plan: everything a build will need and make, worked out from the recipe and config.json before it starts.
+"""Stage 2, plan: everything a build will need and make, computed from the recipe and config.json before it starts.
 
-No network, no torch: exact file sizes, the loaders' static verdicts, memory and disk, and a digest per variant.
+No network, no torch: exact file sizes, a prediction per loader, memory and disk, and a digest per variant.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,15 +23,15 @@ _CONTEXT_TOKENS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class VariantPlan:
-    """One branch to be.
+    """One branch that a build will make.
 
     Attributes:
-        digest: sha256 of what the recipe says about the weights' bytes: base model, calibration, parameters,
-            engine version. The contents of local files are not in it: the build digests them.
+        digest: sha256 of what determines the weights' bytes: base model, calibration, parameters, engine version. The
+            contents of local files are not in it: the build digests them.
         shards: the weights files with their tensors and exact sizes.
         weights_bytes: size of all weights files, headers included.
         tensor_bytes: the tensors alone: what a runtime holds on its device.
-        verdicts: what each runtime will make of it.
+        verdicts: for each runtime, whether it can open the branch.
         description: the recipe's own, or one that states size, group size and act order.
     """
 
@@ -107,7 +107,7 @@ class BuildPlan:
 
     @property
     def context_tokens(self) -> int:
-        """How long a conversation `run_bytes` counts with."""
+        """The tokens whose keys and values `run_bytes` counts."""
         return min(_CONTEXT_TOKENS, self.architecture.max_position_embeddings)
 
     def run_bytes(self, variant_plan: VariantPlan) -> int:
@@ -208,7 +208,7 @@ def _described(recipe: Recipe, planned: Sequence[VariantPlan]) -> tuple[VariantP
 
 
 def describe(variant: Variant, weights_bytes: int, all_sizes: Sequence[int]) -> str:
-    """Say what is certain before anything is measured: bits, group size, act order, and the size beside the others."""
+    """Describe a variant by facts that need no measurement: bits, group size, act order, size against the others."""
     facts = [
         f"{variant.bits}-bit",
         "one group per row" if variant.group_size == -1 else f"group size {variant.group_size}",

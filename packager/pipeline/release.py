@@ -1,4 +1,4 @@
-"""A release run: build and publish every recipe that this machine can build, and account for the rest."""
+"""A release run: build and publish every recipe that this machine can build, and report why others are left out."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +17,7 @@ from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
 from packager.system.text import gibibytes
 
-# A CPU quantizes the demo in seconds and a 13B model in days: above this many parameters a GPU is asked for.
+# A CPU quantizes the demo in seconds and a 13B model in days: above this many parameters a GPU is required.
 _LARGEST_ON_CPU = 1_000_000_000
 
 
@@ -32,19 +32,19 @@ def release(
     show_status: Callable[[RecipeFile, Options], None] = lambda *_: None,
     consent: Callable[[PublishPlan], None] = lambda _: None,
 ) -> None:
-    """Build and publish the recipes one after the other; end with one table each, and why others were left out.
+    """Build and publish the recipes one after the other, each with a table at its end; report why others are left out.
 
     All recipes are read and planned before the first is built.
 
     Args:
         recipes: their files.
         options: where and how.
-        terminal: gets everything that is said.
+        terminal: gets all messages.
         strict: whether a recipe that this machine cannot build is an error.
-        attended: whether `consent` may be asked: else nothing is built for a target that others can see.
+        attended: whether `consent` can ask a person; if not, a target that others can see is refused first.
         show_plan: see `flow.publish`.
         show_status: called after each recipe is published.
-        consent: likewise.
+        consent: see `flow.publish`.
 
     Raises:
         PublishError: two recipes have one repository, or not `attended` and a recipe's target is not local.
@@ -55,8 +55,8 @@ def release(
     _refuse_same_repository(files)
     remote = [str(file.path) for file in files if file.recipe.repository.target != "local"]
     if remote and not attended:
-        what = "others would see what is published, and there is nobody to ask"
-        raise PublishError(what, where=", ".join(remote), hint="say --yes")
+        what = "publishing needs a confirmation, and standard input is not a terminal"
+        raise PublishError(what, where=", ".join(remote), why="others can see it", hint="run again with --yes")
     reasons = {file.path: _why_not(BuildState(file, options, terminal)) for file in files}
     skipped = {path: reason for path, reason in reasons.items() if reason}
     if skipped and strict:
@@ -96,8 +96,8 @@ def _skipped_error(skipped: Mapping[Path, str]) -> MachineError:
 
 
 def _why_not(run: BuildState) -> str:
-    """Return why a build cannot go on here, or ""; one that is finished asks nothing of the machine."""
-    with suppress(PackagerError):  # building it will say what is wrong
+    """Return why this machine cannot continue a build, or ""; a finished build needs nothing of the machine."""
+    with suppress(PackagerError):  # the build reports the error
         run.read_receipts()
     unfinished = any(map(run.missing, STAGES)) or run.loaders_to_run()
     return cannot_build(run.plan, run.options) if unfinished else ""
@@ -107,7 +107,7 @@ def cannot_build(plan: BuildPlan, options: Options) -> str:
     """Return why this machine cannot build a plan, or "" when it can.
 
     Raises:
-        MachineError: a GPU was asked for and there is none.
+        MachineError: the options demand a GPU and there is none.
     """
     try:
         require_build_extra()

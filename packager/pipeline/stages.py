@@ -71,7 +71,7 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
         )
         if before:
             receipt = with_earlier_facts(run, receipt, before.receipt)
-        # Announced, so that a run killed before the receipt is kept finds its own folder and takes it over.
+        # If this run is killed before `keep`, the next run recognises the folder by the announced receipt.
         run.workspace.announce(receipt)
         replace_folder(stores[variant_plan.variant].checkpoint, run.workspace.folder(branch))
         run.keep(receipt)
@@ -100,7 +100,7 @@ def _quantize(
 
 
 def _open_stores(run: BuildState, missing: Sequence[VariantPlan]) -> "dict[Variant, BlockStore]":
-    """Make room for the blocks of every variant, or find those that a killed run finished."""
+    """Open a store for the blocks of every variant, with the blocks that a killed run finished."""
     from packager.quantize.block_store import BlockStore
     from packager.quantize.sweep import fingerprint
 
@@ -151,7 +151,7 @@ def _packed(
 
 
 def _needed_bytes(run: BuildState, missing: Sequence[VariantPlan]) -> int:
-    """Return the disk space that building `missing` takes besides what a killed run reserved for it."""
+    """Return the disk space that building `missing` takes, less the space that a killed run has reserved."""
     folders = [run.workspace.work / variant_plan.variant.branch for variant_plan in missing]
     held = sum(path.stat().st_blocks * 512 for folder in folders for path in folder.rglob("*.safetensors"))
     whole = run.plan.disk
@@ -162,25 +162,25 @@ def _needed_bytes(run: BuildState, missing: Sequence[VariantPlan]) -> int:
 
 
 def _check_licenses(run: BuildState) -> None:
-    """Raise PackError before anything is computed if the base model lacks a licence file that the recipe wants."""
+    """Raise PackError before anything is computed if the base model lacks a licence file that the recipe names."""
     for name in run.recipe.card.license.base_files:
         if name not in run.source.record.files:
             raise PackError(
-                f"the base model has no file {name}, which its licence wants in every branch",
+                f"the base model has no file {name}, which the recipe wants in every branch",
                 where=str(run.source.folder),
                 hint="correct card.license.base_files, or ship the file with the recipe and name it in files",
             )
 
 
 def _refuse_edited(run: BuildState, variant_plan: VariantPlan) -> None:
-    """Do not replace a folder that somebody made or changed: an outdated receipt still says what we left there."""
+    """Refuse to replace a folder that was made or edited by hand: an outdated receipt still lists our files."""
     branch = variant_plan.variant.branch
     folder, receipt = run.workspace.folder(branch), run.workspace.read_receipt(branch)
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return
     if receipt is None:
         raise StateError(
-            "there is a folder that we did not make where a variant shall go",
+            "the folder of a variant exists, and packager did not make it",
             where=str(folder),
             hint="move it elsewhere, or choose another --dist",
         )
@@ -214,9 +214,9 @@ def evaluate(run: BuildState) -> tuple[str, ...]:
 
 
 def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
-    """Stage 8: let the recipe's loaders open the variants, unless each has a result or cannot run on this machine.
+    """Stage 8: run the recipe's loaders on the variants, except those that have results or cannot run on this machine.
 
-    All variants take part even if only one is new: each must be told apart from the others.
+    All variants take part even if only one is new: a loader's logits must be closer to this variant's than to others'.
 
     Args:
         run: the build.
@@ -256,7 +256,7 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
 
 
 def _with_earlier_results(run: BuildState, branch: str, records: Sequence[LoaderRecord]) -> tuple[LoaderRecord, ...]:
-    """Return one record per loader of the recipe; a result stays where its loader did not run now."""
+    """Return one record per loader of the recipe; a loader that did not run now keeps its earlier result."""
     receipt, loaders = run.receipts[branch], run.recipe.loaders
     current = receipt.stages.get("verify") == run.keys[branch]["verify"]
     found = {record.loader: record for record in receipt.provenance.loaders if current}

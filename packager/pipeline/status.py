@@ -24,7 +24,7 @@ class BranchStatus:
         state: of its folder; an outdated one was made from another recipe or other files.
         receipt: of a built folder, else None.
         stages_missing: the stages that have not been done with the present recipe and files.
-        commit: the published head, "" if there is none, None if the target was not asked.
+        commit: the published head, "" if there is none, None if the target was not read.
         problem: why an edited folder or receipt cannot be used, or "".
     """
 
@@ -41,7 +41,7 @@ def read_status(recipe_file: RecipeFile, options: Options) -> tuple[BranchStatus
     run = BuildState(recipe_file, options, Terminal(quiet=True))
     problems = _read_receipts(run)
     missing = {stage: {variant_plan.variant.branch for variant_plan in run.missing(stage)} for stage in STAGES}
-    # A remote target is not asked here: `packager verify-published` does that.
+    # A remote target is not read here: `packager verify-published` reads it.
     local = run.recipe.repository.target == "local"
     target = target_of(run.recipe, run.workspace.dist, options.environ, run.terminal.log)
     published = target.read_branches() if local else {}

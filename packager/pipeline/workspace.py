@@ -1,8 +1,8 @@
-"""Where things lie in the output folder, and whether what lies there is still what the receipts say.
+"""The paths in the output folder, and the comparison of its files with the receipts.
 
 dist/builds/<namespace>/<name>/<branch>/         checkpoint folders, as they will be published
 dist/receipts/<namespace>/<name>/<branch>.json   what was done and measured
-dist/receipts/<namespace>/<name>/unfinished/     receipts of files that are just being put in place
+dist/receipts/<namespace>/<name>/unfinished/     receipts of files that a run is putting in place
 dist/work/<namespace>/<name>/<branch>/           a checkpoint under construction; may be deleted at any time
 dist/hub/models/<namespace>/<name>               the local publishing target
 """
@@ -31,7 +31,7 @@ class Workspace:
 
     @property
     def work(self) -> Path:
-        """Checkpoints under construction; on the file system of the builds, where they go by rename."""
+        """Checkpoints under construction; a rename moves them to the builds, on the same file system."""
         return self.dist / "work" / self.repository
 
     @property
@@ -58,8 +58,8 @@ class Workspace:
     def read_receipt(self, branch: str) -> Receipt | None:
         """Return a variant's receipt, or None when it was never built.
 
-        When a run was killed after it had put all files in place and before it wrote the receipt, that is the one it
-        announced.
+        A run may be killed after it has put all files in place and before it writes the receipt: then this is the
+        receipt that it announced.
 
         Raises:
             StateError: the file was damaged, or another version wrote it.
@@ -94,7 +94,7 @@ class Workspace:
                 log(f"{folder} is not used: its weights files are not those of its receipt")
 
     def announced(self, branch: str) -> Receipt | None:
-        """Return what a run that did not finish announced."""
+        """Return the receipt that an unfinished run announced, if there is one."""
         return self._read(self.unfinished_path(branch))
 
     def _read(self, path: Path) -> Receipt | None:
@@ -111,21 +111,21 @@ class Workspace:
             ) from error
 
     def announce(self, receipt: Receipt) -> None:
-        """Write down what a receipt will say before its files are put in place, so that a killed run knows its own."""
+        """Write the receipt of files that will be put in place: after a kill, the next run recognises the files."""
         _write(self.unfinished_path(receipt.provenance.branch), receipt)
 
     def write_receipt(self, receipt: Receipt) -> None:
-        """Keep a variant's receipt; nothing is unfinished any more."""
+        """Write a variant's receipt, and delete the announced one."""
         branch = receipt.provenance.branch
         _write(self.receipt_path(branch), receipt)
         self.unfinished_path(branch).unlink(missing_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep a second build of the same repository out, and delete what a killed one left half-written.
+        """Lock out other builds of the same repository, and delete the unfinished files of a killed one.
 
         Raises:
-            StateError: one is under way.
+            StateError: another build is in progress.
             MachineError: the output folder cannot be written.
         """
         path = self.dist / "work" / f"{self.repository.replace('/', '--')}.lock"
@@ -136,7 +136,7 @@ class Workspace:
                 lock.acquire()
         except Timeout as error:
             raise StateError(
-                f"another build of {self.repository} is under way", where=str(path), hint="wait for it, or stop it"
+                f"another build of {self.repository} is in progress", where=str(path), hint="wait for it, or stop it"
             ) from error
         try:
             with disk_errors(self.dist):
@@ -172,11 +172,11 @@ def check_folder(folder: Path, receipt: Receipt, *, ignore: Collection[str] = ()
         ignore: names not compared.
 
     Raises:
-        StateError: a file is missing, was changed, or is not ours; lists each.
+        StateError: a file is missing, was changed, or is not in the receipt; lists each.
     """
     if found := differences(folder, receipt.provenance.files, ignore=ignore):
         raise StateError(
-            "a built folder is not what its receipt says",
+            "a built folder differs from its receipt",
             where=str(folder),
             why="; ".join(found),
             hint="move your changes elsewhere, then delete the folder and run build again",
@@ -188,7 +188,7 @@ def differences(folder: Path, files: Mapping[str, FileRecord], *, ignore: Collec
     expected = {name: record for name, record in files.items() if name not in ignore}
     present = [name for name in list_files(folder) if name not in ignore] if folder.is_dir() else []
     found = [f"{name} is missing" for name in expected if name not in present]
-    found += [f"{name} is not ours" for name in present if name not in expected]
+    found += [f"{name} is not in the receipt" for name in present if name not in expected]
     records = file_records(folder / name for name in present if name in expected)
     found += [
         f"{name} was changed" for name in expected if records.get(folder / name, expected[name]) != expected[name]
@@ -197,10 +197,10 @@ def differences(folder: Path, files: Mapping[str, FileRecord], *, ignore: Collec
 
 
 def audit_or_raise(folders: Sequence[Path], *, complete: bool) -> None:
-    """Audit folders of ours, in parallel.
+    """Audit built folders, in parallel.
 
     Raises:
-        AuditError: of the first that has findings, with every one.
+        AuditError: of the first folder with errors; the message has at most ten of them.
     """
     reports = in_parallel(lambda folder: audit(folder, complete=complete), folders)
     for folder, report in zip(folders, reports, strict=True):
