@@ -52,7 +52,7 @@ class Problem:
 
 
 class RecipeError(PackagerError):
-    """A recipe cannot be used. Carries every problem found, not only the first."""
+    """A recipe cannot be used. Holds every problem found, not only the first."""
 
     exit_code = 2
 
@@ -69,7 +69,7 @@ class RecipeError(PackagerError):
 
 
 class PlanError(PackagerError):
-    """The recipe is well formed but cannot be built as it stands."""
+    """The recipe is well formed, but cannot be built from its base model."""
 
     exit_code = 2
 

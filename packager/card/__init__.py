@@ -62,7 +62,7 @@ def render_card(
         expectations: the predictions of `compatibility.verdicts` by branch; shown apart from the runs.
 
     Raises:
-        CardError: the receipts are not this recipe's, a text would swallow the page, or the templates have a mistake.
+        CardError: the receipts are not this recipe's, a text leaves a block open, or the templates have a mistake.
     """
     _check_receipts(recipe, receipts, branch)
     _check_texts(texts)

@@ -1,4 +1,4 @@
-"""Markdown as data: escapes for values that land in a card, and the code blocks of a finished one.
+"""Markdown as data: escapes for values that are put into a card, and the code blocks of a finished one.
 
 The texts of recipes and receipts are never markup: each one that goes into a table, a heading, a link or a code block
 passes one of these functions, so that a pipe, a backtick or a line break cannot change the page around it.
@@ -63,7 +63,7 @@ def one_line(text: str) -> str:
 
 
 def inline(text: str) -> str:
-    """Escape `text` for a sentence, a heading, a link's text or a table cell; it is shown as it is written."""
+    """Escape `text` for a sentence, a heading, a link's text or a table cell; it is shown literally."""
     return _INLINE_SPECIAL.sub(lambda match: "\\" + match.group(), one_line(text))
 
 
@@ -228,7 +228,7 @@ def _yaml_value(value: str | list[str]) -> str | list[str]:
 
 
 def _is_mapping(text: str) -> bool:
-    """Tell front matter from text between two horizontal rules."""
+    """Return whether this is front matter, not text between two horizontal rules."""
     try:
         return isinstance(YAML(typ="safe").load(text), dict)
     except YAMLError:

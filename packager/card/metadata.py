@@ -58,7 +58,7 @@ def _license(license_: License) -> dict[str, str | list[str]]:
         raise CardError(
             "the licence has no name",
             where="card.license.id",
-            why="a card that says `license: other` must also name it",
+            why="a card with `license: other` must also name it",
             hint="write the licence's own name, e.g. coqui-public-model-license; the card adds `license: other`",
         )
     if not link:

@@ -40,7 +40,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # Servers other than the Hub's own do not know the Xet protocol, and the client uses it without asking.
 if os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") != "https://huggingface.co":
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-# The Hub client draws progress bars even where no person watches.
+# The Hub client draws progress bars even where output is not a terminal.
 if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -55,7 +55,7 @@ Exit codes:
   5   a linear cannot be quantized
   6   a checkpoint folder cannot be written
   7   a checkpoint folder or a published branch fails its audit
-  8   a loader failed, or computed something else
+  8   a loader failed, or computed other values
   9   the model card cannot be rendered
   10  the publishing target refused, or a variant is not ready for it
   11  a file in the output folder was edited, or another run is in progress
@@ -155,8 +155,8 @@ def build_command(
     """Quantize, measure and verify every variant.
 
     Writes the model cards, too. Publishes nothing. Finished work is not done again: an interrupted build continues
-    after its last finished block. Exits with 8 if a loader computed something else than the checkpoint says; a loader
-    that cannot run on this machine is reported and is no error.
+    after its last finished block. Exits with 8 if a loader failed or computed other values than our own forward pass;
+    a loader that cannot run on this machine is reported and is no error.
     """
     from packager.cli.status_view import print_status
     from packager.pipeline.flow import build
@@ -188,7 +188,7 @@ def audit_command(
     ] = False,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Check a GPTQ folder for what runtimes refuse.
+    """Check a GPTQ folder for everything that runtimes refuse.
 
     Needs no torch: it reads the headers of the weights and the small tensors, and hashes the files that provenance.json
     lists. Exits with 0 if there is no error (there may be warnings), with 7 if there is one.

@@ -1,1 +1,1 @@
-"""What a model is, base or quantized: shapes, files, packing and the forward pass."""
+"""The model, base or quantized: shapes, files, packing and the forward pass."""

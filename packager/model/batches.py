@@ -1,4 +1,4 @@
-"""How many token rows go through the blocks together, and what they and a block take. No torch: memory plans ask."""
+"""The number of token rows that go through the blocks together, and their bytes. No torch: memory plans use it."""
 
 from packager.model.architecture import Architecture
 

@@ -19,7 +19,7 @@ def choose_device(choice: DeviceChoice) -> "torch.device":
     """Return the device to compute on; "auto" takes a CUDA GPU where there is one.
 
     Raises:
-        MachineError: "cuda" was asked for and there is none.
+        MachineError: "cuda" was chosen and there is none.
     """
     import torch
 
@@ -34,7 +34,7 @@ def device_type(choice: DeviceChoice) -> str:
     """Return the type of the device to compute on, "cpu" or "cuda"; import torch only where a GPU's driver is loaded.
 
     Raises:
-        MachineError: "cuda" was asked for and there is none.
+        MachineError: "cuda" was chosen and there is none.
     """
     if choice == "cpu" or (choice == "auto" and not any(map(Path.exists, _GPU_DRIVERS))):
         return "cpu"

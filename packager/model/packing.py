@@ -97,7 +97,7 @@ def unpack_zeros(words: Tensor, bits: int) -> Tensor:
 
 
 def dequantize_linear(read: Callable[[str], Tensor], bits: int) -> Tensor:
-    """Return the float32 weight [out_features, in_features] that a linear's packed tensors stand for.
+    """Return the float32 weight [out_features, in_features] that a linear's packed tensors represent.
 
     The formula is this module's own: a checkpoint is read without the solver's code, so reading checks the solver.
 

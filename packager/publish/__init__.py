@@ -1,1 +1,1 @@
-"""Folders to branches and back: the plan, the targets, published repositories, rollback."""
+"""Publish folders as branches: the plan, the targets, published repositories, rollback."""

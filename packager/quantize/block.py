@@ -201,7 +201,7 @@ class _BlockSolver:
 
 
 def restore_block(block: nn.Module, index: int, tensors: Mapping[str, Tensor], variant: Variant) -> None:
-    """Overwrite a block's weights by those that its packed tensors stand for."""
+    """Overwrite a block's weights with those that its packed tensors represent."""
     device = next(block.parameters()).device
     for name, linear in linears_of(block).items():
         stored = f"{BLOCK_PREFIX}.{index}.{name}."

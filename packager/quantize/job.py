@@ -43,8 +43,8 @@ class DeviceShare:
     """The variants that one device quantizes, in one sweep or, where memory is short, in several.
 
     Attributes:
-        device: where.
-        variants: which.
+        device: the device.
+        variants: its variants.
         plan: how each sweep fits into memory.
     """
 

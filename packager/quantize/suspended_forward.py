@@ -48,7 +48,7 @@ def linear_groups(block: nn.Module, hidden: Tensor, context: Context) -> tuple[G
         context: the block's other arguments.
 
     Raises:
-        QuantizeError: a linear was never reached (a routed expert, say): there is nothing to calibrate it on.
+        QuantizeError: a linear was never reached, e.g. a routed expert: there is no input to calibrate it on.
     """
     seen: list[tuple[str, Tensor]] = []
 
@@ -136,9 +136,9 @@ def sweep_sequential(
 
 
 def _input_of(group: Group, run: greenlet, reached: Any) -> Tensor:
-    """Return the input of a group's linears, from what a batch's greenlet handed over when it stopped.
+    """Return the input of a group's linears, which a batch's greenlet passed on when it stopped.
 
-    A suspended greenlet hands over the linear's name and its input, a finished one the block's output.
+    A suspended greenlet passes on the linear's name and its input, a finished one the block's output.
     """
     if run.dead:
         raise _unreached(group)

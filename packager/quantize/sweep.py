@@ -53,7 +53,7 @@ def quantize(job: QuantizeJob, report: Report) -> dict[str, tuple[LinearRecord, 
     """Quantize every variant block by block into its store; blocks that are finished there are only run forward.
 
     Args:
-        job: what and where.
+        job: the variants, their stores, and the devices.
         report: called with each device's share, then with progress, from one thread per device.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What one device does: it takes its share of the variants through the blocks, one or several to a sweep."""
+"""The worker of one device: it quantizes its share of the variants block by block, in one or several sweeps."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

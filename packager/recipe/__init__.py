@@ -279,7 +279,7 @@ class Loaders(Strict):
 
 
 class License(Strict):
-    """The base model's licence, as the Hub names it, and the files that must travel with the weights."""
+    """The base model's licence, as the Hub names it, and the files that must accompany the weights."""
 
     id: LineText = Field(description="the Hub's licence identifier, e.g. llama2, apache-2.0")
     link: Url | None = Field(default=None, description="where the licence can be read")

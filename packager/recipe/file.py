@@ -37,7 +37,7 @@ class RecipeFile:
         """Read and validate a recipe file.
 
         Raises:
-            RecipeError: the file cannot be read, or something in it is wrong; carries every problem, in the file's
+            RecipeError: the file cannot be read, or something in it is wrong; holds every problem, in the file's
                 order.
         """
         recipe, model, located = _judge(_read(path), path.parent)

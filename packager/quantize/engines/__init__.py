@@ -1,4 +1,4 @@
-"""The engines that quantize: our own and, for comparison, AutoGPTQ. No torch: `plan` asks what an engine can do.
+"""The engines that quantize: our own and, for comparison, AutoGPTQ. No torch: `plan` imports this.
 
 Every engine returns the same linears as the same tensors (docs/reference/format.md), so packing, verifying, measuring
 and the card do not depend on the engine.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Raise it whenever our own engine makes other bytes from the same inputs: finished work is then quantized again.
 ENGINE_VERSION = 4
-# Raise it when the files beside the weights of an auto-gptq variant change; ENGINE_VERSION covers those of ours.
+# Raise it when the files beside the weights of an auto-gptq variant change; ENGINE_VERSION covers those of our engine.
 _FILES_VERSION = 2
 
 

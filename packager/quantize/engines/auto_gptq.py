@@ -259,13 +259,13 @@ class _VariantProgress:
 
     def _defect(self, why: str) -> QuantizeError:
         return QuantizeError(
-            "engine auto-gptq returned something else than it was asked for", where=self.variant.branch, why=why,
+            "engine auto-gptq returned an unexpected result", where=self.variant.branch, why=why,
             hint=f"this is a defect of packager: please report it with the recipe; {_USE_NATIVE}",
         )  # fmt: skip
 
 
 def _explained(event: Mapping[str, Any], variant: Variant) -> QuantizeError | MachineError:
-    """Return the error that the script's error event stands for."""
+    """Return the error for an error event of the script."""
     where = ", ".join(filter(None, [variant.branch, event["linear"]]))
     message = str(event["message"])
     match event["kind"]:

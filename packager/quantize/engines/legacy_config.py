@@ -1,6 +1,6 @@
 """A base model's config.json for the transformers 4.40 that AutoGPTQ 0.7.1 runs with, and what that cannot compute.
 
-transformers 4.40 silently replaces what it does not know by a default: a rope_theta that only stands in
+transformers 4.40 silently replaces what it does not know by a default: a rope_theta that is only in
 `rope_parameters` becomes 10000, a bias that `mlp_bias` announces is dropped. So every key whose meaning has changed
 since is either written the old way or refused before anything is computed. Read from transformers 4.40.2
 (`configuration_{llama,mistral,qwen2}.py`, `modeling_*.py`); what its runtime knows is in `model.compatibility`. No
