@@ -5,7 +5,7 @@ Reads jobs from standard input, one JSON object per line, and answers each with 
 {"kill": n} before the n-th effect (a file opened for writing, a rename, a removal, a folder made), {"kill": pattern}
 before the first effect described by it ("os.rename SOURCE TARGET"), {"interrupt": n} before the n-th by Ctrl-C,
 {"seconds": s} killed after s seconds, {} never. Every step is a fork of this process, which has torch imported but has
-never used it; it says which blocks it has finished.
+never used it; it reports the blocks that it has finished.
 """
 
 import importlib
@@ -39,7 +39,7 @@ WARM = (
 
 
 class EffectCounter:
-    """An audit hook that counts effects and sends its process a signal before the one it was told."""
+    """An audit hook that counts effects and sends its process a signal before a chosen one."""
 
     def __init__(self, fatal: int | str, number: signal.Signals) -> None:
         self.fatal = fatal
@@ -69,7 +69,7 @@ def child(step: dict[str, Any], dist: Path, count: int, words: Path) -> None:
     command = step.get("command", "build")
     sys.argv = ["packager", command, step["recipe"], "--dist", str(dist), *(["--quiet"] if command != "status" else [])]
     sys.addaudithook(counter)
-    tell_finished_blocks(count)
+    report_finished_blocks(count)
     code: object = 1
     try:
         packager()
@@ -80,7 +80,7 @@ def child(step: dict[str, Any], dist: Path, count: int, words: Path) -> None:
     os._exit(code if isinstance(code, int) else 0)
 
 
-def tell_finished_blocks(stream: int) -> None:
+def report_finished_blocks(stream: int) -> None:
     """Let this process write a line once a block is finished."""
     write = BlockStore.write
 
@@ -94,7 +94,7 @@ def tell_finished_blocks(stream: int) -> None:
 
 
 def run_step(step: dict[str, Any], dist: Path, words: Path) -> dict[str, object]:
-    """Run a step in a fork; return its exit code, its blocks, its effects if it came to its end, and what it said."""
+    """Run a step in a fork; return its exit code, its blocks, its effects if it came to its end, and its output."""
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:

@@ -67,7 +67,7 @@ _FIXTURE_FIGURES = {
 
 
 def fixture_sha256(text: str) -> str:
-    """Return a digest that looks like one and is none of anything real."""
+    """Return an invented digest."""
     return hashlib.sha256(f"fixture {text}".encode()).hexdigest()
 
 

@@ -26,7 +26,7 @@ def ask_git(root: Path, method: str, address: str, headers: Mapping[str, str], b
         address: the path with its query.
         headers: the request's; Git-Protocol, Content-Type and Content-Encoding count.
         body: the request's.
-        user: who pushes; "" for somebody who may only read.
+        user: who pushes; "" for a user who may only read.
     """
     parts = urlsplit(address)
     environ = {

@@ -1,7 +1,7 @@
-"""Real servers for the git target: git's own HTTP backend behind a token, and giftless for what git-lfs keeps.
+"""Real servers for the git target: git's own HTTP backend behind a token, and giftless for the objects of git-lfs.
 
-The front is a thin one: it checks the token, can be told to fail, runs `git http-backend`, and hands what belongs to
-git-lfs on to giftless, which runs in a process of its own.
+The server in front checks the token, fails on request, runs `git http-backend`, and passes the requests of git-lfs on
+to giftless, which runs in a process of its own.
 """
 
 import base64
@@ -131,7 +131,7 @@ class _Front(BaseHTTPRequestHandler):
         known = self._is_known()
         self.service.seen.append((self.command, self.path, known))
         status = 0
-        # giftless itself guards these addresses, by what it gave with them to those who had our token.
+        # giftless protects these addresses itself, with credentials that it gave to clients with our token.
         if not known and not self._is_storage():
             status = 401
         elif self.service.failures:

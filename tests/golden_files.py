@@ -1,4 +1,4 @@
-"""Golden files: what a test's text must still be, to the byte.
+"""Golden files: the texts that tests compare theirs with, byte by byte.
 
 A changed text is accepted with `pytest --update-golden`; the difference is then reviewed like code.
 """

@@ -1,4 +1,4 @@
-"""The Hub's read API over a folder of git repositories, for the Hub's own clients: olah, with its refusals put right.
+"""The Hub's read API over a folder of git repositories, for the Hub's own clients: olah, with its refusals corrected.
 
 olah 0.5.4 serves <root>/models/<namespace>/<name>, an ordinary git repository, without reaching for the Hub. But
 whatever a repository does not have, it refuses with 401 RepoNotFound, while the Hub answers 404: EntryNotFound for a
@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._pass_on()
 
     def log_message(self, *_: object) -> None:
-        """Say nothing: olah keeps a log."""
+        """Print nothing: olah writes a log."""
 
     def _pass_on(self) -> None:
         connection = http.client.HTTPConnection(HOST, self.server.olah_port, timeout=60)

@@ -93,7 +93,7 @@ def test_variants_share_their_first_batches_and_nothing_else(device, tmp_path, p
 
 
 @pytest.mark.parametrize("placement", ["host", "disk"])
-def test_what_was_put_elsewhere_may_be_freed_or_overwritten(device, tmp_path, placement):
+def test_a_stored_batch_may_be_freed_or_overwritten(device, tmp_path, placement):
     first = batches(device)
     held = Activations(first, placement, tmp_path)
     if device.type == "cpu":
@@ -104,7 +104,7 @@ def test_what_was_put_elsewhere_may_be_freed_or_overwritten(device, tmp_path, pl
     assert values(held) == [0, 1, 2]
 
 
-def test_files_on_disk_have_no_name_any_more_and_go_with_their_owner(device, tmp_path):
+def test_files_on_disk_have_no_name_and_end_with_their_owner(device, tmp_path):
     held = [Activations(batches(device, start), "disk", tmp_path) for start in (0, 100)]
     assert list(tmp_path.iterdir()) == []
     if (maps := Path("/proc/self/maps")).exists():
@@ -135,8 +135,8 @@ def test_every_bit_comes_back(device, tmp_path, placement, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("placement", ["host", "disk"])
 @pytest.mark.parametrize("expected", [False, True])
-def test_copies_wait_for_what_they_copy(tmp_path, placement, expected):
-    """The GPU is kept behind: whoever does not wait for it copies what is not there yet, or no more."""
+def test_copies_wait_for_their_source(tmp_path, placement, expected):
+    """The GPU is kept busy: a copy that does not wait for it gets data too early, or after it was overwritten."""
     cuda, shape, many = torch.device("cuda"), (1 << 22,), 4
     held = Activations([torch.zeros(shape, device=cuda) for _ in range(many)], placement, tmp_path)
     for block in range(1, 4):

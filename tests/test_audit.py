@@ -101,7 +101,7 @@ def test_all_findings_come_at_once(tmp_path: Path) -> None:
     }
 
 
-def test_equal_findings_are_one_with_all_places(tmp_path: Path) -> None:
+def test_equal_findings_become_one_with_all_locations(tmp_path: Path) -> None:
     folder = Checkpoint().write(tmp_path / "branch")
     edit_tensors(folder, lambda found: [found.pop(name) for name in list(found) if name.endswith("g_idx")])
     (finding,) = audit(folder, complete=False).findings
@@ -184,7 +184,7 @@ def test_a_hub_cache_snapshot_may_link_to_its_blobs(tmp_path: Path) -> None:
     assert audit(snapshot).findings == ()
 
 
-def test_what_fetched_the_folder_is_not_looked_at(tmp_path: Path) -> None:
+def test_files_of_the_tools_that_fetched_the_folder_are_ignored(tmp_path: Path) -> None:
     folder = Checkpoint().write(tmp_path / "branch")
     (folder / ".cache" / "huggingface").mkdir(parents=True)
     (folder / ".cache" / "huggingface" / "weights.bin").write_bytes(b"x")
@@ -192,7 +192,7 @@ def test_what_fetched_the_folder_is_not_looked_at(tmp_path: Path) -> None:
     assert audit(folder).findings == ()
 
 
-def test_a_branch_of_2023_gets_the_findings_it_deserves(tmp_path: Path) -> None:
+def test_a_branch_of_2023_has_the_known_findings(tmp_path: Path) -> None:
     folder = Checkpoint(weights_name="gptq_model-4bit-32g").write(tmp_path / "branch")
     edit_json(folder, "config.json", lambda config: config.pop("quantization_config"))
     old = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True, "true_sequential": True}
@@ -260,7 +260,7 @@ def test_secrets_are_not_repeated_and_private_words_are_found(tmp_path: Path) ->
     assert TOKEN not in json.dumps(audit_json(report))
 
 
-def test_remote_code_is_allowed_where_the_model_brings_some(tmp_path: Path) -> None:
+def test_remote_code_is_allowed_if_the_model_has_some(tmp_path: Path) -> None:
     folder = Checkpoint().write(tmp_path / "branch")
     edit_json(folder, "config.json", lambda config: config.update(auto_map={"AutoModelForCausalLM": "x.Y"}))
     edit_text(folder, "README.md", 'revision="main"', "trust_remote_code=True")
@@ -300,7 +300,7 @@ def test_our_own_cards_pass(tmp_path: Path, path: Path) -> None:
         ("{ { x } }", False),
     ],
 )
-def test_template_leftovers_are_told_from_code(tmp_path: Path, line: str, is_reported: bool) -> None:
+def test_template_leftovers_are_distinguished_from_code(tmp_path: Path, line: str, is_reported: bool) -> None:
     folder = Checkpoint().write(tmp_path / "branch")
     edit_text(folder, "README.md", "# A tiny model", line)
     seal(folder)

@@ -115,7 +115,7 @@ def our_solution(case: Case) -> Solution:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_our_solver_finds_what_autogptq_finds(solved: Mapping[Case, Mapping[str, Tensor]], case: Case) -> None:
+def test_our_solver_agrees_with_autogptq(solved: Mapping[Case, Mapping[str, Tensor]], case: Case) -> None:
     """Measured: the same integers in 47 of 48 cases, 99.93 % in the other; losses within 2e-6, and 3e-4 there."""
     theirs, ours = solved[case], our_solution(case)
     assert torch.equal(theirs["linear.g_idx"], ours.g_idx)
@@ -142,7 +142,7 @@ class Both:
 
 
 def dequantized(tensors: Mapping[str, Tensor], linear: str, bits: int) -> Tensor:
-    """Return the weight [out, in] that packed tensors stand for."""
+    """Return the weight [out, in] that packed tensors represent."""
     q, zeros = unpack(tensors[f"{linear}.qweight"], bits), unpack_zeros(tensors[f"{linear}.qzeros"], bits)
     groups = tensors[f"{linear}.g_idx"].long()
     return ((q.float() - zeros.float()[groups]) * tensors[f"{linear}.scales"].float()[groups]).T
@@ -176,7 +176,7 @@ def both(source: SourceModel, folder: Path, cache: Path, v: Variant) -> Both:
         ("llama", {"bits": 2, "static_groups": True, "desc_act": True, "true_sequential": False}),
     ],
 )
-def test_the_engine_makes_what_our_own_makes(cache: Path, tmp_path: Path, model: str, fields: dict[str, Any]) -> None:
+def test_both_engines_make_equivalent_variants(cache: Path, tmp_path: Path, model: str, fields: dict[str, Any]) -> None:
     """Measured: losses 0.93 to 1.10 of ours linear by linear, 0.99 to 1.01 in the mean of a model's."""
     source = read_source(save_model(tmp_path / "model", model), base_id="test/model")
     v = variant(**fields)

@@ -84,7 +84,7 @@ def test_a_model_in_several_files_keeps_them_and_gets_an_index(tmp_path, monkeyp
     assert len(bench.seen["files"]) > 4
 
 
-def test_biases_are_handed_over_where_the_base_model_has_some(tmp_path, monkeypatch):
+def test_biases_are_passed_on_if_the_base_model_has_some(tmp_path, monkeypatch):
     bench = Bench(tmp_path, monkeypatch, model="qwen2")
     bench.make()
     tensors = bench.store.read(0)
@@ -143,7 +143,7 @@ def test_killed_hanging_and_stopped_scripts_have_different_errors(bench):
         ("other", QuantizeError, "engine auto-gptq failed", "use engine: native"),
     ],
 )
-def test_what_the_script_explains_names_branch_and_linear(bench, behaviour, kind, what, hint):
+def test_an_error_of_the_script_names_branch_and_linear(bench, behaviour, kind, what, hint):
     error = bench.fails(behaviour)
     assert isinstance(error, kind)
     assert (error.what, error.where) == (what, "main, model.layers.1.self_attn.v_proj")
@@ -169,7 +169,7 @@ def test_an_environment_without_cuda_is_the_machines_fault(bench):
         ("stranger", "lm_head is not a linear of this model"),
     ],
 )
-def test_what_was_not_asked_for_is_not_taken(bench, behaviour, why):
+def test_unexpected_results_of_the_script_are_refused(bench, behaviour, why):
     error = bench.fails(behaviour)
     assert isinstance(error, QuantizeError)
     assert why in error.why
@@ -242,7 +242,7 @@ def test_the_gpu_memory_limit_reaches_the_script_and_torch(bench):
     assert fractions == [(0.25, 0)]
 
 
-def test_only_what_a_checkpoint_holds_is_selected():
+def test_only_tensors_of_a_checkpoint_are_selected():
     buffers = {kind: torch.zeros(2, 3).T for kind in ("qweight", "qzeros", "scales", "g_idx", "bias", "wf")}
     names = {"linear.qweight", "linear.qzeros", "linear.scales", "linear.g_idx"}
     assert auto_gptq_script.selected("linear", buffers, has_bias=False).keys() == names
@@ -274,11 +274,11 @@ def test_a_zero_of_0_is_moved_as_our_own_grids_do():
         (SystemExit(1), "other"),
     ],
 )
-def test_errors_have_kinds(error, kind):
+def test_every_error_has_a_kind(error, kind):
     assert auto_gptq_script.described(error)["kind"] == kind
 
 
-def test_what_libraries_print_does_not_reach_the_protocol():
+def test_output_of_libraries_does_not_reach_the_protocol():
     code = (
         "from packager.quantize.engines import auto_gptq_script as s; import os; emit = s.protocol()\n"
         "print('chatter', flush=True); os.write(1, b'deep chatter\\n'); os.system('echo child'); emit({'event': 'x'})"
@@ -288,7 +288,7 @@ def test_what_libraries_print_does_not_reach_the_protocol():
     assert done.stderr == "chatter\ndeep chatter\nchild\n"
 
 
-def test_the_script_without_cuda_says_so(tmp_path):
+def test_the_script_without_cuda_reports_it(tmp_path):
     (tmp_path / "job.json").write_text("{}")
     command = [sys.executable, "-I", auto_gptq_script.__file__, str(tmp_path / "job.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={"CUDA_VISIBLE_DEVICES": ""})

@@ -62,7 +62,7 @@ def test_losses_are_those_of_our_own_engine(cache: Path, tmp_path: Path, model: 
     assert float(ratios.mean()) == pytest.approx(1.0, abs=0.05)
 
 
-def test_every_loader_opens_what_both_engines_made(cache: Path, tmp_path: Path) -> None:
+def test_every_loader_opens_the_variants_of_both_engines(cache: Path, tmp_path: Path) -> None:
     """The demo in two permutations by both engines, through the whole build: audit, loaders, quality, card."""
     recipe_file = RecipeFile.load(DEMO)
     engines: tuple[tuple[EngineName, str], ...] = (("native", ""), ("auto-gptq", ".auto-gptq"))

@@ -62,7 +62,7 @@ def printed(table: Any) -> str:
     return capture.get()
 
 
-def test_a_made_model_is_what_its_recipe_says(modules: Any, tmp_path: Path) -> None:
+def test_a_made_model_has_the_shapes_of_its_recipe(modules: Any, tmp_path: Path) -> None:
     assert modules.make_model.make(tmp_path, made(modules)) > 0
     recipe_file = RecipeFile.load(tmp_path / "recipe.yaml")
     plan = make_plan(recipe_file)
@@ -90,7 +90,7 @@ def test_a_seed_gives_the_same_model_and_another_seed_another(modules: Any, tmp_
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_model_that_is_there_is_not_made_again_and_another_is(modules: Any, tmp_path: Path) -> None:
+def test_an_existing_model_is_not_made_again_unless_it_differs(modules: Any, tmp_path: Path) -> None:
     modules.make_model.make(tmp_path, made(modules))
     assert modules.make_model.make(tmp_path, made(modules)) == 0.0
     assert modules.make_model.make(tmp_path, made(modules, shard_bytes=10**9)) > 0
@@ -98,7 +98,9 @@ def test_a_model_that_is_there_is_not_made_again_and_another_is(modules: Any, tm
 
 
 @pytest.mark.slow
-def test_speed_runs_our_engine_and_says_which_peer_is_not_installed(modules: Any, tmp_path: Path, capsys: Any) -> None:
+def test_speed_runs_our_engine_and_names_peers_that_are_not_installed(
+    modules: Any, tmp_path: Path, capsys: Any
+) -> None:
     paths = [f"--work={tmp_path}", f"--cache={tmp_path}", f"--json={tmp_path / 'out.json'}"]
     status = modules.speed.main([*TINY, *paths, "--peers=autogptq"])
     printed_out, errors = capsys.readouterr()
@@ -121,7 +123,7 @@ def test_speed_runs_our_engine_and_says_which_peer_is_not_installed(modules: Any
 
 
 @pytest.mark.slow
-def test_full_is_ours_alone_down_to_checkpoints(modules: Any, tmp_path: Path, capsys: Any) -> None:
+def test_full_runs_our_engine_alone_to_the_checkpoints(modules: Any, tmp_path: Path, capsys: Any) -> None:
     assert (
         modules.speed.main([*TINY, "--full", "--plain", f"--work={tmp_path}", f"--json={tmp_path / 'out.json'}"]) == 0
     )
@@ -165,7 +167,7 @@ def test_a_peer_gets_its_own_paths_first_and_no_secrets(modules: Any, tmp_path: 
     assert "PYTHONPATH" not in elsewhere.environ(peer, environ)
 
 
-def test_ratios_are_per_layer_and_permutation_and_spare_the_peer_its_packing(modules: Any) -> None:
+def test_ratios_are_per_layer_and_permutation_without_the_peers_packing(modules: Any) -> None:
     ours, four = row(modules, seconds=4.0, marks=[1.0, 2.0, 3.0, 9.0]), row(modules, variants=4, seconds=8.0, marks=[])
     peer = row(modules, "AutoGPTQ", ours=False, seconds=50.0, packing_s=10.0, marks=[0.0, 10.0, 20.0, 31.0, 32.0])
     assert (ours.per_layer, four.per_layer, peer.per_layer) == (1.0, 0.5, 10.0)
@@ -176,7 +178,7 @@ def test_ratios_are_per_layer_and_permutation_and_spare_the_peer_its_packing(mod
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("22GiB", 22 * 2**30), ("1.5 gb", 1_500_000_000)])
-def test_sizes(modules: Any, text: str, size: int) -> None:
+def test_sizes_are_parsed(modules: Any, text: str, size: int) -> None:
     assert modules.speed.parse([f"--gpu-memory={text}"]).gpu_memory_bytes == size
 
 
@@ -197,7 +199,7 @@ def test_wrong_options_are_refused(modules: Any, script: str, arguments: list[st
     assert says in capsys.readouterr().err
 
 
-def test_quality_measures_what_every_engine_saved(modules: Any, tmp_path: Path) -> None:
+def test_quality_measures_the_checkpoint_of_every_engine(modules: Any, tmp_path: Path) -> None:
     (tmp_path / "recipes").mkdir()
     recipe = tiny_recipe.write_all(tmp_path / "recipes")
     options = ["--seeds=0,1", "--permutations=32,16d", "--device=cpu", "--peers=autogptq", f"--cache={tmp_path}"]

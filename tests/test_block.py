@@ -174,7 +174,7 @@ def test_activations_that_overflow_name_the_linear_they_reach(tmp_path, attempts
     assert case.outputs_are(case.inputs)
 
 
-def test_what_has_no_name_yet_is_the_block_s(tmp_path, monkeypatch):
+def test_an_error_before_the_first_linear_names_the_block(tmp_path, monkeypatch):
     case = BlockCase(tmp_path)
 
     def fail(*_args: object, **_rest: object) -> None:

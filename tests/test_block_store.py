@@ -130,7 +130,7 @@ def test_the_files_are_the_reference_s_byte_by_byte(any_case: StoreCase) -> None
     assert any_case.weights() == any_case.reference()
 
 
-def test_a_later_run_finds_what_an_earlier_one_wrote(any_case: StoreCase) -> None:
+def test_a_later_run_finds_the_blocks_of_an_earlier_one(any_case: StoreCase) -> None:
     any_case.write(0, 2)
     store = any_case.open()
     assert any_case.finished() == [0, 2]
@@ -152,7 +152,7 @@ def test_space_is_taken_before_the_first_block(any_case: StoreCase) -> None:
 
 
 @pytest.mark.parametrize("number", [None, errno.EOPNOTSUPP, errno.EINVAL])
-def test_where_space_cannot_be_reserved_it_works_all_the_same(
+def test_a_file_system_that_cannot_reserve_space_is_supported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
 ) -> None:
     def refuse(*_: int) -> None:

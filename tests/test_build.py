@@ -46,7 +46,7 @@ from tests.tiny_recipe import (
     write_recipe,
 )
 
-# Runs a command of the packager in this process, and says whether torch came along.
+# Runs a command of packager in this process, and reports whether torch was imported.
 WITHOUT_TORCH = """
 import sys
 from packager.cli.main import main
@@ -105,14 +105,14 @@ def test_predicted_sizes_are_the_real_ones(made: Scene) -> None:
         assert (folder / shard.file_name).stat().st_size == shard.size_bytes == plan.weights_bytes
 
 
-def test_a_build_leaves_no_work_behind(made: Scene) -> None:
+def test_a_build_leaves_no_work_files(made: Scene) -> None:
     assert leftovers(made.dist) == []
     assert not workspace(made.dist).work.exists()
     assert not list(made.dist.rglob("unfinished/*"))
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_receipts_hold_what_was_read_done_and_measured(made: Scene, branch: str) -> None:
+def test_receipts_record_the_inputs_the_stages_and_the_figures(made: Scene, branch: str) -> None:
     receipt = workspace(made.dist).read_receipt(branch)
     assert receipt is not None
     provenance, files = receipt.provenance, made.files(branch)
@@ -206,7 +206,7 @@ def assert_remade(scene: Scene, result: BuildResult, expected: tuple[tuple[str, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_recipe_runs_what_it_must_again(scene: Scene, tmp_path: Path, change: str) -> None:
+def test_a_changed_recipe_repeats_the_affected_stages_only(scene: Scene, tmp_path: Path, change: str) -> None:
     changes, expected = CHANGES[change]
     if change == "license of the base":
         (scene.folder / "model" / "config.json.md").write_text("The base model's licence.\n")
@@ -254,12 +254,12 @@ FILE_CHANGES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", FILE_CHANGES, ids=lambda change: change.__name__)
-def test_a_changed_file_runs_what_it_must_again(scene: Scene, tmp_path: Path, change: Any) -> None:
+def test_a_changed_file_repeats_the_affected_stages_only(scene: Scene, tmp_path: Path, change: Any) -> None:
     change(scene.folder)
     assert_remade(scene, scene.build(), FILE_CHANGES[change], tmp_path / "fresh")
 
 
-def test_a_new_variant_costs_itself_and_one_that_leaves_costs_nothing(scene: Scene) -> None:
+def test_only_a_new_variant_is_built_and_a_removed_one_repeats_nothing(scene: Scene) -> None:
     untouched = scene.files(MAIN)["model.safetensors"]
     result = scene.build({"variants": [*RECIPE["variants"], {"branch": "eight", "bits": 8}]})
     assert result.quantized == result.measured == ("eight",)
@@ -357,7 +357,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], torch.Tenso
     ],
     ids=lambda value: str(value) if not isinstance(value, list) else f"{len(value)} variants",
 )
-def test_every_kind_of_variant_stores_what_the_engine_computed(
+def test_every_kind_of_variant_stores_the_engines_result(
     tmp_path: Path, solved: dict[tuple[str, str], torch.Tensor], name: str, dtype: torch.dtype, variants: list[Any]
 ) -> None:
     recipe = write_all(tmp_path / "recipe", {"variants": variants}, name=name, dtype=dtype)

@@ -99,14 +99,14 @@ def test_a_loader_that_needs_a_gpu_is_run_where_there_is_one(
     assert len(loader.opened) == len(BRANCHES)
     assert build(recipe, dist, capsys)[0].nothing_to_do
 
-    # And back: what the GPU machine proved stays, also when the loaders run again here.
+    # Back on the first machine: results of the GPU machine stay, also when the loaders run again here.
     monkeypatch.undo()
     install(loader, monkeypatch)
     back = flow.reverify(RecipeFile.load(recipe), tiny_recipe.options(dist), Terminal(quiet=True))
     assert {record.status for receipt in back for record in receipt.provenance.loaders} == {"passed"}
 
 
-def test_torch_is_asked_for_a_gpu_only_where_a_driver_is_loaded(
+def test_torch_is_imported_for_a_gpu_only_if_a_driver_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -144,7 +144,7 @@ def test_a_renamed_repository_is_packed_again_and_not_quantized_again(tmp_path: 
         assert one.seconds["quantize"] == other.seconds["quantize"]
 
 
-def test_weights_that_changed_are_not_taken_over(tmp_path: Path) -> None:
+def test_changed_weights_are_not_reused(tmp_path: Path) -> None:
     recipe, dist = tiny_recipe.write_all(tmp_path), tmp_path / "dist"
     tiny_recipe.build(recipe, dist)
     weights = tiny_recipe.workspace(dist).folder(MAIN) / "model.safetensors"

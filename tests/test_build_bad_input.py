@@ -332,8 +332,8 @@ def test_text_or_a_tokenizer_that_cannot_be_used(recipe: Path, tmp_path: Path, n
     assert not (tmp_path / "new" / "builds").exists()
 
 
-def test_the_missing_tokens_are_all_that_is_missing(recipe: Path, tmp_path: Path) -> None:
-    """As many rows fewer as the message says tokens are missing, and it builds."""
+def test_the_stated_number_of_missing_tokens_is_exact(recipe: Path, tmp_path: Path) -> None:
+    """With fewer rows, by as many tokens as the message states, it builds."""
     (recipe.parent / "calibration.txt").write_text(sentences(12, seed=1))
     text = refused(CalibrationError, 4, build, write_recipe(recipe.parent, {"calibration.num_samples": 40}), tmp_path)
     missing = int(text.partition("too little text: ")[2].split()[0])
@@ -359,9 +359,7 @@ def test_recipes_that_cannot_be_built_name_line_and_column(recipe: Path, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
-def test_a_license_file_that_the_base_model_lacks_is_missed_before_anything_is_computed(
-    recipe: Path, tmp_path: Path
-) -> None:
+def test_a_missing_license_file_is_an_error_before_anything_is_computed(recipe: Path, tmp_path: Path) -> None:
     changed = write_recipe(recipe.parent, {"card.license.base_files": ["NOTICE.md"]})
     text = refused(RecipeError, 2, build, changed, tmp_path / "new")
     assert "NOTICE.md" in text
@@ -373,7 +371,7 @@ def test_a_license_file_that_the_base_model_lacks_is_missed_before_anything_is_c
     assert not run.workspace.work.exists()
 
 
-def test_a_header_that_is_no_text(recipe: Path, dist: Path) -> None:
+def test_a_card_header_that_is_no_text_is_refused(recipe: Path, dist: Path) -> None:
     (recipe.parent / "header.md").write_bytes(b"\xff\xfe")
     before = built_files(dist)
     text = refused(CardError, 9, build, write_recipe(recipe.parent, {"card.header": "header.md"}), dist)
@@ -450,7 +448,7 @@ def test_a_disk_that_fills_up_at_any_point(recipe: Path, made: Path, tmp_path: P
         assert built_files(tmp_path / str(percent)) == built_files(made / "dist")
 
 
-def test_a_limit_on_the_size_of_files(recipe: Path, made: Path, tmp_path: Path) -> None:
+def test_a_limit_on_the_size_of_files_is_an_error(recipe: Path, made: Path, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
@@ -484,7 +482,7 @@ def set_free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
 
 
-def test_too_little_disk_space_is_said_before_anything_is_written(
+def test_too_little_disk_space_is_an_error_before_anything_is_written(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new = tmp_path / "new"
@@ -561,7 +559,7 @@ def test_a_card_edited_by_hand_is_never_replaced(
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:900], lambda _: b"{}", lambda data: b"\xff" + data])
-def test_a_damaged_receipt(recipe: Path, made: Path, dist: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_receipt_is_an_error(recipe: Path, made: Path, dist: Path, damage: Callable[[bytes], bytes]) -> None:
     path, folder = workspace(dist).receipt_path(MAIN), workspace(dist).folder(MAIN)
     path.write_bytes(damage(path.read_bytes()))
     before = built_files(dist)
@@ -577,7 +575,9 @@ def test_a_damaged_receipt(recipe: Path, made: Path, dist: Path, damage: Callabl
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["nothing built yet", "others built"])
-def test_something_else_where_a_variant_shall_go(recipe: Path, dist: Path, tmp_path: Path, first: bool) -> None:
+def test_a_foreign_folder_at_a_variants_path_is_not_replaced(
+    recipe: Path, dist: Path, tmp_path: Path, first: bool
+) -> None:
     place = tmp_path / "new" if first else dist
     if not first:
         workspace(dist).receipt_path(MAIN).unlink()
@@ -591,11 +591,11 @@ def test_something_else_where_a_variant_shall_go(recipe: Path, dist: Path, tmp_p
     folder.write_text("a file")
     assert str(folder) in refused(StateError, 11, build, recipe, place)
     folder.unlink()
-    folder.mkdir()  # an empty folder is in nobody's way
+    folder.mkdir()  # an empty folder may be replaced
     build(recipe, place)
 
 
-def test_a_folder_that_a_killed_build_put_in_place_and_somebody_edited(
+def test_an_edited_folder_of_a_killed_build_is_not_replaced(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(*_: Any) -> None:
@@ -617,7 +617,7 @@ def test_a_folder_that_a_killed_build_put_in_place_and_somebody_edited(
     build(recipe, new)
 
 
-def test_an_output_folder_that_is_a_file(recipe: Path, tmp_path: Path) -> None:
+def test_an_output_folder_that_is_a_file_is_refused(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     text = refused(MachineError, 12, build, recipe, tmp_path / "taken")
     assert "the folder cannot be written" in text
@@ -625,7 +625,7 @@ def test_an_output_folder_that_is_a_file(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [build, publish])
-def test_two_at_once(recipe: Path, dist: Path, command: Callable[..., object]) -> None:
+def test_a_second_build_at_the_same_time_is_refused(recipe: Path, dist: Path, command: Callable[..., object]) -> None:
     with workspace(dist).locked():
         text = refused(StateError, 11, command, recipe, dist)
     assert f"another build of {REPOSITORY} is in progress" in text
@@ -661,7 +661,7 @@ def test_a_damaged_work_file_is_made_again(
     assert built_files(tmp_path / "new") == built_files(made / "dist")
 
 
-def test_publishing_what_is_not_built(recipe: Path, dist: Path, tmp_path: Path) -> None:
+def test_publishing_without_a_build_is_refused(recipe: Path, dist: Path, tmp_path: Path) -> None:
     text = refused(PublishError, 10, publish, recipe, tmp_path / "new")
     assert f"not every variant is ready: {', '.join(BRANCHES)}" in text
     assert "run packager build first" in text
@@ -673,7 +673,7 @@ def test_publishing_what_is_not_built(recipe: Path, dist: Path, tmp_path: Path) 
     assert not hub_folder(dist).exists()
 
 
-def test_publishing_without_git(recipe: Path, dist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publishing_without_git_is_refused(recipe: Path, dist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.import_module("git")  # without git its first import fails, and the second finds half a module
     monkeypatch.setenv("PATH", "")
     text = refused(MachineError, 12, publish, recipe, dist)
@@ -697,7 +697,7 @@ def record_loader(recipe: Path, dist: Path, status: LoaderStatus, *, required: b
     flow.render(RecipeFile.load(recipe), options(dist), Terminal(quiet=True), branch=MAIN)
 
 
-def test_publishing_what_a_required_loader_has_not_passed(recipe: Path, dist: Path) -> None:
+def test_publishing_without_a_pass_of_a_required_loader_is_refused(recipe: Path, dist: Path) -> None:
     required = write_recipe(recipe.parent, {"loaders.required": ["autogptq"]})
     record_loader(required, dist, "not run", required=True)
     text = refused(PublishError, 10, publish, required, dist)
@@ -710,7 +710,7 @@ def test_publishing_what_a_required_loader_has_not_passed(recipe: Path, dist: Pa
     publish(optional, dist)
 
 
-def test_a_loader_that_computes_something_else_fails_the_build_every_time(recipe: Path, dist: Path) -> None:
+def test_a_loader_with_other_values_fails_every_build(recipe: Path, dist: Path) -> None:
     optional = write_recipe(recipe.parent, {"loaders.if_available": ["autogptq"]})
     record_loader(optional, dist, "failed", required=False)
     for _ in range(2):
@@ -728,7 +728,7 @@ SECRETS = {
 
 
 @pytest.mark.parametrize("good", [True, False], ids=["built and published", "refused"])
-def test_no_secret_of_the_environment_gets_anywhere(
+def test_no_secret_of_the_environment_is_written(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], good: bool
 ) -> None:
     for name, value in SECRETS.items():

@@ -1,4 +1,4 @@
-"""A build killed or interrupted at any moment is simply run again: the end is that of a build nobody touched."""
+"""A build killed or interrupted at any moment is simply run again: the result is that of an undisturbed build."""
 
 import json
 import os
@@ -41,7 +41,7 @@ class Driver:
         )
 
     def run(self, start: Path | None, *steps: Step, **more: str) -> dict[str, Any]:
-        """Run steps in a copy of `start`; return what became of them."""
+        """Run steps in a copy of `start`; return their results."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"start": start and str(start), "steps": steps, **more}) + "\n")
@@ -51,7 +51,7 @@ class Driver:
         return found
 
     def close(self) -> None:
-        """Let it end."""
+        """End the process."""
         self.process.communicate()
 
 
@@ -77,7 +77,7 @@ class Scene:
     driver: Driver
 
     def run(self, start: Path | None, *steps: Step) -> list[dict[str, Any]]:
-        """Run steps and check the end, and what could be seen before; return what became of each step."""
+        """Run steps and check the end, and what could be seen before; return the result of each step."""
         outcome = self.driver.run(start, *steps)
         recipe = steps[-1]["recipe"]
         story = f"{steps}: {outcome}"
@@ -133,7 +133,7 @@ def spread(count: int, last: int) -> list[int]:
     return sorted({1 + round(step * (last - 1) / (count - 1)) for step in range(count)})
 
 
-def test_the_two_recipes_differ_in_all_that_counts(scene: Scene) -> None:
+def test_the_two_recipes_differ_in_weights_card_and_licence(scene: Scene) -> None:
     assert set(scene.files[scene.old]) == {MAIN, ACT_ORDER}
     for branch in (MAIN, ACT_ORDER):
         old, new = (scene.files[recipe][branch] for recipe in (scene.old, scene.new))
@@ -141,25 +141,25 @@ def test_the_two_recipes_differ_in_all_that_counts(scene: Scene) -> None:
         assert differing == {"model.safetensors", "README.md", "provenance.json", "LICENSE.txt"}
 
 
-def test_killed_anywhere_in_a_first_build(scene: Scene) -> None:
+def test_a_first_build_may_be_killed_anywhere(scene: Scene) -> None:
     for kill in spread(12, scene.effects[0]):
         again = {"recipe": scene.old}, {"recipe": scene.old, "command": "publish"}
         killed, *_ = scene.run(None, {"recipe": scene.old, "kill": kill}, *again)
         assert killed["code"] == -signal.SIGKILL
 
 
-def test_killed_anywhere_in_a_build_that_replaces_another(scene: Scene) -> None:
+def test_a_build_that_replaces_another_may_be_killed_anywhere(scene: Scene) -> None:
     for kill in spread(12, scene.effects[1]):
         killed, _ = scene.run(scene.built, {"recipe": scene.new, "kill": kill}, {"recipe": scene.new})
         assert killed["code"] == -signal.SIGKILL
 
 
-def test_killed_and_then_the_recipe_is_changed_back(scene: Scene) -> None:
+def test_a_killed_build_may_be_followed_by_one_of_the_old_recipe(scene: Scene) -> None:
     for kill in spread(6, scene.effects[1])[1:]:
         scene.run(scene.built, {"recipe": scene.new, "kill": kill}, {"recipe": scene.old})
 
 
-def test_killed_at_random_moments_again_and_again(scene: Scene) -> None:
+def test_a_build_may_be_killed_at_random_moments_many_times(scene: Scene) -> None:
     dice = random.Random(20261123)
     for number in range(10):
         kills: list[Step] = [{"kill": dice.randrange(1, scene.effects[0])} for _ in range(2)]
@@ -169,7 +169,7 @@ def test_killed_at_random_moments_again_and_again(scene: Scene) -> None:
         scene.run(None if number % 4 < 2 else scene.built, *steps, {"recipe": scene.new})
 
 
-# Where the last finished block must still count, and from where on the folder itself does.
+# Up to the first point the last finished block must count, from the second on the folder itself.
 POINTS = {
     "the first weights file is made": r"^open .*/main/checkpoint/model\.safetensors x",
     "a journal is written": r"^open .*/work/.*/main/\.tmp-",
@@ -188,7 +188,7 @@ POINTS = {
 
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("replaces", [False, True], ids=["first build", "replaces another"])
-def test_killed_before(scene: Scene, point: str, replaces: bool) -> None:
+def test_a_build_may_be_killed_before_a_chosen_effect(scene: Scene, point: str, replaces: bool) -> None:
     recipe = scene.new if replaces else scene.old
     killed, again = scene.run(
         scene.built if replaces else None, {"recipe": recipe, "kill": POINTS[point]}, {"recipe": recipe}
@@ -197,7 +197,7 @@ def test_killed_before(scene: Scene, point: str, replaces: bool) -> None:
     assert len(killed["blocks"]) + len(again["blocks"]) == len((MAIN, ACT_ORDER)) * BLOCKS
 
 
-def test_a_folder_that_is_in_place_without_its_receipt_is_taken_over(scene: Scene) -> None:
+def test_a_folder_without_its_receipt_is_recognised(scene: Scene) -> None:
     kill = {"recipe": scene.old, "kill": POINTS["the receipt is written"]}
     killed, _ = scene.run(None, kill, {"recipe": scene.old})
     assert killed["visible"].keys() == {MAIN}
@@ -205,13 +205,13 @@ def test_a_folder_that_is_in_place_without_its_receipt_is_taken_over(scene: Scen
     scene.run(None, kill, {"recipe": scene.new})
 
 
-def test_status_can_look_at_what_a_killed_build_left(scene: Scene) -> None:
+def test_status_can_read_the_files_of_a_killed_build(scene: Scene) -> None:
     kill, look = {"recipe": scene.new, "kill": scene.effects[1] - 20}, {"recipe": scene.new, "command": "status"}
     _, status, _ = scene.run(scene.built, kill, look, {"recipe": scene.new})
     assert (status["code"], status["said"]) == (0, "")
 
 
-def test_ctrl_c_anywhere_says_one_line(scene: Scene) -> None:
+def test_ctrl_c_anywhere_prints_one_line(scene: Scene) -> None:
     for point in spread(6, scene.effects[1]):
         stopped, _ = scene.run(scene.built, {"recipe": scene.new, "interrupt": point}, {"recipe": scene.new})
         assert (stopped["code"], stopped["said"]) == (130, INTERRUPTED)

@@ -70,7 +70,7 @@ def test_the_table_names_the_engine_that_made_a_branch() -> None:
     assert "`auto-gptq` is AutoGPTQ" not in llama_card()
 
 
-def test_front_matter_says_what_the_hub_needs() -> None:
+def test_front_matter_has_the_fields_that_the_hub_needs() -> None:
     fields = front_matter(llama_card())
     assert fields == {
         "base_model": "meta-llama/Llama-2-13b-chat-hf",
@@ -100,7 +100,7 @@ def test_front_matter_says_what_the_hub_needs() -> None:
         ),
     ],
 )
-def test_a_licence_is_one_the_hub_knows_or_has_a_name(license_: dict[str, object], expected: dict[str, str]) -> None:
+def test_a_licence_is_one_of_the_hubs_or_has_a_name(license_: dict[str, object], expected: dict[str, str]) -> None:
     fields = front_matter(minimal_card(fixtures.minimal_recipe(license=license_)))
     assert {key: value for key, value in fields.items() if key.startswith("license")} == expected
     assert "other" not in HUB_LICENSES
@@ -112,7 +112,7 @@ def test_a_licence_without_a_name_is_refused(identifier: str) -> None:
         minimal_card(fixtures.minimal_recipe(license={"id": identifier}))
 
 
-def test_known_mistakes_of_2023_stay_away() -> None:
+def test_known_mistakes_of_2023_do_not_return() -> None:
     text = llama_card().partition("# Original model card")[0]
     for mistake in (
         "huggingface-cli",
@@ -159,7 +159,7 @@ def test_every_figure_comes_from_the_receipts() -> None:
     assert made[2][-1] == "for 2 of 280 linears, up to 0.02"
 
 
-def test_what_was_not_measured_or_run_is_said_so() -> None:
+def test_the_card_states_what_was_not_measured_or_run() -> None:
     text = minimal_card()
     assert "not measured" in text
     assert "No loader was run." in text
@@ -192,7 +192,7 @@ def test_a_loader_that_failed_is_not_hidden() -> None:
     assert "from auto_gptq" not in text
 
 
-def test_expectations_are_kept_apart_from_what_was_proven() -> None:
+def test_predictions_are_separate_from_results() -> None:
     branches = [variant.branch for variant in fixtures.llama_recipe().expanded_variants()]
     expectations = {
         branch: (
@@ -280,7 +280,7 @@ def test_a_branch_card_says_whose_it_is() -> None:
     assert "This is the card of" not in llama_card()
 
 
-def test_the_local_target_is_said() -> None:
+def test_the_card_states_a_local_target() -> None:
     assert "dist/hub/models/fixture/tiny-GPTQ" in minimal_card()
 
 
@@ -298,7 +298,7 @@ def test_no_template_syntax_is_left() -> None:
     ("name", "text"),
     [("header", "<!-- open"), ("footer", "```\nopen"), ("original_card", "~~~"), ("original_card", "<pre>")],
 )
-def test_a_text_that_would_swallow_the_card_is_refused(name: str, text: str) -> None:
+def test_a_text_that_leaves_a_block_open_is_refused(name: str, text: str) -> None:
     recipe = fixtures.minimal_recipe()
     with pytest.raises(
         CardError, match=rf"card\.{name}: the {name} leaves an? (code fence|HTML comment|HTML block) open"

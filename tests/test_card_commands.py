@@ -1,4 +1,4 @@
-"""What a card tells its readers to type, typed: every command of every published card, against the loopback Hub.
+"""Every command of every published card, run against the loopback Hub.
 
 The cards are those of the published repositories. What a card's Python code does with a model needs the loaders'
 environments: tests/test_release.py runs it, with the demo from a local target.
@@ -47,7 +47,7 @@ class Release:
         tiny_recipe.build(recipe, folder / "dist")
         self.built = {branch: tiny_recipe.workspace(folder / "dist").folder(branch) for branch in BRANCHES}
         self._environ = on_the_hub(new_reader(folder / "home", f"{hub.endpoint}/"), hub.endpoint, xet=True)
-        # The command line turns Xet off where it is not the Hub's, unless it is told to use it.
+        # The command line turns Xet off where it is not the Hub's, unless a variable turns it on.
         self._environ |= {"HF_TOKEN": TOKEN, **({"HF_HUB_DISABLE_XET": "0"} if hub.xet else {})}
         self._command: list[str | Path] = [f"{BIN}/packager", "publish", recipe, "--dist", folder / "dist", "--yes"]
         self.publish()
@@ -90,7 +90,7 @@ def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def reader(release: Release, tmp_path: Path) -> dict[str, str]:
-    """Somebody for whom the Hub is the loopback Hub, to git and to the Hub's own clients."""
+    """The environment of a reader whose Hub is the loopback Hub, for git and for the Hub's own clients."""
     environ = new_reader(tmp_path / "home", f"{release.hub.endpoint}/")
     return on_the_hub(environ, release.hub.endpoint, xet=release.hub.xet)
 
@@ -151,7 +151,7 @@ def test_with_git_lfs_a_clone_is_the_variant(branch: str, release: Release, read
         assert_audit_passes(fetched, reader)
 
 
-def test_what_is_there_is_not_sent_again(release: Release) -> None:
+def test_downloaded_files_are_not_sent_again(release: Release) -> None:
     before = len(release.hub.requests)
     release.publish()
     written = [request for request in release.hub.requests[before:] if request.method != "GET"]

@@ -423,7 +423,7 @@ def test_a_card_of_a_branch_takes_that_branch_s_commands() -> None:
         assert f'branch = "{receipt.branch}"' in text
 
 
-def test_expectations_leave_out_what_was_run() -> None:
+def test_predictions_leave_out_loaders_that_ran() -> None:
     """A loader that passed or failed on a branch is not predicted there."""
     recipe = recipe_of_four()
     receipts = receipts_of_four(recipe)

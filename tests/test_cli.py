@@ -116,7 +116,7 @@ def add_loaders(folder: Path) -> None:
         ("release", ["Exits with 0", "--strict", "12", "nothing is built before"]),
     ],
 )
-def test_help_teaches(command: str, words: list[str]) -> None:
+def test_the_help_of_a_command_contains_its_main_words(command: str, words: list[str]) -> None:
     result = packager(command, "--help")
     text = " ".join(result.stdout.split())
     assert result.exit_code == 0
@@ -153,7 +153,7 @@ def test_no_command_is_help_and_version_is_one_line() -> None:
         (["release"], ["Missing argument 'RECIPE'"]),
     ],
 )
-def test_a_wrong_command_line_exits_with_2_and_says_what_is_wrong(arguments: list[str], words: list[str]) -> None:
+def test_a_wrong_command_line_exits_with_2_and_names_the_mistake(arguments: list[str], words: list[str]) -> None:
     result = packager(*arguments)
     text = " ".join(result.stderr.split())
     assert (result.exit_code, result.stdout) == (2, "")
@@ -177,7 +177,7 @@ def test_every_error_becomes_its_exit_code_and_no_traceback(
     assert result.stderr == "error: it [bold]went[/bold] :bomb: wrong\n  hint: do [i]this[/i]\n"
 
 
-def test_exit_codes_tell_the_kinds_of_errors_apart() -> None:
+def test_each_kind_of_error_has_its_own_exit_code() -> None:
     kinds = [error for error in error_classes() if PackagerError in error.__bases__ and error.exit_code != 2]
     assert len({error.exit_code for error in kinds}) == len(kinds)
     assert LoaderError.exit_code == 8
@@ -185,7 +185,9 @@ def test_exit_codes_tell_the_kinds_of_errors_apart() -> None:
     assert {error.exit_code for error in error_classes()} == set(range(1, 13))
 
 
-def test_what_the_file_system_refuses_is_an_error_like_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_error_of_the_file_system_has_a_message_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def fail(_: RecipeFile) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "dist/work")
 
@@ -241,7 +243,7 @@ def test_ctrl_c_in_the_middle_of_work_shows_no_traceback() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["plan", DEMO], ["plan", DEMO, "--format", "json"], ["--help"], ["--version"]])
-def test_a_reader_that_left_is_met_with_silence(arguments: list[str]) -> None:
+def test_a_closed_pipe_is_no_error(arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     running = process(*arguments, stdout=writer)
@@ -284,7 +286,7 @@ def test_error_texts(tiny: Path, update_golden: bool, name: str) -> None:
 # Results
 
 
-def test_json_is_all_there_is_on_standard_output(tiny: Path) -> None:
+def test_standard_output_holds_only_json(tiny: Path) -> None:
     def result_of(*arguments: object) -> Any:
         result = packager(*arguments, "--format", "json")
         assert result.exit_code == 0, result.stderr
@@ -306,7 +308,7 @@ def test_json_is_all_there_is_on_standard_output(tiny: Path) -> None:
     assert [entry["branch"] for entry in built_again["branches"]] == [*tiny_recipe.BRANCHES]
 
 
-def test_talk_goes_to_standard_error_and_quiet_ends_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_go_to_standard_error_unless_quiet(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("packager.pipeline.build_state._LONG_TO_HASH_BYTES", 1)
     talking = packager("publish", "recipe.yaml")
     assert re.match(r"comparing \d+\.\d\d [kM]B of finished files with their records\n", talking.stderr)
@@ -342,7 +344,7 @@ def test_a_card_is_printed_to_the_byte(tiny: Path) -> None:
     ("required", "status", "code"),
     [(True, "passed", 0), (True, "not run", 8), (False, "not run", 0), (False, "failed", 8)],
 )
-def test_verify_exits_with_what_the_loaders_found(
+def test_the_exit_code_of_verify_depends_on_the_loaders(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, required: bool, status: str, code: int
 ) -> None:
     add_loaders(tiny)
@@ -454,7 +456,7 @@ def test_every_figure_of_the_loaders_table_is_that_of_its_record(tiny: Path) -> 
     ]
 
 
-def test_the_loaders_table_says_why_one_did_not_run_once(tiny: Path) -> None:
+def test_the_loaders_table_gives_each_reason_once(tiny: Path) -> None:
     add_loaders(tiny)
     folder = tiny / "dist" / "receipts" / tiny_recipe.REPOSITORY
     receipts = [Receipt.model_validate_json((folder / f"{name}.json").read_bytes()) for name in tiny_recipe.BRANCHES]
@@ -469,7 +471,7 @@ def test_the_loaders_table_says_why_one_did_not_run_once(tiny: Path) -> None:
 # Release
 
 
-def test_a_recipe_too_large_for_this_machine_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_recipe_too_large_for_this_machine_is_left_out_with_the_reason(tmp_path: Path) -> None:
     dist = tmp_path / "dist"
     result = packager("release", LARGE, "--dist", dist, "--device", "cpu")
     assert result.exit_code == 0
@@ -481,7 +483,7 @@ def test_a_recipe_too_large_for_this_machine_is_left_out_and_said(tmp_path: Path
     assert not dist.exists()
 
 
-def test_a_base_install_builds_nothing_and_says_what_is_missing(
+def test_a_base_install_builds_nothing_and_names_the_missing_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lacking() -> None:
@@ -493,7 +495,7 @@ def test_a_base_install_builds_nothing_and_says_what_is_missing(
     assert result.stdout == f"{DEMO}: not built: building needs packages that are not installed (missing: torch)\n"
 
 
-def test_a_release_publishes_what_is_built_and_accounts_for_the_rest(tiny: Path) -> None:
+def test_a_release_publishes_the_built_recipes_and_reports_the_others(tiny: Path) -> None:
     result = packager("release", "recipe.yaml", LARGE, "--device", "cpu")
     assert result.exit_code == 0, result.stderr
     assert "nothing to do" in result.stderr
@@ -502,7 +504,7 @@ def test_a_release_publishes_what_is_built_and_accounts_for_the_rest(tiny: Path)
     assert tiny_recipe.hub_folder(Path("dist")).is_dir()
 
 
-def test_a_failed_release_still_accounts_for_what_was_left_out(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_release_still_reports_the_recipes_left_out(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise StateError("no")
 
@@ -536,7 +538,7 @@ def test_off_a_terminal_every_step_is_one_line(capsys: pytest.CaptureFixture[str
     assert stage.seconds > 0
 
 
-def test_a_quiet_terminal_says_errors_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quiet_terminal_prints_errors_only(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Terminal(quiet=True)
     with terminal.stage("quantize"), terminal.bar(1) as bar:
         bar.step("first")

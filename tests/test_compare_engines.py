@@ -45,7 +45,7 @@ def test_both_engines_get_the_same_parameters_and_rows(module: Any, recipe: Path
         assert all(getattr(native, name) == off for name, off in NATIVE_ONLY.items())
 
 
-def test_losses_and_quality_stand_side_by_side(
+def test_the_table_has_losses_and_quality_of_both_engines(
     module: Any, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     bench = Bench(tmp_path / "bench", monkeypatch)
@@ -71,6 +71,6 @@ def test_losses_and_quality_stand_side_by_side(
     assert output.count("gptq-4bit-16g-actorder_False ") == 2
 
 
-def test_without_cuda_it_says_so(module: Any, recipe: Path, tmp_path: Path, capsys: Any) -> None:
+def test_without_cuda_the_error_names_the_missing_gpu(module: Any, recipe: Path, tmp_path: Path, capsys: Any) -> None:
     assert module.main([str(recipe), "--device=cpu", f"--work={tmp_path / 'work'}"]) == 12
     assert "engine auto-gptq needs a CUDA GPU" in capsys.readouterr().err

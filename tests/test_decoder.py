@@ -77,7 +77,7 @@ def test_a_tied_head_is_the_embedding(source_of: Callable[[str], SourceModel], d
         assert decoder._model.get_parameter("model.embed_tokens.weight").is_meta, "logits need no embedding"
 
 
-def test_what_is_outside_the_blocks_is_freed_and_read_again(source_of: Callable[[str], SourceModel]) -> None:
+def test_tensors_outside_the_blocks_are_freed_and_read_again(source_of: Callable[[str], SourceModel]) -> None:
     decoder = decoder_of(source_of("llama"))
     first = forward(decoder, IDS, rows=6)
     decoder.drop_outside_blocks()

@@ -1,4 +1,4 @@
-"""The demo model: its text is reproducible and split without overlap, its files are as good as training.json says."""
+"""The demo model: its text is reproducible and split without overlap, its files have the figures of training.json."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def differences(documents: list[str]) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "1"])
-def test_committed_text_is_what_the_generator_writes(tmp_path: Path, hash_seed: str) -> None:
+def test_the_committed_text_equals_the_generators(tmp_path: Path, hash_seed: str) -> None:
     command = [sys.executable, "-B", str(DEMO / "corpus.py"), "--out", str(tmp_path)]
     subprocess.run(command, check=True, env={"PYTHONHASHSEED": hash_seed})
     for name in TEXT_FILES:
@@ -197,6 +197,6 @@ def test_accuracy_is_that_of_training_json(model: Any, tokenizer: Any, figures: 
     assert accuracy >= 0.90
 
 
-def test_training_json_names_no_path(figures: Any) -> None:
+def test_training_json_contains_no_path(figures: Any) -> None:
     assert {"device", "versions", "settings", "train_s"} <= figures.keys()
     assert not re.search(r"[/\\]", json.dumps(figures))

@@ -60,7 +60,7 @@ def branches_by_gpu(found: list[DeviceShare]) -> list[tuple[int | None, str]]:
 @pytest.mark.parametrize(
     ("gpu_gb", "placement", "suspended"), [(80, "device", 16), (40, "device", 16), (24, "device", 16), (12, "host", 4)]
 )
-def test_a_gpu_is_given_what_fits_it(gpu_gb, placement, suspended):
+def test_a_gpu_gets_the_share_that_fits_it(gpu_gb, placement, suspended):
     (share,) = shared(*FOUR, gpu_gb=gpu_gb)
     assert (share.variants, share.plan.placement, share.plan.suspended_batches) == (FOUR, placement, suspended)
 
@@ -85,7 +85,7 @@ def test_a_cpu_has_one_share():
     assert (share.variants, share.plan.placement) == (FOUR, "device")
 
 
-def test_what_fits_no_device_is_an_error():
+def test_a_share_that_fits_no_device_is_an_error():
     with pytest.raises(MachineError, match="does not fit into this machine's memory"):
         shared(*FOUR, gpu_gb=6)
 

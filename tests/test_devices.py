@@ -1,4 +1,4 @@
-"""Which device computes: what was asked for, or an error; several GPUs only if they are of the same kind."""
+"""The device that computes: the chosen one, or an error; several GPUs only if they are of the same kind."""
 
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ def test_a_machine_without_a_gpu_computes_on_the_cpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("gpus")
-def test_a_gpu_is_taken_unless_the_cpu_was_asked_for():
+def test_a_gpu_is_used_unless_the_cpu_was_chosen():
     assert [choose_device("auto"), choose_device("cuda"), choose_device("cpu")] == [GPUS[0], GPUS[0], CPU]
     assert same_devices(GPUS[0]) == (GPUS[0], GPUS[2])
     assert same_devices(GPUS[1]) == (GPUS[1],)
@@ -43,7 +43,7 @@ def test_a_gpu_computes_in_the_base_models_dtype_and_a_cpu_in_float32():
     assert compute_dtype("BF16", CPU) == torch.float32
 
 
-def test_torchs_error_of_memory_becomes_one_with_a_hint():
+def test_torchs_memory_error_becomes_one_with_a_hint():
     with pytest.raises(MachineError, match="memory is exhausted") as caught, gpu_memory_errors("use a larger GPU"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
     assert (caught.value.why, caught.value.hint) == ("CUDA out of memory", "use a larger GPU")

@@ -120,7 +120,7 @@ def test_a_stale_page_is_named(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_every_link_resolves(page: Path) -> None:
     text = re.sub(r"(?ms)^ *```.*?^ *```$|`[^`\n]*`", "", page.read_text(encoding="utf-8"))
     broken = []
     for target in LINK.findall(text):
@@ -135,7 +135,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
-def test_commands_are_those_of_the_command_line(page: Path) -> None:
+def test_commands_in_pages_exist_with_their_options(page: Path) -> None:
     wrong = []
     for words in commands(page, "packager"):
         name = next((word for word in words if not word.startswith("-")), "")
@@ -161,7 +161,7 @@ def nox_sessions() -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
-def test_sessions_are_those_of_the_noxfile(page: Path) -> None:
+def test_sessions_in_pages_exist_in_the_noxfile(page: Path) -> None:
     known = nox_sessions()
     assert {"lint", "docs", "build-all"} <= known
     wrong = []
@@ -174,7 +174,7 @@ def test_sessions_are_those_of_the_noxfile(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
-def test_whole_recipes_are_recipes(page: Path) -> None:
+def test_recipes_in_pages_are_valid(page: Path) -> None:
     for block in blocks(page, {"yaml"}):
         root, findings = parse(block)
         assert root is not None, block
@@ -238,7 +238,7 @@ def test_the_format_page_agrees_with_the_code() -> None:
         assert f"| {runtime.label}" in page
 
 
-def test_the_tolerances_told_are_those_used() -> None:
+def test_the_documented_tolerances_are_those_of_the_code() -> None:
     constants = {
         target.id: ast.literal_eval(node.value)
         for node in ast.parse((ROOT / "packager" / "prove" / "verify.py").read_bytes()).body
@@ -251,7 +251,7 @@ def test_the_tolerances_told_are_those_used() -> None:
     assert f"at {constants['MIN_TOP1_AGREEMENT']:.0%} of".replace("%", " %") in page
 
 
-def test_the_checks_above_find_what_they_look_for() -> None:
+def test_the_checks_above_find_mistakes() -> None:
     tutorial = ROOT / "docs" / "tutorial" / "first-release.md"
     assert len(list(commands(tutorial, "packager"))) >= 5
     assert any("schema_version" in block for block in blocks(ROOT / "docs" / "how-to" / "write-a-recipe.md", {"yaml"}))

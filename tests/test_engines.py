@@ -1,4 +1,4 @@
-"""Two engines behind one protocol: what a recipe may ask of each, what is refused, and what the card names."""
+"""Two engines behind one protocol: the parameters of each, the refusals, and the names on the card."""
 
 import io
 import json
@@ -30,7 +30,7 @@ FOREIGN = {"branch": "foreign", "engine": "auto-gptq"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_old_config_says_what_the_new_one_means_or_the_model_is_refused(tmp_path, name):
+def test_the_old_config_means_the_same_or_the_model_is_refused(tmp_path, name):
     source = read_source(save_model(tmp_path / "model", name), base_id="test/model")
     found = legacy_config.problems(source.config, source.architecture, 32)
     refused = {
@@ -96,7 +96,7 @@ def test_the_rotary_embedding_keeps_its_meaning(given, expected):
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 256}, "sliding window of 256"),
     ],
 )
-def test_what_the_old_transformers_would_compute_otherwise_is_refused(given, problem):
+def test_models_that_the_old_transformers_computes_differently_are_refused(given, problem):
     config = {**CONFIG, **given}
     (found,) = legacy_config.problems(config, read_architecture(config, "config.json"), 512)
     assert problem in found
@@ -111,7 +111,7 @@ def test_a_sliding_window_that_covers_the_rows_does_not_matter():
         assert legacy_config.problems(config, read_architecture(config, "config.json"), 512) == []
 
 
-def test_the_old_window_is_the_one_that_lets_a_token_see_as_much():
+def test_the_old_window_shows_a_token_the_same_tokens():
     sliding = {"model_type": "mistral", "sliding_window": 16}
     assert legacy_config.legacy_config({**CONFIG, **sliding})["sliding_window"] == 15
     switched_off = {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 16}
@@ -148,7 +148,7 @@ def plan_text(recipe: Path) -> str:
         ({"damp_percent_limit": 0.5}, "engine auto-gptq never raises damping: damp_percent_limit has no effect"),
     ],
 )
-def test_a_recipe_that_asks_autogptq_for_what_only_ours_can_do_is_refused(tmp_path, fields, problem):
+def test_parameters_of_our_engine_are_refused_for_autogptq(tmp_path, fields, problem):
     with pytest.raises(RecipeError) as caught:
         RecipeFile.load(with_variants(tmp_path, {**FOREIGN, **fields}))
     (found,) = caught.value.problems
@@ -156,7 +156,7 @@ def test_a_recipe_that_asks_autogptq_for_what_only_ours_can_do_is_refused(tmp_pa
     assert "engine: native" in found.hint
 
 
-def test_the_defaults_of_our_own_engine_bind_autogptq_too(tmp_path):
+def test_a_parameter_from_the_defaults_is_refused_for_autogptq_too(tmp_path):
     path = with_variants(tmp_path, FOREIGN, defaults={"bits": 4, "group_size": 32, "scale_search": True})
     with pytest.raises(RecipeError, match="engine auto-gptq cannot do scale_search"):
         RecipeFile.load(path)
@@ -200,7 +200,7 @@ def test_the_plan_refuses_a_model_that_autogptq_cannot_quantize(tmp_path):
     assert "main: engine" not in caught.value.why
 
 
-def test_another_script_makes_only_autogptqs_variants_again(tmp_path, monkeypatch):
+def test_a_changed_script_repeats_only_autogptqs_variants(tmp_path, monkeypatch):
     recipe_file = RecipeFile.load(with_variants(tmp_path, FOREIGN))
 
     def keys() -> list[str]:
@@ -223,12 +223,12 @@ def test_without_cuda_a_build_ends_before_anything_is_read(tmp_path):
     assert not list((tmp_path / "dist").rglob("*.safetensors"))
 
 
-def test_a_release_says_why_it_leaves_such_a_recipe_out(tmp_path):
+def test_a_release_gives_the_reason_for_leaving_such_a_recipe_out(tmp_path):
     plan = make_plan(RecipeFile.load(with_variants(tmp_path, FOREIGN)))
     assert cannot_build(plan, tiny_recipe.options(tmp_path)) == "needs a CUDA GPU for foreign, made by engine auto-gptq"
 
 
-def test_a_build_with_both_engines_says_who_made_what(tmp_path, monkeypatch):
+def test_a_build_with_both_engines_names_the_engine_of_each_variant(tmp_path, monkeypatch):
     """The fake engine's zeros are not good weights, but they fill a whole checkpoint with card and receipt."""
     bench = Bench(tmp_path / "bench", monkeypatch)
     (tmp_path / "bench" / "fake.py").write_text(FAKE_SCRIPT.format(behaviour="", seen=str(tmp_path / "seen.json")))

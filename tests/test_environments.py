@@ -40,7 +40,7 @@ def context(
     return RuntimeContext(cache=cache, scratch=cache, environ=environ, log=log, processes=processes or Processes())
 
 
-# A runtime for tests: how it behaves is told by the name of the checkpoint folder.
+# A runtime for tests: the name of the checkpoint folder selects its behaviour.
 RUNTIME = """
 import json, os, pathlib, struct, subprocess, sys, time
 
@@ -152,7 +152,7 @@ def test_secrets_never_reach_a_child(name: str) -> None:
     }
 
 
-def test_a_child_is_not_led_to_packages_outside_its_environment() -> None:
+def test_a_child_uses_no_packages_outside_its_environment() -> None:
     environ = {"PYTHONPATH": "a", "PYTHONHOME": "b", "PIP_TARGET": "c", "PIP_USER": "1", "HOME": "/h"}
     assert clean_environ(environ) == {"HOME": "/h"}
 
@@ -218,7 +218,7 @@ def test_closure_follows_requirements_and_extras(toy_torch: Path) -> None:
     assert set(shared_torch.torch_closure()) == {"torch", "toy-dep", "bundle", "inner"}
 
 
-def test_what_the_lock_pins_is_not_shared(toy_torch: Path, tmp_path: Path) -> None:
+def test_packages_that_the_lock_pins_are_not_shared(toy_torch: Path, tmp_path: Path) -> None:
     (tmp_path / "packages").mkdir()
     shared_torch.share_torch(tmp_path / "layer", tmp_path / "packages", exclude={"toy-dep"})
     assert sorted(entry.name for entry in (tmp_path / "layer").iterdir()) == ["torch", "torch-9.9.dist-info"]
@@ -258,7 +258,7 @@ def test_torch_without_a_list_of_files_is_refused(toy_torch: Path, tmp_path: Pat
 
 @pytest.mark.crash
 @pytest.mark.usefixtures("toy_torch")
-def test_killed_creation_is_redone(spec: LoaderSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_creation_is_repeated(spec: LoaderSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -276,7 +276,7 @@ def test_killed_creation_is_redone(spec: LoaderSpec, tmp_path: Path, monkeypatch
     assert _output(python, "import torch; print(torch.__version__)") == "9.9"
 
 
-def test_environment_is_redone_when_the_shared_torch_went_away(
+def test_environment_is_made_again_when_the_shared_torch_is_gone(
     spec: LoaderSpec, toy_torch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ensure_environment(spec, context(tmp_path))
@@ -289,7 +289,7 @@ def test_environment_is_redone_when_the_shared_torch_went_away(
 
 
 @pytest.mark.usefixtures("toy_torch")
-def test_of_two_at_once_one_creates(spec: LoaderSpec, tmp_path: Path) -> None:
+def test_of_two_processes_one_creates_the_environment(spec: LoaderSpec, tmp_path: Path) -> None:
     lines: list[str] = []
     threads = [
         threading.Thread(target=ensure_environment, args=(spec, context(tmp_path, log=lines.append))) for _ in range(3)
@@ -364,7 +364,7 @@ def test_crash_shows_the_last_twenty_lines(spec: LoaderSpec, tmp_path: Path) -> 
     assert caught.value.why.splitlines() == ["exit status 3", *(f"line {index}" for index in range(10, 30))]
 
 
-def test_result_of_an_earlier_probe_is_not_taken_for_this_one(spec: LoaderSpec, tmp_path: Path) -> None:
+def test_result_of_an_earlier_probe_is_not_used(spec: LoaderSpec, tmp_path: Path) -> None:
     job = probe_job(tmp_path, "crashes")
     job.output_dir.mkdir(parents=True)
     (job.output_dir / "result.json").write_text(json.dumps({"status": "ok"}))
@@ -435,7 +435,7 @@ def test_stop_all_ends_probes_of_other_threads_and_of_no_other_task(spec: Loader
 
 
 @pytest.mark.crash
-def test_a_job_that_ends_the_process_costs_the_others_nothing(spec: LoaderSpec, tmp_path: Path) -> None:
+def test_a_job_that_ends_the_process_does_not_affect_the_others(spec: LoaderSpec, tmp_path: Path) -> None:
     names = ["works", "crashes", "fails", "slow", "hangs", "unavailable"]
     jobs = [probe_job(tmp_path, name) for name in names]
     outcomes = run_probes(spec, Path(sys.executable), jobs, 1.5, context())
@@ -478,14 +478,14 @@ def _functions(script: Path) -> set[str]:
     return {node.name for node in ast.parse(script.read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
-def test_what_scripts_share_is_written_once() -> None:
+def test_functions_of_several_scripts_are_written_once() -> None:
     scripts, shared = [_functions(spec.script) for spec in LOADERS.values()], _functions(ISOLATED)
     assert {"main", "run_job", "forbid_network", "weights_digests", "write_logits", "write_json"} <= shared
     for number, functions in enumerate(scripts):
         assert functions & shared.union(*scripts[number + 1 :]) <= {"probe"}
 
 
-def test_what_scripts_share_belongs_to_their_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_shared_module_is_part_of_the_scripts_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = build_state._loader_digest("autogptq"), auto_gptq_files.auto_gptq_digest()
     changed = tmp_path / "packager_isolated.py"
     changed.write_text(ISOLATED.read_text() + "# changed\n")
@@ -510,7 +510,7 @@ def test_probes_import_the_standard_library_only(script: Path) -> None:
 
 @pytest.mark.usefixtures("toy_torch")
 @pytest.mark.parametrize("name", ["autogptq", "transformers"])
-def test_probe_without_its_runtime_reports_what_is_missing(name: str, spec: LoaderSpec, tmp_path: Path) -> None:
+def test_probe_without_its_runtime_names_the_missing_package(name: str, spec: LoaderSpec, tmp_path: Path) -> None:
     python = ensure_environment(spec, context(tmp_path / "cache"))
     with pytest.raises(LoaderError, match=f"{name} could not open the checkpoint") as caught:
         run_probe(LOADERS[name], python, probe_job(tmp_path), 60.0, context())
@@ -518,7 +518,7 @@ def test_probe_without_its_runtime_reports_what_is_missing(name: str, spec: Load
 
 
 @pytest.mark.usefixtures("toy_torch")
-def test_exllamav2_says_that_it_needs_cuda(spec: LoaderSpec, tmp_path: Path) -> None:
+def test_exllamav2_reports_that_it_needs_cuda(spec: LoaderSpec, tmp_path: Path) -> None:
     python = ensure_environment(spec, context(tmp_path / "cache"))
     with pytest.raises(LoaderUnavailableError) as caught:
         run_probe(LOADERS["exllamav2"], python, probe_job(tmp_path), 60.0, context())

@@ -68,7 +68,7 @@ def test_a_base_model_s_file_is_hashed_once_unless_it_changes(paths: list[Path],
     assert read[len(paths) :] == ["03"]
 
 
-def test_a_change_that_hides_behind_the_old_time_is_noticed(paths: list[Path], read: list[str]) -> None:
+def test_a_change_with_the_old_time_is_noticed(paths: list[Path], read: list[str]) -> None:
     file_records(paths)
     stat = paths[3].stat()
     paths[3].write_bytes(bytes([7]) * 3000)

@@ -214,7 +214,7 @@ def recorded(model: Any, ids: Tensor) -> tuple[dict[str, tuple[tuple[Any, ...], 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_fused_model_computes_what_transformers_computes(tmp_path, monkeypatch, device, dtype, name):
+def test_a_fused_model_equals_the_model_of_transformers(tmp_path, monkeypatch, device, dtype, name):
     model, ids = model_of(tmp_path, name, dtype, device), token_ids(device)
     eager, expected = recorded(model, ids)
     fuse(model)
@@ -335,7 +335,7 @@ def test_leaves_unknown_modules_alone_and_reports_them(make, candidate):
     assert type(module) is kind
 
 
-def test_knows_both_modules_that_are_silu():
+def test_recognises_both_modules_that_are_silu():
     assert fuse(mlp_of(nn.SiLU())).fused == fuse(mlp_of(SiLUActivation())).fused == ("",)
 
 
@@ -346,8 +346,8 @@ def test_does_nothing_without_triton(monkeypatch):
     assert str(result) == "fused 0 of 1 norms, MLPs and attentions (Triton is not installed)"
 
 
-def test_a_decoder_keeps_what_was_fused(tmp_path, monkeypatch):
-    """A release of transformers with other source text leaves every module unfused: the decoder's owner can see it."""
+def test_a_decoder_keeps_the_list_of_fused_modules(tmp_path, monkeypatch):
+    """A release of transformers with other source text leaves every module unfused: the decoder lists none."""
     folder = save_model(tmp_path / "llama", "llama")
 
     def decoder() -> Decoder:
@@ -362,7 +362,7 @@ def test_a_decoder_keeps_what_was_fused(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_threads_run_their_models_at_the_same_time(tmp_path):
+def test_threads_can_run_fused_models_at_the_same_time(tmp_path):
     """One model per thread, the threads spread over the GPUs that there are."""
     assert torch.cuda.is_available(), "this test needs a CUDA GPU"
     devices = [torch.device("cuda", index % torch.cuda.device_count()) for index in range(4)]

@@ -113,7 +113,7 @@ def test_large_files_are_published_and_read(fixture: GitLfsFixture) -> None:
     assert (fixture.tmp_path / "exported").read_bytes() == large.read_bytes()
 
 
-def test_what_is_there_is_not_uploaded_again(fixture: GitLfsFixture) -> None:
+def test_present_files_are_not_uploaded_again(fixture: GitLfsFixture) -> None:
     fixture.publish()
     if service := fixture.service:
         assert len(uploads(service)) == 2  # three files, two contents
@@ -164,7 +164,7 @@ def test_an_attributes_file_that_leaves_a_large_file_out_is_refused(fixture: Git
         fixture.publish()
 
 
-def test_pointers_that_no_attributes_give_to_git_lfs_are_mended(fixture: GitLfsFixture) -> None:
+def test_pointers_without_attributes_are_repaired(fixture: GitLfsFixture) -> None:
     fixture.publish()
     folder = fixture.tmp_path / "work"
     git("clone", "--quiet", "--no-local", "--branch", "main", str(fixture.repository), str(folder))

@@ -90,7 +90,7 @@ def test_every_decision_is_the_float64_reference_s_but_for_ties(bits, group_size
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("group_size", [32, 40, -1])
-def test_the_scale_search_finds_what_the_reference_finds(group_size, sym, order):
+def test_the_scale_search_agrees_with_the_reference(group_size, sym, order):
     H = hessian(inputs(96, 2, dead=5))
     weight = torch.randn(96, 24, generator=torch.Generator().manual_seed(7)) * 0.02
     how: dict[str, Any] = {"bits": 4, "group_size": group_size, "sym": sym, "scale_search": True, **order}

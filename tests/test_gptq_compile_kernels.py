@@ -67,7 +67,7 @@ def test_four_variants_of_a_13b_take_six_kernels(monkeypatch):
     assert {(launch.columns, launch.inline_group_size) for launch in launched} == {(128, 128), (128, 32), (128, 64)}
 
 
-def test_the_launches_run(monkeypatch):
+def test_the_compiled_launches_run(monkeypatch):
     # Triton's interpreter serves one thread.
     monkeypatch.setattr("packager.quantize.gptq.compile_kernels.os.cpu_count", lambda: 1)
     rules = replace(RULES, scale_search=True)

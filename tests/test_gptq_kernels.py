@@ -105,7 +105,7 @@ def test_solves_many_column_blocks(kernels, device, group_size, order):
     )
 
 
-def test_cuda_is_given_the_kernels():
+def test_cuda_uses_the_kernels():
     assert type(ops_for(torch.device("cpu"))) is TorchOps
     assert type(ops_for(torch.device("cuda"))) is TritonOps
     U, weight = torch.eye(4), torch.ones(4, 2)
@@ -211,7 +211,7 @@ def test_a_column_block_is_rounded_as_torch_rounds_it(kernels, device, n, inline
 
 
 @pytest.mark.parametrize("at_once", [8, 32])
-def test_it_does_not_matter_how_many_features_a_program_takes(monkeypatch, kernels, device, at_once):
+def test_the_number_of_features_per_program_changes_nothing(monkeypatch, kernels, device, at_once):
     w, Hinv = random(96, 50, seed=1) * 0.02, torch.eye(96) + 0.05 * random(96, 96, seed=2).triu(1)
     rules = GridRules(bits=4, sym=True, scale_search=True)
     expected, expected_grids = rounded_by(kernels, w, Hinv, rules, 32, device)

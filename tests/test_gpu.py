@@ -98,7 +98,7 @@ def test_hessian_of_half_precision_inputs_is_accumulated_in_float32(dtype, in_fe
 
 
 @pytest.mark.parametrize(("bits", "group_size", "sym", "desc_act"), [(4, 128, True, False), (3, 64, False, True)])
-def test_the_whole_way_from_inputs_to_q_agrees_with_the_float64_reference(bits, group_size, sym, desc_act):
+def test_hessian_to_q_agrees_with_the_float64_reference(bits, group_size, sym, desc_act):
     n, generator = 768, torch.Generator(CUDA).manual_seed(1)
     x = torch.randn(6144, n, device=CUDA, generator=generator) * torch.rand(n, device=CUDA, generator=generator) * 3
     hessian = Hessian(n, CUDA)

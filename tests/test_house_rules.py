@@ -1,4 +1,4 @@
-"""The rules of the house: who may import what and write where, how long things get, how fast we start."""
+"""Rules of the code: imports, reads and writes, the length of functions and modules, the time to start."""
 
 import ast
 import resource
@@ -113,7 +113,7 @@ def test_help_and_plan_start_quickly(arguments: list[str]) -> None:
     assert min(processor_s(), processor_s()) < 1.0
 
 
-def test_gptq_imports_torch_and_of_ours_only_errors() -> None:
+def test_gptq_imports_torch_and_of_packager_only_errors() -> None:
     wrong = [
         f"{name}:{line}: {imported}"
         for name, tree in MODULES.items()
@@ -134,7 +134,7 @@ def test_only_source_calibrate_and_targets_reach_the_network() -> None:
     assert [place for place in others if "urllib.parse" not in place] == []
 
 
-def test_probes_import_nothing_of_ours() -> None:
+def test_probes_import_nothing_of_packager() -> None:
     assert PROBES
     assert not PROBES & importers("packager").keys()
 
@@ -175,7 +175,7 @@ def test_only_the_command_line_ends_the_process() -> None:
     assert not users(*names, but=TERMINAL | PROBES | ENTRY_POINTS)
 
 
-def test_functions_fit_a_screen_and_modules_a_sitting() -> None:
+def test_functions_and_modules_have_a_largest_length() -> None:
     long = [
         f"{name}:{node.lineno}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
         for name, tree in MODULES.items()
@@ -191,13 +191,13 @@ def test_functions_fit_a_screen_and_modules_a_sitting() -> None:
     assert not long
 
 
-def test_names_say_something() -> None:
+def test_no_name_is_meaningless() -> None:
     parts = {part for name in MODULES for part in Path(name).with_suffix("").parts}
     words = {word for part in parts for word in part.replace("base_model", "model").split("_")}
     assert not words & BAD_NAMES
 
 
-def test_a_broad_except_raises_again_or_says_why_not() -> None:
+def test_a_broad_except_raises_again_or_has_a_reason() -> None:
     wrong = []
     for name, tree in MODULES.items():
         lines = (ROOT / name).read_text(encoding="utf-8").splitlines()

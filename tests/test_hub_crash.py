@@ -1,4 +1,4 @@
-"""A publisher that dies, and a Hub that fails, at any point: the same end, or a clear error and a run that ends."""
+"""A publisher that is killed or a Hub that fails, at any point: this run or the next one ends with the right result."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_killed_at_any_moment_and_run_again_it_ends_the_same(tmp_path: Path) -> 
 def test_every_request_may_fail_once(
     tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, kind: FaultKind
 ) -> None:
-    """It ends right, or is said and the next run ends right; nothing that arrived is sent again."""
+    """The run succeeds, or reports the failure and the next run succeeds; no uploaded byte is sent again."""
     HubFixture(tmp_path, hub).publish()
     errors, fired = [], 0
     for place in range(len(hub.requests)):
@@ -52,7 +52,7 @@ def test_every_request_may_fail_once(
             arrived = [upload.oid for upload in other.uploaded if upload.accepted]
             assert len(arrived) == len(set(arrived))
     assert not errors
-    assert fired >= len(hub.requests) - 2  # the client remembers an answer or two
+    assert fired >= len(hub.requests) - 2  # the client caches an answer or two
 
 
 PUBLISH = """

@@ -31,7 +31,7 @@ def recipe(tmp_path: Path) -> RecipeFile:
 
 
 class FakeHub:
-    """Answers the two calls that fetching a model makes, from a folder, and remembers what was asked."""
+    """Answers the two calls that fetching a model makes, from a folder, and records the requests."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
@@ -71,7 +71,7 @@ def test_a_model_on_the_hub_is_read_at_its_commit_and_builds(recipe: RecipeFile,
         ("model_info", "tester/tiny", REVISION, True),
         ("snapshot_download", "tester/tiny", REVISION),
     ]
-    # The commit names the bytes: a second build asks nobody.
+    # The commit identifies the bytes: a second build makes no request.
     assert build(recipe, tmp_path / "dist").nothing_to_do
     assert len(fake_hub.asked) == 2
 
@@ -114,7 +114,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("failure", "what", "hint"), FAILURES, ids=lambda value: type(value).__name__)
-def test_what_the_client_raises_becomes_an_error_with_a_hint(
+def test_an_error_of_the_client_becomes_one_with_a_hint(
     recipe: RecipeFile, monkeypatch: pytest.MonkeyPatch, failure: Exception, what: str, hint: str
 ):
     def fail(*_: object, **__: object) -> None:
@@ -161,7 +161,7 @@ def test_a_dataset_is_read_at_its_commit_and_split(recipe: RecipeFile, monkeypat
         (hub.GatedRepoError("403", response=response(403)), SourceError),
     ],
 )
-def test_a_dataset_that_cannot_be_read(recipe: RecipeFile, monkeypatch: pytest.MonkeyPatch, failure, error):
+def test_a_dataset_that_cannot_be_read_is_an_error(recipe: RecipeFile, monkeypatch: pytest.MonkeyPatch, failure, error):
     def fail(*_: object, **__: object) -> None:
         raise failure
 

@@ -118,7 +118,7 @@ def test_a_new_repository_gets_a_branch_per_variant_main_last(fixture: HubFixtur
     fixture.assert_published()
     written = [request.path for request in fixture.hub.requests if "/commit/" in request.path]
     assert [path.rpartition("/")[2] for path in written] == [VARIANT, "main"]
-    # A variant's history begins with the repository's first commit, which holds nobody's weights.
+    # A variant's history begins with the repository's first commit, which holds no weights.
     assert len(fixture.commits(VARIANT)) == 2
     message = git("log", "-1", "--format=%B", VARIANT, cwd=fixture.path)
     assert message.startswith(f"Publish {VARIANT}\n")
@@ -135,7 +135,7 @@ def test_a_second_publish_makes_no_request_that_writes(fixture: HubFixture) -> N
     assert (trees(fixture.path), fixture.uploaded_bytes()) == (before, uploaded)
 
 
-def test_only_what_changed_travels_and_what_is_stale_goes_in_the_same_commit(fixture: HubFixture) -> None:
+def test_only_changes_are_uploaded_and_stale_files_are_removed_in_one_commit(fixture: HubFixture) -> None:
     fixture.publish()
     fixture.hub.uploaded.clear()
     (fixture.dist / VARIANT / "model.safetensors").rename(fixture.dist / VARIANT / "better.safetensors")
@@ -148,7 +148,7 @@ def test_only_what_changed_travels_and_what_is_stale_goes_in_the_same_commit(fix
     fixture.assert_published()
 
 
-def test_what_main_has_is_not_copied_to_a_new_branch(fixture: HubFixture) -> None:
+def test_the_files_of_main_are_not_copied_to_a_new_branch(fixture: HubFixture) -> None:
     main, variant = fixture.contents
     fixture.publish([main])
     seen: list[set[str]] = []
@@ -175,7 +175,7 @@ def test_visibility_and_gating_are_those_of_the_recipe(fixture: HubFixture) -> N
 
 @pytest.mark.crash
 @pytest.mark.parametrize("kind", ["cut-after", "status-after"])
-def test_a_commit_whose_answer_is_lost_has_landed(fixture: HubFixture, kind: FaultKind) -> None:
+def test_a_commit_whose_answer_is_lost_is_found(fixture: HubFixture, kind: FaultKind) -> None:
     fixture.hub.fault(COMMIT, kind, times=2)
     fixture.publish()
     fixture.assert_published()
@@ -185,7 +185,7 @@ def test_a_commit_whose_answer_is_lost_has_landed(fixture: HubFixture, kind: Fau
 
 # `reset` is a time of the server's clock: some of the seconds are over when the client reads it.
 @pytest.mark.parametrize(("options", "allowed"), [({"retry_after": 7}, [7]), ({"reset": 31}, [29, 30, 31])])
-def test_a_busy_hub_is_waited_for_as_it_asks(
+def test_the_wait_for_a_busy_hub_is_the_one_that_it_requests(
     fixture: HubFixture, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], allowed: list[int]
 ) -> None:
     waits: list[float] = []
@@ -200,7 +200,7 @@ def test_a_busy_hub_is_waited_for_as_it_asks(
 
 
 @pytest.mark.crash
-def test_a_hub_that_stays_busy_is_given_up_with_what_to_do(fixture: HubFixture) -> None:
+def test_a_hub_that_stays_busy_is_an_error_with_a_hint(fixture: HubFixture) -> None:
     fixture.hub.fault(COMMIT, "status", status=429, retry_after=4000, times=99)
     text = fixture.refused()
     assert f"committing {VARIANT}: the Hub did not answer within 3600 s of waiting" in text
@@ -222,7 +222,9 @@ def test_a_hub_that_stays_busy_is_given_up_with_what_to_do(fixture: HubFixture) 
         (PUT, 507, f"uploading the files of {VARIANT}: the Hub has no room for it"),
     ],
 )
-def test_what_the_hub_refuses_is_said_at_once(fixture: HubFixture, request_line: str, status: int, text: str) -> None:
+def test_a_refusal_of_the_hub_is_an_error_without_a_retry(
+    fixture: HubFixture, request_line: str, status: int, text: str
+) -> None:
     fixture.hub.fault(request_line, "status", status=status, message="No.", times=99)
     assert text in fixture.refused()
     fixture.hub.faults.clear()
@@ -241,7 +243,7 @@ def test_a_token_for_reading_or_none_is_refused_before_anything_is_made(
     assert all(request.method == "GET" for request in fixture.hub.requests)
 
 
-def test_an_offline_machine_says_so(fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_offline_machine_is_an_error_with_a_hint(fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True, raising=False)
     huggingface_hub.close_session()
@@ -249,7 +251,7 @@ def test_an_offline_machine_says_so(fixture: HubFixture, monkeypatch: pytest.Mon
     huggingface_hub.close_session()
 
 
-def test_a_head_that_somebody_moves_stops_the_run_and_says_what_changed(fixture: HubFixture) -> None:
+def test_a_head_that_another_person_moves_stops_the_run_with_the_changes(fixture: HubFixture) -> None:
     fixture.publish()
     better = fixture.change(VARIANT, config_json=b'{"better": 1}')
 
@@ -267,7 +269,7 @@ def test_a_head_that_somebody_moves_stops_the_run_and_says_what_changed(fixture:
     assert (plan.foreign_author, [change.name for change in plan.removed]) == ("rival", ["NEWS.md"])
 
 
-def test_a_branch_somebody_makes_meanwhile_is_not_overwritten(fixture: HubFixture) -> None:
+def test_a_branch_made_between_plan_and_commit_is_not_overwritten(fixture: HubFixture) -> None:
     fixture.publish(fixture.contents[:1])
 
     def rival(_: object) -> None:
@@ -284,7 +286,7 @@ def test_a_file_that_changes_while_it_is_sent_moves_no_branch(fixture: HubFixtur
     assert fixture.commits(VARIANT) == ["initial commit"]
 
 
-def test_what_is_published_can_be_read_in_parts(fixture: HubFixture, tmp_path: Path) -> None:
+def test_published_files_can_be_read_in_parts(fixture: HubFixture, tmp_path: Path) -> None:
     report = fixture.publish()
     target, commit = fixture.target(), report.outcomes[0].commit or ""
     data = WEIGHTS[VARIANT]
@@ -327,7 +329,7 @@ def test_a_tag_names_one_commit_for_good(fixture: HubFixture) -> None:
         fixture.target().tag("v1", {"main": last})
 
 
-def test_a_tag_that_is_taken_or_is_no_name_stops_a_publish_before_it_begins(fixture: HubFixture) -> None:
+def test_a_used_or_invalid_tag_stops_a_publish_before_it_begins(fixture: HubFixture) -> None:
     first = fixture.publish().outcomes[-1].commit
     fixture.target().tag("v1", {"main": first or ""})
     before = trees(fixture.path)
@@ -370,7 +372,7 @@ def test_repositories_of_their_own_are_tagged_as_they_were_published(fixture: Hu
         assert git("rev-parse", "v1^{commit}", cwd=path).strip() == report.head(branch)
 
 
-def test_wherever_the_hub_draws_the_line_of_large_files(fixture: HubFixture) -> None:
+def test_a_higher_threshold_of_large_files_on_the_hub_works(fixture: HubFixture) -> None:
     fixture.hub.lfs_threshold = 10 << 20
     (fixture.dist / "main" / "tokenizer.json").write_bytes(b"x" * 10_200_000)
     fixture.contents = [describe(fixture.dist / content.branch, content.branch) for content in fixture.contents]
@@ -378,7 +380,7 @@ def test_wherever_the_hub_draws_the_line_of_large_files(fixture: HubFixture) -> 
     assert fixture.publish().plan.changing == ()
 
 
-def test_what_takes_long_may_still_be_tried_again(fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_call_is_still_retried(fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10**9, 10**6))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     tries: list[int] = []
@@ -417,10 +419,10 @@ def test_a_bare_error_of_the_client_is_the_hubs_refusal(fixture: HubFixture) -> 
     assert "ValueError" in caught.value.why
 
 
-def test_no_wait_is_silent(
+def test_every_wait_is_logged(
     fixture: HubFixture, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The client would wait by itself, as long as it is asked to, and print the signed address of an upload."""
+    """The client would wait by itself, as long as the server states, and print the signed address of an upload."""
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
     caplog.set_level(logging.WARNING)
@@ -436,9 +438,7 @@ def test_no_wait_is_silent(
 
 
 @pytest.mark.crash
-def test_a_server_that_says_nothing_is_not_listened_to_for_ever(
-    fixture: HubFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_server_is_an_error_after_a_time_limit(fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(hub_client._TIMEOUTS_S, "read", 0.3)
     monkeypatch.setattr("time.sleep", lambda seconds: Event().wait(min(seconds, 1.0)))
     fixture.hub.fault(COMMIT, "delay", seconds=1.0)
@@ -463,7 +463,7 @@ def test_a_new_branch_of_a_squashed_repository_is_emptied_before_the_upload(fixt
     fixture.assert_published()
 
 
-def test_a_branch_that_somebody_makes_at_the_same_moment_is_not_overwritten(fixture: HubFixture) -> None:
+def test_a_branch_made_by_another_at_the_same_moment_is_not_overwritten(fixture: HubFixture) -> None:
     fixture.publish(fixture.contents[:1])
 
     def rival(_: object) -> None:
@@ -477,7 +477,7 @@ def test_a_branch_that_somebody_makes_at_the_same_moment_is_not_overwritten(fixt
     assert "NEWS.md" in git("ls-tree", "--name-only", VARIANT, cwd=fixture.path).split()
 
 
-def test_a_file_that_changed_after_the_question_is_not_sent(fixture: HubFixture) -> None:
+def test_a_file_that_changed_after_the_confirmation_is_not_sent(fixture: HubFixture) -> None:
     def meanwhile(_: object) -> None:
         (fixture.dist / "main" / "model.safetensors").write_bytes(b"other weights")
 
@@ -501,7 +501,7 @@ def test_a_token_that_no_header_can_have_is_not_shown(fixture: HubFixture, monke
         ({"status": 503, "headers": {"Retry-After": ""}}, " s"),
     ],
 )
-def test_whatever_a_server_says_of_its_trouble_is_waited_out(
+def test_a_temporary_failure_is_retried_after_the_wait_that_the_server_states(
     fixture: HubFixture, options: dict[str, Any], words: str
 ) -> None:
     if "headers" in options:
@@ -514,7 +514,7 @@ def test_whatever_a_server_says_of_its_trouble_is_waited_out(
     assert (wait_s > 400) == ("headers" in options)
 
 
-def test_who_made_a_head_is_one_request(fixture: HubFixture) -> None:
+def test_the_author_of_a_head_takes_one_request(fixture: HubFixture) -> None:
     fixture.publish()
     fixture.hub.page_size = 5
     for number in range(12):
@@ -533,7 +533,7 @@ def test_each_weight_byte_is_hashed_once(fixture: HubFixture, monkeypatch: pytes
     fixture.assert_published()
 
 
-def test_of_two_publishers_at_once_one_wins_each_branch(fixture: HubFixture, tmp_path: Path) -> None:
+def test_two_simultaneous_publishers_leave_one_result_per_branch(fixture: HubFixture, tmp_path: Path) -> None:
     """Two publishers have different content; each branch ends with one of them, the other gets an error."""
     fixture.publish()
     other = HubFixture(tmp_path / "other", fixture.hub)

@@ -28,7 +28,7 @@ PLACES = {branch: place_of(REPOSITORY, "repos", branch).repository for branch in
 REPOS = {"repository.layout": "repos"}
 
 
-def test_main_has_the_name_for_itself_and_others_have_their_own_behind_it() -> None:
+def test_main_has_the_repositorys_name_and_others_append_their_branch() -> None:
     assert PLACES[MAIN] == "tester/tiny-GPTQ"
     assert PLACES[ACT_ORDER] == "tester/tiny-GPTQ-gptq-4bit-16g-actorder_True"
     assert {place_of(REPOSITORY, "repos", branch).revision for branch in BRANCHES} == {MAIN}
@@ -46,14 +46,14 @@ def test_main_has_the_name_for_itself_and_others_have_their_own_behind_it() -> N
         ({"repository.layout": "repo"}, "did you mean 'repos'"),
     ],
 )
-def test_what_cannot_be_laid_out_is_refused(tmp_path: Path, changes: dict[str, object], problem: str) -> None:
+def test_an_impossible_layout_is_refused(tmp_path: Path, changes: dict[str, object], problem: str) -> None:
     path = tiny_recipe.write_all(tmp_path, REPOS | changes)
     with pytest.raises(RecipeError, match=problem) as caught:
         RecipeFile.load(path)
     assert "SECRET" not in str(caught.value)
 
 
-def test_a_card_leads_to_its_own_repository_and_names_the_others(update_golden: bool) -> None:
+def test_a_card_links_to_its_own_repository_and_names_the_others(update_golden: bool) -> None:
     recipe = fixtures.llama_recipe()
     recipe = recipe.model_copy(update={"repository": recipe.repository.model_copy(update={"layout": "repos"})})
     receipts = [receipt.model_copy(update={"layout": "repos"}) for receipt in fixtures.llama_receipts(recipe)]
@@ -114,7 +114,7 @@ def test_every_variant_gets_a_repository_and_its_own_files(scene: Scene) -> None
     assert scene.publish(tag="v1").plan.changing == ()
 
 
-def test_what_another_repository_has_is_not_there_already(scene: Scene) -> None:
+def test_files_of_another_repository_count_as_missing(scene: Scene) -> None:
     scene.publish()
     shutil.rmtree(scene.path(ACT_ORDER))
     entry, *others = scene.publish(dry_run=True).plan.branches

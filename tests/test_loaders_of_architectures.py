@@ -1,4 +1,4 @@
-"""Every architecture through the whole pipeline and into the real loaders, and what `plan` had predicted of that.
+"""Every architecture through the whole pipeline and into the real loaders, compared with the prediction of `plan`.
 
 Run by `nox -s tests-release`, because the loaders' environments must exist. A tiny random model of each architecture is
 built into two variants; then each loader opens all of them in one process and is judged as `verify` judges in a build.
@@ -44,9 +44,9 @@ class Case:
         rope_theta: the rotary embedding's base, where it is not the model's own.
         old: config.json as transformers 4 wrote it, and as almost all published models have it: rope_theta and
             rope_scaling apart, torch_dtype; else rope_parameters and dtype.
-        config: what else config.json says.
-        refusal: what our verdict on AutoGPTQ says, or "" where it can load.
-        trap: what our verdict says to mind, and these rows do not mind it.
+        config: more keys of config.json.
+        refusal: the reason in our verdict on AutoGPTQ, or "" where it can load.
+        trap: the warning in our verdict; it does not concern these rows.
         old_only: it concerns transformers 4.40; with the 4.46 that AutoGPTQ gets on Python 3.13, it may pass.
     """
 
@@ -159,8 +159,8 @@ def proven(
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("name", CASES)
-def test_what_a_loader_does_is_what_was_predicted(proven: Proven, name: str, loader: str) -> None:
-    """Measured: relative errors of 0.0008 and less where it passes, 0.1 and more where it computes something else."""
+def test_the_result_of_a_loader_is_the_predicted_one(proven: Proven, name: str, loader: str) -> None:
+    """Measured: relative errors of 0.0008 and less where it passes, 0.1 and more where it computes other values."""
     case = CASES[name]
     for planned in proven.plans[name].variants:
         record = proven.records[name, planned.variant.branch, loader]
@@ -181,7 +181,7 @@ def test_what_a_loader_does_is_what_was_predicted(proven: Proven, name: str, loa
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.refusal])
-def test_a_recipe_that_requires_what_is_refused_is_refused_itself(recipes: Mapping[str, Path], name: str) -> None:
+def test_a_recipe_that_requires_a_refusing_loader_is_refused(recipes: Mapping[str, Path], name: str) -> None:
     changes = {"variants": VARIANTS, "loaders.required": ["autogptq"]}
     recipe = write_recipe(recipes[name].parent, changes, name="required.yaml")
     with pytest.raises(PlanError, match=CASES[name].refusal):

@@ -83,7 +83,7 @@ def _additions(weights: bytes = WEIGHTS) -> list[CommitOperationAdd]:
 
 
 def _publish(api: HfApi, branch: str = "w4") -> str:
-    """Publish as the packager is to: a branch from the first commit, bytes first, then one commit upon that head."""
+    """Publish as packager does: a branch from the first commit, bytes first, then one commit on that head."""
     api.create_branch(REPO, branch=branch, revision=_first(api))
     head = api.model_info(REPO, revision=branch).sha
     operations = _additions()
@@ -108,9 +108,7 @@ def test_a_new_repository_holds_gitattributes_only(hub: LoopbackHub, api: HfApi)
     assert _status(error) == 409
 
 
-def test_a_published_branch_is_what_the_client_the_disk_and_git_see(
-    hub: LoopbackHub, api: HfApi, tmp_path: Path
-) -> None:
+def test_the_client_the_disk_and_git_agree_on_a_published_branch(hub: LoopbackHub, api: HfApi, tmp_path: Path) -> None:
     commit = _publish(api)
     files = {file.path: file for file in api.get_paths_info(REPO, ["model.safetensors", "none"], revision="w4")}
     lfs = getattr(files["model.safetensors"], "lfs", None)
@@ -137,7 +135,7 @@ def test_a_published_branch_is_what_the_client_the_disk_and_git_see(
     subprocess.run(["git", f"--git-dir={repository.path}", "fsck", "--strict"], check=True, capture_output=True)
 
 
-def test_bytes_go_up_once(hub: LoopbackHub, api: HfApi) -> None:
+def test_bytes_are_uploaded_once(hub: LoopbackHub, api: HfApi) -> None:
     _publish(api)
     api.create_branch(REPO, branch="w8", revision=_first(api))
     before = len(hub.requests)
@@ -200,7 +198,7 @@ def test_a_large_file_is_lfs_and_gets_its_line_of_gitattributes(hub: LoopbackHub
     assert attributes.endswith("\ntokenizer.json filter=lfs diff=lfs merge=lfs -text\n")
 
 
-def test_a_file_goes_up_in_parts(hub: LoopbackHub, api: HfApi, tmp_path: Path) -> None:
+def test_a_file_is_uploaded_in_parts(hub: LoopbackHub, api: HfApi, tmp_path: Path) -> None:
     hub.multipart_threshold = 150_000
     (tmp_path / "model.safetensors").write_bytes(WEIGHTS)
     operation = CommitOperationAdd("model.safetensors", tmp_path / "model.safetensors")
@@ -224,7 +222,7 @@ def test_a_stale_parent_is_412(hub: LoopbackHub, api: HfApi) -> None:
     assert _paths(api, "main") == [".gitattributes", "theirs.txt"]
 
 
-def test_somebody_else_is_faster_between_plan_and_commit(hub: LoopbackHub, api: HfApi) -> None:
+def test_a_commit_of_another_person_between_plan_and_commit_is_412(hub: LoopbackHub, api: HfApi) -> None:
     def theirs(call: Call) -> None:
         hub.commit(REPO, {"theirs.txt": b"theirs"}, user="bob")
 
@@ -255,7 +253,7 @@ def test_a_push_past_the_hub_is_412_too(hub: LoopbackHub, api: HfApi, monkeypatc
     assert repository.head("main") == theirs
 
 
-def test_of_many_commits_upon_one_head_one_lands(hub: LoopbackHub, api: HfApi) -> None:
+def test_of_many_commits_on_one_head_one_succeeds(hub: LoopbackHub, api: HfApi) -> None:
     first = _first(api)
 
     def commit(number: int) -> int:
@@ -287,7 +285,7 @@ def test_a_commit_that_names_an_object_which_is_not_stored_is_refused(hub: Loopb
 
 
 @pytest.mark.crash
-def test_a_lost_answer_has_landed(hub: LoopbackHub, api: HfApi) -> None:
+def test_a_commit_with_a_lost_answer_exists(hub: LoopbackHub, api: HfApi) -> None:
     first = _first(api)
     hub.fault("POST /api/models/.*/commit/", "cut-after")
     with pytest.raises(httpx.HTTPError):
@@ -308,7 +306,7 @@ def test_a_status_before_or_after_the_effect(hub: LoopbackHub, api: HfApi, kind:
 
 
 @pytest.mark.crash
-def test_a_rate_limit_is_told_in_headers_and_waited_for_where_the_client_does(hub: LoopbackHub, api: HfApi) -> None:
+def test_a_rate_limit_is_in_the_headers_and_the_client_waits(hub: LoopbackHub, api: HfApi) -> None:
     fault = hub.fault("POST .*/commit/", "status", status=429, message="Slow down", retry_after=7, reset=30)
     with pytest.raises(HfHubHTTPError, match="Retry after 30 seconds") as error:
         api.create_commit(REPO, [CommitOperationAdd("a.txt", b"a")], commit_message="Add")
@@ -373,7 +371,7 @@ def test_times_after_and_delay(hub: LoopbackHub, api: HfApi) -> None:
     assert api.model_info(REPO).id == REPO
 
 
-def test_ranges(hub: LoopbackHub, api: HfApi) -> None:
+def test_ranged_requests_get_parts_of_files(hub: LoopbackHub, api: HfApi) -> None:
     _publish(api)
 
     def ask(path: str, span: str) -> httpx.Response:
@@ -425,7 +423,7 @@ def test_a_card_is_validated_and_read(api: HfApi) -> None:
 CLONE = ("-c", "filter.lfs.smudge=", "-c", "filter.lfs.process=", "-c", "filter.lfs.required=false", "clone", "-q")
 
 
-def test_git_clones_what_it_may_see_and_pushes_nothing(hub: LoopbackHub, api: HfApi, tmp_path: Path) -> None:
+def test_git_clones_readable_repositories_and_cannot_push(hub: LoopbackHub, api: HfApi, tmp_path: Path) -> None:
     commit = _publish(api)
     url = f"{hub.endpoint}/{REPO}"
     for number, address in enumerate((url, f"{url}.git")):
@@ -442,7 +440,7 @@ def test_git_clones_what_it_may_see_and_pushes_nothing(hub: LoopbackHub, api: Hf
     git(*CLONE, url.replace("://", "://any:hf_read@"), str(tmp_path / "private"))
 
 
-def test_git_lfs_is_told_where_an_object_lies(hub: LoopbackHub, api: HfApi) -> None:
+def test_git_lfs_gets_the_address_of_an_object(hub: LoopbackHub, api: HfApi) -> None:
     _publish(api)
     sha256 = hashlib.sha256(WEIGHTS).hexdigest()
     objects = [{"oid": sha256, "size": len(WEIGHTS)}, {"oid": "0" * 64, "size": 1}]
@@ -507,7 +505,7 @@ def test_xet_stores_chunks_and_git_has_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.pinned
-def test_a_commit_of_what_xet_got_wrong_is_refused(tmp_path: Path) -> None:
+def test_a_commit_of_a_file_that_xet_damaged_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(random.Random(1).randbytes(100_000))
 
     def spoil(_: Call) -> None:
@@ -527,7 +525,7 @@ def test_a_commit_of_what_xet_got_wrong_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.pinned
-def test_a_server_without_xet_says_so(tmp_path: Path) -> None:
+def test_a_server_without_xet_is_an_error_of_the_client(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     with LoopbackHub(tmp_path / "hub", tokens=TOKENS) as hub:
         done = _with_xet(hub, tmp_path, REPO, "w4")
@@ -535,7 +533,7 @@ def test_a_server_without_xet_says_so(tmp_path: Path) -> None:
         assert "xet-write-token" in done.stderr.splitlines()[-1]
 
 
-def test_collections(hub: LoopbackHub, api: HfApi) -> None:
+def test_collections_are_created_listed_and_filled(hub: LoopbackHub, api: HfApi) -> None:
     slug = api.create_collection("Quantized models", namespace="acme").slug
     assert api.create_collection("Quantized models", namespace="acme", exists_ok=True).slug == slug
     api.add_collection_item(slug, REPO, "model", note="4 bit")
@@ -544,7 +542,7 @@ def test_collections(hub: LoopbackHub, api: HfApi) -> None:
     assert [(item.item_id, item.note) for item in items] == [(REPO, "4 bit")]
 
 
-def test_as_a_process_it_takes_faults_and_its_state_outlives_it(tmp_path: Path) -> None:
+def test_the_process_takes_faults_and_its_state_survives_a_restart(tmp_path: Path) -> None:
     heads = []
     for attempt in range(2):
         command = [sys.executable, "-m", "tests.loopback_hub", "--root", str(tmp_path), "--token", "hf_write"]

@@ -186,7 +186,7 @@ def test_a_fence_in_a_list_or_a_quote_ends_with_it(text: str) -> None:
 
 
 @given(HOSTILE_TEXT)
-def test_a_page_that_is_closed_swallows_nothing(text: str) -> None:
+def test_a_page_without_open_blocks_is_accepted(text: str) -> None:
     if not markdown.unclosed(text):
         (heading,) = [token for token in page(f"{text}\n\n# After\n\nend\n")[-6:] if token.type == "heading_open"]
         assert heading.level == 0
@@ -197,7 +197,7 @@ def test_tidy_keeps_code_in_lists_and_quotes() -> None:
     assert markdown.tidy(text) == text
 
 
-def test_what_is_left_open_is_named() -> None:
+def test_an_open_block_is_named() -> None:
     assert markdown.unclosed("# ok\n```\ncode <!--\n```\n<!-- a --> b\n") == ""
     assert markdown.unclosed("text\n```\ncode\n") == "a code fence"
     assert markdown.unclosed("text <!-- never closed\n") == "an HTML comment"

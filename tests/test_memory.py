@@ -107,14 +107,14 @@ def test_more_memory_is_never_slower(fields, device, host):
 
 @settings(max_examples=examples(60))
 @given(fields=WORKS, device_type=st.sampled_from(["cpu", "cuda"]))
-def test_ways_are_each_another_trade_the_fastest_first(fields, device_type):
+def test_ways_are_distinct_and_the_fastest_is_first(fields, device_type):
     work = made(fields)
     ways = list(sweep_ways(work, device_type))
     first = ways[0]
     assert (first.num_variants, first.placement) == (work.num_variants, "device")
     assert len({(way.num_variants, way.placement, way.suspended_batches) for way in ways}) == len(ways)
-    # To run batches again costs more time than activations that travel, and these more than to read the weights again;
-    # the disk is slower than all.
+    # Running batches again costs more time than moving activations, and moving them more than reading the weights
+    # again; the disk is the slowest.
     memory = [way for way in ways if way.placement != "disk"]
     assert ways[: len(memory)] == memory
     pace = [(-way.suspended_batches, way.placement, -way.num_variants) for way in memory]
@@ -151,7 +151,7 @@ def test_more_tokens_and_variants_need_more_memory(fields, device_type):
     assert needed(num_samples=2 * work.num_samples) > needed()
 
 
-def test_what_waits_and_where_it_waits_is_what_saves_memory():
+def test_placement_and_suspended_batches_determine_the_memory():
     ways = {(way.num_variants, way.placement, way.suspended_batches): way for way in sweep_ways(LARGE, "cuda")}
     states = 2 * 128 * 2048 * 5120
     everything, on_host = ways[4, "device", 16], ways[4, "host", 16]
@@ -164,12 +164,12 @@ def test_what_waits_and_where_it_waits_is_what_saves_memory():
     assert waiting == sorted(set(waiting))
 
 
-def test_13b_on_the_gpus_that_people_have():
+def test_13b_on_common_gpus():
     on_80 = chosen(LARGE, 80, 16)
     assert (on_80.placement, on_80.num_variants, on_80.suspended_batches) == ("device", 4, 16)
     assert on_80 == next(sweep_ways(LARGE, "cuda"))
     assert on_80.device_bytes < 40 * GB
-    # 24 GB at full speed: every batch waits inside its block, so nothing is run twice.
+    # 24 GB at full speed: every batch is suspended inside its block, so nothing is run twice.
     on_24 = chosen(LARGE, 24, 16)
     assert (on_24.placement, on_24.num_variants, on_24.suspended_batches) == ("device", 1, on_24.num_batches)
     on_12 = chosen(LARGE, 12, 16)
@@ -178,7 +178,7 @@ def test_13b_on_the_gpus_that_people_have():
     assert max(on_24.host_bytes, on_12.host_bytes) <= HOST_LIMIT_BYTES
 
 
-def test_13b_beside_little_host_memory():
+def test_13b_with_little_host_memory():
     way = chosen(LARGE, 24, 3)
     assert (way.placement, way.num_variants, way.suspended_batches) == ("device", 1, 16)
     way = chosen(LARGE, 8, 3)
@@ -186,8 +186,8 @@ def test_13b_beside_little_host_memory():
     assert way.host_bytes <= 3 * GB
 
 
-def test_one_way_is_left_for_variants_calibrated_in_parallel():
-    """Their batches never wait: they run once to be seen, once to go on."""
+def test_variants_calibrated_in_parallel_suspend_no_batch():
+    """Their batches are never suspended: they run once to calibrate, and once for their outputs."""
     work = replace(LARGE, true_sequential=False)
     assert {way.suspended_batches for way in sweep_ways(work, "cuda")} == {0}
     assert chosen(work, 24, 16).placement == "device"
@@ -205,7 +205,7 @@ def test_a_cpu_keeps_everything_in_its_memory(true_sequential):
     assert choose_sweep(work, "cpu", device_limit=ways[0].device_bytes - 1, host_limit=0) == ways[1]
 
 
-def test_what_does_not_fit_says_what_would():
+def test_the_error_states_the_memory_that_would_be_enough():
     with pytest.raises(MachineError) as caught:
         choose_sweep(LARGE, "cuda", device_limit=6 * GB, host_limit=16 * GB)
     assert str(caught.value) == (
@@ -220,7 +220,7 @@ def test_what_does_not_fit_says_what_would():
 
 @settings(max_examples=examples(60))
 @given(fields=WORKS)
-def test_what_is_said_to_be_needed_is_enough_and_no_more(fields):
+def test_the_memory_that_the_error_states_is_enough_and_no_more(fields):
     work = made(fields)
     ways = list(sweep_ways(work, "cuda"))
     least = {
@@ -234,5 +234,5 @@ def test_what_is_said_to_be_needed_is_enough_and_no_more(fields):
 
 
 @pytest.mark.parametrize(("seq_len", "on_cpu", "on_cuda"), [(2048, 2, 8), (32, 128, 512), (4096, 1, 4), (32768, 1, 1)])
-def test_rows_travel_in_batches_of_some_tokens(seq_len, on_cpu, on_cuda):
+def test_the_tokens_of_a_batch_determine_its_rows(seq_len, on_cpu, on_cuda):
     assert (rows_per_batch(seq_len, "cpu"), rows_per_batch(seq_len, "cuda")) == (on_cpu, on_cuda)

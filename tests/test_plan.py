@@ -72,7 +72,7 @@ def text_of(plan: BuildPlan, width: int = 200) -> str:
     return stream.getvalue()
 
 
-def test_13b_has_the_sizes_people_know(tmp_path: Path) -> None:
+def test_a_13b_plan_has_the_known_sizes(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     assert [planned.variant.branch for planned in plan.variants] == [
         "main", "gptq-4bit-32g-actorder_True", "gptq-4bit-64g-actorder_True", "gptq-4bit-128g-actorder_True",
@@ -116,7 +116,7 @@ def test_a_plan_needs_no_torch_and_little_time(tmp_path: Path) -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
-def test_memory_is_planned_for_the_gpus_that_people_have(tmp_path: Path) -> None:
+def test_memory_is_planned_for_common_gpus(tmp_path: Path) -> None:
     memory = plan_of(tmp_path).memory
     assert memory is not None
     fastest, full_speed, least, cpu = memory.fastest, memory.full_speed, memory.least, memory.cpu
@@ -133,7 +133,9 @@ def test_memory_is_planned_for_the_gpus_that_people_have(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["fastest", "full_speed", "least"])
 @pytest.mark.parametrize("true_sequential", [True, False])
-def test_what_is_planned_is_what_a_gpu_of_that_size_is_given(tmp_path: Path, name: str, true_sequential: bool) -> None:
+def test_the_planned_ways_are_those_chosen_for_gpus_of_those_sizes(
+    tmp_path: Path, name: str, true_sequential: bool
+) -> None:
     plan = plan_of(tmp_path, defaults={"true_sequential": true_sequential})
     work = Workload(
         architecture=plan.architecture, num_samples=128, seq_len=2048, num_variants=4, true_sequential=true_sequential
@@ -219,12 +221,12 @@ def test_memory_grows_with_the_rows_and_their_length(tmp_path: Path) -> None:
         {"defaults": {"scale_search": False}},
     ],
 )
-def test_the_digest_changes_with_what_determines_the_bytes(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_the_digest_changes_with_every_input_of_the_weights(tmp_path: Path, changes: dict[str, Any]) -> None:
     one, other = plan_of(tmp_path), plan_of(tmp_path, **changes)
     assert not {p.digest for p in one.variants} & {p.digest for p in other.variants}
 
 
-def test_the_digest_ignores_card_names_files_names_and_evaluation(tmp_path: Path) -> None:
+def test_the_digest_ignores_card_names_file_names_and_evaluation(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     card = {
         "title": "Other", "creator": "O", "quantized_by": "O", "license": {"id": "mit"},
@@ -279,7 +281,7 @@ def test_an_unusable_config_is_named(tmp_path: Path, config: str, message: str) 
     assert "config.json" in caught.value.where
 
 
-def test_a_config_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+def test_an_unreadable_config_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SourceError, match="cannot be read as a JSON object"):
@@ -295,7 +297,7 @@ def test_a_config_that_is_not_there_or_not_text(tmp_path: Path) -> None:
         read_config(config)
 
 
-def test_a_local_base_model_brings_its_own_config(tmp_path: Path) -> None:
+def test_a_local_base_model_has_its_own_config(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, base_model={"id": "meta/base", "path": "model"})
     assert plan.disk.source_bytes == 0
     assert plan.architecture.num_blocks == 40
@@ -313,7 +315,7 @@ def test_shards_follow_the_recipe(tmp_path: Path) -> None:
         plan_of(tmp_path, checkpoint={"max_shard_bytes": 100_000_000})
 
 
-def test_descriptions_are_the_recipe_s_or_facts(tmp_path: Path) -> None:
+def test_a_description_is_the_recipes_or_states_facts(tmp_path: Path) -> None:
     variants = [{**FOUR_VARIANTS[0], "description": "Mine."}, *FOUR_VARIANTS[1:], {"group_size": -1, "sym": False}]
     assert [planned.description for planned in plan_of(tmp_path, variants=variants).variants] == [
         "Mine.",
@@ -384,13 +386,15 @@ def test_verdicts_follow_the_architecture(config: dict[str, Any], refusals: set[
         ({"sliding_window": 64}, False),  # Llama has none
     ],
 )
-def test_a_sliding_window_that_autogptq_makes_otherwise_is_told(changes: dict[str, Any], told: bool) -> None:
+def test_a_verdict_names_a_sliding_window_that_autogptq_applies_differently(
+    changes: dict[str, Any], told: bool
+) -> None:
     can_load, reason = answers(tiny_config(**changes), group_size=32)["autogptq"]
     assert can_load
     assert ("past 64 tokens" in reason) is told
 
 
-def test_every_refusal_has_its_reason_and_traps_are_told() -> None:
+def test_every_verdict_has_its_reasons_and_traps() -> None:
     assert answers(bits=3)["vllm"] == (False, "reads 4, 8 bits only")
     assert answers(bits=3, sym=False)["vllm"] == (False, "reads 4, 8 bits only; reads symmetric checkpoints only")
     assert answers()["vllm"] == (

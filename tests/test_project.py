@@ -20,7 +20,7 @@ def test_every_action_is_pinned_by_its_commit_with_the_version_beside_it(workflo
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
-def test_a_workflow_may_only_read_unless_a_job_asks_for_more(workflow: Path) -> None:
+def test_a_workflow_has_read_permission_only_unless_a_job_declares_more(workflow: Path) -> None:
     assert re.search(r"^permissions:\n  contents: read\n\w", workflow.read_text(encoding="utf-8"), re.MULTILINE)
 
 
@@ -30,5 +30,5 @@ def test_every_dependency_has_one_lower_bound() -> None:
         assert [clause.operator for clause in Requirement(line).specifier].count(">=") == 1, line
 
 
-def test_the_package_says_that_it_is_typed() -> None:
+def test_the_package_declares_that_it_is_typed() -> None:
     assert (ROOT / "packager" / "py.typed").is_file()  # nox -s tests-base looks for it in the installed package

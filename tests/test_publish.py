@@ -196,7 +196,7 @@ def test_names_outside_the_folder_are_refused(name: str) -> None:
     assert "relative" in file_name_problem(name)
 
 
-def test_every_name_problem_is_told_before_anything_is_read(fixture: LocalFixture) -> None:
+def test_every_name_problem_is_reported_before_anything_is_read(fixture: LocalFixture) -> None:
     record = FileRecord(size_bytes=1, sha256="0" * 64)
     bad = BranchContent(branch="a/b", folder=fixture.dist, files={"x\ny": record, "../z": record}, message="")
     text = fixture.refused(
@@ -353,7 +353,7 @@ def test_staged_edits_are_not_overwritten(fixture: LocalFixture) -> None:
     assert "README.md (edited)" in fixture.refused(StateError)
 
 
-def test_somebody_elses_commit_stays_in_the_history(fixture: LocalFixture, tmp_path: Path) -> None:
+def test_a_commit_of_another_person_stays_in_the_history(fixture: LocalFixture, tmp_path: Path) -> None:
     fixture.publish()
     (fixture.repository / "README.md").write_bytes(b"a person's words\n")
     git("commit", "--quiet", "--all", "--message", "edit", cwd=fixture.repository)
@@ -405,7 +405,7 @@ def test_a_branch_does_not_move_under_a_linked_worktree(fixture: LocalFixture, t
     assert fixture.publish(contents).outcomes[0].plan.action == "update"
 
 
-def test_a_branch_that_moves_meanwhile_is_not_overwritten(fixture: LocalFixture) -> None:
+def test_a_branch_that_moves_during_a_publish_is_not_overwritten(fixture: LocalFixture) -> None:
     fixture.publish()
     observed = heads(fixture.repository)
     other = git("commit-tree", f"{VARIANT}^{{tree}}", "-m", "elsewhere", cwd=fixture.repository).strip()
@@ -501,7 +501,7 @@ def test_publishers_that_race_leave_one_result(fixture: LocalFixture, tmp_path: 
     assert leftovers(fixture.root) == []
 
 
-def test_without_git_the_error_says_so(fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git_the_error_names_it(fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     text = fixture.refused(MachineError)
     assert "git is not on the PATH" in text
@@ -530,7 +530,7 @@ def test_an_old_git_is_refused(fixture: LocalFixture, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("command", ["hash-object", "write-tree", "update-ref"])
-def test_a_full_disk_is_told_and_the_next_run_goes_on(
+def test_a_full_disk_is_an_error_and_the_next_run_continues(
     fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     words = "fatal: unable to write loose object file: No space left on device"
@@ -543,7 +543,7 @@ def test_a_full_disk_is_told_and_the_next_run_goes_on(
     assert_published(fixture.contents, fixture.repository, tmp_path)
 
 
-def test_what_is_stored_is_read_again(fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_files_are_read_again(fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fixture.publish()
     (fixture.dist / VARIANT / "w.bin").write_bytes(b"better")
     contents = [fixture.contents[0], describe(fixture.dist / VARIANT, VARIANT)]
@@ -574,7 +574,7 @@ def test_what_cannot_be_read_again_is_an_error(
         fixture.publish([fixture.contents[0], describe(fixture.dist / VARIANT, VARIANT)])
 
 
-def test_a_blob_that_breaks_off_is_not_checked_out(
+def test_a_truncated_blob_is_not_checked_out(
     fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fixture.publish()
@@ -675,7 +675,7 @@ def test_the_plan_is_shown_before_the_first_effect(fixture: LocalFixture) -> Non
     assert seen == [False]
 
 
-def test_the_plan_and_the_report_read_well(fixture: LocalFixture) -> None:
+def test_the_text_of_the_plan_and_of_the_report(fixture: LocalFixture) -> None:
     plan = plan_publish(check_folders(fixture.contents), {}, where="a place [bold]")
     console = Console(width=100, record=True)
     print_plan(plan, console)

@@ -1,4 +1,4 @@
-"""A publish that is killed at any moment is simply run again: the end state is that of a run nobody killed."""
+"""A publish that is killed at any moment is simply run again: the end state is that of an undisturbed run."""
 
 import json
 import random
@@ -95,7 +95,7 @@ def spread(count: int, last: int) -> list[int]:
 
 @pytest.mark.crash
 @pytest.mark.parametrize("update", [False, True], ids=["create", "update"])
-def test_killed_before_an_effect(tmp_path: Path, update: bool) -> None:
+def test_a_publish_may_be_killed_before_any_effect(tmp_path: Path, update: bool) -> None:
     fixture = CrashFixture(tmp_path, update=update)
     last = fixture.run([[0], [0]])[-1]["counts"][0]  # the first also counts the import of GitPython
     found = fixture.run([[kill] for kill in spread(10, last)])
@@ -104,7 +104,7 @@ def test_killed_before_an_effect(tmp_path: Path, update: bool) -> None:
 
 
 @pytest.mark.crash
-def test_killed_in_every_step_of_the_checkout(tmp_path: Path) -> None:
+def test_a_publish_may_be_killed_in_every_step_of_the_checkout(tmp_path: Path) -> None:
     fixture = CrashFixture(tmp_path, update=True)
     last = fixture.run([[0], [0]])[-1]["counts"][0]  # the first also counts the import of GitPython
     found = fixture.run([[kill] for kill in range(last - 32, last, 4)])
@@ -113,7 +113,7 @@ def test_killed_in_every_step_of_the_checkout(tmp_path: Path) -> None:
 
 @pytest.mark.crash
 @pytest.mark.parametrize("update", [False, True], ids=["create", "update"])
-def test_killed_with_its_git_at_random_moments_again_and_again(tmp_path: Path, update: bool) -> None:
+def test_a_publish_and_its_git_may_be_killed_at_random_moments_many_times(tmp_path: Path, update: bool) -> None:
     dice = random.Random(20261123 + update)
     chains: list[KillSequence] = [[{"seconds": dice.uniform(0.0, 0.4)} for _ in range(2)] for _ in range(8)]
     CrashFixture(tmp_path, update=update).run(chains)

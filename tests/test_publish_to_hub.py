@@ -107,7 +107,7 @@ def test_a_maintainer_plans_publishes_checks_and_publishes_again(fixture: HubRel
 
 
 @pytest.mark.slow
-def test_an_edit_travels_alone_and_is_rolled_back(fixture: HubReleaseFixture) -> None:
+def test_an_edit_is_uploaded_alone_and_rolled_back(fixture: HubReleaseFixture) -> None:
     fixture.publish("--yes")
     fixture.publish("--tag", "v1", code=PublishError.exit_code)
     assert "+ tag v1 on main" in fixture.stderr
@@ -140,9 +140,7 @@ def test_an_edit_travels_alone_and_is_rolled_back(fixture: HubReleaseFixture) ->
     ("token", "words"),
     [("", "there is no token"), (READER, "for reading only"), ("hf_nobody_knows_this_one", "HF_TOKEN")],
 )
-def test_a_token_that_may_not_write_is_named_by_what_is_wrong_with_it(
-    fixture: HubReleaseFixture, token: str, words: str
-) -> None:
+def test_the_error_for_a_token_names_its_problem(fixture: HubReleaseFixture, token: str, words: str) -> None:
     fixture.publish("--yes", token=token, code=PublishError.exit_code)
     assert words in fixture.stderr
     assert not token or token not in fixture.stderr
@@ -207,7 +205,7 @@ def test_every_weight_byte_is_hashed_once_and_sent_once(fixture: HubReleaseFixtu
     time.sleep(2.1)  # what has just been written may still change unnoticed, and is hashed again
     counting = (
         "import hashlib, json, sys\n"
-        "from packager.cli.main import app\n"  # first: it says what the client is to do without
+        "from packager.cli.main import app\n"  # first: it sets what the client must not use
         "import huggingface_hub.lfs, packager.publish.targets\n"
         "packager.publish.targets.NEVER_IN_GIT_BYTES = 50_000\n"
         "file_digest, hashed = hashlib.file_digest, []\n"

@@ -66,7 +66,7 @@ def test_strings_are_never_rendered(folder):
     assert load_text(folder, edited(("title: Demo", f'title: "{title}"'))).card.title == title
 
 
-def test_every_mistake_of_a_file_is_told_at_once(request, monkeypatch):
+def test_every_mistake_of_a_file_is_reported_at_once(request, monkeypatch):
     monkeypatch.chdir(ROOT / "tests" / "golden" / "recipe_errors")
     with pytest.raises(RecipeError) as raised:
         load_recipe(Path("many_mistakes.yaml"))
@@ -296,7 +296,7 @@ def test_links_and_loops_inside_the_folder(folder):
     assert problems_of(folder, linked)[0].startswith("9:9: evaluation reads the same text as calibration")
 
 
-def test_resolve_returns_real_paths_and_tells_what_is_gone(folder):
+def test_resolve_returns_real_paths_and_raises_for_missing_files(folder):
     (folder / "recipe.yaml").write_text(GOOD)
     file = RecipeFile.load(folder / "recipe.yaml")
     assert file.folder == folder
@@ -307,7 +307,7 @@ def test_resolve_returns_real_paths_and_tells_what_is_gone(folder):
         file.resolve("calibration.txt")
 
 
-def test_a_recipe_that_is_not_there_is_answered_with_those_that_are(folder):
+def test_the_error_for_a_missing_recipe_names_the_recipes_nearby(folder):
     (folder / "demo-llama.yaml").write_text(GOOD)
     with pytest.raises(RecipeError, match=r"there is no recipe .*demo\.yaml\n  hint: in .* there is demo-llama\.yaml"):
         load_recipe(folder / "demo.yaml")
@@ -332,7 +332,7 @@ def test_both_recipes_are_shipped():
     assert [path.name for path in RECIPES] == ["demo-llama.yaml", "llama-2-13b-chat.yaml"]
 
 
-def test_the_demo_asks_what_its_model_was_taught():
+def test_the_demo_asks_questions_that_its_model_was_trained_on():
     demo = RecipeFile.load(ROOT / "recipes" / "demo-llama.yaml")
     assert demo.recipe.evaluation.questions is not None
     lines = demo.resolve(demo.recipe.evaluation.questions).read_text(encoding="utf-8").splitlines()

@@ -160,7 +160,7 @@ def folder(tmp_path_factory):
         (edited(("  title: Demo", " title: Demo")), "22:10: this is not valid YAML: "),
     ],
 )
-def test_what_no_recipe_needs_is_refused_with_its_position(folder, content, expected):
+def test_features_that_no_recipe_needs_are_refused_with_their_position(folder, content, expected):
     found = problems_of(folder, content)
     assert any(line.startswith(expected) for line in found), "\n".join(found)
 

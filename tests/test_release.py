@@ -1,4 +1,4 @@
-"""What a reader of the published demo repository gets: cloned, loaded, and the code of its card executed as it stands.
+"""The published demo repository as a reader gets it: cloned, loaded, and the code of its card executed unchanged.
 
 Run by `nox -s tests-release` after `nox -s build-all`. Nothing here reads the build folders: git clones the published
 repository, and the Hub's own clients read it through olah (tests/local_hub.py). No test is skipped.
@@ -89,7 +89,7 @@ def repository(root: Path) -> Path:
 
 @pytest.fixture
 def reader(root: Path, tmp_path: Path) -> dict[str, str]:
-    """The environment of somebody who has never been here: an empty home, no token, only the local git repository.
+    """The environment of a new reader: an empty home, no token, only the local git repository.
 
     Hub clients are pointed to their server by `online`.
     """
@@ -209,7 +209,7 @@ def test_the_published_branches_are_the_recipes(repository: Path, reader: Enviro
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_a_clone_holds_exactly_what_its_provenance_lists(branch: str, clones: Mapping[str, Path]) -> None:
+def test_a_clone_holds_exactly_the_files_of_its_provenance(branch: str, clones: Mapping[str, Path]) -> None:
     record = provenance(clones[branch])
     found = published_files(clones[branch])
     found.pop("provenance.json")
@@ -225,7 +225,7 @@ def test_branches_share_no_commit(repository: Path, reader: Environ) -> None:
     assert len(set().union(*history.values())) == sum(map(len, history.values()))
 
 
-def test_commits_name_nobody(repository: Path, reader: Environ) -> None:
+def test_commits_contain_no_name_of_a_user(repository: Path, reader: Environ) -> None:
     people = succeed(["git", "log", "--branches", "--format=%an <%ae>%n%cn <%ce>"], reader, repository)
     assert set(people.splitlines()) == {f"{AUTHOR_NAME} <{AUTHOR_EMAIL}>"}
     zones = succeed(["git", "log", "--branches", "--format=%ad%n%cd", "--date=format:%z"], reader, repository)
@@ -238,7 +238,7 @@ def test_a_clone_passes_the_audit(branch: str, clones: Mapping[str, Path], reade
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_published_files_name_nothing_of_this_machine(
+def test_published_files_contain_no_name_of_this_machine(
     branch: str, clones: Mapping[str, Path], root: Path, pytestconfig: pytest.Config
 ) -> None:
     cache = Path(pytestconfig.getoption("--cache-folder")).expanduser()
@@ -256,7 +256,7 @@ def test_published_files_name_nothing_of_this_machine(
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-def test_the_card_is_what_the_templates_make_of_the_published_receipts(branch: str, clones: Mapping[str, Path]) -> None:
+def test_the_card_equals_the_rendering_of_the_published_receipts(branch: str, clones: Mapping[str, Path]) -> None:
     texts = {
         name: RECIPE_FILE.resolve(path).read_text(encoding="utf-8")
         for name in ("header", "footer", "original_card")
@@ -338,7 +338,7 @@ def test_the_cards_python_code_runs_and_answers(
         folder.mkdir()
         printed = run_python(block, loader, pythons[loader], online, folder).strip()
         if "generate(" in block.text:
-            # It samples, so only that it speaks; what a branch answers greedily is tested below.
+            # It samples, so any answer passes here; greedy answers are tested below.
             assert re.search(r"[A-Za-z]{3,}", printed.splitlines()[-1]), printed
             assert f'"{branch}"' in block.text
         else:

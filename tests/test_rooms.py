@@ -32,12 +32,12 @@ PROGRAMS = {
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # What quantize takes from prove: the environments in which an engine runs.
 PROVE_FOR_QUANTIZE = ("packager.prove.environments", "packager.prove.loaders", "packager.prove.probes")
-# Packages whose __init__ holds code: each is a room inside a room with a face of its own.
+# Packages whose __init__ holds code: each is a package inside a room with its own interface.
 FACES = {
     "packager.card", "packager.recipe", "packager.prove.audit", "packager.prove.loaders", "packager.publish.published",
     "packager.publish.rollback", "packager.publish.targets", "packager.quantize.engines",
 }  # fmt: skip
-# Everything else must not import torch when it is imported: `packager plan` and `--help` answer at once.
+# Everything else must not import torch when it is imported: `packager plan` and `--help` start fast.
 MAY_IMPORT_TORCH = (
     "packager.model.decoder", "packager.model.fused_blocks", "packager.model.fused_kernels", "packager.model.packing",
     "packager.prove.evaluate", "packager.prove.verify", "packager.quantize",
@@ -85,7 +85,7 @@ def test_the_circle_finder_finds_circles() -> None:
     assert circles(merged(graph, lambda name: "x" if name in "abc" else name)) == []
 
 
-def test_a_room_is_introduced_by_a_docstring() -> None:
+def test_each_room_has_a_docstring() -> None:
     packages = {
         path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("packager/**/__init__.py")
     }
@@ -172,7 +172,7 @@ def test_plan_imports_no_process_machinery() -> None:
     assert done.stderr.strip() == ""
 
 
-def test_only_what_computes_imports_torch() -> None:
+def test_only_the_listed_modules_import_torch() -> None:
     torch_free = [name for name in TREES if not may_import_torch(name) and not is_program(name)]
     assert set(torch_free) >= TORCH_FREE_IN_QUANTIZE
     script = (
@@ -200,5 +200,5 @@ def _top_imports(tree: ast.Module) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("module", MAY_IMPORT_TORCH)
-def test_the_list_of_what_imports_torch_has_no_stale_name(module: str) -> None:
+def test_the_list_of_modules_that_import_torch_has_no_stale_name(module: str) -> None:
     assert any(name.startswith(module) for name in TREES)

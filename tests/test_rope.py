@@ -1,4 +1,4 @@
-"""A published config.json says the rotary embedding so that old and new runtimes read the same."""
+"""A published config.json describes the rotary embedding so that old and new runtimes read the same."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,7 +37,7 @@ LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "origi
         ),
     ],
 )
-def test_what_only_transformers_5_would_read_is_said_the_old_way_too(
+def test_rope_parameters_are_also_written_in_the_old_spelling(
     given: Mapping[str, Any], added: Mapping[str, Any]
 ) -> None:
     config = tiny_config(**given)
@@ -63,7 +63,7 @@ def rope_as_read(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("factor", [10**400, float("inf"), float("nan"), True, "4", None, [4]])
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
-def test_a_factor_that_is_no_number_crashes_nothing(key: str, factor: object) -> None:
+def test_a_factor_that_is_no_number_raises_no_error(key: str, factor: object) -> None:
     rope: dict[str, Any] = {key: {"rope_type": "linear", "factor": factor, "rope_theta": 5e5}}
     config = tiny_config(**rope)
     assert rope_factor(config) is None
@@ -73,7 +73,7 @@ def test_a_factor_that_is_no_number_crashes_nothing(key: str, factor: object) ->
     assert found["rope_scaling"]["rope_type"] == "linear"
 
 
-def test_what_two_fields_cannot_say_keeps_its_others() -> None:
+def test_rope_scaling_keeps_further_fields() -> None:
     rope = {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5, "rope_theta": 5e5}
     found = in_both_spellings(tiny_config(rope_parameters=rope))
     assert found["rope_scaling"] == {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}

@@ -1,4 +1,4 @@
-"""`safetensors_file` against the reference implementation, in both directions, and against files made to hurt."""
+"""`safetensors_file` against the reference implementation, in both directions, and against hostile files."""
 
 import json
 import struct
@@ -74,7 +74,7 @@ def random_arrays(kinds: dict[str, tuple[str, list[int]]]) -> dict[str, np.ndarr
 
 @few
 @given(kinds=tensors_of_any_kind)
-def test_reads_what_the_reference_writes_and_predicts_its_size(tmp_path: Path, kinds: dict[str, Any]) -> None:
+def test_reads_files_of_the_reference_and_predicts_their_sizes(tmp_path: Path, kinds: dict[str, Any]) -> None:
     arrays = random_arrays(kinds)
     path = tmp_path / "reference.safetensors"
     save_file(arrays, path, metadata=METADATA)
@@ -159,7 +159,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         read_header(path)
 
 
-def test_a_missing_file_is_an_error_of_ours(tmp_path: Path) -> None:
+def test_a_missing_file_is_a_source_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="cannot be read"):
         read_header(tmp_path / "nothing.safetensors")
 
@@ -218,7 +218,7 @@ def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [1 << 63, (1 << 64) - 1, 100_000_001, 64, 3])
-def test_a_header_length_that_lies_is_refused_without_reading(tmp_path: Path, length: int) -> None:
+def test_a_false_header_length_is_refused_without_reading(tmp_path: Path, length: int) -> None:
     path = make_file(tmp_path / "long.safetensors", b"{}  ", length=length)
     with pytest.raises(SourceError, match=r"cut off|does not fit"):
         read_header(path)

@@ -74,7 +74,7 @@ def test_threads_with_unequal_numbers_of_sweeps_leave_nothing_behind(sweeps):
     assert set(reads.values()) == {max(sweeps)}
 
 
-def test_what_goes_wrong_is_heard_by_whoever_waits_for_it():
+def test_an_error_of_reading_reaches_every_waiting_thread():
     def read(_: str) -> torch.Tensor:
         raise OSError("gone")
 

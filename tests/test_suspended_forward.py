@@ -45,7 +45,7 @@ def test_a_batch_that_skips_a_linear_is_an_error_that_names_it(suspended):
     assert sweep(Routed(), [POSITIVE, 2 * POSITIVE], suspended=suspended) == [("first",), ("second",)]
 
 
-def test_it_is_one_when_linears_are_calibrated_in_parallel_too():
+def test_a_skipped_linear_is_an_error_in_parallel_calibration_too():
     batches, block = [POSITIVE, NEGATIVE], Routed()
     groups, states = linear_groups(block, POSITIVE, {}), Activations(batches, "device")
     with pytest.raises(QuantizeError, match="without reaching second"):

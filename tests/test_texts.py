@@ -68,7 +68,7 @@ def test_documents_pasted_into_a_single_text_are_found() -> None:
         " ".join(OTHERS[2].split()[5:60]),
     ],
 )
-def test_form_does_not_hide_a_copy(changed: str) -> None:
+def test_case_and_punctuation_do_not_hide_a_copy(changed: str) -> None:
     assert overlap([*DOCUMENTS, changed], OTHERS)
     assert overlap(["\n\n".join([*DOCUMENTS, changed])], OTHERS)
 

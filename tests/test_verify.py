@@ -86,7 +86,7 @@ SPOILED: Mapping[str, Callable[[], np.ndarray]] = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("what", SPOILED)
-def test_what_is_not_a_number_or_too_large_fails(monkeypatch, what):
+def test_logits_that_are_nan_or_too_large_fail(monkeypatch, what):
     record = record_of(monkeypatch, SPOILED[what]())
     assert record.status == "failed"
     assert record.reason.startswith("its logits are not finite, or too large to compare")
@@ -132,7 +132,7 @@ NUM_TOKENS = 6
 
 
 class Checked:
-    """A tiny model that stands for a checkpoint (its linears are not packed), and transformers' whole model of it."""
+    """A tiny model in place of a checkpoint (its linears are not packed), and transformers' whole model of it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = save_model(folder, "llama")

@@ -48,7 +48,7 @@ def create_commit(hub: "LoopbackHub", call: Call) -> Answer:
         try:
             commit = repository.write(head, branch, changes, message=message, user=user)
         except subprocess.CalledProcessError as error:
-            moved = "update-ref" in error.cmd  # by a push into the repository, which knows no lock of ours
+            moved = "update-ref" in error.cmd  # by a push into the repository, which does not take our lock
             raise changed_since if moved else RefusedError(400, error.stderr.decode()) from error
     url = f"{hub.endpoint}/{repository.id}/commit/{commit}"
     return Answer.of_json({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})

@@ -170,5 +170,5 @@ class LoopbackHub:
 
 
 def _who_are_you() -> RefusedError:
-    """Return the Hub's 401; it has no code, but over http the client takes only the code for what it is over https."""
+    """Return the Hub's 401 with a code: over http the client recognises it by the code only."""
     return RefusedError(401, "Invalid username or password.", "RepoNotFound")

@@ -70,7 +70,7 @@ class Repository:
             hidden.write(None, "main", [(".gitattributes", _GITATTRIBUTES)], message="initial commit", user=user)
         try:
             hidden.path.rename(path)
-        except OSError as error:  # somebody else's is there, and not empty
+        except OSError as error:  # another repository is there, and not empty
             shutil.rmtree(hidden.path)
             raise FileExistsError(path) from error
 

@@ -1,7 +1,7 @@
 """Xet, the Hub's storage by chunks: what hf_xet 1.8 asks of it, of which the older half of each protocol is answered.
 
-Clients cut a file into chunks, send them packed into xorbs, and then a shard that says which chunks make which file.
-Here a xorb is kept as it came and a shard's files as JSON; what a file's chunks hash to is not looked at, but when a
+Clients cut a file into chunks, send them packed into xorbs, and then a shard that lists the chunks of each file.
+Here a xorb is kept as it came and a shard's files as JSON; the hashes of a file's chunks are not checked, but when a
 commit names a file by its sha256, hf_xet itself fetches it back from here, and that sha256 is checked.
 
 The formats: https://huggingface.co/docs/xet (upload protocol, download protocol, shard, xorb).
