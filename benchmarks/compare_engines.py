@@ -4,7 +4,7 @@
 
 For each calibration seed every variant is built twice from the same rows with the same parameters, once by
 `engine: native` and once by `engine: auto-gptq`, and measured on the recipe's held-out text. Parameters that only our
-own engine knows (scale_search) are off in both. AutoGPTQ needs a CUDA GPU. No loader runs, nothing is published.
+own engine has (scale_search) are off in both. AutoGPTQ needs a CUDA GPU. No loader runs, nothing is published.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/speed.py --layers 4 --peers autogptq,gptqmodel,llmcompressor --json out.json
     python benchmarks/speed.py --full --json full.json
 
-benchmarks/README.md says what is timed and how to read the table.
+benchmarks/README.md describes what is timed and how to read the table.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def cli_page() -> str:
 
     intro = (
         "Results go to standard output, with `--format json` as JSON and nothing else; the log, progress and errors go "
-        "to standard error. [Exit codes](exit-codes.md) tell the kinds of errors apart."
+        "to standard error. [Exit codes](exit-codes.md) distinguish the kinds of errors."
     )
     commands = [
         str(command.name or command.callback.__name__) for command in app.registered_commands if command.callback
