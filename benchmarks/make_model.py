@@ -62,7 +62,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """Where one tensor is stored: its shard, and its offset after the header in bytes."""
+    """The place of a stored tensor: its shard, and its offset after the header in bytes."""
 
     name: str
     shape: tuple[int, ...]

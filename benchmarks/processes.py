@@ -51,7 +51,7 @@ PEERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class EnginePaths:
-    """Where engines are found.
+    """The paths of the engines.
 
     Attributes:
         pythons: by engine, the interpreter the user named.

@@ -139,7 +139,7 @@ class Provenance(Record):
 
 
 class FusedRecord(Record):
-    """How many norms, MLPs and attentions ran fused kernels, out of those that could; `missed` has their names."""
+    """The number of norms, MLPs and attentions that ran fused kernels, of those that could; `missed` names the rest."""
 
     fused: int
     candidates: int

@@ -63,7 +63,7 @@ hf download tester/tiny-GPTQ --revision main --local-dir tiny-GPTQ
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a test branch is made of; the defaults are an ordinary 4-bit Llama."""
+    """The parts of a test branch; the defaults are an ordinary 4-bit Llama."""
 
     model_type: str = "llama"
     bits: int = 4

@@ -1,4 +1,4 @@
-"""What a build or a publish refuses: with the right error, a text that helps, and nothing lost."""
+"""Refusals of a build or a publish: the right error, a helpful text, and nothing lost."""
 
 import errno
 import importlib

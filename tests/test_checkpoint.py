@@ -1,4 +1,4 @@
-"""Which parameters and row lengths fit a model; tensors, sizes and shards are in test_architecture.py."""
+"""The parameters and row lengths that fit a model; tensors, sizes and shards are in test_architecture.py."""
 
 import pytest
 

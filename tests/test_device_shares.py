@@ -1,4 +1,4 @@
-"""Which device quantizes which variants: each has its share of them and of the host's memory."""
+"""The shares of devices: each gets some of the variants and of the host's memory."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field

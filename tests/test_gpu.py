@@ -209,7 +209,7 @@ def test_scarce_memory_is_enough_and_changes_no_byte(tmp_path, large, undisturbe
 
 
 def test_the_memory_limit_ends_with_quantizing(tmp_path):
-    """What comes next, such as evaluation, may use the whole GPU."""
+    """Later stages, such as evaluation, may use the whole GPU."""
     total = torch.cuda.get_device_properties(CUDA).total_memory
     run(tiny(tmp_path), tmp_path / "work", variant(), device_limit=total // 8)
     torch.cuda.empty_cache()

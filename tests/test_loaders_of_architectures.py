@@ -102,7 +102,7 @@ def spell(config: Mapping[str, Any], case: Case) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Proven:
-    """What was planned of every case, and what the loaders made of every branch: records by case, branch, loader."""
+    """The plan of every case, and the results of the loaders: records by case, branch, loader."""
 
     plans: Mapping[str, BuildPlan]
     records: Mapping[tuple[str, str, str], LoaderRecord]

@@ -19,7 +19,7 @@ def page(text: str) -> list[Token]:
 
 
 def shown(tokens: list[Token]) -> str:
-    """What a reader sees of a page's prose."""
+    """The prose of a page as its reader sees it."""
     children = [child for token in tokens for child in token.children or []]
     assert {child.type for child in children} <= {"text", "text_special", "code_inline"}, "markup came out of a value"
     return "".join(child.content for child in children)

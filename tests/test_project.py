@@ -1,4 +1,4 @@
-"""What the files around the package promise: pinned actions, bounds that `nox -s minimums` can install, types."""
+"""Promises of the files around the package: pinned actions, bounds that `nox -s minimums` can install, types."""
 
 import re
 import tomllib

@@ -164,7 +164,7 @@ def probed(
     rows: Sequence[Sequence[int]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str, str], ProbeResult]:
-    """What a loader computes of a branch; each loader opens all clones once, in one process."""
+    """The results of a loader on a branch; each loader opens all clones once, in one process."""
     results: dict[str, dict[str, ProbeResult | LoaderError]] = {}
     scratch = tmp_path_factory.mktemp("probes")
     prompt = prompt_ids(tokenizer, RECIPE.card.example_prompt)

@@ -1,4 +1,4 @@
-"""Which room may import which, what may import torch, and that a name means one thing: the rules of decision 5."""
+"""The rules of decision 5: imports between rooms, imports of torch, and one meaning per public name."""
 
 import ast
 import subprocess

@@ -28,7 +28,7 @@ BLOCK_LINEARS = tuple(name for group in INPUT_GROUPS for name in group)
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How a model_type reads the config keys that families read differently.
+    """The meaning that a model_type gives to config keys that families read differently.
 
     Attributes:
         causal_lm: the only class of config.json's `architectures` with known tensor names.

@@ -45,7 +45,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeRules:
-    """What is known of a runtime.
+    """The rules of a runtime.
 
     Attributes:
         refuses: its own checks: a checkpoint that one of them finds does not load.

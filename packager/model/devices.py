@@ -1,4 +1,4 @@
-"""Which device computes, and its name in receipts. torch is imported only when a function is called."""
+"""Choose the device that computes, and name it in receipts. torch is imported only when a function is called."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

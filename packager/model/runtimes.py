@@ -13,7 +13,7 @@ LoaderName = Literal["autogptq", "transformers", "exllamav2"]
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """How a build runs a runtime.
+    """The program by which a build runs a runtime.
 
     Attributes:
         script: the stand-alone program, a file of packager/prove/loaders.

@@ -171,14 +171,14 @@ class BuildState:
 
     @property
     def device(self) -> "torch.device":
-        """Where to compute."""
+        """The device to compute on."""
         if self._device is None:
             self._device = choose_device(self.options.device)
         return self._device
 
     @property
     def devices(self) -> "tuple[torch.device, ...]":
-        """Where to quantize: the device and every other GPU of the same kind."""
+        """The devices to quantize on: the device and every other GPU of the same kind."""
         return same_devices(self.device)
 
 

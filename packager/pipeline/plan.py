@@ -95,7 +95,7 @@ class DiskPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildPlan:
-    """What a recipe will make and need; variants in the recipe's order."""
+    """The result and the needs of a build; variants in the recipe's order."""
 
     recipe: Recipe
     architecture: Architecture

@@ -1,4 +1,4 @@
-"""Where a variant's hidden states are stored between blocks: on the device, in pinned host memory, or in a file.
+"""A variant's hidden states between blocks, stored on the device, in pinned host memory, or in a file.
 
 Batches that are stored off the device are copied asynchronously, loads and stores on separate CUDA streams.
 """

@@ -1,4 +1,4 @@
-"""Which device quantizes which variants, in how many sweeps, and how much of a GPU's memory it may use."""
+"""Share the variants among the devices, plan each device's sweeps, and limit its GPU memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

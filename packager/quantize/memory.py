@@ -30,7 +30,7 @@ _STAGED_BATCHES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlan:
-    """How one or several sweeps over the blocks fit into a machine's memory.
+    """A way to fit one or several sweeps over the blocks into a machine's memory.
 
     Attributes:
         num_variants: variants quantized in one sweep; further variants need further sweeps.

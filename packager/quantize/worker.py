@@ -130,7 +130,7 @@ class Worker:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockContext:
-    """What all variants of a sweep share about a block.
+    """The facts about a block that all variants of a sweep share.
 
     Attributes:
         index: the block's number.

@@ -64,7 +64,7 @@ class _Modules:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """How the linears are packed."""
+    """The bits and the group size by which the linears are packed."""
 
     bits: int
     group_size: int

@@ -49,7 +49,7 @@ _CONVENTIONAL = re.compile(r"gptq-(\d+)bit-(-?\d+)g-actorder_(True|False)\Z")  #
 
 @dataclass(frozen=True, kw_only=True)
 class Depth:
-    """How thoroughly a branch is checked.
+    """The depth of the checks of a branch.
 
     Attributes:
         full: download and audit every file.

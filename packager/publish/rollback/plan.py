@@ -23,7 +23,7 @@ _HOSTS_FILES = frozenset({GIT_ATTRIBUTES})  # hosts begin a branch with a commit
 
 @dataclass(frozen=True, kw_only=True)
 class RollbackRequest:
-    """Which branches to roll back, and how far.
+    """The branches to roll back, and how far.
 
     Attributes:
         branches: the branches; none means the whole release.

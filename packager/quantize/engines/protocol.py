@@ -10,7 +10,7 @@ from packager.receipt import LinearRecord
 
 @dataclass(frozen=True, kw_only=True)
 class EngineResult:
-    """What an engine returns; the blocks themselves are in the job's stores.
+    """The result of an engine; the blocks themselves are in the job's stores.
 
     Attributes:
         records: for each branch, one record per linear in model order.

@@ -18,7 +18,7 @@ _SEARCH_LOWEST = 0.6
 
 @dataclass(frozen=True, kw_only=True)
 class GridRules:
-    """How grids are chosen.
+    """The rules by which grids are chosen.
 
     Attributes:
         bits: 2, 3, 4 or 8.
