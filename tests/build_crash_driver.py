@@ -112,7 +112,7 @@ def run_step(step: dict[str, Any], dist: Path, words: Path) -> dict[str, object]
         "code": os.waitstatus_to_exitcode(status),
         "blocks": blocks if ended or not last else [*blocks, last],
         "effects": int(last.removeprefix("effects ")) if ended else -1,
-        "said": words.read_text() if words.exists() else "",
+        "printed": words.read_text() if words.exists() else "",
         "visible": visible(dist),
     }
 

@@ -88,7 +88,7 @@ def llama_recipe(**card: object) -> Recipe:
                 {"branch": "main"},
                 {"group_size": 32, "desc_act": True},
                 {"group_size": 64, "desc_act": True},
-                {"desc_act": True, "description": "What the fixture's maintainer says of this one."},
+                {"desc_act": True, "description": "The fixture maintainer's own description."},
             ),
             "loaders": {"required": ("autogptq", "transformers"), "if_available": ("exllamav2",)},
             "card": {

@@ -183,7 +183,7 @@ def test_sizes_are_parsed(modules: Any, text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "says"),
+    ("script", "arguments", "message"),
     [
         ("speed", ["--gpu-memory=much"], "is not a size such as 24GB"),
         ("speed", ["--peers=autogptq,other"], "no such peer: other"),
@@ -192,11 +192,11 @@ def test_sizes_are_parsed(modules: Any, text: str, size: int) -> None:
         ("quality", ["--ours=search:scale_search=yes"], "expected a name"),
     ],
 )
-def test_wrong_options_are_refused(modules: Any, script: str, arguments: list[str], says: str, capsys: Any) -> None:
+def test_wrong_options_are_refused(modules: Any, script: str, arguments: list[str], message: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as refused:
         getattr(modules, script).parse(arguments)
     assert refused.value.code == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_quality_measures_the_checkpoint_of_every_engine(modules: Any, tmp_path: Path) -> None:

@@ -736,15 +736,15 @@ def test_no_secret_of_the_environment_is_written(
     if not good:
         save_model(recipe.parent / "model", "llama", seed=3)
         poison("lm_head.weight", float("nan"))(recipe.parent)
-    said = ""
+    printed = ""
     for command in ("build", "publish", "status"):
         monkeypatch.setattr(sys, "argv", ["packager", command, str(recipe), "--dist", str(tmp_path / "new")])
         with pytest.raises(SystemExit) as end:
             main.main()
         assert (end.value.code in (0, None)) == (good or command == "status")
-        said += "".join(capfd.readouterr())
+        printed += "".join(capfd.readouterr())
     written = b"".join(path.read_bytes() for path in (tmp_path / "new").rglob("*") if path.is_file())
     assert len(written) > 1000 or not good
     for value in SECRETS.values():
-        assert value not in said
+        assert value not in printed
         assert value.encode() not in written

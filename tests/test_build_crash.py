@@ -208,13 +208,13 @@ def test_a_folder_without_its_receipt_is_recognised(scene: Scene) -> None:
 def test_status_can_read_the_files_of_a_killed_build(scene: Scene) -> None:
     kill, look = {"recipe": scene.new, "kill": scene.effects[1] - 20}, {"recipe": scene.new, "command": "status"}
     _, status, _ = scene.run(scene.built, kill, look, {"recipe": scene.new})
-    assert (status["code"], status["said"]) == (0, "")
+    assert (status["code"], status["printed"]) == (0, "")
 
 
 def test_ctrl_c_anywhere_prints_one_line(scene: Scene) -> None:
     for point in spread(6, scene.effects[1]):
         stopped, _ = scene.run(scene.built, {"recipe": scene.new, "interrupt": point}, {"recipe": scene.new})
-        assert (stopped["code"], stopped["said"]) == (130, INTERRUPTED)
+        assert (stopped["code"], stopped["printed"]) == (130, INTERRUPTED)
 
 
 @pytest.fixture
@@ -232,8 +232,8 @@ def test_the_command_itself_can_be_interrupted(scene: Scene, tmp_path: Path) -> 
         assert process.stderr is not None
         assert process.stderr.readline().startswith("source")
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, printed = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.splitlines()[-1] + "\n" == INTERRUPTED
-    assert "Traceback" not in said
+    assert printed.splitlines()[-1] + "\n" == INTERRUPTED
+    assert "Traceback" not in printed
     assert not (tmp_path / "dist" / "receipts").exists()

@@ -130,9 +130,9 @@ def test_without_git_lfs_a_clone_holds_pointers_that_the_audit_refuses(
         found, built = published_files(fetched), release.built[variant]
         pointers = {name: POINTER.fullmatch((fetched / name).read_bytes()) for name in found}
         assert [name for name, pointer in pointers.items() if pointer] == ["model.safetensors"]
-        told = {name: pointer[1].decode() if pointer else found[name] for name, pointer in pointers.items()}
-        assert told.pop(ATTRIBUTES)
-        assert told == published_files(built)
+        digests = {name: pointer[1].decode() if pointer else found[name] for name, pointer in pointers.items()}
+        assert digests.pop(ATTRIBUTES)
+        assert digests == published_files(built)
         size = int((pointers["model.safetensors"] or [0, 0, 0])[2])
         assert size == file_record(built / "model.safetensors").size_bytes
         assert not audit(fetched).passed

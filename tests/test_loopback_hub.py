@@ -557,9 +557,9 @@ def test_the_process_takes_faults_and_its_state_survives_a_restart(tmp_path: Pat
                 fault = {"match": "GET .*/refs", "kind": "status", "status": 507}
                 get_session().post(f"{endpoint}/_loopback/faults", json=fault)
                 assert get_session().get(f"{endpoint}/api/models/{REPO}/refs").status_code == 507
-                told = get_session().get(f"{endpoint}/_loopback/record").json()
-                assert [upload["received"] for upload in told["uploaded"]] == [len(WEIGHTS)]
-                assert told["requests"][-1]["status"] == 507
+                recorded = get_session().get(f"{endpoint}/_loopback/record").json()
+                assert [upload["received"] for upload in recorded["uploaded"]] == [len(WEIGHTS)]
+                assert recorded["requests"][-1]["status"] == 507
             heads.append({ref.name: ref.target_commit for ref in api.list_repo_refs(REPO).branches})
         finally:
             server.kill()

@@ -377,7 +377,7 @@ def test_verdicts_follow_the_architecture(config: dict[str, Any], refusals: set[
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "warned"),
     [
         ({"model_type": "mistral", "sliding_window": 64}, True),
         ({"model_type": "mistral", "sliding_window": 128}, False),  # as long as the model itself
@@ -387,11 +387,11 @@ def test_verdicts_follow_the_architecture(config: dict[str, Any], refusals: set[
     ],
 )
 def test_a_verdict_names_a_sliding_window_that_autogptq_applies_differently(
-    changes: dict[str, Any], told: bool
+    changes: dict[str, Any], warned: bool
 ) -> None:
     can_load, reason = answers(tiny_config(**changes), group_size=32)["autogptq"]
     assert can_load
-    assert ("past 64 tokens" in reason) is told
+    assert ("past 64 tokens" in reason) is warned
 
 
 def test_every_verdict_has_its_reasons_and_traps() -> None:

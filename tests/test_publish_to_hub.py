@@ -97,9 +97,9 @@ def test_a_maintainer_plans_publishes_checks_and_publishes_again(fixture: HubRel
     assert [request for request in fixture.asked() if not request.startswith("GET ")] == []
     assert (trees(fixture.path), len(fixture.hub.uploaded)) == (published, sent)
 
-    told = fixture.run("status", fixture.recipe, "--dist", fixture.dist)
-    assert told.count("not read") == 3
-    assert f"packager verify-published {REPOSITORY}" in told
+    shown = fixture.run("status", fixture.recipe, "--dist", fixture.dist)
+    assert shown.count("not read") == 3
+    assert f"packager verify-published {REPOSITORY}" in shown
     result = json.loads(fixture.run("verify-published", REPOSITORY, "--full", "--format", "json"))
     assert [branch["findings"] for branch in result["branches"]] == [[], [], []]
     fixture.run("rollback", REPOSITORY, "--yes", code=PublishError.exit_code)
@@ -162,13 +162,13 @@ def test_a_ci_job_publishes_by_its_identity(fixture: HubReleaseFixture) -> None:
         "ACTIONS_ID_TOKEN_REQUEST_URL": f"{fixture.hub.endpoint}/_loopback/id-token?api-version=2.0",
         "ACTIONS_ID_TOKEN_REQUEST_TOKEN": fixture.hub.ci_secret,
     }
-    said = fixture.publish("--yes", "--tag", "v1", token="") + fixture.stderr
+    printed = fixture.publish("--yes", "--tag", "v1", token="") + fixture.stderr
     assert set(heads(fixture.path)) == set(BRANCHES)
     secrets = {fixture.hub.ci_secret, *fixture.hub.identities, *fixture.hub.tokens}
     assert len(secrets) == 5
     files = [path for path in fixture.folder.rglob("*") if path.is_file()]
     for secret in secrets:
-        assert secret not in said
+        assert secret not in printed
         assert [str(path) for path in files if secret.encode() in path.read_bytes()] == []
 
 

@@ -228,7 +228,7 @@ def hub_errors(what: str) -> Iterator[None]:
     except hub.GatedRepoError as error:
         raise SourceError(
             f"{what} is gated",
-            why="the Hub wants an account that accepted its licence",
+            why="the Hub requires an account that has accepted its licence",
             hint="accept the licence on the model's page, then `hf auth login` or set HF_TOKEN",
         ) from error
     except hub.RevisionNotFoundError as error:

@@ -166,7 +166,7 @@ def _check_licenses(run: BuildState) -> None:
     for name in run.recipe.card.license.base_files:
         if name not in run.source.record.files:
             raise PackError(
-                f"the base model has no file {name}, which the recipe wants in every branch",
+                f"the base model has no file {name}, which the recipe names for every branch",
                 where=str(run.source.folder),
                 hint="correct card.license.base_files, or ship the file with the recipe and name it in files",
             )

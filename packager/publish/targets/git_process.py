@@ -160,7 +160,7 @@ class GitProcess:
                 header = stream.readline().decode("utf-8", "backslashreplace").split()
                 digest = _take_sha256(stream, int(header[2])) if header[:2] == [blob_id, "blob"] else ""
                 if not digest:
-                    # What git printed on its standard error says more, if it ended with an error.
+                    # If git ended with an error, its standard error has the reason.
                     stream.read()
                     break
                 digests[blob_id] = digest
