@@ -41,7 +41,7 @@ def print_publish_report(report: PublishReport, console: Console) -> None:
         print_line(console, "dry run: nothing was written")
         return
     title = f"Published in {report.plan.where}"
-    table = new_table(("Branch", "Now", "Size", "Sent", "Commit"), title=title, numbers=("Size", "Sent"))
+    table = new_table(("Branch", "Result", "Size", "Sent", "Commit"), title=title, numbers=("Size", "Sent"))
     for outcome in report.outcomes:
         plan, commit = outcome.plan, (outcome.commit or "")[:12]
         sizes = (format_bytes(plan.total_bytes), format_bytes(plan.uploaded_bytes))

@@ -31,11 +31,11 @@ def print_rollback_report(report: RollbackReport, console: Console) -> None:
         print_rollback_plan(report.plan, console)
         print_line(console, "dry run: nothing was written")
         return
-    table = new_table(("Branch", "Now", "Holds", "Commit"), title=f"Put back in {report.plan.where}")
+    table = new_table(("Branch", "Result", "Files of", "Commit"), title=f"Put back in {report.plan.where}")
     for outcome in report.outcomes:
         entry = outcome.plan
         action = "put back" if entry.action == "restore" else entry.action
-        held = f"what {entry.to.commit[:12]} does" if entry.to else ""
+        held = entry.to.commit[:12] if entry.to else ""
         add_row(table, printable(entry.branch), action, held, outcome.commit[:12])
     console.print(table)
     if not report.plan.changing:
