@@ -13,6 +13,7 @@ MAX_REPOSITORY_NAME = 96  # on the Hub, without the namespace
 # Parameters that only our own engine has, each with the value that switches it off.
 NATIVE_ONLY: Mapping[str, object] = {"scale_search": False}
 
+_CONVENTIONAL = re.compile(r"gptq-(\d{1,9})bit-(-?\d{1,9})g-actorder_(True|False)")
 _HEX = re.compile(r"[0-9a-f]{4,40}\Z")
 _BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
@@ -55,6 +56,12 @@ class Variant:
 def branch_name(*, bits: int, group_size: int, desc_act: bool) -> str:
     """Return the conventional branch of a permutation, e.g. `gptq-4bit-32g-actorder_True`."""
     return f"gptq-{bits}bit-{group_size}g-actorder_{desc_act}"
+
+
+def parsed_branch_name(branch: str) -> tuple[int, int, bool] | None:
+    """Return bits, group_size and desc_act of a name that `branch_name` made, None for any other name."""
+    found = _CONVENTIONAL.fullmatch(branch)
+    return (int(found[1]), int(found[2]), found[3] == "True") if found else None
 
 
 def branch_problem(branch: str, *, noun: str = "branch") -> str:

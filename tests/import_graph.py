@@ -98,7 +98,7 @@ def levels(graph: Graph) -> int:
 
 
 def figures(root: Path) -> str:
-    """Return the table that docs/decisions/0005-ten-rooms.md quotes."""
+    """Return the figures that docs/decisions/0005-ten-rooms.md has of the first commit with the rooms, as lines."""
     trees = modules(root)
     files = module_graph({name: tree for name, tree in trees.items() if name != "packager"})
     boxes = merged(files, box_of)

@@ -56,7 +56,7 @@ class Driver:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
+class KilledBuild:
     """Two recipes for one repository that share no weights, and what undisturbed builds of them make.
 
     Attributes:
@@ -105,7 +105,7 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledBuild]:
     root = tmp_path_factory.mktemp("crash")
     driver = Driver(root / "scratch")
     folder = write_inputs(root / "recipe")
@@ -117,7 +117,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     publish_old, publish_new = ({"recipe": recipe, "command": "publish"} for recipe in (old, new))
     whole = driver.run(root / "built", publish_old), driver.run(root / "built", {"recipe": new}, publish_new)
     assert [step["code"] for outcome in (first, *whole) for step in outcome["steps"]] == [0, 0, 0, 0]
-    yield Scene(
+    yield KilledBuild(
         old=old,
         new=new,
         built=root / "built",
@@ -133,7 +133,7 @@ def spread(count: int, last: int) -> list[int]:
     return sorted({1 + round(step * (last - 1) / (count - 1)) for step in range(count)})
 
 
-def test_the_two_recipes_differ_in_weights_card_and_licence(scene: Scene) -> None:
+def test_the_two_recipes_differ_in_weights_card_and_licence(scene: KilledBuild) -> None:
     assert set(scene.files[scene.old]) == {MAIN, ACT_ORDER}
     for branch in (MAIN, ACT_ORDER):
         old, new = (scene.files[recipe][branch] for recipe in (scene.old, scene.new))
@@ -141,25 +141,25 @@ def test_the_two_recipes_differ_in_weights_card_and_licence(scene: Scene) -> Non
         assert differing == {"model.safetensors", "README.md", "provenance.json", "LICENSE.txt"}
 
 
-def test_a_first_build_may_be_killed_anywhere(scene: Scene) -> None:
+def test_a_first_build_may_be_killed_anywhere(scene: KilledBuild) -> None:
     for kill in spread(12, scene.effects[0]):
         again = {"recipe": scene.old}, {"recipe": scene.old, "command": "publish"}
         killed, *_ = scene.run(None, {"recipe": scene.old, "kill": kill}, *again)
         assert killed["code"] == -signal.SIGKILL
 
 
-def test_a_build_that_replaces_another_may_be_killed_anywhere(scene: Scene) -> None:
+def test_a_build_that_replaces_another_may_be_killed_anywhere(scene: KilledBuild) -> None:
     for kill in spread(12, scene.effects[1]):
         killed, _ = scene.run(scene.built, {"recipe": scene.new, "kill": kill}, {"recipe": scene.new})
         assert killed["code"] == -signal.SIGKILL
 
 
-def test_a_killed_build_may_be_followed_by_one_of_the_old_recipe(scene: Scene) -> None:
+def test_a_killed_build_may_be_followed_by_one_of_the_old_recipe(scene: KilledBuild) -> None:
     for kill in spread(6, scene.effects[1])[1:]:
         scene.run(scene.built, {"recipe": scene.new, "kill": kill}, {"recipe": scene.old})
 
 
-def test_a_build_may_be_killed_at_random_moments_many_times(scene: Scene) -> None:
+def test_a_build_may_be_killed_at_random_moments_many_times(scene: KilledBuild) -> None:
     dice = random.Random(20261123)
     for number in range(10):
         kills: list[Step] = [{"kill": dice.randrange(1, scene.effects[0])} for _ in range(2)]
@@ -188,7 +188,7 @@ POINTS = {
 
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("replaces", [False, True], ids=["first build", "replaces another"])
-def test_a_build_may_be_killed_before_a_chosen_effect(scene: Scene, point: str, replaces: bool) -> None:
+def test_a_build_may_be_killed_before_a_chosen_effect(scene: KilledBuild, point: str, replaces: bool) -> None:
     recipe = scene.new if replaces else scene.old
     killed, again = scene.run(
         scene.built if replaces else None, {"recipe": recipe, "kill": POINTS[point]}, {"recipe": recipe}
@@ -197,7 +197,7 @@ def test_a_build_may_be_killed_before_a_chosen_effect(scene: Scene, point: str, 
     assert len(killed["blocks"]) + len(again["blocks"]) == len((MAIN, ACT_ORDER)) * BLOCKS
 
 
-def test_a_folder_without_its_receipt_is_recognised(scene: Scene) -> None:
+def test_a_folder_without_its_receipt_is_recognised(scene: KilledBuild) -> None:
     kill = {"recipe": scene.old, "kill": POINTS["the receipt is written"]}
     killed, _ = scene.run(None, kill, {"recipe": scene.old})
     assert killed["visible"].keys() == {MAIN}
@@ -205,13 +205,13 @@ def test_a_folder_without_its_receipt_is_recognised(scene: Scene) -> None:
     scene.run(None, kill, {"recipe": scene.new})
 
 
-def test_status_can_read_the_files_of_a_killed_build(scene: Scene) -> None:
+def test_status_can_read_the_files_of_a_killed_build(scene: KilledBuild) -> None:
     kill, look = {"recipe": scene.new, "kill": scene.effects[1] - 20}, {"recipe": scene.new, "command": "status"}
     _, status, _ = scene.run(scene.built, kill, look, {"recipe": scene.new})
     assert (status["code"], status["printed"]) == (0, "")
 
 
-def test_ctrl_c_anywhere_prints_one_line(scene: Scene) -> None:
+def test_ctrl_c_anywhere_prints_one_line(scene: KilledBuild) -> None:
     for point in spread(6, scene.effects[1]):
         stopped, _ = scene.run(scene.built, {"recipe": scene.new, "interrupt": point}, {"recipe": scene.new})
         assert (stopped["code"], stopped["printed"]) == (130, INTERRUPTED)
@@ -226,7 +226,7 @@ def _ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_ctrl_c")
-def test_the_command_itself_can_be_interrupted(scene: Scene, tmp_path: Path) -> None:
+def test_the_command_itself_can_be_interrupted(scene: KilledBuild, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("packager")), "build", scene.old, "--dist", str(tmp_path / "dist")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stderr is not None

@@ -101,8 +101,11 @@ def test_nothing_but_building_needs_torch(built: tuple[str, str], command: str) 
     assert output
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["plan", "recipes/llama-2-13b-chat.yaml"]])
-def test_help_and_plan_start_quickly(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "limit_s"),
+    [(["--help"], 0.5), (["plan", "--help"], 0.5), (["plan", "recipes/llama-2-13b-chat.yaml"], 1.2)],
+)
+def test_help_and_plan_start_quickly(arguments: list[str], limit_s: float) -> None:
     def processor_s() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert loaded_by(*arguments)[0] == set()
@@ -110,7 +113,7 @@ def test_help_and_plan_start_quickly(arguments: list[str]) -> None:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     # 0.1 s for --help and 0.4 s for plan on an idle core; the better of two, as the first may have to compile.
-    assert min(processor_s(), processor_s()) < 1.0
+    assert min(processor_s(), processor_s()) < limit_s
 
 
 def test_gptq_imports_torch_and_of_packager_only_errors() -> None:
@@ -126,7 +129,7 @@ def test_gptq_imports_torch_and_of_packager_only_errors() -> None:
     assert any(name.startswith("packager/quantize/gptq/") for name in importers("torch"))
 
 
-def test_only_source_calibrate_and_targets_reach_the_network() -> None:
+def test_only_inputs_and_targets_reach_the_network() -> None:
     clients = ("huggingface_hub", "datasets", "requests", "httpx", "urllib3", "urllib", "http", "socket")
     found = {name: places for name, places in importers(*clients).items() if name not in PROBES}
     assert found.keys() >= {"packager/inputs/base_model.py", "packager/inputs/texts.py"}

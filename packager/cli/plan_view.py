@@ -100,10 +100,10 @@ def _titles(planned: VariantPlan, *, can_load: bool) -> list[str]:
 def _reasons(planned: tuple[VariantPlan, ...]) -> list[str]:
     """Return one line per loader and reason, with the branches it holds for: refusals first."""
     branches: dict[Verdict, list[str]] = {}
-    for plan in planned:
-        for verdict in plan.verdicts:
+    for variant_plan in planned:
+        for verdict in variant_plan.verdicts:
             if verdict.reason:
-                branches.setdefault(verdict, []).append(plan.variant.branch)
+                branches.setdefault(verdict, []).append(variant_plan.variant.branch)
     return [
         f"{'note' if verdict.can_load else 'no'}: {_TITLES[verdict.loader]}"
         f"{'' if len(names) == len(planned) else ' for ' + ', '.join(names)}: {verdict.reason}"

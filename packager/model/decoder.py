@@ -94,12 +94,14 @@ class Decoder:
         pool = ThreadPoolExecutor(1, thread_name_prefix="read")
         return self._streamed(pool, pool.submit(self._block_weights, 0))
 
-    def _streamed(self, pool: ThreadPoolExecutor, coming: Future[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    def _streamed(
+        self, pool: ThreadPoolExecutor, next_weights: Future[dict[str, Tensor]]
+    ) -> Iterator[dict[str, Tensor]]:
         with pool:
             for index in range(len(self)):
-                weights = coming.result()
+                weights = next_weights.result()
                 if index + 1 < len(self):
-                    coming = pool.submit(self._block_weights, index + 1)
+                    next_weights = pool.submit(self._block_weights, index + 1)
                 if self._reading is not None:
                     for tensor in weights.values():
                         tensor.record_stream(torch.cuda.current_stream(self.device))

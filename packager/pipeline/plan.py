@@ -200,10 +200,13 @@ def _plan_variant(
 
 
 def _described(recipe: Recipe, planned: Sequence[VariantPlan]) -> tuple[VariantPlan, ...]:
-    sizes = [plan.weights_bytes for plan in planned]
+    sizes = [variant_plan.weights_bytes for variant_plan in planned]
     return tuple(
-        replace(plan, description=entry.description or describe(plan.variant, plan.weights_bytes, sizes))
-        for plan, entry in zip(planned, recipe.variants, strict=True)
+        replace(
+            variant_plan,
+            description=entry.description or describe(variant_plan.variant, variant_plan.weights_bytes, sizes),
+        )
+        for variant_plan, entry in zip(planned, recipe.variants, strict=True)
     )
 
 
@@ -265,7 +268,7 @@ def _device_bytes(way: SweepPlan) -> int:
 
 
 def _disk(recipe: Recipe, architecture: Architecture, planned: Sequence[VariantPlan]) -> DiskPlan:
-    builds = sum(plan.weights_bytes for plan in planned)
+    builds = sum(variant_plan.weights_bytes for variant_plan in planned)
     return DiskPlan(
         source_bytes=architecture.base_bytes if recipe.base_model.path is None else 0,
         builds_bytes=builds,

@@ -103,7 +103,7 @@ def sweep_sequential(
     linears = linears_of(block)
     main = getcurrent()
     done: set[str] = set()
-    waiting: dict[int, greenlet] = {}
+    suspended_runs: dict[int, greenlet] = {}
 
     def make(name: str) -> Callable[..., None]:
         def suspend(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -113,7 +113,9 @@ def sweep_sequential(
         return suspend
 
     def run_of(index: int) -> greenlet:
-        return waiting.pop(index, None) or greenlet(partial(run_block, block, states.get(index), contexts[index]))
+        return suspended_runs.pop(index, None) or greenlet(
+            partial(run_block, block, states.get(index), contexts[index])
+        )
 
     with _hooks({group[0]: linears[group[0]] for group in groups}, make):
         for group in groups:
@@ -122,7 +124,7 @@ def sweep_sequential(
                 run = run_of(index)
                 hessian.add(_input_of(group, run, run.switch()))
                 if suspended is None or index < suspended:
-                    waiting[index] = run
+                    suspended_runs[index] = run
                 else:
                     run.throw()
             solve(group, hessian)
@@ -131,7 +133,7 @@ def sweep_sequential(
         for index in range(len(states)):
             if not last:
                 states.put(index, run_of(index).switch())
-        for run in waiting.values():
+        for run in suspended_runs.values():
             run.throw()
 
 

@@ -3,6 +3,7 @@
 import json
 from urllib.parse import urlsplit
 
+BYTE_UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "B": 1}
 _MAX_MESSAGE = 600
 _MAX_VALUE = 80
 _MAX_QUOTED = 60
@@ -10,8 +11,8 @@ _MAX_QUOTED = 60
 
 def format_bytes(size_bytes: int) -> str:
     """Return a size in decimal units, e.g. `8.12 MB`."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size_bytes >= factor:
+    for unit, factor in BYTE_UNITS.items():
+        if size_bytes >= factor > 1:
             return f"{size_bytes / factor:.2f} {unit}"
     return f"{size_bytes} B"
 

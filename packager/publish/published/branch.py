@@ -5,7 +5,6 @@ the weights with config.json and the record. The audit checks the headers: a tem
 and the weights files, which are sparse after their headers.
 """
 
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from packager.receipt import (
 from packager.system.files import sha256_file
 from packager.system.parallel import in_parallel
 from packager.system.text import format_bytes, shown
+from packager.variant import parsed_branch_name
 
 _MAX_FILES = 10_000
 # A 405B model has 4,000 tensors: a header of half a megabyte. Parsed JSON takes many times its size in memory.
@@ -44,7 +44,6 @@ _MAX_HEADERS_BYTES = 16_000_000  # of all weights files of a branch
 # Of a branch, without --full. Files without a sha256 on the Hub have less than 10 MB: a tokenizer, texts.
 _MAX_READ_BYTES = 200_000_000
 _MAX_PROBLEMS = 5
-_CONVENTIONAL = re.compile(r"gptq-(\d+)bit-(-?\d+)g-actorder_(True|False)\Z")  # `branch_name` of packager.variant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +158,8 @@ def _check_place(branch: Branch, provenance: Provenance, found: Collector, *, ad
         found.add(rule, PROVENANCE, f"it was built for {shown(place.repository)}, not {address}")
     if place.revision != branch.name:
         found.add("branch-differs", PROVENANCE, f"it was built as {shown(place.revision)}, the branch is {branch.name}")
-    used, stated = provenance.parameters, _CONVENTIONAL.match(provenance.branch)
-    if stated and list(stated.groups()) != [str(used.get(key)) for key in ("bits", "group_size", "desc_act")]:
+    used, stated = provenance.parameters, parsed_branch_name(provenance.branch)
+    if stated and stated != tuple(used.get(key) for key in ("bits", "group_size", "desc_act")):
         message = f"its parameters differ from those in the name {provenance.branch}"
         found.add("branch-differs", f"{PROVENANCE}: parameters", message)
 

@@ -7,7 +7,7 @@ from packager.errors import PublishError
 from packager.publish.published.finding import Collector, unreadable
 from packager.publish.targets import BranchState, Target
 from packager.receipt import PROVENANCE, README, Provenance
-from packager.system.text import shown
+from packager.system.text import BYTE_UNITS, shown
 from packager.variant import MAIN
 
 _MAX_CARD_BYTES = 2_000_000
@@ -18,8 +18,7 @@ DAMP, SEQ_LEN, SIZE = "Damp %", "Seq Len", "File Size"
 _COLUMNS = frozenset({BRANCH, BITS, GROUP_SIZE, ACT_ORDER, DAMP, SEQ_LEN, SIZE})
 _CELL_END = re.compile(r"(?<!\\)\|")
 _CODE = re.compile(r"`([^`]{1,200})`")
-_SIZE = re.compile(r"(\d{1,9})(?:\.(\d{1,6}))? (B|kB|MB|GB)\Z")
-_FACTORS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZE = re.compile(rf"(\d{{1,9}})(?:\.(\d{{1,6}}))? ({'|'.join(BYTE_UNITS)})\Z")
 
 Row = Mapping[str, str]
 
@@ -135,7 +134,7 @@ def is_rounded(cell: str, size_bytes: int) -> bool:
     match = _SIZE.match(cell)
     if match is None:
         return False
-    whole, fraction, factor = match[1], match[2] or "", _FACTORS[match[3]]
+    whole, fraction, factor = match[1], match[2] or "", BYTE_UNITS[match[3]]
     # Integers have no rounding error at any size.
     difference = abs(int(whole + fraction) * factor - size_bytes * int(10 ** len(fraction)))
     return 2 * difference <= factor
