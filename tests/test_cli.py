@@ -366,7 +366,7 @@ def test_the_status_table_fits_and_cuts_no_branch(tiny: Path, update_golden: boo
     add_loaders(tiny)
 
     def change(receipt: dict[str, Any]) -> None:
-        receipt["seconds"] = {"quantize": 61.4}
+        receipt["seconds"] = {"quantize": 61.4, "pack": 0, "evaluate": 0, "verify": 0}
         receipt["provenance"]["weights_bytes"] = 7_255_144_864
         receipt["provenance"]["quality"] |= {"perplexity": 5.4321, "kl_divergence": 0.01234}
 
@@ -383,7 +383,7 @@ def test_every_figure_of_the_status_is_that_of_the_branch_s_receipt(tiny: Path) 
     for index, (branch, size_bytes) in enumerate(sizes.items()):
 
         def change(receipt: dict[str, Any], index: int = index, size_bytes: int = size_bytes) -> None:
-            receipt["seconds"] = {"quantize": 61.4 + index, "evaluate": 0.3, "verify": 100}
+            receipt["seconds"] = {"quantize": 61 + index, "pack": 0.4, "evaluate": 0.3, "verify": 100}
             receipt["provenance"]["weights_bytes"] = size_bytes
             quality = {"perplexity": 5.43216 + index, "base_perplexity": 4.1, "kl_divergence": 0.0123456 * 10**-index}
             receipt["provenance"]["quality"] |= quality

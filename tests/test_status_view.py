@@ -160,7 +160,7 @@ def test_what_is_remote_is_not_asked(show: Show, target: str, url: str, address:
     lines = show(status, target=target, url=url)
     hints = [line for line in lines if "verify-published" in line]
     assert hints == ([f"to check what is published: packager verify-published {address}"] if address else [])
-    assert lines[-1].endswith(" 0.0123 not asked 161.6")
+    assert lines[-1].endswith(" 0.0123 not read 161.6")
 
 
 def loaders_table(*receipts: Receipt) -> list[str]:
