@@ -1,4 +1,4 @@
-"""Draw a model card as the README's picture: `python docs/picture.py CARD.md docs/images/card.png`; needs Chromium."""
+"""Draw a model card as the README's picture: `python docs/picture.py CARD PICTURE`; needs Chromium."""
 
 import argparse
 import shutil

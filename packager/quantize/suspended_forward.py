@@ -103,7 +103,7 @@ def sweep_sequential(
     linears = linears_of(block)
     main = getcurrent()
     done: set[str] = set()
-    suspended_runs: dict[int, greenlet] = {}
+    paused: dict[int, greenlet] = {}
 
     def make(name: str) -> Callable[..., None]:
         def suspend(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -113,9 +113,7 @@ def sweep_sequential(
         return suspend
 
     def run_of(index: int) -> greenlet:
-        return suspended_runs.pop(index, None) or greenlet(
-            partial(run_block, block, states.get(index), contexts[index])
-        )
+        return paused.pop(index, None) or greenlet(partial(run_block, block, states.get(index), contexts[index]))
 
     with _hooks({group[0]: linears[group[0]] for group in groups}, make):
         for group in groups:
@@ -124,7 +122,7 @@ def sweep_sequential(
                 run = run_of(index)
                 hessian.add(_input_of(group, run, run.switch()))
                 if suspended is None or index < suspended:
-                    suspended_runs[index] = run
+                    paused[index] = run
                 else:
                     run.throw()
             solve(group, hessian)
@@ -133,7 +131,7 @@ def sweep_sequential(
         for index in range(len(states)):
             if not last:
                 states.put(index, run_of(index).switch())
-        for run in suspended_runs.values():
+        for run in paused.values():
             run.throw()
 
 
