@@ -298,6 +298,11 @@ BAD_TEXTS: dict[str, tuple[Callable[[Path], object], Mapping[str, Any], tuple[st
         {},
         ("questions.jsonl:2: a question is not",),
     ),
+    "an answer of nothing": (
+        replaced("questions.jsonl", '{"prompt": "a", "answer": "b"}\n{"prompt": "a", "answer": ""}\n'),
+        {},
+        ("questions.jsonl:2: the answer of a question is empty",),
+    ),
     "a broken question": (replaced("questions.jsonl", "a river\n"), {}, ("questions.jsonl:1: a line is not JSON",)),
     "another prompt template": (
         lambda _: None,

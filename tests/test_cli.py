@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from packager import __version__
 from packager.cli.main import app
+from packager.cli.options import read_size
 from packager.cli.status_view import print_loaders, print_status
 from packager.errors import (
     LoaderError,
@@ -556,3 +558,10 @@ def test_a_bar_on_a_terminal_moves(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bar.progress.tasks[0].completed == 1
         bar.step("second")
     assert "2/2" in stream.getvalue()
+
+
+@pytest.mark.parametrize("size", ["0", "12", "999MB"])
+def test_a_gpu_memory_below_1_gb_is_refused(size: str) -> None:
+    with pytest.raises(typer.BadParameter, match="such as 12GB"):
+        read_size(size)
+    assert read_size("1GB") == 10**9

@@ -232,9 +232,13 @@ def test_a_figure_that_is_no_number_is_refused(pair_of: Callable[[str], Pair]) -
     pair, texts = pair_of("llama"), texts_of(2, 8)
     base = run_base(pair.source, texts, CPU)
     broken = dataclasses.replace(base, states=[state * math.nan for state in base.states])
-    with pytest.raises(QuantizeError, match="NaN or Inf on the evaluation text") as caught:
+    with pytest.raises(QuantizeError, match="the quantized model computes NaN or Inf on the evaluation text") as caught:
         quality_of(base, broken, texts)
     assert "perplexity nan, of the base model 1" in caught.value.why
+    assert "other parameters for this variant" in caught.value.hint
+    with pytest.raises(QuantizeError, match="the base model computes NaN or Inf") as caught:
+        quality_of(broken, base, texts)
+    assert "the base model overflows" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
@@ -323,6 +327,31 @@ def test_the_peak_with_a_large_vocabulary_is_the_estimate(tmp_path: Path) -> Non
     )
     assert 0.8 * estimate.device_bytes < counter.peak < 1.1 * estimate.device_bytes
     assert counter.peak < 600e6
+
+
+def test_many_questions_and_one_long_one_stay_below_the_estimate(pair_of: Callable[[str], Pair]) -> None:
+    pair = pair_of("llama")
+    short = [Question(prompt_ids=(5,) * 10, answer_ids=(6, 7))] * 3000
+    texts = texts_of(4, 128, (*short, Question(prompt_ids=(5,) * 110, answer_ids=(6, 7))))
+    gc.collect()
+    with PeakBytes() as counter:
+        quality_of(run_base(pair.source, texts, CPU), run_base(pair.source, texts, CPU), texts)
+    estimate = evaluation_memory.evaluation_memory(
+        pair.source.architecture, num_tokens=512, seq_len=128, device_type="cpu", questions=True
+    )
+    assert counter.peak < 1.1 * estimate.device_bytes
+
+
+def test_questions_in_several_groups_have_the_same_result(
+    pair_of: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = pair_of("llama")
+    texts = texts_of(2, 8, questions_for(pair.base, pair.quantized))
+    together = pair.measured(texts)
+    monkeypatch.setattr(evaluate, "question_tokens", lambda *_: 12)
+    monkeypatch.setattr(evaluate, "rows_per_batch", lambda *_: 2)
+    assert 0 < together.answered < together.questions
+    assert pair.measured(texts) == together
 
 
 @pytest.mark.parametrize(("vocab_size", "tokens"), [(128, 1024), (32_000, 1024), (151_936, 220), (10**9, 1)])

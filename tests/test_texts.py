@@ -115,6 +115,29 @@ def test_only_text_that_is_measured_counts() -> None:
     assert overlap(DOCUMENTS[-1:], DOCUMENTS, num_words=800)
 
 
+@pytest.mark.parametrize(("count", "words"), [(400, 8), (400, 10), (400, 11), (1000, 8)])
+@pytest.mark.parametrize("stem", ["considerations", "w"])
+def test_shared_documents_without_a_window_overlap(count: int, words: int, stem: str) -> None:
+    documents = [" ".join(f"{stem}{i * words + j}" for j in range(words)) for i in range(count)]
+    assert overlap(documents[::-1], documents)
+    assert overlap(["\n".join(documents[::-1])], ["\n".join(documents)])
+    mixed = [*documents[:20], *OTHERS]
+    assert bool(overlap(documents, mixed)) is (len(documents[0]) >= 64)  # short headings may be shared
+
+
+@pytest.mark.parametrize(
+    ("calibration", "evaluation"),
+    [
+        pytest.param("".join(map(chr, range(0xE01, 0xE2F))) * 3, "".join(map(chr, range(0xE01, 0xE2F))) * 2, id="Thai"),
+        pytest.param(
+            " ".join(f"\u00e9{i}" for i in range(60)), " ".join(f"e\u0301{i}" for i in range(60)), id="decomposed"
+        ),
+    ],
+)
+def test_scripts_without_spaces_and_decomposed_letters_overlap(calibration: str, evaluation: str) -> None:
+    assert overlap([calibration], [evaluation])
+
+
 def test_the_demo_s_texts_do_not_overlap() -> None:
     texts = [
         [json.loads(line)["text"] for line in (DEMO / f"{name}.jsonl").read_text().splitlines()]

@@ -35,18 +35,25 @@ FormatOption = Annotated[
 ]
 
 
+# Less memory than CUDA itself takes is a mistake: 0, or a size without its unit.
+_LEAST_BYTES = 10**9
+
+
 def read_size(text: str) -> int:
     """Return the bytes of a size such as 24GB or 12GiB.
 
     Raises:
-        BadParameter: the text is not a size.
+        BadParameter: the text is not a size, or the size is under 1 GB.
     """
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
+        size = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError as error:
         raise typer.BadParameter(f"{text!r} is not a size such as 24GB or 12GiB") from error
+    if size < _LEAST_BYTES:
+        raise typer.BadParameter(f"{text!r} is {size} bytes, less than 1GB: write a size with its unit, such as 12GB")
+    return size
 
 
 DistOption = Annotated[Path, typer.Option("--dist", help="Output folder: builds, receipts, local target.")]

@@ -77,7 +77,8 @@ def read_questions(path: Path, records: Iterable[tuple[int, Any]], tokenizer: An
         tokenizer: with a chat template.
 
     Raises:
-        CalibrationError: a line has another form, or the template renders an answer without its prompt before it.
+        CalibrationError: a line has another form, or the template renders an answer without its prompt before it, or the answer is
+            empty.
     """
     questions = []
     for number, record in records:
@@ -90,6 +91,13 @@ def read_questions(path: Path, records: Iterable[tuple[int, Any]], tokenizer: An
         if whole[: len(asked)] != asked:
             raise CalibrationError(
                 "the chat template does not render an answer after its prompt", where=f"{path}:{number}"
+            )
+        if not answer.strip() or len(whole) == len(asked):
+            raise CalibrationError(
+                "the answer of a question is empty",
+                where=f"{path}:{number}",
+                why=f"the answer {answer!r} is blank, or the chat template leaves it out",
+                hint="give an answer, or leave out the question",
             )
         questions.append(Question(prompt_ids=tuple(asked), answer_ids=tuple(whole[len(asked) :])))
     return tuple(questions)

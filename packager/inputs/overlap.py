@@ -5,6 +5,7 @@ words are compared; GPT-3's decontamination used 13 (arXiv 2005.14165, appendix 
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 from packager.errors import CalibrationError
@@ -13,8 +14,12 @@ _WINDOW_WORDS = 12
 # Web pages share single lines (a licence, a cookie notice), which is no leak. 50 words in a row are a copy (the
 # threshold of arXiv 2107.06499), and so are short documents or lines with as many words together.
 _LEAK_WORDS = 50
-# Each Chinese or Japanese character counts as a word: these scripts have no spaces.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
+# Pieces under 12 words have no window and are compared whole. Honest splits share headings such as "See also", so a
+# shared piece counts if it has as many characters as this, or if half of the evaluation's words are in shared pieces.
+_LEAK_CHARACTERS = 64
+# Each character of scripts without spaces counts as a word: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
+_NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+_WORD = re.compile(rf"[{_NO_SPACES}]|[^\W_{_NO_SPACES}]+")
 
 Words = list[str]
 Window = tuple[str, ...]
@@ -24,7 +29,8 @@ def check_overlap(calibration: Sequence[str], evaluation: Sequence[str], *, num_
     """Refuse evaluation text that is also calibration text.
 
     The texts overlap if 50 consecutive words of an evaluation document are in a calibration document, or if whole
-    short pieces with 50 words together are: documents, or the lines of a text that is a single document.
+    short pieces with 50 words together are: documents, or the lines of a text that is a single document. Of pieces
+    under 12 words, those count that have 64 characters, or all if they hold half of the evaluation's words.
 
     Args:
         calibration: documents.
@@ -41,6 +47,7 @@ def check_overlap(calibration: Sequence[str], evaluation: Sequence[str], *, num_
     pieces = list(dict.fromkeys(tuple(line) for line in lines if line in list(_runs(line, found))))
     if len(run) < _LEAK_WORDS and sum(map(len, pieces)) >= _LEAK_WORDS:
         pieces = _contained(pieces, calibration)  # before, the windows of a piece may be from several documents
+    pieces += _shared_short(calibration, lines)
     words = max(len(run), sum(map(len, pieces)))
     if words >= _LEAK_WORDS:
         raise CalibrationError(
@@ -56,6 +63,18 @@ def _contained(pieces: Sequence[Window], calibration: Sequence[str]) -> list[Win
     return [piece for piece in pieces if any(f" {' '.join(piece)} " in text for text in texts)]
 
 
+def _shared_short(calibration: Sequence[str], lines: Sequence[Words]) -> list[Window]:
+    """Return the pieces under 12 words that are a whole document or line of the calibration text, if they count."""
+    known = {tuple(line) for line in lines if 0 < len(line) < _WINDOW_WORDS}
+    found: set[Window] = set()
+    if known:
+        for text in calibration:
+            found |= known.intersection(tuple(_words(piece)) for piece in (text, *text.split("\n")))
+    num_shared = sum(len(line) for line in lines if tuple(line) in found)
+    most = 2 * num_shared >= sum(map(len, lines))
+    return sorted(piece for piece in found if most or len(" ".join(piece)) >= _LEAK_CHARACTERS)
+
+
 def _first(texts: Sequence[str], num_words: int) -> Iterator[Words]:
     """Yield documents as words until they have `num_words`."""
     for text in texts:
@@ -67,7 +86,7 @@ def _first(texts: Sequence[str], num_words: int) -> Iterator[Words]:
 
 
 def _words(text: str) -> Words:
-    return _WORD.findall(text.casefold())
+    return _WORD.findall(unicodedata.normalize("NFC", text.casefold()))
 
 
 def _windows(words: Words) -> Iterator[Window]:

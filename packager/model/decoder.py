@@ -61,6 +61,7 @@ class Decoder:
         self.device = device
         self.dtype = dtype
         self._read = read
+        self._damaged = f"the model in {folder} is damaged"
         self._model = _skeleton(folder, dtype)
         self.fused = fuse(self._model)
         self._reading: torch.cuda.Stream | None = None
@@ -116,9 +117,7 @@ class Decoder:
             for name in self.blocks[index].state_dict():
                 tensor = self._read_tensor(prefix + name).to(self.device, self.dtype)
                 if not bool(torch.isfinite(tensor).all()):
-                    raise SourceError(
-                        "the weights contain NaN or Inf", where=prefix + name, hint="the base model is damaged"
-                    )
+                    raise SourceError("the weights contain NaN or Inf", where=prefix + name, hint=self._damaged)
                 weights[name] = tensor
         return weights
 

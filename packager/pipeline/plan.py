@@ -257,7 +257,13 @@ def _memory(architecture: Architecture, recipe: Recipe, variants: Sequence[Varia
 def _evaluation(architecture: Architecture, recipe: Recipe) -> EvaluationPlan:
     num_tokens, seq_len = recipe.evaluation.num_tokens, recipe.evaluation.seq_len
     gpu, cpu = (
-        evaluation_memory(architecture, num_tokens=num_tokens, seq_len=seq_len, device_type=device_type)
+        evaluation_memory(
+            architecture,
+            num_tokens=num_tokens,
+            seq_len=seq_len,
+            device_type=device_type,
+            questions=recipe.evaluation.questions is not None,
+        )
         for device_type in ("cuda", "cpu")
     )
     return EvaluationPlan(gpu=gpu, cpu=cpu)

@@ -17,10 +17,10 @@ from packager.inputs.base_model import SourceModel
 from packager.inputs.chat import Question
 from packager.inputs.texts import TextSets
 from packager.model.batches import rows_per_batch
-from packager.model.decoder import Decoder, ReadTensor, compute_dtype, run_blocks
+from packager.model.decoder import Batch, Decoder, ReadTensor, compute_dtype, run_blocks
 from packager.model.devices import gpu_memory_errors
 from packager.model.packing import checkpoint_reader
-from packager.prove.evaluation_memory import tokens_per_piece
+from packager.prove.evaluation_memory import question_tokens, tokens_per_piece
 from packager.receipt import QualityRecord
 
 _HINT = "end other programs on the GPU, or run build again with --device cpu: the quantized variants are kept"
@@ -45,7 +45,7 @@ class ForwardResult:
 def run_texts(
     folder: Path, read: ReadTensor, texts: TextSets, *, device: torch.device, dtype: torch.dtype
 ) -> ForwardResult:
-    """Run a model over the held-out rows and the questions, each block's weights read once.
+    """Run a model over the held-out rows and the questions, each block's weights read once per group of questions.
 
     Args:
         folder: with the model's config.json.
@@ -62,13 +62,45 @@ def run_texts(
         decoder = Decoder(folder, read, device=device, dtype=dtype)
         batches = decoder.embed(texts.evaluation.ids, rows=_rows(texts.evaluation.ids, device))
         num_batches = len(batches)
-        if texts.questions:
-            asked = _padded(texts.questions)
-            batches += decoder.embed(asked, rows=_rows(asked, device))
-        decoder.drop_outside_blocks()
-        states = [state.cpu() for state in run_blocks(decoder, batches)]
-        answered = _count_answered(decoder, texts.questions, states[num_batches:])
-        return ForwardResult(decoder=decoder, states=states[:num_batches], answered=answered)
+        first, *others = _groups(texts.questions, texts.evaluation.ids.numel(), device) or [[]]
+        states = _run_questions(decoder, batches, first)
+        answered = _count_answered(decoder, first, states[num_batches:])
+        del states[num_batches:]
+        for group in others:
+            answered += _count_answered(decoder, group, _run_questions(decoder, [], group))
+        return ForwardResult(decoder=decoder, states=states, answered=answered)
+
+
+def _groups(questions: Sequence[Question], num_tokens: int, device: torch.device) -> list[list[list[Question]]]:
+    """Return groups of batches of questions; the questions of a batch are about equally long.
+
+    The blocks' weights are read once per group. A group's states have a bound, `question_tokens`.
+    """
+    left = sorted(questions, key=_length, reverse=True)
+    groups: list[list[list[Question]]] = []
+    room = 0
+    while left:
+        width = _length(left[0])
+        rows = rows_per_batch(width, device.type)
+        batch, left = left[:rows], left[rows:]
+        if not groups or len(batch) * width > room:
+            groups.append([])
+            room = question_tokens(num_tokens, device.type)
+        groups[-1].append(batch)
+        room -= len(batch) * width
+    return groups
+
+
+def _length(question: Question) -> int:
+    return len(question.prompt_ids) + len(question.answer_ids)
+
+
+def _run_questions(decoder: Decoder, batches: list[Batch], group: Sequence[Sequence[Question]]) -> list[Tensor]:
+    """Return the last block's outputs on the CPU of `batches`, then of the batches of a group of questions."""
+    for questions in group:
+        batches += decoder.embed(_padded(questions), rows=len(questions))
+    decoder.drop_outside_blocks()
+    return [state.cpu() for state in run_blocks(decoder, batches)]
 
 
 def _rows(ids: Tensor, device: torch.device) -> int:
@@ -77,7 +109,7 @@ def _rows(ids: Tensor, device: torch.device) -> int:
 
 def _padded(questions: Sequence[Question]) -> Tensor:
     """Return prompts with their answers, int64 [questions, longest], padded on the right, where nothing attends."""
-    width = max(len(question.prompt_ids) + len(question.answer_ids) for question in questions)
+    width = max(map(_length, questions))
     ids = torch.zeros(len(questions), width, dtype=torch.int64)
     for row, question in enumerate(questions):
         tokens = question.prompt_ids + question.answer_ids
@@ -85,15 +117,16 @@ def _padded(questions: Sequence[Question]) -> Tensor:
     return ids
 
 
-def _count_answered(decoder: Decoder, questions: Sequence[Question], states: Sequence[Tensor]) -> int:
+def _count_answered(decoder: Decoder, group: Sequence[Sequence[Question]], states: Sequence[Tensor]) -> int:
     """Count the questions that greedy decoding answers exactly, including the end of the turn.
 
     Greedy decoding produces an answer if and only if each of its tokens is the most likely one after the prompt and the
     answer's tokens before it. So one forward over prompt and answer decides, without generating.
     """
-    if not questions:
-        return 0
-    rows = [row for state in states for row in state]
+    return sum(_answered(decoder, questions, rows) for questions, rows in zip(group, states, strict=True))
+
+
+def _answered(decoder: Decoder, questions: Sequence[Question], rows: Tensor) -> int:
     lengths = [len(question.answer_ids) for question in questions]
     begins = [len(question.prompt_ids) - 1 for question in questions]
     hidden = torch.cat([row[begin : begin + n] for row, begin, n in zip(rows, begins, lengths, strict=True)])
@@ -185,9 +218,13 @@ def _means(totals: Tensor, count: int) -> tuple[float, float, float]:
     loss, base_loss, kl = totals / count
     perplexity, base_perplexity, kl_divergence = means = float(loss.exp()), float(base_loss.exp()), float(kl)
     if not all(math.isfinite(mean) for mean in means):
+        model = "quantized model" if math.isfinite(base_perplexity) else "base model"
+        hint = "choose other parameters for this variant: the base model computes finite numbers"
+        if model == "base model":
+            hint = "the base model overflows in this dtype: check its weights"
         raise QuantizeError(
-            "the quantized or the base model computes NaN or Inf on the evaluation text",
+            f"the {model} computes NaN or Inf on the evaluation text",
             why=f"perplexity {perplexity:g}, of the base model {base_perplexity:g}, KL divergence {kl_divergence:g}",
-            hint="the base model overflows in this dtype: check its weights",
+            hint=hint,
         )
     return means

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from packager.model.architecture import Architecture
-from packager.model.batches import ELEMENT_BYTES, WEIGHT_COPIES, rows_per_batch, running_elements
+from packager.model.batches import ELEMENT_BYTES, TOKENS_PER_BATCH, WEIGHT_COPIES, rows_per_batch, running_elements
 
 # Bytes of one float32 tensor [tokens, vocab]. Its size does not change the time: 220 tokens of a vocabulary of 151,936
 # are enough to keep a GPU busy.
@@ -35,31 +35,43 @@ def tokens_per_piece(vocab_size: int) -> int:
     return max(1, min(_MAX_PIECE_TOKENS, PIECE_BYTES // (4 * vocab_size)))
 
 
+def question_tokens(num_tokens: int, device_type: str) -> int:
+    """Return how many tokens of questions, padding included, run together: no fewer than the held-out tokens."""
+    return max(num_tokens, TOKENS_PER_BATCH[device_type])
+
+
 def evaluation_memory(
-    architecture: Architecture, *, num_tokens: int, seq_len: int, device_type: str
+    architecture: Architecture, *, num_tokens: int, seq_len: int, device_type: str, questions: bool = False
 ) -> EvaluationMemory:
     """Estimate the peak memory of measuring the base model and one quantized model after the other.
 
     Args:
         architecture: of the base model.
-        num_tokens: of the held-out rows. Questions, of which the recipe states no number of tokens, are not counted.
+        num_tokens: of the held-out rows.
         seq_len: tokens per row.
         device_type: "cpu" or "cuda".
+        questions: whether there are any. As many as run together are counted, at most `question_tokens`.
     """
     element, hidden = ELEMENT_BYTES[device_type], architecture.hidden_size
     states = element * num_tokens * hidden
+    asked = element * question_tokens(num_tokens, device_type) * hidden if questions else 0
     head = element * architecture.vocab_size * hidden
     logits = _PIECES * 4 * architecture.vocab_size * min(num_tokens, tokens_per_piece(architecture.vocab_size))
+    question_logits = 2 * 4 * architecture.vocab_size * tokens_per_piece(architecture.vocab_size) if questions else 0
     weights = element * sum(inputs * outputs for inputs, outputs in architecture.group_shapes)
     batch_tokens = min(num_tokens, rows_per_batch(seq_len, device_type) * seq_len)
+    if questions:
+        batch_tokens = max(batch_tokens, TOKENS_PER_BATCH[device_type])
     blocks = WEIGHT_COPIES * weights + batch_tokens * element * running_elements(architecture)
     dequantizing = _DEQUANTIZE_BYTES * max(inputs * outputs for inputs, outputs in architecture.group_shapes)
     # The base model's head stays on the device while the quantized model's blocks run, and both heads make logits.
     if device_type == "cpu":
-        peak = max(states + head, states + blocks + dequantizing, head + logits)
+        peak = max(states + asked + head, states + asked + blocks + dequantizing, head + logits)
+        if questions:
+            peak = max(peak, states + asked + head + question_logits)
         return EvaluationMemory(device_bytes=states + head + peak, host_bytes=0)
     largest = max(tensor.size_bytes for tensor in architecture.tensors)
     return EvaluationMemory(
-        device_bytes=head + max(states + head, states + blocks, head + logits),
-        host_bytes=2 * states + 2 * weights + dequantizing + 2 * largest,
+        device_bytes=head + max(states + asked + head, states + asked + blocks, head + max(logits, question_logits)),
+        host_bytes=2 * states + asked + 2 * weights + dequantizing + 2 * largest,
     )
