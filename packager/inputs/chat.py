@@ -77,8 +77,8 @@ def read_questions(path: Path, records: Iterable[tuple[int, Any]], tokenizer: An
         tokenizer: with a chat template.
 
     Raises:
-        CalibrationError: a line has another form, the answer is empty, or the template renders an answer without its prompt
-            before it.
+        CalibrationError: a line has another form, an answer is empty, or the template renders an answer without its
+            prompt before it.
     """
     questions = []
     for number, record in records:
