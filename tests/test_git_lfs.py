@@ -151,7 +151,7 @@ def test_an_attributes_file_of_the_manifest_is_kept(fixture: GitLfsFixture) -> N
 
 def test_an_attributes_file_that_leaves_a_large_file_out_is_refused(fixture: GitLfsFixture) -> None:
     fixture.edit("main", {".gitattributes": b"*.bin filter=lfs\n"})
-    with pytest.raises(PublishError, match="is not complete") as caught:
+    with pytest.raises(PublishError, match="is incomplete") as caught:
         fixture.publish()
     assert NAME in str(caught.value)
     assert "filter=lfs diff=lfs merge=lfs -text" in str(caught.value)
