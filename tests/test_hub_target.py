@@ -14,6 +14,7 @@ import huggingface_hub.constants
 import pytest
 
 from packager.errors import MachineError, PackagerError, PublishError
+from packager.inputs import hub_session
 from packager.publish.after_publish import ReleaseTag
 from packager.publish.branches import BranchContent, PublishReport, publish_branches
 from packager.publish.targets import HeadMovedError, hub_calls, hub_client
@@ -439,7 +440,7 @@ def test_every_wait_is_logged(
 
 @pytest.mark.crash
 def test_a_silent_server_is_an_error_after_a_time_limit(fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(hub_client._TIMEOUTS_S, "read", 0.3)
+    monkeypatch.setitem(hub_session._TIMEOUTS_S, "read", 0.3)
     monkeypatch.setattr("time.sleep", lambda seconds: Event().wait(min(seconds, 1.0)))
     fixture.hub.fault(COMMIT, "delay", seconds=1.0)
     fixture.publish()

@@ -1,8 +1,7 @@
 """The Hub as a target: one atomic commit per branch, and no file uploaded twice.
 
 Large files are uploaded first. Then one commit on top of the planned head names all files: a branch changes as a whole
-or not at all, and no other commit is overwritten. If the answer to a commit is lost, the branch's files show whether
-the commit was made. huggingface_hub is imported when first needed.
+or not at all, and no other commit is overwritten. huggingface_hub is imported when first needed.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,33 +12,19 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from packager import __version__
 from packager.errors import PublishError
-from packager.publish.targets import (
-    BranchState,
-    CommitRecord,
-    HeadMovedError,
-    LocalFile,
-    StoredFile,
-    require_unchanged,
-    same_files,
-)
+from packager.publish.targets import BranchState, CommitRecord, HeadMovedError, LocalFile, StoredFile, require_unchanged
+from packager.publish.targets.hub_answers import commit_id
 from packager.publish.targets.hub_calls import RETRY_LIMIT_S, RetryPolicy
-from packager.publish.targets.hub_client import hub_api, newest_commit, read_content
-from packager.receipt import GIT_ATTRIBUTES
-from packager.system.files import atomic_file
+from packager.publish.targets.hub_client import hub_api
+from packager.publish.targets.hub_commits import HubCommits
+from packager.publish.targets.hub_reader import HubReader
 from packager.system.parallel import in_parallel
 from packager.system.text import format_bytes
 from packager.variant import MAIN
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
-    from huggingface_hub.hf_api import GitCommitInfo
-
-    Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
-
-# The last line of this program's commit messages: the Hub names the token's account, not the program.
-_TRAILER = "Published-by: gptq-packager"
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,71 +87,34 @@ class HubTarget:
     def _retry(self) -> RetryPolicy:
         return RetryPolicy(self.where, self._log, limit_s=self._retry_limit_s)
 
+    @cached_property
+    def _reader(self) -> HubReader:
+        return HubReader(self._id, self._retry)
+
+    @cached_property
+    def _commits(self) -> HubCommits:
+        return HubCommits(self._id, self.where, self._reader, self._retry, self._log)
+
     def read_branches(self) -> Mapping[str, BranchState]:
         """Return every branch; a branch with only .gitattributes has no files."""
         heads = self._heads()
-        return dict(zip(heads, in_parallel(self._state, heads.values()), strict=True))
+        return dict(zip(heads, in_parallel(self._reader.state, heads.values()), strict=True))
 
     def read_back(self, commit: str) -> Mapping[str, StoredFile]:
-        """Return a commit's files as the Hub lists them: sha256 and size of large files, blob ids of small ones.
-
-        `.gitattributes` is left out: the Hub creates it and reads from it which files are large; it never changes.
-        """
-        from huggingface_hub.hf_api import RepoFile
-
-        entries = self._retry.call(
-            f"listing the files of {commit[:12]}",
-            lambda: list(self._api.list_repo_tree(self._id, recursive=True, revision=commit)),
-        )
-        return {
-            entry.path: StoredFile(size_bytes=entry.lfs.size, sha256=entry.lfs.sha256)
-            if entry.lfs
-            else StoredFile(size_bytes=entry.size, blob_id=entry.blob_id)
-            for entry in entries
-            if isinstance(entry, RepoFile) and entry.path != GIT_ATTRIBUTES
-        }
+        """Return a commit's files as the Hub lists them: sha256 and size of large files, blob ids of small ones."""
+        return self._reader.files(commit)
 
     def read_bytes(self, commit: str, name: str, *, start: int = 0, size: int | None = None) -> bytes:
         """Return a file's content, or a part of it by a ranged request."""
-        with_range = start > 0 or size is not None
-        end = "" if size is None else str(start + size - 1)
-        headers = {"Range": f"bytes={start}-{end}"} if with_range else {}
-
-        def read() -> bytes:
-            parts: list[bytes] = []
-            for chunk in read_content(self._id, commit, name, headers):
-                parts.append(chunk)
-                if size is not None and sum(map(len, parts)) > size:
-                    break  # a server without ranges sends the whole file
-            data = b"".join(parts)
-            return data if size is None else data[:size]
-
-        return self._retry.call(f"reading {name}", read)
+        return self._reader.content(commit, name, start=start, size=size)
 
     def export(self, commit: str, name: str, path: Path) -> None:
         """Download a file."""
-
-        def download() -> None:
-            with atomic_file(path) as stream:
-                for chunk in read_content(self._id, commit, name, {}):
-                    stream.write(chunk)
-
-        self._retry.call(f"downloading {name}", download)
+        self._reader.download(commit, name, path)
 
     def history(self, branch: str) -> Sequence[CommitRecord]:
         """Return a branch's commits."""
-        if branch not in self._heads():
-            return ()
-        return [
-            CommitRecord(
-                commit=entry.commit_id,
-                author=_author(entry.message, entry.authors),
-                title=entry.title,
-                message=f"{entry.title}\n\n{entry.message}".strip(),
-                time_s=int(entry.created_at.timestamp()),
-            )
-            for entry in self._commits(branch)
-        ]
+        return self._reader.history(branch) if branch in self._heads() else ()
 
     def check(self, changing: Collection[str]) -> None:
         """Raise unless the token may write.
@@ -177,8 +125,7 @@ class HubTarget:
         if not changing:
             return
         account = self._retry.call("reading the token's account", self._whoami)
-        role = account.get("auth", {}).get("accessToken", {}).get("role", "")
-        if role == "read":
+        if _role(account) == "read":
             raise PublishError(
                 "the token is for reading only",
                 where=self.where,
@@ -209,28 +156,38 @@ class HubTarget:
             for file in lacking.values():  # else it would be published under its old digest
                 require_unchanged(file)
         stale = [CommitOperationDelete(name, is_folder=False) for name in sorted(stored.keys() - files.keys())]
+
+        def send(title: str, description: str) -> str:
+            made = self._api.create_commit(
+                self._id,
+                [*additions, *stale],
+                commit_message=title,
+                commit_description=description,
+                revision=branch,
+                parent_commit=head,
+            )
+            return commit_id(made.oid)
+
         wanted = {name: _stored(file) for name, file in files.items()}
-        return self._advance(branch, [*additions, *stale], wanted, parent=head, message=message)
+        return self._commits.make(branch, send, wanted, parent=head, message=message)
 
     def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
-        """Make one commit with the files of an earlier one; the Hub copies large files itself."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+        """Make one commit with the files of an earlier one."""
+        return self._commits.restore(branch, commit, parent=parent, message=message)
 
-        wanted, stored = self.read_back(commit), self.read_back(parent)
-        copies = [
-            CommitOperationCopy(src_path_in_repo=name, path_in_repo=name, src_revision=commit)
-            if file.sha256
-            else CommitOperationAdd(path_in_repo=name, path_or_fileobj=self.read_bytes(commit, name))
-            for name, file in wanted.items()
-            if stored.get(name) != file
-        ]
-        stale = [CommitOperationDelete(name, is_folder=False) for name in sorted(stored.keys() - wanted.keys())]
-        return self._advance(branch, [*copies, *stale], wanted, parent=parent, message=message)
+    def remove(self, branch: str, *, head: str) -> str:
+        """Delete a branch; the files of main are removed instead: a repository keeps its main."""
+        if self._heads().get(branch) != head:
+            raise HeadMovedError(f"{branch} moved", where=self.where)
+        if branch == MAIN:
+            made = self._commits.empty(branch, parent=head, message=f"{branch}: its files were stored wrongly")
+            return f"its files were removed again, in {made[:12]}"
+        self._retry.call(f"deleting {branch}", lambda: self._api.delete_branch(self._id, branch=branch))
+        return "the new branch was deleted again"
 
     def read_tag(self, name: str) -> Mapping[str, str]:
         """Return the commit that a tag names."""
-        refs = self._retry.call("listing tags", lambda: self._api.list_repo_refs(self._id)) if self._heads() else None
-        return {MAIN: next((ref.target_commit for ref in refs.tags if ref.name == name), "") if refs else ""}
+        return {MAIN: self._reader.references().tags.get(name, "")}
 
     def tag(self, name: str, commits: Mapping[str, str]) -> None:
         """Make a tag on the Hub."""
@@ -252,29 +209,8 @@ class HubTarget:
                 return {}
             raise
 
-    def _heads(self) -> dict[str, str]:
-        """Return every branch's head commit; none if the repository does not exist."""
-        from huggingface_hub import errors as hub
-
-        def read() -> dict[str, str]:
-            try:
-                refs = self._api.list_repo_refs(self._id)
-            except hub.GatedRepoError:
-                raise
-            except hub.RepositoryNotFoundError:
-                return {}
-            return {ref.name: ref.target_commit for ref in refs.branches}
-
-        return self._retry.call("listing branches", read)
-
-    def _state(self, commit: str) -> BranchState:
-        entry = self._retry.call(f"reading the author of {commit[:12]}", lambda: newest_commit(self._id, commit))
-        author = _author(entry["message"], [author["user"] for author in entry["authors"]])
-        return BranchState(commit=commit, foreign_author=author, files=self.read_back(commit))
-
-    def _commits(self, revision: str) -> "Sequence[GitCommitInfo]":
-        read = self._api.list_repo_commits
-        return self._retry.call(f"listing commits of {revision[:40]}", lambda: read(self._id, revision=revision))
+    def _heads(self) -> Mapping[str, str]:
+        return self._reader.heads()
 
     def _new_branch(self, branch: str) -> str:
         """Make an empty branch, and the repository if it does not exist; return the branch's head.
@@ -288,30 +224,18 @@ class HubTarget:
             heads = self._heads()
         if branch not in heads:
             # Without `revision` the Hub would copy main with its weights.
-            first = self._commits(MAIN)[-1].commit_id
+            first = self._reader.commits(MAIN)[-1].commit
             make = self._api.create_branch
             self._retry.call(
                 f"making the branch {branch}", lambda: make(self._id, branch=branch, revision=first, exist_ok=True)
             )
             if self._heads().get(branch) != first:
                 raise HeadMovedError(f"{branch} exists now", where=self.where)
-            return self._emptied(branch, first)
+            # The first commit has files if the history was squashed or began with a push.
+            return self._commits.empty(branch, parent=first, message=f"{branch}: begins empty")
         if self.read_back(heads[branch]):
             raise HeadMovedError(f"{branch} exists now", where=self.where)
         return heads[branch]
-
-    def _emptied(self, branch: str, first: str) -> str:
-        """Remove the files of a branch that was just made at the repository's first commit; return the new head.
-
-        The first commit has files if the history was squashed or began with a push.
-        """
-        from huggingface_hub import CommitOperationDelete
-
-        files = self.read_back(first)
-        if not files:
-            return first
-        deletions = [CommitOperationDelete(name, is_folder=False) for name in sorted(files)]
-        return self._advance(branch, deletions, {}, parent=first, message=f"{branch}: begins empty")
 
     def _new_repository(self) -> None:
         private = self._new.visibility == "private"
@@ -325,51 +249,6 @@ class HubTarget:
         if gated is not None and not self._gated and not self.read_back(self._heads()[MAIN]):
             self._retry.call("gating the repository", lambda: self._api.update_repo_settings(self._id, gated=gated))
         self._gated = True
-
-    def _advance(
-        self,
-        branch: str,
-        operations: "Sequence[Operation]",
-        wanted: Mapping[str, StoredFile],
-        *,
-        parent: str,
-        message: str,
-    ) -> str:
-        """Make the commit and return its id, also if the commit was made but its answer was lost."""
-        title, _, body = message.partition("\n")
-        description = "\n\n".join(filter(None, [body.strip(), f"{_TRAILER} {__version__}"]))
-
-        def attempt() -> str:
-            try:
-                made = self._api.create_commit(
-                    self._id,
-                    operations,
-                    commit_message=title,
-                    commit_description=description,
-                    revision=branch,
-                    parent_commit=parent,
-                )
-            except Exception:  # the commit may exist in spite of the error: only the branch shows it
-                if landed := self._landed(branch, wanted, parent=parent):
-                    return landed
-                raise
-            return str(made.oid)
-
-        return self._retry.call(f"committing {branch}", attempt)
-
-    def _landed(self, branch: str, wanted: Mapping[str, StoredFile], *, parent: str) -> str:
-        """Return the branch's head if it holds the `wanted` files, "" if the head has not moved.
-
-        Raises:
-            HeadMovedError: the branch holds other files.
-        """
-        head = self._heads().get(branch, "")
-        if head in (parent, ""):
-            return ""
-        if not same_files(self.read_back(head), wanted):
-            raise HeadMovedError(f"{branch} moved", where=self.where)
-        self._log(f"{branch}: the Hub's answer was lost, but the commit was made")
-        return head
 
 
 def _stored(file: LocalFile) -> StoredFile:
@@ -386,6 +265,9 @@ def _addition(name: str, file: LocalFile) -> "CommitOperationAdd":
     return operation
 
 
-def _author(message: str, authors: Sequence[str]) -> str:
-    """Return a commit's author, "" if this program made it."""
-    return "" if _TRAILER in message else ", ".join(authors) or "an unknown author"
+def _role(account: Mapping[str, Any]) -> str:
+    """Return what a token may do, "" if the answer does not name it: the server decides."""
+    value: object = account
+    for key in ("auth", "accessToken", "role"):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) else ""

@@ -2,21 +2,24 @@
 
 huggingface_hub retries some of its calls and not others, so every call goes through `RetryPolicy`. It retries failures
 that may pass (429, 5xx, a cut connection) after the wait that the Hub asks for, logs each wait, and has a limit. Every
-other failure of the client or the network is final. An error of this program passes unchanged, with its traceback.
+other failure of the client or the network is final, and so is an answer that no Hub gives. An error of this program
+passes unchanged, with its traceback.
 """
 
 import itertools
+import json
 import random
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from types import ModuleType
 from typing import TypeVar, cast
 
 from packager.errors import MachineError, PackagerError, PublishError
+from packager.inputs.hub_session import AnswerError, is_of_client
 from packager.publish.targets import HeadMovedError
 from packager.publish.targets.hub_client import asked_wait_s
+from packager.system.text import printable
 
 _Result = TypeVar("_Result")
 
@@ -25,12 +28,17 @@ _FINAL = frozenset({501, 505, 507, 511})  # errors of the server that a retry do
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.1, 60.0
 # The Hub's rate limits count commits and requests per hour and per five minutes.
 RETRY_LIMIT_S = 3600.0
-_OURS = "packager"
-_CLIENTS = frozenset({"huggingface_hub", "hf_xet", "httpx", "httpx2", "httpcore", "httpcore2"})
+# Errors of the HTTP library that a retry does not change: redirects without an end, bytes that are not HTTP, ...
+_BROKEN = frozenset({"TooManyRedirects", "DecodingError", "UnsupportedProtocol", "LocalProtocolError"})
+_NOT_HTTP, _CUT = "RemoteProtocolError", ("disconnected", "closed connection")
+_MAX_MESSAGE = 300
+_ANSWER_HINT = "check the address in HF_ENDPOINT, and whether a proxy answers in the server's place"
 _LOGIN_HINT = "set HF_TOKEN, or run `hf auth login`, with a token that may write to this repository"
 _STATUSES: Mapping[int | None, tuple[str, str]] = {
     HTTPStatus.UNAUTHORIZED: ("the Hub does not know the token, or it has expired", _LOGIN_HINT),
     HTTPStatus.FORBIDDEN: ("the token may not do that", _LOGIN_HINT),
+    HTTPStatus.NOT_FOUND: ("the server does not have it, or does not know the request", _ANSWER_HINT),
+    HTTPStatus.NOT_IMPLEMENTED: ("the server cannot do that", ""),
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: (
         "a file is larger than the Hub takes",
         "set checkpoint.max_shard_bytes in the recipe and build again",
@@ -72,8 +80,10 @@ class RetryPolicy:
         for attempt in itertools.count():
             try:
                 return function()
-            except (*_transport_errors(), _client_errors().OIDCError, OSError, RuntimeError, ValueError) as error:
-                if not _is_of_client(error):
+            except PackagerError:
+                raise
+            except Exception as error:  # the client raises KeyError and AssertionError, too
+                if not _is_of_network(error):
                     raise
                 cause = _cause(error)
                 if not _may_pass(cause):
@@ -100,6 +110,9 @@ class RetryPolicy:
         if _is_unsendable(error):
             problem = "the token or the address has a character that no request can have"
             return PublishError(f"{what}: {problem}", where=self._where, hint=_LOGIN_HINT)
+        if _status(error) is None and (_is_broken(error) or _is_of_form(error)):
+            problem = f"{what}: the answer is not one that the Hub gives"
+            return PublishError(problem, where=self._where, why=_reason(error), hint=_ANSWER_HINT)
         if _status(error) == HTTPStatus.PRECONDITION_FAILED:
             return HeadMovedError(f"{what}: the branch's head moved", where=self._where, why=_reason(error))
         kinds: tuple[tuple[type[Exception], str, str], ...] = (
@@ -127,20 +140,8 @@ def _transport_errors() -> tuple[type[Exception], ...]:
     return (cast(type[Exception], _client_errors().HfHubHTTPError.__bases__[0]), ConnectionError, TimeoutError)
 
 
-def _is_of_client(error: Exception) -> bool:
-    """Return whether the client or the network failed, not this program.
-
-    The client raises bare OSError, RuntimeError and ValueError, too (an unreadable file, a refused card). Such an error
-    is the client's if the innermost frame of the two programs, without those of other libraries, is the client's.
-    """
-    if isinstance(error, _transport_errors()) or _package(type(error).__module__) in _CLIENTS:
-        return True
-    frames = (_package(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__))
-    return [package for package in frames if package in {_OURS, *_CLIENTS}][-1] != _OURS
-
-
-def _package(module: str) -> str:
-    return module.partition(".")[0]
+def _is_of_network(error: Exception) -> bool:
+    return isinstance(error, _transport_errors()) or is_of_client(error)
 
 
 def _is_unsendable(error: Exception) -> bool:
@@ -148,9 +149,21 @@ def _is_unsendable(error: Exception) -> bool:
     return type(error).__name__ in ("LocalProtocolError", "UnsupportedProtocol")
 
 
+def _is_of_form(error: Exception) -> bool:
+    """Return whether an answer has another form than the client or this program reads."""
+    return isinstance(
+        error, AnswerError | LookupError | TypeError | AttributeError | ArithmeticError | RecursionError
+    ) or (isinstance(error, json.JSONDecodeError | UnicodeError) or type(error).__name__ == "InvalidURL")
+
+
 def _cause(error: Exception) -> Exception:
-    """Return the cause of an error that only adds the name of a file."""
-    return error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
+    """Return the cause of an error that only adds the name of a file, or of one about an unreadable refusal."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        return error.__cause__
+    context = error.__context__  # the client expects an object in the body of a refusal
+    if isinstance(context, Exception) and _status(context) and not (_status(error) or isinstance(error, AnswerError)):
+        return context
+    return error
 
 
 def _may_pass(error: Exception) -> bool:
@@ -160,7 +173,13 @@ def _may_pass(error: Exception) -> bool:
     status = _status(error)
     if status is not None or isinstance(error, hub.OfflineModeIsEnabled):
         return status is not None and (status in _TRANSIENT or (status >= 500 and status not in _FINAL))
-    return isinstance(error, _transport_errors()) and not _is_unsendable(error)
+    return isinstance(error, _transport_errors()) and not _is_broken(error)
+
+
+def _is_broken(error: Exception) -> bool:
+    """Return whether an answer was malformed, or the request cannot be sent: not a failure that passes."""
+    kind = type(error).__name__
+    return kind in _BROKEN or (kind == _NOT_HTTP and not any(word in str(error) for word in _CUT))
 
 
 def _status(error: Exception) -> int | None:
@@ -182,7 +201,9 @@ def _reason(error: Exception) -> str:
     # The client's message about a header that cannot be sent would show the token.
     own = "" if status is not None or _is_unsendable(error) else str(error)
     message = (getattr(error, "server_message", None) or own).strip()
-    message = message.splitlines()[0] if message else ""
+    message = printable(message.splitlines()[0])[:_MAX_MESSAGE] if message else ""
+    if isinstance(error, AnswerError):
+        return message
     if status is None:
         return f"{type(error).__name__}: {message}" if message else type(error).__name__
     phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else "without a message"

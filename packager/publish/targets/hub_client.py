@@ -1,39 +1,35 @@
-"""The Hub's client, with time limits and logged waits, and the requests that it has no method for.
+"""The Hub's client, with logged waits, and the requests that it has no method for; huggingface_hub is imported late."""
 
-huggingface_hub is imported when first needed. One private name is used: `default_client_factory`. A factory that does
-not call it would have to repeat its hooks (request ids, offline mode) and to choose between httpx and httpx2.
-"""
-
+import base64
 import email.utils
-import logging
+import json
 import time
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from packager import __version__
+from packager.inputs.hub_session import open_session
+from packager.publish.targets import StoredFile
+from packager.publish.targets.hub_answers import LIBRARY, api_url, commit_id, hub_headers, json_of
 
 if TYPE_CHECKING:
-    from httpx2 import Client, Request, Response
+    from httpx2 import Response
     from huggingface_hub import HfApi
 
 _CHUNK_BYTES = 1 << 20
-# Limits of one read or write, not of a call: for a commit of many files the Hub sends nothing for minutes.
-_TIMEOUTS_S = {"connect": 30.0, "read": 600.0, "write": 600.0, "pool": 600.0}
 # The client waits as long as the Hub asks, without a log line; longer waits are left to `RetryPolicy`, which logs them.
 _SILENT_WAIT_S = 10.0
 _BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-_LIBRARY = "gptq-packager"
 
 
 def hub_api() -> "HfApi":
     """Return the client for the server that the environment names."""
     from huggingface_hub import HfApi
 
-    _set_up()
-    return HfApi(library_name=_LIBRARY, library_version=__version__)
+    open_session(_refuse_long_wait)
+    return HfApi(library_name=LIBRARY, library_version=__version__)
 
 
 def read_content(repository_id: str, commit: str, name: str, headers: Mapping[str, str]) -> Iterator[bytes]:
@@ -49,7 +45,7 @@ def read_content(repository_id: str, commit: str, name: str, headers: Mapping[st
     from huggingface_hub.utils import hf_raise_for_status
 
     url = f"{hub_api().endpoint}/{repository_id}/resolve/{quote(commit, safe='')}/{quote(name)}"
-    sent = {**_headers(), **headers, "Accept-Encoding": "identity"}  # a range of the stored bytes
+    sent = {**hub_headers(), **headers}
     with get_session().stream("GET", url, headers=sent, follow_redirects=True) as response:
         if response.is_error:
             response.read()
@@ -57,12 +53,49 @@ def read_content(repository_id: str, commit: str, name: str, headers: Mapping[st
         yield from response.iter_bytes(_CHUNK_BYTES)
 
 
-def newest_commit(repository_id: str, revision: str) -> Mapping[str, Any]:
-    """Return the Hub's record of a revision's newest commit; `list_repo_commits` would request all commits."""
-    from huggingface_hub.utils import paginate
+def stored_operation(name: str, file: StoredFile, content: bytes) -> Mapping[str, Any]:
+    """Return the operation that gives a file to a commit without an upload of large content.
 
-    url = f"{hub_api().endpoint}/api/models/{repository_id}/commits/{quote(revision, safe='')}"
-    return next(iter(paginate(url, params={}, headers=_headers())))
+    Args:
+        name: the file's path.
+        file: its size and digest; the repository has a large file's content.
+        content: a small file's content.
+    """
+    if file.sha256:  # CommitOperationCopy would ask /paths-info, which not every server has, and send no size
+        value = {"path": name, "algo": "sha256", "oid": file.sha256, "size": file.size_bytes}
+        return {"key": "lfsFile", "value": value}
+    encoded = base64.b64encode(content).decode()
+    return {"key": "file", "value": {"path": name, "content": encoded, "encoding": "base64"}}
+
+
+def deletion(name: str) -> Mapping[str, Any]:
+    """Return the operation that removes a file."""
+    return {"key": "deletedFile", "value": {"path": name}}
+
+
+def post_commit(
+    repository_id: str,
+    branch: str,
+    operations: Iterable[Mapping[str, Any]],
+    *,
+    title: str,
+    description: str,
+    parent: str,
+) -> str:
+    """Make a commit from `stored_operation` and `deletion`, and return its id."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import hf_raise_for_status
+
+    header = {"summary": title, "description": description, "parentCommit": parent}
+    lines = [{"key": "header", "value": header}, *operations]
+    response = get_session().post(
+        api_url(repository_id, "commit", branch),
+        content=b"".join(json.dumps(line).encode() + b"\n" for line in lines),
+        headers={**hub_headers(), "Content-Type": "application/x-ndjson"},
+    )
+    hf_raise_for_status(response, endpoint_name="commit")
+    answer = json_of(response)
+    return commit_id(answer.get("commitOid") if isinstance(answer, Mapping) else None)
 
 
 def asked_wait_s(headers: Mapping[str, str], status: int | None) -> float | None:
@@ -70,45 +103,15 @@ def asked_wait_s(headers: Mapping[str, str], status: int | None) -> float | None
     from huggingface_hub.utils import parse_ratelimit_headers
 
     asked = headers.get("retry-after", "").strip()
-    if asked.isdigit():
+    if asked.isascii() and asked.isdigit():
         return float(asked)
     if asked and (date := _date(asked)) is not None:
         return max(0.0, date - time.time())
-    limit = parse_ratelimit_headers(headers)
-    if limit is not None and status == HTTPStatus.TOO_MANY_REQUESTS:
-        return float(limit.reset_in_seconds)
-    return None
-
-
-@cache
-def _set_up() -> None:
-    from huggingface_hub import set_client_factory
-
-    set_client_factory(_client)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings show signed addresses of uploads
-
-
-def _headers() -> dict[str, str]:
-    from huggingface_hub.utils import build_hf_headers
-
-    return build_hf_headers(library_name=_LIBRARY, library_version=__version__)
-
-
-def _client() -> "Client":
-    from huggingface_hub.utils._http import default_client_factory
-
-    client = default_client_factory()
-    hooks = client.event_hooks
-    client.event_hooks = {
-        "request": [*hooks["request"], _limit_time],
-        "response": [*hooks["response"], _refuse_long_wait],
-    }
-    return client
-
-
-def _limit_time(request: "Request") -> None:
-    """Set a request's time limits: most calls of the client set none."""
-    request.extensions = {**request.extensions, "timeout": _TIMEOUTS_S}
+    try:
+        limit = parse_ratelimit_headers(headers)
+        return float(limit.reset_in_seconds) if limit and status == HTTPStatus.TOO_MANY_REQUESTS else None
+    except (ValueError, OverflowError):  # a number of a thousand digits
+        return None
 
 
 def _refuse_long_wait(response: "Response") -> None:
@@ -126,5 +129,5 @@ def _date(text: str) -> float | None:
     """Return an HTTP date in seconds since 1970, None if the text is not a date."""
     try:
         return email.utils.parsedate_to_datetime(text).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

@@ -1,0 +1,215 @@
+"""The HTTP session of the Hub's client: which host gets the token, and how large and slow an answer may be.
+
+Every answer is hostile until checked. The client follows the links of an answer to any host with the token, unpacks
+compressed answers of any size, and waits for a slow answer without an end.
+
+huggingface_hub is imported when first needed. One private name is used: `default_client_factory`. A factory that does
+not call it would have to repeat its hooks (request ids, offline mode) and to choose between httpx and httpx2.
+"""
+
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import cache
+from http import HTTPStatus
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from httpx2 import Client, Request, Response, SyncByteStream
+
+    ResponseHook = Callable[[Response], None]
+
+# Values decoded from JSON take up to 24 times its size. 1,000 files, a page of a listing, are about 0.3 MB.
+MAX_ANSWER_BYTES = 24 << 20
+MAX_PAGES = 1000
+# Seconds for the body of an answer, without the time before its first byte.
+_ANSWER_S = 45.0
+# Files may be of any size, but a file that comes more slowly than this does not come.
+_SLOWEST_BYTES_PER_S, _SLOW_START_S = 1000, 45.0
+# Limits of one read or write, not of a call: for a commit of many files the Hub sends nothing for minutes.
+_TIMEOUTS_S = {"connect": 30.0, "read": 600.0, "write": 600.0, "pool": 600.0}
+_READING_TIMEOUT_S = 60.0  # a request that changes nothing
+_READING = frozenset({"GET", "HEAD"})
+_OURS = "packager"
+_CLIENTS = frozenset({"huggingface_hub", "hf_xet", "httpx", "httpx2", "httpcore", "httpcore2"})
+_HUB_DOMAINS = ("huggingface.co", "hf.co")
+
+
+class AnswerError(Exception):
+    """An answer that no Hub gives; the caller adds what was being done."""
+
+
+class _Current:
+    """The hooks of the present session, None before the first one."""
+
+    hooks: "tuple[ResponseHook, ...] | None" = None
+
+
+def open_session(*hooks: "ResponseHook") -> None:
+    """Make the client use a session with these limits, and with more hooks for its responses."""
+    from huggingface_hub import set_client_factory
+
+    if _Current.hooks != hooks:
+        _Current.hooks = hooks
+        set_client_factory(lambda: _client(hooks))  # closes the present session
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings show signed addresses of uploads
+
+
+def is_of_client(error: Exception) -> bool:
+    """Return whether the client or the network failed, not this program.
+
+    The client raises bare OSError, ValueError, KeyError and TypeError, too (an unreadable file, a refused card, an
+    answer of another form). Such an error is the client's if the innermost frame of the two programs, without those of
+    other libraries, is the client's.
+    """
+    if isinstance(error, AnswerError) or _package(type(error).__module__) in _CLIENTS:
+        return True
+    frames = (_package(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__))
+    return [package for package in frames if package in {_OURS, *_CLIENTS}][-1] != _OURS
+
+
+def origin(url: str) -> tuple[str, str, int | None]:
+    """Return a URL's scheme, host and port.
+
+    Raises:
+        AnswerError: the URL is malformed.
+    """
+    try:
+        parts = urlsplit(url)
+        return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        raise AnswerError(f"it names the malformed address {url[:200]!r}") from None
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _http_library() -> ModuleType:
+    """Return the client's HTTP library: httpx2 from client 2.0 on, httpx before."""
+    from huggingface_hub import errors
+
+    return import_module(_package(errors.HfHubHTTPError.__bases__[0].__module__))
+
+
+def _client(hooks: tuple["ResponseHook", ...]) -> "Client":
+    from huggingface_hub.utils._http import default_client_factory
+
+    client = default_client_factory()
+    own = client.event_hooks
+    client.event_hooks = {
+        "request": [*own["request"], _limit_time, _refuse_packing, _TokenGuard()],
+        "response": [*own["response"], _limit_answer, _PageGuard(), *hooks],
+    }
+    return client
+
+
+def _limit_time(request: "Request") -> None:
+    """Set a request's time limits where the client sets none, as in most of its calls."""
+    given = request.extensions.get("timeout", {})
+    limits = {**_TIMEOUTS_S, "read": _READING_TIMEOUT_S} if request.method in _READING else _TIMEOUTS_S
+    timeout = {name: limit if given.get(name) is None else given[name] for name, limit in limits.items()}
+    request.extensions = {**request.extensions, "timeout": timeout}
+
+
+def _refuse_packing(request: "Request") -> None:
+    """Ask for an answer that is not compressed: a small one can unpack to any size."""
+    request.headers["Accept-Encoding"] = "identity"
+
+
+class _TokenGuard:
+    """Refuses to send a token that a Hub has been given to another host.
+
+    httpx drops the token when an answer redirects a request. But the client sends it to whatever host the next page of
+    a listing, or the confirmation of an upload, has in the answer. Tokens of other services, like the identity of a CI
+    job, are not meant for the Hub and pass.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: set[str] = set()
+
+    def __call__(self, request: "Request") -> None:
+        from huggingface_hub import constants
+
+        token = request.headers.get("Authorization", "")
+        if not token:
+            return
+        home, there = origin(constants.ENDPOINT), origin(str(request.url))
+        if there == home or (_is_hub(home) and _is_hub(there)):
+            self._tokens.add(token)
+        elif token in self._tokens:
+            host = f"{there[0]}://{there[1]}:{there[2]}"
+            raise AnswerError(f"it asks for a request with the token to another server, {host[:200]}")
+
+
+def _is_hub(place: tuple[str, str, int | None]) -> bool:
+    scheme, host, _ = place
+    return scheme == "https" and any(host == domain or host.endswith(f".{domain}") for domain in _HUB_DOMAINS)
+
+
+class _PageGuard(threading.local):
+    """Ends a listing of the client's whose pages do not end: many successful requests in a row for one path."""
+
+    def __init__(self) -> None:
+        self._path, self._count = "", 0
+
+    def __call__(self, response: "Response") -> None:
+        request = response.request
+        path = request.url.path if request.method == "GET" and response.status_code == HTTPStatus.OK else ""
+        self._count = self._count + 1 if path == self._path else 1
+        self._path = path
+        if path.startswith("/api/") and self._count > MAX_PAGES:
+            raise AnswerError(f"the list has more than {MAX_PAGES} pages")
+
+
+def _limit_answer(response: "Response") -> None:
+    """Limit the size and the time of an answer; of a file, only how slowly it may arrive."""
+    packing = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if packing not in ("", "identity"):
+        raise AnswerError(f"it is compressed ({packing[:40]}), which was not asked for")
+    path = response.request.url.path
+    is_file = response.request.method == "GET" and response.is_success and not path.startswith("/api/")
+    response.stream = _stream_type()(response.stream, _check_pace if is_file else _check_answer)
+
+
+def _check_answer(received_bytes: int, waited_s: float) -> None:
+    if received_bytes > MAX_ANSWER_BYTES:
+        raise AnswerError(f"it is larger than {MAX_ANSWER_BYTES >> 20} MiB")
+    if waited_s > _ANSWER_S:
+        raise AnswerError(f"it did not end within {_ANSWER_S:.0f} s ({received_bytes} bytes came)")
+
+
+def _check_pace(received_bytes: int, waited_s: float) -> None:
+    if waited_s > _SLOW_START_S and received_bytes < waited_s * _SLOWEST_BYTES_PER_S:
+        raise AnswerError(f"the file came too slowly: {received_bytes} bytes in {waited_s:.0f} s")
+
+
+@cache
+def _stream_type() -> Any:
+    """Return the class of a response's body with a limit; its base is the installed HTTP library's."""
+
+    class LimitedStream(_http_library().SyncByteStream):  # type: ignore[misc]
+        def __init__(self, inner: "SyncByteStream", check: Callable[[int, float], None]) -> None:
+            self._inner, self._check = inner, check
+
+        def __iter__(self) -> Iterator[bytes]:
+            received_bytes, waited_s, blocks = 0, 0.0, iter(self._inner)
+            while True:
+                started = time.monotonic()
+                block = next(blocks, None)
+                waited_s += time.monotonic() - started
+                if block is None:
+                    return
+                received_bytes += len(block)
+                self._check(received_bytes, waited_s)
+                yield block
+
+        def close(self) -> None:
+            self._inner.close()
+
+    return LimitedStream
