@@ -637,6 +637,9 @@ class MemoryTarget:
     def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
         raise NotImplementedError
 
+    def remove(self, branch: str, *, head: str) -> str:
+        raise NotImplementedError
+
     def read_tag(self, name: str) -> Mapping[str, str]:
         raise NotImplementedError
 

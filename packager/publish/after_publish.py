@@ -1,9 +1,12 @@
-"""The steps after the last branch of a publish: planned, confirmed and shown with the branches, and applied once."""
+"""The steps after the last branch of a publish: planned, confirmed and shown with the branches, and applied once.
+
+A step that fails when it is applied is an error at the end: the branches are published, and stay so.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from packager.errors import PublishError
+from packager.errors import PackagerError, PublishError
 from packager.publish.plan import PublishPlan
 from packager.publish.targets import Target
 from packager.variant import branch_problem
@@ -21,6 +24,27 @@ class FinalStep(Protocol):
 
     def apply(self, heads: Mapping[str, str]) -> None:
         """Make the planned changes; `heads` are the present head commits by branch."""
+
+
+def apply_final_steps(steps: Sequence[FinalStep], heads: Mapping[str, str], where: str) -> None:
+    """Apply every step; a step that fails does not stop the others.
+
+    Raises:
+        PublishError: steps failed; every branch is published.
+    """
+    failed: list[PackagerError] = []
+    for step in steps:
+        try:
+            step.apply(heads)
+        except PackagerError as error:
+            failed.append(error)
+    if failed:
+        raise PublishError(
+            "every branch is published, but a final step failed",
+            where=where,
+            why="; ".join(f"{error.what}: {error.why}" if error.why else error.what for error in failed),
+            hint="publish again: it changes no branch and makes the steps that are missing",
+        )
 
 
 class ReleaseTag:

@@ -2,7 +2,8 @@
 
 `publish` compares the folders with their records, reads the target and shows the plan before it writes the first byte.
 Variants go first and `main` last. Each branch is read back from the repository and compared with its manifest. A branch
-that already holds its files gets no commit: a second publish changes nothing, and a killed publish is run again.
+that was stored wrongly gets its earlier files back. A branch that already holds its files gets no commit: a second
+publish changes nothing, and a killed publish is run again.
 """
 
 import time
@@ -11,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packager.errors import PublishError, StateError
-from packager.publish.after_publish import FinalStep
+from packager.publish.after_publish import FinalStep, apply_final_steps
 from packager.publish.plan import BranchPlan, PublishPlan, plan_line, plan_publish
+from packager.publish.take_back import take_back
 from packager.publish.targets import (
     BranchState,
     HeadMovedError,
@@ -96,7 +98,8 @@ def publish_branches(
 
     Raises:
         StateError: a folder, or the worktree of a published repository, was edited.
-        PublishError: the target cannot be published to now, or does not hold the files that it was given.
+        PublishError: the target cannot be published to now, or does not hold the files that it was given, or a final
+            step failed after every branch was published.
         MachineError: git or disk space is missing.
     """
     files = check_folders(branches, blob_ids=target.identifies_by_blob)
@@ -120,8 +123,9 @@ def publish_branches(
             outcome = _publish_branch(entry, files[entry.branch], target, messages[entry.branch])
             log(outcome_line(outcome))
             outcomes.append(outcome)
-        for step in final_steps:
-            step.apply({outcome.plan.branch: outcome.commit or "" for outcome in outcomes})
+        apply_final_steps(
+            final_steps, {outcome.plan.branch: outcome.commit or "" for outcome in outcomes}, target.where
+        )
         for line in plan.final_steps:
             log(f"done: {line}")
     return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=tuple(notes), dry_run=False)
@@ -203,7 +207,7 @@ def _publish_branch(plan: BranchPlan, files: Mapping[str, LocalFile], target: Ta
         raise PublishError(
             f"{plan.branch} was published and does not hold the files that were built",
             where=target.where,
-            why="; ".join(wrong),
+            why="; ".join([*wrong, take_back(target, plan.branch, commit, plan.parent)]),
             hint="publish again; if that does not help, check the repository (git fsck, if it is a folder)",
         )
     return BranchOutcome(plan=plan, commit=commit, seconds=time.monotonic() - started)

@@ -5,12 +5,21 @@ from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from packager.errors import PublishError
 from packager.publish.plan import PublishPlan
 from packager.publish.targets.hub_calls import RETRY_LIMIT_S, RetryPolicy
 from packager.publish.targets.hub_client import hub_api
 
 if TYPE_CHECKING:
     from huggingface_hub import Collection
+
+
+# Answers of servers with the Hub's protocol that have no collections.
+_WITHOUT = (HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED)
+
+
+class _NoCollectionsError(PublishError):
+    """The server has no collections."""
 
 
 class HubCollection:
@@ -33,7 +42,7 @@ class HubCollection:
         log: Callable[[str], None],
         retry_limit_s: float = RETRY_LIMIT_S,
     ) -> None:
-        self._title, self._ids, self._private = title, tuple(repository_ids), private
+        self._title, self._ids, self._private, self._log = title, tuple(repository_ids), private, log
         self._namespace = self._ids[0].split("/")[0]
         self._api = hub_api()
         self._retry = RetryPolicy(f"{self._api.endpoint}/collections", log, limit_s=retry_limit_s)
@@ -41,8 +50,17 @@ class HubCollection:
 
     def plan(self, plan: PublishPlan) -> Sequence[str]:  # noqa: ARG002 - the same for every plan
         """Return the repositories that the collection lacks."""
-        slug = self._retry.call("listing collections", self._slug)
-        held = self._held(slug) if slug else set()
+        try:
+            slug = self._retry.call("listing collections", self._slug)
+            held = self._held(slug) if slug else set()
+        except _NoCollectionsError as error:
+            self._lacking = ()
+            self._log(f"collection {self._title!r}: left out, this server has no collections ({error.why})")
+            return []
+        except PublishError as error:  # `apply` tries it again: the branches need no collection
+            return [
+                f"collection {self._title!r}: could not be read ({error.why or error.what}), tried again at the end"
+            ]
         self._lacking = tuple(repository_id for repository_id in self._ids if repository_id not in held)
         what = "add" if slug else "make it with"
         return [f"collection {self._title!r}: {what} {', '.join(self._lacking)}"] if self._lacking else []
@@ -70,8 +88,11 @@ class HubCollection:
         try:
             found = [entry.slug for entry in self._api.list_collections(owner=self._namespace) if self._is_it(entry)]
         except HfHubHTTPError as error:
-            if error.response.status_code == HTTPStatus.NOT_FOUND:  # the namespace does not exist yet
+            status = error.response.status_code
+            if status == HTTPStatus.NOT_FOUND:  # the namespace does not exist yet
                 return ""
+            if status in _WITHOUT:
+                raise _NoCollectionsError("listing collections", why=f"{status}") from None
             raise
         return found[0] if found else ""
 

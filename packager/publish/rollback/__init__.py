@@ -30,6 +30,7 @@ from packager.errors import PublishError
 from packager.publish.published.states import published_states
 from packager.publish.rollback.history import trailers
 from packager.publish.rollback.plan import BranchRollback, RollbackPlan, RollbackRequest, plan_rollback
+from packager.publish.take_back import take_back
 from packager.publish.targets import HeadMovedError, Target
 from packager.system.text import printable
 
@@ -133,7 +134,7 @@ def _restore(entry: BranchRollback, plan: RollbackPlan, target: Target) -> Rollb
         raise PublishError(
             f"{entry.branch} was put back and does not hold the files of {entry.to.commit[:12]}",
             where=target.where,
-            why=printable(", ".join(wrong)),
+            why=f"{printable(', '.join(wrong))}; {take_back(target, entry.branch, commit, entry.head.commit)}",
             hint="run again with --to; if that does not help, check the repository (git fsck, if it is a folder)",
         )
     return RollbackOutcome(plan=entry, commit=commit, seconds=time.monotonic() - started)

@@ -166,6 +166,14 @@ class Target(Protocol):
             HeadMovedError: the branch's head is no longer `parent`.
         """
 
+    def remove(self, branch: str, *, head: str) -> str:
+        """Remove a branch that was just made and stored wrongly, and return what was done.
+
+        Raises:
+            HeadMovedError: the branch's head is not `head`.
+            PublishError: the target cannot remove it.
+        """
+
     def read_tag(self, name: str) -> Mapping[str, str]:
         """Return the commit that a tag names, "" if the tag does not exist.
 

@@ -174,6 +174,15 @@ class GitTarget:
             self._ensure(commit, self._git)
             return self._push(branch, self._git.commit_again(commit, parent=parent, message=message), parent=parent)
 
+    def remove(self, branch: str, *, head: str) -> str:
+        """Delete a branch of the remote, unless its head has moved."""
+        ref = f"refs/heads/{branch}"
+        with self._staging.open():
+            result = self._git.transfer("push", "--quiet", f"--force-with-lease={ref}:{head}", "origin", f":{ref}")
+        if result.status:
+            raise self._git.refusal("push", result.stderr)
+        return "the new branch was deleted again"
+
     def read_back(self, commit: str) -> Mapping[str, StoredFile]:
         """Return a commit's files as a new clone would get them from the remote.
 

@@ -78,17 +78,15 @@ class RetryPolicy:
         """
         waited_s = 0.0  # waits alone: the hours of a long upload do not count
         for attempt in itertools.count():
-            try:
-                return function()
-            except PackagerError:
-                raise
-            except Exception as error:  # the client raises KeyError and AssertionError, too
-                if not _is_of_network(error):
-                    raise
-                cause = _cause(error)
-                if not _may_pass(cause):
-                    raise self._refusal(what, cause) from None
-                reason, wait_s = _reason(cause), _wait_s(cause, attempt)
+            result, error = _attempt(function)
+            if error is None:
+                return cast(_Result, result)
+            if isinstance(error, PackagerError) or not _is_of_network(error):
+                raise error
+            cause = _cause(error)
+            if not _may_pass(cause):
+                raise self._refusal(what, cause) from None
+            reason, wait_s = _reason(cause), _wait_s(cause, attempt)
             if waited_s + wait_s > self._limit_s:
                 raise PublishError(
                     f"{what}: the Hub did not answer within {self._limit_s:.0f} s of waiting",
@@ -126,6 +124,14 @@ class RetryPolicy:
         found = [(problem, hint) for kind, problem, hint in kinds if isinstance(error, kind)]
         problem, hint = (*found, _STATUSES.get(_status(error), ("the Hub refused", "")))[0]
         return PublishError(f"{what}: {problem}", where=self._where, why=_reason(error), hint=hint)
+
+
+def _attempt(function: Callable[[], _Result]) -> tuple[_Result | None, Exception | None]:
+    """Return the result or the error of a call; the client raises KeyError and AssertionError, too."""
+    try:
+        return function(), None
+    except Exception as error:  # noqa: BLE001 - `RetryPolicy` raises what is not the client's
+        return None, error
 
 
 def _client_errors() -> ModuleType:

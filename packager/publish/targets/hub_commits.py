@@ -147,7 +147,8 @@ class HubCommits:
             author = printable(between.author) if between.author else "packager"
             why = f"{between.commit[:12]} by {author} came between, and {why}"
         if between is not None and put_back:
-            message = f"{branch}: back to {between.commit[:12]}, which came between"
+            trailers = f"Rollback-of: {made}\nRollback-to: {between.commit}"
+            message = f"{branch}: back to {between.commit[:12]}, which came between\n\n{trailers}"
             try:
                 head = self.restore(branch, between.commit, parent=made, message=message, put_back=False)
                 why += f"; the branch has the files of {between.commit[:12]} again, in {head[:12]}"

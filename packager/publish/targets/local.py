@@ -152,6 +152,14 @@ class LocalTarget:
         with disk_errors(self._folder):
             return self._advance(branch, self._git.commit_again(commit, parent=parent, message=message), parent=parent)
 
+    def remove(self, branch: str, *, head: str) -> str:
+        """Delete a branch, unless its head has moved; main stays, its files are in the worktree."""
+        if branch == MAIN:
+            raise PublishError(f"{MAIN} is checked out and stays as it is", where=self.where)
+        with disk_errors(self._folder):
+            self._git.run("update-ref", "-d", f"refs/heads/{branch}", head)
+        return "the new branch was deleted again"
+
     def read_back(self, commit: str) -> Mapping[str, StoredFile]:
         """Return a commit's files with the sha256 of the repository's blobs, computed now."""
         return self._git.hashed(self._git.files(commit))

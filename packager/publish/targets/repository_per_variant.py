@@ -87,6 +87,10 @@ class RepositoryPerVariant:
         """Make an earlier commit's files the whole content of a variant's repository."""
         return self._remember(branch, self._targets[branch].restore(MAIN, commit, parent=parent, message=message))
 
+    def remove(self, branch: str, *, head: str) -> str:
+        """Remove the files of a variant's repository that was just made."""
+        return self._targets[branch].remove(MAIN, head=head)
+
     def read_tag(self, name: str) -> Mapping[str, str]:
         """Return the commit that a tag names in each repository."""
         return {branch: target.read_tag(name)[MAIN] for branch, target in self._targets.items()}
