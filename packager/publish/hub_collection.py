@@ -58,9 +58,7 @@ class HubCollection:
             self._log(f"collection {self._title!r}: left out, this server has no collections ({error.why})")
             return []
         except PublishError as error:  # `apply` tries it again: the branches need no collection
-            return [
-                f"collection {self._title!r}: could not be read ({error.why or error.what}), tried again at the end"
-            ]
+            return [f"collection {self._title!r}: add what it lacks (it could not be read: {error.why or error.what})"]
         self._lacking = tuple(repository_id for repository_id in self._ids if repository_id not in held)
         what = "add" if slug else "make it with"
         return [f"collection {self._title!r}: {what} {', '.join(self._lacking)}"] if self._lacking else []

@@ -19,6 +19,8 @@ recorded requests at GET /_loopback/record:
 
     python -m tests.loopback_hub --root DIR --port 0 --token hf_w --user alice --org acme
 
+Other servers speak the Hub's protocol with differences; `Dialect` has them, one by one.
+
 Known differences from the Hub, about which a test here proves nothing:
 
 - Addresses of the storage are not signed, do not expire, and are this server under the name `localhost`: they refuse a
@@ -36,6 +38,7 @@ Known differences from the Hub, about which a test here proves nothing:
 """
 
 from tests.loopback_hub.accounts import Account
+from tests.loopback_hub.dialect import Dialect
 from tests.loopback_hub.faults import Fault, FaultKind
 from tests.loopback_hub.hub import LoopbackHub
 from tests.loopback_hub.messages import Answer, Call, RefusedError
@@ -46,6 +49,7 @@ __all__ = [
     "Account",
     "Answer",
     "Call",
+    "Dialect",
     "Entry",
     "Fault",
     "FaultKind",

@@ -39,17 +39,28 @@ def create_commit(hub: "LoopbackHub", call: Call) -> Answer:
     changed_since = RefusedError(412, "A commit has happened since. Please refresh and try again.")
     with repository.lock:
         head = repository.head(branch)
-        if header.get("parentCommit", head) != head:
+        if header.get("parentCommit", head) != head and hub.dialect.compares_parents:
             raise changed_since
         changes = _changes(hub, repository, head, operations)
+        written = hub.written.setdefault(repository.id, {})
+        if not hub.dialect.stores_equal_files:
+            changes = [(path, content) for path, content in changes if content is None or written.get(path) != content]
+            if not changes:
+                return _committed(hub, repository, head)
+        written.update(changes)
         hub.count_commit(repository.id)
-        message = "\n\n".join(filter(None, (header["summary"], header.get("description"))))
+        description = header.get("description") if hub.dialect.descriptions else ""
+        message = "\n\n".join(filter(None, (header["summary"], description)))
         user = call.account.user if call.account else ""
         try:
             commit = repository.write(head, branch, changes, message=message, user=user)
         except subprocess.CalledProcessError as error:
             moved = "update-ref" in error.cmd  # by a push into the repository, which does not take our lock
             raise changed_since if moved else RefusedError(400, error.stderr.decode()) from error
+    return _committed(hub, repository, commit)
+
+
+def _committed(hub: "LoopbackHub", repository: Repository, commit: str) -> Answer:
     url = f"{hub.endpoint}/{repository.id}/commit/{commit}"
     return Answer.of_json({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
 
@@ -114,5 +125,5 @@ def _content(hub: "LoopbackHub", repository: Repository, key: str, value: dict[s
     if not stored.is_file() or value.get("size", stored.stat().st_size) != stored.stat().st_size:
         message = "Your push was rejected because an LFS pointer pointed to a file that does not exist."
         raise RefusedError(400, f"{message} Offending file: - {value['path']}")
-    size = stored.stat().st_size
+    size = 0 if hub.dialect.copy_needs_size and "size" not in value else stored.stat().st_size
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{value['oid']}\nsize {size}\n".encode()

@@ -7,7 +7,20 @@ from typing import Literal
 
 from tests.loopback_hub.messages import Answer, Call, RefusedError
 
-FaultKind = Literal["status", "status-after", "cut", "cut-body", "cut-after", "cut-answer", "delay", "call"]
+FaultKind = Literal[
+    "status",
+    "status-after",
+    "cut",
+    "cut-body",
+    "cut-after",
+    "cut-answer",
+    "delay",
+    "call",
+    "answer",
+    "change",
+    "drip",
+    "raw",
+]
 
 
 @dataclass
@@ -27,6 +40,8 @@ class Fault:
     at_bytes: int | None = None  # where cut-body and cut-answer cut; half-way if None
     seconds: float = 0.0
     call: Callable[[Call], None] | None = None
+    body: bytes = b""
+    change: Callable[[Answer], Answer] | None = None
     seen: int = 0
     fired: int = 0
 

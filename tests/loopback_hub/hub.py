@@ -9,6 +9,7 @@ from typing import Any, Self
 from urllib.parse import unquote
 
 from tests.loopback_hub.accounts import Account, is_member, require_write
+from tests.loopback_hub.dialect import Dialect
 from tests.loopback_hub.faults import Fault, FaultKind
 from tests.loopback_hub.messages import Answer, Call, RefusedError
 from tests.loopback_hub.repository import REPO_ID, Repository
@@ -29,6 +30,7 @@ class LoopbackHub:
         multipart_threshold: objects of more bytes are uploaded in parts of `part_bytes`.
         commit_cap: commits per repository and hour, then 429.
         xet: whether large files may be stored by chunks; a server that is not the Hub has no such storage.
+        dialect: how its answers differ from the Hub's.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class LoopbackHub:
         part_bytes: int = 1 << 24,
         commit_cap: int = 128,
         xet: bool = False,
+        dialect: Dialect = Dialect(),  # noqa: B008 - frozen
     ) -> None:
         self.root = root
         self.tokens = dict(tokens)
@@ -52,6 +55,7 @@ class LoopbackHub:
         self.part_bytes = part_bytes
         self.commit_cap = commit_cap
         self.xet = xet
+        self.dialect = dialect
         self.xet_store = XetStore(root / ".xet")
         self.requests: list[Recorded] = []
         self.uploaded: list[Upload] = []
@@ -60,6 +64,7 @@ class LoopbackHub:
         self.trusting = ""
         self.identities: set[str] = set()
         self.lock = threading.Lock()
+        self.written: dict[str, dict[str, bytes | None]] = {}  # the last content of each path, on any branch
         self._commit_times: dict[str, list[float]] = {}
         self._repositories: dict[str, Repository] = {}
         self._server = Server(self, port)
@@ -82,8 +87,10 @@ class LoopbackHub:
         Kinds: "status" answers `status` (with `message`, `code`, `headers`, `retry_after`, `reset`) and does nothing;
         "status-after" does it and answers as failed; "cut" drops the connection unread, "cut-body" after `at_bytes`
         of the request's body, "cut-after" once it is done (the answer is lost), "cut-answer" after `at_bytes` of the
-        answer's body; "delay" waits `seconds`; "call" calls `call` with the request first. One fault per request: the
-        first that was armed and is not used up.
+        answer's body; "delay" waits `seconds`; "call" calls `call` with the request first; "answer" answers `status`,
+        `headers` and `body`; "change" does it and changes the answer by `change`; "drip" sends the answer's body byte
+        by byte, each after `seconds`; "raw" sends `body` instead of HTTP. One fault per request: the first that was
+        armed and is not used up.
         """
         fault = Fault(match, kind, times, after, **options)
         with self.lock:
@@ -134,6 +141,8 @@ class LoopbackHub:
                     return respond(self, call)
             raise RefusedError(404, f"The loopback hub has no {call.method} {call.path}")
         except RefusedError as refused:
+            if not self.dialect.error_codes:
+                refused.answer.headers.pop("X-Error-Code", None)
             return refused.answer
 
     def _account(self, call: Call) -> Account | None:

@@ -30,6 +30,8 @@ def list_tree(hub: "LoopbackHub", call: Call) -> Answer:
 
 def list_paths(hub: "LoopbackHub", call: Call) -> Answer:
     """Describe the named files and folders, without those that do not exist."""
+    if not hub.dialect.paths_info:
+        raise RefusedError(404, "404 page not found")
     repository = hub.readable(call)
     commit = repository.resolve(call.args["rev"])
     form = parse_qs(b"".join(call.body.blocks()).decode())

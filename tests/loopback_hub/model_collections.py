@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def list_collections(hub: "LoopbackHub", call: Call) -> Answer:
     """List an owner's collections; the Hub lists at most four items of each, and no position."""
     owner = call.query.get("owner", [""])[0]
+    _require_collections(hub)
     found = [entry for entry in _collections(hub).values() if entry["owner"]["name"] == owner]
     listed = ({name: value for name, value in entry.items() if name != "position"} for entry in found)
     return Answer.of_json([{**entry, "items": entry["items"][:4]} for entry in listed])
@@ -31,6 +32,7 @@ def get_collection(hub: "LoopbackHub", call: Call) -> Answer:
 
 def create_collection(hub: "LoopbackHub", call: Call) -> Answer:
     """Make a collection, or 409 if there is one of that title."""
+    _require_collections(hub)
     wish = call.json()
     require_write(call.account, f"{wish['namespace']}/")
     title = re.sub(r"[^a-z0-9]+", "-", wish["title"].lower()).strip("-")
@@ -61,6 +63,11 @@ def add_collection_item(hub: "LoopbackHub", call: Call) -> Answer:
         items.append({"_id": uuid4().hex[:24], **wish["item"], "position": len(items), **note})
         write_whole(hub.root / "collections.json", json.dumps(collections).encode())
     return Answer.of_json(collections[call.args["slug"]])
+
+
+def _require_collections(hub: "LoopbackHub") -> None:
+    if not hub.dialect.collections:
+        raise RefusedError(501, "Collections are not implemented.", "NotImplemented")
 
 
 def _collections(hub: "LoopbackHub") -> dict[str, Any]:

@@ -29,6 +29,15 @@ def _create_reference(repository: Repository, reference: str, commit: str) -> An
     return Answer.of_json({"ref": reference, "targetCommit": commit})
 
 
+def delete_branch(hub: "LoopbackHub", call: Call) -> Answer:
+    """Delete a branch; main stays."""
+    repository, name = hub.writable(call), call.args["name"]
+    if name == "main":
+        raise RefusedError(403, "Cannot delete main branch")
+    repository.git("update-ref", "-d", f"refs/heads/{name}", repository.head(name))
+    return Answer.of_json({"success": True})
+
+
 def create_tag(hub: "LoopbackHub", call: Call) -> Answer:
     """Make a tag, with a message or without."""
     repository, wish = hub.writable(call), call.json()
@@ -47,5 +56,11 @@ def list_refs(hub: "LoopbackHub", call: Call) -> Answer:
     for reference, commit in hub.readable(call).references().items():
         _, group, name = reference.split("/", 2)
         found[group].append({"name": name, "ref": reference, "targetCommit": commit})
+    if hub.dialect.wide_ids:
+        found = {
+            key: [{**item, "targetCommit": item["targetCommit"] + "0" * 24} for item in of] for key, of in found.items()
+        }
     listed: dict[str, object] = {"branches": found["heads"], "tags": found["tags"], "converts": []}
+    if hub.dialect.null_lists:
+        listed = {key: value or None for key, value in listed.items()}
     return Answer.of_json({**listed, **({"pullRequests": []} if call.is_set("include_prs") else {})})

@@ -20,7 +20,7 @@ from tests.loopback_hub.model_collections import (
 )
 from tests.loopback_hub.models import change_settings, check_access, create_repo, model_info, validate_yaml
 from tests.loopback_hub.oidc import exchange, id_token
-from tests.loopback_hub.references import create_branch, create_tag, list_refs
+from tests.loopback_hub.references import create_branch, create_tag, delete_branch, list_refs
 from tests.loopback_hub.xet import get_xorb, put_shard, put_xorb, reconstruct, xet_token
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ ROUTES = (
     _route("GET", "/api/models/{id}/auth-check", check_access),
     _route("PUT", "/api/models/{id}/settings", change_settings),
     _route("POST", "/api/models/{id}/branch/{name}", create_branch),
+    _route("DELETE", "/api/models/{id}/branch/{name}", delete_branch),
     _route("POST", "/api/models/{id}/tag/{rev}", create_tag),
     _route("GET", "/api/models/{id}/refs", list_refs),
     _route("GET", "/api/models/{id}/tree/{rev}", list_tree),

@@ -104,6 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault and kind == "status-after":
             answer = fault.answer()
+        if fault and fault.change:
+            answer = fault.change(answer)
         self._record(call, answer.status)
         self._send(answer, fault)
 
@@ -114,8 +116,15 @@ class _Handler(BaseHTTPRequestHandler):
             half = call.body.announced // 2 if fault.at_bytes is None else fault.at_bytes
             _exhaust(call.body.blocks(limit=half if fault.kind == "cut-body" else 0))
             return None
+        if fault and fault.kind == "raw":
+            _exhaust(call.body.blocks())
+            self.wfile.write(fault.body)
+            self.wfile.flush()
+            return None
         if fault and fault.kind == "status":
             answer = fault.answer()
+        elif fault and fault.kind == "answer":
+            answer = Answer(fault.status, fault.body, dict(fault.headers))
         elif fault and fault.kind == "delay":
             time.sleep(fault.seconds)
         elif fault and fault.call:
@@ -144,12 +153,22 @@ class _Handler(BaseHTTPRequestHandler):
         left = answer.size
         if fault and fault.kind == "cut-answer":
             left = answer.size // 2 if fault.at_bytes is None else fault.at_bytes
+        if fault and fault.kind == "drip":
+            self._drip(answer, fault.seconds)
+            return
         for block in answer.blocks():
             self.wfile.write(block[:left])
             left -= min(left, len(block))
         if fault and fault.kind == "cut-answer":
             self.wfile.flush()
             self._hang_up()
+
+    def _drip(self, answer: Answer, seconds: float) -> None:
+        self.wfile.flush()
+        for byte in b"".join(answer.blocks()):
+            time.sleep(seconds)
+            self.wfile.write(bytes([byte]))
+            self.wfile.flush()
 
     def _hang_up(self) -> None:
         self.close_connection = True
