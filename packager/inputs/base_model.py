@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from packager.errors import SourceError
+from packager.inputs.hub_session import checked_siblings, is_of_client, open_session
 from packager.model.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, read_architecture
 from packager.model.config_values import read_config
 from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
 from packager.receipt import CONFIG, INDEX_SUFFIX, TOKENIZER_FILES, FileRecord, SourceRecord, digest_of
 from packager.recipe.file import RecipeFile
 from packager.system.files import disk_errors, file_records
+from packager.system.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -223,6 +225,7 @@ def hub_errors(what: str) -> Iterator[None]:
     # OSError and the HTTP library's own error, which is httpx's in client 1.x and httpx2's in 2.x.
     transport = cast(tuple[type[Exception], ...], hub.HfHubHTTPError.__bases__)
     failures: tuple[type[Exception], ...] = (*transport, hub.OfflineModeIsEnabled)
+    open_session()
     try:
         yield
     except hub.GatedRepoError as error:
@@ -245,6 +248,14 @@ def hub_errors(what: str) -> Iterator[None]:
             why=str(error).splitlines()[0] if str(error) else type(error).__name__,
             hint="run the same command again: what arrived is kept",
         ) from error
+    except Exception as error:
+        if not is_of_client(error):
+            raise
+        raise SourceError(
+            f"{what} could not be downloaded",
+            why=f"the answer is not one that the Hub gives: {printable(str(error)) or type(error).__name__}",
+            hint="check the address in HF_ENDPOINT, and whether a proxy answers in the server's place",
+        ) from error
 
 
 def access_problem(base_id: str) -> str:
@@ -265,7 +276,7 @@ def _download(base_id: str, revision: str, log: Callable[[str], None]) -> Path:
 
     with hub_errors(f"{base_id} at {revision[:12]}"), disk_errors(Path("the Hub cache")):
         info = huggingface_hub.HfApi().model_info(base_id, revision=revision, files_metadata=True)
-        siblings = info.siblings or []
+        siblings = checked_siblings(info.siblings)
         if not any(sibling.rfilename.endswith(".safetensors") for sibling in siblings):
             raise SourceError(
                 "the base model has no safetensors weights at this revision",

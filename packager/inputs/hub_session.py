@@ -11,16 +11,19 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from http import HTTPStatus
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
+
+from packager.system.text import shown
 
 if TYPE_CHECKING:
     from httpx2 import Client, Request, Response, SyncByteStream
+    from huggingface_hub.hf_api import RepoSibling
 
     ResponseHook = Callable[[Response], None]
 
@@ -84,6 +87,37 @@ def origin(url: str) -> tuple[str, str, int | None]:
         return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
         raise AnswerError(f"it names the malformed address {url[:200]!r}") from None
+
+
+def checked_siblings(siblings: object) -> "Sequence[RepoSibling]":
+    """Return a repository's files as the client lists them.
+
+    Raises:
+        AnswerError: a name, size or digest has another type, or a name leads out of the repository.
+    """
+    if not isinstance(siblings, list):
+        raise AnswerError("it has no list of files")
+    for sibling in siblings:
+        name, size, lfs = sibling.rfilename, sibling.size, sibling.lfs
+        if not isinstance(name, str) or not name or name.startswith("/") or {"", ".", ".."} & set(name.split("/")):
+            raise AnswerError(f"{shown(name)} is not the name of a file")
+        if size is not None and not isinstance(size, int):
+            raise AnswerError(f"{shown(size)} is not the size of {shown(name)}")
+        if lfs is not None and not isinstance(lfs.sha256, str):
+            raise AnswerError(f"{shown(lfs.sha256)} is not the digest of {shown(name)}")
+    return siblings
+
+
+def joined(base: str, reference: str) -> str:
+    """Return the address that a link means.
+
+    Raises:
+        AnswerError: the link is malformed.
+    """
+    try:
+        return urljoin(base, reference)
+    except ValueError:
+        raise AnswerError(f"it names the malformed address {reference[:200]!r}") from None
 
 
 def _package(module: str) -> str:

@@ -9,11 +9,12 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urljoin
+from urllib.parse import quote
 
 from packager import __version__
-from packager.inputs.hub_session import MAX_ANSWER_BYTES, MAX_PAGES, AnswerError, origin
+from packager.inputs.hub_session import MAX_ANSWER_BYTES, MAX_PAGES, AnswerError, joined, origin
 from packager.publish.targets import CommitRecord, StoredFile
+from packager.system.text import shown
 
 if TYPE_CHECKING:
     from httpx2 import Response
@@ -58,7 +59,7 @@ def read_references(repository_id: str) -> References:
     Raises:
         AnswerError: the answer is not one of a Hub.
     """
-    (answer,) = _pages(api_url(repository_id, "refs"), {}, last=1)
+    answer = next(_pages(api_url(repository_id, "refs"), {}))
     if not isinstance(answer, Mapping):
         raise AnswerError(f"the references are {_kind(answer)}")
     # Servers written in Go write an empty list as null.
@@ -114,7 +115,7 @@ def commit_id(value: object) -> str:
         return value
     if isinstance(value, str) and _SHA256.fullmatch(value):
         raise AnswerError("its commit ids have 64 digits, and the Hub's client can name only those of 40")
-    raise AnswerError(f"{_shown(value)} is not the id of a commit")
+    raise AnswerError(f"{shown(value)} is not the id of a commit")
 
 
 def json_of(response: "Response") -> Any:
@@ -131,7 +132,7 @@ def json_of(response: "Response") -> Any:
         raise AnswerError(f"it is {problem}: {kind or 'no type'}, begins {response.text[:60]!r}") from None
 
 
-def _pages(url: str, params: Mapping[str, str], *, last: int = MAX_PAGES) -> Iterator[Any]:
+def _pages(url: str, params: Mapping[str, str]) -> Iterator[Any]:
     """Yield the pages of a list; every page is on the server of the first.
 
     Raises:
@@ -148,9 +149,9 @@ def _pages(url: str, params: Mapping[str, str], *, last: int = MAX_PAGES) -> Ite
         yield json_of(response)
         size_bytes += len(response.content)
         following = response.links.get("next", {}).get("url", "")
-        if not following or len(seen) + 1 >= last:
-            break
-        following = urljoin(url, following)
+        if not following:
+            return
+        following = joined(url, following)
         if origin(following) != origin(url):
             raise AnswerError(f"its next page is on another server, {following[:200]}")
         seen.add(str(response.request.url))
@@ -158,9 +159,9 @@ def _pages(url: str, params: Mapping[str, str], *, last: int = MAX_PAGES) -> Ite
             raise AnswerError("its pages lead back to an earlier one")
         if size_bytes > MAX_ANSWER_BYTES or time.monotonic() - started > _LISTING_S:
             raise AnswerError(f"its pages do not end: {len(seen)} so far, {size_bytes} bytes")
+        if len(seen) >= MAX_PAGES:
+            raise AnswerError(f"the list has more than {MAX_PAGES} pages")
         response = get_session().get(following, headers=hub_headers())
-    if following and last == MAX_PAGES:
-        raise AnswerError(f"the list has more than {MAX_PAGES} pages")
 
 
 def _entries(page: object, noun: str) -> Collection[Mapping[str, Any]]:
@@ -211,23 +212,19 @@ def _text(entry: Mapping[str, Any], key: str) -> str:
 def _size(entry: Mapping[str, Any]) -> int:
     value = entry.get("size")
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MAX_SIZE_BYTES:
-        raise AnswerError(f"{_shown(value)} is not the size of a file")
+        raise AnswerError(f"{shown(value)} is not the size of a file")
     return value
 
 
 def _digest(entry: Mapping[str, Any], key: str, form: re.Pattern[str]) -> str:
     value = _text(entry, key)
     if not form.fullmatch(value):
-        raise AnswerError(f"{_shown(value)} is not a digest")
+        raise AnswerError(f"{shown(value)} is not a digest")
     return value
 
 
 def _kind(value: object) -> str:
     """Name a JSON value's kind."""
-    kinds: Mapping[type, str] = {type(None): "missing or null", dict: "an object", list: "a list", str: "a text"}
-    return kinds.get(type(value), f"the value {_shown(value)}")
-
-
-def _shown(value: object) -> str:
-    text = repr(value) if not isinstance(value, list | dict) else _kind(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    if value is None:
+        return "missing or null"
+    return {dict: "an object", list: "a list", str: "a text"}.get(type(value), f"the value {shown(value)}")
