@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,13 +15,13 @@ import pytest
 from packager.errors import PackagerError, PublishError, SourceError
 from packager.inputs import hub_session
 from packager.inputs.base_model import access_problem, hub_errors
-from packager.publish.after_publish import ReleaseTag
+from packager.publish.after_publish import FinalStep, ReleaseTag
 from packager.publish.branches import publish_branches
 from packager.publish.hub_collection import HubCollection
 from packager.publish.targets import hub_client
 from packager.publish.targets.hub import HubTarget, NewRepository
 from tests.loopback_hub import Account, Answer, LoopbackHub
-from tests.publish_fixtures import REPOSITORY, VARIANT, git, log_in
+from tests.publish_fixtures import REPOSITORY, git, log_in
 from tests.test_hub_target import TOKEN, HubFixture
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
@@ -183,7 +182,7 @@ def exercise(fixture: HubFixture, repository_id: str) -> None:
     settings = NewRepository(gated="auto")
     target = HubTarget(repository_id, new=settings, log=fixture.lines.append, retry_limit_s=3)
     collection = HubCollection("All", [repository_id], private=False, log=fixture.lines.append, retry_limit_s=3)
-    steps = [ReleaseTag(target, "v1"), collection]
+    steps: list[FinalStep] = [ReleaseTag(target, "v1"), collection]
     report = publish_branches(fixture.contents, target, fixture.lines.append, final_steps=steps)
     assert target.read_bytes(report.head("main"), "config.json", size=2) == b"{}"
 
@@ -193,7 +192,7 @@ def exercise(fixture: HubFixture, repository_id: str) -> None:
 def test_a_malformed_answer_is_one_clear_error_and_the_next_publish_is_right(
     fixture: HubFixture, stranger: Stranger, monkeypatch: pytest.MonkeyPatch, endpoint: str
 ) -> None:
-    """31 kinds of damage for each of 17 requests."""
+    """Every kind of damage for each request of a publish: more than 500 answers."""
     refused = 0
     for number, (name, settings) in enumerate(damages(fixture.hub, stranger).items()):
         repository_id = f"somebody/R{number}"
@@ -206,7 +205,6 @@ def test_a_malformed_answer_is_one_clear_error_and_the_next_publish_is_right(
             text = str(error)
             assert TOKEN not in text, name
             assert len(text) < 2000, name
-            assert "packager" not in text.partition("why:")[0] or "HF_" in text, name
         except AssertionError:
             assert endpoint == "content", name  # a file's bytes are compared by whoever reads it
         assert time.monotonic() - started < 60, name
@@ -361,7 +359,8 @@ def test_an_answer_that_comes_byte_by_byte_is_ended(fixture: HubFixture, monkeyp
 
 
 def test_reading_waits_for_a_silent_server_for_a_minute_and_a_commit_longer(fixture: HubFixture) -> None:
-    session = hub_client.hub_api() and huggingface_hub.get_session()
+    hub_client.hub_api()
+    session = huggingface_hub.get_session()
     limits = {}
     for method in ("GET", "HEAD", "POST", "PUT", "DELETE"):
         request = session.build_request(method, fixture.hub.endpoint)
@@ -397,7 +396,8 @@ def test_a_refusal_with_a_list_keeps_its_status(fixture: HubFixture) -> None:
 
 
 def test_the_identity_of_a_ci_job_and_the_hubs_own_servers_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = hub_client.hub_api() and huggingface_hub.get_session()
+    hub_client.hub_api()
+    session = huggingface_hub.get_session()
 
     def send(guard: Any, url: str, token: str) -> None:
         guard(session.build_request("GET", url, headers={"Authorization": f"Bearer {token}"}))
@@ -497,10 +497,8 @@ def test_what_reads_a_base_model_has_the_same_limits(fixture: HubFixture, monkey
             read_info()
 
 
-def test_a_bug_of_this_program_is_no_answer(fixture: HubFixture, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.ERROR)
+def test_a_bug_of_this_program_is_no_answer(fixture: HubFixture) -> None:
     for own in (KeyError("bug"), TypeError("bug"), AssertionError("bug"), AttributeError("bug")):
         with pytest.raises(type(own)) as caught, hub_errors("a model"):
             raise own
         assert caught.value is own
-    assert VARIANT

@@ -49,7 +49,7 @@ class FakeHub:
                 continue
             digest = "0" * 64 if path.name == self.wrong_digest else sha256_file(path)
             lfs = SimpleNamespace(sha256=digest) if path.suffix == ".safetensors" else None
-            siblings.append(SimpleNamespace(rfilename=path.name, lfs=lfs, size=self.sizes.get(path.name, 1)))
+            siblings.append(SimpleNamespace(rfilename=path.name, lfs=lfs, size=1))
         return SimpleNamespace(siblings=siblings)
 
     def _snapshot_download(self, repo_id: str, *, revision: str, allow_patterns: list[str]) -> str:

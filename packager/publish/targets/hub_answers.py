@@ -227,4 +227,5 @@ def _kind(value: object) -> str:
     """Name a JSON value's kind."""
     if value is None:
         return "missing or null"
-    return {dict: "an object", list: "a list", str: "a text"}.get(type(value), f"the value {shown(value)}")
+    kinds: Mapping[type, str] = {dict: "an object", list: "a list", str: "a text"}
+    return kinds.get(type(value)) or f"the value {shown(value)}"
