@@ -184,19 +184,21 @@ def test_a_commit_that_changes_nothing_is_an_error_that_names_the_cause(open_hub
     assert names(fixture, "main") == git_names
 
 
+def record(fixture: HubFixture) -> None:
+    """Give each folder a provenance.json of its files."""
+    for content in fixture.contents:
+        (content.folder / "provenance.json").unlink(missing_ok=True)
+        (receipt, *_) = minimal_receipts(minimal_recipe())
+        files = describe(content.folder, content.branch).files
+        record = receipt.model_copy(update={"branch": content.branch, "files": dict(files)})
+        (content.folder / "provenance.json").write_text(record.model_dump_json())
+    fixture.contents = [describe(content.folder, content.branch) for content in fixture.contents]
+
+
 def test_a_commit_without_its_description_is_known_by_its_record(open_hub: Open) -> None:
     fixture = open_hub(descriptions=False)
 
-    def recorded() -> None:
-        for content in fixture.contents:
-            (content.folder / "provenance.json").unlink(missing_ok=True)
-            (receipt, *_) = minimal_receipts(minimal_recipe())
-            files = describe(content.folder, content.branch).files
-            record = receipt.model_copy(update={"branch": content.branch, "files": dict(files)})
-            (content.folder / "provenance.json").write_text(record.model_dump_json())
-        fixture.contents = [describe(content.folder, content.branch) for content in fixture.contents]
-
-    recorded()
+    record(fixture)
     fixture.publish()
     assert any("the server drops the descriptions of commits" in line for line in fixture.lines)
     target = fixture.target()
@@ -206,11 +208,24 @@ def test_a_commit_without_its_description_is_known_by_its_record(open_hub: Open)
     assert target.read_branches()[VARIANT].foreign_author == "somebody-else", "as long as before, but other content"
     # A release is rolled back, although no trailer names this program.
     fixture.change("main", config_json=b'{"new": 1}')
-    recorded()
+    record(fixture)
     fixture.publish()
     report = rollback(fixture.target(), RollbackRequest(branches=("main",)), print)
     assert [entry.action for entry in report.plan.branches] == ["restore"]
     assert git("show", "main:config.json", cwd=fixture.path) == "{}"
+
+
+def test_a_record_that_fits_proves_nothing_where_descriptions_are_kept(open_hub: Open) -> None:
+    """A writer can replace the files and the record together."""
+    fixture = open_hub()
+    record(fixture)
+    fixture.publish()
+    fixture.hub.dialect = Dialect(descriptions=False)
+    fixture.change("main", config_json=b'{"new": 1}')
+    record(fixture)
+    fixture.publish()
+    assert fixture.target().read_branches()["main"].foreign_author == "somebody"
+    assert [entry.author for entry in fixture.target().history("main")][:2] == ["somebody", ""]
 
 
 def publish_with_collection(fixture: HubFixture) -> HubCollection:

@@ -73,7 +73,7 @@ class HubReader:
     def history(self, branch: str) -> Sequence[CommitRecord]:
         """Return a branch's commits; the authors are "" where this program made the files."""
         records = self.commits(branch)
-        foreign = [record for record in records if record.author]
+        foreign = [record for record in records if record.author] if _without_descriptions(records) else []
         ours = in_parallel(lambda record: self.is_ours(record.commit, self.files(record.commit)), foreign)
         made_here = {record.commit for record, is_ours in zip(foreign, ours, strict=True) if is_ours}
         return [replace(record, author="") if record.commit in made_here else record for record in records]
@@ -82,13 +82,15 @@ class HubReader:
         """Return a branch's state by its head."""
         (record,) = self.commits(commit, newest=1)
         files = self.files(commit)
-        author = "" if record.author and self.is_ours(commit, files) else record.author
+        unclear = record.author and PROVENANCE in files and _without_descriptions(self.commits(commit))
+        author = "" if unclear and self.is_ours(commit, files) else record.author
         return BranchState(commit=commit, foreign_author=author, files=files)
 
     def is_ours(self, commit: str, files: Mapping[str, StoredFile]) -> bool:
         """Return whether a commit has exactly the files that its provenance.json lists.
 
-        Some servers drop the description of a commit, where this program names itself.
+        Some servers drop the description of a commit, where this program names itself. Where descriptions are kept,
+        such a commit is not ours: another writer may have replaced the files and the record together.
         """
         record = files.get(PROVENANCE)
         if record is None or record.size_bytes > _MAX_RECORD_BYTES:
@@ -148,3 +150,8 @@ class HubReader:
                     stream.write(chunk)
 
         self._retry.call(f"downloading {name}", download)
+
+
+def _without_descriptions(records: Sequence[CommitRecord]) -> bool:
+    """Return whether no commit of a history has a description: the server drops them, or repeats the title."""
+    return all(record.message.removeprefix(record.title).strip() in ("", record.title) for record in records)
