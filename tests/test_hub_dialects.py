@@ -114,9 +114,12 @@ def test_putting_back_ends_where_commits_keep_coming_between(open_hub: Open) -> 
     def busy(_: Call) -> None:
         fixture.hub.commit(REPOSITORY, {"NEWS.md": str(next(counter)).encode()}, branch=VARIANT)
 
+    better = fixture.change(VARIANT, config_json=b'{"better": 1}')
     fixture.hub.fault(COMMIT, "call", times=99, call=busy)
+    fixture.hub.requests.clear()
     with pytest.raises(HeadMovedError, match=r"putting back the files of \w+ failed"):
-        fixture.publish(fixture.change(VARIANT, config_json=b'{"better": 1}'))
+        fixture.publish(better)
+    assert len([request for request in fixture.hub.requests if "/commit/" in request.path]) == 2
 
 
 def test_skipped_equal_files_leave_no_half_branch_and_a_second_run_makes_it_no_worse(open_hub: Open) -> None:
