@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 
 from packager.errors import MachineError, PackagerError, PublishError
 from packager.publish.branches import PublishReport, check_folders, publish_branches
-from packager.publish.targets import LARGE_BYTES, HeadMovedError
+from packager.publish.targets import LARGE_BYTES, HeadMovedError, StoredFile
 from packager.publish.targets.git import GitTarget
 from packager.publish.targets.git_locks import DEFAULT_WAITS, GitWaits
 from packager.publish.targets.git_remote import RemoteGit
@@ -636,3 +636,29 @@ def test_a_foreign_attributes_file_is_a_file_like_others(fixture: GitFixture, tm
     report = fixture.publish()
     assert [change.name for change in report.outcomes[-1].plan.removed] == [".gitattributes"]
     fixture.assert_published()
+
+
+def test_a_branch_that_is_stored_wrongly_is_taken_back(fixture: GitFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    main, variant = fixture.contents
+    fixture.contents = [main]
+    first = fixture.publish().head("main")
+    read = GitTarget.read_back
+
+    def forgetful(self: GitTarget, commit: str) -> Mapping[str, StoredFile]:
+        files = dict(read(self, commit))
+        if b"better" in self.read_bytes(commit, "README.md"):
+            files.pop("README.md")
+        return files
+
+    monkeypatch.setattr(GitTarget, "read_back", forgetful)
+    for content in (main, variant):
+        (content.folder / "README.md").write_bytes(b"better")
+    fixture.contents = [describe(main.folder, "main")]
+    assert f"the branch has the files of {first[:12]} again" in fixture.refused()
+    assert trees(fixture.repository)["main"] == git("rev-parse", f"{first}^{{tree}}", cwd=fixture.repository).strip()
+    fixture.contents = [describe(variant.folder, VARIANT)]
+    assert "the new branch was deleted again" in fixture.refused()
+    assert VARIANT not in heads(fixture.repository)
+    with pytest.raises(PublishError):
+        fixture.target().remove("main", head=first)
+    assert "main" in heads(fixture.repository)

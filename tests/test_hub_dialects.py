@@ -147,6 +147,9 @@ def test_a_new_branch_that_was_stored_wrongly_is_deleted_again(open_hub: Open) -
     fixture.hub.dialect = Dialect()
     fixture.publish()
     fixture.assert_published()
+    with pytest.raises(HeadMovedError):
+        fixture.target().remove(VARIANT, head="0" * 40)
+    fixture.assert_published()
 
 
 def test_a_branch_that_was_stored_wrongly_gets_its_earlier_files_back(open_hub: Open) -> None:

@@ -555,6 +555,21 @@ def test_stored_files_are_read_again(fixture: LocalFixture, tmp_path: Path, monk
     assert "git fsck" in str(caught.value)
 
 
+def test_a_new_branch_that_is_stored_wrongly_is_deleted_again(
+    fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fixture.dist / VARIANT / "w.bin").write_bytes(b"better")
+    contents = [fixture.contents[0], describe(fixture.dist / VARIANT, VARIANT)]
+    script = 'if [ "$2" = --batch ]; then "$real" "$@" | sed s/^better$/rotten/; exit 0; fi'
+    shim(tmp_path / "bin", script, monkeypatch)
+    with pytest.raises(PublishError, match="the new branch was deleted again"):
+        fixture.publish(contents)
+    monkeypatch.undo()
+    assert VARIANT not in heads(fixture.repository)
+    fixture.publish(contents)
+    assert_published(contents, fixture.repository, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("script", "match"),
     [

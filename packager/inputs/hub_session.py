@@ -207,7 +207,10 @@ def _limit_answer(response: "Response") -> None:
     if packing not in ("", "identity"):
         raise AnswerError(f"it is compressed ({packing[:40]}), which was not asked for")
     path = response.request.url.path
-    is_file = response.request.method == "GET" and response.is_success and not path.startswith("/api/")
+    is_content = path.startswith("/api/resolve-cache/") or not path.startswith(
+        "/api/"
+    )  # the Hub redirects to the first
+    is_file = response.request.method == "GET" and response.is_success and is_content
     response.stream = _stream_type()(response.stream, _check_pace if is_file else _check_answer)
 
 
