@@ -9,11 +9,13 @@ A head that another author made becomes the parent of the new commit: it stays i
 
 import json
 import os
+import re
 import shutil
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from packager.errors import PublishError, StateError
 from packager.publish.targets import BranchState, CommitRecord, LocalFile, StoredFile, read_local_file
@@ -27,6 +29,7 @@ from packager.publish.targets.git_locks import (
     remove_stale_locks,
 )
 from packager.publish.targets.git_process import GitProcess
+from packager.publish.targets.git_view import ATTRIBUTES, ViewedGit
 from packager.system.files import (
     TEMPORARY_PREFIX,
     disk_errors,
@@ -34,10 +37,11 @@ from packager.system.files import (
     remove_leftovers,
     write_atomic,
 )
+from packager.system.text import printable
 from packager.variant import MAIN
 
-# Blobs hold the bytes of the files: no changes of line ends, filters or encodings, whatever a branch's .gitattributes.
-_ATTRIBUTES = b"* -text -filter -ident -working-tree-encoding\n"
+_MAX_JOURNAL_BYTES = 4096
+_STATUS_COMMAND = ("status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames", "--ignore-submodules=all")
 _STATUS = {"??": "untracked", " D": "deleted", "D ": "deleted"}
 
 
@@ -61,9 +65,8 @@ class LocalTarget:
     def __init__(self, root: Path, repository_id: str, *, waits: GitWaits = DEFAULT_WAITS) -> None:
         self._folder = (root / "models" / repository_id).absolute()
         self._waits = waits
-        self._git = GitProcess(self._folder)
+        self._git = ViewedGit(self._folder)
         self._journal = self._git.git_folder / "packager-publishing.json"
-        self._object_format = ""
 
     @property
     def where(self) -> str:
@@ -125,6 +128,8 @@ class LocalTarget:
         try:
             with disk_errors(self._folder):
                 notes = self._recover() if self._exists() else self._create()
+                (self._git.git_folder / "logs").mkdir(exist_ok=True)
+                self._git.look()
             yield notes
             self._journal.unlink(missing_ok=True)
         finally:
@@ -140,6 +145,8 @@ class LocalTarget:
     def _advance(self, branch: str, commit: str, *, parent: str | None) -> str:
         """Move a branch's head to `commit`; a commit of main is checked out."""
         checkout = _Checkout(old=parent, new=commit) if branch == MAIN else None
+        if checkout is not None:
+            self._check_stays_inside(checkout)
         self._write_journal(checkout)
         self._git.move_branch(branch, commit, parent=parent)
         if checkout is not None:
@@ -174,7 +181,7 @@ class LocalTarget:
 
     def history(self, branch: str) -> Sequence[CommitRecord]:
         """Return a branch's commits."""
-        return self._git.history(branch) if branch in self._git.heads() else ()
+        return self._git.history(f"refs/heads/{branch}") if branch in self._git.heads() else ()
 
     def read_tag(self, name: str) -> Mapping[str, str]:
         """Return the commit that a tag names."""
@@ -196,14 +203,7 @@ class LocalTarget:
         folder = self._folder
         if not os.path.lexists(folder) or (folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())):
             return False
-        hint = "move it away, or publish under another root or repository id"
-        if not self._git.git_folder.is_dir():
-            raise PublishError("the path holds something that is not a git repository", where=self.where, hint=hint)
-        if not self._object_format:
-            self._object_format = self._git.run("rev-parse", "--show-object-format").strip()
-        if self._object_format != "sha1":
-            what = f"the repository's object format is {self._object_format}, not sha1"
-            raise PublishError(what, where=self.where, hint=hint)
+        self._git.look()
         return True
 
     def _create(self) -> Sequence[str]:
@@ -217,7 +217,7 @@ class LocalTarget:
         temporary.mkdir()
         git.run("init", "--quiet", "--template=", f"--initial-branch={MAIN}")
         git.run("config", "core.autocrlf", "false")
-        write_atomic(git.git_folder / "info" / "attributes", _ATTRIBUTES)
+        write_atomic(git.git_folder / "info" / "attributes", ATTRIBUTES)
         temporary.rename(self._folder)
         fsync_folder(self._folder.parent)
         return notes
@@ -226,7 +226,7 @@ class LocalTarget:
         """Repair the traces of an unfinished publish; return one note per repair."""
         attributes = self._git.git_folder / "info" / "attributes"
         if not attributes.exists():
-            write_atomic(attributes, _ATTRIBUTES)
+            write_atomic(attributes, ATTRIBUTES)
         remove_leftovers(self._git.git_folder)
         if not self._journal.exists():
             return []
@@ -247,10 +247,17 @@ class LocalTarget:
     def _unfinished_checkout(self) -> _Checkout | None:
         """Return the checkout that a killed publish began, None if main's head is not its commit."""
         try:
-            entry = json.loads(self._journal.read_bytes())["checkout"]
+            with self._journal.open("rb") as stream:
+                checkout = _read_journal(stream.read(_MAX_JOURNAL_BYTES))
         except FileNotFoundError:
             return None
-        checkout = _Checkout(**entry) if entry else None
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise PublishError(
+                "the journal of an unfinished publish is damaged",
+                where=str(self._journal),
+                why=printable(str(error)),
+                hint="delete it, then run again: the worktree is compared with its head first",
+            ) from error
         head = self._git.heads().get(MAIN, ("", ""))[0]
         return checkout if checkout and checkout.new == head else None
 
@@ -271,7 +278,7 @@ class LocalTarget:
 
     def _check_unedited(self, checkout: _Checkout | None) -> None:
         """Raise if main's worktree holds other files than its head, apart from an unfinished checkout's."""
-        listing = self._git.run("status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames")
+        listing = self._git.run(*_STATUS_COMMAND)
         entries = [(entry[:2], entry[3:]) for entry in listing.split("\0")[:-1]]
         ours = self._of_checkout(checkout, {name for _, name in entries}) if checkout else set()
         edited = [
@@ -299,8 +306,31 @@ class LocalTarget:
                 found.add(name)
         return found
 
+    def _check_stays_inside(self, checkout: _Checkout) -> None:
+        """Raise PublishError if a checkout would write or delete anything outside the worktree, or cannot be made."""
+        old, new = self._git.files(checkout.old), self._git.files(checkout.new)
+        for commit, files in ((checkout.old, old), (checkout.new, new)):
+            folders = {str(folder) for name in files for folder in PurePosixPath(name).parents}
+            wrong = [name for name in files if _leads_out(name) or name in folders]
+            wrong += [name for name, file in files.items() if files is new and not file.blob_id]
+            if wrong:
+                raise PublishError(
+                    f"{(commit or '')[:12]} cannot be checked out",
+                    where=self.where,
+                    why=f"{printable(wrong[0])} leads out of the repository, or is no ordinary file",
+                    hint="somebody else made that commit: go back to another one",
+                )
+            if links := [name for name in sorted(folders - old.keys()) if (self._folder / name).is_symlink()]:
+                raise PublishError(
+                    f"a folder of {MAIN} is a link to another place",
+                    where=printable(str(self._folder / links[0])),
+                    why="files would be written there",
+                    hint="delete the link",
+                )
+
     def _check_out(self, checkout: _Checkout) -> None:
         """Change worktree and index from one commit to another; repeating it after a kill is safe."""
+        self._check_stays_inside(checkout)
         old, new = self._git.files(checkout.old), self._git.files(checkout.new)
         for name in old.keys() - new.keys():
             if _is_file(self._folder / name):
@@ -322,6 +352,23 @@ class LocalTarget:
                 if folder == self._folder:
                     break
                 folder.rmdir()
+
+
+def _read_journal(data: bytes) -> _Checkout | None:
+    """Return the checkout that a journal names; a journal may be of any content."""
+    entry = json.loads(data)["checkout"]
+    if entry is None:
+        return None
+    checkout = _Checkout(**entry)
+    if not all(re.fullmatch("[0-9a-f]{40}", commit) for commit in (checkout.new, checkout.old or checkout.new)):
+        raise ValueError("it names no commits")
+    return checkout
+
+
+def _leads_out(name: str) -> bool:
+    """Return whether a name of a commit's file leads out of the worktree or into git's folder, on any file system."""
+    visible = "".join(character for character in name.lower() if unicodedata.category(character) != "Cf")
+    return any(part.rstrip(". ") in ("", ".git", "git~1") for part in visible.split("/"))
 
 
 def _is_file(path: Path) -> bool:
