@@ -8,7 +8,6 @@ git-lfs stores files from LARGE_BYTES on: the tree has a pointer for each, and a
 these files. Unless the manifest has its own `.gitattributes`, that file belongs to the target, not to the branch.
 """
 
-import os
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -38,10 +37,10 @@ from packager.publish.targets.git_lfs import (
     read_files,
 )
 from packager.publish.targets.git_locks import DEFAULT_WAITS, GitWaits
-from packager.publish.targets.git_remote import RemoteGit, create_bare, folder_of
-from packager.publish.targets.git_staging import Staging
+from packager.publish.targets.git_remote import RemoteGit, create_bare, folder_of, is_absent
+from packager.publish.targets.git_staging import VIEW, Staging
 from packager.receipt import GIT_ATTRIBUTES
-from packager.system.files import TEMPORARY_PREFIX, copy_atomic, disk_errors
+from packager.system.files import TEMPORARY_PREFIX, copy_atomic, disk_errors, remove_leftovers
 from packager.variant import MAIN
 
 _READ = "refs/published"  # the staging repository's refs for the heads of the remote
@@ -80,7 +79,10 @@ class GitTarget:
         host = "" if self._folder else urlsplit(url).netloc
         self._waits = waits
         address = str(self._folder or url)
-        self._git = RemoteGit(staging.absolute(), address, host=host, token=token, log=log, retries_s=waits.retries_s)
+        view = staging.absolute() / VIEW if self._folder else None
+        self._git = RemoteGit(
+            staging.absolute(), address, view=view, host=host, token=token, log=log, retries_s=waits.retries_s
+        )
         self._staging = Staging(self._git, self._folder, url, waits)
         self._trees: dict[str, Mapping[str, StoredFile]] = {}
 
@@ -119,12 +121,13 @@ class GitTarget:
 
         Raises:
             MachineError: git is missing or too old.
-            PublishError: the remote gives no access.
+            PublishError: the remote gives no access, or is a folder with hooks.
         """
         self._git.check()
         if not changing or self._absent():
             return
         with self._staging.open():
+            self._staging.require_no_hooks()
             tree = self._git.run("hash-object", "-w", "-t", "tree", "--stdin").strip()
             commit = self._git.run("commit-tree", tree, "-m", "check").strip()
             self._git.reach("push", "--quiet", "--dry-run", "--force", "origin", f"{commit}:refs/heads/packager-check")
@@ -151,6 +154,7 @@ class GitTarget:
         with self._staging.open(), disk_errors(self._staging.folder):
             if self._folder and self._absent():
                 create_bare(self._folder)
+                self._staging.look()
             self._git.store({name: file for name, file in files.items() if file.size_bytes < LARGE_BYTES})
             large = self._large(files)
             if large and self._git.attempt("lfs", "version").status:
@@ -164,7 +168,8 @@ class GitTarget:
             if large:
                 for file in large.values():
                     self._stage(file)
-                self._upload({file.sha256 for file in large.values()})
+                if not self._folder:
+                    self._upload({file.sha256 for file in large.values()})
             return self._push(branch, commit, parent=parent)
 
     def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
@@ -262,8 +267,7 @@ class GitTarget:
 
     def _absent(self) -> bool:
         """Return whether the remote is a path without a repository."""
-        folder = self._folder
-        return folder is not None and (not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())))
+        return self._folder is not None and is_absent(self._folder)
 
     def _head(self, ref: str) -> str | None:
         """Return the commit or object that a ref of the remote names, None if the ref does not exist."""
@@ -363,15 +367,18 @@ class GitTarget:
     def _stage(self, file: LocalFile) -> None:
         """Put a file into the store that git-lfs uploads from, as a hard link, which needs no space.
 
-        If the remote is a folder, the file is copied instead: git-lfs would hard-link it from the store into the
-        remote, and an edit of the published folder would then change the published repository.
+        If the remote is a folder, the file is copied into that folder's store. git-lfs would obey the settings of the
+        folder, and a hard link would let an edit of the published files change the published repository.
         """
         require_unchanged(file)
-        path = object_path(self._staging.folder, file.sha256)
+        path = object_path(self._folder or self._staging.folder, file.sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if self._folder and path.exists() and path.stat().st_size == file.size_bytes:
-            return
-        (copy_atomic if self._folder else link_or_copy)(file.path, path)
+        if self._folder:
+            remove_leftovers(path.parent)
+            if not path.exists() or path.stat().st_size != file.size_bytes:
+                copy_atomic(file.path, path)
+        else:
+            link_or_copy(file.path, path)
 
     def _upload(self, sha256s: Iterable[str]) -> None:
         """Upload the objects that the remote's store lacks."""

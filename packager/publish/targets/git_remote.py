@@ -5,6 +5,7 @@ host of the remote's address: a redirect to another host gets no token.
 """
 
 import base64
+import os
 import re
 import shutil
 import time
@@ -18,7 +19,7 @@ from filelock import FileLock
 from packager.errors import PackagerError, PublishError
 from packager.publish.targets.git_process import CommandResult, GitProcess
 from packager.system.files import TEMPORARY_PREFIX, fsync_folder, write_atomic
-from packager.system.text import has_credentials
+from packager.system.text import has_credentials, printable
 from packager.variant import MAIN
 
 _REMOTE_SETTINGS = {
@@ -36,6 +37,8 @@ _ASKPASS = b"""#!/bin/sh
 case $1 in *"//$PACKAGER_GIT_HOST"[\\'\\"]* | *"@$PACKAGER_GIT_HOST"[\\'\\"]*) ;; *) exit 1 ;; esac
 case $1 in Username*) printf '%s\\n' "$PACKAGER_GIT_USER" ;; *) printf '%s\\n' "$PACKAGER_GIT_PASSWORD" ;; esac
 """
+# user@host:path. A user or host that begins with "-" would be an option of ssh; "::" is a program of git's.
+_SSH_ADDRESS = re.compile(r"([\w.][\w.-]*@)?([\w.][\w.-]*|\[[0-9A-Fa-f:.]+\]):(?!:)")
 _TRANSIENT = (
     r"could not resolve|name resolution|no such host|connection (reset|refused|timed out|closed|aborted)|timed? ?out"
     r"|failed to connect|network is unreachable|no route to host|early eof|empty reply|unexpected (disconnect|eof)"
@@ -68,6 +71,7 @@ class RemoteGit(GitProcess):
     Args:
         worktree: the folder that holds `.git`.
         address: the remote's URL or path.
+        view: a view of the remote, which git opens if the remote is a folder of this machine; else None.
         host: the only host that gets the token, with its port.
         token: a password, or user:password; "" for none.
         log: gets a line per wait.
@@ -79,6 +83,7 @@ class RemoteGit(GitProcess):
         worktree: Path,
         address: str,
         *,
+        view: Path | None = None,
         host: str,
         token: str,
         log: Callable[[str], None],
@@ -90,10 +95,10 @@ class RemoteGit(GitProcess):
         self._askpass = worktree.absolute() / "packager-askpass"
         super().__init__(
             worktree,
-            settings={**_REMOTE_SETTINGS, "remote.origin.url": address},
+            settings={**_REMOTE_SETTINGS, "remote.origin.url": str(view or address)},
             environment={
                 "GIT_ASKPASS": str(self._askpass),
-                "GIT_ALLOW_PROTOCOL": "file:http:https:ssh",
+                "GIT_ALLOW_PROTOCOL": "file" if view else _protocols(address),
                 "GIT_LFS_SKIP_SMUDGE": "0",
                 "GIT_TRACE_REDACT": "1",
                 "PACKAGER_GIT_HOST": host,
@@ -102,13 +107,18 @@ class RemoteGit(GitProcess):
             },
             secrets={text for text in (token, password, quote(password, safe=""), basic) if password and text},
         )
-        self._address, self._log, self._retries_s = address, log, tuple(retries_s)
+        self._address, self._view, self._log, self._retries_s = address, view, log, tuple(retries_s)
 
     def beside(self, worktree: Path) -> "RemoteGit":
         """Return git for another repository on this machine with the same remote."""
         other = copy(self)
-        other.worktree, other.git_folder, other._files = worktree, worktree / ".git", {}
+        other.worktree, other._files = worktree, {}
+        other.git_folder = other.git_dir = worktree / ".git"
         return other
+
+    def _scrubbed(self, stderr: str | bytes) -> str:
+        text = super()._scrubbed(stderr)
+        return text.replace(str(self._view), self._address) if self._view else text
 
     def write_askpass(self) -> None:
         """Write the script that answers git's questions for user and password; it holds no secret."""
@@ -164,6 +174,12 @@ def _local_lines(stderr: str) -> str:
     return "\n".join(line for line in stderr.splitlines() if not line.startswith("remote:"))
 
 
+def _protocols(address: str) -> str:
+    """Return the protocols that git may use for an address: those of a redirect, too."""
+    scheme = address.partition("://")[0] if "://" in address else "ssh"
+    return {"http": "http:https", "https": "https", "ssh": "ssh"}.get(scheme, "none")
+
+
 def folder_of(url: str, token: str) -> Path | None:
     """Return the folder that a URL names, None if the URL names another machine.
 
@@ -171,10 +187,17 @@ def folder_of(url: str, token: str) -> Path | None:
         PublishError: the scheme is not supported, the URL holds credentials, or the token would be sent unencrypted.
     """
     parts = urlsplit(url) if "://" in url else None
+    hint = "use https, ssh, file or a path"
     if parts is None:
-        return None if ":" in url.split("/", 1)[0] else Path(url).absolute()
+        if ":" not in url.split("/", 1)[0]:
+            return Path(url).absolute()
+        if not _SSH_ADDRESS.match(url):
+            raise PublishError("this is not the address of a git remote", where=printable(url), hint=hint)
+        return None
     if parts.scheme not in ("https", "http", "ssh", "file"):
-        raise PublishError(f"{parts.scheme} addresses are not supported", hint="use https, ssh, file or a path")
+        raise PublishError(f"{printable(parts.scheme)} addresses are not supported", hint=hint)
+    if parts.netloc.startswith("-") or (parts.hostname or "").startswith("-"):
+        raise PublishError("the address begins with an option, not with a host", where=printable(url), hint=hint)
     if has_credentials(url):
         where = f"{parts.scheme}://***@{parts.hostname or ''}{parts.path}"
         hint = "remove them, and give the token separately"
@@ -182,6 +205,11 @@ def folder_of(url: str, token: str) -> Path | None:
     if token and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
         raise PublishError("the token would be sent unencrypted", where=url, hint="use https")
     return Path(unquote(parts.path)) if parts.scheme == "file" else None
+
+
+def is_absent(folder: Path) -> bool:
+    """Return whether a remote that is a folder has no repository yet: nothing is there, or an empty folder."""
+    return not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def create_bare(folder: Path) -> None:

@@ -310,7 +310,7 @@ class LocalTarget:
         """Raise PublishError if a checkout would write or delete anything outside the worktree, or cannot be made."""
         old, new = self._git.files(checkout.old), self._git.files(checkout.new)
         for commit, files in ((checkout.old, old), (checkout.new, new)):
-            folders = {str(folder) for name in files for folder in PurePosixPath(name).parents}
+            folders = {str(folder) for name in files for folder in PurePosixPath(name).parents[:-1]}
             wrong = [name for name in files if _leads_out(name) or name in folders]
             wrong += [name for name, file in files.items() if files is new and not file.blob_id]
             if wrong:
