@@ -60,6 +60,7 @@ _EXTENSIONS = {
     "extensions.noop-v1",
     "extensions.preciousobjects",
     "extensions.relativeworktrees",
+    "extensions.submodulepathconfig",
     "extensions.worktreeconfig",
 }
 _PUSH_HOOKS = (
@@ -115,14 +116,13 @@ class View:
 
     def require_no_hooks(self) -> None:
         """Raise PublishError if a push into the repository would run a hook; a view runs none."""
-        where, key = str(self.repository), "core.hooksPath"
-        found = [name for name in _PUSH_HOOKS if os.access(self.repository / "hooks" / name, os.X_OK)]
-        if self._config.entries.get(key.lower()):
-            found, where = [key], str(self.repository / "config")
+        hooks = [self.repository / "hooks" / name for name in _PUSH_HOOKS]
+        found = [path.name for path in hooks if os.access(path, os.X_OK)]
+        found += [key for key in self._config.entries if re.fullmatch(r"core\.hookspath|hook\..*\.command", key)]
         if found:
             raise PublishError(
-                f"the repository has a hook, {found[0]}, which packager does not run",
-                where=where,
+                f"the repository has a hook, {printable(found[0])}, which packager does not run",
+                where=str(self.repository),
                 why="a folder may have been unpacked or shared, and its hooks are programs of whoever wrote it",
                 hint="publish through a server (ssh or https), which runs the hook itself; or remove the hook",
             )
