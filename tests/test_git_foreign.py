@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from packager.errors import PackagerError, PublishError
-from packager.publish.branches import BranchContent, publish_branches
+from packager.publish.branches import BranchContent, check_folders, publish_branches
 from packager.publish.published import verify_published
 from packager.publish.rollback import RollbackRequest, rollback
 from packager.publish.targets import Target
@@ -496,3 +496,59 @@ def test_an_address_that_is_a_program_or_an_option_is_refused(address: str, tmp_
     with pytest.raises(PublishError):
         GitTarget(address, tmp_path / "staging")
     assert not (tmp_path / "staging").exists()
+
+
+@pytest.mark.parametrize("kind", ["local", "bare"])
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[core", "the repository's configuration cannot be read"),
+        ("[extensions]\n\trefStorage = reftable\n", "keeps its refs in the format reftable"),
+        ("[extensions]\n\tobjectFormat = sha256\n", "object format is sha256"),
+        ("[extensions]\n\tcompatObjectFormat = sha256\n", "extensions.compatobjectformat"),
+        ("[extensions]\n\tunheardOf\n", "extensions.unheardof"),
+        ("[core]\n\trepositoryFormatVersion = 2\n", "core.repositoryFormatVersion is 2"),
+        ("#" * (1 << 20) + "\n", "more than 1,048,576 bytes"),
+    ],
+    ids=["broken", "reftable", "sha256", "two formats", "unknown", "version", "large"],
+)
+def test_a_format_that_a_view_does_not_read_is_named(
+    copy: Callable[[str], Foreign], kind: str, text: str, named: str
+) -> None:
+    foreign = copy(kind)
+    with (foreign.git_folder / "config").open("a") as stream:
+        stream.write(text)
+    errors = foreign.use()
+    assert len(errors) == 8
+    assert all(named in error and str(foreign.repository) in error for error in errors), errors[0]
+
+
+def test_who_may_read_new_files_stays_as_the_repository_says(copy: Callable[[str], Foreign]) -> None:
+    foreign = copy("local")
+    foreign.set({"core.sharedRepository": "0660", "include.path": "/dev/zero"})
+    before = set((foreign.git_folder / "objects").rglob("*"))
+    assert foreign.use() == []
+    made = [path for path in (foreign.git_folder / "objects").rglob("*") if path not in before and path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in made} == {0o440}
+
+
+def test_git_s_words_name_the_repository_and_not_the_view(copy: Callable[[str], Foreign]) -> None:
+    foreign = copy("local")
+    (foreign.git_folder / "refs" / "heads" / "main.lock").touch()
+    files = check_folders(foreign.contents)["main"]
+    with pytest.raises(PublishError) as caught:
+        foreign.target().commit("main", files, parent=heads(foreign.repository)["main"], message="x")
+    assert str(foreign.git_folder / "refs" / "heads" / "main.lock") in str(caught.value)
+    assert "packager-view" not in str(caught.value)
+
+
+def test_no_view_is_left(copy: Callable[[str], Foreign], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = copy("local")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    target = foreign.target()
+    assert len(target.read_branches()) == 2
+    assert [path.name[:14] for path in temporary.iterdir()] == ["packager-view-"]
+    del target
+    assert list(temporary.iterdir()) == []

@@ -3,7 +3,7 @@
 A repository's own configuration, hooks, attributes and excludes name programs that git runs, other folders and hosts.
 Git therefore never opens such a repository. It opens a view: a folder with a configuration of ours and links to the
 objects and refs. Only what says how the objects are stored is read from the repository's configuration, by
-`git config --file`, which reads that file alone. docs/decisions/0010-git-through-views.md has the reasons.
+`git config --file`, which obeys nothing. docs/decisions/0010-git-through-views.md has the reasons.
 """
 
 import os
@@ -32,9 +32,11 @@ _MAX_HEAD_BYTES = 4096
 _SETTINGS = """[core]
 \trepositoryFormatVersion = 0
 \tattributesFile = /dev/null
+\tcommitGraph = false
 \texcludesFile = /dev/null
 \tfsmonitor = false
 \thooksPath = /dev/null
+\tmultiPackIndex = false
 [gc]
 \tauto = 0
 [maintenance]
@@ -63,6 +65,8 @@ _EXTENSIONS = {
     "extensions.submodulepathconfig",
     "extensions.worktreeconfig",
 }
+# The configuration that `git init` writes: it needs no process of git's to be read.
+_AS_MADE = re.compile(rb"(\[core\]\n(\t[A-Za-z]+ = [a-z0-9]+\n)*)?")
 _PUSH_HOOKS = (
     "pre-receive",
     "update",
@@ -109,7 +113,7 @@ class View:
             self._lay_out()
         data = _read_bounded(self.repository / "config", _MAX_CONFIG_BYTES)
         if data != self._config.data:
-            self._config = _Config(data=data, entries=_read_entries(git, self.repository / "config"))
+            self._config = _Config(data=data, entries=_read_entries(git, self.repository / "config", data))
         _check_format(self._config.entries, str(self.repository))
         with disk_errors(self.folder):
             self._write("config", (_SETTINGS + self._kept()).encode())
@@ -257,12 +261,16 @@ def _read_bounded(path: Path, max_bytes: int) -> bytes:
     return data
 
 
-def _read_entries(git: GitProcess, path: Path) -> Mapping[str, str]:
+def _read_entries(git: GitProcess, path: Path, data: bytes) -> Mapping[str, str]:
     """Return the entries of a configuration file; the last one of a key counts, includes are not followed."""
-    if not path.exists():
-        return {}
-    listing = git.run("config", "--file", str(path), "--no-includes", "--null", "--list")
-    pairs = (entry.partition("\n") for entry in listing.split("\0") if entry)
+    if _AS_MADE.fullmatch(data):
+        lines = data.decode().splitlines()[1:]
+        return {f"core.{key.strip().lower()}": value.strip() for key, value in (line.split("=") for line in lines)}
+    result = git.attempt("config", "--file", "-", "--no-includes", "--null", "--list", stdin=data)
+    if result.status:
+        what = "the repository's configuration cannot be read"
+        raise PublishError(what, where=str(path), why=result.stderr, hint="git config --list --file shows the line")
+    pairs = (entry.partition("\n") for entry in result.output.split("\0") if entry)
     return {key: value if separator else "true" for key, separator, value in pairs}
 
 
