@@ -168,7 +168,7 @@ def setting(key: str, value: str = "{canary}", **more: str) -> Way:
 EXT = {"protocol.ext.allow": "always", "remote.origin.url": "ext::{canary}"}
 OWN_URL = {"remote.origin.url": "{repository}", "remote.origin.fetch": "+refs/heads/*:refs/remotes/origin/*"}
 FETCH = "fetch origin"
-# Every key of git's documentation (2.54) and git-lfs's that names a program, a transport or a file elsewhere.
+# Every key of git's documentation (2.56) and git-lfs's that names a program, a transport or a file elsewhere.
 WAYS = {
     "alias": setting("alias.rollback", "!{canary}", control="rollback"),
     "browser": setting("browser.x.cmd"),

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from packager.errors import PublishError
+from packager.errors import PackagerError, PublishError
 from packager.publish.targets.git_process import GitProcess
 from packager.system.files import disk_errors
 from packager.system.text import printable
@@ -189,7 +189,11 @@ class ViewedGit(GitProcess):
             folder = Path(tempfile.mkdtemp(prefix="packager-view-"))
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
             self._view, self.git_dir = View(self.git_folder, folder), folder
-        self._view.lay(self)
+        try:
+            self._view.lay(self)
+        except PackagerError:
+            self._view = None  # the next command lays it, or fails in the same way
+            raise
 
     def _environment(self, **extra: str) -> dict[str, str]:
         if self._view is None:
