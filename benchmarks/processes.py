@@ -13,11 +13,13 @@ from typing import Any
 
 from packager.prove.environments import READY, environment_name
 from packager.prove.loaders import LOADERS
-from packager.system.processes import Processes, clean_environ, tail
+from packager.prove.probes import RUNTIME_VARIABLES
+from packager.system.processes import Processes, tail
 
 SCRIPTS = Path(__file__).parent / "peers"
 ROOT = Path(__file__).parent.parent
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+_KEPT = {"PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR", *RUNTIME_VARIABLES}
 _OTHERS = {"TOKENIZERS_PARALLELISM": "false", "PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -83,7 +85,8 @@ class EnginePaths:
         inherited = environ.get("PYTHONPATH", "") if self.python(engine) == Path(sys.executable) else ""
         root = [str(ROOT)] if engine is OURS else []
         path = os.pathsep.join(filter(None, [*own, *root, inherited]))
-        return {**clean_environ(environ), **_OFFLINE, **_OTHERS, **({"PYTHONPATH": path} if path else {})}
+        kept = {name: text for name, text in environ.items() if name in _KEPT}
+        return {**kept, **_OFFLINE, **_OTHERS, **({"PYTHONPATH": path} if path else {})}
 
 
 @dataclass(frozen=True, kw_only=True)

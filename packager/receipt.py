@@ -26,6 +26,8 @@ GIT_ATTRIBUTES = ".gitattributes"
 UNLISTED_FILES = frozenset({PROVENANCE, GIT_ATTRIBUTES})
 
 LoaderStatus = Literal["passed", "failed", "not run"]
+# How a loader's process was kept from the network and from files: docs/reference/loaders.md.
+Confinement = Literal["bubblewrap", "namespaces", "none"]
 
 
 class Record(BaseModel):
@@ -75,7 +77,7 @@ class LinearRecord(Record):
 
 
 class LoaderRecord(Record):
-    """One runtime's verdict on the checkpoint."""
+    """One runtime's verdict on the checkpoint; `confinement` is "" in older records and where no process ran."""
 
     loader: str
     required: bool
@@ -84,6 +86,7 @@ class LoaderRecord(Record):
     device: str = ""
     dtype: str = ""
     kernel: str = ""
+    confinement: Confinement | Literal[""] = ""
     versions: dict[str, str] = {}
     relative_error: float | None = None
     top1_agreement: float | None = None

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from packager.system.files import file_record
-from packager.system.processes import clean_environ
 
 BIN = str(Path(sys.executable).parent)
 TIMEOUT_S = 120.0
 Environ = Mapping[str, str]
-_FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_", "GIT_", "XDG_", "PIP_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+_KEPT = {"PATH", "LANG", "LC_ALL", "SSL_CERT_FILE", "SSL_CERT_DIR"}
 
 
 def new_reader(home: Path, repositories: str) -> dict[str, str]:
@@ -25,7 +24,7 @@ def new_reader(home: Path, repositories: str) -> dict[str, str]:
     """
     home.mkdir()
     (home / "gitconfig").write_text(f'[url "{repositories}"]\n\tinsteadOf = https://huggingface.co/\n')
-    kept = {name: text for name, text in clean_environ(os.environ).items() if not name.upper().startswith(_FOREIGN)}
+    kept = {name: text for name, text in os.environ.items() if name in _KEPT}
     return {
         **kept,
         "HOME": str(home),

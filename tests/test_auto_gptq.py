@@ -99,7 +99,12 @@ def solved(python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Case,
     (folder / "cases.json").write_text(json.dumps(jobs))
     command = [str(python), "-I", str(HERE / "auto_gptq_oracle.py"), str(folder / "cases.json")]
     done = subprocess.run(
-        command, env=probe_environ(python, ENVIRON), capture_output=True, text=True, check=False, timeout=600
+        command,
+        env=probe_environ(python, ENVIRON, "cpu", folder),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return {case: load_file(job["output"]) for case, job in zip(CASES, jobs, strict=True)}

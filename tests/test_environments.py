@@ -26,7 +26,7 @@ from packager.prove.environments import RuntimeContext, ensure_environment, envi
 from packager.prove.loaders import ISOLATED, LOADERS, LoaderSpec
 from packager.prove.probes import ProbeJob, ProbeResult, run_probe, run_probes
 from packager.quantize.engines import auto_gptq_files
-from packager.system.processes import Processes, clean_environ
+from packager.system.processes import Processes
 
 ENVIRON = {"PATH": "/usr/bin:/bin"}
 
@@ -133,28 +133,13 @@ def probe_job(folder: Path, behaviour: str = "works") -> ProbeJob:
         input_ids=[[1, 2, 3], [4, 5, 6]],
         prompts=[[1], [2, 3]],
         max_new_tokens=2,
+        vocab_size=4,
         output_dir=folder / "out" / behaviour,
     )
 
 
 def probe(spec: LoaderSpec, folder: Path, behaviour: str, timeout_s: float = 30.0) -> ProbeResult:
     return run_probe(spec, Path(sys.executable), probe_job(folder, behaviour), timeout_s, context())
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "my_password", "Api_Key", "GOOGLE_CREDENTIALS"],
-)
-def test_secrets_never_reach_a_child(name: str) -> None:
-    assert clean_environ({name: "x", "PATH": "/bin", "PIP_INDEX_URL": "u"}) == {
-        "PATH": "/bin",
-        "PIP_INDEX_URL": "u",
-    }
-
-
-def test_a_child_uses_no_packages_outside_its_environment() -> None:
-    environ = {"PYTHONPATH": "a", "PYTHONHOME": "b", "PIP_TARGET": "c", "PIP_USER": "1", "HOME": "/h"}
-    assert clean_environ(environ) == {"HOME": "/h"}
 
 
 def test_probe_sees_neither_secrets_nor_index_nor_proxy(spec: LoaderSpec, tmp_path: Path) -> None:
@@ -167,7 +152,7 @@ def test_probe_sees_neither_secrets_nor_index_nor_proxy(spec: LoaderSpec, tmp_pa
     }
     seen = run_probe(spec, Path(sys.executable), probe_job(tmp_path), 30.0, context(environ=environ)).versions
     assert seen["CUDA_HOME"] == "/c"
-    assert seen["PATH"] == f"{Path(sys.executable).parent}:{ENVIRON['PATH']}"
+    assert seen["PATH"].split(":")[0] == str(Path(sys.executable).parent)
     assert not {"HF_TOKEN", "PIP_INDEX_URL", "https_proxy"} & set(seen)
 
 

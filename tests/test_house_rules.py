@@ -17,11 +17,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "packager"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_bytes()) for path in FILES}
-# Programs of their own, run in the loaders' environments by path.
+# Programs of their own, run by path: in the loaders' environments, and around every child process.
 PROBES = {
     name
     for name in MODULES
-    if name.endswith("_script.py") or (name.startswith("packager/prove/loaders/") and not name.endswith("__init__.py"))
+    if name.endswith(("_script.py", "/supervisor.py"))
+    or (name.startswith("packager/prove/loaders/") and not name.endswith("__init__.py"))
 }
 TERMINAL = {
     "packager/cli/main.py",

@@ -178,6 +178,7 @@ def probed(
                     input_ids=rows,
                     prompts=[prompt],
                     max_new_tokens=32,
+                    vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"],
                     output_dir=scratch / loader / name,
                 )
                 for name, folder in clones.items()

@@ -25,13 +25,24 @@ from packaging.utils import canonicalize_name
 from packager.errors import LoaderUnavailableError
 from packager.prove.loaders import LoaderSpec
 from packager.prove.shared_torch import find, share_torch
+from packager.receipt import Confinement
+from packager.system.confinement import child_environ, confinement, private_folder
 from packager.system.files import disk_errors, write_atomic
-from packager.system.processes import Processes, clean_environ, tail
+from packager.system.processes import Processes, ending, tail
 
 # Installed into an environment only where the running interpreter has no torch to share.
 TORCH_REQUIREMENT = "torch==2.13.0"
 PIP_TIMEOUT_S = 1800.0
 READY = ".ready"
+# Settings of an index, a proxy and certificates. Not PIP_TARGET, PIP_USER and the like, which install elsewhere.
+_INDEX_VARIABLES = frozenset(
+    f"PIP_{name}"
+    for name in (
+        *("CACHE_DIR", "CERT", "CLIENT_CERT", "CONFIG_FILE", "DEFAULT_TIMEOUT", "EXTRA_INDEX_URL", "FIND_LINKS"),
+        *("INDEX_URL", "KEYRING_PROVIDER", "NO_CACHE_DIR", "NO_INDEX", "PROXY", "RETRIES", "TIMEOUT", "TRUSTED_HOST"),
+    )
+) | {"NETRC", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}
+_PROXY_VARIABLES = frozenset(f"{name}_proxy" for name in ("http", "https", "all", "no"))
 # Increment when environment creation changes: cached environments of an older layout are not used.
 _LAYOUT = "1"
 
@@ -43,9 +54,10 @@ class RuntimeContext:
     Attributes:
         cache: folder of the environments.
         scratch: folder for files that processes exchange; its content may be deleted at any time.
-        environ: the process environment to derive the runtime's from; secrets are removed.
+        environ: the process environment to derive the runtime's from, which gets only what is on a list.
         log: receives one line when an environment is created, and one when it is ready.
         processes: runs the child processes; one call stops all of them.
+        confinement: of the runtimes' processes.
     """
 
     cache: Path
@@ -53,6 +65,7 @@ class RuntimeContext:
     environ: Mapping[str, str]
     log: Callable[[str], None]
     processes: Processes = field(default_factory=Processes)
+    confinement: Confinement = field(default_factory=confinement)
 
 
 def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
@@ -102,6 +115,36 @@ def installed_versions(python: Path, names: Sequence[str]) -> dict[str, str]:
         for distribution in importlib.metadata.distributions(path=[str(_shared(folder)), packages])
     }
     return {name: found[name] for name in names if name in found}
+
+
+def environment_files(python: Path) -> set[Path]:
+    """Return the folders that the Python of an environment reads: its own, the interpreter's, and the shared torch."""
+    folder = python.parent.parent
+    links = [entry for entry in _shared(folder).rglob("*") if entry.is_symlink()]
+    return {
+        folder,
+        Path(sys.base_prefix),
+        Path(sys.base_exec_prefix),
+        python.resolve().parent.parent,
+        *(each.parent for entry in links for each in (entry.readlink(), entry.resolve())),
+    }
+
+
+def index_environ(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Return the environment of pip: how to reach an index, and an empty home.
+
+    pip would read its user's settings in the home folder; here it is told where they are. Its cache is its own.
+
+    Args:
+        environ: of this process.
+        folder: from `private_folder`.
+    """
+    allowed = _INDEX_VARIABLES | _PROXY_VARIABLES | {name.upper() for name in _PROXY_VARIABLES}
+    settings = Path(environ.get("XDG_CONFIG_HOME") or Path(environ.get("HOME", "/")) / ".config") / "pip" / "pip.conf"
+    own = {"PIP_CONFIG_FILE": str(settings)} if settings.is_file() else {}
+    # It may need git or a compiler; neither gets a setting or a secret of the user's.
+    path = {"PATH": environ["PATH"]} if "PATH" in environ else {}
+    return {**own, **child_environ(environ, allowed, folder), **path}
 
 
 def _python(folder: Path) -> Path:
@@ -187,6 +230,7 @@ def _pip(creation: _Creation, arguments: Sequence[str]) -> None:
         "PIP_NO_INPUT": "1",
         "PYTHONNOUSERSITE": "1",
     }
+    cache = {"PIP_CACHE_DIR": str(creation.context.cache.absolute() / "pip")}
     # A module is compiled at its first import: most of the installed modules are never imported.
     install = ["install", "--no-compile", "--progress-bar=off", *arguments]
     if importlib.util.find_spec("pip"):
@@ -194,11 +238,11 @@ def _pip(creation: _Creation, arguments: Sequence[str]) -> None:
     else:
         commands = [[python, "-m", "ensurepip"], [python, "-m", "pip", *install]]
     for command in commands:
-        with creation.log.open("ab") as log:
+        with creation.log.open("ab") as log, private_folder() as private:
             status = creation.context.processes.run(
                 command,
                 folder=creation.folder,
-                environ={**clean_environ(creation.context.environ), **settings},
+                environ={**cache, **index_environ(creation.context.environ, private), **settings},
                 out=log,
                 err=log,
                 timeout_s=PIP_TIMEOUT_S,
@@ -206,7 +250,7 @@ def _pip(creation: _Creation, arguments: Sequence[str]) -> None:
                 inherited=(creation.lock,),
             )
         if status != 0:
-            reason = f"it took over {PIP_TIMEOUT_S:.0f} s" if status is None else f"exit status {status}"
+            reason = f"it took over {PIP_TIMEOUT_S:.0f} s" if status is None else ending(status)
             raise LoaderUnavailableError(
                 f"the packages of {creation.spec.name} could not be installed",
                 where=str(creation.log),

@@ -1,24 +1,83 @@
-"""Probes: a runtime opens a checkpoint in a process of its own, without secrets and with a time limit."""
+"""Probes: a runtime opens a checkpoint in a process of its own, confined, without secrets and with a time limit."""
 
 import json
 import os
-import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from packager.errors import LoaderError, LoaderUnavailableError
-from packager.prove.environments import RuntimeContext
-from packager.prove.loaders import LoaderSpec
-from packager.system.files import write_atomic
-from packager.system.processes import clean_environ, tail
+from packager.prove.environments import RuntimeContext, environment_files
+from packager.prove.loaders import ISOLATED, LoaderSpec
+from packager.system.confinement import (
+    View,
+    child_environ,
+    confined_command,
+    library_folders,
+    private_folder,
+    refusal,
+)
+from packager.system.files import open_regular, write_atomic
+from packager.system.processes import ending, tail
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 TAIL_LINES = 20
+# By name, not by prefix: CUDA_INJECTION64_PATH and OMP_TOOL_LIBRARIES load any library, as LD_PRELOAD does.
+RUNTIME_VARIABLES = frozenset(
+    (
+        *("CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_LAUNCH_BLOCKING", "CUDA_MODULE_LOADING", "CUDA_PATH"),
+        *("CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_TF32_OVERRIDE"),
+        *("NVIDIA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_CUDA_ARCH_LIST"),
+        *("CC", "CXX", "MAX_JOBS", "GPTQMODEL_CPU_WORKERS", "ATEN_CPU_CAPABILITY"),
+        *("KMP_AFFINITY", "KMP_BLOCKTIME", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "OMP_DYNAMIC", "OMP_NUM_THREADS"),
+        *("OMP_PLACES", "OMP_PROC_BIND", "OMP_WAIT_POLICY", "OPENBLAS_NUM_THREADS"),
+    )
+)
+_COMPILERS = ("nvcc", "c++", "g++", "cc", "gcc")
+# Of one file that a probe writes: room for the object files of compiled kernels.
+_MAX_FILE_BYTES = 2 * 10**9
+_MAX_RESULT_BYTES = 10**7
+_MAX_WHY = 4000  # characters
+
+_Text = Annotated[str, Field(max_length=1000)]
+
+
+class _Written(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+
+class _Success(_Written):
+    """What result.json says of a success: the fields of `ProbeResult`."""
+
+    status: Literal["ok"]
+    generated: tuple[tuple[int, ...], ...]
+    versions: Annotated[dict[_Text, _Text], Field(max_length=100)]
+    device: _Text
+    dtype: _Text
+    kernel: _Text
+    weights_sha256: Annotated[dict[_Text, _Text], Field(max_length=10_000)]
+    load_s: float
+    forward_s: float
+    peak_memory_bytes: int
+
+
+class _Failure(_Written):
+    """What result.json says of a failure."""
+
+    status: Literal["error"]
+    type: str
+    message: str
+    traceback: str = ""
+
+
+_WRITTEN: TypeAdapter[_Success | _Failure] = TypeAdapter(Annotated[_Success | _Failure, Field(discriminator="status")])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +90,8 @@ class ProbeJob:
         input_ids: rows of token ids, all of the same length, whose logits are wanted.
         prompts: token ids of each prompt, after which the probe generates greedily.
         max_new_tokens: the most tokens generated after a prompt.
-        output_dir: folder for the probe's files; those of an earlier probe are removed.
+        vocab_size: length of the logits of one token.
+        output_dir: folder for the probe's files; what an earlier probe left there is removed.
     """
 
     model_dir: Path
@@ -39,12 +99,13 @@ class ProbeJob:
     input_ids: Sequence[Sequence[int]]
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
+    vocab_size: int
     output_dir: Path
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
-    """The logits and tokens that a runtime computed, and how.
+    """The logits and tokens that a runtime computed, and how; the texts are its own, and may say anything.
 
     Attributes:
         logits: float32 [rows, seq_len, vocab], memory-mapped from output_dir.
@@ -70,16 +131,49 @@ class ProbeResult:
     peak_memory_bytes: int
 
 
-def probe_environ(python: Path, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables for a probe, without indexes and proxies: their addresses may hold passwords."""
-    kept = {
-        name: value
-        for name, value in clean_environ(environ).items()
-        if not name.startswith(("PIP_", "UV_")) and not name.upper().endswith("_PROXY")
-    }
+def probe_environ(python: Path, environ: Mapping[str, str], device: str, folder: Path) -> dict[str, str]:
+    """Return the environment of a probe: a locale, settings of the computation, an empty home, and a PATH of ours.
+
+    Args:
+        python: of the probe's environment.
+        environ: of this process.
+        device: "cpu" or "cuda".
+        folder: from `private_folder`.
+    """
     # Kernels are compiled with the environment's own ninja.
-    path = os.pathsep.join(filter(None, [str(python.parent), kept.get("PATH", os.defpath)]))
-    return {**kept, "PATH": path, "VIRTUAL_ENV": str(python.parent.parent)}
+    folders = [str(python.parent), *map(str, _tool_folders(environ)), os.defpath]
+    found = {
+        **child_environ(environ, RUNTIME_VARIABLES, folder),
+        "PATH": os.pathsep.join(dict.fromkeys(os.pathsep.join(folders).split(os.pathsep))),
+        "VIRTUAL_ENV": str(python.parent.parent),
+    }
+    if device != "cuda":
+        return found
+    kernels = _kernels(python)
+    found |= {"CUDA_CACHE_PATH": str(kernels / "cuda"), "TRITON_CACHE_DIR": str(kernels / "triton")}
+    if libraries := library_folders(environ):
+        # On NixOS, on WSL and on some clusters only these lead to the driver's libcuda.so.
+        found["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, libraries))
+    return found
+
+
+def _kernels(python: Path) -> Path:
+    """Return the folder of an environment that keeps compiled kernels."""
+    return python.parent.parent / "kernels"
+
+
+def _tool_folders(environ: Mapping[str, str]) -> list[Path]:
+    """Return the folders of the compilers on the caller's PATH."""
+    found = [shutil.which(tool, path=environ.get("PATH", os.defpath)) for tool in _COMPILERS]
+    return list(dict.fromkeys(Path(tool).parent for tool in found if tool))
+
+
+def _cuda_files(environ: Mapping[str, str]) -> list[Path]:
+    """Return the folders that compiling and running CUDA kernels reads; none that holds the user's home."""
+    toolkits = [Path(environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
+    compilers = [folder.parent if folder.name == "bin" else folder for folder in _tool_folders(environ)]
+    home = Path(environ.get("HOME") or "/root")
+    return [path for path in (*toolkits, *compilers, *library_folders(environ)) if not home.is_relative_to(path)]
 
 
 def run_probe(spec: LoaderSpec, python: Path, job: ProbeJob, timeout_s: float, context: RuntimeContext) -> ProbeResult:
@@ -105,10 +199,12 @@ def run_probes(
     Returns:
         One outcome per job, in order. When a job ends the process, a new process runs the jobs after it.
     """
+    if context.confinement == "none":
+        reasons = "; ".join(filter(None, [refusal("bubblewrap"), refusal("namespaces")]))
+        context.log(f"{spec.name}: runs unconfined, with this machine's network and files ({reasons or 'as asked'})")
     for job in jobs:
-        job.output_dir.mkdir(parents=True, exist_ok=True)
-        for name in ("logits.npy", "result.json"):
-            (job.output_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(job.output_dir, ignore_errors=True)
+        job.output_dir.mkdir(parents=True)
         request = {
             **vars(job),
             "model_dir": str(job.model_dir.absolute()),
@@ -119,12 +215,11 @@ def run_probes(
     while len(outcomes) < len(jobs):
         rest = jobs[len(outcomes) :]
         failure = _run_script(spec, python, rest, timeout_s, context)
-        finished = [job for job in rest if _result_file(job).exists()]
+        finished = [job for job in rest if os.path.lexists(_result_file(job))]
         outcomes += [_outcome(spec, job) for job in finished]
         if len(finished) < len(rest):
             where = str(rest[len(finished)].model_dir)
-            why = f"{failure}\n{tail(rest[0].output_dir / 'stderr.txt', TAIL_LINES)}"
-            outcomes.append(LoaderError(f"{spec.name} did not finish", where=where, why=why))
+            outcomes.append(LoaderError(f"{spec.name} did not finish", where=where, why=failure))
     return outcomes
 
 
@@ -135,47 +230,120 @@ def _result_file(job: ProbeJob) -> Path:
 def _run_script(
     spec: LoaderSpec, python: Path, jobs: Sequence[ProbeJob], timeout_s: float, context: RuntimeContext
 ) -> str:
-    """Run the probe on `jobs` until it ends or one job takes too long; return how it ended."""
-    folder = jobs[0].output_dir
+    """Run the probe on `jobs` until it ends or one job takes too long; return how it ended, and its last lines."""
     # Isolated: neither the script's folder nor the user's packages are on the path.
     requests = [str(job.output_dir.absolute() / "job.json") for job in jobs]
     command = [str(python), "-I", str(spec.script.absolute()), *requests]
     waiting = [_result_file(job) for job in jobs]
 
     def progress() -> int:
-        while waiting and waiting[0].exists():
+        while waiting and os.path.lexists(waiting[0]):
             waiting.pop(0)
         return len(waiting)
 
-    with (folder / "stdout.txt").open("wb") as out, (folder / "stderr.txt").open("wb") as err:
-        status = context.processes.run(
-            command,
-            folder=folder,
-            environ=probe_environ(python, context.environ),
-            out=out,
-            err=err,
-            timeout_s=timeout_s,
-            progress=progress,
-        )
-    if status is None:
-        return f"it took over {timeout_s:g} s and was killed"
-    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    with private_folder() as folder:
+        view = runtime_view(
+            spec, python, folder, context, device=jobs[0].device,
+            readable=[job.model_dir for job in jobs], writable=[job.output_dir for job in jobs],
+        )  # fmt: skip
+        # Beside the home, where the probe does not see them.
+        log = folder / "stderr.txt"
+        with (folder / "stdout.txt").open("wb") as out, log.open("wb") as err:
+            status = context.processes.run(
+                confined_command(command, view, context.confinement),
+                folder=jobs[0].output_dir,
+                environ=probe_environ(python, context.environ, jobs[0].device, folder),
+                out=out,
+                err=err,
+                timeout_s=timeout_s,
+                progress=progress,
+                max_file_bytes=max(_MAX_FILE_BYTES, 2 * max(map(_logits_bytes, jobs))),
+            )
+        how = f"it took over {timeout_s:g} s and was killed" if status is None else ending(status)
+        return f"{how}\n{tail(log, TAIL_LINES)}"
+
+
+def runtime_view(
+    spec: LoaderSpec,
+    python: Path,
+    folder: Path,
+    context: RuntimeContext,
+    *,
+    device: str,
+    readable: Collection[Path],
+    writable: Collection[Path],
+) -> View:
+    """Return the files that a runtime's process sees: its environment, its script, and what it is to read and write.
+
+    On CUDA the environment's `kernels` folder can be written, because kernels are compiled when they are first used.
+
+    Args:
+        spec: the script; it finds `packager_isolated.py` by its own path.
+        python: of the environment.
+        folder: from `private_folder`.
+        context: whose environment names the CUDA toolkit.
+        device: "cpu" or "cuda".
+        readable: more files and folders to read.
+        writable: folders to write; the first is the working directory.
+    """
+    files = [*environment_files(python), spec.script, ISOLATED, *readable]
+    if device != "cuda":
+        return View(folder=folder, readable=files, writable=writable, working=next(iter(writable)))
+    kernels = _kernels(python)
+    kernels.mkdir(exist_ok=True)
+    return View(
+        folder=folder,
+        readable=[*files, *_cuda_files(context.environ)],
+        writable=[*writable, kernels],
+        working=next(iter(writable)),
+        gpu=True,
+    )
+
+
+def _logits_bytes(job: ProbeJob) -> int:
+    return len(job.input_ids) * len(job.input_ids[0]) * job.vocab_size * 4
 
 
 def _outcome(spec: LoaderSpec, job: ProbeJob) -> ProbeResult | LoaderError:
-    result: dict[str, Any] = json.loads(_result_file(job).read_text(encoding="utf-8"))
+    """Read the result of a job; nothing of it is believed but what it says of the computation."""
     where = str(job.model_dir)
-    if result["status"] != "ok":
-        if result["type"] == "UnavailableError":
-            return LoaderUnavailableError(f"{spec.name} cannot run on this machine", why=result["message"])
-        lines = result.get("traceback", "").rstrip().splitlines()[-TAIL_LINES:]
-        why = "\n".join([f"{result['type']}: {result['message']}", *lines])
-        return LoaderError(f"{spec.name} could not open the checkpoint", where=where, why=why)
+    try:
+        with open_regular(_result_file(job)) as stream:
+            text = stream.read(_MAX_RESULT_BYTES + 1)
+        if len(text) > _MAX_RESULT_BYTES:
+            raise ValueError(f"result.json has over {_MAX_RESULT_BYTES} bytes")
+        written = _WRITTEN.validate_json(text)
+        if isinstance(written, _Failure):
+            if written.type == "UnavailableError":
+                return LoaderUnavailableError(f"{spec.name} cannot run on this machine", why=written.message[:_MAX_WHY])
+            lines = written.traceback[-_MAX_WHY:].rstrip().splitlines()[-TAIL_LINES:]
+            why = "\n".join([f"{written.type[:100]}: {written.message[:_MAX_WHY]}", *lines])
+            return LoaderError(f"{spec.name} could not open the checkpoint", where=where, why=why)
+        lengths = [len(tokens) for tokens in written.generated]
+        if len(lengths) != len(job.prompts) or max(lengths, default=0) > job.max_new_tokens:
+            raise ValueError(f"it generated {lengths} tokens for {len(job.prompts)} prompts")
+        return ProbeResult(logits=_read_logits(job), **written.model_dump(exclude={"status"}))
+    except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
+        return LoaderError(f"{spec.name} wrote a result that cannot be used", where=where, why=str(error))
+
+
+def _read_logits(job: ProbeJob) -> "NDArray[np.float32]":
+    """Return the logits float32 [rows, seq_len, vocab], memory-mapped.
+
+    Raises:
+        OSError: the file is not there, or no regular file.
+        ValueError: its header or its size is not that of these logits.
+    """
     import numpy as np
 
-    logits = np.load(job.output_dir / "logits.npy", mmap_mode="r")
-    if logits.shape[:2] != (len(job.input_ids), len(job.input_ids[0])) or logits.dtype != np.float32:
-        return LoaderError(f"{spec.name} wrote logits {logits.dtype} {logits.shape}", where=where)
-    result["generated"] = tuple(tuple(tokens) for tokens in result["generated"])
-    recorded = [field.name for field in fields(ProbeResult) if field.name != "logits"]
-    return ProbeResult(logits=logits, **{name: result[name] for name in recorded})
+    shape = (len(job.input_ids), len(job.input_ids[0]), job.vocab_size)
+    with open_regular(job.output_dir / "logits.npy") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("logits.npy is of another version of its format than 1.0")
+        found, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
+        if (found, by_columns, dtype) != (shape, False, np.dtype(np.float32)) or size != stream.tell() + _logits_bytes(
+            job
+        ):
+            raise ValueError(f"logits.npy has {dtype} {found} in {size} bytes, float32 {shape} wanted")
+        return np.memmap(stream, dtype=np.float32, mode="r", offset=stream.tell(), shape=shape)

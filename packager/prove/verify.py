@@ -149,7 +149,7 @@ def check_loaders(
     Returns:
         See `verify`.
     """
-    outcomes = _run_loaders(job)
+    outcomes = _run_loaders(job, references)
     records: dict[str, tuple[LoaderRecord, ...]] = {}
     for checkpoint in job.checkpoints:
         own = {name: found[checkpoint.branch] for name, found in outcomes.items()}
@@ -162,7 +162,9 @@ def check_loaders(
     return records
 
 
-def _run_loaders(job: VerifyJob) -> dict[str, dict[str, ProbeResult | LoaderError]]:
+def _run_loaders(
+    job: VerifyJob, references: Mapping[str, NDArray[np.float32]]
+) -> dict[str, dict[str, ProbeResult | LoaderError]]:
     """Run the loaders side by side; return what each computed, by loader and branch."""
     gc.collect()  # transformers' modules may refer to each other
     torch.cuda.empty_cache()  # what our own forward allocated; without CUDA this does nothing
@@ -173,7 +175,7 @@ def _run_loaders(job: VerifyJob) -> dict[str, dict[str, ProbeResult | LoaderErro
     environ = {**job.context.environ, "OMP_NUM_THREADS": str(threads)}
     job = replace(job, context=replace(job.context, environ=environ))
     with ThreadPoolExecutor(max_workers=max(1, len(names))) as pool:
-        outcomes = {name: pool.submit(_probe, LOADERS[name], job) for name in names}
+        outcomes = {name: pool.submit(_probe, LOADERS[name], job, references) for name in names}
         try:
             return {name: outcome.result() for name, outcome in outcomes.items()}
         except BaseException:
@@ -181,7 +183,9 @@ def _run_loaders(job: VerifyJob) -> dict[str, dict[str, ProbeResult | LoaderErro
             raise
 
 
-def _probe(spec: LoaderSpec, job: VerifyJob) -> dict[str, ProbeResult | LoaderError]:
+def _probe(
+    spec: LoaderSpec, job: VerifyJob, references: Mapping[str, NDArray[np.float32]]
+) -> dict[str, ProbeResult | LoaderError]:
     """Run one loader over all checkpoints in one process; return a LoaderError instead of raising it."""
     branches = [checkpoint.branch for checkpoint in job.checkpoints]
     if problem := spec.machine_problem(job.device.type):
@@ -197,6 +201,7 @@ def _probe(spec: LoaderSpec, job: VerifyJob) -> dict[str, ProbeResult | LoaderEr
             input_ids=job.rows.tolist(),
             prompts=[list(prompt) for prompt in job.prompts],
             max_new_tokens=job.loaders.max_new_tokens,
+            vocab_size=references[checkpoint.branch].shape[-1],
             output_dir=job.context.scratch / spec.name / checkpoint.branch,
         )
         for checkpoint in job.checkpoints
@@ -219,7 +224,13 @@ def _judge(
     if isinstance(outcome, LoaderUnavailableError):
         return LoaderRecord(loader=name, required=required, status="not run", reason=_reason(outcome))
     if isinstance(outcome, LoaderError):
-        return LoaderRecord(loader=name, required=required, status="failed", reason=_reason(outcome))
+        return LoaderRecord(
+            loader=name,
+            required=required,
+            status="failed",
+            reason=_reason(outcome),
+            confinement=job.context.confinement,
+        )
     own = references[checkpoint.branch]
     relative_error = _relative_error(outcome.logits, own)
     top1 = float((outcome.logits.argmax(-1) == own.argmax(-1)).mean())
@@ -237,6 +248,7 @@ def _judge(
         device=outcome.device,
         dtype=outcome.dtype,
         kernel=outcome.kernel,
+        confinement=job.context.confinement,
         versions=dict(outcome.versions),
         relative_error=round(relative_error, 6) if np.isfinite(relative_error) else None,
         top1_agreement=round(top1, 6),

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -87,6 +88,20 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(stream.fileno())
         Path(temporary).replace(path)
         fsync_folder(path.parent)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file that another program wrote, for reading: not a link to another file, and no pipe that never ends.
+
+    Raises:
+        OSError: it is no regular file, or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    stream = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return stream
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -1,29 +1,21 @@
-"""Child processes that run other people's code: without our secrets, with a time limit, killed with their children."""
+"""Child processes that run other people's code: with limits, and killed with their children when this process ends."""
 
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-_SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
-# Variables that make Python or pip use packages outside the virtual environment.
-_MISLEADING = frozenset(
-    ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER", "PIP_CONSTRAINT")
-)
-_POLL_S = 0.1
+from packager.system.files import open_regular
 
-
-def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return `environ` without secrets and without variables that lead out of a virtual environment."""
-    return {
-        name: value
-        for name, value in environ.items()
-        if name not in _MISLEADING and not any(word in name.upper() for word in _SECRET_WORDS)
-    }
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
+_POLL_S = 0.02
+_TAIL_BYTES = 1 << 16
 
 
 class Processes:
@@ -48,10 +40,12 @@ class Processes:
         timeout_s: float,
         progress: Callable[[], int] = lambda: 0,
         inherited: Collection[int] = (),
+        max_file_bytes: int = 0,
     ) -> int | None:
         """Run a command in a process group of its own; return its exit status, or None if it took too long.
 
-        The whole group is killed when the time is over and when this wait is interrupted.
+        What is left of the group is killed when the command ends, when the time is over, when this wait is interrupted,
+        and when this process ends, even by SIGKILL.
 
         Args:
             command: the program and its arguments.
@@ -62,6 +56,7 @@ class Processes:
             timeout_s: the longest time it may take.
             progress: the time limit starts again whenever this returns another number.
             inherited: descriptors that stay open in the child.
+            max_file_bytes: the size that no file may exceed which it writes, its output included; 0 for any size.
 
         Raises:
             KeyboardInterrupt: `stop_all` was called.
@@ -70,10 +65,10 @@ class Processes:
             if self._stopping.is_set():
                 raise KeyboardInterrupt
             process = subprocess.Popen(
-                command,
+                [sys.executable, "-I", "-S", str(_SUPERVISOR), str(max_file_bytes), *command],
                 cwd=folder,
                 env=environ,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # never written to: it ends with this process
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
@@ -90,15 +85,17 @@ class Processes:
     def _wait(self, process: "subprocess.Popen[bytes]", timeout_s: float, progress: Callable[[], int]) -> int | None:
         state, deadline = progress(), time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            try:
-                status = process.wait(timeout=_POLL_S)
-            except subprocess.TimeoutExpired:
-                if (now := progress()) != state:
-                    state, deadline = now, time.monotonic() + timeout_s
-                continue
-            if self._stopping.is_set():
+            with self._lock:
+                ended = _has_ended(process)
+            if ended and self._stopping.is_set():
                 raise KeyboardInterrupt
-            return status
+            if ended:
+                with self._lock:
+                    _kill(process)
+                return process.returncode
+            time.sleep(_POLL_S)
+            if (now := progress()) != state:
+                state, deadline = now, time.monotonic() + timeout_s
         return None
 
     def stop_all(self) -> None:
@@ -109,13 +106,37 @@ class Processes:
                 _kill(process)
 
 
+def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
+    """Tell whether a process has ended; it stays a zombie, so that no other process or group gets its number."""
+    if process.returncode is not None:
+        return True
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a process that is still running, with everything that it started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kill what is left of a process and of the group that it leads."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError, PermissionError):  # macOS: a group of zombies
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+def ending(status: int) -> str:
+    """Return how a command ended: by its exit status, or by the signal that killed it.
+
+    A shell and bubblewrap report a signal as 128 plus its number.
+    """
+    number = -status if status < 0 else status - 128
+    if number in set(signal.Signals):
+        return f"killed by {signal.Signals(number).name}"
+    return f"exit status {status}"
 
 
 def tail(log: Path, lines: int) -> str:
-    """Return the last lines of a log."""
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-lines:])
+    """Return the last lines of a log, at most 64 KiB."""
+    with open_regular(log) as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        text = stream.read().decode("utf-8", errors="replace")
+    return "\n".join(text.rstrip().splitlines()[-lines:])

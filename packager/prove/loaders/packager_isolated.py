@@ -51,7 +51,10 @@ def run_job(probe: Probe, job: Job) -> int:
 
 
 def forbid_network() -> None:
-    """Switch Hugging Face libraries to offline mode, and raise OSError at any attempt to reach a network."""
+    """Switch Hugging Face libraries to offline mode, and raise OSError where Python code connects to a network.
+
+    This is for plain errors. The confinement of the process keeps the network from all of its code.
+    """
     os.environ.update(
         HF_HUB_OFFLINE="1",
         TRANSFORMERS_OFFLINE="1",
@@ -59,8 +62,6 @@ def forbid_network() -> None:
         HF_HUB_DISABLE_TELEMETRY="1",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
         TOKENIZERS_PARALLELISM="false",
-        # The user's own HF_HOME may hold an access token and other models.
-        HF_HOME=str(Path(sys.prefix) / "huggingface"),
     )
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:

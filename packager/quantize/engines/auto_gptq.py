@@ -9,7 +9,6 @@ the whole model.
 import json
 import platform
 import shutil
-import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,15 +20,16 @@ from packager.errors import LoaderUnavailableError, MachineError, PackError, Qua
 from packager.inputs.base_model import SourceModel
 from packager.prove.environments import RuntimeContext, ensure_environment, installed_versions
 from packager.prove.loaders import LOADERS, LoaderSpec
-from packager.prove.probes import probe_environ
+from packager.prove.probes import probe_environ, runtime_view
 from packager.quantize.block_store import BlockStore
 from packager.quantize.engines.auto_gptq_files import AUTO_GPTQ_LOCK, AUTO_GPTQ_SCRIPT
 from packager.quantize.engines.legacy_config import legacy_config
 from packager.quantize.engines.protocol import EngineResult
 from packager.quantize.job import BlockDone, LinearsDone, QuantizeJob, Report
 from packager.receipt import CONFIG, INDEX_SUFFIX, LinearRecord
-from packager.system.files import TEMPORARY_PREFIX, disk_errors
-from packager.system.processes import tail
+from packager.system.confinement import confined_command, private_folder
+from packager.system.files import TEMPORARY_PREFIX, disk_errors, open_regular
+from packager.system.processes import ending, tail
 from packager.variant import Variant
 
 # For Python 3.13 the lock has another transformers, with which quantizing is untested.
@@ -88,20 +88,27 @@ class AutoGptq:
             _stage_model(job.source, folder / "model")
             request = _request(progress.variant, folder, job)
         try:
-            with (folder / "stdout.txt").open("wb") as out, (folder / "stderr.txt").open("wb") as err:
-                reader = _Reader(folder / "stdout.txt", lambda event: progress.take(event, folder))
-                status = self._context.processes.run(
-                    [str(python), "-I", str(self._spec.script.absolute()), str(request)],
-                    folder=folder,
-                    environ=probe_environ(python, self._context.environ),
-                    out=out,
-                    err=err,
-                    timeout_s=self._silence_s,
-                    progress=reader.read,
-                )
-                reader.read()
-            if status != 0 or not progress.done:
-                raise _ended(progress.variant, status, tail(folder / "stderr.txt", _TAIL_LINES), self._silence_s)
+            with private_folder() as private:
+                log, events = private / "stderr.txt", private / "stdout.txt"
+                view = runtime_view(
+                    self._spec, python, private, self._context, device="cuda",
+                    readable=[path.resolve() for path in (folder / "model").iterdir()], writable=[folder],
+                )  # fmt: skip
+                command = [str(python), "-I", str(self._spec.script.absolute()), str(request.absolute())]
+                with events.open("wb") as out, log.open("wb") as err:
+                    reader = _Reader(events, lambda event: progress.take(event, folder))
+                    status = self._context.processes.run(
+                        confined_command(command, view, self._context.confinement),
+                        folder=folder,
+                        environ=probe_environ(python, self._context.environ, "cuda", private),
+                        out=out,
+                        err=err,
+                        timeout_s=self._silence_s,
+                        progress=reader.read,
+                    )
+                    reader.read()
+                if status != 0 or not progress.done:
+                    raise _ended(progress.variant, status, tail(log, _TAIL_LINES), self._silence_s)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -241,7 +248,10 @@ class _VariantProgress:
             raise self._defect(f"block {block} came without the loss of {', '.join(missing)}")
         records = tuple(self._records[name] for name in linears)
         try:
+            open_regular(path).close()
             self.store.write(block, load_file(path), records)
+        except OSError as error:
+            raise self._defect(f"block {block} cannot be read: {error}") from error
         except PackError as error:
             raise self._defect(f"{error.what}: {error.why}") from error
         path.unlink()
@@ -299,10 +309,8 @@ def _ended(variant: Variant, status: int | None, stderr: str, silence_s: float) 
     """Return the error for a script that ended without reporting one."""
     if status is None:
         how = f"it wrote no event for {silence_s:g} s and was killed"
-    elif status < 0:
-        how = f"killed by {signal.Signals(-status).name}"
     else:
-        how = f"exit status {status}" if status else "it stopped before its last block"
+        how = ending(status) if status else "it stopped before its last block"
     return QuantizeError(
         "engine auto-gptq did not finish", where=variant.branch, why="\n".join(filter(None, [how, stderr])),
         hint=f"build again: the variant starts at its first block; or {_USE_NATIVE}",
