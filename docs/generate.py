@@ -190,7 +190,9 @@ def exit_codes_page() -> str:
         0: [("", "Done. An audit passed; a release may have skipped recipes and reported why.")],
         1: [("", "The reader of the output closed it, or this program has a defect: then it prints a traceback.")],
         2: [("", "The command line is wrong.")],
+        129: [("", "Ended by SIGHUP: the terminal was closed. Finished work is kept.")],
         130: [("", "Interrupted with Ctrl-C. Finished work is kept.")],
+        143: [("", "Ended by SIGTERM, as when a CI job is cancelled. Finished work is kept.")],
     }
     for error in _subclasses(PackagerError):
         text = (inspect.getdoc(error) or "").partition("\n\n")[0]
@@ -212,6 +214,45 @@ def _subclasses(parent: type[PackagerError]) -> Iterator[type[PackagerError]]:
 
 # loaders.md
 
+_CONFINEMENTS = (
+    (
+        "`bubblewrap`",
+        "No network, no other process, no capability. Of the files it sees the system's programs and libraries, its "
+        "environment, Python and torch, all read-only; the checkpoint, read-only; its output folder; an empty home. "
+        "Set up by `bwrap`, which must be installed.",
+    ),
+    (
+        "`namespaces`",
+        "The same, set up by util-linux's `unshare`, `mount` and `setpriv`. What the system has mounted inside of "
+        "`/usr` keeps its own write permissions, and there is no loopback interface.",
+    ),
+    (
+        "`none`",
+        "The machine allows neither: it is no Linux, or a container or a setting forbids user namespaces. Python code "
+        "that opens a connection gets an error; other code can reach the network and all files of the user. A line in "
+        "the log says so.",
+    ),
+    ("(empty)", "The loader did not run, or ran before this was recorded."),
+)
+_CONFINEMENT = f"""## Confinement
+
+A loader runs other people's code on a checkpoint that anyone may have made. Its process, and all that it starts, is
+confined by the strongest means that the machine allows. `confinement` in provenance.json, and the card, say which:
+
+{table(("confinement", "meaning"), _CONFINEMENTS)}
+
+In every case the process gets a list of variables (locale, CUDA devices, threads) and no others, an empty home, no core
+dumps, and a limit on the size of each file that it writes. On CUDA it also sees NVIDIA's devices and the folders of
+`LD_LIBRARY_PATH`, and it may write to the `kernels` folder of its environment, where compiled kernels are kept. Neither
+memory nor the number of processes is limited: CUDA reserves more address space than any limit would allow, and Linux
+counts all processes of a user together. When memory runs out, the kernel ends the loader before the build.
+
+pip gets the settings of an index, a proxy and certificates in addition, and pip.conf. It is not confined: it needs the
+network, and files that its settings may name anywhere.
+
+Ubuntu 24.04 lets a program make user namespaces only if an AppArmor profile says so. Where bubblewrap has none,
+`sysctl kernel.apparmor_restrict_unprivileged_userns=0` allows it."""
+
 
 def loaders_page() -> str:
     """Return the loaders that prove a build, their locks, and what each runtime is known to refuse."""
@@ -229,7 +270,7 @@ def loaders_page() -> str:
         f"### Packages of `{spec.name}`\n\n{table(('package', 'version', 'where'), _pinned(spec.requirements))}"
         for spec in LOADERS.values()
     ]
-    return page("Loaders", intro, proven, *locks, _predicted())
+    return page("Loaders", intro, proven, _CONFINEMENT, *locks, _predicted())
 
 
 def _pinned(requirements: Path) -> Iterator[tuple[str, str, str]]:

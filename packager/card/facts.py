@@ -76,6 +76,7 @@ class LoaderSetting:
     device: str
     dtype: str
     kernel: str
+    confinement: str
     versions: Mapping[str, str]
 
 
@@ -195,7 +196,13 @@ def offers(branches: Sequence[BranchFacts], expectations: Mapping[str, Sequence[
 
 def _setting(record: LoaderRecord) -> LoaderSetting:
     versions = dict(sorted(record.versions.items()))
-    return LoaderSetting(device=record.device, dtype=record.dtype, kernel=record.kernel, versions=versions)
+    return LoaderSetting(
+        device=record.device,
+        dtype=record.dtype,
+        kernel=record.kernel,
+        confinement=record.confinement,
+        versions=versions,
+    )
 
 
 def _grouped(pairs: Sequence[tuple[BranchFacts, object]], count: int) -> tuple[Shared, ...]:

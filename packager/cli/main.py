@@ -31,6 +31,7 @@ from packager.cli.options import (
     terminal_of,
 )
 from packager.cli.publishing import publish_command, rollback_command, verify_published_command
+from packager.cli.signals import end_command, raise_on_signals
 from packager.errors import AuditError, LoaderError, MachineError, PackagerError
 
 # pydantic's search for plugins reads the metadata of every installed package: 25 of 500 ms of `plan`, for no plugin.
@@ -44,7 +45,6 @@ if os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") != "https
 if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-_INTERRUPTED = 130
 _EPILOG = """
 \b
 Exit codes:
@@ -60,7 +60,9 @@ Exit codes:
   10  the publishing target refused, or a variant is not ready for it
   11  a file in the output folder was edited, or another run is in progress
   12  this machine lacks something: a GPU, memory, disk space, git, a package
-  130 interrupted
+  129 ended by SIGHUP: the terminal was closed
+  130 interrupted by Ctrl-C
+  143 ended by SIGTERM: a CI job was cancelled, for example
 
 A first run, on any machine: packager release recipes/demo-llama.yaml
 """
@@ -82,9 +84,8 @@ class _Commands(TyperGroup):
                 raise
             refusal = MachineError("cannot be used", where=str(error.filename), why=error.strerror or "")
             raise _reported(refusal) from error
-        except KeyboardInterrupt:
-            sys.stderr.write("interrupted: finished work is kept, run the same command again to continue\n")
-            raise typer.Exit(_INTERRUPTED) from None
+        except KeyboardInterrupt as error:
+            raise typer.Exit(end_command(error)) from None
 
 
 def _reported(error: PackagerError) -> typer.Exit:
@@ -325,4 +326,5 @@ def release_command(
 
 def main() -> None:
     """Entry point of the `packager` command."""
+    raise_on_signals()
     app()

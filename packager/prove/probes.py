@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from packager.errors import LoaderError, LoaderUnavailableError
 from packager.prove.environments import RuntimeContext, environment_files
@@ -323,7 +323,11 @@ def _outcome(spec: LoaderSpec, job: ProbeJob) -> ProbeResult | LoaderError:
         if len(lengths) != len(job.prompts) or max(lengths, default=0) > job.max_new_tokens:
             raise ValueError(f"it generated {lengths} tokens for {len(job.prompts)} prompts")
         return ProbeResult(logits=_read_logits(job), **written.model_dump(exclude={"status"}))
-    except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        why = f"result.json: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return LoaderError(f"{spec.name} wrote a result that cannot be used", where=where, why=why[:_MAX_WHY])
+    except (OSError, ValueError) as error:
         return LoaderError(f"{spec.name} wrote a result that cannot be used", where=where, why=str(error))
 
 

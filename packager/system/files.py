@@ -97,11 +97,10 @@ def open_regular(path: Path) -> BinaryIO:
         OSError: it is no regular file, or cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    stream = os.fdopen(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        stream.close()
+        os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return stream
+    return os.fdopen(descriptor, "rb")
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -1,0 +1,48 @@
+"""Signals that ask this process to end: SIGTERM and SIGHUP stop a command as Ctrl-C does, with its children."""
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from types import FrameType
+
+_NUMBERS = (signal.SIGTERM, signal.SIGHUP)
+
+
+class EndedBySignal(KeyboardInterrupt):
+    """A signal other than Ctrl-C's asked this process to end. All that cleans up after Ctrl-C does so after this."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = signal.Signals(number)
+
+
+def raise_on_signals() -> None:
+    """Let SIGTERM and SIGHUP raise `EndedBySignal` in the main thread. One that is ignored, as by nohup, stays so."""
+    terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+
+    def end(number: int, _: FrameType | None) -> None:
+        # Another one must not interrupt the cleaning up. A function would not do: Python removes it when it finalizes.
+        for each in _NUMBERS:
+            signal.signal(each, signal.SIG_IGN)
+        for stream in terminals:
+            if not os.isatty(stream):  # closed: every write to it would be an error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        raise EndedBySignal(number)
+
+    for number in _NUMBERS:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
+
+
+def end_command(error: KeyboardInterrupt) -> int:
+    """End the children that are left, print one sentence, and return the exit status."""
+    from packager.system.processes import end_children
+
+    end_children()
+    what, number = "interrupted", signal.SIGINT
+    if isinstance(error, EndedBySignal):
+        what, number = f"ended by {error.number.name}", error.number
+    with suppress(OSError):
+        sys.stderr.write(f"{what}: finished work is kept, run the same command again to continue\n")
+    return 128 + number

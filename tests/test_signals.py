@@ -1,0 +1,122 @@
+"""A command that a signal ends takes its children with it, says so in one sentence, and exits with 128 + the signal."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from packager.receipt import Confinement
+from packager.system.confinement import refusal
+from tests import tiny_recipe
+
+pytestmark = [pytest.mark.crash, pytest.mark.slow]
+DRIVER = Path(__file__).with_name("signal_driver.py")
+KEPT = "finished work is kept, run the same command again to continue\n"
+SAID = {
+    signal.SIGTERM: f"ended by SIGTERM: {KEPT}",
+    signal.SIGHUP: f"ended by SIGHUP: {KEPT}",
+    signal.SIGINT: f"interrupted: {KEPT}",
+}
+BEAT_S = 60.0
+
+
+def beats(folder: Path) -> int:
+    return (folder / "beat").stat().st_size if (folder / "beat").exists() else 0
+
+
+def start(stage: str, confinement: Confinement, folder: Path) -> "subprocess.Popen[str]":
+    """Start the driver and wait until the child's own child computes."""
+    if why := refusal(confinement):
+        pytest.skip(why)
+    process = subprocess.Popen(
+        [sys.executable, str(DRIVER), stage, confinement, str(folder)],
+        cwd=DRIVER.parents[1], env={**os.environ, "PYTHONPATH": str(DRIVER.parents[1])}, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + BEAT_S
+    while not beats(folder):
+        assert process.poll() is None, process.communicate()[1]
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"nothing computes: {process.communicate()[1]}")
+        time.sleep(0.05)
+    return process
+
+
+def assert_ended_with_children(process: "subprocess.Popen[str]", number: int, folder: Path) -> None:
+    with process:
+        said = process.communicate(timeout=30)[1]
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+        time.sleep(0.5)  # the children notice it
+    else:
+        assert process.returncode == 128 + number
+        assert said.endswith(SAID[signal.Signals(number)])
+        assert "Traceback" not in said
+    before = beats(folder)
+    time.sleep(0.5)
+    assert beats(folder) == before
+
+
+@pytest.fixture
+def folder(tmp_path: Path, builds: tiny_recipe.Builds) -> Path:
+    recipe = builds.copy(tmp_path / "tiny")
+    return recipe.parent
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("confinement", ["bubblewrap", "namespaces", "none"])
+def test_loaders_end_with_the_command(number: int, confinement: Confinement, folder: Path) -> None:
+    process = start("loader", confinement, folder)
+    os.kill(process.pid, number)
+    assert_ended_with_children(process, number, folder)
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        ("pip", signal.SIGTERM),
+        ("pip", signal.SIGKILL),
+        ("engine", signal.SIGHUP),
+        ("engine", signal.SIGKILL),
+        ("git", signal.SIGTERM),
+        ("git", signal.SIGINT),
+    ],
+)
+def test_every_other_child_ends_with_the_command(stage: str, number: int, folder: Path) -> None:
+    process = start(stage, "none", folder)
+    os.kill(process.pid, number)
+    assert_ended_with_children(process, number, folder)
+
+
+def test_a_second_signal_does_not_interrupt_the_cleaning_up(folder: Path) -> None:
+    process = start("loader", "none", folder)
+    for _ in range(3):
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.01)
+    assert_ended_with_children(process, signal.SIGTERM, folder)
+
+
+def test_a_publish_that_was_ended_is_finished_by_the_next_one(folder: Path) -> None:
+    process = start("git", "none", folder)
+    os.kill(process.pid, signal.SIGTERM)
+    assert_ended_with_children(process, signal.SIGTERM, folder)
+    report = tiny_recipe.publish(folder / "recipe.yaml", folder / "dist")
+    assert report
+
+
+def test_hangup_is_ignored_under_nohup(folder: Path) -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a child starts with the signals that are ignored
+    try:
+        process = start("loader", "none", folder)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    os.kill(process.pid, signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGTERM)
+    assert_ended_with_children(process, signal.SIGTERM, folder)
