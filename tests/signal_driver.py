@@ -9,13 +9,13 @@ import os
 import sys
 import venv
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from packager.cli.main import main as packager
 from packager.pipeline import flow
-from packager.prove import environments
 from packager.prove.environments import RuntimeContext, ensure_environment
-from packager.prove.loaders import LoaderSpec
+from packager.prove.loaders import LOADERS, LoaderSpec
 
 # A new session, which no signal to the group reaches, where the confinement ends it all the same.
 RUNTIME = """
@@ -32,6 +32,11 @@ PATH={path} exec git "$@"
 """
 
 
+def use_this_python(module: ModuleType) -> None:
+    """Let a module take this interpreter for that of an environment."""
+    vars(module)["ensure_environment"] = lambda *_: Path(sys.executable)
+
+
 def loader(context: RuntimeContext, spec: LoaderSpec, folder: Path) -> None:
     """Verify a checkpoint; the loaders run in threads."""
     import numpy as np
@@ -40,8 +45,8 @@ def loader(context: RuntimeContext, spec: LoaderSpec, folder: Path) -> None:
     from packager.prove import verify
     from packager.recipe import Loaders
 
-    verify.LOADERS["transformers"] = spec
-    verify.ensure_environment = lambda *_: Path(sys.executable)
+    LOADERS["transformers"] = spec
+    use_this_python(verify)
     job = verify.VerifyJob(
         checkpoints=[verify.Checkpoint(branch="main", folder=folder, bits=4, weights_sha256={})],
         ids=torch.zeros(1, 4, dtype=torch.int64),
@@ -62,7 +67,7 @@ def pip(context: RuntimeContext, spec: LoaderSpec, folder: Path) -> None:
         python.write_text(f"#!/bin/sh\nexec {sys.executable} {spec.script}\n")
         python.chmod(0o755)
 
-    venv.EnvBuilder.create = create  # type: ignore[method-assign,assignment]
+    venv.EnvBuilder.create = create  # type: ignore[method-assign]
     importlib.util.find_spec = lambda *_: None  # type: ignore[assignment]
     spec.requirements.write_text("absent==1.0\n")
     ensure_environment(spec, context)
@@ -77,7 +82,7 @@ def engine(context: RuntimeContext, spec: LoaderSpec, folder: Path) -> None:
     from packager.quantize.job import QuantizeJob
     from tests.tiny_models import open_store, save_model, token_rows, variant
 
-    auto_gptq.ensure_environment = lambda *_: Path(sys.executable)
+    use_this_python(auto_gptq)
     source, chosen = (
         read_source(save_model(folder / "model", "llama"), base_id="test/model"),
         variant(engine="auto-gptq"),
@@ -118,11 +123,10 @@ def main() -> None:
         confinement=confinement,  # type: ignore[arg-type]
     )  # fmt: skip
     run: dict[str, Any] = {"loader": loader, "pip": pip, "engine": engine}
-    flow.render = lambda *_, **__: run[stage](context, spec, folder)  # type: ignore[assignment]
+    flow.render = lambda *_, **__: run[stage](context, spec, folder)
     sys.argv = ["packager", "card", str(folder / "recipe.yaml")]
     packager()
 
 
 if __name__ == "__main__":
-    assert environments.READY
     main()

@@ -244,7 +244,7 @@ try:
 except ProcessLookupError:
     seen["parent"] = "gone"
 """
-    seen = seen_by(tmp_path, code, confined, parent=os.getpid() if os.getpid() > 1000 else 2**22 - 1)
+    seen = dict(seen_by(tmp_path, code, confined, parent=os.getpid() if os.getpid() > 1000 else 2**22 - 1))
     assert seen.pop("NoNewPrivs") == "1"
     assert seen.pop("parent") == "gone"
     assert set(seen.values()) == {""}
@@ -321,7 +321,7 @@ def test_records_of_before_have_no_confinement() -> None:
 # results
 
 
-def test_results_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_an_honest_result_is_read(tmp_path: Path) -> None:
     result = attack(tmp_path, "")
     assert np.array_equal(result.logits, np.zeros((1, 2, 4), np.float32))
     assert result.generated == ((7,),)

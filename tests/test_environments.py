@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,29 @@ def test_pip_failure_is_explained_and_pip_gets_no_secret(tmp_path: Path, monkeyp
     # A pip that survives us keeps others from starting over in the folder that it still writes to.
     assert seen["lock"] == f"{environment_name(spec)}.lock"
     assert not (Path(caught.value.where).parent / environments.READY).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("toy_torch")
+def test_packages_are_installed_and_compiled_without_any_variable_but_the_index(tmp_path: Path) -> None:
+    files = {
+        "toywheel/__init__.py": "value = 7\n",
+        "toywheel/broken.py": "print 'Python 2'\n",
+        "toywheel-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: toywheel\nVersion: 1.0\n",
+        "toywheel-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files["toywheel-1.0.dist-info/RECORD"] = "".join(
+        f"{name},,\n" for name in [*files, "toywheel-1.0.dist-info/RECORD"]
+    )
+    with zipfile.ZipFile(tmp_path / "toywheel-1.0-py3-none-any.whl", "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(name, text)
+    environ = {**ENVIRON, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_TARGET": str(tmp_path / "target")}
+    python = ensure_environment(toy_spec(tmp_path, "toywheel==1.0\n"), context(tmp_path / "cache", environ))
+    assert _output(python, "import toywheel; print(toywheel.value)") == "7"
+    assert not (tmp_path / "target").exists()
+    compiled = (python.parent.parent / "lib").rglob("toywheel/__pycache__/*.pyc")
+    assert [path.name.partition(".")[0] for path in compiled] == ["__init__"]
 
 
 def test_wrong_python_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import sys
 from contextlib import suppress
 from types import FrameType
 
-_NUMBERS = (signal.SIGTERM, signal.SIGHUP)
+# Windows has no SIGHUP.
+_NUMBERS = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class EndedBySignal(KeyboardInterrupt):
