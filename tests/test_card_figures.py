@@ -446,6 +446,21 @@ def test_predictions_leave_out_loaders_that_ran() -> None:
     assert [line.count("gptq-4bit") + line.count("`main`") for line in settings] == [3]
 
 
+def test_the_card_says_how_each_loader_was_confined() -> None:
+    recipe = recipe_of_four()
+    receipts = receipts_of_four(recipe)
+    for index, confinement in enumerate(("bubblewrap", "none", "")):
+        (loader, *others) = receipts[index].loaders
+        changed = loader.model_copy(update={"confinement": confinement})
+        receipts[index] = receipts[index].model_copy(update={"loaders": (changed, *others)})
+    lines = [line for line in render(recipe, receipts).splitlines() if line.startswith("* AutoGPTQ ran on")]
+    assert [("confined by bubblewrap, with" in line, ", not confined, with" in line) for line in lines] == [
+        (True, False),
+        (False, True),
+        (False, False),
+    ]
+
+
 def test_a_fact_that_all_branches_share_names_none() -> None:
     recipe = recipe_of_four()
     lines = render(recipe, fixtures.llama_receipts(recipe)).splitlines()

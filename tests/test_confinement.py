@@ -232,6 +232,18 @@ def test_a_loader_sees_no_file_of_the_user_and_changes_only_its_output(tmp_path:
     assert output.read_text() == "changed"
 
 
+def test_what_is_readable_in_a_writable_folder_is_not_writable(tmp_path: Path, confined: Confinement) -> None:
+    inner, outer = tmp_path / "a" / "read", tmp_path / "b" / "write"
+    for folder in (inner, outer):
+        folder.mkdir(parents=True)
+    with private_folder() as folder:
+        view = View(folder=folder, readable=[inner, tmp_path / "b"], writable=[tmp_path / "a", outer])
+        script = 'for d in "$@"; do if echo x > "$d/new"; then echo yes; else echo no; fi; done'
+        folders = [str(each) for each in (tmp_path / "a", inner, tmp_path / "b", outer)]
+        lines = _output(confined_command(["/bin/sh", "-c", script, "sh", *folders], view, confined), folder)
+    assert lines == ["yes", "no", "no", "yes"]
+
+
 def test_a_loader_sees_no_other_process_and_has_no_rights(tmp_path: Path, confined: Confinement) -> None:
     code = """
 for line in open("/proc/self/status"):

@@ -29,6 +29,7 @@ TERMINAL = {
     "packager/cli/options.py",
     "packager/cli/publishing.py",
     "packager/cli/consent.py",
+    "packager/cli/signals.py",
     "packager/system/terminal.py",
 }
 # `python -m packager.recipe.schema` is an entry point of its own: nox runs it, the command line does not know it.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from packager.errors import LoaderError, MachineError
+from packager.errors import LoaderError, LoaderUnavailableError, MachineError
 from packager.model.decoder import Decoder, forward
 from packager.prove import verify
 from packager.prove.environments import RuntimeContext
@@ -68,6 +68,28 @@ def test_agreement_passes(monkeypatch):
     record = record_of(monkeypatch, OWN * np.float32(1.001))
     assert (record.status, record.reason) == ("passed", "")
     assert record.relative_error == pytest.approx(0.001, rel=1e-3)
+
+
+@pytest.mark.parametrize("outcome", [None, LoaderError("it did not finish"), LoaderUnavailableError("no GPU")])
+def test_a_record_says_how_the_process_was_confined_if_there_was_one(monkeypatch, outcome):
+    replace_loaders(monkeypatch, lambda _: outcome or result_of(OWN))
+    context = RuntimeContext(cache=Path(), scratch=Path(), environ={}, log=lambda _: None, confinement="namespaces")
+    job = job_of({"main": Path("main")}, torch.zeros(2, 8, dtype=torch.int64), context=context)
+    (record,) = verify.check_loaders(job, {"main": OWN}, lambda _: None)["main"]
+    assert record.confinement == ("" if record.status == "not run" else "namespaces")
+
+
+def test_a_probe_must_write_as_many_logits_as_ours_have(monkeypatch):
+    seen = []
+
+    def probe(job: ProbeJob) -> LoaderError:
+        seen.append(job.vocab_size)
+        return LoaderError("it did not finish")
+
+    replace_loaders(monkeypatch, probe)
+    job = job_of({"main": Path("main")}, torch.zeros(2, 8, dtype=torch.int64))
+    verify.check_loaders(job, {"main": OWN}, lambda _: None)
+    assert seen == [OWN.shape[-1]]
 
 
 def spoiled(where: Any, value: float) -> np.ndarray:

@@ -31,7 +31,7 @@ _SETTINGS = (
     "localtime",
 )
 _DEVICES = ("null", "zero", "full", "random", "urandom")
-# nvidia0, nvidiactl, nvidia-uvm, nvidia-caps/; dxg is the GPU of WSL.
+# nvidia0, nvidiactl, nvidia-uvm and the like; dxg is the GPU of WSL.
 _GPU_DEVICES = ("nvidia*", "dxg")
 _STREAMS = {"fd": "fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}  # in /proc/self
 _LOCALE = frozenset(("LANG", "LC_ALL", "LC_CTYPE", "TZ"))
@@ -219,11 +219,13 @@ def _mounts(view: View, *, fresh_proc: bool) -> list[tuple[str, str, str]]:
         mounts += [("device", device, device) for device in devices]
     mounts += [("proc" if fresh_proc else "read", "/proc", "/proc")]
     mounts += [("folder", "", "/tmp")]  # noqa: S108 - one of its own, for programs that ignore TMPDIR
-    seen = {Path(target) for _, _, target in mounts}
-    home = view.folder / "home"
-    for how, paths in (("write", [home, *view.writable]), ("read", view.readable)):
-        for path in dict.fromkeys(each for given in paths for each in (given.absolute(), given.resolve())):
-            if path.exists() and path not in seen and not any(path.is_relative_to(system) for system in _SYSTEM):
-                seen.add(path)
+    written: set[Path] = set()
+    for how, paths in (("write", [view.folder / "home", *view.writable]), ("read", view.readable)):
+        shown = {Path(system) for system in _SYSTEM}
+        # Parents first: what is in a folder that is shown the same way needs no mount of its own.
+        for path in sorted({each for given in paths for each in (given.absolute(), given.resolve())} - written):
+            if path.exists() and shown.isdisjoint((path, *path.parents)):
+                shown.add(path)
                 mounts.append((how, str(path), str(path)))
+        written = shown
     return sorted(mounts, key=lambda mount: Path(mount[2]).parts)
