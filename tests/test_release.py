@@ -10,8 +10,13 @@ import os
 import platform
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +39,10 @@ from packager.prove.environments import RuntimeContext, ensure_environment
 from packager.prove.loaders import LOADERS
 from packager.prove.probes import ProbeJob, ProbeResult, run_probes
 from packager.publish.targets.git_process import AUTHOR_EMAIL, AUTHOR_NAME
-from packager.receipt import Provenance
+from packager.receipt import Confinement, Provenance
 from packager.recipe.file import RecipeFile
+from packager.system import processes
+from packager.system.confinement import refusal
 from tests import local_hub
 from tests.card_page import tables
 from tests.reader_fixtures import (
@@ -68,6 +75,8 @@ RTOL = 0.002
 
 # The demo is too small for threads, and OpenMP threads that wait for a core that others use spin: 52 s instead of 20 s.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+CONFINEMENTS: tuple[Confinement, ...] = ("bubblewrap", "namespaces", "none")
 
 Logits = NDArray[np.float32]
 
@@ -409,3 +418,57 @@ def test_downloads_refuse_a_revision_that_is_not_there(
     assert ended.returncode != 0
     assert message in ended.stdout + ended.stderr
     assert not list(work.rglob("*.safetensors"))
+
+
+def runtimes(process: int) -> list[int]:
+    """Return the descendants of a process that run a probe."""
+    found = []
+    for child in processes._descendants(process):
+        with suppress(OSError):  # it has ended
+            words = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
+            found += [child] if words[1:2] == ["-I"] and words[2].endswith("_probe.py") else []
+    return found
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_loaders_end_with_the_command(
+    number: signal.Signals, repository: Path, pythons: Mapping[str, Path], tmp_path: Path
+) -> None:
+    cache = next(iter(pythons.values())).parents[3]
+    command = [sys.executable, "-c", "from packager.cli.main import main; main()", "verify-published", str(repository)]
+    options = ["--branch", "main", "--loaders", "--device", "cpu", "--cache", str(cache)]
+    with (tmp_path / "said").open("wb") as said:
+        packager = subprocess.Popen([*command, *options], cwd=CHECKOUT, env={**os.environ, **ONE_THREAD}, stderr=said)
+    deadline = time.monotonic() + 120
+    while len(running := runtimes(packager.pid)) < len(pythons):
+        assert packager.poll() is None, (tmp_path / "said").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    packager.send_signal(number)
+    assert packager.wait(30) in (128 + number, -number)
+    time.sleep(0.5)
+    assert not [process for process in running if Path(f"/proc/{process}").exists()]
+    if number != signal.SIGKILL:
+        assert f"ended by {number.name}: finished work" in (tmp_path / "said").read_text()
+
+
+def test_loaders_that_are_confined_compute_the_same(
+    probed: Callable[[str, str], ProbeResult],
+    clones: Mapping[str, Path],
+    pythons: Mapping[str, Path],
+    tmp_path: Path,
+    rows: Sequence[Sequence[int]],
+) -> None:
+    for how in CONFINEMENTS:
+        if refusal(how):
+            continue
+        context = RuntimeContext(cache=tmp_path, scratch=tmp_path, environ=ONE_THREAD, log=print, confinement=how)
+        job = ProbeJob(
+            model_dir=clones["main"], device="cpu", input_ids=rows, prompts=[], max_new_tokens=0,
+            vocab_size=probed("autogptq", "main").logits.shape[-1], output_dir=tmp_path / how,
+        )  # fmt: skip
+        for name, python in pythons.items():
+            (result,) = run_probes(LOADERS[name], python, [job], RECIPE.loaders.timeout_s, context)
+            assert isinstance(result, ProbeResult), result
+            assert np.array_equal(result.logits, probed(name, "main").logits)

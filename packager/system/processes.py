@@ -141,8 +141,8 @@ def end_children() -> None:
 
 def _descendants(process: int) -> list[int]:
     found: list[int] = []
-    for listing in Path(f"/proc/{process}/task").glob("*/children"):
-        with suppress(OSError):  # a thread, or the whole process, has ended
+    with suppress(OSError):  # it has ended
+        for listing in Path(f"/proc/{process}/task").glob("*/children"):
             for child in map(int, listing.read_text(encoding="ascii").split()):
                 found += [child, *_descendants(child)]
     return found
