@@ -67,8 +67,8 @@ def pip(context: RuntimeContext, spec: LoaderSpec, folder: Path) -> None:
         python.write_text(f"#!/bin/sh\nexec {sys.executable} {spec.script}\n")
         python.chmod(0o755)
 
-    venv.EnvBuilder.create = create  # type: ignore[method-assign]
-    importlib.util.find_spec = lambda *_: None  # type: ignore[assignment]
+    venv.EnvBuilder.create = create  # type: ignore[assignment, method-assign]
+    importlib.util.find_spec = lambda *_: None
     spec.requirements.write_text("absent==1.0\n")
     ensure_environment(spec, context)
 

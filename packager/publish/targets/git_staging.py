@@ -22,7 +22,7 @@ from packager.publish.targets.git_locks import (
     remove_stale_locks,
 )
 from packager.publish.targets.git_remote import RemoteGit, is_absent
-from packager.publish.targets.git_view import View, require_plain
+from packager.publish.targets.git_view import GitView, require_plain
 from packager.system.files import disk_errors, remove_leftovers, write_atomic
 from packager.variant import MAIN
 
@@ -51,7 +51,7 @@ class Staging:
         self._git, self._remote, self._where, self._waits = git, remote, where, waits
         self._lock = publisher_lock(self.folder)
         self._pushing = git.git_folder / _PUSHING
-        self._view = View(git_folder(remote), self.folder / VIEW) if remote else None
+        self._view = GitView(git_folder(remote), self.folder / VIEW) if remote else None
         self._has_looked = False
 
     @contextmanager
@@ -94,7 +94,7 @@ class Staging:
         """Bring the view of a remote that is a folder up to date; without it git finds no repository there.
 
         Raises:
-            PublishError: as `View.lay`.
+            PublishError: as `GitView.lay`.
         """
         if self._view and self._remote:
             self._view.repository = git_folder(self._remote)

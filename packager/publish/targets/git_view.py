@@ -87,7 +87,7 @@ class _Config:
     entries: Mapping[str, str]
 
 
-class View:
+class GitView:
     """A git folder of ours for one repository.
 
     Args:
@@ -176,19 +176,19 @@ class ViewedGit(GitProcess):
 
     def __init__(self, worktree: Path) -> None:
         super().__init__(worktree)
-        self._view: View | None = None
+        self._view: GitView | None = None
 
     def look(self) -> None:
         """Lay the view, or bring it up to date.
 
         Raises:
-            PublishError: as `View.lay`.
+            PublishError: as `GitView.lay`.
         """
         if self._view is None:
             require_plain(self.git_folder)
             folder = Path(tempfile.mkdtemp(prefix="packager-view-"))
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            self._view, self.git_dir = View(self.git_folder, folder), folder
+            self._view, self.git_dir = GitView(self.git_folder, folder), folder
         try:
             self._view.lay(self)
         except PackagerError:
