@@ -255,7 +255,7 @@ def test_the_address_of_the_next_page_is_on_the_same_server_and_new(fixture: Hub
     ("name", "value", "words"),
     [
         ("_LISTING_S", 0.2, "its pages do not end"),
-        ("MAX_ANSWER_BYTES", 3000, "its pages do not end"),
+        ("MAX_ANSWER_BYTES", 20, "its pages do not end"),
         ("MAX_PAGES", 5, "the list has more than 5 pages"),
     ],
 )
