@@ -131,7 +131,13 @@ def test_the_first_page_names_every_command_whole_and_every_exit_code() -> None:
     assert [command for command in COMMANDS if f"\n  {command} " not in text] == []
     assert "..." not in text.partition("Commands:")[2]
     codes = {line.split()[0] for line in text.partition("Exit codes:\n")[2].partition("\n\n")[0].splitlines()}
-    assert codes == {"0", "130", *(str(error.exit_code) for error in error_classes() if error is not PackagerError)}
+    assert codes == {
+        "0",
+        "129",
+        "130",
+        "143",
+        *(str(error.exit_code) for error in error_classes() if error is not PackagerError),
+    }
 
 
 def test_no_command_is_help_and_version_is_one_line() -> None:
