@@ -346,8 +346,7 @@ def _read_logits(job: ProbeJob) -> "NDArray[np.float32]":
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError("logits.npy is of another version of its format than 1.0")
         found, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
-        if (found, by_columns, dtype) != (shape, False, np.dtype(np.float32)) or size != stream.tell() + _logits_bytes(
-            job
-        ):
+        wanted_size = stream.tell() + _logits_bytes(job)
+        if (found, by_columns, dtype, size) != (shape, False, np.dtype(np.float32), wanted_size):
             raise ValueError(f"logits.npy has {dtype} {found} in {size} bytes, float32 {shape} wanted")
         return np.memmap(stream, dtype=np.float32, mode="r", offset=stream.tell(), shape=shape)
