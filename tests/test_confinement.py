@@ -220,7 +220,8 @@ def test_a_loader_sees_no_file_of_the_user_and_changes_only_its_output(tmp_path:
     token.parent.mkdir(parents=True)
     token.write_text("hf_secret")
     environ = f"/proc/{os.getpid()}/environ"
-    targets = [tmp_path / "model" / "new", tmp_path / "runtime.py", Path(sys.prefix) / "new", Path("/usr/new")]
+    new = f"packager-test-{os.getpid()}"
+    targets = [tmp_path / "model" / new, tmp_path / "runtime.py", Path(sys.prefix) / new, Path("/usr") / new]
     output = tmp_path / "out" / "new"
     seen = seen_by(
         tmp_path, FILES, confined, readable=[str(token), environ, "/etc/shadow", "/etc/hostname"],
@@ -228,7 +229,7 @@ def test_a_loader_sees_no_file_of_the_user_and_changes_only_its_output(tmp_path:
     )  # fmt: skip
     assert [seen[name] for name in (str(token), environ, "/etc/shadow", "/etc/hostname")] == ["hidden"] * 4
     assert [seen[str(name)] for name in targets] == ["refused"] * 4
-    assert not any(target.exists() for target in targets if target.name == "new")
+    assert not any(target.exists() for target in targets if target.name == new)
     assert output.read_text() == "changed"
 
 
