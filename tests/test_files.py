@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from packager.inputs.base_model import model_files
+from packager.inputs.source_files import list_source_files
 from packager.system import files as files_module
 from packager.system.files import file_record, file_records
 from packager.system.parallel import in_parallel
@@ -98,7 +98,7 @@ def test_a_base_model_s_file_that_is_rewritten_at_once_is_hashed_again(
     for number in range(20):
         content = f"{number:04d}".encode()
         path.write_bytes(content)
-        (record,) = file_records(model_files(tmp_path)).values()
+        (record,) = file_records(list_source_files(tmp_path).paths).values()
         assert record.sha256 == hashlib.sha256(content).hexdigest()
 
 

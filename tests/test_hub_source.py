@@ -38,6 +38,7 @@ class FakeHub:
         self.asked: list[tuple[Any, ...]] = []
         self.wrong_digest = ""
         self.hidden: tuple[str, ...] = ()
+        self.sizes: dict[str, int] = {}
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self._model_info)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self._snapshot_download)
 
@@ -49,12 +50,12 @@ class FakeHub:
                 continue
             digest = "0" * 64 if path.name == self.wrong_digest else sha256_file(path)
             lfs = SimpleNamespace(sha256=digest) if path.suffix == ".safetensors" else None
-            siblings.append(SimpleNamespace(rfilename=path.name, lfs=lfs, size=1))
+            siblings.append(SimpleNamespace(rfilename=path.name, lfs=lfs, size=self.sizes.get(path.name, 1)))
         return SimpleNamespace(siblings=siblings)
 
     def _snapshot_download(self, repo_id: str, *, revision: str, allow_patterns: list[str]) -> str:
         self.asked.append(("snapshot_download", repo_id, revision))
-        assert not any(pattern.endswith(("bin", "pt", "py")) for pattern in allow_patterns)
+        assert set(allow_patterns) == {path.name for path in self.folder.iterdir()}  # no README, no code, no pickle
         return str(self.folder)
 
 
@@ -81,6 +82,14 @@ def test_a_download_with_another_digest_is_refused(recipe: RecipeFile, fake_hub:
     with pytest.raises(SourceError, match="damaged") as caught:
         open_source(recipe, lambda _: None)
     assert "model.safetensors" in caught.value.where
+
+
+def test_a_text_that_is_too_large_is_refused_before_the_download(recipe: RecipeFile, fake_hub: FakeHub):
+    fake_hub.sizes = {"tokenizer.json": 10**12}
+    with pytest.raises(SourceError, match="too large") as caught:
+        open_source(recipe, lambda _: None)
+    assert caught.value.where == "tester/tiny: tokenizer.json"
+    assert [call[0] for call in fake_hub.asked] == ["model_info"]
 
 
 def test_a_revision_without_safetensors_is_refused_before_the_download(recipe: RecipeFile, fake_hub: FakeHub):

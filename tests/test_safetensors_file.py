@@ -193,7 +193,7 @@ def test_a_missing_file_is_a_source_error(tmp_path: Path) -> None:
         pytest.param(b"", 0, "", id="no header"),
         pytest.param(b"\xff\xfe{\0}\0", 0, "", id="UTF-16"),
         pytest.param(b"[" * 200_000, 0, "", id="deep nesting"),
-        pytest.param(b'{"a":{"dtype":"F16","shape":[Infinity],"data_offsets":[0,4]}}', 4, "too large", id="infinity"),
+        pytest.param(b'{"a":{"dtype":"F16","shape":[Infinity],"data_offsets":[0,4]}}', 4, "not JSON", id="infinity"),
         pytest.param(
             b'{"a":{"dtype":"F16","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}', 4, "", id="5000 digits"
         ),

@@ -3,8 +3,8 @@
 It is a local folder, or the Hub at a pinned commit. Only safetensors are read: a pickle can run code when it is opened.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+import glob
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +12,28 @@ from typing import TYPE_CHECKING, cast
 
 from packager.errors import SourceError
 from packager.inputs.hub_session import checked_siblings, is_of_client, open_session
+from packager.inputs.source_files import (
+    INDEX,
+    SourceFiles,
+    check_contents,
+    list_source_files,
+    read_copied,
+    read_license,
+)
 from packager.model.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, read_architecture
 from packager.model.config_values import read_config
+from packager.model.contract_files import CONTENT_RULES
 from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
-from packager.receipt import CONFIG, INDEX_SUFFIX, TOKENIZER_FILES, FileRecord, SourceRecord, digest_of
+from packager.receipt import CONFIG, TOKENIZER_FILES, FileRecord, SourceRecord, digest_of
 from packager.recipe.file import RecipeFile
-from packager.system.files import disk_errors, file_records
+from packager.system.files import bytes_record, disk_errors, file_record, file_records
 from packager.system.text import printable
 
 if TYPE_CHECKING:
     import torch
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.md", "*.jinja", "LICENSE*", "Notice*", "NOTICE*")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_MOST_TENSORS = 400_000  # a model of 1000 blocks has 12,000; one with experts many more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +42,7 @@ class SourceModel:
 
     Attributes:
         folder: with its files.
+        files: the names of those that are used.
         config: content of config.json.
         architecture: its shapes.
         record: identity and digests, for the receipts.
@@ -40,6 +50,7 @@ class SourceModel:
     """
 
     folder: Path
+    files: SourceFiles
     config: Mapping[str, object]
     architecture: Architecture
     record: SourceRecord
@@ -64,6 +75,47 @@ class SourceModel:
             raise SourceError("the weights contain NaN or Inf", where=name, hint="the base model is damaged")
         return tensor
 
+    def copied(self, name: str) -> bytes:
+        """Return the content of one of `files.copied`, read once and compared with the digest in the record.
+
+        Raises:
+            SourceError: it was replaced since it was checked.
+        """
+        return self._recorded(name, read_copied(self.folder, name))
+
+    def license(self, name: str) -> bytes:
+        """Return the content of one of `files.licenses`, as `copied` does.
+
+        Raises:
+            SourceError: it was replaced since it was checked.
+        """
+        return self._recorded(name, read_license(self.folder, name))
+
+    def _recorded(self, name: str, data: bytes) -> bytes:
+        if bytes_record(data) != self.record.files[name]:
+            raise _replaced(self.folder / name)
+        return data
+
+    def check_unchanged(self) -> None:
+        """Compare the weights and config.json with the record; files with unchanged times are not read again.
+
+        Raises:
+            SourceError: a file was replaced or written while it was read.
+        """
+        list_source_files(self.folder, self.files.licenses)
+        for name in (CONFIG, *self.files.weights):
+            if file_record(self.folder / name) != self.record.files[name]:
+                raise _replaced(self.folder / name)
+
+
+def _replaced(path: Path) -> SourceError:
+    return SourceError(
+        "a file of the base model changed during the build",
+        where=str(path),
+        why="its sha256 is no longer the one of the file that was checked",
+        hint="run the same command again, and let nothing write into that folder meanwhile",
+    )
+
 
 def open_source(recipe_file: RecipeFile, log: Callable[[str], None]) -> SourceModel:
     """Find the base model, download it from the Hub if needed, and check it against the recipe.
@@ -74,18 +126,45 @@ def open_source(recipe_file: RecipeFile, log: Callable[[str], None]) -> SourceMo
 
     Raises:
         SourceError: the model is missing, gated, has only pickles, is truncated, or differs from its config.json or
-            from the recipe's copy of it.
+            from the recipe's copy of it; or a file is not what its name says, see `list_source_files`.
+    """
+    base, licenses = recipe_file.recipe.base_model, recipe_file.recipe.card.license.base_files
+    folder = recipe_file.resolve(base.path) if base.path else _download(base.id, str(base.revision), licenses, log)
+    expected = recipe_file.config if base.config else None
+    source = read_source(
+        folder, base_id=base.id, revision=base.revision, expected_config=expected, licenses=licenses
+    )  # fmt: skip
+    if line := source.files.left_out_line:
+        log(printable(line))
+    return source
+
+
+def check_folder_of(recipe_file: RecipeFile) -> None:
+    """Check everything about a local base model but the values of its weights; a model on the Hub is not looked at.
+
+    A folder without weights passes: a build can be planned before they are there.
+
+    Raises:
+        SourceError: see `open_source`.
     """
     base = recipe_file.recipe.base_model
-    folder = recipe_file.resolve(base.path) if base.path else _download(base.id, str(base.revision), log)
-    expected = recipe_file.config if base.config else None
-    return read_source(folder, base_id=base.id, revision=base.revision, expected_config=expected)
+    if base.path is None:
+        return
+    files = list_source_files(recipe_file.resolve(base.path), recipe_file.recipe.card.license.base_files)
+    check_contents(files)
+    if files.weights:
+        _read_tensors(files, recipe_file.architecture)
 
 
 def read_source(
-    folder: Path, *, base_id: str, revision: str | None = None, expected_config: Mapping[str, object] | None = None
+    folder: Path,
+    *,
+    base_id: str,
+    revision: str | None = None,
+    expected_config: Mapping[str, object] | None = None,
+    licenses: Iterable[str] = (),
 ) -> SourceModel:
-    """Open a folder as a base model: hash every file and check every safetensors header.
+    """Open a folder as a base model: check every file that is used, and hash it.
 
     Raises:
         SourceError: see `open_source`.
@@ -100,8 +179,10 @@ def read_source(
                 where=str(folder / CONFIG),
                 hint="replace the copy named by base_model.config with the model's own config.json",
             )
-    tensors = _read_tensors(folder, architecture)
-    files = {path.name: record for path, record in file_records(model_files(folder)).items()}
+    listed = list_source_files(folder, licenses)
+    check_contents(listed)
+    tensors = _read_tensors(listed, architecture)
+    files = _records(listed)
     weights = {name: record for name, record in files.items() if name.endswith((".safetensors", CONFIG))}
     record = SourceRecord(
         id=base_id,
@@ -111,12 +192,14 @@ def read_source(
         dtype=_dtype_of(tensors),
         num_parameters=architecture.num_parameters,
     )
-    return SourceModel(folder=folder, config=config, architecture=architecture, record=record, tensors=tensors)
+    return SourceModel(
+        folder=folder, files=listed, config=config, architecture=architecture, record=record, tensors=tensors
+    )
 
 
-def model_files(folder: Path) -> list[Path]:
-    """Return the files in a model's folder, sorted; hidden files belong to a file manager or a download."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+def _records(files: SourceFiles) -> dict[str, FileRecord]:
+    records = file_records(files.paths)
+    return {path.relative_to(files.folder).as_posix(): record for path, record in records.items()}
 
 
 def _text_files(files: Mapping[str, FileRecord]) -> dict[str, str]:
@@ -142,10 +225,10 @@ def _fp16_config(folder: Path) -> Mapping[str, object]:
     return config
 
 
-def _read_tensors(folder: Path, architecture: Architecture) -> dict[str, StoredTensor]:
-    paths = _weights_files(folder)
-    if not paths:
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+def _read_tensors(files: SourceFiles, architecture: Architecture) -> dict[str, StoredTensor]:
+    folder = files.folder
+    if not files.weights:
+        pickles = [name for name in files.left_out if name.endswith(_PICKLES)]
         raise SourceError(
             "no safetensors weights",
             where=str(folder),
@@ -153,36 +236,14 @@ def _read_tensors(folder: Path, architecture: Architecture) -> dict[str, StoredT
             hint="a pickle can run code when it is opened; name a revision with safetensors, or convert it first",
         )
     found: dict[str, StoredTensor] = {}
-    for path in paths:
+    for path in (folder / name for name in files.weights):
         for name, stored in stored_tensors(path).items():
             if name in found:
                 raise SourceError(f"{name} is stored twice", where=f"{found[name].path.name} and {path.name}")
             found[name] = stored
+        if len(found) > _MOST_TENSORS:
+            raise SourceError("the weights hold too many tensors", where=str(folder), why=f"more than {_MOST_TENSORS}")
     return _matched(found, architecture, folder)
-
-
-def _weights_files(folder: Path) -> list[Path]:
-    """Return the weights files: those that the index names, or every safetensors file if there is no index.
-
-    Raises:
-        SourceError: the index is damaged, or a shard is missing.
-    """
-    index = folder / f"model{INDEX_SUFFIX}"
-    if not index.exists():
-        return sorted(folder.glob("*.safetensors"))
-    try:
-        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError("the index of the weights cannot be read", where=str(index), why=str(error)) from error
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise SourceError(
-            f"{len(missing)} of {len(names)} weights files are missing",
-            where=str(folder),
-            why=", ".join(missing[:5]),
-            hint="copy or download them again",
-        )
-    return [folder / name for name in names]
 
 
 def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, folder: Path) -> dict[str, StoredTensor]:
@@ -270,8 +331,15 @@ def access_problem(base_id: str) -> str:
     return ""
 
 
-def _download(base_id: str, revision: str, log: Callable[[str], None]) -> Path:
-    """Download a model at a commit into the Hub's cache and compare its digests with those that the Hub states."""
+def _is_used(name: str, licenses: Iterable[str]) -> bool:
+    return name in (*CONTENT_RULES, INDEX, *licenses) or ("/" not in name and name.endswith(".safetensors"))
+
+
+def _download(base_id: str, revision: str, licenses: Iterable[str], log: Callable[[str], None]) -> Path:
+    """Download a model at a commit into the Hub's cache and compare its digests with those that the Hub states.
+
+    Only what a build uses is downloaded, and no text that is larger than its kind may be.
+    """
     import huggingface_hub
 
     with hub_errors(f"{base_id} at {revision[:12]}"), disk_errors(Path("the Hub cache")):
@@ -283,8 +351,18 @@ def _download(base_id: str, revision: str, log: Callable[[str], None]) -> Path:
                 where=f"{base_id} at {revision}",
                 hint="a pickle can run code when it is opened; name a revision with safetensors",
             )
+        wanted = [sibling for sibling in siblings if _is_used(sibling.rfilename, licenses)]
+        for sibling in wanted:
+            rule = CONTENT_RULES.get(sibling.rfilename)
+            if rule is not None and (sibling.size or 0) > rule.most_bytes:
+                raise SourceError(
+                    "a file of the base model is too large",
+                    where=f"{base_id}: {sibling.rfilename}",
+                    why=f"it has {sibling.size} bytes, such a file may have {rule.most_bytes}",
+                )
         log(f"fetching {base_id} at {revision[:12]} into the Hub cache")
-        folder = Path(huggingface_hub.snapshot_download(base_id, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
+        names = [glob.escape(sibling.rfilename) for sibling in wanted]
+        folder = Path(huggingface_hub.snapshot_download(base_id, revision=revision, allow_patterns=names))
     stated = {folder / sibling.rfilename: sibling.lfs.sha256 for sibling in siblings if sibling.lfs is not None}
     for path, record in file_records(path for path in stated if path.exists()).items():
         if record.sha256 != stated[path]:

@@ -5,37 +5,36 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from packager.errors import SourceError
+from packager.model.contract_files import CONTENT_RULES, check_content
+from packager.model.model_folder import read_inside
 from packager.model.rope import rope_type
+from packager.model.strict_json import parse_json_object
+from packager.receipt import CONFIG
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 MOST_BLOCKS = 1000  # larger numbers are typing errors, as beyond _LARGEST, and planning them would never end
 _LARGEST = 1 << 24
 _MAX_SHORT = 40
-_MAX_CONFIG_BYTES = 1 << 20
 
 
 def read_config(path: Path) -> dict[str, object]:
     """Read a model's config.json.
 
     Raises:
-        SourceError: the file is missing, unreadable, larger than 1 MiB or not a JSON object.
+        SourceError: the file is missing, unreadable, larger than 1 MiB or not a JSON object, or a link leads out of its
+            folder.
     """
     try:
-        with path.open("rb") as stream:
-            data = stream.read(_MAX_CONFIG_BYTES + 1)
-        if len(data) > _MAX_CONFIG_BYTES:
-            raise ValueError(f"it is larger than {_MAX_CONFIG_BYTES} bytes")
-        config = json.loads(data)
-        if not isinstance(config, dict):
-            raise ValueError("it holds something else")
-    except (OSError, ValueError, RecursionError) as error:
+        data = read_inside(path.parent, path.name, CONTENT_RULES[CONFIG].most_bytes)
+        check_content(CONFIG, data)
+        return parse_json_object(data)
+    except (OSError, ValueError) as error:
         raise SourceError(
             "the file cannot be read as a JSON object",
             where=str(path),
             why=(error.strerror if isinstance(error, OSError) else None) or str(error),
             hint="base_model.config names a copy of the model's config.json, base_model.path the folder that holds it",
         ) from error
-    return config
 
 
 class ConfigReader:

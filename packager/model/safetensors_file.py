@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packager.errors import SourceError
+from packager.model.model_folder import open_regular
+from packager.model.strict_json import parse_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +26,11 @@ DTYPE_BYTES = {
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 _FILE_ORDER = {dtype: position for position, dtype in enumerate(DTYPE_BYTES)}
-_MAX_HEADER_BYTES = 100_000_000
+# A 405B model's 4,000 tensors need half a megabyte. A parsed header takes many times its size in memory.
+_MAX_HEADER_BYTES = 32_000_000
+_MOST_HEADER_VALUES = 2_000_000  # a tensor of two dimensions has seven commas and brackets
+_MAX_NAME = 1000
+_MAX_SHOWN = 40
 _MAX_DIMENSIONS = 32
 METADATA = {"format": "pt"}
 
@@ -45,7 +51,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """A safetensors file's header: its tensors, their offsets [begin, end) after the header, and its metadata."""
+    """A safetensors file's header: its tensors, their offsets [begin, end) in the file, and its metadata."""
 
     tensors: Mapping[str, TensorInfo]
     offsets: Mapping[str, tuple[int, int]]
@@ -83,22 +89,22 @@ def read_header(path: Path) -> Header:
         SourceError: the file is truncated or not a safetensors file; names the expected and the found size.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
                 raise SourceError(
                     "not a safetensors file, or cut off inside its header",
                     where=str(path),
-                    why=f"the header claims {length} bytes, the file has {size}",
+                    why=f"the header claims {length} bytes, the file has {size}; a header may have {_MAX_HEADER_BYTES}",
                     hint="copy or download the file again",
                 )
             raw = stream.read(length)
     except OSError as error:
-        raise SourceError("the file cannot be read", where=str(path), why=str(error)) from error
+        raise SourceError("the file cannot be read", where=str(path), why=error.strerror or str(error)) from error
     try:
-        return _parse_header(raw, data_bytes=size - 8 - length)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return _parse_header(raw, file_bytes=size)
+    except (ValueError, KeyError, TypeError) as error:
         raise SourceError(
             "the safetensors header does not fit the file",
             where=str(path),
@@ -107,38 +113,40 @@ def read_header(path: Path) -> Header:
         ) from error
 
 
-def _parse_header(raw: bytes, *, data_bytes: int) -> Header:
-    entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
-    if not isinstance(entries, dict):
-        raise TypeError("the header is not a JSON object")
+def _parse_header(raw: bytes, *, file_bytes: int) -> Header:
+    # A key given twice is refused: parsers disagree on which one counts, so two readers could see two files.
+    entries = parse_json_object(raw, most_values=_MOST_HEADER_VALUES)
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise TypeError("__metadata__ is not an object of strings")
-    tensors, offsets = {}, {}
+    tensors, offsets, data_begin = {}, {}, 8 + len(raw)
     for name, entry in entries.items():
-        if entry["dtype"] not in DTYPE_BYTES:
-            raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
-        tensor = TensorInfo(name=name, dtype=entry["dtype"], shape=_naturals(name, entry["shape"], _MAX_DIMENSIONS))
+        if len(name) > _MAX_NAME:
+            raise ValueError(f"a tensor's name has {len(name)} characters")
+        if not isinstance(entry, dict):
+            raise TypeError(f"{name} is not described by an object")
+        dtype = entry["dtype"]
+        if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+            raise ValueError(f"{name} has the unknown dtype {str(dtype)[:_MAX_SHOWN]}")
+        tensor = TensorInfo(name=name, dtype=dtype, shape=_naturals(name, entry["shape"], _MAX_DIMENSIONS))
         begin, end = _naturals(name, entry["data_offsets"], 2)
         if end - begin != tensor.size_bytes:
-            raise ValueError(f"{name} has {end - begin} bytes where its shape needs {tensor.size_bytes}")
-        tensors[name], offsets[name] = tensor, (begin, end)
-    position = 0
+            raise ValueError(f"{name} has {end - begin} bytes where its shape needs {_shown_size(tensor.size_bytes)}")
+        tensors[name], offsets[name] = tensor, (data_begin + begin, data_begin + end)
+    position = data_begin
     for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
         if begin != position:
-            raise ValueError(f"{name} begins at byte {begin}, expected {position}")
+            raise ValueError(f"{name} begins at byte {begin - data_begin}, expected {position - data_begin}")
         position = end
-    if position != data_bytes:
-        raise ValueError(f"the header describes {position} bytes of tensors, the file holds {data_bytes}")
+    if position != file_bytes:
+        described, held = position - data_begin, file_bytes - data_begin
+        raise ValueError(f"the header describes {described} bytes of tensors, the file holds {held}")
     return Header(tensors=tensors, offsets=offsets, metadata=metadata)
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse duplicate keys: parsers disagree on which one counts, so two readers could see two files."""
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        raise ValueError("a key is given twice in the header")
-    return keys
+def _shown_size(size_bytes: int) -> str:
+    """Return a number of bytes; 32 dimensions can mean one of 600 digits."""
+    return str(size_bytes) if size_bytes < 1 << 64 else "more than 2^64"
 
 
 def _naturals(name: str, values: object, at_most: int) -> tuple[int, ...]:
@@ -165,11 +173,13 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     Raises:
         SourceError: see `read_header`.
     """
-    header = read_header(path)
-    with path.open("rb") as stream:
-        start = 8 + int.from_bytes(stream.read(8), "little")
+    return tensors_at(path, read_header(path))
+
+
+def tensors_at(path: Path, header: Header) -> dict[str, StoredTensor]:
+    """Return every tensor of a safetensors file whose header was read, with the offset of its bytes."""
     return {
-        name: StoredTensor(info=info, path=path, offset=start + header.offsets[name][0])
+        name: StoredTensor(info=info, path=path, offset=header.offsets[name][0])
         for name, info in header.tensors.items()
     }
 
@@ -198,7 +208,7 @@ def copy_tensor(source: StoredTensor, descriptor: int, offset: int, *, chunk_byt
     Raises:
         SourceError: the tensor's file ended early.
     """
-    with source.path.open("rb") as reader:
+    with open_regular(source.path) as reader:
         reader.seek(source.offset)
         for begin in range(0, source.info.size_bytes, chunk_bytes):
             size = min(chunk_bytes, source.info.size_bytes - begin)

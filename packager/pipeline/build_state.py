@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from packager.errors import MachineError
-from packager.inputs.base_model import model_files
+from packager.inputs.source_files import list_source_files
 from packager.model.devices import DeviceChoice, choose_device, device_type, same_devices
 from packager.model.runtimes import LoaderName
 from packager.pipeline.pack import is_packed
@@ -192,7 +192,8 @@ def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, 
     base: dict[str, str] = {}
     if recipe.base_model.path is not None:
         folder = recipe_file.resolve(recipe.base_model.path)
-        base = {path.name: record.sha256 for path, record in file_records(model_files(folder)).items()}
+        files = list_source_files(folder, recipe.card.license.base_files)
+        base = {path.name: record.sha256 for path, record in file_records(files.paths).items()}
     quantized = digest_of([variant_plan.digest, base, _local_digest(recipe_file, recipe.calibration.path)])
     # Packing adds: the repository's id in quantize_config.json, the names and the sizes of the weights files.
     weights = digest_of([quantized, recipe.repository.id, recipe.checkpoint.model_dump(mode="json")])

@@ -55,8 +55,9 @@ def _licenses(run: BuildState, branch: str) -> dict[str, bytes]:
     for name in license_.base_files:
         path, record = run.workspace.folder(branch) / name, provenance.base_model.files.get(name)
         if record is None or not path.is_file() or file_record(path) != record:
-            path = run.source.folder / name
-        found[name] = path.read_bytes()
+            found[name] = run.source.license(name)
+        else:
+            found[name] = path.read_bytes()
     return found
 
 

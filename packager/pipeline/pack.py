@@ -13,7 +13,7 @@ from packager.model.checkpoint import PORTABLE_PARAMETERS, Shard, shard_index
 from packager.model.rope import in_both_spellings
 from packager.quantize.block_store import BlockStore
 from packager.receipt import CONFIG, GENERATION_CONFIG, INDEX_SUFFIX, QUANTIZE_CONFIG, TOKENIZER_FILES, FileRecord
-from packager.system.files import copy_atomic, disk_errors, file_records, write_atomic
+from packager.system.files import disk_errors, file_records, write_atomic
 from packager.variant import Variant
 
 _CONFIGS = (CONFIG, QUANTIZE_CONFIG, GENERATION_CONFIG)
@@ -54,6 +54,7 @@ def pack_checkpoint(job: PackJob) -> dict[str, FileRecord]:
 
     Raises:
         PackError: a block is missing.
+        SourceError: a file of the base model is no longer the one that was checked.
         MachineError: the disk is full; the finished blocks stay.
     """
     folder = job.store.checkpoint
@@ -65,9 +66,9 @@ def pack_checkpoint(job: PackJob) -> dict[str, FileRecord]:
                 path.unlink()
     for name, content in _configs(job).items():
         write_atomic(folder / name, content)
-    for name in TOKENIZER_FILES:
-        if (job.source.folder / name).exists():
-            copy_atomic(job.source.folder / name, folder / name)
+    for name in job.source.files.copied:
+        write_atomic(folder / name, job.source.copied(name))
+    job.source.check_unchanged()
     return {path.name: record for path, record in file_records(sorted(folder.iterdir())).items()}
 
 
@@ -82,7 +83,7 @@ def _configs(job: PackJob) -> dict[str, bytes]:
             "model_file_base_name": job.weights_name,
         },
     }
-    if not (job.source.folder / GENERATION_CONFIG).exists():
+    if GENERATION_CONFIG not in job.source.files.copied:
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
         files[GENERATION_CONFIG] = {
             "_from_model_config": True,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from packager.errors import PlanError
+from packager.inputs.base_model import check_folder_of
 from packager.model.architecture import Architecture
 from packager.model.checkpoint import Shard, checkpoint_tensors, fit_problems, length_problem, split_shards
 from packager.model.compatibility import Verdict, verdicts
@@ -120,6 +121,7 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
 
     Raises:
         PlanError: variants cannot be made from this model, or a required loader refuses one; all are named.
+        SourceError: a local base model cannot be used.
     """
     recipe = recipe_file.recipe
     architecture = recipe_file.architecture
@@ -134,6 +136,7 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
         raise PlanError(
             "the recipe cannot be built from this model", where=str(recipe_file.path), why="\n       ".join(problems)
         )
+    check_folder_of(recipe_file)
     planned = tuple(_plan_variant(variant, recipe, architecture, judged[variant.branch]) for variant in variants)
     tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
     return BuildPlan(

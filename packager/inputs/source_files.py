@@ -1,0 +1,194 @@
+"""The files of a base model's folder: which of them a build reads, and what must be true of them before it does.
+
+A base model is made by others. Only the files that a branch needs are read, each by its kind and up to a size.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from packager.errors import SourceError
+from packager.model.contract_files import CONTENT_RULES, MOST_LICENSE_BYTES, check_content, check_text
+from packager.model.model_folder import name_problem, open_inside, read_inside
+from packager.model.strict_json import parse_json_object
+from packager.receipt import CONFIG, INDEX_SUFFIX, TOKENIZER_FILES
+
+INDEX = f"model{INDEX_SUFFIX}"
+_MOST_INDEX_BYTES = 32_000_000
+_MOST_ENTRIES = 10_000
+_MOST_LISTED = 20
+_MOST_NAME = 200  # characters shown of a name
+_REPLACE = "replace it by the file itself, or take it out: links are followed only inside the base model's folder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFiles:
+    """Names of the files in a base model's folder.
+
+    Attributes:
+        folder: the folder.
+        weights: the files that the index names, or every safetensors file if there is no index.
+        copied: those that a branch gets as they are.
+        licenses: those that the recipe wants in every branch, if they are there.
+        others: config.json and the index, if they are there.
+        left_out: everything else; it is neither read nor copied.
+    """
+
+    folder: Path
+    weights: tuple[str, ...]
+    copied: tuple[str, ...]
+    licenses: tuple[str, ...]
+    others: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that are used, sorted."""
+        used = {*self.weights, *self.copied, *self.licenses, *self.others}
+        return [self.folder / name for name in sorted(used)]
+
+    @property
+    def left_out_line(self) -> str:
+        """Which entries are left out, for the log; "" if none."""
+        if not self.left_out:
+            return ""
+        more = len(self.left_out) - _MOST_LISTED
+        listed = ", ".join(self.left_out[:_MOST_LISTED])
+        return f"not used and not copied of the base model: {listed}{f' and {more} more' if more > 0 else ''}"
+
+
+def list_source_files(folder: Path, licenses: Iterable[str] = ()) -> SourceFiles:
+    """Find the files that a build uses, and check that each is a regular file of the folder; texts are not read.
+
+    Args:
+        folder: the base model's.
+        licenses: names of licence files that the recipe wants.
+
+    Raises:
+        SourceError: a link leads out of the folder; a FIFO, a device or a folder has the name of a file; the index
+            is damaged or names a file that is missing.
+    """
+    try:
+        entries = sorted(path.name for path in islice(folder.iterdir(), _MOST_ENTRIES + 1))
+    except OSError as error:
+        raise _unreadable(folder, "", error) from error
+    if len(entries) > _MOST_ENTRIES:
+        raise SourceError(
+            "the base model's folder has too many entries",
+            where=str(folder),
+            why=f"more than {_MOST_ENTRIES}",
+            hint="name the folder that holds one model and nothing else",
+        )
+    there = set(entries)
+    others = tuple(name for name in (CONFIG, INDEX) if name in there)
+    weights = _named_by_index(folder) if INDEX in there else _safetensors(entries)
+    found = SourceFiles(
+        folder=folder,
+        weights=weights,
+        copied=tuple(name for name in TOKENIZER_FILES if name in there),
+        licenses=tuple(name for name in licenses if name in there),
+        others=others,
+        left_out=(),
+    )
+    for path in found.paths:
+        name = path.relative_to(folder).as_posix()
+        try:
+            open_inside(folder, name).close()
+        except OSError as error:
+            raise _unreadable(folder, name, error) from error
+    used = {path.relative_to(folder).parts[0] for path in found.paths}
+    return replace(found, left_out=tuple(name for name in entries if name not in used))
+
+
+def _safetensors(entries: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name for name in entries if name.endswith(".safetensors") and not name.startswith("."))
+
+
+def _named_by_index(folder: Path) -> tuple[str, ...]:
+    """Return the weights files that the index names.
+
+    Raises:
+        SourceError: the index is damaged, names a file outside the folder, or a shard is missing.
+    """
+    where = str(folder / INDEX)
+    try:
+        data = read_inside(folder, INDEX, _MOST_INDEX_BYTES)
+        weight_map = parse_json_object(data).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("its weight_map is not an object with tensors")
+        if not all(isinstance(name, str) and name.endswith(".safetensors") for name in weight_map.values()):
+            raise ValueError("its weight_map has values that are not names of safetensors files")
+    except (OSError, ValueError) as error:
+        raise SourceError("the index of the weights cannot be read", where=where, why=_reason(error)) from error
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if problem := name_problem(name):
+            raise SourceError(
+                "the index of the weights names a file outside the base model's folder",
+                where=where,
+                why=f"{name[:_MOST_NAME]!r}: {problem}",
+                hint="take the index from the same revision as the weights",
+            )
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise SourceError(
+            f"{len(missing)} of {len(names)} weights files are missing",
+            where=str(folder),
+            why=", ".join(name[:_MOST_NAME] for name in missing[:5]),
+            hint="copy or download them again",
+        )
+    return tuple(names)
+
+
+def check_contents(files: SourceFiles) -> None:
+    """Read every file that a branch gets as it is, and check that it holds what its name says.
+
+    Raises:
+        SourceError: of the first file that is too large or holds something else.
+    """
+    for name in files.copied:
+        read_copied(files.folder, name)
+    for name in files.licenses:
+        read_license(files.folder, name)
+
+
+def read_copied(folder: Path, name: str) -> bytes:
+    """Return the content of one of TOKENIZER_FILES of a base model, checked by its kind.
+
+    Raises:
+        SourceError: it cannot be read, is too large, or holds something else.
+    """
+    try:
+        data = read_inside(folder, name, CONTENT_RULES[name].most_bytes)
+        check_content(name, data)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, name, error) from error
+    return data
+
+
+def read_license(folder: Path, name: str) -> bytes:
+    """Return the content of a base model's licence file.
+
+    Raises:
+        SourceError: it cannot be read, is too large, or is not text.
+    """
+    try:
+        data = read_inside(folder, name, MOST_LICENSE_BYTES)
+        check_text(data)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, name, error) from error
+    return data
+
+
+def _unreadable(folder: Path, name: str, error: OSError | ValueError) -> SourceError:
+    return SourceError(
+        "a file of the base model cannot be used",
+        where=str(folder / name),
+        why=_reason(error),
+        hint=_REPLACE if "link" in _reason(error) else "take the file from the model's page again",
+    )
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

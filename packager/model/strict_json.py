@@ -1,0 +1,128 @@
+"""Parse JSON that others wrote: one meaning, bounded memory, and an error in a sentence.
+
+Python's parser takes more than JSON is (NaN, 1e999, half of a surrogate pair) and keeps the last of two equal keys,
+where another parser keeps the first: two readers of one file would see two files.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import NoReturn
+
+# The largest tokenizer.json that is known (Gemma 3, 33 MB) has 2 million commas and brackets. Each value costs at most
+# 230 bytes of memory.
+MOST_JSON_VALUES = 3_000_000
+_MOST_LEVELS = 64
+_MOST_DIGITS = 64  # transformers writes model_max_length 10^30
+# Hooks for every number cost seconds, so they are used only where the text can need them.
+_LARGE_EXPONENT = re.compile(r"[eE]\+?[0-9]{3}")
+_MANY_DIGITS = re.compile(rf"[0-9]{{{_MOST_DIGITS + 1}}}")
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def parse_json(data: bytes, *, most_values: int = MOST_JSON_VALUES) -> object:
+    """Parse a JSON document.
+
+    Args:
+        data: UTF-8 without a byte order mark.
+        most_values: the largest number of commas and opening brackets, those inside strings included.
+
+    Raises:
+        ValueError: it is not JSON, a key is given twice, a number is infinite or has more than 64 digits, a string
+            holds half of a surrogate pair, or it is nested more than 64 levels deep. The text is a whole sentence and
+            quotes nothing of the document that is longer than a few characters.
+    """
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > most_values:
+        raise ValueError(f"it holds more than {most_values} values")
+    text = data.decode("utf-8")
+    if _MANY_DIGITS.search(text) and any(_MANY_DIGITS.search(part) for part in _outside_strings(text)):
+        raise ValueError(f"a number has more than {_MOST_DIGITS} digits")
+    try:
+        value: object = json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float if _LARGE_EXPONENT.search(text) else None,
+        )
+    except RecursionError:
+        raise ValueError(f"it is nested more than {_MOST_LEVELS} levels deep") from None
+    has_surrogates = _SURROGATE.search(text) is not None
+    for level, values in enumerate(_levels(value)):
+        if level == _MOST_LEVELS:
+            raise ValueError(f"it is nested more than {_MOST_LEVELS} levels deep")
+        if has_surrogates and not all(_is_text(string) for each in values for string in _strings(each)):
+            raise ValueError("a string holds half of a surrogate pair, which is no character")
+    return value
+
+
+def parse_json_object(data: bytes, *, most_values: int = MOST_JSON_VALUES) -> dict[str, object]:
+    """Parse a JSON document that is an object; see `parse_json`.
+
+    Raises:
+        ValueError: also when it holds something else.
+    """
+    value = parse_json(data, most_values=most_values)
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a key is given twice in one object")
+    return keys
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _outside_strings(text: str) -> Iterator[str]:
+    """Yield the parts of a JSON text between its strings."""
+    end = 0
+    for string in _STRING.finditer(text):
+        yield text[end : string.start()]
+        end = string.end()
+    yield text[end:]
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError("a number is too large for a float")
+    return value
+
+
+def _levels(value: object) -> Iterator[list[object]]:
+    """Yield the document, then every object and list one level deeper, and so on."""
+    level: list[object] = [value]
+    while level:
+        yield level
+        level = [inner for outer in level for inner in _items(outer) if isinstance(inner, dict | list)]
+
+
+def _items(value: object) -> Iterator[object]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Yield the strings directly in a value: itself, its keys, its items."""
+    if isinstance(value, str):
+        yield value
+    if isinstance(value, dict):
+        yield from value
+    yield from (item for item in _items(value) if isinstance(item, str))
+
+
+def _is_text(string: str) -> bool:
+    try:
+        string.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
