@@ -10,7 +10,8 @@ import pytest
 
 from packager.errors import CalibrationError
 from packager.inputs.base_model import read_source
-from packager.inputs.chat import prompt_ids
+from packager.inputs.chat import encode, prompt_ids
+from packager.inputs.limits import TextGroup
 from packager.inputs.overlap import check_overlap
 from packager.inputs.texts import load_tokenizer, make_rows, prepare, read_texts
 from packager.recipe import Calibration
@@ -169,14 +170,15 @@ def test_rows_are_the_documents_tokens_one_after_the_other(tokenizer: Any) -> No
     texts = [sentences(10, seed=3), sentences(10, seed=4)]
     stream = [token for text in texts for token in tokenizer(text)["input_ids"]]
     text = Calibration(path="text.txt", seq_len=8)
-    rows = make_rows(text, texts, tokenizer, num_samples=5, seed=None)
+    (ids,) = encode(tokenizer, [TextGroup(texts=texts, add_special_tokens=True)])
+    rows = make_rows(text, texts, ids, num_samples=5, seed=None)
     assert rows.ids.tolist() == [stream[begin : begin + 8] for begin in range(0, 40, 8)]
-    drawn = make_rows(text, texts, tokenizer, num_samples=5, seed=1)
+    drawn = make_rows(text, texts, ids, num_samples=5, seed=1)
     every = [stream[begin : begin + 8] for begin in range(0, len(stream) - 7, 8)]
     assert all(row in every for row in drawn.ids.tolist())
     assert len({tuple(row) for row in drawn.ids.tolist()}) == 5
-    assert drawn.record.digest == make_rows(text, texts, tokenizer, num_samples=5, seed=1).record.digest
-    assert drawn.record.digest != make_rows(text, texts, tokenizer, num_samples=5, seed=2).record.digest
+    assert drawn.record.digest == make_rows(text, texts, ids, num_samples=5, seed=1).record.digest
+    assert drawn.record.digest != make_rows(text, texts, ids, num_samples=5, seed=2).record.digest
     assert (rows.record.num_samples, rows.record.seq_len, rows.record.source) == (5, 8, "text.txt")
 
 

@@ -150,10 +150,11 @@ def check_folder_of(recipe_file: RecipeFile) -> None:
     base = recipe_file.recipe.base_model
     if base.path is None:
         return
-    files = list_source_files(recipe_file.resolve(base.path), recipe_file.recipe.card.license.base_files)
+    folder = recipe_file.resolve(base.path)
+    files = list_source_files(folder, recipe_file.recipe.card.license.base_files)
     check_contents(files)
     if files.weights:
-        _read_tensors(files, recipe_file.architecture)
+        _read_tensors(files, _read_architecture(_fp16_config(folder), folder, recipe_file.config))
 
 
 def read_source(
@@ -170,15 +171,7 @@ def read_source(
         SourceError: see `open_source`.
     """
     config = _fp16_config(folder)
-    architecture = read_architecture(config, str(folder / CONFIG))
-    if expected_config is not None:
-        expected = read_architecture(expected_config, "the recipe's copy of config.json")
-        if expected.tensors != architecture.tensors:
-            raise SourceError(
-                "the base model's config.json does not have the shapes of the recipe's copy",
-                where=str(folder / CONFIG),
-                hint="replace the copy named by base_model.config with the model's own config.json",
-            )
+    architecture = _read_architecture(config, folder, expected_config)
     listed = list_source_files(folder, licenses)
     check_contents(listed)
     tensors = _read_tensors(listed, architecture)
@@ -208,6 +201,27 @@ def _text_files(files: Mapping[str, FileRecord]) -> dict[str, str]:
 
 def _dtype_of(tensors: Mapping[str, StoredTensor]) -> str:
     return ", ".join(sorted({stored.info.dtype for stored in tensors.values()}))
+
+
+def _read_architecture(
+    config: Mapping[str, object], folder: Path, expected_config: Mapping[str, object] | None
+) -> Architecture:
+    """Return the shapes that a folder's config.json describes.
+
+    Raises:
+        PlanError: it does not describe a model.
+        SourceError: the recipe's copy describes other shapes.
+    """
+    architecture = read_architecture(config, str(folder / CONFIG))
+    if expected_config is not None:
+        expected = read_architecture(expected_config, "the recipe's copy of config.json")
+        if expected.tensors != architecture.tensors:
+            raise SourceError(
+                "the base model's config.json does not have the shapes of the recipe's copy",
+                where=str(folder / CONFIG),
+                hint="replace the copy named by base_model.config with the model's own config.json",
+            )
+    return architecture
 
 
 def _fp16_config(folder: Path) -> Mapping[str, object]:

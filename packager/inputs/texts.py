@@ -4,6 +4,7 @@ Calibration rows are drawn with a seed; evaluation rows come from other text.
 """
 
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from packager.errors import CalibrationError
 from packager.inputs.base_model import SourceModel, hub_errors
-from packager.inputs.chat import Question, check_prompt_template, prompt_ids, read_questions
+from packager.inputs.chat import (
+    AskedQuestion,
+    Question,
+    card_chat,
+    check_has_template,
+    check_prompt_template,
+    encode,
+    prompt_chat,
+    question_of,
+    read_questions,
+    render,
+)
+from packager.inputs.limits import TextGroup, check_tokenizer_file
 from packager.inputs.overlap import check_overlap
-from packager.receipt import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL, TextRecord, digest_of
+from packager.model.strict_json import parse_json
+from packager.receipt import CONFIG, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL, TextRecord, digest_of
 from packager.recipe import Calibration, Evaluation, TextSource
 from packager.recipe.file import RecipeFile
 
@@ -65,28 +79,46 @@ def prepare(recipe_file: RecipeFile, source: SourceModel) -> TextSets:
     check_overlap(
         calibration_texts, evaluation_texts, num_words=_WORDS_PER_TOKEN * recipe.evaluation.num_tokens
     )  # fmt: skip
-    check_prompt_template(recipe_file, tokenizer)
+    check_has_template(recipe_file, tokenizer)
+    asked = _questions(recipe.evaluation, recipe_file)
+    chats = [card_chat(recipe_file), *(chat for question in asked for chat in question.chats)]
+    chats += [prompt_chat(prompt) for prompt in recipe.loaders.prompts]
+    rendered = render(tokenizer, chats) if tokenizer.chat_template else []
+    if rendered:
+        check_prompt_template(recipe_file, tokenizer, rendered[0])
+    calibration_ids, evaluation_ids, rendered_ids = encode(
+        tokenizer,
+        [
+            TextGroup(texts=calibration_texts, add_special_tokens=True),
+            TextGroup(texts=evaluation_texts, add_special_tokens=True),
+            TextGroup(texts=rendered[1:], add_special_tokens=False),
+        ],
+    )
     calibration = make_rows(
-        recipe.calibration, calibration_texts, tokenizer, num_samples=recipe.calibration.num_samples,
+        recipe.calibration, calibration_texts, calibration_ids, num_samples=recipe.calibration.num_samples,
         seed=recipe.calibration.seed,
     )  # fmt: skip
     evaluation = make_rows(
-        recipe.evaluation, evaluation_texts, tokenizer,
+        recipe.evaluation, evaluation_texts, evaluation_ids,
         num_samples=max(1, recipe.evaluation.num_tokens // recipe.evaluation.seq_len), seed=None,
     )  # fmt: skip
+    pairs = zip(asked, rendered_ids[: 2 * len(asked) : 2], rendered_ids[1 : 2 * len(asked) : 2], strict=True)
     return TextSets(
         calibration=calibration,
         evaluation=evaluation,
-        questions=_questions(recipe.evaluation, recipe_file, tokenizer),
-        prompts=tuple(tuple(prompt_ids(tokenizer, prompt)) for prompt in recipe.loaders.prompts),
+        questions=tuple(question_of(*pair) for pair in pairs),
+        prompts=tuple(tuple(ids) for ids in rendered_ids[2 * len(asked) :]),
     )
 
 
 def load_tokenizer(source: SourceModel) -> Any:
     """Return the base model's tokenizer.
 
+    It is made of copies of the files that a branch gets, so that it is the branch's and reads nothing else.
+
     Raises:
         CalibrationError: there is none, or it cannot be read.
+        SourceError: one of its files was replaced since it was checked.
     """
     from transformers import AutoTokenizer
 
@@ -98,12 +130,21 @@ def load_tokenizer(source: SourceModel) -> Any:
             why="a branch needs tokenizer_config.json, and tokenizer.json or tokenizer.model",
             hint="take the tokenizer files from the same revision as the weights",
         )
-    try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain Exception for a damaged tokenizer.json
-        raise CalibrationError(
-            "the base model's tokenizer cannot be read", where=str(source.folder), why=str(error)
-        ) from error
+    with tempfile.TemporaryDirectory(prefix="packager-tokenizer-") as scratch:
+        folder = Path(scratch)
+        for name in source.files.copied:
+            (folder / name).write_bytes(source.copied(name))
+        (folder / CONFIG).write_text(json.dumps(source.config), encoding="utf-8")
+        if TOKENIZER in source.files.copied:
+            check_tokenizer_file(folder / TOKENIZER)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises plain Exception for a damaged tokenizer.json
+            raise CalibrationError(
+                "the base model's tokenizer cannot be read",
+                where=str(source.folder),
+                why=str(error).replace(scratch, str(source.folder)),
+            ) from error
 
 
 def read_texts(text: TextSource, recipe_file: RecipeFile) -> list[str]:
@@ -156,15 +197,20 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            yield number, parse_json(line.encode())
         except ValueError as error:
             raise CalibrationError("a line is not JSON", where=f"{path}:{number}", why=str(error)) from error
 
 
 def make_rows(
-    text: Calibration | Evaluation, texts: Sequence[str], tokenizer: Any, *, num_samples: int, seed: int | None
+    text: Calibration | Evaluation,
+    texts: Sequence[str],
+    encoded: Sequence[Sequence[int]],
+    *,
+    num_samples: int,
+    seed: int | None,
 ) -> TokenRows:
-    """Tokenize documents one after the other and cut the stream into rows.
+    """Cut the token ids of documents, one after the other, into rows.
 
     With a seed, rows are drawn from all whole rows of the stream without repetition. Without one, the first rows are
     taken.
@@ -178,7 +224,6 @@ def make_rows(
     import torch
 
     stream: list[int] = []
-    encoded = tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"] if texts else []
     for ids in encoded:
         stream.extend(ids)
     needed = num_samples * text.seq_len
@@ -215,11 +260,11 @@ def texts_digest(texts: Sequence[str]) -> str:
     return digest_of(list(texts))
 
 
-def _questions(evaluation: Evaluation, recipe_file: RecipeFile, tokenizer: Any) -> tuple[Question, ...]:
+def _questions(evaluation: Evaluation, recipe_file: RecipeFile) -> tuple[AskedQuestion, ...]:
     if evaluation.questions is None:
         return ()
     path = recipe_file.resolve(evaluation.questions)
-    return read_questions(path, _json_lines(path), tokenizer)
+    return read_questions(path, _json_lines(path))
 
 
 def _check_vocabulary(tokenizer: Any, source: SourceModel) -> None:
