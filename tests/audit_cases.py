@@ -168,11 +168,16 @@ CASES = [
     document("config-value", "config.json", lambda config: config.update(torch_dtype=["float16"])),
     document("rope-spelling", "config.json", lambda config: config.update(rope_parameters={"rope_theta": 5e5})),
     document("rope-spelling", "config.json", lambda config: config.update(rope_parameters={"rope_type": "llama3"})),
-    document(
-        "rope-spelling",
-        "config.json",
-        lambda config: config.update(rope_parameters={"rope_type": "linear", "factor": 10**400}),
+    document("json-damaged", "config.json", lambda config: config.update(rope_parameters={"factor": 10**400})),
+    case(
+        "json-damaged",
+        lambda folder: edit_text(folder, "config.json", '"vocab_size": 48', '"vocab_size": 48, "x": 1e999'),
     ),
+    case(
+        "json-damaged",
+        lambda folder: edit_text(folder, "config.json", '"vocab_size": 48', '"vocab_size": 48, "vocab_size": 48'),
+    ),
+    document("json-damaged", "config.json", lambda config: config.update(pad="\ud800")),
     document("quantization-config-missing", "config.json", lambda config: config.pop("quantization_config")),
     document("quantization-config-missing", "config.json", lambda config: config.update(quantization_config=[])),
     quantization("quantization-key-missing", lambda section: section.pop("desc_act")),

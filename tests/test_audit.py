@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.audit_cases import CASES, TOKEN, WEIGHTS, Case, Q, declare
 from tests.checkpoints import HIDDEN, VOCAB, Checkpoint, edit_json, edit_tensors, edit_text, pack, seal, write_json
 
 # Codes that need more than a change to a file; each has its own test below.
-CODES_TESTED_ALONE = {"folder-missing", "file-unreadable"}
+CODES_TESTED_ALONE = {"folder-missing", "file-unreadable", "folder-overfull"}
 
 
 def codes(report: AuditReport) -> set[str]:
@@ -146,15 +147,21 @@ def test_an_empty_folder_lists_all_that_is_missing(tmp_path: Path) -> None:
 
 def test_an_unreadable_file_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Checkpoint().write(tmp_path / "branch")
-    read_text = Path.read_text
+    open_file = os.open
 
-    def refuse(path: Path, *args: Any, **kwargs: Any) -> str:
-        if path.name == "special_tokens_map.json":
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> int:
+        if path == "special_tokens_map.json":
             raise PermissionError(13, "Permission denied")
-        return read_text(path, *args, **kwargs)
+        return open_file(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     assert codes(audit(folder)) == {"file-unreadable"}
+
+
+def test_a_folder_of_very_many_files_is_not_read_to_its_end(tmp_path: Path) -> None:
+    for number in range(10_001):
+        (tmp_path / f"{number}.bin").touch()
+    assert "folder-overfull" in codes(audit(tmp_path))
 
 
 def test_weights_without_any_json_are_still_checked(tmp_path: Path) -> None:

@@ -427,8 +427,8 @@ RECORDS: Sequence[tuple[str, bytes | Callable[[dict[str, Any]], object]]] = [
     ("remote-file-changed", lambda found: found["files"]["config.json"].update(size_bytes=10**4000)),
     ("remote-file-changed", lambda found: found["files"]["Notice"].update(sha256="\x1b[2J" * 10**4)),
     ("branch-differs", lambda found: found.update(branch="\n[bold]" * 10**5)),
-    ("provenance-disagrees", lambda found: found["parameters"].update(bits=10**4000)),
-    ("provenance-disagrees", lambda found: found.update(weights_bytes=-(10**4000))),
+    ("provenance-disagrees", lambda found: found["parameters"].update(bits=10**60)),
+    ("provenance-disagrees", lambda found: found.update(weights_bytes=-(10**60))),
 ]  # fmt: skip
 
 

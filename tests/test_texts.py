@@ -10,7 +10,7 @@ import pytest
 
 from packager.errors import CalibrationError
 from packager.inputs.base_model import read_source
-from packager.inputs.chat import encode, prompt_ids
+from packager.inputs.chat import encode_texts, prompt_ids
 from packager.inputs.limits import TextGroup
 from packager.inputs.overlap import check_overlap
 from packager.inputs.texts import load_tokenizer, make_rows, prepare, read_texts
@@ -170,7 +170,7 @@ def test_rows_are_the_documents_tokens_one_after_the_other(tokenizer: Any) -> No
     texts = [sentences(10, seed=3), sentences(10, seed=4)]
     stream = [token for text in texts for token in tokenizer(text)["input_ids"]]
     text = Calibration(path="text.txt", seq_len=8)
-    (ids,) = encode(tokenizer, [TextGroup(texts=texts, add_special_tokens=True)])
+    (ids,) = encode_texts(tokenizer, [TextGroup(texts=texts, add_special_tokens=True)])
     rows = make_rows(text, texts, ids, num_samples=5, seed=None)
     assert rows.ids.tolist() == [stream[begin : begin + 8] for begin in range(0, 40, 8)]
     drawn = make_rows(text, texts, ids, num_samples=5, seed=1)

@@ -44,11 +44,13 @@ def prompt_chat(prompt: str) -> Chat:
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Return the token ids of a user's message in the model's chat template, up to where the answer begins."""
-    ((ids,),) = encode(tokenizer, [TextGroup(texts=render(tokenizer, [prompt_chat(prompt)]), add_special_tokens=False)])
+    ((ids,),) = encode_texts(
+        tokenizer, [TextGroup(texts=render_messages(tokenizer, [prompt_chat(prompt)]), add_special_tokens=False)]
+    )
     return ids
 
 
-def render(tokenizer: Any, chats: Sequence[Chat]) -> list[str]:
+def render_messages(tokenizer: Any, chats: Sequence[Chat]) -> list[str]:
     """Render conversations in a tokenizer's chat template, in one process with limits.
 
     Raises:
@@ -62,7 +64,7 @@ def render(tokenizer: Any, chats: Sequence[Chat]) -> list[str]:
     return render_chats(template, tokenizer.special_tokens_map, chats)
 
 
-def encode(tokenizer: Any, groups: Sequence[TextGroup]) -> list[list[list[int]]]:
+def encode_texts(tokenizer: Any, groups: Sequence[TextGroup]) -> list[list[list[int]]]:
     """Return the token ids of each text of each group, as the tokenizer of transformers gives them.
 
     A tokenizer of the tokenizers library works in a process with limits, because its patterns come with the model. The

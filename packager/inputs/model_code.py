@@ -21,7 +21,7 @@ _MAX_REASON = 500
 Json = Mapping[str, Any]
 
 
-def main(request_file: str, result_file: str) -> None:
+def answer_request(request_file: str, result_file: str) -> None:
     """Answer a request: {"result": ...}, or {"error": ...} with a sentence."""
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     _set_limits(request["memory_bytes"], request["cpu_s"])
@@ -68,7 +68,7 @@ def _render(request: Json) -> list[str]:
 
 
 def _environment() -> Any:
-    """Return the sandbox of transformers 5 (utils/chat_template_utils.py), which its templates are written for."""
+    """Return the sandbox of transformers 5 (its module chat_template_utils), which chat templates are written for."""
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension
@@ -158,4 +158,4 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
 _TASKS: Mapping[str, Callable[[Json], object]] = {"render": _render, "load": _load, "encode": _encode}
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    answer_request(sys.argv[1], sys.argv[2])

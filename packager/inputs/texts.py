@@ -18,11 +18,11 @@ from packager.inputs.chat import (
     card_chat,
     check_has_template,
     check_prompt_template,
-    encode,
+    encode_texts,
     prompt_chat,
     question_of,
     read_questions,
-    render,
+    render_messages,
 )
 from packager.inputs.limits import TextGroup, check_tokenizer_file
 from packager.inputs.overlap import check_overlap
@@ -83,10 +83,10 @@ def prepare(recipe_file: RecipeFile, source: SourceModel) -> TextSets:
     asked = _questions(recipe.evaluation, recipe_file)
     chats = [card_chat(recipe_file), *(chat for question in asked for chat in question.chats)]
     chats += [prompt_chat(prompt) for prompt in recipe.loaders.prompts]
-    rendered = render(tokenizer, chats) if tokenizer.chat_template else []
+    rendered = render_messages(tokenizer, chats) if tokenizer.chat_template else []
     if rendered:
         check_prompt_template(recipe_file, tokenizer, rendered[0])
-    calibration_ids, evaluation_ids, rendered_ids = encode(
+    calibration_ids, evaluation_ids, rendered_ids = encode_texts(
         tokenizer,
         [
             TextGroup(texts=calibration_texts, add_special_tokens=True),

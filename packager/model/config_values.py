@@ -12,8 +12,8 @@ from packager.model.strict_json import parse_json_object
 from packager.receipt import CONFIG
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-MOST_BLOCKS = 1000  # larger numbers are typing errors, as beyond _LARGEST, and planning them would never end
-_LARGEST = 1 << 24
+MOST_BLOCKS = 1000  # larger numbers are typing errors, as beyond LARGEST_SIZE, and planning them would never end
+LARGEST_SIZE = 1 << 24
 _MAX_SHORT = 40
 
 
@@ -44,7 +44,7 @@ class ConfigReader:
         self.values = config
         self.problems: list[str] = []
 
-    def size(self, key: str, default: int | None = None, *, largest: int = _LARGEST) -> int:
+    def size(self, key: str, default: int | None = None, *, largest: int = LARGEST_SIZE) -> int:
         """Return a positive integer; `default` when it is absent or null, a problem when there is no default."""
         value = self.values.get(key)
         value = default if value is None else value

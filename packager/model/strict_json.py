@@ -69,6 +69,11 @@ def parse_json_object(data: bytes, *, most_values: int = MOST_JSON_VALUES) -> di
     return value
 
 
+def count_values(value: object) -> int:
+    """Return how many values a parsed document holds, itself and keys included."""
+    return 1 + sum(len(each) * (1 + isinstance(each, dict)) for each in _containers(value))
+
+
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     keys = dict(pairs)
     if len(keys) != len(pairs):
@@ -109,6 +114,10 @@ def _items(value: object) -> Iterator[object]:
         yield from value.values()
     elif isinstance(value, list):
         yield from value
+
+
+def _containers(value: object) -> Iterator[dict[str, object] | list[object]]:
+    return (each for level in _levels(value) for each in level if isinstance(each, dict | list))
 
 
 def _strings(value: object) -> Iterator[str]:

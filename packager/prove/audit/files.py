@@ -4,13 +4,14 @@ Links are followed only inside the folder, or from a snapshot of the Hub's cache
 the top belong to the tools that fetched the folder and are ignored.
 """
 
-import json
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from packager.model.contract_files import CONTENT_RULES
+from packager.model.model_folder import link_problem, read_inside
+from packager.model.strict_json import MOST_JSON_VALUES, count_values, parse_json
 from packager.prove.audit.finding import Findings
 from packager.receipt import (
     CONFIG,
@@ -39,11 +40,26 @@ CARD_FILES: Mapping[str, str] = {
 
 _FETCHERS_FOLDERS = (".git", ".cache")
 _OBJECT_FILES = frozenset({*REQUIRED_FILES, PROVENANCE, TOKENIZER, "special_tokens_map.json"})
-_MAX_TEXT_BYTES = 200_000_000
+# Documents whose content is used by several checks; others are parsed once more where they are needed.
+_SHARED_DOCUMENTS = _OBJECT_FILES | {"added_tokens.json"}
+_MOST_FILES = 10_000
+_MOST_INDEX_BYTES = 32_000_000
+_MOST_JSON_BYTES = 16_000_000  # provenance.json has 150 bytes for each linear
+_MOST_TEXT_BYTES = 8_000_000
+_MOST_README_BYTES = 4_000_000
+# Of all documents that are kept: their memory is bounded together.
+_MOST_VALUES = 4_000_000
 _POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 _MAX_POINTER_BYTES = 1024  # git-lfs looks no further
 
 JsonObject = dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonDocument:
+    """A JSON file's content, which may be null."""
+
+    value: object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +93,13 @@ def list_folder(folder: Path, findings: Findings) -> Listing:
     """List a folder and report leftovers, links that leave it, special files and empty files."""
     sizes: dict[str, int] = {}
     unread: set[str] = set()
-    for path in _walk(folder, findings):
+    for number, path in enumerate(_walk(folder, findings)):
+        if number == _MOST_FILES:
+            findings.add("folder-overfull", ".", f"more than {_MOST_FILES:,} files; only these were looked at")
+            break
         name = path.relative_to(folder).as_posix()
         try:
-            problem = _link_problem(folder, path) if path.is_symlink() else ""
+            problem = link_problem(folder, path) if path.is_symlink() else ""
             status = path.lstat() if problem else path.stat()
         except OSError as error:
             findings.add("file-unreadable", name, f"it cannot be read: {error}")
@@ -95,7 +114,7 @@ def list_folder(folder: Path, findings: Findings) -> Listing:
         elif status.st_size == 0:
             findings.add("empty-file", name, "the file has no content")
             unread.add(name)
-        elif _is_lfs_pointer(path, status.st_size):
+        elif _is_lfs_pointer(folder, name, status.st_size):
             findings.add("lfs-pointer", name, "this is a git-lfs pointer: the file itself was not fetched")
             unread.add(name)
         else:
@@ -125,30 +144,11 @@ def _walk(folder: Path, findings: Findings) -> Iterator[Path]:
                 yield entry
 
 
-def _link_problem(folder: Path, link: Path) -> str:
-    """Return why a link is not followed, or ""."""
-    root = folder.resolve()
-    try:
-        target = link.resolve(strict=True)
-    except (OSError, RuntimeError):  # a loop is a RuntimeError before Python 3.13
-        return "the link leads nowhere"
-    if target.is_dir():
-        return "the link leads to a folder"
-    if target.is_relative_to(root):
-        return ""
-    # The Hub client's cache: blobs of the repository, or, since huggingface_hub 2, of all repositories together.
-    model = root.parent.parent
-    blobs = (target.parent == model / "blobs", target.parent.parent == model.parent / "blobs")
-    if root.parent.name == "snapshots" and any(blobs):
-        return ""
-    return "the link leads out of the folder"
-
-
-def _is_lfs_pointer(path: Path, size_bytes: int) -> bool:
+def _is_lfs_pointer(folder: Path, name: str, size_bytes: int) -> bool:
     if size_bytes > _MAX_POINTER_BYTES:
         return False
     try:
-        return path.read_bytes().startswith(_POINTER)
+        return read_inside(folder, name, _MAX_POINTER_BYTES).startswith(_POINTER)
     except OSError:  # the check that needs the file reports it
         return False
 
@@ -169,45 +169,75 @@ def check_file_set(listing: Listing, findings: Findings, *, complete: bool) -> N
         findings.add("file-missing", TOKENIZER, "there is neither tokenizer.json nor tokenizer.model")
 
 
-def read_text(listing: Listing, name: str, findings: Findings) -> str | None:
-    """Return a file's text, or None after reporting why it is not UTF-8 text."""
-    if listing.sizes[name] > _MAX_TEXT_BYTES:
-        findings.add("text-damaged", name, f"{listing.sizes[name]} bytes are too many for a text file")
+def most_bytes(name: str) -> int:
+    """Return how large a text or JSON file of this name may be."""
+    if name in CONTENT_RULES:
+        return CONTENT_RULES[name].most_bytes
+    if name == README:
+        return _MOST_README_BYTES
+    if name.endswith(INDEX_SUFFIX):
+        return _MOST_INDEX_BYTES
+    return _MOST_JSON_BYTES if name.endswith(".json") else _MOST_TEXT_BYTES
+
+
+def _read(listing: Listing, name: str, findings: Findings) -> bytes | None:
+    """Return a file's content, or None after reporting that it is too large or cannot be read."""
+    if listing.sizes[name] > most_bytes(name):
+        message = f"{listing.sizes[name]} bytes are too many, such a file may have {most_bytes(name)}"
+        findings.add("text-damaged", name, message)
         return None
     try:
-        return listing.path(name).read_text(encoding="utf-8")
+        return read_inside(listing.folder, name, most_bytes(name))
     except OSError as error:
-        findings.add("file-unreadable", name, f"it cannot be read: {error}")
+        findings.add("file-unreadable", name, f"it cannot be read: {error.strerror or error}")
+        return None
+
+
+def read_text(listing: Listing, name: str, findings: Findings) -> str | None:
+    """Return a file's text, or None after reporting why it is not UTF-8 text of a normal size."""
+    data = _read(listing, name, findings)
+    try:
+        return None if data is None else data.decode("utf-8")
     except UnicodeDecodeError as error:
         findings.add("text-damaged", name, f"it is not UTF-8 text: {error.reason} at byte {error.start}")
+        return None
+
+
+def read_document(
+    listing: Listing, name: str, findings: Findings, *, most_values: int = MOST_JSON_VALUES
+) -> JsonDocument | None:
+    """Return a parsed .json file, or None after reporting why it cannot be parsed."""
+    data = _read(listing, name, findings)
+    try:
+        return None if data is None else JsonDocument(value=parse_json(data, most_values=most_values))
+    except UnicodeDecodeError as error:
+        findings.add("text-damaged", name, f"it is not UTF-8 text: {error.reason} at byte {error.start}")
+    except ValueError as error:
+        findings.add("json-damaged", name, f"it is not JSON: {error}")
     return None
 
 
 def read_documents(listing: Listing, findings: Findings, *, complete: bool) -> dict[str, object]:
-    """Parse every .json file and report those that are damaged or not the object that loaders expect."""
+    """Parse every .json file and report those that are damaged or not the object that loaders expect.
+
+    Returns:
+        Those that other checks use.
+    """
     documents: dict[str, object] = {}
+    left = _MOST_VALUES
     for name in listing.sizes:
         if not name.endswith(".json") or (name == PROVENANCE and not complete):
             continue
-        text = read_text(listing, name, findings)
-        if text is None:
+        is_index = name.endswith(INDEX_SUFFIX)
+        document = read_document(listing, name, findings, most_values=min(left, MOST_JSON_VALUES))
+        if document is None:
             continue
-        try:
-            value = json.loads(text, parse_constant=_refuse_constant)
-        except ValueError as error:
-            findings.add("json-damaged", name, f"it is not JSON: {error}")
-            continue
-        except RecursionError:
-            findings.add("json-damaged", name, "it is nested too deeply")
-            continue
-        documents[name] = value
-        if (name in _OBJECT_FILES or name.endswith(INDEX_SUFFIX)) and not isinstance(value, dict):
-            findings.add("json-damaged", name, f"it must be a JSON object, found {shown(value)}")
+        if name in _SHARED_DOCUMENTS or (is_index and "/" not in name):
+            documents[name] = document.value
+            left -= count_values(document.value)
+        if (name in _OBJECT_FILES or is_index) and not isinstance(document.value, dict):
+            findings.add("json-damaged", name, f"it must be a JSON object, found {shown(document.value)}")
     return documents
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def as_object(value: object) -> JsonObject | None:

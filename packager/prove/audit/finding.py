@@ -3,12 +3,14 @@
 A code is stable: scripts and CI filter on it. Its severity and its hint live here and nowhere else.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from packager.system.text import printable
 
+_MOST_PLACES = 10_000
 Severity = Literal["error", "warning"]
 
 
@@ -42,30 +44,38 @@ class Finding:
 
 
 class Findings:
-    """Collect findings in the order of the checks; equal messages become one finding with several locations."""
+    """Collect findings in the order of the checks; equal messages become one finding with several locations.
+
+    Of each code at most 10,000 locations are kept, and the rest is counted: a file can be made of nothing but secrets.
+    """
 
     def __init__(self) -> None:
         self._places: dict[tuple[str, str], dict[str, None]] = {}
+        self._counts: Counter[str] = Counter()
 
     def add(self, code: str, where: str, message: str) -> None:
         """Report `message` at `where` under `code`, which must be in `AUDIT_RULES`."""
         if code not in AUDIT_RULES:
             raise KeyError(code)
+        self._counts[code] += 1
+        if self._counts[code] > _MOST_PLACES:
+            return
         self._places.setdefault((code, printable(message)), {})[printable(where)] = None
 
     def collected(self) -> tuple[Finding, ...]:
         """Return everything reported so far."""
-        return tuple(
-            Finding(
-                code=code,
-                severity=AUDIT_RULES[code].severity,
-                where=next(iter(places)),
-                message=message,
-                hint=AUDIT_RULES[code].hint,
-                also=tuple(places)[1:],
-            )
-            for (code, message), places in self._places.items()
-        )
+        found = [_finding(code, message, tuple(places)) for (code, message), places in self._places.items()]
+        for code, count in self._counts.items():
+            if count > _MOST_PLACES:
+                found.append(_finding(code, f"{count - _MOST_PLACES:,} more like this are not listed", (".",)))
+        return tuple(found)
+
+
+def _finding(code: str, message: str, places: tuple[str, ...]) -> Finding:
+    rule = AUDIT_RULES[code]
+    return Finding(
+        code=code, severity=rule.severity, where=places[0], message=message, hint=rule.hint, also=places[1:]
+    )  # fmt: skip
 
 
 def _error(hint: str) -> Rule:
@@ -83,6 +93,7 @@ _FROM_BASE = "copy it from the base model"
 AUDIT_RULES: Mapping[str, Rule] = {
     # The folder
     "folder-missing": _error("give the folder that holds one branch"),
+    "folder-overfull": _error("give the folder that holds one branch and nothing else"),
     "leftover-file": _error("delete it: a killed run left it behind"),
     "link-leaves-folder": _error("replace the link by the file itself; its content was not checked"),
     "not-a-regular-file": _error("delete it: only regular files can be published"),

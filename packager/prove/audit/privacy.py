@@ -5,15 +5,21 @@ Vocabularies are searched for secrets only: "/home" and "file://" are ordinary t
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
-from packager.prove.audit.files import Listing, read_text
+from packager.prove.audit.files import Listing, read_document, read_text
 from packager.prove.audit.finding import Findings
 from packager.receipt import PROVENANCE, README, TOKENIZER
 
 _TEXT_SUFFIXES = (".md", ".txt", ".json", ".jsonl", ".jinja", ".yaml", ".yml", ".py")
 _VOCABULARIES = (TOKENIZER, "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 _SHOWN_SECRET = 6
+# Strings of a JSON file are searched together: three searches for each of a million strings take many seconds.
+_BATCH_STRINGS, _BATCH_CHARACTERS = 10_000, 1_000_000
 
 _SECRETS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
@@ -34,8 +40,8 @@ _HOSTS = re.compile(
     r"|[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,4}\.(?:internal|lan|corp|intranet))(?![\w.-])"
     r"|(?<![\w.-])(?!git@)[a-z_][a-z0-9_-]{0,31}@[A-Za-z0-9.-]{1,80}:[~/]"
 )
-# A whole JSON string that is an absolute path, whatever its first folder.
-_WHOLE_PATH = re.compile(r"/[\w.+@-]+(?:/[\w.+@-]+)+/?\Z")
+# A whole JSON string, or a line of one, that is an absolute path, whatever its first folder.
+_WHOLE_PATH = re.compile(r"^/[\w.+@-]+(?:/[\w.+@-]+)+/?$", re.MULTILINE)
 
 
 def check_privacy(
@@ -63,42 +69,114 @@ def check_privacy(
             continue
         if "." in base and not base.lower().endswith(_TEXT_SUFFIXES):
             continue
-        for place, text in _strings(listing, name, documents):
-            _check_text(place, text, findings, vocabulary=base in _VOCABULARIES)
-            if private and base not in _VOCABULARIES and private.search(text):
-                findings.add("host-name", place, "it names this machine or its user")
+        for searched in _searched(listing, name, documents):
+            _search(searched, findings, vocabulary=base in _VOCABULARIES)
+            if private and base not in _VOCABULARIES:
+                for place in dict.fromkeys(searched.place(match.start()) for match in private.finditer(searched.text)):
+                    findings.add("host-name", place, "it names this machine or its user")
 
 
-def _strings(listing: Listing, name: str, documents: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Yield (location, text): the strings of a JSON file, the lines of another. Damage was reported before."""
-    if name in documents and name not in _VOCABULARIES:
-        yield from _json_strings(name, documents[name])
-        return
-    text = read_text(listing, name, Findings())
-    for number, line in enumerate((text or "").splitlines(), start=1):
-        yield f"{name}:{number}", line
+class _Key(NamedTuple):
+    """A position in a JSON document: its key or index, and the position of the object or list that holds it."""
+
+    outer: "_Key | None"
+    key: str | int
+
+    def __str__(self) -> str:
+        """Return the keys from the outermost on, as `a.b[2]`."""
+        parts: list[str] = []
+        at: _Key | None = self
+        while at is not None:
+            parts.append(f"[{at.key}]" if isinstance(at.key, int) else f".{at.key}")
+            at = at.outer
+        return "".join(reversed(parts)).removeprefix(".")
 
 
-def _json_strings(name: str, document: object) -> Iterator[tuple[str, str]]:
-    pending: list[tuple[str, object]] = [("", document)]
+@dataclass(frozen=True, kw_only=True)
+class _Searched:
+    """Lines that are searched at once: the text of a file, or strings of a JSON file, each ended by a newline.
+
+    Attributes:
+        name: the file's.
+        text: the lines.
+        keys: for strings their positions, else empty.
+        ends: for strings the offset at which each ends, else of each line.
+    """
+
+    name: str
+    text: str
+    keys: Sequence[_Key | None]
+    ends: Sequence[int]
+
+    def place(self, offset: int) -> str:
+        """Return where the character at an offset is."""
+        number = bisect_left(self.ends, offset)
+        if not self.keys:
+            return f"{self.name}:{number + 1}"
+        key = self.keys[number]
+        return self.name if key is None else f"{self.name}: {key}"
+
+
+def _searched(listing: Listing, name: str, documents: Mapping[str, object]) -> Iterator[_Searched]:
+    """Yield what is to be searched of a file. Damage was reported before."""
+    if name.endswith(".json") and name not in _VOCABULARIES:
+        document = documents[name] if name in documents else _document(listing, name)
+        yield from _batches(name, _json_strings(document))
+    elif text := read_text(listing, name, Findings()):
+        yield _Searched(name=name, text=text, keys=(), ends=[match.start() for match in re.finditer("\n", text)])
+
+
+def _document(listing: Listing, name: str) -> object:
+    document = read_document(listing, name, Findings())
+    # A damaged file is searched as a whole.
+    return document.value if document else read_text(listing, name, Findings())
+
+
+def _batches(name: str, strings: Iterator[tuple[_Key | None, str]]) -> Iterator[_Searched]:
+    left = True
+    while left:
+        keys: list[_Key | None] = []
+        texts: list[str] = []
+        ends: list[int] = []
+        size = 0
+        for key, text in islice(strings, _BATCH_STRINGS):
+            size += len(text) + 1
+            keys.append(key)
+            texts.append(text)
+            ends.append(size - 1)
+            if size > _BATCH_CHARACTERS:
+                break
+        left = bool(texts)
+        if texts:
+            yield _Searched(name=name, text="\n".join(texts), keys=keys, ends=ends)
+
+
+def _json_strings(document: object) -> Iterator[tuple[_Key | None, str]]:
+    """Yield every string of a document, keys included, and where it is."""
+    pending: list[tuple[_Key | None, object]] = [(None, document)]
     while pending:
         key, value = pending.pop()
         if isinstance(value, dict):
-            pending += [(f"{key}.{inner}" if key else inner, item) for inner, item in reversed(value.items())]
-            yield from ((f"{name}: {key}" if key else name, inner) for inner in value)
+            pending += [(_Key(key, inner), item) for inner, item in reversed(value.items())]
+            yield from ((key, inner) for inner in value)
         elif isinstance(value, list):
-            pending += [(f"{key}[{number}]", item) for number, item in reversed(list(enumerate(value)))]
+            pending += [(_Key(key, number), item) for number, item in reversed(list(enumerate(value)))]
         elif isinstance(value, str):
-            yield (f"{name}: {key}", value)
+            yield key, value
 
 
-def _check_text(place: str, text: str, findings: Findings, *, vocabulary: bool) -> None:
+def _search(searched: _Searched, findings: Findings, *, vocabulary: bool) -> None:
+    text = searched.text
     for secret in _SECRETS.finditer(text):
-        findings.add("secret", place, f"a token or password, {secret[0][:_SHOWN_SECRET]}...")
+        findings.add("secret", searched.place(secret.start()), f"a token or password, {secret[0][:_SHOWN_SECRET]}...")
     if vocabulary:
         return
-    path = _PATHS.search(text) or (_WHOLE_PATH.match(text) if ": " in place else None)
-    if path:
-        findings.add("local-path", place, f"a path of the building machine: {json.dumps(path[0])}")
+    paths = {searched.place(match.start()): match[0] for match in reversed(list(_PATHS.finditer(text)))}
+    if searched.keys:
+        for match in _WHOLE_PATH.finditer(text):
+            paths.setdefault(searched.place(match.start()), match[0])
+    for place, path in reversed(paths.items()):
+        findings.add("local-path", place, f"a path of the building machine: {json.dumps(path)}")
     for host in _HOSTS.finditer(text):
-        findings.add("host-name", place, f"a name of a machine or user: {json.dumps(host[0])}")
+        message = f"a name of a machine or user: {json.dumps(host[0])}"
+        findings.add("host-name", searched.place(host.start()), message)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from packager.model.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, LinearSpec
 from packager.model.checkpoint import quantized_tensors
+from packager.model.config_values import LARGEST_SIZE
 from packager.model.safetensors_file import StoredTensor
 from packager.prove.audit.config import Declared
 from packager.prove.audit.finding import Findings
@@ -19,7 +20,7 @@ _OUTPUT_HEADS = ("lm_head", "embed_out")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _BLOCK_NUMBER = re.compile(rf"{re.escape(BLOCK_PREFIX)}\.(\d{{1,6}})\.")
 # A module inside a block of any architecture: everything up to the first number, then the name that blocks share.
-_IN_BLOCK = re.compile(r".*?\.\d{1,6}\.(.+)\Z")
+_IN_BLOCK = re.compile(r".*?\.\d{1,6}\.(.+)\Z", re.DOTALL)
 
 Parts = Mapping[str, StoredTensor]
 
@@ -236,9 +237,11 @@ def _check_bias(spec: LinearSpec, parts: Parts, findings: Findings, *, is_all_re
 
 
 def _derived_spec(name: str, parts: Parts, layout: _Layout) -> LinearSpec:
-    """Return the shape of a linear that no architecture describes, from its qweight; 0 features without one."""
+    """Return the shape of a linear that no architecture describes, from its qweight; 0 features if that cannot be."""
     shape = parts["qweight"].info.shape
     in_features, out_features = (shape[0] * 32 // layout.bits, shape[1]) if len(shape) == 2 else (0, 0)
+    if max(in_features, out_features) > LARGEST_SIZE:
+        in_features = out_features = 0
     return LinearSpec(name=name, block=0, in_features=in_features, out_features=out_features, bias=BIAS in parts)
 
 

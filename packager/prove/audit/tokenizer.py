@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from packager.model.contract_files import CONTENT_RULES
 from packager.prove.audit.config import plausible_int
 from packager.prove.audit.files import JsonObject, Listing, as_object, read_text
 from packager.prove.audit.finding import Findings
@@ -112,6 +113,9 @@ def _check_template(listing: Listing, tokenizer_config: JsonObject, findings: Fi
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     for place, template in templates.items():
+        if len(template) > CONTENT_RULES[TEMPLATE_FILE].most_bytes:
+            findings.add("chat-template-invalid", place, f"{len(template)} characters are too many")
+            continue
         try:
             environment.parse(_GENERATION_TAG.sub("", template))
         except (TemplateError, ValueError) as error:

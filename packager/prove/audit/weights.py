@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from packager.errors import SourceError
-from packager.model.safetensors_file import METADATA, StoredTensor, read_header, stored_tensors
+from packager.model.safetensors_file import METADATA, StoredTensor, read_header, tensors_at
 from packager.prove.audit.files import JsonObject, Listing, as_object
 from packager.prove.audit.finding import Findings
 from packager.receipt import INDEX_SUFFIX
@@ -14,6 +14,7 @@ from packager.system.text import shown
 SUFFIX = ".safetensors"
 DEFAULT_STEM = "model"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".pkl", ".h5", ".msgpack")
+_MOST_TENSORS = 400_000
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors\Z")
 
 
@@ -47,7 +48,7 @@ def read_weights(listing: Listing, documents: Mapping[str, object], findings: Fi
     for name in files:
         if not listing.has(name):
             findings.add("index-shard-missing", indexes[0], f"it names {shown(name)}, which is not in the folder")
-    shards = {name: shard for name in present if (shard := _read_shard(listing, name, findings)) is not None}
+    shards = _read_shards(listing, present, findings)
     is_all_read = bool(files) and len(shards) == len(files)
     if index is not None and weight_map is not None:
         _check_index(indexes[0], index, weight_map, shards, findings, is_all_read=is_all_read)
@@ -103,21 +104,31 @@ def _check_strays(listing: Listing, chosen: set[str], findings: Findings) -> Non
         findings.add("weights-stray", name, "a weights file that is not part of the branch's one weights set")
 
 
+def _read_shards(listing: Listing, names: Iterable[str], findings: Findings) -> dict[str, Mapping[str, StoredTensor]]:
+    """Return the tensors of every file that can be read, up to a number that no model has."""
+    shards: dict[str, Mapping[str, StoredTensor]] = {}
+    left = _MOST_TENSORS
+    for name in names:
+        if left < 0:
+            findings.add("safetensors-damaged", name, f"the files before hold more than {_MOST_TENSORS:,} tensors")
+        elif (shard := _read_shard(listing, name, findings)) is not None:
+            shards[name] = shard
+            left -= len(shard)
+    return shards
+
+
 def _read_shard(listing: Listing, name: str, findings: Findings) -> Mapping[str, StoredTensor] | None:
     """Return a file's tensors, or None after reporting that it is damaged."""
     path = listing.path(name)
     try:
-        tensors, metadata = stored_tensors(path), read_header(path).metadata
+        header = read_header(path)
     except SourceError as error:
         findings.add("safetensors-damaged", name, f"{error.what}: {error.why}")
         return None
-    except OSError as error:
-        findings.add("file-unreadable", name, f"it cannot be read: {error}")
-        return None
-    found = metadata.get("format")
+    found = header.metadata.get("format")
     if found != METADATA["format"]:
         findings.add("safetensors-metadata", name, f"the metadata's format is {shown(found)}")
-    return tensors
+    return tensors_at(path, header)
 
 
 def _weight_map(name: str, index: JsonObject, findings: Findings) -> Mapping[str, str] | None:
