@@ -419,6 +419,7 @@ RECORDS: Sequence[tuple[str, bytes | Callable[[dict[str, Any]], object]]] = [
     ("provenance-invalid", b'{"files": ' * 50_000),
     ("provenance-invalid", b"[]"),
     ("provenance-invalid", b" " * 8_000_001),
+    ("provenance-invalid", b'{"linears": [' + b"1," * 600_000 + b"1]}"),
     ("provenance-invalid", lambda found: found["files"].update(x={"size_bytes": 1, "sha256": 1})),
     ("remote-file-missing", lambda found: found["files"].update({"../../etc/passwd": FAKE})),
     ("remote-file-missing", lambda found: found["files"].update(

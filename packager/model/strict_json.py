@@ -27,14 +27,14 @@ def parse_json(data: bytes, *, most_values: int = MOST_JSON_VALUES) -> object:
 
     Args:
         data: UTF-8 without a byte order mark.
-        most_values: the largest number of commas and opening brackets, those inside strings included.
+        most_values: the largest `most_values_in` that is parsed.
 
     Raises:
         ValueError: it is not JSON, a key is given twice, a number is infinite or has more than 64 digits, a string
             holds half of a surrogate pair, or it is nested more than 64 levels deep. The text is a whole sentence and
             quotes nothing of the document that is longer than a few characters.
     """
-    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > most_values:
+    if most_values_in(data) > most_values:
         raise ValueError(f"it holds more than {most_values} values")
     text = data.decode("utf-8")
     if _MANY_DIGITS.search(text) and any(_MANY_DIGITS.search(part) for part in _outside_strings(text)):
@@ -67,6 +67,11 @@ def parse_json_object(data: bytes, *, most_values: int = MOST_JSON_VALUES) -> di
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
     return value
+
+
+def most_values_in(data: bytes) -> int:
+    """Return how many values a document can hold, keys excluded: its commas and opening brackets, also in strings."""
+    return sum(data.count(mark) for mark in (b",", b"[", b"{"))
 
 
 def count_values(value: object) -> int:

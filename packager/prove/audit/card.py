@@ -22,7 +22,7 @@ _PYTHON = frozenset({"python", "py", "python3"})
 _SHELL = frozenset({"", "bash", "sh", "shell", "console", "zsh"})
 _TEMPLATE = re.compile(r"\{\{|\{%")
 _MAX_PYTHON = _MAX_FRONT_MATTER = 100_000
-_MAX_CARD = 1_000_000  # characters; a page of this size takes the parser seconds
+_MAX_CARD = 400_000  # characters; a page of this size can take the parser seconds
 _FILTERS = Lock()
 
 # The safe loader lets errors of its own constructors escape, e.g. ValueError for a 13th month.

@@ -46,9 +46,11 @@ _MOST_FILES = 10_000
 _MOST_INDEX_BYTES = 32_000_000
 _MOST_JSON_BYTES = 16_000_000  # provenance.json has 150 bytes for each linear
 _MOST_TEXT_BYTES = 8_000_000
-_MOST_README_BYTES = 4_000_000
+_MOST_README_BYTES = 2_000_000
 # Of all documents that are kept: their memory is bounded together.
 _MOST_VALUES = 4_000_000
+# Of provenance.json: a thousand bytes are needed to report a wrong one. 45,000 linears have 180,000.
+MOST_RECORD_VALUES = 500_000
 _POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 _MAX_POINTER_BYTES = 1024  # git-lfs looks no further
 
@@ -229,7 +231,8 @@ def read_documents(listing: Listing, findings: Findings, *, complete: bool) -> d
         if not name.endswith(".json") or (name == PROVENANCE and not complete):
             continue
         is_index = name.endswith(INDEX_SUFFIX)
-        document = read_document(listing, name, findings, most_values=min(left, MOST_JSON_VALUES))
+        most = MOST_RECORD_VALUES if name == PROVENANCE else MOST_JSON_VALUES
+        document = read_document(listing, name, findings, most_values=min(left, most))
         if document is None:
             continue
         if name in _SHARED_DOCUMENTS or (is_index and "/" not in name):

@@ -112,10 +112,12 @@ def _check_template(listing: Listing, tokenizer_config: JsonObject, findings: Fi
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
+    left = CONTENT_RULES[TEMPLATE_FILE].most_bytes
     for place, template in templates.items():
-        if len(template) > CONTENT_RULES[TEMPLATE_FILE].most_bytes:
-            findings.add("chat-template-invalid", place, f"{len(template)} characters are too many")
-            continue
+        left -= len(template)
+        if left < 0:
+            findings.add("chat-template-invalid", place, "the chat templates have too many characters")
+            break
         try:
             environment.parse(_GENERATION_TAG.sub("", template))
         except (TemplateError, ValueError) as error:

@@ -13,8 +13,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from packager.model.devices import DeviceChoice
+from packager.model.strict_json import most_values_in
 from packager.prove import audit
-from packager.prove.audit.files import Listing
+from packager.prove.audit.files import MOST_RECORD_VALUES, Listing
 from packager.prove.audit.weights import SUFFIX
 from packager.prove.environments import RuntimeContext
 from packager.publish.published.finding import Collector, PublishedFinding
@@ -141,8 +142,12 @@ def _read_provenance(branch: Branch, found: Collector) -> Provenance | None:
     if size_bytes > _MAX_DOCUMENT_BYTES:
         found.add("provenance-invalid", PROVENANCE, f"{shown(size_bytes)} bytes are too many for a record")
         return None
+    data = branch.read(PROVENANCE, _MAX_DOCUMENT_BYTES)
+    if most_values_in(data) > MOST_RECORD_VALUES:
+        found.add("provenance-invalid", PROVENANCE, f"it holds more than {MOST_RECORD_VALUES} values")
+        return None
     try:
-        return Provenance.model_validate_json(branch.read(PROVENANCE, _MAX_DOCUMENT_BYTES))
+        return Provenance.model_validate_json(data)
     except ValidationError as error:
         for problem in error.errors(include_url=False, include_input=False)[:_MAX_PROBLEMS]:
             place = ".".join(str(part) for part in problem["loc"])
