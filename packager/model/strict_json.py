@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import NoReturn
 
-# The largest tokenizer.json that is known (Gemma 3, 33 MB) has 2 million commas and brackets. Each value costs at most
-# 230 bytes of memory.
-MOST_JSON_VALUES = 3_000_000
+# The largest tokenizer.json that is known (Gemma 3, 33 MB) has 2 million commas and brackets. Each can cost
+# 350 bytes of memory.
+MOST_JSON_VALUES = 2_500_000
 _MOST_LEVELS = 64
 _MOST_DIGITS = 64  # transformers writes model_max_length 10^30
 # Hooks for every number cost seconds, so they are used only where the text can need them.
@@ -74,11 +74,6 @@ def most_values_in(data: bytes) -> int:
     return sum(data.count(mark) for mark in (b",", b"[", b"{"))
 
 
-def count_values(value: object) -> int:
-    """Return how many values a parsed document holds, itself and keys included."""
-    return 1 + sum(len(each) * (1 + isinstance(each, dict)) for each in _containers(value))
-
-
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     keys = dict(pairs)
     if len(keys) != len(pairs):
@@ -119,10 +114,6 @@ def _items(value: object) -> Iterator[object]:
         yield from value.values()
     elif isinstance(value, list):
         yield from value
-
-
-def _containers(value: object) -> Iterator[dict[str, object] | list[object]]:
-    return (each for level in _levels(value) for each in level if isinstance(each, dict | list))
 
 
 def _strings(value: object) -> Iterator[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packager.model.contract_files import CONTENT_RULES
 from packager.model.model_folder import link_problem, read_inside
-from packager.model.strict_json import MOST_JSON_VALUES, count_values, parse_json
+from packager.model.strict_json import MOST_JSON_VALUES, most_values_in, parse_json
 from packager.prove.audit.finding import Findings
 from packager.receipt import (
     CONFIG,
@@ -59,9 +59,10 @@ JsonObject = dict[str, object]
 
 @dataclass(frozen=True, kw_only=True)
 class JsonDocument:
-    """A JSON file's content, which may be null."""
+    """A JSON file's content, which may be null, and its number of values as `most_values_in` counts them."""
 
     value: object
+    num_values: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +212,8 @@ def read_document(
     """Return a parsed .json file, or None after reporting why it cannot be parsed."""
     data = _read(listing, name, findings)
     try:
-        return None if data is None else JsonDocument(value=parse_json(data, most_values=most_values))
+        if data is not None:
+            return JsonDocument(value=parse_json(data, most_values=most_values), num_values=most_values_in(data))
     except UnicodeDecodeError as error:
         findings.add("text-damaged", name, f"it is not UTF-8 text: {error.reason} at byte {error.start}")
     except ValueError as error:
@@ -237,7 +239,7 @@ def read_documents(listing: Listing, findings: Findings, *, complete: bool) -> d
             continue
         if name in _SHARED_DOCUMENTS or (is_index and "/" not in name):
             documents[name] = document.value
-            left -= count_values(document.value)
+            left -= document.num_values
         if (name in _OBJECT_FILES or is_index) and not isinstance(document.value, dict):
             findings.add("json-damaged", name, f"it must be a JSON object, found {shown(document.value)}")
     return documents

@@ -1,0 +1,54 @@
+"""Base models and branches that were made to hurt: refused within seconds, in bounded memory, without a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hostile_models import MOST_BYTES_BEYOND, MOST_S, ROOT, hostile_cases
+
+EXIT_CODES = {0, 2, 3, 4, 7}
+
+
+def results(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Run every `step`-th case in a process of its own."""
+    command = [sys.executable, "-m", "tests.hostile_models", str(folder), str(step)]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def check_results(found: list[dict[str, Any]]) -> None:
+    by_name = {result["case"]: result for result in found if result["command"] == "plan"}
+    assert by_name["sound"]["status"] == 0, by_name["sound"]["output"]
+    wrong = [
+        (result["case"], result["command"], result["status"], result["seconds"], result["output"][-300:])
+        for result in found
+        if result["status"] not in EXIT_CODES
+        or "Traceback" in result["output"]
+        or result["secret"]
+        or result["seconds"] > MOST_S
+        or result["beyond"] > MOST_BYTES_BEYOND
+        or (result["refused"] and result["command"] == "plan" and result["status"] == 0)
+    ]
+    assert wrong == []
+    beyond, seconds = (max(result[key] for result in found) for key in ("beyond", "seconds"))
+    print(f"{len(by_name) - 1} hostile inputs: at most {seconds} s and {beyond / 1e6:.0f} MB beyond the process")
+
+
+def test_the_corpus_has_hundreds_of_distinct_cases() -> None:
+    names = [case.name for case in hostile_cases()]
+    assert len(set(names)) == len(names) >= 500
+
+
+def test_some_hostile_models_and_branches(tmp_path: Path) -> None:
+    check_results(results(tmp_path, 53))
+
+
+@pytest.mark.slow
+def test_all_hostile_models_and_branches(tmp_path: Path) -> None:
+    check_results(results(tmp_path, 1))
