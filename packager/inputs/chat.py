@@ -9,6 +9,8 @@ from packager.errors import CalibrationError
 from packager.inputs.limits import Chat, TextGroup, encode_in_child, render_chats
 from packager.recipe.file import RecipeFile
 
+_MAX_SHOWN = 3000  # characters of a rendered template
+
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
@@ -116,7 +118,7 @@ def check_prompt_template(recipe_file: RecipeFile, tokenizer: Any, rendered: str
         raise CalibrationError(
             "the card's prompt template is not the model's chat template",
             where=str(recipe_file.path),
-            why=f"the card has {given!r}, the tokenizer renders {rendered!r}",
+            why=f"the card has {given!r}, the tokenizer renders {rendered[:_MAX_SHOWN]!r}",
             hint="copy the rendered text into card.prompt_template.template",
         )
 

@@ -30,6 +30,7 @@ from packager.model.strict_json import parse_json
 from packager.receipt import CONFIG, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL, TextRecord, digest_of
 from packager.recipe import Calibration, Evaluation, TextSource
 from packager.recipe.file import RecipeFile
+from packager.system.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +144,7 @@ def load_tokenizer(source: SourceModel) -> Any:
             raise CalibrationError(
                 "the base model's tokenizer cannot be read",
                 where=str(source.folder),
-                why=str(error).replace(scratch, str(source.folder)),
+                why=printable(str(error).replace(scratch, str(source.folder))),
             ) from error
 
 
