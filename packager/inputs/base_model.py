@@ -17,8 +17,7 @@ from packager.inputs.source_files import (
     SourceFiles,
     check_contents,
     list_source_files,
-    read_copied,
-    read_license,
+    read_small,
 )
 from packager.model.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, read_architecture
 from packager.model.config_values import read_config
@@ -76,22 +75,12 @@ class SourceModel:
         return tensor
 
     def copied(self, name: str) -> bytes:
-        """Return the content of one of `files.copied`, read once and compared with the digest in the record.
+        """Return the content of one of `files.copied` or `files.licenses`, if it is the one that was checked.
 
         Raises:
-            SourceError: it was replaced since it was checked.
+            SourceError: the file was replaced since.
         """
-        return self._recorded(name, read_copied(self.folder, name))
-
-    def license(self, name: str) -> bytes:
-        """Return the content of one of `files.licenses`, as `copied` does.
-
-        Raises:
-            SourceError: it was replaced since it was checked.
-        """
-        return self._recorded(name, read_license(self.folder, name))
-
-    def _recorded(self, name: str, data: bytes) -> bytes:
+        data = read_small(self.folder, name)
         if bytes_record(data) != self.record.files[name]:
             raise _replaced(self.folder / name)
         return data
@@ -173,9 +162,9 @@ def read_source(
     config = _fp16_config(folder)
     architecture = _read_architecture(config, folder, expected_config)
     listed = list_source_files(folder, licenses)
-    check_contents(listed)
+    checked = check_contents(listed)
     tensors = _read_tensors(listed, architecture)
-    files = _records(listed)
+    files = _records(listed, checked)
     weights = {name: record for name, record in files.items() if name.endswith((".safetensors", CONFIG))}
     record = SourceRecord(
         id=base_id,
@@ -190,9 +179,11 @@ def read_source(
     )
 
 
-def _records(files: SourceFiles) -> dict[str, FileRecord]:
-    records = file_records(files.paths)
-    return {path.relative_to(files.folder).as_posix(): record for path, record in records.items()}
+def _records(files: SourceFiles, checked: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Return the records of all files that are used, in the order of their names, those already `checked` included."""
+    left = {path: path.relative_to(files.folder).as_posix() for path in files.paths}
+    hashed = file_records(path for path, name in left.items() if name not in checked)
+    return {name: checked[name] if name in checked else hashed[path] for path, name in left.items()}
 
 
 def _text_files(files: Mapping[str, FileRecord]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from packager.errors import CalibrationError
+from packager.inputs import model_code
 from packager.system.processes import Processes, tail
 
 RENDER_CPU_S = 10
@@ -136,7 +137,7 @@ def _run(request: Mapping[str, object], limits: _Limits, failure: str) -> Any:
         asked.write_text(
             json.dumps({**request, "cpu_s": limits.cpu_s, "memory_bytes": limits.memory_bytes}), encoding="utf-8"
         )
-        command = [sys.executable, "-P", "-m", "packager.inputs.model_code", str(asked), str(answered)]
+        command = [sys.executable, "-P", "-m", model_code.__name__, str(asked), str(answered)]
         wall_s = _WALL_FACTOR * limits.cpu_s + _WALL_S
         with log.open("wb") as stream:
             status = Processes().run(

@@ -12,7 +12,8 @@ from packager.errors import SourceError
 from packager.model.contract_files import CONTENT_RULES, MOST_LICENSE_BYTES, check_content, check_text
 from packager.model.model_folder import name_problem, open_inside, read_inside
 from packager.model.strict_json import parse_json_object
-from packager.receipt import CONFIG, INDEX_SUFFIX, TOKENIZER_FILES
+from packager.receipt import CONFIG, INDEX_SUFFIX, TOKENIZER_FILES, FileRecord
+from packager.system.files import bytes_record
 
 INDEX = f"model{INDEX_SUFFIX}"
 _MOST_INDEX_BYTES = 32_000_000
@@ -141,44 +142,40 @@ def _named_by_index(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check_contents(files: SourceFiles) -> None:
+def check_contents(files: SourceFiles) -> dict[str, FileRecord]:
     """Read every file that a branch gets as it is, and check that it holds what its name says.
+
+    Returns:
+        Size and sha256 of the bytes that were checked, by name.
 
     Raises:
         SourceError: of the first file that is too large or holds something else.
     """
-    for name in files.copied:
-        read_copied(files.folder, name)
-    for name in files.licenses:
-        read_license(files.folder, name)
+    records = {}
+    for name in (*files.copied, *files.licenses):
+        data = read_small(files.folder, name)
+        try:
+            if name in CONTENT_RULES:
+                check_content(name, data)
+            else:
+                check_text(data)
+        except ValueError as error:
+            raise _unreadable(files.folder, name, error) from error
+        records[name] = bytes_record(data)
+    return records
 
 
-def read_copied(folder: Path, name: str) -> bytes:
-    """Return the content of one of TOKENIZER_FILES of a base model, checked by its kind.
-
-    Raises:
-        SourceError: it cannot be read, is too large, or holds something else.
-    """
-    try:
-        data = read_inside(folder, name, CONTENT_RULES[name].most_bytes)
-        check_content(name, data)
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, name, error) from error
-    return data
-
-
-def read_license(folder: Path, name: str) -> bytes:
-    """Return the content of a base model's licence file.
+def read_small(folder: Path, name: str) -> bytes:
+    """Return the content of a file of a base model that a branch gets as it is; it is not checked.
 
     Raises:
-        SourceError: it cannot be read, is too large, or is not text.
+        SourceError: it cannot be read, or is larger than such a file may be.
     """
+    most = CONTENT_RULES[name].most_bytes if name in CONTENT_RULES else MOST_LICENSE_BYTES
     try:
-        data = read_inside(folder, name, MOST_LICENSE_BYTES)
-        check_text(data)
-    except (OSError, ValueError) as error:
+        return read_inside(folder, name, most)
+    except OSError as error:
         raise _unreadable(folder, name, error) from error
-    return data
 
 
 def _unreadable(folder: Path, name: str, error: OSError | ValueError) -> SourceError:

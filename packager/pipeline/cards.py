@@ -55,7 +55,7 @@ def _licenses(run: BuildState, branch: str) -> dict[str, bytes]:
     for name in license_.base_files:
         path, record = run.workspace.folder(branch) / name, provenance.base_model.files.get(name)
         if record is None or not path.is_file() or file_record(path) != record:
-            found[name] = run.source.license(name)
+            found[name] = run.source.copied(name)
         else:
             found[name] = path.read_bytes()
     return found
