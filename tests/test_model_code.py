@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from packager.errors import CalibrationError
@@ -77,7 +77,7 @@ def test_hostile_templates_are_refused(monkeypatch: pytest.MonkeyPatch, template
     with pytest.raises(CalibrationError, match="cannot be rendered") as caught:
         render_chats(template, {"bos_token": "<s>"}, [CHAT])
     assert any(part in caught.value.why.lower() for part in reason.lower().split("|"))
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 20  # the limit of time on the clock is 24 s
     assert len(caught.value.why) < 1000
 
 
@@ -164,3 +164,6 @@ def test_added_tokens_are_kept(tmp_path: Path) -> None:
         tokenizer.to_str(), [TextGroup(texts=["a<x>"], add_special_tokens=False)], split_special_tokens=True
     )
     assert 2 not in split[0][0]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<x> $A", special_tokens=[("<x>", 2)])
+    groups = [TextGroup(texts=["a"], add_special_tokens=added) for added in (True, False)]
+    assert encode_in_child(tokenizer.to_str(), groups) == [[[2, 0]], [[0]]]

@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -174,6 +175,27 @@ def test_a_folder_that_is_swapped_for_a_link_while_a_file_is_opened_is_not_follo
         done.set()
         thread.join()
     assert read == {b"public"}
+
+
+def test_a_folder_that_becomes_a_link_between_check_and_open_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    (model / "sub").mkdir(parents=True)
+    (tmp_path / "private").mkdir()
+    (model / "sub" / "file").write_text("public")
+    (tmp_path / "private" / "file").write_text(PRIVATE)
+    open_file = os.open
+
+    def swap_and_open(path: Any, *args: Any, **kwargs: Any) -> int:
+        if path == "sub":
+            (model / "sub").rename(model / "away")
+            (model / "sub").symlink_to("../private")
+        return open_file(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", swap_and_open)
+    with pytest.raises(OSError, match=r"Not a directory|symbolic links"):
+        read_inside(model, "sub/file", 100)
 
 
 def test_reading_a_fifo_does_not_wait(tmp_path: Path) -> None:
