@@ -81,7 +81,7 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
         os.close(descriptor)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_model_file(path: Path) -> BinaryIO:
     """Open a regular file under its own name; a link is followed.
 
     Raises:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packager.errors import SourceError
-from packager.model.model_folder import open_regular
+from packager.model.model_folder import open_model_file
 from packager.model.strict_json import parse_json_object
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def read_header(path: Path) -> Header:
         SourceError: the file is truncated or not a safetensors file; names the expected and the found size.
     """
     try:
-        with open_regular(path) as stream:
+        with open_model_file(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
@@ -208,7 +208,7 @@ def copy_tensor(source: StoredTensor, descriptor: int, offset: int, *, chunk_byt
     Raises:
         SourceError: the tensor's file ended early.
     """
-    with open_regular(source.path) as reader:
+    with open_model_file(source.path) as reader:
         reader.seek(source.offset)
         for begin in range(0, source.info.size_bytes, chunk_bytes):
             size = min(chunk_bytes, source.info.size_bytes - begin)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from packager.model.architecture import INPUT_GROUPS
-from packager.model.model_folder import open_regular
+from packager.model.model_folder import open_model_file
 from packager.model.safetensors_file import StoredTensor
 from packager.prove.audit.config import Declared
 from packager.prove.audit.finding import Findings
@@ -63,7 +63,7 @@ def read_rows(tensor: StoredTensor) -> Iterator[npt.NDArray[np.integer]]:
     width = tensor.info.shape[1] if len(tensor.info.shape) == 2 else 1
     left = tensor.info.shape[0]
     step = max(1, _CHUNK_BYTES // (width * dtype.itemsize))
-    with open_regular(tensor.path) as stream:
+    with open_model_file(tensor.path) as stream:
         stream.seek(tensor.offset)
         while left:
             rows = min(step, left)
