@@ -4,6 +4,7 @@ import email.utils
 import errno
 import json
 import logging
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -394,6 +395,23 @@ def test_a_long_call_is_still_retried(fixture: HubFixture, monkeypatch: pytest.M
 
     assert hub_calls.RetryPolicy("here", fixture.lines.append).call("uploading", upload) == "done"
     assert "trying again" in fixture.lines[0]
+
+
+def test_a_server_whose_name_has_no_address_is_given_up_soon(
+    fixture: HubFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unresolved(*_: object, **__: object) -> object:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    waits: list[float] = []
+    monkeypatch.setattr("packager.publish.targets.hub_calls.time.sleep", waits.append)
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    policy = hub_calls.RetryPolicy("here", fixture.lines.append)
+    api = hub_client.hub_api()
+    with pytest.raises(PublishError, match="listing: the name of the server cannot be resolved") as caught:
+        policy.call("listing", lambda: api.list_repo_refs("a/b"))
+    assert "dist/hub/models/NAMESPACE/NAME" in caught.value.hint
+    assert 5 < sum(waits) <= 30
 
 
 def test_an_error_of_this_program_is_not_taken_for_the_hubs(fixture: HubFixture, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ passes unchanged, with its traceback.
 import itertools
 import json
 import random
+import socket
 import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -28,6 +29,8 @@ _FINAL = frozenset({501, 505, 507, 511})  # errors of the server that a retry do
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.1, 60.0
 # The Hub's rate limits count commits and requests per hour and per five minutes.
 RETRY_LIMIT_S = 3600.0
+# A name that cannot be resolved is a wrong address or a machine without a network more often than a short failure.
+_UNRESOLVED_LIMIT_S = 30.0
 # Errors of the HTTP library that a retry does not change: redirects without an end, bytes that are not HTTP, ...
 _BROKEN = frozenset({"TooManyRedirects", "DecodingError", "UnsupportedProtocol", "LocalProtocolError"})
 _NOT_HTTP, _CUT = "RemoteProtocolError", ("disconnected", "closed connection")
@@ -87,6 +90,14 @@ class RetryPolicy:
             if not _may_pass(cause):
                 raise self._refusal(what, cause) from None
             reason, wait_s = _reason(cause), _wait_s(cause, attempt)
+            if _is_unresolved(cause) and waited_s + wait_s > _UNRESOLVED_LIMIT_S:
+                raise PublishError(
+                    f"{what}: the name of the server cannot be resolved",
+                    where=self._where,
+                    why=reason,
+                    hint="check the network and HF_ENDPOINT; a local repository is named by its folder, such as "
+                    "dist/hub/models/NAMESPACE/NAME",
+                )
             if waited_s + wait_s > self._limit_s:
                 raise PublishError(
                     f"{what}: the Hub did not answer within {self._limit_s:.0f} s of waiting",
@@ -148,6 +159,15 @@ def _transport_errors() -> tuple[type[Exception], ...]:
 
 def _is_of_network(error: Exception) -> bool:
     return isinstance(error, _transport_errors()) or is_of_client(error)
+
+
+def _is_unresolved(error: BaseException | None) -> bool:
+    """Return whether an error was caused by a name without an address."""
+    while error is not None:
+        if isinstance(error, socket.gaierror):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _is_unsendable(error: Exception) -> bool:
