@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from packager.variant import Layout, Place, place_of
 
 README, PROVENANCE = "README.md", "provenance.json"
+# The signed statements: of a branch, and on main of the release.
+ATTESTATION, RELEASE_ATTESTATION = "attestation.dsse.json", "release.dsse.json"
 CONFIG, QUANTIZE_CONFIG, GENERATION_CONFIG = "config.json", "quantize_config.json", "generation_config.json"
 TOKENIZER, TOKENIZER_MODEL, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 # Copied into a branch as they are, where the base model has them.
@@ -22,8 +24,8 @@ TOKENIZER_FILES = (
 )
 SAFETENSORS, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 GIT_ATTRIBUTES = ".gitattributes"
-# Files that no provenance.json lists: it is written last, and hosts add attributes.
-UNLISTED_FILES = frozenset({PROVENANCE, GIT_ATTRIBUTES})
+# Files that no provenance.json lists: it is written last, then signed, and hosts add attributes.
+UNLISTED_FILES = frozenset({PROVENANCE, GIT_ATTRIBUTES, ATTESTATION, RELEASE_ATTESTATION})
 
 LoaderStatus = Literal["passed", "failed", "not run"]
 # How a loader's process was kept from the network and from files: docs/reference/loaders.md.

@@ -14,6 +14,7 @@ from pathlib import Path
 from packager.errors import PublishError, StateError
 from packager.publish.after_publish import FinalStep, apply_final_steps
 from packager.publish.plan import BranchPlan, PublishPlan, plan_line, plan_publish
+from packager.publish.sign_release import ReleaseSigner
 from packager.publish.take_back import take_back
 from packager.publish.targets import (
     BranchState,
@@ -80,6 +81,7 @@ def publish_branches(
     target: Target,
     log: Callable[[str], None],
     *,
+    signer: ReleaseSigner | None = None,
     final_steps: Sequence[FinalStep] = (),
     dry_run: bool = False,
     show_plan: Callable[[PublishPlan], None] = lambda _: None,
@@ -91,6 +93,7 @@ def publish_branches(
         branches: the content of each branch.
         target: the repository.
         log: gets one line for the plan, one per branch, and one per repair after a killed publish.
+        signer: adds the signed statements; None publishes the files as they are.
         final_steps: the steps after the last branch.
         dry_run: plan and check, write nothing.
         show_plan: gets the plan before the first effect; not called in a dry run, whose report holds the plan.
@@ -104,7 +107,7 @@ def publish_branches(
     """
     files = check_folders(branches, blob_ids=target.identifies_by_blob)
     if dry_run:
-        plan = _checked_plan(files, target, final_steps)
+        plan, _ = _checked_plan(files, target, signer, final_steps)
         log(plan_line(plan))
         outcomes = [BranchOutcome(plan=entry, commit=entry.parent, seconds=0.0) for entry in plan.branches]
         return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=(), dry_run=True)
@@ -115,7 +118,7 @@ def publish_branches(
     with target.exclusive() as notes:
         for note in notes:
             log(note)
-        plan = _checked_plan(files, target, final_steps, show_plan)
+        plan, files = _checked_plan(files, target, signer, final_steps, show_plan)
         log(plan_line(plan))
         if plan.effects:
             confirm(plan)
@@ -185,14 +188,19 @@ def outcome_line(outcome: BranchOutcome) -> str:
 def _checked_plan(
     files: Mapping[str, Mapping[str, LocalFile]],
     target: Target,
+    signer: ReleaseSigner | None,
     final_steps: Sequence[FinalStep],
     show_plan: Callable[[PublishPlan], None] = lambda _: None,
-) -> PublishPlan:
-    plan = plan_publish(files, target.read_branches(), where=target.where)
+) -> tuple[PublishPlan, Mapping[str, Mapping[str, LocalFile]]]:
+    """Return the plan, and the files with their signed statements."""
+    remote = target.read_branches()
+    if signer:
+        files = signer.signed(files, target, remote)
+    plan = plan_publish(files, remote, where=target.where)
     plan = replace(plan, final_steps=tuple(line for step in final_steps for line in step.plan(plan)))
     show_plan(plan)
     target.check(plan.changing or ((MAIN,) if plan.final_steps else ()))
-    return plan
+    return plan, files
 
 
 def _publish_branch(plan: BranchPlan, files: Mapping[str, LocalFile], target: Target, message: str) -> BranchOutcome:

@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final, get_args
 
-from packager.receipt import CONFIG, INDEX_SUFFIX, PROVENANCE, QUANTIZE_CONFIG, README, TOKENIZER_FILES
+from packager.receipt import (
+    ATTESTATION,
+    CONFIG,
+    INDEX_SUFFIX,
+    PROVENANCE,
+    QUANTIZE_CONFIG,
+    README,
+    RELEASE_ATTESTATION,
+    TOKENIZER_FILES,
+)
 from packager.recipe import Defaults
 from packager.recipe.field_groups import base_model_problem, repository_problem, text_source_problem
 from packager.recipe.model_fit import ModelConfig, Parameter, misfits
@@ -34,7 +43,8 @@ BASE_FILES_FIELD: Final[Loc] = ("card", "license", "base_files")
 
 # A licence file of such a name would replace what the build writes.
 _BRANCH_FILES: Final = frozenset(
-    name.casefold() for name in (README, PROVENANCE, CONFIG, QUANTIZE_CONFIG, *TOKENIZER_FILES)
+    name.casefold()
+    for name in (README, PROVENANCE, ATTESTATION, RELEASE_ATTESTATION, CONFIG, QUANTIZE_CONFIG, *TOKENIZER_FILES)
 )
 _WEIGHT_SUFFIXES: Final = (".safetensors", INDEX_SUFFIX, ".bin", ".pt")
 

@@ -15,8 +15,10 @@ from packager.prove.environments import RuntimeContext
 from packager.publish.published.branch import BranchReport, Depth, verify_branch
 from packager.publish.published.card import compare_card
 from packager.publish.published.finding import PUBLISHED_RULES, Collector, PublishedFinding, unreadable
+from packager.publish.published.reading import Branch, bounded
+from packager.publish.published.signatures import SignedRelease, Trust, check_release_statement
 from packager.publish.published.states import published_states
-from packager.publish.targets import Target
+from packager.publish.targets import BranchState, Target
 from packager.publish.targets.git import GitTarget
 from packager.receipt import PROVENANCE, Provenance
 from packager.system.text import printable, shown
@@ -33,6 +35,9 @@ class PublishedReport:
         branches: one report per branch, main first.
         card_rows: rows of the card's table that were compared; None if the card was not checked.
         card_findings: findings about main's card.
+        signatures_checked: whether a trusted key was given.
+        release: the signed release, None if signatures were not checked or main has no valid release statement.
+        release_findings: findings about the release statement.
     """
 
     where: str
@@ -40,11 +45,15 @@ class PublishedReport:
     branches: tuple[BranchReport, ...]
     card_rows: int | None
     card_findings: tuple[PublishedFinding, ...]
+    signatures_checked: bool = False
+    release: SignedRelease | None = None
+    release_findings: tuple[PublishedFinding, ...] = ()
 
     @property
     def findings(self) -> tuple[PublishedFinding, ...]:
         """All findings."""
-        return (*(finding for report in self.branches for finding in report.findings), *self.card_findings)
+        of_branches = (finding for report in self.branches for finding in report.findings)
+        return (*of_branches, *self.card_findings, *self.release_findings)
 
     @property
     def passed(self) -> bool:
@@ -65,6 +74,7 @@ def verify_published(
     full: bool = False,
     loaders: RuntimeContext | None = None,
     device: DeviceChoice = "auto",
+    trust: Trust | None = None,
 ) -> PublishedReport:
     """Compare a repository with the records of its branches.
 
@@ -75,6 +85,7 @@ def verify_published(
         full: download every file, one branch at a time, hash it, and run the whole audit.
         loaders: the context in which to run the loaders that a branch's record names; implies `full`.
         device: the device of the loaders and of our own forward.
+        trust: the keys that must have signed the repository, None to check no signature.
 
     Raises:
         PublishError: the repository has no branches, lacks one of `branches`, or no branch could be read.
@@ -89,6 +100,7 @@ def verify_published(
         address_names_repository=not isinstance(target, GitTarget),
         loaders=loaders,
         device=device,
+        trust=trust,
     )
     chosen = sorted(set(branches or states), key=lambda branch: (branch != MAIN, branch))
     reports: list[BranchReport] = []
@@ -114,9 +126,38 @@ def verify_published(
         raise failures[0]
     card = Collector(MAIN)
     rows = compare_card(target, states, provenances, card) if not branches or MAIN in chosen else None
+    signatures = Collector(MAIN)
+    release = _check_release(target, states, reports, provenances, trust, signatures) if trust else None
     return PublishedReport(
-        where=target.where, full=depth.full, branches=tuple(reports), card_rows=rows, card_findings=card.collected()
+        where=target.where,
+        full=depth.full,
+        branches=tuple(reports),
+        card_rows=rows,
+        card_findings=card.collected(),
+        signatures_checked=trust is not None,
+        release=release,
+        release_findings=signatures.collected(),
     )
+
+
+def _check_release(
+    target: Target,
+    states: Mapping[str, BranchState],
+    reports: Sequence[BranchReport],
+    provenances: Mapping[str, Provenance],
+    trust: Trust,
+    found: Collector,
+) -> SignedRelease | None:
+    """Check main's release statement against the branches' statements."""
+    main = None
+    if MAIN in states:
+        stored = {name: bounded(file) for name, file in states[MAIN].files.items()}
+        main = Branch(target=target, name=MAIN, commit=states[MAIN].commit, stored=stored, safe=frozenset())
+    else:
+        found.add("main-missing", "", "the release statement belongs on main")
+    repository = next((provenance.repository for provenance in provenances.values()), "")
+    signed = {report.branch: report.signed for report in reports}
+    return check_release_statement(main, repository, signed, list(states), trust, found)
 
 
 def _compare_branches(branch: str, provenance: Provenance, others: Mapping[str, Provenance], found: Collector) -> None:

@@ -5,6 +5,7 @@ the weights with config.json and the record. The audit checks the headers: a tem
 and the weights files, which are sparse after their headers.
 """
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from packager.prove.environments import RuntimeContext
 from packager.publish.published.finding import Collector, PublishedFinding
 from packager.publish.published.loaders import check_with_loaders
 from packager.publish.published.reading import Branch, bounded, download, put_header, safe_names
+from packager.publish.published.signatures import SignedStatement, Trust, check_branch_statement
 from packager.publish.targets import Target, file_name_problem
 from packager.receipt import (
     CONFIG,
@@ -56,12 +58,14 @@ class Depth:
         address_names_repository: the repository's address ends with its name, so the record must have the same name.
         loaders: the context of loaders that open the downloaded branch, None to run no loaders; it needs `full`.
         device: the device of the loaders and of our own forward.
+        trust: the keys to check signatures with, None to check no signature.
     """
 
     full: bool = False
     address_names_repository: bool = True
     loaders: RuntimeContext | None = None
     device: DeviceChoice = "auto"
+    trust: Trust | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,7 @@ class BranchReport:
         num_tensors: tensors whose name, dtype and shape were checked.
         audited: whether the whole audit was run on the downloaded files.
         loaders: one record per loader, if loaders were requested.
+        signed: the trusted key that signed the branch, None if signatures were not checked or do not fit.
         findings: in the order of the checks.
     """
 
@@ -90,6 +95,7 @@ class BranchReport:
     num_tensors: int = 0
     audited: bool = False
     loaders: tuple[LoaderRecord, ...] = ()
+    signed: SignedStatement | None = None
     findings: tuple[PublishedFinding, ...] = ()
 
     @property
@@ -116,11 +122,14 @@ def verify_branch(
         return report, None
     safe = safe_names(stored, found)
     branch = Branch(target=target, name=report.branch, commit=report.commit, stored=stored, safe=safe)
-    provenance = _read_provenance(branch, found)
-    if provenance is None:
+    record = _read_provenance(branch, found)
+    if record is None:
         return report, None
+    provenance, sha256 = record
     _check_place(branch, provenance, found, address_names_repository=depth.address_names_repository)
     _compare_listing(branch, provenance, found)
+    if depth.trust:
+        report = replace(report, signed=check_branch_statement(branch, provenance, sha256, depth.trust, found))
     with tempfile.TemporaryDirectory(prefix="packager-published-") as scratch:
         folder = Path(scratch) / "branch"
         folder.mkdir()
@@ -134,7 +143,8 @@ def verify_branch(
     return report, provenance
 
 
-def _read_provenance(branch: Branch, found: Collector) -> Provenance | None:
+def _read_provenance(branch: Branch, found: Collector) -> tuple[Provenance, str] | None:
+    """Return the record and the sha256 of its file, read once: a server may send other bytes the next time."""
     if PROVENANCE not in branch.stored:
         found.add("provenance-missing", PROVENANCE, "the branch has no record: its files cannot be checked")
         return None
@@ -147,7 +157,7 @@ def _read_provenance(branch: Branch, found: Collector) -> Provenance | None:
         found.add("provenance-invalid", PROVENANCE, f"it holds more than {MOST_RECORD_VALUES} values")
         return None
     try:
-        return Provenance.model_validate_json(data)
+        return Provenance.model_validate_json(data), hashlib.sha256(data).hexdigest()
     except ValidationError as error:
         for problem in error.errors(include_url=False, include_input=False)[:_MAX_PROBLEMS]:
             place = ".".join(str(part) for part in problem["loc"])

@@ -43,6 +43,15 @@ PUBLISHED_RULES: Mapping[str, Rule] = {
         "the loader's users get an error or wrong output: put the branch back with packager rollback"
     ),
     "loader-not-run": _warning("run on a machine that has what the loader needs, e.g. a CUDA GPU"),
+    "signature-missing": _rule(
+        "the publisher must sign it (packager publish --sign-key), or check without --trusted-key"
+    ),
+    "signature-invalid": _rule(
+        "the files may be another person's: " + _AGAIN + "; a new key of the publisher must be given with --trusted-key"
+    ),
+    "statement-differs": _rule("the files are not the ones that were signed: " + _AGAIN),
+    "release-differs": _rule("the branches are not of one release: " + _AGAIN),
+    "release-old": _rule("the repository was set back, or this is an old copy of it: ask the publisher"),
     "main-missing": _rule("publish main: readers who name no branch get main"),
     "card-table": _rule(_CARD),
     "card-branch-missing": _rule("publish the branch, or " + _CARD),

@@ -1,0 +1,142 @@
+"""Check the signed statements of a repository with the public keys that a reader trusts; no network is needed.
+
+A branch's statement must name this repository, this branch and the digests that the other checks compare the files
+with. The release statement on main must name the statement of every branch: a branch that was replaced by its own
+earlier state has a valid statement, but not the one that the release names.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from packager.errors import PublishError
+from packager.publish.published.finding import Collector, unreadable
+from packager.publish.published.reading import Branch
+from packager.publish.signing_keys import TrustedKeys
+from packager.publish.statements import (
+    MAX_ENVELOPE_BYTES,
+    StatementError,
+    digest,
+    read_branch_statement,
+    read_release_statement,
+)
+from packager.receipt import ATTESTATION, PROVENANCE, RELEASE_ATTESTATION, Provenance
+from packager.system.text import shown
+
+_AGAIN_NAMED = 5  # files of a statement that are named in one message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trust:
+    """What a reader trusts.
+
+    Attributes:
+        keys: the public keys.
+        min_release: the number of the latest release that the reader knows; an earlier one is an error.
+    """
+
+    keys: TrustedKeys
+    min_release: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignedStatement:
+    """A statement that a trusted key signed: the key's id and the statement's sha256."""
+
+    keyid: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignedRelease:
+    """A release statement that a trusted key signed: the key's id, the statement's sha256 and the release's number."""
+
+    keyid: str
+    sha256: str
+    number: int
+
+
+def check_branch_statement(
+    branch: Branch, provenance: Provenance, provenance_sha256: str, trust: Trust, found: Collector
+) -> SignedStatement | None:
+    """Compare a branch's statement with its record; return the signer if the statement is signed and fits."""
+    opened = _opened(branch, ATTESTATION, trust, found)
+    if opened is None:
+        return None
+    payload, keyid = opened
+    try:
+        statement = read_branch_statement(payload)
+    except StatementError as error:
+        found.add("signature-invalid", ATTESTATION, str(error))
+        return None
+    wanted = {PROVENANCE: provenance_sha256, **{name: record.sha256 for name, record in provenance.files.items()}}
+    place = provenance.place
+    problems = []
+    if statement.repository != place.repository:
+        problems.append(f"it is of the repository {shown(statement.repository)}, the record of {place.repository}")
+    if statement.branch != branch.name:
+        problems.append(f"it is of the branch {shown(statement.branch)}, this is {branch.name}")
+    names = sorted(wanted.keys() | statement.files.keys())
+    differing = [name for name in names if wanted.get(name) != statement.files.get(name)]
+    if differing:
+        more = f" and {len(differing) - _AGAIN_NAMED:,} more" if len(differing) > _AGAIN_NAMED else ""
+        problems.append(f"other files were signed: {', '.join(map(shown, differing[:_AGAIN_NAMED]))}{more}")
+    for problem in problems:
+        found.add("statement-differs", ATTESTATION, problem)
+    return None if problems else SignedStatement(keyid=keyid, sha256=digest(payload))
+
+
+def check_release_statement(
+    main: Branch | None,
+    repository: str,
+    signed: Mapping[str, SignedStatement | None],
+    existing: Sequence[str],
+    trust: Trust,
+    found: Collector,
+) -> SignedRelease | None:
+    """Compare the release statement of main with the branches' statements.
+
+    Args:
+        main: main's head, None if the repository has no main.
+        repository: the repository's id, as the branches' statements have it; "" if none has a record.
+        signed: the checked branches.
+        existing: all branches of the repository.
+        trust: the reader's keys and the release that the reader knows.
+        found: gets the findings.
+    """
+    opened = _opened(main, RELEASE_ATTESTATION, trust, found) if main else None
+    if opened is None:
+        return None
+    payload, keyid = opened
+    try:
+        release = read_release_statement(payload)
+    except StatementError as error:
+        found.add("signature-invalid", RELEASE_ATTESTATION, str(error))
+        return None
+    where, number = RELEASE_ATTESTATION, f"release {release.release}"
+    if repository and release.repository != repository:
+        found.add("statement-differs", where, f"it is of the repository {shown(release.repository)}")
+    for name in sorted(release.branches.keys() - set(existing)):
+        found.add("release-differs", where, f"{number} has the branch {shown(name)}, the repository lacks it")
+    for name in sorted(set(existing) - release.branches.keys()):
+        found.add("release-differs", where, f"{number} does not have the branch {shown(name)}")
+    for name in sorted(signed.keys() & release.branches.keys()):
+        statement = signed[name]
+        if statement and statement.sha256 != release.branches[name]:
+            message = f"{shown(name)} has a valid statement of another release, not the one of {number}"
+            found.add("release-differs", where, message)
+    if release.release < trust.min_release:
+        found.add("release-old", where, f"this is {number}, release {trust.min_release} is known")
+    return SignedRelease(keyid=keyid, sha256=digest(payload), number=release.release)
+
+
+def _opened(branch: Branch, name: str, trust: Trust, found: Collector) -> tuple[bytes, str] | None:
+    if name not in branch.stored:
+        found.add("signature-missing", name, "a trusted key is given, and the branch is not signed")
+        return None
+    try:
+        return trust.keys.opened(branch.read(name, MAX_ENVELOPE_BYTES + 1))
+    except StatementError as error:
+        found.add("signature-invalid", name, str(error))
+    except PublishError as error:
+        found.add("branch-unreadable", name, unreadable(error))
+    return None
