@@ -24,7 +24,7 @@ DEMO = "recipes/demo-llama.yaml"
 RECIPES = sorted(str(path.relative_to(HERE)) for path in (HERE / "recipes").glob("*.yaml"))
 # A CUDA build of torch brings Triton; a CPU build does not, and runs its kernels in the interpreter.
 TEST_PACKAGES = (
-    "-e", ".[build]", "hypothesis", "jsonschema", "pytest", "pytest-timeout", "pytest-xdist",
+    "-e", ".[build,sign]", "hypothesis", "jsonschema", "pytest", "pytest-timeout", "pytest-xdist",
     'triton; sys_platform == "linux"',
 )  # fmt: skip
 FAST = ("-m", "not crash and not interpreter and not slow", "--hypothesis-profile", "dev")
@@ -57,7 +57,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check types with mypy: the package strictly, the tests less so."""
-    _install(session, "-e", ".[build]", "hypothesis", "mypy", "nox", "pytest", "types-greenlet")
+    _install(session, "-e", ".[build,sign]", "hypothesis", "mypy", "nox", "pytest", "types-greenlet")
     session.run("mypy")
 
 
@@ -101,7 +101,7 @@ def minimums(session: nox.Session) -> None:
     lowest = [_lowest(requirement) for requirement in allowed if requirement.name != "torch"]
     pinned = {Requirement(line).name: line for line in (HERE / CONSTRAINTS).read_text().splitlines() if "==" in line}
     tools = [pinned[name] for name in ("hypothesis", "jsonschema", "pytest", "pytest-timeout", "pytest-xdist", "torch")]
-    session.install("-e", ".[build]", *lowest, *tools)
+    session.install("-e", ".[build,sign]", *lowest, *tools)
     # The lowest typer calls what the newest click deprecates; Python does not show that to users.
     leave = ("-m", f"{FAST[1]} and not pinned", "-W", "default::DeprecationWarning")
     _pytest(session, *FAST, *leave)
@@ -125,7 +125,7 @@ def _pytest(session: nox.Session, *options: str) -> None:
 @nox.session(name="tests-gpu")
 def tests_gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA GPU; without one they fail, they do not skip."""
-    _install(session, "-e", ".[build]", "hypothesis", "jsonschema", "pytest", "pytest-timeout")
+    _install(session, "-e", ".[build,sign]", "hypothesis", "jsonschema", "pytest", "pytest-timeout")
     session.run("pytest", "-m", "gpu", *session.posargs)
 
 
@@ -145,7 +145,7 @@ def tests_base(session: nox.Session) -> None:
 @nox.session(name="build-all")
 def build_all(session: nox.Session) -> None:
     """Build and publish every recipe that this machine can build; `-- --strict` makes a skipped one a failure."""
-    _install(session, "-e", ".[build]")
+    _install(session, "-e", ".[build,sign]")
     session.run("packager", "release", *RECIPES, *session.posargs)
 
 
@@ -153,7 +153,7 @@ def build_all(session: nox.Session) -> None:
 def tests_release(session: nox.Session) -> None:
     """Read the published demo as its readers do, run its card's code, open it with the loaders. Needs build-all."""
     # Another olah may need other corrections than those in tests/local_hub.py.
-    _install(session, "-e", ".[build]", "hypothesis", "pytest", "olah==0.5.4")
+    _install(session, "-e", ".[build,sign]", "hypothesis", "pytest", "olah==0.5.4")
     files = ("test_release", "test_auto_gptq", "test_loaders_of_architectures")
     session.run("pytest", "-m", "release", *(f"tests/{name}.py" for name in files), *session.posargs)
 
@@ -165,7 +165,7 @@ def tests_publish(session: nox.Session) -> None:
         session.error(
             "git-lfs is not on the PATH: apt-get install git-lfs, brew install git-lfs, or https://git-lfs.com"
         )
-    _install(session, "-e", ".[build]", "hypothesis", "pytest")
+    _install(session, "-e", ".[build,sign]", "hypothesis", "pytest")
     files = ("test_git_lfs", "test_card_commands")
     python = _giftless(session)
     command = ("pytest", "-m", "release", *(f"tests/{name}.py" for name in files), *session.posargs)
@@ -187,21 +187,21 @@ def _giftless(session: nox.Session) -> Path:
 @nox.session
 def benchmark(session: nox.Session) -> None:
     """Time our engine and, where installed, others on one random model; benchmarks/README.md has the options."""
-    _install(session, "-e", ".[build]")
+    _install(session, "-e", ".[build,sign]")
     session.run("python", "benchmarks/speed.py", *session.posargs)
 
 
 @nox.session(name="benchmark-quality")
 def benchmark_quality(session: nox.Session) -> None:
     """Measure the quality of the demo model as our engine and others quantize it; benchmarks/README.md has options."""
-    _install(session, "-e", ".[build]")
+    _install(session, "-e", ".[build,sign]")
     session.run("python", "benchmarks/quality.py", *session.posargs)
 
 
 @nox.session(name="benchmark-engines")
 def benchmark_engines(session: nox.Session) -> None:
     """Build the demo's variants with both engines, ours and AutoGPTQ, and compare losses and quality; needs a GPU."""
-    _install(session, "-e", ".[build]")
+    _install(session, "-e", ".[build,sign]")
     session.run("python", "benchmarks/compare_engines.py", *session.posargs)
 
 
@@ -216,7 +216,7 @@ def plan(session: nox.Session) -> None:
 @nox.session(name="train-demo")
 def train_demo(session: nox.Session) -> None:
     """Train the demo model again (minutes on a GPU, hours without) into recipes/assets/demo-llama."""
-    _install(session, "-e", ".[build]")
+    _install(session, "-e", ".[build,sign]")
     session.run("python", "recipes/assets/demo-llama/train.py", "--out", "recipes/assets/demo-llama", *session.posargs)
 
 

@@ -32,6 +32,7 @@ from packager.cli.options import (
 )
 from packager.cli.publishing import publish_command, rollback_command, verify_published_command
 from packager.cli.signals import end_command, raise_on_signals
+from packager.cli.signing import SignKeyOption, TrustedKeyOption, signing_keys
 from packager.errors import AuditError, LoaderError, MachineError, PackagerError
 
 # pydantic's search for plugins reads the metadata of every installed package: 25 of 500 ms of `plan`, for no plugin.
@@ -300,6 +301,8 @@ def release_command(
         bool, typer.Option("--strict", help="Fail if this machine cannot build one of the recipes.")
     ] = False,
     yes: YesOption = False,
+    sign_key: SignKeyOption = None,
+    trusted_key: TrustedKeyOption = None,
 ) -> None:
     """Build and publish what this machine can build.
 
@@ -311,7 +314,7 @@ def release_command(
     from packager.cli.status_view import print_status
     from packager.pipeline.release import release
 
-    terminal = terminal_of()
+    terminal, keys = terminal_of(), signing_keys(sign_key, trusted_key)
     release(
         recipes,
         options_of(dist, device, cache, gpu_memory),
@@ -321,6 +324,7 @@ def release_command(
         show_plan=lambda plan: print_publish_plan(plan, terminal.err),
         show_status=lambda recipe_file, options: print_status(recipe_file, options, terminal.out),
         consent=ask_for_consent("publish", assume_yes=yes),
+        keys=keys,
     )
 
 

@@ -21,7 +21,7 @@ def print_published(report: PublishedReport, console: Console) -> None:
         )
     errors = sum(finding.severity == "error" for finding in report.findings)
     rows = "not compared" if report.card_rows is None else f"{counted(report.card_rows, 'row')} compared"
-    facts = f"the table of main's card: {rows}"
+    facts = f"the table of main's card: {rows}; {_signatures(report)}"
     print_line(console, verdict_line(errors=errors, warnings=len(report.findings) - errors, facts=facts))
 
 
@@ -32,6 +32,11 @@ def published_json(report: PublishedReport) -> dict[str, object]:
         "full": report.full,
         "passed": report.passed,
         "branches": [_branch_json(proof) for proof in report.branches],
+        "release": {
+            "signatures_checked": report.signatures_checked,
+            "signed": asdict(report.release) if report.release else None,
+            "findings": [asdict(finding) for finding in report.release_findings],
+        },
         "card": {
             "rows_compared": report.card_rows,
             "findings": [asdict(finding) for finding in report.card_findings],
@@ -48,8 +53,18 @@ def checks_line(proof: BranchReport) -> str:
         parts.append(f"{counted(proof.num_read, 'file')}: content read")
     if proof.num_tensors:
         parts.append(f"{counted(proof.num_tensors, 'tensor')}: {'audited' if proof.audited else 'header read'}")
+    if proof.signed:
+        parts.append(f"signed by {proof.signed.keyid[:16]}")
     parts += [_loader(record) for record in proof.loaders]
     return "\n".join(parts) or "nothing"
+
+
+def _signatures(report: PublishedReport) -> str:
+    if not report.signatures_checked:
+        return "signatures: not checked, no --trusted-key"
+    if report.release is None:
+        return "no valid release statement"
+    return f"release {report.release.number}, signed by {report.release.keyid[:16]}"
 
 
 def _loader(record: LoaderRecord) -> str:

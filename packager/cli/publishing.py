@@ -23,6 +23,14 @@ from packager.cli.options import (
     options_of,
     terminal_of,
 )
+from packager.cli.signing import (
+    MinReleaseOption,
+    SignKeyOption,
+    TrustedKeyOption,
+    UnsignedOption,
+    signing_keys,
+    trust_of,
+)
 from packager.errors import AuditError, LoaderError
 
 if TYPE_CHECKING:
@@ -45,6 +53,9 @@ def publish_command(
     dry_run: DryRunOption = False,
     yes: YesOption = False,
     tag: Annotated[str, typer.Option(help="Tag main's commit with this name, such as v1.0, at the end.")] = "",
+    sign_key: SignKeyOption = None,
+    trusted_key: TrustedKeyOption = None,
+    unsigned: UnsignedOption = False,
     format: FormatOption = Format.text,  # noqa: A002
     quiet: QuietOption = False,
 ) -> None:
@@ -57,6 +68,9 @@ def publish_command(
     The token for the Hub comes from HF_TOKEN, from `hf auth login` or from the identity of a CI job, the token for a
     git remote from PACKAGER_GIT_TOKEN.
 
+    With --sign-key, each branch gets a signed statement over its files, and main one over all branches. A key that
+    replaces another needs the old public key as --trusted-key.
+
     Exits with 10 if a variant is not ready, a required loader has not passed or the target refuses, with 11 if a built
     folder or the published files were edited, with 7 if a folder fails the audit.
     """
@@ -64,6 +78,7 @@ def publish_command(
     from packager.pipeline.flow import publish
 
     terminal, recipe_file = open_recipe(recipe, quiet=quiet)
+    keys = signing_keys(sign_key, trusted_key, unsigned=unsigned)  # first: the passphrase leaves the environment
     report = publish(
         recipe_file,
         options_of(dist, Device.cpu, None),
@@ -72,6 +87,7 @@ def publish_command(
         show_plan=lambda plan: print_publish_plan(plan, terminal.err),
         consent=ask_for_consent("publish", assume_yes=yes),
         tag=tag,
+        keys=keys,
     )
     if format is Format.json:
         terminal.result(publish_report_json(report))
@@ -97,6 +113,8 @@ def verify_published_command(
         ),
     ] = False,
     device: DeviceOption = Device.auto,
+    trusted_key: TrustedKeyOption = None,
+    min_release: MinReleaseOption = 1,
     cache: CacheOption = None,
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
@@ -115,6 +133,10 @@ def verify_published_command(
     With --loaders, the loaders that the record of a branch names open the branch, and their logits must be those of our
     own float32 forward pass over the same files. A loader that cannot run on this machine is reported as not run.
 
+    With --trusted-key, one of these keys must have signed a statement over the files of each branch, and on main one
+    over all branches; a missing signature is an error. An older state of the whole repository is found with
+    --min-release.
+
     Exits with 0 if nothing is wrong, with 8 if a loader failed, with 7 if anything else is wrong, with 10 if the
     repository cannot be read.
     """
@@ -123,10 +145,11 @@ def verify_published_command(
     from packager.publish.targets.resolve_target import resolve_target
 
     terminal = terminal_of(quiet=quiet)
+    trust = trust_of(trusted_key, min_release)
     context = _runtime_context(cache, terminal) if loaders else None
     target = resolve_target(repository, dist, os.environ, terminal.log)
     report = verify_published(
-        target, terminal.log, branches=branch or (), full=full, loaders=context, device=device.value
+        target, terminal.log, branches=branch or (), full=full, loaders=context, device=device.value, trust=trust
     )
     if format is Format.json:
         terminal.result(published_json(report))
@@ -158,6 +181,7 @@ def rollback_command(
     again: Annotated[bool, typer.Option("--again", help="Go back one step further than the last rollback.")] = False,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
+    unsigned: UnsignedOption = False,
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
     quiet: QuietOption = False,
@@ -170,6 +194,9 @@ def rollback_command(
     back to the release before it. A release is published with main last. So every branch gets the content that it had
     when the commit before main's head was made, or, if the last publish was interrupted before main, when main's head
     was made. Branches that did not exist then are left alone, and so are branches whose head has another author.
+
+    A rollback signs nothing. A signed repository is put back with --unsigned only: its statements are then those of
+    the earlier release, which readers with --min-release report. The next signed publish gets a new number.
 
     If a rollback is killed, run the same command again: it skips the branches that are back already. It asks for
     confirmation before others can see a change; without a terminal, --yes is needed. Exits with 10 if there is nothing
@@ -186,6 +213,7 @@ def rollback_command(
         RollbackRequest(branches=tuple(branch or ()), to=to, further_back=again),
         terminal.log,
         dry_run=dry_run,
+        unsigned=unsigned,
         show_plan=lambda plan: print_rollback_plan(plan, terminal.err),
         confirm=ask_for_consent("put back", assume_yes=yes or not target.is_public),
     )

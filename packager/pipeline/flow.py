@@ -5,6 +5,7 @@ and run again, on this machine or another.
 """
 
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from packager.publish.after_publish import FinalStep, ReleaseTag
 from packager.publish.branches import BranchContent, PublishReport, publish_branches
 from packager.publish.hub_collection import HubCollection
 from packager.publish.plan import PublishPlan
+from packager.publish.sign_release import ReleaseSigner, SigningKeys
 from packager.publish.targets import Target
 from packager.publish.targets.resolve_target import target_of
 from packager.receipt import PROVENANCE, README, Receipt
@@ -140,6 +142,7 @@ def publish(
     show_plan: Callable[[PublishPlan], None] = lambda _: None,
     consent: Callable[[PublishPlan], None] = lambda _: None,
     tag: str = "",
+    keys: SigningKeys | None = None,
 ) -> PublishReport:
     """Stage 10: bring the built folders to the target, one branch each, `main` last.
 
@@ -151,12 +154,14 @@ def publish(
         show_plan: gets the plan before the first effect; not called for a dry run, whose report holds it.
         consent: called with the plan before a change that others can see; raises to stop.
         tag: names main's commit at the end; "" for none.
+        keys: the keys that sign the release; None publishes unsigned.
 
     Raises:
         PublishError: a variant is not built from this recipe, or a required loader has not passed.
         AuditError, StateError: a folder is not fit to be published.
     """
-    run = BuildState(recipe_file, options, terminal)
+    run, keys = BuildState(recipe_file, options, terminal), keys or SigningKeys()
+    require_key(recipe_file, keys)
     with run.workspace.locked():
         run.read_receipts()
         _require_stages(run, *STAGES)
@@ -167,18 +172,30 @@ def publish(
         folders = [run.workspace.folder(receipt.provenance.branch) for receipt in receipts]
         audit_or_raise(folders, complete=True)
         contents = [_branch_content(receipt, folder) for receipt, folder in zip(receipts, folders, strict=True)]
-        with terminal.stage("publish"):
+        with terminal.stage("publish"), tempfile.TemporaryDirectory(prefix="packager-signed-") as scratch:
             target = target_of(run.recipe, run.workspace.dist, options.environ, terminal.log)
             ask = consent if target.is_public else lambda _: None
             return publish_branches(
                 contents,
                 target,
                 terminal.log,
+                signer=ReleaseSigner(run.recipe.repository.id, keys, Path(scratch)),
                 final_steps=_final_steps(run, target, tag),
                 dry_run=dry_run,
                 show_plan=show_plan,
                 confirm=ask,
             )
+
+
+def require_key(recipe_file: RecipeFile, keys: SigningKeys) -> None:
+    """Raise PublishError if a recipe must be signed and there is no key, or has a layout that cannot be signed."""
+    repository, where = recipe_file.recipe.repository, str(recipe_file.path)
+    if repository.signed and keys.signer is None:
+        why = "the recipe has repository.signed: true, and there is no key"
+        raise PublishError("the release must be signed", where=where, why=why, hint="give the key with --sign-key")
+    if keys.signer and repository.layout == "repos":
+        why = "with layout: repos no branch holds a statement over all variants"
+        raise PublishError("the release cannot be signed", where=where, why=why, hint="leave out --sign-key")
 
 
 def _final_steps(run: BuildState, target: Target, tag: str) -> list[FinalStep]:

@@ -8,9 +8,10 @@ from packager.errors import MachineError, PackagerError, PublishError
 from packager.inputs.base_model import access_problem
 from packager.model.devices import choose_device
 from packager.pipeline.build_state import STAGES, BuildState, Options, require_build_extra
-from packager.pipeline.flow import build, publish
+from packager.pipeline.flow import build, publish, require_key
 from packager.pipeline.plan import BuildPlan
 from packager.publish.plan import PublishPlan
+from packager.publish.sign_release import SigningKeys
 from packager.quantize.engines import needs_cuda
 from packager.quantize.memory import USABLE
 from packager.recipe.file import RecipeFile
@@ -31,6 +32,7 @@ def release(
     show_plan: Callable[[PublishPlan], None] = lambda _: None,
     show_status: Callable[[RecipeFile, Options], None] = lambda *_: None,
     consent: Callable[[PublishPlan], None] = lambda _: None,
+    keys: SigningKeys | None = None,
 ) -> None:
     """Build and publish the recipes one after the other, each with a table at its end; report why others are left out.
 
@@ -45,6 +47,7 @@ def release(
         show_plan: see `flow.publish`.
         show_status: called after each recipe is published.
         consent: see `flow.publish`.
+        keys: see `flow.publish`.
 
     Raises:
         PublishError: two recipes have one repository, or not `attended` and a recipe's target is not local.
@@ -53,6 +56,8 @@ def release(
     """
     files = [RecipeFile.load(path) for path in recipes]
     _refuse_same_repository(files)
+    for recipe_file in files:
+        require_key(recipe_file, keys or SigningKeys())
     remote = [str(file.path) for file in files if file.recipe.repository.target != "local"]
     if remote and not attended:
         what = "publishing needs a confirmation, and standard input is not a terminal"
@@ -66,7 +71,7 @@ def release(
             if recipe_file.path not in skipped:
                 terminal.log(str(recipe_file.path))
                 build(recipe_file, options, terminal)
-                publish(recipe_file, options, terminal, dry_run=False, show_plan=show_plan, consent=consent)
+                publish(recipe_file, options, terminal, dry_run=False, show_plan=show_plan, consent=consent, keys=keys)
                 show_status(recipe_file, options)
     finally:
         for path, reason in skipped.items():

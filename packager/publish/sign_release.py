@@ -1,7 +1,8 @@
 """Sign a release: one statement per branch over its files, and one on main over the branches' statements."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -22,6 +23,7 @@ from packager.publish.targets import BranchState, LocalFile, Target, read_local_
 from packager.receipt import ATTESTATION, PROVENANCE, RELEASE_ATTESTATION, UNLISTED_FILES, Provenance
 from packager.variant import MAIN
 
+_REPLACED = re.compile(r"(?m)^Rollback-of: ([0-9a-f]{40})$")
 Files = Mapping[str, Mapping[str, LocalFile]]
 
 
@@ -36,7 +38,7 @@ class SigningKeys:
     """
 
     signer: Signer | None = None
-    trusted: TrustedKeys = TrustedKeys()
+    trusted: TrustedKeys = field(default_factory=TrustedKeys)
     unsigned: bool = False
 
     @property
@@ -97,13 +99,32 @@ class ReleaseSigner:
         state = remote.get(MAIN)
         if state is None or RELEASE_ATTESTATION not in state.files:
             return self._next(statements, "", 0)
-        data = target.read_bytes(state.commit, RELEASE_ATTESTATION, size=MAX_ENVELOPE_BYTES + 1)
-        payload, keyid, before = present_release(data, self._keys.accepted, self._repository, target.where)
+        payload, keyid, before = self._present(target, state.commit)
+        latest_payload, latest = self._before_rollbacks(target, payload, before)
         kept = {name: sha256 for name, sha256 in before.branches.items() if name in remote}
         wanted = {**kept, **statements}
         if self._keys.signer and keyid == self._keys.signer.keyid and wanted == before.branches:
-            return payload
-        return self._next(wanted, digest(payload), before.release)
+            if latest is before:
+                return payload
+        return self._next(wanted, digest(latest_payload), latest.release)
+
+    def _present(self, target: Target, commit: str) -> tuple[bytes, str, ReleaseStatement]:
+        data = target.read_bytes(commit, RELEASE_ATTESTATION, size=MAX_ENVELOPE_BYTES + 1)
+        return present_release(data, self._keys.accepted, self._repository, target.where)
+
+    def _before_rollbacks(
+        self, target: Target, payload: bytes, release: ReleaseStatement
+    ) -> tuple[bytes, ReleaseStatement]:
+        """Return the latest release, which rollbacks have replaced by an earlier one: its number is not used twice."""
+        by_id = {record.commit: record for record in (records := target.history(MAIN))}
+        record = records[0] if records else None
+        while record and not record.author and (replaced := _REPLACED.search(record.message)):
+            record = by_id.pop(replaced[1], None)
+            if record and RELEASE_ATTESTATION in target.read_back(record.commit):
+                found, _, other = self._present(target, record.commit)
+                if other.release > release.release:
+                    payload, release = found, other
+        return payload, release
 
     def _next(self, statements: Mapping[str, str], previous: str, number: int) -> bytes:
         release = ReleaseStatement(

@@ -151,13 +151,15 @@ def _read(path: Path, *, private: bool) -> bytes:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", "") or str(error)
         raise PublishError(what, where=str(path), why=why) from error
-    with os.fdopen(descriptor, "rb") as stream:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_KEY_BYTES:
             raise PublishError(what, where=str(path), why="it is not a small ordinary file")
         if private and status.st_mode & 0o077:
             raise PublishError(what, where=str(path), why="other users may read it", hint=f"chmod 600 {path}")
-        return stream.read(_MAX_KEY_BYTES)
+        return os.read(descriptor, _MAX_KEY_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def _require_extra() -> None:

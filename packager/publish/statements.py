@@ -57,7 +57,7 @@ class Envelope(_Strict):
 
 
 class _Digest(_Strict):
-    sha256: str = Field(pattern=r"\A[0-9a-f]{64}\Z")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class _Subject(_Strict):
@@ -68,7 +68,7 @@ class _Subject(_Strict):
 class _Release(_Strict):
     repository: str
     release: int = Field(ge=1, le=_MAX_RELEASE)
-    previous: str = Field(pattern=r"\A([0-9a-f]{64})?\Z")
+    previous: str = Field(pattern=r"^([0-9a-f]{64})?$")
 
 
 class _Place(BaseModel):

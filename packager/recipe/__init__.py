@@ -146,10 +146,14 @@ class Repository(Strict):
         default=None, description="whether readers of a repository that publishing makes on the Hub must ask for access"
     )
 
+    signed: bool = Field(default=False, description="whether a publish must be signed with a key (--sign-key)")
+
     @model_validator(mode="after")
     def _target_and_settings(self) -> "Repository":
         if problem := repository_problem(self.target, self.layout, url=self.url):
             raise ValueError(problem)
+        if self.signed and self.layout == "repos":
+            raise ValueError("signed needs layout: branches, where one release statement covers all variants")
         return self
 
     def place(self, branch: str) -> Place:

@@ -32,7 +32,9 @@ from packager.publish.rollback.history import trailers
 from packager.publish.rollback.plan import BranchRollback, RollbackPlan, RollbackRequest, plan_rollback
 from packager.publish.take_back import take_back
 from packager.publish.targets import HeadMovedError, Target
+from packager.receipt import RELEASE_ATTESTATION
 from packager.system.text import printable
+from packager.variant import MAIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ def rollback(
     dry_run: bool = False,
     show_plan: Callable[[RollbackPlan], None] = lambda _: None,
     confirm: Callable[[RollbackPlan], None] = lambda _: None,
+    unsigned: bool = False,
 ) -> RollbackReport:
     """Restore earlier files of branches of `target`.
 
@@ -72,6 +75,7 @@ def rollback(
         dry_run: plan and check, write nothing.
         show_plan: gets the plan before the first effect; not called in a dry run, whose report holds the plan.
         confirm: called if anything would change, after `show_plan` and before the first effect; raises to stop.
+        unsigned: whether a signed repository may be put back, with its earlier statements.
 
     Raises:
         HeadMovedError: a branch got another commit; the branches before it in the plan are done.
@@ -79,6 +83,7 @@ def rollback(
     """
     if dry_run:
         plan = plan_rollback(target, request)
+        _require_unsigned(target, plan, unsigned)
         target.check(plan.changing)
         outcomes = [RollbackOutcome(plan=entry, commit=entry.head.commit, seconds=0.0) for entry in plan.branches]
         return RollbackReport(plan=plan, outcomes=tuple(outcomes), notes=(), dry_run=True)
@@ -88,6 +93,7 @@ def rollback(
         for note in notes:
             log(note)
         plan = plan_rollback(target, request)
+        _require_unsigned(target, plan, unsigned)
         show_plan(plan)
         target.check(plan.changing)
         if plan.changing:
@@ -97,6 +103,19 @@ def rollback(
             log(rollback_line(outcome))
             outcomes.append(outcome)
     return RollbackReport(plan=plan, outcomes=tuple(outcomes), notes=tuple(notes), dry_run=False)
+
+
+def _require_unsigned(target: Target, plan: RollbackPlan, unsigned: bool) -> None:
+    """Raise PublishError if the repository is signed: a rollback signs no statement."""
+    main = target.read_branches().get(MAIN)
+    if plan.changing and not unsigned and main and RELEASE_ATTESTATION in main.files:
+        raise PublishError(
+            "the repository is signed and cannot be put back with its signatures",
+            where=target.where,
+            why="a rollback restores earlier statements: readers who know a later release report it",
+            hint="build and publish the earlier recipe with --sign-key, which signs a new release; or put the files "
+            "back now with --unsigned and publish a signed release after it",
+        )
 
 
 def rollback_line(outcome: RollbackOutcome) -> str:
