@@ -28,6 +28,7 @@ TERMINAL = {
     "packager/cli/main.py",
     "packager/cli/options.py",
     "packager/cli/publishing.py",
+    "packager/cli/signing.py",
     "packager/cli/consent.py",
     "packager/cli/signals.py",
     "packager/system/terminal.py",

@@ -179,8 +179,8 @@ def test_a_new_key_follows_the_old_one(signed: SignedFixture) -> None:
 def test_a_rollback_of_a_signed_repository_must_be_asked_for(signed: SignedFixture) -> None:
     signed.second_release()
     with pytest.raises(PublishError, match="cannot be put back with its signatures"):
-        rollback(signed.target, RollbackRequest(), print)
-    rollback(signed.target, RollbackRequest(), print, unsigned=True)
+        rollback(signed.target, RollbackRequest(branches=(MAIN, VARIANT)), print)
+    rollback(signed.target, RollbackRequest(branches=(MAIN, VARIANT)), print, unsigned=True)
     assert signed.rules() == set()
     assert signed.rules(Trust(keys=SIGNER.public, min_release=2)) == {"release-old"}
 
@@ -188,7 +188,7 @@ def test_a_rollback_of_a_signed_repository_must_be_asked_for(signed: SignedFixtu
 def test_the_release_after_a_rollback_has_a_new_number(signed: SignedFixture) -> None:
     signed.second_release()
     second, _ = read_envelope(signed.read(MAIN, RELEASE_ATTESTATION))
-    rollback(signed.target, RollbackRequest(), print, unsigned=True)
+    rollback(signed.target, RollbackRequest(branches=(MAIN, VARIANT)), print, unsigned=True)
     signed.second_release()
     third = read_release_statement(read_envelope(signed.read(MAIN, RELEASE_ATTESTATION))[0])
     assert (third.release, third.previous) == (3, hashlib.sha256(second).hexdigest())

@@ -133,9 +133,7 @@ def verify_published_command(
     With --loaders, the loaders that the record of a branch names open the branch, and their logits must be those of our
     own float32 forward pass over the same files. A loader that cannot run on this machine is reported as not run.
 
-    With --trusted-key, one of these keys must have signed a statement over the files of each branch, and on main one
-    over all branches; a missing signature is an error. An older state of the whole repository is found with
-    --min-release.
+    With --trusted-key, one of these keys must have signed the files of each branch, and on main the list of branches.
 
     Exits with 0 if nothing is wrong, with 8 if a loader failed, with 7 if anything else is wrong, with 10 if the
     repository cannot be read.

@@ -103,9 +103,9 @@ class ReleaseSigner:
         latest_payload, latest = self._before_rollbacks(target, payload, before)
         kept = {name: sha256 for name, sha256 in before.branches.items() if name in remote}
         wanted = {**kept, **statements}
-        if self._keys.signer and keyid == self._keys.signer.keyid and wanted == before.branches:
-            if latest is before:
-                return payload
+        same_signer = self._keys.signer is not None and keyid == self._keys.signer.keyid
+        if same_signer and wanted == before.branches and latest is before:
+            return payload
         return self._next(wanted, digest(latest_payload), latest.release)
 
     def _present(self, target: Target, commit: str) -> tuple[bytes, str, ReleaseStatement]:
@@ -116,7 +116,8 @@ class ReleaseSigner:
         self, target: Target, payload: bytes, release: ReleaseStatement
     ) -> tuple[bytes, ReleaseStatement]:
         """Return the latest release, which rollbacks have replaced by an earlier one: its number is not used twice."""
-        by_id = {record.commit: record for record in (records := target.history(MAIN))}
+        records = target.history(MAIN)
+        by_id = {record.commit: record for record in records}
         record = records[0] if records else None
         while record and not record.author and (replaced := _REPLACED.search(record.message)):
             record = by_id.pop(replaced[1], None)

@@ -103,6 +103,35 @@ def verify_published(
         trust=trust,
     )
     chosen = sorted(set(branches or states), key=lambda branch: (branch != MAIN, branch))
+    reports, provenances = _check_branches(target, chosen, states, depth, log)
+    card = Collector(MAIN)
+    rows = compare_card(target, states, provenances, card) if not branches or MAIN in chosen else None
+    signatures = Collector(MAIN)
+    release = _check_release(target, states, reports, provenances, trust, signatures) if trust else None
+    return PublishedReport(
+        where=target.where,
+        full=depth.full,
+        branches=tuple(reports),
+        card_rows=rows,
+        card_findings=card.collected(),
+        signatures_checked=trust is not None,
+        release=release,
+        release_findings=signatures.collected(),
+    )
+
+
+def _check_branches(
+    target: Target,
+    chosen: Sequence[str],
+    states: Mapping[str, BranchState],
+    depth: Depth,
+    log: Callable[[str], None],
+) -> tuple[list[BranchReport], dict[str, Provenance]]:
+    """Return the report of each branch, and the valid records by branch.
+
+    Raises:
+        PublishError: no branch could be read.
+    """
     reports: list[BranchReport] = []
     provenances: dict[str, Provenance] = {}
     failures: list[PublishError] = []
@@ -124,20 +153,7 @@ def verify_published(
         log(f"{printable(branch)}: {'ok' if reports[-1].passed else f'{len(reports[-1].findings)} findings'}")
     if len(failures) == len(chosen):
         raise failures[0]
-    card = Collector(MAIN)
-    rows = compare_card(target, states, provenances, card) if not branches or MAIN in chosen else None
-    signatures = Collector(MAIN)
-    release = _check_release(target, states, reports, provenances, trust, signatures) if trust else None
-    return PublishedReport(
-        where=target.where,
-        full=depth.full,
-        branches=tuple(reports),
-        card_rows=rows,
-        card_findings=card.collected(),
-        signatures_checked=trust is not None,
-        release=release,
-        release_findings=signatures.collected(),
-    )
+    return reports, provenances
 
 
 def _check_release(
