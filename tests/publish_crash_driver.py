@@ -14,9 +14,19 @@ import sys
 import time
 from pathlib import Path
 
-from packager.publish.branches import BranchContent, publish_branches
+from packager.publish.branches import BranchContent, PublishReport, publish_branches
 from packager.publish.targets.local import LocalTarget
-from tests.publish_fixtures import REPOSITORY, SHORT_WAITS, describe, files_in, git, hub_folder, leftovers, trees
+from tests.publish_fixtures import (
+    REPOSITORY,
+    SHORT_WAITS,
+    describe,
+    files_in,
+    fixed_signer,
+    git,
+    hub_folder,
+    leftovers,
+    trees,
+)
 
 EFFECTS = {"subprocess.Popen", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "fcntl.flock"}
 
@@ -36,6 +46,12 @@ class EffectCounter:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
+def publish(contents: list[BranchContent], root: Path) -> PublishReport:
+    """Publish, signed if the environment says so."""
+    signer = fixed_signer(root.with_name("statements")) if os.environ.get("TEST_SIGNED") else None
+    return publish_branches(contents, LocalTarget(root, REPOSITORY, waits=SHORT_WAITS), lambda _: None, signer=signer)
+
+
 def publish_in_child(contents: list[BranchContent], root: Path, kill: int | dict[str, float]) -> int:
     """Publish in a forked child that is killed; return the number of effects if it came to its end, else -1."""
     reader, writer = os.pipe()
@@ -44,7 +60,7 @@ def publish_in_child(contents: list[BranchContent], root: Path, kill: int | dict
         os.setsid()
         counter = EffectCounter(kill if isinstance(kill, int) else 0)
         sys.addaudithook(counter)
-        publish_branches(contents, LocalTarget(root, REPOSITORY, waits=SHORT_WAITS), lambda _: None)
+        publish(contents, root)
         os.write(writer, str(counter.count).encode())
         os._exit(0)
     os.close(writer)
@@ -72,7 +88,7 @@ def run_chain(before: Path, root: Path, contents: list[BranchContent], kills: li
     for kill in kills:
         counts.append(publish_in_child(contents, root, kill))
         between.append(trees(repository) if repository.exists() else {})
-    report = publish_branches(contents, LocalTarget(root, REPOSITORY, waits=SHORT_WAITS), lambda _: None)
+    report = publish(contents, root)
     return {
         "counts": counts,
         "between": between,

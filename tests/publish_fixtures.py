@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packager.publish.branches import BranchContent
+from packager.publish.sign_release import ReleaseSigner, SigningKeys
+from packager.publish.signing_keys import Signer
 from packager.publish.targets.git_locks import GitWaits
 from packager.system.files import file_record, list_files
 
@@ -83,6 +85,14 @@ def leftovers(root: Path) -> list[str]:
     names = (path for path in root.rglob("*") if path != ours)
     odd = (path for path in names if path.name.startswith((".tmp-", "tmp_", "packager-")) or path.suffix == ".lock")
     return sorted(path.relative_to(root).as_posix() for path in odd)
+
+
+def fixed_signer(folder: Path) -> ReleaseSigner:
+    """Return a signer with a fixed key, which writes its statements to `folder`."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.from_private_bytes(bytes([7]) * 32)
+    return ReleaseSigner(REPOSITORY, SigningKeys(signer=Signer(key)), folder)
 
 
 def log_in(hub: "LoopbackHub", token: str, monkeypatch: "pytest.MonkeyPatch") -> None:

@@ -1,7 +1,9 @@
 """A publish that is killed at any moment is simply run again: the end state is that of an undisturbed run."""
 
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +14,13 @@ import pytest
 
 from packager.publish.branches import BranchContent, publish_branches
 from packager.publish.targets.local import LocalTarget
+from packager.receipt import ATTESTATION, RELEASE_ATTESTATION
 from tests.publish_fixtures import (
     REPOSITORY,
     SHORT_WAITS,
     VARIANT,
     files_in,
+    fixed_signer,
     git,
     hub_folder,
     leftovers,
@@ -48,15 +52,19 @@ def new_contents(dist: Path) -> list[BranchContent]:
 class CrashFixture:
     """A repository before, the folders to publish, and the trees before and after."""
 
-    def __init__(self, tmp_path: Path, *, update: bool) -> None:
+    def __init__(self, tmp_path: Path, *, update: bool, signed: bool = False) -> None:
+        self.signed = signed
+        signer = fixed_signer(tmp_path / "statements") if signed else None
+        undisturbed = tmp_path / "undisturbed"
         self.before, self.root = tmp_path / "before", tmp_path / "hub"
         self.trees_before: dict[str, str] = {}
         if update:
-            publish_branches(old_contents(tmp_path / "old"), LocalTarget(self.before, REPOSITORY), print)
+            publish_branches(old_contents(tmp_path / "old"), LocalTarget(self.before, REPOSITORY), print, signer=signer)
+            shutil.copytree(self.before, undisturbed, symlinks=True)
             self.trees_before = trees(hub_folder(self.before))
         self.contents = new_contents(tmp_path / "new")
-        publish_branches(self.contents, LocalTarget(tmp_path / "undisturbed", REPOSITORY), print)
-        self.trees_after = trees(hub_folder(tmp_path / "undisturbed"))
+        publish_branches(self.contents, LocalTarget(undisturbed, REPOSITORY), print, signer=signer)
+        self.trees_after = trees(hub_folder(undisturbed))
 
     def run(self, chains: list[KillSequence]) -> list[dict[str, Any]]:
         """Run the chains of kills and return what the driver found, checked."""
@@ -68,6 +76,7 @@ class CrashFixture:
             text=True,
             check=False,
             cwd=ROOT,
+            env={**os.environ, "TEST_SIGNED": "1" if self.signed else ""},
         )
         assert result.returncode == 0, result.stdout + result.stderr
         found = [json.loads(line) for line in result.stdout.splitlines()]
@@ -86,7 +95,8 @@ class CrashFixture:
         assert outcome["status"] == "", story
         assert outcome["fsck"] == "", story
         assert outcome["leftovers"] == [], story
-        assert outcome["main"] == sorted(self.contents[0].files), story
+        statements = [ATTESTATION, RELEASE_ATTESTATION] if self.signed else []
+        assert outcome["main"] == sorted([*self.contents[0].files, *statements]), story
 
 
 def spread(count: int, last: int) -> list[int]:
@@ -101,6 +111,16 @@ def test_a_publish_may_be_killed_before_any_effect(tmp_path: Path, update: bool)
     found = fixture.run([[kill] for kill in spread(10, last)])
     assert all(outcome["counts"] == [-1] for outcome in found)
     assert any("an earlier publish did not finish" in outcome["notes"] for outcome in found)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("update", [False, True], ids=["create", "update"])
+def test_a_signed_publish_may_be_killed_before_any_effect(tmp_path: Path, update: bool) -> None:
+    """The run after the kill signs the same release with the same number: `check` compares the trees."""
+    fixture = CrashFixture(tmp_path, update=update, signed=True)
+    last = fixture.run([[0], [0]])[-1]["counts"][0]
+    found = fixture.run([[kill] for kill in spread(10, last)])
+    assert all(outcome["counts"] == [-1] for outcome in found)
 
 
 @pytest.mark.crash
