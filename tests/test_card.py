@@ -301,7 +301,7 @@ def test_no_template_syntax_is_left() -> None:
 def test_a_text_that_leaves_a_block_open_is_refused(name: str, text: str) -> None:
     recipe = fixtures.minimal_recipe()
     with pytest.raises(
-        CardError, match=rf"card\.{name}: the {name} leaves an? (code fence|HTML comment|HTML block) open"
+        CardError, match=rf"card\.{name}, line 1: it leaves an? (code fence|HTML comment|HTML block) open"
     ):
         render_card(recipe, CardTexts(**{name: text}), fixtures.minimal_receipts(recipe), "llama", "main")
 

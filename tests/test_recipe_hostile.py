@@ -120,9 +120,9 @@ def folder(tmp_path_factory):
             edited(("bits: 4", "bits: " + "9" * 30)),
             f"12:9: the number '{'9' * 30}' is too large (quote it if it is text)",
         ),
-        (edited(("title: Demo", 'title: "a\\0b"')), "21:10: the control character U+0000 is refused"),
-        (edited(("title: Demo", 'title: "a\\rb"')), "21:10: the control character U+000D is refused"),
-        (edited(("title: Demo", 'title: "\\ud800"')), "21:10: the control character U+D800 is refused"),
+        (edited(("title: Demo", 'title: "a\\0b"')), "21:10: the invisible character U+0000 is refused"),
+        (edited(("title: Demo", 'title: "a\\rb"')), "21:10: the invisible character U+000D is refused"),
+        (edited(("title: Demo", 'title: "\\ud800"')), "21:10: the invisible character U+D800 is refused"),
         (edited(("title: Demo", 'title: "a\\nb"')), "21:10: card.title must be one line of text, got the text 'a\\nb'"),
         (edited(("title: Demo", 'title: "a\\tb"')), "21:10: card.title must be one line of text, got the text 'a\\tb'"),
         (edited(("title: Demo", "title: ''")), "21:10: card.title must not be empty, got the text ''"),
@@ -183,7 +183,11 @@ def test_paths_stay_in_the_folder(folder, path):
     found = problems_of(folder, edited(("path: calibration.txt", f"path: {json.dumps(path)}")))
     assert len(found) == 1
     assert found[0].startswith(
-        ("7:9: calibration.path must be relative", "7:9: calibration.path must have at most 400")
+        (
+            "7:9: calibration.path must be relative",
+            "7:9: calibration.path must have at most 400",
+            "7:9: the invisible character U+200F is refused",
+        )
     )
 
 

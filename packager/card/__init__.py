@@ -5,8 +5,8 @@ of recipes and receipts are values, never templates: they cannot run anything or
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from packager.card import facts, markdown
 from packager.card.metadata import metadata
+from packager.card.raw_text import TextProblem, text_problems
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
 from packager.model.runtimes import RUNTIMES
@@ -62,7 +63,7 @@ def render_card(
         expectations: the predictions of `compatibility.verdicts` by branch; shown apart from the runs.
 
     Raises:
-        CardError: the receipts are not this recipe's, a text leaves a block open, or the templates have a mistake.
+        CardError: the receipts are not this recipe's, a text cannot be part of a page, or the templates have a mistake.
     """
     _check_receipts(recipe, receipts, branch)
     _check_texts(texts)
@@ -113,15 +114,23 @@ def _check_receipts(recipe: Recipe, receipts: Sequence[Provenance], branch: str)
         raise CardError("there is no such branch", where=branch, why=f"the recipe has {', '.join(expected)}")
 
 
-def _check_texts(texts: CardTexts) -> None:
+def texts_problems(texts: CardTexts) -> Iterator[tuple[str, TextProblem]]:
+    """Yield why a text cannot be part of a card: the text's name and the problem, with the line of the file."""
     for name, text in asdict(texts).items():
-        if problem := markdown.unclosed(text):
-            raise CardError(
-                f"the {name} leaves {problem} open",
-                where=f"card.{name}",
-                why="what follows would become part of it",
-                hint="close it in the file the recipe names",
-            )
+        # The front matter of the original card is not part of the page; its lines count.
+        body = markdown.strip_front_matter(text) if name == "original_card" else text
+        above = text.count("\n") - body.count("\n")
+        for problem in text_problems(body):
+            yield name, replace(problem, line=problem.line + above)
+
+
+def _check_texts(texts: CardTexts) -> None:
+    if found := list(texts_problems(texts)):
+        raise CardError(
+            "a text cannot be part of a card",
+            why="\n       ".join(f"card.{name}, line {problem.line}: {problem.message}" for name, problem in found),
+            hint=found[0][1].hint,
+        )
 
 
 def _context(

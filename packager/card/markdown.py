@@ -9,7 +9,6 @@ import io
 import json
 import re
 import shlex
-import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,13 +19,14 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
+from packager.system.text import escaped, reveal
+
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
     from markdown_it.token import Token
 
 _RUN_COMMENT = re.compile(r"<!-- run: ([a-z0-9_-]+) -->")
 _INLINE_SPECIAL = re.compile(r"[\\`*_\[\]<|~$]|&(?=#?[0-9A-Za-z]+;)|^#|#\Z")
-_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _BACKTICKS = re.compile(r"`+")
 # Words that YAML 1.1 does not read as text; huggingface_hub reads front matter with PyYAML, which is 1.1.
 _YAML_11_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
@@ -57,9 +57,8 @@ class CodeBlock:
 
 
 def one_line(text: str) -> str:
-    """Return `text` on one line: runs of white space become a space, control and direction characters go."""
-    spaced = " ".join(text.split())
-    return "".join(char for char in spaced if unicodedata.category(char) != "Cc" and char not in _BIDI)
+    """Return `text` on one line: runs of white space become a space, hidden characters are shown as escapes."""
+    return reveal(" ".join(text.split()))
 
 
 def inline(text: str) -> str:
@@ -78,7 +77,7 @@ def code_span(text: str) -> str:
 def fence(text: str, language: str) -> str:
     """Return `text` as a fenced code block whose fence is longer than any run of backticks inside."""
     content = text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")
-    visible = "".join(char if char in "\n\t" or unicodedata.category(char) != "Cc" else "\ufffd" for char in content)
+    visible = reveal(content)
     ticks = "`" * max(3, _longest_run(visible) + 1)
     return f"{ticks}{language}\n{visible}\n{ticks}\n"
 
@@ -216,11 +215,7 @@ def _pieces(text: str, width: int) -> Iterator[str]:
 
 def _python_literal(text: str) -> str:
     literal = json.dumps(text, ensure_ascii=False)
-    return "".join(char if char.isprintable() else _escaped(char) for char in literal)
-
-
-def _escaped(char: str) -> str:
-    return f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}"
+    return reveal("".join(char if char.isprintable() else escaped(char) for char in literal))
 
 
 def _yaml_value(value: str | list[str]) -> str | list[str]:
@@ -230,8 +225,9 @@ def _yaml_value(value: str | list[str]) -> str | list[str]:
 def _is_mapping(text: str) -> bool:
     """Return whether this is front matter, not text between two horizontal rules."""
     try:
-        return isinstance(YAML(typ="safe").load(text), dict)
-    except YAMLError:
+        return isinstance(YAML(typ="safe", pure=True).load(text), dict)
+    # The safe loader lets errors of its own constructors escape, e.g. ValueError for a 13th month.
+    except (YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         return False
 
 

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
-from packager.card import CardTexts, render_card
-from packager.errors import CardError, StateError
+from packager.card import render_card
+from packager.errors import StateError
 from packager.pipeline.build_state import BuildState
+from packager.pipeline.card_texts import read_card_texts
 from packager.pipeline.pack import is_packed
 from packager.pipeline.workspace import audit_or_raise
 from packager.receipt import PROVENANCE, README, Receipt
-from packager.recipe.file import RecipeFile
 from packager.system.files import bytes_record, disk_errors, file_record, write_atomic
 
 
@@ -22,12 +22,7 @@ def render_cards(run: BuildState) -> None:
         StateError: a file was edited by hand; such a change belongs in the recipe or the templates.
         AuditError: a folder violates the format.
     """
-    card = run.recipe.card
-    texts = CardTexts(
-        header=_text(run.recipe_file, card.header),
-        footer=_text(run.recipe_file, card.footer),
-        original_card=_text(run.recipe_file, card.original_card),
-    )
+    texts = read_card_texts(run.recipe_file)
     present = _present(run)
     provenances = [receipt.provenance.model_copy(update=present) for receipt in run.ordered_receipts()]
     expectations = {variant_plan.variant.branch: variant_plan.verdicts for variant_plan in run.plan.variants}
@@ -124,13 +119,3 @@ def _write_card(run: BuildState, branch: str, files: Mapping[str, bytes], receip
 
 def _holds(path: Path, content: bytes) -> bool:
     return path.is_file() and path.read_bytes() == content
-
-
-def _text(recipe_file: RecipeFile, name: str | None) -> str:
-    if name is None:
-        return ""
-    path = recipe_file.resolve(name)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CardError("a text of the card cannot be read", where=str(path), why=str(error)) from error

@@ -11,6 +11,7 @@ from packager.inputs.base_model import check_folder_of
 from packager.model.architecture import Architecture
 from packager.model.checkpoint import Shard, checkpoint_tensors, fit_problems, length_problem, split_shards
 from packager.model.compatibility import Verdict, verdicts
+from packager.pipeline.card_texts import card_text_problems
 from packager.prove.evaluation_memory import EvaluationMemory, evaluation_memory
 from packager.quantize.engines import engine_problems, engine_version
 from packager.quantize.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, sweep_ways
@@ -120,8 +121,10 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
     """Plan a build offline.
 
     Raises:
-        PlanError: variants cannot be made from this model, or a required loader refuses one; all are named.
+        PlanError: variants cannot be made from this model, a required loader refuses one, or a text of the card cannot
+            be part of a page; all are named.
         SourceError: a local base model cannot be used.
+        CardError: a text of the card cannot be read.
     """
     recipe = recipe_file.recipe
     architecture = recipe_file.architecture
@@ -131,6 +134,7 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
         *_fit_problems(recipe, architecture, variants),
         *engine_problems(variants, recipe_file.config, architecture, recipe.calibration.seq_len),
         *_loader_problems(recipe, judged),
+        *card_text_problems(recipe_file),
     ]
     if problems:
         raise PlanError(

@@ -24,7 +24,7 @@ from ruamel.yaml.events import (
     SequenceEndEvent,
 )
 
-from packager.system.text import quoted
+from packager.system.text import HIDDEN, quoted
 
 # The 13B recipe has 4 KiB, 130 values and 4 levels. The parser is pure Python and reads about 50,000 values a second.
 MAX_BYTES: Final = 256 * 1024
@@ -40,11 +40,6 @@ _INT = re.compile(r"[-+]?[0-9]+\Z")
 _BASED = re.compile(r"0o[0-7]+\Z|0x[0-9a-fA-F]+\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")
-
-# Controls, line separators that editors do not count, and the marks that reorder the text a reviewer sees.
-_HIDDEN = r"\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff"
-_HIDDEN_IN_FILE = re.compile(rf"[\x00-\x08\x0b\x0c\x0e-\x1f{_HIDDEN}]")
-_HIDDEN_IN_VALUE = re.compile(rf"[\x00-\x08\x0b-\x1f{_HIDDEN}]")
 
 
 class Position(NamedTuple):
@@ -104,7 +99,7 @@ def decode(data: bytes) -> tuple[str, list[LocatedProblem]]:
             Position(number, match.start() + 1), f"the invisible character U+{ord(match.group()):04X} is refused"
         )
         for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1)
-        for match in _HIDDEN_IN_FILE.finditer(line)
+        for match in HIDDEN.finditer(line)
     ]
 
 
@@ -276,9 +271,9 @@ class _Composer:
     def _scalar(self, event: ScalarEvent, node: Node) -> None:
         """Set the content of `node`; a value that no recipe can use is reported and marked as unusable."""
         text, plain = str(event.value), event.style is None
-        hidden = _HIDDEN_IN_VALUE.search(text)
+        hidden = HIDDEN.search(text)
         if hidden:
-            message, hint = f"the control character U+{ord(hidden.group()):04X} is refused", ""
+            message, hint = f"the invisible character U+{ord(hidden.group()):04X} is refused", ""
         elif plain and _NOT_FINITE.match(text):
             message, hint = f"{text} is refused: numbers here are finite", "quote it if it is text"
         else:
