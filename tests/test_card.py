@@ -10,11 +10,11 @@ import pytest
 from packager import card
 from packager.card import CardTexts, render_card
 from packager.card.markdown import extract_code_blocks, one_line
-from packager.card.metadata import HUB_LICENSES
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
 from packager.receipt import LoaderRecord
 from packager.recipe import Recipe
+from packager.recipe.licenses import HUB_LICENSES
 from tests import card_fixtures as fixtures
 from tests.card_page import assert_well_formed, body, front_matter, headings, tables
 from tests.golden_files import check_golden
@@ -151,7 +151,7 @@ def test_every_figure_comes_from_the_receipts() -> None:
         assert shown["Seq Len"] == "2048"
         assert receipt.quality is not None
         assert measured[1] == f"{receipt.quality.perplexity:.4f}"
-        assert measured[4] == f"{receipt.quality.kl_divergence:.5f}"
+        assert measured[4] == f"{receipt.quality.kl_divergence:.3g}"
         assert measured[6] == f"{receipt.quality.answered} of 200 (fp16: 181)"
     assert ["ExLlamaV2", "all", "not run: the extension could not be built: no nvcc on this machine"] in [
         row[:3] for row in proven
@@ -316,6 +316,18 @@ def test_receipts_must_be_the_recipes() -> None:
         render_card(recipe, CardTexts(), stranger, "llama", "main")
     with pytest.raises(CardError, match="no such branch"):
         render_card(recipe, CardTexts(), receipts, "llama", "nowhere")
+
+
+def test_a_small_divergence_keeps_its_digits() -> None:
+    recipe = fixtures.llama_recipe()
+    receipts = [
+        receipt.model_copy(update={"quality": receipt.quality.model_copy(update={"kl_divergence": 0.00000123})})
+        for receipt in fixtures.llama_receipts(recipe)
+        if receipt.quality
+    ]
+    page = render_card(recipe, CardTexts(), receipts, "llama", "main")
+    assert "1.23e-06" in page
+    assert "0.00000" not in page
 
 
 def test_a_figure_that_is_not_a_number_is_refused() -> None:

@@ -137,6 +137,12 @@ def rounded(value: float | Decimal, places: int) -> str:
     return str(number.quantize(Decimal(1).scaleb(-places), ROUND_HALF_EVEN))
 
 
+def significant(value: float) -> str:
+    """Round to three significant digits; zeros at the end are not written."""
+    number = Decimal(repr(value))
+    return f"{float(number.quantize(Decimal(1).scaleb(number.adjusted() - 2), ROUND_HALF_EVEN)):g}"
+
+
 def percent(value: float) -> str:
     return f"{rounded(Decimal(repr(value)) * 100, 2)}%"
 
@@ -175,7 +181,7 @@ def test_the_words_for_the_extremes(page: str, records: list[dict[str, Any]]) ->
 def test_the_branches_to_take(page: str, records: list[dict[str, Any]]) -> None:
     def cost(record: dict[str, Any]) -> str:
         figures = (
-            f"{gigabytes(record['weights_bytes'])}, KL divergence {rounded(record['quality']['kl_divergence'], 5)}"
+            f"{gigabytes(record['weights_bytes'])}, KL divergence {significant(record['quality']['kl_divergence'])}"
         )
         return f"`{record['branch']}` ({figures})."
 
@@ -196,7 +202,7 @@ def test_the_table_of_quality(page: str, records: list[dict[str, Any]]) -> None:
             "Perplexity": rounded(perplexity, 4),
             "fp16 perplexity": rounded(base, 4),
             "Change": f"{'+' if change > 0 else ''}{rounded(change, 2)}%",
-            "KL divergence": rounded(quality["kl_divergence"], 5),
+            "KL divergence": significant(quality["kl_divergence"]),
             "Top-1 agreement": percent(quality["top1_agreement"]),
             "Questions answered": f"{quality['answered']} of {quality['questions']} (fp16: {quality['base_answered']})",
         }
@@ -402,7 +408,7 @@ def test_every_smallest_branch_is_named_with_its_cost() -> None:
     names = [receipts[1].branch, receipts[3].branch]
     assert re.findall(r"`([^`]+)` \(", line) == names
     assert [entry.partition(" GB")[0] for entry in re.findall(r"\(([^)]+)\)", line)] == ["7.24", "7.24"]
-    assert re.findall(r"divergence ([0-9.]+)", line) == ["0.01302", "0.02434"]
+    assert re.findall(r"divergence ([0-9.]+)", line) == ["0.013", "0.0243"]
 
 
 def test_branches_of_one_size_are_not_called_the_smallest() -> None:

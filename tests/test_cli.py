@@ -214,6 +214,21 @@ def test_a_file_in_place_of_the_output_folder_is_an_error(tiny: Path) -> None:
         assert result.stderr.startswith("error: dist/")
 
 
+@pytest.mark.parametrize("folder", ["/proc/x", "/proc/self/x/y", "x" * 300, "a\nb" * 2000])
+def test_an_output_folder_that_cannot_be_made_names_the_option(tiny: Path, folder: str) -> None:
+    result = packager("build", "recipe.yaml", "--dist", folder)
+    assert result.exit_code == MachineError.exit_code
+    assert "--dist" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("option", [("--device", "gpu"), ("--format", "xml")])
+def test_a_wrong_choice_is_named_without_the_words_of_a_library(tiny: Path, option: tuple[str, str]) -> None:
+    result = packager("build", "recipe.yaml", *option)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option[0]}': '{option[1]}' is not one of" in result.stderr
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: RecipeFile) -> None:
         raise ZeroDivisionError

@@ -25,6 +25,7 @@ from packager.prove.loaders import LOADERS
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, Workload, choose_sweep
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
+from tests.recipe_fixtures import GOOD, write_files
 from tests.test_architecture import LLAMA_2_13B, tiny_config, variant
 
 ROOT = Path(__file__).parent.parent
@@ -470,3 +471,26 @@ def test_json_holds_exact_integers(tmp_path: Path) -> None:
     }  # fmt: skip
     assert list(values["memory"]) == ["fastest", "full_speed", "least", "cpu"]
     assert values["disk"]["total_bytes"] == plan.disk.total_bytes
+
+
+def test_exllama_is_refused_where_the_base_model_has_no_tokenizer_model() -> None:
+    architecture = read_architecture(LLAMA_2_13B, "config.json")
+    known = {verdict.loader: verdict for verdict in verdicts(variant(), architecture, lacks_tokenizer_model=True)}
+    assert not known["exllama"].can_load
+    assert "needs tokenizer.model, which the base model lacks" in known["exllama"].reason
+    assert answers()["exllama"] == (True, "needs tokenizer.model")
+    others = known.keys() - {"exllama"}
+    assert {name: (known[name].can_load, known[name].reason) for name in others} == {
+        name: answers()[name] for name in others
+    }
+
+
+def test_the_folder_of_the_base_model_decides_whether_exllama_can_read_it(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    for present in (False, True):
+        if present:
+            (tmp_path / "model" / "tokenizer.model").write_bytes(b"x")
+        plan = make_plan(RecipeFile.load(tmp_path / "recipe.yaml"))
+        assert {verdict.can_load for planned in plan.variants for verdict in planned.verdicts
+                if verdict.loader == "exllama"} == {present}  # fmt: skip

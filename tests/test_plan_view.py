@@ -227,3 +227,10 @@ def test_what_engine_auto_gptq_makes_and_needs(plan: BuildPlan, lines: list[str]
     assert f"makes {variants[1].variant.branch}, {variants[3].variant.branch} one after the other" in note
     assert f"(up to {gb(2 * 2 * 13_015_864_320)} GB while it is read)" in note
     assert sum("engine native, " in row for row in rows) == 4
+
+
+def test_a_plan_without_loaders_states_that_nothing_is_proven(plan: BuildPlan) -> None:
+    for required, if_available, expected in (((), (), 1), (("transformers",), (), 0), ((), ("transformers",), 0)):
+        loaders = plan.recipe.loaders.model_copy(update={"required": required, "if_available": if_available})
+        changed = replace(plan, recipe=plan.recipe.model_copy(update={"loaders": loaders}))
+        assert sum("no variant will be proven" in line for line in printed(changed)) == expected

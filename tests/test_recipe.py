@@ -11,9 +11,10 @@ from packager.errors import RecipeError
 from packager.recipe import Recipe
 from packager.recipe.checks import FILE_FIELDS, FOLDER_FIELDS, LICENSE_FILES_FIELD
 from packager.recipe.file import RecipeFile, load_recipe
+from packager.recipe.licenses import LLAMA2_NOTICE
 from packager.recipe.schema import recipe_schema
 from tests.golden_files import check_golden
-from tests.recipe_fixtures import CONFIG, GOOD, RECIPES, ROOT, edited, problems_of, write_files
+from tests.recipe_fixtures import CONFIG, GOOD, RECIPES, ROOT, edited, load_or_error, problems_of, write_files
 
 LLAMA_13B = ROOT / "recipes" / "llama-2-13b-chat.yaml"
 ASSETS_13B = ROOT / "recipes" / "assets" / "llama-2-13b-chat"
@@ -309,6 +310,8 @@ def test_resolve_returns_real_paths_and_raises_for_missing_files(folder):
 
 def test_the_error_for_a_missing_recipe_names_the_recipes_nearby(folder):
     (folder / "demo-llama.yaml").write_text(GOOD)
+    (folder / ".pre-commit-config.yaml").write_text("repos: []\n")
+    (folder / "folder.yaml").mkdir()
     with pytest.raises(RecipeError, match=r"there is no recipe .*demo\.yaml\n  hint: in .* there is demo-llama\.yaml"):
         load_recipe(folder / "demo.yaml")
     with pytest.raises(RecipeError, match="is not a file"):
@@ -392,3 +395,36 @@ def test_loading_imports_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("license_", "expected"),
+    [
+        ("{id: llama2}", "the licence llama2 demands files named LICENSE, USE_POLICY, NOTICE in every branch"),
+        ("{id: Llama2, files: [Notice]}", "demands files named LICENSE, USE_POLICY in every branch"),
+        ("{id: llama-2}", "the Hub has no licence id 'llama-2' (did you mean llama2?)"),
+        ("{id: apache 2}", "(did you mean apache-2.0?)"),
+        ("{id: Apache License 2.0, link: 'https://example.org'}", "(did you mean apache-2.0?)"),
+        ("{id: MIT License}", "(did you mean mit?)"),
+        ("{id: GPL v3}", "(did you mean gpl-3.0?)"),
+        ("{id: CC BY 4.0}", "(did you mean cc-by-4.0?)"),
+        ("{id: house-rules}", "the recipe does not give this licence's text"),
+        ("{id: other}", "'other' is not the name of a licence"),
+        ("{id: '!!!'}", "'!!!' is not the name of a licence"),
+        ("{id: llama2, files: [bad/Notice], base_files: [LICENSE.txt, USE_POLICY.md]}", "this Notice lacks a sentence"),
+        ("{id: llama2, files: [Notice], base_files: [LICENSE.txt, USE_POLICY.md]}", ""),
+        ("{id: house-rules, files: [Notice]}", ""),
+        ("{id: house-rules, link: 'https://example.org'}", ""),
+        ("{id: llama5, link: 'https://example.org'}", ""),
+        ("{id: ' MIT '}", ""),
+    ],
+)
+def test_a_licence_is_checked_before_anything_is_built(folder, license_, expected):
+    (folder / "bad").mkdir()
+    (folder / "bad" / "Notice").write_text("Llama 2")
+    (folder / "Notice").write_text(LLAMA2_NOTICE.replace(" is ", "\nis "))
+    for name in ("LICENSE.txt", "USE_POLICY.md"):
+        (folder / "model" / name).write_text("words")
+    (folder / "demo.yaml").write_text(edited(("license: {id: mit}", f"license: {license_}")))
+    found = load_or_error(folder / "demo.yaml")
+    assert expected in str(found) if expected else isinstance(found, Recipe), found

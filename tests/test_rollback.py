@@ -175,6 +175,12 @@ def test_what_the_latest_release_left_alone_stays_and_what_it_made_is_named(fixt
     report = fixture.back()
     assert actions(report) == {A: "done", B: "left alone", MAIN: "restore"}
     assert "it did not exist then" in "\n".join(fixture.lines)
+    assert report.plan.unlisted == (B,)
+    stream = io.StringIO()
+    for dry_run in (True, False):
+        print_report(replace(report, dry_run=dry_run), Console(file=stream, width=300))
+    assert stream.getvalue().count(f"warning: {B} stays") == 2
+    assert "card-branch-unlisted" in stream.getvalue()
     assert trees(fixture.repository) == {**fixture.releases[1], B: second[B]}
 
 
@@ -508,4 +514,18 @@ def test_json_has_what_the_table_has(fixture: RollbackFixture) -> None:
     result = json.loads(json.dumps(result))
     (entry,) = result["branches"]
     assert entry["changed"] == [{"name": "README.md", "size_bytes": 7}, {"name": "w.bin", "size_bytes": 1}]
-    assert set(result) == {"where", "release", "branches", "dry_run", "notes"}
+    assert set(result) == {"where", "release", "branches", "unlisted", "dry_run", "notes"}
+
+
+def test_a_tag_names_the_release_to_go_back_to(fixture: RollbackFixture) -> None:
+    fixture.release(A, MAIN, number=1)
+    fixture.target.tag("v1.0", {MAIN: fixture.commits(MAIN)[0]})
+    fixture.release(A, MAIN, number=2)
+    fixture.release(A, MAIN, number=3)
+    assert actions(fixture.back(to="v1.0")) == {A: "restore", MAIN: "restore"}
+    assert trees(fixture.repository) == fixture.releases[0]
+    assert "'v1.1' is not one commit of main" in fixture.refused(to="v1.1")
+    assert "nor a tag of this branch" in fixture.refused(A, to="v1.0")
+    for name in ("../x", "-x", "v1.0^{}", "HEAD", "a b", "main..v1.0"):
+        assert "is not one commit of main" in fixture.refused(to=name)
+    assert not fixture.back(dry_run=True).plan.unlisted

@@ -80,6 +80,9 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except PackagerError as error:
             raise _reported(error) from error
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # typer shows the library's own words
+            raise
         except _REFUSALS as error:
             if error.filename is None:
                 raise

@@ -35,7 +35,7 @@ def print_build_plan(plan: BuildPlan, console: Console) -> None:
         counts = (f"{planned.variant.branch} {len(planned.shards)}" for planned in plan.variants)
         print_line(console, f"Weights files: {', '.join(counts)}.")
     _print_loaders(plan, console)
-    for text in [*_reasons(plan.variants), *_engine_notes(plan)]:
+    for text in [*_reasons(plan.variants), *_engine_notes(plan), *_proof_notes(plan)]:
         print_line(console, text)
     console.print(_needs_table(plan))
 
@@ -74,6 +74,13 @@ def _engine_notes(plan: BuildPlan) -> list[str]:
         f"note: engine auto-gptq makes {', '.join(branches)} one after the other, on CUDA only, with the whole model "
         f"in host memory (up to {host} GB while it is read); its GPU memory is not estimated"
     ]
+
+
+def _proof_notes(plan: BuildPlan) -> list[str]:
+    """Return a line for a recipe whose variants no loader will open."""
+    if plan.recipe.loaders.required or plan.recipe.loaders.if_available:
+        return []
+    return ["note: the recipe names no loader: no variant will be proven, and publish does not ask for a proof"]
 
 
 def _print_loaders(plan: BuildPlan, console: Console) -> None:

@@ -173,7 +173,8 @@ def rollback_command(
     to: Annotated[
         str,
         typer.Option(
-            metavar="COMMIT", help="Go back to this commit: of the one --branch, or of main for the whole release."
+            metavar="COMMIT|TAG",
+            help="Go back to this commit or tag: of the one --branch, or of main for the whole release.",
         ),
     ] = "",
     again: Annotated[bool, typer.Option("--again", help="Go back one step further than the last rollback.")] = False,

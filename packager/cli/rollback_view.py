@@ -23,6 +23,7 @@ def print_rollback_plan(plan: RollbackPlan, console: Console) -> None:
     if plan.release:
         when = f"{_date(plan.release)} UTC, when main became {_named(plan.release, MAIN)}"
         print_line(console, f"the release goes back to its state of {when}")
+    _print_unlisted(plan, console)
 
 
 def print_rollback_report(report: RollbackReport, console: Console) -> None:
@@ -38,8 +39,19 @@ def print_rollback_report(report: RollbackReport, console: Console) -> None:
         held = entry.to.commit[:12] if entry.to else ""
         add_row(table, printable(entry.branch), action, held, outcome.commit[:12])
     console.print(table)
+    _print_unlisted(report.plan, console)
     if not report.plan.changing:
         print_line(console, "nothing to do")
+
+
+def _print_unlisted(plan: RollbackPlan, console: Console) -> None:
+    if plan.unlisted:
+        names = printable(", ".join(plan.unlisted))
+        print_line(
+            console,
+            f"warning: {names} stays, and the restored card of main does not list it: verify-published reports "
+            "card-branch-unlisted until the branch is deleted or published again",
+        )
 
 
 def rollback_plan_json(plan: RollbackPlan) -> dict[str, object]:
@@ -48,6 +60,7 @@ def rollback_plan_json(plan: RollbackPlan) -> dict[str, object]:
         "where": plan.where,
         "release": asdict(plan.release) if plan.release else None,
         "branches": [_branch_json(entry) for entry in plan.branches],
+        "unlisted": list(plan.unlisted),
     }
 
 

@@ -235,6 +235,23 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
 }
 
 
-def verdicts(variant: Variant, architecture: Architecture) -> tuple[Verdict, ...]:
-    """Return one verdict per runtime, in the order of `RUNTIMES`."""
-    return tuple(RUNTIME_RULES[name].verdict(name, variant, architecture) for name in RUNTIMES)
+def verdicts(
+    variant: Variant, architecture: Architecture, *, lacks_tokenizer_model: bool = False
+) -> tuple[Verdict, ...]:
+    """Return one verdict per runtime, in the order of `RUNTIMES`.
+
+    Args:
+        variant: the parameters.
+        architecture: the shapes.
+        lacks_tokenizer_model: whether the base model is known to have no tokenizer.model, which ExLlama reads.
+    """
+    found = tuple(RUNTIME_RULES[name].verdict(name, variant, architecture) for name in RUNTIMES)
+    if not lacks_tokenizer_model:
+        return found
+    return tuple(_without_tokenizer_model(verdict) if verdict.loader == "exllama" else verdict for verdict in found)
+
+
+def _without_tokenizer_model(verdict: Verdict) -> Verdict:
+    lacking = "needs tokenizer.model, which the base model lacks"
+    reason = lacking if verdict.can_load else f"{verdict.reason}; {lacking}"
+    return Verdict(loader=verdict.loader, can_load=False, reason=reason)

@@ -67,7 +67,8 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> Buil
     )
     lacking = _loaders_not_run(result.receipts)
     if result.nothing_to_do:
-        done = "built and measured" if lacking else "built, measured and proven"
+        proven = not lacking and all(map(_is_proven, result.receipts))
+        done = "built, measured and proven" if proven else "built and measured"
         terminal.log(f"{recipe_file.recipe.repository.id}: nothing to do, every variant is {done}")
     if lacking:
         terminal.log(f"not proven, required loaders did not run: {'; '.join(lacking)}")
@@ -104,6 +105,11 @@ def render(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, bra
         _require_stages(run, *STAGES)
         render_cards(run)
     return (run.workspace.folder(branch) / README).read_text(encoding="utf-8")
+
+
+def _is_proven(receipt: Receipt) -> bool:
+    """Return whether a loader opened a variant and computed the right values."""
+    return any(record.status == "passed" for record in receipt.provenance.loaders)
 
 
 def _loaders_not_run(receipts: Sequence[Receipt]) -> list[str]:

@@ -15,7 +15,7 @@ from packager.pipeline.card_texts import card_text_problems
 from packager.prove.evaluation_memory import EvaluationMemory, evaluation_memory
 from packager.quantize.engines import engine_problems, engine_version
 from packager.quantize.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, sweep_ways
-from packager.receipt import digest_of
+from packager.receipt import TOKENIZER_MODEL, digest_of
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
 from packager.variant import Variant
@@ -129,7 +129,8 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
     recipe = recipe_file.recipe
     architecture = recipe_file.architecture
     variants = recipe.expanded_variants()
-    judged = {variant.branch: verdicts(variant, architecture) for variant in variants}
+    lacks = _lacks_tokenizer_model(recipe_file)
+    judged = {variant.branch: verdicts(variant, architecture, lacks_tokenizer_model=lacks) for variant in variants}
     problems = [
         *_fit_problems(recipe, architecture, variants),
         *engine_problems(variants, recipe_file.config, architecture, recipe.calibration.seq_len),
@@ -152,6 +153,12 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
         disk=_disk(recipe, architecture, planned),
         calibration_tokens=tokens,
     )
+
+
+def _lacks_tokenizer_model(recipe_file: RecipeFile) -> bool:
+    """Return whether the base model is a local folder without tokenizer.model; False where it is not known."""
+    folder = recipe_file.recipe.base_model.path
+    return folder is not None and not (recipe_file.resolve(folder) / TOKENIZER_MODEL).is_file()
 
 
 def _fit_problems(recipe: Recipe, architecture: Architecture, variants: Sequence[Variant]) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from packager.errors import AuditError, StateError
+from packager.errors import AuditError, MachineError, StateError
 from packager.prove.audit import audit
 from packager.receipt import SAFETENSORS, FileRecord, Receipt
 from packager.system.files import LOCK_WAIT_S, disk_errors, file_records, list_files, remove_leftovers, write_atomic
@@ -130,13 +130,18 @@ class Workspace:
         """
         path = self.dist / "work" / f"{self.repository.replace('/', '--')}.lock"
         lock = FileLock(path, timeout=LOCK_WAIT_S)
+        hint = "name a folder that can be written with --dist"
         try:
-            with disk_errors(path):
+            with disk_errors(path, hint=hint):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
         except Timeout as error:
             raise StateError(
                 f"another build of {self.repository} is in progress", where=str(path), hint="wait for it, or stop it"
+            ) from error
+        except OSError as error:  # /proc answers that there is no such file
+            raise MachineError(
+                "the output folder cannot be made", where=str(self.dist), why=str(error), hint=hint
             ) from error
         try:
             with disk_errors(self.dist):
@@ -206,7 +211,7 @@ def audit_or_raise(folders: Sequence[Path], *, complete: bool) -> None:
     for folder, report in zip(folders, reports, strict=True):
         if not report.passed:
             raise AuditError(
-                f"{len(report.errors)} findings in the checkpoint folder",
+                f"{len(report.errors)} finding{'' if len(report.errors) == 1 else 's'} in the checkpoint folder",
                 where=str(folder),
                 why="; ".join(f"{finding.where}: {finding.message}" for finding in report.errors[:10]),
                 hint=f"packager audit {folder} shows them all",

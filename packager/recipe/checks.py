@@ -21,10 +21,12 @@ from packager.receipt import (
 )
 from packager.recipe import Defaults
 from packager.recipe.field_groups import base_model_problem, repository_problem, text_source_problem
+from packager.recipe.licenses import FILES_BY_LICENSE, hub_license, license_name, meant_license
 from packager.recipe.model_fit import ModelConfig, Parameter, misfits
 from packager.recipe.parsed_recipe import Loc, ParsedRecipe, Unreadable, name_of
 from packager.recipe.paths import locate, path_problem
-from packager.recipe.yaml import LocatedProblem
+from packager.recipe.yaml import LocatedProblem, Position
+from packager.system.text import quoted
 from packager.variant import MAIN, MAX_REPOSITORY_NAME, NATIVE_ONLY, EngineName, branch_name, place_of
 
 # Every field of type RelativePath; the two lists of licence files are added where they are checked.
@@ -46,6 +48,7 @@ _BRANCH_FILES: Final = frozenset(
     name.casefold()
     for name in (README, PROVENANCE, ATTESTATION, RELEASE_ATTESTATION, CONFIG, QUANTIZE_CONFIG, *TOKENIZER_FILES)
 )
+_MAX_NOTICE: Final = 1_000_000  # bytes
 _WEIGHT_SUFFIXES: Final = (".safetensors", INDEX_SUFFIX, ".bin", ".pt")
 
 
@@ -69,6 +72,7 @@ def check(parsed: ParsedRecipe, folder: Path, model: ModelConfig | LocatedProble
         *_held_out(parsed, folder),
         *_paths(parsed, folder),
         *_license_names(parsed),
+        *_license(parsed, folder),
         *_model(parsed, model),
     ]
     return list(dict.fromkeys(found))  # a wrong default concerns every variant and is reported once
@@ -297,3 +301,45 @@ def _license_names(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
             )
         elif counts[folded] > 1:
             yield LocatedProblem(parsed.at(*loc), f"two licence files are named {name!r}")
+
+
+def _license(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
+    """Report a licence id that is misspelled or has no text, and the files that the licence demands."""
+    license_id, at = parsed.text("card", "license", "id"), parsed.at("card", "license", "id")
+    if license_id is None:
+        return
+    fields = (LICENSE_FILES_FIELD, BASE_FILES_FIELD)
+    paths = [parsed.text(*loc, index) for loc in fields for index in range(parsed.count(*loc))]
+    names = [PurePosixPath(path).name for path in paths if path is not None]
+    hub = hub_license(license_id)
+    if not hub:
+        yield from _license_of_its_own(parsed, license_id, at, has_text=bool(names))
+    elif None not in paths and (demanded := FILES_BY_LICENSE.get(hub)):
+        if missing := demanded.missing(names):
+            message = f"the licence {hub} demands files named {', '.join(missing)} in every branch"
+            hint = "name them in card.license.base_files (of the base model) or card.license.files (of this folder)"
+            yield LocatedProblem(at, message, hint)
+        for index in range(parsed.count(*LICENSE_FILES_FIELD)):
+            path = locate(folder, parsed.text(*LICENSE_FILES_FIELD, index) or "")
+            if path is None or not path.name.lower().startswith("notice") or not path.is_file():
+                continue
+            with path.open("rb") as stream:
+                text = stream.read(_MAX_NOTICE).decode("utf-8", "replace")
+            if not demanded.has_notice(text):
+                message = f"this Notice lacks a sentence that {hub} demands"
+                yield LocatedProblem(parsed.at(*LICENSE_FILES_FIELD, index), message, f"write: {demanded.notice}")
+
+
+def _license_of_its_own(
+    parsed: ParsedRecipe, license_id: str, at: Position, *, has_text: bool
+) -> Iterator[LocatedProblem]:
+    """Report a licence that the Hub does not list and that is misspelled, has no name, or can be read nowhere."""
+    if meant := meant_license(license_id):
+        yield LocatedProblem(at, f"the Hub has no licence id {quoted(license_id)}", f"did you mean {meant}?")
+    elif not license_name(license_id):
+        hint = "write the licence's own name, e.g. coqui-public-model-license; the card adds `license: other`"
+        yield LocatedProblem(at, f"{quoted(license_id)} is not the name of a licence", hint)
+    elif not has_text and parsed.text("card", "license", "link") is None:
+        message = f"the Hub has no licence id {quoted(license_id)}, and the recipe does not give this licence's text"
+        hint = "write the Hub's id, or add card.license.link, files or base_files to a licence of its own"
+        yield LocatedProblem(at, message, hint)

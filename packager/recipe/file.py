@@ -15,6 +15,8 @@ from packager.recipe.parsed_recipe import read
 from packager.recipe.paths import locate, path_problem
 from packager.recipe.yaml import MAX_BYTES, LocatedProblem, decode, parse
 
+_FIRST_BYTES = 8192
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeFile:
@@ -105,6 +107,17 @@ def _read(path: Path) -> bytes:
 
 def _nearby(path: Path) -> str:
     """Return a hint with the recipes next to a missing one, the most similar first."""
-    names = sorted(entry.name for entry in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    names = sorted(entry.name for entry in path.parent.glob("*.y*ml") if _looks_like_a_recipe(entry))
     close = difflib.get_close_matches(path.name, names, n=3) or names[:10]
     return f"in {path.parent} there is {', '.join(close)}" if close else ""
+
+
+def _looks_like_a_recipe(path: Path) -> bool:
+    """Return whether a file begins like a recipe: other programs' YAML files have no `schema_version`."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as stream:
+            return b"schema_version" in stream.read(_FIRST_BYTES)
+    except OSError:
+        return False

@@ -31,8 +31,12 @@ _digests: dict[tuple[int, ...], str] = {}
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, *, hint: str = "") -> Iterator[None]:
     """Translate OSErrors met while writing `path`: a full disk, a quota, a size limit, an unwritable folder.
+
+    Args:
+        path: what is written.
+        hint: the next step for the user if the folder cannot be written.
 
     Raises:
         MachineError: instead of these OSErrors; others are raised unchanged.
@@ -55,7 +59,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 hint="check `ulimit -f`; FAT allows 4 GiB at most; lower checkpoint.max_shard_bytes for smaller files",
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise MachineError("the folder cannot be written", where=str(path), why=str(error)) from error
+            raise MachineError("the folder cannot be written", where=str(path), why=str(error), hint=hint) from error
         raise
 
 

@@ -5,17 +5,16 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import Lock
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from packager.card.markdown import CodeBlock, extract_code_blocks, unclosed
-from packager.card.metadata import HUB_LICENSES
 from packager.prove.audit.files import JsonObject, Listing, as_object, read_text
 from packager.prove.audit.finding import Findings
 from packager.receipt import CONFIG, PROVENANCE, README
+from packager.recipe.licenses import FILES_BY_LICENSE, HUB_LICENSES, LicenseFiles
 from packager.system.text import shown
 
 _PYTHON = frozenset({"python", "py", "python3"})
@@ -38,23 +37,6 @@ _BAD_COMMANDS: Mapping[str, re.Pattern[str]] = {
     ),
 }
 _REMOTE_CODE = re.compile(r"\btrust_remote_code\s*=\s*True\b|--trust-remote-code\b")
-
-LLAMA2_NOTICE = (
-    "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved."
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LicenseFiles:
-    """The files that a licence demands: the prefixes of their names, and the sentence of the Notice file."""
-
-    prefixes: Sequence[str]
-    notice: str
-
-
-FILES_BY_LICENSE: Mapping[str, LicenseFiles] = {
-    "llama2": LicenseFiles(prefixes=("license", "use_policy", "notice"), notice=LLAMA2_NOTICE),
-}
 
 
 def check_readme(listing: Listing, documents: Mapping[str, object], findings: Findings) -> None:
@@ -165,14 +147,13 @@ def _check_license(metadata: JsonObject, listing: Listing, findings: Findings) -
 
 def _check_license_files(license_id: str, demanded: LicenseFiles, listing: Listing, findings: Findings) -> None:
     names = [name for name in (*listing.sizes, *sorted(listing.unread)) if "/" not in name]
-    for prefix in demanded.prefixes:
-        if not any(name.lower().startswith(prefix) for name in names):
-            findings.add("license-file-missing", prefix.upper(), f"{license_id} demands a file of this name")
+    for name in demanded.missing(names):
+        findings.add("license-file-missing", name, f"{license_id} demands a file of this name")
     for name in names:
         if not name.lower().startswith("notice") or name not in listing.sizes:
             continue
         text = read_text(listing, name, findings)
-        if text is not None and demanded.notice not in " ".join(text.split()):
+        if text is not None and not demanded.has_notice(text):
             findings.add("license-notice", name, f"it lacks the sentence: {demanded.notice}")
 
 

@@ -12,7 +12,7 @@ from packager.publish.rollback.history import BranchHistory
 from packager.publish.targets import BranchState, CommitRecord, HeadMovedError, StoredFile, Target, same_files
 from packager.receipt import GIT_ATTRIBUTES
 from packager.system.text import printable
-from packager.variant import MAIN
+from packager.variant import MAIN, branch_problem
 
 RollbackAction = Literal["restore", "done", "left alone"]
 States = Mapping[str, BranchState]
@@ -27,7 +27,8 @@ class RollbackRequest:
 
     Attributes:
         branches: the branches; none means the whole release.
-        to: a commit to go back to, of the one branch named, or of main for the whole release; "" goes one back.
+        to: a commit or a tag to go back to, of the one branch named, or of main for the whole release; "" goes one
+            back.
         further_back: go back from the commit that the last rollback went back to.
     """
 
@@ -46,6 +47,7 @@ class BranchRollback:
         head: the present head.
         to: the commit whose files the branch gets or already holds; None if the branch is left alone.
         reason: why no commit is made, "" if one is made.
+        is_newer: the branch had no files at the time that the release goes back to.
         added: files that come back, with their restored sizes.
         changed: files that get their earlier content, with their restored sizes.
         removed: files that are removed, with their present sizes.
@@ -57,6 +59,7 @@ class BranchRollback:
     head: CommitRecord
     to: CommitRecord | None = None
     reason: str = ""
+    is_newer: bool = False
     added: tuple[FileChange, ...] = ()
     changed: tuple[FileChange, ...] = ()
     removed: tuple[FileChange, ...] = ()
@@ -81,6 +84,12 @@ class RollbackPlan:
     def effects(self) -> tuple[str, ...]:
         """Every change, for the confirmation prompt."""
         return self.changing
+
+    @property
+    def unlisted(self) -> tuple[str, ...]:
+        """The branches that stay although the release that main goes back to did not have them."""
+        entries = self.branches if self.release and MAIN in self.changing else ()
+        return tuple(entry.branch for entry in entries if entry.action == "left alone" and entry.is_newer)
 
     @property
     def changing(self) -> tuple[str, ...]:
@@ -108,7 +117,7 @@ def plan_rollback(target: Target, request: RollbackRequest) -> RollbackPlan:
         if not history.records or history.head.commit != states[branch].commit:
             raise HeadMovedError(f"{branch} is moving", where=target.where, hint="run again")
     if request.branches:
-        wanted = [_wanted_by_name(histories[branch], request, target.where) for branch in chosen]
+        wanted = [_wanted_by_name(histories[branch], request, target) for branch in chosen]
         return _plan(target, states, histories, dict(zip(chosen, wanted, strict=True)), None)
     release = _wanted_release(histories, states, request, target)
     if not files_of(target, release):
@@ -124,15 +133,15 @@ def plan_rollback(target: Target, request: RollbackRequest) -> RollbackPlan:
     return _plan(target, states, histories, at_that_time, release)
 
 
-def _wanted_by_name(history: BranchHistory, request: RollbackRequest, where: str) -> CommitRecord:
+def _wanted_by_name(history: BranchHistory, request: RollbackRequest, target: Target) -> CommitRecord:
     """Return the commit that a branch given by name goes back to, or has gone back to."""
     if request.to:
-        return _found(history, request.to, where)
+        return _found(history, request.to, target)
     if history.is_rollback() and not request.further_back:
         return history.shown
     wanted = history.before(history.shown if request.further_back else history.head)
     if wanted is None:
-        raise _nothing_before(history.branch, history.shown, where)
+        raise _nothing_before(history.branch, history.shown, target.where)
     return wanted
 
 
@@ -142,7 +151,7 @@ def _wanted_release(
     """Return the commit of main that ends the release to go back to, or the goal of the last rollback."""
     main, where = histories[MAIN], target.where
     if request.to:
-        return _found(main, request.to, where)
+        return _found(main, request.to, target)
     if main.head.author:
         raise PublishError(
             f"{printable(main.head.author)} made the head of {MAIN}, not packager",
@@ -186,14 +195,20 @@ def _is_complete(goal: CommitRecord, histories: Mapping[str, BranchHistory], sta
     return True
 
 
-def _found(history: BranchHistory, commit: str, where: str) -> CommitRecord:
-    matches = history.find(commit) if _ABBREVIATED.match(commit) else []
+def _found(history: BranchHistory, name: str, target: Target) -> CommitRecord:
+    """Return the commit of a branch that an abbreviated id or a tag names."""
+    matches = history.find(name) if _ABBREVIATED.match(name) else []
+    tagged = ""
+    if not matches and not branch_problem(name, noun="tag"):
+        tagged = target.read_tag(name).get(history.branch, "")
+        matches = history.find(tagged) if tagged else []
     if len(matches) != 1:
         latest = ", ".join(f"{record.commit[:12]} ({printable(record.title)})" for record in history.records[:5])
+        why = f"the tag names {tagged[:12]}, which is not in its history" if tagged else ""
         raise PublishError(
-            f"{commit!r} is not one commit of {history.branch}",
-            where=where,
-            why="" if matches else "a commit is named by 7 to 40 hex digits of its id",
+            f"{name!r} is not one commit of {history.branch}",
+            where=target.where,
+            why=why or ("" if matches else "neither 7 to 40 hex digits of a commit's id nor a tag of this branch"),
             hint=f"the latest ones are {latest}",
         )
     return history.resolved(matches[0])
@@ -232,7 +247,7 @@ def _plan_branch(
         if by_name:
             raise _nothing_before(history.branch, history.shown, target.where)
         reason = "it did not exist then: nothing to go back to"
-        return BranchRollback(branch=history.branch, action="left alone", head=head, reason=reason)
+        return BranchRollback(branch=history.branch, action="left alone", head=head, reason=reason, is_newer=True)
     if same_files(state.files, files):
         reason = f"it already holds the files of {wanted.commit[:12]}"
         more = "; --again goes further back" if history.is_rollback() else ""
