@@ -23,7 +23,7 @@ from packager.recipe.yaml import parse
 from tests.test_house_rules import ROOT
 
 REFERENCE = ROOT / "docs" / "reference"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^()\s]+(?:\([^()\s]*\)[^()\s]*)*)\)")
 MODULES = [path for folder in ("packager", "docs", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 # Text that reads like a folder or a file of this project: folder/, name.py, folder/NAME.md.

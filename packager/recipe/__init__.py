@@ -285,7 +285,9 @@ class Loaders(Strict):
 class License(Strict):
     """The base model's licence, as the Hub names it, and the files that must accompany the weights."""
 
-    id: LineText = Field(description="the Hub's licence identifier, e.g. llama2, apache-2.0")
+    id: LineText = Field(
+        description="the Hub's licence identifier, e.g. llama2, apache-2.0; or another licence's own name"
+    )
     link: Url | None = Field(default=None, description="where the licence can be read")
     files: tuple[RelativePath, ...] = Field(default=(), description="copied into every branch under their own names")
     base_files: tuple[FileName, ...] = Field(
