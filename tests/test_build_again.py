@@ -57,6 +57,15 @@ def build(recipe: Path, dist: Path, capsys: pytest.CaptureFixture[str]) -> tuple
     return result, capsys.readouterr().err
 
 
+def test_a_build_without_loaders_is_not_called_proven(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    none = {"loaders.required": [], "loaders.if_available": []}
+    recipe, dist = tiny_recipe.write_all(tmp_path, none), tmp_path / "dist"
+    build(recipe, dist, capsys)
+    _, messages = build(recipe, dist, capsys)
+    assert "nothing to do, every variant is built and measured" in messages
+    assert "proven" not in messages
+
+
 def test_a_loader_that_could_not_be_installed_is_run_by_the_next_build(
     tmp_path: Path, loader: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,7 +114,7 @@ GOOD = (
     "<!-- words -->",
     "a < b > c",
     "| a | b |\n| - | - |\n| <br> | <b>x</b> |",
-    "<svg><path d='M0 0'/></svg>",
+    "<svg>" + "<path d='M0 0'/>" * 150 + "</svg>",
     "1. a\n\n   b",
     "\u2764\ufe0f \U0001f468\u200d\U0001f469\u200d\U0001f467 1\ufe0f\u20e3",
     "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
@@ -229,6 +229,10 @@ def test_hidden_characters_of_recipes_and_receipts_are_shown(text: str) -> None:
         page = render_card(changed, CardTexts(), fixtures.minimal_receipts(recipe), "llama", "main")
         assert not HIDDEN.search(page), slot
         assert structure(page) == usual
+    recipe = fixtures.minimal_recipe(prompt_template={"name": "Plain", "template": f"{text}{{prompt}}{text}"})
+    page = render_card(recipe, CardTexts(), fixtures.minimal_receipts(recipe), "llama", "main")
+    assert not HIDDEN.search(page)
+    assert structure(page) == usual
     for slot in ("made_with", "device"):
         recipe = fixtures.minimal_recipe()
         receipts = [receipt.model_copy(update={slot: text}) for receipt in fixtures.minimal_receipts(recipe)]

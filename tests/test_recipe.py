@@ -314,6 +314,8 @@ def test_the_error_for_a_missing_recipe_names_the_recipes_nearby(folder):
     (folder / "folder.yaml").mkdir()
     with pytest.raises(RecipeError, match=r"there is no recipe .*demo\.yaml\n  hint: in .* there is demo-llama\.yaml"):
         load_recipe(folder / "demo.yaml")
+    with pytest.raises(RecipeError, match=r"there is demo-llama\.yaml$"):  # and neither of the others
+        load_recipe(folder / "nothere.yaml")
     with pytest.raises(RecipeError, match="is not a file"):
         load_recipe(folder)
 
