@@ -58,7 +58,7 @@ def build(recipe: Path, dist: Path, capsys: pytest.CaptureFixture[str]) -> tuple
 
 
 def test_a_build_without_loaders_is_not_called_proven(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    none = {"loaders.required": [], "loaders.if_available": []}
+    none: dict[str, Any] = {"loaders.required": [], "loaders.if_available": []}
     recipe, dist = tiny_recipe.write_all(tmp_path, none), tmp_path / "dist"
     build(recipe, dist, capsys)
     _, messages = build(recipe, dist, capsys)
