@@ -219,7 +219,7 @@ def test_columns_must_fill_words(folder):
     [
         ("{", "'model/config.json': the file cannot be read as a JSON object: "),
         ("[" * 100_000, "'model/config.json': the file cannot be read as a JSON object: "),
-        ("[]", "'model/config.json': the file cannot be read as a JSON object: it holds something else"),
+        ("[]", "'model/config.json': the file cannot be read as a JSON object: it is not a JSON object"),
         (json.dumps({**CONFIG, "model_type": "gpt2"}), "'model/config.json': model_type \"gpt2\" is not supported"),
         (json.dumps({**CONFIG, "hidden_size": "5120"}), "'model/config.json': config.json does not describe a model "),
     ],
