@@ -490,7 +490,7 @@ def test_the_folder_of_the_base_model_decides_whether_exllama_can_read_it(tmp_pa
     (tmp_path / "recipe.yaml").write_text(GOOD)
     for present in (False, True):
         if present:
-            (tmp_path / "model" / "tokenizer.model").write_bytes(b"x")
+            (tmp_path / "model" / "tokenizer.model").write_bytes(b"\x0a\x05\x0a\x03abc")
         plan = make_plan(RecipeFile.load(tmp_path / "recipe.yaml"))
         assert {verdict.can_load for planned in plan.variants for verdict in planned.verdicts
                 if verdict.loader == "exllama"} == {present}  # fmt: skip
