@@ -97,7 +97,8 @@ def minimums(session: nox.Session) -> None:
     torch is the exception: it keeps the version of constraints.txt, whose CPU build is the one that CI downloads.
     """
     project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
-    allowed = map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["build"]])
+    extras = project["optional-dependencies"]
+    allowed = map(Requirement, [*project["dependencies"], *extras["build"], *extras["sign"]])
     lowest = [_lowest(requirement) for requirement in allowed if requirement.name != "torch"]
     pinned = {Requirement(line).name: line for line in (HERE / CONSTRAINTS).read_text().splitlines() if "==" in line}
     tools = [pinned[name] for name in ("hypothesis", "jsonschema", "pytest", "pytest-timeout", "pytest-xdist", "torch")]
