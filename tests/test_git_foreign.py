@@ -342,6 +342,7 @@ def test_no_setting_of_a_staging_folder_runs_a_program(copy: Callable[[str], For
     assert foreign.ran() == ""
     assert (foreign.folder / "victim.lock").exists()
     assert not (foreign.staging / ".lfsconfig").exists()
+    assert not {"hooks", "info", "config.worktree"} & {path.name for path in (foreign.staging / ".git").iterdir()}
 
 
 def run_plain_git(foreign: Foreign, command: str) -> None:
