@@ -228,7 +228,9 @@ def test_asymmetric_zero_is_never_zero_and_the_grid_covers_the_group(low, high, 
     rules = GridRules(bits=bits, sym=False, scale_search=False)
     scales, zeros = find_grids(w, 16, rules, torch.ones(16))
     assert 1 <= int(zeros) <= rules.maxq
-    assert (w - nearest_values(w, bits=bits, sym=False)).abs().max() <= float(scales) * 1.001
+    # A scale is stored as float16, whose steps under 2^-14 are 2^-24 wide: then the grid may end below the group.
+    rounding = rules.maxq * 2**-25
+    assert (w - nearest_values(w, bits=bits, sym=False)).abs().max() <= float(scales) * 1.001 + rounding
 
 
 def test_damping_is_raised_only_to_the_limit_and_recorded():

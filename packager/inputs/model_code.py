@@ -7,7 +7,6 @@ result. It imports nothing else of the package, so that it starts in a fraction 
 
 import array
 import json
-import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -39,6 +38,8 @@ def answer_request(request_file: str, result_file: str) -> None:
 
 def _set_limits(memory_bytes: int, cpu_s: int) -> None:
     """Limit this process: memory fails with MemoryError, processor time with a signal that ends the process."""
+    import resource  # POSIX only: importing this module works everywhere
+
     for kind, limit in (("RLIMIT_AS", memory_bytes), ("RLIMIT_CPU", cpu_s), ("RLIMIT_CORE", 0)):
         number = getattr(resource, kind)
         hard = resource.getrlimit(number)[1]

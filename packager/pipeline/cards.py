@@ -62,6 +62,8 @@ def _with_provenance(run: BuildState, branch: str, files: dict[str, bytes]) -> t
     packed = {name: record for name, record in receipt.provenance.files.items() if is_packed(name)}
     records = packed | {name: bytes_record(content) for name, content in files.items()}
     changes = {"files": dict(sorted(records.items())), **_present(run)}
+    if set(run.recipe.card.license.base_files) - receipt.provenance.base_model.files.keys():
+        changes["base_model"] = run.source.record  # a licence that the recipe did not name when this was built
     provenance = receipt.provenance.model_copy(update=changes)
     content = provenance.model_dump_json(indent=2).encode() + b"\n"
     records[PROVENANCE] = bytes_record(content)
