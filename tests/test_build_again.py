@@ -173,9 +173,9 @@ class Clock:
         return self.now
 
 
-def test_the_seconds_of_a_stage_are_those_of_one_recipe(
-    tmp_path: Path, loader: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def slow_loader(loader: StandIn, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """A loader whose first run takes 300 s of the terminal's clock, and its second run 30 s."""
     clock, spent = Clock(), iter((300.0, 30.0))
     open_all = loader.probe
 
@@ -185,6 +185,11 @@ def test_the_seconds_of_a_stage_are_those_of_one_recipe(
 
     monkeypatch.setattr("packager.prove.verify.run_probes", probe)
     monkeypatch.setattr("packager.system.terminal.time", clock)
+    return loader
+
+
+@pytest.mark.usefixtures("slow_loader")
+def test_the_seconds_of_a_stage_are_those_of_one_recipe(tmp_path: Path) -> None:
     names = ("one", "two")
     recipes = [
         tiny_recipe.write_all(tmp_path / name, {"repository.id": f"tester/{name}", **REQUIRED}) for name in names
@@ -332,18 +337,10 @@ def test_a_loader_whose_logits_are_not_finite_has_failed(
         build(recipe, dist, capsys)
 
 
+@pytest.mark.usefixtures("slow_loader")
 def test_the_seconds_of_loaders_that_run_later_are_added(
-    tmp_path: Path, loader: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, spent = Clock(), iter((300.0, 30.0))
-    open_all = loader.probe
-
-    def probe(*arguments: Any) -> object:
-        clock.now += next(spent)
-        return open_all(*arguments)
-
-    monkeypatch.setattr("packager.prove.verify.run_probes", probe)
-    monkeypatch.setattr("packager.system.terminal.time", clock)
     recipe, dist = tiny_recipe.write_all(tmp_path, WITH_GPU), tmp_path / "dist"
     build(recipe, dist, capsys)
     monkeypatch.setattr("packager.pipeline.build_state.device_type", lambda _: "cuda")

@@ -5,8 +5,9 @@ with. The release statement on main must name the statement of every branch: a b
 earlier state has a valid statement, but not the one that the release names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from packager.errors import PublishError
 from packager.publish.published.finding import Collector, unreadable
@@ -22,6 +23,7 @@ from packager.publish.statements import (
 from packager.receipt import ATTESTATION, PROVENANCE, RELEASE_ATTESTATION, Provenance
 from packager.system.text import shown
 
+_Statement = TypeVar("_Statement")
 _AGAIN_NAMED = 5  # files of a statement that are named in one message
 
 
@@ -59,15 +61,10 @@ def check_branch_statement(
     branch: Branch, provenance: Provenance, provenance_sha256: str, trust: Trust, found: Collector
 ) -> SignedStatement | None:
     """Compare a branch's statement with its record; return the signer if the statement is signed and fits."""
-    opened = _opened(branch, ATTESTATION, trust, found)
-    if opened is None:
+    signed = _signed(branch, ATTESTATION, read_branch_statement, trust, found)
+    if signed is None:
         return None
-    payload, keyid = opened
-    try:
-        statement = read_branch_statement(payload)
-    except StatementError as error:
-        found.add("signature-invalid", ATTESTATION, str(error))
-        return None
+    statement = signed.statement
     wanted = {PROVENANCE: provenance_sha256, **{name: record.sha256 for name, record in provenance.files.items()}}
     place = provenance.place
     problems = []
@@ -82,7 +79,7 @@ def check_branch_statement(
         problems.append(f"other files were signed: {', '.join(map(shown, differing[:_AGAIN_NAMED]))}{more}")
     for problem in problems:
         found.add("statement-differs", ATTESTATION, problem)
-    return None if problems else SignedStatement(keyid=keyid, sha256=digest(payload))
+    return None if problems else SignedStatement(keyid=signed.keyid, sha256=signed.sha256)
 
 
 def check_release_statement(
@@ -103,15 +100,10 @@ def check_release_statement(
         trust: the reader's keys and the release that the reader knows.
         found: gets the findings.
     """
-    opened = _opened(main, RELEASE_ATTESTATION, trust, found) if main else None
+    opened = _signed(main, RELEASE_ATTESTATION, read_release_statement, trust, found) if main else None
     if opened is None:
         return None
-    payload, keyid = opened
-    try:
-        release = read_release_statement(payload)
-    except StatementError as error:
-        found.add("signature-invalid", RELEASE_ATTESTATION, str(error))
-        return None
+    release = opened.statement
     where, number = RELEASE_ATTESTATION, f"release {release.release}"
     if repository and release.repository != repository:
         found.add("statement-differs", where, f"it is of the repository {shown(release.repository)}")
@@ -126,15 +118,28 @@ def check_release_statement(
             found.add("release-differs", where, message)
     if release.release < trust.min_release:
         found.add("release-old", where, f"this is {number}, release {trust.min_release} is known")
-    return SignedRelease(keyid=keyid, sha256=digest(payload), number=release.release)
+    return SignedRelease(keyid=opened.keyid, sha256=opened.sha256, number=release.release)
 
 
-def _opened(branch: Branch, name: str, trust: Trust, found: Collector) -> tuple[bytes, str] | None:
+@dataclass(frozen=True, kw_only=True)
+class _Signed(Generic[_Statement]):
+    """A parsed statement, the id of the trusted key that signed it, and its sha256."""
+
+    statement: _Statement
+    keyid: str
+    sha256: str
+
+
+def _signed(
+    branch: Branch, name: str, parse: Callable[[bytes], _Statement], trust: Trust, found: Collector
+) -> _Signed[_Statement] | None:
+    """Return the statement in one of a branch's files; report a file that is missing, unreadable or not signed."""
     if name not in branch.stored:
         found.add("signature-missing", name, "a trusted key is given, and the branch is not signed")
         return None
     try:
-        return trust.keys.opened(branch.read(name, MAX_ENVELOPE_BYTES + 1))
+        payload, keyid = trust.keys.opened(branch.read(name, MAX_ENVELOPE_BYTES + 1))
+        return _Signed(statement=parse(payload), keyid=keyid, sha256=digest(payload))
     except StatementError as error:
         found.add("signature-invalid", name, str(error))
     except PublishError as error:
