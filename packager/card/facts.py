@@ -82,7 +82,7 @@ class LoaderSetting:
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """What a runtime's own checks say of the branches.
+    """The verdicts of a runtime's own checks on the branches.
 
     Attributes:
         title: the runtime's name; `label` is the name with the version that the checks are of.

@@ -1,8 +1,8 @@
 """Check a markdown text that a card includes as it is: header, footer, the base model's card.
 
 The page around the text must stay as it is for a reader. The Hub and git hosts remove scripts from a page, but a tag
-that is never closed, an address such as `javascript:` or a hidden character is the publisher's own mistake or somebody
-else's trap, and is refused here with its line. Blocks are judged by the parser's own tokens (CommonMark 0.31, section
+that is never closed, an address such as `javascript:` or a hidden character is the publisher's own mistake or another
+person's trap, and is refused here with its line. Blocks are judged by the parser's own tokens (CommonMark 0.31, section
 4.6); HTML by the standard's rules for start and end tags (https://html.spec.whatwg.org/multipage/syntax.html).
 """
 

@@ -115,7 +115,7 @@ def open_source(recipe_file: RecipeFile, log: Callable[[str], None]) -> SourceMo
 
     Raises:
         SourceError: the model is missing, gated, has only pickles, is truncated, or differs from its config.json or
-            from the recipe's copy of it; or a file is not what its name says, see `list_source_files`.
+            from the recipe's copy of it; or a file does not hold what its name promises, see `list_source_files`.
     """
     base, licenses = recipe_file.recipe.base_model, recipe_file.recipe.card.license.base_files
     folder = recipe_file.resolve(base.path) if base.path else _download(base.id, str(base.revision), licenses, log)

@@ -1,6 +1,6 @@
-"""Start the process that interprets what a base model brings, and limit its time and memory.
+"""Start the process that interprets a base model's template and tokenizer, and limit its time and memory.
 
-Its environment has nothing of ours but the path of Python's packages; decision 12 says why it is not in this process.
+Of our environment it gets the path of Python's packages only. Decision 12 has the reasons for a process of its own.
 """
 
 import json

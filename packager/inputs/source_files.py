@@ -143,7 +143,7 @@ def _named_by_index(folder: Path) -> tuple[str, ...]:
 
 
 def check_contents(files: SourceFiles) -> dict[str, FileRecord]:
-    """Read every file that a branch gets as it is, and check that it holds what its name says.
+    """Read every file that a branch gets as it is, and check that its content fits its name.
 
     Returns:
         Size and sha256 of the bytes that were checked, by name.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: a FIFO that took the file's place would block the open until somebody writes into it.
+# O_NONBLOCK: a FIFO that took the file's place would block the open until a process writes into it.
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -55,7 +55,7 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
         name: relative, with '/'; not below another folder through `..`.
 
     Raises:
-        OSError: there is no such file, it is no regular file, or a link leads out of the folder; `strerror` says which.
+        OSError: there is no such file, it is no regular file, or a link leads out of the folder; see `strerror`.
     """
     path = folder / name
     if problem := name_problem(name):

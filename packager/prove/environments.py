@@ -133,7 +133,7 @@ def environment_files(python: Path) -> set[Path]:
 def index_environ(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
     """Return the environment of pip: how to reach an index, and an empty home.
 
-    pip would read its user's settings in the home folder; here it is told where they are. Its cache is its own.
+    pip would read its user's settings in the home folder; variables name their places here. The cache is pip's alone.
 
     Args:
         environ: of this process.

@@ -54,7 +54,7 @@ class _Written(BaseModel):
 
 
 class _Success(_Written):
-    """What result.json says of a success: the fields of `ProbeResult`."""
+    """The content of result.json after a success: the fields of `ProbeResult`."""
 
     status: Literal["ok"]
     generated: tuple[tuple[int, ...], ...]
@@ -69,7 +69,7 @@ class _Success(_Written):
 
 
 class _Failure(_Written):
-    """What result.json says of a failure."""
+    """The content of result.json after a failure."""
 
     status: Literal["error"]
     type: str
@@ -105,7 +105,7 @@ class ProbeJob:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
-    """The logits and tokens that a runtime computed, and how; the texts are its own, and may say anything.
+    """The logits and tokens that a runtime computed, and how; nothing relies on the runtime's own texts.
 
     Attributes:
         logits: float32 [rows, seq_len, vocab], memory-mapped from output_dir.
@@ -305,7 +305,7 @@ def _logits_bytes(job: ProbeJob) -> int:
 
 
 def _outcome(spec: LoaderSpec, job: ProbeJob) -> ProbeResult | LoaderError:
-    """Read the result of a job; nothing of it is believed but what it says of the computation."""
+    """Read the result of a job; only its facts about the computation are used."""
     where = str(job.model_dir)
     try:
         with open_regular(_result_file(job)) as stream:

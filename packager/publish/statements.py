@@ -34,7 +34,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class StatementError(ValueError):
-    """An envelope or a statement that is not as this program writes it; the message says what is wrong."""
+    """An envelope or a statement in another form than this program writes; the message names the difference."""
 
 
 class _Strict(BaseModel):

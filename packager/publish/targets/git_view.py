@@ -2,7 +2,7 @@
 
 A repository's own configuration, hooks, attributes and excludes name programs that git runs, other folders and hosts.
 Git therefore never opens such a repository. It opens a view: a folder with a configuration of ours and links to the
-objects and refs. Only what says how the objects are stored is read from the repository's configuration, by
+objects and refs. Only the settings of how objects are stored are read from the repository's configuration, by
 `git config --file`, which obeys nothing. docs/decisions/0010-git-through-views.md has the reasons.
 """
 

@@ -318,7 +318,7 @@ class LocalTarget:
                     f"{(commit or '')[:12]} cannot be checked out",
                     where=self.where,
                     why=f"{printable(wrong[0])} leads out of the repository, or is no ordinary file",
-                    hint="somebody else made that commit: go back to another one",
+                    hint="this program did not make that commit: go back to another one",
                 )
             if links := [name for name in sorted(folders - old.keys()) if (self._folder / name).is_symlink()]:
                 raise PublishError(
