@@ -55,9 +55,10 @@ def packager(*arguments: object) -> Result:
 def process(*arguments: str, patch: str = "", **options: Any) -> subprocess.Popen[str]:
     """Start the command line in a process of its own, after the Python statements in `patch`."""
     code = f"{patch}\nfrom packager.cli.main import main\nmain()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, text=True, stderr=subprocess.PIPE, **options
-    )
+    # With PYTHONUNBUFFERED every write would be flushed, as no user's are.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environ, text=True, stderr=subprocess.PIPE, **options)
 
 
 def error_classes(parent: type[PackagerError] = PackagerError) -> list[type[PackagerError]]:

@@ -111,7 +111,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        sys.stdout.write(f"packager {__version__}\n")
+        terminal_of().write(f"packager {__version__}\n")
         raise typer.Exit
 
 
