@@ -1,0 +1,64 @@
+"""Build a causal language model of transformers without weights: on the meta device, or of tensors without data."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from packager.errors import SourceError
+
+
+def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Build the model that a folder's config.json describes, in the device context of the caller.
+
+    Every Conv1D of GPT-2 and its relatives becomes the nn.Linear that computes the same: see `is_transposed`.
+
+    Args:
+        folder: with config.json; its quantization_config is ignored.
+        dtype: of the weights.
+
+    Raises:
+        SourceError: transformers does not know the architecture, or cannot build it from this config.json.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = _class_of(config).from_config(config, dtype=dtype)
+    except Exception as error:  # noqa: BLE001 - the code of any model of transformers
+        raise SourceError("transformers cannot build this model", where=str(folder), why=str(error)) from error
+    _replace_conv1d(model)
+    return cast(nn.Module, model.eval())
+
+
+def _class_of(config: Any) -> Any:
+    """Return the auto class that opens the model as a language model."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Return whether files store the weight of this nn.Linear as [in_features, out_features]: it was a Conv1D."""
+    return bool(getattr(linear, "packager_transposed", False))
+
+
+def _replace_conv1d(model: nn.Module) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            in_features, out_features = module.weight.shape
+            linear = nn.Linear(
+                in_features, out_features, bias=True, device=module.weight.device, dtype=module.weight.dtype
+            )
+            linear.packager_transposed = True  # type: ignore[assignment]
+            model.set_submodule(name, linear)

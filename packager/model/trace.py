@@ -1,0 +1,309 @@
+"""Find a decoder's blocks, and what its forward does with them, by one forward on tensors without data.
+
+The model is built in torch's FakeTensorMode: every tensor has a shape and a dtype and takes no memory, so the largest
+model is traced in about a second, and no name of an architecture is needed. docs/reference/any-decoder.md describes
+what a decoder must be like, and what each refusal means.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from packager.errors import SourceError
+
+Group = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedBlock:
+    """One block of the traced forward.
+
+    Attributes:
+        groups: names inside the block of the linears and experts modules that see the same input, in the order in which
+            the block reaches them. An experts module is a group by itself.
+        held: for each group, bytes of activations that are alive when the block reaches it.
+        peak: most bytes of activations that are alive inside the block.
+        unreached: linears that the forward did not reach.
+        returns_tuple: the block returns a tuple whose first item is the hidden states.
+    """
+
+    groups: tuple[Group, ...]
+    held: tuple[int, ...]
+    peak: int
+    unreached: tuple[str, ...]
+    returns_tuple: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """The result of one traced forward.
+
+    Attributes:
+        blocks_path: the name of the ModuleList that holds the blocks.
+        blocks: in order.
+        before: names of the modules outside the blocks whose forward ran before the first block.
+        after: likewise after the last block.
+        num_tokens: of the traced forward; `held` and `peak` of the blocks are for as many.
+    """
+
+    blocks_path: str
+    blocks: tuple[TracedBlock, ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    num_tokens: int
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Return whether a module holds the weights of all experts of a layer, as transformers builds them.
+
+    Source: `use_experts_implementation` in transformers 5, integrations/moe.py, which sets these attributes.
+    """
+    return all(hasattr(module, name) for name in ("is_transposed", "is_concatenated", "has_gate", "down_proj"))
+
+
+def calibrated_modules(block: nn.Module) -> dict[str, nn.Module]:
+    """Return by name the modules of a block whose weights can be quantized: linears, and experts modules."""
+    return {
+        name: module for name, module in block.named_modules() if isinstance(module, nn.Linear) or is_experts(module)
+    }
+
+
+def trace(model: nn.Module, num_tokens: int) -> Trace:
+    """Trace the model's forward for one row of `num_tokens` tokens.
+
+    Args:
+        model: on the meta device; it is not changed.
+        num_tokens: tokens of the row.
+
+    Raises:
+        SourceError: the forward fails, or its blocks cannot be run one by one; names the module and the reason.
+    """
+    model = copy.deepcopy(model)
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        model.to_empty(device="cpu")
+        path, blocks = find_blocks(model, num_tokens)
+        tracer = _Tracer(model, path, blocks)
+        with tracer.hooks(), tracer.memory:
+            _forward(model, num_tokens)
+    return tracer.result(num_tokens)
+
+
+def find_blocks(model: nn.Module, num_tokens: int) -> tuple[str, nn.ModuleList]:
+    """Return the ModuleList that holds the decoder's blocks: of those that are called, the one with the most weights.
+
+    Raises:
+        SourceError: there is none.
+    """
+    lists = dict(_outermost_lists(model))
+    called: set[str] = set()
+
+    def mark(name: str) -> Callable[..., None]:
+        return lambda *_: called.add(name)
+
+    with ExitStack() as stack:
+        for name, modules in lists.items():
+            for module in modules:
+                stack.callback(module.register_forward_pre_hook(mark(name)).remove)
+        _forward(model, num_tokens)
+    found = [(sum(p.numel() for p in lists[name].parameters()), name) for name in called]
+    if not found:
+        raise SourceError("the model has no list of blocks", why="its forward calls no member of an nn.ModuleList")
+    path = max(found)[1]
+    return path, lists[path]
+
+
+def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, nn.ModuleList):
+            yield path, child
+        else:
+            yield from _outermost_lists(child, f"{path}.")
+
+
+def _forward(model: nn.Module, num_tokens: int) -> None:
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        try:
+            with experts_skipped(model):
+                model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long, device=device), use_cache=False)
+        except SourceError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the code of any model of transformers
+            raise SourceError(
+                "transformers cannot run this model on tokens alone", why=f"{type(error).__name__}: {error}"
+            ) from error
+
+
+@contextmanager
+def experts_skipped(model: nn.Module) -> Iterator[None]:
+    """Let experts modules return tensors like their inputs: the tokens of each expert depend on data."""
+    experts: list[Any] = [module for module in model.modules() if is_experts(module)]
+    for module in experts:
+        module.forward = lambda hidden_states, *_args, **_kwargs: torch.empty_like(hidden_states)
+    try:
+        yield
+    finally:
+        for module in experts:
+            del module.forward
+
+
+class _Memory(TorchDispatchMode):
+    """Count the bytes of the storages that operations make, as long as a tensor of theirs is alive."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        weights = (*model.parameters(), *model.buffers())
+        self._weights = {_storage(weight) for weight in weights}
+        self._references: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
+        self.alive = 0
+        self.peak = 0
+
+    def __torch_dispatch__(  # type: ignore[override]
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, (tuple, list)) else (result,):
+            # A view of a weight takes no memory of its own.
+            if isinstance(item, Tensor) and (storage := _storage(item)) not in self._weights:
+                self._add(item, storage)
+        self.peak = max(self.peak, self.alive)
+        return result
+
+    def _add(self, tensor: Tensor, storage: int) -> None:
+        if storage not in self._references:
+            self._references[storage], self._sizes[storage] = 0, tensor.untyped_storage().nbytes()
+            self.alive += self._sizes[storage]
+        self._references[storage] += 1
+        weakref.finalize(tensor, self._remove, storage).atexit = False
+
+    def _remove(self, storage: int) -> None:
+        self._references[storage] -= 1
+        if not self._references[storage]:
+            del self._references[storage]
+            self.alive -= self._sizes.pop(storage)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # noqa: SLF001
+
+
+@dataclass(kw_only=True)
+class _Record:
+    """What hooks saw of one block: `(name, input, bytes alive)` for each calibrated module, and the peak."""
+
+    seen: list[tuple[str, Tensor, int]] = field(default_factory=list)
+    peak: int = 0
+    returns_tuple: bool = False
+
+
+class _Tracer:
+    """Hooks for one forward."""
+
+    def __init__(self, model: nn.Module, path: str, blocks: nn.ModuleList) -> None:
+        self._model, self._path, self._blocks = model, path, blocks
+        self.memory = _Memory(model)
+        self._records: list[_Record] = []
+        self._before: list[str] = []
+        self._after: list[str] = []
+        self._output: Tensor | None = None
+        self._outside_bytes = 0
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for index, block in enumerate(self._blocks):
+                stack.callback(block.register_forward_pre_hook(self._enter(index), with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(self._leave).remove)
+                for name, module in calibrated_modules(block).items():
+                    stack.callback(module.register_forward_pre_hook(self._reach(name), with_kwargs=True).remove)
+            for name, module in self._model.named_modules():
+                if name != self._path and not name.startswith(f"{self._path}."):
+                    stack.callback(module.register_forward_pre_hook(self._outside(name)).remove)
+            yield
+
+    def _enter(self, index: int) -> Callable[..., None]:
+        where = f"{self._path}.{index}"
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if len(self._records) != index:
+                raise SourceError(
+                    "the model does not run its blocks one after the other", where=where,
+                    why=f"its forward reaches this block as number {len(self._records)}",
+                )  # fmt: skip
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(hidden, Tensor):
+                raise SourceError("the block's first argument is not the hidden states", where=where)
+            if self._output is not None and hidden is not self._output:
+                raise SourceError(
+                    "the model computes something between two blocks", where=where,
+                    why="its input is not the output of the block before it",
+                )  # fmt: skip
+            self._outside_bytes = self.memory.alive
+            self.memory.peak = 0
+            self._records.append(_Record())
+
+        return enter
+
+    def _reach(self, name: str) -> Callable[..., None]:
+        def reach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            self._records[-1].seen.append((name, x, self.memory.alive - self._outside_bytes))
+
+        return reach
+
+    def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
+        record = self._records[-1]
+        record.returns_tuple = isinstance(output, tuple)
+        hidden = output[0] if record.returns_tuple else output
+        self._output = hidden if isinstance(hidden, Tensor) else None
+        record.peak = self.memory.peak - self._outside_bytes
+
+    def _outside(self, name: str) -> Callable[..., None]:
+        def called(*_: object) -> None:
+            names = self._before if not self._records else self._after
+            if name not in names:
+                names.append(name)
+
+        return called
+
+    def result(self, num_tokens: int) -> Trace:
+        if len(self._records) != len(self._blocks):
+            raise SourceError(
+                "the model does not run all its blocks", where=self._path,
+                why=f"its forward reaches {len(self._records)} of {len(self._blocks)}",
+            )  # fmt: skip
+        blocks = []
+        for block, record in zip(self._blocks, self._records, strict=True):
+            groups: list[list[str]] = []
+            held: list[int] = []
+            before: Tensor | None = None
+            for name, x, alive in record.seen:
+                if x is before and not is_experts(block.get_submodule(name)):
+                    groups[-1].append(name)
+                else:
+                    groups.append([name])
+                    held.append(alive)
+                before = x
+            reached = {name for name, _, _ in record.seen}
+            blocks.append(
+                TracedBlock(
+                    groups=tuple(map(tuple, groups)), held=tuple(held), peak=record.peak,
+                    unreached=tuple(name for name in calibrated_modules(block) if name not in reached),
+                    returns_tuple=record.returns_tuple,
+                )  # fmt: skip
+            )
+        return Trace(
+            blocks_path=self._path, blocks=tuple(blocks), before=tuple(self._before), after=tuple(self._after),
+            num_tokens=num_tokens,
+        )  # fmt: skip
