@@ -4,9 +4,9 @@ The model is built on the meta device, so it takes no memory. The arguments of a
 (positions, masks, rotary tables) are recorded from the model's own forward, so no architecture is named here.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from packager.errors import SourceError
-from packager.model.architecture import BLOCK_PREFIX
+from packager.model.computed_buffers import compute_buffers
+from packager.model.contexts import Context, shared_contexts
 from packager.model.fused_blocks import fuse
+from packager.model.skeleton import build_skeleton
+from packager.model.stored_names import ReadTensor, StoredNames, saved_tensors
+from packager.model.trace import Trace, blocks_replaced, trace
 
-_INNER = BLOCK_PREFIX.rpartition(".")[0]  # the part of the model that has the blocks, but no head
-_EMBEDDING = f"{_INNER}.embed_tokens.weight"
-_HEAD = "lm_head.weight"
-ReadTensor = Callable[[str], Tensor]
-Context = Mapping[str, Any]
+_TRACED_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,15 @@ class Batch:
 
     Attributes:
         hidden: [rows, seq_len, hidden_size].
-        contexts: for each block, the keyword arguments of its forward; batches of one shape share them.
+        contexts: for each block, the other arguments of its forward; batches of one shape share them.
     """
 
     hidden: Tensor
     contexts: Sequence[Context]
+
+
+class _LastBlockReached(Exception):  # noqa: N818
+    """Internal signal: the model's forward needs not run further."""
 
 
 class Decoder:
@@ -46,6 +50,7 @@ class Decoder:
     Args:
         folder: with config.json (a checkpoint's quantization_config is ignored: weights come from `read`).
         read: returns a named tensor on the CPU, in any float dtype; raises KeyError or SourceError if there is none.
+        names: of the tensors that `read` has; None for those that transformers stores.
         device: where blocks are computed.
         dtype: of weights and activations.
 
@@ -53,29 +58,41 @@ class Decoder:
         fused: the modules that run fused kernels where the device is CUDA.
 
     Raises:
-        SourceError: transformers cannot build this architecture. The methods that read weights raise it too, for a
-            tensor that is missing.
+        SourceError: transformers cannot build this architecture, or its blocks cannot be run one by one. The methods
+            that read weights raise it too, for a tensor that is missing.
     """
 
-    def __init__(self, folder: Path, read: ReadTensor, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        read: ReadTensor,
+        *,
+        names: Collection[str] | None = None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.device = device
         self.dtype = dtype
         self._read = read
         self._damaged = f"the model in {folder} is damaged"
-        self._model = _skeleton(folder, dtype)
+        with torch.device("meta"):
+            self._model = build_skeleton(folder, dtype)
+        self._names = StoredNames(self._model, saved_tensors(self._model) if names is None else names)
+        self._trace: Trace = trace(self._model, _TRACED_TOKENS)
         self.fused = fuse(self._model)
         self._reading: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._reading = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.blocks = cast(nn.ModuleList, self._model.get_submodule(BLOCK_PREFIX))
-        self._tied = bool(getattr(self._model.config, "tie_word_embeddings", False))
-        self._outside = [name for name in self._model.state_dict() if not name.startswith(f"{BLOCK_PREFIX}.")]
+        self._path = self._trace.blocks_path
+        self.blocks = cast(nn.ModuleList, self._model.get_submodule(self._path))
+        tied: Mapping[str, str] = getattr(self._model, "all_tied_weights_keys", None) or {}
+        self._tied = {name: source for name, source in tied.items() if name not in self._names.conversions}
         self._loaded: set[str] = set()
 
     @property
     def vocab_size(self) -> int:
         """The number of logits per token."""
-        return int(self._model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        return int(self._model.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr, operator]
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -111,20 +128,26 @@ class Decoder:
 
     def _block_weights(self, index: int) -> dict[str, Tensor]:
         """Read the tensors of a block from disk; on CUDA on a stream of its own, finished on return."""
-        prefix = f"{BLOCK_PREFIX}.{index}."
+        prefix = f"{self._path}.{index}."
         weights = {}
         with torch.cuda.stream(self._reading) if self._reading is not None else nullcontext():
-            for name in self.blocks[index].state_dict():
-                tensor = self._read_tensor(prefix + name).to(self.device, self.dtype)
+            for name, place in self.blocks[index].state_dict().items():
+                tensor = self._read_tensor(prefix + name).to(self.device, self._dtype_of(place))
                 if not bool(torch.isfinite(tensor).all()):
                     raise SourceError("the weights contain NaN or Inf", where=prefix + name, hint=self._damaged)
                 weights[name] = tensor
         return weights
 
+    def _dtype_of(self, place: Tensor) -> torch.dtype:
+        """Return the dtype in which the model computes with a tensor: integers, and what it keeps in float32, stay."""
+        return self.dtype if place.dtype in (torch.float16, torch.bfloat16) else place.dtype
+
     def load_block(self, index: int, weights: Mapping[str, Tensor]) -> nn.Module:
         """Copy weights into a block, so that they may be overwritten, and return the block."""
         block = self.blocks[index]
         block.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
+        prefix = f"{self._path}.{index}"
+        compute_buffers(self._model, [f"{prefix}.{name}".rstrip(".") for name, _ in block.named_modules()], self.device)
         return block.requires_grad_(False)
 
     def drop_block(self, index: int) -> None:
@@ -134,33 +157,47 @@ class Decoder:
     def drop_outside_blocks(self) -> None:
         """Free embeddings, norm and head; they are read again when they are needed."""
         self._loaded.clear()
-        for name, child in self._model.named_modules():
-            if not name.startswith(BLOCK_PREFIX) and next(child.children(), None) is None:
-                child.to("meta")
+        for name, module in self._model.named_modules():
+            if name != self._path and not name.startswith(f"{self._path}."):
+                for tensors in (module._parameters, module._buffers):  # noqa: SLF001
+                    for key, tensor in tensors.items():
+                        if tensor is not None and not tensor.is_meta:
+                            tensors[key] = _on_meta(tensor)
 
     @torch.no_grad()
     def embed(self, ids: Tensor, *, rows: int) -> list[Batch]:
         """Return the first block's inputs for token ids [num_samples, seq_len], `rows` to a batch."""
-        shared: dict[int, tuple[Context, ...]] = {}
+        earlier: dict[int, Sequence[Context]] = {}
         batches = []
         for part in torch.split(ids, rows):
             hidden, contexts = self._embed_batch(part.to(self.device))
-            batches.append(Batch(hidden=hidden, contexts=shared.setdefault(part.shape[0], contexts)))
+            shared = shared_contexts(contexts, earlier.get(part.shape[0]))
+            batches.append(Batch(hidden=hidden, contexts=earlier.setdefault(part.shape[0], shared)))
         return batches
 
     def _embed_batch(self, ids: Tensor) -> tuple[Tensor, tuple[Context, ...]]:
         inputs: list[Tensor] = []
         contexts: list[Context] = []
 
-        def record(hidden: Tensor, **context: Any) -> Tensor:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            hidden, *others = args or (kwargs.pop("hidden_states"),)
             inputs.append(hidden)
-            contexts.append(context)
-            return hidden
+            contexts.append(Context(args=tuple(others), kwargs=kwargs))
+            if len(contexts) == len(self):
+                raise _LastBlockReached
+            return self._as_output(len(contexts) - 1, hidden)
 
-        self._load_outside_blocks([name for name in self._outside if name.startswith(f"{_INNER}.")])
-        with self._blocks_replaced(record):
-            self._model.get_submodule(_INNER)(input_ids=ids, use_cache=False)
-        return inputs[0], tuple(contexts)
+        self._load_modules(self._trace.embedding_modules)
+        try:
+            with blocks_replaced(self.blocks, record):
+                self._model(input_ids=ids, use_cache=False)
+        except _LastBlockReached:
+            return inputs[0], tuple(contexts)
+        raise SourceError("the model did not reach its last block", where=f"{self._path}.{len(self) - 1}")
+
+    def _as_output(self, index: int, hidden: Tensor) -> Tensor | tuple[Tensor]:
+        """Return hidden states in the form in which the block returns its own."""
+        return (hidden,) if self._trace.blocks[index].returns_tuple else hidden
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -169,25 +206,20 @@ class Decoder:
         Every position is computed by itself, so any part of a row, or parts of several rows, may be given as a row.
         """
         hidden = hidden.to(self.device)
+        index = -1
 
-        def keep(states: Tensor, **context: Any) -> Tensor:  # noqa: ARG001
-            return states
+        def replace(*_: Any, **__: Any) -> Any:
+            nonlocal index
+            index += 1
+            # What the model computed before its first block does not matter: these are the last block's outputs.
+            return self._as_output(index, hidden)
 
-        self._load_outside_blocks([name for name in self._outside if name != _EMBEDDING])
-        with self._blocks_replaced(keep):
-            return cast(Tensor, self._model(inputs_embeds=hidden, use_cache=False).logits).float()
-
-    @contextmanager
-    def _blocks_replaced(self, block_forward: Callable[..., Tensor]) -> Iterator[None]:
-        """Run the model's own forward with every block replaced by a function."""
-        for block in self.blocks:
-            block.forward = block_forward
-        try:
-            yield
-        finally:
-            # Not an assignment of the old method: a block that refers to itself is freed by the garbage collector only.
-            for block in self.blocks:
-                del block.forward
+        self._load_modules(self._trace.head_modules)
+        inputs = {"inputs_embeds": hidden}
+        if not self._trace.head_takes_states:
+            inputs = {"input_ids": torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)}
+        with blocks_replaced(self.blocks, replace):
+            return cast(Tensor, self._model(**inputs, use_cache=False).logits).float()
 
     def check_head(self) -> None:
         """Read and discard the tensors that `embed` does not read, to find damage early. May run beside `embed`.
@@ -195,32 +227,43 @@ class Decoder:
         Raises:
             SourceError: a tensor holds NaN or Inf, or is missing.
         """
-        for name in self._outside:
-            if not name.startswith(f"{_INNER}.") and self._stored(name) == name:
-                self._read_tensor(name)
+        for name in set(self._trace.head_modules) - set(self._trace.embedding_modules):
+            for tensor in self._stored_of(name):
+                if tensor not in self._tied:
+                    self._read_tensor(tensor)
 
-    def _load_outside_blocks(self, names: Sequence[str]) -> None:
-        """Read those of embeddings, norm and head that are not loaded yet."""
-        missing = [name for name in names if name not in self._loaded]
-        if not missing:
-            return
-        state = {name: self._outside_tensor(name) for name in missing}
-        self._loaded |= state.keys()
-        self._model.load_state_dict(state, strict=False, assign=True)
-        for name, module in list(self._model.named_modules()):
-            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-                self._model.set_submodule(name, self._rebuilt(name, module))
+    def _load_modules(self, names: Sequence[str]) -> None:
+        """Read the tensors of the named modules themselves, which are outside the blocks, if they are not loaded."""
+        missing = [tensor for name in names for tensor in self._stored_of(name) if tensor not in self._loaded]
+        for tensor in missing:
+            module, _, key = tensor.rpartition(".")
+            place = self._model.get_submodule(module)
+            loaded = self._outside_tensor(tensor)
+            if key in place._parameters:  # noqa: SLF001
+                place._parameters[key] = nn.Parameter(loaded, requires_grad=False)  # noqa: SLF001
+            else:
+                place._buffers[key] = loaded  # noqa: SLF001
+            self._loaded.add(tensor)
+        compute_buffers(self._model, names, self.device)
+
+    def _stored_of(self, name: str) -> list[str]:
+        """Return the full names of the parameters and stored buffers of a module itself."""
+        module = self._model.get_submodule(name)
+        stored = [*module._parameters, *(key for key in module._buffers if key not in module._non_persistent_buffers_set)]  # noqa: SLF001
+        present = [key for key in stored if getattr(module, key) is not None]
+        return [f"{name}.{key}" if name else key for key in present]
 
     def _outside_tensor(self, name: str) -> Tensor:
         """Return a tensor outside the blocks, on the device; a tied head shares the memory of a loaded embedding."""
-        stored = self._stored(name)
-        if stored != name and stored in self._loaded:
-            return self._model.get_parameter(stored).data
-        return self._read_tensor(stored).to(self.device, self.dtype)
+        source = self._tied.get(name, name)
+        if source != name and source in self._loaded:
+            return self._model.get_parameter(source).data
+        place = self._model.get_parameter(name) if _is_parameter(self._model, name) else self._model.get_buffer(name)
+        return self._read_tensor(source).to(self.device, self._dtype_of(place))
 
     def _read_tensor(self, name: str) -> Tensor:
         try:
-            return self._read(name)
+            return self._names.read(name, self._read)
         except KeyError as error:
             raise SourceError(
                 "the weights lack a tensor that the model needs",
@@ -229,18 +272,16 @@ class Decoder:
                 hint="the installed transformers may build this architecture with other tensors",
             ) from error
 
-    def _stored(self, name: str) -> str:
-        """Return the name under which a tensor is stored; a tied head is the embedding."""
-        return _EMBEDDING if name == _HEAD and self._tied else name
 
-    def _rebuilt(self, name: str, module: nn.Module) -> nn.Module:
-        """Return a module whose buffers are computed and not stored (rotary tables), built again on the device."""
-        try:
-            return type(module)(self._model.config).to(self.device)
-        except TypeError as error:
-            raise SourceError(
-                "this architecture computes a buffer that cannot be rebuilt", where=name, why=str(error)
-            ) from error
+def _is_parameter(model: nn.Module, name: str) -> bool:
+    module, _, key = name.rpartition(".")
+    return key in model.get_submodule(module)._parameters  # noqa: SLF001
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.to("meta"), requires_grad=False)
+    return tensor.to("meta")
 
 
 def compute_dtype(base_dtype: str, device: torch.device) -> torch.dtype:
@@ -253,21 +294,6 @@ def compute_dtype(base_dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if "BF16" in base_dtype else torch.float16
-
-
-def _skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            build = cast(Callable[..., nn.Module], AutoModelForCausalLM.from_config)
-            model = build(config, dtype=dtype, attn_implementation="sdpa")
-    except (ValueError, KeyError, OSError) as error:
-        raise SourceError("transformers cannot build this model", where=str(folder), why=str(error)) from error
-    return model.eval()
 
 
 @torch.no_grad()
@@ -296,5 +322,5 @@ def forward(decoder: Decoder, ids: Tensor, *, rows: int) -> list[Tensor]:
 
 def run_block(block: nn.Module, hidden: Tensor, context: Context) -> Tensor:
     """Run a block and return its hidden states (some architectures wrap them in a tuple)."""
-    output = block(hidden, **context)
+    output = block(hidden, *context.args, **context.kwargs)
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)

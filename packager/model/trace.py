@@ -50,15 +50,18 @@ class Trace:
     Attributes:
         blocks_path: the name of the ModuleList that holds the blocks.
         blocks: in order.
-        before: names of the modules outside the blocks whose forward ran before the first block.
-        after: likewise after the last block.
+        embedding_modules: names of the modules outside the blocks whose forward runs before the first block.
+        head_modules: names of the modules outside the blocks that run when the blocks are left out: what is after the
+            last block, and what cannot be avoided before the first.
+        head_takes_states: for `head_modules` the model was given hidden states in place of embeddings; else token ids.
         num_tokens: of the traced forward; `held` and `peak` of the blocks are for as many.
     """
 
     blocks_path: str
     blocks: tuple[TracedBlock, ...]
-    before: tuple[str, ...]
-    after: tuple[str, ...]
+    embedding_modules: tuple[str, ...]
+    head_modules: tuple[str, ...]
+    head_takes_states: bool
     num_tokens: int
 
 
@@ -94,7 +97,8 @@ def trace(model: nn.Module, num_tokens: int) -> Trace:
         tracer = _Tracer(model, path, blocks)
         with tracer.hooks(), tracer.memory:
             _forward(model, num_tokens)
-    return tracer.result(num_tokens)
+        head = _trace_head(model, path, tracer.hidden)
+    return tracer.result(num_tokens, head)
 
 
 def find_blocks(model: nn.Module, num_tokens: int) -> tuple[str, nn.ModuleList]:
@@ -128,6 +132,45 @@ def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
             yield path, child
         else:
             yield from _outermost_lists(child, f"{path}.")
+
+
+def _trace_head(model: nn.Module, path: str, hidden: Tensor) -> tuple[tuple[str, ...], bool]:
+    """Return `Trace.head_modules` and `Trace.head_takes_states`."""
+
+    def called(inputs: Mapping[str, Tensor]) -> tuple[str, ...]:
+        names: list[str] = []
+        with ExitStack() as stack:
+            stack.enter_context(blocks_replaced(model.get_submodule(path), lambda states, *_, **__: states))
+            for name, module in _outside(model, path):
+                note = lambda *_, name=name: names.append(name)  # noqa: E731
+                stack.callback(module.register_forward_pre_hook(note).remove)
+            with torch.no_grad():
+                model(**inputs, use_cache=False)
+        return tuple(dict.fromkeys(names))
+
+    try:
+        return called({"inputs_embeds": hidden}), True
+    except Exception:  # noqa: BLE001 - the code of any model; it may need token ids beside embeddings
+        return called({"input_ids": torch.zeros(hidden.shape[:2], dtype=torch.long)}), False
+
+
+def _outside(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if name != path and not name.startswith(f"{path}."):
+            yield name, module
+
+
+@contextmanager
+def blocks_replaced(blocks: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Run the model's own forward with every block replaced by a function of its arguments."""
+    for block in blocks.children():
+        block.forward = forward
+    try:
+        yield
+    finally:
+        # Not an assignment of the old method: a block that refers to itself is freed by the garbage collector only.
+        for block in blocks.children():
+            del block.forward
 
 
 def _forward(model: nn.Module, num_tokens: int) -> None:
@@ -215,8 +258,8 @@ class _Tracer:
         self.memory = _Memory(model)
         self._records: list[_Record] = []
         self._before: list[str] = []
-        self._after: list[str] = []
         self._output: Tensor | None = None
+        self.hidden = torch.empty(0)
         self._outside_bytes = 0
 
     @contextmanager
@@ -227,9 +270,8 @@ class _Tracer:
                 stack.callback(block.register_forward_hook(self._leave).remove)
                 for name, module in calibrated_modules(block).items():
                     stack.callback(module.register_forward_pre_hook(self._reach(name), with_kwargs=True).remove)
-            for name, module in self._model.named_modules():
-                if name != self._path and not name.startswith(f"{self._path}."):
-                    stack.callback(module.register_forward_pre_hook(self._outside(name)).remove)
+            for name, module in _outside(self._model, self._path):
+                stack.callback(module.register_forward_pre_hook(self._called(name)).remove)
             yield
 
     def _enter(self, index: int) -> Callable[..., None]:
@@ -251,6 +293,7 @@ class _Tracer:
                 )  # fmt: skip
             self._outside_bytes = self.memory.alive
             self.memory.peak = 0
+            self.hidden = hidden
             self._records.append(_Record())
 
         return enter
@@ -269,15 +312,14 @@ class _Tracer:
         self._output = hidden if isinstance(hidden, Tensor) else None
         record.peak = self.memory.peak - self._outside_bytes
 
-    def _outside(self, name: str) -> Callable[..., None]:
+    def _called(self, name: str) -> Callable[..., None]:
         def called(*_: object) -> None:
-            names = self._before if not self._records else self._after
-            if name not in names:
-                names.append(name)
+            if not self._records and name not in self._before:
+                self._before.append(name)
 
         return called
 
-    def result(self, num_tokens: int) -> Trace:
+    def result(self, num_tokens: int, head: tuple[tuple[str, ...], bool]) -> Trace:
         if len(self._records) != len(self._blocks):
             raise SourceError(
                 "the model does not run all its blocks", where=self._path,
@@ -304,6 +346,6 @@ class _Tracer:
                 )  # fmt: skip
             )
         return Trace(
-            blocks_path=self._path, blocks=tuple(blocks), before=tuple(self._before), after=tuple(self._after),
-            num_tokens=num_tokens,
+            blocks_path=self._path, blocks=tuple(blocks), embedding_modules=tuple(self._before), head_modules=head[0],
+            head_takes_states=head[1], num_tokens=num_tokens,
         )  # fmt: skip

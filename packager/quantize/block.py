@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from packager.errors import QuantizeError
 from packager.model.architecture import BLOCK_PREFIX
-from packager.model.decoder import Context
+from packager.model.contexts import Context
 from packager.model.packing import dequantize_linear, pack, pack_zeros
 from packager.quantize.activations import Activations
 from packager.quantize.gptq.choose_ops import ops_for

@@ -16,7 +16,8 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from packager.errors import QuantizeError
-from packager.model.decoder import Context, run_block
+from packager.model.contexts import Context
+from packager.model.decoder import run_block
 from packager.quantize.activations import Activations
 from packager.quantize.gptq.hessian import Hessian
 

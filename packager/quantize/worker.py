@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from packager.model.batches import rows_per_batch
-from packager.model.decoder import Context, Decoder, ReadTensor, compute_dtype
+from packager.model.contexts import Context, own_contexts
+from packager.model.decoder import Decoder, compute_dtype
+from packager.model.stored_names import ReadTensor
 from packager.model.fused_blocks import FusedModules
 from packager.quantize.activations import Activations
 from packager.quantize.block import BlockJob, quantize_block, restore_block, rules_of

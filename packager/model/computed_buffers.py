@@ -1,0 +1,65 @@
+"""Compute the buffers that files do not store (rotary tables, masks, scales) of a model on the meta device.
+
+Models of transformers 5 are always built on the meta device and then filled, so every model's own `_init_weights`
+computes these buffers. It leaves tensors alone that are marked as initialised.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packager.errors import SourceError
+
+
+def compute_buffers(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    """Compute all buffers on the meta device of the named modules themselves (not of the modules inside them).
+
+    Args:
+        model: a model of transformers; tensors that are already loaded are not changed.
+        names: of modules; "" is the model.
+        device: where the buffers are needed. They are computed on the CPU.
+
+    Raises:
+        SourceError: the model's own code does not compute a buffer; names it.
+    """
+    for name in names:
+        module = model.get_submodule(name)
+        buffers = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        if buffers:
+            initialise = _owner(model, name)._init_weights  # noqa: SLF001
+            first, second = (_initialised(module, buffers, initialise, fill) for fill in (0, 1))
+            for key in buffers:
+                if not torch.equal(first[key], second[key]):
+                    raise SourceError(
+                        "transformers does not compute a buffer that the files do not store", where=f"{name}.{key}",
+                        why=f"{type(module).__name__} computes it in __init__ only",
+                        hint="this architecture cannot be quantized with the installed transformers",
+                    )  # fmt: skip
+                module._buffers[key] = second[key].to(device)  # noqa: SLF001
+
+
+def _initialised(module: nn.Module, buffers: dict[str, Tensor], initialise: Any, fill: int) -> dict[str, Tensor]:
+    """Return the buffers after the model's own code ran over them; those that it leaves alone keep `fill`."""
+    for key, buffer in buffers.items():
+        module._buffers[key] = torch.full(buffer.shape, fill, dtype=buffer.dtype)  # noqa: SLF001
+    kept: list[Any] = [tensor for tensor in module.parameters(recurse=False) if not tensor.is_meta]
+    kept += [tensor for key, tensor in module.named_buffers(recurse=False) if key not in buffers]
+    for tensor in kept:
+        tensor._is_hf_initialized = True
+    with torch.no_grad():
+        initialise(module)
+    return {key: module._buffers[key].clone() for key in buffers}  # type: ignore[union-attr, misc]  # noqa: SLF001
+
+
+def _owner(model: nn.Module, name: str) -> Any:
+    """Return the innermost model of transformers that a module is part of: its `_init_weights` knows the module."""
+    from transformers import PreTrainedModel
+
+    parts = name.split(".") if name else []
+    for end in range(len(parts), -1, -1):
+        module = model.get_submodule(".".join(parts[:end]))
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise SourceError("this is no model of transformers", where=name)
