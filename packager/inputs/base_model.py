@@ -19,8 +19,8 @@ from packager.inputs.source_files import (
     list_source_files,
     read_small,
 )
-from packager.model.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, read_architecture
-from packager.model.config_values import read_config
+from packager.model.architecture import IGNORED_SUFFIXES, Architecture
+from packager.model.config_values import read_config, shortened
 from packager.model.contract_files import CONTENT_RULES
 from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
 from packager.receipt import CONFIG, TOKENIZER_FILES, FileRecord, SourceRecord, digest_of
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_ABSENT = object()
+_LOCK_ANEW = "where the model has moved on, make the lock anew: packager lock"
 _MOST_TENSORS = 400_000  # a model of 1000 blocks has 12,000; one with experts many more
 
 
@@ -70,7 +72,7 @@ class SourceModel:
                 hint="the installed transformers may build this architecture with other tensors",
             )
         tensor = read_tensor(self.tensors[name])
-        if not name.startswith(f"{BLOCK_PREFIX}.") and not bool(tensor.isfinite().all()):
+        if not name.startswith(f"{self.architecture.blocks_prefix}.") and not bool(tensor.isfinite().all()):
             raise SourceError("the weights contain NaN or Inf", where=name, hint="the base model is damaged")
         return tensor
 
@@ -118,11 +120,12 @@ def open_source(recipe_file: RecipeFile, log: Callable[[str], None]) -> SourceMo
             from the recipe's copy of it; or a file does not hold what its name promises, see `list_source_files`.
     """
     base, licenses = recipe_file.recipe.base_model, recipe_file.recipe.card.license.base_files
-    folder = recipe_file.resolve(base.path) if base.path else _download(base.id, str(base.revision), licenses, log)
-    expected = recipe_file.config if base.config else None
+    revision = recipe_file.lock.base_model.revision
+    folder = recipe_file.resolve(base.path) if base.path else _download(base.id, str(revision), licenses, log)
     source = read_source(
-        folder, base_id=base.id, revision=base.revision, expected_config=expected, licenses=licenses
+        folder, recipe_file.architecture, base_id=base.id, revision=revision, licenses=licenses
     )  # fmt: skip
+    _check_files(source, recipe_file)
     if line := source.files.left_out_line:
         log(printable(line))
     return source
@@ -143,24 +146,25 @@ def check_folder_of(recipe_file: RecipeFile) -> None:
     files = list_source_files(folder, recipe_file.recipe.card.license.base_files)
     check_contents(files)
     if files.weights:
-        _read_tensors(files, _read_architecture(_fp16_config(folder), folder, recipe_file.config))
+        _check_config(_fp16_config(folder), folder, recipe_file.architecture)
+        _read_tensors(files, recipe_file.architecture)
 
 
 def read_source(
     folder: Path,
+    architecture: Architecture,
     *,
     base_id: str,
     revision: str | None = None,
-    expected_config: Mapping[str, object] | None = None,
     licenses: Iterable[str] = (),
 ) -> SourceModel:
-    """Open a folder as a base model: check every file that is used, and hash it.
+    """Open a folder as a base model of an architecture: check every file that is used, and hash it.
 
     Raises:
         SourceError: see `open_source`.
     """
     config = _fp16_config(folder)
-    architecture = _read_architecture(config, folder, expected_config)
+    _check_config(config, folder, architecture)
     listed = list_source_files(folder, licenses)
     checked = check_contents(listed)
     tensors = _read_tensors(listed, architecture)
@@ -194,25 +198,44 @@ def _dtype_of(tensors: Mapping[str, StoredTensor]) -> str:
     return ", ".join(sorted({stored.info.dtype for stored in tensors.values()}))
 
 
-def _read_architecture(
-    config: Mapping[str, object], folder: Path, expected_config: Mapping[str, object] | None
-) -> Architecture:
-    """Return the shapes that a folder's config.json describes.
+def _check_config(config: Mapping[str, object], folder: Path, architecture: Architecture) -> None:
+    """Compare a folder's config.json with the lock's.
 
     Raises:
-        PlanError: it does not describe a model.
-        SourceError: the recipe's copy describes other shapes.
+        SourceError: they differ; names the keys.
     """
-    architecture = read_architecture(config, str(folder / CONFIG))
-    if expected_config is not None:
-        expected = read_architecture(expected_config, "the recipe's copy of config.json")
-        if expected.tensors != architecture.tensors:
-            raise SourceError(
-                "the base model's config.json does not have the shapes of the recipe's copy",
-                where=str(folder / CONFIG),
-                hint="replace the copy named by base_model.config with the model's own config.json",
-            )
-    return architecture
+    locked = architecture.config
+    keys = sorted({*config, *locked})
+    differ = [key for key in keys if config.get(key, _ABSENT) != locked.get(key, _ABSENT)]
+    if differ:
+        raise SourceError(
+            "the base model's config.json is not the one that the lock was made of",
+            where=str(folder / CONFIG),
+            why="; ".join(f"{key} is {_shown(config, key)}, in the lock {_shown(locked, key)}" for key in differ[:5]),
+            hint=_LOCK_ANEW,
+        )
+
+
+def _shown(config: Mapping[str, object], key: str) -> str:
+    return shortened(config[key]) if key in config else "absent"
+
+
+def _check_files(source: SourceModel, recipe_file: RecipeFile) -> None:
+    """Compare the files of a base model on the Hub with those of the lock.
+
+    Raises:
+        SourceError: a file is another one, or the lock does not have it.
+    """
+    locked = recipe_file.lock.base_model.files
+    moved = [name for name, record in source.record.files.items() if name in locked and locked[name] != record]
+    moved += [name for name in locked if name.endswith(".safetensors") and name not in source.record.files]
+    if moved:
+        raise SourceError(
+            "the base model's files are not those that the lock was made of",
+            where=str(source.folder),
+            why=", ".join(moved[:5]),
+            hint=_LOCK_ANEW,
+        )
 
 
 def _fp16_config(folder: Path) -> Mapping[str, object]:
@@ -256,25 +279,25 @@ def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, fold
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected and not name.endswith(tuple(IGNORED_SUFFIXES))]
     wrong = [
-        f"{name} is {list(found[name].info.shape)}, config.json means {list(tensor.shape)}"
+        f"{name} is {list(found[name].info.shape)}, the lock has {list(tensor.shape)}"
         for name, tensor in expected.items()
         if name in found and found[name].info.shape != tensor.shape
     ]
     wrong += [
-        f"{name} is {found[name].info.dtype}, config.json means {tensor.dtype}"
+        f"{name} is {found[name].info.dtype}, the lock has {tensor.dtype}"
         for name, tensor in expected.items()
         if name in found and found[name].info.dtype != tensor.dtype
     ]
     # Some checkpoints store a tied lm_head as well; runtimes use the embedding.
-    extra = [name for name in extra if not (name == "lm_head.weight" and architecture.tie_word_embeddings)]
+    extra = [name for name in extra if name not in architecture.tied]
     if missing or extra or wrong:
         listed = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in extra] + wrong
         more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
         raise SourceError(
-            "the weights are not what config.json describes",
+            "the weights are not those that the lock describes",
             where=str(folder),
             why="; ".join(listed[:5]) + more,
-            hint="a shard may be missing: compare the folder with the model's page",
+            hint=f"a shard may be missing: compare the folder with the model's page; {_LOCK_ANEW}",
         )
     return {name: found[name] for name in expected}
 

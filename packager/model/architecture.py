@@ -1,76 +1,72 @@
-"""Derive the tensors of a decoder model from config.json alone.
-
-Shapes were read from transformers 5.23 (`modeling_{llama,mistral,qwen2,qwen3}.py`) and are compared with it by
-`tests/test_architecture.py`. A new family is one more entry of `FAMILIES`. No torch here: `plan` must stay fast.
-"""
+"""A decoder model's tensors, blocks and linears, as its lock describes them. No torch here: `plan` must stay fast."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 from packager.errors import PlanError
-from packager.model.config_values import MOST_BLOCKS, ConfigReader, shortened
-from packager.model.safetensors_file import TensorInfo
+from packager.model.config_values import ConfigReader
+from packager.model.lock import LockedKind, LockedModel
+from packager.model.name_patterns import names_of, natural_key, read_numbers
+from packager.model.safetensors_file import DTYPE_BYTES, TensorInfo
 
 # Buffers that old checkpoints store and every runtime computes itself; a quantized branch leaves them out.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
-BLOCK_PREFIX = "model.layers"
-# Linears of a block in order; those of one row share their input, and so one Hessian.
-INPUT_GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-BLOCK_LINEARS = tuple(name for group in INPUT_GROUPS for name in group)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """The meaning that a model_type gives to config keys that families read differently.
-
-    Attributes:
-        causal_lm: the only class of config.json's `architectures` with known tensor names.
-        qkv_bias: q_proj, k_proj and v_proj always have a bias.
-        attention_bias: `attention_bias` gives all four attention linears a bias (ignored by other families).
-        mlp_bias: `mlp_bias` gives the three linears of the MLP a bias (ignored by other families).
-        qk_norm: queries and keys have an RMSNorm of head_dim each.
-        kv_heads_optional: without `num_key_value_heads` there are as many as attention heads.
-        head_dim_required: config.json must give head_dim; there is no default.
-    """
-
-    causal_lm: str
-    qkv_bias: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    kv_heads_optional: bool = False
-    head_dim_required: bool = False
-
-
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(causal_lm="LlamaForCausalLM", attention_bias=True, mlp_bias=True, kv_heads_optional=True),
-    "mistral": Family(causal_lm="MistralForCausalLM"),
-    "qwen2": Family(causal_lm="Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family(causal_lm="Qwen3ForCausalLM", attention_bias=True, qk_norm=True, head_dim_required=True),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSpec:
-    """One weight matrix [out_features, in_features] of a block; `name` like `model.layers.3.self_attn.q_proj`."""
+    """One weight matrix [out_features, in_features] of a block.
+
+    Attributes:
+        name: under which it is stored, such as `model.layers.3.self_attn.q_proj`.
+        block: the block's number.
+        module: its name inside the block, as transformers builds the model.
+    """
 
     name: str
     block: int
+    module: str
     in_features: int
     out_features: int
     bias: bool
 
-    @property
-    def local_name(self) -> str:
-        """The name inside its block, one of `BLOCK_LINEARS`."""
-        return self.name.removeprefix(f"{BLOCK_PREFIX}.{self.block}.")
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSpec:
+    """Linears of a block that see the same input, and so one Hessian.
+
+    Attributes:
+        modules: their names inside the block.
+        in_features: of each of them.
+        out_features: of all of them together.
+        held_bytes: activations of one token that are alive when the block reaches them, in a dtype of two bytes.
+    """
+
+    modules: tuple[str, ...]
+    in_features: int
+    out_features: int
+    held_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockKind:
+    """Blocks that are alike.
+
+    Attributes:
+        blocks: their numbers.
+        groups: of linears that are quantized.
+        left: weights that are not quantized, by module, with the reason.
+        weight_elements: of one block.
+        peak_bytes: activations of one token that are alive at most inside the block, in a dtype of two bytes.
+    """
+
+    blocks: tuple[int, ...]
+    groups: tuple[GroupSpec, ...]
+    left: Mapping[str, str]
+    weight_elements: int
+    peak_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,28 +74,55 @@ class Architecture:
     """A decoder model's shapes.
 
     Attributes:
-        dtype: of every tensor of the base checkpoint, safetensors spelling: F16, BF16 or F32.
-        rope_type: of the rotary embedding: "default", "llama3", "yarn", ...
-        sliding_window: as in config.json, whether the family uses it or not; None where it can never matter.
-        tensors: every tensor of the base checkpoint: embedding, blocks, norm, head (absent when tied).
-        linears: every linear that is quantized, block by block, in the order of `INPUT_GROUPS`.
+        config: the base model's config.json.
+        model_type: as config.json spells it.
+        model_class: of transformers.
+        dtype: of most tensors of the base checkpoint, safetensors spelling: F16, BF16 or F32.
+        kinds: of blocks.
+        num_blocks: of all kinds.
+        kv_bytes_per_token: what the model caches of one token, in a dtype of two bytes.
+        tied: names of tensors that are another tensor.
+        tensors: every tensor of the base checkpoint.
+        linears: every linear that is quantized, block by block, in the order in which the block reaches them.
     """
 
+    config: Mapping[str, object]
     model_type: str
+    model_class: str
     dtype: str
+    kinds: tuple[BlockKind, ...]
     num_blocks: int
     hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
     vocab_size: int
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    rope_type: str
-    sliding_window: int | None
+    kv_bytes_per_token: int
+    tied: tuple[str, ...]
     tensors: tuple[TensorInfo, ...]
     linears: tuple[LinearSpec, ...]
+
+    @property
+    def text_config(self) -> Mapping[str, object]:
+        """The part of config.json about the language model."""
+        text = self.config.get("text_config")
+        return text if isinstance(text, Mapping) else self.config
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """The longest row, as config.json gives it under one of its names; None for a model without a limit."""
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            value = self.text_config.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+        return None
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the output head is the embedding."""
+        return bool(self.tied)
+
+    @property
+    def rope_type(self) -> str:
+        """The rotary embedding's type: "default", "llama3", "yarn", ..."""
+        return ConfigReader(self.text_config).rope_type()
 
     @property
     def scaled_rope(self) -> bool:
@@ -107,9 +130,15 @@ class Architecture:
         return self.rope_type != "default"
 
     @property
+    def sliding_window(self) -> int | None:
+        """As in config.json, whether the family uses it or not; None where it can never matter."""
+        return ConfigReader(self.text_config).sliding_window()
+
+    @property
     def head_dim_is_derived(self) -> bool:
         """Whether head_dim is hidden_size / num_attention_heads, as runtimes of 2023 assume."""
-        return self.head_dim * self.num_attention_heads == self.hidden_size
+        head_dim, heads = self.text_config.get("head_dim"), self.text_config.get("num_attention_heads")
+        return head_dim is None or (isinstance(heads, int) and head_dim == self.hidden_size / heads)
 
     @property
     def num_parameters(self) -> int:
@@ -121,145 +150,123 @@ class Architecture:
         """Bytes of all tensors of the base checkpoint."""
         return sum(tensor.size_bytes for tensor in self.tensors)
 
-    @property
-    def block_linears(self) -> tuple[LinearSpec, ...]:
-        """The first block's linears; all blocks are alike."""
-        return self.linears[: len(BLOCK_LINEARS)]
+    @cached_property
+    def example_linears(self) -> tuple[LinearSpec, ...]:
+        """The linears of one block of each kind."""
+        examples = {kind.blocks[0] for kind in self.kinds}
+        return tuple(linear for linear in self.linears if linear.block in examples)
 
     @property
     def group_shapes(self) -> tuple[tuple[int, int], ...]:
-        """For each of `INPUT_GROUPS` the shared in_features and the sum of the out_features of its linears."""
-        block = {linear.local_name: linear for linear in self.block_linears}
-        return tuple(
-            (block[group[0]].in_features, sum(block[name].out_features for name in group)) for group in INPUT_GROUPS
-        )
+        """The different shapes of groups: in_features, and the sum of the out_features of its linears."""
+        shapes = [(group.in_features, group.out_features) for kind in self.kinds for group in kind.groups]
+        return tuple(dict.fromkeys(shapes))
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of the fp16 keys and values of one token."""
-        return 2 * 2 * self.num_blocks * self.num_key_value_heads * self.head_dim
+    def blocks_prefix(self) -> str:
+        """What the stored names of all linears begin with, before the number of the block; "" without a linear."""
+        return self.linears[0].name.partition(f".{self.linears[0].block}.")[0] if self.linears else ""
+
+    def kind_of(self, block: int) -> BlockKind:
+        """Return the kind of a block."""
+        return next(kind for kind in self.kinds if block in kind.blocks)
 
 
-def read_architecture(config: Mapping[str, object], where: str) -> Architecture:
-    """Derive every tensor of a model from its config.json.
+def architecture_of(locked: LockedModel, where: str) -> Architecture:
+    """Return the architecture that a lock describes.
 
     Args:
-        config: the parsed config.json.
-        where: the file's name, for messages.
+        locked: the lock's part about the model.
+        where: the lock's file, for messages.
 
     Raises:
-        PlanError: an unsupported model_type, or keys that are missing or impossible; all are named at once.
+        PlanError: the lock contradicts itself.
     """
-    model_type = config.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None or not isinstance(model_type, str):
+    try:
+        tensors = [
+            TensorInfo(name=name, dtype=entry.dtype, shape=entry.shape)
+            for entry in locked.tensors
+            for name in names_of(entry.names)
+        ]
+        linears = [linear for kind in locked.kinds for linear in _linears(kind)]
+        _check(locked, tensors, linears)
+    except ValueError as error:
         raise PlanError(
-            f"model_type {shortened(model_type)} is not supported",
-            where=where,
-            why=f"the tensors of these are known: {', '.join(FAMILIES)}",
-            hint="a new family is one entry of FAMILIES in packager/model/architecture.py",
+            "the lock contradicts itself", where=where, why=str(error), hint="make it anew: packager lock"
+        ) from error
+    kinds = tuple(_kind(kind) for kind in locked.kinds)
+    model_type = locked.config.get("model_type")
+    return Architecture(
+        config=locked.config,
+        model_type=model_type if isinstance(model_type, str) else locked.model_class,
+        model_class=locked.model_class,
+        dtype=_most_bytes(tensors),
+        kinds=kinds,
+        num_blocks=sum(len(kind.blocks) for kind in kinds),
+        hidden_size=locked.hidden_size,
+        vocab_size=locked.vocab_size,
+        kv_bytes_per_token=locked.kv_bytes_per_token,
+        tied=locked.tied,
+        tensors=tuple(sorted(tensors, key=lambda tensor: natural_key(tensor.name))),
+        linears=tuple(sorted(linears, key=lambda linear: linear.block)),
+    )
+
+
+def _linears(kind: LockedKind) -> list[LinearSpec]:
+    return [
+        LinearSpec(
+            name=linear.stored.replace("{block}", str(block)),
+            block=block,
+            module=linear.module,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            bias=linear.bias,
         )
-    reader = ConfigReader(config)
-    architecture = _derive(reader, family, model_type)
-    problems = reader.problems or _contradictions(config, family, architecture)
-    if problems:
-        raise PlanError("config.json does not describe a model we can plan", where=where, why="; ".join(problems))
-    return architecture
+        for block in read_numbers(kind.blocks)
+        for group in kind.groups
+        for linear in group.linears
+    ]
 
 
-def _derive(reader: ConfigReader, family: Family, model_type: str) -> Architecture:
-    """Build the architecture; a missing size counts as 1 and is reported in `reader.problems`."""
-    heads, hidden = reader.size("num_attention_heads"), reader.size("hidden_size")
-    kv_heads_known = family.kv_heads_optional or "num_key_value_heads" in reader.values
-    kv_heads = reader.size("num_key_value_heads", heads if kv_heads_known else None)
-    head_dim = reader.size("head_dim", None if family.head_dim_required else max(hidden // heads, 1))
-    intermediate, num_blocks = reader.size("intermediate_size"), reader.size("num_hidden_layers", largest=MOST_BLOCKS)
-    shapes = _linear_shapes(hidden, intermediate, heads * head_dim, kv_heads * head_dim, _biases(family, reader))
-    linears = tuple(
-        LinearSpec(name=f"{BLOCK_PREFIX}.{block}.{name}", block=block, in_features=rows, out_features=cols, bias=bias)
-        for block in range(num_blocks)
-        for name, (rows, cols, bias) in shapes.items()
+def _kind(kind: LockedKind) -> BlockKind:
+    return BlockKind(
+        blocks=read_numbers(kind.blocks),
+        groups=tuple(
+            GroupSpec(
+                modules=tuple(linear.module for linear in group.linears),
+                in_features=group.linears[0].in_features,
+                out_features=sum(linear.out_features for linear in group.linears),
+                held_bytes=group.held_bytes,
+            )
+            for group in kind.groups
+        ),
+        left=kind.left,
+        weight_elements=kind.weight_elements,
+        peak_bytes=kind.peak_bytes,
     )
-    architecture = Architecture(
-        model_type=model_type,
-        dtype=reader.dtype(),
-        num_blocks=num_blocks,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=reader.size("vocab_size"),
-        max_position_embeddings=reader.size("max_position_embeddings"),
-        tie_word_embeddings=reader.flag("tie_word_embeddings"),
-        rope_type=reader.rope_type(),
-        sliding_window=reader.sliding_window(),
-        tensors=(),
-        linears=linears,
-    )
-    return replace(architecture, tensors=tuple(_base_tensors(architecture, qk_norm=family.qk_norm)))
 
 
-def _contradictions(config: Mapping[str, object], family: Family, architecture: Architecture) -> list[str]:
-    """Return which values contradict each other, each being well formed."""
-    problems = []
-    classes = config.get("architectures")
-    if classes is not None and classes != [family.causal_lm]:
-        problems.append(f'architectures is {shortened(classes)}, expected ["{family.causal_lm}"]')
-    if config.get("quantization_config") is not None:
-        problems.append("quantization_config is there: the base model is already quantized")
-    heads, kv_heads = architecture.num_attention_heads, architecture.num_key_value_heads
-    if heads % kv_heads:
-        problems.append(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
-    if config.get("head_dim") is None and architecture.hidden_size % heads:
-        problems.append(f"num_attention_heads {heads} does not divide hidden_size {architecture.hidden_size}")
-    elif architecture.head_dim % 2:
-        problems.append(f"head_dim {architecture.head_dim} is odd: a rotary embedding rotates pairs")
-    return problems
+def _check(locked: LockedModel, tensors: list[TensorInfo], linears: list[LinearSpec]) -> None:
+    """Raise ValueError for what would make the plan wrong."""
+    unknown = next((entry.dtype for entry in locked.tensors if entry.dtype not in DTYPE_BYTES), None)
+    if unknown is not None:
+        raise ValueError(f"{unknown!r} is no dtype of safetensors")
+    shapes = {tensor.name: sorted(tensor.shape) for tensor in tensors}
+    if len(shapes) != len(tensors):
+        raise ValueError("a tensor is there twice")
+    if len({linear.name for linear in linears}) != len(linears):
+        raise ValueError("a linear is there twice")
+    for linear in linears:
+        # A Conv1D is stored as [in_features, out_features].
+        if shapes.get(f"{linear.name}.weight") != sorted((linear.in_features, linear.out_features)):
+            raise ValueError(f"{linear.name}.weight is not a tensor of its shape")
+        if linear.bias != (f"{linear.name}.bias" in shapes):
+            raise ValueError(f"{linear.name}.bias is there, or is not, against what the linear says")
 
 
-def _biases(family: Family, reader: ConfigReader) -> tuple[bool, bool, bool]:
-    """Return whether q, k, v, then o, then the MLP have biases."""
-    attention = family.attention_bias and reader.flag("attention_bias")
-    return family.qkv_bias or attention, attention, family.mlp_bias and reader.flag("mlp_bias")
-
-
-def _linear_shapes(
-    hidden: int, intermediate: int, queries: int, keys: int, biases: tuple[bool, bool, bool]
-) -> dict[str, tuple[int, int, bool]]:
-    """Return (in_features, out_features, bias) of every linear of a block, in the order of `BLOCK_LINEARS`."""
-    qkv_bias, o_bias, mlp_bias = biases
-    shapes = (
-        (hidden, queries, qkv_bias),
-        (hidden, keys, qkv_bias),
-        (hidden, keys, qkv_bias),
-        (queries, hidden, o_bias),
-        (hidden, intermediate, mlp_bias),
-        (hidden, intermediate, mlp_bias),
-        (intermediate, hidden, mlp_bias),
-    )
-    return dict(zip(BLOCK_LINEARS, shapes, strict=True))
-
-
-def _base_tensors(architecture: Architecture, *, qk_norm: bool) -> Iterator[TensorInfo]:
-    """Yield every tensor of the base checkpoint in the order of `Architecture.tensors`."""
-    hidden, vocab_size = architecture.hidden_size, architecture.vocab_size
-
-    def tensor(name: str, *shape: int) -> TensorInfo:
-        return TensorInfo(name=name, dtype=architecture.dtype, shape=shape)
-
-    yield tensor("model.embed_tokens.weight", vocab_size, hidden)
-    for block, members in groupby(architecture.linears, key=lambda linear: linear.block):
-        prefix = f"{BLOCK_PREFIX}.{block}"
-        for linear in members:
-            yield tensor(f"{linear.name}.weight", linear.out_features, linear.in_features)
-            if linear.bias:
-                yield tensor(f"{linear.name}.bias", linear.out_features)
-        if qk_norm:
-            yield tensor(f"{prefix}.self_attn.q_norm.weight", architecture.head_dim)
-            yield tensor(f"{prefix}.self_attn.k_norm.weight", architecture.head_dim)
-        yield tensor(f"{prefix}.input_layernorm.weight", hidden)
-        yield tensor(f"{prefix}.post_attention_layernorm.weight", hidden)
-    yield tensor("model.norm.weight", hidden)
-    if not architecture.tie_word_embeddings:
-        yield tensor("lm_head.weight", vocab_size, hidden)
+def _most_bytes(tensors: list[TensorInfo]) -> str:
+    """Return the dtype of the most bytes."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size_bytes
+    return max(sizes, key=lambda dtype: sizes[dtype])

@@ -4,6 +4,7 @@ from packager.model.architecture import Architecture
 
 # Bytes of an activation or weight while a model computes: float32 on the CPU, float16 or bfloat16 on a GPU.
 ELEMENT_BYTES = {"cpu": 4, "cuda": 2}
+TRACED_BYTES = 2  # of an activation in the sizes that a lock gives
 # Copies of a block's weights that exist at once: as read, as used and overwritten in the block, and the next block's.
 WEIGHT_COPIES = 3
 
@@ -17,7 +18,7 @@ def rows_per_batch(seq_len: int, device_type: str) -> int:
     return max(1, TOKENS_PER_BATCH[device_type] // seq_len)
 
 
-def running_elements(architecture: Architecture) -> int:
-    """Return the most elements that a token of the running batch takes in a block, eager operations included."""
-    queries = architecture.num_attention_heads * architecture.head_dim
-    return max(4 * architecture.intermediate_size, 8 * queries, 8 * architecture.hidden_size)
+def running_bytes(architecture: Architecture, device_type: str) -> int:
+    """Return the most bytes that a token of the running batch takes in a block."""
+    peak = max(kind.peak_bytes for kind in architecture.kinds)
+    return peak * ELEMENT_BYTES[device_type] // TRACED_BYTES

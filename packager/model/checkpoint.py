@@ -38,7 +38,7 @@ def fit_problems(
     group_size must divide the in_features of every linear; in_features and out_features values of `bits` bits must
     fill whole 32-bit words, as qweight packs rows and qzeros packs columns.
     """
-    linears = architecture.block_linears
+    linears = architecture.example_linears
     if group_size is not None and (message := _group_size_message(group_size, linears)):
         yield FitProblem(parameter="group_size", message=message, hint=_fitting(linears))
     if bits is not None and (message := _bits_message(bits, linears)):
@@ -48,7 +48,9 @@ def fit_problems(
 def length_problem(architecture: Architecture, key: str, seq_len: int) -> str:
     """Return why token rows of `seq_len`, asked for by the recipe's `key`, are too long for a model, or ""."""
     limit = architecture.max_position_embeddings
-    return f"{key} {seq_len} is more than the {limit} positions of the base model" if seq_len > limit else ""
+    if limit is None or seq_len <= limit:
+        return ""
+    return f"{key} {seq_len} is more than the {limit} positions of the base model"
 
 
 def _group_size_message(group_size: int, linears: Sequence[LinearSpec]) -> str:
@@ -102,11 +104,13 @@ def checkpoint_tensors(architecture: Architecture, variant: Variant) -> tuple[Te
     """
     linears = {linear.name: linear for linear in architecture.linears}
     tensors: list[TensorInfo] = []
+    replaced = set()
     for tensor in architecture.tensors:
-        module, _, kind = tensor.name.rpartition(".")
+        module = tensor.name.rpartition(".")[0]
         if module not in linears:
             tensors.append(tensor)
-        elif kind == "weight":
+        elif module not in replaced:
+            replaced.add(module)
             tensors.extend(quantized_tensors(linears[module], bits=variant.bits, group_size=variant.group_size))
     return tuple(tensors)
 

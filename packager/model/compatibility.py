@@ -104,8 +104,8 @@ def _power_of_two_groups(variant: Variant, _: Architecture) -> str:
 
 def _out_features_multiple(divisor: int) -> Check:
     def check(_: Variant, architecture: Architecture) -> str:
-        odd = [linear for linear in architecture.block_linears if linear.out_features % divisor]
-        return f"{odd[0].local_name} has {odd[0].out_features} rows, not a multiple of {divisor}" if odd else ""
+        odd = [linear for linear in architecture.example_linears if linear.out_features % divisor]
+        return f"{odd[0].module} has {odd[0].out_features} rows, not a multiple of {divisor}" if odd else ""
 
     return check
 
@@ -141,7 +141,7 @@ def _exllama_shapes(_: Variant, architecture: Architecture) -> str:
     """Return which assumption of ExLlama v1 (its model.py at 3b013cd) this model breaks."""
     if architecture.tie_word_embeddings:
         return "needs lm_head.weight, which a model with tied embeddings does not store"
-    if any(linear.bias for linear in architecture.block_linears):
+    if any(linear.bias for linear in architecture.example_linears):
         return "silently drops biases"
     if not architecture.head_dim_is_derived:
         return "takes head_dim to be hidden_size / num_attention_heads"
@@ -164,10 +164,10 @@ def _tensor_parallel_limit(variant: Variant, architecture: Architecture) -> str:
     """Return the smallest number of GPUs over which a row-parallel linear cannot be split into whole groups."""
     group = max(variant.group_size, 1)
     for size in TENSOR_PARALLEL_SIZES:
-        for linear in architecture.block_linears:
-            if linear.local_name in ROW_PARALLEL and linear.in_features % (size * group):
+        for linear in architecture.example_linears:
+            if linear.module in ROW_PARALLEL and linear.in_features % (size * group):
                 return (
-                    f"tensor parallel {size} fails: {linear.local_name} has {linear.in_features} / {size} = "
+                    f"tensor parallel {size} fails: {linear.module} has {linear.in_features} / {size} = "
                     f"{linear.in_features / size:g} columns on each GPU, not a multiple of {group}"
                 )
     return ""

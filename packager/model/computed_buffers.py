@@ -28,7 +28,7 @@ def compute_buffers(model: nn.Module, names: Iterable[str], device: torch.device
         module = model.get_submodule(name)
         buffers = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
         if buffers:
-            initialise = _owner(model, name)._init_weights  # noqa: SLF001
+            initialise = _owner(model, name)._init_weights
             first, second = (_initialised(module, buffers, initialise, fill) for fill in (0, 1))
             for key in buffers:
                 if not torch.equal(first[key], second[key]):
@@ -37,20 +37,20 @@ def compute_buffers(model: nn.Module, names: Iterable[str], device: torch.device
                         why=f"{type(module).__name__} computes it in __init__ only",
                         hint="this architecture cannot be quantized with the installed transformers",
                     )  # fmt: skip
-                module._buffers[key] = second[key].to(device)  # noqa: SLF001
+                module._buffers[key] = second[key].to(device)
 
 
 def _initialised(module: nn.Module, buffers: dict[str, Tensor], initialise: Any, fill: int) -> dict[str, Tensor]:
     """Return the buffers after the model's own code ran over them; those that it leaves alone keep `fill`."""
     for key, buffer in buffers.items():
-        module._buffers[key] = torch.full(buffer.shape, fill, dtype=buffer.dtype)  # noqa: SLF001
+        module._buffers[key] = torch.full(buffer.shape, fill, dtype=buffer.dtype)
     kept: list[Any] = [tensor for tensor in module.parameters(recurse=False) if not tensor.is_meta]
     kept += [tensor for key, tensor in module.named_buffers(recurse=False) if key not in buffers]
     for tensor in kept:
         tensor._is_hf_initialized = True
     with torch.no_grad():
         initialise(module)
-    return {key: module._buffers[key].clone() for key in buffers}  # type: ignore[union-attr, misc]  # noqa: SLF001
+    return {key: module._buffers[key].clone() for key in buffers}  # type: ignore[union-attr, misc]
 
 
 def _owner(model: nn.Module, name: str) -> Any:

@@ -61,7 +61,9 @@ def own_contexts(contexts: Sequence[Context]) -> Sequence[Context]:
             copies[id(value)] = _copied(value, own)
         return copies[id(value)]
 
-    owned = [Context(args=own(context.args), kwargs={k: own(v) for k, v in context.kwargs.items()}) for context in contexts]
+    owned = [
+        Context(args=own(context.args), kwargs={k: own(v) for k, v in context.kwargs.items()}) for context in contexts
+    ]
     changed = any(
         a is not b
         for context, mine in zip(contexts, owned, strict=True)

@@ -4,7 +4,7 @@ The model is built on the meta device, so it takes no memory. The arguments of a
 (positions, masks, rotary tables) are recorded from the model's own forward, so no architecture is named here.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -98,6 +98,10 @@ class Decoder:
         """Return the number of blocks."""
         return len(self.blocks)
 
+    def groups(self, index: int) -> tuple[tuple[str, ...], ...]:
+        """Return the names of a block's modules that see the same input, in the order in which it reaches them."""
+        return self._trace.blocks[index].groups
+
     def stream(self) -> Iterator[dict[str, Tensor]]:
         """Yield the weights of each block in turn, and read the next block while the caller works on this one.
 
@@ -159,7 +163,7 @@ class Decoder:
         self._loaded.clear()
         for name, module in self._model.named_modules():
             if name != self._path and not name.startswith(f"{self._path}."):
-                for tensors in (module._parameters, module._buffers):  # noqa: SLF001
+                for tensors in (module._parameters, module._buffers):
                     for key, tensor in tensors.items():
                         if tensor is not None and not tensor.is_meta:
                             tensors[key] = _on_meta(tensor)
@@ -239,17 +243,20 @@ class Decoder:
             module, _, key = tensor.rpartition(".")
             place = self._model.get_submodule(module)
             loaded = self._outside_tensor(tensor)
-            if key in place._parameters:  # noqa: SLF001
-                place._parameters[key] = nn.Parameter(loaded, requires_grad=False)  # noqa: SLF001
+            if key in place._parameters:
+                place._parameters[key] = nn.Parameter(loaded, requires_grad=False)
             else:
-                place._buffers[key] = loaded  # noqa: SLF001
+                place._buffers[key] = loaded
             self._loaded.add(tensor)
         compute_buffers(self._model, names, self.device)
 
     def _stored_of(self, name: str) -> list[str]:
         """Return the full names of the parameters and stored buffers of a module itself."""
         module = self._model.get_submodule(name)
-        stored = [*module._parameters, *(key for key in module._buffers if key not in module._non_persistent_buffers_set)]  # noqa: SLF001
+        stored = [
+            *module._parameters,
+            *(key for key in module._buffers if key not in module._non_persistent_buffers_set),
+        ]
         present = [key for key in stored if getattr(module, key) is not None]
         return [f"{name}.{key}" if name else key for key in present]
 
@@ -275,7 +282,7 @@ class Decoder:
 
 def _is_parameter(model: nn.Module, name: str) -> bool:
     module, _, key = name.rpartition(".")
-    return key in model.get_submodule(module)._parameters  # noqa: SLF001
+    return key in model.get_submodule(module)._parameters
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

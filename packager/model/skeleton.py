@@ -1,12 +1,10 @@
 """Build a causal language model of transformers without weights: on the meta device, or of tensors without data."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from packager.errors import SourceError
 
@@ -30,7 +28,7 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         model = _class_of(config).from_config(config, dtype=dtype)
-    except Exception as error:  # noqa: BLE001 - the code of any model of transformers
+    except Exception as error:
         raise SourceError("transformers cannot build this model", where=str(folder), why=str(error)) from error
     _replace_conv1d(model)
     return cast(nn.Module, model.eval())

@@ -55,6 +55,8 @@ class Trace:
             last block, and what cannot be avoided before the first.
         head_takes_states: for `head_modules` the model was given hidden states in place of embeddings; else token ids.
         num_tokens: of the traced forward; `held` and `peak` of the blocks are for as many.
+        hidden_size: width of the blocks' inputs and outputs.
+        cache_bytes_per_token: what the model caches of each further token.
     """
 
     blocks_path: str
@@ -63,6 +65,8 @@ class Trace:
     head_modules: tuple[str, ...]
     head_takes_states: bool
     num_tokens: int
+    hidden_size: int
+    cache_bytes_per_token: int
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -98,7 +102,8 @@ def trace(model: nn.Module, num_tokens: int) -> Trace:
         with tracer.hooks(), tracer.memory:
             _forward(model, num_tokens)
         head = _trace_head(model, path, tracer.hidden)
-    return tracer.result(num_tokens, head)
+        cached = [_cache_bytes(model, length) for length in (num_tokens, 2 * num_tokens)]
+    return tracer.result(num_tokens, head, (cached[1] - cached[0]) // num_tokens)
 
 
 def find_blocks(model: nn.Module, num_tokens: int) -> tuple[str, nn.ModuleList]:
@@ -154,6 +159,16 @@ def _trace_head(model: nn.Module, path: str, hidden: Tensor) -> tuple[tuple[str,
         return called({"input_ids": torch.zeros(hidden.shape[:2], dtype=torch.long)}), False
 
 
+def _cache_bytes(model: nn.Module, num_tokens: int) -> int:
+    """Return the bytes of the tensors that the model caches of one row; 0 for a model that caches nothing."""
+    with torch.no_grad(), experts_skipped(model):
+        output = model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long), use_cache=True)
+    layers = getattr(getattr(output, "past_key_values", None), "layers", ())
+    return sum(
+        value.untyped_storage().nbytes() for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)
+    )  # fmt: skip
+
+
 def _outside(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if name != path and not name.startswith(f"{path}."):
@@ -181,7 +196,7 @@ def _forward(model: nn.Module, num_tokens: int) -> None:
                 model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long, device=device), use_cache=False)
         except SourceError:
             raise
-        except Exception as error:  # noqa: BLE001 - the code of any model of transformers
+        except Exception as error:
             raise SourceError(
                 "transformers cannot run this model on tokens alone", why=f"{type(error).__name__}: {error}"
             ) from error
@@ -238,7 +253,7 @@ class _Memory(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # noqa: SLF001
+    return tensor.untyped_storage()._cdata
 
 
 @dataclass(kw_only=True)
@@ -319,7 +334,7 @@ class _Tracer:
 
         return called
 
-    def result(self, num_tokens: int, head: tuple[tuple[str, ...], bool]) -> Trace:
+    def result(self, num_tokens: int, head: tuple[tuple[str, ...], bool], cache_bytes_per_token: int) -> Trace:
         if len(self._records) != len(self._blocks):
             raise SourceError(
                 "the model does not run all its blocks", where=self._path,
@@ -340,12 +355,15 @@ class _Tracer:
             reached = {name for name, _, _ in record.seen}
             blocks.append(
                 TracedBlock(
-                    groups=tuple(map(tuple, groups)), held=tuple(held), peak=record.peak,
+                    groups=tuple(map(tuple, groups)),
+                    held=tuple(held),
+                    peak=record.peak,
                     unreached=tuple(name for name in calibrated_modules(block) if name not in reached),
                     returns_tuple=record.returns_tuple,
                 )  # fmt: skip
             )
         return Trace(
             blocks_path=self._path, blocks=tuple(blocks), embedding_modules=tuple(self._before), head_modules=head[0],
-            head_takes_states=head[1], num_tokens=num_tokens,
+            head_takes_states=head[1], num_tokens=num_tokens, hidden_size=self.hidden.shape[-1],
+            cache_bytes_per_token=cache_bytes_per_token,
         )  # fmt: skip

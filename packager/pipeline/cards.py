@@ -35,7 +35,7 @@ def render_cards(run: BuildState) -> None:
     refuse_edited_cards(run, {branch: files for branch, (files, _) in cards.items()})
     for branch, (files, receipt) in cards.items():
         _write_card(run, branch, files, receipt)
-    audit_or_raise([run.workspace.folder(branch) for branch in cards], complete=True)
+    audit_or_raise([run.workspace.folder(branch) for branch in cards], run.plan.architecture, complete=True)
 
 
 def _present(run: BuildState) -> dict[str, object]:

@@ -176,7 +176,7 @@ def publish(
         receipts = run.ordered_receipts()
         require_loaders(receipts, run.recipe.loaders.required)
         folders = [run.workspace.folder(receipt.provenance.branch) for receipt in receipts]
-        audit_or_raise(folders, complete=True)
+        audit_or_raise(folders, run.plan.architecture, complete=True)
         contents = [_branch_content(receipt, folder) for receipt, folder in zip(receipts, folders, strict=True)]
         with terminal.stage("publish"), tempfile.TemporaryDirectory(prefix="packager-signed-") as scratch:
             target = target_of(run.recipe, run.workspace.dist, options.environ, terminal.log)

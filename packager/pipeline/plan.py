@@ -110,7 +110,7 @@ class BuildPlan:
     @property
     def context_tokens(self) -> int:
         """The tokens whose keys and values `run_bytes` counts."""
-        return min(_CONTEXT_TOKENS, self.architecture.max_position_embeddings)
+        return min(_CONTEXT_TOKENS, self.architecture.max_position_embeddings or _CONTEXT_TOKENS)
 
     def run_bytes(self, variant_plan: VariantPlan) -> int:
         """Return the device memory of using a variant: its tensors and `context_tokens` of fp16 keys and values."""
@@ -142,7 +142,10 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
             "the recipe cannot be built from this model", where=str(recipe_file.path), why="\n       ".join(problems)
         )
     check_folder_of(recipe_file)
-    planned = tuple(_plan_variant(variant, recipe, architecture, judged[variant.branch]) for variant in variants)
+    revision = recipe_file.lock.base_model.revision
+    planned = tuple(
+        _plan_variant(variant, recipe, revision, architecture, judged[variant.branch]) for variant in variants
+    )
     tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
     return BuildPlan(
         recipe=recipe,
@@ -189,15 +192,15 @@ def _loader_problems(recipe: Recipe, judged: Mapping[str, Sequence[Verdict]]) ->
 
 
 def _plan_variant(
-    variant: Variant, recipe: Recipe, architecture: Architecture, judged: tuple[Verdict, ...]
+    variant: Variant, recipe: Recipe, revision: str | None, architecture: Architecture, judged: tuple[Verdict, ...]
 ) -> VariantPlan:
-    checkpoint = recipe.checkpoint
+    base, checkpoint = recipe.base_model, recipe.checkpoint
     tensors = checkpoint_tensors(architecture, variant)
     shards = split_shards(tensors, checkpoint.max_shard_bytes, checkpoint.weights_name)
     digest = digest_of(
         {
             "engine_version": engine_version(variant.engine),
-            "base_model": recipe.base_model.model_dump(mode="json", include={"id", "revision", "path"}),
+            "base_model": {"id": base.id, "revision": revision, "path": base.path},
             "calibration": recipe.calibration.model_dump(mode="json"),
             "parameters": variant.parameters(),
         }

@@ -114,7 +114,9 @@ def _open_stores(run: BuildState, missing: Sequence[VariantPlan]) -> "dict[Varia
             engine_version=engine_version(variant_plan.variant.engine),
         )
         folder = run.workspace.work / variant_plan.variant.branch
-        stores[variant_plan.variant] = BlockStore(folder, variant_plan.shards, parts, run.terminal.log)
+        stores[variant_plan.variant] = BlockStore(
+            folder, variant_plan.shards, run.plan.architecture, parts, run.terminal.log
+        )  # fmt: skip
         stores[variant_plan.variant].open()
     return stores
 
@@ -142,7 +144,7 @@ def _packed(
             store=store,
         )
         files = pack_checkpoint(job)
-        audit_or_raise([store.checkpoint], complete=False)
+        audit_or_raise([store.checkpoint], run.plan.architecture, complete=False)
         pack_s = time.monotonic() - started
         run.terminal.log(f"pack       {pack_s:6.1f} s  {variant_plan.variant.branch}")
         return variant_plan, files, pack_s

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from packager.errors import AuditError, MachineError, StateError
+from packager.model.architecture import Architecture
 from packager.prove.audit import audit
 from packager.receipt import SAFETENSORS, FileRecord, Receipt
 from packager.system.files import LOCK_WAIT_S, disk_errors, file_records, list_files, remove_leftovers, write_atomic
@@ -201,13 +202,13 @@ def differences(folder: Path, files: Mapping[str, FileRecord], *, ignore: Collec
     return found
 
 
-def audit_or_raise(folders: Sequence[Path], *, complete: bool) -> None:
-    """Audit built folders, in parallel.
+def audit_or_raise(folders: Sequence[Path], architecture: Architecture, *, complete: bool) -> None:
+    """Audit built folders of a base model's architecture, in parallel.
 
     Raises:
         AuditError: of the first folder with errors; the message has at most ten of them.
     """
-    reports = in_parallel(lambda folder: audit(folder, complete=complete), folders)
+    reports = in_parallel(lambda folder: audit(folder, complete=complete, architecture=architecture), folders)
     for folder, report in zip(folders, reports, strict=True):
         if not report.passed:
             raise AuditError(

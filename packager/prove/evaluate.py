@@ -18,9 +18,9 @@ from packager.inputs.chat import Question
 from packager.inputs.texts import TextSets
 from packager.model.batches import rows_per_batch
 from packager.model.decoder import Batch, Decoder, compute_dtype, run_blocks
-from packager.model.stored_names import ReadTensor
 from packager.model.devices import gpu_memory_errors
 from packager.model.packing import checkpoint_reader
+from packager.model.stored_names import ReadTensor
 from packager.prove.evaluation_memory import question_tokens, tokens_per_piece
 from packager.receipt import QualityRecord
 

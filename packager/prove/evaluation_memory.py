@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from packager.model.architecture import Architecture
-from packager.model.batches import ELEMENT_BYTES, TOKENS_PER_BATCH, WEIGHT_COPIES, rows_per_batch, running_elements
+from packager.model.batches import ELEMENT_BYTES, TOKENS_PER_BATCH, WEIGHT_COPIES, rows_per_batch, running_bytes
 
 # Bytes of one float32 tensor [tokens, vocab]. Its size does not change the time: 220 tokens of a vocabulary of 151,936
 # are enough to keep a GPU busy.
@@ -58,12 +58,14 @@ def evaluation_memory(
     head = element * architecture.vocab_size * hidden
     logits = _PIECES * 4 * architecture.vocab_size * min(num_tokens, tokens_per_piece(architecture.vocab_size))
     question_logits = 2 * 4 * architecture.vocab_size * tokens_per_piece(architecture.vocab_size) if questions else 0
-    weights = element * sum(inputs * outputs for inputs, outputs in architecture.group_shapes)
+    weights = element * max(kind.weight_elements for kind in architecture.kinds)
     batch_tokens = min(num_tokens, rows_per_batch(seq_len, device_type) * seq_len)
     if questions:
         batch_tokens = max(batch_tokens, TOKENS_PER_BATCH[device_type])
-    blocks = WEIGHT_COPIES * weights + batch_tokens * element * running_elements(architecture)
-    dequantizing = _DEQUANTIZE_BYTES * max(inputs * outputs for inputs, outputs in architecture.group_shapes)
+    blocks = WEIGHT_COPIES * weights + batch_tokens * running_bytes(architecture, device_type)
+    dequantizing = _DEQUANTIZE_BYTES * max(
+        (inputs * outputs for inputs, outputs in architecture.group_shapes), default=0
+    )
     # The base model's head stays on the device while the quantized model's blocks run, and both heads make logits.
     if device_type == "cpu":
         peak = max(states + asked + head, states + asked + blocks + dequantizing, head + logits)

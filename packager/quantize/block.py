@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from packager.errors import QuantizeError
-from packager.model.architecture import BLOCK_PREFIX
 from packager.model.contexts import Context
 from packager.model.packing import dequantize_linear, pack, pack_zeros
 from packager.quantize.activations import Activations
@@ -28,7 +27,8 @@ class BlockJob:
     Attributes:
         variant: its parameters.
         index: the block's number.
-        groups: from `linear_groups`.
+        groups: names inside the block of linears that see the same input, in the order in which the block reaches them.
+        names: for each of these linears, the name under which its tensors are stored.
         states: the block's inputs; replaced by the quantized block's outputs.
         contexts: the block's other arguments, one per batch.
         suspended: how many batches are suspended inside the block at once.
@@ -39,6 +39,7 @@ class BlockJob:
     variant: Variant
     index: int
     groups: Sequence[Group]
+    names: Mapping[str, str]
     states: Activations
     contexts: Sequence[Context]
     suspended: int
@@ -79,7 +80,7 @@ def quantize_block(
             return _BlockSolver(block, job, solved, checked=not on_gpu).run()
         return _BlockSolver(load(), job, solved, checked=True).run()
     except QuantizeError as error:
-        error.where = error.where or f"{job.variant.branch}, {BLOCK_PREFIX}.{job.index}"
+        error.where = error.where or f"{job.variant.branch}, block {job.index}"
         raise
 
 
@@ -132,7 +133,7 @@ class _BlockSolver:
 
     def _solve(self, group: Group, hessian: Hessian) -> None:
         variant = self._job.variant
-        names = tuple(f"{BLOCK_PREFIX}.{self._job.index}.{name}" for name in group)
+        names = tuple(self._job.names[module] for module in group)
         weights = [self._linears[name].weight for name in group]
         try:
             factor = self._factor(hessian)
@@ -146,9 +147,9 @@ class _BlockSolver:
             error.where = f"{variant.branch}, {', '.join(names)}"
             raise
         parts = solution.by_linear([weight.shape[0] for weight in weights])
-        for name, weight, part in zip(names, weights, parts, strict=True):
+        for module, weight, part in zip(group, weights, parts, strict=True):
             part.dequantize_into(weight, self._ops)
-            self._keep(name, part)
+            self._keep(module, part)
         losses = torch.stack([part.losses.mean() for part in parts])
         succeeded = factor.succeeded & solution.scales_are_finite()
         self._solved.append(_Solved(names=names, damp_percent=factor.damp_percent, losses=losses, succeeded=succeeded))
@@ -187,26 +188,26 @@ class _BlockSolver:
             self._records = (*self._records, *records)
             self._report(records)
 
-    def _keep(self, name: str, solution: Solution) -> None:
-        bits = self._job.variant.bits
+    def _keep(self, module: str, solution: Solution) -> None:
+        bits, name = self._job.variant.bits, self._job.names[module]
         self._tensors |= {
             f"{name}.qweight": pack(solution.q, bits),
             f"{name}.qzeros": pack_zeros(solution.zeros, bits),
             f"{name}.scales": solution.scales.contiguous(),
             f"{name}.g_idx": solution.g_idx.clone(),
         }
-        bias = self._block.get_submodule(name.removeprefix(f"{BLOCK_PREFIX}.{self._job.index}.")).bias
+        bias = self._linears[module].bias
         if isinstance(bias, Tensor):
             self._tensors[f"{name}.bias"] = bias.to(torch.float16)
 
 
-def restore_block(block: nn.Module, index: int, tensors: Mapping[str, Tensor], variant: Variant) -> None:
-    """Overwrite a block's weights with those that its packed tensors represent."""
+def restore_block(block: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Tensor], variant: Variant) -> None:
+    """Overwrite a block's weights with those that its packed tensors represent; `names` as in `BlockJob`."""
     device = next(block.parameters()).device
-    for name, linear in linears_of(block).items():
-        stored = f"{BLOCK_PREFIX}.{index}.{name}."
+    linears = linears_of(block)
+    for module, name in names.items():
 
-        def read(part: str, stored: str = stored) -> Tensor:
-            return tensors[stored + part].to(device)
+        def read(part: str, name: str = name) -> Tensor:
+            return tensors[f"{name}.{part}"].to(device)
 
-        linear.weight.copy_(dequantize_linear(read, variant.bits))
+        linears[module].weight.copy_(dequantize_linear(read, variant.bits))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from packager.errors import PackError
-from packager.model.architecture import BLOCK_PREFIX
+from packager.model.architecture import Architecture
 from packager.model.checkpoint import Shard
 from packager.model.safetensors_file import StoredTensor, copy_tensor, layout, read_tensor, write_at
 from packager.receipt import LinearRecord, Record
@@ -53,6 +53,7 @@ class BlockStore:
 
     Args:
         folder: the variant's own, named by its branch; its content may be deleted at any time.
+        architecture: of the base model.
         shards: the planned weights files.
         fingerprint: everything that determines the blocks' bytes, by name; work of another fingerprint is not resumed.
         log: called with one line when finished work is discarded, with the reason.
@@ -62,7 +63,12 @@ class BlockStore:
     """
 
     def __init__(
-        self, folder: Path, shards: Sequence[Shard], fingerprint: Mapping[str, str], log: Callable[[str], None]
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        architecture: Architecture,
+        fingerprint: Mapping[str, str],
+        log: Callable[[str], None],
     ) -> None:
         self.checkpoint = folder / "checkpoint"
         self._folder = folder
@@ -74,12 +80,12 @@ class BlockStore:
         for path, shard in self._shards.items():
             self._headers[path], in_shard = layout(path, shard.tensors)
             planned |= in_shard
-        linears = {name.removesuffix(".qweight") for name in planned if name.endswith(".qweight")}
-        self._blocks: dict[int, dict[str, StoredTensor]] = {}
+        self._block_of = {linear.name: linear.block for linear in architecture.linears}
+        self._blocks: dict[int, dict[str, StoredTensor]] = {block: {} for block in range(architecture.num_blocks)}
         self._others: dict[str, StoredTensor] = {}
         for name in sorted(planned):
             linear = name.rpartition(".")[0]
-            kept = self._blocks.setdefault(_block_of(name), {}) if linear in linears else self._others
+            kept = self._blocks[self._block_of[linear]] if linear in self._block_of else self._others
             kept[name] = planned[name]
         self._journals: dict[int, Journal] = {}
 
@@ -162,7 +168,7 @@ class BlockStore:
             if block in self._journals:
                 continue
             found = {name: read_tensor(tensors[name]) for name in planned if name in tensors}
-            self.write(block, found, [record for record in linears if _block_of(record.name) == block])
+            self.write(block, found, [record for record in linears if self._block_of[record.name] == block])
 
     def complete(self, tensors: Mapping[str, StoredTensor]) -> None:
         """Write the tensors that are not quantized: the weights files are then complete and durable.
@@ -179,7 +185,7 @@ class BlockStore:
             raise PackError(
                 f"{len(unfinished)} of {len(self._blocks)} blocks are not quantized",
                 where=self._folder.name,
-                why=f"the first is {BLOCK_PREFIX}.{unfinished[0]}",
+                why=f"the first is block {unfinished[0]}",
                 hint="run build again",
             )
         for name, stored in self._others.items():
@@ -245,14 +251,10 @@ class BlockStore:
         if wrong:
             raise PackError(
                 "a block does not have the planned tensors",
-                where=f"{self._folder.name}, {BLOCK_PREFIX}.{block}",
+                where=f"{self._folder.name}, block {block}",
                 why=f"{wrong[0]}: planned {planned.get(wrong[0])}, got {given.get(wrong[0])}",
                 hint="this is a defect of packager: please report it with the recipe",
             )
-
-
-def _block_of(name: str) -> int:
-    return int(name.removeprefix(f"{BLOCK_PREFIX}.").partition(".")[0])
 
 
 def _bytes_of(tensor: "Tensor") -> memoryview:

@@ -9,8 +9,8 @@ from itertools import product
 from typing import Literal
 
 from packager.errors import MachineError
-from packager.model.architecture import INPUT_GROUPS, Architecture
-from packager.model.batches import ELEMENT_BYTES, WEIGHT_COPIES, rows_per_batch, running_elements
+from packager.model.architecture import Architecture, GroupSpec
+from packager.model.batches import ELEMENT_BYTES, TRACED_BYTES, WEIGHT_COPIES, rows_per_batch, running_bytes
 from packager.system.text import format_bytes
 
 Placement = Literal["device", "host", "disk"]
@@ -123,7 +123,7 @@ def _way(
     states = ELEMENT_BYTES[device_type] * tokens * work.architecture.hidden_size
     batch_tokens = min(tokens, work.rows_per_batch(device_type) * work.seq_len)
     staged = min(num_batches, _STAGED_BATCHES) * states * batch_tokens // tokens
-    sizes = _Sizes(work.architecture, ELEMENT_BYTES[device_type])
+    sizes = _Sizes(work.architecture, device_type)
     kept_tokens = min(tokens, suspended * batch_tokens)
     held = count * states if placement == "device" else staged
     # On the device, a suspended batch's input is one of the states already.
@@ -145,22 +145,18 @@ class _Sizes:
 
     Args:
         architecture: of the base model.
-        element_bytes: of an activation or weight.
+        device_type: "cpu" or "cuda", where blocks are computed.
     """
 
-    def __init__(self, architecture: Architecture, element_bytes: int) -> None:
+    def __init__(self, architecture: Architecture, device_type: str) -> None:
         self._architecture = architecture
-        self._hidden, self._intermediate = architecture.hidden_size, architecture.intermediate_size
-        self._queries = architecture.num_attention_heads * architecture.head_dim
-        self._keys = architecture.num_key_value_heads * architecture.head_dim
-        self._element = element_bytes
-        self._group_shapes = architecture.group_shapes
+        self._device_type, self._element = device_type, ELEMENT_BYTES[device_type]
         self._largest_tensor = max(tensor.size_bytes for tensor in architecture.tensors)
 
     @property
     def weights(self) -> int:
-        """Bytes of a block's weights."""
-        return self._element * sum(in_features * out_features for in_features, out_features in self._group_shapes)
+        """Bytes of the largest block's weights."""
+        return self._element * max(kind.weight_elements for kind in self._architecture.kinds)
 
     def host(self, num_variants: int) -> int:
         """Return host bytes without activations: blocks being read, packed blocks being written, an embedding."""
@@ -168,25 +164,19 @@ class _Sizes:
 
     def peak(self, suspended_tokens: int, batch_tokens: int, *, inputs_held: int) -> int:
         """Return the peak of the device without the states: the maximum over the groups of linears."""
-        peaks = []
-        for group, (in_features, out_features) in zip(INPUT_GROUPS, self._group_shapes, strict=True):
-            suspended = suspended_tokens * (self._suspended(group) - inputs_held)
-            square = 4 * in_features**2
-            solving = 4 * square + _SOLVE_BYTES * in_features * out_features
-            running = square + batch_tokens * self._element * running_elements(self._architecture)
-            peaks.append(suspended + max(_SQUARES * square, solving, running))
+        running = batch_tokens * running_bytes(self._architecture, self._device_type)
+        peaks = [running]
+        for group in (group for kind in self._architecture.kinds for group in kind.groups):
+            suspended = suspended_tokens * max(0, self._suspended(group) - inputs_held)
+            square = 4 * group.in_features**2
+            solving = 4 * square + _SOLVE_BYTES * group.in_features * group.out_features
+            peaks.append(suspended + max(_SQUARES * square, solving, square + running))
         return max(peaks) + WEIGHT_COPIES * self.weights
 
-    def _suspended(self, group: tuple[str, ...]) -> int:
+    def _suspended(self, group: GroupSpec) -> int:
         """Return the bytes per token of a batch suspended at a group of linears: the block's input and later values."""
-        name = group[0].rpartition(".")[2]
-        held = {
-            "q_proj": 2 * self._hidden,
-            "o_proj": 2 * self._hidden + 2 * self._queries + 2 * self._keys,
-            "gate_proj": 3 * self._hidden,
-            "down_proj": 3 * self._hidden + self._intermediate,
-        }
-        return self._element * held[name]
+        inputs = self._element * self._architecture.hidden_size
+        return inputs + group.held_bytes * self._element // TRACED_BYTES
 
 
 def _exceeds(size: int, limit: int | None) -> bool:

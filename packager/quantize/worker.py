@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from packager.model.batches import rows_per_batch
 from packager.model.contexts import Context, own_contexts
 from packager.model.decoder import Decoder, compute_dtype
-from packager.model.stored_names import ReadTensor
 from packager.model.fused_blocks import FusedModules
+from packager.model.stored_names import ReadTensor
 from packager.quantize.activations import Activations
 from packager.quantize.block import BlockJob, quantize_block, restore_block, rules_of
 from packager.quantize.block_store import BlockStore
 from packager.quantize.host_copies import HostCopies
 from packager.quantize.job import BlockDone, DeviceShare, LinearsDone, QuantizeJob, Report
 from packager.quantize.memory import SweepPlan
-from packager.quantize.suspended_forward import Group, linear_groups, run_forward
+from packager.quantize.suspended_forward import Group, run_forward
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 
@@ -49,7 +49,10 @@ class Worker:
     def __init__(self, job: QuantizeJob, share: DeviceShare, read: ReadTensor, report: Report, stop: Event) -> None:
         self._job, self._share, self._report, self._stop = job, share, report, stop
         dtype = compute_dtype(job.source.record.dtype, share.device)
-        self._decoder = Decoder(job.source.folder, read, device=share.device, dtype=dtype)
+        self._decoder = Decoder(job.source.folder, read, names=job.source.tensors, device=share.device, dtype=dtype)
+        self._names: dict[int, dict[str, str]] = {index: {} for index in range(len(self._decoder))}
+        for linear in job.source.architecture.linears:
+            self._names[linear.block][linear.module] = linear.name
         self.records: dict[str, list[LinearRecord]] = {variant.branch: [] for variant in share.variants}
 
     @property
@@ -107,43 +110,50 @@ class Worker:
             _VariantRun(variant, job.stores[variant], Activations(hidden, plan.placement, folder), self._report, plan)
             for variant in variants
         ]
-        first = hidden[0]
         del hidden
-        groups: tuple[Group, ...] = ()
+        # Blocks pass values to later ones through dicts and lists: every variant has its own.
+        own = [[own_contexts(batch) for batch in contexts] for _ in runs]
         with ThreadPoolExecutor(len(runs), thread_name_prefix="write") as writers:
             for index, weights in enumerate(blocks):
                 load = partial(decoder.load_block, index, weights)
-                block_contexts = [batch[index] for batch in contexts]
-                if not groups:
-                    groups = linear_groups(load(), first, block_contexts[0])
-                    del first
                 for prepared in self._prepared:
                     prepared.result()
-                context = BlockContext(index=index, num_blocks=len(decoder), groups=groups, contexts=block_contexts)
                 for number, run in enumerate(runs):
                     if self._stop.is_set():
                         return
+                    context = BlockContext(
+                        index=index, num_blocks=len(decoder), groups=self._groups(index), names=self._names[index],
+                        contexts=[batch[index] for batch in own[number]],
+                    )  # fmt: skip
                     following = runs[(number + 1) % len(runs)]
                     run.run(load, context, writers, on_outputs_needed=partial(following.prefetch, run))
                 decoder.drop_block(index)
             for run in runs:
                 self.records[run.variant.branch] = run.finish()
 
+    def _groups(self, index: int) -> tuple[Group, ...]:
+        """Return the groups of the linears of a block that are quantized."""
+        names = self._names[index]
+        groups = (tuple(module for module in group if module in names) for group in self._decoder.groups(index))
+        return tuple(group for group in groups if group)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockContext:
-    """The facts about a block that all variants of a sweep share.
+    """The facts about a block for one variant.
 
     Attributes:
         index: the block's number.
         num_blocks: of the model.
-        groups: from `linear_groups`.
+        groups: of its linears, see `BlockJob`.
+        names: of its linears, see `BlockJob`.
         contexts: the block's arguments besides the hidden states, one per batch.
     """
 
     index: int
     num_blocks: int
     groups: Sequence[Group]
+    names: Mapping[str, str]
     contexts: Sequence[Context]
 
     @property
@@ -185,15 +195,15 @@ class _VariantRun:
         tensors: Mapping[str, Tensor] = stored or {}
         if stored is None or records is None:
             job = BlockJob(
-                variant=self.variant, index=context.index, groups=context.groups, states=self._states,
-                contexts=context.contexts, suspended=self._plan.suspended_batches, last=context.last,
+                variant=self.variant, index=context.index, groups=context.groups, names=context.names,
+                states=self._states, contexts=context.contexts, suspended=self._plan.suspended_batches, last=context.last,
                 on_outputs_needed=on_outputs_needed,
             )  # fmt: skip
             quantized = quantize_block(load, job, partial(self._linears_done, context.index))
             tensors, records = quantized.tensors, quantized.records
         elif not context.last:
             block = load()
-            restore_block(block, context.index, tensors, self.variant)
+            restore_block(block, context.names, tensors, self.variant)
             run_forward(block, self._states, context.contexts)
         self._records.extend(records)
         done = BlockDone(

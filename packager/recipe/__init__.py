@@ -169,10 +169,6 @@ class BaseModelRef(Strict):
         default=None, description="the Hub commit to read; leave out for a local folder"
     )
     path: RelativePath | None = Field(default=None, description="a local folder with safetensors; instead of revision")
-    config: RelativePath | None = Field(
-        default=None,
-        description="a copy of the model's config.json, for planning offline; checked against the real one",
-    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "BaseModelRef":

@@ -22,7 +22,7 @@ from packager.receipt import (
 from packager.recipe import Defaults
 from packager.recipe.field_groups import base_model_problem, repository_problem, text_source_problem
 from packager.recipe.licenses import FILES_BY_LICENSE, hub_license, license_name, meant_license
-from packager.recipe.model_fit import ModelConfig, Parameter, misfits
+from packager.recipe.model_fit import LockedBaseModel, Parameter, misfits
 from packager.recipe.parsed_recipe import Loc, ParsedRecipe, Unreadable, name_of
 from packager.recipe.paths import locate, path_problem
 from packager.recipe.yaml import LocatedProblem, Position
@@ -31,7 +31,6 @@ from packager.variant import MAIN, MAX_REPOSITORY_NAME, NATIVE_ONLY, EngineName,
 
 # Every field of type RelativePath; the two lists of licence files are added where they are checked.
 FILE_FIELDS: Final[tuple[Loc, ...]] = (
-    ("base_model", "config"),
     ("calibration", "path"),
     ("evaluation", "path"),
     ("evaluation", "questions"),
@@ -52,13 +51,13 @@ _MAX_NOTICE: Final = 1_000_000  # bytes
 _WEIGHT_SUFFIXES: Final = (".safetensors", INDEX_SUFFIX, ".bin", ".pt")
 
 
-def check(parsed: ParsedRecipe, folder: Path, model: ModelConfig | LocatedProblem | None) -> list[LocatedProblem]:
+def check(parsed: ParsedRecipe, folder: Path, model: LockedBaseModel | LocatedProblem | None) -> list[LocatedProblem]:
     """Return what is wrong across fields.
 
     Args:
         parsed: the recipe.
         folder: the recipe's own.
-        model: the answer of `read_model_config`.
+        model: the answer of `read_locked_model`.
     """
     found = [
         *_sources(parsed),
@@ -78,8 +77,8 @@ def check(parsed: ParsedRecipe, folder: Path, model: ModelConfig | LocatedProble
     return list(dict.fromkeys(found))  # a wrong default concerns every variant and is reported once
 
 
-def _model(parsed: ParsedRecipe, model: ModelConfig | LocatedProblem | None) -> Iterator[LocatedProblem]:
-    """Report a config.json that cannot be used, and what does not fit the model that it describes."""
+def _model(parsed: ParsedRecipe, model: LockedBaseModel | LocatedProblem | None) -> Iterator[LocatedProblem]:
+    """Report a lock that cannot be used, and what does not fit the model that it describes."""
     if isinstance(model, LocatedProblem):
         yield model
     elif model is not None:

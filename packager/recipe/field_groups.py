@@ -11,8 +11,6 @@ def base_model_problem(given: AbstractSet[str]) -> str:
         return "give either revision (read from the Hub) or path (a local folder), not both"
     if not given & {"revision", "path"}:
         return "give either revision (read from the Hub) or path (a local folder)"
-    if "revision" in given and "config" not in given:
-        return "a base model on the Hub needs config: a local copy of its config.json to plan from"
     return ""
 
 

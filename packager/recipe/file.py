@@ -1,16 +1,18 @@
 """Stage 1, recipe: read a recipe file, and report every problem in it at once with its line and column."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from packager.errors import Problem, RecipeError
 from packager.model.architecture import Architecture
+from packager.model.lock import Lock
 from packager.recipe import Recipe
 from packager.recipe.checks import check
-from packager.recipe.model_fit import ModelConfig, read_model_config
+from packager.recipe.lock_file import lock_path
+from packager.recipe.model_fit import LockedBaseModel, read_locked_model
 from packager.recipe.parsed_recipe import read
 from packager.recipe.paths import locate, path_problem
 from packager.recipe.yaml import MAX_BYTES, LocatedProblem, decode, parse
@@ -20,18 +22,18 @@ _FIRST_BYTES = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeFile:
-    """A recipe, the file it was read from, and the base model's config.json that the recipe names.
+    """A recipe, the file it was read from, and the lock beside it.
 
     Attributes:
         path: the recipe's file.
         recipe: the recipe.
-        config: the base model's config.json: of the local folder, or the copy in the recipe's folder.
-        architecture: the shapes that `config` describes.
+        lock: what the base model said of itself.
+        architecture: the shapes that the lock describes.
     """
 
     path: Path
     recipe: Recipe
-    config: Mapping[str, object]
+    lock: Lock
     architecture: Architecture
 
     @classmethod
@@ -42,15 +44,15 @@ class RecipeFile:
             RecipeError: the file cannot be read, or something in it is wrong; holds every problem, in the file's
                 order.
         """
-        recipe, model, located = _judge(_read(path), path.parent)
-        if recipe is not None and isinstance(model, ModelConfig) and not located:
-            return cls(path=path, recipe=recipe, config=model.config, architecture=model.architecture)
-        problems = [
-            Problem(where=f"{path}:{problem.at.line}:{problem.at.column}", message=problem.message, hint=problem.hint)
-            for problem in sorted(located)
-        ]
-        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise RecipeError(f"the recipe {path} has {count}", problems)
+        recipe, model, located = _judge(_read(path), path, locked=True)
+        if recipe is not None and isinstance(model, LockedBaseModel) and not located:
+            return cls(path=path, recipe=recipe, lock=model.lock, architecture=model.architecture)
+        raise _error(path, located)
+
+    @property
+    def config(self) -> Mapping[str, object]:
+        """The base model's config.json."""
+        return self.lock.model.config
 
     @property
     def folder(self) -> Path:
@@ -73,14 +75,26 @@ class RecipeFile:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read and validate a recipe file; see `RecipeFile.load`."""
-    return RecipeFile.load(path).recipe
+    """Read and validate a recipe file without its lock, which need not be there yet; see `RecipeFile.load`."""
+    recipe, _, located = _judge(_read(path), path, locked=False)
+    if recipe is None or located:
+        raise _error(path, located)
+    return recipe
+
+
+def _error(path: Path, located: Iterable[LocatedProblem]) -> RecipeError:
+    problems = [
+        Problem(where=f"{path}:{problem.at.line}:{problem.at.column}", message=problem.message, hint=problem.hint)
+        for problem in sorted(located)
+    ]
+    count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return RecipeError(f"the recipe {path} has {count}", problems)
 
 
 def _judge(
-    data: bytes, folder: Path
-) -> tuple[Recipe | None, ModelConfig | LocatedProblem | None, list[LocatedProblem]]:
-    """Return the recipe, the base model's config.json, and everything that is wrong with them."""
+    data: bytes, path: Path, *, locked: bool
+) -> tuple[Recipe | None, LockedBaseModel | LocatedProblem | None, list[LocatedProblem]]:
+    """Return the recipe, its lock, and everything that is wrong with them."""
     text, problems = decode(data)
     if problems:
         return None, None, problems
@@ -88,8 +102,8 @@ def _judge(
     if root is None:
         return None, None, problems
     parsed = read(root)
-    model = read_model_config(parsed, folder)
-    return parsed.recipe, model, [*problems, *parsed.problems, *check(parsed, folder, model)]
+    model = read_locked_model(parsed, lock_path(path)) if locked else None
+    return parsed.recipe, model, [*problems, *parsed.problems, *check(parsed, path.parent, model)]
 
 
 def _read(path: Path) -> bytes:

@@ -1,17 +1,17 @@
-"""Compare a recipe's variants and row lengths with the shapes of its base model, which config.json gives."""
+"""Compare a recipe's variants and row lengths with the shapes of its base model, which its lock gives."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from packager.errors import PlanError, SourceError
-from packager.model.architecture import Architecture, read_architecture
+from packager.errors import PlanError, RecipeError
+from packager.model.architecture import Architecture, architecture_of
 from packager.model.checkpoint import fit_problems, length_problem
-from packager.model.config_values import read_config
-from packager.receipt import CONFIG
-from packager.recipe.parsed_recipe import Loc, ParsedRecipe, Unreadable, name_of
-from packager.recipe.paths import locate, path_problem
+from packager.model.lock import Lock
+from packager.recipe.lock_file import read_lock
+from packager.recipe.parsed_recipe import ParsedRecipe, Unreadable
 from packager.recipe.yaml import LocatedProblem, Position, Scalar
 from packager.system.text import quoted
 
@@ -25,38 +25,41 @@ class Parameter(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The base model's config.json as a recipe's folder holds it, and the shapes it describes."""
+class LockedBaseModel:
+    """The lock beside a recipe, and the shapes that it describes."""
 
-    config: Mapping[str, object]
+    lock: Lock
     architecture: Architecture
 
 
-def read_model_config(parsed: ParsedRecipe, folder: Path) -> ModelConfig | LocatedProblem | None:
-    """Read the config.json that base_model.config or base_model.path names.
+def read_locked_model(parsed: ParsedRecipe, path: Path) -> LockedBaseModel | LocatedProblem:
+    """Read a recipe's lock, which must be of the base model that the recipe names.
 
     Returns:
-        The config, or why it cannot be used; None without such a file, which other checks report.
+        The lock, or why it cannot be used.
     """
-    loc: Loc = ("base_model", "config")
-    relative = parsed.text(*loc)
-    if relative is None:
-        loc = ("base_model", "path")
-        base = parsed.text(*loc)
-        if base is None or path_problem(folder, base, directory=True)[0]:
-            return None
-        relative = f"{base}/{CONFIG}"
-        if path_problem(folder, relative)[0]:
-            return LocatedProblem(parsed.at(*loc), f"{name_of(loc)}: the folder has no {CONFIG}")
-    path = locate(folder, relative)
-    if path is None or path_problem(folder, relative)[0]:
-        return None
     try:
-        config = read_config(path)
-        return ModelConfig(config=config, architecture=read_architecture(config, relative))
-    except (PlanError, SourceError) as error:
-        message = f"{name_of(loc)}: {quoted(relative)}: {error.what}: {error.why}"
-        return LocatedProblem(parsed.at(*loc), message, error.hint)
+        lock = read_lock(path)
+        architecture = architecture_of(lock.model, path.name)
+    except RecipeError as error:
+        return LocatedProblem(parsed.key_at("base_model"), str(error.what), error.hint)
+    except PlanError as error:
+        return LocatedProblem(parsed.key_at("base_model"), f"{path.name}: {error.what}: {error.why}", error.hint)
+    base_id, revision = parsed.text("base_model", "id"), parsed.text("base_model", "revision")
+    locked = lock.base_model
+    for loc, wanted, found in (("id", base_id, locked.id), ("revision", revision, locked.revision)):
+        # A recipe may name a branch; the lock then holds the commit that it meant.
+        if wanted is not None and wanted != found and (loc == "id" or is_commit(wanted)):
+            message = (
+                f"base_model.{loc} is {quoted(wanted)}, the lock {path.name} is of {quoted(found or 'a local folder')}"
+            )
+            return LocatedProblem(parsed.at("base_model", loc), message, "make the lock anew: packager lock")
+    return LockedBaseModel(lock=lock, architecture=architecture)
+
+
+def is_commit(revision: str) -> bool:
+    """Return whether a revision is a full commit id, not a branch or a tag."""
+    return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
 def misfits(

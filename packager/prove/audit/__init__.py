@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from packager.model.architecture import Architecture
 from packager.prove.audit.card import check_readme
 from packager.prove.audit.config import Declared, check_declared, read_model
 from packager.prove.audit.files import JsonObject, Listing, as_object, check_file_set, list_folder, read_documents
@@ -66,7 +67,13 @@ class AuditReport:
         return tuple(finding for finding in self.findings if finding.severity == "warning")
 
 
-def audit(folder: Path, *, complete: bool = True, private_words: Sequence[str] = ()) -> AuditReport:
+def audit(
+    folder: Path,
+    *,
+    complete: bool = True,
+    private_words: Sequence[str] = (),
+    architecture: Architecture | None = None,
+) -> AuditReport:
     """Check a checkpoint folder against everything that a published branch must be.
 
     Args:
@@ -74,6 +81,7 @@ def audit(folder: Path, *, complete: bool = True, private_words: Sequence[str] =
         complete: False leaves out README.md, the licence files it demands, and provenance.json: the state of a
             folder before its card is rendered.
         private_words: distinctive names of this machine or its user, which may not occur in any text.
+        architecture: of the base model, from its lock; None takes it from config.json, for a few families.
 
     Returns:
         All findings; an absent or damaged folder is one, never an exception.
@@ -83,7 +91,7 @@ def audit(folder: Path, *, complete: bool = True, private_words: Sequence[str] =
         findings.add("folder-missing", str(folder), "there is no such folder")
         return AuditReport(findings=findings.collected(), facts=Facts())
     listing = list_folder(folder, findings)
-    headers = _check_headers(listing, listing.sizes, findings, complete=complete)
+    headers = _check_headers(listing, listing.sizes, findings, complete=complete, architecture=architecture)
     documents = headers.documents
     check_values(headers.linears, headers.declared, findings)
     check_tokenizer(listing, documents, findings)
@@ -126,7 +134,12 @@ class _Headers:
 
 
 def _check_headers(
-    listing: Listing, document_sizes: Mapping[str, int], findings: Findings, *, complete: bool
+    listing: Listing,
+    document_sizes: Mapping[str, int],
+    findings: Findings,
+    *,
+    complete: bool,
+    architecture: Architecture | None = None,
 ) -> _Headers:
     """Run the checks that need the names of files, the documents, and the headers of the weights."""
     check_file_set(listing, findings, complete=complete)
@@ -134,8 +147,8 @@ def _check_headers(
     weights = read_weights(listing, documents, findings)
     declared = check_declared(documents, weights, findings)
     config = as_object(documents.get(CONFIG))
-    architecture, dtype = read_model(config, findings) if config is not None else (None, None)
-    expected = Expected(declared=declared, architecture=architecture, dtype=dtype)
+    found, dtype = read_model(config, findings, architecture) if config is not None else (None, None)
+    expected = Expected(declared=declared, architecture=found, dtype=dtype)
     linears = check_tensors(weights, expected, findings)
     return _Headers(documents=documents, weights=weights, declared=declared, linears=linears)
 

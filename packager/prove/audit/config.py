@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from packager.errors import PlanError
-from packager.model.architecture import FAMILIES, Architecture, read_architecture
+from packager.model.architecture import Architecture
 from packager.model.checkpoint import PORTABLE_KEYS
 from packager.model.config_values import DTYPES
 from packager.model.rope import misread
 from packager.prove.audit.files import JsonObject, as_object
 from packager.prove.audit.finding import Findings
+from packager.prove.audit.known_models import FAMILIES, known_architecture
 from packager.prove.audit.weights import DEFAULT_STEM, Weights
 from packager.receipt import CONFIG, QUANTIZE_CONFIG
 from packager.system.text import shown
@@ -164,8 +165,19 @@ def _flag(value: object) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def read_model(config: JsonObject, findings: Findings) -> tuple[Architecture | None, str | None]:
-    """Return the architecture and the dtype (safetensors spelling) that config.json describes; None if it does not."""
+def read_model(
+    config: JsonObject, findings: Findings, architecture: Architecture | None
+) -> tuple[Architecture | None, str | None]:
+    """Return the architecture and the dtype (safetensors spelling) of a folder; None where they are not known.
+
+    Args:
+        config: the folder's config.json.
+        findings: what is wrong with it is added.
+        architecture: from the base model's lock; None derives it from config.json.
+    """
+    if architecture is not None:
+        _check_rope(config, findings)
+        return architecture, architecture.dtype
     if config.get("model_type") not in list(FAMILIES):
         findings.add("architecture-unknown", f"{CONFIG}: model_type", f"it is {shown(config.get('model_type'))}")
         dtype = _dtype(config)
@@ -174,17 +186,21 @@ def read_model(config: JsonObject, findings: Findings) -> tuple[Architecture | N
         return None, dtype
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        architecture = read_architecture(plain, CONFIG)
+        architecture = known_architecture(plain, CONFIG)
     except PlanError as error:
         findings.add("config-value", CONFIG, error.why)
     except RecursionError:
         findings.add("config-value", CONFIG, "a value is nested too deeply")
     else:
-        if misread(plain):
-            why = "runtimes before transformers 5 take the rotary embedding for a plain one of base 10000"
-            findings.add("rope-spelling", f"{CONFIG}: rope_parameters", why)
+        _check_rope(plain, findings)
         return architecture, architecture.dtype
     return None, _dtype(config)
+
+
+def _check_rope(config: JsonObject, findings: Findings) -> None:
+    if misread(config):
+        why = "runtimes before transformers 5 take the rotary embedding for a plain one of base 10000"
+        findings.add("rope-spelling", f"{CONFIG}: rope_parameters", why)
 
 
 def _dtype(config: JsonObject) -> str | None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from packager.model.architecture import BLOCK_PREFIX, IGNORED_SUFFIXES, Architecture, LinearSpec
+from packager.model.architecture import IGNORED_SUFFIXES, Architecture, LinearSpec
 from packager.model.checkpoint import quantized_tensors
 from packager.model.config_values import LARGEST_SIZE
 from packager.model.safetensors_file import StoredTensor
@@ -18,7 +18,7 @@ BIAS, BIAS_DTYPE = "bias", "F16"
 _HEAD_WEIGHT = "lm_head.weight"
 _OUTPUT_HEADS = ("lm_head", "embed_out")
 _FLOATS = ("F16", "BF16", "F32", "F64")
-_BLOCK_NUMBER = re.compile(rf"{re.escape(BLOCK_PREFIX)}\.(\d{{1,6}})\.")
+_NUMBER = re.compile(r"\d{1,6}\Z", re.ASCII)
 # A module inside a block of any architecture: everything up to the first number, then the name that blocks share.
 _IN_BLOCK = re.compile(r".*?\.\d{1,6}\.(.+)\Z", re.DOTALL)
 
@@ -121,9 +121,12 @@ def _split(weights: Weights) -> _Modules:
     return _Modules(quantized=quantized, plain=plain)
 
 
-def _block_number(name: str) -> int | None:
-    match = _BLOCK_NUMBER.match(name)
-    return int(match[1]) if match else None
+def _block_number(name: str, architecture: Architecture) -> int | None:
+    """Return the number of the block that a stored name belongs to."""
+    if not name.startswith(f"{architecture.blocks_prefix}."):
+        return None
+    number = name.removeprefix(f"{architecture.blocks_prefix}.").partition(".")[0]
+    return int(number) if _NUMBER.match(number) else None
 
 
 def _check_unquantized(modules: _Modules, specs: Mapping[str, LinearSpec], findings: Findings) -> None:
@@ -132,7 +135,11 @@ def _check_unquantized(modules: _Modules, specs: Mapping[str, LinearSpec], findi
     for name in modules.plain:
         module, _, part = name.rpartition(".")
         match = _IN_BLOCK.match(module)
-        if part == "weight" and module not in modules.quantized and (module in specs or (match and match[1] in places)):
+        if (
+            part == "weight"
+            and module not in modules.quantized
+            and (module in specs or (not specs and match and match[1] in places))
+        ):
             findings.add("linear-unquantized", module, "this linear is not quantized, others are")
 
 
@@ -146,12 +153,14 @@ def _check_names(
     known = {_HEAD_WEIGHT, *(tensor.name for tensor in architecture.tensors)}
     strays = [name for name in modules.plain if name not in known]
     strays += [name for name in modules.quantized if name not in specs and name not in _OUTPUT_HEADS]
-    beyond = {number for name in strays if (number := _block_number(name) or 0) >= architecture.num_blocks}
+    beyond = {
+        number for name in strays if (number := _block_number(name, architecture) or 0) >= architecture.num_blocks
+    }
     if beyond:
         message = f"config.json declares {architecture.num_blocks} blocks, {len(beyond)} more are here"
-        findings.add("block-unexpected", f"{BLOCK_PREFIX}.{min(beyond)}", message)
+        findings.add("block-unexpected", f"{architecture.blocks_prefix}.{min(beyond)}", message)
     for name in strays:
-        if _block_number(name) not in beyond:
+        if _block_number(name, architecture) not in beyond:
             findings.add("tensor-unexpected", name, "the architecture has nothing of this name")
 
 
@@ -170,14 +179,14 @@ def _check_missing(
     findings: Findings,
 ) -> None:
     """Report what the architecture has and the weights lack; all missing blocks are one finding."""
-    present = {_block_number(name) for name in (*modules.quantized, *modules.plain)}
+    present = {_block_number(name, architecture) for name in (*modules.quantized, *modules.plain)}
     absent = [block for block in range(architecture.num_blocks) if block not in present]
     if absent:
         message = f"{len(absent)} of {architecture.num_blocks} blocks are missing"
-        findings.add("block-missing", f"{BLOCK_PREFIX}.{absent[0]}", message)
+        findings.add("block-missing", f"{architecture.blocks_prefix}.{absent[0]}", message)
     for name in (tensor.name for tensor in architecture.tensors):
         module, _, part = name.rpartition(".")
-        if name in modules.plain or module in modules.quantized or _block_number(name) in absent:
+        if name in modules.plain or module in modules.quantized or _block_number(name, architecture) in absent:
             continue
         if name == _HEAD_WEIGHT:
             findings.add("lm-head-missing", name, "there is no output head, and tie_word_embeddings is not true")
@@ -242,7 +251,9 @@ def _derived_spec(name: str, parts: Parts, layout: _Layout) -> LinearSpec:
     in_features, out_features = (shape[0] * 32 // layout.bits, shape[1]) if len(shape) == 2 else (0, 0)
     if max(in_features, out_features) > LARGEST_SIZE:
         in_features = out_features = 0
-    return LinearSpec(name=name, block=0, in_features=in_features, out_features=out_features, bias=BIAS in parts)
+    return LinearSpec(
+        name=name, block=0, module=name, in_features=in_features, out_features=out_features, bias=BIAS in parts
+    )  # fmt: skip
 
 
 def _check_shapes(spec: LinearSpec, parts: Parts, layout: _Layout, findings: Findings) -> Linear | None:

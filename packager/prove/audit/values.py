@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from packager.model.architecture import INPUT_GROUPS
 from packager.model.model_folder import open_model_file
 from packager.model.safetensors_file import StoredTensor
 from packager.prove.audit.config import Declared
@@ -20,7 +19,7 @@ from packager.variant import num_groups
 
 V1, V2 = "gptq", "gptq_v2"
 # Linears of one module that see the same input, by their own names.
-FUSED = tuple(tuple(name.rpartition(".")[2] for name in group) for group in INPUT_GROUPS if len(group) > 1)
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 _CHUNK_BYTES = 1 << 20
 _NUMPY_DTYPES = {"I32": "<i4", "F16": "<u2"}

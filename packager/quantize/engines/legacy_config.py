@@ -60,10 +60,10 @@ def _shape_problems(config: Mapping[str, object], architecture: Architecture) ->
         found.append("mlp_bias: transformers 4.40 silently drops these biases")
     if not architecture.head_dim_is_derived:
         found.append("head_dim: transformers 4.40 assumes hidden_size / num_attention_heads")
-    for linear in architecture.block_linears:
+    for linear in architecture.example_linears:
         if linear.in_features % _PACKED_TOGETHER or linear.out_features % _PACKED_TOGETHER:
             shape = f"{linear.in_features} x {linear.out_features}"
-            found.append(f"{linear.local_name} of {shape}: AutoGPTQ packs multiples of {_PACKED_TOGETHER} only")
+            found.append(f"{linear.module} of {shape}: AutoGPTQ packs multiples of {_PACKED_TOGETHER} only")
             break
     return found
 

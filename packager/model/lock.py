@@ -1,0 +1,134 @@
+"""The lock: what a base model says of itself, written down once so that `plan` needs neither network nor torch.
+
+`packager lock` makes it from the files' headers and from transformers (`describe.py`); a build compares it with the
+files before the first block. docs/reference/lock.md describes the file. No torch here.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, JsonValue, StringConstraints, model_validator
+
+from packager.model.name_patterns import MOST_NAMES, read_numbers
+from packager.receipt import FileRecord, Record
+
+LOCK_VERSION = 1
+MOST_BLOCKS = 1000
+LARGEST_SIZE = 1 << 24
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE, strict=True)]
+Bytes = Annotated[int, Field(ge=0, lt=1 << 60, strict=True)]
+
+
+class LockedTensors(Record):
+    """Tensors of one dtype and shape, by a pattern of `name_patterns`."""
+
+    names: Name
+    dtype: str
+    shape: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 48, strict=True)], ...], Field(max_length=32)]
+
+
+class LockedLinear(Record):
+    """A linear in every block of a kind.
+
+    Attributes:
+        module: its name inside the block, as transformers builds the model.
+        stored: the stored name of its weight without ".weight", in which {block} is the block's number.
+        in_features, out_features: of its weight [out_features, in_features].
+        bias: it has one.
+    """
+
+    module: Name
+    stored: Name
+    in_features: Size
+    out_features: Size
+    bias: bool
+
+
+class LockedGroup(Record):
+    """Linears that see the same input.
+
+    Attributes:
+        linears: in the order in which the block reaches them.
+        held_bytes: activations of one token that are alive then, in a dtype of two bytes.
+    """
+
+    linears: Annotated[tuple[LockedLinear, ...], Field(min_length=1)]
+    held_bytes: Bytes
+
+
+class LockedKind(Record):
+    """Blocks that are alike.
+
+    Attributes:
+        blocks: their numbers: "0..2,5".
+        groups: the linears that can be quantized.
+        left: other weights of two dimensions or more, by module, with the reason why they are not quantized.
+        weight_elements: of one block.
+        peak_bytes: activations of one token that are alive at most inside the block, in a dtype of two bytes.
+    """
+
+    blocks: Name
+    groups: tuple[LockedGroup, ...]
+    left: dict[str, str]
+    weight_elements: Bytes
+    peak_bytes: Bytes
+
+
+class LockedModel(Record):
+    """The architecture of a base model.
+
+    Attributes:
+        model_class: of transformers.
+        blocks_path: the module that holds the blocks, as transformers builds the model.
+        kinds: of blocks.
+        hidden_size: width of the blocks' inputs and outputs.
+        vocab_size: logits per token.
+        kv_bytes_per_token: what the model caches of one token, in a dtype of two bytes.
+        tied: stored names of tensors that are another tensor and need not be stored.
+        tensors: of the base model's files.
+        config: its config.json.
+    """
+
+    model_class: Name
+    blocks_path: Name
+    kinds: Annotated[tuple[LockedKind, ...], Field(min_length=1)]
+    hidden_size: Size
+    vocab_size: Size
+    kv_bytes_per_token: Bytes
+    tied: tuple[Name, ...]
+    tensors: Annotated[tuple[LockedTensors, ...], Field(min_length=1, max_length=MOST_NAMES)]
+    config: dict[str, JsonValue]
+
+    @model_validator(mode="after")
+    def _blocks_are_complete(self) -> Self:
+        numbers = sorted(number for kind in self.kinds for number in read_numbers(kind.blocks))
+        if numbers != list(range(len(numbers))) or len(numbers) > MOST_BLOCKS:
+            raise ValueError("the kinds of blocks do not hold each block once")
+        return self
+
+
+class LockedBase(Record):
+    """The base model's identity: the resolved commit and the files there; no commit for a local folder."""
+
+    id: Name
+    revision: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] | None
+    files: dict[str, FileRecord]
+
+
+class Lock(Record):
+    """The whole file.
+
+    Attributes:
+        made_with: versions of what described the model: transformers.
+        base_model: whose files.
+        chat_template_sha256: of the chat template, None where there is none.
+        model: its architecture.
+    """
+
+    lock_version: Literal[1]
+    made_with: dict[str, str]
+    base_model: LockedBase
+    chat_template_sha256: Digest | None
+    model: LockedModel

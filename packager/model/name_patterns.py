@@ -1,0 +1,113 @@
+"""Write the names of thousands of tensors as a few patterns: `model.layers.{0..47}.mlp.up_proj.weight`.
+
+Numbers that stand between dots are the places of a pattern; `{0..2,5}` is 0, 1, 2 and 5. No torch here.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9]\d{0,8})(?![^.])")
+_PLACE = re.compile(r"\{([0-9.,]+)\}")
+_RANGE = re.compile(r"(0|[1-9]\d{0,8})(?:\.\.(0|[1-9]\d{0,8}))?\Z")
+MOST_NAMES = 400_000
+
+Numbers = tuple[int, ...]
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Return a sort key by which block 2 comes before block 10."""
+    return [(int(part), "") if part.isascii() and part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def patterns_of(names: Iterable[str]) -> list[str]:
+    """Return few patterns that together stand for exactly the given names, which are all different.
+
+    Raises:
+        ValueError: a name holds a brace.
+    """
+    found: dict[str, list[Numbers]] = defaultdict(list)
+    for name in names:
+        if "{" in name or "}" in name:
+            raise ValueError(f"{name!r} holds a brace")
+        found[_NUMBER.sub("{}", name)].append(tuple(map(int, _NUMBER.findall(name))))
+    return [
+        _filled(template, places)
+        for template, numbers in found.items()
+        for places in _products(sorted(numbers))
+    ]  # fmt: skip
+
+
+def _products(numbers: Sequence[Numbers]) -> Iterator[list[Numbers]]:
+    """Cut sorted tuples into products of sets: one set of numbers for each place."""
+    if not numbers or not numbers[0]:
+        yield []
+        return
+    places = [tuple(sorted({values[place] for values in numbers})) for place in range(len(numbers[0]))]
+    if math.prod(map(len, places)) == len(numbers):
+        yield places
+        return
+    rests: dict[tuple[Numbers, ...], list[int]] = defaultdict(list)
+    by_first: dict[int, list[Numbers]] = defaultdict(list)
+    for first, *rest in numbers:
+        by_first[first].append(tuple(rest))
+    for first, rest_numbers in by_first.items():
+        rests[tuple(rest_numbers)].append(first)
+    for rest_of_first, firsts in rests.items():
+        for places in _products(rest_of_first):
+            yield [tuple(firsts), *places]
+
+
+def _filled(template: str, places: Sequence[Numbers]) -> str:
+    for numbers in places:
+        written = f"{numbers[0]}" if len(numbers) == 1 else f"{{{write_numbers(numbers)}}}"
+        template = template.replace("{}", written, 1)
+    return template
+
+
+def write_numbers(numbers: Sequence[int]) -> str:
+    """Write sorted numbers as ranges: `0..2,5`."""
+    parts: list[str] = []
+    begin = previous = numbers[0]
+    for number in [*numbers[1:], None]:
+        if number is None or number != previous + 1:
+            parts.append(f"{begin}" if begin == previous else f"{begin}..{previous}")
+            begin = number if number is not None else begin
+        previous = number if number is not None else previous
+    return ",".join(parts)
+
+
+def read_numbers(text: str) -> Numbers:
+    """Read `0..2,5`.
+
+    Raises:
+        ValueError: it is not written so, or stands for more than `MOST_NAMES` numbers.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = _RANGE.match(part)
+        if match is None:
+            raise ValueError(f"{text!r} is not a list of numbers such as 0..2,5")
+        begin, end = int(match[1]), int(match[2] or match[1])
+        if not begin <= end < begin + MOST_NAMES or (numbers and begin <= numbers[-1]):
+            raise ValueError(f"{text!r} is not in rising order, or too long")
+        numbers.extend(range(begin, end + 1))
+    return tuple(numbers)
+
+
+def names_of(pattern: str) -> Iterator[str]:
+    """Yield the names that a pattern stands for.
+
+    Raises:
+        ValueError: the pattern is malformed, or stands for more than `MOST_NAMES` names.
+    """
+    places = [read_numbers(text) for text in _PLACE.findall(pattern)]
+    template = _PLACE.sub("{}", pattern)
+    if template.count("{") != len(places) or template.count("}") != len(places):
+        raise ValueError(f"{pattern!r} has a brace that no numbers stand in")
+    if math.prod(map(len, places)) > MOST_NAMES:
+        raise ValueError(f"{pattern!r} stands for more than {MOST_NAMES} names")
+    for numbers in product(*places):
+        yield template.format(*numbers)
