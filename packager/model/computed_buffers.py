@@ -50,7 +50,7 @@ def _initialised(module: nn.Module, buffers: dict[str, Tensor], initialise: Any,
         tensor._is_hf_initialized = True
     with torch.no_grad():
         initialise(module)
-    return {key: module._buffers[key].clone() for key in buffers}  # type: ignore[union-attr, misc]
+    return {key: module._buffers[key].clone() for key in buffers}  # type: ignore[union-attr]
 
 
 def _owner(model: nn.Module, name: str) -> Any:

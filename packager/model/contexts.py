@@ -32,10 +32,12 @@ def shared_contexts(contexts: Sequence[Context], earlier: Sequence[Context] | No
             compared[key] = _equal(a, b, equal)
         return compared[key]
 
-    same = all(
-        equal(a.args, b.args) and a.kwargs.keys() == b.kwargs.keys() and all(equal(a.kwargs[k], b.kwargs[k]) for k in a.kwargs)
-        for a, b in zip(contexts, earlier, strict=True)
-    )  # fmt: skip
+    def alike(a: Context, b: Context) -> bool:
+        if a.kwargs.keys() != b.kwargs.keys():
+            return False
+        return equal(a.args, b.args) and all(equal(value, b.kwargs[key]) for key, value in a.kwargs.items())
+
+    same = all(alike(*pair) for pair in zip(contexts, earlier, strict=True))
     return earlier if same else contexts
 
 

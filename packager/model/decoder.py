@@ -253,10 +253,8 @@ class Decoder:
     def _stored_of(self, name: str) -> list[str]:
         """Return the full names of the parameters and stored buffers of a module itself."""
         module = self._model.get_submodule(name)
-        stored = [
-            *module._parameters,
-            *(key for key in module._buffers if key not in module._non_persistent_buffers_set),
-        ]
+        computed = module._non_persistent_buffers_set
+        stored = [key for key in (*module._parameters, *module._buffers) if key not in computed]
         present = [key for key in stored if getattr(module, key) is not None]
         return [f"{name}.{key}" if name else key for key in present]
 

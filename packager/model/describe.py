@@ -37,8 +37,8 @@ def describe(folder: Path, stored: Mapping[str, TensorInfo] | None) -> LockedMod
             that config.json gives.
 
     Raises:
-        SourceError: transformers cannot build the model, the stored tensors are not the model's, or its blocks cannot be
-            run one by one; names the module and the reason.
+        SourceError: transformers cannot build the model, the stored tensors are not the model's, or its blocks cannot
+            be run one by one; names the module and the reason.
     """
     config = read_config(folder / CONFIG)
     with torch.device("meta"):
@@ -157,7 +157,7 @@ class _Describer:
                     left=dict(block.left),
                     weight_elements=block.weight_elements,
                     peak_bytes=self._per_token(peak),
-                )  # fmt: skip
+                )
             )
         return tuple(found)
 
@@ -192,17 +192,16 @@ class _Describer:
         if is_experts(module):
             return "experts are not quantized yet"
         linear = cast(nn.Linear, module)
-        if times > 1:
-            return "the block uses it more than once"
-        if any(self._uses[id(parameter)] > 1 for parameter in linear.parameters()):
-            return "several blocks share it"
-        if self._is_router(index, name, linear):
-            return "it routes tokens to experts"
-        if linear.in_features % _WIDTH or linear.out_features % _WIDTH:
-            return f"its shape, {linear.in_features} to {linear.out_features}, is no multiple of {_WIDTH}"
-        if not self._stored_alone(index, name):
-            return "its weight is stored as a part of another tensor, or in several"
-        return ""
+        shape = f"its shape, {linear.in_features} to {linear.out_features}, is no multiple of {_WIDTH}"
+        shared = any(self._uses[id(parameter)] > 1 for parameter in linear.parameters())
+        reasons = {
+            "the block uses it more than once": times > 1,
+            "several blocks share it": shared,
+            "it routes tokens to experts": self._is_router(index, name, linear),
+            shape: linear.in_features % _WIDTH or linear.out_features % _WIDTH,
+            "its weight is stored as a part of another tensor, or in several": not self._stored_alone(index, name),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), "")
 
     def _is_router(self, index: int, name: str, linear: nn.Linear) -> bool:
         """Return whether a linear gives one value, or one for each expert, beside a module of experts."""

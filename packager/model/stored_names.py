@@ -60,7 +60,7 @@ class StoredNames:
 
         self._model: Any = model
         self._state = model.state_dict()
-        mapping = get_model_conversion_mapping(self._model)
+        mapping = get_model_conversion_mapping(cast(Any, model))
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: converter for converter in self._converters for pattern in converter.source_patterns}

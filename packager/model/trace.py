@@ -164,9 +164,8 @@ def _cache_bytes(model: nn.Module, num_tokens: int) -> int:
     with torch.no_grad(), experts_skipped(model):
         output = model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long), use_cache=True)
     layers = getattr(getattr(output, "past_key_values", None), "layers", ())
-    return sum(
-        value.untyped_storage().nbytes() for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)
-    )  # fmt: skip
+    tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def _outside(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -215,11 +214,11 @@ def experts_skipped(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-class _Memory(TorchDispatchMode):
+class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the bytes of the storages that operations make, as long as a tensor of theirs is alive."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         weights = (*model.parameters(), *model.buffers())
         self._weights = {_storage(weight) for weight in weights}
         self._references: dict[int, int] = {}
@@ -227,7 +226,7 @@ class _Memory(TorchDispatchMode):
         self.alive = 0
         self.peak = 0
 
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -253,7 +252,7 @@ class _Memory(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 @dataclass(kw_only=True)
@@ -360,7 +359,7 @@ class _Tracer:
                     peak=record.peak,
                     unreached=tuple(name for name in calibrated_modules(block) if name not in reached),
                     returns_tuple=record.returns_tuple,
-                )  # fmt: skip
+                )
             )
         return Trace(
             blocks_path=self._path, blocks=tuple(blocks), embedding_modules=tuple(self._before), head_modules=head[0],

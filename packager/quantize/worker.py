@@ -196,7 +196,8 @@ class _VariantRun:
         if stored is None or records is None:
             job = BlockJob(
                 variant=self.variant, index=context.index, groups=context.groups, names=context.names,
-                states=self._states, contexts=context.contexts, suspended=self._plan.suspended_batches, last=context.last,
+                states=self._states, contexts=context.contexts, suspended=self._plan.suspended_batches,
+                last=context.last,
                 on_outputs_needed=on_outputs_needed,
             )  # fmt: skip
             quantized = quantize_block(load, job, partial(self._linears_done, context.index))

@@ -113,7 +113,8 @@ def _sizes(reader: ConfigReader, family: Family) -> tuple[_Sizes, list[str]]:
     reader.rope_type()
     attention = family.attention_bias and reader.flag("attention_bias")
     sizes = _Sizes(
-        hidden=hidden, intermediate=reader.size("intermediate_size"), queries=heads * head_dim, keys=kv_heads * head_dim,
+        hidden=hidden, intermediate=reader.size("intermediate_size"), queries=heads * head_dim,
+        keys=kv_heads * head_dim,
         head_dim=head_dim, vocab=reader.size("vocab_size"),
         num_blocks=reader.size("num_hidden_layers", largest=MOST_BLOCKS), tied=reader.flag("tie_word_embeddings"),
         dtype=reader.dtype(), qk_norm=family.qk_norm,
