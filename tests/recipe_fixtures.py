@@ -5,7 +5,8 @@ from pathlib import Path
 
 from packager.errors import RecipeError
 from packager.recipe import Recipe
-from packager.recipe.file import load_recipe
+from packager.recipe.file import RecipeFile
+from tests.locks import write_lock
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -57,6 +58,7 @@ def write_files(folder: Path) -> None:
     """Write every file that GOOD names."""
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").write_text(json.dumps(CONFIG))
+    write_lock(folder / "recipe.yaml", CONFIG, "demo/demo")
     for name in ("calibration.txt", "evaluation.txt", "questions.jsonl"):
         (folder / name).write_text(name)
 
@@ -73,7 +75,7 @@ def edited(*edits: Edit) -> str:
 def load_or_error(path: Path) -> Recipe | RecipeError:
     """Load a recipe; anything but a RecipeError is the caller's failure."""
     try:
-        return load_recipe(path)
+        return RecipeFile.load(path).recipe
     except RecipeError as error:
         return error
 

@@ -17,6 +17,7 @@ from packager.pipeline.workspace import Workspace
 from packager.publish.branches import PublishReport
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
+from tests.locks import write_lock_of_folder
 from tests.tiny_models import save_model
 
 REPOSITORY = "tester/tiny-GPTQ"
@@ -101,6 +102,9 @@ def write_recipe(folder: Path, changes: Mapping[str, Any] | None = None, *, name
         section[last] = value
     path = folder / name
     path.write_text(json.dumps(recipe, indent=2))
+    base = recipe["base_model"]
+    if "path" in base and (folder / base["path"] / "config.json").is_file():
+        write_lock_of_folder(path, base["id"], folder / base["path"])
     return path
 
 

@@ -92,7 +92,7 @@ class Decoder:
     @property
     def vocab_size(self) -> int:
         """The number of logits per token."""
-        return int(self._model.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr, operator]
+        return int(self._model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
 
     def __len__(self) -> int:
         """Return the number of blocks."""

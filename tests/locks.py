@@ -1,0 +1,31 @@
+"""Locks for the recipes of tests, made from config.json alone, without torch; `describe` is tested elsewhere."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from packager.model.lock import Lock, LockedBase
+from packager.prove.audit.known_models import known_model
+from packager.recipe.lock_file import lock_path, lock_text
+
+
+def lock_of(config: Mapping[str, object], base_id: str, revision: str | None = None) -> Lock:
+    return Lock(
+        lock_version=1,
+        made_with={"transformers": "0"},
+        base_model=LockedBase(id=base_id, revision=revision, files={}),
+        chat_template_sha256=None,
+        model=known_model(config, "config.json"),
+    )
+
+
+def write_lock(recipe: Path, config: Mapping[str, object], base_id: str, revision: str | None = None) -> Path:
+    """Write the lock of a recipe file, which need not be there, and return its path."""
+    path = lock_path(recipe)
+    path.write_text(lock_text(lock_of(config, base_id, revision)))
+    return path
+
+
+def write_lock_of_folder(recipe: Path, base_id: str, folder: Path) -> Path:
+    """Write the lock of a recipe whose base model is a local folder."""
+    return write_lock(recipe, json.loads((folder / "config.json").read_text()), base_id)
