@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from packager.cli.tables import add_row, fits, new_table, print_line
+from packager.model.architecture import Architecture
 from packager.model.compatibility import Verdict
 from packager.model.runtimes import RUNTIMES
 from packager.pipeline.plan import BuildPlan, VariantPlan
@@ -34,10 +35,21 @@ def print_build_plan(plan: BuildPlan, console: Console) -> None:
     if any(len(planned.shards) > 1 for planned in plan.variants):
         counts = (f"{planned.variant.branch} {len(planned.shards)}" for planned in plan.variants)
         print_line(console, f"Weights files: {', '.join(counts)}.")
+    for text in left_lines(plan.architecture):
+        print_line(console, text)
     _print_loaders(plan, console)
     for text in [*_reasons(plan.variants), *_engine_notes(plan), *_proof_notes(plan)]:
         print_line(console, text)
     console.print(_needs_table(plan))
+
+
+def left_lines(architecture: Architecture) -> list[str]:
+    """Return a line for each reason why modules of the blocks are not quantized, with their names."""
+    reasons: dict[str, dict[str, None]] = {}
+    for kind in architecture.kinds:
+        for module, reason in kind.left.items():
+            reasons.setdefault(reason, {})[module] = None
+    return [f"Not quantized, because {reason}: {', '.join(modules)}." for reason, modules in reasons.items()]
 
 
 def _branch_table(plan: BuildPlan) -> Table:
@@ -171,6 +183,7 @@ def build_plan_json(plan: BuildPlan) -> dict[str, object]:
             "dtype": architecture.dtype,
             "num_parameters": architecture.num_parameters,
             "num_blocks": architecture.num_blocks,
+            "not_quantized": {module: reason for kind in architecture.kinds for module, reason in kind.left.items()},
             "size_bytes": architecture.base_bytes,
         },
         "calibration_tokens": plan.calibration_tokens,

@@ -1,8 +1,9 @@
 """A decoder model's tensors, blocks and linears, as its lock describes them. No torch here: `plan` must stay fast."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 
 from packager.errors import PlanError
@@ -77,6 +78,7 @@ class Architecture:
         config: the base model's config.json.
         model_type: as config.json spells it.
         model_class: of transformers.
+        blocks_path: the module that holds the blocks, as transformers builds the model.
         dtype: of most tensors of the base checkpoint, safetensors spelling: F16, BF16 or F32.
         kinds: of blocks.
         num_blocks: of all kinds.
@@ -89,6 +91,7 @@ class Architecture:
     config: Mapping[str, object]
     model_type: str
     model_class: str
+    blocks_path: str
     dtype: str
     kinds: tuple[BlockKind, ...]
     num_blocks: int
@@ -167,6 +170,20 @@ class Architecture:
         """What the stored names of all linears begin with, before the number of the block; "" without a linear."""
         return self.linears[0].name.partition(f".{self.linears[0].block}.")[0] if self.linears else ""
 
+    def leaving(self, patterns: Sequence[str]) -> "Architecture":
+        """Return the architecture with linears left unquantized whose name inside the block fits a pattern.
+
+        Args:
+            patterns: `*` stands for anything, dots included.
+        """
+
+        def reason(module: str) -> str:
+            fitting = next((pattern for pattern in patterns if fnmatchcase(module, pattern)), None)
+            return "" if fitting is None else f"the recipe skips {fitting}"
+
+        linears = tuple(linear for linear in self.linears if not reason(linear.module))
+        return replace(self, linears=linears, kinds=tuple(_leaving(kind, self, reason) for kind in self.kinds))
+
     def kind_of(self, block: int) -> BlockKind:
         """Return the kind of a block."""
         return next(kind for kind in self.kinds if block in kind.blocks)
@@ -200,6 +217,7 @@ def architecture_of(locked: LockedModel, where: str) -> Architecture:
         config=locked.config,
         model_type=model_type if isinstance(model_type, str) else locked.model_class,
         model_class=locked.model_class,
+        blocks_path=locked.blocks_path,
         dtype=_most_bytes(tensors),
         kinds=kinds,
         num_blocks=sum(len(kind.blocks) for kind in kinds),
@@ -244,6 +262,18 @@ def _kind(kind: LockedKind) -> BlockKind:
         weight_elements=kind.weight_elements,
         peak_bytes=kind.peak_bytes,
     )
+
+
+def _leaving(kind: BlockKind, architecture: Architecture, reason: Callable[[str], str]) -> BlockKind:
+    shapes = {linear.module: linear for linear in architecture.linears if linear.block == kind.blocks[0]}
+    groups, left = [], dict(kind.left)
+    for group in kind.groups:
+        kept = tuple(module for module in group.modules if not reason(module))
+        left |= {module: reason(module) for module in group.modules if reason(module)}
+        if kept:
+            out_features = sum(shapes[module].out_features for module in kept)
+            groups.append(replace(group, modules=kept, out_features=out_features))
+    return replace(kind, groups=tuple(groups), left=left)
 
 
 def _check(locked: LockedModel, tensors: list[TensorInfo], linears: list[LinearSpec]) -> None:

@@ -5,6 +5,7 @@ docs/reference/format.md has the format. No torch here: `plan` must stay fast.
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -113,6 +114,34 @@ def checkpoint_tensors(architecture: Architecture, variant: Variant) -> tuple[Te
             replaced.add(module)
             tensors.extend(quantized_tensors(linears[module], bits=variant.bits, group_size=variant.group_size))
     return tuple(tensors)
+
+
+def left_keys(architecture: Architecture) -> dict[str, object]:
+    """Return the keys of quantization_config that name what is not quantized inside the blocks; none if all is.
+
+    GPTQModel, vLLM and SGLang read `dynamic`, where "-:" before a regular expression of module names means "leave
+    them"; transformers reads `modules_in_block_to_quantize`, the names inside a block of what is quantized, through
+    optimum, which compares the ends of names (optimum/gptq/quantizer.py, `convert_model`).
+    """
+    left: dict[str, list[int]] = {}
+    for kind in architecture.kinds:
+        for module in kind.left:
+            left.setdefault(module, []).extend(kind.blocks)
+    if not left:
+        return {}
+    path = re.escape(architecture.blocks_path)
+    patterns: dict[str, object] = {
+        rf"-:^{path}\.{_blocks_pattern(blocks, architecture.num_blocks)}\.{re.escape(module)}$": {}
+        for module, blocks in left.items()
+    }
+    groups = [list(group.modules) for kind in architecture.kinds for group in kind.groups]
+    return {"dynamic": patterns, "modules_in_block_to_quantize": [*dict.fromkeys(map(tuple, groups))]}
+
+
+def _blocks_pattern(blocks: Sequence[int], num_blocks: int) -> str:
+    if len(blocks) == num_blocks:
+        return r"\d+"
+    return f"(?:{'|'.join(map(str, sorted(blocks)))})"
 
 
 @dataclass(frozen=True, kw_only=True)

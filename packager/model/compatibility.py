@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from packager.model.architecture import Architecture
+from packager.model.runtime_architectures import GPTQMODEL_TYPES, VLLM_CLASSES
 from packager.model.runtimes import RUNTIMES
 from packager.variant import Variant
 
@@ -82,6 +83,35 @@ def _group_sizes(*known: int) -> Check:
 def _families(*known: str) -> Check:
     words = ", ".join(known)
     return lambda _, architecture: "" if architecture.model_type in known else f"knows {words} only"
+
+
+def _proven_families(*proven: str) -> Check:
+    """Refuse families that the runtime may know, but whose checkpoints were never opened with it by this project."""
+    words = ", ".join(proven)
+    return lambda _, architecture: "" if architecture.model_type in proven else f"is proven with {words} only"
+
+
+def _gptqmodel_types(_: Variant, architecture: Architecture) -> str:
+    known = architecture.model_type in GPTQMODEL_TYPES
+    return "" if known else f"GPTQModel 7.7 does not list {architecture.model_type}"
+
+
+def _vllm_classes(_: Variant, architecture: Architecture) -> str:
+    known = architecture.model_class in VLLM_CLASSES
+    return "" if known else f"its registry (commit 0002bff0) does not list {architecture.model_class}"
+
+
+def _nothing_left(_: Variant, architecture: Architecture) -> str:
+    """Refuse models with unquantized linears in their blocks, for runtimes that take every linear as quantized."""
+    left = next((module for kind in architecture.kinds for module in kind.left), None)
+    return "" if left is None else f"takes every linear of a block as quantized, {left} is not"
+
+
+def _left_alike(_: Variant, architecture: Architecture) -> str:
+    """Refuse modules that are quantized in some blocks only: transformers' key names them once for all blocks."""
+    quantized = {module for kind in architecture.kinds for group in kind.groups for module in group.modules}
+    both = sorted(quantized & {module for kind in architecture.kinds for module in kind.left})
+    return f"cannot leave {both[0]} unquantized in some blocks only" if both else ""
 
 
 def _note(text: str) -> Check:
@@ -191,31 +221,33 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
     "autogptq": RuntimeRules(
         refuses=(
             _bits(2, 3, 4, 8),
-            _families(*AUTOGPTQ_FAMILIES),
+            _proven_families(*AUTOGPTQ_FAMILIES),
+            _nothing_left,
             _transformers_4_40,
             _autogptq_head,
         ),
         traps=(_note("needs transformers 4.40; its import breaks on later ones"), _transformers_4_40_window),
     ),
     "exllama": RuntimeRules(
-        refuses=(_bits(4), _families("llama"), _exllama_shapes),
+        refuses=(_bits(4), _families("llama"), _nothing_left, _exllama_shapes),
         traps=(_note("needs tokenizer.model"),),
     ),
     "exllamav2": RuntimeRules(
-        refuses=(_bits(4), _power_of_two_groups),
+        refuses=(_bits(4), _proven_families("llama", "mistral", "qwen2", "qwen3"), _nothing_left, _power_of_two_groups),
         traps=(_note("needs CUDA; without flash-attn set config.no_sdpa = True or its prompt pass is wrong"),),
     ),
     "gptq-for-llama": RuntimeRules(
-        refuses=(_bits(2, 3, 4, 8), _families("llama"), _gptq_for_llama_kernel),
+        refuses=(_bits(2, 3, 4, 8), _families("llama"), _nothing_left, _gptq_for_llama_kernel),
         traps=(_gptq_for_llama_branch,),
     ),
     "transformers": RuntimeRules(
-        refuses=(_bits(2, 3, 4, 8),),
+        refuses=(_bits(2, 3, 4, 8), _left_alike),
         traps=(_note("through gptqmodel and optimum"),),
     ),
     "gptqmodel-marlin": RuntimeRules(
         refuses=(
             _bits(*MARLIN_BITS),
+            _gptqmodel_types,
             _group_sizes(*MARLIN_GROUP_SIZES),
             _symmetric_only,
             _out_features_multiple(64),
@@ -223,10 +255,18 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         traps=(_note("needs CUDA with compute capability 8.0"),),
     ),
     "vllm": RuntimeRules(
-        refuses=(_bits(*MARLIN_BITS), _group_sizes(*MARLIN_GROUP_SIZES), _symmetric_only, _no_act_order),
+        refuses=(
+            _bits(*MARLIN_BITS),
+            _vllm_classes,
+            _group_sizes(*MARLIN_GROUP_SIZES),
+            _symmetric_only,
+            _no_act_order,
+        ),
         traps=(_tensor_parallel_limit,),
     ),
-    "sglang": RuntimeRules(refuses=(_bits(2, 3, 4, 8),), traps=(_sglang_kernel,)),
+    "sglang": RuntimeRules(
+        refuses=(_bits(2, 3, 4, 8), _proven_families("llama", "mistral", "qwen2", "qwen3")), traps=(_sglang_kernel,)
+    ),
     "tgi": RuntimeRules(
         # Its router does not know qwen3: text-generation-inference#3199, open.
         refuses=(_bits(2, 4, 8), _families("llama", "mistral", "qwen2")),

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packager.inputs.base_model import SourceModel
-from packager.model.checkpoint import PORTABLE_PARAMETERS, Shard, shard_index
+from packager.model.architecture import Architecture
+from packager.model.checkpoint import PORTABLE_PARAMETERS, Shard, left_keys, shard_index
 from packager.model.rope import in_both_spellings
 from packager.quantize.block_store import BlockStore
 from packager.receipt import CONFIG, GENERATION_CONFIG, INDEX_SUFFIX, QUANTIZE_CONFIG, TOKENIZER_FILES, FileRecord
@@ -76,7 +77,10 @@ def _configs(job: PackJob) -> dict[str, bytes]:
     variant = job.variant
     portable = {key: variant.parameters()[key] for key in PORTABLE_PARAMETERS}
     files = {
-        CONFIG: {**in_both_spellings(job.source.config), "quantization_config": quantization_config(variant)},
+        CONFIG: {
+            **in_both_spellings(job.source.config),
+            "quantization_config": quantization_config(variant, job.source.architecture),
+        },
         QUANTIZE_CONFIG: {
             **portable,
             "model_name_or_path": job.repository,
@@ -95,7 +99,7 @@ def _configs(job: PackJob) -> dict[str, bytes]:
     return contents
 
 
-def quantization_config(variant: Variant) -> dict[str, object]:
+def quantization_config(variant: Variant, architecture: Architecture) -> dict[str, object]:
     """Return config.json's quantization_config: the portable keys and what newer runtimes read."""
     parameters = variant.parameters()
     return {
@@ -104,4 +108,5 @@ def quantization_config(variant: Variant) -> dict[str, object]:
         "static_groups": variant.static_groups,
         "checkpoint_format": "gptq",
         "lm_head": False,
+        **left_keys(architecture),
     }

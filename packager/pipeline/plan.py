@@ -194,7 +194,7 @@ def _loader_problems(recipe: Recipe, judged: Mapping[str, Sequence[Verdict]]) ->
 def _plan_variant(
     variant: Variant, recipe: Recipe, revision: str | None, architecture: Architecture, judged: tuple[Verdict, ...]
 ) -> VariantPlan:
-    base, checkpoint = recipe.base_model, recipe.checkpoint
+    base, checkpoint, skip = recipe.base_model, recipe.checkpoint, sorted(recipe.quantize.skip)
     tensors = checkpoint_tensors(architecture, variant)
     shards = split_shards(tensors, checkpoint.max_shard_bytes, checkpoint.weights_name)
     digest = digest_of(
@@ -203,6 +203,7 @@ def _plan_variant(
             "base_model": {"id": base.id, "revision": revision, "path": base.path},
             "calibration": recipe.calibration.model_dump(mode="json"),
             "parameters": variant.parameters(),
+            **({"skip": skip} if skip else {}),
         }
     )
     return VariantPlan(

@@ -63,6 +63,7 @@ _GIT_URL = r"^(https://|ssh://|file:///|[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:)[^\s<>\"
 _LINE = r"^[^\r\n\x00-\x1f]+$"
 _LANGUAGE = r"^[a-z]{2,3}$"
 _TAG = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
+_MODULE_PATTERN = r"^[A-Za-z0-9_.*]{1,200}$"
 _WEIGHTS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,80}$"
 # The requirement of each pattern, to complete "<key> must be ...".
 PATTERN_MEANINGS = {
@@ -74,6 +75,7 @@ PATTERN_MEANINGS = {
     _LINE: "one line of text",
     _LANGUAGE: "a language code of two or three lower-case letters",
     _TAG: "a Hub tag of letters, digits, '.', '_', ':' and '-'",
+    _MODULE_PATTERN: "a module's name of letters, digits, '_' and '.', with * for anything",
     _WEIGHTS_NAME: "a file name of letters, digits, '_' and '-', without .safetensors",
 }
 
@@ -114,6 +116,11 @@ SeqLen = Annotated[int, Field(ge=8, le=131072, description="tokens per row")]
 Url = Annotated[str, Field(pattern=_URL, description="an https:// address")]
 GitUrl = Annotated[str, Field(pattern=_GIT_URL, description=PATTERN_MEANINGS[_GIT_URL])]
 LineText = Annotated[str, Field(min_length=1, max_length=400, pattern=_LINE, description=PATTERN_MEANINGS[_LINE])]
+
+
+ModulePattern = Annotated[
+    str, Field(pattern=_MODULE_PATTERN, description="a module's name inside its block, in which * stands for anything")
+]
 
 
 class Strict(BaseModel):
@@ -329,6 +336,14 @@ class Card(Strict):
     original_card: RelativePath | None = Field(default=None, description="the base model's card, appended")
 
 
+class QuantizeOptions(Strict):
+    """What is quantized."""
+
+    skip: tuple[ModulePattern, ...] = Field(
+        default=(), max_length=100, description="linears of the blocks that stay as they are, such as *.down_proj"
+    )
+
+
 class Recipe(Strict):
     """A whole recipe file."""
 
@@ -343,6 +358,7 @@ class Recipe(Strict):
     variants: tuple[VariantEntry, ...] = Field(
         min_length=1, max_length=64, description="one branch each; main exactly once"
     )
+    quantize: QuantizeOptions = QuantizeOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     loaders: Loaders = Loaders()
     card: Card

@@ -46,7 +46,8 @@ class RecipeFile:
         """
         recipe, model, located = _judge(_read(path), path, locked=True)
         if recipe is not None and isinstance(model, LockedBaseModel) and not located:
-            return cls(path=path, recipe=recipe, lock=model.lock, architecture=model.architecture)
+            architecture = model.architecture.leaving(recipe.quantize.skip)
+            return cls(path=path, recipe=recipe, lock=model.lock, architecture=architecture)
         raise _error(path, located)
 
     @property

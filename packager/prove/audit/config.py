@@ -98,7 +98,7 @@ def _check_section(section: JsonObject, findings: Findings) -> None:
             code = "quantization-key-missing" if rule.is_guessed else "quantization-key-undeclared"
             findings.add(code, f"{place}{key}", f"{key} is missing")
     _check_values(section, place, findings)
-    if section.get("dynamic"):
+    if _overrides(section.get("dynamic")):
         findings.add("quantization-override", f"{place}dynamic", "parameters of single linears are overridden")
     if section.get("pack_dtype", "int32") != "int32":
         message = f"words are {shown(section['pack_dtype'])}, not int32"
@@ -107,6 +107,13 @@ def _check_section(section: JsonObject, findings: Findings) -> None:
         findings.add("lm-head-quantized", f"{place}lm_head", "lm_head is declared quantized")
     if section.get("checkpoint_format") == "gptq_v2":
         findings.add("checkpoint-format", f"{place}checkpoint_format", "gptq_v2 is declared")
+
+
+def _overrides(dynamic: object) -> bool:
+    """Return whether `dynamic` gives single linears other parameters; leaving some unquantized ("-:") is fine."""
+    if not dynamic:
+        return False
+    return not isinstance(dynamic, dict) or any(not key.startswith("-:") or value for key, value in dynamic.items())
 
 
 def _check_portable(portable: JsonObject, inner: JsonObject, weights: Weights, findings: Findings) -> None:

@@ -1,0 +1,52 @@
+"""The architectures that runtimes list, each list with its source: facts about the runtimes, not about our engine.
+
+A verdict on a model that a list does not have is "no". `verify` opens the files whatever a list holds.
+"""
+
+# Model types: GPTQModel 7.7.0, gptqmodel/models/auto.py, MODEL_MAP.
+GPTQMODEL_TYPES = frozenset(
+    """
+    afmoe agnes apertus apertus1p5 apertus1p5_text axk2 baichuan bailing_hybrid bailing_moe bloom brumby chatglm
+    codegen cohere cohere2 cohere2_moe cohere_compass dbrx dbrx_converted deci deepseek_ocr2 deepseek_v2 deepseek_v3
+    deepseek_v32 deepseek_v4 deepseek_vl deepseek_vl_v2 diffusion_gemma dots1 dream ernie4_5 ernie4_5_moe
+    ernie4_5_moe_vl ernie4_5_vl_moe exaone exaone4 exaone4_5 exaone4_5_text falcon falcon_h1 falcon_mamba gemma
+    gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm glm4
+    glm4_moe glm4_moe_lite glm4v glm4v_moe glm4v_moe_text glm5_next glm_moe_dsa glm_ocr glmasr gpt2 gpt_bigcode
+    gpt_neo gpt_neox gpt_oss gpt_pangu gptj granite granitemoe granitemoehybrid grinmoe hrm_text hunyuan_v1_dense
+    hunyuan_v1_moe hunyuan_vl hy_v3 hymba inkling_mm_model instella intern_s2_preview internlm internlm2 interns1
+    internvl internvl_chat jamba k2_horizon kimi_k2 kimi_k25 klear laguna lfm2 lfm2_moe lfm2_vl llada2_moe llama
+    llama4 llama4_text llava llava_qwen2 locateanything longcat_flash longllama mage_vl marin mimo mimo_v2 minicpm
+    minicpm3 minicpmo minicpmv minicpmv4_6 minimax minimax_m2 minimax_m3_vl ministral3 mistral mistral3 mixtral
+    mllama mllama_text_model mobilellm moss mpt muse_glimmer nanbeige nemotron-nas nemotron_h nemotron_h_puzzle
+    nemotron_labs_diffusion nemotronh_nano_omni_reasoning_v3 olmo2 olmo3 olmoe openvla opt ouro ovis ovis2 ovis2_5
+    ovis2_6_moe ovis2_6_next phi phi3 phi4mm phimoe qwen qwen2 qwen2_5_omni qwen2_5_vl qwen2_5_vl_text qwen2_audio
+    qwen2_moe qwen2_vl qwen2_vl_text qwen3 qwen3_moe qwen3_next qwen3_omni_moe qwen3_vl qwen3_vl_moe qwen4_exp
+    qwen4_exp_text qwen_drive refinedWeb refinedWebModel seed_oss smollm3 smolvlm solar_open solar_open2 spark2_5
+    stablelm stablelm_epoch starcoder2 telechat unlimited-ocr voxtral xing4_0 xverse yi zamba zamba2
+    """.split()  # noqa: SIM905
+)
+
+# Classes of transformers: vLLM at commit 0002bff0b6cb, vllm/model_executor/models/registry.py: its models of text, and
+# of images those whose class transformers has too.
+VLLM_CLASSES = frozenset(
+    """
+    AfmoeForCausalLM ApertusForCausalLM ArceeForCausalLM AriaForConditionalGeneration
+    AyaVisionForConditionalGeneration BambaForCausalLM BloomForCausalLM ChameleonForConditionalGeneration
+    Cohere2ForCausalLM Cohere2VisionForConditionalGeneration CohereForCausalLM CwmForCausalLM DbrxForCausalLM
+    DeepseekV2ForCausalLM DeepseekV32ForCausalLM DeepseekV3ForCausalLM Dots1ForCausalLM Ernie4_5ForCausalLM
+    Ernie4_5_MoeForCausalLM Exaone4ForCausalLM FalconForCausalLM FalconH1ForCausalLM FalconMambaForCausalLM
+    FlexOlmoForCausalLM GPT2LMHeadModel GPTBigCodeForCausalLM GPTJForCausalLM GPTNeoXForCausalLM Gemma2ForCausalLM
+    Gemma3ForCausalLM Gemma3ForConditionalGeneration Gemma3nForCausalLM Gemma3nForConditionalGeneration
+    GemmaForCausalLM Glm4ForCausalLM Glm4MoeForCausalLM Glm4vForConditionalGeneration
+    Glm4vMoeForConditionalGeneration GlmForCausalLM GptOssForCausalLM GraniteForCausalLM GraniteMoeForCausalLM
+    GraniteMoeHybridForCausalLM GraniteMoeSharedForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM
+    Idefics3ForConditionalGeneration InternVLForConditionalGeneration Jais2ForCausalLM JambaForCausalLM
+    KimiLinearForCausalLM Lfm2ForCausalLM Lfm2MoeForCausalLM Llama4ForCausalLM LlamaForCausalLM
+    LongcatFlashForCausalLM Mamba2ForCausalLM MambaForCausalLM MiMoV2FlashForCausalLM MiniMaxForCausalLM
+    MiniMaxM2ForCausalLM MistralForCausalLM MixtralForCausalLM MptForCausalLM NemotronForCausalLM
+    NemotronHForCausalLM OPTForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM OlmoForCausalLM OlmoeForCausalLM
+    PersimmonForCausalLM Phi3ForCausalLM PhiForCausalLM PhimoeForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM
+    Qwen3ForCausalLM Qwen3MoeForCausalLM Qwen3NextForCausalLM SeedOssForCausalLM SmolVLMForConditionalGeneration
+    StableLmForCausalLM Starcoder2ForCausalLM Zamba2ForCausalLM
+    """.split()  # noqa: SIM905
+)
