@@ -26,7 +26,7 @@ from processes import Engine, EnginePaths, Outcome, add_path_arguments, device_o
 from quality_table import Measurement, figures_table, kl_table
 from rich.console import Console
 
-from packager.model.packing import checkpoint_reader
+from packager.model.packing import CheckpointReader
 from packager.pipeline.build_state import BuildState, Options
 from packager.pipeline.stages import quantize_and_pack
 from packager.prove.evaluate import ForwardResult, quality_of, run_texts
@@ -188,7 +188,7 @@ def _peers(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Job]:
 
 def _measured(checkpoint: Path, build: BuildState) -> ForwardResult:
     """Run a checkpoint's tensors in the base model; its own config.json is ignored."""
-    read = checkpoint_reader(checkpoint, 4)
+    read = CheckpointReader(checkpoint, 4)
     return run_texts(build.source.folder, read, build.texts, device=build.device, dtype=torch.float32)
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from packager.model.packing import checkpoint_reader
+from packager.model.packing import CheckpointReader
 from packager.pipeline.flow import BuildResult
 from packager.pipeline.plan import make_plan
 from packager.prove.audit import audit
@@ -369,7 +369,7 @@ def test_every_kind_of_variant_stores_the_engines_result(
         folder = workspace(tmp_path / "dist").folder(variant.branch)
         assert audit(folder, complete=True).errors == ()
         stored = load_file(folder / "model.safetensors")
-        read = checkpoint_reader(folder, variant.bits)
+        read = CheckpointReader(folder, variant.bits)
         for linear in plan.architecture.linears:
             assert torch.equal(read(f"{linear.name}.weight"), solved[variant.branch, linear.name])
             assert stored[f"{linear.name}.scales"].dtype == torch.float16

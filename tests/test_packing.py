@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from packager.errors import SourceError
 from packager.model.packing import (
-    checkpoint_reader,
+    CheckpointReader,
     dequantize_linear,
     pack,
     pack_zeros,
@@ -99,7 +99,7 @@ def test_a_checkpoint_is_read_over_all_its_files(tmp_path: Path, bits: int):
     first = {name: parts.pop(name) for name in list(parts)[:2]}
     save_file(first, tmp_path / "model-00001-of-00002.safetensors")
     save_file(parts | {"model.norm.weight": norm}, tmp_path / "model-00002-of-00002.safetensors")
-    read = checkpoint_reader(tmp_path, bits)
+    read = CheckpointReader(tmp_path, bits)
     assert torch.equal(read("model.norm.weight"), norm)
     expected = torch.tensor(oracle_weight(linear, bits), dtype=torch.float32)
     assert torch.equal(read("model.layers.0.mlp.up_proj.weight"), expected)
@@ -109,7 +109,7 @@ def test_a_checkpoint_is_read_over_all_its_files(tmp_path: Path, bits: int):
 def test_a_missing_tensor_is_named(tmp_path: Path, lost: str):
     tensors = {f"linear.{name}": tensor for name, tensor in packed_linear(4).items() if name != lost}
     save_file(tensors, tmp_path / "model.safetensors")
-    read = checkpoint_reader(tmp_path, 4)
+    read = CheckpointReader(tmp_path, 4)
     for name, missing in (("linear.weight", f"linear.{lost}"), ("model.norm.weight", "model.norm.weight")):
         with pytest.raises(SourceError, match="lacks a tensor") as caught:
             read(name)

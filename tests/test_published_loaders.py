@@ -23,7 +23,7 @@ from packager.cli.published_view import print_published as print_report
 from packager.cli.published_view import published_json as report_json
 from packager.errors import AuditError, LoaderError, LoaderUnavailableError, MachineError
 from packager.model.decoder import Decoder, forward
-from packager.model.packing import checkpoint_reader
+from packager.model.packing import CheckpointReader
 from packager.prove import verify
 from packager.prove.environments import RuntimeContext
 from packager.prove.loaders import LoaderSpec
@@ -77,7 +77,7 @@ class StandIn:
         bits = config["quantization_config"]["bits"]
         self.opened.append(bits)
         self.outputs.append(job.output_dir)
-        reader = checkpoint_reader(job.model_dir, bits)
+        reader = CheckpointReader(job.model_dir, bits)
         decoder = Decoder(job.model_dir, reader, device=torch.device(job.device), dtype=torch.float32)
         generated = []
         for prompt in job.prompts:

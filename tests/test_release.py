@@ -32,7 +32,7 @@ from packager.errors import LoaderError
 from packager.inputs.chat import prompt_ids
 from packager.inputs.texts import read_texts
 from packager.model.decoder import Decoder, forward
-from packager.model.packing import checkpoint_reader
+from packager.model.packing import CheckpointReader
 from packager.pipeline.plan import make_plan
 from packager.prove.audit import audit
 from packager.prove.environments import RuntimeContext, ensure_environment
@@ -159,7 +159,7 @@ def own_logits(clones: Mapping[str, Path], rows: Sequence[Sequence[int]]) -> dic
     logits: dict[str, Logits] = {}
     ids, cpu = torch.tensor(rows), torch.device("cpu")
     for branch, folder in clones.items():
-        decoder = Decoder(folder, checkpoint_reader(folder, RECIPE.defaults.bits), device=cpu, dtype=torch.float32)
+        decoder = Decoder(folder, CheckpointReader(folder, RECIPE.defaults.bits), device=cpu, dtype=torch.float32)
         (state,) = forward(decoder, ids, rows=ROWS)
         logits[branch] = decoder.logits(state).numpy()
     return logits

@@ -51,6 +51,7 @@ class Decoder:
         folder: with config.json (a checkpoint's quantization_config is ignored: weights come from `read`).
         read: returns a named tensor on the CPU, in any float dtype; raises KeyError or SourceError if there is none.
         names: of the tensors that `read` has; None for those that transformers stores.
+        dequantized: see `StoredNames`.
         device: where blocks are computed.
         dtype: of weights and activations.
 
@@ -68,6 +69,7 @@ class Decoder:
         read: ReadTensor,
         *,
         names: Collection[str] | None = None,
+        dequantized: Collection[str] = (),
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -77,7 +79,8 @@ class Decoder:
         self._damaged = f"the model in {folder} is damaged"
         with torch.device("meta"):
             self._model = build_skeleton(folder, dtype)
-        self._names = StoredNames(self._model, saved_tensors(self._model) if names is None else names)
+        stored = saved_tensors(self._model) if names is None else names
+        self._names = StoredNames(self._model, stored, dequantized)
         self._trace: Trace = trace(self._model, _TRACED_TOKENS)
         self.fused = fuse(self._model)
         self._reading: torch.cuda.Stream | None = None

@@ -109,27 +109,42 @@ def dequantize_linear(read: Callable[[str], Tensor], bits: int) -> Tensor:
     return ((q.float() - zeros.float()[groups]) * read("scales").float()[groups]).T.contiguous()
 
 
-def checkpoint_reader(folder: Path, bits: int) -> Callable[[str], Tensor]:
-    """Return a reader of a checkpoint's tensors by name, in which "<linear>.weight" is dequantized to float32.
+class CheckpointReader:
+    """Reads a checkpoint's tensors by name; "<linear>.weight" is dequantized to float32 [out_features, in_features].
 
-    The reader raises SourceError for a tensor that the checkpoint does not have.
+    Calling it raises SourceError for a tensor that the checkpoint does not have.
+
+    Args:
+        folder: the checkpoint.
+        bits: of its quantized linears.
+
+    Attributes:
+        names: of all tensors that can be read, dequantized ones included.
+        dequantized: the names of those that are dequantized.
 
     Raises:
         SourceError: a file is not a safetensors file, or is cut off.
     """
-    tensors: dict[str, StoredTensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= stored_tensors(path)
 
-    def stored(name: str) -> Tensor:
-        if name not in tensors:
-            raise SourceError("the checkpoint lacks a tensor", where=str(folder), why=f"{name} is in none of its files")
-        return read_tensor(tensors[name])
+    def __init__(self, folder: Path, bits: int) -> None:
+        self._folder, self._bits = folder, bits
+        self._tensors: dict[str, StoredTensor] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            self._tensors |= stored_tensors(path)
+        linears = [name.removesuffix(".qweight") for name in self._tensors if name.endswith(".qweight")]
+        parts = {f"{linear}.{part}" for linear in linears for part in ("qweight", "qzeros", "scales", "g_idx")}
+        self.dequantized = frozenset(f"{linear}.weight" for linear in linears)
+        self.names = frozenset(self._tensors.keys() - parts | self.dequantized)
 
-    def read(name: str) -> Tensor:
+    def __call__(self, name: str) -> Tensor:
+        """Read a tensor."""
         linear = name.removesuffix(".weight")
-        if f"{linear}.qweight" in tensors:
-            return dequantize_linear(lambda part: stored(f"{linear}.{part}"), bits)
-        return stored(name)
+        if name in self.dequantized:
+            return dequantize_linear(lambda part: self._stored(f"{linear}.{part}"), self._bits)
+        return self._stored(name)
 
-    return read
+    def _stored(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            why = f"{name} is in none of its files"
+            raise SourceError("the checkpoint lacks a tensor", where=str(self._folder), why=why)
+        return read_tensor(self._tensors[name])

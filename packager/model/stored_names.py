@@ -6,7 +6,7 @@ table (`conversion_mapping`). This module applies that table, one parameter at a
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,17 +48,19 @@ class StoredNames:
     Args:
         model: on the meta device.
         names: of all stored tensors.
+        dequantized: those of them that are read as [out_features, in_features] even where files hold them transposed.
 
     Attributes:
         conversions: by the name of the parameter; several parameters may share one.
         unused: names of stored tensors that the model does not have.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str], dequantized: Collection[str] = ()) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
 
         self._model: Any = model
+        self._dequantized = dequantized
         self._state = model.state_dict()
         mapping = get_model_conversion_mapping(cast(Any, model))
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -121,7 +123,7 @@ class StoredNames:
             )  # fmt: skip
         tensor = self._converted(conversion, parameter, read)
         module = self._model.get_submodule(parameter.rpartition(".")[0])
-        if is_transposed(module) and parameter.endswith(".weight"):
+        if is_transposed(module) and parameter.endswith(".weight") and conversion.names[0] not in self._dequantized:
             tensor = tensor.T.contiguous()
         if tensor.shape != self._state[parameter].shape:
             raise SourceError(

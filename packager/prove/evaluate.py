@@ -5,7 +5,7 @@ so a 13B model is evaluated in the memory of a few blocks (`evaluation_memory`).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from packager.inputs.texts import TextSets
 from packager.model.batches import rows_per_batch
 from packager.model.decoder import Batch, Decoder, compute_dtype, run_blocks
 from packager.model.devices import gpu_memory_errors
-from packager.model.packing import checkpoint_reader
+from packager.model.packing import CheckpointReader
 from packager.model.stored_names import ReadTensor
 from packager.prove.evaluation_memory import question_tokens, tokens_per_piece
 from packager.receipt import QualityRecord
@@ -44,7 +44,14 @@ class ForwardResult:
 
 @torch.no_grad()
 def run_texts(
-    folder: Path, read: ReadTensor, texts: TextSets, *, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    read: ReadTensor,
+    texts: TextSets,
+    *,
+    names: Collection[str] | None = None,
+    dequantized: Collection[str] = (),
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> ForwardResult:
     """Run a model over the held-out rows and the questions, each block's weights read once per group of questions.
 
@@ -52,6 +59,8 @@ def run_texts(
         folder: with the model's config.json.
         read: the model's tensors.
         texts: held-out rows and questions.
+        names: of the tensors that `read` has, see `Decoder`.
+        dequantized: see `Decoder`.
         device: where to compute.
         dtype: of weights and activations.
 
@@ -60,7 +69,7 @@ def run_texts(
         SourceError: a tensor is missing, or holds NaN or Inf.
     """
     with gpu_memory_errors(_HINT):
-        decoder = Decoder(folder, read, device=device, dtype=dtype)
+        decoder = Decoder(folder, read, names=names, dequantized=dequantized, device=device, dtype=dtype)
         batches = decoder.embed(texts.evaluation.ids, rows=_rows(texts.evaluation.ids, device))
         num_batches = len(batches)
         first, *others = _groups(texts.questions, texts.evaluation.ids.numel(), device) or [[]]
@@ -142,15 +151,18 @@ def _answered(decoder: Decoder, questions: Sequence[Question], rows: Tensor) -> 
 
 def run_base(source: SourceModel, texts: TextSets, device: torch.device) -> ForwardResult:
     """Run the fp16 base model; see `run_texts`."""
-    return run_texts(source.folder, source.read, texts, device=device, dtype=compute_dtype(source.record.dtype, device))
+    dtype = compute_dtype(source.record.dtype, device)
+    return run_texts(source.folder, source.read, texts, names=source.tensors, device=device, dtype=dtype)
 
 
 def run_checkpoint(
     folder: Path, bits: int, source: SourceModel, texts: TextSets, device: torch.device
 ) -> ForwardResult:
     """Run a quantized checkpoint with its weights dequantized; see `run_texts`."""
-    reader = checkpoint_reader(folder, bits)
-    return run_texts(folder, reader, texts, device=device, dtype=compute_dtype(source.record.dtype, device))
+    reader, dtype = CheckpointReader(folder, bits), compute_dtype(source.record.dtype, device)
+    return run_texts(
+        folder, reader, texts, names=reader.names, dequantized=reader.dequantized, device=device, dtype=dtype
+    )  # fmt: skip
 
 
 @torch.no_grad()

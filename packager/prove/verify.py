@@ -23,7 +23,7 @@ from packager.errors import LoaderError, LoaderUnavailableError
 from packager.model.batches import rows_per_batch
 from packager.model.decoder import Decoder, forward
 from packager.model.devices import gpu_memory_errors
-from packager.model.packing import checkpoint_reader
+from packager.model.packing import CheckpointReader
 from packager.prove.environments import RuntimeContext, ensure_environment
 from packager.prove.evaluation_memory import tokens_per_piece
 from packager.prove.loaders import LOADERS, LoaderSpec
@@ -126,8 +126,10 @@ def reference(checkpoint: Checkpoint, job: VerifyJob) -> NDArray[np.float32]:
 
 
 def _decoder(checkpoint: Checkpoint, job: VerifyJob) -> Decoder:
-    read = checkpoint_reader(checkpoint.folder, checkpoint.bits)
-    return Decoder(checkpoint.folder, read, device=job.device, dtype=torch.float32)
+    read = CheckpointReader(checkpoint.folder, checkpoint.bits)
+    return Decoder(
+        checkpoint.folder, read, names=read.names, dequantized=read.dequantized, device=job.device, dtype=torch.float32
+    )  # fmt: skip
 
 
 def _logits(decoder: Decoder, states: Tensor) -> Tensor:
