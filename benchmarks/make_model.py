@@ -26,7 +26,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from packager.model.architecture import read_architecture
+from packager.model.lock import Lock, LockedBase
+from packager.prove.audit.known_models import known_architecture, known_model
+from packager.recipe.lock_file import lock_path, lock_text
 from packager.system.files import write_atomic
 
 DEMO = Path(__file__).parent.parent / "recipes" / "assets" / "demo-llama"
@@ -126,9 +128,23 @@ def make(folder: Path, spec: ModelSpec) -> float:
         shutil.copyfile(DEMO / "model" / name, folder / "model" / name)
     write_weights(folder / "model", config, spec)
     write_texts(folder, spec)
-    write_atomic(folder / "recipe.yaml", json.dumps(recipe_of(spec), indent=2).encode())
+    write_recipe(folder / "recipe.yaml", recipe_of(spec), config)
     write_atomic(marker, wanted)
     return time.perf_counter() - started
+
+
+def write_recipe(path: Path, recipe: dict[str, Any], config: dict[str, Any]) -> None:
+    """Write a recipe and its lock, whose description of the model comes from config.json alone."""
+    base = LockedBase(id=recipe["base_model"]["id"], revision=None, files={})
+    lock = Lock(
+        lock_version=1,
+        made_with={"transformers": "0"},
+        base_model=base,
+        chat_template_sha256=None,
+        model=known_model(config, "config.json"),
+    )
+    write_atomic(lock_path(path), lock_text(lock).encode())
+    write_atomic(path, json.dumps(recipe, indent=2).encode())
 
 
 def write_weights(folder: Path, config: dict[str, Any], spec: ModelSpec) -> None:
@@ -174,7 +190,7 @@ def _plan(config: dict[str, Any], shard_bytes: int) -> tuple[list[_Piece], list[
     pieces: list[_Piece] = []
     entries: list[dict[str, Any]] = [{}]
     offset = 0
-    for tensor in read_architecture(config, "config.json").tensors:
+    for tensor in known_architecture(config, "config.json").tensors:
         size = 2 * int(np.prod(tensor.shape))
         if offset and offset + size > shard_bytes:
             entries.append({})

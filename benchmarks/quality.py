@@ -31,6 +31,7 @@ from packager.pipeline.build_state import BuildState, Options
 from packager.pipeline.stages import quantize_and_pack
 from packager.prove.evaluate import ForwardResult, quality_of, run_texts
 from packager.recipe.file import RecipeFile
+from packager.recipe.lock_file import lock_path
 from packager.system.files import write_atomic
 from packager.system.terminal import Terminal
 
@@ -130,6 +131,7 @@ def _build(settings: Settings, seed: int, terminal: Terminal) -> BuildState:
     ]
     path = settings.work / "recipes" / f"seed-{seed}.yaml"
     path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
+    shutil.copyfile(lock_path(settings.recipe), lock_path(path))
     dist = settings.work / "dist"
     options = Options(dist=dist, cache=dist / "cache", device=settings.device, environ=dict(os.environ))  # type: ignore[arg-type]
     build = BuildState(RecipeFile.load(path), options, terminal)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make_model import ModelSpec, Shape, add_shape_arguments, make, recipe_of
+from make_model import ModelSpec, Shape, add_shape_arguments, config_of, make, recipe_of, write_recipe
 from processes import (
     OURS,
     Engine,
@@ -37,7 +37,7 @@ from processes import (
 from rich.console import Console
 from tables import Row, speed_table, stages_table
 
-from packager.inputs.base_model import read_source
+from packager.inputs.base_model import open_source
 from packager.inputs.texts import prepare
 from packager.recipe.file import RecipeFile
 from packager.system.files import write_atomic
@@ -195,13 +195,14 @@ def _make(spec: ModelSpec, folder: Path, settings: Settings, console: Console) -
         console.print(f"{folder}: made in {make(folder, spec):.1f} s", markup=False)
     four = recipe_of(spec)
     one = {**four, "variants": [{"branch": "main", "group_size": 128, "desc_act": settings.desc_act}]}
-    write_atomic(folder / ONE, json.dumps(one, indent=2).encode())
+    config = config_of(spec.shape, spec.seq_len)
+    write_recipe(folder / ONE, one, config)
     for name, recipe in ((ONE, one), (FOUR, four)):
         plain = {**recipe, "defaults": {**recipe["defaults"], "scale_search": False}}
-        write_atomic(folder / f"{PLAIN}{name}", json.dumps(plain, indent=2).encode())
+        write_recipe(folder / f"{PLAIN}{name}", plain, config)
     if settings.peers:
         recipe_file = RecipeFile.load(folder / FOUR)
-        source = read_source(folder / "model", base_id=recipe_file.recipe.base_model.id)
+        source = open_source(recipe_file, console.print)
         np.save(folder / "rows.npy", prepare(recipe_file, source).calibration.ids.numpy())
 
 

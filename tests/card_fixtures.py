@@ -1,11 +1,10 @@
 """Invented recipes and receipts for the card's tests: FIXTURES, their figures were never measured on anything."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
-from packager.model.architecture import read_architecture
+from packager.model.architecture import architecture_of
 from packager.model.compatibility import Verdict, verdicts
 from packager.receipt import (
     FileRecord,
@@ -17,6 +16,7 @@ from packager.receipt import (
     TextRecord,
 )
 from packager.recipe import Recipe
+from packager.recipe.lock_file import read_lock
 from packager.variant import Variant
 
 LLAMA_PROMPT = (
@@ -80,7 +80,6 @@ def llama_recipe(**card: object) -> Recipe:
             "base_model": {
                 "id": "meta-llama/Llama-2-13b-chat-hf",
                 "revision": "a2cb7a712bb6e5e736ca7f8cd98167f81a0b5bd8",
-                "config": "assets/config.json",
             },
             "calibration": _wikitext("train"),
             "evaluation": _wikitext("test"),
@@ -168,9 +167,8 @@ def llama_receipts(recipe: Recipe) -> tuple[Provenance, ...]:
 
 def llama_expectations(recipe: Recipe) -> dict[str, tuple[Verdict, ...]]:
     """Return the predictions for the variants of `llama_recipe`, from the config of the model that it names."""
-    assets = Path(__file__).resolve().parents[1] / "recipes" / "assets"
-    config = json.loads((assets / "llama-2-13b-chat" / "config.json").read_bytes())
-    architecture = read_architecture(config, "config.json")
+    lock = read_lock(Path(__file__).resolve().parents[1] / "recipes" / "llama-2-13b-chat.lock.json")
+    architecture = architecture_of(lock.model, "lock")
     return {variant.branch: verdicts(variant, architecture) for variant in recipe.expanded_variants()}
 
 

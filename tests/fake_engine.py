@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from packager.errors import PackagerError
-from packager.inputs.base_model import SourceModel, read_source
+from packager.inputs.base_model import SourceModel
 from packager.prove.environments import RuntimeContext
 from packager.quantize.block_store import BlockStore
 from packager.quantize.engines import auto_gptq
 from packager.quantize.engines.protocol import EngineResult
 from packager.quantize.job import Event, QuantizeJob
 from packager.variant import Variant
+from tests.sources import open_folder
 from tests.tiny_models import open_store, save_model, token_rows, variant
 
 SECRET = "hf_this-is-no-real-token"  # noqa: S105 - a test looks for it where it must not be
@@ -96,7 +97,7 @@ class Bench:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, model: str = "llama") -> None:
         self.folder = folder
-        self.source: SourceModel = read_source(save_model(folder / "model", model), base_id="test/model")
+        self.source: SourceModel = open_folder(save_model(folder / "model", model))
         self.variant: Variant = variant(engine="auto-gptq")
         self.reports: list[Event] = []
         self.logged: list[str] = []

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from packager.inputs.base_model import read_source
 from packager.quantize.job import BlockDone, QuantizeJob
 from packager.quantize.sweep import quantize
+from tests.sources import open_folder
 from tests.tiny_models import open_store, token_rows, variant
 
 VARIANTS = (
@@ -19,7 +19,7 @@ VARIANTS = (
 
 def main(model: str, work: str) -> None:
     device, resumed = torch.device("cuda", 0), []
-    source = read_source(Path(model), base_id="test/model")
+    source = open_folder(Path(model))
     stores = {v: open_store(source, Path(work), v, device=device) for v in VARIANTS}
     job = QuantizeJob(source=source, rows=token_rows(64, 512, vocab_size=512), stores=stores, devices=(device,))
     print("begins", flush=True)

@@ -77,14 +77,14 @@ def engine(context: RuntimeContext, spec: LoaderSpec, folder: Path) -> None:
     """Quantize with AutoGPTQ."""
     import torch
 
-    from packager.inputs.base_model import read_source
     from packager.quantize.engines import auto_gptq
     from packager.quantize.job import QuantizeJob
+    from tests.sources import open_folder
     from tests.tiny_models import open_store, save_model, token_rows, variant
 
     use_this_python(auto_gptq)
     source, chosen = (
-        read_source(save_model(folder / "model", "llama"), base_id="test/model"),
+        open_folder(save_model(folder / "model", "llama")),
         variant(engine="auto-gptq"),
     )
     job = QuantizeJob(

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from packager.cli.audit_view import audit_json, print_audit
-from packager.model.architecture import read_architecture
 from packager.model.checkpoint import checkpoint_tensors
 from packager.model.safetensors_file import file_order, header_bytes
 from packager.prove.audit import AUDIT_RULES, AuditReport, audit
 from packager.prove.audit.finding import Findings
+from packager.prove.audit.known_models import known_architecture
 from packager.prove.audit.values import unpack_rows, value_counts
 from packager.system.text import format_bytes, printable, shown
 from packager.variant import Variant
@@ -353,7 +353,7 @@ def test_a_13b_block_is_audited_in_little_memory(tmp_path: Path) -> None:
         branch="main", bits=4, group_size=32, desc_act=False, sym=True, damp_percent=0.01, damp_percent_limit=0.1,
         true_sequential=True, static_groups=False, scale_search=False, engine="native",
     )  # fmt: skip
-    infos = file_order(checkpoint_tensors(read_architecture(config, "config.json"), variant))
+    infos = file_order(checkpoint_tensors(known_architecture(config, "config.json"), variant))
     with (tmp_path / WEIGHTS).open("wb") as stream:
         stream.write(header_bytes(infos))
         for info in infos:

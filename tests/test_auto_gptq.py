@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from packager.inputs.base_model import SourceModel, read_source
+from packager.inputs.base_model import SourceModel
 from packager.model.packing import unpack, unpack_zeros
 from packager.prove.environments import RuntimeContext, ensure_environment
 from packager.prove.probes import probe_environ
@@ -30,6 +30,7 @@ from packager.quantize.gptq.solve import Solution, solve
 from packager.quantize.job import QuantizeJob
 from packager.quantize.sweep import quantize
 from packager.variant import Variant
+from tests.sources import open_folder
 from tests.tiny_models import open_store, save_model, token_rows, variant
 
 pytestmark = pytest.mark.release
@@ -183,7 +184,7 @@ def both(source: SourceModel, folder: Path, cache: Path, v: Variant) -> Both:
 )
 def test_both_engines_make_equivalent_variants(cache: Path, tmp_path: Path, model: str, fields: dict[str, Any]) -> None:
     """Measured: losses 0.93 to 1.10 of ours linear by linear, 0.99 to 1.01 in the mean of a model's."""
-    source = read_source(save_model(tmp_path / "model", model), base_id="test/model")
+    source = open_folder(save_model(tmp_path / "model", model))
     v = variant(**fields)
     result = both(source, tmp_path, cache, v)
     assert result.made.made_with == "AutoGPTQ 0.7.1"
@@ -202,12 +203,12 @@ def test_both_engines_make_equivalent_variants(cache: Path, tmp_path: Path, mode
 
 def test_a_group_of_positive_weights_does_not_spoil_its_neighbours(cache: Path, tmp_path: Path) -> None:
     """AutoGPTQ alone writes a zero of 0 as -1, whose bits run over the seven zeros beside it."""
-    source = read_source(save_model(tmp_path / "model", "llama"), base_id="test/model")
+    source = open_folder(save_model(tmp_path / "model", "llama"))
     name = "model.layers.0.self_attn.q_proj"
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors[f"{name}.weight"][3, :32] = tensors[f"{name}.weight"][3, :32].abs() + 0.01
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    source = read_source(tmp_path / "model", base_id="test/model")
+    source = open_folder(tmp_path / "model")
     result = both(source, tmp_path, cache, variant(sym=False, desc_act=False))
     zeros = unpack_zeros(result.reference[f"{name}.qzeros"], 4)
     assert int(zeros[0, 3]) == 1

@@ -15,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from packager.errors import LoaderUnavailableError, MachineError, QuantizeError
-from packager.inputs.base_model import read_source
 from packager.prove.environments import environment_name
 from packager.prove.loaders import LOADERS
 from packager.quantize.engines import auto_gptq, auto_gptq_script
@@ -23,6 +22,7 @@ from packager.quantize.gptq.grid import GridRules, find_grids
 from packager.quantize.job import BlockDone, LinearsDone
 from packager.receipt import LinearRecord
 from tests.fake_engine import SECRET, Bench
+from tests.sources import open_folder
 from tests.tiny_models import token_rows, variant
 
 
@@ -78,7 +78,7 @@ def test_a_model_in_several_files_keeps_them_and_gets_an_index(tmp_path, monkeyp
     bench = Bench(tmp_path, monkeypatch)
     model = AutoModelForCausalLM.from_pretrained(bench.source.folder, dtype=torch.float16)
     model.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
-    bench.source = read_source(tmp_path / "shards", base_id="test/model")
+    bench.source = open_folder(tmp_path / "shards")
     bench.make()
     assert "model.safetensors.index.json" in bench.seen["files"]
     assert len(bench.seen["files"]) > 4

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from packager.inputs.base_model import read_source
 from packager.pipeline import flow
 from packager.pipeline.build_state import Options
 from packager.prove.environments import RuntimeContext
@@ -19,6 +18,7 @@ from packager.recipe import Loaders, VariantEntry
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
 from packager.variant import EngineName
+from tests.sources import open_folder
 from tests.tiny_models import open_store, save_model, token_rows, variant
 
 pytestmark = pytest.mark.gpu
@@ -46,7 +46,7 @@ def cache(pytestconfig: pytest.Config) -> Path:
     ],
 )
 def test_losses_are_those_of_our_own_engine(cache: Path, tmp_path: Path, model: str, fields: dict[str, Any]) -> None:
-    source = read_source(save_model(tmp_path / "model", model), base_id="test/model")
+    source = open_folder(save_model(tmp_path / "model", model))
     v, rows = variant(**fields), token_rows()
     foreign = replace(v, engine="auto-gptq")
     native = open_store(source, tmp_path / "native", v, device=CUDA)

@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from packager.inputs.base_model import read_source
 from packager.inputs.texts import prepare
 from packager.pipeline.plan import make_plan
 from packager.recipe.file import RecipeFile
 from tests import tiny_recipe
+from tests.sources import open_folder
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def test_a_made_model_has_the_shapes_of_its_recipe(modules: Any, tmp_path: Path)
     recipe_file = RecipeFile.load(tmp_path / "recipe.yaml")
     plan = make_plan(recipe_file)
     assert tuple(each.variant.branch for each in plan.variants) == BRANCHES
-    source = read_source(tmp_path / "model", base_id="benchmark/random-llama")
+    source = open_folder(tmp_path / "model", base_id="benchmark/random-llama")
     assert len({stored.path for stored in source.tensors.values()}) > 2
     texts = prepare(recipe_file, source)
     assert texts.calibration.ids.shape == (6, 32)

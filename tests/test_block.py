@@ -12,7 +12,6 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from packager.errors import QuantizeError
-from packager.inputs.base_model import read_source
 from packager.model.decoder import Context, Decoder
 from packager.quantize import block as block_module
 from packager.quantize.activations import Activations
@@ -20,6 +19,7 @@ from packager.quantize.block import BlockJob, QuantizedBlock, quantize_block
 from packager.quantize.suspended_forward import Group, linear_groups
 from packager.receipt import LinearRecord
 from packager.variant import Variant
+from tests.sources import open_folder
 from tests.tiny_models import save_model, token_rows, variant
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ class BlockCase:
     change: Callable[[dict[str, Tensor]], None] = lambda _: None
 
     def __post_init__(self) -> None:
-        source = read_source(save_model(self.folder / "model", "qwen2"), base_id="test/model")
+        source = open_folder(save_model(self.folder / "model", "qwen2"))
         self.decoder = Decoder(source.folder, source.read, device=CPU, dtype=torch.float32)
         batches = self.decoder.embed(self.ids, rows=self.ids.shape[0] // 3)
         self.inputs = [batch.hidden for batch in batches]

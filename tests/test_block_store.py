@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from packager.errors import MachineError, PackError
-from packager.model.architecture import Architecture, read_architecture
+from packager.model.architecture import Architecture
 from packager.model.checkpoint import Shard, checkpoint_tensors, split_shards
 from packager.model.safetensors_file import METADATA, StoredTensor, stored_tensors
+from packager.prove.audit.known_models import known_architecture
 from packager.quantize import block_store as block_store_module
 from packager.quantize.block_store import BlockStore
 from packager.receipt import LinearRecord
-from tests.test_architecture import tiny_config
+from tests.test_known_models import tiny_config
 from tests.tiny_models import variant
 
 DTYPES = {"I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -28,7 +29,7 @@ BLOCKS = range(3)
 
 
 def architecture() -> Architecture:
-    return read_architecture(tiny_config(num_hidden_layers=3, torch_dtype="bfloat16", attention_bias=True), "config")
+    return known_architecture(tiny_config(num_hidden_layers=3, torch_dtype="bfloat16", attention_bias=True), "config")
 
 
 def random_tensors() -> dict[str, Tensor]:
@@ -371,7 +372,7 @@ def test_a_base_model_without_a_tensor_cannot_complete(case: StoreCase) -> None:
 
 def test_the_first_missing_block_is_named_in_the_order_of_numbers(tmp_path: Path) -> None:
     shards = split_shards(
-        checkpoint_tensors(read_architecture(tiny_config(num_hidden_layers=12), "config"), variant()), 1 << 30, "model"
+        checkpoint_tensors(known_architecture(tiny_config(num_hidden_layers=12), "config"), variant()), 1 << 30, "model"
     )
     store = BlockStore(tmp_path / "main", shards, FINGERPRINT, print)
     store.open()

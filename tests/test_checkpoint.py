@@ -2,12 +2,12 @@
 
 import pytest
 
-from packager.model.architecture import read_architecture
 from packager.model.checkpoint import FitProblem, fit_problems, length_problem
-from tests.test_architecture import tiny_config
+from packager.prove.audit.known_models import known_architecture
+from tests.test_known_models import tiny_config
 
-LARGE = read_architecture(tiny_config(hidden_size=1024, intermediate_size=2048, head_dim=256), "config.json")
-ODD = read_architecture(
+LARGE = known_architecture(tiny_config(hidden_size=1024, intermediate_size=2048, head_dim=256), "config.json")
+ODD = known_architecture(
     tiny_config(hidden_size=48, intermediate_size=72, num_attention_heads=4, head_dim=12), "config.json"
 )
 

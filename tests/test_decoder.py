@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from packager.errors import SourceError
-from packager.inputs.base_model import SourceModel, read_source
+from packager.inputs.base_model import SourceModel
 from packager.model.decoder import Decoder, forward, run_blocks
+from tests.sources import open_folder
 from tests.tiny_models import save_model, token_rows
 
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sourc
 
     def get(name: str) -> SourceModel:
         if name not in made:
-            made[name] = read_source(save_model(tmp_path_factory.mktemp(name), name), base_id="tester/tiny")
+            made[name] = open_folder(save_model(tmp_path_factory.mktemp(name), name), base_id="tester/tiny")
         return made[name]
 
     return get

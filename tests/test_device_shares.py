@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from packager.errors import MachineError
-from packager.model.architecture import read_architecture
+from packager.prove.audit.known_models import known_architecture
 from packager.quantize.device_shares import limit_gpu_memory, share_variants
 from packager.quantize.job import DeviceShare
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE
 from packager.variant import Variant
-from tests.test_architecture import LLAMA_2_13B
+from tests.test_known_models import LLAMA_2_13B
 from tests.tiny_models import variant
 
 GB = 10**9
@@ -33,7 +33,7 @@ class Job:
     device_limit: int | None = None
     host_limit: int = HOST_LIMIT_BYTES
     source: SimpleNamespace = field(
-        default_factory=lambda: SimpleNamespace(architecture=read_architecture(LLAMA_2_13B, "config.json"))
+        default_factory=lambda: SimpleNamespace(architecture=known_architecture(LLAMA_2_13B, "config.json"))
     )
     rows: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(ids=torch.empty(128, 2048, device="meta")))
 

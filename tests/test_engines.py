@@ -13,15 +13,15 @@ from rich.console import Console
 from packager.cli.plan_view import build_plan_json as plan_json
 from packager.cli.plan_view import print_build_plan as print_plan
 from packager.errors import MachineError, PlanError, RecipeError
-from packager.inputs.base_model import read_source
-from packager.model.architecture import read_architecture
 from packager.pipeline.build_state import stage_keys
 from packager.pipeline.plan import make_plan
 from packager.pipeline.release import cannot_build
+from packager.prove.audit.known_models import known_architecture
 from packager.quantize.engines import auto_gptq, engine_problems, legacy_config
 from packager.recipe.file import RecipeFile
 from tests import tiny_recipe
 from tests.fake_engine import FAKE_SCRIPT, Bench
+from tests.sources import open_folder
 from tests.tiny_models import CONFIGS, save_model, variant
 
 FOREIGN = {"branch": "foreign", "engine": "auto-gptq"}
@@ -31,7 +31,7 @@ FOREIGN = {"branch": "foreign", "engine": "auto-gptq"}
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_old_config_means_the_same_or_the_model_is_refused(tmp_path, name):
-    source = read_source(save_model(tmp_path / "model", name), base_id="test/model")
+    source = open_folder(save_model(tmp_path / "model", name))
     found = legacy_config.problems(source.config, source.architecture, 32)
     refused = {
         "llama-bias": "mlp_bias",
@@ -77,7 +77,7 @@ CONFIG: Mapping[str, object] = {
 )
 def test_the_rotary_embedding_keeps_its_meaning(given, expected):
     config = {**CONFIG, **given}
-    assert legacy_config.problems(config, read_architecture(config, "config.json"), 512) == []
+    assert legacy_config.problems(config, known_architecture(config, "config.json"), 512) == []
     legacy = legacy_config.legacy_config(config)
     assert {key: legacy[key] for key in ("rope_theta", "rope_scaling") if key in legacy} == expected
 
@@ -98,7 +98,7 @@ def test_the_rotary_embedding_keeps_its_meaning(given, expected):
 )
 def test_models_that_the_old_transformers_computes_differently_are_refused(given, problem):
     config = {**CONFIG, **given}
-    (found,) = legacy_config.problems(config, read_architecture(config, "config.json"), 512)
+    (found,) = legacy_config.problems(config, known_architecture(config, "config.json"), 512)
     assert problem in found
 
 
@@ -108,7 +108,7 @@ def test_a_sliding_window_that_covers_the_rows_does_not_matter():
         {"use_sliding_window": False, "sliding_window": 8},
     ):
         config = {**CONFIG, "model_type": "qwen2", **more}
-        assert legacy_config.problems(config, read_architecture(config, "config.json"), 512) == []
+        assert legacy_config.problems(config, known_architecture(config, "config.json"), 512) == []
 
 
 def test_the_old_window_shows_a_token_the_same_tokens():
@@ -120,7 +120,7 @@ def test_the_old_window_shows_a_token_the_same_tokens():
 
 def test_only_variants_of_that_engine_are_refused():
     config = {**CONFIG, "mlp_bias": True}
-    architecture = read_architecture(config, "config.json")
+    architecture = known_architecture(config, "config.json")
     found = engine_problems([variant(), variant(**FOREIGN)], config, architecture, 512)
     assert found == [
         "foreign: engine auto-gptq cannot quantize mlp_bias: transformers 4.40 silently drops these biases; "

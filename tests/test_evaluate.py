@@ -21,14 +21,15 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from packager.errors import MachineError, QuantizeError, SourceError
-from packager.inputs.base_model import SourceModel, read_source
+from packager.inputs.base_model import SourceModel
 from packager.inputs.chat import Question
 from packager.inputs.texts import TextSets
-from packager.model.architecture import read_architecture
 from packager.prove import evaluate, evaluation_memory
+from packager.prove.audit.known_models import known_architecture
 from packager.prove.evaluate import quality_of, run_base, run_checkpoint
 from packager.prove.evaluation_memory import tokens_per_piece
 from packager.receipt import QualityRecord
+from tests.sources import open_folder
 from tests.tiny_models import CONFIGS, save_model, token_rows
 
 CPU = torch.device("cpu")
@@ -166,7 +167,7 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     def get(name: str) -> Pair:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            source = read_source(save_model(folder / "model", name), base_id="tester/tiny")
+            source = open_folder(save_model(folder / "model", name), base_id="tester/tiny")
             checkpoint = save_checkpoint(source, folder / "checkpoint")
             made[name] = Pair(source, checkpoint, whole_model(source.folder), dequantized_model(source, checkpoint))
         return made[name]
@@ -315,7 +316,7 @@ def test_the_peak_with_a_large_vocabulary_is_the_estimate(tmp_path: Path) -> Non
         "num_attention_heads": 2, "num_key_value_heads": 2,
     }  # fmt: skip
     AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float16).save_pretrained(tmp_path)
-    source = read_source(tmp_path, base_id="tester/wide")
+    source = open_folder(tmp_path, base_id="tester/wide")
     rows, seq_len = 4, 64  # 256 tokens: seven float32 tensors of them would take 1.1 GB
     texts = texts_of(rows, seq_len)
     base = run_base(source, texts, CPU)  # its head is read here
@@ -362,7 +363,7 @@ def test_pieces_stay_below_a_number_of_bytes(vocab_size: int, tokens: int) -> No
 def test_the_estimate_grows_with_the_rows_and_counts_the_host_beside_a_gpu() -> None:
 
     config = CONFIGS["llama"]().to_dict() | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16"}
-    architecture = read_architecture(json.loads(json.dumps(config, default=str)), "config.json")
+    architecture = known_architecture(json.loads(json.dumps(config, default=str)), "config.json")
 
     def estimate(num_tokens: int, device_type: str) -> evaluation_memory.EvaluationMemory:
         return evaluation_memory.evaluation_memory(

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from packager.errors import MachineError, QuantizeError
-from packager.inputs.base_model import SourceModel, read_source
+from packager.inputs.base_model import SourceModel
 from packager.model.decoder import Decoder, forward
 from packager.model.packing import pack, pack_zeros, unpack
 from packager.quantize.gptq.grid import GridRules
@@ -27,6 +27,7 @@ from packager.quantize.sweep import quantize
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 from tests.gptq_reference import assert_agrees
+from tests.sources import open_folder
 from tests.tiny_models import CONFIGS, open_store, save_model, token_rows, variant
 
 pytestmark = pytest.mark.gpu
@@ -62,11 +63,11 @@ def save_larger(folder: Path, *, hidden: int, intermediate: int, blocks: int) ->
 def large(tmp_path_factory: pytest.TempPathFactory) -> SourceModel:
     assert torch.cuda.is_available(), "these tests need a CUDA GPU"
     folder = save_larger(tmp_path_factory.mktemp("large"), hidden=3072, intermediate=8192, blocks=2)
-    return read_source(folder, base_id="test/model")
+    return open_folder(folder)
 
 
 def tiny(folder: Path, name: str = "llama") -> SourceModel:
-    return read_source(save_model(folder / "model", name), base_id="test/model")
+    return open_folder(save_model(folder / "model", name))
 
 
 def run(

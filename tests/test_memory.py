@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packager.errors import MachineError
-from packager.model.architecture import read_architecture
 from packager.model.batches import rows_per_batch
 from packager.pipeline.plan import make_plan
+from packager.prove.audit.known_models import known_architecture
 from packager.quantize.memory import (
     HOST_LIMIT_BYTES,
     USABLE,
@@ -22,7 +22,7 @@ from packager.quantize.memory import (
 )
 from packager.recipe.file import RecipeFile
 from tests.hypothesis_profiles import examples
-from tests.test_architecture import tiny_config
+from tests.test_known_models import tiny_config
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 GB = 10**9
@@ -39,7 +39,7 @@ def workload(recipe: str) -> Workload:
 
 LARGE = workload("llama-2-13b-chat.yaml")
 SMALL = Workload(
-    architecture=read_architecture(tiny_config(), "config.json"), num_samples=2048, seq_len=32, num_variants=3
+    architecture=known_architecture(tiny_config(), "config.json"), num_samples=2048, seq_len=32, num_variants=3
 )
 MODELS = {"13B": LARGE, "tiny": SMALL}
 WORKS = st.fixed_dictionaries(

@@ -15,18 +15,18 @@ from rich.console import Console
 from packager.cli.plan_view import build_plan_json as plan_json
 from packager.cli.plan_view import print_build_plan as print_plan
 from packager.errors import PlanError, SourceError
-from packager.model.architecture import read_architecture
 from packager.model.compatibility import RUNTIME_RULES, verdicts
 from packager.model.config_values import read_config
 from packager.model.runtimes import RUNTIMES, LoaderName
 from packager.pipeline.plan import BuildPlan, describe, make_plan
+from packager.prove.audit.known_models import known_architecture
 from packager.prove.evaluation_memory import evaluation_memory
 from packager.prove.loaders import LOADERS
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, Workload, choose_sweep
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
 from tests.recipe_fixtures import GOOD, write_files
-from tests.test_architecture import LLAMA_2_13B, tiny_config, variant
+from tests.test_known_models import LLAMA_2_13B, tiny_config, variant
 
 ROOT = Path(__file__).parent.parent
 FOUR_VARIANTS: list[dict[str, Any]] = [
@@ -59,7 +59,7 @@ def recipe_file(folder: Path, config: object = LLAMA_2_13B, **changes: Any) -> R
         path=folder / "recipe.yaml",
         recipe=Recipe.model_validate_json(json.dumps(values)),
         config=read,
-        architecture=read_architecture(read, str(folder / "model" / "config.json")),
+        architecture=known_architecture(read, str(folder / "model" / "config.json")),
     )
 
 
@@ -94,13 +94,13 @@ def test_a_plan_needs_no_torch_and_little_time(tmp_path: Path) -> None:
         "import sys, pathlib\n"
         "from packager.pipeline.plan import make_plan\n"
         "from packager.cli.plan_view import build_plan_json\n"
-        "from packager.model.architecture import read_architecture\n"
+        "from packager.prove.audit.known_models import known_architecture\n"
         "from packager.model.config_values import read_config\n"
         "from packager.recipe import Recipe\n"
         "from packager.recipe.file import RecipeFile\n"
         "recipe = Recipe.model_validate_json(sys.argv[2])\n"
         "config = read_config(pathlib.Path(sys.argv[1]).parent / 'model' / 'config.json')\n"
-        "model = read_architecture(config, 'config.json')\n"
+        "model = known_architecture(config, 'config.json')\n"
         "file = RecipeFile(path=pathlib.Path(sys.argv[1]), recipe=recipe, config=config, architecture=model)\n"
         "plan = make_plan(file)\n"
         "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"
@@ -330,7 +330,7 @@ def test_a_description_is_the_recipes_or_states_facts(tmp_path: Path) -> None:
 
 
 def answers(config: dict[str, Any] = LLAMA_2_13B, **parameters: Any) -> dict[str, tuple[bool, str]]:
-    found = verdicts(variant(**parameters), read_architecture(config, "config.json"))
+    found = verdicts(variant(**parameters), known_architecture(config, "config.json"))
     return {verdict.loader: (verdict.can_load, verdict.reason) for verdict in found}
 
 
@@ -474,7 +474,7 @@ def test_json_holds_exact_integers(tmp_path: Path) -> None:
 
 
 def test_exllama_is_refused_where_the_base_model_has_no_tokenizer_model() -> None:
-    architecture = read_architecture(LLAMA_2_13B, "config.json")
+    architecture = known_architecture(LLAMA_2_13B, "config.json")
     known = {verdict.loader: verdict for verdict in verdicts(variant(), architecture, lacks_tokenizer_model=True)}
     assert not known["exllama"].can_load
     assert "needs tokenizer.model, which the base model lacks" in known["exllama"].reason

@@ -18,7 +18,7 @@ from packager.recipe.file import RecipeFile
 from tests.test_house_rules import ROOT
 
 LARGE = ROOT / "recipes" / "llama-2-13b-chat.yaml"
-CONFIG = json.loads((ROOT / "recipes" / "assets" / "llama-2-13b-chat" / "config.json").read_bytes())
+CONFIG = json.loads(LARGE.with_suffix(".lock.json").read_bytes())["model"]["config"]
 
 
 def gb(size_bytes: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from packager.errors import MachineError, QuantizeError, SourceError
-from packager.inputs.base_model import SourceModel, read_source
+from packager.inputs.base_model import SourceModel
 from packager.model.batches import TOKENS_PER_BATCH
 from packager.model.decoder import Decoder, forward
 from packager.model.packing import dequantize_linear
@@ -30,13 +30,14 @@ from packager.quantize.suspended_forward import linear_groups
 from packager.quantize.sweep import quantize
 from packager.receipt import LinearRecord
 from packager.variant import Variant
+from tests.sources import open_folder
 from tests.tiny_models import CONFIGS, open_store, save_model, token_rows, variant
 
 CPU = torch.device("cpu")
 
 
 def source_of(folder: Path, name: str) -> SourceModel:
-    return read_source(save_model(folder / "model", name), base_id="test/model")
+    return open_folder(save_model(folder / "model", name))
 
 
 class Counter:
@@ -316,7 +317,7 @@ def test_a_killed_sweep_resumes_to_the_same_bytes(tmp_path, monkeypatch):
 def test_blocks_made_from_something_else_are_not_taken_over(tmp_path):
     source = source_of(tmp_path, "llama")
     run(source, tmp_path / "work", variant())
-    other = read_source(save_model(tmp_path / "other", "llama", seed=1), base_id="test/model")
+    other = open_folder(save_model(tmp_path / "other", "llama", seed=1))
     _, done = run(other, tmp_path / "work", variant())
     assert not any(step.resumed for step in done)
 

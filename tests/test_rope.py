@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from packager.model.rope import in_both_spellings, misread, rope_factor, rope_type
-from tests.test_architecture import tiny_config
+from tests.test_known_models import tiny_config
 
 LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from packager.errors import SourceError
-from packager.inputs.base_model import check_folder_of, open_source, read_source
+from packager.inputs.base_model import check_folder_of, open_source
 from packager.inputs.source_files import list_source_files
 from packager.model.contract_files import CONTENT_RULES, MOST_LICENSE_BYTES, check_content
 from packager.model.model_folder import open_inside, read_inside
@@ -19,6 +19,7 @@ from packager.model.strict_json import MOST_JSON_VALUES
 from packager.pipeline.pack import is_packed
 from packager.receipt import CONFIG, TOKENIZER_FILES
 from packager.recipe.file import RecipeFile
+from tests.sources import open_folder
 from tests.tiny_recipe import build, write_all
 
 PRIVATE = "payroll: alice 90000\n"
@@ -71,17 +72,17 @@ def test_a_snapshot_of_the_hub_s_cache_links_to_its_blobs_and_nowhere_else(model
     for number, path in enumerate(sorted(model.iterdir())):
         shutil.copy(path, cache / "blobs" / f"{number}")
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    source = read_source(snapshot, base_id="tester/tiny")
-    assert source.record.digest == read_source(model, base_id="tester/tiny").record.digest
+    source = open_folder(snapshot, base_id="tester/tiny")
+    assert source.record.digest == open_folder(model, base_id="tester/tiny").record.digest
     assert source.copied("tokenizer.json") == (model / "tokenizer.json").read_bytes()
     (cache / "refs").write_text(PRIVATE)
     (snapshot / "merges.txt").symlink_to("../../refs")
     with pytest.raises(SourceError, match="the link leads out of the folder"):
-        read_source(snapshot, base_id="tester/tiny")
+        open_folder(snapshot, base_id="tester/tiny")
     shutil.move(tmp_path / "hub" / "models--tester--tiny", tmp_path / "other")  # not a cache: any folder may have blobs
     (tmp_path / "other" / "snapshots" / ("0" * 40) / "merges.txt").unlink()
     with pytest.raises(SourceError, match="the link leads out of the folder"):
-        read_source(tmp_path / "other" / "snapshots" / ("0" * 40), base_id="tester/tiny")
+        open_folder(tmp_path / "other" / "snapshots" / ("0" * 40), base_id="tester/tiny")
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "a\0.safetensors"])

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from packager.errors import CalibrationError
-from packager.inputs.base_model import read_source
 from packager.inputs.chat import encode_texts, prompt_ids
 from packager.inputs.limits import TextGroup
 from packager.inputs.overlap import check_overlap
 from packager.inputs.texts import load_tokenizer, make_rows, prepare, read_texts
 from packager.recipe import Calibration
 from packager.recipe.file import RecipeFile
+from tests.sources import open_folder
 from tests.tiny_recipe import sentences, write_all
 
 WORDS = [f"word{number}" for number in range(5000)]
@@ -155,7 +155,7 @@ def test_a_build_refuses_documents_that_are_in_its_calibration_text(tmp_path: Pa
     lines = text.splitlines()
     documents = [sentences(30, seed=2), "\n".join(lines[20:26])]
     (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
-    source = read_source(tmp_path / "model", base_id="tester/tiny")
+    source = open_folder(tmp_path / "model", base_id="tester/tiny")
     with pytest.raises(CalibrationError, match="the evaluation text overlaps the calibration text"):
         prepare(RecipeFile.load(recipe), source)
 
@@ -163,7 +163,7 @@ def test_a_build_refuses_documents_that_are_in_its_calibration_text(tmp_path: Pa
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Any:
     write_all(tmp_path)
-    return load_tokenizer(read_source(tmp_path / "model", base_id="tester/tiny"))
+    return load_tokenizer(open_folder(tmp_path / "model", base_id="tester/tiny"))
 
 
 def test_rows_are_the_documents_tokens_one_after_the_other(tokenizer: Any) -> None:
@@ -184,7 +184,7 @@ def test_rows_are_the_documents_tokens_one_after_the_other(tokenizer: Any) -> No
 
 def test_questions_and_prompts_are_rendered_in_the_chat_template(tmp_path: Path) -> None:
     recipe = RecipeFile.load(write_all(tmp_path))
-    source = read_source(tmp_path / "model", base_id="tester/tiny")
+    source = open_folder(tmp_path / "model", base_id="tester/tiny")
     texts, tokenizer = prepare(recipe, source), load_tokenizer(source)
     assert texts.prompts == (tuple(prompt_ids(tokenizer, "old bird")),)
     (first, second) = texts.questions
