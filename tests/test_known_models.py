@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packager.errors import PlanError
+from packager.model.architecture import architecture_of
 from packager.model.checkpoint import checkpoint_tensors, shard_index, split_shards
 from packager.model.safetensors_file import METADATA, TensorInfo
-from packager.prove.audit.known_models import FAMILIES, known_architecture
+from packager.prove.audit.known_models import FAMILIES, known_architecture, known_model
 from packager.variant import Variant
 from tests.hypothesis_profiles import examples
 
@@ -118,7 +120,32 @@ def test_a_config_that_transformers_saved_is_read(tmp_path: Path, model_type: st
     )
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert known_architecture(saved, "") == known_architecture(tiny_config(model_type, torch_dtype="bfloat16"), "")
+    ours = known_architecture(tiny_config(model_type, torch_dtype="bfloat16"), "")
+    assert replace(known_architecture(saved, ""), config={}) == replace(ours, config={})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *map(tiny_config, sorted(FAMILIES)),
+        tiny_config(attention_bias=True, mlp_bias=True, num_hidden_layers=1),
+        tiny_config("qwen3", tie_word_embeddings=True, hidden_size=128, head_dim=32),
+        {**LLAMA_2_13B, "num_hidden_layers": 2},
+    ],
+)
+def test_it_says_what_a_traced_forward_says(config: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from packager.model.describe import describe
+
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, described = known_model(config, "config.json"), describe(tmp_path, None)
+    (kind,), (described_kind,) = ours.kinds, described.kinds
+    # What is computed in one operation after another is estimated from above.
+    assert described_kind.peak_bytes <= kind.peak_bytes <= 1.25 * described_kind.peak_bytes
+    same_peak = described_kind.model_copy(update={"peak_bytes": kind.peak_bytes})
+    assert kind == same_peak
+    expected, found = architecture_of(described, ""), architecture_of(ours, "")
+    assert replace(found, kinds=()) == replace(expected, kinds=())
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

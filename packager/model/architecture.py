@@ -42,7 +42,8 @@ class GroupSpec:
         modules: their names inside the block.
         in_features: of each of them.
         out_features: of all of them together.
-        held_bytes: activations of one token that are alive when the block reaches them, in a dtype of two bytes.
+        held_bytes: activations of one token, without the block's input, that are alive when the block reaches them, in
+            a dtype of two bytes.
     """
 
     modules: tuple[str, ...]

@@ -51,7 +51,7 @@ class LockedGroup(Record):
 
     Attributes:
         linears: in the order in which the block reaches them.
-        held_bytes: activations of one token that are alive then, in a dtype of two bytes.
+        held_bytes: activations of one token that are alive then, in a dtype of two bytes, without the block's input.
     """
 
     linears: Annotated[tuple[LockedLinear, ...], Field(min_length=1)]

@@ -257,9 +257,13 @@ def _storage(tensor: Tensor) -> int:
 
 @dataclass(kw_only=True)
 class _Record:
-    """What hooks saw of one block: `(name, input, bytes alive)` for each calibrated module, and the peak."""
+    """What hooks saw of one block: `(name, shares the input before, bytes alive)` of calibrated modules, and the peak.
 
-    seen: list[tuple[str, Tensor, int]] = field(default_factory=list)
+    It keeps no input alive: that would count as the block's own memory.
+    """
+
+    seen: list[tuple[str, bool, int]] = field(default_factory=list)
+    last_input: weakref.ref[Tensor] | None = None
     peak: int = 0
     returns_tuple: bool = False
 
@@ -315,7 +319,10 @@ class _Tracer:
     def _reach(self, name: str) -> Callable[..., None]:
         def reach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            self._records[-1].seen.append((name, x, self.memory.alive - self._outside_bytes))
+            record = self._records[-1]
+            shares_input = record.last_input is not None and record.last_input() is x
+            record.seen.append((name, shares_input, self.memory.alive - self._outside_bytes))
+            record.last_input = weakref.ref(x)
 
         return reach
 
@@ -343,14 +350,12 @@ class _Tracer:
         for block, record in zip(self._blocks, self._records, strict=True):
             groups: list[list[str]] = []
             held: list[int] = []
-            before: Tensor | None = None
-            for name, x, alive in record.seen:
-                if x is before and not is_experts(block.get_submodule(name)):
+            for name, shares_input, alive in record.seen:
+                if shares_input and not is_experts(block.get_submodule(name)):
                     groups[-1].append(name)
                 else:
                     groups.append([name])
                     held.append(alive)
-                before = x
             reached = {name for name, _, _ in record.seen}
             blocks.append(
                 TracedBlock(

@@ -5,6 +5,7 @@ neither torch nor the base model. Shapes were read from transformers 5.23 (`mode
 and are compared with it by `tests/test_known_models.py`. No torch here.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -143,7 +144,9 @@ def _model(config: Mapping[str, object], family: Family, sizes: _Sizes) -> Locke
     )
     kind = LockedKind(
         blocks=write_numbers(range(sizes.num_blocks)), groups=groups, left={},
-        weight_elements=sum(linear.in_features * linear.out_features for linear in linears.values()),
+        weight_elements=sum(  # a pattern of names stands for one tensor in each block
+            math.prod(entry.shape) for entry in _tensors(sizes, linears) if entry.names.startswith(_BLOCKS)
+        ),
         peak_bytes=2 * max(4 * sizes.intermediate, 8 * sizes.queries, 8 * sizes.hidden),
     )  # fmt: skip
     return LockedModel(
@@ -155,13 +158,13 @@ def _model(config: Mapping[str, object], family: Family, sizes: _Sizes) -> Locke
 
 
 def _held(sizes: _Sizes) -> tuple[int, int, int, int]:
-    """Return the bytes of a token's activations that are alive at each group of linears, two bytes each."""
+    """Return the bytes of a token's activations at each group of linears, two bytes each, without the block's input."""
     hidden = sizes.hidden
     return (
+        2 * hidden,
+        2 * (hidden + 2 * sizes.queries + 2 * sizes.keys),
         2 * 2 * hidden,
-        2 * (2 * hidden + 2 * sizes.queries + 2 * sizes.keys),
-        2 * 3 * hidden,
-        2 * (3 * hidden + sizes.intermediate),
+        2 * (2 * hidden + sizes.intermediate),
     )
 
 
