@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from packager.cli.plan_view import build_plan_json as plan_json
 from packager.cli.plan_view import print_build_plan as print_plan
 from packager.errors import PlanError, SourceError
+from packager.model.architecture import architecture_of
 from packager.model.compatibility import RUNTIME_RULES, verdicts
 from packager.model.config_values import read_config
 from packager.model.runtimes import RUNTIMES, LoaderName
@@ -25,6 +27,7 @@ from packager.prove.loaders import LOADERS
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, Workload, choose_sweep
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
+from tests.locks import lock_of
 from tests.recipe_fixtures import GOOD, write_files
 from tests.test_known_models import LLAMA_2_13B, tiny_config, variant
 
@@ -37,14 +40,11 @@ FOUR_VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def recipe_file(folder: Path, config: object = LLAMA_2_13B, **changes: Any) -> RecipeFile:
-    (folder / "model").mkdir(parents=True, exist_ok=True)
-    text = config if isinstance(config, str) else json.dumps(config)
-    (folder / "model" / "config.json").write_text(text)
+def recipe_file(folder: Path, config: Mapping[str, Any] = LLAMA_2_13B, **changes: Any) -> RecipeFile:
     values = {
         "schema_version": 1,
         "repository": {"id": "someone/model-GPTQ"},
-        "base_model": {"id": "meta/base", "revision": "a" * 40, "config": "model/config.json"},
+        "base_model": {"id": "meta/base", "revision": "a" * 40},
         "calibration": {"dataset": "a/b", "revision": "b" * 40, "split": "train"},
         "evaluation": {"dataset": "a/b", "revision": "b" * 40, "split": "test"},
         "variants": FOUR_VARIANTS,
@@ -54,16 +54,14 @@ def recipe_file(folder: Path, config: object = LLAMA_2_13B, **changes: Any) -> R
         },
         **changes,
     }  # fmt: skip
-    read = read_config(folder / "model" / "config.json")
+    recipe = Recipe.model_validate_json(json.dumps(values))
+    lock = lock_of(config, recipe.base_model.id, recipe.base_model.revision)
     return RecipeFile(
-        path=folder / "recipe.yaml",
-        recipe=Recipe.model_validate_json(json.dumps(values)),
-        config=read,
-        architecture=known_architecture(read, str(folder / "model" / "config.json")),
+        path=folder / "recipe.yaml", recipe=recipe, lock=lock, architecture=architecture_of(lock.model, "lock")
     )
 
 
-def plan_of(folder: Path, config: object = LLAMA_2_13B, **changes: Any) -> BuildPlan:
+def plan_of(folder: Path, config: Mapping[str, Any] = LLAMA_2_13B, **changes: Any) -> BuildPlan:
     return make_plan(recipe_file(folder, config, **changes))
 
 
@@ -88,29 +86,21 @@ def test_a_13b_plan_has_the_known_sizes(tmp_path: Path) -> None:
     assert plan.run_bytes(plan.variants[0]) == 7_255_009_280 + 4096 * 2 * 2 * 40 * 5120
 
 
-def test_a_plan_needs_no_torch_and_little_time(tmp_path: Path) -> None:
-    file = recipe_file(tmp_path)
+def test_a_plan_needs_no_torch_and_little_time() -> None:
+    path = ROOT / "recipes" / "llama-2-13b-chat.yaml"
     script = (
         "import sys, pathlib\n"
         "from packager.pipeline.plan import make_plan\n"
         "from packager.cli.plan_view import build_plan_json\n"
-        "from packager.prove.audit.known_models import known_architecture\n"
-        "from packager.model.config_values import read_config\n"
-        "from packager.recipe import Recipe\n"
         "from packager.recipe.file import RecipeFile\n"
-        "recipe = Recipe.model_validate_json(sys.argv[2])\n"
-        "config = read_config(pathlib.Path(sys.argv[1]).parent / 'model' / 'config.json')\n"
-        "model = known_architecture(config, 'config.json')\n"
-        "file = RecipeFile(path=pathlib.Path(sys.argv[1]), recipe=recipe, config=config, architecture=model)\n"
-        "plan = make_plan(file)\n"
+        "plan = make_plan(RecipeFile.load(pathlib.Path(sys.argv[1])))\n"
         "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"
         "print(build_plan_json(plan)['variants'][0]['tensor_bytes'], sorted(heavy))\n"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-c", script, str(file.path), file.recipe.model_dump_json(exclude_none=True)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout == "7255009280 []\n", done.stderr
     # 0.4 s on one core; processor time, so that a busy machine does not fail it.
@@ -268,16 +258,24 @@ def test_a_required_loader_that_must_refuse_is_a_plan_error(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (None, "No such file or directory"),
         ("{", "cannot be read as a JSON object"),
         ("[1]", "cannot be read as a JSON object"),
         ("[" * 100_000, "cannot be read as a JSON object"),
-        ('{"model_type": "mamba"}', 'model_type "mamba" is not supported'),
-        ('{"model_type": ["llama"]}', 'model_type ["llama"] is not supported'),
+        (
+            json.dumps({**LLAMA_2_13B, "vocab_size": 32001, "model_type": ["llama"]}),
+            'model_type is ["llama"], in the lock "llama"; vocab_size is 32001, in the lock 32000',
+        ),
+        (json.dumps({**LLAMA_2_13B, "rope_theta": 1e6}), "rope_theta is 1000000.0, in the lock absent"),
+        (json.dumps({**LLAMA_2_13B, "quantization_config": {}}), "the base model is already quantized"),
     ],
 )
-def test_an_unusable_config_is_named(tmp_path: Path, config: str, message: str) -> None:
-    with pytest.raises((PlanError, SourceError)) as caught:
-        plan_of(tmp_path, config)
+def test_an_unusable_config_is_named(tmp_path: Path, config: str | None, message: str) -> None:
+    (tmp_path / "model").mkdir()
+    if config is not None:
+        (tmp_path / "model" / "config.json").write_text(config)
+    with pytest.raises(SourceError) as caught:
+        plan_of(tmp_path, base_model={"id": "meta/base", "path": "model"})
     assert message in str(caught.value)
     assert "config.json" in caught.value.where
 
@@ -299,6 +297,8 @@ def test_an_unreadable_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_local_base_model_has_its_own_config(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA_2_13B))
     plan = plan_of(tmp_path, base_model={"id": "meta/base", "path": "model"})
     assert plan.disk.source_bytes == 0
     assert plan.architecture.num_blocks == 40

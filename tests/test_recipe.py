@@ -14,6 +14,7 @@ from packager.recipe.file import RecipeFile, load_recipe
 from packager.recipe.licenses import LLAMA2_NOTICE
 from packager.recipe.schema import recipe_schema
 from tests.golden_files import check_golden
+from tests.locks import write_lock
 from tests.recipe_fixtures import CONFIG, GOOD, RECIPES, ROOT, edited, load_or_error, problems_of, write_files
 
 LLAMA_13B = ROOT / "recipes" / "llama-2-13b-chat.yaml"
@@ -121,7 +122,7 @@ def test_every_mistake_of_a_file_is_reported_at_once(request, monkeypatch):
         (("  path: model\n", ""), "3:1: base_model: give either revision (read from the Hub) or path (a local folder)"),
         (
             ("  path: model\n", f"  revision: {'a' * 40}\n"),
-            "3:1: base_model: a base model on the Hub needs config: a local copy of its config.json to plan from",
+            f"5:13: base_model.revision is '{'a' * 40}', the lock recipe.lock.json is of 'a local folder' (make the lock ",
         ),
         (
             ("  path: calibration.txt\n", "  dataset: a/b\n"),
@@ -166,7 +167,6 @@ def test_every_mistake_of_a_file_is_reported_at_once(request, monkeypatch):
         ),
         (("[transformers]", "[transformers, transformers]"), "19:32: the loader 'transformers' is listed twice in "),
         # files
-        (("path: model", "path: ."), "5:9: base_model.path: the folder has no config.json"),
         (("path: model", "path: modell"), "5:9: base_model.path: there is no folder 'modell' in the recipe's folder "),
         (("path: calibration.txt", "path: model"), "7:9: calibration.path: 'model' is not a file"),
         (
@@ -206,7 +206,7 @@ def test_each_rule_names_its_line_and_column(folder, edit, expected):
 
 def test_columns_must_fill_words(folder):
     config = {**CONFIG, "hidden_size": 40, "intermediate_size": 64}
-    (folder / "model" / "config.json").write_text(json.dumps(config))
+    write_lock(folder / "recipe.yaml", config, "demo/demo")
     text = edited(
         ("bits: 4", "bits: 3"), ("    group_size: 128", "    group_size: -1"), ("group_size: 32", "group_size: 8")
     )
@@ -215,20 +215,48 @@ def test_columns_must_fill_words(folder):
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("text", "expected"),
     [
-        ("{", "'model/config.json': the file cannot be read as a JSON object: "),
-        ("[" * 100_000, "'model/config.json': the file cannot be read as a JSON object: "),
-        ("[]", "'model/config.json': the file cannot be read as a JSON object: it is not a JSON object"),
-        (json.dumps({**CONFIG, "model_type": "gpt2"}), "'model/config.json': model_type \"gpt2\" is not supported"),
-        (json.dumps({**CONFIG, "hidden_size": "5120"}), "'model/config.json': config.json does not describe a model "),
+        ("{", "the lock {path} cannot be read: "),
+        ("[" * 100_000, "the lock {path} cannot be read: "),
+        ("[]", "the lock {path} cannot be read: it is not a JSON object"),
+        ("{}", "the lock {path} is not valid: lock_version: Field required"),
+        (None, "there is no lock recipe.lock.json beside the recipe"),
     ],
 )
-def test_a_config_that_describes_no_model_is_refused(folder, config, expected):
-    (folder / "model" / "config.json").write_text(config)
-    found = problems_of(folder, GOOD)
-    assert len(found) == 1
-    assert found[0].startswith(f"5:9: base_model.path: {expected}")
+def test_a_lock_that_describes_no_model_is_refused(folder, text, expected):
+    path = folder / "recipe.lock.json"
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    (found,) = problems_of(folder, GOOD)
+    assert found.startswith(f"3:1: {expected.format(path=path)}")
+    assert found.endswith("(make it: packager lock recipe.yaml)")
+
+
+def test_a_lock_that_contradicts_itself_is_refused(folder):
+    path = folder / "recipe.lock.json"
+    path.write_text(path.read_text().replace('"in_features": 640', '"in_features": 641'))
+    (found,) = problems_of(folder, GOOD)
+    assert found.startswith("3:1: recipe.lock.json: the lock contradicts itself: model.layers.0.mlp.down_proj.weight is ")
+    assert found.endswith("(make it anew: packager lock)")
+
+
+@pytest.mark.parametrize(
+    ("base", "locked", "expected"),
+    [
+        ("id: demo/other", None, "4:7: base_model.id is 'demo/other', the lock recipe.lock.json is of 'demo/demo'"),
+        ("path: model", "a" * 40, "5:9: base_model.path is a local folder, the lock recipe.lock.json is of the commit "),
+        (f"revision: {'a' * 40}", "a" * 40, ""),
+        (f"revision: {'b' * 40}", "a" * 40, f"5:13: base_model.revision is '{'b' * 40}', the lock recipe.lock.json is of "),
+    ],
+)
+def test_a_lock_is_of_the_base_model_that_the_recipe_names(folder, base, locked, expected):
+    write_lock(folder / "recipe.yaml", CONFIG, "demo/demo", locked)
+    old = "id: demo/demo\n" if base.startswith("id") else "path: model\n"
+    found = problems_of(folder, edited((f"  {old}", f"  {base}\n")))
+    assert [problem[: len(expected)] for problem in found] == ([expected] if expected else [])
 
 
 def test_slices_of_one_split_count_as_the_same_text(folder):
@@ -427,6 +455,7 @@ def test_a_licence_is_checked_before_anything_is_built(folder, license_, expecte
     (folder / "Notice").write_text(LLAMA2_NOTICE.replace(" is ", "\nis "))
     for name in ("LICENSE.txt", "USE_POLICY.md"):
         (folder / "model" / name).write_text("words")
+    write_lock(folder / "demo.yaml", CONFIG, "demo/demo")
     (folder / "demo.yaml").write_text(edited(("license: {id: mit}", f"license: {license_}")))
     found = load_or_error(folder / "demo.yaml")
     assert expected in str(found) if expected else isinstance(found, Recipe), found

@@ -145,8 +145,8 @@ def check_folder_of(recipe_file: RecipeFile) -> None:
     folder = recipe_file.resolve(base.path)
     files = list_source_files(folder, recipe_file.recipe.card.license.base_files)
     check_contents(files)
+    _check_config(_fp16_config(folder), folder, recipe_file.architecture)
     if files.weights:
-        _check_config(_fp16_config(folder), folder, recipe_file.architecture)
         _read_tensors(files, recipe_file.architecture)
 
 

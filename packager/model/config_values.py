@@ -33,7 +33,7 @@ def read_config(path: Path) -> dict[str, object]:
             "the file cannot be read as a JSON object",
             where=str(path),
             why=(error.strerror if isinstance(error, OSError) else None) or str(error),
-            hint="base_model.config names a copy of the model's config.json, base_model.path the folder that holds it",
+            hint="base_model.path names the folder that holds the model's config.json",
         ) from error
 
 

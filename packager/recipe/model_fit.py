@@ -49,11 +49,14 @@ def read_locked_model(parsed: ParsedRecipe, path: Path) -> LockedBaseModel | Loc
     locked = lock.base_model
     for loc, wanted, found in (("id", base_id, locked.id), ("revision", revision, locked.revision)):
         # A recipe may name a branch; the lock then holds the commit that it meant.
-        if wanted is not None and wanted != found and (loc == "id" or is_commit(wanted)):
+        if wanted is not None and wanted != found and (loc == "id" or found is None or is_commit(wanted)):
             message = (
                 f"base_model.{loc} is {quoted(wanted)}, the lock {path.name} is of {quoted(found or 'a local folder')}"
             )
             return LocatedProblem(parsed.at("base_model", loc), message, "make the lock anew: packager lock")
+    if parsed.text("base_model", "path") is not None and locked.revision is not None:
+        message = f"base_model.path is a local folder, the lock {path.name} is of the commit {locked.revision}"
+        return LocatedProblem(parsed.at("base_model", "path"), message, "make the lock anew: packager lock")
     return LockedBaseModel(lock=lock, architecture=architecture)
 
 
