@@ -53,7 +53,8 @@ class StoreCase:
         self.store = self.open()
 
     def open(self, **changes: str) -> BlockStore:
-        self.store = BlockStore(self.folder, self.shards, {**FINGERPRINT, **changes}, self.logged.append)
+        fingerprint = {**FINGERPRINT, **changes}
+        self.store = BlockStore(self.folder, self.shards, architecture(), fingerprint, self.logged.append)
         self.store.open()
         return self.store
 
@@ -371,10 +372,9 @@ def test_a_base_model_without_a_tensor_cannot_complete(case: StoreCase) -> None:
 
 
 def test_the_first_missing_block_is_named_in_the_order_of_numbers(tmp_path: Path) -> None:
-    shards = split_shards(
-        checkpoint_tensors(known_architecture(tiny_config(num_hidden_layers=12), "config"), variant()), 1 << 30, "model"
-    )
-    store = BlockStore(tmp_path / "main", shards, FINGERPRINT, print)
+    model = known_architecture(tiny_config(num_hidden_layers=12), "config")
+    shards = split_shards(checkpoint_tensors(model, variant()), 1 << 30, "model")
+    store = BlockStore(tmp_path / "main", shards, model, FINGERPRINT, print)
     store.open()
     for block in (0, 1):
         infos = [info for info in shards[0].tensors if info.name.startswith(f"model.layers.{block}.")]
@@ -382,7 +382,7 @@ def test_the_first_missing_block_is_named_in_the_order_of_numbers(tmp_path: Path
         store.write(block, {info.name: torch.zeros(info.shape).to(DTYPES[info.dtype]) for info in linears}, ())
     with pytest.raises(PackError, match="10 of 12 blocks are not quantized") as caught:
         store.complete({})
-    assert caught.value.why == "the first is model.layers.2"
+    assert caught.value.why == "the first is block 2"
 
 
 def test_several_stores_are_written_from_threads(tmp_path: Path) -> None:
