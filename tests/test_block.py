@@ -16,7 +16,7 @@ from packager.model.decoder import Context, Decoder
 from packager.quantize import block as block_module
 from packager.quantize.activations import Activations
 from packager.quantize.block import BlockJob, QuantizedBlock, quantize_block
-from packager.quantize.suspended_forward import Group, linear_groups
+from packager.quantize.suspended_forward import Group
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 from tests.sources import open_folder
@@ -51,7 +51,8 @@ class BlockCase:
         self.weights = list(self.decoder.stream())[1]
         self.change(self.weights)
         self.loads = 0
-        self.groups: tuple[Group, ...] = linear_groups(self.load(), self.inputs[0], self.contexts[0])
+        self.groups: tuple[Group, ...] = self.decoder.groups(1)
+        self.names = {linear.module: linear.name for linear in source.architecture.linears if linear.block == 1}
         self.states = Activations(self.inputs, "host")
         self.reported: list[tuple[LinearRecord, ...]] = []
         self.left = 0
@@ -68,7 +69,7 @@ class BlockCase:
             self.left += 1
 
         job = BlockJob(
-            variant=v, index=1, groups=self.groups, states=self.states, contexts=self.contexts, suspended=suspended,
+            variant=v, index=1, groups=self.groups, names=self.names, states=self.states, contexts=self.contexts, suspended=suspended,
             last=last, on_outputs_needed=on_outputs_needed,
         )  # fmt: skip
         return quantize_block(self.load, job, self.reported.append)

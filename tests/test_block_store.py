@@ -350,7 +350,7 @@ def test_tensors_that_are_not_the_planned_ones_are_refused(case: StoreCase) -> N
         with pytest.raises(PackError, match="a block does not have the planned tensors") as caught:
             case.store.write(1, tensors, records(1))
         assert name in caught.value.why
-        assert caught.value.where == "main, model.layers.1"
+        assert caught.value.where == "main, block 1"
     assert case.weights() == before
     assert case.finished() == []
 

@@ -23,7 +23,6 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from packager.model import fused_blocks
 from packager.model.decoder import Decoder
 from packager.model.fused_blocks import fuse
-from packager.quantize.suspended_forward import linear_groups
 from tests.hypothesis_profiles import examples
 from tests.tiny_models import CONFIGS, save_model
 
@@ -241,6 +240,26 @@ def test_a_fused_model_equals_the_model_of_transformers(tmp_path, monkeypatch, d
             assert relative_error(found[0], output[0]) < eps / 2
         else:
             assert torch.equal(found[0], output[0])
+
+
+def linear_groups(block: nn.Module, hidden: Tensor, context: dict[str, Any]) -> list[list[str]]:
+    """Return the linears that see the same input, in the order in which the block reaches them."""
+    seen: list[tuple[str, Tensor]] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    block(hidden, **context)
+    for handle in handles:
+        handle.remove()
+    groups: list[list[str]] = []
+    for index, (name, x) in enumerate(seen):
+        if index and x is seen[index - 1][1]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
 
 
 def test_linears_are_called_as_before_and_up_is_freed_before_down(tmp_path, device):
