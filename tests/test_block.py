@@ -184,7 +184,7 @@ def test_an_error_before_the_first_linear_names_the_block(tmp_path, monkeypatch)
     monkeypatch.setattr(block_module, "sweep_sequential", fail)
     with pytest.raises(QuantizeError) as caught:
         case.quantize(variant())
-    assert caught.value.where == "main, model.layers.1"
+    assert caught.value.where == "main, block 1"
 
 
 @WAYS

@@ -142,19 +142,8 @@ def quantized_config(folder: Path) -> None:
     edit_json(folder / "model", "config.json", lambda config: config.update(quantization_config={"bits": 4}))
 
 
-def copy_of_config(**changes: object) -> Callable[[Path], None]:
-    """Give the recipe a copy of config.json to plan from, `changes` apart."""
-
-    def change(folder: Path) -> None:
-        shutil.copy(folder / "model" / "config.json", folder / "copy.json")
-        edit_json(folder, "copy.json", lambda config: config.update(changes))
-
-    return change
-
-
-def quantized_behind_a_clean_copy(folder: Path) -> None:
-    copy_of_config()(folder)
-    quantized_config(folder)
+def config(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "model", "config.json", lambda values: values.update(changes))
 
 
 def chat_template(template: str) -> Callable[[Path], object]:
@@ -166,7 +155,6 @@ SYSTEM_REFUSED = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
 )
-COPY = {"base_model.config": "copy.json"}
 
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], Mapping[str, Any], tuple[str, ...]]] = {
     "no weights": (
@@ -186,7 +174,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], Mapping[str, Any], tuple[s
     "lost shard, no index": (
         split_weights_without_index,
         {},
-        ("the weights are not what config.json describes", "missing model.layers", "more", "a shard may be missing"),
+        ("the weights are not those that the lock describes", "missing model.layers", "more", "a shard may be missing"),
     ),
     "damaged index": (
         replaced("model/model.safetensors.index.json", "{"),
@@ -196,12 +184,12 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], Mapping[str, Any], tuple[s
     "wrong shape": (
         lambda folder: edit_weights(folder, lambda t: t.update({"model.norm.weight": torch.ones(65).half()})),
         {},
-        ("model.norm.weight is [65], config.json means [64]",),
+        ("model.norm.weight is [65], the lock has [64]",),
     ),
     "wrong dtype": (
         lambda folder: edit_weights(folder, lambda t: t.update({"model.norm.weight": torch.ones(64)})),
         {},
-        ("model.norm.weight is F32, config.json means F16",),
+        ("model.norm.weight is F32, the lock has F16",),
     ),
     "extra tensor": (
         lambda folder: edit_weights(folder, lambda t: t.update({"model.extra": torch.ones(2).half()})),
@@ -219,15 +207,19 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], Mapping[str, Any], tuple[s
         {},
         ("model.embed_tokens.weight: the weights contain NaN or Inf",),
     ),
-    "quantized, unlike the copy": (
-        quantized_behind_a_clean_copy,
-        COPY,
+    "quantized, unlike the lock": (
+        quantized_config,
+        {},
         ("model/config.json: the base model is already quantized", "name the fp16 model"),
     ),
-    "unlike the copy": (
-        copy_of_config(intermediate_size=128),
-        COPY,
-        ("does not have the shapes of the recipe's copy", "replace the copy named by base_model.config"),
+    "unlike the lock": (
+        config(intermediate_size=128, rope_theta=500_000.0),
+        {},
+        (
+            "model/config.json: the base model's config.json is not the one that the lock was made of",
+            "intermediate_size is 128, in the lock 96; rope_theta is 500000.0, in the lock absent",
+            "make the lock anew: packager lock",
+        ),
     ),
 }
 
@@ -235,8 +227,9 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], Mapping[str, Any], tuple[s
 @pytest.mark.parametrize("name", BAD_MODELS)
 def test_a_base_model_that_cannot_be_used(recipe: Path, tmp_path: Path, name: str) -> None:
     spoil, changes, texts = BAD_MODELS[name]
+    path = write_recipe(recipe.parent, changes)  # with the lock of the model as it was
     spoil(recipe.parent)
-    text = refused(SourceError, 3, build, write_recipe(recipe.parent, changes), tmp_path / "new")
+    text = refused(SourceError, 3, build, path, tmp_path / "new")
     for part in texts:
         assert part in text
     assert leftovers(tmp_path / "new") == []
@@ -358,8 +351,9 @@ def test_a_line_separator_inside_a_json_string_ends_no_line(recipe: Path, tmp_pa
 def test_recipes_that_cannot_be_built_name_line_and_column(recipe: Path, tmp_path: Path) -> None:
     text = refused(RecipeError, 2, build, write_recipe(recipe.parent, {"defaults.group_size": 24}), tmp_path / "new")
     assert re.search(r"recipe\.yaml:\d+:\d+: group_size 24 does not divide the 64 in_features of q_proj", text)
+    path = write_recipe(recipe.parent)
     quantized_config(recipe.parent)
-    text = refused(RecipeError, 2, build, write_recipe(recipe.parent), tmp_path / "new")
+    text = refused(SourceError, 3, build, path, tmp_path / "new")
     assert "the base model is already quantized" in text
     assert not (tmp_path / "new").exists()
 

@@ -1,19 +1,23 @@
 """A decoder model's tensors, blocks and linears, as its lock describes them. No torch here: `plan` must stay fast."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import islice
+from typing import TypeVar
 
 from packager.errors import PlanError
 from packager.model.config_values import ConfigReader
 from packager.model.lock import LockedKind, LockedModel
-from packager.model.name_patterns import names_of, natural_key, read_numbers
+from packager.model.name_patterns import MOST_NAMES, names_of, natural_key, read_numbers
 from packager.model.safetensors_file import DTYPE_BYTES, TensorInfo
 
 # Buffers that old checkpoints store and every runtime computes itself; a quantized branch leaves them out.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,12 +205,12 @@ def architecture_of(locked: LockedModel, where: str) -> Architecture:
         PlanError: the lock contradicts itself.
     """
     try:
-        tensors = [
+        tensors = _all(
             TensorInfo(name=name, dtype=entry.dtype, shape=entry.shape)
             for entry in locked.tensors
             for name in names_of(entry.names)
-        ]
-        linears = [linear for kind in locked.kinds for linear in _linears(kind)]
+        )
+        linears = _all(linear for kind in locked.kinds for linear in _linears(kind))
         _check(locked, tensors, linears)
     except ValueError as error:
         raise PlanError(
@@ -231,20 +235,26 @@ def architecture_of(locked: LockedModel, where: str) -> Architecture:
     )
 
 
-def _linears(kind: LockedKind) -> list[LinearSpec]:
-    return [
-        LinearSpec(
-            name=linear.stored.replace("{block}", str(block)),
-            block=block,
-            module=linear.module,
-            in_features=linear.in_features,
-            out_features=linear.out_features,
-            bias=linear.bias,
-        )
-        for block in read_numbers(kind.blocks)
-        for group in kind.groups
-        for linear in group.linears
-    ]
+def _all(items: Iterable[_Item]) -> list[_Item]:
+    """Return a list of at most `MOST_NAMES` items; a short lock can stand for more than the memory holds."""
+    found = list(islice(items, MOST_NAMES + 1))
+    if len(found) > MOST_NAMES:
+        raise ValueError(f"it stands for more than {MOST_NAMES} tensors or linears")
+    return found
+
+
+def _linears(kind: LockedKind) -> Iterator[LinearSpec]:
+    for block in read_numbers(kind.blocks):
+        for group in kind.groups:
+            for linear in group.linears:
+                yield LinearSpec(
+                    name=linear.stored.replace("{block}", str(block)),
+                    block=block,
+                    module=linear.module,
+                    in_features=linear.in_features,
+                    out_features=linear.out_features,
+                    bias=linear.bias,
+                )
 
 
 def _kind(kind: LockedKind) -> BlockKind:

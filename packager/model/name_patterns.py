@@ -91,7 +91,7 @@ def read_numbers(text: str) -> Numbers:
         if match is None:
             raise ValueError(f"{text!r} is not a list of numbers such as 0..2,5")
         begin, end = int(match[1]), int(match[2] or match[1])
-        if not begin <= end < begin + MOST_NAMES or (numbers and begin <= numbers[-1]):
+        if not begin <= end < begin + MOST_NAMES - len(numbers) or (numbers and begin <= numbers[-1]):
             raise ValueError(f"{text!r} is not in rising order, or too long")
         numbers.extend(range(begin, end + 1))
     return tuple(numbers)
@@ -103,11 +103,14 @@ def names_of(pattern: str) -> Iterator[str]:
     Raises:
         ValueError: the pattern is malformed, or stands for more than `MOST_NAMES` names.
     """
-    places = [read_numbers(text) for text in _PLACE.findall(pattern)]
     template = _PLACE.sub("{}", pattern)
-    if template.count("{") != len(places) or template.count("}") != len(places):
+    texts = _PLACE.findall(pattern)
+    if template.count("{") != len(texts) or template.count("}") != len(texts):
         raise ValueError(f"{pattern!r} has a brace that no numbers stand in")
-    if math.prod(map(len, places)) > MOST_NAMES:
-        raise ValueError(f"{pattern!r} stands for more than {MOST_NAMES} names")
+    places: list[Numbers] = []
+    for text in texts:
+        places.append(read_numbers(text))
+        if math.prod(map(len, places)) > MOST_NAMES:  # before the next place takes memory
+            raise ValueError(f"{pattern!r} stands for more than {MOST_NAMES} names")
     for numbers in product(*places):
         yield template.format(*numbers)
