@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from packager.errors import QuantizeError
 from packager.model.decoder import Context, Decoder
+from packager.model.trace import Group
 from packager.quantize import block as block_module
 from packager.quantize.activations import Activations
 from packager.quantize.block import BlockJob, QuantizedBlock, quantize_block
-from packager.quantize.suspended_forward import Group
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 from tests.sources import open_folder

@@ -20,7 +20,7 @@ from packager.model.architecture import architecture_of
 from packager.model.compatibility import RUNTIME_RULES, verdicts
 from packager.model.config_values import read_config
 from packager.model.runtimes import RUNTIMES, LoaderName
-from packager.pipeline.plan import BuildPlan, describe, make_plan
+from packager.pipeline.plan import BuildPlan, make_plan, variant_description
 from packager.prove.audit.known_models import known_architecture
 from packager.prove.evaluation_memory import evaluation_memory
 from packager.prove.loaders import LOADERS
@@ -327,8 +327,8 @@ def test_a_description_is_the_recipes_or_states_facts(tmp_path: Path) -> None:
         "4-bit, group size 128, act order: 3 % larger than the smallest.",
         "4-bit, one group per row, no act order, asymmetric: the smallest size.",
     ]
-    assert describe(variant(), 100, [100]) == "4-bit, group size 128, no act order."
-    assert describe(variant(), 1001, [1000, 1001, 2000]).endswith("less than 1 % larger than the smallest.")
+    assert variant_description(variant(), 100, [100]) == "4-bit, group size 128, no act order."
+    assert variant_description(variant(), 1001, [1000, 1001, 2000]).endswith("less than 1 % larger than the smallest.")
 
 
 def answers(config: dict[str, Any] = LLAMA_2_13B, **parameters: Any) -> dict[str, tuple[bool, str]]:

@@ -239,7 +239,9 @@ def test_a_lock_that_contradicts_itself_is_refused(folder):
     path = folder / "recipe.lock.json"
     path.write_text(path.read_text().replace('"in_features": 640', '"in_features": 641'))
     (found,) = problems_of(folder, GOOD)
-    assert found.startswith("3:1: recipe.lock.json: the lock contradicts itself: model.layers.0.mlp.down_proj.weight is ")
+    assert found.startswith(
+        "3:1: recipe.lock.json: the lock contradicts itself: model.layers.0.mlp.down_proj.weight is "
+    )
     assert found.endswith("(make it anew: packager lock)")
 
 
@@ -247,9 +249,17 @@ def test_a_lock_that_contradicts_itself_is_refused(folder):
     ("base", "locked", "expected"),
     [
         ("id: demo/other", None, "4:7: base_model.id is 'demo/other', the lock recipe.lock.json is of 'demo/demo'"),
-        ("path: model", "a" * 40, "5:9: base_model.path is a local folder, the lock recipe.lock.json is of the commit "),
+        (
+            "path: model",
+            "a" * 40,
+            "5:9: base_model.path is a local folder, the lock recipe.lock.json is of the commit ",
+        ),
         (f"revision: {'a' * 40}", "a" * 40, ""),
-        (f"revision: {'b' * 40}", "a" * 40, f"5:13: base_model.revision is '{'b' * 40}', the lock recipe.lock.json is of "),
+        (
+            f"revision: {'b' * 40}",
+            "a" * 40,
+            f"5:13: base_model.revision is '{'b' * 40}', the lock recipe.lock.json is of ",
+        ),
     ],
 )
 def test_a_lock_is_of_the_base_model_that_the_recipe_names(folder, base, locked, expected):

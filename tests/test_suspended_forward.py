@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from packager.errors import QuantizeError
 from packager.model.contexts import Context
+from packager.model.trace import Group
 from packager.quantize.activations import Activations
 from packager.quantize.gptq.hessian import Hessian
-from packager.quantize.suspended_forward import Group, sweep_parallel, sweep_sequential
+from packager.quantize.suspended_forward import sweep_parallel, sweep_sequential
 
 GROUPS: tuple[Group, ...] = (("first",), ("second",))
 POSITIVE, NEGATIVE = torch.ones(2, 4, 8), -torch.ones(2, 4, 8)

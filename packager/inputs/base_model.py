@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from packager.errors import SourceError
 from packager.inputs.hub_session import checked_siblings, is_of_client, open_session
-from packager.inputs.source_files import (
-    INDEX,
-    SourceFiles,
-    check_contents,
-    list_source_files,
-    read_small,
-)
+from packager.inputs.source_files import INDEX, SourceFiles, check_contents, list_source_files, read_small
 from packager.model.architecture import IGNORED_SUFFIXES, Architecture
 from packager.model.config_values import read_config, shortened
 from packager.model.contract_files import CONTENT_RULES

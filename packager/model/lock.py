@@ -9,12 +9,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, StringConstraints, model_validator
 
+from packager.model.config_values import LARGEST_SIZE, MOST_BLOCKS
 from packager.model.name_patterns import MOST_NAMES, read_numbers
 from packager.receipt import FileRecord, Record
 
 LOCK_VERSION = 1
-MOST_BLOCKS = 1000
-LARGEST_SIZE = 1 << 24
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

@@ -222,13 +222,14 @@ def _described(recipe: Recipe, planned: Sequence[VariantPlan]) -> tuple[VariantP
     return tuple(
         replace(
             variant_plan,
-            description=entry.description or describe(variant_plan.variant, variant_plan.weights_bytes, sizes),
+            description=entry.description
+            or variant_description(variant_plan.variant, variant_plan.weights_bytes, sizes),
         )
         for variant_plan, entry in zip(planned, recipe.variants, strict=True)
     )
 
 
-def describe(variant: Variant, weights_bytes: int, all_sizes: Sequence[int]) -> str:
+def variant_description(variant: Variant, weights_bytes: int, all_sizes: Sequence[int]) -> str:
     """Describe a variant by facts that need no measurement: bits, group size, act order, size against the others."""
     facts = [
         f"{variant.bits}-bit",

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from packager.errors import QuantizeError
 from packager.model.contexts import Context
 from packager.model.packing import dequantize_linear, pack, pack_zeros
+from packager.model.trace import Group
 from packager.quantize.activations import Activations
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Factor, Hessian, factorize, factorize_within
 from packager.quantize.gptq.solve import Solution, solve
-from packager.quantize.suspended_forward import Group, linears_of, sweep_parallel, sweep_sequential
+from packager.quantize.suspended_forward import linears_of, sweep_parallel, sweep_sequential
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from packager.errors import QuantizeError
 from packager.model.contexts import Context
 from packager.model.decoder import run_block
+from packager.model.trace import Group
 from packager.quantize.activations import Activations
 from packager.quantize.gptq.hessian import Hessian
 
-Group = tuple[str, ...]
 SolveGroup = Callable[[Group, Hessian], None]
 
 

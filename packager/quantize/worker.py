@@ -18,13 +18,14 @@ from packager.model.contexts import Context, own_contexts
 from packager.model.decoder import Decoder, compute_dtype
 from packager.model.fused_blocks import FusedModules
 from packager.model.stored_names import ReadTensor
+from packager.model.trace import Group
 from packager.quantize.activations import Activations
 from packager.quantize.block import BlockJob, quantize_block, restore_block, rules_of
 from packager.quantize.block_store import BlockStore
 from packager.quantize.host_copies import HostCopies
 from packager.quantize.job import BlockDone, DeviceShare, LinearsDone, QuantizeJob, Report
 from packager.quantize.memory import SweepPlan
-from packager.quantize.suspended_forward import Group, run_forward
+from packager.quantize.suspended_forward import run_forward
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 

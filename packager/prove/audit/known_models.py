@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from packager.errors import PlanError
 from packager.model.architecture import Architecture, architecture_of
-from packager.model.config_values import ConfigReader, shortened
-from packager.model.lock import MOST_BLOCKS, LockedGroup, LockedKind, LockedLinear, LockedModel, LockedTensors
+from packager.model.config_values import MOST_BLOCKS, ConfigReader, shortened
+from packager.model.lock import LockedGroup, LockedKind, LockedLinear, LockedModel, LockedTensors
 from packager.model.name_patterns import write_numbers
 
 _BLOCKS = "model.layers"
