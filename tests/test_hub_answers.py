@@ -14,7 +14,7 @@ import pytest
 
 from packager.errors import PackagerError, PublishError, SourceError
 from packager.inputs import hub_session
-from packager.inputs.base_model import access_problem, hub_errors
+from packager.inputs.hub_models import access_problem, hub_errors
 from packager.publish.after_publish import FinalStep, ReleaseTag
 from packager.publish.branches import publish_branches
 from packager.publish.hub_collection import HubCollection

@@ -10,7 +10,8 @@ import pytest
 from huggingface_hub import errors as hub
 
 from packager.errors import CalibrationError, SourceError
-from packager.inputs.base_model import access_problem, open_source
+from packager.inputs.base_model import open_source
+from packager.inputs.hub_models import access_problem
 from packager.inputs.texts import read_texts
 from packager.recipe import TextSource
 from packager.recipe.file import RecipeFile

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packager.errors import CalibrationError
-from packager.inputs.base_model import SourceModel, hub_errors
+from packager.inputs.base_model import SourceModel
 from packager.inputs.chat import (
     AskedQuestion,
     Question,
@@ -24,6 +24,7 @@ from packager.inputs.chat import (
     read_questions,
     render_messages,
 )
+from packager.inputs.hub_models import hub_errors
 from packager.inputs.limits import TextGroup, check_tokenizer_file
 from packager.inputs.overlap import check_overlap
 from packager.model.strict_json import parse_json

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from packager.errors import MachineError, PackagerError, PublishError
-from packager.inputs.base_model import access_problem
+from packager.inputs.hub_models import access_problem
 from packager.model.devices import choose_device
 from packager.pipeline.build_state import STAGES, BuildState, Options, require_build_extra
 from packager.pipeline.flow import build, publish, require_key
