@@ -16,6 +16,7 @@ from packager.receipt import FileRecord, Record
 LOCK_VERSION = 1
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE, strict=True)]
 Bytes = Annotated[int, Field(ge=0, lt=1 << 60, strict=True)]
@@ -111,10 +112,18 @@ class LockedModel(Record):
 
 
 class LockedBase(Record):
-    """The base model's identity: the resolved commit and the files there; no commit for a local folder."""
+    """The base model's identity.
+
+    Attributes:
+        id: as in the recipe.
+        requested: the recipe's branch or tag that `revision` was resolved from; None where the recipe gives a commit.
+        revision: the commit on the Hub; None for a local folder.
+        files: that a build uses at that commit; empty for a local folder.
+    """
 
     id: Name
-    revision: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")] | None
+    requested: Name | None = None
+    revision: Commit | None
     files: dict[str, FileRecord]
 
 
@@ -124,6 +133,7 @@ class Lock(Record):
     Attributes:
         made_with: versions of what described the model: transformers.
         base_model: whose files.
+        datasets: commits of the datasets whose branch or tag the recipe names, by `dataset_key`.
         chat_template_sha256: of the chat template, None where there is none.
         model: its architecture.
     """
@@ -131,5 +141,11 @@ class Lock(Record):
     lock_version: Literal[1]
     made_with: dict[str, str]
     base_model: LockedBase
+    datasets: dict[str, Commit] = {}
     chat_template_sha256: Digest | None
     model: LockedModel
+
+
+def dataset_key(dataset: str, revision: str) -> str:
+    """Return the key of a dataset's branch or tag in `Lock.datasets`."""
+    return f"{dataset}@{revision}"

@@ -45,6 +45,14 @@ def _group_size(value: int) -> int:
     return value
 
 
+def _revision(value: str) -> str:
+    if re.fullmatch(_SHORT_HASH, value):
+        raise ValueError("must be a whole commit id of 40 lower-case hex digits, or the name of a branch or tag")
+    if ".." in value or "//" in value or value.endswith(("/", ".", ".lock")):
+        raise ValueError(f"must be {PATTERN_MEANINGS[_REVISION]}")
+    return value
+
+
 def _prompt_template(value: str) -> str:
     if value.count("{prompt}") != 1:
         raise ValueError("must contain {prompt} exactly once")
@@ -57,7 +65,8 @@ def _described(description: str) -> Any:
 
 _REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 _FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-_COMMIT_HASH = r"^[0-9a-f]{40}$"
+_REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
+_SHORT_HASH = r"(?!(?:[0-9a-f]{40})$)[0-9A-Fa-f]{7,}"  # a commit that the Hub would have to guess
 _URL = r"^https://[^\s<>\"'`|)\]]+$"
 _GIT_URL = r"^(https://|ssh://|file:///|[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:)[^\s<>\"'`|)\]]+$"
 _LINE = r"^[^\r\n\x00-\x1f]+$"
@@ -69,7 +78,7 @@ _WEIGHTS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,80}$"
 PATTERN_MEANINGS = {
     _REPO_ID: "namespace/name",
     _FILE_NAME: "a file name without a folder",
-    _COMMIT_HASH: "a full commit id, 40 lower-case hex digits",
+    _REVISION: "a full commit id, or the name of a branch or tag",
     _URL: "an https:// address without spaces, quotes or brackets",
     _GIT_URL: "an address of a git remote: https://, ssh://, file:/// or user@host:path",
     _LINE: "one line of text",
@@ -81,7 +90,9 @@ PATTERN_MEANINGS = {
 
 RepoId = Annotated[str, Field(pattern=_REPO_ID, description=PATTERN_MEANINGS[_REPO_ID])]
 FileName = Annotated[str, Field(pattern=_FILE_NAME, description=PATTERN_MEANINGS[_FILE_NAME])]
-CommitHash = Annotated[str, Field(pattern=_COMMIT_HASH, description=PATTERN_MEANINGS[_COMMIT_HASH])]
+Revision = Annotated[
+    str, Field(pattern=_REVISION, description=PATTERN_MEANINGS[_REVISION]), AfterValidator(_revision)
+]
 RelativePath = Annotated[str, AfterValidator(_relative_path), Field(description="relative to the recipe's folder")]
 BranchName = Annotated[
     str, AfterValidator(_branch), _described("main, or left out: then named gptq-{bits}bit-{group_size}g-...")
@@ -169,11 +180,12 @@ class Repository(Strict):
 
 
 class BaseModelRef(Strict):
-    """The fp16 model: on the Hub at an exact revision, or a local folder."""
+    """The fp16 model: on the Hub at a revision, or a local folder."""
 
     id: RepoId
-    revision: CommitHash | None = Field(
-        default=None, description="the Hub commit to read; leave out for a local folder"
+    revision: Revision | None = Field(
+        default=None,
+        description="the commit on the Hub, or a branch or tag whose commit the lock holds; left out for a local folder",
     )
     path: RelativePath | None = Field(default=None, description="a local folder with safetensors; instead of revision")
 
@@ -185,12 +197,14 @@ class BaseModelRef(Strict):
 
 
 class TextSource(Strict):
-    """Text to tokenize: a local .txt or .jsonl file, or one split of a Hub dataset at an exact revision."""
+    """Text to tokenize: a local .txt or .jsonl file, or one split of a Hub dataset at a revision."""
 
     path: RelativePath | None = Field(default=None, description="a local .txt or .jsonl file")
     dataset: RepoId | None = Field(default=None, description="a Hub dataset; instead of path")
     config: LineText | None = Field(default=None, description="the dataset's configuration, e.g. wikitext-2-raw-v1")
-    revision: CommitHash | None = Field(default=None, description="the dataset's commit, 40 lower-case hex digits")
+    revision: Revision | None = Field(
+        default=None, description="the dataset's commit, or a branch or tag whose commit the lock holds"
+    )
     split: LineText | None = Field(default=None, description="the dataset's split, e.g. train")
     text_field: LineText = Field(default="text", description="the column or JSON key that holds the text")
 

@@ -11,8 +11,7 @@ from packager.model.architecture import Architecture
 from packager.model.lock import Lock
 from packager.recipe import Recipe
 from packager.recipe.checks import check
-from packager.recipe.lock_file import lock_path
-from packager.recipe.model_fit import LockedBaseModel, read_locked_model
+from packager.recipe.model_fit import LockedBaseModel, pinned, read_locked_model
 from packager.recipe.parsed_recipe import read
 from packager.recipe.paths import locate, path_problem
 from packager.recipe.yaml import MAX_BYTES, LocatedProblem, decode, parse
@@ -26,7 +25,7 @@ class RecipeFile:
 
     Attributes:
         path: the recipe's file.
-        recipe: the recipe.
+        recipe: the recipe; each branch or tag in it is replaced by the commit that the lock holds.
         lock: what the base model said of itself.
         architecture: the shapes that the lock describes.
     """
@@ -47,7 +46,7 @@ class RecipeFile:
         recipe, model, located = _judge(_read(path), path, locked=True)
         if recipe is not None and isinstance(model, LockedBaseModel) and not located:
             architecture = model.architecture.leaving(recipe.quantize.skip)
-            return cls(path=path, recipe=recipe, lock=model.lock, architecture=architecture)
+            return cls(path=path, recipe=pinned(recipe, model.lock), lock=model.lock, architecture=architecture)
         raise _error(path, located)
 
     @property
@@ -103,7 +102,7 @@ def _judge(
     if root is None:
         return None, None, problems
     parsed = read(root)
-    model = read_locked_model(parsed, lock_path(path)) if locked else None
+    model = read_locked_model(parsed, path) if locked else None
     return parsed.recipe, model, [*problems, *parsed.problems, *check(parsed, path.parent, model)]
 
 

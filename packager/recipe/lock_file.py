@@ -19,13 +19,13 @@ def lock_path(recipe: Path) -> Path:
     return recipe.with_name(f"{recipe.stem}.lock.json")
 
 
-def read_lock(path: Path) -> Lock:
-    """Read a lock.
+def read_lock(path: Path, recipe: Path) -> Lock:
+    """Read the lock of a recipe.
 
     Raises:
         RecipeError: there is none, or it is damaged or of another version; says how to make one.
     """
-    make = f"make it: packager lock {path.name.removesuffix('.lock.json')}.yaml"
+    make = f"make it: packager lock {recipe}"
     try:
         with path.open("rb") as stream:
             data = stream.read(_MOST_BYTES + 1)

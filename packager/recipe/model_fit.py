@@ -9,8 +9,9 @@ from typing import NamedTuple
 from packager.errors import PlanError, RecipeError
 from packager.model.architecture import Architecture, architecture_of
 from packager.model.checkpoint import fit_problems, length_problem
-from packager.model.lock import Lock
-from packager.recipe.lock_file import read_lock
+from packager.model.lock import Lock, dataset_key
+from packager.recipe import Recipe, TextSource
+from packager.recipe.lock_file import lock_path, read_lock
 from packager.recipe.parsed_recipe import ParsedRecipe, Unreadable
 from packager.recipe.yaml import LocatedProblem, Position, Scalar
 from packager.system.text import quoted
@@ -32,32 +33,64 @@ class LockedBaseModel:
     architecture: Architecture
 
 
-def read_locked_model(parsed: ParsedRecipe, path: Path) -> LockedBaseModel | LocatedProblem:
+def read_locked_model(parsed: ParsedRecipe, recipe: Path) -> LockedBaseModel | LocatedProblem:
     """Read a recipe's lock, which must be of the base model that the recipe names.
 
     Returns:
         The lock, or why it cannot be used.
     """
+    path = lock_path(recipe)
     try:
-        lock = read_lock(path)
+        lock = read_lock(path, recipe)
         architecture = architecture_of(lock.model, path.name)
     except RecipeError as error:
         return LocatedProblem(parsed.key_at("base_model"), str(error.what), error.hint)
     except PlanError as error:
         return LocatedProblem(parsed.key_at("base_model"), f"{path.name}: {error.what}: {error.why}", error.hint)
-    base_id, revision = parsed.text("base_model", "id"), parsed.text("base_model", "revision")
-    locked = lock.base_model
-    for loc, wanted, found in (("id", base_id, locked.id), ("revision", revision, locked.revision)):
-        # A recipe may name a branch; the lock then holds the commit that it meant.
-        if wanted is not None and wanted != found and (loc == "id" or found is None or is_commit(wanted)):
-            message = (
-                f"base_model.{loc} is {quoted(wanted)}, the lock {path.name} is of {quoted(found or 'a local folder')}"
-            )
-            return LocatedProblem(parsed.at("base_model", loc), message, "make the lock anew: packager lock")
-    if parsed.text("base_model", "path") is not None and locked.revision is not None:
-        message = f"base_model.path is a local folder, the lock {path.name} is of the commit {locked.revision}"
-        return LocatedProblem(parsed.at("base_model", "path"), message, "make the lock anew: packager lock")
+    if (moved := _moved(parsed, lock, path.name)) is not None:
+        at, message = moved
+        return LocatedProblem(at, message, f"make the lock anew: packager lock {recipe}")
     return LockedBaseModel(lock=lock, architecture=architecture)
+
+
+def _moved(parsed: ParsedRecipe, lock: Lock, name: str) -> tuple[Position, str] | None:
+    """Return what the recipe names and the lock does not hold: its position, and a sentence."""
+    locked = lock.base_model
+    base_id, path, revision = (parsed.text("base_model", key) for key in ("id", "path", "revision"))
+    found = locked.revision or "a local folder"
+    wrong: dict[str, tuple[str | None, str]] = {
+        "id": (base_id if base_id != locked.id else None, locked.id),
+        "path": (path if locked.revision is not None else None, found),
+        "revision": (revision if revision not in (locked.requested, locked.revision) else None, found),
+    }
+    for key, (wanted, held) in wrong.items():
+        if wanted is not None:
+            message = f"base_model.{key} is {quoted(wanted)}, the lock {name} is of {quoted(held)}"
+            return parsed.at("base_model", key), message
+    for section in ("calibration", "evaluation"):
+        dataset, wanted = parsed.text(section, "dataset"), parsed.text(section, "revision")
+        if dataset and wanted and not is_commit(wanted) and dataset_key(dataset, wanted) not in lock.datasets:
+            message = f"{section}.revision is {quoted(wanted)}, the lock {name} has no commit of it"
+            return parsed.at(section, "revision"), message
+    return None
+
+
+def pinned(recipe: Recipe, lock: Lock) -> Recipe:
+    """Return a recipe with the lock's commits in the place of branches and tags."""
+    base = recipe.base_model
+    changes: dict[str, object] = {}
+    if base.revision is not None:
+        changes["base_model"] = base.model_copy(update={"revision": lock.base_model.revision})
+    texts: dict[str, TextSource] = {"calibration": recipe.calibration, "evaluation": recipe.evaluation}
+    return recipe.model_copy(
+        update=changes | {name: _pinned_text(text, lock) for name, text in texts.items()}
+    )  # fmt: skip
+
+
+def _pinned_text(text: TextSource, lock: Lock) -> TextSource:
+    if text.dataset is None or text.revision is None or is_commit(text.revision):
+        return text
+    return text.model_copy(update={"revision": lock.datasets[dataset_key(text.dataset, text.revision)]})
 
 
 def is_commit(revision: str) -> bool:
