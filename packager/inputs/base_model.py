@@ -141,7 +141,7 @@ def check_folder_of(recipe_file: RecipeFile) -> None:
     folder = recipe_file.resolve(base.path)
     files = list_source_files(folder, recipe_file.recipe.card.license.base_files)
     check_contents(files)
-    _check_config(_fp16_config(folder), folder, recipe_file.architecture)
+    _check_config(fp16_config(folder), folder, recipe_file.architecture)
     if files.weights:
         _read_tensors(files, recipe_file.architecture)
 
@@ -159,7 +159,7 @@ def read_source(
     Raises:
         SourceError: see `open_source`.
     """
-    config = _fp16_config(folder)
+    config = fp16_config(folder)
     _check_config(config, folder, architecture)
     listed = list_source_files(folder, licenses)
     checked = check_contents(listed)
@@ -234,7 +234,7 @@ def _check_files(source: SourceModel, recipe_file: RecipeFile) -> None:
         )
 
 
-def _fp16_config(folder: Path) -> Mapping[str, object]:
+def fp16_config(folder: Path) -> Mapping[str, object]:
     """Return a model folder's config.json.
 
     Raises:
@@ -242,14 +242,35 @@ def _fp16_config(folder: Path) -> Mapping[str, object]:
     """
     path = folder / CONFIG
     config = read_config(path)
-    if config.get("quantization_config") is not None:
+    if method := _quantization_of(config):
         raise SourceError(
-            "the base model is already quantized", where=str(path), hint="name the fp16 model as base_model"
+            "the base model is already quantized",
+            where=str(path),
+            why=f"its quantization_config names {method}",
+            hint="name the fp16 model as base_model",
         )
     return config
 
 
+def _quantization_of(config: Mapping[str, object]) -> str:
+    """Return the method of a quantization_config of the model, or of a part of it; "" if there is none."""
+    given = config.get("quantization_config")
+    if given is not None:
+        return shortened(given.get("quant_method") if isinstance(given, Mapping) else given)
+    parts = (value for value in config.values() if isinstance(value, Mapping))
+    return next(filter(None, map(_quantization_of, parts)), "")
+
+
 def _read_tensors(files: SourceFiles, architecture: Architecture) -> dict[str, StoredTensor]:
+    return _matched(tensors_of(files), architecture, files.folder)
+
+
+def tensors_of(files: SourceFiles) -> dict[str, StoredTensor]:
+    """Return every tensor of a base model's weights files, by name.
+
+    Raises:
+        SourceError: there are no weights, a file is damaged, or a tensor is there twice.
+    """
     folder = files.folder
     if not files.weights:
         pickles = [name for name in files.left_out if name.endswith(_PICKLES)]
@@ -260,14 +281,23 @@ def _read_tensors(files: SourceFiles, architecture: Architecture) -> dict[str, S
             hint="a pickle can run code when it is opened; name a revision with safetensors, or convert it first",
         )
     found: dict[str, StoredTensor] = {}
-    for path in (folder / name for name in files.weights):
-        for name, stored in stored_tensors(path).items():
-            if name in found:
-                raise SourceError(f"{name} is stored twice", where=f"{found[name].path.name} and {path.name}")
-            found[name] = stored
-        if len(found) > _MOST_TENSORS:
-            raise SourceError("the weights hold too many tensors", where=str(folder), why=f"more than {_MOST_TENSORS}")
-    return _matched(found, architecture, folder)
+    for name in files.weights:
+        add_tensors(found, stored_tensors(folder / name), where=str(folder))
+    return found
+
+
+def add_tensors(found: dict[str, StoredTensor], more: Mapping[str, StoredTensor], *, where: str) -> None:
+    """Add the tensors of a further weights file.
+
+    Raises:
+        SourceError: a tensor is there twice, or there are too many.
+    """
+    for name, stored in more.items():
+        if name in found:
+            raise SourceError(f"{name} is stored twice", where=f"{found[name].path.name} and {stored.path.name}")
+        found[name] = stored
+    if len(found) > _MOST_TENSORS:
+        raise SourceError("the weights hold too many tensors", where=where, why=f"more than {_MOST_TENSORS}")
 
 
 def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, folder: Path) -> dict[str, StoredTensor]:

@@ -1,17 +1,26 @@
 """Base models on the Hub: which files there are at a revision, their download, and the client's errors translated."""
 
 import glob
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from packager.errors import SourceError
-from packager.inputs.hub_session import checked_siblings, is_of_client, open_session
+from packager.inputs.hub_session import AnswerError, checked_siblings, is_of_client, open_session
 from packager.inputs.source_files import INDEX
 from packager.model.contract_files import CONTENT_RULES
+from packager.model.safetensors_file import Header, header_from
 from packager.system.files import disk_errors, file_records
-from packager.system.text import printable
+from packager.system.text import printable, shown
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
+_FIRST_BYTES = 1 << 18  # the headers of most shards
+_QUERY = re.compile(r"\?[^\s'\"]+")  # of an address: a signature, which lets anyone read the file
 
 
 @contextmanager
@@ -46,7 +55,7 @@ def hub_errors(what: str) -> Iterator[None]:
     except failures as error:
         raise SourceError(
             f"{what} could not be downloaded",
-            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            why=_QUERY.sub("?...", str(error).splitlines()[0]) if str(error) else type(error).__name__,
             hint="run the same command again: what arrived is kept",
         ) from error
     except Exception as error:
@@ -71,38 +80,128 @@ def access_problem(base_id: str) -> str:
     return ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class HubModel:
+    """A base model on the Hub at a commit.
+
+    Attributes:
+        id: its name there.
+        commit: the commit.
+        files: those that a build uses, by name.
+    """
+
+    id: str
+    commit: str
+    files: "Mapping[str, RepoSibling]"
+
+    @property
+    def where(self) -> str:
+        """The model and its commit, for messages."""
+        return f"{self.id} at {self.commit[:12]}"
+
+
+def resolve_model(base_id: str, revision: str, licenses: Iterable[str]) -> HubModel:
+    """Find the commit that a revision means, and the files there.
+
+    Raises:
+        SourceError: there is no such model or revision, it has no safetensors, or a file is too large for its kind.
+    """
+    import huggingface_hub
+
+    with hub_errors(f"{base_id} at {revision[:40]}"):
+        found = huggingface_hub.HfApi().model_info(base_id, revision=revision, files_metadata=True)
+        siblings = _used_siblings(found.siblings, licenses, base_id, revision)
+        return HubModel(
+            id=base_id, commit=_checked_commit(found.sha), files={entry.rfilename: entry for entry in siblings}
+        )
+
+
+def resolve_dataset(dataset: str, revision: str) -> str:
+    """Return the commit that a revision of a dataset means.
+
+    Raises:
+        SourceError: there is no such dataset or revision.
+    """
+    import huggingface_hub
+
+    with hub_errors(f"the dataset {dataset} at {revision}"):
+        return _checked_commit(huggingface_hub.HfApi().dataset_info(dataset, revision=revision).sha)
+
+
+def _checked_commit(commit: object) -> str:
+    if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
+        raise AnswerError(f"{shown(commit)} is not a commit")
+    return commit
+
+
+def _used_siblings(listed: object, licenses: Iterable[str], base_id: str, revision: str) -> "Sequence[RepoSibling]":
+    """Return the files of a revision that a build uses, of those that the Hub lists.
+
+    Raises:
+        SourceError: there are no safetensors, or a file is larger than one of its kind may be.
+    """
+    siblings = checked_siblings(listed)
+    if not any(sibling.rfilename.endswith(".safetensors") for sibling in siblings):
+        raise SourceError(
+            "the base model has no safetensors weights at this revision",
+            where=f"{base_id} at {revision}",
+            hint="a pickle can run code when it is opened; name a revision with safetensors",
+        )
+    wanted = [sibling for sibling in siblings if _is_used(sibling.rfilename, licenses)]
+    for sibling in wanted:
+        rule = CONTENT_RULES.get(sibling.rfilename)
+        if rule is not None and (sibling.size or 0) > rule.most_bytes:
+            raise SourceError(
+                "a file of the base model is too large",
+                where=f"{base_id}: {sibling.rfilename}",
+                why=f"it has {sibling.size} bytes, such a file may have {rule.most_bytes}",
+            )
+    return wanted
+
+
 def _is_used(name: str, licenses: Iterable[str]) -> bool:
     return name in (*CONTENT_RULES, INDEX, *licenses) or ("/" not in name and name.endswith(".safetensors"))
+
+
+def download_files(model_id: str, commit: str, names: Iterable[str]) -> Path:
+    """Download files of a model at a commit into the Hub's cache, and return their folder.
+
+    Raises:
+        SourceError: the Hub or the network failed.
+        MachineError: the disk is full.
+    """
+    import huggingface_hub
+
+    patterns = [glob.escape(name) for name in names]
+    with hub_errors(f"{model_id} at {commit[:12]}"), disk_errors(Path("the Hub cache")):
+        return Path(huggingface_hub.snapshot_download(model_id, revision=commit, allow_patterns=patterns))
 
 
 def download_model(base_id: str, revision: str, licenses: Iterable[str], log: Callable[[str], None]) -> Path:
     """Download a model at a commit into the Hub's cache and compare its digests with those that the Hub states.
 
     Only what a build uses is downloaded, and no text that is larger than its kind may be.
+
+    Raises:
+        SourceError: see `resolve_model`; or a file is not the one whose digest the Hub states.
     """
     import huggingface_hub
 
-    with hub_errors(f"{base_id} at {revision[:12]}"), disk_errors(Path("the Hub cache")):
-        info = huggingface_hub.HfApi().model_info(base_id, revision=revision, files_metadata=True)
-        siblings = checked_siblings(info.siblings)
-        if not any(sibling.rfilename.endswith(".safetensors") for sibling in siblings):
-            raise SourceError(
-                "the base model has no safetensors weights at this revision",
-                where=f"{base_id} at {revision}",
-                hint="a pickle can run code when it is opened; name a revision with safetensors",
-            )
-        wanted = [sibling for sibling in siblings if _is_used(sibling.rfilename, licenses)]
-        for sibling in wanted:
-            rule = CONTENT_RULES.get(sibling.rfilename)
-            if rule is not None and (sibling.size or 0) > rule.most_bytes:
-                raise SourceError(
-                    "a file of the base model is too large",
-                    where=f"{base_id}: {sibling.rfilename}",
-                    why=f"it has {sibling.size} bytes, such a file may have {rule.most_bytes}",
-                )
-        log(f"fetching {base_id} at {revision[:12]} into the Hub cache")
-        names = [glob.escape(sibling.rfilename) for sibling in wanted]
-        folder = Path(huggingface_hub.snapshot_download(base_id, revision=revision, allow_patterns=names))
+    with hub_errors(f"{base_id} at {revision[:12]}"):
+        found = huggingface_hub.HfApi().model_info(base_id, revision=revision, files_metadata=True)
+        siblings = _used_siblings(found.siblings, licenses, base_id, revision)
+    log(f"fetching {base_id} at {revision[:12]} into the Hub cache")
+    folder = download_files(base_id, revision, [sibling.rfilename for sibling in siblings])
+    check_digests(folder, siblings)
+    return folder
+
+
+def check_digests(folder: Path, siblings: "Iterable[RepoSibling]") -> None:
+    """Compare the downloaded files with the digests that the Hub states; it states none of small files.
+
+    Raises:
+        SourceError: of the first that differs.
+    """
     stated = {folder / sibling.rfilename: sibling.lfs.sha256 for sibling in siblings if sibling.lfs is not None}
     for path, record in file_records(path for path in stated if path.exists()).items():
         if record.sha256 != stated[path]:
@@ -112,4 +211,50 @@ def download_model(base_id: str, revision: str, licenses: Iterable[str], log: Ca
                 why="its sha256 is not the one the Hub states",
                 hint="delete it and run the same command again",
             )
-    return folder
+
+
+def remote_header(model: HubModel, name: str) -> Header:
+    """Read the header of a weights file on the Hub, not the tensors behind it.
+
+    Raises:
+        SourceError: the Hub failed, or the header does not fit the file.
+    """
+    size_bytes = model.files[name].size or 0
+    with hub_errors(f"{model.where}: {name}"):
+        reader = _HeaderReader(model, name)
+        return header_from(reader.read, size_bytes, f"{model.where}: {name}")
+
+
+class _HeaderReader:
+    """Reads the first bytes of a file on the Hub, in one request or two.
+
+    The client's own function for headers keeps the whole answer in memory, which is the whole file where a server does
+    not know ranges.
+    """
+
+    def __init__(self, model: HubModel, name: str) -> None:
+        import huggingface_hub
+
+        self._url = huggingface_hub.hf_hub_url(model.id, name, revision=model.commit)
+        self._data, self._position = b"", 0
+
+    def read(self, count: int) -> bytes:
+        """Return the next bytes; fewer where the file ends."""
+        end = self._position + count
+        if end > len(self._data):
+            self._data = self._first_bytes(max(end, _FIRST_BYTES))
+        found, self._position = self._data[self._position : end], end
+        return found
+
+    def _first_bytes(self, count: int) -> bytes:
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+        headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}"}
+        data = bytearray()
+        with http_stream_backoff("GET", self._url, headers=headers) as response:
+            hf_raise_for_status(response)
+            for block in response.iter_bytes():
+                data += block
+                if len(data) >= count:  # of a server that does not know ranges, too
+                    break
+        return bytes(data[:count])

@@ -3,7 +3,7 @@
 A base model is made by others. Only the files that a branch needs are read, each by its kind and up to a size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -83,7 +83,7 @@ def list_source_files(folder: Path, licenses: Iterable[str] = ()) -> SourceFiles
         )
     there = set(entries)
     others = tuple(name for name in (CONFIG, INDEX) if name in there)
-    weights = _named_by_index(folder) if INDEX in there else _safetensors(entries)
+    weights = _named_by_index(folder) if INDEX in there else safetensors_among(entries)
     found = SourceFiles(
         folder=folder,
         weights=weights,
@@ -102,15 +102,22 @@ def list_source_files(folder: Path, licenses: Iterable[str] = ()) -> SourceFiles
     return replace(found, left_out=tuple(name for name in entries if name not in used))
 
 
-def _safetensors(entries: Iterable[str]) -> tuple[str, ...]:
+def safetensors_among(entries: Iterable[str]) -> tuple[str, ...]:
+    """Return the weights files among the names of a folder that has no index."""
     return tuple(name for name in entries if name.endswith(".safetensors") and not name.startswith("."))
 
 
 def _named_by_index(folder: Path) -> tuple[str, ...]:
-    """Return the weights files that the index names.
+    names = weights_in_index(folder)
+    check_shards(names, [name for name in names if (folder / name).exists()], str(folder))
+    return names
+
+
+def weights_in_index(folder: Path) -> tuple[str, ...]:
+    """Return the weights files that a folder's index names; they need not be there.
 
     Raises:
-        SourceError: the index is damaged, names a file outside the folder, or a shard is missing.
+        SourceError: the index is damaged, or names a file outside the folder.
     """
     where = str(folder / INDEX)
     try:
@@ -131,15 +138,19 @@ def _named_by_index(folder: Path) -> tuple[str, ...]:
                 why=f"{name[:_MOST_NAME]!r}: {problem}",
                 hint="take the index from the same revision as the weights",
             )
-    missing = [name for name in names if not (folder / name).exists()]
+    return tuple(names)
+
+
+def check_shards(names: Sequence[str], there: Collection[str], where: str) -> None:
+    """Raise SourceError if weights files are missing that the index names."""
+    missing = [name for name in names if name not in there]
     if missing:
         raise SourceError(
             f"{len(missing)} of {len(names)} weights files are missing",
-            where=str(folder),
+            where=where,
             why=", ".join(name[:_MOST_NAME] for name in missing[:5]),
             hint="copy or download them again",
         )
-    return tuple(names)
 
 
 def check_contents(files: SourceFiles) -> dict[str, FileRecord]:
@@ -151,18 +162,24 @@ def check_contents(files: SourceFiles) -> dict[str, FileRecord]:
     Raises:
         SourceError: of the first file that is too large or holds something else.
     """
-    records = {}
-    for name in (*files.copied, *files.licenses):
-        data = read_small(files.folder, name)
-        try:
-            if name in CONTENT_RULES:
-                check_content(name, data)
-            else:
-                check_text(data)
-        except ValueError as error:
-            raise _unreadable(files.folder, name, error) from error
-        records[name] = bytes_record(data)
-    return records
+    return {name: checked_record(files.folder, name) for name in (*files.copied, *files.licenses)}
+
+
+def checked_record(folder: Path, name: str) -> FileRecord:
+    """Check the content of a file that a branch gets as it is, and return the size and sha256 of what was checked.
+
+    Raises:
+        SourceError: see `check_contents`.
+    """
+    data = read_small(folder, name)
+    try:
+        if name in CONTENT_RULES:
+            check_content(name, data)
+        else:
+            check_text(data)
+    except ValueError as error:
+        raise _unreadable(folder, name, error) from error
+    return bytes_record(data)
 
 
 def read_small(folder: Path, name: str) -> bytes:

@@ -141,7 +141,7 @@ class Lock(Record):
     lock_version: Literal[1]
     made_with: dict[str, str]
     base_model: LockedBase
-    datasets: dict[str, Commit] = {}
+    datasets: dict[str, Commit] = Field(default_factory=dict)
     chat_template_sha256: Digest | None
     model: LockedModel
 

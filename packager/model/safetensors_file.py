@@ -8,7 +8,7 @@ implementation orders them (by dtype, the widest first, then by name), so that f
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,24 +90,36 @@ def read_header(path: Path) -> Header:
     """
     try:
         with open_model_file(path) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
-                raise SourceError(
-                    "not a safetensors file, or cut off inside its header",
-                    where=str(path),
-                    why=f"the header claims {length} bytes, the file has {size}; a header may have {_MAX_HEADER_BYTES}",
-                    hint="copy or download the file again",
-                )
-            raw = stream.read(length)
+            return header_from(stream.read, os.fstat(stream.fileno()).st_size, str(path))
     except OSError as error:
         raise SourceError("the file cannot be read", where=str(path), why=error.strerror or str(error)) from error
+
+
+def header_from(read: Callable[[int], bytes], file_bytes: int, where: str) -> Header:
+    """Read and check the header of a file that may lie elsewhere; see `read_header`.
+
+    Args:
+        read: returns the next bytes of the file, as many as it is given.
+        file_bytes: size of the file.
+        where: the file, for messages.
+
+    Raises:
+        SourceError: see `read_header`.
+    """
+    length = int.from_bytes(read(8), "little")
+    if file_bytes < 8 or length > min(_MAX_HEADER_BYTES, file_bytes - 8):
+        raise SourceError(
+            "not a safetensors file, or cut off inside its header",
+            where=where,
+            why=f"the header claims {length} bytes, the file has {file_bytes}; a header may have {_MAX_HEADER_BYTES}",
+            hint="copy or download the file again",
+        )
     try:
-        return _parse_header(raw, file_bytes=size)
+        return _parse_header(read(length), file_bytes=file_bytes)
     except (ValueError, KeyError, TypeError) as error:
         raise SourceError(
             "the safetensors header does not fit the file",
-            where=str(path),
+            where=where,
             why=f"{error} is missing" if isinstance(error, KeyError) else str(error),
             hint="the file is damaged or cut off: copy or download it again",
         ) from error

@@ -90,9 +90,7 @@ PATTERN_MEANINGS = {
 
 RepoId = Annotated[str, Field(pattern=_REPO_ID, description=PATTERN_MEANINGS[_REPO_ID])]
 FileName = Annotated[str, Field(pattern=_FILE_NAME, description=PATTERN_MEANINGS[_FILE_NAME])]
-Revision = Annotated[
-    str, Field(pattern=_REVISION, description=PATTERN_MEANINGS[_REVISION]), AfterValidator(_revision)
-]
+Revision = Annotated[str, Field(pattern=_REVISION, description=PATTERN_MEANINGS[_REVISION]), AfterValidator(_revision)]
 RelativePath = Annotated[str, AfterValidator(_relative_path), Field(description="relative to the recipe's folder")]
 BranchName = Annotated[
     str, AfterValidator(_branch), _described("main, or left out: then named gptq-{bits}bit-{group_size}g-...")
@@ -185,7 +183,7 @@ class BaseModelRef(Strict):
     id: RepoId
     revision: Revision | None = Field(
         default=None,
-        description="the commit on the Hub, or a branch or tag whose commit the lock holds; left out for a local folder",
+        description="a commit on the Hub, or a branch or tag whose commit the lock holds; not for a local folder",
     )
     path: RelativePath | None = Field(default=None, description="a local folder with safetensors; instead of revision")
 
