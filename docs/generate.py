@@ -189,7 +189,10 @@ def exit_codes_page() -> str:
     """Return what each exit code means."""
     meanings: dict[int, list[tuple[str, str]]] = {
         0: [("", "Done. An audit passed; a release may have skipped recipes and reported why.")],
-        1: [("", "The reader of the output closed it, or this program has a defect: then it prints a traceback.")],
+        1: [
+            ("", "The reader of the output closed it, or this program has a defect: then it prints a traceback."),
+            ("", "`packager lock --check` found a lock that is not what would be written."),
+        ],
         2: [("", "The command line is wrong.")],
         129: [("", "Ended by SIGHUP: the terminal was closed. Finished work is kept.")],
         130: [("", "Interrupted with Ctrl-C. Finished work is kept.")],

@@ -2,30 +2,42 @@
 
 import json
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
+from packager.inputs.chat_template import chat_template_digest
 from packager.model.lock import Lock, LockedBase
 from packager.prove.audit.known_models import known_model
 from packager.recipe.lock_file import lock_path, lock_text
 
 
-def lock_of(config: Mapping[str, object], base_id: str, revision: str | None = None) -> Lock:
+def lock_of(
+    config: Mapping[str, object], base_id: str, revision: str | None = None, *, chat_template: str | None = None
+) -> Lock:
     return Lock(
         lock_version=1,
-        made_with={"transformers": "0"},
+        made_with={"transformers": metadata.version("transformers")},
         base_model=LockedBase(id=base_id, revision=revision, files={}),
-        chat_template_sha256=None,
+        chat_template_sha256=chat_template,
         model=known_model(config, "config.json"),
     )
 
 
-def write_lock(recipe: Path, config: Mapping[str, object], base_id: str, revision: str | None = None) -> Path:
+def write_lock(
+    recipe: Path,
+    config: Mapping[str, object],
+    base_id: str,
+    revision: str | None = None,
+    *,
+    chat_template: str | None = None,
+) -> Path:
     """Write the lock of a recipe file, which need not be there, and return its path."""
     path = lock_path(recipe)
-    path.write_text(lock_text(lock_of(config, base_id, revision)))
+    path.write_text(lock_text(lock_of(config, base_id, revision, chat_template=chat_template)))
     return path
 
 
 def write_lock_of_folder(recipe: Path, base_id: str, folder: Path) -> Path:
     """Write the lock of a recipe whose base model is a local folder."""
-    return write_lock(recipe, json.loads((folder / "config.json").read_text()), base_id)
+    config = json.loads((folder / "config.json").read_text())
+    return write_lock(recipe, config, base_id, chat_template=chat_template_digest(folder))

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from packager import __version__
 from packager.cli.consent import ask_for_consent
+from packager.cli.locking import lock_command
 from packager.cli.options import (
     DIST,
     CacheOption,
@@ -50,6 +51,7 @@ _EPILOG = """
 \b
 Exit codes:
   0   success
+  1   `lock --check`: a lock is not what would be written
   2   the command line or the recipe is wrong
   3   the base model cannot be read, or is not the one in the recipe
   4   the calibration or evaluation text cannot be used
@@ -123,18 +125,22 @@ def top(
 ) -> None:
     """Turn an fp16 language model into a published repository of GPTQ variants, one branch per variant.
 
-    A recipe, a YAML file, names the base model, the calibration text and the variants. `plan` shows what a recipe
-    means, `build` quantizes, measures and verifies the variants and writes their model cards, `publish` makes the
-    branches; `release` does all of it. Every command can be interrupted and run again.
+    A recipe, a YAML file, names the base model, the calibration text and the variants. `lock` writes down what the base
+    model is, `plan` shows what a recipe means, `build` quantizes, measures and verifies the variants and writes their
+    model cards, `publish` makes the branches; `release` builds and publishes. Every command can be interrupted and run
+    again.
     """
+
+
+app.command("lock")(lock_command)
 
 
 @app.command("plan")
 def plan_command(recipe: RecipePath, format: FormatOption = Format.text) -> None:  # noqa: A002 - the option's name
     """Show what a recipe means: sizes, memory, disk, loaders.
 
-    Reads only the recipe and the config.json of the base model, so it works offline and without torch. Exits with 2 if
-    the recipe is wrong or cannot be built from this model; every problem is printed with its line and column.
+    Reads only the recipe, its lock and a local base model's small files, so it works offline and without torch. Exits
+    with 2 if the recipe is wrong or cannot be built from this model; every problem is printed with its line and column.
     """
     from packager.cli.plan_view import build_plan_json, print_build_plan
     from packager.pipeline.plan import make_plan

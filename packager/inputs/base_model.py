@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packager.errors import SourceError
+from packager.inputs.chat_template import chat_template_digest
 from packager.inputs.hub_models import download_model
 from packager.inputs.source_files import (
     SourceFiles,
@@ -122,6 +123,7 @@ def open_source(recipe_file: RecipeFile, log: Callable[[str], None]) -> SourceMo
         folder, recipe_file.architecture, base_id=base.id, revision=revision, licenses=licenses
     )  # fmt: skip
     _check_files(source, recipe_file)
+    _check_chat_template(folder, recipe_file)
     if line := source.files.left_out_line:
         log(printable(line))
     return source
@@ -144,6 +146,7 @@ def check_folder_of(recipe_file: RecipeFile) -> None:
     _check_config(fp16_config(folder), folder, recipe_file.architecture)
     if files.weights:
         _read_tensors(files, recipe_file.architecture)
+        _check_chat_template(folder, recipe_file)
 
 
 def read_source(
@@ -217,21 +220,52 @@ def _shown(config: Mapping[str, object], key: str) -> str:
 
 
 def _check_files(source: SourceModel, recipe_file: RecipeFile) -> None:
-    """Compare the files of a base model on the Hub with those of the lock.
+    """Compare the files of a base model on the Hub with those of the lock; a lock without files has the commit only.
 
     Raises:
-        SourceError: a file is another one, or the lock does not have it.
+        SourceError: a file is another one, is not there any more, or is not in the lock.
     """
-    locked = recipe_file.lock.base_model.files
-    moved = [name for name, record in source.record.files.items() if name in locked and locked[name] != record]
-    moved += [name for name in locked if name.endswith(".safetensors") and name not in source.record.files]
+    locked, found = recipe_file.lock.base_model.files, source.record.files
+    if not locked:
+        return
+    moved = [
+        f"{name} has sha256 {record.sha256[:12]} and {record.size_bytes} bytes, "
+        f"in the lock {locked[name].sha256[:12]} and {locked[name].size_bytes}"
+        for name, record in found.items()
+        if name in locked and locked[name] != record
+    ]
+    # A licence may have been added to the recipe since; the commit identifies it.
+    moved += [f"{name} is not in the lock" for name in found if name not in (*locked, *source.files.licenses)]
+    moved += [f"{name} is missing" for name in locked if name.endswith(".safetensors") and name not in found]
     if moved:
         raise SourceError(
             "the base model's files are not those that the lock was made of",
             where=str(source.folder),
-            why=", ".join(moved[:5]),
+            why="; ".join(moved[:5]),
             hint=_LOCK_ANEW,
         )
+
+
+def _check_chat_template(folder: Path, recipe_file: RecipeFile) -> None:
+    """Compare the chat template with the lock's. A lock of a commit may have none: the commit identifies the template.
+
+    Raises:
+        SourceError: they differ.
+    """
+    lock = recipe_file.lock
+    found, locked = chat_template_digest(folder), lock.chat_template_sha256
+    if found == locked or (locked is None and lock.base_model.revision is not None):
+        return
+    raise SourceError(
+        "the base model's chat template is not the one that the lock was made of",
+        where=str(folder),
+        why=f"its sha256 is {_short(found)}, in the lock {_short(locked)}",
+        hint=_LOCK_ANEW,
+    )
+
+
+def _short(digest: str | None) -> str:
+    return digest[:12] if digest else "absent"
 
 
 def fp16_config(folder: Path) -> Mapping[str, object]:

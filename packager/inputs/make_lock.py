@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packager.errors import PlanError, RecipeError, SourceError
 from packager.inputs.base_model import add_tensors, fp16_config, tensors_of
@@ -30,16 +31,17 @@ from packager.inputs.source_files import (
     weights_in_index,
 )
 from packager.model.architecture import architecture_of
-from packager.model.contract_files import CONTENT_RULES
-from packager.model.lock import LOCK_VERSION, Lock, LockedBase, dataset_key
-from packager.model.model_folder import read_inside
+from packager.model.lock import Lock, LockedBase, dataset_key
 from packager.model.safetensors_file import StoredTensor, TensorInfo, tensors_at
 from packager.receipt import CONFIG, SAFETENSORS, TOKENIZER_CONFIG, FileRecord
 from packager.recipe import Recipe
 from packager.recipe.model_fit import is_commit
 from packager.recipe.paths import locate
-from packager.system.files import bytes_record
+from packager.system.files import file_record
 from packager.system.parallel import in_parallel
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 # Buffers may be integers; weights of eight bits are somebody's quantization.
 _QUANTIZED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "I8"})
@@ -103,7 +105,8 @@ def _lock_of_hub(recipe: Recipe, log: Log) -> Lock:
     _check_regular(model, small)
     folder = download_files(model.id, model.commit, small)
     check_digests(folder, (model.files[name] for name in small))
-    files = {name: _record(model, name, folder) for name in sorted(model.files)}
+    digests = {name: _digest_of_downloaded(folder, name) for name in small}
+    files = {name: digests.get(name) or _stated(file) for name, file in sorted(model.files.items())}
     config = fp16_config(folder)
     stored = _remote_tensors(model, folder)
     locked = LockedBase(
@@ -123,14 +126,15 @@ def _check_regular(model: HubModel, names: list[str]) -> None:
             )  # fmt: skip
 
 
-def _record(model: HubModel, name: str, folder: Path) -> FileRecord:
-    """Return the size and sha256 of a file: as the Hub states them, or of its downloaded content."""
-    file = model.files[name]
-    if file.lfs is not None:
-        return FileRecord(size_bytes=file.size or 0, sha256=file.lfs.sha256)
-    if name in CONTENT_RULES or not name.endswith((SAFETENSORS, INDEX)):
-        return checked_record(folder, name)
-    return bytes_record(read_inside(folder, name, _MOST_REGULAR_BYTES))
+def _digest_of_downloaded(folder: Path, name: str) -> FileRecord:
+    if name == INDEX or name.endswith(SAFETENSORS):
+        return file_record(folder / name)
+    return checked_record(folder, name)
+
+
+def _stated(file: "RepoSibling") -> FileRecord:
+    """Return the size and sha256 that the Hub states of a large file."""
+    return FileRecord(size_bytes=file.size or 0, sha256=file.lfs.sha256 if file.lfs is not None else "")
 
 
 def _remote_tensors(model: HubModel, folder: Path) -> dict[str, StoredTensor]:
@@ -161,7 +165,7 @@ def _lock(
     except PlanError as error:
         raise SourceError("the model cannot be described", where=where, why=error.why) from error
     return Lock(
-        lock_version=LOCK_VERSION,
+        lock_version=1,
         made_with={"transformers": metadata.version("transformers")},
         base_model=base,
         datasets=_datasets(recipe),

@@ -13,8 +13,6 @@ from packager.model.config_values import LARGEST_SIZE, MOST_BLOCKS
 from packager.model.name_patterns import MOST_NAMES, read_numbers
 from packager.receipt import FileRecord, Record
 
-LOCK_VERSION = 1
-
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

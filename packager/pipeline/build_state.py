@@ -231,8 +231,8 @@ def _local_digest(recipe_file: RecipeFile, name: str | None) -> str:
     return sha256_file(recipe_file.resolve(name)) if name is not None else ""
 
 
-def require_build_extra() -> None:
-    """Raise MachineError unless the packages of the `build` extra are installed."""
+def require_build_extra(work: str = "building") -> None:
+    """Raise MachineError unless the packages of the `build` extra are installed, which `work` needs."""
     lacking = []
     for name in ("torch", "transformers", "safetensors", "greenlet"):
         try:
@@ -241,7 +241,7 @@ def require_build_extra() -> None:
             lacking.append(name)
     if lacking:
         raise MachineError(
-            "building needs packages that are not installed",
+            f"{work} needs packages that are not installed",
             why=f"missing: {', '.join(lacking)}",
             hint="pip install 'gptq-packager[build]'",
         )

@@ -39,6 +39,7 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
     if not missing:
         return (), ()
     require_build_extra()
+    from packager.inputs.description_check import check_description
     from packager.pipeline.quantize_progress import QuantizeView
 
     for variant_plan in missing:
@@ -49,6 +50,7 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
         require_engines((variant_plan.variant.engine for variant_plan in new), run.device.type)
     check_disk(run.workspace.dist, _needed_bytes(run, missing))
     source = run.source
+    check_description(source, run.recipe_file.lock)
     _check_licenses(run)
     stores = _open_stores(run, missing)
     copy_blocks(earlier, stores)

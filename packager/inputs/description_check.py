@@ -1,0 +1,59 @@
+"""Compare a lock with what the installed transformers says of the same model: releases may build it in another way."""
+
+from collections.abc import Iterator
+from importlib import metadata
+
+from packager.errors import SourceError
+from packager.inputs.base_model import SourceModel
+from packager.inputs.describe_in_child import describe_in_child
+from packager.model.lock import Lock, LockedModel
+from packager.model.name_patterns import read_numbers
+
+_MOST_SHOWN = 5
+
+Facts = dict[str, str]
+
+
+def check_description(source: SourceModel, lock: Lock) -> None:
+    """Describe the base model again if the lock was made with another release of transformers.
+
+    Raises:
+        SourceError: the installed one builds other blocks or linears; names them.
+    """
+    made_with, installed = lock.made_with.get("transformers"), metadata.version("transformers")
+    if made_with == installed:
+        return
+    tensors = {name: stored.info for name, stored in source.tensors.items()}
+    again = describe_in_child(source.config, tensors, str(source.folder))
+    if moved := list(description_differences(lock.model, again)):
+        more = f"; and {len(moved) - _MOST_SHOWN} more" if len(moved) > _MOST_SHOWN else ""
+        raise SourceError(
+            "the installed transformers builds this model in another way than the lock describes",
+            where=str(source.folder),
+            why=f"made with transformers {made_with}, installed is {installed}: {'; '.join(moved[:_MOST_SHOWN])}{more}",
+            hint="make the lock anew with packager lock, or install the release that made it",
+        )
+
+
+def description_differences(locked: LockedModel, found: LockedModel) -> Iterator[str]:
+    """Yield how two descriptions of a model differ in their class, their blocks and the linears that are quantized."""
+    before, after = _facts(locked), _facts(found)
+    for name in dict.fromkeys((*before, *after)):
+        if before.get(name) != after.get(name):
+            yield f"{name} is {after.get(name, 'not there')}, in the lock {before.get(name, 'not there')}"
+
+
+def _facts(model: LockedModel) -> Facts:
+    """Return what must be equal, by the name under which a message shows it."""
+    facts = {"the class": model.model_class, "the list of blocks": model.blocks_path}
+    for kind in model.kinds:
+        for number in read_numbers(kind.blocks):
+            block = f"block {number}"
+            facts[block] = "there"
+            for position, group in enumerate(kind.groups):
+                for linear in group.linears:
+                    facts[f"{block} {linear.module}"] = (
+                        f"{linear.stored.replace('{block}', str(number))} of {linear.in_features} to "
+                        f"{linear.out_features}, {'a' if linear.bias else 'no'} bias, in group {position}"
+                    )
+    return facts
