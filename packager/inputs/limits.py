@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from packager.errors import CalibrationError
 from packager.inputs import model_code
 from packager.system.processes import Processes, tail
+from packager.system.scratch import ScratchFolder
 
 RENDER_CPU_S = 10
 _RENDER_MEMORY_BYTES = 1 << 30
@@ -102,8 +102,8 @@ def encode_in_child(
         cpu_s=_ENCODE_CPU_S + size * _ENCODE_CPU_S_PER_MB // 10**6,
         memory_bytes=_LOAD_MEMORY_BYTES + (longest + size) * _BYTES_PER_CHARACTER,
     )
-    with tempfile.TemporaryDirectory(prefix="packager-encode-") as scratch:
-        folder = Path(scratch)
+    with ScratchFolder("encode") as scratch:
+        folder = scratch.path
         (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
         listed = [{"texts": list(group.texts), "add_special_tokens": group.add_special_tokens} for group in groups]
         (folder / "texts.json").write_text(json.dumps(listed), encoding="utf-8")
@@ -131,8 +131,8 @@ def _run(request: Mapping[str, object], limits: _Limits, failure: str) -> Any:
     Raises:
         CalibrationError: with `failure` and the reason.
     """
-    with tempfile.TemporaryDirectory(prefix="packager-model-") as scratch:
-        folder = Path(scratch)
+    with ScratchFolder("model") as scratch:
+        folder = scratch.path
         asked, answered, log = folder / "request.json", folder / "result.json", folder / "log"
         asked.write_text(
             json.dumps({**request, "cpu_s": limits.cpu_s, "memory_bytes": limits.memory_bytes}), encoding="utf-8"

@@ -4,7 +4,6 @@ Calibration rows are drawn with a seed; evaluation rows come from other text.
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from packager.model.strict_json import parse_json
 from packager.receipt import CONFIG, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL, TextRecord, digest_of
 from packager.recipe import Calibration, Evaluation, TextSource
 from packager.recipe.file import RecipeFile
+from packager.system.scratch import ScratchFolder
 from packager.system.text import printable
 
 if TYPE_CHECKING:
@@ -131,8 +131,8 @@ def load_tokenizer(source: SourceModel) -> Any:
             why="a branch needs tokenizer_config.json, and tokenizer.json or tokenizer.model",
             hint="take the tokenizer files from the same revision as the weights",
         )
-    with tempfile.TemporaryDirectory(prefix="packager-tokenizer-") as scratch:
-        folder = Path(scratch)
+    with ScratchFolder("tokenizer") as scratch:
+        folder = scratch.path
         for name in source.files.copied:
             (folder / name).write_bytes(source.copied(name))
         (folder / CONFIG).write_text(json.dumps(source.config), encoding="utf-8")
@@ -144,7 +144,7 @@ def load_tokenizer(source: SourceModel) -> Any:
             raise CalibrationError(
                 "the base model's tokenizer cannot be read",
                 where=str(source.folder),
-                why=printable(str(error).replace(scratch, str(source.folder))),
+                why=printable(str(error).replace(str(folder), str(source.folder))),
             ) from error
 
 

@@ -4,7 +4,6 @@ Their input is the branch's own card in the branch's own tokens: every branch ha
 in the record. A branch with errors in the earlier checks is not opened.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from packager.prove.environments import RuntimeContext
 from packager.prove.loaders import LOADERS
 from packager.publish.published.finding import Collector
 from packager.receipt import PROVENANCE, README, TOKENIZER, LoaderRecord, Provenance
+from packager.system.scratch import ScratchFolder
 from packager.system.text import printable
 from packager.variant import branch_problem
 
@@ -54,8 +54,8 @@ def check_with_loaders(
     if problem := _problem(branch, folder, found):
         records = [_not_run(name, required, problem) for name, required in known.items()]
     elif known:
-        with tempfile.TemporaryDirectory(prefix="packager-loaders-", dir=context.scratch) as scratch:
-            own = replace(context, scratch=Path(scratch))
+        with ScratchFolder("loaders", within=context.scratch) as scratch:
+            own = replace(context, scratch=scratch.path)
             records = _run(own, device, folder, branch, provenance, known, log)
     else:
         records = []

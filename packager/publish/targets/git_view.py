@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from packager.errors import PackagerError, PublishError
 from packager.publish.targets.git_process import GitProcess
 from packager.system.files import disk_errors
+from packager.system.scratch import ScratchFolder
 from packager.system.text import printable
 
 # Blobs hold the bytes of the files: no changes of line ends, filters or encodings, whatever a branch's .gitattributes.
@@ -186,9 +186,9 @@ class ViewedGit(GitProcess):
         """
         if self._view is None:
             require_plain(self.git_folder)
-            folder = Path(tempfile.mkdtemp(prefix="packager-view-"))
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            self._view, self.git_dir = GitView(self.git_folder, folder), folder
+            scratch = ScratchFolder("view")
+            weakref.finalize(self, scratch.remove)
+            self._view, self.git_dir = GitView(self.git_folder, scratch.path), scratch.path
         try:
             self._view.lay(self)
         except PackagerError:
