@@ -5,7 +5,6 @@ import os
 import re
 import socket
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
     from tests.tiny_recipe import Builds
 
 load_default_profile()
+# Until the tests are collected: imports make a million objects, and hardly one of them is garbage.
+gc.disable()
 # Before anything imports the Hub client or a tokenizer.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -49,6 +50,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _asked(config: pytest.Config) -> set[str]:
     """Return the words of `-m`."""
     return set(re.findall(r"\w+", config.getoption("-m")))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.enable()
 
 
 # Collecting the 500,000 objects of torch and transformers takes 0.15 s; a build and many tests collect garbage.

@@ -1,6 +1,5 @@
 """Temporary folders: their owner removes them, or the next run if the owner was killed."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -81,7 +80,7 @@ def test_only_folders_of_this_program_are_removed(tmp_path: Path) -> None:
     (place / "packager-view-link1234.locked").symlink_to(outside)
     (place / "packager-view-made1234.locked").mkdir()
     remove_abandoned(place)
-    assert sorted(os.listdir(place)) == [
+    assert sorted(path.name for path in place.iterdir()) == [
         "packager-view-abc12345", "packager-view-file1234.locked", "packager-view-link1234.locked",
     ]  # fmt: skip
     assert (outside / "kept").exists()
