@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from packager.errors import MachineError
+from packager.inputs.limits import ModelProcess, TextGroup
 from packager.model.devices import DeviceChoice, choose_device, gpu_memory_errors
 from packager.prove.environments import RuntimeContext
 from packager.prove.loaders import LOADERS
@@ -132,9 +133,9 @@ def _run(
 
 def _token_rows(folder: Path, num_rows: int, seq_len: int) -> Sequence[list[int]]:
     """Return `num_rows` rows of `seq_len` token ids of the card; a short card is repeated."""
-    from tokenizers import Tokenizer
-
     text = (folder / README).read_text(encoding="utf-8")[:_TEXT_CHARACTERS]
-    ids = Tokenizer.from_file(str(folder / TOKENIZER)).encode(text).ids
+    tokenizer = (folder / TOKENIZER).read_text(encoding="utf-8")
+    with ModelProcess() as process:
+        ((ids,),) = process.encode(tokenizer, [TextGroup(texts=[text], add_special_tokens=True)])
     stream = ids * (num_rows * seq_len // len(ids) + 1)
     return [stream[begin : begin + seq_len] for begin in range(0, num_rows * seq_len, seq_len)]
