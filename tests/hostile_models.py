@@ -369,8 +369,8 @@ def _run_and_exit(arguments: Sequence[str], output: Path) -> None:
     os._exit(status)
 
 
-def main(folder: Path, step: int) -> None:
-    """Run every `step`-th case in `folder` and print what came of it."""
+def main(folder: Path, step: int, first: int) -> None:
+    """Run every `step`-th case from the `first` on, in `folder`, and print what came of it."""
     scene = Scene(folder=folder / "scene")
     scene.folder.mkdir()
     scene.make()
@@ -378,7 +378,7 @@ def main(folder: Path, step: int) -> None:
     import packager.prove.audit  # noqa: F401, imported once, not by every child
 
     sound = HostileCase(name="sound", damage=lambda _: None, refused=False)
-    for number, case in enumerate((sound, *list(hostile_cases())[::step])):
+    for number, case in enumerate((sound, *list(hostile_cases())[first::step])):
         copy = scene.copy(str(number))
         for damaged in (Scene.model(copy), copy / "branches" / "branch"):
             case.damage(damaged)
@@ -389,4 +389,4 @@ def main(folder: Path, step: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
