@@ -116,7 +116,7 @@ def open_regular(path: Path, *, folder_descriptor: int | None = None, shown: Pat
         raise OSError(errno.EISDIR, f"it is not a regular file: {os.strerror(errno.EISDIR)}", where)
     if not stat.S_ISREG(before.st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", where)
-    descriptor = os.open(path, _REGULAR_FLAGS, dir_fd=folder_descriptor)
+    descriptor = os.open(os.fspath(path), _REGULAR_FLAGS, dir_fd=folder_descriptor)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", where)
