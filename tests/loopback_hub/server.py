@@ -123,6 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
                 while True:
                     self.connection.sendall(b"X-More: 1\r\n")
                     time.sleep(fault.seconds)
+            self.close_connection = True
             return None
         if fault and fault.kind == "raw":
             _exhaust(call.body.blocks())
