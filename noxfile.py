@@ -119,8 +119,11 @@ def _pytest(session: nox.Session, *options: str) -> None:
     given = session.posargs
     cores = os.cpu_count() or 1
     spread = [] if any(argument.startswith("-n") for argument in given) else ["-n", str(cores), "--dist", "worksteal"]
-    # One thread for each worker's torch: the workers fill the cores already.
-    session.run("pytest", *spread, *options, *given, env={"OMP_NUM_THREADS": "1"} if spread else {})
+    # The tests start hundreds of interpreters, which would compile the package each.
+    environ = {"PYTHONDONTWRITEBYTECODE": ""}
+    if spread:  # one thread for each worker's torch: the workers fill the cores already
+        environ["OMP_NUM_THREADS"] = "1"
+    session.run("pytest", *spread, *options, *given, env=environ)
 
 
 @nox.session(name="tests-gpu")

@@ -8,6 +8,7 @@ before the first effect described by it ("os.rename SOURCE TARGET"), {"interrupt
 never used it; it reports the blocks that it has finished.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -153,6 +154,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in WARM:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a fork would copy the pages of all these modules to look for garbage
     scratch = Path(sys.argv[1])
     for line in sys.stdin:
         print(json.dumps(run_job(json.loads(line), scratch)), flush=True)

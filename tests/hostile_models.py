@@ -155,7 +155,9 @@ def _many(count: int) -> bytes:
     return b"{" + b",".join(entries) + b"}"
 
 
-HEADERS: dict[str, tuple[bytes | dict[str, Any], int | None]] = {
+Header = bytes | dict[str, Any]
+# Functions make the large ones when they are needed.
+HEADERS: dict[str, tuple[Header | Callable[[], Header], int | None]] = {
     "overlap": ({"a": _entry(), "b": _entry(offsets=(2, 6))}, None),
     "gap": ({"a": _entry(), "b": _entry(offsets=(6, 10))}, None),
     "beyond": ({"a": _entry(shape=(2**40,), offsets=(0, 2**41))}, None),
@@ -179,8 +181,8 @@ HEADERS: dict[str, tuple[bytes | dict[str, Any], int | None]] = {
     "length-2^63": (b"{}", 1 << 63),
     "length-2^64": (b"{}", (1 << 64) - 1),
     "100-MB": (b"{}" + b" " * 99_000_000, None),
-    "million": (_many(1_000_000), None),
-    "quarter-million": (_many(250_000), None),
+    "million": (lambda: _many(1_000_000), None),
+    "quarter-million": (lambda: _many(250_000), None),
 }  # fmt: skip
 
 
@@ -199,9 +201,10 @@ def _holding_large(kind: str) -> Callable[[Path], object]:
     return lambda folder: put(folder / "tokenizer.json", _large(kind))
 
 
-def _with_header(header: bytes | dict[str, Any], length: int | None) -> Callable[[Path], None]:
+def _with_header(header: Header | Callable[[], Header], length: int | None) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
-        raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+        made = header() if callable(header) else header
+        raw = made if isinstance(made, bytes) else json.dumps(made).encode()
         put(folder / "model.safetensors", struct.pack("<Q", len(raw) if length is None else length) + raw + bytes(10))
 
     return make
@@ -270,7 +273,7 @@ def _large_files() -> Iterator[HostileCase]:
             damage=_holding_large(kind),
             refused=False,
         )
-    yield HostileCase(name="header: large", damage=_with_header(_many(200_000), None))
+    yield HostileCase(name="header: large", damage=_with_header(lambda: _many(200_000), None))
     yield HostileCase(
         name="eleven thousand files",
         damage=lambda folder: [(folder / f"{number}").touch() for number in range(11_000)],
@@ -366,8 +369,8 @@ def _run_and_exit(arguments: Sequence[str], output: Path) -> None:
     os._exit(status)
 
 
-def main(folder: Path, step: int) -> None:
-    """Run every `step`-th case in `folder` and print what came of it."""
+def main(folder: Path, step: int, first: int) -> None:
+    """Run every `step`-th case from the `first` on, in `folder`, and print what came of it."""
     scene = Scene(folder=folder / "scene")
     scene.folder.mkdir()
     scene.make()
@@ -375,7 +378,7 @@ def main(folder: Path, step: int) -> None:
     import packager.prove.audit  # noqa: F401, imported once, not by every child
 
     sound = HostileCase(name="sound", damage=lambda _: None, refused=False)
-    for number, case in enumerate((sound, *list(hostile_cases())[::step])):
+    for number, case in enumerate((sound, *list(hostile_cases())[first::step])):
         copy = scene.copy(str(number))
         for damaged in (Scene.model(copy), copy / "branches" / "branch"):
             case.damage(damaged)
@@ -386,4 +389,4 @@ def main(folder: Path, step: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

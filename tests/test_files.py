@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 
+from packager.errors import StateError
 from packager.inputs.source_files import list_source_files
+from packager.pipeline.workspace import differences
+from packager.publish.branches import check_folders
 from packager.system import files as files_module
-from packager.system.files import file_record, file_records
+from packager.system.files import file_record, file_records, has_record
 from packager.system.parallel import in_parallel
+from tests.publish_fixtures import make_content
 
 
 @pytest.fixture
@@ -121,3 +125,29 @@ def test_the_first_failure_in_order_is_raised() -> None:
 
     with pytest.raises(ValueError, match="2"):
         in_parallel(work, [0, 2, 1, 3])
+
+
+def grow(path: Path) -> None:
+    """Let a file be a sparse one of a terabyte, which takes an hour to hash."""
+    os.truncate(path, 1 << 40)
+
+
+def test_a_file_of_another_size_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(b"weights")
+    record = file_record(path)
+    assert has_record(path, record)
+    assert differences(tmp_path, {path.name: record}) == []
+    path.write_bytes(b"Weights")
+    assert not has_record(path, record)
+    grow(path)
+    assert not has_record(path, record)
+    assert differences(tmp_path, {path.name: record}) == ["w.safetensors was changed"]
+
+
+def test_a_file_of_another_size_is_not_published(tmp_path: Path) -> None:
+    content = make_content(tmp_path, "main", {"README.md": b"card", "w.safetensors": b"weights"})
+    grow(tmp_path / "main" / "w.safetensors")
+    with pytest.raises(StateError, match="changed after the build") as caught:
+        check_folders([content])
+    assert "1,099,511,627,776 bytes instead of 7" in caught.value.why

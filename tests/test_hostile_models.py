@@ -14,9 +14,9 @@ from tests.hostile_models import MOST_BYTES_BEYOND, MOST_S, ROOT, hostile_cases
 EXIT_CODES = {0, 2, 3, 4, 7}
 
 
-def results(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Run every `step`-th case in a process of its own."""
-    command = [sys.executable, "-m", "tests.hostile_models", str(folder), str(step)]
+def results(folder: Path, step: int, first: int = 0) -> list[dict[str, Any]]:
+    """Run every `step`-th case, from the `first` on, in a process of its own."""
+    command = [sys.executable, "-m", "tests.hostile_models", str(folder), str(step), str(first)]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in ended.stdout.splitlines()]
@@ -50,5 +50,6 @@ def test_some_hostile_models_and_branches(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_hostile_models_and_branches(tmp_path: Path) -> None:
-    check_results(results(tmp_path, 1))
+@pytest.mark.parametrize("first", range(8))  # so that workers share them
+def test_all_hostile_models_and_branches(tmp_path: Path, first: int) -> None:
+    check_results(results(tmp_path, 8, first))

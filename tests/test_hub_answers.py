@@ -364,6 +364,27 @@ def test_an_answer_that_comes_byte_by_byte_is_ended(fixture: HubFixture, monkeyp
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.parametrize("endpoint", ["refs", "tag", "content"])
+def test_headers_without_an_end_are_ended(fixture: HubFixture, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    fixture.publish()
+    head = fixture.target().history("main")[0].commit
+    monkeypatch.setattr(hub_session, "_HEADERS_S", 0.2)
+    monkeypatch.setattr(hub_session, "_READING_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(hub_session, "_TIMEOUTS_S", dict.fromkeys(hub_session._TIMEOUTS_S, 0.1))
+    monkeypatch.setattr("time.sleep", lambda seconds: threading.Event().wait(min(seconds, 0.02)))
+    fixture.hub.fault(ENDPOINTS[endpoint], "drip-headers", seconds=0.02, times=99)
+    started = time.monotonic()
+    target = fixture.target()
+    calls: Mapping[str, Callable[[], object]] = {
+        "refs": target.read_branches,
+        "tag": lambda: target.tag("v1", {"main": head}),
+        "content": lambda: target.read_bytes(head, "README.md"),
+    }
+    with pytest.raises(PublishError, match="its headers did not end within"):
+        calls[endpoint]()
+    assert time.monotonic() - started < 10
+
+
 def test_reading_waits_for_a_silent_server_for_a_minute_and_a_commit_longer(fixture: HubFixture) -> None:
     hub_client.hub_api()
     session = huggingface_hub.get_session()

@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from packager.errors import CalibrationError
 from packager.inputs import limits
 from packager.inputs.chat import encode_texts
-from packager.inputs.limits import Chat, TextGroup, check_tokenizer_file, encode_in_child, render_chats
+from packager.inputs.limits import Chat, ModelProcess, TextGroup
 from tests.tiny_recipe import save_tokenizer, sentences
 
 HI: Mapping[str, str] = {"role": "user", "content": "Hi <b> & \u00fc"}
@@ -35,8 +36,14 @@ TEMPLATES = {
 }
 
 
+@pytest.fixture(scope="module")
+def process() -> Iterator[ModelProcess]:
+    with ModelProcess() as process:
+        yield process
+
+
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_templates_render_as_in_transformers(template: str) -> None:
+def test_templates_render_as_in_transformers(process: ModelProcess, template: str) -> None:
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **special)
     chats = [CHAT, Chat(messages=(HI,))]
@@ -47,7 +54,7 @@ def test_templates_render_as_in_transformers(template: str) -> None:
         )
         for chat in chats
     ]  # fmt: skip
-    assert render_chats(template, tokenizer.special_tokens_map, chats) == wanted
+    assert process.render_chats(template, tokenizer.special_tokens_map, chats) == wanted
 
 
 HOSTILE_TEMPLATES = {
@@ -71,11 +78,13 @@ HOSTILE_TEMPLATES = {
 
 
 @pytest.mark.parametrize(("template", "reason"), HOSTILE_TEMPLATES.values(), ids=HOSTILE_TEMPLATES)
-def test_hostile_templates_are_refused(monkeypatch: pytest.MonkeyPatch, template: str, reason: str) -> None:
+def test_hostile_templates_are_refused(
+    process: ModelProcess, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
+) -> None:
     monkeypatch.setattr(limits, "RENDER_CPU_S", 1)
     started = time.monotonic()
     with pytest.raises(CalibrationError, match="cannot be rendered") as caught:
-        render_chats(template, {"bos_token": "<s>"}, [CHAT])
+        process.render_chats(template, {"bos_token": "<s>"}, [CHAT])
     assert any(part in caught.value.why.lower() for part in reason.lower().split("|"))
     assert time.monotonic() - started < 20  # the limit of time on the clock is 24 s
     assert len(caught.value.why) < 1000
@@ -89,7 +98,7 @@ def test_a_template_sees_nothing_of_this_process(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("add_special_tokens", [True, False])
-def test_texts_are_encoded_as_in_transformers(tmp_path: Path, add_special_tokens: bool) -> None:
+def test_texts_are_encoded_as_in_transformers(process: ModelProcess, tmp_path: Path, add_special_tokens: bool) -> None:
     save_tokenizer(tmp_path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     texts = [sentences(5, seed=1), "", "<s> old </s>", "\u00fc\U0001f600", "a" * 1000]
@@ -98,7 +107,7 @@ def test_texts_are_encoded_as_in_transformers(tmp_path: Path, add_special_tokens
         TextGroup(texts=[], add_special_tokens=True),
     ]
     wanted = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-    assert encode_texts(tokenizer, groups) == [wanted, []]
+    assert encode_texts(tokenizer, groups, process) == [wanted, []]
 
 
 def tokenizer_with(pattern: str) -> Tokenizer:
@@ -108,11 +117,11 @@ def tokenizer_with(pattern: str) -> Tokenizer:
     return tokenizer
 
 
-def test_a_pattern_of_exponential_time_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pattern_of_exponential_time_ends(process: ModelProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "_ENCODE_CPU_S", 1)
     group = TextGroup(texts=["a" * 5000 + "!"] * 5, add_special_tokens=False)
     with pytest.raises(CalibrationError, match="cannot encode the texts") as caught:
-        encode_in_child(tokenizer_with("(a|aa|a?a)+$").to_str(), [group])
+        process.encode(tokenizer_with("(a|aa|a?a)+$").to_str(), [group])
     assert caught.value.why
 
 
@@ -145,25 +154,51 @@ def hostile_tokenizers() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", hostile_tokenizers())
-def test_a_damaged_tokenizer_is_an_error_or_none(tmp_path: Path, name: str) -> None:
+def test_a_damaged_tokenizer_is_an_error_or_none(process: ModelProcess, tmp_path: Path, name: str) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(hostile_tokenizers()[name])
     if name == "large pattern":  # it is compiled when it is used
-        check_tokenizer_file(path)
+        process.check_tokenizer_file(path)
         return
     with pytest.raises(CalibrationError, match="the base model's tokenizer cannot be read") as caught:
-        check_tokenizer_file(path)
+        process.check_tokenizer_file(path)
     assert 0 < len(caught.value.why) < 1000
 
 
-def test_added_tokens_are_kept(tmp_path: Path) -> None:
+def test_each_question_has_limits_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "RENDER_CPU_S", 1)
+    with ModelProcess() as process:
+        for _ in range(2):  # together more than the memory of a question
+            large = "{% set many = bos_token * 600000000 %}{{ many[:1] }}"
+            assert process.render_chats(large, {"bos_token": "x"}, [CHAT]) == ["x"]
+        with pytest.raises(CalibrationError, match="cannot be rendered"):
+            process.render_chats(HOSTILE_TEMPLATES["loops"][0], {}, [CHAT])
+        assert process.render_chats("a", {}, [CHAT]) == ["a"]
+
+
+def test_a_process_that_is_gone_or_late_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "model_code", SimpleNamespace(__name__="absent"))
+    with ModelProcess() as process, pytest.raises(CalibrationError, match="cannot be rendered") as caught:
+        process.render_chats("a", {}, [CHAT])
+    assert "No module named" in caught.value.why
+    monkeypatch.undo()
+    monkeypatch.setattr(limits, "_WALL_S", 0)
+    monkeypatch.setattr(limits, "_WALL_FACTOR", 0)
+    started = time.monotonic()
+    with ModelProcess() as process, pytest.raises(CalibrationError, match="cannot be rendered") as caught:
+        process.render_chats(HOSTILE_TEMPLATES["loops"][0], {}, [CHAT])
+    assert "processor time" in caught.value.why
+    assert time.monotonic() - started < 5  # the fork is killed, not waited for
+
+
+def test_added_tokens_are_kept(process: ModelProcess, tmp_path: Path) -> None:
     tokenizer = tokenizer_with("a")
     tokenizer.add_special_tokens([AddedToken("<x>", special=True)])
-    assert encode_in_child(tokenizer.to_str(), [TextGroup(texts=["a<x>"], add_special_tokens=False)]) == [[[0, 2]]]
-    split = encode_in_child(
+    assert process.encode(tokenizer.to_str(), [TextGroup(texts=["a<x>"], add_special_tokens=False)]) == [[[0, 2]]]
+    split = process.encode(
         tokenizer.to_str(), [TextGroup(texts=["a<x>"], add_special_tokens=False)], split_special_tokens=True
     )
     assert 2 not in split[0][0]
     tokenizer.post_processor = processors.TemplateProcessing(single="<x> $A", special_tokens=[("<x>", 2)])
     groups = [TextGroup(texts=["a"], add_special_tokens=added) for added in (True, False)]
-    assert encode_in_child(tokenizer.to_str(), groups) == [[[2, 0]], [[0]]]
+    assert process.encode(tokenizer.to_str(), groups) == [[[2, 0]], [[0]]]

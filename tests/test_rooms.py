@@ -16,7 +16,8 @@ GRAPH = module_graph(TREES)
 ORDER = (
     ("errors", "variant"),
     ("receipt",),
-    ("system", "model"),
+    ("system",),
+    ("model",),
     ("recipe",),
     ("inputs", "card"),
     ("prove",),

@@ -15,6 +15,7 @@ from packager.inputs.base_model import check_folder_of, open_source
 from packager.inputs.source_files import list_source_files
 from packager.model.contract_files import CONTENT_RULES, MOST_LICENSE_BYTES, check_content
 from packager.model.model_folder import open_inside, read_inside
+from packager.model.safetensors_file import TensorInfo, layout, predicted_bytes, read_header
 from packager.model.strict_json import MOST_JSON_VALUES
 from packager.pipeline.pack import is_packed
 from packager.receipt import CONFIG, TOKENIZER_FILES
@@ -263,3 +264,19 @@ def test_a_tokenizer_names_no_other_files(value: object) -> None:
         with pytest.raises(ValueError, match="names another file"):
             check_content("tokenizer_config.json", json.dumps({key: value}).encode())
     check_content("tokenizer_config.json", b'{"tokenizer_file": null, "vocab_file": "tokenizer.model"}')
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"])
+def test_a_tensor_that_is_not_used_is_no_reason_to_hash_a_terabyte(recipe: RecipeFile, model: Path, name: str) -> None:
+    config = json.loads((model / CONFIG).read_text())
+    (model / CONFIG).write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    path = model / "model.safetensors"
+    header = read_header(path)
+    kept = [tensor for tensor in header.tensors.values() if tensor.name != "lm_head.weight"]
+    wide = TensorInfo(name=name, dtype="F16", shape=(1 << 20, 1 << 19))
+    head, _ = layout(path, [*kept, wide])
+    path.write_bytes(head)
+    os.truncate(path, predicted_bytes([*kept, wide]))
+    with pytest.raises(SourceError, match="the weights are not what") as caught:
+        check_folder_of(RecipeFile.load(recipe.path))
+    assert f"unexpected {name}" in caught.value.why

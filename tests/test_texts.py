@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import pytest
 
 from packager.errors import CalibrationError
 from packager.inputs.chat import encode_texts, prompt_ids
-from packager.inputs.limits import TextGroup
+from packager.inputs.limits import ModelProcess, TextGroup
 from packager.inputs.overlap import check_overlap
 from packager.inputs.texts import load_tokenizer, make_rows, prepare, read_texts
 from packager.recipe import Calibration
 from packager.recipe.file import RecipeFile
+from packager.system.processes import Processes
 from tests.sources import open_folder
 from tests.tiny_recipe import sentences, write_all
 
@@ -161,16 +162,52 @@ def test_a_build_refuses_documents_that_are_in_its_calibration_text(tmp_path: Pa
 
 
 @pytest.fixture
-def tokenizer(tmp_path: Path) -> Any:
+def process() -> Iterator[ModelProcess]:
+    with ModelProcess() as process:
+        yield process
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path, process: ModelProcess) -> Any:
     write_all(tmp_path)
-    return load_tokenizer(open_folder(tmp_path / "model", base_id="tester/tiny"))
+    return load_tokenizer(open_folder(tmp_path / "model", base_id="tester/tiny"), process)
 
 
-def test_rows_are_the_documents_tokens_one_after_the_other(tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [({"tokenizer_class": "CTRLTokenizer"}, "CTRLTokenizer"), ({"tokenizer_class": "ByT5Tokenizer"}, "ByT5Tokenizer")],
+)
+def test_a_tokenizer_that_would_encode_in_this_process_is_refused(
+    tmp_path: Path, process: ModelProcess, changes: dict[str, str], kind: str
+) -> None:
+    write_all(tmp_path)
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    for name, text in (("vocab.json", '{"<unk>": 0, "a": 1}'), ("merges.txt", "#version\n\n")):
+        (tmp_path / "model" / name).write_text(text)
+    with pytest.raises(CalibrationError, match="is not one of the tokenizers library") as caught:
+        load_tokenizer(open_folder(tmp_path / "model", base_id="tester/tiny"), process)
+    assert kind in caught.value.why
+
+
+def test_a_build_asks_one_process_for_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, started = RecipeFile.load(write_all(tmp_path)), list[Sequence[str]]()
+    running = Processes.running
+
+    def counted(self: Processes, command: Sequence[str], **options: Any) -> Any:
+        started.append(command)
+        return running(self, command, **options)
+
+    monkeypatch.setattr(Processes, "running", counted)
+    prepare(recipe, open_folder(tmp_path / "model", base_id="tester/tiny"))
+    assert len(started) == 1
+
+
+def test_rows_are_the_documents_tokens_one_after_the_other(tokenizer: Any, process: ModelProcess) -> None:
     texts = [sentences(10, seed=3), sentences(10, seed=4)]
     stream = [token for text in texts for token in tokenizer(text)["input_ids"]]
     text = Calibration(path="text.txt", seq_len=8)
-    (ids,) = encode_texts(tokenizer, [TextGroup(texts=texts, add_special_tokens=True)])
+    (ids,) = encode_texts(tokenizer, [TextGroup(texts=texts, add_special_tokens=True)], process)
     rows = make_rows(text, texts, ids, num_samples=5, seed=None)
     assert rows.ids.tolist() == [stream[begin : begin + 8] for begin in range(0, 40, 8)]
     drawn = make_rows(text, texts, ids, num_samples=5, seed=1)
@@ -182,10 +219,10 @@ def test_rows_are_the_documents_tokens_one_after_the_other(tokenizer: Any) -> No
     assert (rows.record.num_samples, rows.record.seq_len, rows.record.source) == (5, 8, "text.txt")
 
 
-def test_questions_and_prompts_are_rendered_in_the_chat_template(tmp_path: Path) -> None:
+def test_questions_and_prompts_are_rendered_in_the_chat_template(tmp_path: Path, process: ModelProcess) -> None:
     recipe = RecipeFile.load(write_all(tmp_path))
     source = open_folder(tmp_path / "model", base_id="tester/tiny")
-    texts, tokenizer = prepare(recipe, source), load_tokenizer(source)
+    texts, tokenizer = prepare(recipe, source), load_tokenizer(source, process)
     assert texts.prompts == (tuple(prompt_ids(tokenizer, "old bird")),)
     (first, second) = texts.questions
     assert tokenizer.decode(first.prompt_ids) == "<s>[INST] old bird [/INST]"

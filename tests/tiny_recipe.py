@@ -1,5 +1,6 @@
 """A complete recipe folder that builds in a second: a random model, a tokenizer made on the spot, text, a licence."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from packager.pipeline import flow
@@ -126,23 +128,30 @@ def publish(recipe: Path | RecipeFile, dist: Path) -> PublishReport:
 
 
 class Builds:
-    """Builds of the tiny recipe, each made once in a worker of the test run: their tests read them or take copies."""
+    """Builds of the tiny recipe, each made once in a test run: tests read them or take copies.
+
+    Args:
+        root: a folder that all workers of the test run have.
+    """
 
     def __init__(self, root: Path) -> None:
-        self._root, self._made = root, dict[str, Path]()
+        self._root = root
 
     def built(self, changes: Mapping[str, Any] | None = None, *, published: bool = False) -> Path:
         """Return a folder with recipe.yaml, its inputs and dist/; a test may not change a file of it."""
         key = json.dumps([changes or {}, published], sort_keys=True)
-        if key not in self._made:
-            folder = self._root / f"{len(self._made)}{'-published' if published else ''}"
-            if published:
-                publish(self.copy(folder, changes), folder / "dist")
-            else:
-                folder.mkdir()
-                build(write_all(folder, changes), folder / "dist")
-            self._made[key] = folder
-        return self._made[key]
+        folder = self._root / hashlib.sha256(key.encode()).hexdigest()[:16]
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                made = folder.with_name(f"{folder.name}.made")  # a worker whose build fails leaves no whole one
+                shutil.rmtree(made, ignore_errors=True)
+                if published:
+                    publish(self.copy(made, changes), made / "dist")
+                else:
+                    made.mkdir()
+                    build(write_all(made, changes), made / "dist")
+                made.rename(folder)
+        return folder
 
     def copy(self, folder: Path, changes: Mapping[str, Any] | None = None, *, published: bool = False) -> Path:
         """Copy a build to `folder`, where a test may change it, and return the recipe's path."""

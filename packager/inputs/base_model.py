@@ -19,10 +19,10 @@ from packager.inputs.source_files import (
 )
 from packager.model.architecture import IGNORED_SUFFIXES, Architecture
 from packager.model.config_values import read_config, shortened
-from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
+from packager.model.safetensors_file import StoredTensor, TensorInfo, read_tensor, stored_tensors
 from packager.receipt import CONFIG, TOKENIZER_FILES, FileRecord, SourceRecord, digest_of
 from packager.recipe.file import RecipeFile
-from packager.system.files import bytes_record, file_record, file_records
+from packager.system.files import bytes_record, file_records, has_record
 from packager.system.text import printable
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _ABSENT = object()
 _LOCK_ANEW = "where the model has moved on, make the lock anew: packager lock"
+_MOST_DERIVED_BYTES = 1 << 16  # inverse frequencies: one float for each two dimensions of a head
 _MOST_TENSORS = 400_000  # a model of 1000 blocks has 12,000; one with experts many more
 
 
@@ -92,7 +93,7 @@ class SourceModel:
         """
         list_source_files(self.folder, self.files.licenses)
         for name in (CONFIG, *self.files.weights):
-            if file_record(self.folder / name) != self.record.files[name]:
+            if not has_record(self.folder / name, self.record.files[name]):
                 raise _replaced(self.folder / name)
 
 
@@ -337,7 +338,7 @@ def add_tensors(found: dict[str, StoredTensor], more: Mapping[str, StoredTensor]
 def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, folder: Path) -> dict[str, StoredTensor]:
     expected = {tensor.name: tensor for tensor in architecture.tensors}
     missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and not name.endswith(tuple(IGNORED_SUFFIXES))]
+    extra = [name for name in found if name not in expected and not _is_derived(found[name].info)]
     wrong = [
         f"{name} is {list(found[name].info.shape)}, the lock has {list(tensor.shape)}"
         for name, tensor in expected.items()
@@ -349,7 +350,9 @@ def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, fold
         if name in found and found[name].info.dtype != tensor.dtype
     ]
     # Some checkpoints store a tied lm_head as well; runtimes use the embedding.
-    extra = [name for name in extra if name not in architecture.tied]
+    largest = max(tensor.size_bytes for tensor in architecture.tensors)
+    tied = {name for name in architecture.tied if name in found and found[name].info.size_bytes <= largest}
+    extra = [name for name in extra if name not in tied]
     if missing or extra or wrong:
         listed = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in extra] + wrong
         more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
@@ -360,3 +363,8 @@ def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, fold
             hint=f"a shard may be missing: compare the folder with the model's page; {_LOCK_ANEW}",
         )
     return {name: found[name] for name in expected}
+
+
+def _is_derived(tensor: TensorInfo) -> bool:
+    """Return whether a tensor is one that runtimes compute themselves; such a tensor is small."""
+    return tensor.name.endswith(tuple(IGNORED_SUFFIXES)) and tensor.size_bytes <= _MOST_DERIVED_BYTES

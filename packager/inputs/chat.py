@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from packager.errors import CalibrationError
-from packager.inputs.limits import Chat, TextGroup, encode_in_child, render_chats
+from packager.inputs.limits import Chat, ModelProcess, TextGroup
 from packager.recipe.file import RecipeFile
 
 _MAX_SHOWN = 3000  # characters of a rendered template
@@ -46,14 +46,14 @@ def prompt_chat(prompt: str) -> Chat:
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Return the token ids of a user's message in the model's chat template, up to where the answer begins."""
-    ((ids,),) = encode_texts(
-        tokenizer, [TextGroup(texts=render_messages(tokenizer, [prompt_chat(prompt)]), add_special_tokens=False)]
-    )
+    with ModelProcess() as process:
+        texts = render_messages(tokenizer, [prompt_chat(prompt)], process)
+        ((ids,),) = encode_texts(tokenizer, [TextGroup(texts=texts, add_special_tokens=False)], process)
     return ids
 
 
-def render_messages(tokenizer: Any, chats: Sequence[Chat]) -> list[str]:
-    """Render conversations in a tokenizer's chat template, in one process with limits.
+def render_messages(tokenizer: Any, chats: Sequence[Chat], process: ModelProcess) -> list[str]:
+    """Render conversations in a tokenizer's chat template.
 
     Raises:
         CalibrationError: the template cannot be rendered within the limits, or there are several and none is chosen.
@@ -63,28 +63,17 @@ def render_messages(tokenizer: Any, chats: Sequence[Chat]) -> list[str]:
         template = template.get("default")
     if not isinstance(template, str):
         raise CalibrationError("the base model has several chat templates, and none is called default")
-    return render_chats(template, tokenizer.special_tokens_map, chats)
+    return process.render_chats(template, tokenizer.special_tokens_map, chats)
 
 
-def encode_texts(tokenizer: Any, groups: Sequence[TextGroup]) -> list[list[list[int]]]:
+def encode_texts(tokenizer: Any, groups: Sequence[TextGroup], process: ModelProcess) -> list[list[list[int]]]:
     """Return the token ids of each text of each group, as the tokenizer of transformers gives them.
-
-    A tokenizer of the tokenizers library works in a process with limits, because its patterns come with the model. The
-    others (sentencepiece) have no patterns.
 
     Raises:
         CalibrationError: the tokenizer fails, or needs too much time or memory.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return [
-            tokenizer(list(group.texts), add_special_tokens=group.add_special_tokens, verbose=False)["input_ids"]
-            if group.texts
-            else []
-            for group in groups
-        ]
     split = bool(getattr(tokenizer, "split_special_tokens", False))
-    return encode_in_child(backend.to_str(), groups, split_special_tokens=split)
+    return process.encode(tokenizer.backend_tokenizer.to_str(), groups, split_special_tokens=split)
 
 
 def card_chat(recipe_file: RecipeFile) -> Chat:

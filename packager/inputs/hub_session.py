@@ -3,8 +3,9 @@
 Every answer is hostile until checked. The client follows the links of an answer to any host with the token, unpacks
 compressed answers of any size, and waits for a slow answer without an end.
 
-huggingface_hub is imported when first needed. One private name is used: `default_client_factory`. A factory that does
-not call it would have to repeat its hooks (request ids, offline mode) and to choose between httpx and httpx2.
+huggingface_hub is imported when first needed. One private name of it is used: `default_client_factory`. A factory that
+does not call it would have to repeat its hooks (request ids, offline mode) and to choose between httpx and httpx2. Of
+httpx, two: the client's `_transport` and `_mounts`. A client that is given a transport would ignore the user's proxies.
 """
 
 import logging
@@ -16,13 +17,13 @@ from functools import cache
 from http import HTTPStatus
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urljoin, urlsplit
 
 from packager.system.text import shown
 
 if TYPE_CHECKING:
-    from httpx2 import Client, Request, Response, SyncByteStream
+    from httpx2 import BaseTransport, Client, Request, Response, SyncByteStream
     from huggingface_hub.hf_api import RepoSibling
 
     ResponseHook = Callable[[Response], None]
@@ -37,6 +38,7 @@ _SLOWEST_BYTES_PER_S, _SLOW_START_S = 1000, 45.0
 # Limits of one read or write, not of a call: for a commit of many files the Hub sends nothing for minutes.
 _TIMEOUTS_S = {"connect": 30.0, "read": 600.0, "write": 600.0, "pool": 600.0}
 _READING_TIMEOUT_S = 60.0  # a request that changes nothing
+_HEADERS_S = 5.0  # more than the limit of a read, which ends an answer that does not begin
 _READING = frozenset({"GET", "HEAD"})
 _OURS = "packager"
 _CLIENTS = frozenset({"huggingface_hub", "hf_xet", "httpx", "httpx2", "httpcore", "httpcore2"})
@@ -140,6 +142,10 @@ def _client(hooks: tuple["ResponseHook", ...]) -> "Client":
         "request": [*own["request"], _limit_time, _refuse_packing, _TokenGuard()],
         "response": [*own["response"], _limit_answer, _PageGuard(), *hooks],
     }
+    client._transport = _transport_type()(client._transport)
+    client._mounts = {
+        pattern: transport and _transport_type()(transport) for pattern, transport in client._mounts.items()
+    }
     return client
 
 
@@ -224,6 +230,63 @@ def _check_answer(received_bytes: int, waited_s: float) -> None:
 def _check_pace(received_bytes: int, waited_s: float) -> None:
     if waited_s > _SLOW_START_S and received_bytes < waited_s * _SLOWEST_BYTES_PER_S:
         raise AnswerError(f"the file came too slowly: {received_bytes} bytes in {waited_s:.0f} s")
+
+
+@cache
+def _transport_type() -> Any:
+    """Return the class of a transport that limits the whole time until an answer's headers end.
+
+    The HTTP library limits each read: a server that sends a byte a minute would be read for weeks. The inner transport
+    works in a thread, which is left behind when the time is over.
+    """
+    http = _http_library()
+
+    class SentStream(http.SyncByteStream):  # type: ignore[misc, name-defined]
+        """A request's body; an upload may take any time, so the limit begins at its end."""
+
+        def __init__(self, inner: "SyncByteStream", ended: threading.Event) -> None:
+            self._inner, self._ended = inner, ended
+
+        def __iter__(self) -> Iterator[bytes]:
+            try:
+                yield from self._inner
+            finally:
+                self._ended.set()
+
+        def close(self) -> None:
+            self._inner.close()
+
+    class TimedTransport(http.BaseTransport):  # type: ignore[misc, name-defined]
+        def __init__(self, inner: "BaseTransport") -> None:
+            self._inner = inner
+
+        def handle_request(self, request: "Request") -> "Response":
+            sent, answered = threading.Event(), threading.Event()
+            body = cast("SyncByteStream", request.stream)
+            request.stream = SentStream(body, sent)
+            outcome: list[Response | BaseException] = []
+
+            def work() -> None:
+                try:
+                    outcome.append(self._inner.handle_request(request))
+                except BaseException as error:  # noqa: BLE001, raised again below
+                    outcome.append(error)
+                answered.set()
+                sent.set()
+
+            threading.Thread(target=work, name="hub-request", daemon=True).start()
+            sent.wait()
+            limit_s = request.extensions["timeout"]["read"] + _HEADERS_S
+            if not answered.wait(limit_s):
+                raise AnswerError(f"its headers did not end within {limit_s:.0f} s")
+            if isinstance(outcome[0], BaseException):
+                raise outcome[0]
+            return outcome[0]
+
+        def close(self) -> None:
+            self._inner.close()
+
+    return TimedTransport
 
 
 @cache

@@ -1,22 +1,25 @@
-"""Start the process that interprets a base model's template and tokenizer, and limit its time and memory.
+"""Ask a process of its own what a base model's template and tokenizer make of texts, with limits of time and memory.
 
 Of our environment it gets the path of Python's packages only. Decision 12 has the reasons for a process of its own.
 """
 
 import json
 import os
+import select
 import signal
 import sys
-import tempfile
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from packager.errors import CalibrationError
 from packager.inputs import model_code
 from packager.system.processes import Processes, tail
+from packager.system.scratch import ScratchFolder
 
 RENDER_CPU_S = 10
 _RENDER_MEMORY_BYTES = 1 << 30
@@ -51,72 +54,134 @@ class _Limits:
     memory_bytes: int
 
 
-def render_chats(template: str, special_tokens: Mapping[str, str], chats: Sequence[Chat]) -> list[str]:
-    """Render conversations in a chat template, all in one child process.
+class ModelProcess:
+    """A process that answers questions about a base model's files, each within limits of its own; use it in a block.
 
     Raises:
-        CalibrationError: the template cannot be rendered, or takes more than 10 s or 1 GiB.
+        CalibrationError: by each question, if there is no answer within its limits.
     """
-    request = {
-        "task": "render",
-        "template": template,
-        "special_tokens": dict(special_tokens),
-        "chats": [
-            {"messages": list(chat.messages), "add_generation_prompt": chat.add_generation_prompt} for chat in chats
-        ],
-    }
-    limits = _Limits(cpu_s=RENDER_CPU_S, memory_bytes=_RENDER_MEMORY_BYTES)
-    rendered: list[str] = _run(request, limits, "the model's chat template cannot be rendered")
-    return rendered
 
+    def __init__(self) -> None:
+        self._stack = ExitStack()
 
-def check_tokenizer_file(path: Path) -> None:
-    """Read a tokenizer.json in a child process.
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._folder = stack.enter_context(ScratchFolder("model")).path
+            self._log = self._folder / "log"
+            asked, self._asked = os.pipe()
+            self._answers, answered = os.pipe()
+            for descriptor in (self._asked, self._answers):
+                stack.callback(os.close, descriptor)
+            command = [sys.executable, "-P", "-m", model_code.__name__, str(asked), str(answered)]
+            log = stack.enter_context(self._log.open("wb"))
+            running = Processes().running(
+                command, folder=self._folder, environ=_environ(), out=log, err=log, inherited=(asked, answered)
+            )  # fmt: skip
+            try:
+                stack.enter_context(running)
+            finally:
+                os.close(asked)
+                os.close(answered)
+            self._stack = stack.pop_all()
+        return self
 
-    Raises:
-        CalibrationError: the library cannot read it, or needs too much time or memory for it.
-    """
-    limits = _Limits(cpu_s=_LOAD_CPU_S, memory_bytes=_LOAD_MEMORY_BYTES)
-    _run({"task": "load", "tokenizer": str(path)}, limits, "the base model's tokenizer cannot be read")
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
 
+    def render_chats(self, template: str, special_tokens: Mapping[str, str], chats: Sequence[Chat]) -> list[str]:
+        """Render conversations in a chat template.
 
-def encode_in_child(
-    tokenizer_json: str, groups: Sequence[TextGroup], *, split_special_tokens: bool = False
-) -> list[list[list[int]]]:
-    """Encode texts in a child process.
+        Raises:
+            CalibrationError: the template cannot be rendered, or takes more than 10 s or 1 GiB.
+        """
+        request = {
+            "task": "render",
+            "template": template,
+            "special_tokens": dict(special_tokens),
+            "chats": [
+                {"messages": list(chat.messages), "add_generation_prompt": chat.add_generation_prompt} for chat in chats
+            ],
+        }
+        limits = _Limits(cpu_s=RENDER_CPU_S, memory_bytes=_RENDER_MEMORY_BYTES)
+        rendered: list[str] = self._ask(request, limits, "the model's chat template cannot be rendered")
+        return rendered
 
-    Args:
-        tokenizer_json: the tokenizer, as its library writes it.
-        groups: the texts.
-        split_special_tokens: the names of special tokens in a text are ordinary text.
+    def check_tokenizer_file(self, path: Path) -> None:
+        """Read a tokenizer.json, and forget it.
 
-    Returns:
-        For each group the token ids of each text.
+        Raises:
+            CalibrationError: the library cannot read it, or needs too much time or memory for it.
+        """
+        limits = _Limits(cpu_s=_LOAD_CPU_S, memory_bytes=_LOAD_MEMORY_BYTES)
+        self._ask({"task": "load", "tokenizer": str(path)}, limits, "the base model's tokenizer cannot be read")
 
-    Raises:
-        CalibrationError: the tokenizer fails, or needs too much time or memory.
-    """
-    size = sum(len(text) for group in groups for text in group.texts)
-    longest = max((len(text) for group in groups for text in group.texts), default=0)
-    limits = _Limits(
-        cpu_s=_ENCODE_CPU_S + size * _ENCODE_CPU_S_PER_MB // 10**6,
-        memory_bytes=_LOAD_MEMORY_BYTES + (longest + size) * _BYTES_PER_CHARACTER,
-    )
-    with tempfile.TemporaryDirectory(prefix="packager-encode-") as scratch:
-        folder = Path(scratch)
-        (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    def encode(
+        self, tokenizer_json: str, groups: Sequence[TextGroup], *, split_special_tokens: bool = False
+    ) -> list[list[list[int]]]:
+        """Encode texts.
+
+        Args:
+            tokenizer_json: the tokenizer, as its library writes it.
+            groups: the texts.
+            split_special_tokens: the names of special tokens in a text are ordinary text.
+
+        Returns:
+            For each group the token ids of each text.
+
+        Raises:
+            CalibrationError: the tokenizer fails, or needs too much time or memory.
+        """
+        size = sum(len(text) for group in groups for text in group.texts)
+        longest = max((len(text) for group in groups for text in group.texts), default=0)
+        limits = _Limits(
+            cpu_s=_ENCODE_CPU_S + size * _ENCODE_CPU_S_PER_MB // 10**6,
+            memory_bytes=_LOAD_MEMORY_BYTES + (longest + size) * _BYTES_PER_CHARACTER,
+        )
+        tokenizer, texts, ids = (self._folder / name for name in ("tokenizer.json", "texts.json", "ids"))
+        tokenizer.write_text(tokenizer_json, encoding="utf-8")
         listed = [{"texts": list(group.texts), "add_special_tokens": group.add_special_tokens} for group in groups]
-        (folder / "texts.json").write_text(json.dumps(listed), encoding="utf-8")
+        texts.write_text(json.dumps(listed), encoding="utf-8")
         request = {
             "task": "encode",
-            "tokenizer": str(folder / "tokenizer.json"),
-            "texts": str(folder / "texts.json"),
-            "ids": str(folder / "ids"),
+            "tokenizer": str(tokenizer),
+            "texts": str(texts),
+            "ids": str(ids),
             "split_special_tokens": split_special_tokens,
         }
-        counts: list[list[int]] = _run(request, limits, "the model's tokenizer cannot encode the texts")
-        with (folder / "ids").open("rb") as stream:
+        counts: list[list[int]] = self._ask(request, limits, "the model's tokenizer cannot encode the texts")
+        with ids.open("rb") as stream:
             return [[_read_ids(stream, count) for count in lengths] for lengths in counts]
+
+    def _ask(self, request: Mapping[str, object], limits: _Limits, failure: str) -> Any:
+        """Return the answer to a request.
+
+        Raises:
+            CalibrationError: with `failure` and the reason.
+        """
+        asked, result = self._folder / "request.json", self._folder / "result.json"
+        asked.write_text(
+            json.dumps({**request, "cpu_s": limits.cpu_s, "memory_bytes": limits.memory_bytes}), encoding="utf-8"
+        )
+        status = self._status(json.dumps([str(asked), str(result)]), _WALL_FACTOR * limits.cpu_s + _WALL_S)
+        if status == "0":
+            answer = json.loads(result.read_text(encoding="utf-8"))
+            reason = answer.get("error", "")
+        else:
+            answer, reason = {}, _death(status, limits, self._log)
+        if reason:
+            raise CalibrationError(failure, why=reason, hint="the file is damaged or hostile; ask the model's author")
+        return answer["result"]
+
+    def _status(self, line: str, wall_s: float) -> str:
+        """Send a request; return the exit status of its fork, "" if the process is gone, "late" if the time is over."""
+        with suppress(BrokenPipeError):
+            os.write(self._asked, f"{line}\n".encode())
+        if not select.select([self._answers], [], [], wall_s)[0]:
+            self._stack.close()  # the fork still runs
+            return "late"
+        return os.read(self._answers, 64).decode().strip()
 
 
 def _read_ids(stream: Any, count: int) -> list[int]:
@@ -125,40 +190,12 @@ def _read_ids(stream: Any, count: int) -> list[int]:
     return ids.tolist()
 
 
-def _run(request: Mapping[str, object], limits: _Limits, failure: str) -> Any:
-    """Return the answer to a request.
-
-    Raises:
-        CalibrationError: with `failure` and the reason.
-    """
-    with tempfile.TemporaryDirectory(prefix="packager-model-") as scratch:
-        folder = Path(scratch)
-        asked, answered, log = folder / "request.json", folder / "result.json", folder / "log"
-        asked.write_text(
-            json.dumps({**request, "cpu_s": limits.cpu_s, "memory_bytes": limits.memory_bytes}), encoding="utf-8"
-        )
-        command = [sys.executable, "-P", "-m", model_code.__name__, str(asked), str(answered)]
-        wall_s = _WALL_FACTOR * limits.cpu_s + _WALL_S
-        with log.open("wb") as stream:
-            status = Processes().run(
-                command, folder=folder, environ=_environ(), out=stream, err=stream, timeout_s=wall_s
-            )  # fmt: skip
-        if status == 0:
-            answer = json.loads(answered.read_text(encoding="utf-8"))
-            reason = answer.get("error", "")
-        else:
-            answer, reason = {}, _death(status, limits, log)
-    if reason:
-        raise CalibrationError(failure, why=reason, hint="the file is damaged or hostile; ask the model's author")
-    return answer["result"]
-
-
-def _death(status: int | None, limits: _Limits, log: Path) -> str:
-    if status in (None, -signal.SIGXCPU):
+def _death(status: str, limits: _Limits, log: Path) -> str:
+    if status in ("late", str(-signal.SIGXCPU)):
         return f"it took more than {limits.cpu_s} s of processor time"
-    if status == -signal.SIGABRT:
+    if status == str(-signal.SIGABRT):
         return f"its process was ended: it needs more than {limits.memory_bytes >> 30} GiB of memory, or is damaged"
-    return f"its process ended with status {status}: {tail(log, 1)}"
+    return f"its process ended with status {status or 'unknown'}: {tail(log, 1)}"
 
 
 def _environ() -> dict[str, str]:

@@ -1,12 +1,14 @@
 """What a base model brings and a program must interpret: its chat template and its tokenizer, in a child with limits.
 
 This file runs as a process of its own, which `packager.inputs.limits` starts: a template can loop for hours, and a
-pattern in tokenizer.json can take exponential time. Its arguments are a request, a JSON file, and the name of the
-result. It imports nothing else of the package, so that it starts in a fraction of a second.
+pattern in tokenizer.json can take exponential time. Each request is answered by a fork of the process: its limits are
+its own, and nothing that it does reaches the next one. This file imports nothing else of the package, so that it starts
+in a fraction of a second.
 """
 
 import array
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -18,6 +20,25 @@ _BATCH_CHARACTERS = 4_000_000  # encoded at once; an encoding takes about 30 byt
 _MAX_REASON = 500
 
 Json = Mapping[str, Any]
+
+
+def serve(requests: int, answers: int) -> None:
+    """Answer requests until their pipe ends.
+
+    Args:
+        requests: a pipe with a line for each: the names of the request's file and of the result's, as a JSON list.
+        answers: a pipe that gets a line for each: the exit status, negative if a signal ended the fork.
+    """
+    import tokenizers  # noqa: F401, once for all forks; it starts no thread before it is used
+
+    with os.fdopen(requests, encoding="utf-8") as lines:
+        for line in lines:
+            child = os.fork()
+            if child == 0:
+                os.close(answers)
+                answer_request(*json.loads(line))
+                os._exit(0)
+            os.write(answers, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def answer_request(request_file: str, result_file: str) -> None:
@@ -159,4 +180,4 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
 _TASKS: Mapping[str, Callable[[Json], object]] = {"render": _render, "load": _load, "encode": _encode}
 
 if __name__ == "__main__":
-    answer_request(sys.argv[1], sys.argv[2])
+    serve(int(sys.argv[1]), int(sys.argv[2]))

@@ -4,7 +4,6 @@ Calibration rows are drawn with a seed; evaluation rows come from other text.
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +24,13 @@ from packager.inputs.chat import (
     render_messages,
 )
 from packager.inputs.hub_models import hub_errors
-from packager.inputs.limits import TextGroup, check_tokenizer_file
+from packager.inputs.limits import ModelProcess, TextGroup
 from packager.inputs.overlap import check_overlap
 from packager.model.strict_json import parse_json
 from packager.receipt import CONFIG, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL, TextRecord, digest_of
 from packager.recipe import Calibration, Evaluation, TextSource
 from packager.recipe.file import RecipeFile
+from packager.system.scratch import ScratchFolder
 from packager.system.text import printable
 
 if TYPE_CHECKING:
@@ -73,8 +73,13 @@ def prepare(recipe_file: RecipeFile, source: SourceModel) -> TextSets:
             template does not fit the model.
         SourceError: the Hub refused a dataset.
     """
+    with ModelProcess() as process:
+        return _prepare(recipe_file, source, process)
+
+
+def _prepare(recipe_file: RecipeFile, source: SourceModel, process: ModelProcess) -> TextSets:
     recipe = recipe_file.recipe
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, process)
     _check_vocabulary(tokenizer, source)
     calibration_texts = read_texts(recipe.calibration, recipe_file)
     evaluation_texts = read_texts(recipe.evaluation, recipe_file)
@@ -85,7 +90,7 @@ def prepare(recipe_file: RecipeFile, source: SourceModel) -> TextSets:
     asked = _questions(recipe.evaluation, recipe_file)
     chats = [card_chat(recipe_file), *(chat for question in asked for chat in question.chats)]
     chats += [prompt_chat(prompt) for prompt in recipe.loaders.prompts]
-    rendered = render_messages(tokenizer, chats) if tokenizer.chat_template else []
+    rendered = render_messages(tokenizer, chats, process) if tokenizer.chat_template else []
     if rendered:
         check_prompt_template(recipe_file, tokenizer, rendered[0])
     calibration_ids, evaluation_ids, rendered_ids = encode_texts(
@@ -95,6 +100,7 @@ def prepare(recipe_file: RecipeFile, source: SourceModel) -> TextSets:
             TextGroup(texts=evaluation_texts, add_special_tokens=True),
             TextGroup(texts=rendered[1:], add_special_tokens=False),
         ],
+        process,
     )
     calibration = make_rows(
         recipe.calibration, calibration_texts, calibration_ids, num_samples=recipe.calibration.num_samples,
@@ -113,13 +119,17 @@ def prepare(recipe_file: RecipeFile, source: SourceModel) -> TextSets:
     )
 
 
-def load_tokenizer(source: SourceModel) -> Any:
+def load_tokenizer(source: SourceModel, process: ModelProcess) -> Any:
     """Return the base model's tokenizer.
 
     It is made of copies of the files that a branch gets, so that it is the branch's and reads nothing else.
 
+    Args:
+        source: the base model.
+        process: reads the tokenizer before this process does.
+
     Raises:
-        CalibrationError: there is none, or it cannot be read.
+        CalibrationError: there is none, it cannot be read, or its class encodes texts in this process.
         SourceError: one of its files was replaced since it was checked.
     """
     from transformers import AutoTokenizer
@@ -132,21 +142,29 @@ def load_tokenizer(source: SourceModel) -> Any:
             why="a branch needs tokenizer_config.json, and tokenizer.json or tokenizer.model",
             hint="take the tokenizer files from the same revision as the weights",
         )
-    with tempfile.TemporaryDirectory(prefix="packager-tokenizer-") as scratch:
-        folder = Path(scratch)
+    with ScratchFolder("tokenizer") as scratch:
+        folder = scratch.path
         for name in source.files.copied:
             (folder / name).write_bytes(source.copied(name))
         (folder / CONFIG).write_text(json.dumps(source.config), encoding="utf-8")
         if TOKENIZER in source.files.copied:
-            check_tokenizer_file(folder / TOKENIZER)
+            process.check_tokenizer_file(folder / TOKENIZER)
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises plain Exception for a damaged tokenizer.json
             raise CalibrationError(
                 "the base model's tokenizer cannot be read",
                 where=str(source.folder),
-                why=printable(str(error).replace(scratch, str(source.folder))),
+                why=printable(str(error).replace(str(folder), str(source.folder))),
             ) from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise CalibrationError(
+            "the base model's tokenizer is not one of the tokenizers library",
+            where=str(source.folder / TOKENIZER_CONFIG),
+            why=f"a {type(tokenizer).__name__} would encode the texts in this process, without limits",
+            hint="name the class of the model's family as tokenizer_class, such as LlamaTokenizer, and no backend",
+        )
+    return tokenizer
 
 
 def read_texts(text: TextSource, recipe_file: RecipeFile) -> list[str]:

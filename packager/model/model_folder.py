@@ -6,13 +6,12 @@ or never end. Links are followed inside the folder only, or from a snapshot of t
 
 import errno
 import os
-import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from packager.system.files import open_regular
+
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: a FIFO that took the file's place would block the open until a process writes into it.
-_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 def link_problem(folder: Path, link: Path) -> str:
@@ -76,7 +75,7 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
             outer = descriptor
             descriptor = os.open(part, _FOLDER_FLAGS, dir_fd=outer)
             os.close(outer)
-        return _open_regular(parts[-1], descriptor, path)
+        return open_regular(Path(parts[-1]), folder_descriptor=descriptor, shown=path)
     finally:
         os.close(descriptor)
 
@@ -87,22 +86,7 @@ def open_model_file(path: Path) -> BinaryIO:
     Raises:
         OSError: there is no such file, or it is no regular file, e.g. a FIFO, which would block the open.
     """
-    return _open_regular(os.path.realpath(path), None, path)
-
-
-def _open_regular(name: str, folder_descriptor: int | None, path: Path) -> BinaryIO:
-    """Open a file by its name in an open folder; `path` is for errors."""
-    # Asked before, because opening a device can have effects, and after, because the file may have been replaced.
-    before = os.stat(name, dir_fd=folder_descriptor, follow_symlinks=False)
-    if stat.S_ISDIR(before.st_mode):
-        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(before.st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    descriptor = os.open(name, _FILE_FLAGS, dir_fd=folder_descriptor)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")
+    return open_regular(Path(os.path.realpath(path)), shown=path)
 
 
 def name_problem(name: str) -> str:

@@ -12,7 +12,7 @@ from packager.pipeline.card_texts import read_card_texts
 from packager.pipeline.pack import is_packed
 from packager.pipeline.workspace import audit_or_raise
 from packager.receipt import PROVENANCE, README, Receipt
-from packager.system.files import bytes_record, disk_errors, file_record, write_atomic
+from packager.system.files import bytes_record, disk_errors, has_record, write_atomic
 
 
 def render_cards(run: BuildState) -> None:
@@ -49,7 +49,7 @@ def _licenses(run: BuildState, branch: str) -> dict[str, bytes]:
     found = {PurePosixPath(name).name: run.recipe_file.resolve(name).read_bytes() for name in license_.files}
     for name in license_.base_files:
         path, record = run.workspace.folder(branch) / name, provenance.base_model.files.get(name)
-        if record is None or not path.is_file() or file_record(path) != record:
+        if record is None or not path.is_file() or not has_record(path, record):
             found[name] = run.source.copied(name)
         else:
             found[name] = path.read_bytes()
@@ -96,7 +96,7 @@ def refuse_edited_card(run: BuildState, branch: str, name: str, content: bytes |
     known = {receipt.provenance.files.get(name) for receipt in receipts if receipt is not None}
     if content is not None:
         known.add(bytes_record(content))
-    if not path.is_file() or file_record(path) not in known:
+    if not path.is_file() or not any(record is not None and has_record(path, record) for record in known):
         raise StateError(
             f"{name} was edited by hand",
             where=str(path),

@@ -5,7 +5,6 @@ and run again, on this machine or another.
 """
 
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from packager.publish.targets import Target
 from packager.publish.targets.resolve_target import target_of
 from packager.receipt import PROVENANCE, README, Receipt
 from packager.recipe.file import RecipeFile
+from packager.system.scratch import ScratchFolder
 from packager.system.terminal import Terminal
 from packager.variant import MAIN
 
@@ -178,14 +178,14 @@ def publish(
         folders = [run.workspace.folder(receipt.provenance.branch) for receipt in receipts]
         audit_or_raise(folders, run.plan.architecture, complete=True)
         contents = [_branch_content(receipt, folder) for receipt, folder in zip(receipts, folders, strict=True)]
-        with terminal.stage("publish"), tempfile.TemporaryDirectory(prefix="packager-signed-") as scratch:
+        with terminal.stage("publish"), ScratchFolder("signed") as scratch:
             target = target_of(run.recipe, run.workspace.dist, options.environ, terminal.log)
             ask = consent if target.is_public else lambda _: None
             return publish_branches(
                 contents,
                 target,
                 terminal.log,
-                signer=ReleaseSigner(run.recipe.repository.id, keys, Path(scratch)),
+                signer=ReleaseSigner(run.recipe.repository.id, keys, scratch.path),
                 final_steps=_final_steps(run, target, tag),
                 dry_run=dry_run,
                 show_plan=show_plan,

@@ -19,7 +19,7 @@ from packager.errors import AuditError, MachineError, StateError
 from packager.model.architecture import Architecture
 from packager.prove.audit import audit
 from packager.receipt import SAFETENSORS, FileRecord, Receipt
-from packager.system.files import LOCK_WAIT_S, disk_errors, file_records, list_files, remove_leftovers, write_atomic
+from packager.system.files import LOCK_WAIT_S, disk_errors, has_record, list_files, remove_leftovers, write_atomic
 from packager.system.parallel import in_parallel
 
 
@@ -85,11 +85,12 @@ class Workspace:
                     continue
                 folder = other.folder(path.stem)
                 stated = {folder / name: record for name, record in receipt.provenance.weights_files.items()}
-                found = file_records(folder.glob(f"*{SAFETENSORS}"))
+                found = set(folder.glob(f"*{SAFETENSORS}"))
+                same = found == stated.keys() and all(in_parallel(lambda file: has_record(*file), stated.items()))
             except (StateError, OSError) as error:
                 log(f"{path} is not used: {error}")
                 continue
-            if found == stated:
+            if same:
                 yield folder, receipt
             else:
                 log(f"{folder} is not used: its weights files are not those of its receipt")
@@ -195,11 +196,9 @@ def differences(folder: Path, files: Mapping[str, FileRecord], *, ignore: Collec
     present = [name for name in list_files(folder) if name not in ignore] if folder.is_dir() else []
     found = [f"{name} is missing" for name in expected if name not in present]
     found += [f"{name} is not in the receipt" for name in present if name not in expected]
-    records = file_records(folder / name for name in present if name in expected)
-    found += [
-        f"{name} was changed" for name in expected if records.get(folder / name, expected[name]) != expected[name]
-    ]
-    return found
+    there = [name for name in expected if name in present]
+    same = in_parallel(lambda name: has_record(folder / name, expected[name]), there)
+    return found + [f"{name} was changed" for name, kept in zip(there, same, strict=True) if not kept]
 
 
 def audit_or_raise(folders: Sequence[Path], architecture: Architecture, *, complete: bool) -> None:

@@ -168,15 +168,17 @@ def _run_loaders(
     job: VerifyJob, references: Mapping[str, NDArray[np.float32]]
 ) -> dict[str, dict[str, ProbeResult | LoaderError]]:
     """Run the loaders side by side; return what each computed, by loader and branch."""
+    names = (*job.loaders.required, *job.loaders.if_available)
+    if not names:
+        return {}
     gc.collect()  # transformers' modules may refer to each other
     torch.cuda.empty_cache()  # what our own forward allocated; without CUDA this does nothing
-    names = (*job.loaders.required, *job.loaders.if_available)
     # Each loader gets its share of the cores. OpenMP threads that wait for a core spin: three processes with two
     # threads each took 74 s on two cores, and take a third of that now.
-    threads = max(1, (os.cpu_count() or 1) // max(1, len(names)))
+    threads = max(1, (os.cpu_count() or 1) // len(names))
     environ = {**job.context.environ, "OMP_NUM_THREADS": str(threads)}
     job = replace(job, context=replace(job.context, environ=environ))
-    with ThreadPoolExecutor(max_workers=max(1, len(names))) as pool:
+    with ThreadPoolExecutor(max_workers=len(names)) as pool:
         outcomes = {name: pool.submit(_probe, LOADERS[name], job, references) for name in names}
         try:
             return {name: outcome.result() for name, outcome in outcomes.items()}

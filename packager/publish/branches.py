@@ -156,7 +156,7 @@ def check_folders(branches: Sequence[BranchContent], *, blob_ids: bool = True) -
         (content, name) for content in branches for name in sorted(listings[content.branch] & content.files.keys())
     ]
     wanted.sort(key=lambda entry: -entry[0].files[entry[1]].size_bytes)
-    read = in_parallel(lambda entry: read_local_file(entry[0].folder / entry[1], blob_id=blob_ids), wanted)
+    read = in_parallel(lambda entry: _read_file(*entry, blob_ids=blob_ids), wanted)
     by_name = {(content.branch, name): file for (content, name), file in zip(wanted, read, strict=True)}
     for content in branches:
         present, manifest = listings[content.branch], content.files
@@ -256,6 +256,15 @@ def _change_kind(before: StoredFile | None, now: StoredFile | None) -> str:
     if before is None or now is None:
         return "added" if before is None else "removed"
     return "" if before.holds(now) else "changed"
+
+
+def _read_file(content: BranchContent, name: str, *, blob_ids: bool) -> LocalFile:
+    """Hash a file, unless its size is not that of its record: a sparse file can have any size."""
+    path = content.folder / name
+    size_bytes = path.stat().st_size
+    if size_bytes != content.files[name].size_bytes:
+        return LocalFile(path=path, size_bytes=size_bytes, sha256="", blob_id="")
+    return read_local_file(path, blob_id=blob_ids)
 
 
 def _differences(found: Mapping[str, LocalFile], manifest: Mapping[str, FileRecord]) -> Iterator[tuple[str, str]]:

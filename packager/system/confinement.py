@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from packager.receipt import Confinement
+from packager.system.scratch import ScratchFolder
 
 # Not /etc, /home, /opt, /run, /srv, /tmp or /var: they hold tokens, sockets of agents and of Docker, users' files.
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", "/gnu/store", "/sys")
@@ -93,8 +93,8 @@ def private_folder() -> Iterator[Path]:
 
     It is made in the system's folder for temporary files: the paths of sockets in it may have 107 bytes.
     """
-    with tempfile.TemporaryDirectory(prefix="packager-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+    with ScratchFolder("private") as scratch:
+        folder = scratch.path
         for part in ("home", "root"):
             (folder / part).mkdir()
         yield folder

@@ -25,6 +25,8 @@ TEMPORARY_PREFIX = ".tmp-"
 # If a process is killed while it starts a child, the child holds the locks for an instant.
 LOCK_WAIT_S = 2.0
 _CHUNK_BYTES = 1 << 22
+# O_NONBLOCK: a FIFO that took the file's place would block the open until a process writes into it.
+_REGULAR_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 # File systems record times with a resolution of milliseconds: a file this young may change without a new time.
 _SETTLED_NS = 2 * 10**9
 _digests: dict[tuple[int, ...], str] = {}
@@ -94,16 +96,30 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         fsync_folder(path.parent)
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file that another program wrote, for reading: not a link to another file, and no pipe that never ends.
+def open_regular(path: Path, *, folder_descriptor: int | None = None, shown: Path | None = None) -> BinaryIO:
+    """Open a file that others made, for reading: not a link to another file, and no pipe that never ends.
+
+    Args:
+        path: the file; below an open folder, its name there.
+        folder_descriptor: the open folder.
+        shown: the path in errors, where it is another one.
 
     Raises:
         OSError: it is no regular file, or cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    where = str(shown or path)
+    # Asked before, because opening a device can have effects, and after, because the file may have been replaced.
+    before = os.stat(path, dir_fd=folder_descriptor, follow_symlinks=False)
+    if stat.S_ISLNK(before.st_mode):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), where)
+    if stat.S_ISDIR(before.st_mode):
+        raise OSError(errno.EISDIR, f"it is not a regular file: {os.strerror(errno.EISDIR)}", where)
+    if not stat.S_ISREG(before.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", where)
+    descriptor = os.open(os.fspath(path), _REGULAR_FLAGS, dir_fd=folder_descriptor)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", where)
     return os.fdopen(descriptor, "rb")
 
 
@@ -176,6 +192,11 @@ def _identity(descriptor: int) -> tuple[int, ...]:
 def file_record(path: Path) -> FileRecord:
     """Return a file's size and sha256."""
     return FileRecord(size_bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def has_record(path: Path, record: FileRecord) -> bool:
+    """Return whether a file has this size and sha256. One of another size is not read: a sparse file can have any."""
+    return path.stat().st_size == record.size_bytes and sha256_file(path) == record.sha256
 
 
 def file_records(paths: Iterable[Path]) -> dict[Path, FileRecord]:

@@ -6,8 +6,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -62,6 +62,37 @@ class Processes:
         Raises:
             KeyboardInterrupt: `stop_all` was called.
         """
+        running = self.running(
+            command,
+            folder=folder,
+            environ=environ,
+            out=out,
+            err=err,
+            inherited=inherited,
+            max_file_bytes=max_file_bytes,
+        )
+        with running as process:
+            return self._wait(process, timeout_s, progress)
+
+    @contextmanager
+    def running(
+        self,
+        command: Sequence[str],
+        *,
+        folder: Path,
+        environ: Mapping[str, str],
+        out: IO[bytes],
+        err: IO[bytes],
+        inherited: Collection[int] = (),
+        max_file_bytes: int = 0,
+    ) -> Iterator["subprocess.Popen[bytes]"]:
+        """Start a command in a process group of its own; what is left of the group is killed when the block ends.
+
+        The group is killed with this process, too. See `run` for the arguments.
+
+        Raises:
+            KeyboardInterrupt: `stop_all` was called.
+        """
         with self._lock:
             if self._stopping.is_set():
                 raise KeyboardInterrupt
@@ -77,7 +108,7 @@ class Processes:
             )
             self._running.add(process)
         try:
-            return self._wait(process, timeout_s, progress)
+            yield process
         finally:
             with self._lock:
                 _kill(process)

@@ -19,6 +19,7 @@ FaultKind = Literal[
     "answer",
     "change",
     "drip",
+    "drip-headers",
     "raw",
 ]
 

@@ -89,8 +89,8 @@ class LoopbackHub:
         of the request's body, "cut-after" once it is done (the answer is lost), "cut-answer" after `at_bytes` of the
         answer's body; "delay" waits `seconds`; "call" calls `call` with the request first; "answer" answers `status`,
         `headers` and `body`; "change" does it and changes the answer by `change`; "drip" sends the answer's body byte
-        by byte, each after `seconds`; "raw" sends `body` instead of HTTP. One fault per request: the first that was
-        armed and is not used up.
+        by byte, each after `seconds`, and "drip-headers" headers without an end; "raw" sends `body` instead of HTTP.
+        One fault per request: the first that was armed and is not used up.
         """
         fault = Fault(match, kind, times, after, **options)
         with self.lock:

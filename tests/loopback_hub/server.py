@@ -116,6 +116,15 @@ class _Handler(BaseHTTPRequestHandler):
             half = call.body.announced // 2 if fault.at_bytes is None else fault.at_bytes
             _exhaust(call.body.blocks(limit=half if fault.kind == "cut-body" else 0))
             return None
+        if fault and fault.kind == "drip-headers":
+            _exhaust(call.body.blocks())
+            with suppress(OSError):  # the client goes away
+                self.connection.sendall(b"HTTP/1.1 200 OK\r\n")
+                while True:
+                    self.connection.sendall(b"X-More: 1\r\n")
+                    time.sleep(fault.seconds)
+            self.close_connection = True
+            return None
         if fault and fault.kind == "raw":
             _exhaust(call.body.blocks())
             self.wfile.write(fault.body)

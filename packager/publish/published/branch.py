@@ -6,7 +6,6 @@ and the weights files, which are sparse after their headers.
 """
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from packager.receipt import (
 )
 from packager.system.files import sha256_file
 from packager.system.parallel import in_parallel
+from packager.system.scratch import ScratchFolder
 from packager.system.text import format_bytes, shown
 from packager.variant import parsed_branch_name
 
@@ -130,8 +130,8 @@ def verify_branch(
     _compare_listing(branch, provenance, found)
     if depth.trust:
         report = replace(report, signed=check_branch_statement(branch, provenance, sha256, depth.trust, found))
-    with tempfile.TemporaryDirectory(prefix="packager-published-") as scratch:
-        folder = Path(scratch) / "branch"
+    with ScratchFolder("published") as scratch:
+        folder = scratch.path / "branch"
         folder.mkdir()
         if depth.full:
             report = _verify_content(branch, report, provenance, folder, found, log)

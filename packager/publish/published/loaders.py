@@ -4,17 +4,18 @@ Their input is the branch's own card in the branch's own tokens: every branch ha
 in the record. A branch with errors in the earlier checks is not opened.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from packager.errors import MachineError
+from packager.inputs.limits import ModelProcess, TextGroup
 from packager.model.devices import DeviceChoice, choose_device, gpu_memory_errors
 from packager.prove.environments import RuntimeContext
 from packager.prove.loaders import LOADERS
 from packager.publish.published.finding import Collector
 from packager.receipt import PROVENANCE, README, TOKENIZER, LoaderRecord, Provenance
+from packager.system.scratch import ScratchFolder
 from packager.system.text import printable
 from packager.variant import branch_problem
 
@@ -54,8 +55,8 @@ def check_with_loaders(
     if problem := _problem(branch, folder, found):
         records = [_not_run(name, required, problem) for name, required in known.items()]
     elif known:
-        with tempfile.TemporaryDirectory(prefix="packager-loaders-", dir=context.scratch) as scratch:
-            own = replace(context, scratch=Path(scratch))
+        with ScratchFolder("loaders", within=context.scratch) as scratch:
+            own = replace(context, scratch=scratch.path)
             records = _run(own, device, folder, branch, provenance, known, log)
     else:
         records = []
@@ -132,9 +133,9 @@ def _run(
 
 def _token_rows(folder: Path, num_rows: int, seq_len: int) -> Sequence[list[int]]:
     """Return `num_rows` rows of `seq_len` token ids of the card; a short card is repeated."""
-    from tokenizers import Tokenizer
-
     text = (folder / README).read_text(encoding="utf-8")[:_TEXT_CHARACTERS]
-    ids = Tokenizer.from_file(str(folder / TOKENIZER)).encode(text).ids
+    tokenizer = (folder / TOKENIZER).read_text(encoding="utf-8")
+    with ModelProcess() as process:
+        ((ids,),) = process.encode(tokenizer, [TextGroup(texts=[text], add_special_tokens=True)])
     stream = ids * (num_rows * seq_len // len(ids) + 1)
     return [stream[begin : begin + seq_len] for begin in range(0, num_rows * seq_len, seq_len)]

@@ -10,15 +10,15 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from packager.errors import PackagerError, PublishError
 from packager.publish.targets.git_process import GitProcess
 from packager.system.files import disk_errors
+from packager.system.scratch import ScratchFolder
 from packager.system.text import printable
 
 # Blobs hold the bytes of the files: no changes of line ends, filters or encodings, whatever a branch's .gitattributes.
@@ -186,9 +186,9 @@ class ViewedGit(GitProcess):
         """
         if self._view is None:
             require_plain(self.git_folder)
-            folder = Path(tempfile.mkdtemp(prefix="packager-view-"))
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            self._view, self.git_dir = GitView(self.git_folder, folder), folder
+            scratch = ScratchFolder("view")
+            weakref.finalize(self, scratch.remove)
+            self._view, self.git_dir = GitView(self.git_folder, scratch.path), scratch.path
         try:
             self._view.lay(self)
         except PackagerError:
@@ -213,21 +213,22 @@ def require_plain(repository: Path) -> None:
                for name, mode in modes.items()):  # fmt: skip
         what = "the path holds something that is not a git repository"
         raise PublishError(what, where=str(repository), hint=_MOVE_AWAY)
-    waiting = [repository]
-    waiting += [path for name in _OPENED if _mode(path := repository / name)]
+    opened = {str(repository / name): mode for name in _OPENED if (mode := _mode(repository / name))}
+    strange = [path for path, mode in opened.items() if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)]
+    waiting = [path for path, mode in opened.items() if stat.S_ISDIR(mode)]
+    if stat.S_ISLNK(modes[""]):
+        strange.insert(0, str(repository))
     with disk_errors(repository):
-        while waiting:
-            path = waiting.pop()
-            mode = _mode(path)
-            if mode and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                raise PublishError(
-                    "the repository has a link, a pipe or a device where git expects a file or a folder",
-                    where=printable(str(path)),
-                    why="git would follow it to another place, or wait for it",
-                    hint="put an ordinary file or folder there, or publish to another repository",
-                )
-            if path != repository and stat.S_ISDIR(mode):
-                waiting += _entries(path)
+        while waiting and not strange:
+            folders, strange = _entries(waiting.pop())
+            waiting += folders
+    if strange:
+        raise PublishError(
+            "the repository has a link, a pipe or a device where git expects a file or a folder",
+            where=printable(strange[0]),
+            why="git would follow it to another place, or wait for it",
+            hint="put an ordinary file or folder there, or publish to another repository",
+        )
     if _mode(alternates := repository / "objects" / "info" / "alternates"):
         raise PublishError(
             "the repository takes objects from another folder",
@@ -237,13 +238,20 @@ def require_plain(repository: Path) -> None:
         )
 
 
-def _entries(folder: Path) -> Sequence[Path]:
-    """Return a folder's entries, of ordinary files only none: they need no further look."""
+def _entries(folder: str) -> tuple[list[str], list[str]]:
+    """Return the folders in a folder, and what is neither a folder nor an ordinary file."""
+    folders: list[str] = []
+    strange: list[str] = []
     try:
         with os.scandir(folder) as entries:
-            return [Path(entry.path) for entry in entries if not entry.is_file(follow_symlinks=False)]
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
+                    strange.append(entry.path)
     except FileNotFoundError:  # a git process removes its own folders at any time
-        return []
+        pass
+    return folders, strange
 
 
 def _mode(path: Path) -> int:
