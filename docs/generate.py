@@ -14,7 +14,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from packager.cli.main import app
@@ -24,6 +23,7 @@ from packager.model.architecture import Architecture, read_architecture
 from packager.model.runtimes import RUNTIMES
 from packager.prove.audit.finding import AUDIT_RULES
 from packager.prove.loaders import LOADERS
+from packager.prove.locks import read_lock
 from packager.recipe import PATTERN_MEANINGS, Defaults
 from packager.recipe.schema import recipe_schema
 from packager.system.files import write_atomic
@@ -267,18 +267,17 @@ def loaders_page() -> str:
     )
     proven = f"## In a build\n\n{table(('name in recipes', 'runtime', 'device', 'Python'), rows)}"
     locks = [
-        f"### Packages of `{spec.name}`\n\n{table(('package', 'version', 'where'), _pinned(spec.requirements))}"
+        f"### Packages of `{spec.name}`\n\n{table(('package', 'version', 'where', 'how'), _pinned(spec.requirements))}"
         for spec in LOADERS.values()
     ]
     return page("Loaders", intro, proven, _CONFINEMENT, *locks, _predicted())
 
 
-def _pinned(requirements: Path) -> Iterator[tuple[str, str, str]]:
-    for line in requirements.read_text(encoding="utf-8").splitlines():
-        if text := line.partition("#")[0].strip():
-            requirement = Requirement(text)
-            version = str(requirement.specifier).removeprefix("==")
-            yield f"`{requirement.name}`", version, f"`{requirement.marker}`" if requirement.marker else ""
+def _pinned(lock: Path) -> Iterator[tuple[str, str, str, str]]:
+    for package in read_lock(lock):
+        marker = package.requirement.marker
+        made = "built from source" if package.from_source else ""
+        yield f"`{package.name}`", package.version, f"`{marker}`" if marker else "", made
 
 
 def _predicted() -> str:

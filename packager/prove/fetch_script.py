@@ -66,7 +66,7 @@ def opener(index: str) -> tuple[urllib.request.OpenerDirector, str]:
     return urllib.request.build_opener(*handlers), plain.geturl()
 
 
-def find(client: urllib.request.OpenerDirector, index: str, name: str, version: str) -> str:
+def find_archive(client: urllib.request.OpenerDirector, index: str, name: str, version: str) -> str:
     """Return the address of the archive on an index.
 
     Raises:
@@ -90,7 +90,7 @@ def find(client: urllib.request.OpenerDirector, index: str, name: str, version: 
     raise LookupError(f"the index has no source archive of {name} {version}")
 
 
-def download(client: urllib.request.OpenerDirector, address: str, folder: Path) -> None:
+def download_archive(client: urllib.request.OpenerDirector, address: str, folder: Path) -> None:
     """Write a file of an index into a folder.
 
     Raises:
@@ -115,7 +115,7 @@ def fetch(folder: Path, name: str, version: str) -> None:
         shutil.copyfile(files[0], folder / files[0].name)
         return
     client, index = opener(os.environ["PIP_INDEX_URL"])
-    download(client, find(client, index, name, version), folder)
+    download_archive(client, find_archive(client, index, name, version), folder)
 
 
 if __name__ == "__main__":
