@@ -2,7 +2,7 @@
 
     python fetch_script.py FOLDER NAME VERSION
 
-`pip download` would run the archive's setup.py with the network, to learn its dependencies. The index is that of pip's
+`pip download` would run code of the archive with the network, to learn its dependencies. The index is that of pip's
 variables: PIP_INDEX_URL, or a folder of files in PIP_FIND_LINKS. Whoever called compares the archive's digest.
 """
 
