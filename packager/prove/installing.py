@@ -149,14 +149,9 @@ def index_environ(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
     return {**child_environ(environ, _ALLOWED, folder), **package_place(environ), **fixed}
 
 
-def has_pip() -> bool:
-    """Return whether the running interpreter has pip."""
-    return importlib.util.find_spec("pip") is not None
-
-
 def pip_commands(python: Path, arguments: Sequence[str]) -> list[list[str]]:
     """Return the commands that run this interpreter's pip for another one, or that one's own pip if there is none."""
-    if has_pip():
+    if importlib.util.find_spec("pip"):
         return [[sys.executable, "-I", "-m", "pip", f"--python={python}", *arguments]]
     return [[str(python), "-I", "-m", "ensurepip"], [str(python), "-I", "-m", "pip", *arguments]]
 

@@ -11,16 +11,17 @@ import sys
 import sysconfig
 import tempfile
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from packager.errors import LoaderUnavailableError
-from packager.prove.installing import Creation, has_pip, index_environ, install, pip_commands, without_password
+from packager.prove.installing import Creation, index_environ, install, without_password
 from packager.prove.locks import LockedPackage, requirement_lines
 from packager.system.confinement import View, child_environ, private_folder
 from packager.system.files import sha256_file, write_atomic
 
 _FETCH_SCRIPT = Path(__file__).with_name("fetch_script.py")
+_BUILD_SCRIPT = Path(__file__).with_name("build_script.py")
 # What the archives of the locks are built with; their own pyproject.toml files allow different versions of it.
 _TOOLS = ("setuptools",)
 _DIGEST_FILE = "wheel.sha256"
@@ -73,8 +74,7 @@ def _kept_wheel(creation: Creation, folder: Path) -> Path | None:
 def _build_environment(creation: Creation, tools: Sequence[LockedPackage]) -> Path:
     """Create an environment with the tools that build packages; return its Python."""
     folder = creation.folder / "build"
-    # A confined pip cannot install itself.
-    venv.EnvBuilder(symlinks=True, with_pip=not has_pip()).create(folder)
+    venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
     python = folder / "bin" / "python"
     lines = creation.folder / "build.txt"
     write_atomic(lines, requirement_lines(tools, {}).encode())
@@ -125,20 +125,15 @@ def _fetch(creation: Creation, package: LockedPackage, folder: Path) -> Path:
 
 
 def _build_confined(creation: Creation, python: Path, archive: Path, made: Path) -> None:
-    options = ["wheel", "--no-index", "--no-deps", "--no-build-isolation", "--no-cache-dir", "--progress-bar=off"]
-    seen = [python.parent.parent, python.resolve().parent.parent, archive]
-    seen += [Path(prefix) for prefix in (sys.prefix, sys.base_prefix, sys.base_exec_prefix)]
-    for command in pip_commands(python, [*options, "--wheel-dir", str(made), str(archive)]):
-        with private_folder() as private:
-            view = View(folder=private, readable=seen, writable=[made])
-            why = creation.run(command, _build_environ(creation.environ, private), folder=made, view=view)
-        if why:
-            raise _build_failure(creation, archive, why)
-
-
-def _build_environ(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
-    pip = {"PIP_CONFIG_FILE": "/dev/null", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-    return {**child_environ(environ, (), folder), **pip, **_SETTINGS, "PYTHONNOUSERSITE": "1"}
+    command = [str(python), "-I", str(_BUILD_SCRIPT), str(archive), str(made)]
+    seen = [python.parent.parent, python.resolve().parent.parent, archive, _BUILD_SCRIPT]
+    seen += [Path(prefix) for prefix in (sys.base_prefix, sys.base_exec_prefix)]
+    with private_folder() as private:
+        view = View(folder=private, readable=seen, writable=[made])
+        environ = {**child_environ(creation.environ, (), private), **_SETTINGS}
+        why = creation.run(command, environ, folder=made, view=view)
+    if why:
+        raise _build_failure(creation, archive, why)
 
 
 def _build_failure(creation: Creation, archive: Path, why: str) -> LoaderUnavailableError:
