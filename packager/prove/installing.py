@@ -28,8 +28,8 @@ _LEFT_OUT = (
     *("PIP_PRE", "PIP_TRUSTED_HOST"),
 )
 _HINT = (
-    "PIP_INDEX_URL names the one index, such as a mirror; or PIP_NO_INDEX=1 and PIP_FIND_LINKS a folder that "
-    "`pip download` filled. pip's configuration files are not read"
+    "PIP_INDEX_URL names the one index, such as a mirror, PIP_CERT and PIP_PROXY the way to it; or PIP_NO_INDEX=1 and "
+    "PIP_FIND_LINKS a folder that `pip download` filled. pip's configuration files are not read"
 )
 
 
