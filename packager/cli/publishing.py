@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +35,7 @@ from packager.cli.signing import (
 from packager.errors import AuditError, LoaderError
 
 if TYPE_CHECKING:
+    from packager.pipeline.saved_publish import PlanFile
     from packager.prove.environments import RuntimeContext
     from packager.system.terminal import Terminal
 
@@ -47,16 +49,35 @@ BranchesOption = Annotated[
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would change, and change nothing.")]
 
 
+class PublishFormat(StrEnum):
+    """The format of a publish's result."""
+
+    text = "text"
+    json = "json"
+    markdown = "markdown"
+
+
 def publish_command(
     recipe: RecipePath,
     dist: DistOption = DIST,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
     tag: Annotated[str, typer.Option(help="Tag main's commit with this name, such as v1.0, at the end.")] = "",
+    save_plan: Annotated[
+        Path | None,
+        typer.Option("--save-plan", metavar="FILE", help="Save the plan of a dry run, with every digest."),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="Publish exactly this saved plan, without a question."),
+    ] = None,
     sign_key: SignKeyOption = None,
     trusted_key: TrustedKeyOption = None,
     unsigned: UnsignedOption = False,
-    format: FormatOption = Format.text,  # noqa: A002
+    format: Annotated[  # noqa: A002
+        PublishFormat,
+        typer.Option("--format", help="text for people, json for machines, markdown for a CI job's summary."),
+    ] = PublishFormat.text,
     quiet: QuietOption = False,
 ) -> None:
     """Publish the built variants, one branch each.
@@ -71,14 +92,22 @@ def publish_command(
     With --sign-key, each branch gets a signed statement over its files, and main one over all branches. A key that
     replaces another needs the old public key as --trusted-key.
 
+    --dry-run --save-plan FILE saves the plan: the digests of the recipe, of every file and of the signed statements,
+    and the head of every branch. It needs no token that may write, and of the key only the public part. --plan FILE
+    compares everything with that plan again, before the first write, and publishes it, or names what has changed and
+    writes nothing. After an interruption, run it again.
+
     Exits with 10 if a variant is not ready, a required loader has not passed or the target refuses, with 11 if a built
     folder or the published files were edited, with 7 if a folder fails the audit.
     """
+    from packager.cli.publish_markdown import publish_report_markdown
     from packager.cli.publish_view import print_publish_plan, print_publish_report, publish_report_json
     from packager.pipeline.flow import publish
 
     terminal, recipe_file = open_recipe(recipe, quiet=quiet)
-    keys = signing_keys(sign_key, trusted_key, unsigned=unsigned)  # first: the passphrase leaves the environment
+    # First: the passphrase leaves the environment.
+    keys = signing_keys(sign_key, trusted_key, unsigned=unsigned, dry_run=dry_run)
+    plan_file = _plan_file(save_plan, plan, dry_run=dry_run, tag=tag)
     report = publish(
         recipe_file,
         options_of(dist, Device.cpu, None),
@@ -88,11 +117,34 @@ def publish_command(
         consent=ask_for_consent("publish", assume_yes=yes),
         tag=tag,
         keys=keys,
+        plan_file=plan_file,
     )
-    if format is Format.json:
+    if format is PublishFormat.json:
         terminal.result(publish_report_json(report))
+    elif format is PublishFormat.markdown:
+        terminal.write(publish_report_markdown(report, plan_file.path if plan_file else None))
     else:
         print_publish_report(report, terminal.out)
+    if save_plan:
+        terminal.log(f"the plan is in {save_plan}; publish it with: packager publish {recipe} --plan {save_plan}")
+
+
+def _plan_file(save: Path | None, plan: Path | None, *, dry_run: bool, tag: str) -> "PlanFile | None":
+    """Return the file of the plan that is saved or published, None if there is none.
+
+    Raises:
+        PublishError: the plan cannot be read.
+    """
+    from packager.pipeline.saved_publish import PlanFile
+    from packager.publish.saved_plan import read_plan
+
+    if save and (plan or not dry_run):
+        raise typer.BadParameter("--save-plan is for --dry-run, without --plan")
+    if plan and tag:
+        raise typer.BadParameter("--plan has its own tag: leave out --tag")
+    if plan:
+        return PlanFile(path=plan, approved=read_plan(plan))
+    return PlanFile(path=save) if save else None
 
 
 def verify_published_command(
