@@ -57,27 +57,30 @@ class PublishFormat(StrEnum):
     markdown = "markdown"
 
 
+PublishFormatOption = Annotated[
+    PublishFormat,
+    typer.Option("--format", help="text for people, json for machines, markdown for a CI job's summary."),
+]
+SavePlanOption = Annotated[
+    Path | None, typer.Option("--save-plan", metavar="FILE", help="Save the plan of a dry run, with every digest.")
+]
+PlanOption = Annotated[
+    Path | None, typer.Option("--plan", metavar="FILE", help="Publish exactly this saved plan, without a question.")
+]
+
+
 def publish_command(
     recipe: RecipePath,
     dist: DistOption = DIST,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
     tag: Annotated[str, typer.Option(help="Tag main's commit with this name, such as v1.0, at the end.")] = "",
-    save_plan: Annotated[
-        Path | None,
-        typer.Option("--save-plan", metavar="FILE", help="Save the plan of a dry run, with every digest."),
-    ] = None,
-    plan: Annotated[
-        Path | None,
-        typer.Option("--plan", metavar="FILE", help="Publish exactly this saved plan, without a question."),
-    ] = None,
+    save_plan: SavePlanOption = None,
+    plan: PlanOption = None,
     sign_key: SignKeyOption = None,
     trusted_key: TrustedKeyOption = None,
     unsigned: UnsignedOption = False,
-    format: Annotated[  # noqa: A002
-        PublishFormat,
-        typer.Option("--format", help="text for people, json for machines, markdown for a CI job's summary."),
-    ] = PublishFormat.text,
+    format: PublishFormatOption = PublishFormat.text,  # noqa: A002
     quiet: QuietOption = False,
 ) -> None:
     """Publish the built variants, one branch each.
@@ -122,11 +125,9 @@ def publish_command(
     if format is PublishFormat.json:
         terminal.result(publish_report_json(report))
     elif format is PublishFormat.markdown:
-        terminal.write(publish_report_markdown(report, plan_file.path if plan_file else None))
+        terminal.write(publish_report_markdown(report, plan or save_plan))
     else:
         print_publish_report(report, terminal.out)
-    if save_plan:
-        terminal.log(f"the plan is in {save_plan}; publish it with: packager publish {recipe} --plan {save_plan}")
 
 
 def _plan_file(save: Path | None, plan: Path | None, *, dry_run: bool, tag: str) -> "PlanFile | None":

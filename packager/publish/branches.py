@@ -113,18 +113,16 @@ def publish_branches(
     """
     files = check_folders(branches, blob_ids=target.identifies_by_blob)
     if dry_run:
-        plan, files = _planned(files, target, signer, final_steps, compare)
+        plan, _ = _planned(files, target, signer, final_steps, compare)
         if may_write:
             _check_target(plan, target)
         log(plan_line(plan))
-        outcomes = [BranchOutcome(plan=entry, commit=entry.parent, seconds=0.0) for entry in plan.branches]
-        return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=(), dry_run=True)
+        return _report_of(plan)
     if signer:
         signer.require_private_key()
     if compare or MAIN not in files:
         _planned(files, target, signer, final_steps, compare)  # raises before a repository is made
     messages = {content.branch: content.message for content in branches}
-    outcomes = []
     with target.exclusive() as notes:
         for note in notes:
             log(note)
@@ -134,16 +132,18 @@ def publish_branches(
         log(plan_line(plan))
         if plan.effects:
             confirm(plan)
-        for entry in plan.branches:
-            outcome = _publish_branch(entry, files[entry.branch], target, messages[entry.branch])
-            log(outcome_line(outcome))
-            outcomes.append(outcome)
-        apply_final_steps(
-            final_steps, {outcome.plan.branch: outcome.commit or "" for outcome in outcomes}, target.where
-        )
+        outcomes = _publish_each(plan, files, target, messages, log)
+        heads = {outcome.plan.branch: outcome.commit or "" for outcome in outcomes}
+        apply_final_steps(final_steps, heads, target.where)
         for line in plan.final_steps:
             log(f"done: {line}")
     return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=tuple(notes), dry_run=False)
+
+
+def _report_of(plan: PublishPlan) -> PublishReport:
+    """Return the report of a dry run."""
+    outcomes = tuple(BranchOutcome(plan=entry, commit=entry.parent, seconds=0.0) for entry in plan.branches)
+    return PublishReport(plan=plan, outcomes=outcomes, notes=(), dry_run=True)
 
 
 def check_folders(branches: Sequence[BranchContent], *, blob_ids: bool = True) -> Mapping[str, Mapping[str, LocalFile]]:
@@ -217,6 +217,16 @@ def _planned(
 
 def _check_target(plan: PublishPlan, target: Target) -> None:
     target.check(plan.changing or ((MAIN,) if plan.final_steps else ()))
+
+
+def _publish_each(
+    plan: PublishPlan, files: Files, target: Target, messages: Mapping[str, str], log: Callable[[str], None]
+) -> list[BranchOutcome]:
+    outcomes = []
+    for entry in plan.branches:
+        outcomes.append(_publish_branch(entry, files[entry.branch], target, messages[entry.branch]))
+        log(outcome_line(outcomes[-1]))
+    return outcomes
 
 
 def _publish_branch(plan: BranchPlan, files: Mapping[str, LocalFile], target: Target, message: str) -> BranchOutcome:
