@@ -233,6 +233,8 @@ def rollback_command(
     again: Annotated[bool, typer.Option("--again", help="Go back one step further than the last rollback.")] = False,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
+    sign_key: SignKeyOption = None,
+    trusted_key: TrustedKeyOption = None,
     unsigned: UnsignedOption = False,
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
@@ -247,28 +249,32 @@ def rollback_command(
     when the commit before main's head was made, or, if the last publish was interrupted before main, when main's head
     was made. Branches that did not exist then are left alone, and so are branches whose head has another author.
 
-    A rollback signs nothing. A signed repository is put back with --unsigned only: its statements are then those of
-    the earlier release, which readers with --min-release report. The next signed publish gets a new number.
+    A signed repository needs --sign-key: the branches keep the statements that they had, and main gets a statement over
+    them with the next number, so readers accept the restored state as a new release. With --unsigned the statements are
+    those of the earlier release, which readers with --min-release report.
 
     If a rollback is killed, run the same command again: it skips the branches that are back already. It asks for
     confirmation before others can see a change; without a terminal, --yes is needed. Exits with 10 if there is nothing
     to go back to, if others commit to a branch at the same time, or if the target refuses.
     """
     from packager.cli.rollback_view import print_rollback_plan, print_rollback_report, rollback_report_json
-    from packager.publish.rollback import RollbackRequest, rollback
+    from packager.publish.rollback import RollbackRequest, RollbackSigner, rollback
     from packager.publish.targets.resolve_target import resolve_target
 
     terminal = terminal_of(quiet=quiet)
+    keys = signing_keys(sign_key, trusted_key, unsigned=unsigned, dry_run=dry_run)
     target = resolve_target(repository, dist, os.environ, terminal.log)
-    report = rollback(
-        target,
-        RollbackRequest(branches=tuple(branch or ()), to=to, further_back=again),
-        terminal.log,
-        dry_run=dry_run,
-        unsigned=unsigned,
-        show_plan=lambda plan: print_rollback_plan(plan, terminal.err),
-        confirm=ask_for_consent("put back", assume_yes=yes or not target.is_public),
-    )
+    with tempfile.TemporaryDirectory(prefix="packager-signed-") as scratch:
+        report = rollback(
+            target,
+            RollbackRequest(branches=tuple(branch or ()), to=to, further_back=again),
+            terminal.log,
+            dry_run=dry_run,
+            signer=RollbackSigner(keys.signer, keys, Path(scratch)) if keys.signer else None,
+            unsigned=unsigned,
+            show_plan=lambda plan: print_rollback_plan(plan, terminal.err),
+            confirm=ask_for_consent("put back", assume_yes=yes or not target.is_public),
+        )
     if format is Format.json:
         terminal.result(rollback_report_json(report))
     else:

@@ -19,7 +19,7 @@ from packager.publish.plan import BranchPlan, PublishAction, PublishPlan
 from packager.publish.sign_release import Files
 from packager.publish.statements import digest, read_envelope, read_release_statement
 from packager.publish.targets import LocalFile, file_name_problem
-from packager.receipt import ATTESTATION, RELEASE_ATTESTATION
+from packager.receipt import ATTESTATION, RELEASE_ATTESTATION, STATEMENTS
 from packager.system.files import open_regular, write_atomic
 from packager.system.text import printable
 from packager.variant import MAIN, branch_problem
@@ -27,7 +27,6 @@ from packager.variant import MAIN, branch_problem
 _KIND = "gptq-packager publish plan"
 _VERSION = 1
 _MAX_PLAN_BYTES = 64_000_000  # 10,000 files on 30 branches
-_STATEMENTS = frozenset({ATTESTATION, RELEASE_ATTESTATION})
 
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
@@ -88,7 +87,7 @@ class PlannedBranch(_Strict):
         if problem := branch_problem(self.branch):
             raise ValueError(f"{printable(self.branch)!r}: {problem}")
         for name in self.files:
-            problem = "a signed statement is no file of a build" if name in _STATEMENTS else file_name_problem(name)
+            problem = "a signed statement is no file of a build" if name in STATEMENTS else file_name_problem(name)
             if problem:
                 raise ValueError(f"{self.branch}: {printable(name)!r}: {problem}")
         if (self.action == "create") != (self.parent is None):
@@ -196,7 +195,7 @@ def _planned_branch(entry: BranchPlan, files: Mapping[str, LocalFile]) -> Planne
     planned = {
         name: PlannedFile(size_bytes=file.size_bytes, sha256=file.sha256)
         for name, file in sorted(files.items())
-        if name not in _STATEMENTS
+        if name not in STATEMENTS
     }
     statement = digest(_envelope_of(files[ATTESTATION])[0]) if ATTESTATION in files else None
     return PlannedBranch(

@@ -104,7 +104,7 @@ class ReleaseSigner:
             except (OSError, ValidationError) as error:
                 where = str(manifest[PROVENANCE].path)
                 raise PublishError("the record cannot be read, so the branch is not signed", where=where) from error
-        digests = {name: file.sha256 for name, file in manifest.items() if name == PROVENANCE or _is_listed(name)}
+        digests = {name: file.sha256 for name, file in manifest.items() if is_signed(name)}
         return branch_statement(BranchStatement(repository=self._repository, branch=branch, files=digests), provenance)
 
     def _release(self, statements: Mapping[str, str], target: Target, remote: Mapping[str, BranchState]) -> bytes:
@@ -198,5 +198,6 @@ def signed_without_key(where: str) -> PublishError:
     )
 
 
-def _is_listed(name: str) -> bool:
-    return name not in UNLISTED_FILES
+def is_signed(name: str) -> bool:
+    """Return whether the statement of a branch lists a file of this name."""
+    return name == PROVENANCE or name not in UNLISTED_FILES
