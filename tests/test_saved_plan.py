@@ -52,6 +52,10 @@ class PlanFixture:
         ]
 
     @property
+    def messages(self) -> dict[str, str]:
+        return {content.branch: content.message for content in self.contents}
+
+    @property
     def target(self) -> LocalTarget:
         return LocalTarget(self.root, REPOSITORY, waits=SHORT_WAITS)
 
@@ -66,7 +70,7 @@ class PlanFixture:
         """Save the plan and read it again."""
 
         def save(plan: PublishPlan, files: Files) -> None:
-            write_plan(saved_plan(SUBJECT, plan, files), self.path)
+            write_plan(saved_plan(SUBJECT, plan, files, self.messages), self.path)
 
         publish_branches(
             self.contents, self.target, self.lines.append, signer=self.signer, dry_run=True, compare=save,
@@ -80,7 +84,7 @@ class PlanFixture:
 
         def compare(plan: PublishPlan, files: Files) -> None:
             if saved:
-                require_as_planned(saved, saved_plan(SUBJECT, plan, files), plan, target)
+                require_as_planned(saved, saved_plan(SUBJECT, plan, files, self.messages), plan, target)
 
         return publish_branches(self.contents, target, self.lines.append, signer=self.signer, compare=compare)
 
@@ -372,6 +376,7 @@ def test_a_forged_plan_publishes_nothing_else(fixture: PlanFixture) -> None:
         lambda value: value["subject"].update(recipe="0" * 64),
         lambda value: value["subject"].update(tag="v9"),
         lambda value: value.update(left_alone=["another"]),
+        in_branch(lambda branch: branch.update(message="x\n\nRollback-to: " + "0" * 40)),
         lambda value: value["branches"].pop(0),
     ):
         value = saved_text(fixture)

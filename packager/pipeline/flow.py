@@ -12,7 +12,7 @@ from pathlib import Path
 from packager.errors import LoaderError, PublishError
 from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
 from packager.pipeline.cards import refuse_edited_cards, render_cards
-from packager.pipeline.saved_publish import PlanFile, PlanFileStep
+from packager.pipeline.saved_publish import PlanFile, PlannedPublish
 from packager.pipeline.stages import evaluate, quantize_and_pack, run_loaders
 from packager.pipeline.workspace import audit_or_raise
 from packager.publish.after_publish import FinalStep, ReleaseTag
@@ -176,7 +176,7 @@ def publish(
     target = target_of(run.recipe, run.workspace.dist, options.environ, terminal.log)
     approved = plan_file.approved if plan_file else None
     tag = approved.subject.tag if approved else tag
-    compare = PlanFileStep(run, target, tag, plan_file) if plan_file else None
+    planned = PlannedPublish(run, target, tag, plan_file) if plan_file else None
     with run.workspace.locked():
         run.read_receipts()
         contents = _contents(run)
@@ -190,7 +190,7 @@ def publish(
                 dry_run=dry_run,
                 show_plan=show_plan,
                 confirm=consent if target.is_public and not approved else lambda _: None,
-                compare=compare,
+                compare=planned.comparison(contents) if planned else None,
                 may_write=plan_file is None,
             )
 
