@@ -189,6 +189,7 @@ def test_without_a_key_both_ways_out_are_named(fixture: SignedRollbackFixture) -
     assert heads(fixture.repository) == before
 
 
+@pytest.mark.slow
 def test_files_that_no_trusted_key_signed_are_not_signed(fixture: SignedRollbackFixture) -> None:
     def refused(words: str, **options: object) -> None:
         before = heads(fixture.repository)
@@ -225,6 +226,7 @@ def test_a_plan_of_a_rollback_needs_the_public_key_only(fixture: SignedRollbackF
     assert heads(fixture.repository) == before
 
 
+@pytest.mark.slow
 def test_a_rollback_on_a_git_remote_is_signed(fixture: SignedRollbackFixture, tmp_path: Path) -> None:
     bare = tmp_path / "remote.git"
     git("clone", "--quiet", "--bare", str(fixture.repository), str(bare))

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from packager.publish.plan import BranchPlan, FileChange, PublishPlan
 from packager.publish.saved_plan import PublishSubject, SavedPlan, read_plan, saved_plan, write_plan
 from packager.publish.sign_release import Files, ReleaseSigner, SigningKeys
 from packager.publish.signing_keys import PlanningSigner, Signer
+from packager.publish.statements import envelope, pre_authentication_encoding, read_envelope
 from packager.publish.targets.local import LocalTarget
 from packager.receipt import ATTESTATION
 from tests.publish_fixtures import REPOSITORY, SHORT_WAITS, VARIANT, git, heads, hub_folder, make_content
@@ -100,6 +102,14 @@ class PlanFixture:
         commit = git("commit-tree", f"{branch}^{{tree}}", "-p", branch, "-m", "By hand", cwd=self.repository).strip()
         git("update-ref", f"refs/heads/{branch}", commit, cwd=self.repository)
         return commit
+
+    def somebody_writes(self, branch: str, name: str, data: bytes) -> None:
+        """Let a person change a file of a branch."""
+        git("checkout", "--quiet", branch, cwd=self.repository)
+        (self.repository / name).write_bytes(data)
+        git("add", name, cwd=self.repository)
+        git("commit", "--quiet", "-m", "By hand", cwd=self.repository)
+        git("checkout", "--quiet", MAIN, cwd=self.repository)
 
 
 @pytest.fixture
@@ -185,6 +195,24 @@ def test_a_moved_head_is_named_with_its_author(fixture: PlanFixture) -> None:
     assert f"{MAIN}:" not in text.partition("why:")[2]
 
 
+def test_a_head_that_moves_while_the_lock_is_waited_for_is_found(
+    fixture: PlanFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixture.publish()
+    fixture.contents = fixture.build(b"2")
+    saved, exclusive = fixture.plan(), LocalTarget.exclusive
+    commits = []
+
+    def late(target: LocalTarget) -> AbstractContextManager[Sequence[str]]:
+        commits.append(fixture.somebody_commits(VARIANT))
+        return exclusive(target)
+
+    monkeypatch.setattr(LocalTarget, "exclusive", late)
+    with pytest.raises(StalePlanError, match="its head"):
+        fixture.publish(saved)
+    assert heads(fixture.repository)[VARIANT] == commits[0]
+
+
 def test_a_branch_that_was_made_or_deleted_is_named(fixture: PlanFixture) -> None:
     fixture.publish()
     fixture.contents = fixture.build(b"2")
@@ -255,6 +283,22 @@ def test_a_plan_needs_the_public_key_only(fixture: PlanFixture) -> None:
     fixture.signed_by(private)
     assert fixture.publish(saved).plan.changing == (MAIN,)
     assert fixture.publish(saved).plan.changing == ()
+
+
+def test_a_second_signature_on_a_stored_statement_is_planned_as_a_change(fixture: PlanFixture) -> None:
+    """The private key signs alone, so the bytes will be others."""
+    private, public = Signer(KEY), PlanningSigner(Signer(KEY).public)
+    fixture.signed_by(private)
+    fixture.publish()
+    data = git("show", f"{VARIANT}:{ATTESTATION}", cwd=fixture.repository).encode()
+    payload, (own,) = read_envelope(data)
+    foreign = (Signer(OTHER).keyid, OTHER.sign(pre_authentication_encoding(payload)))
+    fixture.somebody_writes(VARIANT, ATTESTATION, envelope(payload, [own, foreign]))
+    fixture.signed_by(public)
+    saved = fixture.plan()
+    assert [each.action for each in saved.branches] == ["update", "unchanged"]
+    fixture.signed_by(private)
+    assert fixture.publish(saved).plan.changing == (VARIANT,)
 
 
 def test_another_key_no_key_and_another_number_are_named(fixture: PlanFixture) -> None:
@@ -362,6 +406,7 @@ def test_a_link_a_pipe_and_a_huge_file_are_no_plans(fixture: PlanFixture, tmp_pa
             read_plan(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_a_forged_plan_publishes_nothing_else(fixture: PlanFixture) -> None:
     """The plan only says what may happen: forged digests and heads fit neither the build nor the repository."""
     fixture.publish()
@@ -448,6 +493,7 @@ def command(builds: "Builds", tmp_path: Path) -> CommandFixture:
     return CommandFixture(tmp_path, builds.copy(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_commands_plan_show_and_publish(command: CommandFixture) -> None:
     saved = command.save("--sign-key", command.public, "--tag", "v1", "--format", "markdown")
     digest = read_plan(command.path).subject.recipe
