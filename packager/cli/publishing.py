@@ -260,17 +260,18 @@ def rollback_command(
     from packager.cli.rollback_view import print_rollback_plan, print_rollback_report, rollback_report_json
     from packager.publish.rollback import RollbackRequest, RollbackSigner, rollback
     from packager.publish.targets.resolve_target import resolve_target
+    from packager.system.scratch import ScratchFolder
 
     terminal = terminal_of(quiet=quiet)
     keys = signing_keys(sign_key, trusted_key, unsigned=unsigned, dry_run=dry_run)
     target = resolve_target(repository, dist, os.environ, terminal.log)
-    with tempfile.TemporaryDirectory(prefix="packager-signed-") as scratch:
+    with ScratchFolder("signed") as scratch:
         report = rollback(
             target,
             RollbackRequest(branches=tuple(branch or ()), to=to, further_back=again),
             terminal.log,
             dry_run=dry_run,
-            signer=RollbackSigner(keys.signer, keys, Path(scratch)) if keys.signer else None,
+            signer=RollbackSigner(keys.signer, keys, scratch.path) if keys.signer else None,
             unsigned=unsigned,
             show_plan=lambda plan: print_rollback_plan(plan, terminal.err),
             confirm=ask_for_consent("put back", assume_yes=yes or not target.is_public),
