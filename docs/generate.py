@@ -14,7 +14,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from packager.cli.main import app
@@ -24,6 +23,7 @@ from packager.model.architecture import Architecture, architecture_of
 from packager.model.runtimes import RUNTIMES
 from packager.prove.audit.finding import AUDIT_RULES
 from packager.prove.loaders import LOADERS
+from packager.prove.locks import read_lock
 from packager.recipe import PATTERN_MEANINGS, Defaults
 from packager.recipe.lock_file import read_lock
 from packager.recipe.schema import recipe_schema
@@ -251,11 +251,25 @@ dumps, and a limit on the size of each file that it writes. On CUDA it also sees
 memory nor the number of processes is limited: CUDA reserves more address space than any limit would allow, and Linux
 counts all processes of a user together. When memory runs out, the kernel ends the loader before the build.
 
-pip gets the settings of an index, a proxy and certificates in addition, and pip.conf. It is not confined: it needs the
-network, and files that its settings may name anywhere.
-
 Ubuntu 24.04 lets a program make user namespaces only if an AppArmor profile says so. Where bubblewrap has none,
-`sysctl kernel.apparmor_restrict_unprivileged_userns=0` allows it."""
+`sysctl kernel.apparmor_restrict_unprivileged_userns=0` allows it.
+"""
+
+_PACKAGES = """## Where packages come from
+
+A package is installed if its file has a digest that the lock lists. All files come from one place: the index that
+`PIP_INDEX_URL` names, or else PyPI. A mirror needs no more than that variable; `NETRC` may name a file with its
+password, and `PIP_CERT`, `PIP_CLIENT_CERT`, `PIP_PROXY` and the usual variables of proxies and certificates say how
+to reach it. Without an index, `PIP_NO_INDEX=1` and `PIP_FIND_LINKS=/a/folder` take the files from a folder, which
+`pip download --no-deps --only-binary=:all:` fills; source archives are copied into it. pip's configuration files are
+not read, and `PIP_EXTRA_INDEX_URL`, `PIP_TRUSTED_HOST` and the like have no effect: a line in the log names those
+that are set.
+
+Wheels are installed, which runs nothing of them. A package that the tables below call "built from source" has no
+wheel for all machines: its archive is compared with the lock, then built without network and home, as far as the
+machine can confine it, and the wheel is kept in the cache with its own digest. pip itself is not confined, because it
+needs the network.
+"""
 
 
 def loaders_page() -> str:
@@ -271,18 +285,17 @@ def loaders_page() -> str:
     )
     proven = f"## In a build\n\n{table(('name in recipes', 'runtime', 'device', 'Python'), rows)}"
     locks = [
-        f"### Packages of `{spec.name}`\n\n{table(('package', 'version', 'where'), _pinned(spec.requirements))}"
+        f"### Packages of `{spec.name}`\n\n{table(('package', 'version', 'where', 'how'), _pinned(spec.requirements))}"
         for spec in LOADERS.values()
     ]
-    return page("Loaders", intro, proven, _CONFINEMENT, *locks, _predicted())
+    return page("Loaders", intro, proven, _CONFINEMENT, _PACKAGES, *locks, _predicted())
 
 
-def _pinned(requirements: Path) -> Iterator[tuple[str, str, str]]:
-    for line in requirements.read_text(encoding="utf-8").splitlines():
-        if text := line.partition("#")[0].strip():
-            requirement = Requirement(text)
-            version = str(requirement.specifier).removeprefix("==")
-            yield f"`{requirement.name}`", version, f"`{requirement.marker}`" if requirement.marker else ""
+def _pinned(lock: Path) -> Iterator[tuple[str, str, str, str]]:
+    for package in read_lock(lock):
+        marker = package.requirement.marker
+        made = "built from source" if package.from_source else ""
+        yield f"`{package.name}`", package.version, f"`{marker}`" if marker else "", made
 
 
 def _predicted() -> str:

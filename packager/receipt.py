@@ -25,6 +25,7 @@ TOKENIZER_FILES = (
 SAFETENSORS, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 GIT_ATTRIBUTES = ".gitattributes"
 # Files that no provenance.json lists: it is written last, then signed, and hosts add attributes.
+STATEMENTS = frozenset({ATTESTATION, RELEASE_ATTESTATION})
 UNLISTED_FILES = frozenset({PROVENANCE, GIT_ATTRIBUTES, ATTESTATION, RELEASE_ATTESTATION})
 
 LoaderStatus = Literal["passed", "failed", "not run"]

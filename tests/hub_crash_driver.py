@@ -22,6 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from packager.publish.branches import BranchContent, publish_branches
+from packager.publish.compare_plan import require_as_planned
+from packager.publish.plan import PublishPlan
+from packager.publish.saved_plan import PublishSubject, SavedPlan, saved_plan
+from packager.publish.sign_release import Files
 from packager.publish.targets.hub import HubTarget
 from tests.publish_fixtures import git, make_content
 
@@ -35,6 +39,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--planned", action="store_true", help="publish a saved plan, after a kill the same one")
     given = parser.parse_args()
     command = [sys.executable, "-m", "tests.loopback_hub", "--root", str(given.folder / "hub"), "--token", TOKEN]
     server = subprocess.Popen(
@@ -43,32 +48,33 @@ def main() -> int:
     try:
         assert server.stdout is not None
         endpoint = server.stdout.readline().strip()
-        print(json.dumps(run(given.folder, endpoint, given.runs, random.Random(given.seed))))
+        print(json.dumps(run(given.folder, endpoint, given.runs, random.Random(given.seed), planned=given.planned)))
     finally:
         server.kill()
         server.wait()
     return 0
 
 
-def run(folder: Path, endpoint: str, runs: int, dice: random.Random) -> dict[str, object]:
+def run(folder: Path, endpoint: str, runs: int, dice: random.Random, *, planned: bool) -> dict[str, object]:
     import huggingface_hub.constants
 
     os.environ["HF_TOKEN"] = TOKEN
     huggingface_hub.constants.ENDPOINT = endpoint
     huggingface_hub.constants.HF_HUB_OFFLINE = False
     contents = make(folder / "dist")
+    saved = plan_of(contents) if planned else None
     started = time.monotonic()
-    assert finish(fork(contents, "somebody/Whole")) == 0
+    assert finish(fork(contents, "somebody/Whole", saved)) == 0
     whole_s = time.monotonic() - started
     found: Counter[str] = Counter()
     for number in range(runs):
         repository = f"somebody/Run-{number}"
-        child = fork(contents, repository)
+        child = fork(contents, repository, saved)
         time.sleep(dice.uniform(0, 1.1) * whole_s)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         found[look(folder / "hub" / f"{repository}.git", contents)] += 1
-        assert finish(fork(contents, repository)) == 0, f"run {number} did not end"
+        assert finish(fork(contents, repository, saved)) == 0, f"run {number} did not end"
         assert look(folder / "hub" / f"{repository}.git", contents) == "4 of 4", f"run {number}"
     with urllib.request.urlopen(f"{endpoint}/_loopback/record") as answer:  # noqa: S310 - our own
         uploads = Counter(each["oid"] for each in json.load(answer)["uploaded"] if each["accepted"])
@@ -95,15 +101,40 @@ def make(dist: Path) -> list[BranchContent]:
     ]
 
 
-def fork(contents: Sequence[BranchContent], repository: str) -> int:
-    """Start a publisher; return its process id."""
+def plan_of(contents: Sequence[BranchContent]) -> SavedPlan:
+    """Return the plan of publishing to a repository that does not exist."""
+    found = []
+    subject = PublishSubject(
+        repository="somebody/Any", target="hub", address="", recipe="1" * 64, templates="2" * 64, tag=""
+    )
+
+    messages = {content.branch: content.message for content in contents}
+
+    def save(plan: PublishPlan, files: Files) -> None:
+        found.append(saved_plan(subject, plan, files, messages))
+
+    target = HubTarget("somebody/Whole")
+    publish_branches(contents, target, lambda _: None, dry_run=True, compare=save, may_write=False)
+    return found[0]
+
+
+def fork(contents: Sequence[BranchContent], repository: str, saved: SavedPlan | None) -> int:
+    """Start a publisher, of a saved plan if there is one; return its process id."""
     child = os.fork()
     if child:
         return child
     status = 1
     try:
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process lives
-        publish_branches(contents, HubTarget(repository), lambda _: None)
+        target = HubTarget(repository)
+
+        messages = {content.branch: content.message for content in contents}
+
+        def compare(plan: PublishPlan, files: Files) -> None:
+            if saved:
+                require_as_planned(saved, saved_plan(saved.subject, plan, files, messages), plan, target)
+
+        publish_branches(contents, target, lambda _: None, compare=compare)
         status = 0
     except BaseException:  # noqa: BLE001 - the process ends here
         traceback.print_exc(file=sys.__stderr__)

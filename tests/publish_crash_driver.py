@@ -15,6 +15,10 @@ import time
 from pathlib import Path
 
 from packager.publish.branches import BranchContent, PublishReport, publish_branches
+from packager.publish.compare_plan import require_as_planned
+from packager.publish.plan import PublishPlan
+from packager.publish.saved_plan import read_plan, saved_plan
+from packager.publish.sign_release import Files
 from packager.publish.targets.local import LocalTarget
 from tests.publish_fixtures import (
     REPOSITORY,
@@ -47,9 +51,18 @@ class EffectCounter:
 
 
 def publish(contents: list[BranchContent], root: Path) -> PublishReport:
-    """Publish, signed if the environment says so."""
+    """Publish, signed and exactly a saved plan if the environment says so."""
     signer = fixed_signer(root.with_name("statements")) if os.environ.get("TEST_SIGNED") else None
-    return publish_branches(contents, LocalTarget(root, REPOSITORY, waits=SHORT_WAITS), lambda _: None, signer=signer)
+    target = LocalTarget(root, REPOSITORY, waits=SHORT_WAITS)
+    saved = read_plan(Path(os.environ["TEST_PLAN"])) if os.environ.get("TEST_PLAN") else None
+
+    messages = {content.branch: content.message for content in contents}
+
+    def compare(plan: PublishPlan, files: Files) -> None:
+        if saved:
+            require_as_planned(saved, saved_plan(saved.subject, plan, files, messages), plan, target)
+
+    return publish_branches(contents, target, lambda _: None, signer=signer, compare=compare)
 
 
 def publish_in_child(contents: list[BranchContent], root: Path, kill: int | dict[str, float]) -> int:

@@ -69,7 +69,7 @@ def pip(context: RuntimeContext, spec: LoaderSpec, folder: Path) -> None:
 
     venv.EnvBuilder.create = create  # type: ignore[assignment, method-assign]
     importlib.util.find_spec = lambda *_: None
-    spec.requirements.write_text("absent==1.0\n")
+    spec.requirements.write_text(f"absent==1.0 --hash=sha256:{0:064d}\n")
     ensure_environment(spec, context)
 
 

@@ -159,7 +159,8 @@ def both(source: SourceModel, folder: Path, cache: Path, v: Variant) -> Both:
     rows, tensors = token_rows(), []
     native = open_store(source, folder / "native", v)
     records = quantize(QuantizeJob(source=source, rows=rows, stores={v: native}, devices=(CPU,)), lambda _: None)
-    context = RuntimeContext(cache=cache, scratch=folder / "work", environ=ENVIRON, log=print)
+    # Unconfined: the script runs another one, which a confined process would not see.
+    context = RuntimeContext(cache=cache, scratch=folder / "work", environ=ENVIRON, log=print, confinement="none")
     engine = auto_gptq.AutoGptq(context, replace(auto_gptq.SPEC, script=HERE / "auto_gptq_on_cpu.py"), 300.0)
     reference = open_store(source, folder / "reference", foreign)
     job = QuantizeJob(source=source, rows=rows, stores={foreign: reference}, devices=(CPU,))

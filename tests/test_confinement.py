@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from packager.errors import LoaderError
-from packager.prove.environments import RuntimeContext, index_environ
+from packager.prove.environments import RuntimeContext
+from packager.prove.installing import index_environ
 from packager.prove.loaders import LoaderSpec
 from packager.prove.probes import ProbeJob, ProbeResult, run_probe
 from packager.receipt import Confinement, LoaderRecord
@@ -120,16 +121,20 @@ def test_a_loader_gets_a_list_of_variables_and_an_empty_home(tmp_path: Path, how
     assert set(seen) <= known
 
 
-def test_pip_gets_an_index_and_no_secret(tmp_path: Path) -> None:
+def test_pip_gets_one_index_and_no_secret(tmp_path: Path) -> None:
     (tmp_path / ".config" / "pip").mkdir(parents=True)
-    (tmp_path / ".config" / "pip" / "pip.conf").touch()
-    passed = {"PIP_INDEX_URL": "u", "HTTPS_PROXY": "p", "no_proxy": "n", "SSL_CERT_FILE": "c", "PATH": "/a"}
+    (tmp_path / ".config" / "pip" / "pip.conf").write_text("[global]\nextra-index-url = https://evil.example\n")
+    passed = {"PIP_INDEX_URL": "u", "HTTPS_PROXY": "p", "no_proxy": "n", "SSL_CERT_FILE": "c", "PIP_CERT": "d"}
+    more_places = {"PIP_EXTRA_INDEX_URL": "e", "PIP_FIND_LINKS": "/f", "PIP_TRUSTED_HOST": "h", "PIP_CONFIG_FILE": "/c"}
     dropped = {"PIP_TARGET": "t", "PIP_USER": "1", "HF_TOKEN": "t", "GH_PAT": "t", "LD_PRELOAD": "t", "PYTHONPATH": "t"}
     with private_folder() as folder:
-        made = index_environ({**passed, **dropped, "HOME": str(tmp_path)}, folder)
+        made = index_environ({**passed, **more_places, **dropped, "HOME": str(tmp_path), "PATH": "/evil"}, folder)
         home = str(folder / "home")
-    own = {"HOME": home, "TMPDIR": home, "PIP_CONFIG_FILE": str(tmp_path / ".config" / "pip" / "pip.conf")}
-    assert made == {**passed, **own}
+    fixed = {
+        "PIP_CONFIG_FILE": "/dev/null", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1",
+        "PYTHONNOUSERSITE": "1",
+    }  # fmt: skip
+    assert made == {**passed, **fixed, "HOME": home, "TMPDIR": home, "PATH": os.defpath}
 
 
 def test_the_interpreter_finds_its_own_library_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

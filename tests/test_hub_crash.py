@@ -20,8 +20,10 @@ pytestmark = [
 ]
 
 
-def test_killed_at_any_moment_and_run_again_it_ends_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("planned", [False, True], ids=["publish", "saved plan"])
+def test_killed_at_any_moment_and_run_again_it_ends_the_same(tmp_path: Path, planned: bool) -> None:
     command = [sys.executable, "-m", "tests.hub_crash_driver", str(tmp_path), "--runs", "10", "--seed", "3"]
+    command += ["--planned"] if planned else []
     environ = {**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -18,7 +19,7 @@ from packager.errors import MachineError, PackagerError, PublishError
 from packager.inputs import hub_session
 from packager.publish.after_publish import ReleaseTag
 from packager.publish.branches import BranchContent, PublishReport, publish_branches
-from packager.publish.targets import HeadMovedError, hub_calls, hub_client
+from packager.publish.targets import HeadMovedError, hub_calls, hub_client, read_local_file
 from packager.publish.targets.hub import HubTarget, NewRepository
 from packager.publish.targets.repository_per_variant import RepositoryPerVariant
 from packager.system.files import sha256_file
@@ -317,6 +318,26 @@ def test_an_earlier_commit_is_restored_without_an_upload(fixture: HubFixture) ->
     fixture.hub.commit(REPOSITORY, {"NEWS.md": b"news"}, branch=VARIANT)
     with pytest.raises(HeadMovedError):
         target.restore(VARIANT, head.commit, parent=made, message="Forth")
+
+
+def test_a_small_file_of_a_restored_commit_is_replaced(fixture: HubFixture, tmp_path: Path) -> None:
+    first = fixture.publish().outcomes[0].commit or ""
+    fixture.publish(fixture.change(VARIANT, model_safetensors=b"worse" * 1000, config_json=b'{"worse": 1}'))
+    target, statements = fixture.target(), {}
+    for name, data in (("config.json", b'{"replaced": 1}'), ("release.dsse.json", b"new")):
+        (tmp_path / name).write_bytes(data)
+        statements[name] = read_local_file(tmp_path / name)
+    head = target.history(VARIANT)[0].commit
+    fixture.hub.uploaded.clear()
+    made = target.restore(VARIANT, first, parent=head, message="Back", replacing=statements)
+    assert not fixture.hub.uploaded
+    assert target.read_bytes(made, "config.json") == b'{"replaced": 1}'
+    restored = target.read_back(first)
+    assert target.read_back(made) == {
+        **restored,
+        **{name: replace(restored["config.json"], size_bytes=file.size_bytes, blob_id=file.blob_id)
+           for name, file in statements.items()},
+    }  # fmt: skip
 
 
 def test_a_tag_names_one_commit_for_good(fixture: HubFixture) -> None:

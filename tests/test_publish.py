@@ -21,6 +21,7 @@ from packager.errors import MachineError, PackagerError, PublishError, StateErro
 from packager.publish.branches import BranchContent, PublishReport, check_folders, publish_branches
 from packager.publish.plan import plan_publish
 from packager.publish.targets import (
+    NO_FILES,
     BranchState,
     CommitRecord,
     LocalFile,
@@ -649,7 +650,9 @@ class MemoryTarget:
     def history(self, branch: str) -> Sequence[CommitRecord]:
         raise NotImplementedError
 
-    def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
+    def restore(
+        self, branch: str, commit: str, *, parent: str, message: str, replacing: Mapping[str, LocalFile] = NO_FILES
+    ) -> str:
         raise NotImplementedError
 
     def remove(self, branch: str, *, head: str) -> str:

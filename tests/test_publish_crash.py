@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 from packager.publish.branches import BranchContent, publish_branches
+from packager.publish.plan import PublishPlan
+from packager.publish.saved_plan import PublishSubject, saved_plan, write_plan
+from packager.publish.sign_release import Files, ReleaseSigner
 from packager.publish.targets.local import LocalTarget
 from packager.receipt import ATTESTATION, RELEASE_ATTESTATION
 from tests.publish_fixtures import (
@@ -52,8 +55,9 @@ def new_contents(dist: Path) -> list[BranchContent]:
 class CrashFixture:
     """A repository before, the folders to publish, and the trees before and after."""
 
-    def __init__(self, tmp_path: Path, *, update: bool, signed: bool = False) -> None:
+    def __init__(self, tmp_path: Path, *, update: bool, signed: bool = False, planned: bool = False) -> None:
         self.signed = signed
+        self.plan = tmp_path / "plan.json" if planned else None
         signer = fixed_signer(tmp_path / "statements") if signed else None
         undisturbed = tmp_path / "undisturbed"
         self.before, self.root = tmp_path / "before", tmp_path / "hub"
@@ -63,8 +67,23 @@ class CrashFixture:
             shutil.copytree(self.before, undisturbed, symlinks=True)
             self.trees_before = trees(hub_folder(self.before))
         self.contents = new_contents(tmp_path / "new")
+        if planned:
+            self.save_plan(LocalTarget(self.before, REPOSITORY), signer, tmp_path / "plan.json")
         publish_branches(self.contents, LocalTarget(undisturbed, REPOSITORY), print, signer=signer)
         self.trees_after = trees(hub_folder(undisturbed))
+
+    def save_plan(self, target: LocalTarget, signer: ReleaseSigner | None, path: Path) -> None:
+        """Save the plan of publishing the new contents over the old ones."""
+        subject = PublishSubject(
+            repository=REPOSITORY, target="local", address="", recipe="1" * 64, templates="2" * 64, tag=""
+        )
+
+        messages = {content.branch: content.message for content in self.contents}
+
+        def save(plan: PublishPlan, files: Files) -> None:
+            write_plan(saved_plan(subject, plan, files, messages), path)
+
+        publish_branches(self.contents, target, print, signer=signer, dry_run=True, compare=save)
 
     def run(self, chains: list[KillSequence]) -> list[dict[str, Any]]:
         """Run the chains of kills and return what the driver found, checked."""
@@ -76,7 +95,7 @@ class CrashFixture:
             text=True,
             check=False,
             cwd=ROOT,
-            env={**os.environ, "TEST_SIGNED": "1" if self.signed else ""},
+            env={**os.environ, "TEST_SIGNED": "1" if self.signed else "", "TEST_PLAN": str(self.plan or "")},
         )
         assert result.returncode == 0, result.stdout + result.stderr
         found = [json.loads(line) for line in result.stdout.splitlines()]
@@ -121,6 +140,17 @@ def test_a_signed_publish_may_be_killed_before_any_effect(tmp_path: Path, update
     last = fixture.run([[0], [0]])[-1]["counts"][0]
     found = fixture.run([[kill] for kill in spread(10, last)])
     assert all(outcome["counts"] == [-1] for outcome in found)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("update", [False, True], ids=["create", "update"])
+def test_a_saved_plan_may_be_killed_before_any_effect_and_published_again(tmp_path: Path, update: bool) -> None:
+    """The same plan finishes what it has begun: it takes its own commits for planned ones."""
+    fixture = CrashFixture(tmp_path, update=update, signed=True, planned=True)
+    last = fixture.run([[0], [0]])[-1]["counts"][0]
+    found = fixture.run([[kill] for kill in spread(10, last)])
+    assert all(outcome["counts"] == [-1] for outcome in found)
+    assert {len(outcome["between"][0]) for outcome in found} >= ({2} if update else {1, 2})
 
 
 @pytest.mark.crash

@@ -223,3 +223,35 @@ def test_every_weight_byte_is_hashed_once_and_sent_once(fixture: HubReleaseFixtu
     assert sorted(name for name in hashed if name in weights) == weights
     sent = [upload.received for upload in fixture.hub.uploaded]
     assert sorted(sent) == sorted(Path(path).stat().st_size for path in weights)
+
+
+@pytest.mark.slow
+def test_a_plan_is_saved_without_a_token_and_published_with_one(fixture: HubReleaseFixture) -> None:
+    """As the release workflow does: the job that plans has no right at all."""
+    plan, options = fixture.folder / "plan.json", ("--dry-run", "--save-plan", fixture.folder / "plan.json")
+
+    def asked_to_write() -> list[str]:
+        return [request for request in fixture.asked() if not request.startswith(("GET ", "HEAD "))]
+
+    assert "| create |" in fixture.publish(*options, "--format", "markdown", token="")
+    assert asked_to_write() == []
+    fixture.publish("--plan", plan, code=PublishError.exit_code, token="")
+    assert "there is no token" in fixture.stderr
+    assert asked_to_write() == []
+    fixture.publish("--plan", plan)
+    before = heads(fixture.path)
+    fixture.publish("--plan", plan)
+    assert heads(fixture.path) == before
+
+    fixture.publish(*options, token="")
+    fixture.hub.commit(REPOSITORY, {"NEWS.md": b"news"}, branch=THREE_BITS)
+    fixture.asked()
+    fixture.publish("--plan", plan, code=PublishError.exit_code)
+    assert f"{THREE_BITS}: its head:" in fixture.stderr
+    assert asked_to_write() == []
+    fixture.publish(*options, token="")
+    assert TOKEN not in plan.read_text()
+    fixture.publish("--plan", plan)
+    assert (
+        trees(fixture.path)[THREE_BITS] == git("rev-parse", f"{before[THREE_BITS]}^{{tree}}", cwd=fixture.path).strip()
+    )

@@ -24,7 +24,7 @@ from packager.publish.branches import publish_branches
 from packager.publish.rollback import RollbackReport, RollbackRequest, rollback
 from packager.publish.rollback.history import BranchHistory
 from packager.publish.rollback.plan import RollbackPlan
-from packager.publish.targets import CommitRecord, HeadMovedError, StoredFile
+from packager.publish.targets import NO_FILES, CommitRecord, HeadMovedError, LocalFile, StoredFile
 from packager.publish.targets.local import LocalTarget
 from tests.golden_files import check_golden
 from tests.publish_fixtures import REPOSITORY, git, heads, hub_folder, make_content, trees
@@ -48,12 +48,14 @@ class Killable(LocalTarget):
     def is_public(self) -> bool:
         return self.public
 
-    def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
+    def restore(
+        self, branch: str, commit: str, *, parent: str, message: str, replacing: Mapping[str, LocalFile] = NO_FILES
+    ) -> str:
         self.lives -= 1
         if self.lives < 0:
             self.lives = 1000
             raise KilledError
-        return super().restore(branch, commit, parent=parent, message=message)
+        return super().restore(branch, commit, parent=parent, message=message, replacing=replacing)
 
 
 class RollbackFixture:
@@ -514,7 +516,7 @@ def test_json_has_what_the_table_has(fixture: RollbackFixture) -> None:
     result = json.loads(json.dumps(result))
     (entry,) = result["branches"]
     assert entry["changed"] == [{"name": "README.md", "size_bytes": 7}, {"name": "w.bin", "size_bytes": 1}]
-    assert set(result) == {"where", "release", "branches", "unlisted", "dry_run", "notes"}
+    assert set(result) == {"where", "release", "branches", "unlisted", "signs", "dry_run", "notes"}
 
 
 def test_a_tag_names_the_release_to_go_back_to(fixture: RollbackFixture) -> None:

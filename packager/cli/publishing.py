@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +35,7 @@ from packager.cli.signing import (
 from packager.errors import AuditError, LoaderError
 
 if TYPE_CHECKING:
+    from packager.pipeline.saved_publish import PlanFile
     from packager.prove.environments import RuntimeContext
     from packager.system.terminal import Terminal
 
@@ -47,16 +49,38 @@ BranchesOption = Annotated[
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would change, and change nothing.")]
 
 
+class PublishFormat(StrEnum):
+    """The format of a publish's result."""
+
+    text = "text"
+    json = "json"
+    markdown = "markdown"
+
+
+PublishFormatOption = Annotated[
+    PublishFormat,
+    typer.Option("--format", help="text for people, json for machines, markdown for a CI job's summary."),
+]
+SavePlanOption = Annotated[
+    Path | None, typer.Option("--save-plan", metavar="FILE", help="Save the plan of a dry run, with every digest.")
+]
+PlanOption = Annotated[
+    Path | None, typer.Option("--plan", metavar="FILE", help="Publish exactly this saved plan, without a question.")
+]
+
+
 def publish_command(
     recipe: RecipePath,
     dist: DistOption = DIST,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
     tag: Annotated[str, typer.Option(help="Tag main's commit with this name, such as v1.0, at the end.")] = "",
+    save_plan: SavePlanOption = None,
+    plan: PlanOption = None,
     sign_key: SignKeyOption = None,
     trusted_key: TrustedKeyOption = None,
     unsigned: UnsignedOption = False,
-    format: FormatOption = Format.text,  # noqa: A002
+    format: PublishFormatOption = PublishFormat.text,  # noqa: A002
     quiet: QuietOption = False,
 ) -> None:
     """Publish the built variants, one branch each.
@@ -71,14 +95,22 @@ def publish_command(
     With --sign-key, each branch gets a signed statement over its files, and main one over all branches. A key that
     replaces another needs the old public key as --trusted-key.
 
+    --dry-run --save-plan FILE saves the plan: the digests of the recipe, of every file and of the signed statements,
+    and the head of every branch. It needs no token that may write, and of the key only the public part. --plan FILE
+    compares everything with that plan again, before the first write, and publishes it, or names what has changed and
+    writes nothing. After an interruption, run it again.
+
     Exits with 10 if a variant is not ready, a required loader has not passed or the target refuses, with 11 if a built
     folder or the published files were edited, with 7 if a folder fails the audit.
     """
+    from packager.cli.publish_markdown import publish_report_markdown
     from packager.cli.publish_view import print_publish_plan, print_publish_report, publish_report_json
     from packager.pipeline.flow import publish
 
     terminal, recipe_file = open_recipe(recipe, quiet=quiet)
-    keys = signing_keys(sign_key, trusted_key, unsigned=unsigned)  # first: the passphrase leaves the environment
+    # First: the passphrase leaves the environment.
+    keys = signing_keys(sign_key, trusted_key, unsigned=unsigned, dry_run=dry_run)
+    plan_file = _plan_file(save_plan, plan, dry_run=dry_run, tag=tag)
     report = publish(
         recipe_file,
         options_of(dist, Device.cpu, None),
@@ -88,11 +120,32 @@ def publish_command(
         consent=ask_for_consent("publish", assume_yes=yes),
         tag=tag,
         keys=keys,
+        plan_file=plan_file,
     )
-    if format is Format.json:
+    if format is PublishFormat.json:
         terminal.result(publish_report_json(report))
+    elif format is PublishFormat.markdown:
+        terminal.write(publish_report_markdown(report, plan or save_plan))
     else:
         print_publish_report(report, terminal.out)
+
+
+def _plan_file(save: Path | None, plan: Path | None, *, dry_run: bool, tag: str) -> "PlanFile | None":
+    """Return the file of the plan that is saved or published, None if there is none.
+
+    Raises:
+        PublishError: the plan cannot be read.
+    """
+    from packager.pipeline.saved_publish import PlanFile
+    from packager.publish.saved_plan import read_plan
+
+    if save and (plan or not dry_run):
+        raise typer.BadParameter("--save-plan is for --dry-run, without --plan")
+    if plan and tag:
+        raise typer.BadParameter("--plan has its own tag: leave out --tag")
+    if plan:
+        return PlanFile(path=plan, approved=read_plan(plan))
+    return PlanFile(path=save) if save else None
 
 
 def verify_published_command(
@@ -180,6 +233,8 @@ def rollback_command(
     again: Annotated[bool, typer.Option("--again", help="Go back one step further than the last rollback.")] = False,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
+    sign_key: SignKeyOption = None,
+    trusted_key: TrustedKeyOption = None,
     unsigned: UnsignedOption = False,
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
@@ -194,28 +249,33 @@ def rollback_command(
     when the commit before main's head was made, or, if the last publish was interrupted before main, when main's head
     was made. Branches that did not exist then are left alone, and so are branches whose head has another author.
 
-    A rollback signs nothing. A signed repository is put back with --unsigned only: its statements are then those of
-    the earlier release, which readers with --min-release report. The next signed publish gets a new number.
+    A signed repository needs --sign-key: the branches keep the statements that they had, and main gets a statement over
+    them with the next number, so readers accept the restored state as a new release. With --unsigned the statements are
+    those of the earlier release, which readers with --min-release report.
 
     If a rollback is killed, run the same command again: it skips the branches that are back already. It asks for
     confirmation before others can see a change; without a terminal, --yes is needed. Exits with 10 if there is nothing
     to go back to, if others commit to a branch at the same time, or if the target refuses.
     """
     from packager.cli.rollback_view import print_rollback_plan, print_rollback_report, rollback_report_json
-    from packager.publish.rollback import RollbackRequest, rollback
+    from packager.publish.rollback import RollbackRequest, RollbackSigner, rollback
     from packager.publish.targets.resolve_target import resolve_target
+    from packager.system.scratch import ScratchFolder
 
     terminal = terminal_of(quiet=quiet)
+    keys = signing_keys(sign_key, trusted_key, unsigned=unsigned, dry_run=dry_run)
     target = resolve_target(repository, dist, os.environ, terminal.log)
-    report = rollback(
-        target,
-        RollbackRequest(branches=tuple(branch or ()), to=to, further_back=again),
-        terminal.log,
-        dry_run=dry_run,
-        unsigned=unsigned,
-        show_plan=lambda plan: print_rollback_plan(plan, terminal.err),
-        confirm=ask_for_consent("put back", assume_yes=yes or not target.is_public),
-    )
+    with ScratchFolder("signed") as scratch:
+        report = rollback(
+            target,
+            RollbackRequest(branches=tuple(branch or ()), to=to, further_back=again),
+            terminal.log,
+            dry_run=dry_run,
+            signer=RollbackSigner(keys.signer, keys, scratch.path) if keys.signer else None,
+            unsigned=unsigned,
+            show_plan=lambda plan: print_rollback_plan(plan, terminal.err),
+            confirm=ask_for_consent("put back", assume_yes=yes or not target.is_public),
+        )
     if format is Format.json:
         terminal.result(rollback_report_json(report))
     else:

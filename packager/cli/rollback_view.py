@@ -12,6 +12,8 @@ from packager.publish.targets import CommitRecord
 from packager.system.text import printable
 from packager.variant import MAIN
 
+_RESULTS = {"restore": "put back", "sign": "signed"}
+
 
 def print_rollback_plan(plan: RollbackPlan, console: Console) -> None:
     """Print every branch in the order of the rollback, and below it every file that will change."""
@@ -23,6 +25,8 @@ def print_rollback_plan(plan: RollbackPlan, console: Console) -> None:
     if plan.release:
         when = f"{_date(plan.release)} UTC, when main became {_named(plan.release, MAIN)}"
         print_line(console, f"the release goes back to its state of {when}")
+    if plan.signs:
+        print_line(console, f"the restored state is signed as release {plan.signs}")
     _print_unlisted(plan, console)
 
 
@@ -35,7 +39,7 @@ def print_rollback_report(report: RollbackReport, console: Console) -> None:
     table = new_table(("Branch", "Result", "Files of", "Commit"), title=f"Put back in {report.plan.where}")
     for outcome in report.outcomes:
         entry = outcome.plan
-        action = "put back" if entry.action == "restore" else entry.action
+        action = _RESULTS.get(entry.action, entry.action)
         held = entry.to.commit[:12] if entry.to else ""
         add_row(table, printable(entry.branch), action, held, outcome.commit[:12])
     console.print(table)
@@ -61,6 +65,7 @@ def rollback_plan_json(plan: RollbackPlan) -> dict[str, object]:
         "release": asdict(plan.release) if plan.release else None,
         "branches": [_branch_json(entry) for entry in plan.branches],
         "unlisted": list(plan.unlisted),
+        "signs": plan.signs,
     }
 
 
@@ -78,11 +83,11 @@ def rollback_report_json(report: RollbackReport) -> dict[str, object]:
 
 
 def _print_branch(entry: BranchRollback, width: int, console: Console) -> None:
-    sign = "~" if entry.action == "restore" else " "
+    sign = "~" if entry.action in ("restore", "sign") else " "
     to = f"to {_named(entry.to, entry.branch)}, {_date(entry.to)} UTC" if entry.to else ""
     line = f"{sign} {printable(entry.branch):<{width}}  {entry.action}: {entry.reason or to}"
     print_line(console, line, STYLES[sign])
-    if entry.action != "restore":
+    if sign == " ":
         return
     print_line(console, f"    in place of {_named(entry.head, entry.branch)}, {_date(entry.head)} UTC")
     for mark, line in change_lines(entry.added, entry.changed, entry.removed):
@@ -101,4 +106,4 @@ def _date(record: CommitRecord) -> str:
 
 
 def _branch_json(entry: BranchRollback) -> dict[str, object]:
-    return {key: value for key, value in asdict(entry).items() if key != "files"}
+    return {key: value for key, value in asdict(entry).items() if key not in ("files", "replacing")}

@@ -19,7 +19,8 @@ SignKeyOption = Annotated[
         "--sign-key",
         metavar="FILE",
         envvar="PACKAGER_SIGN_KEY",
-        help="Sign with this Ed25519 key (PEM); PACKAGER_SIGN_PASSPHRASE or a prompt gives its passphrase.",
+        help="Sign with this Ed25519 key (PEM); PACKAGER_SIGN_PASSPHRASE or a prompt gives its passphrase. "
+        "For a dry run the public key is enough.",
     ),
 ]
 TrustedKeyOption = Annotated[
@@ -39,8 +40,10 @@ MinReleaseOption = Annotated[
 ]
 
 
-def signing_keys(key: Path | None, trusted: list[Path] | None = None, *, unsigned: bool = False) -> "SigningKeys":
-    """Read the keys of a command.
+def signing_keys(
+    key: Path | None, trusted: list[Path] | None = None, *, unsigned: bool = False, dry_run: bool = False
+) -> "SigningKeys":
+    """Read the keys of a command; in a dry run, `key` may be a public key.
 
     The passphrase is removed from the environment: no child process gets it.
 
@@ -49,8 +52,9 @@ def signing_keys(key: Path | None, trusted: list[Path] | None = None, *, unsigne
         MachineError: the extra `sign` is not installed.
     """
     from packager.publish.sign_release import SigningKeys
-    from packager.publish.signing_keys import read_signing_key, read_trusted_keys
+    from packager.publish.signing_keys import read_planning_key, read_signing_key, read_trusted_keys
 
+    read_key = read_planning_key if dry_run else read_signing_key
     secret = os.environ.pop(_PASSPHRASE, "")
     if key and unsigned:
         raise typer.BadParameter("--sign-key and --unsigned contradict each other")
@@ -62,7 +66,7 @@ def signing_keys(key: Path | None, trusted: list[Path] | None = None, *, unsigne
         return text.encode()
 
     return SigningKeys(
-        signer=read_signing_key(key, passphrase) if key else None,
+        signer=read_key(key, passphrase) if key else None,
         trusted=read_trusted_keys(trusted or ()),
         unsigned=unsigned,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from packager.errors import LoaderError, PublishError
 from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
 from packager.pipeline.cards import refuse_edited_cards, render_cards
+from packager.pipeline.saved_publish import PlanFile, PlannedPublish
 from packager.pipeline.stages import evaluate, quantize_and_pack, run_loaders
 from packager.pipeline.workspace import audit_or_raise
 from packager.publish.after_publish import FinalStep, ReleaseTag
@@ -149,6 +150,7 @@ def publish(
     consent: Callable[[PublishPlan], None] = lambda _: None,
     tag: str = "",
     keys: SigningKeys | None = None,
+    plan_file: PlanFile | None = None,
 ) -> PublishReport:
     """Stage 10: bring the built folders to the target, one branch each, `main` last.
 
@@ -161,26 +163,24 @@ def publish(
         consent: called with the plan before a change that others can see; raises to stop.
         tag: names main's commit at the end; "" for none.
         keys: the keys that sign the release; None publishes unsigned.
+        plan_file: the approved plan, which must fit and names the tag; or where a dry run saves its plan, without
+            checking that the target can be written to.
 
     Raises:
         PublishError: a variant is not built from this recipe, or a required loader has not passed.
+        StalePlanError: the approved plan does not fit the build or the repository any more.
         AuditError, StateError: a folder is not fit to be published.
     """
     run, keys = BuildState(recipe_file, options, terminal), keys or SigningKeys()
     require_key(recipe_file, keys)
+    target = target_of(run.recipe, run.workspace.dist, options.environ, terminal.log)
+    approved = plan_file.approved if plan_file else None
+    tag = approved.subject.tag if approved else tag
+    planned = PlannedPublish(run, target, tag, plan_file) if plan_file else None
     with run.workspace.locked():
         run.read_receipts()
-        _require_stages(run, *STAGES)
-        _require_cards(run)
-        refuse_edited_cards(run)
-        receipts = run.ordered_receipts()
-        require_loaders(receipts, run.recipe.loaders.required)
-        folders = [run.workspace.folder(receipt.provenance.branch) for receipt in receipts]
-        audit_or_raise(folders, run.plan.architecture, complete=True)
-        contents = [_branch_content(receipt, folder) for receipt, folder in zip(receipts, folders, strict=True)]
+        contents = _contents(run)
         with terminal.stage("publish"), ScratchFolder("signed") as scratch:
-            target = target_of(run.recipe, run.workspace.dist, options.environ, terminal.log)
-            ask = consent if target.is_public else lambda _: None
             return publish_branches(
                 contents,
                 target,
@@ -189,8 +189,22 @@ def publish(
                 final_steps=_final_steps(run, target, tag),
                 dry_run=dry_run,
                 show_plan=show_plan,
-                confirm=ask,
+                confirm=consent if target.is_public and not approved else lambda _: None,
+                compare=planned.comparison(contents) if planned else None,
+                may_write=plan_file is None,
             )
+
+
+def _contents(run: BuildState) -> list[BranchContent]:
+    """Return the content of each branch; a variant that is not ready, or not fit to be published, is an error."""
+    _require_stages(run, *STAGES)
+    _require_cards(run)
+    refuse_edited_cards(run)
+    receipts = run.ordered_receipts()
+    require_loaders(receipts, run.recipe.loaders.required)
+    folders = [run.workspace.folder(receipt.provenance.branch) for receipt in receipts]
+    audit_or_raise(folders, run.plan.architecture, complete=True)
+    return [_branch_content(receipt, folder) for receipt, folder in zip(receipts, folders, strict=True)]
 
 
 def require_key(recipe_file: RecipeFile, keys: SigningKeys) -> None:

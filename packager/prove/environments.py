@@ -6,7 +6,6 @@ torch is not downloaded again. `probes.py` runs processes in it.
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import shutil
@@ -19,32 +18,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from packager.errors import LoaderUnavailableError
+from packager.prove.installing import Creation, install, left_out, package_place, without_password
 from packager.prove.loaders import LoaderSpec
+from packager.prove.locks import LockedPackage, for_this_python, read_lock, requirement_lines
 from packager.prove.shared_torch import find, share_torch
+from packager.prove.sources import built_wheels
 from packager.receipt import Confinement
 from packager.system.confinement import child_environ, confinement, private_folder
 from packager.system.files import disk_errors, write_atomic
-from packager.system.processes import Processes, ending, tail
+from packager.system.processes import Processes
 
-# Installed into an environment only where the running interpreter has no torch to share.
-TORCH_REQUIREMENT = "torch==2.13.0"
-PIP_TIMEOUT_S = 1800.0
 READY = ".ready"
-# Settings of an index, a proxy and certificates. Not PIP_TARGET, PIP_USER and the like, which install elsewhere.
-_INDEX_VARIABLES = frozenset(
-    f"PIP_{name}"
-    for name in (
-        *("CACHE_DIR", "CERT", "CLIENT_CERT", "CONFIG_FILE", "DEFAULT_TIMEOUT", "EXTRA_INDEX_URL", "FIND_LINKS"),
-        *("INDEX_URL", "KEYRING_PROVIDER", "NO_CACHE_DIR", "NO_INDEX", "PROXY", "RETRIES", "TIMEOUT", "TRUSTED_HOST"),
-    )
-) | {"NETRC", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}
-_PROXY_VARIABLES = frozenset(f"{name}_proxy" for name in ("http", "https", "all", "no"))
 # Increment when environment creation changes: cached environments of an older layout are not used.
-_LAYOUT = "1"
+_LAYOUT = "2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +61,7 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
     """Return the Python of a loader's environment; create the environment first if it is not in the cache.
 
     A creation that was killed is repeated. When several processes need the same environment, one creates it and the
-    others wait. Proxies and pip's settings are taken from `context.environ`.
+    others wait. The place of the packages and the way to it are variables of `context.environ`.
 
     Raises:
         LoaderUnavailableError: the environment cannot be created on this machine; the message has the reason.
@@ -88,7 +77,17 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
         with Path(f"{folder}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_ready(folder):
-                _create(_Creation(spec=spec, folder=folder, context=context, lock=lock.fileno()))
+                creation = Creation(
+                    loader=spec.name,
+                    folder=folder,
+                    cache=context.cache.absolute(),
+                    environ=context.environ,
+                    log=context.log,
+                    processes=context.processes,
+                    confinement=context.confinement,
+                    lock=lock.fileno(),
+                )
+                _create(spec, creation)
     return _python(folder)
 
 
@@ -101,7 +100,7 @@ def environment_name(spec: LoaderSpec) -> str:
         platform.python_implementation(),
         platform.python_version(),
         sysconfig.get_platform(),
-        torch.version if torch else TORCH_REQUIREMENT,
+        torch.version if torch else "",
     ]
     return f"{spec.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 
@@ -109,10 +108,9 @@ def environment_name(spec: LoaderSpec) -> str:
 def installed_versions(python: Path, names: Sequence[str]) -> dict[str, str]:
     """Return the versions of those packages that are installed in a loader's environment."""
     folder = python.parent.parent
-    packages = sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
     found: dict[str, str] = {
         canonicalize_name(distribution.metadata["Name"]): distribution.version
-        for distribution in importlib.metadata.distributions(path=[str(_shared(folder)), packages])
+        for distribution in importlib.metadata.distributions(path=[str(_shared(folder)), str(_packages(folder))])
     }
     return {name: found[name] for name in names if name in found}
 
@@ -130,29 +128,16 @@ def environment_files(python: Path) -> set[Path]:
     }
 
 
-def index_environ(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Return the environment of pip: how to reach an index, and an empty home.
-
-    pip would read its user's settings in the home folder; variables name their places here. The cache is pip's alone.
-
-    Args:
-        environ: of this process.
-        folder: from `private_folder`.
-    """
-    allowed = _INDEX_VARIABLES | _PROXY_VARIABLES | {name.upper() for name in _PROXY_VARIABLES}
-    settings = Path(environ.get("XDG_CONFIG_HOME") or Path(environ.get("HOME", "/")) / ".config") / "pip" / "pip.conf"
-    own = {"PIP_CONFIG_FILE": str(settings)} if settings.is_file() else {}
-    # It may need git or a compiler; neither gets a setting or a secret of the user's.
-    path = {"PATH": environ["PATH"]} if "PATH" in environ else {}
-    return {**own, **child_environ(environ, allowed, folder), **path}
-
-
 def _python(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
 def _shared(folder: Path) -> Path:
     return folder / "shared"
+
+
+def _packages(folder: Path) -> Path:
+    return Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
 
 
 def _is_ready(folder: Path) -> bool:
@@ -164,116 +149,59 @@ def _is_ready(folder: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Creation:
-    """An environment that is being created; `lock` is the descriptor of the lock that this process holds."""
-
-    spec: LoaderSpec
-    folder: Path
-    context: RuntimeContext
-    lock: int
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "pip.log"
-
-
-def _create(creation: _Creation) -> None:
-    spec, folder, log = creation.spec, creation.folder, creation.context.log
+def _create(spec: LoaderSpec, creation: Creation) -> None:
+    folder, log = creation.folder, creation.log
     started = time.monotonic()
+    if find("torch") is None:
+        raise LoaderUnavailableError(
+            f"{spec.name} needs torch, which is not installed",
+            why="the loaders share the torch of the environment that packager runs in",
+            hint='install it: pip install "gptq-packager[build]"',
+        )
+    packages = for_this_python(read_lock(spec.requirements))
+    place = without_password(next(reversed(package_place(creation.environ).values())))
     shutil.rmtree(folder, ignore_errors=True)
-    pins = _pins(spec)
-    share = find("torch") is not None
-    what = f"{len(pins)} packages" if share else f"{len(pins)} packages and {TORCH_REQUIREMENT}"
-    log(f"{spec.name}: creating its environment, {what}, log in {creation.log}")
+    log(f"{spec.name}: creating its environment, {len(packages)} packages from {place}, log in {creation.output}")
+    if ignored := left_out(creation.environ):
+        log(f"{spec.name}: not used: {', '.join(ignored)}; all packages come from one place")
     try:
         with disk_errors(folder):
             venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
+            _fill(creation, packages)
     except (OSError, subprocess.CalledProcessError) as error:
         raise LoaderUnavailableError(f"no virtual environment could be made for {spec.name}", why=str(error)) from error
-    install = ["--no-deps", "--requirement", str(spec.requirements.absolute())]
-    if "setuptools" in pins:
-        # Source packages are built with this one instead of one downloaded for each package: saves 5 s of 24.
-        _pip(creation, ["--no-deps", str(pins["setuptools"])])
-        install.insert(0, "--no-build-isolation")
-    if pins:
-        _pip(creation, install)
-    if share:
-        # After pip, which would uninstall a shared package of another version through the links.
-        packages = sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
-        share_torch(_shared(folder), Path(packages), exclude=pins)
-    else:
-        _pip(creation, [TORCH_REQUIREMENT])
-    if pins:
-        _compile(creation)
     write_atomic(folder / READY, str(folder).encode())
     log(f"{spec.name}: environment ready in {time.monotonic() - started:.0f} s")
 
 
-def _compile(creation: _Creation) -> None:
+def _fill(creation: Creation, packages: Sequence[LockedPackage]) -> None:
+    """Install what a lock pins, and share torch."""
+    if packages:
+        lines = creation.folder / "install.txt"
+        write_atomic(lines, requirement_lines(packages, built_wheels(creation, packages)).encode())
+        install(creation, _python(creation.folder), lines)
+    # After pip, which would uninstall a shared package of another version through the links.
+    share_torch(_shared(creation.folder), _packages(creation.folder), exclude={each.name for each in packages})
+    if packages:
+        _compile(creation)
+
+
+def _compile(creation: Creation) -> None:
     """Compile the installed modules: a confined loader cannot, and would lose 5 s at each start.
 
     A module that does not compile, such as a template or a test for Python 2, is left as it is.
     """
-    python = str(_python(creation.folder))
-    with creation.log.open("ab") as log, private_folder() as private:
-        creation.context.processes.run(
-            [python, "-I", "-m", "compileall", "-q", "-j", "0", str(creation.folder / "lib")],
-            folder=creation.folder,
-            environ=child_environ(creation.context.environ, (), private),
-            out=log,
-            err=log,
-            timeout_s=PIP_TIMEOUT_S,
-            inherited=(creation.lock,),
-        )
-
-
-def _pins(spec: LoaderSpec) -> dict[str, Requirement]:
-    """Return what the lock installs on this Python, by canonical name."""
-    lines = [line.split("#")[0].strip() for line in spec.requirements.read_text(encoding="utf-8").splitlines()]
-    requirements = [Requirement(line) for line in lines if line]
-    chosen = [each for each in requirements if each.marker is None or each.marker.evaluate()]
-    return {canonicalize_name(each.name): each for each in chosen}
-
-
-def _pip(creation: _Creation, arguments: Sequence[str]) -> None:
-    """Install into the environment; pip's output goes to the log.
-
-    Raises:
-        LoaderUnavailableError: there is no pip, or it failed.
-    """
-    python = str(_python(creation.folder))
-    settings = {
-        # AutoGPTQ's source distribution would compile CUDA kernels, or fail where torch has no CUDA.
-        "BUILD_CUDA_EXT": "0",
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-        "PIP_NO_INPUT": "1",
-        "PYTHONNOUSERSITE": "1",
-    }
-    cache = {"PIP_CACHE_DIR": str(creation.context.cache.absolute() / "pip")}
-    # Compiled afterwards, by all cores.
-    install = ["install", "--no-compile", "--progress-bar=off", *arguments]
-    if importlib.util.find_spec("pip"):
-        commands = [[sys.executable, "-m", "pip", f"--python={python}", *install]]
-    else:
-        commands = [[python, "-m", "ensurepip"], [python, "-m", "pip", *install]]
-    for command in commands:
-        with creation.log.open("ab") as log, private_folder() as private:
-            status = creation.context.processes.run(
-                command,
-                folder=creation.folder,
-                environ={**cache, **index_environ(creation.context.environ, private), **settings},
-                out=log,
-                err=log,
-                timeout_s=PIP_TIMEOUT_S,
-                # A pip that survives this process keeps the lock, so no other process writes to the folder.
-                inherited=(creation.lock,),
-            )
-        if status != 0:
-            reason = f"it took over {PIP_TIMEOUT_S:.0f} s" if status is None else ending(status)
-            raise LoaderUnavailableError(
-                f"the packages of {creation.spec.name} could not be installed",
-                where=str(creation.log),
-                why=f"pip: {reason}; {tail(creation.log, 4)}",
-                hint="a package index must be reachable; PIP_INDEX_URL or PIP_FIND_LINKS may name another",
-            )
+    # -S: the packages' .pth files, which may run code, are not read.
+    command = [
+        str(_python(creation.folder)),
+        "-I",
+        "-S",
+        "-m",
+        "compileall",
+        "-q",
+        "-j",
+        "0",
+        str(creation.folder / "lib"),
+    ]
+    with private_folder() as private:
+        creation.run(command, child_environ(creation.environ, (), private))

@@ -14,7 +14,7 @@ from pathlib import Path
 from packager.errors import PublishError, StateError
 from packager.publish.after_publish import FinalStep, apply_final_steps
 from packager.publish.plan import BranchPlan, PublishPlan, plan_line, plan_publish
-from packager.publish.sign_release import ReleaseSigner
+from packager.publish.sign_release import Files, ReleaseSigner
 from packager.publish.take_back import take_back
 from packager.publish.targets import (
     BranchState,
@@ -30,6 +30,8 @@ from packager.system.files import list_files
 from packager.system.parallel import in_parallel
 from packager.system.text import format_bytes
 from packager.variant import MAIN, branch_problem
+
+Compare = Callable[[PublishPlan, Files], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,8 @@ def publish_branches(
     dry_run: bool = False,
     show_plan: Callable[[PublishPlan], None] = lambda _: None,
     confirm: Callable[[PublishPlan], None] = lambda _: None,
+    compare: Compare | None = None,
+    may_write: bool = True,
 ) -> PublishReport:
     """Publish `branches` to `target`.
 
@@ -98,6 +102,8 @@ def publish_branches(
         dry_run: plan and check, write nothing.
         show_plan: gets the plan before the first effect; not called in a dry run, whose report holds the plan.
         confirm: called if anything would change, after `show_plan` and before the first effect; raises to stop.
+        compare: gets the plan and the files, before anything is made and again before the first effect; raises to stop.
+        may_write: whether a dry run checks that the target can be written to now.
 
     Raises:
         StateError: a folder, or the worktree of a published repository, was edited.
@@ -107,31 +113,37 @@ def publish_branches(
     """
     files = check_folders(branches, blob_ids=target.identifies_by_blob)
     if dry_run:
-        plan, _ = _checked_plan(files, target, signer, final_steps)
+        plan, _ = _planned(files, target, signer, final_steps, compare)
+        if may_write:
+            _check_target(plan, target)
         log(plan_line(plan))
-        outcomes = [BranchOutcome(plan=entry, commit=entry.parent, seconds=0.0) for entry in plan.branches]
-        return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=(), dry_run=True)
-    if MAIN not in files:
-        plan_publish(files, target.read_branches(), where=target.where)  # raises before a repository is made
+        return _report_of(plan)
+    if signer:
+        signer.require_private_key()
+    if compare or MAIN not in files:
+        _planned(files, target, signer, final_steps, compare)  # raises before a repository is made
     messages = {content.branch: content.message for content in branches}
-    outcomes = []
     with target.exclusive() as notes:
         for note in notes:
             log(note)
-        plan, files = _checked_plan(files, target, signer, final_steps, show_plan)
+        plan, files = _planned(files, target, signer, final_steps, compare)
+        show_plan(plan)
+        _check_target(plan, target)
         log(plan_line(plan))
         if plan.effects:
             confirm(plan)
-        for entry in plan.branches:
-            outcome = _publish_branch(entry, files[entry.branch], target, messages[entry.branch])
-            log(outcome_line(outcome))
-            outcomes.append(outcome)
-        apply_final_steps(
-            final_steps, {outcome.plan.branch: outcome.commit or "" for outcome in outcomes}, target.where
-        )
+        outcomes = _publish_each(plan, files, target, messages, log)
+        heads = {outcome.plan.branch: outcome.commit or "" for outcome in outcomes}
+        apply_final_steps(final_steps, heads, target.where)
         for line in plan.final_steps:
             log(f"done: {line}")
     return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=tuple(notes), dry_run=False)
+
+
+def _report_of(plan: PublishPlan) -> PublishReport:
+    """Return the report of a dry run."""
+    outcomes = tuple(BranchOutcome(plan=entry, commit=entry.parent, seconds=0.0) for entry in plan.branches)
+    return PublishReport(plan=plan, outcomes=outcomes, notes=(), dry_run=True)
 
 
 def check_folders(branches: Sequence[BranchContent], *, blob_ids: bool = True) -> Mapping[str, Mapping[str, LocalFile]]:
@@ -185,22 +197,36 @@ def outcome_line(outcome: BranchOutcome) -> str:
     return f"{plan.branch}: {done} at {outcome.commit[:12]}, files: {changes}, {size}, {outcome.seconds:.1f} s"
 
 
-def _checked_plan(
-    files: Mapping[str, Mapping[str, LocalFile]],
+def _planned(
+    files: Files,
     target: Target,
     signer: ReleaseSigner | None,
     final_steps: Sequence[FinalStep],
-    show_plan: Callable[[PublishPlan], None] = lambda _: None,
-) -> tuple[PublishPlan, Mapping[str, Mapping[str, LocalFile]]]:
+    compare: Compare | None,
+) -> tuple[PublishPlan, Files]:
     """Return the plan, and the files with their signed statements."""
     remote = target.read_branches()
     if signer:
         files = signer.signed(files, target, remote)
     plan = plan_publish(files, remote, where=target.where)
     plan = replace(plan, final_steps=tuple(line for step in final_steps for line in step.plan(plan)))
-    show_plan(plan)
-    target.check(plan.changing or ((MAIN,) if plan.final_steps else ()))
+    if compare:
+        compare(plan, files)
     return plan, files
+
+
+def _check_target(plan: PublishPlan, target: Target) -> None:
+    target.check(plan.changing or ((MAIN,) if plan.final_steps else ()))
+
+
+def _publish_each(
+    plan: PublishPlan, files: Files, target: Target, messages: Mapping[str, str], log: Callable[[str], None]
+) -> list[BranchOutcome]:
+    outcomes = []
+    for entry in plan.branches:
+        outcomes.append(_publish_branch(entry, files[entry.branch], target, messages[entry.branch]))
+        log(outcome_line(outcomes[-1]))
+    return outcomes
 
 
 def _publish_branch(plan: BranchPlan, files: Mapping[str, LocalFile], target: Target, message: str) -> BranchOutcome:

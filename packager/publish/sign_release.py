@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from packager.errors import PublishError
-from packager.publish.signing_keys import Signer, TrustedKeys
+from packager.publish.signing_keys import PlanningSigner, Signer, TrustedKeys
 from packager.publish.statements import (
     MAX_ENVELOPE_BYTES,
     BranchStatement,
@@ -32,12 +32,12 @@ class SigningKeys:
     """The keys of a publish.
 
     Attributes:
-        signer: signs; None publishes without statements.
+        signer: signs, or plans what will be signed; None publishes without statements.
         trusted: other keys that may have signed the present release, after a change of keys.
         unsigned: whether a signed repository may become an unsigned one.
     """
 
-    signer: Signer | None = None
+    signer: Signer | PlanningSigner | None = None
     trusted: TrustedKeys = field(default_factory=TrustedKeys)
     unsigned: bool = False
 
@@ -78,10 +78,23 @@ class ReleaseSigner:
         for branch, manifest in files.items():
             statement = self._branch_statement(branch, manifest)
             statements[branch] = digest(statement)
-            signed[branch] = {**manifest, ATTESTATION: self._write(branch, ATTESTATION, statement)}
+            present = self._stored(ATTESTATION, remote.get(branch), target)
+            signed[branch] = {**manifest, ATTESTATION: self._write(branch, ATTESTATION, statement, present)}
         release = self._release(statements, target, remote)
-        signed[MAIN] = {**signed[MAIN], RELEASE_ATTESTATION: self._write(MAIN, RELEASE_ATTESTATION, release)}
+        present = self._stored(RELEASE_ATTESTATION, remote.get(MAIN), target)
+        signed[MAIN] = {**signed[MAIN], RELEASE_ATTESTATION: self._write(MAIN, RELEASE_ATTESTATION, release, present)}
         return signed
+
+    def _stored(self, name: str, state: BranchState | None, target: Target) -> bytes:
+        """Return the statement that a branch has, if a plan needs it: a private key signs it again."""
+        if isinstance(self._keys.signer, Signer) or state is None or name not in state.files:
+            return b""
+        return target.read_bytes(state.commit, name, size=MAX_ENVELOPE_BYTES + 1)
+
+    def require_private_key(self) -> None:
+        """Raise PublishError if there is the public key of a plan only."""
+        if isinstance(self._keys.signer, PlanningSigner):
+            raise PublishError("a public key cannot sign", hint="give the private key with --sign-key")
 
     def _branch_statement(self, branch: str, manifest: Mapping[str, LocalFile]) -> bytes:
         provenance = None
@@ -91,7 +104,7 @@ class ReleaseSigner:
             except (OSError, ValidationError) as error:
                 where = str(manifest[PROVENANCE].path)
                 raise PublishError("the record cannot be read, so the branch is not signed", where=where) from error
-        digests = {name: file.sha256 for name, file in manifest.items() if name == PROVENANCE or _is_listed(name)}
+        digests = {name: file.sha256 for name, file in manifest.items() if is_signed(name)}
         return branch_statement(BranchStatement(repository=self._repository, branch=branch, files=digests), provenance)
 
     def _release(self, statements: Mapping[str, str], target: Target, remote: Mapping[str, BranchState]) -> bytes:
@@ -99,33 +112,14 @@ class ReleaseSigner:
         state = remote.get(MAIN)
         if state is None or RELEASE_ATTESTATION not in state.files:
             return self._next(statements, "", 0)
-        payload, keyid, before = self._present(target, state.commit)
-        latest_payload, latest = self._before_rollbacks(target, payload, before)
-        kept = {name: sha256 for name, sha256 in before.branches.items() if name in remote}
+        present = read_release(target, state.commit, self._keys.accepted, self._repository)
+        latest = latest_release(target, present, self._keys.accepted)
+        kept = {name: sha256 for name, sha256 in present.content.branches.items() if name in remote}
         wanted = {**kept, **statements}
-        same_signer = self._keys.signer is not None and keyid == self._keys.signer.keyid
-        if same_signer and wanted == before.branches and latest is before:
-            return payload
-        return self._next(wanted, digest(latest_payload), latest.release)
-
-    def _present(self, target: Target, commit: str) -> tuple[bytes, str, ReleaseStatement]:
-        data = target.read_bytes(commit, RELEASE_ATTESTATION, size=MAX_ENVELOPE_BYTES + 1)
-        return present_release(data, self._keys.accepted, self._repository, target.where)
-
-    def _before_rollbacks(
-        self, target: Target, payload: bytes, release: ReleaseStatement
-    ) -> tuple[bytes, ReleaseStatement]:
-        """Return the latest release, which rollbacks have replaced by an earlier one: its number is not used twice."""
-        records = target.history(MAIN)
-        by_id = {record.commit: record for record in records}
-        record = records[0] if records else None
-        while record and not record.author and (replaced := _REPLACED.search(record.message)):
-            record = by_id.pop(replaced[1], None)
-            if record and RELEASE_ATTESTATION in target.read_back(record.commit):
-                found, _, other = self._present(target, record.commit)
-                if other.release > release.release:
-                    payload, release = found, other
-        return payload, release
+        same_signer = self._keys.signer is not None and present.keyid == self._keys.signer.keyid
+        if same_signer and wanted == present.content.branches and latest is present:
+            return present.payload
+        return self._next(wanted, digest(latest.payload), latest.content.release)
 
     def _next(self, statements: Mapping[str, str], previous: str, number: int) -> bytes:
         release = ReleaseStatement(
@@ -133,37 +127,65 @@ class ReleaseSigner:
         )
         return release_statement(release)
 
-    def _write(self, branch: str, name: str, statement: bytes) -> LocalFile:
+    def _write(self, branch: str, name: str, statement: bytes, present: bytes) -> LocalFile:
         if self._keys.signer is None:
             raise PublishError("there is no key to sign with")
         path = self._folder / branch / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self._keys.signer.sign(statement))
+        path.write_bytes(self._keys.signer.sign(statement, present))
         return read_local_file(path)
 
 
-def present_release(
-    data: bytes, accepted: TrustedKeys, repository: str, where: str
-) -> tuple[bytes, str, ReleaseStatement]:
-    """Return the payload, the signer and the content of the repository's release statement.
+@dataclass(frozen=True, kw_only=True)
+class StoredRelease:
+    """A release statement of a repository: its bytes, the id of the accepted key that signed it, and its content."""
+
+    payload: bytes
+    keyid: str
+    content: ReleaseStatement
+
+
+def read_release(target: Target, commit: str, accepted: TrustedKeys, repository: str = "") -> StoredRelease:
+    """Return the release statement in a commit of main.
+
+    Args:
+        target: the repository.
+        commit: a commit with that file.
+        accepted: the keys that may have signed it.
+        repository: the id that the statement must have, "" for any.
 
     Raises:
         PublishError: the statement is damaged, of another repository, or signed by a key that is not accepted.
     """
+    data = target.read_bytes(commit, RELEASE_ATTESTATION, size=MAX_ENVELOPE_BYTES + 1)
     try:
         payload, keyid = accepted.opened(data)
         release = read_release_statement(payload)
-        if release.repository != repository:
+        if release.repository != (repository or release.repository):
             raise StatementError(f"it is of the repository {release.repository[:100]!r}, not {repository!r}")
     except StatementError as error:
         raise PublishError(
             "the repository's release statement is not accepted, so the next one cannot follow it",
-            where=f"{where}: {MAIN}: {RELEASE_ATTESTATION}",
+            where=f"{target.where}: {MAIN}: {RELEASE_ATTESTATION}",
             why=str(error),
             hint="after a change of keys, give the old public key with --trusted-key; if others changed the "
             "repository, put it back with packager rollback first",
         ) from error
-    return payload, keyid, release
+    return StoredRelease(payload=payload, keyid=keyid, content=release)
+
+
+def latest_release(target: Target, present: StoredRelease, accepted: TrustedKeys) -> StoredRelease:
+    """Return the release with the highest number, which rollbacks may have replaced: no number is used twice."""
+    records = target.history(MAIN)
+    by_id = {record.commit: record for record in records}
+    record, latest = records[0] if records else None, present
+    while record and not record.author and (replaced := _REPLACED.search(record.message)):
+        record = by_id.pop(replaced[1], None)
+        if record and RELEASE_ATTESTATION in target.read_back(record.commit):
+            other = read_release(target, record.commit, accepted, present.content.repository)
+            if other.content.release > latest.content.release:
+                latest = other
+    return latest
 
 
 def signed_without_key(where: str) -> PublishError:
@@ -176,5 +198,6 @@ def signed_without_key(where: str) -> PublishError:
     )
 
 
-def _is_listed(name: str) -> bool:
-    return name not in UNLISTED_FILES
+def is_signed(name: str) -> bool:
+    """Return whether the statement of a branch lists a file of this name."""
+    return name == PROVENANCE or name not in UNLISTED_FILES

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 _MAX_KEY_BYTES = 65_536
+_SIGNATURE_BYTES = 64
 _MAKE_KEY = "make one with: openssl genpkey -algorithm ed25519 -aes256 -out sign.key"
 
 
@@ -66,9 +67,38 @@ class Signer:
         self.public = _by_id(key.public_key())
         (self.keyid,) = self.public.keys
 
-    def sign(self, statement: bytes) -> bytes:
+    def sign(self, statement: bytes, present: bytes = b"") -> bytes:  # noqa: ARG002 - a plan needs it
         """Return the envelope of a statement; Ed25519 gives the same bytes each time."""
         return envelope(statement, [(self.keyid, self._key.sign(pre_authentication_encoding(statement)))])
+
+
+class PlanningSigner:
+    """Stands for a private key in a plan: it has the public key only, and its envelopes have an empty signature."""
+
+    def __init__(self, public: TrustedKeys) -> None:
+        self.public = public
+        (self.keyid,) = public.keys
+
+    def sign(self, statement: bytes, present: bytes = b"") -> bytes:
+        """Return `present` if the private key would sign `statement` with the same bytes, else an unsigned envelope."""
+        try:
+            if self.public.opened(present)[0] == statement and len(read_envelope(present)[1]) == 1:
+                return present
+        except StatementError:
+            pass  # another statement, or another signer: it is replaced
+        return envelope(statement, [(self.keyid, bytes(_SIGNATURE_BYTES))])
+
+
+def read_planning_key(path: Path, passphrase: Callable[[], bytes]) -> "Signer | PlanningSigner":
+    """Read the key of a plan: a public key is enough, a private key works too.
+
+    Raises:
+        PublishError: there is no such key, or it is no Ed25519 key in PEM form.
+        MachineError: the extra `sign` is not installed.
+    """
+    if b"PUBLIC KEY-----" in _read(path, private=False):
+        return PlanningSigner(read_trusted_keys([path]))
+    return read_signing_key(path, passphrase)
 
 
 def read_signing_key(path: Path, passphrase: Callable[[], bytes]) -> Signer:

@@ -30,6 +30,7 @@ from packager.errors import PublishError
 from packager.publish.published.states import published_states
 from packager.publish.rollback.history import trailers
 from packager.publish.rollback.plan import BranchRollback, RollbackPlan, RollbackRequest, plan_rollback
+from packager.publish.rollback.signing import RollbackSigner
 from packager.publish.take_back import take_back
 from packager.publish.targets import HeadMovedError, Target
 from packager.receipt import RELEASE_ATTESTATION
@@ -64,6 +65,7 @@ def rollback(
     dry_run: bool = False,
     show_plan: Callable[[RollbackPlan], None] = lambda _: None,
     confirm: Callable[[RollbackPlan], None] = lambda _: None,
+    signer: RollbackSigner | None = None,
     unsigned: bool = False,
 ) -> RollbackReport:
     """Restore earlier files of branches of `target`.
@@ -75,15 +77,15 @@ def rollback(
         dry_run: plan and check, write nothing.
         show_plan: gets the plan before the first effect; not called in a dry run, whose report holds the plan.
         confirm: called if anything would change, after `show_plan` and before the first effect; raises to stop.
-        unsigned: whether a signed repository may be put back, with its earlier statements.
+        signer: signs the restored state as a new release.
+        unsigned: whether a signed repository may be put back without a key, with its earlier statements.
 
     Raises:
         HeadMovedError: a branch got another commit; the branches before it in the plan are done.
         PublishError: there is nothing to go back to, the target refused, or it does not hold the restored files.
     """
     if dry_run:
-        plan = plan_rollback(target, request)
-        _require_unsigned(target, plan, unsigned)
+        plan = _planned(target, request, signer, unsigned=unsigned)
         target.check(plan.changing)
         outcomes = [RollbackOutcome(plan=entry, commit=entry.head.commit, seconds=0.0) for entry in plan.branches]
         return RollbackReport(plan=plan, outcomes=tuple(outcomes), notes=(), dry_run=True)
@@ -92,8 +94,7 @@ def rollback(
     with target.exclusive() as notes:
         for note in notes:
             log(note)
-        plan = plan_rollback(target, request)
-        _require_unsigned(target, plan, unsigned)
+        plan = _planned(target, request, signer, unsigned=unsigned)
         show_plan(plan)
         target.check(plan.changing)
         if plan.changing:
@@ -105,22 +106,31 @@ def rollback(
     return RollbackReport(plan=plan, outcomes=tuple(outcomes), notes=tuple(notes), dry_run=False)
 
 
-def _require_unsigned(target: Target, plan: RollbackPlan, unsigned: bool) -> None:
-    """Raise PublishError if the repository is signed: a rollback signs no statement."""
+def _planned(
+    target: Target, request: RollbackRequest, signer: RollbackSigner | None, *, unsigned: bool
+) -> RollbackPlan:
+    """Return the plan; without a key, a signed repository must be put back on purpose."""
+    if signer:
+        return plan_rollback(target, request, lambda plan, states: signer.signed(plan, target, states))
+    plan = plan_rollback(target, request)
     main = target.read_branches().get(MAIN)
     if plan.changing and not unsigned and main and RELEASE_ATTESTATION in main.files:
         raise PublishError(
-            "the repository is signed and cannot be put back with its signatures",
+            "the repository is signed, and there is no key to sign the rollback with",
             where=target.where,
-            why="a rollback restores earlier statements: readers who know a later release report it",
-            hint="build and publish the earlier recipe with --sign-key, which signs a new release; or put the files "
-            "back now with --unsigned and publish a signed release after it",
+            why="without a key the statements of the earlier release come back: readers who know a later release "
+            "report it",
+            hint="give the key with --sign-key, which signs the restored state as a new release; or put the files back "
+            "with --unsigned, and sign a release later",
         )
+    return plan
 
 
 def rollback_line(outcome: RollbackOutcome) -> str:
     """Return one line with a branch's result."""
     plan = outcome.plan
+    if plan.action == "sign":
+        return f"{plan.branch}: signed at {outcome.commit[:12]}, {outcome.seconds:.1f} s"
     if plan.action != "restore" or plan.to is None:
         return f"{printable(plan.branch)}: {plan.action}: {plan.reason}"
     changes = f"{len(plan.added)} added, {len(plan.changed)} changed, {len(plan.removed)} removed"
@@ -129,14 +139,18 @@ def rollback_line(outcome: RollbackOutcome) -> str:
 
 
 def _restore(entry: BranchRollback, plan: RollbackPlan, target: Target) -> RollbackOutcome:
-    if entry.action != "restore" or entry.to is None:
+    if entry.action not in ("restore", "sign") or entry.to is None:
         return RollbackOutcome(plan=entry, commit=entry.head.commit, seconds=0.0)
     started = time.monotonic()
     title = entry.to.title.removeprefix(f"{entry.branch}: ")
     title = printable(f"{entry.branch}: back to {entry.to.commit[:12]}, {title}")[:200]
+    if entry.action == "sign":
+        title = f"{entry.branch}: sign release {plan.signs}"
     message = "\n\n".join([title, trailers(entry.head, entry.to, plan.release)])
     try:
-        commit = target.restore(entry.branch, entry.to.commit, parent=entry.head.commit, message=message)
+        commit = target.restore(
+            entry.branch, entry.to.commit, parent=entry.head.commit, message=message, replacing=entry.replacing
+        )
     except HeadMovedError as error:
         raise HeadMovedError(
             f"{entry.branch} moved while it was being put back",
@@ -165,6 +179,7 @@ __all__ = [
     "RollbackPlan",
     "RollbackReport",
     "RollbackRequest",
+    "RollbackSigner",
     "rollback",
     "rollback_line",
 ]

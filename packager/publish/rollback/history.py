@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from packager.publish.targets import CommitRecord
 
-_TRAILER = re.compile(r"(?m)^Rollback-(to|release): ([0-9a-f]{40})$")
+_TRAILER = re.compile(r"(?m)^Rollback-(of|to|release): ([0-9a-f]{40})$")
 
 
 def trailers(head: CommitRecord, to: CommitRecord, release: CommitRecord | None) -> str:
@@ -43,7 +43,16 @@ class BranchHistory:
 
     def is_rollback(self) -> bool:
         """Return whether the head is a rollback."""
-        return self.shown is not self.head
+        return self.shown is not self.changed
+
+    @property
+    def changed(self) -> CommitRecord:
+        """The newest commit that is more than a new signature: such a commit names its parent as of and to."""
+        for record in self.records[:-1]:
+            names = _trailers(record)
+            if "to" not in names or names["to"] != names.get("of"):
+                return record
+        return self.records[-1]
 
     def resolved(self, record: CommitRecord) -> CommitRecord:
         """Return the commit that a rollback went back to; any other commit is returned unchanged."""

@@ -1,20 +1,28 @@
 """The rollback plan: the commit that each branch goes back to, and the changed files; nothing is written."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from packager.errors import PublishError
 from packager.publish.plan import FileChange
 from packager.publish.published.states import published_states
 from packager.publish.rollback.history import BranchHistory
-from packager.publish.targets import BranchState, CommitRecord, HeadMovedError, StoredFile, Target, same_files
-from packager.receipt import GIT_ATTRIBUTES
+from packager.publish.targets import (
+    BranchState,
+    CommitRecord,
+    HeadMovedError,
+    LocalFile,
+    StoredFile,
+    Target,
+    same_files,
+)
+from packager.receipt import GIT_ATTRIBUTES, STATEMENTS
 from packager.system.text import printable
 from packager.variant import MAIN, branch_problem
 
-RollbackAction = Literal["restore", "done", "left alone"]
+RollbackAction = Literal["restore", "sign", "done", "left alone"]
 States = Mapping[str, BranchState]
 
 _ABBREVIATED = re.compile(r"[0-9a-f]{7,40}\Z")
@@ -43,7 +51,8 @@ class BranchRollback:
 
     Attributes:
         branch: the branch's name.
-        action: "restore" makes a commit; "done" if the branch already holds the files.
+        action: "restore" makes a commit, "sign" makes one that only replaces the release statement of main; "done" if
+            the branch already holds the files.
         head: the present head.
         to: the commit whose files the branch gets or already holds; None if the branch is left alone.
         reason: why no commit is made, "" if one is made.
@@ -52,6 +61,7 @@ class BranchRollback:
         changed: files that get their earlier content, with their restored sizes.
         removed: files that are removed, with their present sizes.
         files: all files of the branch after the rollback, if a commit is made.
+        replacing: new signed statements, which replace those of `to`.
     """
 
     branch: str
@@ -64,6 +74,7 @@ class BranchRollback:
     changed: tuple[FileChange, ...] = ()
     removed: tuple[FileChange, ...] = ()
     files: Mapping[str, StoredFile] = field(default_factory=dict)
+    replacing: Mapping[str, LocalFile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +85,13 @@ class RollbackPlan:
         where: the repository's address.
         release: the commit of main that the whole release goes back to, None if branches were named.
         branches: in the order of the rollback, main last.
+        signs: the number of the release that is signed, 0 if no release statement is made.
     """
 
     where: str
     release: CommitRecord | None
     branches: tuple[BranchRollback, ...]
+    signs: int = 0
 
     @property
     def effects(self) -> tuple[str, ...]:
@@ -88,23 +101,39 @@ class RollbackPlan:
     @property
     def unlisted(self) -> tuple[str, ...]:
         """The branches that stay although the release that main goes back to did not have them."""
-        entries = self.branches if self.release and MAIN in self.changing else ()
+        restored = any(entry.branch == MAIN and entry.action == "restore" for entry in self.branches)
+        entries = self.branches if self.release and restored else ()
         return tuple(entry.branch for entry in entries if entry.action == "left alone" and entry.is_newer)
 
     @property
     def changing(self) -> tuple[str, ...]:
         """The branches that get a commit."""
-        return tuple(entry.branch for entry in self.branches if entry.action == "restore")
+        return tuple(entry.branch for entry in self.branches if entry.action in ("restore", "sign"))
 
 
-def plan_rollback(target: Target, request: RollbackRequest) -> RollbackPlan:
+def plan_rollback(
+    target: Target, request: RollbackRequest, sign: Callable[[RollbackPlan, States], RollbackPlan] | None = None
+) -> RollbackPlan:
     """Find the commit that each branch goes back to, and the changed files; write nothing.
+
+    Args:
+        target: the repository.
+        request: which branches, and how far back.
+        sign: adds new signed statements to the plan; then files are compared without the statements, which a rollback
+            that was killed has replaced.
 
     Raises:
         HeadMovedError: a branch moved while its history was read.
         PublishError: there is nothing to go back to, or the request does not fit the repository.
     """
     states = published_states(target, request.branches or (MAIN,))
+    plan = _plan_states(target, request, states, ignoring=STATEMENTS if sign else frozenset())
+    return sign(plan, states) if sign else plan
+
+
+def _plan_states(
+    target: Target, request: RollbackRequest, states: States, *, ignoring: Collection[str]
+) -> RollbackPlan:
     if len(request.branches) > 1 and (request.to or request.further_back):
         raise PublishError(
             f"--{'to' if request.to else 'again'} is for one branch or for the whole release", where=target.where
@@ -118,8 +147,8 @@ def plan_rollback(target: Target, request: RollbackRequest) -> RollbackPlan:
             raise HeadMovedError(f"{branch} is moving", where=target.where, hint="run again")
     if request.branches:
         wanted = [_wanted_by_name(histories[branch], request, target) for branch in chosen]
-        return _plan(target, states, histories, dict(zip(chosen, wanted, strict=True)), None)
-    release = _wanted_release(histories, states, request, target)
+        return _plan(target, states, histories, dict(zip(chosen, wanted, strict=True)), None, ignoring)
+    release = _wanted_release(histories, states, request, target, ignoring)
     if not files_of(target, release):
         raise _nothing_before(MAIN, histories[MAIN].shown, target.where)
     at_that_time = {branch: history.at(release.time_s) for branch, history in histories.items()}
@@ -130,7 +159,7 @@ def plan_rollback(target: Target, request: RollbackRequest) -> RollbackPlan:
             why=f"a later commit of {MAIN} has the same time or an earlier one: a clock was wrong",
             hint="put back each branch by name: --branch NAME, with --to COMMIT unless it is the one before the head",
         )
-    return _plan(target, states, histories, at_that_time, release)
+    return _plan(target, states, histories, at_that_time, release, ignoring)
 
 
 def _wanted_by_name(history: BranchHistory, request: RollbackRequest, target: Target) -> CommitRecord:
@@ -139,14 +168,18 @@ def _wanted_by_name(history: BranchHistory, request: RollbackRequest, target: Ta
         return _found(history, request.to, target)
     if history.is_rollback() and not request.further_back:
         return history.shown
-    wanted = history.before(history.shown if request.further_back else history.head)
+    wanted = history.before(history.shown if request.further_back else history.changed)
     if wanted is None:
         raise _nothing_before(history.branch, history.shown, target.where)
     return wanted
 
 
 def _wanted_release(
-    histories: Mapping[str, BranchHistory], states: States, request: RollbackRequest, target: Target
+    histories: Mapping[str, BranchHistory],
+    states: States,
+    request: RollbackRequest,
+    target: Target,
+    ignoring: Collection[str],
 ) -> CommitRecord:
     """Return the commit of main that ends the release to go back to, or the goal of the last rollback."""
     main, where = histories[MAIN], target.where
@@ -163,7 +196,7 @@ def _wanted_release(
     before: CommitRecord | None = main.shown  # main need not move if the publish ended before main
     if goals := main.find(latest.release_goal() or "none"):
         goal = main.resolved(goals[0])
-        if not (request.further_back and _is_complete(goal, histories, states, target)):
+        if not (request.further_back and _is_complete(goal, histories, states, target, ignoring)):
             return goal
         before = main.before(goal)
     elif latest.branch == MAIN:
@@ -183,16 +216,28 @@ def _event(history: BranchHistory) -> tuple[int, bool, bool]:
     return (history.head if is_release else history.shown).time_s, is_release, history.branch == MAIN
 
 
-def _is_complete(goal: CommitRecord, histories: Mapping[str, BranchHistory], states: States, target: Target) -> bool:
+def _is_complete(
+    goal: CommitRecord,
+    histories: Mapping[str, BranchHistory],
+    states: States,
+    target: Target,
+    ignoring: Collection[str],
+) -> bool:
     """Return whether every branch with a head of this program holds its files of the goal's time."""
     for branch, history in histories.items():
         wanted = history.at(goal.time_s)
         if history.head.author or wanted is None or wanted is history.head:
             continue
         files = files_of(target, wanted)
-        if files and not same_files(states[branch].files, files):
+        if files and not _same(states[branch].files, files, ignoring):
             return False
     return True
+
+
+def _same(one: Mapping[str, StoredFile], other: Mapping[str, StoredFile], ignoring: Collection[str]) -> bool:
+    """Return whether two commits hold the same files, apart from those to ignore."""
+    pair = [{name: file for name, file in files.items() if name not in ignoring} for files in (one, other)]
+    return same_files(*pair)
 
 
 def _found(history: BranchHistory, name: str, target: Target) -> CommitRecord:
@@ -228,16 +273,23 @@ def _plan(
     histories: Mapping[str, BranchHistory],
     wanted: Mapping[str, CommitRecord | None],
     release: CommitRecord | None,
+    ignoring: Collection[str],
 ) -> RollbackPlan:
     entries = [
-        _plan_branch(target, states[branch], history, wanted[branch], by_name=release is None)
+        _plan_branch(target, states[branch], history, wanted[branch], ignoring, by_name=release is None)
         for branch, history in histories.items()
     ]
     return RollbackPlan(where=target.where, release=release, branches=tuple(entries))
 
 
 def _plan_branch(
-    target: Target, state: BranchState, history: BranchHistory, wanted: CommitRecord | None, *, by_name: bool
+    target: Target,
+    state: BranchState,
+    history: BranchHistory,
+    wanted: CommitRecord | None,
+    ignoring: Collection[str],
+    *,
+    by_name: bool,
 ) -> BranchRollback:
     head = history.head
     files: Mapping[str, StoredFile] = {}
@@ -248,24 +300,25 @@ def _plan_branch(
             raise _nothing_before(history.branch, history.shown, target.where)
         reason = "it did not exist then: nothing to go back to"
         return BranchRollback(branch=history.branch, action="left alone", head=head, reason=reason, is_newer=True)
-    if same_files(state.files, files):
+    if _same(state.files, files, ignoring):
         reason = f"it already holds the files of {wanted.commit[:12]}"
         more = "; --again goes further back" if history.is_rollback() else ""
         return BranchRollback(branch=history.branch, action="done", head=head, to=wanted, reason=reason + more)
     if head.author and not by_name and history.branch != MAIN:
         reason = f"{printable(head.author)} made its head: --branch {history.branch} puts it back"
         return BranchRollback(branch=history.branch, action="left alone", head=head, reason=reason)
-    now = state.files
-    return BranchRollback(
-        branch=history.branch,
-        action="restore",
-        head=head,
-        to=wanted,
+    entry = BranchRollback(branch=history.branch, action="restore", head=head, to=wanted)
+    return with_files(entry, state.files, files)
+
+
+def with_files(entry: BranchRollback, now: Mapping[str, StoredFile], files: Mapping[str, StoredFile]) -> BranchRollback:
+    """Return the entry of a branch that gets a commit, with its present files and those after the rollback."""
+    changed = [name for name in sorted(files.keys() & now.keys()) if not files[name].holds(now[name])]
+    return replace(
+        entry,
         files=files,
         added=_changes(files, sorted(files.keys() - now.keys())),
-        changed=_changes(
-            files, [name for name in sorted(files.keys() & now.keys()) if not files[name].holds(now[name])]
-        ),
+        changed=_changes(files, changed),
         removed=_changes(now, sorted(now.keys() - files.keys())),
     )
 

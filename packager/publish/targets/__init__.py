@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from packager.errors import PublishError
@@ -22,6 +23,7 @@ LARGE_BYTES = 10_000_000
 # Every host stores files of this size outside git, whatever its own limit: their blob ids are not needed.
 NEVER_IN_GIT_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
+NO_FILES: Mapping[str, "LocalFile"] = MappingProxyType({})
 _LOST_IN_A_CLONE = {"Cc", "Cs", "Zl", "Zp"}  # control, surrogate, line and paragraph separators
 
 
@@ -157,10 +159,12 @@ class Target(Protocol):
             PublishError: the target refused, or a file has changed since it was hashed.
         """
 
-    def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
+    def restore(
+        self, branch: str, commit: str, *, parent: str, message: str, replacing: Mapping[str, LocalFile] = NO_FILES
+    ) -> str:
         """Make the files of an earlier `commit` the whole content of `branch` in one new commit on top of `parent`.
 
-        Nothing is uploaded: the repository has the files.
+        Only `replacing`, small files that replace those of the commit, is uploaded: the repository has the others.
 
         Raises:
             HeadMovedError: the branch's head is no longer `parent`.

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from packager.errors import MachineError, PublishError
 from packager.publish.targets import (
     LARGE_BYTES,
+    NO_FILES,
     BranchState,
     CommitRecord,
     HeadMovedError,
@@ -78,8 +79,8 @@ class GitTarget:
         self._where = url
         host = "" if self._folder else urlsplit(url).netloc
         self._waits = waits
-        address = str(self._folder or url)
         view = staging.absolute() / VIEW if self._folder else None
+        address = str(self._folder or url)
         self._git = RemoteGit(
             staging.absolute(), address, view=view, host=host, token=token, log=log, retries_s=waits.retries_s
         )
@@ -106,9 +107,8 @@ class GitTarget:
         if self._absent():
             return {}
         with self._staging.open():
-            if not self._git.reach(
-                "ls-remote", "--heads", "origin"
-            ):  # without branches `git fetch` of a wildcard fails
+            # Without branches `git fetch` of a wildcard fails.
+            if not self._git.reach("ls-remote", "--heads", "origin"):
                 return {}
             self._git.reach(*_FETCH, "--prune", "--depth=1", "origin", _HEADS)
             return {
@@ -172,12 +172,15 @@ class GitTarget:
                     self._upload({file.sha256 for file in large.values()})
             return self._push(branch, commit, parent=parent)
 
-    def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
-        """Push a commit with the tree of an earlier one."""
+    def restore(
+        self, branch: str, commit: str, *, parent: str, message: str, replacing: Mapping[str, LocalFile] = NO_FILES
+    ) -> str:
+        """Push a commit with the files of an earlier one."""
         with self._staging.open():
             self._fetch_parent(branch, parent)
             self._ensure(commit, self._git)
-            return self._push(branch, self._git.commit_again(commit, parent=parent, message=message), parent=parent)
+            made = self._git.commit_again(commit, parent=parent, message=message, replacing=replacing)
+            return self._push(branch, made, parent=parent)
 
     def remove(self, branch: str, *, head: str) -> str:
         """Delete a branch of the remote, unless its head has moved."""
@@ -386,11 +389,7 @@ class GitTarget:
 
     def _downloaded(self, stored: StoredFile) -> Path:
         """Return the path of an object's content, downloaded if necessary."""
-        path = (
-            object_path(self._folder, stored.sha256)
-            if self._folder
-            else object_path(self._staging.folder, stored.sha256)
-        )
+        path = object_path(self._folder or self._staging.folder, stored.sha256)
         if not path.exists() and not self._folder:
             self._git.reach("lfs", "smudge", stdin=pointer(stored.sha256, stored.size_bytes), discard=True)
         if not path.exists() or path.stat().st_size != stored.size_bytes:

@@ -218,8 +218,7 @@ class GitProcess:
         """
         wanted = {file.blob_id: file.path for file in files.values()}
         answers = self.run("cat-file", "--batch-check", stdin="".join(f"{blob_id}\n" for blob_id in wanted).encode())
-        missing = [line.split()[0] for line in answers.splitlines() if line.endswith(" missing")]
-        if not missing:
+        if not (missing := [line.split()[0] for line in answers.splitlines() if line.endswith(" missing")]):
             return
         paths = "".join(f"{wanted[blob_id].absolute()}\n" for blob_id in missing)
         stored = self.run("hash-object", "-w", "--no-filters", "--stdin-paths", stdin=paths.encode()).split()
@@ -229,18 +228,25 @@ class GitProcess:
 
     def commit(self, files: Mapping[str, LocalFile], *, parent: str | None, message: str) -> str:
         """Make a commit that holds exactly `files`, already stored; no branch moves."""
+        return self._commit_tree(self._tree(files), ("-p", parent) if parent else (), message)
+
+    def commit_again(self, commit: str, *, parent: str, message: str, replacing: Mapping[str, LocalFile]) -> str:
+        """Make a commit with the files of another commit, some of them replaced; no branch moves."""
+        self.store(replacing)
+        tree = self._tree(replacing, commit) if replacing else f"{commit}^{{tree}}"
+        return self._commit_tree(tree, ("-p", parent), message)
+
+    def _tree(self, files: Mapping[str, LocalFile], commit: str = "") -> str:
+        """Return a tree with the files, and those of a commit that they do not replace."""
         entries = "".join(f"{_ORDINARY_FILE} {file.blob_id}\t{name}\0" for name, file in sorted(files.items()))
         with self.scratch_index() as index:
+            if commit:
+                self.run("read-tree", commit, index=index)
             self.run("update-index", "-z", "--index-info", stdin=entries.encode(), index=index)
-            tree = self.run("write-tree", index=index).strip()
-        ancestry = ("-p", parent) if parent else ()
-        return self.run("commit-tree", tree, *ancestry, "-F", "-", stdin=f"{message}\n".encode()).strip()
+            return self.run("write-tree", index=index).strip()
 
-    def commit_again(self, commit: str, *, parent: str, message: str) -> str:
-        """Make a commit with the files of another commit; no branch moves."""
-        return self.run(
-            "commit-tree", f"{commit}^{{tree}}", "-p", parent, "-F", "-", stdin=f"{message}\n".encode()
-        ).strip()
+    def _commit_tree(self, tree: str, ancestry: tuple[str, ...], message: str) -> str:
+        return self.run("commit-tree", tree, *ancestry, "-F", "-", stdin=f"{message}\n".encode()).strip()
 
     def history(self, revision: str) -> list[CommitRecord]:
         """Return the commits of a revision's history, first parents only, newest first."""
@@ -249,12 +255,8 @@ class GitProcess:
         records = []
         for heading, time_s, committer, message in (entry.split("\n", 3) for entry in listing.split("\0\n")[:-1]):
             commit = heading.removeprefix("commit ")
-            title, author = message.partition("\n")[0], _foreign(committer)
-            records.append(
-                CommitRecord(
-                    commit=commit, author=author, title=title, message=message.rstrip("\n"), time_s=int(time_s)
-                )
-            )
+            title, author, body = message.partition("\n")[0], _foreign(committer), message.rstrip("\n")
+            records.append(CommitRecord(commit=commit, author=author, title=title, message=body, time_s=int(time_s)))
         return records
 
     def read_tag(self, name: str) -> str:

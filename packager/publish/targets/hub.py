@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from packager.errors import PublishError
-from packager.publish.targets import BranchState, CommitRecord, HeadMovedError, LocalFile, StoredFile, require_unchanged
+from packager.publish.targets import (
+    NO_FILES,
+    BranchState,
+    CommitRecord,
+    HeadMovedError,
+    LocalFile,
+    StoredFile,
+    require_unchanged,
+)
 from packager.publish.targets.hub_answers import commit_id
 from packager.publish.targets.hub_calls import RETRY_LIMIT_S, RetryPolicy
 from packager.publish.targets.hub_client import hub_api
@@ -171,9 +179,12 @@ class HubTarget:
         wanted = {name: _stored(file) for name, file in files.items()}
         return self._commits.make(branch, send, wanted, parent=head, message=message)
 
-    def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
+    def restore(
+        self, branch: str, commit: str, *, parent: str, message: str, replacing: Mapping[str, LocalFile] = NO_FILES
+    ) -> str:
         """Make one commit with the files of an earlier one."""
-        return self._commits.restore(branch, commit, parent=parent, message=message)
+        contents = {name: file.path.read_bytes() for name, file in replacing.items()}
+        return self._commits.restore(branch, commit, parent=parent, message=message, replacing=contents)
 
     def remove(self, branch: str, *, head: str) -> str:
         """Delete a branch; the files of main are removed instead: a repository keeps its main."""

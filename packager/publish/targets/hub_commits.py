@@ -4,7 +4,9 @@ If the answer to a commit is lost, the branch's files show whether the commit wa
 parent with the branch's head; other servers do not, so the new commit's parent is compared here.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from packager import __version__
 from packager.errors import PublishError
@@ -14,6 +16,8 @@ from packager.publish.targets.hub_calls import RetryPolicy
 from packager.publish.targets.hub_client import deletion, post_commit, stored_operation
 from packager.publish.targets.hub_reader import HubReader
 from packager.system.text import printable
+
+_NO_CONTENTS: Mapping[str, bytes] = MappingProxyType({})
 
 
 class HubCommits:
@@ -75,12 +79,24 @@ class HubCommits:
             self._check_place(branch, made, parent=parent, put_back=put_back)
         return made
 
-    def restore(self, branch: str, commit: str, *, parent: str, message: str, put_back: bool = True) -> str:
-        """Make one commit with the files of an earlier one; the repository has the large files."""
-        wanted, stored = self._reader.files(commit), self._reader.files(parent)
+    def restore(
+        self,
+        branch: str,
+        commit: str,
+        *,
+        parent: str,
+        message: str,
+        put_back: bool = True,
+        replacing: Mapping[str, bytes] = _NO_CONTENTS,
+    ) -> str:
+        """Make one commit with the files of an earlier one, small ones replaced; the repository has the large files."""
+        new = {name: _small(content) for name, content in replacing.items()}
+        wanted, stored = {**self._reader.files(commit), **new}, self._reader.files(parent)
         lacking = {name: file for name, file in wanted.items() if stored.get(name) != file}
         contents = {
-            name: self._reader.small_file(commit, name, file) for name, file in lacking.items() if not file.sha256
+            name: replacing[name] if name in new else self._reader.small_file(commit, name, file)
+            for name, file in lacking.items()
+            if not file.sha256
         }
         operations = [stored_operation(name, file, contents.get(name, b"")) for name, file in lacking.items()]
         operations += [deletion(name) for name in sorted(stored.keys() - wanted.keys())]
@@ -155,3 +171,9 @@ class HubCommits:
             except PublishError as error:
                 why += f"; putting back the files of {between.commit[:12]} failed: {error.what}"
         return HeadMovedError(f"{branch} moved", where=self._where, why=why)
+
+
+def _small(content: bytes) -> StoredFile:
+    """Return a small file as the Hub lists it."""
+    blob_id = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    return StoredFile(size_bytes=len(content), blob_id=blob_id)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from packager.errors import PublishError, StateError
-from packager.publish.targets import BranchState, CommitRecord, LocalFile, StoredFile, read_local_file
+from packager.publish.targets import NO_FILES, BranchState, CommitRecord, LocalFile, StoredFile, read_local_file
 from packager.publish.targets.git_locks import (
     DEFAULT_WAITS,
     GitWaits,
@@ -154,10 +154,13 @@ class LocalTarget:
             self._write_journal(None)
         return commit
 
-    def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
+    def restore(
+        self, branch: str, commit: str, *, parent: str, message: str, replacing: Mapping[str, LocalFile] = NO_FILES
+    ) -> str:
         """Put a commit with the files of an earlier one on top of `parent`; a commit of main is checked out."""
         with disk_errors(self._folder):
-            return self._advance(branch, self._git.commit_again(commit, parent=parent, message=message), parent=parent)
+            made = self._git.commit_again(commit, parent=parent, message=message, replacing=replacing)
+            return self._advance(branch, made, parent=parent)
 
     def remove(self, branch: str, *, head: str) -> str:
         """Delete a branch, unless its head has moved; main stays, its files are in the worktree."""

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from packager.publish.targets import BranchState, CommitRecord, LocalFile, StoredFile, Target
+from packager.publish.targets import NO_FILES, BranchState, CommitRecord, LocalFile, StoredFile, Target
 from packager.system.parallel import in_parallel
 from packager.variant import MAIN
 
@@ -83,9 +83,12 @@ class RepositoryPerVariant:
         """Make `files` the whole content of a variant's repository."""
         return self._remember(branch, self._targets[branch].commit(MAIN, files, parent=parent, message=message))
 
-    def restore(self, branch: str, commit: str, *, parent: str, message: str) -> str:
+    def restore(
+        self, branch: str, commit: str, *, parent: str, message: str, replacing: Mapping[str, LocalFile] = NO_FILES
+    ) -> str:
         """Make an earlier commit's files the whole content of a variant's repository."""
-        return self._remember(branch, self._targets[branch].restore(MAIN, commit, parent=parent, message=message))
+        made = self._targets[branch].restore(MAIN, commit, parent=parent, message=message, replacing=replacing)
+        return self._remember(branch, made)
 
     def remove(self, branch: str, *, head: str) -> str:
         """Remove the files of a variant's repository that was just made."""
