@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +20,7 @@ from packager.errors import PlanError, SourceError
 from packager.model.architecture import architecture_of
 from packager.model.compatibility import RUNTIME_RULES, verdicts
 from packager.model.config_values import read_config
+from packager.model.lock import LockedGroup, LockedLinear, LockedTensors
 from packager.model.runtimes import RUNTIMES, LoaderName
 from packager.pipeline.plan import BuildPlan, make_plan, variant_description
 from packager.prove.audit.known_models import known_architecture
@@ -27,8 +29,9 @@ from packager.prove.loaders import LOADERS
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, Workload, choose_sweep
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
+from packager.recipe.lock_file import lock_path, lock_text
 from tests.locks import lock_of
-from tests.recipe_fixtures import GOOD, write_files
+from tests.recipe_fixtures import CONFIG, GOOD, write_files
 from tests.test_known_models import LLAMA_2_13B, tiny_config, variant
 
 ROOT = Path(__file__).parent.parent
@@ -496,3 +499,39 @@ def test_the_folder_of_the_base_model_decides_whether_exllama_can_read_it(tmp_pa
         plan = make_plan(RecipeFile.load(tmp_path / "recipe.yaml"))
         assert {verdict.can_load for planned in plan.variants for verdict in planned.verdicts
                 if verdict.loader == "exllama"} == {present}  # fmt: skip
+
+
+def test_a_plan_of_eighteen_thousand_linears_takes_a_moment(tmp_path: Path) -> None:
+    """48 blocks of 128 experts, each of three linears, as a lock of one kind of blocks and three patterns of names."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    write_files(tmp_path)
+    lock = lock_of(CONFIG, "demo/demo")
+    linears = [
+        LockedLinear(
+            module=f"mlp.experts.{expert}.{name}",
+            stored=f"model.layers.{{block}}.mlp.experts.{expert}.{name}",
+            in_features=256,
+            out_features=256,
+            bias=False,
+        )
+        for expert in range(128)
+        for name in names
+    ]
+    groups = tuple(LockedGroup(linears=(linear,), held_bytes=512) for linear in linears)
+    kind = lock.model.kinds[0].model_copy(update={"blocks": "0..47", "groups": groups})
+    patterns = [
+        "model.embed_tokens.weight",
+        *(f"model.layers.{{0..47}}.mlp.experts.{{0..127}}.{name}.weight" for name in names),
+    ]
+    tensors = tuple(LockedTensors(names=pattern, dtype="F16", shape=(256, 256)) for pattern in patterns)
+    model = lock.model.model_copy(update={"kinds": (kind,), "tensors": tensors})
+    path = tmp_path / "recipe.yaml"
+    lock_path(path).write_text(lock_text(lock.model_copy(update={"model": model})))
+    path.write_text(GOOD)
+    started = time.process_time()
+    plan = make_plan(RecipeFile.load(path))
+    # 0.5 s for each variant on an idle core; processor time, so that a busy machine does not fail it.
+    assert time.process_time() - started < 2.5
+    assert len(plan.architecture.linears) == 48 * 128 * 3
+    assert {len(planned.shards[0].tensors) for planned in plan.variants} == {4 * 48 * 128 * 3 + 1}
+    assert len(plan.architecture.group_sizes) == 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from packager.errors import PlanError
 from packager.model.config_values import ConfigReader
@@ -36,6 +36,14 @@ class LinearSpec:
     in_features: int
     out_features: int
     bias: bool
+
+
+class GroupSize(NamedTuple):
+    """What the memory of calibrating a group depends on, see `GroupSpec`."""
+
+    in_features: int
+    out_features: int
+    held_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +171,17 @@ class Architecture:
         """The linears of one block of each kind."""
         examples = {kind.blocks[0] for kind in self.kinds}
         return tuple(linear for linear in self.linears if linear.block in examples)
+
+    @cached_property
+    def largest_tensor_bytes(self) -> int:
+        """Bytes of the largest tensor of the base checkpoint."""
+        return max(tensor.size_bytes for tensor in self.tensors)
+
+    @cached_property
+    def group_sizes(self) -> tuple[GroupSize, ...]:
+        """The different sizes of groups; a block of 128 experts has many groups of few sizes."""
+        groups = (group for kind in self.kinds for group in kind.groups)
+        return tuple(dict.fromkeys(GroupSize(g.in_features, g.out_features, g.held_bytes) for g in groups))
 
     @property
     def group_shapes(self) -> tuple[tuple[int, int], ...]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from json.encoder import encode_basestring_ascii
 from typing import Literal
 
 from packager.errors import PlanError
@@ -170,7 +171,7 @@ def split_shards(tensors: Iterable[TensorInfo], max_shard_bytes: int, weights_na
     for module, members in groupby(tensors, key=lambda tensor: tensor.name.rpartition(".")[0]):
         group = list(members)
         # A header entry has at most 50 characters besides name, shape and offsets: a file can only be smaller.
-        entries = sum(50 + len(json.dumps(t.name)) + len(str(t.shape)) + longest_offsets for t in group)
+        entries = sum(50 + len(encode_basestring_ascii(t.name)) + len(str(t.shape)) + longest_offsets for t in group)
         needed = entries + sum(tensor.size_bytes for tensor in group)
         if empty + needed > max_shard_bytes:
             raise PlanError(

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,13 +66,15 @@ def file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
 
 def header_bytes(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] = METADATA) -> bytes:
     """Return the length prefix and the padded header for `tensors`, which must be in file order."""
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    entries = [f'"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)}']
     begin = 0
     for tensor in tensors:
-        end = begin + tensor.size_bytes
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        # Not by json.dumps: a plan needs the headers of 100,000 tensors, and dicts of them take three times as long.
+        end, shape = begin + tensor.size_bytes, ",".join(map(str, tensor.shape))
+        described = f'"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{begin},{end}]'
+        entries.append(f"{encode_basestring(tensor.name)}:{{{described}}}")
         begin = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text = f"{{{','.join(entries)}}}".encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

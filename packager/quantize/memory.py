@@ -9,7 +9,7 @@ from itertools import product
 from typing import Literal
 
 from packager.errors import MachineError
-from packager.model.architecture import Architecture, GroupSpec
+from packager.model.architecture import Architecture, GroupSize
 from packager.model.batches import ELEMENT_BYTES, TRACED_BYTES, WEIGHT_COPIES, rows_per_batch, running_bytes
 from packager.system.text import format_bytes
 
@@ -151,7 +151,6 @@ class _Sizes:
     def __init__(self, architecture: Architecture, device_type: str) -> None:
         self._architecture = architecture
         self._device_type, self._element = device_type, ELEMENT_BYTES[device_type]
-        self._largest_tensor = max(tensor.size_bytes for tensor in architecture.tensors)
 
     @property
     def weights(self) -> int:
@@ -160,20 +159,20 @@ class _Sizes:
 
     def host(self, num_variants: int) -> int:
         """Return host bytes without activations: blocks being read, packed blocks being written, an embedding."""
-        return 2 * self.weights + num_variants * self.weights // 2 + 2 * self._largest_tensor
+        return 2 * self.weights + num_variants * self.weights // 2 + 2 * self._architecture.largest_tensor_bytes
 
     def peak(self, suspended_tokens: int, batch_tokens: int, *, inputs_held: int) -> int:
         """Return the peak of the device without the states: the maximum over the groups of linears."""
         running = batch_tokens * running_bytes(self._architecture, self._device_type)
         peaks = [running]
-        for group in (group for kind in self._architecture.kinds for group in kind.groups):
+        for group in self._architecture.group_sizes:
             suspended = suspended_tokens * max(0, self._suspended(group) - inputs_held)
             square = 4 * group.in_features**2
             solving = 4 * square + _SOLVE_BYTES * group.in_features * group.out_features
             peaks.append(suspended + max(_SQUARES * square, solving, square + running))
         return max(peaks) + WEIGHT_COPIES * self.weights
 
-    def _suspended(self, group: GroupSpec) -> int:
+    def _suspended(self, group: GroupSize) -> int:
         """Return the bytes per token of a batch suspended at a group of linears: the block's input and later values."""
         inputs = self._element * self._architecture.hidden_size
         return inputs + group.held_bytes * self._element // TRACED_BYTES
