@@ -33,10 +33,12 @@ from packager.errors import (
 from packager.pipeline.status import read_status
 from packager.receipt import Receipt
 from packager.recipe.file import RecipeFile
+from packager.recipe.lock_file import read_lock
 from packager.system.terminal import Terminal
 from tests import tiny_recipe
 from tests.checkpoints import Checkpoint
 from tests.golden_files import check_golden
+from tests.locks import write_lock
 from tests.test_house_rules import ROOT
 
 COMMANDS = (
@@ -294,9 +296,11 @@ def test_error_texts(tiny: Path, update_golden: bool, name: str) -> None:
     text = Path("recipe.yaml").read_text()
     Path("broken.yaml").write_text(text.replace('"bits": 4', '"bits": 5').replace('"creator"', '"craetor"'))
     Path("narrow.yaml").write_text(text.replace('"required": []', '"required": ["exllamav2"]'))
-    config = json.loads((ROOT / "recipes" / "assets" / "llama-2-13b-chat" / "config.json").read_text())
-    Path("large.json").write_text(json.dumps(config))
-    large = json.loads(text) | {"base_model": {"id": "some/large", "revision": "a" * 40, "config": "large.json"}}
+    locked = read_lock(ROOT / "recipes" / "llama-2-13b-chat.lock.json").model.config
+    write_lock(Path("large.yaml"), locked, "some/large", "a" * 40)
+    for stem in ("broken", "narrow"):
+        shutil.copyfile("recipe.lock.json", f"{stem}.lock.json")
+    large = json.loads(text) | {"base_model": {"id": "some/large", "revision": "a" * 40}}
     Path("large.yaml").write_text(json.dumps(large | {"repository": {"id": "tester/large-GPTQ"}}))
     shutil.copytree("dist", "edited")
     Path("edited/builds/tester/tiny-GPTQ/main/config.json").write_text("{}")
