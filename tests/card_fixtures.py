@@ -16,8 +16,8 @@ from packager.receipt import (
     TextRecord,
 )
 from packager.recipe import Recipe
-from packager.recipe.lock_file import read_lock
 from packager.variant import Variant
+from tests.locks import read_lock_of
 
 LLAMA_PROMPT = (
     "[INST] <<SYS>>\nYou are a helpful, respectful and honest assistant. If you don't know the answer to a question, "
@@ -167,7 +167,7 @@ def llama_receipts(recipe: Recipe) -> tuple[Provenance, ...]:
 
 def llama_expectations(recipe: Recipe) -> dict[str, tuple[Verdict, ...]]:
     """Return the predictions for the variants of `llama_recipe`, from the config of the model that it names."""
-    lock = read_lock(Path(__file__).resolve().parents[1] / "recipes" / "llama-2-13b-chat.lock.json")
+    lock = read_lock_of(Path(__file__).resolve().parents[1] / "recipes" / "llama-2-13b-chat.yaml")
     architecture = architecture_of(lock.model, "lock")
     return {variant.branch: verdicts(variant, architecture) for variant in recipe.expanded_variants()}
 

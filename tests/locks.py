@@ -8,7 +8,7 @@ from pathlib import Path
 from packager.inputs.chat_template import chat_template_digest
 from packager.model.lock import Lock, LockedBase
 from packager.prove.audit.known_models import known_model
-from packager.recipe.lock_file import lock_path, lock_text
+from packager.recipe.lock_file import lock_path, lock_text, read_lock
 
 
 def lock_of(
@@ -41,3 +41,8 @@ def write_lock_of_folder(recipe: Path, base_id: str, folder: Path) -> Path:
     """Write the lock of a recipe whose base model is a local folder."""
     config = json.loads((folder / "config.json").read_text())
     return write_lock(recipe, config, base_id, chat_template=chat_template_digest(folder))
+
+
+def read_lock_of(recipe: Path) -> Lock:
+    """Read the lock of a recipe file."""
+    return read_lock(lock_path(recipe), recipe)

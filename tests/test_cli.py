@@ -33,12 +33,11 @@ from packager.errors import (
 from packager.pipeline.status import read_status
 from packager.receipt import Receipt
 from packager.recipe.file import RecipeFile
-from packager.recipe.lock_file import read_lock
 from packager.system.terminal import Terminal
 from tests import tiny_recipe
 from tests.checkpoints import Checkpoint
 from tests.golden_files import check_golden
-from tests.locks import write_lock
+from tests.locks import read_lock_of, write_lock
 from tests.test_house_rules import ROOT
 
 COMMANDS = (
@@ -296,7 +295,7 @@ def test_error_texts(tiny: Path, update_golden: bool, name: str) -> None:
     text = Path("recipe.yaml").read_text()
     Path("broken.yaml").write_text(text.replace('"bits": 4', '"bits": 5').replace('"creator"', '"craetor"'))
     Path("narrow.yaml").write_text(text.replace('"required": []', '"required": ["exllamav2"]'))
-    locked = read_lock(ROOT / "recipes" / "llama-2-13b-chat.lock.json").model.config
+    locked = read_lock_of(ROOT / "recipes" / "llama-2-13b-chat.yaml").model.config
     write_lock(Path("large.yaml"), locked, "some/large", "a" * 40)
     for stem in ("broken", "narrow"):
         shutil.copyfile("recipe.lock.json", f"{stem}.lock.json")
