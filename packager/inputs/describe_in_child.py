@@ -1,8 +1,7 @@
 """Describe a base model for its lock in a process of its own, with limits of time and memory.
 
 config.json decides what transformers builds: a billion layers, or a list of any length. Of our environment the process
-gets the path of Python's packages only. It is this file, too: its arguments are a request, a JSON file, and the name of
-the result. Decision 17 has the reasons.
+gets the path of Python's packages only. It is this file, too: its arguments are a folder with a request, the file for the answer, and the limits. Decision 17 has the reasons.
 """
 
 import json
@@ -27,7 +26,6 @@ from packager.system.text import printable, quoted, shown
 _CPU_S, _WALL_S = 300, 1200
 _MEMORY_BYTES = 6 << 30
 _MOST_RESULT_BYTES = 64_000_000
-_BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _KEYS = ("what", "where", "why", "hint")
 
 
@@ -65,9 +63,8 @@ def describe_in_child(
 def _check_block_counts(config: Mapping[str, object], where: str) -> None:
     """Refuse numbers of blocks that no model has, before transformers begins to build them."""
     for part in _parts(config):
-        for key in _BLOCK_COUNTS:
-            count = part.get(key)
-            if isinstance(count, int) and count > MOST_BLOCKS:
+        for key, count in part.items():
+            if key.endswith(("layer", "layers")) and isinstance(count, int) and count > MOST_BLOCKS:
                 raise SourceError(
                     "the model has too many blocks", where=where,
                     why=f"{key} is {shown(count)}, and {MOST_BLOCKS} is the most that a model may have",
@@ -84,7 +81,7 @@ def _parts(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
 
 def _run(folder: Path, where: str) -> Any:
     result, log = folder / "result.json", folder / "log"
-    command = [sys.executable, "-P", "-m", __name__, str(folder), str(result)]
+    command = [sys.executable, "-P", "-m", __name__, str(folder), str(result), str(_CPU_S), str(_MEMORY_BYTES)]
     with log.open("wb") as stream:
         status = Processes().run(
             command, folder=folder, environ=_environ(folder), out=stream, err=stream, timeout_s=_WALL_S,
@@ -118,14 +115,14 @@ def _environ(folder: Path) -> dict[str, str]:
     }
 
 
-def _answer(folder: Path, result: Path) -> None:
+def _answer(folder: Path, result: Path, memory_bytes: int = _MEMORY_BYTES) -> None:
     """Write {"model": ...} or {"error": ...} of the request in a folder."""
     answer: dict[str, object]
     try:
         answer = {"model": _described(folder).model_dump(mode="json")}
     except (SourceError, MemoryError) as error:
         if MemoryError in (type(error), type(error.__cause__)):
-            error = _too_large(str(folder), f"transformers needs more than {_MEMORY_BYTES >> 30} GiB of memory for it")
+            error = _too_large(str(folder), f"transformers needs more than {memory_bytes >> 30} GiB of memory for it")
         answer = {"error": {key: getattr(error, key) for key in _KEYS}}
     except Exception as error:  # noqa: BLE001 - the code of any model raises anything
         why = f"{type(error).__name__}: {error}"
@@ -179,14 +176,14 @@ def _check_is_decoder(config: Mapping[str, Any], folder: Path) -> None:
         )  # fmt: skip
 
 
-def _set_limits() -> None:
+def _set_limits(cpu_s: int, memory_bytes: int) -> None:
     """Limit this process: memory fails with MemoryError, processor time with a signal that ends the process.
 
     RLIMIT_DATA and not RLIMIT_AS: torch with CUDA maps libraries and reserves addresses of many GiB.
     """
     import resource  # POSIX only: importing this module works everywhere
 
-    for kind, limit in (("RLIMIT_DATA", _MEMORY_BYTES), ("RLIMIT_CPU", _CPU_S), ("RLIMIT_CORE", 0)):
+    for kind, limit in (("RLIMIT_DATA", memory_bytes), ("RLIMIT_CPU", cpu_s), ("RLIMIT_CORE", 0)):
         number = getattr(resource, kind)
         hard = resource.getrlimit(number)[1]
         soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
@@ -194,5 +191,5 @@ def _set_limits() -> None:
 
 
 if __name__ == "__main__":
-    _set_limits()
-    _answer(Path(sys.argv[1]), Path(sys.argv[2]))
+    _set_limits(int(sys.argv[3]), int(sys.argv[4]))
+    _answer(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[4]))

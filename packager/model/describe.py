@@ -3,6 +3,7 @@
 Needs transformers and the names and shapes of the stored tensors; never a weight.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ def describe(folder: Path, stored: Mapping[str, TensorInfo] | None) -> LockedMod
     tied = _tied_names(model, stored)
     names = StoredNames(model, [name for name in stored if name not in tied])
     _check(names, stored, folder)
+    _check_unused(model, names, folder)
     traced = trace(model, _TRACED_TOKENS)
     describer = _Describer(model, traced, names)
     head = cast(Any, model).get_output_embeddings()
@@ -104,6 +106,44 @@ def _check(names: StoredNames, stored: Mapping[str, TensorInfo], folder: Path) -
 
     for parameter in names.conversions:
         names.read(parameter, empty)
+
+
+def _check_unused(model: nn.Module, names: StoredNames, folder: Path) -> None:
+    """Refuse stored tensors that the model would compute with if it were built as its maker built it.
+
+    These are further parameters of a module that the model has (a bias), and weights of further modules in one of its
+    blocks (a norm). Other tensors belong to what is not used to generate text, such as blocks that guess more tokens.
+
+    Raises:
+        SourceError: there are some; names them.
+    """
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    modules = dict(model.named_modules())
+    members = {
+        f"{path}.{name}"
+        for path, module in modules.items()
+        if isinstance(module, nn.ModuleList)
+        for name, _ in module.named_children()
+    }
+
+    def is_needed(stored: str) -> bool:
+        parameter = names.parameter_of(stored)
+        path, _, kind = parameter.rpartition(".")
+        if any(re.search(pattern, parameter) for pattern in patterns):
+            return False
+        if path in modules:
+            return next(modules[path].parameters(recurse=False), None) is not None
+        parts = path.split(".")
+        ancestors = {".".join(parts[:depth]) for depth in range(1, len(parts))}
+        return kind in ("weight", "bias") and bool(ancestors & members)
+
+    found = [name for name in names.unused if is_needed(name)]
+    if found:
+        raise SourceError(
+            "the weights hold tensors that the model does not have", where=str(folder),
+            why=f"{', '.join(found[:5])}{f' and {len(found) - 5} more' if len(found) > 5 else ''}",
+            hint="the installed transformers, or config.json, builds another model than the one that was saved",
+        )  # fmt: skip
 
 
 def _patterns(tensors: Mapping[str, TensorInfo]) -> tuple[LockedTensors, ...]:

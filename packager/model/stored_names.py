@@ -94,6 +94,10 @@ class StoredNames:
             target, pattern = rename_source_key(name, [], [], prefix, self._state)
         return target, pattern
 
+    def parameter_of(self, name: str) -> str:
+        """Return the parameter that a stored tensor would make, whether the model has it or not."""
+        return self._renamed(name)[0]
+
     def _targets(self, conversion: Conversion) -> Sequence[str]:
         """Return the names of the parameters that a conversion makes."""
         converter, target = conversion.converter, conversion.target
