@@ -25,7 +25,7 @@ from packager.prove.audit.finding import AUDIT_RULES
 from packager.prove.loaders import LOADERS
 from packager.prove.locks import read_lock
 from packager.recipe import PATTERN_MEANINGS, Defaults
-from packager.recipe.lock_file import lock_path, read_lock
+from packager.recipe.lock_file import lock_path, read_recipe_lock
 from packager.recipe.schema import recipe_schema
 from packager.system.files import write_atomic
 from packager.variant import Variant
@@ -332,7 +332,7 @@ def _example_variants() -> Iterator[Variant]:
 
 
 def _example_architectures() -> Iterator[Architecture]:
-    llama = architecture_of(read_lock(lock_path(EXAMPLE_RECIPE), EXAMPLE_RECIPE).model, EXAMPLE_RECIPE.name)
+    llama = architecture_of(read_recipe_lock(lock_path(EXAMPLE_RECIPE), EXAMPLE_RECIPE).model, EXAMPLE_RECIPE.name)
 
     def with_config(**changes: object) -> Architecture:
         return replace(llama, config={**llama.config, **changes})

@@ -8,7 +8,7 @@ from pathlib import Path
 from packager.inputs.chat_template import chat_template_digest
 from packager.model.lock import Lock, LockedBase
 from packager.prove.audit.known_models import known_model
-from packager.recipe.lock_file import lock_path, lock_text, read_lock
+from packager.recipe.lock_file import lock_path, lock_text, read_recipe_lock
 
 
 def lock_of(
@@ -45,4 +45,4 @@ def write_lock_of_folder(recipe: Path, base_id: str, folder: Path) -> Path:
 
 def read_lock_of(recipe: Path) -> Lock:
     """Read the lock of a recipe file."""
-    return read_lock(lock_path(recipe), recipe)
+    return read_recipe_lock(lock_path(recipe), recipe)

@@ -12,7 +12,8 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from packager.errors import QuantizeError
-from packager.model.decoder import Context, Decoder
+from packager.model.contexts import Context
+from packager.model.decoder import Decoder
 from packager.model.trace import Group
 from packager.quantize import block as block_module
 from packager.quantize.activations import Activations
@@ -69,8 +70,8 @@ class BlockCase:
             self.left += 1
 
         job = BlockJob(
-            variant=v, index=1, groups=self.groups, names=self.names, states=self.states, contexts=self.contexts, suspended=suspended,
-            last=last, on_outputs_needed=on_outputs_needed,
+            variant=v, index=1, groups=self.groups, names=self.names, states=self.states, contexts=self.contexts,
+            suspended=suspended, last=last, on_outputs_needed=on_outputs_needed,
         )  # fmt: skip
         return quantize_block(self.load, job, self.reported.append)
 

@@ -29,9 +29,13 @@ def test_rows_and_columns_must_fill_words() -> None:
     assert not list(fit_problems(ODD))
 
 
-@pytest.mark.parametrize("seq_len", [1, LARGE.max_position_embeddings])
+assert LARGE.max_position_embeddings is not None
+LONGEST = LARGE.max_position_embeddings
+
+
+@pytest.mark.parametrize("seq_len", [1, LONGEST])
 def test_rows_may_be_as_long_as_the_positions(seq_len: int) -> None:
     assert length_problem(LARGE, "calibration.seq_len", seq_len) == ""
-    longer = LARGE.max_position_embeddings + 1
+    longer = LONGEST + 1
     expected = f"calibration.seq_len {longer} is more than the {longer - 1} positions of the base model"
     assert length_problem(LARGE, "calibration.seq_len", longer) == expected

@@ -229,7 +229,7 @@ def test_the_format_page_agrees_with_the_code() -> None:
         assert f"`{key}`" in page
     for name in (README, PROVENANCE, CONFIG, QUANTIZE_CONFIG, *TOKENIZER_FILES):
         assert f"`{name}`" in page
-    linear = LinearSpec(name="x", block=0, in_features=128, out_features=64, bias=True)
+    linear = LinearSpec(name="x", block=0, module="x", in_features=128, out_features=64, bias=True)
     dtypes = {"I32": "int32", "F16": "float16"}
     rows = dict(re.findall(r"(?m)^\| `(\w+)` \| (int32|float16) \|", page))
     stored = quantized_tensors(linear, bits=4, group_size=32)

@@ -17,12 +17,13 @@ from packager.errors import MachineError, RecipeError, SourceError
 from packager.inputs import describe_in_child as child
 from packager.inputs import make_lock as making
 from packager.inputs.base_model import open_source
+from packager.inputs.describe_in_child import describe_in_child
 from packager.inputs.description_check import check_description
 from packager.model.lock import Lock
 from packager.model.safetensors_file import TensorInfo
 from packager.pipeline.lock_recipes import lock_recipes
 from packager.recipe.file import RecipeFile
-from packager.recipe.lock_file import lock_path, lock_text, read_lock
+from packager.recipe.lock_file import lock_path, lock_text, read_recipe_lock
 from packager.system.files import sha256_file
 from tests.loopback_hub import Account, LoopbackHub
 from tests.publish_fixtures import log_in
@@ -61,7 +62,7 @@ def recipe(tmp_path: Path, in_process: None) -> Path:
 def lock_now(recipe: Path, **options: Any) -> Lock:
     for result in lock_recipes([recipe], lambda _: None, **options):
         assert result.is_current
-    return read_lock(lock_path(recipe), recipe)
+    return read_recipe_lock(lock_path(recipe), recipe)
 
 
 def refusal(recipe: Path, **options: Any) -> SourceError:
@@ -93,7 +94,7 @@ def tensors_changed(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, TensorInfo]], dict[str, TensorInfo]]
 ) -> None:
     """Let the model have other stored tensors than its files."""
-    real = making.describe_in_child
+    real = describe_in_child
     monkeypatch.setattr(
         making, "describe_in_child", lambda config, tensors, where: real(config, change(tensors or {}), where)
     )
@@ -109,7 +110,7 @@ def test_the_locks_of_this_repository_are_what_is_written_today(tmp_path: Path) 
     result = run("--check", ROOT / "recipes" / "demo-llama.yaml")
     assert result.exit_code == 0, result.output
     llama = ROOT / "recipes" / "llama-2-13b-chat.yaml"
-    config = read_lock(lock_path(llama), llama).model.config
+    config = read_recipe_lock(lock_path(llama), llama).model.config
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = run("--check", "--from", tmp_path, llama)
     assert result.exit_code == 0, result.output

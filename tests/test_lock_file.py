@@ -12,7 +12,7 @@ from packager.errors import PlanError, RecipeError
 from packager.model.architecture import architecture_of
 from packager.model.lock import Lock, LockedTensors
 from packager.recipe import lock_file
-from packager.recipe.lock_file import lock_path, lock_text, read_lock
+from packager.recipe.lock_file import lock_path, lock_text, read_recipe_lock
 from tests.locks import lock_of
 from tests.recipe_fixtures import CONFIG, RECIPES
 from tests.test_known_models import LLAMA_2_13B
@@ -39,8 +39,8 @@ def test_what_is_written_is_read_and_gives_the_same_bytes(tmp_path: Path, config
     lock = lock_of(config, "demo/demo", "a" * 40)
     path = tmp_path / "recipe.lock.json"
     path.write_text(lock_text(lock), encoding="utf-8")
-    assert read_lock(path, Path("recipe.yaml")) == lock
-    assert lock_text(read_lock(path, Path("recipe.yaml"))).encode() == path.read_bytes()
+    assert read_recipe_lock(path, Path("recipe.yaml")) == lock
+    assert lock_text(read_recipe_lock(path, Path("recipe.yaml"))).encode() == path.read_bytes()
     assert json.loads(path.read_bytes()) == lock.model_dump(mode="json")
 
 
@@ -54,7 +54,7 @@ def test_a_lock_is_read_by_people(path: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_the_lock_of_a_shipped_recipe_is_as_it_would_be_written(recipe: Path) -> None:
     path = lock_path(recipe)
-    assert path.read_text(encoding="utf-8") == lock_text(read_lock(path, Path("recipe.yaml")))
+    assert path.read_text(encoding="utf-8") == lock_text(read_recipe_lock(path, Path("recipe.yaml")))
 
 
 def test_its_name_is_the_recipe_s() -> None:
@@ -96,7 +96,7 @@ DAMAGES: dict[str, tuple[Callable[[Json], object], str]] = {
 def test_a_damaged_lock_is_refused(path: Path, name: str) -> None:
     change, expected = DAMAGES[name]
     with pytest.raises(RecipeError) as caught:
-        read_lock(changed(path, change), Path("recipe.yaml"))
+        read_recipe_lock(changed(path, change), Path("recipe.yaml"))
     assert f"the lock {path} is not valid: " in str(caught.value)
     assert expected in str(caught.value)
     assert caught.value.hint == "make it: packager lock recipe.yaml"
@@ -155,7 +155,7 @@ def test_a_lock_that_contradicts_itself_is_refused_in_a_moment(path: Path, name:
     changed(path, change)
     started = time.process_time()
     with pytest.raises(PlanError) as caught:
-        architecture_of(read_lock(path, Path("recipe.yaml")).model, path.name)
+        architecture_of(read_recipe_lock(path, Path("recipe.yaml")).model, path.name)
     assert time.process_time() - started < 8
     assert str(caught.value).startswith("recipe.lock.json: the lock contradicts itself")
     assert expected in caught.value.why
@@ -167,8 +167,8 @@ def test_a_lock_that_contradicts_itself_is_refused_in_a_moment(path: Path, name:
 )
 def test_what_is_no_json_object_is_refused(path: Path, data: bytes) -> None:
     path.write_bytes(data)
-    with pytest.raises(RecipeError, match="recipe.lock.json") as caught:
-        read_lock(path, Path("recipe.yaml"))
+    with pytest.raises(RecipeError, match=r"recipe\.lock\.json") as caught:
+        read_recipe_lock(path, Path("recipe.yaml"))
     assert caught.value.hint == "make it: packager lock recipe.yaml"
     assert len(str(caught.value)) < 1000
 
@@ -176,13 +176,13 @@ def test_what_is_no_json_object_is_refused(path: Path, data: bytes) -> None:
 def test_no_file_a_folder_and_a_large_file_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_file, "_MOST_BYTES", 100)
     with pytest.raises(RecipeError, match="cannot be read: it is larger than 100 bytes"):
-        read_lock(path, Path("recipe.yaml"))
+        read_recipe_lock(path, Path("recipe.yaml"))
     path.unlink()
     with pytest.raises(RecipeError, match=r"there is no lock recipe\.lock\.json beside the recipe"):
-        read_lock(path, Path("recipe.yaml"))
+        read_recipe_lock(path, Path("recipe.yaml"))
     path.mkdir()
     with pytest.raises(RecipeError, match="cannot be read: .*Is a directory"):
-        read_lock(path, Path("recipe.yaml"))
+        read_recipe_lock(path, Path("recipe.yaml"))
 
 
 def test_many_tensors_are_few_lines() -> None:

@@ -1,7 +1,8 @@
 """Describe a base model for its lock in a process of its own, with limits of time and memory.
 
 config.json decides what transformers builds: a billion layers, or a list of any length. Of our environment the process
-gets the path of Python's packages only. It is this file, too: its arguments are a folder with a request, the file for the answer, and the limits. Decision 17 has the reasons.
+gets the path of Python's packages only. This file is its program, too: its arguments are a folder with a request, the
+file for the answer, and the limits. Decision 17 has the reasons.
 """
 
 import json

@@ -19,7 +19,7 @@ def lock_path(recipe: Path) -> Path:
     return recipe.with_name(f"{recipe.stem}.lock.json")
 
 
-def read_lock(path: Path, recipe: Path) -> Lock:
+def read_recipe_lock(path: Path, recipe: Path) -> Lock:
     """Read the lock of a recipe.
 
     Raises:

@@ -11,7 +11,7 @@ from packager.model.architecture import Architecture, architecture_of
 from packager.model.checkpoint import fit_problems, length_problem
 from packager.model.lock import Lock, dataset_key
 from packager.recipe import Recipe, TextSource
-from packager.recipe.lock_file import lock_path, read_lock
+from packager.recipe.lock_file import lock_path, read_recipe_lock
 from packager.recipe.parsed_recipe import ParsedRecipe, Unreadable
 from packager.recipe.yaml import LocatedProblem, Position, Scalar
 from packager.system.text import quoted
@@ -41,7 +41,7 @@ def read_locked_model(parsed: ParsedRecipe, recipe: Path) -> LockedBaseModel | L
     """
     path = lock_path(recipe)
     try:
-        lock = read_lock(path, recipe)
+        lock = read_recipe_lock(path, recipe)
         architecture = architecture_of(lock.model, path.name)
     except RecipeError as error:
         return LocatedProblem(parsed.key_at("base_model"), str(error.what), error.hint)
