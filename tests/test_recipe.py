@@ -232,7 +232,7 @@ def test_a_lock_that_describes_no_model_is_refused(folder, text, expected):
         path.write_text(text)
     (found,) = problems_of(folder, GOOD)
     assert found.startswith(f"3:1: {expected.format(path=path)}")
-    assert found.endswith("(make it: packager lock recipe.yaml)")
+    assert found.endswith(f"(make it: packager lock {folder / 'recipe.yaml'})")
 
 
 def test_a_lock_that_contradicts_itself_is_refused(folder):
@@ -252,7 +252,7 @@ def test_a_lock_that_contradicts_itself_is_refused(folder):
         (
             "path: model",
             "a" * 40,
-            "5:9: base_model.path is a local folder, the lock recipe.lock.json is of the commit ",
+            "5:9: base_model.path is 'model', the lock recipe.lock.json is of 'aaaa",
         ),
         (f"revision: {'a' * 40}", "a" * 40, ""),
         (
