@@ -181,7 +181,7 @@ def test_no_file_a_folder_and_a_large_file_are_refused(path: Path, monkeypatch: 
     with pytest.raises(RecipeError, match=r"there is no lock recipe\.lock\.json beside the recipe"):
         read_recipe_lock(path, Path("recipe.yaml"))
     path.mkdir()
-    with pytest.raises(RecipeError, match="cannot be read: .*Is a directory"):
+    with pytest.raises(RecipeError, match=r"cannot be read: .*Is a directory"):
         read_recipe_lock(path, Path("recipe.yaml"))
 
 

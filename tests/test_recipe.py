@@ -122,7 +122,7 @@ def test_every_mistake_of_a_file_is_reported_at_once(request, monkeypatch):
         (("  path: model\n", ""), "3:1: base_model: give either revision (read from the Hub) or path (a local folder)"),
         (
             ("  path: model\n", f"  revision: {'a' * 40}\n"),
-            f"5:13: base_model.revision is '{'a' * 40}', the lock recipe.lock.json is of 'a local folder' (make the lock ",
+            f"5:13: base_model.revision is '{'a' * 40}', the lock recipe.lock.json is of 'a local folder' (make the ",
         ),
         (
             ("  path: calibration.txt\n", "  dataset: a/b\n"),

@@ -11,7 +11,7 @@ from packager.model.name_patterns import read_numbers
 
 _MOST_SHOWN = 5
 
-Facts = dict[str, str]
+Described = dict[str, str]
 
 
 def check_description(source: SourceModel, lock: Lock) -> None:
@@ -37,13 +37,13 @@ def check_description(source: SourceModel, lock: Lock) -> None:
 
 def description_differences(locked: LockedModel, found: LockedModel) -> Iterator[str]:
     """Yield how two descriptions of a model differ in their class, their blocks and the linears that are quantized."""
-    before, after = _facts(locked), _facts(found)
+    before, after = _described(locked), _described(found)
     for name in dict.fromkeys((*before, *after)):
         if before.get(name) != after.get(name):
             yield f"{name} is {after.get(name, 'not there')}, in the lock {before.get(name, 'not there')}"
 
 
-def _facts(model: LockedModel) -> Facts:
+def _described(model: LockedModel) -> Described:
     """Return what must be equal, by the name under which a message shows it."""
     facts = {"the class": model.model_class, "the list of blocks": model.blocks_path}
     for kind in model.kinds:

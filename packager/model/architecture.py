@@ -38,7 +38,7 @@ class LinearSpec:
     bias: bool
 
 
-class GroupSize(NamedTuple):
+class GroupWidths(NamedTuple):
     """What the memory of calibrating a group depends on, see `GroupSpec`."""
 
     in_features: int
@@ -178,10 +178,10 @@ class Architecture:
         return max(tensor.size_bytes for tensor in self.tensors)
 
     @cached_property
-    def group_sizes(self) -> tuple[GroupSize, ...]:
+    def group_sizes(self) -> tuple[GroupWidths, ...]:
         """The different sizes of groups; a block of 128 experts has many groups of few sizes."""
         groups = (group for kind in self.kinds for group in kind.groups)
-        return tuple(dict.fromkeys(GroupSize(g.in_features, g.out_features, g.held_bytes) for g in groups))
+        return tuple(dict.fromkeys(GroupWidths(g.in_features, g.out_features, g.held_bytes) for g in groups))
 
     @property
     def group_shapes(self) -> tuple[tuple[int, int], ...]:

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Literal
 
 from packager.errors import MachineError
-from packager.model.architecture import Architecture, GroupSize
+from packager.model.architecture import Architecture, GroupWidths
 from packager.model.batches import ELEMENT_BYTES, TRACED_BYTES, WEIGHT_COPIES, rows_per_batch, running_bytes
 from packager.system.text import format_bytes
 
@@ -172,7 +172,7 @@ class _Sizes:
             peaks.append(suspended + max(_SQUARES * square, solving, square + running))
         return max(peaks) + WEIGHT_COPIES * self.weights
 
-    def _suspended(self, group: GroupSize) -> int:
+    def _suspended(self, group: GroupWidths) -> int:
         """Return the bytes per token of a batch suspended at a group of linears: the block's input and later values."""
         inputs = self._element * self._architecture.hidden_size
         return inputs + group.held_bytes * self._element // TRACED_BYTES

@@ -11,7 +11,7 @@ from packager.model.architecture import Architecture
 from packager.model.lock import Lock
 from packager.recipe import Recipe
 from packager.recipe.checks import check
-from packager.recipe.model_fit import LockedBaseModel, pinned, read_locked_model
+from packager.recipe.model_fit import LockedBaseModel, read_locked_model, with_locked_commits
 from packager.recipe.parsed_recipe import read
 from packager.recipe.paths import locate, path_problem
 from packager.recipe.yaml import MAX_BYTES, LocatedProblem, decode, parse
@@ -46,7 +46,9 @@ class RecipeFile:
         recipe, model, located = _judge(_read(path), path, locked=True)
         if recipe is not None and isinstance(model, LockedBaseModel) and not located:
             architecture = model.architecture.leaving(recipe.quantize.skip)
-            return cls(path=path, recipe=pinned(recipe, model.lock), lock=model.lock, architecture=architecture)
+            return cls(
+                path=path, recipe=with_locked_commits(recipe, model.lock), lock=model.lock, architecture=architecture
+            )
         raise _error(path, located)
 
     @property

@@ -75,7 +75,7 @@ def _moved(parsed: ParsedRecipe, lock: Lock, name: str) -> tuple[Position, str] 
     return None
 
 
-def pinned(recipe: Recipe, lock: Lock) -> Recipe:
+def with_locked_commits(recipe: Recipe, lock: Lock) -> Recipe:
     """Return a recipe with the lock's commits in the place of branches and tags."""
     base = recipe.base_model
     changes: dict[str, object] = {}
