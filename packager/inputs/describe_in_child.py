@@ -1,8 +1,8 @@
 """Describe a base model for its lock in a process of its own, with limits of time and memory.
 
 config.json decides what transformers builds: a billion layers, or a list of any length. Of our environment the process
-gets the path of Python's packages only. This file is its program, too: its arguments are a folder with a request, the
-file for the answer, and the limits. Decision 17 has the reasons.
+gets the path of Python's packages only. The process runs this file, too, with a folder that holds a request, the file
+of the answer, and the limits as its arguments. Decision 17 has the reasons.
 """
 
 import json

@@ -109,7 +109,7 @@ def header_from(read: Callable[[int], bytes], file_bytes: int, where: str) -> He
     Raises:
         SourceError: see `read_header`.
     """
-    length = int.from_bytes(read(8), "little")
+    length = int.from_bytes(read(8), "little") if file_bytes >= 8 else 0
     if file_bytes < 8 or length > min(_MAX_HEADER_BYTES, file_bytes - 8):
         raise SourceError(
             "not a safetensors file, or cut off inside its header",
