@@ -111,7 +111,10 @@ class QualityRecord(Record):
 
 
 class Provenance(Record):
-    """The record that is published with a branch as provenance.json, for readers who want to check the branch."""
+    """The record that is published with a branch as provenance.json, for readers who want to check the branch.
+
+    `not_quantized` gives the reason for each module of the blocks whose weights are the base model's.
+    """
 
     schema_version: Literal[1] = 1
     repository: str
@@ -128,6 +131,7 @@ class Provenance(Record):
     versions: dict[str, str]
     device: str
     linears: tuple[LinearRecord, ...]
+    not_quantized: dict[str, str] = {}
     quality: QualityRecord | None = None
     loaders: tuple[LoaderRecord, ...] = ()
     weights_bytes: int

@@ -183,7 +183,7 @@ def build_plan_json(plan: BuildPlan) -> dict[str, object]:
             "dtype": architecture.dtype,
             "num_parameters": architecture.num_parameters,
             "num_blocks": architecture.num_blocks,
-            "not_quantized": {module: reason for kind in architecture.kinds for module, reason in kind.left.items()},
+            "not_quantized": dict(architecture.left),
             "size_bytes": architecture.base_bytes,
         },
         "calibration_tokens": plan.calibration_tokens,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -194,13 +194,21 @@ class Architecture:
         """What the stored names of all linears begin with, before the number of the block; "" without a linear."""
         return self.linears[0].name.partition(f".{self.linears[0].block}.")[0] if self.linears else ""
 
+    @property
+    def left(self) -> Mapping[str, str]:
+        """Why modules of the blocks are not quantized, by module."""
+        return {module: reason for kind in self.kinds for module, reason in kind.left.items()}
+
     def leaving(self, patterns: Sequence[str]) -> "Architecture":
         """Return the architecture with linears left unquantized whose name inside the block fits a pattern.
 
         Args:
             patterns: `*` stands for anything, dots included.
         """
+        if not patterns:
+            return self
 
+        @cache  # the same few names in every block
         def reason(module: str) -> str:
             fitting = next((pattern for pattern in patterns if fnmatchcase(module, pattern)), None)
             return "" if fitting is None else f"the recipe skips {fitting}"

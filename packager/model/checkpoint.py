@@ -6,7 +6,7 @@ docs/reference/format.md has the format. No torch here: `plan` must stay fast.
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from json.encoder import encode_basestring_ascii
@@ -14,6 +14,7 @@ from typing import Literal
 
 from packager.errors import PlanError
 from packager.model.architecture import Architecture, LinearSpec
+from packager.model.runtime_architectures import FUSED_LINEARS
 from packager.model.safetensors_file import TensorInfo, predicted_bytes
 from packager.variant import Variant, num_groups
 
@@ -21,6 +22,8 @@ from packager.variant import Variant, num_groups
 PORTABLE_PARAMETERS = ("bits", "group_size", "damp_percent", "desc_act", "sym", "true_sequential")
 PORTABLE_KEYS = (*PORTABLE_PARAMETERS, "model_name_or_path", "model_file_base_name")
 WORD_BITS = 32
+# Where transformers finds the blocks by itself: optimum/gptq/constants.py, BLOCK_PATTERNS, of 1.24 and of 2.3.
+OPTIMUM_BLOCK_PATHS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,26 +120,68 @@ def checkpoint_tensors(architecture: Architecture, variant: Variant) -> tuple[Te
     return tuple(tensors)
 
 
-def left_keys(architecture: Architecture) -> dict[str, object]:
-    """Return the keys of quantization_config that name what is not quantized inside the blocks; none if all is.
+def block_keys(architecture: Architecture) -> dict[str, object]:
+    """Return the keys of quantization_config about the blocks: where they are, and what in them is not quantized.
 
+    transformers looks for the blocks in the places that optimum knows; it reads any other from `block_name_to_quantize`
+    (optimum/gptq/utils.py, `get_block_name_with_pattern`). The other keys are there only if linears are left:
     GPTQModel, vLLM and SGLang read `dynamic`, where "-:" before a regular expression of module names means "leave
-    them"; transformers reads `modules_in_block_to_quantize`, the names inside a block of what is quantized, through
-    optimum, which compares the ends of names (optimum/gptq/quantizer.py, `convert_model`).
+    them", and SGLang asks for the name of what it computes as one linear; transformers and vLLM read
+    `modules_in_block_to_quantize`, names of what is quantized.
     """
+    keys: dict[str, object] = {}
+    if architecture.blocks_path not in OPTIMUM_BLOCK_PATHS:
+        keys["block_name_to_quantize"] = architecture.blocks_path
+    left = _left(architecture)
+    if left:
+        path = re.escape(architecture.blocks_path)
+        keys["dynamic"] = {
+            rf"-:^{path}\.{_blocks_pattern(blocks, architecture.num_blocks)}\.{re.escape(module)}$": {}
+            for module, blocks in left.items()
+        }
+        keys["modules_in_block_to_quantize"] = _quantized_names(architecture, left)
+    return keys
+
+
+def _left(architecture: Architecture) -> dict[str, list[int]]:
+    """Return the blocks in which each module is not quantized; modules that runtimes fuse also by their one name."""
     left: dict[str, list[int]] = {}
     for kind in architecture.kinds:
         for module in kind.left:
             left.setdefault(module, []).extend(kind.blocks)
-    if not left:
-        return {}
-    path = re.escape(architecture.blocks_path)
-    patterns: dict[str, object] = {
-        rf"-:^{path}\.{_blocks_pattern(blocks, architecture.num_blocks)}\.{re.escape(module)}$": {}
-        for module, blocks in left.items()
-    }
-    groups = [list(group.modules) for kind in architecture.kinds for group in kind.groups]
-    return {"dynamic": patterns, "modules_in_block_to_quantize": [*dict.fromkeys(map(tuple, groups))]}
+        for module in _fused(kind.left):
+            left.setdefault(module, []).extend(kind.blocks)
+    return left
+
+
+def _fused(modules: Collection[str]) -> list[str]:
+    """Return what runtimes call the linears that they compute as one, of those whose parts are all in `modules`."""
+    parents = dict.fromkeys(module.rpartition(".")[0] for module in modules)
+    return [
+        f"{parent}.{name}"
+        for parent in parents
+        for name, parts in FUSED_LINEARS.items()
+        if all(f"{parent}.{part}" in modules for part in parts)
+    ]
+
+
+def _quantized_names(architecture: Architecture, left: Iterable[str]) -> list[list[str]]:
+    """Return names of the quantized linears: those inside a block, or full ones where a short one means too much.
+
+    optimum takes every linear as quantized whose full name ends with one of the names (optimum/gptq/quantizer.py,
+    `convert_model`); full names of linears end with no other.
+    """
+    groups = list(dict.fromkeys(group.modules for kind in architecture.kinds for group in kind.groups))
+    kept = tuple(module for group in groups for module in group)
+    if not any(f".{module}".endswith(kept) for module in left):
+        return [list(group) for group in groups]
+    path = architecture.blocks_path
+    return [
+        [f"{path}.{block}.{module}" for module in group.modules]
+        for kind in architecture.kinds
+        for block in kind.blocks
+        for group in kind.groups
+    ]
 
 
 def _blocks_pattern(blocks: Sequence[int], num_blocks: int) -> str:

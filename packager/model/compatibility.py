@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from packager.model.architecture import Architecture
-from packager.model.runtime_architectures import GPTQMODEL_TYPES, VLLM_CLASSES
+from packager.model.runtime_architectures import FUSED_LINEARS, GPTQMODEL_TYPES, VLLM_CLASSES
 from packager.model.runtimes import RUNTIMES
 from packager.variant import Variant
 
@@ -103,15 +103,21 @@ def _vllm_classes(_: Variant, architecture: Architecture) -> str:
 
 def _nothing_left(_: Variant, architecture: Architecture) -> str:
     """Refuse models with unquantized linears in their blocks, for runtimes that take every linear as quantized."""
-    left = next((module for kind in architecture.kinds for module in kind.left), None)
+    left = next(iter(architecture.left), None)
     return "" if left is None else f"takes every linear of a block as quantized, {left} is not"
 
 
-def _left_alike(_: Variant, architecture: Architecture) -> str:
-    """Refuse modules that are quantized in some blocks only: transformers' key names them once for all blocks."""
-    quantized = {module for kind in architecture.kinds for group in kind.groups for module in group.modules}
-    both = sorted(quantized & {module for kind in architecture.kinds for module in kind.left})
-    return f"cannot leave {both[0]} unquantized in some blocks only" if both else ""
+def _fused_alike(_: Variant, architecture: Architecture) -> str:
+    """Refuse a model that leaves a part of what the runtime computes as one linear."""
+    for kind in architecture.kinds:
+        quantized = {module for group in kind.groups for module in group.modules}
+        for left in kind.left:
+            parent, _dot, name = left.rpartition(".")
+            members = next((members for members in FUSED_LINEARS.values() if name in members), ())
+            partner = next((each for each in members if f"{parent}.{each}" in quantized), None)
+            if partner is not None:
+                return f"computes {' and '.join(members)} as one linear, {name} is not quantized, {partner} is"
+    return ""
 
 
 def _note(text: str) -> Check:
@@ -241,7 +247,7 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         traps=(_gptq_for_llama_branch,),
     ),
     "transformers": RuntimeRules(
-        refuses=(_bits(2, 3, 4, 8), _left_alike),
+        refuses=(_bits(2, 3, 4, 8),),
         traps=(_note("through gptqmodel and optimum"),),
     ),
     "gptqmodel-marlin": RuntimeRules(
@@ -258,6 +264,7 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         refuses=(
             _bits(*MARLIN_BITS),
             _vllm_classes,
+            _fused_alike,
             _group_sizes(*MARLIN_GROUP_SIZES),
             _symmetric_only,
             _no_act_order,
@@ -265,7 +272,8 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         traps=(_tensor_parallel_limit,),
     ),
     "sglang": RuntimeRules(
-        refuses=(_bits(2, 3, 4, 8), _proven_families("llama", "mistral", "qwen2", "qwen3")), traps=(_sglang_kernel,)
+        refuses=(_bits(2, 3, 4, 8), _proven_families("llama", "mistral", "qwen2", "qwen3"), _fused_alike),
+        traps=(_sglang_kernel,),
     ),
     "tgi": RuntimeRules(
         # Its router does not know qwen3: text-generation-inference#3199, open.

@@ -50,3 +50,15 @@ VLLM_CLASSES = frozenset(
     StableLmForCausalLM Starcoder2ForCausalLM Zamba2ForCausalLM
     """.split()  # noqa: SIM905
 )
+
+# Linears that vLLM and SGLang compute as one, by the name of it: packed_modules_mapping of their models (llama.py,
+# deepseek_v2.py, qwen3_next.py, qwen3_5.py). vLLM raises ValueError if only some are quantized
+# (model_executor/layers/quantization/utils/gptq_utils.py, is_layer_gptq_quantized); SGLang asks for the one name only
+# (srt/layers/quantization/utils.py, get_dynamic_override).
+FUSED_LINEARS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+}

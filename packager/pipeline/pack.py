@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from packager.inputs.base_model import SourceModel
 from packager.model.architecture import Architecture
-from packager.model.checkpoint import PORTABLE_PARAMETERS, Shard, left_keys, shard_index
+from packager.model.checkpoint import PORTABLE_PARAMETERS, Shard, block_keys, shard_index
 from packager.model.rope import in_both_spellings
 from packager.quantize.block_store import BlockStore
 from packager.receipt import CONFIG, GENERATION_CONFIG, INDEX_SUFFIX, QUANTIZE_CONFIG, TOKENIZER_FILES, FileRecord
@@ -108,5 +108,5 @@ def quantization_config(variant: Variant, architecture: Architecture) -> dict[st
         "static_groups": variant.static_groups,
         "checkpoint_format": "gptq",
         "lm_head": False,
-        **left_keys(architecture),
+        **block_keys(architecture),
     }

@@ -306,6 +306,7 @@ def _provenance(
         versions=dict(made.versions),
         device=device_name(run.device),
         linears=linears,
+        not_quantized=dict(run.plan.architecture.left),
         weights_bytes=variant_plan.weights_bytes,
         files=dict(files),
     )

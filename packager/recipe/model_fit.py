@@ -1,8 +1,10 @@
-"""Compare a recipe's variants and row lengths with the shapes of its base model, which its lock gives."""
+"""Compare a recipe's variants, row lengths and patterns of modules with its base model, which its lock gives."""
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,13 +103,16 @@ def is_commit(revision: str) -> bool:
 def misfits(
     parsed: ParsedRecipe, architecture: Architecture, variants: Sequence[Mapping[str, Parameter]]
 ) -> Iterator[LocatedProblem]:
-    """Yield which group sizes, bits and row lengths do not fit the base model.
+    """Yield which group sizes, bits, row lengths and patterns of modules do not fit the base model.
 
     Args:
         parsed: the recipe.
         architecture: of the base model.
         variants: for each variant its parameters by name.
     """
+    patterns = [parsed.text("quantize", "skip", index) for index in range(parsed.count("quantize", "skip"))]
+    yield from _skip_problems(parsed, architecture, patterns)
+    architecture = architecture.leaving([pattern for pattern in patterns if pattern is not None])
     for parameters in variants:
         bits, group_size = parameters["bits"].value, parameters["group_size"].value
         for problem in fit_problems(
@@ -120,3 +125,28 @@ def misfits(
         seq_len = parsed.number(section, "seq_len")
         if seq_len is not None and (message := length_problem(architecture, f"{section}.seq_len", seq_len)):
             yield LocatedProblem(parsed.at(section, "seq_len"), message)
+
+
+def _skip_problems(
+    parsed: ParsedRecipe, architecture: Architecture, patterns: Sequence[str | None]
+) -> Iterator[LocatedProblem]:
+    """Yield the patterns of quantize.skip that fit no module, and that all of them together leave nothing."""
+    quantized = list(dict.fromkeys(linear.module for linear in architecture.example_linears))
+    modules = [*quantized, *(module for kind in architecture.kinds for module in kind.left)]
+    for index, pattern in enumerate(patterns):
+        if pattern is not None and not any(fnmatchcase(module, pattern) for module in modules):
+            message = f"quantize.skip: {quoted(pattern)} fits no module of the base model's blocks"
+            yield LocatedProblem(parsed.at("quantize", "skip", index), message, _near(pattern, modules))
+    used = [pattern for pattern in patterns if pattern is not None]
+    if used and all(any(fnmatchcase(module, pattern) for pattern in used) for module in quantized):
+        yield LocatedProblem(parsed.key_at("quantize", "skip"), "quantize.skip leaves no linear to quantize")
+
+
+def _near(pattern: str, modules: Sequence[str]) -> str:
+    """Return a hint with the modules whose name, or the last part of it, is like a pattern's."""
+    last = {module.rpartition(".")[2]: module for module in reversed(modules)}
+    plain = pattern.replace("*", "").strip(".")
+    names = difflib.get_close_matches(plain, modules, n=3)
+    names += [last[name] for name in difflib.get_close_matches(plain.rpartition(".")[2], list(last), n=3)]
+    shown = list(dict.fromkeys(names))[:3] or list(dict.fromkeys(modules))[:8]
+    return f"there is {', '.join(shown)}" if shown else ""

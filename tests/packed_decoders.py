@@ -1,0 +1,72 @@
+"""Random GPTQ checkpoints of the decoders of tests/tiny_decoders.py: names, shapes and config as a build packs them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from packager.model.architecture import Architecture, LinearSpec, architecture_of
+from packager.model.checkpoint import PORTABLE_PARAMETERS, checkpoint_tensors
+from packager.model.describe import describe
+from packager.model.packing import pack, pack_zeros
+from packager.model.rope import in_both_spellings
+from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
+from packager.pipeline.pack import quantization_config
+from packager.variant import Variant, num_groups
+from tests.tiny_decoders import tiny_decoder
+
+VARIANT = Variant(
+    branch="main", bits=4, group_size=32, desc_act=True, sym=False, damp_percent=0.1, damp_percent_limit=0.5,
+    true_sequential=True, static_groups=False, scale_search=False, engine="native",
+)  # fmt: skip
+
+
+def packed_decoder(name: str, folder: Path, *, skip: Sequence[str] = (), variant: Variant = VARIANT) -> Architecture:
+    """Write a checkpoint of one of NAMES to `folder`; its quantized weights are random, the rest is the tiny model's.
+
+    Returns:
+        The architecture, without the linears that fit a pattern of `skip`.
+    """
+    base = tiny_decoder(name, folder / "base", dtype=torch.float16)
+    stored: dict[str, StoredTensor] = {}
+    for path in base.glob("*.safetensors"):
+        stored |= stored_tensors(path)
+    locked = describe(base, {key: tensor.info for key, tensor in stored.items()})
+    architecture = architecture_of(locked, name).leaving(skip)
+    wanted = {tensor.name for tensor in checkpoint_tensors(architecture, variant)}
+    tensors = {key: read_tensor(tensor) for key, tensor in stored.items() if key in wanted}
+    dice = torch.Generator().manual_seed(0)
+    for linear in architecture.linears:
+        tensors |= random_linear(linear, variant, dice)
+    assert tensors.keys() == wanted
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors")
+    config = {
+        **in_both_spellings(architecture.config),
+        "quantization_config": quantization_config(variant, architecture),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    portable = {key: variant.parameters()[key] for key in PORTABLE_PARAMETERS}
+    (folder / "quantize_config.json").write_text(json.dumps({**portable, "model_file_base_name": "model"}))
+    return architecture
+
+
+def random_linear(linear: LinearSpec, variant: Variant, dice: torch.Generator) -> dict[str, Tensor]:
+    """Return a quantized linear's tensors but for its bias: weights of mean 0, and of a variance of 1 / in_features."""
+    rows, columns, bits = linear.in_features, linear.out_features, variant.bits
+    groups = num_groups(rows, variant.group_size)
+    g_idx = torch.arange(rows) // (rows // groups)
+    if variant.desc_act:
+        g_idx = g_idx[torch.randperm(rows, generator=dice)]
+    middle = 2 ** (bits - 1)
+    zeros = torch.randint(middle - 1, middle + 2, (groups, columns), generator=dice)
+    scales = (0.5 + torch.rand(groups, columns, generator=dice)) * 12**0.5 / 2**bits * rows**-0.5
+    found = {
+        "qweight": pack(torch.randint(0, 2**bits, (rows, columns), generator=dice), bits),
+        "qzeros": pack_zeros(zeros, bits),
+        "scales": scales.half(),
+        "g_idx": g_idx.int(),
+    }
+    return {f"{linear.name}.{part}": tensor for part, tensor in found.items()}
