@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
-from tests.chaos import kills
+from tests.chaos import hostile, kills
 from tests.chaos.outcome import Budget, Outcome
 
 Harness = Callable[[Path, int, Budget], Outcome]
 HARNESSES: Mapping[str, Harness] = {
     "build": kills.kill_builds,
     "publish": kills.kill_publishes,
+    **hostile.SURFACES,
 }
 
 
@@ -87,4 +88,6 @@ def table(outcomes: list[Outcome]) -> str:
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
+    # The Hub client's own upload of raw bytes.
+    warnings.filterwarnings("ignore", "Use .content=", DeprecationWarning)
     sys.exit(main())
