@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
-from tests.chaos import hostile, kills
+from tests.chaos import faults, hostile, kills
 from tests.chaos.outcome import Budget, Outcome
 
 Harness = Callable[[Path, int, Budget], Outcome]
 HARNESSES: Mapping[str, Harness] = {
     "build": kills.kill_builds,
     "publish": kills.kill_publishes,
+    **faults.FAULTS,
     **hostile.SURFACES,
 }
 

@@ -55,7 +55,9 @@ def hostile_recipes(folder: Path, seed: int, budget: Budget) -> Outcome:
         for _ in range(dice.randint(1, 4)):
             start = dice.randint(0, len(text))
             end = start + dice.choice((0, 0, 1, 2, 5, 30))
-            piece = dice.choice((*test_recipe_hostile.TOKENS, text[end : end + dice.randint(0, 80)], chr(dice.randrange(0x3000))))
+            piece = dice.choice(
+                (*test_recipe_hostile.TOKENS, text[end : end + dice.randint(0, 80)], chr(dice.randrange(0x3000)))
+            )
             text = text[:start] + piece + text[end:]
         path = scene.folder / "hostile.yaml"
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -110,7 +112,9 @@ def hostile_hub(folder: Path, seed: int, budget: Budget) -> Outcome:
             break
         scratch = folder / str(number)
         scratch.mkdir()
-        found = call_limited(lambda scratch=scratch, case=cases[number - 1]: publish_to_hub(scratch, *case), folder / "out")
+        found = call_limited(
+            lambda scratch=scratch, case=cases[number - 1]: publish_to_hub(scratch, *case), folder / "out"
+        )
         outcome.counts["refused"] += "refused: " in found["output"]
         check_limits(outcome, number, f"{cases[number - 1]}", found)
         shutil.rmtree(scratch)
@@ -129,8 +133,9 @@ def publish_to_hub(folder: Path, endpoint: str, name: str) -> None:
         try:
             test_hub_answers.exercise(fixture, "somebody/R")
         except PackagerError as error:
-            print("refused: ", str(error))
-            assert test_hub_answers.TOKEN not in str(error)
+            print("refused: ", error)
+            if test_hub_answers.TOKEN in str(error):
+                raise RuntimeError("the error names the token") from None
         except AssertionError:
             assert endpoint == "content"  # a file's bytes are compared by whoever reads it
         assert stranger.tokens == []
