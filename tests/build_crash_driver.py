@@ -5,7 +5,7 @@ Reads jobs from standard input, one JSON object per line, and answers each with 
 {"kill": n} before the n-th effect (a file opened for writing, a rename, a removal, a folder made), {"kill": pattern}
 before the first effect described by it ("os.rename SOURCE TARGET"), {"interrupt": n} before the n-th by Ctrl-C,
 {"seconds": s} killed after s seconds, {} never. "signal" names another signal than SIGKILL. {"full": n} fails from the
-n-th effect on as on a full disk. "clock_s" lets the clock jump by as many seconds. Every step is a fork of this process,
+n-th effect on as on a full disk. "clock_s" lets the clock jump by as many seconds. A step is a fork of this process,
 which has torch imported but has never used it; it reports the blocks that it has finished.
 """
 
