@@ -21,21 +21,20 @@ from typing import Any
 
 import torch
 
-from tests.chaos import faults, hostile, kills
+from tests.chaos import hostile, kills
 from tests.chaos.outcome import Budget, Outcome
 
 Harness = Callable[[Path, int, Budget], Outcome]
 HARNESSES: Mapping[str, Harness] = {
     "build": kills.kill_builds,
     "publish": kills.kill_publishes,
-    **faults.FAULTS,
     **hostile.SURFACES,
 }
 
 
 def main() -> int:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(prog="nox -s chaos --", description="Chaos: kills, faults and hostile inputs.")
+    parser = argparse.ArgumentParser(prog="nox -s chaos --", description="Chaos: kills, signals and hostile inputs.")
     parser.add_argument("--seed", type=int, default=None, help="repeats a run; printed; default: the time")
     parser.add_argument("--minutes", type=float, default=30.0, help="the time of all harnesses together")
     parser.add_argument("--only", choices=HARNESSES, action="append", help="this harness (may be repeated)")
