@@ -201,6 +201,13 @@ def _pytest(session: nox.Session, *options: str) -> None:
     session.run("pytest", *spread, *options, *given, env=environ)
 
 
+@nox.session
+def chaos(session: nox.Session) -> None:
+    """Kill builds and publishes, feed hostile inputs (`-- --seed 7 --minutes 30`); `-- --help` has more."""
+    _install(session, *TEST_PACKAGES)
+    session.run("python", "-m", "tests.chaos", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
 @nox.session(name="tests-gpu")
 def tests_gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA GPU; without one they fail, they do not skip."""

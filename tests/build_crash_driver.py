@@ -4,15 +4,15 @@ Reads jobs from standard input, one JSON object per line, and answers each with 
 (null: nothing), steps, and perhaps a folder to keep the end in. A step names a recipe, a command and when it ends:
 {"kill": n} before the n-th effect (a file opened for writing, a rename, a removal, a folder made), {"kill": pattern}
 before the first effect described by it ("os.rename SOURCE TARGET"), {"interrupt": n} before the n-th by Ctrl-C,
-{"seconds": s} killed after s seconds, {} never. Every step is a fork of this process, which has torch imported but has
-never used it; it reports the blocks that it has finished.
+{"seconds": s} killed after s seconds, {} never. "signal" names another signal than SIGKILL. {"full": n} fails from the
+n-th effect on as on a full disk. "clock_s" lets the clock jump by as many seconds. A step is a fork of this process,
+which has torch imported but has never used it; it reports the blocks that it has finished.
 """
 
 import gc
 import importlib
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -28,34 +28,15 @@ from packager.cli.main import main as packager
 from packager.quantize.block_store import BlockStore
 from packager.receipt import LinearRecord
 from packager.system.files import sha256_file
+from tests.effects import EffectCounter
 from tests.publish_fixtures import git, trees
 from tests.tiny_recipe import BRANCHES, hub_folder, leftovers, workspace
 
-EFFECTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 WARM = (
     "packager.prove.verify", "packager.pipeline.stages", "packager.cli.status_view", "packager.cli.publish_view",
     "packager.publish.targets.git_process",
     "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers", "git",
 )  # fmt: skip
-
-
-class EffectCounter:
-    """An audit hook that counts effects and sends its process a signal before a chosen one."""
-
-    def __init__(self, fatal: int | str, number: signal.Signals) -> None:
-        self.fatal = fatal
-        self.number = number
-        self.count = 0
-
-    def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
-        flags = arguments[2] if event == "open" else 0
-        if event in EFFECTS or (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)):
-            self.count += 1
-            if self.count == self.fatal or (isinstance(self.fatal, str) and self.described(event, arguments)):
-                os.kill(os.getpid(), self.number)
-
-    def described(self, event: str, arguments: tuple[object, ...]) -> bool:
-        return re.search(str(self.fatal), f"{event} {arguments[0]} {arguments[1]}") is not None
 
 
 def child(step: dict[str, Any], dist: Path, count: int, words: Path) -> None:
@@ -64,9 +45,11 @@ def child(step: dict[str, Any], dist: Path, count: int, words: Path) -> None:
     stream = os.open(words, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(stream, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    counter = EffectCounter(
-        step.get("kill") or step.get("interrupt") or 0, signal.SIGINT if "interrupt" in step else signal.SIGKILL
-    )
+    number = "SIGINT" if "interrupt" in step else step.get("signal", "SIGKILL")
+    fatal = step.get("full") or step.get("kill") or step.get("interrupt") or 0
+    counter = EffectCounter(fatal, None if "full" in step else signal.Signals[number])
+    if "clock_s" in step:
+        jump_clock(step["clock_s"])
     command = step.get("command", "build")
     sys.argv = ["packager", command, step["recipe"], "--dist", str(dist), *(["--quiet"] if command != "status" else [])]
     sys.addaudithook(counter)
@@ -79,6 +62,18 @@ def child(step: dict[str, Any], dist: Path, count: int, words: Path) -> None:
     os.write(count, f"effects {counter.count}\n".encode())
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 0)
+
+
+def jump_clock(by_s: float) -> None:
+    """Let the clock of this process jump at its twentieth reading, and again, back, at each twentieth after it."""
+    real, readings = time.time, 0
+
+    def jumping() -> float:
+        nonlocal readings
+        readings += 1
+        return real() + (by_s if readings // 20 % 2 else 0.0)
+
+    time.time = jumping
 
 
 def report_finished_blocks(stream: int) -> None:
@@ -104,7 +99,7 @@ def run_step(step: dict[str, Any], dist: Path, words: Path) -> dict[str, object]
     os.close(writer)
     if "seconds" in step:
         time.sleep(step["seconds"])
-        os.kill(process, signal.SIGKILL)
+        os.kill(process, signal.Signals[step.get("signal", "SIGKILL")])
     _, status = os.waitpid(process, 0)
     with os.fdopen(reader, "rb") as stream:
         *blocks, last = stream.read().decode().split("\n")[:-1] or [""]

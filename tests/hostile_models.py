@@ -327,12 +327,19 @@ def commands(folder: Path) -> Sequence[tuple[str, list[str]]]:
 
 def run_limited(arguments: Sequence[str], output: Path) -> dict[str, Any]:
     """Run a command in a copy of this process; return its status, time and memory beyond this process's."""
+    from packager.cli.main import app
+
+    return call_limited(lambda: app(list(arguments)), output)
+
+
+def call_limited(function: Callable[[], object], output: Path) -> dict[str, Any]:
+    """Call a function in a copy of this process; return its status, time and memory beyond this process's."""
     # A copy begins with this process's pages, whatever this process had at its peak.
     before = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        _run_and_exit(arguments, output)
+        _call_and_exit(function, output)
     while True:
         pid, status, usage = os.wait4(child, os.WNOHANG)
         if pid:
@@ -350,16 +357,15 @@ def run_limited(arguments: Sequence[str], output: Path) -> dict[str, Any]:
     }
 
 
-def _run_and_exit(arguments: Sequence[str], output: Path) -> None:
-    """Run a command with its output in a file, and end this process as the command line would."""
-    from packager.cli.main import app
-
+def _call_and_exit(function: Callable[[], object], output: Path) -> None:
+    """Call a function with its output in a file, and end this process as the command line would."""
     status = 99
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     try:
-        app(list(arguments))
+        function()
+        status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:  # noqa: BLE001, what `main` would end with

@@ -12,14 +12,18 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
+from typing import Any
 
+from packager.cli.signals import end_command, raise_on_signals
 from packager.publish.branches import BranchContent, PublishReport, publish_branches
 from packager.publish.compare_plan import require_as_planned
 from packager.publish.plan import PublishPlan
 from packager.publish.saved_plan import read_plan, saved_plan
 from packager.publish.sign_release import Files
 from packager.publish.targets.local import LocalTarget
+from tests.effects import FILES_AND_PROCESSES, EffectCounter
 from tests.publish_fixtures import (
     REPOSITORY,
     SHORT_WAITS,
@@ -32,22 +36,7 @@ from tests.publish_fixtures import (
     trees,
 )
 
-EFFECTS = {"subprocess.Popen", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "fcntl.flock"}
-
-
-class EffectCounter:
-    """An audit hook that counts effects and kills its process before effect number `fatal`."""
-
-    def __init__(self, fatal: int) -> None:
-        self.fatal = fatal
-        self.count = 0
-
-    def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
-        flags = arguments[2] if event == "open" else 0
-        if event in EFFECTS or (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)):
-            self.count += 1
-            if self.count == self.fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
+Kill = int | dict[str, Any]
 
 
 def publish(contents: list[BranchContent], root: Path) -> PublishReport:
@@ -65,33 +54,56 @@ def publish(contents: list[BranchContent], root: Path) -> PublishReport:
     return publish_branches(contents, target, lambda _: None, signer=signer, compare=compare)
 
 
-def publish_in_child(contents: list[BranchContent], root: Path, kill: int | dict[str, float]) -> int:
-    """Publish in a forked child that is killed; return the number of effects if it came to its end, else -1."""
+def publish_in_child(contents: list[BranchContent], root: Path, kill: Kill) -> int:
+    """Publish in a forked child that is killed; return the number of effects if it came to its end, else -1.
+
+    Raises:
+        SystemExit: the child ended in another way than by its signal, with 128 + its number, or whole.
+    """
+    wanted: dict[str, Any] = kill if isinstance(kill, dict) else {"effect": kill}
+    number = signal.Signals[wanted.get("signal", "SIGKILL")]
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.setsid()
-        counter = EffectCounter(kill if isinstance(kill, int) else 0)
+        counter = EffectCounter(wanted.get("effect", 0), number, FILES_AND_PROCESSES)
         sys.addaudithook(counter)
-        publish(contents, root)
+        _publish_as_the_command_does(contents, root)
         os.write(writer, str(counter.count).encode())
         os._exit(0)
     os.close(writer)
-    if isinstance(kill, dict):
-        time.sleep(kill["seconds"])
-        try:
-            os.killpg(child, signal.SIGKILL)
-        except ProcessLookupError:
-            os.kill(child, signal.SIGKILL)
+    if "seconds" in wanted:
+        time.sleep(wanted["seconds"])
+        if number != signal.SIGKILL:
+            os.kill(child, number)
+        else:
+            try:
+                os.killpg(child, number)
+            except ProcessLookupError:
+                os.kill(child, number)
     _, status = os.waitpid(child, 0)
     with os.fdopen(reader, "rb") as stream:
         count = stream.read()
-    if os.waitstatus_to_exitcode(status) not in (0, -signal.SIGKILL):
-        raise SystemExit(f"the child failed at {kill}")
+    # A signal that comes before the handler is there ends the child by itself.
+    if os.waitstatus_to_exitcode(status) not in (0, -number, 128 + number):
+        raise SystemExit(f"the child failed at {kill}: {os.waitstatus_to_exitcode(status)}")
     return int(count) if count else -1
 
 
-def run_chain(before: Path, root: Path, contents: list[BranchContent], kills: list[int | dict[str, float]]) -> object:
+def _publish_as_the_command_does(contents: list[BranchContent], root: Path) -> None:
+    """Publish; SIGTERM and SIGHUP end the process as they end the command."""
+    raise_on_signals()
+    try:
+        publish(contents, root)
+    except KeyboardInterrupt as error:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - the process ends here
+        os._exit(end_command(error))
+    except BaseException:  # noqa: BLE001 - a fork must not go on as its parent
+        traceback.print_exc()
+        os._exit(1)
+
+
+def run_chain(before: Path, root: Path, contents: list[BranchContent], kills: list[Kill]) -> object:
     """Start from the state in `before`, publish under each kill, then once more to the end."""
     shutil.rmtree(root, ignore_errors=True)
     if before.exists():

@@ -256,3 +256,14 @@ def test_the_checks_above_find_mistakes() -> None:
     assert len(list(commands(tutorial, "packager"))) >= 5
     assert any("schema_version" in block for block in blocks(ROOT / "docs" / "how-to" / "write-a-recipe.md", {"yaml"}))
     assert any(list(commands(page, "nox")) for page in PAGES)
+
+
+def test_every_test_that_the_security_review_names_exists() -> None:
+    text = (ROOT / "docs" / "explanation" / "security-review.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", text)
+    assert len(named) > 25
+    for file, test in named:
+        functions = {
+            node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)
+        }
+        assert test in functions, f"{file}::{test}"

@@ -120,3 +120,29 @@ def test_hangup_is_ignored_under_nohup(folder: Path) -> None:
     assert process.poll() is None
     os.kill(process.pid, signal.SIGTERM)
     assert_ended_with_children(process, signal.SIGTERM, folder)
+
+
+IN_A_FINALIZER = """
+import os, signal, sys, time, weakref
+from packager.cli.signals import end_command, raise_on_signals
+
+class Held: pass
+
+raise_on_signals()
+held = Held()
+weakref.finalize(held, lambda: (os.kill(os.getpid(), signal.{name}), time.sleep(0.2)))
+try:
+    del held
+    time.sleep(20)
+except KeyboardInterrupt as error:
+    sys.exit(end_command(error))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_during_a_finalizer_is_not_lost(name: str) -> None:
+    """Python prints and drops an exception that leaves a finalizer or `__del__`: GitPython has both."""
+    code = IN_A_FINALIZER.format(name=name)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30)
+    assert ended.stderr == SAID[signal.Signals[name]]
+    assert ended.returncode == 128 + signal.Signals[name]

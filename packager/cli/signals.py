@@ -8,6 +8,7 @@ from types import FrameType
 
 # Windows has no SIGHUP.
 _NUMBERS = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_AGAIN_S = 0.02
 
 
 class EndedBySignal(KeyboardInterrupt):
@@ -34,6 +35,24 @@ def raise_on_signals() -> None:
     for number in _NUMBERS:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, end)
+    sys.unraisablehook = _raise_again
+
+
+def _raise_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """Raise an `EndedBySignal` again that Python dropped: it left a finalizer, whose caller cannot get it."""
+    error = dropped.exc_value
+    if not isinstance(error, EndedBySignal):
+        sys.__unraisablehook__(dropped)
+        return
+    number = error.number
+
+    def end(_: int, __: FrameType | None) -> None:
+        raise EndedBySignal(number)
+
+    # Not now: what this hook raises is dropped, too. Windows has no such timer, and no SIGTERM of other programs.
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
 
 
 def end_command(error: KeyboardInterrupt) -> int:

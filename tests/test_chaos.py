@@ -1,0 +1,53 @@
+"""The harnesses of `nox -s chaos`: each holds in one try, notices a fault, and names the command that repeats it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.outcome import Budget, Outcome
+from tests.test_house_rules import ROOT
+
+NAMES = ("build", "publish", "recipes", "models", "folders", "hub", "git", "texts")
+
+
+@pytest.mark.crash
+@pytest.mark.slow
+def test_a_try_of_each_harness_holds(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    command = [
+        sys.executable,
+        "-m",
+        "tests.chaos",
+        "--seed",
+        "7",
+        "--most",
+        "2",
+        "--minutes",
+        "5",
+        "--json",
+        str(figures),
+    ]
+    ended = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    report = json.loads(figures.read_text(encoding="utf-8"))
+    assert report["seed"] == 7
+    assert tuple(each["name"] for each in report["harnesses"]) == NAMES
+
+
+def test_a_failure_names_the_command_that_repeats_it() -> None:
+    outcome = Outcome(name="build", seed=7)
+    outcome.check(17, False, "the bytes differ")
+    assert outcome.failures == ["the bytes differ; repeat: nox -s chaos -- --seed 7 --only build --kill 17"]
+
+
+def test_a_try_depends_on_its_seed_and_number_only() -> None:
+    first, again, other = (Outcome(name="build", seed=seed).dice(17).random() for seed in (7, 7, 8))
+    assert first == again != other
+    assert list(Budget(seconds=60, most=9, only=17).numbers()) == [17]
+    assert list(Budget(seconds=60, most=3).numbers()) == [1, 2, 3]
