@@ -1,7 +1,7 @@
 """The arguments of a block besides the hidden states, as a model's own forward gives them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,46 +9,78 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
+class OutputOf:
+    """In place of an argument: an item of the tuple that an earlier block returned."""
+
+    block: int
+    item: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Context:
-    """The other arguments of one block for one batch: positional ones after the hidden states, and keywords."""
+    """The other arguments of one block for one batch.
+
+    Attributes:
+        args: positional ones after the hidden states.
+        kwargs: by name.
+        block: the block's number.
+        passed: numbers of the items of the block's output that later blocks take.
+        outputs: where the blocks of a batch put these items, and find those of blocks before them.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any]
+    block: int = 0
+    passed: tuple[int, ...] = ()
+    outputs: dict[OutputOf, Tensor] = field(default_factory=dict)
+
+    def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return positional arguments and keywords, with the outputs of earlier blocks in their places."""
+
+        def found(value: Any) -> Any:
+            return self.outputs[value] if isinstance(value, OutputOf) else value
+
+        return tuple(map(found, self.args)), {name: found(value) for name, value in self.kwargs.items()}
+
+    def keep(self, output: tuple[Any, ...]) -> None:
+        """Keep what later blocks take."""
+        for item in self.passed:
+            self.outputs[OutputOf(block=self.block, item=item)] = output[item]
 
 
 def shared_contexts(contexts: Sequence[Context], earlier: Sequence[Context] | None) -> Sequence[Context]:
-    """Return `earlier`, the contexts of a batch before this one, where they hold the same values, else `contexts`.
+    """Return contexts that hold the tensors of `earlier`, of a batch before this one, where their values are the same.
 
     Masks and rotary tables of batches of one shape are equal; what depends on the tokens is not. Dicts and lists are
     never shared: a block may write to them.
     """
     if earlier is None:
         return contexts
-    compared: dict[tuple[int, int], bool] = {}
+    compared: dict[tuple[int, int], Any] = {}
 
-    def equal(a: Any, b: Any) -> bool:
-        key = id(a), id(b)
+    def share(mine: Any, other: Any) -> Any:
+        key = id(mine), id(other)
         if key not in compared:
-            compared[key] = _equal(a, b, equal)
+            compared[key] = _shared(mine, other, share)
         return compared[key]
 
-    def alike(a: Context, b: Context) -> bool:
-        if a.kwargs.keys() != b.kwargs.keys():
-            return False
-        return equal(a.args, b.args) and all(equal(value, b.kwargs[key]) for key, value in a.kwargs.items())
+    return [
+        replace(
+            mine,
+            args=tuple(share(a, b) for a, b in zip(mine.args, other.args, strict=True)),
+            kwargs={name: share(value, other.kwargs.get(name)) for name, value in mine.kwargs.items()},
+        )
+        for mine, other in zip(contexts, earlier, strict=True)
+    ]
 
-    same = all(alike(*pair) for pair in zip(contexts, earlier, strict=True))
-    return earlier if same else contexts
 
-
-def _equal(a: Any, b: Any, equal: Callable[[Any, Any], bool]) -> bool:
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(equal(*pair) for pair in zip(a, b, strict=True))
-    return bool(a == b) if isinstance(a, (type(None), bool, int, float, str, torch.dtype, torch.device)) else False
+def _shared(mine: Any, other: Any, share: Callable[[Any, Any], Any]) -> Any:
+    if isinstance(mine, Tensor) and isinstance(other, Tensor):
+        same = mine.shape == other.shape and mine.dtype == other.dtype and torch.equal(mine, other)
+        return other if same else mine
+    if type(mine) is tuple and type(other) is tuple and len(mine) == len(other):
+        return tuple(map(share, mine, other))
+    return mine
 
 
 def own_contexts(contexts: Sequence[Context]) -> Sequence[Context]:
@@ -63,15 +95,13 @@ def own_contexts(contexts: Sequence[Context]) -> Sequence[Context]:
             copies[id(value)] = _copied(value, own)
         return copies[id(value)]
 
-    owned = [
-        Context(args=own(context.args), kwargs={k: own(v) for k, v in context.kwargs.items()}) for context in contexts
-    ]
-    changed = any(
-        a is not b
-        for context, mine in zip(contexts, owned, strict=True)
-        for a, b in zip((*context.args, *context.kwargs.values()), (*mine.args, *mine.kwargs.values()), strict=True)
-    )
-    return owned if changed else contexts
+    return [
+        replace(
+            context, args=own(context.args), kwargs={k: own(v) for k, v in context.kwargs.items()},
+            outputs=own(context.outputs),
+        )
+        for context in contexts
+    ]  # fmt: skip
 
 
 def _copied(value: Any, own: Callable[[Any], Any]) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from packager.errors import SourceError
 from packager.model.computed_buffers import compute_buffers
-from packager.model.contexts import Context, shared_contexts
+from packager.model.contexts import Context, OutputOf, shared_contexts
 from packager.model.fused_blocks import fuse
 from packager.model.skeleton import build_skeleton
 from packager.model.stored_names import ReadTensor, StoredNames, saved_tensors
@@ -178,21 +178,26 @@ class Decoder:
         batches = []
         for part in torch.split(ids, rows):
             hidden, contexts = self._embed_batch(part.to(self.device))
-            shared = shared_contexts(contexts, earlier.get(part.shape[0]))
-            batches.append(Batch(hidden=hidden, contexts=earlier.setdefault(part.shape[0], shared)))
+            contexts = shared_contexts(contexts, earlier.get(part.shape[0]))
+            earlier.setdefault(part.shape[0], contexts)
+            batches.append(Batch(hidden=hidden, contexts=contexts))
         return batches
 
-    def _embed_batch(self, ids: Tensor) -> tuple[Tensor, tuple[Context, ...]]:
+    def _embed_batch(self, ids: Tensor) -> tuple[Tensor, Sequence[Context]]:
         inputs: list[Tensor] = []
         contexts: list[Context] = []
+        outputs: dict[OutputOf, Tensor] = {}
 
         def record(*args: Any, **kwargs: Any) -> Any:
             hidden, *others = args or (kwargs.pop("hidden_states"),)
             inputs.append(hidden)
-            contexts.append(Context(args=tuple(others), kwargs=kwargs))
+            number, traced = len(contexts), self._trace.blocks[len(contexts)]
+            contexts.append(
+                Context(args=tuple(others), kwargs=kwargs, block=number, passed=traced.passed, outputs=outputs)
+            )
             if len(contexts) == len(self):
                 raise _LastBlockReached
-            return self._as_output(len(contexts) - 1, hidden)
+            return traced.outputs(hidden, {item: OutputOf(block=number, item=item) for item in traced.passed})
 
         self._load_modules(self._trace.embedding_modules)
         try:
@@ -201,10 +206,6 @@ class Decoder:
         except _LastBlockReached:
             return inputs[0], tuple(contexts)
         raise SourceError("the model did not reach its last block", where=f"{self._path}.{len(self) - 1}")
-
-    def _as_output(self, index: int, hidden: Tensor) -> Tensor | tuple[Tensor]:
-        """Return hidden states in the form in which the block returns its own."""
-        return (hidden,) if self._trace.blocks[index].returns_tuple else hidden
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -219,7 +220,7 @@ class Decoder:
             nonlocal index
             index += 1
             # What the model computed before its first block does not matter: these are the last block's outputs.
-            return self._as_output(index, hidden)
+            return self._trace.blocks[index].outputs(hidden)
 
         self._load_modules(self._trace.head_modules)
         inputs = {"inputs_embeds": hidden}
@@ -330,5 +331,8 @@ def forward(decoder: Decoder, ids: Tensor, *, rows: int) -> list[Tensor]:
 
 def run_block(block: nn.Module, hidden: Tensor, context: Context) -> Tensor:
     """Run a block and return its hidden states (some architectures wrap them in a tuple)."""
-    output = block(hidden, *context.args, **context.kwargs)
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+    args, kwargs = context.given()
+    output = block(hidden, *args, **kwargs)
+    if context.passed:
+        context.keep(output)
+    return cast(Tensor, output[0] if isinstance(output, (tuple, list)) else output)

@@ -35,13 +35,21 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _class_of(config: Any) -> Any:
-    """Return the auto class that opens the model as a language model."""
+    """Return the auto class that opens the model as a language model.
+
+    Where both can (with and without the towers that read images), config.json names the class that wrote the files.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    named = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__ in (
+        getattr(config, "architectures", None) or ()
+    )
+    return AutoModelForImageTextToText if named else AutoModelForCausalLM
 
 
 def is_transposed(linear: nn.Module) -> bool:

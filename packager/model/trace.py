@@ -6,41 +6,18 @@ what a decoder must be like, and what each refusal means.
 """
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from packager.errors import SourceError
-
-Group = tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TracedBlock:
-    """One block of the traced forward.
-
-    Attributes:
-        groups: names inside the block of the linears and experts modules that see the same input, in the order in which
-            the block reaches them. An experts module is a group by itself.
-        held: for each group, bytes of activations that are alive when the block reaches it.
-        peak: most bytes of activations that are alive inside the block.
-        unreached: linears that the forward did not reach.
-        returns_tuple: the block returns a tuple whose first item is the hidden states.
-    """
-
-    groups: tuple[Group, ...]
-    held: tuple[int, ...]
-    peak: int
-    unreached: tuple[str, ...]
-    returns_tuple: bool
+from packager.model.traced_forward import TracedBlock, TracedForward, is_experts, modules_outside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,21 +46,6 @@ class Trace:
     cache_bytes_per_token: int
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Return whether a module holds the weights of all experts of a layer, as transformers builds them.
-
-    Source: `use_experts_implementation` in transformers 5, integrations/moe.py, which sets these attributes.
-    """
-    return all(hasattr(module, name) for name in ("is_transposed", "is_concatenated", "has_gate", "down_proj"))
-
-
-def calibrated_modules(block: nn.Module) -> dict[str, nn.Module]:
-    """Return by name the modules of a block whose weights can be quantized: linears, and experts modules."""
-    return {
-        name: module for name, module in block.named_modules() if isinstance(module, nn.Linear) or is_experts(module)
-    }
-
-
 def trace(model: nn.Module, num_tokens: int) -> Trace:
     """Trace the model's forward for one row of `num_tokens` tokens.
 
@@ -95,19 +57,30 @@ def trace(model: nn.Module, num_tokens: int) -> Trace:
         SourceError: the forward fails, or its blocks cannot be run one by one; names the module and the reason.
     """
     model = copy.deepcopy(model)
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
         model.to_empty(device="cpu")
-        path, blocks = find_blocks(model, num_tokens)
-        tracer = _Tracer(model, path, blocks)
-        with tracer.hooks(), tracer.memory:
-            _forward(model, num_tokens)
-        head = _trace_head(model, path, tracer.hidden)
-        cached = [_cache_bytes(model, length) for length in (num_tokens, 2 * num_tokens)]
-    return tracer.result(num_tokens, head, (cached[1] - cached[0]) // num_tokens)
+        skipped = _data_dependent_modules(model, num_tokens)
+        path, blocks = find_blocks(model, num_tokens, skipped)
+        tracer = TracedForward(model, path, blocks, skipped)
+        with tracer.recording():
+            _forward(model, num_tokens, skipped)
+        traced = tracer.blocks()
+        head = _trace_head(model, path, traced, tracer.hidden, mode)
+        cached = [_cache_bytes(model, length, skipped) for length in (num_tokens, 2 * num_tokens)]
+    return Trace(
+        blocks_path=path, blocks=traced, embedding_modules=tuple(tracer.before), head_modules=head[0],
+        head_takes_states=head[1], num_tokens=num_tokens, hidden_size=tracer.hidden.shape[-1],
+        cache_bytes_per_token=(cached[1] - cached[0]) // num_tokens,
+    )  # fmt: skip
 
 
-def find_blocks(model: nn.Module, num_tokens: int) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: nn.Module, num_tokens: int, skipped: Sequence[nn.Module] = ()) -> tuple[str, nn.ModuleList]:
     """Return the ModuleList that holds the decoder's blocks: of those that are called, the one with the most weights.
+
+    Args:
+        model: with or without data.
+        num_tokens: of the row that is run.
+        skipped: modules that return tensors like their first arguments, besides those of experts.
 
     Raises:
         SourceError: there is none.
@@ -122,7 +95,7 @@ def find_blocks(model: nn.Module, num_tokens: int) -> tuple[str, nn.ModuleList]:
         for name, modules in lists.items():
             for module in modules:
                 stack.callback(module.register_forward_pre_hook(mark(name)).remove)
-        _forward(model, num_tokens)
+        _forward(model, num_tokens, skipped)
     found = [(sum(p.numel() for p in lists[name].parameters()), name) for name in called]
     if not found:
         raise SourceError("the model has no list of blocks", why="its forward calls no member of an nn.ModuleList")
@@ -139,14 +112,18 @@ def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
             yield from _outermost_lists(child, f"{path}.")
 
 
-def _trace_head(model: nn.Module, path: str, hidden: Tensor) -> tuple[tuple[str, ...], bool]:
+def _trace_head(
+    model: nn.Module, path: str, blocks: Sequence[TracedBlock], hidden: Tensor, mode: FakeTensorMode
+) -> tuple[tuple[str, ...], bool]:
     """Return `Trace.head_modules` and `Trace.head_takes_states`."""
 
     def called(inputs: Mapping[str, Tensor]) -> tuple[str, ...]:
         names: list[str] = []
+        reached = iter(blocks)
         with ExitStack() as stack:
-            stack.enter_context(blocks_replaced(model.get_submodule(path), lambda states, *_, **__: states))
-            for name, module in _outside(model, path):
+            skip = lambda *_, **__: next(reached).outputs(hidden)  # noqa: E731
+            stack.enter_context(blocks_replaced(model.get_submodule(path), skip))
+            for name, module in modules_outside(model, path):
                 note = lambda *_, name=name: names.append(name)  # noqa: E731
                 stack.callback(module.register_forward_pre_hook(note).remove)
             with torch.no_grad():
@@ -154,24 +131,29 @@ def _trace_head(model: nn.Module, path: str, hidden: Tensor) -> tuple[tuple[str,
         return tuple(dict.fromkeys(names))
 
     try:
-        return called({"inputs_embeds": hidden}), True
+        with _values_refused(mode):  # a model may search its embeddings for the tokens of its inputs
+            return called({"inputs_embeds": hidden}), True
     except Exception:  # noqa: BLE001 - the code of any model; it may need token ids beside embeddings
         return called({"input_ids": torch.zeros(hidden.shape[:2], dtype=torch.long)}), False
 
 
-def _cache_bytes(model: nn.Module, num_tokens: int) -> int:
+@contextmanager
+def _values_refused(mode: FakeTensorMode) -> Iterator[None]:
+    """Raise for an operation whose result's shape, or a Python number, depends on the values of tensors."""
+    shape_env, mode.shape_env = mode.shape_env, None
+    try:
+        yield
+    finally:
+        mode.shape_env = shape_env
+
+
+def _cache_bytes(model: nn.Module, num_tokens: int, skipped: Sequence[nn.Module]) -> int:
     """Return the bytes of the tensors that the model caches of one row; 0 for a model that caches nothing."""
-    with torch.no_grad(), experts_skipped(model):
+    with torch.no_grad(), modules_skipped(model, skipped):
         output = model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long), use_cache=True)
     layers = getattr(getattr(output, "past_key_values", None), "layers", ())
     tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-
-def _outside(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if name != path and not name.startswith(f"{path}."):
-            yield name, module
 
 
 @contextmanager
@@ -187,187 +169,75 @@ def blocks_replaced(blocks: nn.Module, forward: Callable[..., Any]) -> Iterator[
             del block.forward
 
 
-def _forward(model: nn.Module, num_tokens: int) -> None:
+def _forward(model: nn.Module, num_tokens: int, skipped: Sequence[nn.Module] = ()) -> None:
+    try:
+        _run(model, num_tokens, skipped)
+    except SourceError:
+        raise
+    except Exception as error:
+        raise _cannot_run(error) from error
+
+
+def _run(model: nn.Module, num_tokens: int, skipped: Sequence[nn.Module]) -> None:
     device = next(model.parameters()).device
-    with torch.no_grad():
-        try:
-            with experts_skipped(model):
-                model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long, device=device), use_cache=False)
-        except SourceError:
-            raise
-        except Exception as error:
-            raise SourceError(
-                "transformers cannot run this model on tokens alone", why=f"{type(error).__name__}: {error}"
-            ) from error
+    with torch.no_grad(), modules_skipped(model, skipped):
+        model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long, device=device), use_cache=False)
+
+
+def _cannot_run(error: Exception, where: str = "") -> SourceError:
+    return SourceError(
+        "transformers cannot run this model on tokens alone", where=where, why=f"{type(error).__name__}: {error}"
+    )
+
+
+def _data_dependent_modules(model: nn.Module, num_tokens: int) -> tuple[nn.Module, ...]:
+    """Return the modules inside blocks whose Python code reads values of tensors, so that they cannot be traced.
+
+    Experts of old modules are such: which tokens they see depends on the data. Each is assumed to return a tensor like
+    its input; where that is wrong, the module around it is taken in its place.
+
+    Raises:
+        SourceError: the forward fails for another reason, or outside the modules of a block.
+    """
+    inside = {id(module) for _, blocks in _outermost_lists(model) for block in blocks for module in block.modules()}
+    inside -= {id(block) for _, blocks in _outermost_lists(model) for block in blocks}
+    names = {id(module): name for name, module in model.named_modules()}
+    skipped: dict[int, nn.Module] = {}
+    running: list[nn.Module] = []
+    first: SourceError | None = None
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_pre_hook(lambda module, *_: running.append(module)).remove)
+            stack.callback(module.register_forward_hook(lambda *_: running.pop() and None).remove)
+        while True:
+            running.clear()
+            try:
+                _run(model, num_tokens, tuple(skipped.values()))
+                return tuple(skipped.values())
+            except Exception as error:
+                reads_values = isinstance(error, _READS_VALUES)
+                culprit = next((module for module in reversed(running) if id(module) not in skipped), None)
+                if first is None:
+                    first = _cannot_run(error, names[id(culprit)] if reads_values and culprit is not None else "")
+                    first.__cause__ = error
+                    if not reads_values:
+                        raise first from error
+                if culprit is None or id(culprit) not in inside:
+                    raise first from first.__cause__
+                skipped |= {id(module): module for module in model.modules() if type(module) is type(culprit)}
+
+
+_READS_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 
 @contextmanager
-def experts_skipped(model: nn.Module) -> Iterator[None]:
-    """Let experts modules return tensors like their inputs: the tokens of each expert depend on data."""
-    experts: list[Any] = [module for module in model.modules() if is_experts(module)]
-    for module in experts:
+def modules_skipped(model: nn.Module, modules: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """Let experts modules, and others, return tensors like their inputs: the tokens of each expert depend on data."""
+    skipped: list[Any] = [*(module for module in model.modules() if is_experts(module)), *modules]
+    for module in skipped:
         module.forward = lambda hidden_states, *_args, **_kwargs: torch.empty_like(hidden_states)
     try:
         yield
     finally:
-        for module in experts:
+        for module in skipped:
             del module.forward
-
-
-class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the bytes of the storages that operations make, as long as a tensor of theirs is alive."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        weights = (*model.parameters(), *model.buffers())
-        self._weights = {_storage(weight) for weight in weights}
-        self._references: dict[int, int] = {}
-        self._sizes: dict[int, int] = {}
-        self.alive = 0
-        self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for item in result if isinstance(result, (tuple, list)) else (result,):
-            # A view of a weight takes no memory of its own.
-            if isinstance(item, Tensor) and (storage := _storage(item)) not in self._weights:
-                self._add(item, storage)
-        self.peak = max(self.peak, self.alive)
-        return result
-
-    def _add(self, tensor: Tensor, storage: int) -> None:
-        if storage not in self._references:
-            self._references[storage], self._sizes[storage] = 0, tensor.untyped_storage().nbytes()
-            self.alive += self._sizes[storage]
-        self._references[storage] += 1
-        weakref.finalize(tensor, self._remove, storage).atexit = False
-
-    def _remove(self, storage: int) -> None:
-        self._references[storage] -= 1
-        if not self._references[storage]:
-            del self._references[storage]
-            self.alive -= self._sizes.pop(storage)
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-@dataclass(kw_only=True)
-class _Record:
-    """What hooks saw of one block: `(name, shares the input before, bytes alive)` of calibrated modules, and the peak.
-
-    It keeps no input alive: that would count as the block's own memory.
-    """
-
-    seen: list[tuple[str, bool, int]] = field(default_factory=list)
-    last_input: weakref.ref[Tensor] | None = None
-    peak: int = 0
-    returns_tuple: bool = False
-
-
-class _Tracer:
-    """Hooks for one forward."""
-
-    def __init__(self, model: nn.Module, path: str, blocks: nn.ModuleList) -> None:
-        self._model, self._path, self._blocks = model, path, blocks
-        self.memory = _Memory(model)
-        self._records: list[_Record] = []
-        self._before: list[str] = []
-        self._output: Tensor | None = None
-        self.hidden = torch.empty(0)
-        self._outside_bytes = 0
-
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for index, block in enumerate(self._blocks):
-                stack.callback(block.register_forward_pre_hook(self._enter(index), with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(self._leave).remove)
-                for name, module in calibrated_modules(block).items():
-                    stack.callback(module.register_forward_pre_hook(self._reach(name), with_kwargs=True).remove)
-            for name, module in _outside(self._model, self._path):
-                stack.callback(module.register_forward_pre_hook(self._called(name)).remove)
-            yield
-
-    def _enter(self, index: int) -> Callable[..., None]:
-        where = f"{self._path}.{index}"
-
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if len(self._records) != index:
-                raise SourceError(
-                    "the model does not run its blocks one after the other", where=where,
-                    why=f"its forward reaches this block as number {len(self._records)}",
-                )  # fmt: skip
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            if not isinstance(hidden, Tensor):
-                raise SourceError("the block's first argument is not the hidden states", where=where)
-            if self._output is not None and hidden is not self._output:
-                raise SourceError(
-                    "the model computes something between two blocks", where=where,
-                    why="its input is not the output of the block before it",
-                )  # fmt: skip
-            self._outside_bytes = self.memory.alive
-            self.memory.peak = 0
-            self.hidden = hidden
-            self._records.append(_Record())
-
-        return enter
-
-    def _reach(self, name: str) -> Callable[..., None]:
-        def reach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            record = self._records[-1]
-            shares_input = record.last_input is not None and record.last_input() is x
-            record.seen.append((name, shares_input, self.memory.alive - self._outside_bytes))
-            record.last_input = weakref.ref(x)
-
-        return reach
-
-    def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
-        record = self._records[-1]
-        record.returns_tuple = isinstance(output, tuple)
-        hidden = output[0] if record.returns_tuple else output
-        self._output = hidden if isinstance(hidden, Tensor) else None
-        record.peak = self.memory.peak - self._outside_bytes
-
-    def _called(self, name: str) -> Callable[..., None]:
-        def called(*_: object) -> None:
-            if not self._records and name not in self._before:
-                self._before.append(name)
-
-        return called
-
-    def result(self, num_tokens: int, head: tuple[tuple[str, ...], bool], cache_bytes_per_token: int) -> Trace:
-        if len(self._records) != len(self._blocks):
-            raise SourceError(
-                "the model does not run all its blocks", where=self._path,
-                why=f"its forward reaches {len(self._records)} of {len(self._blocks)}",
-            )  # fmt: skip
-        blocks = []
-        for block, record in zip(self._blocks, self._records, strict=True):
-            groups: list[list[str]] = []
-            held: list[int] = []
-            for name, shares_input, alive in record.seen:
-                if shares_input and not is_experts(block.get_submodule(name)):
-                    groups[-1].append(name)
-                else:
-                    groups.append([name])
-                    held.append(alive)
-            reached = {name for name, _, _ in record.seen}
-            blocks.append(
-                TracedBlock(
-                    groups=tuple(map(tuple, groups)),
-                    held=tuple(held),
-                    peak=record.peak,
-                    unreached=tuple(name for name in calibrated_modules(block) if name not in reached),
-                    returns_tuple=record.returns_tuple,
-                )
-            )
-        return Trace(
-            blocks_path=self._path, blocks=tuple(blocks), embedding_modules=tuple(self._before), head_modules=head[0],
-            head_takes_states=head[1], num_tokens=num_tokens, hidden_size=self.hidden.shape[-1],
-            cache_bytes_per_token=cache_bytes_per_token,
-        )  # fmt: skip
