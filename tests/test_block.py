@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from packager.errors import QuantizeError
 from packager.model.contexts import Context
 from packager.model.decoder import Decoder
-from packager.model.trace import Group
+from packager.model.traced_forward import Group
 from packager.quantize import block as block_module
 from packager.quantize.activations import Activations
 from packager.quantize.block import BlockJob, QuantizedBlock, quantize_block

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from packager.errors import QuantizeError
 from packager.model.contexts import Context
-from packager.model.trace import Group
+from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
 from packager.quantize.gptq.hessian import Hessian
 from packager.quantize.suspended_forward import sweep_parallel, sweep_sequential

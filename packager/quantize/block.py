@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from packager.errors import QuantizeError
 from packager.model.contexts import Context
 from packager.model.packing import dequantize_linear, pack, pack_zeros
-from packager.model.trace import Group
+from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.grid import GridRules

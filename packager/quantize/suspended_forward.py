@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from packager.errors import QuantizeError
 from packager.model.contexts import Context
 from packager.model.decoder import run_block
-from packager.model.trace import Group
+from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
 from packager.quantize.gptq.hessian import Hessian
 

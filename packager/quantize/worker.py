@@ -18,7 +18,7 @@ from packager.model.contexts import Context, own_contexts
 from packager.model.decoder import Decoder, compute_dtype
 from packager.model.fused_blocks import FusedModules
 from packager.model.stored_names import ReadTensor
-from packager.model.trace import Group
+from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
 from packager.quantize.block import BlockJob, quantize_block, restore_block, rules_of
 from packager.quantize.block_store import BlockStore
