@@ -123,7 +123,7 @@ def visible(dist: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def run_job(job: dict[str, Any], scratch: Path) -> dict[str, object]:
+def run_job(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Run the steps of a job one after the other in a fresh output folder."""
     dist = scratch / "dist"
     shutil.rmtree(dist, ignore_errors=True)

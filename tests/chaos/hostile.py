@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from packager.card.raw_text import text_problems
 from packager.errors import PackagerError
 from tests import test_card_hostile, test_git_foreign, test_hub_answers, test_raw_text, test_recipe_hostile
+from tests.card_page import structure
 from tests.chaos.outcome import Budget, Outcome
 from tests.hostile_models import (
     MOST_BYTES_BEYOND,
@@ -27,6 +29,7 @@ from tests.hostile_models import (
 )
 from tests.loopback_hub import Account, LoopbackHub
 from tests.publish_fixtures import git, log_in
+from tests.test_hub_target import TOKEN, HubFixture
 
 EXIT_CODES = {0, 2, 3, 4, 7}
 
@@ -112,29 +115,32 @@ def hostile_hub(folder: Path, seed: int, budget: Budget) -> Outcome:
             break
         scratch = folder / str(number)
         scratch.mkdir()
-        found = call_limited(
-            lambda scratch=scratch, case=cases[number - 1]: publish_to_hub(scratch, *case), folder / "out"
-        )
+        found = call_limited(partial(publish_to_hub, scratch, *cases[number - 1]), folder / "out")
         outcome.counts["refused"] += "refused: " in found["output"]
         check_limits(outcome, number, f"{cases[number - 1]}", found)
         shutil.rmtree(scratch)
     return outcome
 
 
+def use_repository(foreign: Any) -> None:
+    """Use a foreign repository as commands do, and print how often that was refused."""
+    print("refused: ", len(foreign.use()))
+
+
 def publish_to_hub(folder: Path, endpoint: str, name: str) -> None:
     """Publish while one request is answered badly, then again."""
     stranger, patch = test_hub_answers.Stranger(), pytest.MonkeyPatch()
-    with LoopbackHub(folder / "hub", tokens={test_hub_answers.TOKEN: Account("somebody")}) as hub:
-        log_in(hub, test_hub_answers.TOKEN, patch)
+    with LoopbackHub(folder / "hub", tokens={TOKEN: Account("somebody")}) as hub:
+        log_in(hub, TOKEN, patch)
         patch.setattr("time.sleep", lambda _: None)
-        fixture = test_hub_answers.HubFixture(folder, hub)
+        fixture = HubFixture(folder, hub)
         damage = test_hub_answers.damages(hub, stranger)[name]
         hub.fault(test_hub_answers.ENDPOINTS[endpoint], times=9999, **damage)
         try:
             test_hub_answers.exercise(fixture, "somebody/R")
         except PackagerError as error:
             print("refused: ", error)
-            if test_hub_answers.TOKEN in str(error):
+            if TOKEN in str(error):
                 raise RuntimeError("the error names the token") from None
         except AssertionError:
             assert endpoint == "content"  # a file's bytes are compared by whoever reads it
@@ -164,7 +170,7 @@ def hostile_git(folder: Path, seed: int, budget: Budget) -> Outcome:
             story = f"{foreign.kind}: {chosen}"
         else:
             story = f"{foreign.kind}: {damage_git(foreign.git_folder, dice)}"
-        found = call_limited(lambda foreign=foreign: print("refused: ", len(foreign.use())), folder / "out")
+        found = call_limited(partial(use_repository, foreign), folder / "out")
         outcome.counts["refused"] += "refused:  0" not in found["output"]
         check_limits(outcome, number, story, found)
         outcome.check(number, not foreign.ran(), f"{story} ran {foreign.ran()}")
@@ -206,7 +212,7 @@ def hostile_texts(folder: Path, seed: int, budget: Budget) -> Outcome:
         text = dice.choice(("\n", "\n\n", "", " ")).join(dice.choices(pieces, k=dice.randint(1, 4)))
         if dice.random() < 0.3:
             text *= dice.randint(2, 50)
-        found = call_limited(lambda text=text: judge_text(text), folder / "out")
+        found = call_limited(partial(judge_text, text), folder / "out")
         outcome.counts["refused"] += "refused" in found["output"]
         check_limits(outcome, number, json.dumps(text[:300]), found)
     return outcome
@@ -217,8 +223,8 @@ def judge_text(text: str) -> None:
     if text_problems(text):
         print("refused")
         return
-    plain = test_raw_text.structure(test_raw_text.card())
-    assert test_raw_text.structure(test_raw_text.card(header=text))[-len(plain) :] == plain
+    plain = structure(test_raw_text.card())
+    assert structure(test_raw_text.card(header=text))[-len(plain) :] == plain
 
 
 SURFACES: dict[str, Callable[[Path, int, Budget], Outcome]] = {
