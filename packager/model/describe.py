@@ -21,7 +21,8 @@ from packager.model.name_patterns import natural_key, patterns_of, write_numbers
 from packager.model.safetensors_file import TensorInfo
 from packager.model.skeleton import build_skeleton
 from packager.model.stored_names import StoredNames, saved_tensors
-from packager.model.trace import Trace, is_experts, trace
+from packager.model.trace import Trace, trace
+from packager.model.traced_forward import is_experts
 from packager.receipt import CONFIG
 
 _TRACED_TOKENS = 64

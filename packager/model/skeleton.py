@@ -46,9 +46,8 @@ def _class_of(config: Any) -> Any:
         return AutoModelForCausalLM
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForImageTextToText
-    named = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__ in (
-        getattr(config, "architectures", None) or ()
-    )
+    whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    named = whole.__name__ in (getattr(config, "architectures", None) or ())
     return AutoModelForImageTextToText if named else AutoModelForCausalLM
 
 

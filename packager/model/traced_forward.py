@@ -61,6 +61,7 @@ def calibrated_modules(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def modules_outside(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules outside the list of blocks, with their names."""
     for name, module in model.named_modules():
         if name != path and not name.startswith(f"{path}."):
             yield name, module
