@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +20,7 @@ from packager.model.lock import LockedModel
 from packager.model.safetensors_file import TensorInfo
 from packager.receipt import CONFIG
 from packager.system.processes import Processes, ending, tail
+from packager.system.scratch import ScratchFolder
 from packager.system.text import printable, quoted, shown
 
 # DeepSeek-V3, with 61 blocks and 91,991 tensors, takes about 20 s of a core, and 0.5 GiB.
@@ -46,13 +46,13 @@ def describe_in_child(
     """
     _check_block_counts(config, where)
     stored = None if tensors is None else {name: [info.dtype, *info.shape] for name, info in tensors.items()}
-    with tempfile.TemporaryDirectory(prefix="packager-describe-") as scratch:
-        folder = Path(scratch)
+    with ScratchFolder("describe") as scratch:
+        folder = scratch.path
         (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         (folder / "request.json").write_text(json.dumps({"tensors": stored}), encoding="utf-8")
         answer = _run(folder, where)
     if "error" in answer:
-        error = {key: str(answer["error"].get(key, "")).replace(scratch, where) for key in _KEYS}
+        error = {key: str(answer["error"].get(key, "")).replace(str(folder), where) for key in _KEYS}
         inside = error["where"] if error["where"] not in ("", where) else ""
         raise SourceError(
             error["what"], where=": ".join(filter(None, (where, inside))), why=printable(error["why"]),
