@@ -1,5 +1,6 @@
 """Reading base models and datasets from the Hub, at the client's own calls: what it returns and what it raises."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from packager.recipe import TextSource
 from packager.recipe.file import RecipeFile
 from packager.system.files import sha256_file
 from tests.hub_http import httpx
+from tests.locks import write_lock
 from tests.tiny_recipe import build, write_all, write_recipe
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -24,11 +26,11 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> RecipeFile:
-    """A recipe whose base model is on the Hub, with its copy of config.json."""
+    """A recipe whose base model is on the Hub, with its lock."""
     write_all(tmp_path)
-    (tmp_path / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
-    base = {"id": "tester/tiny", "revision": REVISION, "config": "config.json"}
-    return RecipeFile.load(write_recipe(tmp_path, {"base_model": base}))
+    path = write_recipe(tmp_path, {"base_model": {"id": "tester/tiny", "revision": REVISION}})
+    write_lock(path, json.loads((tmp_path / "model" / "config.json").read_text()), "tester/tiny", REVISION)
+    return RecipeFile.load(path)
 
 
 class FakeHub:
@@ -100,12 +102,13 @@ def test_a_revision_without_safetensors_is_refused_before_the_download(recipe: R
     assert [call[0] for call in fake_hub.asked] == ["model_info"]
 
 
-def test_a_config_that_differs_from_the_recipes_copy_is_refused(recipe: RecipeFile, fake_hub: FakeHub):
-    copy = recipe.folder / "config.json"
-    copy.write_text(copy.read_text().replace('"intermediate_size": 96', '"intermediate_size": 64'))
+def test_a_config_that_differs_from_the_locks_is_refused(recipe: RecipeFile, fake_hub: FakeHub):
+    config = {**recipe.config, "intermediate_size": 64}
+    write_lock(recipe.path, config, "tester/tiny", REVISION)
     recipe = RecipeFile.load(recipe.path)
-    with pytest.raises(SourceError, match="shapes"):
+    with pytest.raises(SourceError, match="not the one that the lock was made of") as caught:
         open_source(recipe, lambda _: None)
+    assert caught.value.why == "intermediate_size is 96, in the lock 64"
 
 
 def response(status: int) -> httpx.Response:
