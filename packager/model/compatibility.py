@@ -24,6 +24,8 @@ LEGACY_ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
     "qwen2": ("default",),
 }
 AUTOGPTQ_FAMILIES = tuple(LEGACY_ROPE_TYPES)
+# Families that AutoGPTQ opens, but that our script for quantizing with it does not know.
+AUTOGPTQ_OPENS = (*AUTOGPTQ_FAMILIES, "gpt_neox", "gptj", "codegen")
 TENSOR_PARALLEL_SIZES = (2, 4, 8)
 # Linears whose input columns are divided among the GPUs.
 ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
@@ -149,12 +151,29 @@ def _out_features_multiple(divisor: int) -> Check:
 def _transformers_4_40(_: Variant, architecture: Architecture) -> str:
     """Return which parts of a model transformers 4.40.2 does not know; AutoGPTQ 0.7.1 runs with it."""
     found = []
-    known = LEGACY_ROPE_TYPES.get(architecture.model_type)
-    if known is not None and architecture.rope_type not in known:
+    known = LEGACY_ROPE_TYPES.get(architecture.model_type, ("default",))
+    if architecture.model_type in AUTOGPTQ_OPENS and architecture.rope_type not in known:
         found.append(f"knows no rotary embedding of type {architecture.rope_type} (transformers 4.40)")
     if not architecture.head_dim_is_derived:
         found.append("takes head_dim to be hidden_size / num_attention_heads (transformers 4.40)")
+    if architecture.model_type == "gpt_neox":
+        found += _gpt_neox_rope(architecture.text_config)
     return "; ".join(found)
+
+
+def _gpt_neox_rope(config: Mapping[str, object]) -> list[str]:
+    """Return which key of GPT-NeoX's rotary embedding config.json lacks, where transformers 4's default is not right.
+
+    Source: transformers 4.40.2, models/gpt_neox/configuration_gpt_neox.py; transformers 5 writes rope_parameters.
+    """
+    rope = config.get("rope_parameters")
+    written = rope if isinstance(rope, Mapping) else {}
+    keys = (("rotary_pct", "partial_rotary_factor", 0.25), ("rotary_emb_base", "rope_theta", 10000))
+    return [
+        f"reads {key}, which config.json lacks (transformers 4.40)"
+        for key, new_key, default in keys
+        if key not in config and written.get(new_key, default) != default
+    ]
 
 
 def _transformers_4_40_window(_: Variant, architecture: Architecture) -> str:
@@ -227,7 +246,7 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
     "autogptq": RuntimeRules(
         refuses=(
             _bits(2, 3, 4, 8),
-            _proven_families(*AUTOGPTQ_FAMILIES),
+            _proven_families(*AUTOGPTQ_OPENS),
             _nothing_left,
             _transformers_4_40,
             _autogptq_head,

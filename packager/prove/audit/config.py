@@ -22,7 +22,10 @@ _MAX_WHOLE = 1 << 31
 
 @dataclass(frozen=True, kw_only=True)
 class Declared:
-    """The GPTQ parameters a folder declares; None where it declares nothing usable."""
+    """The GPTQ parameters a folder declares; None where it declares nothing usable.
+
+    `quantized` has the names of modules_in_block_to_quantize: the only linears of the blocks that are quantized.
+    """
 
     bits: int | None = None
     group_size: int | None = None
@@ -30,6 +33,13 @@ class Declared:
     sym: bool | None = None
     static_groups: bool = False
     checkpoint_format: str | None = None
+    quantized: frozenset[str] | None = None
+
+    def leaves(self, linear: str) -> bool:
+        """Return whether a linear is declared unquantized: no end of its name is one of `quantized`."""
+        parts = linear.split(".")
+        ends = (".".join(parts[first:]) for first in range(len(parts)))
+        return self.quantized is not None and self.quantized.isdisjoint(ends)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +175,16 @@ def _declared(section: JsonObject) -> Declared:
         sym=_flag(values.get("sym")),
         static_groups=values.get("static_groups") is True,
         checkpoint_format=checkpoint_format if isinstance(checkpoint_format, str) else None,
+        quantized=_names(section.get("modules_in_block_to_quantize")),
     )
+
+
+def _names(groups: object) -> frozenset[str] | None:
+    """Return all names of a list of lists of names, None for anything else."""
+    if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
+        return None
+    names = [name for group in groups for name in group]
+    return frozenset(names) if names and all(isinstance(name, str) for name in names) else None
 
 
 def _flag(value: object) -> bool | None:

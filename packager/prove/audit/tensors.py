@@ -82,7 +82,7 @@ def check_tensors(weights: Weights, expected: Expected, findings: Findings) -> t
     if not modules.quantized and weights.is_all_read:
         findings.add("no-quantized-linear", weights.files[0], "no tensor is part of a quantized linear")
     else:
-        _check_unquantized(modules, specs, findings)
+        _check_unquantized(modules, specs, expected.declared, findings)
     if architecture and modules.quantized:
         _check_names(modules, architecture, specs, findings)
         _check_plain_shapes(modules.plain, architecture, findings)
@@ -129,7 +129,9 @@ def _block_number(name: str, architecture: Architecture) -> int | None:
     return int(number) if _NUMBER.match(number) else None
 
 
-def _check_unquantized(modules: _Modules, specs: Mapping[str, LinearSpec], findings: Findings) -> None:
+def _check_unquantized(
+    modules: _Modules, specs: Mapping[str, LinearSpec], declared: Declared, findings: Findings
+) -> None:
     """Report linears left in floating point where the architecture or the other blocks have quantized ones."""
     places = {match[1] for name in modules.quantized if (match := _IN_BLOCK.match(name))}
     for name in modules.plain:
@@ -138,6 +140,7 @@ def _check_unquantized(modules: _Modules, specs: Mapping[str, LinearSpec], findi
         if (
             part == "weight"
             and module not in modules.quantized
+            and not declared.leaves(module)
             and (module in specs or (not specs and match and match[1] in places))
         ):
             findings.add("linear-unquantized", module, "this linear is not quantized, others are")

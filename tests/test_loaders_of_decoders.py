@@ -1,0 +1,151 @@
+"""Checkpoints of every kind of decoder in the real loaders, compared with our verdicts; and the loaders' own lists.
+
+Run by `nox -s tests-release`, because the loaders' environments must exist. The quantized weights are random, so no
+build is needed: what is checked are names, shapes, config.json, and that the loader computes what our forward computes.
+"""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from packager.model.architecture import Architecture
+from packager.model.checkpoint import block_keys
+from packager.model.compatibility import AUTOGPTQ_OPENS, Verdict, verdicts
+from packager.model.runtime_architectures import GPTQMODEL_TYPES
+from packager.model.runtimes import LoaderName
+from packager.prove.environments import RuntimeContext, ensure_environment
+from packager.prove.loaders import LOADERS
+from packager.prove.verify import TOLERANCE, Checkpoint, VerifyJob, check_loaders, references_of
+from packager.receipt import LoaderRecord
+from packager.recipe import Loaders
+from packager.system.files import sha256_file
+from tests.packed_decoders import VARIANT, packed_decoder
+from tests.test_left_linears import all_linears
+from tests.tiny_decoders import token_ids
+
+pytestmark = pytest.mark.release
+
+# The decoders by what is special about each; after the @, what the recipe skips.
+TRANSFORMERS = (
+    "gemma2 gemma3_text gemma3 phi3 granite olmo2 glm4 gpt_neox cohere2 stablelm starcoder2 smollm3 opt falcon"
+    " falcon:new gpt_bigcode gpt2 qwen3_5_text mixtral gptj bloom mistral@*.down_proj llama@*.q_proj"
+).split()
+AUTOGPTQ = "gpt_neox gptj codegen gpt2 opt bloom falcon gemma gpt_bigcode mixtral stablelm phi".split()  # noqa: SIM905
+CASES = {"transformers": TRANSFORMERS, "autogptq": AUTOGPTQ}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What each loader made of each checkpoint, and the checkpoints' architectures."""
+
+    records: Mapping[tuple[str, str], LoaderRecord]
+    architectures: Mapping[str, Architecture]
+
+    def verdict(self, case: str, loader: str) -> Verdict:
+        (found,) = [each for each in verdicts(VARIANT, self.architectures[case]) if each.loader == loader]
+        return found
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> RuntimeContext:
+    return RuntimeContext(
+        cache=Path(pytestconfig.getoption("--cache-folder")).expanduser(),
+        scratch=tmp_path_factory.mktemp("verify"),
+        environ=os.environ,
+        log=print,
+    )
+
+
+def opened_by(loader: LoaderName, folder: Path, context: RuntimeContext) -> Opened:
+    """Let a loader open all of its cases in one process."""
+    architectures, checkpoints = {}, []
+    for number, case in enumerate(CASES[loader]):
+        name, _, skip = case.partition("@")
+        path = folder / str(number)
+        path.mkdir()
+        architectures[case] = packed_decoder(name, path, skip=skip.split(",") if skip else ())
+        digests = {file.name: sha256_file(file) for file in path.glob("*.safetensors")}
+        checkpoints.append(Checkpoint(branch=case, folder=path, bits=VARIANT.bits, weights_sha256=digests))
+    job = VerifyJob(
+        checkpoints=checkpoints,
+        ids=token_ids(2, 24),
+        prompts=[[5, 9, 30, 77]],
+        loaders=Loaders(required=(loader,), prompts=("-",), seq_len=24, num_rows=2, max_new_tokens=8),
+        device=torch.device("cpu"),
+        context=context,
+    )
+    records = check_loaders(job, references_of(job), print)
+    return Opened(
+        records={(case, record.loader): record for case, found in records.items() for record in found},
+        architectures=architectures,
+    )
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory, context: RuntimeContext) -> Mapping[str, Opened]:
+    return {loader: opened_by(loader, tmp_path_factory.mktemp(loader), context) for loader in ("transformers", "autogptq")}
+
+
+@pytest.mark.parametrize(("loader", "case"), [(loader, case) for loader, cases in CASES.items() for case in cases])
+def test_a_loader_opens_what_the_verdict_says(opened: Mapping[str, Opened], loader: str, case: str) -> None:
+    """Measured: relative errors of 0.0006 and less where it passes."""
+    record, verdict = opened[loader].records[case, loader], opened[loader].verdict(case, loader)
+    assert (record.status == "passed") is verdict.can_load, (record.reason, verdict.reason)
+    if verdict.can_load:
+        assert record.relative_error is not None
+        assert record.relative_error <= TOLERANCE["float32"]
+        assert record.tokens_generated == record.tokens_equal > 0
+
+
+def test_every_family_that_autogptq_opens_is_tried_here() -> None:
+    tried = {case.partition(":")[0] for case in AUTOGPTQ}
+    assert set(AUTOGPTQ_OPENS) <= tried | {"llama", "mistral", "qwen2"}  # in test_loaders_of_architectures.py
+
+
+def in_environment(loader: LoaderName, context: RuntimeContext, code: str, *arguments: str) -> str:
+    """Return what code prints in a loader's environment, which may read its packages only."""
+    python = ensure_environment(LOADERS[loader], context)
+    probes = Path(__file__).parent.parent / "packager" / "prove" / "loaders"
+    start = (
+        "import sys, importlib; sys.path.append(sys.argv.pop(1));"
+        "probe = importlib.import_module('transformers_probe'); probe.configure('cpu');"
+        "import torch; probe.provide_pcre();"
+    )
+    run = subprocess.run(
+        [python, "-c", start + code, probes, *arguments], capture_output=True, text=True, check=True, timeout=300
+    )
+    return run.stdout.splitlines()[-1]
+
+
+def test_gptqmodel_s_own_code_leaves_exactly_what_is_left(
+    opened: Mapping[str, Opened], context: RuntimeContext
+) -> None:
+    cases = {}
+    for case in ("mistral@*.down_proj", "llama@*.q_proj", "qwen3_5_text", "mixtral"):
+        architecture = opened["transformers"].architectures[case]
+        names = dict(all_linears(architecture))
+        cases[case] = {"dynamic": block_keys(architecture)["dynamic"], "names": names}
+    code = (
+        "import json; from gptqmodel.quantization.config import dynamic_get;"
+        "cases = json.loads(sys.argv[1]);"
+        "print(json.dumps({c: {n: dynamic_get(v['dynamic'], n) is not False for n in v['names']}"
+        " for c, v in cases.items()}))"
+    )
+    answer = json.loads(in_environment("transformers", context, code, json.dumps(cases)))
+    assert answer == {case: value["names"] for case, value in cases.items()}
+
+
+def test_the_list_of_gptqmodel_s_types_is_gptqmodel_s(context: RuntimeContext) -> None:
+    """Its file is read, not imported: models/auto.py imports every model."""
+    code = "import gptqmodel, pathlib; print(pathlib.Path(gptqmodel.__file__).parent / 'models' / 'auto.py')"
+    source = Path(in_environment("transformers", context, code)).read_text()
+    start = source.index("MODEL_MAP")
+    table = source[start : source.index("\n}", start)]
+    assert set(re.findall(r'^\s*"([^"]+)":', table, re.MULTILINE)) == GPTQMODEL_TYPES
