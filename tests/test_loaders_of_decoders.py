@@ -33,12 +33,12 @@ from tests.tiny_decoders import token_ids
 pytestmark = pytest.mark.release
 
 # The decoders by what is special about each; after the @, what the recipe skips.
-TRANSFORMERS = (
-    "gemma2 gemma3_text gemma3 phi3 granite olmo2 glm4 gpt_neox cohere2 stablelm starcoder2 smollm3 opt falcon"
-    " falcon:new gpt_bigcode gpt2 qwen3_5_text mixtral gptj bloom mistral@*.down_proj llama@*.q_proj"
-).split()
-AUTOGPTQ = "gpt_neox gptj codegen gpt2 opt bloom falcon gemma gpt_bigcode mixtral stablelm phi".split()  # noqa: SIM905
-CASES = {"transformers": TRANSFORMERS, "autogptq": AUTOGPTQ}
+TRANSFORMERS = """
+    gemma2 gemma3_text gemma3 phi3 granite olmo2 glm4 gpt_neox cohere2 stablelm starcoder2 smollm3 opt falcon falcon:new
+    gpt_bigcode gpt2 gpt2@*.c_proj qwen3_5_text mixtral gptj bloom mistral@*.down_proj llama@*.q_proj
+"""
+AUTOGPTQ = "gpt_neox gptj codegen gpt2 opt bloom falcon gemma gpt_bigcode mixtral stablelm phi"
+CASES = {"transformers": TRANSFORMERS.split(), "autogptq": AUTOGPTQ.split()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,9 @@ def opened_by(loader: LoaderName, folder: Path, context: RuntimeContext) -> Open
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory, context: RuntimeContext) -> Mapping[str, Opened]:
-    return {loader: opened_by(loader, tmp_path_factory.mktemp(loader), context) for loader in ("transformers", "autogptq")}
+    return {
+        loader: opened_by(loader, tmp_path_factory.mktemp(loader), context) for loader in ("transformers", "autogptq")
+    }
 
 
 @pytest.mark.parametrize(("loader", "case"), [(loader, case) for loader, cases in CASES.items() for case in cases])
@@ -105,7 +107,7 @@ def test_a_loader_opens_what_the_verdict_says(opened: Mapping[str, Opened], load
 
 
 def test_every_family_that_autogptq_opens_is_tried_here() -> None:
-    tried = {case.partition(":")[0] for case in AUTOGPTQ}
+    tried = {case.partition(":")[0] for case in CASES["autogptq"]}
     assert set(AUTOGPTQ_OPENS) <= tried | {"llama", "mistral", "qwen2"}  # in test_loaders_of_architectures.py
 
 

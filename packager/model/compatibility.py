@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from packager.model.architecture import Architecture
-from packager.model.runtime_architectures import FUSED_LINEARS, GPTQMODEL_TYPES, VLLM_CLASSES
+from packager.model.runtime_architectures import FUSED_LINEARS, GPTQMODEL_TYPES, TRANSFORMERS_FAILS, VLLM_CLASSES
 from packager.model.runtimes import RUNTIMES
 from packager.variant import Variant
 
@@ -107,6 +107,13 @@ def _nothing_left(_: Variant, architecture: Architecture) -> str:
     """Refuse models with unquantized linears in their blocks, for runtimes that take every linear as quantized."""
     left = next(iter(architecture.left), None)
     return "" if left is None else f"takes every linear of a block as quantized, {left} is not"
+
+
+def _transformers_fails(_: Variant, architecture: Architecture) -> str:
+    """Return which quantized linear transformers cannot open, and why; one that the recipe skips does not matter."""
+    names, reason = TRANSFORMERS_FAILS.get(architecture.model_type, ((), ""))
+    modules = (linear.module.rpartition(".")[2] for linear in architecture.example_linears)
+    return next((reason.format(module) for module in modules if module in names), "")
 
 
 def _fused_alike(_: Variant, architecture: Architecture) -> str:
@@ -266,7 +273,7 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         traps=(_gptq_for_llama_branch,),
     ),
     "transformers": RuntimeRules(
-        refuses=(_bits(2, 3, 4, 8),),
+        refuses=(_bits(2, 3, 4, 8), _transformers_fails),
         traps=(_note("through gptqmodel and optimum"),),
     ),
     "gptqmodel-marlin": RuntimeRules(

@@ -62,3 +62,23 @@ FUSED_LINEARS = {
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
+
+_INITIALIZES = "initializes {}.weight when it loads, and a quantized linear has none"
+_OWN_CLASS = "does not replace {}, whose class is not nn.Linear"
+
+# Linears that transformers 5.23 with optimum 2.3 cannot open quantized, by model type: the last part of the name, and
+# why. `_init_weights` of models/<model type>/modeling_*.py takes the weight of these by the name of the linear;
+# optimum/gptq/utils.py, `get_layers`, takes no subclass of nn.Linear.
+TRANSFORMERS_FAILS: dict[str, tuple[tuple[str, ...], str]] = {
+    "falcon": (("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), _OWN_CLASS),
+    "falcon_mamba": (("out_proj",), _INITIALIZES),
+    "gpt2": (("c_proj",), _INITIALIZES),
+    "gpt_bigcode": (("c_proj",), _INITIALIZES),
+    "mamba": (("out_proj",), _INITIALIZES),
+    "mamba2": (("out_proj",), _INITIALIZES),
+    "nanochat": (("o_proj",), _INITIALIZES),
+    "recurrent_gemma": (
+        ("q_proj", "k_proj", "v_proj", "o_proj", "linear_x", "linear_y", "linear_out"),
+        _INITIALIZES,
+    ),
+}
