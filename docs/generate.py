@@ -347,6 +347,10 @@ def _example_architectures() -> Iterator[Architecture]:
     yield replace(llama, linears=(odd, *llama.linears[1:]))
     yield replace(llama, linears=(biased, *llama.linears[1:]))
     yield replace(with_config(sliding_window=2048), model_type="mistral")
+    yield llama.leaving(["*.k_proj"])
+    yield replace(llama, model_type="other", model_class="OtherForCausalLM")
+    head = replace(llama.linears[0], module="attn.c_proj")
+    yield replace(llama, model_type="gpt2", linears=(head, *llama.linears[1:]))
 
 
 PAGES: Final[dict[str, Callable[[], str]]] = {
