@@ -28,8 +28,8 @@ def compute_buffers(model: nn.Module, names: Iterable[str], device: torch.device
         module = model.get_submodule(name)
         buffers = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
         if buffers:
-            initialise = _owner(model, name)._init_weights
-            first, second = (_initialised(module, buffers, initialise, fill) for fill in (0, 1))
+            owners = _owners(model, name)
+            first, second = (_initialised(module, buffers, owners, fill) for fill in (0, 1))
             for key in buffers:
                 if not torch.equal(first[key], second[key]):
                     raise SourceError(
@@ -40,8 +40,11 @@ def compute_buffers(model: nn.Module, names: Iterable[str], device: torch.device
                 module._buffers[key] = second[key].to(device)
 
 
-def _initialised(module: nn.Module, buffers: dict[str, Tensor], initialise: Any, fill: int) -> dict[str, Tensor]:
-    """Return the buffers after the model's own code ran over them; those that it leaves alone keep `fill`."""
+def _initialised(module: nn.Module, buffers: dict[str, Tensor], owners: list[Any], fill: int) -> dict[str, Tensor]:
+    """Return the buffers after the model's own code ran over them; those that it leaves alone keep `fill`.
+
+    Some models compute buffers of inner modules when they initialise themselves: every owner does both.
+    """
     for key, buffer in buffers.items():
         module._buffers[key] = torch.full(buffer.shape, fill, dtype=buffer.dtype)
     kept: list[Any] = [tensor for tensor in module.parameters(recurse=False) if not tensor.is_meta]
@@ -49,17 +52,20 @@ def _initialised(module: nn.Module, buffers: dict[str, Tensor], initialise: Any,
     for tensor in kept:
         tensor._is_hf_initialized = True
     with torch.no_grad():
-        initialise(module)
+        owners[0]._init_weights(module)
+        for owner in owners:
+            if owner is not module:
+                owner._init_weights(owner)
     return {key: module._buffers[key].clone() for key in buffers}  # type: ignore[union-attr]
 
 
-def _owner(model: nn.Module, name: str) -> Any:
-    """Return the innermost model of transformers that a module is part of: its `_init_weights` knows the module."""
+def _owners(model: nn.Module, name: str) -> list[Any]:
+    """Return the models of transformers that a module is part of, innermost first: their `_init_weights` know it."""
     from transformers import PreTrainedModel
 
     parts = name.split(".") if name else []
-    for end in range(len(parts), -1, -1):
-        module = model.get_submodule(".".join(parts[:end]))
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise SourceError("this is no model of transformers", where=name)
+    modules = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1)]
+    owners = [module for module in modules if isinstance(module, PreTrainedModel)]
+    if not owners:
+        raise SourceError("this is no model of transformers", where=name)
+    return owners

@@ -18,7 +18,7 @@ from packager.errors import SourceError
 from packager.model.computed_buffers import compute_buffers
 from packager.model.contexts import Context, OutputOf, shared_contexts
 from packager.model.fused_blocks import fuse
-from packager.model.skeleton import build_skeleton
+from packager.model.skeleton import build_skeleton, place
 from packager.model.stored_names import ReadTensor, StoredNames, saved_tensors
 from packager.model.trace import Trace, blocks_replaced, trace
 
@@ -83,6 +83,7 @@ class Decoder:
         self._names = StoredNames(self._model, stored, dequantized)
         self._trace: Trace = trace(self._model, _TRACED_TOKENS)
         self.fused = fuse(self._model)
+        place(self._model, device)
         self._reading: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._reading = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -139,7 +140,7 @@ class Decoder:
         weights = {}
         with torch.cuda.stream(self._reading) if self._reading is not None else nullcontext():
             for name, place in self.blocks[index].state_dict().items():
-                tensor = self._read_tensor(prefix + name).to(self.device, self._dtype_of(place))
+                tensor = self._read_tensor(self._tied.get(prefix + name, prefix + name)).to(self.device, self._dtype_of(place))
                 if not bool(torch.isfinite(tensor).all()):
                     raise SourceError("the weights contain NaN or Inf", where=prefix + name, hint=self._damaged)
                 weights[name] = tensor

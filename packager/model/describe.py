@@ -5,7 +5,7 @@ Needs transformers and the names and shapes of the stored tensors; never a weigh
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -168,6 +168,13 @@ class _Block:
     weight_elements: int
 
 
+def _why_unreached(name: str, skipped: Sequence[str]) -> str:
+    module = next((module for module in skipped if name == module or name.startswith(f"{module}.")), None)
+    if module is None:
+        return "the model's forward does not call it"
+    return f"what {module} computes depends on the tokens' values"
+
+
 class _Describer:
     """Finds the kinds of blocks of a traced model."""
 
@@ -210,7 +217,7 @@ class _Describer:
         block, traced = self._blocks[index], self._trace.blocks[index]
         reached = Counter(name for group in traced.groups for name in group)
         groups, positions = [], []
-        left = dict.fromkeys(traced.unreached, "the model's forward does not use it")
+        left = {name: _why_unreached(name, traced.skipped) for name in traced.unreached}
         for position, group in enumerate(traced.groups):
             linears = []
             for name in group:
@@ -251,8 +258,8 @@ class _Describer:
         return bool(counts) and linear.out_features in {1, *counts}
 
     def _stored_alone(self, index: int, name: str) -> bool:
-        conversion = self._names.conversions[f"{self._trace.blocks_path}.{index}.{name}.weight"]
-        return conversion.converter is None and conversion.names[0].endswith(".weight")
+        conversion = self._names.conversions.get(f"{self._trace.blocks_path}.{index}.{name}.weight")
+        return conversion is not None and conversion.converter is None and conversion.names[0].endswith(".weight")
 
     def _linear(self, index: int, name: str, linear: nn.Linear) -> LockedLinear:
         parameter = f"{self._trace.blocks_path}.{index}.{name}.weight"

@@ -51,6 +51,20 @@ def _class_of(config: Any) -> Any:
     return AutoModelForImageTextToText if named else AutoModelForCausalLM
 
 
+def place(model: nn.Module, device: torch.device) -> None:
+    """Make the model, and the models of transformers inside it, give a device as theirs.
+
+    transformers takes the first parameter's, which may stay on the meta device: a tower that reads images comes first.
+    """
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            original = type(module)
+            members = {"device": device, "__module__": original.__module__, "__qualname__": original.__qualname__}
+            module.__class__ = type(original.__name__, (original,), members)
+
+
 def is_transposed(linear: nn.Module) -> bool:
     """Return whether files store the weight of this nn.Linear as [in_features, out_features]: it was a Conv1D."""
     return bool(getattr(linear, "packager_transposed", False))

@@ -149,8 +149,12 @@ def _values_refused(mode: FakeTensorMode) -> Iterator[None]:
 
 def _cache_bytes(model: nn.Module, num_tokens: int, skipped: Sequence[nn.Module]) -> int:
     """Return the bytes of the tensors that the model caches of one row; 0 for a model that caches nothing."""
-    with torch.no_grad(), modules_skipped(model, skipped):
-        output = model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long), use_cache=True)
+    ids = torch.zeros(1, num_tokens, dtype=torch.long)
+    try:
+        with torch.no_grad(), modules_skipped(model, skipped):
+            output = model(input_ids=ids, use_cache=True)
+    except Exception as error:
+        raise _cannot_run(error) from error
     layers = getattr(getattr(output, "past_key_values", None), "layers", ())
     tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -61,7 +61,7 @@ def calibrated_modules(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def modules_outside(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules outside the list of blocks, with their names."""
+    """Yield the modules that are not in the list of blocks at `path`, with their names; the model's own name is ""."""
     for name, module in model.named_modules():
         if name != path and not name.startswith(f"{path}."):
             yield name, module
