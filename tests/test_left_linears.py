@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from packager.cli.plan_view import left_lines
 from packager.errors import RecipeError
-from packager.model.architecture import Architecture, BlockKind
+from packager.model.architecture import Architecture, BlockKind, LinearSpec
 from packager.model.checkpoint import block_keys, checkpoint_tensors
 from packager.model.compatibility import Verdict, verdicts
 from packager.pipeline.pack import quantization_config
@@ -89,7 +89,7 @@ def all_linears(architecture: Architecture) -> Iterator[tuple[str, bool]]:
 def split(architecture: Architecture, left: dict[str, set[str]]) -> Architecture:
     """Return the architecture with even and odd blocks as two kinds, each with its own linears left."""
     (kind,) = architecture.kinds
-    kinds, linears = [], []
+    kinds, linears = list[BlockKind](), list[LinearSpec]()
     for name, blocks in (("even", kind.blocks[::2]), ("odd", kind.blocks[1::2])):
         part = replace(
             architecture,
