@@ -3,8 +3,10 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -19,6 +21,7 @@ from packager.inputs import make_lock as making
 from packager.inputs.base_model import open_source
 from packager.inputs.describe_in_child import describe_in_child
 from packager.inputs.description_check import check_description
+from packager.inputs.hub_models import HubModel, remote_header
 from packager.model.lock import Lock
 from packager.model.name_patterns import names_of
 from packager.model.safetensors_file import TensorInfo
@@ -26,7 +29,7 @@ from packager.pipeline.lock_recipes import lock_recipes
 from packager.recipe.file import RecipeFile
 from packager.recipe.lock_file import lock_path, lock_text, read_recipe_lock
 from packager.system.files import sha256_file
-from tests.loopback_hub import Account, LoopbackHub
+from tests.loopback_hub import Account, Answer, Call, LoopbackHub
 from tests.publish_fixtures import log_in
 from tests.recipe_fixtures import ROOT
 from tests.tiny_models import CONFIGS, save_model
@@ -433,14 +436,40 @@ def test_a_damaged_header_on_the_hub_is_one_error(recipe: Path, hub: LoopbackHub
     assert "safetensors" in error.what
 
 
-def test_a_server_that_ignores_ranges_is_read_no_further_than_the_header(
+def test_a_server_that_ignores_ranges_is_understood(
     recipe: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("packager.inputs.hub_models._FIRST_BYTES", 16)
-    monkeypatch.setattr("tests.loopback_hub.downloads.ranged", lambda _call, answer, _size: answer)
-    monkeypatch.setattr("tests.loopback_hub.lfs.ranged", lambda _call, answer, _size: answer, raising=False)
+    ranges: list[str] = []
+
+    def whole(call: Call, answer: Answer, size: int) -> Answer:
+        ranges.extend(filter(None, [call.headers.get("Range")]))
+        answer.length = size
+        return answer
+
+    monkeypatch.setattr("tests.loopback_hub.downloads.ranged", whole)
+    monkeypatch.setattr("tests.loopback_hub.lfs.ranged", whole)
     recipe = on_hub(recipe, "main")
     assert lock_now(recipe).base_model.requested == "main"
+    assert ranges[0] == "bytes=0-15"
+    assert len(ranges) == 2
+
+
+def test_an_endless_answer_is_read_no_further_than_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless:
+        status_code = 200
+
+        def iter_bytes(self) -> Iterator[bytes]:
+            for count in range(1000):
+                assert count < 100
+                yield bytes(1 << 16)
+
+    monkeypatch.setattr("huggingface_hub.utils.http_stream_backoff", lambda *_, **__: nullcontext(Endless()))
+    monkeypatch.setattr("huggingface_hub.utils.hf_raise_for_status", lambda _: None)
+    files: Any = {"x.safetensors": SimpleNamespace(size=10**12)}
+    with pytest.raises(SourceError, match="header does not fit") as caught:
+        remote_header(HubModel(id="a/b", commit=COMMIT, files=files), "x.safetensors")
+    assert caught.value.where == "a/b at 0123456789ab: x.safetensors"
 
 
 def test_what_is_not_there_on_the_hub_is_one_error(recipe: Path, hub: LoopbackHub) -> None:
