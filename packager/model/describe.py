@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from packager.errors import SourceError
 from packager.model.architecture import IGNORED_SUFFIXES
+from packager.model.computed_buffers import compute_buffers
 from packager.model.config_values import read_config
 from packager.model.lock import LockedGroup, LockedKind, LockedLinear, LockedModel, LockedTensors
 from packager.model.name_patterns import natural_key, patterns_of, write_numbers
@@ -53,6 +54,7 @@ def describe(folder: Path, stored: Mapping[str, TensorInfo] | None) -> LockedMod
     _check_unused(model, names, folder)
     traced = trace(model, _TRACED_TOKENS)
     describer = _Describer(model, traced, names)
+    _check_buffers(model, traced)
     head = cast(Any, model).get_output_embeddings()
     return LockedModel(
         model_class=type(model).__name__,
@@ -145,6 +147,16 @@ def _check_unused(model: nn.Module, names: StoredNames, folder: Path) -> None:
             why=f"{', '.join(found[:5])}{f' and {len(found) - 5} more' if len(found) > 5 else ''}",
             hint="the installed transformers, or config.json, builds another model than the one that was saved",
         )  # fmt: skip
+
+
+def _check_buffers(model: nn.Module, traced: Trace) -> None:
+    """Compute the buffers that a build needs.
+
+    Raises:
+        SourceError: transformers does not compute one.
+    """
+    inside = [name for name, _ in model.named_modules() if name.startswith(f"{traced.blocks_path}.")]
+    compute_buffers(model, [*traced.embedding_modules, *inside, *traced.head_modules], torch.device("cpu"))
 
 
 def _patterns(tensors: Mapping[str, TensorInfo]) -> tuple[LockedTensors, ...]:

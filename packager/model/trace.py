@@ -189,9 +189,11 @@ def _run(model: nn.Module, num_tokens: int, skipped: Sequence[nn.Module]) -> Non
 
 
 def _cannot_run(error: Exception, where: str = "") -> SourceError:
-    return SourceError(
-        "transformers cannot run this model on tokens alone", where=where, why=f"{type(error).__name__}: {error}"
-    )
+    what = "transformers cannot run this model on tokens alone"
+    if isinstance(error, _READS_VALUES):
+        why = "which operations its code calls depends on the values of tensors"
+        return SourceError("the model cannot be traced", where=where, why=why)
+    return SourceError(what, where=where, why=f"{type(error).__name__}: {error}")
 
 
 def _data_dependent_modules(model: nn.Module, num_tokens: int) -> tuple[nn.Module, ...]:

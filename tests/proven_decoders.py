@@ -1,0 +1,134 @@
+"""Prove one of tests/tiny_decoders.py from end to end: described, run block by block, quantized, packed, read again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from packager.errors import SourceError
+from packager.inputs.base_model import SourceModel, read_source
+from packager.inputs.texts import TokenRows
+from packager.model.architecture import Architecture, architecture_of
+from packager.model.checkpoint import checkpoint_tensors
+from packager.model.decoder import Decoder, forward
+from packager.model.describe import describe
+from packager.model.lock import LockedModel
+from packager.model.packing import dequantize_linear
+from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
+from packager.quantize.block import _BlockSolver
+from packager.quantize.job import QuantizeJob
+from packager.quantize.sweep import quantize
+from tests.tiny_decoders import open_decoder, tiny_decoder, token_ids
+from tests.tiny_models import open_store, token_rows, variant
+
+CPU = torch.device("cpu")
+VARIANT = variant(desc_act=True, damp_percent=0.1, damp_percent_limit=0.5)
+# Both forwards make the same operations, most of them with the same bits. Experts add their outputs in an order that
+# depends on the batch: 100 times the rounding of float32 (1.2e-7).
+TOLERANCE = 1.2e-5
+
+Facts = dict[str, Any]
+
+
+def facts_of(name: str, folder: Path, *, quantized: bool = True) -> Facts:
+    """Return what the reference page says of an architecture; an AssertionError tells which proof fails.
+
+    Args:
+        name: one of tiny_decoders.NAMES.
+        folder: empty.
+        quantized: make a variant too.
+    """
+    base = tiny_decoder(name, folder / "model")
+    stored = stored_in(base)
+    try:
+        locked = describe(base, {key: tensor.info for key, tensor in stored.items()})
+    except SourceError as error:
+        where = "" if str(folder) in error.where else f"{error.where}: "
+        return {"refused": f"{where}{error.what}{f' ({error.why})' if error.why else ''}"}
+    architecture = architecture_of(locked, name)
+    check_forward(name, base, stored)
+    if quantized and architecture.linears:
+        check_packed(read_source(base, architecture, base_id="test/model"), folder / "work")
+    return _facts(locked, architecture)
+
+
+def stored_in(folder: Path) -> dict[str, StoredTensor]:
+    stored: dict[str, StoredTensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        stored |= stored_tensors(path)
+    return stored
+
+
+def _facts(locked: LockedModel, architecture: Architecture) -> Facts:
+    return {
+        "model_class": locked.model_class,
+        "blocks_path": locked.blocks_path,
+        "kinds": [
+            {
+                "blocks": kind.blocks,
+                "linears": sum(len(group.linears) for group in kind.groups),
+                "left": dict(sorted(kind.left.items())),
+            }
+            for kind in locked.kinds
+        ],
+        "built": bool(architecture.linears),
+    }
+
+
+def check_forward(name: str, base: Path, stored: dict[str, StoredTensor]) -> None:
+    """Compare logits block by block with those of transformers, for batches of 2 and 1 rows and two lengths."""
+    decoder = Decoder(base, lambda key: read_tensor(stored[key]), names=stored, device=CPU, dtype=torch.float32)
+    model, _ = open_decoder(base, name)
+    for rows, length in ((3, 24), (2, 17)):
+        ids = token_ids(rows, length, seed=length)
+        found = torch.cat([decoder.logits(states) for states in forward(decoder, ids, rows=2)])
+        with torch.no_grad():
+            expected = torch.cat([model(input_ids=part, use_cache=False).logits.float() for part in ids.split(2)])
+        assert found.shape == expected.shape
+        for row, expected_row in zip(found, expected, strict=True):
+            difference = float((row - expected_row).norm() / expected_row.norm())
+            assert difference <= TOLERANCE, f"the forward differs by {difference:.1e}"
+
+
+@contextmanager
+def _meant() -> Iterator[dict[str, Tensor]]:
+    """Collect by name the weights with which the solver goes on."""
+    meant: dict[str, Tensor] = {}
+    keep = _BlockSolver._keep
+
+    def note(solver: _BlockSolver, module: str, solution: Any) -> None:
+        meant[solver._job.names[module]] = solver._linears[module].weight.clone()
+        keep(solver, module, solution)
+
+    with patch.object(_BlockSolver, "_keep", note):
+        yield meant
+
+
+def check_packed(source: SourceModel, work: Path) -> None:
+    """Quantize a variant; compare its files with the plan, with what the solver meant, and with the base model."""
+    rows = TokenRows(ids=token_ids(8, 32), record=token_rows().record)
+    store = open_store(source, work, VARIANT)
+    with _meant() as meant:
+        quantize(QuantizeJob(source=source, rows=rows, stores={VARIANT: store}, devices=(CPU,)), lambda _: None)
+    store.complete(source.tensors)
+    packed = stored_in(store.checkpoint)
+    planned = {tensor.name: tensor for tensor in checkpoint_tensors(source.architecture, VARIANT)}
+    assert {name: tensor.info for name, tensor in packed.items()} == planned, "the files are not as planned"
+    assert meant.keys() == {linear.name for linear in source.architecture.linears}
+    made = {f"{linear.name}." for linear in source.architecture.linears}
+    for name, weight in meant.items():
+        found = dequantize_linear(lambda part, name=name: read_tensor(packed[f"{name}.{part}"]), VARIANT.bits)
+        assert torch.equal(found, weight), f"{name} is not what the solver meant"
+        original = source.read(f"{name}.weight").float()
+        stored_as = [part for part in (original, original.T) if part.shape == weight.shape]  # a Conv1D lies transposed
+        distance = min(float((weight - part).norm()) for part in stored_as)
+        assert distance < 0.3 * original.norm(), f"{name} is far from its original"
+    for name in packed.keys() - {f"{name}{part}" for name in made for part in ("qweight", "qzeros", "scales", "g_idx")}:
+        original, copied = source.read(name), read_tensor(packed[name])
+        assert torch.equal(original.to(copied.dtype), copied), f"{name} has changed"
+    kept = {name for name in source.tensors if not any(name == f"{linear}weight" for linear in made)}
+    assert kept <= packed.keys(), "tensors are lost"

@@ -1,0 +1,31 @@
+"""Any decoder of transformers: described, run block by block, quantized, packed; docs/reference/architectures.md."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.proven_decoders import facts_of
+from tests.tiny_decoders import NAMES
+
+PROVEN = json.loads((Path(__file__).parent.parent / "docs/reference/architectures.json").read_text())
+# Dense; Conv1D; linear attention and experts; a tower that reads images; blocks of several kinds.
+SAMPLE = ("llama", "gpt2", "qwen3_5_text", "llava", "lfm2_moe")
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_sample_is_as_the_reference_says(name, tmp_path):
+    assert facts_of(name, tmp_path) == PROVEN[name]
+
+
+@pytest.mark.slow
+@pytest.mark.pinned
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SAMPLE])
+def test_each_is_as_the_reference_says(name, tmp_path):
+    assert facts_of(name, tmp_path) == PROVEN[name]
+
+
+def test_most_decoders_are_built():
+    refused = [name for name, facts in PROVEN.items() if "refused" in facts]
+    assert PROVEN.keys() == set(NAMES)
+    assert len(refused) <= 12
