@@ -353,12 +353,60 @@ def _example_architectures() -> Iterator[Architecture]:
     yield replace(llama, model_type="gpt2", linears=(head, *llama.linears[1:]))
 
 
+# architectures.md
+
+
+def architectures_page() -> str:
+    """Return what docs/architectures.py found for every decoder architecture."""
+    facts: dict[str, Any] = json.loads((REFERENCE / "architectures.json").read_bytes())
+    built = {name: found for name, found in facts.items() if "refused" not in found}
+    refused = {name: found["refused"] for name, found in facts.items() if "refused" in found}
+    intro = (
+        f"The decoder architectures of transformers, each as a tiny random model; {len(built)} of these {len(facts)} "
+        "can be built. For each of them a test proves: our forward, block by block, gives the logits of transformers' "
+        "whole forward, for batches of different shapes (in float32; a row differs by at most 1.2e-5 of its norm, 100 times "
+        "the rounding, because experts add up in an order that depends on the batch); a variant of 4 bits has the "
+        "tensors, shapes and dtypes of the plan; its linears, read from the files and dequantized, are bit by bit what "
+        "the solver meant; all other tensors are the base model's. A name `type:form` is the architecture with other "
+        "settings. `python docs/architectures.py --write` proves all of them again."
+    )
+    header = ("Architecture", "Class of transformers", "Blocks", "Linears per block", "Left as they are, and why")
+    rows = [
+        (f"`{name}`", f"`{found['model_class']}`", f"`{found['blocks_path']}`", _linears(found), cell(_left(found)))
+        for name, found in built.items()
+    ]
+    reasons = [(f"`{name}`", cell(reason)) for name, reason in refused.items()]
+    return page(
+        "Architectures", intro, table(header, rows), "## Refused\n",
+        "`packager lock` refuses these with the reason. The blocks of a model must run one after the other, each on "
+        "the hidden states that the one before it returns. A block may return other values, and later blocks may take "
+        "them as arguments; blocks may share a dict or a list. What the model itself computes of a block's output "
+        "between two blocks is not repeated when the blocks run alone, so it is refused.\n",
+        table(("Architecture", "Reason"), reasons),
+    )  # fmt: skip
+
+
+def _linears(found: dict[str, Any]) -> str:
+    counts = [f"{kind['linears']} (blocks {kind['blocks']})" for kind in found["kinds"]]
+    return str(found["kinds"][0]["linears"]) if len(counts) == 1 else ", ".join(counts)
+
+
+def _left(found: dict[str, Any]) -> str:
+    modules: dict[str, list[str]] = {}
+    for kind in found["kinds"]:
+        for module, reason in kind["left"].items():
+            if module not in modules.setdefault(reason, []):
+                modules[reason].append(module)
+    return "; ".join(f"{', '.join(f'`{name}`' for name in names)}: {why}" for why, names in modules.items())
+
+
 PAGES: Final[dict[str, Callable[[], str]]] = {
     "recipe.md": recipe_page,
     "audit-findings.md": findings_page,
     "cli.md": cli_page,
     "exit-codes.md": exit_codes_page,
     "loaders.md": loaders_page,
+    "architectures.md": architectures_page,
 }
 
 

@@ -17,6 +17,7 @@ from packager.inputs.source_files import (
     list_source_files,
     read_small,
 )
+from packager.inputs.tied_tensors import check_tied
 from packager.model.architecture import IGNORED_SUFFIXES, Architecture
 from packager.model.config_values import read_config, shortened
 from packager.model.safetensors_file import StoredTensor, TensorInfo, read_tensor, stored_tensors
@@ -362,6 +363,7 @@ def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, fold
             why="; ".join(listed[:5]) + more,
             hint=f"a shard may be missing: compare the folder with the model's page; {_LOCK_ANEW}",
         )
+    check_tied({name: found[name] for name in tied}, {name: found[name] for name in expected}, folder)
     return {name: found[name] for name in expected}
 
 

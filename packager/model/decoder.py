@@ -140,9 +140,8 @@ class Decoder:
         weights = {}
         with torch.cuda.stream(self._reading) if self._reading is not None else nullcontext():
             for name, place in self.blocks[index].state_dict().items():
-                tensor = self._read_tensor(self._tied.get(prefix + name, prefix + name)).to(
-                    self.device, self._dtype_of(place)
-                )
+                source = self._tied.get(prefix + name, prefix + name)  # blocks may share a module
+                tensor = self._read_tensor(source).to(self.device, self._dtype_of(place))
                 if not bool(torch.isfinite(tensor).all()):
                     raise SourceError("the weights contain NaN or Inf", where=prefix + name, hint=self._damaged)
                 weights[name] = tensor

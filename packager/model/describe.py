@@ -229,7 +229,7 @@ class _Describer:
         block, traced = self._blocks[index], self._trace.blocks[index]
         reached = Counter(name for group in traced.groups for name in group)
         groups, positions = [], []
-        left = {name: _why_unreached(name, traced.skipped) for name in traced.unreached}
+        left = {name: _why_unreached(name, traced.skipped) for name in (*traced.skipped, *traced.unreached)}
         for position, group in enumerate(traced.groups):
             linears = []
             for name in group:

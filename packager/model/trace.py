@@ -1,8 +1,8 @@
 """Find a decoder's blocks, and what its forward does with them, by one forward on tensors without data.
 
 The model is built in torch's FakeTensorMode: every tensor has a shape and a dtype and takes no memory, so the largest
-model is traced in about a second, and no name of an architecture is needed. docs/reference/any-decoder.md describes
-what a decoder must be like, and what each refusal means.
+model is traced in about a second, and no name of an architecture is needed. docs/reference/architectures.md lists
+the architectures that this suits, and what each refusal means.
 """
 
 import copy
@@ -59,8 +59,7 @@ def trace(model: nn.Module, num_tokens: int) -> Trace:
     model = copy.deepcopy(model)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
         model.to_empty(device="cpu")
-        skipped = _data_dependent_modules(model, num_tokens)
-        path, blocks = find_blocks(model, num_tokens, skipped)
+        path, blocks, skipped = _find_blocks(model, num_tokens)
         tracer = TracedForward(model, path, blocks, skipped)
         with tracer.recording():
             _forward(model, num_tokens, skipped)
@@ -74,13 +73,11 @@ def trace(model: nn.Module, num_tokens: int) -> Trace:
     )  # fmt: skip
 
 
-def find_blocks(model: nn.Module, num_tokens: int, skipped: Sequence[nn.Module] = ()) -> tuple[str, nn.ModuleList]:
-    """Return the ModuleList that holds the decoder's blocks: of those that are called, the one with the most weights.
+def _find_blocks(model: nn.Module, num_tokens: int) -> tuple[str, nn.ModuleList, tuple[nn.Module, ...]]:
+    """Find the ModuleList that holds the decoder's blocks: of those that are called, the one with the most weights.
 
-    Args:
-        model: with or without data.
-        num_tokens: of the row that is run.
-        skipped: modules that return tensors like their first arguments, besides those of experts.
+    Returns:
+        Its name, the list, and the modules that cannot be traced, see `_data_dependent_modules`.
 
     Raises:
         SourceError: there is none.
@@ -95,12 +92,12 @@ def find_blocks(model: nn.Module, num_tokens: int, skipped: Sequence[nn.Module] 
         for name, modules in lists.items():
             for module in modules:
                 stack.callback(module.register_forward_pre_hook(mark(name)).remove)
-        _forward(model, num_tokens, skipped)
+        skipped = _data_dependent_modules(model, num_tokens)
     found = [(sum(p.numel() for p in lists[name].parameters()), name) for name in called]
     if not found:
         raise SourceError("the model has no list of blocks", why="its forward calls no member of an nn.ModuleList")
     path = max(found)[1]
-    return path, lists[path]
+    return path, lists[path], skipped
 
 
 def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
