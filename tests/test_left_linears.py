@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ from packager.errors import RecipeError
 from packager.model.architecture import Architecture, BlockKind, LinearSpec
 from packager.model.checkpoint import block_keys, checkpoint_tensors
 from packager.model.compatibility import Verdict, verdicts
+from packager.model.runtime_architectures import TRANSFORMERS_FAILS
 from packager.pipeline.pack import quantization_config
 from packager.pipeline.plan import make_plan
 from packager.prove.audit import audit
@@ -182,6 +184,35 @@ def test_the_old_runtimes_take_no_model_with_left_linears() -> None:
         assert "mlp.down_proj is not" in verdict(architecture, loader).reason
         assert not verdict(architecture, loader).can_load
     assert verdict(architecture, "transformers").can_load
+
+
+def of_type(model_type: str, module: str) -> Architecture:
+    return replace(renamed(ARCHITECTURE, {"mlp.down_proj": module}), model_type=model_type)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module", "reason"),
+    [
+        ("gpt2", "attn.c_proj", "initializes c_proj.weight when it loads"),
+        ("falcon", "mlp.dense_4h_to_h", "does not replace dense_4h_to_h, whose class is not nn.Linear"),
+        ("ctrl", "ffn.2", "does not replace ffn.2, because its name is a number"),
+    ],
+)
+def test_transformers_opens_only_what_it_can_replace(model_type: str, module: str, reason: str) -> None:
+    architecture = of_type(model_type, module)
+    assert reason in verdict(architecture, "transformers").reason
+    assert not verdict(architecture, "transformers").can_load
+    assert verdict(architecture.leaving([module]), "transformers").can_load
+
+
+@pytest.mark.parametrize("model_type", TRANSFORMERS_FAILS)
+def test_transformers_own_source_shows_why_it_fails(model_type: str) -> None:
+    """`_init_weights` names each of these linears, or the model has a class of linears of its own."""
+    folder = Path(transformers.models.__path__[0]) / model_type
+    source = (folder / f"modeling_{model_type}.py").read_text()
+    for name in TRANSFORMERS_FAILS[model_type][0]:
+        own = re.search(rf"self\.{name} = (?!nn\.)\w+Linear\(", source)
+        assert own or re.search(rf"init\.\w+\(\s*module\.{name}\.weight", source), name
 
 
 def test_what_is_left_keeps_its_tensors_and_leaves_its_group() -> None:

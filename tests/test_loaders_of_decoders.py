@@ -36,7 +36,7 @@ pytestmark = pytest.mark.release
 TRANSFORMERS = """
     gemma2 gemma3_text gemma3 phi3 granite olmo2 glm4 gpt_neox cohere2 stablelm starcoder2 smollm3 opt falcon falcon:new
     gpt_bigcode gpt2 gpt2@*.c_proj qwen3_5_text mixtral gptj bloom mistral@*.down_proj llama@*.q_proj nanochat mamba
-    mamba2 recurrent_gemma qwen3_moe deepseek_v3 nemotron_h qwen3_next jamba
+    mamba2 recurrent_gemma ctrl qwen3_moe deepseek_v3 nemotron_h qwen3_next jamba
 """
 AUTOGPTQ = "gpt_neox gptj codegen gpt2 opt bloom falcon gemma gpt_bigcode mixtral stablelm phi"
 CASES = {"transformers": TRANSFORMERS.split(), "autogptq": AUTOGPTQ.split()}

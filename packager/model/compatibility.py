@@ -112,8 +112,14 @@ def _nothing_left(_: Variant, architecture: Architecture) -> str:
 def _transformers_fails(_: Variant, architecture: Architecture) -> str:
     """Return which quantized linear transformers cannot open, and why; one that the recipe skips does not matter."""
     names, reason = TRANSFORMERS_FAILS.get(architecture.model_type, ((), ""))
-    modules = (linear.module.rpartition(".")[2] for linear in architecture.example_linears)
-    return next((reason.format(module) for module in modules if module in names), "")
+    for linear in architecture.example_linears:
+        name = linear.module.rpartition(".")[2]
+        if name in names:
+            return reason.format(name)
+        # optimum takes names from dir(module), which has none that begin with a digit (`_replace_by_quant_layers`).
+        if name[0].isdigit():
+            return f"does not replace {linear.module}, because its name is a number"
+    return ""
 
 
 def _fused_alike(_: Variant, architecture: Architecture) -> str:
