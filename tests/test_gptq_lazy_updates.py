@@ -37,7 +37,7 @@ def factor(*, orders: float) -> Tensor:
 
 def filled(kind: type[Float32Updates] | type[SplitUpdates], U: Tensor, weight: Tensor, delta: Tensor) -> LazyUpdates:
     """Return updates that recorded the deltas in several calls."""
-    updates = Float32Updates(U, weight) if kind is Float32Updates else SplitUpdates(U, weight, ops_for(U.device))
+    updates = kind(U, weight, ops_for(U.device))
     for begin in range(0, N, 96):
         updates.record(begin, delta[begin : begin + 96].clone())
     return updates

@@ -19,13 +19,17 @@ from packager.quantize.gptq.triton_ops import TritonOps, features_per_program
 
 @dataclass(frozen=True, kw_only=True)
 class KernelShape:
-    """The arguments of `solve` that determine its kernels: a variant's, and the shape of a group of linears."""
+    """The arguments of `solve` that determine its kernels: a variant's, and the shape of a group of linears.
+
+    `experts` is how many are solved as one batch, 0 for a single group of linears.
+    """
 
     in_features: int
     out_features: int
     rules: GridRules
     group_size: int
     static_groups: bool
+    experts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +40,15 @@ class _Specialization:
     out_features: int
     rules: GridRules
     inline_group_size: int
+    in_features: int
+    experts: int
 
     @property
     def key(self) -> tuple[object, ...]:
         aligned = self.out_features % 16 == 0  # Triton specializes on numbers and addresses that 16 divides
-        return self.columns, features_per_program(self.out_features), aligned, self.rules, self.inline_group_size
+        tile = features_per_program(self.out_features * max(self.experts, 1))
+        batch = (self.experts > 0, self.experts > 0 and self.in_features % 16 == 0)
+        return self.columns, tile, aligned, self.rules, self.inline_group_size, batch
 
 
 def compile_for_shapes(shapes: Iterable[KernelShape], device: torch.device, dtype: torch.dtype) -> int:
@@ -60,6 +68,8 @@ def compile_for_shapes(shapes: Iterable[KernelShape], device: torch.device, dtyp
                 out_features=shape.out_features,
                 rules=shape.rules,
                 inline_group_size=inline_group_size(size, static_groups=shape.static_groups),
+                in_features=shape.in_features,
+                experts=shape.experts,
             )
             found.setdefault(launch.key, launch)
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile") as pool:
@@ -71,17 +81,22 @@ def _launch_once(launch: _Specialization, *, device: torch.device, dtype: torch.
     """Round columns of zeros."""
     columns, features, inline = launch.columns, launch.out_features, launch.inline_group_size
 
+    experts = (launch.experts,) if launch.experts else ()
+
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(*experts, *shape, dtype=dtype, device=device)
+
+    def of_columns(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return zeros(launch.in_features, dtype=dtype)[..., :columns]
 
     groups = -(-columns // inline) if inline else 1
     grids = Grids(
-        scales=zeros(groups, features) + 1, zeros=zeros(groups, features), groups=zeros(columns, dtype=torch.int64)
+        scales=zeros(groups, features) + 1, zeros=zeros(groups, features), groups=of_columns(torch.int64)
     )
     result = RoundedColumns(
         q=zeros(columns, features, dtype=torch.uint8), delta=zeros(columns, features), squared_errors=zeros(features)
     )
     TritonOps().round_columns(
-        zeros(columns, features), zeros(columns, features, dtype=dtype), zeros(columns, columns), zeros(columns), grids,
+        zeros(columns, features), zeros(columns, features, dtype=dtype), zeros(columns, columns), of_columns(), grids,
         launch.rules, inline, result,
     )  # fmt: skip

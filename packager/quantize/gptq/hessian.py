@@ -1,11 +1,12 @@
 """The Hessian of a linear's squared output error, H = 2/N sum(x x^T), and its triangular factor U, H = U U^T."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from packager.errors import QuantizeError
+from packager.quantize.gptq.cholesky import blocked_cholesky
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.tensor_ops import TensorOps
 
@@ -31,15 +32,13 @@ class Hessian:
     def __init__(self, in_features: int, device: torch.device, ops: TensorOps | None = None) -> None:
         self._ops = ops or ops_for(device)
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        width = min(-(-in_features // (_PANELS * _PANEL_MULTIPLE)) * _PANEL_MULTIPLE, _WIDEST_PANEL)
-        self._panels = [(begin, min(begin + width, in_features)) for begin in range(0, in_features, width)]
         self.num_tokens = 0
 
     def add(self, x: Tensor) -> None:
         """Add inputs [..., in_features] of any float dtype; products are accumulated in float32."""
         x = x.reshape(-1, x.shape[-1])
-        for begin, end in self._panels:
-            self._ops.add_product(self._sum[begin:end, begin:], x[:, begin:end].T, x[:, begin:])
+        for panel in panels(x.shape[1]):
+            self._ops.add_product(self._sum[panel, panel.start :], x[:, panel].T, x[:, panel.start :])
         self.num_tokens += x.shape[0]
 
     def matrix(self) -> Tensor:
@@ -52,29 +51,48 @@ class Hessian:
             raise QuantizeError("a linear never received an input")
         H = self._sum.mul_(2.0 / self.num_tokens)
         del self._sum
-        for begin, end in self._panels:
-            H[end:, begin:end] = H[begin:end, end:].T
-        return H
+        return mirror(H)
+
+
+def panels(in_features: int) -> list[slice]:
+    """Cut the rows of H into panels of equal width; the last may be narrower."""
+    width = min(-(-in_features // (_PANELS * _PANEL_MULTIPLE)) * _PANEL_MULTIPLE, _WIDEST_PANEL)
+    return [slice(begin, min(begin + width, in_features)) for begin in range(0, in_features, width)]
+
+
+def mirror(H: Tensor) -> Tensor:
+    """Complete H, [..., n, n], in place: each panel of rows is known from its own columns on."""
+    for panel in panels(H.shape[-1]):
+        H[..., panel.stop :, panel] = H[..., panel, panel.stop :].mT
+    return H
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factor:
-    """The factored Hessian, shared by every linear that sees the same input.
+    """The factored Hessian, shared by every linear that sees the same input; or those of a batch of experts.
+
+    For a batch, every tensor has one more dimension in front.
 
     Attributes:
         U: upper triangular float32 [in_features, in_features] with H = U U^T, damped, columns in solving order. Its
             inverse is the paper's Hinv: H^-1 = Hinv^T Hinv.
         perm: int64 [in_features], the original column at each position of the solving order; None = as stored.
         dead: bool [in_features], columns (original order) whose input is always zero.
-        damp_percent: the damping that was added to H.
+        damp_percents: the damping that was added to H, one number for each expert.
         succeeded: bool [], on the device; False when H with this damping is not positive definite, or not finite.
     """
 
     U: Tensor
     perm: Tensor | None
     dead: Tensor
-    damp_percent: float
+    damp_percents: tuple[float, ...]
     succeeded: Tensor
+
+    @property
+    def damp_percent(self) -> float:
+        """The damping of a single Hessian."""
+        (only,) = self.damp_percents
+        return only
 
 
 def factorize(H: Tensor, *, desc_act: bool, damp_percent: float) -> Factor:
@@ -84,48 +102,92 @@ def factorize(H: Tensor, *, desc_act: bool, damp_percent: float) -> Factor:
     blocks only. The call does not wait for a GPU; the caller must check `succeeded`.
 
     Args:
-        H: float32 [in_features, in_features]; not modified.
+        H: float32 [in_features, in_features], or [experts, in_features, in_features]; not modified.
         desc_act: order columns by decreasing diag(H); equal entries keep their order.
         damp_percent: fraction of mean(diag H) to add.
     """
-    dead = H.diagonal() == 0
-    diagonal = H.diagonal().masked_fill(dead, 1)
-    perm = torch.argsort(diagonal, descending=True, stable=True) if desc_act else None
-    diagonal = diagonal + damp_percent * diagonal.mean()
-    if perm is None:
-        damped = H.flip(0, 1)
-        damped.diagonal().copy_(diagonal.flip(0))
-    else:
-        backwards = perm.flip(0)
-        damped = H[backwards][:, backwards]
-        damped.diagonal().copy_(diagonal[backwards])
+    count = 1 if H.ndim == 2 else H.shape[0]
+    dead = H.diagonal(dim1=-2, dim2=-1) == 0
+    diagonal = H.diagonal(dim1=-2, dim2=-1).masked_fill(dead, 1)
+    perm = torch.argsort(diagonal, dim=-1, descending=True, stable=True) if desc_act else None
+    diagonal = diagonal + damp_percent * diagonal.mean(-1, keepdim=True)
+    backwards = torch.arange(H.shape[-1] - 1, -1, -1, device=H.device) if perm is None else perm.flip(-1)
+    damped = H.flip(-2, -1) if perm is None else _reordered(H, backwards)
+    damped.diagonal(dim1=-2, dim2=-1).copy_(diagonal.gather(-1, backwards.expand_as(diagonal)))
     del H
-    L, failed_at = torch.linalg.cholesky_ex(damped)
+    L, failed = _cholesky(damped)
     del damped
-    succeeded = (failed_at == 0) & L.diagonal().isfinite().all()
-    return Factor(U=L.flip(0, 1), perm=perm, dead=dead, damp_percent=damp_percent, succeeded=succeeded)
+    succeeded = ~failed & L.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    return Factor(
+        U=L.flip(-2, -1), perm=perm, dead=dead, damp_percents=(damp_percent,) * count, succeeded=succeeded
+    )  # fmt: skip
+
+
+def _reordered(H: Tensor, order: Tensor) -> Tensor:
+    """Return H, [..., n, n], with rows and columns in the order of `order`, [..., n]."""
+    if H.ndim == 2:
+        return H[order][:, order]
+    found = torch.empty_like(H)
+    for alone, its_order, out in zip(H, order, found, strict=True):
+        torch.index_select(alone[its_order], 1, its_order, out=out)
+    return found
+
+
+def _cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Return L with A = L L^T, and bool [...], whether that failed; A may be overwritten."""
+    if A.is_cuda and A.ndim == 3:
+        return blocked_cholesky(A)
+    L, failed_at = torch.linalg.cholesky_ex(A)
+    return L, failed_at != 0
 
 
 def factorize_within(H: Tensor, *, desc_act: bool, damp_percent: float, damp_percent_limit: float) -> Factor:
     """Factor H like `factorize`; after each failure double the damping, up to `damp_percent_limit`.
 
+    Of a batch, only the experts that fail are damped further.
+
     Raises:
-        QuantizeError: H holds NaN or Inf, or is not positive definite even at the limit.
+        QuantizeError: H holds NaN or Inf, or is not positive definite even at the limit; names the experts of a batch
+            by their positions in it.
     """
     # A NaN or Inf in any input makes the sum of its column's squares NaN or Inf.
-    if not bool(torch.isfinite(H.diagonal()).all()):
+    if failed := _positions(~torch.isfinite(H.diagonal(dim1=-2, dim2=-1)).all(-1)):
         raise QuantizeError(
-            "the activations contain NaN or Inf",
+            f"the activations{_of_experts(H, failed)} contain NaN or Inf",
             hint="the base model overflows in this dtype: check its weights, or choose shorter calibration rows",
         )
-    while True:
-        factor = factorize(H, desc_act=desc_act, damp_percent=damp_percent)
-        if bool(factor.succeeded):
-            return factor
+    factor = factorize(H, desc_act=desc_act, damp_percent=damp_percent)
+    while failed := _positions(~factor.succeeded):
         if damp_percent >= damp_percent_limit:
             raise QuantizeError(
-                "the Hessian cannot be factored",
+                f"the Hessian{_of_experts(H, failed)} cannot be factored",
                 why=f"still not positive definite with damp_percent {damp_percent:g}, the recipe's damp_percent_limit",
                 hint="use more calibration rows, or raise damp_percent_limit",
             )
         damp_percent = min(2 * damp_percent, damp_percent_limit)
+        if H.ndim == 2:
+            factor = factorize(H, desc_act=desc_act, damp_percent=damp_percent)
+        else:
+            again = factorize(H[failed], desc_act=desc_act, damp_percent=damp_percent)
+            factor = _with(factor, failed, again)
+    return factor
+
+
+def _positions(wrong: Tensor) -> list[int]:
+    """Return where a bool [] or [experts] is True; this waits for a GPU."""
+    return [position for position, each in enumerate(wrong.reshape(-1).tolist()) if each]
+
+
+def _of_experts(H: Tensor, positions: list[int]) -> str:
+    return "" if H.ndim == 2 else f" of experts {', '.join(map(str, positions))}"
+
+
+def _with(factor: Factor, positions: list[int], again: Factor) -> Factor:
+    """Return a batch's factor in which some experts were factored again; U is overwritten."""
+    factor.U[positions] = again.U
+    succeeded = factor.succeeded.clone()
+    succeeded[positions] = again.succeeded
+    damps = list(factor.damp_percents)
+    for position, damp in zip(positions, again.damp_percents, strict=True):
+        damps[position] = damp
+    return replace(factor, damp_percents=tuple(damps), succeeded=succeeded)

@@ -19,19 +19,20 @@ class Float32Updates:
     Args:
         U: float32 [in_features, in_features].
         weight: [in_features, out_features], the weights to be quantized.
+        ops: multiplies.
     """
 
-    def __init__(self, U: Tensor, weight: Tensor) -> None:
-        self._U = U
+    def __init__(self, U: Tensor, weight: Tensor, ops: TensorOps) -> None:
+        self._U, self._ops = U, ops
         self._delta = torch.empty_like(weight, dtype=torch.float32)
 
     def record(self, begin: int, delta: Tensor) -> None:
         """Store deltas; see `LazyUpdates.record`."""
-        self._delta[begin : begin + delta.shape[0]] = delta
+        self._delta[..., begin : begin + delta.shape[-2], :] = delta
 
     def pending_update(self, until: int, begin: int, end: int) -> Tensor:
         """Return U[:until, begin:end]^T delta[:until]."""
-        return self._U[:until, begin:end].T @ self._delta[:until]
+        return self._ops.add_product(None, self._U[..., :until, begin:end].mT, self._delta[..., :until, :])
 
 
 class SplitUpdates:
@@ -48,24 +49,25 @@ class SplitUpdates:
 
     def __init__(self, U: Tensor, weight: Tensor, ops: TensorOps) -> None:
         self._ops = ops
-        self._row_scale = torch.exp2(torch.ceil(torch.log2(torch.linalg.vector_norm(U, dim=1))))
+        self._row_scale = torch.exp2(torch.ceil(torch.log2(torch.linalg.vector_norm(U, dim=-1))))
         self._U = ops.split(U, 1 / self._row_scale, None)
-        largest = torch.linalg.vector_norm(weight * self._row_scale[:, None], torch.inf, dim=0).clamp(min=_SMALLEST)
+        scaled = weight * self._row_scale[..., None]
+        largest = torch.linalg.vector_norm(scaled, torch.inf, dim=-2).clamp(min=_SMALLEST)
         self._out_scale = torch.exp2(torch.floor(torch.log2(_HEADROOM / largest)))
         high = torch.empty_like(weight, dtype=torch.float16)
         self._delta = high, torch.empty_like(high)
 
     def record(self, begin: int, delta: Tensor) -> None:
         """Split and store deltas; see `LazyUpdates.record`."""
-        rows = slice(begin, begin + delta.shape[0])
-        high, low = self._delta
-        self._ops.split(delta, self._row_scale[rows], self._out_scale, (high[rows], low[rows]))
+        rows = slice(begin, begin + delta.shape[-2])
+        high, low = (part[..., rows, :] for part in self._delta)
+        self._ops.split(delta, self._row_scale[..., rows], self._out_scale, (high, low))
 
     def pending_update(self, until: int, begin: int, end: int) -> Tensor:
         """Return U[:until, begin:end]^T delta[:until]."""
-        U_high, U_low = (part[:until, begin:end].T for part in self._U)
-        high, low = (part[:until] for part in self._delta)
+        U_high, U_low = (part[..., :until, begin:end].mT for part in self._U)
+        high, low = (part[..., :until, :] for part in self._delta)
         total = self._ops.add_product(None, U_high, low)
         total = self._ops.add_product(total, U_low, high)
         total = self._ops.add_product(total, U_high, high)
-        return total.div_(self._out_scale)
+        return total.div_(self._out_scale[..., None, :])

@@ -10,6 +10,9 @@ H = U U^T with U upper triangular and Hinv = U^-1, so H^-1 = Hinv^T Hinv. A weig
 So U is all that is needed of H: its whole inverse, the paper's Hinv, is never formed. `delta` is w - q, and the
 `pending update` of B is (w - q)_< U[<, B]. Weights are held transposed, [in_features, out_features]: a column of the
 paper is one contiguous row here, and the checkpoint format packs along the same axis.
+
+The experts of a layer are one batch: every tensor of theirs has one more dimension in front. Experts do not interact,
+so a batch is computed as one linear is, with the same number of launches.
 """
 
 from collections.abc import Sequence
@@ -31,7 +34,7 @@ _BLOCKS_AT_ONCE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """A quantized linear, columns in their original order.
+    """A quantized linear, columns in their original order; or a batch of experts, one more dimension in front.
 
     Attributes:
         q: uint8 [in_features, out_features].
@@ -56,9 +59,19 @@ class Solution:
         """
         (ops or ops_for(weight.device)).dequantize(weight, self.q, self.zeros, self.scales, self.g_idx)
 
+    def of_expert(self, expert: int) -> "Solution":
+        """Return the solution of one expert of a batch."""
+        return Solution(
+            q=self.q[expert],
+            scales=self.scales[expert],
+            zeros=self.zeros[expert],
+            g_idx=self.g_idx[expert],
+            losses=self.losses[expert],
+        )
+
     def dequantized(self, ops: TensorOps | None = None) -> Tensor:
         """Return the weights that a loader reads, float32 [out_features, in_features]."""
-        weight = torch.empty(self.q.shape[::-1], dtype=torch.float32, device=self.q.device)
+        weight = torch.empty(self.q.mT.shape, dtype=torch.float32, device=self.q.device)
         self.dequantize_into(weight, ops)
         return weight
 
@@ -68,11 +81,11 @@ class Solution:
         parts = [slice(end - width, end) for end, width in zip(ends, out_features, strict=True)]
         return [
             Solution(
-                q=self.q[:, part],
-                scales=self.scales[:, part],
-                zeros=self.zeros[:, part],
+                q=self.q[..., part],
+                scales=self.scales[..., part],
+                zeros=self.zeros[..., part],
                 g_idx=self.g_idx,
-                losses=self.losses[part],
+                losses=self.losses[..., part],
             )
             for part in parts
         ]
@@ -91,11 +104,12 @@ def solve(
     static_groups: bool,
     ops: TensorOps | None = None,
 ) -> Solution:
-    """Quantize linears that see the same input, side by side.
+    """Quantize linears that see the same input, side by side; or each expert's, all experts of a batch at once.
 
     Args:
-        weights: [out_features, in_features] each, any float dtype; not modified.
-        factor: of the Hessian of these inputs.
+        weights: [out_features, in_features] each, any float dtype, or [experts, out_features, in_features]; not
+            modified.
+        factor: of the Hessian of these inputs, or of each expert's.
         rules: how grids are found.
         group_size: columns of a group; -1 for one group of all. It need not divide the number of columns.
         static_groups: take the grids from the columns as stored, before any update, and cut groups in stored order;
@@ -103,27 +117,33 @@ def solve(
             updated columns when the first of them is reached.
         ops: the operations to use; None takes the device's.
     """
-    in_features = factor.dead.shape[0]
+    in_features = factor.dead.shape[-1]
     size = in_features if group_size == -1 else group_size
     ops = ops or ops_for(factor.U.device)
     inverse_perm = None if factor.perm is None else torch.argsort(factor.perm)
     weight = ops.permute_columns(weights, factor.dead, inverse_perm)
     solver = _ColumnSolver(weight=weight, U=factor.U, rules=rules, group_size=size, ops=ops)
     if static_groups:
-        perm = torch.arange(in_features, device=weight.device) if factor.perm is None else factor.perm
-        column_weight = torch.empty_like(solver.diagonal).index_copy_(0, perm, solver.diagonal.square())
+        as_it_is = torch.arange(in_features, device=weight.device).expand_as(factor.dead)
+        perm = as_it_is if factor.perm is None else factor.perm
+        column_weight = torch.empty_like(solver.diagonal).scatter_(-1, perm, solver.diagonal.square())
         as_stored = ops.permute_columns(weights, factor.dead, None)
         scales, zeros = ops.find_grids(as_stored.float(), size, rules, column_weight)
         solver.grids = Grids(scales=scales, zeros=zeros, groups=perm // size)
     solver.run(find=not static_groups)
     groups = solver.grids.groups
     return Solution(
-        q=solver.q if inverse_perm is None else solver.q[inverse_perm],
+        q=solver.q if inverse_perm is None else _rows(solver.q, inverse_perm),
         scales=solver.grids.scales.to(torch.float16),
         zeros=solver.grids.zeros.to(torch.uint8),
-        g_idx=(groups if inverse_perm is None else groups[inverse_perm]).to(torch.int32),
+        g_idx=(groups if inverse_perm is None else groups.gather(-1, inverse_perm)).to(torch.int32),
         losses=solver.squared_errors / 2,
     )
+
+
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Return rows of x, [..., n, m], in the order of `rows`, [..., n]."""
+    return x[rows] if x.ndim == 2 else x.gather(-2, rows[..., None].expand_as(x))
 
 
 class _ColumnSolver:
@@ -137,19 +157,20 @@ class _ColumnSolver:
     """
 
     def __init__(self, *, weight: Tensor, U: Tensor, rules: GridRules, group_size: int, ops: TensorOps) -> None:
-        in_features, out_features = weight.shape
+        *experts, in_features, out_features = weight.shape
         self._weight, self._U, self._rules, self._group_size, self._ops = weight, U, rules, group_size, ops
         self._updates = ops.lazy_updates(U, weight)
-        self.diagonal = U.diagonal().contiguous()
-        scales = torch.empty(-(-in_features // group_size), out_features, dtype=torch.float32, device=weight.device)
-        groups = torch.arange(in_features, device=weight.device) // group_size
+        self.diagonal = U.diagonal(dim1=-2, dim2=-1).contiguous()
+        n_groups = -(-in_features // group_size)
+        scales = torch.empty(*experts, n_groups, out_features, dtype=torch.float32, device=weight.device)
+        groups = (torch.arange(in_features, device=weight.device) // group_size).expand(*experts, in_features).contiguous()
         self.grids = Grids(scales=scales, zeros=torch.empty_like(scales), groups=groups)
         self.q = torch.empty_like(weight, dtype=torch.uint8)
-        self.squared_errors = torch.zeros(out_features, dtype=torch.float32, device=weight.device)
+        self.squared_errors = torch.zeros(*experts, out_features, dtype=torch.float32, device=weight.device)
 
     def run(self, *, find: bool) -> None:
         """Quantize every column; find the grids on the way, or use the given ones."""
-        blocks = column_blocks(self._weight.shape[0], self._group_size)
+        blocks = column_blocks(self._weight.shape[-2], self._group_size)
         inverses = inverse_blocks(self._U, blocks)
         for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
             some = slice(first, first + _BLOCKS_AT_ONCE)
@@ -158,22 +179,24 @@ class _ColumnSolver:
     def _run_some(self, blocks: Sequence[tuple[int, int]], inverses: Sequence[Tensor], *, find: bool) -> None:
         """Quantize consecutive column blocks: w'_B = w_B + pending_B Hinv[B, B] for each block B, then its columns."""
         start, stop = blocks[0][0], blocks[-1][1]
-        weight = self._weight[start:stop].float()
+        weight = self._weight[..., start:stop, :].to(torch.float32, copy=True)
         pending = self._updates.pending_update(start, start, stop) if start else torch.zeros_like(weight)
         delta = torch.empty_like(weight)
         inline = inline_group_size(self._group_size, static_groups=not find)
         for (begin, end), Hinv in zip(blocks, inverses, strict=True):
             here, after = slice(begin - start, end - start), slice(end - start, None)
-            updated = torch.addmm(weight[here], Hinv.T, pending[here])
+            updated = self._ops.add_product(weight[..., here, :], Hinv.mT, pending[..., here, :])
             if find and not inline and begin % self._group_size == 0:
-                self._find_grid(begin, delta[: begin - start])
-            result = RoundedColumns(q=self.q[begin:end], delta=delta[here], squared_errors=self.squared_errors)
+                self._find_grid(begin, delta[..., : begin - start, :])
+            result = RoundedColumns(
+                q=self.q[..., begin:end, :], delta=delta[..., here, :], squared_errors=self.squared_errors
+            )
             self._ops.round_columns(
-                updated, self._weight[begin:end], Hinv, self.diagonal[begin:end], self.grids.of(slice(begin, end)),
-                self._rules, inline, result,
+                updated, self._weight[..., begin:end, :], Hinv, self.diagonal[..., begin:end],
+                self.grids.of(slice(begin, end)), self._rules, inline, result,
             )  # fmt: skip
             if end < stop:
-                pending[after].addmm_(self._U[begin:end, end:stop].T, delta[here])
+                self._ops.add_product(pending[..., after, :], self._U[..., begin:end, end:stop].mT, delta[..., here, :])
         self._updates.record(start, delta)
 
     def _find_grid(self, begin: int, delta: Tensor) -> None:
@@ -183,19 +206,20 @@ class _ColumnSolver:
             begin: the group's first column.
             delta: of the columns just before `begin` that are not recorded yet.
         """
-        end = min(begin + self._group_size, self._weight.shape[0])
-        updated = self._weight[begin:end].float()
+        end = min(begin + self._group_size, self._weight.shape[-2])
+        updated = self._weight[..., begin:end, :].float()
         if begin:
-            recorded = begin - delta.shape[0]
-            pending = self._U[recorded:begin, begin:end].T @ delta
+            recorded = begin - delta.shape[-2]
+            pending = self._ops.add_product(None, self._U[..., recorded:begin, begin:end].mT, delta)
             if recorded:
                 pending += self._updates.pending_update(recorded, begin, end)
             # Not in place: `updated` is a view of the given weights where they are float32.
-            updated = updated + torch.linalg.solve_triangular(self._U[begin:end, begin:end].T, pending, upper=False)
-        column_weight = self.diagonal[begin:end].square()
+            lower = self._U[..., begin:end, begin:end].mT
+            updated = updated + torch.linalg.solve_triangular(lower, pending, upper=False)
+        column_weight = self.diagonal[..., begin:end].square()
         scales, zeros = self._ops.find_grids(updated, self._group_size, self._rules, column_weight)
         group = slice(begin // self._group_size, begin // self._group_size + 1)
-        self.grids.scales[group], self.grids.zeros[group] = scales, zeros
+        self.grids.scales[..., group, :], self.grids.zeros[..., group, :] = scales, zeros
 
 
 def inline_group_size(group_size: int, *, static_groups: bool) -> int:
@@ -222,7 +246,7 @@ def inverse_blocks(U: Tensor, blocks: Sequence[tuple[int, int]]) -> list[Tensor]
     inverses: dict[int, Tensor] = {}
     for width in {end - begin for begin, end in blocks}:
         chosen = [number for number, (begin, end) in enumerate(blocks) if end - begin == width]
-        squares = torch.stack([U[slice(*blocks[number]), slice(*blocks[number])] for number in chosen])
+        squares = torch.stack([U[..., slice(*blocks[number]), slice(*blocks[number])] for number in chosen])
         identity = torch.eye(width, dtype=U.dtype, device=U.device).expand_as(squares)
         inverses |= dict(
             zip(chosen, torch.linalg.solve_triangular(squares, identity, upper=True).contiguous(), strict=True)

@@ -1,5 +1,8 @@
 """The operations that a kind of device implements in its own way, and the tensors that they share.
 
+Every tensor may have one more dimension in front, the experts of a batch (as in torch.linalg): the same operation on
+each of them. Without it, the operation is the one of a single linear.
+
 `torch_ops` runs on every device, `triton_ops` on CUDA. `choose_ops` is the only place that chooses between them.
 """
 
@@ -10,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from packager.quantize.gptq.grid import GridRules
+from packager.quantize.gptq.routing import RoutedInputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,11 @@ class Grids:
 
     def of(self, columns: slice) -> "Grids":
         """Return the same grids for some of the columns."""
-        return replace(self, groups=self.groups[columns])
+        return replace(self, groups=self.groups[..., columns])
+
+    def of_expert(self, expert: int) -> "Grids":
+        """Return the grids of one expert of a batch."""
+        return Grids(scales=self.scales[expert], zeros=self.zeros[expert], groups=self.groups[expert])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,12 @@ class RoundedColumns:
     q: Tensor
     delta: Tensor
     squared_errors: Tensor
+
+    def of_expert(self, expert: int) -> "RoundedColumns":
+        """Return the output for one expert of a batch."""
+        return RoundedColumns(
+            q=self.q[expert], delta=self.delta[expert], squared_errors=self.squared_errors[expert]
+        )
 
 
 class LazyUpdates(Protocol):
@@ -76,7 +90,10 @@ class TensorOps(Protocol):
         self, w: Tensor, original: Tensor, Hinv: Tensor, diagonal: Tensor, grids: Grids, rules: GridRules,
         inline_group_size: int, result: RoundedColumns,
     ) -> None:  # fmt: skip
-        """Quantize the columns of one column block, in order; see `columns.round_columns`. All tensors contiguous."""
+        """Quantize the columns of one column block, in order; see `columns.round_columns`.
+
+        The tensors of each expert are contiguous.
+        """
 
     def dequantize(self, weight: Tensor, q: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor) -> None:
         """Overwrite a linear's weight with scale * (q - zero).
@@ -110,6 +127,16 @@ class TensorOps(Protocol):
             total: float32 [n, m].
             a: [n, k], float16, bfloat16 or float32.
             b: [k, m], of a's dtype.
+        """
+
+    def add_routed_products(self, total: Tensor, inputs: RoutedInputs, experts: range, panel: int) -> None:
+        """Add sum x x^T over each expert's inputs, accumulated in float32.
+
+        Args:
+            total: float32 [experts, n, n]; of each panel of rows, only the part right of its beginning is computed.
+            inputs: of one batch.
+            experts: which experts `total` holds.
+            panel: rows of a panel.
         """
 
     def lazy_updates(self, U: Tensor, weight: Tensor) -> LazyUpdates:

@@ -78,11 +78,17 @@ def _best_grid(
 
 @triton.jit
 def find_grids_kernel(
-    w_ptr, column_weight_ptr, shrink_ptr, scale_ptr, zero_ptr, columns, features, group_size,
+    w_ptr, column_weight_ptr, shrink_ptr, scale_ptr, zero_ptr, columns, features, group_size, BATCHED: tl.constexpr,
     TILE: tl.constexpr, FEATURES: tl.constexpr, TILES: tl.constexpr, MAXQ: tl.constexpr, SYM: tl.constexpr,
     STEPS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Store each group's grid; a group longer than TILE columns is read tile by tile, once per tried range."""
+    if BATCHED:
+        expert = tl.program_id(2).to(tl.int64)
+        w_ptr += expert * columns * features
+        column_weight_ptr += expert * columns
+        scale_ptr += expert * tl.num_programs(1) * features
+        zero_ptr += expert * tl.num_programs(1) * features
     group = tl.program_id(1)
     feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     in_range = feature < features
@@ -166,14 +172,28 @@ def _tile(w_ptr, column, feature, features, in_range, COLUMNS: tl.constexpr):
 @triton.jit
 def round_columns_kernel(
     w_ptr, original_ptr, Hinv_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, q_ptr, delta_ptr,
-    error_ptr, features, COLUMNS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
+    error_ptr, features, w_stride, original_stride, diagonal_stride, grid_stride, group_stride, q_stride, delta_stride,
+    BATCHED: tl.constexpr, COLUMNS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
     INLINE_GROUP_SIZE: tl.constexpr, GROUP_TILE: tl.constexpr, MAXQ: tl.constexpr, SYM: tl.constexpr,
     STEPS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Quantize up to 128 columns in order: store q_i and delta_i, then w_k -= Hinv_ik e_i for every column k > i.
 
     e_i = (w_i - scale (q_i - zero)) / Hinv_ii; with INLINE_GROUP_SIZE, a group's first column finds the group's grid.
+    With BATCHED, the second program number is the expert; strides lead from one expert to the next.
     """
+    if BATCHED:
+        expert = tl.program_id(1).to(tl.int64)
+        w_ptr += expert * w_stride
+        original_ptr += expert * original_stride
+        Hinv_ptr += expert * COLUMNS * COLUMNS
+        diagonal_ptr += expert * diagonal_stride
+        scale_ptr += expert * grid_stride
+        zero_ptr += expert * grid_stride
+        group_ptr += expert * group_stride
+        q_ptr += expert * q_stride
+        delta_ptr += expert * delta_stride
+        error_ptr += expert * features
     feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     in_range = feature < features
     scale = tl.zeros([FEATURES], tl.float32) + 1.0
@@ -247,10 +267,17 @@ def _inline_grid(
 
 @triton.jit
 def split_kernel(
-    x_ptr, row_ptr, column_ptr, high_ptr, low_ptr, columns, x_stride, out_stride, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    x_ptr, row_ptr, column_ptr, high_ptr, low_ptr, columns, x_stride, out_stride, x_batch_stride, row_batch_stride,
+    out_batch_stride, BATCHED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Store high = float16(x r c) and low = float16(x r c - high), r the row's factor and c the column's."""
+    if BATCHED:
+        expert = tl.program_id(2).to(tl.int64)
+        x_ptr += expert * x_batch_stride
+        row_ptr += expert * row_batch_stride
+        column_ptr += expert * columns
+        high_ptr += expert * out_batch_stride
+        low_ptr += expert * out_batch_stride
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < columns
@@ -268,9 +295,15 @@ def split_kernel(
 @triton.jit
 def permute_columns_kernel(
     weight_ptr, dead_ptr, inverse_perm_ptr, out_ptr, columns, features, weight_stride, out_stride,
-    PERMUTED: tl.constexpr, TILE: tl.constexpr,
+    BATCHED: tl.constexpr, PERMUTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Store out[inverse_perm[i], j] = weight[j, i], 0 for dead columns i."""
+    if BATCHED:
+        expert = tl.program_id(2).to(tl.int64)
+        weight_ptr += expert * features * weight_stride
+        dead_ptr += expert * columns
+        inverse_perm_ptr += expert * columns
+        out_ptr += expert * columns * out_stride
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     feature = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = (feature < features)[:, None] & (column < columns)[None, :]
@@ -287,9 +320,16 @@ def permute_columns_kernel(
 @triton.jit
 def dequantize_kernel(
     weight_ptr, q_ptr, zero_ptr, scale_ptr, group_ptr, columns, features, weight_stride, q_stride, zero_stride,
-    scale_stride, TILE: tl.constexpr,
+    scale_stride, weight_batch_stride, q_batch_stride, grid_batch_stride, BATCHED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Store weight[j, i] = scale[g_i, j] (q[i, j] - zero[g_i, j]), g_i the group of column i."""
+    if BATCHED:
+        expert = tl.program_id(2).to(tl.int64)
+        weight_ptr += expert * weight_batch_stride
+        q_ptr += expert * q_batch_stride
+        zero_ptr += expert * grid_batch_stride
+        scale_ptr += expert * grid_batch_stride
+        group_ptr += expert * columns
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     feature = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = (column < columns)[:, None] & (feature < features)[None, :]
@@ -300,3 +340,35 @@ def dequantize_kernel(
     w = (q.to(tl.float32) - zero.to(tl.float32)) * scale.to(tl.float32)
     out = weight_ptr + feature[:, None].to(tl.int64) * weight_stride + column[None, :]
     tl.store(out, tl.trans(w).to(weight_ptr.dtype.element_ty), mask=tl.trans(inside))
+
+
+@triton.jit
+def add_routed_products_kernel(
+    total_ptr, x_ptr, row_ptr, bound_ptr, columns, x_stride, first_expert, panel, GATHERED: tl.constexpr,
+    TILE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Add x_e^T x_e to total[e] for each expert e: a program computes one tile, from inputs that it reads by index.
+
+    Tiles left of the beginning of their panel of rows are left out: H is symmetric.
+    """
+    first, second = tl.program_id(0) * TILE, tl.program_id(1) * TILE
+    if second + TILE > first // panel * panel:
+        expert = tl.program_id(2).to(tl.int64)
+        begin = tl.load(bound_ptr + first_expert + expert)
+        end = tl.load(bound_ptr + first_expert + expert + 1)
+        left = first + tl.arange(0, TILE)
+        right = second + tl.arange(0, TILE)
+        sums = tl.zeros([TILE, TILE], tl.float32)
+        for start in range(begin, end, TOKENS):
+            pair = start + tl.arange(0, TOKENS)
+            inside = pair < end
+            row = pair
+            if GATHERED:
+                row = tl.load(row_ptr + pair, mask=inside, other=0)
+            x = x_ptr + row[:, None].to(tl.int64) * x_stride
+            a = tl.load(x + left[None, :], mask=inside[:, None] & (left < columns)[None, :], other=0.0)
+            b = tl.load(x + right[None, :], mask=inside[:, None] & (right < columns)[None, :], other=0.0)
+            sums = tl.dot(tl.trans(a), b, sums, input_precision="ieee")
+        out = total_ptr + (expert * columns + left[:, None]) * columns + right[None, :]
+        shown = (left < columns)[:, None] & (right < columns)[None, :]
+        tl.store(out, tl.load(out, mask=shown, other=0.0) + sums, mask=shown)
