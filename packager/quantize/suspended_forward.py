@@ -3,7 +3,8 @@
 Every batch runs the block in its own greenlet and is suspended when it reaches a linear that is not quantized yet.
 Once all batches are suspended there, their inputs give the Hessian, the linear is quantized, and the batches resume.
 Other implementations repeat the block's forward once per group of linears; this one runs it once, in the same order,
-for any block made of `nn.Linear`.
+for any block made of `nn.Linear`. The experts of a layer, which are no modules of their own, are suspended by
+`experts.own_forward`: their group is the name of one parameter, and its inputs come with their routing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +21,16 @@ from packager.model.contexts import Context
 from packager.model.decoder import run_block
 from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
+from packager.quantize.experts import own_forward
 from packager.quantize.gptq.hessian import Hessian
+from packager.quantize.gptq.routing import RoutedInputs
 
 SolveGroup = Callable[[Group, Hessian], None]
+SolveExperts = Callable[[str, Sequence[RoutedInputs]], None]
+
+
+def _refuse_experts(name: str, _: Sequence[RoutedInputs]) -> None:
+    raise QuantizeError("experts cannot be quantized here", where=name)
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
@@ -43,6 +51,8 @@ def _hooks(modules: Mapping[str, nn.Module], make: Callable[[str], Callable[...,
 def linear_groups(block: nn.Module, hidden: Tensor, context: Context) -> tuple[Group, ...]:
     """Return the linears that see the same input, group by group in the order in which the block reaches them.
 
+    A parameter that holds a linear of every expert is a group of its own.
+
     Args:
         block: with its weights.
         hidden: inputs of one batch.
@@ -60,13 +70,13 @@ def linear_groups(block: nn.Module, hidden: Tensor, context: Context) -> tuple[G
         return record
 
     linears = linears_of(block)
-    with _hooks(linears, make):
+    with _hooks(linears, make), own_forward(block, lambda name, inputs: seen.append((name, inputs.rows))):
         run_block(block, hidden, context)
     if missed := set(linears) - {name for name, _ in seen}:
         raise QuantizeError("a linear received no input", where=", ".join(sorted(missed)))
     groups: list[list[str]] = []
     for index, (name, x) in enumerate(seen):
-        if index and x is seen[index - 1][1]:
+        if index and x is seen[index - 1][1] and {name, seen[index - 1][0]} <= set(linears):
             groups[-1].append(name)
         else:
             groups.append([name])
@@ -81,6 +91,7 @@ def sweep_sequential(
     contexts: Sequence[Context],
     solve: SolveGroup,
     *,
+    solve_experts: SolveExperts = _refuse_experts,
     suspended: int | None = None,
     last: bool = False,
     on_solved: Callable[[], None] = lambda: None,
@@ -93,6 +104,8 @@ def sweep_sequential(
         states: the block's inputs, replaced by the quantized block's outputs.
         contexts: the block's other arguments, one per batch.
         solve: quantizes a group given its Hessian.
+        solve_experts: quantizes the experts' linears in a parameter given the inputs of all batches, which are held
+            until it returns.
         suspended: how many batches stay suspended inside the block; each of the others is abandoned at every group and
             run again from the block's beginning for the next group, with the same values. None: all of them stay.
         last: the model's last block, whose outputs are not needed.
@@ -113,20 +126,25 @@ def sweep_sequential(
 
         return suspend
 
+    def suspend_experts(name: str, inputs: RoutedInputs) -> None:
+        if name not in done:
+            main.switch(name, inputs)
+
     def run_of(index: int) -> greenlet:
         return paused.pop(index, None) or greenlet(partial(run_block, block, states.get(index), contexts[index]))
 
-    with _hooks({group[0]: linears[group[0]] for group in groups}, make):
+    hooked = {group[0]: linears[group[0]] for group in groups if group[0] in linears}
+    with _hooks(hooked, make), own_forward(block, suspend_experts):
         for group in groups:
-            hessian = Hessian(linears[group[0]].in_features, linears[group[0]].weight.device)
+            inputs = _Inputs(group, linears)
             for index in range(len(states)):
                 run = run_of(index)
-                hessian.add(_input_of(group, run, run.switch()))
+                inputs.add(_input_of(group, run, run.switch()))
                 if suspended is None or index < suspended:
                     paused[index] = run
                 else:
                     run.throw()
-            solve(group, hessian)
+            inputs.solve(solve, solve_experts)
             done.add(group[0])
         on_solved()
         for index in range(len(states)):
@@ -136,14 +154,36 @@ def sweep_sequential(
             run.throw()
 
 
-def _input_of(group: Group, run: greenlet, reached: Any) -> Tensor:
+class _Inputs:
+    """What a group is solved with: the Hessian of linears, or the inputs of experts."""
+
+    def __init__(self, group: Group, linears: Mapping[str, nn.Linear]) -> None:
+        self._group = group
+        first = linears.get(group[0])
+        self._hessian = None if first is None else Hessian(first.in_features, first.weight.device)
+        self._routed: list[RoutedInputs] = []
+
+    def add(self, inputs: Tensor | RoutedInputs) -> None:
+        if isinstance(inputs, RoutedInputs):
+            self._routed.append(inputs)
+        elif self._hessian is not None:
+            self._hessian.add(inputs)
+
+    def solve(self, solve: SolveGroup, solve_experts: SolveExperts) -> None:
+        if self._hessian is None:
+            solve_experts(self._group[0], self._routed)
+        else:
+            solve(self._group, self._hessian)
+
+
+def _input_of(group: Group, run: greenlet, reached: Any) -> Tensor | RoutedInputs:
     """Return the input of a group's linears, which a batch's greenlet passed on when it stopped.
 
     A suspended greenlet passes on the linear's name and its input, a finished one the block's output.
     """
     if run.dead:
         raise _unreached(group)
-    name, x = cast(tuple[str, Tensor], reached)
+    name, x = cast(tuple[str, Tensor | RoutedInputs], reached)
     if name != group[0]:
         raise QuantizeError("the block reached its linears in another order", why=f"{name} before {group[0]}")
     return x
@@ -164,6 +204,7 @@ def sweep_parallel(
     contexts: Sequence[Context],
     solve: SolveGroup,
     *,
+    solve_experts: SolveExperts = _refuse_experts,
     last: bool = False,
     on_solved: Callable[[], None] = lambda: None,
 ) -> None:
@@ -172,18 +213,22 @@ def sweep_parallel(
     Arguments, effect and errors are those of `sweep_sequential`.
     """
     linears = linears_of(block)
-    hessians = {group[0]: Hessian(linears[group[0]].in_features, linears[group[0]].weight.device) for group in groups}
+    inputs = {group[0]: _Inputs(group, linears) for group in groups}
 
     reached: set[str] = set()
 
     def make(name: str) -> Callable[..., None]:
         def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            hessians[name].add(args[0])
+            inputs[name].add(args[0])
             reached.add(name)
 
         return add
 
-    with _hooks({name: linears[name] for name in hessians}, make):
+    def add_experts(name: str, routed: RoutedInputs) -> None:
+        inputs[name].add(routed)
+        reached.add(name)
+
+    with _hooks({name: linears[name] for name in inputs if name in linears}, make), own_forward(block, add_experts):
         for index in range(len(states)):
             reached.clear()
             run_block(block, states.get(index), contexts[index])
@@ -191,7 +236,7 @@ def sweep_parallel(
                 if group[0] not in reached:
                     raise _unreached(group)
     for group in groups:
-        solve(group, hessians.pop(group[0]))
+        inputs.pop(group[0]).solve(solve, solve_experts)
     on_solved()
     if not last:
         run_forward(block, states, contexts)
@@ -200,5 +245,6 @@ def sweep_parallel(
 @torch.no_grad()
 def run_forward(block: nn.Module, states: Activations, contexts: Sequence[Context]) -> None:
     """Replace the states by the block's outputs."""
-    for index in range(len(states)):
-        states.put(index, run_block(block, states.get(index), contexts[index]))
+    with own_forward(block):
+        for index in range(len(states)):
+            states.put(index, run_block(block, states.get(index), contexts[index]))

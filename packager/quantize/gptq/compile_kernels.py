@@ -90,9 +90,7 @@ def _launch_once(launch: _Specialization, *, device: torch.device, dtype: torch.
         return zeros(launch.in_features, dtype=dtype)[..., :columns]
 
     groups = -(-columns // inline) if inline else 1
-    grids = Grids(
-        scales=zeros(groups, features) + 1, zeros=zeros(groups, features), groups=of_columns(torch.int64)
-    )
+    grids = Grids(scales=zeros(groups, features) + 1, zeros=zeros(groups, features), groups=of_columns(torch.int64))
     result = RoundedColumns(
         q=zeros(columns, features, dtype=torch.uint8), delta=zeros(columns, features), squared_errors=zeros(features)
     )

@@ -163,7 +163,9 @@ class _ColumnSolver:
         self.diagonal = U.diagonal(dim1=-2, dim2=-1).contiguous()
         n_groups = -(-in_features // group_size)
         scales = torch.empty(*experts, n_groups, out_features, dtype=torch.float32, device=weight.device)
-        groups = (torch.arange(in_features, device=weight.device) // group_size).expand(*experts, in_features).contiguous()
+        groups = (
+            (torch.arange(in_features, device=weight.device) // group_size).expand(*experts, in_features).contiguous()
+        )
         self.grids = Grids(scales=scales, zeros=torch.empty_like(scales), groups=groups)
         self.q = torch.empty_like(weight, dtype=torch.uint8)
         self.squared_errors = torch.zeros(*experts, out_features, dtype=torch.float32, device=weight.device)

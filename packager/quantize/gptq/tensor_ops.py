@@ -56,9 +56,7 @@ class RoundedColumns:
 
     def of_expert(self, expert: int) -> "RoundedColumns":
         """Return the output for one expert of a batch."""
-        return RoundedColumns(
-            q=self.q[expert], delta=self.delta[expert], squared_errors=self.squared_errors[expert]
-        )
+        return RoundedColumns(q=self.q[expert], delta=self.delta[expert], squared_errors=self.squared_errors[expert])
 
 
 class LazyUpdates(Protocol):
