@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for run in (
             lambda case=case: run_case(case, device, int(given.slice_gb * 1e9)),
             lambda case=case: compare(case, device),
-        ):  # noqa: E501
+        ):
             try:
                 for row in run():
                     rows.append(row)

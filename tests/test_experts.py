@@ -20,7 +20,8 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vo
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("mixtral", "Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": (
-        "qwen3_moe", "Qwen3Moe", {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+        "qwen3_moe", "Qwen3Moe",
+        {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
     ),
     "deepseek_v3": (
         "deepseek_v3", "DeepseekV3",

@@ -69,7 +69,7 @@ def experts_of(block: nn.Module) -> dict[str, Experts]:
 
 def _recognised(name: str, module: Any) -> Experts:
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    weights = [getattr(module, each, None) for each in (first, "down_proj")]
+    weights: list[Any] = [getattr(module, each, None) for each in (first, "down_proj")]
     if not all(isinstance(weight, Tensor) and weight.ndim == 3 for weight in weights):
         raise _unknown(name, module, f"{first} and down_proj are not both 3-D parameters")
     up, down = (weight.mT if module.is_transposed else weight for weight in weights)

@@ -53,7 +53,8 @@ class TritonOps:
         with _device_of(w):
             kernels.find_grids_kernel[(triton.cdiv(features, _GRID_FEATURES), groups, *_experts(w))](
                 w, column_weight.contiguous(), search_shrinks(w.device), scales, zeros, columns, features, group_size,
-                BATCHED=w.ndim > 2, TILE=tile, FEATURES=_GRID_FEATURES, TILES=triton.cdiv(min(group_size, columns), tile), MAXQ=rules.maxq,
+                BATCHED=w.ndim > 2, TILE=tile, FEATURES=_GRID_FEATURES,
+                TILES=triton.cdiv(min(group_size, columns), tile), MAXQ=rules.maxq,
                 SYM=rules.sym, STEPS=SEARCH_STEPS if rules.scale_search else 1, SMALLEST=SMALLEST_SCALE,
                 num_warps=_GRID_WARPS,
             )  # fmt: skip
@@ -102,7 +103,8 @@ class TritonOps:
         with _device_of(x):
             kernels.split_kernel[(n, triton.cdiv(m, _SPLIT_TILE), *experts)](
                 x, x if rows is None else rows, x if columns is None else columns.contiguous(), high, low, m,
-                x.stride(-2), high.stride(-2), *strides, BATCHED=bool(experts), ROWS=rows is not None, COLUMNS=columns is not None, TILE=_SPLIT_TILE,
+                x.stride(-2), high.stride(-2), *strides, BATCHED=bool(experts),
+                ROWS=rows is not None, COLUMNS=columns is not None, TILE=_SPLIT_TILE,
             )  # fmt: skip
         return high, low
 
