@@ -114,27 +114,19 @@ def sweep_sequential(
     Raises:
         QuantizeError: a batch does not reach the linears, or not in the order of `groups`.
     """
-    linears = linears_of(block)
-    main = getcurrent()
+    linears, main = linears_of(block), getcurrent()
     done: set[str] = set()
     paused: dict[int, greenlet] = {}
 
-    def make(name: str) -> Callable[..., None]:
-        def suspend(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if name not in done:
-                main.switch(name, args[0])
-
-        return suspend
-
-    def suspend_experts(name: str, inputs: RoutedInputs) -> None:
+    def stop(name: str, x: Tensor | RoutedInputs) -> None:
         if name not in done:
-            main.switch(name, inputs)
+            main.switch(name, x)
 
     def run_of(index: int) -> greenlet:
         return paused.pop(index, None) or greenlet(partial(run_block, block, states.get(index), contexts[index]))
 
     hooked = {group[0]: linears[group[0]] for group in groups if group[0] in linears}
-    with _hooks(hooked, make), own_forward(block, suspend_experts):
+    with _hooks(hooked, lambda name: lambda _, args: stop(name, args[0])), own_forward(block, stop):
         for group in groups:
             inputs = _Inputs(group, linears)
             for index in range(len(states)):

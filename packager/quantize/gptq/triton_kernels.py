@@ -177,10 +177,9 @@ def round_columns_kernel(
     INLINE_GROUP_SIZE: tl.constexpr, GROUP_TILE: tl.constexpr, MAXQ: tl.constexpr, SYM: tl.constexpr,
     STEPS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """Quantize up to 128 columns in order: store q_i and delta_i, then w_k -= Hinv_ik e_i for every column k > i.
+    """Quantize the columns of one linear, or those of the expert that is the program's second number.
 
-    e_i = (w_i - scale (q_i - zero)) / Hinv_ii; with INLINE_GROUP_SIZE, a group's first column finds the group's grid.
-    With BATCHED, the second program number is the expert; strides lead from one expert to the next.
+    Strides lead from one expert to the next.
     """
     if BATCHED:
         expert = tl.program_id(1).to(tl.int64)
@@ -194,6 +193,23 @@ def round_columns_kernel(
         q_ptr += expert * q_stride
         delta_ptr += expert * delta_stride
         error_ptr += expert * features
+    _round_columns(
+        w_ptr, original_ptr, Hinv_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, q_ptr, delta_ptr,
+        error_ptr, features, COLUMNS, TILE_COLUMNS, FEATURES, INLINE_GROUP_SIZE, GROUP_TILE, MAXQ, SYM, STEPS, SMALLEST,
+    )  # fmt: skip
+
+
+@triton.jit
+def _round_columns(
+    w_ptr, original_ptr, Hinv_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, q_ptr, delta_ptr,
+    error_ptr, features, COLUMNS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
+    INLINE_GROUP_SIZE: tl.constexpr, GROUP_TILE: tl.constexpr, MAXQ: tl.constexpr, SYM: tl.constexpr,
+    STEPS: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """Quantize up to 128 columns in order: store q_i and delta_i, then w_k -= Hinv_ik e_i for every column k > i.
+
+    e_i = (w_i - scale (q_i - zero)) / Hinv_ii; with INLINE_GROUP_SIZE, a group's first column finds the group's grid.
+    """
     feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     in_range = feature < features
     scale = tl.zeros([FEATURES], tl.float32) + 1.0
