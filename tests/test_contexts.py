@@ -8,9 +8,7 @@ from packager.model.contexts import Context, OutputOf, own_contexts, shared_cont
 def test_batches_share_equal_tensors_and_keep_their_own_of_others():
     mask = torch.ones(4, 4)
     first = [Context(args=(torch.zeros(2),), kwargs={"mask": mask, "tables": (torch.ones(3), torch.zeros(3))})]
-    second = [
-        Context(args=(torch.ones(2),), kwargs={"mask": mask.clone(), "tables": (torch.ones(3), torch.ones(3))})
-    ]
+    second = [Context(args=(torch.ones(2),), kwargs={"mask": mask.clone(), "tables": (torch.ones(3), torch.ones(3))})]
     (shared,) = shared_contexts(second, first)
     assert shared.kwargs["mask"] is mask
     assert shared.kwargs["tables"][0] is first[0].kwargs["tables"][0]
