@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -108,6 +109,10 @@ def _meant() -> Iterator[dict[str, Tensor]]:
         yield meant
 
 
+def _read_part(packed: dict[str, StoredTensor], linear: str, part: str) -> Tensor:
+    return read_tensor(packed[f"{linear}.{part}"])
+
+
 def check_packed(source: SourceModel, work: Path) -> None:
     """Quantize a variant; compare its files with the plan, with what the solver meant, and with the base model."""
     rows = TokenRows(ids=token_ids(8, 32), record=token_rows().record)
@@ -121,7 +126,7 @@ def check_packed(source: SourceModel, work: Path) -> None:
     assert meant.keys() == {linear.name for linear in source.architecture.linears}
     made = {f"{linear.name}." for linear in source.architecture.linears}
     for name, weight in meant.items():
-        found = dequantize_linear(lambda part, name=name: read_tensor(packed[f"{name}.{part}"]), VARIANT.bits)
+        found = dequantize_linear(partial(_read_part, packed, name), VARIANT.bits)
         assert torch.equal(found, weight), f"{name} is not what the solver meant"
         original = source.read(f"{name}.weight").float()
         stored_as = [part for part in (original, original.T) if part.shape == weight.shape]  # a Conv1D lies transposed

@@ -1,12 +1,14 @@
 """Modules of experts as transformers builds them: our forward is theirs, and the sweep suspends it twice."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from packager.errors import QuantizeError
+from packager.model.contexts import Context
+from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
 from packager.quantize.experts import experts_of, own_forward
 from packager.quantize.gptq.expert_hessians import expert_hessians, pooled_hessian
@@ -14,7 +16,7 @@ from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Hessian, factorize
 from packager.quantize.gptq.routing import RoutedInputs
 from packager.quantize.gptq.solve import solve
-from packager.quantize.suspended_forward import Group, linear_groups, sweep_parallel, sweep_sequential
+from packager.quantize.suspended_forward import linear_groups, sweep_parallel, sweep_sequential
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -63,7 +65,8 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor, **_: Any) -> Tensor:
         flat = self.before(hidden).reshape(-1, 32)
         weights, index = (flat @ self.router.T).softmax(-1).topk(2)
-        return hidden + self.after(self.experts(flat, index, weights)).view(hidden.shape)
+        routed: Tensor = self.experts(flat, index, weights)
+        return hidden + cast(Tensor, self.after(routed)).view(hidden.shape)
 
 
 def block_of(kind: str) -> Block:
@@ -97,16 +100,15 @@ def test_the_sweep_quantizes_experts_like_repeated_forwards(kind, way):
     batches = [torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
     def sweep(block: Block, solve_experts: Any, how: str) -> list[Tensor]:
-        groups, states = linear_groups(block, batches[0], {}), Activations(list(batches), "device")
+        groups, states = linear_groups(block, batches[0], Context(kwargs={})), Activations(list(batches), "device")
         assert groups == (("before",), ("experts.gate_up_proj",), ("experts.down_proj",), ("after",))
-        run, more = (sweep_parallel, {}) if how == "parallel" else (sweep_sequential, {})
-        if how == "one suspended":
-            more = {"suspended": 1}
+        run: Any = sweep_parallel if how == "parallel" else sweep_sequential
+        more = {"suspended": 1} if how == "one suspended" else {}
 
         def halve(group: Group, _: Hessian) -> None:
-            block.get_submodule(group[0]).weight.data *= 0.5
+            cast(nn.Linear, block.get_submodule(group[0])).weight.data *= 0.5
 
-        run(block, groups, states, [{}] * 3, halve, solve_experts=solve_experts(block), **more)
+        run(block, groups, states, [Context(kwargs={})] * 3, halve, solve_experts=solve_experts(block), **more)
         return [states.get(index) for index in range(3)]
 
     def quantizing(block: Block) -> Any:

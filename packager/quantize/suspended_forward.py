@@ -8,7 +8,7 @@ for any block made of `nn.Linear`. The experts of a layer, which are no modules 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -126,7 +126,7 @@ def sweep_sequential(
         return paused.pop(index, None) or greenlet(partial(run_block, block, states.get(index), contexts[index]))
 
     hooked = {group[0]: linears[group[0]] for group in groups if group[0] in linears}
-    with _hooks(hooked, lambda name: lambda _, args: stop(name, args[0])), own_forward(block, stop):
+    with _hooks(hooked, lambda name: lambda _, args: stop(name, args[0])), _experts_forward(block, groups, stop):
         for group in groups:
             inputs = _Inputs(group, linears)
             for index in range(len(states)):
@@ -220,7 +220,8 @@ def sweep_parallel(
         inputs[name].add(routed)
         reached.add(name)
 
-    with _hooks({name: linears[name] for name in inputs if name in linears}, make), own_forward(block, add_experts):
+    hooked = {name: linears[name] for name in inputs if name in linears}
+    with _hooks(hooked, make), _experts_forward(block, groups, add_experts):
         for index in range(len(states)):
             reached.clear()
             run_block(block, states.get(index), contexts[index])
@@ -231,12 +232,21 @@ def sweep_parallel(
         inputs.pop(group[0]).solve(solve, solve_experts)
     on_solved()
     if not last:
-        run_forward(block, states, contexts)
+        run_forward(block, groups, states, contexts)
 
 
 @torch.no_grad()
-def run_forward(block: nn.Module, states: Activations, contexts: Sequence[Context]) -> None:
-    """Replace the states by the block's outputs."""
-    with own_forward(block):
+def run_forward(block: nn.Module, groups: Sequence[Group], states: Activations, contexts: Sequence[Context]) -> None:
+    """Replace the states by the outputs of a block whose `groups` are quantized."""
+    with _experts_forward(block, groups):
         for index in range(len(states)):
             states.put(index, run_block(block, states.get(index), contexts[index]))
+
+
+def _experts_forward(
+    block: nn.Module, groups: Sequence[Group], on_inputs: Callable[[str, RoutedInputs], None] | None = None
+) -> AbstractContextManager[None]:
+    """Run experts modules by our own forward if they are quantized; others keep the forward of transformers."""
+    if all(group[0] in linears_of(block) for group in groups):
+        return nullcontext()
+    return own_forward(block) if on_inputs is None else own_forward(block, on_inputs)

@@ -206,7 +206,7 @@ class _VariantRun:
         elif not context.last:
             block = load()
             restore_block(block, context.names, tensors, self.variant)
-            run_forward(block, self._states, context.contexts)
+            run_forward(block, context.groups, self._states, context.contexts)
         self._records.extend(records)
         done = BlockDone(
             branch=self.variant.branch, block=context.index, num_blocks=context.num_blocks, resumed=stored is not None,
