@@ -22,7 +22,7 @@ from packager.variant import Variant, num_groups
 PORTABLE_PARAMETERS = ("bits", "group_size", "damp_percent", "desc_act", "sym", "true_sequential")
 PORTABLE_KEYS = (*PORTABLE_PARAMETERS, "model_name_or_path", "model_file_base_name")
 WORD_BITS = 32
-# Where transformers finds the blocks by itself: optimum/gptq/constants.py, BLOCK_PATTERNS, of 1.24 and of 2.3.
+# Where transformers finds the blocks by itself: optimum.gptq.constants, BLOCK_PATTERNS, of 1.24 and of 2.3.
 OPTIMUM_BLOCK_PATHS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers")
 
 
@@ -124,7 +124,7 @@ def block_keys(architecture: Architecture) -> dict[str, object]:
     """Return the keys of quantization_config about the blocks: where they are, and what in them is not quantized.
 
     transformers looks for the blocks in the places that optimum knows; it reads any other from `block_name_to_quantize`
-    (optimum/gptq/utils.py, `get_block_name_with_pattern`). The other keys are there only if linears are left:
+    (optimum.gptq.utils, `get_block_name_with_pattern`). The other keys are there only if linears are left:
     GPTQModel, vLLM and SGLang read `dynamic`, where "-:" before a regular expression of module names means "leave
     them", and SGLang asks for the name of what it computes as one linear; transformers and vLLM read
     `modules_in_block_to_quantize`, names of what is quantized.
@@ -168,7 +168,7 @@ def _fused(modules: Collection[str]) -> list[str]:
 def _quantized_names(architecture: Architecture, left: Iterable[str]) -> list[list[str]]:
     """Return names of the quantized linears: those inside a block, or full ones where a short one means too much.
 
-    optimum takes every linear as quantized whose full name ends with one of the names (optimum/gptq/quantizer.py,
+    optimum takes every linear as quantized whose full name ends with one of the names (optimum.gptq.quantizer,
     `convert_model`); full names of linears end with no other.
     """
     groups = list(dict.fromkeys(group.modules for kind in architecture.kinds for group in kind.groups))

@@ -177,7 +177,7 @@ def _transformers_4_40(_: Variant, architecture: Architecture) -> str:
 def _gpt_neox_rope(config: Mapping[str, object]) -> list[str]:
     """Return which key of GPT-NeoX's rotary embedding config.json lacks, where transformers 4's default is not right.
 
-    Source: transformers 4.40.2, models/gpt_neox/configuration_gpt_neox.py; transformers 5 writes rope_parameters.
+    Source: transformers 4.40.2, transformers.models.gpt_neox; transformers 5 writes rope_parameters.
     """
     rope = config.get("rope_parameters")
     written = rope if isinstance(rope, Mapping) else {}

@@ -3,7 +3,7 @@
 A verdict on a model that a list does not have is "no". `verify` opens the files whatever a list holds.
 """
 
-# Model types: GPTQModel 7.7.0, gptqmodel/models/auto.py, MODEL_MAP.
+# Model types: GPTQModel 7.7.0, gptqmodel.models.auto, MODEL_MAP.
 GPTQMODEL_TYPES = frozenset(
     """
     afmoe agnes apertus apertus1p5 apertus1p5_text axk2 baichuan bailing_hybrid bailing_moe bloom brumby chatglm
@@ -26,7 +26,7 @@ GPTQMODEL_TYPES = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# Classes of transformers: vLLM at commit 0002bff0b6cb, vllm/model_executor/models/registry.py: its models of text, and
+# Classes of transformers: vLLM at commit 0002bff0b6cb, vllm.model_executor.models.registry: its models of text, and
 # of images those whose class transformers has too.
 VLLM_CLASSES = frozenset(
     """
@@ -51,10 +51,10 @@ VLLM_CLASSES = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# Linears that vLLM and SGLang compute as one, by the name of it: packed_modules_mapping of their models (llama.py,
-# deepseek_v2.py, qwen3_next.py, qwen3_5.py). vLLM raises ValueError if only some are quantized
-# (model_executor/layers/quantization/utils/gptq_utils.py, is_layer_gptq_quantized); SGLang asks for the one name only
-# (srt/layers/quantization/utils.py, get_dynamic_override).
+# Linears that vLLM and SGLang compute as one, by the name of it: packed_modules_mapping of their models (llama,
+# deepseek_v2, qwen3_next, qwen3_5). vLLM raises ValueError if only some are quantized
+# (model_executor.layers.quantization.utils.gptq_utils, is_layer_gptq_quantized); SGLang asks for the one name only
+# (sglang.srt.layers.quantization.utils, get_dynamic_override).
 FUSED_LINEARS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -67,8 +67,8 @@ _INITIALIZES = "initializes {}.weight when it loads, and a quantized linear has 
 _OWN_CLASS = "does not replace {}, whose class is not nn.Linear"
 
 # Linears that transformers 5.23 with optimum 2.3 cannot open quantized, by model type: the last part of the name, and
-# why. `_init_weights` of models/<model type>/modeling_*.py takes the weight of these by the name of the linear;
-# optimum/gptq/utils.py, `get_layers`, takes no subclass of nn.Linear.
+# why. `_init_weights` of transformers.models takes the weight of these by the name of the linear;
+# optimum.gptq.utils, `get_layers`, takes no subclass of nn.Linear.
 TRANSFORMERS_FAILS: dict[str, tuple[tuple[str, ...], str]] = {
     "falcon": (("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), _OWN_CLASS),
     "falcon_mamba": (("out_proj",), _INITIALIZES),
