@@ -48,7 +48,7 @@ def facts_of(name: str, folder: Path, *, quantized: bool = True) -> Facts:
     try:
         locked = describe(base, {key: tensor.info for key, tensor in stored.items()})
     except SourceError as error:
-        where = "" if str(folder) in error.where else f"{error.where}: "
+        where = f"{error.where}: " if error.where and str(folder) not in error.where else ""
         return {"refused": f"{where}{error.what}{f' ({error.why})' if error.why else ''}"}
     architecture = architecture_of(locked, name)
     check_forward(name, base, stored)

@@ -26,7 +26,10 @@ def compute_buffers(model: nn.Module, names: Iterable[str], device: torch.device
     """
     for name in names:
         module = model.get_submodule(name)
-        buffers = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        computed = module._non_persistent_buffers_set  # files store the others
+        buffers = {
+            key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta and key in computed
+        }
         if buffers:
             owners = _owners(model, name)
             first, second = (_initialised(module, buffers, owners, fill) for fill in (0, 1))
