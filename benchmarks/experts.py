@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def solve_all(
     draw, rules = torch.Generator(device).manual_seed(1), GridRules(bits=4, sym=True, scale_search=True)
     with timer.stage(f"{name}: pooled Hessian"):
         pooled = pooled_hessian(inputs)
-    failed, loss, tokens = 0, 0.0, []
+    failed, loss, tokens = 0, 0.0, list[int]()
     for begin in range(0, experts, at_once):
         part = range(begin, min(begin + at_once, experts))
         weight = (torch.randn(len(part), out, n, generator=draw, device=device) * 0.02).to(dtype)
@@ -235,8 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device, rows = torch.device(given.device), []
     for case in CASES if given.only is None else [each for each in (*CASES, TINY) if each.name == given.only]:
         for run in (
-            lambda case=case: run_case(case, device, int(given.slice_gb * 1e9)),
-            lambda case=case: compare(case, device),
+            partial(run_case, case, device, int(given.slice_gb * 1e9)),
+            partial(compare, case, device),
         ):
             try:
                 for row in run():

@@ -212,7 +212,8 @@ def indefinite(n: int, by: float) -> Tensor:
     x[:, 5] = 1e-3
     H = x.T @ x / n
     mean = H.diagonal().mean()
-    return H - (torch.linalg.eigvalsh(H)[0] + by * mean) / (1 + by) * torch.eye(n)
+    shifted: Tensor = H - (torch.linalg.eigvalsh(H)[0] + by * mean) / (1 + by) * torch.eye(n)
+    return shifted
 
 
 def test_damping_is_raised_for_the_experts_that_fail_alone():
