@@ -217,7 +217,7 @@ def _data_dependent_modules(model: nn.Module, num_tokens: int) -> tuple[nn.Modul
             try:
                 _run(model, num_tokens, tuple(skipped.values()))
                 return tuple(skipped.values())
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - any model; raised again if nothing can be skipped
                 reads_values = isinstance(error, _READS_VALUES)
                 culprit = next((module for module in reversed(running) if id(module) not in skipped), None)
                 if first is None:
