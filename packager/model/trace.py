@@ -217,7 +217,7 @@ def _data_dependent_modules(model: nn.Module, num_tokens: int) -> tuple[nn.Modul
             try:
                 _run(model, num_tokens, tuple(skipped.values()))
                 return tuple(skipped.values())
-            except Exception as error:  # noqa: BLE001 - any model; raised again if nothing can be skipped
+            except Exception as error:
                 reads_values = isinstance(error, _READS_VALUES)
                 culprit = next((module for module in reversed(running) if id(module) not in skipped), None)
                 if first is None:
@@ -225,9 +225,10 @@ def _data_dependent_modules(model: nn.Module, num_tokens: int) -> tuple[nn.Modul
                     first.__cause__ = error
                     if not reads_values:
                         raise first from error
-                if culprit is None or id(culprit) not in inside:
-                    raise first from first.__cause__
-                skipped |= {id(module): module for module in model.modules() if type(module) is type(culprit)}
+                if culprit is not None and id(culprit) in inside:
+                    skipped |= {id(module): module for module in model.modules() if type(module) is type(culprit)}
+                    continue
+                raise first from first.__cause__
 
 
 _READS_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
