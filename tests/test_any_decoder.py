@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.proven_decoders import facts_of
-from tests.tiny_decoders import NAMES
+from tests.proven_decoders import check_forward, facts_of, stored_in
+from tests.tiny_decoders import NAMES, tiny_decoder
 
 PROVEN = json.loads((Path(__file__).parent.parent / "docs/reference/architectures.json").read_text())
 # Dense; Conv1D; linear attention and experts; a tower that reads images; blocks of several kinds.
@@ -16,6 +16,12 @@ SAMPLE = ("llama", "gpt2", "qwen3_5_text", "llava", "lfm2_moe")
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_sample_is_as_the_reference_says(name, tmp_path):
     assert facts_of(name, tmp_path) == PROVEN[name]
+
+
+def test_loaded_tensors_outlive_the_computing_of_buffers(tmp_path):
+    """ZayaModel has parameters of its own, which its initialisation would overwrite."""
+    base = tiny_decoder("zaya", tmp_path)
+    check_forward("zaya", base, stored_in(base))
 
 
 @pytest.mark.slow

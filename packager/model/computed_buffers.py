@@ -50,10 +50,11 @@ def _initialised(module: nn.Module, buffers: dict[str, Tensor], owners: list[Any
     """
     for key, buffer in buffers.items():
         module._buffers[key] = torch.full(buffer.shape, fill, dtype=buffer.dtype)
-    kept: list[Any] = [tensor for tensor in module.parameters(recurse=False) if not tensor.is_meta]
-    kept += [tensor for key, tensor in module.named_buffers(recurse=False) if key not in buffers]
-    for tensor in kept:
-        tensor._is_hf_initialized = True
+    computed = {id(module._buffers[key]) for key in buffers}
+    loaded: list[Any] = [*owners[-1].parameters(), *owners[-1].buffers()]
+    for tensor in loaded:
+        if not tensor.is_meta and id(tensor) not in computed:
+            tensor._is_hf_initialized = True  # transformers leaves it alone
     with torch.no_grad():
         owners[0]._init_weights(module)
         for owner in owners:
