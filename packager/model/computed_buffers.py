@@ -31,35 +31,40 @@ def compute_buffers(model: nn.Module, names: Iterable[str], device: torch.device
             key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta and key in computed
         }
         if buffers:
-            owners = _owners(model, name)
-            first, second = (_initialised(module, buffers, owners, fill) for fill in (0, 1))
+            _compute(model, name, buffers)
             for key in buffers:
-                if not torch.equal(first[key], second[key]):
-                    raise SourceError(
-                        "transformers does not compute a buffer that the files do not store", where=f"{name}.{key}",
-                        why=f"{type(module).__name__} computes it in __init__ only",
-                        hint="this architecture cannot be quantized with the installed transformers",
-                    )  # fmt: skip
-                module._buffers[key] = second[key].to(device)
+                module._buffers[key] = module._buffers[key].to(device)  # type: ignore[union-attr]
 
 
-def _initialised(module: nn.Module, buffers: dict[str, Tensor], owners: list[Any], fill: int) -> dict[str, Tensor]:
-    """Return the buffers after the model's own code ran over them; those that it leaves alone keep `fill`.
+def _compute(model: nn.Module, name: str, buffers: dict[str, Tensor]) -> None:
+    """Compute buffers of a module on the CPU; some models do that only where they initialise themselves."""
+    module, owners = model.get_submodule(name), _owners(model, name)
+    left: list[str] = []
+    for owner, initialised in ((owners[0], module), *((owner, owner) for owner in owners)):
+        first, second = (_initialised(module, buffers, owner, initialised, fill) for fill in (0, 1))
+        left = [key for key in buffers if not torch.equal(first[key], second[key])]
+        if not left:
+            return
+    raise SourceError(
+        "transformers does not compute a buffer that the files do not store", where=f"{name}.{left[0]}",
+        why=f"{type(module).__name__} computes it in __init__ only",
+        hint="this architecture cannot be quantized with the installed transformers",
+    )  # fmt: skip
 
-    Some models compute buffers of inner modules when they initialise themselves: every owner does both.
-    """
+
+def _initialised(
+    module: nn.Module, buffers: dict[str, Tensor], owner: Any, initialised: nn.Module, fill: int
+) -> dict[str, Tensor]:
+    """Return the buffers after the owner's code ran over `initialised`; those that it leaves alone keep `fill`."""
     for key, buffer in buffers.items():
         module._buffers[key] = torch.full(buffer.shape, fill, dtype=buffer.dtype)
     computed = {id(module._buffers[key]) for key in buffers}
-    loaded: list[Any] = [*owners[-1].parameters(), *owners[-1].buffers()]
-    for tensor in loaded:
+    tensors: list[Any] = [tensor for part in (owner, module) for tensor in (*part.parameters(), *part.buffers())]
+    for tensor in tensors:
         if not tensor.is_meta and id(tensor) not in computed:
             tensor._is_hf_initialized = True  # transformers leaves it alone
     with torch.no_grad():
-        owners[0]._init_weights(module)
-        for owner in owners:
-            if owner is not module:
-                owner._init_weights(owner)
+        owner._init_weights(initialised)
     return {key: module._buffers[key].clone() for key in buffers}  # type: ignore[union-attr]
 
 
