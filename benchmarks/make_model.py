@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from packager.inputs.chat_template import chat_template_digest
 from packager.model.lock import Lock, LockedBase
 from packager.prove.audit.known_models import known_architecture, known_model
 from packager.recipe.lock_file import lock_path, lock_text
@@ -138,9 +140,9 @@ def write_recipe(path: Path, recipe: dict[str, Any], config: dict[str, Any]) -> 
     base = LockedBase(id=recipe["base_model"]["id"], revision=None, files={})
     lock = Lock(
         lock_version=1,
-        made_with={"transformers": "0"},
+        made_with={"transformers": metadata.version("transformers")},
         base_model=base,
-        chat_template_sha256=None,
+        chat_template_sha256=chat_template_digest(path.parent / recipe["base_model"]["path"]),
         model=known_model(config, "config.json"),
     )
     write_atomic(lock_path(path), lock_text(lock).encode())
