@@ -299,6 +299,7 @@ class Scene:
         recipe = (ROOT / "recipes" / "demo-llama.yaml").read_text(encoding="utf-8")
         wanted = f"id: apache-2.0\n    base_files: [{_LICENSE}]"
         (self.folder / "recipe.yaml").write_text(recipe.replace("id: apache-2.0", wanted), encoding="utf-8")
+        shutil.copy(ROOT / "recipes" / "demo-llama.lock.json", self.folder / "recipe.lock.json")
         model = self.model(self.folder)
         (model / _LICENSE).write_text("Do what you like.\n", encoding="utf-8")
         (model.parent / "private.txt").write_text(PRIVATE, encoding="utf-8")

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import re
 import shlex
+import shutil
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,8 @@ def test_a_stale_page_is_named(
 ) -> None:
     module = generator()
     monkeypatch.setattr(module, "ROOT", tmp_path)
+    (tmp_path / "docs" / "reference").mkdir(parents=True)
+    shutil.copy(module.REFERENCE / "architectures.json", tmp_path / "docs" / "reference")
     monkeypatch.setattr(module, "REFERENCE", tmp_path / "docs" / "reference")
     assert module.main(["--write"]) == 0
     assert module.main(["--check"]) == 0

@@ -42,7 +42,8 @@ FACES = {
 MAY_IMPORT_TORCH = (
     "packager.model.computed_buffers", "packager.model.contexts", "packager.model.decoder", "packager.model.describe",
     "packager.model.fused_blocks", "packager.model.fused_kernels", "packager.model.packing", "packager.model.skeleton",
-    "packager.model.stored_names", "packager.model.trace", "packager.model.traced_forward", "packager.prove.evaluate", "packager.prove.verify",
+    "packager.model.stored_names", "packager.model.trace", "packager.model.traced_forward",
+    "packager.prove.evaluate", "packager.prove.verify",
     "packager.quantize",
 )  # fmt: skip
 TORCH_FREE_IN_QUANTIZE = {

@@ -225,6 +225,7 @@ def test_the_heads_and_the_missing_stages(tiny: Path) -> None:
     changed = json.loads((tiny / "recipe.yaml").read_text())
     changed["evaluation"]["num_tokens"] = 224
     (tiny / "other.yaml").write_text(json.dumps(changed))
+    shutil.copy(tiny / "recipe.lock.json", tiny / "other.lock.json")
     receipts = tiny / "dist" / "receipts" / tiny_recipe.REPOSITORY
     for recipe, missing in (("recipe.yaml", ()), ("other.yaml", ("evaluate",))):
         for branch, status in states(tiny, recipe).items():
@@ -250,6 +251,7 @@ def test_a_remote_target_is_not_asked_for_heads(tiny: Path) -> None:
     changed = json.loads((tiny / "recipe.yaml").read_text())
     changed["repository"]["target"] = "hub"
     (tiny / "other.yaml").write_text(json.dumps(changed))
+    shutil.copy(tiny / "recipe.lock.json", tiny / "other.lock.json")
     assert {status.commit for status in states(tiny, "other.yaml").values()} == {None}
 
 

@@ -36,7 +36,7 @@ def lock_command(
     format: FormatOption = Format.text,  # noqa: A002 - the option's name
     quiet: QuietOption = False,
 ) -> None:
-    """Make or renew the lock of a recipe: what its base model says of itself.
+    """Write down what the base model says of itself.
 
     Writes <recipe>.lock.json, which plan and build need: commits, files with their digests, tensors, blocks, and the
     linears that are quantized. Reads config.json, small files and the headers of the weights, never the weights. Needs

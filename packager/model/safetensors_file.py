@@ -109,7 +109,8 @@ def header_from(read: Callable[[int], bytes], file_bytes: int, where: str) -> He
     Raises:
         SourceError: see `read_header`.
     """
-    length = int.from_bytes(read(8), "little") if file_bytes >= 8 else 0
+    # Nothing is asked of an empty file: a server answers a range of no bytes with an error.
+    length = int.from_bytes(read(8), "little") if file_bytes else 0
     if file_bytes < 8 or length > min(_MAX_HEADER_BYTES, file_bytes - 8):
         raise SourceError(
             "not a safetensors file, or cut off inside its header",

@@ -2,7 +2,8 @@
 
 transformers renames tensors, splits and concatenates them, and merges those of all experts into one, by its own
 table (`conversion_mapping`). This module applies that table, one parameter at a time, in the way of transformers'
-`convert_and_load_state_dict_in_model` (core_model_loading.py, 5.23), so that the whole model is never in memory.
+`convert_and_load_state_dict_in_model` (transformers.core_model_loading, 5.23), so that the whole model is never in
+memory.
 """
 
 import copy

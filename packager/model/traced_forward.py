@@ -48,7 +48,7 @@ class TracedBlock:
 def is_experts(module: nn.Module) -> bool:
     """Return whether a module holds the weights of all experts of a layer, as transformers builds them.
 
-    Source: `use_experts_implementation` in transformers 5, integrations/moe.py, which sets these attributes.
+    Source: `use_experts_implementation` of transformers.integrations.moe (5.23), which sets these attributes.
     """
     return all(hasattr(module, name) for name in ("is_transposed", "is_concatenated", "has_gate", "down_proj"))
 

@@ -2,7 +2,7 @@
 
 Such a module cannot be suspended by hooks: its linears are no modules. So its forward is replaced by `experts_forward`,
 which does the same and hands over the inputs of each linear, with the routing, before it uses the linear's weights.
-Source of the layout: transformers/integrations/moe.py, `use_experts_implementation`.
+Source of the layout: `use_experts_implementation` of transformers.integrations.moe (5.23).
 """
 
 from collections.abc import Callable, Iterator
