@@ -120,7 +120,7 @@ def workflows(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run every test that needs no GPU, no token and no network. Arguments after `--` go to pytest."""
+    """Run every test that needs no GPU, no token and no network, of all decoders a sample. `--` gives pytest options."""
     _install(session, *TEST_PACKAGES)
     _pytest(session, "--hypothesis-profile", "ci")
 
@@ -206,6 +206,13 @@ def chaos(session: nox.Session) -> None:
     """Kill builds and publishes, feed hostile inputs (`-- --seed 7 --minutes 30`); `-- --help` has more."""
     _install(session, *TEST_PACKAGES)
     session.run("python", "-m", "tests.chaos", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(name="tests-decoders")
+def tests_decoders(session: nox.Session) -> None:
+    """Prove every decoder of transformers in docs/reference/architectures.md again, each as a tiny random model."""
+    _install(session, *TEST_PACKAGES)
+    _pytest(session, "-m", "decoders")
 
 
 @nox.session(name="tests-gpu")
