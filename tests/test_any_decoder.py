@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from packager.errors import SourceError
+from packager.model.describe import describe
 from tests.proven_decoders import check_forward, facts_of, stored_in
 from tests.tiny_decoders import NAMES, tiny_decoder
 
@@ -36,3 +38,13 @@ def test_most_decoders_are_built():
     assert PROVEN.keys() <= set(NAMES)
     assert len(PROVEN) - len(refused) >= 55
     assert len(refused) <= 12
+
+
+def test_a_config_without_a_dtype_needs_the_weights(tmp_path):
+    folder = tiny_decoder("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match="does not give the dtype of the weights") as caught:
+        describe(folder, None)
+    assert caught.value.why == "torch_dtype (or dtype) is missing"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from packager.errors import SourceError
 from packager.model.architecture import IGNORED_SUFFIXES
 from packager.model.computed_buffers import compute_buffers
-from packager.model.config_values import read_config
+from packager.model.config_values import ConfigReader, read_config
 from packager.model.lock import LockedGroup, LockedKind, LockedLinear, LockedModel, LockedTensors
 from packager.model.name_patterns import natural_key, patterns_of, write_numbers
 from packager.model.safetensors_file import TensorInfo
@@ -28,7 +28,6 @@ from packager.receipt import CONFIG
 
 _TRACED_TOKENS = 64
 _WIDTH = 32  # 32 values fill whole 32-bit words for every number of bits; kernels take no other widths
-_FLOATS = ("F16", "BF16", "F32")
 
 
 def describe(folder: Path, stored: Mapping[str, TensorInfo] | None) -> LockedModel:
@@ -70,12 +69,19 @@ def describe(folder: Path, stored: Mapping[str, TensorInfo] | None) -> LockedMod
 
 
 def _saved(model: nn.Module, config: Mapping[str, object]) -> dict[str, TensorInfo]:
-    """Return what transformers would store, in the dtype that config.json gives."""
-    from packager.model.config_values import ConfigReader
+    """Return what transformers would store, in the dtype that config.json gives.
 
+    Raises:
+        SourceError: config.json gives none.
+    """
     text = config.get("text_config")
-    values = {**text, **config} if isinstance(text, Mapping) else config
-    dtype = ConfigReader(values).dtype()
+    reader = ConfigReader({**text, **config} if isinstance(text, Mapping) else config)
+    dtype = reader.dtype()
+    if reader.problems:
+        raise SourceError(
+            "config.json does not give the dtype of the weights", where=CONFIG, why="; ".join(reader.problems),
+            hint="describe a folder with the weights: their headers give it",
+        )  # fmt: skip
     return {
         name: TensorInfo(name=name, dtype=dtype if tensor.dtype == "BF16" else tensor.dtype, shape=tensor.shape)
         for name, tensor in saved_tensors(model).items()
