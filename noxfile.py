@@ -120,7 +120,7 @@ def workflows(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run every test that needs no GPU, token or network, and a sample of the decoders; `--` gives pytest arguments."""
+    """Run every test that needs no GPU, token or network, and a sample of the long ones; `--` gives pytest arguments."""
     _install(session, *TEST_PACKAGES)
     _pytest(session, "--hypothesis-profile", "ci")
 
@@ -208,11 +208,11 @@ def chaos(session: nox.Session) -> None:
     session.run("python", "-m", "tests.chaos", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
-@nox.session(name="tests-decoders")
-def tests_decoders(session: nox.Session) -> None:
-    """Prove every decoder of transformers in docs/reference/architectures.md again, each as a tiny random model."""
+@nox.session(name="tests-long")
+def tests_long(session: nox.Session) -> None:
+    """Run the long tests: every decoder in docs/reference/architectures.md, and every damaged answer of a Hub."""
     _install(session, *TEST_PACKAGES)
-    _pytest(session, "-m", "decoders")
+    _pytest(session, "-m", "long")
 
 
 @nox.session(name="tests-gpu")

@@ -40,8 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests of a GPU, a release or all decoders unless they are asked for; asked for, they run or fail."""
-    unasked = {"gpu", "release", "decoders"} - _asked(config)
+    """Deselect tests of a GPU, of a release and long ones unless they are asked for; asked for, they run or fail."""
+    unasked = {"gpu", "release", "long"} - _asked(config)
     wanted = [item for item in items if not any(item.get_closest_marker(name) for name in unasked)]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     items[:] = wanted

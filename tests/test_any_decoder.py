@@ -26,7 +26,7 @@ def test_loaded_tensors_outlive_the_computing_of_buffers(tmp_path):
     check_forward("zaya", base, stored_in(base))
 
 
-@pytest.mark.decoders
+@pytest.mark.long
 @pytest.mark.pinned
 @pytest.mark.parametrize("name", [name for name in NAMES if name in PROVEN and name not in SAMPLE])
 def test_each_is_as_the_reference_says(name, tmp_path):

@@ -309,7 +309,7 @@ def test_the_kernel_adds_the_products_that_torch_adds(device, dtype, gathered):
         (72, 32, True, False, True),
         (136, 40, True, True, False),
         (150, 130, False, False, True),
-        pytest.param(536, 48, True, False, True, marks=pytest.mark.slow),
+        pytest.param(536, 48, True, False, True, marks=pytest.mark.gpu),
     ],
 )
 def test_the_kernels_solve_a_batch_like_the_reference(device, n, group_size, desc_act, static, sym):

@@ -188,7 +188,10 @@ def exercise(fixture: HubFixture, repository_id: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("endpoint", ENDPOINTS)
+@pytest.mark.parametrize(
+    "endpoint",
+    [pytest.param(name, marks=() if name in ("refs", "commit", "tree") else pytest.mark.long) for name in ENDPOINTS],
+)
 def test_a_malformed_answer_is_one_clear_error_and_the_next_publish_is_right(
     fixture: HubFixture, stranger: Stranger, monkeypatch: pytest.MonkeyPatch, endpoint: str
 ) -> None:

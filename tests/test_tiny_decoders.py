@@ -46,7 +46,7 @@ def test_a_sample_opens_and_computes(name, tmp_path):
     _check(name, tmp_path)
 
 
-@pytest.mark.decoders
+@pytest.mark.long
 @pytest.mark.pinned
 @pytest.mark.parametrize("name", NAMES)
 def test_each_opens_and_computes(name, tmp_path):
@@ -76,7 +76,7 @@ def test_each_model_type_is_here_or_has_a_reason():
     assert sorted([*ARCHITECTURES, *LEFT_OUT]) == sorted(known)
 
 
-@pytest.mark.decoders
+@pytest.mark.long
 @pytest.mark.pinned
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", LEFT_OUT)
