@@ -120,7 +120,7 @@ def workflows(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run every test that needs no GPU, token or network, and a sample of the long ones; `--` gives pytest arguments."""
+    """Run every test that needs no GPU, token or network, of the long ones a sample; `--` gives pytest arguments."""
     _install(session, *TEST_PACKAGES)
     _pytest(session, "--hypothesis-profile", "ci")
 
