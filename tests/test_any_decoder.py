@@ -33,6 +33,11 @@ def test_each_is_as_the_reference_says(name, tmp_path):
     assert facts_of(name, tmp_path) == PROVEN[name]
 
 
+def test_a_model_that_changes_its_embeddings_in_place_does_not_change_the_states(tmp_path):
+    base = tiny_decoder("git", tmp_path)
+    check_forward("git", base, stored_in(base))
+
+
 def test_most_decoders_are_built():
     refused = [name for name, facts in PROVEN.items() if "refused" in facts]
     assert PROVEN.keys() <= set(NAMES)

@@ -1,13 +1,10 @@
 """Tied tensors that files store all the same: their bytes must be those of the tensor to which they are tied."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from packager.errors import SourceError
-from packager.model.model_folder import open_model_file
-from packager.model.safetensors_file import StoredTensor
-
-_CHUNK_BYTES = 1 << 24
+from packager.model.safetensors_file import StoredTensor, tensor_chunks
 
 
 def check_tied(tied: Mapping[str, StoredTensor], others: Mapping[str, StoredTensor], folder: Path) -> None:
@@ -28,17 +25,4 @@ def check_tied(tied: Mapping[str, StoredTensor], others: Mapping[str, StoredTens
 
 
 def _equal(a: StoredTensor, b: StoredTensor) -> bool:
-    return all(one == other for one, other in zip(_chunks(a), _chunks(b), strict=True))
-
-
-def _chunks(tensor: StoredTensor) -> Iterator[bytes]:
-    with open_model_file(tensor.path) as reader:
-        reader.seek(tensor.offset)
-        for begin in range(0, tensor.info.size_bytes, _CHUNK_BYTES):
-            size = min(_CHUNK_BYTES, tensor.info.size_bytes - begin)
-            chunk = reader.read(size)
-            if len(chunk) != size:
-                raise SourceError(
-                    "a tensor's file ended early", where=str(tensor.path), why=f"reading {tensor.info.name}"
-                )
-            yield chunk
+    return all(one == other for one, other in zip(tensor_chunks(a), tensor_chunks(b), strict=True))

@@ -225,7 +225,8 @@ class Decoder:
             return self._trace.blocks[index].outputs(hidden)
 
         self._load_modules(self._trace.head_modules)
-        inputs = {"inputs_embeds": hidden}
+        # Not the states themselves: a model may add positions to its embeddings in place.
+        inputs = {"inputs_embeds": torch.zeros_like(hidden)}
         if not self._trace.head_takes_states:
             inputs = {"input_ids": torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)}
         with blocks_replaced(self.blocks, replace):

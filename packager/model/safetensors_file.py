@@ -8,7 +8,7 @@ implementation orders them (by dtype, the widest first, then by name), so that f
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from pathlib import Path
@@ -224,16 +224,26 @@ def copy_tensor(source: StoredTensor, descriptor: int, offset: int, *, chunk_byt
     Raises:
         SourceError: the tensor's file ended early.
     """
-    with open_model_file(source.path) as reader:
-        reader.seek(source.offset)
-        for begin in range(0, source.info.size_bytes, chunk_bytes):
-            size = min(chunk_bytes, source.info.size_bytes - begin)
+    for chunk in tensor_chunks(source, chunk_bytes=chunk_bytes):
+        write_at(descriptor, memoryview(chunk), offset)
+        offset += len(chunk)
+
+
+def tensor_chunks(stored: StoredTensor, *, chunk_bytes: int = 1 << 24) -> Iterator[bytes]:
+    """Yield a stored tensor's bytes, `chunk_bytes` at a time.
+
+    Raises:
+        SourceError: the tensor's file ended early.
+    """
+    with open_model_file(stored.path) as reader:
+        reader.seek(stored.offset)
+        for begin in range(0, stored.info.size_bytes, chunk_bytes):
+            size = min(chunk_bytes, stored.info.size_bytes - begin)
             chunk = reader.read(size)
             if len(chunk) != size:
-                raise SourceError(
-                    "a tensor's file ended early", where=str(source.path), why=f"reading {source.info.name}"
-                )
-            write_at(descriptor, memoryview(chunk), offset + begin)
+                where, why = str(stored.path), f"reading {stored.info.name}"
+                raise SourceError("a tensor's file ended early", where=where, why=why)
+            yield chunk
 
 
 def read_tensor(stored: StoredTensor) -> "torch.Tensor":

@@ -19,6 +19,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from packager.errors import SourceError
 from packager.model.traced_forward import TracedBlock, TracedForward, is_experts, modules_outside
 
+_READS_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
@@ -131,7 +133,11 @@ def _trace_head(
         with _values_refused(mode):  # a model may search its embeddings for the tokens of its inputs
             return called({"inputs_embeds": hidden}), True
     except Exception:  # noqa: BLE001 - the code of any model; it may need token ids beside embeddings
-        return called({"input_ids": torch.zeros(hidden.shape[:2], dtype=torch.long)}), False
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
+    try:
+        return called({"input_ids": ids}), False
+    except Exception as error:
+        raise _cannot_run(error) from error
 
 
 @contextmanager
@@ -229,9 +235,6 @@ def _data_dependent_modules(model: nn.Module, num_tokens: int) -> tuple[nn.Modul
                     skipped |= {id(module): module for module in model.modules() if type(module) is type(culprit)}
                     continue
                 raise first from first.__cause__
-
-
-_READS_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 
 @contextmanager
