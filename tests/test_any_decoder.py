@@ -1,6 +1,7 @@
 """Any decoder of transformers: described, run block by block, quantized, packed; docs/reference/architectures.md."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from packager.model.describe import describe
 from tests.proven_decoders import check_forward, facts_of, stored_in
 from tests.tiny_decoders import NAMES, tiny_decoder
 
+README = Path(__file__).parent.parent / "README.md"
 PROVEN = json.loads((Path(__file__).parent.parent / "docs/reference/architectures.json").read_text())
 # Dense; Conv1D; linear attention and experts; a tower that reads images; blocks of several kinds.
 SAMPLE = ("llama", "gpt2", "qwen3_5_text", "llava", "lfm2_moe")
@@ -53,3 +55,9 @@ def test_a_config_without_a_dtype_needs_the_weights(tmp_path):
     with pytest.raises(SourceError, match="does not give the dtype of the weights") as caught:
         describe(folder, None)
     assert caught.value.why == "torch_dtype (or dtype) is missing"
+
+
+def test_the_readme_counts_the_decoders_that_are_proven():
+    counted = re.search(r"\[(\d+) architectures\]\(docs/reference/architectures.md\)", README.read_text())
+    assert counted is not None
+    assert int(counted[1]) == sum("refused" not in facts for facts in PROVEN.values())

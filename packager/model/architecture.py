@@ -131,8 +131,8 @@ class Architecture:
         return None
 
     @property
-    def tie_word_embeddings(self) -> bool:
-        """Whether the output head is the embedding."""
+    def ties_tensors(self) -> bool:
+        """Whether a tensor is another tensor: mostly the output head is the embedding."""
         return bool(self.tied)
 
     @property

@@ -93,6 +93,12 @@ def _proven_families(*proven: str) -> Check:
     return lambda _, architecture: "" if architecture.model_type in proven else f"is proven with {words} only"
 
 
+def _rules_read_for(*read: str) -> Check:
+    """Refuse families for which this project has not read the runtime's code: it may know them, or not."""
+    words = ", ".join(read)
+    return lambda _, architecture: "" if architecture.model_type in read else f"its code was read for {words} only"
+
+
 def _gptqmodel_types(_: Variant, architecture: Architecture) -> str:
     known = architecture.model_type in GPTQMODEL_TYPES
     return "" if known else f"GPTQModel 7.7 does not list {architecture.model_type}"
@@ -200,14 +206,14 @@ def _transformers_4_40_window(_: Variant, architecture: Architecture) -> str:
 
 
 def _autogptq_head(_: Variant, architecture: Architecture) -> str:
-    if architecture.tie_word_embeddings:
+    if architecture.ties_tensors:
         return "with tied embeddings it computes with a head that it never loads"
     return ""
 
 
 def _exllama_shapes(_: Variant, architecture: Architecture) -> str:
     """Return which assumption of ExLlama v1 (its model.py at 3b013cd) this model breaks."""
-    if architecture.tie_word_embeddings:
+    if architecture.ties_tensors:
         return "needs lm_head.weight, which a model with tied embeddings does not store"
     if any(linear.bias for linear in architecture.example_linears):
         return "silently drops biases"
@@ -271,7 +277,7 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         traps=(_note("needs tokenizer.model"),),
     ),
     "exllamav2": RuntimeRules(
-        refuses=(_bits(4), _proven_families("llama", "mistral", "qwen2", "qwen3"), _nothing_left, _power_of_two_groups),
+        refuses=(_bits(4), _rules_read_for("llama", "mistral", "qwen2", "qwen3"), _nothing_left, _power_of_two_groups),
         traps=(_note("needs CUDA; without flash-attn set config.no_sdpa = True or its prompt pass is wrong"),),
     ),
     "gptq-for-llama": RuntimeRules(
@@ -304,12 +310,12 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         traps=(_tensor_parallel_limit,),
     ),
     "sglang": RuntimeRules(
-        refuses=(_bits(2, 3, 4, 8), _proven_families("llama", "mistral", "qwen2", "qwen3"), _fused_alike),
+        refuses=(_bits(2, 3, 4, 8), _rules_read_for("llama", "mistral", "qwen2", "qwen3"), _fused_alike),
         traps=(_sglang_kernel,),
     ),
     "tgi": RuntimeRules(
         # Its router does not know qwen3: text-generation-inference#3199, open.
-        refuses=(_bits(2, 4, 8), _families("llama", "mistral", "qwen2")),
+        refuses=(_bits(2, 4, 8), _rules_read_for("llama", "mistral", "qwen2")),
         traps=(_tgi_kernel,),
     ),
 }
