@@ -104,3 +104,9 @@ def test_a_tensor_that_no_reader_has_is_named(source_of: Callable[[str], SourceM
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="transformers cannot build this model"):
         Decoder(tmp_path, lambda _: torch.empty(0), device=CPU, dtype=torch.float32)
+
+
+def test_models_of_one_config_are_traced_once(source_of: Callable[[str], SourceModel]) -> None:
+    first, second = decoder_of(source_of("llama")), decoder_of(source_of("llama"))
+    assert second._trace is first._trace
+    assert decoder_of(source_of("qwen3"))._trace is not first._trace

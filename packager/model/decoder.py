@@ -22,8 +22,6 @@ from packager.model.skeleton import build_skeleton, place
 from packager.model.stored_names import ReadTensor, StoredNames, saved_tensors
 from packager.model.trace import Trace, blocks_replaced, trace
 
-_TRACED_TOKENS = 64
-
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -81,7 +79,7 @@ class Decoder:
             self._model = build_skeleton(folder, dtype)
         stored = saved_tensors(self._model) if names is None else names
         self._names = StoredNames(self._model, stored, dequantized)
-        self._trace: Trace = trace(self._model, _TRACED_TOKENS)
+        self._trace: Trace = trace(self._model)
         self.fused = fuse(self._model)
         place(self._model, device)
         self._reading: torch.cuda.Stream | None = None

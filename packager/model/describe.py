@@ -26,7 +26,6 @@ from packager.model.trace import Trace, trace
 from packager.model.traced_forward import is_experts
 from packager.receipt import CONFIG
 
-_TRACED_TOKENS = 64
 _WIDTH = 32  # 32 values fill whole 32-bit words for every number of bits; kernels take no other widths
 
 
@@ -51,7 +50,7 @@ def describe(folder: Path, stored: Mapping[str, TensorInfo] | None) -> LockedMod
     names = StoredNames(model, [name for name in stored if name not in tied])
     _check(names, stored, folder)
     _check_unused(model, names, folder)
-    traced = trace(model, _TRACED_TOKENS)
+    traced = trace(model)
     describer = _Describer(model, traced, names)
     _check_buffers(model, traced)
     head = cast(Any, model).get_output_embeddings()

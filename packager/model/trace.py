@@ -6,6 +6,7 @@ the architectures that this suits, and what each refusal means.
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from packager.errors import SourceError
 from packager.model.traced_forward import TracedBlock, TracedForward, is_experts, modules_outside
 
+TRACED_TOKENS = 64
+_MOST_KEPT = 8
 _READS_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -48,16 +51,30 @@ class Trace:
     cache_bytes_per_token: int
 
 
-def trace(model: nn.Module, num_tokens: int) -> Trace:
-    """Trace the model's forward for one row of `num_tokens` tokens.
+_kept: OrderedDict[str, Trace] = OrderedDict()
+
+
+def trace(model: nn.Module) -> Trace:
+    """Trace the model's forward for one row of `TRACED_TOKENS` tokens.
+
+    A build runs the base model and every variant: models of one class, config and dtype are traced once.
 
     Args:
         model: on the meta device; it is not changed.
-        num_tokens: tokens of the row.
 
     Raises:
         SourceError: the forward fails, or its blocks cannot be run one by one; names the module and the reason.
     """
+    config: Any = model.config
+    key = f"{type(model).__qualname__} {next(model.parameters()).dtype} {config.to_json_string(use_diff=False)}"
+    if key not in _kept:
+        _kept[key] = _traced(model, TRACED_TOKENS)
+        while len(_kept) > _MOST_KEPT:
+            _kept.popitem(last=False)
+    return _kept[key]
+
+
+def _traced(model: nn.Module, num_tokens: int) -> Trace:
     model = copy.deepcopy(model)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
         model.to_empty(device="cpu")
