@@ -379,11 +379,11 @@ def test_killed_in_the_middle_and_run_again(
     kind, left = type(fixture.remote()), [lives]
     restore = kind.restore
 
-    def dying(self: Target, branch: str, commit: str, *, parent: str, message: str) -> str:
+    def dying(self: Target, branch: str, commit: str, **rest: Any) -> str:
         if not left[0]:
             raise KilledError
         left[0] -= 1
-        return restore(self, branch, commit, parent=parent, message=message)
+        return restore(self, branch, commit, **rest)
 
     monkeypatch.setattr(kind, "restore", dying)
     with pytest.raises(KilledError):
