@@ -79,6 +79,20 @@ class LinearRecord(Record):
     damp_percent: float
 
 
+class ExpertLinearRecord(LinearRecord):
+    """A quantized linear of an expert: how many inputs it was calibrated on, and how much of H is that of all inputs.
+
+    H = (1 - rho) H_expert + rho H_all, where rho = in_features / (in_features + tokens); without a token rho is 1.
+    """
+
+    tokens: int
+    rho: float
+
+
+# The more special record first: a record without `tokens` is no expert's.
+AnyLinearRecord = ExpertLinearRecord | LinearRecord
+
+
 class LoaderRecord(Record):
     """One runtime's verdict on the checkpoint; `confinement` is "" in older records and where no process ran."""
 
@@ -130,7 +144,7 @@ class Provenance(Record):
     evaluation: TextRecord
     versions: dict[str, str]
     device: str
-    linears: tuple[LinearRecord, ...]
+    linears: tuple[AnyLinearRecord, ...]
     not_quantized: dict[str, str] = {}
     quality: QualityRecord | None = None
     loaders: tuple[LoaderRecord, ...] = ()

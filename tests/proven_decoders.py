@@ -20,7 +20,7 @@ from packager.model.describe import describe
 from packager.model.lock import LockedModel
 from packager.model.packing import dequantize_linear
 from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
-from packager.quantize.block import _BlockSolver
+from packager.quantize.block import QuantizedBlock, _BlockSolver
 from packager.quantize.job import QuantizeJob
 from packager.quantize.sweep import quantize
 from tests.tiny_decoders import open_decoder, tiny_decoder, token_ids
@@ -97,15 +97,22 @@ def check_forward(name: str, base: Path, stored: dict[str, StoredTensor]) -> Non
 
 @contextmanager
 def _meant() -> Iterator[dict[str, Tensor]]:
-    """Collect by name the weights with which the solver goes on."""
+    """Collect by name the weights with which a block goes on: views of experts' parameters are copied as transformers
+    merges them, gate above up."""
     meant: dict[str, Tensor] = {}
-    keep = _BlockSolver._keep
+    run = _BlockSolver.run
 
-    def note(solver: _BlockSolver, module: str, solution: Any) -> None:
-        meant[solver._job.names[module]] = solver._linears[module].weight.clone()
-        keep(solver, module, solution)
+    def note(solver: _BlockSolver) -> QuantizedBlock:
+        result = run(solver)
+        block, job = solver._block, solver._job
+        meant.update((name, block.get_submodule(module).weight.clone()) for module, name in job.names.items())
+        for parameter, experts in job.experts.items():
+            for weight, linears in zip(block.get_parameter(parameter), experts, strict=True):
+                rows = weight.split([linear.out_features for linear in linears])
+                meant.update((linear.name, row.clone()) for linear, row in zip(linears, rows, strict=True))
+        return result
 
-    with patch.object(_BlockSolver, "_keep", note):
+    with patch.object(_BlockSolver, "run", note):
         yield meant
 
 

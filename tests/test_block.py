@@ -70,7 +70,8 @@ class BlockCase:
             self.left += 1
 
         job = BlockJob(
-            variant=v, index=1, groups=self.groups, names=self.names, states=self.states, contexts=self.contexts,
+            variant=v, index=1, groups=self.groups, names=self.names, experts={}, states=self.states,
+            contexts=self.contexts,
             suspended=suspended, last=last, on_outputs_needed=on_outputs_needed,
         )  # fmt: skip
         return quantize_block(self.load, job, self.reported.append)

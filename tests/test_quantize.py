@@ -30,7 +30,7 @@ from packager.quantize.sweep import quantize
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 from tests.sources import open_folder
-from tests.tiny_models import CONFIGS, open_store, save_model, token_rows, variant
+from tests.tiny_models import CONFIGS, WITH_EXPERTS, open_store, save_model, token_rows, variant
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,7 @@ def dequantized(source: SourceModel, work: Path, v: Variant, block: int) -> dict
     return {name: weight(name) for name in sorted({name.rpartition(".")[0] for name in stored})}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *WITH_EXPERTS])
 def test_streamed_forward_equals_the_whole_model(tmp_path, name):
     source = source_of(tmp_path, name)
     ids = token_rows().ids
@@ -92,7 +92,7 @@ def test_streamed_forward_equals_the_whole_model(tmp_path, name):
     assert torch.allclose(found, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *WITH_EXPERTS])
 def test_quantizes_every_architecture(tmp_path, name):
     source = source_of(tmp_path, name)
     v = variant(desc_act=True)
@@ -181,9 +181,12 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("placement", "suspended", "together"), WAYS)
-def test_memory_is_saved_without_changing_a_byte(tmp_path, monkeypatch, placement, suspended, together):
-    source = source_of(tmp_path, "llama")
+WAYS_AND_MODELS = [(*way, "llama") for way in WAYS] + [(*way, "qwen3-moe") for way in WAYS[1::5]]
+
+
+@pytest.mark.parametrize(("placement", "suspended", "together", "name"), WAYS_AND_MODELS)
+def test_memory_is_saved_without_changing_a_byte(tmp_path, monkeypatch, placement, suspended, together, name):
+    source = source_of(tmp_path, name)
     variants = variant(branch="a"), variant(branch="b", desc_act=True, true_sequential=False)
     monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", token_rows().ids.numel() // 3)
     expected, _ = run(source, tmp_path / "plenty", *variants)
@@ -286,8 +289,9 @@ def test_what_fails_on_one_device_stops_the_others(tmp_path, monkeypatch):
 
 
 @pytest.mark.crash
-def test_a_killed_sweep_resumes_to_the_same_bytes(tmp_path, monkeypatch):
-    source = source_of(tmp_path, "llama")
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_a_killed_sweep_resumes_to_the_same_bytes(tmp_path, monkeypatch, name):
+    source = source_of(tmp_path, name)
     variants = variant(branch="a"), variant(branch="b", desc_act=True)
     expected, _ = run(source, tmp_path / "whole", *variants)
     written = []

@@ -46,8 +46,12 @@ CONFIGS = {
     "llama3-rope": _config(
         "LlamaConfig",
         rope_scaling={
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64, "rope_theta": 500000.0,
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 500000.0,
         },
     ),
     "mistral": _config("MistralConfig", sliding_window=None),
@@ -55,15 +59,21 @@ CONFIGS = {
     "mistral-head-dim": _config("MistralConfig", sliding_window=None, head_dim=32),
     "qwen2": _config("Qwen2Config"),
     "qwen3": _config("Qwen3Config", head_dim=32),
+}
+WITH_EXPERTS = {
+    "qwen3-moe": _config(  # the first block is dense
+        "Qwen3MoeConfig", num_experts=6, num_local_experts=6, num_experts_per_tok=2, moe_intermediate_size=32,
+        mlp_only_layers=[0], head_dim=32,
+    ),
 }  # fmt: skip
 
 
 def save_model(folder: Path, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float16) -> Path:
-    """Save a random model of one of CONFIGS; biases and norms are random too, so that losing one would show."""
+    """Save a random model of CONFIGS or WITH_EXPERTS; biases and norms are random, so that losing one would show."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config({**CONFIGS, **WITH_EXPERTS}[name](), dtype=torch.float32)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("bias"):

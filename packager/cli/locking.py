@@ -82,9 +82,13 @@ def _print_lock(result: "LockResult", console: "Console") -> None:
 
 
 def _kind_lines(kind: "LockedKind") -> Iterable[str]:
-    linears = [linear.module for group in kind.groups for linear in group.linears]
-    quantized = f"{counted(len(linears), 'linear')} quantized in {counted(len(kind.groups), 'group')}"
+    linears = sum(len(group.linears) for group in kind.groups if group.experts is None)
+    quantized = f"{counted(linears, 'linear')} quantized in {counted(len(kind.groups), 'group')}"
     yield f"blocks {kind.blocks:<8}{quantized}"
+    for group in kind.groups:
+        if group.experts is not None:
+            names = ", ".join(linear.module.rpartition(".")[2] for linear in group.linears)
+            yield f"  {names} of {counted(group.experts.count, 'expert')}"
     for reason, modules in _by_reason(kind.left).items():
         more = f" and {len(modules) - _MOST_MODULES} more" if len(modules) > _MOST_MODULES else ""
         yield f"  not quantized: {', '.join(modules[:_MOST_MODULES])}{more}: {reason}"

@@ -52,8 +52,9 @@ def _described(model: LockedModel) -> Described:
             facts[block] = "there"
             for position, group in enumerate(kind.groups):
                 for linear in group.linears:
+                    experts = f", of {group.experts.count} experts" if group.experts is not None else ""
                     facts[f"{block} {linear.module}"] = (
                         f"{linear.stored.replace('{block}', str(number))} of {linear.in_features} to "
-                        f"{linear.out_features}, {'a' if linear.bias else 'no'} bias, in group {position}"
+                        f"{linear.out_features}, {'a' if linear.bias else 'no'} bias, in group {position}{experts}"
                     )
     return facts

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from packager.errors import PlanError
 from packager.model.config_values import ConfigReader
-from packager.model.lock import LockedKind, LockedModel
+from packager.model.lock import LockedExperts, LockedGroup, LockedKind, LockedModel
 from packager.model.name_patterns import MOST_NAMES, names_of, natural_key, read_numbers
 from packager.model.safetensors_file import DTYPE_BYTES, TensorInfo
 
@@ -27,7 +27,8 @@ class LinearSpec:
     Attributes:
         name: under which it is stored, such as `model.layers.3.self_attn.q_proj`.
         block: the block's number.
-        module: its name inside the block, as transformers builds the model.
+        module: its name inside the block, as transformers builds the model; an expert's has the expert's number.
+        parameter: for an expert's linear, the parameter of the block that holds those of all experts; else "".
     """
 
     name: str
@@ -36,6 +37,7 @@ class LinearSpec:
     in_features: int
     out_features: int
     bias: bool
+    parameter: str = ""
 
 
 class GroupWidths(NamedTuple):
@@ -44,16 +46,17 @@ class GroupWidths(NamedTuple):
     in_features: int
     out_features: int
     held_bytes: int
+    experts: LockedExperts | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSpec:
-    """Linears of a block that see the same input, and so one Hessian.
+    """Linears of a block that see the same input, and so one Hessian; or those of every expert of a layer.
 
     Attributes:
-        modules: their names inside the block.
+        modules: their names inside the block; of experts, those of the first expert, then of the next.
         in_features: of each of them.
-        out_features: of all of them together.
+        out_features: of all of them together; of experts, of one expert.
         held_bytes: activations of one token, without the block's input, that are alive when the block reaches them, in
             a dtype of two bytes.
     """
@@ -62,6 +65,12 @@ class GroupSpec:
     in_features: int
     out_features: int
     held_bytes: int
+    experts: LockedExperts | None = None
+
+    @property
+    def unit(self) -> str:
+        """What a recipe skips as a whole: the module of the experts; "" for linears, which are skipped one by one."""
+        return self.experts.parameter.rpartition(".")[0] if self.experts is not None else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,13 +190,15 @@ class Architecture:
     def group_sizes(self) -> tuple[GroupWidths, ...]:
         """The different sizes of groups; a block of 128 experts has many groups of few sizes."""
         groups = (group for kind in self.kinds for group in kind.groups)
-        return tuple(dict.fromkeys(GroupWidths(g.in_features, g.out_features, g.held_bytes) for g in groups))
+        return tuple(dict.fromkeys(GroupWidths(g.in_features, g.out_features, g.held_bytes, g.experts) for g in groups))
 
     @property
-    def group_shapes(self) -> tuple[tuple[int, int], ...]:
-        """The different shapes of groups: in_features, and the sum of the out_features of its linears."""
-        shapes = [(group.in_features, group.out_features) for kind in self.kinds for group in kind.groups]
-        return tuple(dict.fromkeys(shapes))
+    def group_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """The different shapes of groups: in_features, the sum of the out_features, and the number of experts or 0."""
+        groups = (group for kind in self.kinds for group in kind.groups)
+        return tuple(
+            dict.fromkeys((g.in_features, g.out_features, g.experts.count if g.experts else 0) for g in groups)
+        )
 
     @property
     def blocks_prefix(self) -> str:
@@ -203,7 +214,8 @@ class Architecture:
         """Return the architecture with linears left unquantized whose name inside the block fits a pattern.
 
         Args:
-            patterns: `*` stands for anything, dots included.
+            patterns: `*` stands for anything, dots included. Experts are left if patterns fit their module, or all of
+                their linears; they are quantized together, so patterns that fit some of them leave none.
         """
         if not patterns:
             return self
@@ -213,8 +225,15 @@ class Architecture:
             fitting = next((pattern for pattern in patterns if fnmatchcase(module, pattern)), None)
             return "" if fitting is None else f"the recipe skips {fitting}"
 
-        linears = tuple(linear for linear in self.linears if not reason(linear.module))
-        return replace(self, linears=linears, kinds=tuple(_leaving(kind, self, reason) for kind in self.kinds))
+        kinds = tuple(_leaving(kind, self, reason) for kind in self.kinds)
+        quantized = {
+            block: modules
+            for kind in kinds
+            for modules in ({module for group in kind.groups for module in group.modules},)
+            for block in kind.blocks
+        }
+        linears = tuple(linear for linear in self.linears if linear.module in quantized[linear.block])
+        return replace(self, linears=linears, kinds=kinds)
 
     def kind_of(self, block: int) -> BlockKind:
         """Return the kind of a block."""
@@ -273,15 +292,22 @@ def _all(items: Iterable[_Item]) -> list[_Item]:
 def _linears(kind: LockedKind) -> Iterator[LinearSpec]:
     for block in read_numbers(kind.blocks):
         for group in kind.groups:
-            for linear in group.linears:
-                yield LinearSpec(
-                    name=linear.stored.replace("{block}", str(block)),
-                    block=block,
-                    module=linear.module,
-                    in_features=linear.in_features,
-                    out_features=linear.out_features,
-                    bias=linear.bias,
-                )
+            for expert in _experts(group):
+                for linear in group.linears:
+                    yield LinearSpec(
+                        name=linear.stored.replace("{block}", str(block)).replace("{expert}", expert),
+                        block=block,
+                        module=linear.module.replace("{expert}", expert),
+                        in_features=linear.in_features,
+                        out_features=linear.out_features,
+                        bias=linear.bias,
+                        parameter=group.experts.parameter if group.experts is not None else "",
+                    )
+
+
+def _experts(group: LockedGroup) -> Iterable[str]:
+    """Yield what {expert} stands for; "" once for a group of linears whose names do not hold it."""
+    return ("",) if group.experts is None else map(str, range(group.experts.count))
 
 
 def _kind(kind: LockedKind) -> BlockKind:
@@ -289,7 +315,10 @@ def _kind(kind: LockedKind) -> BlockKind:
         blocks=read_numbers(kind.blocks),
         groups=tuple(
             GroupSpec(
-                modules=tuple(linear.module for linear in group.linears),
+                modules=tuple(
+                    linear.module.replace("{expert}", expert) for expert in _experts(group) for linear in group.linears
+                ),
+                experts=group.experts,
                 in_features=group.linears[0].in_features,
                 out_features=sum(linear.out_features for linear in group.linears),
                 held_bytes=group.held_bytes,
@@ -306,12 +335,24 @@ def _leaving(kind: BlockKind, architecture: Architecture, reason: Callable[[str]
     shapes = {linear.module: linear for linear in architecture.linears if linear.block == kind.blocks[0]}
     groups, left = [], dict(kind.left)
     for group in kind.groups:
+        if group.experts is not None:
+            if skipped := reason(group.unit) or _reason_of_experts(kind, group.unit, reason):
+                left[group.unit] = skipped
+            else:
+                groups.append(group)
+            continue
         kept = tuple(module for module in group.modules if not reason(module))
         left |= {module: reason(module) for module in group.modules if reason(module)}
         if kept:
             out_features = sum(shapes[module].out_features for module in kept)
             groups.append(replace(group, modules=kept, out_features=out_features))
     return replace(kind, groups=tuple(groups), left=left)
+
+
+def _reason_of_experts(kind: BlockKind, unit: str, reason: Callable[[str], str]) -> str:
+    """Return why the experts of a module are left, if each of their linears is; else ""."""
+    reasons = [reason(module) for group in kind.groups if group.unit == unit for module in group.modules]
+    return reasons[0] if all(reasons) else ""
 
 
 def _check(locked: LockedModel, tensors: list[TensorInfo], linears: list[LinearSpec]) -> None:

@@ -63,7 +63,9 @@ def _group_size_message(group_size: int, linears: Sequence[LinearSpec]) -> str:
     for linear in linears:
         if group_size != -1 and linear.in_features % group_size:
             misfits.setdefault(linear.in_features, []).append(_short_name(linear))
-    parts = [f"the {in_features} in_features of {', '.join(names)}" for in_features, names in misfits.items()]
+    parts = [
+        f"the {in_features} in_features of {', '.join(dict.fromkeys(names))}" for in_features, names in misfits.items()
+    ]
     return f"group_size {group_size} does not divide {' and '.join(parts)}" if parts else ""
 
 
@@ -73,7 +75,7 @@ def _bits_message(bits: int, linears: Sequence[LinearSpec]) -> str:
         for linear in linears
         if any(features * bits % WORD_BITS for features in (linear.in_features, linear.out_features))
     ]
-    return f"{bits}-bit values of {', '.join(names)} do not fill {WORD_BITS}-bit words" if names else ""
+    return f"{bits}-bit values of {', '.join(dict.fromkeys(names))} do not fill {WORD_BITS}-bit words" if names else ""
 
 
 def _short_name(linear: LinearSpec) -> str:

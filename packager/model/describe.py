@@ -4,8 +4,8 @@ Needs transformers and the names and shapes of the stored tensors; never a weigh
 """
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,16 +17,14 @@ from packager.errors import SourceError
 from packager.model.architecture import IGNORED_SUFFIXES
 from packager.model.computed_buffers import compute_buffers
 from packager.model.config_values import ConfigReader, read_config
-from packager.model.lock import LockedGroup, LockedKind, LockedLinear, LockedModel, LockedTensors
+from packager.model.described_groups import DescribedGroup, GroupDescriber
+from packager.model.lock import LockedGroup, LockedKind, LockedModel, LockedTensors
 from packager.model.name_patterns import natural_key, patterns_of, write_numbers
 from packager.model.safetensors_file import TensorInfo
 from packager.model.skeleton import build_skeleton
 from packager.model.stored_names import StoredNames, saved_tensors
 from packager.model.trace import Trace, trace
-from packager.model.traced_forward import is_experts
 from packager.receipt import CONFIG
-
-_WIDTH = 32  # 32 values fill whole 32-bit words for every number of bits; kernels take no other widths
 
 
 def describe(folder: Path, stored: Mapping[str, TensorInfo] | None) -> LockedModel:
@@ -51,7 +49,7 @@ def describe(folder: Path, stored: Mapping[str, TensorInfo] | None) -> LockedMod
     _check(names, stored, folder)
     _check_unused(model, names, folder)
     traced = trace(model)
-    describer = _Describer(model, traced, names)
+    describer = _Describer(model, traced, names, stored)
     _check_buffers(model, traced)
     head = cast(Any, model).get_output_embeddings()
     return LockedModel(
@@ -178,42 +176,40 @@ def _patterns(tensors: Mapping[str, TensorInfo]) -> tuple[LockedTensors, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Block:
-    """What blocks of a kind have in common."""
+    """What blocks of a kind have in common; the memory of activations, which may differ, is not part of it."""
 
-    groups: tuple[tuple[LockedLinear, ...], ...]
+    groups: tuple[DescribedGroup, ...]
     left: tuple[tuple[str, str], ...]
     weight_elements: int
-
-
-def _why_unreached(name: str, skipped: Sequence[str]) -> str:
-    module = next((module for module in skipped if name == module or name.startswith(f"{module}.")), None)
-    if module is None:
-        return "the model's forward does not call it"
-    return f"what {module} computes depends on the tokens' values"
 
 
 class _Describer:
     """Finds the kinds of blocks of a traced model."""
 
-    def __init__(self, model: nn.Module, traced: Trace, names: StoredNames) -> None:
-        self._trace, self._names = traced, names
+    def __init__(self, model: nn.Module, traced: Trace, names: StoredNames, stored: Mapping[str, TensorInfo]) -> None:
+        self._trace = traced
         self._blocks = cast(nn.ModuleList, model.get_submodule(traced.blocks_path))
-        self._uses = Counter(id(parameter) for block in self._blocks for parameter in block.parameters())
+        self._groups = GroupDescriber(model, traced, names, stored)
 
     def kinds(self) -> tuple[LockedKind, ...]:
         """Return the kinds of blocks, in the order of their first blocks."""
         alike: dict[_Block, list[int]] = defaultdict(list)
         held: dict[_Block, list[tuple[int, ...]]] = defaultdict(list)
-        for index, traced in enumerate(self._trace.blocks):
-            block, positions = self._described(index)
+        for index, module in enumerate(self._blocks):
+            described = self._groups.describe(index)
+            block = _Block(
+                groups=described.groups,
+                left=tuple(sorted(described.left.items())),
+                weight_elements=sum(parameter.numel() for parameter in module.parameters()),
+            )
             alike[block].append(index)
-            held[block].append((*(traced.held[position] for position in positions), traced.peak))
+            held[block].append((*described.held, described.peak))
         found = []
         for block, numbers in alike.items():
             *groups_held, peak = (max(values) for values in zip(*held[block], strict=True))
             groups = tuple(
-                LockedGroup(linears=linears, held_bytes=self._per_token(size))
-                for linears, size in zip(block.groups, groups_held, strict=True)
+                LockedGroup(experts=group.experts, linears=group.linears, held_bytes=self._per_token(size))
+                for group, size in zip(block.groups, groups_held, strict=True)
             )
             found.append(
                 LockedKind(
@@ -228,63 +224,3 @@ class _Describer:
 
     def _per_token(self, size_bytes: int) -> int:
         return -(-size_bytes // self._trace.num_tokens)
-
-    def _described(self, index: int) -> tuple[_Block, list[int]]:
-        """Return a block's description, and the positions of its groups among the traced ones."""
-        block, traced = self._blocks[index], self._trace.blocks[index]
-        reached = Counter(name for group in traced.groups for name in group)
-        groups, positions = [], []
-        left = {name: _why_unreached(name, traced.skipped) for name in (*traced.skipped, *traced.unreached)}
-        for position, group in enumerate(traced.groups):
-            linears = []
-            for name in group:
-                module = block.get_submodule(name)
-                reason = self._why_left(index, name, module, reached[name])
-                if reason:
-                    left[name] = reason
-                else:
-                    linears.append(self._linear(index, name, cast(nn.Linear, module)))
-            if linears:
-                groups.append(tuple(linears))
-                positions.append(position)
-        return _Block(
-            groups=tuple(groups), left=tuple(sorted(left.items())),
-            weight_elements=sum(parameter.numel() for parameter in block.parameters()),
-        ), positions  # fmt: skip
-
-    def _why_left(self, index: int, name: str, module: nn.Module, times: int) -> str:
-        """Return why a module's weights stay as they are, or ""."""
-        if is_experts(module):
-            return "experts are not quantized yet"
-        linear = cast(nn.Linear, module)
-        shape = f"its shape, {linear.in_features} to {linear.out_features}, is no multiple of {_WIDTH}"
-        shared = any(self._uses[id(parameter)] > 1 for parameter in linear.parameters())
-        reasons = {
-            "the block uses it more than once": times > 1,
-            "several blocks share it": shared,
-            "it routes tokens to experts": self._is_router(index, name, linear),
-            shape: linear.in_features % _WIDTH or linear.out_features % _WIDTH,
-            "its weight is stored as a part of another tensor, or in several": not self._stored_alone(index, name),
-        }
-        return next((reason for reason, holds in reasons.items() if holds), "")
-
-    def _is_router(self, index: int, name: str, linear: nn.Linear) -> bool:
-        """Return whether a linear gives one value, or one for each expert, beside a module of experts."""
-        parent = self._blocks[index].get_submodule(name.rpartition(".")[0])
-        counts = {cast(Tensor, module.down_proj).shape[0] for module in parent.modules() if is_experts(module)}
-        return bool(counts) and linear.out_features in {1, *counts}
-
-    def _stored_alone(self, index: int, name: str) -> bool:
-        conversion = self._names.conversions.get(f"{self._trace.blocks_path}.{index}.{name}.weight")
-        return conversion is not None and conversion.converter is None and conversion.names[0].endswith(".weight")
-
-    def _linear(self, index: int, name: str, linear: nn.Linear) -> LockedLinear:
-        parameter = f"{self._trace.blocks_path}.{index}.{name}.weight"
-        stored = self._names.conversions[parameter].names[0].removesuffix(".weight")
-        return LockedLinear(
-            module=name,
-            stored=stored.replace(f".{index}.", ".{block}.", 1),
-            in_features=linear.in_features,
-            out_features=linear.out_features,
-            bias=linear.bias is not None,
-        )

@@ -45,16 +45,41 @@ class LockedLinear(Record):
     bias: bool
 
 
+class LockedExperts(Record):
+    """The experts of a layer: each linear of their group stands for one of every expert.
+
+    Attributes:
+        parameter: its name inside the block, as transformers builds the model: it holds the linears of all experts.
+        count: experts of the layer.
+        top_k: experts that a token goes to.
+        per_token: the linears see the tokens themselves; else a token gives `top_k` inputs.
+    """
+
+    parameter: Name
+    count: Annotated[int, Field(ge=1, le=MOST_NAMES, strict=True)]
+    top_k: Annotated[int, Field(ge=1, le=MOST_NAMES, strict=True)]
+    per_token: bool
+
+
 class LockedGroup(Record):
     """Linears that see the same input.
 
     Attributes:
+        experts: they are linears of experts, and {expert} in their names stands for an expert's number.
         linears: in the order in which the block reaches them.
         held_bytes: activations of one token that are alive then, in a dtype of two bytes, without the block's input.
     """
 
+    experts: LockedExperts | None = None
     linears: Annotated[tuple[LockedLinear, ...], Field(min_length=1)]
     held_bytes: Bytes
+
+    @model_validator(mode="after")
+    def _names_are_of_experts_or_not(self) -> Self:
+        for name in (name for linear in self.linears for name in (linear.module, linear.stored)):
+            if name.count("{expert}") != (self.experts is not None):
+                raise ValueError(f"{name!r} must hold {{expert}} once in a group of experts, and nowhere else")
+        return self
 
 
 class LockedKind(Record):

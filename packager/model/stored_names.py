@@ -113,6 +113,33 @@ class StoredNames:
         tied = set(getattr(self._model, "all_tied_weights_keys", {}) or {})
         return tuple(name for name in self._state if name not in self.conversions and name not in tied)
 
+    def merged(self, parameter: str) -> tuple[tuple[str, ...], ...] | None:
+        """Return the stored matrices that lie in a 3-D parameter, for each index of its first dimension.
+
+        The conversion is tried on small matrices, so no operation of transformers' table is named here.
+
+        Returns:
+            Names of stored tensors [rows, columns], those of one index one below another; None where the parameter is
+            not made so.
+        """
+        conversion = self.conversions.get(parameter)
+        if conversion is None or conversion.converter is None:
+            return None
+        names = conversion.names
+        small = {name: torch.arange(4.0).view(2, 2) + 4 * number for number, name in enumerate(names)}
+        by_first_value = {4.0 * number: name for number, name in enumerate(names)}
+        try:
+            made = self._converted(conversion, parameter, small.__getitem__)
+        except Exception:  # noqa: BLE001 - operations of any model, which may need the real shapes
+            return None
+        if made.ndim != 3 or made.shape[2] != 2 or made.shape[0] * made.shape[1] != 2 * len(names):
+            return None
+        found = tuple(tuple(by_first_value.get(row[0], "") for row in matrix[::2]) for matrix in made.tolist())
+        if not all(name for matrix in found for name in matrix):
+            return None
+        again = torch.stack([torch.cat([small[name] for name in matrix]) for matrix in found])
+        return found if torch.equal(again, made) else None
+
     def read(self, parameter: str, read: ReadTensor) -> Tensor:
         """Read a parameter from disk, in the stored dtype, with the shape that it has in the model.
 

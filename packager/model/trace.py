@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from packager.errors import SourceError
-from packager.model.traced_forward import TracedBlock, TracedForward, is_experts, modules_outside
+from packager.model.experts import is_experts
+from packager.model.traced_forward import TracedBlock, TracedForward, modules_outside
 
 TRACED_TOKENS = 64
 _MOST_KEPT = 8

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from packager.errors import SourceError
+from packager.model.experts import is_experts
 
 Group = tuple[str, ...]
 
@@ -24,6 +25,7 @@ class TracedBlock:
             the block reaches them. An experts module is a group by itself.
         held: for each group, bytes of activations that are alive when the block reaches it.
         peak: most bytes of activations that are alive inside the block.
+        top_k: for each experts module, how many experts a token goes to; 0 if its arguments do not show it.
         unreached: linears that the forward did not reach.
         skipped: modules whose code reads values of tensors, so that it was not run.
         num_outputs: items of the tuple or list that the block returns, hidden states first; 0: it returns them alone.
@@ -33,6 +35,7 @@ class TracedBlock:
     groups: tuple[Group, ...]
     held: tuple[int, ...]
     peak: int
+    top_k: Mapping[str, int]
     unreached: tuple[str, ...]
     skipped: tuple[str, ...]
     num_outputs: int
@@ -43,14 +46,6 @@ class TracedBlock:
         if not self.num_outputs:
             return hidden
         return (hidden, *((others or {}).get(item) for item in range(1, self.num_outputs)))
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Return whether a module holds the weights of all experts of a layer, as transformers builds them.
-
-    Source: `use_experts_implementation` of transformers.integrations.moe (5.23), which sets these attributes.
-    """
-    return all(hasattr(module, name) for name in ("is_transposed", "is_concatenated", "has_gate", "down_proj"))
 
 
 def calibrated_modules(block: nn.Module) -> dict[str, nn.Module]:
@@ -144,6 +139,7 @@ class _Record:
     seen: list[tuple[str, bool, int]] = field(default_factory=list)
     last_input: weakref.ref[Tensor] | None = None
     peak: int = 0
+    top_k: dict[str, int] = field(default_factory=dict)
     num_outputs: int = 0
     passed: list[int] = field(default_factory=list)
 
@@ -182,7 +178,8 @@ class TracedForward:
                 stack.callback(block.register_forward_pre_hook(self._enter(index), with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(self._leave, with_kwargs=True).remove)
                 for name, module in calibrated_modules(block).items():
-                    stack.callback(module.register_forward_pre_hook(self._reach(name), with_kwargs=True).remove)
+                    reach = self._reach(name, is_experts(module))
+                    stack.callback(module.register_forward_pre_hook(reach, with_kwargs=True).remove)
             for name, module in modules_outside(self._model, self._path):
                 stack.callback(module.register_forward_pre_hook(self._called(name)).remove)
             stack.enter_context(self._memory)
@@ -233,7 +230,7 @@ class TracedForward:
                     )  # fmt: skip
                 self._records[source[0]].passed.append(source[1])
 
-    def _reach(self, name: str) -> Callable[..., None]:
+    def _reach(self, name: str, are_experts: bool) -> Callable[..., None]:
         def reach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             record = self._records[-1]
@@ -241,6 +238,10 @@ class TracedForward:
             # Less than before the block if it freed what the model held.
             record.seen.append((name, shares_input, max(self._memory.alive - self._outside_bytes, 0)))
             record.last_input = weakref.ref(x)
+            if are_experts:
+                # Their arguments: hidden_states, top_k_index [tokens, top_k], top_k_weights.
+                indices = [*args, *kwargs.values()][1:2]
+                record.top_k[name] = indices[0].shape[-1] if indices and isinstance(indices[0], Tensor) else 0
 
         return reach
 
@@ -305,6 +306,7 @@ class TracedForward:
             groups=tuple(map(tuple, groups)),
             held=tuple(held),
             peak=record.peak,
+            top_k=record.top_k,
             unreached=tuple(name for name in calibrated_modules(block) if name not in reached),
             skipped=tuple(name for name, module in block.named_modules() if id(module) in self._skipped),
             num_outputs=record.num_outputs,

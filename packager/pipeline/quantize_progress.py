@@ -69,6 +69,12 @@ def fused_line(event: ModulesFused) -> str:
 
 
 def linears_line(done: LinearsDone) -> str:
-    """Return the line with the linears of a block that are quantized, and their losses."""
-    losses = ", ".join(f"{record.name.rpartition('.')[2]} {record.loss:.3g}" for record in done.linears)
-    return f"{done.branch} block {done.block + 1}: {losses}"
+    """Return the line with the linears of a block that are quantized, and their losses; of experts, the mean loss."""
+    losses: dict[str, list[float]] = {}
+    for record in done.linears:
+        losses.setdefault(record.name.rpartition(".")[2], []).append(record.loss)
+    parts = [
+        f"{name} {sum(values) / len(values):.3g}{f' ({len(values)} experts)' if len(values) > 1 else ''}"
+        for name, values in losses.items()
+    ]
+    return f"{done.branch} block {done.block + 1}: {', '.join(parts)}"

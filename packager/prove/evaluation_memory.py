@@ -64,7 +64,7 @@ def evaluation_memory(
         batch_tokens = max(batch_tokens, TOKENS_PER_BATCH[device_type])
     blocks = WEIGHT_COPIES * weights + batch_tokens * running_bytes(architecture, device_type)
     dequantizing = _DEQUANTIZE_BYTES * max(
-        (inputs * outputs for inputs, outputs in architecture.group_shapes), default=0
+        (inputs * outputs for inputs, outputs, _experts in architecture.group_shapes), default=0
     )
     # The base model's head stays on the device while the quantized model's blocks run, and both heads make logits.
     if device_type == "cpu":

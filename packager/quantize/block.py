@@ -8,17 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from packager.errors import QuantizeError
+from packager.model.architecture import LinearSpec
 from packager.model.contexts import Context
+from packager.model.experts import Experts, experts_of
 from packager.model.packing import dequantize_linear, pack, pack_zeros
 from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
 from packager.quantize.gptq.choose_ops import ops_for
+from packager.quantize.gptq.expert_hessians import expert_hessians, pooled_hessian
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Factor, Hessian, factorize, factorize_within
+from packager.quantize.gptq.routing import RoutedInputs
 from packager.quantize.gptq.solve import Solution, solve
+from packager.quantize.memory import experts_at_once
 from packager.quantize.suspended_forward import linears_of, sweep_parallel, sweep_sequential
-from packager.receipt import LinearRecord
+from packager.receipt import ExpertLinearRecord, LinearRecord
 from packager.variant import Variant
+
+# By the parameter of a block: the linears of each expert, in the order of their rows.
+ExpertLinears = Mapping[str, Sequence[Sequence[LinearSpec]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +38,8 @@ class BlockJob:
         index: the block's number.
         groups: names inside the block of linears that see the same input, in the order in which the block reaches them.
         names: for each of these linears, the name under which its tensors are stored.
+        experts: for each parameter that holds linears of experts, a group by itself, the linears of each expert, one
+            below another.
         states: the block's inputs; replaced by the quantized block's outputs.
         contexts: the block's other arguments, one per batch.
         suspended: how many batches are suspended inside the block at once.
@@ -41,6 +51,7 @@ class BlockJob:
     index: int
     groups: Sequence[Group]
     names: Mapping[str, str]
+    experts: ExpertLinears
     states: Activations
     contexts: Sequence[Context]
     suspended: int
@@ -96,12 +107,26 @@ class _NeedsChecks(Exception):  # noqa: N818
 
 @dataclass(frozen=True, kw_only=True)
 class _Solved:
-    """Linears that were quantized together; the device may still be computing `losses` and `succeeded`."""
+    """Linears that were quantized together; the device may still be computing `losses` and `succeeded`.
+
+    `calibrated` is what is known of each linear's Hessian, of experts only: the tokens and rho of a record.
+    """
 
     names: tuple[str, ...]
-    damp_percent: float
+    damp_percents: tuple[float, ...]
     losses: Tensor
     succeeded: Tensor
+    calibrated: tuple[tuple[int, float], ...] = ()
+
+    def records(self) -> tuple[LinearRecord, ...]:
+        """Return a record for each linear; this waits for the device."""
+        found = zip(self.names, self.losses.tolist(), self.damp_percents, strict=True)
+        if not self.calibrated:
+            return tuple(LinearRecord(name=name, loss=loss, damp_percent=damp) for name, loss, damp in found)
+        return tuple(
+            ExpertLinearRecord(name=name, loss=loss, damp_percent=damp, tokens=tokens, rho=rho)
+            for (name, loss, damp), (tokens, rho) in zip(found, self.calibrated, strict=True)
+        )
 
 
 class _BlockSolver:
@@ -112,6 +137,7 @@ class _BlockSolver:
     ) -> None:
         self._block, self._job, self._report, self._checked = block, job, solved, checked
         self._linears = linears_of(block)
+        self._experts: Mapping[str, Experts] = experts_of(block) if job.experts else {}
         self._ops = ops_for(next(block.parameters()).device)
         self._rules = rules_of(job.variant)
         self._solved: list[_Solved] = []
@@ -122,13 +148,13 @@ class _BlockSolver:
         job = self._job
         if job.variant.true_sequential:
             sweep_sequential(
-                self._block, job.groups, job.states, job.contexts, self._solve, suspended=job.suspended, last=job.last,
-                on_solved=self._on_solved,
+                self._block, job.groups, job.states, job.contexts, self._solve, solve_experts=self._solve_experts,
+                suspended=job.suspended, last=job.last, on_solved=self._on_solved,
             )  # fmt: skip
         else:
             sweep_parallel(
-                self._block, job.groups, job.states, job.contexts, self._solve, last=job.last,
-                on_solved=self._on_solved,
+                self._block, job.groups, job.states, job.contexts, self._solve, solve_experts=self._solve_experts,
+                last=job.last, on_solved=self._on_solved,
             )  # fmt: skip
         return QuantizedBlock(tensors=self._tensors, records=self._records)
 
@@ -137,32 +163,87 @@ class _BlockSolver:
         names = tuple(self._job.names[module] for module in group)
         weights = [self._linears[name].weight for name in group]
         try:
-            factor = self._factor(hessian)
-            solution = solve(
-                weights, factor, self._rules, group_size=variant.group_size, static_groups=variant.static_groups,
-                ops=self._ops,
-            )  # fmt: skip
-            if self._checked and not bool(solution.scales_are_finite()):
-                raise QuantizeError("a scale does not fit float16", why="it would be more than 65504")
+            factor = self._factor(hessian.matrix())
+            solution = self._solution(weights, factor)
         except QuantizeError as error:
             error.where = f"{variant.branch}, {', '.join(names)}"
             raise
         parts = solution.by_linear([weight.shape[0] for weight in weights])
         for module, weight, part in zip(group, weights, parts, strict=True):
             part.dequantize_into(weight, self._ops)
-            self._keep(module, part)
-        losses = torch.stack([part.losses.mean() for part in parts])
-        succeeded = factor.succeeded & solution.scales_are_finite()
-        self._solved.append(_Solved(names=names, damp_percent=factor.damp_percent, losses=losses, succeeded=succeeded))
+            self._keep(self._job.names[module], part, self._linears[module].bias)
+        self._add(
+            _Solved(
+                names=names,
+                damp_percents=(factor.damp_percent,) * len(names),
+                losses=torch.stack([part.losses.mean() for part in parts]),
+                succeeded=factor.succeeded & solution.scales_are_finite(),
+            )
+        )
+
+    def _solve_experts(self, parameter: str, inputs: Sequence[RoutedInputs]) -> None:
+        """Quantize the linears of all experts in a parameter, slice by slice."""
+        linears = self._job.experts[parameter]
+        module, _, name = parameter.rpartition(".")
+        weight = self._experts[module].weight(name)
+        num_experts, out_features, in_features = weight.shape
+        at_once = experts_at_once(in_features, out_features, num_experts, weight.device.type)
+        pooled = pooled_hessian(inputs, self._ops)
+        for begin in range(0, num_experts, at_once):
+            experts = range(begin, min(begin + at_once, num_experts))
+            try:
+                self._solve_slice(weight[begin : experts.stop], linears[begin : experts.stop], inputs, experts, pooled)
+            except QuantizeError as error:
+                error.where = f"{self._job.variant.branch}, block {self._job.index}, {module}, from expert {begin} on"
+                raise
+
+    def _solve_slice(
+        self, weight: Tensor, linears: Sequence[Sequence[LinearSpec]], inputs: Sequence[RoutedInputs],
+        experts: range, pooled: Tensor,
+    ) -> None:  # fmt: skip
+        hessians = expert_hessians(inputs, experts, pooled, self._ops)
+        tokens, rhos, H = hessians.tokens, hessians.rhos, hessians.H
+        del hessians
+        factor = self._factor(H)
+        del H
+        solution = self._solution([weight], factor)
+        solution.dequantize_into(weight, self._ops)
+        parts = solution.by_linear([linear.out_features for linear in linears[0]])
+        for part, specs in zip(parts, zip(*linears, strict=True), strict=True):
+            self._keep_experts([spec.name for spec in specs], part)
+        calibrated = zip(tokens, rhos, factor.damp_percents, strict=True)
+        each = [(spec.name, *known) for specs, known in zip(linears, calibrated, strict=True) for spec in specs]
+        self._add(
+            _Solved(
+                names=tuple(name for name, *_ in each),
+                damp_percents=tuple(damp for *_, damp in each),
+                losses=torch.stack([part.losses.mean(dim=-1) for part in parts], dim=1).reshape(-1),
+                succeeded=factor.succeeded.all() & solution.scales_are_finite(),
+                calibrated=tuple((tokens, rho) for _, tokens, rho, _ in each),
+            )
+        )
+
+    def _solution(self, weights: Sequence[Tensor], factor: Factor) -> Solution:
+        variant = self._job.variant
+        solution = solve(
+            weights, factor, self._rules, group_size=variant.group_size, static_groups=variant.static_groups,
+            ops=self._ops,
+        )  # fmt: skip
+        if self._checked and not bool(solution.scales_are_finite()):
+            raise QuantizeError("a scale does not fit float16", why="it would be more than 65504")
+        return solution
+
+    def _add(self, solved: _Solved) -> None:
+        self._solved.append(solved)
         if self._checked:
             self._check()
 
-    def _factor(self, hessian: Hessian) -> Factor:
+    def _factor(self, H: Tensor) -> Factor:
         variant = self._job.variant
         if not self._checked:
-            return factorize(hessian.matrix(), desc_act=variant.desc_act, damp_percent=variant.damp_percent)
+            return factorize(H, desc_act=variant.desc_act, damp_percent=variant.damp_percent)
         return factorize_within(
-            hessian.matrix(),
+            H,
             desc_act=variant.desc_act,
             damp_percent=variant.damp_percent,
             damp_percent_limit=variant.damp_percent_limit,
@@ -182,33 +263,57 @@ class _BlockSolver:
         if solved and not bool(torch.stack([group.succeeded for group in solved]).all()):
             raise _NeedsChecks
         for group in solved:
-            records = tuple(
-                LinearRecord(name=name, loss=loss, damp_percent=group.damp_percent)
-                for name, loss in zip(group.names, group.losses.tolist(), strict=True)
-            )
+            records = group.records()
             self._records = (*self._records, *records)
             self._report(records)
 
-    def _keep(self, module: str, solution: Solution) -> None:
-        bits, name = self._job.variant.bits, self._job.names[module]
+    def _keep(self, name: str, solution: Solution, bias: Tensor | None) -> None:
+        bits = self._job.variant.bits
         self._tensors |= {
             f"{name}.qweight": pack(solution.q, bits),
             f"{name}.qzeros": pack_zeros(solution.zeros, bits),
             f"{name}.scales": solution.scales.contiguous(),
             f"{name}.g_idx": solution.g_idx.clone(),
         }
-        bias = self._linears[module].bias
-        if isinstance(bias, Tensor):
+        if bias is not None:
             self._tensors[f"{name}.bias"] = bias.to(torch.float16)
 
+    def _keep_experts(self, names: Sequence[str], solution: Solution) -> None:
+        """Pack the linears of several experts, which have one shape, side by side."""
+        bits, count = self._job.variant.bits, len(names)
+        q = solution.q.transpose(0, 1).reshape(solution.q.shape[1], -1)
+        zeros = solution.zeros.transpose(0, 1).reshape(solution.zeros.shape[1], -1)
+        qweights, qzeros = pack(q, bits).chunk(count, dim=1), pack_zeros(zeros, bits).chunk(count, dim=1)
+        for expert, name in enumerate(names):
+            self._tensors |= {
+                f"{name}.qweight": qweights[expert].contiguous(),
+                f"{name}.qzeros": qzeros[expert].contiguous(),
+                f"{name}.scales": solution.scales[expert].contiguous(),
+                f"{name}.g_idx": solution.g_idx[expert].clone(),
+            }
 
-def restore_block(block: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Tensor], variant: Variant) -> None:
-    """Overwrite a block's weights with those that its packed tensors represent; `names` as in `BlockJob`."""
+
+def restore_block(
+    block: nn.Module,
+    names: Mapping[str, str],
+    experts: ExpertLinears,
+    tensors: Mapping[str, Tensor],
+    variant: Variant,
+) -> None:
+    """Overwrite a block's weights with those that its packed tensors represent.
+
+    `names` and `experts` are those of `BlockJob`.
+    """
     device = next(block.parameters()).device
+
+    def dequantized(name: str) -> Tensor:
+        return dequantize_linear(lambda part: tensors[f"{name}.{part}"].to(device), variant.bits)
+
     linears = linears_of(block)
     for module, name in names.items():
-
-        def read(part: str, name: str = name) -> Tensor:
-            return tensors[f"{name}.{part}"].to(device)
-
-        linears[module].weight.copy_(dequantize_linear(read, variant.bits))
+        linears[module].weight.copy_(dequantized(name))
+    modules = experts_of(block) if experts else {}
+    for parameter, each in experts.items():
+        module, _, name = parameter.rpartition(".")
+        for weight, specs in zip(modules[module].weight(name), each, strict=True):
+            weight.copy_(torch.cat([dequantized(spec.name) for spec in specs]))

@@ -22,7 +22,7 @@ from packager.errors import PackError
 from packager.model.architecture import Architecture
 from packager.model.checkpoint import Shard
 from packager.model.safetensors_file import StoredTensor, copy_tensor, layout, read_tensor, write_at
-from packager.receipt import LinearRecord, Record
+from packager.receipt import AnyLinearRecord, LinearRecord, Record
 from packager.system.files import disk_errors, fsync_folder, reserve, write_atomic
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Journal(Record):
 
     fingerprint: dict[str, str]
     sha256: str
-    linears: tuple[LinearRecord, ...]
+    linears: tuple[AnyLinearRecord, ...]
 
 
 class BlockStore:

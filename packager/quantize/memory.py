@@ -24,6 +24,9 @@ _SQUARES = 4
 # Bytes per weight that exist at once while a group of linears is solved: the weights in solving order, their
 # dequantization errors, the integers twice, and float32 products.
 _SOLVE_BYTES = 16
+# Experts are solved in slices of as many as fit these bytes. Products of other numbers of experts may round in other
+# ways, so a slice depends on shapes alone, never on the memory that is free.
+_SLICE_BYTES = {"cpu": 10**9, "cuda": 6 * 10**9}
 # Batches on the device (prefetched, in use, or being stored) when activations are stored elsewhere.
 _STAGED_BATCHES = 4
 
@@ -128,7 +131,7 @@ def _way(
     held = count * states if placement == "device" else staged
     # On the device, a suspended batch's input is one of the states already.
     inputs = ELEMENT_BYTES[device_type] * work.architecture.hidden_size if placement == "device" else 0
-    device = held + sizes.peak(kept_tokens, batch_tokens, inputs_held=inputs)
+    device = held + sizes.peak(kept_tokens, batch_tokens, tokens, inputs_held=inputs)
     host = 0 if device_type == "cpu" else sizes.host(count) + (count * states if placement == "host" else 0)
     return SweepPlan(
         num_variants=count,
@@ -138,6 +141,29 @@ def _way(
         device_bytes=device,
         host_bytes=host,
     )
+
+
+def slice_sizes(in_features: int, out_features: int, num_experts: int, device_type: str) -> tuple[int, ...]:
+    """Return into slices of which sizes the experts of a layer are cut; see `experts_at_once`."""
+    at_once = experts_at_once(in_features, out_features, num_experts, device_type)
+    return tuple(sorted({at_once, num_experts % at_once or at_once}))
+
+
+def experts_at_once(in_features: int, out_features: int, num_experts: int, device_type: str) -> int:
+    """Return how many experts of a layer are solved as one batch.
+
+    Args:
+        in_features: of their linears.
+        out_features: of one expert's linears together.
+        num_experts: of the layer.
+        device_type: "cpu" or "cuda".
+    """
+    return max(1, min(num_experts, _SLICE_BYTES[device_type] // _solving_bytes(in_features, out_features)))
+
+
+def _solving_bytes(in_features: int, out_features: int) -> int:
+    """Return what solving a group of linears takes: its Hessian while it is factored, and the columns."""
+    return _SQUARES * 4 * in_features**2 + _SOLVE_BYTES * in_features * out_features
 
 
 class _Sizes:
@@ -161,16 +187,41 @@ class _Sizes:
         """Return host bytes without activations: blocks being read, packed blocks being written, an embedding."""
         return 2 * self.weights + num_variants * self.weights // 2 + 2 * self._architecture.largest_tensor_bytes
 
-    def peak(self, suspended_tokens: int, batch_tokens: int, *, inputs_held: int) -> int:
-        """Return the peak of the device without the states: the maximum over the groups of linears."""
+    def peak(self, suspended_tokens: int, batch_tokens: int, tokens: int, *, inputs_held: int) -> int:
+        """Return the peak of the device without the states: the maximum over the groups of linears.
+
+        Args:
+            suspended_tokens: of the batches that stay inside the block.
+            batch_tokens: of the batch that runs.
+            tokens: of all batches.
+            inputs_held: bytes of a token's input of the block that are counted elsewhere.
+        """
         running = batch_tokens * running_bytes(self._architecture, self._device_type)
         peaks = [running]
-        for group in self._architecture.group_sizes:
+        sizes = self._architecture.group_sizes
+        for group in sizes:
             suspended = suspended_tokens * max(0, self._suspended(group) - inputs_held)
             square = 4 * group.in_features**2
-            solving = 4 * square + _SOLVE_BYTES * group.in_features * group.out_features
-            peaks.append(suspended + max(_SQUARES * square, solving, square + running))
+            solving = _solving_bytes(group.in_features, group.out_features)
+            if group.experts is None:
+                peaks.append(suspended + max(solving, square + running))
+            else:
+                experts = group.experts.count
+                at_once = experts_at_once(group.in_features, group.out_features, experts, self._device_type)
+                # The inputs of batches that are not suspended are held too, until the last slice is solved; without
+                # true_sequential no batch is suspended, and the inputs of both groups of experts are held.
+                held = self._routed_inputs(group) if suspended_tokens else sum(map(self._routed_inputs, sizes))
+                suspended += (tokens - suspended_tokens) * held
+                peaks.append(suspended + max(square + at_once * solving, square + running))
         return max(peaks) + WEIGHT_COPIES * self.weights
+
+    def _routed_inputs(self, group: GroupWidths) -> int:
+        """Return the bytes of a token's inputs of experts, with the int64 index that sorts them; 0 for linears."""
+        experts = group.experts
+        if experts is None:
+            return 0
+        rows = 1 if experts.per_token else experts.top_k
+        return rows * group.in_features * self._element + 8 * experts.top_k
 
     def _suspended(self, group: GroupWidths) -> int:
         """Return the bytes per token of a batch suspended at a group of linears: the block's input and later values."""

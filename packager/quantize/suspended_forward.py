@@ -247,6 +247,8 @@ def _experts_forward(
     block: nn.Module, groups: Sequence[Group], on_inputs: Callable[[str, RoutedInputs], None] | None = None
 ) -> AbstractContextManager[None]:
     """Run experts modules by our own forward if they are quantized; others keep the forward of transformers."""
-    if all(group[0] in linears_of(block) for group in groups):
+    linears = linears_of(block)
+    modules = {group[0].rpartition(".")[0] for group in groups if group[0] not in linears}
+    if not modules:
         return nullcontext()
-    return own_forward(block) if on_inputs is None else own_forward(block, on_inputs)
+    return own_forward(block, on_inputs or (lambda *_: None), modules)

@@ -6,13 +6,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import groupby, product
 from threading import Event
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from packager.model.architecture import LinearSpec
 from packager.model.batches import rows_per_batch
 from packager.model.contexts import Context, own_contexts
 from packager.model.decoder import Decoder, compute_dtype
@@ -20,11 +21,11 @@ from packager.model.fused_blocks import FusedModules
 from packager.model.stored_names import ReadTensor
 from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
-from packager.quantize.block import BlockJob, quantize_block, restore_block, rules_of
+from packager.quantize.block import BlockJob, ExpertLinears, quantize_block, restore_block, rules_of
 from packager.quantize.block_store import BlockStore
 from packager.quantize.host_copies import HostCopies
 from packager.quantize.job import BlockDone, DeviceShare, LinearsDone, QuantizeJob, Report
-from packager.quantize.memory import SweepPlan
+from packager.quantize.memory import SweepPlan, slice_sizes
 from packager.quantize.suspended_forward import run_forward
 from packager.receipt import LinearRecord
 from packager.variant import Variant
@@ -52,8 +53,12 @@ class Worker:
         dtype = compute_dtype(job.source.record.dtype, share.device)
         self._decoder = Decoder(job.source.folder, read, names=job.source.tensors, device=share.device, dtype=dtype)
         self._names: dict[int, dict[str, str]] = {index: {} for index in range(len(self._decoder))}
-        for linear in job.source.architecture.linears:
-            self._names[linear.block][linear.module] = linear.name
+        self._experts: dict[int, dict[str, list[tuple[LinearSpec, ...]]]] = {index: {} for index in self._names}
+        for (block, parameter, _), linears in groupby(job.source.architecture.linears, key=_owner):
+            if parameter:
+                self._experts[block].setdefault(parameter, []).append(tuple(linears))
+            else:
+                self._names[block] |= {linear.module: linear.name for linear in linears}
         self.records: dict[str, list[LinearRecord]] = {variant.branch: [] for variant in share.variants}
 
     @property
@@ -89,14 +94,16 @@ class Worker:
         from packager.quantize.gptq.compile_kernels import KernelShape
 
         shapes = self._job.source.architecture.group_shapes
-        for variant, (in_features, out_features) in product(self._share.variants, shapes):
-            yield KernelShape(
-                in_features=in_features,
-                out_features=out_features,
-                rules=rules_of(variant),
-                group_size=variant.group_size,
-                static_groups=variant.static_groups,
-            )
+        for variant, (in_features, out_features, num_experts) in product(self._share.variants, shapes):
+            for experts in slice_sizes(in_features, out_features, num_experts, "cuda") if num_experts else (0,):
+                yield KernelShape(
+                    in_features=in_features,
+                    out_features=out_features,
+                    rules=rules_of(variant),
+                    group_size=variant.group_size,
+                    static_groups=variant.static_groups,
+                    experts=experts,
+                )
 
     def _sweep(self, variants: Sequence[Variant]) -> None:
         job, plan, decoder = self._job, self._share.plan, self._decoder
@@ -124,7 +131,7 @@ class Worker:
                         return
                     context = BlockContext(
                         index=index, num_blocks=len(decoder), groups=self._groups(index), names=self._names[index],
-                        contexts=[batch[index] for batch in own[number]],
+                        experts=self._experts[index], contexts=[batch[index] for batch in own[number]],
                     )  # fmt: skip
                     following = runs[(number + 1) % len(runs)]
                     run.run(load, context, writers, on_outputs_needed=partial(following.prefetch, run))
@@ -133,10 +140,18 @@ class Worker:
                 self.records[run.variant.branch] = run.finish()
 
     def _groups(self, index: int) -> tuple[Group, ...]:
-        """Return the groups of the linears of a block that are quantized."""
-        names = self._names[index]
-        groups = (tuple(module for module in group if module in names) for group in self._decoder.groups(index))
-        return tuple(group for group in groups if group)
+        """Return the groups of a block that are quantized: of linears, and each parameter of experts by itself."""
+        names, experts = self._names[index], self._experts[index]
+        found: list[Group] = []
+        for group in self._decoder.groups(index):
+            found.append(tuple(module for module in group if module in names))
+            found += [(parameter,) for parameter in experts if parameter.rpartition(".")[0] in group]
+        return tuple(group for group in found if group)
+
+
+def _owner(linear: LinearSpec) -> tuple[int, str, str]:
+    """Return a linear's block and, if it is an expert's, the parameter that holds it and the expert's module."""
+    return linear.block, linear.parameter, linear.module.rpartition(".")[0] if linear.parameter else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +163,7 @@ class BlockContext:
         num_blocks: of the model.
         groups: of its linears, see `BlockJob`.
         names: of its linears, see `BlockJob`.
+        experts: likewise.
         contexts: the block's arguments besides the hidden states, one per batch.
     """
 
@@ -155,6 +171,7 @@ class BlockContext:
     num_blocks: int
     groups: Sequence[Group]
     names: Mapping[str, str]
+    experts: ExpertLinears
     contexts: Sequence[Context]
 
     @property
@@ -197,15 +214,14 @@ class _VariantRun:
         if stored is None or records is None:
             job = BlockJob(
                 variant=self.variant, index=context.index, groups=context.groups, names=context.names,
-                states=self._states, contexts=context.contexts, suspended=self._plan.suspended_batches,
-                last=context.last,
-                on_outputs_needed=on_outputs_needed,
+                experts=context.experts, states=self._states, contexts=context.contexts,
+                suspended=self._plan.suspended_batches, last=context.last, on_outputs_needed=on_outputs_needed,
             )  # fmt: skip
             quantized = quantize_block(load, job, partial(self._linears_done, context.index))
             tensors, records = quantized.tensors, quantized.records
         elif not context.last:
             block = load()
-            restore_block(block, context.names, tensors, self.variant)
+            restore_block(block, context.names, context.experts, tensors, self.variant)
             run_forward(block, context.groups, self._states, context.contexts)
         self._records.extend(records)
         done = BlockDone(

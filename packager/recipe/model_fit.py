@@ -131,15 +131,32 @@ def _skip_problems(
     parsed: ParsedRecipe, architecture: Architecture, patterns: Sequence[str | None]
 ) -> Iterator[LocatedProblem]:
     """Yield the patterns of quantize.skip that fit no module, and that all of them together leave nothing."""
+    experts = _experts(architecture)
     quantized = list(dict.fromkeys(linear.module for linear in architecture.example_linears))
-    modules = [*quantized, *(module for kind in architecture.kinds for module in kind.left)]
+    modules = [*quantized, *experts, *(module for kind in architecture.kinds for module in kind.left)]
     for index, pattern in enumerate(patterns):
         if pattern is not None and not any(fnmatchcase(module, pattern) for module in modules):
             message = f"quantize.skip: {quoted(pattern)} fits no module of the base model's blocks"
             yield LocatedProblem(parsed.at("quantize", "skip", index), message, _near(pattern, modules))
     used = [pattern for pattern in patterns if pattern is not None]
-    if used and all(any(fnmatchcase(module, pattern) for pattern in used) for module in quantized):
+    for unit, linears in experts.items():
+        fitting = sum(any(fnmatchcase(module, pattern) for pattern in used) for module in linears)
+        if fitting < len(linears) and fitting and not any(fnmatchcase(unit, pattern) for pattern in used):
+            message = f"quantize.skip fits {fitting} of the {len(linears)} linears of {unit}"
+            hint = f"experts are quantized together: write {unit}, or no pattern that fits one of them"
+            yield LocatedProblem(parsed.key_at("quantize", "skip"), message, hint)
+    if used and not architecture.leaving(used).linears:
         yield LocatedProblem(parsed.key_at("quantize", "skip"), "quantize.skip leaves no linear to quantize")
+
+
+def _experts(architecture: Architecture) -> dict[str, list[str]]:
+    """Return by the module of each layer's experts the names of their linears, of one block of each kind."""
+    found: dict[str, list[str]] = {}
+    for kind in architecture.kinds:
+        for group in kind.groups:
+            if group.unit and group.modules[0] not in found.get(group.unit, []):
+                found.setdefault(group.unit, []).extend(group.modules)
+    return found
 
 
 def _near(pattern: str, modules: Sequence[str]) -> str:
