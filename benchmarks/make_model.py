@@ -1,11 +1,13 @@
-"""Make a Llama of any shape with random weights, and a recipe that quantizes it; nothing is downloaded.
+"""Make a Llama or Qwen3-MoE of any shape with random weights, and a recipe for it; nothing is downloaded.
 
     python benchmarks/make_model.py FOLDER --layers 40
 
 FOLDER gets model/ (sharded safetensors, fp16, N(0, 0.02), and the demo model's tokenizer), two texts long enough for
 the rows that are wanted, and recipe.yaml with the four permutations that people publish. The default shape is that of
-Llama-2-13B: 26 GB for 40 layers. Weights are made on the GPU where there is one, while several threads write earlier
-ones. The same seed gives the same bytes on the same kind of device.
+Llama-2-13B: 26 GB for 40 layers. With --experts it is a Qwen3-MoE; Qwen3-30B-A3B has --hidden 2048 --heads 32
+--kv-heads 4 --head-dim 128 --experts 128 --expert-intermediate 768, 1.3 GB for each layer. Weights are made on the GPU
+where there is one, while several threads write earlier ones. The same seed gives the same bytes on the same kind of
+device.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ import torch
 from tokenizers import Tokenizer
 
 from packager.inputs.chat_template import chat_template_digest
-from packager.model.lock import Lock, LockedBase
-from packager.prove.audit.known_models import known_architecture, known_model
+from packager.model.architecture import architecture_of
+from packager.model.describe import describe
+from packager.model.lock import Lock, LockedBase, LockedModel
 from packager.recipe.lock_file import lock_path, lock_text
 from packager.system.files import write_atomic
 
@@ -42,7 +45,10 @@ _WORDS_PER_DOCUMENT = 150
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model's shape; with the seed and the kind of device, it determines every byte."""
+    """A model's shape; with the seed and the kind of device, it determines every byte.
+
+    Without experts the model is dense; without head_dim that is hidden / heads.
+    """
 
     hidden: int = 5120
     intermediate: int = 13824
@@ -50,6 +56,10 @@ class Shape:
     kv_heads: int = 40
     layers: int = 40
     vocab: int = 32000
+    head_dim: int = 0
+    experts: int = 0
+    expert_intermediate: int = 768
+    top_k: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +97,16 @@ def add_shape_arguments(parser: argparse.ArgumentParser, *, layers: int | None) 
 
 def config_of(shape: Shape, seq_len: int) -> dict[str, Any]:
     """Return config.json in the spellings that transformers 4 and 5 both read."""
+    experts = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": shape.expert_intermediate,
+        "norm_topk_prob": True,
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.top_k,
+    }
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -111,6 +131,8 @@ def config_of(shape: Shape, seq_len: int) -> dict[str, Any]:
         "torch_dtype": "float16",
         "use_cache": True,
         "vocab_size": shape.vocab,
+        **({"head_dim": shape.head_dim} if shape.head_dim else {}),
+        **(experts if shape.experts else {}),
     }
 
 
@@ -128,30 +150,31 @@ def make(folder: Path, spec: ModelSpec) -> float:
     write_atomic(folder / "model" / "config.json", json.dumps(config, indent=2).encode())
     for name in _TOKENIZER:
         shutil.copyfile(DEMO / "model" / name, folder / "model" / name)
-    write_weights(folder / "model", config, spec)
+    model = describe(folder / "model", None)
+    write_weights(folder / "model", model, spec)
     write_texts(folder, spec)
-    write_recipe(folder / "recipe.yaml", recipe_of(spec), config)
+    write_recipe(folder / "recipe.yaml", recipe_of(spec), model)
     write_atomic(marker, wanted)
     return time.perf_counter() - started
 
 
-def write_recipe(path: Path, recipe: dict[str, Any], config: dict[str, Any]) -> None:
-    """Write a recipe and its lock, whose description of the model comes from config.json alone."""
+def write_recipe(path: Path, recipe: dict[str, Any], model: LockedModel) -> None:
+    """Write a recipe and its lock, which describes the model."""
     base = LockedBase(id=recipe["base_model"]["id"], revision=None, files={})
     lock = Lock(
         lock_version=1,
         made_with={"transformers": metadata.version("transformers")},
         base_model=base,
         chat_template_sha256=chat_template_digest(path.parent / recipe["base_model"]["path"]),
-        model=known_model(config, "config.json"),
+        model=model,
     )
     write_atomic(lock_path(path), lock_text(lock).encode())
     write_atomic(path, json.dumps(recipe, indent=2).encode())
 
 
-def write_weights(folder: Path, config: dict[str, Any], spec: ModelSpec) -> None:
+def write_weights(folder: Path, model: LockedModel, spec: ModelSpec) -> None:
     """Write the shards and their index: the device makes values while threads write earlier ones."""
-    pieces, headers = _plan(config, spec.shard_bytes)
+    pieces, headers = _plan(model, spec.shard_bytes)
     names = [f"model-{number:05d}-of-{len(headers):05d}.safetensors" for number in range(1, len(headers) + 1)]
     device = torch.device("cuda" if spec.on_gpu else "cpu")
     generator = torch.Generator(device).manual_seed(spec.seed)
@@ -187,12 +210,12 @@ def write_weights(folder: Path, config: dict[str, Any], spec: ModelSpec) -> None
     write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
 
 
-def _plan(config: dict[str, Any], shard_bytes: int) -> tuple[list[_Piece], list[bytes]]:
+def _plan(model: LockedModel, shard_bytes: int) -> tuple[list[_Piece], list[bytes]]:
     """Return every tensor's shard and offset, and each shard's header."""
     pieces: list[_Piece] = []
     entries: list[dict[str, Any]] = [{}]
     offset = 0
-    for tensor in known_architecture(config, "config.json").tensors:
+    for tensor in architecture_of(model, "config.json").tensors:
         size = 2 * int(np.prod(tensor.shape))
         if offset and offset + size > shard_bytes:
             entries.append({})

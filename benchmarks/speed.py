@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make_model import ModelSpec, Shape, add_shape_arguments, config_of, make, recipe_of, write_recipe
+from make_model import ModelSpec, Shape, add_shape_arguments, make, recipe_of, write_recipe
 from processes import (
     OURS,
     Engine,
@@ -39,6 +39,7 @@ from tables import Row, speed_table, stages_table
 
 from packager.inputs.base_model import open_source
 from packager.inputs.texts import prepare
+from packager.model.describe import describe
 from packager.recipe.file import RecipeFile
 from packager.system.files import write_atomic
 
@@ -89,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _make(settings.spec, model, settings, progress)
     small = settings.work / "small" if settings.warm_up else None
     if small is not None:
-        _make(replace(settings.spec, shape=SMALL, rows=8, seq_len=128), small, settings, progress)
+        shape = replace(SMALL, experts=min(settings.spec.shape.experts, 16), expert_intermediate=256)
+        _make(replace(settings.spec, shape=shape, rows=8, seq_len=128), small, settings, progress)
     rows: list[Row] = []
     for row in _run_all(settings, model, small):
         rows.append(row)
@@ -195,11 +197,11 @@ def _make(spec: ModelSpec, folder: Path, settings: Settings, console: Console) -
         console.print(f"{folder}: made in {make(folder, spec):.1f} s", markup=False)
     four = recipe_of(spec)
     one = {**four, "variants": [{"branch": "main", "group_size": 128, "desc_act": settings.desc_act}]}
-    config = config_of(spec.shape, spec.seq_len)
-    write_recipe(folder / ONE, one, config)
+    described = describe(folder / "model", None)
+    write_recipe(folder / ONE, one, described)
     for name, recipe in ((ONE, one), (FOUR, four)):
         plain = {**recipe, "defaults": {**recipe["defaults"], "scale_search": False}}
-        write_recipe(folder / f"{PLAIN}{name}", plain, config)
+        write_recipe(folder / f"{PLAIN}{name}", plain, described)
     if settings.peers:
         recipe_file = RecipeFile.load(folder / FOUR)
         source = open_source(recipe_file, console.print)

@@ -97,15 +97,14 @@ def check_forward(name: str, base: Path, stored: dict[str, StoredTensor]) -> Non
 
 @contextmanager
 def _meant() -> Iterator[dict[str, Tensor]]:
-    """Collect by name the weights with which a block goes on: views of experts' parameters are copied as transformers
-    merges them, gate above up."""
+    """Collect by name the weights with which a block goes on; of experts, the rows of gate lie above those of up."""
     meant: dict[str, Tensor] = {}
     run = _BlockSolver.run
 
     def note(solver: _BlockSolver) -> QuantizedBlock:
         result = run(solver)
         block, job = solver._block, solver._job
-        meant.update((name, block.get_submodule(module).weight.clone()) for module, name in job.names.items())
+        meant.update((name, block.get_parameter(f"{module}.weight").clone()) for module, name in job.names.items())
         for parameter, experts in job.experts.items():
             for weight, linears in zip(block.get_parameter(parameter), experts, strict=True):
                 rows = weight.split([linear.out_features for linear in linears])

@@ -337,9 +337,9 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], torch.Tenso
     found: dict[tuple[str, str], torch.Tensor] = {}
     keep = block_module._BlockSolver._keep
 
-    def collect(solver: Any, module: str, solution: Solution) -> None:
-        found[solver._job.variant.branch, solver._job.names[module]] = solution.dequantized()
-        keep(solver, module, solution)
+    def collect(solver: Any, name: str, solution: Solution, bias: torch.Tensor | None) -> None:
+        found[solver._job.variant.branch, name] = solution.dequantized()
+        keep(solver, name, solution, bias)
 
     monkeypatch.setattr(block_module._BlockSolver, "_keep", collect)
     return found

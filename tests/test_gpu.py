@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from packager.errors import MachineError, QuantizeError
 from packager.inputs.base_model import SourceModel
@@ -28,7 +28,7 @@ from packager.receipt import LinearRecord
 from packager.variant import Variant
 from tests.gptq_reference import assert_agrees
 from tests.sources import open_folder
-from tests.tiny_models import CONFIGS, open_store, save_model, token_rows, variant
+from tests.tiny_models import CONFIGS, WITH_EXPERTS, open_store, save_model, token_rows, variant
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +63,24 @@ def save_larger(folder: Path, *, hidden: int, intermediate: int, blocks: int) ->
 def large(tmp_path_factory: pytest.TempPathFactory) -> SourceModel:
     assert torch.cuda.is_available(), "these tests need a CUDA GPU"
     folder = save_larger(tmp_path_factory.mktemp("large"), hidden=3072, intermediate=8192, blocks=2)
+    return open_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def large_experts(tmp_path_factory: pytest.TempPathFactory) -> SourceModel:
+    """A layer of experts as wide as Qwen3-30B-A3B's, with fewer of them."""
+    assert torch.cuda.is_available(), "these tests need a CUDA GPU"
+    fields: dict[str, Any] = {"head_dim": 128, "num_local_experts": 48}
+    config = Qwen3MoeConfig(
+        **fields, vocab_size=VOCABULARY, hidden_size=2048, intermediate_size=768, num_hidden_layers=2,
+        num_attention_heads=16, num_key_value_heads=4, max_position_embeddings=LENGTH, num_experts=48,
+        num_experts_per_tok=8, moe_intermediate_size=768, dtype="float16",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(CUDA):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    folder = tmp_path_factory.mktemp("experts")
+    model.save_pretrained(folder)
     return open_folder(folder)
 
 
@@ -125,7 +143,7 @@ def test_packing_gives_the_bytes_of_the_cpu(bits, width):
     assert torch.equal(pack_zeros(zeros.to(CUDA), bits).cpu(), pack_zeros(zeros, bits))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *WITH_EXPERTS])
 def test_every_architecture_quantizes_as_on_the_cpu(tmp_path, name):
     source = tiny(tmp_path, name)
     variants = (
@@ -207,6 +225,23 @@ def test_scarce_memory_is_enough_and_changes_no_byte(tmp_path, large, undisturbe
         (placement, together, suspended)
     ]
     assert digests(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize(("placement", "together", "suspended"), [("device", 2, 8), ("device", 1, 8)])
+def test_the_planned_memory_is_enough_for_experts(tmp_path, large_experts, placement, together, suspended):
+    ways = {(way.placement, way.num_variants, way.suspended_batches): way for way in ways_of(large_experts)}
+    way, rows = ways[placement, together, suspended], token_rows(ROWS, LENGTH, vocab_size=VOCABULARY)
+    seen: list[Any] = []
+    run(large_experts, tmp_path / "plenty", *PAIR, rows=rows)
+    run(
+        large_experts, tmp_path / "scarce", *PAIR, rows=rows, report=seen.append,
+        device_limit=int(way.device_bytes / USABLE) + 1, host_limit=way.host_bytes,
+    )  # fmt: skip
+    plans = [step.plan for step in seen if hasattr(step, "plan")]
+    assert [(plan.placement, plan.num_variants, plan.suspended_batches) for plan in plans] == [
+        (placement, together, suspended)
+    ]
+    assert digests(tmp_path / "scarce") == digests(tmp_path / "plenty")
 
 
 def test_the_memory_limit_ends_with_quantizing(tmp_path):
