@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from packager.errors import SourceError
 
 # What `use_experts_implementation` writes into each module.
-_LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+_LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ def experts_forward(
     on_inputs("down_proj", RoutedInputs(rows=inner, routing=routing, per_token=False))
     out = _linear(experts, "down_proj", inner, routing)
     del inner
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):
         out = module.post_expert_norm(out)
     out = out * top_k_weights.reshape(-1)[routing.pairs][:, None]
     by_choice = out.new_zeros(routing.num_tokens * routing.top_k, out.shape[1]).index_copy_(0, routing.pairs, out)
