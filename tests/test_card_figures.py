@@ -11,7 +11,7 @@ import pytest
 from packager.card import CardTexts, render_card
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
-from packager.receipt import LinearRecord, LoaderRecord, Provenance, TextRecord
+from packager.receipt import ExpertLinearRecord, LinearRecord, LoaderRecord, Provenance, TextRecord
 from packager.recipe import Recipe
 from tests import card_fixtures as fixtures
 from tests.card_page import tables
@@ -250,6 +250,40 @@ def test_the_table_of_engines(page: str, records: list[dict[str, Any]]) -> None:
         assert row["Damping raised"] == (f"{count}, up to {raised[-1]}" if raised else count)
         for column in ("engine", "sym", "true_sequential", "static_groups", "scale_search"):
             assert row[column.replace("_", " ").capitalize().replace("Sym", "Symmetric")] == str(used[column])
+
+
+TOKENS = ((0, 90, 1200, 700, 64, 63), (65, 80, 1300, 900, 64, 2000))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_the_tokens_of_experts(tokens: tuple[int, ...]) -> None:
+    """64 columns: an expert of 64 tokens has as many as columns."""
+    recipe, receipts = recipe_of_four(), receipts_of_four(recipe_of_four())
+    linears = tuple(
+        ExpertLinearRecord(
+            name=f"model.layers.0.mlp.experts.{expert}.up_proj", loss=0.5, damp_percent=0.01, tokens=seen,
+            rho=64 / (64 + seen),
+        )
+        for expert, seen in enumerate(tokens)
+    )  # fmt: skip
+    changed = [receipt.model_copy(update={"linears": (*receipt.linears, *linears)}) for receipt in receipts]
+    records = [json.loads(receipt.model_dump_json()) for receipt in changed]
+    seen = sorted(linear["tokens"] for linear in records[0]["linears"] if "tokens" in linear)
+    assert seen == sorted(tokens)
+    (line,) = [line for line in render(recipe, changed).splitlines() if line.startswith("* Experts: ")]
+    few, none = sum(count < 64 for count in seen), seen.count(0)
+    expected = (
+        f"* Experts: each of the {len(seen)} linears of experts saw {seen[0]:,} to {seen[-1]:,} calibration tokens, "
+        f"the median is {seen[len(seen) // 2 - 1]:,}. "
+    )
+    assert line.startswith(expected)
+    rest = line.removeprefix(expected)
+    assert rest.startswith(f"{few} saw fewer tokens than " if few else "None saw fewer tokens than it has columns.")
+    assert (f", {none} of them none" in rest) == bool(none)
+
+
+def test_a_dense_model_has_no_line_about_experts(page: str) -> None:
+    assert "* Experts:" not in page
 
 
 def test_the_columns_of_engines_differ(records: list[dict[str, Any]]) -> None:

@@ -41,6 +41,7 @@ FACES = {
 # Everything else must not import torch when it is imported: `packager plan` and `--help` start fast.
 MAY_IMPORT_TORCH = (
     "packager.model.computed_buffers", "packager.model.contexts", "packager.model.decoder", "packager.model.describe",
+    "packager.model.described_groups", "packager.model.experts",
     "packager.model.fused_blocks", "packager.model.fused_kernels", "packager.model.packing", "packager.model.skeleton",
     "packager.model.stored_names", "packager.model.trace", "packager.model.traced_forward",
     "packager.prove.evaluate", "packager.prove.verify",

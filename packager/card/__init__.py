@@ -196,6 +196,7 @@ def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
         digits=_digits,
         pinned=facts.pinned,
         by_field=facts.by_field,
+        by_experts=facts.by_experts,
         loader_rows=facts.loader_rows,
         loader_runs=facts.loader_runs,
     )

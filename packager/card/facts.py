@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 
 from packager.model.compatibility import Verdict
 from packager.model.runtimes import RUNTIMES
-from packager.receipt import LoaderRecord, Provenance
+from packager.receipt import ExpertLinearRecord, LoaderRecord, Provenance
 from packager.recipe import Recipe
 from packager.variant import Place
 
@@ -17,6 +18,25 @@ _LOADER_PACKAGES = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertFacts:
+    """How the linears of a variant's experts were calibrated.
+
+    Attributes:
+        linears: of experts.
+        least, median, most: tokens that one of them saw.
+        few: of them, those that saw fewer tokens than they have columns, `unseen` included.
+        unseen: of them, those that saw no token.
+    """
+
+    linears: int
+    least: int
+    median: int
+    most: int
+    few: int
+    unseen: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class BranchFacts:
     """One row of the provided files.
 
@@ -24,6 +44,7 @@ class BranchFacts:
         provenance: the branch's receipt.
         description: from the recipe, None if it has none.
         raised: the raised damping of each linear that needed more than the recipe's.
+        experts: of a model with quantized experts, else None.
         is_smallest: it is the only branch with the fewest bytes; `is_largest`: the only one with the most.
         is_closest: all branches were measured, and it is the only one with the least KL divergence; `is_furthest`: the
             only one with the greatest.
@@ -32,6 +53,7 @@ class BranchFacts:
     provenance: Provenance
     description: str | None
     raised: tuple[float, ...]
+    experts: ExpertFacts | None
     is_smallest: bool
     is_largest: bool
     is_closest: bool
@@ -114,6 +136,7 @@ def branch_facts(recipe: Recipe, receipts: Sequence[Provenance]) -> tuple[Branch
             provenance=provenance,
             description=recipe.variants[index].description,
             raised=_raised(provenance),
+            experts=_experts(provenance),
             is_smallest=_only(sizes, index, min),
             is_largest=_only(sizes, index, max),
             is_closest=_only(measured, index, min),
@@ -137,6 +160,11 @@ def shared(branches: Sequence[BranchFacts], value_of: Callable[[BranchFacts], ob
 def by_field(branches: Sequence[BranchFacts], field: str) -> tuple[Shared, ...]:
     """Group branches by one field of their provenance."""
     return shared(branches, lambda facts: getattr(facts.provenance, field))
+
+
+def by_experts(branches: Sequence[BranchFacts]) -> tuple[Shared, ...]:
+    """Group branches by how their experts were calibrated."""
+    return shared(branches, lambda facts: facts.experts)
 
 
 def loader_rows(branches: Sequence[BranchFacts], loader: str) -> tuple[Shared, ...]:
@@ -221,6 +249,22 @@ def _grouped(pairs: Sequence[tuple[BranchFacts, object]], count: int) -> tuple[S
 def _raised(provenance: Provenance) -> tuple[float, ...]:
     asked = float(provenance.parameters["damp_percent"])
     return tuple(linear.damp_percent for linear in provenance.linears if linear.damp_percent > asked)
+
+
+def _experts(provenance: Provenance) -> ExpertFacts | None:
+    records = [linear for linear in provenance.linears if isinstance(linear, ExpertLinearRecord)]
+    if not records:
+        return None
+    tokens = [record.tokens for record in records]
+    return ExpertFacts(
+        linears=len(records),
+        least=min(tokens),
+        median=median_low(tokens),
+        most=max(tokens),
+        # rho = columns / (columns + tokens)
+        few=sum(record.rho > 1 / 2 for record in records),
+        unseen=tokens.count(0),
+    )
 
 
 def _only(values: Sequence[float], index: int, best: Callable[[Sequence[float]], float]) -> bool:

@@ -5,7 +5,11 @@ The tensors decide the checkpoint format, not the declaration: there are files t
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +56,33 @@ def value_counts(words: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.int6
     return np.bincount(values.ravel(), minlength=1 << bits).astype(np.int64) * repeats
 
 
-def read_rows(tensor: StoredTensor) -> Iterator[npt.NDArray[np.integer]]:
+class OpenFiles:
+    """Opens each weights file once: a model with experts has tens of thousands of small tensors in a few files."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._streams: dict[Path, BinaryIO] = {}
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        self._stack.close()
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """Return bytes of a file, fewer where it ends early.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if path not in self._streams:
+            self._streams[path] = self._stack.enter_context(open_model_file(path))
+        return os.pread(self._streams[path].fileno(), size, offset)
+
+
+def read_rows(tensor: StoredTensor, files: OpenFiles) -> Iterator[npt.NDArray[np.integer]]:
     """Yield a tensor as slices of whole rows; float16 comes as its bit patterns (uint16).
 
     Raises:
@@ -62,37 +92,41 @@ def read_rows(tensor: StoredTensor) -> Iterator[npt.NDArray[np.integer]]:
     width = tensor.info.shape[1] if len(tensor.info.shape) == 2 else 1
     left = tensor.info.shape[0]
     step = max(1, _CHUNK_BYTES // (width * dtype.itemsize))
-    with open_model_file(tensor.path) as stream:
-        stream.seek(tensor.offset)
-        while left:
-            rows = min(step, left)
-            data = stream.read(rows * width * dtype.itemsize)
-            if len(data) != rows * width * dtype.itemsize:
-                raise OSError(f"{tensor.info.name} ended early")
-            yield np.frombuffer(data, dtype=dtype).reshape(rows, width)
-            left -= rows
+    offset = tensor.offset
+    while left:
+        rows = min(step, left)
+        size = rows * width * dtype.itemsize
+        data = files.read(tensor.path, offset, size)
+        if len(data) != size:
+            raise OSError(f"{tensor.info.name} ended early")
+        yield np.frombuffer(data, dtype=dtype).reshape(rows, width)
+        left, offset = left - rows, offset + size
 
 
 def check_values(linears: Iterable[Linear], declared: Declared, findings: Findings) -> None:
     """Check the values of every linear's small tensors."""
     orders: dict[str, str] = {}
-    for linear in linears:
-        try:
-            _check_zeros(linear, declared, findings)
-            _check_scales(linear, findings)
-            _check_bias(linear, findings)
-            order = _check_g_idx(linear, declared, findings)
-        except OSError as error:
-            findings.add("file-unreadable", linear.parts["qzeros"].path.name, f"it cannot be read: {error}")
-            continue
-        if order:
-            orders[linear.name] = order
+    with OpenFiles() as files:
+        for linear in linears:
+            try:
+                _check_zeros(linear, files, declared, findings)
+                _check_scales(linear, files, findings)
+                _check_bias(linear, files, findings)
+                order = _check_g_idx(linear, files, declared, findings)
+            except OSError as error:
+                findings.add("file-unreadable", linear.parts["qzeros"].path.name, f"it cannot be read: {error}")
+                continue
+            if order:
+                orders[linear.name] = order
     _check_fused(orders, findings)
 
 
-def _check_zeros(linear: Linear, declared: Declared, findings: Findings) -> None:
+def _check_zeros(linear: Linear, files: OpenFiles, declared: Declared, findings: Findings) -> None:
     counts = sum(
-        (value_counts(words.astype(np.int32, copy=False), linear.bits) for words in read_rows(linear.parts["qzeros"])),
+        (
+            value_counts(words.astype(np.int32, copy=False), linear.bits)
+            for words in read_rows(linear.parts["qzeros"], files)
+        ),
         start=np.zeros(1 << linear.bits, dtype=np.int64),
     )
     stored = np.flatnonzero(counts)
@@ -109,8 +143,8 @@ def _check_zeros(linear: Linear, declared: Declared, findings: Findings) -> None
         findings.add("zeros-range", linear.name, f"a stored zero is {len(counts) - 1}: a wrapped 0, or gptq_v2")
 
 
-def _check_scales(linear: Linear, findings: Findings) -> None:
-    for patterns in read_rows(linear.parts["scales"]):
+def _check_scales(linear: Linear, files: OpenFiles, findings: Findings) -> None:
+    for patterns in read_rows(linear.parts["scales"], files):
         if _is_special(patterns).any():
             findings.add("scale-not-finite", linear.name, "some scales are NaN or infinite")
         if ((patterns & _SIGN != 0) & (patterns & _MAGNITUDE != 0) & ~_is_special(patterns)).any():
@@ -119,10 +153,10 @@ def _check_scales(linear: Linear, findings: Findings) -> None:
             findings.add("scale-zero", linear.name, "some scales are 0")
 
 
-def _check_bias(linear: Linear, findings: Findings) -> None:
+def _check_bias(linear: Linear, files: OpenFiles, findings: Findings) -> None:
     if not linear.has_bias:
         return
-    slices = list(read_rows(linear.parts["bias"]))
+    slices = list(read_rows(linear.parts["bias"], files))
     if any(_is_special(patterns).any() for patterns in slices):
         findings.add("bias-not-finite", linear.name, "the bias holds NaN or infinity")
     if not any((patterns & _MAGNITUDE).any() for patterns in slices):
@@ -134,9 +168,9 @@ def _is_special(patterns: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
     return special
 
 
-def _check_g_idx(linear: Linear, declared: Declared, findings: Findings) -> str:
+def _check_g_idx(linear: Linear, files: OpenFiles, declared: Declared, findings: Findings) -> str:
     """Check one g_idx; return its digest when it is sound, else ""."""
-    g_idx = np.concatenate(list(read_rows(linear.parts["g_idx"])))[:, 0]
+    g_idx = np.concatenate(list(read_rows(linear.parts["g_idx"], files)))[:, 0]
     groups = num_groups(linear.in_features, linear.group_size)
     size = linear.in_features if linear.group_size == -1 else linear.group_size
     if g_idx.min() < 0 or g_idx.max() >= groups:
