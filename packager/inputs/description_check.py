@@ -1,11 +1,14 @@
-"""Compare a lock with what the installed transformers says of the same model: releases may build it in another way."""
+"""Compare a lock with what the installed transformers says of the same model.
+
+Releases of transformers build a model in other ways, releases of packager quantize other linears of it, and a lock is a
+text file: it may have been edited or merged by hand.
+"""
 
 from collections.abc import Iterator
 from importlib import metadata
 
 from packager.errors import SourceError
 from packager.inputs.base_model import SourceModel
-from packager.inputs.describe_in_child import describe_in_child
 from packager.model.lock import Lock, LockedModel
 from packager.model.name_patterns import read_numbers
 
@@ -15,16 +18,17 @@ Described = dict[str, str]
 
 
 def check_description(source: SourceModel, lock: Lock) -> None:
-    """Describe the base model again if the lock was made with another release of transformers.
+    """Describe the base model again; call it while no other thread computes.
+
+    It takes as long as what a build does next, building the model without weights, so it needs no process of its own.
 
     Raises:
-        SourceError: the installed one builds other blocks or linears; names them.
+        SourceError: transformers builds other blocks or linears than the lock says; names them.
     """
+    from packager.model.describe import describe
+
     made_with, installed = lock.made_with.get("transformers"), metadata.version("transformers")
-    if made_with == installed:
-        return
-    tensors = {name: stored.info for name, stored in source.tensors.items()}
-    again = describe_in_child(source.config, tensors, str(source.folder))
+    again = describe(source.folder, {name: stored.info for name, stored in source.tensors.items()})
     if moved := list(description_differences(lock.model, again)):
         more = f"; and {len(moved) - _MOST_SHOWN} more" if len(moved) > _MOST_SHOWN else ""
         raise SourceError(
@@ -36,7 +40,7 @@ def check_description(source: SourceModel, lock: Lock) -> None:
 
 
 def description_differences(locked: LockedModel, found: LockedModel) -> Iterator[str]:
-    """Yield how two descriptions of a model differ in their class, their blocks and the linears that are quantized."""
+    """Yield how two descriptions of a model differ in their class, their sizes, their blocks and what is quantized."""
     before, after = _described(locked), _described(found)
     for name in dict.fromkeys((*before, *after)):
         if before.get(name) != after.get(name):
@@ -45,11 +49,17 @@ def description_differences(locked: LockedModel, found: LockedModel) -> Iterator
 
 def _described(model: LockedModel) -> Described:
     """Return what must be equal, by the name under which a message shows it."""
-    facts = {"the class": model.model_class, "the list of blocks": model.blocks_path}
+    facts = {
+        "the class": model.model_class,
+        "the list of blocks": model.blocks_path,
+        "the width of the blocks": str(model.hidden_size),
+        "the number of logits": str(model.vocab_size),
+    }
     for kind in model.kinds:
         for number in read_numbers(kind.blocks):
             block = f"block {number}"
             facts[block] = "there"
+            facts |= {f"{block} {module}": "not quantized" for module in kind.left}
             for position, group in enumerate(kind.groups):
                 for linear in group.linears:
                     experts = f", of {group.experts.count} experts" if group.experts is not None else ""
