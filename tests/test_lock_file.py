@@ -123,6 +123,29 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Json], object], str]] = {
         lambda lock: lock["model"]["kinds"][0]["groups"].append(lock["model"]["kinds"][0]["groups"][0]),
         "a linear is there twice",
     ),
+    "a tensor of 2^60 bytes": (
+        lambda lock: lock["model"]["tensors"][0].update(shape=[1 << 30, 1 << 30]),
+        "is larger than any file",
+    ),
+    "names of 480 parts": (
+        lambda lock: lock["model"]["tensors"][0].update(names="x." * 480 + "{0..399998}"),
+        "'x.x.x.x.x.x.x.x.x.x.x.x.x.x.x.x.x.x.x.x.'... is longer than 256 characters or 32 parts",
+    ),
+    "a tied tensor that is stored": (
+        lambda lock: lock["model"].update(tied=["model.norm.weight"]),
+        "model.norm.weight is tied to another tensor, and a tensor of its own",
+    ),
+    "a module that is quantized and left": (
+        kind(left={"mlp.down_proj": "x"}), "a module of blocks 0..1 is there twice",
+    ),
+    "a module twice": (
+        lambda lock: lock["model"]["kinds"][0]["groups"][0]["linears"][1].update(module="self_attn.q_proj"),
+        "a module of blocks 0..1 is there twice",
+    ),
+    "a group of two widths": (
+        lambda lock: (groups := lock["model"]["kinds"][0]["groups"])[0]["linears"].extend(groups.pop()["linears"]),
+        "self_attn.q_proj is in a group with linears that take inputs of another width",
+    ),
     "a brace": (lambda lock: lock["model"]["tensors"][0].update(names="a.{b}"), "'a.{b}' has a brace that no numbers "),
     "10^12 tensors": (
         lambda lock: lock["model"]["tensors"][0].update(names="a.{0..999}.{0..999}.{0..999}.{0..999}"),

@@ -7,19 +7,27 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import product
 
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9]\d{0,8})(?![^.])")
 _PLACE = re.compile(r"\{([0-9.,]+)\}")
 _RANGE = re.compile(r"(0|[1-9]\d{0,8})(?:\.\.(0|[1-9]\d{0,8}))?\Z")
 MOST_NAMES = 400_000
+# Of one name. The longest names in transformers have 12 parts; 400,000 names of these sizes take 300 MB.
+_MOST_PARTS, _MOST_CHARACTERS = 32, 256
 
 Numbers = tuple[int, ...]
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Return a sort key by which block 2 comes before block 10."""
-    return [(int(part), "") if part.isascii() and part.isdigit() else (-1, part) for part in name.split(".")]
+    return [*map(_part_key, name.split("."))]
+
+
+@lru_cache(maxsize=4096)
+def _part_key(part: str) -> tuple[int, str]:
+    return (int(part), "") if part.isascii() and part.isdigit() else (-1, part)
 
 
 def patterns_of(names: Iterable[str]) -> list[str]:
@@ -101,7 +109,7 @@ def names_of(pattern: str) -> Iterator[str]:
     """Yield the names that a pattern stands for.
 
     Raises:
-        ValueError: the pattern is malformed, or stands for more than `MOST_NAMES` names.
+        ValueError: the pattern is malformed, its names are too long, or it stands for more than `MOST_NAMES` names.
     """
     template = _PLACE.sub("{}", pattern)
     texts = _PLACE.findall(pattern)
@@ -112,5 +120,7 @@ def names_of(pattern: str) -> Iterator[str]:
         places.append(read_numbers(text))
         if math.prod(map(len, places)) > MOST_NAMES:  # before the next place takes memory
             raise ValueError(f"{pattern!r} stands for more than {MOST_NAMES} names")
+    if len(template) > _MOST_CHARACTERS or template.count(".") >= _MOST_PARTS:
+        raise ValueError(f"{pattern[:40]!r}... is longer than {_MOST_CHARACTERS} characters or {_MOST_PARTS} parts")
     for numbers in product(*places):
         yield template.format(*numbers)
