@@ -2,7 +2,9 @@
 
 import pytest
 
-from packager.model.checkpoint import FitProblem, fit_problems, length_problem
+from packager.errors import PlanError
+from packager.model.checkpoint import FitProblem, fit_problems, length_problem, split_shards
+from packager.model.safetensors_file import TensorInfo
 from packager.prove.audit.known_models import known_architecture
 from tests.test_known_models import tiny_config
 
@@ -39,3 +41,19 @@ def test_rows_may_be_as_long_as_the_positions(seq_len: int) -> None:
     longer = LONGEST + 1
     expected = f"calibration.seq_len {longer} is more than the {longer - 1} positions of the base model"
     assert length_problem(LARGE, "calibration.seq_len", longer) == expected
+
+
+@pytest.mark.parametrize("name", ["a.weight", "a.\U0001f600.weight", 'a."\\".weight'])
+def test_one_large_file_and_the_smallest_that_holds_the_tensors_are_alike(name: str) -> None:
+    tensors = [TensorInfo(name=f"{number}.{name}", dtype="F16", shape=(64, 3)) for number in range(50)]
+    (large,) = split_shards(tensors, 1 << 30, "model")
+    sizes = range(large.size_bytes, 6 * large.size_bytes, 50)
+    smallest = next(size for size in sizes if len(split_shards(tensors, size, "model")) == 1)
+    assert split_shards(tensors, smallest, "model") == (large,)
+    assert len(split_shards(tensors, smallest - 50, "model")) == 2
+    assert large.tensor_bytes == 50 * 64 * 3 * 2
+
+
+def test_a_tensor_outside_of_a_module_that_fits_no_file_is_named() -> None:
+    with pytest.raises(PlanError, match="^checkpoint.max_shard_bytes: scales does not fit into one weights file"):
+        split_shards([TensorInfo(name="scales", dtype="F16", shape=(1000,))], 1000, "model")

@@ -530,8 +530,10 @@ def test_a_plan_of_eighteen_thousand_linears_takes_a_moment(tmp_path: Path) -> N
     path.write_text(GOOD)
     started = time.process_time()
     plan = make_plan(RecipeFile.load(path))
-    # 0.5 s for each variant on an idle core; processor time, so that a busy machine does not fail it.
-    assert time.process_time() - started < 2.5
+    # 0.4 s on an idle core; processor time, which grows up to three times where others use the core's other half.
+    assert time.process_time() - started < 1.6
+    files = {planned.variant.parameters()["group_size"]: planned.shards for planned in plan.variants}
+    assert all(files[planned.variant.group_size] is planned.shards for planned in plan.variants)  # shared, not again
     assert len(plan.architecture.linears) == 48 * 128 * 3
     assert {len(planned.shards[0].tensors) for planned in plan.variants} == {4 * 48 * 128 * 3 + 1}
     assert len(plan.architecture.group_sizes) == 1

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import groupby
 from json.encoder import encode_basestring_ascii
 from typing import Literal
@@ -90,17 +91,23 @@ def _fitting(linears: Sequence[LinearSpec]) -> str:
 
 def quantized_tensors(linear: LinearSpec, *, bits: int, group_size: int) -> tuple[TensorInfo, ...]:
     """Return the tensors that replace a linear's weight and bias; docs/reference/format.md describes each."""
-    rows, columns = linear.in_features, linear.out_features
+    parts = _quantized_parts(linear.in_features, linear.out_features, linear.bias, bits, group_size)
+    return tuple([TensorInfo(f"{linear.name}.{part}", dtype, shape) for part, dtype, shape in parts])
+
+
+@lru_cache(maxsize=4096)  # a model has thousands of linears of few shapes
+def _quantized_parts(
+    rows: int, columns: int, bias: bool, bits: int, group_size: int
+) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    """Return the last part of the name, the dtype and the shape of the tensors of a linear."""
     groups = num_groups(rows, group_size)
-    stored = [
-        TensorInfo(name=f"{linear.name}.qweight", dtype="I32", shape=(rows * bits // WORD_BITS, columns)),
-        TensorInfo(name=f"{linear.name}.qzeros", dtype="I32", shape=(groups, columns * bits // WORD_BITS)),
-        TensorInfo(name=f"{linear.name}.scales", dtype="F16", shape=(groups, columns)),
-        TensorInfo(name=f"{linear.name}.g_idx", dtype="I32", shape=(rows,)),
-    ]
-    if linear.bias:
-        stored.append(TensorInfo(name=f"{linear.name}.bias", dtype="F16", shape=(columns,)))
-    return tuple(stored)
+    return (
+        ("qweight", "I32", (rows * bits // WORD_BITS, columns)),
+        ("qzeros", "I32", (groups, columns * bits // WORD_BITS)),
+        ("scales", "F16", (groups, columns)),
+        ("g_idx", "I32", (rows,)),
+        *((("bias", "F16", (columns,)),) if bias else ()),
+    )
 
 
 def checkpoint_tensors(architecture: Architecture, variant: Variant) -> tuple[TensorInfo, ...]:
@@ -200,6 +207,11 @@ class Shard:
     tensors: tuple[TensorInfo, ...]
     size_bytes: int
 
+    @cached_property
+    def tensor_bytes(self) -> int:
+        """Bytes of the tensors alone."""
+        return sum([tensor.size_bytes for tensor in self.tensors])
+
 
 def split_shards(tensors: Iterable[TensorInfo], max_shard_bytes: int, weights_name: str) -> tuple[Shard, ...]:
     """Distribute tensors over files of at most `max_shard_bytes`, in order, the tensors of one module together.
@@ -212,6 +224,9 @@ def split_shards(tensors: Iterable[TensorInfo], max_shard_bytes: int, weights_na
     Raises:
         PlanError: a module is larger than `max_shard_bytes`.
     """
+    tensors = list(tensors)
+    if _fit_surely(tensors, max_shard_bytes):
+        return (_shard(_file_name(weights_name, 1, 1), tensors),)
     empty = filled = predicted_bytes(()) + 8
     longest_offsets = 2 * len(str(max_shard_bytes))
     parts: list[list[TensorInfo]] = [[]]
@@ -222,7 +237,7 @@ def split_shards(tensors: Iterable[TensorInfo], max_shard_bytes: int, weights_na
         needed = entries + sum(tensor.size_bytes for tensor in group)
         if empty + needed > max_shard_bytes:
             raise PlanError(
-                f"{module} does not fit into one weights file",
+                f"{module or group[0].name} does not fit into one weights file",
                 where="checkpoint.max_shard_bytes",
                 why=f"its tensors need a file of {empty + needed} bytes, the limit is {max_shard_bytes}",
                 hint="raise checkpoint.max_shard_bytes",
@@ -232,14 +247,18 @@ def split_shards(tensors: Iterable[TensorInfo], max_shard_bytes: int, weights_na
             filled = empty
         parts[-1].extend(group)
         filled += needed
-    return tuple(
-        Shard(
-            file_name=_file_name(weights_name, number, len(parts)),
-            tensors=tuple(part),
-            size_bytes=predicted_bytes(part),
-        )
-        for number, part in enumerate(parts, start=1)
-    )
+    return tuple(_shard(_file_name(weights_name, number, len(parts)), part) for number, part in enumerate(parts, 1))
+
+
+def _fit_surely(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> bool:
+    """Return whether tensors fit into one file even if every name is escaped and all shapes are long; in a moment."""
+    names = 12 * sum([len(tensor.name) for tensor in tensors])
+    data = sum([tensor.size_bytes for tensor in tensors])
+    return names + 1000 * (len(tensors) + 1) + data <= max_shard_bytes
+
+
+def _shard(file_name: str, tensors: Sequence[TensorInfo]) -> Shard:
+    return Shard(file_name=file_name, tensors=tuple(tensors), size_bytes=predicted_bytes(tensors))
 
 
 def _file_name(weights_name: str, number: int, count: int) -> str:

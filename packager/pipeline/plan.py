@@ -28,8 +28,8 @@ class VariantPlan:
     """One branch that a build will make.
 
     Attributes:
-        digest: sha256 of what determines the weights' bytes: base model, calibration, parameters, engine version. The
-            contents of local files are not in it: the build digests them.
+        digest: sha256 of what determines the weights' bytes: base model, linears that are quantized, calibration,
+            parameters, engine version. The contents of local files are not in it: the build digests them.
         shards: the weights files with their tensors and exact sizes.
         weights_bytes: size of all weights files, headers included.
         tensor_bytes: the tensors alone: what a runtime holds on its device.
@@ -142,9 +142,18 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
             "the recipe cannot be built from this model", where=str(recipe_file.path), why="\n       ".join(problems)
         )
     check_folder_of(recipe_file)
-    revision = recipe_file.lock.base_model.revision
+    revision, linears = recipe_file.lock.base_model.revision, _linears_digest(architecture)
+    shards: dict[tuple[int, int], tuple[Shard, ...]] = {}
+    for variant in variants:  # those of the same bits and group size have the same files
+        if (sizes := (variant.bits, variant.group_size)) not in shards:
+            tensors = checkpoint_tensors(architecture, variant)
+            checkpoint = recipe.checkpoint
+            shards[sizes] = split_shards(tensors, checkpoint.max_shard_bytes, checkpoint.weights_name)
     planned = tuple(
-        _plan_variant(variant, recipe, revision, architecture, judged[variant.branch]) for variant in variants
+        _plan_variant(
+            variant, recipe, revision, linears, shards[variant.bits, variant.group_size], judged[variant.branch]
+        )
+        for variant in variants
     )
     tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
     return BuildPlan(
@@ -191,16 +200,26 @@ def _loader_problems(recipe: Recipe, judged: Mapping[str, Sequence[Verdict]]) ->
     ]
 
 
+def _linears_digest(architecture: Architecture) -> str:
+    """Return the digest of which linears are quantized, and which of them with one Hessian."""
+    groups = [[kind.blocks, [group.modules for group in kind.groups]] for kind in architecture.kinds]
+    return digest_of([[linear.name for linear in architecture.linears], groups])
+
+
 def _plan_variant(
-    variant: Variant, recipe: Recipe, revision: str | None, architecture: Architecture, judged: tuple[Verdict, ...]
+    variant: Variant,
+    recipe: Recipe,
+    revision: str | None,
+    linears: str,
+    shards: tuple[Shard, ...],
+    judged: tuple[Verdict, ...],
 ) -> VariantPlan:
-    base, checkpoint, skip = recipe.base_model, recipe.checkpoint, sorted(recipe.quantize.skip)
-    tensors = checkpoint_tensors(architecture, variant)
-    shards = split_shards(tensors, checkpoint.max_shard_bytes, checkpoint.weights_name)
+    base, skip = recipe.base_model, sorted(recipe.quantize.skip)
     digest = digest_of(
         {
             "engine_version": engine_version(variant.engine),
             "base_model": {"id": base.id, "revision": revision, "path": base.path},
+            "linears": linears,
             "calibration": recipe.calibration.model_dump(mode="json"),
             "parameters": variant.parameters(),
             **({"skip": skip} if skip else {}),
@@ -211,7 +230,7 @@ def _plan_variant(
         digest=digest,
         shards=shards,
         weights_bytes=sum(shard.size_bytes for shard in shards),
-        tensor_bytes=sum(tensor.size_bytes for tensor in tensors),
+        tensor_bytes=sum(shard.tensor_bytes for shard in shards),
         verdicts=judged,
         description="",
     )
