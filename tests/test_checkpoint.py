@@ -55,5 +55,5 @@ def test_one_large_file_and_the_smallest_that_holds_the_tensors_are_alike(name: 
 
 
 def test_a_tensor_outside_of_a_module_that_fits_no_file_is_named() -> None:
-    with pytest.raises(PlanError, match="^checkpoint.max_shard_bytes: scales does not fit into one weights file"):
+    with pytest.raises(PlanError, match=r"^checkpoint.max_shard_bytes: scales does not fit into one weights file"):
         split_shards([TensorInfo(name="scales", dtype="F16", shape=(1000,))], 1000, "model")

@@ -12,6 +12,7 @@ from packager.errors import MachineError
 from packager.model.batches import rows_per_batch
 from packager.pipeline.plan import make_plan
 from packager.prove.audit.known_models import known_architecture
+from packager.prove.evaluation_memory import evaluation_memory
 from packager.quantize.memory import (
     HOST_LIMIT_BYTES,
     USABLE,
@@ -236,3 +237,28 @@ def test_the_memory_that_the_error_states_is_enough_and_no_more(fields):
 @pytest.mark.parametrize(("seq_len", "on_cpu", "on_cuda"), [(2048, 2, 8), (32, 128, 512), (4096, 1, 4), (32768, 1, 1)])
 def test_the_tokens_of_a_batch_determine_its_rows(seq_len, on_cpu, on_cuda):
     assert (rows_per_batch(seq_len, "cpu"), rows_per_batch(seq_len, "cuda")) == (on_cpu, on_cuda)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_bytes_of_pairs_count_once_for_each_token_of_the_row(device_type):
+    """Attention that stores its scores, with rows of 2048 tokens."""
+    plain = replace(LARGE, num_samples=64, seq_len=2048)
+
+    def sized(by_token: int, by_pair: int) -> tuple[int, int]:
+        kinds = [
+            replace(
+                kind, peak_bytes=kind.peak_bytes + by_token, peak_bytes_per_pair=by_pair,
+                groups=tuple(
+                    replace(group, held_bytes=group.held_bytes + by_token, held_bytes_per_pair=by_pair)
+                    for group in kind.groups
+                ),
+            )
+            for kind in plain.architecture.kinds
+        ]  # fmt: skip
+        architecture = replace(plain.architecture, kinds=tuple(kinds))
+        way = next(sweep_ways(replace(plain, architecture=architecture), device_type))
+        measuring = evaluation_memory(architecture, num_tokens=65536, seq_len=2048, device_type=device_type)
+        return way.device_bytes, measuring.device_bytes
+
+    assert sized(2048 * 96, 0) == sized(0, 96)
+    assert sized(0, 96) > sized(0, 0)

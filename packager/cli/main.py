@@ -146,7 +146,7 @@ def plan_command(recipe: RecipePath, format: FormatOption = Format.text) -> None
     from packager.cli.plan_view import build_plan_json, print_build_plan
     from packager.pipeline.plan import make_plan
 
-    gc.disable()  # a plan of 30,000 tensors makes many objects and no circles, to look for them took a fifth of its time
+    gc.disable()  # a plan of 30,000 tensors makes many objects and no circles: looking for them took a fifth of it
     try:
         terminal, recipe_file = open_recipe(recipe)
         plan = make_plan(recipe_file)

@@ -47,6 +47,7 @@ class GroupWidths(NamedTuple):
     in_features: int
     out_features: int
     held_bytes: int
+    held_bytes_per_pair: int
     experts: LockedExperts | None
 
 
@@ -60,12 +61,14 @@ class GroupSpec:
         out_features: of all of them together; of experts, of one expert.
         held_bytes: activations of one token, without the block's input, that are alive when the block reaches them, in
             a dtype of two bytes.
+        held_bytes_per_pair: likewise, for each pair of tokens of a row.
     """
 
     modules: tuple[str, ...]
     in_features: int
     out_features: int
     held_bytes: int
+    held_bytes_per_pair: int
     experts: LockedExperts | None = None
 
     @property
@@ -84,6 +87,7 @@ class BlockKind:
         left: weights that are not quantized, by module, with the reason.
         weight_elements: of one block.
         peak_bytes: activations of one token that are alive at most inside the block, in a dtype of two bytes.
+        peak_bytes_per_pair: likewise, for each pair of tokens of a row.
     """
 
     blocks: tuple[int, ...]
@@ -91,6 +95,7 @@ class BlockKind:
     left: Mapping[str, str]
     weight_elements: int
     peak_bytes: int
+    peak_bytes_per_pair: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +196,12 @@ class Architecture:
     def group_sizes(self) -> tuple[GroupWidths, ...]:
         """The different sizes of groups; a block of 128 experts has many groups of few sizes."""
         groups = (group for kind in self.kinds for group in kind.groups)
-        return tuple(dict.fromkeys(GroupWidths(g.in_features, g.out_features, g.held_bytes, g.experts) for g in groups))
+        return tuple(
+            dict.fromkeys(
+                GroupWidths(g.in_features, g.out_features, g.held_bytes, g.held_bytes_per_pair, g.experts)
+                for g in groups
+            )
+        )
 
     @property
     def group_shapes(self) -> tuple[tuple[int, int, int], ...]:
@@ -323,12 +333,14 @@ def _kind(kind: LockedKind) -> BlockKind:
                 in_features=group.linears[0].in_features,
                 out_features=sum(linear.out_features for linear in group.linears),
                 held_bytes=group.held_bytes,
+                held_bytes_per_pair=group.held_bytes_per_pair,
             )
             for group in kind.groups
         ),
         left=kind.left,
         weight_elements=kind.weight_elements,
         peak_bytes=kind.peak_bytes,
+        peak_bytes_per_pair=kind.peak_bytes_per_pair,
     )
 
 

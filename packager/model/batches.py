@@ -18,7 +18,7 @@ def rows_per_batch(seq_len: int, device_type: str) -> int:
     return max(1, TOKENS_PER_BATCH[device_type] // seq_len)
 
 
-def running_bytes(architecture: Architecture, device_type: str) -> int:
-    """Return the most bytes that a token of the running batch takes in a block."""
-    peak = max(kind.peak_bytes for kind in architecture.kinds)
+def running_bytes(architecture: Architecture, device_type: str, seq_len: int) -> int:
+    """Return the most bytes that a token of the running batch, of rows of `seq_len` tokens, takes in a block."""
+    peak = max(kind.peak_bytes + seq_len * kind.peak_bytes_per_pair for kind in architecture.kinds)
     return peak * ELEMENT_BYTES[device_type] // TRACED_BYTES

@@ -5,7 +5,7 @@ Needs transformers and the names and shapes of the stored tensors; never a weigh
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -195,6 +195,7 @@ class _Describer:
         """Return the kinds of blocks, in the order of their first blocks."""
         alike: dict[_Block, list[int]] = defaultdict(list)
         held: dict[_Block, list[tuple[int, ...]]] = defaultdict(list)
+        pairs: dict[_Block, list[tuple[int, ...]]] = defaultdict(list)
         for index, module in enumerate(self._blocks):
             described = self._groups.describe(index)
             block = _Block(
@@ -204,12 +205,16 @@ class _Describer:
             )
             alike[block].append(index)
             held[block].append((*described.held, described.peak))
+            pairs[block].append((*described.held_pairs, described.peak_pairs))
         found = []
         for block, numbers in alike.items():
-            *groups_held, peak = (max(values) for values in zip(*held[block], strict=True))
+            *groups_held, peak = map(self._per_token, _largest(held[block]))
+            *groups_pairs, peak_pairs = map(self._per_pair, _largest(pairs[block]))
             groups = tuple(
-                LockedGroup(experts=group.experts, linears=group.linears, held_bytes=self._per_token(size))
-                for group, size in zip(block.groups, groups_held, strict=True)
+                LockedGroup(
+                    experts=group.experts, linears=group.linears, held_bytes=by_token, held_bytes_per_pair=by_pair
+                )
+                for group, by_token, by_pair in zip(block.groups, groups_held, groups_pairs, strict=True)
             )
             found.append(
                 LockedKind(
@@ -217,10 +222,19 @@ class _Describer:
                     groups=groups,
                     left=dict(block.left),
                     weight_elements=block.weight_elements,
-                    peak_bytes=self._per_token(peak),
+                    peak_bytes=peak,
+                    peak_bytes_per_pair=peak_pairs,
                 )
             )
         return tuple(found)
 
     def _per_token(self, size_bytes: int) -> int:
         return -(-size_bytes // self._trace.num_tokens)
+
+    def _per_pair(self, size_bytes: int) -> int:
+        return -(-size_bytes // self._trace.num_tokens**2)
+
+
+def _largest(blocks: list[tuple[int, ...]]) -> Iterator[int]:
+    """Yield the largest of the first values of all blocks, then of the second ones, and so on."""
+    return (max(values) for values in zip(*blocks, strict=True))

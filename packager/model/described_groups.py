@@ -34,12 +34,15 @@ class DescribedBlock:
         groups: of linears that can be quantized.
         held: for each group, bytes of activations of the traced forward that are alive when the block reaches it.
         peak: most bytes of activations that are alive inside the block.
+        held_pairs, peak_pairs: likewise of pairs of tokens, see `TracedBlock`.
         left: for each other module, why its weights stay as they are.
     """
 
     groups: tuple[DescribedGroup, ...]
     held: tuple[int, ...]
+    held_pairs: tuple[int, ...]
     peak: int
+    peak_pairs: int
     left: Mapping[str, str]
 
 
@@ -72,9 +75,9 @@ class GroupDescriber:
             for name, module in block.named_modules()
             if not isinstance(module, nn.Linear) and self._is_router(index, name, getattr(module, "weight", None))
         }
-        found: list[tuple[DescribedGroup, int]] = []
+        found: list[tuple[DescribedGroup, int, int]] = []
         peak = traced.peak
-        for group, alive in zip(traced.groups, traced.held, strict=True):
+        for group, alive, pairs in zip(traced.groups, traced.held, traced.held_pairs, strict=True):
             linears = []
             for name in group:
                 module = block.get_submodule(name)
@@ -84,7 +87,7 @@ class GroupDescriber:
                         at_down, most = experts.bytes_per_token(top_k)
                         peak = max(peak, alive + self._trace.num_tokens * most)
                         first, down = self._experts(index, name, experts, top_k)
-                        found += [(first, alive), (down, alive + self._trace.num_tokens * at_down)]
+                        found += [(first, alive, pairs), (down, alive + self._trace.num_tokens * at_down, pairs)]
                     else:
                         linears.append(self._linear(index, name, cast(nn.Linear, module)))
                 except _LeftError as reason:
@@ -92,10 +95,11 @@ class GroupDescriber:
                 except SourceError as error:
                     left[name] = f"{error.what}: {error.why}"
             if linears:
-                found.append((DescribedGroup(linears=tuple(linears)), alive))
+                found.append((DescribedGroup(linears=tuple(linears)), alive, pairs))
         return DescribedBlock(
-            groups=tuple(group for group, _ in found), held=tuple(alive for _, alive in found), peak=peak, left=left
-        )
+            groups=tuple(group for group, _, _ in found), held=tuple(alive for _, alive, _ in found), peak=peak,
+            held_pairs=tuple(pairs for _, _, pairs in found), peak_pairs=traced.peak_pairs, left=left,
+        )  # fmt: skip
 
     def _linear(self, index: int, name: str, linear: nn.Linear) -> LockedLinear:
         conversion = self._names.conversions.get(f"{self._trace.blocks_path}.{index}.{name}.weight")

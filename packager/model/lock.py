@@ -68,11 +68,13 @@ class LockedGroup(Record):
         experts: they are linears of experts, and {expert} in their names stands for an expert's number.
         linears: in the order in which the block reaches them.
         held_bytes: activations of one token that are alive then, in a dtype of two bytes, without the block's input.
+        held_bytes_per_pair: likewise, for each pair of tokens of a row: attention scores that are stored.
     """
 
     experts: LockedExperts | None = None
     linears: Annotated[tuple[LockedLinear, ...], Field(min_length=1)]
     held_bytes: Bytes
+    held_bytes_per_pair: Bytes = 0
 
     @model_validator(mode="after")
     def _names_are_of_experts_or_not(self) -> Self:
@@ -91,6 +93,7 @@ class LockedKind(Record):
         left: other weights of two dimensions or more, by module, with the reason why they are not quantized.
         weight_elements: of one block.
         peak_bytes: activations of one token that are alive at most inside the block, in a dtype of two bytes.
+        peak_bytes_per_pair: likewise, for each pair of tokens of a row.
     """
 
     blocks: Name
@@ -98,6 +101,7 @@ class LockedKind(Record):
     left: dict[str, str]
     weight_elements: Bytes
     peak_bytes: Bytes
+    peak_bytes_per_pair: Bytes = 0
 
 
 class LockedModel(Record):

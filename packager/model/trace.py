@@ -21,7 +21,7 @@ from packager.errors import SourceError
 from packager.model.experts import is_experts
 from packager.model.traced_forward import TracedBlock, TracedForward, modules_outside
 
-TRACED_TOKENS = 64
+TRACED_TOKENS = 61  # a prime number, see `_Memory` in traced_forward.py
 _MOST_KEPT = 8
 _READS_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
@@ -80,7 +80,7 @@ def _traced(model: nn.Module, num_tokens: int) -> Trace:
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
         model.to_empty(device="cpu")
         path, blocks, skipped = _find_blocks(model, num_tokens)
-        tracer = TracedForward(model, path, blocks, skipped)
+        tracer = TracedForward(model, path, blocks, skipped, num_tokens)
         with tracer.recording():
             _forward(model, num_tokens, skipped)
         traced = tracer.blocks()

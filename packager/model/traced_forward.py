@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +27,8 @@ class TracedBlock:
             the block reaches them. An experts module is a group by itself.
         held: for each group, bytes of activations that are alive when the block reaches it.
         peak: most bytes of activations that are alive inside the block.
+        held_pairs, peak_pairs: likewise of activations with a value for each pair of tokens of a row, such as the
+            scores of an attention that stores them; `held` and `peak` are without these.
         top_k: for each experts module, how many experts a token goes to; 0 if its arguments do not show it.
         unreached: linears that the forward did not reach.
         skipped: modules whose code reads values of tensors, so that it was not run.
@@ -34,7 +38,9 @@ class TracedBlock:
 
     groups: tuple[Group, ...]
     held: tuple[int, ...]
+    held_pairs: tuple[int, ...]
     peak: int
+    peak_pairs: int
     top_k: Mapping[str, int]
     unreached: tuple[str, ...]
     skipped: tuple[str, ...]
@@ -62,20 +68,39 @@ def modules_outside(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Modul
             yield name, module
 
 
-class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the bytes of the storages that operations make, as long as a tensor of theirs is alive."""
+@dataclass
+class _Bytes:
+    """Bytes that are alive now, and the most since `most` was set: by token, and of values of pairs of tokens."""
 
-    def __init__(self, model: nn.Module) -> None:
+    alive: int = 0
+    most: int = 0
+
+    def add(self, size_bytes: int) -> None:
+        self.alive += size_bytes
+        self.most = max(self.most, self.alive)
+
+
+class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count the bytes of the storages that operations make, as long as a tensor of theirs is alive.
+
+    A storage of num_tokens^2 values, or a multiple, has values of pairs of tokens: num_tokens is a prime number that
+    divides no width of a model. What torch's own attention stores for pairs on the CPU is not counted: its kernels for
+    GPUs do not store it.
+    """
+
+    def __init__(self, model: nn.Module, num_tokens: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._num_pairs = num_tokens**2
+        self.in_attention = False
         weights = (*model.parameters(), *model.buffers())
         self._weights = {_storage(weight) for weight in weights}
         self._references: dict[int, int] = {}
-        self._sizes: dict[int, int] = {}
+        self._sizes: dict[int, tuple[_Bytes, int]] = {}
         self._from_blocks: set[int] = set()
         self._allowed: set[int] | None = None
         self.inside = False
-        self.alive = 0
-        self.peak = 0
+        self.by_token = _Bytes()
+        self.by_pair = _Bytes()
         self.late_use = ""
 
     def __torch_dispatch__(
@@ -95,13 +120,16 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._allowed.add(storage)
                 if from_blocks and (changes or storage not in used):  # a view has the values of what it shows
                     self._from_blocks.add(storage)
-        self.peak = max(self.peak, self.alive)
         return result
 
     def _add(self, tensor: Tensor, storage: int) -> None:
         if storage not in self._references:
-            self._references[storage], self._sizes[storage] = 0, tensor.untyped_storage().nbytes()
-            self.alive += self._sizes[storage]
+            size_bytes = tensor.untyped_storage().nbytes()
+            is_of_pairs = size_bytes // tensor.element_size() % self._num_pairs == 0
+            counter = self.by_pair if is_of_pairs else self.by_token
+            size_bytes *= not (is_of_pairs and self.in_attention)
+            self._references[storage], self._sizes[storage] = 0, (counter, size_bytes)
+            counter.add(size_bytes)
         self._references[storage] += 1
         weakref.finalize(tensor, self._remove, storage).atexit = False
 
@@ -109,7 +137,8 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._references[storage] -= 1
         if not self._references[storage]:
             del self._references[storage]
-            self.alive -= self._sizes.pop(storage)
+            counter, size_bytes = self._sizes.pop(storage)
+            counter.alive -= size_bytes
             self._from_blocks.discard(storage)
 
     def mark(self, tensor: Tensor) -> None:
@@ -125,20 +154,38 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._allowed = {_storage(tensor)}
 
 
+class _Attention(TorchFunctionMode):
+    """Tell a `_Memory` what runs inside torch's own attention."""
+
+    def __init__(self, memory: _Memory) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._memory = memory
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self._memory.in_attention = func is scaled_dot_product_attention
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._memory.in_attention = False
+
+
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
 @dataclass(kw_only=True)
 class _Record:
-    """What hooks saw of one block: `(name, shares the input before, bytes alive)` of calibrated modules, and the peak.
+    """What hooks saw of one block: `(name, shares the input before, bytes alive, of pairs)` of modules, and the peaks.
 
     It keeps no input alive: that would count as the block's own memory.
     """
 
-    seen: list[tuple[str, bool, int]] = field(default_factory=list)
+    seen: list[tuple[str, bool, int, int]] = field(default_factory=list)
     last_input: weakref.ref[Tensor] | None = None
     peak: int = 0
+    peak_pairs: int = 0
     top_k: dict[str, int] = field(default_factory=dict)
     num_outputs: int = 0
     passed: list[int] = field(default_factory=list)
@@ -152,21 +199,24 @@ class TracedForward:
         path: the name of the list of its blocks.
         blocks: that list.
         skipped: modules that are not run.
+        num_tokens: of the row that the forward is given.
 
     Attributes:
         before: names of modules outside the blocks that ran before the first block.
         hidden: the input of the last block.
     """
 
-    def __init__(self, model: nn.Module, path: str, blocks: nn.ModuleList, skipped: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, path: str, blocks: nn.ModuleList, skipped: Sequence[nn.Module], num_tokens: int
+    ) -> None:
         self._model, self._path, self._blocks = model, path, blocks
         self._skipped = {id(module) for module in skipped}
-        self._memory = _Memory(model)
+        self._memory = _Memory(model, num_tokens)
         self._records: list[_Record] = []
         self._output: Tensor | None = None
         self._others: list[tuple[int, int, Tensor]] = []
         self._left_in_containers: list[Tensor] = []
-        self._outside_bytes = 0
+        self._outside_bytes = self._outside_pairs = 0
         self.before: list[str] = []
         self.hidden: Tensor
 
@@ -183,6 +233,7 @@ class TracedForward:
             for name, module in modules_outside(self._model, self._path):
                 stack.callback(module.register_forward_pre_hook(self._called(name)).remove)
             stack.enter_context(self._memory)
+            stack.enter_context(_Attention(self._memory))
             yield
 
     def _enter(self, index: int) -> Callable[..., None]:
@@ -203,8 +254,9 @@ class TracedForward:
                     why="its input is not the output of the block before it",
                 )  # fmt: skip
             self._check_arguments(hidden, args, kwargs, where)
-            self._outside_bytes = self._memory.alive
-            self._memory.peak = 0
+            by_token, by_pair = self._memory.by_token, self._memory.by_pair
+            self._outside_bytes, self._outside_pairs = by_token.alive, by_pair.alive
+            by_token.most = by_pair.most = 0
             self._memory.inside = True
             self.hidden = hidden
             self._records.append(_Record())
@@ -236,7 +288,9 @@ class TracedForward:
             record = self._records[-1]
             shares_input = record.last_input is not None and record.last_input() is x
             # Less than before the block if it freed what the model held.
-            record.seen.append((name, shares_input, max(self._memory.alive - self._outside_bytes, 0)))
+            held = max(self._memory.by_token.alive - self._outside_bytes, 0)
+            held_pairs = max(self._memory.by_pair.alive - self._outside_pairs, 0)
+            record.seen.append((name, shares_input, held, held_pairs))
             record.last_input = weakref.ref(x)
             if are_experts:
                 # Their arguments: hidden_states, top_k_index [tokens, top_k], top_k_weights.
@@ -261,7 +315,8 @@ class TracedForward:
         self._left_in_containers = [x for x, shared in _tensors((*args, *kwargs.values())) if shared]
         for tensor in (x for x in tree_leaves(output) if isinstance(x, Tensor)):
             self._memory.mark(tensor)
-        record.peak = max(self._memory.peak - self._outside_bytes, 0)
+        record.peak = max(self._memory.by_token.most - self._outside_bytes, 0)
+        record.peak_pairs = max(self._memory.by_pair.most - self._outside_pairs, 0)
         self._memory.inside = False
         if len(self._records) == len(self._blocks):
             self._memory.allow_only(hidden)
@@ -294,18 +349,20 @@ class TracedForward:
 
     def _traced(self, block: nn.Module, record: _Record) -> TracedBlock:
         groups: list[list[str]] = []
-        held: list[int] = []
-        for name, shares_input, alive in record.seen:
+        held: list[tuple[int, int]] = []
+        for name, shares_input, *alive in record.seen:
             if shares_input and not is_experts(block.get_submodule(name)):
                 groups[-1].append(name)
             else:
                 groups.append([name])
-                held.append(alive)
-        reached = {name for name, _, _ in record.seen}
+                held.append((alive[0], alive[1]))
+        reached = {name for name, *_ in record.seen}
         return TracedBlock(
             groups=tuple(map(tuple, groups)),
-            held=tuple(held),
+            held=tuple(by_token for by_token, _ in held),
+            held_pairs=tuple(by_pair for _, by_pair in held),
             peak=record.peak,
+            peak_pairs=record.peak_pairs,
             top_k=record.top_k,
             unreached=tuple(name for name in calibrated_modules(block) if name not in reached),
             skipped=tuple(name for name, module in block.named_modules() if id(module) in self._skipped),

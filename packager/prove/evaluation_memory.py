@@ -62,7 +62,7 @@ def evaluation_memory(
     batch_tokens = min(num_tokens, rows_per_batch(seq_len, device_type) * seq_len)
     if questions:
         batch_tokens = max(batch_tokens, TOKENS_PER_BATCH[device_type])
-    blocks = WEIGHT_COPIES * weights + batch_tokens * running_bytes(architecture, device_type)
+    blocks = WEIGHT_COPIES * weights + batch_tokens * running_bytes(architecture, device_type, seq_len)
     dequantizing = _DEQUANTIZE_BYTES * max(
         (inputs * outputs for inputs, outputs, _experts in architecture.group_shapes), default=0
     )

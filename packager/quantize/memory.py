@@ -126,7 +126,7 @@ def _way(
     states = ELEMENT_BYTES[device_type] * tokens * work.architecture.hidden_size
     batch_tokens = min(tokens, work.rows_per_batch(device_type) * work.seq_len)
     staged = min(num_batches, _STAGED_BATCHES) * states * batch_tokens // tokens
-    sizes = _Sizes(work.architecture, device_type)
+    sizes = _Sizes(work.architecture, device_type, work.seq_len)
     kept_tokens = min(tokens, suspended * batch_tokens)
     held = count * states if placement == "device" else staged
     # On the device, a suspended batch's input is one of the states already.
@@ -172,10 +172,11 @@ class _Sizes:
     Args:
         architecture: of the base model.
         device_type: "cpu" or "cuda", where blocks are computed.
+        seq_len: tokens per row.
     """
 
-    def __init__(self, architecture: Architecture, device_type: str) -> None:
-        self._architecture = architecture
+    def __init__(self, architecture: Architecture, device_type: str, seq_len: int) -> None:
+        self._architecture, self._seq_len = architecture, seq_len
         self._device_type, self._element = device_type, ELEMENT_BYTES[device_type]
 
     @property
@@ -196,7 +197,7 @@ class _Sizes:
             tokens: of all batches.
             inputs_held: bytes of a token's input of the block that are counted elsewhere.
         """
-        running = batch_tokens * running_bytes(self._architecture, self._device_type)
+        running = batch_tokens * running_bytes(self._architecture, self._device_type, self._seq_len)
         peaks = [running]
         sizes = self._architecture.group_sizes
         for group in sizes:
@@ -226,7 +227,8 @@ class _Sizes:
     def _suspended(self, group: GroupWidths) -> int:
         """Return the bytes per token of a batch suspended at a group of linears: the block's input and later values."""
         inputs = self._element * self._architecture.hidden_size
-        return inputs + group.held_bytes * self._element // TRACED_BYTES
+        held = group.held_bytes + self._seq_len * group.held_bytes_per_pair
+        return inputs + held * self._element // TRACED_BYTES
 
 
 def _exceeds(size: int, limit: int | None) -> bool:

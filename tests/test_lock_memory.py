@@ -1,0 +1,133 @@
+"""The memory figures of a lock against real forwards on the CPU, whose tensors have data."""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from packager.model.describe import describe
+from packager.model.lock import LockedKind, LockedModel
+from packager.model.name_patterns import names_of, read_numbers
+from tests.tiny_decoders import open_decoder, tiny_decoder, token_ids
+
+# Attention that stores scores for pairs of tokens (gemma2, bloom) and attention that does not; blocks of two kinds.
+NAMES = ("llama", "gpt2", "gemma2", "bloom", "lfm2")
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make while they, or views of them, are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holders: Counter[tuple[int, int]] = Counter()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in (x for x in tree_leaves(result) if isinstance(x, Tensor)):
+            storage = (tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+            if storage in self.holders or storage[0] not in given:
+                self._hold(tensor, storage)
+        self.most = max(self.most, self.now)
+        return result
+
+    def _hold(self, tensor: Tensor, storage: tuple[int, int]) -> None:
+        self.now += storage[1] * (self.holders[storage] == 0)
+        self.holders[storage] += 1
+        weakref.finalize(tensor, self._free, storage)
+
+    def _free(self, storage: tuple[int, int]) -> None:
+        self.holders[storage] -= 1
+        if not self.holders[storage]:
+            del self.holders[storage]
+            self.now -= storage[1]
+
+
+class Measured:
+    """What one block of a real forward takes: at each module, and at most."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+        self.peak = 0
+
+
+@contextmanager
+def measuring(block: nn.Module, live: Live) -> Iterator[Measured]:
+    measured, before = Measured(), 0
+
+    def enter(*_: object) -> None:
+        nonlocal before
+        before = live.now
+        live.most = before
+
+    def leave(*_: object) -> None:
+        measured.peak = live.most - before
+
+    def reach(name: str) -> Any:
+        def note(*_: object) -> None:
+            measured.held.setdefault(name, live.now - before)
+
+        return note
+
+    hooks = [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            hooks.append(module.register_forward_pre_hook(reach(name)))
+    yield measured
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def described(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LockedModel, Any]:
+    folder = tiny_decoder(request.param, tmp_path_factory.mktemp("m") / "model", dtype=torch.bfloat16)
+    return describe(folder, None), open_decoder(folder, request.param)[0]
+
+
+def measure(model: Any, locked: LockedModel, kind: LockedKind, tokens: int) -> Measured:
+    block = model.get_submodule(f"{locked.blocks_path}.{read_numbers(kind.blocks)[0]}")
+    with torch.no_grad(), Live() as live, measuring(block, live) as measured:
+        model(input_ids=token_ids(1, tokens), use_cache=False)
+    return measured
+
+
+@pytest.mark.parametrize("tokens", [40, 160])
+def test_activations_are_those_of_a_real_forward(described: tuple[LockedModel, Any], tokens: int) -> None:
+    locked, model = described
+    for kind in locked.kinds:
+        measured = measure(model, locked, kind, tokens)
+        for group in kind.groups:
+            planned = tokens * group.held_bytes + tokens**2 * group.held_bytes_per_pair
+            assert planned == pytest.approx(measured.held[group.linears[0].module], rel=0.06, abs=600 * tokens // 40)
+        planned = tokens * kind.peak_bytes + tokens**2 * kind.peak_bytes_per_pair
+        # A plan adds the largest of both parts, which need not be alive at the same time.
+        assert 0.95 * measured.peak <= planned <= 1.6 * measured.peak
+
+
+def test_the_cache_is_that_of_a_real_forward(described: tuple[LockedModel, Any]) -> None:
+    locked, model = described
+
+    def cached(tokens: int) -> int:
+        with torch.no_grad():
+            cache = model(input_ids=token_ids(1, tokens), use_cache=True).past_key_values
+        layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+        return sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values))
+
+    assert cached(7) - cached(6) == locked.kv_bytes_per_token > 0
+
+
+def test_weights_are_those_of_the_files(described: tuple[LockedModel, Any]) -> None:
+    locked, _ = described
+    stored = [(name, entry.shape) for entry in locked.tensors for name in names_of(entry.names)]
+    for kind in locked.kinds:
+        number = read_numbers(kind.blocks)[0]
+        sizes = [torch.Size(shape).numel() for name, shape in stored if f".{number}." in f".{name}"]
+        assert kind.weight_elements == sum(sizes)
