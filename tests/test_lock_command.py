@@ -24,7 +24,7 @@ from packager.inputs.description_check import check_description
 from packager.inputs.hub_models import HubModel, remote_header
 from packager.model.lock import Lock
 from packager.model.name_patterns import names_of
-from packager.model.safetensors_file import TensorInfo
+from packager.model.safetensors_file import TensorInfo, read_header
 from packager.pipeline.lock_recipes import lock_recipes
 from packager.recipe.file import RecipeFile
 from packager.recipe.lock_file import lock_path, lock_text, read_recipe_lock
@@ -423,6 +423,28 @@ def test_a_file_that_moved_on_the_hub_is_named_by_the_build(recipe: Path, hub: L
     assert "tokenizer.json has sha256" in caught.value.why
     assert "generation_config.json is not in the lock" in caught.value.why
     assert "packager lock" in caught.value.hint
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_weights_of_another_format_are_neither_locked_nor_downloaded(
+    recipe: Path, hub: LoopbackHub, indexed: bool
+) -> None:
+    """Mistral's repositories have every weight twice: in consolidated.safetensors, under other names."""
+    model = recipe.parent / "model"
+    (model / "consolidated.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    weights = {"model.safetensors"}
+    if indexed:
+        weights = {"model-00001-of-00001.safetensors"}
+        (model / "model.safetensors").rename(model / next(iter(weights)))
+        index = {"weight_map": {name: next(iter(weights)) for name in read_header(model / next(iter(weights))).tensors}}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+        huggingface_hub.HfApi().delete_file("model.safetensors", "tester/tiny")
+    upload(model)
+    recipe = on_hub(recipe, "main")
+    assert {name for name in lock_now(recipe).base_model.files if name.endswith(".safetensors")} == weights
+    source = open_source(RecipeFile.load(recipe), lambda _: None)
+    assert set(source.files.weights) == weights
+    assert {path.name for path in (recipe.parent / "cache").rglob("*.safetensors")} == weights
 
 
 @pytest.mark.parametrize("data", [b"", b"short", b"\xff" * 64, (10).to_bytes(8, "little") + b"{}        tail"])

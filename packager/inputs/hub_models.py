@@ -2,7 +2,7 @@
 
 import glob
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, cast
 
 from packager.errors import SourceError
 from packager.inputs.hub_session import AnswerError, checked_siblings, is_of_client, open_session
-from packager.inputs.source_files import INDEX
+from packager.inputs.source_files import INDEX, safetensors_among, weights_in_index
 from packager.model.contract_files import CONTENT_RULES
 from packager.model.safetensors_file import Header, header_from
+from packager.receipt import SAFETENSORS
 from packager.system.files import disk_errors, file_records
 from packager.system.text import printable, shown
 
@@ -141,7 +142,7 @@ def _used_siblings(listed: object, licenses: Iterable[str], base_id: str, revisi
         SourceError: there are no safetensors, or a file is larger than one of its kind may be.
     """
     siblings = checked_siblings(listed)
-    if not any(sibling.rfilename.endswith(".safetensors") for sibling in siblings):
+    if not any(_is_weights(sibling.rfilename) for sibling in siblings):
         raise SourceError(
             "the base model has no safetensors weights at this revision",
             where=f"{base_id} at {revision}",
@@ -160,7 +161,7 @@ def _used_siblings(listed: object, licenses: Iterable[str], base_id: str, revisi
 
 
 def _is_used(name: str, licenses: Iterable[str]) -> bool:
-    return name in (*CONTENT_RULES, INDEX, *licenses) or ("/" not in name and name.endswith(".safetensors"))
+    return name in (*CONTENT_RULES, INDEX, *licenses) or ("/" not in name and _is_weights(name))
 
 
 def download_files(model_id: str, commit: str, names: Iterable[str]) -> Path:
@@ -191,9 +192,29 @@ def download_model(base_id: str, revision: str, licenses: Iterable[str], log: Ca
         found = huggingface_hub.HfApi().model_info(base_id, revision=revision, files_metadata=True)
         siblings = _used_siblings(found.siblings, licenses, base_id, revision)
     log(f"fetching {base_id} at {revision[:12]} into the Hub cache")
-    folder = download_files(base_id, revision, [sibling.rfilename for sibling in siblings])
+    names = [sibling.rfilename for sibling in siblings]
+    folder = download_files(base_id, revision, [INDEX])  # nothing where there is none
+    weights = weights_among(names, folder)
+    folder = download_files(base_id, revision, [name for name in names if name in weights or not _is_weights(name)])
     check_digests(folder, siblings)
     return folder
+
+
+def weights_among(names: Collection[str], folder: Path) -> tuple[str, ...]:
+    """Return the names of the weights files that a build reads, of a model's files on the Hub.
+
+    Args:
+        names: of all its files.
+        folder: with the index of the weights, if `names` has it.
+
+    Raises:
+        SourceError: see `weights_in_index`.
+    """
+    return weights_in_index(folder) if INDEX in names else safetensors_among(sorted(names))
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(SAFETENSORS)
 
 
 def check_digests(folder: Path, siblings: "Iterable[RepoSibling]") -> None:

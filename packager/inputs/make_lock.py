@@ -4,7 +4,7 @@ A base model on the Hub is described from config.json, the small files, and the 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from packager.inputs.hub_models import (
     remote_header,
     resolve_dataset,
     resolve_model,
+    weights_among,
 )
 from packager.inputs.source_files import (
     INDEX,
@@ -27,8 +28,6 @@ from packager.inputs.source_files import (
     check_shards,
     checked_record,
     list_source_files,
-    safetensors_among,
-    weights_in_index,
 )
 from packager.model.architecture import architecture_of
 from packager.model.lock import Lock, LockedBase, dataset_key
@@ -106,9 +105,15 @@ def _lock_of_hub(recipe: Recipe, log: Log) -> Lock:
     folder = download_files(model.id, model.commit, small)
     check_digests(folder, (model.files[name] for name in small))
     digests = {name: _digest_of_downloaded(folder, name) for name in small}
-    files = {name: digests.get(name) or _stated(file) for name, file in sorted(model.files.items())}
+    weights = weights_among(model.files, folder)
+    check_shards(weights, model.files.keys(), model.where)
+    files = {
+        name: digests.get(name) or _stated(file)
+        for name, file in sorted(model.files.items())
+        if name in weights or not name.endswith(SAFETENSORS)
+    }
     config = fp16_config(folder)
-    stored = _remote_tensors(model, folder)
+    stored = _remote_tensors(model, weights)
     locked = LockedBase(
         id=base.id, requested=None if is_commit(revision) else revision, revision=model.commit, files=files
     )  # fmt: skip
@@ -137,10 +142,8 @@ def _stated(file: "RepoSibling") -> FileRecord:
     return FileRecord(size_bytes=file.size or 0, sha256=file.lfs.sha256 if file.lfs is not None else "")
 
 
-def _remote_tensors(model: HubModel, folder: Path) -> dict[str, StoredTensor]:
-    """Read the headers of all weights files, several at a time."""
-    names = weights_in_index(folder) if INDEX in model.files else safetensors_among(sorted(model.files))
-    check_shards(names, model.files.keys(), model.where)
+def _remote_tensors(model: HubModel, names: Sequence[str]) -> dict[str, StoredTensor]:
+    """Read the headers of weights files, several at a time."""
     found: dict[str, StoredTensor] = {}
     for name, header in zip(names, in_parallel(lambda name: remote_header(model, name), names), strict=True):
         add_tensors(found, tensors_at(Path(name), header), where=model.where)

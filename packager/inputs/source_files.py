@@ -16,6 +16,7 @@ from packager.receipt import CONFIG, INDEX_SUFFIX, TOKENIZER_FILES, FileRecord
 from packager.system.files import bytes_record
 
 INDEX = f"model{INDEX_SUFFIX}"
+WEIGHTS = "model.safetensors"
 _MOST_INDEX_BYTES = 32_000_000
 _MOST_ENTRIES = 10_000
 _MOST_LISTED = 20
@@ -29,7 +30,7 @@ class SourceFiles:
 
     Attributes:
         folder: the folder.
-        weights: the files that the index names, or every safetensors file if there is no index.
+        weights: the files that the index names; without an index model.safetensors, or else every safetensors file.
         copied: those that a branch gets as they are.
         licenses: those that the recipe wants in every branch, if they are there.
         others: config.json and the index, if they are there.
@@ -103,7 +104,14 @@ def list_source_files(folder: Path, licenses: Iterable[str] = ()) -> SourceFiles
 
 
 def safetensors_among(entries: Iterable[str]) -> tuple[str, ...]:
-    """Return the weights files among the names of a folder that has no index."""
+    """Return the weights files among the names of a folder that has no index.
+
+    transformers reads model.safetensors where it is there; others beside it are adapters, or the weights once more in
+    another format (consolidated.safetensors of Mistral's models).
+    """
+    entries = list(entries)
+    if WEIGHTS in entries:
+        return (WEIGHTS,)
     return tuple(name for name in entries if name.endswith(".safetensors") and not name.startswith("."))
 
 

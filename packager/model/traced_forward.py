@@ -158,7 +158,7 @@ class _Attention(TorchFunctionMode):
     """Tell a `_Memory` what runs inside torch's own attention."""
 
     def __init__(self, memory: _Memory) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._memory = memory
 
     def __torch_function__(
