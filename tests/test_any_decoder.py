@@ -2,11 +2,14 @@
 
 import json
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+from transformers.models.llama import modeling_llama
 
 from packager.errors import SourceError
+from packager.model import trace
 from packager.model.describe import describe
 from tests.proven_decoders import check_forward, facts_of, stored_in
 from tests.tiny_decoders import NAMES, tiny_decoder
@@ -38,6 +41,20 @@ def test_each_is_as_the_reference_says(name, tmp_path):
 def test_a_model_that_changes_its_embeddings_in_place_does_not_change_the_states(tmp_path):
     base = tiny_decoder("git", tmp_path)
     check_forward("git", base, stored_in(base))
+
+
+def test_an_input_that_is_changed_in_place_is_another_input(tmp_path, monkeypatch):
+    """The Hessian of gate_proj is not that of up_proj where the states are scaled between the two."""
+
+    def forward(self, states):
+        gate = self.act_fn(self.gate_proj(states))
+        return self.down_proj(gate * self.up_proj(states.mul_(2)))
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+    monkeypatch.setattr(trace, "_kept", OrderedDict())
+    groups = describe(tiny_decoder("llama", tmp_path), None).kinds[0].groups
+    found = [[linear.module for linear in group.linears] for group in groups]
+    assert found[2:] == [["mlp.gate_proj"], ["mlp.up_proj"], ["mlp.down_proj"]]
 
 
 def test_most_decoders_are_built():

@@ -184,6 +184,7 @@ class _Record:
 
     seen: list[tuple[str, bool, int, int]] = field(default_factory=list)
     last_input: weakref.ref[Tensor] | None = None
+    last_version: int = 0
     peak: int = 0
     peak_pairs: int = 0
     top_k: dict[str, int] = field(default_factory=dict)
@@ -286,12 +287,15 @@ class TracedForward:
         def reach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             record = self._records[-1]
-            shares_input = record.last_input is not None and record.last_input() is x
+            # A tensor that was changed in place since is another input.
+            shares_input = (
+                record.last_input is not None and record.last_input() is x and record.last_version == x._version
+            )
             # Less than before the block if it freed what the model held.
             held = max(self._memory.by_token.alive - self._outside_bytes, 0)
             held_pairs = max(self._memory.by_pair.alive - self._outside_pairs, 0)
             record.seen.append((name, shares_input, held, held_pairs))
-            record.last_input = weakref.ref(x)
+            record.last_input, record.last_version = weakref.ref(x), x._version
             if are_experts:
                 # Their arguments: hidden_states, top_k_index [tokens, top_k], top_k_weights.
                 indices = [*args, *kwargs.values()][1:2]
