@@ -85,6 +85,18 @@ DAMAGES: dict[str, tuple[Callable[[Json], object], str]] = {
     ),
     "1001 blocks": (kind(blocks="0..1000"), "the kinds of blocks do not hold each block once"),
     "blocks are a word": (kind(blocks="all"), "model: Value error, 'all' is not a list of numbers such as 0..2,5"),
+    "a module that is quantized and left": (
+        kind(left={"mlp.down_proj": "x"}),
+        "a module of blocks 0..1 is there twice",
+    ),
+    "a module twice": (
+        lambda lock: lock["model"]["kinds"][0]["groups"][0]["linears"][1].update(module="self_attn.q_proj"),
+        "a module of blocks 0..1 is there twice",
+    ),
+    "a group of two widths": (
+        lambda lock: (groups := lock["model"]["kinds"][0]["groups"])[0]["linears"].extend(groups.pop()["linears"]),
+        "self_attn.q_proj is in a group with linears that take inputs of another width",
+    ),
     "no tensors": (tensors(), "model.tensors: Tuple should have at least 1 item"),
     "a negative shape": (tensors({"names": "a", "dtype": "F16", "shape": [-1]}), "model.tensors.0.shape.0: Input "),
     "a shape of true": (tensors({"names": "a", "dtype": "F16", "shape": [True]}), "model.tensors.0.shape.0: Input "),
@@ -120,7 +132,9 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Json], object], str]] = {
         lambda lock: lock["model"]["tensors"].append(lock["model"]["tensors"][-1]), "a tensor is there twice",
     ),
     "a linear twice": (
-        lambda lock: lock["model"]["kinds"][0]["groups"].append(lock["model"]["kinds"][0]["groups"][0]),
+        lambda lock: (linears := lock["model"]["kinds"][0]["groups"][0]["linears"]).append(
+            {**linears[0], "module": "self_attn.again"}
+        ),
         "a linear is there twice",
     ),
     "a tensor of 2^60 bytes": (
@@ -134,17 +148,6 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Json], object], str]] = {
     "a tied tensor that is stored": (
         lambda lock: lock["model"].update(tied=["model.norm.weight"]),
         "model.norm.weight is tied to another tensor, and a tensor of its own",
-    ),
-    "a module that is quantized and left": (
-        kind(left={"mlp.down_proj": "x"}), "a module of blocks 0..1 is there twice",
-    ),
-    "a module twice": (
-        lambda lock: lock["model"]["kinds"][0]["groups"][0]["linears"][1].update(module="self_attn.q_proj"),
-        "a module of blocks 0..1 is there twice",
-    ),
-    "a group of two widths": (
-        lambda lock: (groups := lock["model"]["kinds"][0]["groups"])[0]["linears"].extend(groups.pop()["linears"]),
-        "self_attn.q_proj is in a group with linears that take inputs of another width",
     ),
     "a brace": (lambda lock: lock["model"]["tensors"][0].update(names="a.{b}"), "'a.{b}' has a brace that no numbers "),
     "10^12 tensors": (
@@ -164,8 +167,8 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Json], object], str]] = {
     "2 million linears": (
         kind(
             blocks="0..999",
-            groups=[{"linears": [{"module": "a", "stored": "a", "in_features": 1, "out_features": 1, "bias": False}],
-                     "held_bytes": 0}] * 2000,
+            groups=[{"linears": [{"module": f"{n}", "stored": "a", "in_features": 1, "out_features": 1, "bias": False}],
+                     "held_bytes": 0} for n in range(2000)],
         ),
         "it stands for more than 400000 tensors or linears",
     ),

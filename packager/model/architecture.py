@@ -383,24 +383,12 @@ def _check(locked: LockedModel, tensors: list[TensorInfo], linears: list[LinearS
         raise ValueError(f"{tied} is tied to another tensor, and a tensor of its own")
     if len({linear.name for linear in linears}) != len(linears):
         raise ValueError("a linear is there twice")
-    for kind in locked.kinds:
-        _check_kind(kind)
     for linear in linears:
         # A Conv1D is stored as [in_features, out_features].
         if shapes.get(f"{linear.name}.weight") != sorted((linear.in_features, linear.out_features)):
             raise ValueError(f"{linear.name}.weight is not a tensor of its shape")
         if linear.bias != (f"{linear.name}.bias" in shapes):
             raise ValueError(f"{linear.name}.bias is there, or is not, against what the linear says")
-
-
-def _check_kind(kind: LockedKind) -> None:
-    """Raise ValueError if modules are not each in one place, or the linears of a group cannot see one input."""
-    modules = [linear.module for group in kind.groups for linear in group.linears]
-    if len({*modules, *kind.left}) != len(modules) + len(kind.left):
-        raise ValueError(f"a module of blocks {kind.blocks} is there twice")
-    for group in kind.groups:
-        if len({linear.in_features for linear in group.linears}) > 1:
-            raise ValueError(f"{group.linears[0].module} is in a group with linears that take inputs of another width")
 
 
 def _most_bytes(tensors: list[TensorInfo]) -> str:

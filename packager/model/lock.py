@@ -83,6 +83,12 @@ class LockedGroup(Record):
                 raise ValueError(f"{name!r} must hold {{expert}} once in a group of experts, and nowhere else")
         return self
 
+    @model_validator(mode="after")
+    def _linears_can_see_one_input(self) -> Self:
+        if len({linear.in_features for linear in self.linears}) > 1:
+            raise ValueError(f"{self.linears[0].module} is in a group with linears that take inputs of another width")
+        return self
+
 
 class LockedKind(Record):
     """Blocks that are alike.
@@ -102,6 +108,13 @@ class LockedKind(Record):
     weight_elements: Bytes
     peak_bytes: Bytes
     peak_bytes_per_pair: Bytes = 0
+
+    @model_validator(mode="after")
+    def _modules_are_in_one_place(self) -> Self:
+        modules = [linear.module for group in self.groups for linear in group.linears]
+        if len({*modules, *self.left}) != len(modules) + len(self.left):
+            raise ValueError(f"a module of blocks {self.blocks} is there twice")
+        return self
 
 
 class LockedModel(Record):

@@ -288,9 +288,8 @@ class TracedForward:
             x = args[0] if args else next(iter(kwargs.values()))
             record = self._records[-1]
             # A tensor that was changed in place since is another input.
-            shares_input = (
-                record.last_input is not None and record.last_input() is x and record.last_version == x._version
-            )
+            last = record.last_input() if record.last_input is not None else None
+            shares_input = last is not None and last is x and record.last_version == last._version
             # Less than before the block if it freed what the model held.
             held = max(self._memory.by_token.alive - self._outside_bytes, 0)
             held_pairs = max(self._memory.by_pair.alive - self._outside_pairs, 0)
