@@ -240,6 +240,16 @@ def test_a_model_that_is_no_decoder_is_refused_with_the_reason(
     assert str(tmp_path / "copy") in error.where
 
 
+def test_a_model_without_a_linear_that_kernels_take_is_refused_with_the_reasons(
+    tmp_path: Path, in_process: None
+) -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}
+    error = refused_config(tmp_path, CONFIGS["llama"]().to_diff_dict() | sizes)
+    assert error.what == "no weight of the model can be quantized"
+    assert error.why.startswith("mlp.down_proj: its shape, 80 to 48, is no multiple of 32; mlp.gate_proj: its shape")
+    assert error.why.endswith("and 2 more")
+
+
 def test_a_model_that_computes_between_its_blocks_is_refused_with_the_block(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from packager.errors import SourceError
+from packager.errors import PlanError, SourceError
 from packager.pipeline.build_state import BuildState
+from packager.pipeline.plan import make_plan
 from packager.recipe.file import RecipeFile
 from packager.recipe.lock_file import lock_path
 from packager.system.terminal import Terminal
@@ -78,6 +79,12 @@ def test_a_lock_that_was_edited_ends_the_build(
         build(recipe, tmp_path / "dist")
     assert why in caught.value.why
     assert not list((tmp_path / "dist").rglob("*.safetensors"))
+
+
+def test_a_lock_without_a_linear_plans_nothing(recipe: Path) -> None:
+    change_model(recipe, lambda model: model["kinds"][0].update(groups=[]))
+    with pytest.raises(PlanError, match="no weight of the model can be quantized"):
+        make_plan(RecipeFile.load(recipe))
 
 
 def test_another_lock_makes_the_built_files_outdated(recipe: Path, tmp_path: Path) -> None:

@@ -61,8 +61,9 @@ def _described(model: LockedModel) -> Described:
             facts[block] = "there"
             facts |= {f"{block} {module}": "not quantized" for module in kind.left}
             for position, group in enumerate(kind.groups):
+                of = group.experts
+                experts = f", of {of.count} experts in {of.parameter}" if of is not None else ""
                 for linear in group.linears:
-                    experts = f", of {group.experts.count} experts" if group.experts is not None else ""
                     facts[f"{block} {linear.module}"] = (
                         f"{linear.stored.replace('{block}', str(number))} of {linear.in_features} to "
                         f"{linear.out_features}, {'a' if linear.bias else 'no'} bias, in group {position}{experts}"

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 # Buffers may be integers; weights of eight bits are somebody's quantization.
 _QUANTIZED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "I8"})
 _TEMPLATE_FILES = (TOKENIZER_CONFIG, "chat_template.jinja")
+_MOST_LEFT = 5
 _MOST_REGULAR_BYTES = 64_000_000  # the Hub wants LFS, and so a digest, from 10 MB on
 
 Log = Callable[[str], None]
@@ -164,9 +165,14 @@ def _lock(
     log(f"describing {base.id} with transformers")
     model = describe_in_child(config, tensors, where)
     try:
-        architecture_of(model, where)
+        architecture = architecture_of(model, where)
     except PlanError as error:
         raise SourceError("the model cannot be described", where=where, why=error.why) from error
+    if not architecture.linears:
+        left = [f"{module}: {reason}" for module, reason in architecture.left.items()]
+        more = f"; and {len(left) - _MOST_LEFT} more" if len(left) > _MOST_LEFT else ""
+        why = f"{'; '.join(left[:_MOST_LEFT])}{more}" or "its blocks hold no linear"
+        raise SourceError("no weight of the model can be quantized", where=where, why=why)
     return Lock(
         lock_version=1,
         made_with={"transformers": metadata.version("transformers")},

@@ -181,6 +181,7 @@ def _fit_problems(recipe: Recipe, architecture: Architecture, variants: Sequence
         "loaders.seq_len": recipe.loaders.seq_len,
     }
     return [
+        *(() if architecture.linears else ("no weight of the model can be quantized, says its lock",)),
         *filter(None, (length_problem(architecture, key, seq_len) for key, seq_len in lengths.items())),
         *(
             f"{variant.branch}: {problem.message}"
