@@ -1,6 +1,7 @@
 """The decoder that reads its weights block by block: parts of rows, freed memory, shared heads and missing tensors."""
 
 import dataclasses
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +107,9 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         Decoder(tmp_path, lambda _: torch.empty(0), device=CPU, dtype=torch.float32)
 
 
-def test_models_of_one_config_are_traced_once(source_of: Callable[[str], SourceModel]) -> None:
-    first, second = decoder_of(source_of("llama")), decoder_of(source_of("llama"))
+def test_models_of_one_config_are_traced_once(source_of: Callable[[str], SourceModel], tmp_path: Path) -> None:
+    first = decoder_of(source_of("llama"))
+    variant = Path(shutil.copytree(source_of("llama").folder, tmp_path / "variant"))
+    second = decoder_of(open_folder(variant, base_id="tester/tiny"))
     assert second._trace is first._trace
     assert decoder_of(source_of("qwen3"))._trace is not first._trace

@@ -6,6 +6,7 @@ the architectures that this suits, and what each refusal means.
 """
 
 import copy
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -67,12 +68,20 @@ def trace(model: nn.Module) -> Trace:
         SourceError: the forward fails, or its blocks cannot be run one by one; names the module and the reason.
     """
     config: Any = model.config
-    key = f"{type(model).__qualname__} {next(model.parameters()).dtype} {config.to_json_string(use_diff=False)}"
+    content = json.dumps(_without_paths(json.loads(config.to_json_string(use_diff=False))))
+    key = f"{type(model).__qualname__} {next(model.parameters()).dtype} {content}"
     if key not in _kept:
         _kept[key] = _traced(model, TRACED_TOKENS)
         while len(_kept) > _MOST_KEPT:
             _kept.popitem(last=False)
     return _kept[key]
+
+
+def _without_paths(config: object) -> object:
+    """Return a config, and the configs in it, without the folders that they were read from."""
+    if not isinstance(config, dict):
+        return config
+    return {name: _without_paths(value) for name, value in config.items() if name != "_name_or_path"}
 
 
 def _traced(model: nn.Module, num_tokens: int) -> Trace:
