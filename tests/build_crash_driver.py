@@ -6,7 +6,7 @@ Reads jobs from standard input, one JSON object per line, and answers each with 
 before the first effect described by it ("os.rename SOURCE TARGET"), {"interrupt": n} before the n-th by Ctrl-C,
 {"seconds": s} killed after s seconds, {} never. "signal" names another signal than SIGKILL. {"full": n} fails from the
 n-th effect on as on a full disk. "clock_s" lets the clock jump by as many seconds. A step is a fork of this process,
-which has torch imported but has never used it; it reports the blocks that it has finished.
+which has built once and has no other thread; it reports the blocks that it has finished.
 """
 
 import gc
@@ -30,7 +30,7 @@ from packager.receipt import LinearRecord
 from packager.system.files import sha256_file
 from tests.effects import EffectCounter
 from tests.publish_fixtures import git, trees
-from tests.tiny_recipe import BRANCHES, hub_folder, leftovers, workspace
+from tests.tiny_recipe import BRANCHES, RECIPE, build, hub_folder, leftovers, workspace, write_all
 
 WARM = (
     "packager.prove.verify", "packager.pipeline.stages", "packager.cli.status_view", "packager.cli.publish_view",
@@ -143,15 +143,24 @@ def run_job(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     }
 
 
+def warm_up(folder: Path) -> None:
+    """Build once: a fork need not import, trace the model and compile the templates again."""
+    for name in WARM:
+        importlib.import_module(name)
+    recipe = write_all(folder / "warm", {"variants": RECIPE["variants"][:1]})
+    build(recipe, folder / "warm" / "dist")
+    shutil.rmtree(folder / "warm")
+
+
 def main() -> None:
     """Run the jobs; the argument is a scratch folder."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    for name in WARM:
-        importlib.import_module(name)
+    vars(os).update(fsync=lambda _: None, fdatasync=lambda _: None)  # a kill is no loss of power
+    scratch = Path(sys.argv[1])
+    warm_up(scratch)
     gc.collect()
     gc.freeze()  # a fork would copy the pages of all these modules to look for garbage
-    scratch = Path(sys.argv[1])
     for line in sys.stdin:
         print(json.dumps(run_job(json.loads(line), scratch)), flush=True)
 
