@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.hypothesis_profiles import load_default_profile
+from tests.quick_interpreter import quicken
 
 if TYPE_CHECKING:
     from tests.tiny_recipe import Builds
@@ -20,6 +21,11 @@ gc.disable()
 # Before anything imports the Hub client or a tokenizer.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+# No test looks at what a loss of power leaves; a killed process loses nothing that it has written. A build waits for
+# the disk more than fifty times.
+vars(os).update(fsync=lambda _: None, fdatasync=lambda _: None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,11 +69,13 @@ _frozen: set[str] = set()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Keep the garbage collector off the objects of large modules, once they are imported."""
+    """Keep the garbage collector off the objects of large modules, once they are imported; ready the interpreter."""
     if new := {name for name in _LARGE if name in sys.modules} - _frozen:
         _frozen.update(new)
         gc.collect()
         gc.freeze()
+    if item.get_closest_marker("interpreter"):
+        quicken()
 
 
 @pytest.fixture
@@ -84,6 +92,13 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> "Builds":
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "builds"
     folder.mkdir(exist_ok=True)
     return Builds(folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _git_does_not_wait_for_the_disk() -> None:
+    from packager.publish.targets import git_process
+
+    git_process._SETTINGS["core.fsync"] = "none"
 
 
 @pytest.fixture(autouse=True)
