@@ -3,6 +3,8 @@
 `python -m tests.hostile_models FOLDER STEP` runs every STEP-th case and prints one line of JSON for each.
 """
 
+import gc
+import io
 import json
 import os
 import random
@@ -15,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -376,14 +379,23 @@ def _call_and_exit(function: Callable[[], object], output: Path) -> None:
     os._exit(status)
 
 
+def warm_up(folder: Path) -> None:
+    """Run each command in this process: its copies need not import the modules that the commands use again."""
+    from packager.cli.main import app
+
+    for _, arguments in commands(folder):
+        with suppress(SystemExit), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            app(arguments)
+    gc.collect()
+    gc.freeze()  # a fork would copy the pages of all these modules to look for garbage
+
+
 def main(folder: Path, step: int, first: int) -> None:
     """Run every `step`-th case from the `first` on, in `folder`, and print what came of it."""
     scene = Scene(folder=folder / "scene")
     scene.folder.mkdir()
     scene.make()
-    import packager.pipeline.plan
-    import packager.prove.audit  # noqa: F401, imported once, not by every child
-
+    warm_up(scene.folder)
     sound = HostileCase(name="sound", damage=lambda _: None, refused=False)
     for number, case in enumerate((sound, *list(hostile_cases())[first::step])):
         copy = scene.copy(str(number))
