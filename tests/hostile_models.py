@@ -1,6 +1,7 @@
 """Hostile base models and branches: every file with every kind of damage, and a process that runs them under limits.
 
-`python -m tests.hostile_models FOLDER STEP` runs every STEP-th case and prints one line of JSON for each.
+`python -m tests.hostile_models FOLDER STEP FIRST` runs every STEP-th case and prints one line of JSON for each command;
+with the word `sample` as well, of `some_cases` only.
 """
 
 import gc
@@ -38,11 +39,19 @@ _FILES = (*_JSON, *_TEXTS, *_BINARY)
 
 @dataclass(frozen=True, kw_only=True)
 class HostileCase:
-    """One damage: a name, what makes it in a folder, and whether a plan of such a base model must be refused."""
+    """One damage.
+
+    Attributes:
+        name: of the case.
+        damage: what makes it in a folder.
+        refused: whether a plan of such a base model must be refused.
+        crossed: every file, or key, has every damage of its kind.
+    """
 
     name: str
     damage: Callable[[Path], object]
     refused: bool = True
+    crossed: bool = False
 
 
 def put(path: Path, data: bytes) -> None:
@@ -238,10 +247,10 @@ def hostile_cases() -> Iterator[HostileCase]:
     """Yield every case; names are unique."""
     for name in _FILES:
         for kind, damage in PLACES.items():
-            yield HostileCase(name=f"{name}: {kind}", damage=_at(name, damage))
+            yield HostileCase(name=f"{name}: {kind}", damage=_at(name, damage), crossed=True)
     for name in _JSON:
         for kind, data in DOCUMENTS.items():
-            yield HostileCase(name=f"{name}: {kind}", damage=_holding(name, data))
+            yield HostileCase(name=f"{name}: {kind}", damage=_holding(name, data), crossed=True)
     for name in _TEXTS:
         for kind, data in TEXTS.items():
             yield HostileCase(name=f"{name}: {kind}", damage=_holding(name, data))
@@ -254,12 +263,19 @@ def hostile_cases() -> Iterator[HostileCase]:
     yield from _large_files()
 
 
+def some_cases() -> list[HostileCase]:
+    """Return a third of all cases: each damage for some of the files or keys that have it, each of those with some."""
+    cases = list(hostile_cases())
+    # 5 divides no number of damages, so that another damage of each file is taken.
+    return [*(case for case in cases if not case.crossed), *[case for case in cases if case.crossed][::5]]
+
+
 def _odd_values() -> Iterator[HostileCase]:
     for key in KEYS:
         for number, value in enumerate(ODD):
             harmless = (key, number) == ("architectures", -1)
             damage = _with_value("config.json", key, value)
-            yield HostileCase(name=f"config.json {key}: {number}", damage=damage, refused=not harmless)
+            yield HostileCase(name=f"config.json {key}: {number}", damage=damage, refused=not harmless, crossed=True)
     for number, value in enumerate(ODD):
         for name, key in (("generation_config.json", "eos_token_id"), ("tokenizer_config.json", "chat_template")):
             yield HostileCase(name=f"{name} {key}: {number}", damage=_with_value(name, key, value), refused=False)
@@ -390,14 +406,15 @@ def warm_up(folder: Path) -> None:
     gc.freeze()  # a fork would copy the pages of all these modules to look for garbage
 
 
-def main(folder: Path, step: int, first: int) -> None:
+def main(folder: Path, step: int, first: int, *, sample: bool) -> None:
     """Run every `step`-th case from the `first` on, in `folder`, and print what came of it."""
     scene = Scene(folder=folder / "scene")
     scene.folder.mkdir()
     scene.make()
     warm_up(scene.folder)
     sound = HostileCase(name="sound", damage=lambda _: None, refused=False)
-    for number, case in enumerate((sound, *list(hostile_cases())[first::step])):
+    cases = some_cases() if sample else list(hostile_cases())
+    for number, case in enumerate((sound, *cases[first::step])):
         copy = scene.copy(str(number))
         for damaged in (Scene.model(copy), copy / "branches" / "branch"):
             case.damage(damaged)
@@ -408,4 +425,4 @@ def main(folder: Path, step: int, first: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sample="sample" in sys.argv)

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.hostile_models import MOST_BYTES_BEYOND, MOST_S, ROOT, hostile_cases
+from tests.hostile_models import MOST_BYTES_BEYOND, MOST_S, ROOT, hostile_cases, some_cases
 
 EXIT_CODES = {0, 2, 3, 4, 7}
 
 
-def results(folder: Path, step: int, first: int = 0) -> list[dict[str, Any]]:
+def results(folder: Path, step: int, first: int = 0, *more: str) -> list[dict[str, Any]]:
     """Run every `step`-th case, from the `first` on, in a process of its own."""
-    command = [sys.executable, "-m", "tests.hostile_models", str(folder), str(step), str(first)]
+    command = [sys.executable, "-m", "tests.hostile_models", str(folder), str(step), str(first), *more]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in ended.stdout.splitlines()]
@@ -45,11 +45,25 @@ def test_the_corpus_has_hundreds_of_distinct_cases() -> None:
     assert len(set(names)) == len(names) >= 500
 
 
-def test_some_hostile_models_and_branches(tmp_path: Path) -> None:
+def test_the_sample_has_every_damage_and_every_file() -> None:
+    sample = {case.name for case in some_cases()}
+    every = [case.name for case in hostile_cases()]
+    for part in (0, -1):
+        assert {name.split(": ")[part] for name in sample} == {name.split(": ")[part] for name in every}
+    assert len(sample) < 220
+
+
+def test_a_few_hostile_models_and_branches(tmp_path: Path) -> None:
     check_results(results(tmp_path, 53))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("first", range(4))  # so that workers share them
+def test_some_hostile_models_and_branches(tmp_path: Path, first: int) -> None:
+    check_results(results(tmp_path, 4, first, "sample"))
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("first", range(8))  # so that workers share them
 def test_all_hostile_models_and_branches(tmp_path: Path, first: int) -> None:
     check_results(results(tmp_path, 8, first))

@@ -71,11 +71,20 @@ def check_cases(tmp_path: Path, chosen: list[tuple[str, str, Any]]) -> None:
     assert wrong == []
 
 
-def test_some_odd_values_of_a_tokenizer(tmp_path: Path) -> None:
+def test_a_few_odd_values_of_a_tokenizer(tmp_path: Path) -> None:
     check_cases(tmp_path, list(cases())[::60])
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_odd_values_of_a_tokenizer(tmp_path: Path) -> None:
-    check_cases(tmp_path, list(cases()))
+@pytest.mark.parametrize("first", [0, 5])  # so that workers share them
+def test_some_odd_values_of_a_tokenizer(tmp_path: Path, first: int) -> None:
+    """Every fifth case, which is two or three values of each key, and each value of some keys."""
+    check_cases(tmp_path, list(cases())[first::10])
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", range(4))
+def test_odd_values_of_a_tokenizer(tmp_path: Path, first: int) -> None:
+    check_cases(tmp_path, list(cases())[first::4])
