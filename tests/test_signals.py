@@ -22,6 +22,7 @@ SAID = {
     signal.SIGINT: f"interrupted: {KEPT}",
 }
 BEAT_S = 60.0
+CONFINEMENTS = ("bubblewrap", "namespaces", "none")
 
 
 def beats(folder: Path) -> int:
@@ -68,8 +69,21 @@ def folder(tmp_path: Path, builds: tiny_recipe.Builds) -> Path:
     return recipe.parent
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("confinement", ["bubblewrap", "namespaces", "none"])
+LONG = pytest.mark.long  # SIGTERM, SIGHUP and SIGINT go the same way
+
+
+@pytest.mark.parametrize(
+    ("confinement", "number"),
+    [
+        *[(confinement, number) for confinement in CONFINEMENTS for number in (signal.SIGTERM, signal.SIGKILL)],
+        ("none", signal.SIGHUP),
+        ("bubblewrap", signal.SIGINT),
+        pytest.param("none", signal.SIGINT, marks=LONG),
+        pytest.param("bubblewrap", signal.SIGHUP, marks=LONG),
+        pytest.param("namespaces", signal.SIGHUP, marks=LONG),
+        pytest.param("namespaces", signal.SIGINT, marks=LONG),
+    ],
+)
 def test_loaders_end_with_the_command(number: int, confinement: Confinement, folder: Path) -> None:
     process = start("loader", confinement, folder)
     os.kill(process.pid, number)
