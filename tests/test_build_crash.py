@@ -141,27 +141,31 @@ def test_the_two_recipes_differ_in_weights_card_and_licence(scene: KilledBuild) 
         assert differing == {"model.safetensors", "README.md", "provenance.json", "LICENSE.txt"}
 
 
-def test_a_first_build_may_be_killed_anywhere(scene: KilledBuild) -> None:
-    for kill in spread(12, scene.effects[0]):
+@pytest.mark.parametrize("count", [7, pytest.param(20, marks=pytest.mark.long)])
+def test_a_first_build_may_be_killed_anywhere(scene: KilledBuild, count: int) -> None:
+    for kill in spread(count, scene.effects[0]):
         again = {"recipe": scene.old}, {"recipe": scene.old, "command": "publish"}
         killed, *_ = scene.run(None, {"recipe": scene.old, "kill": kill}, *again)
         assert killed["code"] == -signal.SIGKILL
 
 
-def test_a_build_that_replaces_another_may_be_killed_anywhere(scene: KilledBuild) -> None:
-    for kill in spread(12, scene.effects[1]):
+@pytest.mark.parametrize("count", [7, pytest.param(20, marks=pytest.mark.long)])
+def test_a_build_that_replaces_another_may_be_killed_anywhere(scene: KilledBuild, count: int) -> None:
+    for kill in spread(count, scene.effects[1]):
         killed, _ = scene.run(scene.built, {"recipe": scene.new, "kill": kill}, {"recipe": scene.new})
         assert killed["code"] == -signal.SIGKILL
 
 
-def test_a_killed_build_may_be_followed_by_one_of_the_old_recipe(scene: KilledBuild) -> None:
-    for kill in spread(6, scene.effects[1])[1:]:
+@pytest.mark.parametrize("count", [5, pytest.param(12, marks=pytest.mark.long)])
+def test_a_killed_build_may_be_followed_by_one_of_the_old_recipe(scene: KilledBuild, count: int) -> None:
+    for kill in spread(count, scene.effects[1])[1:]:
         scene.run(scene.built, {"recipe": scene.new, "kill": kill}, {"recipe": scene.old})
 
 
-def test_a_build_may_be_killed_at_random_moments_many_times(scene: KilledBuild) -> None:
+@pytest.mark.parametrize("count", [6, pytest.param(20, marks=pytest.mark.long)])
+def test_a_build_may_be_killed_at_random_moments_many_times(scene: KilledBuild, count: int) -> None:
     dice = random.Random(20261123)
-    for number in range(10):
+    for number in range(count):
         kills: list[Step] = [{"kill": dice.randrange(1, scene.effects[0])} for _ in range(2)]
         kills.insert(dice.randrange(3), {"seconds": dice.uniform(0.05, 1.5)})
         recipe = (scene.old, scene.new)[number % 2]
@@ -211,8 +215,9 @@ def test_status_can_read_the_files_of_a_killed_build(scene: KilledBuild) -> None
     assert (status["code"], status["printed"]) == (0, "")
 
 
-def test_ctrl_c_anywhere_prints_one_line(scene: KilledBuild) -> None:
-    for point in spread(6, scene.effects[1]):
+@pytest.mark.parametrize("count", [4, pytest.param(12, marks=pytest.mark.long)])
+def test_ctrl_c_anywhere_prints_one_line(scene: KilledBuild, count: int) -> None:
+    for point in spread(count, scene.effects[1]):
         stopped, _ = scene.run(scene.built, {"recipe": scene.new, "interrupt": point}, {"recipe": scene.new})
         assert (stopped["code"], stopped["printed"]) == (130, INTERRUPTED)
 
