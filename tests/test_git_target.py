@@ -535,7 +535,8 @@ def publish_killed(fixture: GitFixture, seconds: float) -> None:
 
 
 @pytest.mark.crash
-def test_killed_at_random_moments_the_next_run_ends_the_same(fixture: GitFixture, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [8, pytest.param(30, marks=pytest.mark.long)])
+def test_killed_at_random_moments_the_next_run_ends_the_same(fixture: GitFixture, tmp_path: Path, count: int) -> None:
     fixture.publish()
     old = trees(fixture.repository)
     fixture.edit("main", "README.md", b"new\n")
@@ -544,7 +545,7 @@ def test_killed_at_random_moments_the_next_run_ends_the_same(fixture: GitFixture
     dice = random.Random(20261123)
     start, seen = tmp_path / "start", set()
     fixture.repository.rename(start)
-    for number in range(15):
+    for number in range(count):
         for folder in (fixture.repository, fixture.staging):
             subprocess.run(["rm", "-rf", str(folder)], check=True)
         if number % 3:
