@@ -45,9 +45,9 @@ def test_the_corpus_has_hundreds_of_distinct_cases() -> None:
     assert len(set(names)) == len(names) >= 500
 
 
-def test_the_sample_has_every_damage_and_every_file() -> None:
+def test_the_sample_has_every_damage_and_every_file_but_slow_ones() -> None:
     sample = {case.name for case in some_cases()}
-    every = [case.name for case in hostile_cases()]
+    every = [case.name for case in hostile_cases() if not case.slow]
     for part in (0, -1):
         assert {name.split(": ")[part] for name in sample} == {name.split(": ")[part] for name in every}
     assert len(sample) < 220
@@ -58,9 +58,9 @@ def test_a_few_hostile_models_and_branches(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(4))  # so that workers share them
+@pytest.mark.parametrize("first", range(2))  # so that workers share them
 def test_some_hostile_models_and_branches(tmp_path: Path, first: int) -> None:
-    check_results(results(tmp_path, 4, first, "sample"))
+    check_results(results(tmp_path, 2, first, "sample"))
 
 
 @pytest.mark.long
