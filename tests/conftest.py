@@ -58,13 +58,16 @@ def _asked(config: pytest.Config) -> set[str]:
     return set(re.findall(r"\w+", config.getoption("-m")))
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    gc.enable()
-
-
 # Collecting the 500,000 objects of torch and transformers takes 0.15 s; a build and many tests collect garbage.
 _LARGE = ("torch", "transformers", "transformers.models.auto.modeling_auto", "datasets")
 _frozen: set[str] = set()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep the garbage collector off all that collecting the tests has imported."""
+    _frozen.update(name for name in _LARGE if name in sys.modules)
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
