@@ -110,10 +110,15 @@ def tensors_changed(
 
 @pytest.mark.slow
 @pytest.mark.pinned
-def test_the_locks_of_this_repository_are_what_is_written_today(tmp_path: Path) -> None:
-    """In processes of their own, as the command does it."""
+def test_the_lock_of_the_demo_is_what_is_written_today() -> None:
+    """In a process of its own, as the command does it."""
     result = run("--check", ROOT / "recipes" / "demo-llama.yaml")
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.long
+@pytest.mark.pinned
+def test_the_lock_of_a_large_model_is_what_is_written_today(tmp_path: Path) -> None:
     llama = ROOT / "recipes" / "llama-2-13b-chat.yaml"
     config = read_recipe_lock(lock_path(llama), llama).model.config
     (tmp_path / "config.json").write_text(json.dumps(config))
