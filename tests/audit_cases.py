@@ -210,7 +210,7 @@ CASES = [
         lambda found: found.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}),
     ),
     tensors("tensor-shape", lambda found: found.update({"model.norm.weight": np.ones(8, np.float16)})),
-    tensors("tensor-dtype", lambda found: found.update({"model.norm.weight": np.ones(HIDDEN, np.float32)})),
+    tensors("tensor-dtype", lambda found: found.update({"model.norm.weight": np.ones(HIDDEN, np.float64)})),
     tensors("lm-head-missing", lambda found: found.pop("lm_head.weight")),
     tensors("lm-head-quantized", quantize_head),
     quantization("lm-head-quantized", lambda section: section.update(lm_head=True)),

@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from packager.cli.main import app
@@ -26,6 +27,7 @@ from packager.model.lock import Lock
 from packager.model.name_patterns import names_of
 from packager.model.safetensors_file import TensorInfo, read_header
 from packager.pipeline.lock_recipes import lock_recipes
+from packager.prove.audit import audit
 from packager.recipe.file import RecipeFile
 from packager.recipe.lock_file import lock_path, lock_text, read_recipe_lock
 from packager.system.files import sha256_file
@@ -33,7 +35,7 @@ from tests.loopback_hub import Account, Answer, Call, LoopbackHub
 from tests.publish_fixtures import log_in
 from tests.recipe_fixtures import ROOT
 from tests.tiny_models import CONFIGS, save_model
-from tests.tiny_recipe import build, save_tokenizer, write_inputs, write_recipe
+from tests.tiny_recipe import build, save_tokenizer, workspace, write_inputs, write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # of the Hub's client
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -643,3 +645,17 @@ def test_tied_and_other_models_are_described(tmp_path: Path, in_process: None) -
         assert bool(lock.model.tied) == (name == "llama-tied")
         assert {entry.dtype for entry in lock.model.tensors} == {"BF16"}
         assert RecipeFile.load(folder / "recipe.yaml").architecture.dtype == "BF16"
+
+
+def test_a_base_model_of_several_dtypes_builds_and_keeps_them(recipe: Path, tmp_path: Path) -> None:
+    """Norms, routers and scales are float32 in many models; the audit after packing refused them, hours later."""
+    path = recipe.parent / "model" / "model.safetensors"
+    tensors = {name: tensor.float() if "norm" in name else tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    lock_now(recipe)
+    build(recipe, tmp_path / "dist")
+    folder = workspace(tmp_path / "dist").folder("main")
+    built = read_header(folder / "model.safetensors").tensors
+    assert {built[name].dtype for name in tensors if "norm" in name} == {"F32"}
+    assert {built[name].dtype for name in ("lm_head.weight", "model.embed_tokens.weight")} == {"F16"}
+    assert audit(folder).errors == ()  # of strangers, too, who have no lock

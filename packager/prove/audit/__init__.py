@@ -148,7 +148,8 @@ def _check_headers(
     declared = check_declared(documents, weights, findings)
     config = as_object(documents.get(CONFIG))
     found, dtype = read_model(config, findings, architecture) if config is not None else (None, None)
-    expected = Expected(declared=declared, architecture=found, dtype=dtype)
+    dtypes = {tensor.name: tensor.dtype for tensor in architecture.tensors} if architecture is not None else {}
+    expected = Expected(declared=declared, architecture=found, dtype=dtype, dtypes=dtypes)
     linears = check_tensors(weights, expected, findings)
     return _Headers(documents=documents, weights=weights, declared=declared, linears=linears)
 

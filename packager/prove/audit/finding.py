@@ -145,7 +145,7 @@ AUDIT_RULES: Mapping[str, Rule] = {
     "tensor-missing": _error(_FROM_BASE),
     "tensor-unexpected": _warning("leave it out: strict loaders refuse tensors that they do not know"),
     "tensor-shape": _error("config.json and the weights belong to different models"),
-    "tensor-dtype": _error("what is not quantized keeps the base model's dtype, which config.json declares"),
+    "tensor-dtype": _error("what is not quantized keeps the base model's dtype: that of config.json, or F32"),
     "lm-head-missing": _error("copy it from the base model, or declare tie_word_embeddings"),
     "lm-head-quantized": _error("keep lm_head in the base model's dtype and declare lm_head false"),
     "bias-unexpected": _error("leave it out: AutoGPTQ 0.3/0.4 wrote zero biases, strict loaders refuse them"),

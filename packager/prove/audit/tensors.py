@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from packager.model.architecture import IGNORED_SUFFIXES, Architecture, LinearSpec
+from packager.model.architecture import Architecture, LinearSpec
 from packager.model.checkpoint import quantized_tensors
 from packager.model.config_values import LARGEST_SIZE
 from packager.model.safetensors_file import StoredTensor
@@ -27,11 +27,16 @@ Parts = Mapping[str, StoredTensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """The parameters and shapes that config.json and quantize_config.json declare; None where they declare none."""
+    """The parameters and shapes that config.json and quantize_config.json declare; None where they declare none.
+
+    Attributes:
+        dtypes: of the base model's tensors, by name; empty where they are not known.
+    """
 
     declared: Declared
     architecture: Architecture | None
     dtype: str | None
+    dtypes: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +93,7 @@ def check_tensors(weights: Weights, expected: Expected, findings: Findings) -> t
         _check_plain_shapes(modules.plain, architecture, findings)
         if weights.is_all_read:
             _check_missing(modules, architecture, specs, findings)
-    _check_dtypes(modules.plain, expected.dtype, findings)
+    _check_dtypes(modules.plain, expected, findings)
     layout = _layout(modules.quantized, expected.declared)
     linears = []
     for name, parts in modules.quantized.items():
@@ -199,11 +204,15 @@ def _check_missing(
             findings.add("linear-missing", module, "the architecture has this linear, the weights do not")
 
 
-def _check_dtypes(plain: Parts, dtype: str | None, findings: Findings) -> None:
+def _check_dtypes(plain: Parts, expected: Expected, findings: Findings) -> None:
+    """Report tensors of another dtype than the base model's; many models keep norms, routers and scales in float32."""
     for name, tensor in plain.items():
-        found = tensor.info.dtype
-        if dtype and found in _FLOATS and found != dtype and not name.endswith(IGNORED_SUFFIXES):
-            findings.add("tensor-dtype", name, f"it is {found}, config.json declares {dtype}")
+        found, known = tensor.info.dtype, expected.dtypes.get(name)
+        if known is not None:
+            if found != known:
+                findings.add("tensor-dtype", name, f"it is {found}, the base model's is {known}")
+        elif expected.dtype and found in _FLOATS and found not in (expected.dtype, "F32"):
+            findings.add("tensor-dtype", name, f"it is {found}, config.json declares {expected.dtype}")
 
 
 def _layout(quantized: Mapping[str, Parts], declared: Declared) -> _Layout | None:
