@@ -57,6 +57,15 @@ def test_an_input_that_is_changed_in_place_is_another_input(tmp_path, monkeypatc
     assert found[2:] == [["mlp.gate_proj"], ["mlp.up_proj"], ["mlp.down_proj"]]
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_config_that_asks_for_an_attention_that_is_not_installed_is_built(tmp_path, key):
+    folder = tiny_decoder("llama", tmp_path)
+    before = describe(folder, None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: "flash_attention_2"}))
+    assert describe(folder, None).kinds == before.kinds
+
+
 def test_most_decoders_are_built():
     refused = [name for name, facts in PROVEN.items() if "refused" in facts]
     assert PROVEN.keys() <= set(NAMES)

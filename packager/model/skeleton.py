@@ -9,13 +9,16 @@ from torch import nn
 from packager.errors import SourceError
 
 
+_OWN_ATTENTION = (None, "eager", "sdpa")  # of transformers and torch; others need packages that may not be here
+
+
 def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     """Build the model that a folder's config.json describes, in the device context of the caller.
 
     Every Conv1D of GPT-2 and its relatives becomes the nn.Linear that computes the same: see `is_transposed`.
 
     Args:
-        folder: with config.json; its quantization_config is ignored.
+        folder: with config.json; its quantization_config is ignored, and an attention of a package that it asks for.
         dtype: of the weights.
 
     Raises:
@@ -27,6 +30,8 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        if config._attn_implementation not in _OWN_ATTENTION:
+            config._attn_implementation = None
         model = _class_of(config).from_config(config, dtype=dtype)
     except Exception as error:
         raise SourceError("transformers cannot build this model", where=str(folder), why=str(error)) from error
