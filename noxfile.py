@@ -210,7 +210,7 @@ def chaos(session: nox.Session) -> None:
 
 @nox.session(name="tests-long")
 def tests_long(session: nox.Session) -> None:
-    """Run the long tests: every decoder in docs/reference/architectures.md, every damaged file and answer, more kills."""
+    """Run the long tests: every decoder of docs/reference/architectures.md, every damaged file, more kills."""
     _install(session, *TEST_PACKAGES)
     _pytest(session, "-m", "long")
 

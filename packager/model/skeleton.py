@@ -8,7 +8,6 @@ from torch import nn
 
 from packager.errors import SourceError
 
-
 _OWN_ATTENTION = (None, "eager", "sdpa")  # of transformers and torch; others need packages that may not be here
 
 
