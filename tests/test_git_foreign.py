@@ -276,6 +276,15 @@ def poison(foreign: Foreign, way: Way) -> None:
     foreign.set(way.settings)
 
 
+def test_no_setting_of_all_together_runs_a_program(copy: Callable[[str], Foreign]) -> None:
+    foreign = copy("local")
+    settings = [way.settings for way in WAYS.values() if not way.error]
+    poison(foreign, Way(settings={key: value for some in settings for key, value in some.items()}))
+    assert foreign.use() == []
+    assert foreign.ran() == ""
+
+
+@pytest.mark.slow  # each publishes, verifies and goes back
 @pytest.mark.parametrize("name", WAYS)
 def test_no_setting_of_a_repository_runs_a_program(copy: Callable[[str], Foreign], name: str) -> None:
     way, foreign = WAYS[name], copy("local")
