@@ -141,7 +141,7 @@ def test_it_says_what_a_traced_forward_says(config: dict[str, Any], tmp_path: Pa
     ours, described = known_model(config, "config.json"), describe(tmp_path, None)
     (kind,), (described_kind,) = ours.kinds, described.kinds
     # What is computed in one operation after another is estimated from above.
-    assert described_kind.peak_bytes <= kind.peak_bytes <= 1.25 * described_kind.peak_bytes
+    assert described_kind.peak_bytes <= kind.peak_bytes <= 1.35 * described_kind.peak_bytes
     same_peak = described_kind.model_copy(update={"peak_bytes": kind.peak_bytes})
     assert kind == same_peak
     expected, found = architecture_of(described, ""), architecture_of(ours, "")

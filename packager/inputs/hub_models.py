@@ -193,8 +193,10 @@ def download_model(base_id: str, revision: str, licenses: Iterable[str], log: Ca
         siblings = _used_siblings(found.siblings, licenses, base_id, revision)
     log(f"fetching {base_id} at {revision[:12]} into the Hub cache")
     names = [sibling.rfilename for sibling in siblings]
-    folder = download_files(base_id, revision, [INDEX])  # nothing where there is none
-    weights = weights_among(names, folder)
+    if INDEX in names:
+        weights = weights_in_index(download_files(base_id, revision, [INDEX]))
+    else:
+        weights = safetensors_among(sorted(names))
     folder = download_files(base_id, revision, [name for name in names if name in weights or not _is_weights(name)])
     check_digests(folder, siblings)
     return folder
