@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib import metadata
@@ -23,6 +24,7 @@ from packager.inputs.base_model import open_source
 from packager.inputs.describe_in_child import describe_in_child
 from packager.inputs.description_check import check_description
 from packager.inputs.hub_models import HubModel, remote_header
+from packager.model import trace as trace_module
 from packager.model.lock import Lock
 from packager.model.name_patterns import names_of
 from packager.model.safetensors_file import TensorInfo, read_header
@@ -281,6 +283,7 @@ def test_a_model_that_computes_between_its_blocks_is_refused_with_the_block(
             monkeypatch.setattr(LlamaDecoderLayer, "__call__", own)
 
     monkeypatch.setattr(LlamaModel, "forward", forward)
+    monkeypatch.setattr(trace_module, "_kept", OrderedDict())  # models of this config were traced with the real forward
     error = refusal(recipe)
     assert error.what == "the model computes something between two blocks"
     assert error.where.endswith("model: model.layers.1")
