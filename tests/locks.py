@@ -4,10 +4,12 @@ import json
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from packager.inputs.chat_template import chat_template_digest
-from packager.model.lock import Lock, LockedBase
-from packager.prove.audit.known_models import known_model
+from packager.model.describe import describe
+from packager.model.lock import Lock, LockedBase, LockedModel
+from packager.prove.audit.known_models import FAMILIES, known_model
 from packager.recipe.lock_file import lock_path, lock_text, read_recipe_lock
 
 
@@ -19,8 +21,16 @@ def lock_of(
         made_with={"transformers": metadata.version("transformers")},
         base_model=LockedBase(id=base_id, revision=revision, files={}),
         chat_template_sha256=chat_template,
-        model=known_model(config, "config.json"),
+        model=_model(config),
     )
+
+
+def _model(config: Mapping[str, object]) -> LockedModel:
+    if config.get("model_type") in FAMILIES:  # without transformers
+        return known_model(config, "config.json")
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        return describe(Path(folder), None)
 
 
 def write_lock(

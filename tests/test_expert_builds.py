@@ -1,0 +1,105 @@
+"""Mixtures of experts from the recipe to the branch: lock, plan, skipping, receipt, card, config.json, audit."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from packager.cli.main import app
+from packager.errors import RecipeError
+from packager.model.safetensors_file import stored_tensors
+from packager.pipeline.plan import make_plan
+from packager.prove.audit import audit
+from packager.recipe.file import RecipeFile
+from tests.tiny_recipe import build, workspace, write_all, write_recipe
+
+EXPERTS, TOP_K, CALIBRATED = 6, 2, 12 * 32  # of tests/tiny_models.py and tests/tiny_recipe.py
+ONE = {"variants": [{"branch": "main"}]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_all(tmp_path_factory.mktemp("recipe"), ONE, name="qwen3-moe").parent
+
+
+def names_of(architecture_modules: list[str]) -> list[str]:
+    return [f"mlp.experts.{expert}.{name}" for expert in range(EXPERTS) for name in architecture_modules]
+
+
+def test_the_lock_and_the_plan_name_every_expert(folder: Path) -> None:
+    architecture = RecipeFile.load(folder / "recipe.yaml").architecture
+    dense, mixed = architecture.kinds
+    assert (dense.blocks, mixed.blocks) == ((0,), (1, 2))
+    assert [group.modules for group in dense.groups][-1] == ("mlp.down_proj",)
+    first, down = mixed.groups[-2:]
+    assert list(first.modules) == names_of(["gate_proj", "up_proj"])
+    assert list(down.modules) == names_of(["down_proj"])
+    assert first.experts is not None
+    assert (first.experts.parameter, first.experts.count, first.experts.top_k) == ("mlp.experts.gate_up_proj", 6, 2)
+    assert mixed.left == {"mlp.gate": "it routes tokens to experts"}
+    names = [linear.name for linear in architecture.linears]
+    assert names.count("model.layers.2.mlp.experts.5.down_proj") == 1
+    assert not any(name.startswith("model.layers.0.mlp.experts") for name in names)
+
+
+def test_packager_lock_counts_experts(folder: Path) -> None:
+    done = CliRunner().invoke(app, ["lock", str(folder / "recipe.yaml"), "--check"])
+    assert done.exit_code == 0, done.output
+    assert "gate_proj, up_proj of 6 experts" in done.output
+    assert "down_proj of 6 experts" in done.output
+
+
+@pytest.mark.parametrize("pattern", ["mlp.experts", "*.experts.*", "*.experts"])
+def test_experts_are_skipped_together(folder: Path, pattern: str) -> None:
+    path = write_recipe(folder, {**ONE, "quantize.skip": [pattern]}, name="skip.yaml")
+    architecture = RecipeFile.load(path).architecture
+    assert architecture.left["mlp.experts"] == f"the recipe skips {pattern}"
+    assert not any(".experts." in linear.name for linear in architecture.linears)
+    planned = {tensor.name for shard in make_plan(RecipeFile.load(path)).variants[0].shards for tensor in shard.tensors}
+    assert "model.layers.1.mlp.experts.3.up_proj.weight" in planned
+    assert "model.layers.1.self_attn.q_proj.qweight" in planned
+
+
+@pytest.mark.parametrize("pattern", ["*.experts.3.*", "*.gate_proj", "mlp.experts.*.down_proj"])
+def test_some_of_the_experts_cannot_be_skipped(folder: Path, pattern: str) -> None:
+    path = write_recipe(folder, {**ONE, "quantize.skip": [pattern]}, name="some.yaml")
+    with pytest.raises(RecipeError) as caught:
+        RecipeFile.load(path)
+    (problem,) = caught.value.problems
+    assert "of the 18 linears of mlp.experts" in problem.message
+    assert "write mlp.experts" in problem.hint
+
+
+@pytest.mark.slow
+def test_a_branch_with_experts_says_so_wherever_it_is_read(folder: Path, tmp_path: Path) -> None:
+    recipe = RecipeFile.load(folder / "recipe.yaml")
+    (receipt,) = build(recipe, tmp_path / "dist").receipts
+    branch = workspace(tmp_path / "dist").folder("main")
+    linears = json.loads((branch / "provenance.json").read_text())["linears"]
+    assert [linear["name"] for linear in linears] == [linear.name for linear in recipe.architecture.linears]
+    of_experts = [linear for linear in linears if ".experts." in linear["name"]]
+    assert len(of_experts) == 2 * 3 * EXPERTS
+    assert all("tokens" not in linear for linear in linears if linear not in of_experts)
+    for linear in of_experts:
+        columns = 32 if linear["name"].endswith("down_proj") else 64
+        assert linear["rho"] == pytest.approx(columns / (columns + linear["tokens"]))
+    for block in (1, 2):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            seen = [
+                linear["tokens"]
+                for linear in of_experts
+                if linear["name"].startswith(f"model.layers.{block}.") and linear["name"].endswith(name)
+            ]
+            assert sum(seen) == CALIBRATED * TOP_K
+    card = (branch / "README.md").read_text()
+    assert "* Experts: each of the 36 linears of experts saw " in card
+    section = json.loads((branch / "config.json").read_text())["quantization_config"]
+    assert list(section["dynamic"]) == [r"-:^model\.layers\.(?:1|2)\.mlp\.gate$"]
+    planned = {tensor.name: tensor for shard in make_plan(recipe).variants[0].shards for tensor in shard.tensors}
+    stored = stored_tensors(branch / "model.safetensors")
+    assert {name: tensor.info for name, tensor in stored.items()} == planned
+    report = audit(branch, architecture=recipe.architecture)
+    assert not report.errors, report.errors
+    assert receipt.provenance.quality is not None
+    assert receipt.provenance.quality.kl_divergence < 0.5
