@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packager.errors import LoaderError, LoaderUnavailableError
+from packager.errors import LoaderError, LoaderUnavailableError, MachineError
 from packager.pipeline import build_state
 from packager.prove import environments, shared_torch
 from packager.prove.environments import RuntimeContext, ensure_environment, environment_name
@@ -283,6 +283,27 @@ def test_of_two_processes_one_creates_the_environment(spec: LoaderSpec, tmp_path
     for thread in threads:
         thread.join()
     assert len(lines) == 2
+
+
+@pytest.mark.usefixtures("toy_torch")
+@pytest.mark.parametrize("printed", ["OSError: [Errno 28] No space left on device", ""])
+def test_a_full_disk_stops_the_build_and_is_no_missing_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str
+) -> None:
+    """A loader that is checked if available was left out, and the hint named the index."""
+    spec = toy_spec(tmp_path, f"absent==1.0 {ANY_HASH}\n")
+
+    def failing(*_: object, **__: object) -> int:
+        environment = tmp_path / "loaders" / environment_name(spec)
+        (environment / "pip.log").write_text(printed)
+        if not printed:  # where pip's log does not fit either
+            monkeypatch.setattr("packager.system.files._free_bytes", lambda _: 0)
+        return 1
+
+    monkeypatch.setattr(Processes, "run", failing)
+    with pytest.raises(MachineError, match="the disk is full") as caught:
+        ensure_environment(spec, context(tmp_path, {}))
+    assert caught.value.hint == "free some space and run the same command again"
 
 
 @pytest.mark.usefixtures("toy_torch")

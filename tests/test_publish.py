@@ -530,11 +530,18 @@ def test_an_old_git_is_refused(fixture: LocalFixture, tmp_path: Path, monkeypatc
     assert not fixture.root.exists()
 
 
-@pytest.mark.parametrize("command", ["hash-object", "write-tree", "update-ref"])
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("hash-object", "fatal: unable to write loose object file: No space left on device"),
+        ("write-tree", "fatal: unable to write loose object file: No space left on device"),
+        ("update-ref", "fatal: unable to write loose object file: No space left on device"),
+        ("update-index", "fatal: sha1 file '.git/.tmp-x/index.lock' write error. Out of diskspace"),
+    ],
+)
 def test_a_full_disk_is_an_error_and_the_next_run_continues(
-    fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, words: str
 ) -> None:
-    words = "fatal: unable to write loose object file: No space left on device"
     shim(tmp_path / "bin", f'if [ "$1" = {command} ]; then echo "{words}" >&2; exit 128; fi', monkeypatch)
     text = fixture.refused(MachineError)
     assert "the disk is full" in text
@@ -542,6 +549,37 @@ def test_a_full_disk_is_an_error_and_the_next_run_continues(
     monkeypatch.undo()
     fixture.publish()
     assert_published(fixture.contents, fixture.repository, tmp_path)
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_branch_that_git_cannot_write_has_not_moved(
+    fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_full: bool
+) -> None:
+    """Git does not print why it could not write a branch; on a full disk it said that somebody had moved the branch."""
+    words = "fatal: cannot update ref 'refs/heads/x': couldn't write 'refs/heads/x.lock'"
+    shim(tmp_path / "bin", f'if [ "$1" = update-ref ]; then echo "{words}" >&2; exit 128; fi', monkeypatch)
+    if is_full:
+        monkeypatch.setattr("packager.system.files._free_bytes", lambda _: 0)
+    text = fixture.refused(MachineError if is_full else PublishError)
+    assert words in text
+    assert ("the disk is full" if is_full else "git update-ref failed") in text
+    assert "moved" not in text
+    monkeypatch.undo()
+    fixture.publish()
+    assert_published(fixture.contents, fixture.repository, tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"garbage"])
+def test_a_damaged_object_is_an_error(fixture: LocalFixture, content: bytes | None) -> None:
+    """git lists the file with the size BAD, which ended in a traceback."""
+    fixture.publish()
+    blob_id = git("rev-parse", "main:w.bin", cwd=fixture.repository).strip()
+    path = fixture.repository / ".git" / "objects" / blob_id[:2] / blob_id[2:]
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PublishError, match=f"git cannot read the object {blob_id}"):
+        LocalTarget(fixture.root, REPOSITORY).read_branches()
 
 
 def test_stored_files_are_read_again(fixture: LocalFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

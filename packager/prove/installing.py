@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from packager.errors import LoaderUnavailableError
+from packager.errors import LoaderUnavailableError, MachineError
 from packager.receipt import Confinement
 from packager.system.confinement import View, child_environ, confined_command, private_folder
+from packager.system.files import failed_for_space
 from packager.system.processes import Processes, ending, tail
 
 PYPI = "https://pypi.org/simple"
@@ -78,6 +79,9 @@ class Creation:
             environ: its whole environment.
             folder: its working directory, if not the environment.
             view: the files that it sees, if it is to be confined as far as this machine allows.
+
+        Raises:
+            MachineError: it failed because the disk is full.
         """
         with self.output.open("ab") as output:
             status = self.processes.run(
@@ -91,8 +95,16 @@ class Creation:
             )
         if status == 0:
             return ""
+        printed = tail(self.output, 4)
+        if failed_for_space(printed, self.folder):
+            raise MachineError(
+                "the disk is full",
+                where=str(self.folder),
+                why=printed,
+                hint="free some space and run the same command again",
+            )
         reason = f"it took over {PIP_TIMEOUT_S:.0f} s" if status is None else ending(status)
-        return f"{reason}; {tail(self.output, 4)}"
+        return f"{reason}; {printed}"
 
     def failure(self, message: str, why: str) -> LoaderUnavailableError:
         """Return an error that names the log, and how to choose an index."""

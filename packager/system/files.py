@@ -24,6 +24,9 @@ from packager.system.text import format_bytes
 TEMPORARY_PREFIX = ".tmp-"
 # If a process is killed while it starts a child, the child holds the locks for an instant.
 LOCK_WAIT_S = 2.0
+# What programs print of a full disk; the last is git's, of a write that takes no byte (csum-file.c).
+FULL_DISK = ("No space left on device", "Disk quota exceeded", "Out of diskspace")
+_FULL_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 22
 # O_NONBLOCK: a FIFO that took the file's place would block the open until a process writes into it.
 _REGULAR_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -223,14 +226,25 @@ def list_files(folder: Path) -> tuple[str, ...]:
     )
 
 
+def failed_for_space(printed: str, folder: Path) -> bool:
+    """Return whether a process that failed had no space: it printed so, or the folder's disk is full now.
+
+    Some programs do not print why a write failed. The folder need not exist yet.
+    """
+    return any(words in printed for words in FULL_DISK) or _free_bytes(folder) < _FULL_BYTES
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+
+
 def check_disk(folder: Path, needed_bytes: int) -> None:
     """Check the free space of a folder's file system; the folder need not exist yet.
 
     Raises:
         MachineError: fewer than `needed_bytes` are free.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = _free_bytes(folder)
     if free < needed_bytes:
         raise MachineError(
             "not enough free disk space",

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING
 from packager.errors import MachineError, PackagerError, PublishError
 from packager.publish.targets import CommitRecord, HeadMovedError, LocalFile, StoredFile, changed_error
 from packager.publish.targets.git_program import find_git, missing_git
-from packager.system.files import TEMPORARY_PREFIX, atomic_file
+from packager.system.files import TEMPORARY_PREFIX, atomic_file, failed_for_space
 
 if TYPE_CHECKING:
     from git.cmd import Git
@@ -196,16 +196,21 @@ class GitProcess:
         return heads
 
     def files(self, commit: str | None) -> Mapping[str, StoredFile]:
-        """Return a commit's files by name, none for None. The files of a commit never change: they are cached."""
-        if commit is None:
-            return {}
-        if commit in self._files:
-            return self._files[commit]
+        """Return a commit's files by name, none for None. The files of a commit never change: they are cached.
+
+        Raises:
+            PublishError: git cannot read a file's size.
+        """
+        if commit is None or commit in self._files:
+            return self._files[commit] if commit else {}
         files = {}
         for entry in self.run("ls-tree", "-r", "-z", "--long", "--full-tree", commit).split("\0")[:-1]:
             facts, name = entry.split("\t", 1)
             mode, _, blob_id, size = facts.split()
             ordinary = mode == _ORDINARY_FILE
+            if ordinary and not size.isdecimal():  # "BAD"
+                what, hint = f"git cannot read the object {blob_id}", "check the repository with git fsck"
+                raise PublishError(what, where=str(self.worktree), why="it is missing or damaged", hint=hint)
             files[name] = StoredFile(size_bytes=int(size) if ordinary else 0, blob_id=blob_id if ordinary else "")
         self._files[commit] = files
         return files
@@ -289,14 +294,10 @@ class GitProcess:
         if not result.status:
             return
         error = self._refusal(arguments, result.stderr)
-        if isinstance(error, MachineError):
+        if isinstance(error, MachineError) or self.heads().get(branch, (None,))[0] == parent:
             raise error
-        raise HeadMovedError(
-            f"{branch} moved while it was being published",
-            where=str(self.worktree),
-            why=result.stderr,
-            hint="look at the branch, then publish again",
-        )
+        what, hint = f"{branch} moved while it was being published", "look at the branch, then publish again"
+        raise HeadMovedError(what, where=str(self.worktree), why=result.stderr, hint=hint)
 
     @contextmanager
     def scratch_index(self) -> Iterator[Path]:
@@ -376,11 +377,9 @@ class GitProcess:
     def _refusal(self, arguments: tuple[str, ...], stderr: str) -> PackagerError:
         """Return the error for a command that failed with `stderr`."""
         stderr = stderr.strip() or "git printed no error message"
-        where = str(self.worktree)
-        if any(text in stderr for text in ("No space left on device", "Disk quota exceeded")):
-            return MachineError(
-                "the disk is full", where=where, why=stderr, hint="free some space and run the same command again"
-            )
+        where, hint = str(self.worktree), "free some space and run the same command again"
+        if failed_for_space(stderr, self.worktree):
+            return MachineError("the disk is full", where=where, why=stderr, hint=hint)
         if any(text in stderr for text in ("Permission denied", "Read-only file system", "insufficient permission")):
             return MachineError("the repository cannot be written", where=where, why=stderr)
         return PublishError(f"git {arguments[0]} failed", where=where, why=stderr)

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from packager.errors import PackagerError, PublishError
 from packager.publish.targets.git_process import CommandResult, GitProcess
-from packager.system.files import TEMPORARY_PREFIX, fsync_folder, write_atomic
+from packager.system.files import FULL_DISK, TEMPORARY_PREFIX, fsync_folder, write_atomic
 from packager.system.text import has_credentials, printable
 from packager.variant import MAIN
 
@@ -151,7 +151,7 @@ class RemoteGit(GitProcess):
     def refusal(self, command: str, stderr: str) -> PackagerError:
         """Return the error for a transfer that failed with `stderr`."""
         ours = _local_lines(stderr)
-        if "No space left on device" in ours and "remote unpack failed" not in ours:
+        if any(text in ours for text in FULL_DISK) and "remote unpack failed" not in ours:
             return self._refusal((command,), stderr)
         if is_transient(stderr):
             what, hint = "the repository cannot be reached", "run again: uploaded files are not uploaded twice"
