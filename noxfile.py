@@ -203,7 +203,7 @@ def _pytest(session: nox.Session, *options: str) -> None:
 
 @nox.session
 def chaos(session: nox.Session) -> None:
-    """Kill builds and publishes, feed hostile inputs (`-- --seed 7 --minutes 30`); `-- --help` has more."""
+    """Kill builds and publishes, fill disks, feed hostile inputs (`-- --seed 7 --minutes 30`, `-- --help`)."""
     _install(session, *TEST_PACKAGES)
     session.run("python", "-m", "tests.chaos", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 

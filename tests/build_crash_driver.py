@@ -4,11 +4,13 @@ Reads jobs from standard input, one JSON object per line, and answers each with 
 (null: nothing), steps, and perhaps a folder to keep the end in. A step names a recipe, a command and when it ends:
 {"kill": n} before the n-th effect (a file opened for writing, a rename, a removal, a folder made), {"kill": pattern}
 before the first effect described by it ("os.rename SOURCE TARGET"), {"interrupt": n} before the n-th by Ctrl-C,
-{"seconds": s} killed after s seconds, {} never. "signal" names another signal than SIGKILL. {"full": n} fails from the
-n-th effect on as on a full disk. "clock_s" lets the clock jump by as many seconds. A step is a fork of this process,
-which has built once and has no other thread; it reports the blocks that it has finished.
+{"seconds": s} killed after s seconds, {} never. "signal" names another signal than SIGKILL. {"fill": n} fills the disk
+before the n-th effect with the file "filler", but for "leave" bytes. "clock_s" lets the clock jump by as many seconds,
+there and back, each time after "readings" of it. {"after_s": s} begins later. A step is a fork of this process, which
+has built once and has no other thread; it reports the blocks that it has finished.
 """
 
+import errno
 import gc
 import importlib
 import json
@@ -17,8 +19,10 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ from packager.cli.main import main as packager
 from packager.quantize.block_store import BlockStore
 from packager.receipt import LinearRecord
 from packager.system.files import sha256_file
-from tests.effects import EffectCounter
+from tests.effects import FILES, FILES_AND_PROCESSES, EffectCounter
 from tests.publish_fixtures import git, trees
 from tests.tiny_recipe import BRANCHES, RECIPE, build, hub_folder, leftovers, workspace, write_all
 
@@ -37,43 +41,74 @@ WARM = (
     "packager.publish.targets.git_process",
     "transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers", "git",
 )  # fmt: skip
+MOST_FILLED_BYTES = 1 << 30
 
 
 def child(step: dict[str, Any], dist: Path, count: int, words: Path) -> None:
-    """Run the command of a step as the command line would."""
+    """Run the command of a step as the command line would, and end this process with its exit code."""
+    code: object = 1
+    try:
+        code = run_command(step, dist, count, words)
+    except BaseException:  # noqa: BLE001 - a traceback is a finding
+        traceback.print_exc()
+    finally:
+        os._exit(code if isinstance(code, int) else 0)  # whatever happens: a fork must not go on as its parent
+
+
+def run_command(step: dict[str, Any], dist: Path, count: int, words: Path) -> object:
+    """Run the command of a step with its disturbance; return its exit code."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     stream = os.open(words, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(stream, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    number = "SIGINT" if "interrupt" in step else step.get("signal", "SIGKILL")
-    fatal = step.get("full") or step.get("kill") or step.get("interrupt") or 0
-    counter = EffectCounter(fatal, None if "full" in step else signal.Signals[number])
-    if "clock_s" in step:
-        jump_clock(step["clock_s"])
     command = step.get("command", "build")
-    sys.argv = ["packager", command, step["recipe"], "--dist", str(dist), *(["--quiet"] if command != "status" else [])]
+    number = signal.Signals["SIGINT" if "interrupt" in step else step.get("signal", "SIGKILL")]
+    fatal = step.get("fill") or step.get("kill") or step.get("interrupt") or 0
+    act = partial(fill_disk, Path(step["filler"]), step["leave"]) if "fill" in step else None
+    counter = EffectCounter(fatal, number, FILES_AND_PROCESSES if command == "publish" else FILES, act=act)
+    if "clock_s" in step:
+        jump_clock(step["clock_s"], step["readings"])
+    quiet, place = ["--quiet"] if command != "status" else [], ["--dist", str(dist)] if command != "lock" else []
+    sys.argv = ["packager", command, step["recipe"], *place, *quiet]
     sys.addaudithook(counter)
     report_finished_blocks(count)
-    code: object = 1
+    code: object = 0
     try:
         packager()
     except SystemExit as end:
         code = end.code
     os.write(count, f"effects {counter.count}\n".encode())
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0)
+    return code
 
 
-def jump_clock(by_s: float) -> None:
-    """Let the clock of this process jump at its twentieth reading, and again, back, at each twentieth after it."""
-    real, readings = time.time, 0
+def fill_disk(filler: Path, leave: int) -> None:
+    """Take the space of a file's disk, but for some bytes."""
+    disk = os.statvfs(filler.parent)
+    if disk.f_blocks * disk.f_frsize > MOST_FILLED_BYTES:
+        raise RuntimeError(f"{filler} lies on a disk of others")
+    with filler.open("wb", buffering=0) as stream:
+        for block in (bytes(1 << 20), bytes(4096)):
+            try:
+                while True:
+                    stream.write(block)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+        stream.truncate(max(0, stream.tell() - leave))
 
-    def jumping() -> float:
+
+def jump_clock(by_s: float, every: int) -> None:
+    """Let the clock of this process jump after some readings, back after as many more, and so on."""
+    real, real_ns, readings = time.time, time.time_ns, 0
+
+    def off_s() -> float:
         nonlocal readings
         readings += 1
-        return real() + (by_s if readings // 20 % 2 else 0.0)
+        return by_s if readings // every % 2 else 0.0
 
-    time.time = jumping
+    time.time = lambda: max(0.0, real() + off_s())
+    time.time_ns = lambda: max(0, real_ns() + int(off_s() * 1e9))
 
 
 def report_finished_blocks(stream: int) -> None:
@@ -89,28 +124,42 @@ def report_finished_blocks(stream: int) -> None:
     BlockStore.write = write_and_tell  # type: ignore[method-assign]  # a driver has no monkeypatch
 
 
-def run_step(step: dict[str, Any], dist: Path, words: Path) -> dict[str, object]:
-    """Run a step in a fork; return its exit code, its blocks, its effects if it came to its end, and its output."""
-    reader, writer = os.pipe()
-    process = os.fork()
-    if process == 0:
-        os.setsid()
-        child(step, dist, writer, words)
-    os.close(writer)
-    if "seconds" in step:
-        time.sleep(step["seconds"])
-        os.kill(process, signal.Signals[step.get("signal", "SIGKILL")])
-    _, status = os.waitpid(process, 0)
-    with os.fdopen(reader, "rb") as stream:
-        *blocks, last = stream.read().decode().split("\n")[:-1] or [""]
-    ended = last.startswith("effects ")
-    return {
-        "code": os.waitstatus_to_exitcode(status),
-        "blocks": blocks if ended or not last else [*blocks, last],
-        "effects": int(last.removeprefix("effects ")) if ended else -1,
-        "printed": words.read_text() if words.exists() else "",
-        "visible": visible(dist),
-    }
+class Running:
+    """A step in a fork of this process."""
+
+    def __init__(self, step: dict[str, Any], dist: Path, words: Path) -> None:
+        self.step, self.dist, self.words = step, dist, words
+        self.started = time.monotonic()
+        self.reader, writer = os.pipe()
+        self.process = os.fork()
+        if self.process == 0:
+            os.setsid()
+            time.sleep(step.get("after_s", 0.0))
+            child(step, dist, writer, words)
+        os.close(writer)
+
+    def end(self) -> dict[str, Any]:
+        """Return its exit code, its blocks, its effects if it came to its end, and its output."""
+        if "seconds" in self.step:
+            time.sleep(self.step["seconds"])
+            os.kill(self.process, signal.Signals[self.step.get("signal", "SIGKILL")])
+        _, status = os.waitpid(self.process, 0)
+        with os.fdopen(self.reader, "rb") as stream:
+            *blocks, last = stream.read().decode().split("\n")[:-1] or [""]
+        ended = last.startswith("effects ")
+        return {
+            "code": os.waitstatus_to_exitcode(status),
+            "blocks": blocks if ended or not last else [*blocks, last],
+            "effects": int(last.removeprefix("effects ")) if ended else -1,
+            "seconds": time.monotonic() - self.started,
+            "printed": self.words.read_text() if self.words.exists() else "",
+            "visible": visible(self.dist),
+        }
+
+
+def run_step(step: dict[str, Any], dist: Path, words: Path) -> dict[str, Any]:
+    """Run a step in a fork of this process; see `Running.end`."""
+    return Running(step, dist, words).end()
 
 
 def visible(dist: Path) -> dict[str, dict[str, str]]:
@@ -145,22 +194,22 @@ def run_job(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
 def warm_up(folder: Path) -> None:
     """Build once: a fork need not import, trace the model and compile the templates again."""
+    torch.set_num_threads(1)
     for name in WARM:
         importlib.import_module(name)
     recipe = write_all(folder / "warm", {"variants": RECIPE["variants"][:1]})
     build(recipe, folder / "warm" / "dist")
     shutil.rmtree(folder / "warm")
+    gc.collect()
+    gc.freeze()  # a fork would copy the pages of all these modules to look for garbage
 
 
 def main() -> None:
     """Run the jobs; the argument is a scratch folder."""
     warnings.simplefilter("error")
-    torch.set_num_threads(1)
     vars(os).update(fsync=lambda _: None, fdatasync=lambda _: None)  # a kill is no loss of power
     scratch = Path(sys.argv[1])
     warm_up(scratch)
-    gc.collect()
-    gc.freeze()  # a fork would copy the pages of all these modules to look for garbage
     for line in sys.stdin:
         print(json.dumps(run_job(json.loads(line), scratch)), flush=True)
 

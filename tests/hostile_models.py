@@ -9,24 +9,21 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
-import signal
 import socket
 import struct
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.limited_calls import Measured, call_limited, overstepped, run_limited
+
 ROOT = Path(__file__).parents[1]
 PRIVATE = "payroll: alice 90000"
-MOST_BYTES_BEYOND = 1_000_000_000
-MOST_S = 60
 _LICENSE = "LICENSE.txt"
 _JSON = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -352,56 +349,6 @@ def commands(folder: Path) -> Sequence[tuple[str, list[str]]]:
     )
 
 
-def run_limited(arguments: Sequence[str], output: Path) -> dict[str, Any]:
-    """Run a command in a copy of this process; return its status, time and memory beyond this process's."""
-    from packager.cli.main import app
-
-    return call_limited(lambda: app(list(arguments)), output)
-
-
-def call_limited(function: Callable[[], object], output: Path) -> dict[str, Any]:
-    """Call a function in a copy of this process; return its status, time and memory beyond this process's."""
-    # A copy begins with this process's pages, whatever this process had at its peak.
-    before = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
-    started = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        _call_and_exit(function, output)
-    while True:
-        pid, status, usage = os.wait4(child, os.WNOHANG)
-        if pid:
-            break
-        if time.monotonic() - started > MOST_S:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.005)
-    return {
-        "status": os.waitstatus_to_exitcode(status),
-        "seconds": round(time.monotonic() - started, 2),
-        "beyond": max(0, usage.ru_maxrss * 1024 - before),
-        "output": output.read_text(encoding="utf-8", errors="replace")[-3000:],
-        "size": output.stat().st_size,
-        "secret": PRIVATE in output.read_text(encoding="utf-8", errors="replace"),
-    }
-
-
-def _call_and_exit(function: Callable[[], object], output: Path) -> None:
-    """Call a function with its output in a file, and end this process as the command line would."""
-    status = 99
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    try:
-        function()
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    except BaseException:  # noqa: BLE001, what `main` would end with
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 def warm_up(folder: Path) -> None:
     """Run each command in this process: its copies need not import the modules that the commands use again."""
     from packager.cli.main import app
@@ -420,14 +367,26 @@ def main(folder: Path, step: int, first: int, *, sample: bool) -> None:
     scene.make()
     warm_up(scene.folder)
     sound = HostileCase(name="sound", damage=lambda _: None, refused=False)
+    clean: dict[str, Measured] = {}
     cases = some_cases() if sample else list(hostile_cases())
     for number, case in enumerate((sound, *cases[first::step])):
         copy = scene.copy(str(number))
         for damaged in (Scene.model(copy), copy / "branches" / "branch"):
-            case.damage(damaged)
+            # In a process of its own: this one stays small.
+            assert call_limited(partial(case.damage, damaged), folder / "damage.txt").status == 0, case.name
         for command, arguments in commands(copy):
-            result = run_limited(arguments, folder / f"{number}-{command}.txt")
-            print(json.dumps({"case": case.name, "command": command, "refused": case.refused, **result}), flush=True)
+            found = run_limited(arguments, folder / f"{number}-{command}.txt")
+            harmless = clean.setdefault(command, found)
+            result = {
+                "case": case.name,
+                "command": command,
+                "refused": case.refused,
+                **asdict(found),
+                "secret": PRIVATE in found.output,
+                "beyond": found.peak_bytes - harmless.peak_bytes,
+                "overstepped": overstepped(found, harmless),
+            }
+            print(json.dumps(result), flush=True)
         shutil.rmtree(copy)
 
 

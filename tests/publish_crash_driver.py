@@ -65,12 +65,15 @@ def publish_in_child(contents: list[BranchContent], root: Path, kill: Kill) -> i
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.setsid()
-        counter = EffectCounter(wanted.get("effect", 0), number, FILES_AND_PROCESSES)
-        sys.addaudithook(counter)
-        _publish_as_the_command_does(contents, root)
-        os.write(writer, str(counter.count).encode())
-        os._exit(0)
+        try:
+            os.setsid()
+            counter = EffectCounter(wanted.get("effect", 0), number, FILES_AND_PROCESSES)
+            sys.addaudithook(counter)
+            _publish_as_the_command_does(contents, root)
+            os.write(writer, str(counter.count).encode())
+            os._exit(0)
+        finally:
+            os._exit(1)  # a fork must not go on as its parent
     os.close(writer)
     if "seconds" in wanted:
         time.sleep(wanted["seconds"])

@@ -11,7 +11,7 @@ import pytest
 from tests.chaos.outcome import Budget, Outcome
 from tests.test_house_rules import ROOT
 
-NAMES = ("build", "publish", "recipes", "models", "folders", "hub", "git", "texts")
+NAMES = ("build", "publish", "disk", "clock", "at-once", "recipes", "models", "folders", "hub", "git", "texts")
 
 
 @pytest.mark.crash

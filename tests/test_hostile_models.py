@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.hostile_models import MOST_BYTES_BEYOND, MOST_S, ROOT, hostile_cases, some_cases
+from tests.hostile_models import ROOT, hostile_cases, some_cases
 
 EXIT_CODES = {0, 2, 3, 4, 7}
 
@@ -26,18 +26,17 @@ def check_results(found: list[dict[str, Any]]) -> None:
     by_name = {result["case"]: result for result in found if result["command"] == "plan"}
     assert by_name["sound"]["status"] == 0, by_name["sound"]["output"]
     wrong = [
-        (result["case"], result["command"], result["status"], result["seconds"], result["output"][-300:])
+        (result["case"], result["command"], result["status"], result["overstepped"], result["output"][-300:])
         for result in found
         if result["status"] not in EXIT_CODES
         or "Traceback" in result["output"]
         or result["secret"]
-        or result["seconds"] > MOST_S
-        or result["beyond"] > MOST_BYTES_BEYOND
+        or result["overstepped"]
         or (result["refused"] and result["command"] == "plan" and result["status"] == 0)
     ]
     assert wrong == []
-    beyond, seconds = (max(result[key] for result in found) for key in ("beyond", "seconds"))
-    print(f"{len(by_name) - 1} hostile inputs: at most {seconds} s and {beyond / 1e6:.0f} MB beyond the process")
+    beyond, cpu_s = (max(result[key] for result in found) for key in ("beyond", "cpu_s"))
+    print(f"{len(by_name) - 1} hostile inputs: at most {cpu_s:.1f} s and {beyond / 1e6:.0f} MB beyond a sound one")
 
 
 def test_the_corpus_has_hundreds_of_distinct_cases() -> None:

@@ -7,34 +7,23 @@ Prints one table, writes the same as JSON where `--json` says, and exits with 1 
 """
 
 import argparse
-import importlib
 import json
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tests.chaos import hostile, kills
+from tests.chaos.harnesses import HARNESSES, in_a_fresh_process
 from tests.chaos.outcome import Budget, Outcome
-
-Harness = Callable[[Path, int, Budget], Outcome]
-HARNESSES: Mapping[str, Harness] = {
-    "build": kills.kill_builds,
-    "publish": kills.kill_publishes,
-    **hostile.SURFACES,
-}
 
 
 def main() -> int:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(prog="nox -s chaos --", description="Chaos: kills, signals and hostile inputs.")
+    parser = argparse.ArgumentParser(prog="nox -s chaos --", description="Kills, signals, faults and hostile inputs.")
     parser.add_argument("--seed", type=int, default=None, help="repeats a run; printed; default: the time")
     parser.add_argument("--minutes", type=float, default=30.0, help="the time of all harnesses together")
     parser.add_argument("--only", choices=HARNESSES, action="append", help="this harness (may be repeated)")
@@ -45,11 +34,6 @@ def main() -> int:
     if given.kill is not None and len(given.only or []) != 1:
         parser.error("--kill needs exactly one --only")
     seed = int(time.time()) if given.seed is None else given.seed
-    torch.set_num_threads(1)
-    from tests import build_crash_driver
-
-    for module in build_crash_driver.WARM:
-        importlib.import_module(module)
     names = given.only or list(HARNESSES)
     print(f"chaos: --seed {seed} --minutes {given.minutes:g} on {machine()}", flush=True)
     outcomes, left = [], given.minutes * 60
@@ -57,7 +41,7 @@ def main() -> int:
         began = time.monotonic()
         budget = Budget(seconds=left / (len(names) - place), most=given.most, only=given.kill)
         with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-            outcomes.append(HARNESSES[name](Path(folder), seed, budget))
+            outcomes.append(in_a_fresh_process(name, Path(folder), seed, budget))
         outcomes[-1].peak("seconds", time.monotonic() - began)
         left = max(0.0, left - (time.monotonic() - began))
         print(table([outcomes[-1]]), flush=True)
@@ -72,7 +56,7 @@ def main() -> int:
 def machine() -> str:
     """Name the machine and the versions."""
     git = subprocess.run(["git", "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
-    return f"{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}, git {git}"
+    return f"{platform.platform()}, Python {platform.python_version()}, torch {version('torch')}, git {git}"
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -87,7 +71,4 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("error")
-    # The Hub client's own upload of raw bytes.
-    warnings.filterwarnings("ignore", "Use .content=", DeprecationWarning)
     sys.exit(main())

@@ -13,37 +13,61 @@ from typing import Any
 import pytest
 
 from packager.card.raw_text import text_problems
+from packager.cli.main import app
 from packager.errors import PackagerError
+from packager.recipe.lock_file import lock_path
 from tests import test_card_hostile, test_git_foreign, test_hub_answers, test_raw_text, test_recipe_hostile
 from tests.card_page import structure
 from tests.chaos.outcome import Budget, Outcome
-from tests.hostile_models import (
-    MOST_BYTES_BEYOND,
-    MOST_S,
-    HostileCase,
-    Scene,
-    call_limited,
-    commands,
-    hostile_cases,
-    run_limited,
-)
+from tests.hostile_models import PRIVATE, HostileCase, Scene, commands, hostile_cases
+from tests.limited_calls import Measured, call_limited, overstepped
 from tests.loopback_hub import Account, LoopbackHub
 from tests.publish_fixtures import git, log_in
 from tests.test_hub_target import TOKEN, HubFixture
 
-EXIT_CODES = {0, 2, 3, 4, 7}
+EXIT_CODES = frozenset({0, 2, 3, 4, 7})
+MOST_PRINTED = 500_000  # JSON names each place of a finding: 11,000 files give 160 kB
 
 
-def check_limits(
-    outcome: Outcome, number: int, name: str, found: dict[str, Any], codes: frozenset[int] = frozenset({0})
-) -> None:
-    """Check how a process ended, what it printed, and what it took."""
-    outcome.counts["inputs"] += 1
-    outcome.peak("slowest, seconds", found["seconds"])
-    outcome.peak("most memory, MB", found["beyond"] / 1e6)
-    ended = found["status"] in codes and "Traceback" not in found["output"] and not found["secret"]
-    limits = found["seconds"] <= MOST_S and found["beyond"] <= MOST_BYTES_BEYOND
-    outcome.check(number, ended and limits, f"{name}: {found}")
+class Inputs:
+    """The inputs of one surface, each beside a harmless one.
+
+    Args:
+        outcome: receives the figures.
+        output: a file for what is printed.
+        harmless: handles a harmless input.
+        codes: the exit codes that an input may end with.
+    """
+
+    def __init__(
+        self, outcome: Outcome, output: Path, harmless: Callable[[], object], codes: frozenset[int] = frozenset({0})
+    ) -> None:
+        self.outcome, self._output, self._harmless, self._codes = outcome, output, harmless, codes
+        self._clean = self._measure_harmless()
+        outcome.peak("harmless: seconds", self._clean.seconds)
+        outcome.peak("harmless: seconds of computing", self._clean.cpu_s)
+        outcome.peak("harmless: peak, MB", self._clean.peak_bytes / 1e6)
+
+    def _measure_harmless(self) -> Measured:
+        found = call_limited(self._harmless, self._output)
+        if found.status:
+            raise RuntimeError(f"{self.outcome.name}: the harmless input: {found}")
+        return found
+
+    def check(self, number: int, name: str, function: Callable[[], object]) -> Measured:
+        """Handle an input; check how that ended, what it printed and what it took."""
+        found, outcome = call_limited(function, self._output), self.outcome
+        outcome.counts["inputs"] += 1
+        outcome.peak("slowest, seconds", found.seconds)
+        outcome.peak("most seconds of computing", found.cpu_s)
+        outcome.peak("most memory beyond harmless, MB", (found.peak_bytes - self._clean.peak_bytes) / 1e6)
+        over = overstepped(found, self._clean)
+        if over and found.status >= 0:
+            over = overstepped(found, self._measure_harmless())  # the machine may be slower now than at first
+        ended = found.status in self._codes and "Traceback" not in found.output and PRIVATE not in found.output
+        short = f"{name}: {over} {found.status}: {found.output[-2000:]}"
+        outcome.check(number, ended and not over and len(found.output) < MOST_PRINTED, short)
+        return found
 
 
 def hostile_recipes(folder: Path, seed: int, budget: Budget) -> Outcome:
@@ -51,27 +75,32 @@ def hostile_recipes(folder: Path, seed: int, budget: Budget) -> Outcome:
     outcome, scene = Outcome(name="recipes", seed=seed), Scene(folder=folder / "scene")
     scene.folder.mkdir()
     scene.make()
-    sound = (scene.folder / "recipe.yaml").read_text(encoding="utf-8")
+    sound, path = scene.folder / "recipe.yaml", scene.folder / "hostile.yaml"
+    shutil.copy(lock_path(sound), lock_path(path))  # without a lock, every recipe is refused
+    inputs = Inputs(outcome, folder / "out", partial(app, ["plan", str(sound)]), EXIT_CODES)
     for number in budget.numbers():
-        dice = outcome.dice(number)
-        text = sound if dice.random() < 0.7 else dice.choice(test_recipe_hostile.TEXTS)
-        for _ in range(dice.randint(1, 4)):
-            start = dice.randint(0, len(text))
-            end = start + dice.choice((0, 0, 1, 2, 5, 30))
-            piece = dice.choice(
-                (*test_recipe_hostile.TOKENS, text[end : end + dice.randint(0, 80)], chr(dice.randrange(0x3000)))
-            )
-            text = text[:start] + piece + text[end:]
-        path = scene.folder / "hostile.yaml"
+        text = hostile_recipe(sound.read_text(encoding="utf-8"), outcome.dice(number))
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        found = run_limited(["plan", str(path)], folder / "output.txt")
-        outcome.counts["refused"] += found["status"] != 0
-        check_limits(outcome, number, "recipe", found, frozenset(EXIT_CODES))
+        found = inputs.check(number, "recipe", partial(app, ["plan", str(path)]))
+        outcome.counts["refused"] += found.status != 0
     return outcome
 
 
+def hostile_recipe(sound: str, dice: random.Random) -> str:
+    """Return a recipe with one to four odd pieces."""
+    text = sound if dice.random() < 0.7 else dice.choice(test_recipe_hostile.TEXTS)
+    for _ in range(dice.randint(1, 4)):
+        start = dice.randint(0, len(text))
+        end = start + dice.choice((0, 0, 1, 2, 5, 30))
+        piece = dice.choice(
+            (*test_recipe_hostile.TOKENS, text[end : end + dice.randint(0, 80)], chr(dice.randrange(0x3000)))
+        )
+        text = text[:start] + piece + text[end:]
+    return text
+
+
 def hostile_models(folder: Path, seed: int, budget: Budget) -> Outcome:
-    """Plan base models, and audit branches, of which a file is damaged."""
+    """Plan base models of which a file is damaged."""
     return damaged_folders(Outcome(name="models", seed=seed), folder, budget, "plan")
 
 
@@ -86,16 +115,20 @@ def damaged_folders(outcome: Outcome, folder: Path, budget: Budget, command: str
     scene.folder.mkdir()
     scene.make()
     random.Random(outcome.seed).shuffle(cases)
+    run = lambda copy: app(dict(commands(copy))[command])  # noqa: E731
+    inputs = Inputs(outcome, folder / "out", partial(run, scene.copy("harmless")), EXIT_CODES)
     for number in budget.numbers():
         if number > len(cases):
             break
         case: HostileCase = cases[number - 1]
         copy = scene.copy(str(number))
-        case.damage(Scene.model(copy) if command == "plan" else copy / "branches" / "branch")
-        found = run_limited(dict(commands(copy))[command], folder / "output.txt")
-        check_limits(outcome, number, case.name, found, frozenset(EXIT_CODES))
-        outcome.counts["refused"] += found["status"] != 0
-        missed = command == "plan" and case.refused and found["status"] == 0
+        damaged = Scene.model(copy) if command == "plan" else copy / "branches" / "branch"
+        # In a process of its own: this one stays small.
+        made = call_limited(partial(case.damage, damaged), folder / "damage")
+        outcome.check(number, made.status == 0, f"{case.name}: {made.output}")
+        found = inputs.check(number, case.name, partial(run, copy))
+        outcome.counts["refused"] += found.status != 0
+        missed = command == "plan" and case.refused and found.status == 0
         outcome.check(number, not missed, f"{case.name}: accepted")
         shutil.rmtree(copy)
     return outcome
@@ -110,15 +143,14 @@ def hostile_hub(folder: Path, seed: int, budget: Budget) -> Outcome:
         stranger.close()
     cases = [(endpoint, name) for endpoint in test_hub_answers.ENDPOINTS for name in names]
     random.Random(seed).shuffle(cases)
+    inputs = Inputs(outcome, folder / "out", partial(publish_to_hub, folder / "harmless", None))
     for number in budget.numbers():
         if number > len(cases):
             break
-        scratch = folder / str(number)
-        scratch.mkdir()
-        found = call_limited(partial(publish_to_hub, scratch, *cases[number - 1]), folder / "out")
-        outcome.counts["refused"] += "refused: " in found["output"]
-        check_limits(outcome, number, f"{cases[number - 1]}", found)
-        shutil.rmtree(scratch)
+        case = cases[number - 1]
+        found = inputs.check(number, f"{case}", partial(publish_to_hub, folder / str(number), case))
+        outcome.counts["refused"] += "refused: " in found.output
+        shutil.rmtree(folder / str(number))
     return outcome
 
 
@@ -127,15 +159,18 @@ def use_repository(foreign: Any) -> None:
     print("refused: ", len(foreign.use()))
 
 
-def publish_to_hub(folder: Path, endpoint: str, name: str) -> None:
-    """Publish while one request is answered badly, then again."""
+def publish_to_hub(folder: Path, case: tuple[str, str] | None) -> None:
+    """Publish while one request is answered badly, as an endpoint and a damage say, then again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     stranger, patch = test_hub_answers.Stranger(), pytest.MonkeyPatch()
     with LoopbackHub(folder / "hub", tokens={TOKEN: Account("somebody")}) as hub:
         log_in(hub, TOKEN, patch)
         patch.setattr("time.sleep", lambda _: None)
         fixture = HubFixture(folder, hub)
-        damage = test_hub_answers.damages(hub, stranger)[name]
-        hub.fault(test_hub_answers.ENDPOINTS[endpoint], times=9999, **damage)
+        if case:
+            damage = test_hub_answers.damages(hub, stranger)[case[1]]
+            hub.fault(test_hub_answers.ENDPOINTS[case[0]], times=9999, **damage)
         try:
             test_hub_answers.exercise(fixture, "somebody/R")
         except PackagerError as error:
@@ -143,7 +178,8 @@ def publish_to_hub(folder: Path, endpoint: str, name: str) -> None:
             if TOKEN in str(error):
                 raise RuntimeError("the error names the token") from None
         except AssertionError:
-            assert endpoint == "content"  # a file's bytes are compared by whoever reads it
+            assert case is not None
+            assert case[0] == "content"  # a file's bytes are compared by whoever reads it
         assert stranger.tokens == []
         hub.faults.clear()
         test_hub_answers.exercise(fixture, "somebody/R")
@@ -159,6 +195,9 @@ def hostile_git(folder: Path, seed: int, budget: Budget) -> Outcome:
         (folder / kind).mkdir()
         with contextlib.redirect_stdout(io.StringIO()):
             made[kind] = test_git_foreign.Foreign.made(folder / kind, kind)
+    with contextlib.redirect_stdout(io.StringIO()):
+        harmless = made["local"].copied(folder / "harmless")
+    inputs = Inputs(outcome, folder / "out", partial(use_repository, harmless))
     for number in budget.numbers():
         dice = outcome.dice(number)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -170,9 +209,8 @@ def hostile_git(folder: Path, seed: int, budget: Budget) -> Outcome:
             story = f"{foreign.kind}: {chosen}"
         else:
             story = f"{foreign.kind}: {damage_git(foreign.git_folder, dice)}"
-        found = call_limited(partial(use_repository, foreign), folder / "out")
-        outcome.counts["refused"] += "refused:  0" not in found["output"]
-        check_limits(outcome, number, story, found)
+        found = inputs.check(number, story, partial(use_repository, foreign))
+        outcome.counts["refused"] += "refused:  0" not in found.output
         outcome.check(number, not foreign.ran(), f"{story} ran {foreign.ran()}")
         shutil.rmtree(folder / "copy")
     return outcome
@@ -207,14 +245,14 @@ def hostile_texts(folder: Path, seed: int, budget: Budget) -> Outcome:
     outcome = Outcome(name="texts", seed=seed)
     pieces = (*test_raw_text.GOOD, *test_raw_text.REFUSED.values(), test_card_hostile.HOSTILE_LINES, "-->", "```", "> ")
     pieces = tuple(piece for piece in pieces if len(piece) < 10_000)
+    inputs = Inputs(outcome, folder / "out", partial(judge_text, test_raw_text.GOOD[0]))
     for number in budget.numbers():
         dice = outcome.dice(number)
         text = dice.choice(("\n", "\n\n", "", " ")).join(dice.choices(pieces, k=dice.randint(1, 4)))
         if dice.random() < 0.3:
             text *= dice.randint(2, 50)
-        found = call_limited(partial(judge_text, text), folder / "out")
-        outcome.counts["refused"] += "refused" in found["output"]
-        check_limits(outcome, number, json.dumps(text[:300]), found)
+        found = inputs.check(number, json.dumps(text[:300]), partial(judge_text, text))
+        outcome.counts["refused"] += "refused" in found.output
     return outcome
 
 
@@ -225,13 +263,3 @@ def judge_text(text: str) -> None:
         return
     plain = structure(test_raw_text.card())
     assert structure(test_raw_text.card(header=text))[-len(plain) :] == plain
-
-
-SURFACES: dict[str, Callable[[Path, int, Budget], Outcome]] = {
-    "recipes": hostile_recipes,
-    "models": hostile_models,
-    "folders": hostile_folders,
-    "hub": hostile_hub,
-    "git": hostile_git,
-    "texts": hostile_texts,
-}

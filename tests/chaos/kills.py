@@ -20,6 +20,7 @@ def kill_builds(folder: Path, seed: int, budget: Budget) -> Outcome:
     """Kill builds of the tiny recipe; every second one replaces a finished build of another seed."""
     outcome, dist = Outcome(name="build", seed=seed), folder / "builds"
     dist.mkdir()
+    build_crash_driver.warm_up(folder)
     inputs = write_inputs(folder / "recipe")
     two = {"variants": RECIPE["variants"][:2]}
     recipes = [
