@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ def fill() -> None:
     assert [bytes(1000) for _ in range(SIZE // 1000)]
 
 
-def fill_in_a_child() -> None:
-    subprocess.run([sys.executable, "-c", f"assert b'x' * {SIZE}"], check=True)
+def fill_in_a_child(size_bytes: int) -> None:
+    subprocess.run([sys.executable, "-c", f"assert b'x' * {size_bytes}"], check=True)
 
 
 def test_the_memory_of_a_call_is_seen_beside_a_harmless_one(tmp_path: Path) -> None:
@@ -37,10 +38,10 @@ def test_the_memory_of_a_call_is_seen_beside_a_harmless_one(tmp_path: Path) -> N
 
 def test_the_memory_of_a_calls_child_is_seen(tmp_path: Path) -> None:
     nothing = call_limited(lambda: subprocess.run([sys.executable, "-c", ""], check=True), tmp_path / "out")
-    found = call_limited(fill_in_a_child, tmp_path / "out")
     small = call_limited(lambda: None, tmp_path / "out")
+    found = call_limited(partial(fill_in_a_child, small.peak_bytes + SIZE), tmp_path / "out")
     assert found.status == nothing.status == 0
-    assert found.peak_bytes > max(small.peak_bytes, SIZE)
+    assert found.peak_bytes > small.peak_bytes + SIZE
 
 
 def test_waiting_is_not_computing(tmp_path: Path) -> None:
