@@ -118,8 +118,8 @@ def in_environment(loader: LoaderName, context: RuntimeContext, code: str, *argu
     probes = Path(__file__).parent.parent / "packager" / "prove" / "loaders"
     start = (
         "import sys, importlib; sys.path.append(sys.argv.pop(1));"
-        "probe = importlib.import_module('transformers_probe'); probe.configure('cpu');"
-        "import torch; probe.provide_pcre();"
+        "isolated = importlib.import_module('packager_isolated'); isolated.prepare_gptqmodel('cpu');"
+        "import torch; isolated.provide_pcre();"
     )
     run = subprocess.run(
         [python, "-c", start + code, probes, *arguments], capture_output=True, text=True, check=True, timeout=300

@@ -36,7 +36,7 @@ from packager.model.packing import CheckpointReader
 from packager.pipeline.plan import make_plan
 from packager.prove.audit import audit
 from packager.prove.environments import RuntimeContext, ensure_environment
-from packager.prove.loaders import LOADERS
+from packager.prove.loaders import ISOLATED, LOADERS
 from packager.prove.probes import ProbeJob, ProbeResult, run_probes
 from packager.publish.targets.git_process import AUTHOR_EMAIL, AUTHOR_NAME
 from packager.receipt import Confinement, Provenance
@@ -314,7 +314,7 @@ def run_python(block: CodeBlock, loader: str, python: Path, environ: Environ, fo
         # Its environment has no PyPcre (see the lock); the stand-in is the probe's own.
         site = folder / "site"
         site.mkdir()
-        stand_in = f"import runpy\n\nrunpy.run_path({str(LOADERS[loader].script)!r})['provide_pcre']()\n"
+        stand_in = f"import runpy\n\nrunpy.run_path({str(ISOLATED)!r})['provide_pcre']()\n"
         (site / "sitecustomize.py").write_text(stand_in, encoding="utf-8")
         environ["PYTHONPATH"] = str(site)
     return succeed([python, script], environ, work)

@@ -16,8 +16,8 @@ from typing import Any
 from peer import Job, Stopwatch, need, rows_of, run, versions
 
 FASTEST = {"offload_to_disk": False}
-# The loader's probe replaces PyPcre, which exists as C source only.
-_PROBE = Path(__file__).parents[2] / "packager" / "prove" / "loaders" / "transformers_probe.py"
+# The loaders replace PyPcre, which exists as C source only.
+_PROBE = Path(__file__).parents[2] / "packager" / "prove" / "loaders" / "packager_isolated.py"
 
 
 class _Layers:

@@ -145,6 +145,7 @@ def _context(
     here = next(facts for facts in branches if facts.branch == branch)
     others = [facts for facts in branches if facts.branch != MAIN]
     separate = recipe.repository.layout == "repos"
+    offers = facts.offers(branches, expectations)
     return {
         "recipe": recipe,
         "card": recipe.card,
@@ -161,7 +162,8 @@ def _context(
         "loaders": loaders,
         "loader_titles": {name: RUNTIMES[name].title if name in RUNTIMES else name for name in loaders},
         "expectations": facts.expectation_rows(branches, expectations),
-        "offers": facts.offers(branches, expectations),
+        "offers": offers,
+        "examples": facts.examples(here, offers),
         "license_files": tuple(
             Path(name).name for name in (*recipe.card.license.files, *recipe.card.license.base_files)
         ),

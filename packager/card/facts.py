@@ -123,7 +123,11 @@ class Offer:
 
     def is_known(self, branch: str) -> bool:
         """Return whether there is a verdict on a branch."""
-        return self.accepts(branch) or any(branch in group.branches for group in self.refused)
+        return self.accepts(branch) or bool(self.refusal(branch))
+
+    def refusal(self, branch: str) -> str:
+        """Return why the runtime should not open a branch; "" if it should, or if there is no verdict."""
+        return next((str(group.value) for group in self.refused if branch in group.branches), "")
 
 
 def branch_facts(recipe: Recipe, receipts: Sequence[Provenance]) -> tuple[BranchFacts, ...]:
@@ -220,6 +224,19 @@ def offers(branches: Sequence[BranchFacts], expectations: Mapping[str, Sequence[
             ),
         )
     return found
+
+
+def examples(here: BranchFacts, known: Mapping[str, Offer]) -> frozenset[str]:
+    """Return the runtimes that the page may show as a way to load a branch.
+
+    These are the ones that passed, and those that were not run and whose own checks do not refuse it.
+    """
+    return frozenset(
+        name
+        for name, offer in known.items()
+        for status in (here.record(name).status,)
+        if status == "passed" or (status == "not run" and not offer.refusal(here.branch))
+    )
 
 
 def _setting(record: LoaderRecord) -> LoaderSetting:

@@ -291,6 +291,10 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         refuses=(_bits(2, 3, 4, 8), _transformers_fails),
         traps=(_note("through gptqmodel and optimum"),),
     ),
+    "gptqmodel": RuntimeRules(
+        refuses=(_bits(2, 3, 4, 8), _gptqmodel_types, _symmetric_only),
+        traps=(_note("its own loader"),),
+    ),
     "gptqmodel-marlin": RuntimeRules(
         refuses=(
             _bits(*MARLIN_BITS),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # The runtimes that a build can run, as recipes name them. `RUNTIMES` has a probe for each of them and for no other.
-LoaderName = Literal["autogptq", "transformers", "exllamav2"]
+LoaderName = Literal["autogptq", "transformers", "gptqmodel", "exllamav2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +17,13 @@ class Probe:
 
     Attributes:
         script: the stand-alone program, a file of packager/prove/loaders.
+        lock: the name of the lock of its packages. Runtimes of one lock share one environment.
         versions: of the runtime and of what it needs, as its lock pins them.
         devices: of "cpu" and "cuda", those it can compute on.
     """
 
     script: str
+    lock: str
     versions: str
     devices: frozenset[Literal["cpu", "cuda"]]
 
@@ -59,6 +61,7 @@ RUNTIMES: Mapping[str, Runtime] = {
             version="0.7.1",
             probe=Probe(
                 script="autogptq_probe.py",
+                lock="autogptq",
                 versions="0.7.1 with transformers 4",
                 devices=frozenset({"cpu", "cuda"}),
             ),
@@ -68,7 +71,7 @@ RUNTIMES: Mapping[str, Runtime] = {
             name="exllamav2",
             title="ExLlamaV2",
             version="0.3.2",
-            probe=Probe(script="exllamav2_probe.py", versions="0.3.2", devices=frozenset({"cuda"})),
+            probe=Probe(script="exllamav2_probe.py", lock="exllamav2", versions="0.3.2", devices=frozenset({"cuda"})),
         ),
         Runtime(name="gptq-for-llama", title="GPTQ-for-LLaMa"),
         Runtime(
@@ -77,7 +80,19 @@ RUNTIMES: Mapping[str, Runtime] = {
             version="5",
             probe=Probe(
                 script="transformers_probe.py",
+                lock="transformers",
                 versions="5.23 with GPTQModel 7.7",
+                devices=frozenset({"cpu", "cuda"}),
+            ),
+        ),
+        Runtime(
+            name="gptqmodel",
+            title="GPTQModel",
+            version="7.7",
+            probe=Probe(
+                script="gptqmodel_probe.py",
+                lock="transformers",
+                versions="7.7 with transformers 5.23",
                 devices=frozenset({"cpu", "cuda"}),
             ),
         ),

@@ -92,7 +92,7 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
 
 
 def environment_name(spec: LoaderSpec) -> str:
-    """Return `<loader>-<12 hex digits>`; the digits depend on the lock, Python, the platform and torch."""
+    """Return `<lock's name>-<12 hex digits>`; the digits depend on the lock, Python, the platform and torch."""
     torch = find("torch")
     parts = [
         _LAYOUT,
@@ -102,7 +102,7 @@ def environment_name(spec: LoaderSpec) -> str:
         sysconfig.get_platform(),
         torch.version if torch else "",
     ]
-    return f"{spec.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
+    return f"{spec.requirements.stem}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 
 
 def installed_versions(python: Path, names: Sequence[str]) -> dict[str, str]:

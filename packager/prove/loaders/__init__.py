@@ -22,7 +22,8 @@ class LoaderSpec:
     Attributes:
         name: the name that recipes and receipts use.
         script: the stand-alone probe.
-        requirements: the lock, which pip installs with --no-deps; torch is not in it.
+        requirements: the lock, which pip installs with --no-deps; torch is not in it. Loaders of one lock share one
+            environment.
         devices: the types of device that it can compute on, of "cpu" and "cuda".
         requires_python: specifier of the Python versions for which the whole lock can be installed.
         description: its title, and the versions that the lock pins.
@@ -53,7 +54,7 @@ LOADERS: dict[str, LoaderSpec] = {
     name: LoaderSpec(
         name=name,
         script=_HERE / runtime.probe.script,
-        requirements=_HERE / "requirements" / f"{name}.txt",
+        requirements=_HERE / "requirements" / f"{runtime.probe.lock}.txt",
         devices=runtime.probe.devices,
         requires_python=_REQUIRES_PYTHON,
         description=f"{runtime.title} {runtime.probe.versions}",

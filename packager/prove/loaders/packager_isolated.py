@@ -12,15 +12,19 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import sys
 import traceback
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
 Probe = Callable[[Job, Path], dict[str, Any]]
+# What the names of the classes begin with that compute the quantized linears of GPTQModel, and of transformers with it.
+GPTQMODEL_KERNELS = "gptqmodel.nn_modules.qlinear."
 
 
 def main(probe: Probe, job_files: Sequence[str]) -> int:
@@ -162,6 +166,35 @@ def peak_memory_bytes(torch: Any, device: str) -> int:
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def prepare_gptqmodel(device: str) -> None:
+    """Set what GPTQModel reads from its environment when it is imported."""
+    # Kernels are compiled on first use; a folder in this environment keeps them apart from those of another torch.
+    os.environ.setdefault("GPTQMODEL_TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "kernels"))
+    # GPTQModel refuses its own default number of workers on a small machine.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")
+    # Without this variable the Machete kernel downloads CUTLASS.
+    os.environ["GPTQMODEL_OFFLINE"] = "1"
+    if device == "cpu":
+        # The kernel compiles its dequantization, which needs a C++ compiler and took 30 s for two layers.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
+
+def provide_pcre() -> str:
+    """Replace PyPcre by Python's re if PyPcre is not installed; return PyPcre's version, or what replaces it.
+
+    PyPcre exists as C source only. GPTQModel matches module names with it; its patterns mean the same in both.
+    """
+    try:
+        return importlib.metadata.version("pypcre")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    stand_in: Any = types.ModuleType("pcre")
+    stand_in.compile, stand_in.escape, stand_in.split, stand_in.Pattern = re.compile, re.escape, re.split, re.Pattern
+    stand_in.Flag = types.SimpleNamespace(CASELESS=re.IGNORECASE, MULTILINE=re.MULTILINE, DOTALL=re.DOTALL)
+    sys.modules.setdefault("pcre", stand_in)
+    return "replaced by re"
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -5,13 +5,9 @@ Stand-alone, run as `python transformers_probe.py JOB.json ...` where all three 
 """
 
 import importlib
-import importlib.metadata
 import json
-import os
-import re
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,6 @@ sys.path.append(str(Path(__file__).parent))
 isolated: Any = importlib.import_module("packager_isolated")
 
 PACKAGES = ("transformers", "gptqmodel", "optimum", "accelerate", "tokenizers", "safetensors", "numpy", "torch")
-KERNELS = "gptqmodel.nn_modules.qlinear."
 
 
 def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -30,10 +25,10 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
         The fields of result.json for a job that succeeded.
     """
     folder, device = Path(job["model_dir"]), job["device"]
-    configure(device)
+    isolated.prepare_gptqmodel(device)
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
-    pcre = provide_pcre()
+    pcre = isolated.provide_pcre()
     # Otherwise transformers would import it while loading, and the import would count as load time.
     importlib.import_module("gptqmodel")
     digests = isolated.weights_digests(folder)
@@ -48,7 +43,7 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
         local_files_only=True,
     ).eval()
     load_s = time.perf_counter() - started
-    kernel = isolated.kernel_name(model, KERNELS)
+    kernel = isolated.kernel_name(model, isolated.GPTQMODEL_KERNELS)
     started = time.perf_counter()
     isolated.write_logits(
         output / "logits.npy",
@@ -68,35 +63,6 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
         "forward_s": forward_s,
         "peak_memory_bytes": isolated.peak_memory_bytes(torch, device),
     }
-
-
-def configure(device: str) -> None:
-    """Set what GPTQModel reads from its environment when it is imported."""
-    # Kernels are compiled on first use; a folder in this environment keeps them apart from those of another torch.
-    os.environ.setdefault("GPTQMODEL_TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "kernels"))
-    # GPTQModel refuses its own default number of workers on a small machine.
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")
-    # Without this variable the Machete kernel downloads CUTLASS.
-    os.environ["GPTQMODEL_OFFLINE"] = "1"
-    if device == "cpu":
-        # The kernel compiles its dequantization, which needs a C++ compiler and took 30 s for two layers.
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
-
-
-def provide_pcre() -> str:
-    """Replace PyPcre by Python's re if PyPcre is not installed; return PyPcre's version, or what replaces it.
-
-    PyPcre exists as C source only. GPTQModel matches module names with it; its patterns mean the same in both.
-    """
-    try:
-        return importlib.metadata.version("pypcre")
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    stand_in: Any = types.ModuleType("pcre")
-    stand_in.compile, stand_in.escape, stand_in.split, stand_in.Pattern = re.compile, re.escape, re.split, re.Pattern
-    stand_in.Flag = types.SimpleNamespace(CASELESS=re.IGNORECASE, MULTILINE=re.MULTILINE, DOTALL=re.DOTALL)
-    sys.modules.setdefault("pcre", stand_in)
-    return "replaced by re"
 
 
 def kernel_choice(transformers: Any, folder: Path, device: str) -> Any:
