@@ -279,14 +279,17 @@ def loaders_page() -> str:
         for spec in LOADERS.values()
     )
     intro = (
-        "The runtimes that load published branches. Those of the first table run in a build, each in an environment of "
-        "its own that shares the torch of the build; what they must prove is in "
+        "The runtimes that load published branches. Those of the first table run in a build, each in the environment "
+        "of its lock, which shares the torch of the build; what they must prove is in "
         "[how it works](../explanation/how-it-works.md)."
     )
     proven = f"## In a build\n\n{table(('name in recipes', 'runtime', 'device', 'Python'), rows)}"
+    loaders_by_lock: dict[Path, list[str]] = {}
+    for spec in LOADERS.values():
+        loaders_by_lock.setdefault(spec.requirements, []).append(f"`{spec.name}`")
     locks = [
-        f"### Packages of `{spec.name}`\n\n{table(('package', 'version', 'where', 'how'), _pinned(spec.requirements))}"
-        for spec in LOADERS.values()
+        f"### Packages of {' and '.join(names)}\n\n{table(('package', 'version', 'where', 'how'), _pinned(lock))}"
+        for lock, names in loaders_by_lock.items()
     ]
     return page("Loaders", intro, proven, _CONFINEMENT, _PACKAGES, *locks, _predicted())
 

@@ -191,6 +191,8 @@ CASES = [
     case("checkpoint-format", lambda _: None, checkpoint=V2),
     document("quantize-config-key", "quantize_config.json", lambda config: config.update(static_groups=False)),
     document("quantize-config-disagrees", "quantize_config.json", lambda config: config.update(damp_percent=0.1)),
+    document("quantize-config-key", "quantize_config.json", lambda config: config.update(dynamic={"-:^x$": {}})),
+    quantization("quantize-config-disagrees", lambda section: section.update(dynamic={"-:^x$": {}})),
     document("model-name-or-path", "quantize_config.json", lambda config: config.update(model_name_or_path="./x")),
     case("architecture-unknown", lambda _: None, checkpoint=Checkpoint(model_type="mystery")),
     tensors("no-quantized-linear", lambda found: [drop(found, f"model.layers.{block}.") for block in (0, 1)]),

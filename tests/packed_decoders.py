@@ -6,17 +6,19 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 
 from packager.model.architecture import Architecture, LinearSpec, architecture_of
-from packager.model.checkpoint import PORTABLE_PARAMETERS, checkpoint_tensors
+from packager.model.checkpoint import checkpoint_tensors
 from packager.model.describe import describe
 from packager.model.packing import pack, pack_zeros
 from packager.model.rope import in_both_spellings
 from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
-from packager.pipeline.pack import quantization_config
+from packager.pipeline.pack import portable_config, quantization_config
 from packager.variant import Variant, num_groups
-from tests.tiny_decoders import tiny_decoder
+from tests.tiny_decoders import VOCABULARY, tiny_decoder
 
 VARIANT = Variant(
     branch="main", bits=4, group_size=32, desc_act=True, sym=False, damp_percent=0.1, damp_percent_limit=0.5,
@@ -48,9 +50,17 @@ def packed_decoder(name: str, folder: Path, *, skip: Sequence[str] = (), variant
         "quantization_config": quantization_config(variant, architecture),
     }
     (folder / "config.json").write_text(json.dumps(config))
-    portable = {key: variant.parameters()[key] for key in PORTABLE_PARAMETERS}
-    (folder / "quantize_config.json").write_text(json.dumps({**portable, "model_file_base_name": "model"}))
+    portable = portable_config(variant, architecture, "tester/tiny-GPTQ", "model")
+    (folder / "quantize_config.json").write_text(json.dumps(portable))
+    write_tokenizer(folder)
     return architecture
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of made-up words: every build has one, and GPTQModel opens no checkpoint without."""
+    words = {f"word{number}": number for number in range(VOCABULARY)}
+    Tokenizer(WordLevel(words, unk_token="word0")).save(str(folder / "tokenizer.json"))  # noqa: S106 - a word
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 def random_linear(linear: LinearSpec, variant: Variant, dice: torch.Generator) -> dict[str, Tensor]:

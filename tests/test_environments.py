@@ -467,7 +467,7 @@ def test_time_limit_is_for_each_checkpoint(spec: LoaderSpec, tmp_path: Path) -> 
 
 
 def test_loaders_are_named_by_their_keys_and_import_no_torch() -> None:
-    assert set(LOADERS) == {"autogptq", "transformers", "exllamav2"}
+    assert set(LOADERS) == {"autogptq", "transformers", "gptqmodel", "exllamav2"}
     assert all(name == spec.name and spec.script.is_file() for name, spec in LOADERS.items())
     code = "import sys, packager.prove.loaders; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(environments.__file__).parents[2])
@@ -508,7 +508,7 @@ def test_probes_import_the_standard_library_only(script: Path) -> None:
 
 
 @pytest.mark.usefixtures("toy_torch")
-@pytest.mark.parametrize("name", ["autogptq", "transformers"])
+@pytest.mark.parametrize("name", ["autogptq", "transformers", "gptqmodel"])
 def test_probe_without_its_runtime_names_the_missing_package(name: str, spec: LoaderSpec, tmp_path: Path) -> None:
     python = ensure_environment(spec, context(tmp_path / "cache"))
     with pytest.raises(LoaderError, match=f"{name} could not open the checkpoint") as caught:

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from packager.cli.plan_view import left_lines
 from packager.errors import RecipeError
 from packager.model.architecture import Architecture, BlockKind, LinearSpec
-from packager.model.checkpoint import block_keys, checkpoint_tensors
+from packager.model.checkpoint import PORTABLE_KEYS, block_keys, checkpoint_tensors
 from packager.model.compatibility import Verdict, verdicts
 from packager.model.runtime_architectures import TRANSFORMERS_FAILS
-from packager.pipeline.pack import quantization_config
+from packager.pipeline.pack import portable_config, quantization_config
 from packager.pipeline.plan import make_plan
 from packager.prove.audit import audit
 from packager.prove.audit.config import Declared
@@ -242,6 +242,7 @@ def test_a_model_without_left_linears_has_the_keys_of_before() -> None:
         "quant_method", "bits", "group_size", "damp_percent", "desc_act", "sym", "true_sequential", "static_groups",
         "checkpoint_format", "lm_head",
     }  # fmt: skip
+    assert portable_config(variant(group_size=32), ARCHITECTURE, "a/b", "model").keys() == {*PORTABLE_KEYS}
 
 
 def test_an_audit_reads_from_config_json_what_is_left() -> None:
@@ -315,6 +316,8 @@ def test_a_branch_with_left_linears_says_so_wherever_it_is_read(tmp_path: Path) 
     assert f"* Left as in the base model: `mlp.down_proj` ({reason})." in card
     section = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert list(section["dynamic"]) == [r"-:^model\.layers\.\d+\.mlp\.down_proj$"]
+    portable = json.loads((folder / "quantize_config.json").read_text())
+    assert portable["dynamic"] == section["dynamic"], "GPTQModel reads this file first"
     name = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(
         load_file(folder / "model.safetensors")[name], load_file(tmp_path / "model" / "model.safetensors")[name]

@@ -353,9 +353,9 @@ def refusing(config: dict[str, Any] = LLAMA_2_13B, **parameters: Any) -> set[str
         ({"bits": 3}, {"exllama", "exllamav2", "gptqmodel-marlin", "vllm", "tgi"}),
         ({"bits": 3, "desc_act": True}, {"exllama", "exllamav2", "gptq-for-llama", "gptqmodel-marlin", "vllm", "tgi"}),
         ({"bits": 2}, {"exllama", "exllamav2", "gptqmodel-marlin", "vllm"}),
-        ({"sym": False}, {"gptqmodel-marlin", "vllm"}),
+        ({"sym": False}, {"gptqmodel", "gptqmodel-marlin", "vllm"}),
         ({"group_size": 256}, {"gptqmodel-marlin", "vllm"}),
-        ({"group_size": 160}, {"exllamav2", "gptqmodel-marlin", "vllm"}),
+        ({"group_size": 160}, {"exllamav2", "transformers", "gptqmodel", "gptqmodel-marlin", "vllm"}),
     ],
 )
 def test_verdicts_follow_the_format_s_table(parameters: dict[str, Any], refusals: set[str]) -> None:

@@ -8,7 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from packager.model.architecture import Architecture
-from packager.model.runtime_architectures import FUSED_LINEARS, GPTQMODEL_TYPES, TRANSFORMERS_FAILS, VLLM_CLASSES
+from packager.model.runtime_architectures import (
+    FUSED_LINEARS,
+    GPTQMODEL_DROPS,
+    GPTQMODEL_FAILS,
+    GPTQMODEL_OPENS,
+    GPTQMODEL_TYPES,
+    TRANSFORMERS_FAILS,
+    VLLM_CLASSES,
+)
 from packager.model.runtimes import RUNTIMES
 from packager.variant import Variant
 
@@ -17,6 +25,9 @@ Check = Callable[[Variant, Architecture], str]
 
 MARLIN_BITS = (4, 8)
 MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
+# Of the kernels that transformers and GPTQModel choose on any machine: gptqmodel.nn_modules.qlinear, TorchLinear and
+# TritonV2Linear, SUPPORTS_GROUP_SIZE.
+GPTQMODEL_GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 # The families that AutoGPTQ 0.7.1 and transformers 4.40.2 both know, with the types of rotary embedding known there.
 LEGACY_ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
     "llama": ("default", "linear", "dynamic"),
@@ -102,6 +113,40 @@ def _rules_read_for(*read: str) -> Check:
 def _gptqmodel_types(_: Variant, architecture: Architecture) -> str:
     known = architecture.model_type in GPTQMODEL_TYPES
     return "" if known else f"GPTQModel 7.7 does not list {architecture.model_type}"
+
+
+def _gptqmodel_opens(_: Variant, architecture: Architecture) -> str:
+    """Return why GPTQModel's own loader does not open a model, as far as it was run.
+
+    It loads tensors by their stored names (gptqmodel.utils.model, load_checkpoint_in_model_then_tie_weights), which
+    transformers converts.
+    """
+    model_type = architecture.model_type
+    for linear in architecture.example_linears:
+        wanted = f"{architecture.blocks_path}.{linear.block}.{linear.module}"
+        if linear.name != wanted:
+            return f"looks for {wanted}, stored is {linear.name}"
+        if linear.module in GPTQMODEL_DROPS.get(model_type, ()):
+            return f"keeps a random {linear.module} in place of the quantized one"
+    left = next((module for module in architecture.left if module.rpartition(".")[2] == "experts"), None)
+    if left is not None:
+        return f"looks for quantized experts, {left} is not quantized"
+    known = model_type in GPTQMODEL_OPENS
+    return GPTQMODEL_FAILS.get(model_type, "" if known else f"is not proven with {model_type}")
+
+
+def _gptqmodel_symmetric(variant: Variant, _: Architecture) -> str:
+    """Return the refusal of format "gptq" (gptqmodel.models.loader, from_quantized, MIN_VERSION_WITH_V2)."""
+    return "" if variant.sym else "reads asymmetric checkpoints only if GPTQModel made them"
+
+
+def _no_experts(_: Variant, architecture: Architecture) -> str:
+    """Refuse quantized experts where the runtime keeps those of a layer in one parameter.
+
+    Source: optimum 2.3, optimum.gptq.quantizer, replaces linears only. The parameter stays random; a log line is all.
+    """
+    experts = any(linear.parameter for linear in architecture.example_linears)
+    return "computes with random experts in place of the quantized ones" if experts else ""
 
 
 def _vllm_classes(_: Variant, architecture: Architecture) -> str:
@@ -288,12 +333,17 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         traps=(_gptq_for_llama_branch,),
     ),
     "transformers": RuntimeRules(
-        refuses=(_bits(2, 3, 4, 8), _transformers_fails),
+        refuses=(_bits(2, 3, 4, 8), _group_sizes(*GPTQMODEL_GROUP_SIZES), _no_experts, _transformers_fails),
         traps=(_note("through gptqmodel and optimum"),),
     ),
     "gptqmodel": RuntimeRules(
-        refuses=(_bits(2, 3, 4, 8), _gptqmodel_types, _symmetric_only),
-        traps=(_note("its own loader"),),
+        refuses=(
+            _bits(2, 3, 4, 8),
+            _gptqmodel_opens,
+            _group_sizes(*GPTQMODEL_GROUP_SIZES),
+            _gptqmodel_symmetric,
+        ),
+        traps=(_note("computes in float16 or bfloat16"),),
     ),
     "gptqmodel-marlin": RuntimeRules(
         refuses=(

@@ -26,6 +26,40 @@ GPTQMODEL_TYPES = frozenset(
     """.split()  # noqa: SIM905
 )
 
+# Model types whose checkpoints GPTQModel's own loader opened here, on the CPU, and computed as our forward does. Types
+# that are not on the list above are opened by a general class.
+GPTQMODEL_OPENS = frozenset(
+    """
+    apertus arcee bloom codegen cohere cohere2 deepseek_v2 deepseek_v3 dots1 ernie4_5 exaone4 falcon gemma gemma2
+    gemma3_text gemma4_text gpt2 gpt_bigcode gptj granite helium hunyuan_v1_moe llama mistral mpt nemotron olmo olmo2
+    olmo3 olmoe opt phi qwen2 qwen2_moe qwen3 qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 stablelm starcoder2
+    """.split()  # noqa: SIM905
+)
+
+# Linears of these model types that GPTQModel does not expect quantized (module_tree of gptqmodel.models.definitions).
+# It keeps them random, without an error.
+_DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+GPTQMODEL_DROPS: dict[str, tuple[str, ...]] = {
+    "qwen2_moe": _DENSE,
+    "qwen3_moe": _DENSE,
+    "qwen3_next": (*_DENSE, "linear_attn.in_proj_ba"),
+}
+
+# Model types that it does not open, or does not compute, although the linears have the names that it looks for.
+_UNLIKE_THE_MODEL = "computes something else than the model, without an error"
+_SPLITS = "takes mlp.gate_up_proj apart, which is stored as one"
+GPTQMODEL_FAILS: dict[str, str] = {
+    "ernie4_5_moe": _UNLIKE_THE_MODEL,
+    "glm": _SPLITS,
+    "glm4": _SPLITS,
+    "glm4_moe": "fails in its own router",
+    "gpt_neox": "computes with a random head: it looks for lm_head, stored is embed_out",
+    "granitemoehybrid": "fails with transformers 5.23, whose mamba layers have no torch_forward",
+    "jamba": "needs the package mamba-ssm",
+    "lfm2_moe": _UNLIKE_THE_MODEL,
+    "phi3": _SPLITS,
+}
+
 # Classes of transformers: vLLM at commit 0002bff0b6cb, vllm.model_executor.models.registry: its models of text, and
 # of images those whose class transformers has too.
 VLLM_CLASSES = frozenset(

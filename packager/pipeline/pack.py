@@ -75,17 +75,12 @@ def pack_checkpoint(job: PackJob) -> dict[str, FileRecord]:
 
 def _configs(job: PackJob) -> dict[str, bytes]:
     variant = job.variant
-    portable = {key: variant.parameters()[key] for key in PORTABLE_PARAMETERS}
     files = {
         CONFIG: {
             **in_both_spellings(job.source.config),
             "quantization_config": quantization_config(variant, job.source.architecture),
         },
-        QUANTIZE_CONFIG: {
-            **portable,
-            "model_name_or_path": job.repository,
-            "model_file_base_name": job.weights_name,
-        },
+        QUANTIZE_CONFIG: portable_config(variant, job.source.architecture, job.repository, job.weights_name),
     }
     if GENERATION_CONFIG not in job.source.files.copied:
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -97,6 +92,22 @@ def _configs(job: PackJob) -> dict[str, bytes]:
     if len(job.shards) > 1:
         contents[f"{job.weights_name}{INDEX_SUFFIX}"] = shard_index(job.shards)
     return contents
+
+
+def portable_config(
+    variant: Variant, architecture: Architecture, repository: str, weights_name: str
+) -> dict[str, object]:
+    """Return quantize_config.json: the keys that every AutoGPTQ accepts, and `dynamic` where linears are left.
+
+    GPTQModel reads this file and not config.json if both exist. AutoGPTQ opens no model with linears that are left.
+    """
+    keys = block_keys(architecture)
+    return {
+        **{key: variant.parameters()[key] for key in PORTABLE_PARAMETERS},
+        "model_name_or_path": repository,
+        "model_file_base_name": weights_name,
+        **({"dynamic": keys["dynamic"]} if "dynamic" in keys else {}),
+    }
 
 
 def quantization_config(variant: Variant, architecture: Architecture) -> dict[str, object]:

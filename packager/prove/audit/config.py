@@ -128,7 +128,12 @@ def _overrides(dynamic: object) -> bool:
 
 def _check_portable(portable: JsonObject, inner: JsonObject, weights: Weights, findings: Findings) -> None:
     place = f"{QUANTIZE_CONFIG}: "
-    foreign = sorted(key for key in portable if key not in PORTABLE_KEYS)
+    # GPTQModel reads this file first, so it must say what is left; AutoGPTQ opens no such model anyway.
+    left = inner.get("dynamic")
+    if left and not _overrides(left) and portable.get("dynamic") != left:
+        message = "it is not config.json's, which says what is not quantized"
+        findings.add("quantize-config-disagrees", f"{place}dynamic", message)
+    foreign = sorted(portable.keys() - {*PORTABLE_KEYS, *(["dynamic"] if left else [])})
     if foreign:
         findings.add("quantize-config-key", QUANTIZE_CONFIG, f"keys that are not portable: {', '.join(foreign)}")
     for key in PORTABLE_KEYS:

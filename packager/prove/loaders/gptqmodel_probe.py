@@ -20,7 +20,7 @@ PACKAGES = ("gptqmodel", "transformers", "defuser", "accelerate", "tokenizers", 
 def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     """Load the checkpoint, compute the rows' logits, generate greedily.
 
-    It computes in float16, because GPTQModel's kernels take no float32. The kernels are those of transformers_probe.py.
+    It computes in float16, because GPTQModel's own loader gives its kernels no float32.
 
     Returns:
         The fields of result.json for a job that succeeded.
@@ -31,12 +31,13 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     pcre = isolated.provide_pcre()
     gptqmodel: Any = importlib.import_module("gptqmodel")
     digests = isolated.weights_digests(folder)
+    backend = isolated.gptqmodel_backend(isolated.quantization_config(folder), device)
     isolated.reset_peak_memory(torch, device)
     started = time.perf_counter()
     model = gptqmodel.GPTQModel.load(
         str(folder),
         device="cpu" if device == "cpu" else "cuda:0",
-        backend=gptqmodel.BACKEND.GPTQ_TORCH if device == "cpu" else gptqmodel.BACKEND.GPTQ_TRITON,
+        backend=backend,
         dtype=torch.float16,
     ).model.eval()
     load_s = time.perf_counter() - started

@@ -197,6 +197,34 @@ def provide_pcre() -> str:
     return "replaced by re"
 
 
+def gptqmodel_backend(quantization: dict[str, Any], device: str) -> str:
+    """Return GPTQModel's name of the kernel that computes a checkpoint.
+
+    On the CPU it is the plain PyTorch kernel. The default depends on the processor: with AVX512-BF16 it first compiles
+    an extension (160 s on two cores) and then computes in bfloat16. On a GPU it is the Triton kernel, which has no 3
+    bits. The default there downloads CUTLASS (Machete, on Hopper) or compiles for minutes (Marlin).
+
+    Args:
+        quantization: quantization_config of config.json.
+        device: "cpu" or "cuda".
+    """
+    return "gptq_torch" if device == "cpu" or quantization["bits"] == 3 else "gptq_triton"
+
+
+def quantization_config(folder: Path) -> dict[str, Any]:
+    """Return quantization_config of config.json.
+
+    Raises:
+        ValueError: config.json has none.
+    """
+    found: dict[str, Any] | None = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
+        "quantization_config"
+    )
+    if found is None:
+        raise ValueError("config.json has no quantization_config: the weights would be taken for plain ones")
+    return found
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` so that the file appears whole or not at all."""
     temporary = path.with_name(f".tmp-{path.name}")

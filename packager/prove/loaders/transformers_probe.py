@@ -5,7 +5,6 @@ Stand-alone, run as `python transformers_probe.py JOB.json ...` where all three 
 """
 
 import importlib
-import json
 import sys
 import time
 from pathlib import Path
@@ -33,13 +32,16 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     importlib.import_module("gptqmodel")
     digests = isolated.weights_digests(folder)
     dtype = torch.float32 if device == "cpu" else torch.float16
+    # These options choose the kernel. The format is still read from the checkpoint.
+    quantization = isolated.quantization_config(folder)
+    backend = isolated.gptqmodel_backend(quantization, device)
     isolated.reset_peak_memory(torch, device)
     started = time.perf_counter()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=dtype,
         device_map="cpu" if device == "cpu" else "cuda:0",
-        quantization_config=kernel_choice(transformers, folder, device),
+        quantization_config=transformers.GPTQConfig(bits=quantization["bits"], backend=backend),
         local_files_only=True,
     ).eval()
     load_s = time.perf_counter() - started
@@ -63,23 +65,6 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
         "forward_s": forward_s,
         "peak_memory_bytes": isolated.peak_memory_bytes(torch, device),
     }
-
-
-def kernel_choice(transformers: Any, folder: Path, device: str) -> Any:
-    """Return the loading options, which choose the kernel; the format is still read from the checkpoint.
-
-    On the CPU it is the plain PyTorch kernel. The default depends on the processor: with AVX512-BF16 it first compiles
-    an extension (160 s on two cores) and then computes in bfloat16. On a GPU it is the Triton kernel. The default there
-    downloads CUTLASS (Machete, on Hopper) or compiles for minutes (Marlin).
-
-    Raises:
-        ValueError: config.json has no quantization_config.
-    """
-    quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    if quantization is None:
-        raise ValueError("config.json has no quantization_config: transformers would take the weights for plain ones")
-    backend = "gptq_torch" if device == "cpu" else "gptq_triton"
-    return transformers.GPTQConfig(bits=quantization["bits"], backend=backend)
 
 
 if __name__ == "__main__":
