@@ -60,7 +60,9 @@ def write_tokenizer(folder: Path) -> None:
     """Write a tokenizer of made-up words: every build has one, and GPTQModel opens no checkpoint without."""
     words = {f"word{number}": number for number in range(VOCABULARY)}
     Tokenizer(WordLevel(words, unk_token="word0")).save(str(folder / "tokenizer.json"))  # noqa: S106 - a word
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    ends = {"eos_token": "word2", "pad_token": "word0"}  # without them GPTQModel opens no Qwen3
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **ends}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def random_linear(linear: LinearSpec, variant: Variant, dice: torch.Generator) -> dict[str, Tensor]:
