@@ -339,6 +339,22 @@ def test_a_loader_is_named_as_proven_only_where_it_passed() -> None:
         assert ("from auto_gptq import" in text) == (chosen["autogptq"] == "passed")
 
 
+def test_the_page_shows_no_example_of_a_loader_that_refuses_the_branch() -> None:
+    recipe = recipe_of_four()
+    receipts = [receipt.model_copy(update={"loaders": ()}) for receipt in receipts_of_four(recipe)]
+    branch = receipts[0].branch
+    refusal = Verdict(loader="transformers", can_load=False, reason="computes with random experts")
+    accepted = Verdict(loader="gptqmodel", can_load=True, reason="")
+    text = render(recipe, receipts, branch, expectations={branch: (refusal, accepted)})
+    assert "AutoModelForCausalLM" not in text
+    assert "Transformers 5 refuses it, as far as its own checks tell: computes with random experts." in text
+    assert "model = GPTQModel.load(folder, device=device)" in text
+    assert "It does not open this branch; [the reason](#transformers) is below." in text
+    text = render(recipe, receipts, branch, expectations={branch: (accepted,)})
+    assert "AutoModelForCausalLM" in text
+    assert "from gptqmodel import" not in text
+
+
 def test_the_digests_of_the_weights(page: str, records: list[dict[str, Any]]) -> None:
     for record in records:
         (name,) = [name for name in record["files"] if name.endswith("safetensors")]
