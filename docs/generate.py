@@ -370,8 +370,9 @@ def architectures_page() -> str:
         "whole forward, for batches of different shapes (in float32; a row differs by at most 1.2e-5 of its norm, 100 "
         "times the rounding, because experts add up in an order that depends on the batch); a variant of 4 bits has "
         "the tensors, shapes and dtypes of the plan; its linears, read from the files and dequantized, are bit by bit "
-        "what the solver meant; all other tensors are the base model's. A name `type:form` is the architecture with "
-        "other settings. `python docs/architectures.py --write` proves all of them again."
+        "what the solver meant; all other tensors are the base model's. The linears of a layer's experts count once, "
+        "not once for each expert. A name `type:form` is the architecture with other settings. "
+        "`python docs/architectures.py --write` proves all of them again."
     )
     header = ("Architecture", "Class of transformers", "Blocks", "Linears per block", "Left as they are, and why")
     rows = [

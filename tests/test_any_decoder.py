@@ -83,6 +83,19 @@ def test_a_config_without_a_dtype_needs_the_weights(tmp_path):
     assert caught.value.why == "torch_dtype (or dtype) is missing"
 
 
+def test_the_readme_counts_the_mixtures_of_experts():
+    """A router is left wherever there are experts; experts that are left give a reason of their own, or their code."""
+    reasons = {
+        name: [reason for kind in facts.get("kinds", ()) for reason in kind["left"].values()]
+        for name, facts in PROVEN.items()
+    }
+    left = {name for name, found in reasons.items() if any(reason.startswith("its experts") for reason in found)}
+    routed = {name for name, found in reasons.items() if "it routes tokens to experts" in found}
+    counted = re.search(r"The experts of (\d+) of them are quantized, of (\d+) left", README.read_text())
+    assert counted is not None
+    assert [int(number) for number in counted.groups()] == [len(routed - left), len(left)]
+
+
 def test_the_readme_counts_the_decoders_that_are_proven():
     counted = re.search(r"\[(\d+) architectures\]\(docs/reference/architectures.md\)", README.read_text())
     assert counted is not None

@@ -185,3 +185,23 @@ def test_slices_of_experts_do_not_change_a_byte(tmp_path, monkeypatch, way):
     WAYS[way](monkeypatch)
     assert run(source, tmp_path / "slices", v) == expected
     assert bytes_of(tmp_path / "slices") == bytes_of(tmp_path / "whole")
+
+
+def test_a_slice_of_experts_is_what_six_gigabytes_hold():
+    """Qwen3-30B-A3B: four float32 matrices of 2048 x 2048 and 16 bytes per weight of gate and up are 117,440,512."""
+    assert memory_module.experts_at_once(2048, 1536, 128, "cuda") == 6_000_000_000 // 117_440_512 == 51
+    assert memory_module.slice_sizes(2048, 1536, 128, "cuda") == (26, 51)  # 51 + 51 + 26
+    assert memory_module.experts_at_once(16384, 16384, 8, "cuda") == 1  # one expert, however large
+
+
+def test_the_plan_holds_the_inputs_of_experts_that_wait(tmp_path):
+    """With 2 of 2 choices a token gives the second linears two inputs of 32 elements, and 2 indices of 8 bytes."""
+    architecture = save_base(tmp_path / "model").architecture
+    (down,) = (group for group in architecture.group_sizes if group.experts and not group.experts.per_token)
+    (first,) = (group for group in architecture.group_sizes if group.experts and group.experts.per_token)
+    sizes = memory_module._Sizes(architecture, "cuda", 32)
+    assert sizes._routed_inputs(first) == HIDDEN * 2 + TOP_K * 8
+    assert sizes._routed_inputs(down) == TOP_K * INNER * 2 + TOP_K * 8
+    assert down.held_bytes - first.held_bytes == TOP_K * INNER * 2
+    held = sizes.peak(0, 32, 10**9, inputs_held=0) - sizes.peak(0, 32, 0, inputs_held=0)
+    assert held == pytest.approx(10**9 * (sizes._routed_inputs(first) + sizes._routed_inputs(down)), rel=1e-3)

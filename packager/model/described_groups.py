@@ -136,8 +136,9 @@ class GroupDescriber:
             counts = {cast(Tensor, module.down_proj).shape[0] for module in ancestor.modules() if is_experts(module)}
             if counts:
                 branch = ancestor.get_submodule(parts[depth])
-                alone = sum(parameter.ndim == 2 for parameter in branch.parameters()) == 1
-                return alone and weight.shape[0] in {1, *counts}
+                # A table of one row beside it corrects the scores of experts: it is no other linear.
+                others = [each for each in branch.parameters() if each is not weight and each.squeeze().ndim > 1]
+                return not others and weight.shape[0] in {1, *counts}
         return False
 
     def _experts(self, index: int, name: str, experts: Experts, top_k: int) -> tuple[DescribedGroup, DescribedGroup]:

@@ -48,24 +48,14 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     # The wrapper's own generate() turns autocast on, which computes in bfloat16 on the CPU.
     model = wrapper.model.eval()
     kernel = isolated.kernel_name(model, KERNELS)
-    started = time.perf_counter()
-    isolated.write_logits(
-        output / "logits.npy",
-        (isolated.row_logits(torch, model, row) for row in job["input_ids"]),
-        len(job["input_ids"]),
-    )
-    forward_s = time.perf_counter() - started
-    generated = [isolated.greedy(torch, model, folder, prompt, job["max_new_tokens"]) for prompt in job["prompts"]]
     return {
+        **isolated.answers(torch, model, job, output),
         "versions": isolated.versions(PACKAGES),
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
         "kernel": kernel,
         "weights_sha256": digests,
-        "generated": generated,
         "load_s": load_s,
-        "forward_s": forward_s,
-        "peak_memory_bytes": isolated.peak_memory_bytes(torch, device),
     }
 
 

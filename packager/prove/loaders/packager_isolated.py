@@ -15,6 +15,7 @@ import platform
 import re
 import resource
 import sys
+import time
 import traceback
 import types
 from collections.abc import Callable, Sequence
@@ -223,6 +224,24 @@ def quantization_config(folder: Path) -> dict[str, Any]:
     if found is None:
         raise ValueError("config.json has no quantization_config: the weights would be taken for plain ones")
     return found
+
+
+def answers(torch: Any, model: Any, job: Job, output: Path) -> dict[str, Any]:
+    """Write the logits of a job's rows, and generate greedily, with a model that computes as transformers' do.
+
+    Returns:
+        The fields `generated`, `forward_s` (seconds for all rows) and `peak_memory_bytes` of result.json.
+    """
+    started = time.perf_counter()
+    rows = job["input_ids"]
+    write_logits(output / "logits.npy", (row_logits(torch, model, row) for row in rows), len(rows))
+    forward_s = time.perf_counter() - started
+    folder = Path(job["model_dir"])
+    return {
+        "generated": [greedy(torch, model, folder, prompt, job["max_new_tokens"]) for prompt in job["prompts"]],
+        "forward_s": forward_s,
+        "peak_memory_bytes": peak_memory_bytes(torch, job["device"]),
+    }
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
