@@ -66,6 +66,29 @@ def test_a_config_that_asks_for_an_attention_that_is_not_installed_is_built(tmp_
     assert describe(folder, None).kinds == before.kinds
 
 
+@pytest.mark.parametrize(
+    ("name", "leftovers"),
+    [
+        ("qwen3_moe", {"output_router_logits": True}),
+        ("llama", {"output_hidden_states": True}),
+        ("llama", {"return_dict": False}),
+        ("llama", {"output_attentions": True, "attn_implementation": "eager"}),
+        ("llava", {"text_config": {"output_hidden_states": True}}),
+    ],
+    ids=["router logits", "hidden states", "tuples", "attentions", "of a part"],
+)
+def test_what_a_training_run_asked_for_changes_nothing(tmp_path, name, leftovers):
+    folder = tiny_decoder(name, tmp_path)
+    before = describe(folder, None)
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in leftovers.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(config))
+    assert describe(folder, None).kinds == before.kinds
+    if "return_dict" not in leftovers:  # with which the check itself would get a tuple from transformers
+        check_forward(name, folder, stored_in(folder))
+
+
 def test_most_decoders_are_built():
     refused = [name for name, facts in PROVEN.items() if "refused" in facts]
     assert PROVEN.keys() <= set(NAMES)

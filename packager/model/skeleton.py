@@ -10,6 +10,8 @@ from packager.errors import SourceError
 
 _OWN_ATTENTION = (None, "eager", "sdpa")  # of transformers and torch; others need packages that may not be here
 
+_FURTHER_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
 
 def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     """Build the model that a folder's config.json describes, in the device context of the caller.
@@ -31,11 +33,24 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
             del config.quantization_config
         if config._attn_implementation not in _OWN_ATTENTION:
             config._attn_implementation = None
+        _ask_for_logits_only(config)
         model = _class_of(config).from_config(config, dtype=dtype)
     except Exception as error:
         raise SourceError("transformers cannot build this model", where=str(folder), why=str(error)) from error
     _replace_conv1d(model)
     return cast(nn.Module, model.eval())
+
+
+def _ask_for_logits_only(config: Any) -> None:
+    """Turn off what a training run left in config.json and what makes a forward return more than logits."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
+    for part in parts:
+        if part is None:
+            continue
+        part.return_dict = True
+        for name in _FURTHER_OUTPUTS:
+            if getattr(part, name, False):
+                setattr(part, name, False)
 
 
 def _class_of(config: Any) -> Any:
