@@ -7,7 +7,8 @@ the rows that are wanted, and recipe.yaml with the four permutations that people
 Llama-2-13B: 26 GB for 40 layers. With --experts it is a Qwen3-MoE; Qwen3-30B-A3B has --hidden 2048 --heads 32
 --kv-heads 4 --head-dim 128 --experts 128 --expert-intermediate 768, 1.3 GB for each layer. Weights are made on the GPU
 where there is one, while several threads write earlier ones. The same seed gives the same bytes on the same kind of
-device.
+device. --config FILE takes the shape of any decoder of transformers from its config.json; only the layers and the
+vocabulary are ours.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ _WORDS_PER_DOCUMENT = 150
 class Shape:
     """A model's shape; with the seed and the kind of device, it determines every byte.
 
-    Without experts the model is dense; without head_dim that is hidden / heads.
+    Without experts the model is dense; without head_dim that is hidden / heads. `config` is the text of a config.json
+    that takes the place of all sizes but `layers` and `vocab`.
     """
 
     hidden: int = 5120
@@ -60,6 +62,7 @@ class Shape:
     experts: int = 0
     expert_intermediate: int = 768
     top_k: int = 8
+    config: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +93,28 @@ class _Piece:
 
 def add_shape_arguments(parser: argparse.ArgumentParser, *, layers: int | None) -> None:
     """Add an option for every field of `Shape`."""
+    parser.add_argument(
+        "--config", type=Path, help="a config.json whose shape is used; --layers and --vocab alone still count"
+    )
     for field in fields(Shape):
+        if field.name == "config":
+            continue
         default = layers if field.name == "layers" else field.default
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
 
 
+def shape_of(given: argparse.Namespace) -> Shape:
+    """Return the shape that the options of `add_shape_arguments` describe."""
+    sizes = {field.name: getattr(given, field.name) for field in fields(Shape) if field.name != "config"}
+    return Shape(**sizes, config=given.config.read_text(encoding="utf-8") if given.config else "")
+
+
 def config_of(shape: Shape, seq_len: int) -> dict[str, Any]:
     """Return config.json in the spellings that transformers 4 and 5 both read."""
+    if shape.config:
+        own = {"num_hidden_layers": shape.layers, "vocab_size": shape.vocab, "torch_dtype": "float16"}
+        ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+        return {**json.loads(shape.config), **own, **ids, "dtype": "float16"}
     experts = {
         "architectures": ["Qwen3MoeForCausalLM"],
         "decoder_sparse_step": 1,
@@ -311,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where values are made")
     given = parser.parse_args(arguments)
     spec = ModelSpec(
-        shape=Shape(**{field.name: getattr(given, field.name) for field in fields(Shape)}),
+        shape=shape_of(given),
         rows=given.rows,
         seq_len=given.seq_len,
         seed=given.seed,

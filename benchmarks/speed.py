@@ -17,12 +17,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make_model import ModelSpec, Shape, add_shape_arguments, make, recipe_of, write_recipe
+from make_model import ModelSpec, Shape, add_shape_arguments, make, recipe_of, shape_of, write_recipe
 from processes import (
     OURS,
     Engine,
@@ -270,12 +270,11 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     add("--json", type=Path, help="write all measurements here")
     add_path_arguments(parser, peers="autogptq,gptqmodel,llmcompressor")
     given = parser.parse_args(arguments)
-    layers = given.layers if given.layers is not None else (40 if given.full else 4)
-    shape = Shape(**{field.name: getattr(given, field.name) for field in fields(Shape) if field.name != "layers"})
+    given.layers = given.layers if given.layers is not None else (40 if given.full else 4)
     device = device_of(given.device)
     return Settings(
         spec=ModelSpec(
-            shape=replace(shape, layers=layers), rows=given.rows, seq_len=given.seq_len, seed=given.seed,
+            shape=shape_of(given), rows=given.rows, seq_len=given.seq_len, seed=given.seed,
             shard_bytes=5_000_000_000, on_gpu=device == "cuda",
         ),
         peers=() if given.full else peers_of(parser, given.peers),

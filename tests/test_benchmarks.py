@@ -18,6 +18,7 @@ from packager.pipeline.plan import make_plan
 from packager.recipe.file import RecipeFile
 from tests import tiny_recipe
 from tests.sources import open_folder
+from tests.tiny_decoders import tiny_decoder
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +79,18 @@ def test_a_made_model_has_the_shapes_of_its_recipe(modules: Any, tmp_path: Path)
     values = torch.cat([tensor.flatten().float() for tensor in found.values() if tensor.dim() == 2])
     assert abs(float(values.std()) - 0.02) < 2e-4
     assert abs(float(values.mean())) < 2e-4
+
+
+def test_a_config_gives_its_shape_to_the_model(modules: Any, tmp_path: Path) -> None:
+    tiny_decoder("deepseek_v3", tmp_path / "tiny")
+    config = (tmp_path / "tiny" / "config.json").read_text()
+    shape = modules.make_model.Shape(layers=3, vocab=1024, config=config)
+    modules.make_model.make(tmp_path / "made", made(modules, shape=shape))
+    model = json.loads((tmp_path / "made" / "recipe.lock.json").read_text())["model"]
+    wanted = json.loads(config)
+    assert (model["model_class"], model["hidden_size"]) == ("DeepseekV3ForCausalLM", wanted["hidden_size"])
+    assert f"model.layers.2.mlp.experts.{wanted['n_routed_experts'] - 1}.up_proj.weight" in weights(tmp_path / "made")
+    assert "model.layers.3.input_layernorm.weight" not in weights(tmp_path / "made")
 
 
 def test_a_seed_gives_the_same_model_and_another_seed_another(modules: Any, tmp_path: Path) -> None:
