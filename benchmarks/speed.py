@@ -188,6 +188,9 @@ def _make(spec: ModelSpec, folder: Path, settings: Settings, console: Console) -
     if spec.on_gpu:
         options = {**asdict(spec.shape), "rows": spec.rows, "seq_len": spec.seq_len, "seed": spec.seed}
         options |= {"shard_bytes": spec.shard_bytes, "device": "cuda"}
+        if config := options.pop("config"):
+            options["config"] = settings.work.absolute() / "shape.json"
+            write_atomic(options["config"], config.encode())
         command = [sys.executable, str(Path(__file__).parent / "make_model.py"), str(folder)]
         command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         environ = settings.paths.environ(OURS, os.environ)

@@ -190,9 +190,13 @@ def test_several_devices_make_the_bytes_of_one(tmp_path, large, many):
     assert digests(tmp_path / "several") == digests(tmp_path / "one")
 
 
-def ways_of(source: SourceModel) -> list[SweepPlan]:
+def ways_of(source: SourceModel) -> dict[tuple[Any, ...], SweepPlan]:
     work = Workload(architecture=source.architecture, num_samples=ROWS, seq_len=LENGTH, num_variants=2)
-    return list(sweep_ways(work, "cuda"))
+    return {way_key(way): way for way in sweep_ways(work, "cuda")}
+
+
+def way_key(way: SweepPlan) -> tuple[Any, ...]:
+    return way.placement, way.num_variants, way.suspended_batches, way.weights
 
 
 @pytest.fixture(scope="module")
@@ -205,43 +209,38 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, large: SourceModel) ->
 
 PAIR = variant(branch="a", group_size=128, scale_search=True), variant(branch="b", group_size=32, desc_act=True)
 # Not ("host", 2, 8): one variant on the device needs less of it, and is tried first (tests/test_memory.py).
-SCARCE = [("device", 1, 8), ("host", 2, 3), ("host", 2, 0), ("disk", 2, 0)]
+SCARCE = [
+    ("device", 1, 8, "device"), ("host", 2, 3, "device"), ("host", 2, 0, "device"), ("disk", 2, 0, "device"),
+    ("host", 2, 0, "host"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("placement", "together", "suspended"), SCARCE)
-def test_scarce_memory_is_enough_and_changes_no_byte(tmp_path, large, undisturbed, placement, together, suspended):
+@pytest.mark.parametrize("key", SCARCE)
+def test_scarce_memory_is_enough_and_changes_no_byte(tmp_path, large, undisturbed, key):
     """torch may allocate exactly the planned bytes: an estimate that is too low would be an error."""
-    ways = {(way.placement, way.num_variants, way.suspended_batches): way for way in ways_of(large)}
-    way = ways[placement, together, suspended]
+    way = ways_of(large)[key]
     # One variant at a time on the device is what is left when the host has nothing to spare.
-    host_limit = way.host_bytes if placement != "host" else HOST_LIMIT_BYTES
-    seen: list[Any] = []
-    run(
-        large, tmp_path, *PAIR, rows=token_rows(ROWS, LENGTH, vocab_size=VOCABULARY), report=seen.append,
-        device_limit=int(way.device_bytes / USABLE) + 1, host_limit=host_limit,
-    )  # fmt: skip
-    plans = [step.plan for step in seen if hasattr(step, "plan")]
-    assert [(plan.placement, plan.num_variants, plan.suspended_batches) for plan in plans] == [
-        (placement, together, suspended)
-    ]
+    host_limit = way.host_bytes if way.placement != "host" else HOST_LIMIT_BYTES
+    assert planned_in(tmp_path, large, way, host_limit) == [key]
     assert digests(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize(("placement", "together", "suspended"), [("device", 2, 8), ("device", 1, 8)])
-def test_the_planned_memory_is_enough_for_experts(tmp_path, large_experts, placement, together, suspended):
-    ways = {(way.placement, way.num_variants, way.suspended_batches): way for way in ways_of(large_experts)}
-    way, rows = ways[placement, together, suspended], token_rows(ROWS, LENGTH, vocab_size=VOCABULARY)
-    seen: list[Any] = []
-    run(large_experts, tmp_path / "plenty", *PAIR, rows=rows)
-    run(
-        large_experts, tmp_path / "scarce", *PAIR, rows=rows, report=seen.append,
-        device_limit=int(way.device_bytes / USABLE) + 1, host_limit=way.host_bytes,
-    )  # fmt: skip
-    plans = [step.plan for step in seen if hasattr(step, "plan")]
-    assert [(plan.placement, plan.num_variants, plan.suspended_batches) for plan in plans] == [
-        (placement, together, suspended)
-    ]
+@pytest.mark.parametrize("key", [("device", 2, 8, "device"), ("device", 1, 8, "device"), ("device", 1, 8, "host")])
+def test_the_planned_memory_is_enough_for_experts(tmp_path, large_experts, key):
+    way = ways_of(large_experts)[key]
+    run(large_experts, tmp_path / "plenty", *PAIR, rows=token_rows(ROWS, LENGTH, vocab_size=VOCABULARY))
+    assert planned_in(tmp_path / "scarce", large_experts, way, way.host_bytes) == [key]
     assert digests(tmp_path / "scarce") == digests(tmp_path / "plenty")
+
+
+def planned_in(work: Path, source: SourceModel, way: SweepPlan, host_limit: int) -> list[tuple[Any, ...]]:
+    """Quantize the pair in exactly the memory of a way; return the keys of the ways that were chosen."""
+    seen: list[Any] = []
+    run(
+        source, work, *PAIR, rows=token_rows(ROWS, LENGTH, vocab_size=VOCABULARY), report=seen.append,
+        device_limit=int(way.device_bytes / USABLE) + 1, host_limit=host_limit,
+    )  # fmt: skip
+    return [way_key(step.plan) for step in seen if hasattr(step, "plan")]
 
 
 def test_the_memory_limit_ends_with_quantizing(tmp_path):

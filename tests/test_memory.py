@@ -113,12 +113,12 @@ def test_ways_are_distinct_and_the_fastest_is_first(fields, device_type):
     ways = list(sweep_ways(work, device_type))
     first = ways[0]
     assert (first.num_variants, first.placement) == (work.num_variants, "device")
-    assert len({(way.num_variants, way.placement, way.suspended_batches) for way in ways}) == len(ways)
+    assert len({(way.num_variants, way.placement, way.suspended_batches, way.weights) for way in ways}) == len(ways)
     # Running batches again costs more time than moving activations, and moving them more than reading the weights
-    # again; the disk is the slowest.
+    # again; what needs the weights on the host comes after all of these, and the disk is the slowest.
     memory = [way for way in ways if way.placement != "disk"]
     assert ways[: len(memory)] == memory
-    pace = [(-way.suspended_batches, way.placement, -way.num_variants) for way in memory]
+    pace = [(way.weights, -way.suspended_batches, way.placement, -way.num_variants) for way in memory]
     assert pace == sorted(pace)
     for way in ways:
         assert way.num_batches == -(-work.num_samples // work.rows_per_batch(device_type))
@@ -133,9 +133,13 @@ def test_host_memory_for_the_activations_saves_nothing_while_all_batches_are_sus
     ways = list(sweep_ways(made({**fields, "true_sequential": True}), "cuda"))
     (alone,) = [
         way for way in ways
-        if (way.placement, way.num_variants, way.suspended_batches) == ("device", 1, way.num_batches)
+        if (way.placement, way.num_variants, way.suspended_batches, way.weights)
+        == ("device", 1, way.num_batches, "device")
     ]  # fmt: skip
-    others = [way for way in ways if way.placement == "host" and way.suspended_batches == way.num_batches]
+    others = [
+        way for way in ways
+        if (way.placement, way.suspended_batches, way.weights) == ("host", way.num_batches, "device")
+    ]  # fmt: skip
     assert all(way.device_bytes >= alone.device_bytes and way.host_bytes >= alone.host_bytes for way in others)
 
 
@@ -211,7 +215,7 @@ def test_the_error_states_the_memory_that_would_be_enough():
         choose_sweep(LARGE, "cuda", device_limit=6 * GB, host_limit=16 * GB)
     assert str(caught.value) == (
         "quantizing does not fit into this machine's memory\n"
-        "  why: it needs 6.76 GB of the device and 2.24 GB of the host; there are 6.00 GB and 16.00 GB\n"
+        "  why: it needs 6.13 GB of the device and 2.24 GB of the host; there are 6.00 GB and 16.00 GB\n"
         "  hint: use a larger GPU, a higher --gpu-memory, or fewer calibration rows"
     )
     assert caught.value.exit_code == 12

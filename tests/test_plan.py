@@ -472,7 +472,8 @@ def test_json_holds_exact_integers(tmp_path: Path) -> None:
     assert plan.memory is not None
     assert values["memory"]["fastest"] == {
         "num_variants": 4, "placement": "device", "num_batches": 16, "suspended_batches": 16,
-        "device_bytes": plan.memory.fastest.device_bytes, "host_bytes": plan.memory.fastest.host_bytes,
+        "weights": "device", "device_bytes": plan.memory.fastest.device_bytes,
+        "host_bytes": plan.memory.fastest.host_bytes,
     }  # fmt: skip
     assert list(values["memory"]) == ["fastest", "full_speed", "least", "cpu"]
     assert values["disk"]["total_bytes"] == plan.disk.total_bytes

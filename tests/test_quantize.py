@@ -200,6 +200,24 @@ def test_memory_is_saved_without_changing_a_byte(tmp_path, monkeypatch, placemen
     assert files(tmp_path / "scarce") == files(tmp_path / "plenty")
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_weights_may_wait_on_the_host(tmp_path, monkeypatch, name):
+    source, asked = source_of(tmp_path, name), []
+    variants = variant(branch="a"), variant(branch="b", desc_act=True)
+    expected, _ = run(source, tmp_path / "plenty", *variants)
+    plan = SweepPlan(
+        num_variants=2, placement="device", num_batches=1, suspended_batches=1, weights="host", device_bytes=0,
+        host_bytes=0,
+    )  # fmt: skip
+    stream = Decoder.stream
+    monkeypatch.setattr(Decoder, "stream", lambda self, *, on_host: asked.append(on_host) or stream(self, on_host=True))
+    monkeypatch.setattr(shares_module, "sweep_plan", lambda *_, **__: plan)
+    records, _ = run(source, tmp_path / "scarce", *variants)
+    assert asked == [True]
+    assert records == expected
+    assert files(tmp_path / "scarce") == files(tmp_path / "plenty")
+
+
 def test_devices_with_unequal_numbers_of_sweeps_keep_no_tensor(tmp_path, monkeypatch):
     source, readers = source_of(tmp_path, "llama"), []
 

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from packager.model.fused_blocks import FusedModules
-from packager.pipeline.quantize_progress import QuantizeView
+from packager.pipeline.quantize_progress import QuantizeView, share_line
 from packager.quantize.job import BlockDone, DeviceShare, LinearsDone, ModulesFused
 from packager.quantize.memory import Placement, SweepPlan
 from packager.receipt import LinearRecord
@@ -74,6 +74,16 @@ def test_how_a_device_quantizes_its_share(
         view = QuantizeView(terminal, bar, NAMES)
         view.report(DeviceShare(device=torch.device("cpu"), variants=variants, plan=plan))
     assert shown(terminal) == f"  {NAMES[0]}, {NAMES[1]}: {parts}\n"
+
+
+def test_weights_that_wait_on_the_host_are_mentioned(terminal: Terminal) -> None:
+    plan = SweepPlan(
+        num_variants=2, placement="device", num_batches=16, suspended_batches=16, weights="host",
+        device_bytes=1_500_000_000, host_bytes=0,
+    )  # fmt: skip
+    variants = tuple(variant(branch=name) for name in NAMES)
+    line = share_line(DeviceShare(device=torch.device("cpu"), variants=variants, plan=plan))
+    assert line.endswith(": activations on cpu, about 1.50 GB of cpu, weights wait in host memory")
 
 
 def test_what_runs_fused_kernels_is_kept_and_what_does_not_is_named(terminal: Terminal) -> None:

@@ -4,10 +4,11 @@ The model is built on the meta device, so it takes no memory. The arguments of a
 (positions, masks, rotary tables) are recorded from the model's own forward, so no architecture is named here.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -104,42 +105,49 @@ class Decoder:
         """Return the names of a block's modules that see the same input, in the order in which it reaches them."""
         return self._trace.blocks[index].groups
 
-    def stream(self) -> Iterator[dict[str, Tensor]]:
+    def stream(self, *, on_host: bool = False) -> Iterator[dict[str, Tensor]]:
         """Yield the weights of each block in turn, and read the next block while the caller works on this one.
 
         Reading of the first block begins with the call.
 
+        Args:
+            on_host: leave the weights in host memory.
+
         Yields:
-            Names relative to the block, tensors on the device, in `dtype`.
+            Names relative to the block, tensors on the device or the host, in `dtype`.
 
         Raises:
             SourceError: a tensor holds NaN or Inf, or is missing.
         """
         pool = ThreadPoolExecutor(1, thread_name_prefix="read")
-        return self._streamed(pool, pool.submit(self._block_weights, 0))
+        read = partial(self._block_weights, device=torch.device("cpu") if on_host else self.device)
+        return self._streamed(pool, read, pool.submit(read, 0))
 
     def _streamed(
-        self, pool: ThreadPoolExecutor, next_weights: Future[dict[str, Tensor]]
+        self,
+        pool: ThreadPoolExecutor,
+        read: Callable[[int], dict[str, Tensor]],
+        next_weights: Future[dict[str, Tensor]],
     ) -> Iterator[dict[str, Tensor]]:
         with pool:
             for index in range(len(self)):
                 weights = next_weights.result()
                 if index + 1 < len(self):
-                    next_weights = pool.submit(self._block_weights, index + 1)
-                if self._reading is not None:
-                    for tensor in weights.values():
+                    next_weights = pool.submit(read, index + 1)
+                for tensor in weights.values():
+                    if tensor.is_cuda:
                         tensor.record_stream(torch.cuda.current_stream(self.device))
                 yield weights
                 del weights
 
-    def _block_weights(self, index: int) -> dict[str, Tensor]:
-        """Read the tensors of a block from disk; on CUDA on a stream of its own, finished on return."""
+    def _block_weights(self, index: int, *, device: torch.device) -> dict[str, Tensor]:
+        """Read the tensors of a block from disk; to a GPU on a stream of its own, finished on return."""
         prefix = f"{self._path}.{index}."
         weights = {}
         with torch.cuda.stream(self._reading) if self._reading is not None else nullcontext():
             for name, place in self.blocks[index].state_dict().items():
                 source = self._tied.get(prefix + name, prefix + name)  # blocks may share a module
-                tensor = self._read_tensor(source).to(self.device, self._dtype_of(place))
+                tensor = self._read_tensor(source).to(device, self._dtype_of(place))
                 if not bool(torch.isfinite(tensor).all()):
                     raise SourceError("the weights contain NaN or Inf", where=prefix + name, hint=self._damaged)
                 weights[name] = tensor
@@ -150,9 +158,11 @@ class Decoder:
         return self.dtype if place.dtype in (torch.float16, torch.bfloat16) else place.dtype
 
     def load_block(self, index: int, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Copy weights into a block, so that they may be overwritten, and return the block."""
+        """Copy weights into a block on the device, so that they may be overwritten, and return the block."""
         block = self.blocks[index]
-        block.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
+        block.to("meta")  # frees the weights of the variant before
+        copies = {name: tensor.to(self.device, copy=True) for name, tensor in weights.items()}
+        block.load_state_dict(copies, assign=True)
         prefix = f"{self._path}.{index}"
         compute_buffers(self._model, [f"{prefix}.{name}".rstrip(".") for name, _ in block.named_modules()], self.device)
         return block.requires_grad_(False)

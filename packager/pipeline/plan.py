@@ -285,9 +285,11 @@ def _memory(architecture: Architecture, recipe: Recipe, variants: Sequence[Varia
     )
     ways = list(sweep_ways(work, "cuda"))
     usual = [way for way in ways if way.host_bytes <= HOST_LIMIT_BYTES] or ways
+    fastest = ways[0]
+    as_fast = [way for way in usual if (way.suspended_batches, way.weights) == (fastest.suspended_batches, "device")]
     return MemoryPlan(
-        fastest=ways[0],
-        full_speed=min((way for way in usual if way.suspended_batches == ways[0].suspended_batches), key=_device_bytes),
+        fastest=fastest,
+        full_speed=min(as_fast or [fastest], key=_device_bytes),
         least=min(usual, key=_device_bytes),
         cpu=next(sweep_ways(work, "cpu")),
     )

@@ -57,6 +57,8 @@ def share_line(share: DeviceShare) -> str:
     if 0 < plan.suspended_batches < plan.num_batches:
         again = plan.num_batches - plan.suspended_batches
         parts.append(f"{again} of {plan.num_batches} batches run again for each group of linears")
+    if plan.weights == "host":
+        parts.append("weights wait in host memory")
     return f"  {branches}: {', '.join(parts)}"
 
 

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 
 from packager.quantize.job import DeviceShare, QuantizeJob
-from packager.quantize.memory import USABLE, SweepPlan, Workload, choose_sweep
+from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, Workload, choose_sweep
+from packager.system.host_memory import available_bytes
 from packager.variant import Variant
 
 
@@ -41,8 +42,14 @@ def sweep_plan(job: QuantizeJob, variants: Sequence[Variant], device: torch.devi
     if device.type == "cpu":
         return choose_sweep(work, "cpu", device_limit=None, host_limit=None)
     limit = job.device_limit or torch.cuda.mem_get_info(device)[0]
-    host_limit = job.host_limit // len(job.devices)
-    return choose_sweep(work, "cuda", device_limit=int(limit * USABLE), host_limit=host_limit)
+    host_limit = host_limit_bytes() if job.host_limit is None else job.host_limit
+    return choose_sweep(work, "cuda", device_limit=int(limit * USABLE), host_limit=host_limit // len(job.devices))
+
+
+def host_limit_bytes() -> int:
+    """Return the host memory that a build may use beside GPUs; a fifth of what is available is left to others."""
+    available = available_bytes()
+    return HOST_LIMIT_BYTES if available is None else available * 4 // 5
 
 
 def load_linear_algebra(device: torch.device) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from packager.inputs.base_model import SourceModel
 from packager.inputs.texts import TokenRows
 from packager.quantize.block_store import BlockStore
-from packager.quantize.memory import HOST_LIMIT_BYTES, SweepPlan
+from packager.quantize.memory import SweepPlan
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 
@@ -27,7 +27,7 @@ class QuantizeJob:
         stores: the variants to quantize, each with the open store of its blocks.
         devices: where to compute; several share the variants.
         device_limit: bytes of each GPU that may be used; None for all that are free.
-        host_limit: bytes of host memory beside GPUs, for all of them together.
+        host_limit: bytes of host memory beside GPUs, for all of them together; None for most of what is available.
     """
 
     source: SourceModel
@@ -35,7 +35,7 @@ class QuantizeJob:
     stores: Mapping[Variant, BlockStore]
     devices: "tuple[torch.device, ...]"
     device_limit: int | None = None
-    host_limit: int = HOST_LIMIT_BYTES
+    host_limit: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from packager.system.text import format_bytes
 
 Placement = Literal["device", "host", "disk"]
 
+# The host memory that a plan counts on, and a build where the system does not state what it has.
 HOST_LIMIT_BYTES = 16 * 10**9
 # Usable fraction of free GPU memory (the rest: cuBLAS workspaces, allocator fragmentation).
 USABLE = 0.92
@@ -41,6 +42,8 @@ class SweepPlan:
         num_batches: of calibration rows.
         suspended_batches: how many of them stay suspended inside a block until its linears are quantized; the others
             run again from the block's beginning for each group of linears, which costs time instead of memory.
+        weights: where a block's weights wait until each variant has quantized it. On the host, each variant copies them
+            to the device again, and the next block is read into host memory.
         device_bytes: estimated peak of the device that computes, without what Python, torch and CUDA take themselves.
         host_bytes: estimated peak of host memory beside a GPU, likewise; 0 where the host computes.
     """
@@ -49,6 +52,7 @@ class SweepPlan:
     placement: Placement
     num_batches: int
     suspended_batches: int
+    weights: Literal["device", "host"] = "device"
     device_bytes: int
     host_bytes: int
 
@@ -106,21 +110,32 @@ def sweep_ways(work: Workload, device_type: str) -> Iterator[SweepPlan]:
     """Yield ways to quantize, the fastest first.
 
     Reading the weights once more is cheap, because it overlaps with computing. On the fastest GPUs, activations stored
-    off the device do not always arrive in time. Running a batch again costs most.
+    off the device do not always arrive in time. Running a batch again costs more. Weights on the host are for blocks
+    that are large themselves, such as those with many experts.
     """
     batches = -(-work.num_samples // work.rows_per_batch(device_type))
     counts = range(work.num_variants, 0, -1)
     suspended = range(batches, -1, -1) if work.true_sequential else (0,)
     placements: tuple[tuple[Placement, ...], ...] = (("device", "host"), ("disk",))
+    weights: tuple[Literal["device", "host"], ...] = ("device", "host")
     if device_type == "cpu":
-        placements, suspended = (("device",),), (batches,)
-    for wheres in placements:
+        placements, suspended, weights = (("device",),), (batches,), ("device",)
+    for wheres, waiting in product(placements, weights):
         for kept, where, count in product(suspended, wheres, counts):
-            yield _way(work, device_type, num_batches=batches, suspended=kept, count=count, placement=where)
+            yield _way(
+                work, device_type, num_batches=batches, suspended=kept, count=count, placement=where, weights=waiting
+            )
 
 
 def _way(
-    work: Workload, device_type: str, *, num_batches: int, suspended: int, count: int, placement: Placement
+    work: Workload,
+    device_type: str,
+    *,
+    num_batches: int,
+    suspended: int,
+    count: int,
+    placement: Placement,
+    weights: Literal["device", "host"],
 ) -> SweepPlan:
     tokens = work.num_samples * work.seq_len
     states = ELEMENT_BYTES[device_type] * tokens * work.architecture.hidden_size
@@ -131,13 +146,14 @@ def _way(
     held = count * states if placement == "device" else staged
     # On the device, a suspended batch's input is one of the states already.
     inputs = ELEMENT_BYTES[device_type] * work.architecture.hidden_size if placement == "device" else 0
-    device = held + sizes.peak(kept_tokens, batch_tokens, tokens, inputs_held=inputs)
+    device = held + sizes.resident(weights) + sizes.peak(kept_tokens, batch_tokens, tokens, inputs_held=inputs)
     host = 0 if device_type == "cpu" else sizes.host(count) + (count * states if placement == "host" else 0)
     return SweepPlan(
         num_variants=count,
         placement=placement,
         num_batches=num_batches,
         suspended_batches=suspended,
+        weights=weights,
         device_bytes=device,
         host_bytes=host,
     )
@@ -188,8 +204,16 @@ class _Sizes:
         """Return host bytes without activations: blocks being read, packed blocks being written, an embedding."""
         return 2 * self.weights + num_variants * self.weights // 2 + 2 * self._architecture.largest_tensor_bytes
 
+    def resident(self, waiting: Literal["device", "host"]) -> int:
+        """Return the device bytes of a block's weights and packed tensors, which are there until it is finished.
+
+        Weights that wait on the host leave the block's own and two packed blocks, one being copied to the host, each of
+        at most half their bytes.
+        """
+        return (WEIGHT_COPIES if waiting == "device" else 2) * self.weights
+
     def peak(self, suspended_tokens: int, batch_tokens: int, tokens: int, *, inputs_held: int) -> int:
-        """Return the peak of the device without the states: the maximum over the groups of linears.
+        """Return the peak of the device without states and weights: the maximum over the groups of linears.
 
         Args:
             suspended_tokens: of the batches that stay inside the block.
@@ -214,7 +238,7 @@ class _Sizes:
                 held = self._routed_inputs(group) if suspended_tokens else sum(map(self._routed_inputs, sizes))
                 suspended += (tokens - suspended_tokens) * held
                 peaks.append(suspended + max(square + at_once * solving, square + running))
-        return max(peaks) + WEIGHT_COPIES * self.weights
+        return max(peaks)
 
     def _routed_inputs(self, group: GroupWidths) -> int:
         """Return the bytes of a token's inputs of experts, with the int64 index that sorts them; 0 for linears."""

@@ -107,7 +107,7 @@ class Worker:
 
     def _sweep(self, variants: Sequence[Variant]) -> None:
         job, plan, decoder = self._job, self._share.plan, self._decoder
-        blocks = decoder.stream()
+        blocks = decoder.stream(on_host=plan.weights == "host")
         batches = decoder.embed(job.rows.ids, rows=rows_per_batch(job.rows.ids.shape[1], decoder.device.type))
         decoder.drop_outside_blocks()
         contexts = [batch.contexts for batch in batches]
