@@ -225,9 +225,13 @@ def test_scarce_memory_is_enough_and_changes_no_byte(tmp_path, large, undisturbe
     assert digests(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("key", [("device", 2, 8, "device"), ("device", 1, 8, "device"), ("device", 1, 8, "host")])
+@pytest.mark.parametrize("key", [("device", 2, 8, "device"), ("device", 1, 8, "device"), "host"])
 def test_the_planned_memory_is_enough_for_experts(tmp_path, large_experts, key):
-    way = ways_of(large_experts)[key]
+    ways = ways_of(large_experts)
+    if key == "host":  # the first way that needs less than all that keep the weights on the device
+        least = min(way.device_bytes for way in ways.values() if way.weights == "device" and way.placement != "disk")
+        key = next(key for key, way in ways.items() if way.weights == "host" and way.device_bytes < least)
+    way = ways[key]
     run(large_experts, tmp_path / "plenty", *PAIR, rows=token_rows(ROWS, LENGTH, vocab_size=VOCABULARY))
     assert planned_in(tmp_path / "scarce", large_experts, way, way.host_bytes) == [key]
     assert digests(tmp_path / "scarce") == digests(tmp_path / "plenty")
