@@ -72,7 +72,7 @@ def serve_git(root: Path, token: str, *, lfs_port: int | None = None) -> Iterato
     server = ThreadingHTTPServer(("127.0.0.1", 0), Front)
     server.daemon_threads = False
     service.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
         yield service

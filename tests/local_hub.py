@@ -51,7 +51,7 @@ def serve(root: Path, scratch: Path, olah: str) -> Iterator[str]:
     try:
         _wait_until_it_listens(process, port, scratch / "olah.txt")
         with _Server(root, port) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
             yield f"http://{HOST}:{server.server_address[1]}"
             server.shutdown()
     finally:

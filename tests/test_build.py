@@ -159,6 +159,7 @@ def test_losses_fall_with_more_bits(made: Scene) -> None:
 
 
 @pytest.mark.pinned
+@pytest.mark.slow
 def test_a_second_build_does_nothing_and_needs_no_torch(scene: Scene) -> None:
     before = {path: path.stat().st_mtime_ns for path in sorted(scene.dist.rglob("*")) if path.is_file()}
     command = [sys.executable, "-W", "error", "-c", WITHOUT_TORCH]
@@ -269,6 +270,7 @@ def test_only_a_new_variant_is_built_and_a_removed_one_repeats_nothing(scene: Sc
     assert "three-bits" not in scene.files(MAIN)["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_two_builds_publish_the_same_bytes(made: Scene, tmp_path: Path) -> None:
     shutil.copytree(made.folder, tmp_path / "elsewhere")
     again = Scene(recipe=tmp_path / "elsewhere" / "recipe.yaml", dist=tmp_path / "other" / "dist")
@@ -286,6 +288,7 @@ def sharded(recipe: Path, max_shard_bytes: int) -> RecipeFile:
     return replace(recipe_file, recipe=recipe_file.recipe.model_copy(update={"checkpoint": checkpoint}))
 
 
+@pytest.mark.slow
 def test_shards_and_their_index_are_read_by_transformers(tmp_path: Path) -> None:
     recipe_file = sharded(write_all(tmp_path / "recipe"), 40_000)
     build(recipe_file, tmp_path / "dist")
@@ -310,6 +313,7 @@ def test_shards_and_their_index_are_read_by_transformers(tmp_path: Path) -> None
     assert set(seen["unexpected_keys"]) == {f"{name}.{part}" for name in names for part in parts}
 
 
+@pytest.mark.slow
 def test_a_rotary_embedding_is_published_as_old_and_new_runtimes_read_it(tmp_path: Path) -> None:
     folder = write_inputs(tmp_path / "recipe", "llama3-rope")
     rope = json.loads((folder / "model" / "config.json").read_text())["rope_parameters"]

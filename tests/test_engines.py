@@ -228,6 +228,7 @@ def test_a_release_gives_the_reason_for_leaving_such_a_recipe_out(tmp_path):
     assert cannot_build(plan, tiny_recipe.options(tmp_path)) == "needs a CUDA GPU for foreign, made by engine auto-gptq"
 
 
+@pytest.mark.slow
 def test_a_build_with_both_engines_names_the_engine_of_each_variant(tmp_path, monkeypatch):
     """The fake engine's zeros are not good weights, but they fill a whole checkpoint with card and receipt."""
     bench = Bench(tmp_path / "bench", monkeypatch)

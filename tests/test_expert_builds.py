@@ -43,6 +43,7 @@ def test_the_lock_and_the_plan_name_every_expert(folder: Path) -> None:
     assert not any(name.startswith("model.layers.0.mlp.experts") for name in names)
 
 
+@pytest.mark.slow
 def test_packager_lock_counts_experts(folder: Path) -> None:
     done = CliRunner().invoke(app, ["lock", str(folder / "recipe.yaml"), "--check"])
     assert done.exit_code == 0, done.output

@@ -67,6 +67,7 @@ def fake_hub(recipe: RecipeFile, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     return FakeHub(recipe.folder / "model", monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_model_on_the_hub_is_read_at_its_commit_and_builds(recipe: RecipeFile, fake_hub: FakeHub, tmp_path: Path):
     result = build(recipe, tmp_path / "dist")
     record = result.receipts[0].provenance.base_model

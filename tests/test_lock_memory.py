@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from packager.model.describe import describe
 from packager.model.lock import LockedKind, LockedModel
 from packager.model.name_patterns import names_of, read_numbers
+from tests.samples import sampled
 from tests.tiny_decoders import open_decoder, tiny_decoder, token_ids
 
 # Attention that stores scores for pairs of tokens (gemma2, bloom) and attention that does not; blocks of two kinds, of
@@ -101,7 +102,7 @@ def measure(model: Any, locked: LockedModel, kind: LockedKind, tokens: int) -> M
     return measured
 
 
-@pytest.mark.parametrize("tokens", [60, 160])
+@pytest.mark.parametrize("tokens", sampled([60, 160], 60))
 def test_activations_are_those_of_a_real_forward(described: tuple[LockedModel, Any], tokens: int) -> None:
     locked, model = described
     for kind in locked.kinds:

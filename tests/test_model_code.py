@@ -15,6 +15,7 @@ from packager.errors import CalibrationError
 from packager.inputs import limits
 from packager.inputs.chat import encode_texts
 from packager.inputs.limits import Chat, ModelProcess, TextGroup
+from tests.samples import sampled
 from tests.tiny_recipe import save_tokenizer, sentences
 
 HI: Mapping[str, str] = {"role": "user", "content": "Hi <b> & \u00fc"}
@@ -77,7 +78,14 @@ HOSTILE_TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize(("template", "reason"), HOSTILE_TEMPLATES.values(), ids=HOSTILE_TEMPLATES)
+SOME = ("memory", "recursion", "escape", "files", "syntax")  # a test below has one that takes too much time
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    sampled(HOSTILE_TEMPLATES.values(), *(HOSTILE_TEMPLATES[name] for name in SOME)),
+    ids=HOSTILE_TEMPLATES,
+)
 def test_hostile_templates_are_refused(
     process: ModelProcess, monkeypatch: pytest.MonkeyPatch, template: str, reason: str
 ) -> None:

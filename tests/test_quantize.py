@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from packager.quantize.shared_reader import SharedReader
 from packager.quantize.sweep import quantize
 from packager.receipt import LinearRecord
 from packager.variant import Variant
+from tests.samples import sampled
 from tests.sources import open_folder
 from tests.tiny_models import CONFIGS, WITH_EXPERTS, open_store, save_model, token_rows, variant
 
@@ -79,7 +81,10 @@ def dequantized(source: SourceModel, work: Path, v: Variant, block: int) -> dict
     return {name: weight(name) for name in sorted({name.rpartition(".")[0] for name in stored})}
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *WITH_EXPERTS])
+EVERY_CONFIG = sampled([*CONFIGS, *WITH_EXPERTS], "llama-bias", "mistral-sliding", "qwen3", "qwen3-moe")
+
+
+@pytest.mark.parametrize("name", EVERY_CONFIG)
 def test_streamed_forward_equals_the_whole_model(tmp_path, name):
     source = source_of(tmp_path, name)
     ids = token_rows().ids
@@ -92,7 +97,7 @@ def test_streamed_forward_equals_the_whole_model(tmp_path, name):
     assert torch.allclose(found, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *WITH_EXPERTS])
+@pytest.mark.parametrize("name", EVERY_CONFIG)
 def test_quantizes_every_architecture(tmp_path, name):
     source = source_of(tmp_path, name)
     v = variant(desc_act=True)
@@ -173,6 +178,7 @@ def test_variants_of_a_sweep_equal_variants_made_alone(tmp_path):
     assert files(tmp_path / "together") == files(tmp_path / "alone")
 
 
+TWO_VARIANTS = (variant(branch="a"), variant(branch="b", desc_act=True, true_sequential=False))
 WAYS = [
     (placement, suspended, together)
     for placement in ("device", "host", "disk")
@@ -182,22 +188,37 @@ WAYS = [
 
 
 WAYS_AND_MODELS = [(*way, "llama") for way in WAYS] + [(*way, "qwen3-moe") for way in WAYS[1::5]]
+SAVING = (("device", 2, 1, "llama"), ("host", 3, 1, "llama"), ("disk", 0, 2, "llama"), ("host", 3, 2, "qwen3-moe"))
 
 
-@pytest.mark.parametrize(("placement", "suspended", "together", "name"), WAYS_AND_MODELS)
-def test_memory_is_saved_without_changing_a_byte(tmp_path, monkeypatch, placement, suspended, together, name):
-    source = source_of(tmp_path, name)
-    variants = variant(branch="a"), variant(branch="b", desc_act=True, true_sequential=False)
+@pytest.fixture(scope="module")
+def plenty(tmp_path_factory) -> Callable[[str], tuple[SourceModel, Path, dict[str, tuple[LinearRecord, ...]]]]:
+    """What a model becomes with all memory that it needs, made once: the model, the work folder and the records."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            source = source_of(folder, name)
+            records, _ = run(source, folder / "plenty", *TWO_VARIANTS)
+            made[name] = (source, folder / "plenty", records)
+        return made[name]
+
+    return of
+
+
+@pytest.mark.parametrize(("placement", "suspended", "together", "name"), sampled(WAYS_AND_MODELS, *SAVING))
+def test_memory_is_saved_without_changing_a_byte(tmp_path, monkeypatch, plenty, placement, suspended, together, name):
     monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", token_rows().ids.numel() // 3)
-    expected, _ = run(source, tmp_path / "plenty", *variants)
+    source, work, expected = plenty(name)
     plan = SweepPlan(
         num_variants=together, placement=placement, num_batches=3, suspended_batches=suspended, device_bytes=0,
         host_bytes=0,
     )  # fmt: skip
     monkeypatch.setattr(shares_module, "sweep_plan", lambda *_, **__: plan)
-    records, _ = run(source, tmp_path / "scarce", *variants)
+    records, _ = run(source, tmp_path / "scarce", *TWO_VARIANTS)
     assert records == expected
-    assert files(tmp_path / "scarce") == files(tmp_path / "plenty")
+    assert files(tmp_path / "scarce") == files(work)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe"])

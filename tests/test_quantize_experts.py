@@ -18,6 +18,7 @@ from packager.quantize.job import Event, QuantizeJob
 from packager.quantize.sweep import quantize
 from packager.receipt import ExpertLinearRecord, LinearRecord
 from packager.variant import Variant
+from tests.samples import sampled
 from tests.sources import open_folder
 from tests.tiny_models import open_store, save_model, token_rows, variant
 
@@ -118,7 +119,7 @@ def shrunk(own: Tensor, every: Tensor, tokens: int) -> tuple[Tensor, float]:
     return (1 - rho) * H_own + rho * H_all, rho
 
 
-@pytest.mark.parametrize("unused", [None, 4])
+@pytest.mark.parametrize("unused", sampled([None, 4], 4))
 @pytest.mark.parametrize("desc_act", [False, True])
 def test_each_expert_is_what_the_float64_reference_makes_of_its_inputs(tmp_path, desc_act, unused):
     v = variant(desc_act=desc_act, group_size=32)
@@ -177,7 +178,7 @@ WAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", sampled(WAYS, "four experts at a time"))
 def test_slices_of_experts_do_not_change_a_byte(tmp_path, monkeypatch, way):
     v = variant(desc_act=True)
     source = save_base(tmp_path / "model")

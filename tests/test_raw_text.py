@@ -16,6 +16,7 @@ from packager.system.text import HIDDEN, reveal
 from tests import card_fixtures as fixtures
 from tests.card_page import structure
 from tests.recipe_fixtures import edited, write_files
+from tests.samples import sampled
 
 NAMES = ("header", "footer", "original_card")
 OPEN = {
@@ -152,6 +153,7 @@ def test_a_good_text_is_accepted_and_changes_nothing_around_it(text: str) -> Non
         assert sorted(structure(card(**{name: text}))) == sorted([*structure(card()), *added[0]])
 
 
+@pytest.mark.slow
 def test_what_is_accepted_changes_nothing_around_it() -> None:
     # 600 texts put together from good and bad pieces: the parser's tokens are the oracle.
     draw = random.Random(11)
@@ -220,7 +222,9 @@ def test_a_text_is_judged_within_seconds(piece: str) -> None:
 SLOTS = ("title", "creator", "quantized_by", "system_prompt", "example_prompt")
 
 
-@pytest.mark.parametrize("text", HIDDEN_CHARACTERS.values(), ids=HIDDEN_CHARACTERS)
+@pytest.mark.parametrize(
+    "text", sampled(HIDDEN_CHARACTERS.values(), *list(HIDDEN_CHARACTERS.values())[::5]), ids=HIDDEN_CHARACTERS
+)
 def test_hidden_characters_of_recipes_and_receipts_are_shown(text: str) -> None:
     usual = structure(card())
     for slot in SLOTS:

@@ -16,6 +16,7 @@ from packager.prove import evaluate
 from packager.quantize.engines import engine_named
 from tests import tiny_recipe
 from tests.import_graph import ROOT
+from tests.samples import sampled
 
 # Modules of POSIX systems: the base install plans and checks on systems without them too.
 WITHOUT_POSIX = "import sys; sys.modules.update(fcntl=None, resource=None)\n"
@@ -31,9 +32,10 @@ def test_every_stage_of_a_build_can_be_imported_without_the_modules_of_posix() -
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["plan", "--help"], ["plan", "recipes/llama-2-13b-chat.yaml"]], ids=" ".join
-)
+WITHOUT = [["--help"], ["plan", "--help"], ["plan", "recipes/llama-2-13b-chat.yaml"]]
+
+
+@pytest.mark.parametrize("arguments", sampled(WITHOUT, WITHOUT[-1]), ids=" ".join)
 def test_plan_and_help_run_without_the_modules_of_posix(arguments: list[str]) -> None:
     script = f"{WITHOUT_POSIX}from packager.cli.main import main\nmain()"
     done = subprocess.run(
@@ -59,6 +61,7 @@ class ThreadClock(threading.local):
         return self.now
 
 
+@pytest.mark.slow
 def test_a_receipt_has_the_seconds_of_its_own_variant_and_its_damping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
