@@ -13,6 +13,7 @@ from tests.hypothesis_profiles import load_default_profile
 from tests.quick_interpreter import quicken
 
 if TYPE_CHECKING:
+    from tests.publish_fixtures import Prepared
     from tests.tiny_recipe import Builds
 
 load_default_profile()
@@ -95,6 +96,14 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> "Builds":
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "builds"
     folder.mkdir(exist_ok=True)
     return Builds(folder)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> "Prepared":
+    """Folders that tests begin with, such as published repositories."""
+    from tests.publish_fixtures import Prepared
+
+    return Prepared(tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,8 +1,9 @@
 """Fixtures of the publishing tests: folders to publish, and git without the user's settings."""
 
 import os
+import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,6 +94,20 @@ def fixed_signer(folder: Path) -> ReleaseSigner:
 
     key = Ed25519PrivateKey.from_private_bytes(bytes([7]) * 32)
     return ReleaseSigner(REPOSITORY, SigningKeys(signer=Signer(key)), folder)
+
+
+class Prepared:
+    """Folders that tests begin with: each is made once by every worker of a test run, and copied for each test."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def copy(self, name: str, make: Callable[[Path], object], folder: Path) -> None:
+        """Copy the folder `name` into the existing `folder`; `make` makes it if it is not there yet."""
+        if not (self._root / name).exists():
+            (self._root / name).mkdir()
+            make(self._root / name)
+        shutil.copytree(self._root / name, folder, symlinks=True, dirs_exist_ok=True)
 
 
 def log_in(hub: "LoopbackHub", token: str, monkeypatch: "pytest.MonkeyPatch") -> None:

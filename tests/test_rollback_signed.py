@@ -1,6 +1,7 @@
 """Rollbacks of signed repositories: the restored state is a new signed release."""
 
 import hashlib
+import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,12 @@ from packager.publish.statements import ReleaseStatement, read_envelope, read_re
 from packager.publish.targets.git import GitTarget
 from packager.publish.targets.local import LocalTarget
 from packager.receipt import ATTESTATION, RELEASE_ATTESTATION
-from tests.publish_fixtures import SHORT_WAITS, git, heads
+from tests.publish_fixtures import SHORT_WAITS, Prepared, git, heads
 from tests.test_published import MAIN, REPOSITORY, VARIANT, reseal
 from tests.test_rollback import Killable, KilledError
 from tests.test_signatures import OTHER_SIGNER, PEM, PUBLIC_PEM, SIGNER, TRUST, SignedFixture, write_key
 
+NOON, HOUR = 1_700_000_000, 3600
 BOTH = SIGNER.public.with_keys(OTHER_SIGNER.public)
 
 
@@ -31,17 +33,21 @@ class SignedRollbackFixture(SignedFixture):
 
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(tmp_path)
-        self.now = 1_700_000_000
+        self.now = NOON + 2 * HOUR
         clock = SimpleNamespace(time=lambda: self.now, sleep=time.sleep, monotonic=time.monotonic)
         monkeypatch.setattr("packager.publish.targets.git_process.time", clock)
+        self.second_files = tmp_path / "second.json"  # what `files` returned after the second release
+
+    def publish_all(self) -> None:
+        self.now = NOON
         self.publish_signed()
         self.release(VARIANT)
-        self.first_files = self.files()
+        self.second_files.write_text(json.dumps(self.files()))
         self.release(MAIN, VARIANT)
 
     def release(self, *branches: str) -> None:
         """Publish a signed release with another card on these branches."""
-        self.now += 3600
+        self.now += HOUR
         for branch in branches:
             with (self.folders[branch] / "README.md").open("a") as readme:
                 readme.write(f"\nRelease of {self.now}.\n")
@@ -67,7 +73,7 @@ class SignedRollbackFixture(SignedFixture):
         dry_run: bool = False,
         target: LocalTarget | GitTarget | None = None,
     ) -> RollbackReport:
-        self.now += 3600
+        self.now += HOUR
         signing = RollbackSigner(signer, SigningKeys(signer=signer, trusted=trusted), self.scratch / "rollback")
         request = RollbackRequest(branches=branches, further_back=again)
         return rollback(target or self.target, request, self.lines.append, signer=signing, dry_run=dry_run)
@@ -77,7 +83,12 @@ class SignedRollbackFixture(SignedFixture):
 
 
 @pytest.fixture
-def fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SignedRollbackFixture:
+def fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Prepared) -> SignedRollbackFixture:
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            SignedRollbackFixture(folder, patch).publish_all()
+
+    prepared.copy("signed releases", make, tmp_path)
     return SignedRollbackFixture(tmp_path, monkeypatch)
 
 
@@ -90,7 +101,7 @@ def test_the_restored_state_is_a_new_release_that_names_the_replaced_one(fixture
     report = fixture.back()
     assert actions(report) == {VARIANT: "restore", MAIN: "restore"}
     assert report.plan.signs == 4
-    assert fixture.files() == fixture.first_files
+    assert fixture.files() == json.loads(fixture.second_files.read_text())
     statement = fixture.current()
     assert (statement.release, statement.previous) == (4, hashlib.sha256(replaced).hexdigest())
     assert fixture.rules(Trust(keys=SIGNER.public, min_release=4)) == set()
@@ -127,7 +138,7 @@ def test_one_branch_back_signs_main_too(fixture: SignedRollbackFixture) -> None:
     assert actions(fixture.back(VARIANT)) == {VARIANT: "done"}
     # The commit that signs counts as the commit that it signs: main goes back to the one before that.
     assert actions(fixture.back(MAIN)) == {MAIN: "restore"}
-    assert fixture.files() == fixture.first_files
+    assert fixture.files() == json.loads(fixture.second_files.read_text())
     assert fixture.rules(Trust(keys=SIGNER.public, min_release=5)) == set()
 
 
@@ -138,7 +149,7 @@ def test_killed_and_run_again_it_signs_the_same_release(fixture: SignedRollbackF
     with pytest.raises(KilledError):
         fixture.back(target=target)
     fixture.back()
-    assert fixture.files() == fixture.first_files
+    assert fixture.files() == json.loads(fixture.second_files.read_text())
     assert fixture.current().release == 4
     assert fixture.rules(Trust(keys=SIGNER.public, min_release=4)) == set()
 
@@ -235,7 +246,7 @@ def test_a_rollback_on_a_git_remote_is_signed(fixture: SignedRollbackFixture, tm
     git("fetch", "--quiet", str(bare), f"+{VARIANT}:{VARIANT}", "+main:fetched", cwd=fixture.repository)
     git("reset", "--quiet", "--hard", "fetched", cwd=fixture.repository)
     git("branch", "-D", "fetched", cwd=fixture.repository)
-    assert fixture.files() == fixture.first_files
+    assert fixture.files() == json.loads(fixture.second_files.read_text())
     assert fixture.rules(Trust(keys=SIGNER.public, min_release=4)) == set()
 
 

@@ -45,7 +45,7 @@ from packager.publish.statements import (
 )
 from packager.receipt import ATTESTATION, RELEASE_ATTESTATION
 from tests.checkpoints import edit_json
-from tests.publish_fixtures import describe, git, heads
+from tests.publish_fixtures import Prepared, describe, git, heads
 from tests.samples import sampled
 from tests.test_published import MAIN, REPOSITORY, VARIANT, PublishedFixture, flip, reseal
 
@@ -103,10 +103,9 @@ class SignedFixture(PublishedFixture):
 
 
 @pytest.fixture
-def signed(tmp_path: Path) -> SignedFixture:
-    fixture = SignedFixture(tmp_path)
-    fixture.publish_signed()
-    return fixture
+def signed(tmp_path: Path, prepared: Prepared) -> SignedFixture:
+    prepared.copy("signed", lambda folder: SignedFixture(folder).publish_signed(), tmp_path)
+    return SignedFixture(tmp_path)
 
 
 # publishing

@@ -56,7 +56,10 @@ class Repository:
         self.id = repo_id
         self.path = path
         self.lock = threading.Lock()
+        # What never changes is asked of git once: a process takes longer than all else in a request.
         self._entries: dict[str, list[Entry]] = {}
+        self._commits: set[str] = set()
+        self._blobs: dict[str, bytes] = {}
 
     @classmethod
     def create(cls, repo_id: str, path: Path, *, user: str, private: bool) -> None:
@@ -95,12 +98,26 @@ class Repository:
         if revision.startswith("refs/") or re.fullmatch("[0-9a-f]{7,40}", revision):
             names = [revision] if len(revision) == len(NOTHING) else [*names, revision]
         for name in names:
+            if commit := name if name in self._commits else self._loose_branch(name):
+                return commit
             try:
                 found = self.git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
             except subprocess.CalledProcessError:
                 continue
-            return found.decode().strip()
+            commit = found.decode().strip()
+            self._commits.add(commit)
+            return commit
         raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def _loose_branch(self, reference: str) -> str:
+        """Return the commit that a branch's own file names, "" where git keeps the branch in another way."""
+        if not reference.startswith("refs/heads/") or ".." in reference:
+            return ""
+        try:
+            text = (self.path / reference).read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            return ""
+        return text if re.fullmatch("[0-9a-f]{40}", text) else ""
 
     def head(self, branch: str) -> str:
         """Return the commit that a branch points to."""
@@ -135,19 +152,21 @@ class Repository:
 
     def blob(self, oid: str) -> bytes:
         """Return git's object of an id."""
-        return self.git("cat-file", "blob", oid)
+        if oid not in self._blobs:
+            self._blobs[oid] = self.git("cat-file", "blob", oid)
+        return self._blobs[oid]
 
     def _pointers(self, oids: Sequence[str]) -> dict[str, tuple[str, int]]:
         """Return the sha256 and the size that those of the blobs name which are LFS pointers."""
-        output = self.git("cat-file", "--batch", stdin="".join(f"{oid}\n" for oid in oids).encode())
-        pointers = {}
-        for oid in oids:
-            header, _, rest = output.partition(b"\n")
-            size = int(header.split()[-1])
-            if match := _POINTER.fullmatch(rest[:size]):
-                pointers[oid] = (match[1].decode(), int(match[2]))
-            output = rest[size + 1 :]
-        return pointers
+        if new := [oid for oid in oids if oid not in self._blobs]:
+            output = self.git("cat-file", "--batch", stdin="".join(f"{oid}\n" for oid in new).encode())
+            for oid in new:
+                header, _, rest = output.partition(b"\n")
+                size = int(header.split()[-1])
+                self._blobs[oid] = rest[:size]
+                output = rest[size + 1 :]
+        matches = {oid: match for oid in oids if (match := _POINTER.fullmatch(self._blobs[oid]))}
+        return {oid: (match[1].decode(), int(match[2])) for oid, match in matches.items()}
 
     def lfs_tracked(self, attributes: bytes, paths: Sequence[str]) -> set[str]:
         """Return the paths that the root's .gitattributes assigns to LFS; those of folders are ignored."""

@@ -3,12 +3,15 @@
 GitPython is imported on first use, because its import fails on a machine without git.
 """
 
+import shutil
 from typing import TYPE_CHECKING
 
 from packager.errors import MachineError
 
 if TYPE_CHECKING:
     from git.cmd import Git
+
+_versions: dict[str, tuple[int, ...]] = {}  # by path: every target asks, and a command has several
 
 OLDEST_GIT = (2, 32)  # GIT_CONFIG_GLOBAL and GIT_CONFIG_COUNT
 _INSTALL_HINT = "install git (apt-get install git, brew install git or https://git-scm.com/downloads) and run again"
@@ -26,10 +29,13 @@ def find_git() -> "Git":
     except ImportError as error:
         raise missing_git(error) from error
     git = Git()
+    program = shutil.which(str(git.GIT_PYTHON_GIT_EXECUTABLE)) or ""
     try:
-        version = git.version_info
+        version = _versions.get(program) or git.version_info
     except GitCommandNotFound as error:
         raise missing_git(error) from error
+    if program:
+        _versions[program] = version
     if version < OLDEST_GIT:
         raise MachineError(
             f"git {'.'.join(map(str, version))} is too old",
