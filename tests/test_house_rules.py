@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "packager"
 FILES = sorted(PACKAGE.rglob("*.py"))
-MODULES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_bytes()) for path in FILES}
+NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
 # Programs of their own, run by path: in the loaders' environments, and around every child process.
 PROBES = {
     name
-    for name in MODULES
+    for name in NAMES
     if name.endswith(("_script.py", "/supervisor.py"))
     or (name.startswith("packager/prove/loaders/") and not name.endswith("__init__.py"))
 }
@@ -57,6 +58,12 @@ sys.stderr.write("\\n" + " ".join(sorted(names & set(sys.modules))))
 """
 
 
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Return the syntax tree of every module."""
+    return {name: ast.parse(path.read_bytes()) for name, path in zip(NAMES, FILES, strict=True)}
+
+
 def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Yield every imported module with its line, those inside functions too."""
     for node in ast.walk(tree):
@@ -70,7 +77,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
 def importers(*packages: str) -> dict[str, list[str]]:
     """Return which files import one of `packages`, with the lines."""
     found: dict[str, list[str]] = {}
-    for name, tree in MODULES.items():
+    for name, tree in trees().items():
         for imported, line in imports(tree):
             if imported.split(".")[0] in packages:
                 found.setdefault(name, []).append(f"{name}:{line}: {imported}")
@@ -126,7 +133,7 @@ def test_help_and_plan_start_quickly(arguments: list[str], limit_s: float) -> No
 def test_gptq_imports_torch_and_of_packager_only_errors() -> None:
     wrong = [
         f"{name}:{line}: {imported}"
-        for name, tree in MODULES.items()
+        for name, tree in trees().items()
         if name.startswith("packager/quantize/gptq/")
         for imported, line in imports(tree)
         if imported.split(".")[0] not in {*sys.stdlib_module_names, "torch", "triton"}
@@ -159,14 +166,18 @@ def attributes(tree: ast.AST) -> Iterator[tuple[str, int]]:
     yield from imports(tree)
 
 
+@cache
+def places() -> dict[str, list[tuple[str, int]]]:
+    """Return the modules and the lines in which each name is used."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for name, tree in trees().items():
+        for used, line in attributes(tree):
+            found.setdefault(used, []).append((name, line))
+    return found
+
+
 def users(*names: str, but: set[str]) -> list[str]:
-    return [
-        f"{name}:{line}: {used}"
-        for name, tree in MODULES.items()
-        if name not in but
-        for used, line in attributes(tree)
-        if used in names
-    ]
+    return [f"{name}:{line}: {used}" for used in names for name, line in places().get(used, []) if name not in but]
 
 
 def test_only_the_command_line_reads_the_environment() -> None:
@@ -188,7 +199,7 @@ def test_only_the_command_line_ends_the_process() -> None:
 def test_functions_and_modules_have_a_largest_length() -> None:
     long = [
         f"{name}:{node.lineno}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
-        for name, tree in MODULES.items()
+        for name, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.end_lineno is not None
@@ -202,14 +213,14 @@ def test_functions_and_modules_have_a_largest_length() -> None:
 
 
 def test_no_name_is_meaningless() -> None:
-    parts = {part for name in MODULES for part in Path(name).with_suffix("").parts}
+    parts = {part for name in NAMES for part in Path(name).with_suffix("").parts}
     words = {word for part in parts for word in part.replace("base_model", "model").split("_")}
     assert not words & BAD_NAMES
 
 
 def test_a_broad_except_raises_again_or_has_a_reason() -> None:
     wrong = []
-    for name, tree in MODULES.items():
+    for name, tree in trees().items():
         lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
         for node in ast.walk(tree):
             if not isinstance(node, ast.ExceptHandler) or name in PROBES:  # a probe reports whatever its runtime raises

@@ -4,14 +4,22 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 import pytest
 
 from packager.prove.loaders import LOADERS
 from tests.import_graph import ROOT, box_of, circles, imported_names, merged, module_graph, modules
 
-TREES = modules()
-GRAPH = module_graph(TREES)
+trees = cache(modules)
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    """Return the modules that each module imports."""
+    return module_graph(trees())
+
+
 # An import goes to the same room or down this table; rooms on one level do not see each other.
 ORDER = (
     ("errors", "variant"),
@@ -58,7 +66,7 @@ TORCH_FREE_IN_QUANTIZE = {
 def test_an_import_goes_to_the_same_room_or_to_a_lower_one() -> None:
     wrong = [
         f"{name} imports {target}"
-        for name, targets in GRAPH.items()
+        for name, targets in graph().items()
         for target in sorted(targets)
         if name != "packager" and box_of(name) != box_of(target)
         if LEVEL[box_of(target)] >= LEVEL[box_of(name)]
@@ -67,13 +75,13 @@ def test_an_import_goes_to_the_same_room_or_to_a_lower_one() -> None:
 
 
 def test_the_table_of_rooms_is_the_package() -> None:
-    assert set(LEVEL) == {box_of(name) for name in TREES if name != "packager"}
+    assert set(LEVEL) == {box_of(name) for name in trees() if name != "packager"}
 
 
 def test_quantize_takes_only_environments_of_prove() -> None:
     wrong = [
         f"{name} imports {target}"
-        for name, targets in GRAPH.items()
+        for name, targets in graph().items()
         for target in sorted(targets)
         if box_of(name) == "quantize" and box_of(target) == "prove" and not target.startswith(PROVE_FOR_QUANTIZE)
     ]
@@ -81,7 +89,7 @@ def test_quantize_takes_only_environments_of_prove() -> None:
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    assert circles({name: targets for name, targets in GRAPH.items() if name != "packager"}) == []
+    assert circles({name: targets for name, targets in graph().items() if name != "packager"}) == []
 
 
 def test_the_circle_finder_finds_circles() -> None:
@@ -95,7 +103,7 @@ def test_each_room_has_a_docstring() -> None:
         path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("packager/**/__init__.py")
     }
     for name in sorted(packages - {"packager"}):
-        tree = TREES[name]
+        tree = trees()[name]
         assert ast.get_docstring(tree), f"{name} has no docstring"
         assert name in FACES or len(tree.body) == 1, f"{name}/__init__.py holds more than its docstring"
 
@@ -133,7 +141,7 @@ def test_every_form_of_definition_defines_a_name() -> None:
 
 def test_a_public_name_is_defined_once() -> None:
     places: dict[str, list[str]] = {}
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         if is_program(module):  # programs of other environments, never imported by the package
             continue
         for name in set(public_names(tree)):
@@ -154,18 +162,18 @@ def may_import_torch(module: str) -> bool:
 
 def test_modules_are_imported_by_full_names_that_the_graph_sees() -> None:
     wrong = []
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level:
                 wrong.append(f"{name}:{node.lineno}: a relative import")
-            elif isinstance(node, ast.Constant) and node.value in TREES:
+            elif isinstance(node, ast.Constant) and node.value in trees():
                 wrong.append(f"{name}:{node.lineno}: the name of a module as a string: {node.value}")
     # `logging.getLogger` and `importlib.metadata` want the name of the package itself.
     assert [text for text in wrong if not text.endswith(": packager")] == []
 
 
 def test_the_package_imports_none_of_its_rooms() -> None:
-    assert [name for name in imported_names(TREES["packager"]) if name.startswith("packager.")] == []
+    assert [name for name in imported_names(trees()["packager"]) if name.startswith("packager.")] == []
 
 
 def test_plan_imports_no_process_machinery() -> None:
@@ -178,7 +186,7 @@ def test_plan_imports_no_process_machinery() -> None:
 
 
 def test_only_the_listed_modules_import_torch() -> None:
-    torch_free = [name for name in TREES if not may_import_torch(name) and not is_program(name)]
+    torch_free = [name for name in trees() if not may_import_torch(name) and not is_program(name)]
     assert set(torch_free) >= TORCH_FREE_IN_QUANTIZE
     script = (
         "import importlib, sys\n"
@@ -191,7 +199,7 @@ def test_only_the_listed_modules_import_torch() -> None:
         [sys.executable, "-c", script, *torch_free], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    importing = [name for name, tree in TREES.items() if any(n.split(".")[0] == "torch" for n in _top_imports(tree))]
+    importing = [name for name, tree in trees().items() if any(n.split(".")[0] == "torch" for n in _top_imports(tree))]
     assert [name for name in importing if not may_import_torch(name) and not is_program(name)] == []
 
 
@@ -206,4 +214,4 @@ def _top_imports(tree: ast.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("module", MAY_IMPORT_TORCH)
 def test_the_list_of_modules_that_import_torch_has_no_stale_name(module: str) -> None:
-    assert any(name.startswith(module) for name in TREES)
+    assert any(name.startswith(module) for name in trees())

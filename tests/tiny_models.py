@@ -1,6 +1,7 @@
 """Tiny random models of each architecture, saved as a base model's folder, and token rows to calibrate them on."""
 
 import copy
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +69,24 @@ WITH_EXPERTS = {
 }  # fmt: skip
 
 
+_saved: dict[tuple[str, int, torch.dtype], dict[str, bytes]] = {}
+
+
 def save_model(folder: Path, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float16) -> Path:
     """Save a random model of CONFIGS or WITH_EXPERTS; biases and norms are random, so that losing one would show."""
+    key = (name, seed, dtype)
+    if key not in _saved:
+        with tempfile.TemporaryDirectory() as made:
+            _save(Path(made), name, seed, dtype)
+            _saved[key] = {path.name: path.read_bytes() for path in Path(made).iterdir()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, data in _saved[key].items():
+        (folder / file).write_bytes(data)
+    torch.manual_seed(seed)  # what a test draws next does not depend on whether the model was there
+    return folder
+
+
+def _save(folder: Path, name: str, seed: int, dtype: torch.dtype) -> None:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -83,7 +100,6 @@ def save_model(folder: Path, name: str, *, seed: int = 0, dtype: torch.dtype = t
             elif "lm_head" not in key and "embed" not in key:
                 parameter.normal_(0, 0.08)
     model.to(dtype).save_pretrained(folder)
-    return folder
 
 
 def token_rows(num_samples: int = 12, seq_len: int = 32, *, vocab_size: int = 128, seed: int = 0) -> TokenRows:
