@@ -21,11 +21,12 @@ PROVEN = json.loads((Path(__file__).parent.parent / "docs/reference/architecture
 SAMPLE = ("llama", "gpt2", "qwen3_5_text", "llava", "lfm2_moe")
 
 
-@pytest.mark.parametrize("name", sampled(SAMPLE, "gpt2", "lfm2_moe"))
+@pytest.mark.parametrize("name", sampled(SAMPLE, "lfm2_moe"))
 def test_a_sample_is_as_the_reference_says(name, tmp_path):
     assert facts_of(name, tmp_path) == PROVEN[name]
 
 
+@pytest.mark.slow
 def test_loaded_tensors_outlive_the_computing_of_buffers(tmp_path):
     """ZayaModel has parameters of its own, which its initialisation would overwrite."""
     base = tiny_decoder("zaya", tmp_path)

@@ -288,6 +288,7 @@ def test_output_of_libraries_does_not_reach_the_protocol():
     assert done.stderr == "chatter\ndeep chatter\nchild\n"
 
 
+@pytest.mark.slow
 def test_the_script_without_cuda_reports_it(tmp_path):
     (tmp_path / "job.json").write_text("{}")
     command = [sys.executable, "-I", auto_gptq_script.__file__, str(tmp_path / "job.json")]

@@ -527,6 +527,7 @@ def test_a_base_install_builds_nothing_and_names_the_missing_packages(
     assert result.stdout == f"{DEMO}: not built: building needs packages that are not installed (missing: torch)\n"
 
 
+@pytest.mark.slow
 def test_a_release_publishes_the_built_recipes_and_reports_the_others(tiny: Path) -> None:
     result = packager("release", "recipe.yaml", LARGE, "--device", "cpu")
     assert result.exit_code == 0, result.stderr

@@ -179,7 +179,7 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
 SHAPES = [("llama", 6, 32), ("llama-tied", 5, 17), ("qwen2", 1, 2), ("mistral-sliding", 3, 40), ("qwen3", 4, 24)]
 
 
-@pytest.mark.parametrize(("name", "rows", "seq_len"), sampled(SHAPES, *SHAPES[:2]))
+@pytest.mark.parametrize(("name", "rows", "seq_len"), sampled(SHAPES, SHAPES[0]))
 def test_every_figure_is_that_of_whole_forwards(
     pair_of: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, name: str, rows: int, seq_len: int
 ) -> None:
@@ -310,6 +310,7 @@ class PeakBytes(TorchDispatchMode):
         self.live -= self._known.pop(key)
 
 
+@pytest.mark.slow
 def test_the_peak_with_a_large_vocabulary_is_the_estimate(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {
         "vocab_size": 151_936, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

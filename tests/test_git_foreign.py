@@ -304,7 +304,7 @@ REFUSED = [name for name, way in WAYS.items() if way.error or way.push_error]
 
 
 @pytest.mark.parametrize("kind", sampled(["bare", "worktree"], "bare"))
-@pytest.mark.parametrize("name", sampled([*REFUSED, "all others"], "core.hooksPath", "all others"))
+@pytest.mark.parametrize("name", sampled([*REFUSED, "all others"], "all others"))
 def test_no_setting_of_a_remote_that_is_a_folder_runs_a_program(
     copy: Callable[[str], Foreign], kind: str, name: str
 ) -> None:
@@ -335,7 +335,8 @@ def test_no_hook_of_a_repository_runs(copy: Callable[[str], Foreign], kind: str)
     assert all("publish through a server" in error for error in errors)
 
 
-@pytest.mark.parametrize("kind", sampled(["bare", "worktree"], "worktree"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bare", "worktree"])
 def test_no_setting_of_a_staging_folder_runs_a_program(copy: Callable[[str], Foreign], kind: str) -> None:
     foreign = copy(kind)
     foreign.git_folder = foreign.staging / ".git"

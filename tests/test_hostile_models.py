@@ -53,7 +53,7 @@ def test_the_sample_has_every_damage_and_every_file_but_slow_ones() -> None:
 
 
 def test_a_few_hostile_models_and_branches(tmp_path: Path) -> None:
-    check_results(results(tmp_path, 53))
+    check_results(results(tmp_path, 106))
 
 
 @pytest.mark.slow

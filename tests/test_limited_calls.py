@@ -36,6 +36,7 @@ def test_the_memory_of_a_call_is_seen_beside_a_harmless_one(tmp_path: Path) -> N
     assert kept
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_calls_child_is_seen(tmp_path: Path) -> None:
     nothing = call_limited(lambda: subprocess.run([sys.executable, "-c", ""], check=True), tmp_path / "out")
     small = call_limited(lambda: None, tmp_path / "out")

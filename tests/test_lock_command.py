@@ -642,6 +642,7 @@ def test_another_transformers_that_builds_other_linears_ends_the_build(recipe: P
     assert not list((tmp_path / "dist").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_tied_and_other_models_are_described(tmp_path: Path, in_process: None) -> None:
     for name in ("llama-tied", "qwen3"):
         folder = tmp_path / name

@@ -89,7 +89,7 @@ def measuring(block: nn.Module, live: Live) -> Iterator[Measured]:
         hook.remove()
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=sampled(NAMES, "llama", "lfm2"))
 def described(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LockedModel, Any]:
     folder = tiny_decoder(request.param, tmp_path_factory.mktemp("m") / "model", dtype=torch.bfloat16)
     return describe(folder, None), open_decoder(folder, request.param)[0]

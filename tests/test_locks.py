@@ -232,6 +232,7 @@ def test_another_file_under_the_name_of_a_wheel_is_not_installed(files: Path, tm
     assert f"Expected sha256 {0:064d}" in caught.value.why
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toy_torch")
 def test_a_source_archive_is_not_built_unless_the_lock_says_so(files: Path, tmp_path: Path) -> None:
     mark = tmp_path / "ran"
@@ -243,6 +244,7 @@ def test_a_source_archive_is_not_built_unless_the_lock_says_so(files: Path, tmp_
     assert not mark.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.usefixtures("toy_torch")
 def test_a_source_archive_is_built_confined_and_once(files: Path, tmp_path: Path) -> None:

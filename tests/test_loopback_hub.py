@@ -505,6 +505,7 @@ def test_xet_stores_chunks_and_git_has_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.pinned
+@pytest.mark.slow
 def test_a_commit_of_a_file_that_xet_damaged_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(random.Random(1).randbytes(100_000))
 

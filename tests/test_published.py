@@ -285,7 +285,8 @@ CASES = [
 
 
 # One case of each rule that is not the audit's own, and one of the audit's.
-SOME = [case for case in {case.rule: case for case in CASES}.values() if case.rule not in audit.AUDIT_RULES]
+OF_AUDIT = {*audit.AUDIT_RULES, "header-too-large"}
+SOME = [case for case in {case.rule: case for case in CASES}.values() if case.rule not in OF_AUDIT]
 
 
 @pytest.mark.parametrize(

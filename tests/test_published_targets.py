@@ -327,6 +327,7 @@ def test_the_command_on_a_git_remote(on_git: PublishedFixture, tmp_path: Path) -
     assert result["branches"][1]["passed"]
 
 
+@pytest.mark.slow
 def test_a_git_remote_may_have_any_address_but_one_repository(on_git: PublishedFixture, tmp_path: Path) -> None:
     on_git.publish()
     elsewhere = tmp_path / "elsewhere.git"
@@ -343,6 +344,7 @@ def test_a_git_remote_may_have_any_address_but_one_repository(on_git: PublishedF
     assert (error.branch, error.rule) == (VARIANT, "repository-differs")
 
 
+@pytest.mark.slow
 def test_pointers_of_git_lfs_to_nothing_of_any_size_are_findings(on_git: PublishedFixture) -> None:
     on_git.publish()
     on_git.tamper(MAIN, ".gitattributes", b"*.safetensors filter=lfs -text\nREADME.md filter=lfs -text\n")
@@ -371,6 +373,7 @@ def test_a_release_goes_back_and_verifies(fixture: PublishedFixture) -> None:
     assert heads(fixture.bare) == before
 
 
+@pytest.mark.slow
 def test_one_branch_goes_back(fixture: PublishedFixture) -> None:
     first, second = fixture.release(1), fixture.release(2)
     fixture.back(VARIANT)
@@ -415,6 +418,7 @@ def test_an_answer_that_is_lost_is_no_second_commit(on_hub: PublishedFixture, hu
     assert git("rev-list", "--count", MAIN, cwd=on_hub.bare).strip() == "4"
 
 
+@pytest.mark.slow
 def test_a_head_that_moves_in_between_is_somebody_s_work(fixture: PublishedFixture) -> None:
     first, second = fixture.release(1), fixture.release(2)
 

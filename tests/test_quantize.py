@@ -81,10 +81,10 @@ def dequantized(source: SourceModel, work: Path, v: Variant, block: int) -> dict
     return {name: weight(name) for name in sorted({name.rpartition(".")[0] for name in stored})}
 
 
-EVERY_CONFIG = sampled([*CONFIGS, *WITH_EXPERTS], "llama-bias", "mistral-sliding", "qwen3", "qwen3-moe")
+EVERY_CONFIG = (*CONFIGS, *WITH_EXPERTS)
 
 
-@pytest.mark.parametrize("name", EVERY_CONFIG)
+@pytest.mark.parametrize("name", sampled(EVERY_CONFIG, "llama-bias", "mistral-sliding"))
 def test_streamed_forward_equals_the_whole_model(tmp_path, name):
     source = source_of(tmp_path, name)
     ids = token_rows().ids
@@ -97,7 +97,7 @@ def test_streamed_forward_equals_the_whole_model(tmp_path, name):
     assert torch.allclose(found, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", EVERY_CONFIG)
+@pytest.mark.parametrize("name", sampled(EVERY_CONFIG, "qwen3", "qwen3-moe"))
 def test_quantizes_every_architecture(tmp_path, name):
     source = source_of(tmp_path, name)
     v = variant(desc_act=True)
@@ -188,7 +188,7 @@ WAYS = [
 
 
 WAYS_AND_MODELS = [(*way, "llama") for way in WAYS] + [(*way, "qwen3-moe") for way in WAYS[1::5]]
-SAVING = (("device", 2, 1, "llama"), ("host", 3, 1, "llama"), ("disk", 0, 2, "llama"), ("host", 3, 2, "qwen3-moe"))
+SAVING = (("device", 2, 1, "llama"), ("host", 3, 1, "llama"), ("disk", 0, 2, "llama"))
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,7 @@ def test_devices_with_unequal_numbers_of_sweeps_keep_no_tensor(tmp_path, monkeyp
     assert not readers[0]._kept
 
 
-@pytest.mark.parametrize("devices", [2, 3, 5])
+@pytest.mark.parametrize("devices", sampled([2, 3, 5], 3))
 def test_several_devices_make_the_bytes_of_one(tmp_path, devices):
     source = source_of(tmp_path, "llama")
     variants = [variant(branch=name, group_size=size) for name, size in (("a", 16), ("b", 32), ("c", -1))]

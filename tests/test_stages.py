@@ -27,6 +27,7 @@ def test_loaders_can_be_imported_without_the_modules_of_posix() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.slow
 def test_every_stage_of_a_build_can_be_imported_without_the_modules_of_posix() -> None:
     script = f"{WITHOUT_POSIX}import packager.pipeline.flow, packager.pipeline.stages, packager.pipeline.release"
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -45,6 +46,7 @@ def test_plan_and_help_run_without_the_modules_of_posix(arguments: list[str]) ->
     assert done.stdout
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_this_process() -> None:
     peak = peak_memory_bytes()
     block = bytearray(peak + 1_000_000)
