@@ -87,7 +87,7 @@ def actions(report: PublishReport) -> list[str]:
     return [outcome.plan.action for outcome in report.outcomes]
 
 
-@pytest.mark.parametrize("as_url", [False, True], ids=["path", "file"])
+@pytest.mark.parametrize("as_url", sampled([False, True], False), ids=["path", "file"])
 def test_branches_are_created_with_their_bytes(fixture: GitFixture, as_url: bool) -> None:
     url = f"file://{quote(str(fixture.repository))}" if as_url else str(fixture.repository)
     target = fixture.target(url)
@@ -286,6 +286,7 @@ def test_a_lost_answer_is_looked_up(
     assert git("rev-list", "--count", "--all", cwd=fixture.repository).strip() == "3"
 
 
+@pytest.mark.slow
 def test_the_same_commit_of_another_publisher_is_ours(fixture: GitFixture) -> None:
     fixture.publish()
     parent = heads(fixture.repository)["main"]
@@ -347,7 +348,7 @@ def test_a_branch_that_has_moved_is_done_whatever_becomes_of_the_cache(
         return answer
 
     monkeypatch.setattr(RemoteGit, "transfer", locking)
-    fixture.publish()
+    fixture.publish(fixture.target(waits=replace(SHORT_WAITS, staging_s=0.1)))
     assert git("show", "main:README.md", cwd=fixture.repository) == "new\n"
 
 
@@ -629,6 +630,7 @@ def test_ssh_asks_nothing_and_keeps_the_users_settings(
     assert f"{os.environ['HOME']} /the/agent" in asked
 
 
+@pytest.mark.slow
 def test_a_foreign_attributes_file_is_a_file_like_others(fixture: GitFixture, tmp_path: Path) -> None:
     fixture.publish()
     git("clone", "--quiet", str(fixture.repository), str(tmp_path / "theirs"))

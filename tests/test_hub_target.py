@@ -26,6 +26,7 @@ from packager.system.files import sha256_file
 from packager.variant import branch_problem
 from tests.loopback_hub import Account, FaultKind, LoopbackHub
 from tests.publish_fixtures import REPOSITORY, VARIANT, describe, git, log_in, make_content, trees
+from tests.samples import sampled
 
 # The client's own upload of raw bytes.
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
@@ -187,7 +188,10 @@ def test_a_commit_whose_answer_is_lost_is_found(fixture: HubFixture, kind: Fault
 
 
 # `reset` is a time of the server's clock: some of the seconds are over when the client reads it.
-@pytest.mark.parametrize(("options", "allowed"), [({"retry_after": 7}, [7]), ({"reset": 31}, [29, 30, 31])])
+ASKED = [({"retry_after": 7}, [7]), ({"reset": 31}, [29, 30, 31])]
+
+
+@pytest.mark.parametrize(("options", "allowed"), sampled(ASKED, ASKED[1]))
 def test_the_wait_for_a_busy_hub_is_the_one_that_it_requests(
     fixture: HubFixture, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], allowed: list[int]
 ) -> None:
@@ -215,16 +219,16 @@ def test_a_hub_that_stays_busy_is_an_error_with_a_hint(fixture: HubFixture) -> N
     assert fixture.uploaded_bytes() == uploaded + len(WEIGHTS["main"])
 
 
-@pytest.mark.parametrize(
-    ("request_line", "status", "text"),
-    [
-        ("GET /api/whoami", 401, "reading the token's account: the Hub does not know the token, or it has expired"),
-        ("POST /api/repos/create", 403, "making the repository: the token may not do that"),
-        (COMMIT, 403, f"committing {VARIANT}: the token may not do that"),
-        (PUT, 413, f"uploading the files of {VARIANT}: a file is larger than the Hub takes"),
-        (PUT, 507, f"uploading the files of {VARIANT}: the Hub has no room for it"),
-    ],
-)
+REFUSALS = [
+    ("GET /api/whoami", 401, "reading the token's account: the Hub does not know the token, or it has expired"),
+    ("POST /api/repos/create", 403, "making the repository: the token may not do that"),
+    (COMMIT, 403, f"committing {VARIANT}: the token may not do that"),
+    (PUT, 413, f"uploading the files of {VARIANT}: a file is larger than the Hub takes"),
+    (PUT, 507, f"uploading the files of {VARIANT}: the Hub has no room for it"),
+]
+
+
+@pytest.mark.parametrize(("request_line", "status", "text"), sampled(REFUSALS, REFUSALS[0], REFUSALS[2]))
 def test_a_refusal_of_the_hub_is_an_error_without_a_retry(
     fixture: HubFixture, request_line: str, status: int, text: str
 ) -> None:
@@ -320,6 +324,7 @@ def test_an_earlier_commit_is_restored_without_an_upload(fixture: HubFixture) ->
         target.restore(VARIANT, head.commit, parent=made, message="Forth")
 
 
+@pytest.mark.slow
 def test_a_small_file_of_a_restored_commit_is_replaced(fixture: HubFixture, tmp_path: Path) -> None:
     first = fixture.publish().outcomes[0].commit or ""
     fixture.publish(fixture.change(VARIANT, model_safetensors=b"worse" * 1000, config_json=b'{"worse": 1}'))
@@ -395,6 +400,7 @@ def test_repositories_of_their_own_are_tagged_as_they_were_published(fixture: Hu
         assert git("rev-parse", "v1^{commit}", cwd=path).strip() == report.head(branch)
 
 
+@pytest.mark.slow
 def test_a_higher_threshold_of_large_files_on_the_hub_works(fixture: HubFixture) -> None:
     fixture.hub.lfs_threshold = 10 << 20
     (fixture.dist / "main" / "tokenizer.json").write_bytes(b"x" * 10_200_000)
@@ -487,6 +493,7 @@ def test_a_silent_server_is_an_error_after_a_time_limit(fixture: HubFixture, mon
     fixture.assert_published()
 
 
+@pytest.mark.slow
 def test_a_new_branch_of_a_squashed_repository_is_emptied_before_the_upload(fixture: HubFixture) -> None:
     fixture.publish(fixture.contents[:1])
     tree = git("rev-parse", "main^{tree}", cwd=fixture.path).strip()
@@ -533,14 +540,14 @@ def test_a_token_that_no_header_can_have_is_not_shown(fixture: HubFixture, monke
     assert "cret" not in text + "".join(fixture.lines)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"status": 520, "message": ""}, "520"),
-        ({"status": 529, "message": "overloaded"}, "529: overloaded"),
-        ({"status": 503, "headers": {"Retry-After": ""}}, " s"),
-    ],
-)
+TEMPORARY: list[tuple[dict[str, Any], str]] = [
+    ({"status": 520, "message": ""}, "520"),
+    ({"status": 529, "message": "overloaded"}, "529: overloaded"),
+    ({"status": 503, "headers": {"Retry-After": ""}}, " s"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), sampled(TEMPORARY, TEMPORARY[1]))
 def test_a_temporary_failure_is_retried_after_the_wait_that_the_server_states(
     fixture: HubFixture, options: dict[str, Any], words: str
 ) -> None:

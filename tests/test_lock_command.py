@@ -446,7 +446,7 @@ def test_a_file_that_moved_on_the_hub_is_named_by_the_build(recipe: Path, hub: L
     assert "packager lock" in caught.value.hint
 
 
-@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("indexed", sampled([True, False], False))
 def test_weights_of_another_format_are_neither_locked_nor_downloaded(
     recipe: Path, hub: LoopbackHub, indexed: bool
 ) -> None:

@@ -485,6 +485,7 @@ def _xet_bytes(hub: LoopbackHub) -> int:
 
 
 @pytest.mark.pinned
+@pytest.mark.slow
 def test_xet_stores_chunks_and_git_has_the_file(tmp_path: Path) -> None:
     weights = random.Random(1).randbytes(400_000) + b"xet" * 300_000 + random.Random(2).randbytes(400_000)
     changed = weights[:-1] + b"!"
@@ -526,6 +527,7 @@ def test_a_commit_of_a_file_that_xet_damaged_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.pinned
+@pytest.mark.slow
 def test_a_server_without_xet_is_an_error_of_the_client(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     with LoopbackHub(tmp_path / "hub", tokens=TOKENS) as hub:
@@ -543,6 +545,7 @@ def test_collections_are_created_listed_and_filled(hub: LoopbackHub, api: HfApi)
     assert [(item.item_id, item.note) for item in items] == [(REPO, "4 bit")]
 
 
+@pytest.mark.slow
 def test_the_process_takes_faults_and_its_state_survives_a_restart(tmp_path: Path) -> None:
     heads = []
     for attempt in range(2):

@@ -173,6 +173,7 @@ def test_a_damaged_tokenizer_is_an_error_or_none(process: ModelProcess, tmp_path
     assert 0 < len(caught.value.why) < 1000
 
 
+@pytest.mark.slow
 def test_each_question_has_limits_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "RENDER_CPU_S", 1)
     with ModelProcess() as process:

@@ -140,7 +140,7 @@ def fixture(request: pytest.FixtureRequest) -> PublishedFixture:
 # verify-published
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["", "full"])
+@pytest.mark.parametrize("full", sampled([False, True], True), ids=["", "full"])
 def test_what_was_just_published_is_proven(fixture: PublishedFixture, full: bool) -> None:
     fixture.publish()
     report = fixture.verify(full=full)
@@ -163,6 +163,7 @@ def test_a_file_that_was_edited_in_the_repository_is_named_with_its_branch(fixtu
     assert len(found["head-foreign"]) == 2
 
 
+@pytest.mark.slow
 def test_swapped_branches_are_named(fixture: PublishedFixture) -> None:
     fixture.publish()
     before = heads(fixture.bare)
@@ -171,6 +172,7 @@ def test_swapped_branches_are_named(fixture: PublishedFixture) -> None:
     assert len(fixture.found()["branch-differs"]) >= 2
 
 
+@pytest.mark.slow
 def test_another_branch_s_files_under_an_edited_record_are_a_copy(fixture: PublishedFixture) -> None:
     fixture.publish()
     shutil.copytree(fixture.main, fixture.folders[VARIANT], dirs_exist_ok=True)
@@ -221,6 +223,7 @@ def test_of_weights_only_headers_travel(on_hub: PublishedFixture, monkeypatch: p
     assert served["content"] - before > weights
 
 
+@pytest.mark.slow
 def test_a_server_without_ranges_costs_nothing_but_time(on_hub: PublishedFixture, hub: LoopbackHub) -> None:
     on_hub.publish()
 
@@ -261,6 +264,7 @@ def test_a_card_that_cannot_be_read_is_a_finding_and_hides_no_other(on_hub: Publ
     assert "remote-file-unlisted" in found
 
 
+@pytest.mark.slow
 def test_a_stored_object_that_is_not_what_its_name_says_needs_the_full_download(
     on_hub: PublishedFixture, hub: LoopbackHub
 ) -> None:
@@ -280,7 +284,10 @@ def packager(*arguments: object) -> tuple[int, str, str]:
 PRIVATE, GATED, ANOTHER_S = {"private": True}, {"gated": "manual"}, "hf_of_somebody_else_123"
 
 
-@pytest.mark.parametrize("command", [["verify-published", REPOSITORY], ["rollback", REPOSITORY, "--yes"]])
+COMMANDS = [["verify-published", REPOSITORY], ["rollback", REPOSITORY, "--yes"]]
+
+
+@pytest.mark.parametrize("command", sampled(COMMANDS, COMMANDS[1]))
 @pytest.mark.parametrize(
     "settings", sampled([{"private": True}, {"gated": "manual"}], {"gated": "manual"}), ids=["private", "gated"]
 )

@@ -171,6 +171,7 @@ def test_done_twice_it_changes_nothing(fixture: RollbackFixture) -> None:
     assert heads(fixture.repository) == before
 
 
+@pytest.mark.slow
 def test_what_the_latest_release_left_alone_stays_and_what_it_made_is_named(fixture: RollbackFixture) -> None:
     fixture.release(A, MAIN, number=1)
     fixture.release(A, MAIN, number=2)
@@ -187,6 +188,7 @@ def test_what_the_latest_release_left_alone_stays_and_what_it_made_is_named(fixt
     assert trees(fixture.repository) == {**fixture.releases[1], B: second[B]}
 
 
+@pytest.mark.slow
 def test_a_host_s_empty_first_commit_is_nothing_to_go_back_to(fixture: RollbackFixture) -> None:
     fixture.release(MAIN, number=1)
     tree = git_input(fixture.repository, "", "mktree").strip()
@@ -252,6 +254,7 @@ def test_again_goes_one_further_and_killed_it_finishes_first(fixture: RollbackFi
     assert "nothing to go back to" in fixture.refused(again=True)
 
 
+@pytest.mark.slow
 def test_a_release_after_a_rollback_goes_back_to_what_was_rolled_back_to(fixture: RollbackFixture) -> None:
     for number in (1, 2):
         fixture.release(A, MAIN, number=number)
@@ -262,7 +265,7 @@ def test_a_release_after_a_rollback_goes_back_to_what_was_rolled_back_to(fixture
     assert "nothing to go back to" in fixture.refused(again=True), "release 2 was taken back, it is not before 3"
 
 
-@pytest.mark.parametrize("seed", sampled(range(6), 0, 4))
+@pytest.mark.parametrize("seed", sampled(range(6), 4))
 def test_whatever_was_published_the_state_before_comes_back(fixture: RollbackFixture, seed: int) -> None:
     dice = random.Random(seed)
     for number in range(1, 4):
@@ -327,6 +330,7 @@ def test_what_somebody_else_made_is_left_alone_unless_named(fixture: RollbackFix
     assert trees(fixture.repository)[A] == fixture.releases[1][A]
 
 
+@pytest.mark.slow
 def test_an_edited_card_is_undone_by_name_before_the_release(fixture: RollbackFixture) -> None:
     fixture.release(A, MAIN, number=1)
     fixture.release(A, MAIN, number=2)
@@ -340,6 +344,7 @@ def test_an_edited_card_is_undone_by_name_before_the_release(fixture: RollbackFi
     assert trees(fixture.repository) == fixture.releases[0]
 
 
+@pytest.mark.slow
 def test_variants_follow_a_main_that_was_put_back_by_name(fixture: RollbackFixture) -> None:
     for number in (1, 2, 3):
         fixture.release(A, MAIN, number=number)
@@ -403,7 +408,7 @@ def test_nothing_published_is_an_error_and_makes_no_repository(fixture: Rollback
     assert not fixture.repository.exists()
 
 
-@pytest.mark.parametrize("later_s", [0, -7200])
+@pytest.mark.parametrize("later_s", sampled([0, -7200], -7200))
 def test_releases_that_their_times_do_not_tell_apart_are_not_mixed(fixture: RollbackFixture, later_s: int) -> None:
     fixture.release(A, MAIN, number=1)
     fixture.now += later_s - 3600  # a publisher whose clock is wrong
@@ -416,6 +421,7 @@ def test_releases_that_their_times_do_not_tell_apart_are_not_mixed(fixture: Roll
     assert trees(fixture.repository) == fixture.releases[0]
 
 
+@pytest.mark.slow
 def test_a_head_that_only_says_that_it_is_back_is_put_back(fixture: RollbackFixture) -> None:
     fixture.release(A, MAIN, number=1)
     fixture.release(A, MAIN, number=2)
@@ -520,6 +526,7 @@ def test_json_has_what_the_table_has(fixture: RollbackFixture) -> None:
     assert set(result) == {"where", "release", "branches", "unlisted", "signs", "dry_run", "notes"}
 
 
+@pytest.mark.slow
 def test_a_tag_names_the_release_to_go_back_to(fixture: RollbackFixture) -> None:
     fixture.release(A, MAIN, number=1)
     fixture.target.tag("v1.0", {MAIN: fixture.commits(MAIN)[0]})

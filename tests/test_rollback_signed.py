@@ -20,6 +20,7 @@ from packager.publish.targets.git import GitTarget
 from packager.publish.targets.local import LocalTarget
 from packager.receipt import ATTESTATION, RELEASE_ATTESTATION
 from tests.publish_fixtures import SHORT_WAITS, Prepared, git, heads
+from tests.samples import sampled
 from tests.test_published import MAIN, REPOSITORY, VARIANT, reseal
 from tests.test_rollback import Killable, KilledError
 from tests.test_signatures import OTHER_SIGNER, PEM, PUBLIC_PEM, SIGNER, TRUST, SignedFixture, write_key
@@ -108,6 +109,7 @@ def test_the_restored_state_is_a_new_release_that_names_the_replaced_one(fixture
     assert git("status", "--porcelain", cwd=fixture.repository) == ""
 
 
+@pytest.mark.slow
 def test_a_branch_that_is_set_back_after_the_rollback_is_found(fixture: SignedRollbackFixture) -> None:
     before = heads(fixture.repository)
     fixture.back()
@@ -115,6 +117,7 @@ def test_a_branch_that_is_set_back_after_the_rollback_is_found(fixture: SignedRo
     assert fixture.rules() == {"release-differs"}
 
 
+@pytest.mark.slow
 def test_a_second_run_changes_nothing_and_again_goes_further_back(fixture: SignedRollbackFixture) -> None:
     fixture.back()
     before = heads(fixture.repository)
@@ -129,6 +132,7 @@ def test_a_second_run_changes_nothing_and_again_goes_further_back(fixture: Signe
     assert actions(fixture.back()) == {VARIANT: "done", MAIN: "done"}
 
 
+@pytest.mark.slow
 def test_one_branch_back_signs_main_too(fixture: SignedRollbackFixture) -> None:
     report = fixture.back(VARIANT)
     assert actions(report) == {VARIANT: "restore", MAIN: "sign"}
@@ -142,7 +146,7 @@ def test_one_branch_back_signs_main_too(fixture: SignedRollbackFixture) -> None:
     assert fixture.rules(Trust(keys=SIGNER.public, min_release=5)) == set()
 
 
-@pytest.mark.parametrize("lives", [0, 1])
+@pytest.mark.parametrize("lives", sampled([0, 1], 1))
 def test_killed_and_run_again_it_signs_the_same_release(fixture: SignedRollbackFixture, lives: int) -> None:
     target = Killable(fixture.root, REPOSITORY)
     target.lives = lives
@@ -154,6 +158,7 @@ def test_killed_and_run_again_it_signs_the_same_release(fixture: SignedRollbackF
     assert fixture.rules(Trust(keys=SIGNER.public, min_release=4)) == set()
 
 
+@pytest.mark.slow
 def test_a_new_key_signs_the_restored_statements_again(fixture: SignedRollbackFixture) -> None:
     fixture.back(signer=OTHER_SIGNER)
     assert fixture.rules(Trust(keys=OTHER_SIGNER.public, min_release=4)) == set()
@@ -162,6 +167,7 @@ def test_a_new_key_signs_the_restored_statements_again(fixture: SignedRollbackFi
     assert heads(fixture.repository) == before
 
 
+@pytest.mark.slow
 def test_a_publish_that_did_not_reach_main_is_undone_without_a_new_release(fixture: SignedRollbackFixture) -> None:
     present, release = heads(fixture.repository), fixture.current()
     fixture.release(MAIN, VARIANT)
@@ -173,6 +179,7 @@ def test_a_publish_that_did_not_reach_main_is_undone_without_a_new_release(fixtu
     assert fixture.rules() == set()
 
 
+@pytest.mark.slow
 def test_the_next_publish_and_the_next_rollback_have_the_next_numbers(fixture: SignedRollbackFixture) -> None:
     fixture.back()
     fixture.release(MAIN)

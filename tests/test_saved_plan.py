@@ -27,6 +27,7 @@ from packager.publish.statements import envelope, pre_authentication_encoding, r
 from packager.publish.targets.local import LocalTarget
 from packager.receipt import ATTESTATION
 from tests.publish_fixtures import REPOSITORY, SHORT_WAITS, VARIANT, git, heads, hub_folder, make_content
+from tests.samples import sampled
 from tests.tiny_recipe import ACT_ORDER
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def test_exactly_the_plan_is_published_and_again_changes_nothing(fixture: PlanFi
     assert heads(fixture.repository) == before
 
 
-@pytest.mark.parametrize("update", [False, True], ids=["create", "update"])
+@pytest.mark.parametrize("update", sampled([False, True], False), ids=["create", "update"])
 def test_a_publish_that_ended_after_one_branch_is_finished(fixture: PlanFixture, update: bool) -> None:
     if update:
         fixture.publish()
@@ -285,6 +286,7 @@ def test_a_plan_needs_the_public_key_only(fixture: PlanFixture) -> None:
     assert fixture.publish(saved).plan.changing == ()
 
 
+@pytest.mark.slow
 def test_a_second_signature_on_a_stored_statement_is_planned_as_a_change(fixture: PlanFixture) -> None:
     """The private key signs alone, so the bytes will be others."""
     private, public = Signer(KEY), PlanningSigner(Signer(KEY).public)
@@ -539,6 +541,7 @@ def test_a_plan_of_another_recipe_template_or_repository_is_refused(
     assert not command.repository.exists()
 
 
+@pytest.mark.slow
 def test_a_build_made_again_after_the_plan_is_refused(command: CommandFixture) -> None:
     command.save()
     value = json.loads(command.path.read_text())

@@ -185,6 +185,7 @@ def test_a_rollback_of_a_signed_repository_must_be_asked_for(signed: SignedFixtu
     assert signed.rules(Trust(keys=SIGNER.public, min_release=2)) == {"release-old"}
 
 
+@pytest.mark.slow
 def test_the_release_after_a_rollback_has_a_new_number(signed: SignedFixture) -> None:
     signed.second_release()
     second, _ = read_envelope(signed.read(MAIN, RELEASE_ATTESTATION))
@@ -206,6 +207,7 @@ def test_one_changed_byte_of_the_weights_is_found(signed: SignedFixture) -> None
     assert "remote-file-changed" in signed.rules()
 
 
+@pytest.mark.slow
 def test_a_changed_byte_with_a_record_that_fits_it_is_found(signed: SignedFixture) -> None:
     """Without signatures, only the author of the head shows this."""
     folder = signed.folders[VARIANT]
@@ -261,6 +263,7 @@ def test_a_branch_deleted_or_added_is_found(signed: SignedFixture) -> None:
     assert "release-differs" in signed.rules()
 
 
+@pytest.mark.slow
 def test_a_statement_of_another_repository_is_found(signed: SignedFixture) -> None:
     for folder in signed.folders.values():
         edit_json(folder, "provenance.json", lambda record: record.update(repository="another/tiny-GPTQ"))
@@ -298,12 +301,13 @@ def hostile(data: bytes) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("name", sampled(hostile(ENVELOPE), "forged", "huge", "deep", "unsigned key"))
+@pytest.mark.parametrize("name", sampled(hostile(ENVELOPE), "forged", "unsigned key"))
 def test_a_hostile_statement_is_one_finding(signed: SignedFixture, name: str) -> None:
     signed.replace(VARIANT, {ATTESTATION: hostile(signed.read(VARIANT, ATTESTATION))[name]})
     assert signed.rules() == {"signature-invalid"}
 
 
+@pytest.mark.slow
 def test_a_second_signature_by_an_unknown_key_does_no_harm(signed: SignedFixture) -> None:
     payload, (own,) = read_envelope(signed.read(VARIANT, ATTESTATION))
     foreign = (OTHER_SIGNER.keyid, OTHER.sign(pre_authentication_encoding(payload)))

@@ -60,6 +60,8 @@ class Repository:
         self._entries: dict[str, list[Entry]] = {}
         self._commits: set[str] = set()
         self._blobs: dict[str, bytes] = {}
+        self._tracked: dict[tuple[bytes, tuple[str, ...]], set[str]] = {}
+        self._logs: dict[tuple[str, ...], str] = {}
 
     @classmethod
     def create(cls, repo_id: str, path: Path, *, user: str, private: bool) -> None:
@@ -170,12 +172,15 @@ class Repository:
 
     def lfs_tracked(self, attributes: bytes, paths: Sequence[str]) -> set[str]:
         """Return the paths that the root's .gitattributes assigns to LFS; those of folders are ignored."""
-        with tempfile.NamedTemporaryFile(dir=self.path) as file:
-            file.write(attributes)
-            file.flush()
-            command = ("-c", f"core.attributesFile={file.name}", "check-attr", "-z", "--stdin", "filter")
-            words = self.git(*command, stdin="".join(f"{path}\0" for path in paths).encode()).decode().split("\0")
-        return {path for path, value in zip(words[::3], words[2::3], strict=False) if value == "lfs"}
+        key = (attributes, tuple(paths))
+        if key not in self._tracked:
+            with tempfile.NamedTemporaryFile(dir=self.path) as file:
+                file.write(attributes)
+                file.flush()
+                command = ("-c", f"core.attributesFile={file.name}", "check-attr", "-z", "--stdin", "filter")
+                words = self.git(*command, stdin="".join(f"{path}\0" for path in paths).encode()).decode().split("\0")
+            self._tracked[key] = {path for path, value in zip(words[::3], words[2::3], strict=False) if value == "lfs"}
+        return self._tracked[key]
 
     def write(
         self, head: str | None, branch: str, changes: Iterable[tuple[str, bytes | None]], *, message: str, user: str
@@ -199,7 +204,9 @@ class Repository:
 
     def log(self, commit: str, *more: str) -> list[tuple[str, str, str, str, str]]:
         """Return id, author, date, title and message of the commits, newest first."""
-        lines = self.git("log", "-z", "--format=%H%x01%an%x01%ct%x01%s%x01%b", commit, *more).decode()
+        if (key := (commit, *more)) not in self._logs:
+            self._logs[key] = self.git("log", "-z", "--format=%H%x01%an%x01%ct%x01%s%x01%b", commit, *more).decode()
+        lines = self._logs[key]
         commits = (line.split("\x01") for line in lines.split("\0") if line)
         return [(oid, author, date(int(when)), title, text.strip()) for oid, author, when, title, text in commits]
 
