@@ -60,22 +60,22 @@ def _asked(config: pytest.Config) -> set[str]:
 
 
 # Collecting the 500,000 objects of torch and transformers takes 0.15 s; a build and many tests collect garbage.
-_LARGE = ("torch", "transformers", "transformers.models.auto.modeling_auto", "datasets")
-_frozen: set[str] = set()
+_MANY_MODULES = 100
+_frozen_modules = [0]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Keep the garbage collector off all that collecting the tests has imported."""
-    _frozen.update(name for name in _LARGE if name in sys.modules)
+    _frozen_modules[0] = len(sys.modules)
     gc.freeze()
     gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Keep the garbage collector off the objects of large modules, once they are imported; ready the interpreter."""
-    if new := {name for name in _LARGE if name in sys.modules} - _frozen:
-        _frozen.update(new)
+    """Keep the garbage collector off the objects of modules that tests have imported; ready the interpreter."""
+    if len(sys.modules) - _frozen_modules[0] >= _MANY_MODULES:
+        _frozen_modules[0] = len(sys.modules)
         gc.collect()
         gc.freeze()
     if item.get_closest_marker("interpreter"):

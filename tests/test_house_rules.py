@@ -64,6 +64,14 @@ def trees() -> dict[str, ast.Module]:
     return {name: ast.parse(path.read_bytes()) for name, path in zip(NAMES, FILES, strict=True)}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget() -> Iterator[None]:
+    """Free the trees: collecting garbage among their 300,000 objects takes 0.2 s."""
+    yield
+    places.cache_clear()
+    trees.cache_clear()
+
+
 def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Yield every imported module with its line, those inside functions too."""
     for node in ast.walk(tree):

@@ -20,6 +20,14 @@ def graph() -> dict[str, set[str]]:
     return module_graph(trees())
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget() -> Iterator[None]:
+    """Free the trees: collecting garbage among their 300,000 objects takes 0.2 s."""
+    yield
+    graph.cache_clear()
+    trees.cache_clear()
+
+
 # An import goes to the same room or down this table; rooms on one level do not see each other.
 ORDER = (
     ("errors", "variant"),
