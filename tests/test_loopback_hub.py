@@ -527,7 +527,6 @@ def test_a_commit_of_a_file_that_xet_damaged_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.pinned
-@pytest.mark.slow
 def test_a_server_without_xet_is_an_error_of_the_client(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     with LoopbackHub(tmp_path / "hub", tokens=TOKENS) as hub:

@@ -526,7 +526,6 @@ def test_json_has_what_the_table_has(fixture: RollbackFixture) -> None:
     assert set(result) == {"where", "release", "branches", "unlisted", "signs", "dry_run", "notes"}
 
 
-@pytest.mark.slow
 def test_a_tag_names_the_release_to_go_back_to(fixture: RollbackFixture) -> None:
     fixture.release(A, MAIN, number=1)
     fixture.target.tag("v1.0", {MAIN: fixture.commits(MAIN)[0]})
