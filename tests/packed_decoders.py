@@ -11,12 +11,13 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from packager.model.architecture import Architecture, LinearSpec, architecture_of
+from packager.model.branch_config import ModelFacts, normalized
 from packager.model.checkpoint import checkpoint_tensors
 from packager.model.describe import describe
 from packager.model.packing import pack, pack_zeros
-from packager.model.rope import in_both_spellings
 from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
-from packager.pipeline.pack import portable_config, quantization_config
+from packager.pipeline.branch_files import BranchNames, portable_config, quantization_config
+from packager.receipt import CONFIG
 from packager.variant import Variant, num_groups
 from tests.tiny_decoders import VOCABULARY, tiny_decoder
 
@@ -46,11 +47,11 @@ def packed_decoder(name: str, folder: Path, *, skip: Sequence[str] = (), variant
     assert tensors.keys() == wanted
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors")
     config = {
-        **in_both_spellings(architecture.config),
+        **normalized(CONFIG, architecture.config, ModelFacts.of(architecture.config, architecture)).content,
         "quantization_config": quantization_config(variant, architecture),
     }
     (folder / "config.json").write_text(json.dumps(config))
-    portable = portable_config(variant, architecture, "tester/tiny-GPTQ", "model")
+    portable = portable_config(variant, architecture, BranchNames(repository="tester/tiny-GPTQ", weights_name="model"))
     (folder / "quantize_config.json").write_text(json.dumps(portable))
     write_tokenizer(folder)
     return architecture

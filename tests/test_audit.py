@@ -276,6 +276,7 @@ def test_secrets_are_not_repeated_and_private_words_are_found(tmp_path: Path) ->
 def test_remote_code_is_allowed_if_the_model_has_some(tmp_path: Path) -> None:
     folder = Checkpoint().write(tmp_path / "branch")
     edit_json(folder, "config.json", lambda config: config.update(auto_map={"AutoModelForCausalLM": "x.Y"}))
+    (folder / "x.py").write_text("class Y: ...\n", encoding="utf-8")
     edit_text(folder, "README.md", 'revision="main"', "trust_remote_code=True")
     seal(folder)
     assert audit(folder).findings == ()

@@ -24,7 +24,7 @@ from packager.model.architecture import Architecture, BlockKind, LinearSpec
 from packager.model.checkpoint import PORTABLE_KEYS, block_keys, checkpoint_tensors
 from packager.model.compatibility import Verdict, verdicts
 from packager.model.runtime_architectures import TRANSFORMERS_FAILS
-from packager.pipeline.pack import portable_config, quantization_config
+from packager.pipeline.branch_files import BranchNames, portable_config, quantization_config
 from packager.pipeline.plan import make_plan
 from packager.prove.audit import audit
 from packager.prove.audit.config import Declared
@@ -242,7 +242,8 @@ def test_a_model_without_left_linears_has_the_keys_of_before() -> None:
         "quant_method", "bits", "group_size", "damp_percent", "desc_act", "sym", "true_sequential", "static_groups",
         "checkpoint_format", "lm_head",
     }  # fmt: skip
-    assert portable_config(variant(group_size=32), ARCHITECTURE, "a/b", "model").keys() == {*PORTABLE_KEYS}
+    names = BranchNames(repository="a/b", weights_name="model")
+    assert portable_config(variant(group_size=32), ARCHITECTURE, names).keys() == {*PORTABLE_KEYS}
 
 
 def test_an_audit_reads_from_config_json_what_is_left() -> None:

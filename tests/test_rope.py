@@ -5,10 +5,14 @@ from typing import Any
 
 import pytest
 
-from packager.model.rope import in_both_spellings, misread, rope_factor, rope_type
+from packager.model.rope import misread, rope_factor, rope_type, spelled_for_all
 from tests.test_known_models import tiny_config
 
 LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+
+
+def in_both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {**config, **spelled_for_all(config)}
 
 
 @pytest.mark.parametrize(
@@ -35,6 +39,13 @@ LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "origi
             {"rope_parameters": {"rope_type": "linear", "factor": 4, "rope_theta": 5e5}},
             {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
         ),
+        # transformers 4.40 refuses a linear or dynamic one in any other form
+        *(
+            ({"rope_scaling": {**given, "factor": 2.0}}, {"rope_scaling": {"type": kind, "factor": 2.0}})
+            for kind in ("linear", "dynamic")
+            for given in ({"rope_type": kind}, {"type": kind, "rope_type": kind})
+        ),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
     ],
 )
 def test_rope_parameters_are_also_written_in_the_old_spelling(

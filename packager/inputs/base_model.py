@@ -19,6 +19,7 @@ from packager.inputs.source_files import (
 )
 from packager.inputs.tied_tensors import check_tied
 from packager.model.architecture import IGNORED_SUFFIXES, Architecture
+from packager.model.branch_config import ModelFacts, branch_file, normalized
 from packager.model.config_values import read_config, shortened
 from packager.model.safetensors_file import StoredTensor, TensorInfo, read_tensor, stored_tensors
 from packager.receipt import CONFIG, TOKENIZER_FILES, FileRecord, SourceRecord, digest_of
@@ -43,7 +44,8 @@ class SourceModel:
     Attributes:
         folder: with its files.
         files: the names of those that are used.
-        config: content of config.json.
+        config: content of config.json, as a branch gets it.
+        facts: what the rules for a branch's configs know of the model.
         architecture: its shapes.
         record: identity and digests, for the receipts.
         tensors: position of every tensor's bytes, by name; derived buffers are left out.
@@ -52,6 +54,7 @@ class SourceModel:
     folder: Path
     files: SourceFiles
     config: Mapping[str, object]
+    facts: ModelFacts
     architecture: Architecture
     record: SourceRecord
     tensors: Mapping[str, StoredTensor]
@@ -76,7 +79,7 @@ class SourceModel:
         return tensor
 
     def copied(self, name: str) -> bytes:
-        """Return the content of one of `files.copied` or `files.licenses`, if it is the one that was checked.
+        """Return one of `files.copied` or `files.licenses` as a branch gets it, if it is the one that was checked.
 
         Raises:
             SourceError: the file was replaced since.
@@ -84,7 +87,7 @@ class SourceModel:
         data = read_small(self.folder, name)
         if bytes_record(data) != self.record.files[name]:
             raise _replaced(self.folder / name)
-        return data
+        return branch_file(name, data, self.facts)
 
     def check_unchanged(self) -> None:
         """Compare the weights and config.json with the record; files with unchanged times are not read again.
@@ -107,12 +110,15 @@ def _replaced(path: Path) -> SourceError:
     )
 
 
-def open_source(recipe_file: RecipeFile, log: Callable[[str], None]) -> SourceModel:
+def open_source(
+    recipe_file: RecipeFile, log: Callable[[str], None], check: Callable[[Path], object] = lambda _: None
+) -> SourceModel:
     """Find the base model, download it from the Hub if needed, and check it against the recipe.
 
     Args:
         recipe_file: the recipe and its path.
         log: receives a line for each download.
+        check: receives the folder when it holds the small files, before weights are downloaded; may raise.
 
     Raises:
         SourceError: the model is missing, gated, has only pickles, is truncated, or differs from its config.json or
@@ -120,7 +126,11 @@ def open_source(recipe_file: RecipeFile, log: Callable[[str], None]) -> SourceMo
     """
     base, licenses = recipe_file.recipe.base_model, recipe_file.recipe.card.license.base_files
     revision = recipe_file.lock.base_model.revision
-    folder = recipe_file.resolve(base.path) if base.path else download_model(base.id, str(revision), licenses, log)
+    if base.path is not None:
+        folder = recipe_file.resolve(base.path)
+        check(folder)
+    else:
+        folder = download_model(base.id, str(revision), licenses, log, check)
     source = read_source(
         folder, recipe_file.architecture, base_id=base.id, revision=revision, licenses=licenses
     )  # fmt: skip
@@ -179,9 +189,11 @@ def read_source(
         dtype=_dtype_of(tensors),
         num_parameters=architecture.num_parameters,
     )
+    facts = ModelFacts.of(config, architecture)
     return SourceModel(
-        folder=folder, files=listed, config=config, architecture=architecture, record=record, tensors=tensors
-    )
+        folder=folder, files=listed, config=normalized(CONFIG, config, facts).content, facts=facts,
+        architecture=architecture, record=record, tensors=tensors,
+    )  # fmt: skip
 
 
 def _records(files: SourceFiles, checked: Mapping[str, FileRecord]) -> dict[str, FileRecord]:

@@ -150,9 +150,10 @@ def _check_is_decoder(config: Mapping[str, Any], folder: Path) -> None:
     Raises:
         SourceError: it does not know the architecture, or the model has an encoder or no output head.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    from packager.model.skeleton import open_config
 
     model_type, version = config.get("model_type"), metadata.version("transformers")
     name = quoted(str(model_type))
@@ -164,7 +165,7 @@ def _check_is_decoder(config: Mapping[str, Any], folder: Path) -> None:
             + (", and config.json names Python files of the model (auto_map)" if own_code else ""),
             hint="a later release of transformers may have it; code that a model brings is never run",
         )  # fmt: skip
-    opened = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    opened = open_config(folder)
     if getattr(opened, "is_encoder_decoder", False):
         raise SourceError(
             "the model has an encoder and a decoder", where=str(folder), why=f"model_type is {name}",

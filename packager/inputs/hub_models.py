@@ -178,10 +178,23 @@ def download_files(model_id: str, commit: str, names: Iterable[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(model_id, revision=commit, allow_patterns=patterns))
 
 
-def download_model(base_id: str, revision: str, licenses: Iterable[str], log: Callable[[str], None]) -> Path:
+def download_model(
+    base_id: str,
+    revision: str,
+    licenses: Iterable[str],
+    log: Callable[[str], None],
+    check: Callable[[Path], object] = lambda _: None,
+) -> Path:
     """Download a model at a commit into the Hub's cache and compare its digests with those that the Hub states.
 
-    Only what a build uses is downloaded, and no text that is larger than its kind may be.
+    Only what a build uses is downloaded, and no text that is larger than its kind may be. The small files come first.
+
+    Args:
+        base_id: the model.
+        revision: the commit.
+        licenses: names of licence files that the recipe wants.
+        log: receives a line.
+        check: receives the folder when it holds everything but the weights; may raise.
 
     Raises:
         SourceError: see `resolve_model`; or a file is not the one whose digest the Hub states.
@@ -193,11 +206,10 @@ def download_model(base_id: str, revision: str, licenses: Iterable[str], log: Ca
         siblings = _used_siblings(found.siblings, licenses, base_id, revision)
     log(f"fetching {base_id} at {revision[:12]} into the Hub cache")
     names = [sibling.rfilename for sibling in siblings]
-    if INDEX in names:
-        weights = weights_in_index(download_files(base_id, revision, [INDEX]))
-    else:
-        weights = safetensors_among(sorted(names))
-    folder = download_files(base_id, revision, [name for name in names if name in weights or not _is_weights(name)])
+    folder = download_files(base_id, revision, [name for name in names if not _is_weights(name)])
+    check(folder)
+    weights = weights_among(names, folder)
+    download_files(base_id, revision, [name for name in names if name in weights])
     check_digests(folder, siblings)
     return folder
 

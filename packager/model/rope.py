@@ -48,18 +48,29 @@ def old_spelling(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def misread(config: Mapping[str, object]) -> bool:
-    """Return whether a runtime that reads only the old spelling differs from transformers 5."""
-    spelled = old_spelling(config)
+    """Return whether a runtime that reads only the old spelling differs from transformers 5, or refuses the config."""
+    return bool(spelled_for_all(config))
+
+
+def spelled_for_all(config: Mapping[str, object]) -> dict[str, object]:
+    """Return the keys of the old spelling that a config.json must have so that every runtime reads it alike.
+
+    Where the old spelling is there and right, nothing is returned.
+    """
+    spelled, given = old_spelling(config), config.get("rope_scaling")
     theta = config.get("rope_theta")
-    same = spelled["rope_theta"] == (DEFAULT_THETA if theta is None else theta)
-    return not same or ("rope_scaling" in spelled and not config.get("rope_scaling"))
-
-
-def in_both_spellings(config: Mapping[str, object]) -> dict[str, object]:
-    """Return a config.json that every runtime reads alike; one with the old spelling is returned unchanged."""
-    if not misread(config):
-        return dict(config)
-    spelled = old_spelling(config)
-    if config.get("rope_scaling"):
+    if spelled["rope_theta"] == (DEFAULT_THETA if theta is None else theta):
+        del spelled["rope_theta"]
+    if "rope_scaling" in spelled and given and (not _is_two_fields(spelled["rope_scaling"]) or _is_two_fields(given)):
         del spelled["rope_scaling"]
-    return {**config, **spelled}
+    return spelled
+
+
+def _is_two_fields(scaling: object) -> bool:
+    """Return whether transformers 4.40 can read a `rope_scaling`: its type, and its factor as a float."""
+    return (
+        isinstance(scaling, Mapping)
+        and scaling.keys() == {"type", "factor"}
+        and scaling["type"] in _TWO_FIELDS
+        and isinstance(scaling["factor"], float)
+    )

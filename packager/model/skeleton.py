@@ -1,5 +1,6 @@
 """Build a causal language model of transformers without weights: on the meta device, or of tensors without data."""
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -7,6 +8,10 @@ import torch
 from torch import nn
 
 from packager.errors import SourceError
+from packager.model.branch_config import ModelFacts, normalized
+from packager.model.config_values import read_config
+from packager.receipt import CONFIG
+from packager.system.scratch import ScratchFolder
 
 _OWN_ATTENTION = (None, "eager", "sdpa")  # of transformers and torch; others need packages that may not be here
 
@@ -25,16 +30,16 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     Raises:
         SourceError: transformers does not know the architecture, or cannot build it from this config.json.
     """
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = open_config(folder)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         if config._attn_implementation not in _OWN_ATTENTION:
             config._attn_implementation = None
         _ask_for_logits_only(config)
         model = _class_of(config).from_config(config, dtype=dtype)
+    except SourceError:
+        raise
     except Exception as error:
         raise SourceError("transformers cannot build this model", where=str(folder), why=str(error)) from error
     _replace_conv1d(model)
@@ -51,6 +56,28 @@ def _ask_for_logits_only(config: Any) -> None:
         for name in _FURTHER_OUTPUTS:
             if getattr(part, name, False):
                 setattr(part, name, False)
+
+
+def open_config(folder: Path) -> Any:
+    """Open a folder's config.json as a branch gets it: transformers cannot build every model from the base's own.
+
+    Raises:
+        SourceError: the file cannot be read. Of what transformers refuses, it raises anything.
+    """
+    from transformers import AutoConfig
+
+    document = read_config(folder / CONFIG)
+    with ScratchFolder("config") as scratch:
+        content = normalized(CONFIG, document, ModelFacts.of(document)).content
+        (scratch.path / CONFIG).write_text(json.dumps(content), encoding="utf-8")
+        config: Any = AutoConfig.from_pretrained(scratch.path, trust_remote_code=False)
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and rope.get("rope_type") == "dynamic":
+        # For rows of at most max_position_embeddings tokens, and no other is computed, this is the plain embedding
+        # (transformers.modeling_rope_utils, _compute_dynamic_ntk_parameters); which of both reads values of tensors.
+        config.rope_parameters = {key: value for key, value in rope.items() if key not in ("type", "factor")}
+        config.rope_parameters["rope_type"] = "default"
+    return config
 
 
 def _class_of(config: Any) -> Any:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Literal
 
 from packager.errors import MachineError
 from packager.inputs.source_files import list_source_files
+from packager.model.branch_config import BRANCH_RULES_VERSION
 from packager.model.devices import DeviceChoice, choose_device, device_type, same_devices
 from packager.model.runtimes import LoaderName
+from packager.pipeline.branch_files import check_small_files
 from packager.pipeline.pack import is_packed
 from packager.pipeline.plan import VariantPlan, make_plan
 from packager.pipeline.workspace import Workspace, check_folder
@@ -155,8 +157,12 @@ class BuildState:
 
         if self._source is None:
             with self.terminal.stage("source"):
-                self._source = open_source(self.recipe_file, self.terminal.log)
+                self._source = open_source(self.recipe_file, self.terminal.log, self._check_small_files)
         return self._source
+
+    def _check_small_files(self, folder: Path) -> None:
+        for change in check_small_files(folder, self.recipe, self.plan.architecture):
+            self.terminal.log(f"not as the base model has it: {change}")
 
     @property
     def texts(self) -> "TextSets":
@@ -195,8 +201,10 @@ def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, 
         files = list_source_files(folder)  # without licences: no stage but the card reads them
         base = {path.name: record.sha256 for path, record in file_records(files.paths).items()}
     quantized = digest_of([variant_plan.digest, base, _local_digest(recipe_file, recipe.calibration.path)])
-    # Packing adds: the repository's id in quantize_config.json, the names and the sizes of the weights files.
-    weights = digest_of([quantized, recipe.repository.id, recipe.checkpoint.model_dump(mode="json")])
+    # Packing adds: the repository's id in quantize_config.json, the names and the sizes of the weights files, and the
+    # rules for the branch's configs.
+    packed = [recipe.repository.id, recipe.checkpoint.model_dump(mode="json"), BRANCH_RULES_VERSION]
+    weights = digest_of([quantized, *packed])
     evaluation = recipe.evaluation
     measured = digest_of(
         [

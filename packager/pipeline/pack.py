@@ -4,14 +4,12 @@ The blocks are in the weights files already. Tensors that are not quantized are 
 so that they keep their dtype and their bits.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packager.inputs.base_model import SourceModel
-from packager.model.architecture import Architecture
-from packager.model.checkpoint import PORTABLE_PARAMETERS, Shard, block_keys, shard_index
-from packager.model.rope import in_both_spellings
+from packager.model.checkpoint import Shard, shard_index
+from packager.pipeline.branch_files import BranchNames, small_files
 from packager.quantize.block_store import BlockStore
 from packager.receipt import CONFIG, GENERATION_CONFIG, INDEX_SUFFIX, QUANTIZE_CONFIG, TOKENIZER_FILES, FileRecord
 from packager.system.files import disk_errors, file_records, write_atomic
@@ -65,59 +63,16 @@ def pack_checkpoint(job: PackJob) -> dict[str, FileRecord]:
         for path in folder.iterdir():
             if path.name not in weights:  # left by a run that was killed here
                 path.unlink()
-    for name, content in _configs(job).items():
+    for name, content in _small_files(job).items():
         write_atomic(folder / name, content)
-    for name in job.source.files.copied:
-        write_atomic(folder / name, job.source.copied(name))
     job.source.check_unchanged()
     return {path.name: record for path, record in file_records(sorted(folder.iterdir())).items()}
 
 
-def _configs(job: PackJob) -> dict[str, bytes]:
-    variant = job.variant
-    files = {
-        CONFIG: {
-            **in_both_spellings(job.source.config),
-            "quantization_config": quantization_config(variant, job.source.architecture),
-        },
-        QUANTIZE_CONFIG: portable_config(variant, job.source.architecture, job.repository, job.weights_name),
-    }
-    if GENERATION_CONFIG not in job.source.files.copied:
-        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-        files[GENERATION_CONFIG] = {
-            "_from_model_config": True,
-            **{key: job.source.config[key] for key in keys if job.source.config.get(key) is not None},
-        }
-    contents = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
+def _small_files(job: PackJob) -> dict[str, bytes]:
+    copied = {name: job.source.copied(name) for name in job.source.files.copied}
+    names = BranchNames(repository=job.repository, weights_name=job.weights_name)
+    files = small_files(job.source.config, copied, job.source.architecture, job.variant, names)
     if len(job.shards) > 1:
-        contents[f"{job.weights_name}{INDEX_SUFFIX}"] = shard_index(job.shards)
-    return contents
-
-
-def portable_config(
-    variant: Variant, architecture: Architecture, repository: str, weights_name: str
-) -> dict[str, object]:
-    """Return quantize_config.json: the keys that every AutoGPTQ accepts, and `dynamic` where linears are left.
-
-    GPTQModel reads this file and not config.json if both exist. AutoGPTQ opens no model with linears that are left.
-    """
-    keys = block_keys(architecture)
-    return {
-        **{key: variant.parameters()[key] for key in PORTABLE_PARAMETERS},
-        "model_name_or_path": repository,
-        "model_file_base_name": weights_name,
-        **({"dynamic": keys["dynamic"]} if "dynamic" in keys else {}),
-    }
-
-
-def quantization_config(variant: Variant, architecture: Architecture) -> dict[str, object]:
-    """Return config.json's quantization_config: the portable keys and what newer runtimes read."""
-    parameters = variant.parameters()
-    return {
-        "quant_method": "gptq",
-        **{key: parameters[key] for key in PORTABLE_PARAMETERS},
-        "static_groups": variant.static_groups,
-        "checkpoint_format": "gptq",
-        "lm_head": False,
-        **block_keys(architecture),
-    }
+        files[f"{job.weights_name}{INDEX_SUFFIX}"] = shard_index(job.shards)
+    return files

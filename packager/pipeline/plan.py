@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from packager.errors import PlanError
 from packager.inputs.base_model import check_folder_of
 from packager.model.architecture import Architecture
+from packager.model.branch_config import ModelFacts, normalized
 from packager.model.checkpoint import Shard, checkpoint_tensors, fit_problems, length_problem, split_shards
 from packager.model.compatibility import Verdict, verdicts
+from packager.pipeline.branch_files import check_small_files
 from packager.pipeline.card_texts import card_text_problems
 from packager.prove.evaluation_memory import EvaluationMemory, evaluation_memory
 from packager.quantize.engines import engine_problems, engine_version
 from packager.quantize.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, sweep_ways
-from packager.receipt import TOKENIZER_MODEL, digest_of
+from packager.receipt import CONFIG, TOKENIZER_MODEL, digest_of
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
 from packager.variant import Variant
@@ -97,7 +99,11 @@ class DiskPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildPlan:
-    """The result and the needs of a build; variants in the recipe's order."""
+    """The result and the needs of a build; variants in the recipe's order.
+
+    `changes` has a sentence for each value that a branch's configs get otherwise than the base model has it: of a model
+    on the Hub only those of config.json are known.
+    """
 
     recipe: Recipe
     architecture: Architecture
@@ -106,6 +112,7 @@ class BuildPlan:
     evaluation: EvaluationPlan
     disk: DiskPlan
     calibration_tokens: int
+    changes: tuple[str, ...]
 
     @property
     def context_tokens(self) -> int:
@@ -142,6 +149,7 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
             "the recipe cannot be built from this model", where=str(recipe_file.path), why="\n       ".join(problems)
         )
     check_folder_of(recipe_file)
+    changes = _changes(recipe_file)
     revision, linears = recipe_file.lock.base_model.revision, _linears_digest(architecture)
     shards: dict[tuple[int, int], tuple[Shard, ...]] = {}
     for variant in variants:  # those of the same bits and group size have the same files
@@ -164,7 +172,20 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
         evaluation=_evaluation(architecture, recipe),
         disk=_disk(recipe, architecture, planned),
         calibration_tokens=tokens,
+        changes=changes,
     )
+
+
+def _changes(recipe_file: RecipeFile) -> tuple[str, ...]:
+    """Audit the small files of a local base model, and return what a branch gets otherwise.
+
+    Raises:
+        SourceError: see `check_small_files`.
+    """
+    folder, architecture = recipe_file.recipe.base_model.path, recipe_file.architecture
+    if folder is not None:
+        return check_small_files(recipe_file.resolve(folder), recipe_file.recipe, architecture)
+    return normalized(CONFIG, recipe_file.config, ModelFacts.of(recipe_file.config, architecture)).changes
 
 
 def _lacks_tokenizer_model(recipe_file: RecipeFile) -> bool:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from packager.model.architecture import Architecture
 from packager.prove.audit.card import check_readme
-from packager.prove.audit.config import Declared, check_declared, read_model
+from packager.prove.audit.config import Declared, check_code, check_declared, read_model
 from packager.prove.audit.files import JsonObject, Listing, as_object, check_file_set, list_folder, read_documents
 from packager.prove.audit.finding import AUDIT_RULES, Finding, Findings, Rule, Severity
+from packager.prove.audit.generation import check_generation, check_special_ids
 from packager.prove.audit.privacy import check_privacy
 from packager.prove.audit.provenance import check_provenance
 from packager.prove.audit.tensors import Expected, Linear, check_tensors, quantized_modules
-from packager.prove.audit.tokenizer import check_generation, check_tokenizer
+from packager.prove.audit.tokenizer import check_tokenizer
 from packager.prove.audit.values import check_values
 from packager.prove.audit.weights import Weights, read_weights
 from packager.receipt import CONFIG, PROVENANCE, Provenance
@@ -94,14 +95,48 @@ def audit(
     headers = _check_headers(listing, listing.sizes, findings, complete=complete, architecture=architecture)
     documents = headers.documents
     check_values(headers.linears, headers.declared, findings)
-    check_tokenizer(listing, documents, findings)
-    check_generation(documents, findings)
-    check_privacy(listing, documents, findings, private_words=private_words, complete=complete)
+    _check_texts(listing, documents, findings, private_words=private_words, complete=complete)
     if complete:
         check_readme(listing, documents, findings)
         if (provenance := as_object(documents.get(PROVENANCE))) is not None:
             _check_record(listing, provenance, headers, findings)
     return AuditReport(findings=findings.collected(), facts=_facts(headers.declared, headers.weights))
+
+
+def audit_small_files(folder: Path, architecture: Architecture) -> AuditReport:
+    """Check a branch's files beside the weights, before there are weights and a card.
+
+    Args:
+        folder: with those files.
+        architecture: of the base model.
+
+    Returns:
+        The findings of `audit` that need no weights.
+    """
+    findings = Findings()
+    listing = list_folder(folder, findings)
+    documents = read_documents(listing, findings, complete=False)
+    if (config := as_object(documents.get(CONFIG))) is not None:
+        read_model(config, findings, architecture)
+    check_declared(documents, Weights(tensors={}), findings)
+    _check_texts(listing, documents, findings, complete=False)
+    return AuditReport(findings=findings.collected(), facts=Facts())
+
+
+def _check_texts(
+    listing: Listing,
+    documents: Mapping[str, object],
+    findings: Findings,
+    *,
+    private_words: Sequence[str] = (),
+    complete: bool,
+) -> None:
+    """Run the checks of what is neither weights nor card."""
+    check_tokenizer(listing, documents, findings)
+    check_code(listing, documents, findings)
+    check_special_ids(documents, findings)
+    check_generation(documents, findings)
+    check_privacy(listing, documents, findings, private_words=private_words, complete=complete)
 
 
 def audit_headers(listing: Listing, *, present: Collection[str], provenance: Provenance) -> AuditReport:
@@ -172,4 +207,14 @@ def _facts(declared: Declared, weights: Weights) -> Facts:
     )
 
 
-__all__ = ["AUDIT_RULES", "AuditReport", "Facts", "Finding", "Rule", "Severity", "audit", "audit_headers"]
+__all__ = [
+    "AUDIT_RULES",
+    "AuditReport",
+    "Facts",
+    "Finding",
+    "Rule",
+    "Severity",
+    "audit",
+    "audit_headers",
+    "audit_small_files",
+]

@@ -9,11 +9,11 @@ from packager.model.architecture import Architecture
 from packager.model.checkpoint import PORTABLE_KEYS
 from packager.model.config_values import DTYPES
 from packager.model.rope import misread
-from packager.prove.audit.files import JsonObject, as_object
+from packager.prove.audit.files import JsonObject, Listing, as_object
 from packager.prove.audit.finding import Findings
 from packager.prove.audit.known_models import FAMILIES, known_architecture
 from packager.prove.audit.weights import DEFAULT_STEM, Weights
-from packager.receipt import CONFIG, QUANTIZE_CONFIG
+from packager.receipt import CONFIG, QUANTIZE_CONFIG, TOKENIZER_CONFIG
 from packager.system.text import shown
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*\Z")
@@ -228,9 +228,20 @@ def read_model(
     return None, _dtype(config)
 
 
+def check_code(listing: Listing, documents: Mapping[str, object], findings: Findings) -> None:
+    """Report Python files that an auto_map names and the folder does not hold; others may be in another repository."""
+    for name in (CONFIG, TOKENIZER_CONFIG):
+        found = (as_object(documents.get(name)) or {}).get("auto_map")
+        named = found.values() if isinstance(found, dict) else [found]
+        for entry in (item for value in named for item in (value if isinstance(value, list) else [value])):
+            if isinstance(entry, str) and "--" not in entry and not listing.has(f"{entry.rpartition('.')[0]}.py"):
+                message = f"{shown(entry)} is not among the files"
+                findings.add("code-missing", f"{name}: auto_map", message)
+
+
 def _check_rope(config: JsonObject, findings: Findings) -> None:
     if misread(config):
-        why = "runtimes before transformers 5 take the rotary embedding for a plain one of base 10000"
+        why = "runtimes before transformers 5 do not read the rotary embedding that transformers 5 reads"
         findings.add("rope-spelling", f"{CONFIG}: rope_parameters", why)
 
 

@@ -121,6 +121,7 @@ AUDIT_RULES: Mapping[str, Rule] = {
     "rope-spelling": _warning(
         "write rope_theta (and rope_scaling) beside rope_parameters, which older runtimes ignore"
     ),
+    "code-missing": _warning("remove auto_map: with trust_remote_code=True the model does not open"),
     "quantization-config-missing": _error("without it transformers, vLLM and SGLang load the folder as an fp16 model"),
     "quantization-key-missing": _error("add the key: a loader guesses a missing value and does not report it"),
     "quantization-key-undeclared": _warning("declare it: readers see then how the weights were made"),
@@ -167,7 +168,8 @@ AUDIT_RULES: Mapping[str, Rule] = {
     "tokenizer-json-missing": _warning("add tokenizer.json; the vocabulary was not compared with vocab_size"),
     "tokenizer-damaged": _error(_FROM_BASE),
     "tokenizer-vocab": _error("a token without an embedding crashes every runtime: use the base model's tokenizer"),
-    "token-id-range": _error(_FROM_BASE),
+    "token-id-range": _error("write null or a token's id: torch refuses it as the id of padding"),
+    "token-id-unknown": _warning("write null, or leave it out of the list: no token has this id"),
     "chat-template-missing": _warning("add chat_template to tokenizer_config.json if the base model has one"),
     "chat-template-invalid": _error(_FROM_BASE),
     "generation-value": _error("correct the value: transformers refuses it"),

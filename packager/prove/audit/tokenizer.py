@@ -1,7 +1,7 @@
-"""The tokenizer against the embedding, the chat template, and generation_config.json."""
+"""The tokenizer against the embedding, and the chat template."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -10,34 +10,13 @@ from packager.model.contract_files import CONTENT_RULES
 from packager.prove.audit.config import plausible_int
 from packager.prove.audit.files import JsonObject, Listing, as_object, read_text
 from packager.prove.audit.finding import Findings
-from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
+from packager.receipt import CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from packager.system.text import shown
 
 TEMPLATE_FILE = "chat_template.jinja"
 
 # transformers marks the assistant's words with this tag; it is the only one that jinja2 does not know.
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-_TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def _share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-# The values that transformers' GenerationConfig.validate accepts.
-_GENERATION_VALUES: Mapping[str, tuple[Callable[[object], bool], str]] = {
-    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
-    "temperature": (_positive, "a number above 0"),
-    "top_p": (_share, "a number from 0 to 1"),
-    "top_k": (lambda value: plausible_int(value, least=0) is not None, "a whole number"),
-    "max_new_tokens": (lambda value: plausible_int(value) is not None, "a positive whole number"),
-}
-# Sampling parameters that transformers ignores, with a warning, unless do_sample is true: values that mean "unset".
-_SAMPLING_DEFAULTS: Mapping[str, float] = {"temperature": 1, "top_p": 1, "top_k": 50, "typical_p": 1, "min_p": 0}
 
 
 def check_tokenizer(listing: Listing, documents: Mapping[str, object], findings: Findings) -> None:
@@ -54,9 +33,6 @@ def check_tokenizer(listing: Listing, documents: Mapping[str, object], findings:
         decoder = as_object(tokenizer_config.get("added_tokens_decoder")) or {}
         _check_ids(TOKENIZER_CONFIG, map(_number, decoder), vocab_size, findings)
         _check_template(listing, tokenizer_config, findings)
-    for name in (CONFIG, GENERATION_CONFIG):
-        if vocab_size and (document := as_object(documents.get(name))) is not None:
-            _check_special_ids(name, document, vocab_size, findings)
 
 
 def _tokenizer_ids(tokenizer: JsonObject) -> Iterator[object]:
@@ -90,16 +66,6 @@ def _check_ids(name: str, ids: Iterator[object], vocab_size: int | None, finding
     highest = max(valid, default=-1)
     if vocab_size is not None and highest >= vocab_size:
         findings.add("tokenizer-vocab", name, f"the highest token id is {highest}, vocab_size is {vocab_size}")
-
-
-def _check_special_ids(name: str, document: JsonObject, vocab_size: int, findings: Findings) -> None:
-    for key in _TOKEN_ID_KEYS:
-        value = document.get(key)
-        for number in value if isinstance(value, list) else [value]:
-            found = plausible_int(number, least=0)
-            if number is not None and (found is None or found >= vocab_size):
-                message = f"{key} is {shown(number)}, expected a token id below {vocab_size}"
-                findings.add("token-id-range", f"{name}: {key}", message)
 
 
 def _check_template(listing: Listing, tokenizer_config: JsonObject, findings: Findings) -> None:
@@ -138,20 +104,3 @@ def _templates(value: object, findings: Findings) -> dict[str, str]:
     if not templates or not all(isinstance(template, str) for template in templates):
         findings.add("chat-template-invalid", place, "it is neither a string nor a list of named templates")
     return {f"{place}[{number}]": text for number, text in enumerate(templates) if isinstance(text, str)}
-
-
-def check_generation(documents: Mapping[str, object], findings: Findings) -> None:
-    """Check generation_config.json as transformers does when it loads and saves one."""
-    document = as_object(documents.get(GENERATION_CONFIG))
-    if document is None:
-        return
-    for key, (accepts, expected) in _GENERATION_VALUES.items():
-        if document.get(key) is not None and not accepts(document[key]):
-            message = f"{key} is {shown(document[key])}, expected {expected}"
-            findings.add("generation-value", f"{GENERATION_CONFIG}: {key}", message)
-    if document.get("do_sample") is True:
-        return
-    for key, unset in _SAMPLING_DEFAULTS.items():
-        if document.get(key) not in (None, unset):
-            message = f"{key} is {shown(document[key])}, but do_sample is not true"
-            findings.add("generation-sampling", f"{GENERATION_CONFIG}: {key}", message)

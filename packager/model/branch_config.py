@@ -1,0 +1,282 @@
+"""The configs of a branch are ours: what a base model's configs say that means nothing there, or is misread.
+
+A base model is pinned, and nobody can edit it. So a branch gets its config.json, generation_config.json and
+tokenizer_config.json after the rules of this module, which change no value that transformers computes with. Each rule
+gives its reason, and the code that it was read in. Decision 19. No torch here: `plan` must stay fast.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+from packager.model.architecture import Architecture
+from packager.model.config_values import DTYPES, shortened
+from packager.model.rope import spelled_for_all
+from packager.model.strict_json import parse_json_object
+from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG
+from packager.system.text import printable
+
+# Raise it when a rule changes: branches that are built are packed again then, from their quantized blocks.
+BRANCH_RULES_VERSION = 1
+NORMALIZED_FILES = (CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG)
+TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+# What names a place: an absolute path, one below a home folder, a Windows path, an address of a file.
+_PLACE = re.compile(r"(?:file://\S|(?:~/|/|[A-Za-z]:[\\/])[\w.+@%-])[^\n]*")
+_LOADED_FROM = re.compile(r".*name_or_path|_?is_local|_commit_hash")
+_CODE_KEYS = ("auto_map", "custom_pipelines")
+_OUTPUT_KEYS = ("output_hidden_states", "output_attentions", "output_router_logits")
+_TEXT_KEYS = ("_token", "_tokens", "template")  # tokens and templates are texts, which may look like a path
+_DROPPED = object()  # the new value of a key that a branch does not have
+
+Document = Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What the rules know of a model besides the document.
+
+    Attributes:
+        vocab_size: rows of its embedding; None where config.json does not say.
+        dtype: of most of its bytes, safetensors spelling; None where it is not known.
+        unties: its files hold other values for a tensor that config.json calls tied.
+    """
+
+    vocab_size: int | None = None
+    dtype: str | None = None
+    unties: bool = False
+
+    @classmethod
+    def of(cls, config: Document, architecture: Architecture | None = None) -> Self:
+        """Return what a config.json and, where it is known, a lock say."""
+        text = config.get("text_config")
+        vocab_size = _whole((text if isinstance(text, Mapping) else config).get("vocab_size"))
+        if architecture is None:
+            return cls(vocab_size=vocab_size)
+        return cls(vocab_size=vocab_size, dtype=architecture.dtype, unties=not architecture.tied)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalizedDocument:
+    """A config as a branch gets it.
+
+    Attributes:
+        content: the document.
+        changes: a sentence for each key that differs from the base model's.
+    """
+
+    content: dict[str, object]
+    changes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchRule:
+    """A kind of value that a branch does not get as it is.
+
+    Attributes:
+        files: where it is looked for.
+        changes: returns the keys of an object to change, with their new values.
+        reason: why.
+        source: the code that the rule was read in.
+        everywhere: it holds for every object inside a config, not only for those that are configs.
+    """
+
+    files: tuple[str, ...]
+    changes: Callable[[Document, ModelFacts], Document]
+    reason: str
+    source: str
+    everywhere: bool = False
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _loaded_from(document: Document, _: ModelFacts) -> Document:
+    return dict.fromkeys((key for key in document if _LOADED_FROM.fullmatch(key)), _DROPPED)
+
+
+def _places(document: Document, _: ModelFacts) -> Document:
+    found = (key for key, value in document.items() if not key.endswith(_TEXT_KEYS) and is_place(value))
+    return dict.fromkeys(found, _DROPPED)
+
+
+def is_place(value: object) -> bool:
+    """Return whether a value of a config, or an item of a list there, is a path of some machine."""
+    if isinstance(value, list):
+        return any(map(is_place, value))
+    return isinstance(value, str) and _PLACE.fullmatch(value) is not None
+
+
+def _code(document: Document, _: ModelFacts) -> Document:
+    return dict.fromkeys((key for key in _CODE_KEYS if key in document), _DROPPED)
+
+
+def _training_slices(document: Document, _: ModelFacts) -> Document:
+    return {"pretraining_tp": _DROPPED} if document.get("pretraining_tp", 1) not in (1, None) else {}
+
+
+def _training_outputs(document: Document, _: ModelFacts) -> Document:
+    asked = [key for key in _OUTPUT_KEYS if document.get(key) is True]
+    return dict.fromkeys([*asked, *(["return_dict"] if document.get("return_dict") is False else [])], _DROPPED)
+
+
+def _rope(document: Document, _: ModelFacts) -> Document:
+    return spelled_for_all(document)
+
+
+def _unknown_ids(document: Document, facts: ModelFacts) -> Document:
+    """Return the special token ids without those that are no token."""
+
+    def is_unknown(value: object) -> bool:
+        # Anything but a whole number is left for the audit to report.
+        number = _whole(value)
+        return number is not None and not 0 <= number < (facts.vocab_size or number + 1)
+
+    changes: dict[str, object] = {}
+    for key in TOKEN_ID_KEYS:
+        value = document.get(key)
+        if is_unknown(value):
+            changes[key] = None
+        elif isinstance(value, list) and any(map(is_unknown, value)):
+            changes[key] = [item for item in value if not is_unknown(item)] or None
+    return changes
+
+
+def _greedy(document: Document, _: ModelFacts) -> Document:
+    temperature = document.get("temperature")
+    zero = isinstance(temperature, int | float) and not isinstance(temperature, bool) and temperature == 0
+    return {"do_sample": False} if zero and document.get("do_sample") is True else {}
+
+
+def _no_limit(document: Document, _: ModelFacts) -> Document:
+    changes: dict[str, object] = {"top_k": 0} if _whole(document.get("top_k")) == -1 else {}
+    tokens = _whole(document.get("max_new_tokens"))
+    return changes if tokens is None or tokens > 0 else {**changes, "max_new_tokens": _DROPPED}
+
+
+def _dtype(document: Document, facts: ModelFacts) -> Document:
+    name = next((name for name, stored in DTYPES.items() if stored == facts.dtype), None)
+    stated = [key for key in ("torch_dtype", "dtype") if document.get(key) is not None]
+    if name is None or not {"vocab_size", "text_config"} & document.keys():
+        return {}  # of a tower that reads images, whose tensors may be of another dtype
+    if stated and (facts.dtype == "F32" or "text_config" in document):
+        return {}  # transformers converts float32 to what config.json says, on purpose
+    return {key: name for key in stated or ["torch_dtype"] if document.get(key) != name}
+
+
+def _own_head(document: Document, facts: ModelFacts) -> Document:
+    return {"tie_word_embeddings": False} if facts.unties and document.get("tie_word_embeddings") is True else {}
+
+
+_ALL, _MODEL, _GENERATION = NORMALIZED_FILES, (CONFIG,), (GENERATION_CONFIG,)
+BRANCH_RULES: tuple[BranchRule, ...] = (
+    BranchRule(
+        files=_ALL, changes=_loaded_from, reason="where somebody loaded the base model from means nothing in a branch",
+        source="transformers 5.23 configuration_utils.py (to_dict) and tokenization_utils_base.py (save_pretrained)",
+        everywhere=True,
+    ),
+    BranchRule(
+        files=_ALL, changes=_code, reason="the Python files that it names are not in a branch",
+        source="transformers 5.23 dynamic_module_utils.py: get_class_from_dynamic_module looks for them there",
+    ),
+    BranchRule(
+        files=_ALL, changes=_places, reason="a path of the machine that the base model was made on",
+        source="no runtime reads one: transformers 5.23 opens the files of the folder by their names", everywhere=True,
+    ),
+    BranchRule(
+        files=_MODEL, changes=_training_slices,
+        reason="transformers 5 computes without these slices, and transformers 4.40 cannot slice a quantized weight",
+        source="transformers 4.40.2 models/llama/modeling_llama.py (LlamaMLP.forward); not read by 5.23",
+    ),
+    BranchRule(
+        files=_MODEL, changes=_rope, reason="written so that runtimes before transformers 5 read it, too",
+        source="transformers 4.40.2 models/llama/configuration_llama.py (_rope_scaling_validation)",
+    ),
+    BranchRule(
+        files=(CONFIG, GENERATION_CONFIG), changes=_unknown_ids, reason="no token has this id",
+        source="torch.nn.Embedding refuses a padding_idx beyond its rows; generate of transformers 5.23 would write it",
+    ),
+    BranchRule(
+        files=_GENERATION, changes=_greedy, reason="a temperature of 0 means greedy; transformers refuses to sample",
+        source="transformers 5.23 generation/logits_process.py (TemperatureLogitsWarper)",
+    ),
+    BranchRule(
+        files=_GENERATION, changes=_no_limit, reason="a number that means no limit, which transformers refuses",
+        source="transformers 5.23 generation/logits_process.py (TopKLogitsWarper), configuration_utils.py (validate)",
+    ),
+    BranchRule(
+        files=_MODEL, changes=_dtype, reason="the dtype that most tensors of the base model have",
+        source="transformers 5.23 modeling_utils.py (_get_dtype): what config.json says wins over the files",
+    ),
+    BranchRule(
+        files=_MODEL, changes=_own_head, reason="the weights hold a head of their own, which transformers 5 keeps",
+        source="transformers 5.23 modeling_utils.py (tie_weights); 4.40 ties whenever config.json says so",
+    ),
+)  # fmt: skip
+
+
+def normalized(name: str, document: Document, facts: ModelFacts) -> NormalizedDocument:
+    """Return a config as a branch gets it; a document without anything to change is returned as it is.
+
+    Args:
+        name: one of NORMALIZED_FILES.
+        document: the base model's.
+        facts: of the model.
+    """
+    changes: list[str] = []
+    rules = [rule for rule in BRANCH_RULES if name in rule.files]
+    content = _normalized_object(name, document, facts, rules, changes)
+    return NormalizedDocument(content=content, changes=tuple(map(printable, changes)))
+
+
+def branch_file(name: str, data: bytes, facts: ModelFacts) -> bytes:
+    """Return the content of a file as a branch gets it: the same bytes, unless a rule changes one of its values.
+
+    Args:
+        name: of any file that is copied into a branch.
+        data: the base model's, which was checked by `contract_files`.
+        facts: of the model.
+    """
+    found = _of_file(name, data, facts)
+    return json_bytes(found.content) if found.changes else data
+
+
+def changes_of(name: str, data: bytes, facts: ModelFacts) -> tuple[str, ...]:
+    """Return a sentence for each value that `branch_file` changes."""
+    return _of_file(name, data, facts).changes
+
+
+def _of_file(name: str, data: bytes, facts: ModelFacts) -> NormalizedDocument:
+    if name not in NORMALIZED_FILES:
+        return NormalizedDocument(content={}, changes=())
+    return normalized(name, parse_json_object(data), facts)
+
+
+def json_bytes(content: Document) -> bytes:
+    """Return a config as it is written to a branch."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _normalized_object(
+    place: str, document: Document, facts: ModelFacts, rules: Iterable[BranchRule], said: list[str]
+) -> dict[str, object]:
+    """Apply rules to an object and to the objects inside it; what was changed is added to `said`."""
+    content = dict(document)
+    for rule in rules:
+        for key, value in rule.changes(content, facts).items():
+            before = shortened(content[key]) if key in content else "absent"
+            if value is _DROPPED:
+                del content[key]
+                said.append(f"{place}: {key} is dropped: {rule.reason}")
+            else:
+                said.append(f"{place}: {key} is {shortened(value)} and was {before}: {rule.reason}")
+                content[key] = value
+    if place != TOKENIZER_CONFIG:  # the objects inside are tokens
+        for key, value in content.items():
+            if isinstance(value, Mapping) and key != "quantization_config":
+                inner = replace(facts, vocab_size=_whole(value.get("vocab_size")))
+                own = [rule for rule in rules if rule.everywhere or key.endswith("_config")]
+                content[key] = _normalized_object(f"{place}: {key}", value, inner, own, said)
+    return content

@@ -1,0 +1,162 @@
+"""A branch's configs are normalised: nothing of the base's makers, nothing that a runtime misreads, the same model."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from packager.model.branch_config import BRANCH_RULES, ModelFacts, branch_file, is_place, normalized
+from packager.prove.audit import audit
+from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG
+from tests.test_known_models import tiny_config
+
+FACTS = ModelFacts(vocab_size=32000, dtype="F16")
+GONE: Any = object()
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "wanted"),
+    [
+        (CONFIG, {"_name_or_path": "meta-llama/Llama-2-7b"}, {"_name_or_path": GONE}),
+        (CONFIG, {"_model_name_or_path": "x", "is_local": True}, {"_model_name_or_path": GONE, "is_local": GONE}),
+        (CONFIG, {"lora": {"base": "/data/llama", "rank": 8}}, {"lora": {"rank": 8}}),
+        (CONFIG, {"corpora": ["a", "C:\\texts"], "log": "file://x"}, {"corpora": GONE, "log": GONE}),
+        (CONFIG, {"auto_map": {"AutoConfig": "x.X"}}, {"auto_map": GONE}),
+        (CONFIG, {"pretraining_tp": 2}, {"pretraining_tp": GONE}),
+        (CONFIG, {"output_hidden_states": True, "return_dict": False},
+         {"output_hidden_states": GONE, "return_dict": GONE}),
+        (CONFIG, {"rope_scaling": {"rope_type": "linear", "factor": 2}},
+         {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        (CONFIG, {"rope_parameters": {"rope_theta": 5e5}}, {"rope_theta": 5e5}),
+        (CONFIG, {"pad_token_id": -1, "eos_token_id": [2, -1, 32000]}, {"pad_token_id": None, "eos_token_id": [2]}),
+        (CONFIG, {"pad_token_id": 32000}, {"pad_token_id": None}),
+        (CONFIG, {"eos_token_id": [-1]}, {"eos_token_id": None}),
+        (CONFIG, {"torch_dtype": "bfloat16"}, {"torch_dtype": "float16"}),
+        (CONFIG, {"torch_dtype": None}, {"torch_dtype": "float16"}),
+        (CONFIG, {"torch_dtype": "float32", "dtype": "float32"}, {"torch_dtype": "float16", "dtype": "float16"}),
+        (GENERATION_CONFIG, {"eos_token_id": -1}, {"eos_token_id": None}),
+        (GENERATION_CONFIG, {"do_sample": True, "temperature": 0.0}, {"do_sample": False}),
+        (GENERATION_CONFIG, {"top_k": -1, "max_new_tokens": -1}, {"top_k": 0, "max_new_tokens": GONE}),
+        (TOKENIZER_CONFIG, {"name_or_path": "/root/out/checkpoint-100"}, {"name_or_path": GONE}),
+        (TOKENIZER_CONFIG, {"auto_map": {"AutoTokenizer": ["x.X", None]}}, {"auto_map": GONE}),
+    ],
+)  # fmt: skip
+def test_a_branch_does_not_get_what_means_nothing_there_or_is_misread(
+    name: str, given: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    before = {**(tiny_config(torch_dtype="float16") if name == CONFIG else {}), **given}
+    found = normalized(name, before, FACTS)
+    expected = {key: value for key, value in {**before, **wanted}.items() if value is not GONE}
+    assert found.content == expected
+    # 2 and 2.0 are equal in Python, and not to transformers 4.40.
+    assert json.dumps(found.content, sort_keys=True) == json.dumps(expected, sort_keys=True)
+    assert len(found.changes) == len(wanted)
+    assert all(change.startswith(f"{name}: ") for change in found.changes)
+    again = normalized(name, found.content, FACTS)
+    assert again.content == found.content
+    assert again.changes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        (CONFIG, {"pretraining_tp": 1, "use_cache": False, "transformers_version": "4.31.0"}),
+        (CONFIG, {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+        (CONFIG, {"eos_token_id": [0, 31999], "pad_token_id": 0}),
+        (CONFIG, {"tie_word_embeddings": True}),
+        (GENERATION_CONFIG, {"do_sample": False, "temperature": 0.0}),
+        # vLLM takes these as its defaults, whatever do_sample says.
+        (GENERATION_CONFIG, {"temperature": 0.6, "top_p": 0.9}),
+        (TOKENIZER_CONFIG, {"bos_token": "/s", "additional_special_tokens": ["/tool"], "chat_template": "/x"}),
+        (TOKENIZER_CONFIG, {"added_tokens_decoder": {"0": {"content": "/home"}}}),
+    ],
+)
+def test_what_a_runtime_reads_is_not_changed(name: str, given: Mapping[str, Any]) -> None:
+    before = {**(tiny_config(torch_dtype="float16") if name == CONFIG else {}), **given}
+    found = normalized(name, before, FACTS)
+    assert found.changes == ()
+    assert found.content == before
+    data = json.dumps(before, indent=7).encode()
+    assert branch_file(name, data, FACTS) == data
+
+
+def test_a_part_of_a_model_has_rules_of_its_own() -> None:
+    text = {"vocab_size": 100, "pad_token_id": -1, "dtype": "bfloat16"}
+    towers = {"vision_config": {"vocab_size_of_images": 7, "eos_token_id": 5000, "dtype": "float32"}}
+    found = normalized(CONFIG, {"text_config": text, **towers, "image_token_id": 99}, FACTS).content
+    assert found == {
+        "text_config": {"vocab_size": 100, "pad_token_id": None, "dtype": "float16"}, **towers, "image_token_id": 99,
+        "torch_dtype": "float16",
+    }  # fmt: skip
+
+
+def test_weights_in_float32_keep_the_dtype_that_config_json_gives() -> None:
+    config = tiny_config(torch_dtype="bfloat16")
+    assert normalized(CONFIG, config, ModelFacts(dtype="F32")).content == config
+    del config["torch_dtype"]
+    assert normalized(CONFIG, config, ModelFacts(dtype="F32")).content["torch_dtype"] == "float32"
+
+
+def test_a_head_of_its_own_is_not_tied() -> None:
+    config = tiny_config(torch_dtype="float16", tie_word_embeddings=True)
+    found = normalized(CONFIG, config, ModelFacts(dtype="F16", unties=True))
+    assert found.content["tie_word_embeddings"] is False
+    assert "head" in found.changes[0]
+
+
+@pytest.mark.parametrize("value", ["/home/me/x", "/srv/model", "~/x", "D:\\x", "file:///x", ["ok", "/data/x"]])
+def test_a_path_is_recognised(value: object) -> None:
+    assert is_place(value)
+
+
+@pytest.mark.parametrize("value", ["/", "meta/llama", "silu", "https://example.org/x", "a / b", 7, None, ["x", 1]])
+def test_other_values_are_no_path(value: object) -> None:
+    assert not is_place(value)
+
+
+def test_every_rule_says_why_and_where_it_was_read() -> None:
+    for rule in BRANCH_RULES:
+        assert rule.reason
+        assert rule.source
+        assert rule.files
+
+
+LEFTOVERS: Mapping[str, Mapping[str, Any]] = {
+    CONFIG: {
+        "_name_or_path": "/home/someone/out/merged", "auto_map": {"AutoModelForCausalLM": "modeling_x.X"},
+        "pretraining_tp": 2, "pad_token_id": -1, "dtype": "bfloat16",
+    },
+    GENERATION_CONFIG: {"do_sample": True, "temperature": 0.0, "eos_token_id": [2, -1]},
+    TOKENIZER_CONFIG: {"name_or_path": "/root/out/checkpoint-100"},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_base_with_the_leftovers_of_trainers_builds_and_its_branch_has_none(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    from packager.pipeline.lock_recipes import lock_recipes
+    from packager.pipeline.plan import make_plan
+    from packager.recipe.file import RecipeFile
+    from tests.tiny_recipe import build, workspace, write_inputs, write_recipe
+
+    inputs = write_inputs(tmp_path)
+    for name, changes in LEFTOVERS.items():
+        path = inputs / "model" / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    recipe = write_recipe(inputs, {"variants": [{"branch": "main"}]})
+    assert [result.status for result in lock_recipes([recipe], print)] == ["written"]
+    planned = make_plan(RecipeFile.load(recipe)).changes
+    assert len(planned) == 8
+    build(recipe, tmp_path / "dist")
+    branch = workspace(tmp_path / "dist").folder("main")
+    config = json.loads((branch / CONFIG).read_text())
+    assert not {"_name_or_path", "auto_map", "pretraining_tp"} & config.keys()
+    assert (config["pad_token_id"], config["dtype"]) == (None, "float16")
+    assert "/root" not in (branch / TOKENIZER_CONFIG).read_text()
+    assert audit(branch).errors == ()
+    base = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    assert base.config.eos_token_id == config["eos_token_id"]
