@@ -57,8 +57,10 @@ class FakeHub:
         return SimpleNamespace(siblings=siblings)
 
     def _snapshot_download(self, repo_id: str, *, revision: str, allow_patterns: list[str]) -> str:
-        self.asked.append(("snapshot_download", repo_id, revision))
-        assert set(allow_patterns) == {path.name for path in self.folder.iterdir()}  # no README, no code, no pickle
+        is_small = "model.safetensors" not in allow_patterns
+        self.asked.append(("small files" if is_small else "weights", repo_id, revision))
+        there = {path.name for path in self.folder.iterdir()}  # no README, no code, no pickle
+        assert set(allow_patterns) == (there - {"model.safetensors"} if is_small else {"model.safetensors"})
         return str(self.folder)
 
 
@@ -74,11 +76,24 @@ def test_a_model_on_the_hub_is_read_at_its_commit_and_builds(recipe: RecipeFile,
     assert record.revision == REVISION
     assert fake_hub.asked == [
         ("model_info", "tester/tiny", REVISION, True),
-        ("snapshot_download", "tester/tiny", REVISION),
+        ("small files", "tester/tiny", REVISION),
+        ("weights", "tester/tiny", REVISION),
     ]
     # The commit identifies the bytes: a second build makes no request.
     assert build(recipe, tmp_path / "dist").nothing_to_do
-    assert len(fake_hub.asked) == 2
+    assert len(fake_hub.asked) == 3
+
+
+def test_small_files_that_cannot_be_published_are_refused_before_the_weights_are_downloaded(
+    recipe: RecipeFile, fake_hub: FakeHub, tmp_path: Path
+):
+    path = fake_hub.folder / "generation_config.json"
+    path.write_text(json.dumps({"do_sample": "yes"}))
+    with pytest.raises(SourceError, match="cannot be part of a branch") as caught:
+        build(recipe, tmp_path / "dist")
+    assert 'generation_config.json: do_sample: do_sample is "yes", expected true or false' in caught.value.why
+    assert "base_model.path" in caught.value.hint
+    assert [call[0] for call in fake_hub.asked] == ["model_info", "small files"]
 
 
 def test_a_download_with_another_digest_is_refused(recipe: RecipeFile, fake_hub: FakeHub):

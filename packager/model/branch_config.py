@@ -191,6 +191,11 @@ BRANCH_RULES: tuple[BranchRule, ...] = (
         source="transformers 4.40.2 models/llama/modeling_llama.py (LlamaMLP.forward); not read by 5.23",
     ),
     BranchRule(
+        files=_MODEL, changes=_training_outputs,
+        reason="a training run asked for these outputs; users of a branch want logits",
+        source="transformers 5.23 configuration_utils.py (PreTrainedConfig): defaults of every model's forward",
+    ),
+    BranchRule(
         files=_MODEL, changes=_rope, reason="written so that runtimes before transformers 5 read it, too",
         source="transformers 4.40.2 models/llama/configuration_llama.py (_rope_scaling_validation)",
     ),

@@ -58,8 +58,8 @@ def check_generation(documents: Mapping[str, object], findings: Findings) -> Non
 def _refused_values(document: JsonObject, *, samples: bool) -> dict[str, str]:
     """Return the keys whose values transformers refuses, and what it expects.
 
-    Source: transformers 5.23, generation/configuration_utils.py (GenerationConfig.validate) and, for the parameters of
-    sampling, which are read only where do_sample is true, generation/logits_process.py.
+    Source: transformers 5.23, GenerationConfig.validate, and, for the parameters of sampling, which are read only where
+    do_sample is true, transformers.generation.logits_process.
     """
     refused: dict[str, str] = {}
     if document.get("do_sample") is not None and not isinstance(document["do_sample"], bool):
