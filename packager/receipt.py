@@ -28,7 +28,8 @@ GIT_ATTRIBUTES = ".gitattributes"
 STATEMENTS = frozenset({ATTESTATION, RELEASE_ATTESTATION})
 UNLISTED_FILES = frozenset({PROVENANCE, GIT_ATTRIBUTES, ATTESTATION, RELEASE_ATTESTATION})
 
-LoaderStatus = Literal["passed", "failed", "not run"]
+# "refused": a rule says that the loader cannot load the branch, so it is not run. "not run": this machine cannot.
+LoaderStatus = Literal["passed", "failed", "refused", "not run"]
 # How a loader's process was kept from the network and from files: docs/reference/loaders.md.
 Confinement = Literal["bubblewrap", "namespaces", "none"]
 
@@ -109,6 +110,11 @@ class LoaderRecord(Record):
     top1_agreement: float | None = None
     tokens_generated: int = 0
     tokens_equal: int = 0
+
+    @property
+    def ran(self) -> bool:
+        """Whether the loader was run on the checkpoint."""
+        return self.status in ("passed", "failed")
 
 
 class QualityRecord(Record):

@@ -717,6 +717,19 @@ def test_a_loader_with_other_values_fails_every_build(recipe: Path, dist: Path) 
         assert f"{MAIN}: autogptq: needs a CUDA device" in text
 
 
+@pytest.mark.parametrize("command", [build, publish])
+def test_a_loader_that_a_rule_refuses_stops_neither_a_build_nor_a_release(
+    recipe: Path, dist: Path, command: Callable[[Path, Path], object]
+) -> None:
+    optional = write_recipe(recipe.parent, {"loaders.if_available": ["autogptq"]})
+    record_loader(optional, dist, "refused", required=False)
+    assert BuildState(RecipeFile.load(optional), options(dist), Terminal(quiet=True)).loaders_to_run() == ("autogptq",)
+    run = BuildState(RecipeFile.load(optional), options(dist), Terminal(quiet=True))
+    run.read_receipts()
+    assert run.loaders_to_run() == ()
+    command(optional, dist)
+
+
 SECRETS = {
     "HF_TOKEN": "hf_" + "Aq7" * 12,
     "HUGGING_FACE_HUB_TOKEN": "hf_" + "Bq7" * 12,

@@ -79,6 +79,23 @@ def test_a_record_says_how_the_process_was_confined_if_there_was_one(monkeypatch
     assert record.confinement == ("" if record.status == "not run" else "namespaces")
 
 
+def test_a_loader_that_a_rule_refuses_is_recorded_as_refused_and_not_run(monkeypatch):
+    seen = []
+
+    def probe(job: ProbeJob) -> ProbeResult:
+        seen.append(job.model_dir.name)
+        return result_of(OWN)
+
+    replace_loaders(monkeypatch, probe)
+    folders = {"main": Path("main"), "other": Path("other")}
+    job = job_of(folders, torch.zeros(2, 8, dtype=torch.int64), refused={"main": {"autogptq": "knows no yarn"}})
+    records = verify.check_loaders(job, {"main": OWN, "other": OTHER}, lambda _: None)
+    assert seen == ["other"]
+    (refused,), (ran,) = records["main"], records["other"]
+    assert (refused.status, refused.reason, refused.ran) == ("refused", "knows no yarn", False)
+    assert ran.ran
+
+
 def test_a_probe_must_write_as_many_logits_as_ours_have(monkeypatch):
     seen = []
 

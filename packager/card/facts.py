@@ -178,7 +178,7 @@ def loader_rows(branches: Sequence[BranchFacts], loader: str) -> tuple[Shared, .
 
 def loader_runs(branches: Sequence[BranchFacts], loader: str) -> tuple[Shared, ...]:
     """Group the branches on which `loader` ran by its setting."""
-    ran = [facts for facts in branches if facts.record(loader).status != "not run"]
+    ran = [facts for facts in branches if facts.record(loader).ran]
     return shared(ran, lambda facts: _setting(facts.record(loader)))
 
 
@@ -194,7 +194,7 @@ def expectation_rows(
     """Return per loader title the predicted verdicts of the branches it was not run on."""
     rows: list[tuple[str, Shared]] = []
     for loader in RUNTIMES.values():
-        unproven = [facts for facts in branches if facts.record(loader.name).status == "not run"]
+        unproven = [facts for facts in branches if not facts.record(loader.name).ran]
         known = [
             (facts, verdict)
             for facts in unproven

@@ -12,7 +12,7 @@ from packager.receipt import LoaderRecord, Receipt
 from packager.recipe.file import RecipeFile
 from packager.system.text import format_bytes
 
-_MARKS = {"passed": "ok", "failed": "FAILED", "not run": "not run"}
+_MARKS = {"passed": "ok", "failed": "FAILED", "refused": "refused", "not run": "not run"}
 _NUMBERS = {"Size", "Perplexity", "KL", "Seconds", "Relative\nerror", "Top-1", "Tokens\nequal"}
 _FOLDING = {"Branch", "Loaders"}
 

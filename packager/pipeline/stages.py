@@ -247,6 +247,12 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
         loaders=wanted.model_copy(update=chosen),
         device=device,
         context=run.runtime_context(run.workspace.work / "verify"),
+        refused={
+            variant_plan.variant.branch: {
+                verdict.loader: verdict.reason for verdict in variant_plan.verdicts if not verdict.can_load
+            }
+            for variant_plan in run.plan.variants
+        },
     )
     with run.terminal.stage("verify") as stage:
         records = verify(job, run.terminal.log)

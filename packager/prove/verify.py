@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -68,6 +68,7 @@ class VerifyJob:
         loaders: their names, and the sizes of what they compute.
         device: of our own forward and of the loaders.
         context: folders, environment and processes of the loaders; `scratch` gets jobs and logits.
+        refused: by branch, the loaders that are not run because a rule says that they cannot load it, with the reason.
     """
 
     checkpoints: Sequence[Checkpoint]
@@ -76,6 +77,7 @@ class VerifyJob:
     loaders: Loaders
     device: torch.device
     context: RuntimeContext
+    refused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def rows(self) -> Tensor:
@@ -97,7 +99,7 @@ def verify(job: VerifyJob, log: Callable[[str], None]) -> dict[str, tuple[Loader
     """Run every loader of the recipe over every checkpoint.
 
     Returns:
-        For each branch, one record per loader: passed, failed with what differs, or "not run" with why.
+        For each branch, one record per loader: passed, failed with what differs, "refused" by rule, or "not run".
 
     Raises:
         MachineError: the GPU's memory is exhausted by our own forward.
@@ -154,10 +156,16 @@ def check_loaders(
     outcomes = _run_loaders(job, references)
     records: dict[str, tuple[LoaderRecord, ...]] = {}
     for checkpoint in job.checkpoints:
-        own = {name: found[checkpoint.branch] for name, found in outcomes.items()}
+        refused = job.refused.get(checkpoint.branch, {})
+        own = {name: found[checkpoint.branch] for name, found in outcomes.items() if name not in refused}
         results = [result for result in own.values() if isinstance(result, ProbeResult)]
         gaps = token_gaps(checkpoint, [sequence for result in results for sequence in _sequences(result, job)], job)
         found = [_judge(name, checkpoint, outcome, references, gaps, job) for name, outcome in own.items()]
+        found += [
+            LoaderRecord(loader=name, required=name in job.loaders.required, status="refused", reason=refused[name])
+            for name in outcomes
+            if name in refused
+        ]
         records[checkpoint.branch] = tuple(found)
         for record in found:
             log(_line(checkpoint.branch, record))
@@ -190,8 +198,11 @@ def _run_loaders(
 def _probe(
     spec: LoaderSpec, job: VerifyJob, references: Mapping[str, NDArray[np.float32]]
 ) -> dict[str, ProbeResult | LoaderError]:
-    """Run one loader over all checkpoints in one process; return a LoaderError instead of raising it."""
-    branches = [checkpoint.branch for checkpoint in job.checkpoints]
+    """Run one loader over the checkpoints that no rule refuses; return a LoaderError instead of raising it."""
+    checkpoints = [each for each in job.checkpoints if spec.name not in job.refused.get(each.branch, {})]
+    branches = [checkpoint.branch for checkpoint in checkpoints]
+    if not branches:
+        return {}
     if problem := spec.machine_problem(job.device.type):
         return dict.fromkeys(branches, LoaderUnavailableError(problem))
     try:
@@ -208,7 +219,7 @@ def _probe(
             vocab_size=references[checkpoint.branch].shape[-1],
             output_dir=job.context.scratch / spec.name / checkpoint.branch,
         )
-        for checkpoint in job.checkpoints
+        for checkpoint in checkpoints
     ]
     results = run_probes(spec, python, probes, job.loaders.timeout_s, job.context)
     return dict(zip(branches, results, strict=True))

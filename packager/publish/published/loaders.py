@@ -50,7 +50,9 @@ def check_with_loaders(
     Raises:
         MachineError: a loader's environment cannot be written, or the GPU has no memory for our own forward.
     """
-    wanted = {record.loader: record.required for record in sorted(provenance.loaders, key=lambda each: each.required)}
+    refused = {record.loader: record for record in provenance.loaders if record.status == "refused"}
+    ordered = sorted(provenance.loaders, key=lambda each: each.required)
+    wanted = {record.loader: record.required for record in ordered if record.loader not in refused}
     known = {name: wanted[name] for name in LOADERS if name in wanted}
     if problem := _problem(branch, folder, found):
         records = [_not_run(name, required, problem) for name, required in known.items()]
@@ -62,6 +64,7 @@ def check_with_loaders(
         records = []
     unknown = [name for name in wanted if name not in known][:_MAX_UNKNOWN]
     records += [_not_run(name, wanted[name], "this version of packager does not know it") for name in unknown]
+    records += [_not_run(name, record.required, _refusal(record)) for name, record in refused.items()][:_MAX_UNKNOWN]
     if not records:
         found.add("loader-not-run", PROVENANCE, "the record names no loader")
     for record in records:
@@ -81,6 +84,10 @@ def _problem(branch: str, folder: Path, found: Collector) -> str:
     if not (folder / TOKENIZER).exists():
         return f"there is no {TOKENIZER} to make tokens with"
     return ""
+
+
+def _refusal(record: LoaderRecord) -> str:
+    return printable(f"refused by rule, says the branch's record: {record.reason}")
 
 
 def _not_run(name: str, required: bool, reason: str) -> LoaderRecord:
