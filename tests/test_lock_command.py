@@ -446,6 +446,21 @@ def test_a_file_that_moved_on_the_hub_is_named_by_the_build(recipe: Path, hub: L
     assert "packager lock" in caught.value.hint
 
 
+@pytest.mark.parametrize(("change", "own"), [(0.0, ()), (0.5, ("lm_head.weight",))])
+def test_a_stored_head_on_the_hub_is_compared_without_a_download_of_the_weights(
+    recipe: Path, hub: LoopbackHub, change: float, own: tuple[str, ...]
+) -> None:
+    model = save_model(recipe.parent / "model", "llama-tied")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + change
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    upload(model)
+    recipe = on_hub(recipe, "main")
+    assert lock_now(recipe).model.own == own
+    assert not list((recipe.parent / "cache").rglob("*.safetensors"))
+    assert ("lm_head.weight" in open_source(RecipeFile.load(recipe), lambda _: None).tensors) is bool(own)
+
+
 @pytest.mark.parametrize("indexed", sampled([True, False], False))
 def test_weights_of_another_format_are_neither_locked_nor_downloaded(
     recipe: Path, hub: LoopbackHub, indexed: bool

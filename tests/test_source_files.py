@@ -4,11 +4,14 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from packager.errors import SourceError
 from packager.inputs.base_model import check_folder_of, open_source
@@ -17,6 +20,7 @@ from packager.model.contract_files import CONTENT_RULES, MOST_LICENSE_BYTES, che
 from packager.model.model_folder import open_inside, read_inside
 from packager.model.safetensors_file import TensorInfo, layout, predicted_bytes, read_header
 from packager.model.strict_json import MOST_JSON_VALUES
+from packager.pipeline.lock_recipes import lock_recipes
 from packager.pipeline.pack import is_packed
 from packager.receipt import CONFIG, TOKENIZER_FILES
 from packager.recipe.file import RecipeFile
@@ -89,10 +93,82 @@ def test_a_snapshot_of_the_hub_s_cache_links_to_its_blobs_and_nowhere_else(model
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "a\0.safetensors"])
 def test_an_index_names_files_of_the_folder(recipe: RecipeFile, model: Path, name: str) -> None:
-    shutil.copy(model / "model.safetensors", recipe.folder)
+    shutil.move(model / "model.safetensors", recipe.folder)
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(SourceError, match="names a file outside the base model's folder"):
         check_folder_of(recipe)
+
+
+def sharded(model: Path) -> dict[str, str]:
+    """Split the weights into two files with an index, and return its weight map."""
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    parts = {f"model-0000{number + 1}-of-00002.safetensors": list(tensors)[number::2] for number in range(2)}
+    for name, keys in parts.items():
+        save_file({key: tensors[key] for key in keys}, model / name, {"format": "pt"})
+    weight_map = {key: name for name, keys in parts.items() for key in keys}
+    write_index(model, weight_map)
+    return weight_map
+
+
+def write_index(model: Path, weight_map: Mapping[str, str]) -> None:
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def opened_as_transformers_does(recipe: RecipeFile, model: Path) -> bool:
+    """Return whether a base model's tensors are those that transformers loads from the same folder."""
+    source = open_source(recipe, lambda _: None)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").state_dict()
+    return all(torch.equal(source.read(name), loaded[name]) for name in source.tensors)
+
+
+@pytest.mark.parametrize("beside", ["single", "stray shard", "pytorch_model.bin", "consolidated.safetensors"])
+def test_of_two_sets_of_weights_the_one_that_transformers_loads_is_read(
+    recipe: RecipeFile, model: Path, beside: str
+) -> None:
+    tensors = {name: tensor + 1 for name, tensor in load_file(model / "model.safetensors").items()}
+    if beside == "pytorch_model.bin":
+        torch.save(tensors, model / beside)
+    else:
+        if beside != "consolidated.safetensors":
+            sharded(model)
+        name = {"single": "model.safetensors", "stray shard": "model-00003-of-00003.safetensors"}.get(beside, beside)
+        save_file(tensors, model / name, {"format": "pt"})
+    assert opened_as_transformers_does(recipe, model)
+
+
+def test_an_index_that_names_tensors_in_other_shards_is_read_as_transformers_reads_it(
+    recipe: RecipeFile, model: Path
+) -> None:
+    weight_map = sharded(model)
+    first, second = sorted(set(weight_map.values()))
+    write_index(model, {**dict.fromkeys(weight_map, first), "gone.weight": second})
+    assert opened_as_transformers_does(recipe, model)
+
+
+def test_a_shard_that_the_index_does_not_name_is_missed_by_name(recipe: RecipeFile, model: Path) -> None:
+    weight_map = sharded(model)
+    first = min(weight_map.values())
+    write_index(model, dict.fromkeys(weight_map, first))
+    lost = next(name for name, shard in weight_map.items() if shard != first)
+    assert lost in lock_error(recipe).why
+    with pytest.raises(SourceError, match="not those that the lock describes") as caught:
+        open_again(recipe)
+    assert f"missing {lost}" in caught.value.why
+
+
+def test_weights_under_a_name_of_their_own_are_refused_with_the_way_out(recipe: RecipeFile, model: Path) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "transformers_weights": "other.safetensors"}))
+    error = lock_error(recipe)
+    assert "other.safetensors" in error.why
+    assert "base_model.path" in error.hint
+
+
+def lock_error(recipe: RecipeFile) -> SourceError:
+    with pytest.raises(SourceError) as caught:
+        list(lock_recipes([recipe.path], print))
+    return caught.value
 
 
 def test_a_shard_may_not_be_a_link_out_of_the_folder(recipe: RecipeFile, model: Path) -> None:

@@ -286,7 +286,7 @@ def fp16_config(folder: Path) -> Mapping[str, object]:
     """Return a model folder's config.json.
 
     Raises:
-        SourceError: it cannot be read, or the model is already quantized.
+        SourceError: it cannot be read, the model is already quantized, or its weights have a name of their own.
     """
     path = folder / CONFIG
     config = read_config(path)
@@ -296,6 +296,14 @@ def fp16_config(folder: Path) -> Mapping[str, object]:
             where=str(path),
             why=f"its quantization_config names {method}",
             hint="name the fp16 model as base_model",
+        )
+    if config.get("transformers_weights") is not None:
+        raise SourceError(
+            "config.json names a weights file of its own",
+            where=str(path),
+            why=f"transformers loads {shortened(config['transformers_weights'])}, and other runtimes do not",
+            hint="name that file model.safetensors in a folder of your own, without the key transformers_weights in its "
+            "config.json, and name the folder as base_model.path",
         )
     return config
 
@@ -375,7 +383,7 @@ def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, fold
             why="; ".join(listed[:5]) + more,
             hint=f"a shard may be missing: compare the folder with the model's page; {_LOCK_ANEW}",
         )
-    check_tied({name: found[name] for name in tied}, {name: found[name] for name in expected}, folder)
+    check_tied(tied, found, folder)
     return {name: found[name] for name in expected}
 
 

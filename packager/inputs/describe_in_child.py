@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ _KEYS = ("what", "where", "why", "hint")
 
 
 def describe_in_child(
-    config: Mapping[str, object], tensors: Mapping[str, TensorInfo] | None, where: str
+    config: Mapping[str, object], tensors: Mapping[str, TensorInfo] | None, where: str, own: Sequence[str] = ()
 ) -> LockedModel:
     """Describe the model of a config.json and its stored tensors.
 
@@ -39,6 +39,7 @@ def describe_in_child(
         config: content of config.json.
         tensors: of the weights files, by name; None for those that transformers would store.
         where: the model, for messages.
+        own: see `packager.model.describe.describe`.
 
     Raises:
         SourceError: see `packager.model.describe.describe`; or transformers has no such decoder, or needs too much time
@@ -49,7 +50,7 @@ def describe_in_child(
     with ScratchFolder("describe") as scratch:
         folder = scratch.path
         (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-        (folder / "request.json").write_text(json.dumps({"tensors": stored}), encoding="utf-8")
+        (folder / "request.json").write_text(json.dumps({"tensors": stored, "own": own}), encoding="utf-8")
         answer = _run(folder, where)
     if "error" in answer:
         error = {key: str(answer["error"].get(key, "")).replace(str(folder), where) for key in _KEYS}
@@ -134,14 +135,15 @@ def _answer(folder: Path, result: Path, memory_bytes: int = _MEMORY_BYTES) -> No
 def _described(folder: Path) -> LockedModel:
     from packager.model.describe import describe
 
-    stored = json.loads((folder / "request.json").read_text(encoding="utf-8"))["tensors"]
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    stored = request["tensors"]
     tensors = None
     if stored is not None:
         tensors = {
             name: TensorInfo(name=name, dtype=dtype, shape=tuple(shape)) for name, (dtype, *shape) in stored.items()
         }
     _check_is_decoder(json.loads((folder / CONFIG).read_text(encoding="utf-8")), folder)
-    return describe(folder, tensors)
+    return describe(folder, tensors, request["own"])
 
 
 def _check_is_decoder(config: Mapping[str, Any], folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from packager.errors import SourceError
 from packager.inputs.hub_session import AnswerError, checked_siblings, is_of_client, open_session
-from packager.inputs.source_files import INDEX, safetensors_among, weights_in_index
+from packager.inputs.source_files import INDEX, has_index, safetensors_among, weights_in_index
 from packager.model.contract_files import CONTENT_RULES
 from packager.model.safetensors_file import Header, header_from
 from packager.receipt import SAFETENSORS
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 _FIRST_BYTES = 1 << 18  # the headers of most shards
+_PARTIAL_CONTENT = 206
 _QUERY = re.compile(r"\?[^\s'\"]+")  # of an address: a signature, which lets anyone read the file
 
 
@@ -224,7 +225,7 @@ def weights_among(names: Collection[str], folder: Path) -> tuple[str, ...]:
     Raises:
         SourceError: see `weights_in_index`.
     """
-    return weights_in_index(folder) if INDEX in names else safetensors_among(sorted(names))
+    return weights_in_index(folder) if has_index(names) else safetensors_among(sorted(names))
 
 
 def _is_weights(name: str) -> bool:
@@ -260,6 +261,36 @@ def remote_header(model: HubModel, name: str) -> Header:
         return header_from(reader.read, size_bytes, f"{model.where}: {name}")
 
 
+def remote_bytes(model: HubModel, name: str, begin: int, count: int) -> bytes:
+    """Read `count` bytes of a file on the Hub from offset `begin` on; none of a server that does not know ranges.
+
+    Raises:
+        SourceError: the Hub failed.
+    """
+    import huggingface_hub
+
+    url = huggingface_hub.hf_hub_url(model.id, name, revision=model.commit)
+    with hub_errors(f"{model.where}: {name}"):
+        return _range(url, begin, count)
+
+
+def _range(url: str, begin: int, count: int) -> bytes:
+    """Return `count` bytes of a file, fewer where it ends, and none for a part that the server cannot give."""
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    headers = {**build_hf_headers(), "Range": f"bytes={begin}-{begin + count - 1}"}
+    data = bytearray()
+    with http_stream_backoff("GET", url, headers=headers) as response:
+        hf_raise_for_status(response)
+        if begin and response.status_code != _PARTIAL_CONTENT:
+            return b""
+        for block in response.iter_bytes():
+            data += block
+            if len(data) >= count:  # of a server that does not know ranges, too
+                break
+    return bytes(data[:count])
+
+
 class _HeaderReader:
     """Reads the first bytes of a file on the Hub, in one request or two.
 
@@ -277,19 +308,6 @@ class _HeaderReader:
         """Return the next bytes; fewer where the file ends."""
         end = self._position + count
         if end > len(self._data):
-            self._data = self._first_bytes(max(end, _FIRST_BYTES))
+            self._data = _range(self._url, 0, max(end, _FIRST_BYTES))
         found, self._position = self._data[self._position : end], end
         return found
-
-    def _first_bytes(self, count: int) -> bytes:
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
-
-        headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}"}
-        data = bytearray()
-        with http_stream_backoff("GET", self._url, headers=headers) as response:
-            hf_raise_for_status(response)
-            for block in response.iter_bytes():
-                data += block
-                if len(data) >= count:  # of a server that does not know ranges, too
-                    break
-        return bytes(data[:count])

@@ -17,6 +17,7 @@ from packager.inputs.hub_models import (
     HubModel,
     check_digests,
     download_files,
+    remote_bytes,
     remote_header,
     resolve_dataset,
     resolve_model,
@@ -29,6 +30,7 @@ from packager.inputs.source_files import (
     checked_record,
     list_source_files,
 )
+from packager.inputs.tied_tensors import Same, own_values, same_bytes
 from packager.model.architecture import architecture_of
 from packager.model.lock import Lock, LockedBase, dataset_key
 from packager.model.safetensors_file import StoredTensor, TensorInfo, tensors_at
@@ -38,6 +40,7 @@ from packager.recipe.model_fit import is_commit
 from packager.recipe.paths import locate
 from packager.system.files import file_record
 from packager.system.parallel import in_parallel
+from packager.system.text import printable
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 _QUANTIZED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "I8"})
 _TEMPLATE_FILES = (TOKENIZER_CONFIG, "chat_template.jinja")
 _MOST_LEFT = 5
+_COMPARED_BYTES = 1 << 16  # of a tied tensor on the Hub and of the one that it should be
 _MOST_REGULAR_BYTES = 64_000_000  # the Hub wants LFS, and so a digest, from 10 MB on
 
 Log = Callable[[str], None]
@@ -115,10 +119,16 @@ def _lock_of_hub(recipe: Recipe, log: Log) -> Lock:
     }
     config = fp16_config(folder)
     stored = _remote_tensors(model, weights)
+
+    def same(a: StoredTensor, b: StoredTensor) -> bool:
+        # A build, which has the files, compares all bytes.
+        count = min(a.info.size_bytes, _COMPARED_BYTES)
+        return remote_bytes(model, a.path.name, a.offset, count) == remote_bytes(model, b.path.name, b.offset, count)
+
     locked = LockedBase(
         id=base.id, requested=None if is_commit(revision) else revision, revision=model.commit, files=files
     )  # fmt: skip
-    return _lock(recipe, locked, config, stored, chat_template_digest(folder), model.where, log)
+    return _lock(recipe, locked, config, stored, chat_template_digest(folder), model.where, log, same)
 
 
 def _check_regular(model: HubModel, names: list[str]) -> None:
@@ -159,11 +169,15 @@ def _lock(
     chat_template_sha256: str | None,
     where: str,
     log: Log,
+    same: Same = same_bytes,
 ) -> Lock:
     tensors = None if stored is None else {name: tensor.info for name, tensor in stored.items()}
     _check_dtypes(tensors or {}, where)
     log(f"describing {base.id} with transformers")
     model = describe_in_child(config, tensors, where)
+    if own := own_values(model.tied, stored or {}, same):
+        log(f"config.json calls tied what has values of its own, which a branch keeps: {printable(', '.join(own))}")
+        model = describe_in_child(config, tensors, where, own)
     try:
         architecture = architecture_of(model, where)
     except PlanError as error:

@@ -30,10 +30,10 @@ class SourceFiles:
 
     Attributes:
         folder: the folder.
-        weights: the files that the index names; without an index model.safetensors, or else every safetensors file.
+        weights: what transformers loads: model.safetensors, else the files that the index names, else all safetensors.
         copied: those that a branch gets as they are.
         licenses: those that the recipe wants in every branch, if they are there.
-        others: config.json and the index, if they are there.
+        others: config.json, and the index if it names the weights.
         left_out: everything else; it is neither read nor copied.
     """
 
@@ -83,8 +83,9 @@ def list_source_files(folder: Path, licenses: Iterable[str] = ()) -> SourceFiles
             hint="name the folder that holds one model and nothing else",
         )
     there = set(entries)
-    others = tuple(name for name in (CONFIG, INDEX) if name in there)
-    weights = _named_by_index(folder) if INDEX in there else safetensors_among(entries)
+    indexed = has_index(there)
+    others = tuple(name for name in (CONFIG, *([INDEX] if indexed else [])) if name in there)
+    weights = _named_by_index(folder) if indexed else safetensors_among(entries)
     found = SourceFiles(
         folder=folder,
         weights=weights,
@@ -101,6 +102,14 @@ def list_source_files(folder: Path, licenses: Iterable[str] = ()) -> SourceFiles
             raise _unreadable(folder, name, error) from error
     used = {path.relative_to(folder).parts[0] for path in found.paths}
     return replace(found, left_out=tuple(name for name in entries if name not in used))
+
+
+def has_index(names: Collection[str]) -> bool:
+    """Return whether an index names the weights: transformers reads none where there is a model.safetensors.
+
+    Source: transformers 5.23, transformers.modeling_utils, _get_resolved_checkpoint_files.
+    """
+    return INDEX in names and WEIGHTS not in names
 
 
 def safetensors_among(entries: Iterable[str]) -> tuple[str, ...]:

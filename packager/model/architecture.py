@@ -112,6 +112,7 @@ class Architecture:
         num_blocks: of all kinds.
         kv_bytes_per_token: what the model caches of one token, in a dtype of two bytes.
         tied: names of tensors that are another tensor.
+        own: names of tensors that config.json calls tied, and that have values of their own.
         tensors: every tensor of the base checkpoint.
         linears: every linear that is quantized, block by block, in the order in which the block reaches them.
     """
@@ -127,6 +128,7 @@ class Architecture:
     vocab_size: int
     kv_bytes_per_token: int
     tied: tuple[str, ...]
+    own: tuple[str, ...]
     tensors: tuple[TensorInfo, ...]
     linears: tuple[LinearSpec, ...]
 
@@ -287,6 +289,7 @@ def architecture_of(locked: LockedModel, where: str) -> Architecture:
         vocab_size=locked.vocab_size,
         kv_bytes_per_token=locked.kv_bytes_per_token,
         tied=locked.tied,
+        own=locked.own,
         tensors=tuple(sorted(tensors, key=lambda tensor: natural_key(tensor.name))),
         linears=tuple(sorted(linears, key=lambda linear: linear.block)),
     )

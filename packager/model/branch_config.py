@@ -54,7 +54,7 @@ class ModelFacts:
         vocab_size = _whole((text if isinstance(text, Mapping) else config).get("vocab_size"))
         if architecture is None:
             return cls(vocab_size=vocab_size)
-        return cls(vocab_size=vocab_size, dtype=architecture.dtype, unties=not architecture.tied)
+        return cls(vocab_size=vocab_size, dtype=architecture.dtype, unties=bool(architecture.own))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,10 @@ def _dtype(document: Document, facts: ModelFacts) -> Document:
 
 
 def _own_head(document: Document, facts: ModelFacts) -> Document:
-    return {"tie_word_embeddings": False} if facts.unties and document.get("tie_word_embeddings") is True else {}
+    # A config that does not say it leaves it to transformers, which ties the heads of some families then.
+    holds_model = {"vocab_size", "text_config"} & document.keys()
+    unties = facts.unties and holds_model and document.get("tie_word_embeddings") is not False
+    return {"tie_word_embeddings": False} if unties else {}
 
 
 _ALL, _MODEL, _GENERATION = NORMALIZED_FILES, (CONFIG,), (GENERATION_CONFIG,)

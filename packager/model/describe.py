@@ -5,7 +5,7 @@ Needs transformers and the names and shapes of the stored tensors; never a weigh
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,13 +27,14 @@ from packager.model.trace import Trace, trace
 from packager.receipt import CONFIG
 
 
-def describe(folder: Path, stored: Mapping[str, TensorInfo] | None) -> LockedModel:
+def describe(folder: Path, stored: Mapping[str, TensorInfo] | None, own: Collection[str] = ()) -> LockedModel:
     """Describe the model of a folder.
 
     Args:
         folder: with config.json.
         stored: the tensors of its weights files, by name; None for those that transformers would store, in the dtype
             that config.json gives.
+        own: names of stored tensors that are not tied, whatever config.json says.
 
     Raises:
         SourceError: transformers cannot build the model, the stored tensors are not the model's, or its blocks cannot
@@ -44,7 +45,7 @@ def describe(folder: Path, stored: Mapping[str, TensorInfo] | None) -> LockedMod
         model = build_skeleton(folder, torch.bfloat16)
     stored = _saved(model, config) if stored is None else stored
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith(IGNORED_SUFFIXES)}
-    tied = _tied_names(model, stored)
+    tied = tuple(name for name in _tied_names(model, stored) if name not in own)
     names = StoredNames(model, [name for name in stored if name not in tied])
     _check(names, stored, folder)
     _check_unused(model, names, folder)
@@ -60,6 +61,7 @@ def describe(folder: Path, stored: Mapping[str, TensorInfo] | None) -> LockedMod
         vocab_size=head.weight.shape[0],
         kv_bytes_per_token=traced.cache_bytes_per_token,
         tied=tied,
+        own=tuple(sorted(own)),
         tensors=_patterns({name: tensor for name, tensor in stored.items() if name not in tied}),
         config=cast(dict[str, Any], config),
     )

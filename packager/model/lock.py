@@ -128,6 +128,7 @@ class LockedModel(Record):
         vocab_size: logits per token.
         kv_bytes_per_token: what the model caches of one token, in a dtype of two bytes.
         tied: stored names of tensors that are another tensor and need not be stored.
+        own: stored names of tensors that config.json calls tied, although the files hold values of their own for them.
         tensors: of the base model's files.
         config: its config.json.
     """
@@ -139,6 +140,7 @@ class LockedModel(Record):
     vocab_size: Size
     kv_bytes_per_token: Bytes
     tied: tuple[Name, ...]
+    own: tuple[Name, ...] = ()
     tensors: Annotated[tuple[LockedTensors, ...], Field(min_length=1, max_length=MOST_NAMES)]
     config: dict[str, JsonValue]
 

@@ -46,7 +46,10 @@ def read_recipe_lock(path: Path, recipe: Path) -> Lock:
 
 def lock_text(lock: Lock) -> str:
     """Return a lock as it is written to its file: the same lock always gives the same bytes."""
-    return _written(lock.model_dump(mode="json"), "") + "\n"
+    content = lock.model_dump(mode="json")
+    if not lock.model.own:  # hardly any model has one
+        del content["model"]["own"]
+    return _written(content, "") + "\n"
 
 
 def _written(value: object, indent: str) -> str:
