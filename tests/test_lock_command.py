@@ -291,7 +291,8 @@ def test_a_model_that_computes_between_its_blocks_is_refused_with_the_block(
 
 
 def test_a_missing_shard_and_a_missing_tensor_are_named(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors", "x": "model.safetensors"}}
+    (recipe.parent / "model" / "model.safetensors").rename(recipe.parent / "model" / "all.safetensors")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors", "x": "all.safetensors"}}
     path = recipe.parent / "model" / "model.safetensors.index.json"
     path.write_text(json.dumps(index))
     error = refusal(recipe)

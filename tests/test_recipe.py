@@ -417,7 +417,7 @@ def _relative_paths(model, prefix=()):
         for inner in vars(models).values():
             if isinstance(inner, type) and issubclass(inner, models.Strict) and inner in _types(field.annotation):
                 found |= _relative_paths(inner, (*prefix, name))
-        if "_relative_path" in text:
+        if "_relative_path" in text or "_folder_path" in text:
             found.add((*prefix, name))
     return found
 

@@ -1,4 +1,4 @@
-"""A tied tensor that files store all the same: equal bytes are dropped, a head of its own is kept as transformers does."""
+"""A tied tensor that files store all the same: equal bytes are dropped, others are kept."""
 
 import json
 import shutil

@@ -127,7 +127,7 @@ def open_source(
     base, licenses = recipe_file.recipe.base_model, recipe_file.recipe.card.license.base_files
     revision = recipe_file.lock.base_model.revision
     if base.path is not None:
-        folder = recipe_file.resolve(base.path)
+        folder = recipe_file.base_folder(base.path)
         check(folder)
     else:
         folder = download_model(base.id, str(revision), licenses, log, check)
@@ -152,7 +152,7 @@ def check_folder_of(recipe_file: RecipeFile) -> None:
     base = recipe_file.recipe.base_model
     if base.path is None:
         return
-    folder = recipe_file.resolve(base.path)
+    folder = recipe_file.base_folder(base.path)
     files = list_source_files(folder, recipe_file.recipe.card.license.base_files)
     check_contents(files)
     _check_config(fp16_config(folder), folder, recipe_file.architecture)
@@ -302,8 +302,8 @@ def fp16_config(folder: Path) -> Mapping[str, object]:
             "config.json names a weights file of its own",
             where=str(path),
             why=f"transformers loads {shortened(config['transformers_weights'])}, and other runtimes do not",
-            hint="name that file model.safetensors in a folder of your own, without the key transformers_weights in its "
-            "config.json, and name the folder as base_model.path",
+            hint="copy the model to a folder of your own, name that file model.safetensors and remove the key "
+            "transformers_weights there, and name the folder as base_model.path",
         )
     return config
 

@@ -37,7 +37,7 @@ from packager.model.safetensors_file import StoredTensor, TensorInfo, tensors_at
 from packager.receipt import CONFIG, SAFETENSORS, TOKENIZER_CONFIG, FileRecord
 from packager.recipe import Recipe
 from packager.recipe.model_fit import is_commit
-from packager.recipe.paths import locate
+from packager.recipe.paths import locate_base
 from packager.system.files import file_record
 from packager.system.parallel import in_parallel
 from packager.system.text import printable
@@ -73,7 +73,7 @@ def make_lock(path: Path, recipe: Recipe, log: Log, *, copy: Path | None = None)
         return _lock_of_copy(path, recipe, copy, log)
     if base.path is None:
         return _lock_of_hub(recipe, log)
-    folder = locate(path.parent, base.path)
+    folder = locate_base(path.parent, base.path)
     if folder is None:  # a link that was changed since the recipe was checked
         raise SourceError("the base model's folder leaves the recipe's folder", where=base.path)
     return _lock_of_folder(recipe, folder, log)

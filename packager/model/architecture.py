@@ -111,8 +111,7 @@ class Architecture:
         kinds: of blocks.
         num_blocks: of all kinds.
         kv_bytes_per_token: what the model caches of one token, in a dtype of two bytes.
-        tied: names of tensors that are another tensor.
-        own: names of tensors that config.json calls tied, and that have values of their own.
+        tied, own: names of tensors that are another tensor, and of those that only config.json calls so.
         tensors: every tensor of the base checkpoint.
         linears: every linear that is quantized, block by block, in the order in which the block reaches them.
     """
@@ -141,11 +140,10 @@ class Architecture:
     @property
     def max_position_embeddings(self) -> int | None:
         """The longest row, as config.json gives it under one of its names; None for a model without a limit."""
-        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-            value = self.text_config.get(key)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-        return None
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+        values = (self.text_config.get(name) for name in names)
+        found = (value for value in values if isinstance(value, int) and not isinstance(value, bool) and value > 0)
+        return next(found, None)
 
     @property
     def ties_tensors(self) -> bool:

@@ -197,7 +197,7 @@ def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, 
     recipe = recipe_file.recipe
     base: dict[str, str] = {}
     if recipe.base_model.path is not None:
-        folder = recipe_file.resolve(recipe.base_model.path)
+        folder = recipe_file.base_folder(recipe.base_model.path)
         files = list_source_files(folder)  # without licences: no stage but the card reads them
         base = {path.name: record.sha256 for path, record in file_records(files.paths).items()}
     quantized = digest_of([variant_plan.digest, base, _local_digest(recipe_file, recipe.calibration.path)])

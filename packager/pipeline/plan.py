@@ -184,14 +184,14 @@ def _changes(recipe_file: RecipeFile) -> tuple[str, ...]:
     """
     folder, architecture = recipe_file.recipe.base_model.path, recipe_file.architecture
     if folder is not None:
-        return check_small_files(recipe_file.resolve(folder), recipe_file.recipe, architecture)
+        return check_small_files(recipe_file.base_folder(folder), recipe_file.recipe, architecture)
     return normalized(CONFIG, recipe_file.config, ModelFacts.of(recipe_file.config, architecture)).changes
 
 
 def _lacks_tokenizer_model(recipe_file: RecipeFile) -> bool:
     """Return whether the base model is a local folder without tokenizer.model; False where it is not known."""
     folder = recipe_file.recipe.base_model.path
-    return folder is not None and not (recipe_file.resolve(folder) / TOKENIZER_MODEL).is_file()
+    return folder is not None and not (recipe_file.base_folder(folder) / TOKENIZER_MODEL).is_file()
 
 
 def _fit_problems(recipe: Recipe, architecture: Architecture, variants: Sequence[Variant]) -> list[str]:
@@ -240,7 +240,7 @@ def _plan_variant(
     digest = digest_of(
         {
             "engine_version": engine_version(variant.engine),
-            "base_model": {"id": base.id, "revision": revision, "path": base.path},
+            "base_model": {"id": base.id, "revision": revision, "path": base.public_path},
             "linears": linears,
             "calibration": recipe.calibration.model_dump(mode="json"),
             "parameters": variant.parameters(),

@@ -1,11 +1,10 @@
 """Stage 1, recipe: the models of a recipe file, frozen and fully validated.
 
 `RecipeFile.load` in `file.py` reads the YAML and reports every problem with its line.
-A path in a recipe is relative to the recipe's own folder and may not leave it.
+A path in a recipe is relative to the recipe's own folder and may not leave it, but for the base model's folder.
 """
 
 import re
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -14,16 +13,8 @@ from pydantic_core import PydanticKnownError
 from packager.model.runtimes import LoaderName
 from packager.receipt import digest_of
 from packager.recipe.field_groups import base_model_problem, repository_problem, text_source_problem
+from packager.recipe.paths import FolderPath, RelativePath, is_elsewhere
 from packager.variant import Bits, EngineName, Layout, Place, Variant, branch_name, branch_problem, place_of
-
-
-def _relative_path(value: str) -> str:
-    path = PurePosixPath(value)
-    if len(value) > 400 or not value.isprintable():
-        raise ValueError("must have at most 400 characters, all of them printable")
-    if not value or path.is_absolute() or ".." in path.parts or "\\" in value or re.match(r"[A-Za-z]:|~", value):
-        raise ValueError("must be relative to the recipe's folder and may not leave it")
-    return value
 
 
 def _whole_number(value: object) -> object:
@@ -91,7 +82,6 @@ PATTERN_MEANINGS = {
 RepoId = Annotated[str, Field(pattern=_REPO_ID, description=PATTERN_MEANINGS[_REPO_ID])]
 FileName = Annotated[str, Field(pattern=_FILE_NAME, description=PATTERN_MEANINGS[_FILE_NAME])]
 Revision = Annotated[str, Field(pattern=_REVISION, description=PATTERN_MEANINGS[_REVISION]), AfterValidator(_revision)]
-RelativePath = Annotated[str, AfterValidator(_relative_path), Field(description="relative to the recipe's folder")]
 BranchName = Annotated[
     str, AfterValidator(_branch), _described("main, or left out: then named gptq-{bits}bit-{group_size}g-...")
 ]
@@ -185,7 +175,15 @@ class BaseModelRef(Strict):
         default=None,
         description="a commit on the Hub, or a branch or tag whose commit the lock holds; not for a local folder",
     )
-    path: RelativePath | None = Field(default=None, description="a local folder with safetensors; instead of revision")
+    path: FolderPath | None = Field(
+        default=None,
+        description="a local folder with safetensors, instead of revision; an absolute one is not published anywhere",
+    )
+
+    @property
+    def public_path(self) -> str | None:
+        """The path as digests that are published may hold it: of a folder elsewhere, only that it is one."""
+        return "elsewhere" if self.path is not None and is_elsewhere(self.path) else self.path
 
     @model_validator(mode="after")
     def _one_source(self) -> "BaseModelRef":
@@ -381,7 +379,9 @@ class Recipe(Strict):
 
     def digest(self) -> str:
         """Return the sha256 of the recipe's canonical JSON: comments and layout do not change it."""
-        return digest_of(self.model_dump(mode="json"))
+        content = self.model_dump(mode="json")
+        content["base_model"]["path"] = self.base_model.public_path
+        return digest_of(content)
 
 
 def expand(entry: VariantEntry, defaults: Defaults) -> Variant:

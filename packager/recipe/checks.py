@@ -4,6 +4,7 @@ Every check skips values that the models refused, so that all checks run whateve
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -24,7 +25,7 @@ from packager.recipe.field_groups import base_model_problem, repository_problem,
 from packager.recipe.licenses import FILES_BY_LICENSE, hub_license, license_name, meant_license
 from packager.recipe.model_fit import LockedBaseModel, Parameter, misfits
 from packager.recipe.parsed_recipe import Loc, ParsedRecipe, Unreadable, name_of
-from packager.recipe.paths import locate, path_problem
+from packager.recipe.paths import locate, locate_base, path_problem
 from packager.recipe.yaml import LocatedProblem, Position
 from packager.system.text import quoted
 from packager.variant import MAIN, MAX_REPOSITORY_NAME, NATIVE_ONLY, EngineName, branch_name, place_of
@@ -274,11 +275,13 @@ def _paths(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
         if message:
             yield LocatedProblem(parsed.at(*loc), f"{name_of(loc)}: {message}", hint)
     base = parsed.text("base_model", "path")
+    located = locate_base(folder, base) if base is not None else None
     if base is None or path_problem(folder, base, directory=True)[0]:
         return
     for index in range(parsed.count(*BASE_FILES_FIELD)):
         name = parsed.text(*BASE_FILES_FIELD, index)
-        if name is not None and path_problem(folder, f"{base}/{name}")[0]:
+        # Not whether it may be read: in a snapshot of the Hub's cache it is a link, which reading it checks.
+        if name is not None and not os.path.isfile(f"{located}/{name}"):  # noqa: PTH113, False for a name too long
             yield LocatedProblem(parsed.at(*BASE_FILES_FIELD, index), f"the base model has no file {name!r}")
 
 

@@ -13,7 +13,7 @@ from packager.recipe import Recipe
 from packager.recipe.checks import check
 from packager.recipe.model_fit import LockedBaseModel, read_locked_model, with_locked_commits
 from packager.recipe.parsed_recipe import read
-from packager.recipe.paths import locate, path_problem
+from packager.recipe.paths import locate, locate_base, path_problem
 from packager.recipe.yaml import MAX_BYTES, LocatedProblem, decode, parse
 
 _FIRST_BYTES = 8192
@@ -69,11 +69,24 @@ class RecipeFile:
         """
         path = locate(self.folder, relative)
         if path is None or not path.exists():
-            message, hint = path_problem(self.folder, relative)
-            raise RecipeError(
-                f"{self.path}: a file cannot be used", [Problem(where=relative, message=message, hint=hint)]
-            )
+            raise self._unusable(relative, directory=False)
         return path
+
+    def base_folder(self, path: str) -> Path:
+        """Return the real path of the base model's folder.
+
+        Raises:
+            RecipeError: it is not there any more, or a relative path leaves the recipe's folder through a link.
+        """
+        folder = locate_base(self.folder, path)
+        if folder is None or not folder.exists():
+            raise self._unusable(path, directory=True)
+        return folder
+
+    def _unusable(self, path: str, *, directory: bool) -> RecipeError:
+        message, hint = path_problem(self.folder, path, directory=directory)
+        kind = "folder" if directory else "file"
+        return RecipeError(f"{self.path}: a {kind} cannot be used", [Problem(where=path, message=message, hint=hint)])
 
 
 def load_recipe(path: Path) -> Recipe:
