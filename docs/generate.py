@@ -20,6 +20,7 @@ from packager.cli.main import app
 from packager.errors import PackagerError
 from packager.model import compatibility
 from packager.model.architecture import Architecture, architecture_of
+from packager.model.branch_config import BRANCH_RULES
 from packager.model.runtimes import RUNTIMES
 from packager.prove.audit.finding import AUDIT_RULES
 from packager.prove.loaders import LOADERS
@@ -161,6 +162,22 @@ def findings_page() -> str:
 
 
 # cli.md
+
+
+def branch_configs_page() -> str:
+    """Return the table of the rules for a branch's configs."""
+    rows = (
+        (", ".join(f"`{name}`" for name in rule.files), ", ".join(f"`{key}`" for key in rule.keys), rule.reason,
+         rule.source)
+        for rule in BRANCH_RULES
+    )  # fmt: skip
+    intro = (
+        "The rules by which a branch's configs differ from the base model's ([decision 19]"
+        "(../decisions/0019-branch-config-is-ours.md)). They also hold for the configs inside `config.json`, such as "
+        "`text_config`; a file without such a value is copied byte for byte. `packager lock`, `packager plan` and the "
+        "log of a build name each value that is changed."
+    )
+    return page("The configs of a branch", intro, table(("files", "keys", "why", "read in"), rows))
 
 
 def cli_page() -> str:
@@ -407,6 +424,7 @@ def _left(found: dict[str, Any]) -> str:
 PAGES: Final[dict[str, Callable[[], str]]] = {
     "recipe.md": recipe_page,
     "audit-findings.md": findings_page,
+    "branch-configs.md": branch_configs_page,
     "cli.md": cli_page,
     "exit-codes.md": exit_codes_page,
     "loaders.md": loaders_page,

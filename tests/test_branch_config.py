@@ -1,7 +1,7 @@
 """A branch's configs are normalised: nothing of the base's makers, nothing that a runtime misreads, the same model."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +160,52 @@ def test_a_base_with_the_leftovers_of_trainers_builds_and_its_branch_has_none(tm
     assert audit(branch).errors == ()
     base = AutoModelForCausalLM.from_pretrained(inputs / "model")
     assert base.config.eos_token_id == config["eos_token_id"]
+
+
+def test_lock_and_plan_say_what_a_branch_gets_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from packager.cli.main import app
+    from tests.tiny_recipe import write_inputs, write_recipe
+
+    monkeypatch.setenv("COLUMNS", "200")
+    inputs = write_inputs(tmp_path)
+    path = inputs / "model" / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoConfig": "x.X"}}))
+    recipe = write_recipe(inputs)
+    for command in ("lock", "plan"):
+        done = CliRunner().invoke(app, [command, str(recipe)])
+        assert done.exit_code == 0, done.output
+        assert "ot as the base model has it: config.json: auto_map is dropped" in done.output
+        (found,) = (json.loads(CliRunner().invoke(app, [command, str(recipe), "--format", "json"]).stdout),)
+        changes = found[0]["changes"] if command == "lock" else found["base_model"]["changes"]
+        assert changes == ["config.json: auto_map is dropped: the Python files that it names are not in a branch"]
+
+
+@pytest.mark.parametrize("command", ["lock", "plan", "build"])
+def test_what_cannot_be_published_is_refused_before_the_first_block(tmp_path: Path, command: str) -> None:
+    from packager.errors import SourceError
+    from packager.pipeline.lock_recipes import lock_recipes
+    from packager.pipeline.plan import make_plan
+    from packager.recipe.file import RecipeFile
+    from tests.tiny_recipe import build, write_inputs, write_recipe
+
+    inputs = write_inputs(tmp_path)
+    recipe = write_recipe(inputs)
+    path = inputs / "model" / TOKENIZER_CONFIG
+    text = json.loads(path.read_text())
+    path.write_text(json.dumps({**text, "note": "ask hf_abcdefghijklmnopqrstuvwxyz0123", "chat_template": "{% if %}"}))
+    commands: dict[str, Callable[[], object]] = {
+        "lock": lambda: list(lock_recipes([recipe], print)),
+        "plan": lambda: make_plan(RecipeFile.load(recipe)),
+        "build": lambda: build(recipe, tmp_path / "dist"),
+    }
+    with pytest.raises(SourceError, match="cannot be part of a branch") as caught:
+        commands[command]()
+    assert "tokenizer_config.json: note" in caught.value.why
+    assert "tokenizer_config.json: chat_template: jinja2 cannot read it" in caught.value.why
+    assert "hf_abcdefghijkl" not in str(caught.value)
+    assert "base_model.path" in caught.value.hint
+    assert not list(tmp_path.glob("dist/work/**/*.safetensors"))

@@ -130,6 +130,7 @@ def test_json_has_the_same_figures_in_bytes(plan: BuildPlan) -> None:
         "num_parameters": 13_015_864_320,
         "num_blocks": 40,
         "not_quantized": {},
+        "changes": [],
         "size_bytes": 2 * 13_015_864_320,
     }
     assert (values["calibration_tokens"], values["context_tokens"]) == (128 * 2048, 4096)

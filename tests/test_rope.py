@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from packager.model.rope import misread, rope_factor, rope_type, spelled_for_all
+from packager.model.rope import is_old_scaling, misread, rope_factor, rope_type, spelled_for_all
 from tests.test_known_models import tiny_config
 
 LLAMA3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
@@ -88,3 +88,16 @@ def test_rope_scaling_keeps_further_fields() -> None:
     rope = {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5, "rope_theta": 5e5}
     found = in_both_spellings(tiny_config(rope_parameters=rope))
     assert found["rope_scaling"] == {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("rope", "takes"),
+    [
+        ({"rope_type": "linear", "factor": 2}, True),
+        ({"rope_type": "linear", "factor": 1.0}, False),
+        ({"type": "dynamic", "factor": 4.0, "partial_rotary_factor": 0.5}, False),
+        ({"type": "yarn", "factor": 4.0}, False),
+    ],
+)
+def test_what_transformers_4_takes_is_known(rope: Mapping[str, Any], takes: bool) -> None:
+    assert is_old_scaling(tiny_config(rope_scaling=rope)) is takes

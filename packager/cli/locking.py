@@ -77,6 +77,8 @@ def _print_lock(result: "LockResult", console: "Console") -> None:
     files = facts["files"]
     pinned = counted(files, "file") if files else "no digests of files"
     print_line(console, f"  pinned         {pinned}, chat template {(lock.chat_template_sha256 or 'none')[:12]}")
+    for change in result.changes:
+        print_line(console, f"  not as the base model has it: {printable(change)}")
     for line in result.diff:
         print_line(console, printable(line))
 
@@ -134,5 +136,6 @@ def _lock_json(result: "LockResult") -> dict[str, Any]:
             }
             for kind in lock.model.kinds
         ],
+        "changes": list(result.changes),
         "diff": list(result.diff),
     }

@@ -1,6 +1,6 @@
 """A build plan: tables for people, JSON with exact integers for machines."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from rich.console import Console
@@ -35,7 +35,7 @@ def print_build_plan(plan: BuildPlan, console: Console) -> None:
     if any(len(planned.shards) > 1 for planned in plan.variants):
         counts = (f"{planned.variant.branch} {len(planned.shards)}" for planned in plan.variants)
         print_line(console, f"Weights files: {', '.join(counts)}.")
-    for text in left_lines(plan.architecture):
+    for text in (*left_lines(plan.architecture), *config_change_lines(plan.changes)):
         print_line(console, text)
     _print_loaders(plan, console)
     for text in [*_reasons(plan.variants), *_engine_notes(plan), *_proof_notes(plan)]:
@@ -50,6 +50,11 @@ def left_lines(architecture: Architecture) -> list[str]:
         for module, reason in kind.left.items():
             reasons.setdefault(reason, {})[module] = None
     return [f"Not quantized, because {reason}: {', '.join(modules)}." for reason, modules in reasons.items()]
+
+
+def config_change_lines(changes: Sequence[str]) -> list[str]:
+    """Return a line for each value that a branch's configs get otherwise than the base model has it."""
+    return [f"Not as the base model has it: {change}." for change in changes]
 
 
 def _branch_table(plan: BuildPlan) -> Table:
@@ -185,6 +190,7 @@ def build_plan_json(plan: BuildPlan) -> dict[str, object]:
             "num_blocks": architecture.num_blocks,
             "not_quantized": dict(architecture.left),
             "size_bytes": architecture.base_bytes,
+            "changes": list(plan.changes),
         },
         "calibration_tokens": plan.calibration_tokens,
         "context_tokens": plan.context_tokens,

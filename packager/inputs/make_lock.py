@@ -32,7 +32,7 @@ from packager.inputs.source_files import (
 )
 from packager.inputs.tied_tensors import Same, own_values, same_bytes
 from packager.model.architecture import architecture_of
-from packager.model.lock import Lock, LockedBase, dataset_key
+from packager.model.lock import Lock, LockedBase, LockedModel, dataset_key
 from packager.model.safetensors_file import StoredTensor, TensorInfo, tensors_at
 from packager.receipt import CONFIG, SAFETENSORS, TOKENIZER_CONFIG, FileRecord
 from packager.recipe import Recipe
@@ -53,9 +53,13 @@ _COMPARED_BYTES = 1 << 16  # of a tied tensor on the Hub and of the one that it 
 _MOST_REGULAR_BYTES = 64_000_000  # the Hub wants LFS, and so a digest, from 10 MB on
 
 Log = Callable[[str], None]
+# Receives the folder of the base model's small files, or as many of them as are here, and what was described.
+SmallFilesCheck = Callable[[Path, LockedModel], None]
 
 
-def make_lock(path: Path, recipe: Recipe, log: Log, *, copy: Path | None = None) -> Lock:
+def make_lock(
+    path: Path, recipe: Recipe, log: Log, *, copy: Path | None = None, check: SmallFilesCheck = lambda *_: None
+) -> Lock:
     """Describe a recipe's base model, and find the commits of branches and tags.
 
     Args:
@@ -63,6 +67,7 @@ def make_lock(path: Path, recipe: Recipe, log: Log, *, copy: Path | None = None)
         recipe: what it says.
         log: receives a line before what takes long.
         copy: a folder with config.json and perhaps weights, to describe in the place of the model on the Hub.
+        check: see `SmallFilesCheck`; may raise.
 
     Raises:
         RecipeError: `copy` and the recipe do not fit.
@@ -70,26 +75,30 @@ def make_lock(path: Path, recipe: Recipe, log: Log, *, copy: Path | None = None)
     """
     base = recipe.base_model
     if copy is not None:
-        return _lock_of_copy(path, recipe, copy, log)
+        return _lock_of_copy(path, recipe, copy, log, check)
     if base.path is None:
-        return _lock_of_hub(recipe, log)
+        return _lock_of_hub(recipe, log, check)
     folder = locate_base(path.parent, base.path)
     if folder is None:  # a link that was changed since the recipe was checked
         raise SourceError("the base model's folder leaves the recipe's folder", where=base.path)
-    return _lock_of_folder(recipe, folder, log)
+    return _lock_of_folder(recipe, folder, log, check)
 
 
-def _lock_of_folder(recipe: Recipe, folder: Path, log: Log, *, revision: str | None = None) -> Lock:
+def _lock_of_folder(
+    recipe: Recipe, folder: Path, log: Log, check: SmallFilesCheck, *, revision: str | None = None
+) -> Lock:
     files = list_source_files(folder, recipe.card.license.base_files)
     check_contents(files)
     config = fp16_config(folder)
     # A copy of config.json alone describes a model whose weights are on the Hub.
     stored = tensors_of(files) if files.weights or revision is None else None
     base = LockedBase(id=recipe.base_model.id, revision=revision, files={})
-    return _lock(recipe, base, config, stored, chat_template_digest(folder), str(folder), log)
+    lock = _lock(recipe, base, config, stored, chat_template_digest(folder), str(folder), log)
+    check(folder, lock.model)
+    return lock
 
 
-def _lock_of_copy(path: Path, recipe: Recipe, copy: Path, log: Log) -> Lock:
+def _lock_of_copy(path: Path, recipe: Recipe, copy: Path, log: Log, check: SmallFilesCheck) -> Lock:
     revision = recipe.base_model.revision
     if revision is None or not is_commit(revision):
         given = "a folder of its own" if revision is None else f"the branch or tag {revision}"
@@ -97,10 +106,10 @@ def _lock_of_copy(path: Path, recipe: Recipe, copy: Path, log: Log) -> Lock:
             f"--from describes a copy of a model on the Hub at a commit; the base_model of {path} has {given}",
             hint="write the full commit id of the copy as base_model.revision",
         )
-    return _lock_of_folder(recipe, copy, log, revision=revision)
+    return _lock_of_folder(recipe, copy, log, check, revision=revision)
 
 
-def _lock_of_hub(recipe: Recipe, log: Log) -> Lock:
+def _lock_of_hub(recipe: Recipe, log: Log, check: SmallFilesCheck) -> Lock:
     base, revision = recipe.base_model, str(recipe.base_model.revision)
     log(f"reading the description of {base.id} at {revision}")
     model = resolve_model(base.id, revision, recipe.card.license.base_files)
@@ -128,7 +137,9 @@ def _lock_of_hub(recipe: Recipe, log: Log) -> Lock:
     locked = LockedBase(
         id=base.id, requested=None if is_commit(revision) else revision, revision=model.commit, files=files
     )  # fmt: skip
-    return _lock(recipe, locked, config, stored, chat_template_digest(folder), model.where, log, same)
+    lock = _lock(recipe, locked, config, stored, chat_template_digest(folder), model.where, log, same)
+    check(folder, lock.model)
+    return lock
 
 
 def _check_regular(model: HubModel, names: list[str]) -> None:

@@ -76,6 +76,7 @@ class BranchRule:
 
     Attributes:
         files: where it is looked for.
+        keys: that it may change, for readers.
         changes: returns the keys of an object to change, with their new values.
         reason: why.
         source: the code that the rule was read in.
@@ -83,6 +84,7 @@ class BranchRule:
     """
 
     files: tuple[str, ...]
+    keys: tuple[str, ...]
     changes: Callable[[Document, ModelFacts], Document]
     reason: str
     source: str
@@ -176,53 +178,85 @@ def _own_head(document: Document, facts: ModelFacts) -> Document:
 _ALL, _MODEL, _GENERATION = NORMALIZED_FILES, (CONFIG,), (GENERATION_CONFIG,)
 BRANCH_RULES: tuple[BranchRule, ...] = (
     BranchRule(
-        files=_ALL, changes=_loaded_from, reason="where somebody loaded the base model from means nothing in a branch",
-        source="transformers 5.23 configuration_utils.py (to_dict) and tokenization_utils_base.py (save_pretrained)",
+        files=_ALL,
+        keys=("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "_commit_hash"),
+        changes=_loaded_from,
+        reason="where somebody loaded the base model from means nothing in a branch",
+        source="transformers 5.23 configuration_utils (to_dict) and tokenization_utils_base (save_pretrained)",
         everywhere=True,
     ),
     BranchRule(
-        files=_ALL, changes=_code, reason="the Python files that it names are not in a branch",
-        source="transformers 5.23 dynamic_module_utils.py: get_class_from_dynamic_module looks for them there",
+        files=_ALL,
+        keys=_CODE_KEYS,
+        changes=_code,
+        reason="the Python files that it names are not in a branch",
+        source="transformers 5.23 dynamic_module_utils: get_class_from_dynamic_module looks for them there",
     ),
     BranchRule(
-        files=_ALL, changes=_places, reason="a path of the machine that the base model was made on",
-        source="no runtime reads one: transformers 5.23 opens the files of the folder by their names", everywhere=True,
+        files=_ALL,
+        keys=("any whose value is a path",),
+        changes=_places,
+        reason="a path of the machine that the base model was made on",
+        source="no runtime reads one: transformers 5.23 opens the files of the folder by their names",
+        everywhere=True,
     ),
     BranchRule(
-        files=_MODEL, changes=_training_slices,
+        files=_MODEL,
+        keys=("pretraining_tp",),
+        changes=_training_slices,
         reason="transformers 5 computes without these slices, and transformers 4.40 cannot slice a quantized weight",
-        source="transformers 4.40.2 models/llama/modeling_llama.py (LlamaMLP.forward); not read by 5.23",
+        source="transformers 4.40.2 models.llama.modeling_llama (LlamaMLP.forward); not read by 5.23",
     ),
     BranchRule(
-        files=_MODEL, changes=_training_outputs,
+        files=_MODEL,
+        keys=(*_OUTPUT_KEYS, "return_dict"),
+        changes=_training_outputs,
         reason="a training run asked for these outputs; users of a branch want logits",
-        source="transformers 5.23 configuration_utils.py (PreTrainedConfig): defaults of every model's forward",
+        source="transformers 5.23 configuration_utils (PreTrainedConfig): defaults of every model's forward",
     ),
     BranchRule(
-        files=_MODEL, changes=_rope, reason="written so that runtimes before transformers 5 read it, too",
-        source="transformers 4.40.2 models/llama/configuration_llama.py (_rope_scaling_validation)",
+        files=_MODEL,
+        keys=("rope_theta", "rope_scaling"),
+        changes=_rope,
+        reason="written so that runtimes before transformers 5 read it, too",
+        source="transformers 4.40.2 models.llama.configuration_llama (_rope_scaling_validation)",
     ),
     BranchRule(
-        files=(CONFIG, GENERATION_CONFIG), changes=_unknown_ids, reason="no token has this id",
+        files=(CONFIG, GENERATION_CONFIG),
+        keys=TOKEN_ID_KEYS,
+        changes=_unknown_ids,
+        reason="no token has this id",
         source="torch.nn.Embedding refuses a padding_idx beyond its rows; generate of transformers 5.23 would write it",
     ),
     BranchRule(
-        files=_GENERATION, changes=_greedy, reason="a temperature of 0 means greedy; transformers refuses to sample",
-        source="transformers 5.23 generation/logits_process.py (TemperatureLogitsWarper)",
+        files=_GENERATION,
+        keys=("do_sample",),
+        changes=_greedy,
+        reason="a temperature of 0 means greedy; transformers refuses to sample",
+        source="transformers 5.23 generation.logits_process (TemperatureLogitsWarper)",
     ),
     BranchRule(
-        files=_GENERATION, changes=_no_limit, reason="a number that means no limit, which transformers refuses",
-        source="transformers 5.23 generation/logits_process.py (TopKLogitsWarper), configuration_utils.py (validate)",
+        files=_GENERATION,
+        keys=("top_k", "max_new_tokens"),
+        changes=_no_limit,
+        reason="a number that means no limit, which transformers refuses",
+        source="transformers 5.23 generation.logits_process (TopKLogitsWarper), configuration_utils (validate)",
     ),
     BranchRule(
-        files=_MODEL, changes=_dtype, reason="the dtype that most tensors of the base model have",
-        source="transformers 5.23 modeling_utils.py (_get_dtype): what config.json says wins over the files",
+        files=_MODEL,
+        keys=("torch_dtype", "dtype"),
+        changes=_dtype,
+        reason="the dtype that most tensors of the base model have",
+        source="transformers 5.23 modeling_utils (_get_dtype): what config.json says wins over the files",
     ),
     BranchRule(
-        files=_MODEL, changes=_own_head, reason="the weights hold a head of their own, which transformers 5 keeps",
-        source="transformers 5.23 modeling_utils.py (tie_weights); 4.40 ties whenever config.json says so",
+        files=_MODEL,
+        keys=("tie_word_embeddings",),
+        changes=_own_head,
+        reason="the weights hold a head of their own, which transformers 5 keeps",
+        source="transformers 5.23 modeling_utils (tie_weights); 4.40 ties whenever config.json says so",
     ),
-)  # fmt: skip
+)
 
 
 def normalized(name: str, document: Document, facts: ModelFacts) -> NormalizedDocument:

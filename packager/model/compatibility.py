@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from packager.model.architecture import Architecture
+from packager.model.rope import is_old_scaling
 from packager.model.runtime_architectures import (
     FUSED_LINEARS,
     GPTQMODEL_DROPS,
@@ -218,6 +219,8 @@ def _transformers_4_40(_: Variant, architecture: Architecture) -> str:
     known = LEGACY_ROPE_TYPES.get(architecture.model_type, ("default",))
     if architecture.model_type in AUTOGPTQ_OPENS and architecture.rope_type not in known:
         found.append(f"knows no rotary embedding of type {architecture.rope_type} (transformers 4.40)")
+    elif architecture.model_type == "llama" and architecture.scaled_rope and not is_old_scaling(architecture.config):
+        found.append("takes a rope_scaling of a type and a factor above 1 only (transformers 4.40)")
     if not architecture.head_dim_is_derived:
         found.append("takes head_dim to be hidden_size / num_attention_heads (transformers 4.40)")
     if architecture.model_type == "gpt_neox":

@@ -66,6 +66,15 @@ def spelled_for_all(config: Mapping[str, object]) -> dict[str, object]:
     return spelled
 
 
+def is_old_scaling(config: Mapping[str, object]) -> bool:
+    """Return whether transformers 4.40 takes the scaling of a branch's config.json.
+
+    Source: transformers 4.40.2, LlamaConfig._rope_scaling_validation.
+    """
+    scaling, factor = old_spelling(config).get("rope_scaling"), rope_factor(config)
+    return _is_two_fields(scaling) and factor is not None and factor > 1
+
+
 def _is_two_fields(scaling: object) -> bool:
     """Return whether transformers 4.40 can read a `rope_scaling`: its type, and its factor as a float."""
     return (

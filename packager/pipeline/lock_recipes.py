@@ -8,8 +8,11 @@ from typing import Literal
 
 from packager.errors import RecipeError
 from packager.inputs.make_lock import make_lock
-from packager.model.lock import Lock
+from packager.model.architecture import architecture_of
+from packager.model.lock import Lock, LockedModel
+from packager.pipeline.branch_files import check_small_files
 from packager.pipeline.build_state import require_build_extra
+from packager.recipe import Recipe
 from packager.recipe.file import load_recipe
 from packager.recipe.lock_file import lock_path, lock_text
 from packager.system.files import write_atomic
@@ -27,6 +30,7 @@ class LockResult:
         recipe: its file.
         path: the lock's file.
         lock: as it is today.
+        changes: a sentence for each value that a branch gets otherwise than the base model has it.
         status: "written"; "unchanged" if the file held these bytes; when only compared, "differs" or "missing".
         diff: lines of a unified diff from the file to `lock`; empty unless it differs.
     """
@@ -34,6 +38,7 @@ class LockResult:
     recipe: Path
     path: Path
     lock: Lock
+    changes: tuple[str, ...]
     status: LockStatus
     diff: tuple[str, ...] = ()
 
@@ -57,38 +62,48 @@ def lock_recipes(
     Raises:
         MachineError: the packages of the build extra are not installed.
         RecipeError: a recipe is wrong, or `copy` is given for several.
-        SourceError: see `make_lock`.
+        SourceError: see `make_lock` and `check_small_files`.
     """
     require_build_extra("making a lock")
     if copy is not None and len(recipes) != 1:
         raise RecipeError("--from describes the base model of one recipe", hint="run the command once per recipe")
     read = [(path, load_recipe(path)) for path in recipes]
     for path, recipe in read:
-        lock = make_lock(path, recipe, log, copy=copy)
-        yield _compared(path, lock) if check else _written(path, lock)
+        changes: list[str] = []
+        lock = make_lock(path, recipe, log, copy=copy, check=_audit(recipe, changes))
+        yield _compared(path, lock, tuple(changes)) if check else _written(path, lock, tuple(changes))
 
 
-def _written(recipe: Path, lock: Lock) -> LockResult:
+def _audit(recipe: Recipe, changes: list[str]) -> Callable[[Path, LockedModel], None]:
+    """Return a check of a base model's small files that adds to `changes` what a branch gets otherwise."""
+
+    def check(folder: Path, model: LockedModel) -> None:
+        changes.extend(check_small_files(folder, recipe, architecture_of(model, str(folder))))
+
+    return check
+
+
+def _written(recipe: Path, lock: Lock, changes: tuple[str, ...]) -> LockResult:
     path, text = lock_path(recipe), lock_text(lock)
     status: LockStatus = "unchanged" if _present(path) == text else "written"
     if status == "written":
         write_atomic(path, text.encode())
-    return LockResult(recipe=recipe, path=path, lock=lock, status=status)
+    return LockResult(recipe=recipe, path=path, lock=lock, changes=changes, status=status)
 
 
-def _compared(recipe: Path, lock: Lock) -> LockResult:
+def _compared(recipe: Path, lock: Lock, changes: tuple[str, ...]) -> LockResult:
     path, text = lock_path(recipe), lock_text(lock)
     present = _present(path)
     if present == text:
-        return LockResult(recipe=recipe, path=path, lock=lock, status="unchanged")
+        return LockResult(recipe=recipe, path=path, lock=lock, changes=changes, status="unchanged")
     if present is None:
-        return LockResult(recipe=recipe, path=path, lock=lock, status="missing")
+        return LockResult(recipe=recipe, path=path, lock=lock, changes=changes, status="missing")
     diff = list(
         difflib.unified_diff(present.splitlines(), text.splitlines(), str(path), "as it would be written", lineterm="")
     )
     if len(diff) > _MOST_DIFF_LINES:
         diff = [*diff[:_MOST_DIFF_LINES], f"... and {len(diff) - _MOST_DIFF_LINES} more lines"]
-    return LockResult(recipe=recipe, path=path, lock=lock, status="differs", diff=tuple(diff))
+    return LockResult(recipe=recipe, path=path, lock=lock, changes=changes, status="differs", diff=tuple(diff))
 
 
 def _present(path: Path) -> str | None:
