@@ -45,7 +45,7 @@ from packager.system.terminal import Terminal
 DEMO = Path(__file__).parent.parent / "recipes" / "assets" / "demo-llama"
 PERMUTATIONS = ((128, False), (32, True))
 # hidden 256, so that 128 divides both in_features; 32 experts of 128 are 25 million parameters in six layers.
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "model_type": "qwen3_moe", "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128,
     "num_experts": 32, "num_experts_per_tok": 2, "num_hidden_layers": 6, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "norm_topk_prob": True, "output_router_logits": True,
@@ -223,7 +223,7 @@ def _recipe(rows: int, seed: int) -> dict[str, Any]:
 def train(folder: Path, steps: int, documents: int) -> None:
     """Train the model on the text that the demo model was trained on, and write it with its texts and its lock."""
     sys.path.insert(0, str(DEMO))
-    import train as demo
+    import train as demo  # type: ignore[import-not-found]
     from tokenizers import Tokenizer
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -238,7 +238,8 @@ def train(folder: Path, steps: int, documents: int) -> None:
     torch.manual_seed(settings.seed)
     values = {"vocab_size": demo.VOCAB_SIZE, "max_position_embeddings": demo.SEQ_LEN, "bos_token_id": 1}
     config = AutoConfig.for_model(**SHAPE, **values, eos_token_id=2)
-    model = AutoModelForCausalLM.from_config(config).to(device).train()
+    model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model.to(device).train()
     loss = _train(model, demo.Stream(ids=stream.ids.to(device), starts=stream.starts), settings, demo, device)
     model.half().save_pretrained(folder / "model")
     write_recipe(folder / "recipe.json", _recipe(4, 0), describe(folder / "model", None))
