@@ -350,9 +350,11 @@ def test_the_page_shows_no_example_of_a_loader_that_refuses_the_branch() -> None
     assert "Transformers 5 refuses it, as far as its own checks tell: computes with random experts." in text
     assert "model = GPTQModel.load(folder, device=device)" in text
     assert "It does not open this branch; [the reason](#transformers) is below." in text
+    assert "\nlibrary_name: gptqmodel\n" in text
     text = render(recipe, receipts, branch, expectations={branch: (accepted,)})
     assert "AutoModelForCausalLM" in text
     assert "from gptqmodel import" not in text
+    assert "\nlibrary_name: transformers\n" in text
 
 
 def test_the_digests_of_the_weights(page: str, records: list[dict[str, Any]]) -> None:

@@ -67,8 +67,9 @@ def render_card(
     """
     _check_receipts(recipe, receipts, branch)
     _check_texts(texts)
-    front = markdown.front_matter(metadata(recipe, receipts, model_type))
-    context = _context(recipe, texts, receipts, branch, expectations or {})
+    expectations = expectations or {}
+    front = markdown.front_matter(metadata(recipe, receipts, model_type, expectations.get(branch, ())))
+    context = _context(recipe, texts, receipts, branch, expectations)
     folder = templates_dir()
     try:
         body = _environment(folder).get_template(TEMPLATE).render(context)

@@ -8,13 +8,22 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from packager.errors import CardError
+from packager.model.compatibility import Verdict
 from packager.receipt import Provenance
 from packager.recipe import License, Recipe
 from packager.recipe.licenses import hub_license, license_name
 
 
-def metadata(recipe: Recipe, receipts: Sequence[Provenance], model_type: str) -> dict[str, str | list[str]]:
+def metadata(
+    recipe: Recipe, receipts: Sequence[Provenance], model_type: str, verdicts: Sequence[Verdict] = ()
+) -> dict[str, str | list[str]]:
     """Return the front matter's fields in the order they are written.
+
+    Args:
+        recipe: the repository, its base model and the card's texts.
+        receipts: one per variant.
+        model_type: from the base model's config.json.
+        verdicts: on the branch whose card it is; the Hub's page shows how to open it with `library_name`.
 
     Raises:
         CardError: the licence has no name the Hub would accept.
@@ -24,7 +33,7 @@ def metadata(recipe: Recipe, receipts: Sequence[Provenance], model_type: str) ->
     return {
         "base_model": recipe.base_model.id,
         "base_model_relation": "quantized",
-        "library_name": "transformers",
+        "library_name": _library(verdicts),
         "pipeline_tag": "text-generation",
         "model_type": model_type,
         "language": list(card.language),
@@ -32,6 +41,12 @@ def metadata(recipe: Recipe, receipts: Sequence[Provenance], model_type: str) ->
         "quantized_by": card.quantized_by,
         "tags": list(dict.fromkeys(["gptq", *bits, *card.tags])),
     }
+
+
+def _library(verdicts: Sequence[Verdict]) -> str:
+    """Return the library that opens a branch: GPTQModel where transformers alone refuses it, as with experts."""
+    opens = {verdict.loader: verdict.can_load for verdict in verdicts}
+    return "gptqmodel" if opens.get("gptqmodel") and not opens.get("transformers", True) else "transformers"
 
 
 def _license(license_: License) -> dict[str, str | list[str]]:
