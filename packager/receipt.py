@@ -8,7 +8,7 @@ import hashlib
 import json
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
 from packager.variant import Layout, Place, place_of
 
@@ -133,7 +133,8 @@ class QualityRecord(Record):
 class Provenance(Record):
     """The record that is published with a branch as provenance.json, for readers who want to check the branch.
 
-    `not_quantized` gives the reason for each module of the blocks whose weights are the base model's.
+    `not_quantized` gives the reason for each module of the blocks whose weights are the base model's. `model` is the
+    lock's description of the base model without its config.json: an audit needs nothing else to know every tensor.
     """
 
     schema_version: Literal[1] = 1
@@ -146,6 +147,7 @@ class Provenance(Record):
     parameters: dict[str, bool | int | float | str]
     effective: dict[str, bool | int | float | str]
     base_model: SourceRecord
+    model: dict[str, JsonValue] = {}
     calibration: TextRecord
     evaluation: TextRecord
     versions: dict[str, str]

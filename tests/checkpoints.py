@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
+from tests.known_models import known_model
+
 Tensors = dict[str, npt.NDArray[Any]]
 
 _MADE: dict[str, dict[str, bytes]] = {}
@@ -100,6 +102,11 @@ class Checkpoint:
         (folder / "Notice").write_text(NOTICE, encoding="utf-8")
         (folder / "tokenizer.model").write_bytes(b"\x0a\x05tiny")
         seal(folder, parameters={key: getattr(self, key) for key in ("bits", "group_size", "desc_act", "sym")})
+
+    def description(self) -> dict[str, Any]:
+        """Return what a build writes into provenance.json about the model."""
+        config = {key: value for key, value in self.documents()["config.json"].items() if key != "quantization_config"}
+        return known_model(config, "config.json").model_dump(mode="json", exclude={"config"})
 
     def documents(self) -> dict[str, dict[str, object]]:
         """Return every JSON file but provenance.json."""

@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 from packager.inputs.chat_template import chat_template_digest
 from packager.model.describe import describe
 from packager.model.lock import Lock, LockedBase, LockedModel
-from packager.prove.audit.known_models import FAMILIES, known_model
 from packager.recipe.lock_file import lock_path, lock_text, read_recipe_lock
+from tests.known_models import FAMILIES, known_model
 
 
 def lock_of(

@@ -7,7 +7,7 @@ from packager.inputs.base_model import SourceModel, read_source
 from packager.model.architecture import architecture_of
 from packager.model.describe import describe
 from packager.model.safetensors_file import stored_tensors
-from packager.prove.audit.known_models import FAMILIES, known_architecture
+from tests.known_models import FAMILIES, known_architecture
 
 
 def open_folder(folder: Path, base_id: str = "test/model") -> SourceModel:

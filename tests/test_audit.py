@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,26 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from packager.cli.audit_view import audit_json, print_audit
+from packager.inputs.describe_in_child import description_by_transformers
 from packager.model.checkpoint import checkpoint_tensors
 from packager.model.safetensors_file import file_order, header_bytes
-from packager.prove.audit import AUDIT_RULES, AuditReport, audit
+from packager.prove.audit import AUDIT_RULES, AuditReport
+from packager.prove.audit import audit as audit_folder
 from packager.prove.audit.finding import Findings
-from packager.prove.audit.known_models import known_architecture
 from packager.prove.audit.values import unpack_rows, value_counts
 from packager.system.text import format_bytes, printable, shown
 from packager.variant import Variant
 from tests.audit_cases import CASES, TOKEN, WEIGHTS, Case, Q, declare
 from tests.checkpoints import HIDDEN, VOCAB, Checkpoint, edit_json, edit_tensors, edit_text, pack, seal, write_json
+from tests.known_models import describe_known, known_architecture
 from tests.samples import sampled
 
 # Codes that need more than a change to a file; each has its own test below.
 CODES_TESTED_ALONE = {"folder-missing", "file-unreadable", "folder-overfull"}
+
+
+# As a foreign folder, whose model is described from its config.json; here without transformers.
+audit = partial(audit_folder, describe=describe_known)
 
 
 def codes(report: AuditReport) -> set[str]:
@@ -417,3 +424,54 @@ def test_untrusted_text_is_made_printable() -> None:
     assert [shown(value) for value in (True, None, "a", {"x": 1}, [1], 1 << 70)] == [
         "true", "null", '"a"', "an object", "a list", "a huge number",
     ]  # fmt: skip
+
+
+def with_description(checkpoint: Checkpoint, folder: Path, **changes: object) -> Path:
+    """Write a branch with the description of its model that builds write, or another one."""
+    checkpoint.write(folder)
+    edit_json(folder, "provenance.json", lambda record: record.update(model={**checkpoint.description(), **changes}))
+    return folder
+
+
+def test_a_branch_that_describes_its_model_needs_no_transformers(tmp_path: Path) -> None:
+    folder = with_description(Checkpoint(model_type="qwen2"), tmp_path / "branch")
+    assert audit_folder(folder).findings == ()
+    edit_tensors(folder, lambda found: [found.pop(f"{Q}.bias"), found.pop("model.norm.weight")])
+    assert {"bias-missing", "tensor-missing"} <= codes(audit_folder(folder))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kinds": []},
+        {"tensors": [{"names": "model.layers.{0..99999999}.x", "dtype": "F16", "shape": [1]}]},
+        {"hidden_size": "64"},
+        {"blocks_path": None},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_description_that_cannot_be_is_a_finding(tmp_path: Path, changes: dict[str, object]) -> None:
+    folder = with_description(Checkpoint(), tmp_path / "branch", **changes)
+    found = [finding for finding in audit_folder(folder).findings if finding.code != "architecture-unknown"]
+    assert [(finding.code, finding.where) for finding in found] == [("provenance-invalid", "provenance.json: model")]
+
+
+def test_without_a_description_only_what_holds_for_any_model_is_checked(tmp_path: Path) -> None:
+    folder = Checkpoint().write(tmp_path / "branch")
+    (finding,) = audit_folder(folder).findings
+    assert finding.code == "architecture-unknown"
+    assert "provenance.json does not describe" in finding.message
+
+
+@pytest.mark.slow
+def test_transformers_describes_the_model_of_a_foreign_folder(tmp_path: Path) -> None:
+    folder = Checkpoint().write(tmp_path / "branch")
+    describe = description_by_transformers()
+    assert audit_folder(folder, describe=describe).findings == ()
+    edit_tensors(folder, lambda found: found.pop("model.norm.weight"))
+    assert codes(audit_folder(folder, complete=False, describe=describe)) == {"tensor-missing"}
+    other = Checkpoint(model_type="mystery").write(tmp_path / "other")
+    (finding,) = audit_folder(other, describe=describe).findings
+    assert finding.code == "architecture-unknown"
+    assert "transformers does not know this model" in finding.message

@@ -17,10 +17,11 @@ from packager.prove.audit import audit
 from tests.audit_cases import ACT_ORDER, QWEN
 from tests.checkpoints import Checkpoint, edit_text, write_json
 from tests.hypothesis_profiles import examples
+from tests.known_models import describe_known
 
 
 def assert_reportable(folder: Path) -> None:
-    report = audit(folder)
+    report = audit(folder, describe=describe_known)
     json.dumps(audit_json(report)).encode("utf-8")
     stream = io.StringIO()
     print_audit(report, Console(file=stream, width=80))

@@ -16,10 +16,10 @@ from packager.errors import MachineError, PackError
 from packager.model.architecture import Architecture
 from packager.model.checkpoint import Shard, checkpoint_tensors, split_shards
 from packager.model.safetensors_file import METADATA, StoredTensor, stored_tensors
-from packager.prove.audit.known_models import known_architecture
 from packager.quantize import block_store as block_store_module
 from packager.quantize.block_store import BlockStore
 from packager.receipt import LinearRecord
+from tests.known_models import known_architecture
 from tests.test_known_models import tiny_config
 from tests.tiny_models import variant
 

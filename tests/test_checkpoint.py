@@ -5,7 +5,7 @@ import pytest
 from packager.errors import PlanError
 from packager.model.checkpoint import FitProblem, fit_problems, length_problem, split_shards
 from packager.model.safetensors_file import TensorInfo
-from packager.prove.audit.known_models import known_architecture
+from tests.known_models import known_architecture
 from tests.test_known_models import tiny_config
 
 LARGE = known_architecture(tiny_config(hidden_size=1024, intermediate_size=2048, head_dim=256), "config.json")

@@ -35,7 +35,7 @@ from packager.receipt import Receipt
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
 from tests import tiny_recipe
-from tests.checkpoints import Checkpoint
+from tests.checkpoints import Checkpoint, edit_json
 from tests.golden_files import check_golden
 from tests.locks import read_lock_of, write_lock
 from tests.samples import sampled
@@ -357,6 +357,7 @@ def test_messages_go_to_standard_error_unless_quiet(tiny: Path, monkeypatch: pyt
 
 def test_an_audit_s_verdict_is_its_exit_code(tmp_path: Path) -> None:
     folder = Checkpoint().write(tmp_path / "branch")
+    edit_json(folder, "provenance.json", lambda record: record.update(model=Checkpoint().description()))
     passed = packager("audit", folder)
     assert (passed.exit_code, passed.stderr) == (0, "")
     (folder / "config.json").write_text("{")

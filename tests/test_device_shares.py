@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from packager.errors import MachineError
-from packager.prove.audit.known_models import known_architecture
 from packager.quantize.device_shares import limit_gpu_memory, share_variants
 from packager.quantize.job import DeviceShare
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE
 from packager.variant import Variant
+from tests.known_models import known_architecture
 from tests.test_known_models import LLAMA_2_13B
 from tests.tiny_models import variant
 

@@ -16,11 +16,11 @@ from packager.errors import MachineError, PlanError, RecipeError
 from packager.pipeline.build_state import stage_keys
 from packager.pipeline.plan import make_plan
 from packager.pipeline.release import cannot_build
-from packager.prove.audit.known_models import known_architecture
 from packager.quantize.engines import auto_gptq, engine_problems, legacy_config
 from packager.recipe.file import RecipeFile
 from tests import tiny_recipe
 from tests.fake_engine import FAKE_SCRIPT, Bench
+from tests.known_models import known_architecture
 from tests.sources import open_folder
 from tests.tiny_models import CONFIGS, save_model, variant
 

@@ -25,10 +25,10 @@ from packager.inputs.base_model import SourceModel
 from packager.inputs.chat import Question
 from packager.inputs.texts import TextSets
 from packager.prove import evaluate, evaluation_memory
-from packager.prove.audit.known_models import known_architecture
 from packager.prove.evaluate import quality_of, run_base, run_checkpoint
 from packager.prove.evaluation_memory import tokens_per_piece
 from packager.receipt import QualityRecord
+from tests.known_models import known_architecture
 from tests.samples import sampled
 from tests.sources import open_folder
 from tests.tiny_models import CONFIGS, save_model, token_rows

@@ -100,7 +100,7 @@ def test_a_branch_with_experts_says_so_wherever_it_is_read(folder: Path, tmp_pat
     planned = {tensor.name: tensor for shard in make_plan(recipe).variants[0].shards for tensor in shard.tensors}
     stored = stored_tensors(branch / "model.safetensors")
     assert {name: tensor.info for name, tensor in stored.items()} == planned
-    report = audit(branch, architecture=recipe.architecture)
+    report = audit(branch)
     assert not report.errors, report.errors
     assert receipt.provenance.quality is not None
     assert receipt.provenance.quality.kl_divergence < 0.5

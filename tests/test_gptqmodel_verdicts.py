@@ -8,9 +8,9 @@ import pytest
 from packager.model.architecture import Architecture
 from packager.model.compatibility import Verdict, verdicts
 from packager.model.runtime_architectures import GPTQMODEL_DROPS, GPTQMODEL_FAILS, GPTQMODEL_OPENS
-from packager.prove.audit.known_models import known_architecture
 from packager.prove.environments import environment_name
 from packager.prove.loaders import LOADERS
+from tests.known_models import known_architecture
 from tests.test_known_models import tiny_config, variant
 
 DENSE = known_architecture(tiny_config(), "config.json")

@@ -14,9 +14,9 @@ from packager.errors import PlanError
 from packager.model.architecture import architecture_of
 from packager.model.checkpoint import checkpoint_tensors, shard_index, split_shards
 from packager.model.safetensors_file import METADATA, TensorInfo
-from packager.prove.audit.known_models import FAMILIES, known_architecture, known_model
 from packager.variant import Variant
 from tests.hypothesis_profiles import examples
+from tests.known_models import FAMILIES, known_architecture, known_model
 from tests.samples import sampled
 
 LLAMA_2_13B: dict[str, Any] = {

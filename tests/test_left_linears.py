@@ -28,8 +28,8 @@ from packager.pipeline.branch_files import BranchNames, portable_config, quantiz
 from packager.pipeline.plan import make_plan
 from packager.prove.audit import audit
 from packager.prove.audit.config import Declared
-from packager.prove.audit.known_models import known_architecture
 from packager.recipe.file import RecipeFile
+from tests.known_models import known_architecture
 from tests.recipe_fixtures import GOOD, write_files
 from tests.test_known_models import tiny_config, variant
 from tests.tiny_recipe import build, workspace, write_all

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from packager.errors import MachineError
 from packager.model.batches import rows_per_batch
 from packager.pipeline.plan import make_plan
-from packager.prove.audit.known_models import known_architecture
 from packager.prove.evaluation_memory import evaluation_memory
 from packager.quantize.memory import (
     HOST_LIMIT_BYTES,
@@ -23,6 +22,7 @@ from packager.quantize.memory import (
 )
 from packager.recipe.file import RecipeFile
 from tests.hypothesis_profiles import examples
+from tests.known_models import known_architecture
 from tests.test_known_models import tiny_config
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

@@ -23,13 +23,13 @@ from packager.model.config_values import read_config
 from packager.model.lock import LockedGroup, LockedLinear, LockedTensors
 from packager.model.runtimes import RUNTIMES, LoaderName
 from packager.pipeline.plan import BuildPlan, make_plan, variant_description
-from packager.prove.audit.known_models import known_architecture
 from packager.prove.evaluation_memory import evaluation_memory
 from packager.prove.loaders import LOADERS
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, Workload, choose_sweep
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
 from packager.recipe.lock_file import lock_path, lock_text
+from tests.known_models import known_architecture
 from tests.locks import lock_of
 from tests.recipe_fixtures import CONFIG, GOOD, write_files
 from tests.test_known_models import LLAMA_2_13B, tiny_config, variant

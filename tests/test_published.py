@@ -51,7 +51,7 @@ def reseal(folder: Path, branch: str) -> None:
     made = MADE[branch]
     used = {key: getattr(made, key) for key in ("bits", "group_size", "desc_act", "sym")}
     seal(folder, parameters={**used, "damp_percent": 0.01})
-    edit_json(folder, PROVENANCE, lambda record: record.update(branch=branch))
+    edit_json(folder, PROVENANCE, lambda record: record.update(branch=branch, model=made.description()))
 
 
 _READ: dict[str, bytes] = {}

@@ -206,14 +206,17 @@ def audit_command(
 ) -> None:
     """Check a GPTQ folder for everything that runtimes refuse.
 
-    Needs no torch: it reads the headers of the weights and the small tensors, and hashes the files that provenance.json
-    lists. Exits with 0 if there is no error (there may be warnings), with 7 if there is one.
+    It reads the headers of the weights and the small tensors, and hashes the files that provenance.json lists. A branch
+    of packager describes its model; the tensors of any other folder are compared with what transformers builds from
+    its config.json, if the build extra is installed. Exits with 0 if there is no error (there may be warnings), with 7
+    if there is one.
     """
     from packager.cli.audit_view import audit_json, print_audit
+    from packager.inputs.describe_in_child import description_by_transformers
     from packager.prove.audit import audit
 
     terminal = terminal_of()
-    report = audit(folder, complete=not weights_only)
+    report = audit(folder, complete=not weights_only, describe=description_by_transformers())
     if format is Format.json:
         terminal.result(audit_json(report))
     else:

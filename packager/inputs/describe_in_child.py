@@ -9,8 +9,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,13 @@ def describe_in_child(
             hint=error["hint"],
         )  # fmt: skip
     return LockedModel.model_validate_json(json.dumps(answer["model"]))
+
+
+def description_by_transformers() -> Callable[[Mapping[str, object], str], LockedModel] | None:
+    """Return the function that describes the model of a config.json alone; None without the build extra."""
+    if not all(map(find_spec, ("torch", "transformers"))):
+        return None
+    return lambda config, where: describe_in_child(config, None, where)
 
 
 def _check_block_counts(config: Mapping[str, object], where: str) -> None:

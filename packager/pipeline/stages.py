@@ -307,6 +307,7 @@ def _provenance(
             "linears_damped_further": sum(record.damp_percent > variant.damp_percent for record in linears),
         },
         base_model=run.source.record,
+        model=run.recipe_file.lock.model.model_dump(mode="json", exclude={"config"}),
         calibration=run.texts.calibration.record,
         evaluation=run.texts.evaluation.record,
         versions=dict(made.versions),

@@ -11,17 +11,18 @@ from pathlib import Path
 
 from packager.model.architecture import Architecture
 from packager.prove.audit.card import check_readme
-from packager.prove.audit.config import Declared, check_code, check_declared, read_model
+from packager.prove.audit.config import Declared, check_code, check_declared
 from packager.prove.audit.files import JsonObject, Listing, as_object, check_file_set, list_folder, read_documents
 from packager.prove.audit.finding import AUDIT_RULES, Finding, Findings, Rule, Severity
 from packager.prove.audit.generation import check_generation, check_special_ids
+from packager.prove.audit.model import Describe, read_model
 from packager.prove.audit.privacy import check_privacy
 from packager.prove.audit.provenance import check_provenance
 from packager.prove.audit.tensors import Expected, Linear, check_tensors, quantized_modules
 from packager.prove.audit.tokenizer import check_tokenizer
 from packager.prove.audit.values import check_values
 from packager.prove.audit.weights import Weights, read_weights
-from packager.receipt import CONFIG, PROVENANCE, Provenance
+from packager.receipt import PROVENANCE, Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ def audit(
     complete: bool = True,
     private_words: Sequence[str] = (),
     architecture: Architecture | None = None,
+    describe: Describe | None = None,
 ) -> AuditReport:
     """Check a checkpoint folder against everything that a published branch must be.
 
@@ -82,7 +84,8 @@ def audit(
         complete: False leaves out README.md, the licence files it demands, and provenance.json: the state of a
             folder before its card is rendered.
         private_words: distinctive names of this machine or its user, which may not occur in any text.
-        architecture: of the base model, from its lock; None takes it from config.json, for a few families.
+        architecture: of the base model, from its lock; None takes the description in provenance.json.
+        describe: describes the model of a folder that has no description; None checks what holds for any model.
 
     Returns:
         All findings; an absent or damaged folder is one, never an exception.
@@ -92,7 +95,9 @@ def audit(
         findings.add("folder-missing", str(folder), "there is no such folder")
         return AuditReport(findings=findings.collected(), facts=Facts())
     listing = list_folder(folder, findings)
-    headers = _check_headers(listing, listing.sizes, findings, complete=complete, architecture=architecture)
+    headers = _check_headers(
+        listing, listing.sizes, findings, complete=complete, architecture=architecture, describe=describe
+    )
     documents = headers.documents
     check_values(headers.linears, headers.declared, findings)
     _check_texts(listing, documents, findings, private_words=private_words, complete=complete)
@@ -116,8 +121,7 @@ def audit_small_files(folder: Path, architecture: Architecture) -> AuditReport:
     findings = Findings()
     listing = list_folder(folder, findings)
     documents = read_documents(listing, findings, complete=False)
-    if (config := as_object(documents.get(CONFIG))) is not None:
-        read_model(config, findings, architecture)
+    read_model(documents, findings, architecture, None)
     check_declared(documents, Weights(tensors={}), findings)
     _check_texts(listing, documents, findings, complete=False)
     return AuditReport(findings=findings.collected(), facts=Facts())
@@ -152,8 +156,9 @@ def audit_headers(listing: Listing, *, present: Collection[str], provenance: Pro
         The findings of `audit` that need no other bytes than these.
     """
     findings = Findings()
-    headers = _check_headers(listing, {name: listing.sizes[name] for name in present}, findings, complete=True)
     record = provenance.model_copy(update={"files": {}}).model_dump()
+    sizes = {name: listing.sizes[name] for name in present}
+    headers = _check_headers(listing, sizes, findings, complete=True, record=record)
     _check_record(replace(listing, sizes={}, unread=frozenset()), record, headers, findings)
     return AuditReport(findings=findings.collected(), facts=_facts(headers.declared, headers.weights))
 
@@ -175,16 +180,20 @@ def _check_headers(
     *,
     complete: bool,
     architecture: Architecture | None = None,
+    describe: Describe | None = None,
+    record: JsonObject | None = None,
 ) -> _Headers:
-    """Run the checks that need the names of files, the documents, and the headers of the weights."""
+    """Run the checks that need the names of files, the documents, and the headers of the weights.
+
+    `record` is the content of provenance.json where that is no file of the folder.
+    """
     check_file_set(listing, findings, complete=complete)
     documents = read_documents(replace(listing, sizes=document_sizes), findings, complete=complete)
+    if record is not None:
+        documents[PROVENANCE] = record
     weights = read_weights(listing, documents, findings)
     declared = check_declared(documents, weights, findings)
-    config = as_object(documents.get(CONFIG))
-    found, dtype = read_model(config, findings, architecture) if config is not None else (None, None)
-    dtypes = {tensor.name: tensor.dtype for tensor in architecture.tensors} if architecture is not None else {}
-    expected = Expected(declared=declared, architecture=found, dtype=dtype, dtypes=dtypes)
+    expected = Expected(declared=declared, model=read_model(documents, findings, architecture, describe))
     linears = check_tensors(weights, expected, findings)
     return _Headers(documents=documents, weights=weights, declared=declared, linears=linears)
 

@@ -4,14 +4,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from packager.errors import PlanError
-from packager.model.architecture import Architecture
 from packager.model.checkpoint import PORTABLE_KEYS
-from packager.model.config_values import DTYPES
-from packager.model.rope import misread
 from packager.prove.audit.files import JsonObject, Listing, as_object
 from packager.prove.audit.finding import Findings
-from packager.prove.audit.known_models import FAMILIES, known_architecture
 from packager.prove.audit.weights import DEFAULT_STEM, Weights
 from packager.receipt import CONFIG, QUANTIZE_CONFIG, TOKENIZER_CONFIG
 from packager.system.text import shown
@@ -196,38 +191,6 @@ def _flag(value: object) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def read_model(
-    config: JsonObject, findings: Findings, architecture: Architecture | None
-) -> tuple[Architecture | None, str | None]:
-    """Return the architecture and the dtype (safetensors spelling) of a folder; None where they are not known.
-
-    Args:
-        config: the folder's config.json.
-        findings: what is wrong with it is added.
-        architecture: from the base model's lock; None derives it from config.json.
-    """
-    if architecture is not None:
-        _check_rope(config, findings)
-        return architecture, architecture.dtype
-    if config.get("model_type") not in list(FAMILIES):
-        findings.add("architecture-unknown", f"{CONFIG}: model_type", f"it is {shown(config.get('model_type'))}")
-        dtype = _dtype(config)
-        if dtype is None:
-            findings.add("config-value", CONFIG, f"torch_dtype or dtype must be one of {', '.join(DTYPES)}")
-        return None, dtype
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    try:
-        architecture = known_architecture(plain, CONFIG)
-    except PlanError as error:
-        findings.add("config-value", CONFIG, error.why)
-    except RecursionError:
-        findings.add("config-value", CONFIG, "a value is nested too deeply")
-    else:
-        _check_rope(plain, findings)
-        return architecture, architecture.dtype
-    return None, _dtype(config)
-
-
 def check_code(listing: Listing, documents: Mapping[str, object], findings: Findings) -> None:
     """Report Python files that an auto_map names and the folder does not hold; others may be in another repository."""
     for name in (CONFIG, TOKENIZER_CONFIG):
@@ -237,17 +200,3 @@ def check_code(listing: Listing, documents: Mapping[str, object], findings: Find
             if isinstance(entry, str) and "--" not in entry and not listing.has(f"{entry.rpartition('.')[0]}.py"):
                 message = f"{shown(entry)} is not among the files"
                 findings.add("code-missing", f"{name}: auto_map", message)
-
-
-def _check_rope(config: JsonObject, findings: Findings) -> None:
-    if misread(config):
-        why = "runtimes before transformers 5 do not read the rotary embedding that transformers 5 reads"
-        findings.add("rope-spelling", f"{CONFIG}: rope_parameters", why)
-
-
-def _dtype(config: JsonObject) -> str | None:
-    """Return the dtype, which transformers 4 calls torch_dtype and transformers 5 dtype."""
-    for value in (config.get("torch_dtype"), config.get("dtype")):
-        if isinstance(value, str) and value in DTYPES:
-            return DTYPES[value]
-    return None

@@ -10,6 +10,7 @@ from packager.model.config_values import LARGEST_SIZE
 from packager.model.safetensors_file import StoredTensor
 from packager.prove.audit.config import Declared
 from packager.prove.audit.finding import Findings
+from packager.prove.audit.model import KnownModel
 from packager.prove.audit.weights import Weights
 
 PARTS: Mapping[str, str] = {"qweight": "I32", "qzeros": "I32", "scales": "F16", "g_idx": "I32"}
@@ -27,16 +28,10 @@ Parts = Mapping[str, StoredTensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """The parameters and shapes that config.json and quantize_config.json declare; None where they declare none.
-
-    Attributes:
-        dtypes: of the base model's tensors, by name; empty where they are not known.
-    """
+    """The parameters that config.json and quantize_config.json declare, and what is known of the model."""
 
     declared: Declared
-    architecture: Architecture | None
-    dtype: str | None
-    dtypes: Mapping[str, str]
+    model: KnownModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +77,7 @@ def check_tensors(weights: Weights, expected: Expected, findings: Findings) -> t
     Returns:
         The quantized linears whose values can be read.
     """
-    modules, architecture = _split(weights), expected.architecture
+    modules, architecture = _split(weights), expected.model.architecture
     specs = {spec.name: spec for spec in architecture.linears} if architecture else {}
     if not modules.quantized and weights.is_all_read:
         findings.add("no-quantized-linear", weights.files[0], "no tensor is part of a quantized linear")
@@ -207,12 +202,12 @@ def _check_missing(
 def _check_dtypes(plain: Parts, expected: Expected, findings: Findings) -> None:
     """Report tensors of another dtype than the base model's; many models keep norms, routers and scales in float32."""
     for name, tensor in plain.items():
-        found, known = tensor.info.dtype, expected.dtypes.get(name)
+        found, known = tensor.info.dtype, expected.model.dtypes.get(name)
         if known is not None:
             if found != known:
                 findings.add("tensor-dtype", name, f"it is {found}, the base model's is {known}")
-        elif expected.dtype and found in _FLOATS and found not in (expected.dtype, "F32"):
-            findings.add("tensor-dtype", name, f"it is {found}, config.json declares {expected.dtype}")
+        elif (declared := expected.model.dtype) and found in _FLOATS and found not in (declared, "F32"):
+            findings.add("tensor-dtype", name, f"it is {found}, config.json declares {declared}")
 
 
 def _layout(quantized: Mapping[str, Parts], declared: Declared) -> _Layout | None:

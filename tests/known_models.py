@@ -1,15 +1,14 @@
-"""Describe models of four families from config.json alone, for audits of folders that come without a description.
+"""Describe models of four families from config.json alone, so that tests need neither transformers nor weights.
 
-A build describes its base model by `model/describe.py`, whatever its architecture; an audit of a foreign folder has
-neither torch nor the base model. Shapes were read from transformers 5.23 (`modeling_{llama,mistral,qwen2,qwen3}.py`)
-and are compared with it by `tests/test_known_models.py`. No torch here.
+The product describes models by `model/describe.py`, whatever their architecture. Shapes were read from transformers
+5.23 (`modeling_{llama,mistral,qwen2,qwen3}.py`); `tests/test_known_models.py` compares them with it.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from packager.errors import PlanError
+from packager.errors import PlanError, SourceError
 from packager.model.architecture import Architecture, architecture_of
 from packager.model.config_values import MOST_BLOCKS, ConfigReader, shortened
 from packager.model.lock import LockedGroup, LockedKind, LockedLinear, LockedModel, LockedTensors
@@ -76,6 +75,13 @@ class _Sizes:
 def known_architecture(config: Mapping[str, object], where: str) -> Architecture:
     """Return the architecture of a model of a known family; see `known_model`."""
     return architecture_of(known_model(config, where), where)
+
+
+def describe_known(config: Mapping[str, object], where: str) -> LockedModel:
+    """Describe a model for an audit: one of another family is unknown to it."""
+    if config.get("model_type") not in list(FAMILIES):
+        raise SourceError(f"model_type {shortened(config.get('model_type'))} is not known here", where=where)
+    return known_model(config, where)
 
 
 def known_model(config: Mapping[str, object], where: str) -> LockedModel:
