@@ -68,16 +68,19 @@ def test_four_variants_of_a_13b_take_six_kernels(monkeypatch):
     assert {(launch.columns, launch.inline_group_size) for launch in launched} == {(128, 128), (128, 32), (128, 64)}
 
 
-@pytest.mark.interpreter
-def test_the_compiled_launches_run(monkeypatch):
+EVERY_CASE = ((32, False), (32, True), (-1, False))
+
+
+@pytest.mark.parametrize("cases", [EVERY_CASE[:1], pytest.param(EVERY_CASE, marks=pytest.mark.interpreter)], ids=len)
+def test_the_compiled_launches_run(monkeypatch, cases):
     # Triton's interpreter serves one thread.
     monkeypatch.setattr("packager.quantize.gptq.compile_kernels.os.cpu_count", lambda: 1)
     rules = replace(RULES, scale_search=True)
     shapes = [
         KernelShape(in_features=72, out_features=8, rules=rules, group_size=size, static_groups=static)
-        for size, static in ((32, False), (32, True), (-1, False))
+        for size, static in cases
     ]
-    assert compile_for_shapes(shapes, CPU, torch.float16) == 3
+    assert compile_for_shapes(shapes, CPU, torch.float16) == len(cases)
 
 
 @pytest.mark.gpu
