@@ -40,6 +40,8 @@ GONE: Any = object()
         (GENERATION_CONFIG, {"do_sample": True, "temperature": 0.0}, {"do_sample": False}),
         (GENERATION_CONFIG, {"top_k": -1, "max_new_tokens": -1}, {"top_k": 0, "max_new_tokens": GONE}),
         (TOKENIZER_CONFIG, {"name_or_path": "/root/out/checkpoint-100"}, {"name_or_path": GONE}),
+        (TOKENIZER_CONFIG, {"tokenizer_file": "/home/me/.cache/tokenizer.json", "vocab_file": "vocab.json"},
+         {"tokenizer_file": GONE}),
         (TOKENIZER_CONFIG, {"auto_map": {"AutoTokenizer": ["x.X", None]}}, {"auto_map": GONE}),
     ],
 )  # fmt: skip
@@ -129,7 +131,7 @@ LEFTOVERS: Mapping[str, Mapping[str, Any]] = {
         "pretraining_tp": 2, "pad_token_id": -1, "dtype": "bfloat16",
     },
     GENERATION_CONFIG: {"do_sample": True, "temperature": 0.0, "eos_token_id": [2, -1]},
-    TOKENIZER_CONFIG: {"name_or_path": "/root/out/checkpoint-100"},
+    TOKENIZER_CONFIG: {"name_or_path": "/root/out/checkpoint-100", "tokenizer_file": "/root/out/tokenizer.json"},
 }  # fmt: skip
 
 
@@ -150,7 +152,7 @@ def test_a_base_with_the_leftovers_of_trainers_builds_and_its_branch_has_none(tm
     recipe = write_recipe(inputs, {"variants": [{"branch": "main"}]})
     assert [result.status for result in lock_recipes([recipe], print)] == ["written"]
     planned = make_plan(RecipeFile.load(recipe)).changes
-    assert len(planned) == 8
+    assert len(planned) == 9
     build(recipe, tmp_path / "dist")
     branch = workspace(tmp_path / "dist").folder("main")
     config = json.loads((branch / CONFIG).read_text())

@@ -104,7 +104,7 @@ def test_a_tensor_that_no_reader_has_is_named(source_of: Callable[[str], SourceM
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="transformers cannot build this model"):
+    with pytest.raises(SourceError, match="the file cannot be read as a JSON object"):
         Decoder(tmp_path, lambda _: torch.empty(0), device=CPU, dtype=torch.float32)
 
 

@@ -13,6 +13,7 @@ from typing import Self
 
 from packager.model.architecture import Architecture
 from packager.model.config_values import DTYPES, shortened
+from packager.model.contract_files import TOKENIZER_FILE_KEYS, names_other_file
 from packager.model.rope import spelled_for_all
 from packager.model.strict_json import parse_json_object
 from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG
@@ -115,6 +116,10 @@ def _code(document: Document, _: ModelFacts) -> Document:
     return dict.fromkeys((key for key in _CODE_KEYS if key in document), _DROPPED)
 
 
+def _other_files(document: Document, _: ModelFacts) -> Document:
+    return dict.fromkeys((key for key in TOKENIZER_FILE_KEYS if names_other_file(document.get(key))), _DROPPED)
+
+
 def _training_slices(document: Document, _: ModelFacts) -> Document:
     return {"pretraining_tp": _DROPPED} if document.get("pretraining_tp", 1) not in (1, None) else {}
 
@@ -191,6 +196,13 @@ BRANCH_RULES: tuple[BranchRule, ...] = (
         changes=_code,
         reason="the Python files that it names are not in a branch",
         source="transformers 5.23 dynamic_module_utils: get_class_from_dynamic_module looks for them there",
+    ),
+    BranchRule(
+        files=(TOKENIZER_CONFIG,),
+        keys=TOKENIZER_FILE_KEYS,
+        changes=_other_files,
+        reason="transformers 5 opens the file of the usual name; transformers 4 looks for this one, which is not in a branch",
+        source="transformers 5.23 tokenization_utils_base (_from_pretrained)",
     ),
     BranchRule(
         files=_ALL,

@@ -12,15 +12,11 @@ _WIRE_VARINT, _WIRE_64, _WIRE_BYTES, _WIRE_32 = 0, 1, 2, 5
 _MAX_VARINT_BYTES = 10
 _MODEL_PROTO_FIELDS = 5  # pieces, trainer_spec, normalizer_spec, self_test_data, denormalizer_spec
 _MOST_EXTENSIONS = 200  # field numbers from here on are for other programs
-# Keys of tokenizer_config.json and config.json with which transformers opens another file than the usual one.
-_OTHER_FILES = (
-    "fast_tokenizer_files",
-    "configuration_files",
-    "tokenizer_file",
-    "vocab_file",
-    "merges_file",
-    "spm_file",
-)
+# Keys with which a tokenizer_config.json may name a file, which transformers 4 opens in the place of the usual one.
+# transformers 5 does not (PreTrainedTokenizerBase._from_pretrained), so a branch and our own reading are without them.
+TOKENIZER_FILE_KEYS = ("tokenizer_file", "vocab_file", "merges_file", "spm_file")
+# Keys of tokenizer_config.json and config.json with which every transformers opens another file than the usual one.
+_OTHER_FILES = ("fast_tokenizer_files", "configuration_files")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +51,18 @@ def check_content(name: str, data: bytes) -> None:
     kind = CONTENT_RULES[name].kind
     if kind == "json":
         value = parse_json_object(data)
-        for key in _OTHER_FILES:
-            # null, and the usual name, open nothing else.
-            if (named := value.get(key)) is not None and not (isinstance(named, str) and named in CONTENT_RULES):
+        for key in (*_OTHER_FILES, *(() if name == TOKENIZER_CONFIG else TOKENIZER_FILE_KEYS)):
+            if names_other_file(value.get(key)):
                 raise ValueError(f"its key {key} names another file, which would be read in the place of the usual one")
     elif kind == "text":
         check_text(data)
     elif problem := _sentencepiece_problem(data):
         raise ValueError(f"it is not a sentencepiece model: {problem}")
+
+
+def names_other_file(value: object) -> bool:
+    """Return whether a key's value opens another file than the usual one; null and the usual name do not."""
+    return value is not None and not (isinstance(value, str) and value in CONTENT_RULES)
 
 
 def check_text(data: bytes) -> None:
