@@ -201,7 +201,7 @@ BRANCH_RULES: tuple[BranchRule, ...] = (
         files=(TOKENIZER_CONFIG,),
         keys=TOKENIZER_FILE_KEYS,
         changes=_other_files,
-        reason="transformers 5 opens the file of the usual name; transformers 4 looks for this one, which is not in a branch",
+        reason="transformers 5 opens the file of the usual name; transformers 4 looks for this one",
         source="transformers 5.23 tokenization_utils_base (_from_pretrained)",
     ),
     BranchRule(
