@@ -25,9 +25,10 @@ from tests.limited_calls import Measured, call_limited, overstepped, run_limited
 ROOT = Path(__file__).parents[1]
 PRIVATE = "payroll: alice 90000"
 _LICENSE = "LICENSE.txt"
+_INDEX = "model.safetensors.index.json"
 _JSON = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "model.safetensors.index.json",
+    "added_tokens.json", "vocab.json", _INDEX,
 )  # fmt: skip
 _TEXTS = ("merges.txt", "chat_template.jinja", _LICENSE)
 _BINARY = ("tokenizer.model", "model.safetensors")
@@ -231,11 +232,17 @@ def _with_value(name: str, key: str, value: Any) -> Callable[[Path], None]:
 
 def _with_index(name: str) -> Callable[[Path], None]:
     content = json.dumps({"metadata": {}, "weight_map": {"a": name}}).encode()
-    return lambda folder: put(folder / "model.safetensors.index.json", content)
+    return _at(_INDEX, lambda path: put(path, content))
 
 
 def _at(name: str, damage: Callable[[Path], object]) -> Callable[[Path], object]:
-    return lambda folder: damage(folder / name)
+    def make(folder: Path) -> None:
+        single = folder / "model.safetensors"
+        if name == _INDEX and single.exists():  # beside which no index is read
+            single.rename(folder / "other.safetensors")
+        damage(folder / name)
+
+    return make
 
 
 def _holding(name: str, data: bytes) -> Callable[[Path], object]:
