@@ -235,6 +235,10 @@ def _with_index(name: str) -> Callable[[Path], None]:
     return _at(_INDEX, lambda path: put(path, content))
 
 
+def _written(data: bytes) -> Callable[[Path], None]:
+    return lambda path: put(path, data)
+
+
 def _at(name: str, damage: Callable[[Path], object]) -> Callable[[Path], object]:
     def make(folder: Path) -> None:
         single = folder / "model.safetensors"
@@ -256,7 +260,7 @@ def hostile_cases() -> Iterator[HostileCase]:
             yield HostileCase(name=f"{name}: {kind}", damage=_at(name, damage), crossed=True)
     for name in _JSON:
         for kind, data in DOCUMENTS.items():
-            yield HostileCase(name=f"{name}: {kind}", damage=_holding(name, data), crossed=True)
+            yield HostileCase(name=f"{name}: {kind}", damage=_at(name, _written(data)), crossed=True)
     for name in _TEXTS:
         for kind, data in TEXTS.items():
             yield HostileCase(name=f"{name}: {kind}", damage=_holding(name, data))
