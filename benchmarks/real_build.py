@@ -1,11 +1,12 @@
-"""Run a recipe from its lock to its published branches, and measure each stage: seconds, and memory beside the plan.
+"""Run a recipe from its lock to its published branches and their cards' example: seconds, and memory beside the plan.
 
     python benchmarks/real_models.py smollm2-135m-instruct FOLDER
     python benchmarks/real_build.py FOLDER/recipe.yaml --dist FOLDER/dist --json FOLDER/measured.json
 
 The memory of a stage is the most that the process held while it ran (VmHWM, which is reset before), less what it held
-before the first stage, with torch and transformers imported: the plan leaves out what these take themselves. Stages
-that run in other processes (loaders) are not compared. Needs Linux.
+when the stage began, with libraries and tokenizer loaded: the plan leaves out what these take themselves. Stages that
+run in other processes (loaders) are not compared. Of the published repository, which must be a local one, each branch
+is cloned, and the Python of its card for transformers runs on the clone's folder. Needs Linux.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import argparse
 import json
 import os
 import platform
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -24,9 +28,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from packager.card.markdown import extract_code_blocks
 from packager.pipeline.build_state import Options
 from packager.pipeline.flow import build, publish
 from packager.pipeline.plan import BuildPlan, make_plan
+from packager.prove.environments import RuntimeContext, ensure_environment
+from packager.prove.loaders import ISOLATED, LOADERS
 from packager.recipe.file import RecipeFile
 from packager.system.files import write_atomic
 from packager.system.terminal import Stage, Terminal
@@ -45,7 +52,7 @@ class MeasuringTerminal(Terminal):
     """A terminal that notes the peak memory of each stage.
 
     Attributes:
-        peaks: bytes by the name of the stage.
+        peaks: bytes by the name of the stage, beyond those that the process held when it began.
     """
 
     def __init__(self) -> None:
@@ -56,9 +63,10 @@ class MeasuringTerminal(Terminal):
     def stage(self, name: str) -> Iterator[Stage]:
         """Run a stage with a fresh peak."""
         _CLEAR.write_text(_RESET_PEAK)
+        before = _held("VmRSS")
         with super().stage(name) as stage:
             yield stage
-        self.peaks[name] = max(self.peaks.get(name, 0), _held("VmHWM"))
+        self.peaks[name] = max(self.peaks.get(name, 0), _held("VmHWM") - before)
 
 
 def main() -> int:
@@ -83,23 +91,27 @@ def measure(recipe: Path, dist: Path, cache: Path) -> dict[str, Any]:
     torch.ones(64, 64) @ torch.ones(64, 64)  # threads and their buffers
     file, terminal = RecipeFile.load(recipe), MeasuringTerminal()
     plan = make_plan(file)
-    before = _held("VmRSS")
     options = Options(dist=dist, cache=cache, device="cpu", environ=dict(os.environ))
     result = build(file, options, terminal)
     with terminal.stage("publish"):
         publish(file, options, terminal, dry_run=False)
+    repository = dist / "hub" / "models" / file.recipe.repository.id
+    answers = {
+        receipt.provenance.branch: example(repository, receipt.provenance.branch, cache) for receipt in result.receipts
+    }
     report = {
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("torch", "transformers")},
         },
-        "before_bytes": before,
-        "stages": [_stage(name, terminal, plan, before) for name in terminal.seconds],
+        "peak_bytes": max(receipt.peak_memory_bytes for receipt in result.receipts),
+        "stages": [_stage(name, terminal, plan) for name in terminal.seconds],
         "branches": [
             {
                 "branch": receipt.provenance.branch,
                 "quality": receipt.provenance.quality.model_dump() if receipt.provenance.quality else None,
+                "example": answers[receipt.provenance.branch],
                 "loaders": [record.model_dump(mode="json") for record in receipt.provenance.loaders],
             }
             for receipt in result.receipts
@@ -109,12 +121,55 @@ def measure(recipe: Path, dist: Path, cache: Path) -> dict[str, Any]:
     return report
 
 
-def _stage(name: str, terminal: MeasuringTerminal, plan: BuildPlan, before: int) -> dict[str, Any]:
+def example(repository: Path, branch: str, cache: Path) -> str:
+    """Clone a branch, run its card's Python for transformers on the clone, and return what it prints last.
+
+    Its environment has no PyPcre: the stand-in is the loader's own.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        clone = [
+            "git",
+            "clone",
+            "--quiet",
+            "--single-branch",
+            "--branch",
+            branch,
+            str(repository),
+            str(folder / "clone"),
+        ]
+        subprocess.run(clone, check=True)
+        card = (folder / "clone" / "README.md").read_text(encoding="utf-8")
+        blocks = [block.text for block in extract_code_blocks(card) if block.run == "transformers"]
+        code = next(text for text in blocks if "generate(" in text or "pipeline(" in text)
+        named = re.search(r'model_id = "([^"]+)"', code)
+        assert named, "the example names its model"  # noqa: S101
+        (folder / "code.py").write_text(code.replace(named[1], str(folder / "clone")), encoding="utf-8")
+        stand_in = f"import runpy\n\nrunpy.run_path({str(ISOLATED)!r})['provide_pcre']()\n"
+        (folder / "site").mkdir()
+        (folder / "site" / "sitecustomize.py").write_text(stand_in, encoding="utf-8")
+        context = RuntimeContext(cache=cache, scratch=folder, environ=dict(os.environ), log=print)
+        python = ensure_environment(LOADERS["transformers"], context)
+        environ = {
+            "PATH": str(python.parent),
+            "PYTHONPATH": str(folder / "site"),
+            "HOME": scratch,
+            "HF_HUB_OFFLINE": "1",
+        }
+        ran = subprocess.run(
+            [str(python), str(folder / "code.py")], env=environ, cwd=folder, capture_output=True, text=True, check=False
+        )
+        if ran.returncode:
+            raise RuntimeError(f"the card's example failed: {ran.stderr[-3000:]}")
+        return ran.stdout.strip()
+
+
+def _stage(name: str, terminal: MeasuringTerminal, plan: BuildPlan) -> dict[str, Any]:
     planned = _PLANNED[name](plan) if name in _PLANNED else None
     return {
         "stage": name,
         "seconds": round(terminal.seconds[name], 1),
-        "used_bytes": terminal.peaks[name] - before,
+        "used_bytes": terminal.peaks[name],
         "planned_bytes": planned,
     }
 
@@ -126,7 +181,7 @@ def _held(key: str) -> int:
 
 
 def _print(report: dict[str, Any]) -> None:
-    table = Table(title=f"{report['machine']}; before the first stage {format_bytes(report['before_bytes'])}")
+    table = Table(title=f"{report['machine']}; the process held {format_bytes(report['peak_bytes'])} at most")
     for heading in ("stage", "seconds", "memory used", "planned", "used / planned"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for stage in report["stages"]:

@@ -20,6 +20,7 @@ from packager.quantize.engines import engine_named, engine_version, require_engi
 from packager.quantize.engines.protocol import EngineResult
 from packager.receipt import FileRecord, FusedRecord, LoaderRecord, Provenance, Receipt
 from packager.system.files import check_disk, replace_folder
+from packager.system.heap import return_large_blocks
 from packager.system.parallel import in_parallel
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
     if new:
         require_engines((variant_plan.variant.engine for variant_plan in new), run.device.type)
     check_disk(run.workspace.dist, _needed_bytes(run, missing))
+    _keep_heap_small(run)
     source = run.source
     check_description(source, run.recipe_file.lock)
     _check_licenses(run)
@@ -78,6 +80,12 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
         replace_folder(stores[variant_plan.variant].checkpoint, run.workspace.folder(branch))
         run.keep(receipt)
     return tuple(branches), tuple(variant_plan.variant.branch for variant_plan in missing)
+
+
+def _keep_heap_small(run: BuildState) -> None:
+    """Let the host's memory be what the plan says where the host computes."""
+    if run.device.type == "cpu":
+        return_large_blocks()
 
 
 def _quantize(
@@ -202,6 +210,7 @@ def evaluate(run: BuildState) -> tuple[str, ...]:
     require_build_extra()
     from packager.prove.evaluate import quality_of, run_base, run_checkpoint
 
+    _keep_heap_small(run)
     source, texts, device = run.source, run.texts, run.device
     with run.terminal.stage("evaluate"), run.terminal.bar(len(missing) + 1) as bar:
         base = run_base(source, texts, device)

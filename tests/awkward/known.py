@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 KNOWN: Mapping[str, str] = {
+    "dynamic_rope": "the refusal names no way out",
     "a_configuration_that_is_not_there": "the refusal names no way out",
     "a_dataset_of_a_script": "a RuntimeError of datasets is not translated",
     "a_decoder_of_tokens_beyond_the_embedding": "the refusal names none of ['tokenizer_config.json']",
@@ -18,6 +19,7 @@ KNOWN: Mapping[str, str] = {
     "an_end_beyond_the_vocabulary": "refused after the first block was quantized",
     "an_end_of_a_larger_model": "refused after the first block was quantized",
     "an_infinite_norm": "the refusal names no file",
+    "attention_of_a_gpu": "the branch asks for flash attention as its base does",
     "auto_map_of_known_code": "config.json names code that is not there",
     "dtype_that_is_automatic": "the refusal names no way out",
     "dtype_with_its_module": "the refusal names no way out",

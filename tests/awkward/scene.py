@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_recipe import RECIPE, sentences, write_inputs
@@ -85,11 +86,13 @@ class Case:
         folder: with model/, the texts and the recipe.
         recipe: its content.
         rows: what the Hub's dataset holds, by column; None where the recipe names none. An exception is raised.
+        touched: what the trouble that is being made has changed: files, keys of files, tensors, parts of the recipe.
     """
 
     folder: Path
     recipe: Json = field(default_factory=lambda: json.loads(json.dumps({**RECIPE, **_CHANGES})))
     rows: Mapping[str, Sequence[object]] | Exception | None = None
+    touched: set[str] = field(default_factory=set)
 
     @property
     def model(self) -> Path:
@@ -98,6 +101,10 @@ class Case:
 
     def write(self, name: str, content: str | bytes, *, into: Path | None = None) -> None:
         """Write a file of the base model in the place of another, which is a link to the scene's."""
+        self.touched.add(name)
+        self._put(name, content, into=into)
+
+    def _put(self, name: str, content: str | bytes, *, into: Path | None = None) -> None:
         path = (into or self.model) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
@@ -106,6 +113,7 @@ class Case:
     def text(self, content: str | bytes, *, name: str = "calibration.txt", part: str = "calibration") -> None:
         """Write a text of the recipe and name it there."""
         self.write(name, content, into=self.folder)
+        self.touched.add(f"recipe:{part}")
         for key in ("dataset", "revision", "split", "config"):
             self.recipe[part].pop(key, None)
         self.recipe[part]["path"] = name
@@ -117,6 +125,7 @@ class Case:
 
     def dataset(self, rows: Mapping[str, Sequence[object]] | Exception, **fields: str) -> None:
         """Let the recipe calibrate on a dataset of the Hub."""
+        self.touched.add("recipe:calibration")
         section = self.recipe["calibration"]
         section.pop("path", None)
         section.update(dataset=DATASET, revision=COMMIT, split="train", **fields)
@@ -138,8 +147,11 @@ class Case:
     def edit(self, name: str, change: Callable[[Json], object]) -> None:
         """Change a JSON file of the base model."""
         content = self.json(name)
+        before = dict(content)
         change(content)
-        self.write(name, json.dumps(content, indent=2))
+        keys = {key for key in before.keys() | content.keys() if before.get(key, self) != content.get(key, self)}
+        self.touched |= {f"{name}:{key}" for key in keys}
+        self._put(name, json.dumps(content, indent=2))
 
     def config(self, *drop: str, **values: object) -> None:
         """Change config.json."""
@@ -162,6 +174,7 @@ class Case:
     def template(self, template: str, prompt: str | None = None) -> None:
         """Give the model a chat template, and the card what it renders."""
         self.write("chat_template.jinja", template)
+        self.touched.add("tokenizer_config.json:chat_template")
         if prompt is not None:
             self.recipe["card"]["prompt_template"] = {"name": "own", "template": prompt}
 
@@ -176,16 +189,29 @@ class Case:
         path = self.model / WEIGHTS
         if not path.exists() or path.stat().st_size < 10_000:
             raise ClashError(WEIGHTS)
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ClashError(WEIGHTS) from error
 
     def tensors(self, change: Callable[[Tensors], object], *, metadata: dict[str, str] | None = None) -> None:
         """Change the weights in place."""
-        content = {name: tensor.clone() for name, tensor in self.stored().items()}
+        before = self.stored()
+        content = {name: tensor.clone() for name, tensor in before.items()}
         change(content)
-        self.save(content, metadata=metadata)
+        self.touched |= {
+            f"tensor:{name}"
+            for name in before.keys() | content.keys()
+            if name not in before or name not in content or not _same(before[name], content[name])
+        }
+        self._save(content, WEIGHTS, metadata)
 
     def save(self, tensors: Tensors, name: str = WEIGHTS, *, metadata: dict[str, str] | None = None) -> None:
         """Write a safetensors file."""
+        self.touched.add(name)
+        self._save(tensors, name, metadata)
+
+    def _save(self, tensors: Tensors, name: str, metadata: dict[str, str] | None) -> None:
         (self.model / name).unlink(missing_ok=True)
         save_file(tensors, self.model / name, metadata={"format": "pt"} if metadata is None else metadata)
 
@@ -208,6 +234,14 @@ class Case:
         path = self.folder / "recipe.yaml"
         path.write_text(json.dumps(self.recipe, indent=1), encoding="utf-8")
         return path
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and bool((one.view(torch.uint8) == other.view(torch.uint8)).all())
+    )
 
 
 def _changed(content: Json, drop: Iterable[str], values: Mapping[str, object]) -> None:
@@ -237,10 +271,29 @@ class Scene:
 
 
 def made(case: Case, troubles: Sequence[Trouble]) -> bool:
-    """Make troubles, one after the other; return False if one needs what another has taken away."""
-    try:
-        for each in troubles:
+    """Make troubles, one after the other; return False if one undoes another, or needs what another has taken away."""
+    earlier: set[str] = set()
+    for each in troubles:
+        case.touched = set()
+        names, recipe = _names_in(case.model), json.dumps(case.recipe)
+        try:
             each.make(case)
-    except (ClashError, FileNotFoundError):
-        return False
+        except (ClashError, FileNotFoundError, KeyError):
+            return False
+        if case.model.is_dir():
+            case.touched |= names ^ _names_in(case.model)
+        before = json.loads(recipe)
+        case.touched |= {f"recipe:{key}" for key in before if before[key] != case.recipe[key]}
+        if any(_meets(one, other) for one in case.touched for other in earlier):
+            return False
+        earlier |= case.touched
     return True
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _meets(one: str, other: str) -> bool:
+    """Return whether two changes are of the same thing: a file and a key of it are."""
+    return one == other or one.startswith(f"{other}:") or other.startswith(f"{one}:")
