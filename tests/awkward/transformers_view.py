@@ -84,7 +84,7 @@ def _view(folder: Path, model: Any, generation: Any, rows: Tensor) -> View:
     vocabulary = model.config.get_text_config().vocab_size
     ends = generation.eos_token_id
     listed = ends if isinstance(ends, list) else [ends]
-    sampled = bool(generation.do_sample)
+    sampled = bool(generation.do_sample) and generation.temperature != 0  # which transformers refuses to sample at
     return View(
         logits=logits,
         tokens=[_tokens(tokenizer, text) for text in _TEXTS],

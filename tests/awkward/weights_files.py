@@ -121,7 +121,7 @@ def pickles_beside(case: Case) -> None:
     case.write("training_args.bin", b"\x80\x02}q\x00.")
 
 
-@trouble("refused", "safetensors", "pickle")
+@trouble("refused", "safetensors", "pickle", "tensors that the model needs")
 def pickles_alone(case: Case) -> None:
     """https://github.com/axolotl-ai-cloud/axolotl/pull/3095: no safetensors."""
     for path in case.model.glob("*.safetensors*"):
