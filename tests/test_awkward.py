@@ -20,7 +20,7 @@ NAMES = sorted(TROUBLES.keys() - KNOWN.keys())
 # One of each kind, quick ones, which end in each way.
 SAMPLE = (
     ("several_ends", "no_metadata"),
-    ("tied_with_a_head_of_its_own",),
+    ("untied_without_a_head",),
     ("truncation_of_the_training", "lines_with_more_columns"),
     ("what_a_training_left", "text_with_windows_lines", "several_ends_of_a_turn"),
     ("rows_of_numbers",),
@@ -73,16 +73,22 @@ def test_combinations(judge: Judge, part: int, data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-def test_the_judge_notices_what_is_lost(judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build that drops an own head, and one that packs other weights."""
-    from packager.inputs import base_model
-    from packager.model.rope import in_both_spellings
-    from packager.pipeline import pack
+def test_the_judge_notices_what_is_lost(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that computes with other values than its base, and one that is refused late."""
+    from packager.errors import PackError
+    from packager.pipeline import pack, stages
 
-    monkeypatch.setattr(base_model, "check_tied", lambda *_: None)
-    verdict = judge.judge([TROUBLES["tied_with_a_head_of_its_own"]])
-    assert "in spite of" in verdict.problem
-    monkeypatch.undo()
-    wrong = lambda config: {**in_both_spellings(config), "rms_norm_eps": 0.5}  # noqa: E731
-    monkeypatch.setattr(pack, "in_both_spellings", wrong)
+    put = pack.write_atomic
+
+    def change(path: Path, content: bytes) -> None:
+        put(path, content.replace(b'"rms_norm_eps": 1e-06', b'"rms_norm_eps": 0.5'))
+
+    monkeypatch.setattr(pack, "write_atomic", change)
     assert "the logits are" in judge.judge([TROUBLES["no_metadata"]]).problem
+    monkeypatch.undo()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PackError("too late", where="recipe.yaml", hint="never")
+
+    monkeypatch.setattr(stages, "audit_or_raise", refuse)
+    assert "after the first block" in judge.judge([TROUBLES["no_metadata"]]).problem

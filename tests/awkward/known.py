@@ -28,5 +28,6 @@ KNOWN: Mapping[str, str] = {
     "template_that_always_raises": "the refusal names no file",
     "templates_beside": "templates in a folder are not copied",
     "text_of_another_encoding": "the refusal names no way out",
+    "text_that_is_measured_too": "the refusal names no file",
     "vocabulary_that_is_too_small": "the refusal names no way out",
 }

@@ -27,6 +27,9 @@ _CHANGES: Mapping[str, Any] = {
     "evaluation": {"path": "evaluation.txt", "num_tokens": 128, "seq_len": 32},
 }
 
+# A template is in one of two places.
+_TEMPLATES = frozenset({"chat_template.jinja", "tokenizer_config.json:chat_template"})
+
 Ends = Literal["builds", "refused", "either"]
 Tensors = dict[str, torch.Tensor]
 Json = dict[str, Any]
@@ -284,6 +287,8 @@ def made(case: Case, troubles: Sequence[Trouble]) -> bool:
             case.touched |= names ^ _names_in(case.model)
         before = json.loads(recipe)
         case.touched |= {f"recipe:{key}" for key in before if before[key] != case.recipe[key]}
+        if case.touched & _TEMPLATES:
+            case.touched |= _TEMPLATES
         if any(_meets(one, other) for one in case.touched for other in earlier):
             return False
         earlier |= case.touched
