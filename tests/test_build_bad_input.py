@@ -300,7 +300,7 @@ BAD_TEXTS: dict[str, tuple[Callable[[Path], object], Mapping[str, Any], tuple[st
     "another prompt template": (
         lambda _: None,
         {"card.prompt_template.template": "User: {prompt}"},
-        ("is not the model's chat template", "the card has 'User: {prompt}'", "renders '[INST] {prompt} [/INST]'"),
+        ("is not the model's chat template", 'the card has "User: {prompt}"', 'renders "<s>[INST] {prompt} [/INST]"'),
     ),
     "no system messages": (
         chat_template(SYSTEM_REFUSED),

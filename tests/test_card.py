@@ -130,6 +130,14 @@ def test_known_mistakes_of_2023_do_not_return() -> None:
     assert "[INST] <<SYS>>" in text
 
 
+def test_the_open_date_of_a_prompt_template_is_explained() -> None:
+    for template, sentences in (("Today is {date}.\n{prompt}", 1), ("{prompt}", 0)):
+        recipe = fixtures.minimal_recipe(prompt_template={"name": "Dated", "template": template})
+        text = minimal_card(recipe)
+        assert_well_formed(text)
+        assert text.count("\n\n`{date}` stands for today's date") == sentences
+
+
 def test_every_block_that_runs_names_its_environment() -> None:
     text = llama_card().partition("# Original model card")[0]
     blocks = extract_code_blocks(text)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from packager.cli.main import app
-from packager.errors import MachineError, RecipeError, SourceError
+from packager.errors import CalibrationError, MachineError, RecipeError, SourceError
 from packager.inputs import describe_in_child as child
 from packager.inputs import make_lock as making
 from packager.inputs.base_model import open_source
@@ -379,6 +379,67 @@ def test_a_copy_needs_a_commit_in_the_recipe(recipe: Path) -> None:
     recipe = write_recipe(recipe.parent, {"base_model": HUB_MODEL})
     lock = lock_now(recipe, copy=recipe.parent / "model")
     assert (lock.base_model.revision, lock.base_model.files) == (COMMIT, {})
+
+
+# The prompt
+
+
+LOCKED = {"system_prompt": None, "text": "<s>[INST] {prompt} [/INST]", "added": ""}
+
+
+def test_the_lock_holds_the_prompt_and_plan_compares_it(recipe: Path) -> None:
+    lock_now(recipe)
+    lock = read_recipe_lock(lock_path(recipe), recipe)
+    assert lock.prompt is not None
+    assert lock.prompt.model_dump() == LOCKED
+    RecipeFile.load(recipe)
+    values = json.loads(recipe.read_text())
+    values["card"]["prompt_template"]["template"] = "[INST] {prompt} [/INST]"
+    recipe.write_text(json.dumps(values, indent=2))
+    with pytest.raises(RecipeError) as caught:
+        RecipeFile.load(recipe)
+    (problem,) = caught.value.problems
+    assert 'card has "[INST] {prompt} [/INST]", the tokenizer renders "<s>[INST] {prompt} [/INST]"' in problem.message
+    assert "card.prompt_template.template" in problem.hint
+    assert ":" in problem.where
+
+
+def test_another_system_prompt_needs_a_new_lock(recipe: Path) -> None:
+    lock_now(recipe)
+    values = json.loads(recipe.read_text())
+    values["card"]["system_prompt"] = "Be brief."
+    recipe.write_text(json.dumps(values, indent=2))
+    with pytest.raises(RecipeError, match=r"another card\.system_prompt"):
+        RecipeFile.load(recipe)
+    prompt = lock_now(recipe).prompt
+    assert prompt is not None
+    assert prompt.system_prompt == "Be brief."
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "no tokenizer": (lambda model: (model / "tokenizer_config.json").unlink(), "has no tokenizer", "same revision"),
+    "a template that fails": (
+        lambda model: (model / "chat_template.jinja").write_text("{{ raise_exception('never') }}"),
+        "chat template cannot be rendered", "ask the model's author",
+    ),
+    "a token beyond the embedding": (
+        lambda model: save_tokenizer(model, vocab_size=140), "does not fit the model's vocabulary", "same revision",
+    ),
+    "no template for the prompts": (
+        lambda model: (model / "chat_template.jinja").unlink(), "has no chat template", "leave out loaders.prompts",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "what", "hint"), UNUSABLE.values(), ids=UNUSABLE)
+def test_a_tokenizer_that_cannot_be_used_is_refused_before_the_lock(
+    recipe: Path, change: Callable[[Path], object], what: str, hint: str
+) -> None:
+    change(recipe.parent / "model")
+    with pytest.raises(CalibrationError, match=what) as caught:
+        lock_now(recipe)
+    assert str(recipe.parent / "model") in caught.value.where
+    assert hint in caught.value.hint
 
 
 # The Hub

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from packager.errors import CalibrationError
 from packager.inputs import limits
@@ -33,7 +35,7 @@ TEMPLATES = {
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
     "tools": "{{ 'none' if not tools }}{{ 'none' if documents is none }}{{ xml is defined }}",
     "dict": "{{ dict(a=1) }}{{ dict.fromkeys('ab') }}",
-    "date": "{{ strftime_now('%Y') }}",
+    "date": "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ day() }}{{ strftime_now is defined }}",
 }
 
 
@@ -44,7 +46,10 @@ def process() -> Iterator[ModelProcess]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_templates_render_as_in_transformers(process: ModelProcess, template: str) -> None:
+def test_templates_render_as_in_transformers(
+    process: ModelProcess, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: datetime(2024, 7, 26)))
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **special)
     chats = [CHAT, Chat(messages=(HI,))]

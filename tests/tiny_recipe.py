@@ -51,7 +51,7 @@ RECIPE: dict[str, Any] = {
         "creator": "nobody",
         "quantized_by": "tester",
         "license": {"id": "apache-2.0", "files": ["LICENSE.txt"]},
-        "prompt_template": {"name": "plain", "template": "[INST] {prompt} [/INST]"},
+        "prompt_template": {"name": "plain", "template": "<s>[INST] {prompt} [/INST]"},
     },
 }
 

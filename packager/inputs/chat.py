@@ -7,9 +7,10 @@ from typing import Any
 
 from packager.errors import CalibrationError
 from packager.inputs.limits import Chat, ModelProcess, TextGroup
+from packager.model.lock import MOST_PROMPT_CHARACTERS, LockedPrompt
+from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
-
-_MAX_SHOWN = 3000  # characters of a rendered template
+from packager.recipe.prompt_template import COPY_PROMPT, prompt_difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,10 @@ def render_messages(tokenizer: Any, chats: Sequence[Chat], process: ModelProcess
     if isinstance(template, dict):
         template = template.get("default")
     if not isinstance(template, str):
-        raise CalibrationError("the base model has several chat templates, and none is called default")
+        raise CalibrationError(
+            "the base model has several chat templates, and none is called default",
+            hint="transformers renders none of them either, unless it is named: ask the model's author",
+        )
     return process.render_chats(template, tokenizer.special_tokens_map, chats)
 
 
@@ -76,40 +80,60 @@ def encode_texts(tokenizer: Any, groups: Sequence[TextGroup], process: ModelProc
     return process.encode(tokenizer.backend_tokenizer.to_str(), groups, split_special_tokens=split)
 
 
-def card_chat(recipe_file: RecipeFile) -> Chat:
-    """Return the conversation that the card's prompt template is compared with."""
-    messages = [_user("{prompt}")]
-    if recipe_file.recipe.card.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": recipe_file.recipe.card.system_prompt})
-    return Chat(messages=tuple(messages), add_generation_prompt=True)
-
-
-def check_has_template(recipe_file: RecipeFile, tokenizer: Any) -> None:
-    """Raise CalibrationError if the recipe has prompts or questions and the model has no chat template."""
-    recipe = recipe_file.recipe
-    if not tokenizer.chat_template and (recipe.loaders.prompts or recipe.evaluation.questions):
-        raise CalibrationError(
-            "the base model has no chat template, so prompts and questions cannot be rendered",
-            hint="leave out loaders.prompts and evaluation.questions",
-        )
-
-
-def check_prompt_template(recipe_file: RecipeFile, tokenizer: Any, rendered: str) -> None:
-    """Compare the card's prompt template with `card_chat` as the tokenizer's chat template renders it.
+def card_prompt(recipe: Recipe, tokenizer: Any, process: ModelProcess) -> LockedPrompt | None:
+    """Render the conversation that the card's prompt template is compared with; None without a chat template.
 
     Raises:
-        CalibrationError: the templates differ (the 2023 card documented a format that the model was not trained on).
+        CalibrationError: the template cannot be rendered, renders too much, or leaves out the user's message; or there
+            is none, and the recipe has prompts or questions.
     """
-    bos = tokenizer.bos_token or ""
-    rendered = rendered.removeprefix(bos).strip()
-    given = recipe_file.recipe.card.prompt_template.template.removeprefix(bos).strip()
-    if rendered != given:
+    if not tokenizer.chat_template:
+        if recipe.loaders.prompts or recipe.evaluation.questions:
+            raise CalibrationError(
+                "the base model has no chat template, so prompts and questions cannot be rendered",
+                hint="leave out loaders.prompts and evaluation.questions",
+            )
+        return None
+    system_prompt = recipe.card.system_prompt
+    messages = [_user("{prompt}")]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    chat = Chat(messages=tuple(messages), add_generation_prompt=True, date="{date}")
+    (text,) = render_messages(tokenizer, [chat], process)
+    if len(text) > MOST_PROMPT_CHARACTERS:
+        raise CalibrationError(
+            "the model's chat template renders too much for one message",
+            why=f"{len(text)} characters, and {MOST_PROMPT_CHARACTERS} is the most that a card may show",
+        )
+    if "{prompt}" not in text:
+        raise CalibrationError(
+            "the model's chat template leaves out the user's message", why=f"for {{prompt}} it renders {text[:200]!r}",
+            hint="the template is damaged, or wants messages of another form: ask the model's author",
+        )  # fmt: skip
+    return LockedPrompt(system_prompt=system_prompt, text=text, added=_added(tokenizer, text, process))
+
+
+def _added(tokenizer: Any, text: str, process: ModelProcess) -> str:
+    """Return the beginning of a rendered text that the tokenizer would put before it by itself, "" if there is none."""
+    bos = tokenizer.bos_token
+    if not bos or not text.startswith(bos):
+        return ""
+    ((ids,),) = encode_texts(tokenizer, [TextGroup(texts=["a"], add_special_tokens=True)], process)
+    return str(bos) if ids and ids[0] == tokenizer.bos_token_id else ""
+
+
+def check_prompt_template(recipe_file: RecipeFile, prompt: LockedPrompt | None) -> None:
+    """Compare the card's prompt template with `card_prompt`; `plan` compares it with the lock's before.
+
+    Raises:
+        CalibrationError: the templates differ.
+    """
+    given = recipe_file.recipe.card.prompt_template.template
+    if prompt is not None and (why := prompt_difference(given, prompt)):
         raise CalibrationError(
             "the card's prompt template is not the model's chat template",
-            where=str(recipe_file.path),
-            why=f"the card has {given!r}, the tokenizer renders {rendered[:_MAX_SHOWN]!r}",
-            hint="copy the rendered text into card.prompt_template.template",
-        )
+            where=str(recipe_file.path), why=why, hint=COPY_PROMPT,
+        )  # fmt: skip
 
 
 def read_questions(path: Path, records: Iterable[tuple[int, Any]]) -> tuple[AskedQuestion, ...]:

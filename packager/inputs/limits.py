@@ -30,14 +30,26 @@ _ENCODE_CPU_S, _ENCODE_CPU_S_PER_MB = 20, 20
 _BYTES_PER_CHARACTER = 64
 _WALL_FACTOR, _WALL_S = 4, 20  # a busy machine gives a process a part of a core
 _THREADS = min(8, os.cpu_count() or 1)
+_DAMAGED = "the file is damaged or hostile; ask the model's author"
+_NOT_RENDERED = (
+    "if the template refuses a role, such as system, leave out card.system_prompt or the texts that have it; "
+    "else the template is damaged or hostile: ask the model's author"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """A conversation to render: messages of a role and a content, and whether the answer's beginning comes after."""
+    """A conversation to render.
+
+    Attributes:
+        messages: each has a role and a content.
+        add_generation_prompt: the beginning of the answer comes after them.
+        date: what a template gets that asks for the date, in any form; None for a fixed day, 26 July 2024.
+    """
 
     messages: tuple[Mapping[str, str], ...]
     add_generation_prompt: bool = False
+    date: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +113,16 @@ class ModelProcess:
             "template": template,
             "special_tokens": dict(special_tokens),
             "chats": [
-                {"messages": list(chat.messages), "add_generation_prompt": chat.add_generation_prompt} for chat in chats
+                {
+                    "messages": list(chat.messages),
+                    "add_generation_prompt": chat.add_generation_prompt,
+                    "date": chat.date,
+                }
+                for chat in chats
             ],
         }
         limits = _Limits(cpu_s=RENDER_CPU_S, memory_bytes=_RENDER_MEMORY_BYTES)
-        rendered: list[str] = self._ask(request, limits, "the model's chat template cannot be rendered")
+        rendered: list[str] = self._ask(request, limits, "the model's chat template cannot be rendered", _NOT_RENDERED)
         return rendered
 
     def check_tokenizer_file(self, path: Path) -> None:
@@ -154,11 +171,11 @@ class ModelProcess:
         with ids.open("rb") as stream:
             return [[_read_ids(stream, count) for count in lengths] for lengths in counts]
 
-    def _ask(self, request: Mapping[str, object], limits: _Limits, failure: str) -> Any:
+    def _ask(self, request: Mapping[str, object], limits: _Limits, failure: str, hint: str = _DAMAGED) -> Any:
         """Return the answer to a request.
 
         Raises:
-            CalibrationError: with `failure` and the reason.
+            CalibrationError: with `failure`, the reason and `hint`.
         """
         asked, result = self._folder / "request.json", self._folder / "result.json"
         asked.write_text(
@@ -171,7 +188,7 @@ class ModelProcess:
         else:
             answer, reason = {}, _death(status, limits, self._log)
         if reason:
-            raise CalibrationError(failure, why=reason, hint="the file is damaged or hostile; ask the model's author")
+            raise CalibrationError(failure, why=reason, hint=hint)
         return answer["result"]
 
     def _status(self, line: str, wall_s: float) -> str:

@@ -23,6 +23,7 @@ from packager.inputs.hub_models import (
     resolve_model,
     weights_among,
 )
+from packager.inputs.lock_prompt import with_prompt
 from packager.inputs.source_files import (
     INDEX,
     check_contents,
@@ -34,7 +35,7 @@ from packager.inputs.tied_tensors import Same, own_values, same_bytes
 from packager.model.architecture import architecture_of
 from packager.model.lock import Lock, LockedBase, LockedModel, dataset_key
 from packager.model.safetensors_file import StoredTensor, TensorInfo, tensors_at
-from packager.receipt import CONFIG, SAFETENSORS, TOKENIZER_CONFIG, FileRecord
+from packager.receipt import CONFIG, SAFETENSORS, TOKENIZER_FILES, FileRecord
 from packager.recipe import Recipe
 from packager.recipe.model_fit import is_commit
 from packager.recipe.paths import locate_base
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 # Buffers may be integers; weights of eight bits are somebody's quantization.
 _QUANTIZED_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "I8"})
-_TEMPLATE_FILES = (TOKENIZER_CONFIG, "chat_template.jinja")
 _MOST_LEFT = 5
 _COMPARED_BYTES = 1 << 16  # of a tied tensor on the Hub and of the one that it should be
 _MOST_REGULAR_BYTES = 64_000_000  # the Hub wants LFS, and so a digest, from 10 MB on
@@ -70,6 +70,7 @@ def make_lock(
         check: see `SmallFilesCheck`; may raise.
 
     Raises:
+        CalibrationError: the tokenizer cannot be used, see `with_prompt`.
         RecipeError: `copy` and the recipe do not fit.
         SourceError: the base model cannot be read, or is none that can be quantized: names the module and the reason.
     """
@@ -95,7 +96,7 @@ def _lock_of_folder(
     base = LockedBase(id=recipe.base_model.id, revision=revision, files={})
     lock = _lock(recipe, base, config, stored, chat_template_digest(folder), str(folder), log)
     check(folder, lock.model)
-    return lock
+    return with_prompt(lock, recipe, folder, str(folder), partial=revision is not None)
 
 
 def _lock_of_copy(path: Path, recipe: Recipe, copy: Path, log: Log, check: SmallFilesCheck) -> Lock:
@@ -113,7 +114,7 @@ def _lock_of_hub(recipe: Recipe, log: Log, check: SmallFilesCheck) -> Lock:
     base, revision = recipe.base_model, str(recipe.base_model.revision)
     log(f"reading the description of {base.id} at {revision}")
     model = resolve_model(base.id, revision, recipe.card.license.base_files)
-    needed = (CONFIG, INDEX, *_TEMPLATE_FILES)
+    needed = (CONFIG, INDEX, *TOKENIZER_FILES)
     small = [name for name, file in model.files.items() if name in needed or file.lfs is None]
     _check_regular(model, small)
     folder = download_files(model.id, model.commit, small)
@@ -139,7 +140,7 @@ def _lock_of_hub(recipe: Recipe, log: Log, check: SmallFilesCheck) -> Lock:
     )  # fmt: skip
     lock = _lock(recipe, locked, config, stored, chat_template_digest(folder), model.where, log, same)
     check(folder, lock.model)
-    return lock
+    return with_prompt(lock, recipe, folder, model.where, partial=False)
 
 
 def _check_regular(model: HubModel, names: list[str]) -> None:

@@ -3,7 +3,6 @@
 Calibration rows are drawn with a seed; evaluation rows come from other text.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from packager.inputs.base_model import SourceModel
 from packager.inputs.chat import (
     AskedQuestion,
     Question,
-    card_chat,
-    check_has_template,
+    card_prompt,
     check_prompt_template,
     encode_texts,
     prompt_chat,
@@ -26,12 +24,11 @@ from packager.inputs.chat import (
 from packager.inputs.hub_models import hub_errors
 from packager.inputs.limits import ModelProcess, TextGroup
 from packager.inputs.overlap import check_overlap
+from packager.inputs.tokenizer import check_vocabulary, open_tokenizer
 from packager.model.strict_json import parse_json
-from packager.receipt import CONFIG, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL, TextRecord, digest_of
+from packager.receipt import TextRecord, digest_of
 from packager.recipe import Calibration, Evaluation, TextSource
 from packager.recipe.file import RecipeFile
-from packager.system.scratch import ScratchFolder
-from packager.system.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -80,25 +77,23 @@ def prepare(recipe_file: RecipeFile, source: SourceModel) -> TextSets:
 def _prepare(recipe_file: RecipeFile, source: SourceModel, process: ModelProcess) -> TextSets:
     recipe = recipe_file.recipe
     tokenizer = load_tokenizer(source, process)
-    _check_vocabulary(tokenizer, source)
+    check_vocabulary(tokenizer, source.architecture.vocab_size, str(source.folder))
     calibration_texts = read_texts(recipe.calibration, recipe_file)
     evaluation_texts = read_texts(recipe.evaluation, recipe_file)
     check_overlap(
         calibration_texts, evaluation_texts, num_words=_WORDS_PER_TOKEN * recipe.evaluation.num_tokens
     )  # fmt: skip
-    check_has_template(recipe_file, tokenizer)
     asked = _questions(recipe.evaluation, recipe_file)
-    chats = [card_chat(recipe_file), *(chat for question in asked for chat in question.chats)]
+    check_prompt_template(recipe_file, card_prompt(recipe, tokenizer, process))
+    chats = [chat for question in asked for chat in question.chats]
     chats += [prompt_chat(prompt) for prompt in recipe.loaders.prompts]
-    rendered = render_messages(tokenizer, chats, process) if tokenizer.chat_template else []
-    if rendered:
-        check_prompt_template(recipe_file, tokenizer, rendered[0])
+    rendered = render_messages(tokenizer, chats, process) if chats else []
     calibration_ids, evaluation_ids, rendered_ids = encode_texts(
         tokenizer,
         [
             TextGroup(texts=calibration_texts, add_special_tokens=True),
             TextGroup(texts=evaluation_texts, add_special_tokens=True),
-            TextGroup(texts=rendered[1:], add_special_tokens=False),
+            TextGroup(texts=rendered, add_special_tokens=False),
         ],
         process,
     )
@@ -129,42 +124,11 @@ def load_tokenizer(source: SourceModel, process: ModelProcess) -> Any:
         process: reads the tokenizer before this process does.
 
     Raises:
-        CalibrationError: there is none, it cannot be read, or its class encodes texts in this process.
+        CalibrationError: see `open_tokenizer`.
         SourceError: one of its files was replaced since it was checked.
     """
-    from transformers import AutoTokenizer
-
-    files = source.record.files
-    if TOKENIZER_CONFIG not in files or not {TOKENIZER, TOKENIZER_MODEL} & files.keys():
-        raise CalibrationError(
-            "the base model has no tokenizer",
-            where=str(source.folder),
-            why="a branch needs tokenizer_config.json, and tokenizer.json or tokenizer.model",
-            hint="take the tokenizer files from the same revision as the weights",
-        )
-    with ScratchFolder("tokenizer") as scratch:
-        folder = scratch.path
-        for name in source.files.copied:
-            (folder / name).write_bytes(source.copied(name))
-        (folder / CONFIG).write_text(json.dumps(source.config), encoding="utf-8")
-        if TOKENIZER in source.files.copied:
-            process.check_tokenizer_file(folder / TOKENIZER)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # the tokenizers library raises plain Exception for a damaged tokenizer.json
-            raise CalibrationError(
-                "the base model's tokenizer cannot be read",
-                where=str(source.folder),
-                why=printable(str(error).replace(str(folder), str(source.folder))),
-            ) from error
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise CalibrationError(
-            "the base model's tokenizer is not one of the tokenizers library",
-            where=str(source.folder / TOKENIZER_CONFIG),
-            why=f"a {type(tokenizer).__name__} would encode the texts in this process, without limits",
-            hint="name the class of the model's family as tokenizer_class, such as LlamaTokenizer, and no backend",
-        )
-    return tokenizer
+    files = {name: source.copied(name) for name in source.files.copied}
+    return open_tokenizer(files, source.config, str(source.folder), process)
 
 
 def read_texts(text: TextSource, recipe_file: RecipeFile) -> list[str]:
@@ -285,14 +249,3 @@ def _questions(evaluation: Evaluation, recipe_file: RecipeFile) -> tuple[AskedQu
         return ()
     path = recipe_file.resolve(evaluation.questions)
     return read_questions(path, _json_lines(path))
-
-
-def _check_vocabulary(tokenizer: Any, source: SourceModel) -> None:
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= source.architecture.vocab_size:
-        raise CalibrationError(
-            "the tokenizer does not fit the model's vocabulary",
-            where=str(source.folder),
-            why=f"its largest token id is {largest}, the embedding has {source.architecture.vocab_size} rows",
-            hint="take the tokenizer files from the same revision as the weights",
-        )

@@ -17,6 +17,7 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE, strict=True)]
+MOST_PROMPT_CHARACTERS = 100_000
 Bytes = Annotated[int, Field(ge=0, lt=1 << 60, strict=True)]
 
 
@@ -169,6 +170,21 @@ class LockedBase(Record):
     files: dict[str, FileRecord]
 
 
+class LockedPrompt(Record):
+    """A user's message in the base model's chat template, which the card's prompt template is compared with.
+
+    Attributes:
+        system_prompt: the recipe's, which is rendered before it; None where the recipe has none.
+        text: what the template renders for the message {prompt}, up to where the answer begins. {date} stands where it
+            asks for today's date.
+        added: the token's text that the tokenizer itself puts before every text, if `text` begins with it; else "".
+    """
+
+    system_prompt: Annotated[str, Field(max_length=MOST_PROMPT_CHARACTERS)] | None = None
+    text: Annotated[str, Field(max_length=MOST_PROMPT_CHARACTERS)]
+    added: Annotated[str, Field(max_length=1000)] = ""
+
+
 class Lock(Record):
     """The whole file.
 
@@ -177,6 +193,7 @@ class Lock(Record):
         base_model: whose files.
         datasets: commits of the datasets whose branch or tag the recipe names, by `dataset_key`.
         chat_template_sha256: of the chat template, None where there is none.
+        prompt: the card's prompt as that template renders it; None where there is no template.
         model: its architecture.
     """
 
@@ -185,6 +202,7 @@ class Lock(Record):
     base_model: LockedBase
     datasets: dict[str, Commit] = Field(default_factory=dict)
     chat_template_sha256: Digest | None
+    prompt: LockedPrompt | None = None
     model: LockedModel
 
 

@@ -60,6 +60,7 @@ def lock_recipes(
         check: compare and write nothing.
 
     Raises:
+        CalibrationError: see `make_lock`.
         MachineError: the packages of the build extra are not installed.
         RecipeError: a recipe is wrong, or `copy` is given for several.
         SourceError: see `make_lock` and `check_small_files`.

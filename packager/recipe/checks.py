@@ -26,6 +26,7 @@ from packager.recipe.licenses import FILES_BY_LICENSE, hub_license, license_name
 from packager.recipe.model_fit import LockedBaseModel, Parameter, misfits
 from packager.recipe.parsed_recipe import Loc, ParsedRecipe, Unreadable, name_of
 from packager.recipe.paths import locate, locate_base, path_problem
+from packager.recipe.prompt_template import prompt_problems
 from packager.recipe.yaml import LocatedProblem, Position
 from packager.system.text import quoted
 from packager.variant import MAIN, MAX_REPOSITORY_NAME, NATIVE_ONLY, EngineName, branch_name, place_of
@@ -83,6 +84,7 @@ def _model(parsed: ParsedRecipe, model: LockedBaseModel | LocatedProblem | None)
     if isinstance(model, LocatedProblem):
         yield model
     elif model is not None:
+        yield from prompt_problems(parsed, model.lock)
         variants = [_parameters(parsed, index) for index in range(parsed.count("variants"))]
         yield from misfits(parsed, model.architecture, variants)
 

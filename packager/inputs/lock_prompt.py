@@ -1,0 +1,44 @@
+"""Render the card's prompt for the lock, from the tokenizer's files: `plan` compares it with the recipe."""
+
+from pathlib import Path
+
+from packager.errors import CalibrationError
+from packager.inputs.chat import card_prompt
+from packager.inputs.limits import ModelProcess
+from packager.inputs.source_files import read_small
+from packager.inputs.tokenizer import check_vocabulary, open_tokenizer
+from packager.model.branch_config import ModelFacts, branch_file
+from packager.model.lock import Lock
+from packager.receipt import TOKENIZER_FILES
+from packager.recipe import Recipe
+
+
+def with_prompt(lock: Lock, recipe: Recipe, folder: Path, where: str, *, partial: bool) -> Lock:
+    """Return a lock that holds the card's prompt.
+
+    Args:
+        lock: of the base model, without it.
+        recipe: the recipe.
+        folder: with the base model's small files, which were checked.
+        where: the base model, for messages.
+        partial: the folder may lack the tokenizer; then the lock has no prompt, and the build compares it first.
+
+    Raises:
+        CalibrationError: the tokenizer or its chat template cannot be used; see `open_tokenizer`, `check_vocabulary`
+            and `card_prompt`.
+        SourceError: a file cannot be read.
+    """
+    facts = ModelFacts.of(lock.model.config)
+    names = [name for name in TOKENIZER_FILES if (folder / name).exists()]
+    files = {name: branch_file(name, read_small(folder, name), facts) for name in names}
+    if partial and not files:
+        return lock
+    try:
+        with ModelProcess() as process:
+            tokenizer = open_tokenizer(files, lock.model.config, where, process)
+            check_vocabulary(tokenizer, lock.model.vocab_size, where)
+            prompt = card_prompt(recipe, tokenizer, process)
+    except CalibrationError as error:
+        error.where = error.where or where  # of the process that renders, which does not know the model
+        raise
+    return lock.model_copy(update={"prompt": prompt})
