@@ -687,7 +687,7 @@ def test_a_chat_template_that_moved_is_an_error(recipe: Path) -> None:
     loaded = RecipeFile.load(recipe)
     open_source(loaded, lambda _: None)
     template = recipe.parent / "model" / "chat_template.jinja"
-    template.write_text("{{ messages }}")
+    template.write_text("{# moved #}" + template.read_text())
     with pytest.raises(SourceError, match="chat template is not the one") as caught:
         open_source(loaded, lambda _: None)
     assert "packager lock" in caught.value.hint
