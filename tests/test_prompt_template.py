@@ -110,8 +110,15 @@ def test_named_templates_render_the_default_one(recipe_file: RecipeFile, process
 def test_a_base_model_without_a_template_has_no_prompt(recipe_file: RecipeFile, process: ModelProcess) -> None:
     made = tokenizer(INST)
     made.chat_template = None
-    assert card_prompt(recipe_file.recipe, made, process) is None
-    check(with_template(recipe_file, "{prompt}"), made, process)
+    with pytest.raises(CalibrationError, match="no chat template") as caught:
+        card_prompt(recipe_file.recipe, made, process)
+    assert "loaders.prompts" in caught.value.hint
+    recipe = recipe_file.recipe
+    silent = {
+        "loaders": recipe.loaders.model_copy(update={"prompts": ()}),
+        "evaluation": recipe.evaluation.model_copy(update={"questions": None}),
+    }
+    assert card_prompt(recipe.model_copy(update=silent), made, process) is None
 
 
 REFUSED = {

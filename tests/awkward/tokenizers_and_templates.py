@@ -8,7 +8,7 @@ _PLAIN = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
-_PROMPT = "[INST] {prompt} [/INST]"
+_PROMPT = "<s>[INST] {prompt} [/INST]"
 _TOOLS = "{% for m in messages %}TOOL {{ m['content'] }}{% endfor %}"
 _CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -287,13 +287,13 @@ def templates_beside(case: Case) -> None:
 def template_with_a_date(case: Case) -> None:
     """https://github.com/vllm-project/vllm/issues/14344: Llama 3.1's writes one that is given, or its own."""
     date = "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
-    case.template(f"{date}Today: {{{{ date_string }}}} {_PLAIN}", f"Today: 26 Jul 2024 <s>{_PROMPT}")
+    case.template(f"{date}Today: {{{{ date_string }}}} {_PLAIN}", f"Today: 26 Jul 2024 {_PROMPT}")
 
 
-@trouble("either", "template", "date")
+@trouble("builds")
 def template_with_todays_date(case: Case) -> None:
     """https://github.com/huggingface/text-generation-inference/issues/2987: Mistral Small's asks the clock."""
-    case.template(f"Today: {{{{ strftime_now('%Y-%m-%d') }}}} {_PLAIN}", f"Today: {{date}} <s>{_PROMPT}")
+    case.template(f"Today: {{{{ strftime_now('%Y-%m-%d') }}}} {_PLAIN}", f"Today: {{date}} {_PROMPT}")
 
 
 @trouble("builds")
@@ -348,7 +348,7 @@ def template_of_tools(case: Case) -> None:
         "{{ name(m) }}: {{ m['content'] | trim }}{{ eos_token if m['role'] == 'assistant' }} {%- endfor -%}"
     )
     tools = "{%- if tools is not none and tools -%}{{ tools | tojson(indent=2) }}{%- endif -%}"
-    case.template(head + tools + body, "USER: {prompt}")
+    case.template(head + tools + body, "<s>USER: {prompt}")
 
 
 @trouble("builds")
