@@ -422,9 +422,6 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda model: (model / "chat_template.jinja").write_text("{{ raise_exception('never') }}"),
         "chat template cannot be rendered", "ask the model's author",
     ),
-    "a token beyond the embedding": (
-        lambda model: save_tokenizer(model, vocab_size=140), "does not fit the model's vocabulary", "same revision",
-    ),
     "no template for the prompts": (
         lambda model: (model / "chat_template.jinja").unlink(), "has no chat template", "leave out loaders.prompts",
     ),
