@@ -58,8 +58,32 @@ class SourceRecord(Record):
     num_parameters: int
 
 
+class MixedText(Record):
+    """One of several texts of the calibration, and how many rows it gave."""
+
+    source: str
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+    license: str | None = None
+    conversations: bool = False
+    text_sha256: str
+    num_samples: int
+
+
 class TextRecord(Record):
-    """Calibration or evaluation rows: the source of the text and the digest of the token ids."""
+    """Calibration or evaluation rows: the source of the text and the digest of the token ids.
+
+    Attributes:
+        seed: of the draw; None for rows of earlier versions, which are the first of the text.
+        text_sha256: of the whole text that the rows were drawn from.
+        digest: of the token ids.
+        license: that the dataset's page states.
+        conversations: whether the text is conversations in the model's chat template.
+        row_prefix: the special tokens that each row begins with.
+        left_out: rows of the text's files that hold no text.
+        mixed: the texts if there are several; then `source` is all their names.
+    """
 
     source: str
     revision: str | None
@@ -70,6 +94,11 @@ class TextRecord(Record):
     seed: int | None
     text_sha256: str
     digest: str
+    license: str | None = None
+    conversations: bool = False
+    row_prefix: tuple[str, ...] = ()
+    left_out: int = 0
+    mixed: tuple[MixedText, ...] = ()
 
 
 class LinearRecord(Record):

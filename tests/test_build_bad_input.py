@@ -279,7 +279,7 @@ BAD_TEXTS: dict[str, tuple[Callable[[Path], object], Mapping[str, Any], tuple[st
     "JSONL without the field": (
         replaced("text.jsonl", '{"text": "a river"}\n{"txt": "a river"}\n'),
         {"evaluation.path": "text.jsonl"},
-        ("text.jsonl:2: a line has no text 'text'", "set text_field"),
+        ("text.jsonl: too little text: 251 tokens are missing", "1 of its rows have no 'text'"),
     ),
     "not UTF-8": (
         replaced("calibration.txt", b"caf\xe9"),

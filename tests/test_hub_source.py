@@ -5,16 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub
 
-from packager.errors import CalibrationError, SourceError
+from packager.errors import SourceError
 from packager.inputs.base_model import open_source
 from packager.inputs.hub_models import access_problem
-from packager.inputs.texts import read_texts
-from packager.recipe import TextSource
 from packager.recipe.file import RecipeFile
 from packager.system.files import sha256_file
 from tests.hub_http import httpx
@@ -161,39 +158,3 @@ def test_an_error_of_the_client_becomes_one_with_a_hint(
 def test_access_to_an_open_model_is_no_problem(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda _self, _id: None)
     assert access_problem("tester/tiny") == ""
-
-
-def dataset(**fields: Any) -> TextSource:
-    return TextSource(dataset="tester/text", config="plain", revision=REVISION, split="train", **fields)
-
-
-def test_a_dataset_is_read_at_its_commit_and_split(recipe: RecipeFile, monkeypatch: pytest.MonkeyPatch):
-    asked = []
-
-    def load(*given: object, **named: object) -> datasets.Dataset:
-        asked.append((given, named))
-        return datasets.Dataset.from_dict({"text": ["one", "two"], "other": [1, 2]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert read_texts(dataset(), recipe) == ["one", "two"]
-    assert asked == [(("tester/text", "plain"), {"revision": REVISION, "split": "train"})]
-    with pytest.raises(CalibrationError, match="no column 'body'") as caught:
-        read_texts(dataset(text_field="body"), recipe)
-    assert "text, other" in caught.value.why
-
-
-@pytest.mark.parametrize(
-    ("failure", "error"),
-    [
-        (ValueError("Unknown split 'train'"), CalibrationError),
-        (datasets.exceptions.DatasetNotFoundError("gone"), CalibrationError),
-        (hub.GatedRepoError("403", response=response(403)), SourceError),
-    ],
-)
-def test_a_dataset_that_cannot_be_read_is_an_error(recipe: RecipeFile, monkeypatch: pytest.MonkeyPatch, failure, error):
-    def fail(*_: object, **__: object) -> None:
-        raise failure
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(error):
-        read_texts(dataset(), recipe)

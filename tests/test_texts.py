@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from packager.errors import CalibrationError
-from packager.inputs.chat import encode_texts, prompt_ids
-from packager.inputs.limits import ModelProcess, TextGroup
+from packager.inputs.chat import prompt_ids
+from packager.inputs.limits import ModelProcess
 from packager.inputs.overlap import check_overlap
-from packager.inputs.texts import load_tokenizer, make_rows, prepare, read_texts
-from packager.recipe import Calibration
+from packager.inputs.texts import load_tokenizer, prepare
 from packager.recipe.file import RecipeFile
 from packager.system.processes import Processes
 from tests.sources import open_folder
@@ -203,22 +202,6 @@ def test_a_build_asks_one_process_for_everything(tmp_path: Path, monkeypatch: py
     assert len(started) == 1
 
 
-def test_rows_are_the_documents_tokens_one_after_the_other(tokenizer: Any, process: ModelProcess) -> None:
-    texts = [sentences(10, seed=3), sentences(10, seed=4)]
-    stream = [token for text in texts for token in tokenizer(text)["input_ids"]]
-    text = Calibration(path="text.txt", seq_len=8)
-    (ids,) = encode_texts(tokenizer, [TextGroup(texts=texts, add_special_tokens=True)], process)
-    rows = make_rows(text, texts, ids, num_samples=5, seed=None)
-    assert rows.ids.tolist() == [stream[begin : begin + 8] for begin in range(0, 40, 8)]
-    drawn = make_rows(text, texts, ids, num_samples=5, seed=1)
-    every = [stream[begin : begin + 8] for begin in range(0, len(stream) - 7, 8)]
-    assert all(row in every for row in drawn.ids.tolist())
-    assert len({tuple(row) for row in drawn.ids.tolist()}) == 5
-    assert drawn.record.digest == make_rows(text, texts, ids, num_samples=5, seed=1).record.digest
-    assert drawn.record.digest != make_rows(text, texts, ids, num_samples=5, seed=2).record.digest
-    assert (rows.record.num_samples, rows.record.seq_len, rows.record.source) == (5, 8, "text.txt")
-
-
 def test_questions_and_prompts_are_rendered_in_the_chat_template(tmp_path: Path, process: ModelProcess) -> None:
     recipe = RecipeFile.load(write_all(tmp_path))
     source = open_folder(tmp_path / "model", base_id="tester/tiny")
@@ -228,4 +211,3 @@ def test_questions_and_prompts_are_rendered_in_the_chat_template(tmp_path: Path,
     assert tokenizer.decode(first.prompt_ids) == "<s>[INST] old bird [/INST]"
     assert tokenizer.decode(first.answer_ids) == " sings</s>"
     assert tokenizer.decode(second.answer_ids) == " green boat</s>"
-    assert read_texts(recipe.recipe.calibration, recipe) == [sentences(60, seed=1)]

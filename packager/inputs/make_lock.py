@@ -224,7 +224,7 @@ def _datasets(recipe: Recipe) -> dict[str, str]:
     """Return the commits of the datasets that the recipe names by a branch or tag."""
     named = {
         (text.dataset, text.revision)
-        for text in (recipe.calibration, recipe.evaluation)
+        for text in (*recipe.calibration.texts, recipe.evaluation)
         if text.dataset is not None and text.revision is not None and not is_commit(text.revision)
     }
     return {dataset_key(dataset, name): resolve_dataset(dataset, name) for dataset, name in sorted(named)}

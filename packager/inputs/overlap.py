@@ -5,6 +5,7 @@ words are compared; GPT-3's decontamination used 13 (arXiv 2005.14165, appendix 
 """
 
 import re
+import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 
@@ -25,7 +26,7 @@ Words = list[str]
 Window = tuple[str, ...]
 
 
-def check_overlap(calibration: Sequence[str], evaluation: Sequence[str], *, num_words: int) -> None:
+def check_overlap(calibration: Sequence[str], evaluation: Sequence[str], *, num_words: int | None = None) -> None:
     """Refuse evaluation text that is also calibration text.
 
     The texts overlap if 50 consecutive words of an evaluation document are in a calibration document, or if whole
@@ -35,12 +36,12 @@ def check_overlap(calibration: Sequence[str], evaluation: Sequence[str], *, num_
     Args:
         calibration: documents.
         evaluation: documents.
-        num_words: how many words of the evaluation text are compared, in whole documents.
+        num_words: how many words of the evaluation text are compared, in whole documents; None for all.
 
     Raises:
         CalibrationError: the texts overlap.
     """
-    documents = list(_first(evaluation, num_words))
+    documents = list(_first(evaluation, sys.maxsize if num_words is None else num_words))
     found = _shared(calibration, documents)
     run = max((run for document in documents for run in _runs(document, found)), key=len, default=[])
     lines = documents if len(evaluation) > 1 else [_words(line) for text in evaluation for line in text.split("\n")]

@@ -23,6 +23,7 @@ from packager.pipeline.workspace import Workspace, check_folder
 from packager.prove.environments import RuntimeContext
 from packager.prove.loaders import ISOLATED, LOADERS
 from packager.receipt import PROVENANCE, README, Receipt, digest_of
+from packager.recipe import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
 from packager.system.files import file_records, sha256_file
 from packager.system.parallel import in_parallel
@@ -200,7 +201,8 @@ def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, 
         folder = recipe_file.base_folder(recipe.base_model.path)
         files = list_source_files(folder)  # without licences: no stage but the card reads them
         base = {path.name: record.sha256 for path, record in file_records(files.paths).items()}
-    quantized = digest_of([variant_plan.digest, base, _local_digest(recipe_file, recipe.calibration.path)])
+    texts = [_local_digest(recipe_file, text.path) for text in recipe.calibration.texts]
+    quantized = digest_of([variant_plan.digest, base, texts])
     # Packing adds: the repository's id in quantize_config.json, the names and the sizes of the weights files, and the
     # rules for the branch's configs.
     packed = [recipe.repository.id, recipe.checkpoint.model_dump(mode="json"), BRANCH_RULES_VERSION]
@@ -209,6 +211,7 @@ def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, 
     measured = digest_of(
         [
             quantized,
+            DRAWING_VERSION,
             evaluation.model_dump(mode="json"),
             _local_digest(recipe_file, evaluation.path),
             _local_digest(recipe_file, evaluation.questions),

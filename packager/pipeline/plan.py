@@ -18,7 +18,7 @@ from packager.prove.evaluation_memory import EvaluationMemory, evaluation_memory
 from packager.quantize.engines import engine_problems, engine_version
 from packager.quantize.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, sweep_ways
 from packager.receipt import CONFIG, TOKENIZER_MODEL, digest_of
-from packager.recipe import Recipe
+from packager.recipe import DRAWING_VERSION, Recipe
 from packager.recipe.file import RecipeFile
 from packager.variant import Variant
 
@@ -243,6 +243,7 @@ def _plan_variant(
             "base_model": {"id": base.id, "revision": revision, "path": base.public_path},
             "linears": linears,
             "calibration": recipe.calibration.model_dump(mode="json"),
+            "drawing": DRAWING_VERSION,
             "parameters": variant.parameters(),
             **({"skip": skip} if skip else {}),
         }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from packager.inputs.base_model import SourceModel
-from packager.inputs.texts import TokenRows
+from packager.inputs.rows import TokenRows
 from packager.quantize.block_store import BlockStore
 from packager.quantize.memory import SweepPlan
 from packager.receipt import LinearRecord

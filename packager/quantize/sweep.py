@@ -14,7 +14,7 @@ from threading import Event
 import torch
 
 from packager.inputs.base_model import SourceModel
-from packager.inputs.texts import TokenRows
+from packager.inputs.rows import TokenRows
 from packager.model.devices import device_name, gpu_memory_errors
 from packager.quantize.device_shares import limit_gpu_memory, load_linear_algebra, share_variants
 from packager.quantize.job import BlockDone, ModulesFused, QuantizeJob, Report

@@ -6,7 +6,7 @@ Every check skips values that the models refused, so that all checks run whateve
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final, get_args
 
@@ -21,10 +21,10 @@ from packager.receipt import (
     TOKENIZER_FILES,
 )
 from packager.recipe import Defaults
-from packager.recipe.field_groups import base_model_problem, repository_problem, text_source_problem
+from packager.recipe.field_groups import base_model_problem, repository_problem, rows_by_weight, text_source_problem
 from packager.recipe.licenses import FILES_BY_LICENSE, hub_license, license_name, meant_license
 from packager.recipe.model_fit import LockedBaseModel, Parameter, misfits
-from packager.recipe.parsed_recipe import Loc, ParsedRecipe, Unreadable, name_of
+from packager.recipe.parsed_recipe import Loc, ParsedRecipe, Unreadable, name_of, text_places
 from packager.recipe.paths import locate, locate_base, path_problem
 from packager.recipe.prompt_template import prompt_problems
 from packager.recipe.yaml import LocatedProblem, Position
@@ -70,6 +70,7 @@ def check(parsed: ParsedRecipe, folder: Path, model: LockedBaseModel | LocatedPr
         *_engines(parsed),
         *_loaders(parsed),
         *_rows(parsed),
+        *_weights(parsed),
         *_held_out(parsed, folder),
         *_paths(parsed, folder),
         *_license_names(parsed),
@@ -91,14 +92,11 @@ def _model(parsed: ParsedRecipe, model: LockedBaseModel | LocatedProblem | None)
 
 def _sources(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
     """Report sections that do not name exactly one source."""
-    for section, problem_of in (
-        ("base_model", base_model_problem),
-        ("calibration", text_source_problem),
-        ("evaluation", text_source_problem),
-    ):
-        given = parsed.keys(section)
+    sections: list[tuple[Loc, Callable[[frozenset[str]], str]]] = [(("base_model",), base_model_problem)]
+    for loc, problem_of in (*sections, *((loc, text_source_problem) for loc in text_places(parsed))):
+        given = parsed.keys(*loc)
         if given is not None and (problem := problem_of(given)):
-            yield LocatedProblem(parsed.key_at(section), f"{section}: {problem}")
+            yield LocatedProblem(parsed.key_at(*loc), f"{name_of(loc)}: {problem}")
     repository = parsed.keys("repository")
     target, layout = (parsed.text("repository", key) for key in ("target", "layout"))
     url = (parsed.text("repository", "url") or "") if repository is not None and "url" in repository else None
@@ -234,30 +232,54 @@ def _rows(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
         )
 
 
-def _held_out(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
-    """Report an evaluation on the calibration text."""
-    calibration = _identity(parsed, folder, "calibration", "path")
-    why = "quality measured on the calibration text proves nothing"
-    if calibration is None:
+def _weights(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
+    """Report a source whose weight gives it no row."""
+    count, num_rows = parsed.count("calibration", "sources"), parsed.number("calibration", "num_samples")
+    weights = [parsed.get("calibration", "sources", index, "weight") for index in range(count)]
+    values = [1.0 if weight is Unreadable.ABSENT else weight for weight in weights]
+    numbers = [float(value) for value in values if isinstance(value, int | float)]
+    if num_rows is None or not numbers or len(numbers) < count:
         return
-    if calibration == _identity(parsed, folder, "evaluation", "path"):
-        at = parsed.at("evaluation", "path" if parsed.text("evaluation", "path") else "split")
-        yield LocatedProblem(at, "evaluation reads the same text as calibration", why)
-    if parsed.text("evaluation", "questions") and calibration == _identity(parsed, folder, "evaluation", "questions"):
-        yield LocatedProblem(parsed.at("evaluation", "questions"), "evaluation.questions is the calibration text", why)
+    for index, rows in enumerate(rows_by_weight(numbers, num_rows)):
+        if not rows:
+            message = f"calibration.sources[{index}] gets none of the {num_rows} rows"
+            hint = "raise its weight or num_samples, or leave it out"
+            yield LocatedProblem(parsed.at("calibration", "sources", index, "weight"), message, hint)
 
 
-def _identity(parsed: ParsedRecipe, folder: Path, section: str, key: str) -> tuple[str, ...] | None:
+def _held_out(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
+    """Report an evaluation on a calibration text, and a calibration text that is given twice."""
+    why = "quality measured on the calibration text proves nothing"
+    evaluation = _identity(parsed, folder, ("evaluation",), "path")
+    questions = _identity(parsed, folder, ("evaluation",), "questions")
+    known: set[tuple[str, ...]] = set()
+    for loc in text_places(parsed)[:-1]:
+        calibration = _identity(parsed, folder, loc, "path")
+        if calibration is None:
+            continue
+        if calibration in known:
+            yield LocatedProblem(parsed.key_at(*loc), f"{name_of(loc)} is a text that is listed before", "add weights")
+        known.add(calibration)
+        if calibration == evaluation:
+            at = parsed.at("evaluation", "path" if parsed.text("evaluation", "path") else "split")
+            yield LocatedProblem(at, "evaluation reads the same text as calibration", why)
+        if parsed.text("evaluation", "questions") and calibration == questions:
+            yield LocatedProblem(
+                parsed.at("evaluation", "questions"), "evaluation.questions is the calibration text", why
+            )
+
+
+def _identity(parsed: ParsedRecipe, folder: Path, section: Loc, key: str) -> tuple[str, ...] | None:
     """Return the identity of a text: the real file, or a dataset's configuration and split.
 
     A slice (`train[:10%]`) counts as its whole split: two slices may overlap.
     """
-    path = parsed.text(section, key)
+    path = parsed.text(*section, key)
     if path is not None:
         real = locate(folder, path)
         return None if real is None else (str(real),)
-    dataset, split = parsed.text(section, "dataset"), parsed.text(section, "split")
-    config = parsed.get(section, "config")
+    dataset, split = parsed.text(*section, "dataset"), parsed.text(*section, "split")
+    config = parsed.get(*section, "config")
     if dataset is None or split is None or config is Unreadable.WRONG:
         return None
     return (dataset.casefold(), "" if config is Unreadable.ABSENT else str(config), split.partition("[")[0].strip())
@@ -267,6 +289,7 @@ def _paths(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
     """Report files named in the recipe that are not there."""
     files: list[Loc] = [
         *FILE_FIELDS,
+        *((*loc, "path") for loc in text_places(parsed) if len(loc) > 1),
         *((*LICENSE_FILES_FIELD, index) for index in range(parsed.count(*LICENSE_FILES_FIELD))),
     ]
     for loc, directory in (*((loc, False) for loc in files), *((loc, True) for loc in FOLDER_FIELDS)):

@@ -1,8 +1,12 @@
 """The keys of a section that belong together; one rule for the text as written and for the finished values."""
 
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from fractions import Fraction
 
 from packager.system.text import has_credentials
+
+_OF_A_DATASET = frozenset({"revision", "split", "config"})
 
 
 def base_model_problem(given: AbstractSet[str]) -> str:
@@ -27,13 +31,37 @@ def repository_problem(target: str, layout: str, *, url: str | None) -> str:
 
 
 def text_source_problem(given: AbstractSet[str]) -> str:
-    """Return why these fields together do not name one text, or ""."""
-    if "path" in given and "dataset" in given:
-        return "give either path (a local file) or dataset (on the Hub), not both"
-    if not given & {"path", "dataset"}:
-        return "give either path (a local file) or dataset (on the Hub)"
-    if "dataset" in given and not given >= {"revision", "split"}:
-        return "a Hub dataset needs its revision and split"
-    if "path" in given and given & {"revision", "split", "config"}:
-        return "revision, split and config belong to a Hub dataset, not to a local file"
-    return ""
+    """Return why these fields together do not name one text, or several with weights, or ""."""
+    if "sources" in given:
+        named = sorted(given & {"path", "text_field", "messages_field", "dataset", *_OF_A_DATASET})
+        return f"{named[0]} belongs into an entry of sources: give either sources or one text" if named else ""
+    source = "path (a local file) or dataset (on the Hub)"
+    rules = (
+        ("path" in given and "dataset" in given, f"give either {source}, not both"),
+        (not given & {"path", "dataset"}, f"give either {source}"),
+        ("dataset" in given and not given >= {"revision", "split"}, "a Hub dataset needs its revision and split"),
+        (
+            "path" in given and bool(given & _OF_A_DATASET),
+            "revision, split and config belong to a Hub dataset, not to a local file",
+        ),
+        (
+            {"text_field", "messages_field"} <= given,
+            "give either text_field (plain text) or messages_field (conversations), not both",
+        ),
+    )
+    return next((problem for broken, problem in rules if broken), "")
+
+
+def rows_by_weight(weights: Sequence[float], num_rows: int) -> tuple[int, ...]:
+    """Return how many of `num_rows` each text gives, in proportion to its weight.
+
+    Each gets the whole number below its exact share; the rows that are left go to the largest remainders, of equal
+    ones to the first. Shares are exact fractions, so the result is the same on every machine.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    shares = [weight * num_rows / sum(exact) for weight in exact]
+    rows = [int(share) for share in shares]
+    largest = sorted(range(len(rows)), key=lambda index: (rows[index] - shares[index], index))
+    for index in largest[: num_rows - sum(rows)]:
+        rows[index] += 1
+    return tuple(rows)

@@ -14,7 +14,7 @@ from packager.model.checkpoint import fit_problems, length_problem
 from packager.model.lock import Lock, dataset_key
 from packager.recipe import Recipe, TextSource
 from packager.recipe.lock_file import lock_path, read_recipe_lock
-from packager.recipe.parsed_recipe import ParsedRecipe, Unreadable
+from packager.recipe.parsed_recipe import ParsedRecipe, Unreadable, name_of, text_places
 from packager.recipe.yaml import LocatedProblem, Position, Scalar
 from packager.system.text import quoted
 
@@ -69,11 +69,11 @@ def _moved(parsed: ParsedRecipe, lock: Lock, name: str) -> tuple[Position, str] 
         if wanted is not None:
             message = f"base_model.{key} is {quoted(wanted)}, the lock {name} is of {quoted(held)}"
             return parsed.at("base_model", key), message
-    for section in ("calibration", "evaluation"):
-        dataset, wanted = parsed.text(section, "dataset"), parsed.text(section, "revision")
+    for loc in text_places(parsed):
+        dataset, wanted = parsed.text(*loc, "dataset"), parsed.text(*loc, "revision")
         if dataset and wanted and not is_commit(wanted) and dataset_key(dataset, wanted) not in lock.datasets:
-            message = f"{section}.revision is {quoted(wanted)}, the lock {name} has no commit of it"
-            return parsed.at(section, "revision"), message
+            message = f"{name_of(loc)}.revision is {quoted(wanted)}, the lock {name} has no commit of it"
+            return parsed.at(*loc, "revision"), message
     return None
 
 
@@ -83,10 +83,12 @@ def with_locked_commits(recipe: Recipe, lock: Lock) -> Recipe:
     changes: dict[str, object] = {}
     if base.revision is not None:
         changes["base_model"] = base.model_copy(update={"revision": lock.base_model.revision})
-    texts: dict[str, TextSource] = {"calibration": recipe.calibration, "evaluation": recipe.evaluation}
-    return recipe.model_copy(
-        update=changes | {name: _pinned_text(text, lock) for name, text in texts.items()}
-    )  # fmt: skip
+    calibration = _pinned_text(recipe.calibration, lock)
+    if recipe.calibration.sources is not None:
+        pinned = tuple(_pinned_text(text, lock) for text in recipe.calibration.sources)
+        calibration = recipe.calibration.model_copy(update={"sources": pinned})
+    changes |= {"calibration": calibration, "evaluation": _pinned_text(recipe.evaluation, lock)}
+    return recipe.model_copy(update=changes)
 
 
 def _pinned_text(text: TextSource, lock: Lock) -> TextSource:

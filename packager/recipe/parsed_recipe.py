@@ -119,6 +119,12 @@ def name_of(loc: Sequence[str | int]) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc).removeprefix(".")
 
 
+def text_places(parsed: ParsedRecipe) -> tuple[Loc, ...]:
+    """Return where a recipe names texts: the calibration or each of its sources, and the evaluation."""
+    sources = [("calibration", "sources", index) for index in range(parsed.count("calibration", "sources"))]
+    return ("calibration",), *sources, ("evaluation",)
+
+
 def got(node: Node) -> str:
     """Return a value's kind and text, fit for a message."""
     match node.content:
