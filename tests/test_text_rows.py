@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import json
+import math
 import random
 import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
+from transformers import AutoModelForCausalLM
 
 from packager.errors import CalibrationError
 from packager.inputs.chat import render_messages
@@ -22,7 +24,8 @@ from packager.inputs.limits import ModelProcess
 from packager.inputs.rows import DrawnRows, cut_rows, draw_rows, token_rows
 from packager.inputs.samples import Sample, WantedRows, draw_sample
 from packager.inputs.text_files import TextFile, kind_of, read_plain
-from packager.inputs.texts import load_tokenizer
+from packager.inputs.texts import TextSets, load_tokenizer
+from packager.prove.evaluate import quality_of, run_base
 from packager.recipe import TextSource
 from packager.recipe.field_groups import rows_by_weight
 from tests.sources import open_folder
@@ -112,6 +115,37 @@ def test_all_windows_of_a_text_are_those_of_the_usual_perplexity_script(tmp_path
     assert torch.equal(token_rows([drawn]).ids, torch.cat(windows))
     with pytest.raises(CalibrationError, match="too little text"):
         rows_of(tokenizer, process, wanted(path, rows=len(windows) + 1, seq_len=32))
+
+
+def perplexity_of_the_usual_script(model: Any, encodings: torch.Tensor, max_length: int) -> float:
+    """The loop of transformers' guide "Perplexity of fixed-length models" with stride = max_length.
+
+    It leaves out the last window, which is shorter.
+    """
+    nll_sum, num_tokens = 0.0, 0
+    for begin in range(0, encodings.shape[1] - max_length + 1, max_length):
+        input_ids = encodings[:, begin : begin + max_length]
+        with torch.no_grad():
+            loss = model(input_ids, labels=input_ids.clone()).loss
+        nll_sum += loss.item() * (max_length - 1)
+        num_tokens += max_length - 1
+    return math.exp(nll_sum / num_tokens)
+
+
+def test_perplexity_of_a_whole_text_is_that_of_the_usual_script(tmp_path: Path, process: ModelProcess) -> None:
+    tokenizer = tokenizer_of(tmp_path, process, bos=False)
+    text = sentences(40, seed=2)
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    encodings = tokenizer(text, return_tensors="pt").input_ids
+    (drawn,) = rows_of(tokenizer, process, wanted(path, rows=encodings.shape[1] // 32, seq_len=32))
+    rows = token_rows([drawn])
+    source = open_folder(tmp_path / "model", base_id="tester/tiny")
+    texts = TextSets(calibration=rows, evaluation=rows, questions=(), prompts=())
+    base = run_base(source, texts, torch.device("cpu"))
+    ours = quality_of(base, base, texts).perplexity
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert ours == pytest.approx(perplexity_of_the_usual_script(model, encodings, 32), rel=1e-3)
 
 
 def test_rows_depend_on_the_seed_and_are_no_row_twice(tmp_path: Path, process: ModelProcess) -> None:

@@ -15,7 +15,7 @@ from packager.errors import CalibrationError
 from packager.inputs.conversations import conversation, is_conversation, kind_of_value, size_of
 from packager.inputs.drawing import draw, pieces, stretches
 from packager.inputs.limits import Chat
-from packager.inputs.text_files import Missing, Row, TextFile, no_column, read_plain, read_rows
+from packager.inputs.text_files import Missing, TextFile, TextRow, no_column, read_plain, text_rows
 from packager.recipe import TextSource
 
 SEPARATOR: Final = "\n\n"
@@ -150,7 +150,7 @@ class _Reader:
             for row in self._rows():
                 yield iter([_text_of(row)])
 
-    def _rows(self) -> Iterator[Row]:
+    def _rows(self) -> Iterator[TextRow]:
         """Yield the rows that have a value.
 
         Raises:
@@ -164,7 +164,7 @@ class _Reader:
                         "a .txt file holds no conversations", where=file.shown, hint="give a .jsonl file"
                     )
                 continue
-            for row in read_rows(file, self._wanted.text.column):
+            for row in text_rows(file, self._wanted.text.column):
                 if row.value is None or row.value is Missing.MISSING:
                     self.left_out += 1
                     lacking = lacking or row
@@ -180,7 +180,7 @@ class _Reader:
             )  # fmt: skip
 
 
-def _text_of(row: Row) -> str:
+def _text_of(row: TextRow) -> str:
     if isinstance(row.value, str):
         return row.value
     chat = is_conversation(row.value)

@@ -49,7 +49,7 @@ class TextFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class TextRow:
     """The value in the wanted column of one row, the row's place for messages, and if it has no value, its columns."""
 
     value: object
@@ -91,7 +91,7 @@ def read_plain(file: TextFile) -> Iterator[str]:
             raise _not_utf8(error, file.shown, "the end of the file") from error
 
 
-def read_rows(file: TextFile, field: str) -> Iterator[Row]:
+def text_rows(file: TextFile, field: str) -> Iterator[TextRow]:
     """Yield the rows of a .jsonl, .csv, .tsv or .parquet file.
 
     A row without the column has the value `Missing.MISSING`, one with null has None.
@@ -149,7 +149,7 @@ def no_column(field: str, columns: Sequence[str], where: str) -> CalibrationErro
     )
 
 
-def _json_rows(file: TextFile, field: str) -> Iterator[Row]:
+def _json_rows(file: TextFile, field: str) -> Iterator[TextRow]:
     for number, record in json_lines(file):
         where = f"{file.shown}:{number}"
         if not isinstance(record, dict):
@@ -157,10 +157,10 @@ def _json_rows(file: TextFile, field: str) -> Iterator[Row]:
                 "a line is not a JSON object", where=where, hint=f"write one with the key {quoted(field)}"
             )
         value = record.get(field, Missing.MISSING)
-        yield Row(value=value, where=where, columns=tuple(record) if value is Missing.MISSING else ())
+        yield TextRow(value=value, where=where, columns=tuple(record) if value is Missing.MISSING else ())
 
 
-def _parquet_rows(file: TextFile, field: str) -> Iterator[Row]:
+def _parquet_rows(file: TextFile, field: str) -> Iterator[TextRow]:
     from pyarrow.parquet import ParquetFile
 
     number = 0
@@ -178,10 +178,10 @@ def _parquet_rows(file: TextFile, field: str) -> Iterator[Row]:
             for batch in table.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=[field]):
                 for value in batch.column(0).to_pylist():
                     number += 1
-                    yield Row(value=value, where=f"{file.shown} row {number}")
+                    yield TextRow(value=value, where=f"{file.shown} row {number}")
 
 
-def _csv_rows(file: TextFile, field: str) -> Iterator[Row]:
+def _csv_rows(file: TextFile, field: str) -> Iterator[TextRow]:
     import pyarrow
     from pyarrow import csv
 
@@ -196,7 +196,7 @@ def _csv_rows(file: TextFile, field: str) -> Iterator[Row]:
             for batch in table:
                 for value in batch.column(table.schema.get_field_index(field)).to_pylist():
                     number += 1
-                    yield Row(value=value, where=f"{file.shown} row {number}")
+                    yield TextRow(value=value, where=f"{file.shown} row {number}")
 
 
 def _check_column(field: str, columns: Sequence[str], file: TextFile) -> None:
