@@ -25,7 +25,8 @@ from packager.model.runtimes import RUNTIMES
 from packager.prove.audit.finding import AUDIT_RULES
 from packager.prove.loaders import LOADERS
 from packager.prove.locks import read_lock
-from packager.recipe import PATTERN_MEANINGS, Defaults
+from packager.recipe import Defaults
+from packager.recipe.fields import PATTERN_MEANINGS
 from packager.recipe.lock_file import lock_path, read_recipe_lock
 from packager.recipe.schema import recipe_schema
 from packager.system.files import write_atomic

@@ -637,7 +637,7 @@ def test_a_datasets_branch_is_pinned(recipe: Path, monkeypatch: pytest.MonkeyPat
 def test_a_revision_is_a_commit_or_a_name(tmp_path: Path, revision: str, problem: str) -> None:
     from pydantic import TypeAdapter, ValidationError
 
-    from packager.recipe import PATTERN_MEANINGS, Revision
+    from packager.recipe.fields import PATTERN_MEANINGS, Revision
 
     try:
         TypeAdapter(Revision).validate_python(revision)

@@ -3,7 +3,7 @@ import json
 import jsonschema
 import pytest
 
-from packager.recipe import PATTERN_MEANINGS
+from packager.recipe.fields import PATTERN_MEANINGS
 from packager.recipe.schema import recipe_schema, write_schema
 from tests.recipe_fixtures import ROOT
 

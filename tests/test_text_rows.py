@@ -26,8 +26,8 @@ from packager.inputs.samples import Sample, WantedRows, draw_sample
 from packager.inputs.text_files import TextFile, kind_of, read_plain
 from packager.inputs.texts import TextSets, load_tokenizer
 from packager.prove.evaluate import quality_of, run_base
-from packager.recipe import TextSource
 from packager.recipe.field_groups import rows_by_weight
+from packager.recipe.text_models import TextSource
 from tests.sources import open_folder
 from tests.tiny_recipe import sentences, write_all
 

@@ -16,7 +16,7 @@ from packager.inputs.conversations import conversation, is_conversation, kind_of
 from packager.inputs.drawing import draw, pieces, stretches
 from packager.inputs.limits import Chat
 from packager.inputs.text_files import Missing, TextFile, TextRow, no_column, read_plain, text_rows
-from packager.recipe import TextSource
+from packager.recipe.text_models import TextSource
 
 SEPARATOR: Final = "\n\n"
 # English has 4 to 5 characters per token. A piece of 16 gives three rows and a rest, which is lost.

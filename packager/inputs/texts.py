@@ -27,8 +27,8 @@ from packager.inputs.rows import TokenRows, draw_rows, token_rows
 from packager.inputs.samples import WantedRows
 from packager.inputs.text_files import SUFFIXES, TextFile, json_lines, kind_of
 from packager.inputs.tokenizer import check_vocabulary, open_tokenizer
-from packager.recipe import Evaluation, TextSource
 from packager.recipe.file import RecipeFile
+from packager.recipe.text_models import Evaluation, TextSource
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from packager.pipeline.workspace import Workspace, check_folder
 from packager.prove.environments import RuntimeContext
 from packager.prove.loaders import ISOLATED, LOADERS
 from packager.receipt import PROVENANCE, README, Receipt, digest_of
-from packager.recipe import DRAWING_VERSION
+from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
 from packager.system.files import file_records, sha256_file
 from packager.system.parallel import in_parallel

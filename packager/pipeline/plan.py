@@ -18,7 +18,8 @@ from packager.prove.evaluation_memory import EvaluationMemory, evaluation_memory
 from packager.quantize.engines import engine_problems, engine_version
 from packager.quantize.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, sweep_ways
 from packager.receipt import CONFIG, TOKENIZER_MODEL, digest_of
-from packager.recipe import DRAWING_VERSION, Recipe
+from packager.recipe import Recipe
+from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
 from packager.variant import Variant
 

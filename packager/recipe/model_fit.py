@@ -12,9 +12,10 @@ from packager.errors import PlanError, RecipeError
 from packager.model.architecture import Architecture, architecture_of
 from packager.model.checkpoint import fit_problems, length_problem
 from packager.model.lock import Lock, dataset_key
-from packager.recipe import Recipe, TextSource
+from packager.recipe import Recipe
 from packager.recipe.lock_file import lock_path, read_recipe_lock
 from packager.recipe.parsed_recipe import ParsedRecipe, Unreadable, name_of, text_places
+from packager.recipe.text_models import TextSource
 from packager.recipe.yaml import LocatedProblem, Position, Scalar
 from packager.system.text import quoted
 

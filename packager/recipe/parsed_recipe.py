@@ -12,7 +12,8 @@ from typing import Any, Final, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from packager.recipe import PATTERN_MEANINGS, Recipe
+from packager.recipe import Recipe
+from packager.recipe.fields import PATTERN_MEANINGS
 from packager.recipe.yaml import LocatedProblem, Node, Position, Scalar
 from packager.system.text import quoted
 

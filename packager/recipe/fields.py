@@ -1,0 +1,129 @@
+"""The types of a recipe's values, and the base of its models."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticKnownError
+
+from packager.variant import Bits, EngineName, branch_problem
+
+
+def whole_number(value: object) -> object:
+    """Refuse what is not an int: a boolean, or a float of a whole value."""
+    # A strict Literal[1] still takes True and 1.0, which equal 1.
+    if type(value) is not int:
+        raise PydanticKnownError("int_type")
+    return value
+
+
+def _branch(value: str) -> str:
+    if problem := branch_problem(value):
+        raise ValueError(f"cannot be a branch: {problem}")
+    return value
+
+
+def _group_size(value: int) -> int:
+    if value != -1 and (value < 8 or value % 8):
+        raise ValueError("must be -1 (the whole row) or a positive multiple of 8")
+    return value
+
+
+def _revision(value: str) -> str:
+    if re.fullmatch(_SHORT_HASH, value):
+        raise ValueError("must be a whole commit id of 40 lower-case hex digits, or the name of a branch or tag")
+    if ".." in value or "//" in value or value.endswith(("/", ".", ".lock")):
+        raise ValueError(f"must be {PATTERN_MEANINGS[_REVISION]}")
+    return value
+
+
+def one_prompt(value: str) -> str:
+    """Refuse a template without {prompt}, or with two."""
+    if value.count("{prompt}") != 1:
+        raise ValueError("must contain {prompt} exactly once")
+    return value
+
+
+def _described(description: str) -> Any:
+    return Field(description=description)
+
+
+# The way of drawing rows from texts, docs/decisions/0021. Builds of another one are made again.
+DRAWING_VERSION = 2
+
+_REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+_FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+_REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
+_SHORT_HASH = r"(?!(?:[0-9a-f]{40})$)[0-9A-Fa-f]{7,}"  # a commit that the Hub would have to guess
+_URL = r"^https://[^\s<>\"'`|)\]]+$"
+_GIT_URL = r"^(https://|ssh://|file:///|[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:)[^\s<>\"'`|)\]]+$"
+_LINE = r"^[^\r\n\x00-\x1f]+$"
+LANGUAGE = r"^[a-z]{2,3}$"
+TAG = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
+_MODULE_PATTERN = r"^[A-Za-z0-9_.*]{1,200}$"
+WEIGHTS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,80}$"
+# The requirement of each pattern, to complete "<key> must be ...".
+PATTERN_MEANINGS = {
+    _REPO_ID: "namespace/name",
+    _FILE_NAME: "a file name without a folder",
+    _REVISION: "a full commit id, or the name of a branch or tag",
+    _URL: "an https:// address without spaces, quotes or brackets",
+    _GIT_URL: "an address of a git remote: https://, ssh://, file:/// or user@host:path",
+    _LINE: "one line of text",
+    LANGUAGE: "a language code of two or three lower-case letters",
+    TAG: "a Hub tag of letters, digits, '.', '_', ':' and '-'",
+    _MODULE_PATTERN: "a module's name of letters, digits, '_' and '.', with * for anything",
+    WEIGHTS_NAME: "a file name of letters, digits, '_' and '-', without .safetensors",
+}
+
+RepoId = Annotated[str, Field(pattern=_REPO_ID, description=PATTERN_MEANINGS[_REPO_ID])]
+FileName = Annotated[str, Field(pattern=_FILE_NAME, description=PATTERN_MEANINGS[_FILE_NAME])]
+Revision = Annotated[str, Field(pattern=_REVISION, description=PATTERN_MEANINGS[_REVISION]), AfterValidator(_revision)]
+BranchName = Annotated[
+    str, AfterValidator(_branch), _described("main, or left out: then named gptq-{bits}bit-{group_size}g-...")
+]
+BitsField = Annotated[Bits, BeforeValidator(whole_number), _described("bits per weight")]
+GroupSize = Annotated[
+    int,
+    AfterValidator(_group_size),
+    Field(
+        description="columns per scale, a multiple of 8; -1 = the whole row",
+        json_schema_extra={"anyOf": [{"const": -1}, {"minimum": 8, "multipleOf": 8}]},
+    ),
+]
+DampPercent = Annotated[float, Field(gt=0, lt=1, description="fraction of mean(diag H) added to the diagonal")]
+DampLimit = Annotated[float, Field(gt=0, lt=1, description="how far damping may be raised when a factorisation fails")]
+DescAct = Annotated[bool, _described("quantize columns in order of decreasing diag(H): act order")]
+Sym = Annotated[bool, _described("symmetric grid")]
+TrueSequential = Annotated[bool, _described("each linear sees inputs made by the already quantized ones before it")]
+StaticGroups = Annotated[bool, _described("fix every grid from the original weights before any column is quantized")]
+ScaleSearch = Annotated[
+    bool,
+    _described(
+        "search a smaller scale per group (41 candidates down to 60 % of max|w|); "
+        "left out: true, but false for engine auto-gptq, which has none"
+    ),
+]
+EngineField = Annotated[
+    EngineName,
+    _described("the program that quantizes: our own engine, or AutoGPTQ 0.7.1 in its own environment on CUDA"),
+]
+SeqLen = Annotated[int, Field(ge=8, le=131072, description="tokens per row")]
+Url = Annotated[str, Field(pattern=_URL, description="an https:// address")]
+GitUrl = Annotated[str, Field(pattern=_GIT_URL, description=PATTERN_MEANINGS[_GIT_URL])]
+LineText = Annotated[str, Field(min_length=1, max_length=400, pattern=_LINE, description=PATTERN_MEANINGS[_LINE])]
+
+
+ModulePattern = Annotated[
+    str, Field(pattern=_MODULE_PATTERN, description="a module's name inside its block, in which * stands for anything")
+]
+
+
+class Strict(BaseModel):
+    """Refuse unknown keys and implicit conversions; values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def given_fields(self) -> frozenset[str]:
+        """Return the names of the fields that hold a value."""
+        return frozenset(name for name in type(self).model_fields if getattr(self, name) is not None)
