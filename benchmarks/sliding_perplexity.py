@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from packager.inputs.base_model import open_source
-from packager.inputs.texts import TextSets, TokenRows
+from packager.inputs.rows import TokenRows
+from packager.inputs.texts import TextSets
 from packager.prove.evaluate import quality_of, run_base
 from packager.receipt import TextRecord
 from packager.recipe.file import RecipeFile

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from packager.errors import SourceError
 from packager.inputs.base_model import SourceModel, read_source
-from packager.inputs.texts import TokenRows
+from packager.inputs.rows import TokenRows
 from packager.model.architecture import Architecture, architecture_of
 from packager.model.checkpoint import checkpoint_tensors
 from packager.model.decoder import Decoder, forward

@@ -30,7 +30,6 @@ from packager.card import CardTexts, render_card
 from packager.card.markdown import CodeBlock, extract_code_blocks
 from packager.errors import LoaderError
 from packager.inputs.chat import prompt_ids
-from packager.inputs.texts import read_texts
 from packager.model.decoder import Decoder, forward
 from packager.model.packing import CheckpointReader
 from packager.pipeline.plan import make_plan
@@ -148,8 +147,9 @@ def tokenizer(clones: Mapping[str, Path]) -> Any:
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: Any) -> list[list[int]]:
-    """Held-out text that no build has looked at: the end, where a build takes the beginning."""
-    ids = [token for text in read_texts(RECIPE.evaluation, RECIPE_FILE) for token in tokenizer(text).input_ids]
+    """Held-out text: the end of the evaluation text, of which a build draws other windows."""
+    lines = RECIPE_FILE.resolve(str(RECIPE.evaluation.path)).read_text(encoding="utf-8").splitlines()
+    ids = tokenizer("\n\n".join(json.loads(line)["text"] for line in lines)).input_ids
     return torch.tensor(ids[-ROWS * SEQ_LEN :]).view(ROWS, SEQ_LEN).tolist()
 
 

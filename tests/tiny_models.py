@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from packager.inputs.base_model import SourceModel
-from packager.inputs.texts import TokenRows
+from packager.inputs.rows import TokenRows
 from packager.model.checkpoint import checkpoint_tensors, split_shards
 from packager.quantize.block_store import BlockStore
 from packager.quantize.sweep import fingerprint

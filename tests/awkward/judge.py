@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import datasets
+import pyarrow
 import torch
+from pyarrow import parquet
 
-from packager.errors import PackagerError, RecipeError
+from packager.errors import CalibrationError, PackagerError, RecipeError
 from packager.inputs import describe_in_child
+from packager.inputs import texts as texts_of_a_build
+from packager.inputs.dataset_files import DatasetSplit
 from packager.inputs.limits import ModelProcess
+from packager.inputs.text_files import TextFile
 from packager.pipeline import flow, stages
 from packager.pipeline.lock_recipes import lock_recipes
 from packager.prove import evaluate
@@ -84,7 +88,7 @@ class Judge:
             self.scene = Scene(self._folder / "scene")
             stack.enter_context(_shared_process())
             stack.enter_context(patch.object(describe_in_child, "_run", _described_here))
-            stack.enter_context(patch.object(datasets, "load_dataset", self._rows))
+            stack.enter_context(patch.object(texts_of_a_build, "download_split", self._rows))
             stack.enter_context(patch.object(stages, "_quantize", self._noting_quantize(stages._quantize)))
             stack.enter_context(patch.object(evaluate, "run_base", self._noting_texts(evaluate.run_base)))
             self._stack = stack.pop_all()
@@ -178,13 +182,15 @@ class Judge:
                 return f"a start token stands inside of rows, {inside} times"
         return ""
 
-    def _rows(self, *_: object, **__: object) -> datasets.Dataset:
+    def _rows(self, dataset: str, *_: object) -> DatasetSplit:
         assert self._case is not None
         rows = self._case.rows
         assert rows is not None, "the recipe names no dataset"
         if isinstance(rows, Exception):
-            raise rows
-        return datasets.Dataset.from_dict({name: list(values) for name, values in rows.items()})
+            raise CalibrationError("the dataset cannot be read", where=dataset, why=str(rows)) from rows
+        path = self._folder / "rows.parquet"
+        parquet.write_table(pyarrow.table({name: list(values) for name, values in rows.items()}), path)
+        return DatasetSplit(files=(TextFile(path=path, shown=f"{dataset}: {path.name}"),), license=None)
 
     def _noting_quantize(self, quantize: Any) -> Any:
         def run(*args: Any, **named: Any) -> Any:
