@@ -128,7 +128,9 @@ def json_lines(file: TextFile) -> Iterator[tuple[int, Any]]:
             except UnicodeDecodeError as error:
                 raise _not_utf8(error, where, f"byte {error.start} of the line") from error
             except ValueError as error:
-                raise CalibrationError("a line is not JSON", where=where, why=str(error)) from error
+                raise CalibrationError(
+                    "a line is not JSON", where=where, why=str(error), hint="write one JSON object per line"
+                ) from error
 
 
 def no_column(field: str, columns: Sequence[str], where: str) -> CalibrationError:
@@ -223,7 +225,9 @@ def _reading(file: TextFile) -> Iterator[None]:
         raise _not_utf8(error, file.shown, "a value") from error
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError) as error:  # pyarrow's own are among them
         why = printable(str(error).splitlines()[0])[:300] if str(error) else type(error).__name__
-        raise CalibrationError("the text cannot be read", where=file.shown, why=why) from error
+        raise CalibrationError(
+            "the text cannot be read", where=file.shown, why=why, hint="make the file again: it is damaged or cut short"
+        ) from error
 
 
 def _not_utf8(error: UnicodeDecodeError, where: str, place: str) -> CalibrationError:
