@@ -1,7 +1,7 @@
 """Draw a sample of a text: enough of it for the wanted rows of tokens, and no more.
 
 Plain documents are one text, with an empty line between two, as the usual scripts for GPTQ and perplexity join them
-(GPTQ's datautils.py; transformers' guide "Perplexity of fixed-length models"). Conversations are rendered in the
+(GPTQ's own; transformers' guide "Perplexity of fixed-length models"). Conversations are rendered in the
 model's chat template. A text that is not larger than the sample is the sample.
 """
 
