@@ -1,6 +1,7 @@
 """The decoder that reads its weights block by block: parts of rows, freed memory, shared heads and missing tensors."""
 
 import dataclasses
+import json
 import shutil
 import weakref
 from collections.abc import Callable
@@ -104,7 +105,7 @@ def test_a_tensor_that_no_reader_has_is_named(source_of: Callable[[str], SourceM
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="the file cannot be read as a JSON object"):
+    with pytest.raises(SourceError, match="cannot be read as a JSON object"):
         Decoder(tmp_path, lambda _: torch.empty(0), device=CPU, dtype=torch.float32)
 
 
@@ -114,3 +115,12 @@ def test_models_of_one_config_are_traced_once(source_of: Callable[[str], SourceM
     second = decoder_of(open_folder(variant, base_id="tester/tiny"))
     assert second._trace is first._trace
     assert decoder_of(source_of("qwen3"))._trace is not first._trace
+
+
+def test_a_config_that_transformers_refuses_is_named_with_its_key(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "rope_scaling": {"rope_type": "spiral", "factor": 2.0}, "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match="transformers cannot build this model") as caught:
+        Decoder(tmp_path, lambda _: torch.empty(0), device=CPU, dtype=torch.float32)
+    assert "rope_scaling.rope_type in config.json" in caught.value.why
+    assert caught.value.hint

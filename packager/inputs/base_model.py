@@ -75,7 +75,10 @@ class SourceModel:
             )
         tensor = read_tensor(self.tensors[name])
         if not name.startswith(f"{self.architecture.blocks_prefix}.") and not bool(tensor.isfinite().all()):
-            raise SourceError("the weights contain NaN or Inf", where=name, hint="the base model is damaged")
+            raise SourceError(
+                "the weights contain NaN or Inf", where=name, why=f"in {self.tensors[name].path}",
+                hint="the base model is damaged: take the file again, or another revision",
+            )  # fmt: skip
         return tensor
 
     def copied(self, name: str) -> bytes:

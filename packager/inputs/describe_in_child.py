@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from packager.errors import SourceError
-from packager.model.config_values import MOST_BLOCKS
+from packager.model.config_values import MOST_BLOCKS, unusable_config
 from packager.model.lock import LockedModel
 from packager.model.safetensors_file import TensorInfo
 from packager.receipt import CONFIG
@@ -135,8 +135,9 @@ def _answer(folder: Path, result: Path, memory_bytes: int = _MEMORY_BYTES) -> No
             error = _too_large(str(folder), f"transformers needs more than {memory_bytes >> 30} GiB of memory for it")
         answer = {"error": {key: getattr(error, key) for key in _KEYS}}
     except Exception as error:  # noqa: BLE001 - the code of any model raises anything
-        why = f"{type(error).__name__}: {error}"
-        answer = {"error": {"what": "transformers cannot describe this model", "why": why}}
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        unusable = unusable_config(config, "transformers cannot describe this model", folder, error)
+        answer = {"error": {key: getattr(unusable, key) for key in _KEYS}}
     result.write_text(json.dumps(answer), encoding="utf-8")
 
 

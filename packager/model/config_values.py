@@ -1,7 +1,7 @@
 """Read a base model's config.json: the file, and its values with their types."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from packager.errors import SourceError
@@ -15,6 +15,26 @@ DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 MOST_BLOCKS = 1000  # larger numbers are typing errors, as beyond LARGEST_SIZE, and planning them would never end
 LARGEST_SIZE = 1 << 24
 _MAX_SHORT = 40
+
+
+def unusable_config(config: Mapping[str, object], what: str, folder: Path, error: Exception) -> SourceError:
+    """Return the error for a config.json that transformers refuses, with the keys whose values its message quotes."""
+    message = f"{type(error).__name__}: {error}"
+    keys = [key for key, value in _texts(config) if f"'{value}'" in message]
+    named = f" ({', '.join(keys)} in config.json)" if keys else ""
+    return SourceError(
+        what, where=str(folder), why=f"{message}{named}",
+        hint="correct the value in a copy of the model, or name a revision whose config.json transformers opens",
+    )  # fmt: skip
+
+
+def _texts(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted key of each text in a config and in the objects inside it."""
+    for key, value in config.items():
+        if isinstance(value, str) and value:
+            yield f"{prefix}{key}", value
+        elif isinstance(value, Mapping):
+            yield from _texts(value, f"{prefix}{key}.")
 
 
 def read_config(path: Path) -> dict[str, object]:

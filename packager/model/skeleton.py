@@ -9,7 +9,7 @@ from torch import nn
 
 from packager.errors import SourceError
 from packager.model.branch_config import ModelFacts, normalized
-from packager.model.config_values import read_config
+from packager.model.config_values import read_config, unusable_config
 from packager.receipt import CONFIG
 from packager.system.scratch import ScratchFolder
 
@@ -41,7 +41,8 @@ def build_skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     except SourceError:
         raise
     except Exception as error:
-        raise SourceError("transformers cannot build this model", where=str(folder), why=str(error)) from error
+        config_json = read_config(folder / CONFIG)
+        raise unusable_config(config_json, "transformers cannot build this model", folder, error) from error
     _replace_conv1d(model)
     return cast(nn.Module, model.eval())
 

@@ -162,6 +162,7 @@ class StoredNames:
                 "a tensor does not have the shape that the model needs", where=parameter,
                 why=f"{', '.join(conversion.names[:3])} make one of {list(tensor.shape)}, "
                 f"the model needs {list(self._state[parameter].shape)}",
+                hint="compare the sizes in config.json with the weights: take both from one revision",
             )  # fmt: skip
         return tensor
 

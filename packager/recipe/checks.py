@@ -303,11 +303,12 @@ def _paths(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
     located = locate_base(folder, base) if base is not None else None
     if base is None or path_problem(folder, base, directory=True)[0]:
         return
+    hint = "correct the name, or ship the file with the recipe and name it in card.license.files"
     for index in range(parsed.count(*BASE_FILES_FIELD)):
         name = parsed.text(*BASE_FILES_FIELD, index)
         # Not whether it may be read: in a snapshot of the Hub's cache it is a link, which reading it checks.
         if name is not None and not os.path.isfile(f"{located}/{name}"):  # noqa: PTH113, False for a name too long
-            yield LocatedProblem(parsed.at(*BASE_FILES_FIELD, index), f"the base model has no file {name!r}")
+            yield LocatedProblem(parsed.at(*BASE_FILES_FIELD, index), f"the base model has no file {name!r}", hint)
 
 
 def _license_names(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:

@@ -127,7 +127,8 @@ def misfits(
     for section in ("calibration", "evaluation", "loaders"):
         seq_len = parsed.number(section, "seq_len")
         if seq_len is not None and (message := length_problem(architecture, f"{section}.seq_len", seq_len)):
-            yield LocatedProblem(parsed.at(section, "seq_len"), message)
+            hint = "give shorter rows; the model's positions are max_position_embeddings of its config.json"
+            yield LocatedProblem(parsed.at(section, "seq_len"), message, hint)
 
 
 def _skip_problems(
