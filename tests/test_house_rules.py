@@ -157,7 +157,7 @@ def test_gptq_imports_torch_and_of_packager_only_errors() -> None:
 def test_only_inputs_and_targets_reach_the_network() -> None:
     clients = ("huggingface_hub", "datasets", "requests", "httpx", "urllib3", "urllib", "http", "socket")
     found = {name: places for name, places in importers(*clients).items() if name not in PROBES}
-    assert found.keys() >= {"packager/inputs/hub_models.py", "packager/inputs/texts.py"}
+    assert found.keys() >= {"packager/inputs/hub_models.py", "packager/inputs/dataset_files.py"}
     others = [place for name, places in found.items() if not name.startswith(NETWORK) for place in places]
     assert [place for place in others if "urllib.parse" not in place] == []
 
