@@ -230,7 +230,7 @@ def _with_value(name: str, key: str, value: Any) -> Callable[[Path], None]:
     return make
 
 
-def _with_index(name: str) -> Callable[[Path], None]:
+def _with_index(name: str) -> Callable[[Path], object]:
     content = json.dumps({"metadata": {}, "weight_map": {"a": name}}).encode()
     return _at(_INDEX, lambda path: put(path, content))
 

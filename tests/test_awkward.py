@@ -77,8 +77,9 @@ def test_the_judge_notices_what_is_lost(judge: Judge, monkeypatch: pytest.Monkey
     """A build that computes with other values than its base, and one that is refused late."""
     from packager.errors import PackError
     from packager.pipeline import pack, stages
+    from packager.system import files
 
-    put = pack.write_atomic
+    put = files.write_atomic
 
     def change(path: Path, content: bytes) -> None:
         put(path, content.replace(b'"rms_norm_eps": 1e-06', b'"rms_norm_eps": 0.5'))

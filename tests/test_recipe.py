@@ -10,6 +10,7 @@ from packager import recipe as models
 from packager.errors import RecipeError
 from packager.recipe import Recipe
 from packager.recipe.checks import FILE_FIELDS, FOLDER_FIELDS, LICENSE_FILES_FIELD
+from packager.recipe.fields import Strict
 from packager.recipe.file import RecipeFile, load_recipe
 from packager.recipe.licenses import LLAMA2_NOTICE
 from packager.recipe.schema import recipe_schema
@@ -419,7 +420,7 @@ def _relative_paths(model, prefix=()):
     for name, field in model.model_fields.items():
         text = f"{field.annotation} {field.metadata}"
         for inner in vars(models).values():
-            if isinstance(inner, type) and issubclass(inner, models.Strict) and inner in _types(field.annotation):
+            if isinstance(inner, type) and issubclass(inner, Strict) and inner in _types(field.annotation):
                 found |= _relative_paths(inner, (*prefix, name))
         if "_relative_path" in text or "_folder_path" in text:
             found.add((*prefix, name))

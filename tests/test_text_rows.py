@@ -6,7 +6,7 @@ import json
 import math
 import random
 import tracemalloc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from tests.tiny_recipe import sentences, write_all
 BOS = 1
 
 
-def jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+def jsonl(path: Path, rows: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -203,7 +203,13 @@ def test_a_file_of_one_long_line_needs_little_memory(tmp_path: Path) -> None:
 
 
 def test_rows_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
-    rows = [{"text": "one river"}, {"text": None}, {"text": ""}, {"other": 1}, {"text": "two stones"}]
+    rows: list[dict[str, Any]] = [
+        {"text": "one river"},
+        {"text": None},
+        {"text": ""},
+        {"other": 1},
+        {"text": "two stones"},
+    ]
     sample = sample_of(jsonl(tmp_path / "a.jsonl", rows))
     assert sample.texts == ("one river\n\n\n\ntwo stones",)
     assert sample.left_out == 2
