@@ -81,6 +81,7 @@ class TextRecord(Record):
         license: that the dataset's page states.
         conversations: whether the text is conversations in the model's chat template.
         row_prefix: the special tokens that each row begins with.
+        separate: whether each document inside a row begins with them, too.
         left_out: rows of the text's files that hold no text.
         mixed: the texts if there are several; then `source` is all their names.
     """
@@ -97,6 +98,7 @@ class TextRecord(Record):
     license: str | None = None
     conversations: bool = False
     row_prefix: tuple[str, ...] = ()
+    separate: bool = False
     left_out: int = 0
     mixed: tuple[MixedText, ...] = ()
 

@@ -395,3 +395,33 @@ def test_the_record_names_every_text_of_a_mix(tmp_path: Path, process: ModelProc
     assert [(text.source, text.num_samples, text.conversations) for text in rows.record.mixed] == [
         ("plain.txt", 5, False), ("chats.jsonl", 2, True)
     ]  # fmt: skip
+
+
+def test_separate_documents_begin_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+    text = wanted(tmp_path / "a.jsonl", rows=2, seq_len=4, documents="separate")
+    encoded = [[10, 11], [20, 21, 22, 23, 24], [30]]
+    assert cut_rows(encoded, [1], text) == [[1, 10, 11, 1], [1, 20, 21, 22], [1, 23, 24, 1]]
+    assert cut_rows([[10, 11, 12], [20, 21]], [1], text) == [[1, 10, 11, 12]]
+    assert cut_rows([[10, 11], [20, 21, 22]], [], text) == [[10, 11, 20, 21]]
+
+
+def test_separate_documents_are_drawn_whole(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"text": f"document {number} " + "word " * 40} for number in range(200)] + [
+        {"text": ""},
+        {"text": None},
+    ]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    sample = sample_of(path, documents="separate", rows=3, seq_len=16)
+    whole = {row["text"] for row in rows}
+    assert 1 < len(sample.texts) < 20
+    assert set(sample.texts) <= whole
+    assert sample.left_out == 1
+    assert not sample.everything
+    again = sample_of(path, documents="separate", rows=3, seq_len=16, seed=1)
+    assert again.texts != sample.texts
+    assert again.text_sha256 == sample.text_sha256
+
+
+def test_documents_belongs_to_plain_text() -> None:
+    with pytest.raises(ValueError, match="conversations are always separate"):
+        TextSource(path="a.jsonl", messages_field="messages", documents="separate")

@@ -73,11 +73,14 @@ def draw_rows(
 def cut_rows(encoded: Sequence[Ids], prefix: Ids, wanted: WantedRows) -> list[list[int]]:
     """Cut the token ids of a sample into whole rows, each with the prefix.
 
-    Rows of plain text follow each other without a gap, and none is of two stretches. A row of conversations begins
-    with a conversation; the next ones follow until it is full, and the rest of the last one is left out.
+    Rows of plain text follow each other without a gap, and none is of two stretches. Separate documents are one stream
+    of tokens, each with the prefix. A row of conversations begins with a conversation; the next ones follow until it
+    is full, and the rest of the last one is left out.
     """
     rows: list[list[int]] = []
     length = wanted.seq_len - len(prefix)
+    if wanted.text.documents == "separate":
+        return _windows([token for ids in encoded for token in (*prefix, *ids)], prefix, wanted.seq_len)
     if wanted.text.messages_field is None:
         for ids in encoded:
             rows += [[*prefix, *ids[begin : begin + length]] for begin in range(0, len(ids) - length + 1, length)]
@@ -89,6 +92,19 @@ def cut_rows(encoded: Sequence[Ids], prefix: Ids, wanted: WantedRows) -> list[li
             rows.append([*prefix, *row[:length]])
             row = []
     return rows
+
+
+def _windows(stream: Ids, prefix: Ids, seq_len: int) -> list[list[int]]:
+    """Cut a stream of documents, each with the prefix, into rows that begin with the prefix."""
+    rows: list[list[int]] = []
+    begin = 0
+    while True:
+        is_start = list(stream[begin : begin + len(prefix)]) == list(prefix)
+        end = begin + seq_len - (0 if is_start else len(prefix))
+        if end > len(stream):
+            return rows
+        rows.append([*(() if is_start else prefix), *stream[begin:end]])
+        begin = end
 
 
 def token_rows(drawn: Sequence[DrawnRows]) -> TokenRows:
@@ -113,6 +129,7 @@ def token_rows(drawn: Sequence[DrawnRows]) -> TokenRows:
             text_sha256=first.text_sha256 if len(mixed) == 1 else digest_of([text.text_sha256 for text in mixed]),
             digest=digest_of(ids.tolist()),
             row_prefix=drawn[0].prefix,
+            separate=all(text.wanted.text.documents == "separate" for text in drawn),
             left_out=sum(text.sample.left_out for text in drawn),
             mixed=mixed if len(mixed) > 1 else (),
         ),

@@ -1,8 +1,8 @@
 """Draw a sample of a text: enough of it for the wanted rows of tokens, and no more.
 
 Plain documents are one text, with an empty line between two, as the usual scripts for GPTQ and perplexity join them
-(GPTQ's own; transformers' guide "Perplexity of fixed-length models"). Conversations are rendered in the
-model's chat template. A text that is not larger than the sample is the sample.
+(GPTQ's own; transformers' guide "Perplexity of fixed-length models"), unless the recipe calls them separate.
+Conversations are rendered in the model's chat template. A text that is not larger than the sample is the sample.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ class Sample:
     """A part of a text.
 
     Attributes:
-        texts: stretches of plain text, or conversations; in the text's order.
+        texts: stretches of plain text, documents or conversations; in the text's order.
         everything: whether this is the whole text.
         left_out: rows of the files that hold no text.
         text_sha256: of the whole text.
@@ -86,6 +86,9 @@ def draw_sample(wanted: WantedRows, factor: int, render: Render) -> Sample:
     if wanted.text.messages_field is not None:
         chats = draw(reader.conversations(), size_of, least=least, seed=wanted.seed)
         texts, everything = render([chat for _, chat in chats.units]), chats.everything
+    elif wanted.text.documents == "separate":
+        documents = draw(reader.documents(), len, least=least, seed=wanted.seed)
+        texts, everything = [document for _, document in documents.units], documents.everything
     else:
         found = draw(pieces(reader.blocks(), _PIECE_PER_TOKEN * wanted.seq_len), len, least=least, seed=wanted.seed)
         texts, everything = stretches(found), found.everything
@@ -125,6 +128,13 @@ class _Reader:
             for part in block if number == 0 else self._after_separator(block):
                 self.digest.update(part.encode())
                 yield part
+
+    def documents(self) -> Iterator[str]:
+        """Yield the documents that are not empty."""
+        for document in map("".join, self._documents()):
+            if document:
+                self.digest.update(json.dumps(document).encode())
+                yield document
 
     def conversations(self) -> Iterator[Chat]:
         """Yield the conversations that have a message."""

@@ -33,7 +33,7 @@ def repository_problem(target: str, layout: str, *, url: str | None) -> str:
 def text_source_problem(given: AbstractSet[str]) -> str:
     """Return why these fields together do not name one text, or several with weights, or ""."""
     if "sources" in given:
-        named = sorted(given & {"path", "text_field", "messages_field", "dataset", *_OF_A_DATASET})
+        named = sorted(given & {"path", "text_field", "messages_field", "documents", "dataset", *_OF_A_DATASET})
         return f"{named[0]} belongs into an entry of sources: give either sources or one text" if named else ""
     source = "path (a local file) or dataset (on the Hub)"
     rules = (
@@ -47,6 +47,10 @@ def text_source_problem(given: AbstractSet[str]) -> str:
         (
             {"text_field", "messages_field"} <= given,
             "give either text_field (plain text) or messages_field (conversations), not both",
+        ),
+        (
+            {"documents", "messages_field"} <= given,
+            "documents is for plain text: conversations are always separate",
         ),
     )
     return next((problem for broken, problem in rules if broken), "")

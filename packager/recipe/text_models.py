@@ -1,12 +1,15 @@
 """The models of a recipe's texts: calibration and evaluation."""
 
 from pathlib import PurePosixPath
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from packager.recipe.field_groups import rows_by_weight, text_source_problem
 from packager.recipe.fields import LineText, RepoId, Revision, SeqLen, Strict
 from packager.recipe.paths import RelativePath
+
+Documents = Literal["joined", "separate"]
 
 
 class TextSource(Strict):
@@ -27,6 +30,11 @@ class TextSource(Strict):
     messages_field: LineText | None = Field(
         default=None,
         description="instead of text_field: the column that holds conversations, rendered in the model's chat template",
+    )
+    documents: Documents = Field(
+        default="joined",
+        description="joined: rows are parts of one text, as in wikitext; separate: each row is a document of its own, "
+        "and begins with the tokens that the tokenizer puts before a text",
     )
 
     @model_validator(mode="after")
