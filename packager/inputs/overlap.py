@@ -26,7 +26,9 @@ Words = list[str]
 Window = tuple[str, ...]
 
 
-def check_overlap(calibration: Sequence[str], evaluation: Sequence[str], *, num_words: int | None = None) -> None:
+def check_overlap(
+    calibration: Sequence[str], evaluation: Sequence[str], *, num_words: int | None = None, where: str = ""
+) -> None:
     """Refuse evaluation text that is also calibration text.
 
     The texts overlap if 50 consecutive words of an evaluation document are in a calibration document, or if whole
@@ -37,6 +39,7 @@ def check_overlap(calibration: Sequence[str], evaluation: Sequence[str], *, num_
         calibration: documents.
         evaluation: documents.
         num_words: how many words of the evaluation text are compared, in whole documents; None for all.
+        where: the evaluation text, for the message.
 
     Raises:
         CalibrationError: the texts overlap.
@@ -53,6 +56,7 @@ def check_overlap(calibration: Sequence[str], evaluation: Sequence[str], *, num_
     if words >= _LEAK_WORDS:
         raise CalibrationError(
             "the evaluation text overlaps the calibration text",
+            where=where,
             why=f"{words} of its words are in both, for example {' '.join([*pieces, run][0])[:60]!r}",
             hint="evaluate on another split: quality measured on the calibration text proves nothing",
         )

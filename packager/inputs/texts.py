@@ -75,7 +75,9 @@ def _prepare(recipe_file: RecipeFile, source: SourceModel, process: ModelProcess
 
     *calibration, evaluation = draw_rows(tokenizer, wanted_rows(recipe_file), render, process)
     check_overlap(
-        ["\n".join(text for drawn in calibration for text in drawn.sample.texts)], ["\n".join(evaluation.sample.texts)]
+        ["\n".join(text for drawn in calibration for text in drawn.sample.texts)],
+        ["\n".join(evaluation.sample.texts)],
+        where=recipe.evaluation.name,
     )
     (rendered_ids,) = encode_texts(tokenizer, [TextGroup(texts=rendered, add_special_tokens=False)], process)
     pairs = zip(asked, rendered_ids[: 2 * len(asked) : 2], rendered_ids[1 : 2 * len(asked) : 2], strict=True)

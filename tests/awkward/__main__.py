@@ -7,6 +7,7 @@ python -m tests.awkward --troubles tied_with_a_head_of_its_own,no_dtype
 
 import argparse
 import json
+import os
 import random
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's client is imported
 
 from tests.awkward.judge import Judge, Verdict, quiet_libraries
 from tests.awkward.known import KNOWN
@@ -32,7 +35,7 @@ def main() -> int:
     parser.add_argument("--known", action="store_true", help="also those that are known to end wrong")
     parser.add_argument("--json", type=Path, help="where the figures go")
     given = parser.parse_args()
-    vars(__import__("os")).update(fsync=lambda _: None, fdatasync=lambda _: None)
+    vars(os).update(fsync=lambda _: None, fdatasync=lambda _: None)
     quiet_libraries()
     names = [name for name in sorted(TROUBLES) if given.known or given.troubles or name not in KNOWN]
     if given.troubles:

@@ -1,4 +1,6 @@
-"""What people calibrate on: datasets of the Hub, which rows in memory stand for."""
+"""What people calibrate on: datasets of the Hub, in the cache, as a machine without a network has them."""
+
+import json
 
 from tests.awkward.scene import Case, trouble
 from tests.tiny_recipe import sentences
@@ -71,16 +73,46 @@ def no_rows(case: Case) -> None:
 @trouble("refused", "tester/rows")
 def a_configuration_that_is_not_there(case: Case) -> None:
     """https://github.com/InternLM/lmdeploy/pull/4256: BuilderConfig not found."""
-    case.dataset(ValueError("BuilderConfig 'v1' not found. Available: ['default']"))
+    front = "---\nconfigs:\n- config_name: default\n  data_files: data/*\n---\n"
+    case.dataset({"text": _LINES}, files={"README.md": front.encode()}, config="v1")
 
 
 @trouble("refused", "tester/rows")
 def a_dataset_of_a_script(case: Case) -> None:
-    """https://github.com/IST-DASLab/gptq/pull/58: a loading script, which newer releases do not run."""
-    case.dataset(RuntimeError("Dataset scripts are no longer supported, but found rows.py"))
+    """https://github.com/IST-DASLab/gptq/pull/58: a loading script, which is not run."""
+    case.dataset({}, files={"rows.py": b"import datasets", "README.md": b"# Rows"})
 
 
 @trouble("refused", "tester/rows")
 def a_dataset_that_is_damaged(case: Case) -> None:
     """https://github.com/IST-DASLab/gptq/pull/58: a file that was cut."""
-    case.dataset(OSError("Parquet magic bytes not found in footer"))
+    case.dataset({}, files={"data/train-00000-of-00001.parquet": b"PAR1\x15\x04"})
+
+
+@trouble("refused", "tester/rows")
+def a_shard_that_is_missing(case: Case) -> None:
+    """https://github.com/huggingface/huggingface_hub/issues/2284: a download that was interrupted."""
+    case.dataset({"text": _LINES}, shards=2)
+
+
+@trouble("refused", "split", "tester/rows")
+def a_split_that_is_not_there(case: Case) -> None:
+    """https://github.com/vllm-project/llm-compressor/issues/142: ultrachat's is called train_sft."""
+    case.dataset({"text": _LINES}, split="train_sft")
+
+
+@trouble("builds")
+def a_folder_of_the_same_name(case: Case) -> None:
+    """https://github.com/chroblert/WindowsVulnScan/issues/2: a folder beside has the dataset's name."""
+    case.dataset({"text": _LINES})
+    for folder in (case.folder, case.model):
+        case.write("tester/rows/train.jsonl", '{"text": "payroll"}\n', into=folder)
+
+
+@trouble("builds")
+def rows_in_packed_lines(case: Case) -> None:
+    """https://github.com/turboderp-org/exllamav2/issues/29: JSON lines, packed."""
+    import gzip
+
+    data = "".join(json.dumps({"text": line}) + "\n" for line in _LINES)
+    case.dataset({}, files={"train.jsonl.gz": gzip.compress(data.encode())})

@@ -14,16 +14,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pyarrow
 import torch
-from pyarrow import parquet
+from huggingface_hub import constants
 
-from packager.errors import CalibrationError, PackagerError, RecipeError
+from packager.errors import PackagerError, RecipeError
 from packager.inputs import describe_in_child
-from packager.inputs import texts as texts_of_a_build
-from packager.inputs.dataset_files import DatasetSplit
 from packager.inputs.limits import ModelProcess
-from packager.inputs.text_files import TextFile
 from packager.pipeline import flow, stages
 from packager.pipeline.lock_recipes import lock_recipes
 from packager.prove import evaluate
@@ -78,7 +74,6 @@ class Judge:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._stack = ExitStack()
-        self._case: Case | None = None
         self._computing = False
         self._texts: Any = None
         self._base: Any = None
@@ -88,7 +83,6 @@ class Judge:
             self.scene = Scene(self._folder / "scene")
             stack.enter_context(_shared_process())
             stack.enter_context(patch.object(describe_in_child, "_run", _described_here))
-            stack.enter_context(patch.object(texts_of_a_build, "download_split", self._rows))
             stack.enter_context(patch.object(stages, "_quantize", self._noting_quantize(stages._quantize)))
             stack.enter_context(patch.object(evaluate, "run_base", self._noting_texts(evaluate.run_base)))
             self._stack = stack.pop_all()
@@ -115,10 +109,10 @@ class Judge:
 
     def _ended(self, case: Case, troubles: Sequence[Trouble]) -> Verdict:
         recipe, dist = case.write_recipe(), case.folder / "dist"
-        self._case, self._computing, self._texts = case, False, None
+        self._computing, self._texts = False, None
         quiet = Terminal(quiet=True)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), patch.object(constants, "HF_HUB_CACHE", str(case.cache)):
                 warnings.simplefilter("ignore")
                 list(lock_recipes([recipe], lambda _: None))
                 flow.build(RecipeFile.load(recipe), options(dist), quiet)
@@ -181,16 +175,6 @@ class Judge:
             if inside:
                 return f"a start token stands inside of rows, {inside} times"
         return ""
-
-    def _rows(self, dataset: str, *_: object) -> DatasetSplit:
-        assert self._case is not None
-        rows = self._case.rows
-        assert rows is not None, "the recipe names no dataset"
-        if isinstance(rows, Exception):
-            raise CalibrationError("the dataset cannot be read", where=dataset, why=str(rows)) from rows
-        path = self._folder / "rows.parquet"
-        parquet.write_table(pyarrow.table({name: list(values) for name, values in rows.items()}), path)
-        return DatasetSplit(files=(TextFile(path=path, shown=f"{dataset}: {path.name}"),), license=None)
 
     def _noting_quantize(self, quantize: Any) -> Any:
         def run(*args: Any, **named: Any) -> Any:

@@ -88,19 +88,22 @@ class Case:
     Attributes:
         folder: with model/, the texts and the recipe.
         recipe: its content.
-        rows: what the Hub's dataset holds, by column; None where the recipe names none. An exception is raised.
         touched: what the trouble that is being made has changed: files, keys of files, tensors, parts of the recipe.
     """
 
     folder: Path
     recipe: Json = field(default_factory=lambda: json.loads(json.dumps({**RECIPE, **_CHANGES})))
-    rows: Mapping[str, Sequence[object]] | Exception | None = None
     touched: set[str] = field(default_factory=set)
 
     @property
     def model(self) -> Path:
         """The base model's folder."""
         return self.folder / str(self.recipe["base_model"]["path"])
+
+    @property
+    def cache(self) -> Path:
+        """The cache of the Hub's client."""
+        return self.folder / "hub"
 
     def write(self, name: str, content: str | bytes, *, into: Path | None = None) -> None:
         """Write a file of the base model in the place of another, which is a link to the scene's."""
@@ -120,19 +123,38 @@ class Case:
         for key in ("dataset", "revision", "split", "config"):
             self.recipe[part].pop(key, None)
         self.recipe[part]["path"] = name
-        self.rows = None
 
     def lines(self, records: Iterable[object], **options: Any) -> None:
         """Write a text of one JSON value per line."""
         self.text("".join(json.dumps(record) + "\n" for record in records), name="calibration.jsonl", **options)
 
-    def dataset(self, rows: Mapping[str, Sequence[object]] | Exception, **fields: str) -> None:
-        """Let the recipe calibrate on a dataset of the Hub."""
+    def dataset(
+        self, rows: Mapping[str, Sequence[object]], *, files: Mapping[str, bytes] | None = None, shards: int = 1,
+        split: str = "train", **fields: str,
+    ) -> None:  # fmt: skip
+        """Let the recipe calibrate on a dataset of the Hub, which is in the cache: of rows, and of other files.
+
+        Args:
+            rows: by column; the first of `shards` parquet files, of which others are not there.
+            files: further files.
+            shards: how many there should be.
+            split: that the recipe names.
+            fields: of the recipe.
+        """
+        import pyarrow
+        from pyarrow import parquet
+
         self.touched.add("recipe:calibration")
+        folder = self.cache / f"datasets--{DATASET.replace('/', '--')}" / "snapshots" / COMMIT
+        (folder / "data").mkdir(parents=True)
+        if rows:
+            table = pyarrow.table({name: list(values) for name, values in rows.items()})
+            parquet.write_table(table, folder / "data" / f"train-00000-of-{shards:05d}.parquet")
+        for name, content in (files or {}).items():
+            (folder / name).write_bytes(content)
         section = self.recipe["calibration"]
         section.pop("path", None)
-        section.update(dataset=DATASET, revision=COMMIT, split="train", **fields)
-        self.rows = rows
+        section.update(dataset=DATASET, revision=COMMIT, split=split, **fields)
 
     def json(self, name: str) -> Json:
         """Return a JSON file of the base model; {} if it is not there."""
