@@ -25,6 +25,7 @@ GONE: Any = object()
         (CONFIG, {"corpora": ["a", "C:\\texts"], "log": "file://x"}, {"corpora": GONE, "log": GONE}),
         (CONFIG, {"auto_map": {"AutoConfig": "x.X"}}, {"auto_map": GONE}),
         (CONFIG, {"pretraining_tp": 2}, {"pretraining_tp": GONE}),
+        (CONFIG, {"_attn_implementation": "flash_attention_2"}, {"_attn_implementation": GONE}),
         (CONFIG, {"output_hidden_states": True, "return_dict": False},
          {"output_hidden_states": GONE, "return_dict": GONE}),
         (CONFIG, {"rope_scaling": {"rope_type": "linear", "factor": 2}},

@@ -28,6 +28,7 @@ _PLACE = re.compile(r"(?:file://\S|(?:~/|/|[A-Za-z]:[\\/])[\w.+@%-])[^\n]*")
 _LOADED_FROM = re.compile(r".*name_or_path|_?is_local|_commit_hash")
 _CODE_KEYS = ("auto_map", "custom_pipelines")
 _OUTPUT_KEYS = ("output_hidden_states", "output_attentions", "output_router_logits")
+_ATTENTION_KEYS = ("_attn_implementation", "attn_implementation", "_flash_attn_2_enabled")
 _TEXT_KEYS = ("_token", "_tokens", "template")  # tokens and templates are texts, which may look like a path
 _DROPPED = object()  # the new value of a key that a branch does not have
 
@@ -129,6 +130,10 @@ def _training_outputs(document: Document, _: ModelFacts) -> Document:
     return dict.fromkeys([*asked, *(["return_dict"] if document.get("return_dict") is False else [])], _DROPPED)
 
 
+def _attention(document: Document, _: ModelFacts) -> Document:
+    return dict.fromkeys((key for key in _ATTENTION_KEYS if key in document), _DROPPED)
+
+
 def _rope(document: Document, _: ModelFacts) -> Document:
     return spelled_for_all(document)
 
@@ -225,6 +230,13 @@ BRANCH_RULES: tuple[BranchRule, ...] = (
         changes=_training_outputs,
         reason="a training run asked for these outputs; users of a branch want logits",
         source="transformers 5.23 configuration_utils (PreTrainedConfig): defaults of every model's forward",
+    ),
+    BranchRule(
+        files=_MODEL,
+        keys=_ATTENTION_KEYS,
+        changes=_attention,
+        reason="a training run asked for this attention, which needs a package and a GPU that readers may not have",
+        source="transformers 5.23 modeling_utils (_check_and_adjust_attn_implementation)",
     ),
     BranchRule(
         files=_MODEL,

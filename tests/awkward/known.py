@@ -5,7 +5,6 @@ from collections.abc import Mapping
 KNOWN: Mapping[str, str] = {
     "a_configuration_that_is_not_there": "the refusal names no way out",
     "a_dataset_of_a_script": "a RuntimeError of datasets is not translated",
-    "attention_of_a_gpu": "the branch asks for flash attention as its base does",
     "named_templates_without_a_default": "the refusal names no way out",
     "no_template_for_prompts": "the refusal names no file",
     "template_that_always_raises": "the refusal names no file",
