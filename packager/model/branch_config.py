@@ -1,8 +1,9 @@
 """The configs of a branch are ours: what a base model's configs say that means nothing there, or is misread.
 
-A base model is pinned, and nobody can edit it. So a branch gets its config.json, generation_config.json and
-tokenizer_config.json after the rules of this module, which change no value that transformers computes with. Each rule
-gives its reason, and the code that it was read in. Decision 19. No torch here: `plan` must stay fast.
+A base model is pinned, and nobody can edit it. So a branch gets its config.json, generation_config.json,
+tokenizer_config.json and tokenizer.json after the rules of this module, which change no value that transformers
+computes with. Each rule gives its reason, and the code that it was read in. Decision 19. No torch here: `plan` must
+stay fast.
 """
 
 import json
@@ -16,12 +17,13 @@ from packager.model.config_values import DTYPES, shortened
 from packager.model.contract_files import TOKENIZER_FILE_KEYS, names_other_file
 from packager.model.rope import spelled_for_all
 from packager.model.strict_json import parse_json_object
-from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG
+from packager.model.tokenizer_file import may_have_pairs, model_with_merges_as_lines
+from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from packager.system.text import printable
 
 # Raise it when a rule changes: branches that are built are packed again then, from their quantized blocks.
-BRANCH_RULES_VERSION = 1
-NORMALIZED_FILES = (CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG)
+BRANCH_RULES_VERSION = 2
+NORMALIZED_FILES = (CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, TOKENIZER)
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 # What names a place: an absolute path, one below a home folder, a Windows path, an address of a file.
 _PLACE = re.compile(r"(?:file://\S|(?:~/|/|[A-Za-z]:[\\/])[\w.+@%-])[^\n]*")
@@ -30,6 +32,7 @@ _CODE_KEYS = ("auto_map", "custom_pipelines")
 _OUTPUT_KEYS = ("output_hidden_states", "output_attentions", "output_router_logits")
 _ATTENTION_KEYS = ("_attn_implementation", "attn_implementation", "_flash_attn_2_enabled")
 _TEXT_KEYS = ("_token", "_tokens", "template")  # tokens and templates are texts, which may look like a path
+_NEW_CLASS, _OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"  # transformers 5 reads both as the first
 _DROPPED = object()  # the new value of a key that a branch does not have
 
 Document = Mapping[str, object]
@@ -185,7 +188,33 @@ def _own_head(document: Document, facts: ModelFacts) -> Document:
     return {"tie_word_embeddings": False} if unties else {}
 
 
-_ALL, _MODEL, _GENERATION = NORMALIZED_FILES, (CONFIG,), (GENERATION_CONFIG,)
+def _tokenizer_class(document: Document, _: ModelFacts) -> Document:
+    if document.get("tokenizer_class") != _NEW_CLASS:
+        return {}
+    inputs = {} if "model_input_names" in document else {"model_input_names": ["input_ids", "attention_mask"]}
+    return {"tokenizer_class": _OLD_CLASS, **inputs}
+
+
+def _tokenizer_defaults(document: Document, _: ModelFacts) -> Document:
+    of_transformers_5 = "backend" in document
+    key = "clean_up_tokenization_spaces"
+    return {key: False} if of_transformers_5 and key not in document else {}
+
+
+def _more_special_tokens(document: Document, _: ModelFacts) -> Document:
+    tokens = document.get("extra_special_tokens")
+    if not isinstance(tokens, list):
+        return {}
+    # transformers 5 leaves out the other key where this one has tokens.
+    return {"extra_special_tokens": _DROPPED, **({"additional_special_tokens": tokens} if tokens else {})}
+
+
+def _merges(document: Document, _: ModelFacts) -> Document:
+    model = model_with_merges_as_lines(document)
+    return {} if model is None else {"model": model}
+
+
+_ALL, _MODEL, _GENERATION = (CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG), (CONFIG,), (GENERATION_CONFIG,)
 BRANCH_RULES: tuple[BranchRule, ...] = (
     BranchRule(
         files=_ALL,
@@ -280,6 +309,34 @@ BRANCH_RULES: tuple[BranchRule, ...] = (
         reason="the weights hold a head of their own, which transformers 5 keeps",
         source="transformers 5.23 modeling_utils (tie_weights); 4.40 ties whenever config.json says so",
     ),
+    BranchRule(
+        files=(TOKENIZER_CONFIG,),
+        keys=("tokenizer_class", "model_input_names"),
+        changes=_tokenizer_class,
+        reason="the name that transformers 4 and 5 know, with the inputs that 5 gives by default",
+        source="models.auto.tokenization_auto and tokenization_utils_base of transformers 4.40.2 and 5.23",
+    ),
+    BranchRule(
+        files=(TOKENIZER_CONFIG,),
+        keys=("clean_up_tokenization_spaces",),
+        changes=_tokenizer_defaults,
+        reason="the default of transformers 5, which wrote the file; transformers 4 has the other one",
+        source="tokenization_utils_base (PreTrainedTokenizerBase.__init__) of transformers 4.40.2 and 5.23",
+    ),
+    BranchRule(
+        files=(TOKENIZER_CONFIG,),
+        keys=("extra_special_tokens", "additional_special_tokens"),
+        changes=_more_special_tokens,
+        reason="the key that transformers 4 and 5 read; transformers 4.57 stops at a list of the other name",
+        source="tokenization_utils_base (_from_pretrained) of transformers 5.23, which renames it when it reads it",
+    ),
+    BranchRule(
+        files=(TOKENIZER,),
+        keys=("model",),
+        changes=_merges,
+        reason="its merges are texts, which every release of tokenizers reads; before 0.20 none reads pairs",
+        source="tokenizers 0.19.1 and 0.23 models/bpe/serialization.rs",
+    ),
 )
 
 
@@ -306,7 +363,8 @@ def branch_file(name: str, data: bytes, facts: ModelFacts) -> bytes:
         facts: of the model.
     """
     found = _of_file(name, data, facts)
-    return json_bytes(found.content) if found.changes else data
+    # Escapes for the characters of a vocabulary would make a large file larger.
+    return json_bytes(found.content, ascii_only=name != TOKENIZER) if found.changes else data
 
 
 def changes_of(name: str, data: bytes, facts: ModelFacts) -> tuple[str, ...]:
@@ -315,14 +373,14 @@ def changes_of(name: str, data: bytes, facts: ModelFacts) -> tuple[str, ...]:
 
 
 def _of_file(name: str, data: bytes, facts: ModelFacts) -> NormalizedDocument:
-    if name not in NORMALIZED_FILES:
+    if name not in NORMALIZED_FILES or (name == TOKENIZER and not may_have_pairs(data)):
         return NormalizedDocument(content={}, changes=())
     return normalized(name, parse_json_object(data), facts)
 
 
-def json_bytes(content: Document) -> bytes:
+def json_bytes(content: Document, *, ascii_only: bool = True) -> bytes:
     """Return a config as it is written to a branch."""
-    return (json.dumps(content, indent=2) + "\n").encode()
+    return (json.dumps(content, indent=2, ensure_ascii=ascii_only) + "\n").encode()
 
 
 def _normalized_object(
@@ -332,14 +390,17 @@ def _normalized_object(
     content = dict(document)
     for rule in rules:
         for key, value in rule.changes(content, facts).items():
-            before = shortened(content[key]) if key in content else "absent"
             if value is _DROPPED:
                 del content[key]
                 said.append(f"{place}: {key} is dropped: {rule.reason}")
+            elif place == TOKENIZER:  # its values are too large to be shown
+                said.append(f"{place}: {key} is written anew: {rule.reason}")
+                content[key] = value
             else:
+                before = shortened(content[key]) if key in content else "absent"
                 said.append(f"{place}: {key} is {shortened(value)} and was {before}: {rule.reason}")
                 content[key] = value
-    if place != TOKENIZER_CONFIG:  # the objects inside are tokens
+    if place not in (TOKENIZER_CONFIG, TOKENIZER):  # the objects inside are tokens
         for key, value in content.items():
             if isinstance(value, Mapping) and key != "quantization_config":
                 inner = replace(facts, vocab_size=_whole(value.get("vocab_size")))
