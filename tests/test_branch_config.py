@@ -15,8 +15,8 @@ from tests.test_known_models import tiny_config
 FACTS = ModelFacts(vocab_size=32000, dtype="F16")
 GONE: Any = object()
 # The values of the tiny tokenizer, which transformers 5 saves, that older runtimes do not read: its class, its inputs,
-# its clean-up of spaces, and its merges.
-OF_TRANSFORMERS_5 = 4
+# its clean-up of spaces, its template, and its merges.
+OF_TRANSFORMERS_5 = 5
 
 
 @pytest.mark.parametrize(
@@ -213,10 +213,11 @@ def test_what_cannot_be_published_is_refused_before_the_first_block(tmp_path: Pa
     from tests.tiny_recipe import build, write_inputs, write_recipe
 
     inputs = write_inputs(tmp_path)
-    recipe = write_recipe(inputs)
     path = inputs / "model" / TOKENIZER_CONFIG
+    (path.parent / "chat_template.jinja").unlink()  # it would be read, and the other one replaced
     text = json.loads(path.read_text())
     path.write_text(json.dumps({**text, "note": "ask hf_abcdefghijklmnopqrstuvwxyz0123", "chat_template": "{% if %}"}))
+    recipe = write_recipe(inputs)
     commands: dict[str, Callable[[], object]] = {
         "lock": lambda: list(lock_recipes([recipe], print)),
         "plan": lambda: make_plan(RecipeFile.load(recipe)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from packager.inputs.chat_template import template_beside
 from packager.inputs.source_files import read_small
 from packager.model.branch_config import ModelFacts, branch_file
 from packager.receipt import CONFIG, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES
@@ -40,13 +41,19 @@ def _old(config: dict[str, Any], _: dict[str, Any]) -> None:
     config["additional_special_tokens"] = ["<extra>"]
 
 
+def _cleaned_up(config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+    _old(config, tokenizer)
+    config["clean_up_tokenization_spaces"] = True
+    del config["backend"]
+
+
 def _another_template(config: dict[str, Any], _: dict[str, Any]) -> None:
     config["chat_template"] = "{{ 'another' }}"
 
 
 CHANGES: Mapping[str, Change] = {
     "as transformers 5 writes it": _nothing, "more special tokens": _more_tokens, "a post-processor": _adds_bos,
-    "of transformers 4": _old, "another template in the config": _another_template,
+    "of transformers 4": _cleaned_up, "of both": _old, "another template in the config": _another_template,
 }  # fmt: skip
 
 
@@ -78,7 +85,7 @@ def branch_of(base: Path, folder: Path) -> Path:
 
 
 def facts_of(base: Path) -> ModelFacts:
-    return ModelFacts.of(json.loads((base / CONFIG).read_text()))
+    return ModelFacts.of(json.loads((base / CONFIG).read_text()), template=template_beside(base))
 
 
 def test_transformers_reads_a_branchs_tokenizer_as_its_bases(base: Path, tmp_path: Path) -> None:

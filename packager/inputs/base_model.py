@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packager.errors import SourceError
-from packager.inputs.chat_template import chat_template_digest
+from packager.inputs.chat_template import chat_template_digest, template_beside
 from packager.inputs.hub_models import download_model
 from packager.inputs.source_files import (
     SourceFiles,
@@ -192,7 +192,7 @@ def read_source(
         dtype=_dtype_of(tensors),
         num_parameters=architecture.num_parameters,
     )
-    facts = ModelFacts.of(config, architecture)
+    facts = ModelFacts.of(config, architecture, template=template_beside(folder))
     return SourceModel(
         folder=folder, files=listed, config=normalized(CONFIG, config, facts).content, facts=facts,
         architecture=architecture, record=record, tensors=tensors,

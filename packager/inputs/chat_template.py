@@ -1,6 +1,7 @@
 """The digest of a base model's chat template, wherever its tokenizer's files hold it."""
 
 import hashlib
+import io
 from pathlib import Path
 
 from packager.inputs.source_files import read_small
@@ -8,6 +9,21 @@ from packager.model.strict_json import parse_json_object
 from packager.receipt import TOKENIZER_CONFIG, digest_of
 
 _TEMPLATE = "chat_template.jinja"
+
+
+def template_beside(folder: Path) -> str | None:
+    """Return the text of a folder's chat_template.jinja as transformers reads it, None if there is none.
+
+    Args:
+        folder: whose files were checked before.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
+    if not (folder / _TEMPLATE).exists():
+        return None
+    with io.TextIOWrapper(io.BytesIO(read_small(folder, _TEMPLATE)), encoding="utf-8") as text:  # any line ending
+        return text.read()
 
 
 def chat_template_digest(folder: Path) -> str | None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from packager.errors import CalibrationError
 from packager.inputs.chat import card_prompt
+from packager.inputs.chat_template import template_beside
 from packager.inputs.limits import ModelProcess
 from packager.inputs.source_files import read_small
 from packager.inputs.tokenizer import check_vocabulary, open_tokenizer
@@ -28,7 +29,7 @@ def with_prompt(lock: Lock, recipe: Recipe, folder: Path, where: str, *, partial
             and `card_prompt`.
         SourceError: a file cannot be read.
     """
-    facts = ModelFacts.of(lock.model.config)
+    facts = ModelFacts.of(lock.model.config, template=template_beside(folder))
     names = [name for name in TOKENIZER_FILES if (folder / name).exists()]
     files = {name: branch_file(name, read_small(folder, name), facts) for name in names}
     if partial and not files:

@@ -17,7 +17,7 @@ from packager.model.config_values import DTYPES, shortened
 from packager.model.contract_files import TOKENIZER_FILE_KEYS, names_other_file
 from packager.model.rope import spelled_for_all
 from packager.model.strict_json import parse_json_object
-from packager.model.tokenizer_file import may_have_pairs, model_with_merges_as_lines
+from packager.model.tokenizer_file import config_for_all, may_have_pairs, model_with_merges_as_lines
 from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from packager.system.text import printable
 
@@ -32,7 +32,6 @@ _CODE_KEYS = ("auto_map", "custom_pipelines")
 _OUTPUT_KEYS = ("output_hidden_states", "output_attentions", "output_router_logits")
 _ATTENTION_KEYS = ("_attn_implementation", "attn_implementation", "_flash_attn_2_enabled")
 _TEXT_KEYS = ("_token", "_tokens", "template")  # tokens and templates are texts, which may look like a path
-_NEW_CLASS, _OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"  # transformers 5 reads both as the first
 _DROPPED = object()  # the new value of a key that a branch does not have
 
 Document = Mapping[str, object]
@@ -46,20 +45,23 @@ class ModelFacts:
         vocab_size: rows of its embedding; None where config.json does not say.
         dtype: of most of its bytes, safetensors spelling; None where it is not known.
         unties: its files hold other values for a tensor that config.json calls tied.
+        template: content of chat_template.jinja; None where there is none.
     """
 
     vocab_size: int | None = None
     dtype: str | None = None
     unties: bool = False
+    template: str | None = None
 
     @classmethod
-    def of(cls, config: Document, architecture: Architecture | None = None) -> Self:
-        """Return what a config.json and, where it is known, a lock say."""
+    def of(cls, config: Document, architecture: Architecture | None = None, *, template: str | None = None) -> Self:
+        """Return what a config.json and, where they are known, a lock and a chat_template.jinja say."""
         text = config.get("text_config")
         vocab_size = _whole((text if isinstance(text, Mapping) else config).get("vocab_size"))
         if architecture is None:
-            return cls(vocab_size=vocab_size)
-        return cls(vocab_size=vocab_size, dtype=architecture.dtype, unties=bool(architecture.own))
+            return cls(vocab_size=vocab_size, template=template)
+        unties = bool(architecture.own)
+        return cls(vocab_size=vocab_size, dtype=architecture.dtype, unties=unties, template=template)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,17 +190,8 @@ def _own_head(document: Document, facts: ModelFacts) -> Document:
     return {"tie_word_embeddings": False} if unties else {}
 
 
-def _tokenizer_class(document: Document, _: ModelFacts) -> Document:
-    if document.get("tokenizer_class") != _NEW_CLASS:
-        return {}
-    inputs = {} if "model_input_names" in document else {"model_input_names": ["input_ids", "attention_mask"]}
-    return {"tokenizer_class": _OLD_CLASS, **inputs}
-
-
-def _tokenizer_defaults(document: Document, _: ModelFacts) -> Document:
-    of_transformers_5 = "backend" in document
-    key = "clean_up_tokenization_spaces"
-    return {key: False} if of_transformers_5 and key not in document else {}
+def _tokenizer_config(document: Document, _: ModelFacts) -> Document:
+    return config_for_all(document)
 
 
 def _more_special_tokens(document: Document, _: ModelFacts) -> Document:
@@ -207,6 +200,11 @@ def _more_special_tokens(document: Document, _: ModelFacts) -> Document:
         return {}
     # transformers 5 leaves out the other key where this one has tokens.
     return {"extra_special_tokens": _DROPPED, **({"additional_special_tokens": tokens} if tokens else {})}
+
+
+def _template(document: Document, facts: ModelFacts) -> Document:
+    own = facts.template
+    return {} if own is None or document.get("chat_template") == own else {"chat_template": own}
 
 
 def _merges(document: Document, _: ModelFacts) -> Document:
@@ -311,17 +309,10 @@ BRANCH_RULES: tuple[BranchRule, ...] = (
     ),
     BranchRule(
         files=(TOKENIZER_CONFIG,),
-        keys=("tokenizer_class", "model_input_names"),
-        changes=_tokenizer_class,
-        reason="the name that transformers 4 and 5 know, with the inputs that 5 gives by default",
+        keys=("tokenizer_class", "model_input_names", "clean_up_tokenization_spaces"),
+        changes=_tokenizer_config,
+        reason="a name that transformers 4 knows, too, and the defaults of 5, which are others in 4",
         source="models.auto.tokenization_auto and tokenization_utils_base of transformers 4.40.2 and 5.23",
-    ),
-    BranchRule(
-        files=(TOKENIZER_CONFIG,),
-        keys=("clean_up_tokenization_spaces",),
-        changes=_tokenizer_defaults,
-        reason="the default of transformers 5, which wrote the file; transformers 4 has the other one",
-        source="tokenization_utils_base (PreTrainedTokenizerBase.__init__) of transformers 4.40.2 and 5.23",
     ),
     BranchRule(
         files=(TOKENIZER_CONFIG,),
@@ -329,6 +320,13 @@ BRANCH_RULES: tuple[BranchRule, ...] = (
         changes=_more_special_tokens,
         reason="the key that transformers 4 and 5 read; transformers 4.57 stops at a list of the other name",
         source="tokenization_utils_base (_from_pretrained) of transformers 5.23, which renames it when it reads it",
+    ),
+    BranchRule(
+        files=(TOKENIZER_CONFIG,),
+        keys=("chat_template",),
+        changes=_template,
+        reason="the template of chat_template.jinja, which transformers 5 reads, and older runtimes do not",
+        source="tokenization_utils_base (_from_pretrained) of transformers 4.40.2 and 5.23",
     ),
     BranchRule(
         files=(TOKENIZER,),

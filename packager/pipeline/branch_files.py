@@ -11,6 +11,7 @@ from pathlib import Path
 
 from packager.errors import SourceError
 from packager.inputs.base_model import fp16_config
+from packager.inputs.chat_template import template_beside
 from packager.inputs.source_files import read_small
 from packager.model.architecture import Architecture
 from packager.model.branch_config import ModelFacts, branch_file, changes_of, json_bytes, normalized
@@ -104,7 +105,7 @@ def check_small_files(folder: Path, recipe: Recipe, architecture: Architecture) 
     from packager.prove.audit import audit_small_files  # numpy, which the plan of a model on the Hub does not need
 
     config = fp16_config(folder)
-    facts = ModelFacts.of(config, architecture)
+    facts = ModelFacts.of(config, architecture, template=template_beside(folder))
     wanted = (*TOKENIZER_FILES, *recipe.card.license.base_files)
     given = {name: read_small(folder, name) for name in wanted if os.path.lexists(folder / name)}
     own = normalized(CONFIG, config, facts)

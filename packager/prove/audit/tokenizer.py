@@ -74,6 +74,7 @@ def _check_template(listing: Listing, tokenizer_config: JsonObject, findings: Fi
         findings.add("chat-template-missing", TOKENIZER_CONFIG, "there is no chat_template")
     templates = _templates(value, findings)
     if TEMPLATE_FILE in listing.sizes and (text := read_text(listing, TEMPLATE_FILE, findings)) is not None:
+        templates = {place: template for place, template in templates.items() if template != text}  # read once
         templates[TEMPLATE_FILE] = text
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
