@@ -21,6 +21,11 @@ from tests.tiny_recipe import build, write_all, write_recipe
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
+@pytest.fixture(autouse=True)
+def _online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> RecipeFile:
     """A recipe whose base model is on the Hub, with its lock."""
@@ -51,7 +56,7 @@ class FakeHub:
             digest = "0" * 64 if path.name == self.wrong_digest else sha256_file(path)
             lfs = SimpleNamespace(sha256=digest) if path.suffix == ".safetensors" else None
             siblings.append(SimpleNamespace(rfilename=path.name, lfs=lfs, size=self.sizes.get(path.name, 1)))
-        return SimpleNamespace(siblings=siblings)
+        return SimpleNamespace(sha=revision, siblings=siblings)
 
     def _snapshot_download(self, repo_id: str, *, revision: str, allow_patterns: list[str]) -> str:
         is_small = "model.safetensors" not in allow_patterns
@@ -133,7 +138,7 @@ FAILURES = [
     (hub.RepositoryNotFoundError("404", response=response(404)), "not on the Hub, or is private", "hf auth login"),
     (hub.RevisionNotFoundError("404", response=response(404)), "no such revision", "full commit id"),
     (hub.HfHubHTTPError("503 Service Unavailable", response=response(503)), "could not be downloaded", "run the same"),
-    (hub.OfflineModeIsEnabled("offline"), "could not be downloaded", "run the same"),
+    (hub.OfflineModeIsEnabled("offline"), "could not be asked for", "unset HF_HUB_OFFLINE"),
     (ConnectionError("no route to host"), "could not be downloaded", "run the same"),
     (httpx.ConnectError("name resolution failed"), "could not be downloaded", "run the same"),
 ]

@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from decimal import ROUND_HALF_EVEN, Decimal
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,6 +18,7 @@ from packager.pipeline.plan import BuildPlan, DiskPlan, EvaluationPlan, MemoryPl
 from packager.prove.evaluation_memory import EvaluationMemory
 from packager.recipe.file import RecipeFile
 from tests.test_house_rules import ROOT
+from tests.tiny_recipe import write_all
 
 LARGE = ROOT / "recipes" / "llama-2-13b-chat.yaml"
 CONFIG = json.loads(LARGE.with_suffix(".lock.json").read_bytes())["model"]["config"]
@@ -79,6 +82,44 @@ def test_the_first_line_counts_parameters_and_tokens(lines: list[str]) -> None:
     )
     parameters = 2 * vocab * hidden + blocks * (4 * hidden**2 + 3 * hidden * inner + 2 * hidden) + hidden
     assert f"{parameters:,} parameters in F16, {blocks} blocks, calibrated on {128 * 2048:,} tokens" in lines[0]
+
+
+def test_the_sources_of_calibration_and_evaluation_are_listed(plan: BuildPlan, lines: list[str]) -> None:
+    wikitext = "Salesforce/wikitext wikitext-2-raw-v1, split"
+    assert f"Calibration: 128 rows of 2048 tokens from {wikitext} train, at b08601e04326" in lines
+    assert f"Evaluation: 64 rows of 2048 tokens from {wikitext} test, at b08601e04326" in lines
+    texts: Any = build_plan_json(plan)["texts"]
+    assert [(text["purpose"], text["num_rows"]) for text in texts] == [("calibration", 128), ("evaluation", 64)]
+    assert texts[0] == {
+        "purpose": "calibration",
+        "dataset": "Salesforce/wikitext",
+        "config": "wikitext-2-raw-v1",
+        "revision": "b08601e04326c79dfdd32d625aee71d232d685c3",
+        "split": "train",
+        "column": "text",
+        "num_rows": 128,
+        "seq_len": 2048,
+    }
+
+
+def test_several_sources_are_listed_with_weight_and_rows(tmp_path: Path) -> None:
+    sources = [
+        {"path": "calibration.txt", "weight": 3},
+        {"path": "chats.jsonl", "messages_field": "messages"},
+    ]
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    calibration = {"sources": sources, "num_samples": 12, "seq_len": 32}
+    plan = make_plan(RecipeFile.load(write_all(tmp_path, {"calibration": calibration, "evaluation.num_tokens": 64,
+                                                          "evaluation.seq_len": 64})))  # fmt: skip
+    assert printed(plan)[1:4] == [
+        "Calibration: 9 rows of 32 tokens from calibration.txt (weight 3)",
+        "Calibration: 3 rows of 32 tokens from chats.jsonl (column messages, weight 1)",
+        "Evaluation: 1 row of 64 tokens from evaluation.txt",
+    ]
+    texts: Any = build_plan_json(plan)["texts"]
+    assert [(text["path"], text.get("weight"), text["column"], text["num_rows"]) for text in texts] == [
+        ("calibration.txt", 3, "text", 9), ("chats.jsonl", 1, "messages", 3), ("evaluation.txt", None, "text", 1),
+    ]  # fmt: skip
 
 
 def test_the_table_of_branches(plan: BuildPlan, lines: list[str]) -> None:

@@ -13,6 +13,8 @@ from packager.model.runtimes import RUNTIMES
 from packager.pipeline.plan import BuildPlan, VariantPlan
 from packager.prove.evaluation_memory import EvaluationMemory
 from packager.quantize.memory import SweepPlan
+from packager.recipe import Recipe
+from packager.recipe.text_models import TextSource, WeightedText
 from packager.system.text import gigabytes
 
 _LOADERS_TITLE = "What loads them (predicted from parameters and shapes)"
@@ -30,6 +32,8 @@ def print_build_plan(plan: BuildPlan, console: Console) -> None:
         f"{architecture.num_parameters:,} parameters in {architecture.dtype}, {architecture.num_blocks} blocks, "
         f"calibrated on {plan.calibration_tokens:,} tokens",
     )
+    for text in text_lines(plan.recipe):
+        print_line(console, text)
     console.print(_branch_table(plan))
     print_line(console, f"To run: weights and the keys and values of {plan.context_tokens} tokens, nothing else.")
     if any(len(planned.shards) > 1 for planned in plan.variants):
@@ -41,6 +45,39 @@ def print_build_plan(plan: BuildPlan, console: Console) -> None:
     for text in [*_reasons(plan.variants), *_engine_notes(plan), *_proof_notes(plan)]:
         print_line(console, text)
     console.print(_needs_table(plan))
+
+
+def text_lines(recipe: Recipe) -> list[str]:
+    """Return a line for each text that rows are drawn from: those of the calibration, then the evaluation's."""
+    return [
+        f"{purpose}: {_rows(count)} of {seq_len} tokens from {_source(text)}"
+        for purpose, text, count, seq_len in _texts(recipe)
+    ]
+
+
+def _texts(recipe: Recipe) -> list[tuple[str, TextSource, int, int]]:
+    """Return the purpose, the text, its rows and their length, of every text."""
+    calibration, evaluation = recipe.calibration, recipe.evaluation
+    rows = zip(calibration.texts, calibration.rows_of_texts, strict=True)
+    return [
+        *(("Calibration", text, count, calibration.seq_len) for text, count in rows),
+        ("Evaluation", evaluation, evaluation.num_rows, evaluation.seq_len),
+    ]
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
+def _source(text: TextSource) -> str:
+    """Return a text's source in words: the file, or the split with the commit, and the column that is read."""
+    facts = [f"column {text.column}"] if text.column != "text" else []
+    facts += [f"weight {text.weight:g}"] if isinstance(text, WeightedText) else []
+    more = f" ({', '.join(facts)})" if facts else ""
+    if text.path is not None:
+        return f"{text.path}{more}"
+    config = f" {text.config}" if text.config is not None else ""
+    return f"{text.dataset}{config}, split {text.split}, at {str(text.revision)[:12]}{more}"
 
 
 def left_lines(architecture: Architecture) -> list[str]:
@@ -192,6 +229,20 @@ def build_plan_json(plan: BuildPlan) -> dict[str, object]:
             "size_bytes": architecture.base_bytes,
             "changes": list(plan.changes),
         },
+        "texts": [
+            {
+                "purpose": purpose.lower(),
+                **text.model_dump(
+                    mode="json",
+                    include={"path", "dataset", "config", "revision", "split", "weight"},
+                    exclude_none=True,
+                ),
+                "column": text.column,
+                "num_rows": count,
+                "seq_len": seq_len,
+            }
+            for purpose, text, count, seq_len in _texts(plan.recipe)
+        ],
         "calibration_tokens": plan.calibration_tokens,
         "context_tokens": plan.context_tokens,
         "variants": [_variant_json(plan, planned) for planned in plan.variants],

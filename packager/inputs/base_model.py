@@ -133,7 +133,8 @@ def open_source(
         folder = recipe_file.base_folder(base.path)
         check(folder)
     else:
-        folder = download_model(base.id, str(revision), licenses, log, check)
+        locked = recipe_file.lock.base_model.files
+        folder = download_model(base.id, str(revision), licenses, log, check, locked)
     source = read_source(
         folder, recipe_file.architecture, base_id=base.id, revision=revision, licenses=licenses
     )  # fmt: skip

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from packager.errors import CalibrationError, SourceError
+from packager.errors import CalibrationError
+from packager.inputs.hub_cache import cached_folder, cached_siblings, is_offline, not_cached
 from packager.inputs.hub_models import check_digests, hub_errors
 from packager.inputs.hub_session import checked_siblings
 from packager.inputs.text_files import SUFFIXES, TextFile, kind_of
@@ -202,53 +203,14 @@ def _is_description(name: str) -> bool:
 
 
 def _listed(dataset: str, revision: str) -> "Sequence[RepoSibling]":
-    """Return the files of a dataset at a commit; without a network, those in the Hub's cache."""
-    import huggingface_hub
-    from huggingface_hub.hf_api import RepoSibling
-
-    if not huggingface_hub.is_offline_mode():
-        with hub_errors(f"the dataset {dataset} at {revision[:12]}"):
-            found = huggingface_hub.HfApi().dataset_info(dataset, revision=revision, files_metadata=True)
-            return checked_siblings(found.siblings)
-    folder = _cache_folder(dataset, revision)
-    names = _cached_listing(dataset, revision)
-    names = names or [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    if not names:
-        raise _not_cached(dataset, revision, README)
-    return checked_siblings([RepoSibling(name) for name in sorted(names)])
-
-
-def _cached_listing(dataset: str, revision: str) -> list[str]:
-    """Return the client's own record of a commit's files, or [] without one.
-
-    It tells which files the cache lacks. Clients before 2.0 and other programs keep none.
-    """
+    """Return the files of a dataset at a commit; without a network, those that the Hub's cache knows."""
     import huggingface_hub
 
-    tree = getattr(huggingface_hub, "get_cached_repo_tree", None)
-    if tree is None:
-        return []
-    try:
-        return [file.path for file in tree(dataset, repo_type="dataset", revision=revision)]
-    except huggingface_hub.errors.CachedRepoTreeNotFoundError:
-        return []
-
-
-def _cache_folder(dataset: str, revision: str) -> Path:
-    """Return the folder of a dataset's commit in the Hub's cache, which need not be there."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.file_download import repo_folder_name
-
-    return Path(HF_HUB_CACHE) / repo_folder_name(repo_id=dataset, repo_type="dataset") / "snapshots" / revision
-
-
-def _not_cached(dataset: str, revision: str, name: str) -> SourceError:
-    return SourceError(
-        f"the Hub's cache lacks a file of the dataset {dataset}",
-        where=f"{name} at {revision[:12]}",
-        why="HF_HUB_OFFLINE is set, so it cannot be downloaded",
-        hint=f"where there is a network: hf download {dataset} --repo-type dataset --revision {revision}",
-    )
+    if is_offline():
+        return cached_siblings("dataset", dataset, revision)
+    with hub_errors(f"the dataset {dataset} at {revision[:12]}"):
+        found = huggingface_hub.HfApi().dataset_info(dataset, revision=revision, files_metadata=True)
+        return checked_siblings(found.siblings)
 
 
 def _check_shards(dataset: str, revision: str, names: Sequence[str]) -> None:
@@ -261,7 +223,7 @@ def _check_shards(dataset: str, revision: str, names: Sequence[str]) -> None:
         held = {other[len(begin) :][: len(match[0])] for other in names if other.startswith(begin)}
         for number in range(min(int(match[2]), len(names) + 1)):
             if (part := f"-{number:05}-of-{match[2]}") not in held:
-                raise _not_cached(dataset, revision, f"{begin}{part}{end}")
+                raise not_cached("dataset", dataset, revision, f"{begin}{part}{end}")
 
 
 def _front_matter(dataset: str, revision: str, names: Sequence[str]) -> Mapping[str, Any]:
@@ -290,11 +252,8 @@ def _parsed(text: str, where: str) -> Mapping[str, Any]:
 def _download(dataset: str, revision: str, names: Sequence[str]) -> Path:
     import huggingface_hub
 
-    if huggingface_hub.is_offline_mode():
-        folder = _cache_folder(dataset, revision)
-        if lacking := [name for name in names if not (folder / name).is_file()]:
-            raise _not_cached(dataset, revision, lacking[0])
-        return folder
+    if is_offline():
+        return cached_folder("dataset", dataset, revision, names)
     patterns = [glob.escape(name) for name in names]
     with hub_errors(f"the dataset {dataset} at {revision[:12]}"), disk_errors(Path("the Hub cache")):
         return Path(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from packager.errors import SourceError
+from packager.inputs.hub_cache import cached_folder, cached_siblings, is_offline, not_cached
 from packager.inputs.hub_session import AnswerError, checked_siblings, is_of_client, open_session
 from packager.inputs.source_files import INDEX, has_index, safetensors_among, weights_in_index
 from packager.model.contract_files import CONTENT_RULES
@@ -35,8 +36,7 @@ def hub_errors(what: str) -> Iterator[None]:
     from huggingface_hub import errors as hub
 
     # OSError and the HTTP library's own error, which is httpx's in client 1.x and httpx2's in 2.x.
-    transport = cast(tuple[type[Exception], ...], hub.HfHubHTTPError.__bases__)
-    failures: tuple[type[Exception], ...] = (*transport, hub.OfflineModeIsEnabled)
+    failures = cast(tuple[type[Exception], ...], hub.HfHubHTTPError.__bases__)
     open_session()
     try:
         yield
@@ -54,11 +54,16 @@ def hub_errors(what: str) -> Iterator[None]:
         raise SourceError(
             f"{what} is not on the Hub, or is private and no token is set", hint="check the id; `hf auth login`"
         ) from error
+    except hub.OfflineModeIsEnabled as error:
+        raise SourceError(
+            f"{what} could not be asked for", why="HF_HUB_OFFLINE is set", hint="unset HF_HUB_OFFLINE and run again"
+        ) from error
     except failures as error:
         raise SourceError(
             f"{what} could not be downloaded",
             why=_QUERY.sub("?...", str(error).splitlines()[0]) if str(error) else type(error).__name__,
-            hint="run the same command again: what arrived is kept",
+            hint="run the same command again: what arrived is kept; with all files in the cache, HF_HUB_OFFLINE=1 "
+            "builds without the Hub",
         ) from error
     except Exception as error:
         if not is_of_client(error):
@@ -169,11 +174,13 @@ def download_files(model_id: str, commit: str, names: Iterable[str]) -> Path:
     """Download files of a model at a commit into the Hub's cache, and return their folder.
 
     Raises:
-        SourceError: the Hub or the network failed.
+        SourceError: the Hub or the network failed, or without a network the cache lacks a file.
         MachineError: the disk is full.
     """
     import huggingface_hub
 
+    if is_offline():
+        return cached_folder("model", model_id, commit, names)
     patterns = [glob.escape(name) for name in names]
     with hub_errors(f"{model_id} at {commit[:12]}"), disk_errors(Path("the Hub cache")):
         return Path(huggingface_hub.snapshot_download(model_id, revision=commit, allow_patterns=patterns))
@@ -185,10 +192,12 @@ def download_model(
     licenses: Iterable[str],
     log: Callable[[str], None],
     check: Callable[[Path], object] = lambda _: None,
+    locked: Iterable[str] = (),
 ) -> Path:
     """Download a model at a commit into the Hub's cache and compare its digests with those that the Hub states.
 
     Only what a build uses is downloaded, and no text that is larger than its kind may be. The small files come first.
+    Without a network (HF_HUB_OFFLINE) the files are those in the cache, which must be complete.
 
     Args:
         base_id: the model.
@@ -196,16 +205,17 @@ def download_model(
         licenses: names of licence files that the recipe wants.
         log: receives a line.
         check: receives the folder when it holds everything but the weights; may raise.
+        locked: names of the files in the recipe's lock: what a complete cache holds.
 
     Raises:
-        SourceError: see `resolve_model`; or a file is not the one whose digest the Hub states.
+        SourceError: see `resolve_model`; or a file is not the one whose digest the Hub states, or the cache lacks it.
     """
-    import huggingface_hub
-
-    with hub_errors(f"{base_id} at {revision[:12]}"):
-        found = huggingface_hub.HfApi().model_info(base_id, revision=revision, files_metadata=True)
-        siblings = _used_siblings(found.siblings, licenses, base_id, revision)
-    log(f"fetching {base_id} at {revision[:12]} into the Hub cache")
+    if is_offline():
+        log(f"reading {base_id} at {revision[:12]} from the Hub cache: HF_HUB_OFFLINE is set")
+        siblings = _cached_siblings(base_id, revision, licenses, locked)
+    else:
+        siblings = list(resolve_model(base_id, revision, licenses).files.values())
+        log(f"fetching {base_id} at {revision[:12]} into the Hub cache")
     names = [sibling.rfilename for sibling in siblings]
     folder = download_files(base_id, revision, [name for name in names if not _is_weights(name)])
     check(folder)
@@ -213,6 +223,23 @@ def download_model(
     download_files(base_id, revision, [name for name in names if name in weights])
     check_digests(folder, siblings)
     return folder
+
+
+def _cached_siblings(
+    base_id: str, revision: str, licenses: Iterable[str], locked: Iterable[str]
+) -> "Sequence[RepoSibling]":
+    """Return the files of a model that a build uses, of those that the cache or the lock knows.
+
+    Raises:
+        SourceError: neither knows weights.
+    """
+    from huggingface_hub.hf_api import RepoSibling
+
+    known = {entry.rfilename: entry for entry in cached_siblings("model", base_id, revision)}
+    known |= {name: RepoSibling(name) for name in locked if name not in known}
+    if not any(_is_weights(name) for name in known):
+        raise not_cached("model", base_id, revision, None)
+    return _used_siblings([known[name] for name in sorted(known)], licenses, base_id, revision)
 
 
 def weights_among(names: Collection[str], folder: Path) -> tuple[str, ...]:

@@ -1,0 +1,98 @@
+"""The Hub's cache without a network (HF_HUB_OFFLINE): which files it knows of a commit, and which of them it lacks."""
+
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from packager.errors import SourceError
+from packager.inputs.hub_session import AnswerError, checked_siblings
+from packager.system.text import printable
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
+Kind = Literal["model", "dataset"]
+
+
+def is_offline() -> bool:
+    """Return whether HF_HUB_OFFLINE is set: then only the cache is read."""
+    import huggingface_hub
+
+    return huggingface_hub.is_offline_mode()
+
+
+def cached_siblings(kind: Kind, repo_id: str, revision: str) -> "Sequence[RepoSibling]":
+    """Return the files of a commit that the cache knows.
+
+    The client's own record of the commit names all of them, with digests. Clients before 2.0 and other programs keep no
+    record: then only those that are in the cache are known.
+
+    Raises:
+        SourceError: the cache knows no file of the commit, or its record is damaged.
+    """
+    from huggingface_hub.hf_api import RepoSibling
+
+    siblings = _recorded(kind, repo_id, revision)
+    if not siblings:
+        folder = _snapshot(kind, repo_id, revision)
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        siblings = [RepoSibling(name) for name in names]
+    if not siblings:
+        raise not_cached(kind, repo_id, revision, None)
+    try:
+        return checked_siblings(siblings)
+    except AnswerError as error:
+        raise SourceError(
+            f"the Hub cache's record of the {kind} {repo_id} is damaged",
+            where=f"commit {revision[:12]}",
+            why=str(error),
+            hint="delete the folder trees of the repository in the cache",
+        ) from error
+
+
+def _recorded(kind: Kind, repo_id: str, revision: str) -> "list[RepoSibling]":
+    import huggingface_hub
+    from huggingface_hub.hf_api import RepoSibling
+
+    tree = getattr(huggingface_hub, "get_cached_repo_tree", None)
+    if tree is None:
+        return []
+    try:
+        found = tree(repo_id, repo_type=kind, revision=revision)
+    except huggingface_hub.errors.CachedRepoTreeNotFoundError:
+        return []
+    return [RepoSibling(file.path, size=file.size, lfs=file.lfs) for file in found]
+
+
+def cached_folder(kind: Kind, repo_id: str, revision: str, names: Iterable[str]) -> Path:
+    """Return the folder of a commit in the cache if it holds the files `names`.
+
+    Raises:
+        SourceError: it lacks one; states the command that fetches it.
+    """
+    folder = _snapshot(kind, repo_id, revision)
+    for name in names:
+        if not (folder / name).is_file():
+            raise not_cached(kind, repo_id, revision, name)
+    return folder
+
+
+def _snapshot(kind: Kind, repo_id: str, revision: str) -> Path:
+    """Return the folder of a commit in the cache, which need not be there."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=kind) / "snapshots" / revision
+
+
+def not_cached(kind: Kind, repo_id: str, revision: str, name: str | None) -> SourceError:
+    """Return the error for a file that the cache lacks, None for all of them."""
+    words = ["hf", "download", repo_id, *([] if name is None else [name]), "--revision", revision]
+    words += ["--repo-type", "dataset"] if kind == "dataset" else []
+    return SourceError(
+        f"the Hub's cache lacks {'the files' if name is None else 'a file'} of the {kind} {repo_id}",
+        where=f"{'commit' if name is None else printable(name) + ' at'} {revision[:12]}",
+        why="HF_HUB_OFFLINE is set, so nothing is downloaded",
+        hint=f"where there is a network: {printable(shlex.join(words))}",
+    )
