@@ -155,7 +155,7 @@ def test_a_full_cache_needs_no_network(hub: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_clients_own_listing_tells_which_file_is_not_cached(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(hub, "one.jsonl", "one")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    listed = [SimpleNamespace(path=name, size=1, lfs=None) for name in ("one.jsonl", "two.jsonl")]
+    listed = [SimpleNamespace(path=name) for name in ("one.jsonl", "two.jsonl")]
     monkeypatch.setattr(huggingface_hub, "get_cached_repo_tree", lambda *_, **__: listed, raising=False)
     with pytest.raises(SourceError) as caught:
         download_split("a/b", COMMIT, None, "train")

@@ -60,7 +60,7 @@ class Offline:
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offline]:
     """The model is in the cache, HF_HUB_OFFLINE is set, and the Hub listens: a request would be seen."""
     write_all(tmp_path)
-    with LoopbackHub(tmp_path / "hub", tokens={TOKEN: Account("tester")}, lfs_threshold=100_000) as hub:
+    with LoopbackHub(tmp_path / "hub", tokens={TOKEN: Account("tester")}) as hub:
         log_in(hub, TOKEN, monkeypatch)
         constants = huggingface_hub.constants
         address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", hub.endpoint)
@@ -148,11 +148,11 @@ def test_a_cache_that_knows_no_weights_is_refused_with_the_command(
 
 
 def test_a_file_of_the_cache_with_another_digest_is_refused(offline: Offline) -> None:
-    recipe = offline.lock({})
+    recipe = offline.locked()
     path = offline.snapshot() / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.unlink()
     path.write_bytes(data)
-    with pytest.raises(SourceError, match="damaged"):
+    with pytest.raises(SourceError, match="not those that the lock was made of"):
         open_source(recipe, lambda _: None)

@@ -25,23 +25,22 @@ def is_offline() -> bool:
 def cached_siblings(kind: Kind, repo_id: str, revision: str) -> "Sequence[RepoSibling]":
     """Return the files of a commit that the cache knows.
 
-    The client's own record of the commit names all of them, with digests. Clients before 2.0 and other programs keep no
-    record: then only those that are in the cache are known.
+    The client's own record of the commit names all of them, but gives no digests: a lock has them. Clients before 2.0
+    and other programs keep no record: then only those that are in the cache are known.
 
     Raises:
         SourceError: the cache knows no file of the commit, or its record is damaged.
     """
     from huggingface_hub.hf_api import RepoSibling
 
-    siblings = _recorded(kind, repo_id, revision)
-    if not siblings:
+    names = _recorded(kind, repo_id, revision)
+    if not names:
         folder = _snapshot(kind, repo_id, revision)
-        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        siblings = [RepoSibling(name) for name in names]
-    if not siblings:
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if not names:
         raise not_cached(kind, repo_id, revision, None)
     try:
-        return checked_siblings(siblings)
+        return checked_siblings([RepoSibling(name) for name in sorted(names)])
     except AnswerError as error:
         raise SourceError(
             f"the Hub cache's record of the {kind} {repo_id} is damaged",
@@ -51,18 +50,16 @@ def cached_siblings(kind: Kind, repo_id: str, revision: str) -> "Sequence[RepoSi
         ) from error
 
 
-def _recorded(kind: Kind, repo_id: str, revision: str) -> "list[RepoSibling]":
+def _recorded(kind: Kind, repo_id: str, revision: str) -> list[str]:
     import huggingface_hub
-    from huggingface_hub.hf_api import RepoSibling
 
     tree = getattr(huggingface_hub, "get_cached_repo_tree", None)
     if tree is None:
         return []
     try:
-        found = tree(repo_id, repo_type=kind, revision=revision)
+        return [file.path for file in tree(repo_id, repo_type=kind, revision=revision)]
     except huggingface_hub.errors.CachedRepoTreeNotFoundError:
         return []
-    return [RepoSibling(file.path, size=file.size, lfs=file.lfs) for file in found]
 
 
 def cached_folder(kind: Kind, repo_id: str, revision: str, names: Iterable[str]) -> Path:
