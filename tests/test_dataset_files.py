@@ -9,9 +9,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError
 
 from packager.errors import CalibrationError, SourceError
 from packager.inputs.dataset_files import download_split, splits_of
+from tests.hub_http import httpx
 
 COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 CONFIGS: dict[str, Any] = {
@@ -83,6 +85,7 @@ def test_a_pattern_never_leads_out_of_the_dataset(pattern: str) -> None:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder that stands for the dataset a/b at COMMIT on the Hub and in its cache."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "cache" / "datasets--a--b" / "snapshots" / COMMIT
     folder.mkdir(parents=True)
@@ -160,3 +163,25 @@ def test_the_clients_own_listing_tells_which_file_is_not_cached(hub: Path, monke
     with pytest.raises(SourceError) as caught:
         download_split("a/b", COMMIT, None, "train")
     assert "two.jsonl" in caught.value.where
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("call", ["listing", "download"])
+def test_a_gated_dataset_is_one_error_with_a_hint(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, status: int, call: str
+) -> None:
+    """The Hub lists a gated dataset to anyone and refuses its files; other servers refuse the listing."""
+    write(hub, "train.jsonl", "one")
+    response = httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/x"))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise GatedRepoError(f"{status} gated", response=response)
+
+    owner, name = (
+        (huggingface_hub.HfApi, "dataset_info") if call == "listing" else (huggingface_hub, "snapshot_download")
+    )
+    monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(SourceError, match="the dataset a/b at b08601e04326 is gated") as caught:
+        download_split("a/b", COMMIT, None, "train")
+    assert "accept the licence" in caught.value.hint
+    assert "hf auth login" in caught.value.hint

@@ -44,7 +44,7 @@ def hub_errors(what: str) -> Iterator[None]:
         raise SourceError(
             f"{what} is gated",
             why="the Hub requires an account that has accepted its licence",
-            hint="accept the licence on the model's page, then `hf auth login` or set HF_TOKEN",
+            hint="accept the licence on its page on the Hub, then `hf auth login` or set HF_TOKEN",
         ) from error
     except hub.RevisionNotFoundError as error:
         raise SourceError(
