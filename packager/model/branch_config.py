@@ -139,10 +139,6 @@ def _attention(document: Document, _: ModelFacts) -> Document:
     return dict.fromkeys((key for key in _ATTENTION_KEYS if key in document), _DROPPED)
 
 
-def _rope(document: Document, _: ModelFacts) -> Document:
-    return spelled_for_all(document)
-
-
 def _unknown_ids(document: Document, facts: ModelFacts) -> Document:
     """Return the special token ids without those that are no token."""
 
@@ -188,10 +184,6 @@ def _own_head(document: Document, facts: ModelFacts) -> Document:
     holds_model = {"vocab_size", "text_config"} & document.keys()
     unties = facts.unties and holds_model and document.get("tie_word_embeddings") is not False
     return {"tie_word_embeddings": False} if unties else {}
-
-
-def _tokenizer_config(document: Document, _: ModelFacts) -> Document:
-    return config_for_all(document)
 
 
 def _more_special_tokens(document: Document, _: ModelFacts) -> Document:
@@ -268,7 +260,7 @@ BRANCH_RULES: tuple[BranchRule, ...] = (
     BranchRule(
         files=_MODEL,
         keys=("rope_theta", "rope_scaling"),
-        changes=_rope,
+        changes=lambda document, _: spelled_for_all(document),
         reason="written so that runtimes before transformers 5 read it, too",
         source="transformers 4.40.2 models.llama.configuration_llama (_rope_scaling_validation)",
     ),
@@ -310,7 +302,7 @@ BRANCH_RULES: tuple[BranchRule, ...] = (
     BranchRule(
         files=(TOKENIZER_CONFIG,),
         keys=("tokenizer_class", "model_input_names", "clean_up_tokenization_spaces"),
-        changes=_tokenizer_config,
+        changes=lambda document, _: config_for_all(document),
         reason="a name that transformers 4 knows, too, and the defaults of 5, which are others in 4",
         source="models.auto.tokenization_auto and tokenization_utils_base of transformers 4.40.2 and 5.23",
     ),
