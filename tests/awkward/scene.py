@@ -205,6 +205,7 @@ class Case:
 
     def without_template(self) -> None:
         """Take the chat template away, and what needs one."""
+        self.touched |= {"recipe:loaders", *_TEMPLATES}
         (self.model / "chat_template.jinja").unlink(missing_ok=True)
         self.tokenizer("chat_template")
         self.recipe["loaders"]["prompts"] = []
@@ -303,7 +304,7 @@ def made(case: Case, troubles: Sequence[Trouble]) -> bool:
         names, recipe = _names_in(case.model), json.dumps(case.recipe)
         try:
             each.make(case)
-        except (ClashError, FileNotFoundError, KeyError):
+        except (ClashError, FileExistsError, FileNotFoundError, KeyError):
             return False
         if case.model.is_dir():
             case.touched |= names ^ _names_in(case.model)
