@@ -260,7 +260,7 @@ def test_a_column_that_is_not_there_is_refused_with_a_similar_one(tmp_path: Path
         ("a.jsonl", b'{"text": "a", "text": "b"}\n', "twice"),
         ("a.jsonl", b'["text"]\n', ""),
         ("a.jsonl", b'{"text": "' + b"\\n" * 4000 + b'"}\n', "spaces and line breaks"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:20], "ended"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:20], "ended"),
         ("a.parquet", b"PAR1", ""),
         ("a.csv", b"text,other\na\n", ""),
     ],
