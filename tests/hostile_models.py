@@ -327,7 +327,7 @@ class Scene:
 
     def make(self) -> None:
         """Write the sound files."""
-        from tests.checkpoints import Checkpoint
+        from tests.checkpoints import Checkpoint, edit_json
 
         shutil.copytree(ROOT / "recipes" / "assets", self.folder / "assets")
         recipe = (ROOT / "recipes" / "demo-llama.yaml").read_text(encoding="utf-8")
@@ -338,6 +338,7 @@ class Scene:
         (model / _LICENSE).write_text("Do what you like.\n", encoding="utf-8")
         (model.parent / "private.txt").write_text(PRIVATE, encoding="utf-8")
         branch = Checkpoint().write(self.folder / "branches" / "branch")
+        edit_json(branch, "provenance.json", lambda record: record.update(model=Checkpoint().description()))
         (branch.parent / "private.txt").write_text(PRIVATE, encoding="utf-8")
 
     @staticmethod

@@ -50,6 +50,7 @@ def test_no_output_of_a_build_and_a_release_holds_the_path(
             assert word not in data, path
 
 
+@pytest.mark.slow
 def test_the_path_changes_no_digest_that_is_published(disk: Path) -> None:
     here = recipe_of(disk, str(disk / "llama"))
     other = disk.parent / "another-disk"
@@ -60,6 +61,7 @@ def test_the_path_changes_no_digest_that_is_published(disk: Path) -> None:
     assert len({load_recipe(recipe).digest() for recipe in (here, there)}) == 1
 
 
+@pytest.mark.slow
 def test_a_snapshot_of_the_hub_s_cache_may_be_the_folder(disk: Path) -> None:
     model = disk / "hub" / "models--tester--tiny"
     snapshot, blobs = model / "snapshots" / ("0" * 40), model / "blobs"

@@ -181,6 +181,7 @@ def test_a_base_with_the_leftovers_of_trainers_builds_and_its_branch_has_none(tm
     assert base.config.eos_token_id == config["eos_token_id"]
 
 
+@pytest.mark.slow
 def test_lock_and_plan_say_what_a_branch_gets_otherwise(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

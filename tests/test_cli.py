@@ -111,7 +111,7 @@ def add_loaders(folder: Path) -> None:
     [
         ("plan", ["sizes", "loaders", "offline", "without torch", "Exits with 2"]),
         ("build", ["Publishes nothing", "not done again", "Exits with 8", "--cache", "~/.cache/gptq-"]),
-        ("audit", ["Exits with 0", "with 7", "no torch"]),
+        ("audit", ["Exits with 0", "with 7", "describes its model", "build extra"]),
         ("verify", ["logits", "Exits with 0", "with 8"]),
         ("card", ["no figure", "Exits with 10", "with 11"]),
         ("publish", ["main last", "builds nothing", "Exits with 10", "with 11", "with 7", "--dry-run"]),

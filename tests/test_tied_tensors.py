@@ -42,6 +42,7 @@ def locked(recipe: Path) -> Lock:
     return result.lock
 
 
+@pytest.mark.slow
 def test_a_stored_head_that_is_the_embedding_is_left_out(tied: Path, recipe: Path) -> None:
     store_head(tied, 0.0)
     assert "lm_head.weight" not in open_folder(tied).tensors
