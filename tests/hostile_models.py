@@ -296,6 +296,7 @@ def _odd_values() -> Iterator[HostileCase]:
         yield HostileCase(
             name=f"tokenizer_config.json tokenizer_file: {number}",
             damage=_with_value("tokenizer_config.json", "tokenizer_file", value),
+            refused=False,  # a branch, and the copy that is read, are without the key
         )
 
 
