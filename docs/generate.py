@@ -20,7 +20,7 @@ from packager.cli.main import app
 from packager.errors import PackagerError
 from packager.model import compatibility
 from packager.model.architecture import Architecture, architecture_of
-from packager.model.branch_config import BRANCH_RULES
+from packager.model.branch_rules import BRANCH_RULES
 from packager.model.runtimes import RUNTIMES
 from packager.prove.audit.finding import AUDIT_RULES
 from packager.prove.loaders import LOADERS

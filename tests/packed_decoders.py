@@ -11,7 +11,8 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from packager.model.architecture import Architecture, LinearSpec, architecture_of
-from packager.model.branch_config import ModelFacts, normalized
+from packager.model.branch_config import normalized
+from packager.model.branch_rules import ModelFacts
 from packager.model.checkpoint import checkpoint_tensors
 from packager.model.describe import describe
 from packager.model.packing import pack, pack_zeros

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from packager.model.branch_config import BRANCH_RULES, ModelFacts, branch_file, is_place, normalized
+from packager.model.branch_config import branch_file, normalized
+from packager.model.branch_rules import BRANCH_RULES, ModelFacts, is_path
 from packager.prove.audit import audit
 from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from tests.test_known_models import tiny_config
@@ -98,7 +99,7 @@ def test_what_a_runtime_reads_is_not_changed(name: str, given: Mapping[str, Any]
     assert found.changes == ()
     assert found.content == before
     data = json.dumps(before, indent=7).encode()
-    assert branch_file(name, data, FACTS) == data
+    assert branch_file(name, data, FACTS).data == data
 
 
 def test_a_part_of_a_model_has_rules_of_its_own() -> None:
@@ -127,12 +128,12 @@ def test_a_head_of_its_own_is_not_tied() -> None:
 
 @pytest.mark.parametrize("value", ["/home/me/x", "/srv/model", "~/x", "D:\\x", "file:///x", ["ok", "/data/x"]])
 def test_a_path_is_recognised(value: object) -> None:
-    assert is_place(value)
+    assert is_path(value)
 
 
 @pytest.mark.parametrize("value", ["/", "meta/llama", "silu", "https://example.org/x", "a / b", 7, None, ["x", 1]])
 def test_other_values_are_no_path(value: object) -> None:
-    assert not is_place(value)
+    assert not is_path(value)
 
 
 def test_every_rule_says_why_and_where_it_was_read() -> None:

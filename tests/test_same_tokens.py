@@ -12,7 +12,8 @@ import pytest
 
 from packager.inputs.chat_template import template_beside
 from packager.inputs.source_files import read_small
-from packager.model.branch_config import ModelFacts, branch_file
+from packager.model.branch_config import branch_file
+from packager.model.branch_rules import ModelFacts
 from packager.receipt import CONFIG, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES
 from tests import same_tokens
 
@@ -80,7 +81,7 @@ def branch_of(base: Path, folder: Path) -> Path:
     facts = facts_of(base)
     for name in (CONFIG, *TOKENIZER_FILES):
         if (base / name).exists():
-            (folder / name).write_bytes(branch_file(name, read_small(base, name), facts))
+            (folder / name).write_bytes(branch_file(name, read_small(base, name), facts).data)
     return folder
 
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from packager.errors import SourceError
 from packager.inputs.base_model import check_folder_of, open_source
 from packager.inputs.source_files import list_source_files
-from packager.model.branch_config import ModelFacts, branch_file
+from packager.model.branch_config import branch_file
+from packager.model.branch_rules import ModelFacts
 from packager.model.contract_files import CONTENT_RULES, MOST_LICENSE_BYTES, check_content
 from packager.model.model_folder import open_inside, read_inside
 from packager.model.safetensors_file import TensorInfo, layout, predicted_bytes, read_header
@@ -344,7 +345,7 @@ def test_a_tokenizer_names_no_other_files(value: object) -> None:
         # transformers 5 does not open it; a branch, and the copy that we read, are without the key.
         data = json.dumps({key: value}).encode()
         check_content("tokenizer_config.json", data)
-        assert json.loads(branch_file("tokenizer_config.json", data, ModelFacts())) == {}
+        assert json.loads(branch_file("tokenizer_config.json", data, ModelFacts()).data) == {}
     check_content("tokenizer_config.json", b'{"tokenizer_file": null, "vocab_file": "tokenizer.model"}')
 
 

@@ -21,6 +21,7 @@ from packager.inputs.chat import render_messages
 from packager.inputs.conversations import conversation
 from packager.inputs.drawing import draw, drawn_numbers, pieces, stretches
 from packager.inputs.limits import ModelProcess
+from packager.inputs.overlap import check_overlap
 from packager.inputs.rows import DrawnRows, cut_rows, draw_rows, token_rows
 from packager.inputs.samples import Sample, WantedRows, draw_sample
 from packager.inputs.text_files import TextFile, kind_of, read_plain
@@ -399,10 +400,16 @@ def test_the_record_names_every_text_of_a_mix(tmp_path: Path, process: ModelProc
 
 def test_separate_documents_begin_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
     text = wanted(tmp_path / "a.jsonl", rows=2, seq_len=4, documents="separate")
-    encoded = [[10, 11], [20, 21, 22, 23, 24], [30]]
-    assert cut_rows(encoded, [1], text) == [[1, 10, 11, 1], [1, 20, 21, 22], [1, 23, 24, 1]]
-    assert cut_rows([[10, 11, 12], [20, 21]], [1], text) == [[1, 10, 11, 12]]
+    assert cut_rows([[10, 11], [20, 21], [30], [40]], [1], text) == [[1, 10, 11, 1], [1, 30, 1, 40]]
+    assert cut_rows([[10, 11, 12], [20]], [1], text) == [[1, 10, 11, 12]]
     assert cut_rows([[10, 11], [20, 21, 22]], [], text) == [[10, 11, 20, 21]]
+
+
+def test_a_long_document_gives_rows_that_each_begin_with_the_prefix(tmp_path: Path) -> None:
+    text = wanted(tmp_path / "a.jsonl", rows=2, seq_len=4, documents="separate")
+    rows = cut_rows([list(range(10, 19)), [30, 31, 32]], [1], text)
+    assert rows == [[1, 10, 11, 12], [1, 13, 14, 15], [1, 16, 17, 18], [1, 30, 31, 32]]
+    assert cut_rows([list(range(10, 18)), [30, 31, 32]], [1], text)[2:] == [[1, 30, 31, 32]]
 
 
 def test_separate_documents_are_drawn_whole(tmp_path: Path) -> None:
@@ -420,6 +427,15 @@ def test_separate_documents_are_drawn_whole(tmp_path: Path) -> None:
     again = sample_of(path, documents="separate", rows=3, seq_len=16, seed=1)
     assert again.texts != sample.texts
     assert again.text_sha256 == sample.text_sha256
+
+
+def test_only_text_that_is_measured_counts_as_an_overlap(tmp_path: Path) -> None:
+    rows = [{"text": " ".join(f"word{number}x{index}" for index in range(60))} for number in range(200)]
+    sample = sample_of(jsonl(tmp_path / "a.jsonl", rows), documents="separate", rows=3, seq_len=16)
+    not_drawn = next(row["text"] for row in rows if row["text"] not in sample.texts)
+    check_overlap([not_drawn], sample.texts)
+    with pytest.raises(CalibrationError, match="overlaps"):
+        check_overlap([sample.texts[0]], sample.texts)
 
 
 def test_documents_belongs_to_plain_text() -> None:

@@ -19,7 +19,8 @@ from packager.inputs.source_files import (
 )
 from packager.inputs.tied_tensors import check_tied
 from packager.model.architecture import IGNORED_SUFFIXES, Architecture
-from packager.model.branch_config import ModelFacts, branch_file, normalized
+from packager.model.branch_config import branch_file, normalized
+from packager.model.branch_rules import ModelFacts
 from packager.model.config_values import read_config, shortened
 from packager.model.safetensors_file import StoredTensor, TensorInfo, read_tensor, stored_tensors
 from packager.receipt import CONFIG, TOKENIZER_FILES, FileRecord, SourceRecord, digest_of
@@ -90,7 +91,7 @@ class SourceModel:
         data = read_small(self.folder, name)
         if bytes_record(data) != self.record.files[name]:
             raise _replaced(self.folder / name)
-        return branch_file(name, data, self.facts)
+        return branch_file(name, data, self.facts).data
 
     def check_unchanged(self) -> None:
         """Compare the weights and config.json with the record; files with unchanged times are not read again.

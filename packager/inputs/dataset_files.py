@@ -141,25 +141,14 @@ def _patterns(data_files: object) -> list[tuple[str, list[str]]]:
 
 
 def _fits(name: str, pattern: str) -> bool:
-    return (
-        re.fullmatch(_regex("/".join(part for part in pattern.split("/") if part not in ("", "."))), name) is not None
-    )
+    """Return whether a file's name fits a pattern, as the library datasets compares them; a wrong pattern fits none."""
+    from fsspec.utils import glob_translate
 
-
-def _regex(pattern: str) -> str:
-    """Return a glob pattern as a regular expression: ** crosses folders, * and ? do not."""
-    expression = ""
-    for part in re.findall(r"\*\*/?|\*|\?|\[[^\]/]+\]|[^*?\[]+|\[", pattern):
-        if part.startswith("**"):
-            expression += "(?:[^/]+/)*" if part.endswith("/") else ".*"
-        elif part in "*?":
-            expression += "[^/]*" if part == "*" else "[^/]"
-        elif part.startswith("[") and len(part) > 1:
-            inner = part[1:-1].replace("\\", "\\\\").replace("[", "\\[")
-            expression += f"[{'^' + inner[1:] if inner[0] == '!' else inner}]"
-        else:
-            expression += re.escape(part)
-    return expression
+    try:
+        expression = glob_translate("/".join(part for part in pattern.split("/") if part not in ("", ".")))
+    except ValueError:
+        return False
+    return re.match(expression, name) is not None
 
 
 def _splits_by_name(names: Sequence[str], folder: str, where: str) -> Splits:

@@ -76,7 +76,10 @@ def cached_folder(kind: Kind, repo_id: str, revision: str, names: Iterable[str])
 
 
 def _snapshot(kind: Kind, repo_id: str, revision: str) -> Path:
-    """Return the folder of a commit in the cache, which need not be there."""
+    """Return the folder of a commit in the cache, which need not be there.
+
+    The client's own `snapshot_download` gives it only if no file of the commit is lacking.
+    """
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 

@@ -8,7 +8,8 @@ from packager.inputs.chat_template import template_beside
 from packager.inputs.limits import ModelProcess
 from packager.inputs.source_files import read_small
 from packager.inputs.tokenizer import check_vocabulary, open_tokenizer
-from packager.model.branch_config import ModelFacts, branch_file
+from packager.model.branch_config import branch_file
+from packager.model.branch_rules import ModelFacts
 from packager.model.lock import Lock
 from packager.receipt import TOKENIZER_FILES
 from packager.recipe import Recipe
@@ -31,7 +32,7 @@ def with_prompt(lock: Lock, recipe: Recipe, folder: Path, where: str, *, partial
     """
     facts = ModelFacts.of(lock.model.config, template=template_beside(folder))
     names = [name for name in TOKENIZER_FILES if (folder / name).exists()]
-    files = {name: branch_file(name, read_small(folder, name), facts) for name in names}
+    files = {name: branch_file(name, read_small(folder, name), facts).data for name in names}
     if partial and not files:
         return lock
     try:

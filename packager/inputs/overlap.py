@@ -5,7 +5,6 @@ words are compared; GPT-3's decontamination used 13 (arXiv 2005.14165, appendix 
 """
 
 import re
-import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 
@@ -26,9 +25,7 @@ Words = list[str]
 Window = tuple[str, ...]
 
 
-def check_overlap(
-    calibration: Sequence[str], evaluation: Sequence[str], *, num_words: int | None = None, where: str = ""
-) -> None:
+def check_overlap(calibration: Sequence[str], evaluation: Sequence[str], *, where: str = "") -> None:
     """Refuse evaluation text that is also calibration text.
 
     The texts overlap if 50 consecutive words of an evaluation document are in a calibration document, or if whole
@@ -38,13 +35,12 @@ def check_overlap(
     Args:
         calibration: documents.
         evaluation: documents.
-        num_words: how many words of the evaluation text are compared, in whole documents; None for all.
         where: the evaluation text, for the message.
 
     Raises:
         CalibrationError: the texts overlap.
     """
-    documents = list(_first(evaluation, sys.maxsize if num_words is None else num_words))
+    documents = [_words(text) for text in evaluation]
     found = _shared(calibration, documents)
     run = max((run for document in documents for run in _runs(document, found)), key=len, default=[])
     lines = documents if len(evaluation) > 1 else [_words(line) for text in evaluation for line in text.split("\n")]
@@ -78,16 +74,6 @@ def _shared_short(calibration: Sequence[str], lines: Sequence[Words]) -> list[Wi
     num_shared = sum(len(line) for line in lines if tuple(line) in found)
     most = 2 * num_shared >= sum(map(len, lines))
     return sorted(piece for piece in found if most or len(" ".join(piece)) >= _LEAK_CHARACTERS)
-
-
-def _first(texts: Sequence[str], num_words: int) -> Iterator[Words]:
-    """Yield documents as words until they have `num_words`."""
-    for text in texts:
-        if num_words <= 0:
-            return
-        words = _words(text)
-        num_words -= len(words)
-        yield words
 
 
 def _words(text: str) -> Words:

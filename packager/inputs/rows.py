@@ -73,14 +73,14 @@ def draw_rows(
 def cut_rows(encoded: Sequence[Ids], prefix: Ids, wanted: WantedRows) -> list[list[int]]:
     """Cut the token ids of a sample into whole rows, each with the prefix.
 
-    Rows of plain text follow each other without a gap, and none is of two stretches. Separate documents are one stream
-    of tokens, each with the prefix. A row of conversations begins with a conversation; the next ones follow until it
-    is full, and the rest of the last one is left out.
+    Rows of plain text follow each other without a gap, and none is of two stretches. A row of separate documents or of
+    conversations begins with one; the next ones follow until it is full, and the rest of the last one is left out,
+    unless it is a document of which whole rows are left.
     """
     rows: list[list[int]] = []
     length = wanted.seq_len - len(prefix)
     if wanted.text.documents == "separate":
-        return _windows([token for ids in encoded for token in (*prefix, *ids)], prefix, wanted.seq_len)
+        return _rows_of_documents(encoded, prefix, wanted.seq_len)
     if wanted.text.messages_field is None:
         for ids in encoded:
             rows += [[*prefix, *ids[begin : begin + length]] for begin in range(0, len(ids) - length + 1, length)]
@@ -94,17 +94,16 @@ def cut_rows(encoded: Sequence[Ids], prefix: Ids, wanted: WantedRows) -> list[li
     return rows
 
 
-def _windows(stream: Ids, prefix: Ids, seq_len: int) -> list[list[int]]:
-    """Cut a stream of documents, each with the prefix, into rows that begin with the prefix."""
+def _rows_of_documents(encoded: Sequence[Ids], prefix: Ids, seq_len: int) -> list[list[int]]:
     rows: list[list[int]] = []
-    begin = 0
-    while True:
-        is_start = list(stream[begin : begin + len(prefix)]) == list(prefix)
-        end = begin + seq_len - (0 if is_start else len(prefix))
-        if end > len(stream):
-            return rows
-        rows.append([*(() if is_start else prefix), *stream[begin:end]])
-        begin = end
+    row: list[int] = []
+    for ids in encoded:
+        row += [*prefix, *ids]
+        while len(row) >= seq_len:
+            rows.append(row[:seq_len])
+            rest = [*prefix, *row[seq_len:]]
+            row = rest if len(rest) >= seq_len else []
+    return rows
 
 
 def token_rows(drawn: Sequence[DrawnRows]) -> TokenRows:

@@ -74,7 +74,7 @@ def _prepare(recipe_file: RecipeFile, source: SourceModel, process: ModelProcess
         return render_messages(tokenizer, conversations, process)
 
     *calibration, evaluation = draw_rows(tokenizer, wanted_rows(recipe_file), render, process)
-    check_overlap(
+    check_overlap(  # a stretch of a text is no document: joined, their lines are compared
         ["\n".join(text for drawn in calibration for text in drawn.sample.texts)],
         ["\n".join(evaluation.sample.texts)],
         where=recipe.evaluation.name,

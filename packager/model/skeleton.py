@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from packager.errors import SourceError
-from packager.model.branch_config import ModelFacts, normalized
+from packager.model.branch_config import normalized
+from packager.model.branch_rules import ModelFacts
 from packager.model.config_values import read_config, unusable_config
 from packager.receipt import CONFIG
 from packager.system.scratch import ScratchFolder

@@ -14,7 +14,8 @@ from packager.inputs.base_model import fp16_config
 from packager.inputs.chat_template import template_beside
 from packager.inputs.source_files import read_small
 from packager.model.architecture import Architecture
-from packager.model.branch_config import ModelFacts, branch_file, changes_of, json_bytes, normalized
+from packager.model.branch_config import branch_file, json_bytes, normalized
+from packager.model.branch_rules import ModelFacts
 from packager.model.checkpoint import PORTABLE_PARAMETERS, block_keys
 from packager.receipt import CONFIG, GENERATION_CONFIG, QUANTIZE_CONFIG, TOKENIZER_FILES
 from packager.recipe import Recipe
@@ -110,8 +111,9 @@ def check_small_files(folder: Path, recipe: Recipe, architecture: Architecture) 
     given = {name: read_small(folder, name) for name in wanted if os.path.lexists(folder / name)}
     own = normalized(CONFIG, config, facts)
     copied = {name: branch_file(name, data, facts) for name, data in given.items()}
+    contents = {name: file.data for name, file in copied.items()}
     names = BranchNames(repository=recipe.repository.id, weights_name=recipe.checkpoint.weights_name)
-    files = small_files(own.content, copied, architecture, recipe.expanded_variants()[0], names)
+    files = small_files(own.content, contents, architecture, recipe.expanded_variants()[0], names)
     with ScratchFolder("audit") as scratch:
         for name, data in files.items():
             path = scratch.path / name
@@ -127,4 +129,4 @@ def check_small_files(folder: Path, recipe: Recipe, architecture: Architecture) 
             hint="correct them in a folder of your own, name it as base_model.path, and make the lock anew: "
             "packager lock",
         )  # fmt: skip
-    return (*own.changes, *(change for name, data in given.items() for change in changes_of(name, data, facts)))
+    return (*own.changes, *(change for file in copied.values() for change in file.changes))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from packager.errors import MachineError
 from packager.inputs.source_files import list_source_files
-from packager.model.branch_config import BRANCH_RULES_VERSION
+from packager.model.branch_rules import BRANCH_RULES_VERSION
 from packager.model.devices import DeviceChoice, choose_device, device_type, same_devices
 from packager.model.runtimes import LoaderName
 from packager.pipeline.branch_files import check_small_files

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from packager.errors import PlanError
 from packager.inputs.base_model import check_folder_of
 from packager.model.architecture import Architecture
-from packager.model.branch_config import ModelFacts, normalized
+from packager.model.branch_config import normalized
+from packager.model.branch_rules import ModelFacts
 from packager.model.checkpoint import Shard, checkpoint_tensors, fit_problems, length_problem, split_shards
 from packager.model.compatibility import Verdict, verdicts
 from packager.pipeline.branch_files import check_small_files

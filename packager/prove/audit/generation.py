@@ -5,7 +5,7 @@ What transformers takes, although it does not mean what was written, is a warnin
 
 from collections.abc import Mapping
 
-from packager.model.branch_config import TOKEN_ID_KEYS
+from packager.model.branch_rules import TOKEN_ID_KEYS
 from packager.prove.audit.config import plausible_int
 from packager.prove.audit.files import JsonObject, as_object
 from packager.prove.audit.finding import Findings

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from packager.inputs.describe_in_child import description_by_transformers
 from packager.model.devices import DeviceChoice
 from packager.model.strict_json import most_values_in
 from packager.prove import audit
@@ -203,7 +204,8 @@ def _verify_content(
     """Download every file, compare its content with the record, and run the whole audit."""
     there = download(branch, sorted(branch.safe), folder, found, log)
     num_read = _compare_read(branch, provenance, folder, there, found)
-    audited = audit.audit(folder, complete=True)
+    # A record of before has no description of the model.
+    audited = audit.audit(folder, complete=True, describe=description_by_transformers())
     # The comparison above has reported the files that differ from the record.
     found.take(finding for finding in audited.findings if not finding.code.startswith("provenance-file-"))
     return replace(report, num_read=num_read, num_tensors=audited.facts.tensors_checked, audited=True)
