@@ -11,7 +11,7 @@ import pytest
 from packager.card import CardTexts, render_card
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
-from packager.receipt import ExpertLinearRecord, LinearRecord, LoaderRecord, Provenance, TextRecord
+from packager.receipt import ExpertLinearRecord, LinearRecord, LoaderRecord, MixedText, Provenance, TextRecord
 from packager.recipe import Recipe
 from tests import card_fixtures as fixtures
 from tests.card_page import tables
@@ -280,6 +280,28 @@ def test_the_tokens_of_experts(tokens: tuple[int, ...]) -> None:
     rest = line.removeprefix(expected)
     assert rest.startswith(f"{few} saw fewer tokens than " if few else "None saw fewer tokens than it has columns.")
     assert (f", {none} of them none" in rest) == bool(none)
+
+
+def test_the_shares_of_a_mixed_text_and_how_its_rows_begin() -> None:
+    recipe, receipts = recipe_of_four(), receipts_of_four(recipe_of_four())
+    rows = {"chats.jsonl": 37, "code.jsonl": 91}
+    mixed = tuple(
+        MixedText(source=name, text_sha256=fixtures.fixture_sha256(name), num_samples=count)
+        for name, count in rows.items()
+    )
+    fields = {"mixed": mixed, "num_samples": 128, "seq_len": 77, "row_prefix": ("<s>",), "left_out": 1234}
+    changed = [
+        receipt.model_copy(update={"calibration": receipt.calibration.model_copy(update=fields)})
+        for receipt in receipts
+    ]
+    text = " ".join(render(recipe, changed).split())
+    for name, count in rows.items():
+        percent = Decimal(100 * count) / sum(rows.values())
+        assert f"{count} rows ({percent.quantize(Decimal('0.1'), ROUND_HALF_EVEN)} %) of {name}" in text
+    assert "; each row begins with `<s>`; 1,234 rows without text were left out" in text
+    apart = changed[0].calibration.model_copy(update={"separate": True})
+    text = render(recipe, [receipt.model_copy(update={"calibration": apart}) for receipt in receipts])
+    assert "; each row and each document begins with `<s>`" in " ".join(text.split())
 
 
 def test_a_dense_model_has_no_line_about_experts(page: str) -> None:

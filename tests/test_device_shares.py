@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from packager.errors import MachineError
+from packager.quantize import device_shares
 from packager.quantize.device_shares import limit_gpu_memory, share_variants
 from packager.quantize.job import DeviceShare
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE
@@ -106,3 +107,11 @@ def test_without_a_limit_nothing_is_changed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *_: pytest.fail("a limit was set"))
     with limit_gpu_memory(GPUS, None), limit_gpu_memory((CPU,), 5):
         pass
+
+
+@pytest.mark.parametrize(("available", "limit"), [(1000, 800), (7, 5), (None, HOST_LIMIT_BYTES)])
+def test_a_fifth_of_the_available_host_memory_is_left_to_others(
+    monkeypatch: pytest.MonkeyPatch, available: int | None, limit: int
+) -> None:
+    monkeypatch.setattr(device_shares, "available_bytes", lambda: available)
+    assert device_shares.host_limit_bytes() == limit

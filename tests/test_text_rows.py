@@ -28,7 +28,7 @@ from packager.inputs.text_files import TextFile, kind_of, read_plain
 from packager.inputs.texts import TextSets, load_tokenizer
 from packager.prove.evaluate import quality_of, run_base
 from packager.recipe.field_groups import rows_by_weight
-from packager.recipe.text_models import TextSource
+from packager.recipe.text_models import Evaluation, TextSource
 from tests.sources import open_folder
 from tests.tiny_recipe import sentences, write_all
 
@@ -436,6 +436,11 @@ def test_only_text_that_is_measured_counts_as_an_overlap(tmp_path: Path) -> None
     check_overlap([not_drawn], sample.texts)
     with pytest.raises(CalibrationError, match="overlaps"):
         check_overlap([sample.texts[0]], sample.texts)
+
+
+@pytest.mark.parametrize(("num_tokens", "rows"), [(64, 1), (99, 1), (100, 1), (199, 1), (200, 2), (299, 2)])
+def test_tokens_of_the_evaluation_are_rounded_down_to_rows(num_tokens: int, rows: int) -> None:
+    assert Evaluation(path="a.txt", num_tokens=num_tokens, seq_len=100).num_rows == rows
 
 
 def test_documents_belongs_to_plain_text() -> None:
