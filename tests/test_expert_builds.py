@@ -45,7 +45,9 @@ def test_the_lock_and_the_plan_name_every_expert(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_packager_lock_counts_experts(folder: Path) -> None:
-    done = CliRunner().invoke(app, ["lock", str(folder / "recipe.yaml"), "--check"])
+    recipe = str(folder / "recipe.yaml")
+    assert CliRunner().invoke(app, ["lock", recipe]).exit_code == 0
+    done = CliRunner().invoke(app, ["lock", recipe, "--check"])
     assert done.exit_code == 0, done.output
     assert "gate_proj, up_proj of 6 experts" in done.output
     assert "down_proj of 6 experts" in done.output

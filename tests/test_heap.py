@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-# Blocks of 8 MB between small ones that stay, after a larger one was freed: glibc's heap would keep them all.
+# Blocks of 8 MB between ones of 96 KB that stay, after a larger one was freed: glibc's heap would keep them all. Blocks
+# of a few KB would not do: they fit where others were freed before, and then nothing lies behind the large ones.
 SCRIPT = """
 import sys
 import torch
@@ -23,7 +24,7 @@ for _ in range(3):
 before, kept, large = held(), [], []
 for _ in range(24):
     large.append(torch.ones(1 << 21))
-    kept.append(torch.ones(1 << 10))
+    kept.append(torch.ones(24 << 10))
 del large
 print(held() - before)
 """

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,11 @@ def start(stage: str, confinement: Confinement, folder: Path) -> "subprocess.Pop
 
 
 def assert_ended_with_children(process: "subprocess.Popen[str]", number: int, folder: Path) -> None:
-    with process:
+    try:
         said = process.communicate(timeout=30)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"signal {number} did not end it: {process.communicate()[1]}")
     if number == signal.SIGKILL:
         assert process.returncode == -number
         time.sleep(0.5)  # the children notice it
@@ -61,6 +65,16 @@ def assert_ended_with_children(process: "subprocess.Popen[str]", number: int, fo
     before = beats(folder)
     time.sleep(0.5)
     assert beats(folder) == before
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_heard() -> Iterator[None]:
+    """Start children that no signal is ignored by, even where this process ignores some, as a shell's job does."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGTERM)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
