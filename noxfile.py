@@ -64,7 +64,8 @@ def _constraints(session: nox.Session, packages: list[str]) -> str:
     version = next((line for line in (HERE / CONSTRAINTS).read_text().splitlines() if line.startswith("torch==")), "")
     if not any(package.startswith("torch") for package in packages):
         return LOCK
-    found = session.run("python", "-m", "pip", "index", "versions", "torch", silent=True) or ""
+    # run_install, because nox skips `run` under --install-only.
+    found = session.run_install("python", "-m", "pip", "index", "versions", "torch", silent=True) or ""
     if f"{version.removeprefix('torch==')}+cpu" not in str(found):
         return LOCK
     path = Path(session.virtualenv.location) / "constraints.txt"

@@ -30,8 +30,7 @@ def provenance_of(branch: str) -> Provenance:
     return found
 
 
-def receipt_of(branch: str, index: int = 0, **changes: object) -> Receipt:
-    """Return a receipt in which no figure is that of another branch or of another field."""
+def quality_of(index: int = 0, **changes: object) -> QualityRecord:
     quality = QualityRecord(
         num_tokens=1000 + index,
         perplexity=5.43216 + index,
@@ -39,7 +38,13 @@ def receipt_of(branch: str, index: int = 0, **changes: object) -> Receipt:
         kl_divergence=0.0123456 / 10**index,
         top1_agreement=0.912 + index / 100,
     )
-    figures = {"weights_bytes": (7_255_144_864, 12_345_678, 4_321)[index], "quality": quality, "loaders": ()}
+    return quality.model_copy(update=changes)
+
+
+def receipt_of(branch: str, index: int = 0, **changes: object) -> Receipt:
+    """Return a receipt in which no figure is that of another branch or of another field."""
+    weights_bytes = (7_255_144_864, 12_345_678, 4_321)[index]
+    figures = {"weights_bytes": weights_bytes, "quality": quality_of(index), "loaders": ()}
     return Receipt(
         provenance=provenance_of(branch).model_copy(update=figures | changes),
         stages={},
@@ -103,6 +108,7 @@ def test_the_figures_of_every_branch(show: Show) -> None:
         (built(A, quality=None), "7.26 GB unmeasured 01234567 161.6"),
         (built(A, quality=None, missing=("evaluate",)), "7.26 GB unmeasured 01234567 161.6"),
         (built(A, missing=("evaluate",)), "7.26 GB outdated 01234567 161.6"),
+        (built(A, quality=quality_of(kl_divergence=0.0003)), "7.26 GB 5.4322 0.000300 01234567 161.6"),
         (built(A, missing=("weights",)), "7.26 GB 5.4322 0.0123 01234567 161.6"),
         (built(A, missing=("verify",)), "7.26 GB 5.4322 0.0123 unproven 01234567 161.6"),
         (built(A, missing=("verify",), loaders=(ran("autogptq"),)), "7.26 GB 5.4322 0.0123 outdated 01234567 161.6"),

@@ -57,7 +57,7 @@ def _figures(status: BranchStatus) -> tuple[str, str, str]:
         return size, "unmeasured", ""
     if "evaluate" in status.stages_missing:
         return size, "outdated", ""
-    return size, f"{quality.perplexity:.4f}", f"{quality.kl_divergence:.3g}"
+    return size, f"{quality.perplexity:.4f}", f"{quality.kl_divergence:#.3g}"
 
 
 def _loaders(status: BranchStatus) -> str:
