@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from packager.system.text import escaped, reveal
@@ -113,13 +112,6 @@ def front_matter(fields: Mapping[str, str | list[str]]) -> str:
     stream = io.StringIO()
     yaml.dump({key: _yaml_value(value) for key, value in fields.items()}, stream)
     return f"---\n{stream.getvalue()}---\n"
-
-
-def strip_front_matter(markdown: str) -> str:
-    """Return a card without its YAML front matter, if it has one."""
-    text = _unix(markdown).removeprefix("\ufeff")
-    match = re.match(r"---[ \t]*\n((?:.*\n)*?)---[ \t]*(?:\n|\Z)", text)
-    return text[match.end() :] if match and _is_mapping(match[1]) else text
 
 
 def extract_code_blocks(markdown: str) -> list[CodeBlock]:
@@ -220,15 +212,6 @@ def _python_literal(text: str) -> str:
 
 def _yaml_value(value: str | list[str]) -> str | list[str]:
     return [_yaml_text(item) for item in value] if isinstance(value, list) else _yaml_text(value)
-
-
-def _is_mapping(text: str) -> bool:
-    """Return whether this is front matter, not text between two horizontal rules."""
-    try:
-        return isinstance(YAML(typ="safe", pure=True).load(text), dict)
-    # The safe loader lets errors of its own constructors escape, e.g. ValueError for a 13th month.
-    except (YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        return False
 
 
 def _yaml_text(value: str) -> str:

@@ -2,19 +2,15 @@
 
 import re
 import textwrap
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from threading import Lock
-
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from packager.card.markdown import CodeBlock, extract_code_blocks, unclosed
+from packager.model.front_matter import front_matter_fields
 from packager.prove.audit.files import JsonObject, Listing, as_object, read_text
 from packager.prove.audit.finding import Findings
 from packager.receipt import CONFIG, PROVENANCE, README
 from packager.recipe.licenses import FILES_BY_LICENSE, HUB_LICENSES, LicenseFiles
+from packager.system.python_warnings import without_warnings
 from packager.system.text import shown
 
 _PYTHON = frozenset({"python", "py", "python3"})
@@ -22,10 +18,6 @@ _SHELL = frozenset({"", "bash", "sh", "shell", "console", "zsh"})
 _TEMPLATE = re.compile(r"\{\{|\{%")
 _MAX_PYTHON = _MAX_FRONT_MATTER = 100_000
 _MAX_CARD = 400_000  # characters; a page of this size can take the parser seconds
-_FILTERS = Lock()
-
-# The safe loader lets errors of its own constructors escape, e.g. ValueError for a 13th month.
-_YAML_ERRORS = (YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 _METADATA_KEYS = ("library_name", "pipeline_tag", "language", "tags", "quantized_by", "model_type")
 
@@ -79,29 +71,12 @@ def _check_body(lines: Sequence[str], findings: Findings, *, remote_code: bool) 
             findings.add("card-command", place, "this model needs no remote code")
 
 
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Ignore warnings, in one thread at a time: the process has one list of filters, and audits run in parallel."""
-    with _FILTERS, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _front_matter(text: str, findings: Findings) -> JsonObject | None:
-    if len(text) > _MAX_FRONT_MATTER:
-        findings.add("card-front-matter", README, f"the front matter has {len(text)} characters")
+    try:
+        return front_matter_fields(text, most_characters=_MAX_FRONT_MATTER)
+    except ValueError as error:
+        findings.add("card-front-matter", README, f"the front matter {error}")
         return None
-    with _silenced():  # a warning of ruamel.yaml is an error here or nothing
-        try:
-            value = YAML(typ="safe", pure=True).load(text)
-        except _YAML_ERRORS as error:
-            problem = getattr(error, "problem", None) or type(error).__name__
-            findings.add("card-front-matter", README, f"the front matter is not YAML: {problem}")
-            return None
-    if not isinstance(value, dict):
-        findings.add("card-front-matter", README, f"the front matter is {shown(value)}, not keys and values")
-        return None
-    return value
 
 
 def _check_metadata(metadata: JsonObject, findings: Findings) -> None:
@@ -172,7 +147,7 @@ def _python_problem(text: str) -> str:
     if len(text) > _MAX_PYTHON:
         return "it is too long for an example"
     code = textwrap.dedent(text)
-    with _silenced():
+    with without_warnings():
         try:
             compile(code, README, "exec", dont_inherit=True)
         except SyntaxError as error:
