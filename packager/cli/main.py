@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from packager import __version__
 from packager.cli.consent import ask_for_consent
+from packager.cli.init import init_command
 from packager.cli.locking import lock_command
 from packager.cli.options import (
     DIST,
@@ -126,13 +127,14 @@ def top(
 ) -> None:
     """Turn an fp16 language model into a published repository of GPTQ variants, one branch per variant.
 
-    A recipe, a YAML file, names the base model, the calibration text and the variants. `lock` writes down what the base
-    model is, `plan` shows what a recipe means, `build` quantizes, measures and verifies the variants and writes their
-    model cards, `publish` makes the branches; `release` builds and publishes. Every command can be interrupted and run
-    again.
+    A recipe, a YAML file, names the base model, the calibration text and the variants. `init` writes the first one of a
+    model, `lock` writes down what the base model is, `plan` shows what a recipe means, `build` quantizes, measures and
+    verifies the variants and writes their model cards, `publish` makes the branches; `release` builds and publishes.
+    Every command can be interrupted and run again.
     """
 
 
+app.command("init")(init_command)
 app.command("lock")(lock_command)
 
 

@@ -1,5 +1,6 @@
 """The Hub's cache without a network (HF_HUB_OFFLINE): which files it knows of a commit, and which of them it lacks."""
 
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 Kind = Literal["model", "dataset"]
+_COMMIT = r"[0-9a-f]{40}"
 
 
 def is_offline() -> bool:
@@ -20,6 +22,24 @@ def is_offline() -> bool:
     import huggingface_hub
 
     return huggingface_hub.is_offline_mode()
+
+
+def cached_commit(kind: Kind, repo_id: str, revision: str) -> str:
+    """Return the commit that a branch or tag meant when the cache last asked; a commit is returned as it is.
+
+    Raises:
+        SourceError: the cache does not know the revision.
+    """
+    if re.fullmatch(_COMMIT, revision):
+        return revision
+    reference = _snapshot(kind, repo_id, "").parent / "refs" / revision
+    try:
+        commit = reference.read_text()[:64].strip() if ".." not in revision else ""
+    except (OSError, ValueError):
+        commit = ""
+    if not re.fullmatch(_COMMIT, commit):
+        raise not_cached(kind, repo_id, revision, None)
+    return commit
 
 
 def cached_siblings(kind: Kind, repo_id: str, revision: str) -> "Sequence[RepoSibling]":
@@ -88,11 +108,13 @@ def _snapshot(kind: Kind, repo_id: str, revision: str) -> Path:
 
 def not_cached(kind: Kind, repo_id: str, revision: str, name: str | None) -> SourceError:
     """Return the error for a file that the cache lacks, None for all of them."""
+    is_commit = re.fullmatch(_COMMIT, revision)
+    at = revision[:12] if is_commit else printable(revision[:60])
     words = ["hf", "download", repo_id, *([] if name is None else [name]), "--revision", revision]
     words += ["--repo-type", "dataset"] if kind == "dataset" else []
     return SourceError(
         f"the Hub's cache lacks {'the files' if name is None else 'a file'} of the {kind} {repo_id}",
-        where=f"{'commit' if name is None else printable(name) + ' at'} {revision[:12]}",
+        where=f"{'commit' if is_commit else 'revision'} {at}" if name is None else f"{printable(name)} at {at}",
         why="HF_HUB_OFFLINE is set, so nothing is downloaded",
         hint=f"where there is a network: {printable(shlex.join(words))}",
     )

@@ -15,6 +15,7 @@ from packager.inputs.source_files import INDEX, has_index, safetensors_among, we
 from packager.model.contract_files import CONTENT_RULES
 from packager.model.safetensors_file import Header, header_from
 from packager.receipt import SAFETENSORS
+from packager.recipe.fields import REPO_ID
 from packager.system.files import disk_errors, file_records
 from packager.system.text import printable, shown
 
@@ -75,6 +76,20 @@ def hub_errors(what: str) -> Iterator[None]:
         ) from error
 
 
+def account_name() -> str:
+    """Return the name of the account whose token is set, "" without one or without a network."""
+    import huggingface_hub
+
+    if is_offline() or huggingface_hub.get_token() is None:
+        return ""
+    try:
+        with hub_errors("the account"):
+            name = huggingface_hub.HfApi().whoami().get("name")
+    except SourceError:
+        return ""
+    return name if isinstance(name, str) and re.match(REPO_ID, f"{name}/x") else ""
+
+
 def access_problem(base_id: str) -> str:
     """Return why a model on the Hub cannot be read by this user (gated, private, no network), or "" if it can."""
     import huggingface_hub
@@ -121,6 +136,20 @@ def resolve_model(base_id: str, revision: str, licenses: Iterable[str]) -> HubMo
         return HubModel(
             id=base_id, commit=_checked_commit(found.sha), files={entry.rfilename: entry for entry in siblings}
         )
+
+
+def list_model(base_id: str, revision: str) -> tuple[str, Mapping[str, int]]:
+    """Return the commit that a revision means, and the size in bytes of every file there.
+
+    Raises:
+        SourceError: there is no such model or revision, or the Hub failed.
+    """
+    import huggingface_hub
+
+    with hub_errors(f"{base_id} at {revision[:40]}"):
+        found = huggingface_hub.HfApi().model_info(base_id, revision=revision, files_metadata=True)
+        siblings = checked_siblings(found.siblings)
+        return _checked_commit(found.sha), {sibling.rfilename: sibling.size or 0 for sibling in siblings}
 
 
 def resolve_dataset(dataset: str, revision: str) -> str:

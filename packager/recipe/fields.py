@@ -51,11 +51,11 @@ def _described(description: str) -> Any:
 # The way of drawing rows from texts, docs/decisions/0021. Builds of another one are made again.
 DRAWING_VERSION = 2
 
-_REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 _FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 _REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
 _SHORT_HASH = r"(?!(?:[0-9a-f]{40})$)[0-9A-Fa-f]{7,}"  # a commit that the Hub would have to guess
-_URL = r"^https://[^\s<>\"'`|)\]]+$"
+URL = r"^https://[^\s<>\"'`|)\]]+$"
 _GIT_URL = r"^(https://|ssh://|file:///|[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:)[^\s<>\"'`|)\]]+$"
 _LINE = r"^[^\r\n\x00-\x1f]+$"
 LANGUAGE = r"^[a-z]{2,3}$"
@@ -64,10 +64,10 @@ _MODULE_PATTERN = r"^[A-Za-z0-9_.*]{1,200}$"
 WEIGHTS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,80}$"
 # The requirement of each pattern, to complete "<key> must be ...".
 PATTERN_MEANINGS = {
-    _REPO_ID: "namespace/name",
+    REPO_ID: "namespace/name",
     _FILE_NAME: "a file name without a folder",
     _REVISION: "a full commit id, or the name of a branch or tag",
-    _URL: "an https:// address without spaces, quotes or brackets",
+    URL: "an https:// address without spaces, quotes or brackets",
     _GIT_URL: "an address of a git remote: https://, ssh://, file:/// or user@host:path",
     _LINE: "one line of text",
     LANGUAGE: "a language code of two or three lower-case letters",
@@ -76,7 +76,7 @@ PATTERN_MEANINGS = {
     WEIGHTS_NAME: "a file name of letters, digits, '_' and '-', without .safetensors",
 }
 
-RepoId = Annotated[str, Field(pattern=_REPO_ID, description=PATTERN_MEANINGS[_REPO_ID])]
+RepoId = Annotated[str, Field(pattern=REPO_ID, description=PATTERN_MEANINGS[REPO_ID])]
 FileName = Annotated[str, Field(pattern=_FILE_NAME, description=PATTERN_MEANINGS[_FILE_NAME])]
 Revision = Annotated[str, Field(pattern=_REVISION, description=PATTERN_MEANINGS[_REVISION]), AfterValidator(_revision)]
 BranchName = Annotated[
@@ -109,7 +109,7 @@ EngineField = Annotated[
     _described("the program that quantizes: our own engine, or AutoGPTQ 0.7.1 in its own environment on CUDA"),
 ]
 SeqLen = Annotated[int, Field(ge=8, le=131072, description="tokens per row")]
-Url = Annotated[str, Field(pattern=_URL, description="an https:// address")]
+Url = Annotated[str, Field(pattern=URL, description="an https:// address")]
 GitUrl = Annotated[str, Field(pattern=_GIT_URL, description=PATTERN_MEANINGS[_GIT_URL])]
 LineText = Annotated[str, Field(min_length=1, max_length=400, pattern=_LINE, description=PATTERN_MEANINGS[_LINE])]
 

@@ -91,7 +91,17 @@ class RecipeFile:
 
 def load_recipe(path: Path) -> Recipe:
     """Read and validate a recipe file without its lock, which need not be there yet; see `RecipeFile.load`."""
-    recipe, _, located = _judge(_read(path), path, locked=False)
+    return recipe_from(_read(path), path)
+
+
+def recipe_from(data: bytes, path: Path) -> Recipe:
+    """Validate the content of a recipe file without its lock; see `RecipeFile.load`.
+
+    Args:
+        data: the content.
+        path: of the file, which need not be there.
+    """
+    recipe, _, located = _judge(data, path, locked=False)
     if recipe is None or located:
         raise _error(path, located)
     return recipe

@@ -1,0 +1,263 @@
+"""The keys and values of a model's first recipe: what the model says of itself, and what usually fits such a model."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from packager.errors import RecipeError
+from packager.inputs.named_model import NamedModel
+from packager.inputs.text_files import TextFile, json_lines, kind_of
+from packager.model.architecture import Architecture
+from packager.model.checkpoint import fit_problems
+from packager.model.compatibility import verdicts
+from packager.model.lock import LockedPrompt
+from packager.model.runtimes import RUNTIMES
+from packager.recipe import Defaults, VariantEntry, expand
+from packager.recipe.fields import URL
+from packager.recipe.licenses import hub_license, license_name
+from packager.system.text import quoted
+from packager.variant import MAIN
+
+VariantSet = Literal["classic", "modern", "wide"]
+
+_GROUP_SIZES: Final = (128, 64, 32)
+_PROMPTS: Final = ("What is the capital of France?", "Name three rivers of Europe.")
+# The usual names of formats, by what only they contain. A format without a name here is called after its model.
+_FORMATS: Final[Mapping[str, str]] = {
+    "<|im_start|>": "ChatML",
+    "<start_of_turn>": "Gemma",
+    "<|start_header_id|>": "Llama-3-Chat",
+}
+# The texts that most GPTQ repositories of the Hub were made with.
+_WIKITEXT: Final[Mapping[str, str]] = {
+    "dataset": "Salesforce/wikitext",
+    "config": "wikitext-2-raw-v1",
+    "revision": "b08601e04326c79dfdd32d625aee71d232d685c3",
+}
+_SEQ_LENS: Final = (2048, 1024, 512, 256, 128, 64)
+_NUM_SAMPLES: Final = 128
+_NUM_TOKENS: Final = 131_072
+_BYTES_PER_TOKEN: Final = 6  # more than of any text that a model's tokenizer was made for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What a person decides about a recipe.
+
+    Attributes:
+        path: the file to write.
+        owner: the namespace of the repository, and who quantizes.
+        variant_set: classic has act order, modern has none, wide is classic with other bits.
+        target: of the repository.
+        model_id: ORG/NAME of a model in a folder, "" if it is known.
+        license_id: "" for the one on the model's card.
+        calibration: a local text, None for wikitext.
+        evaluation: likewise.
+    """
+
+    path: Path
+    owner: str
+    variant_set: VariantSet
+    target: Literal["local", "hub"]
+    model_id: str
+    license_id: str
+    calibration: Path | None
+    evaluation: Path | None
+
+
+def draft_recipe(
+    model: NamedModel, wishes: Wishes, architecture: Architecture | None = None, prompt: LockedPrompt | None = None
+) -> dict[str, Any]:
+    """Return a recipe.
+
+    Args:
+        model: the base model.
+        wishes: what it leaves open.
+        architecture: its shapes; without them the recipe has one variant and no loader, and serves to describe them.
+        prompt: what its chat template renders, None if it has none.
+
+    Raises:
+        RecipeError: only a person knows the model's name or licence, or a text cannot be used.
+    """
+    model_id = wishes.model_id or model.id
+    if model_id is None:
+        raise RecipeError(
+            "the name of the model is not known", hint="give it as on the Hub: --id ORG/NAME; the card links to it"
+        )
+    name = model_id.partition("/")[2]
+    seq_len = (architecture and architecture.max_position_embeddings) or _SEQ_LENS[0]
+    return {
+        "schema_version": 1,
+        "repository": {"id": f"{wishes.owner}/{name}-GPTQ", "target": wishes.target},
+        "base_model": {"id": model_id, **_place(model, wishes.path.parent)},
+        "calibration": _calibration(wishes, seq_len),
+        "evaluation": _evaluation(wishes, seq_len),
+        "variants": variants_of(wishes.variant_set, architecture),
+        "loaders": _loaders(wishes.variant_set, architecture, chats=prompt is not None),
+        "card": {
+            "title": name.replace("-", " ").replace("_", " "),
+            "creator": model_id.partition("/")[0],
+            "creator_url": f"https://huggingface.co/{model_id.partition('/')[0]}",
+            "quantized_by": wishes.owner,
+            "license": _license(model, wishes.license_id),
+            "language": list(model.languages or ("en",)),
+            "prompt_template": _prompt_template(name, prompt),
+            "related_repositories": [
+                {"title": f"The model before quantization: {model_id}", "url": f"https://huggingface.co/{model_id}"}
+            ],
+        },
+    }
+
+
+def _place(model: NamedModel, folder: Path) -> dict[str, str]:
+    """Return where the model is: a revision on the Hub, or a folder."""
+    if model.commit is not None:
+        return {"revision": model.commit if model.complete else model.requested or model.commit}
+    path, home = model.folder.resolve(), Path.home()
+    if path.is_relative_to(folder.resolve()):
+        return {"path": path.relative_to(folder.resolve()).as_posix()}
+    if path.is_relative_to(home):
+        return {"path": f"~/{path.relative_to(home).as_posix()}"}
+    return {"path": path.as_posix()}
+
+
+def _calibration(wishes: Wishes, seq_len: int) -> dict[str, Any]:
+    if wishes.calibration is None:
+        rows, length = _NUM_SAMPLES, min(seq_len, _SEQ_LENS[0])
+        return {**_WIKITEXT, "split": "train", "num_samples": rows, "seq_len": length, "seed": 0}
+    rows, length = _rows(wishes.calibration, seq_len, _NUM_SAMPLES)
+    return {**_text(wishes.calibration, wishes.path.parent), "num_samples": rows, "seq_len": length, "seed": 0}
+
+
+def _evaluation(wishes: Wishes, seq_len: int) -> dict[str, Any]:
+    if wishes.evaluation is None:
+        return {**_WIKITEXT, "split": "test", "num_tokens": _NUM_TOKENS, "seq_len": min(seq_len, _SEQ_LENS[0])}
+    rows, length = _rows(wishes.evaluation, seq_len, _NUM_TOKENS // _SEQ_LENS[0])
+    return {
+        **_text(wishes.evaluation, wishes.path.parent),
+        "num_tokens": min(_NUM_TOKENS, rows * length),
+        "seq_len": length,
+    }
+
+
+def _rows(file: Path, most_tokens: int, wanted: int) -> tuple[int, int]:
+    """Return how many rows of how many tokens a text surely gives: long rows, if there are as many as wanted."""
+    tokens = file.stat().st_size // _BYTES_PER_TOKEN
+    lengths = [length for length in _SEQ_LENS if length <= most_tokens] or [most_tokens]
+    length = next((length for length in lengths if tokens >= wanted * length), lengths[-1])
+    if tokens < length:
+        raise RecipeError(f"the text {quoted(file.name)} is too short", hint=f"it has to have at least {length} tokens")
+    return min(wanted, tokens // length), length
+
+
+def _text(file: Path, folder: Path) -> dict[str, Any]:
+    """Return a local text as a recipe names it, with the column that its first row has."""
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise RecipeError(
+            f"the text {quoted(str(file))} is not in the recipe's folder",
+            hint=f"copy it into {folder}: a recipe and its texts belong together",
+        )
+    fields: dict[str, Any] = {"path": file.resolve().relative_to(folder.resolve()).as_posix()}
+    if kind_of(file.name) not in (".jsonl", ".json", ".ndjson"):
+        return fields
+    _, row = next(json_lines(TextFile(path=file, shown=str(file))), (0, None))
+    columns = row if isinstance(row, Mapping) else {}
+    for name, value in columns.items():
+        if isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value):
+            return {**fields, "messages_field": name}
+    texts = [name for name, value in columns.items() if isinstance(value, str)]
+    if "text" in texts or not texts:
+        return fields
+    return {**fields, "text_field": max(texts, key=lambda name: len(columns[name]))}
+
+
+def variants_of(variant_set: VariantSet, architecture: Architecture | None) -> list[dict[str, Any]]:
+    """Return the variants of a set, without those whose groups or words the model's shapes do not fill."""
+    if architecture is None:
+        return [{"branch": MAIN}]
+    sizes = [size for size in _GROUP_SIZES if not any(fit_problems(architecture, bits=4, group_size=size))] or [-1]
+    main = {"branch": MAIN, "group_size": sizes[0], "desc_act": False}
+    if variant_set == "modern":
+        return [main, *({"group_size": size, "desc_act": False} for size in sizes[1:])]
+    ordered = [{"group_size": size, "desc_act": True} for size in sorted(sizes)]
+    if variant_set == "classic":
+        return [main, *ordered]
+    others = [
+        {"bits": bits, "group_size": sizes[0], "desc_act": desc_act}
+        for bits, desc_act in ((8, False), (8, True), (3, True))
+        if not any(fit_problems(architecture, bits=bits))
+    ]
+    return [main, *ordered, *others]
+
+
+def _loaders(variant_set: VariantSet, architecture: Architecture | None, *, chats: bool) -> dict[str, Any]:
+    """Return the runtimes that open all variants: those that every machine can run are required."""
+    if architecture is None:
+        return {}
+    variants = [expand(VariantEntry(**entry), Defaults()) for entry in variants_of(variant_set, architecture)]
+    found = [verdict for variant in variants for verdict in verdicts(variant, architecture)]
+    refused = {verdict.loader for verdict in found if not verdict.can_load}
+    probes = {name: runtime.probe for name, runtime in RUNTIMES.items() if runtime.probe and name not in refused}
+    if "transformers" in probes:  # the same package computes
+        probes.pop("gptqmodel", None)
+    required = [name for name, probe in probes.items() if "cpu" in probe.devices]
+    tried = [name for name in probes if name not in required]
+    return {
+        "required": required,
+        **({"if_available": tried} if tried else {}),
+        **({"prompts": list(_PROMPTS)} if chats else {}),
+    }
+
+
+def _license(model: NamedModel, given: str) -> dict[str, Any]:
+    """Return the licence: the Hub's id or its own name, its files, and its address."""
+    stated = given or model.text("license")
+    if stated.lower() == "other":
+        stated = model.text("license_name")
+    name = hub_license(stated) or license_name(stated)
+    if not name:
+        why = f" ({model.card_problem})" if model.card_problem else ""
+        raise RecipeError(
+            f"the licence of the model is not known{why}",
+            hint="give the one on its page: --license apache-2.0, for example; quantized files keep the licence",
+        )
+    link = model.text("license_link")
+    fields: dict[str, Any] = {"id": name}
+    if re.match(URL, link) and not given:
+        fields["link"] = link
+    if model.license_files:
+        fields["base_files"] = list(model.license_files)
+    return fields
+
+
+def _prompt_template(name: str, prompt: LockedPrompt | None) -> dict[str, str]:
+    if prompt is None:
+        return {"name": "none, the text is continued", "template": "{prompt}"}
+    known = next((title for mark, title in _FORMATS.items() if mark in prompt.text), f"of {name}")
+    return {"name": known, "template": prompt.text.removeprefix(prompt.added)}
+
+
+def notes_on(model: NamedModel, wishes: Wishes, recipe: Mapping[str, Any], prompt: LockedPrompt | None) -> list[str]:
+    """Return a sentence for each choice that a person should know of."""
+    sizes = {entry.get("group_size") for entry in recipe["variants"]}
+    notes = []
+    if _GROUP_SIZES[0] not in sizes:
+        notes.append(f"groups of {_GROUP_SIZES[0]} do not divide the model's linears: {_sizes(sizes)}")
+    if prompt is not None and wishes.calibration is None:
+        notes.append(
+            "a chat model is calibrated best on conversations: --calibration chats.jsonl with a column of messages, "
+            "or calibration.messages_field in the recipe"
+        )
+    if prompt is None:
+        notes.append("the model has no chat template, so the card says that it continues text")
+    if not recipe["loaders"]["required"]:
+        notes.append("no loader that runs on every machine opens this model: nothing but the audit proves its variants")
+    if not model.languages:
+        notes.append("the model's card names no language: the recipe says en")
+    return notes
+
+
+def _sizes(sizes: set[Any]) -> str:
+    return f"the variants have {', '.join(str(size) for size in sorted(sizes))}"

@@ -1,0 +1,84 @@
+"""Write the first recipe of a model, its lock, and the schema for editors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from packager.errors import RecipeError
+from packager.inputs.make_lock import make_lock
+from packager.inputs.named_model import NamedModel
+from packager.model.architecture import architecture_of
+from packager.model.lock import Lock, LockedModel
+from packager.pipeline.branch_files import check_small_files
+from packager.pipeline.build_state import require_build_extra
+from packager.pipeline.draft_recipe import Wishes, draft_recipe, notes_on
+from packager.recipe.draft import draft_text
+from packager.recipe.file import recipe_from
+from packager.recipe.lock_file import lock_path, lock_text
+from packager.recipe.schema import schema_text
+from packager.system.files import write_atomic
+
+_SCHEMA: Final = "recipe.schema.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitResult:
+    """What was written.
+
+    Attributes:
+        recipe: the recipe's file.
+        written: every file, the recipe last.
+        notes: a sentence for each choice that a person should know of.
+    """
+
+    recipe: Path
+    written: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def init_recipe(model: NamedModel, wishes: Wishes, log: Callable[[str], None], *, replace: bool = False) -> InitResult:
+    """Write the recipe of a model with its lock, and the schema if the recipe's folder has none.
+
+    Nothing is written before everything is known.
+
+    Args:
+        model: the base model.
+        wishes: what it leaves open.
+        log: receives a line before what takes long.
+        replace: overwrite a recipe that is there.
+
+    Raises:
+        CalibrationError: the tokenizer or its chat template cannot be used.
+        MachineError: the packages of the build extra are not installed.
+        RecipeError: the file is there, or only a person knows something that is missing.
+        SourceError: the model cannot be quantized; see `make_lock`.
+    """
+    require_build_extra("making a recipe")
+    path = wishes.path
+    if path.exists() and not replace:
+        raise RecipeError(f"there is a recipe {path}", hint="name another file with --output, or give --force")
+    schema = next((each for each in (_SCHEMA, f"../{_SCHEMA}") if (path.parent / each).is_file()), "")
+    first = recipe_from(draft_text(draft_recipe(model, wishes), schema=_SCHEMA).encode(), path)
+
+    def check(folder: Path, described: LockedModel) -> None:
+        check_small_files(folder, first, architecture_of(described, str(folder)))
+
+    copy = model.folder if model.commit is not None and model.complete else None
+    lock = make_lock(path, first, log, copy=copy, check=check)
+    content = draft_recipe(model, wishes, architecture_of(lock.model, path.name), lock.prompt)
+    text = draft_text(content, schema=schema or _SCHEMA)
+    recipe_from(text.encode(), path)
+    notes = notes_on(model, wishes, content, lock.prompt)
+    return InitResult(recipe=path, written=_write(path, text, lock, with_schema=not schema), notes=tuple(notes))
+
+
+def _write(path: Path, text: str, lock: Lock, *, with_schema: bool) -> tuple[Path, ...]:
+    """Write the files and return them; the recipe comes last, so that one without its lock is never there."""
+    files = {lock_path(path): lock_text(lock)}
+    if with_schema:
+        files[path.parent / _SCHEMA] = schema_text()
+    files[path] = text
+    for file, content in files.items():
+        write_atomic(file, content.encode())
+    return tuple(files)

@@ -1,0 +1,58 @@
+"""Write a recipe as YAML with comments, for a person to read and change."""
+
+import io
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+_COMMENTS: Final[Mapping[str, str]] = {
+    "repository": "Where the variants go: target local is a git repository in dist/; hub is the Hugging Face Hub.",
+    "base_model": "The model that is quantized. The lock beside this file holds what it says of itself.",
+    "calibration": "The text that the quantizer is calibrated on: the nearer to the model's later use, the better.",
+    "evaluation": "Held-out text, on which the figures of the card are measured.",
+    "variants": "One branch each. Without `branch` its name is gptq-{bits}bit-{group_size}g-actorder_{desc_act}.",
+    "loaders": "The runtimes that must open every variant, and those that are tried where a machine can run them.",
+    "card": "The words of the model card; every figure on it is measured.",
+}
+
+
+def draft_text(recipe: Mapping[str, Any], *, schema: str) -> str:
+    """Return a recipe file.
+
+    Args:
+        recipe: the file's keys and values: texts, numbers, lists and mappings.
+        schema: the path or address of the JSON schema, for editors.
+    """
+    document = _node(recipe)
+    for key, comment in _COMMENTS.items():
+        if key in document:
+            document.yaml_set_comment_before_after_key(key, before=f"\n{comment}")
+    for entry in document.get("variants", ()):
+        entry.fa.set_flow_style()
+    yaml = YAML()
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    stream = io.StringIO()
+    yaml.dump(document, stream)
+    # ruamel.yaml writes `# ` on an empty line of a comment.
+    lines = ["" if line.strip() == "#" else line for line in stream.getvalue().splitlines()]
+    return "\n".join([f"# yaml-language-server: $schema={schema}", *lines, ""])
+
+
+def _node(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        node = CommentedMap()
+        for key, item in value.items():
+            node[key] = _node(item)
+        return node
+    if isinstance(value, list | tuple):
+        sequence = CommentedSeq([_node(item) for item in value])
+        if all(not isinstance(item, Mapping) and len(str(item)) < 40 for item in value):
+            sequence.fa.set_flow_style()
+        return sequence
+    if isinstance(value, str) and not value.isprintable():
+        return DoubleQuotedScalarString(value)
+    return value

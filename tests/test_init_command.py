@@ -1,0 +1,344 @@
+"""`packager init`: what the recipe of a model says, where each part comes from, and what stops it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from packager.cli.main import app
+from packager.errors import RecipeError, SourceError
+from packager.inputs import describe_in_child as child
+from packager.inputs.named_model import NamedModel, find_model
+from packager.pipeline.draft_recipe import Wishes, draft_recipe, variants_of
+from packager.recipe.draft import draft_text
+from packager.recipe.file import RecipeFile
+from packager.recipe.lock_file import lock_path
+from packager.recipe.yaml import parse
+from tests.locks import lock_of
+from tests.loopback_hub import Account, LoopbackHub
+from tests.publish_fixtures import log_in
+from tests.recipe_fixtures import ROOT
+from tests.tiny_models import CONFIGS
+from tests.tiny_recipe import build, sentences, write_inputs
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # of the Hub's client
+TOKEN = "hf_init_0123456789"  # noqa: S105 - the loopback Hub's
+CARD = "---\nlicense: mit\nlanguage: [en, de, multilingual]\n---\n# Tiny\n"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["init", *map(str, arguments)], prog_name="packager")
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program that describes models run in this process, which has torch already."""
+
+    def answered(folder: Path, _: str) -> Any:
+        child._answer(folder, folder / "result.json")
+        return json.loads((folder / "result.json").read_text())
+
+    monkeypatch.setattr(child, "_run", answered)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model's folder, two texts, and no recipe; it is the current one."""
+    write_inputs(tmp_path)
+    (tmp_path / "model" / "README.md").write_text(CARD)
+    (tmp_path / "model" / "LICENSE.txt").write_text("Do what you like.\n")
+    (tmp_path / "model" / "licenses.py").write_text("")
+    (tmp_path / "calibration.txt").write_text(sentences(600, seed=3))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+LOCAL = ("./model", "--id", "tester/Tiny-1B_chat", "--owner", "me", "--format", "json")
+
+
+def test_a_local_model_becomes_a_recipe_with_a_green_plan(folder: Path) -> None:
+    done = run(*LOCAL, "--calibration", "calibration.txt", "--evaluation", "evaluation.txt")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert answer["recipe"] == "tiny-1b_chat.yaml"
+    assert answer["written"] == ["tiny-1b_chat.lock.json", "recipe.schema.json", "tiny-1b_chat.yaml"]
+    assert (folder / "recipe.schema.json").read_text() == (ROOT / "recipes" / "recipe.schema.json").read_text()
+    recipe = RecipeFile.load(folder / "tiny-1b_chat.yaml").recipe
+    assert (recipe.repository.id, recipe.repository.target) == ("me/Tiny-1B_chat-GPTQ", "local")
+    assert (recipe.base_model.id, recipe.base_model.path) == ("tester/Tiny-1B_chat", "model")
+    assert (recipe.card.title, recipe.card.creator, recipe.card.quantized_by) == ("Tiny 1B chat", "tester", "me")
+    assert (recipe.card.license.id, recipe.card.license.base_files) == ("mit", ("LICENSE.txt",))
+    assert recipe.card.language == ("en", "de")
+    assert recipe.card.prompt_template.template == "<s>[INST] {prompt} [/INST]"
+    tokens = (folder / "calibration.txt").stat().st_size // 6
+    assert (recipe.calibration.num_samples, recipe.calibration.seq_len) == (tokens // 64, 64)
+    assert [variant.group_size for variant in recipe.expanded_variants()] == [32, 32]  # 64 does not divide 96
+    assert recipe.loaders.required == ("autogptq", "transformers")
+    assert recipe.loaders.if_available == ("exllamav2",)
+
+
+@pytest.mark.slow
+def test_what_init_writes_is_built(folder: Path) -> None:
+    assert run(*LOCAL, "--calibration", "calibration.txt", "--evaluation", "evaluation.txt").exit_code == 0
+    path = folder / "tiny-1b_chat.yaml"
+    path.write_text(path.read_text().replace("  required: [autogptq, transformers]\n", ""))
+    receipts = build(path, folder / "dist").receipts
+    assert [receipt.provenance.branch for receipt in receipts] == ["main", "gptq-4bit-32g-actorder_True"]
+    assert all(receipt.provenance.quality is not None for receipt in receipts)
+
+
+def test_a_recipe_that_is_there_stays(folder: Path) -> None:
+    path = folder / "tiny-1b_chat.yaml"
+    path.write_text("mine")
+    done = run(*LOCAL)
+    assert done.exit_code == 2
+    assert "there is a recipe tiny-1b_chat.yaml" in done.stderr
+    assert path.read_text() == "mine"
+    assert not lock_path(path).exists()
+    assert run(*LOCAL, "--force").exit_code == 0
+    assert path.read_text() != "mine"
+
+
+def test_a_schema_that_is_there_is_used(folder: Path) -> None:
+    (folder / "recipe.schema.json").write_text("{}")
+    (folder / "recipes").mkdir()
+    done = run("./model", "--id", "a/b", "--owner", "me", "--output", "recipes/b.yaml", "--format", "json")
+    assert json.loads(done.stdout)["written"] == ["recipes/b.lock.json", "recipes/b.yaml"]
+    first, *_ = (folder / "recipes" / "b.yaml").read_text().splitlines()
+    assert first == "# yaml-language-server: $schema=../recipe.schema.json"
+    assert RecipeFile.load(folder / "recipes" / "b.yaml").recipe.base_model.path == str(folder / "model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("./model", "--owner", "me"), "the name of the model is not known"),
+        (("./nothing", "--owner", "me"), "neither a folder nor the name of a model"),
+        (("a/b/c",), "neither a folder nor the name of a model"),
+        ((".", "--id", "a/b"), "it has no config.json"),
+        (("./model", "--id", "a/b", "--owner", "not a name"), "must be namespace/name"),
+        (("./model", "--id", "a/b", "--calibration", "questions.jsonl"), "is too short"),
+        (("./model", "--id", "a/b", "--license", "other"), "the licence of the model is not known"),
+        (("./model", "--id", "a/b", "--license", "apache2"), "did you mean apache-2.0?"),
+    ],
+)
+def test_what_is_missing_is_said_and_nothing_is_written(folder: Path, arguments: Any, words: str) -> None:
+    before = sorted(folder.iterdir())
+    done = run(*arguments)
+    assert words in done.stderr
+    assert done.exit_code in (2, 3)
+    assert "Traceback" not in done.output
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_folder_that_reads_like_a_name_is_asked_about(folder: Path) -> None:
+    (folder / "model").rename(folder / "tiny")
+    (folder / "org").mkdir()
+    (folder / "tiny").rename(folder / "org" / "tiny")
+    done = run("org/tiny")
+    assert done.exit_code == 2
+    assert "write ./org/tiny for the folder, or hub:org/tiny for the model on the Hub" in done.stderr
+
+
+def model_of(folder: Path, card: bytes | str | None, *files: str) -> NamedModel:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    for name in files:
+        (folder / name).write_text("text")
+    if card is not None:
+        (folder / "README.md").write_bytes(card.encode() if isinstance(card, str) else card)
+    return find_model(str(folder), lambda _: None)
+
+
+def wishes(folder: Path, **changes: Any) -> Wishes:
+    fields: dict[str, Any] = {
+        "path": folder / "recipe.yaml", "owner": "me", "variant_set": "classic", "target": "local", "model_id": "a/b",
+        "license_id": "", "calibration": None, "evaluation": None,
+    }  # fmt: skip
+    return Wishes(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("front", "expected"),
+    [
+        ("license: Apache-2.0", {"id": "apache-2.0"}),
+        (
+            "license: other\nlicense_name: tongyi-qianwen\nlicense_link: https://a.b/LICENSE",
+            {"id": "tongyi-qianwen", "link": "https://a.b/LICENSE"},
+        ),
+        ("license: other\nlicense_name: Some Licence\nlicense_link: LICENSE", {"id": "some-licence"}),
+        ("license: mit\nlicense_link: 'https://a b'", {"id": "mit"}),
+    ],
+)
+def test_the_licence_is_that_of_the_card(tmp_path: Path, front: str, expected: dict[str, Any]) -> None:
+    model = model_of(tmp_path / "m", f"---\n{front}\n---\n")
+    assert draft_recipe(model, wishes(tmp_path))["card"]["license"] == expected
+
+
+@pytest.mark.parametrize(
+    ("card", "why"),
+    [
+        (None, "there is no README.md"),
+        ("# Title\n", "has no front matter"),
+        ("---\n{\n---\n", "is not YAML"),
+        ("---\n- a\n---\n", "is a list"),
+        (b"---\nlicense: \xff\n---\n", "codec can't decode"),
+        (b"---\n" + b"a: b\n" * 100_000 + b"---\n", "has 500000 characters"),
+        (b"-" * 3_000_000, "larger than 2000000 bytes"),
+    ],
+)
+def test_a_card_that_gives_nothing_is_no_error_but_is_said(tmp_path: Path, card: Any, why: str) -> None:
+    model = model_of(tmp_path / "m", card)
+    assert why in model.card_problem
+    with pytest.raises(RecipeError, match="the licence of the model is not known"):
+        draft_recipe(model, wishes(tmp_path))
+    assert draft_recipe(model, wishes(tmp_path, license_id="mit"))["card"]["license"] == {"id": "mit"}
+
+
+def test_licence_files_are_known_by_their_names(tmp_path: Path) -> None:
+    files = ("LICENSE", "Notice.txt", "USE_POLICY.md", "LICENCE-MODEL", "license.json", "licensed.txt", "COPYING")
+    model = model_of(tmp_path / "m", None, *files)
+    assert model.license_files == ("COPYING", "LICENCE-MODEL", "LICENSE", "Notice.txt", "USE_POLICY.md")
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"text": "a" * 9, "url": "b" * 99}, {}),
+        ({"id": "1", "content": "long words"}, {"text_field": "content"}),
+        ({"id": 1, "conversations": [{"role": "user", "content": "a"}]}, {"messages_field": "conversations"}),
+        ({"tokens": [1, 2]}, {}),
+    ],
+)
+def test_the_column_of_a_local_text_is_found(tmp_path: Path, row: Any, fields: dict[str, str]) -> None:
+    (tmp_path / "texts.jsonl").write_text((json.dumps(row) + "\n") * 5000)
+    model = model_of(tmp_path / "m", CARD)
+    recipe = draft_recipe(model, wishes(tmp_path, calibration=tmp_path / "texts.jsonl"))
+    found = recipe["calibration"]
+    assert {key: found[key] for key in found if key.endswith("_field")} == fields
+
+
+def test_a_text_outside_the_recipes_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words " * 10_000)
+    (tmp_path / "recipes").mkdir()
+    model = model_of(tmp_path / "m", CARD)
+    with pytest.raises(RecipeError, match=r"is not in the recipe's folder"):
+        draft_recipe(model, wishes(tmp_path / "recipes", calibration=tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize(
+    ("width", "variant_set", "expected"),
+    [
+        (256, "classic", [(4, 128, False), (4, 32, True), (4, 64, True), (4, 128, True)]),
+        (256, "modern", [(4, 128, False), (4, 64, False), (4, 32, False)]),
+        (576, "classic", [(4, 64, False), (4, 32, True), (4, 64, True)]),
+        (96, "modern", [(4, 32, False)]),
+        (48, "classic", [(4, -1, False), (4, -1, True)]),
+        (
+            256, "wide",
+            [(4, 128, False), (4, 32, True), (4, 64, True), (4, 128, True), (8, 128, False), (8, 128, True),
+             (3, 128, True)],
+        ),
+    ],
+)  # fmt: skip
+def test_a_set_has_the_groups_that_divide_the_model(width: int, variant_set: Any, expected: list[Any]) -> None:
+    from packager.model.architecture import architecture_of
+
+    config = {
+        **json.loads(CONFIGS["llama"]().to_json_string()),
+        "hidden_size": width,
+        "intermediate_size": width,
+        "head_dim": width // 4,
+    }
+    architecture = architecture_of(lock_of(config, "a/b").model, "a/b")
+    found = [(v.get("bits", 4), v["group_size"], v["desc_act"]) for v in variants_of(variant_set, architecture)]
+    assert found == expected
+
+
+@given(
+    st.recursive(
+        st.text() | st.integers(-(10**9), 10**9) | st.booleans(),
+        lambda inner: (
+            st.lists(inner, min_size=1, max_size=3)
+            | st.dictionaries(st.text(min_size=1), inner, min_size=1, max_size=3)
+        ),
+        max_leaves=8,
+    )
+)
+def test_any_value_is_written_so_that_a_recipe_has_it(value: Any) -> None:
+    root, problems = parse(draft_text({"card": {"value": value}}, schema="s.json"))
+    if problems:  # no text of a recipe has such characters
+        assert not all(text.isprintable() for text in _texts(value))
+        return
+    assert root is not None
+    assert root.plain() == {"card": {"value": _tuples(value)}}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in [*value, *(value.values() if isinstance(value, dict) else ())]:
+            yield from _texts(item)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return {key: _tuples(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+@pytest.fixture
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A Hub that has the model."""
+    with LoopbackHub(folder / "hub", tokens={TOKEN: Account("tester")}) as hub:
+        log_in(hub, TOKEN, monkeypatch)
+        constants = huggingface_hub.constants
+        address = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        huggingface_hub.HfApi().create_repo("tester/tiny")
+        huggingface_hub.HfApi().upload_folder(repo_id="tester/tiny", folder_path=folder / "model")
+        yield hub
+
+
+def test_a_model_on_the_hub_is_named_by_its_branch_and_locked_by_its_commit(hub: LoopbackHub, folder: Path) -> None:
+    done = run("tester/tiny", "--format", "json")
+    assert done.exit_code == 0, done.output
+    commit = huggingface_hub.HfApi().model_info("tester/tiny").sha
+    text = (folder / "tiny.yaml").read_text()
+    lock = json.loads((folder / "tiny.lock.json").read_text())
+    assert "revision: main" in text
+    assert (lock["base_model"]["requested"], lock["base_model"]["revision"]) == ("main", commit)
+    recipe = RecipeFile.load(folder / "tiny.yaml").recipe
+    assert recipe.base_model.revision == commit
+    assert recipe.repository.id == "tester/tiny-GPTQ"  # the account that is logged in
+    assert recipe.card.license.base_files == ("LICENSE.txt",)
+    of_weights = [request for request in hub.requests if "model.safetensors" in request.path]
+    assert all("Range" in request.headers for request in of_weights if request.method == "GET")
+
+
+def test_a_model_in_the_cache_needs_no_hub(hub: LoopbackHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = Path(huggingface_hub.snapshot_download("tester/tiny"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert run("tester/tiny", "--owner", "me").exit_code == 0
+    assert RecipeFile.load(folder / "tiny.yaml").recipe.base_model.revision == snapshot.name
+    assert run(snapshot, "--owner", "me", "-o", "other.yaml").exit_code == 0
+    assert RecipeFile.load(folder / "other.yaml").recipe.base_model.id == "tester/tiny"
+    assert hub.requests == []
+    done = run("tester/tiny@v2", "--owner", "me", "-o", "third.yaml")
+    assert (done.exit_code, "hf download tester/tiny --revision v2" in done.stderr) == (3, True)
+
+
+def test_a_model_that_is_not_there_is_an_error(hub: LoopbackHub) -> None:
+    with pytest.raises(SourceError, match="is not on the Hub"):
+        find_model("tester/none", lambda _: None)
+    with pytest.raises(SourceError, match="no such revision"):
+        find_model("tester/tiny@v9", lambda _: None)
