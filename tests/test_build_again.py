@@ -355,8 +355,10 @@ def test_the_seconds_of_loaders_that_run_later_are_added(
 def test_two_recipes_of_one_repository_are_refused_before_anything_is_built(tmp_path: Path) -> None:
     one = tiny_recipe.write_all(tmp_path / "one")
     two = tiny_recipe.write_all(tmp_path / "two", {"repository.id": REPOSITORY.upper(), "calibration.seed": 3})
-    with pytest.raises(PublishError, match="two recipes publish to"):
-        release([one, two], tiny_recipe.options(tmp_path / "dist"), Terminal(quiet=True), strict=False)
+    options, terminal = tiny_recipe.options(tmp_path / "dist"), Terminal(quiet=True)
+    assert [result.outcome for result in release([one, two], options, terminal)] == ["failed", "failed"]
+    with pytest.raises(PublishError, match="2 recipes publish to"):
+        release([one, two], options, terminal, fail_fast=True)
     assert not (tmp_path / "dist").exists()
 
 

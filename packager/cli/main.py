@@ -317,34 +317,44 @@ def release_command(
     gpu_memory: GpuMemoryOption = None,
     cache: CacheOption = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Fail if this machine cannot build one of the recipes.")
+        bool, typer.Option("--strict", help="Build nothing if a recipe is wrong or this machine cannot build one.")
     ] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End with the first recipe that fails.")] = False,
     yes: YesOption = False,
     sign_key: SignKeyOption = None,
     trusted_key: TrustedKeyOption = None,
+    format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
     """Build and publish what this machine can build.
 
     All recipes are read and planned first: nothing is built before that. A recipe that this machine cannot build is
-    left out, and the reason is printed; with `--strict`, such a recipe is an error (12) before anything is built. Exits
-    with 0 even if recipes were left out. A failed build or publish ends the run with its own exit code.
+    left out, and the reason is printed. A recipe that fails does not stop the others; the run ends with a table of all
+    recipes, and exits with the highest exit code of those that failed. Exits with 0 even if recipes were left out. With
+    `--strict` each of the recipes must be right, and one that this machine cannot build is an error (12).
     """
     from packager.cli.publish_view import print_publish_plan
+    from packager.cli.release_view import print_results, results_json
     from packager.cli.status_view import print_status
     from packager.pipeline.release import release
 
-    terminal, keys = terminal_of(), signing_keys(sign_key, trusted_key)
-    release(
-        recipes,
+    terminal, keys, as_json = terminal_of(), signing_keys(sign_key, trusted_key), format is Format.json
+    results = release(
+        list(dict.fromkeys(recipes)),
         options_of(dist, device, cache, gpu_memory),
         terminal,
         strict=strict,
+        fail_fast=fail_fast,
         attended=yes or sys.stdin.isatty(),
         show_plan=lambda plan: print_publish_plan(plan, terminal.err),
-        show_status=lambda recipe_file, options: print_status(recipe_file, options, terminal.out),
+        show_status=lambda file, options: None if as_json else print_status(file, options, terminal.out),
+        show_results=lambda found: (
+            terminal.result(results_json(found)) if as_json else print_results(found, terminal.out)
+        ),
         consent=ask_for_consent("publish", assume_yes=yes),
         keys=keys,
     )
+    if code := max(result.exit_code for result in results):
+        raise typer.Exit(code)
 
 
 def main() -> None:

@@ -1,8 +1,11 @@
 """A release run: build and publish every recipe that this machine can build, and report why others are left out."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from packager.errors import MachineError, PackagerError, PublishError
 from packager.inputs.hub_models import access_problem
@@ -22,19 +25,45 @@ from packager.system.text import gibibytes
 _LARGEST_ON_CPU = 1_000_000_000
 
 
+Outcome = Literal["published", "failed", "interrupted", "not built", "not reached"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeResult:
+    """What a release run did with one recipe.
+
+    Attributes:
+        path: of the recipe.
+        repository: its id; "" if the recipe cannot be read.
+        outcome: not built: this machine cannot; interrupted: the run ended in it; not reached: the run ended before.
+        why: of what failed, or was not built: one line.
+        exit_code: of what failed, otherwise 0.
+        seconds: it took.
+    """
+
+    path: Path
+    repository: str = ""
+    outcome: Outcome = "not reached"
+    why: str = ""
+    exit_code: int = 0
+    seconds: float = 0.0
+
+
 def release(
     recipes: Sequence[Path],
     options: Options,
     terminal: Terminal,
     *,
-    strict: bool,
+    strict: bool = False,
+    fail_fast: bool = False,
     attended: bool = True,
     show_plan: Callable[[PublishPlan], None] = lambda _: None,
     show_status: Callable[[RecipeFile, Options], None] = lambda *_: None,
+    show_results: Callable[[Sequence[RecipeResult]], None] = lambda _: None,
     consent: Callable[[PublishPlan], None] = lambda _: None,
     keys: SigningKeys | None = None,
-) -> None:
-    """Build and publish the recipes one after the other, each with a table at its end; report why others are left out.
+) -> tuple[RecipeResult, ...]:
+    """Build and publish the recipes one after the other; a recipe that fails does not stop the others.
 
     All recipes are read and planned before the first is built.
 
@@ -42,54 +71,118 @@ def release(
         recipes: their files.
         options: where and how.
         terminal: gets all messages.
-        strict: whether a recipe that this machine cannot build is an error.
+        strict: a recipe that is wrong, or that this machine cannot build, is an error before anything is built.
+        fail_fast: end with the first recipe that fails.
         attended: whether `consent` can ask a person; if not, a target that others can see is refused first.
         show_plan: see `flow.publish`.
         show_status: called after each recipe is published.
+        show_results: called at the end, whatever ended the run, with a result for each recipe.
         consent: see `flow.publish`.
         keys: see `flow.publish`.
 
+    Returns:
+        A result for each recipe, in their order.
+
     Raises:
-        PublishError: two recipes have one repository, or not `attended` and a recipe's target is not local.
-        PackagerError: of the first recipe that failed.
+        PublishError: not `attended` and a recipe's target is not local.
+        PackagerError: `strict` or `fail_fast`, and a recipe failed.
         MachineError: `strict`, and this machine cannot build one of them.
     """
-    files = [RecipeFile.load(path) for path in recipes]
-    _refuse_same_repository(files)
-    for recipe_file in files:
-        require_key(recipe_file, keys or SigningKeys())
+    results = {path: RecipeResult(path=path) for path in recipes}
+    try:
+        files = _read_all(results, terminal, keys or SigningKeys(), stop=strict or fail_fast)
+        _require_consent(files, attended=attended)
+        wanted = _that_can_be_built(results, files, options, terminal, stop=strict or fail_fast)
+        skipped = {path: result.why for path, result in results.items() if result.outcome == "not built"}
+        if skipped and strict:
+            error = _skipped_error(skipped)
+            results |= {path: replace(results[path], outcome="failed", exit_code=error.exit_code) for path in skipped}
+            raise error
+        for file in wanted:
+            terminal.log(str(file.path))
+            with _recorded(results, file.path, terminal, stop=fail_fast, outcome="published"):
+                build(file, options, terminal)
+                publish(file, options, terminal, dry_run=False, show_plan=show_plan, consent=consent, keys=keys)
+                show_status(file, options)
+    finally:
+        show_results(tuple(results.values()))
+    return tuple(results.values())
+
+
+def _read_all(
+    results: dict[Path, RecipeResult], terminal: Terminal, keys: SigningKeys, *, stop: bool
+) -> list[RecipeFile]:
+    """Return the recipes that can be read; the results get the others."""
+    files: list[RecipeFile] = []
+    for path in list(results):
+        with _recorded(results, path, terminal, stop=stop):
+            file = RecipeFile.load(path)
+            results[path] = replace(results[path], repository=file.recipe.repository.id)
+            require_key(file, keys)
+            files.append(file)
+    for file in files:
+        with _recorded(results, file.path, terminal, stop=stop):
+            _refuse_same_repository(file, files)
+    return [file for file in files if results[file.path].outcome != "failed"]
+
+
+def _that_can_be_built(
+    results: dict[Path, RecipeResult], files: Sequence[RecipeFile], options: Options, terminal: Terminal, *, stop: bool
+) -> list[RecipeFile]:
+    """Plan recipes and return those that this machine can build; the results get the others."""
+    wanted = []
+    for file in files:
+        with _recorded(results, file.path, terminal, stop=stop):
+            if why := _why_not(BuildState(file, options, terminal)):
+                results[file.path] = replace(results[file.path], outcome="not built", why=why)
+            else:
+                wanted.append(file)
+    return wanted
+
+
+@contextmanager
+def _recorded(
+    results: dict[Path, RecipeResult], path: Path, terminal: Terminal, *, stop: bool, outcome: Outcome | None = None
+) -> Iterator[None]:
+    """Record a recipe's failure in the work inside, or `outcome`; an error is printed here unless it ends the run."""
+    started = time.monotonic()
+    try:
+        yield
+    except BaseException as error:
+        failed = isinstance(error, PackagerError)
+        results[path] = replace(
+            results[path],
+            outcome="failed" if failed else "interrupted",
+            why=str(error).splitlines()[0] if failed else "",
+            exit_code=error.exit_code if isinstance(error, PackagerError) else 0,
+            seconds=time.monotonic() - started,
+        )
+        if stop or not isinstance(error, PackagerError):
+            raise
+        terminal.error(error)
+    else:
+        if outcome is not None:
+            results[path] = replace(results[path], outcome=outcome, seconds=time.monotonic() - started)
+
+
+def _require_consent(files: Sequence[RecipeFile], *, attended: bool) -> None:
     remote = [str(file.path) for file in files if file.recipe.repository.target != "local"]
     if remote and not attended:
         what = "publishing needs a confirmation, and standard input is not a terminal"
         raise PublishError(what, where=", ".join(remote), why="others can see it", hint="run again with --yes")
-    reasons = {file.path: _why_not(BuildState(file, options, terminal)) for file in files}
-    skipped = {path: reason for path, reason in reasons.items() if reason}
-    if skipped and strict:
-        raise _skipped_error(skipped)
-    try:
-        for recipe_file in files:
-            if recipe_file.path not in skipped:
-                terminal.log(str(recipe_file.path))
-                build(recipe_file, options, terminal)
-                publish(recipe_file, options, terminal, dry_run=False, show_plan=show_plan, consent=consent, keys=keys)
-                show_status(recipe_file, options)
-    finally:
-        for path, reason in skipped.items():
-            terminal.out.print(f"{path}: not built: {reason}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _refuse_same_repository(files: Sequence[RecipeFile]) -> None:
-    """Raise PublishError if two recipes have one repository: each would replace the branches of the other."""
-    by_id: dict[str, Path] = {}
-    for file in files:
-        first = by_id.setdefault(file.recipe.repository.id.lower(), file.path)
-        if first is not file.path:
-            raise PublishError(
-                f"two recipes publish to {file.recipe.repository.id}",
-                where=f"{first} and {file.path}",
-                why="each would replace the branches of the other",
-                hint="give one of them another repository.id, or put all variants into one recipe",
-            )
+def _refuse_same_repository(file: RecipeFile, files: Sequence[RecipeFile]) -> None:
+    """Raise PublishError if another recipe has the same repository: each would replace the branches of the other."""
+    wanted = file.recipe.repository.id
+    same = [other.path for other in files if other.recipe.repository.id.lower() == wanted.lower()]
+    if len(same) > 1:
+        raise PublishError(
+            f"{len(same)} recipes publish to {wanted}",
+            where=" and ".join(map(str, same)),
+            why="each would replace the branches of the other",
+            hint="give each a repository.id of its own, or put all variants into one recipe",
+        )
 
 
 def _skipped_error(skipped: Mapping[Path, str]) -> MachineError:
