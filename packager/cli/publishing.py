@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 
 RepositoryAddress = Annotated[
     str,
-    typer.Argument(metavar="REPO", help="namespace/name on the Hub, the URL of a git remote, or a published folder."),
+    typer.Argument(
+        metavar="REPO",
+        help="namespace/name of a repository in --dist, else on the Hub; hub:namespace/name; a git URL; or a published folder.",
+    ),
 ]
 BranchesOption = Annotated[
     list[str] | None, typer.Option("--branch", metavar="NAME", help="Only this branch; may be given several times.")

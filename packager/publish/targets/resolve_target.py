@@ -16,6 +16,7 @@ from packager.recipe import Recipe
 # The variable with the token for git remotes; the Hub's client finds its own token.
 GIT_TOKEN = "PACKAGER_GIT_TOKEN"  # noqa: S105 - the variable's name
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB = "hub:"
 _GIT_URL = re.compile(r"[a-z+]+://|[\w.-]+@[\w.-]+:")
 
 
@@ -48,8 +49,9 @@ def resolve_target(address: str, dist: Path, environ: Mapping[str, str], log: Ca
     """Return the target that an address names; write nothing.
 
     Args:
-        address: namespace/name on the Hub, a git remote's URL, or a folder that the local target made.
-        dist: the output folder; the staging folders of git remotes are below it.
+        address: namespace/name of a repository below `dist`, else on the Hub; hub:namespace/name, on the Hub; a git
+            remote's URL; or a folder that the local target made.
+        dist: the output folder; the local target and the staging folders of git remotes are below it.
         environ: the environment, which may hold the token for a git remote.
         log: gets a line per wait.
 
@@ -61,14 +63,19 @@ def resolve_target(address: str, dist: Path, environ: Mapping[str, str], log: Ca
         return _git(address, dist, environ, log)
     if folder.is_dir() and len(folder.parts) > 3 and folder.parts[-3] == "models" and (folder / ".git").is_dir():
         return LocalTarget(folder.parents[2], f"{folder.parts[-2]}/{folder.parts[-1]}")
-    if folder.is_dir():
+    if address and folder.is_dir():
         return _git(str(folder), dist, environ, log)
-    if _HUB_ID.fullmatch(address):
-        return HubTarget(address, log=log)
+    name = address.removeprefix(_HUB)
+    if _HUB_ID.fullmatch(name):
+        local = dist / "hub" / "models" / name
+        if name == address and (local / ".git").is_dir():
+            log(f"reading {local}; the repository of this name on the Hub is {_HUB}{name}")
+            return LocalTarget(dist / "hub", name)
+        return HubTarget(name, log=log)
     raise PublishError(
         "this is not the address of a repository",
         where=address,
-        hint="give namespace/name for the Hub, the URL of a git remote, or a folder",
+        hint="give namespace/name, hub:namespace/name, the URL of a git remote, or a folder",
     )
 
 
