@@ -43,7 +43,7 @@ RepositoryAddress = Annotated[
     str,
     typer.Argument(
         metavar="REPO",
-        help="namespace/name of a repository in --dist, else on the Hub; hub:namespace/name; a git URL; or a published folder.",
+        help="namespace/name in --dist, else on the Hub; hub:namespace/name; a git URL; or a published folder.",
     ),
 ]
 BranchesOption = Annotated[
