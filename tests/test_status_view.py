@@ -56,13 +56,27 @@ def receipt_of(branch: str, index: int = 0, **changes: object) -> Receipt:
 def built(branch: str, index: int = 0, *, missing: tuple[Any, ...] = (), **changes: object) -> BranchStatus:
     receipt = receipt_of(branch, index, **changes)
     return BranchStatus(
-        branch=branch, state="built", receipt=receipt, stages_missing=missing, commit=COMMITS[branch], problem=""
+        branch=branch,
+        state="built",
+        blocks_done=0,
+        num_blocks=6,
+        receipt=receipt,
+        stages_missing=missing,
+        commit=COMMITS[branch],
+        problem="",
     )
 
 
 def without_receipt(branch: str, state: Any, *, problem: str = "") -> BranchStatus:
     return BranchStatus(
-        branch=branch, state=state, receipt=None, stages_missing=("weights",), commit="", problem=problem
+        branch=branch,
+        state=state,
+        blocks_done=3,
+        num_blocks=6,
+        receipt=None,
+        stages_missing=("weights",),
+        commit="",
+        problem=problem,
     )
 
 
@@ -75,6 +89,7 @@ def ran(loader: str, **changes: Any) -> LoaderRecord:
 def show(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     def lines_of(*statuses: BranchStatus, width: int = 200, target: str = "local", url: str = "") -> list[str]:
         monkeypatch.setattr(status_view, "read_status", lambda *_: statuses)
+        monkeypatch.setattr(status_view, "running_build", lambda *_: None)
         repository = SimpleNamespace(id="someone/model", target=target, url=url)
         recipe_file: Any = SimpleNamespace(recipe=SimpleNamespace(repository=repository))
         options: Any = None
@@ -113,6 +128,7 @@ def test_the_figures_of_every_branch(show: Show) -> None:
         (built(A, missing=("verify",)), "7.26 GB 5.4322 0.0123 unproven 01234567 161.6"),
         (built(A, missing=("verify",), loaders=(ran("autogptq"),)), "7.26 GB 5.4322 0.0123 outdated 01234567 161.6"),
         (without_receipt(A, "not built"), "not built none"),
+        (without_receipt(A, "unfinished"), "3 of 6 blocks none"),
         (without_receipt(A, "outdated"), "outdated none"),
         (without_receipt(A, "edited"), "edited none"),
     ],

@@ -292,21 +292,25 @@ app.command("rollback")(rollback_command)
 def status_command(
     recipe: RecipePath,
     dist: DistOption = DIST,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the build that is running until it ends.")] = False,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Show what is built, measured, verified and published.
+    """Show what is built, measured, verified and published, and what a running build does.
 
-    Changes nothing. Exits with 0 even if nothing is built; `--format json` lists the stages that are missing.
+    Changes nothing. Of an interrupted build it counts the finished blocks, with which the next run continues. Exits
+    with 0 even if nothing is built; `--format json` lists the stages that are missing.
     """
-    from packager.cli.status_view import print_status
+    from packager.cli.status_view import print_status, watch_status
     from packager.pipeline.status import status_json
 
     terminal, recipe_file = open_recipe(recipe)
     options = options_of(dist, Device.cpu, None)
     if format is Format.json:
+        if watch:
+            raise typer.BadParameter("--watch shows text: give it without --format json")
         terminal.result(status_json(recipe_file, options))
     else:
-        print_status(recipe_file, options, terminal.out)
+        (watch_status if watch else print_status)(recipe_file, options, terminal.out)
 
 
 @app.command("release")

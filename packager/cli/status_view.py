@@ -1,20 +1,26 @@
 """Tables of the state of every variant and of the loaders' results."""
 
+import time
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.control import Control
+from rich.segment import ControlType
 from rich.table import Table
+from rich.text import Text
 
 from packager.cli.tables import add_row, fits, new_table, print_line
 from packager.pipeline.build_state import Options
-from packager.pipeline.status import BranchStatus, read_status
+from packager.pipeline.running import RunningBuild
+from packager.pipeline.status import BranchStatus, read_status, running_build
 from packager.receipt import LoaderRecord, Receipt
 from packager.recipe.file import RecipeFile
-from packager.system.text import format_bytes
+from packager.system.text import format_bytes, printable
 
 _MARKS = {"passed": "ok", "failed": "FAILED", "refused": "refused", "not run": "not run"}
 _NUMBERS = {"Size", "Perplexity", "KL", "Seconds", "Relative\nerror", "Top-1", "Tokens\nequal"}
 _FOLDING = {"Branch", "Loaders"}
+_WATCH_S = 1.0
 
 
 def print_status(recipe_file: RecipeFile, options: Options, console: Console) -> None:
@@ -30,8 +36,55 @@ def print_status(recipe_file: RecipeFile, options: Options, console: Console) ->
     console.print(table if wide else _status_table(statuses, loaders=False))
     for text in _loader_lines(statuses) if not wide else ():
         print_line(console, text)
+    if running := running_build(recipe_file, options):
+        print_line(console, running_line(running, time.time()))
     for text in dict.fromkeys([*(status.problem for status in statuses if status.problem), *_reasons(statuses)]):
         print_line(console, text)
+
+
+def watch_status(recipe_file: RecipeFile, options: Options, console: Console) -> None:
+    """Print the state of every branch, follow the build that runs, and print the state at its end.
+
+    On a terminal the last step is one line that changes; elsewhere each new step is a line.
+    """
+    print_status(recipe_file, options, console)
+    shown, followed = "", False
+    while running := running_build(recipe_file, options):
+        if (line := running_line(running, running.updated_at)) != shown or console.is_terminal:
+            shown = line
+            if console.is_terminal:
+                console.control(Control.move_to_column(0), Control((ControlType.ERASE_IN_LINE, 2)))
+                text = Text(running_line(running, time.time()), no_wrap=True, overflow="ellipsis")
+                console.print(text, end="", soft_wrap=False, crop=True)
+            elif followed:
+                print_line(console, line)
+        followed = True
+        time.sleep(_WATCH_S)
+    if followed:
+        console.print()
+        print_status(recipe_file, options, console)
+
+
+def running_line(running: RunningBuild, now: float) -> str:
+    """Return what a build does now, with the time since its last sign of life."""
+    parts = [running.stage or "starting"]
+    if running.total:
+        parts.append(f"step {running.done} of {running.total}")
+    if running.text:
+        parts.append(running.text)
+    if running.seconds_left is not None:
+        parts.append(f"about {_duration(running.seconds_left)} left")
+    silent_s = max(0.0, now - running.updated_at)
+    since = f", last step {_duration(silent_s)} ago" if silent_s >= 1 else ""
+    return printable(f"running since {_duration(now - running.started_at)}: {', '.join(parts)}{since} "
+                     f"(process {running.pid} on {running.host})")  # fmt: skip
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _status_table(statuses: Sequence[BranchStatus], *, loaders: bool) -> Table:
@@ -51,7 +104,8 @@ def _short(commit: str | None) -> str:
 def _figures(status: BranchStatus) -> tuple[str, str, str]:
     """Return size, perplexity and KL divergence, or the words shown instead."""
     if status.receipt is None:
-        return status.state, "", ""
+        blocks = f"{status.blocks_done} of {status.num_blocks} blocks"
+        return blocks if status.state == "unfinished" else status.state, "", ""
     size, quality = format_bytes(status.receipt.provenance.weights_bytes), status.receipt.provenance.quality
     if quality is None:
         return size, "unmeasured", ""

@@ -12,6 +12,7 @@ from pathlib import Path
 from packager.errors import LoaderError, PublishError
 from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
 from packager.pipeline.cards import refuse_edited_cards, render_cards
+from packager.pipeline.running import shown_while_running
 from packager.pipeline.saved_publish import PlanFile, PlannedPublish
 from packager.pipeline.stages import evaluate, quantize_and_pack, run_loaders
 from packager.pipeline.workspace import audit_or_raise
@@ -52,7 +53,7 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> Buil
         PackagerError: of the stage that failed; everything finished before it is kept.
     """
     run = BuildState(recipe_file, options, terminal)
-    with run.workspace.locked():
+    with run.workspace.locked(), shown_while_running(run.workspace.running_path, terminal):
         run.read_receipts()
         quantized, packed = quantize_and_pack(run)
         measured = evaluate(run)
@@ -84,7 +85,7 @@ def reverify(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> t
         PublishError: a variant is not built.
     """
     run = BuildState(recipe_file, options, terminal)
-    with run.workspace.locked():
+    with run.workspace.locked(), shown_while_running(run.workspace.running_path, terminal):
         run.read_receipts()
         _require_stages(run, "weights", "evaluate")
         run_loaders(run, again=True)

@@ -5,6 +5,8 @@ from typing import Literal
 
 from packager.errors import StateError
 from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
+from packager.pipeline.running import RunningBuild, read_running
+from packager.pipeline.workspace import Workspace
 from packager.publish.targets import BranchState
 from packager.publish.targets.resolve_target import target_of
 from packager.receipt import Receipt
@@ -12,7 +14,7 @@ from packager.recipe.file import RecipeFile
 from packager.system.parallel import in_parallel
 from packager.system.terminal import Terminal
 
-State = Literal["built", "not built", "outdated", "edited"]
+State = Literal["built", "not built", "unfinished", "outdated", "edited"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,10 @@ class BranchStatus:
 
     Attributes:
         branch: the variant.
-        state: of its folder; an outdated one was made from another recipe or other files.
+        state: of its folder; an outdated one was made from another recipe or other files, of an unfinished one only
+            blocks are there.
+        blocks_done: finished blocks of a variant that is not built; a changed recipe may not use them.
+        num_blocks: of the base model.
         receipt: of a built folder, else None.
         stages_missing: the stages that have not been done with the present recipe and files.
         commit: the published head, "" if there is none, None if the target was not read.
@@ -30,6 +35,8 @@ class BranchStatus:
 
     branch: str
     state: State
+    blocks_done: int
+    num_blocks: int
     receipt: Receipt | None
     stages_missing: tuple[StageName, ...]
     commit: str | None
@@ -49,6 +56,8 @@ def read_status(recipe_file: RecipeFile, options: Options) -> tuple[BranchStatus
         BranchStatus(
             branch=branch,
             state=_state(run, branch, problems),
+            blocks_done=run.workspace.blocks_done(branch),
+            num_blocks=run.plan.architecture.num_blocks,
             receipt=run.receipts.get(branch),
             stages_missing=tuple(stage for stage in STAGES if branch in missing[stage]),
             commit=_head(published.get(branch)) if local else None,
@@ -85,17 +94,29 @@ def _state(run: BuildState, branch: str, problems: dict[str, str]) -> State:
         return "edited"
     if branch in run.receipts:
         return "built"
+    if run.workspace.blocks_done(branch):
+        return "unfinished"
     return "outdated" if run.workspace.folder(branch).exists() else "not built"
+
+
+def running_build(recipe_file: RecipeFile, options: Options) -> RunningBuild | None:
+    """Return what the build of a recipe does now, None if none runs."""
+    workspace = Workspace(dist=options.dist, repository=recipe_file.recipe.repository.id)
+    return read_running(workspace.running_path) if workspace.is_locked() else None
 
 
 def status_json(recipe_file: RecipeFile, options: Options) -> dict[str, object]:
     """Return the state of every variant as values that `json` can write."""
+    running = running_build(recipe_file, options)
     return {
         "repository": recipe_file.recipe.repository.id,
+        "running": running.model_dump(mode="json") if running else None,
         "branches": [
             {
                 "branch": status.branch,
                 "state": status.state,
+                "blocks_done": status.blocks_done,
+                "num_blocks": status.num_blocks,
                 "commit": status.commit or None,
                 "stages_missing": list(status.stages_missing),
                 "problem": status.problem or None,

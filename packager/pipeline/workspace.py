@@ -4,6 +4,7 @@ dist/builds/<namespace>/<name>/<branch>/         checkpoint folders, as they wil
 dist/receipts/<namespace>/<name>/<branch>.json   what was done and measured
 dist/receipts/<namespace>/<name>/unfinished/     receipts of files that a run is putting in place
 dist/work/<namespace>/<name>/<branch>/           a checkpoint under construction; may be deleted at any time
+dist/work/<namespace>--<name>.lock, .json        the lock of a running build, and what it does now
 dist/hub/models/<namespace>/<name>               the local publishing target
 """
 
@@ -51,6 +52,31 @@ class Workspace:
     def unfinished_path(self, branch: str) -> Path:
         """Return where a variant's next receipt is kept while its files are put in place."""
         return self._receipts / "unfinished" / f"{branch}.json"
+
+    @property
+    def running_path(self) -> Path:
+        """Return where a running build says what it does."""
+        return self._lock_path.with_suffix(".json")
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.dist / "work" / f"{self.repository.replace('/', '--')}.lock"
+
+    def is_locked(self) -> bool:
+        """Return whether a build of this repository is in progress; it waits for the lock if it begins just now."""
+        if not self._lock_path.exists():
+            return False
+        try:
+            with FileLock(self._lock_path, timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # of a folder that only its owner may write
+            return False
+
+    def blocks_done(self, branch: str) -> int:
+        """Return how many blocks of an unfinished variant are finished."""
+        return sum(1 for _ in (self.work / branch).glob("block-*.json"))
 
     @property
     def _receipts(self) -> Path:
@@ -130,7 +156,7 @@ class Workspace:
             StateError: another build is in progress.
             MachineError: the output folder cannot be written.
         """
-        path = self.dist / "work" / f"{self.repository.replace('/', '--')}.lock"
+        path = self._lock_path
         lock = FileLock(path, timeout=LOCK_WAIT_S)
         hint = "name a folder that can be written with --dist"
         try:

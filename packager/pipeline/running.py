@@ -1,0 +1,85 @@
+"""What a running build does now: written beside its lock at every step, so that `packager status` can show it."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from packager.receipt import Record
+from packager.system.files import write_atomic
+from packager.system.terminal import Step, Terminal
+
+_MOST_BYTES = 100_000
+
+
+class RunningBuild(Record):
+    """The last step of a build.
+
+    Attributes:
+        pid: of its process.
+        host: the machine's name.
+        started_at: of the build, in seconds since 1970.
+        stage: its name, e.g. "quantize".
+        done: steps of the stage, 0 before the first.
+        total: steps of the stage, 0 where it has no steps.
+        text: the last step.
+        seconds_left: of the stage, None before its first step.
+        updated_at: of this record, in seconds since 1970.
+    """
+
+    pid: int
+    host: str
+    started_at: float
+    stage: str
+    done: int
+    total: int
+    text: str
+    seconds_left: float | None
+    updated_at: float
+
+
+@contextmanager
+def shown_while_running(path: Path, terminal: Terminal) -> Iterator[None]:
+    """Write every step that a terminal shows to a file, which is gone at the end.
+
+    After a kill the file stays; it is of a running build only as long as the build's lock is held. A file that cannot
+    be written stops no build.
+    """
+    started_at, observer = time.time(), terminal.observe
+
+    def write(step: Step) -> None:
+        observer(step)
+        running = RunningBuild(
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            started_at=started_at,
+            stage=step.stage,
+            done=step.done,
+            total=step.total,
+            text=step.text,
+            seconds_left=step.seconds_left,
+            updated_at=time.time(),
+        )
+        with suppress(OSError):
+            write_atomic(path, running.model_dump_json().encode() + b"\n")
+
+    terminal.observe = write
+    try:
+        yield
+    finally:
+        terminal.observe = observer
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def read_running(path: Path) -> RunningBuild | None:
+    """Return the last step of the build that holds the lock; None if there is no record that can be read."""
+    try:
+        with path.open("rb") as stream:
+            return RunningBuild.model_validate_json(stream.read(_MOST_BYTES))
+    except (OSError, ValidationError):
+        return None
