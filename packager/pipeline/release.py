@@ -146,23 +146,24 @@ def _recorded(
 ) -> Iterator[None]:
     """Record a recipe's failure in the work inside, or `outcome`; an error is printed here unless it ends the run."""
     started = time.monotonic()
+
+    def record(outcome: Outcome, *, why: str = "", exit_code: int = 0) -> None:
+        seconds = time.monotonic() - started
+        results[path] = replace(results[path], outcome=outcome, why=why, exit_code=exit_code, seconds=seconds)
+
     try:
         yield
-    except BaseException as error:
-        failed = isinstance(error, PackagerError)
-        results[path] = replace(
-            results[path],
-            outcome="failed" if failed else "interrupted",
-            why=str(error).splitlines()[0] if failed else "",
-            exit_code=error.exit_code if isinstance(error, PackagerError) else 0,
-            seconds=time.monotonic() - started,
-        )
-        if stop or not isinstance(error, PackagerError):
+    except PackagerError as error:
+        record("failed", why=str(error).splitlines()[0], exit_code=error.exit_code)
+        if stop:
             raise
         terminal.error(error)
+    except BaseException:
+        record("interrupted")
+        raise
     else:
         if outcome is not None:
-            results[path] = replace(results[path], outcome=outcome, seconds=time.monotonic() - started)
+            record(outcome)
 
 
 def _require_consent(files: Sequence[RecipeFile], *, attended: bool) -> None:

@@ -1,7 +1,7 @@
 """What a running build does now: written beside its lock at every step, so that `packager status` can show it."""
 
 import os
-import socket
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,7 +55,7 @@ def shown_while_running(path: Path, terminal: Terminal) -> Iterator[None]:
         observer(step)
         running = RunningBuild(
             pid=os.getpid(),
-            host=socket.gethostname(),
+            host=platform.node(),
             started_at=started_at,
             stage=step.stage,
             done=step.done,
