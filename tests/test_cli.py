@@ -42,7 +42,8 @@ from tests.samples import sampled
 from tests.test_house_rules import ROOT
 
 COMMANDS = (
-    "plan", "build", "audit", "verify", "card", "publish", "verify-published", "rollback", "status", "release",
+    "init", "lock", "plan", "build", "audit", "verify", "card", "publish", "verify-published", "rollback", "status",
+    "release", "doctor",
 )  # fmt: skip
 TOO_LARGE = re.compile(r"(?m)^.*llama-2-13b-chat\.yaml: not built: needs a CUDA GPU with \d+\.\d GiB\n\Z")
 DEMO = str(ROOT / "recipes" / "demo-llama.yaml")

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from packager import __version__
 from packager.cli.consent import ask_for_consent
+from packager.cli.doctor import doctor_command
 from packager.cli.init import init_command
 from packager.cli.locking import lock_command
 from packager.cli.options import (
@@ -359,6 +360,9 @@ def release_command(
     )
     if code := max(result.exit_code for result in results):
         raise typer.Exit(code)
+
+
+app.command("doctor")(doctor_command)
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with Path(f"{folder}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_ready(folder):
+            if not is_ready(folder):
                 creation = Creation(
                     loader=spec.name,
                     folder=folder,
@@ -140,7 +140,7 @@ def _packages(folder: Path) -> Path:
     return Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
 
 
-def _is_ready(folder: Path) -> bool:
+def is_ready(folder: Path) -> bool:
     """Return whether the environment was completed in this folder, and its Python and shared packages still exist."""
     try:
         made_here = (folder / READY).read_text(encoding="utf-8") == str(folder)

@@ -1,0 +1,238 @@
+"""What this machine has of what packager uses: a check for each, with what to do where something is missing."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from packager import __version__
+from packager.errors import MachineError, SourceError
+from packager.inputs.hub_cache import is_offline
+from packager.inputs.hub_models import hub_errors
+from packager.model.devices import choose_device
+from packager.pipeline.build_state import require_build_extra
+from packager.prove.environments import environment_name, is_ready
+from packager.prove.loaders import LOADERS
+from packager.system.confinement import confinement, refusal
+from packager.system.host_memory import available_bytes
+from packager.system.text import format_bytes, gibibytes, printable
+
+Grade = Literal["ok", "note", "missing"]
+_GIT_TIMEOUT_S = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that packager uses.
+
+    Attributes:
+        name: what it is.
+        grade: note: something works less well or not at all without it; missing: nothing can be published without it.
+        found: what is there.
+        hint: what to do, "" if nothing.
+    """
+
+    name: str
+    grade: Grade
+    found: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """A loader's environment in the cache.
+
+    Attributes:
+        folder: its own.
+        size_bytes: of its files; files shared by links are not counted.
+        used: whether a loader of this version and this Python uses it.
+    """
+
+    folder: Path
+    size_bytes: int
+    used: bool
+
+
+def machine_checks(dist: Path, cache: Path, environ: Mapping[str, str]) -> Iterator[Check]:
+    """Yield the checks; those that take longest come last.
+
+    Args:
+        dist: the output folder.
+        cache: the folder of the loaders' environments.
+        environ: the process environment.
+    """
+    yield Check(
+        name="packager", grade="ok", found=f"{__version__}, Python {platform.python_version()} ({sys.executable})"
+    )
+    yield _build_extra()
+    yield _git()
+    yield _git_lfs()
+    yield _confinement()
+    yield _memory()
+    for name, folder in (("output folder", dist), ("cache", cache)):
+        yield _disk(name, folder)
+    yield _gpu()
+    yield from _loaders(cache)
+    yield _hub(environ)
+
+
+def _build_extra() -> Check:
+    try:
+        require_build_extra()
+    except MachineError as error:
+        return Check(name="build extra", grade="note", found=error.why, hint=f"to build: {error.hint}")
+    names = ("torch", "transformers", "safetensors", "pyarrow")
+    found = ", ".join(f"{name} {_version(name)}" for name in names)
+    return Check(name="build extra", grade="ok", found=found)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _git() -> Check:
+    return _program("git", "missing", "publishing to folders and git remotes needs git: https://git-scm.com")
+
+
+def _git_lfs() -> Check:
+    return _program("git-lfs", "note", "publishing to git remotes (target: git) needs git-lfs: https://git-lfs.com")
+
+
+def _program(name: str, lacking: Grade, hint: str) -> Check:
+    path = shutil.which(name)
+    if path is None:
+        return Check(name=name, grade=lacking, found="not on the PATH", hint=hint)
+    try:
+        command = [path, "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Check(name=name, grade=lacking, found=printable(f"{path} does not run: {error}"), hint=hint)
+    return Check(name=name, grade="ok", found=printable(done.stdout.splitlines()[0] if done.stdout else path))
+
+
+def _confinement() -> Check:
+    how = confinement()
+    if how == "bubblewrap":
+        return Check(name="confinement", grade="ok", found="loaders run in bubblewrap")
+    why = refusal("bubblewrap")
+    if how == "namespaces":
+        return Check(
+            name="confinement", grade="ok", found=f"loaders run in namespaces of their own (bubblewrap: {why})"
+        )
+    return Check(
+        name="confinement", grade="note", found="loaders can read this user's files and reach the network",
+        hint=f"install bubblewrap ({why}) or allow user namespaces ({refusal('namespaces')})",
+    )  # fmt: skip
+
+
+def _memory() -> Check:
+    free = available_bytes()
+    found = "not stated by this system" if free is None else f"{format_bytes(free)} available"
+    return Check(name="memory", grade="ok", found=found)
+
+
+def _disk(name: str, folder: Path) -> Check:
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    try:
+        free = shutil.disk_usage(there).free
+    except OSError as error:
+        return Check(name=name, grade="note", found=f"{folder}: {error.strerror}")
+    return Check(name=name, grade="ok", found=f"{format_bytes(free)} free for {folder}")
+
+
+def _gpu() -> Check:
+    hint = "packager plan RECIPE states the memory that a build needs with a GPU and without one"
+    try:
+        require_build_extra()
+        device = choose_device("auto")
+    except MachineError as error:
+        return Check(name="GPU", grade="note", found=error.what, hint=error.hint)
+    if device.type == "cpu":
+        return Check(
+            name="GPU", grade="note", found="none that torch can use: this machine computes on its CPU", hint=hint
+        )
+    import torch
+
+    parts = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        parts.append(f"{properties.name}, {gibibytes(properties.total_memory)} GiB, compute capability {capability}")
+    return Check(name="GPU", grade="ok", found=f"{'; '.join(parts)}; CUDA {torch.version.cuda}")
+
+
+def _loaders(cache: Path) -> Iterator[Check]:
+    for name, spec in LOADERS.items():
+        if problem := spec.python_problem():
+            yield Check(name=name, grade="note", found=problem)
+            continue
+        folder = cache.absolute() / "loaders" / environment_name(spec)
+        size = f", {format_bytes(_size(folder))}" if folder.exists() else ""
+        found = f"environment ready{size}" if is_ready(folder) else "environment not made yet: the first build makes it"
+        yield Check(name=name, grade="ok", found=f"{spec.description}: {found}")
+
+
+def environments(cache: Path) -> tuple[Environment, ...]:
+    """Return the loaders' environments in a cache, those of other versions and Pythons too."""
+    used = {environment_name(spec) for spec in LOADERS.values()}
+    folders = sorted(
+        path for path in (cache.absolute() / "loaders").glob("*/") if path.is_dir() and not path.is_symlink()
+    )
+    return tuple(Environment(folder=folder, size_bytes=_size(folder), used=folder.name in used) for folder in folders)
+
+
+def remove_environment(environment: Environment) -> bool:
+    """Delete an environment unless a process makes it just now, and return whether it is gone."""
+    import fcntl  # POSIX only, like the environments
+
+    lock_path = Path(f"{environment.folder}.lock")
+    with lock_path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        shutil.rmtree(environment.folder)
+        lock_path.unlink()
+    return True
+
+
+def _size(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_symlink() and path.is_file())
+
+
+def _hub(environ: Mapping[str, str]) -> Check:
+    import huggingface_hub
+
+    endpoint = environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if is_offline():
+        return Check(name="Hub", grade="note", found="HF_HUB_OFFLINE is set: only the cache is read")
+    login = "`hf auth login`, or set HF_TOKEN; public models need no token"
+    if huggingface_hub.get_token() is None:
+        return Check(name="Hub", grade="note", found=f"no token for {endpoint}", hint=f"to publish: {login}")
+    try:
+        with hub_errors(endpoint):
+            account = huggingface_hub.HfApi().whoami()
+    except SourceError as error:
+        return Check(name="Hub", grade="note", found=f"{error.what}: {error.why}", hint=error.hint)
+    name, role = account.get("name"), _role(account)
+    hint = "" if role in ("write", "fineGrained") else f"to publish: a token that may write: {login}"
+    found = f"logged in as {printable(str(name))} at {endpoint}, the token is for: {printable(role)}"
+    return Check(name="Hub", grade="ok" if not hint else "note", found=found, hint=hint)
+
+
+def _role(account: Mapping[str, object]) -> str:
+    """Return what a token is for: "read", "write", or "fineGrained"; "unknown" where the Hub does not say."""
+    value: object = account
+    for key in ("auth", "accessToken", "role"):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) else "unknown"

@@ -1,0 +1,159 @@
+"""`packager doctor`: what it shows of a machine, and what it deletes."""
+
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from typer.testing import CliRunner, Result
+
+from packager.cli.main import app
+from packager.errors import MachineError
+from packager.pipeline import machine_checks as checks
+from packager.prove.environments import environment_name
+from packager.prove.loaders import LOADERS
+from tests.loopback_hub import Account, LoopbackHub
+from tests.publish_fixtures import log_in
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # of the Hub's client
+TOKEN = "hf_doctor_0123456789"  # noqa: S105 - the loopback Hub's
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with a loader's environment, one of another version, and one more that is in use."""
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    used = environment_name(LOADERS["transformers"])
+    for name, size in ((used, 10), ("transformers-000000000000", 2000), ("exllamav2-000000000000", 3000)):
+        (tmp_path / "loaders" / name / "lib").mkdir(parents=True)
+        (tmp_path / "loaders" / name / "lib" / "a.py").write_bytes(b"x" * size)
+        (tmp_path / "loaders" / f"{name}.lock").touch()
+    return tmp_path
+
+
+def doctor(cache: Path, *options: str, input: str = "") -> Result:  # noqa: A002 - typer's word
+    command = ["doctor", "--cache", str(cache), "--dist", str(cache / "dist"), *options]
+    return CliRunner().invoke(app, command, input=input)
+
+
+def found(cache: Path) -> dict[str, dict[str, Any]]:
+    done = doctor(cache, "--format", "json")
+    return {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+
+
+def test_every_part_is_named_and_nothing_is_changed(cache: Path) -> None:
+    before = sorted(cache.rglob("*"))
+    done = doctor(cache)
+    assert done.exit_code == 0
+    names = ["packager", "build extra", "git", "confinement", "memory", "output folder", "cache", "GPU", "Hub"]
+    assert [name for name in (*names, *LOADERS) if f"\n{name} " not in done.stdout] == []
+    assert "2 loader environments of other versions, 5.00 kB" in done.stdout
+    assert sorted(cache.rglob("*")) == before
+    assert found(cache)["packager"]["found"].endswith(f"({sys.executable})")
+    assert found(cache)["Hub"]["state"] == "note"
+
+
+def test_clean_deletes_what_no_loader_uses_after_a_question(cache: Path) -> None:
+    done = doctor(cache, "--clean", input="n\ny\n")
+    assert done.exit_code == 0
+    left = sorted(path.name for path in (cache / "loaders").glob("*/"))
+    assert left == sorted(["exllamav2-000000000000", environment_name(LOADERS["transformers"])])
+    assert doctor(cache, "--clean", "--yes").exit_code == 0
+    assert [path.name for path in (cache / "loaders").glob("*/")] == [environment_name(LOADERS["transformers"])]
+
+
+def test_an_environment_that_is_being_made_stays(cache: Path) -> None:
+    with (cache / "loaders" / "exllamav2-000000000000.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = doctor(cache, "--clean", "--yes", "--format", "json")
+    assert "in use" in done.stderr
+    (left,) = json.loads(done.stdout)["unused_environments"]
+    assert left == {"folder": str(cache / "loaders" / "exllamav2-000000000000"), "size_bytes": 3000}
+
+
+def test_links_in_the_cache_are_not_followed(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    (cache / "loaders" / "gptqmodel-000000000000").symlink_to(tmp_path / "mine")
+    (cache / "loaders" / "exllamav2-000000000000" / "link").symlink_to(tmp_path / "mine")
+    assert doctor(cache, "--clean", "--yes").exit_code == 0
+    assert (tmp_path / "mine" / "file").exists()
+
+
+def test_without_git_the_exit_code_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    which = shutil.which
+    monkeypatch.setattr(
+        "packager.pipeline.machine_checks.shutil.which",
+        lambda name: None if name in ("git", "git-lfs") else which(name),
+    )
+    done = doctor(cache, "--format", "json")
+    assert done.exit_code == MachineError.exit_code
+    by_name = {check["name"]: check["state"] for check in json.loads(done.stdout)["checks"]}
+    assert (by_name["git"], by_name["git-lfs"]) == ("missing", "note")
+
+
+def test_a_program_that_does_not_run_is_no_program(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise subprocess.TimeoutExpired("git", 10)
+
+    monkeypatch.setattr("packager.pipeline.machine_checks.subprocess.run", fail)
+    assert found(cache)["git"]["state"] == "missing"
+
+
+def test_a_base_install_is_told_what_building_needs(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: object) -> None:
+        raise MachineError("building needs packages", why="missing: torch", hint="pip install 'gptq-packager[build]'")
+
+    monkeypatch.setattr(checks, "require_build_extra", lacking)
+    assert found(cache)["build extra"] == {
+        "name": "build extra", "state": "note", "found": "missing: torch",
+        "hint": "to build: pip install 'gptq-packager[build]'",
+    }  # fmt: skip
+    assert found(cache)["GPU"]["state"] == "note"
+
+
+def test_no_confinement_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "confinement", lambda: "none")
+    monkeypatch.setattr(checks, "refusal", lambda how: f"no {how}")
+    check = found(cache)["confinement"]
+    assert (check["state"], "no bubblewrap" in check["hint"]) == ("note", True)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    with LoopbackHub(tmp_path / "hub", tokens={TOKEN: Account("tester")}) as hub:
+        log_in(hub, TOKEN, monkeypatch)
+        yield hub
+
+
+def test_the_account_and_its_rights_are_asked_for_and_the_token_is_not_shown(hub: LoopbackHub, tmp_path: Path) -> None:
+    done = doctor(tmp_path, "--format", "json")
+    assert "logged in as tester at" in done.stdout
+    assert TOKEN not in done.output
+
+
+def test_a_token_that_the_hub_does_not_know_is_no_error(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_other")
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    assert found(tmp_path)["Hub"]["state"] == "note"
+
+
+@pytest.mark.parametrize(
+    ("account", "role"),
+    [
+        ({"auth": {"accessToken": {"role": "write"}}}, "write"),
+        ({"auth": {"accessToken": {"role": ["x"]}}}, "unknown"),
+        ({"auth": None}, "unknown"),
+        ({}, "unknown"),
+    ],
+)
+def test_the_role_of_a_token(account: dict[str, Any], role: str) -> None:
+    assert checks._role(account) == role
