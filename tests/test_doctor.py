@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from packager.cli.main import app
 from packager.errors import MachineError
+from packager.inputs import hub_account
 from packager.pipeline import machine_checks as checks
 from packager.prove.environments import environment_name
 from packager.prove.loaders import LOADERS
@@ -156,4 +157,4 @@ def test_a_token_that_the_hub_does_not_know_is_no_error(
     ],
 )
 def test_the_role_of_a_token(account: dict[str, Any], role: str) -> None:
-    assert checks._role(account) == role
+    assert hub_account._role(account) == role

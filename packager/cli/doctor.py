@@ -11,7 +11,7 @@ from packager.errors import MachineError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from packager.pipeline.machine_checks import Check, Environment
+    from packager.pipeline.machine_checks import Environment, MachineCheck
     from packager.system.terminal import Terminal
 
 _STYLES = {"ok": "green", "note": "yellow", "missing": "bold red"}
@@ -47,7 +47,7 @@ def doctor_command(
         raise typer.Exit(MachineError.exit_code)
 
 
-def _print_checks(checks: "Sequence[Check]", unused: "Sequence[Environment]", console: "Console") -> None:
+def _print_checks(checks: "Sequence[MachineCheck]", unused: "Sequence[Environment]", console: "Console") -> None:
     from rich.text import Text
 
     from packager.cli.tables import add_row, counted, new_table, print_line
@@ -64,7 +64,7 @@ def _print_checks(checks: "Sequence[Check]", unused: "Sequence[Environment]", co
         print_line(console, f"{what} of other versions, {size}: packager doctor --clean deletes what is not used")
 
 
-def _checks_json(checks: "Sequence[Check]", unused: "Sequence[Environment]") -> dict[str, Any]:
+def _checks_json(checks: "Sequence[MachineCheck]", unused: "Sequence[Environment]") -> dict[str, Any]:
     return {
         "checks": [
             {"name": check.name, "state": check.grade, "found": check.found, "hint": check.hint or None}

@@ -156,6 +156,6 @@ def _ask(model: "NamedModel", model_id: str, license_id: str) -> tuple[str, str]
 
 def _owner() -> str:
     """Return the name of the account that is logged in to the Hub, or the user's name on this machine."""
-    from packager.inputs.hub_models import account_name
+    from packager.inputs.hub_account import account_name
 
     return account_name() or re.sub(r"[^A-Za-z0-9._-]+", "-", getpass.getuser()).strip("-._") or "owner"

@@ -15,7 +15,6 @@ from packager.inputs.source_files import INDEX, has_index, safetensors_among, we
 from packager.model.contract_files import CONTENT_RULES
 from packager.model.safetensors_file import Header, header_from
 from packager.receipt import SAFETENSORS
-from packager.recipe.fields import REPO_ID
 from packager.system.files import disk_errors, file_records
 from packager.system.text import printable, shown
 
@@ -74,20 +73,6 @@ def hub_errors(what: str) -> Iterator[None]:
             why=f"the answer is not one that the Hub gives: {printable(str(error)) or type(error).__name__}",
             hint="check the address in HF_ENDPOINT, and whether a proxy answers in the server's place",
         ) from error
-
-
-def account_name() -> str:
-    """Return the name of the account whose token is set, "" without one or without a network."""
-    import huggingface_hub
-
-    if is_offline() or huggingface_hub.get_token() is None:
-        return ""
-    try:
-        with hub_errors("the account"):
-            name = huggingface_hub.HfApi().whoami().get("name")
-    except SourceError:
-        return ""
-    return name if isinstance(name, str) and re.match(REPO_ID, f"{name}/x") else ""
 
 
 def access_problem(base_id: str) -> str:

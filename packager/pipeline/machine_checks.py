@@ -12,8 +12,8 @@ from typing import Literal
 
 from packager import __version__
 from packager.errors import MachineError, SourceError
+from packager.inputs.hub_account import has_token, hub_account
 from packager.inputs.hub_cache import is_offline
-from packager.inputs.hub_models import hub_errors
 from packager.model.devices import choose_device
 from packager.pipeline.build_state import require_build_extra
 from packager.prove.environments import environment_name, is_ready
@@ -27,7 +27,7 @@ _GIT_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class MachineCheck:
     """One thing that packager uses.
 
     Attributes:
@@ -58,7 +58,7 @@ class Environment:
     used: bool
 
 
-def machine_checks(dist: Path, cache: Path, environ: Mapping[str, str]) -> Iterator[Check]:
+def machine_checks(dist: Path, cache: Path, environ: Mapping[str, str]) -> Iterator[MachineCheck]:
     """Yield the checks; those that take longest come last.
 
     Args:
@@ -66,7 +66,7 @@ def machine_checks(dist: Path, cache: Path, environ: Mapping[str, str]) -> Itera
         cache: the folder of the loaders' environments.
         environ: the process environment.
     """
-    yield Check(
+    yield MachineCheck(
         name="packager", grade="ok", found=f"{__version__}, Python {platform.python_version()} ({sys.executable})"
     )
     yield _build_extra()
@@ -81,14 +81,14 @@ def machine_checks(dist: Path, cache: Path, environ: Mapping[str, str]) -> Itera
     yield _hub(environ)
 
 
-def _build_extra() -> Check:
+def _build_extra() -> MachineCheck:
     try:
         require_build_extra()
     except MachineError as error:
-        return Check(name="build extra", grade="note", found=error.why, hint=f"to build: {error.hint}")
+        return MachineCheck(name="build extra", grade="note", found=error.why, hint=f"to build: {error.hint}")
     names = ("torch", "transformers", "safetensors", "pyarrow")
     found = ", ".join(f"{name} {_version(name)}" for name in names)
-    return Check(name="build extra", grade="ok", found=found)
+    return MachineCheck(name="build extra", grade="ok", found=found)
 
 
 def _version(name: str) -> str:
@@ -98,67 +98,67 @@ def _version(name: str) -> str:
         return "missing"
 
 
-def _git() -> Check:
+def _git() -> MachineCheck:
     return _program("git", "missing", "publishing to folders and git remotes needs git: https://git-scm.com")
 
 
-def _git_lfs() -> Check:
+def _git_lfs() -> MachineCheck:
     return _program("git-lfs", "note", "publishing to git remotes (target: git) needs git-lfs: https://git-lfs.com")
 
 
-def _program(name: str, lacking: Grade, hint: str) -> Check:
+def _program(name: str, lacking: Grade, hint: str) -> MachineCheck:
     path = shutil.which(name)
     if path is None:
-        return Check(name=name, grade=lacking, found="not on the PATH", hint=hint)
+        return MachineCheck(name=name, grade=lacking, found="not on the PATH", hint=hint)
     try:
         command = [path, "--version"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError) as error:
-        return Check(name=name, grade=lacking, found=printable(f"{path} does not run: {error}"), hint=hint)
-    return Check(name=name, grade="ok", found=printable(done.stdout.splitlines()[0] if done.stdout else path))
+        return MachineCheck(name=name, grade=lacking, found=printable(f"{path} does not run: {error}"), hint=hint)
+    return MachineCheck(name=name, grade="ok", found=printable(done.stdout.splitlines()[0] if done.stdout else path))
 
 
-def _confinement() -> Check:
+def _confinement() -> MachineCheck:
     how = confinement()
     if how == "bubblewrap":
-        return Check(name="confinement", grade="ok", found="loaders run in bubblewrap")
+        return MachineCheck(name="confinement", grade="ok", found="loaders run in bubblewrap")
     why = refusal("bubblewrap")
     if how == "namespaces":
-        return Check(
+        return MachineCheck(
             name="confinement", grade="ok", found=f"loaders run in namespaces of their own (bubblewrap: {why})"
         )
-    return Check(
+    return MachineCheck(
         name="confinement", grade="note", found="loaders can read this user's files and reach the network",
         hint=f"install bubblewrap ({why}) or allow user namespaces ({refusal('namespaces')})",
     )  # fmt: skip
 
 
-def _memory() -> Check:
+def _memory() -> MachineCheck:
     free = available_bytes()
     found = "not stated by this system" if free is None else f"{format_bytes(free)} available"
-    return Check(name="memory", grade="ok", found=found)
+    return MachineCheck(name="memory", grade="ok", found=found)
 
 
-def _disk(name: str, folder: Path) -> Check:
+def _disk(name: str, folder: Path) -> MachineCheck:
     there = folder.absolute()
     while not there.exists():
         there = there.parent
     try:
         free = shutil.disk_usage(there).free
     except OSError as error:
-        return Check(name=name, grade="note", found=f"{folder}: {error.strerror}")
-    return Check(name=name, grade="ok", found=f"{format_bytes(free)} free for {folder}")
+        return MachineCheck(name=name, grade="note", found=f"{folder}: {error.strerror}")
+    return MachineCheck(name=name, grade="ok", found=f"{format_bytes(free)} free for {folder}")
 
 
-def _gpu() -> Check:
+def _gpu() -> MachineCheck:
     hint = "packager plan RECIPE states the memory that a build needs with a GPU and without one"
     try:
         require_build_extra()
         device = choose_device("auto")
     except MachineError as error:
-        return Check(name="GPU", grade="note", found=error.what, hint=error.hint)
+        return MachineCheck(name="GPU", grade="note", found=error.what, hint=error.hint)
     if device.type == "cpu":
-        return Check(
+        return MachineCheck(
             name="GPU", grade="note", found="none that torch can use: this machine computes on its CPU", hint=hint
         )
     import torch
@@ -168,18 +168,18 @@ def _gpu() -> Check:
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"
         parts.append(f"{properties.name}, {gibibytes(properties.total_memory)} GiB, compute capability {capability}")
-    return Check(name="GPU", grade="ok", found=f"{'; '.join(parts)}; CUDA {torch.version.cuda}")
+    return MachineCheck(name="GPU", grade="ok", found=f"{'; '.join(parts)}; CUDA {torch.version.cuda}")
 
 
-def _loaders(cache: Path) -> Iterator[Check]:
+def _loaders(cache: Path) -> Iterator[MachineCheck]:
     for name, spec in LOADERS.items():
         if problem := spec.python_problem():
-            yield Check(name=name, grade="note", found=problem)
+            yield MachineCheck(name=name, grade="note", found=problem)
             continue
         folder = cache.absolute() / "loaders" / environment_name(spec)
         size = f", {format_bytes(_size(folder))}" if folder.exists() else ""
         found = f"environment ready{size}" if is_ready(folder) else "environment not made yet: the first build makes it"
-        yield Check(name=name, grade="ok", found=f"{spec.description}: {found}")
+        yield MachineCheck(name=name, grade="ok", found=f"{spec.description}: {found}")
 
 
 def environments(cache: Path) -> tuple[Environment, ...]:
@@ -210,29 +210,18 @@ def _size(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_symlink() and path.is_file())
 
 
-def _hub(environ: Mapping[str, str]) -> Check:
-    import huggingface_hub
-
+def _hub(environ: Mapping[str, str]) -> MachineCheck:
     endpoint = environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if is_offline():
-        return Check(name="Hub", grade="note", found="HF_HUB_OFFLINE is set: only the cache is read")
     login = "`hf auth login`, or set HF_TOKEN; public models need no token"
-    if huggingface_hub.get_token() is None:
-        return Check(name="Hub", grade="note", found=f"no token for {endpoint}", hint=f"to publish: {login}")
+    if is_offline():
+        return MachineCheck(name="Hub", grade="note", found="HF_HUB_OFFLINE is set: only the cache is read")
+    if not has_token():
+        return MachineCheck(name="Hub", grade="note", found=f"no token for {endpoint}", hint=f"to publish: {login}")
     try:
-        with hub_errors(endpoint):
-            account = huggingface_hub.HfApi().whoami()
+        account = hub_account()
     except SourceError as error:
-        return Check(name="Hub", grade="note", found=f"{error.what}: {error.why}", hint=error.hint)
-    name, role = account.get("name"), _role(account)
-    hint = "" if role in ("write", "fineGrained") else f"to publish: a token that may write: {login}"
-    found = f"logged in as {printable(str(name))} at {endpoint}, the token is for: {printable(role)}"
-    return Check(name="Hub", grade="ok" if not hint else "note", found=found, hint=hint)
-
-
-def _role(account: Mapping[str, object]) -> str:
-    """Return what a token is for: "read", "write", or "fineGrained"; "unknown" where the Hub does not say."""
-    value: object = account
-    for key in ("auth", "accessToken", "role"):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value if isinstance(value, str) else "unknown"
+        return MachineCheck(name="Hub", grade="note", found=f"{error.what}: {error.why}", hint=error.hint)
+    found = f"logged in as {account.name} at {endpoint}, the token is for: {printable(account.role)}"
+    if account.role in ("write", "fineGrained"):
+        return MachineCheck(name="Hub", grade="ok", found=found)
+    return MachineCheck(name="Hub", grade="note", found=found, hint=f"to publish, a token that may write: {login}")
