@@ -22,7 +22,7 @@ from packager.model.architecture import IGNORED_SUFFIXES, Architecture
 from packager.model.branch_config import branch_file, normalized
 from packager.model.branch_rules import ModelFacts
 from packager.model.config_values import read_config, shortened
-from packager.model.safetensors_file import StoredTensor, TensorInfo, read_tensor, stored_tensors
+from packager.model.safetensors_file import StoredTensor, TensorInfo, all_finite, read_tensor, stored_tensors
 from packager.receipt import CONFIG, TOKENIZER_FILES, FileRecord, SourceRecord, digest_of
 from packager.recipe.file import RecipeFile
 from packager.system.files import bytes_record, file_records, has_record
@@ -75,7 +75,7 @@ class SourceModel:
                 hint="the installed transformers may build this architecture with other tensors",
             )
         tensor = read_tensor(self.tensors[name])
-        if not name.startswith(f"{self.architecture.blocks_prefix}.") and not bool(tensor.isfinite().all()):
+        if not name.startswith(f"{self.architecture.blocks_prefix}.") and not all_finite(tensor):
             raise SourceError(
                 "the weights contain NaN or Inf", where=name, why=f"in {self.tensors[name].path}",
                 hint="the base model is damaged: take the file again, or another revision",

@@ -1,6 +1,9 @@
 """The number of token rows that go through the blocks together, and their bytes. No torch: memory plans use it."""
 
+import math
+
 from packager.model.architecture import Architecture
+from packager.model.safetensors_file import TensorInfo
 
 # Bytes of an activation or weight while a model computes: float32 on the CPU, float16 or bfloat16 on a GPU.
 ELEMENT_BYTES = {"cpu": 4, "cuda": 2}
@@ -22,3 +25,27 @@ def running_bytes(architecture: Architecture, device_type: str, seq_len: int) ->
     """Return the most bytes that a token of the running batch, of rows of `seq_len` tokens, takes in a block."""
     peak = max(kind.peak_bytes + seq_len * kind.peak_bytes_per_pair for kind in architecture.kinds)
     return peak * ELEMENT_BYTES[device_type] // TRACED_BYTES
+
+
+def embedding_bytes(architecture: Architecture, device_type: str) -> int:
+    """Return what the embeddings of tokens take on a device while the inputs of the first block are made."""
+    matrices = _token_matrices(architecture)
+    # A head has the embedding's size where it is a tensor of its own, so it does not matter which of both is left out.
+    embeddings = matrices if architecture.tied else matrices[1:]
+    return ELEMENT_BYTES[device_type] * sum(math.prod(tensor.shape) for tensor in embeddings)
+
+
+def converted_bytes(architecture: Architecture, device_type: str) -> int:
+    """Return the bytes of the largest embedding or head as it is stored, which is there while it becomes float32."""
+    sizes = (tensor.size_bytes for tensor in _token_matrices(architecture) if tensor.dtype != "F32")
+    return max(sizes, default=0) if device_type == "cpu" else 0
+
+
+def _token_matrices(architecture: Architecture) -> list[TensorInfo]:
+    """Return embeddings of tokens and an untied head: matrices outside the blocks with a row for most tokens."""
+    blocks, most = f"{architecture.blocks_prefix}.", architecture.vocab_size / 2
+    return [
+        tensor
+        for tensor in architecture.tensors
+        if len(tensor.shape) == 2 and tensor.shape[0] >= most and not tensor.name.startswith(blocks)
+    ]

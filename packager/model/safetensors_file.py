@@ -34,6 +34,7 @@ _MOST_HEADER_VALUES = 2_000_000  # a tensor of two dimensions has seven commas a
 _MAX_NAME = 1000
 _MAX_SHOWN = 40
 _MAX_DIMENSIONS = 32
+_PIECE_ELEMENTS = 1 << 22
 METADATA = {"format": "pt"}
 
 
@@ -291,3 +292,12 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
                 raise SourceError("a tensor's file ended early", where=where, why=f"reading {stored.info.name}")
             done += count
     return data.view(dtypes[stored.info.dtype]).reshape(stored.info.shape)
+
+
+def all_finite(tensor: "torch.Tensor") -> bool:
+    """Return whether a contiguous CPU tensor holds neither NaN nor Inf; piece by piece.
+
+    torch's `isfinite` takes 2.5 times the bytes of a bfloat16 tensor while it runs: 840 MB for an embedding of
+    [262144, 640].
+    """
+    return all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(_PIECE_ELEMENTS))

@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 
 from packager.model.architecture import Architecture
-from packager.model.batches import ELEMENT_BYTES, TOKENS_PER_BATCH, WEIGHT_COPIES, rows_per_batch, running_bytes
+from packager.model.batches import (
+    ELEMENT_BYTES,
+    TOKENS_PER_BATCH,
+    WEIGHT_COPIES,
+    converted_bytes,
+    embedding_bytes,
+    rows_per_batch,
+    running_bytes,
+)
 
 # Bytes of one float32 tensor [tokens, vocab]. Its size does not change the time: 220 tokens of a vocabulary of 151,936
 # are enough to keep a GPU busy.
@@ -56,7 +64,8 @@ def evaluation_memory(
     states = element * num_tokens * hidden
     asked = element * question_tokens(num_tokens, device_type) * hidden if questions else 0
     head = element * architecture.vocab_size * hidden
-    logits = _PIECES * 4 * architecture.vocab_size * min(num_tokens, tokens_per_piece(architecture.vocab_size))
+    piece = 4 * architecture.vocab_size * min(num_tokens, tokens_per_piece(architecture.vocab_size))
+    logits = _PIECES * piece
     question_logits = 2 * 4 * architecture.vocab_size * tokens_per_piece(architecture.vocab_size) if questions else 0
     weights = element * max(kind.weight_elements for kind in architecture.kinds)
     batch_tokens = min(num_tokens, rows_per_batch(seq_len, device_type) * seq_len)
@@ -66,14 +75,17 @@ def evaluation_memory(
     dequantizing = _DEQUANTIZE_BYTES * max(
         (inputs * outputs for inputs, outputs, _experts in architecture.group_shapes), default=0
     )
+    embedding = embedding_bytes(architecture, device_type)
     # The base model's head stays on the device while the quantized model's blocks run, and both heads make logits.
     if device_type == "cpu":
-        peak = max(states + asked + head, states + asked + blocks + dequantizing, head + logits)
+        converted = converted_bytes(architecture, device_type)
+        peak = max(asked + embedding + converted, asked + blocks + dequantizing, head + max(logits, converted + piece))
         if questions:
-            peak = max(peak, states + asked + head + question_logits)
-        return EvaluationMemory(device_bytes=states + head + peak, host_bytes=0)
+            peak = max(peak, asked + head + question_logits)
+        return EvaluationMemory(device_bytes=2 * states + head + peak, host_bytes=0)
     largest = max(tensor.size_bytes for tensor in architecture.tensors)
     return EvaluationMemory(
-        device_bytes=head + max(states + asked + head, states + asked + blocks, head + max(logits, question_logits)),
+        device_bytes=head
+        + max(states + asked + embedding, states + asked + blocks, head + max(logits, question_logits)),
         host_bytes=2 * states + asked + 2 * weights + dequantizing + 2 * largest,
     )

@@ -10,7 +10,15 @@ from typing import Literal
 
 from packager.errors import MachineError
 from packager.model.architecture import Architecture, GroupWidths
-from packager.model.batches import ELEMENT_BYTES, TRACED_BYTES, WEIGHT_COPIES, rows_per_batch, running_bytes
+from packager.model.batches import (
+    ELEMENT_BYTES,
+    TRACED_BYTES,
+    WEIGHT_COPIES,
+    converted_bytes,
+    embedding_bytes,
+    rows_per_batch,
+    running_bytes,
+)
 from packager.system.text import format_bytes
 
 Placement = Literal["device", "host", "disk"]
@@ -146,7 +154,9 @@ def _way(
     held = count * states if placement == "device" else staged
     # On the device, a suspended batch's input is one of the states already.
     inputs = ELEMENT_BYTES[device_type] * work.architecture.hidden_size if placement == "device" else 0
-    device = held + sizes.resident(weights) + sizes.peak(kept_tokens, batch_tokens, tokens, inputs_held=inputs)
+    blocks = held + sizes.resident(weights) + sizes.peak(kept_tokens, batch_tokens, tokens, inputs_held=inputs)
+    # Wherever activations are stored, all are made on the device; the variants' are the same ones before a block ran.
+    device = max(blocks, states + sizes.embedding(weights))
     host = 0 if device_type == "cpu" else sizes.host(count) + (count * states if placement == "host" else 0)
     return SweepPlan(
         num_variants=count,
@@ -211,6 +221,13 @@ class _Sizes:
         at most half their bytes.
         """
         return (WEIGHT_COPIES if waiting == "device" else 2) * self.weights
+
+    def embedding(self, waiting: Literal["device", "host"]) -> int:
+        """Return the device bytes of the embeddings, and of what is read beside: the first block and an untied head."""
+        stored = 1 if self._architecture.tied else 2
+        held = embedding_bytes(self._architecture, self._device_type)
+        held += stored * converted_bytes(self._architecture, self._device_type)
+        return held + (self.weights if waiting == "device" else 0)
 
     def peak(self, suspended_tokens: int, batch_tokens: int, tokens: int, *, inputs_held: int) -> int:
         """Return the peak of the device without states and weights: the maximum over the groups of linears.
