@@ -45,10 +45,10 @@ def _gpu() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-def save_larger(folder: Path, *, hidden: int, intermediate: int, blocks: int) -> Path:
+def save_larger(folder: Path, *, hidden: int, intermediate: int, blocks: int, vocab_size: int = VOCABULARY) -> Path:
     """Save a random Llama of a size at which memory is what is estimated, not what libraries take."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks,
+        vocab_size=vocab_size, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks,
         num_attention_heads=hidden // 128, num_key_value_heads=hidden // 256, max_position_embeddings=LENGTH,
         dtype="float16",
     )  # fmt: skip
@@ -235,6 +235,20 @@ def test_the_planned_memory_is_enough_for_experts(tmp_path, large_experts, key):
     run(large_experts, tmp_path / "plenty", *PAIR, rows=token_rows(ROWS, LENGTH, vocab_size=VOCABULARY))
     assert planned_in(tmp_path / "scarce", large_experts, way, way.host_bytes) == [key]
     assert digests(tmp_path / "scarce") == digests(tmp_path / "plenty")
+
+
+def test_a_wide_vocabulary_takes_the_planned_memory(tmp_path):
+    """Its embedding is larger than the blocks; the head is checked on the host."""
+    folder = save_larger(tmp_path / "model", hidden=1024, intermediate=1024, blocks=2, vocab_size=262144)
+    source, rows = open_folder(folder), token_rows(8, 64)
+    work = Workload(architecture=source.architecture, num_samples=8, seq_len=64, num_variants=1)
+    planned = next(sweep_ways(work, "cuda")).device_bytes
+    run(tiny(tmp_path), tmp_path / "first", variant())  # loads what libraries load when they are first used
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(source, tmp_path / "work", variant(group_size=128), rows=rows)
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(planned, rel=0.2)
 
 
 def planned_in(work: Path, source: SourceModel, way: SweepPlan, host_limit: int) -> list[tuple[Any, ...]]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from packager.errors import MachineError
 from packager.model.batches import rows_per_batch
+from packager.model.safetensors_file import TensorInfo
 from packager.pipeline.plan import make_plan
 from packager.prove.evaluation_memory import evaluation_memory
 from packager.quantize.memory import (
@@ -266,3 +267,36 @@ def test_bytes_of_pairs_count_once_for_each_token_of_the_row(device_type):
 
     assert sized(2048 * 96, 0) == sized(0, 96)
     assert sized(0, 96) > sized(0, 0)
+
+
+def few_rows_of_gemma() -> Workload:
+    """So few that its embedding takes more than its blocks."""
+    return replace(workload("real/gemma-3-270m.yaml"), num_samples=8, seq_len=256)
+
+
+def test_an_embedding_larger_than_the_blocks_is_counted():
+    """Gemma 3 270M: as it is stored and in float32, beside the first block and the inputs; on a GPU as it is stored."""
+    gemma = few_rows_of_gemma()
+    weights, embedding, states = 5_573_632, 262_144 * 640, 8 * 256 * 640
+    assert next(sweep_ways(gemma, "cpu")).device_bytes == 4 * states + (2 + 4) * embedding + 4 * weights
+    for way in sweep_ways(gemma, "cuda"):
+        read_beside = 2 * weights if way.weights == "device" else 0
+        assert way.device_bytes >= 2 * states + 2 * embedding + read_beside
+    assert min(way.device_bytes for way in sweep_ways(gemma, "cuda")) == 2 * states + 2 * embedding
+
+
+def test_a_head_of_its_own_and_a_float32_embedding_are_not_converted_beside():
+    tied = few_rows_of_gemma()
+    embedding, *others = tied.architecture.tensors
+    assert embedding.name == "model.embed_tokens.weight"
+    needed = next(sweep_ways(tied, "cpu")).device_bytes
+
+    def changed(tensors: list[TensorInfo], tied_names: tuple[str, ...]) -> int:
+        architecture = replace(tied.architecture, tensors=tuple(tensors), tied=tied_names)
+        return next(sweep_ways(replace(tied, architecture=architecture), "cpu")).device_bytes
+
+    head = embedding._replace(name="lm_head.weight")
+    assert changed([head, embedding, *others], ()) == needed
+    assert needed - changed([embedding._replace(dtype="F32"), *others], ("lm_head.weight",)) == embedding.size_bytes
+    more = embedding._replace(name="model.embed_tokens_per_layer.weight", shape=(262_100, 640))
+    assert changed([embedding, more, *others], ("lm_head.weight",)) - needed == 4 * 262_100 * 640

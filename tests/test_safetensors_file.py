@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from packager.errors import SourceError
+from packager.model import safetensors_file
 from packager.model.safetensors_file import (
     METADATA,
     StoredTensor,
@@ -27,6 +28,7 @@ from packager.model.safetensors_file import (
     stored_tensors,
 )
 from tests.hypothesis_profiles import examples
+from tests.test_lock_memory import Live
 
 NUMPY_DTYPES = {
     "F64": np.float64, "I64": np.int64, "U64": np.uint64, "F32": np.float32, "I32": np.int32, "U32": np.uint32,
@@ -250,3 +252,26 @@ def test_a_damaged_file_never_reads_as_something_the_reference_refuses(tmp_path:
             list(reader.keys())
     except SafetensorError as error:
         pytest.fail(f"the reference refuses it: {error}")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_are_found_in_every_piece(monkeypatch: pytest.MonkeyPatch, dtype: str, value: float) -> None:
+    import torch
+
+    monkeypatch.setattr(safetensors_file, "_PIECE_ELEMENTS", 7)
+    for position in range(20):
+        tensor = torch.zeros(4, 5, dtype=getattr(torch, dtype))
+        assert safetensors_file.all_finite(tensor)
+        tensor.view(-1)[position] = value
+        assert not safetensors_file.all_finite(tensor)
+    assert safetensors_file.all_finite(torch.zeros(0, dtype=getattr(torch, dtype)))
+
+
+def test_the_check_for_nan_takes_little_memory() -> None:
+    import torch
+
+    tensor = torch.zeros(1 << 12, 1 << 13, dtype=torch.bfloat16)
+    with Live() as live:
+        assert safetensors_file.all_finite(tensor)
+    assert live.most < 0.4 * tensor.nbytes

@@ -241,7 +241,7 @@ class Decoder:
             return cast(Tensor, self._model(**inputs, use_cache=False).logits).float()
 
     def check_head(self) -> None:
-        """Read and discard the tensors that `embed` does not read, to find damage early. May run beside `embed`.
+        """Read and discard the tensors that `embed` does not read, to find damage early; beside the blocks.
 
         Raises:
             SourceError: a tensor holds NaN or Inf, or is missing.

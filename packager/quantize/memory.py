@@ -5,6 +5,7 @@ The choice changes time and memory, never a byte of the result.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Literal
 
@@ -128,15 +129,18 @@ def sweep_ways(work: Workload, device_type: str) -> Iterator[SweepPlan]:
     weights: tuple[Literal["device", "host"], ...] = ("device", "host")
     if device_type == "cpu":
         placements, suspended, weights = (("device",),), (batches,), ("device",)
+    sizes = _Sizes(work.architecture, device_type, work.seq_len)
     for wheres, waiting in product(placements, weights):
         for kept, where, count in product(suspended, wheres, counts):
             yield _way(
-                work, device_type, num_batches=batches, suspended=kept, count=count, placement=where, weights=waiting
-            )
+                work, sizes, device_type, num_batches=batches, suspended=kept, count=count, placement=where,
+                weights=waiting,
+            )  # fmt: skip
 
 
 def _way(
     work: Workload,
+    sizes: "_Sizes",
     device_type: str,
     *,
     num_batches: int,
@@ -149,7 +153,6 @@ def _way(
     states = ELEMENT_BYTES[device_type] * tokens * work.architecture.hidden_size
     batch_tokens = min(tokens, work.rows_per_batch(device_type) * work.seq_len)
     staged = min(num_batches, _STAGED_BATCHES) * states * batch_tokens // tokens
-    sizes = _Sizes(work.architecture, device_type, work.seq_len)
     kept_tokens = min(tokens, suspended * batch_tokens)
     held = count * states if placement == "device" else staged
     # On the device, a suspended batch's input is one of the states already.
@@ -204,8 +207,9 @@ class _Sizes:
     def __init__(self, architecture: Architecture, device_type: str, seq_len: int) -> None:
         self._architecture, self._seq_len = architecture, seq_len
         self._device_type, self._element = device_type, ELEMENT_BYTES[device_type]
+        self._embedding = embedding_bytes(architecture, device_type) + converted_bytes(architecture, device_type)
 
-    @property
+    @cached_property
     def weights(self) -> int:
         """Bytes of the largest block's weights."""
         return self._element * max(kind.weight_elements for kind in self._architecture.kinds)
@@ -223,11 +227,8 @@ class _Sizes:
         return (WEIGHT_COPIES if waiting == "device" else 2) * self.weights
 
     def embedding(self, waiting: Literal["device", "host"]) -> int:
-        """Return the device bytes of the embeddings, and of what is read beside: the first block and an untied head."""
-        stored = 1 if self._architecture.tied else 2
-        held = embedding_bytes(self._architecture, self._device_type)
-        held += stored * converted_bytes(self._architecture, self._device_type)
-        return held + (self.weights if waiting == "device" else 0)
+        """Return the device bytes of the embeddings, and of the first block, which is read beside."""
+        return self._embedding + (self.weights if waiting == "device" else 0)
 
     def peak(self, suspended_tokens: int, batch_tokens: int, tokens: int, *, inputs_held: int) -> int:
         """Return the peak of the device without states and weights: the maximum over the groups of linears.

@@ -79,10 +79,10 @@ class Worker:
             ThreadPoolExecutor(2, thread_name_prefix="prepare") as pool,
             torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
         ):
-            # Check the head and compile kernels while the first weights are read.
-            self._prepared = [pool.submit(self._decoder.check_head), pool.submit(self._compile)]
-            for variants in self._share.sweeps:
-                self._sweep(variants)
+            # Compile kernels while the first weights are read, and check the head when the embeddings are gone.
+            self._prepared = [pool.submit(self._compile)]
+            for number, variants in enumerate(self._share.sweeps):
+                self._sweep(variants, pool if number == 0 else None)
 
     def _compile(self) -> None:
         if self._share.device.type == "cuda":
@@ -105,11 +105,13 @@ class Worker:
                     experts=experts,
                 )
 
-    def _sweep(self, variants: Sequence[Variant]) -> None:
+    def _sweep(self, variants: Sequence[Variant], check_head_in: ThreadPoolExecutor | None) -> None:
         job, plan, decoder = self._job, self._share.plan, self._decoder
         blocks = decoder.stream(on_host=plan.weights == "host")
         batches = decoder.embed(job.rows.ids, rows=rows_per_batch(job.rows.ids.shape[1], decoder.device.type))
         decoder.drop_outside_blocks()
+        if check_head_in is not None:
+            self._prepared.append(check_head_in.submit(decoder.check_head))
         contexts = [batch.contexts for batch in batches]
         folder = job.stores[variants[0]].checkpoint.parent
         hidden = [batch.hidden for batch in batches]

@@ -1,0 +1,81 @@
+"""The memory that a process takes to quantize, against the plan; what its libraries take is not part of the plan."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from packager.quantize.memory import Workload, sweep_ways
+from tests.sources import open_folder
+from tests.tiny_models import save_model
+
+ROWS, LENGTH = 8, 64
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import torch
+
+from packager.quantize.job import QuantizeJob
+from packager.quantize.sweep import quantize
+from packager.system.heap import return_large_blocks
+from tests.sources import open_folder
+from tests.tiny_models import open_store, token_rows, variant
+
+STATUS = Path("/proc/self/status")
+
+def held(key):
+    return int(next(line for line in STATUS.read_text().splitlines() if line.startswith(key)).split()[1]) * 1024
+
+def run(folder, work):
+    source, v = open_folder(Path(folder)), variant(group_size=32)
+    rows = token_rows(int(sys.argv[3]), int(sys.argv[4]))
+    job = QuantizeJob(source=source, rows=rows, stores={v: open_store(source, work, v)}, devices=(torch.device("cpu"),))
+    Path("/proc/self/clear_refs").write_text("5")
+    before = held("VmRSS")
+    quantize(job, lambda _: None)
+    return held("VmHWM") - before
+
+return_large_blocks()
+run(sys.argv[1], Path("first"))  # loads what libraries load when they are first used
+print(run(sys.argv[2], Path("second")))
+"""
+
+
+def used_by_child(tmp_path: Path, folder: Path) -> int:
+    command = [sys.executable, "-c", SCRIPT, str(save_model(tmp_path / "small", "llama")), str(folder)]
+    ran = subprocess.run(
+        [*command, str(ROWS), str(LENGTH)], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return int(ran.stdout.splitlines()[-1])
+
+
+# By what takes most: an embedding, with its head or without one; the blocks.
+SIZES: dict[str, dict[str, Any]] = {
+    "tied": {"vocab_size": 131072, "hidden_size": 512, "intermediate_size": 512, "tie_word_embeddings": True},
+    "untied": {"vocab_size": 131072, "hidden_size": 512, "intermediate_size": 512, "tie_word_embeddings": False},
+    "blocks": {"vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 4096, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("tied", torch.bfloat16), ("untied", torch.bfloat16), ("untied", torch.float32), ("blocks", torch.bfloat16)],
+)
+def test_the_peak_of_a_process_is_the_planned_one(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    config = LlamaConfig(**SIZES[name], num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path / "model")
+    work = Workload(
+        architecture=open_folder(tmp_path / "model").architecture, num_samples=ROWS, seq_len=LENGTH, num_variants=1
+    )
+    planned = next(sweep_ways(work, "cpu")).device_bytes
+    assert planned > 200e6, "so much that what libraries take does not matter"
+    assert used_by_child(tmp_path, tmp_path / "model") == pytest.approx(planned, rel=0.2)
