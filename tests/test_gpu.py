@@ -239,7 +239,7 @@ def test_the_planned_memory_is_enough_for_experts(tmp_path, large_experts, key):
 
 def test_a_wide_vocabulary_takes_the_planned_memory(tmp_path):
     """Its embedding is larger than the blocks; the head is checked on the host."""
-    folder = save_larger(tmp_path / "model", hidden=1024, intermediate=1024, blocks=2, vocab_size=262144)
+    folder = save_larger(tmp_path / "wide", hidden=1024, intermediate=1024, blocks=2, vocab_size=262144)
     source, rows = open_folder(folder), token_rows(8, 64)
     work = Workload(architecture=source.architecture, num_samples=8, seq_len=64, num_variants=1)
     planned = next(sweep_ways(work, "cuda")).device_bytes
@@ -315,7 +315,7 @@ def started(model: Path, work: Path) -> "subprocess.Popen[str]":
 
 
 def test_a_run_killed_at_any_moment_is_run_again_to_the_same_bytes(tmp_path):
-    model, dice = save_larger(tmp_path / "model", hidden=1024, intermediate=2816, blocks=8), random.Random(5)
+    model, dice = save_larger(tmp_path / "wide", hidden=1024, intermediate=2816, blocks=8), random.Random(5)
     whole = started(model, tmp_path / "whole")
     assert whole.communicate()[0] == "0\n"
 

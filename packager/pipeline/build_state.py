@@ -167,13 +167,13 @@ class BuildState:
 
     @property
     def texts(self) -> "TextSets":
-        """Calibration and evaluation tokens, read when first needed."""
-        from packager.inputs.texts import prepare
+        """Calibration and evaluation tokens, read when first needed: those that an earlier run kept, or drawn now."""
+        from packager.inputs.kept_texts import prepare_once
 
         if self._texts is None:
             source = self.source
             with self.terminal.stage("calibrate"):
-                self._texts = prepare(self.recipe_file, source)
+                self._texts = prepare_once(self.recipe_file, source, self.workspace.rows, self.terminal.log)
         return self._texts
 
     @property

@@ -3,6 +3,7 @@
 dist/builds/<namespace>/<name>/<branch>/         checkpoint folders, as they will be published
 dist/receipts/<namespace>/<name>/<branch>.json   what was done and measured
 dist/receipts/<namespace>/<name>/unfinished/     receipts of files that a run is putting in place
+dist/rows/<namespace>/<name>/rows.json           the token ids of its texts; may be deleted at any time
 dist/work/<namespace>/<name>/<branch>/           a checkpoint under construction; may be deleted at any time
 dist/work/<namespace>--<name>.lock, .json        the lock of a running build, and what it does now
 dist/hub/models/<namespace>/<name>               the local publishing target
@@ -35,6 +36,11 @@ class Workspace:
     def work(self) -> Path:
         """Checkpoints under construction; a rename moves them to the builds, on the same file system."""
         return self.dist / "work" / self.repository
+
+    @property
+    def rows(self) -> Path:
+        """The file that keeps the token ids of the texts for the next run; unlike `work`, it stays after a build."""
+        return self.dist / "rows" / self.repository / "rows.json"
 
     @property
     def hub(self) -> Path:
@@ -180,7 +186,7 @@ class Workspace:
 
     def _remove_leftovers(self) -> None:
         builds, receipts = self.folder("main").parent, self._receipts
-        for parent in (builds, receipts, self.work):
+        for parent in (builds, receipts, self.work, self.rows.parent):
             remove_leftovers(parent)
             for folder in parent.glob("*/"):
                 remove_leftovers(folder)
