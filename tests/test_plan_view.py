@@ -16,6 +16,7 @@ from packager.model.compatibility import Verdict
 from packager.model.runtimes import RUNTIMES
 from packager.pipeline.plan import BuildPlan, DiskPlan, EvaluationPlan, MemoryPlan, make_plan
 from packager.prove.evaluation_memory import EvaluationMemory
+from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
 from tests.test_house_rules import ROOT
 from tests.tiny_recipe import write_all
@@ -86,9 +87,12 @@ def test_the_first_line_counts_parameters_and_tokens(lines: list[str]) -> None:
 
 def test_the_sources_of_calibration_and_evaluation_are_listed(plan: BuildPlan, lines: list[str]) -> None:
     wikitext = "Salesforce/wikitext wikitext-2-raw-v1, split"
-    assert f"Calibration: 128 rows of 2048 tokens from {wikitext} train, at b08601e04326" in lines
-    assert f"Evaluation: 64 rows of 2048 tokens from {wikitext} test, at b08601e04326" in lines
-    texts: Any = build_plan_json(plan)["texts"]
+    rows, joined = "rows of 2048 tokens, seed 0, from", "at b08601e04326 (joined documents)"
+    assert f"Calibration: 128 {rows} {wikitext} train, {joined}" in lines
+    assert f"Evaluation: 64 {rows} {wikitext} test, {joined}" in lines
+    written = build_plan_json(plan)
+    texts: Any = written["texts"]
+    assert written["drawing_version"] == DRAWING_VERSION
     assert [(text["purpose"], text["num_rows"]) for text in texts] == [("calibration", 128), ("evaluation", 64)]
     assert texts[0] == {
         "purpose": "calibration",
@@ -97,8 +101,10 @@ def test_the_sources_of_calibration_and_evaluation_are_listed(plan: BuildPlan, l
         "revision": "b08601e04326c79dfdd32d625aee71d232d685c3",
         "split": "train",
         "column": "text",
+        "documents": "joined",
         "num_rows": 128,
         "seq_len": 2048,
+        "seed": 0,
     }
 
 
@@ -106,19 +112,26 @@ def test_several_sources_are_listed_with_weight_and_rows(tmp_path: Path) -> None
     sources = [
         {"path": "calibration.txt", "weight": 3},
         {"path": "chats.jsonl", "messages_field": "messages"},
+        {"path": "pages.jsonl", "documents": "separate", "text_field": "page", "weight": 2},
     ]
-    (tmp_path / "chats.jsonl").write_text("{}\n")
-    calibration = {"sources": sources, "num_samples": 12, "seq_len": 32}
-    plan = make_plan(RecipeFile.load(write_all(tmp_path, {"calibration": calibration, "evaluation.num_tokens": 64,
-                                                          "evaluation.seq_len": 64})))  # fmt: skip
-    assert printed(plan)[1:4] == [
-        "Calibration: 9 rows of 32 tokens from calibration.txt (weight 3)",
-        "Calibration: 3 rows of 32 tokens from chats.jsonl (column messages, weight 1)",
-        "Evaluation: 1 row of 64 tokens from evaluation.txt",
+    for name in ("chats.jsonl", "pages.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    calibration = {"sources": sources, "num_samples": 18, "seq_len": 32, "seed": 5}
+    evaluation = {"evaluation.num_tokens": 64, "evaluation.seq_len": 64, "evaluation.seed": 6}
+    plan = make_plan(RecipeFile.load(write_all(tmp_path, {"calibration": calibration, **evaluation})))
+    assert printed(plan)[1:5] == [
+        "Calibration: 9 rows of 32 tokens, seed 5, from calibration.txt (joined documents, weight 3)",
+        "Calibration: 3 rows of 32 tokens, seed 5, from chats.jsonl (conversations, column messages, weight 1)",
+        "Calibration: 6 rows of 32 tokens, seed 5, from pages.jsonl (separate documents, column page, weight 2)",
+        "Evaluation: 1 row of 64 tokens, seed 6, from evaluation.txt (joined documents)",
     ]
     texts: Any = build_plan_json(plan)["texts"]
     assert [(text["path"], text.get("weight"), text["column"], text["num_rows"]) for text in texts] == [
-        ("calibration.txt", 3, "text", 9), ("chats.jsonl", 1, "messages", 3), ("evaluation.txt", None, "text", 1),
+        ("calibration.txt", 3, "text", 9), ("chats.jsonl", 1, "messages", 3), ("pages.jsonl", 2, "page", 6),
+        ("evaluation.txt", None, "text", 1),
+    ]  # fmt: skip
+    assert [(text["documents"], text["seed"]) for text in texts] == [
+        ("joined", 5), ("conversations", 5), ("separate", 5), ("joined", 6),
     ]  # fmt: skip
 
 

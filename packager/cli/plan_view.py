@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,7 @@ from packager.pipeline.plan import BuildPlan, VariantPlan
 from packager.prove.evaluation_memory import EvaluationMemory
 from packager.quantize.memory import SweepPlan
 from packager.recipe import Recipe
+from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.text_models import TextSource, WeightedText
 from packager.system.text import gigabytes
 
@@ -50,18 +52,28 @@ def print_build_plan(plan: BuildPlan, console: Console) -> None:
 def text_lines(recipe: Recipe) -> list[str]:
     """Return a line for each text that rows are drawn from: those of the calibration, then the evaluation's."""
     return [
-        f"{purpose}: {_rows(count)} of {seq_len} tokens from {_source(text)}"
-        for purpose, text, count, seq_len in _texts(recipe)
+        f"{rows.purpose}: {_rows(rows.count)} of {rows.seq_len} tokens, seed {rows.seed}, from {_source(rows.text)}"
+        for rows in _planned_rows(recipe)
     ]
 
 
-def _texts(recipe: Recipe) -> list[tuple[str, TextSource, int, int]]:
-    """Return the purpose, the text, its rows and their length, of every text."""
+class _PlannedRows(NamedTuple):
+    """What determines the rows of a text beside the text itself, the tokenizer and the way of drawing."""
+
+    purpose: str
+    text: TextSource
+    count: int
+    seq_len: int
+    seed: int
+
+
+def _planned_rows(recipe: Recipe) -> list[_PlannedRows]:
+    """Return the rows of every text, the evaluation's last."""
     calibration, evaluation = recipe.calibration, recipe.evaluation
-    rows = zip(calibration.texts, calibration.rows_of_texts, strict=True)
+    counts = zip(calibration.texts, calibration.rows_of_texts, strict=True)
     return [
-        *(("Calibration", text, count, calibration.seq_len) for text, count in rows),
-        ("Evaluation", evaluation, evaluation.num_rows, evaluation.seq_len),
+        *(_PlannedRows("Calibration", text, count, calibration.seq_len, calibration.seed) for text, count in counts),
+        _PlannedRows("Evaluation", evaluation, evaluation.num_rows, evaluation.seq_len, evaluation.seed),
     ]
 
 
@@ -70,14 +82,21 @@ def _rows(count: int) -> str:
 
 
 def _source(text: TextSource) -> str:
-    """Return a text's source in words: the file, or the split with the commit, and the column that is read."""
-    facts = [f"column {text.column}"] if text.column != "text" else []
+    """Return a text's source in words: the file, or the split with the commit, and how its rows are read."""
+    kind = _documents(text)
+    facts = [kind if kind == "conversations" else f"{kind} documents"]
+    facts += [f"column {text.column}"] if text.column != "text" else []
     facts += [f"weight {text.weight:g}"] if isinstance(text, WeightedText) else []
-    more = f" ({', '.join(facts)})" if facts else ""
+    more = f" ({', '.join(facts)})"
     if text.path is not None:
         return f"{text.path}{more}"
     config = f" {text.config}" if text.config is not None else ""
     return f"{text.dataset}{config}, split {text.split}, at {str(text.revision)[:12]}{more}"
+
+
+def _documents(text: TextSource) -> str:
+    """Return how rows are made of a text: "joined" or "separate" documents, or "conversations"."""
+    return "conversations" if text.messages_field is not None else text.documents
 
 
 def left_lines(architecture: Architecture) -> list[str]:
@@ -231,18 +250,21 @@ def build_plan_json(plan: BuildPlan) -> dict[str, object]:
         },
         "texts": [
             {
-                "purpose": purpose.lower(),
-                **text.model_dump(
+                "purpose": rows.purpose.lower(),
+                **rows.text.model_dump(
                     mode="json",
                     include={"path", "dataset", "config", "revision", "split", "weight"},
                     exclude_none=True,
                 ),
-                "column": text.column,
-                "num_rows": count,
-                "seq_len": seq_len,
+                "column": rows.text.column,
+                "documents": _documents(rows.text),
+                "num_rows": rows.count,
+                "seq_len": rows.seq_len,
+                "seed": rows.seed,
             }
-            for purpose, text, count, seq_len in _texts(plan.recipe)
+            for rows in _planned_rows(plan.recipe)
         ],
+        "drawing_version": DRAWING_VERSION,
         "calibration_tokens": plan.calibration_tokens,
         "context_tokens": plan.context_tokens,
         "variants": [_variant_json(plan, planned) for planned in plan.variants],
