@@ -1,14 +1,17 @@
 """The decoder that reads its weights block by block: parts of rows, freed memory, shared heads and missing tensors."""
 
+import copy
 import dataclasses
 import json
 import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from packager.errors import SourceError
@@ -124,3 +127,47 @@ def test_a_config_that_transformers_refuses_is_named_with_its_key(tmp_path: Path
         Decoder(tmp_path, lambda _: torch.empty(0), device=CPU, dtype=torch.float32)
     assert "rope_scaling.rope_type in config.json" in caught.value.why
     assert caught.value.hint
+
+
+def full_and_sliding(**full: Any) -> dict[str, Any]:
+    return {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+
+
+# Rows longer than the model was first trained for, up to the longest one that it takes. By architecture: what differs.
+DYNAMIC: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("LlamaConfig", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+    "original length": (
+        "LlamaConfig",
+        {"rope_parameters": {
+            "rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16,
+        }},
+    ),
+    "old spelling": ("LlamaConfig", {"rope_scaling": {"type": "dynamic", "factor": 2.5}}),
+    "for a kind of attention": (
+        "Gemma3TextConfig",
+        {"rope_parameters": full_and_sliding(rope_type="dynamic", factor=4.0, rope_theta=1e6), "head_dim": 16,
+         "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "alpha": (
+        "HunYuanDenseV1Config",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 1.0, "rope_theta": 1e4, "alpha": 1e3}, "head_dim": 16},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+@pytest.mark.parametrize("length", sampled([16, 17, 48, 64], 48))
+def test_a_dynamic_embedding_is_that_of_transformers(tmp_path: Path, name: str, length: int) -> None:
+    class_name, fields = DYNAMIC[name]
+    config = getattr(transformers, class_name)(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, **copy.deepcopy(fields),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    source, ids = open_folder(tmp_path), token_rows(3, length).ids
+    decoder = Decoder(source.folder, source.read, device=CPU, dtype=torch.float32)
+    found = torch.cat([decoder.logits(states) for states in forward(decoder, ids, rows=2)])
+    whole: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(found, whole(ids).logits, atol=2e-6, rtol=1e-5)

@@ -16,6 +16,9 @@ from packager.system.scratch import ScratchFolder
 
 _OWN_ATTENTION = (None, "eager", "sdpa")  # of transformers and torch; others need packages that may not be here
 
+_DYNAMIC_ROPE = frozenset(
+    {"rope_type", "type", "factor", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+)
 _FURTHER_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -73,13 +76,22 @@ def open_config(folder: Path) -> Any:
         content = normalized(CONFIG, document, ModelFacts.of(document)).content
         (scratch.path / CONFIG).write_text(json.dumps(content), encoding="utf-8")
         config: Any = AutoConfig.from_pretrained(scratch.path, trust_remote_code=False)
-    rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, dict) and rope.get("rope_type") == "dynamic":
-        # For rows of at most max_position_embeddings tokens, and no other is computed, this is the plain embedding
-        # (transformers.modeling_rope_utils, _compute_dynamic_ntk_parameters); which of both reads values of tensors.
-        config.rope_parameters = {key: value for key, value in rope.items() if key not in ("type", "factor")}
-        config.rope_parameters["rope_type"] = "default"
+    for part in [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]:
+        if isinstance(rope := getattr(part, "rope_parameters", None), dict):
+            part.rope_parameters = _without_dynamic_rope(rope)
     return config
+
+
+def _without_dynamic_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a rotary embedding, or of one per kind of attention, with "dynamic" as "default".
+
+    For rows of at most max_position_embeddings tokens, and no other is computed, both are the same embedding
+    (transformers.modeling_rope_utils, _compute_dynamic_ntk_parameters), but which of both reads values of tensors.
+    Parameters that are not the usual ones mean something else: Hunyuan's `alpha` scales rows of any length.
+    """
+    if rope.get("rope_type") == "dynamic" and rope.keys() <= _DYNAMIC_ROPE:
+        return {**{key: value for key, value in rope.items() if key not in ("type", "factor")}, "rope_type": "default"}
+    return {key: _without_dynamic_rope(value) if isinstance(value, dict) else value for key, value in rope.items()}
 
 
 def _class_of(config: Any) -> Any:
