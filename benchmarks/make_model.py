@@ -31,9 +31,11 @@ import torch
 from tokenizers import Tokenizer
 
 from packager.inputs.chat_template import chat_template_digest
+from packager.inputs.lock_prompt import with_prompt
 from packager.model.architecture import architecture_of
 from packager.model.describe import describe
 from packager.model.lock import Lock, LockedBase, LockedModel
+from packager.recipe.file import load_recipe
 from packager.recipe.lock_file import lock_path, lock_text
 from packager.system.files import write_atomic
 
@@ -177,17 +179,19 @@ def make(folder: Path, spec: ModelSpec) -> float:
 
 
 def write_recipe(path: Path, recipe: dict[str, Any], model: LockedModel) -> None:
-    """Write a recipe and its lock, which describes the model."""
+    """Write a recipe and its lock, as `packager lock` would make it of the model and its tokenizer."""
+    write_atomic(path, json.dumps(recipe, indent=2).encode())
+    folder = path.parent / recipe["base_model"]["path"]
     base = LockedBase(id=recipe["base_model"]["id"], revision=None, files={})
     lock = Lock(
         lock_version=1,
         made_with={"transformers": metadata.version("transformers")},
         base_model=base,
-        chat_template_sha256=chat_template_digest(path.parent / recipe["base_model"]["path"]),
+        chat_template_sha256=chat_template_digest(folder),
         model=model,
     )
+    lock = with_prompt(lock, load_recipe(path), folder, str(folder), partial=False)
     write_atomic(lock_path(path), lock_text(lock).encode())
-    write_atomic(path, json.dumps(recipe, indent=2).encode())
 
 
 def write_weights(folder: Path, model: LockedModel, spec: ModelSpec) -> None:

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from packager.inputs.texts import prepare
+from packager.pipeline.lock_recipes import lock_recipes
 from packager.pipeline.plan import make_plan
 from packager.recipe.file import RecipeFile
 from tests import tiny_recipe
@@ -66,6 +68,9 @@ def printed(table: Any) -> str:
 def test_a_made_model_has_the_shapes_of_its_recipe(modules: Any, tmp_path: Path) -> None:
     assert modules.make_model.make(tmp_path, made(modules)) > 0
     recipe_file = RecipeFile.load(tmp_path / "recipe.yaml")
+    prompt = recipe_file.lock.prompt
+    assert prompt is not None
+    assert (prompt.text, prompt.added) == ("<s>[INST] {prompt} [/INST]", "<s>"), "so the card may leave out <s>"
     plan = make_plan(recipe_file)
     assert tuple(each.variant.branch for each in plan.variants) == BRANCHES
     source = open_folder(tmp_path / "model", base_id="benchmark/random-llama")
@@ -79,6 +84,14 @@ def test_a_made_model_has_the_shapes_of_its_recipe(modules: Any, tmp_path: Path)
     values = torch.cat([tensor.flatten().float() for tensor in found.values() if tensor.dim() == 2])
     assert abs(float(values.std()) - 0.02) < 2e-4
     assert abs(float(values.mean())) < 2e-4
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_a_made_lock_is_the_one_that_packager_makes(modules: Any, tmp_path: Path, experts: int) -> None:
+    spec = made(modules)
+    modules.make_model.make(tmp_path, replace(spec, shape=replace(spec.shape, experts=experts, top_k=2)))
+    (result,) = lock_recipes([tmp_path / "recipe.yaml"], lambda _: None, check=True)
+    assert (result.status, result.diff) == ("unchanged", ())
 
 
 def test_a_config_gives_its_shape_to_the_model(modules: Any, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def print_build_plan(plan: BuildPlan, console: Console) -> None:
 def text_lines(recipe: Recipe) -> list[str]:
     """Return a line for each text that rows are drawn from: those of the calibration, then the evaluation's."""
     return [
-        f"{rows.purpose}: {_rows(rows.count)} of {rows.seq_len} tokens, seed {rows.seed}, from {_source(rows.text)}"
+        f"{rows.purpose}: {_rows(rows.num_rows)} of {rows.seq_len} tokens, seed {rows.seed}, from {_source(rows.text)}"
         for rows in _planned_rows(recipe)
     ]
 
@@ -62,7 +62,7 @@ class _PlannedRows(NamedTuple):
 
     purpose: str
     text: TextSource
-    count: int
+    num_rows: int
     seq_len: int
     seed: int
 
@@ -258,7 +258,7 @@ def build_plan_json(plan: BuildPlan) -> dict[str, object]:
                 ),
                 "column": rows.text.column,
                 "documents": _documents(rows.text),
-                "num_rows": rows.count,
+                "num_rows": rows.num_rows,
                 "seq_len": rows.seq_len,
                 "seed": rows.seed,
             }
