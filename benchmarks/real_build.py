@@ -93,13 +93,9 @@ def measure(recipe: Path, dist: Path, cache: Path) -> dict[str, Any]:
     plan = make_plan(file)
     options = Options(dist=dist, cache=cache, device="cpu", environ=dict(os.environ))
     result = build(file, options, terminal)
-    with terminal.stage("publish"):
-        publish(file, options, terminal, dry_run=False)
+    publish(file, options, terminal, dry_run=False)
     repository = dist / "hub" / "models" / file.recipe.repository.id
-    answers = {
-        receipt.provenance.branch: example(repository, receipt.provenance.branch, cache) for receipt in result.receipts
-    }
-    report = {
+    report: dict[str, Any] = {
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         "versions": {
             "python": platform.python_version(),
@@ -110,14 +106,17 @@ def measure(recipe: Path, dist: Path, cache: Path) -> dict[str, Any]:
         "branches": [
             {
                 "branch": receipt.provenance.branch,
+                "seconds": receipt.seconds,
                 "quality": receipt.provenance.quality.model_dump() if receipt.provenance.quality else None,
-                "example": answers[receipt.provenance.branch],
                 "loaders": [record.model_dump(mode="json") for record in receipt.provenance.loaders],
             }
             for receipt in result.receipts
         ],
     }
     _print(report)
+    for branch in report["branches"]:
+        branch["example"] = example(repository, branch["branch"], cache)
+        print(f"{branch['branch']}: the card's example printed {branch['example']}")
     return report
 
 

@@ -1,3 +1,4 @@
+import ast
 import re
 import shutil
 import subprocess
@@ -46,6 +47,25 @@ def test_llama_card(branch: str, update_golden: bool) -> None:
     text = llama_card(branch, expectations=fixtures.llama_expectations(fixtures.llama_recipe()))
     assert_well_formed(text)
     check_golden(f"cards/fixture_llama_{branch}.md", text, update=update_golden)
+
+
+def test_a_model_without_a_chat_template_continues_a_text() -> None:
+    """Gemma 3 270M: apply_chat_template would raise an error."""
+    text = llama_card(chat=False)
+    assert_well_formed(text)
+    blocks = {block.run: block.text for block in extract_code_blocks(text) if "generate(" in block.text}
+    assert blocks.keys() == {"transformers", "autogptq"}
+    template, question = (
+        fixtures.llama_recipe().card.prompt_template.template,
+        fixtures.llama_recipe().card.example_prompt,
+    )
+    for code in blocks.values():
+        assert "messages" not in code
+        assert "apply_chat_template" not in code
+        assigned = [node for node in ast.parse(code).body if isinstance(node, ast.Assign)]
+        (prompt,) = (node.value for node in assigned if ast.unparse(node.targets[0]) == "prompt")
+        assert ast.literal_eval(prompt) == template.replace("{prompt}", question)
+        assert "tokenizer(prompt, " in code
 
 
 def test_minimal_card(update_golden: bool) -> None:

@@ -51,6 +51,7 @@ def render_card(
     model_type: str,
     branch: str,
     *,
+    chat: bool = True,
     expectations: Mapping[str, Sequence[Verdict]] | None = None,
 ) -> str:
     """Return the README.md of one branch.
@@ -61,6 +62,7 @@ def render_card(
         receipts: one per variant, in the recipe's order.
         model_type: from the base model's config.json, e.g. "llama".
         branch: the branch of this README; the commands name it.
+        chat: the tokenizer has a chat template; without one, the examples continue a text.
         expectations: the predictions of `compatibility.verdicts` by branch; shown apart from the runs.
 
     Raises:
@@ -70,7 +72,7 @@ def render_card(
     _check_texts(texts)
     expectations = expectations or {}
     front = markdown.front_matter(metadata(recipe, receipts, model_type, expectations.get(branch, ())))
-    context = _context(recipe, texts, receipts, branch, expectations)
+    context = {**_context(recipe, texts, receipts, branch, expectations), "chat": chat}
     folder = templates_dir()
     try:
         body = _environment(folder).get_template(TEMPLATE).render(context)

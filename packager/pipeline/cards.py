@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from packager.card import render_card
 from packager.errors import StateError
+from packager.inputs.chat_template import chat_template_digest
 from packager.pipeline.build_state import BuildState
 from packager.pipeline.card_texts import read_card_texts
 from packager.pipeline.pack import is_packed
@@ -29,7 +30,8 @@ def render_cards(run: BuildState) -> None:
     model_type = run.plan.architecture.model_type
     rendered = {}
     for branch in run.keys:
-        readme = render_card(run.recipe, texts, provenances, model_type, branch, expectations=expectations)
+        chat = chat_template_digest(run.workspace.folder(branch)) is not None
+        readme = render_card(run.recipe, texts, provenances, model_type, branch, chat=chat, expectations=expectations)
         rendered[branch] = {README: readme.encode(), **_licenses(run, branch)}
     cards = {branch: _with_provenance(run, branch, files) for branch, files in rendered.items()}
     refuse_edited_cards(run, {branch: files for branch, (files, _) in cards.items()})
