@@ -52,7 +52,8 @@ def hub_errors(what: str) -> Iterator[None]:
         ) from error
     except hub.RepositoryNotFoundError as error:
         raise SourceError(
-            f"{what} is not on the Hub, or is private and no token is set", hint="check the id; `hf auth login`"
+            f"{what} is not on the Hub, or is private and no token that may read it is set",
+            hint="check the id; `hf auth login`",
         ) from error
     except hub.OfflineModeIsEnabled as error:
         raise SourceError(

@@ -1,11 +1,12 @@
 """A fake Hugging Face Hub on 127.0.0.1: the requests of huggingface_hub 2.4.0 for publishing and downloading.
 
-No package implements the Hub's write API, so this is a thin layer over existing programs: each model repository is
+No package implements the Hub's write API, so this is a thin layer over existing programs: each repository is
 a bare git repository (`<root>/<namespace>/<name>.git`: git's commit ids, git's compare-and-swap, `git check-attr` for
 what is LFS), LFS bytes lie in its `lfs/objects/ab/cd/<sha256>` where git-lfs looks for them, every stored object is
 hashed again, and a commit that names an object which is not stored is refused. All state is on disk and survives a
-restart. `git clone` and git-lfs read it through git's own HTTP backend. What it does not know (datasets, Spaces, pull
-requests, discussions) it answers with 404.
+restart. `git clone` and git-lfs read it through git's own HTTP backend. A dataset's id is
+`datasets/<namespace>/<name>` here, as in addresses. What it does not know (Spaces, pull requests, discussions) it
+answers with 404.
 
 The client does not ask whether a server has Xet: with `xet=True`, give each Hub a client with an HF_HOME of its own,
 which remembers what was sent; without it, set HF_HUB_DISABLE_XET=1 before huggingface_hub is imported.

@@ -20,8 +20,8 @@ class Account:
 
 
 def namespace(name: str) -> str:
-    """Return the part of an id before its first slash."""
-    return name.partition("/")[0]
+    """Return the owner's part of an id."""
+    return name.removeprefix("datasets/").partition("/")[0]
 
 
 def is_member(account: Account | None, repo_id: str) -> bool:

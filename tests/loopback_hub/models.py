@@ -20,9 +20,10 @@ _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---", re.DOTALL)
 def create_repo(hub: "LoopbackHub", call: Call) -> Answer:
     """Make a repository, or 409 if it is there."""
     wish = call.json()
-    if wish.get("type", "model") != "model":
-        raise RefusedError(400, "The loopback hub has models only")
-    repo_id = f"{wish.get('organization') or (call.account and call.account.user)}/{wish['name']}"
+    kinds = {"model": "", "dataset": "datasets/"}
+    if (kind := wish.get("type", "model")) not in kinds:
+        raise RefusedError(400, "The loopback hub has models and datasets only")
+    repo_id = f"{kinds[kind]}{wish.get('organization') or (call.account and call.account.user)}/{wish['name']}"
     account = require_write(call.account, repo_id)
     if not REPO_ID.fullmatch(repo_id):
         raise RefusedError(400, f"Invalid repository name: {repo_id}")
@@ -67,7 +68,7 @@ def model_info(hub: "LoopbackHub", call: Call) -> Answer:
     card = front_matter(repository.blob(files["README.md"].oid).decode()) if "README.md" in files else {}
     info = {
         "_id": hashlib.sha256(repository.id.encode()).hexdigest()[:24],
-        "id": repository.id,
+        "id": repository.id.removeprefix("datasets/"),
         "modelId": repository.id,
         "author": namespace(repository.id),
         "sha": commit,

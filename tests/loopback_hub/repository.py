@@ -1,4 +1,4 @@
-"""A model repository: a bare git repository, a store of large files, and the few settings the Hub keeps beside them."""
+"""A repository of a model or dataset: a bare git repository, its large files, and the settings the Hub keeps beside."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from uuid import uuid4
 from tests.loopback_hub.messages import RefusedError
 
 NOTHING = "0" * 40  # git's name for "this reference must not exist"
-REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+REPO_ID = re.compile(r"(?:datasets/)?[\w-][\w.-]*/[\w-][\w.-]*")
 LFS_ATTRIBUTES = "filter=lfs diff=lfs merge=lfs -text"
 _POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (\d+)\n")
 _MAX_POINTER_BYTES = 200

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from tests.loopback_hub.hub import LoopbackHub
 
 
+Route = tuple[str, re.Pattern[str], "Callable[[LoopbackHub, Call], Answer]"]
+
+
 def _arm_fault(hub: "LoopbackHub", call: Call) -> Answer:
     hub.fault(**call.json())
     return Answer.of_json({})
@@ -37,16 +40,14 @@ def _send_record(hub: "LoopbackHub", call: Call) -> Answer:
     return Answer.of_json(values)
 
 
-def _route(
-    method: str, template: str, respond: "Callable[[LoopbackHub, Call], Answer]"
-) -> "tuple[str, re.Pattern[str], Callable[[LoopbackHub, Call], Answer]]":
+def _route(method: str, template: str, respond: "Callable[[LoopbackHub, Call], Answer]") -> Route:
     several = {"id": "[^/]+/[^/]+?", "slug": "[^/]+/[^/]+", "path": ".+", "oid": "[0-9a-f]{64}", "part": "[0-9]+"}
     several |= {"service": "info/refs|git-upload-pack", "hash": "[0-9a-f]{64}", "scope": "read|write"}
     pattern = re.sub(r"{(\w+)}", lambda name: f"(?P<{name[1]}>{several.get(name[1], '[^/]+')})", template)
     return method, re.compile(pattern), respond
 
 
-ROUTES = (
+_MODELS = (
     _route("GET", "/api/whoami-v2", whoami),
     _route("POST", "/api/repos/create", create_repo),
     _route("POST", "/api/validate-yaml", validate_yaml),
@@ -89,3 +90,12 @@ ROUTES = (
     _route("POST", "/_loopback/faults", _arm_fault),
     _route("GET", "/_loopback/record", _send_record),
 )
+
+
+def _of_datasets(method: str, pattern: "re.Pattern[str]", respond: "Callable[[LoopbackHub, Call], Answer]") -> Route:
+    """Return a route of models for datasets, whose ids have a prefix: in addresses, and in this Hub."""
+    models = pattern.pattern.replace("/api/models/", "/api/")
+    return method, re.compile(models.replace("(?P<id>", "(?P<id>datasets/")), respond
+
+
+ROUTES = (*_MODELS, *(_of_datasets(*route) for route in _MODELS if "(?P<id>" in route[1].pattern))
