@@ -358,20 +358,24 @@ def _example_architectures() -> Iterator[Architecture]:
     def with_config(**changes: object) -> Architecture:
         return replace(llama, config={**llama.config, **changes})
 
-    odd = replace(llama.linears[0], out_features=llama.linears[0].out_features + 32)
-    biased = replace(llama.linears[0], bias=True)
+    def with_first_linear(**changes: object) -> Architecture:
+        (kind,) = llama.kinds
+        group, *others = kind.groups
+        first = group.linears[0].model_copy(update=changes)
+        changed = group.model_copy(update={"linears": (first, *group.linears[1:])})
+        return replace(llama, kinds=(replace(kind, groups=(changed, *others)),))
+
     yield llama
     yield replace(llama, model_type="qwen3")
     yield replace(llama, tied=("lm_head.weight",))
     yield with_config(rope_scaling={"rope_type": "llama3"})
     yield with_config(head_dim=256)
-    yield replace(llama, linears=(odd, *llama.linears[1:]))
-    yield replace(llama, linears=(biased, *llama.linears[1:]))
+    yield with_first_linear(out_features=llama.example_linears[0].out_features + 32)
+    yield with_first_linear(bias=True)
     yield replace(with_config(sliding_window=2048), model_type="mistral")
     yield llama.leaving(["*.k_proj"])
     yield replace(llama, model_type="other", model_class="OtherForCausalLM")
-    head = replace(llama.linears[0], module="attn.c_proj")
-    yield replace(llama, model_type="gpt2", linears=(head, *llama.linears[1:]))
+    yield replace(with_first_linear(module="attn.c_proj"), model_type="gpt2")
 
 
 # architectures.md

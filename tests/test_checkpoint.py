@@ -6,6 +6,7 @@ from packager.errors import PlanError
 from packager.model.checkpoint import FitProblem, fit_problems, length_problem, split_shards
 from packager.model.safetensors_file import TensorInfo
 from tests.known_models import known_architecture
+from tests.tensor_trees import tree_of
 from tests.test_known_models import tiny_config
 
 LARGE = known_architecture(tiny_config(hidden_size=1024, intermediate_size=2048, head_dim=256), "config.json")
@@ -45,7 +46,7 @@ def test_rows_may_be_as_long_as_the_positions(seq_len: int) -> None:
 
 @pytest.mark.parametrize("name", ["a.weight", "a.\U0001f600.weight", 'a."\\".weight'])
 def test_one_large_file_and_the_smallest_that_holds_the_tensors_are_alike(name: str) -> None:
-    tensors = [TensorInfo(name=f"{number}.{name}", dtype="F16", shape=(64, 3)) for number in range(50)]
+    tensors = tree_of(TensorInfo(name=f"{number}.{name}", dtype="F16", shape=(64, 3)) for number in range(50))
     (large,) = split_shards(tensors, 1 << 30, "model")
     sizes = range(large.size_bytes, 6 * large.size_bytes, 50)
     smallest = next(size for size in sizes if len(split_shards(tensors, size, "model")) == 1)
@@ -56,4 +57,4 @@ def test_one_large_file_and_the_smallest_that_holds_the_tensors_are_alike(name: 
 
 def test_a_tensor_outside_of_a_module_that_fits_no_file_is_named() -> None:
     with pytest.raises(PlanError, match=r"^checkpoint.max_shard_bytes: scales does not fit into one weights file"):
-        split_shards([TensorInfo(name="scales", dtype="F16", shape=(1000,))], 1000, "model")
+        split_shards(tree_of([TensorInfo(name="scales", dtype="F16", shape=(1000,))]), 1000, "model")

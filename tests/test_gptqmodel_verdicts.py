@@ -1,5 +1,6 @@
 """What `plan` predicts of GPTQModel's two ways to open a checkpoint: its own loader, and transformers with it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from packager.model.architecture import Architecture
 from packager.model.compatibility import Verdict, verdicts
+from packager.model.lock import LockedExperts
 from packager.model.runtime_architectures import GPTQMODEL_DROPS, GPTQMODEL_FAILS, GPTQMODEL_OPENS
 from packager.prove.environments import environment_name
 from packager.prove.loaders import LOADERS
@@ -18,18 +20,24 @@ DENSE = known_architecture(tiny_config(), "config.json")
 
 def with_experts(model_type: str) -> Architecture:
     """Return an architecture whose feed-forward linears are those of one expert."""
-    linears = (
-        replace(
-            linear,
-            module=linear.module.replace("mlp", "mlp.experts.0"),
-            name=linear.name.replace("mlp", "mlp.experts.0"),
-            parameter="mlp.experts.gate_up_proj",
+    experts = LockedExperts(parameter="mlp.experts.gate_up_proj", count=1, top_k=1, per_token=True)
+    groups = [
+        group.model_copy(update={"experts": experts}) if "mlp" in group.linears[0].module else group
+        for group in with_linears(lambda name: name.replace("mlp", "mlp.experts.{expert}")).kinds[0].groups
+    ]
+    return replace(DENSE, model_type=model_type, kinds=(replace(DENSE.kinds[0], groups=tuple(groups)),))
+
+
+def with_linears(stored: Callable[[str], str], module: Callable[[str], str] | None = None) -> Architecture:
+    """Return an architecture whose linears have other names in files and, by default alike, in the model."""
+    groups = []
+    for group in DENSE.kinds[0].groups:
+        linears = (
+            each.model_copy(update={"stored": stored(each.stored), "module": (module or stored)(each.module)})
+            for each in group.linears
         )
-        if "mlp" in linear.module
-        else linear
-        for linear in DENSE.linears
-    )
-    return replace(DENSE, model_type=model_type, linears=tuple(linears))
+        groups.append(group.model_copy(update={"linears": tuple(linears)}))
+    return replace(DENSE, kinds=(replace(DENSE.kinds[0], groups=tuple(groups)),))
 
 
 def verdict(loader: str, architecture: Architecture = DENSE, **parameters: Any) -> Verdict:
@@ -57,14 +65,14 @@ def test_gptqmodel_opens_no_model_whose_experts_are_left() -> None:
 
 def test_gptqmodel_looks_for_the_names_that_transformers_gives() -> None:
     """Published Mixtrals call `mlp` `block_sparse_moe`: transformers renames it, GPTQModel does not."""
-    linears = [replace(linear, name=linear.name.replace(".mlp.", ".block_sparse_moe.")) for linear in DENSE.linears]
-    found = verdict("gptqmodel", replace(DENSE, linears=tuple(linears)))
+    architecture = with_linears(lambda name: name.replace(".mlp.", ".block_sparse_moe."), str)
+    found = verdict("gptqmodel", architecture)
     assert found == Verdict(
         loader="gptqmodel",
         can_load=False,
         reason="looks for model.layers.0.mlp.gate_proj, stored is model.layers.0.block_sparse_moe.gate_proj",
     )
-    assert verdict("transformers", replace(DENSE, linears=tuple(linears))).can_load
+    assert verdict("transformers", architecture).can_load
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from packager.variant import Variant
 from tests.hypothesis_profiles import examples
 from tests.known_models import FAMILIES, known_architecture, known_model
 from tests.samples import sampled
+from tests.tensor_trees import tree_of
 
 LLAMA_2_13B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -146,7 +147,8 @@ def test_it_says_what_a_traced_forward_says(config: dict[str, Any], tmp_path: Pa
     same_peak = described_kind.model_copy(update={"peak_bytes": kind.peak_bytes})
     assert kind == same_peak
     expected, found = architecture_of(described, ""), architecture_of(ours, "")
-    assert replace(found, kinds=()) == replace(expected, kinds=())
+    assert replace(found, kinds=(), stored=()) == replace(expected, kinds=(), stored=())
+    assert found.tree == expected.tree
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
@@ -267,7 +269,7 @@ def test_shards_hold_everything_once_and_keep_modules_together(max_shard_bytes: 
 
 
 def test_a_module_larger_than_a_shard_is_an_error_naming_it() -> None:
-    tensors = [TensorInfo(name="model.embed_tokens.weight", dtype="F16", shape=(1000, 64))]
+    tensors = tree_of([TensorInfo(name="model.embed_tokens.weight", dtype="F16", shape=(1000, 64))])
     with pytest.raises(PlanError, match=r"model\.embed_tokens does not fit") as caught:
         split_shards(tensors, 100_000, "model")
     assert "limit is 100000" in caught.value.why

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from packager.cli.plan_view import left_lines
 from packager.errors import RecipeError
-from packager.model.architecture import Architecture, BlockKind, LinearSpec
+from packager.model.architecture import Architecture, BlockKind
 from packager.model.checkpoint import PORTABLE_KEYS, block_keys, checkpoint_tensors
 from packager.model.compatibility import Verdict, verdicts
+from packager.model.lock import LockedGroup
 from packager.model.runtime_architectures import TRANSFORMERS_FAILS
 from packager.pipeline.branch_files import BranchNames, portable_config, quantization_config
 from packager.pipeline.plan import make_plan
@@ -91,16 +92,10 @@ def all_linears(architecture: Architecture) -> Iterator[tuple[str, bool]]:
 def split(architecture: Architecture, left: dict[str, set[str]]) -> Architecture:
     """Return the architecture with even and odd blocks as two kinds, each with its own linears left."""
     (kind,) = architecture.kinds
-    kinds, linears = list[BlockKind](), list[LinearSpec]()
+    kinds = list[BlockKind]()
     for name, blocks in (("even", kind.blocks[::2]), ("odd", kind.blocks[1::2])):
-        part = replace(
-            architecture,
-            kinds=(replace(kind, blocks=blocks),),
-            linears=tuple(linear for linear in architecture.linears if linear.block in blocks),
-        ).leaving(sorted(left[name]))
-        kinds += part.kinds
-        linears += part.linears
-    return replace(architecture, kinds=tuple(kinds), linears=tuple(linears))
+        kinds += replace(architecture, kinds=(replace(kind, blocks=blocks),)).leaving(sorted(left[name])).kinds
+    return replace(architecture, kinds=tuple(kinds))
 
 
 def verdict(architecture: Architecture, loader: str) -> Verdict:
@@ -136,15 +131,12 @@ def test_every_runtime_leaves_exactly_what_is_left(left: dict[str, set[str]]) ->
 def renamed(architecture: Architecture, names: dict[str, str]) -> Architecture:
     """Return the architecture with modules of its blocks called otherwise."""
 
-    def of_kind(kind: BlockKind) -> BlockKind:
-        groups = tuple(
-            replace(group, modules=tuple(names.get(module, module) for module in group.modules))
-            for group in kind.groups
-        )
-        return replace(kind, groups=groups)
+    def of_group(group: LockedGroup) -> LockedGroup:
+        linears = (each.model_copy(update={"module": names.get(each.module, each.module)}) for each in group.linears)
+        return group.model_copy(update={"linears": tuple(linears)})
 
-    linears = tuple(replace(each, module=names.get(each.module, each.module)) for each in architecture.linears)
-    return replace(architecture, kinds=tuple(map(of_kind, architecture.kinds)), linears=linears)
+    kinds = (replace(kind, groups=tuple(map(of_group, kind.groups))) for kind in architecture.kinds)
+    return replace(architecture, kinds=tuple(kinds))
 
 
 @pytest.mark.parametrize("name", ["shared.mlp.up_proj", "xmlp.up_proj"], ids=["after a dot", "in the middle of a word"])

@@ -173,8 +173,8 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Json], object], str]] = {
     "2 million linears": (
         kind(
             blocks="0..999",
-            groups=[{"linears": [{"module": f"{n}", "stored": "a", "in_features": 1, "out_features": 1, "bias": False}],
-                     "held_bytes": 0} for n in range(2000)],
+            groups=[{"linears": [{"module": f"{n}", "stored": "a.{block}", "in_features": 1, "out_features": 1,
+                                  "bias": False}], "held_bytes": 0} for n in range(2000)],
         ),
         "it stands for more than 400000 tensors or linears",
     ),

@@ -254,7 +254,9 @@ def test_bytes_of_pairs_count_once_for_each_token_of_the_row(device_type):
             replace(
                 kind, peak_bytes=kind.peak_bytes + by_token, peak_bytes_per_pair=by_pair,
                 groups=tuple(
-                    replace(group, held_bytes=group.held_bytes + by_token, held_bytes_per_pair=by_pair)
+                    group.model_copy(
+                        update={"held_bytes": group.held_bytes + by_token, "held_bytes_per_pair": by_pair}
+                    )
                     for group in kind.groups
                 ),
             )

@@ -7,8 +7,10 @@ import resource
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, get_args
 
 import pytest
@@ -20,7 +22,7 @@ from packager.errors import PlanError, SourceError
 from packager.model.architecture import architecture_of
 from packager.model.compatibility import RUNTIME_RULES, verdicts
 from packager.model.config_values import read_config
-from packager.model.lock import LockedGroup, LockedLinear, LockedTensors
+from packager.model.lock import LockedExperts, LockedGroup, LockedLinear, LockedTensors
 from packager.model.runtimes import RUNTIMES, LoaderName
 from packager.pipeline.plan import BuildPlan, make_plan, variant_description
 from packager.prove.evaluation_memory import evaluation_memory
@@ -31,7 +33,7 @@ from packager.recipe.file import RecipeFile
 from packager.recipe.lock_file import lock_path, lock_text
 from tests.known_models import known_architecture
 from tests.locks import lock_of
-from tests.recipe_fixtures import CONFIG, GOOD, write_files
+from tests.recipe_fixtures import CONFIG, GOOD, edited, write_files
 from tests.test_known_models import LLAMA_2_13B, tiny_config, variant
 
 ROOT = Path(__file__).parent.parent
@@ -502,39 +504,84 @@ def test_the_folder_of_the_base_model_decides_whether_exllama_can_read_it(tmp_pa
                 if verdict.loader == "exllama"} == {present}  # fmt: skip
 
 
-def test_a_plan_of_eighteen_thousand_linears_takes_a_moment(tmp_path: Path) -> None:
-    """48 blocks of 128 experts, each of three linears, as a lock of one kind of blocks and three patterns of names."""
-    names = ("gate_proj", "up_proj", "down_proj")
-    write_files(tmp_path)
+def recipe_with_experts(folder: Path, blocks: int, experts: int) -> Path:
+    """Write a recipe of four variants, and its lock: every block is alike and has experts of three linears."""
+    write_files(folder)
     lock = lock_of(CONFIG, "demo/demo")
-    linears = [
-        LockedLinear(
-            module=f"mlp.experts.{expert}.{name}",
-            stored=f"model.layers.{{block}}.mlp.experts.{expert}.{name}",
-            in_features=256,
-            out_features=256,
-            bias=False,
+
+    def linear(name: str) -> LockedLinear:
+        name = f"mlp.experts.{{expert}}.{name}"
+        return LockedLinear(
+            module=name, stored=f"model.layers.{{block}}.{name}", in_features=256, out_features=256, bias=False
         )
-        for expert in range(128)
-        for name in names
-    ]
-    groups = tuple(LockedGroup(linears=(linear,), held_bytes=512) for linear in linears)
-    kind = lock.model.kinds[0].model_copy(update={"blocks": "0..47", "groups": groups})
+
+    def group(parameter: str, *names: str) -> LockedGroup:
+        of = LockedExperts(parameter=f"mlp.experts.{parameter}", count=experts, top_k=2, per_token="gate" in parameter)
+        return LockedGroup(experts=of, linears=tuple(map(linear, names)), held_bytes=512)
+
+    groups = (group("gate_up_proj", "gate_proj", "up_proj"), group("down_proj", "down_proj"))
+    kind = lock.model.kinds[0].model_copy(update={"blocks": f"0..{blocks - 1}", "groups": groups})
     patterns = [
         "model.embed_tokens.weight",
-        *(f"model.layers.{{0..47}}.mlp.experts.{{0..127}}.{name}.weight" for name in names),
+        *(
+            f"model.layers.{{0..{blocks - 1}}}.mlp.experts.{{0..{experts - 1}}}.{name}.weight"
+            for name in ("gate_proj", "up_proj", "down_proj")
+        ),
     ]
     tensors = tuple(LockedTensors(names=pattern, dtype="F16", shape=(256, 256)) for pattern in patterns)
     model = lock.model.model_copy(update={"kinds": (kind,), "tensors": tensors})
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     lock_path(path).write_text(lock_text(lock.model_copy(update={"model": model})))
-    path.write_text(GOOD)
+    path.write_text(
+        edited(
+            ("  - {group_size: 32, desc_act: true}", "  - {group_size: 32}\n  - {group_size: 64}\n  - {bits: 8}"),
+            ("  required: [autogptq]\n", ""),
+        )
+    )
+    return path
+
+
+def test_a_plan_of_eighteen_thousand_linears_takes_a_moment(tmp_path: Path) -> None:
+    path = recipe_with_experts(tmp_path, 48, 128)
     started = time.process_time()
     plan = make_plan(RecipeFile.load(path))
-    # Processor time, which grows up to three times where others use the core's other half.
-    assert time.process_time() - started < 1.6
-    files = {planned.variant.parameters()["group_size"]: planned.shards for planned in plan.variants}
-    assert all(files[planned.variant.group_size] is planned.shards for planned in plan.variants)  # shared, not again
-    assert len(plan.architecture.linears) == 48 * 128 * 3
+    # 0.06 s on one core. Processor time, which grows up to three times where others use the core's other half.
+    assert time.process_time() - started < 0.6
+    assert len({id(planned.shards) for planned in plan.variants}) == 4
     assert {len(planned.shards[0].tensors) for planned in plan.variants} == {4 * 48 * 128 * 3 + 1}
-    assert len(plan.architecture.group_sizes) == 1
+    assert len(plan.architecture.linears) == 48 * 128 * 3
+    assert plan.architecture.linear_names == [linear.name for linear in plan.architecture.linears]
+    assert len(plan.architecture.group_sizes) == 2
+
+
+def test_variants_of_one_size_share_their_files(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    assert plan.variants[0].shards is plan.variants[3].shards
+    assert plan.variants[0].shards is not plan.variants[1].shards
+
+
+def calls_of_a_plan(folder: Path, blocks: int, experts: int) -> Counter[str]:
+    """Return how often `make_plan` calls each function of Python, its recipe being read included."""
+    path = recipe_with_experts(folder, blocks, experts)
+    calls: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            calls[frame.f_code.co_qualname] += 1
+
+    sys.setprofile(count)
+    try:
+        plan = make_plan(RecipeFile.load(path))
+    finally:
+        sys.setprofile(None)
+    assert len(plan.variants) == 4
+    return calls
+
+
+def test_the_work_of_a_plan_grows_with_the_kinds_of_blocks_and_not_with_blocks(tmp_path: Path) -> None:
+    """Sixteen times as many tensors; each number of a block or an expert costs at most 100 calls for all variants."""
+    calls_of_a_plan(tmp_path / "first", 2, 2)  # imports what it needs
+    few = calls_of_a_plan(tmp_path / "few", 16, 32)
+    many = calls_of_a_plan(tmp_path / "many", 64, 128)
+    more = {name: count - few[name] for name, count in many.items() if count > few[name]}
+    assert sum(more.values()) < 100 * (64 + 128 - 16 - 32), more

@@ -23,12 +23,13 @@ from packager.model.safetensors_file import (
     file_order,
     header_bytes,
     layout,
-    predicted_bytes,
     read_header,
     stored_tensors,
 )
+from packager.model.tensor_tree import predicted_bytes
 from tests.hypothesis_profiles import examples
 from tests.test_lock_memory import Live
+from tests.tensor_trees import tree_of
 
 NUMPY_DTYPES = {
     "F64": np.float64, "I64": np.int64, "U64": np.uint64, "F32": np.float32, "I32": np.int32, "U32": np.uint32,
@@ -83,7 +84,7 @@ def test_reads_files_of_the_reference_and_predicts_their_sizes(tmp_path: Path, k
     header = read_header(path)
     assert header.metadata == METADATA
     assert {name: (info.dtype, list(info.shape)) for name, info in header.tensors.items()} == dict(kinds)
-    assert predicted_bytes(header.tensors.values()) == path.stat().st_size
+    assert predicted_bytes(tree_of(header.tensors.values())) == path.stat().st_size
     data = path.read_bytes()
     for name, stored in stored_tensors(path).items():
         raw = data[stored.offset : stored.offset + stored.info.size_bytes]
@@ -124,7 +125,7 @@ def test_gathers_tensors_from_several_files_under_new_names(tmp_path: Path) -> N
     x, y = stored_tensors(one)["x"], stored_tensors(two)["y"]
     renamed = StoredTensor(info=TensorInfo(name="z", dtype="I32", shape=(6,)), path=x.path, offset=x.offset)
     put_in_place(out, [y, renamed])
-    assert predicted_bytes([y.info, renamed.info]) == out.stat().st_size
+    assert predicted_bytes(tree_of([y.info, renamed.info])) == out.stat().st_size
     loaded = load_file(out)
     np.testing.assert_array_equal(loaded["z"], np.arange(6))
     np.testing.assert_array_equal(loaded["y"], np.arange(4))
@@ -136,7 +137,7 @@ def test_a_header_is_padded_to_8_bytes_and_an_empty_file_is_one() -> None:
     raw = header_bytes(file_order([TensorInfo(name="x", dtype="U8", shape=(3,))]))
     assert len(raw) % 8 == 0
     assert int.from_bytes(raw[:8], "little") == len(raw) - 8
-    assert predicted_bytes([]) == len(header_bytes([]))
+    assert predicted_bytes(tree_of([])) == len(header_bytes([]))
 
 
 def test_a_source_that_shrank_is_noticed(tmp_path: Path) -> None:

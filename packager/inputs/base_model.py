@@ -376,7 +376,7 @@ def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, fold
         if name in found and found[name].info.dtype != tensor.dtype
     ]
     # Some checkpoints store a tied lm_head as well; runtimes use the embedding.
-    largest = max(tensor.size_bytes for tensor in architecture.tensors)
+    largest = architecture.largest_tensor_bytes
     tied = {name for name in architecture.tied if name in found and found[name].info.size_bytes <= largest}
     extra = [name for name in extra if name not in tied]
     if missing or extra or wrong:

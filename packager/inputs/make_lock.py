@@ -194,7 +194,7 @@ def _lock(
         architecture = architecture_of(model, where)
     except PlanError as error:
         raise SourceError("the model cannot be described", where=where, why=error.why) from error
-    if not architecture.linears:
+    if not architecture.example_linears:
         left = [f"{module}: {reason}" for module, reason in architecture.left.items()]
         more = f"; and {len(left) - _MOST_LEFT} more" if len(left) > _MOST_LEFT else ""
         why = f"{'; '.join(left[:_MOST_LEFT])}{more}" or "its blocks hold no linear"

@@ -1,24 +1,23 @@
 """A decoder model's tensors, blocks and linears, as its lock describes them. No torch here: `plan` must stay fast."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
-from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from packager.errors import PlanError
 from packager.model.config_values import ConfigReader
-from packager.model.lock import LockedExperts, LockedGroup, LockedKind, LockedModel
-from packager.model.name_patterns import MOST_NAMES, names_of, natural_key, read_numbers
+from packager.model.lock import LockedExperts, LockedGroup, LockedModel, LockedTensors
+from packager.model.name_patterns import names_of, read_numbers, write_numbers
 from packager.model.safetensors_file import DTYPE_BYTES, TensorInfo
+from packager.model.tensor_tree import LinearNames, TensorTree, tensor_tree
 
 # Buffers that old checkpoints store and every runtime computes itself; a quantized branch leaves them out.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 _TOO_MANY_BYTES = 1 << 60
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,39 +41,13 @@ class LinearSpec:
 
 
 class GroupWidths(NamedTuple):
-    """What the memory of calibrating a group depends on, see `GroupSpec`."""
+    """What the memory of calibrating a group depends on, see `LockedGroup`."""
 
     in_features: int
     out_features: int
     held_bytes: int
     held_bytes_per_pair: int
     experts: LockedExperts | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupSpec:
-    """Linears of a block that see the same input, and so one Hessian; or those of every expert of a layer.
-
-    Attributes:
-        modules: their names inside the block; of experts, those of the first expert, then of the next.
-        in_features: of each of them.
-        out_features: of all of them together; of experts, of one expert.
-        held_bytes: activations of one token, without the block's input, that are alive when the block reaches them, in
-            a dtype of two bytes.
-        held_bytes_per_pair: likewise, for each pair of tokens of a row.
-    """
-
-    modules: tuple[str, ...]
-    in_features: int
-    out_features: int
-    held_bytes: int
-    held_bytes_per_pair: int
-    experts: LockedExperts | None = None
-
-    @property
-    def unit(self) -> str:
-        """What a recipe skips as a whole: the module of the experts; "" for linears, which are skipped one by one."""
-        return self.experts.parameter.rpartition(".")[0] if self.experts is not None else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +64,7 @@ class BlockKind:
     """
 
     blocks: tuple[int, ...]
-    groups: tuple[GroupSpec, ...]
+    groups: tuple[LockedGroup, ...]
     left: Mapping[str, str]
     weight_elements: int
     peak_bytes: int
@@ -107,20 +80,17 @@ class Architecture:
         model_type: as config.json spells it.
         model_class: of transformers.
         blocks_path: the module that holds the blocks, as transformers builds the model.
-        dtype: of most tensors of the base checkpoint, safetensors spelling: F16, BF16 or F32.
         kinds: of blocks.
         num_blocks: of all kinds.
         kv_bytes_per_token: what the model caches of one token, in a dtype of two bytes.
         tied, own: names of tensors that are another tensor, and of those that only config.json calls so.
-        tensors: every tensor of the base checkpoint.
-        linears: every linear that is quantized, block by block, in the order in which the block reaches them.
+        stored: the tensors of the base checkpoint.
     """
 
     config: Mapping[str, object]
     model_type: str
     model_class: str
     blocks_path: str
-    dtype: str
     kinds: tuple[BlockKind, ...]
     num_blocks: int
     hidden_size: int
@@ -128,8 +98,42 @@ class Architecture:
     kv_bytes_per_token: int
     tied: tuple[str, ...]
     own: tuple[str, ...]
-    tensors: tuple[TensorInfo, ...]
-    linears: tuple[LinearSpec, ...]
+    stored: tuple[LockedTensors, ...]
+
+    @cached_property
+    def tree(self) -> TensorTree:
+        """The tensors of the base checkpoint, and of which linears that are quantized they are.
+
+        Raises:
+            ValueError: tensors and linears contradict each other.
+        """
+        return tensor_tree(self.stored, (names for kind in self.kinds for names in _stored_linears(kind)))
+
+    @cached_property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Every tensor of the base checkpoint; `tree` takes less time and memory."""
+        return tuple(self.tree)
+
+    @cached_property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """Every linear that is quantized, block by block, in the order in which the block reaches them."""
+        found = (linear for kind in self.kinds for block in kind.blocks for linear in _linears(kind, block))
+        return tuple(sorted(found, key=lambda linear: linear.block))
+
+    @property
+    def linear_names(self) -> list[str]:
+        """The stored names of `linears`, which are not made."""
+        names = {
+            kind.blocks: [
+                linear.stored.replace("{expert}", expert)
+                for group in kind.groups
+                for expert in group.numbers
+                for linear in group.linears
+            ]
+            for kind in self.kinds
+        }
+        blocks = sorted((block, kind.blocks) for kind in self.kinds for block in kind.blocks)
+        return [name.replace("{block}", str(block)) for block, kind in blocks for name in names[kind]]
 
     @property
     def text_config(self) -> Mapping[str, object]:
@@ -172,25 +176,31 @@ class Architecture:
         return head_dim is None or (isinstance(heads, int) and head_dim == self.hidden_size / heads)
 
     @property
+    def dtype(self) -> str:
+        """The dtype of most bytes of the base checkpoint, safetensors spelling: F16, BF16 or F32."""
+        data = self.tree.totals.data
+        return max((tensors.dtype for tensors in self.stored), key=lambda dtype: data[dtype][1])
+
+    @property
     def num_parameters(self) -> int:
         """Parameters, a tied embedding counted once."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+        return self.tree.totals.elements
 
     @property
     def base_bytes(self) -> int:
         """Bytes of all tensors of the base checkpoint."""
-        return sum(tensor.size_bytes for tensor in self.tensors)
+        return self.tree.size_bytes
 
     @cached_property
     def example_linears(self) -> tuple[LinearSpec, ...]:
-        """The linears of one block of each kind."""
-        examples = {kind.blocks[0] for kind in self.kinds}
-        return tuple(linear for linear in self.linears if linear.block in examples)
+        """The linears of one block of each kind, and of the first of its experts."""
+        kinds = sorted(self.kinds, key=lambda kind: kind.blocks[0])
+        return tuple(linear for kind in kinds for linear in _linears(kind, kind.blocks[0], experts=1))
 
-    @cached_property
+    @property
     def largest_tensor_bytes(self) -> int:
         """Bytes of the largest tensor of the base checkpoint."""
-        return max(tensor.size_bytes for tensor in self.tensors)
+        return max(map(_size_bytes, self.stored))
 
     @cached_property
     def group_sizes(self) -> tuple[GroupWidths, ...]:
@@ -214,7 +224,8 @@ class Architecture:
     @property
     def blocks_prefix(self) -> str:
         """What the stored names of all linears begin with, before the number of the block; "" without a linear."""
-        return self.linears[0].name.partition(f".{self.linears[0].block}.")[0] if self.linears else ""
+        first = next(iter(self.example_linears), None)
+        return first.name.partition(f".{first.block}.")[0] if first is not None else ""
 
     @property
     def left(self) -> Mapping[str, str]:
@@ -236,15 +247,7 @@ class Architecture:
             fitting = next((pattern for pattern in patterns if fnmatchcase(module, pattern)), None)
             return "" if fitting is None else f"the recipe skips {fitting}"
 
-        kinds = tuple(_leaving(kind, self, reason) for kind in self.kinds)
-        quantized = {
-            block: modules
-            for kind in kinds
-            for modules in ({module for group in kind.groups for module in group.modules},)
-            for block in kind.blocks
-        }
-        linears = tuple(linear for linear in self.linears if linear.module in quantized[linear.block])
-        return replace(self, linears=linears, kinds=kinds)
+        return replace(self, kinds=tuple(_leaving(kind, reason) for kind in self.kinds))
 
     def kind_of(self, block: int) -> BlockKind:
         """Return the kind of a block."""
@@ -261,26 +264,23 @@ def architecture_of(locked: LockedModel, where: str) -> Architecture:
     Raises:
         PlanError: the lock contradicts itself.
     """
-    try:
-        tensors = _all(
-            TensorInfo(name=name, dtype=entry.dtype, shape=entry.shape)
-            for entry in locked.tensors
-            for name in names_of(entry.names)
+    kinds = tuple(
+        BlockKind(
+            blocks=read_numbers(kind.blocks),
+            groups=kind.groups,
+            left=kind.left,
+            weight_elements=kind.weight_elements,
+            peak_bytes=kind.peak_bytes,
+            peak_bytes_per_pair=kind.peak_bytes_per_pair,
         )
-        linears = _all(linear for kind in locked.kinds for linear in _linears(kind))
-        _check(locked, tensors, linears)
-    except ValueError as error:
-        raise PlanError(
-            "the lock contradicts itself", where=where, why=str(error), hint="make it anew: packager lock"
-        ) from error
-    kinds = tuple(_kind(kind) for kind in locked.kinds)
+        for kind in locked.kinds
+    )
     model_type = locked.config.get("model_type")
-    return Architecture(
+    architecture = Architecture(
         config=locked.config,
         model_type=model_type if isinstance(model_type, str) else locked.model_class,
         model_class=locked.model_class,
         blocks_path=locked.blocks_path,
-        dtype=_most_bytes(tensors),
         kinds=kinds,
         num_blocks=sum(len(kind.blocks) for kind in kinds),
         hidden_size=locked.hidden_size,
@@ -288,65 +288,52 @@ def architecture_of(locked: LockedModel, where: str) -> Architecture:
         kv_bytes_per_token=locked.kv_bytes_per_token,
         tied=locked.tied,
         own=locked.own,
-        tensors=tuple(sorted(tensors, key=lambda tensor: natural_key(tensor.name))),
-        linears=tuple(sorted(linears, key=lambda linear: linear.block)),
+        stored=locked.tensors,
     )
+    try:
+        _check(architecture)
+    except ValueError as error:
+        raise PlanError(
+            "the lock contradicts itself", where=where, why=str(error), hint="make it anew: packager lock"
+        ) from error
+    return architecture
 
 
-def _all(items: Iterable[_Item]) -> list[_Item]:
-    """Return a list of at most `MOST_NAMES` items; a short lock can stand for more than the memory holds."""
-    found = list(islice(items, MOST_NAMES + 1))
-    if len(found) > MOST_NAMES:
-        raise ValueError(f"it stands for more than {MOST_NAMES} tensors or linears")
-    return found
+def _linears(kind: BlockKind, block: int, *, experts: int | None = None) -> Iterator[LinearSpec]:
+    """Yield the linears of a block; `experts` limits those of whose experts there are any."""
+    for group in kind.groups:
+        for expert in group.numbers[:experts]:
+            for linear in group.linears:
+                yield LinearSpec(
+                    name=linear.stored.replace("{block}", str(block)).replace("{expert}", expert),
+                    block=block,
+                    module=linear.module.replace("{expert}", expert),
+                    in_features=linear.in_features,
+                    out_features=linear.out_features,
+                    bias=linear.bias,
+                    parameter=group.experts.parameter if group.experts is not None else "",
+                )
 
 
-def _linears(kind: LockedKind) -> Iterator[LinearSpec]:
-    for block in read_numbers(kind.blocks):
-        for group in kind.groups:
-            for expert in _experts(group):
-                for linear in group.linears:
-                    yield LinearSpec(
-                        name=linear.stored.replace("{block}", str(block)).replace("{expert}", expert),
-                        block=block,
-                        module=linear.module.replace("{expert}", expert),
-                        in_features=linear.in_features,
-                        out_features=linear.out_features,
-                        bias=linear.bias,
-                        parameter=group.experts.parameter if group.experts is not None else "",
-                    )
+def _stored_linears(kind: BlockKind) -> Iterator[LinearNames]:
+    """Yield each linear of a kind with the pattern of its stored names.
+
+    Raises:
+        ValueError: these are not the names of one linear in each block.
+    """
+    for group in kind.groups:
+        experts = write_numbers(range(len(group.numbers)))
+        for linear in group.linears:
+            rest = linear.stored.replace("{block}", "", 1).replace("{expert}", "", 1)
+            if "{" in rest or "}" in rest:
+                raise ValueError(f"{linear.stored!r} has a brace besides those of {{block}} and {{expert}}")
+            if "{block}" not in linear.stored and len(kind.blocks) > 1:
+                raise ValueError("a linear is there twice")
+            names = linear.stored.replace("{block}", f"{{{write_numbers(kind.blocks)}}}")
+            yield LinearNames(linear, names.replace("{expert}", f"{{{experts}}}"))
 
 
-def _experts(group: LockedGroup) -> Iterable[str]:
-    """Yield what {expert} stands for; "" once for a group of linears whose names do not hold it."""
-    return ("",) if group.experts is None else map(str, range(group.experts.count))
-
-
-def _kind(kind: LockedKind) -> BlockKind:
-    return BlockKind(
-        blocks=read_numbers(kind.blocks),
-        groups=tuple(
-            GroupSpec(
-                modules=tuple(
-                    linear.module.replace("{expert}", expert) for expert in _experts(group) for linear in group.linears
-                ),
-                experts=group.experts,
-                in_features=group.linears[0].in_features,
-                out_features=sum(linear.out_features for linear in group.linears),
-                held_bytes=group.held_bytes,
-                held_bytes_per_pair=group.held_bytes_per_pair,
-            )
-            for group in kind.groups
-        ),
-        left=kind.left,
-        weight_elements=kind.weight_elements,
-        peak_bytes=kind.peak_bytes,
-        peak_bytes_per_pair=kind.peak_bytes_per_pair,
-    )
-
-
-def _leaving(kind: BlockKind, architecture: Architecture, reason: Callable[[str], str]) -> BlockKind:
-    shapes = {linear.module: linear for linear in architecture.linears if linear.block == kind.blocks[0]}
+def _leaving(kind: BlockKind, reason: Callable[[str], str]) -> BlockKind:
     groups, left = [], dict(kind.left)
     for group in kind.groups:
         if group.experts is not None:
@@ -355,11 +342,10 @@ def _leaving(kind: BlockKind, architecture: Architecture, reason: Callable[[str]
             else:
                 groups.append(group)
             continue
-        kept = tuple(module for module in group.modules if not reason(module))
-        left |= {module: reason(module) for module in group.modules if reason(module)}
+        kept = tuple(linear for linear in group.linears if not reason(linear.module))
+        left |= {linear.module: reason(linear.module) for linear in group.linears if reason(linear.module)}
         if kept:
-            out_features = sum(shapes[module].out_features for module in kept)
-            groups.append(replace(group, modules=kept, out_features=out_features))
+            groups.append(group.model_copy(update={"linears": kept}))
     return replace(kind, groups=tuple(groups), left=left)
 
 
@@ -369,32 +355,19 @@ def _reason_of_experts(kind: BlockKind, unit: str, reason: Callable[[str], str])
     return reasons[0] if all(reasons) else ""
 
 
-def _check(locked: LockedModel, tensors: list[TensorInfo], linears: list[LinearSpec]) -> None:
+def _check(architecture: Architecture) -> None:
     """Raise ValueError for what would make the plan wrong."""
-    unknown = next((entry.dtype for entry in locked.tensors if entry.dtype not in DTYPE_BYTES), None)
+    unknown = next((tensors.dtype for tensors in architecture.stored if tensors.dtype not in DTYPE_BYTES), None)
     if unknown is not None:
         raise ValueError(f"{unknown!r} is no dtype of safetensors")
-    largest = max(tensors, key=lambda tensor: tensor.size_bytes)
-    if largest.size_bytes >= _TOO_MANY_BYTES:
-        raise ValueError(f"{largest.name} is larger than any file")
-    shapes = {tensor.name: sorted(tensor.shape) for tensor in tensors}
-    if len(shapes) != len(tensors):
-        raise ValueError("a tensor is there twice")
-    if (tied := next((name for name in locked.tied if name in shapes), None)) is not None:
+    tree = architecture.tree
+    largest = max(architecture.stored, key=_size_bytes)
+    if _size_bytes(largest) >= _TOO_MANY_BYTES:
+        raise ValueError(f"{next(names_of(largest.names))} is larger than any file")
+    if (tied := next((name for name in architecture.tied if name in tree), None)) is not None:
         raise ValueError(f"{tied} is tied to another tensor, and a tensor of its own")
-    if len({linear.name for linear in linears}) != len(linears):
-        raise ValueError("a linear is there twice")
-    for linear in linears:
-        # A Conv1D is stored as [in_features, out_features].
-        if shapes.get(f"{linear.name}.weight") != sorted((linear.in_features, linear.out_features)):
-            raise ValueError(f"{linear.name}.weight is not a tensor of its shape")
-        if linear.bias != (f"{linear.name}.bias" in shapes):
-            raise ValueError(f"{linear.name}.bias is there, or is not, against what the linear says")
 
 
-def _most_bytes(tensors: list[TensorInfo]) -> str:
-    """Return the dtype of the most bytes."""
-    sizes: dict[str, int] = {}
-    for tensor in tensors:
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size_bytes
-    return max(sizes, key=lambda dtype: sizes[dtype])
+def _size_bytes(tensors: LockedTensors) -> int:
+    """Return the bytes of one of the tensors."""
+    return math.prod(tensors.shape) * DTYPE_BYTES[tensors.dtype]

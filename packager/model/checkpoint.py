@@ -10,13 +10,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
-from json.encoder import encode_basestring_ascii
 from typing import Literal
 
 from packager.errors import PlanError
 from packager.model.architecture import Architecture, LinearSpec
+from packager.model.lock import LockedLinear
 from packager.model.runtime_architectures import FUSED_LINEARS
-from packager.model.safetensors_file import TensorInfo, predicted_bytes
+from packager.model.safetensors_file import TensorInfo, file_bytes
+from packager.model.tensor_tree import Subtree, TensorTree, ascii_bytes, predicted_bytes
 from packager.variant import Variant, num_groups
 
 # The parameters that AutoGPTQ <= 0.3.2 accepts in quantize_config.json; it raises TypeError on any other key.
@@ -96,37 +97,53 @@ def quantized_tensors(linear: LinearSpec, *, bits: int, group_size: int) -> tupl
 
 
 @lru_cache(maxsize=4096)  # a model has thousands of linears of few shapes
-def _quantized_parts(
-    rows: int, columns: int, bias: bool, bits: int, group_size: int
-) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-    """Return the last part of the name, the dtype and the shape of the tensors of a linear."""
+def _quantized_parts(rows: int, columns: int, bias: bool, bits: int, group_size: int) -> tuple[TensorInfo, ...]:
+    """Return the tensors of a linear by the last part of their names."""
     groups = num_groups(rows, group_size)
     return (
-        ("qweight", "I32", (rows * bits // WORD_BITS, columns)),
-        ("qzeros", "I32", (groups, columns * bits // WORD_BITS)),
-        ("scales", "F16", (groups, columns)),
-        ("g_idx", "I32", (rows,)),
-        *((("bias", "F16", (columns,)),) if bias else ()),
+        TensorInfo("qweight", "I32", (rows * bits // WORD_BITS, columns)),
+        TensorInfo("qzeros", "I32", (groups, columns * bits // WORD_BITS)),
+        TensorInfo("scales", "F16", (groups, columns)),
+        TensorInfo("g_idx", "I32", (rows,)),
+        *((TensorInfo("bias", "F16", (columns,)),) if bias else ()),
     )
 
 
-def checkpoint_tensors(architecture: Architecture, variant: Variant) -> tuple[TensorInfo, ...]:
+def checkpoint_tensors(architecture: Architecture, variant: Variant) -> TensorTree:
     """Return every tensor of a variant's checkpoint in the base checkpoint's order.
 
     Linears become qweight, qzeros, scales, g_idx (and bias in F16 where the base has one); the rest keeps the base
     model's dtype; lm_head is not quantized.
     """
-    linears = {linear.name: linear for linear in architecture.linears}
-    tensors: list[TensorInfo] = []
-    replaced = set()
-    for tensor in architecture.tensors:
-        module = tensor.name.rpartition(".")[0]
-        if module not in linears:
-            tensors.append(tensor)
-        elif module not in replaced:
-            replaced.add(module)
-            tensors.extend(quantized_tensors(linears[module], bits=variant.bits, group_size=variant.group_size))
-    return tuple(tensors)
+    made: dict[int, TensorTree] = {}
+
+    def quantized(tree: TensorTree) -> TensorTree:
+        if id(tree) not in made:  # a subtree stands for all that are alike
+            members = (
+                Subtree(each.name, quantized(each.tree)) if isinstance(each, Subtree) else each for each in tree.members
+            )
+            made[id(tree)] = TensorTree(_replaced(members, tree.linear, variant))
+        return made[id(tree)]
+
+    return quantized(architecture.tree)
+
+
+def _replaced(
+    members: Iterable[TensorInfo | Subtree], linear: LockedLinear | None, variant: Variant
+) -> tuple[TensorInfo | Subtree, ...]:
+    """Return what is stored instead of a linear's tensors, in the place of the first one; all else as it is."""
+    if linear is None:
+        return tuple(members)
+    found: list[TensorInfo | Subtree] = []
+    size = linear.in_features, linear.out_features, linear.bias
+    parts = _quantized_parts(*size, variant.bits, variant.group_size)
+    for member in members:
+        if isinstance(member, Subtree):
+            found.append(member)
+        else:
+            found += parts
+            parts = ()
+    return tuple(found)
 
 
 def block_keys(architecture: Architecture) -> dict[str, object]:
@@ -204,61 +221,88 @@ class Shard:
     """One weights file: its name, its tensors and its exact size, header included."""
 
     file_name: str
-    tensors: tuple[TensorInfo, ...]
+    tree: TensorTree
     size_bytes: int
 
     @cached_property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """The tensors in the base checkpoint's order."""
+        return tuple(self.tree)
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of the tensors alone."""
-        return sum([tensor.size_bytes for tensor in self.tensors])
+        return self.tree.size_bytes
 
 
-def split_shards(tensors: Iterable[TensorInfo], max_shard_bytes: int, weights_name: str) -> tuple[Shard, ...]:
+def split_shards(tree: TensorTree, max_shard_bytes: int, weights_name: str) -> tuple[Shard, ...]:
     """Distribute tensors over files of at most `max_shard_bytes`, in order, the tensors of one module together.
 
     Args:
-        tensors: in the order of `checkpoint_tensors`; a module's tensors follow each other.
+        tree: of `checkpoint_tensors`.
         max_shard_bytes: largest file, header included.
         weights_name: `model` gives model.safetensors, or model-00001-of-00003.safetensors and so on.
 
     Raises:
         PlanError: a module is larger than `max_shard_bytes`.
     """
-    tensors = list(tensors)
-    if _fit_surely(tensors, max_shard_bytes):
-        return (_shard(_file_name(weights_name, 1, 1), tensors),)
-    empty = filled = predicted_bytes(()) + 8
-    longest_offsets = 2 * len(str(max_shard_bytes))
-    parts: list[list[TensorInfo]] = [[]]
-    for module, members in groupby(tensors, key=lambda tensor: tensor.name.rpartition(".")[0]):
-        group = list(members)
-        # A header entry has at most 50 characters besides name, shape and offsets: a file can only be smaller.
-        entries = sum(50 + len(encode_basestring_ascii(t.name)) + len(str(t.shape)) + longest_offsets for t in group)
-        needed = entries + sum(tensor.size_bytes for tensor in group)
-        if empty + needed > max_shard_bytes:
+    parts = _Splitter(max_shard_bytes).split(tree, "")
+    return tuple(
+        Shard(file_name=_file_name(weights_name, number, len(parts)), tree=part, size_bytes=predicted_bytes(part))
+        for number, part in enumerate(parts, 1)
+    )
+
+
+class _Splitter:
+    """Fills one file after the other; a tree that fits into the rest of a file is not looked into."""
+
+    def __init__(self, max_shard_bytes: int) -> None:
+        self._limit = max_shard_bytes
+        self._longest_offsets = 2 * len(str(max_shard_bytes))
+        self._empty = self._filled = file_bytes(0, 0) + 8
+
+    def split(self, tree: TensorTree, prefix: str) -> list[TensorTree]:
+        """Return the part that goes into the present file, which may be empty, and that of each further file."""
+        needed = self._needed(tree, prefix)
+        if self._filled + needed <= self._limit:
+            self._filled += needed
+            return [tree]
+        parts: list[list[TensorInfo | Subtree]] = [[]]
+        for is_module, members in groupby(tree.members, key=lambda member: isinstance(member, TensorInfo)):
+            if is_module:
+                module = TensorTree(tuple(members))
+                if not self._add(module, prefix):
+                    parts.append([])
+                parts[-1] += module.members
+                continue
+            for member in members:
+                assert isinstance(member, Subtree)  # noqa: S101 - not a tensor
+                here, *further = self.split(member.tree, f"{prefix}{member.name}.")
+                parts[-1] += [Subtree(member.name, here)] if here.members else []
+                parts += [[Subtree(member.name, part)] for part in further]
+        return [TensorTree(tuple(part)) for part in parts]
+
+    def _add(self, module: TensorTree, prefix: str) -> bool:
+        """Add the tensors of a module to the present file, or begin another one and return False.
+
+        Raises:
+            PlanError: they do not fit into any file.
+        """
+        needed = self._needed(module, prefix)
+        if self._empty + needed > self._limit:
             raise PlanError(
-                f"{module or group[0].name} does not fit into one weights file",
+                f"{prefix[:-1] or module.members[0].name} does not fit into one weights file",
                 where="checkpoint.max_shard_bytes",
-                why=f"its tensors need a file of {empty + needed} bytes, the limit is {max_shard_bytes}",
+                why=f"its tensors need a file of {self._empty + needed} bytes, the limit is {self._limit}",
                 hint="raise checkpoint.max_shard_bytes",
             )
-        if filled + needed > max_shard_bytes:
-            parts.append([])
-            filled = empty
-        parts[-1].extend(group)
-        filled += needed
-    return tuple(_shard(_file_name(weights_name, number, len(parts)), part) for number, part in enumerate(parts, 1))
+        fits = self._filled + needed <= self._limit
+        self._filled = needed + (self._filled if fits else self._empty)
+        return fits
 
-
-def _fit_surely(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> bool:
-    """Return whether tensors fit into one file even if every name is escaped and all shapes are long; in a moment."""
-    names = 12 * sum([len(tensor.name) for tensor in tensors])
-    data = sum([tensor.size_bytes for tensor in tensors])
-    return names + 1000 * (len(tensors) + 1) + data <= max_shard_bytes
-
-
-def _shard(file_name: str, tensors: Sequence[TensorInfo]) -> Shard:
-    return Shard(file_name=file_name, tensors=tuple(tensors), size_bytes=predicted_bytes(tensors))
+    def _needed(self, tree: TensorTree, prefix: str) -> int:
+        """Return the bytes that tensors need of a file at most."""
+        return tree.totals.most_bytes + len(tree) * (ascii_bytes(prefix) + self._longest_offsets)
 
 
 def _file_name(weights_name: str, number: int, count: int) -> str:
@@ -268,7 +312,7 @@ def _file_name(weights_name: str, number: int, count: int) -> str:
 def shard_index(shards: Sequence[Shard]) -> bytes:
     """Return the content of `<weights_name>.safetensors.index.json`: the total size and each tensor's file."""
     content = {
-        "metadata": {"total_size": sum(tensor.size_bytes for shard in shards for tensor in shard.tensors)},
+        "metadata": {"total_size": sum(shard.tensor_bytes for shard in shards)},
         "weight_map": {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors},
     }
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

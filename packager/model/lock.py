@@ -63,7 +63,7 @@ class LockedExperts(Record):
 
 
 class LockedGroup(Record):
-    """Linears that see the same input.
+    """Linears of a block that see the same input, and so have one Hessian; or those of every expert of a layer.
 
     Attributes:
         experts: they are linears of experts, and {expert} in their names stands for an expert's number.
@@ -76,6 +76,31 @@ class LockedGroup(Record):
     linears: Annotated[tuple[LockedLinear, ...], Field(min_length=1)]
     held_bytes: Bytes
     held_bytes_per_pair: Bytes = 0
+
+    @property
+    def in_features(self) -> int:
+        """Columns of each weight."""
+        return self.linears[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of all weights together; of experts, of one expert's."""
+        return sum(linear.out_features for linear in self.linears)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of all linears inside the block: those of the first expert, then of the next."""
+        return tuple(linear.module.replace("{expert}", each) for each in self.numbers for linear in self.linears)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """What {expert} stands for; "" alone for linears whose names do not hold it."""
+        return ("",) if self.experts is None else tuple(map(str, range(self.experts.count)))
+
+    @property
+    def unit(self) -> str:
+        """What a recipe skips as a whole: the module of the experts; "" for linears, which are skipped one by one."""
+        return self.experts.parameter.rpartition(".")[0] if self.experts is not None else ""
 
     @model_validator(mode="after")
     def _names_are_of_experts_or_not(self) -> Self:

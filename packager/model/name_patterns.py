@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import islice, product
 
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9]\d{0,8})(?![^.])")
 _PLACE = re.compile(r"\{([0-9.,]+)\}")
@@ -22,11 +22,12 @@ Numbers = tuple[int, ...]
 
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Return a sort key by which block 2 comes before block 10."""
-    return [*map(_part_key, name.split("."))]
+    return [*map(part_key, name.split("."))]
 
 
 @lru_cache(maxsize=4096)
-def _part_key(part: str) -> tuple[int, str]:
+def part_key(part: str) -> tuple[int, str]:
+    """Return the sort key of what stands between two dots of a name, see `natural_key`."""
     return (int(part), "") if part.isascii() and part.isdigit() else (-1, part)
 
 
@@ -109,6 +110,15 @@ def names_of(pattern: str) -> Iterator[str]:
     """Yield the names that a pattern stands for.
 
     Raises:
+        ValueError: see `parts_of`.
+    """
+    return map(".".join, product(*parts_of(pattern)))
+
+
+def parts_of(pattern: str) -> tuple[tuple[str, ...], ...]:
+    """Return what may stand at each place between dots: a name that the pattern stands for has one of each.
+
+    Raises:
         ValueError: the pattern is malformed, its names are too long, or it stands for more than `MOST_NAMES` names.
     """
     template = _PLACE.sub("{}", pattern)
@@ -122,5 +132,8 @@ def names_of(pattern: str) -> Iterator[str]:
             raise ValueError(f"{pattern!r} stands for more than {MOST_NAMES} names")
     if len(template) > _MOST_CHARACTERS or template.count(".") >= _MOST_PARTS:
         raise ValueError(f"{pattern[:40]!r}... is longer than {_MOST_CHARACTERS} characters or {_MOST_PARTS} parts")
-    for numbers in product(*places):
-        yield template.format(*numbers)
+    numbers = iter(places)
+    return tuple(
+        tuple(part.format(*values) for values in product(*islice(numbers, part.count("{}"))))
+        for part in template.split(".")
+    )

@@ -71,7 +71,7 @@ def file_order(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
 
 
 def header_bytes(tensors: Sequence[TensorInfo], metadata: Mapping[str, str] = METADATA) -> bytes:
-    """Return the length prefix and the padded header for `tensors`, which must be in file order."""
+    """Return the length prefix and the padded header for `tensors`, which must be in file order; see `file_bytes`."""
     entries = [_metadata_entry(metadata)]
     begin = 0
     for tensor in tensors:
@@ -89,22 +89,21 @@ def _metadata_entry(metadata: Mapping[str, str]) -> str:
     return f'"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)}'
 
 
-def predicted_bytes(tensors: Iterable[TensorInfo]) -> int:
-    """Return the exact size of a file that holds `tensors`: that of `header_bytes`, which is not made, and the data."""
-    length = 2 + len(_metadata_entry(METADATA).encode())
-    begin, digits = 0, 1
-    for tensor in file_order(tensors):
-        length += _entry_bytes(tensor.dtype, tensor.shape) + len(encode_basestring(tensor.name).encode()) + digits
-        begin += _size_bytes(tensor.dtype, tensor.shape)
-        digits = len(str(begin))
-        length += digits
-    return 8 + length + -length % 8 + begin
+def file_bytes(entries_bytes: int, data_bytes: int) -> int:
+    """Return the size of a file.
+
+    Args:
+        entries_bytes: of its header's entries, each with the comma before it: see `entry_bytes`.
+        data_bytes: of its tensors.
+    """
+    length = 2 + len(_metadata_entry(METADATA).encode()) + entries_bytes
+    return 8 + length + -length % 8 + data_bytes
 
 
 @lru_cache(maxsize=4096)
-def _entry_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Return the length of a header's entry without the name and the two offsets."""
-    return len(f',:{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":[,]}}')
+def entry_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the length of a header's entry, with the comma before it, without the name and the two offsets."""
+    return len(f',"":{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":[,]}}')
 
 
 def read_header(path: Path) -> Header:

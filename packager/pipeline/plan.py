@@ -156,9 +156,8 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
     shards: dict[tuple[int, int], tuple[Shard, ...]] = {}
     for variant in variants:  # those of the same bits and group size have the same files
         if (sizes := (variant.bits, variant.group_size)) not in shards:
-            tensors = checkpoint_tensors(architecture, variant)
-            checkpoint = recipe.checkpoint
-            shards[sizes] = split_shards(tensors, checkpoint.max_shard_bytes, checkpoint.weights_name)
+            tree, checkpoint = checkpoint_tensors(architecture, variant), recipe.checkpoint
+            shards[sizes] = split_shards(tree, checkpoint.max_shard_bytes, checkpoint.weights_name)
     planned = tuple(
         _plan_variant(
             variant, recipe, revision, linears, shards[variant.bits, variant.group_size], judged[variant.branch]
@@ -204,7 +203,7 @@ def _fit_problems(recipe: Recipe, architecture: Architecture, variants: Sequence
         "loaders.seq_len": recipe.loaders.seq_len,
     }
     return [
-        *(() if architecture.linears else ("no weight of the model can be quantized, says its lock",)),
+        *(() if architecture.example_linears else ("no weight of the model can be quantized, says its lock",)),
         *filter(None, (length_problem(architecture, key, seq_len) for key, seq_len in lengths.items())),
         *(
             f"{variant.branch}: {problem.message}"
@@ -227,7 +226,7 @@ def _loader_problems(recipe: Recipe, judged: Mapping[str, Sequence[Verdict]]) ->
 def _linears_digest(architecture: Architecture) -> str:
     """Return the digest of which linears are quantized, and which of them with one Hessian."""
     groups = [[kind.blocks, [group.modules for group in kind.groups]] for kind in architecture.kinds]
-    return digest_of([[linear.name for linear in architecture.linears], groups])
+    return digest_of([architecture.linear_names, groups])
 
 
 def _plan_variant(

@@ -83,9 +83,8 @@ def evaluation_memory(
         if questions:
             peak = max(peak, asked + head + question_logits)
         return EvaluationMemory(device_bytes=2 * states + head + peak, host_bytes=0)
-    largest = max(tensor.size_bytes for tensor in architecture.tensors)
     return EvaluationMemory(
         device_bytes=head
         + max(states + asked + embedding, states + asked + blocks, head + max(logits, question_logits)),
-        host_bytes=2 * states + asked + 2 * weights + dequantizing + 2 * largest,
+        host_bytes=2 * states + asked + 2 * weights + dequantizing + 2 * architecture.largest_tensor_bytes,
     )

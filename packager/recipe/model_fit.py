@@ -136,7 +136,9 @@ def _skip_problems(
 ) -> Iterator[LocatedProblem]:
     """Yield the patterns of quantize.skip that fit no module, and that all of them together leave nothing."""
     experts = _experts(architecture)
-    quantized = list(dict.fromkeys(linear.module for linear in architecture.example_linears))
+    kinds = sorted(architecture.kinds, key=lambda kind: kind.blocks[0])
+    groups = (group for kind in kinds for group in kind.groups)
+    quantized = list(dict.fromkeys(module for group in groups for module in group.modules))
     modules = [*quantized, *experts, *(module for kind in architecture.kinds for module in kind.left)]
     for index, pattern in enumerate(patterns):
         if pattern is not None and not any(fnmatchcase(module, pattern) for module in modules):
@@ -149,7 +151,7 @@ def _skip_problems(
             message = f"quantize.skip fits {fitting} of the {len(linears)} linears of {unit}"
             hint = f"experts are quantized together: write {unit}, or no pattern that fits one of them"
             yield LocatedProblem(parsed.key_at("quantize", "skip"), message, hint)
-    if used and not architecture.leaving(used).linears:
+    if used and not architecture.leaving(used).example_linears:
         yield LocatedProblem(parsed.key_at("quantize", "skip"), "quantize.skip leaves no linear to quantize")
 
 

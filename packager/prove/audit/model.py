@@ -1,7 +1,8 @@
 """What is known of the model in a folder: from its base model's lock, its record, or transformers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from pydantic import ValidationError
 
@@ -27,12 +28,18 @@ class KnownModel:
     Attributes:
         architecture: of the base model.
         dtype: of most weights that are not quantized, safetensors spelling.
-        dtypes: of the base model's tensors, by name.
+        is_recorded: the architecture is that of the base model's files, with their dtypes.
     """
 
     architecture: Architecture | None = None
     dtype: str | None = None
-    dtypes: Mapping[str, str] = field(default_factory=dict)
+    is_recorded: bool = False
+
+    @cached_property
+    def dtypes(self) -> Mapping[str, str]:
+        """The dtypes of the base model's tensors, by name."""
+        recorded = self.architecture if self.is_recorded else None
+        return {} if recorded is None else {tensor.name: tensor.dtype for tensor in recorded.tensors}
 
 
 def read_model(
@@ -53,9 +60,7 @@ def read_model(
     exact = architecture or _recorded(as_object(documents.get(PROVENANCE)), plain, findings)
     if exact is not None:
         _check_rope(plain, findings)
-        return KnownModel(
-            architecture=exact, dtype=exact.dtype, dtypes={tensor.name: tensor.dtype for tensor in exact.tensors}
-        )
+        return KnownModel(architecture=exact, dtype=exact.dtype, is_recorded=True)
     why = f"provenance.json does not describe {shown(config.get('model_type'))}, and transformers is not installed"
     if describe is not None:
         try:
