@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from packager.errors import PlanError, SourceError
 from packager.model.architecture import Architecture, architecture_of
 from packager.model.config_values import MOST_BLOCKS, ConfigReader, shortened
-from packager.model.lock import LockedGroup, LockedKind, LockedLinear, LockedModel, LockedTensors
+from packager.model.lock import (
+    LockedCache,
+    LockedGroup,
+    LockedKind,
+    LockedLinear,
+    LockedModel,
+    LockedTensors,
+    LockedWindow,
+)  # fmt: skip
 from packager.model.name_patterns import write_numbers
 
 _BLOCKS = "model.layers"
@@ -158,9 +166,18 @@ def _model(config: Mapping[str, object], family: Family, sizes: _Sizes) -> Locke
     return LockedModel(
         model_class=family.causal_lm, blocks_path=_BLOCKS, kinds=(kind,), hidden_size=sizes.hidden,
         vocab_size=sizes.vocab, kv_bytes_per_token=2 * 2 * sizes.num_blocks * sizes.keys,
+        kv_cache=LockedCache(windows=_windows(config, sizes)),
         tied=("lm_head.weight",) if sizes.tied else (), tensors=tuple(_tensors(sizes, linears)),
         config=dict(config),  # type: ignore[arg-type]
     )  # fmt: skip
+
+
+def _windows(config: Mapping[str, object], sizes: _Sizes) -> tuple[LockedWindow, ...]:
+    """Return the window of a Mistral, 4096 tokens unless config.json says otherwise; the other families have none."""
+    window = config.get("sliding_window", 4096) if config.get("model_type") == "mistral" else None
+    if not isinstance(window, int):
+        return ()
+    return (LockedWindow(tokens=window - 1, bytes_per_token=2 * 2 * sizes.num_blocks * sizes.keys),)
 
 
 def _held(sizes: _Sizes) -> tuple[int, int, int, int]:

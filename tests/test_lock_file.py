@@ -50,6 +50,20 @@ def test_what_is_written_is_read_and_gives_the_same_bytes(tmp_path: Path, config
     assert read_recipe_lock(path, Path("recipe.yaml")) == own
 
 
+def test_a_lock_without_the_cache_is_read_and_written_as_it_was(path: Path) -> None:
+    """Older releases did not write which tokens are cached; branches have their descriptions, too."""
+    lock = read_recipe_lock(path, Path("recipe.yaml"))
+    older = lock_text(lock.model_copy(update={"model": lock.model.model_copy(update={"kv_cache": None})}))
+    assert set(lock_text(lock).splitlines()) - set(older.splitlines()) == {
+        '  "kv_cache": {"windows": [], "state_bytes": 0},'
+    }
+    path.write_text(older)
+    again = read_recipe_lock(path, Path("recipe.yaml"))
+    assert again.model.kv_cache is None
+    assert lock_text(again) == older
+    assert architecture_of(again.model, "").cache_bytes(1000) == 1000 * lock.model.kv_bytes_per_token
+
+
 def test_a_lock_is_read_by_people(path: Path) -> None:
     """A tensor or a linear has a line of its own, and no line is an entire block."""
     lines = path.read_text().splitlines()

@@ -1,5 +1,6 @@
 """The memory figures of a lock against real forwards on the CPU, whose tensors have data."""
 
+import json
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from packager.model.architecture import architecture_of
 from packager.model.describe import describe
 from packager.model.lock import LockedKind, LockedModel
 from packager.model.name_patterns import names_of, read_numbers
@@ -115,16 +117,49 @@ def test_activations_are_those_of_a_real_forward(described: tuple[LockedModel, A
         assert 0.9 * measured.peak <= planned <= 1.75 * measured.peak
 
 
-def test_the_cache_is_that_of_a_real_forward(described: tuple[LockedModel, Any]) -> None:
-    locked, model = described
+# Windows in every layer and in some, keys that layers share, states beside keys or in their place, and latent keys.
+CACHES = (
+    "llama", "mistral", "gemma3_text", "qwen2:windowed", "llama4_text", "gemma3n_text", "qwen3_next", "lfm2", "jamba",
+    "mamba2", "deepseek_v3",
+)  # fmt: skip
 
-    def cached(tokens: int) -> int:
-        with torch.no_grad():
-            cache = model(input_ids=token_ids(1, tokens), use_cache=True).past_key_values
-        layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-        return sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values))
 
-    assert cached(7) - cached(6) == locked.kv_bytes_per_token > 0
+@pytest.mark.parametrize("name", sampled(CACHES, "llama", "gemma3_text", "lfm2"))
+def test_the_cache_is_that_of_a_real_forward(name: str, tmp_path: Path) -> None:
+    """The windows are of 8 tokens: rows that are shorter, longer, and read token by token."""
+    folder = tiny_decoder(name, tmp_path / "model", dtype=torch.bfloat16)
+    locked, model = describe(folder, None), open_decoder(folder, name)[0]
+    architecture = architecture_of(locked, "")
+
+    def cached(output: Any) -> int:
+        cache = getattr(output, "past_key_values", None)
+        layers = (output.cache_params if cache is None else cache).layers
+        return sum(x.numel() * x.element_size() for layer in layers for x in tree_leaves(vars(layer)) if is_cached(x))
+
+    def is_cached(value: object) -> bool:
+        return isinstance(value, Tensor) and value.ndim > 1
+
+    with torch.no_grad():
+        for tokens in (3, 7, 8, 40):
+            output = model(input_ids=token_ids(1, tokens), use_cache=True)
+            assert cached(output) == architecture.cache_bytes(tokens) > 0, tokens
+        if getattr(output, "past_key_values", None) is not None:
+            model(input_ids=token_ids(1, 1), past_key_values=output.past_key_values, use_cache=True)
+            assert cached(output) == architecture.cache_bytes(41)
+
+
+def test_a_window_longer_than_any_traced_row_is_known(tmp_path: Path) -> None:
+    """Gemma 3 1B: of 26 layers every sixth keeps all tokens, the others the last 511 before the present one."""
+    config = {
+        "model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512,
+        "vocab_size": 262144, "dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    architecture = architecture_of(describe(tmp_path, None), "")
+    layer = 2 * 2 * 256
+    assert architecture.cache_bytes(100) == 26 * layer * 100
+    assert architecture.cache_bytes(32768) == layer * (4 * 32768 + 22 * 511)
 
 
 def test_what_a_gpu_does_not_store_is_not_counted(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from packager.cli.plan_view import build_plan_json, print_build_plan
 from packager.model.compatibility import Verdict
+from packager.model.lock import LockedCache, LockedWindow
 from packager.model.runtimes import RUNTIMES
 from packager.pipeline.plan import BuildPlan, DiskPlan, EvaluationPlan, MemoryPlan, make_plan
 from packager.prove.evaluation_memory import EvaluationMemory
@@ -143,7 +144,25 @@ def test_the_table_of_branches(plan: BuildPlan, lines: list[str]) -> None:
         size = planned.weights_bytes
         row = [variant.branch, variant.bits, variant.group_size, variant.desc_act, gb(size), f"{size:,}", gb(to_run)]
         assert " ".join(map(str, row)) in lines
-    assert "To run: weights and the keys and values of 4096 tokens, nothing else." in lines
+    assert "To run: weights and 3.36 GB, what is cached of 4096 tokens; nothing else." in lines
+
+
+def test_windows_are_counted_and_an_older_lock_is_named(plan: BuildPlan) -> None:
+    """Of 40 layers 30 keep the last 1023 tokens only."""
+    layer = 2 * 2 * CONFIG["hidden_size"]
+    cache = LockedCache(windows=(LockedWindow(tokens=1023, bytes_per_token=30 * layer),), state_bytes=5_000_000)
+    windowed = replace(plan, architecture=replace(plan.architecture, kv_cache=cache))
+    expected = layer * (10 * 4096 + 30 * 1023) + 5_000_000
+    values = build_plan_json(windowed)
+    assert (values["context_bytes"], values["context_is_exact"]) == (expected, True)
+    assert windowed.run_bytes(plan.variants[0]) == plan.variants[0].tensor_bytes + expected
+    assert f"To run: weights and {gb(expected)} GB, what is cached of 4096 tokens; nothing else." in printed(windowed)
+    assert "which layers cache" not in " ".join(printed(windowed))
+    older = replace(plan, architecture=replace(plan.architecture, kv_cache=None))
+    values = build_plan_json(older)
+    assert (values["context_bytes"], values["context_is_exact"]) == (layer * 40 * 4096, False)
+    assert "note: the lock is of an older release" in " ".join(printed(older))
+    assert "make it anew: packager lock RECIPE" in " ".join(printed(older))
 
 
 def test_the_table_of_needs(lines: list[str]) -> None:
@@ -188,6 +207,7 @@ def test_json_has_the_same_figures_in_bytes(plan: BuildPlan) -> None:
         "size_bytes": 2 * 13_015_864_320,
     }
     assert (values["calibration_tokens"], values["context_tokens"]) == (128 * 2048, 4096)
+    assert values["context_is_exact"] is True
     assert (values["recipe_digest"], values["repository"]) == (plan.recipe.digest(), plan.recipe.repository.id)
     for entry, planned in zip(values["variants"], plan.variants, strict=True):
         assert entry["files"] == {shard.file_name: shard.size_bytes for shard in planned.shards}
@@ -196,7 +216,7 @@ def test_json_has_the_same_figures_in_bytes(plan: BuildPlan) -> None:
         assert entry["description"] == planned.description
         assert entry["loaders"] == [vars(verdict) for verdict in planned.verdicts]
         assert entry["parameters"] == planned.variant.parameters()
-        assert entry["run_bytes"] - entry["tensor_bytes"] == 40 * 5120 * 2 * 2 * 4096
+        assert entry["run_bytes"] - entry["tensor_bytes"] == values["context_bytes"] == 40 * 5120 * 2 * 2 * 4096
         assert entry["parameters"]["group_size"] == planned.variant.group_size
 
 

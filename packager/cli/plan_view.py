@@ -37,7 +37,8 @@ def print_build_plan(plan: BuildPlan, console: Console) -> None:
     for text in text_lines(plan.recipe):
         print_line(console, text)
     console.print(_branch_table(plan))
-    print_line(console, f"To run: weights and the keys and values of {plan.context_tokens} tokens, nothing else.")
+    for text in context_lines(plan):
+        print_line(console, text)
     if any(len(planned.shards) > 1 for planned in plan.variants):
         counts = (f"{planned.variant.branch} {len(planned.shards)}" for planned in plan.variants)
         print_line(console, f"Weights files: {', '.join(counts)}.")
@@ -47,6 +48,18 @@ def print_build_plan(plan: BuildPlan, console: Console) -> None:
     for text in [*_reasons(plan.variants), *_engine_notes(plan), *_proof_notes(plan)]:
         print_line(console, text)
     console.print(_needs_table(plan))
+
+
+def context_lines(plan: BuildPlan) -> list[str]:
+    """Return what is counted to run a variant, and where the lock does not know it."""
+    cached = f"{gigabytes(plan.context_bytes)} GB"
+    lines = [f"To run: weights and {cached}, what is cached of {plan.context_tokens} tokens; nothing else."]
+    if plan.architecture.kv_cache is None:
+        lines.append(
+            "note: the lock is of an older release and does not say which layers cache the last tokens only: every "
+            "layer is counted with all tokens, states are not counted; make it anew: packager lock RECIPE"
+        )
+    return lines
 
 
 def text_lines(recipe: Recipe) -> list[str]:
@@ -267,6 +280,8 @@ def build_plan_json(plan: BuildPlan) -> dict[str, object]:
         "drawing_version": DRAWING_VERSION,
         "calibration_tokens": plan.calibration_tokens,
         "context_tokens": plan.context_tokens,
+        "context_bytes": plan.context_bytes,
+        "context_is_exact": architecture.kv_cache is not None,
         "variants": [_variant_json(plan, planned) for planned in plan.variants],
         "memory": asdict(plan.memory) if plan.memory is not None else None,
         "evaluation_memory": asdict(plan.evaluation),

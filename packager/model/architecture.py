@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from packager.errors import PlanError
 from packager.model.config_values import ConfigReader
-from packager.model.lock import LockedExperts, LockedGroup, LockedModel, LockedTensors
+from packager.model.lock import LockedCache, LockedExperts, LockedGroup, LockedModel, LockedTensors
 from packager.model.name_patterns import names_of, read_numbers, write_numbers
 from packager.model.safetensors_file import DTYPE_BYTES, TensorInfo
 from packager.model.tensor_tree import LinearNames, TensorTree, tensor_tree
@@ -83,6 +83,7 @@ class Architecture:
         kinds: of blocks.
         num_blocks: of all kinds.
         kv_bytes_per_token: what the model caches of one token, in a dtype of two bytes.
+        kv_cache: which tokens it keeps; None where an older lock does not say it.
         tied, own: names of tensors that are another tensor, and of those that only config.json calls so.
         stored: the tensors of the base checkpoint.
     """
@@ -96,6 +97,7 @@ class Architecture:
     hidden_size: int
     vocab_size: int
     kv_bytes_per_token: int
+    kv_cache: LockedCache | None
     tied: tuple[str, ...]
     own: tuple[str, ...]
     stored: tuple[LockedTensors, ...]
@@ -190,6 +192,12 @@ class Architecture:
     def base_bytes(self) -> int:
         """Bytes of all tensors of the base checkpoint."""
         return self.tree.size_bytes
+
+    def cache_bytes(self, num_tokens: int) -> int:
+        """Return what the model caches of a row of tokens, in a dtype of two bytes; with `kv_cache` None, at most."""
+        known = self.kv_cache or LockedCache()
+        beyond = sum(each.bytes_per_token * max(0, num_tokens - each.tokens) for each in known.windows)
+        return known.state_bytes + num_tokens * self.kv_bytes_per_token - beyond
 
     @cached_property
     def example_linears(self) -> tuple[LinearSpec, ...]:
@@ -286,6 +294,7 @@ def architecture_of(locked: LockedModel, where: str) -> Architecture:
         hidden_size=locked.hidden_size,
         vocab_size=locked.vocab_size,
         kv_bytes_per_token=locked.kv_bytes_per_token,
+        kv_cache=locked.kv_cache,
         tied=locked.tied,
         own=locked.own,
         stored=locked.tensors,

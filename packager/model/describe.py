@@ -18,7 +18,7 @@ from packager.model.architecture import IGNORED_SUFFIXES
 from packager.model.computed_buffers import compute_buffers
 from packager.model.config_values import ConfigReader, read_config
 from packager.model.described_groups import DescribedGroup, GroupDescriber
-from packager.model.lock import LockedGroup, LockedKind, LockedModel, LockedTensors
+from packager.model.lock import LockedCache, LockedGroup, LockedKind, LockedModel, LockedTensors, LockedWindow
 from packager.model.name_patterns import natural_key, patterns_of, write_numbers
 from packager.model.safetensors_file import TensorInfo
 from packager.model.skeleton import build_skeleton
@@ -60,6 +60,12 @@ def describe(folder: Path, stored: Mapping[str, TensorInfo] | None, own: Collect
         hidden_size=traced.hidden_size,
         vocab_size=head.weight.shape[0],
         kv_bytes_per_token=traced.cache_bytes_per_token,
+        kv_cache=LockedCache(
+            windows=tuple(
+                LockedWindow(tokens=tokens, bytes_per_token=size) for tokens, size in sorted(traced.windows.items())
+            ),
+            state_bytes=traced.state_bytes,
+        ),
         tied=tied,
         own=tuple(sorted(own)),
         tensors=_patterns({name: tensor for name, tensor in stored.items() if name not in tied}),

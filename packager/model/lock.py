@@ -143,6 +143,30 @@ class LockedKind(Record):
         return self
 
 
+class LockedWindow(Record):
+    """Layers that cache the last tokens only.
+
+    Attributes:
+        tokens: that they keep.
+        bytes_per_token: of all of them together, in a dtype of two bytes.
+    """
+
+    tokens: Size
+    bytes_per_token: Bytes
+
+
+class LockedCache(Record):
+    """How the cache of one row grows with its tokens, see `LockedModel.kv_bytes_per_token`.
+
+    Attributes:
+        windows: layers that do not keep every token; their bytes are part of `kv_bytes_per_token`.
+        state_bytes: what is cached however long the row is: states of linear attention and of convolutions.
+    """
+
+    windows: Annotated[tuple[LockedWindow, ...], Field(max_length=MOST_BLOCKS)] = ()
+    state_bytes: Bytes = 0
+
+
 class LockedModel(Record):
     """The architecture of a base model.
 
@@ -153,6 +177,7 @@ class LockedModel(Record):
         hidden_size: width of the blocks' inputs and outputs.
         vocab_size: logits per token.
         kv_bytes_per_token: what the model caches of one token, in a dtype of two bytes.
+        kv_cache: which tokens it keeps; None in locks of older releases, which count every token in every layer.
         tied: stored names of tensors that are another tensor and need not be stored.
         own: stored names of tensors that config.json calls tied, although the files hold values of their own for them.
         tensors: of the base model's files.
@@ -165,6 +190,7 @@ class LockedModel(Record):
     hidden_size: Size
     vocab_size: Size
     kv_bytes_per_token: Bytes
+    kv_cache: LockedCache | None = None
     tied: tuple[Name, ...]
     own: tuple[Name, ...] = ()
     tensors: Annotated[tuple[LockedTensors, ...], Field(min_length=1, max_length=MOST_NAMES)]

@@ -7,7 +7,7 @@ the architectures that this suits, and what each refusal means.
 
 import copy
 import json
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from packager.model.traced_forward import TracedBlock, TracedForward, modules_ou
 
 TRACED_TOKENS = 61  # a prime number, see `_Memory` in traced_forward.py
 _MOST_KEPT = 8
+_KEYS_AND_VALUES = ("keys", "values")  # what a window limits
 _READS_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -40,7 +41,9 @@ class Trace:
         head_takes_states: for `head_modules` the model was given hidden states in place of embeddings; else token ids.
         num_tokens: of the traced forward; `held` and `peak` of the blocks are for as many.
         hidden_size: width of the blocks' inputs and outputs.
-        cache_bytes_per_token: what the model caches of each further token.
+        cache_bytes_per_token: what the model caches of each token.
+        windows: by the number of tokens that layers keep, which are not all, their part of `cache_bytes_per_token`.
+        state_bytes: what the model caches besides, however many tokens there are.
     """
 
     blocks_path: str
@@ -51,6 +54,8 @@ class Trace:
     num_tokens: int
     hidden_size: int
     cache_bytes_per_token: int
+    windows: Mapping[int, int]
+    state_bytes: int
 
 
 _kept: OrderedDict[str, Trace] = OrderedDict()
@@ -94,11 +99,11 @@ def _traced(model: nn.Module, num_tokens: int) -> Trace:
             _forward(model, num_tokens, skipped)
         traced = tracer.blocks()
         head = _trace_head(model, path, traced, tracer.hidden, mode)
-        cached = [_cache_bytes(model, length, skipped) for length in (num_tokens, 2 * num_tokens)]
+        per_token, windows, states = _trace_cache(model, num_tokens, skipped)
     return Trace(
         blocks_path=path, blocks=traced, embedding_modules=tuple(tracer.before), head_modules=head[0],
         head_takes_states=head[1], num_tokens=num_tokens, hidden_size=tracer.hidden.shape[-1],
-        cache_bytes_per_token=(cached[1] - cached[0]) // num_tokens,
+        cache_bytes_per_token=per_token, windows=windows, state_bytes=states,
     )  # fmt: skip
 
 
@@ -177,17 +182,50 @@ def _values_refused(mode: FakeTensorMode) -> Iterator[None]:
         mode.shape_env = shape_env
 
 
-def _cache_bytes(model: nn.Module, num_tokens: int, skipped: Sequence[nn.Module]) -> int:
-    """Return the bytes of the tensors that the model caches of one row; 0 for a model that caches nothing."""
+def _trace_cache(model: nn.Module, num_tokens: int, skipped: Sequence[nn.Module]) -> tuple[int, Mapping[int, int], int]:
+    """Return `Trace.cache_bytes_per_token`, `Trace.windows` and `Trace.state_bytes`.
+
+    A layer of the cache names its window, which may be longer than any row that is traced; after a step it keeps one
+    token less (transformers.cache_utils, DynamicSlidingWindowLayer, 5.23). All else either grows with the row or not.
+    """
+    fewer, more = (_cached(model, length, skipped) for length in (num_tokens, 2 * num_tokens))
+    per_token = states = 0
+    windows: Counter[int] = Counter()
+    for (window, before), (_, after) in zip(fewer, more, strict=True):
+        for name, tensor in after.items():
+            if name in _KEYS_AND_VALUES and window > 1 and tensor.shape[-2]:
+                size = _size_bytes(tensor) // tensor.shape[-2]
+                windows[window - 1] += size
+            else:
+                size = (_size_bytes(tensor) - _size_bytes(before[name])) // num_tokens if name in before else 0
+                states += max(0, _size_bytes(tensor) - 2 * num_tokens * size)
+            per_token += size
+    return per_token, windows, states
+
+
+def _size_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _cached(model: nn.Module, num_tokens: int, skipped: Sequence[nn.Module]) -> list[tuple[int, dict[str, Tensor]]]:
+    """Return the window of each layer that caches, 0 without one, and what is cached of one row, by name."""
     ids = torch.zeros(1, num_tokens, dtype=torch.long)
     try:
         with torch.no_grad(), modules_skipped(model, skipped):
             output = model(input_ids=ids, use_cache=True)
     except Exception as error:
         raise _cannot_run(error) from error
-    layers = getattr(getattr(output, "past_key_values", None), "layers", ())
-    tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    caches: list[Any] = [getattr(output, name, None) for name in ("past_key_values", "cache_params")]
+    layers = next((cache.layers for cache in caches if hasattr(cache, "layers")), ())
+    return [(getattr(layer, "sliding_window", None) or 0, dict(_tensors_of(layer))) for layer in layers]
+
+
+def _tensors_of(layer: object) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a layer of a cache holds, numbers apart, in its attributes or in dicts there."""
+    for name, value in vars(layer).items():
+        for key, each in value.items() if isinstance(value, dict) else (("", value),):
+            if isinstance(each, Tensor) and each.ndim:
+                yield f"{name}{key}", each
 
 
 @contextmanager

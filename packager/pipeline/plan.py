@@ -118,12 +118,17 @@ class BuildPlan:
 
     @property
     def context_tokens(self) -> int:
-        """The tokens whose keys and values `run_bytes` counts."""
+        """The tokens of the row whose cache `run_bytes` counts."""
         return min(_CONTEXT_TOKENS, self.architecture.max_position_embeddings or _CONTEXT_TOKENS)
 
+    @property
+    def context_bytes(self) -> int:
+        """What the model caches of `context_tokens` tokens: keys and values in fp16, and states."""
+        return self.architecture.cache_bytes(self.context_tokens)
+
     def run_bytes(self, variant_plan: VariantPlan) -> int:
-        """Return the device memory of using a variant: its tensors and `context_tokens` of fp16 keys and values."""
-        return variant_plan.tensor_bytes + self.context_tokens * self.architecture.kv_bytes_per_token
+        """Return the device memory of using a variant: its tensors and the cache of one row."""
+        return variant_plan.tensor_bytes + self.context_bytes
 
 
 def make_plan(recipe_file: RecipeFile) -> BuildPlan:
