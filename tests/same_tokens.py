@@ -1,6 +1,6 @@
 """Print what a folder's tokenizer makes of some texts and a chat: runs in any environment with transformers.
 
-Usage: python same_tokens.py <folder>
+Usage: python same_tokens.py <folder> ...
 """
 
 import json
@@ -42,4 +42,4 @@ def tokens_of(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(tokens_of(Path(sys.argv[1]))))
+    print(json.dumps([tokens_of(Path(folder)) for folder in sys.argv[1:]]))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from packager import card
-from packager.card import CardTexts, render_card
+from packager.card import Prompting, CardTexts, render_card
 from packager.card.markdown import extract_code_blocks, one_line
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
@@ -51,7 +51,7 @@ def test_llama_card(branch: str, update_golden: bool) -> None:
 
 def test_a_model_without_a_chat_template_continues_a_text() -> None:
     """Gemma 3 270M: apply_chat_template would raise an error."""
-    text = llama_card(chat=False)
+    text = llama_card(prompting=Prompting(has_template=False))
     assert_well_formed(text)
     blocks = {block.run: block.text for block in extract_code_blocks(text) if "generate(" in block.text}
     assert blocks.keys() == {"transformers", "autogptq"}

@@ -32,6 +32,7 @@ from packager.errors import LoaderError
 from packager.inputs.chat import prompt_ids
 from packager.model.decoder import Decoder, forward
 from packager.model.packing import CheckpointReader
+from packager.pipeline.cards import prompting_of
 from packager.pipeline.plan import make_plan
 from packager.prove.audit import audit
 from packager.prove.environments import RuntimeContext, ensure_environment
@@ -280,6 +281,7 @@ def test_the_card_equals_the_rendering_of_the_published_receipts(branch: str, cl
         plan.architecture.model_type,
         branch,
         expectations={each.variant.branch: each.verdicts for each in plan.variants},
+        prompting=prompting_of(clones[branch]),
     )
     assert card(clones, branch) == expected, "published with other templates or another recipe: run nox -s build-all"
 

@@ -28,8 +28,8 @@ from packager.model.safetensors_file import (
 )
 from packager.model.tensor_tree import predicted_bytes
 from tests.hypothesis_profiles import examples
-from tests.test_lock_memory import Live
 from tests.tensor_trees import tree_of
+from tests.test_lock_memory import Live
 
 NUMPY_DTYPES = {
     "F64": np.float64, "I64": np.int64, "U64": np.uint64, "F32": np.float32, "I32": np.int32, "U32": np.uint32,

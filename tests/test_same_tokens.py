@@ -4,18 +4,22 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
-from packager.inputs.chat_template import template_beside
-from packager.inputs.source_files import read_small
+from packager.inputs.branch_tokenizer import branch_tokenizer
+from packager.inputs.chat_template import templates_beside
+from packager.inputs.limits import ModelProcess
+from packager.inputs.source_files import copied_names, read_small
 from packager.model.branch_config import branch_file
 from packager.model.branch_rules import ModelFacts
-from packager.receipt import CONFIG, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES
+from packager.receipt import CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from tests import same_tokens
+from tests.family_tokenizers import FAMILIES, save_family
 
 Change = Callable[[dict[str, Any], dict[str, Any]], object]
 
@@ -75,29 +79,77 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-def branch_of(base: Path, folder: Path) -> Path:
-    """Write the tokenizer's files of a branch."""
+@pytest.fixture(scope="module")
+def process() -> Iterator[ModelProcess]:
+    with ModelProcess() as process:
+        yield process
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The folder of a base model without weights, with a tokenizer of a family."""
+    pytest.importorskip("torch")
+    folder = tmp_path / "base"
     folder.mkdir()
-    facts = facts_of(base)
-    for name in (CONFIG, *TOKENIZER_FILES):
-        if (base / name).exists():
-            (folder / name).write_bytes(branch_file(name, read_small(base, name), facts).data)
+    save_family(folder, FAMILIES[request.param])
     return folder
 
 
-def facts_of(base: Path) -> ModelFacts:
-    return ModelFacts.of(json.loads((base / CONFIG).read_text()), template=template_beside(base))
+def branch_of(base: Path, folder: Path, process: ModelProcess) -> Path:
+    """Write the tokenizer's files of a branch."""
+    folder.mkdir()
+    config = json.loads((base / CONFIG).read_text())
+    facts = ModelFacts.of(config, template=templates_beside(base))
+    files = {name: branch_file(name, read_small(base, name), facts).data for name in copied_names(base)}
+    made = branch_tokenizer(files, config, str(base), process).files
+    (folder / CONFIG).write_text(json.dumps(config))
+    for name, data in files.items():
+        (folder / name).write_bytes(made[name].data if name in made else data)
+    return folder
 
 
-def test_transformers_reads_a_branchs_tokenizer_as_its_bases(base: Path, tmp_path: Path) -> None:
-    branch = branch_of(base, tmp_path / "branch")
+def test_transformers_reads_a_branchs_tokenizer_as_its_bases(base: Path, tmp_path: Path, process: ModelProcess) -> None:
+    branch = branch_of(base, tmp_path / "branch", process)
     assert same_tokens.tokens_of(branch) == same_tokens.tokens_of(base)
+
+
+def test_what_reads_tokenizer_json_alone_gets_the_tokens_of_transformers(
+    family: Path, tmp_path: Path, process: ModelProcess
+) -> None:
+    """ExLlamaV2, the servers, and transformers 4 where the class is the plain one."""
+    branch = branch_of(family, tmp_path / "branch", process)
+    wanted = same_tokens.tokens_of(family)
+    assert same_tokens.tokens_of(branch) == wanted
+    read = Tokenizer.from_file(str(branch / TOKENIZER))
+    assert [read.encode(text).ids for text in same_tokens.TEXTS] == wanted["ids"]
+    plain = [read.encode(text, add_special_tokens=False).ids for text in same_tokens.TEXTS]
+    assert plain == wanted["without special tokens"]
 
 
 @pytest.mark.release
 def test_auto_gptqs_transformers_reads_it_as_transformers_5(
-    base: Path, tmp_path: Path, pytestconfig: pytest.Config
+    base: Path, tmp_path: Path, process: ModelProcess, pytestconfig: pytest.Config
 ) -> None:
+    branch = branch_of(base, tmp_path / "branch", process)
+    assert in_auto_gptqs([branch], tmp_path, pytestconfig) == [same_tokens.tokens_of(base)]
+
+
+@pytest.mark.release
+def test_auto_gptqs_transformers_reads_each_family_as_transformers_5(
+    tmp_path: Path, process: ModelProcess, pytestconfig: pytest.Config
+) -> None:
+    bases = {name: tmp_path / f"{number}-base" for number, name in enumerate(FAMILIES)}
+    branches = []
+    for name, base in bases.items():
+        base.mkdir()
+        save_family(base, FAMILIES[name])
+        branches.append(branch_of(base, base.with_name(f"{base.name}-branch"), process))
+    found = dict(zip(FAMILIES, in_auto_gptqs(branches, tmp_path, pytestconfig), strict=True))
+    assert found == {name: same_tokens.tokens_of(base) for name, base in bases.items()}
+
+
+def in_auto_gptqs(branches: Sequence[Path], tmp_path: Path, pytestconfig: pytest.Config) -> list[Any]:
+    """Return what the transformers of AutoGPTQ's environment makes of branches."""
     from packager.prove.environments import environment_name
     from packager.prove.loaders import LOADERS
 
@@ -105,10 +157,10 @@ def test_auto_gptqs_transformers_reads_it_as_transformers_5(
     python = loaders / environment_name(LOADERS["autogptq"]) / "bin" / "python"
     if not python.exists():
         pytest.skip(f"there is no environment of AutoGPTQ in {loaders}")
-    branch = branch_of(base, tmp_path / "branch")
     script = shutil.copy(same_tokens.__file__, tmp_path / "same_tokens.py")
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environ.pop("PYTHONPATH", None)
-    done = subprocess.run([python, script, branch], env=environ, capture_output=True, text=True, check=False)
+    done = subprocess.run([python, script, *branches], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == same_tokens.tokens_of(base)
+    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return found

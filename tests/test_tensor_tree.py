@@ -139,3 +139,10 @@ def test_contradictions_are_found(tensors: list[LockedTensors], linears: list[Li
 
 def test_a_linear_of_a_conv1d_lies_transposed() -> None:
     assert tensor_tree([weights("a.weight", 64, 32)], [linear("a")]).members[0].name == "a"
+
+
+def test_what_is_outside_a_path_is_found_without_walking_through_it() -> None:
+    names = ["a.b.0.c", "a.b.1.c", "a.bc.d", "a.e", "b.0.c", "f"]
+    tree = tree_of([TensorInfo(name, "F16", (2, 2)) for name in names])
+    assert sorted(tensor.name for tensor in tree.outside("a.b")) == ["a.bc.d", "a.e", "b.0.c", "f"]
+    assert sorted(tensor.name for tensor in tree.outside("")) == names

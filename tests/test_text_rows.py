@@ -76,7 +76,7 @@ def tokenizer_of(folder: Path, process: ModelProcess, *, bos: bool) -> Any:
             "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
         }
         path.write_text(json.dumps(whole))
-    return load_tokenizer(open_folder(folder / "model", base_id="tester/tiny"), process)
+    return load_tokenizer(open_folder(folder / "model", base_id="tester/tiny"), process).opened
 
 
 def rows_of(tokenizer: Any, process: ModelProcess, *texts: WantedRows) -> tuple[DrawnRows, ...]:

@@ -164,7 +164,7 @@ def process() -> Iterator[ModelProcess]:
 @pytest.fixture
 def tokenizer(tmp_path: Path, process: ModelProcess) -> Any:
     write_all(tmp_path)
-    return load_tokenizer(open_folder(tmp_path / "model", base_id="tester/tiny"), process)
+    return load_tokenizer(open_folder(tmp_path / "model", base_id="tester/tiny"), process).opened
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_build_asks_one_process_for_everything(tmp_path: Path, monkeypatch: py
 def test_questions_and_prompts_are_rendered_in_the_chat_template(tmp_path: Path, process: ModelProcess) -> None:
     recipe = RecipeFile.load(write_all(tmp_path))
     source = open_folder(tmp_path / "model", base_id="tester/tiny")
-    texts, tokenizer = prepare(recipe, source), load_tokenizer(source, process)
+    texts, tokenizer = prepare(recipe, source), load_tokenizer(source, process).opened
     assert texts.prompts == (tuple(prompt_ids(tokenizer, "old bird")),)
     (first, second) = texts.questions
     assert tokenizer.decode(first.prompt_ids) == "<s>[INST] old bird [/INST]"

@@ -24,7 +24,6 @@ from packager.card.metadata import metadata
 from packager.card.raw_text import TextProblem, text_problems
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
-from packager.model.front_matter import split_front_matter
 from packager.model.runtimes import RUNTIMES
 from packager.receipt import Provenance
 from packager.recipe import Recipe
@@ -33,6 +32,19 @@ from packager.variant import MAIN
 
 TEMPLATE = "model_card.md.j2"
 HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompting:
+    """What a branch's tokenizer does with a prompt.
+
+    Attributes:
+        has_template: it has a chat template.
+        before: the special tokens that it puts before every text by itself, as a text.
+    """
+
+    has_template: bool = True
+    before: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +63,8 @@ def render_card(
     model_type: str,
     branch: str,
     *,
-    chat: bool = True,
     expectations: Mapping[str, Sequence[Verdict]] | None = None,
+    prompting: Prompting = Prompting(),
 ) -> str:
     """Return the README.md of one branch.
 
@@ -62,8 +74,8 @@ def render_card(
         receipts: one per variant, in the recipe's order.
         model_type: from the base model's config.json, e.g. "llama".
         branch: the branch of this README; the commands name it.
-        chat: the tokenizer has a chat template; without one, the examples continue a text.
         expectations: the predictions of `compatibility.verdicts` by branch; shown apart from the runs.
+        prompting: of the branch's tokenizer; the examples follow it.
 
     Raises:
         CardError: the receipts are not this recipe's, a text cannot be part of a page, or the templates have a mistake.
@@ -72,7 +84,12 @@ def render_card(
     _check_texts(texts)
     expectations = expectations or {}
     front = markdown.front_matter(metadata(recipe, receipts, model_type, expectations.get(branch, ())))
-    context = {**_context(recipe, texts, receipts, branch, expectations), "chat": chat}
+    template = recipe.card.prompt_template.template
+    context = {
+        **_context(recipe, texts, receipts, branch, expectations),
+        "prompting": prompting,
+        "writes_start": bool(prompting.before) and template.lstrip().startswith(prompting.before),
+    }
     folder = templates_dir()
     try:
         body = _environment(folder).get_template(TEMPLATE).render(context)
@@ -122,7 +139,7 @@ def texts_problems(texts: CardTexts) -> Iterator[tuple[str, TextProblem]]:
     """Yield why a text cannot be part of a card: the text's name and the problem, with the line of the file."""
     for name, text in asdict(texts).items():
         # The front matter of the original card is not part of the page; its lines count.
-        body = split_front_matter(text)[1] if name == "original_card" else text
+        body = markdown.strip_front_matter(text) if name == "original_card" else text
         above = text.count("\n") - body.count("\n")
         for problem in text_problems(body):
             yield name, replace(problem, line=problem.line + above)
@@ -173,7 +190,7 @@ def _context(
         ),
         "header": texts.header.strip("\n"),
         "footer": texts.footer.strip("\n"),
-        "original_card": split_front_matter(texts.original_card)[1].strip("\n"),
+        "original_card": markdown.strip_front_matter(texts.original_card).strip("\n"),
     }
 
 

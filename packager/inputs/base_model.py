@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packager.errors import SourceError
-from packager.inputs.chat_template import chat_template_digest, template_beside
+from packager.inputs.chat_template import chat_template_digest, templates_beside
 from packager.inputs.hub_models import download_model
 from packager.inputs.source_files import (
     SourceFiles,
@@ -22,8 +22,9 @@ from packager.model.architecture import IGNORED_SUFFIXES, Architecture
 from packager.model.branch_config import branch_file, normalized
 from packager.model.branch_rules import ModelFacts
 from packager.model.config_values import read_config, shortened
+from packager.model.contract_files import content_rule
 from packager.model.safetensors_file import StoredTensor, TensorInfo, all_finite, read_tensor, stored_tensors
-from packager.receipt import CONFIG, TOKENIZER_FILES, FileRecord, SourceRecord, digest_of
+from packager.receipt import CONFIG, FileRecord, SourceRecord, digest_of
 from packager.recipe.file import RecipeFile
 from packager.system.files import bytes_record, file_records, has_record
 from packager.system.text import printable
@@ -194,7 +195,7 @@ def read_source(
         dtype=_dtype_of(tensors),
         num_parameters=architecture.num_parameters,
     )
-    facts = ModelFacts.of(config, architecture, template=template_beside(folder))
+    facts = ModelFacts.of(config, architecture, template=templates_beside(folder))
     return SourceModel(
         folder=folder, files=listed, config=normalized(CONFIG, config, facts).content, facts=facts,
         architecture=architecture, record=record, tensors=tensors,
@@ -209,7 +210,7 @@ def _records(files: SourceFiles, checked: Mapping[str, FileRecord]) -> dict[str,
 
 
 def _text_files(files: Mapping[str, FileRecord]) -> dict[str, str]:
-    return {name: files[name].sha256 for name in TOKENIZER_FILES if name in files}
+    return {name: files[name].sha256 for name in files if content_rule(name) and name != CONFIG}
 
 
 def _dtype_of(tensors: Mapping[str, StoredTensor]) -> str:

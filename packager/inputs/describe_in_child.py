@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from packager.errors import SourceError
-from packager.model.config_values import MOST_BLOCKS, unusable_config
+from packager.model.config_values import MOST_BLOCKS, shortened, unusable_config
 from packager.model.lock import LockedModel
 from packager.model.safetensors_file import TensorInfo
 from packager.receipt import CONFIG
@@ -167,24 +167,29 @@ def _check_is_decoder(config: Mapping[str, Any], folder: Path) -> None:
     from packager.model.skeleton import open_config
 
     model_type, version = config.get("model_type"), metadata.version("transformers")
-    name = quoted(str(model_type))
+    name, where = quoted(str(model_type)), f"{folder}: {CONFIG}"
+    if not isinstance(model_type, str):
+        raise SourceError(
+            "config.json names no model", where=where, why=f"model_type is {shortened(model_type)}, not a name",
+            hint="take config.json from the model's page again: this one is of another program, or a part of it",
+        )  # fmt: skip
     if model_type not in CONFIG_MAPPING:
         own_code = "auto_map" in config
         raise SourceError(
             "the model brings its own code, which is not run" if own_code else "transformers does not know this model",
-            where=str(folder), why=f"transformers {version} has no model_type {name}"
+            where=where, why=f"transformers {version} has no model_type {name}"
             + (", and config.json names Python files of the model (auto_map)" if own_code else ""),
             hint="a later release of transformers may have it; code that a model brings is never run",
         )  # fmt: skip
     opened = open_config(folder)
     if getattr(opened, "is_encoder_decoder", False):
         raise SourceError(
-            "the model has an encoder and a decoder", where=str(folder), why=f"model_type is {name}",
+            "the model has an encoder and a decoder", where=where, why=f"model_type is {name}",
             hint="only models that are a decoder alone are quantized",
         )  # fmt: skip
     if type(opened) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(opened) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise SourceError(
-            "the model is not one that generates text", where=str(folder),
+            "the model is not one that generates text", where=where,
             why=f"transformers {version} has no language model for model_type {name}",
         )  # fmt: skip
 

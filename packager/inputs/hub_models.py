@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, cast
 from packager.errors import SourceError
 from packager.inputs.hub_cache import cached_folder, cached_siblings, is_offline, not_cached
 from packager.inputs.hub_session import AnswerError, checked_siblings, is_of_client, open_session
+from packager.inputs.model_names import check_names
 from packager.inputs.source_files import INDEX, has_index, safetensors_among, weights_in_index
-from packager.model.contract_files import CONTENT_RULES
+from packager.model.contract_files import content_rule
 from packager.model.safetensors_file import Header, header_from
 from packager.receipt import SAFETENSORS
 from packager.system.files import disk_errors, file_records
@@ -96,11 +97,13 @@ class HubModel:
         id: its name there.
         commit: the commit.
         files: those that a build uses, by name.
+        left_out: the names of the others.
     """
 
     id: str
     commit: str
     files: "Mapping[str, RepoSibling]"
+    left_out: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -112,16 +115,18 @@ def resolve_model(base_id: str, revision: str, licenses: Iterable[str]) -> HubMo
     """Find the commit that a revision means, and the files there.
 
     Raises:
-        SourceError: there is no such model or revision, it has no safetensors, or a file is too large for its kind.
+        SourceError: there is no such model or revision, it has no safetensors, a file is too large for its kind, or
+            the names of the files are those of a model that cannot be built, see `check_names`.
     """
     import huggingface_hub
 
     with hub_errors(f"{base_id} at {revision[:40]}"):
         found = huggingface_hub.HfApi().model_info(base_id, revision=revision, files_metadata=True)
-        siblings = _used_siblings(found.siblings, licenses, base_id, revision)
-        return HubModel(
-            id=base_id, commit=_checked_commit(found.sha), files={entry.rfilename: entry for entry in siblings}
-        )
+        names = [entry.rfilename for entry in checked_siblings(found.siblings)]
+        check_names(names, f"{base_id} at {revision[:12]}")
+        files = {entry.rfilename: entry for entry in _used_siblings(found.siblings, licenses, base_id, revision)}
+        left_out = tuple(name for name in names if name not in files)
+        return HubModel(id=base_id, commit=_checked_commit(found.sha), files=files, left_out=left_out)
 
 
 def list_model(base_id: str, revision: str) -> tuple[str, Mapping[str, int]]:
@@ -171,7 +176,7 @@ def _used_siblings(listed: object, licenses: Iterable[str], base_id: str, revisi
         )
     wanted = [sibling for sibling in siblings if _is_used(sibling.rfilename, licenses)]
     for sibling in wanted:
-        rule = CONTENT_RULES.get(sibling.rfilename)
+        rule = content_rule(sibling.rfilename)
         if rule is not None and (sibling.size or 0) > rule.most_bytes:
             raise SourceError(
                 "a file of the base model is too large",
@@ -182,7 +187,8 @@ def _used_siblings(listed: object, licenses: Iterable[str], base_id: str, revisi
 
 
 def _is_used(name: str, licenses: Iterable[str]) -> bool:
-    return name in (*CONTENT_RULES, INDEX, *licenses) or ("/" not in name and _is_weights(name))
+    is_weights = "/" not in name and _is_weights(name)
+    return is_weights or name in (INDEX, *licenses) or content_rule(name) is not None
 
 
 def download_files(model_id: str, commit: str, names: Iterable[str]) -> Path:

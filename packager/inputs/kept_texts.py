@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, Literal, cast
 
 from pydantic import Field, ValidationError
 
@@ -20,6 +20,7 @@ from packager.inputs.base_model import SourceModel
 from packager.inputs.chat import Question
 from packager.inputs.rows import TokenRows
 from packager.inputs.texts import TextSets, prepare
+from packager.model.branch_config import BranchFile
 from packager.model.branch_rules import BRANCH_RULES_VERSION
 from packager.receipt import Record, TextRecord, digest_of
 from packager.recipe import Recipe
@@ -28,12 +29,12 @@ from packager.recipe.file import RecipeFile
 from packager.recipe.text_models import TextSource
 from packager.system.files import open_regular, sha256_file, write_atomic
 
-# Ids are 4 bytes, of which base64 makes 5.3; what questions and prompts may take beside the rows.
+# Ids are 4 bytes, of which base64 makes 5.3; what questions, prompts and a tokenizer may take beside the rows.
 _BYTES_PER_ID: Final = 6
-_OTHER_BYTES: Final = 64 << 20
+_OTHER_BYTES: Final = 192 << 20
 _LIBRARIES: Final = ("transformers", "tokenizers", "jinja2", "pyarrow")
 
-Ids = tuple[Annotated[int, Field(ge=0, strict=True)], ...]
+_TokenIds = tuple[Annotated[int, Field(ge=0, strict=True)], ...]
 
 
 class _KeptRows(Record):
@@ -44,8 +45,16 @@ class _KeptRows(Record):
 
 
 class _KeptQuestion(Record):
-    prompt_ids: Ids
-    answer_ids: Ids
+    prompt_ids: _TokenIds
+    answer_ids: _TokenIds
+
+
+class _KeptFile(Record):
+    """A file of a branch's tokenizer, see `branch_tokenizer`."""
+
+    name: Literal["tokenizer.json", "tokenizer_config.json"]
+    text: str
+    changes: tuple[str, ...]
 
 
 class _KeptTexts(Record):
@@ -60,7 +69,8 @@ class _KeptTexts(Record):
     calibration: _KeptRows
     evaluation: _KeptRows
     questions: tuple[_KeptQuestion, ...]
-    prompts: tuple[Ids, ...]
+    prompts: tuple[_TokenIds, ...]
+    tokenizer_files: tuple[_KeptFile, ...]
     digest: str
 
 
@@ -131,6 +141,10 @@ def _written(origin: dict[str, str], texts: TextSets) -> bytes:
             for question in texts.questions
         ),
         prompts=texts.prompts,
+        tokenizer_files=tuple(
+            _KeptFile(name=cast(Any, name), text=file.data.decode(), changes=file.changes)
+            for name, file in texts.tokenizer_files.items()
+        ),
         digest="",
     )
     return kept.model_copy(update={"digest": _digest(kept)}).model_dump_json().encode()
@@ -180,6 +194,9 @@ def _read(path: Path, origin: dict[str, str], recipe: Recipe, vocab_size: int) -
         evaluation=_rows_of(kept.evaluation, evaluation.num_rows, evaluation.seq_len, vocab_size),
         questions=questions,
         prompts=kept.prompts,
+        tokenizer_files={
+            file.name: BranchFile(data=file.text.encode(), changes=file.changes) for file in kept.tokenizer_files
+        },
     )
 
 

@@ -24,6 +24,7 @@ from packager.inputs.hub_models import (
     weights_among,
 )
 from packager.inputs.lock_prompt import with_prompt
+from packager.inputs.model_names import left_out_line
 from packager.inputs.source_files import (
     INDEX,
     check_contents,
@@ -96,7 +97,7 @@ def _lock_of_folder(
     base = LockedBase(id=recipe.base_model.id, revision=revision, files={})
     lock = _lock(recipe, base, config, stored, chat_template_digest(folder), str(folder), log)
     check(folder, lock.model)
-    return with_prompt(lock, recipe, folder, str(folder), partial=revision is not None)
+    return with_prompt(lock, recipe, folder, str(folder), log, partial=revision is not None)
 
 
 def _lock_of_copy(path: Path, recipe: Recipe, copy: Path, log: Log, check: SmallFilesCheck) -> Lock:
@@ -114,6 +115,8 @@ def _lock_of_hub(recipe: Recipe, log: Log, check: SmallFilesCheck) -> Lock:
     base, revision = recipe.base_model, str(recipe.base_model.revision)
     log(f"reading the description of {base.id} at {revision}")
     model = resolve_model(base.id, revision, recipe.card.license.base_files)
+    if line := left_out_line(model.left_out):
+        log(printable(line))
     needed = (CONFIG, INDEX, *TOKENIZER_FILES)
     small = [name for name, file in model.files.items() if name in needed or file.lfs is None]
     _check_regular(model, small)
@@ -140,7 +143,7 @@ def _lock_of_hub(recipe: Recipe, log: Log, check: SmallFilesCheck) -> Lock:
     )  # fmt: skip
     lock = _lock(recipe, locked, config, stored, chat_template_digest(folder), model.where, log, same)
     check(folder, lock.model)
-    return with_prompt(lock, recipe, folder, model.where, partial=False)
+    return with_prompt(lock, recipe, folder, model.where, log, partial=False)
 
 
 def _check_regular(model: HubModel, names: list[str]) -> None:

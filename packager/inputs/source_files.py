@@ -3,23 +3,32 @@
 A base model is made by others. Only the files that a branch needs are read, each by its kind and up to a size.
 """
 
+import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from packager.errors import SourceError
-from packager.model.contract_files import CONTENT_RULES, MOST_LICENSE_BYTES, check_content, check_text
+from packager.inputs.model_names import ADAPTER_PREFIX, check_names, left_out_line
+from packager.model.contract_files import (
+    MOST_LICENSE_BYTES,
+    TEMPLATE_FILE,
+    TEMPLATE_FOLDER,
+    check_content,
+    content_rule,
+    template_name,
+)
 from packager.model.model_folder import name_problem, open_inside, read_inside
 from packager.model.strict_json import parse_json_object
-from packager.receipt import CONFIG, INDEX_SUFFIX, TOKENIZER_FILES, FileRecord
+from packager.receipt import CONFIG, INDEX_SUFFIX, SAFETENSORS, TOKENIZER_FILES, FileRecord
 from packager.system.files import bytes_record
 
 INDEX = f"model{INDEX_SUFFIX}"
 WEIGHTS = "model.safetensors"
 _MOST_INDEX_BYTES = 32_000_000
 _MOST_ENTRIES = 10_000
-_MOST_LISTED = 20
+_MOST_TEMPLATES = 20
 _MOST_NAME = 200  # characters shown of a name
 _REPLACE = "replace it by the file itself, or take it out: links are followed only inside the base model's folder"
 
@@ -31,7 +40,8 @@ class SourceFiles:
     Attributes:
         folder: the folder.
         weights: what transformers loads: model.safetensors, else the files that the index names, else all safetensors.
-        copied: those that a branch gets as they are.
+        copied: those that a branch gets, by the rules for its configs.
+        templates: chat templates that a branch gets inside tokenizer_config.json, see `template_files`.
         licenses: those that the recipe wants in every branch, if they are there.
         others: config.json, and the index if it names the weights.
         left_out: everything else; it is neither read nor copied.
@@ -40,6 +50,7 @@ class SourceFiles:
     folder: Path
     weights: tuple[str, ...]
     copied: tuple[str, ...]
+    templates: tuple[str, ...]
     licenses: tuple[str, ...]
     others: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -47,17 +58,13 @@ class SourceFiles:
     @property
     def paths(self) -> list[Path]:
         """The files that are used, sorted."""
-        used = {*self.weights, *self.copied, *self.licenses, *self.others}
+        used = {*self.weights, *self.copied, *self.templates, *self.licenses, *self.others}
         return [self.folder / name for name in sorted(used)]
 
     @property
     def left_out_line(self) -> str:
         """Which entries are left out, for the log; "" if none."""
-        if not self.left_out:
-            return ""
-        more = len(self.left_out) - _MOST_LISTED
-        listed = ", ".join(self.left_out[:_MOST_LISTED])
-        return f"not used and not copied of the base model: {listed}{f' and {more} more' if more > 0 else ''}"
+        return left_out_line(self.left_out)
 
 
 def list_source_files(folder: Path, licenses: Iterable[str] = ()) -> SourceFiles:
@@ -68,7 +75,8 @@ def list_source_files(folder: Path, licenses: Iterable[str] = ()) -> SourceFiles
         licenses: names of licence files that the recipe wants.
 
     Raises:
-        SourceError: a link leads out of the folder; a FIFO, a device or a folder has the name of a file; the index
+        SourceError: the names are those of a model that cannot be built, see `check_names`; a link leads out of the
+            folder; a FIFO, a device or a folder has the name of a file; the index
             is damaged or names a file that is missing.
     """
     try:
@@ -82,6 +90,7 @@ def list_source_files(folder: Path, licenses: Iterable[str] = ()) -> SourceFiles
             why=f"more than {_MOST_ENTRIES}",
             hint="name the folder that holds one model and nothing else",
         )
+    check_names(entries, str(folder))
     there = set(entries)
     indexed = has_index(there)
     others = tuple(name for name in (CONFIG, *([INDEX] if indexed else [])) if name in there)
@@ -89,7 +98,8 @@ def list_source_files(folder: Path, licenses: Iterable[str] = ()) -> SourceFiles
     found = SourceFiles(
         folder=folder,
         weights=weights,
-        copied=tuple(name for name in TOKENIZER_FILES if name in there),
+        copied=copied_names(folder),
+        templates=template_files(folder),
         licenses=tuple(name for name in licenses if name in there),
         others=others,
         left_out=(),
@@ -102,6 +112,41 @@ def list_source_files(folder: Path, licenses: Iterable[str] = ()) -> SourceFiles
             raise _unreadable(folder, name, error) from error
     used = {path.relative_to(folder).parts[0] for path in found.paths}
     return replace(found, left_out=tuple(name for name in entries if name not in used))
+
+
+def template_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of a model's chat templates where there are several files of them; () where there are not.
+
+    transformers 5 reads chat_template.jinja and the folder as named templates; older releases and other programs read
+    neither, so a branch has them all in tokenizer_config.json.
+
+    Raises:
+        SourceError: the folder cannot be listed, or holds too many.
+    """
+    try:
+        entries = sorted(path.name for path in islice((folder / TEMPLATE_FOLDER).iterdir(), _MOST_ENTRIES))
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    except OSError as error:
+        raise _unreadable(folder, TEMPLATE_FOLDER, error) from error
+    named = [name for name in (f"{TEMPLATE_FOLDER}/{entry}" for entry in entries) if template_name(name)]
+    if len(named) > _MOST_TEMPLATES:
+        raise SourceError(
+            "the base model has too many chat templates", where=str(folder / TEMPLATE_FOLDER),
+            why=f"{len(named)}, and a branch has {_MOST_TEMPLATES} at most",
+            hint="take those out that are not used, in a folder of your own, and name it as base_model.path",
+        )  # fmt: skip
+    return (*([TEMPLATE_FILE] if named and os.path.lexists(folder / TEMPLATE_FILE) else []), *named)
+
+
+def copied_names(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files that a branch gets of a base model's tokenizer, of those that are there.
+
+    Raises:
+        SourceError: see `template_files`.
+    """
+    merged = template_files(folder)
+    return tuple(name for name in TOKENIZER_FILES if name not in merged and os.path.lexists(folder / name))
 
 
 def has_index(names: Collection[str]) -> bool:
@@ -121,7 +166,7 @@ def safetensors_among(entries: Iterable[str]) -> tuple[str, ...]:
     entries = list(entries)
     if WEIGHTS in entries:
         return (WEIGHTS,)
-    return tuple(name for name in entries if name.endswith(".safetensors") and not name.startswith("."))
+    return tuple(name for name in entries if name.endswith(SAFETENSORS) and not name.startswith((".", ADAPTER_PREFIX)))
 
 
 def _named_by_index(folder: Path) -> tuple[str, ...]:
@@ -179,7 +224,7 @@ def check_contents(files: SourceFiles) -> dict[str, FileRecord]:
     Raises:
         SourceError: of the first file that is too large or holds something else.
     """
-    return {name: checked_record(files.folder, name) for name in (*files.copied, *files.licenses)}
+    return {name: checked_record(files.folder, name) for name in (*files.copied, *files.templates, *files.licenses)}
 
 
 def checked_record(folder: Path, name: str) -> FileRecord:
@@ -190,10 +235,7 @@ def checked_record(folder: Path, name: str) -> FileRecord:
     """
     data = read_small(folder, name)
     try:
-        if name in CONTENT_RULES:
-            check_content(name, data)
-        else:
-            check_text(data)
+        check_content(name, data)
     except ValueError as error:
         raise _unreadable(folder, name, error) from error
     return bytes_record(data)
@@ -205,7 +247,8 @@ def read_small(folder: Path, name: str) -> bytes:
     Raises:
         SourceError: it cannot be read, or is larger than such a file may be.
     """
-    most = CONTENT_RULES[name].most_bytes if name in CONTENT_RULES else MOST_LICENSE_BYTES
+    rule = content_rule(name)
+    most = rule.most_bytes if rule else MOST_LICENSE_BYTES
     try:
         return read_inside(folder, name, most)
     except OSError as error:

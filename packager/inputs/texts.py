@@ -3,12 +3,12 @@
 Rows are drawn by a seed; evaluation rows come from other text than calibration rows. Only what is drawn is tokenized.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from packager.errors import CalibrationError
 from packager.inputs.base_model import SourceModel
+from packager.inputs.branch_tokenizer import BranchTokenizer, branch_tokenizer
 from packager.inputs.chat import (
     AskedQuestion,
     Question,
@@ -26,7 +26,8 @@ from packager.inputs.overlap import check_overlap
 from packager.inputs.rows import TokenRows, draw_rows, token_rows
 from packager.inputs.samples import WantedRows
 from packager.inputs.text_files import SUFFIXES, TextFile, json_lines, kind_of
-from packager.inputs.tokenizer import check_vocabulary, open_tokenizer
+from packager.inputs.tokenizer import check_vocabulary
+from packager.model.branch_config import BranchFile
 from packager.recipe.file import RecipeFile
 from packager.recipe.text_models import Evaluation, TextSource
 
@@ -40,12 +41,14 @@ class TextSets:
         evaluation: held-out rows.
         questions: with their answers.
         prompts: token ids after each of which loaders generate.
+        tokenizer_files: of a branch, in the place of the base model's, see `branch_tokenizer`.
     """
 
     calibration: TokenRows
     evaluation: TokenRows
     questions: tuple[Question, ...]
     prompts: tuple[tuple[int, ...], ...]
+    tokenizer_files: Mapping[str, BranchFile] = field(default_factory=dict)
 
 
 def prepare(recipe_file: RecipeFile, source: SourceModel) -> TextSets:
@@ -62,7 +65,8 @@ def prepare(recipe_file: RecipeFile, source: SourceModel) -> TextSets:
 
 def _prepare(recipe_file: RecipeFile, source: SourceModel, process: ModelProcess) -> TextSets:
     recipe = recipe_file.recipe
-    tokenizer = load_tokenizer(source, process)
+    loaded = load_tokenizer(source, process)
+    tokenizer = loaded.opened
     check_vocabulary(tokenizer, source.architecture.vocab_size, str(source.folder))
     asked = _questions(recipe.evaluation, recipe_file)
     check_prompt_template(recipe_file, card_prompt(recipe, tokenizer, process))
@@ -86,6 +90,7 @@ def _prepare(recipe_file: RecipeFile, source: SourceModel, process: ModelProcess
         evaluation=token_rows([evaluation]),
         questions=tuple(question_of(*pair) for pair in pairs),
         prompts=tuple(tuple(ids) for ids in rendered_ids[2 * len(asked) :]),
+        tokenizer_files=loaded.files,
     )
 
 
@@ -125,8 +130,8 @@ def _wanted(text: TextSource, recipe_file: RecipeFile, *, num_rows: int, seq_len
     )  # fmt: skip
 
 
-def load_tokenizer(source: SourceModel, process: ModelProcess) -> Any:
-    """Return the base model's tokenizer.
+def load_tokenizer(source: SourceModel, process: ModelProcess) -> BranchTokenizer:
+    """Return the tokenizer of a base model's branches.
 
     It is made of copies of the files that a branch gets, so that it is the branch's and reads nothing else.
 
@@ -135,11 +140,11 @@ def load_tokenizer(source: SourceModel, process: ModelProcess) -> Any:
         process: reads the tokenizer before this process does.
 
     Raises:
-        CalibrationError: see `open_tokenizer`.
+        CalibrationError: see `branch_tokenizer`.
         SourceError: one of its files was replaced since it was checked.
     """
     files = {name: source.copied(name) for name in source.files.copied}
-    return open_tokenizer(files, source.config, str(source.folder), process)
+    return branch_tokenizer(files, source.config, str(source.folder), process)
 
 
 def _questions(evaluation: Evaluation, recipe_file: RecipeFile) -> tuple[AskedQuestion, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from packager.errors import CalibrationError
 from packager.inputs.limits import ModelProcess
-from packager.receipt import CONFIG, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL
+from packager.receipt import CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from packager.system.scratch import ScratchFolder
 from packager.system.text import printable
 
@@ -27,11 +27,12 @@ def open_tokenizer(files: Mapping[str, bytes], config: Mapping[str, object], whe
     """
     from transformers import AutoTokenizer
 
-    if TOKENIZER_CONFIG not in files or not {TOKENIZER, TOKENIZER_MODEL} & files.keys():
+    lacking = [name for name in (TOKENIZER_CONFIG, TOKENIZER) if name not in files]
+    if lacking:
         raise CalibrationError(
             "the base model has no tokenizer",
             where=where,
-            why="a branch needs tokenizer_config.json, and tokenizer.json or tokenizer.model",
+            why=f"a branch needs {TOKENIZER_CONFIG} and {TOKENIZER}; not there: {', '.join(lacking)}",
             hint=_SAME_REVISION,
         )
     with ScratchFolder("tokenizer") as scratch:
@@ -39,8 +40,7 @@ def open_tokenizer(files: Mapping[str, bytes], config: Mapping[str, object], whe
         for name, data in files.items():
             (folder / name).write_bytes(data)
         (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-        if TOKENIZER in files:
-            process.check_tokenizer_file(folder / TOKENIZER)
+        process.check_tokenizer_file(folder / TOKENIZER)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises plain Exception for a damaged tokenizer.json

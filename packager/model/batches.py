@@ -43,9 +43,9 @@ def converted_bytes(architecture: Architecture, device_type: str) -> int:
 
 def _token_matrices(architecture: Architecture) -> list[TensorInfo]:
     """Return embeddings of tokens and an untied head: matrices outside the blocks with a row for most tokens."""
-    blocks, most = f"{architecture.blocks_prefix}.", architecture.vocab_size / 2
+    most = architecture.vocab_size / 2
     return [
         tensor
-        for tensor in architecture.tensors
-        if len(tensor.shape) == 2 and tensor.shape[0] >= most and not tensor.name.startswith(blocks)
+        for tensor in architecture.tree.outside(architecture.blocks_prefix)
+        if len(tensor.shape) == 2 and tensor.shape[0] >= most
     ]

@@ -17,7 +17,7 @@ from packager.model.tokenizer_file import config_for_all, model_with_merges_as_l
 from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 
 # Raise it when a rule changes: branches that are built are packed again then, from their quantized blocks.
-BRANCH_RULES_VERSION = 2
+BRANCH_RULES_VERSION = 3
 NORMALIZED_FILES = (CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, TOKENIZER)
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 # An absolute path, one below a home folder, a Windows path, an address of a file.
@@ -30,6 +30,7 @@ _TEXT_KEYS = ("_token", "_tokens", "template")  # tokens and templates are texts
 DROPPED = object()  # the new value of a key that a branch does not have
 
 Document = Mapping[str, object]
+Templates = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +41,20 @@ class ModelFacts:
         vocab_size: rows of its embedding; None where config.json does not say.
         dtype: of most of its bytes, safetensors spelling; None where it is not known.
         unties: its files hold other values for a tensor that config.json calls tied.
-        template: content of chat_template.jinja; None where there is none.
+        template: content of chat_template.jinja, or named templates of several files, spelled as in
+            tokenizer_config.json; None where there are no such files.
     """
 
     vocab_size: int | None = None
     dtype: str | None = None
     unties: bool = False
-    template: str | None = None
+    template: Templates | None = None
 
     @classmethod
-    def of(cls, config: Document, architecture: Architecture | None = None, *, template: str | None = None) -> Self:
-        """Return what a config.json and, where they are known, a lock and a chat_template.jinja say."""
+    def of(
+        cls, config: Document, architecture: Architecture | None = None, *, template: Templates | None = None
+    ) -> Self:
+        """Return what a config.json and, where they are known, a lock and the files of chat templates say."""
         text = config.get("text_config")
         vocab_size = int_value((text if isinstance(text, Mapping) else config).get("vocab_size"))
         if architecture is None:
@@ -300,7 +304,7 @@ BRANCH_RULES: tuple[BranchRule, ...] = (
         files=(TOKENIZER_CONFIG,),
         keys=("chat_template",),
         changes=_template,
-        reason="the template of chat_template.jinja, which transformers 5 reads, and older runtimes do not",
+        reason="the templates of chat_template.jinja and additional_chat_templates, which older runtimes do not read",
         source="tokenization_utils_base (_from_pretrained) of transformers 4.40.2 and 5.23",
     ),
     BranchRule(

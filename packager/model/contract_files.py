@@ -8,6 +8,9 @@ from packager.model.strict_json import parse_json_object
 from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_MODEL
 
 MOST_LICENSE_BYTES = 1_000_000
+TEMPLATE_FILE = "chat_template.jinja"
+# Named templates beside the default one, as transformers 5 saves them; a branch has them in tokenizer_config.json.
+TEMPLATE_FOLDER = "additional_chat_templates"
 _WIRE_VARINT, _WIRE_64, _WIRE_BYTES, _WIRE_32 = 0, 1, 2, 5
 _MAX_VARINT_BYTES = 10
 _MODEL_PROTO_FIELDS = 5  # pieces, trainer_spec, normalizer_spec, self_test_data, denormalizer_spec
@@ -38,17 +41,31 @@ CONTENT_RULES: Mapping[str, ContentRule] = {
     "added_tokens.json": ContentRule(kind="json", most_bytes=16_000_000),
     "vocab.json": ContentRule(kind="json", most_bytes=32_000_000),
     "merges.txt": ContentRule(kind="text", most_bytes=32_000_000),
-    "chat_template.jinja": ContentRule(kind="text", most_bytes=1_000_000),
+    TEMPLATE_FILE: ContentRule(kind="text", most_bytes=1_000_000),
 }
 
 
+def content_rule(name: str) -> ContentRule | None:
+    """Return the rule of a file of a base model; None for a licence, which is text."""
+    return CONTENT_RULES[TEMPLATE_FILE] if template_name(name) else CONTENT_RULES.get(name)
+
+
+def template_name(name: str) -> str:
+    """Return the name of the chat template in a file of TEMPLATE_FOLDER; "" for any other file."""
+    folder, _, file = name.partition("/")
+    return (
+        file.removesuffix(".jinja") if folder == TEMPLATE_FOLDER and file.endswith(".jinja") and "/" not in file else ""
+    )
+
+
 def check_content(name: str, data: bytes) -> None:
-    """Check the content of a file of `CONTENT_RULES`.
+    """Check the content of a file that has a rule.
 
     Raises:
         ValueError: it is not what a file of this name holds; the text is a sentence about the content.
     """
-    kind = CONTENT_RULES[name].kind
+    rule = content_rule(name)
+    kind = rule.kind if rule else "text"
     if kind == "json":
         value = parse_json_object(data)
         for key in (*_OTHER_FILES, *(() if name == TOKENIZER_CONFIG else TOKENIZER_FILE_KEYS)):

@@ -60,12 +60,17 @@ class TensorTree:
     def __iter__(self) -> Iterator[TensorInfo]:
         return self._named("")
 
-    def _named(self, prefix: str) -> Iterator[TensorInfo]:
+    def outside(self, path: str) -> Iterator[TensorInfo]:
+        """Yield the tensors that are not below a path such as `model.layers`, which is not walked through."""
+        return self._named("", left_out=path)
+
+    def _named(self, prefix: str, left_out: str = "") -> Iterator[TensorInfo]:
         for member in self.members:
+            name = f"{prefix}{member.name}"
             if isinstance(member, TensorInfo):
-                yield TensorInfo(f"{prefix}{member.name}", member.dtype, member.shape)
-            else:
-                yield from member.tree._named(f"{prefix}{member.name}.")
+                yield TensorInfo(name, member.dtype, member.shape)
+            elif name != left_out:
+                yield from member.tree._named(f"{name}.", left_out)
 
     def __contains__(self, name: object) -> bool:
         first, dot, rest = str(name).partition(".")

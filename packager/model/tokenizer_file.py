@@ -7,9 +7,20 @@ from collections.abc import Mapping
 _PAIRS = re.compile(rb'"merges"\s*:\s*\[\s*\[')
 _CLASS_OF_TRANSFORMERS_5, _CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"  # transformers 5 reads them alike
 _VERSION = "#version"  # tokenizers reads no merge from a line that begins with it
+# The parts of a tokenizer.json that decide on ids and decoded texts; special tokens are in the config, too.
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
+# Classes that replace the post-processor of tokenizer.json in transformers 4: whether they add BOS if nothing says it.
+_ADDS_BOS = {
+    "LlamaTokenizer": True, "CodeLlamaTokenizer": True, "GemmaTokenizer": True, "CohereTokenizer": True,
+    "GPTNeoXTokenizer": False,
+}  # fmt: skip
+# Keys with which transformers 4 makes a tokenizer of other files, or changes what it reads in tokenizer.json.
+_REMADE = ("from_slow", "add_prefix_space")
+
+Document = Mapping[str, object]
 
 
-def config_for_all(document: Mapping[str, object]) -> dict[str, object]:
+def config_for_all(document: Document) -> dict[str, object]:
     """Return what must be changed in a tokenizer_config.json so that transformers 4 reads it as 5 does.
 
     The class of 5 has another name in 4. Where the file gives no value, 4 adds token_type_ids, which decoders refuse,
@@ -30,7 +41,7 @@ def may_have_pairs(data: bytes) -> bool:
     return _PAIRS.search(data) is not None
 
 
-def model_with_merges_as_lines(document: Mapping[str, object]) -> dict[str, object] | None:
+def model_with_merges_as_lines(document: Document) -> dict[str, object] | None:
     """Return a tokenizer's `model` with each pair of `merges` as a text, "a b".
 
     None where they are none of pairs, or where a token of a pair has a space: then only the pair says which two it is.
@@ -49,3 +60,102 @@ def model_with_merges_as_lines(document: Mapping[str, object]) -> dict[str, obje
             return None
         lines.append(line)
     return {**model, "merges": lines}
+
+
+def other_parts(own: Document, made: Document) -> dict[str, object]:
+    """Return the parts of a tokenizer.json that differ from those of another one: `made`'s, by key.
+
+    Args:
+        own: as the tokenizers library writes the file.
+        made: as the library writes a tokenizer that a class of transformers built.
+    """
+    return {key: made.get(key) for key in _PARTS if _compared(key, own) != _compared(key, made)}
+
+
+def _compared(key: str, document: Document) -> object:
+    """Return a part in a form in which equal ones are equal."""
+    part = document.get(key)
+    if key == "post_processor" and part is not None and affixes(document) == ((), ()):
+        return None
+    if key == "model" and isinstance(part, Mapping):
+        # An empty text and none are the same.
+        return {name: None if value == "" else value for name, value in part.items()}
+    return part
+
+
+def affixes(document: Document) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the special tokens that a tokenizer.json puts before and after a text."""
+    return _affixes(document.get("post_processor"))
+
+
+def _affixes(processor: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if not isinstance(processor, Mapping):
+        return (), ()
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    for inner in _items(processor.get("processors")):  # each adds to what the one before it has made
+        first, last = _affixes(inner)
+        before, after = (*first, *before), (*after, *last)
+    names = [_special_token(item) for item in _items(processor.get("single"))]  # "" is the text
+    if "" in names:
+        text = names.index("")
+        before, after = (*names[:text], *before), (*after, *filter(None, names[text:]))
+    start, end = (_items(processor.get(key)) for key in ("cls", "sep"))  # of BertProcessing and RobertaProcessing
+    if start and end:
+        before, after = (str(start[0]), *before), (*after, str(end[0]))
+    return before, after
+
+
+def _special_token(item: object) -> str:
+    token = item.get("SpecialToken") if isinstance(item, Mapping) else None
+    return str(token.get("id")) if isinstance(token, Mapping) else ""
+
+
+def _items(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def is_read_otherwise(config: Document, document: Document, tokens: Mapping[str, str]) -> bool:
+    """Return whether transformers 4 makes something else of a tokenizer.json than what the file says.
+
+    Where tokenizer_config.json names no class, it takes that of the model's family.
+
+    Args:
+        config: tokenizer_config.json.
+        document: tokenizer.json.
+        tokens: the named special tokens.
+    """
+    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    spaces = document.get("pre_tokenizer")
+    wanted = config.get("add_prefix_space")
+    if not name or config.get("from_slow"):
+        return True
+    if isinstance(spaces, Mapping) and bool(spaces.get("add_prefix_space", wanted)) != bool(wanted):
+        return True
+    if name not in _ADDS_BOS:
+        return False
+    adds_bos, adds_eos = config.get("add_bos_token", _ADDS_BOS[name]), config.get("add_eos_token", False)
+    before = (tokens.get("bos_token", ""),) if adds_bos else ()
+    after = (tokens.get("eos_token", ""),) if adds_eos else ()
+    return (before, after) != affixes(document) or (name == "LlamaTokenizer" and wanted is not None)
+
+
+def config_of_file(config: Document, document: Document, defaults: Document) -> dict[str, object]:
+    """Return a tokenizer_config.json with which every transformers takes a tokenizer.json as it is.
+
+    Args:
+        config: the base model's.
+        document: tokenizer.json.
+        defaults: what the class that the config names adds to the keys that it has.
+    """
+    content = {key: value for key, value in config.items() if key not in _REMADE}
+    content["tokenizer_class"] = _CLASS
+    for key, value in defaults.items():
+        content.setdefault(key, value)
+    spaces = document.get("pre_tokenizer")
+    if isinstance(spaces, Mapping) and isinstance(spaces.get("add_prefix_space"), bool):
+        content["add_prefix_space"] = spaces["add_prefix_space"]  # transformers 4.46 to 4.57 would write false there
+    for key, tokens in zip(("add_bos_token", "add_eos_token"), affixes(document), strict=True):
+        if key in content:
+            content[key] = bool(tokens)  # for runtimes that read it; transformers 5 does not
+    return content

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from packager.errors import SourceError
 from packager.inputs.base_model import fp16_config
-from packager.inputs.chat_template import template_beside
-from packager.inputs.source_files import read_small
+from packager.inputs.chat_template import templates_beside
+from packager.inputs.source_files import copied_names, read_small
 from packager.model.architecture import Architecture
 from packager.model.branch_config import branch_file, json_bytes, normalized
 from packager.model.branch_rules import ModelFacts
 from packager.model.checkpoint import PORTABLE_PARAMETERS, block_keys
-from packager.receipt import CONFIG, GENERATION_CONFIG, QUANTIZE_CONFIG, TOKENIZER_FILES
+from packager.receipt import CONFIG, GENERATION_CONFIG, QUANTIZE_CONFIG
 from packager.recipe import Recipe
 from packager.system.scratch import ScratchFolder
 from packager.variant import Variant
@@ -106,9 +106,9 @@ def check_small_files(folder: Path, recipe: Recipe, architecture: Architecture) 
     from packager.prove.audit import audit_small_files  # numpy, which the plan of a model on the Hub does not need
 
     config = fp16_config(folder)
-    facts = ModelFacts.of(config, architecture, template=template_beside(folder))
-    wanted = (*TOKENIZER_FILES, *recipe.card.license.base_files)
-    given = {name: read_small(folder, name) for name in wanted if os.path.lexists(folder / name)}
+    facts = ModelFacts.of(config, architecture, template=templates_beside(folder))
+    licenses = [name for name in recipe.card.license.base_files if os.path.lexists(folder / name)]
+    given = {name: read_small(folder, name) for name in (*copied_names(folder), *licenses)}
     own = normalized(CONFIG, config, facts)
     copied = {name: branch_file(name, data, facts) for name, data in given.items()}
     contents = {name: file.data for name, file in copied.items()}

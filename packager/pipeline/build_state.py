@@ -4,7 +4,7 @@ Each stage leaves its result in `dist/` with a digest of everything that went in
 unchanged is not run again; that decision needs neither torch nor a network.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -162,7 +162,10 @@ class BuildState:
         return self._source
 
     def _check_small_files(self, folder: Path) -> None:
-        for change in check_small_files(folder, self.recipe, self.plan.architecture):
+        self._log_changes(check_small_files(folder, self.recipe, self.plan.architecture))
+
+    def _log_changes(self, changes: Iterable[str]) -> None:
+        for change in changes:
             self.terminal.log(f"not as the base model has it: {change}")
 
     @property
@@ -174,6 +177,8 @@ class BuildState:
             source = self.source
             with self.terminal.stage("calibrate"):
                 self._texts = prepare_once(self.recipe_file, source, self.workspace.rows, self.terminal.log)
+            for file in self._texts.tokenizer_files.values():
+                self._log_changes(file.changes)
         return self._texts
 
     @property

@@ -5,14 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
-from packager.card import render_card
+from packager.card import Prompting, render_card
 from packager.errors import StateError
-from packager.inputs.chat_template import chat_template_digest
+from packager.model.contract_files import TEMPLATE_FILE
+from packager.model.strict_json import parse_json_object
+from packager.model.tokenizer_file import affixes
 from packager.pipeline.build_state import BuildState
 from packager.pipeline.card_texts import read_card_texts
 from packager.pipeline.pack import is_packed
 from packager.pipeline.workspace import audit_or_raise
-from packager.receipt import PROVENANCE, README, Receipt
+from packager.receipt import PROVENANCE, README, TOKENIZER, TOKENIZER_CONFIG, Receipt
 from packager.system.files import bytes_record, disk_errors, has_record, write_atomic
 
 
@@ -30,14 +32,24 @@ def render_cards(run: BuildState) -> None:
     model_type = run.plan.architecture.model_type
     rendered = {}
     for branch in run.keys:
-        chat = chat_template_digest(run.workspace.folder(branch)) is not None
-        readme = render_card(run.recipe, texts, provenances, model_type, branch, chat=chat, expectations=expectations)
+        prompting = prompting_of(run.workspace.folder(branch))
+        readme = render_card(
+            run.recipe, texts, provenances, model_type, branch, expectations=expectations, prompting=prompting
+        )
         rendered[branch] = {README: readme.encode(), **_licenses(run, branch)}
     cards = {branch: _with_provenance(run, branch, files) for branch, files in rendered.items()}
     refuse_edited_cards(run, {branch: files for branch, (files, _) in cards.items()})
     for branch, (files, receipt) in cards.items():
         _write_card(run, branch, files, receipt)
     audit_or_raise([run.workspace.folder(branch) for branch in cards], run.plan.architecture, complete=True)
+
+
+def prompting_of(folder: Path) -> Prompting:
+    """Return what the tokenizer of a branch's folder does with a prompt, read from its files."""
+    config = parse_json_object((folder / TOKENIZER_CONFIG).read_bytes())
+    has_template = bool(config.get("chat_template")) or (folder / TEMPLATE_FILE).exists()
+    before, _ = affixes(parse_json_object((folder / TOKENIZER).read_bytes()))
+    return Prompting(has_template=has_template, before="".join(before))
 
 
 def _present(run: BuildState) -> dict[str, object]:

@@ -4,7 +4,7 @@ The blocks are in the weights files already. Tensors that are not quantized are 
 so that they keep their dtype and their bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from packager.inputs.base_model import SourceModel
@@ -25,6 +25,7 @@ class PackJob:
 
     Attributes:
         source: the base model.
+        tokenizer_files: in the place of the base model's, see `branch_tokenizer`.
         variant: the parameters.
         shards: the weights files.
         repository: id that quantize_config.json names.
@@ -33,6 +34,7 @@ class PackJob:
     """
 
     source: SourceModel
+    tokenizer_files: Mapping[str, bytes]
     variant: Variant
     shards: Sequence[Shard]
     repository: str
@@ -70,7 +72,7 @@ def pack_checkpoint(job: PackJob) -> dict[str, FileRecord]:
 
 
 def _small_files(job: PackJob) -> dict[str, bytes]:
-    copied = {name: job.source.copied(name) for name in job.source.files.copied}
+    copied = {name: job.source.copied(name) for name in job.source.files.copied} | dict(job.tokenizer_files)
     names = BranchNames(repository=job.repository, weights_name=job.weights_name)
     files = small_files(job.source.config, copied, job.source.architecture, job.variant, names)
     if len(job.shards) > 1:

@@ -147,6 +147,7 @@ def _packed(
         started, store = time.monotonic(), stores[variant_plan.variant]
         job = PackJob(
             source=run.source,
+            tokenizer_files={name: file.data for name, file in run.texts.tokenizer_files.items()},
             variant=variant_plan.variant,
             shards=variant_plan.shards,
             repository=run.recipe.repository.id,

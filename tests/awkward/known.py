@@ -2,6 +2,4 @@
 
 from collections.abc import Mapping
 
-KNOWN: Mapping[str, str] = {
-    "templates_beside": "templates in a folder are not copied",
-}
+KNOWN: Mapping[str, str] = {}

@@ -1,0 +1,120 @@
+"""The card's Python examples give a model the tokens of its chat template, each of them once."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from packager.card import CardTexts, render_card
+from packager.card.markdown import extract_code_blocks
+from packager.pipeline.cards import prompting_of
+from tests import card_fixtures as fixtures
+from tests.family_tokenizers import FAMILIES, save_family
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+RUNTIMES = ("transformers", "gptqmodel", "autogptq")
+START = 1  # <s>
+
+
+def page(folder: Path, **card: Any) -> str:
+    """Return a card with the example of each runtime, for a branch with the tokenizer of a folder."""
+    recipe = fixtures.llama_recipe(**card)
+    receipts = []
+    for receipt in fixtures.llama_receipts(recipe):
+        loaded = receipt.loaders[0].model_copy(update={"loader": "gptqmodel"})
+        receipts.append(receipt.model_copy(update={"loaders": (*receipt.loaders, loaded)}))
+    return render_card(recipe, CardTexts(), receipts, "llama", "main", prompting=prompting_of(folder))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tokenizer that puts <s> before every text, and whose template writes it, too."""
+    save_family(tmp_path, FAMILIES["llama 2"])
+    return tmp_path
+
+
+@pytest.fixture
+def model() -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=1024, **sizes))
+
+
+@pytest.fixture
+def given(folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The ids of each prompt that a model is given, by code that runs while this is in use."""
+    ids: list[list[int]] = []
+    generate = model.generate
+
+    def one_token(**named: Any) -> Any:
+        ids.extend(named["input_ids"].tolist())
+        return generate(**{**named, "max_new_tokens": 1})
+
+    model.generate = one_token
+    loads = lambda *_, **__: model  # noqa: E731
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loads)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    modules = {
+        "gptqmodel": SimpleNamespace(GPTQModel=SimpleNamespace(load=loads)),
+        "auto_gptq": SimpleNamespace(AutoGPTQForCausalLM=SimpleNamespace(from_quantized=loads)),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return ids
+
+
+def run_example(text: str, runtime: str) -> None:
+    """Execute the last block of a page that is meant for a runtime."""
+    code = [block.text for block in extract_code_blocks(text) if block.run == runtime][-1]
+    exec(compile(code, f"card:{runtime}", "exec"), {})  # noqa: S102 - what a reader would run
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_an_example_gives_the_ids_of_the_chat_template(
+    folder: Path, given: list[list[int]], runtime: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = page(folder)
+    run_example(text, runtime)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    recipe = fixtures.llama_recipe()
+    messages = [
+        {"role": "system", "content": recipe.card.system_prompt},
+        {"role": "user", "content": recipe.card.example_prompt},
+    ]
+    wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert given == [wanted] * (2 if runtime == "transformers" else 1)
+    assert wanted.count(START) == 1
+    assert len(tokenizer(tokenizer.decode(wanted))["input_ids"]) == len(wanted) + 1  # a text gets another one
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("template", ["Say: {prompt}", "<s>Say: {prompt}"])
+def test_an_example_without_a_chat_template_fills_in_the_prompt_template(
+    folder: Path, given: list[list[int]], runtime: str, template: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["chat_template"]
+    path.write_text(json.dumps(config))
+    run_example(page(folder, prompt_template={"name": "own", "template": template}), runtime)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    filled = template.replace("{prompt}", fixtures.llama_recipe().card.example_prompt)
+    assert given == [tokenizer(filled, add_special_tokens=not filled.startswith("<s>"))["input_ids"]]
+    assert given[0].count(START) == 1
+
+
+def test_a_card_says_which_token_is_written_twice(folder: Path) -> None:
+    sentence = "tokenize this text\nwith `add_special_tokens=False`"
+    template = "<s>[INST] {prompt} [/INST]"
+    assert sentence in page(folder, prompt_template={"name": "own", "template": template})
+    assert sentence not in page(folder, prompt_template={"name": "own", "template": template.removeprefix("<s>")})
+    save_family(folder, FAMILIES["llama whose flag asks for more"])
+    assert sentence not in page(folder, prompt_template={"name": "own", "template": template})
