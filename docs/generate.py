@@ -178,7 +178,32 @@ def branch_configs_page() -> str:
         "`text_config`; a file without such a value is copied byte for byte. `packager lock`, `packager plan` and the "
         "log of a build name each value that is changed."
     )
-    return page("The configs of a branch", intro, table(("files", "keys", "why", "read in"), rows))
+    return f"{page('The configs of a branch', intro, table(('files', 'keys', 'why', 'read in'), rows))}\n{_TOKENIZERS}"
+
+
+_TOKENIZERS = """## The tokenizer
+
+A branch gives the tokens that transformers 5 makes of the base model's files, in every runtime. Two kinds of
+differences stand in the way, and are found by opening the tokenizer in `packager lock` and in a build, which name
+what they change:
+
+- Classes of transformers 5 such as `LlamaTokenizer` take the vocabulary out of `tokenizer.json` and build the rest
+  themselves. Llama 2's file puts a space before every stretch of text between special tokens; the class does so at
+  the beginning of a text only (`legacy: false`). transformers 4, ExLlamaV2 and the servers read the file.
+  `tokenizer.json` is written as the class builds the tokenizer.
+- Classes of transformers 4 read flags of `tokenizer_config.json` that transformers 5 does not read beside a
+  `tokenizer.json`: `add_bos_token` and `add_eos_token` in the place of the post-processor, `add_prefix_space`, for
+  which `LlamaTokenizer` needs sentencepiece; without a `tokenizer_class` they take the family's. `tokenizer_class`
+  becomes `PreTrainedTokenizerFast`, which every release reads as the file is, and the defaults of the class are
+  written into the file.
+
+Files that are read alike are copied byte for byte. What was made is opened once more and compared with the base
+model's tokenizer. Of 26 kinds of tokenizers in `tests/family_tokenizers.py`, transformers 4.57.1 reads 18 otherwise
+than 5.23.0; of their branches 4.40.2, 4.57.1 and 5.23.0 make the same ids and texts.
+
+Chat templates in `additional_chat_templates` become named templates of `tokenizer_config.json`, with
+`chat_template.jinja` as the default one.
+"""
 
 
 def cli_page() -> str:

@@ -485,6 +485,36 @@ def test_a_branch_on_the_hub_is_resolved_and_its_files_pinned(recipe: Path, hub:
     assert open_source(loaded, lambda _: None).record.revision == commit  # the build reads what was locked
 
 
+def test_a_model_that_its_names_refuse_is_refused_before_a_file_is_downloaded(recipe: Path, hub: LoopbackHub) -> None:
+    recipe = on_hub(recipe, "main")
+    huggingface_hub.HfApi().delete_file("tokenizer.json", "tester/tiny")
+    (recipe.parent / "model" / "tokenizer.json").rename(recipe.parent / "model" / "qwen.tiktoken")
+    upload(recipe.parent / "model")
+    hub.requests.clear()
+    with pytest.raises(SourceError, match=r"has no tokenizer\.json") as caught:
+        lock_now(recipe)
+    assert "qwen.tiktoken" in caught.value.why
+    assert not [request for request in hub.requests if "/resolve/" in str(request)]
+
+
+def test_named_templates_of_a_model_on_the_hub_are_pinned_and_part_of_a_branch(recipe: Path, hub: LoopbackHub) -> None:
+    folder = recipe.parent / "model" / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("TOOL {{ messages[0]['content'] }}")
+    (recipe.parent / "model" / "trainer_state.json").write_text("{}")
+    upload(recipe.parent / "model")
+    recipe, lines = on_hub(recipe, "main"), list[str]()
+    (result,) = lock_recipes([recipe], lines.append)
+    assert "additional_chat_templates/tool_use.jinja" in result.lock.base_model.files
+    assert "not used and not copied of the base model: .gitattributes, trainer_state.json" in lines
+    source = open_source(RecipeFile.load(recipe), lambda _: None)
+    assert "chat_template.jinja" not in source.files.copied
+    written = json.loads(source.copied("tokenizer_config.json"))["chat_template"]
+    assert [template["name"] for template in written] == ["default", "tool_use"]
+    assert written[1]["template"].startswith("TOOL")
+    assert any("additional_chat_templates" in change for change in result.changes)
+
+
 def upload_changed(model: Path) -> None:
     path = model / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.5}))

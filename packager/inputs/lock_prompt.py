@@ -17,7 +17,7 @@ from packager.recipe import Recipe
 
 
 def with_prompt(
-    lock: Lock, recipe: Recipe, folder: Path, where: str, log: Callable[[str], None], *, partial: bool
+    lock: Lock, recipe: Recipe, folder: Path, where: str, changed: Callable[[str], None], *, partial: bool
 ) -> Lock:
     """Return a lock that holds the card's prompt.
 
@@ -26,7 +26,7 @@ def with_prompt(
         recipe: the recipe.
         folder: with the base model's small files, which were checked.
         where: the base model, for messages.
-        log: receives a line for each value of the tokenizer's files that a branch gets otherwise.
+        changed: receives a sentence for each value of the tokenizer's files that a branch gets otherwise.
         partial: the folder may lack the tokenizer; then the lock has no prompt, and the build compares it first.
 
     Raises:
@@ -47,5 +47,5 @@ def with_prompt(
         error.where = error.where or where  # of the process that renders, which does not know the model
         raise
     for change in tokenizer.changes:
-        log(f"not as the base model has it: {change}")
+        changed(change)
     return lock.model_copy(update={"prompt": prompt})

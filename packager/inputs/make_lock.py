@@ -59,7 +59,13 @@ SmallFilesCheck = Callable[[Path, LockedModel], None]
 
 
 def make_lock(
-    path: Path, recipe: Recipe, log: Log, *, copy: Path | None = None, check: SmallFilesCheck = lambda *_: None
+    path: Path,
+    recipe: Recipe,
+    log: Log,
+    *,
+    copy: Path | None = None,
+    check: SmallFilesCheck = lambda *_: None,
+    changed: Log = lambda _: None,
 ) -> Lock:
     """Describe a recipe's base model, and find the commits of branches and tags.
 
@@ -69,6 +75,7 @@ def make_lock(
         log: receives a line before what takes long.
         copy: a folder with config.json and perhaps weights, to describe in the place of the model on the Hub.
         check: see `SmallFilesCheck`; may raise.
+        changed: see `with_prompt`.
 
     Raises:
         CalibrationError: the tokenizer cannot be used, see `with_prompt`.
@@ -77,17 +84,17 @@ def make_lock(
     """
     base = recipe.base_model
     if copy is not None:
-        return _lock_of_copy(path, recipe, copy, log, check)
+        return _lock_of_copy(path, recipe, copy, log, check, changed)
     if base.path is None:
-        return _lock_of_hub(recipe, log, check)
+        return _lock_of_hub(recipe, log, check, changed)
     folder = locate_base(path.parent, base.path)
     if folder is None:  # a link that was changed since the recipe was checked
         raise SourceError("the base model's folder leaves the recipe's folder", where=base.path)
-    return _lock_of_folder(recipe, folder, log, check)
+    return _lock_of_folder(recipe, folder, log, check, changed)
 
 
 def _lock_of_folder(
-    recipe: Recipe, folder: Path, log: Log, check: SmallFilesCheck, *, revision: str | None = None
+    recipe: Recipe, folder: Path, log: Log, check: SmallFilesCheck, changed: Log, *, revision: str | None = None
 ) -> Lock:
     files = list_source_files(folder, recipe.card.license.base_files)
     check_contents(files)
@@ -97,10 +104,10 @@ def _lock_of_folder(
     base = LockedBase(id=recipe.base_model.id, revision=revision, files={})
     lock = _lock(recipe, base, config, stored, chat_template_digest(folder), str(folder), log)
     check(folder, lock.model)
-    return with_prompt(lock, recipe, folder, str(folder), log, partial=revision is not None)
+    return with_prompt(lock, recipe, folder, str(folder), changed, partial=revision is not None)
 
 
-def _lock_of_copy(path: Path, recipe: Recipe, copy: Path, log: Log, check: SmallFilesCheck) -> Lock:
+def _lock_of_copy(path: Path, recipe: Recipe, copy: Path, log: Log, check: SmallFilesCheck, changed: Log) -> Lock:
     revision = recipe.base_model.revision
     if revision is None or not is_commit(revision):
         given = "a folder of its own" if revision is None else f"the branch or tag {revision}"
@@ -108,10 +115,10 @@ def _lock_of_copy(path: Path, recipe: Recipe, copy: Path, log: Log, check: Small
             f"--from describes a copy of a model on the Hub at a commit; the base_model of {path} has {given}",
             hint="write the full commit id of the copy as base_model.revision",
         )
-    return _lock_of_folder(recipe, copy, log, check, revision=revision)
+    return _lock_of_folder(recipe, copy, log, check, changed, revision=revision)
 
 
-def _lock_of_hub(recipe: Recipe, log: Log, check: SmallFilesCheck) -> Lock:
+def _lock_of_hub(recipe: Recipe, log: Log, check: SmallFilesCheck, changed: Log) -> Lock:
     base, revision = recipe.base_model, str(recipe.base_model.revision)
     log(f"reading the description of {base.id} at {revision}")
     model = resolve_model(base.id, revision, recipe.card.license.base_files)
@@ -143,7 +150,7 @@ def _lock_of_hub(recipe: Recipe, log: Log, check: SmallFilesCheck) -> Lock:
     )  # fmt: skip
     lock = _lock(recipe, locked, config, stored, chat_template_digest(folder), model.where, log, same)
     check(folder, lock.model)
-    return with_prompt(lock, recipe, folder, model.where, log, partial=False)
+    return with_prompt(lock, recipe, folder, model.where, changed, partial=False)
 
 
 def _check_regular(model: HubModel, names: list[str]) -> None:

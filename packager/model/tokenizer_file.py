@@ -154,7 +154,7 @@ def config_of_file(config: Document, document: Document, defaults: Document) -> 
         content.setdefault(key, value)
     spaces = document.get("pre_tokenizer")
     if isinstance(spaces, Mapping) and isinstance(spaces.get("add_prefix_space"), bool):
-        content["add_prefix_space"] = spaces["add_prefix_space"]  # transformers 4.46 to 4.57 would write false there
+        content["add_prefix_space"] = spaces["add_prefix_space"]  # where it is missing, transformers 4.57 writes false
     for key, tokens in zip(("add_bos_token", "add_eos_token"), affixes(document), strict=True):
         if key in content:
             content[key] = bool(tokens)  # for runtimes that read it; transformers 5 does not

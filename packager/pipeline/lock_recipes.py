@@ -71,7 +71,7 @@ def lock_recipes(
     read = [(path, load_recipe(path)) for path in recipes]
     for path, recipe in read:
         changes: list[str] = []
-        lock = make_lock(path, recipe, log, copy=copy, check=_audit(recipe, changes))
+        lock = make_lock(path, recipe, log, copy=copy, check=_audit(recipe, changes), changed=changes.append)
         yield _compared(path, lock, tuple(changes)) if check else _written(path, lock, tuple(changes))
 
 

@@ -71,6 +71,26 @@ def what_a_training_left(case: Case) -> None:
 
 
 @trouble("builds")
+def what_a_finetuning_left(case: Case) -> None:
+    """https://github.com/huggingface/peft/issues/1381: an adapter and the optimizer beside the merged weights."""
+    case.write("adapter_config.json", json.dumps({"base_model_name_or_path": f"{PRIVATE}/base", "peft_type": "LORA"}))
+    case.write("adapter_model.safetensors", b"\0" * 64)
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        case.write(name, b"\x80\x02}q\x00.")
+
+
+@trouble("refused", "adapter")
+def an_adapter_as_a_base(case: Case) -> None:
+    """https://github.com/arcee-ai/mergekit/issues/197: a LoRA's repository is named as the model."""
+    for path in list(case.model.glob("*.safetensors")):
+        path.unlink()
+    if any(path.suffix in (".bin", ".pt", ".pth") for path in case.model.iterdir()):
+        raise ClashError("weights")
+    case.write("adapter_config.json", json.dumps({"base_model_name_or_path": "tester/base", "peft_type": "LORA"}))
+    case.write("adapter_model.safetensors", b"\0" * 64)
+
+
+@trouble("builds")
 def a_readme_with_paths(case: Case) -> None:
     """https://github.com/nliaudat/esphome_ai_component/pull/156: a report names the machine."""
     case.write("README.md", f"---\nbase_model: {PRIVATE}/base\n---\nTrained in {PRIVATE}.\n")

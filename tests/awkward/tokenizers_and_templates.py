@@ -230,6 +230,55 @@ def vocabulary_and_merges_alone(case: Case) -> None:
     (case.model / "tokenizer.json").unlink()
 
 
+def _without_tokenizer_json(case: Case, name: str, content: str | bytes) -> None:
+    _document(case)
+    (case.model / "tokenizer.json").unlink()
+    case.write(name, content)
+
+
+@trouble("refused", "tokenizer.model")
+def sentencepiece_alone(case: Case) -> None:
+    """https://github.com/huggingface/transformers/issues/24233: OpenLLaMA; what makes a fast tokenizer of it errs."""
+    _without_tokenizer_json(case, "tokenizer.model", b"\x0a\x05\x0a\x03abc")
+
+
+@trouble("refused", "vocab.txt")
+def word_pieces_alone(case: Case) -> None:
+    """https://github.com/Morizeyao/GPT2-Chinese/issues/152: GPT-2 of Chinese characters, with BERT's tokenizer."""
+    _without_tokenizer_json(case, "vocab.txt", "[UNK]\n[CLS]\nold\n##er\n")
+
+
+@trouble("refused", "tekken.json")
+def tekken_alone(case: Case) -> None:
+    """https://github.com/unslothai/unsloth/issues/2652: Mistral's own format, without the one of transformers."""
+    _without_tokenizer_json(case, "tekken.json", json.dumps({"config": {"pattern": "x"}, "vocab": []}))
+
+
+@trouble("refused", "tiktoken")
+def tiktoken_alone(case: Case) -> None:
+    """https://github.com/openai/tiktoken/issues/283: Qwen's first models bring code and ranks."""
+    _without_tokenizer_json(case, "qwen.tiktoken", "IQ== 0\nIg== 1\n")
+
+
+@trouble("builds")
+def flags_of_another_release(case: Case) -> None:
+    """https://github.com/huggingface/transformers/issues/29625: add_prefix_space makes release 4 read another file."""
+    case.tokenizer("backend", tokenizer_class="LlamaTokenizerFast", add_bos_token=True, add_prefix_space=True)
+
+
+@trouble("builds")
+def a_prefix_space_in_the_file_alone(case: Case) -> None:
+    """https://github.com/huggingface/transformers/pull/35593: a class writes its own default over the file's."""
+    case.backend(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True})
+    case.tokenizer("backend", tokenizer_class="GPT2TokenizerFast")
+
+
+@trouble("builds")
+def no_tokenizer_class(case: Case) -> None:
+    """https://github.com/huggingface/transformers/issues/13906: then each release takes the one of the family."""
+    case.tokenizer("backend", "tokenizer_class")
+
+
 @trouble("builds")
 def cleaned_spaces(case: Case) -> None:
     """https://github.com/huggingface/text-generation-inference/pull/1594: decoding changes spaces."""
@@ -281,6 +330,14 @@ def templates_in_two_places(case: Case) -> None:
 def templates_beside(case: Case) -> None:
     """https://github.com/huggingface/transformers/issues/37469: release 5 saves others in a folder."""
     case.write("additional_chat_templates/tool_use.jinja", _TOOLS)
+
+
+@trouble("either", "template")
+def templates_beside_without_a_default(case: Case) -> None:
+    """https://github.com/huggingface/transformers/issues/37469: the folder hides the template of the config."""
+    (case.model / "chat_template.jinja").unlink(missing_ok=True)
+    case.tokenizer(chat_template=_PLAIN)
+    case.write("additional_chat_templates/rag.jinja", _TOOLS)
 
 
 @trouble("builds")
