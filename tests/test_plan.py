@@ -496,6 +496,7 @@ def test_exllama_is_refused_where_the_base_model_has_no_tokenizer_model() -> Non
 def test_the_folder_of_the_base_model_decides_whether_exllama_can_read_it(tmp_path: Path) -> None:
     write_files(tmp_path)
     (tmp_path / "recipe.yaml").write_text(GOOD)
+    (tmp_path / "model" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     for present in (False, True):
         if present:
             (tmp_path / "model" / "tokenizer.model").write_bytes(b"\x0a\x05\x0a\x03abc")

@@ -18,7 +18,7 @@ from packager.model.tokenizer_file import config_of_file, is_read_otherwise, mod
 from packager.receipt import TOKENIZER, TOKENIZER_CONFIG
 from packager.system.text import printable
 
-Document = Mapping[str, Any]
+_Document = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +82,15 @@ def branch_tokenizer(
 def _rebuilt_parts(tokenizer: Any, data: bytes) -> dict[str, object]:
     """Return the parts of tokenizer.json that a class of transformers builds otherwise than the file says."""
     from tokenizers import Tokenizer
-    from transformers import TokenizersBackend
+    from transformers import PreTrainedTokenizerFast
 
-    if type(tokenizer) is TokenizersBackend:  # it takes the file as it is
+    if type(tokenizer) is PreTrainedTokenizerFast:  # it takes the file as it is
         return {}
     own = json.loads(Tokenizer.from_str(data.decode()).to_str())
     return other_parts(own, json.loads(tokenizer.backend_tokenizer.to_str()))
 
 
-def _tokenizer_file(document: Document, parts: list[str], class_name: str) -> BranchFile:
+def _tokenizer_file(document: _Document, parts: list[str], class_name: str) -> BranchFile:
     model = model_with_merges_as_lines(document)
     content = document if model is None else {**document, "model": model}
     verb = "is" if len(parts) == 1 else "are"
@@ -101,7 +101,7 @@ def _tokenizer_file(document: Document, parts: list[str], class_name: str) -> Br
     return BranchFile(data=json_bytes(content, ascii_only=False), changes=(change,))
 
 
-def _config_file(tokenizer: Any, written: Document, document: Document) -> BranchFile:
+def _config_file(tokenizer: Any, written: _Document, document: _Document) -> BranchFile:
     defaults = {
         "model_input_names": list(tokenizer.model_input_names),
         "padding_side": tokenizer.padding_side,

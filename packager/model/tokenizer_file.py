@@ -17,10 +17,10 @@ _ADDS_BOS = {
 # Keys with which transformers 4 makes a tokenizer of other files, or changes what it reads in tokenizer.json.
 _REMADE = ("from_slow", "add_prefix_space")
 
-Document = Mapping[str, object]
+_Document = Mapping[str, object]
 
 
-def config_for_all(document: Document) -> dict[str, object]:
+def config_for_all(document: _Document) -> dict[str, object]:
     """Return what must be changed in a tokenizer_config.json so that transformers 4 reads it as 5 does.
 
     The class of 5 has another name in 4. Where the file gives no value, 4 adds token_type_ids, which decoders refuse,
@@ -41,7 +41,7 @@ def may_have_pairs(data: bytes) -> bool:
     return _PAIRS.search(data) is not None
 
 
-def model_with_merges_as_lines(document: Document) -> dict[str, object] | None:
+def model_with_merges_as_lines(document: _Document) -> dict[str, object] | None:
     """Return a tokenizer's `model` with each pair of `merges` as a text, "a b".
 
     None where they are none of pairs, or where a token of a pair has a space: then only the pair says which two it is.
@@ -62,7 +62,7 @@ def model_with_merges_as_lines(document: Document) -> dict[str, object] | None:
     return {**model, "merges": lines}
 
 
-def other_parts(own: Document, made: Document) -> dict[str, object]:
+def other_parts(own: _Document, made: _Document) -> dict[str, object]:
     """Return the parts of a tokenizer.json that differ from those of another one: `made`'s, by key.
 
     Args:
@@ -72,7 +72,7 @@ def other_parts(own: Document, made: Document) -> dict[str, object]:
     return {key: made.get(key) for key in _PARTS if _compared(key, own) != _compared(key, made)}
 
 
-def _compared(key: str, document: Document) -> object:
+def _compared(key: str, document: _Document) -> object:
     """Return a part in a form in which equal ones are equal."""
     part = document.get(key)
     if key == "post_processor" and part is not None and affixes(document) == ((), ()):
@@ -83,7 +83,7 @@ def _compared(key: str, document: Document) -> object:
     return part
 
 
-def affixes(document: Document) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def affixes(document: _Document) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the special tokens that a tokenizer.json puts before and after a text."""
     return _affixes(document.get("post_processor"))
 
@@ -115,7 +115,7 @@ def _items(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def is_read_otherwise(config: Document, document: Document, tokens: Mapping[str, str]) -> bool:
+def is_read_otherwise(config: _Document, document: _Document, tokens: Mapping[str, str]) -> bool:
     """Return whether transformers 4 makes something else of a tokenizer.json than what the file says.
 
     Where tokenizer_config.json names no class, it takes that of the model's family.
@@ -140,7 +140,7 @@ def is_read_otherwise(config: Document, document: Document, tokens: Mapping[str,
     return (before, after) != affixes(document) or (name == "LlamaTokenizer" and wanted is not None)
 
 
-def config_of_file(config: Document, document: Document, defaults: Document) -> dict[str, object]:
+def config_of_file(config: _Document, document: _Document, defaults: _Document) -> dict[str, object]:
     """Return a tokenizer_config.json with which every transformers takes a tokenizer.json as it is.
 
     Args:

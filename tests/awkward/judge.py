@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 from huggingface_hub import constants
+from tokenizers import Tokenizer
 
 from packager.errors import PackagerError, RecipeError
 from packager.inputs import describe_in_child
@@ -35,7 +36,7 @@ from tests.awkward import (  # noqa: F401 - their troubles are registered
     weights_files,
 )
 from tests.awkward.scene import DATASET, PRIVATE, Case, Scene, Trouble, made
-from tests.awkward.transformers_view import View, opened, perplexity, view_of_base, view_of_branch
+from tests.awkward.transformers_view import TEXTS, View, opened, perplexity, view_of_base, view_of_branch
 from tests.tiny_recipe import options, workspace
 
 MOST_SECONDS = 30.0
@@ -159,7 +160,7 @@ class Judge:
             return problem
         if abs(perplexity(own.logits, rows) / quality["perplexity"] - 1) > _SAME:
             return f"perplexity {quality['perplexity']}, by transformers {perplexity(own.logits, rows)}"
-        return self._rows_problem(own, troubles) or _file_problem(branch)
+        return self._rows_problem(own, troubles) or _file_problem(branch) or _tokens_of_the_file(branch, own)
 
     def _rows_problem(self, own: View, troubles: Sequence[Trouble]) -> str:
         """Return what is wrong with the rows that were calibrated and measured."""
@@ -229,6 +230,18 @@ def _file_problem(branch: Path) -> str:
     for name in ("config.json", "tokenizer_config.json"):
         if "auto_map" in json.loads((branch / name).read_bytes()):
             return f"{name} names code that is not there"
+    return ""
+
+
+def _tokens_of_the_file(branch: Path, own: View) -> str:
+    """Return how tokenizer.json alone, which ExLlamaV2 and the servers read, differs from what transformers reads."""
+    read = Tokenizer.from_file(str(branch / "tokenizer.json"))
+    read.no_truncation()
+    read.no_padding()
+    for text in TEXTS:
+        found, wanted = read.encode(text).ids, own.tokenizer(text)["input_ids"]
+        if found != wanted:
+            return f"tokenizer.json makes {found} of {text!r}, transformers {wanted}"
     return ""
 
 

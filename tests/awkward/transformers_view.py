@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-_TEXTS = (
+TEXTS = (
     "old bird sings over the stone.", "<s>old</s> zq <|im_start|>user <|pad|>", "  a \n\n tab\t.",
     "caf\xe9 量 \U0001f99c",
     " walks don't ,stop .", "",
@@ -87,7 +87,7 @@ def _view(folder: Path, model: Any, generation: Any, rows: Tensor) -> View:
     sampled = bool(generation.do_sample) and generation.temperature != 0  # which transformers refuses to sample at
     return View(
         logits=logits,
-        tokens=[_tokens(tokenizer, text) for text in _TEXTS],
+        tokens=[_tokens(tokenizer, text) for text in TEXTS],
         chats=[_chat(tokenizer, chat, name) for chat in _CHATS for name in _TEMPLATES],
         ends=frozenset(number for number in listed if isinstance(number, int) and 0 <= number < vocabulary),
         sampling={name: getattr(generation, name, None) for name in _SAMPLING} if sampled else "greedy",

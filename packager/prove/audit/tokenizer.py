@@ -6,14 +6,12 @@ from collections.abc import Iterator, Mapping
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from packager.model.contract_files import CONTENT_RULES
+from packager.model.contract_files import CONTENT_RULES, TEMPLATE_FILE
 from packager.prove.audit.config import plausible_int
 from packager.prove.audit.files import JsonObject, Listing, as_object, read_text
 from packager.prove.audit.finding import Findings
 from packager.receipt import CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from packager.system.text import shown
-
-TEMPLATE_FILE = "chat_template.jinja"
 
 # transformers marks the assistant's words with this tag; it is the only one that jinja2 does not know.
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
