@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from packager import card
-from packager.card import Prompting, CardTexts, render_card
+from packager.card import CardTexts, Prompting, render_card
 from packager.card.markdown import extract_code_blocks, one_line
 from packager.errors import CardError
 from packager.model.compatibility import Verdict

@@ -62,7 +62,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
 
 def same(a: TextSets, b: TextSets) -> bool:
     rows = [(x.calibration.ids.tolist(), x.evaluation.ids.tolist()) for x in (a, b)]
-    records = [(x.calibration.record, x.evaluation.record, x.questions, x.prompts) for x in (a, b)]
+    records = [(x.calibration.record, x.evaluation.record, x.questions, x.prompts, x.tokenizer_files) for x in (a, b)]
     return rows[0] == rows[1] and records[0] == records[1]
 
 
@@ -78,6 +78,18 @@ def test_the_next_run_reads_what_the_first_one_kept(kept: Kept, monkeypatch: pyt
     assert first.questions
     assert first.prompts
     assert again.calibration.ids.dtype == first.calibration.ids.dtype
+
+
+def test_the_files_of_a_tokenizer_that_a_branch_gets_otherwise_are_kept(kept: Kept) -> None:
+    path = kept.folder / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "LlamaTokenizerFast"}))
+    first = kept.texts()
+    assert set(first.tokenizer_files) == {"tokenizer_config.json"}
+    assert same(first, kept.texts())
+    assert kept.drawn == 1
+    kept.edit(lambda content: content["tokenizer_files"][0].update(name="../README.md"))
+    assert same(first, kept.texts())
+    assert kept.drawn == 2
 
 
 def calibration_text(folder: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from packager.errors import MachineError
 from packager.model.batches import rows_per_batch
+from packager.model.lock import LockedTensors
 from packager.model.safetensors_file import TensorInfo
 from packager.pipeline.plan import make_plan
 from packager.prove.evaluation_memory import evaluation_memory
@@ -294,7 +295,8 @@ def test_a_head_of_its_own_and_a_float32_embedding_are_not_converted_beside():
     needed = next(sweep_ways(tied, "cpu")).device_bytes
 
     def changed(tensors: list[TensorInfo], tied_names: tuple[str, ...]) -> int:
-        architecture = replace(tied.architecture, tensors=tuple(tensors), tied=tied_names)
+        stored = tuple(LockedTensors(names=name, dtype=dtype, shape=shape) for name, dtype, shape in tensors)
+        architecture = replace(tied.architecture, stored=stored, tied=tied_names)
         return next(sweep_ways(replace(tied, architecture=architecture), "cpu")).device_bytes
 
     head = embedding._replace(name="lm_head.weight")

@@ -24,6 +24,7 @@ from packager.card.metadata import metadata
 from packager.card.raw_text import TextProblem, text_problems
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
+from packager.model.front_matter import split_front_matter
 from packager.model.runtimes import RUNTIMES
 from packager.receipt import Provenance
 from packager.recipe import Recipe
@@ -139,7 +140,7 @@ def texts_problems(texts: CardTexts) -> Iterator[tuple[str, TextProblem]]:
     """Yield why a text cannot be part of a card: the text's name and the problem, with the line of the file."""
     for name, text in asdict(texts).items():
         # The front matter of the original card is not part of the page; its lines count.
-        body = markdown.strip_front_matter(text) if name == "original_card" else text
+        body = split_front_matter(text)[1] if name == "original_card" else text
         above = text.count("\n") - body.count("\n")
         for problem in text_problems(body):
             yield name, replace(problem, line=problem.line + above)
@@ -190,7 +191,7 @@ def _context(
         ),
         "header": texts.header.strip("\n"),
         "footer": texts.footer.strip("\n"),
-        "original_card": markdown.strip_front_matter(texts.original_card).strip("\n"),
+        "original_card": split_front_matter(texts.original_card)[1].strip("\n"),
     }
 
 
