@@ -75,7 +75,8 @@ def random_linear(linear: LinearSpec, variant: Variant, dice: torch.Generator) -
     if variant.desc_act:
         g_idx = g_idx[torch.randperm(rows, generator=dice)]
     middle = 2 ** (bits - 1)
-    zeros = torch.randint(middle - 1, middle + 2, (groups, columns), generator=dice)
+    spread = 0 if variant.sym else 1
+    zeros = torch.randint(middle - spread, middle + spread + 1, (groups, columns), generator=dice)
     scales = (0.5 + torch.rand(groups, columns, generator=dice)) * 12**0.5 / 2**bits * rows**-0.5
     found = {
         "qweight": pack(torch.randint(0, 2**bits, (rows, columns), generator=dice), bits),

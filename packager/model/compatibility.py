@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from packager.model.architecture import Architecture
-from packager.model.rope import is_old_scaling
+from packager.model.onnxruntime_rules import ONNXRUNTIME_CHECKS, onnxruntime_lengths
+from packager.model.rope import gpt_neox_keys_lacking, is_old_scaling
 from packager.model.runtime_architectures import (
     FUSED_LINEARS,
     GPTQMODEL_DROPS,
@@ -224,23 +225,9 @@ def _transformers_4_40(_: Variant, architecture: Architecture) -> str:
     if not architecture.head_dim_is_derived:
         found.append("takes head_dim to be hidden_size / num_attention_heads (transformers 4.40)")
     if architecture.model_type == "gpt_neox":
-        found += _gpt_neox_rope(architecture.text_config)
+        keys = gpt_neox_keys_lacking(architecture.text_config)
+        found += [f"reads {key}, which config.json lacks (transformers 4.40)" for key in keys]
     return "; ".join(found)
-
-
-def _gpt_neox_rope(config: Mapping[str, object]) -> list[str]:
-    """Return which key of GPT-NeoX's rotary embedding config.json lacks, where transformers 4's default is not right.
-
-    Source: transformers 4.40.2, transformers.models.gpt_neox; transformers 5 writes rope_parameters.
-    """
-    rope = config.get("rope_parameters")
-    written = rope if isinstance(rope, Mapping) else {}
-    keys = (("rotary_pct", "partial_rotary_factor", 0.25), ("rotary_emb_base", "rope_theta", 10000))
-    return [
-        f"reads {key}, which config.json lacks (transformers 4.40)"
-        for key, new_key, default in keys
-        if key not in config and written.get(new_key, default) != default
-    ]
 
 
 def _transformers_4_40_window(_: Variant, architecture: Architecture) -> str:
@@ -344,6 +331,10 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
             _gptqmodel_symmetric,
         ),
         traps=(_note("computes in float16 or bfloat16"),),
+    ),
+    "onnxruntime": RuntimeRules(
+        refuses=(_bits(2, 4, 8), _nothing_left, *ONNXRUNTIME_CHECKS),
+        traps=(_note("after conversion, which gives head and embeddings 4 bits by default"), onnxruntime_lengths),
     ),
     "gptqmodel-marlin": RuntimeRules(
         refuses=(

@@ -75,6 +75,17 @@ def is_old_scaling(config: Mapping[str, object]) -> bool:
     return _is_two_fields(scaling) and factor is not None and factor > 1
 
 
+def gpt_neox_keys_lacking(config: Mapping[str, object]) -> list[str]:
+    """Return the old keys of GPT-NeoX's rotary embedding that a config lacks, where transformers 4's default is wrong.
+
+    Source: transformers 4.40.2, transformers.models.gpt_neox; transformers 5 writes rope_parameters.
+    """
+    rope = config.get("rope_parameters")
+    written = rope if isinstance(rope, Mapping) else {}
+    keys = (("rotary_pct", "partial_rotary_factor", 0.25), ("rotary_emb_base", "rope_theta", 10000))
+    return [key for key, new_key, default in keys if key not in config and written.get(new_key, default) != default]
+
+
 def _is_two_fields(scaling: object) -> bool:
     """Return whether transformers 4.40 can read a `rope_scaling`: its type, and its factor as a float."""
     return (

@@ -257,7 +257,7 @@ def _run_script(
                 err=err,
                 timeout_s=timeout_s,
                 progress=progress,
-                max_file_bytes=max(_MAX_FILE_BYTES, 2 * max(map(_logits_bytes, jobs))),
+                max_file_bytes=max(_MAX_FILE_BYTES, *map(_largest_file_bytes, jobs)),
             )
         how = f"it took over {timeout_s:g} s and was killed" if status is None else ending(status)
         return f"{how}\n{tail(log, TAIL_LINES)}"
@@ -298,6 +298,12 @@ def runtime_view(
         working=next(iter(writable)),
         gpu=True,
     )
+
+
+def _largest_file_bytes(job: ProbeJob) -> int:
+    """Return what a probe may write to one file: the logits, or the checkpoint converted from float16 to float32."""
+    weights_bytes = sum(path.stat().st_size for path in job.model_dir.glob("*.safetensors"))
+    return 2 * max(_logits_bytes(job), weights_bytes)
 
 
 def _logits_bytes(job: ProbeJob) -> int:

@@ -212,7 +212,7 @@ def _probe(
     probes = [
         ProbeJob(
             model_dir=checkpoint.folder,
-            device=job.device.type,
+            device=spec.device_on(job.device.type),
             input_ids=job.rows.tolist(),
             prompts=[list(prompt) for prompt in job.prompts],
             max_new_tokens=job.loaders.max_new_tokens,
@@ -250,9 +250,10 @@ def _judge(
     relative_error = _relative_error(outcome.logits, own)
     top1 = float((outcome.logits.argmax(-1) == own.argmax(-1)).mean())
     tokens = sum(len(generated) for generated in outcome.generated)
-    allowed = _TIE_TOLERANCES * _tolerance(outcome.dtype)
+    tolerance = _tolerance(name, outcome.dtype)
+    allowed = _TIE_TOLERANCES * tolerance
     equal = sum(int((gaps[sequence] <= allowed).sum()) for sequence in _sequences(outcome, job))
-    problems = _problems(checkpoint, outcome, references, relative_error, top1)
+    problems = _problems(checkpoint, outcome, references, relative_error, tolerance, top1)
     if equal < tokens:
         problems.append(f"{tokens - equal} of {tokens} generated tokens are not what our forward finds most likely")
     return LoaderRecord(
@@ -277,12 +278,12 @@ def _problems(
     outcome: ProbeResult,
     references: Mapping[str, NDArray[np.float32]],
     relative_error: float,
+    tolerance: float,
     top1: float,
 ) -> list[str]:
     problems = []
     if dict(outcome.weights_sha256) != dict(checkpoint.weights_sha256):
         problems.append("it read other weights than were packed (sha256)")
-    tolerance = _tolerance(outcome.dtype)
     if not np.isfinite(relative_error):
         problems.append("its logits are not finite, or too large to compare")
     elif relative_error > tolerance:
@@ -304,8 +305,10 @@ def _relative_error(logits: NDArray[np.float32], expected: NDArray[np.float32]) 
     return float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
 
 
-def _tolerance(dtype: str) -> float:
-    return TOLERANCE.get(dtype, min(TOLERANCE.values()))
+def _tolerance(name: str, dtype: str) -> float:
+    """Return the largest relative error that passes: of all loaders in `dtype`, or a smaller one of its own."""
+    own = LOADERS[name].float32_tolerance if dtype == "float32" else None
+    return TOLERANCE.get(dtype, min(TOLERANCE.values())) if own is None else own
 
 
 def _sequences(outcome: ProbeResult, job: VerifyJob) -> list[Generated]:

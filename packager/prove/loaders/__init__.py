@@ -27,6 +27,7 @@ class LoaderSpec:
         devices: the types of device that it can compute on, of "cpu" and "cuda".
         requires_python: specifier of the Python versions for which the whole lock can be installed.
         description: its title, and the versions that the lock pins.
+        float32_tolerance: see `Probe`.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LoaderSpec:
     devices: frozenset[str]
     requires_python: str
     description: str
+    float32_tolerance: float | None = None
 
     def python_problem(self) -> str:
         """Return why the lock cannot be installed for the running Python, or ""."""
@@ -43,9 +45,16 @@ class LoaderSpec:
             return ""
         return f"{self.name} needs Python {self.requires_python}, and this is Python {running}"
 
+    def device_on(self, device_type: str) -> str:
+        """Return "cpu" or "cuda", on which it computes in a run on `device_type`, or "".
+
+        Every machine has a CPU: a loader without CUDA computes there while the run computes on CUDA.
+        """
+        return device_type if device_type in self.devices else "cpu" if "cpu" in self.devices else ""
+
     def machine_problem(self, device_type: str) -> str:
         """Return why this loader cannot run on a machine that computes on `device_type` ("cpu" or "cuda"), or ""."""
-        if device_type not in self.devices:
+        if not self.device_on(device_type):
             return f"needs {' or '.join(sorted(self.devices)).upper()}, and this run computes on {device_type}"
         return self.python_problem()
 
@@ -56,6 +65,7 @@ LOADERS: dict[str, LoaderSpec] = {
         script=_HERE / runtime.probe.script,
         requirements=_HERE / "requirements" / f"{runtime.probe.lock}.txt",
         devices=runtime.probe.devices,
+        float32_tolerance=runtime.probe.float32_tolerance,
         requires_python=_REQUIRES_PYTHON,
         description=f"{runtime.title} {runtime.probe.versions}",
     )

@@ -1,0 +1,129 @@
+"""What ONNX Runtime reads of GPTQ checkpoints: the model builder of onnxruntime-genai, and the kernel on the CPU.
+
+Read on 2026-11-29 in the wheel of onnxruntime-genai 0.18.0 (onnxruntime_genai/models), and run with onnxruntime 1.32.0,
+onnx 1.23.2 and transformers 5.23.0 on a CPU; `tests/test_loaders_of_decoders.py` runs it again.
+"""
+
+from packager.model.architecture import Architecture
+from packager.model.rope import rope_of
+from packager.variant import Variant
+
+# Classes of builder.py, `create_model`, whose checkpoints it converted here into what our forward computes.
+ONNXRUNTIME_OPENS = frozenset(
+    """
+    Ernie4_5ForCausalLM GraniteForCausalLM HunYuanDenseV1ForCausalLM LlamaForCausalLM MistralForCausalLM
+    Phi3ForCausalLM Qwen2ForCausalLM Qwen2_5_VLForConditionalGeneration Qwen3ForCausalLM
+    """.split()  # noqa: SIM905
+)
+
+# builders/gemma.py and nemotron.py, `add_offset`. Relative errors: 0.0003 to 0.001 in float16, 0.002 to 0.009 in bfloat16.
+_ROUNDS_NORMS = "adds 1 to the norms' weights in the precision in which they are stored, which rounds them"
+_BY_LAYER_TYPE = "fails with transformers 5.23, whose config has parameters for each type of layer"
+_NAMES = "does not know the names of its linears"  # loaders/base.py, `QuantizedModel.__init__`
+_DROPS_QUANTIZATION = "deletes quantization_config, and then loads with transformers"
+# Classes that it lists and does not convert, or converts into something else.
+ONNXRUNTIME_FAILS: dict[str, str] = {
+    "Gemma2ForCausalLM": _ROUNDS_NORMS,
+    "Gemma3ForCausalLM": _BY_LAYER_TYPE,
+    "Gemma3ForConditionalGeneration": _BY_LAYER_TYPE,
+    "Gemma4ForConditionalGeneration": _BY_LAYER_TYPE,
+    "Gemma4UnifiedForConditionalGeneration": _BY_LAYER_TYPE,
+    "GemmaForCausalLM": _ROUNDS_NORMS,
+    "GraniteMoeHybridForCausalLM": _NAMES,
+    "GptOssForCausalLM": _DROPS_QUANTIZATION,
+    "Lfm2ForCausalLM": _NAMES,
+    "Lfm2MoeForCausalLM": _NAMES,
+    "Lfm2VlForConditionalGeneration": _NAMES,
+    "Mistral3ForConditionalGeneration": _DROPS_QUANTIZATION,
+    "NemotronForCausalLM": _ROUNDS_NORMS,
+    "OlmoForCausalLM": "computes the norms without their mean, without an error",  # builders/olmo.py, `make_layernorm`
+    "PhiForCausalLM": _NAMES,
+    "Qwen3VLForConditionalGeneration": "makes a model that does not run: position_ids has three axes",
+    "Qwen3_5ForConditionalGeneration": _NAMES,
+    "Qwen3_5MoeForConditionalGeneration": _NAMES,
+    "SmolLM3ForCausalLM": "fails: its layers without a rotary embedding ask for position_ids",  # builders/smollm.py
+}
+
+# Rotary embeddings by class: builders/llama.py, phi.py, and base.py for the others, `make_rope_init`.
+_ROPE_TYPES = {
+    "LlamaForCausalLM": ("default", "llama3", "dynamic"),
+    "Phi3ForCausalLM": ("default",),
+}
+_OTHER_ROPE_TYPES = ("default", "linear")
+# Classes whose config has a sliding window and no layer_types, without which builders/base.py, `is_local`, finds no
+# layer that has the window.
+_WINDOW_IGNORED = ("MistralForCausalLM", "Phi3ForCausalLM")
+
+# onnxruntime/contrib_ops/cpu/quantization/matmul_nbits.cc. Whole rows are one block.
+_SMALLEST_BLOCK = 16
+_LARGEST_BLOCK = 256  # with act order, or with 2 bits
+# GroupQueryAttention: "cos_cache dimension 1 must be <= head_size / 2 and a multiple of 8".
+_ROTATED_MULTIPLE = 16
+
+
+def _classes(_: Variant, architecture: Architecture) -> str:
+    """Return why the model builder does not convert a class of transformers, as far as it was run."""
+    name = architecture.model_class
+    if name in ONNXRUNTIME_FAILS:
+        return ONNXRUNTIME_FAILS[name]
+    return "" if name in ONNXRUNTIME_OPENS else f"its model builder (0.18) does not list {name}"
+
+
+def _blocks(variant: Variant, architecture: Architecture) -> str:
+    """Return which group the kernel refuses: its columns must be a power of two, from 16 on, in some cases up to 256."""
+    for linear in architecture.example_linears:
+        whole = variant.group_size == -1
+        size = linear.in_features if whole else variant.group_size
+        words = f"whole rows, {linear.module} has {size} columns" if whole else f"{size}"
+        if size < _SMALLEST_BLOCK or size & (size - 1):
+            return f"reads group sizes that are powers of two from {_SMALLEST_BLOCK} on, not {words}"
+        if size > _LARGEST_BLOCK and (variant.desc_act or variant.bits == 2):
+            case = "with act order" if variant.desc_act else "with 2 bits"
+            return f"reads group sizes up to {_LARGEST_BLOCK} {case}, not {words}"
+    return ""
+
+
+def _act_order(variant: Variant, _: Architecture) -> str:
+    """Return what the kernel does not compute with g_idx, which the builder passes on wherever desc_act is true.
+
+    With 8 bits it raises an error. With 2 bits it takes the weights for others, and with 4 bits every zero for 8, without
+    one (relative errors 0.5 to 1.2).
+    """
+    if not variant.desc_act:
+        return ""
+    if variant.bits != 4:
+        return "reads act order with 4 bits only"
+    return "" if variant.sym else "takes every zero for 8 with act order, without an error"
+
+
+def _rope(_: Variant, architecture: Architecture) -> str:
+    """Return what the model builder does not know of a rotary embedding, or computes as a plain one without an error."""
+    kind, config = architecture.rope_type, architecture.text_config
+    if kind not in _ROPE_TYPES.get(architecture.model_class, _OTHER_ROPE_TYPES):
+        return f"computes no rotary embedding of type {kind}"
+    # builders/ernie.py divides the positions by it; transformers 5 does not read it.
+    if config.get("compression_ratio", 1) not in (1, None):
+        return "reads compression_ratio, which transformers does not"
+    heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
+    if not isinstance(head_dim, int) and isinstance(heads, int) and heads > 0:
+        head_dim = architecture.hidden_size // heads
+    share = config.get("partial_rotary_factor", rope_of(config).get("partial_rotary_factor"))
+    if not isinstance(head_dim, int):
+        return ""
+    rotated = int(head_dim * share) if isinstance(share, int | float) else head_dim
+    odd = rotated % _ROTATED_MULTIPLE
+    return f"rotates multiples of {_ROTATED_MULTIPLE} columns of a head only, not {rotated}" if odd else ""
+
+
+ONNXRUNTIME_CHECKS = (_classes, _blocks, _act_order, _rope)
+"""Return in a few words what of a variant does not load, or is computed as something else; or ""."""
+
+
+def onnxruntime_lengths(_: Variant, architecture: Architecture) -> str:
+    """Return the length of a row from which the converted model differs."""
+    window, name = architecture.sliding_window, architecture.model_class
+    if window is not None and name in _WINDOW_IGNORED:
+        return f"past {window} tokens it computes without the sliding window"
+    if architecture.rope_type == "dynamic":
+        return f"past {architecture.max_position_embeddings} tokens its rotary embedding is not the model's"
+    return ""
