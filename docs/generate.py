@@ -324,7 +324,7 @@ def loaders_page() -> str:
     intro = (
         "The runtimes that load published branches. Those of the first table run in a build, each in the environment "
         "of its lock, which shares the torch of the build; what they must prove is in "
-        "[how it works](../explanation/how-it-works.md)."
+        "[how it works](../explanation/how-it-works.md). One that has no CUDA runs on the CPU in a build on CUDA too."
     )
     proven = f"## In a build\n\n{table(('name in recipes', 'runtime', 'device', 'Python'), rows)}"
     loaders_by_lock: dict[Path, list[str]] = {}

@@ -89,7 +89,7 @@ def llama_recipe(**card: object) -> Recipe:
                 {"group_size": 64, "desc_act": True},
                 {"desc_act": True, "description": "The fixture maintainer's own description."},
             ),
-            "loaders": {"required": ("autogptq", "transformers"), "if_available": ("exllamav2",)},
+            "loaders": {"required": ("autogptq", "transformers"), "if_available": ("exllamav2", "onnxruntime")},
             "card": {
                 "title": "Meta's Llama 2 13B-chat",
                 "creator": "Meta",
@@ -252,6 +252,20 @@ def _llama_loaders(spread: float) -> tuple[LoaderRecord, ...]:
             required=False,
             status="not run",
             reason="the extension could not be built: no nvcc on this machine",
+        ),
+        LoaderRecord(
+            loader="onnxruntime",
+            required=False,
+            status="passed",
+            device="cpu",
+            dtype="float32",
+            kernel="com.microsoft.MatMulNBits (CPUExecutionProvider)",
+            confinement="bubblewrap",
+            versions={"onnxruntime": "1.32.0", "onnxruntime-genai": "0.18.0", "transformers": "5.23.0"},
+            relative_error=0.000002,
+            top1_agreement=1.0,
+            tokens_generated=64,
+            tokens_equal=64,
         ),
     )
 

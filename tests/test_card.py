@@ -146,7 +146,7 @@ def test_known_mistakes_of_2023_do_not_return() -> None:
         "Discord",
     ):
         assert mistake not in text
-    assert text.count("temperature=") == text.count("do_sample=True") == 3
+    assert text.count("temperature=") == text.count("do_sample=True") == 4
     assert "[INST] <<SYS>>" in text
 
 
@@ -163,7 +163,7 @@ def test_every_block_that_runs_names_its_environment() -> None:
     blocks = extract_code_blocks(text)
     assert {block.language for block in blocks} == {"text", "console", "python", "shell"}
     for block in blocks:
-        expected = {"python": {"transformers", "autogptq"}, "shell": {"shell"}}.get(block.language, {""})
+        expected = {"python": {"transformers", "autogptq", "onnxruntime"}, "shell": {"shell"}}.get(block.language, {""})
         assert block.run in expected, block
     assert [block.run for block in blocks if block.run].count("shell") == 2
 
@@ -175,7 +175,7 @@ def test_every_figure_comes_from_the_receipts() -> None:
         shown = dict(zip(provided[0], row, strict=True))
         assert receipt.branch in shown["Branch"]
         assert shown["File Size"] == f"{receipt.weights_bytes / 1e9:.2f} GB"
-        assert shown["Loaders Proven"] == "AutoGPTQ, Transformers"
+        assert shown["Loaders Proven"] == "AutoGPTQ, Transformers, ONNX Runtime"
         assert shown["Seq Len"] == "2048"
         assert receipt.quality is not None
         assert measured[1] == f"{receipt.quality.perplexity:.4f}"
@@ -185,6 +185,29 @@ def test_every_figure_comes_from_the_receipts() -> None:
         row[:3] for row in proven
     ]
     assert made[2][-1] == "for 2 of 280 linears, up to 0.02"
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"status": "passed", "device": "cpu"}, "Proven on this branch, on CPU"),
+        ({"status": "not run", "reason": "no index"}, "Not run on this branch: no index."),
+        (
+            {"status": "refused", "reason": "knows no yarn"},
+            "No example. Refused by rule, and not run on this",
+        ),
+        ({"status": "failed", "reason": "logits differ"}, "No example. **It failed on this branch:** logits differ."),
+        (None, ""),
+    ],
+)
+def test_the_card_shows_onnx_runtime_where_it_is_named(record: dict[str, Any] | None, words: str) -> None:
+    """Older receipts have no record of it, and their recipes do not name it."""
+    loaders = () if record is None else (LoaderRecord(loader="onnxruntime", required=False, **record),)
+    section = minimal_card(loaders=loaders).partition("### ONNX Runtime\n")[2].partition("\n### AutoGPTQ")[0]
+    assert bool(section) is (record is not None)
+    assert words in section
+    runs = [block.run for block in extract_code_blocks(section) if block.run]
+    assert runs == (["onnxruntime"] if record is not None and record["status"] in ("passed", "not run") else [])
 
 
 def test_the_card_states_what_was_not_measured_or_run() -> None:
@@ -207,7 +230,7 @@ def test_a_loader_of_the_recipe_without_a_record_was_not_run() -> None:
     text = render_card(recipe, CardTexts(), receipts, "llama", "main")
     results = {row[0]: row[2] for row in tables(text)[2][1:]}
     assert results == dict.fromkeys(
-        ("AutoGPTQ", "Transformers", "ExLlamaV2"), "not run: no record of it in the receipt"
+        ("AutoGPTQ", "Transformers", "ExLlamaV2", "ONNX Runtime"), "not run: no record of it in the receipt"
     )
     assert all(row[8] == "none" for row in tables(text)[0][1:])
 

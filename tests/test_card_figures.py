@@ -238,7 +238,9 @@ def test_the_table_of_loaders(page: str, records: list[dict[str, Any]]) -> None:
             assert row["Greedy tokens equal"] == f"{loader['tokens_equal']} of {loader['tokens_generated']}"
     missing = rows["ExLlamaV2", "all"]
     assert [missing[column] for column in ("Relative error", "Top-1 agreement", "Greedy tokens equal")] == ["-"] * 3
-    assert len(rows) == 2 * 4 + 1
+    same = rows["ONNX Runtime", "all"]
+    assert (same["Result"], same["Relative error"], same["Greedy tokens equal"]) == ("passed", "2e-06", "64 of 64")
+    assert len(rows) == 2 * 4 + 1 + 1
 
 
 def test_the_table_of_engines(page: str, records: list[dict[str, Any]]) -> None:
@@ -558,7 +560,7 @@ def test_loaders_come_in_the_order_of_the_recipe_and_then_of_the_receipts() -> N
         for receipt in receipts_of_four(recipe)
     ]
     names = dict.fromkeys(row["Loader"] for row in table(render(recipe, receipts), "Greedy tokens equal"))
-    assert list(names) == ["AutoGPTQ", "Transformers", "ExLlamaV2", "a-stranger"]
+    assert list(names) == ["AutoGPTQ", "Transformers", "ExLlamaV2", "ONNX Runtime", "a-stranger"]
 
 
 def test_a_branch_has_its_own_description() -> None:

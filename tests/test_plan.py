@@ -350,14 +350,17 @@ def refusing(config: dict[str, Any] = LLAMA_2_13B, **parameters: Any) -> set[str
     [
         ({}, set()),
         ({"desc_act": True, "group_size": 32}, {"vllm"}),
-        ({"group_size": -1, "desc_act": True}, set()),
+        ({"group_size": -1, "desc_act": True}, {"onnxruntime"}),
         ({"bits": 8}, {"exllama", "exllamav2"}),
-        ({"bits": 3}, {"exllama", "exllamav2", "gptqmodel-marlin", "vllm", "tgi"}),
-        ({"bits": 3, "desc_act": True}, {"exllama", "exllamav2", "gptq-for-llama", "gptqmodel-marlin", "vllm", "tgi"}),
+        ({"bits": 3}, {"exllama", "exllamav2", "gptqmodel-marlin", "onnxruntime", "vllm", "tgi"}),
+        (
+            {"bits": 3, "desc_act": True},
+            {"exllama", "exllamav2", "gptq-for-llama", "gptqmodel-marlin", "onnxruntime", "vllm", "tgi"},
+        ),
         ({"bits": 2}, {"exllama", "exllamav2", "gptqmodel-marlin", "vllm"}),
         ({"sym": False}, {"gptqmodel", "gptqmodel-marlin", "vllm"}),
         ({"group_size": 256}, {"gptqmodel-marlin", "vllm"}),
-        ({"group_size": 160}, {"exllamav2", "transformers", "gptqmodel", "gptqmodel-marlin", "vllm"}),
+        ({"group_size": 160}, {"exllamav2", "transformers", "gptqmodel", "gptqmodel-marlin", "onnxruntime", "vllm"}),
     ],
 )
 def test_verdicts_follow_the_format_s_table(parameters: dict[str, Any], refusals: set[str]) -> None:
@@ -374,7 +377,7 @@ def test_verdicts_follow_the_format_s_table(parameters: dict[str, Any], refusals
         ({**LLAMA_2_13B, "attention_bias": True}, {"exllama"}),
         ({**LLAMA_2_13B, "head_dim": 64}, {"autogptq", "exllama"}),
         ({**LLAMA_2_13B, "rope_scaling": {"rope_type": "llama3"}}, {"autogptq", "exllama"}),
-        ({**LLAMA_2_13B, "rope_scaling": {"type": "linear", "factor": 2.0}}, {"exllama"}),
+        ({**LLAMA_2_13B, "rope_scaling": {"type": "linear", "factor": 2.0}}, {"exllama", "onnxruntime"}),
         ({**LLAMA_2_13B, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, set()),
         ({**LLAMA_2_13B, "rope_parameters": {"rope_theta": 5e5}}, set()),
         ({**LLAMA_2_13B, "rope_parameters": {"rope_type": "llama3"}}, {"autogptq", "exllama"}),

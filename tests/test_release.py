@@ -69,8 +69,8 @@ NO_BRANCH = "gptq-4bit-99g-actorder_True"
 REQUIRED = RECIPE.loaders.required
 
 ROWS, SEQ_LEN = 4, 96
-# ||loader - ours|| / ||ours||. Measured: 0 (AutoGPTQ) and 1.3e-4 (GPTQModel) for the branch itself, 0.07 and more for
-# any other.
+# ||loader - ours|| / ||ours||. Measured: 0 (AutoGPTQ, ONNX Runtime) and 1.3e-4 (GPTQModel) for the branch itself, 0.07
+# and more for any other.
 RTOL = 0.002
 
 # The demo is too small for threads, and OpenMP threads that wait for a core that others use spin: 52 s instead of 20 s.
@@ -349,13 +349,13 @@ def test_the_cards_python_code_runs_and_answers(
         folder = tmp_path / str(number)
         folder.mkdir()
         printed = run_python(block, loader, pythons[loader], online, folder).strip()
-        if "generate(" in block.text:
+        if "generate" in block.text:
             # It samples, so any answer passes here; greedy answers are tested below.
             assert re.search(r"[A-Za-z]{3,}", printed.splitlines()[-1]), printed
             assert f'"{branch}"' in block.text
         else:
             assert published_files(Path(printed)) == published_files(clones[ACT_ORDER])
-    assert any("generate(" in block.text for block in blocks)
+    assert any("generate" in block.text for block in blocks)
 
 
 # The loaders

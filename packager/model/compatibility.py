@@ -332,10 +332,6 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         ),
         traps=(_note("computes in float16 or bfloat16"),),
     ),
-    "onnxruntime": RuntimeRules(
-        refuses=(_bits(2, 4, 8), _nothing_left, *ONNXRUNTIME_CHECKS),
-        traps=(_note("after conversion, which gives head and embeddings 4 bits by default"), onnxruntime_lengths),
-    ),
     "gptqmodel-marlin": RuntimeRules(
         refuses=(
             _bits(*MARLIN_BITS),
@@ -345,6 +341,10 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
             _out_features_multiple(64),
         ),
         traps=(_note("needs CUDA with compute capability 8.0"),),
+    ),
+    "onnxruntime": RuntimeRules(
+        refuses=(_bits(2, 4, 8), _nothing_left, *ONNXRUNTIME_CHECKS),
+        traps=(_note("after conversion, which gives head and embeddings 4 bits by default"), onnxruntime_lengths),
     ),
     "vllm": RuntimeRules(
         refuses=(

@@ -1,14 +1,14 @@
 """What ONNX Runtime reads of GPTQ checkpoints: the model builder of onnxruntime-genai, and the kernel on the CPU.
 
 Read on 2026-11-29 in the wheel of onnxruntime-genai 0.18.0 (onnxruntime_genai/models), and run with onnxruntime 1.32.0,
-onnx 1.23.2 and transformers 5.23.0 on a CPU; `tests/test_loaders_of_decoders.py` runs it again.
+onnx 1.23.2 and transformers 5.23.0 on a CPU; `tests/test_onnxruntime_loader.py` runs it again.
 """
 
 from packager.model.architecture import Architecture
 from packager.model.rope import rope_of
 from packager.variant import Variant
 
-# Classes of builder.py, `create_model`, whose checkpoints it converted here into what our forward computes.
+# Classes of `builder.create_model` whose checkpoints it converted here into what our forward computes.
 ONNXRUNTIME_OPENS = frozenset(
     """
     Ernie4_5ForCausalLM GraniteForCausalLM HunYuanDenseV1ForCausalLM LlamaForCausalLM MistralForCausalLM
@@ -16,10 +16,11 @@ ONNXRUNTIME_OPENS = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# builders/gemma.py and nemotron.py, `add_offset`. Relative errors: 0.0003 to 0.001 in float16, 0.002 to 0.009 in bfloat16.
+# `add_offset` of builders.gemma and builders.nemotron. Relative errors: 0.0003 to 0.001 where norms are stored in
+# float16, 0.002 to 0.009 in bfloat16.
 _ROUNDS_NORMS = "adds 1 to the norms' weights in the precision in which they are stored, which rounds them"
 _BY_LAYER_TYPE = "fails with transformers 5.23, whose config has parameters for each type of layer"
-_NAMES = "does not know the names of its linears"  # loaders/base.py, `QuantizedModel.__init__`
+_NAMES = "does not know the names of its linears"  # loaders.base, `QuantizedModel.__init__`
 _DROPS_QUANTIZATION = "deletes quantization_config, and then loads with transformers"
 # Classes that it lists and does not convert, or converts into something else.
 ONNXRUNTIME_FAILS: dict[str, str] = {
@@ -36,21 +37,21 @@ ONNXRUNTIME_FAILS: dict[str, str] = {
     "Lfm2VlForConditionalGeneration": _NAMES,
     "Mistral3ForConditionalGeneration": _DROPS_QUANTIZATION,
     "NemotronForCausalLM": _ROUNDS_NORMS,
-    "OlmoForCausalLM": "computes the norms without their mean, without an error",  # builders/olmo.py, `make_layernorm`
+    "OlmoForCausalLM": "computes the norms without their mean, without an error",  # builders.olmo, `make_layernorm`
     "PhiForCausalLM": _NAMES,
     "Qwen3VLForConditionalGeneration": "makes a model that does not run: position_ids has three axes",
     "Qwen3_5ForConditionalGeneration": _NAMES,
     "Qwen3_5MoeForConditionalGeneration": _NAMES,
-    "SmolLM3ForCausalLM": "fails: its layers without a rotary embedding ask for position_ids",  # builders/smollm.py
+    "SmolLM3ForCausalLM": "fails: its layers without a rotary embedding ask for position_ids",  # builders.smollm
 }
 
-# Rotary embeddings by class: builders/llama.py, phi.py, and base.py for the others, `make_rope_init`.
+# Rotary embeddings by class: `make_rope_init` of builders.llama, builders.phi, and builders.base for the others.
 _ROPE_TYPES = {
     "LlamaForCausalLM": ("default", "llama3", "dynamic"),
     "Phi3ForCausalLM": ("default",),
 }
 _OTHER_ROPE_TYPES = ("default", "linear")
-# Classes whose config has a sliding window and no layer_types, without which builders/base.py, `is_local`, finds no
+# Classes whose config has a sliding window and no layer_types, without which builders.base, `is_local`, finds no
 # layer that has the window.
 _WINDOW_IGNORED = ("MistralForCausalLM", "Phi3ForCausalLM")
 
@@ -70,7 +71,7 @@ def _classes(_: Variant, architecture: Architecture) -> str:
 
 
 def _blocks(variant: Variant, architecture: Architecture) -> str:
-    """Return which group the kernel refuses: its columns must be a power of two, from 16 on, in some cases up to 256."""
+    """Return which group the kernel refuses: it takes powers of two from 16 on, in some cases up to 256."""
     for linear in architecture.example_linears:
         whole = variant.group_size == -1
         size = linear.in_features if whole else variant.group_size
@@ -86,8 +87,8 @@ def _blocks(variant: Variant, architecture: Architecture) -> str:
 def _act_order(variant: Variant, _: Architecture) -> str:
     """Return what the kernel does not compute with g_idx, which the builder passes on wherever desc_act is true.
 
-    With 8 bits it raises an error. With 2 bits it takes the weights for others, and with 4 bits every zero for 8, without
-    one (relative errors 0.5 to 1.2).
+    With 8 bits it raises an error. With 2 bits it takes the weights for others, and with 4 bits every zero for 8: no
+    error, and relative errors of the logits of 0.5 to 1.2.
     """
     if not variant.desc_act:
         return ""
@@ -97,11 +98,11 @@ def _act_order(variant: Variant, _: Architecture) -> str:
 
 
 def _rope(_: Variant, architecture: Architecture) -> str:
-    """Return what the model builder does not know of a rotary embedding, or computes as a plain one without an error."""
+    """Return what of a rotary embedding the model builder does not know, or silently computes as a plain one."""
     kind, config = architecture.rope_type, architecture.text_config
     if kind not in _ROPE_TYPES.get(architecture.model_class, _OTHER_ROPE_TYPES):
         return f"computes no rotary embedding of type {kind}"
-    # builders/ernie.py divides the positions by it; transformers 5 does not read it.
+    # builders.ernie divides the positions by it; transformers 5 does not read it.
     if config.get("compression_ratio", 1) not in (1, None):
         return "reads compression_ratio, which transformers does not"
     heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")

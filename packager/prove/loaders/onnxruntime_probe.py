@@ -1,11 +1,11 @@
 """Convert GPTQ checkpoints for ONNX Runtime, compute with it on the CPU, write its logits and tokens to files.
 
-Stand-alone, run as `python onnxruntime_probe.py JOB.json ...` where onnxruntime-genai, onnxruntime, onnx and
-transformers are installed; `packager_isolated.py` describes a job and its output files. Exit status 1 if any job failed.
+Stand-alone, run as `python onnxruntime_probe.py JOB.json ...` where onnxruntime-genai, onnxruntime and onnx are
+installed; `packager_isolated.py` describes a job and its output files. Exit status 1 if any job failed.
 
-onnxruntime-genai's model builder reads the checkpoint and writes an ONNX model, whose quantized linears are nodes of the
-operator com.microsoft.MatMulNBits. The builder ignores an option that it does not know, quantizes what the checkpoint
-left in float16, and takes an unknown accuracy for one with int8 activations: the nodes are compared with the checkpoint.
+onnxruntime-genai's model builder reads the checkpoint and writes an ONNX model, whose quantized linears are nodes of
+the operator com.microsoft.MatMulNBits. The builder ignores options that it does not know. By default it quantizes what
+the checkpoint left in float16, and lets activations be rounded to int8. So the nodes are compared with the checkpoint.
 """
 
 import importlib
@@ -189,7 +189,8 @@ class OnnxDecoder:
     def greedy(self, prompt: list[int], max_new_tokens: int, ends: list[int]) -> list[int]:
         """Return the tokens generated greedily after `prompt`; an end-of-sequence token is the last one."""
         new: list[int] = []
-        ids, start, cache = prompt, 0, {}
+        ids, start = prompt, 0
+        cache: dict[str, Any] = {}
         while len(new) < max_new_tokens and (not new or new[-1] not in ends):
             found = self._step(ids, start, cache)
             start += len(ids)
