@@ -191,6 +191,51 @@ def test_what_is_not_used_is_listed_and_not_read(recipe: RecipeFile, model: Path
     assert {path.name for path in list_source_files(model).paths} <= {*CONTENT_RULES, "model.safetensors"}
 
 
+def test_templates_in_a_folder_are_read_and_part_of_the_record(recipe: RecipeFile, model: Path) -> None:
+    folder = model / "additional_chat_templates"
+    folder.mkdir()
+    for name in ("tool_use.jinja", "notes.txt", ".jinja"):
+        (folder / name).write_text("{{ messages }}")
+    write_lock_of_folder(recipe.path, "tester/tiny", model)
+    source = open_source(RecipeFile.load(recipe.path), lambda _: None)
+    assert source.files.templates == ("chat_template.jinja", "additional_chat_templates/tool_use.jinja")
+    assert set(source.files.templates) <= source.record.files.keys()
+    assert not set(source.files.templates) & set(source.files.copied)
+    before = source.record.digest
+    (folder / "tool_use.jinja").write_text("{{ messages[0] }}")
+    with pytest.raises(SourceError, match="chat template is not the one that the lock was made of"):
+        open_source(RecipeFile.load(recipe.path), lambda _: None)
+    write_lock_of_folder(recipe.path, "tester/tiny", model)
+    assert open_source(RecipeFile.load(recipe.path), lambda _: None).record.digest != before
+
+
+TEMPLATE_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a link out of the folder": (
+        lambda folder: folder.symlink_to(folder.parents[2] / "elsewhere"),
+        "out of the folder",
+    ),
+    "a FIFO": (lambda folder: (folder.mkdir(), os.mkfifo(folder / "a.jinja")), "not a regular file"),
+    "too many": (
+        lambda folder: (folder.mkdir(), [(folder / f"{number}.jinja").touch() for number in range(21)]),
+        "21, and a branch has 20 at most",
+    ),
+    "too large": (lambda folder: (folder.mkdir(), (folder / "a.jinja").write_text("a" * 1_000_001)), "1000000 bytes"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), TEMPLATE_FOLDERS.values(), ids=TEMPLATE_FOLDERS)
+def test_a_hostile_folder_of_templates_is_refused(
+    recipe: RecipeFile, model: Path, tmp_path: Path, make: Callable[[Path], object], reason: str
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "private.jinja").write_text(PRIVATE)
+    make(model / "additional_chat_templates")
+    with pytest.raises(SourceError) as caught:
+        check_folder_of(recipe)
+    assert reason in caught.value.why
+    assert "additional_chat_templates" in caught.value.where
+
+
 def swap_for_link(path: Path) -> None:
     target = path.parents[1] / "elsewhere"
     shutil.copy(path, target)

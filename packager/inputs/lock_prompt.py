@@ -13,6 +13,7 @@ from packager.inputs.tokenizer import check_vocabulary
 from packager.model.branch_config import branch_file
 from packager.model.branch_rules import ModelFacts
 from packager.model.lock import Lock
+from packager.receipt import TOKENIZER, TOKENIZER_CONFIG
 from packager.recipe import Recipe
 
 
@@ -36,7 +37,7 @@ def with_prompt(
     """
     facts = ModelFacts.of(lock.model.config, template=templates_beside(folder))
     files = {name: branch_file(name, read_small(folder, name), facts).data for name in copied_names(folder)}
-    if partial and not files:
+    if partial and not {TOKENIZER, TOKENIZER_CONFIG} & files.keys():
         return lock
     try:
         with ModelProcess() as process:
