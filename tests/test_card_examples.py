@@ -13,6 +13,7 @@ from packager.card.markdown import extract_code_blocks
 from packager.pipeline.cards import prompting_of
 from tests import card_fixtures as fixtures
 from tests.family_tokenizers import FAMILIES, save_family
+from tests.samples import sampled
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -76,7 +77,7 @@ def run_example(text: str, runtime: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", sampled(RUNTIMES, "autogptq"))
 def test_an_example_gives_the_ids_of_the_chat_template(
     folder: Path, given: list[list[int]], runtime: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,7 +96,7 @@ def test_an_example_gives_the_ids_of_the_chat_template(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", sampled(RUNTIMES, "autogptq"))
 @pytest.mark.parametrize("template", ["Say: {prompt}", "<s>Say: {prompt}"])
 def test_an_example_without_a_chat_template_fills_in_the_prompt_template(
     folder: Path, given: list[list[int]], runtime: str, template: str, capsys: pytest.CaptureFixture[str]

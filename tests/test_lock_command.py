@@ -152,6 +152,7 @@ def test_the_command_shows_the_model_and_what_is_left(recipe: Path) -> None:
     copy = recipe.parent / "copy"
     copy.mkdir()
     (copy / "config.json").write_text(json.dumps(config))
+    (copy / "generation_config.json").write_text("{}")  # no tokenizer is there all the same
     recipe = write_recipe(recipe.parent, {"base_model": HUB_MODEL})
     result = run(recipe, "--from", copy)
     assert result.exit_code == 0, result.output

@@ -20,6 +20,7 @@ from packager.model.branch_rules import ModelFacts
 from packager.receipt import CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from tests import same_tokens
 from tests.family_tokenizers import FAMILIES, save_family
+from tests.samples import sampled
 
 Change = Callable[[dict[str, Any], dict[str, Any]], object]
 
@@ -85,7 +86,7 @@ def process() -> Iterator[ModelProcess]:
         yield process
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=sampled(list(FAMILIES), "llama 2", "llama without a prefix space", "fast"))
 def family(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """The folder of a base model without weights, with a tokenizer of a family."""
     pytest.importorskip("torch")
