@@ -384,3 +384,18 @@ def test_every_kind_of_variant_stores_the_engines_result(
         for key in untouched:
             assert stored[key].dtype == dtype
             assert torch.equal(stored[key], base[key])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", [True, False])
+def test_the_cards_example_uses_a_chat_template_if_there_is_one(tmp_path: Path, template: bool) -> None:
+    write_inputs(tmp_path)
+    changes: dict[str, Any] = {"variants": RECIPE["variants"][:1]}
+    if not template:
+        (tmp_path / "model" / "chat_template.jinja").unlink()
+        text = {key: value for key, value in RECIPE["evaluation"].items() if key != "questions"}
+        changes |= {"evaluation": text, "loaders.prompts": [], "card.example_prompt": "An old bird sings"}
+    build(write_recipe(tmp_path, changes), tmp_path / "dist")
+    card = (workspace(tmp_path / "dist").folder(MAIN) / "README.md").read_text()
+    assert ("apply_chat_template" in card) is template
+    assert ('prompt = "<s>[INST] An old bird sings [/INST]"' in card) is not template
