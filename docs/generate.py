@@ -381,7 +381,8 @@ def _example_architectures() -> Iterator[Architecture]:
     llama = architecture_of(read_recipe_lock(lock_path(EXAMPLE_RECIPE), EXAMPLE_RECIPE).model, EXAMPLE_RECIPE.name)
 
     def with_config(**changes: object) -> Architecture:
-        return replace(llama, config={**llama.config, **changes})
+        resolved = {key: value for key, value in llama.resolved.items() if key not in changes}
+        return replace(llama, config={**llama.config, **changes}, resolved=resolved)
 
     def with_first_linear(**changes: object) -> Architecture:
         (kind,) = llama.kinds

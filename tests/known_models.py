@@ -168,7 +168,7 @@ def _model(config: Mapping[str, object], family: Family, sizes: _Sizes) -> Locke
         vocab_size=sizes.vocab, kv_bytes_per_token=2 * 2 * sizes.num_blocks * sizes.keys,
         kv_cache=LockedCache(windows=_windows(config, sizes)),
         tied=("lm_head.weight",) if sizes.tied else (), tensors=tuple(_tensors(sizes, linears)),
-        config=dict(config),  # type: ignore[arg-type]
+        config=dict(config), resolved={},  # type: ignore[arg-type]
     )  # fmt: skip
 
 

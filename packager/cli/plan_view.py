@@ -56,8 +56,9 @@ def context_lines(plan: BuildPlan) -> list[str]:
     lines = [f"To run: weights and {cached}, what is cached of {plan.context_tokens} tokens; nothing else."]
     if plan.architecture.kv_cache is None:
         lines.append(
-            "note: the lock is of an older release and does not say which layers cache the last tokens only: every "
-            "layer is counted with all tokens, states are not counted; make it anew: packager lock RECIPE"
+            "note: the lock is of an older release and does not say which layers cache the last tokens only, nor what "
+            "transformers takes for keys that config.json leaves out: every layer is counted with all tokens, states "
+            "are not counted; make it anew: packager lock RECIPE"
         )
     return lines
 

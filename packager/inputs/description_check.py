@@ -4,6 +4,7 @@ Releases of transformers build a model in other ways, releases of packager quant
 text file: it may have been edited or merged by hand.
 """
 
+import json
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -42,9 +43,15 @@ def check_description(source: SourceModel, lock: Lock) -> None:
 def description_differences(locked: LockedModel, found: LockedModel) -> Iterator[str]:
     """Yield how two descriptions of a model differ in their class, their sizes, their blocks and what is quantized."""
     before, after = _described(locked), _described(found)
+    if locked.resolved is not None:  # an older lock does not say it
+        before, after = ({**facts, **_defaults(each)} for facts, each in ((before, locked), (after, found)))
     for name in dict.fromkeys((*before, *after)):
         if before.get(name) != after.get(name):
             yield f"{name} is {after.get(name, 'not there')}, in the lock {before.get(name, 'not there')}"
+
+
+def _defaults(model: LockedModel) -> Described:
+    return {f"the default of {key}": json.dumps(value, sort_keys=True) for key, value in (model.resolved or {}).items()}
 
 
 def _described(model: LockedModel) -> Described:

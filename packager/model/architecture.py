@@ -8,7 +8,7 @@ from functools import cache, cached_property
 from typing import NamedTuple
 
 from packager.errors import PlanError
-from packager.model.config_values import ConfigReader
+from packager.model.config_values import READ_KEYS, ConfigReader, text_part
 from packager.model.lock import LockedCache, LockedExperts, LockedGroup, LockedModel, LockedTensors
 from packager.model.name_patterns import names_of, read_numbers, write_numbers
 from packager.model.safetensors_file import DTYPE_BYTES, TensorInfo
@@ -77,6 +77,7 @@ class Architecture:
 
     Attributes:
         config: the base model's config.json.
+        resolved: what transformers takes for keys that it leaves out, see `text_config`.
         model_type: as config.json spells it.
         model_class: of transformers.
         blocks_path: the module that holds the blocks, as transformers builds the model.
@@ -89,6 +90,7 @@ class Architecture:
     """
 
     config: Mapping[str, object]
+    resolved: Mapping[str, object]
     model_type: str
     model_class: str
     blocks_path: str
@@ -137,17 +139,15 @@ class Architecture:
         blocks = sorted((block, kind.blocks) for kind in self.kinds for block in kind.blocks)
         return [name.replace("{block}", str(block)) for block, kind in blocks for name in names[kind]]
 
-    @property
+    @cached_property
     def text_config(self) -> Mapping[str, object]:
-        """The part of config.json about the language model."""
-        text = self.config.get("text_config")
-        return text if isinstance(text, Mapping) else self.config
+        """The part of config.json about the language model, with what transformers takes for keys that it lacks."""
+        return {**text_part(self.config), **self.resolved}
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """The longest row, as config.json gives it under one of its names; None for a model without a limit."""
-        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-        values = (self.text_config.get(name) for name in names)
+        """The longest row, under one of the names that configs have for it; None for a model without a limit."""
+        values = (self.text_config.get(name) for name in READ_KEYS["max_position_embeddings"])
         found = (value for value in values if isinstance(value, int) and not isinstance(value, bool) and value > 0)
         return next(found, None)
 
@@ -168,7 +168,7 @@ class Architecture:
 
     @property
     def sliding_window(self) -> int | None:
-        """As in config.json, whether the family uses it or not; None where it can never matter."""
+        """As `text_config` gives it, whether the family uses it or not; None where it can never matter."""
         return ConfigReader(self.text_config).sliding_window()
 
     @property
@@ -286,6 +286,7 @@ def architecture_of(locked: LockedModel, where: str) -> Architecture:
     model_type = locked.config.get("model_type")
     architecture = Architecture(
         config=locked.config,
+        resolved=locked.resolved or {},
         model_type=model_type if isinstance(model_type, str) else locked.model_class,
         model_class=locked.model_class,
         blocks_path=locked.blocks_path,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from packager.model.architecture import Architecture
-from packager.model.config_values import DTYPES
+from packager.model.config_values import DTYPES, text_part
 from packager.model.contract_files import TOKENIZER_FILE_KEYS, names_other_file
 from packager.model.rope import spelled_for_all
 from packager.model.tokenizer_file import config_for_all, model_with_merges_as_lines
@@ -55,11 +55,9 @@ class ModelFacts:
         cls, config: Document, architecture: Architecture | None = None, *, template: Templates | None = None
     ) -> Self:
         """Return what a config.json and, where they are known, a lock and the files of chat templates say."""
-        text = config.get("text_config")
-        vocab_size = int_value((text if isinstance(text, Mapping) else config).get("vocab_size"))
         if architecture is None:
-            return cls(vocab_size=vocab_size, template=template)
-        unties = bool(architecture.own)
+            return cls(vocab_size=int_value(text_part(config).get("vocab_size")), template=template)
+        vocab_size, unties = int_value(architecture.text_config.get("vocab_size")), bool(architecture.own)
         return cls(vocab_size=vocab_size, dtype=architecture.dtype, unties=unties, template=template)
 
 

@@ -15,6 +15,12 @@ DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 MOST_BLOCKS = 1000  # larger numbers are typing errors, as beyond LARGEST_SIZE, and planning them would never end
 LARGEST_SIZE = 1 << 24
 _MAX_SHORT = 40
+# Keys of the text part that packager reads, with the names under which config.json may have each.
+READ_KEYS = {
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
+    "rope_parameters": ("rope_scaling", "rope_parameters"),
+    **{key: (key,) for key in ("sliding_window", "head_dim", "num_attention_heads", "vocab_size")},
+}
 
 
 def unusable_config(config: Mapping[str, object], what: str, folder: Path, error: Exception) -> SourceError:
@@ -35,6 +41,12 @@ def _texts(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
         elif isinstance(value, Mapping):
             yield from _texts(value, f"{prefix}{key}.")
+
+
+def text_part(config: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the part of a config.json about the language model: `text_config` where there is one, else all of it."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
 
 
 def read_config(path: Path) -> dict[str, object]:

@@ -3,6 +3,7 @@
 Needs transformers and the names and shapes of the stored tensors; never a weight.
 """
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from packager.errors import SourceError
 from packager.model.architecture import IGNORED_SUFFIXES
 from packager.model.computed_buffers import compute_buffers
-from packager.model.config_values import ConfigReader, read_config
+from packager.model.config_values import READ_KEYS, ConfigReader, read_config, text_part
 from packager.model.described_groups import DescribedGroup, GroupDescriber
 from packager.model.lock import LockedCache, LockedGroup, LockedKind, LockedModel, LockedTensors, LockedWindow
 from packager.model.name_patterns import natural_key, patterns_of, write_numbers
@@ -70,7 +72,19 @@ def describe(folder: Path, stored: Mapping[str, TensorInfo] | None, own: Collect
         own=tuple(sorted(own)),
         tensors=_patterns({name: tensor for name, tensor in stored.items() if name not in tied}),
         config=cast(dict[str, Any], config),
+        resolved=_resolved(model, config),
     )
+
+
+def _resolved(model: nn.Module, config: Mapping[str, object]) -> dict[str, JsonValue]:
+    """Return `LockedModel.resolved`."""
+    text, given = cast(Any, model).config.get_text_config(decoder=True), text_part(config)
+    values = {
+        key: getattr(text, key, None)
+        for key, spellings in READ_KEYS.items()
+        if all(given.get(name) is None for name in spellings)
+    }
+    return {key: value for key, value in json.loads(json.dumps(values)).items() if value is not None}
 
 
 def _saved(model: nn.Module, config: Mapping[str, object]) -> dict[str, TensorInfo]:
@@ -79,8 +93,7 @@ def _saved(model: nn.Module, config: Mapping[str, object]) -> dict[str, TensorIn
     Raises:
         SourceError: config.json gives none.
     """
-    text = config.get("text_config")
-    reader = ConfigReader({**text, **config} if isinstance(text, Mapping) else config)
+    reader = ConfigReader({**text_part(config), **config})
     dtype = reader.dtype()
     if reader.problems:
         raise SourceError(

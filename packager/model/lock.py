@@ -182,6 +182,8 @@ class LockedModel(Record):
         own: stored names of tensors that config.json calls tied, although the files hold values of their own for them.
         tensors: of the base model's files.
         config: its config.json.
+        resolved: what transformers takes for keys that `config` leaves out in its part about the language model, of
+            those that packager reads; None in locks of older releases.
     """
 
     model_class: Name
@@ -195,6 +197,7 @@ class LockedModel(Record):
     own: tuple[Name, ...] = ()
     tensors: Annotated[tuple[LockedTensors, ...], Field(min_length=1, max_length=MOST_NAMES)]
     config: dict[str, JsonValue]
+    resolved: dict[str, JsonValue] | None = None
 
     @model_validator(mode="after")
     def _blocks_are_complete(self) -> Self:

@@ -20,8 +20,15 @@ def rope_of(config: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def rope_type(config: Mapping[str, object]) -> str:
-    """Return "default", "linear", "llama3", "yarn" ..."""
+    """Return "default", "linear", "llama3", "yarn" ...; of parameters for each kind of layer the first other one."""
     rope = rope_of(config)
+    each = [value for value in rope.values() if isinstance(value, Mapping)]
+    if each and len(each) == len(rope):
+        return next((kind for kind in map(_rope_type, each) if kind != "default"), "default")
+    return _rope_type(rope)
+
+
+def _rope_type(rope: Mapping[str, object]) -> str:
     return str(rope.get("rope_type") or rope.get("type") or "default")
 
 

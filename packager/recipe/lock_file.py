@@ -49,8 +49,9 @@ def lock_text(lock: Lock) -> str:
     content = lock.model_dump(mode="json")
     if not lock.model.own:  # hardly any model has one
         del content["model"]["own"]
-    if lock.model.kv_cache is None:  # an older lock, which is written as it was
-        del content["model"]["kv_cache"]
+    for key in ("kv_cache", "resolved"):  # which an older lock lacks
+        if content["model"][key] is None:
+            del content["model"][key]
     return _written(content, "") + "\n"
 
 
