@@ -4,12 +4,16 @@ import json
 import re
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from transformers.models.llama import modeling_llama
 
+from packager.cli.plan_view import left_lines
 from packager.errors import SourceError
 from packager.model import trace
+from packager.model.architecture import architecture_of
+from packager.model.checkpoint import block_keys
 from packager.model.describe import describe
 from tests.proven_decoders import check_forward, facts_of, stored_in
 from tests.samples import sampled
@@ -96,6 +100,22 @@ def test_most_decoders_are_built():
     assert PROVEN.keys() <= set(NAMES)
     assert len(PROVEN) - len(refused) >= 55
     assert len(refused) <= 12
+
+
+def test_experts_that_no_linear_holds_are_left_by_name(tmp_path):
+    """Llama 4 has a forward of its own for them. Of Qwen3-VL the files hold those of all experts in one tensor."""
+    for name, module, reason in (
+        ("llama4_text", "feed_forward.experts", "its experts are computed by a forward of their own"),
+        ("qwen3_vl_moe", "mlp.experts", "its experts are not stored as one tensor for each linear, as runtimes read"),
+    ):
+        locked = describe(tiny_decoder(name, tmp_path / name), None)
+        assert all(kind.left[module].startswith(reason) for kind in locked.kinds)
+        architecture = architecture_of(locked, "")
+        (line,) = [line for line in left_lines(architecture) if module in line]
+        assert line.startswith(f"Not quantized, because {reason}")
+        path = re.escape(architecture.blocks_path)
+        dynamic = cast(dict[str, Any], block_keys(architecture)["dynamic"])
+        assert rf"-:^{path}\.\d+\.{re.escape(module)}$" in dynamic
 
 
 def test_a_config_without_a_dtype_needs_the_weights(tmp_path):

@@ -15,6 +15,7 @@ from packager.model.stored_names import StoredNames
 from packager.model.trace import Trace
 
 _ROUTES = "it routes tokens to experts"
+_OTHER_EXPERTS = "its experts are computed by a forward of their own, not by that of other mixtures"
 _WIDTH = 32  # 32 values fill whole 32-bit words for every number of bits; kernels take no other widths
 
 
@@ -74,6 +75,11 @@ class GroupDescriber:
             name: _ROUTES
             for name, module in block.named_modules()
             if not isinstance(module, nn.Linear) and self._is_router(index, name, getattr(module, "weight", None))
+        }
+        left |= {
+            name: _OTHER_EXPERTS
+            for name, module in block.named_modules()
+            if _has_3d_weights(module) and not any(f"{name}.".startswith(f"{parent}.") for parent in left)
         }
         found: list[tuple[DescribedGroup, int, int]] = []
         peak = traced.peak
@@ -147,7 +153,7 @@ class GroupDescriber:
         if not top_k:
             raise _LeftError("how it routes tokens is not understood")
         if experts.module.has_bias:
-            raise _LeftError("its experts have biases, which no runtime reads in a GPTQ checkpoint")
+            raise _LeftError("its experts have biases, which no runtime was proven to read in a GPTQ checkpoint")
         first, down = (self._experts_group(index, name, experts, each, top_k) for each in experts.parameters)
         return first, down
 
@@ -184,6 +190,13 @@ class GroupDescriber:
                 per_token=parameter == experts.first,
             ),
         )
+
+
+def _has_3d_weights(module: nn.Module) -> bool:
+    """Return whether a module that is not one of experts has weights like theirs; those of convolutions are narrow."""
+    return not is_experts(module) and any(
+        weight.ndim == 3 and min(weight.shape[1:]) >= _WIDTH for weight in module.parameters(recurse=False)
+    )
 
 
 def _check_shape(in_features: int, out_features: int) -> None:
