@@ -84,7 +84,7 @@ GRID = [
 ]
 QUICK = ("llama", "llama#plain,asym", "llama#asym", "llama#8bit", "llama#2bit,plain", "phi3", "olmo", "llama%linear")
 OTHERS = [*FAILED.split(), *SPECIAL.split(), *UNTRAPPED]
-CASES = [*QUICK, *[case for case in (*GRID, *OTHERS) if case not in QUICK]]
+CASES = list(dict.fromkeys([*QUICK, *GRID, *OTHERS]))
 
 
 def parts_of(case: str) -> tuple[str, list[str], list[str], list[str]]:
@@ -158,13 +158,16 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("case", sampled(CASES, *QUICK))
 def test_the_result_is_the_predicted_one(seen: Seen, case: str) -> None:
-    """Measured where it passes: relative errors of 0.000002 at most."""
+    """Measured where it passes: relative errors of 0.00001 at most, and of 0.000026 once.
+
+    In that case (granite#2bit,g64,plain,asym) our own forward in float32 differs from float64 by 0.00007.
+    """
     record, verdict = seen.records[case], seen.verdicts[case]
-    # Branches of one model that differ in the grid only can be closer to each other than the loader's own rounding.
     assert (record.status == "passed") is verdict.can_load, (record.reason, verdict.reason)
     if verdict.can_load:
         assert record.relative_error is not None
-        assert record.relative_error <= 1e-5
+        assert SPEC.float32_tolerance is not None
+        assert record.relative_error <= SPEC.float32_tolerance
         assert record.dtype == "float32"
         assert record.kernel == "com.microsoft.MatMulNBits (CPUExecutionProvider)"
         assert record.tokens_generated == record.tokens_equal > 0

@@ -96,6 +96,30 @@ def test_a_loader_that_a_rule_refuses_is_recorded_as_refused_and_not_run(monkeyp
     assert ran.ran
 
 
+def test_a_loader_without_cuda_runs_on_the_cpu_in_a_run_on_cuda(monkeypatch):
+    devices = {}
+
+    def probe(job: ProbeJob) -> LoaderError:
+        devices[job.output_dir.parent.name] = job.device
+        return LoaderError("it did not finish")
+
+    replace_loaders(monkeypatch, probe)
+    loaders = Loaders(required=("transformers", "onnxruntime"))
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    job = job_of({"main": Path("main")}, ids, loaders=loaders, device=torch.device("cuda"))
+    verify.check_loaders(job, {"main": OWN}, lambda _: None)
+    assert devices == {"transformers": "cuda", "onnxruntime": "cpu"}
+
+
+def test_the_tolerance_may_be_the_loader_s_own(monkeypatch):
+    replace_loaders(monkeypatch, lambda _: result_of(OWN * np.float32(1.0003)))
+    loaders = Loaders(required=("transformers", "onnxruntime"))
+    job = job_of({"main": Path("main")}, torch.zeros(2, 8, dtype=torch.int64), loaders=loaders)
+    records = verify.check_loaders(job, {"main": OWN}, lambda _: None)["main"]
+    assert [record.status for record in records] == ["passed", "failed"]
+    assert records[1].reason == "logits differ by 0.0003 relative, allowed 0.0001 in float32"
+
+
 def test_a_probe_must_write_as_many_logits_as_ours_have(monkeypatch):
     seen = []
 
