@@ -79,7 +79,7 @@ def test_a_local_model_becomes_a_recipe_with_a_green_plan(folder: Path) -> None:
     tokens = (folder / "calibration.txt").stat().st_size // 6
     assert (recipe.calibration.num_samples, recipe.calibration.seq_len) == (tokens // 64, 64)
     assert [variant.group_size for variant in recipe.expanded_variants()] == [32, 32]  # 64 does not divide 96
-    assert recipe.loaders.required == ("autogptq", "transformers")
+    assert recipe.loaders.required == ("autogptq", "transformers", "onnxruntime")
     assert recipe.loaders.if_available == ("exllamav2",)
 
 
@@ -87,7 +87,7 @@ def test_a_local_model_becomes_a_recipe_with_a_green_plan(folder: Path) -> None:
 def test_what_init_writes_is_built(folder: Path) -> None:
     assert run(*LOCAL, "--calibration", "calibration.txt", "--evaluation", "evaluation.txt").exit_code == 0
     path = folder / "tiny-1b_chat.yaml"
-    path.write_text(path.read_text().replace("  required: [autogptq, transformers]\n", ""))
+    path.write_text(path.read_text().replace("  required: [autogptq, transformers, onnxruntime]\n", ""))
     receipts = build(path, folder / "dist").receipts
     assert [receipt.provenance.branch for receipt in receipts] == ["main", "gptq-4bit-32g-actorder_True"]
     assert all(receipt.provenance.quality is not None for receipt in receipts)
