@@ -15,7 +15,7 @@ from packager.model.stored_names import StoredNames
 from packager.model.trace import Trace
 
 _ROUTES = "it routes tokens to experts"
-_OTHER_EXPERTS = "its experts are computed by a forward of their own, not by that of other mixtures"
+_OTHER_3D = "its weights of three dimensions are no linear's, and it is not run as transformers runs experts"
 _WIDTH = 32  # 32 values fill whole 32-bit words for every number of bits; kernels take no other widths
 
 
@@ -77,7 +77,7 @@ class GroupDescriber:
             if not isinstance(module, nn.Linear) and self._is_router(index, name, getattr(module, "weight", None))
         }
         left |= {
-            name: _OTHER_EXPERTS
+            name: _OTHER_3D
             for name, module in block.named_modules()
             if _has_3d_weights(module) and not any(f"{name}.".startswith(f"{parent}.") for parent in left)
         }
