@@ -296,9 +296,9 @@ def status_command(
     watch: Annotated[bool, typer.Option("--watch", help="Follow the build that is running until it ends.")] = False,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Show what is built, measured, verified and published, and what a running build does.
+    """Show what is built and published, and what a build does now.
 
-    Changes nothing. Of an interrupted build it counts the finished blocks, with which the next run continues. Exits
+    Changes nothing. Shows the size, the quality, the loaders' results and the published commit of each variant. Of an interrupted build it counts the finished blocks, with which the next run continues. Exits
     with 0 even if nothing is built; `--format json` lists the stages that are missing.
     """
     from packager.cli.status_view import print_status, watch_status
