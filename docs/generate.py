@@ -183,19 +183,21 @@ def branch_configs_page() -> str:
 
 _TOKENIZERS = """## The tokenizer
 
-A branch gives the tokens that transformers 5 makes of the base model's files, in every runtime. Two kinds of
-differences stand in the way, and are found by opening the tokenizer in `packager lock` and in a build, which name
-what they change:
+A branch gives the tokens that the base model's `tokenizer.json` makes, in every runtime. Two kinds of differences
+stand in the way, and are found by opening the tokenizer in `packager lock` and in a build, which name what they
+change:
 
 - Classes of transformers 5 such as `LlamaTokenizer` take the vocabulary out of `tokenizer.json` and build the rest
   themselves. Llama 2's file puts a space before every stretch of text between special tokens; the class does so at
   the beginning of a text only (`legacy: false`). transformers 4, ExLlamaV2 and the servers read the file.
-  `tokenizer.json` is written as the class builds the tokenizer.
 - Classes of transformers 4 read flags of `tokenizer_config.json` that transformers 5 does not read beside a
   `tokenizer.json`: `add_bos_token` and `add_eos_token` in the place of the post-processor, `add_prefix_space`, for
-  which `LlamaTokenizer` needs sentencepiece; without a `tokenizer_class` they take the family's. `tokenizer_class`
-  becomes `PreTrainedTokenizerFast`, which every release reads as the file is, and the defaults of the class are
-  written into the file.
+  which `LlamaTokenizer` needs sentencepiece; without a `tokenizer_class` they take the family's.
+
+`tokenizer_class` becomes `PreTrainedTokenizerFast`, which every release reads as the file is, and the defaults of the
+class are written into the file. `tokenizer.json` itself stays, but for three cases, in which it is written as
+transformers 5 builds the tokenizer: the tokens at both ends of a text, where transformers 5 adds others; a config that
+asks for `add_prefix_space` or `from_slow`; and a family whose class transformers 5 takes whatever the config names.
 
 Files that are read alike are copied byte for byte. What was made is opened once more and compared with the base
 model's tokenizer. Of 26 kinds of tokenizers in `tests/family_tokenizers.py`, transformers 4.57.1 reads 18 otherwise

@@ -114,17 +114,44 @@ def test_transformers_reads_a_branchs_tokenizer_as_its_bases(base: Path, tmp_pat
     assert same_tokens.tokens_of(branch) == same_tokens.tokens_of(base)
 
 
-def test_what_reads_tokenizer_json_alone_gets_the_tokens_of_transformers(
+def test_a_branch_gives_the_ids_of_its_bases_tokenizer_json_between_the_ends_that_are_asked_for(
     family: Path, tmp_path: Path, process: ModelProcess
 ) -> None:
-    """ExLlamaV2, the servers, and transformers 4 where the class is the plain one."""
+    """Whatever reads it: transformers, and ExLlamaV2 and the servers, which read tokenizer.json alone."""
     branch = branch_of(family, tmp_path / "branch", process)
-    wanted = same_tokens.tokens_of(family)
-    assert same_tokens.tokens_of(branch) == wanted
+    found, base = same_tokens.tokens_of(branch), same_tokens.tokens_of(family)
     read = Tokenizer.from_file(str(branch / TOKENIZER))
-    assert [read.encode(text).ids for text in same_tokens.TEXTS] == wanted["ids"]
-    plain = [read.encode(text, add_special_tokens=False).ids for text in same_tokens.TEXTS]
-    assert plain == wanted["without special tokens"]
+    assert [read.encode(text).ids for text in same_tokens.TEXTS] == found["ids"]
+    plain = found["without special tokens"]
+    assert [read.encode(text, add_special_tokens=False).ids for text in same_tokens.TEXTS] == plain
+    file = Tokenizer.from_file(str(family / TOKENIZER))
+    own = [file.encode(text, add_special_tokens=False).ids for text in same_tokens.TEXTS]
+    assert plain == (base["without special tokens"] if is_built_anew(family, branch) else own)
+    before, after = ends(base["ids"][2], base["without special tokens"][2])
+    assert found["ids"] == [[*before, *ids, *after] for ids in plain]
+
+
+def is_built_anew(family: Path, branch: Path) -> bool:
+    """Return whether every release builds the tokenizer anew: the config asks, or the model's family has a class."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    asked = json.loads((family / TOKENIZER_CONFIG).read_text()).get("add_prefix_space")
+    return asked is not None or type(AutoTokenizer.from_pretrained(str(branch))) is not PreTrainedTokenizerFast
+
+
+def ends(ids: list[int], plain: list[int]) -> tuple[list[int], list[int]]:
+    """Return what stands before and after a text's own ids."""
+    start = next(number for number in range(len(ids)) if ids[number : number + len(plain)] == plain)
+    return ids[:start], ids[start + len(plain) :]
+
+
+def test_only_what_is_asked_for_changes_tokenizer_json(family: Path, tmp_path: Path, process: ModelProcess) -> None:
+    branch = branch_of(family, tmp_path / "branch", process)
+    own = json.loads(branch_file(TOKENIZER, read_small(family, TOKENIZER), ModelFacts()).data)
+    made = json.loads((branch / TOKENIZER).read_text())
+    changed = {key for key in own if own[key] != made[key]}
+    others = {"normalizer", "pre_tokenizer", "decoder", "model"} if is_built_anew(family, branch) else set()
+    assert changed <= {"post_processor", *others}
 
 
 @pytest.mark.release
@@ -146,7 +173,7 @@ def test_auto_gptqs_transformers_reads_each_family_as_transformers_5(
         save_family(base, FAMILIES[name])
         branches.append(branch_of(base, base.with_name(f"{base.name}-branch"), process))
     found = dict(zip(FAMILIES, in_auto_gptqs(branches, tmp_path, pytestconfig), strict=True))
-    assert found == {name: same_tokens.tokens_of(base) for name, base in bases.items()}
+    assert found == {name: same_tokens.tokens_of(branch) for name, branch in zip(bases, branches, strict=True)}
 
 
 def in_auto_gptqs(branches: Sequence[Path], tmp_path: Path, pytestconfig: pytest.Config) -> list[Any]:

@@ -298,8 +298,9 @@ def status_command(
 ) -> None:
     """Show what is built and published, and what a build does now.
 
-    Changes nothing. Shows the size, the quality, the loaders' results and the published commit of each variant. Of an interrupted build it counts the finished blocks, with which the next run continues. Exits
-    with 0 even if nothing is built; `--format json` lists the stages that are missing.
+    Changes nothing. Shows the size, the quality, the loaders' results and the published commit of each variant. Of
+    an interrupted build it counts the finished blocks, with which the next run continues. Exits with 0 even if
+    nothing is built; `--format json` lists the stages that are missing.
     """
     from packager.cli.status_view import print_status, watch_status
     from packager.pipeline.status import status_json

@@ -1,6 +1,7 @@
-"""Make a branch's tokenizer of files that every release of transformers reads alike.
+"""Make a branch's tokenizer of files that every release of transformers reads alike: as tokenizer.json says.
 
-A branch's tokens are those that the installed transformers, a release 5, makes of the base model's files.
+tokenizer.json is the whole tokenizer, as the model's authors wrote it and as most runtimes read it. Some classes of
+transformers make something else of it (docs/decisions/0019).
 """
 
 import json
@@ -14,11 +15,18 @@ from packager.inputs.tokenizer import open_tokenizer
 from packager.model.branch_config import BranchFile, json_bytes
 from packager.model.config_values import shortened
 from packager.model.strict_json import parse_json_object
-from packager.model.tokenizer_file import config_of_file, is_read_otherwise, model_with_merges_as_lines, other_parts
+from packager.model.tokenizer_file import (
+    asks_for_a_prefix,
+    config_of_file,
+    is_read_otherwise,
+    model_with_merges_as_lines,
+    other_parts,
+)
 from packager.receipt import TOKENIZER, TOKENIZER_CONFIG
 from packager.system.text import printable
 
 _Document = Mapping[str, Any]
+_AT_THE_ENDS = ("post_processor",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +53,10 @@ def branch_tokenizer(
     """Open a base model's tokenizer, and make the files that a branch gets in the place of its own.
 
     Some classes of transformers 5 build a tokenizer of the vocabulary alone, some of transformers 4 of flags in
-    tokenizer_config.json; other programs read tokenizer.json. Where they differ, tokenizer.json gets what transformers
-    5 computes, and tokenizer_config.json the class that takes the file as it is, in every release.
+    tokenizer_config.json; other programs read tokenizer.json. Where they differ, tokenizer_config.json gets the class
+    that takes tokenizer.json as it is, in every release. tokenizer.json itself stays, but for what its authors ask
+    for in tokenizer_config.json: the tokens at both ends of a text, and a prefix space. Those are written as
+    transformers 5 builds them.
 
     Args:
         files: that a branch would get, by name; they were checked.
@@ -59,35 +69,37 @@ def branch_tokenizer(
     """
     tokenizer = open_tokenizer(files, config, where, process)
     own, written = parse_json_object(files[TOKENIZER]), parse_json_object(files[TOKENIZER_CONFIG])
-    parts = _rebuilt_parts(tokenizer, files[TOKENIZER])
-    document = {**own, **parts}
-    if not parts and not is_read_otherwise(written, document, tokenizer.special_tokens_map):
+    rebuilt = _rebuilt_parts(tokenizer, own)
+    if not rebuilt and not is_read_otherwise(written, own, tokenizer.special_tokens_map):
         return BranchTokenizer(opened=tokenizer, files={})
-    made = {TOKENIZER_CONFIG: _config_file(tokenizer, written, document)}
-    if parts:
-        made[TOKENIZER] = _tokenizer_file(document, sorted(parts), type(tokenizer).__name__)
-    made_files = {**files, **{name: file.data for name, file in made.items()}}
-    again = open_tokenizer(made_files, config, where, process)
-    if not _are_alike(tokenizer, again):
-        raise CalibrationError(
-            "the base model's tokenizer cannot be written so that every runtime reads it alike",
-            where=f"{where}: {TOKENIZER_CONFIG}",
-            why=f"{type(tokenizer).__name__} makes another tokenizer of the file that it writes",
-            hint="open the tokenizer with transformers 5, save it with save_pretrained into a folder of your own with "
-            "the weights, and name that folder as base_model.path",
-        )
-    return BranchTokenizer(opened=again, files=made)
+    asked = {key: part for key, part in rebuilt.items() if key in _AT_THE_ENDS or asks_for_a_prefix(written)}
+    # The second is for a class that transformers takes for the model's family, whatever tokenizer_config.json names.
+    for parts in (asked, rebuilt):
+        document = {**own, **parts}
+        made = {TOKENIZER_CONFIG: _config_file(tokenizer, written, document)}
+        if parts:
+            made[TOKENIZER] = _tokenizer_file(document, sorted(parts), type(tokenizer).__name__)
+        made_files = {**files, **{name: file.data for name, file in made.items()}}
+        again = open_tokenizer(made_files, config, where, process)
+        as_the_file = not other_parts(_as_written(document), json.loads(again.backend_tokenizer.to_str()))
+        if as_the_file and _settings(again) == _settings(tokenizer):
+            return BranchTokenizer(opened=again, files=made)
+    raise CalibrationError(
+        "the base model's tokenizer cannot be written so that every runtime reads it alike",
+        where=f"{where}: {TOKENIZER_CONFIG}",
+        why=f"{type(tokenizer).__name__} makes another tokenizer of the file that it writes",
+        hint="open the tokenizer with transformers 5, save it with save_pretrained into a folder of your own with "
+        "the weights, and name that folder as base_model.path",
+    )
 
 
-def _rebuilt_parts(tokenizer: Any, data: bytes) -> dict[str, object]:
+def _rebuilt_parts(tokenizer: Any, own: _Document) -> dict[str, object]:
     """Return the parts of tokenizer.json that a class of transformers builds otherwise than the file says."""
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     if type(tokenizer) is PreTrainedTokenizerFast:  # it takes the file as it is
         return {}
-    own = json.loads(Tokenizer.from_str(data.decode()).to_str())
-    return other_parts(own, json.loads(tokenizer.backend_tokenizer.to_str()))
+    return other_parts(_as_written(own), json.loads(tokenizer.backend_tokenizer.to_str()))
 
 
 def _tokenizer_file(document: _Document, parts: list[str], class_name: str) -> BranchFile:
@@ -118,10 +130,12 @@ def _config_file(tokenizer: Any, written: _Document, document: _Document) -> Bra
     return BranchFile(data=json_bytes(content), changes=tuple(changes))
 
 
-def _are_alike(one: Any, other: Any) -> bool:
-    """Return whether two tokenizers give the same ids and texts."""
-    documents = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (one, other)]
-    return not other_parts(*documents) and _settings(one) == _settings(other)
+def _as_written(document: _Document) -> _Document:
+    """Return a tokenizer.json as the tokenizers library writes it."""
+    from tokenizers import Tokenizer
+
+    found: _Document = json.loads(Tokenizer.from_str(json.dumps(document)).to_str())
+    return found
 
 
 def _settings(tokenizer: Any) -> object:

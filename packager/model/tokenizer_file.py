@@ -140,6 +140,14 @@ def is_read_otherwise(config: _Document, document: _Document, tokens: Mapping[st
     return (before, after) != affixes(document) or (name == "LlamaTokenizer" and wanted is not None)
 
 
+def asks_for_a_prefix(config: _Document) -> bool:
+    """Return whether a tokenizer_config.json asks for a tokenizer other than the one of tokenizer.json.
+
+    Every release of transformers then builds it anew.
+    """
+    return any(config.get(key) is not None for key in _REMADE)
+
+
 def config_of_file(config: _Document, document: _Document, defaults: _Document) -> dict[str, object]:
     """Return a tokenizer_config.json with which every transformers takes a tokenizer.json as it is.
 
