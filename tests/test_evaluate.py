@@ -191,6 +191,7 @@ def test_every_figure_is_that_of_whole_forwards(
     if rows * seq_len > 50:
         assert 0 < wanted["top1_agreement"] < 1
         assert wanted["perplexity"] != pytest.approx(wanted["base_perplexity"], rel=1e-4)
+    rounding = 2e-7 if rows * seq_len > 50 else 1e-6  # of float32, which few tokens do not average out
     # Several batches of rows and of questions, and pieces that end inside a row and inside an answer.
     for batch_tokens, piece_tokens in ((4096, 1024), (70, 7)):
         monkeypatch.setattr(evaluate, "rows_per_batch", lambda length, _, n=batch_tokens: max(1, n // length))
@@ -198,7 +199,7 @@ def test_every_figure_is_that_of_whole_forwards(
         found = pair.measured(texts).model_dump()
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
-            assert found[key] == pytest.approx(value, rel=2e-5, abs=2e-7), key
+            assert found[key] == pytest.approx(value, rel=2e-5, abs=rounding), key
 
 
 def test_without_questions_none_is_answered(pair_of: Callable[[str], Pair]) -> None:
