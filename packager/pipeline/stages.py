@@ -218,9 +218,9 @@ def evaluate(run: BuildState) -> tuple[str, ...]:
         bar.step("fp16 base model")
         for variant_plan in missing:
             branch, started = variant_plan.variant.branch, time.monotonic()
-            folder = run.workspace.folder(branch)
-            quantized = run_checkpoint(folder, variant_plan.variant.bits, source, texts, device)
-            quality = quality_of(base, quantized, texts)
+            folder, bits = run.workspace.folder(branch), variant_plan.variant.bits
+            # A name for the result would keep this variant's head while the next variant is run.
+            quality = quality_of(base, run_checkpoint(folder, bits, source, texts, device), texts)
             fields = {"quality": quality, "evaluation": texts.evaluation.record}
             _update(run, branch, "evaluate", time.monotonic() - started, fields)
             bar.step(f"{branch} perplexity {quality.perplexity:.4f}, KL {quality.kl_divergence:.5f}")
