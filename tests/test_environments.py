@@ -193,6 +193,17 @@ def _output(python: Path, code: str) -> str:
     return subprocess.run([python, "-I", "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
+def test_an_environment_under_another_name_is_the_same_one(spec: LoaderSpec, tmp_path: Path) -> None:
+    """To make it again would take it from a process that runs it."""
+    cache, messages = tmp_path / "cache", list[str]()
+    python = ensure_environment(spec, context(cache))
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "link").symlink_to(cache)
+    for name in (tmp_path / "beside" / ".." / "cache", tmp_path / "link"):
+        assert ensure_environment(spec, context(name, log=messages.append)) == python
+    assert messages == []
+
+
 def test_closure_follows_requirements_and_extras(toy_torch: Path) -> None:
     _distribution(toy_torch, "bundle", "1.0", "", ['inner; extra == "gpu"', 'other; extra == "cpu"'])
     _distribution(toy_torch, "inner", "1.0", "", [])

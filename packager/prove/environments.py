@@ -71,7 +71,9 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
 
     if problem := spec.python_problem():
         raise LoaderUnavailableError(problem)
-    folder = context.cache.absolute() / "loaders" / environment_name(spec)
+    # One name for a folder that has several: under another name it would be made again, below a process that uses it.
+    cache = context.cache.resolve()
+    folder = cache / "loaders" / environment_name(spec)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with Path(f"{folder}.lock").open("w") as lock:
@@ -80,7 +82,7 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
                 creation = Creation(
                     loader=spec.name,
                     folder=folder,
-                    cache=context.cache.absolute(),
+                    cache=cache,
                     environ=context.environ,
                     log=context.log,
                     processes=context.processes,
