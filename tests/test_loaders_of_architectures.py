@@ -89,7 +89,7 @@ CASES: dict[str, Case] = {
     "qwen2-unused-window": Case(
         model="qwen2", config={"use_sliding_window": False, "sliding_window": 16}, trap=WINDOW, old_only=True
     ),
-    "qwen3": Case(model="qwen3", refusal="knows llama, mistral, qwen2 only"),
+    "qwen3": Case(model="qwen3", refusal="is proven with llama, mistral, qwen2, "),
 }
 
 
