@@ -63,6 +63,9 @@ for name in sys.argv[1:]:
         time.sleep(60)
     if behaviour == "crashes":
         print(*(f"line {index}" for index in range(30)), sep="\\n", file=sys.stderr, flush=True)
+        (output / "converted").mkdir()
+        (output / "converted" / "link").symlink_to(output.parent / "kept")
+        (output / "kept").symlink_to(output.parent / "kept")
         os._exit(3)
     if behaviour == "slow":
         time.sleep(0.7)
@@ -383,6 +386,15 @@ def test_crash_shows_the_last_twenty_lines(spec: LoaderSpec, tmp_path: Path) -> 
     with pytest.raises(LoaderError, match="toy did not finish") as caught:
         probe(spec, tmp_path, "crashes")
     assert caught.value.why.splitlines() == ["exit status 3", *(f"line {index}" for index in range(10, 30))]
+
+
+def test_a_crash_leaves_no_folder_of_the_probe_and_follows_no_link(spec: LoaderSpec, tmp_path: Path) -> None:
+    (tmp_path / "out" / "kept").mkdir(parents=True)
+    (tmp_path / "out" / "kept" / "file").touch()
+    with pytest.raises(LoaderError, match="did not finish"):
+        probe(spec, tmp_path, "crashes")
+    assert {path.name for path in (tmp_path / "out" / "crashes").iterdir()} == {"job.json", "kept"}
+    assert (tmp_path / "out" / "kept" / "file").exists()
 
 
 def test_result_of_an_earlier_probe_is_not_used(spec: LoaderSpec, tmp_path: Path) -> None:

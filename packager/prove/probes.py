@@ -218,9 +218,17 @@ def run_probes(
         finished = [job for job in rest if os.path.lexists(_result_file(job))]
         outcomes += [_outcome(spec, job) for job in finished]
         if len(finished) < len(rest):
-            where = str(rest[len(finished)].model_dir)
-            outcomes.append(LoaderError(f"{spec.name} did not finish", where=where, why=failure))
+            ended = rest[len(finished)]
+            _remove_folders(ended.output_dir)
+            outcomes.append(LoaderError(f"{spec.name} did not finish", where=str(ended.model_dir), why=failure))
     return outcomes
+
+
+def _remove_folders(output_dir: Path) -> None:
+    """Remove what a probe that was killed made for itself: a converted checkpoint of 13B takes 9 GB."""
+    for entry in output_dir.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _result_file(job: ProbeJob) -> Path:
