@@ -28,8 +28,12 @@ VARIANT = Variant(
 )  # fmt: skip
 
 
-def packed_decoder(name: str, folder: Path, *, skip: Sequence[str] = (), variant: Variant = VARIANT) -> Architecture:
+def packed_decoder(
+    name: str, folder: Path, *, skip: Sequence[str] = (), variant: Variant = VARIANT, spread: int = 1
+) -> Architecture:
     """Write a checkpoint of one of NAMES to `folder`; its quantized weights are random, the rest is the tiny model's.
+
+    The zeros differ by at most `spread` from the middle of the grid.
 
     Returns:
         The architecture, without the linears that fit a pattern of `skip`.
@@ -44,7 +48,7 @@ def packed_decoder(name: str, folder: Path, *, skip: Sequence[str] = (), variant
     tensors = {key: read_tensor(tensor) for key, tensor in stored.items() if key in wanted}
     dice = torch.Generator().manual_seed(0)
     for linear in architecture.linears:
-        tensors |= random_linear(linear, variant, dice)
+        tensors |= random_linear(linear, variant, dice, spread)
     assert tensors.keys() == wanted
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors")
     config = {
@@ -67,7 +71,7 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def random_linear(linear: LinearSpec, variant: Variant, dice: torch.Generator) -> dict[str, Tensor]:
+def random_linear(linear: LinearSpec, variant: Variant, dice: torch.Generator, spread: int = 1) -> dict[str, Tensor]:
     """Return a quantized linear's tensors but for its bias: weights of mean 0, and of a variance of 1 / in_features."""
     rows, columns, bits = linear.in_features, linear.out_features, variant.bits
     groups = num_groups(rows, variant.group_size)
@@ -75,7 +79,6 @@ def random_linear(linear: LinearSpec, variant: Variant, dice: torch.Generator) -
     if variant.desc_act:
         g_idx = g_idx[torch.randperm(rows, generator=dice)]
     middle = 2 ** (bits - 1)
-    spread = 0 if variant.sym else 1
     zeros = torch.randint(middle - spread, middle + spread + 1, (groups, columns), generator=dice)
     scales = (0.5 + torch.rand(groups, columns, generator=dice)) * 12**0.5 / 2**bits * rows**-0.5
     found = {

@@ -103,7 +103,8 @@ def variant_of(case: str) -> Variant:
 
 def write_case(case: str, folder: Path) -> Architecture:
     name, skipped, _, edits = parts_of(case)
-    architecture = packed_decoder(name, folder, skip=skipped, variant=variant_of(case))
+    variant = variant_of(case)
+    architecture = packed_decoder(name, folder, skip=skipped, variant=variant, spread=0 if variant.sym else 1)
     changed = {key: value for edit in edits for key, value in EDITS[edit].items()}
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
