@@ -31,7 +31,7 @@ from packager.recipe import Loaders, Recipe, VariantEntry
 from packager.recipe.file import RecipeFile
 from packager.system.files import write_atomic
 from packager.system.terminal import Terminal
-from packager.variant import NATIVE_ONLY, EngineName
+from packager.variant import EngineName
 
 DEMO = Path(__file__).parent.parent / "recipes" / "demo-llama.yaml"
 _REFERENCE_SUFFIX = ".auto-gptq"
@@ -130,7 +130,7 @@ def with_both_engines(recipe: Recipe, seed: int) -> Recipe:
 
     def entry(index: int, suffix: str, engine: EngineName) -> VariantEntry:
         branch = recipe.expanded_variants()[index].branch
-        changes = {**NATIVE_ONLY, "branch": branch + suffix, "engine": engine}
+        changes = {"scale_search": False, "branch": branch + suffix, "engine": engine}
         return recipe.variants[index].model_copy(update=changes)
 
     variants = [entry(index, suffix, engine) for engine, suffix in _ENGINES for index in range(len(recipe.variants))]

@@ -30,6 +30,7 @@ from packager.quantize.gptq.cholesky import blocked_cholesky
 from packager.quantize.gptq.expert_hessians import expert_hessians, pooled_hessian
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import factorize
+from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.routing import RoutedInputs, route
 from packager.quantize.gptq.solve import solve
 from packager.quantize.gptq.torch_ops import TorchOps
@@ -112,7 +113,7 @@ def solve_all(
 ) -> dict[str, Any]:  # fmt: skip
     """Quantize one parameter of every expert, slice by slice."""
     experts, out, n = shape
-    group_size, desc_act = permutation
+    order = ColumnOrder(act_order="full" if permutation[1] else "none", group_size=permutation[0])
     device, dtype = inputs[0].rows.device, inputs[0].rows.dtype
     at_once = max(1, min(experts, slice_bytes // (3 * 4 * n * n + 20 * n * out)))
     draw, rules = torch.Generator(device).manual_seed(1), GridRules(bits=4, sym=True, scale_search=True)
@@ -126,10 +127,10 @@ def solve_all(
             found = expert_hessians(inputs, part, pooled)
         tokens += found.tokens
         with timer.stage(f"{name}: factors"):
-            factor = factorize(found.H, desc_act=desc_act, damp_percent=0.01)
+            factor = factorize(found.H, order, damp_percent=0.01)
         del found
         with timer.stage(f"{name}: columns"):
-            solution = solve([weight], factor, rules, group_size=group_size, static_groups=False)
+            solution = solve([weight], factor, rules)
         with timer.stage(f"{name}: dequantize"):
             solution.dequantize_into(weight)
         failed += int((~factor.succeeded).sum())

@@ -190,7 +190,7 @@ def write_recipe(path: Path, recipe: dict[str, Any], model: LockedModel) -> None
         chat_template_sha256=chat_template_digest(folder),
         model=model,
     )
-    lock = with_prompt(lock, load_recipe(path), folder, str(folder), partial=False)
+    lock = with_prompt(lock, load_recipe(path), folder, str(folder), print, partial=False)
     write_atomic(lock_path(path), lock_text(lock).encode())
 
 

@@ -18,12 +18,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from processes import Engine, EnginePaths, Outcome, add_path_arguments, device_of, engine_paths, peers_of, run_jobs
-from quality_table import Measurement, figures_table, kl_table
+from quality_table import Measurement, figures_table, kl_table, order_table
 from rich.console import Console
 
 from packager.model.packing import CheckpointReader
@@ -34,9 +34,11 @@ from packager.recipe.file import RecipeFile
 from packager.recipe.lock_file import lock_path
 from packager.system.files import write_atomic
 from packager.system.terminal import Terminal
+from packager.variant import ActOrder
 
 DEMO = Path(__file__).parent.parent / "recipes" / "demo-llama.yaml"
-PERMUTATIONS = ((128, False), (128, True), (64, True), (32, True))
+PERMUTATIONS = "128,128:full,64:full,32:full"
+Permutation = tuple[int, ActOrder]
 OURS = ("plain:scale_search=false", "search:scale_search=true")
 
 
@@ -46,7 +48,7 @@ class Settings:
 
     recipe: Path
     seeds: tuple[int, ...]
-    permutations: tuple[tuple[int, bool], ...]
+    permutations: tuple[Permutation, ...]
     ours: dict[str, dict[str, Any]]
     peers: tuple[Engine, ...]
     paths: EnginePaths
@@ -77,17 +79,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quality = None
         if outcome.status == "ok":
             quality = quality_of(base, _measured(checkpoint, first), texts)
-            terminal.log(f"{engine} {name_of(permutation)} seed {seed}: KL {quality.kl_divergence:.6f}")
+            name = f"{permutation[0]}g {permutation[1]}"
+            terminal.log(f"{engine} {name} seed {seed}: KL {quality.kl_divergence:.6f}")
         failed |= outcome.status == "failed"
         measurements.append(
             Measurement(
-                engine=engine, permutation=name_of(permutation), seed=seed, outcome=outcome, quality=quality,
-                ours=engine in settings.ours,
+                engine=engine, group_size=permutation[0], act_order=permutation[1], seed=seed, outcome=outcome,
+                quality=quality, ours=engine in settings.ours,
             )
         )  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(kl_table(measurements))
     console.print(figures_table(measurements))
+    console.print(order_table(measurements))
     if settings.json is not None:
         calibration = first.texts.calibration.record
         report = {
@@ -101,12 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
-def name_of(permutation: tuple[int, bool]) -> str:
-    """Return a permutation's name in the table."""
-    group_size, desc_act = permutation
-    return f"4-bit {group_size}g{' desc_act' if desc_act else ''}"
-
-
 def _build(settings: Settings, seed: int, terminal: Terminal) -> BuildState:
     """Build all of our variants for one seed, and save the calibration rows for the peers."""
     recipe = RecipeFile.load(settings.recipe).recipe.model_dump(mode="json", exclude_none=True)
@@ -117,13 +115,14 @@ def _build(settings: Settings, seed: int, terminal: Terminal) -> BuildState:
         for key, value in (("num_samples", settings.rows), ("seq_len", settings.seq_len))
         if value is not None
     }
+    recipe["defaults"].pop("desc_act", None)
     recipe["defaults"] |= {"bits": 4, "sym": True, "damp_percent": 0.01, "true_sequential": True}
     recipe["loaders"] |= {"required": [], "if_available": []}
     recipe["variants"] = [
         {
             "branch": _branch(settings, name, permutation),
             "group_size": permutation[0],
-            "desc_act": permutation[1],
+            "act_order": permutation[1],
             **own,
         }
         for name, own in settings.ours.items()
@@ -142,13 +141,13 @@ def _build(settings: Settings, seed: int, terminal: Terminal) -> BuildState:
     return build
 
 
-def _branch(settings: Settings, name: str, permutation: tuple[int, bool]) -> str:
+def _branch(settings: Settings, name: str, permutation: Permutation) -> str:
     if name == next(iter(settings.ours)) and permutation == settings.permutations[0]:
         return "main"  # a recipe has one variant of this name
     return f"{name}-{permutation[0]}g-{permutation[1]}"
 
 
-Job = tuple[str, int, tuple[int, bool], Outcome, Path]
+Job = tuple[str, int, Permutation, Outcome, Path]
 
 
 def _ours(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Job]:
@@ -161,11 +160,12 @@ def _ours(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Job]:
 
 
 def _peers(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Job]:
-    """Run each peer in one process for everything, and yield the checkpoints it saved."""
-    made = [(seed, permutation) for seed in settings.seeds for permutation in settings.permutations]
+    """Run each peer in one process for everything, and yield the checkpoints it saved; they know none and full."""
+    known = [permutation for permutation in settings.permutations if permutation[1] in ("none", "full")]
+    made = [(seed, permutation) for seed in settings.seeds for permutation in known]
     for engine in settings.peers:
         folders = [
-            settings.work / engine.name / f"{seed}-{group_size}g-{desc_act}" for seed, (group_size, desc_act) in made
+            settings.work / engine.name / f"{seed}-{group_size}g-{act_order}" for seed, (group_size, act_order) in made
         ]
         jobs = [
             {
@@ -173,7 +173,7 @@ def _peers(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Job]:
                 "rows": str((settings.work / f"rows-{seed}.npy").absolute()),
                 "bits": 4,
                 "group_size": group_size,
-                "desc_act": desc_act,
+                "desc_act": act_order == "full",
                 "sym": True,
                 "damp_percent": 0.01,
                 "fastest": True,
@@ -181,7 +181,7 @@ def _peers(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Job]:
                 "device": settings.device,
                 "save_dir": str(folder.absolute()),
             }
-            for (seed, (group_size, desc_act)), folder in zip(made, folders, strict=True)
+            for (seed, (group_size, act_order)), folder in zip(made, folders, strict=True)
         ]
         outcomes = run_jobs(engine, jobs, settings.paths, settings.work / "jobs", timeout_s=settings.timeout_s)
         for (seed, permutation), folder, outcome in zip(made, folders, outcomes, strict=True):
@@ -202,7 +202,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     add = parser.add_argument
     add("--recipe", type=Path, default=DEMO, help="whose model and texts are used (default: the demo's)")
     add("--seeds", default="0,1,2", help="calibration seeds (default 0,1,2)")
-    add("--permutations", default="128,128d,64d,32d", help="group sizes, d for desc_act (default 128,128d,64d,32d)")
+    add("--permutations", default=PERMUTATIONS, help=f"GROUP_SIZE[:ACT_ORDER],... (default {PERMUTATIONS})")
     add(
         "--ours", action="append", metavar="NAME:KEY=VALUE,...",
         help=f"a setting of ours: keys of a recipe's variant (default: {' and '.join(OURS)})",
@@ -219,7 +219,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     return Settings(
         recipe=given.recipe,
         seeds=tuple(int(seed) for seed in given.seeds.split(",")),
-        permutations=tuple((int(name.rstrip("d")), name.endswith("d")) for name in given.permutations.split(",")),
+        permutations=tuple(_permutation(parser, text) for text in given.permutations.split(",")),
         ours=dict(_own(parser, text) for text in given.ours or OURS),
         peers=peers_of(parser, given.peers),
         paths=engine_paths(parser, given),
@@ -231,6 +231,15 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         work=given.work,
         json=given.json,
     )
+
+
+def _permutation(parser: argparse.ArgumentParser, text: str) -> Permutation:
+    """Return the group size and the act order of a permutation such as "64:static"."""
+    size, _, name = text.partition(":")
+    act_order: ActOrder | None = next((known for known in get_args(ActOrder) if known == (name or "none")), None)
+    if act_order is None or not re.fullmatch(r"-1|\d+", size):
+        parser.error(f"{text!r}: expected a group size, and an act order after ':' ({', '.join(get_args(ActOrder))})")
+    return int(size), act_order
 
 
 def _own(parser: argparse.ArgumentParser, text: str) -> tuple[str, dict[str, Any]]:

@@ -1,16 +1,18 @@
-"""The tables of quality.py: each engine's held-out figures per permutation."""
+"""The tables of quality.py: each engine's held-out figures per permutation, and the act orders side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean
-from typing import Any
+from math import sqrt
+from statistics import mean, stdev
+from typing import Any, get_args
 
 from processes import Outcome
 from rich.table import Table
 
 from packager.receipt import QualityRecord
+from packager.variant import ActOrder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +20,17 @@ class Measurement:
     """One checkpoint's figures, or why there are none."""
 
     engine: str
-    permutation: str
+    group_size: int
+    act_order: ActOrder
     seed: int
     ours: bool
     outcome: Outcome
     quality: QualityRecord | None
+
+    @property
+    def permutation(self) -> str:
+        """The permutation's name in the tables."""
+        return f"4-bit {self.group_size}g" + ("" if self.act_order == "none" else f" {self.act_order}")
 
     @property
     def kl(self) -> float:
@@ -34,7 +42,8 @@ class Measurement:
         """Return the measurement's entry in the JSON file."""
         return {
             "engine": self.engine,
-            "permutation": self.permutation,
+            "group_size": self.group_size,
+            "act_order": self.act_order,
             "seed": self.seed,
             "status": self.outcome.status,
             "reason": self.outcome.reason,
@@ -84,6 +93,41 @@ def figures_table(measurements: Sequence[Measurement]) -> Table:
             str(len(found)),
         )
     return table
+
+
+def order_table(measurements: Sequence[Measurement]) -> Table:
+    """Return, by engine and group size, KL of each act order and its ratio to none's of the same seed.
+
+    Each with the standard error of the mean over the seeds.
+    """
+    orders = [order for order in get_args(ActOrder) if any(each.act_order == order for each in measurements)]
+    table = Table(title="Act orders: KL, and over none's of the same seed; mean and standard error over the seeds")
+    for head in ("engine", "group size"):
+        table.add_column(head)
+    for order in orders:
+        table.add_column(order, justify="right")
+    for engine, size in dict.fromkeys((each.engine, each.group_size) for each in measurements):
+        found: dict[ActOrder, dict[int, float]] = {order: {} for order in get_args(ActOrder)}
+        for each in measurements:
+            if (each.engine, each.group_size) == (engine, size) and each.quality is not None:
+                found[each.act_order][each.seed] = each.kl
+        table.add_row(engine, str(size), *(_beside(found[order], found["none"]) for order in orders))
+    return table
+
+
+def _beside(kl: dict[int, float], of_none: dict[int, float]) -> str:
+    """Return the mean of some seeds' KL, and of its ratio to that of no act order."""
+    if not kl:
+        return "-"
+    ratios = [kl[seed] / of_none[seed] for seed in kl if seed in of_none]
+    text = _with_error(list(kl.values()), 6)
+    return text if not ratios or kl is of_none else f"{text}\n{_with_error(ratios, 3)}"
+
+
+def _with_error(values: Sequence[float], digits: int) -> str:
+    """Return a mean with its standard error, which takes two values."""
+    error = f" +- {stdev(values) / sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{error}"
 
 
 def _range(measurements: Sequence[Measurement]) -> str:

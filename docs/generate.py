@@ -25,12 +25,12 @@ from packager.model.runtimes import RUNTIMES
 from packager.prove.audit.finding import AUDIT_RULES
 from packager.prove.loaders import LOADERS
 from packager.prove.locks import read_lock
-from packager.recipe import Defaults
+from packager.recipe import Defaults, VariantEntry, expand
 from packager.recipe.fields import PATTERN_MEANINGS
 from packager.recipe.lock_file import lock_path, read_recipe_lock
 from packager.recipe.schema import recipe_schema
 from packager.system.files import write_atomic
-from packager.variant import Variant
+from packager.variant import MAIN, ActOrder, Variant
 
 ROOT: Final = Path(__file__).parent.parent
 REFERENCE: Final = ROOT / "docs" / "reference"
@@ -373,10 +373,10 @@ def _sentences(checks: Sequence[compatibility.Check]) -> str:
 
 
 def _example_variants() -> Iterator[Variant]:
-    defaults = Defaults().model_dump()
-    for bits, group_size, desc_act, sym in product((4, 2, 3, 8), (128, 32, 48, -1), (False, True), (True, False)):
-        parameters = {**defaults, "bits": bits, "group_size": group_size, "desc_act": desc_act, "sym": sym}
-        yield Variant(branch="main", **parameters)
+    orders: tuple[ActOrder, ...] = ("none", "full")
+    for bits, group_size, act_order, sym in product((4, 2, 3, 8), (128, 32, 48, -1), orders, (True, False)):
+        given = {"branch": MAIN, "bits": bits, "group_size": group_size, "act_order": act_order, "sym": sym}
+        yield expand(VariantEntry.model_validate(given), Defaults())
 
 
 def _example_architectures() -> Iterator[Architecture]:

@@ -8,12 +8,18 @@ from typing import Literal
 MAIN = "main"
 Bits = Literal[2, 3, 4, 8]
 EngineName = Literal["native", "auto-gptq"]
+# The order of columns, decision 22. GPTQ as published has none; AutoGPTQ's desc_act is full.
+ActOrder = Literal["none", "group", "static", "full"]
+# The act order that each value of desc_act asks for.
+ACT_ORDER_OF_DESC_ACT: Mapping[bool, ActOrder] = {False: "none", True: "full"}
 Layout = Literal["branches", "repos"]
 MAX_REPOSITORY_NAME = 96  # on the Hub, without the namespace
-# Parameters that only our own engine has, each with the value that switches it off.
-NATIVE_ONLY: Mapping[str, object] = {"scale_search": False}
+# Parameters of which engine auto-gptq knows some values only, with these values.
+AUTO_GPTQ_KNOWS: Mapping[str, tuple[object, ...]] = {"scale_search": (False,), "act_order": ("none", "static", "full")}
 
-_CONVENTIONAL = re.compile(r"gptq-(\d{1,9})bit-(-?\d{1,9})g-actorder_(True|False)")
+# What a conventional branch name says of the act order: True and False are desc_act, the others have no older name.
+_NAMES_OF_ACT_ORDERS: Mapping[ActOrder, str] = {"none": "False", "group": "group", "static": "static", "full": "True"}
+_CONVENTIONAL = re.compile(r"gptq-(\d{1,9})bit-(-?\d{1,9})g-actorder_(True|False|group|static)")
 _HEX = re.compile(r"[0-9a-f]{4,40}\Z")
 _BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
@@ -26,42 +32,58 @@ class Variant:
         branch: the name of the Hub branch and of the folder, used in every log line.
         bits: bits per weight.
         group_size: columns that share a scale; -1 = the whole row.
-        desc_act: quantize columns in order of decreasing diag(H) ("act order").
+        act_order: the order in which columns are quantized. none: as stored. full: by decreasing diag(H), groups cut in
+            that order, so every column needs its group in g_idx. static: the same order, but groups of the stored
+            columns, with grids that are fixed before any column is quantized. group: by decreasing diag(H) inside each
+            group of the stored columns, the groups by their largest diag(H).
         sym: symmetric grid, zero at 2^(bits-1).
         damp_percent: fraction of mean(diag H) added to the diagonal.
         damp_percent_limit: how far damping may be raised when a factorisation fails.
         true_sequential: each linear sees inputs made by the already quantized ones before it.
-        static_groups: grids are fixed from the original weights, before any column is quantized.
         scale_search: try smaller scales per group and keep the one with the least weighted squared error.
-        engine: what quantizes it; auto-gptq has no scale_search and never raises damp_percent.
+        engine: what quantizes it; auto-gptq knows neither scale_search nor act order group, nor damp_percent_limit.
     """
 
     branch: str
     bits: Bits
     group_size: int
-    desc_act: bool
+    act_order: ActOrder
     sym: bool
     damp_percent: float
     damp_percent_limit: float
     true_sequential: bool
-    static_groups: bool
     scale_search: bool
     engine: EngineName
 
+    @property
+    def desc_act(self) -> bool:
+        """Whether groups are scattered, as the configs say it to runtimes: g_idx is not column // group_size."""
+        return self.act_order == "full"
+
     def parameters(self) -> dict[str, bool | int | float | str]:
-        """Return every parameter but the branch, ready for JSON."""
-        return {key: value for key, value in asdict(self).items() if key != "branch"}
+        """Return every parameter but the branch, and desc_act, ready for JSON."""
+        return {key: value for key, value in asdict(self).items() if key != "branch"} | {"desc_act": self.desc_act}
 
 
-def branch_name(*, bits: int, group_size: int, desc_act: bool) -> str:
-    """Return the conventional branch of a permutation, e.g. `gptq-4bit-32g-actorder_True`."""
-    return f"gptq-{bits}bit-{group_size}g-actorder_{desc_act}"
+def branch_name(*, bits: int, group_size: int, act_order: ActOrder) -> str:
+    """Return the default branch of a permutation: `gptq-4bit-32g-actorder_True` for full order, by convention."""
+    return f"gptq-{bits}bit-{group_size}g-actorder_{_NAMES_OF_ACT_ORDERS[act_order]}"
 
 
-def parsed_branch_name(branch: str) -> tuple[int, int, bool] | None:
-    """Return bits, group_size and desc_act of a name that `branch_name` made, None for any other name."""
+def parsed_branch_name(branch: str) -> tuple[int, int, ActOrder] | None:
+    """Return bits, group_size and act_order of a name that `branch_name` made, None for any other name."""
     found = _CONVENTIONAL.fullmatch(branch)
-    return (int(found[1]), int(found[2]), found[3] == "True") if found else None
+    if found is None:
+        return None
+    act_order = next(order for order, name in _NAMES_OF_ACT_ORDERS.items() if name == found[3])
+    return int(found[1]), int(found[2]), act_order
+
+
+def recorded_act_order(parameters: Mapping[str, object]) -> object:
+    """Return the act order of a record's parameters; earlier records have desc_act alone, as their branch's name."""
+    desc_act = parameters.get("desc_act")
+    older = ACT_ORDER_OF_DESC_ACT[desc_act] if isinstance(desc_act, bool) else None
+    return parameters.get("act_order", older)
 
 
 def branch_problem(branch: str, *, noun: str = "branch") -> str:

@@ -324,4 +324,10 @@ CASES = [
     document(
         "provenance-disagrees", "provenance.json", lambda content: content["parameters"].update(bits=8), sealed=False
     ),
+    document(
+        "provenance-disagrees",
+        "provenance.json",
+        lambda content: content["parameters"].update(act_order="full"),
+        sealed=False,
+    ),
 ]

@@ -34,8 +34,8 @@ class Reference:
 
 
 def gptq(
-    weight: Tensor, H: Tensor, *, bits: int, group_size: int, sym: bool, desc_act: bool, damp: float,
-    static_groups: bool = False, scale_search: bool = False, follow: Solution | None = None,
+    weight: Tensor, H: Tensor, *, bits: int, group_size: int, sym: bool, act_order: str, damp: float,
+    scale_search: bool = False, follow: Solution | None = None,
 ) -> Reference:  # fmt: skip
     """weight [in, out], H [in, in]."""
     n, out = weight.shape
@@ -46,14 +46,16 @@ def gptq(
         if H[i, i] == 0:
             H[i, i] = 1
             W[i] = 0
-    order = sorted(range(n), key=lambda i: -H[i, i].item()) if desc_act else list(range(n))
+    order = solving_order(H.diagonal().tolist(), size, act_order)
+    # Each group's columns as stored, but for full order, whose groups are cut in solving order.
+    grouping = [position // size for position in range(n)] if act_order == "full" else [i // size for i in order]
     stored = W
     W, H = W[order], H[order][:, order]
     H += torch.eye(n, dtype=torch.float64) * damp * H.diagonal().mean()
     pivots, spread = eliminations(torch.linalg.inv(H))
     column_weight = 1 / pivots
     grids = Grids(-(-n // size), out, bits=bits, sym=sym, search=scale_search, follow=follow)
-    if static_groups:
+    if act_order == "static":
         column_weight_stored = torch.empty_like(column_weight)
         column_weight_stored[order] = column_weight
         for group, begin in enumerate(range(0, n, size)):
@@ -61,9 +63,10 @@ def gptq(
     q, weights, g_idx, losses = torch.zeros_like(W), torch.zeros_like(W), [0] * n, torch.zeros_like(W[0])
     misses = torch.zeros_like(W)
     for i in range(n):
-        group = order[i] // size if static_groups else i // size
-        if not static_groups and i % size == 0:
-            grids.find(group, W[i : i + size], column_weight[i : i + size])
+        group = grouping[i]
+        if act_order != "static" and group not in grouping[:i]:
+            members = [position for position in range(n) if grouping[position] == group]
+            grids.find(group, W[members], column_weight[members])
         scale, zero = grids.scales[group], grids.zeros[group]
         q[i] = torch.clamp(torch.round(W[i] / scale) + zero, 0, maxq)
         if follow is not None:
@@ -78,6 +81,19 @@ def gptq(
     return Reference(
         q=q[back], weight=weights[back], g_idx=g_idx, losses=losses, q_misses=misses[back], grid_misses=grids.misses
     )
+
+
+def solving_order(diagonal: list[float], size: int, act_order: str) -> list[int]:
+    """The columns in the order in which they are quantized."""
+    columns = list(range(len(diagonal)))
+    if act_order == "none":
+        return columns
+    if act_order in ("full", "static"):
+        return sorted(columns, key=lambda i: -diagonal[i])
+    groups = [sorted(columns[begin : begin + size], key=lambda i: -diagonal[i]) for begin in columns[::size]]
+    short = [groups.pop()] if len(groups[-1]) < size else []
+    groups.sort(key=lambda group: -diagonal[group[0]])
+    return [i for group in groups + short for i in group]
 
 
 def eliminations(inverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,8 +195,8 @@ def scale_miss(exact: Tensor, scale: Tensor) -> Tensor:
 
 
 def assert_agrees(
-    found: Solution, weight: Tensor, H: Tensor, *, bits: int, group_size: int, sym: bool, desc_act: bool,
-    damp: float = 0.01, static_groups: bool = False, scale_search: bool = False, tie: float = TIE,
+    found: Solution, weight: Tensor, H: Tensor, *, bits: int, group_size: int, sym: bool, act_order: str,
+    damp: float = 0.01, scale_search: bool = False, tie: float = TIE,
 ) -> Reference:  # fmt: skip
     """Assert that every q, scale and zero is the reference's but for ties, which are few, and the losses likewise.
 
@@ -188,8 +204,8 @@ def assert_agrees(
     adopted by the reference, which judges the next decision by its consequences.
     """
     expected = gptq(
-        weight.cpu(), H.cpu(), bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, damp=damp,
-        static_groups=static_groups, scale_search=scale_search, follow=found,
+        weight.cpu(), H.cpu(), bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp,
+        scale_search=scale_search, follow=found,
     )  # fmt: skip
     assert found.g_idx.tolist() == expected.g_idx
     misses = {"q": expected.q_misses, "grid": expected.grid_misses}

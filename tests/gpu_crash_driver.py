@@ -12,7 +12,7 @@ from tests.tiny_models import open_store, token_rows, variant
 
 VARIANTS = (
     variant(branch="a", group_size=128, scale_search=True),
-    variant(branch="b", group_size=32, desc_act=True),
+    variant(branch="b", group_size=32, act_order="full"),
     variant(branch="c", bits=3, sym=False, group_size=64, true_sequential=False),
 )
 

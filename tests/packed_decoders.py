@@ -23,8 +23,8 @@ from packager.variant import Variant, num_groups
 from tests.tiny_decoders import VOCABULARY, tiny_decoder
 
 VARIANT = Variant(
-    branch="main", bits=4, group_size=32, desc_act=True, sym=False, damp_percent=0.1, damp_percent_limit=0.5,
-    true_sequential=True, static_groups=False, scale_search=False, engine="native",
+    branch="main", bits=4, group_size=32, act_order="full", sym=False, damp_percent=0.1, damp_percent_limit=0.5,
+    true_sequential=True, scale_search=False, engine="native",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from tests.tiny_decoders import open_decoder, tiny_decoder, token_ids
 from tests.tiny_models import open_store, token_rows, variant
 
 CPU = torch.device("cpu")
-VARIANT = variant(desc_act=True, damp_percent=0.1, damp_percent_limit=0.5)
+VARIANT = variant(act_order="full", damp_percent=0.1, damp_percent_limit=0.5)
 # Both forwards make the same operations, most of them with the same bits. Experts add their outputs in an order that
 # depends on the batch: 100 times the rounding of float32 (1.2e-7).
 TOLERANCE = 1.2e-5

@@ -48,7 +48,8 @@ def codes(report: AuditReport) -> set[str]:
         Checkpoint(bits=3),
         Checkpoint(bits=3, group_size=40, sym=False, desc_act=True),
         Checkpoint(bits=8, desc_act=True),
-        Checkpoint(desc_act=True, static_groups=True),
+        Checkpoint(desc_act=False, static_groups=True),
+        Checkpoint(desc_act=True, static_groups=True),  # static order as earlier versions declared it
         Checkpoint(desc_act=True, group_size=-1),
         Checkpoint(sym=False, seed=3),
         Checkpoint(shards=3),
@@ -79,6 +80,29 @@ def test_a_broken_branch_has_exactly_this_finding(tmp_path: Path, case: Case) ->
     assert codes(report) == {case.code}
     assert report.passed == (AUDIT_RULES[case.code].severity == "warning")
     assert all(finding.where and finding.message and finding.hint for finding in report.findings)
+
+
+@pytest.mark.parametrize("declared", [False, None])
+def test_scattered_groups_of_a_foreign_checkpoint_need_desc_act(tmp_path: Path, declared: bool | None) -> None:
+    """VLLM drops g_idx, and computes garbage where desc_act does not say true (relative error 0.35)."""
+    folder = Checkpoint(desc_act=True).write(tmp_path / "foreign")
+    assert "g-idx-order" not in codes(audit(folder, complete=False))
+    for name in ("provenance.json", "README.md", "LICENSE.txt"):
+        (folder / name).unlink()
+
+    def declare_it(section: dict[str, Any]) -> None:
+        section.pop("desc_act")
+        if declared is not None:
+            section["desc_act"] = declared
+
+    edit_json(folder, "config.json", lambda config: declare_it(config["quantization_config"]))
+    edit_json(folder, "quantize_config.json", declare_it)
+    report = audit(folder, complete=False)
+    (found,) = [finding for finding in report.findings if finding.code == "g-idx-order"]
+    assert found.severity == "error"
+    assert 1 + len(found.also) == report.facts.num_linears
+    assert ("is false" if declared is False else "is not declared") in found.message
+    assert not report.passed
 
 
 def test_every_code_has_a_case() -> None:
@@ -364,8 +388,8 @@ def test_a_13b_block_is_audited_in_little_memory(tmp_path: Path) -> None:
     config |= {"num_key_value_heads": 40, "vocab_size": 32000, "max_position_embeddings": 4096}
     declared: Any = config.pop("quantization_config")
     variant = Variant(
-        branch="main", bits=4, group_size=32, desc_act=False, sym=True, damp_percent=0.01, damp_percent_limit=0.1,
-        true_sequential=True, static_groups=False, scale_search=False, engine="native",
+        branch="main", bits=4, group_size=32, act_order="none", sym=True, damp_percent=0.01, damp_percent_limit=0.1,
+        true_sequential=True, scale_search=False, engine="native",
     )  # fmt: skip
     infos = file_order(checkpoint_tensors(known_architecture(config, "config.json"), variant))
     with (tmp_path / WEIGHTS).open("wb") as stream:

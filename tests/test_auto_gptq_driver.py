@@ -61,17 +61,26 @@ def test_progress_is_reported_linear_by_linear_and_block_by_block(bench):
 
 
 def test_the_script_gets_exactly_our_rows_and_parameters_and_no_secret(bench):
-    bench.variant = variant(engine="auto-gptq", bits=3, sym=False, damp_percent=0.05, group_size=16, static_groups=True)
+    bench.variant = variant(engine="auto-gptq", bits=3, sym=False, damp_percent=0.05, group_size=16, act_order="static")
     bench.make()
     seen = bench.seen
     assert seen["ids"] == token_rows().ids.tolist()
     assert seen["quantize"] == {
-        "bits": 3, "group_size": 16, "damp_percent": 0.05, "desc_act": False, "static_groups": True, "sym": False,
+        "bits": 3, "group_size": 16, "damp_percent": 0.05, "desc_act": True, "static_groups": True, "sym": False,
         "true_sequential": True,
     }  # fmt: skip
     assert SECRET not in json.dumps(seen["environ"])
     assert seen["files"] == ["config.json", "model.safetensors"]
     assert seen["config"]["torch_dtype"] == "float16"
+
+
+@pytest.mark.parametrize("fields", [{"act_order": "group"}, {"scale_search": True}], ids=str)
+def test_a_variant_that_autogptq_cannot_make_is_refused_before_the_script_runs(bench, fields):
+    bench.variant = variant(engine="auto-gptq", **fields)
+    (name, value), *_ = fields.items()
+    with pytest.raises(QuantizeError, match=f"engine auto-gptq cannot do {name} {value}"):
+        bench.make()
+    assert not bench.reports
 
 
 def test_a_model_in_several_files_keeps_them_and_gets_an_index(tmp_path, monkeypatch):

@@ -39,10 +39,10 @@ def cache(pytestconfig: pytest.Config) -> Path:
 @pytest.mark.parametrize(
     ("model", "fields"),
     [
-        ("llama", {"desc_act": True, "group_size": 16}),
+        ("llama", {"act_order": "full", "group_size": 16}),
         ("qwen2", {"bits": 3, "sym": False}),
-        ("llama-tied", {"bits": 8, "group_size": -1, "desc_act": True}),
-        ("mistral", {"bits": 2, "static_groups": True, "desc_act": True, "true_sequential": False}),
+        ("llama-tied", {"bits": 8, "group_size": -1, "act_order": "full"}),
+        ("mistral", {"bits": 2, "act_order": "static", "true_sequential": False}),
     ],
 )
 def test_losses_are_those_of_our_own_engine(cache: Path, tmp_path: Path, model: str, fields: dict[str, Any]) -> None:

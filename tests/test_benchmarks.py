@@ -228,20 +228,55 @@ def test_wrong_options_are_refused(modules: Any, script: str, arguments: list[st
 def test_quality_measures_the_checkpoint_of_every_engine(modules: Any, tmp_path: Path) -> None:
     (tmp_path / "recipes").mkdir()
     recipe = tiny_recipe.write_all(tmp_path / "recipes")
-    options = ["--seeds=0,1", "--permutations=32,16d", "--device=cpu", "--peers=autogptq", f"--cache={tmp_path}"]
+    options = [
+        "--seeds=0,1",
+        "--permutations=32,16:full,16:static",
+        "--device=cpu",
+        "--peers=autogptq",
+        f"--cache={tmp_path}",
+    ]
     paths = [f"--recipe={recipe}", f"--work={tmp_path / 'work'}", f"--json={tmp_path / 'out.json'}"]
     assert (
         modules.quality.main([*options, *paths, "--ours=plain:scale_search=false", "--ours=search:scale_search=true"])
         == 0
     )
     measurements = json.loads((tmp_path / "out.json").read_text())["measurements"]
-    found = {(each["engine"], each["permutation"], each["seed"]): each["quality"] for each in measurements}
-    assert len(found) == 2 * 2 * 3
+    keys = ("engine", "group_size", "act_order", "seed")
+    found = {tuple(each[key] for key in keys): each["quality"] for each in measurements}
+    assert len(found) == len(measurements) == 2 * 3 * 2 + 2 * 2  # AutoGPTQ gets no static order
     kl = {key: quality["kl_divergence"] for key, quality in found.items() if quality is not None}
-    assert len(kl) == 2 * 2 * 2
+    assert len(kl) == 2 * 3 * 2
     assert len(set(kl.values())) == len(kl)
     assert all(0 < value < 1 for value in kl.values())
     assert {each["status"] for each in measurements if each["engine"] == "AutoGPTQ"} == {"not installed"}
+
+
+def test_act_orders_stand_side_by_side_with_their_standard_errors(modules: Any) -> None:
+    def measured(act_order: str, seed: int, kl: float) -> Any:
+        return modules.quality_table.Measurement(
+            engine="ours", group_size=64, act_order=act_order, seed=seed, ours=True,
+            outcome=modules.processes.Outcome(status="ok"), quality=SimpleNamespace(kl_divergence=kl),
+        )  # fmt: skip
+
+    none = [measured("none", seed, kl) for seed, kl in enumerate((1.0, 2.0, 3.0))]
+    full = [measured("full", seed, kl) for seed, kl in enumerate((0.5, 0.8, 1.8))]
+    text = printed(modules.quality_table.order_table([*full, *none, measured("group", 7, 0.25)]))
+    # 1 / sqrt(3); ratios 0.5, 0.4, 0.6: 0.1 / sqrt(3). A seed without none has no ratio.
+    for cell in ("2.000000 +- 0.577350", "1.033333 +- 0.392994", "0.500 +- 0.058", "0.250000"):
+        assert cell in text
+    assert "static" not in text
+
+
+def test_a_permutation_is_a_group_size_and_an_act_order(modules: Any) -> None:
+    found = modules.quality.parse(["--permutations=64,32:static,-1:group"])
+    assert found.permutations == ((64, "none"), (32, "static"), (-1, "group"))
+
+
+@pytest.mark.parametrize("text", ["64:act", "x", "static"])
+def test_another_permutation_is_refused(modules: Any, text: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        modules.quality.parse([f"--permutations={text}"])
+    assert "expected a group size, and an act order after ':' (none, group, static, full)" in capsys.readouterr().err
 
 
 def test_the_worst_seed_decides(modules: Any) -> None:
@@ -249,7 +284,13 @@ def test_the_worst_seed_decides(modules: Any) -> None:
         quality = SimpleNamespace(kl_divergence=kl)
         outcome = modules.processes.Outcome(status="ok")
         return modules.quality_table.Measurement(
-            engine=engine, permutation="4-bit 128g", seed=seed, ours=engine == "mine", outcome=outcome, quality=quality
+            engine=engine,
+            group_size=128,
+            act_order="none",
+            seed=seed,
+            ours=engine == "mine",
+            outcome=outcome,
+            quality=quality,
         )
 
     table = modules.quality_table.kl_table(

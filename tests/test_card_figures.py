@@ -30,8 +30,9 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {
     "bits": (4, 8, 3, 2),
     "damp_percent": (0.01, 0.011, 0.012, 0.013),
     "sym": (True, False, False, False),
-    "true_sequential": (False, True, False, False),
-    "static_groups": (False, False, True, False),
+    "true_sequential": (False, True, True, False),
+    "act_order": ("none", "full", "static", "group"),
+    "desc_act": (False, True, False, False),
     "scale_search": (False, False, False, True),
 }
 
@@ -156,7 +157,9 @@ def test_the_table_of_files(page: str, records: list[dict[str, Any]]) -> None:
         used = record["parameters"]
         assert f"[`{record['branch']}`]" in row["Branch"]
         assert (row["Bits"], row["Group Size"]) == (str(used["bits"]), str(used["group_size"]))
-        assert (row["Act Order (desc_act)"], row["Damp %"]) == (str(used["desc_act"]), str(used["damp_percent"]))
+        assert row["Damp %"] == str(used["damp_percent"])
+        act_order = {"none": "False", "full": "True", "static": "False (static)", "group": "False (group)"}
+        assert row["Act Order (desc_act)"] == act_order[used["act_order"]]
         assert row["Seq Len"] == str(record["calibration"]["seq_len"])
         assert row["File Size"] == gigabytes(record["weights_bytes"])
         assert row["Made With"] == record["made_with"]
@@ -250,7 +253,7 @@ def test_the_table_of_engines(page: str, records: list[dict[str, Any]]) -> None:
         raised = sorted(damp for damp in damps if damp != used["damp_percent"])
         count = f"for {len(raised) or 'none'} of {len(damps)} linears"
         assert row["Damping raised"] == (f"{count}, up to {raised[-1]}" if raised else count)
-        for column in ("engine", "sym", "true_sequential", "static_groups", "scale_search"):
+        for column in ("engine", "sym", "true_sequential", "scale_search"):
             assert row[column.replace("_", " ").capitalize().replace("Sym", "Symmetric")] == str(used[column])
 
 
@@ -563,9 +566,21 @@ def test_loaders_come_in_the_order_of_the_recipe_and_then_of_the_receipts() -> N
     assert list(names) == ["AutoGPTQ", "Transformers", "ExLlamaV2", "ONNX Runtime", "a-stranger"]
 
 
+def test_act_orders_are_explained_where_a_branch_has_another_than_its_desc_act_says(page: str) -> None:
+    explained = "False (static): all columns, in groups of the stored order"
+    assert explained in page
+    recipe = recipe_of_four()
+    orders = ("none", "full", "full", "none")
+    receipts = [
+        receipt.model_copy(update={"parameters": {**receipt.parameters, "act_order": order}})
+        for receipt, order in zip(receipts_of_four(recipe), orders, strict=True)
+    ]
+    assert explained not in render(recipe, receipts)
+
+
 def test_a_branch_has_its_own_description() -> None:
     recipe = recipe_of_four()
-    words = ["the first", None, "the third", None]
+    words = ["the first", None, None, None]
     variants = [
         variant.model_copy(update={"description": text}) for variant, text in zip(recipe.variants, words, strict=True)
     ]
@@ -574,8 +589,8 @@ def test_a_branch_has_its_own_description() -> None:
     assert [row["Description"] for row in rows] == [
         "the first",
         "8-bit, with Act Order, 32g. Closest to fp16. Largest file.",
-        "the third",
-        "2-bit, with Act Order, 128g. Furthest from fp16. Smallest file.",
+        "3-bit, with static Act Order, 64g.",
+        "2-bit, with group-aware Act Order, 128g. Furthest from fp16. Smallest file.",
     ]
 
 

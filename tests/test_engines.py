@@ -145,6 +145,7 @@ def plan_text(recipe: Path) -> str:
     ("fields", "problem"),
     [
         ({"scale_search": True}, "engine auto-gptq cannot do scale_search"),
+        ({"act_order": "group"}, "engine auto-gptq cannot do act_order: group"),
         ({"damp_percent_limit": 0.5}, "engine auto-gptq never raises damping: damp_percent_limit has no effect"),
     ],
 )
@@ -163,6 +164,11 @@ def test_a_parameter_from_the_defaults_is_refused_for_autogptq_too(tmp_path):
     RecipeFile.load(
         with_variants(tmp_path / "other", {**FOREIGN, "scale_search": False}, **{"defaults.scale_search": True})
     )
+
+
+@pytest.mark.parametrize("fields", [{"act_order": "static"}, {"act_order": "full"}, {"desc_act": True}, {}], ids=str)
+def test_autogptq_takes_the_act_orders_that_it_has(tmp_path, fields):
+    RecipeFile.load(with_variants(tmp_path, {**FOREIGN, **fields}, defaults={"bits": 4, "group_size": 32}))
 
 
 def test_an_unknown_engine_is_refused(tmp_path):

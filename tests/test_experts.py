@@ -15,6 +15,7 @@ from packager.quantize.experts import own_forward
 from packager.quantize.gptq.expert_hessians import expert_hessians, pooled_hessian
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Hessian, factorize
+from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.routing import RoutedInputs
 from packager.quantize.gptq.solve import solve
 from packager.quantize.suspended_forward import linear_groups, sweep_parallel, sweep_sequential
@@ -118,9 +119,9 @@ def test_the_sweep_quantizes_experts_like_repeated_forwards(kind, way):
         def solve_experts(name: str, inputs: list[RoutedInputs]) -> None:
             found = expert_hessians(inputs, range(experts.num_experts), pooled_hessian(inputs))
             weight = experts.weight(name.rpartition(".")[2])
-            factor = factorize(found.H, desc_act=True, damp_percent=0.01)
+            factor = factorize(found.H, ColumnOrder(act_order="full", group_size=16), damp_percent=0.01)
             rules = GridRules(bits=4, sym=True, scale_search=False)
-            weight.copy_(solve([weight], factor, rules, group_size=16, static_groups=False).dequantized())
+            weight.copy_(solve([weight], factor, rules).dequantized())
 
         return solve_experts
 

@@ -1,6 +1,7 @@
 """The solver against an independent float64 reference."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from packager.errors import QuantizeError
 from packager.quantize.gptq.grid import GridRules, find_grids
 from packager.quantize.gptq.hessian import Hessian, factorize, factorize_within
 from packager.quantize.gptq.lazy_updates import SplitUpdates
+from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.solve import Solution, solve
 from packager.quantize.gptq.torch_ops import TorchOps
+from packager.variant import ActOrder
 from tests.gptq_reference import LOSS_TOLERANCE, TIE, assert_agrees, gptq
 from tests.hypothesis_profiles import examples
 from tests.samples import sampled
@@ -47,11 +50,13 @@ def hessian(x: torch.Tensor) -> torch.Tensor:
     return accumulated.matrix()
 
 
-def solved(weight: torch.Tensor, H: torch.Tensor, *, desc_act: bool = False, damp: float = 0.01, **rules) -> Solution:
-    factor = factorize_within(H, desc_act=desc_act, damp_percent=damp, damp_percent_limit=0.5)
-    rest: dict[str, Any] = {"group_size": 32, "static_groups": False, "ops": None}
-    rest = {name: rules.pop(name, default) for name, default in rest.items()}
-    found = solve([weight.T], factor, GridRules(**{"bits": 4, "sym": True, "scale_search": False, **rules}), **rest)
+STORED = ColumnOrder(act_order="none", group_size=32)
+
+
+def solved(weight: torch.Tensor, H: torch.Tensor, *, damp: float = 0.01, ops: Any = None, **rules) -> Solution:
+    order = replace(STORED, **{name: rules.pop(name) for name in ("act_order", "group_size") if name in rules})
+    factor = factorize_within(H, order, damp_percent=damp, damp_percent_limit=0.5)
+    found = solve([weight.T], factor, GridRules(**{"bits": 4, "sym": True, "scale_search": False, **rules}), ops=ops)
     assert bool(found.scales_are_finite())
     return found
 
@@ -64,53 +69,88 @@ def test_hessian_is_twice_the_mean_outer_product():
 
 def test_factor_is_upper_and_its_square_is_the_damped_hessian():
     H = hessian(inputs(48, 1))
-    factor = factorize(H, desc_act=False, damp_percent=0.02)
+    factor = factorize(H, STORED, damp_percent=0.02)
     damped = H.double() + torch.eye(48) * 0.02 * H.double().diagonal().mean()
     U = factor.U.double()
     assert torch.equal(U, U.triu())
     assert torch.allclose(U @ U.T, damped, rtol=1e-5, atol=1e-5)
 
 
-ORDERS = [
-    pytest.param({"desc_act": desc_act, "static_groups": static}, id=name)
-    for name, desc_act, static in (("stored", False, False), ("desc_act", True, False), ("static", True, True))
-]
+ORDERS = get_args(ActOrder)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("act_order", ORDERS)
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("group_size", sampled([16, 32, 40, 48, -1], 40, -1))
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_every_decision_is_the_float64_reference_s_but_for_ties(bits, group_size, sym, order):
+def test_every_decision_is_the_float64_reference_s_but_for_ties(bits, group_size, sym, act_order):
     H = hessian(inputs(96, bits, dead=5))
     weight = torch.randn(96, 24, generator=torch.Generator().manual_seed(7)) * 0.02
-    how: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym, **order}
+    how: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym, "act_order": act_order}
     assert_agrees(solved(weight, H, **how), weight, H, **how)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("act_order", ORDERS)
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("group_size", sampled([32, 40, -1], 40))
-def test_the_scale_search_agrees_with_the_reference(group_size, sym, order):
+def test_the_scale_search_agrees_with_the_reference(group_size, sym, act_order):
     H = hessian(inputs(96, 2, dead=5))
     weight = torch.randn(96, 24, generator=torch.Generator().manual_seed(7)) * 0.02
-    how: dict[str, Any] = {"bits": 4, "group_size": group_size, "sym": sym, "scale_search": True, **order}
+    how: dict[str, Any] = {"bits": 4, "group_size": group_size, "sym": sym, "act_order": act_order}
+    how["scale_search"] = True
     assert_agrees(solved(weight, H, **how), weight, H, **how)
+
+
+def test_group_aware_order_is_inside_groups_then_groups_by_their_largest():
+    diagonal = torch.tensor([1.0, 4, 2, 9, 9, 3, 5, 5, 5, 10, 11])
+
+    def order(**how: Any) -> list[int]:
+        found = ColumnOrder(**how).permutation(diagonal)
+        assert found is not None
+        return found.tolist()
+
+    # The groups' largest are 4, 9, 5; the short one stays last, although it has the largest of all.
+    assert order(act_order="group", group_size=3) == [3, 4, 5, 6, 7, 8, 1, 2, 0, 10, 9]
+    whole, wide = (order(act_order="group", group_size=size) for size in (-1, 16))
+    full = order(act_order="full", group_size=3)
+    assert whole == wide == full == order(act_order="static", group_size=3) == [10, 9, 3, 4, 6, 7, 8, 1, 5, 2, 0]
+
+
+@pytest.mark.parametrize("act_order", ["none", "group", "static"])
+@pytest.mark.parametrize("group_size", [16, 40, 136, -1])
+def test_only_full_order_needs_g_idx(group_size, act_order):
+    H, weight = hessian(inputs(152, 4)), torch.randn(152, 8, generator=torch.Generator().manual_seed(9)) * 0.02
+    size = 152 if group_size == -1 else group_size
+    found = solved(weight, H, group_size=group_size, act_order=act_order)
+    assert found.g_idx.tolist() == [column // size for column in range(152)]
+    if group_size != -1:
+        assert solved(weight, H, group_size=group_size, act_order="full").g_idx.tolist() != found.g_idx.tolist()
+
+
+def test_with_one_group_per_row_every_act_order_solves_alike():
+    H, weight = hessian(inputs(96, 4)), torch.randn(96, 8, generator=torch.Generator().manual_seed(9)) * 0.02
+    found = [solved(weight, H, group_size=-1, act_order=order, scale_search=True) for order in ORDERS[1:]]
+    for other in found[1:]:
+        assert torch.equal(other.q, found[0].q)
+        assert torch.equal(other.scales, found[0].scales)
 
 
 @pytest.mark.slow
 @OPS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize(
-    ("group_size", "desc_act"),
-    [(32, True), (48, False), (128, False), (160, True), (200, False), (256, True), (-1, True)],
+    ("group_size", "act_order"),
+    [
+        *((32, "full"), (48, "none"), (128, "none"), (160, "full"), (200, "none"), (256, "full"), (-1, "full")),
+        *((40, "group"), (160, "group"), (256, "group"), (48, "static"), (200, "static")),
+    ],
 )
-def test_agrees_over_many_column_blocks(group_size, desc_act, dtype, ops):
+def test_agrees_over_many_column_blocks(group_size, act_order, dtype, ops):
     """More than 512 columns: some updates of later columns go through `LazyUpdates`."""
     n, out = 648, 8
     H = hessian(inputs(n, 4, dead=5))
     weight = (torch.randn(n, out, generator=torch.Generator().manual_seed(8)) * 0.02).to(dtype)
-    how = {"bits": 4, "group_size": group_size, "sym": True, "desc_act": desc_act}
+    how = {"bits": 4, "group_size": group_size, "sym": True, "act_order": act_order}
     assert_agrees(solved(weight, H, ops=ops, **how), weight, H, **how)
 
 
@@ -118,7 +158,7 @@ def test_agrees_where_the_hessian_is_nearly_singular():
     """Fewer tokens than columns: damping alone makes it positive definite, and float32 has fewer digits to spare."""
     H = hessian(inputs(160, 14)[:48])
     weight = torch.randn(160, 16, generator=torch.Generator().manual_seed(9)) * 0.02
-    how: dict[str, Any] = {"bits": 4, "group_size": 32, "sym": True, "desc_act": True}
+    how: dict[str, Any] = {"bits": 4, "group_size": 32, "sym": True, "act_order": "full"}
     assert_agrees(solved(weight, H, **how), weight, H, tie=10 * TIE, **how)
 
 
@@ -126,8 +166,8 @@ def test_alone_the_reference_gets_the_same_q_and_losses():
     """Ties are so rare that a reference that follows no other solution has 99 % of all q, and the loss to 0.1 %."""
     H = hessian(inputs(256, 3))
     weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(8)) * 0.02
-    for desc_act, group_size in ((False, 128), (True, 32)):
-        how: dict[str, Any] = {"bits": 4, "group_size": group_size, "sym": True, "desc_act": desc_act}
+    for act_order, group_size in (("none", 128), ("full", 32), ("group", 64), ("static", 64)):
+        how: dict[str, Any] = {"bits": 4, "group_size": group_size, "sym": True, "act_order": act_order}
         expected, found = gptq(weight, H, damp=0.01, **how), solved(weight, H, **how)
         assert (found.q.double() == expected.q).double().mean() >= 0.99
         assert float(found.losses.sum()) == pytest.approx(float(expected.losses.sum()), rel=LOSS_TOLERANCE)
@@ -136,7 +176,7 @@ def test_alone_the_reference_gets_the_same_q_and_losses():
 def test_the_reference_distinguishes_a_tie_from_a_mistake():
     H = hessian(inputs(96, 4))
     weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(10)) * 0.02
-    how: dict[str, Any] = {"bits": 4, "group_size": 32, "sym": True, "desc_act": True}
+    how: dict[str, Any] = {"bits": 4, "group_size": 32, "sym": True, "act_order": "full"}
     # Weights that differ in their fifth digit are rounded otherwise where they are within about 1e-4 of a tie, and what
     # comes after becomes something else: the reference judges each decision by those before it.
     noise = 1 + 3e-5 * torch.randn(96, 256, generator=torch.Generator().manual_seed(11))
@@ -159,8 +199,8 @@ def test_losses_are_the_squared_output_error():
     """The losses are tr(dW H dW^T) / 2 with the damped H, computed here from the result only."""
     H = hessian(inputs(64, 4))
     weight = torch.randn(64, 16) * 0.02
-    for desc_act in (False, True):
-        found = solved(weight, H, desc_act=desc_act)
+    for act_order in ORDERS:
+        found = solved(weight, H, act_order=act_order)
         delta = (found.dequantized().T - weight).double()
         damped = H.double() + torch.eye(64) * 0.01 * H.double().diagonal().mean()
         expected = (delta * (damped @ delta)).sum(0) / 2
@@ -188,18 +228,19 @@ def test_better_than_rounding_to_nearest():
 def test_scale_search_lowers_the_loss_of_every_permutation():
     H = hessian(inputs(128, 6))
     weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(6)) * 0.02
-    for desc_act in (False, True):
-        for sym, most in ((True, 0.95), (False, 1.0)):
-            plain = solved(weight, H, desc_act=desc_act, sym=sym).losses.sum()
-            searched = solved(weight, H, desc_act=desc_act, sym=sym, scale_search=True).losses.sum()
+    for act_order in ORDERS:
+        # With static order the search sees the columns as stored, not as they are rounded: it gains less, or loses.
+        for sym, most in ((True, 0.99), (False, 1.1)) if act_order == "static" else ((True, 0.95), (False, 1.0)):
+            plain = solved(weight, H, act_order=act_order, sym=sym).losses.sum()
+            searched = solved(weight, H, act_order=act_order, sym=sym, scale_search=True).losses.sum()
             assert searched < most * plain
 
 
 def test_linears_solved_side_by_side_equal_linears_solved_alone():
     H = hessian(inputs(64, 9))
     a, b = torch.randn(64, 16) * 0.02, torch.randn(64, 8) * 0.05
-    both = solved(torch.cat([a, b], 1), H, desc_act=True)
-    for part, alone in zip(both.by_linear([16, 8]), [solved(w, H, desc_act=True) for w in (a, b)], strict=True):
+    both = solved(torch.cat([a, b], 1), H, act_order="full")
+    for part, alone in zip(both.by_linear([16, 8]), [solved(w, H, act_order="full") for w in (a, b)], strict=True):
         assert (part.q == alone.q).double().mean() > 0.99
         assert torch.equal(part.g_idx, alone.g_idx)
 
@@ -242,22 +283,22 @@ def test_damping_is_raised_only_to_the_limit_and_recorded():
     mean = H.diagonal().mean()
     shift = (smallest + 0.03 * mean) / 1.03
     H = H - shift * torch.eye(32)
-    assert not bool(factorize(H, desc_act=False, damp_percent=0.01).succeeded)
-    factor = factorize_within(H, desc_act=False, damp_percent=0.01, damp_percent_limit=0.5)
+    assert not bool(factorize(H, STORED, damp_percent=0.01).succeeded)
+    factor = factorize_within(H, STORED, damp_percent=0.01, damp_percent_limit=0.5)
     assert factor.damp_percent == pytest.approx(0.04)
     with pytest.raises(QuantizeError, match="cannot be factored"):
-        factorize_within(H, desc_act=False, damp_percent=0.01, damp_percent_limit=0.02)
+        factorize_within(H, STORED, damp_percent=0.01, damp_percent_limit=0.02)
 
 
 def test_nan_in_activations_is_an_error():
     accumulated = Hessian(4, CPU)
     accumulated.add(torch.tensor([[1.0, float("nan"), 0, 0]]))
     with pytest.raises(QuantizeError, match="NaN or Inf"):
-        factorize_within(accumulated.matrix(), desc_act=False, damp_percent=0.01, damp_percent_limit=0.1)
+        factorize_within(accumulated.matrix(), STORED, damp_percent=0.01, damp_percent_limit=0.1)
 
 
 def test_a_scale_beyond_float16_does_not_fit():
-    factor = factorize(hessian(inputs(64, 13)), desc_act=False, damp_percent=0.01)
+    factor = factorize(hessian(inputs(64, 13)), STORED, damp_percent=0.01)
     rules = GridRules(bits=4, sym=True, scale_search=False)
-    found = solve([torch.full((8, 64), 1e9)], factor, rules, group_size=32, static_groups=False)
+    found = solve([torch.full((8, 64), 1e9)], factor, rules)
     assert not bool(found.scales_are_finite())

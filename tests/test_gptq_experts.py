@@ -1,7 +1,7 @@
 """Experts as one batch: against the float64 reference, against each expert alone, and the kernels against torch."""
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,17 +13,16 @@ from packager.quantize.gptq.expert_hessians import ExpertHessians, expert_hessia
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Hessian, factorize, factorize_within
 from packager.quantize.gptq.lazy_updates import SplitUpdates
+from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.routing import RoutedInputs, Routing, route
 from packager.quantize.gptq.solve import Solution, solve
 from packager.quantize.gptq.torch_ops import TorchOps
+from packager.variant import ActOrder
 from tests.gptq_reference import TIE, assert_agrees
 from tests.samples import sampled
 
 CPU = torch.device("cpu")
-ORDERS = [
-    pytest.param({"desc_act": desc_act, "static_groups": static}, id=name)
-    for name, desc_act, static in (("stored", False, False), ("desc_act", True, False), ("static", True, True))
-]
+FULL = ColumnOrder(act_order="full", group_size=32)
 
 
 class SplitTorchOps(TorchOps):
@@ -84,11 +83,10 @@ def weights(experts: int, out: int, n: int) -> Tensor:
 
 
 def solved(weight: Tensor, H: Tensor, how: dict[str, Any], ops: Any = None) -> Solution:
-    factor = factorize_within(H, desc_act=how["desc_act"], damp_percent=0.01, damp_percent_limit=0.5)
+    order = ColumnOrder(act_order=how["act_order"], group_size=how["group_size"])
+    factor = factorize_within(H, order, damp_percent=0.01, damp_percent_limit=0.5)
     rules = GridRules(bits=how["bits"], sym=how["sym"], scale_search=how.get("scale_search", False))
-    return solve(
-        [weight], factor, rules, group_size=how["group_size"], static_groups=how.get("static_groups", False), ops=ops
-    )
+    return solve([weight], factor, rules, ops=ops)
 
 
 def same(one: Solution, other: Solution) -> bool:
@@ -168,12 +166,12 @@ def test_a_layer_with_one_expert_is_a_linear_of_its_own():
         dense.add(batch.rows)
     alone, found = dense.matrix(), hessians(inputs).H
     assert torch.equal(found[0], alone)
-    how = {"bits": 4, "group_size": 32, "sym": True, "desc_act": True, "scale_search": True}
+    how = {"bits": 4, "group_size": 32, "sym": True, "act_order": "full", "scale_search": True}
     weight = weights(1, 16, n)
     assert same(solved(weight, found, how).of_expert(0), solved(weight[0], alone, how))
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("act_order", get_args(ActOrder))
 @pytest.mark.parametrize(  # test_gptq has the search of a scale in the fast loop
     ("group_size", "sym", "search", "bits"),
     sampled(
@@ -182,11 +180,17 @@ def test_a_layer_with_one_expert_is_a_linear_of_its_own():
         (-1, False, False, 8),
     ),
 )
-def test_every_expert_is_the_float64_reference_s_and_what_it_is_alone(group_size, sym, search, bits, order):
+def test_every_expert_is_the_float64_reference_s_and_what_it_is_alone(group_size, sym, search, bits, act_order):
     n, experts = 150, 4
     found = hessians(routed(n, choices(260, experts, 2), experts))
     weight = weights(experts, 12, n)
-    how: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym, "scale_search": search, **order}
+    how: dict[str, Any] = {
+        "bits": bits,
+        "group_size": group_size,
+        "sym": sym,
+        "scale_search": search,
+        "act_order": act_order,
+    }
     batch = solved(weight, found.H, how)
     for expert in range(experts):
         alone = batch.of_expert(expert)
@@ -199,13 +203,13 @@ def test_every_expert_is_the_float64_reference_s_and_what_it_is_alone(group_size
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ops", [TorchOps(), SplitTorchOps()], ids=["float32", "split"])
-@pytest.mark.parametrize(("group_size", "desc_act"), [(32, True), (200, False), (-1, True)])
-def test_experts_of_many_column_blocks_agree_with_the_reference(group_size, desc_act, ops):
+@pytest.mark.parametrize(("group_size", "act_order"), [(32, "full"), (200, "none"), (-1, "full"), (200, "group")])
+def test_experts_of_many_column_blocks_agree_with_the_reference(group_size, act_order, ops):
     """More than 512 columns: some updates of later columns go through `LazyUpdates`."""
     n = 648
     found = hessians(routed(n, choices(900, 3, 2), 3))
     weight = weights(3, 6, n)
-    how: dict[str, Any] = {"bits": 4, "group_size": group_size, "sym": True, "desc_act": desc_act}
+    how: dict[str, Any] = {"bits": 4, "group_size": group_size, "sym": True, "act_order": act_order}
     batch = solved(weight, found.H, how, ops)
     for expert in range(3):
         assert_agrees(batch.of_expert(expert), weight[expert].T, found.H[expert], tie=10 * TIE, **how)
@@ -223,20 +227,20 @@ def indefinite(n: int, by: float) -> Tensor:
 
 def test_damping_is_raised_for_the_experts_that_fail_alone():
     H = torch.stack([indefinite(32, -0.05), indefinite(32, 0.03), indefinite(32, -0.02), indefinite(32, 0.015)])
-    first = factorize(H, desc_act=True, damp_percent=0.01)
+    first = factorize(H, FULL, damp_percent=0.01)
     assert first.succeeded.tolist() == [True, False, True, False]
-    found = factorize_within(H, desc_act=True, damp_percent=0.01, damp_percent_limit=0.5)
+    found = factorize_within(H, FULL, damp_percent=0.01, damp_percent_limit=0.5)
     assert found.damp_percents == (0.01, 0.04, 0.01, 0.02)
     assert found.succeeded.all()
     for expert, alone in enumerate(H):
-        other = factorize_within(alone, desc_act=True, damp_percent=0.01, damp_percent_limit=0.5)
+        other = factorize_within(alone, FULL, damp_percent=0.01, damp_percent_limit=0.5)
         assert torch.equal(found.U[expert], other.U)
         assert other.damp_percent == found.damp_percents[expert]
     with pytest.raises(QuantizeError, match="the Hessian of experts 1 cannot be factored"):
-        factorize_within(H, desc_act=True, damp_percent=0.01, damp_percent_limit=0.02)
+        factorize_within(H, FULL, damp_percent=0.01, damp_percent_limit=0.02)
     H[2, 3, 3] = torch.nan
     with pytest.raises(QuantizeError, match="the activations of experts 2 contain NaN or Inf"):
-        factorize_within(H, desc_act=True, damp_percent=0.01, damp_percent_limit=0.02)
+        factorize_within(H, FULL, damp_percent=0.01, damp_percent_limit=0.02)
 
 
 @pytest.mark.parametrize("n", [96, 128, 200, 333])
@@ -309,28 +313,30 @@ def test_the_kernel_adds_the_products_that_torch_adds(device, dtype, gathered):
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize(
-    ("n", "group_size", "desc_act", "static", "sym"),
+    ("n", "group_size", "act_order", "sym"),
     [
-        (72, 32, True, False, True),
-        (136, 40, True, True, False),
-        (150, 130, False, False, True),
-        pytest.param(536, 48, True, False, True, marks=pytest.mark.gpu),
+        (72, 32, "full", True),
+        (136, 40, "static", False),
+        (136, 40, "group", True),
+        (150, 130, "none", True),
+        (270, 130, "group", False),
+        pytest.param(536, 48, "full", True, marks=pytest.mark.gpu),
     ],
 )
-def test_the_kernels_solve_a_batch_like_the_reference(device, n, group_size, desc_act, static, sym):
+def test_the_kernels_solve_a_batch_like_the_reference(device, n, group_size, act_order, sym):
     experts = 3
     H = hessians(routed(n, choices(2 * n, experts, 2), experts)).H.to(device)
     weight = weights(experts, 5, n).to(device, torch.float16)
-    factor = factorize(H, desc_act=desc_act, damp_percent=0.01)
+    factor = factorize(H, ColumnOrder(act_order=act_order, group_size=group_size), damp_percent=0.01)
     rules = GridRules(bits=4, sym=sym, scale_search=False)
     ops = TritonOps() if device.type == "cuda" else InterpretedOps()
-    batch = solve([weight[:, :2], weight[:, 2:]], factor, rules, group_size=group_size, static_groups=static, ops=ops)
+    batch = solve([weight[:, :2], weight[:, 2:]], factor, rules, ops=ops)
     filled = torch.zeros(experts, 5, n, device=device)
     batch.dequantize_into(filled, ops)
     for expert in range(experts):
         alone = batch.of_expert(expert)
         assert_agrees(
-            alone, weight[expert].T.cpu(), H[expert], bits=4, group_size=group_size, sym=sym, desc_act=desc_act,
-            static_groups=static, tie=10 * TIE,
+            alone, weight[expert].T.cpu(), H[expert], bits=4, group_size=group_size, sym=sym, act_order=act_order,
+            tie=10 * TIE,
         )  # fmt: skip
         assert torch.equal(filled[expert], alone.dequantized(TorchOps()))

@@ -1,6 +1,7 @@
 """The Triton kernels against torch and the float64 reference: in Triton's interpreter, natively under -m gpu."""
 
 from itertools import product
+from typing import get_args
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import factorize
 from packager.quantize.gptq.lazy_updates import Float32Updates, SplitUpdates
+from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.solve import solve
 from packager.quantize.gptq.tensor_ops import Grids, RoundedColumns, TensorOps
 from packager.quantize.gptq.torch_ops import TorchOps
+from packager.variant import ActOrder
 from tests.gptq_reference import assert_agrees
 from tests.test_gptq import hessian, inputs
 
@@ -54,7 +57,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 # Columns for each group size so that its last group is shorter, and one of exactly a column block.
 COLUMNS_OF = {16: 40, 32: 80, 40: 136, 48: 64, 128: 144, 200: 216, -1: 72}
-ORDERS = ((False, False), (True, False), (True, True))
+ORDERS = get_args(ActOrder)
 CASES = list(product((2, 3, 4, 8), (True, False), COLUMNS_OF, ORDERS))
 # The interpreter takes seconds for a case, and a GPU's compiler too; every fifth still has nearly every pair of values.
 SOME_CASES = CASES[::5]
@@ -62,51 +65,48 @@ SOME_CASES = CASES[::5]
 
 def solves_like_the_reference(
     kernels: TensorOps, device: torch.device, n: int, out: int, *, search: bool, sym: bool, bits: int, group_size: int,
-    order: tuple[bool, bool],
+    act_order: ActOrder,
 ) -> None:  # fmt: skip
     """Check a solution of the kernels; some weights are zero: a column's input, a group, an output feature."""
-    desc_act, static = order
     H, weight = hessian(inputs(n, bits, dead=5)), random(n, out, seed=7) * 0.02
     weight[:32, 1], weight[:, 2] = 0, 0
-    factor = factorize(H.to(device), desc_act=desc_act, damp_percent=0.01)
+    order = ColumnOrder(act_order=act_order, group_size=group_size)
+    factor = factorize(H.to(device), order, damp_percent=0.01)
     rules = GridRules(bits=bits, sym=sym, scale_search=search)
-    found = solve(
-        [weight.to(device, torch.float16).T],
-        factor,
-        rules,
-        group_size=group_size,
-        static_groups=static,
-        ops=kernels,
-    )
+    found = solve([weight.to(device, torch.float16).T], factor, rules, ops=kernels)
     assert_agrees(
-        found, weight.half(), H, bits=bits, sym=sym, group_size=group_size, desc_act=desc_act, static_groups=static,
+        found, weight.half(), H, bits=bits, sym=sym, group_size=group_size, act_order=act_order,
         scale_search=search,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("bits", "sym", "group_size", "order"), SOME_CASES)
-def test_solves_like_the_reference(kernels, device, bits, sym, group_size, order):
+@pytest.mark.parametrize(("bits", "sym", "group_size", "act_order"), SOME_CASES)
+def test_solves_like_the_reference(kernels, device, bits, sym, group_size, act_order):
     n = COLUMNS_OF[group_size]
     solves_like_the_reference(
-        kernels, device, n, 5, search=False, sym=sym, bits=bits, group_size=group_size, order=order
+        kernels, device, n, 5, search=False, sym=sym, bits=bits, group_size=group_size, act_order=act_order
     )
 
 
 @pytest.mark.parametrize(("group_size", "sym"), [(32, True), (48, False), (128, True), (200, True), (200, False)])
 def test_searches_scales_like_the_reference(kernels, device, group_size, sym):
-    n, order = COLUMNS_OF[group_size], ORDERS[group_size % 3]
-    solves_like_the_reference(kernels, device, n, 5, search=True, sym=sym, bits=4, group_size=group_size, order=order)
+    n, act_order = COLUMNS_OF[group_size], ORDERS[(group_size + sym) % 4]
+    solves_like_the_reference(
+        kernels, device, n, 5, search=True, sym=sym, bits=4, group_size=group_size, act_order=act_order
+    )
 
 
-@pytest.mark.parametrize(("group_size", "order"), [(32, ORDERS[1]), (200, ORDERS[0]), (48, ORDERS[2])])
-def test_solves_many_column_blocks(monkeypatch, kernels, device, group_size, order):
+@pytest.mark.parametrize(
+    ("group_size", "act_order"), [(32, "full"), (200, "none"), (48, "static"), (40, "group"), (160, "group")]
+)
+def test_solves_many_column_blocks(monkeypatch, kernels, device, group_size, act_order):
     """More column blocks than are updated one by one: some updates of later columns go through `LazyUpdates`."""
     columns = 536
     if device.type == "cpu":  # the interpreter takes a second for 50 columns
         monkeypatch.setattr(solve_module, "_BLOCKS_AT_ONCE", 2)
         columns = 300
     solves_like_the_reference(
-        kernels, device, columns, 5, search=False, sym=True, bits=4, group_size=group_size, order=order
+        kernels, device, columns, 5, search=False, sym=True, bits=4, group_size=group_size, act_order=act_order
     )
 
 
@@ -123,11 +123,11 @@ def test_kernels_keep_deltas_in_float16_parts(kernels, device):
 
 
 @NATIVE
-@pytest.mark.parametrize(("group_size", "order"), [(32, ORDERS[1]), (200, ORDERS[0])])
-def test_the_torch_operations_solve_on_cuda_too(group_size, order):
+@pytest.mark.parametrize(("group_size", "act_order"), [(32, "full"), (200, "none"), (200, "group")])
+def test_the_torch_operations_solve_on_cuda_too(group_size, act_order):
     """They are what the kernels are compared with, so both must be able to run there."""
     solves_like_the_reference(
-        TORCH, torch.device("cuda"), 536, 5, search=True, sym=True, bits=4, group_size=group_size, order=order
+        TORCH, torch.device("cuda"), 536, 5, search=True, sym=True, bits=4, group_size=group_size, act_order=act_order
     )
 
 

@@ -20,6 +20,7 @@ from packager.model.decoder import Decoder, forward
 from packager.model.packing import pack, pack_zeros, unpack
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Hessian, factorize
+from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.solve import solve
 from packager.quantize.job import BlockDone, Event, QuantizeJob
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, Workload, sweep_ways
@@ -116,8 +117,10 @@ def test_hessian_of_half_precision_inputs_is_accumulated_in_float32(dtype, in_fe
     assert torch.equal(H, H.T)
 
 
-@pytest.mark.parametrize(("bits", "group_size", "sym", "desc_act"), [(4, 128, True, False), (3, 64, False, True)])
-def test_hessian_to_q_agrees_with_the_float64_reference(bits, group_size, sym, desc_act):
+@pytest.mark.parametrize(
+    ("bits", "group_size", "sym", "act_order"), [(4, 128, True, "none"), (3, 64, False, "full"), (4, 64, True, "group")]
+)
+def test_hessian_to_q_agrees_with_the_float64_reference(bits, group_size, sym, act_order):
     n, generator = 768, torch.Generator(CUDA).manual_seed(1)
     x = torch.randn(6144, n, device=CUDA, generator=generator) * torch.rand(n, device=CUDA, generator=generator) * 3
     hessian = Hessian(n, CUDA)
@@ -125,10 +128,10 @@ def test_hessian_to_q_agrees_with_the_float64_reference(bits, group_size, sym, d
         hessian.add(part)
     H = hessian.matrix()
     weight = (torch.randn(n, 200, device=CUDA, generator=generator) * 0.02).half()
-    factor = factorize(H, desc_act=desc_act, damp_percent=0.01)
+    factor = factorize(H, ColumnOrder(act_order=act_order, group_size=group_size), damp_percent=0.01)
     rules = GridRules(bits=bits, sym=sym, scale_search=True)
-    found = solve([weight.T], factor, rules, group_size=group_size, static_groups=False)
-    how = {"bits": bits, "group_size": group_size, "sym": sym, "desc_act": desc_act}
+    found = solve([weight.T], factor, rules)
+    how = {"bits": bits, "group_size": group_size, "sym": sym, "act_order": act_order}
     assert_agrees(found, weight, H, scale_search=True, **how)
 
 
@@ -148,9 +151,9 @@ def test_every_architecture_quantizes_as_on_the_cpu(tmp_path, name):
     source = tiny(tmp_path, name)
     variants = (
         variant(branch="main"),
-        variant(branch="act", desc_act=True, group_size=16, scale_search=True),
+        variant(branch="act", act_order="full", group_size=16, scale_search=True),
         variant(branch="parallel", bits=3, sym=False, group_size=-1, true_sequential=False),
-        variant(branch="static", bits=8, desc_act=True, static_groups=True),
+        variant(branch="static", bits=8, act_order="static"),
     )
     losses, tensors = {}, {}
     for device in (torch.device("cpu"), CUDA):
@@ -171,7 +174,7 @@ def test_every_architecture_quantizes_as_on_the_cpu(tmp_path, name):
 
 
 def test_the_same_gpu_gives_the_same_bytes_twice(tmp_path):
-    source, variants = tiny(tmp_path), (variant(desc_act=True), variant(branch="b", scale_search=True))
+    source, variants = tiny(tmp_path), (variant(act_order="full"), variant(branch="b", scale_search=True))
     for number in ("first", "second"):
         run(source, tmp_path / number, *variants)
     assert digests(tmp_path / "first") == digests(tmp_path / "second")
@@ -207,7 +210,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, large: SourceModel) ->
     return digests(folder)
 
 
-PAIR = variant(branch="a", group_size=128, scale_search=True), variant(branch="b", group_size=32, desc_act=True)
+PAIR = variant(branch="a", group_size=128, scale_search=True), variant(branch="b", group_size=32, act_order="full")
 # Not ("host", 2, 8): one variant on the device needs less of it, and is tried first (tests/test_memory.py).
 SCARCE = [
     ("device", 1, 8, "device"), ("host", 2, 3, "device"), ("host", 2, 0, "device"), ("disk", 2, 0, "device"),
@@ -351,8 +354,8 @@ def test_streamed_forward_in_float32_equals_the_cpu(tmp_path):
 def test_a_finished_variant_is_not_run_again(tmp_path):
     source = tiny(tmp_path)
     steps: list[Event] = []
-    expected = run(source, tmp_path / "work", variant(desc_act=True))
+    expected = run(source, tmp_path / "work", variant(act_order="full"))
     before = digests(tmp_path / "work")
-    assert run(source, tmp_path / "work", variant(desc_act=True), report=steps.append) == expected
+    assert run(source, tmp_path / "work", variant(act_order="full"), report=steps.append) == expected
     assert all(step.resumed for step in steps if isinstance(step, BlockDone))
     assert digests(tmp_path / "work") == before

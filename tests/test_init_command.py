@@ -235,15 +235,14 @@ def test_a_text_outside_the_recipes_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("width", "variant_set", "expected"),
     [
-        (256, "classic", [(4, 128, False), (4, 32, True), (4, 64, True), (4, 128, True)]),
-        (256, "modern", [(4, 128, False), (4, 64, False), (4, 32, False)]),
-        (576, "classic", [(4, 64, False), (4, 32, True), (4, 64, True)]),
-        (96, "modern", [(4, 32, False)]),
-        (48, "classic", [(4, -1, False), (4, -1, True)]),
+        (256, "classic", ["128 none", "32 full", "64 full", "128 full"]),
+        (256, "modern", ["128 group", "64 group", "32 group"]),
+        (576, "classic", ["64 none", "32 full", "64 full"]),
+        (96, "modern", ["32 group"]),
+        (48, "classic", ["-1 none", "-1 full"]),
         (
             256, "wide",
-            [(4, 128, False), (4, 32, True), (4, 64, True), (4, 128, True), (8, 128, False), (8, 128, True),
-             (3, 128, True)],
+            ["128 none", "32 full", "64 full", "128 full", "8-bit 128 none", "8-bit 128 full", "3-bit 128 full"],
         ),
     ],
 )  # fmt: skip
@@ -257,7 +256,10 @@ def test_a_set_has_the_groups_that_divide_the_model(width: int, variant_set: Any
         "head_dim": width // 4,
     }
     architecture = architecture_of(lock_of(config, "a/b").model, "a/b")
-    found = [(v.get("bits", 4), v["group_size"], v["desc_act"]) for v in variants_of(variant_set, architecture)]
+    found = [
+        f"{str(entry.get('bits', '')) + '-bit ' if 'bits' in entry else ''}{entry['group_size']} {entry['act_order']}"
+        for entry in variants_of(variant_set, architecture)
+    ]
     assert found == expected
 
 

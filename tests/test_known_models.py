@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ from packager.errors import PlanError
 from packager.model.architecture import architecture_of
 from packager.model.checkpoint import checkpoint_tensors, shard_index, split_shards
 from packager.model.safetensors_file import METADATA, TensorInfo
-from packager.variant import Variant
+from packager.variant import ActOrder, Variant
 from tests.hypothesis_profiles import examples
 from tests.known_models import FAMILIES, known_architecture, known_model
 from tests.samples import sampled
@@ -39,8 +39,8 @@ TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "I32": "
 
 def variant(**changes: Any) -> Variant:
     values: dict[str, Any] = {
-        "branch": "main", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "damp_percent": 0.01,
-        "damp_percent_limit": 0.1, "true_sequential": True, "static_groups": False, "scale_search": False,
+        "branch": "main", "bits": 4, "group_size": 128, "act_order": "none", "sym": True, "damp_percent": 0.01,
+        "damp_percent_limit": 0.1, "true_sequential": True, "scale_search": False,
         "engine": "native",
     }  # fmt: skip
     return Variant(**{**values, **changes})
@@ -195,10 +195,10 @@ def test_13b_has_the_sizes_of_the_format(group_size: int, expected: int) -> None
     config=configs(),
     bits=st.sampled_from([2, 3, 4, 8]),
     group_size=st.sampled_from([-1, 8, 32, 64]),
-    desc_act=st.booleans(),
+    act_order=st.sampled_from(get_args(ActOrder)),
 )
 def test_checkpoint_bytes_follow_the_formula(
-    config: dict[str, Any], bits: int, group_size: int, desc_act: bool
+    config: dict[str, Any], bits: int, group_size: int, act_order: ActOrder
 ) -> None:
     factor = 32 // math.gcd(32, bits)
     config |= {"head_dim": factor * 2, "intermediate_size": factor * 3}
@@ -213,7 +213,7 @@ def test_checkpoint_bytes_follow_the_formula(
         expected += 2 * columns if linear.bias else 0
         quantized |= {f"{linear.name}.weight", f"{linear.name}.bias"}
     expected += sum(tensor.size_bytes for tensor in architecture.tensors if tensor.name not in quantized)
-    tensors = checkpoint_tensors(architecture, variant(bits=bits, group_size=group_size, desc_act=desc_act))
+    tensors = checkpoint_tensors(architecture, variant(bits=bits, group_size=group_size, act_order=act_order))
     assert sum(tensor.size_bytes for tensor in tensors) == expected
     assert len({tensor.name for tensor in tensors}) == len(tensors)
 

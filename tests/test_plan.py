@@ -333,6 +333,8 @@ def test_a_description_is_the_recipes_or_states_facts(tmp_path: Path) -> None:
         "4-bit, one group per row, no act order, asymmetric: the smallest size.",
     ]
     assert variant_description(variant(), 100, [100]) == "4-bit, group size 128, no act order."
+    assert variant_description(variant(act_order="static"), 1, [1]) == "4-bit, group size 128, static act order."
+    assert variant_description(variant(act_order="group"), 1, [1]) == "4-bit, group size 128, group-aware act order."
     assert variant_description(variant(), 1001, [1000, 1001, 2000]).endswith("less than 1 % larger than the smallest.")
 
 
@@ -349,12 +351,14 @@ def refusing(config: dict[str, Any] = LLAMA_2_13B, **parameters: Any) -> set[str
     ("parameters", "refusals"),
     [
         ({}, set()),
-        ({"desc_act": True, "group_size": 32}, {"vllm"}),
-        ({"group_size": -1, "desc_act": True}, {"onnxruntime"}),
+        ({"act_order": "full", "group_size": 32}, {"vllm"}),
+        ({"act_order": "static", "group_size": 32}, set()),
+        ({"act_order": "group", "group_size": 32}, set()),
+        ({"group_size": -1, "act_order": "full"}, {"onnxruntime"}),
         ({"bits": 8}, {"exllama", "exllamav2"}),
         ({"bits": 3}, {"exllama", "exllamav2", "gptqmodel-marlin", "onnxruntime", "vllm", "tgi"}),
         (
-            {"bits": 3, "desc_act": True},
+            {"bits": 3, "act_order": "full"},
             {"exllama", "exllamav2", "gptq-for-llama", "gptqmodel-marlin", "onnxruntime", "vllm", "tgi"},
         ),
         ({"bits": 2}, {"exllama", "exllamav2", "gptqmodel-marlin", "vllm"}),
@@ -414,10 +418,10 @@ def test_every_verdict_has_its_reasons_and_traps() -> None:
     )
     assert answers(group_size=64)["vllm"] == (True, "")
     assert answers(group_size=-1)["vllm"] == (True, "")
-    assert answers(desc_act=True)["gptq-for-llama"] == (True, "Triton branch only")
+    assert answers(act_order="full")["gptq-for-llama"] == (True, "Triton branch only")
     assert answers(bits=2)["tgi"] == (True, "neither Marlin nor ExLlama fits: the slower Triton kernel")
     assert "float16 only" in answers(sym=False)["sglang"][1]
-    refused: list[dict[str, Any]] = [{"bits": 3, "desc_act": True}, {"sym": False, "group_size": 160}]
+    refused: list[dict[str, Any]] = [{"bits": 3, "act_order": "full"}, {"sym": False, "group_size": 160}]
     for parameters in refused:
         assert all(reason for can_load, reason in answers(**parameters).values() if not can_load)
 
@@ -473,6 +477,7 @@ def test_json_holds_exact_integers(tmp_path: Path) -> None:
     ]
     assert values["variants"][0]["files"] == {"model.safetensors": plan.variants[0].weights_bytes}
     assert values["variants"][1]["parameters"]["desc_act"] is True
+    assert values["variants"][1]["parameters"]["act_order"] == "full"
     assert [loader["loader"] for loader in values["variants"][0]["loaders"]] == list(RUNTIMES)
     assert plan.memory is not None
     assert values["memory"]["fastest"] == {

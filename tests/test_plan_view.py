@@ -142,7 +142,7 @@ def test_the_table_of_branches(plan: BuildPlan, lines: list[str]) -> None:
         variant = planned.variant
         to_run = planned.tensor_bytes + heads * 4096 * 2
         size = planned.weights_bytes
-        row = [variant.branch, variant.bits, variant.group_size, variant.desc_act, gb(size), f"{size:,}", gb(to_run)]
+        row = [variant.branch, variant.bits, variant.group_size, variant.act_order, gb(size), f"{size:,}", gb(to_run)]
         assert " ".join(map(str, row)) in lines
     assert "To run: weights and 3.36 GB, what is cached of 4096 tokens; nothing else." in lines
 

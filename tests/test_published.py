@@ -245,6 +245,8 @@ CASES = [
     Case(rule="branch-differs", change=record(lambda found: found.update(branch=MAIN)), words="branch is gptq-4"),
     Case(rule="branch-differs", change=record(lambda found: found["parameters"].update(desc_act=False)),
          words="differ from those in the name gptq-4bit-16g-actorder_True"),
+    Case(rule="branch-differs", change=record(lambda found: found["parameters"].update(act_order="static")),
+         words="differ from those in the name gptq-4bit-16g-actorder_True"),
     Case(rule="provenance-invalid", change=record(lambda found: found.pop("files")), words="provenance.json: files"),
     Case(rule="provenance-missing", change=lambda f: (f.folders[VARIANT] / PROVENANCE).unlink()),
     Case(rule="provenance-disagrees", change=record(lambda found: found.update(weights_bytes=5)), words="weights_byte"),
@@ -278,10 +280,44 @@ CASES = [
     Case(rule="card-figure", change=table("| 4 | 32 |", "| 3 | 32 |"), words="main: Bits is \"3\", its record has 4"),
     Case(rule="card-figure", change=table("| 4 | 16 |", "| 4 | -1 (whole row) |"), words="Group Size"),
     Case(rule="card-figure", change=table("| True |", "| False |"), words="Act Order"),
+    Case(rule="card-figure", change=table("| True |", "| True (static) |"), words="Act Order"),
     Case(rule="card-figure", change=table("| 32 | False | 0.01 |", "| 32 | False | 0.1 |"), words="Damp %"),
     Case(rule="card-figure", change=table("more | 32 | ", "more | 33 | "), words="Seq Len"),
     Case(rule="card-figure", change=table("kB |", "MB |"), words="File Size"),
 ]  # fmt: skip
+
+
+def fixture_with(tmp_path: Path, made: Checkpoint, branch: str, **parameters: Any) -> PublishedFixture:
+    """A repository with main and one other branch, whose record has these parameters."""
+    fixture = PublishedFixture(tmp_path)
+    folder = made.write(tmp_path / "made" / branch)
+    seal(folder, parameters={"bits": 4, "group_size": 16, "sym": True, "damp_percent": 0.01, **parameters})
+    edit_json(folder, PROVENANCE, lambda record: record.update(branch=branch, model=made.description()))
+    fixture.folders = {MAIN: fixture.main, branch: folder}
+    fixture.write_card()
+    return fixture
+
+
+@pytest.mark.parametrize("act_order", ["static", "group"])
+def test_a_branch_of_another_act_order_is_as_its_record_says(tmp_path: Path, act_order: str) -> None:
+    name = f"gptq-4bit-16g-actorder_{act_order}"
+    made = Checkpoint(group_size=16, static_groups=act_order == "static")
+    fixture = fixture_with(tmp_path, made, name, desc_act=False, act_order=act_order)
+    fixture.publish()
+    (message,) = fixture.found()["card-figure"]
+    assert f'{name}: Act Order (desc_act) is "False", its record has "False ({act_order})"' in message
+    fixture.write_card(lambda text: text.replace("| 16 | False |", f"| 16 | False ({act_order}) |"))
+    fixture.publish()
+    assert fixture.found(full=True) == {}
+
+
+@pytest.mark.parametrize("branch", [VARIANT, "gptq-4bit-16g-actorder_static"])
+def test_a_branch_that_an_earlier_version_made_with_static_groups_verifies(tmp_path: Path, branch: str) -> None:
+    """Its configs and its record say desc_act true, as did its name unless the recipe gave one."""
+    made = Checkpoint(group_size=16, desc_act=True, static_groups=True)
+    fixture = fixture_with(tmp_path, made, branch, desc_act=True, static_groups=True)
+    fixture.publish()
+    assert fixture.found(full=True) == {}
 
 
 # One case of each rule that is not the audit's own, and one of the audit's.

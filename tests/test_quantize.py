@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from packager.quantize import block as block_module
 from packager.quantize import device_shares as shares_module
 from packager.quantize import sweep as sweep_module
 from packager.quantize import worker as worker_module
-from packager.quantize.block import quantize_block
+from packager.quantize.block import order_of, quantize_block
 from packager.quantize.block_store import BlockStore
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Hessian, factorize
@@ -29,12 +30,13 @@ from packager.quantize.memory import SweepPlan
 from packager.quantize.shared_reader import SharedReader
 from packager.quantize.sweep import quantize
 from packager.receipt import LinearRecord
-from packager.variant import Variant
+from packager.variant import ActOrder, Variant
 from tests.samples import sampled
 from tests.sources import open_folder
 from tests.tiny_models import CONFIGS, WITH_EXPERTS, open_store, save_model, token_rows, variant
 
 CPU = torch.device("cpu")
+ORDERS: tuple[ActOrder, ...] = get_args(ActOrder)
 
 
 def source_of(folder: Path, name: str) -> SourceModel:
@@ -100,7 +102,7 @@ def test_streamed_forward_equals_the_whole_model(tmp_path, name):
 @pytest.mark.parametrize("name", sampled(EVERY_CONFIG, "qwen3", "qwen3-moe"))
 def test_quantizes_every_architecture(tmp_path, name):
     source = source_of(tmp_path, name)
-    v = variant(desc_act=True)
+    v = variant(act_order="full")
     records, done = run(source, tmp_path / "work", v)
     assert {record.name for record in records["main"]} == {linear.name for linear in source.architecture.linears}
     assert len(done) == source.architecture.num_blocks
@@ -119,7 +121,7 @@ def test_quantizes_every_architecture(tmp_path, name):
 def test_suspended_forward_equals_the_repeated_forward_bit_by_bit(tmp_path, monkeypatch):
     """The oracle runs the block anew for every group, as AutoGPTQ does, on an ordinary unstreamed model."""
     source = source_of(tmp_path, "llama")
-    v = variant(desc_act=True, group_size=16)
+    v = variant(act_order="full", group_size=16)
     monkeypatch.setattr("packager.quantize.worker.time", Counter())
     records, done = run(source, tmp_path / "work", v)
     losses: dict[str, float] = {}
@@ -137,9 +139,9 @@ def test_suspended_forward_equals_the_repeated_forward_bit_by_bit(tmp_path, monk
                 handle.remove()
                 H = hessian.matrix()
                 damped = H.double() + torch.eye(len(H)) * 0.01 * H.double().diagonal().mean()
-                factor = factorize(H, desc_act=True, damp_percent=0.01)
+                factor = factorize(H, order_of(v), damp_percent=0.01)
                 weights = [linear.weight for linear in linears]
-                solution = solve(weights, factor, rules, group_size=16, static_groups=False)
+                solution = solve(weights, factor, rules)
                 parts = solution.by_linear([linear.out_features for linear in linears])
                 for name, linear, part in zip(group, linears, parts, strict=True):
                     delta = part.dequantized().double() - linear.weight.double()
@@ -170,15 +172,34 @@ def test_linears_that_share_an_input_form_a_group(tmp_path):
 def test_variants_of_a_sweep_equal_variants_made_alone(tmp_path):
     source = source_of(tmp_path, "llama")
     first = variant(branch="a", group_size=32)
-    second = variant(branch="b", group_size=16, desc_act=True, true_sequential=False)
+    second = variant(branch="b", group_size=16, act_order="full", true_sequential=False)
     third = variant(branch="c", bits=3, sym=False, group_size=-1, scale_search=True)
-    run(source, tmp_path / "together", first, second, third)
-    for v in (first, second, third):
+    others = (variant(branch=order, act_order=order, group_size=16) for order in ("group", "static"))
+    variants = (first, second, third, *others)
+    run(source, tmp_path / "together", *variants)
+    for v in variants:
         run(source, tmp_path / "alone", v)
     assert files(tmp_path / "together") == files(tmp_path / "alone")
 
 
-TWO_VARIANTS = (variant(branch="a"), variant(branch="b", desc_act=True, true_sequential=False))
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_blocks_of_every_act_order_are_restored_to_the_same_bytes(tmp_path, monkeypatch, name):
+    """Only full order scatters groups, and its weights are restored by g_idx; the last block shows what came before."""
+    source, variants = source_of(tmp_path, name), [variant(branch=order, act_order=order) for order in ORDERS]
+    run(source, tmp_path / "work", *variants)
+    for v in variants:
+        stored = stored_block(source, tmp_path / "work", v, 0)
+        scattered = [name for name, value in stored.items() if name.endswith("g_idx") and (value.diff() < 0).any()]
+        assert bool(scattered) == (v.act_order == "full")
+    expected = files(tmp_path / "work")
+    last = source.architecture.num_blocks - 1
+    read = BlockStore.read
+    monkeypatch.setattr(BlockStore, "read", lambda store, block: None if block == last else read(store, block))
+    run(source, tmp_path / "work", *variants)
+    assert files(tmp_path / "work") == expected
+
+
+TWO_VARIANTS = (variant(branch="a"), variant(branch="b", act_order="full", true_sequential=False))
 WAYS = [
     (placement, suspended, together)
     for placement in ("device", "host", "disk")
@@ -224,7 +245,7 @@ def test_memory_is_saved_without_changing_a_byte(tmp_path, monkeypatch, plenty, 
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
 def test_weights_may_wait_on_the_host(tmp_path, monkeypatch, name):
     source, asked = source_of(tmp_path, name), []
-    variants = variant(branch="a"), variant(branch="b", desc_act=True)
+    variants = variant(branch="a"), variant(branch="b", act_order="full")
     expected, _ = run(source, tmp_path / "plenty", *variants)
     plan = SweepPlan(
         num_variants=2, placement="device", num_batches=1, suspended_batches=1, weights="host", device_bytes=0,
@@ -331,7 +352,7 @@ def test_what_fails_on_one_device_stops_the_others(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
 def test_a_killed_sweep_resumes_to_the_same_bytes(tmp_path, monkeypatch, name):
     source = source_of(tmp_path, name)
-    variants = variant(branch="a"), variant(branch="b", desc_act=True)
+    variants = variant(branch="a"), variant(branch="b", act_order="full")
     expected, _ = run(source, tmp_path / "whole", *variants)
     written = []
 

@@ -120,9 +120,9 @@ def shrunk(own: Tensor, every: Tensor, tokens: int) -> tuple[Tensor, float]:
 
 
 @pytest.mark.parametrize("unused", sampled([None, 4], 4))
-@pytest.mark.parametrize("desc_act", sampled([False, True], True))
-def test_each_expert_is_what_the_float64_reference_makes_of_its_inputs(tmp_path, desc_act, unused):
-    v = variant(desc_act=desc_act, group_size=32)
+@pytest.mark.parametrize("act_order", sampled(["none", "group", "static", "full"], "full"))
+def test_each_expert_is_what_the_float64_reference_makes_of_its_inputs(tmp_path, act_order, unused):
+    v = variant(act_order=act_order, group_size=32)
     found = build(tmp_path, v, unused_expert=unused)
     x, index = expert_inputs(found, MOE_BLOCK)
     layer = f"model.layers.{MOE_BLOCK}.mlp.experts"
@@ -140,29 +140,29 @@ def test_each_expert_is_what_the_float64_reference_makes_of_its_inputs(tmp_path,
         own = pairs(x, index, expert)
         H, rho = shrunk(own, every, counts[expert])
         for name in ("gate_proj", "up_proj"):
-            check(found, f"{layer}.{expert}.{name}", original[expert, name], H, counts[expert], rho, desc_act)
+            check(found, f"{layer}.{expert}.{name}", original[expert, name], H, counts[expert], rho, act_order)
         gate, up = (found.weight(f"{layer}.{expert}.{name}") for name in ("gate_proj", "up_proj"))
         inner[expert] = nn.functional.silu(own @ gate.double().T) * (own @ up.double().T)
     every_inner = torch.cat([inner[expert] for expert in range(NUM_EXPERTS) if counts[expert]])
     for expert in range(NUM_EXPERTS):
         H, rho = shrunk(inner[expert], every_inner, counts[expert])
-        check(found, f"{layer}.{expert}.down_proj", original[expert, "down_proj"], H, counts[expert], rho, desc_act)
+        check(found, f"{layer}.{expert}.down_proj", original[expert, "down_proj"], H, counts[expert], rho, act_order)
 
 
-def check(found: Found, name: str, weight: Tensor, H: Tensor, tokens: int, rho: float, desc_act: bool) -> None:
+def check(found: Found, name: str, weight: Tensor, H: Tensor, tokens: int, rho: float, act_order: str) -> None:
     record = found.records[name]
     assert isinstance(record, ExpertLinearRecord)
     assert record.tokens == tokens
     assert record.rho == pytest.approx(rho)
-    reference = assert_decisions(found.solution(name), weight, H, desc_act=desc_act)
+    reference = assert_decisions(found.solution(name), weight, H, act_order=act_order)
     assert record.loss == pytest.approx(float(reference.losses.mean()), rel=2e-2)
 
 
-def assert_decisions(found: Solution, weight: Tensor, H: Tensor, *, desc_act: bool) -> Any:
+def assert_decisions(found: Solution, weight: Tensor, H: Tensor, *, act_order: str) -> Any:
     """Compare with the reference; the inputs are transformers' and differ in the last bits, hence the wider ties."""
     from tests.gptq_reference import gptq
 
-    reference = gptq(weight.T, H, bits=4, group_size=32, sym=True, desc_act=desc_act, damp=0.01, follow=found)
+    reference = gptq(weight.T, H, bits=4, group_size=32, sym=True, act_order=act_order, damp=0.01, follow=found)
     assert found.g_idx.tolist() == reference.g_idx
     assert float(reference.q_misses.max()) <= 2e-3
     assert float(reference.grid_misses.max()) <= 2e-3
@@ -180,7 +180,7 @@ WAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 @pytest.mark.parametrize("way", sampled(WAYS, "four experts at a time"))
 def test_slices_of_experts_do_not_change_a_byte(tmp_path, monkeypatch, way):
-    v = variant(desc_act=True)
+    v = variant(act_order="full")
     source = save_base(tmp_path / "model")
     expected = run(source, tmp_path / "whole", v)
     WAYS[way](monkeypatch)

@@ -152,6 +152,30 @@ def test_every_mistake_of_a_file_is_reported_at_once(request, monkeypatch):
             ("{group_size: 32,", "{branch: MAIN, group_size: 32,"),
             "16:14: the branches 'main' and 'MAIN' differ only in case (the first is at line 14)",
         ),
+        (
+            ("{group_size: 32, desc_act: true}", "{act_order: static}\n  - {act_order: full, desc_act: false}"),
+            "17:33: variants[2]: act_order: full contradicts desc_act: false, which is act_order: none (",
+        ),
+        (
+            ("bits: 4", "act_order: none\n  desc_act: true"),
+            "13:13: defaults: act_order: none contradicts desc_act: true, which is act_order: full (leave ",
+        ),
+        (
+            ("{group_size: 32, desc_act: true}", "{act_order: group}\n  - {act_order: group}"),
+            "17:5: two variants have the branch 'gptq-4bit-128g-actorder_group' (the first is at line 16)",
+        ),
+        (
+            ("desc_act: true", "act_order: statc"),
+            "16:33: variants[1].act_order must be 'none', 'group', 'static' or 'full', got the text 'statc' (did ",
+        ),
+        (
+            ("desc_act: true", "desc_act: true, static_groups: true"),
+            "16:38: unknown key 'static_groups' in variants[1] (write act_order: static in the ",
+        ),
+        (
+            ("desc_act: true", "act_order: group, engine: auto-gptq"),
+            "16:48: engine auto-gptq cannot do act_order: group (write act_order: none or static or full in ",
+        ),
         # damping, rows, loaders
         (("bits: 4", "damp_percent_limit: 0.001"), "12:23: damp_percent_limit 0.001 is less than damp_percent 0.01"),
         (

@@ -114,8 +114,8 @@ def token_rows(num_samples: int = 12, seq_len: int = 32, *, vocab_size: int = 12
 
 def variant(**fields: Any) -> Variant:
     defaults: dict[str, Any] = {
-        "branch": "main", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "damp_percent": 0.01,
-        "damp_percent_limit": 0.1, "true_sequential": True, "static_groups": False, "scale_search": False,
+        "branch": "main", "bits": 4, "group_size": 32, "act_order": "none", "sym": True, "damp_percent": 0.01,
+        "damp_percent_limit": 0.1, "true_sequential": True, "scale_search": False,
         "engine": "native",
     }  # fmt: skip
     return Variant(**{**defaults, **fields})

@@ -44,8 +44,8 @@ _SetOption = Annotated[
     VariantSetName,
     typer.Option(
         "--set",
-        help="classic: 128g, and 32g, 64g, 128g with act order. modern: the same without act order, which vLLM "
-        "refuses since 0.30. wide: classic, 8 and 3 bits.",
+        help="classic: 128g, and 32g, 64g, 128g with full act order, which vLLM refuses since 0.30. modern: 128g, 64g, "
+        "32g with group-aware order, which every runtime loads. wide: classic, 8 and 3 bits.",
     ),
 ]
 _OwnerOption = Annotated[

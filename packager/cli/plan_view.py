@@ -142,7 +142,7 @@ def _branch_table(plan: BuildPlan) -> Table:
             variant.branch,
             str(variant.bits),
             str(variant.group_size),
-            str(variant.desc_act),
+            variant.act_order,
             gigabytes(planned.weights_bytes),
             f"{planned.weights_bytes:,}",
             gigabytes(plan.run_bytes(planned)),

@@ -82,7 +82,7 @@ def quantization_config(variant: Variant, architecture: Architecture) -> dict[st
     return {
         "quant_method": "gptq",
         **{key: parameters[key] for key in PORTABLE_PARAMETERS},
-        "static_groups": variant.static_groups,
+        "static_groups": variant.act_order == "static",
         "checkpoint_format": "gptq",
         "lm_head": False,
         **block_keys(architecture),

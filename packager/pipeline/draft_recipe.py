@@ -49,7 +49,7 @@ class Wishes:
     Attributes:
         path: the file to write.
         owner: the namespace of the repository, and who quantizes.
-        variant_set: classic has act order, modern has none, wide is classic with other bits.
+        variant_set: classic has full act order, modern has group-aware order, wide is classic with other bits.
         target: of the repository.
         model_id: ORG/NAME of a model in a folder, "" if it is known.
         license_id: "" for the one on the model's card.
@@ -178,15 +178,16 @@ def variants_of(variant_set: VariantSet, architecture: Architecture | None) -> l
     if architecture is None:
         return [{"branch": MAIN}]
     sizes = [size for size in _GROUP_SIZES if not any(fit_problems(architecture, bits=4, group_size=size))] or [-1]
-    main = {"branch": MAIN, "group_size": sizes[0], "desc_act": False}
     if variant_set == "modern":
-        return [main, *({"group_size": size, "desc_act": False} for size in sizes[1:])]
-    ordered = [{"group_size": size, "desc_act": True} for size in sorted(sizes)]
+        ordered = [{"group_size": size, "act_order": "group"} for size in sizes]
+        return [{"branch": MAIN, **ordered[0]}, *ordered[1:]]
+    main = {"branch": MAIN, "group_size": sizes[0], "act_order": "none"}
+    ordered = [{"group_size": size, "act_order": "full"} for size in sorted(sizes)]
     if variant_set == "classic":
         return [main, *ordered]
     others = [
-        {"bits": bits, "group_size": sizes[0], "desc_act": desc_act}
-        for bits, desc_act in ((8, False), (8, True), (3, True))
+        {"bits": bits, "group_size": sizes[0], "act_order": act_order}
+        for bits, act_order in ((8, "none"), (8, "full"), (3, "full"))
         if not any(fit_problems(architecture, bits=bits))
     ]
     return [main, *ordered, *others]

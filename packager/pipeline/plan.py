@@ -22,9 +22,12 @@ from packager.receipt import CONFIG, TOKENIZER_MODEL, digest_of
 from packager.recipe import Recipe
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
-from packager.variant import Variant
+from packager.variant import ActOrder, Variant
 
 _CONTEXT_TOKENS = 4096
+_ACT_ORDERS: Mapping[ActOrder, str] = {
+    "none": "no act order", "group": "group-aware act order", "static": "static act order", "full": "act order",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +285,7 @@ def variant_description(variant: Variant, weights_bytes: int, all_sizes: Sequenc
     facts = [
         f"{variant.bits}-bit",
         "one group per row" if variant.group_size == -1 else f"group size {variant.group_size}",
-        "act order" if variant.desc_act else "no act order",
+        _ACT_ORDERS[variant.act_order],
     ]
     if not variant.sym:
         facts.append("asymmetric")

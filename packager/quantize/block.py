@@ -18,6 +18,7 @@ from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.expert_hessians import expert_hessians, pooled_hessian
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Factor, Hessian, factorize, factorize_within
+from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.routing import RoutedInputs
 from packager.quantize.gptq.solve import Solution, solve
 from packager.quantize.memory import experts_at_once
@@ -101,6 +102,11 @@ def rules_of(variant: Variant) -> GridRules:
     return GridRules(bits=variant.bits, sym=variant.sym, scale_search=variant.scale_search)
 
 
+def order_of(variant: Variant) -> ColumnOrder:
+    """Return the order of a variant's columns, with its groups."""
+    return ColumnOrder(act_order=variant.act_order, group_size=variant.group_size)
+
+
 class _NeedsChecks(Exception):  # noqa: N818
     """Internal signal: retry this block with per-linear checks, which raise the precise error."""
 
@@ -139,7 +145,7 @@ class _BlockSolver:
         self._linears = linears_of(block)
         self._experts: Mapping[str, Experts] = experts_of(block) if job.experts else {}
         self._ops = ops_for(next(block.parameters()).device)
-        self._rules = rules_of(job.variant)
+        self._rules, self._order = rules_of(job.variant), order_of(job.variant)
         self._solved: list[_Solved] = []
         self._records: tuple[LinearRecord, ...] = ()
         self._tensors: dict[str, Tensor] = {}
@@ -224,11 +230,7 @@ class _BlockSolver:
         )
 
     def _solution(self, weights: Sequence[Tensor], factor: Factor) -> Solution:
-        variant = self._job.variant
-        solution = solve(
-            weights, factor, self._rules, group_size=variant.group_size, static_groups=variant.static_groups,
-            ops=self._ops,
-        )  # fmt: skip
+        solution = solve(weights, factor, self._rules, ops=self._ops)
         if self._checked and not bool(solution.scales_are_finite()):
             raise QuantizeError("a scale does not fit float16", why="it would be more than 65504")
         return solution
@@ -241,10 +243,10 @@ class _BlockSolver:
     def _factor(self, H: Tensor) -> Factor:
         variant = self._job.variant
         if not self._checked:
-            return factorize(H, desc_act=variant.desc_act, damp_percent=variant.damp_percent)
+            return factorize(H, self._order, damp_percent=variant.damp_percent)
         return factorize_within(
             H,
-            desc_act=variant.desc_act,
+            self._order,
             damp_percent=variant.damp_percent,
             damp_percent_limit=variant.damp_percent_limit,
         )

@@ -21,7 +21,7 @@ from packager.model.fused_blocks import FusedModules
 from packager.model.stored_names import ReadTensor
 from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
-from packager.quantize.block import BlockJob, ExpertLinears, quantize_block, restore_block, rules_of
+from packager.quantize.block import BlockJob, ExpertLinears, order_of, quantize_block, restore_block, rules_of
 from packager.quantize.block_store import BlockStore
 from packager.quantize.host_copies import HostCopies
 from packager.quantize.job import BlockDone, DeviceShare, LinearsDone, QuantizeJob, Report
@@ -100,8 +100,7 @@ class Worker:
                     in_features=in_features,
                     out_features=out_features,
                     rules=rules_of(variant),
-                    group_size=variant.group_size,
-                    static_groups=variant.static_groups,
+                    order=order_of(variant),
                     experts=experts,
                 )
 

@@ -10,11 +10,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from packager.model.runtimes import LoaderName
 from packager.receipt import digest_of
-from packager.recipe.field_groups import base_model_problem, repository_problem
+from packager.recipe.field_groups import act_order_problem, base_model_problem, given_act_order, repository_problem
 from packager.recipe.fields import (
     LANGUAGE,
     TAG,
     WEIGHTS_NAME,
+    ActOrderField,
     BitsField,
     BranchName,
     DampLimit,
@@ -29,7 +30,6 @@ from packager.recipe.fields import (
     RepoId,
     Revision,
     ScaleSearch,
-    StaticGroups,
     Strict,
     Sym,
     TrueSequential,
@@ -107,14 +107,20 @@ class VariantFields(Strict):
 
     bits: BitsField | None = None
     group_size: GroupSize | None = None
+    act_order: ActOrderField | None = None
     desc_act: DescAct | None = None
     sym: Sym | None = None
     damp_percent: DampPercent | None = None
     damp_percent_limit: DampLimit | None = None
     true_sequential: TrueSequential | None = None
-    static_groups: StaticGroups | None = None
     scale_search: ScaleSearch | None = None
     engine: EngineField | None = None
+
+    @model_validator(mode="after")
+    def _one_act_order(self) -> "VariantFields":
+        if problem := act_order_problem(self.act_order, self.desc_act):
+            raise ValueError(problem)
+        return self
 
 
 class VariantEntry(VariantFields):
@@ -127,18 +133,24 @@ class VariantEntry(VariantFields):
 
 
 class Defaults(Strict):
-    """Parameters of every variant that does not give its own."""
+    """Parameters of every variant that does not give its own; without either spelling of it, act_order is none."""
 
     bits: BitsField = 4
     group_size: GroupSize = 128
-    desc_act: DescAct = False
+    act_order: ActOrderField | None = None
+    desc_act: DescAct | None = None
     sym: Sym = True
     damp_percent: DampPercent = 0.01
     damp_percent_limit: DampLimit = 0.1
     true_sequential: TrueSequential = True
-    static_groups: StaticGroups = False
     scale_search: ScaleSearch | None = None
     engine: EngineField = "native"
+
+    @model_validator(mode="after")
+    def _one_act_order(self) -> "Defaults":
+        if problem := act_order_problem(self.act_order, self.desc_act):
+            raise ValueError(problem)
+        return self
 
 
 class CheckpointOptions(Strict):
@@ -263,8 +275,12 @@ def expand(entry: VariantEntry, defaults: Defaults) -> Variant:
         key: value for key, value in entry.model_dump(exclude={"branch", "description"}).items() if value is not None
     }
     fields = {**defaults.model_dump(), **given}
+    # A variant's own spelling of its act order stands before that of the defaults, whichever each of them uses.
+    own, common = (given_act_order(each.act_order, each.desc_act) for each in (entry, defaults))
+    fields["act_order"] = own or common or "none"
+    del fields["desc_act"]
     # Scale search lowers the KL divergence of every permutation: docs/explanation/measurements.md.
     if fields["scale_search"] is None:
         fields["scale_search"] = fields["engine"] == "native"
-    name = branch_name(bits=fields["bits"], group_size=fields["group_size"], desc_act=fields["desc_act"])
+    name = branch_name(bits=fields["bits"], group_size=fields["group_size"], act_order=fields["act_order"])
     return Variant(branch=entry.branch or name, **fields)

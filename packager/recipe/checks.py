@@ -3,12 +3,11 @@
 Every check skips values that the models refused, so that all checks run whatever else is wrong.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Final, get_args
+from typing import Final
 
 from packager.receipt import (
     ATTESTATION,
@@ -20,16 +19,15 @@ from packager.receipt import (
     RELEASE_ATTESTATION,
     TOKENIZER_FILES,
 )
-from packager.recipe import Defaults
 from packager.recipe.field_groups import base_model_problem, repository_problem, rows_by_weight, text_source_problem
 from packager.recipe.licenses import FILES_BY_LICENSE, hub_license, license_name, meant_license
-from packager.recipe.model_fit import LockedBaseModel, Parameter, misfits
+from packager.recipe.model_fit import LockedBaseModel, misfits
 from packager.recipe.parsed_recipe import Loc, ParsedRecipe, Unreadable, name_of, text_places
 from packager.recipe.paths import locate, locate_base, path_problem
 from packager.recipe.prompt_template import prompt_problems
+from packager.recipe.variant_checks import variant_parameters, variant_problems
 from packager.recipe.yaml import LocatedProblem, Position
 from packager.system.text import quoted
-from packager.variant import MAIN, MAX_REPOSITORY_NAME, NATIVE_ONLY, EngineName, branch_name, place_of
 
 # Every field of type RelativePath; the two lists of licence files are added where they are checked.
 FILE_FIELDS: Final[tuple[Loc, ...]] = (
@@ -64,10 +62,7 @@ def check(parsed: ParsedRecipe, folder: Path, model: LockedBaseModel | LocatedPr
     found = [
         *_sources(parsed),
         *_ids(parsed),
-        *_branches(parsed),
-        *_repositories(parsed),
-        *_damping(parsed),
-        *_engines(parsed),
+        *variant_problems(parsed),
         *_loaders(parsed),
         *_rows(parsed),
         *_weights(parsed),
@@ -86,7 +81,7 @@ def _model(parsed: ParsedRecipe, model: LockedBaseModel | LocatedProblem | None)
         yield model
     elif model is not None:
         yield from prompt_problems(parsed, model.lock)
-        variants = [_parameters(parsed, index) for index in range(parsed.count("variants"))]
+        variants = [variant_parameters(parsed, index) for index in range(parsed.count("variants"))]
         yield from misfits(parsed, model.architecture, variants)
 
 
@@ -108,105 +103,6 @@ def _ids(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
     repository, base_model = parsed.text("repository", "id"), parsed.text("base_model", "id")
     if repository and base_model and repository.casefold() == base_model.casefold():
         yield LocatedProblem(parsed.at("repository", "id"), "repository.id is the base model's own id")
-
-
-def _parameters(parsed: ParsedRecipe, index: int) -> dict[str, Parameter]:
-    """Return each parameter of a variant with its position; values that cannot be read stay `Unreadable`."""
-    parameters: dict[str, Parameter] = {}
-    for name, field in Defaults.model_fields.items():
-        loc: Loc = ("variants", index, name)
-        if parsed.get(*loc) is Unreadable.ABSENT:
-            loc = ("defaults", name)
-        value = parsed.get(*loc)
-        written = value is not Unreadable.ABSENT
-        at = parsed.at(*loc) if written else parsed.key_at("variants", index)
-        parameters[name] = Parameter(value if written else field.default, at, written=written)
-    return parameters
-
-
-def _branch_of(parsed: ParsedRecipe, index: int) -> str | None:
-    """Return a variant's branch, written or derived by `branch_name`; None when a value for it is wrong."""
-    branch = parsed.get("variants", index, "branch")
-    if branch is not Unreadable.ABSENT:
-        return branch if isinstance(branch, str) else None
-    parameters = _parameters(parsed, index)
-    bits, group_size, desc_act = (parameters[name].value for name in ("bits", "group_size", "desc_act"))
-    if isinstance(bits, int) and isinstance(group_size, int) and isinstance(desc_act, bool):
-        return branch_name(bits=bits, group_size=group_size, desc_act=desc_act)
-    return None
-
-
-def _branches(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
-    """Report branch names that are equal but for case, and a recipe without exactly one `main`."""
-    names = [_branch_of(parsed, index) for index in range(parsed.count("variants"))]
-    first: dict[str, int] = {}
-    for index, name in enumerate(names):
-        if name is None:
-            continue
-        earlier = first.setdefault(name.casefold(), index)
-        if earlier == index:
-            continue
-        line = parsed.key_at("variants", earlier).line
-        message = f"two variants have the branch {name!r}"
-        if names[earlier] != name:
-            message = f"the branches {names[earlier]!r} and {name!r} differ only in case"
-        elif name == MAIN:
-            message = "two variants have the branch 'main', which a recipe has exactly once"
-        yield LocatedProblem(parsed.at("variants", index, "branch"), message, f"the first is at line {line}")
-    if names and None not in names and MAIN not in names:
-        yield LocatedProblem(
-            parsed.key_at("variants"),
-            "no variant has the branch 'main', which a recipe has exactly once",
-            "readers who name no branch get main: add `branch: main` to one variant",
-        )
-
-
-def _repositories(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
-    """Report repository names that the Hub refuses."""
-    repository = parsed.text("repository", "id")
-    if repository is None or parsed.text("repository", "layout") != "repos":
-        return
-    for index in range(parsed.count("variants")):
-        branch = _branch_of(parsed, index)
-        if branch is None:
-            continue
-        name = place_of(repository, "repos", branch).repository.split("/")[-1]
-        if len(name) > MAX_REPOSITORY_NAME:
-            text = f"the repository {name} has {len(name)} characters, the Hub takes at most {MAX_REPOSITORY_NAME}"
-            yield LocatedProblem(parsed.at("variants", index, "branch"), text, "shorten repository.id or the branch")
-        elif "--" in name or name.endswith(".git"):
-            text = f"the Hub takes no repository {name}: it has '--' in it or ends in '.git'"
-            yield LocatedProblem(parsed.at("variants", index, "branch"), text)
-
-
-def _damping(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
-    for index in range(parsed.count("variants")):
-        parameters = _parameters(parsed, index)
-        damp, limit = parameters["damp_percent"], parameters["damp_percent_limit"]
-        if isinstance(damp.value, float) and isinstance(limit.value, float) and limit.value < damp.value:
-            at = max(parameter.at for parameter in (damp, limit) if parameter.written)
-            hint = "" if limit.written else f"the limit is {limit.value} unless the recipe gives another"
-            yield LocatedProblem(at, f"damp_percent_limit {limit.value} is less than damp_percent {damp.value}", hint)
-
-
-def _engines(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
-    """Report parameters of only our own engine in variants of another engine."""
-    for index in range(parsed.count("variants")):
-        parameters = _parameters(parsed, index)
-        engine = parameters["engine"]
-        if engine.value not in get_args(EngineName) or engine.value == "native":
-            continue
-        for name, off in NATIVE_ONLY.items():
-            asked = parameters[name]
-            if isinstance(asked.value, Unreadable) or asked.value in (None, off):
-                continue
-            at = max(parameter.at for parameter in (engine, asked) if parameter.written)
-            hint = f"write {name}: {json.dumps(off)} in this variant, or engine: native"
-            yield LocatedProblem(at, f"engine {engine.value} cannot do {name}", hint)
-        if parsed.get("variants", index, "damp_percent_limit") is not Unreadable.ABSENT:
-            at = parsed.at("variants", index, "damp_percent_limit")
-            message = f"engine {engine.value} never raises damping: damp_percent_limit has no effect in this variant"
-            yield LocatedProblem(at, message, "leave it out, or use engine: native")
 
 
 def _loaders(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:

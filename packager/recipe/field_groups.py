@@ -5,6 +5,7 @@ from collections.abc import Set as AbstractSet
 from fractions import Fraction
 
 from packager.system.text import has_credentials
+from packager.variant import ACT_ORDER_OF_DESC_ACT, ActOrder
 
 _OF_A_DATASET = frozenset({"revision", "split", "config"})
 
@@ -28,6 +29,19 @@ def repository_problem(target: str, layout: str, *, url: str | None) -> str:
     if has_url == (target == "git"):
         return ""
     return "url belongs to target git" if has_url else "target git needs the url of the remote"
+
+
+def act_order_problem(act_order: str | None, desc_act: bool | None) -> str:
+    """Return why the two spellings of the act order contradict each other, or ""."""
+    if act_order is None or desc_act is None or ACT_ORDER_OF_DESC_ACT[desc_act] == act_order:
+        return ""
+    text = "true" if desc_act else "false"
+    return f"act_order: {act_order} contradicts desc_act: {text}, which is act_order: {ACT_ORDER_OF_DESC_ACT[desc_act]}"
+
+
+def given_act_order(act_order: ActOrder | None, desc_act: bool | None) -> ActOrder | None:
+    """Return the act order that a variant, or the defaults, ask for in either spelling; None for none of them."""
+    return act_order if act_order is not None or desc_act is None else ACT_ORDER_OF_DESC_ACT[desc_act]
 
 
 def text_source_problem(given: AbstractSet[str]) -> str:

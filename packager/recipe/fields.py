@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticKnownError
 
-from packager.variant import Bits, EngineName, branch_problem
+from packager.variant import ActOrder, Bits, EngineName, branch_problem
 
 
 def whole_number(value: object) -> object:
@@ -93,10 +93,16 @@ GroupSize = Annotated[
 ]
 DampPercent = Annotated[float, Field(gt=0, lt=1, description="fraction of mean(diag H) added to the diagonal")]
 DampLimit = Annotated[float, Field(gt=0, lt=1, description="how far damping may be raised when a factorisation fails")]
-DescAct = Annotated[bool, _described("quantize columns in order of decreasing diag(H): act order")]
+ActOrderField = Annotated[
+    ActOrder,
+    _described(
+        "the order in which columns are quantized, by diag(H): none; group: inside groups, then groups; static: all "
+        "columns, grids fixed before; full: all columns, groups scattered, which vLLM refuses since 0.30"
+    ),
+]
+DescAct = Annotated[bool, _described("another spelling: true is act_order full, false is act_order none")]
 Sym = Annotated[bool, _described("symmetric grid")]
 TrueSequential = Annotated[bool, _described("each linear sees inputs made by the already quantized ones before it")]
-StaticGroups = Annotated[bool, _described("fix every grid from the original weights before any column is quantized")]
 ScaleSearch = Annotated[
     bool,
     _described(

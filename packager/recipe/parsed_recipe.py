@@ -206,6 +206,8 @@ def _unknown_key(node: Node, loc: Loc) -> LocatedProblem:
     """Report an unknown key, with the section that has it or a similar known key."""
     key, inside = str(loc[-1]), name_of(loc[:-1])
     message = f"unknown key {quoted(key)}" + (f" in {inside}" if inside else "")
+    if key in _REPLACED_KEYS:
+        return LocatedProblem(node.key_at, message, _REPLACED_KEYS[key])
     sections = [
         name
         for name in Recipe.model_fields
@@ -244,6 +246,11 @@ _RULES: Final = {
     "too_short": "must have at least {min_length} entry",
     "tuple_type": "must be a list ([a, b] or one `- ` line per entry)",
     "value_error": "{error}",
+}
+# Keys of earlier versions, and what to write now.
+_REPLACED_KEYS: Final = {
+    "static_groups": "write act_order: static in the place of desc_act: true with static_groups: true; "
+    "else leave it out, as grids are fixed before in static order only",
 }
 _BOOLEAN_WORDS: Final = frozenset({"yes", "no", "on", "off", "true", "false"})
 

@@ -38,6 +38,10 @@ def check_provenance(
         if found is not None and recorded != found:
             message = f"{shown(recorded)}, declared is {shown(found)}"
             findings.add("provenance-disagrees", f"{PROVENANCE}: {name}", message)
+    order, desc_act = provenance.parameters.get("act_order"), provenance.parameters.get("desc_act")
+    if order is not None and (order == "full") is not desc_act:  # records of earlier versions have desc_act alone
+        message = f"{shown(order)}, with desc_act {shown(desc_act)}"
+        findings.add("provenance-disagrees", f"{PROVENANCE}: act_order", message)
     if weights.is_all_read and provenance.weights_bytes != weights.size_bytes:
         message = f"{provenance.weights_bytes}, the weights files have {weights.size_bytes}"
         findings.add("provenance-disagrees", f"{PROVENANCE}: weights_bytes", message)

@@ -179,9 +179,11 @@ def _check_g_idx(linear: Linear, files: OpenFiles, declared: Declared, findings:
         )
         return ""
     natural = np.arange(linear.in_features) // size
-    if declared.desc_act is False or declared.static_groups:
+    if not declared.desc_act or declared.static_groups:
         if not np.array_equal(g_idx, natural):
-            reason = "desc_act is false" if declared.desc_act is False else "static_groups is true"
+            # vLLM, transformers and AutoGPTQ take a missing desc_act for false.
+            missing = "desc_act is not declared, which loaders take for false"
+            reason = {False: "desc_act is false", None: missing, True: "static_groups is true"}[declared.desc_act]
             findings.add("g-idx-order", linear.name, f"{reason}, but g_idx is not column // {size}")
             return ""
     elif not np.array_equal(np.bincount(g_idx, minlength=groups), np.bincount(natural, minlength=groups)):

@@ -39,7 +39,7 @@ from packager.system.files import sha256_file
 from packager.system.parallel import in_parallel
 from packager.system.scratch import ScratchFolder
 from packager.system.text import format_bytes, shown
-from packager.variant import parsed_branch_name
+from packager.variant import parsed_branch_name, recorded_act_order
 
 _MAX_FILES = 10_000
 # A 405B model has 4,000 tensors: a header of half a megabyte. Parsed JSON takes many times its size in memory.
@@ -175,7 +175,9 @@ def _check_place(branch: Branch, provenance: Provenance, found: Collector, *, ad
     if place.revision != branch.name:
         found.add("branch-differs", PROVENANCE, f"it was built as {shown(place.revision)}, the branch is {branch.name}")
     used, stated = provenance.parameters, parsed_branch_name(provenance.branch)
-    if stated and stated != tuple(used.get(key) for key in ("bits", "group_size", "desc_act")):
+    # Earlier records have no act_order, and a name with static or group in it was the recipe's own.
+    named_by_hand = stated is not None and stated[2] in ("group", "static") and "act_order" not in used
+    if stated and not named_by_hand and stated != (used.get("bits"), used.get("group_size"), recorded_act_order(used)):
         message = f"its parameters differ from those in the name {provenance.branch}"
         found.add("branch-differs", f"{PROVENANCE}: parameters", message)
 

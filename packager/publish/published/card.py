@@ -116,17 +116,25 @@ def _differences(row: Row, provenance: Provenance) -> list[tuple[str, str, objec
     recorded: dict[str, object] = {
         BITS: used.get("bits"),
         GROUP_SIZE: used.get("group_size"),
-        ACT_ORDER: used.get("desc_act"),
         DAMP: used.get("damp_percent"),
         SEQ_LEN: provenance.calibration.seq_len,
     }
-    # A cell may be "-1 (whole row)".
+    # A cell may be "-1 (whole row)", and that of the act order "False (static)".
     wrong = [
         (column, row[column], value) for column, value in recorded.items() if row[column].split(" ")[0] != f"{value}"
     ]
+    act_order = act_order_cell(used)
+    if row[ACT_ORDER] != act_order:
+        wrong.append((ACT_ORDER, row[ACT_ORDER], act_order))
     if not is_rounded(row[SIZE], provenance.weights_bytes):
         wrong.append((SIZE, row[SIZE], provenance.weights_bytes))
     return wrong
+
+
+def act_order_cell(parameters: Mapping[str, object]) -> str:
+    """Return the cell of a record's act order: desc_act, and the order where desc_act does not say it."""
+    order = parameters.get("act_order")
+    return f"{parameters.get('desc_act')}" + (f" ({order})" if order in ("group", "static") else "")
 
 
 def is_rounded(cell: str, size_bytes: int) -> bool:

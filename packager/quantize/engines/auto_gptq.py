@@ -30,7 +30,7 @@ from packager.receipt import CONFIG, INDEX_SUFFIX, LinearRecord
 from packager.system.confinement import confined_command, private_folder
 from packager.system.files import TEMPORARY_PREFIX, disk_errors, open_regular
 from packager.system.processes import ending, tail
-from packager.variant import Variant
+from packager.variant import AUTO_GPTQ_KNOWS, Variant
 
 # For Python 3.13 the lock has another transformers, with which quantizing is untested.
 SPEC = replace(
@@ -59,6 +59,8 @@ class AutoGptq:
 
     def quantize(self, job: QuantizeJob, report: Report) -> EngineResult:
         """Quantize with AutoGPTQ; arguments, result and errors are those of `Engine.quantize`."""
+        for variant in job.stores:
+            _require_known(variant)
         try:
             python = ensure_environment(self._spec, self._context)
         except LoaderUnavailableError as error:
@@ -113,6 +115,14 @@ class AutoGptq:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _require_known(variant: Variant) -> None:
+    """Refuse a parameter that AutoGPTQ does not have; recipes with one are refused before."""
+    for name, known in AUTO_GPTQ_KNOWS.items():
+        if getattr(variant, name) not in known:
+            what = f"engine auto-gptq cannot do {name} {getattr(variant, name)}"
+            raise QuantizeError(what, where=variant.branch, hint=_USE_NATIVE)
+
+
 def _stage_model(source: SourceModel, folder: Path) -> None:
     """Write a folder that transformers 4.40 reads: a config.json of its own, links to the weights, and an index."""
     folder.mkdir()
@@ -139,8 +149,9 @@ def _request(variant: Variant, folder: Path, job: QuantizeJob) -> Path:
         "bits": variant.bits,
         "group_size": variant.group_size,
         "damp_percent": variant.damp_percent,
-        "desc_act": variant.desc_act,
-        "static_groups": variant.static_groups,
+        # AutoGPTQ's words for the order; the branch's configs say it in those of today's runtimes.
+        "desc_act": variant.act_order in ("static", "full"),
+        "static_groups": variant.act_order == "static",
         "sym": variant.sym,
         "true_sequential": variant.true_sequential,
     }

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from packager.quantize.gptq.grid import GridRules
+from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.solve import column_blocks, inline_group_size
 from packager.quantize.gptq.tensor_ops import Grids, RoundedColumns
 from packager.quantize.gptq.triton_ops import TritonOps, features_per_program
@@ -27,8 +28,7 @@ class KernelShape:
     in_features: int
     out_features: int
     rules: GridRules
-    group_size: int
-    static_groups: bool
+    order: ColumnOrder
     experts: int = 0
 
 
@@ -61,13 +61,14 @@ def compile_for_shapes(shapes: Iterable[KernelShape], device: torch.device, dtyp
     """
     found: dict[tuple[object, ...], _Specialization] = {}
     for shape in shapes:
-        size = shape.in_features if shape.group_size == -1 else shape.group_size
+        size = shape.order.size(shape.in_features)
+        inline = 0 if shape.order.has_static_grids else inline_group_size(size)
         for begin, end in column_blocks(shape.in_features, size):
             launch = _Specialization(
                 columns=end - begin,
                 out_features=shape.out_features,
                 rules=shape.rules,
-                inline_group_size=inline_group_size(size, static_groups=shape.static_groups),
+                inline_group_size=inline,
                 in_features=shape.in_features,
                 experts=shape.experts,
             )

@@ -8,6 +8,7 @@ from torch import Tensor
 from packager.errors import QuantizeError
 from packager.quantize.gptq.cholesky import blocked_cholesky
 from packager.quantize.gptq.choose_ops import ops_for
+from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.tensor_ops import TensorOps
 
 # H is symmetric: of each panel of rows only the part right of its diagonal is computed. Five panels or more do some
@@ -74,6 +75,7 @@ class Factor:
     For a batch, every tensor has one more dimension in front.
 
     Attributes:
+        order: of columns, and their groups.
         U: upper triangular float32 [in_features, in_features] with H = U U^T, damped, columns in solving order. Its
             inverse is the paper's Hinv: H^-1 = Hinv^T Hinv.
         perm: int64 [in_features], the original column at each position of the solving order; None = as stored.
@@ -82,6 +84,7 @@ class Factor:
         succeeded: bool [], on the device; False when H with this damping is not positive definite, or not finite.
     """
 
+    order: ColumnOrder
     U: Tensor
     perm: Tensor | None
     dead: Tensor
@@ -95,7 +98,7 @@ class Factor:
         return only
 
 
-def factorize(H: Tensor, *, desc_act: bool, damp_percent: float) -> Factor:
+def factorize(H: Tensor, order: ColumnOrder, *, damp_percent: float) -> Factor:
     """Damp H and factor it: with J the reversal, J H J = L L^T gives U = J L J.
 
     One Cholesky replaces the usual Cholesky, inverse and second Cholesky: `solve` needs the inverse of U's diagonal
@@ -103,13 +106,13 @@ def factorize(H: Tensor, *, desc_act: bool, damp_percent: float) -> Factor:
 
     Args:
         H: float32 [in_features, in_features], or [experts, in_features, in_features]; not modified.
-        desc_act: order columns by decreasing diag(H); equal entries keep their order.
+        order: in which columns will be quantized.
         damp_percent: fraction of mean(diag H) to add.
     """
     count = 1 if H.ndim == 2 else H.shape[0]
     dead = H.diagonal(dim1=-2, dim2=-1) == 0
     diagonal = H.diagonal(dim1=-2, dim2=-1).masked_fill(dead, 1)
-    perm = torch.argsort(diagonal, dim=-1, descending=True, stable=True) if desc_act else None
+    perm = order.permutation(diagonal)
     diagonal = diagonal + damp_percent * diagonal.mean(-1, keepdim=True)
     backwards = torch.arange(H.shape[-1] - 1, -1, -1, device=H.device) if perm is None else perm.flip(-1)
     damped = H.flip(-2, -1) if perm is None else _reordered(H, backwards)
@@ -119,7 +122,7 @@ def factorize(H: Tensor, *, desc_act: bool, damp_percent: float) -> Factor:
     del damped
     succeeded = ~failed & L.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
     return Factor(
-        U=L.flip(-2, -1), perm=perm, dead=dead, damp_percents=(damp_percent,) * count, succeeded=succeeded
+        order=order, U=L.flip(-2, -1), perm=perm, dead=dead, damp_percents=(damp_percent,) * count, succeeded=succeeded
     )  # fmt: skip
 
 
@@ -141,7 +144,7 @@ def _cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
     return L, failed_at != 0
 
 
-def factorize_within(H: Tensor, *, desc_act: bool, damp_percent: float, damp_percent_limit: float) -> Factor:
+def factorize_within(H: Tensor, order: ColumnOrder, *, damp_percent: float, damp_percent_limit: float) -> Factor:
     """Factor H like `factorize`; after each failure double the damping, up to `damp_percent_limit`.
 
     Of a batch, only the experts that fail are damped further.
@@ -156,7 +159,7 @@ def factorize_within(H: Tensor, *, desc_act: bool, damp_percent: float, damp_per
             f"the activations{_of_experts(H, failed)} contain NaN or Inf",
             hint="the base model overflows in this dtype: check its weights, or choose shorter calibration rows",
         )
-    factor = factorize(H, desc_act=desc_act, damp_percent=damp_percent)
+    factor = factorize(H, order, damp_percent=damp_percent)
     while failed := _positions(~factor.succeeded):
         if damp_percent >= damp_percent_limit:
             raise QuantizeError(
@@ -166,9 +169,9 @@ def factorize_within(H: Tensor, *, desc_act: bool, damp_percent: float, damp_per
             )
         damp_percent = min(2 * damp_percent, damp_percent_limit)
         if H.ndim == 2:
-            factor = factorize(H, desc_act=desc_act, damp_percent=damp_percent)
+            factor = factorize(H, order, damp_percent=damp_percent)
         else:
-            again = factorize(H[failed], desc_act=desc_act, damp_percent=damp_percent)
+            again = factorize(H[failed], order, damp_percent=damp_percent)
             factor = _with(factor, failed, again)
     return factor
 

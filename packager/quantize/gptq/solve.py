@@ -95,49 +95,55 @@ class Solution:
         return torch.isfinite(self.scales).all()
 
 
-def solve(
-    weights: Sequence[Tensor],
-    factor: Factor,
-    rules: GridRules,
-    *,
-    group_size: int,
-    static_groups: bool,
-    ops: TensorOps | None = None,
-) -> Solution:
+def solve(weights: Sequence[Tensor], factor: Factor, rules: GridRules, *, ops: TensorOps | None = None) -> Solution:
     """Quantize linears that see the same input, side by side; or each expert's, all experts of a batch at once.
+
+    A group's grid is found from its updated columns when the first of them is reached, but for static order: there all
+    grids are found at first, from the columns as stored.
 
     Args:
         weights: [out_features, in_features] each, any float dtype, or [experts, out_features, in_features]; not
             modified.
-        factor: of the Hessian of these inputs, or of each expert's.
+        factor: of the Hessian of these inputs, or of each expert's, with the order of columns.
         rules: how grids are found.
-        group_size: columns of a group; -1 for one group of all. It need not divide the number of columns.
-        static_groups: take the grids from the columns as stored, before any update, and cut groups in stored order;
-            else cut them in solving order (so desc_act gives a scattered g_idx), and find a group's grid from its
-            updated columns when the first of them is reached.
         ops: the operations to use; None takes the device's.
     """
-    in_features = factor.dead.shape[-1]
-    size = in_features if group_size == -1 else group_size
+    size, perm = factor.order.size(factor.dead.shape[-1]), factor.perm
     ops = ops or ops_for(factor.U.device)
-    inverse_perm = None if factor.perm is None else torch.argsort(factor.perm)
+    inverse_perm = None if perm is None else torch.argsort(perm)
     weight = ops.permute_columns(weights, factor.dead, inverse_perm)
     solver = _ColumnSolver(weight=weight, U=factor.U, rules=rules, group_size=size, ops=ops)
-    if static_groups:
-        as_it_is = torch.arange(in_features, device=weight.device).expand_as(factor.dead)
-        perm = as_it_is if factor.perm is None else factor.perm
-        column_weight = torch.empty_like(solver.diagonal).scatter_(-1, perm, solver.diagonal.square())
-        as_stored = ops.permute_columns(weights, factor.dead, None)
-        scales, zeros = ops.find_grids(as_stored.float(), size, rules, column_weight)
-        solver.grids = Grids(scales=scales, zeros=zeros, groups=perm // size)
-    solver.run(find=not static_groups)
-    groups = solver.grids.groups
+    if factor.order.has_static_grids:
+        solver.grids = _static_grids(weights, factor, rules, ops)
+    solver.run(find=not factor.order.has_static_grids)
+    grids = solver.grids
+    if factor.order.act_order == "group" and perm is not None:
+        grids = _by_stored_group(grids, perm[..., ::size] // size)
     return Solution(
         q=solver.q if inverse_perm is None else _rows(solver.q, inverse_perm),
-        scales=solver.grids.scales.to(torch.float16),
-        zeros=solver.grids.zeros.to(torch.uint8),
-        g_idx=(groups if inverse_perm is None else groups.gather(-1, inverse_perm)).to(torch.int32),
+        scales=grids.scales.to(torch.float16),
+        zeros=grids.zeros.to(torch.uint8),
+        g_idx=(grids.groups if inverse_perm is None else grids.groups.gather(-1, inverse_perm)).to(torch.int32),
         losses=solver.squared_errors / 2,
+    )
+
+
+def _static_grids(weights: Sequence[Tensor], factor: Factor, rules: GridRules, ops: TensorOps) -> Grids:
+    """Return the grids of the groups of stored columns, found from these columns; `groups` is in solving order."""
+    assert factor.perm is not None, "static order permutes"  # noqa: S101
+    size = factor.order.size(factor.dead.shape[-1])
+    diagonal = factor.U.diagonal(dim1=-2, dim2=-1)
+    column_weight = torch.empty_like(diagonal).scatter_(-1, factor.perm, diagonal.square())
+    as_stored = ops.permute_columns(weights, factor.dead, None)
+    scales, zeros = ops.find_grids(as_stored.float(), size, rules, column_weight)
+    return Grids(scales=scales, zeros=zeros, groups=factor.perm // size)
+
+
+def _by_stored_group(grids: Grids, stored: Tensor) -> Grids:
+    """Return grids by the number of the stored group; `stored`, [..., n_groups], has it of each group as solved."""
+    back = torch.argsort(stored)
+    return Grids(
+        scales=_rows(grids.scales, back), zeros=_rows(grids.zeros, back), groups=stored.gather(-1, grids.groups)
     )
 
 
@@ -184,7 +190,7 @@ class _ColumnSolver:
         weight = self._weight[..., start:stop, :].to(torch.float32, copy=True)
         pending = self._updates.pending_update(start, start, stop) if start else torch.zeros_like(weight)
         delta = torch.empty_like(weight)
-        inline = inline_group_size(self._group_size, static_groups=not find)
+        inline = inline_group_size(self._group_size) if find else 0
         for (begin, end), Hinv in zip(blocks, inverses, strict=True):
             here, after = slice(begin - start, end - start), slice(end - start, None)
             updated = self._ops.add_product(weight[..., here, :], Hinv.mT, pending[..., here, :])
@@ -224,9 +230,9 @@ class _ColumnSolver:
         self.grids.scales[..., group, :], self.grids.zeros[..., group, :] = scales, zeros
 
 
-def inline_group_size(group_size: int, *, static_groups: bool) -> int:
-    """Return the group size if grids are found while columns are rounded (the group fits a column block), else 0."""
-    return 0 if static_groups or group_size > COLUMN_BLOCK else group_size
+def inline_group_size(group_size: int) -> int:
+    """Return the group size if grids can be found while columns are rounded (a group fits a column block), else 0."""
+    return 0 if group_size > COLUMN_BLOCK else group_size
 
 
 def column_blocks(in_features: int, group_size: int) -> list[tuple[int, int]]:
