@@ -9,7 +9,6 @@ from markdown_it.token import Token
 from ruamel.yaml import YAML
 
 from packager.card import markdown
-from packager.model.front_matter import split_front_matter
 from packager.system.text import reveal
 
 ANY_TEXT = st.text(max_size=300)
@@ -85,14 +84,6 @@ def test_front_matter_values_are_text_in_every_yaml(text: str, version: tuple[in
     yaml.version = version
     front = markdown.front_matter({"key": text, "list": [text, "x"]})
     assert yaml.load(front.removesuffix("---\n")) == {"key": text, "list": [text, "x"]}
-
-
-def test_front_matter_is_stripped_only_when_it_is_one() -> None:
-    assert split_front_matter("---\nlicense: mit\ntags:\n- a\n---\n# Title\n")[1] == "# Title\n"
-    assert split_front_matter("---\r\nlicense: mit\r\n---\r\n# Title\r\n")[1] == "# Title\n"
-    rules = "---\nJust a sentence.\n---\n# Title\n"
-    assert split_front_matter(rules)[1] == rules
-    assert split_front_matter("# Title\n---\na: b\n---\n")[1] == "# Title\n---\na: b\n---\n"
 
 
 def test_code_blocks_are_found_as_commonmark_does() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from packager.errors import RecipeError, SourceError
 from packager.inputs.hub_cache import cached_commit, cached_folder, cached_siblings, is_offline
 from packager.inputs.hub_models import download_files, list_model
-from packager.model.front_matter import front_matter_fields
+from packager.model.front_matter import front_matter_fields, front_matter_text
 from packager.model.model_folder import read_inside
 from packager.receipt import CONFIG, README
 from packager.recipe.fields import LANGUAGE, REPO_ID
@@ -19,7 +19,6 @@ from packager.system.text import quoted
 _HUB_NAME = re.compile(r"(?:hub:)?(?P<id>[^/@\s]+/[^/@\s]+)(?:@(?P<revision>[^@\s]+))?\Z")
 _CACHE_FOLDER = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})\Z")
 _LICENSE_FILE = re.compile(r"(licen[cs]e|notice|copying|use_policy)([._-][A-Za-z0-9._-]{0,40})?\Z", re.IGNORECASE)
-_FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\n((?:.*\n)*?)---[ \t]*(?:\n|\Z)")
 _CODE = (".py", ".safetensors", ".bin", ".pt", ".json")
 _MOST_CARD_BYTES = 2_000_000
 _MOST_FRONT_MATTER = 200_000  # characters; a front matter with many results has that many
@@ -61,7 +60,7 @@ class NamedModel:
         """The ISO 639 codes that the card gives."""
         given = self.fields.get("language")
         listed = given if isinstance(given, list) else [given]
-        return tuple(dict.fromkeys(code for code in listed if isinstance(code, str) and re.match(LANGUAGE, code)))
+        return tuple(dict.fromkeys(code for code in listed if isinstance(code, str) and re.fullmatch(LANGUAGE, code)))
 
     def text(self, key: str) -> str:
         """Return the text of a key of the front matter, "" if there is none."""
@@ -141,11 +140,10 @@ def _with_card(model: NamedModel) -> NamedModel:
     if README not in model.names:
         return replace(model, card_problem=f"there is no {README}")
     try:
-        card = read_inside(model.folder, README, _MOST_CARD_BYTES).decode()
-        front = _FRONT_MATTER.match(card.replace("\r\n", "\n"))
-        if front is None:
+        text = front_matter_text(read_inside(model.folder, README, _MOST_CARD_BYTES).decode())
+        if text is None:
             return replace(model, card_problem=f"{README} has no front matter")
-        fields = front_matter_fields(front[1], most_characters=_MOST_FRONT_MATTER)
+        fields = front_matter_fields(text, most_characters=_MOST_FRONT_MATTER)
     except OSError as error:
         return replace(model, card_problem=f"{README} cannot be read: {error.strerror}")
     except ValueError as error:  # of the decoding, too
