@@ -105,7 +105,14 @@ def tokenizer(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()), indent=1))
 
 
+def chat_templates(folder: Path) -> None:
+    """Change a chat template that a branch gets inside tokenizer_config.json."""
+    path = folder / "model" / "additional_chat_templates" / "tool_use.jinja"
+    path.write_text(path.read_text().replace("tools", "other tools"))
+
+
 OTHER_INPUTS = {
+    "tokenizer: chat templates": chat_templates,
     "text of the calibration": calibration_text,
     "text of the evaluation": lambda folder: (folder / "evaluation.txt").write_text(sentences(40, seed=8)),
     "questions": questions,
@@ -118,11 +125,13 @@ OTHER_INPUTS = {
 
 @pytest.mark.parametrize("name", OTHER_INPUTS)
 def test_other_inputs_are_drawn_again(kept: Kept, name: str) -> None:
+    (kept.folder / "model" / "additional_chat_templates").mkdir()
+    (kept.folder / "model" / "additional_chat_templates" / "tool_use.jinja").write_text("tools: {{ messages }}")
     kept.texts()
     OTHER_INPUTS[name](kept.folder)
     again = kept.texts()
     assert kept.drawn == 2
-    assert kept.logged == [f"rows are drawn again: rows.json is of other inputs: {name}"]
+    assert kept.logged == [f"rows are drawn again: rows.json is of other inputs: {name.partition(':')[0]}"]
     assert same(again, kept.texts())
     assert kept.drawn == 2, "the new rows are kept"
 
