@@ -1,5 +1,6 @@
 """What `packager status` shows of a build that runs, and of one that was killed."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -52,7 +53,9 @@ def test_every_step_is_written_and_the_end_leaves_nothing(tmp_path: Path) -> Non
     terminal, path = Terminal(quiet=True), tmp_path / "work" / "a--b.json"
     path.parent.mkdir()
     with shown_while_running(path, terminal):
-        assert read_running(path) is None
+        begun = read_running(path)
+        assert begun is not None
+        assert (begun.stage, begun.total, begun.text) == ("", 0, "")
         with terminal.stage("quantize"), terminal.bar(3) as bar:
             first = read_running(path)
             assert first is not None
@@ -67,19 +70,32 @@ def test_every_step_is_written_and_the_end_leaves_nothing(tmp_path: Path) -> Non
     assert not path.exists()
 
 
-def test_an_error_leaves_nothing_and_a_full_disk_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     terminal, path = Terminal(quiet=True), tmp_path / "a.json"
     with pytest.raises(RuntimeError), shown_while_running(path, terminal), terminal.stage("pack"):
         raise RuntimeError
     assert not path.exists()
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("packager.pipeline.running.write_atomic", full)
-    with shown_while_running(path, terminal), terminal.stage("pack"):
-        pass
-    assert read_running(path) is None
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_a_disk_that_cannot_be_written_stops_no_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "a.json"
+    monkeypatch.setattr("packager.system.files.tempfile.mkstemp", fail)
+    with shown_while_running(path, Terminal(quiet=True)):
+        assert read_running(path) is None
+
+
+def test_what_a_killed_build_left_is_not_shown_while_something_else_runs(tmp_path: Path) -> None:
+    found = workspace(tmp_path / "dist")
+    found.running_path.parent.mkdir(parents=True)
+    found.running_path.write_text(STEP.model_dump_json())
+    with found.locked():  # publishing, which shows no steps
+        assert read_running(found.running_path) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": "x"}', b"\xff" * 200_000])
@@ -135,7 +151,7 @@ def test_watch_follows_a_build_to_its_end(tmp_path: Path) -> None:
     recipe = write_all(tmp_path)
     process = multiprocessing.get_context("spawn").Process(target=_build, args=(recipe,))
     process.start()
-    _wait_for(lambda: workspace(tmp_path / "dist").is_locked())
+    _wait_for(workspace(tmp_path / "dist").running_path.exists)
     text = status(recipe, "--watch")
     process.join()
     assert text.count("tester/tiny-GPTQ") == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from packager.errors import MachineError
 from packager.receipt import Record
 from packager.system.files import write_atomic
 from packager.system.terminal import Step, Terminal
@@ -23,7 +24,7 @@ class RunningBuild(Record):
         pid: of its process.
         host: the machine's name.
         started_at: of the build, in seconds since 1970.
-        stage: its name, e.g. "quantize".
+        stage: its name, e.g. "quantize"; "" before the first stage.
         done: steps of the stage, 0 before the first.
         total: steps of the stage, 0 where it has no steps.
         text: the last step.
@@ -44,15 +45,14 @@ class RunningBuild(Record):
 
 @contextmanager
 def shown_while_running(path: Path, terminal: Terminal) -> Iterator[None]:
-    """Write every step that a terminal shows to a file, which is gone at the end.
+    """Write every step that a terminal shows to a file, which is there from the beginning and gone at the end.
 
-    After a kill the file stays; it is of a running build only as long as the build's lock is held. A file that cannot
-    be written stops no build.
+    After a kill the file stays, until something takes the build's lock again. A file that cannot be written stops no
+    build.
     """
     started_at, observer = time.time(), terminal.observe
 
     def write(step: Step) -> None:
-        observer(step)
         running = RunningBuild(
             pid=os.getpid(),
             host=platform.node(),
@@ -64,10 +64,15 @@ def shown_while_running(path: Path, terminal: Terminal) -> Iterator[None]:
             seconds_left=step.seconds_left,
             updated_at=time.time(),
         )
-        with suppress(OSError):
+        with suppress(MachineError, OSError):
             write_atomic(path, running.model_dump_json().encode() + b"\n")
 
-    terminal.observe = write
+    def observe(step: Step) -> None:
+        observer(step)
+        write(step)
+
+    write(Step(stage=""))
+    terminal.observe = observe
     try:
         yield
     finally:

@@ -185,6 +185,7 @@ class Workspace:
             lock.release()
 
     def _remove_leftovers(self) -> None:
+        self.running_path.unlink(missing_ok=True)
         builds, receipts = self.folder("main").parent, self._receipts
         for parent in (builds, receipts, self.work, self.rows.parent):
             remove_leftovers(parent)
