@@ -78,6 +78,37 @@ def test_an_environment_that_is_being_made_stays(cache: Path) -> None:
     assert left == {"folder": str(cache / "loaders" / "exllamav2-000000000000"), "size_bytes": 3000}
 
 
+def test_the_lock_of_a_deleted_environment_still_excludes_others(cache: Path) -> None:
+    (environment,) = (each for each in checks.environments(cache) if each.folder.name.startswith("exllamav2"))
+    path = cache / "loaders" / f"{environment.folder.name}.lock"
+    with path.open("w") as waiting:
+        assert checks.remove_environment(environment)
+        fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with path.open("w") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_with_a_reason(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("packager.pipeline.machine_checks.shutil.rmtree", fail)
+    (environment, *_) = checks.environments(cache)
+    with pytest.raises(MachineError, match="cannot be written"):
+        checks.remove_environment(environment)
+
+
+def test_a_folder_that_cannot_be_looked_at_is_a_note(cache: Path) -> None:
+    done = CliRunner().invoke(app, ["doctor", "--cache", str(cache), "--dist", str(cache / ("x" * 300))])
+    assert (done.exit_code, "File name too long" in done.stdout) == (0, True)
+
+
+def test_the_password_of_an_endpoint_is_not_shown(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "is_offline", lambda: False)
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:s3cret@hub.example")
+    assert found(cache)["Hub"]["found"] == "no token for https://hub.example"
+
+
 def test_links_in_the_cache_are_not_followed(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")

@@ -1,10 +1,13 @@
 """What this machine has of what packager uses: a check for each, with what to do where something is missing."""
 
+import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,8 +20,10 @@ from packager.inputs.hub_cache import is_offline
 from packager.model.devices import choose_device
 from packager.pipeline.build_state import require_build_extra
 from packager.prove.environments import environment_name, is_ready
+from packager.prove.installing import without_password
 from packager.prove.loaders import LOADERS
 from packager.system.confinement import confinement, refusal
+from packager.system.files import disk_errors
 from packager.system.host_memory import available_bytes
 from packager.system.text import format_bytes, gibibytes, printable
 
@@ -141,9 +146,9 @@ def _memory() -> MachineCheck:
 
 def _disk(name: str, folder: Path) -> MachineCheck:
     there = folder.absolute()
-    while not there.exists():
-        there = there.parent
     try:
+        while not there.exists():
+            there = there.parent
         free = shutil.disk_usage(there).free
     except OSError as error:
         return MachineCheck(name=name, grade="note", found=f"{folder}: {error.strerror}")
@@ -192,26 +197,37 @@ def environments(cache: Path) -> tuple[Environment, ...]:
 
 
 def remove_environment(environment: Environment) -> bool:
-    """Delete an environment unless a process makes it just now, and return whether it is gone."""
+    """Delete an environment unless a process makes it just now, and return whether it is gone.
+
+    The file of its lock stays: a process that waits for the lock would get one that others no longer find.
+
+    Raises:
+        MachineError: the cache cannot be written.
+    """
     import fcntl  # POSIX only, like the environments
 
-    lock_path = Path(f"{environment.folder}.lock")
-    with lock_path.open("w") as lock:
+    with disk_errors(environment.folder), Path(f"{environment.folder}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return False
         shutil.rmtree(environment.folder)
-        lock_path.unlink()
     return True
 
 
 def _size(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_symlink() and path.is_file())
+    """Return the bytes of the files below a folder, without those that are deleted meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found = os.lstat(os.path.join(parent, name))  # noqa: PTH118 - an environment has 30,000 files
+                total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
 
 
 def _hub(environ: Mapping[str, str]) -> MachineCheck:
-    endpoint = environ.get("HF_ENDPOINT", "https://huggingface.co")
+    endpoint = printable(without_password(environ.get("HF_ENDPOINT", "https://huggingface.co")))
     login = "`hf auth login`, or set HF_TOKEN; public models need no token"
     if is_offline():
         return MachineCheck(name="Hub", grade="note", found="HF_HUB_OFFLINE is set: only the cache is read")
@@ -220,7 +236,8 @@ def _hub(environ: Mapping[str, str]) -> MachineCheck:
     try:
         account = hub_account()
     except SourceError as error:
-        return MachineCheck(name="Hub", grade="note", found=f"{error.what}: {error.why}", hint=error.hint)
+        problem = f"{error.what}: {error.why}" if error.why else error.what
+        return MachineCheck(name="Hub", grade="note", found=problem, hint=error.hint)
     found = f"logged in as {account.name} at {endpoint}, the token is for: {printable(account.role)}"
     if account.role in ("write", "fineGrained"):
         return MachineCheck(name="Hub", grade="ok", found=found)
