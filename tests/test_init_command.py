@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
+from packager.cli import init
 from packager.cli.main import app
 from packager.errors import RecipeError, SourceError
 from packager.inputs import describe_in_child as child
@@ -91,6 +92,32 @@ def test_what_init_writes_is_built(folder: Path) -> None:
     receipts = build(path, folder / "dist").receipts
     assert [receipt.provenance.branch for receipt in receipts] == ["main", "gptq-4bit-32g-actorder_True"]
     assert all(receipt.provenance.quality is not None for receipt in receipts)
+
+
+def test_an_owner_that_nobody_named_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr("getpass.getuser", unknown)
+    done = run("./model", "--id", "tester/Tiny", "--format", "json")
+    assert done.exit_code == 0, done.output
+    assert RecipeFile.load(folder / "tiny.yaml").recipe.repository.id == "owner/Tiny-GPTQ"
+    note = "the owner is owner, the user's name on this machine (HF_HUB_OFFLINE is set): --owner NAME gives another"
+    assert json.loads(done.stdout)["notes"][0] == note
+    assert f"note: {note}" in done.stderr
+
+
+def test_a_hub_that_does_not_name_the_account_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise SourceError("the Hub names no account", why="its answer has no name")
+
+    monkeypatch.setattr("getpass.getuser", lambda: "jo smith")
+    monkeypatch.setattr("packager.inputs.hub_cache.is_offline", lambda: False)
+    monkeypatch.setattr("packager.inputs.hub_account.has_token", lambda: True)
+    monkeypatch.setattr("packager.inputs.hub_account.hub_account", refused)
+    name, (note,) = init._owner()
+    assert name == "jo-smith"
+    assert "(the Hub names no account: its answer has no name)" in note
 
 
 def test_a_recipe_that_is_there_stays(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from packager.cli.options import Format, FormatOption, QuietOption, terminal_of
+from packager.errors import SourceError
 
 if TYPE_CHECKING:
     from packager.inputs.named_model import NamedModel
@@ -113,9 +114,10 @@ def init_command(
     if sys.stdin.isatty() and not yes:
         model_id, license_id = _ask(found, model_id, license_id)
     name = (model_id or found.id or "/").partition("/")[2]
+    owner, owner_notes = (owner, []) if owner else _owner()
     wishes = Wishes(
         path=output or Path(f"{name.lower() or 'recipe'}.yaml"),
-        owner=owner or _owner(),
+        owner=owner,
         variant_set=variant_set.value,
         target=target.value,
         model_id=model_id,
@@ -126,9 +128,10 @@ def init_command(
     result = init_recipe(found, wishes, terminal.log, replace=force)
     for path in result.written:
         terminal.log(f"wrote {path}")
-    for note in result.notes:
+    notes = [*owner_notes, *result.notes]
+    for note in notes:
         terminal.log(f"note: {note}")
-    _show_plan(result.recipe, format, {"written": list(map(str, result.written)), "notes": list(result.notes)})
+    _show_plan(result.recipe, format, {"written": list(map(str, result.written)), "notes": notes})
 
 
 def _show_plan(recipe: Path, format: Format, answer: dict[str, object]) -> None:  # noqa: A002
@@ -154,8 +157,23 @@ def _ask(model: "NamedModel", model_id: str, license_id: str) -> tuple[str, str]
     return model_id, license_id
 
 
-def _owner() -> str:
-    """Return the name of the account that is logged in to the Hub, or the user's name on this machine."""
-    from packager.inputs.hub_account import account_name
+def _owner() -> tuple[str, list[str]]:
+    """Return the account that is logged in to the Hub; else the user's name on this machine, with a note."""
+    from packager.inputs.hub_account import has_token, hub_account
+    from packager.inputs.hub_cache import is_offline
 
-    return account_name() or re.sub(r"[^A-Za-z0-9._-]+", "-", getpass.getuser()).strip("-._") or "owner"
+    if is_offline():
+        why = "HF_HUB_OFFLINE is set"
+    elif not has_token():
+        why = "nobody is logged in to the Hub"
+    else:
+        try:
+            return hub_account().name, []
+        except SourceError as error:
+            why = f"{error.what}: {error.why}" if error.why else error.what
+    try:
+        user = getpass.getuser()
+    except (ImportError, KeyError, OSError):  # a user without an entry, in a container
+        user = ""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", user).strip("-._") or "owner"
+    return name, [f"the owner is {name}, the user's name on this machine ({why}): --owner NAME gives another"]

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from packager.errors import SourceError
-from packager.inputs.hub_cache import is_offline
 from packager.inputs.hub_models import hub_errors
 from packager.recipe.fields import REPO_ID
 
@@ -44,16 +43,6 @@ def hub_account() -> HubAccount:
     if not isinstance(name, str) or not re.match(REPO_ID, f"{name}/x"):
         raise SourceError("the Hub names no account", why="its answer has no name that an account can have")
     return HubAccount(name=name, role=_role(answer))
-
-
-def account_name() -> str:
-    """Return the name of the account whose token is set, "" without one or where the Hub does not name it."""
-    if is_offline() or not has_token():
-        return ""
-    try:
-        return hub_account().name
-    except SourceError:
-        return ""
 
 
 def _role(account: Mapping[str, object]) -> str:
