@@ -175,7 +175,7 @@ def test_every_problem_is_printed_once(show: Show) -> None:
 
 @pytest.mark.parametrize(
     ("target", "url", "address"),
-    [("hub", "", "someone/model"), ("git", "ssh://host/x.git", "ssh://host/x.git"), ("local", "", "")],
+    [("hub", "", "hub:someone/model"), ("git", "ssh://host/x.git", "ssh://host/x.git"), ("local", "", "")],
 )
 def test_what_is_remote_is_not_asked(show: Show, target: str, url: str, address: str) -> None:
     (status,) = [BranchStatus(**{**vars(built(A)), "commit": None})]

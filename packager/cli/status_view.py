@@ -29,7 +29,7 @@ def print_status(recipe_file: RecipeFile, options: Options, console: Console) ->
     repository = recipe_file.recipe.repository
     print_line(console, repository.id)
     if repository.target != "local":
-        address = repository.url or repository.id
+        address = repository.url or f"hub:{repository.id}"  # without hub:, one below --dist comes first
         print_line(console, f"to check what is published: packager verify-published {address}")
     table = _status_table(statuses, loaders=True)
     wide = fits(table, console)
