@@ -1,6 +1,5 @@
 """The Hub's cache without a network (HF_HUB_OFFLINE): which files it knows of a commit, and which of them it lacks."""
 
-import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,13 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 from packager.errors import SourceError
 from packager.inputs.hub_session import AnswerError, checked_siblings
+from packager.recipe.model_fit import is_commit
 from packager.system.text import printable
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 Kind = Literal["model", "dataset"]
-_COMMIT = r"[0-9a-f]{40}"
 
 
 def is_offline() -> bool:
@@ -30,14 +29,14 @@ def cached_commit(kind: Kind, repo_id: str, revision: str) -> str:
     Raises:
         SourceError: the cache does not know the revision.
     """
-    if re.fullmatch(_COMMIT, revision):
+    if is_commit(revision):
         return revision
     reference = _snapshot(kind, repo_id, "").parent / "refs" / revision
     try:
         commit = reference.read_text()[:64].strip() if ".." not in revision else ""
     except (OSError, ValueError):
         commit = ""
-    if not re.fullmatch(_COMMIT, commit):
+    if not is_commit(commit):
         raise not_cached(kind, repo_id, revision, None)
     return commit
 
@@ -108,13 +107,13 @@ def _snapshot(kind: Kind, repo_id: str, revision: str) -> Path:
 
 def not_cached(kind: Kind, repo_id: str, revision: str, name: str | None) -> SourceError:
     """Return the error for a file that the cache lacks, None for all of them."""
-    is_commit = re.fullmatch(_COMMIT, revision)
-    at = revision[:12] if is_commit else printable(revision[:60])
+    kind_of_revision = "commit" if is_commit(revision) else "revision"
+    at = printable(revision[: 12 if is_commit(revision) else 60])
     words = ["hf", "download", repo_id, *([] if name is None else [name]), "--revision", revision]
     words += ["--repo-type", "dataset"] if kind == "dataset" else []
     return SourceError(
         f"the Hub's cache lacks {'the files' if name is None else 'a file'} of the {kind} {repo_id}",
-        where=f"{'commit' if is_commit else 'revision'} {at}" if name is None else f"{printable(name)} at {at}",
+        where=f"{kind_of_revision} {at}" if name is None else f"{printable(name)} at {at}",
         why="HF_HUB_OFFLINE is set, so nothing is downloaded",
         hint=f"where there is a network: {printable(shlex.join(words))}",
     )

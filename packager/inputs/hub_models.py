@@ -16,6 +16,7 @@ from packager.inputs.source_files import INDEX, has_index, safetensors_among, we
 from packager.model.contract_files import content_rule
 from packager.model.safetensors_file import Header, header_from
 from packager.receipt import SAFETENSORS
+from packager.recipe.model_fit import is_commit
 from packager.system.files import disk_errors, file_records
 from packager.system.text import printable, shown
 
@@ -156,7 +157,7 @@ def resolve_dataset(dataset: str, revision: str) -> str:
 
 
 def _checked_commit(commit: object) -> str:
-    if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
+    if not isinstance(commit, str) or not is_commit(commit):
         raise AnswerError(f"{shown(commit)} is not a commit")
     return commit
 
