@@ -179,6 +179,20 @@ def test_a_token_that_the_hub_does_not_know_is_no_error(
 
 
 @pytest.mark.parametrize(
+    ("role", "state", "hint"),
+    [("write", "ok", ""), ("fineGrained", "note", "to the repository: "), ("read", "note", "a token that may write")],
+)
+def test_a_token_that_may_not_write_is_a_note(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, role: str, state: str, hint: str
+) -> None:
+    monkeypatch.setattr(checks, "is_offline", lambda: False)
+    monkeypatch.setattr(checks, "has_token", lambda: True)
+    monkeypatch.setattr(checks, "hub_account", lambda: hub_account.HubAccount(name="tester", role=role))
+    check = found(cache)["Hub"]
+    assert (check["state"], hint in (check["hint"] or "")) == (state, True)
+
+
+@pytest.mark.parametrize(
     ("account", "role"),
     [
         ({"auth": {"accessToken": {"role": "write"}}}, "write"),

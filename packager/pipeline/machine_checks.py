@@ -239,6 +239,9 @@ def _hub(environ: Mapping[str, str]) -> MachineCheck:
         problem = f"{error.what}: {error.why}" if error.why else error.what
         return MachineCheck(name="Hub", grade="note", found=problem, hint=error.hint)
     found = f"logged in as {account.name} at {endpoint}, the token is for: {printable(account.role)}"
-    if account.role in ("write", "fineGrained"):
+    if account.role == "write":
         return MachineCheck(name="Hub", grade="ok", found=found)
+    if account.role == "fineGrained":  # the Hub lists its rights by repository, and the recipe is not known here
+        hint = f"to publish, it must have the right to write to the repository: {endpoint}/settings/tokens"
+        return MachineCheck(name="Hub", grade="note", found=found, hint=hint)
     return MachineCheck(name="Hub", grade="note", found=found, hint=f"to publish, a token that may write: {login}")
