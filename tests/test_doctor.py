@@ -17,7 +17,7 @@ from packager.cli.main import app
 from packager.errors import MachineError
 from packager.inputs import hub_account
 from packager.pipeline import machine_checks as checks
-from packager.prove.environments import environment_name
+from packager.prove.environments import READY, environment_name
 from packager.prove.loaders import LOADERS
 from tests.loopback_hub import Account, LoopbackHub
 from tests.publish_fixtures import log_in
@@ -116,6 +116,15 @@ def test_links_in_the_cache_are_not_followed(cache: Path, tmp_path: Path) -> Non
     (cache / "loaders" / "exllamav2-000000000000" / "link").symlink_to(tmp_path / "mine")
     assert doctor(cache, "--clean", "--yes").exit_code == 0
     assert (tmp_path / "mine" / "file").exists()
+
+
+def test_an_environment_is_found_by_another_name_of_the_cache(cache: Path, tmp_path: Path) -> None:
+    folder = cache / "loaders" / environment_name(LOADERS["transformers"])
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").touch()
+    (folder / READY).write_text(str(folder.resolve()))
+    (tmp_path / "link").symlink_to(cache)
+    assert "environment ready, " in found(tmp_path / "link")["transformers"]["found"]
 
 
 def test_without_git_the_exit_code_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

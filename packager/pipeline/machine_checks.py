@@ -19,7 +19,7 @@ from packager.inputs.hub_account import has_token, hub_account
 from packager.inputs.hub_cache import is_offline
 from packager.model.devices import choose_device
 from packager.pipeline.build_state import require_build_extra
-from packager.prove.environments import environment_name, is_ready
+from packager.prove.environments import environment_name, environments_folder, is_ready
 from packager.prove.installing import without_password
 from packager.prove.loaders import LOADERS
 from packager.system.confinement import confinement, refusal
@@ -181,7 +181,7 @@ def _loaders(cache: Path) -> Iterator[MachineCheck]:
         if problem := spec.python_problem():
             yield MachineCheck(name=name, grade="note", found=problem)
             continue
-        folder = cache.absolute() / "loaders" / environment_name(spec)
+        folder = environments_folder(cache) / environment_name(spec)
         size = f", {format_bytes(_size(folder))}" if folder.exists() else ""
         found = f"environment ready{size}" if is_ready(folder) else "environment not made yet: the first build makes it"
         yield MachineCheck(name=name, grade="ok", found=f"{spec.description}: {found}")
@@ -190,9 +190,8 @@ def _loaders(cache: Path) -> Iterator[MachineCheck]:
 def environments(cache: Path) -> tuple[Environment, ...]:
     """Return the loaders' environments in a cache, those of other versions and Pythons too."""
     used = {environment_name(spec) for spec in LOADERS.values()}
-    folders = sorted(
-        path for path in (cache.absolute() / "loaders").glob("*/") if path.is_dir() and not path.is_symlink()
-    )
+    found = environments_folder(cache).glob("*/")
+    folders = sorted(path for path in found if path.is_dir() and not path.is_symlink())
     return tuple(Environment(folder=folder, size_bytes=_size(folder), used=folder.name in used) for folder in folders)
 
 

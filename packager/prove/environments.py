@@ -71,9 +71,7 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
 
     if problem := spec.python_problem():
         raise LoaderUnavailableError(problem)
-    # One name for a folder that has several: under another name it would be made again, below a process that uses it.
-    cache = context.cache.resolve()
-    folder = cache / "loaders" / environment_name(spec)
+    folder = environments_folder(context.cache) / environment_name(spec)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with Path(f"{folder}.lock").open("w") as lock:
@@ -82,7 +80,7 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
                 creation = Creation(
                     loader=spec.name,
                     folder=folder,
-                    cache=cache,
+                    cache=context.cache.resolve(),
                     environ=context.environ,
                     log=context.log,
                     processes=context.processes,
@@ -91,6 +89,14 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
                 )
                 _create(spec, creation)
     return _python(folder)
+
+
+def environments_folder(cache: Path) -> Path:
+    """Return the folder of the environments in a cache, by one name.
+
+    Under another name of the same folder an environment would be made again, below a process that uses it.
+    """
+    return cache.resolve() / "loaders"
 
 
 def environment_name(spec: LoaderSpec) -> str:
