@@ -251,6 +251,19 @@ def test_the_column_of_a_local_text_is_found(tmp_path: Path, row: Any, fields: d
     assert {key: found[key] for key in found if key.endswith("_field")} == fields
 
 
+def test_conversations_for_a_model_without_a_chat_template_are_refused(folder: Path) -> None:
+    path = folder / "model" / "tokenizer_config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key != "chat_template"}
+    path.write_text(json.dumps(config))
+    (folder / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    (folder / "chats.jsonl").write_text(f'{{"messages": [{{"role": "user", "content": "{"hello " * 99}"}}]}}\n')
+    before = sorted(folder.iterdir())
+    done = run(*LOCAL, "--calibration", "chats.jsonl")
+    assert done.exit_code == 2
+    assert "'chats.jsonl' holds conversations, and the model has no chat template" in done.stderr
+    assert sorted(folder.iterdir()) == before
+
+
 def test_a_text_outside_the_recipes_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("words " * 10_000)
     (tmp_path / "recipes").mkdir()

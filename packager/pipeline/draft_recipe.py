@@ -88,12 +88,15 @@ def draft_recipe(
         )
     name = model_id.partition("/")[2]
     seq_len = (architecture and architecture.max_position_embeddings) or _SEQ_LENS[0]
+    calibration, evaluation = _calibration(wishes, seq_len), _evaluation(wishes, seq_len)
+    if architecture is not None and prompt is None:
+        _refuse_conversations(calibration, evaluation)
     return {
         "schema_version": 1,
         "repository": {"id": f"{wishes.owner}/{name}-GPTQ", "target": wishes.target},
         "base_model": {"id": model_id, **_place(model, wishes.path.parent)},
-        "calibration": _calibration(wishes, seq_len),
-        "evaluation": _evaluation(wishes, seq_len),
+        "calibration": calibration,
+        "evaluation": evaluation,
         "variants": variants_of(wishes.variant_set, architecture),
         "loaders": _loaders(wishes.variant_set, architecture, chats=prompt is not None),
         "card": {
@@ -171,6 +174,16 @@ def _text(file: Path, folder: Path) -> dict[str, Any]:
     if "text" in texts or not texts:
         return fields
     return {**fields, "text_field": max(texts, key=lambda name: len(columns[name]))}
+
+
+def _refuse_conversations(*texts: Mapping[str, Any]) -> None:
+    """Raise RecipeError for conversations, which only a chat template makes a text."""
+    for text in texts:
+        if "messages_field" in text:
+            raise RecipeError(
+                f"the text {quoted(text['path'])} holds conversations, and the model has no chat template for them",
+                hint="give a file of plain text, or of JSON lines with a column of text",
+            )
 
 
 def variants_of(variant_set: VariantSet, architecture: Architecture | None) -> list[dict[str, Any]]:
