@@ -379,6 +379,13 @@ def test_a_model_in_the_cache_needs_no_hub(hub: LoopbackHub, folder: Path, monke
     assert (done.exit_code, "hf download tester/tiny --revision v2" in done.stderr) == (3, True)
 
 
+def test_a_card_that_is_too_large_is_not_downloaded(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("packager.inputs.named_model._MOST_CARD_BYTES", len(CARD) - 1)
+    model = find_model("tester/tiny", lambda _: None)
+    assert model.card_problem == f"README.md is larger than {len(CARD) - 1} bytes"
+    assert not [request for request in hub.requests if "README" in request.path]
+
+
 def test_a_model_that_is_not_there_is_an_error(hub: LoopbackHub) -> None:
     with pytest.raises(SourceError, match="is not on the Hub"):
         find_model("tester/none", lambda _: None)

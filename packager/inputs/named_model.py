@@ -115,7 +115,7 @@ def _of_folder(folder: Path) -> NamedModel:
 
 
 def _on_hub(model_id: str, revision: str, log: Callable[[str], None]) -> NamedModel:
-    requested = "" if is_commit(revision) else revision
+    requested, problem = "" if is_commit(revision) else revision, ""
     if is_offline():
         commit = cached_commit("model", model_id, revision)
         log(f"reading {model_id} at {commit[:12]} from the Hub cache: HF_HUB_OFFLINE is set")
@@ -127,16 +127,20 @@ def _on_hub(model_id: str, revision: str, log: Callable[[str], None]) -> NamedMo
         names = tuple(sizes)
         wanted = [name for name in (CONFIG, README) if name in sizes and sizes[name] <= _MOST_CARD_BYTES]
         folder = download_files(model_id, commit, wanted)
+        if README in sizes and README not in wanted:
+            problem = f"{README} is larger than {_MOST_CARD_BYTES} bytes"
     return _with_card(
         NamedModel(
             id=model_id, requested=requested, commit=commit, folder=folder, complete=is_offline(),
-            names=tuple(name for name in names if "/" not in name),
+            names=tuple(name for name in names if "/" not in name), card_problem=problem,
         )
     )  # fmt: skip
 
 
 def _with_card(model: NamedModel) -> NamedModel:
-    """Return the model with the front matter of its card."""
+    """Return the model with the front matter of its card, unless a problem of the card is known."""
+    if model.card_problem:
+        return model
     if README not in model.names:
         return replace(model, card_problem=f"there is no {README}")
     try:
