@@ -584,6 +584,17 @@ def test_a_wrong_recipe_ends_a_strict_release_before_anything_is_built(tiny: Pat
     assert not tiny_recipe.hub_folder(Path("dist")).exists()
 
 
+def test_a_strict_release_reports_every_wrong_recipe(tiny: Path) -> None:
+    tiny_recipe.write_recipe(tiny, {"card.titel": "x"}, name="key.yaml")
+    result = packager("release", "nowhere.yaml", "recipe.yaml", "key.yaml", LARGE, "--strict", "--device", "cpu")
+    assert result.exit_code == RecipeError.exit_code
+    assert result.stderr.count("error:") == 2
+    outcomes = table_rows(result.stdout)
+    assert ["failed" in outcomes[name] for name in ("nowhere.yaml", "key.yaml")] == [True, True]
+    assert (outcomes["recipe.yaml"][1], outcomes[LARGE][1]) == ("not reached", "not built")
+    assert not tiny_recipe.hub_folder(Path("dist")).exists()
+
+
 @pytest.mark.parametrize(("option", "last"), [((), "failed"), (("--fail-fast",), "not reached")])
 def test_a_build_that_fails_ends_the_run_only_if_asked(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...], last: str

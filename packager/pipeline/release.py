@@ -71,7 +71,7 @@ def release(
         recipes: their files.
         options: where and how.
         terminal: gets all messages.
-        strict: a recipe that is wrong, or that this machine cannot build, is an error before anything is built.
+        strict: nothing is built if a recipe is wrong, or if this machine cannot build one; all of them are reported.
         fail_fast: end with the first recipe that fails.
         attended: whether `consent` can ask a person; if not, a target that others can see is refused first.
         show_plan: see `flow.publish`.
@@ -85,14 +85,16 @@ def release(
 
     Raises:
         PublishError: not `attended` and a recipe's target is not local.
-        PackagerError: `strict` or `fail_fast`, and a recipe failed.
-        MachineError: `strict`, and this machine cannot build one of them.
+        PackagerError: `fail_fast`, and a recipe failed.
+        MachineError: `strict`, and this machine cannot build some of them, which are right.
     """
     results = {path: RecipeResult(path=path) for path in recipes}
     try:
-        files = _read_all(results, terminal, keys or SigningKeys(), stop=strict or fail_fast)
+        files = _read_all(results, terminal, keys or SigningKeys(), stop=fail_fast)
         _require_consent(files, attended=attended)
-        wanted = _that_can_be_built(results, files, options, terminal, stop=strict or fail_fast)
+        wanted = _that_can_be_built(results, files, options, terminal, stop=fail_fast)
+        if strict and any(result.outcome == "failed" for result in results.values()):
+            return tuple(results.values())
         skipped = {path: result.why for path, result in results.items() if result.outcome == "not built"}
         if skipped and strict:
             error = _skipped_error(skipped)
