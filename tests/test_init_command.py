@@ -303,6 +303,21 @@ def test_a_set_has_the_groups_that_divide_the_model(width: int, variant_set: Any
     assert found == expected
 
 
+def test_a_model_too_large_for_a_cpu_needs_no_runtime_that_computes_on_nothing_else(tmp_path: Path) -> None:
+    from packager.model.architecture import architecture_of
+    from packager.pipeline.draft_recipe import notes_on
+
+    model = model_of(tmp_path / "m", CARD)
+    for layers, required in ((3, ["autogptq", "transformers", "onnxruntime"]), (40, ["autogptq", "transformers"])):
+        widths = {"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 512, "num_hidden_layers": layers}
+        config = {**json.loads(CONFIGS["llama"]().to_json_string()), **widths}
+        architecture = architecture_of(lock_of(config, "a/b").model, "a/b")
+        recipe = draft_recipe(model, wishes(tmp_path), architecture)
+        assert recipe["loaders"]["required"] == required
+        notes = " ".join(notes_on(model, wishes(tmp_path), recipe, architecture, None))
+        assert ("onnxruntime computes on a CPU alone" in notes) == (layers == 40)
+
+
 @given(
     st.recursive(
         st.text() | st.integers(-(10**9), 10**9) | st.booleans(),

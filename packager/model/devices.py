@@ -10,6 +10,8 @@ from packager.errors import MachineError
 if TYPE_CHECKING:
     import torch
 
+# Parameters. A CPU quantizes the demo in seconds and a 13B model in days: larger models need a GPU.
+LARGEST_ON_CPU = 1_000_000_000
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 # Device files of NVIDIA's driver, of WSL and of AMD's driver; torch calls the GPUs of all three "cuda".
 _GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))

@@ -12,6 +12,7 @@ from packager.inputs.text_files import TextFile, json_lines, kind_of
 from packager.model.architecture import Architecture
 from packager.model.checkpoint import fit_problems
 from packager.model.compatibility import verdicts
+from packager.model.devices import LARGEST_ON_CPU
 from packager.model.lock import LockedPrompt
 from packager.model.runtimes import RUNTIMES
 from packager.recipe import Defaults, VariantEntry, expand
@@ -207,7 +208,10 @@ def variants_of(variant_set: VariantSet, architecture: Architecture | None) -> l
 
 
 def _loaders(variant_set: VariantSet, architecture: Architecture | None, *, chats: bool) -> dict[str, Any]:
-    """Return the runtimes that open all variants: those that every machine can run are required."""
+    """Return the runtimes that open all variants: those that every machine can run are required.
+
+    Of a model that a CPU is too slow for, without the runtimes that compute on nothing else; `notes_on` names them.
+    """
     if architecture is None:
         return {}
     variants = [expand(VariantEntry(**entry), Defaults()) for entry in variants_of(variant_set, architecture)]
@@ -216,6 +220,7 @@ def _loaders(variant_set: VariantSet, architecture: Architecture | None, *, chat
     probes = {name: runtime.probe for name, runtime in RUNTIMES.items() if runtime.probe and name not in refused}
     if "transformers" in probes:  # the same package computes
         probes.pop("gptqmodel", None)
+    probes = {name: probe for name, probe in probes.items() if name not in _too_slow(architecture)}
     required = [name for name, probe in probes.items() if "cpu" in probe.devices]
     tried = [name for name in probes if name not in required]
     return {
@@ -223,6 +228,13 @@ def _loaders(variant_set: VariantSet, architecture: Architecture | None, *, chat
         **({"if_available": tried} if tried else {}),
         **({"prompts": list(_PROMPTS)} if chats else {}),
     }
+
+
+def _too_slow(architecture: Architecture) -> list[str]:
+    """Return the runtimes that compute on a CPU alone, of a model that is too large for one."""
+    if architecture.num_parameters <= LARGEST_ON_CPU:
+        return []
+    return [name for name, runtime in RUNTIMES.items() if runtime.probe and runtime.probe.devices == {"cpu"}]
 
 
 def _license(model: NamedModel, given: str) -> dict[str, Any]:
@@ -253,7 +265,13 @@ def _prompt_template(name: str, prompt: LockedPrompt | None) -> dict[str, str]:
     return {"name": known, "template": prompt.text.removeprefix(prompt.added)}
 
 
-def notes_on(model: NamedModel, wishes: Wishes, recipe: Mapping[str, Any], prompt: LockedPrompt | None) -> list[str]:
+def notes_on(
+    model: NamedModel,
+    wishes: Wishes,
+    recipe: Mapping[str, Any],
+    architecture: Architecture,
+    prompt: LockedPrompt | None,
+) -> list[str]:
     """Return a sentence for each choice that a person should know of."""
     sizes = {entry.get("group_size") for entry in recipe["variants"]}
     notes = []
@@ -268,6 +286,8 @@ def notes_on(model: NamedModel, wishes: Wishes, recipe: Mapping[str, Any], promp
         notes.append("the model has no chat template, so the card says that it continues text")
     if not recipe["loaders"]["required"]:
         notes.append("no loader that runs on every machine opens this model: nothing but the audit proves its variants")
+    if slow := _too_slow(architecture):
+        notes.append(f"{', '.join(slow)} computes on a CPU alone, too slowly for this model: loaders does not name it")
     if not model.languages:
         notes.append("the model's card names no language: the recipe says en")
     return notes

@@ -66,10 +66,11 @@ def init_recipe(model: NamedModel, wishes: Wishes, log: Callable[[str], None], *
 
     copy = model.folder if model.commit is not None and model.complete else None
     lock = make_lock(path, first, log, copy=copy, check=check)
-    content = draft_recipe(model, wishes, architecture_of(lock.model, path.name), lock.prompt)
+    architecture = architecture_of(lock.model, path.name)
+    content = draft_recipe(model, wishes, architecture, lock.prompt)
     text = draft_text(content, schema=schema or _SCHEMA)
     recipe_from(text.encode(), path)
-    notes = notes_on(model, wishes, content, lock.prompt)
+    notes = notes_on(model, wishes, content, architecture, lock.prompt)
     return InitResult(recipe=path, written=_write(path, text, lock, with_schema=not schema), notes=tuple(notes))
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from packager.errors import MachineError, PackagerError, PublishError
 from packager.inputs.hub_models import access_problem
-from packager.model.devices import choose_device
+from packager.model.devices import LARGEST_ON_CPU, choose_device
 from packager.pipeline.build_state import STAGES, BuildState, Options, require_build_extra
 from packager.pipeline.flow import build, publish, require_key
 from packager.pipeline.plan import BuildPlan
@@ -20,10 +20,6 @@ from packager.quantize.memory import USABLE
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
 from packager.system.text import gibibytes
-
-# A CPU quantizes the demo in seconds and a 13B model in days: above this many parameters a GPU is required.
-_LARGEST_ON_CPU = 1_000_000_000
-
 
 Outcome = Literal["published", "failed", "interrupted", "not built", "not reached"]
 
@@ -225,7 +221,7 @@ def _lacking_memory(plan: BuildPlan, options: Options) -> str:
     quantizing = plan.memory.least.device_bytes if plan.memory is not None else 0
     needed = max(quantizing, plan.evaluation.gpu.device_bytes)
     if device.type == "cpu":
-        too_large = plan.architecture.num_parameters > _LARGEST_ON_CPU
+        too_large = plan.architecture.num_parameters > LARGEST_ON_CPU
         return f"needs a CUDA GPU with {gibibytes(needed)} GiB" if too_large else ""
     import torch
 
