@@ -102,6 +102,7 @@ def test_a_loader_that_needs_a_gpu_is_run_where_there_is_one(
     # The same folder on a machine with a GPU: only the loader without a result is run.
     monkeypatch.setattr("packager.pipeline.build_state.device_type", lambda _: "cuda")
     monkeypatch.setattr("packager.prove.loaders.LoaderSpec.machine_problem", lambda *_: "")
+    monkeypatch.setattr("packager.prove.loaders.LoaderSpec.device_on", lambda _, device: device)
     loader.opened.clear()
     there, _ = build(recipe, dist, capsys)
     assert statuses(there) == {
@@ -348,6 +349,7 @@ def test_the_seconds_of_loaders_that_run_later_are_added(
     build(recipe, dist, capsys)
     monkeypatch.setattr("packager.pipeline.build_state.device_type", lambda _: "cuda")
     monkeypatch.setattr("packager.prove.loaders.LoaderSpec.machine_problem", lambda *_: "")
+    monkeypatch.setattr("packager.prove.loaders.LoaderSpec.device_on", lambda _, device: device)
     there, _ = build(recipe, dist, capsys)
     assert [receipt.seconds["verify"] for receipt in there.receipts] == [110.0] * len(BRANCHES)
 

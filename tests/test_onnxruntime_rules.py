@@ -40,12 +40,12 @@ def rope(kind: str, **fields: Any) -> dict[str, Any]:
     ("parameters", "reason"),
     [
         ({}, ""), ({"bits": 2}, ""), ({"bits": 8, "sym": False}, ""), ({"group_size": 16}, ""),
-        ({"desc_act": True}, ""), ({"group_size": -1}, ""), ({"desc_act": True, "group_size": -1}, ""),
+        ({"act_order": "full"}, ""), ({"group_size": -1}, ""), ({"act_order": "full", "group_size": -1}, ""),
         ({"bits": 3}, "reads 2, 4, 8 bits only"),
         ({"group_size": 8}, "powers of two from 16 on, not 8"), ({"group_size": 48}, "not 48"),
-        ({"desc_act": True, "sym": False}, "takes every zero for 8 with act order, without an error"),
-        ({"desc_act": True, "bits": 8}, "act order with 4 bits only"),
-        ({"desc_act": True, "bits": 2}, "act order with 4 bits only"),
+        ({"act_order": "full", "sym": False}, "takes every zero for 8 with act order, without an error"),
+        ({"act_order": "full", "bits": 8}, "act order with 4 bits only"),
+        ({"act_order": "full", "bits": 2}, "act order with 4 bits only"),
     ],
 )  # fmt: skip
 def test_the_parameters_that_are_read(parameters: dict[str, Any], reason: str) -> None:
@@ -57,9 +57,9 @@ def test_the_parameters_that_are_read(parameters: dict[str, Any], reason: str) -
 @pytest.mark.parametrize(
     ("parameters", "reason"),
     [
-        ({"group_size": 512}, ""), ({"group_size": 256, "bits": 2}, ""), ({"group_size": 256, "desc_act": True}, ""),
+        ({"group_size": 512}, ""), ({"group_size": 256, "bits": 2}, ""), ({"group_size": 256, "act_order": "full"}, ""),
         ({"group_size": 512, "bits": 2}, "up to 256 with 2 bits, not 512"),
-        ({"group_size": 512, "desc_act": True}, "up to 256 with act order, not 512"),
+        ({"group_size": 512, "act_order": "full"}, "up to 256 with act order, not 512"),
         ({"group_size": -1}, "from 16 on, not whole rows, self_attn.q_proj has 5120 columns"),
     ],
 )  # fmt: skip

@@ -296,7 +296,7 @@ def status_command(
     watch: Annotated[bool, typer.Option("--watch", help="Follow the build that is running until it ends.")] = False,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Show what is built and published, and what a build does now.
+    """Show what is built, proven and published.
 
     Changes nothing. Shows the size, the quality, the loaders' results and the published commit of each variant. Of
     an interrupted build it counts the finished blocks, with which the next run continues. Exits with 0 even if

@@ -22,10 +22,18 @@ def rope_of(config: Mapping[str, object]) -> Mapping[str, object]:
 def rope_type(config: Mapping[str, object]) -> str:
     """Return "default", "linear", "llama3", "yarn" ...; of parameters for each kind of layer the first other one."""
     rope = rope_of(config)
-    each = [value for value in rope.values() if isinstance(value, Mapping)]
-    if each and len(each) == len(rope):
+    if is_by_layer_type(rope):
+        each = [value for value in rope.values() if isinstance(value, Mapping)]
         return next((kind for kind in map(_rope_type, each) if kind != "default"), "default")
     return _rope_type(rope)
+
+
+def is_by_layer_type(rope: Mapping[str, object]) -> bool:
+    """Return whether there are parameters for each type of layer, such as Gemma 3's for sliding and for full attention.
+
+    The old spelling has no place for them.
+    """
+    return bool(rope) and all(isinstance(value, Mapping) for value in rope.values())
 
 
 def _rope_type(rope: Mapping[str, object]) -> str:
@@ -62,8 +70,10 @@ def misread(config: Mapping[str, object]) -> bool:
 def spelled_for_all(config: Mapping[str, object]) -> dict[str, object]:
     """Return the keys of the old spelling that a config.json must have so that every runtime reads it alike.
 
-    Where the old spelling is there and right, nothing is returned.
+    Where the old spelling is there and right, nothing is returned; nor where there is none.
     """
+    if is_by_layer_type(rope_of(config)):
+        return {}
     spelled, given = old_spelling(config), config.get("rope_scaling")
     theta = config.get("rope_theta")
     if spelled["rope_theta"] == (DEFAULT_THETA if theta is None else theta):
