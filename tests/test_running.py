@@ -104,6 +104,24 @@ def test_a_record_that_cannot_be_read_is_none(tmp_path: Path, content: bytes) ->
     assert read_running(tmp_path / "a.json") is None
 
 
+@pytest.mark.parametrize("key", ["started_at", "seconds_left", "updated_at"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_record_without_finite_times_is_none(tmp_path: Path, key: str, value: float) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(STEP.model_dump_json())
+    assert read_running(path) == STEP
+    path.write_text(json.dumps({**STEP.model_dump(mode="json"), key: value}))
+    assert read_running(path) is None
+
+
+def test_a_fifo_or_a_link_in_the_records_place_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.json")
+    (tmp_path / "a.json").write_text(STEP.model_dump_json())
+    (tmp_path / "link.json").symlink_to("a.json")
+    assert read_running(tmp_path / "fifo.json") is None  # an open of the FIFO would wait for a writer
+    assert read_running(tmp_path / "link.json") is None
+
+
 def status(recipe: Path, *options: str) -> str:
     done = CliRunner().invoke(app, ["status", str(recipe), "--dist", str(recipe.parent / "dist"), *options])
     assert done.exit_code == 0, done.output

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import FiniteFloat, ValidationError
 
 from packager.errors import MachineError
 from packager.receipt import Record
-from packager.system.files import write_atomic
+from packager.system.files import open_regular, write_atomic
 from packager.system.terminal import Step, Terminal
 
 _MOST_BYTES = 100_000
@@ -34,13 +34,13 @@ class RunningBuild(Record):
 
     pid: int
     host: str
-    started_at: float
+    started_at: FiniteFloat
     stage: str
     done: int
     total: int
     text: str
-    seconds_left: float | None
-    updated_at: float
+    seconds_left: FiniteFloat | None
+    updated_at: FiniteFloat
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def shown_while_running(path: Path, terminal: Terminal) -> Iterator[None]:
 def read_running(path: Path) -> RunningBuild | None:
     """Return the last step of the build that holds the lock; None if there is no record that can be read."""
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             return RunningBuild.model_validate_json(stream.read(_MOST_BYTES))
     except (OSError, ValidationError):
         return None
