@@ -37,6 +37,11 @@ class PackagerError(Exception):
         return "\n".join(lines)
 
 
+# Raised for a path in the output folder that is of another kind or of another user. A full disk is reported where the
+# file is written.
+PATH_REFUSALS = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One problem in a file that a person wrote: its position, a message, and a hint."""
@@ -136,3 +141,10 @@ class MachineError(PackagerError):
     """This machine lacks something: disk space, memory, a GPU, git."""
 
     exit_code = 12
+
+
+def path_refusal(error: OSError) -> MachineError | None:
+    """Return the error to show for one of PATH_REFUSALS; None if it names no path."""
+    if error.filename is None:
+        return None
+    return MachineError("cannot be used", where=str(error.filename), why=error.strerror or "")

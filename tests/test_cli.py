@@ -610,6 +610,33 @@ def test_a_build_that_fails_ends_the_run_only_if_asked(
     assert (rows["recipe.yaml"][1], rows["other.yaml"][1], rows[LARGE][1]) == ("failed", last, "not built")
 
 
+def test_a_path_that_one_build_cannot_use_fails_that_recipe_alone(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(recipe_file: RecipeFile, *_: object) -> None:
+        if recipe_file.path.name == "recipe.yaml":
+            raise PermissionError(13, "Permission denied", "dist/receipts/a/main.json")
+        raise StateError("no")
+
+    tiny_recipe.write_recipe(tiny, {"repository.id": "a/other"}, name="other.yaml")
+    monkeypatch.setattr("packager.pipeline.release.build", refused)
+    done = packager("release", "recipe.yaml", "other.yaml", "--device", "cpu", "--format", "json")
+    first, second = json.loads(done.stdout)
+    assert (first["result"], first["exit_code"]) == ("failed", MachineError.exit_code)
+    assert first["why"] == "dist/receipts/a/main.json: cannot be used"
+    assert (second["result"], second["exit_code"]) == ("failed", StateError.exit_code)
+    assert done.exit_code == MachineError.exit_code
+
+
+def test_a_mistake_of_ours_is_a_failure_and_no_interruption(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(*_: object) -> None:
+        raise ValueError("first\nsecond")
+
+    monkeypatch.setattr("packager.pipeline.release.build", mistaken)
+    done = packager("release", "recipe.yaml", "--device", "cpu", "--format", "json")
+    (result,) = json.loads(done.stdout)
+    assert isinstance(done.exception, ValueError)
+    assert (result["result"], result["exit_code"], result["why"]) == ("failed", 1, "ValueError: first")
+
+
 def test_an_interrupted_run_says_how_far_it_came(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

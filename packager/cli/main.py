@@ -37,7 +37,7 @@ from packager.cli.options import (
 from packager.cli.publishing import publish_command, rollback_command, verify_published_command
 from packager.cli.signals import end_command, raise_on_signals
 from packager.cli.signing import SignKeyOption, TrustedKeyOption, signing_keys
-from packager.errors import AuditError, LoaderError, MachineError, PackagerError
+from packager.errors import PATH_REFUSALS, AuditError, LoaderError, PackagerError, path_refusal
 
 # pydantic's search for plugins reads the metadata of every installed package: 25 of 500 ms of `plan`, for no plugin.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -72,8 +72,6 @@ Exit codes:
 
 A first run, on any machine: packager release recipes/demo-llama.yaml
 """
-# Raised for a wrong --dist. A full disk is reported where the file is written.
-_REFUSALS = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
 class _Commands(TyperGroup):
@@ -88,10 +86,10 @@ class _Commands(TyperGroup):
         except typer.BadParameter as error:
             error.message = error.message.removeprefix("Value error, ")  # typer shows the library's own words
             raise
-        except _REFUSALS as error:
-            if error.filename is None:
+        except PATH_REFUSALS as error:
+            refusal = path_refusal(error)
+            if refusal is None:
                 raise
-            refusal = MachineError("cannot be used", where=str(error.filename), why=error.strerror or "")
             raise _reported(refusal) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(end_command(error)) from None

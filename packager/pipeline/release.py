@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from packager.errors import MachineError, PackagerError, PublishError
+from packager.errors import PATH_REFUSALS, MachineError, PackagerError, PublishError, path_refusal
 from packager.inputs.hub_models import access_problem
 from packager.model.devices import LARGEST_ON_CPU, choose_device
 from packager.pipeline.build_state import STAGES, BuildState, Options, require_build_extra
@@ -150,12 +150,20 @@ def _recorded(
         results[path] = replace(results[path], outcome=outcome, why=why, exit_code=exit_code, seconds=seconds)
 
     try:
-        yield
+        try:
+            yield
+        except PATH_REFUSALS as error:
+            if refusal := path_refusal(error):
+                raise refusal from error
+            raise
     except PackagerError as error:
         record("failed", why=str(error).splitlines()[0], exit_code=error.exit_code)
         if stop:
             raise
         terminal.error(error)
+    except Exception as error:  # a mistake of ours, which is shown where it was made
+        record("failed", why=f"{type(error).__name__}: {error}".splitlines()[0], exit_code=PackagerError.exit_code)
+        raise
     except BaseException:
         record("interrupted")
         raise
