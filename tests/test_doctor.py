@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,46 @@ def test_an_environment_is_found_by_another_name_of_the_cache(cache: Path, tmp_p
     (folder / READY).write_text(str(folder.resolve()))
     (tmp_path / "link").symlink_to(cache)
     assert "environment ready, " in found(tmp_path / "link")["transformers"]["found"]
+
+
+def test_a_folder_that_is_no_environment_stays(cache: Path) -> None:
+    for name in ("my thesis", "transformers", "transformers-0000", "x-000000000000.old"):
+        (cache / "loaders" / name).mkdir()
+        (cache / "loaders" / name / "file").write_text("x")
+    done = doctor(cache, "--clean", "--yes", "--format", "json")
+    assert json.loads(done.stdout)["unused_environments"] == []
+    left = {path.name for path in (cache / "loaders").glob("*/")}
+    assert left >= {"my thesis", "transformers", "transformers-0000", "x-000000000000.old"}
+    assert "transformers-000000000000" not in left
+
+
+def test_what_is_no_file_in_the_place_of_a_lock_is_an_error(cache: Path) -> None:
+    (cache / "mine").write_text("precious")
+    lock = cache / "loaders" / "exllamav2-000000000000.lock"
+    for put in (lambda: lock.symlink_to(cache / "mine"), lambda: os.mkfifo(lock), lock.mkdir):
+        lock.unlink()
+        put()
+        done = doctor(cache, "--clean", "--yes")
+        assert (done.exit_code, "exllamav2-000000000000" in done.stderr) == (MachineError.exit_code, True)
+    assert (cache / "mine").read_text() == "precious"
+
+
+def test_a_git_that_prints_no_text_is_shown_escaped(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = cache / "bin" / "git"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nprintf '\\377\\033[31m'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    check = found(cache)["git"]
+    assert (check["state"], check["found"]) == ("ok", "\ufffd\\x1b[31m")
+
+
+def test_an_output_folder_that_cannot_be_one_is_said(cache: Path) -> None:
+    (cache / "dist").write_text("x")
+    assert found(cache)["output folder"]["found"] == f"{cache / 'dist'} is no folder"
+    done = doctor(cache, "--dist", "x" * 300, "--format", "json")
+    (check,) = (check for check in json.loads(done.stdout)["checks"] if check["name"] == "output folder")
+    assert (check["state"], check["found"]) == ("note", f"{'x' * 300}: File name too long")
 
 
 def test_without_git_the_exit_code_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -29,6 +30,7 @@ from packager.system.text import format_bytes, gibibytes, printable
 
 Grade = Literal["ok", "note", "missing"]
 _GIT_TIMEOUT_S = 10
+_ENVIRONMENT = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{12}")  # see `environment_name`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,9 @@ def _program(name: str, lacking: Grade, hint: str) -> MachineCheck:
         return MachineCheck(name=name, grade=lacking, found="not on the PATH", hint=hint)
     try:
         command = [path, "--version"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=True, timeout=_GIT_TIMEOUT_S
+        )
     except (OSError, subprocess.SubprocessError) as error:
         return MachineCheck(name=name, grade=lacking, found=printable(f"{path} does not run: {error}"), hint=hint)
     return MachineCheck(name=name, grade="ok", found=printable(done.stdout.splitlines()[0] if done.stdout else path))
@@ -152,6 +156,8 @@ def _disk(name: str, folder: Path) -> MachineCheck:
         free = shutil.disk_usage(there).free
     except OSError as error:
         return MachineCheck(name=name, grade="note", found=f"{folder}: {error.strerror}")
+    if not there.is_dir():
+        return MachineCheck(name=name, grade="note", found=f"{there} is no folder", hint="name another folder")
     return MachineCheck(name=name, grade="ok", found=f"{format_bytes(free)} free for {folder}")
 
 
@@ -188,10 +194,15 @@ def _loaders(cache: Path) -> Iterator[MachineCheck]:
 
 
 def environments(cache: Path) -> tuple[Environment, ...]:
-    """Return the loaders' environments in a cache, those of other versions and Pythons too."""
+    """Return the loaders' environments in a cache, those of other versions and Pythons too.
+
+    A folder whose name is none that `environment_name` gives is somebody else's.
+    """
     used = {environment_name(spec) for spec in LOADERS.values()}
     found = environments_folder(cache).glob("*/")
-    folders = sorted(path for path in found if path.is_dir() and not path.is_symlink())
+    folders = sorted(
+        path for path in found if _ENVIRONMENT.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    )
     return tuple(Environment(folder=folder, size_bytes=_size(folder), used=folder.name in used) for folder in folders)
 
 
@@ -205,13 +216,18 @@ def remove_environment(environment: Environment) -> bool:
     """
     import fcntl  # POSIX only, like the environments
 
-    with disk_errors(environment.folder), Path(f"{environment.folder}.lock").open("w") as lock:
+    with disk_errors(environment.folder), open(f"{environment.folder}.lock", "w", opener=_open_lock) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return False
         shutil.rmtree(environment.folder)
     return True
+
+
+def _open_lock(path: str, _: int) -> int:
+    """Open the file of a lock; a link is not followed, a FIFO does not block, and the content stays."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
 
 
 def _size(folder: Path) -> int:

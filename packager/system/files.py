@@ -27,6 +27,13 @@ LOCK_WAIT_S = 2.0
 # What programs print of a full disk; the last is git's, of a write that takes no byte (csum-file.c).
 FULL_DISK = ("No space left on device", "Disk quota exceeded", "Out of diskspace")
 _FULL_BYTES = 1 << 20
+# The last four: a folder, a link or a FIFO has the file's place; its name is too long.
+_UNWRITABLE = frozenset(
+    {
+        errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
+        errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG,
+    }
+)  # fmt: skip
 _CHUNK_BYTES = 1 << 22
 # O_NONBLOCK: a FIFO that took the file's place would block the open until a process writes into it.
 _REGULAR_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -63,7 +70,7 @@ def disk_errors(path: Path, *, hint: str = "") -> Iterator[None]:
                 why=str(error),
                 hint="check `ulimit -f`; FAT allows 4 GiB at most; lower checkpoint.max_shard_bytes for smaller files",
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _UNWRITABLE:
             raise MachineError("the folder cannot be written", where=str(path), why=str(error), hint=hint) from error
         raise
 
