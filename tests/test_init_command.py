@@ -1,6 +1,7 @@
 """`packager init`: what the recipe of a model says, where each part comes from, and what stops it."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from packager.cli import init
 from packager.cli.main import app
-from packager.errors import RecipeError, SourceError
+from packager.errors import PlanError, RecipeError, SourceError
 from packager.inputs import describe_in_child as child
 from packager.inputs.named_model import NamedModel, find_model
 from packager.pipeline.draft_recipe import Wishes, draft_recipe, variants_of
@@ -132,6 +133,61 @@ def test_a_recipe_that_is_there_stays(folder: Path) -> None:
     assert path.read_text() != "mine"
 
 
+def test_a_model_of_few_positions_gets_rows_that_fit(folder: Path) -> None:
+    config = folder / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 16}))
+    done = run(*LOCAL)
+    assert done.exit_code == 0, done.output
+    recipe = RecipeFile.load(folder / "tiny-1b_chat.yaml").recipe
+    assert (recipe.calibration.seq_len, recipe.evaluation.seq_len, recipe.loaders.seq_len) == (16, 16, 16)
+
+
+def test_nothing_is_written_of_a_recipe_without_a_plan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PlanError("no")
+
+    monkeypatch.setattr("packager.pipeline.init_recipe.make_plan", refused)
+    before = sorted(folder.iterdir())
+    assert run(*LOCAL).exit_code == PlanError.exit_code
+    assert sorted(folder.iterdir()) == before
+
+
+def _link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def _twin(path: Path) -> None:
+    path.with_suffix(".yml").write_text("another recipe, whose lock has the same name")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "name", "options", "words"),
+    [
+        (Path.mkdir, "a.yaml", ("--force",), "is no file"),
+        (os.mkfifo, "a.yaml", ("--force",), "is no file"),
+        (_link, "a.yaml", (), "there is a recipe"),
+        (_twin, "a.yaml", (), "would have the same lock, a.lock.json"),
+        (lambda _: None, "a" * 252 + ".yaml", (), "File name too long"),
+        (lambda _: None, "a" * 247 + ".yaml", (), "File name too long"),
+    ],
+)
+def test_a_place_where_no_recipe_can_be_is_an_error_and_nothing_is_written(
+    folder: Path, prepare: Any, name: str, options: tuple[str, ...], words: str
+) -> None:
+    prepare(folder / name)
+    before = sorted(folder.iterdir())
+    done = run(*LOCAL, "--output", name, *options)
+    assert done.exit_code in (2, 12)
+    assert words in done.stderr
+    assert sorted(folder.iterdir()) == before
+
+
+def test_the_lock_that_a_killed_run_left_is_replaced(folder: Path) -> None:
+    (folder / "tiny-1b_chat.lock.json").write_text("{")
+    assert run(*LOCAL).exit_code == 0
+    RecipeFile.load(folder / "tiny-1b_chat.yaml")
+
+
 def test_a_schema_that_is_there_is_used(folder: Path) -> None:
     (folder / "recipe.schema.json").write_text("{}")
     (folder / "recipes").mkdir()
@@ -153,6 +209,8 @@ def test_a_schema_that_is_there_is_used(folder: Path) -> None:
         (("./model", "--id", "a/b", "--calibration", "questions.jsonl"), "is too short"),
         (("./model", "--id", "a/b", "--license", "other"), "the licence of the model is not known"),
         (("./model", "--id", "a/b", "--license", "apache2"), "did you mean apache-2.0?"),
+        (("./model", "--id", "a//b"), "'a//b' is no name of a model"),
+        (("./" + "b" * 5000,), "File name too long"),
     ],
 )
 def test_what_is_missing_is_said_and_nothing_is_written(folder: Path, arguments: Any, words: str) -> None:

@@ -14,6 +14,7 @@ from packager.errors import SourceError
 
 if TYPE_CHECKING:
     from packager.inputs.named_model import NamedModel
+    from packager.pipeline.init_recipe import InitResult
 
 
 class VariantSetName(StrEnum):
@@ -131,20 +132,19 @@ def init_command(
     notes = [*owner_notes, *result.notes]
     for note in notes:
         terminal.log(f"note: {note}")
-    _show_plan(result.recipe, format, {"written": list(map(str, result.written)), "notes": notes})
+    _show_plan(result, notes, format)
 
 
-def _show_plan(recipe: Path, format: Format, answer: dict[str, object]) -> None:  # noqa: A002
-    """Print the plan of what was written, as JSON with `answer` beside it."""
+def _show_plan(result: "InitResult", notes: list[str], format: Format) -> None:  # noqa: A002
+    """Print the plan of what was written, as JSON with the files and notes beside it."""
     from packager.cli.plan_view import build_plan_json, print_build_plan
-    from packager.pipeline.plan import make_plan
-    from packager.recipe.file import RecipeFile
 
-    terminal, plan = terminal_of(), make_plan(RecipeFile.load(recipe))
+    terminal, recipe = terminal_of(), result.recipe
     if format is Format.json:
-        terminal.result({"recipe": str(recipe), **answer, "plan": build_plan_json(plan)})
+        answer = {"recipe": str(recipe), "written": list(map(str, result.written)), "notes": notes}
+        terminal.result({**answer, "plan": build_plan_json(result.plan)})
         return
-    print_build_plan(plan, terminal.out)
+    print_build_plan(result.plan, terminal.out)
     terminal.write(f"Next: packager build {recipe}, and then packager publish {recipe}\n")
 
 

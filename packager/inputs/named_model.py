@@ -84,7 +84,10 @@ def find_model(named: str, log: Callable[[str], None]) -> NamedModel:
     """
     hub = _HUB_NAME.match(named)
     folder = Path(os.path.expanduser(named))  # noqa: PTH111, no home folder is no error here
-    is_folder = not named.startswith("hub:") and folder.is_dir()
+    try:
+        is_folder = not named.startswith("hub:") and folder.is_dir()
+    except OSError as error:  # a name that is too long
+        raise SourceError("the folder cannot be read", where=quoted(named), why=error.strerror or "") from error
     if hub and is_folder and not named.startswith((".", "/", "~")):
         raise RecipeError(
             f"{quoted(named)} is a folder here, and may be a model on the Hub",

@@ -15,8 +15,8 @@ from packager.model.compatibility import verdicts
 from packager.model.devices import LARGEST_ON_CPU
 from packager.model.lock import LockedPrompt
 from packager.model.runtimes import RUNTIMES
-from packager.recipe import Defaults, VariantEntry, expand
-from packager.recipe.fields import URL
+from packager.recipe import Defaults, Loaders, VariantEntry, expand
+from packager.recipe.fields import REPO_ID, URL
 from packager.recipe.licenses import hub_license, license_name
 from packager.system.text import quoted
 from packager.variant import MAIN
@@ -87,6 +87,8 @@ def draft_recipe(
         raise RecipeError(
             "the name of the model is not known", hint="give it as on the Hub: --id ORG/NAME; the card links to it"
         )
+    if not re.fullmatch(REPO_ID, model_id):
+        raise RecipeError(f"{quoted(model_id)} is no name of a model", hint="give it as on the Hub: --id ORG/NAME")
     name = model_id.partition("/")[2]
     seq_len = (architecture and architecture.max_position_embeddings) or _SEQ_LENS[0]
     calibration, evaluation = _calibration(wishes, seq_len), _evaluation(wishes, seq_len)
@@ -222,10 +224,12 @@ def _loaders(variant_set: VariantSet, architecture: Architecture | None, *, chat
         probes.pop("gptqmodel", None)
     probes = {name: probe for name, probe in probes.items() if name not in _too_slow(architecture)}
     required = [name for name, probe in probes.items() if "cpu" in probe.devices]
+    positions, usual = architecture.max_position_embeddings, Loaders.model_fields["seq_len"].default
     tried = [name for name in probes if name not in required]
     return {
         "required": required,
         **({"if_available": tried} if tried else {}),
+        **({"seq_len": positions} if positions and positions < usual else {}),
         **({"prompts": list(_PROMPTS)} if chats else {}),
     }
 

@@ -1,5 +1,6 @@
 """Write the first recipe of a model, its lock, and the schema for editors."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,15 @@ from packager.model.lock import Lock, LockedModel
 from packager.pipeline.branch_files import check_small_files
 from packager.pipeline.build_state import require_build_extra
 from packager.pipeline.draft_recipe import Wishes, draft_recipe, notes_on
+from packager.pipeline.plan import BuildPlan, make_plan
 from packager.recipe.draft import draft_text
-from packager.recipe.file import recipe_from
+from packager.recipe.file import RecipeFile, recipe_from
 from packager.recipe.lock_file import lock_path, lock_text
 from packager.recipe.schema import schema_text
 from packager.system.files import write_atomic
 
 _SCHEMA: Final = "recipe.schema.json"
+_SUFFIXES: Final = (".yaml", ".yml", ".json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +33,13 @@ class InitResult:
         recipe: the recipe's file.
         written: every file, the recipe last.
         notes: a sentence for each choice that a person should know of.
+        plan: of the recipe.
     """
 
     recipe: Path
     written: tuple[Path, ...]
     notes: tuple[str, ...]
+    plan: BuildPlan
 
 
 def init_recipe(model: NamedModel, wishes: Wishes, log: Callable[[str], None], *, replace: bool = False) -> InitResult:
@@ -50,14 +55,14 @@ def init_recipe(model: NamedModel, wishes: Wishes, log: Callable[[str], None], *
 
     Raises:
         CalibrationError: the tokenizer or its chat template cannot be used.
-        MachineError: the packages of the build extra are not installed.
+        MachineError: the packages of the build extra are not installed, or the folder cannot be written.
+        PlanError: the recipe cannot be built.
         RecipeError: the file is there, or only a person knows something that is missing.
         SourceError: the model cannot be quantized; see `make_lock`.
     """
     require_build_extra("making a recipe")
     path = wishes.path
-    if path.exists() and not replace:
-        raise RecipeError(f"there is a recipe {path}", hint="name another file with --output, or give --force")
+    _check_path(path, replace=replace)
     schema = next((each for each in (_SCHEMA, f"../{_SCHEMA}") if (path.parent / each).is_file()), "")
     first = recipe_from(draft_text(draft_recipe(model, wishes), schema=_SCHEMA).encode(), path)
 
@@ -69,9 +74,29 @@ def init_recipe(model: NamedModel, wishes: Wishes, log: Callable[[str], None], *
     architecture = architecture_of(lock.model, path.name)
     content = draft_recipe(model, wishes, architecture, lock.prompt)
     text = draft_text(content, schema=schema or _SCHEMA)
-    recipe_from(text.encode(), path)
+    plan = make_plan(RecipeFile.of(text.encode(), path, lock))
     notes = notes_on(model, wishes, content, architecture, lock.prompt)
-    return InitResult(recipe=path, written=_write(path, text, lock, with_schema=not schema), notes=tuple(notes))
+    written = _write(path, text, lock, with_schema=not schema)
+    return InitResult(recipe=path, written=written, notes=tuple(notes), plan=plan)
+
+
+def _check_path(path: Path, *, replace: bool) -> None:
+    """Raise RecipeError unless a recipe may be written at `path`, with its lock beside it.
+
+    A lock without a recipe is what a killed run left, and is replaced.
+    """
+    other = "name another file with --output"
+    try:
+        if os.path.lexists(path) and not replace:
+            raise RecipeError(f"there is a recipe {path}", hint=f"{other}, or give --force")
+        if path.exists() and not path.is_file():
+            raise RecipeError(f"{path} is no file", hint=other)
+        for suffix in _SUFFIXES:
+            twin = path.with_suffix(suffix)
+            if twin.name != path.name and lock_path(twin) == lock_path(path) and twin.is_file():
+                raise RecipeError(f"the recipe {twin} would have the same lock, {lock_path(path).name}", hint=other)
+    except (OSError, ValueError) as error:  # such as a name that is too long
+        raise RecipeError(f"the recipe {path} cannot be written: {error}", hint=other) from error
 
 
 def _write(path: Path, text: str, lock: Lock, *, with_schema: bool) -> tuple[Path, ...]:

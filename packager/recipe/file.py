@@ -1,7 +1,7 @@
 """Stage 1, recipe: read a recipe file, and report every problem in it at once with its line and column."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,7 +12,7 @@ from packager.model.lock import Lock
 from packager.recipe import Recipe
 from packager.recipe.checks import check
 from packager.recipe.model_fit import LockedBaseModel, read_locked_model, with_locked_commits
-from packager.recipe.parsed_recipe import read
+from packager.recipe.parsed_recipe import ParsedRecipe, read
 from packager.recipe.paths import locate, locate_base, path_problem
 from packager.recipe.yaml import MAX_BYTES, LocatedProblem, decode, parse
 
@@ -43,7 +43,18 @@ class RecipeFile:
             RecipeError: the file cannot be read, or something in it is wrong; holds every problem, in the file's
                 order.
         """
-        recipe, model, located = _judge(_read(path), path, locked=True)
+        return cls.of(_read(path), path)
+
+    @classmethod
+    def of(cls, data: bytes, path: Path, lock: Lock | None = None) -> Self:
+        """Validate the content of a recipe file; see `load`.
+
+        Args:
+            data: the content.
+            path: of the file, which need not be there.
+            lock: what its lock will be; None reads the lock's file.
+        """
+        recipe, model, located = _judge(data, path, lambda parsed: read_locked_model(parsed, path, lock))
         if recipe is not None and isinstance(model, LockedBaseModel) and not located:
             architecture = model.architecture.leaving(recipe.quantize.skip)
             return cls(
@@ -101,7 +112,7 @@ def recipe_from(data: bytes, path: Path) -> Recipe:
         data: the content.
         path: of the file, which need not be there.
     """
-    recipe, _, located = _judge(data, path, locked=False)
+    recipe, _, located = _judge(data, path, lambda _: None)
     if recipe is None or located:
         raise _error(path, located)
     return recipe
@@ -117,7 +128,7 @@ def _error(path: Path, located: Iterable[LocatedProblem]) -> RecipeError:
 
 
 def _judge(
-    data: bytes, path: Path, *, locked: bool
+    data: bytes, path: Path, read_model: Callable[[ParsedRecipe], LockedBaseModel | LocatedProblem | None]
 ) -> tuple[Recipe | None, LockedBaseModel | LocatedProblem | None, list[LocatedProblem]]:
     """Return the recipe, its lock, and everything that is wrong with them."""
     text, problems = decode(data)
@@ -127,7 +138,7 @@ def _judge(
     if root is None:
         return None, None, problems
     parsed = read(root)
-    model = read_locked_model(parsed, path) if locked else None
+    model = read_model(parsed)
     return parsed.recipe, model, [*problems, *parsed.problems, *check(parsed, path.parent, model)]
 
 

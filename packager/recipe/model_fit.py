@@ -36,15 +36,20 @@ class LockedBaseModel:
     architecture: Architecture
 
 
-def read_locked_model(parsed: ParsedRecipe, recipe: Path) -> LockedBaseModel | LocatedProblem:
+def read_locked_model(parsed: ParsedRecipe, recipe: Path, lock: Lock | None = None) -> LockedBaseModel | LocatedProblem:
     """Read a recipe's lock, which must be of the base model that the recipe names.
+
+    Args:
+        parsed: the recipe.
+        recipe: its file.
+        lock: the lock where it is not in its file yet.
 
     Returns:
         The lock, or why it cannot be used.
     """
     path = lock_path(recipe)
     try:
-        lock = read_recipe_lock(path, recipe)
+        lock = lock or read_recipe_lock(path, recipe)
         architecture = architecture_of(lock.model, path.name)
     except RecipeError as error:
         return LocatedProblem(parsed.key_at("base_model"), str(error.what), error.hint)
