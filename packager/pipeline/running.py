@@ -65,6 +65,7 @@ def shown_while_running(path: Path, terminal: Terminal) -> Iterator[None]:
             updated_at=time.time(),
         )
         with suppress(MachineError, OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, running.model_dump_json().encode() + b"\n")
 
     def observe(step: Step) -> None:
@@ -79,6 +80,7 @@ def shown_while_running(path: Path, terminal: Terminal) -> Iterator[None]:
         terminal.observe = observer
         with suppress(OSError):
             path.unlink(missing_ok=True)
+            path.parent.rmdir()  # if nothing else is in it
 
 
 def read_running(path: Path) -> RunningBuild | None:

@@ -5,7 +5,8 @@ dist/receipts/<namespace>/<name>/<branch>.json   what was done and measured
 dist/receipts/<namespace>/<name>/unfinished/     receipts of files that a run is putting in place
 dist/rows/<namespace>/<name>/rows.json           the token ids of its texts; may be deleted at any time
 dist/work/<namespace>/<name>/<branch>/           a checkpoint under construction; may be deleted at any time
-dist/work/<namespace>--<name>.lock, .json        the lock of a running build, and what it does now
+dist/work/<namespace>/<name>/.running.json       what a running build does now; no branch has such a name
+dist/work/<namespace>--<name>.lock               the lock of a running build
 dist/hub/models/<namespace>/<name>               the local publishing target
 """
 
@@ -62,7 +63,7 @@ class Workspace:
     @property
     def running_path(self) -> Path:
         """Return where a running build says what it does."""
-        return self._lock_path.with_suffix(".json")
+        return self.work / ".running.json"
 
     @property
     def _lock_path(self) -> Path:
