@@ -99,7 +99,7 @@ def test_a_maintainer_plans_publishes_checks_and_publishes_again(fixture: HubRel
 
     shown = fixture.run("status", fixture.recipe, "--dist", fixture.dist)
     assert shown.count("not read") == 3
-    assert f"packager verify-published {REPOSITORY}" in shown
+    assert f"packager verify-published hub:{REPOSITORY}" in shown
     result = json.loads(fixture.run("verify-published", REPOSITORY, "--full", "--format", "json"))
     assert [branch["findings"] for branch in result["branches"]] == [[], [], []]
     fixture.run("rollback", REPOSITORY, "--yes", code=PublishError.exit_code)
