@@ -155,7 +155,10 @@ DYNAMIC: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DYNAMIC)
+# Releases before 5.23 read values of tensors for Hunyuan's alpha: it cannot be traced there, and is refused.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.pinned) if name == "alpha" else name for name in DYNAMIC]
+)
 @pytest.mark.parametrize("length", sampled([16, 17, 48, 64], 48))
 def test_a_dynamic_embedding_is_that_of_transformers(tmp_path: Path, name: str, length: int) -> None:
     class_name, fields = DYNAMIC[name]

@@ -21,11 +21,11 @@ from packager.pipeline.draft_recipe import Wishes, draft_recipe, variants_of
 from packager.recipe.draft import draft_text
 from packager.recipe.file import RecipeFile
 from packager.recipe.lock_file import lock_path
+from packager.recipe.schema import schema_text
 from packager.recipe.yaml import parse
 from tests.locks import lock_of
 from tests.loopback_hub import Account, LoopbackHub
 from tests.publish_fixtures import log_in
-from tests.recipe_fixtures import ROOT
 from tests.tiny_models import CONFIGS
 from tests.tiny_recipe import build, sentences, write_inputs
 
@@ -70,7 +70,7 @@ def test_a_local_model_becomes_a_recipe_with_a_green_plan(folder: Path) -> None:
     answer = json.loads(done.stdout)
     assert answer["recipe"] == "tiny-1b_chat.yaml"
     assert answer["written"] == ["tiny-1b_chat.lock.json", "recipe.schema.json", "tiny-1b_chat.yaml"]
-    assert (folder / "recipe.schema.json").read_text() == (ROOT / "recipes" / "recipe.schema.json").read_text()
+    assert (folder / "recipe.schema.json").read_text() == schema_text()
     recipe = RecipeFile.load(folder / "tiny-1b_chat.yaml").recipe
     assert (recipe.repository.id, recipe.repository.target) == ("me/Tiny-1B_chat-GPTQ", "local")
     assert (recipe.base_model.id, recipe.base_model.path) == ("tester/Tiny-1B_chat", "model")
