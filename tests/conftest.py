@@ -1,10 +1,12 @@
 """What holds for every test: no network, no silent GPU skip, golden files renewed only when asked."""
 
 import gc
+import json
 import os
 import re
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +15,7 @@ from tests.hypothesis_profiles import load_default_profile
 from tests.quick_interpreter import quicken
 
 if TYPE_CHECKING:
+    from packager.prove.environments import RuntimeContext
     from tests.publish_fixtures import Prepared
     from tests.tiny_recipe import Builds
 
@@ -85,6 +88,31 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def update_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program that describes models run in this process, which has torch already."""
+    from packager.inputs import describe_in_child
+
+    def answered(folder: Path, _: str) -> Any:
+        describe_in_child._answer(folder, folder / "result.json")
+        return json.loads((folder / "result.json").read_text())
+
+    monkeypatch.setattr(describe_in_child, "_run", answered)
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> "RuntimeContext":
+    """The loaders' environments in the folder that --cache-folder names."""
+    from packager.prove.environments import RuntimeContext
+
+    return RuntimeContext(
+        cache=Path(pytestconfig.getoption("--cache-folder")).expanduser(),
+        scratch=tmp_path_factory.mktemp("verify"),
+        environ=os.environ,
+        log=print,
+    )
 
 
 @pytest.fixture(scope="session")

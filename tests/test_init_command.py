@@ -15,7 +15,6 @@ from typer.testing import CliRunner, Result
 from packager.cli import init
 from packager.cli.main import app
 from packager.errors import PlanError, RecipeError, SourceError
-from packager.inputs import describe_in_child as child
 from packager.inputs.named_model import NamedModel, find_model
 from packager.pipeline.draft_recipe import Wishes, draft_recipe, variants_of
 from packager.recipe.draft import draft_text
@@ -36,17 +35,6 @@ CARD = "---\nlicense: mit\nlanguage: [en, de, multilingual]\n---\n# Tiny\n"
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["init", *map(str, arguments)], prog_name="packager")
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the program that describes models run in this process, which has torch already."""
-
-    def answered(folder: Path, _: str) -> Any:
-        child._answer(folder, folder / "result.json")
-        return json.loads((folder / "result.json").read_text())
-
-    monkeypatch.setattr(child, "_run", answered)
 
 
 @pytest.fixture

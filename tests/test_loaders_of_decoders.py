@@ -5,7 +5,6 @@ build is needed: what is checked are names, shapes, config.json, and that the lo
 """
 
 import json
-import os
 import re
 import subprocess
 from collections.abc import Callable, Mapping
@@ -78,16 +77,6 @@ OpenedBy = Callable[[LoaderName], Opened]
 
 def variant_of(loader: LoaderName, case: str) -> Variant:
     return replace(VARIANTS[loader], **CHANGES[case.partition("#")[2]])
-
-
-@pytest.fixture(scope="module")
-def context(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> RuntimeContext:
-    return RuntimeContext(
-        cache=Path(pytestconfig.getoption("--cache-folder")).expanduser(),
-        scratch=tmp_path_factory.mktemp("verify"),
-        environ=os.environ,
-        log=print,
-    )
 
 
 def opened_by(loader: LoaderName, folder: Path, context: RuntimeContext) -> Opened:

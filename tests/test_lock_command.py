@@ -51,17 +51,6 @@ def run(*arguments: object) -> Result:
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the program that describes models run in this process, which has torch already."""
-
-    def answered(folder: Path, _: str) -> Any:
-        child._answer(folder, folder / "result.json")
-        return json.loads((folder / "result.json").read_text())
-
-    monkeypatch.setattr(child, "_run", answered)
-
-
-@pytest.fixture
 def recipe(tmp_path: Path, in_process: None) -> Path:
     """A recipe with a local base model, and no lock yet."""
     path = write_recipe(write_inputs(tmp_path))

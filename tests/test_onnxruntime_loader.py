@@ -5,7 +5,6 @@ build is needed: what is checked are names, shapes, config.json, and that the lo
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -118,16 +117,6 @@ class Seen:
     records: Mapping[str, LoaderRecord]
     verdicts: Mapping[str, Verdict]
     classes: frozenset[str]
-
-
-@pytest.fixture(scope="module")
-def context(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> RuntimeContext:
-    return RuntimeContext(
-        cache=Path(pytestconfig.getoption("--cache-folder")).expanduser(),
-        scratch=tmp_path_factory.mktemp("verify"),
-        environ=os.environ,
-        log=print,
-    )
 
 
 @pytest.fixture(scope="module")

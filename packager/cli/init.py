@@ -47,7 +47,7 @@ _SetOption = Annotated[
     typer.Option(
         "--set",
         help="classic: 128g, and 32g, 64g, 128g with full act order, which vLLM refuses since 0.30. modern: 128g, 64g, "
-        "32g with group-aware order, which every runtime loads. wide: classic, 8 and 3 bits.",
+        "32g with group-aware order, which loads wherever no act order does. wide: classic, 8 and 3 bits.",
     ),
 ]
 _OwnerOption = Annotated[
