@@ -179,7 +179,7 @@ def test_every_figure_comes_from_the_receipts() -> None:
         assert shown["Seq Len"] == "2048"
         assert receipt.quality is not None
         assert measured[1] == f"{receipt.quality.perplexity:.4f}"
-        assert measured[4] == f"{receipt.quality.kl_divergence:.3g}"
+        assert measured[4] == f"{receipt.quality.kl_divergence:#.3g}"
         assert measured[6] == f"{receipt.quality.answered} of 200 (fp16: 181)"
     assert ["ExLlamaV2", "all", "not run: the extension could not be built: no nvcc on this machine"] in [
         row[:3] for row in proven

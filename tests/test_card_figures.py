@@ -139,9 +139,9 @@ def rounded(value: float | Decimal, places: int) -> str:
 
 
 def significant(value: float) -> str:
-    """Round to three significant digits; zeros at the end are not written."""
+    """Round to three significant digits, zeros at the end included."""
     number = Decimal(repr(value))
-    return f"{float(number.quantize(Decimal(1).scaleb(number.adjusted() - 2), ROUND_HALF_EVEN)):g}"
+    return f"{number.quantize(Decimal(1).scaleb(number.adjusted() - 2), ROUND_HALF_EVEN):f}"
 
 
 def percent(value: float) -> str:
@@ -487,7 +487,7 @@ def test_every_smallest_branch_is_named_with_its_cost() -> None:
     names = [receipts[1].branch, receipts[3].branch]
     assert re.findall(r"`([^`]+)` \(", line) == names
     assert [entry.partition(" GB")[0] for entry in re.findall(r"\(([^)]+)\)", line)] == ["7.24", "7.24"]
-    assert re.findall(r"divergence ([0-9.]+)", line) == ["0.013", "0.0243"]
+    assert re.findall(r"divergence ([0-9.]+)", line) == ["0.0130", "0.0243"]
 
 
 def test_branches_of_one_size_are_not_called_the_smallest() -> None:

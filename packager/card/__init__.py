@@ -242,8 +242,9 @@ def _percent(fraction: float, places: int = 2, *, signed: bool = False) -> str:
     return f"{_finite(fraction) * 100:{sign}.{places}f}%"
 
 
-def _digits(value: float, significant: int) -> str:
-    return f"{_finite(value):.{significant}g}"
+def _digits(value: float, significant: int, *, zeros: bool = False) -> str:
+    """Return a figure with as many digits; `zeros`: also those at its end, where the value is known that precisely."""
+    return f"{_finite(value):{'#' if zeros else ''}.{significant}g}"
 
 
 def _line_of(error: BaseException) -> str:
