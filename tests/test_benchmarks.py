@@ -33,7 +33,7 @@ BRANCHES = ("main", "gptq-4bit-32g-actorder_True", "gptq-4bit-64g-actorder_True"
 @pytest.fixture(scope="module")
 def modules() -> Iterator[Any]:
     """The benchmarks' modules, which are no package: each command runs as a script."""
-    names = ("make_model", "processes", "tables", "quality_table", "speed", "quality")
+    names = ("make_model", "processes", "tables", "quality_table", "speed", "quality", "several_gpus")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -301,3 +301,26 @@ def test_the_worst_seed_decides(modules: Any) -> None:
     )
     line = next(line for line in printed(table).splitlines() if "128g" in line)
     assert [cell.strip() for cell in line.split("│")][2:6] == ["1.300000", "1.500000", "1.550000", "1.200"]
+
+
+@pytest.mark.parametrize(("other", "status"), [(b"same", 0), (b"others", 1)])
+def test_several_gpus_are_compared_by_time_and_bytes(
+    modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    other: bytes, status: int,
+) -> None:  # fmt: skip
+    def speed(command: list[str], env: dict[str, str], check: bool) -> None:
+        seen = env["CUDA_VISIBLE_DEVICES"]
+        dist = Path(command[command.index("--dist") + 1])
+        dist.mkdir(parents=True)
+        (dist / "model.safetensors").write_bytes(b"same" if seen == "0" else other)
+        seconds = {"0": 16.0, "0,1,2": 5.0}[seen]
+        result = {"seconds": seconds, "disk_to_disk_s": seconds + 9.5, "gpu_allocated_bytes": 27.9e9}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps({"results": [{"result": result}]}))
+
+    monkeypatch.setattr(modules.several_gpus.subprocess, "run", speed)
+    assert modules.several_gpus.main(["--gpus", "1,3", "--work", str(tmp_path), "--layers", "2"]) == status
+    printed = capsys.readouterr().out
+    assert [line.split() for line in printed.splitlines()[1:3]] == [
+        ["1", "16.0", "1.00", "25.5", "27.9"], ["3", "5.0", "3.20", "14.5", "27.9"],
+    ]  # fmt: skip
+    assert ("OTHER BYTES" in printed) == bool(status)
