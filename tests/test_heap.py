@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-# Blocks of 8 MB between ones of 96 KB that stay, after a larger one was freed: glibc's heap would keep them all. Blocks
-# of a few KB would not do: they fit where others were freed before, and then nothing lies behind the large ones.
+# Every second block of 8 MB is freed, after a larger one was: glibc's heap would keep them all, for a block that
+# stays lies behind each. Blocks that stay are as large as the freed ones, so that none of them fits an older hole.
 SCRIPT = """
 import sys
 import torch
@@ -19,18 +19,16 @@ def held():
 if sys.argv[1] == "returned":
     return_large_blocks()
 for _ in range(3):
-    del_me = torch.ones(31 << 18)
-    del del_me
-before, kept, large = held(), [], []
-for _ in range(24):
-    large.append(torch.ones(1 << 21))
-    kept.append(torch.ones(24 << 10))
-del large
-print(held() - before)
+    larger = torch.ones(31 << 18)
+    del larger
+blocks = [torch.ones(1 << 21) for _ in range(24)]
+before = held()
+del blocks[::2]
+print(before - held())
 """
 
 
-def held_after(way: str) -> int:
+def returned_bytes(way: str) -> int:
     command = [sys.executable, "-c", SCRIPT, way]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -38,5 +36,7 @@ def held_after(way: str) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
 def test_freed_blocks_are_returned() -> None:
-    assert held_after("returned") < 20_000_000
-    assert held_after("kept") > 50_000_000
+    freed = 12 * (8 << 20)
+    if returned_bytes("kept") > 0.3 * freed:
+        pytest.skip("this heap returns freed blocks by itself")
+    assert returned_bytes("returned") > 0.95 * freed
