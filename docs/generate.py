@@ -116,6 +116,8 @@ def _kind(field: Schema) -> str:
     field = _without_null(field)
     if _reference(field):
         return "section"
+    if "anyOf" in field and "type" not in field:
+        return " or ".join(_kind(choice) for choice in field["anyOf"])
     if "const" in field or "enum" in field:
         return " or ".join(f"`{json.dumps(value)}`" for value in field.get("enum", [field.get("const")]))
     if field.get("type") == "array":

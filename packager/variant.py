@@ -10,6 +10,8 @@ Bits = Literal[2, 3, 4, 8]
 EngineName = Literal["native", "auto-gptq"]
 # The order of columns, decision 22. GPTQ as published has none; AutoGPTQ's desc_act is full.
 ActOrder = Literal["none", "group", "static", "full"]
+# Whether smaller scales are tried per group, decision 26; "signed" tries negative ones too.
+ScaleSearch = bool | Literal["signed"]
 # The act order that each value of desc_act asks for.
 ACT_ORDER_OF_DESC_ACT: Mapping[bool, ActOrder] = {False: "none", True: "full"}
 Layout = Literal["branches", "repos"]
@@ -40,7 +42,8 @@ class Variant:
         damp_percent: fraction of mean(diag H) added to the diagonal.
         damp_percent_limit: how far damping may be raised when a factorisation fails.
         true_sequential: each linear sees inputs made by the already quantized ones before it.
-        scale_search: try smaller scales per group and keep the one with the least weighted squared error.
+        scale_search: try smaller scales per group and keep the one with the least weighted squared error; "signed":
+            negative ones too, of a symmetric grid.
         engine: what quantizes it; auto-gptq knows neither scale_search nor act order group, nor damp_percent_limit.
     """
 
@@ -52,7 +55,7 @@ class Variant:
     damp_percent: float
     damp_percent_limit: float
     true_sequential: bool
-    scale_search: bool
+    scale_search: ScaleSearch
     engine: EngineName
 
     @property

@@ -231,7 +231,7 @@ CASES = [
     tensors("zeros-range", assign(f"{Q}.qzeros", (1, 2), -1), checkpoint=ASYMMETRIC),
     tensors("scale-not-finite", assign(f"{Q}.scales", (1, 1), np.inf)),
     tensors("scale-not-finite", assign(f"{Q}.scales", (1, 1), np.nan)),
-    tensors("scale-negative", assign(f"{Q}.scales", (1, 1), -0.01)),
+    tensors("scale-negative", assign(f"{Q}.scales", (1, 1), -0.01), checkpoint=ASYMMETRIC),
     tensors("scale-zero", assign(f"{Q}.scales", (1, 1), 0)),
     tensors("g-idx-range", assign(f"{Q}.g_idx", 3, 2)),
     tensors("g-idx-range", assign(f"{Q}.g_idx", 3, -1), checkpoint=ACT_ORDER),

@@ -35,7 +35,7 @@ class Reference:
 
 def gptq(
     weight: Tensor, H: Tensor, *, bits: int, group_size: int, sym: bool, act_order: str, damp: float,
-    scale_search: bool = False, follow: Solution | None = None,
+    scale_search: bool | str = False, follow: Solution | None = None,
 ) -> Reference:  # fmt: skip
     """weight [in, out], H [in, in]."""
     n, out = weight.shape
@@ -112,7 +112,9 @@ def eliminations(inverse: Tensor) -> tuple[Tensor, Tensor]:
 class Grids:
     """Scales and zeros by AutoGPTQ's rules, scales rounded to float16; or those that are followed."""
 
-    def __init__(self, n_groups: int, out: int, *, bits: int, sym: bool, search: bool, follow: Solution | None) -> None:
+    def __init__(
+        self, n_groups: int, out: int, *, bits: int, sym: bool, search: bool | str, follow: Solution | None
+    ) -> None:
         self.bits, self.maxq, self.sym, self.search = bits, 2**bits - 1, sym, search
         self.scales, self.zeros, self.misses = (torch.zeros(n_groups, out, dtype=torch.float64) for _ in range(3))
         self.follow = follow
@@ -120,17 +122,17 @@ class Grids:
     def find(self, group: int, w: Tensor, column_weight: Tensor) -> None:
         """Decide for the columns w [columns, out] of a group."""
         least, sure, miss = (torch.full_like(w[0], torch.inf) for _ in range(3))
-        for low, high in self.ranges(w):
-            scale, zero = self.grid(low, high)
+        for low, high, sign in self.ranges(w):
+            scale, zero = self.grid(low, high, sign)
             error = self.error(w, column_weight, scale, zero)
             better = error < least
             self.scales[group] = torch.where(better, scale, self.scales[group])
             self.zeros[group] = torch.where(better, zero, self.zeros[group])
             least = torch.where(better, error, least)
             if self.follow is not None:
-                sure = torch.minimum(sure, self.surely(w, column_weight, low, high))
+                sure = torch.minimum(sure, self.surely(w, column_weight, low, high, sign))
                 taken = self.follow.scales[group].cpu().double(), self.follow.zeros[group].cpu().double()
-                miss = torch.minimum(miss, self.miss(low, high, *taken))
+                miss = torch.minimum(miss, self.miss(low, high, sign, *taken))
         if self.follow is not None:
             excess = (
                 self.error(w, column_weight, *taken) / sure.clamp(min=1e-300) - 1
@@ -140,13 +142,19 @@ class Grids:
             self.scales[group], self.zeros[group] = taken
             self.misses[group] = torch.maximum(miss, excess)
 
-    def ranges(self, w: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def ranges(self, w: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Each range that is tried, with the sign of its scale."""
         low, high = w.amin(0).clamp(max=0), w.amax(0).clamp(min=0)
         empty = (low == 0) & (high == 0)
         for shrink in SHRINKS if self.search else [1.0]:
-            yield torch.where(empty, -1.0, low * shrink), torch.where(empty, 1.0, high * shrink)
+            for sign in (1, -1) if self.search == "signed" else (1,):
+                yield torch.where(empty, -1.0, low * shrink), torch.where(empty, 1.0, high * shrink), sign
 
-    def exact_scale(self, low: Tensor, high: Tensor) -> Tensor:
+    def exact_scale(self, low: Tensor, high: Tensor, sign: int) -> Tensor:
+        """The scale before its rounding, as a positive number."""
+        if sign < 0:  # -8 to 7 times a negative scale: eight steps above zero, and below as many as a positive one has
+            above, below = high / 2 ** (self.bits - 1), -2 * low / self.maxq
+            return torch.where(high > -low, above, below).clamp(min=SMALLEST_SCALE)
         span = 2 * torch.maximum(-low, high) if self.sym else high - low
         scale: Tensor = span / self.maxq
         return scale.clamp(min=SMALLEST_SCALE)
@@ -155,30 +163,30 @@ class Grids:
         scale: Tensor = high / (self.maxq - 1)
         return scale.clamp(min=SMALLEST_SCALE)
 
-    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self.exact_scale(low, high).half().double()
+    def grid(self, low: Tensor, high: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:
+        scale = self.exact_scale(low, high, sign).half().double()
         if self.sym:
-            return scale, torch.full_like(scale, 2.0 ** (self.bits - 1))
+            return sign * scale, torch.full_like(scale, 2.0 ** (self.bits - 1))
         zero = torch.clamp(torch.round(-low / scale), 0, self.maxq)
         none = zero == 0  # v1 cannot store it
         above = self.exact_scale_without_zero(high).half().double()
         return torch.where(none, above, scale), torch.where(none, 1.0, zero)
 
-    def surely(self, w: Tensor, column_weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def surely(self, w: Tensor, column_weight: Tensor, low: Tensor, high: Tensor, sign: int) -> Tensor:
         """The error that float32, too, finds for a range, whichever way it rounds scale and zero where they tie."""
         ends = [(low * a, high * b) for a in (1 - TIE, 1, 1 + TIE) for b in (1 - TIE, 1, 1 + TIE)]
-        return torch.stack([self.error(w, column_weight, *self.grid(*each)) for each in ends]).amax(0)
+        return torch.stack([self.error(w, column_weight, *self.grid(*each, sign)) for each in ends]).amax(0)
 
     def error(self, w: Tensor, column_weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         q = torch.clamp(torch.round(w / scale) + zero, 0, self.maxq)
         return ((w - (q - zero) * scale).square() * column_weight[:, None]).sum(0)
 
-    def miss(self, low: Tensor, high: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    def miss(self, low: Tensor, high: Tensor, sign: int, scale: Tensor, zero: Tensor) -> Tensor:
         """How far a grid is from being the one of a range; 0 if it is."""
-        exact = self.exact_scale(low, high)
+        exact = self.exact_scale(low, high, sign)
         if self.sym:
             other = torch.where(zero == 2 ** (self.bits - 1), 0.0, torch.inf)
-            return torch.maximum(scale_miss(exact, scale), other)
+            return torch.where(scale * sign > 0, torch.maximum(scale_miss(exact, scale * sign), other), torch.inf)
         zero_miss = ((torch.clamp(-low / scale, 0, self.maxq) - zero).abs() - 0.5).clamp(min=0)
         within = torch.maximum(scale_miss(exact, scale), zero_miss)
         no_zero_miss = (-low / exact.half().double() - 0.5).clamp(min=0)
@@ -196,7 +204,7 @@ def scale_miss(exact: Tensor, scale: Tensor) -> Tensor:
 
 def assert_agrees(
     found: Solution, weight: Tensor, H: Tensor, *, bits: int, group_size: int, sym: bool, act_order: str,
-    damp: float = 0.01, scale_search: bool = False, tie: float = TIE,
+    damp: float = 0.01, scale_search: bool | str = False, tie: float = TIE,
 ) -> Reference:  # fmt: skip
     """Assert that every q, scale and zero is the reference's but for ties, which are few, and the losses likewise.
 

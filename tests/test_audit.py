@@ -82,6 +82,18 @@ def test_a_broken_branch_has_exactly_this_finding(tmp_path: Path, case: Case) ->
     assert all(finding.where and finding.message and finding.hint for finding in report.findings)
 
 
+def test_negative_scales_of_a_symmetric_grid_are_valid(tmp_path: Path) -> None:
+    folder = Checkpoint().write(tmp_path / "branch")
+
+    def mirror(tensors: dict[str, Any]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(".scales"):
+                tensor[:, ::2] *= -1
+
+    edit_tensors(folder, mirror)
+    assert codes(audit(folder, complete=False)) == set()
+
+
 @pytest.mark.parametrize("declared", [False, None])
 def test_scattered_groups_of_a_foreign_checkpoint_need_desc_act(tmp_path: Path, declared: bool | None) -> None:
     """VLLM drops g_idx, and computes garbage where desc_act does not say true (relative error 0.35)."""

@@ -91,14 +91,43 @@ def test_every_decision_is_the_float64_reference_s_but_for_ties(bits, group_size
 
 
 @pytest.mark.parametrize("act_order", ORDERS)
-@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(("sym", "search"), [(True, True), (False, True), (True, "signed")])
 @pytest.mark.parametrize("group_size", sampled([32, 40, -1], 40))
-def test_the_scale_search_agrees_with_the_reference(group_size, sym, act_order):
+def test_the_scale_search_agrees_with_the_reference(group_size, sym, search, act_order):
     H = hessian(inputs(96, 2, dead=5))
     weight = torch.randn(96, 24, generator=torch.Generator().manual_seed(7)) * 0.02
     how: dict[str, Any] = {"bits": 4, "group_size": group_size, "sym": sym, "act_order": act_order}
-    how["scale_search"] = True
-    assert_agrees(solved(weight, H, **how), weight, H, **how)
+    how["scale_search"] = search
+    found = solved(weight, H, **how)
+    assert_agrees(found, weight, H, **how)
+    negative = float((found.scales < 0).double().mean())
+    assert 0.3 < negative < 0.8 if search == "signed" else negative == 0
+
+
+def test_the_largest_weight_of_a_group_lies_on_the_end_that_has_a_step_more():
+    w = torch.tensor([[0.8, -0.8], [-0.1, 0.1], [0.3, -0.3]])
+    scales, zeros = find_grids(w, 3, GridRules(bits=4, sym=True, scale_search="signed"), torch.tensor([1e9, 1.0, 1.0]))
+    q = torch.round(w / scales) + zeros
+    assert scales[0, 0] == torch.tensor(-0.1).half()
+    assert q[0, 0] == 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_signed_scales_never_raise_the_rounding_error_of_a_group(bits):
+    w, weight = inputs(96, 8)[:, :64] * 0.02, torch.rand(768, generator=torch.Generator().manual_seed(1))
+    errors = {}
+    for search in (True, "signed"):
+        rules = GridRules(bits=bits, sym=True, scale_search=search)
+        scales, zeros = (each.repeat_interleave(32, 0) for each in find_grids(w, 32, rules, weight))
+        q = torch.clamp(torch.round(w / scales) + zeros, 0, rules.maxq)
+        errors[search] = ((w - (q - zeros) * scales).square() * weight[:, None]).unflatten(0, (-1, 32)).sum(1)
+    assert (errors["signed"] <= errors[True] * (1 + 1e-5)).all()
+    assert errors["signed"].sum() < 0.97 * errors[True].sum()
+
+
+def test_signed_scales_are_for_symmetric_grids():
+    with pytest.raises(ValueError, match="symmetric"):
+        GridRules(bits=4, sym=False, scale_search="signed")
 
 
 def test_group_aware_order_is_inside_groups_then_groups_by_their_largest():

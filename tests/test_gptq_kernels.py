@@ -16,7 +16,7 @@ from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.solve import solve
 from packager.quantize.gptq.tensor_ops import Grids, RoundedColumns, TensorOps
 from packager.quantize.gptq.torch_ops import TorchOps
-from packager.variant import ActOrder
+from packager.variant import ActOrder, ScaleSearch
 from tests.gptq_reference import assert_agrees
 from tests.test_gptq import hessian, inputs
 
@@ -64,8 +64,8 @@ SOME_CASES = CASES[::5]
 
 
 def solves_like_the_reference(
-    kernels: TensorOps, device: torch.device, n: int, out: int, *, search: bool, sym: bool, bits: int, group_size: int,
-    act_order: ActOrder,
+    kernels: TensorOps, device: torch.device, n: int, out: int, *, search: ScaleSearch, sym: bool, bits: int,
+    group_size: int, act_order: ActOrder,
 ) -> None:  # fmt: skip
     """Check a solution of the kernels; some weights are zero: a column's input, a group, an output feature."""
     H, weight = hessian(inputs(n, bits, dead=5)), random(n, out, seed=7) * 0.02
@@ -88,11 +88,17 @@ def test_solves_like_the_reference(kernels, device, bits, sym, group_size, act_o
     )
 
 
-@pytest.mark.parametrize(("group_size", "sym"), [(32, True), (48, False), (128, True), (200, True), (200, False)])
-def test_searches_scales_like_the_reference(kernels, device, group_size, sym):
+@pytest.mark.parametrize(
+    ("group_size", "sym", "search"),
+    [
+        (32, True, True), (48, False, True), (128, True, True), (200, True, True), (200, False, True),
+        (32, True, "signed"), (128, True, "signed"), (200, True, "signed"),
+    ],
+)  # fmt: skip
+def test_searches_scales_like_the_reference(kernels, device, group_size, sym, search):
     n, act_order = COLUMNS_OF[group_size], ORDERS[(group_size + sym) % 4]
     solves_like_the_reference(
-        kernels, device, n, 5, search=True, sym=sym, bits=4, group_size=group_size, act_order=act_order
+        kernels, device, n, 5, search=search, sym=sym, bits=4, group_size=group_size, act_order=act_order
     )
 
 
@@ -164,7 +170,8 @@ def test_a_range_gives_the_grid_that_torch_gives(kernels, device, bits, sym):
 )
 def test_grids_of_groups_that_divide_nothing(kernels, device, n, group_size, sym):
     w, column_weight = random(n, 33, seed=n) * 0.02, random(n, seed=1).square()
-    for search in (False, True):
+    searches: tuple[ScaleSearch, ...] = (False, True, "signed") if sym else (False, True)
+    for search in searches:
         rules = GridRules(bits=4, sym=sym, scale_search=search)
         expected = TORCH.find_grids(w, group_size, rules, column_weight)
         found = kernels.find_grids(w.to(device), group_size, rules, column_weight.to(device))

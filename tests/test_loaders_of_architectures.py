@@ -1,7 +1,7 @@
 """Every architecture through the whole pipeline and into the real loaders, compared with the prediction of `plan`.
 
 Run by `nox -s tests-release`, because the loaders' environments must exist. A tiny random model of each architecture is
-built into two variants; then each loader opens all of them in one process and is judged as `verify` judges in a build.
+built into three variants; then each loader opens all of them in one process, judged as `verify` judges in a build.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from packager.errors import PlanError
 from packager.model.runtimes import LoaderName
@@ -31,8 +32,12 @@ from tests.tiny_recipe import write_inputs, write_recipe
 pytestmark = pytest.mark.release
 
 LOADERS: tuple[LoaderName, ...] = ("autogptq", "transformers", "onnxruntime")
-VARIANTS = [{"branch": "main"}, {"group_size": 16, "desc_act": True}]
-BRANCHES = ("main", "gptq-4bit-16g-actorder_True")
+SIGNED = "signed-scales"
+VARIANTS = [
+    {"branch": "main"},
+    {"group_size": 16, "desc_act": True},
+    {"branch": SIGNED, "group_size": 16, "scale_search": "signed"},
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +113,13 @@ def spell(config: Mapping[str, Any], case: Case) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Proven:
-    """The plan of every case, and the results of the loaders: records by case, branch, loader."""
+    """The plan of every case, and the results of the loaders: records by case, branch, loader.
+
+    `negative` is the share of negative scales in the branch that has some, by case.
+    """
 
     plans: Mapping[str, BuildPlan]
+    negative: Mapping[str, float]
     records: Mapping[tuple[str, str, str], LoaderRecord]
 
 
@@ -130,7 +139,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def proven(
     recipes: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> Proven:
-    checkpoints, owners = [], {}
+    checkpoints, owners, negative = [], {}, {}
     for number, (name, recipe) in enumerate(recipes.items()):
         dist = recipe.parent / "dist"
         for receipt in tiny_recipe.build(recipe, dist).receipts:
@@ -140,6 +149,8 @@ def proven(
             owners[unique] = (name, branch)
             provenance = receipt.provenance.model_copy(update={"branch": unique})
             checkpoints.append(checkpoint_of(provenance, tiny_recipe.workspace(dist).folder(branch)))
+            if branch == SIGNED:
+                negative[name] = share_of_negative_scales(tiny_recipe.workspace(dist).folder(branch))
     # All have the same tokenizer, so any build's texts will do.
     recipe_file = RecipeFile.load(recipes["llama"])
     run = BuildState(recipe_file, tiny_recipe.options(recipes["llama"].parent / "dist"), Terminal(quiet=True))
@@ -159,8 +170,20 @@ def proven(
     records = verify(job, print)
     return Proven(
         plans={name: make_plan(RecipeFile.load(recipe)) for name, recipe in recipes.items()},
+        negative=negative,
         records={(*owners[unique], record.loader): record for unique, found in records.items() for record in found},
     )
+
+
+def share_of_negative_scales(folder: Path) -> float:
+    tensors = load_file(next(folder.glob("*.safetensors")))
+    scales = torch.cat([tensor.flatten() for name, tensor in tensors.items() if name.endswith(".scales")])
+    return float((scales < 0).double().mean())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_loaders_were_given_negative_scales(proven: Proven, name: str) -> None:
+    assert 0.4 < proven.negative[name] < 0.6
 
 
 @pytest.mark.parametrize("loader", LOADERS)

@@ -176,6 +176,18 @@ def test_every_mistake_of_a_file_is_reported_at_once(request, monkeypatch):
             ("desc_act: true", "act_order: group, engine: auto-gptq"),
             "16:48: engine auto-gptq cannot do act_order: group (write act_order: none or static or full in ",
         ),
+        (
+            ("bits: 4", "scale_search: sined"),
+            "12:17: defaults.scale_search must be true, false or 'signed', got the text 'sined' (did you mean",
+        ),
+        (
+            ("desc_act: true", "scale_search: signed, sym: false"),
+            "16:49: scale_search: signed is for symmetric grids (an asymmetric grid needs no negative scale: ",
+        ),
+        (
+            ("desc_act: true", "scale_search: signed, engine: auto-gptq"),
+            "16:52: engine auto-gptq cannot do scale_search: signed (write scale_search: false in this variant, ",
+        ),
         # damping, rows, loaders
         (("bits: 4", "damp_percent_limit: 0.001"), "12:23: damp_percent_limit 0.001 is less than damp_percent 0.01"),
         (

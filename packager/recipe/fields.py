@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticKnownError
 
 from packager.variant import ActOrder, Bits, EngineName, branch_problem
+from packager.variant import ScaleSearch as ScaleSearchValue
 
 
 def whole_number(value: object) -> object:
@@ -14,6 +15,13 @@ def whole_number(value: object) -> object:
     # A strict Literal[1] still takes True and 1.0, which equal 1.
     if type(value) is not int:
         raise PydanticKnownError("int_type")
+    return value
+
+
+def _scale_search(value: object) -> object:
+    """Refuse what is neither a boolean nor "signed", in one error and not one for each of the two types."""
+    if not isinstance(value, bool) and value != "signed":
+        raise PydanticKnownError("literal_error", {"expected": "true, false or 'signed'"})
     return value
 
 
@@ -104,10 +112,11 @@ DescAct = Annotated[bool, _described("another spelling: true is act_order full, 
 Sym = Annotated[bool, _described("symmetric grid")]
 TrueSequential = Annotated[bool, _described("each linear sees inputs made by the already quantized ones before it")]
 ScaleSearch = Annotated[
-    bool,
+    ScaleSearchValue,
+    BeforeValidator(_scale_search),
     _described(
         "search a smaller scale per group (41 candidates down to 60 % of max|w|); "
-        "left out: true, but false for engine auto-gptq, which has none"
+        "signed: negative ones too, for sym: true; left out: true, but false for engine auto-gptq, which has none"
     ),
 ]
 EngineField = Annotated[

@@ -32,6 +32,7 @@ def variant_problems(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
     yield from _branches(parsed)
     yield from _repositories(parsed)
     yield from _damping(parsed)
+    yield from _negative_scales(parsed)
     yield from _engines(parsed)
 
 
@@ -140,6 +141,16 @@ def _damping(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
             at = max(parameter.at for parameter in (damp, limit) if parameter.written)
             hint = "" if limit.written else f"the limit is {limit.value} unless the recipe gives another"
             yield LocatedProblem(at, f"damp_percent_limit {limit.value} is less than damp_percent {damp.value}", hint)
+
+
+def _negative_scales(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
+    """Report a search of negative scales in variants whose grids are not symmetric."""
+    for index in range(parsed.count("variants")):
+        parameters = variant_parameters(parsed, index)
+        search, sym = parameters["scale_search"], parameters["sym"]
+        if search.value == "signed" and sym.value is False:
+            hint = "an asymmetric grid needs no negative scale: write scale_search: true, or sym: true"
+            yield LocatedProblem(max(search.at, sym.at), "scale_search: signed is for symmetric grids", hint)
 
 
 def _engines(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:

@@ -110,7 +110,7 @@ def check_values(linears: Iterable[Linear], declared: Declared, findings: Findin
         for linear in linears:
             try:
                 _check_zeros(linear, files, declared, findings)
-                _check_scales(linear, files, findings)
+                _check_scales(linear, files, declared, findings)
                 _check_bias(linear, files, findings)
                 order = _check_g_idx(linear, files, declared, findings)
             except OSError as error:
@@ -143,12 +143,14 @@ def _check_zeros(linear: Linear, files: OpenFiles, declared: Declared, findings:
         findings.add("zeros-range", linear.name, f"a stored zero is {len(counts) - 1}: a wrapped 0, or gptq_v2")
 
 
-def _check_scales(linear: Linear, files: OpenFiles, findings: Findings) -> None:
+def _check_scales(linear: Linear, files: OpenFiles, declared: Declared, findings: Findings) -> None:
     for patterns in read_rows(linear.parts["scales"], files):
         if _is_special(patterns).any():
             findings.add("scale-not-finite", linear.name, "some scales are NaN or infinite")
-        if ((patterns & _SIGN != 0) & (patterns & _MAGNITUDE != 0) & ~_is_special(patterns)).any():
-            findings.add("scale-negative", linear.name, "some scales are negative")
+        # A negative scale mirrors a symmetric grid (decision 26); an asymmetric one has its zero for that.
+        negative = (patterns & _SIGN != 0) & (patterns & _MAGNITUDE != 0) & ~_is_special(patterns)
+        if declared.sym is False and negative.any():
+            findings.add("scale-negative", linear.name, "some scales are negative, and sym is declared false")
         if (patterns & _MAGNITUDE == 0).any():
             findings.add("scale-zero", linear.name, "some scales are 0")
 

@@ -10,6 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from packager.variant import ScaleSearch
+
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 # From the full range down to 60 % of it in steps of 1 %: docs/explanation/measurements.md has the gain.
 SEARCH_STEPS = 41
@@ -24,12 +26,23 @@ class GridRules:
         bits: 2, 3, 4 or 8.
         sym: zero fixed at 2^(bits-1) and scale = 2 max|w| / (2^bits - 1); else from min(w, 0) and max(w, 0).
         scale_search: also try smaller ranges and keep, per group and output feature, the one with the least squared
-            rounding error, each column weighted by 1 / Hinv_ii^2, its factor in the squared output error.
+            rounding error, each column weighted by 1 / Hinv_ii^2, its factor in the squared output error. "signed":
+            of each range both a positive and a negative scale, for sym alone.
     """
 
     bits: int
     sym: bool
-    scale_search: bool
+    scale_search: ScaleSearch
+
+    def __post_init__(self) -> None:
+        """Refuse negative scales of asymmetric grids, whose zero makes up for them."""
+        if self.signed and not self.sym:
+            raise ValueError("scale_search: signed is for symmetric grids")
+
+    @property
+    def signed(self) -> bool:
+        """Whether negative scales are tried."""
+        return self.scale_search == "signed"
 
     @property
     def maxq(self) -> int:
@@ -54,7 +67,7 @@ def find_grids(w: Tensor, group_size: int, rules: GridRules, column_weight: Tens
 
     Returns:
         Scales and zeros, float32 [n_groups, out_features]; scales hold float16 values (infinity where none is large
-        enough), zeros whole numbers.
+        enough), negative ones only if the rules are signed; zeros whole numbers.
     """
     groups = [slice(begin, begin + group_size) for begin in range(0, w.shape[0], group_size)]
     grids = [_find_grid(w[group], rules, column_weight[group]) for group in groups]
@@ -66,7 +79,11 @@ def _find_grid(w: Tensor, rules: GridRules, column_weight: Tensor) -> tuple[Tens
     if not rules.scale_search:
         return _grid_of(low, high, rules)
     shrinks = search_shrinks(w.device)[:, None]
-    scales, zeros = _grid_of(low * shrinks, high * shrinks, rules)
+    low, high = low * shrinks, high * shrinks
+    scales, zeros = _grid_of(low, high, rules)
+    if rules.signed:
+        scales = torch.stack([scales, _negative_scale(low, high, rules)], 1).flatten(0, 1)
+        zeros = zeros.repeat_interleave(2, 0)
     errors = [_error(w, scale, zero, rules.maxq, column_weight) for scale, zero in zip(scales, zeros, strict=True)]
     best = torch.stack(errors).argmin(0, keepdim=True)  # argmin takes the first of equal ones: the largest range
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
@@ -91,6 +108,16 @@ def _grid_of(low: Tensor, high: Tensor, rules: GridRules) -> tuple[Tensor, Tenso
     # The v1 checkpoint format stores zero - 1 and so cannot hold 0: such a range loses the step below its minimum.
     no_zero = zero == 0
     return torch.where(no_zero, _float16(high / (maxq - 1)), scale), torch.where(no_zero, 1.0, zero)
+
+
+def _negative_scale(low: Tensor, high: Tensor, rules: GridRules) -> Tensor:
+    """Return the negative scale of a symmetric grid for the range [low, high].
+
+    The integers run from -2^(bits-1) to 2^(bits-1) - 1: a negative scale has a step more above zero than below. So the
+    step is max|w| / 2^(bits-1) where the largest weight is positive; else it is that of the positive scale.
+    """
+    half = rules.maxq / 2
+    return -_float16(torch.maximum(-low, high) / torch.where(high > -low, half + 0.5, half))
 
 
 def _float16(scale: Tensor) -> Tensor:

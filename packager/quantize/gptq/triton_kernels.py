@@ -46,6 +46,13 @@ def _grid_of(low, high, MAXQ: tl.constexpr, SYM: tl.constexpr, SMALLEST: tl.cons
 
 
 @triton.jit
+def _negative_scale(low, high, MAXQ: tl.constexpr, SMALLEST: tl.constexpr):
+    """Return the negative scale of a symmetric grid: a step more above zero than below, see `grid.py`."""
+    half = MAXQ * 0.5
+    return -_float16(tl.math.div_rn(tl.maximum(-low, high), tl.where(high > -low, half + 0.5, half)), SMALLEST)
+
+
+@triton.jit
 def _error_of(w, column_weight, scale, zero, MAXQ: tl.constexpr):
     """Return sum_i column_weight_i (w_i - scale (q_i - zero))^2; w and column_weight are 0 beyond the group."""
     inverse = tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale)
@@ -56,8 +63,8 @@ def _error_of(w, column_weight, scale, zero, MAXQ: tl.constexpr):
 
 @triton.jit
 def _best_grid(
-    w, inside, column_weight, shrink_ptr, MAXQ: tl.constexpr, SYM: tl.constexpr, STEPS: tl.constexpr,
-    SMALLEST: tl.constexpr,
+    w, inside, column_weight, shrink_ptr, MAXQ: tl.constexpr, SYM: tl.constexpr, SIGNED: tl.constexpr,
+    STEPS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Return the grid of a group that is in registers: of all shrunken ranges the one with the least weighted error."""
     low = tl.min(tl.where(inside, tl.minimum(w, 0.0), 0.0), 0)
@@ -73,6 +80,11 @@ def _best_grid(
             least = tl.where(better, error, least)
             scale = tl.where(better, tried_scale, scale)
             zero = tl.where(better, tried_zero, zero)
+            if SIGNED:  # of the same range, with the same zero
+                tried_scale = _negative_scale(low * shrink, high * shrink, MAXQ, SMALLEST)
+                error = _error_of(w, column_weight, tried_scale, tried_zero, MAXQ)
+                scale = tl.where(error < least, tried_scale, scale)
+                least = tl.minimum(least, error)
     return scale, zero
 
 
@@ -80,7 +92,7 @@ def _best_grid(
 def find_grids_kernel(
     w_ptr, column_weight_ptr, shrink_ptr, scale_ptr, zero_ptr, columns, features, group_size, BATCHED: tl.constexpr,
     TILE: tl.constexpr, FEATURES: tl.constexpr, TILES: tl.constexpr, MAXQ: tl.constexpr, SYM: tl.constexpr,
-    STEPS: tl.constexpr, SMALLEST: tl.constexpr,
+    SIGNED: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Store each group's grid; a group longer than TILE columns is read tile by tile, once per tried range."""
     if BATCHED:
@@ -108,16 +120,24 @@ def find_grids_kernel(
             shrink = tl.load(shrink_ptr + step)
             tried_scale, tried_zero = _grid_of(low * shrink, high * shrink, MAXQ, SYM, SMALLEST)
             error = tl.zeros([FEATURES], tl.float32)
+            if SIGNED:
+                negative = _negative_scale(low * shrink, high * shrink, MAXQ, SMALLEST)
+                negative_error = tl.zeros([FEATURES], tl.float32)
             for tile in range(TILES):
                 column = group * group_size + tile * TILE + tl.arange(0, TILE)
                 inside = (column < last)[:, None] & in_range[None, :]
                 w = tl.load(w_ptr + column[:, None].to(tl.int64) * features + feature[None, :], mask=inside, other=0.0)
                 column_weight = tl.load(column_weight_ptr + column, mask=column < last, other=0.0)
                 error += _error_of(w, column_weight, tried_scale, tried_zero, MAXQ)
+                if SIGNED:
+                    negative_error += _error_of(w, column_weight, negative, tried_zero, MAXQ)
             better = error < least
             least = tl.where(better, error, least)
             scale = tl.where(better, tried_scale, scale)
             zero = tl.where(better, tried_zero, zero)
+            if SIGNED:
+                scale = tl.where(negative_error < least, negative, scale)
+                least = tl.minimum(least, negative_error)
     out = group.to(tl.int64) * features + feature
     tl.store(scale_ptr + out, scale, mask=in_range)
     tl.store(zero_ptr + out, zero, mask=in_range)
@@ -175,7 +195,7 @@ def round_columns_kernel(
     error_ptr, features, w_stride, original_stride, diagonal_stride, grid_stride, group_stride, q_stride, delta_stride,
     BATCHED: tl.constexpr, COLUMNS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
     INLINE_GROUP_SIZE: tl.constexpr, GROUP_TILE: tl.constexpr, MAXQ: tl.constexpr, SYM: tl.constexpr,
-    STEPS: tl.constexpr, SMALLEST: tl.constexpr,
+    SIGNED: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Quantize the columns of one linear, or those of the expert that is the program's second number.
 
@@ -195,7 +215,8 @@ def round_columns_kernel(
         error_ptr += expert * features
     _round_columns(
         w_ptr, original_ptr, Hinv_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, q_ptr, delta_ptr,
-        error_ptr, features, COLUMNS, TILE_COLUMNS, FEATURES, INLINE_GROUP_SIZE, GROUP_TILE, MAXQ, SYM, STEPS, SMALLEST,
+        error_ptr, features, COLUMNS, TILE_COLUMNS, FEATURES, INLINE_GROUP_SIZE, GROUP_TILE, MAXQ, SYM, SIGNED, STEPS,
+        SMALLEST,
     )  # fmt: skip
 
 
@@ -204,7 +225,7 @@ def _round_columns(
     w_ptr, original_ptr, Hinv_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, q_ptr, delta_ptr,
     error_ptr, features, COLUMNS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
     INLINE_GROUP_SIZE: tl.constexpr, GROUP_TILE: tl.constexpr, MAXQ: tl.constexpr, SYM: tl.constexpr,
-    STEPS: tl.constexpr, SMALLEST: tl.constexpr,
+    SIGNED: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Quantize up to 128 columns in order: store q_i and delta_i, then w_k -= Hinv_ik e_i for every column k > i.
 
@@ -217,7 +238,7 @@ def _round_columns(
     if INLINE_GROUP_SIZE > 0:  # the first group's grid, before the tiles fill the registers
         scale, inverse, zero = _inline_grid(
             0, w_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, feature, features, in_range, COLUMNS,
-            INLINE_GROUP_SIZE, GROUP_TILE, MAXQ, SYM, STEPS, SMALLEST,
+            INLINE_GROUP_SIZE, GROUP_TILE, MAXQ, SYM, SIGNED, STEPS, SMALLEST,
         )  # fmt: skip
     column = tl.arange(0, TILE_COLUMNS)
     first_ptr, in_first, first = _tile(w_ptr, column, feature, features, in_range, COLUMNS)
@@ -248,7 +269,7 @@ def _round_columns(
                 tl.debug_barrier()
                 scale, inverse, zero = _inline_grid(
                     i, w_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, feature, features, in_range,
-                    COLUMNS, INLINE_GROUP_SIZE, GROUP_TILE, MAXQ, SYM, STEPS, SMALLEST,
+                    COLUMNS, INLINE_GROUP_SIZE, GROUP_TILE, MAXQ, SYM, SIGNED, STEPS, SMALLEST,
                 )  # fmt: skip
             here = first if tile == 0 else second
             x = tl.sum(tl.where((column + tile * TILE_COLUMNS == i)[:, None], here, 0.0), 0)
@@ -266,7 +287,7 @@ def _round_columns(
 def _inline_grid(
     i, w_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, feature, features, in_range,
     COLUMNS: tl.constexpr, INLINE_GROUP_SIZE: tl.constexpr, GROUP_TILE: tl.constexpr, MAXQ: tl.constexpr,
-    SYM: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr,
+    SYM: tl.constexpr, SIGNED: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Find and store the grid of the group that begins at column i, read from memory; return scale, 1 / scale, zero."""
     column = i + tl.arange(0, GROUP_TILE)
@@ -274,7 +295,7 @@ def _inline_grid(
     inside = exists[:, None] & in_range[None, :]
     w = tl.load(w_ptr + column[:, None].to(tl.int64) * features + feature[None, :], mask=inside, other=0.0)
     diagonal = tl.load(diagonal_ptr + column, mask=exists, other=0.0)
-    scale, zero = _best_grid(w, inside, diagonal * diagonal, shrink_ptr, MAXQ, SYM, STEPS, SMALLEST)
+    scale, zero = _best_grid(w, inside, diagonal * diagonal, shrink_ptr, MAXQ, SYM, SIGNED, STEPS, SMALLEST)
     grid = tl.load(group_ptr + i) * features + feature
     tl.store(scale_ptr + grid, scale, mask=in_range)
     tl.store(zero_ptr + grid, zero, mask=in_range)

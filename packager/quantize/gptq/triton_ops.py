@@ -55,8 +55,8 @@ class TritonOps:
                 w, column_weight.contiguous(), search_shrinks(w.device), scales, zeros, columns, features, group_size,
                 BATCHED=w.ndim > 2, TILE=tile, FEATURES=_GRID_FEATURES,
                 TILES=triton.cdiv(min(group_size, columns), tile), MAXQ=rules.maxq,
-                SYM=rules.sym, STEPS=SEARCH_STEPS if rules.scale_search else 1, SMALLEST=SMALLEST_SCALE,
-                num_warps=_GRID_WARPS,
+                SYM=rules.sym, SIGNED=rules.signed, STEPS=SEARCH_STEPS if rules.scale_search else 1,
+                SMALLEST=SMALLEST_SCALE, num_warps=_GRID_WARPS,
             )  # fmt: skip
         return scales, zeros
 
@@ -76,7 +76,8 @@ class TritonOps:
                 COLUMNS=columns, TILE_COLUMNS=_TILE // 2,
                 FEATURES=tile, INLINE_GROUP_SIZE=inline_group_size,
                 GROUP_TILE=triton.next_power_of_2(max(inline_group_size, 1)), MAXQ=rules.maxq, SYM=rules.sym,
-                STEPS=SEARCH_STEPS if rules.scale_search else 1, SMALLEST=SMALLEST_SCALE, num_warps=_ROUND_WARPS,
+                SIGNED=rules.signed, STEPS=SEARCH_STEPS if rules.scale_search else 1, SMALLEST=SMALLEST_SCALE,
+                num_warps=_ROUND_WARPS,
             )  # fmt: skip
 
     def dequantize(self, weight: Tensor, q: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor) -> None:
