@@ -13,12 +13,12 @@ from torch import Tensor
 from packager.errors import SourceError
 from packager.inputs.base_model import SourceModel, read_source
 from packager.inputs.rows import TokenRows
-from packager.model.architecture import Architecture, architecture_of
+from packager.model.architecture import Architecture, LinearSpec, architecture_of
 from packager.model.checkpoint import checkpoint_tensors
 from packager.model.decoder import Decoder, forward
 from packager.model.describe import describe
 from packager.model.lock import LockedModel
-from packager.model.packing import dequantize_linear
+from packager.model.packing import CheckpointReader, dequantize_linear
 from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
 from packager.quantize.block import QuantizedBlock, _BlockSolver
 from packager.quantize.job import QuantizeJob
@@ -53,7 +53,7 @@ def facts_of(name: str, folder: Path, *, quantized: bool = True) -> Facts:
     architecture = architecture_of(locked, name)
     check_forward(name, base, stored)
     if quantized and architecture.linears:
-        check_packed(read_source(base, architecture, base_id="test/model"), folder / "work")
+        check_packed(name, read_source(base, architecture, base_id="test/model"), folder / "work")
     return _facts(locked, architecture)
 
 
@@ -119,7 +119,19 @@ def _read_part(packed: dict[str, StoredTensor], linear: str, part: str) -> Tenso
     return read_tensor(packed[f"{linear}.{part}"])
 
 
-def check_packed(source: SourceModel, work: Path) -> None:
+def _original(name: str, source: SourceModel, linear: LinearSpec) -> Tensor:
+    """Return a weight of the base model; of experts that it stores as one tensor, from transformers' parameter."""
+    if f"{linear.name}.weight" in source.tensors:
+        return source.read(f"{linear.name}.weight").float()
+    model, _ = open_decoder(source.folder, name)
+    parameter = model.get_parameter(f"{source.architecture.blocks_path}.{linear.block}.{linear.parameter}")
+    expert = int(linear.module.split(".")[-2])
+    below = linear.parameter.endswith("gate_up_proj") and linear.module.endswith("up_proj")
+    begin = linear.out_features if below else 0
+    return parameter[expert, begin : begin + linear.out_features].detach().float()
+
+
+def check_packed(name: str, source: SourceModel, work: Path) -> None:
     """Quantize a variant; compare its files with the plan, with what the solver meant, and with the base model."""
     rows = TokenRows(ids=token_ids(8, 32), record=token_rows().record)
     store = open_store(source, work, VARIANT)
@@ -131,15 +143,42 @@ def check_packed(source: SourceModel, work: Path) -> None:
     assert {name: tensor.info for name, tensor in packed.items()} == planned, "the files are not as planned"
     assert meant.keys() == {linear.name for linear in source.architecture.linears}
     made = {f"{linear.name}." for linear in source.architecture.linears}
-    for name, weight in meant.items():
-        found = dequantize_linear(partial(_read_part, packed, name), VARIANT.bits)
-        assert torch.equal(found, weight), f"{name} is not what the solver meant"
-        original = source.read(f"{name}.weight").float()
+    linears = {linear.name: linear for linear in source.architecture.linears}
+    for key, weight in meant.items():
+        found = dequantize_linear(partial(_read_part, packed, key), VARIANT.bits)
+        assert torch.equal(found, weight), f"{key} is not what the solver meant"
+        original = _original(name, source, linears[key])
         stored_as = [part for part in (original, original.T) if part.shape == weight.shape]  # a Conv1D lies transposed
         distance = min(float((weight - part).norm()) for part in stored_as)
-        assert distance < 0.3 * original.norm(), f"{name} is far from its original"
-    for name in packed.keys() - {f"{name}{part}" for name in made for part in ("qweight", "qzeros", "scales", "g_idx")}:
-        original, copied = source.read(name), read_tensor(packed[name])
-        assert torch.equal(original.to(copied.dtype), copied), f"{name} has changed"
-    kept = {name for name in source.tensors if not any(name == f"{linear}weight" for linear in made)}
+        assert distance < 0.3 * original.norm(), f"{key} is far from its original"
+    parts = {f"{linear}{part}" for linear in made for part in ("qweight", "qzeros", "scales", "g_idx")}
+    for key in packed.keys() - parts:
+        original, copied = source.read(key), read_tensor(packed[key])
+        assert torch.equal(original.to(copied.dtype), copied), f"{key} has changed"
+    merged = set(_merged_experts(source.architecture))
+    kept = {key for key in source.tensors if key not in merged and not any(key == f"{linear}weight" for linear in made)}
     assert kept <= packed.keys(), "tensors are lost"
+    assert not merged & packed.keys(), "experts are there as one tensor too"
+    if any(linear.parameter for linear in linears.values()):
+        _check_read_again(source, store.checkpoint, meant)
+
+
+def _merged_experts(architecture: Architecture) -> Iterator[str]:
+    """Yield the base model's tensors of which each holds the linears of all experts."""
+    for kind in architecture.kinds:
+        for group in kind.groups:
+            if group.experts is not None and group.experts.stored is not None:
+                yield from (group.experts.stored.replace("{block}", str(block)) for block in kind.blocks)
+
+
+def _check_read_again(source: SourceModel, checkpoint: Path, meant: dict[str, Tensor]) -> None:
+    """Read a branch as evaluation does: each expert's linear is in its place of the parameter of all experts."""
+    reader = CheckpointReader(checkpoint, VARIANT.bits)
+    decoder = Decoder(
+        source.folder, reader, names=reader.names, dequantized=reader.dequantized, device=CPU, dtype=torch.float32
+    )
+    for block, weights in enumerate(decoder.stream()):
+        of_experts = [each for each in source.architecture.linears if each.block == block and each.parameter]
+        for parameter in dict.fromkeys(linear.parameter for linear in of_experts):
+            rows = [meant[linear.name] for linear in of_experts if linear.parameter == parameter]
+            assert torch.equal(weights[parameter].flatten(0, 1), torch.cat(rows)), f"{parameter} is read in another way"

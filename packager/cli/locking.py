@@ -112,7 +112,7 @@ def _facts(result: "LockResult") -> dict[str, Any]:
     return {
         "model_class": lock.model.model_class,
         "blocks": architecture.num_blocks,
-        "tensors": len(architecture.tree),
+        "tensors": len(architecture.base_tree),
         "tensor_bytes": architecture.base_bytes,
         "files": len(lock.base_model.files),
     }

@@ -363,7 +363,7 @@ def add_tensors(found: dict[str, StoredTensor], more: Mapping[str, StoredTensor]
 
 
 def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, folder: Path) -> dict[str, StoredTensor]:
-    expected = {tensor.name: tensor for tensor in architecture.tensors}
+    expected = {tensor.name: tensor for tensor in architecture.base_tree}
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected and not _is_derived(found[name].info)]
     wrong = [

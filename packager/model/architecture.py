@@ -13,6 +13,7 @@ from packager.model.lock import LockedCache, LockedExperts, LockedGroup, LockedM
 from packager.model.name_patterns import names_of, read_numbers, write_numbers
 from packager.model.safetensors_file import DTYPE_BYTES, TensorInfo
 from packager.model.tensor_tree import LinearNames, TensorTree, tensor_tree
+from packager.model.unmerged_experts import unmerged
 
 # Buffers that old checkpoints store and every runtime computes itself; a quantized branch leaves them out.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -106,17 +107,25 @@ class Architecture:
 
     @cached_property
     def tree(self) -> TensorTree:
-        """The tensors of the base checkpoint, and of which linears that are quantized they are.
+        """The tensors of the base checkpoint by the names of a branch, and of which quantized linears they are.
+
+        The names are the base checkpoint's, but for quantized experts that it stores as one tensor: see `unmerged`.
 
         Raises:
             ValueError: tensors and linears contradict each other.
         """
-        return tensor_tree(self.stored, (names for kind in self.kinds for names in _stored_linears(kind)))
+        stored = unmerged(self.stored, ((group, kind.blocks) for kind in self.kinds for group in kind.groups))
+        return tensor_tree(stored, (names for kind in self.kinds for names in _stored_linears(kind)))
 
     @cached_property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """Every tensor of the base checkpoint; `tree` takes less time and memory."""
+        """Every tensor of `tree`, which takes less time and memory."""
         return tuple(self.tree)
+
+    @cached_property
+    def base_tree(self) -> TensorTree:
+        """The tensors of the base checkpoint by its own names."""
+        return tensor_tree(self.stored)
 
     @cached_property
     def linears(self) -> tuple[LinearSpec, ...]:

@@ -151,6 +151,12 @@ def _no_experts(_: Variant, architecture: Architecture) -> str:
     return "computes with random experts in place of the quantized ones" if experts else ""
 
 
+def _merged_experts(_: Variant, architecture: Architecture) -> str:
+    """Refuse what this project has not tried: names of single experts where the base model stores all in one tensor."""
+    merged = any(group.experts and group.experts.stored for kind in architecture.kinds for group in kind.groups)
+    return "is not proven to read experts one by one that the base model stores as one tensor" if merged else ""
+
+
 def _vllm_classes(_: Variant, architecture: Architecture) -> str:
     known = architecture.model_class in VLLM_CLASSES
     return "" if known else f"its registry (commit 0002bff0) does not list {architecture.model_class}"
@@ -327,6 +333,7 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         refuses=(
             _bits(2, 3, 4, 8),
             _gptqmodel_opens,
+            _merged_experts,
             _group_sizes(*GPTQMODEL_GROUP_SIZES),
             _gptqmodel_symmetric,
         ),
@@ -350,6 +357,7 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         refuses=(
             _bits(*MARLIN_BITS),
             _vllm_classes,
+            _merged_experts,
             _fused_alike,
             _group_sizes(*MARLIN_GROUP_SIZES),
             _symmetric_only,

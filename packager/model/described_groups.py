@@ -1,7 +1,7 @@
 """Which weights of a block can be quantized, in groups that see the same input, and why others are left alone."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -159,20 +159,23 @@ class GroupDescriber:
 
     def _experts_group(self, index: int, name: str, experts: Experts, parameter: str, top_k: int) -> DescribedGroup:
         full_name = f"{self._trace.blocks_path}.{index}.{name}.{parameter}"
-        merged = self._names.merged(full_name)
-        if merged is None or experts.interleaved or experts.module.is_transposed:
-            raise _LeftError("its experts are not stored as one tensor for each linear, as runtimes read them")
+        if experts.interleaved or experts.module.is_transposed:
+            raise _LeftError("its experts' weights lie in another order than runtimes read them")
+        merged, one = self._names.merged(full_name), self._names.merged_in_file(full_name)
+        if merged is None and one is not None and f".{index}." in one:
+            before = one.partition(f".{index}.")[0]
+            linear_names = self._names.linears_of_experts(full_name)
+            out_features = experts.weight(parameter).shape[1] // len(linear_names)
+            stems = {f"{before}.{{block}}.{name}.{{expert}}.{each}": out_features for each in linear_names}
+        elif merged is not None:
+            one, stems = None, dict(self._stems(index, merged))
+        else:
+            raise _LeftError("its experts are stored in several tensors that are no linears")
         in_features = experts.weight(parameter).shape[2]
-        linears = []
-        for position, stored in enumerate(merged[0]):
-            of_experts = [names[position] for names in merged]
-            template = _template(of_experts)
-            if template is None or not template.endswith(".weight"):
-                raise _LeftError("the stored names of its experts are not numbered from 0")
-            out_features = self._stored[stored].shape[0]
+        for out_features in stems.values():
             _check_shape(in_features, out_features)
-            stem = _of_any_block(template.removesuffix(".weight"), index)
-            linears.append(
+        return DescribedGroup(
+            linears=tuple(
                 LockedLinear(
                     module=f"{name}.{{expert}}.{stem.rpartition('.')[2]}",
                     stored=stem,
@@ -180,16 +183,24 @@ class GroupDescriber:
                     out_features=out_features,
                     bias=False,
                 )
-            )
-        return DescribedGroup(
-            linears=tuple(linears),
+                for stem, out_features in stems.items()
+            ),
             experts=LockedExperts(
                 parameter=f"{name}.{parameter}",
+                stored=None if one is None else _of_any_block(one, index),
                 count=experts.num_experts,
                 top_k=top_k,
                 per_token=parameter == experts.first,
             ),
         )
+
+    def _stems(self, index: int, merged: Sequence[Sequence[str]]) -> Iterator[tuple[str, int]]:
+        """Yield the stored name of each linear of a layer's experts in any block, and its out_features."""
+        for position, stored in enumerate(merged[0]):
+            template = _template([names[position] for names in merged])
+            if template is None or not template.endswith(".weight"):
+                raise _LeftError("the stored names of its experts are not numbered from 0")
+            yield _of_any_block(template.removesuffix(".weight"), index), self._stored[stored].shape[0]
 
 
 def _has_3d_weights(module: nn.Module) -> bool:

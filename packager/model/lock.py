@@ -51,12 +51,15 @@ class LockedExperts(Record):
 
     Attributes:
         parameter: its name inside the block, as transformers builds the model: it holds the linears of all experts.
+        stored: the stored name of the one tensor that holds them too, in which {block} is the block's number; None
+            where each linear is stored as a tensor of its own.
         count: experts of the layer.
         top_k: experts that a token goes to.
         per_token: the linears see the tokens themselves; else a token gives `top_k` inputs.
     """
 
     parameter: Name
+    stored: Name | None = None
     count: Annotated[int, Field(ge=1, le=MOST_NAMES, strict=True)]
     top_k: Annotated[int, Field(ge=1, le=MOST_NAMES, strict=True)]
     per_token: bool

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from packager.errors import SourceError
+from packager.model.experts import is_experts, recognised
 from packager.model.skeleton import is_transposed
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class StoredNames:
         mapping = get_model_conversion_mapping(cast(Any, model))
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._converters += _converters_of_experts(model, self._converters)
         by_pattern = {pattern: converter for converter in self._converters for pattern in converter.source_patterns}
         found: dict[str, tuple[Any, dict[str, list[str]]]] = {}
         unused = []
@@ -140,6 +142,17 @@ class StoredNames:
         again = torch.stack([torch.cat([small[name] for name in matrix]) for matrix in found])
         return found if torch.equal(again, made) else None
 
+    def merged_in_file(self, parameter: str) -> str | None:
+        """Return the stored tensor that makes a parameter, and nothing else; None where several make it."""
+        conversion = self.conversions.get(parameter)
+        if conversion is None or len(conversion.names) != 1 or len(self._targets(conversion)) != 1:
+            return None
+        return conversion.names[0]
+
+    def linears_of_experts(self, parameter: str) -> tuple[str, ...]:
+        """Return what the linears are called, of each expert, that lie in a parameter of all experts, in order."""
+        return _linears_in_table(self._converters, parameter) or _linears_of_experts(parameter)
+
     def read(self, parameter: str, read: ReadTensor) -> Tensor:
         """Read a parameter from disk, in the stored dtype, with the shape that it has in the model.
 
@@ -177,6 +190,46 @@ class StoredNames:
             made = converter.convert(conversion.target, model=self._model, config=self._model.config)
         tensor = made[parameter]
         return cast(Tensor, tensor[0] if isinstance(tensor, list) else tensor)
+
+
+def _linears_of_experts(parameter: str) -> tuple[str, ...]:
+    """Return the names that most models have for the linears of experts that lie in a parameter, in order."""
+    name = parameter.rpartition(".")[2]
+    return ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+
+
+def _linears_in_table(converters: Iterable[Any], parameter: str) -> tuple[str, ...]:
+    """Return the names that transformers' table has for them; none where it has no name for each expert."""
+    for converter in converters:
+        target = converter.target_patterns[0].replace("\\", "").lstrip(".")
+        names = [pattern.partition(".*.")[2].replace("\\", "") for pattern in converter.source_patterns]
+        if len(converter.target_patterns) == 1 and all(names) and f".{parameter}".endswith(f".{target}"):
+            return tuple(name.removesuffix(".weight") for name in names)
+    return ()
+
+
+def _converters_of_experts(model: nn.Module, known: Sequence[Any]) -> list[Any]:
+    """Return converters for experts that transformers' table knows as one tensor only.
+
+    With them a branch, which has a name for each expert's linear, is read as one tensor for all experts.
+    """
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if not is_experts(module) or module.is_transposed or not module.is_concatenated:
+            continue
+        # The module's name in its block; the table has it so, for the first parts differ from block to block.
+        tail = ".".join(path.split(".")[-2:])
+        for parameter in recognised(path, module).parameters:
+            target, names = f"{tail}.{parameter}", _linears_of_experts(parameter)
+            if target in found or _linears_in_table(known, f"{path}.{parameter}"):
+                continue
+            found[target] = WeightConverter(
+                source_patterns=[f"{tail}.*.{name}.weight" for name in names], target_patterns=target,
+                operations=[MergeModulelist(dim=0), *([Concatenate(dim=1)] if len(names) > 1 else [])],
+            )  # fmt: skip
+    return list(found.values())
 
 
 def saved_tensors(model: nn.Module) -> "dict[str, TensorInfo]":

@@ -29,7 +29,7 @@ from packager.recipe.fields import (
     ModulePattern,
     RepoId,
     Revision,
-    ScaleSearch,
+    ScaleSearchField,
     Strict,
     Sym,
     TrueSequential,
@@ -113,7 +113,7 @@ class VariantFields(Strict):
     damp_percent: DampPercent | None = None
     damp_percent_limit: DampLimit | None = None
     true_sequential: TrueSequential | None = None
-    scale_search: ScaleSearch | None = None
+    scale_search: ScaleSearchField | None = None
     engine: EngineField | None = None
 
     @model_validator(mode="after")
@@ -143,7 +143,7 @@ class Defaults(Strict):
     damp_percent: DampPercent = 0.01
     damp_percent_limit: DampLimit = 0.1
     true_sequential: TrueSequential = True
-    scale_search: ScaleSearch | None = None
+    scale_search: ScaleSearchField | None = None
     engine: EngineField = "native"
 
     @model_validator(mode="after")

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticKnownError
 
-from packager.variant import ActOrder, Bits, EngineName, branch_problem
-from packager.variant import ScaleSearch as ScaleSearchValue
+from packager.variant import ActOrder, Bits, EngineName, ScaleSearch, branch_problem
 
 
 def whole_number(value: object) -> object:
@@ -111,8 +110,8 @@ ActOrderField = Annotated[
 DescAct = Annotated[bool, _described("another spelling: true is act_order full, false is act_order none")]
 Sym = Annotated[bool, _described("symmetric grid")]
 TrueSequential = Annotated[bool, _described("each linear sees inputs made by the already quantized ones before it")]
-ScaleSearch = Annotated[
-    ScaleSearchValue,
+ScaleSearchField = Annotated[
+    ScaleSearch,
     BeforeValidator(_scale_search),
     _described(
         "search a smaller scale per group (41 candidates down to 60 % of max|w|); "
