@@ -11,6 +11,7 @@ from packager.model.architecture import Architecture
 from packager.model.onnxruntime_rules import ONNXRUNTIME_CHECKS, onnxruntime_lengths
 from packager.model.rope import gpt_neox_keys_lacking, is_old_scaling
 from packager.model.runtime_architectures import (
+    EXPERTS_BY_NAME,
     FUSED_LINEARS,
     GPTQMODEL_DROPS,
     GPTQMODEL_FAILS,
@@ -152,9 +153,10 @@ def _no_experts(_: Variant, architecture: Architecture) -> str:
 
 
 def _merged_experts(_: Variant, architecture: Architecture) -> str:
-    """Refuse what this project has not tried: names of single experts where the base model stores all in one tensor."""
+    """Refuse experts under names of their own, where the base model has none, but for types with which it was tried."""
     merged = any(group.experts and group.experts.stored for kind in architecture.kinds for group in kind.groups)
-    return "is not proven to read experts one by one that the base model stores as one tensor" if merged else ""
+    unknown = merged and architecture.model_type not in EXPERTS_BY_NAME
+    return "is not proven to read experts one by one that the base model stores as one tensor" if unknown else ""
 
 
 def _vllm_classes(_: Variant, architecture: Architecture) -> str:

@@ -32,8 +32,16 @@ GPTQMODEL_OPENS = frozenset(
     """
     apertus arcee bloom codegen cohere cohere2 deepseek_v2 deepseek_v3 dots1 ernie4_5 exaone4 falcon gemma gemma2
     gemma3_text gemma4_text gpt2 gpt_bigcode gptj granite helium hunyuan_v1_moe llama mistral mpt nemotron olmo olmo2
-    olmo3 olmoe opt phi qwen2 qwen2_moe qwen3 qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 stablelm starcoder2
+    olmo3 olmoe opt phi qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3
+    stablelm starcoder2
     """.split()  # noqa: SIM905
+)
+
+# Those of them with experts: a branch has the names that it looks for, whether the base model stores the experts of a
+# layer one by one or as one tensor. Of others, granitemoe, granitemoeshared and gemma4_text (with experts) were opened,
+# and computed logits that are not finite.
+EXPERTS_BY_NAME = frozenset(
+    "deepseek_v2 deepseek_v3 dots1 hunyuan_v1_moe olmoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next".split()  # noqa: SIM905
 )
 
 # Linears of these model types that GPTQModel does not expect quantized (module_tree of gptqmodel.models.definitions).
