@@ -42,8 +42,8 @@ TRANSFORMERS = """
 """
 # After the #, what differs in the variant: a key of CHANGES.
 GPTQMODEL = """
-    mixtral gemma3 nemotron_h granitemoe gemma4_text:experts mistral@*.down_proj llama@*.q_proj qwen3_moe@mlp.experts qwen3_moe:dense_first
-    falcon:new llama#asym llama#3bit llama#8bit llama#g8 llama#row
+    mixtral gemma3 nemotron_h granitemoe gemma4_text:experts mistral@*.down_proj llama@*.q_proj qwen3_moe@mlp.experts
+    qwen3_moe:dense_first falcon:new llama#asym llama#3bit llama#8bit llama#g8 llama#row
 """
 AUTOGPTQ = "gpt_neox gptj codegen gpt2 opt bloom falcon gemma gpt_bigcode mixtral stablelm phi"
 CASES: dict[LoaderName, list[str]] = {

@@ -166,6 +166,11 @@ class Architecture:
         return bool(self.tied)
 
     @property
+    def merges_experts(self) -> bool:
+        """Whether the base checkpoint stores quantized experts of a layer as one tensor."""
+        return any(group.experts and group.experts.stored for kind in self.kinds for group in kind.groups)
+
+    @property
     def rope_type(self) -> str:
         """The rotary embedding's type: "default", "llama3", "yarn", ..."""
         return ConfigReader(self.text_config).rope_type()

@@ -154,9 +154,8 @@ def _no_experts(_: Variant, architecture: Architecture) -> str:
 
 def _merged_experts(_: Variant, architecture: Architecture) -> str:
     """Refuse experts under names of their own, where the base model has none, but for types with which it was tried."""
-    merged = any(group.experts and group.experts.stored for kind in architecture.kinds for group in kind.groups)
-    unknown = merged and architecture.model_type not in EXPERTS_BY_NAME
-    return "is not proven to read experts one by one that the base model stores as one tensor" if unknown else ""
+    untried = architecture.merges_experts and architecture.model_type not in EXPERTS_BY_NAME
+    return "is not proven to read experts one by one that the base model stores as one tensor" if untried else ""
 
 
 def _vllm_classes(_: Variant, architecture: Architecture) -> str:

@@ -6,11 +6,10 @@ are rounded to float16 before they are used, so that the stored scales are those
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
-
-from packager.variant import ScaleSearch
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 # From the full range down to 60 % of it in steps of 1 %: docs/explanation/measurements.md has the gain.
@@ -32,7 +31,7 @@ class GridRules:
 
     bits: int
     sym: bool
-    scale_search: ScaleSearch
+    scale_search: bool | Literal["signed"]
 
     def __post_init__(self) -> None:
         """Refuse negative scales of asymmetric grids, whose zero makes up for them."""

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from packager.quantize.gptq import triton_kernels as kernels
+from packager.quantize.gptq import triton_matrix_kernels as matrix_kernels
 from packager.quantize.gptq.grid import SEARCH_STEPS, SMALLEST_SCALE, GridRules, search_shrinks
 from packager.quantize.gptq.lazy_updates import SplitUpdates
 from packager.quantize.gptq.routing import RoutedInputs
@@ -34,7 +35,7 @@ class TritonOps:
             features, dense = weight.shape[-2], weight.contiguous()
             tiles = triton.cdiv(columns, _COPY_TILE), triton.cdiv(features, _COPY_TILE)
             with _device_of(dense):
-                kernels.permute_columns_kernel[(*tiles, *_experts(dense))](
+                matrix_kernels.permute_columns_kernel[(*tiles, *_experts(dense))](
                     dense, dead, dead if inverse_perm is None else inverse_perm, out[..., begin:], columns, features,
                     dense.stride(-2), out.stride(-2), BATCHED=dense.ndim > 2, PERMUTED=inverse_perm is not None,
                     TILE=_COPY_TILE,
@@ -87,7 +88,7 @@ class TritonOps:
         tiles = triton.cdiv(columns, _COPY_TILE), triton.cdiv(features, _COPY_TILE)
         strides = [tensor.stride(0) if experts else 0 for tensor in (weight, q, scales)]
         with _device_of(weight):
-            kernels.dequantize_kernel[(*tiles, *experts)](
+            matrix_kernels.dequantize_kernel[(*tiles, *experts)](
                 weight, q, zeros, scales, g_idx, columns, features, weight.stride(-2), q.stride(-2), zeros.stride(-2),
                 scales.stride(-2), *strides, BATCHED=bool(experts), TILE=_COPY_TILE,
             )  # fmt: skip
@@ -102,7 +103,7 @@ class TritonOps:
         rows_stride = rows.stride(0) if experts and rows is not None else 0
         strides = (x.stride(0), rows_stride, high.stride(0)) if experts else (0, 0, 0)
         with _device_of(x):
-            kernels.split_kernel[(n, triton.cdiv(m, _SPLIT_TILE), *experts)](
+            matrix_kernels.split_kernel[(n, triton.cdiv(m, _SPLIT_TILE), *experts)](
                 x, x if rows is None else rows, x if columns is None else columns.contiguous(), high, low, m,
                 x.stride(-2), high.stride(-2), *strides, BATCHED=bool(experts),
                 ROWS=rows is not None, COLUMNS=columns is not None, TILE=_SPLIT_TILE,
@@ -129,7 +130,7 @@ class TritonOps:
         x = x if x.stride(1) == 1 else x.contiguous()
         tiles = triton.cdiv(columns, _PRODUCT_TILE)
         with _device_of(x):
-            kernels.add_routed_products_kernel[(tiles, tiles, len(experts))](
+            matrix_kernels.add_routed_products_kernel[(tiles, tiles, len(experts))](
                 total, x, inputs.routing.bounds if rows is None else rows, inputs.routing.bounds, columns, x.stride(0),
                 experts.start, panel, GATHERED=rows is not None, TILE=_PRODUCT_TILE,
                 TOKENS=_PRODUCT_TOKENS if x.dtype in _TENSOR_CORE_DTYPES else _PRODUCT_TOKENS // 2, num_warps=8,
