@@ -523,7 +523,7 @@ def test_json_has_what_the_table_has(fixture: RollbackFixture) -> None:
     result = json.loads(json.dumps(result))
     (entry,) = result["branches"]
     assert entry["changed"] == [{"name": "README.md", "size_bytes": 7}, {"name": "w.bin", "size_bytes": 1}]
-    assert set(result) == {"where", "release", "branches", "unlisted", "signs", "dry_run", "notes"}
+    assert set(result) == {"where", "release", "branches", "unlisted", "signs", "warnings", "dry_run", "notes"}
 
 
 def test_a_tag_names_the_release_to_go_back_to(fixture: RollbackFixture) -> None:

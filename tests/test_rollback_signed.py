@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,9 +51,7 @@ class SignedRollbackFixture(SignedFixture):
         """Publish a signed release with another card on these branches."""
         self.now += HOUR
         for branch in branches:
-            with (self.folders[branch] / "README.md").open("a") as readme:
-                readme.write(f"\nRelease of {self.now}.\n")
-            reseal(self.folders[branch], branch)
+            reseal_with_words(self, branch)
         self.publish_signed()
 
     def files(self) -> dict[str, str]:
@@ -91,6 +90,13 @@ def fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Prepared)
 
     prepared.copy("signed releases", make, tmp_path)
     return SignedRollbackFixture(tmp_path, monkeypatch)
+
+
+def reseal_with_words(fixture: SignedRollbackFixture, branch: str) -> None:
+    """Change the card of a branch in its folder."""
+    with (fixture.folders[branch] / "README.md").open("a") as readme:
+        readme.write(f"\nWords of {fixture.now}.\n")
+    reseal(fixture.folders[branch], branch)
 
 
 def actions(report: RollbackReport) -> dict[str, str]:
@@ -230,11 +236,73 @@ def test_files_that_no_trusted_key_signed_are_not_signed(fixture: SignedRollback
     assert good != fixture.read(VARIANT, ATTESTATION)
 
 
-def test_a_repository_whose_present_release_is_unsigned_is_refused(fixture: SignedRollbackFixture) -> None:
+def test_a_rollback_from_an_unsigned_release_is_signed_with_the_next_number(fixture: SignedRollbackFixture) -> None:
+    before = fixture.files()
     fixture.now += 3600
     fixture.publish_signed(SigningKeys(unsigned=True))
-    with pytest.raises(PublishError, match="the present release is not signed"):
+    report = fixture.back()
+    assert (actions(report), report.plan.signs) == ({VARIANT: "restore", MAIN: "restore"}, 4)
+    assert fixture.files() == before
+    assert fixture.rules(Trust(keys=SIGNER.public, min_release=4)) == set()
+    assert actions(fixture.back()) == {VARIANT: "done", MAIN: "done"}
+
+
+def test_a_repository_that_was_never_signed_has_nothing_to_sign_a_rollback_from(fixture: SignedRollbackFixture) -> None:
+    with pytest.raises(PublishError, match="none of the trusted keys signed it"):
+        fixture.back(signer=OTHER_SIGNER, trusted=OTHER_SIGNER.public)
+    shutil.rmtree(fixture.root)
+    fixture.publish_signed(SigningKeys())
+    fixture.now += 3600
+    reseal_with_words(fixture, VARIANT)
+    fixture.publish_signed(SigningKeys())
+    with pytest.raises(PublishError, match="no commit has a signed release"):
         fixture.back()
+
+
+def test_main_cannot_stay_unsigned_beside_a_signed_rollback(fixture: SignedRollbackFixture) -> None:
+    fixture.now += 3600
+    reseal_with_words(fixture, VARIANT)
+    fixture.publish_signed(SigningKeys(unsigned=True))
+    head = heads(fixture.repository)[MAIN]
+    with pytest.raises(PublishError, match=f"the head of {MAIN} is not signed") as caught:
+        fixture.back(VARIANT)
+    assert head[:12] in caught.value.why
+    assert f"--branch {MAIN}" in caught.value.hint
+
+
+def test_an_unsigned_branch_that_a_rollback_leaves_is_named(fixture: SignedRollbackFixture) -> None:
+    fixture.now += 3600
+    git("rm", "--quiet", ATTESTATION, cwd=fixture.repository)
+    git("commit", "--quiet", "-m", "unsigned", cwd=fixture.repository)
+    head = heads(fixture.repository)[MAIN]
+    with pytest.raises(PublishError, match=f"the head of {MAIN} is not signed"):
+        fixture.back(VARIANT)
+    git("update-ref", f"refs/heads/{MAIN}", f"{head}^", cwd=fixture.repository)
+    git("reset", "--quiet", "--hard", cwd=fixture.repository)
+    fixture.replace(VARIANT, {"README.md": b"another's"})
+    head = heads(fixture.repository)[VARIANT]
+    (line,) = fixture.back(MAIN).plan.warnings
+    for words in (VARIANT, head[:12], "A Person", "was changed after it was signed", f"rollback --branch {VARIANT}"):
+        assert words in line
+    fixture.back(VARIANT)
+    assert fixture.rules() == set()
+
+
+def test_an_unsigned_rollback_names_the_branches_that_lose_their_statements(fixture: SignedRollbackFixture) -> None:
+    fixture.now += 3600
+    fixture.publish_signed(SigningKeys(unsigned=True))
+    unsigned = heads(fixture.repository)
+    fixture.release(VARIANT)
+    fixture.now += 3600
+    with pytest.raises(PublishError) as caught:
+        rollback(fixture.target, RollbackRequest(branches=(VARIANT,)), print)
+    assert heads(fixture.repository)[VARIANT][:12] in caught.value.why
+    report = rollback(fixture.target, RollbackRequest(branches=(VARIANT,)), print, unsigned=True)
+    assert any(f"{VARIANT} has no {ATTESTATION}" in line for line in report.plan.warnings)
+    assert (
+        git("rev-parse", f"{VARIANT}^{{tree}}", f"{unsigned[VARIANT]}^{{tree}}", cwd=fixture.repository).split()
+        == [git("rev-parse", f"{VARIANT}^{{tree}}", cwd=fixture.repository).strip()] * 2
+    )
 
 
 def test_a_plan_of_a_rollback_needs_the_public_key_only(fixture: SignedRollbackFixture) -> None:

@@ -196,6 +196,146 @@ def test_the_release_after_a_rollback_has_a_new_number(signed: SignedFixture) ->
     assert signed.rules(Trust(keys=SIGNER.public, min_release=3)) == set()
 
 
+# unsigned commits beside signed ones
+
+
+def messages(report: PublishedReport, rule: str) -> list[str]:
+    return [f"{each.branch}: {each.message}; {each.hint}" for each in report.findings if each.rule == rule]
+
+
+def drop(signed: SignedFixture, branch: str, *names: str) -> str:
+    """Remove files from a branch by a commit of somebody else, and return the commit."""
+    git("checkout", "--quiet", branch, cwd=signed.repository)
+    git("rm", "--quiet", *names, cwd=signed.repository)
+    git("commit", "--quiet", "-m", "without a key", cwd=signed.repository)
+    git("checkout", "--quiet", MAIN, cwd=signed.repository)
+    return heads(signed.repository)[branch]
+
+
+def test_a_branch_with_an_unsigned_head_is_named_with_and_without_a_key(signed: SignedFixture) -> None:
+    head = drop(signed, VARIANT, ATTESTATION)
+    for report in (signed.checked(), signed.verify()):
+        (text,) = messages(report, "signature-missing")
+        for words in (VARIANT, head[:12], "is not signed", "packager rollback --branch"):
+            assert words in text
+        assert not report.passed
+    assert "A Person" in messages(signed.verify(), "signature-missing")[0]
+    assert signed.verify(MAIN).passed, "--branch leaves the other branches out"
+
+
+def test_an_unsigned_head_is_replaced_by_the_next_signed_publish_which_says_so(signed: SignedFixture) -> None:
+    head = drop(signed, VARIANT, ATTESTATION)
+    report = signed.publish_signed()
+    (line,) = report.plan.warnings
+    for words in (VARIANT, head[:12], "A Person", "is not signed"):
+        assert words in line
+    assert signed.checked().findings == ()
+    assert signed.publish_signed().plan.warnings == ()
+
+
+def test_an_unsigned_branch_that_the_publish_leaves_alone_is_named(signed: SignedFixture) -> None:
+    git("branch", "older", VARIANT, cwd=signed.repository)
+    git("branch", "swapped", MAIN, cwd=signed.repository)
+    head = drop(signed, "older", ATTESTATION)
+    lines = signed.publish_signed().plan.warnings
+    assert len(lines) == 2
+    for words in ("older", head[:12], "A Person", "is not signed", "readers with the key report it", "delete it"):
+        assert words in lines[0]
+    assert "swapped stays" in lines[1]
+    assert "is not in release 1" in lines[1]
+
+
+def test_an_unsigned_release_between_two_signed_ones_is_named_and_no_number_is_used_twice(
+    signed: SignedFixture,
+) -> None:
+    first, _ = read_envelope(signed.read(MAIN, RELEASE_ATTESTATION))
+    report = signed.publish_signed(SigningKeys(unsigned=True))
+    assert any("is not signed" in line and VARIANT in line for line in report.plan.warnings)
+    between = heads(signed.repository)[MAIN]
+    (text,) = messages(signed.checked(), "release-unsigned")
+    assert f"{between[:12]} " in text
+    assert signed.rules() == {"signature-missing"}
+    (without_key,) = messages(signed.verify(), "release-unsigned")
+    assert f"{between[:12]} " in without_key
+
+    line, of_variant = signed.publish_signed().plan.warnings
+    assert between[:12] in line
+    assert "release 1" in line
+    assert of_variant.startswith(f"{VARIANT}: its head ")
+    second = read_release_statement(read_envelope(signed.read(MAIN, RELEASE_ATTESTATION))[0])
+    assert (second.release, second.previous) == (2, hashlib.sha256(first).hexdigest())
+    report2 = signed.checked(Trust(keys=SIGNER.public, min_release=2))
+    assert report2.passed
+    (text,) = messages(report2, "release-unsigned")
+    for words in (f"main: commit {between[:12]} ", "release 1", "no trusted key signed it"):
+        assert words in text
+
+
+def test_a_release_statement_that_others_remove_is_missed_by_everyone(signed: SignedFixture) -> None:
+    head = drop(signed, MAIN, RELEASE_ATTESTATION)
+    (text,) = messages(signed.verify(), "signature-missing")
+    assert head[:12] in text
+    assert signed.rules() == {"signature-missing"}
+    with pytest.raises(PublishError, match="no key to sign with") as caught:
+        signed.publish_signed(SigningKeys())
+    assert head[:12] in caught.value.why
+    for branch in (MAIN, VARIANT):
+        head = drop(signed, branch, ATTESTATION)
+    with pytest.raises(PublishError, match="no key to sign with") as caught:
+        signed.publish_signed(SigningKeys())
+    assert "by A Person <person@example.org> removed the release statement" in caught.value.why
+    assert signed.publish_signed().plan.warnings
+    assert signed.checked(Trust(keys=SIGNER.public, min_release=2)).passed
+
+
+def test_a_release_set_back_is_seen_in_the_history_and_its_number_is_not_used_again(signed: SignedFixture) -> None:
+    release = signed.read(MAIN, RELEASE_ATTESTATION)
+    signed.second_release()
+    signed.replace(MAIN, {RELEASE_ATTESTATION: release})
+    (text,) = messages(signed.checked(), "release-set-back")
+    assert "this is release 1, and main had release 2" in text
+    signed.second_release()
+    assert read_release_statement(read_envelope(signed.read(MAIN, RELEASE_ATTESTATION))[0]).release == 3
+    assert messages(signed.checked(), "release-set-back") == []
+
+
+def test_a_statement_of_another_key_in_the_history_stops_nothing_once_it_is_replaced(signed: SignedFixture) -> None:
+    forged = OTHER_SIGNER.sign(read_envelope(signed.read(MAIN, RELEASE_ATTESTATION))[0])
+    signed.replace(MAIN, {RELEASE_ATTESTATION: forged})
+    with pytest.raises(PublishError, match="none of the trusted keys signed it"):
+        signed.publish_signed()
+    drop(signed, MAIN, RELEASE_ATTESTATION)
+    signed.publish_signed()
+    assert read_release_statement(read_envelope(signed.read(MAIN, RELEASE_ATTESTATION))[0]).release == 2
+    assert len(messages(signed.checked(), "release-unsigned")) == 2
+
+
+def test_a_long_history_is_searched_in_part_and_that_is_said(
+    signed: SignedFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for words in ("one", "two"):
+        signed.replace(MAIN, {"README.md": words.encode()})
+    history = signed.verify().history
+    assert history
+    assert (history.searched, history.commits) == (3, 3)
+    monkeypatch.setattr("packager.publish.published.earlier_releases._SEARCHED", 1)
+    run = CliRunner().invoke(app, ["verify-published", str(signed.repository)])
+    assert "the newest 1 of 3 commits of main were searched" in " ".join(run.output.split())
+    monkeypatch.setattr("packager.publish.published.earlier_releases._SEARCH_S", -1.0)
+    history = signed.verify().history
+    assert history
+    assert history.searched == 0
+
+
+def test_a_recipe_that_stops_signing_names_the_signed_heads(signed: SignedFixture) -> None:
+    with pytest.raises(PublishError) as caught:
+        signed.publish_signed(SigningKeys())
+    for branch, head in heads(signed.repository).items():
+        assert f"{branch} {head[:12]}" in caught.value.why
+    assert "--sign-key" in caught.value.hint
+    assert "--unsigned" in caught.value.hint
+
+
 # attacks on a published repository
 
 

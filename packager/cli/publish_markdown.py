@@ -33,6 +33,7 @@ def publish_report_markdown(report: PublishReport, plan_file: Path | None) -> st
     lines += [f"- {_text(line)}" for line in plan.final_steps]
     if plan.left_alone:
         lines.append(f"- left alone: {_text(', '.join(plan.left_alone))}")
+    lines += [f"- **warning**: {_text(line)}" for line in plan.warnings]
     if plan_file:
         lines += _digests(plan_file)
     for entry in plan.branches:

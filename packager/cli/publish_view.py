@@ -31,6 +31,7 @@ def print_publish_plan(plan: PublishPlan, console: Console) -> None:
         print_line(console, f"+ {line}", STYLES["+"])
     print_line(console, "")
     _print_left_alone(plan, console)
+    print_warnings(plan.warnings, console)
 
 
 def print_publish_report(report: PublishReport, console: Console) -> None:
@@ -48,6 +49,7 @@ def print_publish_report(report: PublishReport, console: Console) -> None:
         add_row(table, plan.branch, _DONE[plan.action], *sizes, commit)
     console.print(table)
     _print_left_alone(report.plan, console)
+    print_warnings(report.plan.warnings, console)
 
 
 def change_lines(
@@ -66,6 +68,12 @@ def change_lines(
     return [*lines, (" ", f"  and {len(rest)} more, {format_bytes(sum(rest))}")] if rest else lines
 
 
+def print_warnings(warnings: Sequence[str], console: Console) -> None:
+    """Print one line per warning."""
+    for line in warnings:
+        print_line(console, f"warning: {line}", STYLES["~"])
+
+
 def _headline(plan: BranchPlan, width: int) -> str:
     size = f"{plan.num_files} files, {format_bytes(plan.total_bytes)}"
     there = f", {format_bytes(plan.present_bytes)} there already" if plan.present_bytes else ""
@@ -80,6 +88,7 @@ def publish_plan_json(plan: PublishPlan) -> dict[str, object]:
         "branches": [_branch_json(entry) for entry in plan.branches],
         "left_alone": list(plan.left_alone),
         "final_steps": list(plan.final_steps),
+        "warnings": list(plan.warnings),
         "written_bytes": plan.written_bytes,
         "uploaded_bytes": plan.uploaded_bytes,
     }

@@ -21,7 +21,7 @@ def print_published(report: PublishedReport, console: Console) -> None:
         )
     errors = sum(finding.severity == "error" for finding in report.findings)
     rows = "not compared" if report.card_rows is None else f"{counted(report.card_rows, 'row')} compared"
-    facts = f"the table of main's card: {rows}; {_signatures(report)}"
+    facts = f"the table of main's card: {rows}; {_signatures(report)}{_history(report)}"
     print_line(console, verdict_line(errors=errors, warnings=len(report.findings) - errors, facts=facts))
 
 
@@ -36,6 +36,7 @@ def published_json(report: PublishedReport) -> dict[str, object]:
             "signatures_checked": report.signatures_checked,
             "signed": asdict(report.release) if report.release else None,
             "findings": [asdict(finding) for finding in report.release_findings],
+            "history": asdict(report.history) if report.history else None,
         },
         "card": {
             "rows_compared": report.card_rows,
@@ -65,6 +66,14 @@ def _signatures(report: PublishedReport) -> str:
     if report.release is None:
         return "no valid release statement"
     return f"release {report.release.number}, signed by {report.release.keyid[:16]}"
+
+
+def _history(report: PublishedReport) -> str:
+    """Return how much of main's history was searched, "" if it was all of it."""
+    history = report.history
+    if history is None or history.searched >= history.commits:
+        return ""
+    return f"; earlier releases: the newest {history.searched} of {history.commits} commits of main were searched"
 
 
 def _loader(record: LoaderRecord) -> str:

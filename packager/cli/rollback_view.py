@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 
-from packager.cli.publish_view import STYLES, change_lines
+from packager.cli.publish_view import STYLES, change_lines, print_warnings
 from packager.cli.tables import add_row, new_table, print_line
 from packager.publish.rollback import BranchRollback, RollbackPlan, RollbackReport
 from packager.publish.targets import CommitRecord
@@ -28,6 +28,7 @@ def print_rollback_plan(plan: RollbackPlan, console: Console) -> None:
     if plan.signs:
         print_line(console, f"the restored state is signed as release {plan.signs}")
     _print_unlisted(plan, console)
+    print_warnings(plan.warnings, console)
 
 
 def print_rollback_report(report: RollbackReport, console: Console) -> None:
@@ -44,6 +45,7 @@ def print_rollback_report(report: RollbackReport, console: Console) -> None:
         add_row(table, printable(entry.branch), action, held, outcome.commit[:12])
     console.print(table)
     _print_unlisted(report.plan, console)
+    print_warnings(report.plan.warnings, console)
     if not report.plan.changing:
         print_line(console, "nothing to do")
 
@@ -66,6 +68,7 @@ def rollback_plan_json(plan: RollbackPlan) -> dict[str, object]:
         "branches": [_branch_json(entry) for entry in plan.branches],
         "unlisted": list(plan.unlisted),
         "signs": plan.signs,
+        "warnings": list(plan.warnings),
     }
 
 

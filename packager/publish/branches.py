@@ -206,10 +206,12 @@ def _planned(
 ) -> tuple[PublishPlan, Files]:
     """Return the plan, and the files with their signed statements."""
     remote = target.read_branches()
+    warnings: tuple[str, ...] = ()
     if signer:
-        files = signer.signed(files, target, remote)
+        signed = signer.signed(files, target, remote)
+        files, warnings = signed.files, signed.warnings
     plan = plan_publish(files, remote, where=target.where)
-    plan = replace(plan, final_steps=tuple(line for step in final_steps for line in step.plan(plan)))
+    plan = replace(plan, warnings=warnings, final_steps=tuple(line for step in final_steps for line in step.plan(plan)))
     if compare:
         compare(plan, files)
     return plan, files

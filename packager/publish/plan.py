@@ -69,12 +69,14 @@ class PublishPlan:
         branches: in the order of publishing, `main` last.
         left_alone: branches of the repository that this publish does not change.
         final_steps: one line per change after the last branch.
+        warnings: one line per thing that readers with a key will report after the publish.
     """
 
     where: str
     branches: tuple[BranchPlan, ...]
     left_alone: tuple[str, ...]
     final_steps: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def effects(self) -> tuple[str, ...]:

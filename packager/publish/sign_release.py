@@ -1,19 +1,25 @@
 """Sign a release: one statement per branch over its files, and one on main over the branches' statements."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from packager.errors import PublishError
+from packager.publish.release_history import (
+    ReleaseHistory,
+    described,
+    read_release_history,
+    removed_signature,
+    signed_branches,
+    unfit_branches,
+)
 from packager.publish.signing_keys import PlanningSigner, Signer, TrustedKeys
 from packager.publish.statements import (
     MAX_ENVELOPE_BYTES,
     BranchStatement,
     ReleaseStatement,
-    StatementError,
     branch_statement,
     digest,
     read_release_statement,
@@ -21,9 +27,9 @@ from packager.publish.statements import (
 )
 from packager.publish.targets import BranchState, LocalFile, Target, read_local_file
 from packager.receipt import ATTESTATION, PROVENANCE, RELEASE_ATTESTATION, UNLISTED_FILES, Provenance
+from packager.system.text import printable
 from packager.variant import MAIN
 
-_REPLACED = re.compile(r"(?m)^Rollback-of: ([0-9a-f]{40})$")
 Files = Mapping[str, Mapping[str, LocalFile]]
 
 
@@ -47,6 +53,14 @@ class SigningKeys:
         return self.trusted.with_keys(self.signer.public) if self.signer else self.trusted
 
 
+@dataclass(frozen=True, kw_only=True)
+class SignedFiles:
+    """The files of a publish, and one line for each thing that readers with a key will report."""
+
+    files: Files
+    warnings: tuple[str, ...]
+
+
 class ReleaseSigner:
     """Adds the signed statements to the files of a publish.
 
@@ -59,7 +73,7 @@ class ReleaseSigner:
     def __init__(self, repository: str, keys: SigningKeys, folder: Path) -> None:
         self._repository, self._keys, self._folder = repository, keys, folder
 
-    def signed(self, files: Files, target: Target, remote: Mapping[str, BranchState]) -> Files:
+    def signed(self, files: Files, target: Target, remote: Mapping[str, BranchState]) -> SignedFiles:
         """Return the files with a statement for each branch and, on main, the release statement.
 
         The release statement of the repository is kept if it names the same statements and has the same signer: the
@@ -69,9 +83,7 @@ class ReleaseSigner:
             PublishError: the repository is signed and there is no key or another one, or main is not among `files`.
         """
         if self._keys.signer is None:
-            if not self._keys.unsigned and MAIN in remote and RELEASE_ATTESTATION in remote[MAIN].files:
-                raise signed_without_key(target.where)
-            return files
+            return SignedFiles(files=files, warnings=self._unsigned(files, target, remote))
         if MAIN not in files:
             raise PublishError(f"a signed release needs {MAIN} among its branches", where=target.where)
         signed, statements = {}, {}
@@ -80,10 +92,29 @@ class ReleaseSigner:
             statements[branch] = digest(statement)
             present = self._stored(ATTESTATION, remote.get(branch), target)
             signed[branch] = {**manifest, ATTESTATION: self._write(branch, ATTESTATION, statement, present)}
-        release = self._release(statements, target, remote)
+        history = read_release_history(target, remote, self._keys.accepted, self._repository)
+        release = self._release(statements, history, remote)
         present = self._stored(RELEASE_ATTESTATION, remote.get(MAIN), target)
         signed[MAIN] = {**signed[MAIN], RELEASE_ATTESTATION: self._write(MAIN, RELEASE_ATTESTATION, release, present)}
-        return signed
+        return SignedFiles(files=signed, warnings=tuple(_warnings(files, release, history, target, remote)))
+
+    def _unsigned(self, files: Files, target: Target, remote: Mapping[str, BranchState]) -> tuple[str, ...]:
+        """Return what an unsigned publish does to a signed repository.
+
+        Raises:
+            PublishError: the repository is signed, or was until others changed it, and nobody asked to change that.
+        """
+        heads = [f"{printable(name)} {remote[name].commit[:12]}" for name in signed_branches(remote)]
+        if not self._keys.unsigned and (why := ", ".join(heads) or removed_signature(target, remote)):
+            raise signed_without_key(target.where, f"signed heads: {why}" if heads else why)
+        stay = [printable(name) for name in signed_branches(remote) if name not in files]
+        lines = [f"this publish is not signed: readers with the key will report it; signed now: {', '.join(heads)}"]
+        if stay:
+            lines.append(
+                f"{', '.join(stay)} stays signed beside unsigned branches, which verify-published reports: publish it "
+                "from this recipe, or delete it"
+            )
+        return tuple(lines) if heads else ()
 
     def _stored(self, name: str, state: BranchState | None, target: Target) -> bytes:
         """Return the statement that a branch has, if a plan needs it: a private key signs it again."""
@@ -107,17 +138,17 @@ class ReleaseSigner:
         digests = {name: file.sha256 for name, file in manifest.items() if is_signed(name)}
         return branch_statement(BranchStatement(repository=self._repository, branch=branch, files=digests), provenance)
 
-    def _release(self, statements: Mapping[str, str], target: Target, remote: Mapping[str, BranchState]) -> bytes:
+    def _release(
+        self, statements: Mapping[str, str], history: ReleaseHistory, remote: Mapping[str, BranchState]
+    ) -> bytes:
         """Return the release statement: the present one, or the next."""
-        state = remote.get(MAIN)
-        if state is None or RELEASE_ATTESTATION not in state.files:
+        present, newest, latest = history.present, history.newest, history.latest
+        if newest is None or latest is None:
             return self._next(statements, "", 0)
-        present = read_release(target, state.commit, self._keys.accepted, self._repository)
-        latest = latest_release(target, present, self._keys.accepted)
-        kept = {name: sha256 for name, sha256 in present.content.branches.items() if name in remote}
+        kept = {name: sha256 for name, sha256 in newest.content.branches.items() if name in remote}
         wanted = {**kept, **statements}
-        same_signer = self._keys.signer is not None and present.keyid == self._keys.signer.keyid
-        if same_signer and wanted == present.content.branches and latest is present:
+        same_signer = self._keys.signer is not None and newest.keyid == self._keys.signer.keyid
+        if present and same_signer and wanted == present.content.branches and latest is present:
             return present.payload
         return self._next(wanted, digest(latest.payload), latest.content.release)
 
@@ -136,64 +167,33 @@ class ReleaseSigner:
         return read_local_file(path)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredRelease:
-    """A release statement of a repository: its bytes, the id of the accepted key that signed it, and its content."""
-
-    payload: bytes
-    keyid: str
-    content: ReleaseStatement
-
-
-def read_release(target: Target, commit: str, accepted: TrustedKeys, repository: str = "") -> StoredRelease:
-    """Return the release statement in a commit of main.
-
-    Args:
-        target: the repository.
-        commit: a commit with that file.
-        accepted: the keys that may have signed it.
-        repository: the id that the statement must have, "" for any.
-
-    Raises:
-        PublishError: the statement is damaged, of another repository, or signed by a key that is not accepted.
-    """
-    data = target.read_bytes(commit, RELEASE_ATTESTATION, size=MAX_ENVELOPE_BYTES + 1)
-    try:
-        payload, keyid = accepted.opened(data)
-        release = read_release_statement(payload)
-        if release.repository != (repository or release.repository):
-            raise StatementError(f"it is of the repository {release.repository[:100]!r}, not {repository!r}")
-    except StatementError as error:
-        raise PublishError(
-            "the repository's release statement is not accepted, so the next one cannot follow it",
-            where=f"{target.where}: {MAIN}: {RELEASE_ATTESTATION}",
-            why=str(error),
-            hint="after a change of keys, give the old public key with --trusted-key; if others changed the "
-            "repository, put it back with packager rollback first",
-        ) from error
-    return StoredRelease(payload=payload, keyid=keyid, content=release)
+def _warnings(
+    files: Files, release: bytes, history: ReleaseHistory, target: Target, remote: Mapping[str, BranchState]
+) -> Iterator[str]:
+    """Yield a line for each unsigned commit or branch beside the signed ones."""
+    content = read_release_statement(release)
+    if history.unsigned and history.newest:
+        newest, more = history.unsigned[0], len(history.unsigned) - 1
+        yield (
+            f"{MAIN}: {described(newest)}{f' and {more} more' if more else ''} came after release "
+            f"{history.newest.content.release} without a signature; release {content.release} follows it, and "
+            "verify-published names the unsigned commits"
+        )
+    known = history.newest.content.branches if history.newest else {}
+    for name in sorted(known.keys() & remote.keys() & files.keys() - {MAIN}):
+        if ATTESTATION not in remote[name].files:
+            author = remote[name].foreign_author
+            head = f"{remote[name].commit[:12]}{f' by {printable(author)}' if author else ''}"
+            yield f"{printable(name)}: its head {head} is not signed, and was before: this publish replaces its files"
+    yield from unfit_branches(content, remote, target, remote.keys() - files.keys())
 
 
-def latest_release(target: Target, present: StoredRelease, accepted: TrustedKeys) -> StoredRelease:
-    """Return the release with the highest number, which rollbacks may have replaced: no number is used twice."""
-    records = target.history(MAIN)
-    by_id = {record.commit: record for record in records}
-    record, latest = records[0] if records else None, present
-    while record and not record.author and (replaced := _REPLACED.search(record.message)):
-        record = by_id.pop(replaced[1], None)
-        if record and RELEASE_ATTESTATION in target.read_back(record.commit):
-            other = read_release(target, record.commit, accepted, present.content.repository)
-            if other.content.release > latest.content.release:
-                latest = other
-    return latest
-
-
-def signed_without_key(where: str) -> PublishError:
+def signed_without_key(where: str, why: str) -> PublishError:
     """Return the error for a change of a signed repository without a key."""
     return PublishError(
         "the repository is signed, and there is no key to sign with",
         where=where,
-        why="readers who trust the key would find statements that do not fit, or none",
+        why=f"{why}; readers who trust the key would find statements that do not fit, or none",
         hint="give the key with --sign-key; --unsigned leaves the signatures out",
     )
 

@@ -14,9 +14,15 @@ from packager.prove.audit.weights import SUFFIX
 from packager.prove.environments import RuntimeContext
 from packager.publish.published.branch import BranchReport, Depth, verify_branch
 from packager.publish.published.card import compare_card
+from packager.publish.published.earlier_releases import SearchedHistory, check_earlier_releases
 from packager.publish.published.finding import PUBLISHED_RULES, Collector, PublishedFinding, unreadable
 from packager.publish.published.reading import Branch, bounded
-from packager.publish.published.signatures import SignedRelease, Trust, check_release_statement
+from packager.publish.published.signatures import (
+    SignedRelease,
+    Trust,
+    check_release_statement,
+    check_statements_present,
+)
 from packager.publish.published.states import published_states
 from packager.publish.targets import BranchState, Target
 from packager.publish.targets.git import GitTarget
@@ -37,7 +43,8 @@ class PublishedReport:
         card_findings: findings about main's card.
         signatures_checked: whether a trusted key was given.
         release: the signed release, None if signatures were not checked or main has no valid release statement.
-        release_findings: findings about the release statement.
+        release_findings: findings about the release statement, and about earlier commits of main.
+        history: how many of main's commits were searched for earlier releases; None if main was not checked.
     """
 
     where: str
@@ -48,6 +55,7 @@ class PublishedReport:
     signatures_checked: bool = False
     release: SignedRelease | None = None
     release_findings: tuple[PublishedFinding, ...] = ()
+    history: SearchedHistory | None = None
 
     @property
     def findings(self) -> tuple[PublishedFinding, ...]:
@@ -108,6 +116,7 @@ def verify_published(
     rows = compare_card(target, states, provenances, card) if not branches or MAIN in chosen else None
     signatures = Collector(MAIN)
     release = _check_release(target, states, reports, provenances, trust, signatures) if trust else None
+    history = check_earlier_releases(target, trust, release, signatures) if MAIN in chosen else None
     return PublishedReport(
         where=target.where,
         full=depth.full,
@@ -117,6 +126,7 @@ def verify_published(
         signatures_checked=trust is not None,
         release=release,
         release_findings=signatures.collected(),
+        history=history,
     )
 
 
@@ -148,7 +158,9 @@ def _check_branches(
                 _compare_branches(branch, provenance, provenances, found)
                 provenances[branch] = provenance
         if state.foreign_author and branch in provenances:
-            found.add("head-foreign", "", f"{state.foreign_author} made its head, not packager")
+            found.add("head-foreign", "", f"{state.foreign_author} made its head {state.commit[:12]}, not packager")
+        if not depth.trust:
+            check_statements_present(branch, states, found)
         reports.append(replace(report, findings=found.collected()))
         log(f"{printable(branch)}: {'ok' if reports[-1].passed else f'{len(reports[-1].findings)} findings'}")
     if len(failures) == len(chosen):

@@ -44,7 +44,8 @@ PUBLISHED_RULES: Mapping[str, Rule] = {
     ),
     "loader-not-run": _warning("run on a machine that has what the loader needs, e.g. a CUDA GPU"),
     "signature-missing": _rule(
-        "the publisher must sign it (packager publish --sign-key), or check without --trusted-key"
+        "put the branch back (packager rollback --branch), publish it with --sign-key, or delete it; if the publisher "
+        "signs nothing, check without --trusted-key"
     ),
     "signature-invalid": _rule(
         "the files may be another person's: " + _AGAIN + "; a new key of the publisher must be given with --trusted-key"
@@ -52,6 +53,12 @@ PUBLISHED_RULES: Mapping[str, Rule] = {
     "statement-differs": _rule("the files are not the ones that were signed: " + _AGAIN),
     "release-differs": _rule("the branches are not of one release: " + _AGAIN),
     "release-old": _rule("the repository was set back, or this is an old copy of it: ask the publisher"),
+    "release-unsigned": _warning(
+        "nobody vouches for the files of that commit: ask the publisher, and use a signed one"
+    ),
+    "release-set-back": _warning(
+        "a rollback without a key, or an old copy: packager publish or rollback with --sign-key makes the next release"
+    ),
     "main-missing": _rule("publish main: readers who name no branch get main"),
     "card-table": _rule(_CARD),
     "card-branch-missing": _rule("publish the branch, or " + _CARD),

@@ -20,8 +20,10 @@ from packager.publish.statements import (
     read_branch_statement,
     read_release_statement,
 )
-from packager.receipt import ATTESTATION, PROVENANCE, RELEASE_ATTESTATION, Provenance
+from packager.publish.targets import BranchState
+from packager.receipt import ATTESTATION, PROVENANCE, RELEASE_ATTESTATION, STATEMENTS, Provenance
 from packager.system.text import shown
+from packager.variant import MAIN
 
 _Statement = TypeVar("_Statement")
 _AGAIN_NAMED = 5  # files of a statement that are named in one message
@@ -121,6 +123,21 @@ def check_release_statement(
     return SignedRelease(keyid=opened.keyid, sha256=opened.sha256, number=release.release)
 
 
+def check_statements_present(branch: str, states: Mapping[str, BranchState], found: Collector) -> None:
+    """Report a branch that is unsigned in a repository with signed branches; nobody's key is needed to see that."""
+    state, main = states[branch], states.get(MAIN)
+    others = [name for name in sorted(states) if STATEMENTS & states[name].files.keys() and name != branch]
+    author = f" by {state.foreign_author}" if state.foreign_author else ""
+    head = f"the head {state.commit[:12]}{author} is not signed"
+    if ATTESTATION not in state.files and (others or RELEASE_ATTESTATION in state.files):
+        named = ", ".join(map(shown, others[:_AGAIN_NAMED])) or f"its {RELEASE_ATTESTATION}"
+        found.add("signature-missing", ATTESTATION, f"{head}, and {named} is")
+    elif branch == MAIN and ATTESTATION in state.files and RELEASE_ATTESTATION not in state.files:
+        found.add("signature-missing", RELEASE_ATTESTATION, f"{head} as a release, and its files are")
+    elif main is None and ATTESTATION in state.files:
+        found.add("signature-missing", RELEASE_ATTESTATION, f"the repository has no {MAIN}, which names the release")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Signed(Generic[_Statement]):
     """A parsed statement, the id of the trusted key that signed it, and its sha256."""
@@ -135,7 +152,7 @@ def _signed(
 ) -> _Signed[_Statement] | None:
     """Return the statement in one of a branch's files; report a file that is missing, unreadable or not signed."""
     if name not in branch.stored:
-        found.add("signature-missing", name, "a trusted key is given, and the branch is not signed")
+        found.add("signature-missing", name, f"a trusted key is given, and the head {branch.commit[:12]} is not signed")
         return None
     try:
         payload, keyid = trust.keys.opened(branch.read(name, MAX_ENVELOPE_BYTES + 1))

@@ -1,13 +1,14 @@
 """The rollback plan: the commit that each branch goes back to, and the changed files; nothing is written."""
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from packager.errors import PublishError
 from packager.publish.plan import FileChange
 from packager.publish.published.states import published_states
+from packager.publish.release_history import States
 from packager.publish.rollback.history import BranchHistory
 from packager.publish.targets import (
     BranchState,
@@ -23,7 +24,6 @@ from packager.system.text import printable
 from packager.variant import MAIN, branch_problem
 
 RollbackAction = Literal["restore", "sign", "done", "left alone"]
-States = Mapping[str, BranchState]
 
 _ABBREVIATED = re.compile(r"[0-9a-f]{7,40}\Z")
 _HOSTS_FILES = frozenset({GIT_ATTRIBUTES})  # hosts begin a branch with a commit that holds nothing else
@@ -86,12 +86,14 @@ class RollbackPlan:
         release: the commit of main that the whole release goes back to, None if branches were named.
         branches: in the order of the rollback, main last.
         signs: the number of the release that is signed, 0 if no release statement is made.
+        warnings: one line per thing that readers with a key will report after the rollback.
     """
 
     where: str
     release: CommitRecord | None
     branches: tuple[BranchRollback, ...]
     signs: int = 0
+    warnings: tuple[str, ...] = ()
 
     @property
     def effects(self) -> tuple[str, ...]:
@@ -131,9 +133,7 @@ def plan_rollback(
     return sign(plan, states) if sign else plan
 
 
-def _plan_states(
-    target: Target, request: RollbackRequest, states: States, *, ignoring: Collection[str]
-) -> RollbackPlan:
+def _plan_states(target: Target, request: RollbackRequest, states: States, *, ignoring: frozenset[str]) -> RollbackPlan:
     if len(request.branches) > 1 and (request.to or request.further_back):
         raise PublishError(
             f"--{'to' if request.to else 'again'} is for one branch or for the whole release", where=target.where
@@ -179,7 +179,7 @@ def _wanted_release(
     states: States,
     request: RollbackRequest,
     target: Target,
-    ignoring: Collection[str],
+    ignoring: frozenset[str],
 ) -> CommitRecord:
     """Return the commit of main that ends the release to go back to, or the goal of the last rollback."""
     main, where = histories[MAIN], target.where
@@ -221,7 +221,7 @@ def _is_complete(
     histories: Mapping[str, BranchHistory],
     states: States,
     target: Target,
-    ignoring: Collection[str],
+    ignoring: frozenset[str],
 ) -> bool:
     """Return whether every branch with a head of this program holds its files of the goal's time."""
     for branch, history in histories.items():
@@ -234,9 +234,11 @@ def _is_complete(
     return True
 
 
-def _same(one: Mapping[str, StoredFile], other: Mapping[str, StoredFile], ignoring: Collection[str]) -> bool:
-    """Return whether two commits hold the same files, apart from those to ignore."""
-    pair = [{name: file for name, file in files.items() if name not in ignoring} for files in (one, other)]
+def _same(now: Mapping[str, StoredFile], then: Mapping[str, StoredFile], ignoring: frozenset[str]) -> bool:
+    """Return whether a head holds the files of a commit, whatever is in those to ignore; it must have them, too."""
+    if ignoring & then.keys() - now.keys():
+        return False  # somebody has taken the signed statements off
+    pair = [{name: file for name, file in files.items() if name not in ignoring} for files in (now, then)]
     return same_files(*pair)
 
 
@@ -273,7 +275,7 @@ def _plan(
     histories: Mapping[str, BranchHistory],
     wanted: Mapping[str, CommitRecord | None],
     release: CommitRecord | None,
-    ignoring: Collection[str],
+    ignoring: frozenset[str],
 ) -> RollbackPlan:
     entries = [
         _plan_branch(target, states[branch], history, wanted[branch], ignoring, by_name=release is None)
@@ -287,7 +289,7 @@ def _plan_branch(
     state: BranchState,
     history: BranchHistory,
     wanted: CommitRecord | None,
-    ignoring: Collection[str],
+    ignoring: frozenset[str],
     *,
     by_name: bool,
 ) -> BranchRollback:

@@ -7,13 +7,14 @@ newest release, and a branch that somebody set back does not fit it.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from packager.errors import PublishError
-from packager.publish.rollback.plan import BranchRollback, RollbackPlan, States, with_files
-from packager.publish.sign_release import SigningKeys, is_signed, latest_release, read_release
+from packager.publish.release_history import ReleaseHistory, States, described, read_release_history, unfit_branches
+from packager.publish.rollback.plan import BranchRollback, RollbackPlan, with_files
+from packager.publish.sign_release import SigningKeys, is_signed
 from packager.publish.signing_keys import PlanningSigner, Signer
 from packager.publish.statements import (
     MAX_ENVELOPE_BYTES,
@@ -27,6 +28,8 @@ from packager.publish.targets import HeadMovedError, LocalFile, StoredFile, Targ
 from packager.receipt import ATTESTATION, RELEASE_ATTESTATION
 from packager.system.text import printable
 from packager.variant import MAIN
+
+_NAMED_COMMITS = 5
 
 
 class RollbackSigner:
@@ -50,15 +53,15 @@ class RollbackSigner:
             PublishError: the repository or a restored branch is not signed by an accepted key, or a statement is not
                 that of the branch's files.
         """
-        main = states.get(MAIN)
-        if main is None or RELEASE_ATTESTATION not in main.files:
+        history = read_release_history(target, states, self._accepted)
+        newest, latest = history.newest, history.latest
+        if newest is None or latest is None:
             raise PublishError(
-                "the present release is not signed, so no signed release can follow it by a rollback",
+                "no commit has a signed release, so no signed release can follow it by a rollback",
                 where=f"{target.where}: {MAIN}",
                 hint="leave out --sign-key, or build and publish the earlier recipe with --sign-key",
             )
-        present = read_release(target, main.commit, self._accepted)
-        latest, content = latest_release(target, present, self._accepted), present.content
+        content = newest.content
         statements = {name: sha256 for name, sha256 in content.branches.items() if name in states}
         entries = []
         for entry in plan.branches:
@@ -68,9 +71,12 @@ class RollbackSigner:
                 if entry.action == "restore" and keyid != self._signer.keyid:
                     entry = self._replacing(entry, ATTESTATION, statement, states)  # noqa: PLW2901
             entries.append(entry)
+        staying = states.keys() - {entry.branch for entry in entries if entry.action in ("restore", "done")}
+        _require_signed_main(states, staying, history, target)
         restored = any(entry.branch == MAIN and entry.action == "restore" for entry in entries)
-        if statements == content.branches and latest is present and not restored:
-            return replace(plan, branches=tuple(entries))
+        if history.present is latest and statements == content.branches and not restored:
+            warnings = unfit_branches(content, states, target, staying)
+            return replace(plan, branches=tuple(entries), warnings=tuple(warnings))
         release = ReleaseStatement(
             repository=content.repository,
             release=latest.content.release + 1,
@@ -82,7 +88,8 @@ class RollbackSigner:
         if found.action != "restore":
             found = replace(found, action="sign", to=found.head, reason="")
         found = self._replacing(found, RELEASE_ATTESTATION, release_statement(release), states)
-        return replace(plan, branches=(*others, found), signs=release.release)
+        warnings = unfit_branches(release, states, target, staying)
+        return replace(plan, branches=(*others, found), signs=release.release, warnings=tuple(warnings))
 
     def _statement(self, entry: BranchRollback, target: Target, repository: str, states: States) -> tuple[bytes, str]:
         """Return the statement that a branch has after the rollback, and the id of the key that signed it."""
@@ -118,6 +125,18 @@ class RollbackSigner:
         stored = StoredFile(size_bytes=file.size_bytes, sha256=file.sha256, blob_id=file.blob_id)
         replacing: dict[str, LocalFile] = {**entry.replacing, name: file}
         return replace(with_files(entry, now, {**(entry.files or now), name: stored}), replacing=replacing)
+
+
+def _require_signed_main(states: States, staying: Collection[str], history: ReleaseHistory, target: Target) -> None:
+    """Raise PublishError if main keeps files that no key signed: a release over them would fit nothing."""
+    if MAIN in staying and ATTESTATION not in states[MAIN].files:
+        commits = ", ".join(map(described, history.unsigned[:_NAMED_COMMITS]))
+        raise PublishError(
+            f"the head of {MAIN} is not signed, and this rollback leaves it there",
+            where=target.where,
+            why=f"these commits came after the latest signed release: {commits}",
+            hint=f"put back {MAIN} as well: --branch {MAIN}, or the whole release without --branch",
+        )
 
 
 def _signing_entry(target: Target, states: States) -> BranchRollback:

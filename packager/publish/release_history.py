@@ -1,0 +1,179 @@
+"""The release statements of main's commits: which release is the latest, and what lies unsigned beside signed files.
+
+A number is never used twice, and the next statement names the latest one, also if main's head has none or an older one:
+somebody committed without a key, or a rollback brought the files of an earlier release back.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from packager.errors import PublishError
+from packager.publish.signing_keys import TrustedKeys
+from packager.publish.statements import (
+    MAX_ENVELOPE_BYTES,
+    ReleaseStatement,
+    StatementError,
+    digest,
+    read_branch_statement,
+    read_envelope,
+    read_release_statement,
+)
+from packager.publish.targets import BranchState, CommitRecord, Target
+from packager.receipt import ATTESTATION, GIT_ATTRIBUTES, RELEASE_ATTESTATION, STATEMENTS
+from packager.system.text import printable
+from packager.variant import MAIN
+
+_ROLLBACK = re.compile(r"(?m)^Rollback-of: [0-9a-f]{40}$")
+States = Mapping[str, BranchState]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRelease:
+    """A release statement of a repository: its bytes, the id of the accepted key that signed it, and its content."""
+
+    payload: bytes
+    keyid: str
+    content: ReleaseStatement
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseHistory:
+    """The releases that main's commits name, as far as the next release depends on them.
+
+    Attributes:
+        present: the release of main's head, None if the head has no release statement.
+        newest: the release of the newest commit that has one, None if no commit has one.
+        latest: the release with the highest number, which a rollback may have replaced.
+        unsigned: the commits after that of `newest`, newest first: they hold files, and no key signed them.
+    """
+
+    present: StoredRelease | None = None
+    newest: StoredRelease | None = None
+    latest: StoredRelease | None = None
+    unsigned: tuple[CommitRecord, ...] = ()
+
+
+def read_release_history(target: Target, states: States, accepted: TrustedKeys, repository: str = "") -> ReleaseHistory:
+    """Return the releases of main, from its head back to the newest commit that this program signed as a new release.
+
+    Args:
+        target: the repository.
+        states: its branches.
+        accepted: the keys that may have signed.
+        repository: the id that the statements must have, "" for any.
+
+    Raises:
+        PublishError: the statement of the head, or of a commit that this program made, is damaged, of another
+            repository, or signed by a key that is not accepted.
+    """
+    if MAIN not in states:
+        return ReleaseHistory()
+    present: StoredRelease | None = None
+    newest: StoredRelease | None = None
+    latest: StoredRelease | None = None
+    unsigned: list[CommitRecord] = []
+    for record in target.history(MAIN):
+        files = target.read_back(record.commit)
+        if RELEASE_ATTESTATION not in files:
+            if newest is None and files.keys() - {GIT_ATTRIBUTES}:
+                unsigned.append(record)
+            continue
+        is_head = record.commit == states[MAIN].commit
+        try:
+            release = _read_release(target, record.commit, accepted, repository)
+        except PublishError:
+            if is_head or not record.author:
+                raise
+            unsigned.append(record)  # somebody else's commit cannot stop the next release, once it is replaced
+            continue
+        present = release if is_head else present
+        newest = newest or release
+        if latest is None or release.content.release > latest.content.release:
+            latest = release
+        if not record.author and not _ROLLBACK.search(record.message):
+            break
+    return ReleaseHistory(present=present, newest=newest, latest=latest, unsigned=tuple(unsigned) if newest else ())
+
+
+def signed_branches(states: States) -> tuple[str, ...]:
+    """Return the branches whose heads have a signed statement, valid or not."""
+    return tuple(sorted(name for name, state in states.items() if STATEMENTS & state.files.keys()))
+
+
+def removed_signature(target: Target, states: States) -> str:
+    """Return which foreign commits took the release statement off main, "" if none did.
+
+    A head of this program is another case: its publisher asked for a repository without signatures.
+    """
+    if MAIN not in states or not states[MAIN].foreign_author:
+        return ""
+    removing: CommitRecord | None = None
+    for record in target.history(MAIN):
+        if RELEASE_ATTESTATION in target.read_back(record.commit):
+            return f"{described(removing)} removed the release statement of {record.commit[:12]}" if removing else ""
+        if not record.author:
+            return ""
+        removing = record
+    return ""
+
+
+def unfit_branches(release: ReleaseStatement, states: States, target: Target, names: Iterable[str]) -> Iterator[str]:
+    """Yield one line per branch that readers of a release will find unsigned or changed, with what to do.
+
+    Args:
+        release: the release that main has afterwards.
+        states: the branches of the repository.
+        target: the repository.
+        names: the branches that stay as they are.
+    """
+    for name in sorted(names):
+        if problem := _unfit(release, name, states[name], target):
+            author = states[name].foreign_author
+            head = f"{states[name].commit[:12]}{f' by {printable(author)}' if author else ''}"
+            yield (
+                f"{printable(name)} stays at {head}, and {problem}: readers with the key report it; put it back with "
+                f"packager rollback --branch {printable(name)}, publish it from this recipe, or delete it"
+            )
+
+
+def described(record: CommitRecord) -> str:
+    """Return a commit's id, title and author in one line."""
+    author = f" by {printable(record.author)}" if record.author else ""
+    return f"{record.commit[:12]} ({printable(record.title)}){author}"
+
+
+def _unfit(release: ReleaseStatement, name: str, state: BranchState, target: Target) -> str:
+    """Return what is wrong with a branch; its files are not read, only their names and the head's author."""
+    if ATTESTATION not in state.files:
+        return "is not signed"
+    if name not in release.branches:
+        return f"is not in release {release.release}"
+    try:
+        payload, _ = read_envelope(target.read_bytes(state.commit, ATTESTATION, size=MAX_ENVELOPE_BYTES + 1))
+        listed = read_branch_statement(payload).files.keys()
+    except StatementError as error:
+        return f"its statement is damaged: {printable(str(error))}"
+    if digest(payload) != release.branches[name]:
+        return f"has another statement than release {release.release} names"
+    if listed - state.files.keys():
+        return "lacks files that were signed"
+    return "was changed after it was signed" if state.foreign_author else ""
+
+
+def _read_release(target: Target, commit: str, accepted: TrustedKeys, repository: str) -> StoredRelease:
+    data = target.read_bytes(commit, RELEASE_ATTESTATION, size=MAX_ENVELOPE_BYTES + 1)
+    try:
+        payload, keyid = accepted.opened(data)
+        release = read_release_statement(payload)
+        if release.repository != (repository or release.repository):
+            raise StatementError(f"it is of the repository {release.repository[:100]!r}, not {repository!r}")
+    except StatementError as error:
+        raise PublishError(
+            "the repository's release statement is not accepted, so the next one cannot follow it",
+            where=f"{target.where}: {MAIN}: {RELEASE_ATTESTATION} of {commit[:12]}",
+            why=str(error),
+            hint="after a change of keys, give the old public key with --trusted-key; if others changed the "
+            "repository, put it back with packager rollback first",
+        ) from error
+    return StoredRelease(payload=payload, keyid=keyid, content=release)
