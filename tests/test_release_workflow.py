@@ -1,6 +1,7 @@
 """The release workflow: who has which right, what is compared before the publish, and the scripts of its steps."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_the_jobs_follow_each_other_and_people_approve_between_plan_and_publish(
     assert {name: job.get("needs") for name, job in JOBS.items()} == {
         "build": None,
         "plan": "build",
-        "publish": "plan",
+        "publish": ["build", "plan"],
         "verify": "publish",
     }
     assert {name: job.get("environment") for name, job in JOBS.items() if "environment" in job} == {
@@ -67,11 +68,12 @@ def test_the_jobs_follow_each_other_and_people_approve_between_plan_and_publish(
     }
 
 
-def test_plan_and_verify_have_no_right_and_no_secret() -> None:
+def test_plan_and_verify_have_no_right_and_no_secret_but_the_key_that_opens_the_artifact() -> None:
     assert WORKFLOW["permissions"] == {"contents": "read"}
     for name in ("plan", "verify"):
         assert "permissions" not in JOBS[name]
-        assert named(JOBS[name]) == set()
+        assert named([each for each in JOBS[name]["steps"] if "dist.sh" not in each.get("run", "")]) == set()
+    assert named({key: value for key, value in JOBS["plan"].items() if key != "steps"}) == set()
 
 
 def test_one_job_may_ask_for_a_token_and_nothing_may_write_to_the_repository() -> None:
@@ -89,7 +91,12 @@ def test_a_secret_is_in_the_environment_of_the_step_that_needs_it_and_nowhere_el
         if named(each)
     }
     build, publish = steps("build"), steps("publish")
+    artifact = {
+        (name, steps(name).index(step(name, "dist.sh"))): ["${{ secrets.ARTIFACT_KEY }}"]
+        for name in ("build", "plan", "publish")
+    }
     assert users == {
+        **artifact,
         ("build", build.index(step("build", "packager build"))): ["${{ secrets.HF_READ_TOKEN }}"],
         ("publish", publish.index(step("publish", "packager publish"))): [
             "${{ secrets.SIGN_KEY }}",
@@ -112,6 +119,25 @@ def test_exactly_the_approved_plan_is_published() -> None:
     assert '--plan "$RUNNER_TEMP/plan.json"' in last["run"]
     assert "--yes" not in TEXT
     assert TEXT.count("packager publish") == 2
+
+
+def test_exactly_what_was_built_is_planned_and_published() -> None:
+    assert JOBS["build"]["outputs"] == {"sha256": "${{ steps.pack.outputs.sha256 }}"}
+    assert step("build", "dist.sh pack")["id"] == "pack"
+    (upload,) = [each for each in steps("build") if "upload-artifact" in each.get("uses", "")]
+    assert upload["with"]["path"] == "${{ runner.temp }}/dist.tar"
+    for name in ("plan", "publish"):
+        found, unpack = steps(name), step(name, "dist.sh unpack")
+        downloads = [found.index(each) for each in found if "download-artifact" in each.get("uses", "")]
+        assert max(downloads) < found.index(unpack) < found.index(step(name, "packager publish"))
+        assert unpack["env"]["DIST_SHA256"] == "${{ needs.build.outputs.sha256 }}"
+
+
+def test_every_job_installs_what_the_locks_name() -> None:
+    for workflow in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for line in workflow.read_text(encoding="utf-8").splitlines():
+            if "pip install" in line:
+                assert "-r locks/" in line or "--no-index --no-deps" in line, f"{workflow.name}: {line.strip()}"
 
 
 def test_artifacts_are_kept_for_a_day_and_credentials_are_not_kept() -> None:
@@ -208,6 +234,88 @@ def test_without_a_key_nothing_is_signed(runner: Runner) -> None:
     assert runner.run(verify, REPOSITORY="a/b") == 0
     assert runner.run(verify, REPOSITORY="a/b", SIGN_PUBLIC_KEY="PEM") == 0
     assert runner.noted("calls")[1:] == [
-        "verify-published a/b",
-        f"verify-published a/b --trusted-key {runner.temp}/sign.pub",
+        "verify-published hub:a/b",
+        f"verify-published hub:a/b --trusted-key {runner.temp}/sign.pub",
     ]
+
+
+# the artifact
+
+
+class Handover:
+    """A folder in which one job packs dist and another unpacks it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.tar, self.output = folder, folder / "dist.tar", folder / "output"
+        for name in ("builds/.hidden", "builds/main/w.bin", "receipts/main.json"):
+            path = folder / "dist" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"the content of {name}")
+        self.files = self.listed()
+
+    def listed(self) -> dict[str, str]:
+        dist = self.folder / "dist"
+        return {str(path.relative_to(dist)): path.read_text() for path in dist.rglob("*") if path.is_file()}
+
+    def run(self, action: str, **values: str) -> "subprocess.CompletedProcess[str]":
+        environ = {"PATH": os.environ["PATH"], "GITHUB_OUTPUT": str(self.output), **values}
+        command = [str(ROOT / ".github" / "dist.sh"), action, str(self.tar)]
+        return subprocess.run(command, cwd=self.folder, env=environ, capture_output=True, text=True, check=False)
+
+    def pack(self, **values: str) -> str:
+        """Pack dist, delete it, and return the digest."""
+        done = self.run("pack", **values)
+        assert done.returncode == 0, done.stderr
+        shutil.rmtree(self.folder / "dist")
+        return self.output.read_text().strip().rpartition("sha256=")[2]
+
+
+@pytest.fixture
+def handover(tmp_path: Path) -> Handover:
+    return Handover(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["", "a secret"])
+def test_the_artifact_is_handed_over_as_it_was_packed(handover: Handover, key: str) -> None:
+    digest = handover.pack(ARTIFACT_KEY=key)
+    assert (b"the content of" in handover.tar.read_bytes()) == (key == "")
+    done = handover.run("unpack", ARTIFACT_KEY=key, DIST_SHA256=digest)
+    assert done.returncode == 0, done.stderr
+    assert handover.listed() == handover.files
+    assert not handover.tar.exists(), "the space is needed"
+    assert key == "" or key not in done.stdout + done.stderr + handover.output.read_text()
+
+
+def test_a_replaced_artifact_is_refused_before_it_is_opened(handover: Handover) -> None:
+    digest = handover.pack(ARTIFACT_KEY="a secret")
+    data = handover.tar.read_bytes()
+    for wrong in (data[:-1] + bytes([data[-1] ^ 1]), b""):
+        handover.tar.write_bytes(wrong)
+        assert handover.run("unpack", ARTIFACT_KEY="a secret", DIST_SHA256=digest).returncode != 0
+        assert not (handover.folder / "dist").exists()
+    handover.tar.write_bytes(data)
+    for wrong_digest in ("", "0" * 64):
+        assert handover.run("unpack", ARTIFACT_KEY="a secret", DIST_SHA256=wrong_digest).returncode != 0
+    for key in ("", "another"):
+        assert handover.run("unpack", ARTIFACT_KEY=key, DIST_SHA256=digest).returncode != 0
+        shutil.rmtree(handover.folder / "dist")
+        assert handover.tar.exists()
+
+
+def test_an_unencrypted_artifact_is_said(handover: Handover) -> None:
+    assert "::notice::" in handover.run("pack").stdout
+    assert "::notice::" not in handover.run("pack", ARTIFACT_KEY="x").stdout
+
+
+def test_a_failing_cipher_fails_the_job(handover: Handover) -> None:
+    shutil.rmtree(handover.folder / "dist" / "receipts")
+    assert handover.run("pack", ARTIFACT_KEY="a secret").returncode != 0
+    assert not handover.output.exists()
+
+
+def test_links_in_an_artifact_are_refused(handover: Handover) -> None:
+    (handover.folder / "dist" / "builds" / "link").symlink_to("/etc/passwd")
+    digest = handover.pack()
+    done = handover.run("unpack", DIST_SHA256=digest)
+    assert done.returncode == 1
+    assert "dist/builds/link is neither a file nor a folder" in done.stdout
