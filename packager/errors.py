@@ -4,12 +4,35 @@ An error names what happened, where, why, and what to do about it. `packager/cli
 them into an exit status. Third-party errors are translated into one of these where they are raised.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# `user:password@` of an address. A password may hold any character but a blank and a quotation mark, so it ends at the
+# last @ of the host's part; also beyond a slash, if what follows the first colon is no port.
+_ADDRESS = re.compile(
+    r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]{0,19}://)"
+    r"(?P<user>[^\s/?#'\"<>]{0,1000}@|[^\s/?#'\"<>:\[]{0,100}:(?!\d{1,5}(?:[/?#\s'\"<>]|$))[^\s'\"<>]{0,1000}@)?"
+    r"(?P<rest>[^\s'\"<>?]{0,2000})(?P<query>\?[^\s'\"<>]{1,8000})?"
+)
+
+
+def without_secrets(text: str) -> str:
+    """Return text whose addresses have no password, and no query, which may be a signature that opens a file.
+
+    The user's name is left out, too, unless it stands alone before a host that is not asked by HTTP (ssh://git@host).
+    """
+    return _ADDRESS.sub(_shown_address, text) if "://" in text else text
+
+
+def _shown_address(found: re.Match[str]) -> str:
+    scheme, user, rest, query = (found[name] or "" for name in ("scheme", "user", "rest", "query"))
+    harmless = ":" not in user and not scheme.lower().startswith("http")
+    return f"{scheme}{user if harmless else ''}{rest}{'?...' if query else ''}"
+
 
 class PackagerError(Exception):
-    """A failure with an explanation.
+    """A failure with an explanation, in which no address has a password.
 
     Args:
         what: one sentence: the action that failed.
@@ -21,11 +44,11 @@ class PackagerError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str = "", why: str = "", hint: str = "") -> None:
-        super().__init__(what)
-        self.what = what
-        self.where = where
-        self.why = why
-        self.hint = hint
+        super().__init__(without_secrets(what))
+        self.what = without_secrets(what)
+        self.where = without_secrets(where)
+        self.why = without_secrets(why)
+        self.hint = without_secrets(hint)
 
     def __str__(self) -> str:
         """Return the message as lines: `where: what`, then why, then hint."""

@@ -445,10 +445,10 @@ def test_git_words_are_scrubbed_of_the_token(
     fixture: GitFixture, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fixture.publish(fixture.target(f"{service.url}/a/b.git", token=TOKEN))
-    words = f"fatal: unable to access 'https://x:{TOKEN}@h/' or 'https://x:{quote(TOKEN, safe='')}@h/'"
+    words = f"fatal: no access with {TOKEN} or {quote(TOKEN, safe='')} to 'https://x:{TOKEN}@h/'"
     shim(tmp_path / "bin", f'if [ "$1" = fetch ]; then echo "{words}" >&2; exit 128; fi', monkeypatch)
     text = fixture.refused(fixture.target(f"{service.url}/a/b.git", token=TOKEN))
-    assert "https://x:***@h/' or 'https://x:***@h/" in text
+    assert "no access with *** or *** to 'https://h/'" in text
     assert "Secret" not in text
 
 

@@ -21,7 +21,7 @@ from packaging.specifiers import SpecifierSet
 from packager.errors import LoaderUnavailableError
 from packager.prove import environments, fetch_script
 from packager.prove.environments import ensure_environment
-from packager.prove.installing import left_out, package_place, without_password
+from packager.prove.installing import left_out, package_place
 from packager.prove.loaders import LOADERS, LoaderSpec
 from packager.prove.locks import read_lock
 from packager.system.confinement import refusal
@@ -113,12 +113,6 @@ def test_or_from_one_folder(tmp_path: Path) -> None:
         with pytest.raises(LoaderUnavailableError, match="must name one folder") as caught:
             package_place({**environ, "PIP_FIND_LINKS": several})
         assert "secret" not in str(caught.value)
-
-
-def test_an_address_is_shown_without_its_password() -> None:
-    assert without_password("https://user:p@ss@host/simple") == "https://host/simple"
-    assert without_password("https://host/simple") == "https://host/simple"
-    assert without_password("/a/folder") == "/a/folder"
 
 
 # installing

@@ -1,7 +1,6 @@
 """Base models on the Hub: which files there are at a revision, their download, and the client's errors translated."""
 
 import glob
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 _FIRST_BYTES = 1 << 18  # the headers of most shards
 _PARTIAL_CONTENT = 206
-_QUERY = re.compile(r"\?[^\s'\"]+")  # of an address: a signature, which lets anyone read the file
 
 
 @contextmanager
@@ -64,7 +62,7 @@ def hub_errors(what: str) -> Iterator[None]:
     except failures as error:
         raise SourceError(
             f"{what} could not be downloaded",
-            why=_QUERY.sub("?...", str(error).splitlines()[0]) if str(error) else type(error).__name__,
+            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
             hint="run the same command again: what arrived is kept; with all files in the cache, HF_HUB_OFFLINE=1 "
             "builds without the Hub",
         ) from error

@@ -21,7 +21,6 @@ from packager.inputs.hub_cache import is_offline
 from packager.model.devices import choose_device
 from packager.pipeline.build_state import require_build_extra
 from packager.prove.environments import environment_name, environments_folder, is_ready
-from packager.prove.installing import without_password
 from packager.prove.loaders import LOADERS
 from packager.system.confinement import confinement, refusal
 from packager.system.files import disk_errors
@@ -242,7 +241,7 @@ def _size(folder: Path) -> int:
 
 
 def _hub(environ: Mapping[str, str]) -> MachineCheck:
-    endpoint = printable(without_password(environ.get("HF_ENDPOINT", "https://huggingface.co")))
+    endpoint = printable(environ.get("HF_ENDPOINT", "https://huggingface.co"))
     login = "`hf auth login`, or set HF_TOKEN; public models need no token"
     if is_offline():
         return MachineCheck(name="Hub", grade="note", found="HF_HUB_OFFLINE is set: only the cache is read")

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from packager.errors import LoaderUnavailableError
-from packager.prove.installing import Creation, install, left_out, package_place, without_password
+from packager.errors import LoaderUnavailableError, without_secrets
+from packager.prove.installing import Creation, install, left_out, package_place
 from packager.prove.loaders import LoaderSpec
 from packager.prove.locks import LockedPackage, for_this_python, read_lock, requirement_lines
 from packager.prove.shared_torch import find, share_torch
@@ -167,7 +167,7 @@ def _create(spec: LoaderSpec, creation: Creation) -> None:
             hint='install it: pip install "gptq-packager[build]"',
         )
     packages = for_this_python(read_lock(spec.requirements))
-    place = without_password(next(reversed(package_place(creation.environ).values())))
+    place = without_secrets(next(reversed(package_place(creation.environ).values())))
     shutil.rmtree(folder, ignore_errors=True)
     log(f"{spec.name}: creating its environment, {len(packages)} packages from {place}, log in {creation.output}")
     if ignored := left_out(creation.environ):

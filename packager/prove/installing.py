@@ -123,15 +123,9 @@ def package_place(environ: Mapping[str, str]) -> dict[str, str]:
         folder = environ.get("PIP_FIND_LINKS", "").removeprefix("file://")
         if not Path(folder).is_absolute() or not Path(folder).is_dir():
             message = "PIP_NO_INDEX is set, so PIP_FIND_LINKS must name one folder, by its whole path"
-            raise LoaderUnavailableError(message, why=f"it is {without_password(folder)!r}", hint=_HINT)
+            raise LoaderUnavailableError(message, why=f"it is {folder!r}", hint=_HINT)
         return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": folder}
     return {"PIP_INDEX_URL": environ.get("PIP_INDEX_URL", "").strip() or PYPI}
-
-
-def without_password(address: str) -> str:
-    """Return the address of an index as it may be shown."""
-    start, _, rest = address.rpartition("@")
-    return f"{start.partition('://')[0]}://{rest}" if start else address
 
 
 def left_out(environ: Mapping[str, str]) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from packager.errors import LoaderUnavailableError
-from packager.prove.installing import Creation, index_environ, install, without_password
+from packager.prove.installing import Creation, index_environ, install
 from packager.prove.locks import LockedPackage, requirement_lines
 from packager.system.confinement import View, child_environ, private_folder
 from packager.system.files import sha256_file, write_atomic
@@ -114,10 +114,9 @@ def _fetch(creation: Creation, package: LockedPackage, folder: Path) -> Path:
         raise creation.failure(message, why or "nothing was written")
     digest = sha256_file(files[0])
     if digest not in package.digests:
-        place = without_password(environ.get("PIP_INDEX_URL") or environ["PIP_FIND_LINKS"])
         raise LoaderUnavailableError(
             f"{files[0].name} is not the file that the lock of {creation.loader} names, so it was not built",
-            where=place,
+            where=environ.get("PIP_INDEX_URL") or environ["PIP_FIND_LINKS"],
             why=f"its sha256 is {digest}, which is not in the lock",
             hint="another file has its name there: ask who keeps that index, and use another one, by PIP_INDEX_URL",
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from packager.errors import PackagerError
+from packager.errors import PackagerError, without_secrets
 from packager.system.text import printable_lines
 
 if TYPE_CHECKING:
@@ -145,8 +145,8 @@ class Terminal:
             yield Bar(progress=progress, total=total, console=self.err, report=report)
 
     def result(self, value: object) -> None:
-        """Print a command's result as JSON on standard output."""
-        self.write(json.dumps(value, indent=2) + "\n")
+        """Print a command's result as JSON on standard output; no address in it has a password."""
+        self.write(without_secrets(json.dumps(value, indent=2)) + "\n")
 
     def write(self, text: str) -> None:
         """Write a command's result to standard output unchanged; a reader that ends early (`| head`) is no error."""

@@ -2,7 +2,8 @@
 
 import json
 import re
-from urllib.parse import urlsplit
+
+from packager.errors import without_secrets
 
 BYTE_UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "B": 1}
 _MAX_MESSAGE = 600
@@ -54,17 +55,20 @@ def escaped(char: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text from an untrusted file as one bounded line that any terminal and any JSON writer accepts."""
-    encodable = text[:_MAX_MESSAGE].encode("utf-8", "backslashreplace").decode("utf-8")
+    """Return text from an untrusted file as one bounded line that any terminal and any JSON writer accepts.
+
+    No address in it has a password.
+    """
+    safe = without_secrets(text[: 2 * _MAX_MESSAGE])  # before it is cut: a cut may leave a password without its @
+    encodable = safe[:_MAX_MESSAGE].encode("utf-8", "backslashreplace").decode("utf-8")
     line = reveal("".join(char if char.isprintable() else repr(char)[1:-1] for char in encodable))
-    return line if len(text) <= _MAX_MESSAGE else f"{line}..."
+    return line if len(safe) <= _MAX_MESSAGE else f"{line}..."
 
 
 def printable_lines(text: str) -> str:
-    """Return text with its line breaks, but without characters that move the cursor or hide words."""
-    return reveal(
-        "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text.expandtabs(4))
-    )
+    """Return text with its line breaks, but without characters that move the cursor or hide words, and passwords."""
+    safe = without_secrets(text).expandtabs(4)
+    return reveal("".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in safe))
 
 
 def quoted(text: str) -> str:
@@ -82,9 +86,12 @@ def shown(value: object) -> str:
     return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}..."
 
 
+def shown_address(address: str) -> str:
+    """Return an address that somebody gave, as it may be shown, also without a scheme (user:password@host:path)."""
+    user, at, rest = address.rpartition("@")
+    return printable(rest if at and ":" in user and "://" not in address else address)
+
+
 def has_credentials(url: str) -> bool:
     """Return whether a URL contains a password, or may contain one, and must not be shown or stored."""
-    parts = urlsplit(url)
-    return parts.password is not None or (
-        parts.scheme.startswith("http") and ("@" in parts.netloc or bool(parts.query))
-    )
+    return without_secrets(url) != url

@@ -19,7 +19,7 @@ from filelock import FileLock
 from packager.errors import PackagerError, PublishError
 from packager.publish.targets.git_process import CommandResult, GitProcess
 from packager.system.files import FULL_DISK, TEMPORARY_PREFIX, fsync_folder, write_atomic
-from packager.system.text import has_credentials, printable
+from packager.system.text import has_credentials, printable, shown_address
 from packager.variant import MAIN
 
 _REMOTE_SETTINGS = {
@@ -192,12 +192,12 @@ def folder_of(url: str, token: str) -> Path | None:
         if ":" not in url.split("/", 1)[0]:
             return Path(url).absolute()
         if not _SSH_ADDRESS.match(url):
-            raise PublishError("this is not the address of a git remote", where=printable(url), hint=hint)
+            raise PublishError("this is not the address of a git remote", where=shown_address(url), hint=hint)
         return None
     if parts.scheme not in ("https", "http", "ssh", "file"):
         raise PublishError(f"{printable(parts.scheme)} addresses are not supported", hint=hint)
     if parts.netloc.startswith("-") or (parts.hostname or "").startswith("-"):
-        raise PublishError("the address begins with an option, not with a host", where=printable(url), hint=hint)
+        raise PublishError("the address begins with an option, not with a host", where=shown_address(url), hint=hint)
     if has_credentials(url):
         where = f"{parts.scheme}://***@{parts.hostname or ''}{parts.path}"
         hint = "remove them, and give the token separately"

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from packager.errors import PublishError
+from packager.errors import PublishError, without_secrets
 from packager.publish.targets import (
     NO_FILES,
     BranchState,
@@ -75,7 +75,7 @@ class HubTarget:
     @property
     def where(self) -> str:
         """The repository's page."""
-        return f"{self._api.endpoint}/{self._id}"
+        return without_secrets(f"{self._api.endpoint}/{self._id}")
 
     @property
     def is_public(self) -> bool:

@@ -12,6 +12,7 @@ from packager.publish.targets.hub import HubTarget, NewRepository
 from packager.publish.targets.local import LocalTarget
 from packager.publish.targets.repository_per_variant import RepositoryPerVariant
 from packager.recipe import Recipe
+from packager.system.text import shown_address
 
 # The variable with the token for git remotes; the Hub's client finds its own token.
 GIT_TOKEN = "PACKAGER_GIT_TOKEN"  # noqa: S105 - the variable's name
@@ -74,7 +75,7 @@ def resolve_target(address: str, dist: Path, environ: Mapping[str, str], log: Ca
         return HubTarget(name, log=log)
     raise PublishError(
         "this is not the address of a repository",
-        where=address,
+        where=shown_address(address),
         hint="give namespace/name, hub:namespace/name, the URL of a git remote, or a folder",
     )
 

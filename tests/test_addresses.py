@@ -1,0 +1,187 @@
+"""Addresses with a password (https://user:password@host): no error, log, table, JSON or file shows the password."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from packager.cli.main import app
+from packager.errors import LoaderUnavailableError, PackagerError, PublishError, SourceError, without_secrets
+from packager.inputs import hub_session
+from packager.inputs.hub_models import hub_errors
+from packager.publish.targets import hub_calls
+from packager.publish.targets.hub import HubTarget
+from packager.publish.targets.hub_calls import RetryPolicy
+from packager.publish.targets.resolve_target import resolve_target
+from packager.receipt import LoaderRecord
+from packager.system.terminal import Terminal
+from packager.system.text import printable, printable_lines, shown_address
+from tests.loopback_hub import Account, LoopbackHub
+from tests.publish_fixtures import log_in
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # of the Hub's client
+PASSWORD, TOKEN = "s3cret/wørd@x", "hf_addresses_0123456789"
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("https://me:s3cret@hub.example/x", "https://hub.example/x"),
+        ("see https://u:p@ss@host/simple.", "see https://host/simple."),
+        ("'https://u:pa/s?s@host/x', and 'http://v:q@i'", "'https://host/x', and 'http://i'"),
+        ("HTTPS://hf_token@host/x", "HTTPS://host/x"),
+        ("git+https://u:p@host", "git+https://host"),
+        ("ssh://git:word@host/x", "ssh://host/x"),
+        ("https://s3/x?X-Amz-Signature=abc (id)", "https://s3/x?... (id)"),
+        # no secret
+        ("ssh://git@host/x", "ssh://git@host/x"),
+        ("https://hub.example/@user/a@b", "https://hub.example/@user/a@b"),
+        ("https://host:8080/a@b and c", "https://host:8080/a@b and c"),
+        ("http://[::1]:80/x@y", "http://[::1]:80/x@y"),
+        ("hub:somebody/Model@0123456", "hub:somebody/Model@0123456"),
+    ],
+)
+def test_an_address_is_shown_without_what_opens_it(text: str, safe: str) -> None:
+    assert without_secrets(text) == printable(text) == printable_lines(text) == safe
+    assert str(PackagerError(text, where=text, why=text, hint=text)).count(safe) == 4
+
+
+def test_an_address_without_a_scheme_is_shown_without_its_password() -> None:
+    assert shown_address("user:s3cret@host:path") == "host:path"
+    assert shown_address("git@host:path") == "git@host:path"
+
+
+LETTERS = st.characters(exclude_categories=["Cs", "Cc", "Z"], exclude_characters="'\"<>")
+WORDS = st.text(LETTERS, min_size=3, max_size=30)
+
+
+@given(before=WORDS, user=st.sampled_from(["", "u", "me.x"]), word=WORDS, cut=st.integers(0, 700))
+def test_no_cut_and_no_neighbour_shows_a_password(before: str, user: str, word: str, cut: int) -> None:
+    text = f"{'x' * cut} {before} https://{user}:#{word}#@host.example/path"
+    for safe in (without_secrets(text), printable(text), printable_lines(text)):
+        assert f"#{word}#" not in safe.replace(before, "")
+        assert f"#{word}"[:-1] not in safe.replace(before, "")
+
+
+def test_long_and_hostile_texts_take_no_time() -> None:
+    started = time.monotonic()
+    for text in ("http://a:" * 100_000, "http://" + "a" * 1_000_000, "a://" * 100_000, "http://u:" + "p" * 100_000):
+        without_secrets(text)
+    assert time.monotonic() - started < 10
+
+
+def test_a_record_of_a_loader_gets_the_reason_without_the_password() -> None:
+    error = LoaderUnavailableError("no index", where=f"https://me:{PASSWORD}@index/simple", why="404")
+    record = LoaderRecord(loader="vllm", status="not run", required=False, reason=str(error))
+    assert PASSWORD not in record.model_dump_json()
+
+
+def test_results_and_logs_pass_the_same_gate(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    terminal.log(f"reading https://me:{PASSWORD}@hub/x")
+    terminal.result({"where": f"https://me:{PASSWORD}@hub/x", "rows": [f'a "quoted" https://me:{PASSWORD}@hub']})
+    terminal.error(PublishError("refused", where=f"https://me:{PASSWORD}@hub/x"))
+    done = capsys.readouterr()
+    assert PASSWORD not in done.out + done.err
+    assert json.loads(done.out) == {"where": "https://hub/x", "rows": ['a "quoted" https://hub']}
+
+
+# the Hub's client
+
+
+def refusal(status: int | None) -> Exception:
+    """Return an error of the client, with the address of the request in its message."""
+    url = f"https://me:{PASSWORD}@hub.example/api/models/a/b?signature=abcdef"
+    http: Any = hub_session._http_library()
+    request = http.Request("GET", "https://hub.example")
+    error: Exception = http.ConnectError(f"cannot connect to {url}", request=request)
+    if status is not None:
+        response = http.Response(status, request=request)
+        error = huggingface_hub.errors.HfHubHTTPError(f"{status} Client Error for url: {url}", response=response)
+    return error
+
+
+@pytest.mark.parametrize("status", [None, 404, 403, 500])
+def test_an_error_while_reading_shows_no_password(status: int | None) -> None:
+    with pytest.raises(SourceError) as caught, hub_errors("a model"):
+        raise refusal(status)
+    assert PASSWORD not in str(caught.value)
+    assert "signature" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [None, 404, 429])
+def test_a_retry_and_its_end_show_no_password(status: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    clock = SimpleNamespace(sleep=lambda _: None, monotonic=time.monotonic)
+    monkeypatch.setattr(hub_calls, "time", clock)
+    error = refusal(status)
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(hub_calls, "is_of_client", lambda _: True)
+    with pytest.raises(PublishError) as caught:
+        RetryPolicy(f"https://me:{PASSWORD}@hub.example/a/b", lines.append, limit_s=5).call("listing", fail)
+    assert (lines != []) == (status != 404)
+    assert PASSWORD not in f"{caught.value} {lines}"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    with LoopbackHub(tmp_path / "hub", tokens={TOKEN: Account("tester")}) as hub:
+        log_in(hub, TOKEN, monkeypatch)
+        yield hub
+
+
+@pytest.mark.parametrize("form", ["{0}", "{0}bad:port:"])
+def test_no_command_shows_the_password_of_the_endpoint(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    endpoint = form.format(hub.endpoint.replace("://", "://me:s3cret@"))
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.chdir(tmp_path)
+    assert "s3cret" not in HubTarget("a/b").where
+    for command in (
+        ["verify-published", "hub:a/b"],
+        ["verify-published", "hub:a/b", "--format", "json"],
+        ["rollback", "hub:a/b", "--dry-run"],
+        ["init", "a/b"],
+        ["doctor"],
+        ["doctor", "--format", "json"],
+    ):
+        done = CliRunner().invoke(app, command)
+        assert done.exception is None or isinstance(done.exception, SystemExit), command
+        assert done.output, command
+        assert "s3cret" not in done.output, command
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://me:s3cret@host/x",
+        "HTTPS://me:s3cret@host/x",
+        "me:s3cret@host:path",
+        "me:s3cret@host/x/y",
+        "ftp://me:s3cret@host/x",
+        "hub:https://me:s3cret@host/x",
+        "https://-x:s3cret@-host/x",
+        "https://me:s3/cret@host/x",
+    ],
+)
+def test_no_address_on_the_command_line_is_shown_with_its_password(address: str, tmp_path: Path) -> None:
+    for command in ("verify-published", "rollback"):
+        done = CliRunner().invoke(app, [command, address, "--dist", str(tmp_path)])
+        assert done.exit_code == 10, done.output
+        assert "s3cret" not in done.output
+        assert "s3/cret" not in done.output
+    with pytest.raises(PublishError):
+        resolve_target(address, tmp_path, {}, print)
