@@ -20,7 +20,7 @@ from packager.inputs.hub_account import has_token, hub_account
 from packager.inputs.hub_cache import is_offline
 from packager.model.devices import choose_device
 from packager.pipeline.build_state import require_build_extra
-from packager.prove.environments import environment_name, environments_folder, is_ready
+from packager.prove.environments import READY, environment_name, environments_folder, is_ready
 from packager.prove.loaders import LOADERS
 from packager.system.confinement import confinement, refusal
 from packager.system.files import disk_errors
@@ -206,7 +206,7 @@ def environments(cache: Path) -> tuple[Environment, ...]:
 
 
 def remove_environment(environment: Environment) -> bool:
-    """Delete an environment unless a process makes it just now, and return whether it is gone.
+    """Delete an environment unless a process makes it or runs in it just now, and return whether it is gone.
 
     The file of its lock stays: a process that waits for the lock would get one that others no longer find.
 
@@ -220,6 +220,7 @@ def remove_environment(environment: Environment) -> bool:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return False
+        (environment.folder / READY).unlink(missing_ok=True)  # first: what a kill leaves is no environment
         shutil.rmtree(environment.folder)
     return True
 

@@ -7,6 +7,7 @@ torch is not downloaded again. `probes.py` runs processes in it.
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -14,7 +15,8 @@ import sys
 import sysconfig
 import time
 import venv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,7 +77,9 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with Path(f"{folder}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_SH)  # others may run in it for hours
+            if not is_ready(folder):
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_ready(folder):
                 creation = Creation(
                     loader=spec.name,
@@ -155,6 +159,36 @@ def is_ready(folder: Path) -> bool:
         return made_here and _python(folder).exists() and all(entry.exists() for entry in _shared(folder).rglob("*"))
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def environment_in_use(python: Path) -> Iterator[None]:
+    """Keep others from deleting the environment of `python` until the block ends; several processes may use one.
+
+    A Python that is in none of the cache's environments has no lock.
+
+    Raises:
+        LoaderUnavailableError: the environment was deleted before its lock was held.
+    """
+    import fcntl
+
+    folder = python.parent.parent
+    try:
+        lock = os.open(f"{folder}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if not is_ready(folder):
+            raise LoaderUnavailableError(
+                "the environment of a loader was deleted just now",
+                where=str(folder),
+                hint="run again: it is made anew",
+            )
+        yield
+    finally:
+        os.close(lock)
 
 
 def _create(spec: LoaderSpec, creation: Creation) -> None:

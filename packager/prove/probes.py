@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from packager.errors import LoaderError, LoaderUnavailableError
-from packager.prove.environments import RuntimeContext, environment_files
+from packager.prove.environments import RuntimeContext, environment_files, environment_in_use
 from packager.prove.loaders import ISOLATED, LoaderSpec
 from packager.system.confinement import (
     View,
@@ -214,7 +214,11 @@ def run_probes(
     outcomes: list[ProbeResult | LoaderError] = []
     while len(outcomes) < len(jobs):
         rest = jobs[len(outcomes) :]
-        failure = _run_script(spec, python, rest, timeout_s, context)
+        try:
+            with environment_in_use(python):
+                failure = _run_script(spec, python, rest, timeout_s, context)
+        except LoaderUnavailableError as error:
+            return [*outcomes, *(error for _ in rest)]
         finished = [job for job in rest if os.path.lexists(_result_file(job))]
         outcomes += [_outcome(spec, job) for job in finished]
         if len(finished) < len(rest):

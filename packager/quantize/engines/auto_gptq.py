@@ -18,7 +18,7 @@ from typing import Any
 from packager import __version__
 from packager.errors import LoaderUnavailableError, MachineError, PackError, QuantizeError
 from packager.inputs.base_model import SourceModel
-from packager.prove.environments import RuntimeContext, ensure_environment, installed_versions
+from packager.prove.environments import RuntimeContext, ensure_environment, environment_in_use, installed_versions
 from packager.prove.loaders import LOADERS, LoaderSpec
 from packager.prove.probes import probe_environ, runtime_view
 from packager.quantize.block_store import BlockStore
@@ -69,7 +69,8 @@ class AutoGptq:
         for variant, store in job.stores.items():
             progress = _VariantProgress(job=job, variant=variant, store=store, report=report)
             if not progress.resumed():
-                self._run_script(progress, python)
+                with environment_in_use(python):
+                    self._run_script(progress, python)
             records[variant.branch] = progress.records()
         versions = installed_versions(python, PACKAGES)
         return EngineResult(
