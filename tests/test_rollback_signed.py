@@ -24,7 +24,7 @@ from tests.publish_fixtures import SHORT_WAITS, Prepared, git, heads
 from tests.samples import sampled
 from tests.test_published import MAIN, REPOSITORY, VARIANT, reseal
 from tests.test_rollback import Killable, KilledError
-from tests.test_signatures import OTHER_SIGNER, PEM, PUBLIC_PEM, SIGNER, TRUST, SignedFixture, write_key
+from tests.test_signatures import OTHER_SIGNER, PEM, PUBLIC_PEM, SIGNER, TRUST, SignedFixture, drop, write_key
 
 NOON, HOUR = 1_700_000_000, 3600
 BOTH = SIGNER.public.with_keys(OTHER_SIGNER.public)
@@ -286,6 +286,38 @@ def test_an_unsigned_branch_that_a_rollback_leaves_is_named(fixture: SignedRollb
         assert words in line
     fixture.back(VARIANT)
     assert fixture.rules() == set()
+
+
+def test_a_branch_that_goes_back_to_what_the_release_names_needs_no_key(fixture: SignedRollbackFixture) -> None:
+    before = fixture.files()
+    fixture.now += 3600
+    fixture.replace(VARIANT, {"README.md": b"another's"})
+    report = rollback(fixture.target, RollbackRequest(branches=(VARIANT,)), print)
+    assert report.plan.warnings == ()
+    assert fixture.files() == before
+    assert fixture.rules(Trust(keys=SIGNER.public, min_release=3)) == set()
+    with pytest.raises(PublishError, match="no key to sign the rollback with"):
+        rollback(fixture.target, RollbackRequest(branches=(VARIANT,), further_back=True), print)
+
+
+def test_a_branch_of_no_release_does_not_stop_a_signed_rollback(fixture: SignedRollbackFixture) -> None:
+    git("branch", "older", VARIANT, cwd=fixture.repository)
+    head = drop(fixture, "older", ATTESTATION)
+    report = fixture.back()
+    (line,) = report.plan.warnings
+    assert line.startswith(f"older stays at {head[:12]} by A Person")
+    assert fixture.current().branches.keys() == {MAIN, VARIANT}
+
+
+def test_a_rollback_that_brings_signatures_back_beside_an_unsigned_branch_says_so(
+    fixture: SignedRollbackFixture,
+) -> None:
+    fixture.now += 3600
+    drop(fixture, VARIANT, ATTESTATION)
+    fixture.publish_signed(SigningKeys(unsigned=True))
+    fixture.now += 3600
+    (line,) = rollback(fixture.target, RollbackRequest(branches=(MAIN,)), print).plan.warnings
+    assert f"{VARIANT} has no {ATTESTATION}" in line
 
 
 def test_an_unsigned_rollback_names_the_branches_that_lose_their_statements(fixture: SignedRollbackFixture) -> None:

@@ -327,6 +327,17 @@ def test_a_long_history_is_searched_in_part_and_that_is_said(
     assert history.searched == 0
 
 
+def test_an_endless_history_is_read_in_part_and_that_is_said(
+    signed: SignedFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop(signed, MAIN, RELEASE_ATTESTATION)
+    monkeypatch.setattr("packager.publish.release_history._SEARCHED", 1)
+    (line,) = signed.publish_signed().plan.warnings
+    assert "its 1 oldest commits were not searched" in line
+    monkeypatch.setattr("packager.publish.release_history._SEARCHED", 500)
+    assert not any("not searched" in line for line in signed.publish_signed().plan.warnings)
+
+
 def test_a_recipe_that_stops_signing_names_the_signed_heads(signed: SignedFixture) -> None:
     with pytest.raises(PublishError) as caught:
         signed.publish_signed(SigningKeys())

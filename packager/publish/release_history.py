@@ -25,6 +25,8 @@ from packager.system.text import printable
 from packager.variant import MAIN
 
 _ROLLBACK = re.compile(r"(?m)^Rollback-of: [0-9a-f]{40}$")
+# Commits of main that are read, newest first: each is a request to the Hub, and a history may have any length.
+_SEARCHED, _SEARCHED_WITHOUT_KEY = 500, 50
 States = Mapping[str, BranchState]
 
 
@@ -46,12 +48,14 @@ class ReleaseHistory:
         newest: the release of the newest commit that has one, None if no commit has one.
         latest: the release with the highest number, which a rollback may have replaced.
         unsigned: the commits after that of `newest`, newest first: they hold files, and no key signed them.
+        unread: how many older commits were not read, and no signed one had been found.
     """
 
     present: StoredRelease | None = None
     newest: StoredRelease | None = None
     latest: StoredRelease | None = None
     unsigned: tuple[CommitRecord, ...] = ()
+    unread: int = 0
 
 
 def read_release_history(target: Target, states: States, accepted: TrustedKeys, repository: str = "") -> ReleaseHistory:
@@ -73,7 +77,8 @@ def read_release_history(target: Target, states: States, accepted: TrustedKeys, 
     newest: StoredRelease | None = None
     latest: StoredRelease | None = None
     unsigned: list[CommitRecord] = []
-    for record in target.history(MAIN):
+    records = target.history(MAIN)
+    for record in records[:_SEARCHED]:
         files = target.read_back(record.commit)
         if RELEASE_ATTESTATION not in files:
             if newest is None and files.keys() - {GIT_ATTRIBUTES}:
@@ -93,7 +98,9 @@ def read_release_history(target: Target, states: States, accepted: TrustedKeys, 
             latest = release
         if not record.author and not _ROLLBACK.search(record.message):
             break
-    return ReleaseHistory(present=present, newest=newest, latest=latest, unsigned=tuple(unsigned) if newest else ())
+    unread = 0 if newest else max(0, len(records) - _SEARCHED)
+    after = tuple(unsigned) if newest else ()
+    return ReleaseHistory(present=present, newest=newest, latest=latest, unsigned=after, unread=unread)
 
 
 def signed_branches(states: States) -> tuple[str, ...]:
@@ -109,7 +116,7 @@ def removed_signature(target: Target, states: States) -> str:
     if MAIN not in states or not states[MAIN].foreign_author:
         return ""
     removing: CommitRecord | None = None
-    for record in target.history(MAIN):
+    for record in target.history(MAIN)[:_SEARCHED_WITHOUT_KEY]:
         if RELEASE_ATTESTATION in target.read_back(record.commit):
             return f"{described(removing)} removed the release statement of {record.commit[:12]}" if removing else ""
         if not record.author:

@@ -172,6 +172,11 @@ def _warnings(
 ) -> Iterator[str]:
     """Yield a line for each unsigned commit or branch beside the signed ones."""
     content = read_release_statement(release)
+    if history.unread:
+        yield (
+            f"{MAIN}: its {history.unread:,} oldest commits were not searched for an earlier release, so this is "
+            f"release {content.release}"
+        )
     if history.unsigned and history.newest:
         newest, more = history.unsigned[0], len(history.unsigned) - 1
         yield (

@@ -23,20 +23,18 @@ run changes nothing. `further_back` goes one release further back, once the last
 """
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from packager.errors import PublishError
 from packager.publish.published.states import published_states
-from packager.publish.release_history import States, signed_branches
 from packager.publish.rollback.history import trailers
 from packager.publish.rollback.plan import BranchRollback, RollbackPlan, RollbackRequest, plan_rollback
 from packager.publish.rollback.signing import RollbackSigner
+from packager.publish.rollback.unsigned import without_key
 from packager.publish.take_back import take_back
 from packager.publish.targets import HeadMovedError, Target
-from packager.receipt import ATTESTATION, RELEASE_ATTESTATION
 from packager.system.text import printable
-from packager.variant import MAIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,34 +111,7 @@ def _planned(
     """Return the plan; without a key, a signed repository must be put back on purpose."""
     if signer:
         return plan_rollback(target, request, lambda plan, states: signer.signed(plan, target, states))
-    plan = plan_rollback(target, request)
-    states = target.read_branches()
-    if not plan.changing or not (signed := signed_branches(states)):
-        return plan
-    if not unsigned:
-        heads = ", ".join(f"{printable(name)} {states[name].commit[:12]}" for name in signed)
-        raise PublishError(
-            "the repository is signed, and there is no key to sign the rollback with",
-            where=target.where,
-            why=f"signed heads: {heads}; without a key the statements of the earlier release come back: readers who "
-            "know a later release report it",
-            hint="give the key with --sign-key, which signs the restored state as a new release; or put the files back "
-            "with --unsigned, and sign a release later",
-        )
-    return replace(plan, warnings=tuple(_unsigned_warnings(plan, states)))
-
-
-def _unsigned_warnings(plan: RollbackPlan, states: States) -> Iterator[str]:
-    """Yield what readers with a key will report after a rollback without one."""
-    yield "this rollback is not signed: readers who know a later release will report it (--min-release)"
-    after = {entry.branch: entry.files for entry in plan.branches if entry.action == "restore"}
-    files = {name: after.get(name, state.files) for name, state in states.items()}
-    lacking = {ATTESTATION: [name for name in sorted(files) if ATTESTATION not in files[name]]}
-    if RELEASE_ATTESTATION not in files.get(MAIN, {}):
-        lacking[RELEASE_ATTESTATION] = [MAIN]
-    for name, branches in lacking.items():
-        if branches:
-            yield f"afterwards {printable(', '.join(branches))} has no {name}: publish with --sign-key to sign again"
+    return without_key(plan_rollback(target, request), target, target.read_branches(), asked=unsigned)
 
 
 def rollback_line(outcome: RollbackOutcome) -> str:

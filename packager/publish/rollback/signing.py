@@ -65,13 +65,14 @@ class RollbackSigner:
         statements = {name: sha256 for name, sha256 in content.branches.items() if name in states}
         entries = []
         for entry in plan.branches:
-            if entry.action != "left alone":
+            # A branch that no release names stays as it is, with a warning.
+            if entry.action == "restore" or (entry.action == "done" and entry.branch in content.branches):
                 statement, keyid = self._statement(entry, target, content.repository, states)
                 statements[entry.branch] = digest(statement)
                 if entry.action == "restore" and keyid != self._signer.keyid:
                     entry = self._replacing(entry, ATTESTATION, statement, states)  # noqa: PLW2901
             entries.append(entry)
-        staying = states.keys() - {entry.branch for entry in entries if entry.action in ("restore", "done")}
+        staying = states.keys() - {entry.branch for entry in entries if entry.action == "restore"}
         _require_signed_main(states, staying, history, target)
         restored = any(entry.branch == MAIN and entry.action == "restore" for entry in entries)
         if history.present is latest and statements == content.branches and not restored:
