@@ -124,8 +124,8 @@ def test_exactly_the_approved_plan_is_published() -> None:
 def test_exactly_what_was_built_is_planned_and_published() -> None:
     assert JOBS["build"]["outputs"] == {"sha256": "${{ steps.pack.outputs.sha256 }}"}
     assert step("build", "dist.sh pack")["id"] == "pack"
-    (upload,) = [each for each in steps("build") if "upload-artifact" in each.get("uses", "")]
-    assert upload["with"]["path"] == "${{ runner.temp }}/dist.tar"
+    (packed,) = [each["with"]["path"] for each in steps("build") if each.get("with", {}).get("name") == "dist"]
+    assert packed == "${{ runner.temp }}/dist.tar"
     for name in ("plan", "publish"):
         found, unpack = steps(name), step(name, "dist.sh unpack")
         downloads = [found.index(each) for each in found if "download-artifact" in each.get("uses", "")]
@@ -140,11 +140,18 @@ def test_every_job_installs_what_the_locks_name() -> None:
                 assert "-r locks/" in line or "--no-index --no-deps" in line, f"{workflow.name}: {line.strip()}"
 
 
+def test_every_release_keeps_its_bills_of_materials() -> None:
+    assert "-s sbom" in step("build", "nox")["run"]
+    (kept,) = [each["with"]["path"] for each in steps("build") if each.get("with", {}).get("name") == "sbom"]
+    assert kept == "dist/sbom"
+
+
 def test_artifacts_are_kept_for_a_day_and_credentials_are_not_kept() -> None:
     for job in JOBS.values():
         for each in job["steps"]:
             if "upload-artifact" in each.get("uses", ""):
-                assert (each["with"]["retention-days"], each["with"]["if-no-files-found"]) == (1, "error")
+                days = {"dist": 1, "plan": 1, "sbom": None}[each["with"]["name"]]
+                assert (each["with"].get("retention-days"), each["with"]["if-no-files-found"]) == (days, "error")
             if "checkout" in each.get("uses", ""):
                 assert each["with"]["persist-credentials"] is False
 
