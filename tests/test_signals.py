@@ -150,6 +150,30 @@ def test_hangup_is_ignored_under_nohup(folder: Path) -> None:
     assert_ended_with_children(process, signal.SIGTERM, folder)
 
 
+AT_THE_START = """
+import os, signal, sys, typer, typer.core, typer.main
+
+def ended(*_, **__):
+    os.kill(os.getpid(), signal.{name})
+    raise AssertionError("the signal comes first")
+
+{place} = ended
+sys.argv = ["packager", "status", "recipe.yaml"]
+from packager.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize("place", ["typer.main.get_command", "typer.core.TyperGroup.make_context"])
+def test_a_signal_before_the_command_begins_is_said_too(name: str, place: str) -> None:
+    """Found by the harness `build`: a traceback, while typer read the options of the commands."""
+    code = AT_THE_START.format(name=name, place=place)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30)
+    assert ended.stderr == SAID[signal.Signals[name]]
+    assert ended.returncode == 128 + signal.Signals[name]
+
+
 IN_A_FINALIZER = """
 import os, signal, sys, time, weakref
 from packager.cli.signals import end_command, raise_on_signals

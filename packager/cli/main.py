@@ -77,6 +77,13 @@ A first run, on any machine: packager release recipes/demo-llama.yaml
 class _Commands(TyperGroup):
     """Turn the errors of commands into messages and exit codes."""
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Read the command line."""
+        try:
+            return super().make_context(*arguments, **options)
+        except KeyboardInterrupt as error:  # typer would take every signal for Ctrl-C, and say nothing
+            raise typer.Exit(end_command(error)) from None
+
     def invoke(self, ctx: Any) -> Any:  # typer's releases disagree on the module of Context
         """Run the command."""
         try:
@@ -366,5 +373,8 @@ app.command("doctor")(doctor_command)
 
 def main() -> None:
     """Entry point of the `packager` command."""
-    raise_on_signals()
-    app()
+    try:
+        raise_on_signals()
+        app()
+    except KeyboardInterrupt as error:  # while typer reads the options of the commands
+        sys.exit(end_command(error))
