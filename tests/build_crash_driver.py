@@ -58,6 +58,7 @@ def child(step: dict[str, Any], dist: Path, count: int, words: Path) -> None:
 def run_command(step: dict[str, Any], dist: Path, count: int, words: Path) -> object:
     """Run the command of a step with its disturbance; return its exit code."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's jobs ignore it
     stream = os.open(words, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(stream, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -67,6 +67,7 @@ def publish_in_child(contents: list[BranchContent], root: Path, kill: Kill) -> i
     if child == 0:
         try:
             os.setsid()
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
             counter = EffectCounter(wanted.get("effect", 0), number, FILES_AND_PROCESSES)
             sys.addaudithook(counter)
             _publish_as_the_command_does(contents, root)
