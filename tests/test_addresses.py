@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from packager.cli.main import app
 from packager.errors import LoaderUnavailableError, PackagerError, PublishError, SourceError, without_secrets
 from packager.inputs import hub_session
+from packager.inputs.hub_endpoint import require_endpoint
 from packager.inputs.hub_models import hub_errors
 from packager.publish.targets import hub_calls
 from packager.publish.targets.hub import HubTarget
@@ -117,6 +118,19 @@ def test_an_error_while_reading_shows_no_password(status: int | None) -> None:
     assert "signature" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["LocalProtocolError", "InvalidURL", "UnsupportedProtocol"])
+def test_a_message_that_quotes_the_request_is_left_out(name: str) -> None:
+    """h11 and httpx quote: Illegal header value b'Bearer hf_...', Invalid port: 's3cret'."""
+    http: Any = hub_session._http_library()
+    error = getattr(http, name)(f"it quotes b'Bearer {TOKEN}'")
+    with pytest.raises(SourceError) as caught, hub_errors("a model"):
+        raise error
+    with pytest.raises(PublishError) as refused:
+        RetryPolicy("hub", print).call("listing", lambda: (_ for _ in ()).throw(error))
+    for each in (caught.value, refused.value):
+        assert TOKEN not in str(each)
+
+
 @pytest.mark.parametrize("status", [None, 404, 429])
 def test_a_retry_and_its_end_show_no_password(status: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
@@ -141,11 +155,41 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
         yield hub
 
 
-@pytest.mark.parametrize("form", ["{0}", "{0}bad:port:"])
-def test_no_command_shows_the_password_of_the_endpoint(
-    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "hub.example",
+        "me:s3cret@hub.example",
+        "https://me:s3/cret@hub.example",
+        "https://me:s3#cret@hub.example",
+        "https://me:s3cret@hub.example:port",
+        "ftp://me:s3cret@hub.example",
+        "https://me:s3cret@",
+        "https://me:s3cret@hub.example/a b",
+        "https://[me:s3cret@hub.example",
+    ],
+)
+def test_an_endpoint_that_is_no_address_is_an_error_of_every_command(
+    address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    endpoint = form.format(hub.endpoint.replace("://", "://me:s3cret@"))
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    for command in (["status", "recipe.yaml"], ["verify-published", "hub:a/b"]):
+        done = CliRunner().invoke(app, command)
+        assert (done.exit_code, "HF_ENDPOINT is not the address of a Hub" in done.output) == (12, True), done.output
+        assert "s3" not in done.output
+
+
+@pytest.mark.parametrize("address", ["https://huggingface.co", "http://me:s3%2Fcret@[::1]:8080/hub/"])
+def test_an_endpoint_with_all_its_parts_is_one(address: str) -> None:
+    require_endpoint({"HF_ENDPOINT": address})
+    require_endpoint({})
+
+
+def test_no_command_shows_the_password_of_the_endpoint(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = hub.endpoint.replace("://", "://me:s3cret@")
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     monkeypatch.chdir(tmp_path)

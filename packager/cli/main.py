@@ -38,6 +38,7 @@ from packager.cli.publishing import publish_command, rollback_command, verify_pu
 from packager.cli.signals import end_command, raise_on_signals
 from packager.cli.signing import SignKeyOption, TrustedKeyOption, signing_keys
 from packager.errors import PATH_REFUSALS, AuditError, LoaderError, PackagerError, path_refusal
+from packager.inputs.hub_endpoint import require_endpoint
 
 # pydantic's search for plugins reads the metadata of every installed package: 25 of 500 ms of `plan`, for no plugin.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -87,6 +88,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:  # typer's releases disagree on the module of Context
         """Run the command."""
         try:
+            require_endpoint(os.environ)
             return super().invoke(ctx)
         except PackagerError as error:
             raise _reported(error) from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from packager.errors import SourceError
 from packager.inputs.hub_cache import cached_folder, cached_siblings, is_offline, not_cached
-from packager.inputs.hub_session import AnswerError, checked_siblings, is_of_client, open_session
+from packager.inputs.hub_session import AnswerError, checked_siblings, client_message, is_of_client, open_session
 from packager.inputs.model_names import check_names
 from packager.inputs.source_files import INDEX, has_index, safetensors_among, weights_in_index
 from packager.model.contract_files import content_rule
@@ -62,7 +62,7 @@ def hub_errors(what: str) -> Iterator[None]:
     except failures as error:
         raise SourceError(
             f"{what} could not be downloaded",
-            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            why=client_message(error) or type(error).__name__,
             hint="run the same command again: what arrived is kept; with all files in the cache, HF_HUB_OFFLINE=1 "
             "builds without the Hub",
         ) from error
@@ -71,7 +71,7 @@ def hub_errors(what: str) -> Iterator[None]:
             raise
         raise SourceError(
             f"{what} could not be downloaded",
-            why=f"the answer is not one that the Hub gives: {printable(str(error)) or type(error).__name__}",
+            why=f"the answer is not one that the Hub gives: {printable(client_message(error)) or type(error).__name__}",
             hint="check the address in HF_ENDPOINT, and whether a proxy answers in the server's place",
         ) from error
 

@@ -42,6 +42,8 @@ _HEADERS_S = 5.0  # more than the limit of a read, which ends an answer that doe
 _READING = frozenset({"GET", "HEAD"})
 _OURS = "packager"
 _CLIENTS = frozenset({"huggingface_hub", "hf_xet", "httpx", "httpx2", "httpcore", "httpcore2"})
+# Of the HTTP library: an illegal header is quoted with its token, an invalid port may be the password of a proxy.
+_QUOTING = frozenset({"LocalProtocolError", "UnsupportedProtocol", "InvalidURL"})
 _HUB_DOMAINS = ("huggingface.co", "hf.co")
 
 
@@ -76,6 +78,13 @@ def is_of_client(error: Exception) -> bool:
         return True
     frames = (_package(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__))
     return [package for package in frames if package in {_OURS, *_CLIENTS}][-1] != _OURS
+
+
+def client_message(error: Exception) -> str:
+    """Return the first line of an error's message, "" if it quotes the request: a header, or a part of an address."""
+    if type(error).__name__ in _QUOTING or not str(error):
+        return ""
+    return str(error).splitlines()[0]
 
 
 def origin(url: str) -> tuple[str, str, int | None]:

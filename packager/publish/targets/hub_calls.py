@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TypeVar, cast
 
 from packager.errors import MachineError, PackagerError, PublishError
-from packager.inputs.hub_session import AnswerError, is_of_client
+from packager.inputs.hub_session import AnswerError, client_message, is_of_client
 from packager.publish.targets import HeadMovedError
 from packager.publish.targets.hub_client import asked_wait_s
 from packager.system.text import printable
@@ -224,8 +224,7 @@ def _wait_s(error: Exception, attempt: int) -> float:
 def _reason(error: Exception) -> str:
     """Return the status and the server's message, or the client's message, in one line."""
     status = _status(error)
-    # The client's message about a header that cannot be sent would show the token.
-    own = "" if status is not None or _is_unsendable(error) else str(error)
+    own = client_message(error) if status is None else ""
     message = (getattr(error, "server_message", None) or own).strip()
     message = printable(message.splitlines()[0])[:_MAX_MESSAGE] if message else ""
     if isinstance(error, AnswerError):
