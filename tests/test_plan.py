@@ -351,20 +351,23 @@ def refusing(config: dict[str, Any] = LLAMA_2_13B, **parameters: Any) -> set[str
     ("parameters", "refusals"),
     [
         ({}, set()),
-        ({"act_order": "full", "group_size": 32}, {"vllm"}),
+        ({"act_order": "full", "group_size": 32}, {"vllm", "vllm-cpu"}),
         ({"act_order": "static", "group_size": 32}, set()),
         ({"act_order": "group", "group_size": 32}, set()),
         ({"group_size": -1, "act_order": "full"}, {"onnxruntime"}),
-        ({"bits": 8}, {"exllama", "exllamav2"}),
-        ({"bits": 3}, {"exllama", "exllamav2", "gptqmodel-marlin", "onnxruntime", "vllm", "tgi"}),
+        ({"bits": 8}, {"exllama", "exllamav2", "vllm-cpu"}),
+        ({"bits": 3}, {"exllama", "exllamav2", "gptqmodel-marlin", "onnxruntime", "vllm", "vllm-cpu", "tgi"}),
         (
             {"bits": 3, "act_order": "full"},
-            {"exllama", "exllamav2", "gptq-for-llama", "gptqmodel-marlin", "onnxruntime", "vllm", "tgi"},
+            {"exllama", "exllamav2", "gptq-for-llama", "gptqmodel-marlin", "onnxruntime", "vllm", "vllm-cpu", "tgi"},
         ),
-        ({"bits": 2}, {"exllama", "exllamav2", "gptqmodel-marlin", "vllm"}),
-        ({"sym": False}, {"gptqmodel", "gptqmodel-marlin", "vllm"}),
-        ({"group_size": 256}, {"gptqmodel-marlin", "vllm"}),
-        ({"group_size": 160}, {"exllamav2", "transformers", "gptqmodel", "gptqmodel-marlin", "onnxruntime", "vllm"}),
+        ({"bits": 2}, {"exllama", "exllamav2", "gptqmodel-marlin", "vllm", "vllm-cpu"}),
+        ({"sym": False}, {"gptqmodel", "gptqmodel-marlin", "vllm", "vllm-cpu"}),
+        ({"group_size": 256}, {"gptqmodel-marlin", "vllm", "vllm-cpu"}),
+        (
+            {"group_size": 160},
+            {"exllamav2", "transformers", "gptqmodel", "gptqmodel-marlin", "onnxruntime", "vllm", "vllm-cpu"},
+        ),
     ],
 )
 def test_verdicts_follow_the_format_s_table(parameters: dict[str, Any], refusals: set[str]) -> None:
@@ -440,7 +443,7 @@ def test_the_tables_show_every_figure_and_reason(tmp_path: Path) -> None:
     for word in ("7.26", "8.00", "7.50", f"{plan.variants[0].weights_bytes:,}", "gptq-8bit-128g-actorder_False"):
         assert word in text
     assert "someone/model-GPTQ from meta/base: llama, 13,015,864,320 parameters in F16, 40 blocks" in text
-    assert "no: vLLM 0.30 for gptq-8bit-128g-actorder_False: reads symmetric checkpoints only" in text
+    assert "no: vLLM 0.32 for gptq-8bit-128g-actorder_False: reads symmetric checkpoints only" in text
     assert "note: Transformers 5: through gptqmodel and optimum" in text
     assert f"{plan.disk.total_bytes / 1e9:.2f}" in text
     memory = plan.memory

@@ -273,9 +273,9 @@ def test_a_reason_names_its_branches_unless_it_holds_for_all(plan: BuildPlan) ->
     rows = printed(judged)
     assert [row for row in rows if row.startswith(("no: ", "note: "))] == [
         "no: SGLang: reads 4 bits only",
-        f"no: vLLM 0.30 for {second}, {fourth}: reads 4 bits only",
+        f"no: vLLM 0.32 for {second}, {fourth}: reads 4 bits only",
         "note: TGI: needs CUDA",
-        f"note: vLLM 0.30 for {first}: needs CUDA",
+        f"note: vLLM 0.32 for {first}: needs CUDA",
     ]
 
 

@@ -18,9 +18,20 @@ from packager.model.runtime_architectures import (
     GPTQMODEL_OPENS,
     GPTQMODEL_TYPES,
     TRANSFORMERS_FAILS,
-    VLLM_CLASSES,
 )
 from packager.model.runtimes import RUNTIMES
+from packager.model.vllm_rules import (
+    vllm_act_order,
+    vllm_bits,
+    vllm_classes,
+    vllm_cpu_bits,
+    vllm_cpu_heads,
+    vllm_cpu_shapes,
+    vllm_group_sizes,
+    vllm_symmetric,
+    vllm_tensor_parallel,
+    vllm_whole_groups,
+)
 from packager.variant import Variant
 
 # Returns in a few words what it found, or "".
@@ -40,9 +51,6 @@ LEGACY_ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
 AUTOGPTQ_FAMILIES = tuple(LEGACY_ROPE_TYPES)
 # Families that AutoGPTQ opens, but that our script for quantizing with it does not know.
 AUTOGPTQ_OPENS = (*AUTOGPTQ_FAMILIES, "gpt_neox", "gptj", "codegen")
-TENSOR_PARALLEL_SIZES = (2, 4, 8)
-# Linears whose input columns are divided among the GPUs.
-ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +166,6 @@ def _merged_experts(_: Variant, architecture: Architecture) -> str:
     return "is not proven to read experts one by one that the base model stores as one tensor" if untried else ""
 
 
-def _vllm_classes(_: Variant, architecture: Architecture) -> str:
-    known = architecture.model_class in VLLM_CLASSES
-    return "" if known else f"its registry (commit 0002bff0) does not list {architecture.model_class}"
-
-
 def _nothing_left(_: Variant, architecture: Architecture) -> str:
     """Refuse models with unquantized linears in their blocks, for runtimes that take every linear as quantized."""
     left = next(iter(architecture.left), None)
@@ -201,11 +204,6 @@ def _note(text: str) -> Check:
 
 def _symmetric_only(variant: Variant, _: Architecture) -> str:
     return "" if variant.sym else "reads symmetric checkpoints only"
-
-
-def _no_act_order(variant: Variant, _: Architecture) -> str:
-    """Return the refusal of vLLM 0.30 and later (vllm#54809); with one group per row act order changes nothing."""
-    return "reads no act order with groups (0.29 did)" if variant.desc_act and variant.group_size != -1 else ""
 
 
 def _power_of_two_groups(variant: Variant, _: Architecture) -> str:
@@ -276,19 +274,6 @@ def _gptq_for_llama_branch(variant: Variant, _: Architecture) -> str:
     return "Triton branch only" if variant.desc_act and variant.group_size != -1 else ""
 
 
-def _tensor_parallel_limit(variant: Variant, architecture: Architecture) -> str:
-    """Return the smallest number of GPUs over which a row-parallel linear cannot be split into whole groups."""
-    group = max(variant.group_size, 1)
-    for size in TENSOR_PARALLEL_SIZES:
-        for linear in architecture.example_linears:
-            if linear.module in ROW_PARALLEL and linear.in_features % (size * group):
-                return (
-                    f"tensor parallel {size} fails: {linear.module} has {linear.in_features} / {size} = "
-                    f"{linear.in_features / size:g} columns on each GPU, not a multiple of {group}"
-                )
-    return ""
-
-
 def _marlin_fits(variant: Variant) -> bool:
     return variant.sym and variant.bits in MARLIN_BITS and variant.group_size in MARLIN_GROUP_SIZES
 
@@ -302,6 +287,8 @@ def _tgi_kernel(variant: Variant, _: Architecture) -> str:
         return ""
     return "neither Marlin nor ExLlama fits: the slower Triton kernel"
 
+
+_VLLM = (vllm_classes, _fused_alike, vllm_group_sizes, vllm_whole_groups)
 
 RUNTIME_RULES: Mapping[str, RuntimeRules] = {
     "autogptq": RuntimeRules(
@@ -355,16 +342,12 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         traps=(_note("after conversion, which gives head and embeddings 4 bits by default"), onnxruntime_lengths),
     ),
     "vllm": RuntimeRules(
-        refuses=(
-            _bits(*MARLIN_BITS),
-            _vllm_classes,
-            _merged_experts,
-            _fused_alike,
-            _group_sizes(*MARLIN_GROUP_SIZES),
-            _symmetric_only,
-            _no_act_order,
-        ),
-        traps=(_tensor_parallel_limit,),
+        refuses=(vllm_bits, *_VLLM, _merged_experts, vllm_symmetric, vllm_act_order),
+        traps=(vllm_tensor_parallel,),
+    ),
+    "vllm-cpu": RuntimeRules(
+        refuses=(vllm_cpu_bits, *_VLLM, vllm_symmetric, vllm_act_order, vllm_cpu_shapes, vllm_cpu_heads),
+        traps=(_note("computes in float16 or bfloat16"),),
     ),
     "sglang": RuntimeRules(
         refuses=(_bits(2, 3, 4, 8), _rules_read_for("llama", "mistral", "qwen2", "qwen3"), _fused_alike),

@@ -68,31 +68,6 @@ GPTQMODEL_FAILS: dict[str, str] = {
     "phi3": _SPLITS,
 }
 
-# Classes of transformers: vLLM at commit 0002bff0b6cb, vllm.model_executor.models.registry: its models of text, and
-# of images those whose class transformers has too.
-VLLM_CLASSES = frozenset(
-    """
-    AfmoeForCausalLM ApertusForCausalLM ArceeForCausalLM AriaForConditionalGeneration
-    AyaVisionForConditionalGeneration BambaForCausalLM BloomForCausalLM ChameleonForConditionalGeneration
-    Cohere2ForCausalLM Cohere2VisionForConditionalGeneration CohereForCausalLM CwmForCausalLM DbrxForCausalLM
-    DeepseekV2ForCausalLM DeepseekV32ForCausalLM DeepseekV3ForCausalLM Dots1ForCausalLM Ernie4_5ForCausalLM
-    Ernie4_5_MoeForCausalLM Exaone4ForCausalLM FalconForCausalLM FalconH1ForCausalLM FalconMambaForCausalLM
-    FlexOlmoForCausalLM GPT2LMHeadModel GPTBigCodeForCausalLM GPTJForCausalLM GPTNeoXForCausalLM Gemma2ForCausalLM
-    Gemma3ForCausalLM Gemma3ForConditionalGeneration Gemma3nForCausalLM Gemma3nForConditionalGeneration
-    GemmaForCausalLM Glm4ForCausalLM Glm4MoeForCausalLM Glm4vForConditionalGeneration
-    Glm4vMoeForConditionalGeneration GlmForCausalLM GptOssForCausalLM GraniteForCausalLM GraniteMoeForCausalLM
-    GraniteMoeHybridForCausalLM GraniteMoeSharedForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM
-    Idefics3ForConditionalGeneration InternVLForConditionalGeneration Jais2ForCausalLM JambaForCausalLM
-    KimiLinearForCausalLM Lfm2ForCausalLM Lfm2MoeForCausalLM Llama4ForCausalLM LlamaForCausalLM
-    LongcatFlashForCausalLM Mamba2ForCausalLM MambaForCausalLM MiMoV2FlashForCausalLM MiniMaxForCausalLM
-    MiniMaxM2ForCausalLM MistralForCausalLM MixtralForCausalLM MptForCausalLM NemotronForCausalLM
-    NemotronHForCausalLM OPTForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM OlmoForCausalLM OlmoeForCausalLM
-    PersimmonForCausalLM Phi3ForCausalLM PhiForCausalLM PhimoeForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM
-    Qwen3ForCausalLM Qwen3MoeForCausalLM Qwen3NextForCausalLM SeedOssForCausalLM SmolVLMForConditionalGeneration
-    StableLmForCausalLM Starcoder2ForCausalLM Zamba2ForCausalLM
-    """.split()  # noqa: SIM905
-)
-
 # Linears that vLLM and SGLang compute as one, by the name of it: packed_modules_mapping of their models (llama,
 # deepseek_v2, qwen3_next, qwen3_5). vLLM raises ValueError if only some are quantized
 # (model_executor.layers.quantization.utils.gptq_utils, is_layer_gptq_quantized); SGLang asks for the one name only

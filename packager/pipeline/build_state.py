@@ -20,7 +20,7 @@ from packager.pipeline.branch_files import check_small_files
 from packager.pipeline.pack import is_packed
 from packager.pipeline.plan import VariantPlan, make_plan
 from packager.pipeline.workspace import Workspace, check_folder
-from packager.prove.environments import RuntimeContext
+from packager.prove.environments import RuntimeContext, waits_for_request
 from packager.prove.loaders import ISOLATED, LOADERS
 from packager.receipt import PROVENANCE, README, Receipt, digest_of
 from packager.recipe.fields import DRAWING_VERSION
@@ -91,7 +91,8 @@ class BuildState:
         """Return the recipe's loaders that have no result for some variant and that this machine can run.
 
         "not run" is the result of one machine, or of a failure that may have passed since, such as a package index that
-        could not be reached. So a loader that did not run is run by the next build on a machine that can run it.
+        could not be reached. So a loader that did not run is run by the next build on a machine that can run it, and
+        one whose environment is made on request by the next build after that.
         """
         wanted = (*self.recipe.loaders.required, *self.recipe.loaders.if_available)
         if self.missing("verify"):
@@ -101,7 +102,13 @@ class BuildState:
             for receipt in self.receipts.values()
         ]
         left = [name for name in wanted if any(name not in found for found in results)]
-        return tuple(name for name in left if not LOADERS[name].machine_problem(device_type(self.options.device)))
+        required, options = self.recipe.loaders.required, self.options
+        return tuple(
+            name
+            for name in left
+            if not LOADERS[name].machine_problem(device_type(options.device))
+            and not waits_for_request(LOADERS[name], required, options.cache)
+        )
 
     def read_receipts(self) -> None:
         """Read the receipts of variants that earlier runs finished.

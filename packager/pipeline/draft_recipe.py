@@ -223,7 +223,7 @@ def _loaders(variant_set: VariantSet, architecture: Architecture | None, *, chat
     if "transformers" in probes:  # the same package computes
         probes.pop("gptqmodel", None)
     probes = {name: probe for name, probe in probes.items() if name not in _too_slow(architecture)}
-    required = [name for name, probe in probes.items() if "cpu" in probe.devices]
+    required = [name for name, probe in probes.items() if "cpu" in probe.devices and not probe.on_request]
     positions, usual = architecture.max_position_embeddings, Loaders.model_fields["seq_len"].default
     tried = [name for name in probes if name not in required]
     return {

@@ -188,7 +188,8 @@ def _loaders(cache: Path) -> Iterator[MachineCheck]:
             continue
         folder = environments_folder(cache) / environment_name(spec)
         size = f", {format_bytes(_size(folder))}" if folder.exists() else ""
-        found = f"environment ready{size}" if is_ready(folder) else "environment not made yet: the first build makes it"
+        maker = "packager verify" if spec.on_request else "the first build"
+        found = f"environment ready{size}" if is_ready(folder) else f"environment not made yet: {maker} makes it"
         yield MachineCheck(name=name, grade="ok", found=f"{spec.description}: {found}")
 
 

@@ -234,7 +234,7 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
 
     Args:
         run: the build.
-        again: run every loader again.
+        again: run every loader again, those too whose environment is made on request.
     """
     wanted = run.recipe.loaders
     every = (*wanted.required, *wanted.if_available)
@@ -263,6 +263,7 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
             }
             for variant_plan in run.plan.variants
         },
+        on_request=again,
     )
     with run.terminal.stage("verify") as stage:
         records = verify(job, run.terminal.log)

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import time
 import venv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +93,19 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
                 )
                 _create(spec, creation)
     return _python(folder)
+
+
+def waits_for_request(spec: LoaderSpec, required: Collection[str], cache: Path) -> bool:
+    """Return whether a build leaves a loader out until somebody asks for its environment.
+
+    Args:
+        spec: the loader.
+        required: the loaders that the recipe requires: it asks for these.
+        cache: of the environments. One that was made before is used.
+    """
+    if not spec.on_request or spec.name in required:
+        return False
+    return not is_ready(environments_folder(cache) / environment_name(spec))
 
 
 def environments_folder(cache: Path) -> Path:

