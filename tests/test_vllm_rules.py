@@ -63,7 +63,6 @@ def test_the_parameters_that_are_read(parameters: dict[str, Any], cuda: str, cpu
     [
         ({**CONFIG, "head_dim": 16}, "computes no attention with heads of 16 columns"),
         ({**CONFIG, "head_dim": None, "num_attention_heads": 2, "num_key_value_heads": 2}, ""),
-        # Three linears of 32 rows that are one of 96.
         ({**CONFIG, "intermediate_size": 144}, "mlp.down_proj has 144 columns, not a multiple of 32"),
         (LLAMA_2_13B, ""),
     ],

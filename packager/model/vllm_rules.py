@@ -63,7 +63,7 @@ VLLM_GROUP_SIZES = (-1, 32, 64, 128)
 # CPUWNA16LinearKernel.can_implement.
 _CPU_MULTIPLE = 32
 # v1.attention.backends.cpu_attn, CPUAttentionBackend.get_supported_head_sizes.
-_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 TENSOR_PARALLEL_SIZES = (2, 4, 8)
 # Linears whose input columns are divided among the GPUs.
 ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
@@ -127,7 +127,7 @@ def vllm_cpu_heads(_: Variant, architecture: Architecture) -> str:
     heads, size = config.get("num_attention_heads"), config.get("head_dim")
     if not isinstance(size, int) and isinstance(heads, int) and heads > 0:
         size = architecture.hidden_size // heads
-    if not isinstance(size, int) or size in _CPU_HEAD_SIZES:
+    if not isinstance(size, int) or size in VLLM_CPU_HEAD_SIZES:
         return ""
     return f"computes no attention with heads of {size} columns"
 
