@@ -118,13 +118,12 @@ RUNTIMES: Mapping[str, Runtime] = {
         Runtime(name="vllm", title="vLLM", version="0.32"),
         Runtime(
             name="vllm-cpu",
-            title="vLLM",
+            title="vLLM (CPU)",
             version="0.32",
-            kernel="CPU",
             probe=Probe(
                 script="vllm_probe.py",
                 lock="vllm-cpu",
-                versions="0.32 for the CPU",
+                versions="0.32",
                 devices=frozenset({"cpu"}),
                 on_request=True,
             ),
