@@ -249,7 +249,13 @@ def tests_release(session: nox.Session) -> None:
     _install(session, "-e", ".[build,sign]", "hypothesis", "pytest")
     # A server of models. Another olah may need other corrections than those in tests/local_hub.py.
     session.install(*HASHED, "-r", "locks/olah.txt")
-    files = ("test_release", "test_auto_gptq", "test_loaders_of_architectures", "test_onnxruntime_loader")
+    files = (
+        "test_release",
+        "test_auto_gptq",
+        "test_loaders_of_architectures",
+        "test_onnxruntime_loader",
+        "test_vllm_loader",
+    )
     session.run("pytest", "-m", "release", *(f"tests/{name}.py" for name in files), *session.posargs)
 
 

@@ -322,15 +322,23 @@ needs the network.
 def loaders_page() -> str:
     """Return the loaders that prove a build, their locks, and what each runtime is known to refuse."""
     rows = (
-        (f"`{spec.name}`", cell(spec.description), " or ".join(sorted(spec.devices)), f"`{spec.requires_python}`")
+        (
+            f"`{spec.name}`",
+            cell(spec.description),
+            " or ".join(sorted(spec.devices)),
+            f"`{spec.requires_python}`",
+            "on request" if spec.on_request else "by the first build",
+        )
         for spec in LOADERS.values()
     )
     intro = (
         "The runtimes that load published branches. Those of the first table run in a build, each in the environment "
         "of its lock, which shares the torch of the build; what they must prove is in "
-        "[how it works](../explanation/how-it-works.md). One that has no CUDA runs on the CPU in a build on CUDA too."
+        "[how it works](../explanation/how-it-works.md). One that has no CUDA runs on the CPU in a build on CUDA too. "
+        'A build makes an environment marked "on request", which is large, only for a recipe that requires the loader. '
+        "`packager verify` makes it too; once made, builds use it."
     )
-    proven = f"## In a build\n\n{table(('name in recipes', 'runtime', 'device', 'Python'), rows)}"
+    proven = f"## In a build\n\n{table(('name in recipes', 'runtime', 'device', 'Python', 'environment'), rows)}"
     loaders_by_lock: dict[Path, list[str]] = {}
     for spec in LOADERS.values():
         loaders_by_lock.setdefault(spec.requirements, []).append(f"`{spec.name}`")

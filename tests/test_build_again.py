@@ -20,6 +20,7 @@ from packager.pipeline.flow import BuildResult
 from packager.pipeline.plan import make_plan
 from packager.pipeline.release import cannot_build, release
 from packager.prove.evaluation_memory import EvaluationMemory
+from packager.prove.loaders import LOADERS
 from packager.quantize import engines
 from packager.quantize.job import ModulesFused
 from packager.recipe.file import RecipeFile
@@ -117,6 +118,27 @@ def test_a_loader_that_needs_a_gpu_is_run_where_there_is_one(
     install(loader, monkeypatch)
     back = flow.reverify(RecipeFile.load(recipe), tiny_recipe.options(dist), Terminal(quiet=True))
     assert {record.status for receipt in back for record in receipt.provenance.loaders} == {"passed", "refused"}
+
+
+def test_a_loader_on_request_is_run_by_verify_and_by_the_builds_after_it(
+    tmp_path: Path, loader: StandIn, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOADERS, "transformers", replace(LOADERS["transformers"], on_request=True))
+    recipe = tiny_recipe.write_all(tmp_path, {"loaders.if_available": ["transformers"]})
+    dist, never = tmp_path / "dist", {branch: ["transformers not run"] for branch in BRANCHES}
+    assert statuses(build(recipe, dist, capsys)[0]) == never
+    again, _ = build(recipe, dist, capsys)
+    assert (again.nothing_to_do, loader.opened) == (True, [])
+
+    flow.reverify(RecipeFile.load(recipe), tiny_recipe.options(dist), Terminal(quiet=True))
+    assert len(loader.opened) == len(BRANCHES)
+    assert build(recipe, dist, capsys)[0].nothing_to_do
+
+    # Another build of a machine that has the environment.
+    assert statuses(build(recipe, tmp_path / "other", capsys)[0]) == never
+    monkeypatch.setattr("packager.prove.environments.is_ready", lambda _: True)
+    there, _ = build(recipe, tmp_path / "other", capsys)
+    assert statuses(there) == {branch: ["transformers passed"] for branch in BRANCHES}
 
 
 def test_torch_is_imported_for_a_gpu_only_if_a_driver_is_loaded(

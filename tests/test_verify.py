@@ -96,6 +96,25 @@ def test_a_loader_that_a_rule_refuses_is_recorded_as_refused_and_not_run(monkeyp
     assert ran.ran
 
 
+@pytest.mark.parametrize(
+    ("loaders", "asked", "status"),
+    [
+        ({"if_available": ("vllm-cpu",)}, False, "not run"),
+        ({"if_available": ("vllm-cpu",)}, True, "passed"),
+        ({"required": ("vllm-cpu",)}, False, "passed"),
+        ({"if_available": ("onnxruntime",)}, False, "passed"),
+    ],
+)
+def test_a_large_environment_is_made_on_request(monkeypatch, tmp_path, loaders, asked, status):
+    replace_loaders(monkeypatch, lambda _: result_of(OWN))
+    context = RuntimeContext(cache=tmp_path, scratch=tmp_path, environ={}, log=lambda _: None)
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    job = job_of({"main": Path("main")}, ids, loaders=Loaders(**loaders), context=context, on_request=asked)
+    (record,) = verify.check_loaders(job, {"main": OWN}, lambda _: None)["main"]
+    assert record.status == status
+    assert ("made on request only: by packager verify" in record.reason) == (status == "not run")
+
+
 def test_a_loader_without_cuda_runs_on_the_cpu_in_a_run_on_cuda(monkeypatch):
     devices = {}
 

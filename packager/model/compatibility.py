@@ -288,7 +288,7 @@ def _tgi_kernel(variant: Variant, _: Architecture) -> str:
     return "neither Marlin nor ExLlama fits: the slower Triton kernel"
 
 
-_VLLM = (vllm_classes, _fused_alike, vllm_group_sizes, vllm_whole_groups)
+_VLLM = (vllm_classes, _merged_experts, _fused_alike, vllm_group_sizes, vllm_whole_groups)
 
 RUNTIME_RULES: Mapping[str, RuntimeRules] = {
     "autogptq": RuntimeRules(
@@ -342,7 +342,7 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         traps=(_note("after conversion, which gives head and embeddings 4 bits by default"), onnxruntime_lengths),
     ),
     "vllm": RuntimeRules(
-        refuses=(vllm_bits, *_VLLM, _merged_experts, vllm_symmetric, vllm_act_order),
+        refuses=(vllm_bits, *_VLLM, vllm_symmetric, vllm_act_order),
         traps=(vllm_tensor_parallel,),
     ),
     "vllm-cpu": RuntimeRules(
