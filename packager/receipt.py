@@ -6,6 +6,9 @@ machine, so that the same build gives the same bytes; the rest stays in `dist/`.
 
 import hashlib
 import json
+import math
+import statistics
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
@@ -27,6 +30,11 @@ GIT_ATTRIBUTES = ".gitattributes"
 # Files that no provenance.json lists: it is written last, then signed, and hosts add attributes.
 STATEMENTS = frozenset({ATTESTATION, RELEASE_ATTESTATION})
 UNLISTED_FILES = frozenset({PROVENANCE, GIT_ATTRIBUTES, ATTESTATION, RELEASE_ATTESTATION})
+
+# A standard error of fewer rows says little: of 8 rows, twice the error is a 91 % interval, of 3 rows an 82 % one.
+LEAST_ROWS = 8
+# Rows that a record keeps: provenance.json has four numbers for each.
+MOST_ROWS = 8192
 
 # "refused": a rule says that the loader cannot load the branch, so it is not run. "not run": this machine cannot.
 LoaderStatus = Literal["passed", "failed", "refused", "not run"]
@@ -148,8 +156,45 @@ class LoaderRecord(Record):
         return self.status in ("passed", "failed")
 
 
+class RowQuality(Record):
+    """Figures of each held-out row, in the rows' order: what the errors and comparisons of branches are computed from.
+
+    Attributes:
+        loss, base_loss: mean negative log-likelihood of the row's tokens, nats, of the branch and of the fp16 model.
+        kl_divergence: mean KL(fp16 || quantized) of the row's predictions, nats.
+        top1_agreement: the share of the row's predictions whose most likely token is that of the fp16 model.
+    """
+
+    loss: tuple[float, ...]
+    base_loss: tuple[float, ...]
+    kl_divergence: tuple[float, ...]
+    top1_agreement: tuple[float, ...]
+
+
+class QualityErrors(Record):
+    """Standard errors over the held-out rows, in the units of the figures.
+
+    `perplexity_change` is of perplexity / base_perplexity - 1, from each row's difference of both models. The error of
+    a quantile is None where the rows are too few for one.
+    """
+
+    perplexity: float
+    base_perplexity: float
+    perplexity_change: float
+    kl_divergence: float
+    kl_median: float | None
+    kl_p99: float | None
+    top1_agreement: float
+
+
 class QualityRecord(Record):
-    """Held-out quality against the fp16 model on the same tokens (nats; KL is fp16 || quantized)."""
+    """Held-out quality against the fp16 model on the same tokens (nats; KL is fp16 || quantized).
+
+    Attributes:
+        kl_divergence: the mean over all predictions; `kl_median` and `kl_p99` are quantiles over them.
+        errors: None where there are fewer than LEAST_ROWS rows, and in records of earlier versions.
+        rows: None where there are more than MOST_ROWS, and in records of earlier versions.
+    """
 
     num_tokens: int
     perplexity: float
@@ -159,6 +204,10 @@ class QualityRecord(Record):
     questions: int = 0
     answered: int = 0
     base_answered: int = 0
+    kl_median: float | None = None
+    kl_p99: float | None = None
+    errors: QualityErrors | None = None
+    rows: RowQuality | None = None
 
 
 class Provenance(Record):
@@ -238,6 +287,11 @@ class Receipt(Record):
             if lacking := [name for name in timed.get(stage, ()) if name not in self.seconds]:
                 raise ValueError(f"the stage {stage} is done and has no seconds for {', '.join(lacking)}")
         return self
+
+
+def standard_error(rows: Sequence[float]) -> float:
+    """Return the standard error of the mean of two values or more: their sample deviation / sqrt(number)."""
+    return statistics.stdev(rows) / math.sqrt(len(rows))
 
 
 def digest_of(value: object) -> str:

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
-from packager.pipeline import pack, stages
+from packager.pipeline import build_state, pack, stages
+from packager.pipeline.plan import make_plan
 from packager.pipeline.stages import peak_memory_bytes
 from packager.prove import evaluate
 from packager.quantize.engines import engine_named
+from packager.receipt import QualityRecord
+from packager.recipe.file import RecipeFile
 from tests import tiny_recipe
 from tests.import_graph import ROOT
 from tests.samples import sampled
@@ -52,6 +55,23 @@ def test_peak_memory_is_that_of_this_process() -> None:
     block = bytearray(peak + 1_000_000)
     block[::4096] = b"x" * len(block[::4096])
     assert peak_memory_bytes() > peak > 10_000_000
+
+
+def test_new_figures_are_measured_again_and_nothing_else_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_file = RecipeFile.load(tiny_recipe.write_all(tmp_path))
+    plan = make_plan(recipe_file).variants[0]
+    before = build_state.stage_keys(recipe_file, plan)
+    monkeypatch.setattr(build_state, "EVALUATION_VERSION", build_state.EVALUATION_VERSION + 1)
+    after = build_state.stage_keys(recipe_file, plan)
+    assert [stage for stage in before if before[stage] != after[stage]] == ["evaluate"]
+
+
+def test_a_record_of_an_earlier_version_has_no_errors() -> None:
+    known = {"num_tokens": 8, "perplexity": 2.0, "base_perplexity": 1.5, "kl_divergence": 0.1, "top1_agreement": 0.9}
+    record = QualityRecord.model_validate(known)
+    assert (record.errors, record.rows, record.kl_median, record.kl_p99) == (None, None, None, None)
 
 
 class ThreadClock(threading.local):

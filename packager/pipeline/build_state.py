@@ -22,6 +22,7 @@ from packager.pipeline.plan import VariantPlan, make_plan
 from packager.pipeline.workspace import Workspace, check_folder
 from packager.prove.environments import RuntimeContext, waits_for_request
 from packager.prove.loaders import ISOLATED, LOADERS
+from packager.prove.quality_figures import EVALUATION_VERSION
 from packager.receipt import PROVENANCE, README, Receipt, digest_of
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
@@ -220,7 +221,7 @@ def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, 
     packed = [recipe.repository.id, recipe.checkpoint.model_dump(mode="json"), BRANCH_RULES_VERSION]
     weights = digest_of([quantized, *packed])
     evaluation = recipe.evaluation
-    measured = digest_of(
+    held_out = digest_of(
         [
             quantized,
             DRAWING_VERSION,
@@ -229,9 +230,10 @@ def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, 
             _local_digest(recipe_file, evaluation.questions),
         ]
     )
+    measured = digest_of([held_out, EVALUATION_VERSION])
     names = (*recipe.loaders.required, *recipe.loaders.if_available)
     verified = digest_of(
-        [measured, weights, recipe.loaders.model_dump(mode="json"), [_loader_digest(name) for name in names]]
+        [held_out, weights, recipe.loaders.model_dump(mode="json"), [_loader_digest(name) for name in names]]
     )
     return {"quantize": quantized, "weights": weights, "evaluate": measured, "verify": verified}
 

@@ -223,7 +223,7 @@ def evaluate(run: BuildState) -> tuple[str, ...]:
             quality = quality_of(base, run_checkpoint(folder, bits, source, texts, device), texts)
             fields = {"quality": quality, "evaluation": texts.evaluation.record}
             _update(run, branch, "evaluate", time.monotonic() - started, fields)
-            bar.step(f"{branch} perplexity {quality.perplexity:.4f}, KL {quality.kl_divergence:.5f}")
+            bar.step(f"{branch} perplexity {quality.perplexity:.4f}, KL {quality.kl_divergence:#.3g}")
     return tuple(variant_plan.variant.branch for variant_plan in missing)
 
 

@@ -22,6 +22,7 @@ from packager.model.devices import gpu_memory_errors
 from packager.model.packing import CheckpointReader
 from packager.model.stored_names import ReadTensor
 from packager.prove.evaluation_memory import question_tokens, tokens_per_piece
+from packager.prove.quality_figures import quality_record
 from packager.receipt import QualityRecord
 
 _HINT = "end other programs on the GPU, or run build again with --device cpu: the quantized variants are kept"
@@ -167,33 +168,28 @@ def run_checkpoint(
 
 @torch.no_grad()
 def quality_of(base: ForwardResult, quantized: ForwardResult, texts: TextSets) -> QualityRecord:
-    """Return perplexity of both models, KL(base || quantized) in nats per token, and top-1 agreement.
+    """Return the figures of a quantized model against the base model: see `QualityRecord`.
 
-    Every position predicts the next token of its row; the last position of a row predicts nothing. Means are over all
-    predictions; sums are float64.
+    Every position predicts the next token of its row; the last position of a row predicts nothing. From the logits on
+    everything is float64: the KL divergence of 8 bits is a millionth of a nat, and a float32 log-probability is less
+    exact than that.
 
     Raises:
         QuantizeError: a figure is not a finite number.
         MachineError: the GPU's memory is exhausted.
     """
-    totals = torch.zeros(3, dtype=torch.float64)
-    equal = count = 0
     with gpu_memory_errors(_HINT):
-        for piece in _pieces(base, quantized, texts.evaluation.ids):
-            sums, same = _compare(base.decoder, quantized.decoder, *piece)
-            totals += sums
-            equal += same
-            count += piece[-1].numel()
-    perplexity, base_perplexity, kl_divergence = _means(totals, count)
-    return QualityRecord(
-        num_tokens=count,
-        perplexity=perplexity,
-        base_perplexity=base_perplexity,
-        kl_divergence=kl_divergence,
-        top1_agreement=equal / count,
-        questions=len(texts.questions),
-        answered=quantized.answered,
-        base_answered=base.answered,
+        pieces = _pieces(base, quantized, texts.evaluation.ids)
+        compared = torch.cat([_compare(base.decoder, quantized.decoder, *piece) for piece in pieces], dim=1)
+    figures = compared.view(len(compared), len(texts.evaluation.ids), -1).numpy()
+    record = quality_record(*figures)
+    _check_finite(record)
+    return record.model_copy(
+        update={
+            "questions": len(texts.questions),
+            "answered": quantized.answered,
+            "base_answered": base.answered,
+        }
     )
 
 
@@ -207,30 +203,34 @@ def _pieces(base: ForwardResult, quantized: ForwardResult, ids: Tensor) -> Itera
         yield from zip(*own, torch.split(following, size), strict=True)
 
 
-def _compare(base: Decoder, quantized: Decoder, p_states: Tensor, q_states: Tensor, ids: Tensor) -> tuple[Tensor, int]:
-    """Return the piece's summed losses of the quantized and the base model and KL, float64 [3], and equal top-1 counts.
+def _compare(base: Decoder, quantized: Decoder, p_states: Tensor, q_states: Tensor, ids: Tensor) -> Tensor:
+    """Return the figures of a piece's predictions on the CPU, float64 [4, tokens].
 
-    Three float32 tensors [tokens, vocab] exist at most: `evaluation_memory` counts them.
+    These are the losses of the quantized and the base model, KL(base || quantized), and 1 where both find the same
+    token most likely. Three float64 tensors [tokens, vocab] exist at most: `evaluation_memory` counts them.
     """
     target = ids[:, None].to(base.device)
-    p = base.logits(p_states[None])[0].log_softmax(-1)
-    q = quantized.logits(q_states[None])[0].log_softmax(-1)
-    base_loss, loss = (-found.gather(-1, target).double().sum() for found in (p, q))
-    equal = int((p.argmax(-1) == q.argmax(-1)).sum())
+    p, q = _log_probabilities(base, p_states), _log_probabilities(quantized, q_states)
+    base_loss, loss = (-found.gather(-1, target)[:, 0] for found in (p, q))
+    equal = (p.argmax(-1) == q.argmax(-1)).double()
     difference = q.neg_().add_(p)
-    kl = p.exp_().mul_(difference).sum(-1).double().sum()
-    return torch.stack([loss, base_loss, kl]).cpu(), equal
+    kl = p.exp_().mul_(difference).sum(-1)
+    return torch.stack([loss, base_loss, kl, equal]).cpu()
+
+
+def _log_probabilities(decoder: Decoder, states: Tensor) -> Tensor:
+    """Return log-probabilities of the next token, float64 [tokens, vocab]."""
+    logits = decoder.logits(states[None])[0].double()
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 
 def _piece(decoder: Decoder) -> int:
     return tokens_per_piece(decoder.vocab_size)
 
 
-def _means(totals: Tensor, count: int) -> tuple[float, float, float]:
-    """Return perplexity, the base model's perplexity and KL divergence of summed losses and KL, float64 [3]."""
-    loss, base_loss, kl = totals / count
-    perplexity, base_perplexity, kl_divergence = means = float(loss.exp()), float(base_loss.exp()), float(kl)
-    if not all(math.isfinite(mean) for mean in means):
+def _check_finite(record: QualityRecord) -> None:
+    perplexity, base_perplexity, kl_divergence = record.perplexity, record.base_perplexity, record.kl_divergence
+    if not all(math.isfinite(figure) for figure in (perplexity, base_perplexity, kl_divergence)):
         model = "quantized model" if math.isfinite(base_perplexity) else "base model"
         hint = "choose other parameters for this variant: the base model computes finite numbers"
         if model == "base model":
@@ -240,4 +240,3 @@ def _means(totals: Tensor, count: int) -> tuple[float, float, float]:
             why=f"perplexity {perplexity:g}, of the base model {base_perplexity:g}, KL divergence {kl_divergence:g}",
             hint=hint,
         )
-    return means
