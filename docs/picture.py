@@ -7,42 +7,32 @@ import sys
 import tempfile
 from pathlib import Path
 
-from markdown_it import MarkdownIt
+from packager.card.hub_page import CARD_WIDTH, hub_page
 
-_STYLE = """
-body { font: 16px/1.5 "DejaVu Sans", Helvetica, Arial, sans-serif; margin: 24px 32px; color: #1f2328 }
-h1, h2 { border-bottom: 1px solid #d1d9e0; padding-bottom: .3em }
-table { border-collapse: collapse; font-size: 14px }
-td, th { border: 1px solid #d1d9e0; padding: 6px 10px }
-tr:nth-child(2n) { background: #f6f8fa }
-code { background: #818b981f; padding: .2em .4em; border-radius: 6px; font-size: 85% }
-pre { background: #f6f8fa; padding: 16px; border-radius: 6px }
-pre code { background: none; padding: 0 }
-blockquote { border-left: .25em solid #d1d9e0; color: #59636e; margin: 0; padding: 0 1em }
-a { color: #0969da; text-decoration: none }
-"""
+_IMAGES = (".png", ".svg")
 
 
 def main() -> int:
-    """Render the card's Markdown without its metadata, and take a picture of its beginning."""
+    """Render a card with the images beside it, and take a picture of its beginning."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("card", type=Path, help="README.md of a built variant")
     parser.add_argument("picture", type=Path, help="the PNG file to write")
-    parser.add_argument("--width", type=int, default=1300, help="pixels (%(default)s): the table needs them")
-    parser.add_argument("--height", type=int, default=1230, help="pixels (%(default)s)")
+    parser.add_argument("--width", type=int, default=CARD_WIDTH, help="pixels (%(default)s): what the Hub gives a card")
+    parser.add_argument("--height", type=int, default=1500, help="pixels (%(default)s)")
+    parser.add_argument("--dark", action="store_true", help="the picture of a browser that asks for a dark page")
     options = parser.parse_args()
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         sys.exit("neither chromium nor google-chrome is on the PATH")
-    body = options.card.read_text(encoding="utf-8").split("\n---\n", 1)[1]
-    page = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(body)
+    images = {path.name: path.read_bytes() for path in options.card.parent.iterdir() if path.suffix in _IMAGES}
     with tempfile.TemporaryDirectory() as folder:
         html = Path(folder) / "card.html"
-        html.write_text(f"<!doctype html><meta charset=utf-8><style>{_STYLE}</style>{page}", encoding="utf-8")
+        html.write_text(hub_page(options.card.read_text(encoding="utf-8"), images), encoding="utf-8")
         size = f"--window-size={options.width},{options.height}"
         target = f"--screenshot={options.picture.absolute()}"
+        dark = ["--blink-settings=preferredColorScheme=0"] if options.dark else []
         subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--hide-scrollbars", size, target, html.as_uri()], check=True
+            [browser, "--headless", "--no-sandbox", "--hide-scrollbars", *dark, size, target, html.as_uri()], check=True
         )
     return 0
 

@@ -1,9 +1,13 @@
 """Invented recipes and receipts for the card's tests: FIXTURES, their figures were never measured on anything."""
 
 import hashlib
+import math
+import random
+import statistics
 from pathlib import Path
 from typing import Any
 
+from packager.card.choice import CachedContext
 from packager.model.architecture import architecture_of
 from packager.model.compatibility import Verdict, verdicts
 from packager.receipt import (
@@ -11,9 +15,12 @@ from packager.receipt import (
     LinearRecord,
     LoaderRecord,
     Provenance,
+    QualityErrors,
     QualityRecord,
+    RowQuality,
     SourceRecord,
     TextRecord,
+    standard_error,
 )
 from packager.recipe import Recipe
 from packager.variant import Variant
@@ -57,6 +64,7 @@ print("from the original card")
 ```
 """
 
+_FIXTURE_ROWS = 64
 # branch: weights bytes, perplexity, KL divergence, top-1 agreement, questions answered, linears with raised damping
 _FIXTURE_FIGURES = {
     "main": (7_255_101_440, 5.1234, 0.02341, 0.9312, 171, 0),
@@ -165,6 +173,50 @@ def llama_receipts(recipe: Recipe) -> tuple[Provenance, ...]:
     return tuple(_llama_receipt(recipe, variant) for variant in recipe.expanded_variants())
 
 
+def fixture_quality(
+    seed: int, *, perplexity: float, base_perplexity: float, kl_divergence: float, top1_agreement: float, **counts: int
+) -> QualityRecord:
+    """Return an invented record of 64 rows with these figures: what is hard in a row is hard for every branch."""
+    dice = random.Random(seed)
+    own = [dice.gauss(0, 1) for _ in range(_FIXTURE_ROWS)]
+
+    def rows(mean: float, spread: float, noise: float) -> tuple[float, ...]:
+        found = [spread * math.sin(row) + noise * each for row, each in enumerate(own)]
+        return tuple(mean + each - statistics.fmean(found) for each in found)
+
+    loss, base_loss = (math.log(value) for value in (perplexity, base_perplexity))
+    kept = RowQuality(
+        loss=rows(loss, 0.1, 0.002),
+        base_loss=rows(base_loss, 0.1, 0),
+        kl_divergence=rows(kl_divergence, kl_divergence / 4, kl_divergence / 20),
+        top1_agreement=rows(top1_agreement, 0.004, 0.001),
+    )
+    change = [after - before for after, before in zip(kept.loss, kept.base_loss, strict=True)]
+    return QualityRecord(
+        num_tokens=131072,
+        perplexity=perplexity,
+        base_perplexity=base_perplexity,
+        kl_divergence=kl_divergence,
+        top1_agreement=top1_agreement,
+        kl_median=kl_divergence / 90,
+        kl_p99=kl_divergence * 11,
+        errors=QualityErrors(
+            perplexity=perplexity * standard_error(kept.loss),
+            base_perplexity=base_perplexity * standard_error(kept.base_loss),
+            perplexity_change=perplexity / base_perplexity * standard_error(change),
+            kl_divergence=standard_error(kept.kl_divergence),
+            kl_median=kl_divergence / 2000,
+            kl_p99=kl_divergence / 3,
+            top1_agreement=standard_error(kept.top1_agreement),
+        ),
+        rows=kept,
+        **counts,
+    )
+
+
+LLAMA_CONTEXTS = (CachedContext(tokens=4096, cache_bytes=3_355_443_200),)
+
+
 def llama_expectations(recipe: Recipe) -> dict[str, tuple[Verdict, ...]]:
     """Return the predictions for the variants of `llama_recipe`, from the config of the model that it names."""
     lock = read_lock_of(Path(__file__).resolve().parents[1] / "recipes" / "llama-2-13b-chat.yaml")
@@ -204,8 +256,8 @@ def _llama_receipt(recipe: Recipe, variant: Variant) -> Provenance:
             )
             for index in range(280)
         ),
-        quality=QualityRecord(
-            num_tokens=131072,
+        quality=fixture_quality(
+            weights_bytes,
             perplexity=perplexity,
             base_perplexity=4.9812,
             kl_divergence=kl_divergence,

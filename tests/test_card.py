@@ -28,6 +28,7 @@ FIXTURE_TEXTS = CardTexts(
 
 def llama_card(branch: str = "main", **given: Any) -> str:
     recipe = fixtures.llama_recipe()
+    given = {"contexts": fixtures.LLAMA_CONTEXTS, **given}
     return render_card(recipe, FIXTURE_TEXTS, fixtures.llama_receipts(recipe), "llama", branch, **given)
 
 
@@ -170,17 +171,20 @@ def test_every_block_that_runs_names_its_environment() -> None:
 
 def test_every_figure_comes_from_the_receipts() -> None:
     recipe = fixtures.llama_recipe()
-    provided, quality, proven, made = tables(llama_card())[:4]
-    for row, measured, receipt in zip(provided[1:], quality[1:], fixtures.llama_receipts(recipe), strict=True):
-        shown = dict(zip(provided[0], row, strict=True))
+    _, provided, parameters, quality, proven, made = tables(llama_card())[:6]
+    receipts = fixtures.llama_receipts(recipe)
+    for row, used, measured, receipt in zip(provided[1:], parameters[1:], quality[1:], receipts, strict=True):
+        shown = dict(zip(provided[0], row, strict=True)) | dict(zip(parameters[0][4:], used[4:], strict=True))
         assert receipt.branch in shown["Branch"]
         assert shown["File Size"] == f"{receipt.weights_bytes / 1e9:.2f} GB"
-        assert shown["Loaders Proven"] == "AutoGPTQ, Transformers, ONNX Runtime"
+        assert shown["Size, GB"] == f"{receipt.weights_bytes / 1e9:.2f}"
+        assert shown["VRAM at 4k, GB"] == f"{(receipt.weights_bytes + 40 * 2 * 2 * 5120 * 4096) / 1e9:.1f}"
+        assert shown["Proven in"] == "AutoGPTQ, Transformers, ONNX Runtime"
         assert shown["Seq Len"] == "2048"
         assert receipt.quality is not None
-        assert measured[1] == f"{receipt.quality.perplexity:.4f}"
-        assert measured[4] == f"{receipt.quality.kl_divergence:#.3g}"
-        assert measured[6] == f"{receipt.quality.answered} of 200 (fp16: 181)"
+        assert measured[1].startswith(f"{receipt.quality.perplexity:.3f} ±")
+        assert float(measured[3].split(" ±")[0]) == pytest.approx(receipt.quality.kl_divergence, abs=6e-5)
+        assert measured[7] == f"{receipt.quality.answered} of 200"
     assert ["ExLlamaV2", "all", "not run: the extension could not be built: no nvcc on this machine"] in [
         row[:3] for row in proven
     ]
@@ -219,7 +223,7 @@ def test_the_card_states_what_was_not_measured_or_run() -> None:
     receipts = [receipt.model_copy(update={"quality": None}) for receipt in fixtures.llama_receipts(recipe)[:1]]
     receipts += fixtures.llama_receipts(recipe)[1:]
     partly = render_card(recipe, CardTexts(), receipts, "llama", "main")
-    assert tables(partly)[1][1][1:] == ["not measured"] * 6
+    assert next(table for table in tables(partly) if "PPL" in table[0])[1][1:] == ["not measured"] * 7
     assert "Closest to" not in partly.partition("## Which branch")[2]
     assert "by quality, this page recommends none" in partly
 
@@ -228,18 +232,21 @@ def test_a_loader_of_the_recipe_without_a_record_was_not_run() -> None:
     recipe = fixtures.llama_recipe()
     receipts = [receipt.model_copy(update={"loaders": ()}) for receipt in fixtures.llama_receipts(recipe)]
     text = render_card(recipe, CardTexts(), receipts, "llama", "main")
-    results = {row[0]: row[2] for row in tables(text)[2][1:]}
+    provided, results_table = (
+        next(each for each in tables(text) if word in each[0]) for word in ("Size, GB", "Result")
+    )
+    results = {row[0]: row[2] for row in results_table[1:]}
     assert results == dict.fromkeys(
         ("AutoGPTQ", "Transformers", "ExLlamaV2", "ONNX Runtime"), "not run: no record of it in the receipt"
     )
-    assert all(row[8] == "none" for row in tables(text)[0][1:])
+    assert all(row[provided[0].index("Proven in")] == "none" for row in provided[1:])
 
 
 def test_a_loader_that_failed_is_not_hidden() -> None:
     failed = LoaderRecord(loader="autogptq", required=True, status="failed", reason="relative error 1.1", device="CPU")
     text = minimal_card(loaders=(failed,))
     assert "**It failed on this branch:** relative error 1.1." in text
-    assert tables(text)[1][1][:3] == ["AutoGPTQ", "`main`", "failed: relative error 1.1"]
+    assert tables(text)[2][1][:3] == ["AutoGPTQ", "`main`", "failed: relative error 1.1"]
     assert "from auto_gptq" not in text
 
 
@@ -316,7 +323,8 @@ def test_every_unit_of_the_sizes_is_explained() -> None:
     factors = {unit: 10 ** int(power) for unit, power in re.findall(r"(\w+) = 10<sup>(\d)</sup> bytes", minimal_card())}
     assert factors == {"GB": 10**9, "MB": 10**6, "kB": 10**3}
     for size_bytes in (1_500, 1_500_000, 1_500_000_000):
-        number, unit = tables(minimal_card(weights_bytes=size_bytes))[0][1][7].split()
+        heading, row = tables(minimal_card(weights_bytes=size_bytes))[0]
+        number, unit = row[4], heading[4].removeprefix("Size, ")
         assert float(number) * factors[unit] == size_bytes
 
 
@@ -372,12 +380,14 @@ def test_receipts_must_be_the_recipes() -> None:
 def test_a_small_divergence_keeps_its_digits() -> None:
     recipe = fixtures.llama_recipe()
     receipts = [
-        receipt.model_copy(update={"quality": receipt.quality.model_copy(update={"kl_divergence": 0.00000123})})
+        receipt.model_copy(
+            update={"quality": receipt.quality.model_copy(update={"kl_divergence": 0.00000123, "errors": None})}
+        )
         for receipt in fixtures.llama_receipts(recipe)
         if receipt.quality
     ]
     page = render_card(recipe, CardTexts(), receipts, "llama", "main")
-    assert "1.23e-06" in page
+    assert "1.23e-6" in page
     assert "0.00000" not in page
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from packager.card import CardTexts, render_card
+from packager.card.choice import CachedContext
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
 from packager.receipt import ExpertLinearRecord, LinearRecord, LoaderRecord, MixedText, Provenance, TextRecord
@@ -53,8 +54,6 @@ def changed_text(record: TextRecord, name: str, num_samples: int, seq_len: int) 
 
 def changed_receipt(receipt: Provenance, index: int, figures: Mapping[str, Any]) -> Provenance:
     """Return a receipt in which every figure that a card prints has a value of its own."""
-    quality = receipt.quality
-    assert quality is not None
     records = [
         record.model_copy(
             update={
@@ -78,16 +77,15 @@ def changed_receipt(receipt: Provenance, index: int, figures: Mapping[str, Any])
             "versions": {"torch": f"2.{index}", "triton": f"3.{index}"},
             "parameters": parameters,
             "effective": parameters | ({"damp_percent": 0.08, "sym": True} if index == 2 else {}),
-            "quality": quality.model_copy(
-                update={
-                    "perplexity": figures["ppl"],
-                    "base_perplexity": figures["base"],
-                    "kl_divergence": figures["kl"],
-                    "top1_agreement": figures["top1"],
-                    "answered": figures["right"],
-                    "questions": figures["of"],
-                    "base_answered": 190 + index,
-                }
+            "quality": fixtures.fixture_quality(
+                index,
+                perplexity=figures["ppl"],
+                base_perplexity=figures["base"],
+                kl_divergence=figures["kl"],
+                top1_agreement=figures["top1"],
+                answered=figures["right"],
+                questions=figures["of"],
+                base_answered=190 + index,
             ),
             "loaders": (*records, *receipt.loaders[2:]),
             "linears": tuple(
@@ -95,7 +93,10 @@ def changed_receipt(receipt: Provenance, index: int, figures: Mapping[str, Any])
                 for number, damp in enumerate(damps)
             ),
             "calibration": changed_text(receipt.calibration, f"calibration {index}", 130 + index, 2050 + index),
-            "evaluation": changed_text(receipt.evaluation, f"evaluation {index}", 70 + index, 1030 + index),
+            # The same ids under other names: otherwise the branches could not be compared.
+            "evaluation": changed_text(receipt.evaluation, f"evaluation {index}", 70 + index, 1030 + index).model_copy(
+                update={"digest": receipt.evaluation.digest}
+            ),
             "base_model": receipt.base_model.model_copy(update={"num_parameters": 13_015_864_320 + index}),
         }
     )
@@ -152,10 +153,48 @@ def gigabytes(size_bytes: int) -> str:
     return f"{rounded(Decimal(size_bytes) / 10**9, 2)} GB"
 
 
+def interval(value: float, error: float, scale: int = 1) -> str:
+    """Round twice an error to two digits, and the value to the same place, or to two digits of its own."""
+    number, twice = Decimal(repr(value)) * scale, 2 * Decimal(repr(error)) * scale
+    place = Decimal(1).scaleb(min(number.adjusted(), twice.adjusted()) - 1)
+    return " ±\u00a0".join(f"{each.quantize(place, ROUND_HALF_EVEN):f}" for each in (number, twice))
+
+
+def three_digits(size_bytes: int) -> str:
+    return f"{significant(size_bytes / 10**9)}\u00a0GB"
+
+
+CONTEXTS = (CachedContext(tokens=4096, cache_bytes=3_355_443_200), CachedContext(tokens=20_000, cache_bytes=16 * 10**9))
+
+
+def test_the_table_to_choose_by(records: list[dict[str, Any]]) -> None:
+    recipe = recipe_of_four()
+    rows = table(render(recipe, receipts_of_four(recipe), contexts=CONTEXTS), "Proven in")
+    for row, record in zip(rows, records, strict=True):
+        used, quality = record["parameters"], record["quality"]
+        act_order = {"none": "no", "full": "yes"}.get(used["act_order"], used["act_order"])
+        assert list(row.items())[1:] == [
+            ("Bits", str(used["bits"])),
+            ("Group", str(used["group_size"])),
+            ("Act order", act_order),
+            ("Size, GB", significant(record["weights_bytes"] / 10**9)),
+            (
+                "VRAM at 4k / 20000, GB",
+                significant((record["weights_bytes"] + 3_355_443_200) / 10**9)
+                + " / "
+                + significant((record["weights_bytes"] + 16 * 10**9) / 10**9),
+            ),
+            ("KL", interval(quality["kl_divergence"], quality["errors"]["kl_divergence"])),
+            ("Top-1, %", interval(quality["top1_agreement"], quality["errors"]["top1_agreement"], 100)),
+            ("Proven in", "AutoGPTQ, Transformers, ONNX Runtime"),
+        ]
+        assert f"[`{record['branch']}`](https://huggingface.co/" in row["Branch"]
+
+
 def test_the_table_of_files(page: str, records: list[dict[str, Any]]) -> None:
     for row, record in zip(table(page, "File Size"), records, strict=True):
         used = record["parameters"]
-        assert f"[`{record['branch']}`]" in row["Branch"]
+        assert row["Branch"] == f"`{record['branch']}`"
         assert (row["Bits"], row["Group Size"]) == (str(used["bits"]), str(used["group_size"]))
         assert row["Damp %"] == str(used["damp_percent"])
         act_order = {"none": "False", "full": "True", "static": "False (static)", "group": "False (group)"}
@@ -167,26 +206,45 @@ def test_the_table_of_files(page: str, records: list[dict[str, Any]]) -> None:
         assert row["GPTQ Dataset"] == f"[{text['config']}](https://huggingface.co/datasets/{text['source']})"
 
 
+def descriptions(text: str) -> list[str]:
+    """Return what a page says about each branch, in its list below the table."""
+    section = text.partition("\n## Provided files\n")[2].partition("\n<details>")[0]
+    return re.findall(r"(?m)^\* `[^`]+`: (.+)$", section)
+
+
 def test_the_words_for_the_extremes(page: str, records: list[dict[str, Any]]) -> None:
     sizes = {record["branch"]: record["weights_bytes"] for record in records}
     losses = {record["branch"]: record["quality"]["kl_divergence"] for record in records}
-    for row, branch in zip(table(page, "File Size"), sizes, strict=True):
+    for words_of, branch in zip(descriptions(page), sizes, strict=True):
         marks = {
-            "Smallest file.": sorted(sizes, key=sizes.__getitem__)[0],
-            "Largest file.": sorted(sizes, key=sizes.__getitem__)[-1],
-            "Closest to fp16.": sorted(losses, key=losses.__getitem__)[0],
-            "Furthest from fp16.": sorted(losses, key=losses.__getitem__)[-1],
+            "Smallest.": sorted(sizes, key=sizes.__getitem__)[0],
+            "Closest to the fp16 model.": sorted(losses, key=losses.__getitem__)[0],
+            "What you get when no branch is named.": "main",
         }
         for words, expected in marks.items():
-            assert (words in row["Description"]) == (branch == expected), (branch, words)
+            assert (words in words_of) == (branch == expected), (branch, words)
+
+
+def test_a_branch_is_compared_with_the_next_smaller_one(page: str) -> None:
+    """By size: 7.244 and 7.255 GB are one size, then 7.503, then 7.998."""
+    main, largest, middle, smallest = descriptions(page)
+    names = [variant.branch for variant in recipe_of_four().expanded_variants()]
+    assert f"As large as `{names[3]}`, with {fewer(0.023416, 0.024339)} % less KL divergence." in main
+    assert f"{significant(494_610_432 / 10**6)}\u00a0MB more than `{names[2]}`, with" in largest
+    assert f"MB more than `{names[2]}`, with {fewer(0.013023, 0.015174)} % less KL divergence." in largest
+    assert f"MB more than `{names[0]}`, with {fewer(0.015174, 0.023416)} % less KL divergence." in middle
+    more = 100 * (0.024339 / 0.023416 - 1)
+    assert f"As large as `{names[0]}`, with {more:.1f} % more KL divergence." in smallest
+
+
+def fewer(own: float, other: float) -> str:
+    return f"{100 * (1 - own / other):.2g}"
 
 
 def test_the_branches_to_take(page: str, records: list[dict[str, Any]]) -> None:
     def cost(record: dict[str, Any]) -> str:
-        figures = (
-            f"{gigabytes(record['weights_bytes'])}, KL divergence {significant(record['quality']['kl_divergence'])}"
-        )
-        return f"`{record['branch']}` ({figures})."
+        kl = interval(record["quality"]["kl_divergence"], record["quality"]["errors"]["kl_divergence"])
+        return f"`{record['branch']}` ({three_digits(record['weights_bytes'])}, KL divergence {kl})."
 
     smallest = min(records, key=lambda record: record["weights_bytes"])
     closest = min(records, key=lambda record: record["quality"]["kl_divergence"])
@@ -196,19 +254,25 @@ def test_the_branches_to_take(page: str, records: list[dict[str, Any]]) -> None:
 
 
 def test_the_table_of_quality(page: str, records: list[dict[str, Any]]) -> None:
-    for row, record in zip(table(page, "KL divergence"), records, strict=True):
-        quality = record["quality"]
+    for row, record in zip(table(page, "Right"), records, strict=True):
+        quality, errors = record["quality"], record["quality"]["errors"]
         perplexity, base = Decimal(repr(quality["perplexity"])), Decimal(repr(quality["base_perplexity"]))
-        change = (perplexity - base) / base * 100
+        change = float((perplexity - base) / base)
         assert row == {
             "Branch": f"`{record['branch']}`",
-            "Perplexity": rounded(perplexity, 4),
-            "fp16 perplexity": rounded(base, 4),
-            "Change": f"{'+' if change > 0 else ''}{rounded(change, 2)}%",
-            "KL divergence": significant(quality["kl_divergence"]),
-            "Top-1 agreement": percent(quality["top1_agreement"]),
-            "Questions answered": f"{quality['answered']} of {quality['questions']} (fp16: {quality['base_answered']})",
+            "PPL": interval(quality["perplexity"], errors["perplexity"]),
+            "Change, %": f"{'+' if change > 0 else ''}{interval(change, errors['perplexity_change'], 100)}",
+            "KL, mean": interval(quality["kl_divergence"], errors["kl_divergence"]),
+            "KL, median": interval(quality["kl_median"], errors["kl_median"]),
+            "KL, 99 %": interval(quality["kl_p99"], errors["kl_p99"]),
+            "Top-1, %": interval(quality["top1_agreement"], errors["top1_agreement"], 100),
+            "Right": f"{quality['answered']} of {quality['questions']}",
         }
+        (line,) = [
+            line for line in page.splitlines() if line.startswith("The fp16 model: ") and record["branch"] in line
+        ]
+        assert f"perplexity {interval(quality['base_perplexity'], errors['base_perplexity'])}, " in line
+        assert f"{quality['base_answered']} of {quality['questions']} questions answered" in line
 
 
 def test_the_texts_and_the_base_model(page: str, records: list[dict[str, Any]]) -> None:
@@ -349,7 +413,7 @@ def test_a_loader_is_named_as_proven_only_where_it_passed() -> None:
     expectations = {receipt.branch: hopeful for receipt in receipts}
     for receipt, chosen in zip(receipts, statuses, strict=True):
         text = render(recipe, receipts, receipt.branch, expectations=expectations)
-        assert [row["Loaders Proven"] for row in table(text, "File Size")] == [
+        assert [row["Proven in"] for row in table(text, "Proven in")] == [
             "AutoGPTQ", "ExLlamaV2", "Transformers", "none",
         ]  # fmt: skip
         results = table(text, "Greedy tokens equal")
@@ -400,31 +464,38 @@ def test_sizes_are_decimal(size_bytes: int, expected: str) -> None:
     receipts = [
         receipt.model_copy(update={"weights_bytes": size_bytes}) for receipt in fixtures.minimal_receipts(recipe)
     ]
-    (row,) = table(render(recipe, receipts), "File Size")
+    text = render(recipe, receipts)
+    (row,) = table(text, "File Size")
     assert row["File Size"] == expected
     assert row["Group Size"] == "-1 (whole row)"
+    (row,) = table(text, "Proven in")
+    number, unit = expected.split()
+    assert row[f"Size, {unit}"] == number
 
 
 @pytest.mark.parametrize(
     ("perplexity", "base", "expected"),
     [
-        (5.0, 5.0, "0.00%"),
-        (5.0002, 5.0, "0.00%"),
-        (4.9998, 5.0, "0.00%"),
-        (5.0003, 5.0, "+0.01%"),
-        (4.9997, 5.0, "-0.01%"),
-        (10.0, 5.0, "+100.00%"),
-        (4.0, 5.0, "-20.00%"),
+        (5.0, 5.0, "0"),
+        (5.0003, 5.0, "+0.0060"),
+        (4.9997, 5.0, "-0.0060"),
+        (10.0, 5.0, "+100.000"),
+        (4.0, 5.0, "-20.000"),
     ],
 )
-def test_a_change_has_a_sign_unless_it_is_none(perplexity: float, base: float, expected: str) -> None:
+def test_a_change_keeps_its_digits_and_its_sign(perplexity: float, base: float, expected: str) -> None:
     recipe = recipe_of_four()
     receipts = receipts_of_four(recipe)
     quality = receipts[0].quality
     assert quality is not None
-    quality = quality.model_copy(update={"perplexity": perplexity, "base_perplexity": base})
+    assert quality.errors is not None
+    errors = quality.errors.model_copy(update={"perplexity_change": 0.0000135})
+    quality = quality.model_copy(update={"perplexity": perplexity, "base_perplexity": base, "errors": errors})
     text = render(recipe, [receipts[0].model_copy(update={"quality": quality}), *receipts[1:]])
-    assert table(text, "KL divergence")[0]["Change"] == expected
+    value, error = table(text, "Right")[0]["Change, %"].split(" ±\u00a0")
+    assert float(value) == float(expected)
+    assert value.startswith(expected) or (perplexity == base and value == "+0.0000")
+    assert error == "0.0027"
 
 
 @pytest.mark.parametrize(("error", "expected"), [(0.0, "under 0.000001"), (0.000001, "1e-06"), (0.0449, "0.045")])
@@ -439,44 +510,82 @@ def test_a_relative_error_has_two_digits(error: float, expected: str) -> None:
     assert (row["Relative error"], row["Top-1 agreement"], row["Greedy tokens equal"]) == (expected, "100.00%", "-")
 
 
-def with_figures(**columns: list[Any]) -> list[dict[str, str]]:
-    """Return the rows of the files when some figures are the given ones."""
+def with_figures(**columns: list[Any]) -> list[str]:
+    """Return what the page says about each branch when some figures are the given ones."""
     recipe = recipe_of_four()
     receipts = receipts_of_four(recipe)
     for index, size_bytes in enumerate(columns.get("sizes", ())):
         receipts[index] = receipts[index].model_copy(update={"weights_bytes": size_bytes})
-    for index, loss in enumerate(columns.get("losses", ())):
+    for index, rows in enumerate(columns.get("rows", ())):
         quality = receipts[index].quality
         assert quality is not None
-        changed = None if loss is None else quality.model_copy(update={"kl_divergence": loss})
+        assert quality.rows is not None
+        kept = None if rows is None else quality.rows.model_copy(update={"kl_divergence": tuple(rows)})
+        loss = 1 if rows is None else sum(rows) / len(rows)
+        changed = quality.model_copy(update={"kl_divergence": loss, "rows": kept})
         receipts[index] = receipts[index].model_copy(update={"quality": changed})
-    return table(render(recipe, receipts), "File Size")
+    return descriptions(render(recipe, receipts))
+
+
+def rows_of(mean: float, pattern: int = 0) -> list[float]:
+    """Eight rows of a mean; rows of different patterns differ by 0.1 up and down, with a standard error of 0.038."""
+    signs = ((0,) * 8, (1, -1) * 4)[pattern]
+    return [mean + 0.05 + 0.1 * sign for sign in signs]
+
+
+ONLY, AMONG = "Closest to the fp16 model.", "Among the closest to the fp16 model."
 
 
 @pytest.mark.parametrize(
     ("columns", "words", "expected"),
     [
-        ({"sizes": [3, 3, 4, 5]}, "Smallest file.", []),
-        ({"sizes": [3, 4, 5, 5]}, "Largest file.", []),
-        ({"sizes": [4, 3, 4, 4]}, "Smallest file.", [1]),
-        ({"losses": [0.1, 0.1, 0.2, 0.3]}, "Closest to fp16.", []),
-        ({"losses": [0.1, 0.2, 0.3, 0.3]}, "Furthest from fp16.", []),
-        ({"losses": [0.2, 0.2, 0.2, 0.1]}, "Closest to fp16.", [3]),
-        ({"losses": [0.1, None, 0.2, 0.3]}, "Closest to fp16.", []),
-        ({"losses": [0.1, None, 0.2, 0.3]}, "Furthest from fp16.", []),
+        ({"sizes": [3, 3, 4, 5]}, "Smallest.", []),
+        ({"sizes": [3, 3, 4, 5]}, "Among the smallest.", [0, 1]),
+        ({"sizes": [4, 3, 4, 4]}, "Smallest.", [1]),
+        ({"rows": [rows_of(0.1), rows_of(0.1), rows_of(0.2), rows_of(0.3)]}, ONLY, []),
+        ({"rows": [rows_of(0.1), rows_of(0.1), rows_of(0.2), rows_of(0.3)]}, AMONG, [0, 1]),
+        ({"rows": [rows_of(0.2), rows_of(0.2), rows_of(0.2), rows_of(0.19)]}, ONLY, [3]),
+        # 0.07 is less than two errors of 0.038, 0.08 is more.
+        ({"rows": [rows_of(0.1), rows_of(0.17, 1), rows_of(0.4), rows_of(0.3)]}, AMONG, [0, 1]),
+        ({"rows": [rows_of(0.1), rows_of(0.18, 1), rows_of(0.4), rows_of(0.3)]}, ONLY, [0]),
+        ({"rows": [rows_of(0.1), None, rows_of(0.2), rows_of(0.3)]}, ONLY, []),
+        ({"rows": [rows_of(0.1)[:7], rows_of(0.4)[:7], rows_of(0.2)[:7], rows_of(0.3)[:7]]}, ONLY, []),
     ],
 )
-def test_an_extreme_is_named_only_if_one_branch_has_it(
+def test_an_extreme_is_named_only_as_far_as_the_rows_tell(
     columns: dict[str, list[Any]], words: str, expected: list[int]
 ) -> None:
-    rows = with_figures(**columns)
-    assert [index for index, row in enumerate(rows) if words in row["Description"]] == expected
+    assert [index for index, text in enumerate(with_figures(**columns)) if f" {words}" in text] == expected
+
+
+def test_neighbours_are_not_ranked_where_the_rows_do_not_tell() -> None:
+    sizes = [100, 200, 300, 400]
+    known = with_figures(sizes=sizes, rows=[rows_of(0.35), rows_of(0.25), rows_of(0.1), rows_of(0.01)])
+    assert "100\u00a0B more than `main`, with 25 % less KL divergence." in known[1]
+    unknown = with_figures(sizes=sizes, rows=[rows_of(0.3), rows_of(0.25, 1), rows_of(0.1), rows_of(0.01)])
+    assert "100\u00a0B more than `main`; the text does not tell their quality apart." in unknown[1]
+    missing = with_figures(sizes=sizes, rows=[rows_of(0.3), None, rows_of(0.1), rows_of(0.01)])
+    assert "100\u00a0B more than `main`; their quality was not compared." in missing[1]
+    assert "KL divergence" not in missing[1]
+    much = with_figures(sizes=sizes, rows=[rows_of(0.05), rows_of(0.25), rows_of(0.1), rows_of(0.01)])
+    assert "100\u00a0B more than `main`, with 3 times its KL divergence." in much[1]
+
+
+def test_branches_that_were_measured_on_other_rows_are_not_compared() -> None:
+    recipe = recipe_of_four()
+    receipts = receipts_of_four(recipe)
+    other = receipts[1].evaluation.model_copy(update={"digest": fixtures.fixture_sha256("other ids")})
+    receipts[1] = receipts[1].model_copy(update={"evaluation": other})
+    text = render(recipe, receipts, contexts=CONTEXTS)
+    assert ONLY not in text
+    assert "| GPU memory |" not in text
+    assert "were not measured on the same rows, or on too few of them: by quality, this page recommends none." in text
 
 
 def test_one_branch_alone_is_no_extreme() -> None:
     recipe = fixtures.minimal_recipe()
-    (row,) = table(render(recipe, fixtures.minimal_receipts(recipe)), "File Size")
-    assert row["Description"] == "4-bit, without Act Order, one group per row."
+    (words,) = descriptions(render(recipe, fixtures.minimal_receipts(recipe)))
+    assert words == "4-bit, without Act Order, one group per row. What you get when no branch is named."
 
 
 def test_every_smallest_branch_is_named_with_its_cost() -> None:
@@ -486,8 +595,8 @@ def test_every_smallest_branch_is_named_with_its_cost() -> None:
     (line,) = [line for line in render(recipe, receipts).splitlines() if line.startswith("* Smallest: ")]
     names = [receipts[1].branch, receipts[3].branch]
     assert re.findall(r"`([^`]+)` \(", line) == names
-    assert [entry.partition(" GB")[0] for entry in re.findall(r"\(([^)]+)\)", line)] == ["7.24", "7.24"]
-    assert re.findall(r"divergence ([0-9.]+)", line) == ["0.0130", "0.0243"]
+    assert [entry.partition("\u00a0GB")[0] for entry in re.findall(r"\(([^)]+)\)", line)] == ["7.24", "7.24"]
+    assert [float(kl) for kl in re.findall(r"divergence ([0-9.]+)", line)] == pytest.approx([0.013, 0.0243], rel=0.01)
 
 
 def test_branches_of_one_size_are_not_called_the_smallest() -> None:
@@ -585,13 +694,14 @@ def test_a_branch_has_its_own_description() -> None:
         variant.model_copy(update={"description": text}) for variant, text in zip(recipe.variants, words, strict=True)
     ]
     recipe = recipe.model_copy(update={"variants": tuple(variants)})
-    rows = table(render(recipe, receipts_of_four(recipe)), "File Size")
-    assert [row["Description"] for row in rows] == [
-        "the first",
-        "8-bit, with Act Order, 32g. Closest to fp16. Largest file.",
-        "3-bit, with static Act Order, 64g.",
-        "2-bit, with group-aware Act Order, 128g. Furthest from fp16. Smallest file.",
+    found = descriptions(render(recipe, receipts_of_four(recipe)))
+    begins = [
+        "the first 4-bit, without Act Order, 128g. What you get",
+        "8-bit, with Act Order, 32g. Closest to the fp16 model. ",
+        "3-bit, with static Act Order, 64g. ",
+        "2-bit, with group-aware Act Order, 128g. Smallest. ",
     ]
+    assert [text[: len(begin)] for text, begin in zip(found, begins, strict=True)] == begins
 
 
 def test_autogptq_is_installed_in_the_versions_that_ran() -> None:

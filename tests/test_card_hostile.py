@@ -48,7 +48,8 @@ def hostile_receipt(receipt: Provenance) -> Provenance:
             "base_model": receipt.base_model.model_copy(update={"dtype": HOSTILE}),
             "loaders": tuple(
                 record.model_copy(
-                    update={"reason": HOSTILE, "device": HOSTILE, "dtype": HOSTILE, "kernel": HOSTILE}
+                    update={"reason": HOSTILE, "dtype": HOSTILE, "kernel": HOSTILE}
+                    | {"device": record.device if record.device == "cpu" else HOSTILE}  # the page says what a CPU runs
                     | {"versions": record.versions | {HOSTILE: HOSTILE}}
                 )
                 for record in receipt.loaders

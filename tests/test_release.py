@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from packager.card import CardTexts, render_card
+from packager.card.choice import cached_contexts
 from packager.card.markdown import CodeBlock, extract_code_blocks
 from packager.errors import LoaderError
 from packager.inputs.chat import prompt_ids
@@ -282,6 +283,7 @@ def test_the_card_equals_the_rendering_of_the_published_receipts(branch: str, cl
         branch,
         expectations={each.variant.branch: each.verdicts for each in plan.variants},
         prompting=prompting_of(clones[branch]),
+        contexts=cached_contexts(plan.architecture),
     )
     assert card(clones, branch) == expected, "published with other templates or another recipe: run nox -s build-all"
 

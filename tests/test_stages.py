@@ -14,6 +14,7 @@ from packager.pipeline import build_state, pack, stages
 from packager.pipeline.plan import make_plan
 from packager.pipeline.stages import peak_memory_bytes
 from packager.prove import evaluate
+from packager.prove.quality_figures import EVALUATION_VERSION
 from packager.quantize.engines import engine_named
 from packager.receipt import QualityRecord
 from packager.recipe.file import RecipeFile
@@ -63,7 +64,7 @@ def test_new_figures_are_measured_again_and_nothing_else_is_done_again(
     recipe_file = RecipeFile.load(tiny_recipe.write_all(tmp_path))
     plan = make_plan(recipe_file).variants[0]
     before = build_state.stage_keys(recipe_file, plan)
-    monkeypatch.setattr(build_state, "EVALUATION_VERSION", build_state.EVALUATION_VERSION + 1)
+    monkeypatch.setattr(build_state, "EVALUATION_VERSION", EVALUATION_VERSION + 1)
     after = build_state.stage_keys(recipe_file, plan)
     assert [stage for stage in before if before[stage] != after[stage]] == ["evaluate"]
 

@@ -4,7 +4,6 @@ Reads only the templates. Every figure comes from receipts; the page states what
 of recipes and receipts are values, never templates: they cannot run anything or change the page around them.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -19,13 +18,13 @@ from jinja2 import (
 )
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from packager.card import facts, markdown
+from packager.card import facts, markdown, numbers
+from packager.card.choice import GPU_GB, RUNTIME_BYTES, CachedContext, best_branch, gpu_choices
 from packager.card.metadata import metadata
 from packager.card.raw_text import TextProblem, text_problems
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
 from packager.model.front_matter import split_front_matter
-from packager.model.runtimes import RUNTIMES
 from packager.receipt import Provenance
 from packager.recipe import Recipe
 from packager.system.text import format_bytes
@@ -66,6 +65,7 @@ def render_card(
     *,
     expectations: Mapping[str, Sequence[Verdict]] | None = None,
     prompting: Prompting = Prompting(),
+    contexts: Sequence[CachedContext] = (),
 ) -> str:
     """Return the README.md of one branch.
 
@@ -77,6 +77,7 @@ def render_card(
         branch: the branch of this README; the commands name it.
         expectations: the predictions of `compatibility.verdicts` by branch; shown apart from the runs.
         prompting: of the branch's tokenizer; the examples follow it.
+        contexts: for which the page says how much memory a branch takes; see `cached_contexts`.
 
     Raises:
         CardError: the receipts are not this recipe's, a text cannot be part of a page, or the templates have a mistake.
@@ -87,7 +88,7 @@ def render_card(
     front = markdown.front_matter(metadata(recipe, receipts, model_type, expectations.get(branch, ())))
     template = recipe.card.prompt_template.template
     context = {
-        **_context(recipe, texts, receipts, branch, expectations),
+        **_context(recipe, texts, receipts, branch, expectations, contexts),
         "prompting": prompting,
         "writes_start": bool(prompting.before) and template.lstrip().startswith(prompting.before),
     }
@@ -161,8 +162,9 @@ def _context(
     receipts: Sequence[Provenance],
     branch: str,
     expectations: Mapping[str, Sequence[Verdict]],
+    contexts: Sequence[CachedContext],
 ) -> dict[str, object]:
-    branches = facts.branch_facts(recipe, receipts)
+    branches = facts.branch_facts(recipe, receipts, contexts)
     loaders = facts.loader_names(recipe, receipts)
     here = next(facts for facts in branches if facts.branch == branch)
     others = [facts for facts in branches if facts.branch != MAIN]
@@ -182,9 +184,14 @@ def _context(
         "repository_name": recipe.repository.id.split("/")[1],
         "hub": HUB,
         "loaders": loaders,
-        "loader_titles": {name: RUNTIMES[name].title if name in RUNTIMES else name for name in loaders},
+        "loader_titles": {name: facts.title_of(name) for name in loaders},
         "expectations": facts.expectation_rows(branches, expectations),
         "offers": offers,
+        "contexts": contexts,
+        "unit": numbers.size_unit(
+            max(size for each in branches for size in (each.provenance.weights_bytes, *each.contexts))
+        ),
+        **_choice(branches, offers, contexts),
         "examples": facts.examples(here, offers),
         "license_files": tuple(
             Path(name).name for name in (*recipe.card.license.files, *recipe.card.license.base_files)
@@ -193,6 +200,35 @@ def _context(
         "footer": texts.footer.strip("\n"),
         "original_card": split_front_matter(texts.original_card)[1].strip("\n"),
     }
+
+
+def _choice(
+    branches: Sequence[facts.BranchFacts], offers: Mapping[str, facts.Offer], contexts: Sequence[CachedContext]
+) -> dict[str, object]:
+    """Return what the page says about which branch to take."""
+    receipts = [each.provenance for each in branches]
+    served = facts.opens(branches, offers, "vllm")
+    on_cpu = facts.proven_on_cpu(branches)
+    columns = [(context, "") for context in contexts]
+    if contexts and 0 < len(served) < len(branches):
+        columns.append((contexts[0], offers["vllm"].label))
+    choices = gpu_choices(
+        receipts, [(context, served.__contains__ if name else _any_branch) for context, name in columns]
+    )
+    cpu = best_branch([receipt for receipt in receipts if receipt.branch in on_cpu])
+    return {
+        "choice_columns": columns,
+        "choices": choices,
+        "gpu_gb": GPU_GB,
+        "runtime_bytes": RUNTIME_BYTES,
+        "served": served,
+        "cpu_choice": cpu,
+        "cpu_loaders": on_cpu.get(cpu, ()),
+    }
+
+
+def _any_branch(_: str) -> bool:
+    return True
 
 
 @cache  # compiling the templates takes longer than rendering a card; an edited template is still read again
@@ -215,9 +251,14 @@ def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
         python_string=markdown.python_string,
         shell_word=markdown.shell_word,
         size=format_bytes,
-        decimals=_decimals,
-        percent=_percent,
-        digits=_digits,
+        short_size=numbers.short_size,
+        in_unit=numbers.in_unit,
+        percent=numbers.percent,
+        digits=numbers.digits,
+        figure=facts.figure,
+        runtimes=facts.runtimes_of,
+        by_parameter=facts.by_parameter,
+        by_base=facts.by_base,
         pinned=facts.pinned,
         by_field=facts.by_field,
         by_experts=facts.by_experts,
@@ -225,26 +266,6 @@ def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
         loader_runs=facts.loader_runs,
     )
     return environment
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise CardError("a receipt holds a figure that is not a number", why=str(value), hint="build the variant again")
-    return value
-
-
-def _decimals(value: float, places: int) -> str:
-    return f"{_finite(value):.{places}f}"
-
-
-def _percent(fraction: float, places: int = 2, *, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{_finite(fraction) * 100:{sign}.{places}f}%"
-
-
-def _digits(value: float, significant: int, *, zeros: bool = False) -> str:
-    """Return a figure with as many digits; `zeros`: also those at its end, where the value is known that precisely."""
-    return f"{_finite(value):{'#' if zeros else ''}.{significant}g}"
 
 
 def _line_of(error: BaseException) -> str:

@@ -1,12 +1,15 @@
 """The figures for the card's templates: all from receipts, grouped as the page shows them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
+from packager.card.choice import CachedContext, device_bytes
+from packager.card.comparison import Standing, standings
+from packager.card.numbers import PERCENT, measured, measured_percent
 from packager.model.compatibility import Verdict
 from packager.model.runtimes import RUNTIMES
-from packager.receipt import ExpertLinearRecord, LoaderRecord, Provenance
+from packager.receipt import ExpertLinearRecord, LoaderRecord, Provenance, QualityRecord
 from packager.recipe import Recipe
 from packager.variant import Place
 
@@ -45,19 +48,16 @@ class BranchFacts:
         description: from the recipe, None if it has none.
         raised: the raised damping of each linear that needed more than the recipe's.
         experts: of a model with quantized experts, else None.
-        is_smallest: it is the only branch with the fewest bytes; `is_largest`: the only one with the most.
-        is_closest: all branches were measured, and it is the only one with the least KL divergence; `is_furthest`: the
-            only one with the greatest.
+        standing: how the branch compares with the others.
+        contexts: for each context, the bytes of weights and cache.
     """
 
     provenance: Provenance
     description: str | None
     raised: tuple[float, ...]
     experts: ExpertFacts | None
-    is_smallest: bool
-    is_largest: bool
-    is_closest: bool
-    is_furthest: bool
+    standing: Standing
+    contexts: tuple[int, ...]
 
     @property
     def branch(self) -> str:
@@ -76,10 +76,23 @@ class BranchFacts:
                 return record
         return LoaderRecord(loader=loader, required=False, status="not run", reason="no record of it in the receipt")
 
+    def passed(self) -> tuple[str, ...]:
+        """Return the names of the loaders that are proven on this branch."""
+        return tuple(record.loader for record in self.provenance.loaders if record.status == "passed")
+
     def weights(self) -> tuple[tuple[str, str], ...]:
         """Return the weights files and their sha256, sorted by name."""
         files = sorted(self.provenance.weights_files.items())
         return tuple((name, record.sha256) for name, record in files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseFigures:
+    """What was measured of the fp16 model: its perplexity as shown, and how many questions it answered."""
+
+    perplexity: str
+    questions: int
+    answered: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,21 +143,19 @@ class Offer:
         return next((str(group.value) for group in self.refused if branch in group.branches), "")
 
 
-def branch_facts(recipe: Recipe, receipts: Sequence[Provenance]) -> tuple[BranchFacts, ...]:
+def branch_facts(
+    recipe: Recipe, receipts: Sequence[Provenance], contexts: Sequence[CachedContext]
+) -> tuple[BranchFacts, ...]:
     """Return one row per receipt, in their order."""
-    sizes = [float(provenance.weights_bytes) for provenance in receipts]
-    losses = [provenance.quality.kl_divergence for provenance in receipts if provenance.quality is not None]
-    measured = losses if len(losses) == len(receipts) else []
+    placed = standings(receipts)
     return tuple(
         BranchFacts(
             provenance=provenance,
             description=recipe.variants[index].description,
             raised=_raised(provenance),
             experts=_experts(provenance),
-            is_smallest=_only(sizes, index, min),
-            is_largest=_only(sizes, index, max),
-            is_closest=_only(measured, index, min),
-            is_furthest=_only(measured, index, max),
+            standing=placed[index],
+            contexts=tuple(device_bytes(provenance, context) for context in contexts),
         )
         for index, provenance in enumerate(receipts)
     )
@@ -164,6 +175,32 @@ def shared(branches: Sequence[BranchFacts], value_of: Callable[[BranchFacts], ob
 def by_field(branches: Sequence[BranchFacts], field: str) -> tuple[Shared, ...]:
     """Group branches by one field of their provenance."""
     return shared(branches, lambda facts: getattr(facts.provenance, field))
+
+
+def by_parameter(branches: Sequence[BranchFacts], name: str) -> tuple[Shared, ...]:
+    """Group branches by one of their parameters."""
+    return shared(branches, lambda facts: facts.provenance.parameters.get(name))
+
+
+def by_base(branches: Sequence[BranchFacts]) -> tuple[Shared, ...]:
+    """Group the measured branches by what was measured of the fp16 model."""
+    return shared(branches, lambda facts: _base_figures(facts.provenance.quality))
+
+
+def figure(quality: QualityRecord, name: str, *, unit: str = PERCENT) -> str:
+    """Return a measured figure with twice its standard error; the name is a field of `QualityErrors`.
+
+    `unit` follows a percentage: "" where the heading of the column says it.
+    """
+    error = None if quality.errors is None else getattr(quality.errors, name)
+    if name == "perplexity_change":
+        return measured_percent(quality.perplexity / quality.base_perplexity - 1, error, signed=True, unit=unit)
+    value = getattr(quality, name)
+    if value is None:
+        return "not measured"
+    if name == "top1_agreement":
+        return measured_percent(value, error, unit=unit)
+    return measured(value, error, significant=5 if "perplexity" in name else 3)
 
 
 def by_experts(branches: Sequence[BranchFacts]) -> tuple[Shared, ...]:
@@ -239,6 +276,71 @@ def examples(here: BranchFacts, known: Mapping[str, Offer]) -> frozenset[str]:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Runtimes:
+    """The runtimes that are expected to open a branch, without versions, and those that do not, with versions."""
+
+    expected: tuple[str, ...]
+    refused: tuple[str, ...]
+
+
+def runtimes_of(here: BranchFacts, known: Mapping[str, Offer]) -> Runtimes:
+    """Return which runtimes should open a branch, beside those that are proven: by what ran, else by their checks."""
+    names = tuple(dict.fromkeys([*RUNTIMES, *(record.loader for record in here.provenance.loaders)]))
+    statuses = {name: here.record(name).status for name in names}
+    verdicts = {name: known[name].accepts(here.branch) for name in known if known[name].is_known(here.branch)}
+    open_ = [name for name in names if statuses[name] == "not run"]
+    refused = {name for name in names if statuses[name] in ("failed", "refused")}
+    return Runtimes(
+        expected=_titles(title_of(name) for name in open_ if verdicts.get(name)),
+        refused=_titles(
+            RUNTIMES[name].label if name in RUNTIMES else name
+            for name in names
+            if name in refused or (name in open_ and verdicts.get(name) is False)
+        ),
+    )
+
+
+def opens(branches: Sequence[BranchFacts], known: Mapping[str, Offer], runtime: str) -> frozenset[str]:
+    """Return the branches that a runtime opens: it passed there, or its checks accept them and it did not run."""
+    return frozenset(
+        facts.branch
+        for facts in branches
+        for status in (facts.record(runtime).status,)
+        if status == "passed" or (status == "not run" and known[runtime].accepts(facts.branch))
+    )
+
+
+def proven_on_cpu(branches: Sequence[BranchFacts]) -> dict[str, tuple[str, ...]]:
+    """Return by branch the loaders that passed on a CPU, for the branches that have one."""
+    found = {
+        facts.branch: tuple(
+            title_of(record.loader)
+            for record in facts.provenance.loaders
+            if record.status == "passed" and record.device == "cpu"
+        )
+        for facts in branches
+    }
+    return {branch: names for branch, names in found.items() if names}
+
+
+def title_of(loader: str) -> str:
+    """Return a loader's name for people."""
+    return RUNTIMES[loader].title if loader in RUNTIMES else loader
+
+
+def _titles(titles: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(titles))
+
+
+def _base_figures(quality: QualityRecord | None) -> BaseFigures | None:
+    if quality is None:
+        return None
+    return BaseFigures(
+        perplexity=figure(quality, "base_perplexity"), questions=quality.questions, answered=quality.base_answered
+    )
+
+
 def _setting(record: LoaderRecord) -> LoaderSetting:
     versions = dict(sorted(record.versions.items()))
     return LoaderSetting(
@@ -282,10 +384,3 @@ def _experts(provenance: Provenance) -> ExpertFacts | None:
         few=sum(record.rho > 1 / 2 for record in records),
         unseen=tokens.count(0),
     )
-
-
-def _only(values: Sequence[float], index: int, best: Callable[[Sequence[float]], float]) -> bool:
-    if len(values) < 2:
-        return False
-    chosen = best(values)
-    return values[index] == chosen and values.count(chosen) == 1

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from packager.card import Prompting, render_card
+from packager.card.choice import cached_contexts
 from packager.errors import StateError
 from packager.model.contract_files import TEMPLATE_FILE
 from packager.model.strict_json import parse_json_object
@@ -30,12 +31,14 @@ def render_cards(run: BuildState) -> None:
     provenances = [receipt.provenance.model_copy(update=present) for receipt in run.ordered_receipts()]
     expectations = {variant_plan.variant.branch: variant_plan.verdicts for variant_plan in run.plan.variants}
     model_type = run.plan.architecture.model_type
+    contexts = cached_contexts(run.plan.architecture)
     rendered = {}
     for branch in run.keys:
         prompting = prompting_of(run.workspace.folder(branch))
         readme = render_card(
-            run.recipe, texts, provenances, model_type, branch, expectations=expectations, prompting=prompting
-        )
+            run.recipe, texts, provenances, model_type, branch,
+            expectations=expectations, prompting=prompting, contexts=contexts,
+        )  # fmt: skip
         rendered[branch] = {README: readme.encode(), **_licenses(run, branch)}
     cards = {branch: _with_provenance(run, branch, files) for branch, files in rendered.items()}
     refuse_edited_cards(run, {branch: files for branch, (files, _) in cards.items()})
