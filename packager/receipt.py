@@ -27,6 +27,8 @@ TOKENIZER_FILES = (
 )
 SAFETENSORS, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 GIT_ATTRIBUTES = ".gitattributes"
+# The card's picture, where two branches or more were measured: it is the same in every branch.
+PICTURE_FILES = ("quality-light.png", "quality-dark.png", "quality-light.svg", "quality-dark.svg")
 # Files that no provenance.json lists: it is written last, then signed, and hosts add attributes.
 STATEMENTS = frozenset({ATTESTATION, RELEASE_ATTESTATION})
 UNLISTED_FILES = frozenset({PROVENANCE, GIT_ATTRIBUTES, ATTESTATION, RELEASE_ATTESTATION})
@@ -263,7 +265,8 @@ class Receipt(Record):
 
     Attributes:
         stages: for each finished stage the digest of everything that went into it ("quantize": the
-            tensors, "weights": the files, "evaluate", "verify"); a stage with an unchanged digest need not run again.
+            tensors, "weights": the files, "evaluate", "verify", "picture": the card's); a stage with an unchanged
+            digest need not run again.
         seconds: this variant's share of each stage's time.
         peak_memory_bytes: the largest resident size of the building processes, over all stages, without their children;
             a process that builds several recipes counts those before too.

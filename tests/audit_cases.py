@@ -310,6 +310,7 @@ CASES = [
     card("card-command", "hf download", "GITHUB_ACTIONS=true pip3 install auto-gptq; hf download"),
     card("card-command", 'revision="main"', "trust_remote_code=True"),
     card("card-command", "tiny-GPTQ\n```", "tiny-GPTQ`\n```"),
+    case("picture-damaged", write("quality-dark.png", b"GIF89a")),
     card("card-template", "# A tiny model", "# A tiny {{ model }}"),
     case("license-file-missing", remove("USE_POLICY.md")),
     case("license-notice", lambda folder: edit_text(folder, "Notice", "Copyright (c) Meta", "Copyright (c) Beta")),

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 from packager.card import CardTexts, render_card
 from packager.card.choice import cached_contexts
 from packager.card.markdown import CodeBlock, extract_code_blocks
+from packager.card.plot import plot_of
 from packager.errors import LoaderError
 from packager.inputs.chat import prompt_ids
 from packager.model.decoder import Decoder, forward
@@ -274,16 +275,17 @@ def test_the_card_equals_the_rendering_of_the_published_receipts(branch: str, cl
         for name in ("header", "footer", "original_card")
         if (path := getattr(RECIPE.card, name)) is not None
     }
-    plan = make_plan(RECIPE_FILE)
+    plan, receipts = make_plan(RECIPE_FILE), [provenance(clones[name]) for name in BRANCHES]
     expected = render_card(
         RECIPE,
         CardTexts(**texts),
-        [provenance(clones[name]) for name in BRANCHES],
+        receipts,
         plan.architecture.model_type,
         branch,
         expectations={each.variant.branch: each.verdicts for each in plan.variants},
         prompting=prompting_of(clones[branch]),
         contexts=cached_contexts(plan.architecture),
+        plot=plot_of(receipts),
     )
     assert card(clones, branch) == expected, "published with other templates or another recipe: run nox -s build-all"
 

@@ -21,11 +21,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from packager.card import facts, markdown, numbers
 from packager.card.choice import GPU_GB, RUNTIME_BYTES, CachedContext, best_branch, gpu_choices
 from packager.card.metadata import metadata
+from packager.card.plot import Plot, in_words
 from packager.card.raw_text import TextProblem, text_problems
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
 from packager.model.front_matter import split_front_matter
-from packager.receipt import Provenance
+from packager.receipt import PICTURE_FILES, Provenance
 from packager.recipe import Recipe
 from packager.system.text import format_bytes
 from packager.variant import MAIN
@@ -66,6 +67,7 @@ def render_card(
     expectations: Mapping[str, Sequence[Verdict]] | None = None,
     prompting: Prompting = Prompting(),
     contexts: Sequence[CachedContext] = (),
+    plot: Plot | None = None,
 ) -> str:
     """Return the README.md of one branch.
 
@@ -78,6 +80,7 @@ def render_card(
         expectations: the predictions of `compatibility.verdicts` by branch; shown apart from the runs.
         prompting: of the branch's tokenizer; the examples follow it.
         contexts: for which the page says how much memory a branch takes; see `cached_contexts`.
+        plot: what the picture shows that lies beside the page; None where there is none.
 
     Raises:
         CardError: the receipts are not this recipe's, a text cannot be part of a page, or the templates have a mistake.
@@ -90,6 +93,8 @@ def render_card(
     context = {
         **_context(recipe, texts, receipts, branch, expectations, contexts),
         "prompting": prompting,
+        "picture": PICTURE_FILES if plot is not None else (),
+        "picture_in_words": in_words(plot) if plot is not None else "",
         "writes_start": bool(prompting.before) and template.lstrip().startswith(prompting.before),
     }
     folder = templates_dir()
@@ -253,6 +258,7 @@ def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
         size=format_bytes,
         short_size=numbers.short_size,
         in_unit=numbers.in_unit,
+        attribute=markdown.attribute,
         percent=numbers.percent,
         digits=numbers.digits,
         figure=facts.figure,

@@ -15,7 +15,7 @@ from packager.receipt import LEAST_ROWS, Provenance, standard_error
 # Sizes that differ by less are one size to a reader who chooses by size.
 _SAME_SIZE = 0.005
 
-Place = Literal["only", "among", ""]
+Rank = Literal["only", "among", ""]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,8 @@ class Standing:
         neighbours: the best one of the same size, and the best one of the next smaller size.
     """
 
-    closest: Place
-    smallest: Place
+    closest: Rank
+    smallest: Rank
     neighbours: tuple[Neighbour, ...]
 
 
@@ -105,15 +105,15 @@ def standings(receipts: Sequence[Provenance]) -> tuple[Standing, ...]:
         smallest = []
     return tuple(
         Standing(
-            closest=_place(receipt, closest),
-            smallest=_place(receipt, smallest),
+            closest=_rank(receipt, closest),
+            smallest=_rank(receipt, smallest),
             neighbours=tuple(_neighbour(receipt, other) for other in _next_to(receipt, receipts)),
         )
         for receipt in receipts
     )
 
 
-def _place(receipt: Provenance, best: Sequence[Provenance]) -> Place:
+def _rank(receipt: Provenance, best: Sequence[Provenance]) -> Rank:
     if not any(receipt is each for each in best):
         return ""
     return "only" if len(best) == 1 else "among"

@@ -5,6 +5,7 @@ passes one of these functions, so that a pipe, a backtick or a line break cannot
 CommonMark 0.31 with the tables of GitHub Flavored Markdown, which is what the Hub renders.
 """
 
+import html
 import io
 import json
 import re
@@ -63,6 +64,11 @@ def one_line(text: str) -> str:
 def inline(text: str) -> str:
     """Escape `text` for a sentence, a heading, a link's text or a table cell; it is shown literally."""
     return _INLINE_SPECIAL.sub(lambda match: "\\" + match.group(), one_line(text))
+
+
+def attribute(text: str) -> str:
+    """Return `text` as the value of an HTML attribute, with its quotes; a blank line would end the HTML around it."""
+    return f'"{html.escape(one_line(text))}"'
 
 
 def code_span(text: str) -> str:

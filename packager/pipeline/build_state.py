@@ -259,7 +259,7 @@ def _local_digest(recipe_file: RecipeFile, name: str | None) -> str:
 def require_build_extra(work: str = "building") -> None:
     """Raise MachineError unless the packages of the `build` extra are installed, which `work` needs."""
     lacking = []
-    for name in ("torch", "transformers", "safetensors", "greenlet"):
+    for name in ("torch", "transformers", "safetensors", "greenlet", "matplotlib"):
         try:
             metadata.version(name)
         except metadata.PackageNotFoundError:

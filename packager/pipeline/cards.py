@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from packager.card import Prompting, render_card
 from packager.card.choice import cached_contexts
+from packager.card.plot import PLOT_VERSION, Plot, draw, plot_of
 from packager.errors import StateError
 from packager.model.contract_files import TEMPLATE_FILE
 from packager.model.strict_json import parse_json_object
@@ -15,8 +17,11 @@ from packager.pipeline.build_state import BuildState
 from packager.pipeline.card_texts import read_card_texts
 from packager.pipeline.pack import is_packed
 from packager.pipeline.workspace import audit_or_raise
-from packager.receipt import PROVENANCE, README, TOKENIZER, TOKENIZER_CONFIG, Receipt
+from packager.receipt import PICTURE_FILES, PROVENANCE, README, TOKENIZER, TOKENIZER_CONFIG, Receipt, digest_of
 from packager.system.files import bytes_record, disk_errors, has_record, write_atomic
+
+# The key in a receipt's stages of the figures that its picture shows: while they stay, it is not drawn again.
+PICTURE_STAGE = "picture"
 
 
 def render_cards(run: BuildState) -> None:
@@ -31,16 +36,18 @@ def render_cards(run: BuildState) -> None:
     provenances = [receipt.provenance.model_copy(update=present) for receipt in run.ordered_receipts()]
     expectations = {variant_plan.variant.branch: variant_plan.verdicts for variant_plan in run.plan.variants}
     model_type = run.plan.architecture.model_type
-    contexts = cached_contexts(run.plan.architecture)
+    contexts, plot = cached_contexts(run.plan.architecture), plot_of(provenances)
+    pictures = _pictures(run, plot)
     rendered = {}
     for branch in run.keys:
         prompting = prompting_of(run.workspace.folder(branch))
         readme = render_card(
             run.recipe, texts, provenances, model_type, branch,
-            expectations=expectations, prompting=prompting, contexts=contexts,
+            expectations=expectations, prompting=prompting, contexts=contexts, plot=plot,
         )  # fmt: skip
-        rendered[branch] = {README: readme.encode(), **_licenses(run, branch)}
-    cards = {branch: _with_provenance(run, branch, files) for branch, files in rendered.items()}
+        rendered[branch] = {README: readme.encode(), **pictures, **_licenses(run, branch)}
+    picture_key = {PICTURE_STAGE: _picture_key(plot)} if plot is not None else {}
+    cards = {branch: _with_provenance(run, branch, files, picture_key) for branch, files in rendered.items()}
     refuse_edited_cards(run, {branch: files for branch, (files, _) in cards.items()})
     for branch, (files, receipt) in cards.items():
         _write_card(run, branch, files, receipt)
@@ -73,8 +80,32 @@ def _licenses(run: BuildState, branch: str) -> dict[str, bytes]:
     return found
 
 
-def _with_provenance(run: BuildState, branch: str, files: dict[str, bytes]) -> tuple[dict[str, bytes], Receipt]:
-    """Add provenance.json, and return the next receipt: its provenance also lists provenance.json itself."""
+def _pictures(run: BuildState, plot: Plot | None) -> Mapping[str, bytes]:
+    """Return the picture's files: those of a branch that has them of the same figures, else drawn now."""
+    if plot is None:
+        return {}
+    key = _picture_key(plot)
+    for branch, receipt in run.receipts.items():
+        folder, records = run.workspace.folder(branch), receipt.provenance.files
+        if receipt.stages.get(PICTURE_STAGE) == key and all(
+            name in records and (folder / name).is_file() and has_record(folder / name, records[name])
+            for name in PICTURE_FILES
+        ):
+            return {name: (folder / name).read_bytes() for name in PICTURE_FILES}
+    return draw(plot)
+
+
+def _picture_key(plot: Plot) -> str:
+    return digest_of([PLOT_VERSION, asdict(plot)])
+
+
+def _with_provenance(
+    run: BuildState, branch: str, files: dict[str, bytes], done: Mapping[str, str]
+) -> tuple[dict[str, bytes], Receipt]:
+    """Add provenance.json, and return the next receipt: its provenance also lists provenance.json itself.
+
+    `done` has the keys of what the card stage keeps; keys of before that it does not have are dropped.
+    """
     receipt = run.receipts[branch]
     packed = {name: record for name, record in receipt.provenance.files.items() if is_packed(name)}
     records = packed | {name: bytes_record(content) for name, content in files.items()}
@@ -85,7 +116,8 @@ def _with_provenance(run: BuildState, branch: str, files: dict[str, bytes]) -> t
     content = provenance.model_dump_json(indent=2).encode() + b"\n"
     records[PROVENANCE] = bytes_record(content)
     listed = provenance.model_copy(update={"files": dict(sorted(records.items()))})
-    return {**files, PROVENANCE: content}, receipt.model_copy(update={"provenance": listed})
+    stages = {**{name: key for name, key in receipt.stages.items() if name != PICTURE_STAGE}, **done}
+    return {**files, PROVENANCE: content}, receipt.model_copy(update={"provenance": listed, "stages": stages})
 
 
 def refuse_edited_cards(run: BuildState, contents: Mapping[str, Mapping[str, bytes]] = MappingProxyType({})) -> None:

@@ -16,6 +16,7 @@ from packager.prove.audit.files import JsonObject, Listing, as_object, check_fil
 from packager.prove.audit.finding import AUDIT_RULES, Finding, Findings, Rule, Severity
 from packager.prove.audit.generation import check_generation, check_special_ids
 from packager.prove.audit.model import Describe, read_model
+from packager.prove.audit.pictures import check_pictures
 from packager.prove.audit.privacy import check_privacy
 from packager.prove.audit.provenance import check_provenance
 from packager.prove.audit.tensors import Expected, Linear, check_tensors, quantized_modules
@@ -103,6 +104,7 @@ def audit(
     _check_texts(listing, documents, findings, private_words=private_words, complete=complete)
     if complete:
         check_readme(listing, documents, findings)
+        check_pictures(listing, findings)
         if (provenance := as_object(documents.get(PROVENANCE))) is not None:
             _check_record(listing, provenance, headers, findings)
     return AuditReport(findings=findings.collected(), facts=_facts(headers.declared, headers.weights))

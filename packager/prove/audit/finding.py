@@ -189,6 +189,7 @@ AUDIT_RULES: Mapping[str, Rule] = {
     "card-unclosed": _error("close it: the rest of the page becomes part of it"),
     "card-python": _error("correct the example: readers paste it"),
     "card-command": _error("replace it by a command that works today"),
+    "picture-damaged": _error("render the card again: packager card draws the four files of its picture"),
     "card-template": _error("render the card again: a template expression was left in it"),
     "license-file-missing": _error("copy it from the base model: its licence demands it"),
     "license-notice": _error("the licence demands this sentence in a file called Notice"),

@@ -15,7 +15,7 @@ from packager.prove.audit.files import Listing, read_document, read_text
 from packager.prove.audit.finding import Findings
 from packager.receipt import PROVENANCE, README, TOKENIZER
 
-_TEXT_SUFFIXES = (".md", ".txt", ".json", ".jsonl", ".jinja", ".yaml", ".yml", ".py")
+_TEXT_SUFFIXES = (".md", ".txt", ".json", ".jsonl", ".jinja", ".yaml", ".yml", ".py", ".svg")
 _VOCABULARIES = (TOKENIZER, "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 _SHOWN_SECRET = 6
 # Strings of a JSON file are searched together: three searches for each of a million strings take many seconds.

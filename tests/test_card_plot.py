@@ -1,0 +1,178 @@
+"""The card's picture: its bytes, what it shows, where the card shows it, and when it is drawn again."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from markdown_it import MarkdownIt
+
+from packager.card import CardTexts, render_card
+from packager.card import plot as plot_module
+from packager.card.plot import Plot, PlotPoint, draw, in_words, plot_of
+from packager.errors import MachineError, StateError
+from packager.pipeline import cards, flow
+from packager.receipt import PICTURE_FILES, Provenance
+from packager.recipe.file import RecipeFile
+from packager.system.terminal import Terminal
+from tests import card_fixtures as fixtures
+from tests import tiny_recipe
+from tests.card_page import assert_well_formed, body
+from tests.golden_files import check_golden
+from tests.import_graph import ROOT
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def llama_plot() -> Plot:
+    plot = plot_of(fixtures.llama_receipts(fixtures.llama_recipe()))
+    assert plot is not None
+    return plot
+
+
+def test_a_picture_has_a_point_for_each_measured_branch() -> None:
+    receipts = fixtures.llama_receipts(fixtures.llama_recipe())
+    quality = receipts[2].quality
+    assert quality is not None
+    known = [
+        receipts[0],
+        receipts[1].model_copy(update={"quality": None}),
+        receipts[2].model_copy(update={"quality": quality.model_copy(update={"errors": None})}),
+    ]
+    plot = plot_of(known)
+    assert plot is not None
+    assert receipts[0].quality is not None
+    assert receipts[0].quality.errors is not None
+    assert plot.points == (
+        PlotPoint(branch="main", size_bytes=7_255_101_440, kl=0.02341, error=receipts[0].quality.errors.kl_divergence),
+        PlotPoint(branch="gptq-4bit-64g-actorder_True", size_bytes=7_503_401_984, kl=0.01517, error=None),
+    )
+    assert plot.base_bytes == 2 * 13_015_864_320
+    assert plot_of(known[:2]) is None, "one point compares nothing"
+
+
+def paths(svg: bytes) -> list[tuple[float, float]]:
+    """Return where the markers of an SVG are, in the order of drawing."""
+    found = []
+    for group in ElementTree.fromstring(svg).iter(f"{SVG}g"):  # noqa: S314 - drawn by this test
+        uses = group.findall(f"{SVG}use")
+        # A marker alone, inside the axes: ticks and caps come in several or lie outside.
+        if (group.get("clip-path") or "").startswith("url(#p") and len(uses) == 1:
+            found.append((float(uses[0].get("x", "nan")), float(uses[0].get("y", "nan"))))
+    return found
+
+
+def test_the_points_are_where_their_figures_are() -> None:
+    """Sizes and divergences are proportional to the places of the markers; a larger divergence is higher up."""
+    plot = llama_plot()
+    places = paths(draw(plot)["quality-light.svg"])  # the ends of each bar, then the markers
+    points = sorted(plot.points, key=lambda point: -point.kl)
+    assert len(places) == 3 * len(points)
+    centres = places[2 * len(points) :]
+    ends = [places[start : start + 2] for start in range(0, 2 * len(points), 2)]
+    for one, other, one_place, other_place in zip(points, points[1:], centres, centres[1:], strict=False):
+        scale = (centres[-1][1] - centres[0][1]) / (points[-1].kl - points[0].kl)
+        assert other_place[1] - one_place[1] == pytest.approx(scale * (other.kl - one.kl), rel=1e-3)
+        wide = (centres[-1][0] - centres[0][0]) / (points[-1].size_bytes - points[0].size_bytes)
+        assert other_place[0] - one_place[0] == pytest.approx(wide * (other.size_bytes - one.size_bytes), abs=1e-3)
+    assert scale < 0
+    for point, ((_, low), (_, high)) in zip(points, ends, strict=True):
+        assert point.error is not None
+        assert low - high == pytest.approx(-scale * 4 * point.error, rel=1e-3), "twice the error, both ways"
+
+
+def test_the_same_figures_give_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from tests.test_card_plot import llama_plot, draw\n"
+        "for name, data in draw(llama_plot()).items(): (Path(sys.argv[1]) / name).write_bytes(data)"
+    )
+    (tmp_path / "matplotlibrc").write_text("font.size: 30\nsavefig.dpi: 10\n")  # a user's own, which changes nothing
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True, env=_environ(tmp_path))
+    drawn = draw(llama_plot())
+    assert tuple(drawn) == PICTURE_FILES
+    for name, data in drawn.items():
+        assert data == (tmp_path / name).read_bytes(), name
+        assert len(data) < 100_000
+        assert b"atplotlib" not in data.replace(b'id="matplotlib.axis_', b"")
+    assert drawn["quality-light.png"] != drawn["quality-dark.png"]
+    assert drawn["quality-light.svg"] != drawn["quality-dark.svg"]
+
+
+def _environ(folder: Path) -> dict[str, str]:
+    import os
+
+    return {**os.environ, "MATPLOTLIBRC": str(folder)}
+
+
+def test_values_of_other_orders_of_magnitude_are_told_apart() -> None:
+    def heights(*values: float) -> list[float]:
+        points = tuple(
+            PlotPoint(branch=str(kl), size_bytes=10**9 + number, kl=kl, error=None) for number, kl in enumerate(values)
+        )
+        return [height for _, height in paths(draw(Plot(points=points, base_bytes=10**10))["quality-light.svg"])]
+
+    steps = heights(0.1, 0.01, 0.001)
+    assert steps[1] - steps[0] == pytest.approx(steps[2] - steps[1], rel=1e-3), "a logarithmic axis"
+    steps = heights(0.3, 0.2, 0.1)
+    assert steps[1] - steps[0] == pytest.approx(steps[2] - steps[1], rel=1e-3), "a linear axis"
+    assert len(heights(0.1, 0.0)) == 2, "the divergence of a branch that is the model itself"
+
+
+def test_the_alternative_text_has_the_figures() -> None:
+    words = in_words(llama_plot()).replace("\u00a0", " ")
+    assert words.startswith("Size of the weights against KL divergence from fp16. main: 7.26 GB, KL 0.0234 ± 0.0011; ")
+    assert words.endswith("gptq-4bit-128g-actorder_True: 7.26 GB, KL 0.01833 ± 0.00084; fp16: 26.0 GB.")
+
+
+def test_the_card_shows_its_picture(update_golden: bool) -> None:
+    recipe = fixtures.llama_recipe()
+    receipts = fixtures.llama_receipts(recipe)
+    given: dict[str, Any] = {"contexts": fixtures.LLAMA_CONTEXTS, "expectations": fixtures.llama_expectations(recipe)}
+    text = render_card(recipe, CardTexts(), receipts, "llama", "main", plot=llama_plot(), **given)
+    assert_well_formed(text)
+    without = render_card(recipe, CardTexts(), receipts, "llama", "main", **given)
+    section = text[text.index("<picture>") : text.index("* `main`: 4-bit")]
+    assert text.replace(section, "") == without
+    check_golden("cards/fixture_llama_picture.md", section, update=update_golden)
+    page = MarkdownIt("commonmark", {"html": True}).render(body(text))
+    assert [name for name in PICTURE_FILES if f'"{name}"' not in page] == []
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    draw.cache_clear()
+    with pytest.raises(MachineError, match="the card's picture cannot be drawn") as caught:
+        draw(llama_plot())
+    assert caught.value.hint == "pip install 'gptq-packager[build]'"
+
+
+def test_the_card_imports_no_matplotlib() -> None:
+    script = "import sys, packager.card, packager.pipeline.flow; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_a_picture_is_drawn_again_only_when_its_figures_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = RecipeFile.load(tiny_recipe.write_all(tmp_path))
+    dist = tmp_path / "dist"
+    tiny_recipe.build(recipe, dist)
+    folders = [tiny_recipe.workspace(dist).folder(branch) for branch in tiny_recipe.BRANCHES]
+    pictures = [{name: (folder / name).read_bytes() for name in PICTURE_FILES} for folder in folders]
+    assert pictures[0] == pictures[1] == pictures[2]
+    for folder in folders:
+        record = Provenance.model_validate_json((folder / "provenance.json").read_bytes())
+        assert set(PICTURE_FILES) < set(record.files)
+
+    def refuse(_: Plot) -> None:
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(cards, "draw", refuse)
+    flow.render(recipe, tiny_recipe.options(dist), Terminal(quiet=True), branch="main")
+    monkeypatch.setattr(cards, "PLOT_VERSION", plot_module.PLOT_VERSION + 1)
+    with pytest.raises(AssertionError, match="drawn again"):
+        flow.render(recipe, tiny_recipe.options(dist), Terminal(quiet=True), branch="main")
+    (folders[1] / PICTURE_FILES[0]).write_bytes(b"mine")
+    monkeypatch.setattr(cards, "draw", lambda _: pictures[0])
+    with pytest.raises(StateError, match=r"quality-light\.png was edited by hand"):
+        flow.render(recipe, tiny_recipe.options(dist), Terminal(quiet=True), branch="main")
