@@ -247,6 +247,12 @@ class Recipe(Strict):
     schema_version: Annotated[Literal[1], BeforeValidator(whole_number)] = Field(
         description="the version of this file format"
     )
+    # No recipe in memory has it: it is resolved before the models see it, and no digest may depend on it.
+    extends: FileName | None = Field(
+        default=None,
+        exclude=True,
+        description="a file in the recipe's folder that gives what the recipe leaves out: sections, and keys of them",
+    )
     repository: Repository
     base_model: BaseModelRef
     calibration: Calibration

@@ -19,12 +19,12 @@ _COMMENTS: Final[Mapping[str, str]] = {
 }
 
 
-def draft_text(recipe: Mapping[str, Any], *, schema: str) -> str:
+def draft_text(recipe: Mapping[str, Any], *, schema: str = "") -> str:
     """Return a recipe file.
 
     Args:
         recipe: the file's keys and values: texts, numbers, lists and mappings.
-        schema: the path or address of the JSON schema, for editors.
+        schema: the path or address of the JSON schema, for editors; "" for no such line.
     """
     document = _node(recipe)
     for key, comment in _COMMENTS.items():
@@ -39,7 +39,8 @@ def draft_text(recipe: Mapping[str, Any], *, schema: str) -> str:
     yaml.dump(document, stream)
     # ruamel.yaml writes `# ` on an empty line of a comment.
     lines = ["" if line.strip() == "#" else line for line in stream.getvalue().splitlines()]
-    return "\n".join([f"# yaml-language-server: $schema={schema}", *lines, ""])
+    editors = [f"# yaml-language-server: $schema={schema}"] if schema else []
+    return "\n".join([*editors, *lines, ""])
 
 
 def _node(value: Any) -> Any:

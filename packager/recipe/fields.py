@@ -59,11 +59,12 @@ def _described(description: str) -> Any:
 DRAWING_VERSION = 2
 
 REPO_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
-_FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 _REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
 _SHORT_HASH = r"(?!(?:[0-9a-f]{40})$)[0-9A-Fa-f]{7,}"  # a commit that the Hub would have to guess
-URL = r"^https://[^\s<>\"'`|)\]]+$"
-_GIT_URL = r"^(https://|ssh://|file:///|[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:)[^\s<>\"'`|)\]]+$"
+# A quote is \x22: the dialect of JSON schemas (ECMA-262) knows no other way to escape it.
+URL = r"^https://[^\s<>\x22'`|)\]]+$"
+_GIT_URL = r"^(https://|ssh://|file:///|[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:)[^\s<>\x22'`|)\]]+$"
 _LINE = r"^[^\r\n\x00-\x1f]+$"
 LANGUAGE = r"^[a-z]{2,3}$"
 TAG = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
@@ -72,7 +73,7 @@ WEIGHTS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,80}$"
 # The requirement of each pattern, to complete "<key> must be ...".
 PATTERN_MEANINGS = {
     REPO_ID: "namespace/name",
-    _FILE_NAME: "a file name without a folder",
+    FILE_NAME: "a file name without a folder",
     _REVISION: "a full commit id, or the name of a branch or tag",
     URL: "an https:// address without spaces, quotes or brackets",
     _GIT_URL: "an address of a git remote: https://, ssh://, file:/// or user@host:path",
@@ -84,7 +85,7 @@ PATTERN_MEANINGS = {
 }
 
 RepoId = Annotated[str, Field(pattern=REPO_ID, description=PATTERN_MEANINGS[REPO_ID])]
-FileName = Annotated[str, Field(pattern=_FILE_NAME, description=PATTERN_MEANINGS[_FILE_NAME])]
+FileName = Annotated[str, Field(pattern=FILE_NAME, description=PATTERN_MEANINGS[FILE_NAME])]
 Revision = Annotated[str, Field(pattern=_REVISION, description=PATTERN_MEANINGS[_REVISION]), AfterValidator(_revision)]
 BranchName = Annotated[
     str, AfterValidator(_branch), _described("main, or left out: then named gptq-{bits}bit-{group_size}g-...")

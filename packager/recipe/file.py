@@ -1,7 +1,7 @@
 """Stage 1, recipe: read a recipe file, and report every problem in it at once with its line and column."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -11,10 +11,11 @@ from packager.model.architecture import Architecture
 from packager.model.lock import Lock
 from packager.recipe import Recipe
 from packager.recipe.checks import check
+from packager.recipe.inherit import complete, extended_name, with_settings
 from packager.recipe.model_fit import LockedBaseModel, read_locked_model, with_locked_commits
 from packager.recipe.parsed_recipe import ParsedRecipe, read
 from packager.recipe.paths import locate, locate_base, path_problem
-from packager.recipe.yaml import MAX_BYTES, LocatedProblem, decode, parse
+from packager.recipe.yaml import MAX_BYTES, LocatedProblem, Position, decode, parse
 
 _FIRST_BYTES = 8192
 
@@ -25,40 +26,47 @@ class RecipeFile:
 
     Attributes:
         path: the recipe's file.
-        recipe: the recipe; each branch or tag in it is replaced by the commit that the lock holds.
+        recipe: the recipe with what it inherits; each branch or tag in it is replaced by the commit that the lock
+            holds.
         lock: what the base model said of itself.
         architecture: the shapes that the lock describes.
+        trial: the settings, `KEY=VALUE`, that changed it on the command line: what is built is never published.
     """
 
     path: Path
     recipe: Recipe
     lock: Lock
     architecture: Architecture
+    trial: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read and validate a recipe file.
+    def load(cls, path: Path, *, trial: Sequence[str] = ()) -> Self:
+        """Read and validate a recipe file, with the file that it extends and the settings of a trial.
 
         Raises:
             RecipeError: the file cannot be read, or something in it is wrong; holds every problem, in the file's
                 order.
         """
-        return cls.of(_read(path), path)
+        return cls.of(_read(path), path, trial=trial)
 
     @classmethod
-    def of(cls, data: bytes, path: Path, lock: Lock | None = None) -> Self:
+    def of(cls, data: bytes, path: Path, lock: Lock | None = None, *, trial: Sequence[str] = ()) -> Self:
         """Validate the content of a recipe file; see `load`.
 
         Args:
             data: the content.
             path: of the file, which need not be there.
             lock: what its lock will be; None reads the lock's file.
+            trial: settings that change the recipe.
         """
-        recipe, model, located = _judge(data, path, lambda parsed: read_locked_model(parsed, path, lock))
+        recipe, model, located = _judge(data, path, lambda parsed: read_locked_model(parsed, path, lock), trial)
         if recipe is not None and isinstance(model, LockedBaseModel) and not located:
-            architecture = model.architecture.leaving(recipe.quantize.skip)
             return cls(
-                path=path, recipe=with_locked_commits(recipe, model.lock), lock=model.lock, architecture=architecture
+                path=path,
+                recipe=with_locked_commits(recipe, model.lock),
+                lock=model.lock,
+                architecture=model.architecture.leaving(recipe.quantize.skip),
+                trial=tuple(trial),
             )
         raise _error(path, located)
 
@@ -118,23 +126,55 @@ def recipe_from(data: bytes, path: Path) -> Recipe:
     return recipe
 
 
+def extended_files(paths: Sequence[Path]) -> dict[Path, Path]:
+    """Return which of these files others of them extend, each with the recipe that does: these are no recipes.
+
+    What cannot be read is no error here: reading it as a recipe reports it.
+    """
+    named: dict[Path, Path] = {}
+    for path in paths:
+        try:
+            text, _ = decode(_read(path))
+        except RecipeError:
+            continue
+        root, _ = parse(text)
+        if root is not None and (name := extended_name(root)):
+            named.setdefault((path.parent / name).absolute(), path)
+    return {path: named[path.absolute()] for path in paths if path.absolute() in named}
+
+
 def _error(path: Path, located: Iterable[LocatedProblem]) -> RecipeError:
     problems = [
-        Problem(where=f"{path}:{problem.at.line}:{problem.at.column}", message=problem.message, hint=problem.hint)
-        for problem in sorted(located)
+        Problem(where=_where(path, problem.at), message=problem.message, hint=problem.hint)
+        for problem in sorted(dict.fromkeys(located), key=lambda problem: (problem.at.source, problem))
     ]
     count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
     return RecipeError(f"the recipe {path} has {count}", problems)
 
 
+def _where(path: Path, at: Position) -> str:
+    """Return a position for a person: of the recipe, of the file that it extends, or a setting as it was written."""
+    return f"{at.source or path}:{at.line}:{at.column}" if at.line else at.source
+
+
 def _judge(
-    data: bytes, path: Path, read_model: Callable[[ParsedRecipe], LockedBaseModel | LocatedProblem | None]
+    data: bytes,
+    path: Path,
+    read_model: Callable[[ParsedRecipe], LockedBaseModel | LocatedProblem | None],
+    trial: Sequence[str] = (),
 ) -> tuple[Recipe | None, LockedBaseModel | LocatedProblem | None, list[LocatedProblem]]:
     """Return the recipe, its lock, and everything that is wrong with them."""
     text, problems = decode(data)
     if problems:
         return None, None, problems
     root, problems = parse(text)
+    if root is None:
+        return None, None, problems
+    # Settings first: one that names another text, say, replaces the whole text that the recipe would inherit.
+    root, found = with_settings(root, trial)
+    problems += found
+    root, found = complete(root, path.parent) if root is not None else (None, [])
+    problems += found
     if root is None:
         return None, None, problems
     parsed = read(root)

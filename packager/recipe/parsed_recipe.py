@@ -20,6 +20,7 @@ from packager.system.text import quoted
 Loc = tuple[str | int, ...]
 
 SCHEMA_VERSION: Final = 1
+_SECTION_KEY: Final = 2  # the length of the location of a key in a section
 
 
 class Unreadable(enum.Enum):
@@ -97,8 +98,13 @@ class ParsedRecipe:
         return _nodes_to(self.root, loc)[-1].key_at
 
 
-def read(root: Node) -> ParsedRecipe:
-    """Validate a document against the models."""
+def read(root: Node, *, partial: bool = False) -> ParsedRecipe:
+    """Validate a document against the models.
+
+    Args:
+        root: the document.
+        partial: it is what recipes extend: sections, and keys of sections, may be missing.
+    """
     if not isinstance(root.content, dict):
         problem = LocatedProblem(root.at, f"a recipe is a mapping of keys to values, got {got(root)}")
         return ParsedRecipe(root=root, recipe=None, problems=(problem,) if root.usable else (), wrong=frozenset({()}))
@@ -108,7 +114,8 @@ def read(root: Node) -> ParsedRecipe:
     try:
         recipe = Recipe.model_validate(root.plain())
     except ValidationError as error:
-        errors = [item for item in error.errors(include_url=False) if _concerns_a_field(root, item)]
+        found = error.errors(include_url=False)
+        errors = [item for item in found if _concerns_a_field(root, item) and not (partial and _may_be_missing(item))]
         wrong = frozenset(item["loc"] for item in errors if item["type"] not in {"missing", "extra_forbidden"})
         problems = tuple(_located(root, item) for item in errors)
         return ParsedRecipe(root=root, recipe=None, problems=problems, wrong=wrong)
@@ -185,13 +192,21 @@ def _concerns_a_field(root: Node, error: ErrorDetails) -> bool:
     return error["type"] != "value_error" or not isinstance(found[-1].content, dict)
 
 
+def _may_be_missing(error: ErrorDetails) -> bool:
+    """Return whether an error is a section or a key of a section that each recipe may give itself."""
+    loc = error["loc"]
+    return error["type"] == "missing" and len(loc) <= _SECTION_KEY and loc != ("schema_version",)
+
+
 def _located(root: Node, error: ErrorDetails) -> LocatedProblem:
     """Reword one of the models' errors."""
     loc, context = error["loc"], error.get("ctx", {})
     found = _nodes_to(root, loc)
     if error["type"] == "missing":
         field = _model_at(loc[:-1]).model_fields[str(loc[-1])]
-        return LocatedProblem(found[-1].key_at, f"{name_of(loc)} is missing", field.description or "")
+        # A key that a section of an extended file lacks is missing in the recipe.
+        at = found[-1].key_at if len(loc) > _SECTION_KEY else _own(found).key_at
+        return LocatedProblem(at, f"{name_of(loc)} is missing", field.description or "")
     if error["type"] == "extra_forbidden":
         return _unknown_key(found[-1], loc)
     node = found[-1]
@@ -200,6 +215,11 @@ def _located(root: Node, error: ErrorDetails) -> LocatedProblem:
     if not isinstance(node.content, str) or len(node.content) <= 60:
         message += f", got {got(node)}"
     return LocatedProblem(node.at, message, _hint(error["type"], node, context))
+
+
+def _own(found: Sequence[Node]) -> Node:
+    """Return the deepest of these nodes that the recipe's own file holds."""
+    return next((node for node in reversed(found) if not node.key_at.source), found[0])
 
 
 def _unknown_key(node: Node, loc: Loc) -> LocatedProblem:

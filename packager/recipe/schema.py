@@ -1,6 +1,7 @@
 """Generate the JSON schema of recipe files from the models; editors complete, explain and check recipes with it.
 
-A schema describes single values; the rules across fields and files are in `checks.py`.
+A schema describes single values; the rules across fields and files are in `checks.py`. It cannot see what a recipe
+inherits: where a recipe extends a file, no section and no key of a section is required.
 """
 
 import argparse
@@ -11,15 +12,35 @@ from pathlib import Path
 from typing import Any
 
 from packager.recipe import Recipe
+from packager.recipe.parsed_recipe import SCHEMA_VERSION
 from packager.system.files import write_atomic
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_ID = f"urn:gptq-packager:recipe-schema:{SCHEMA_VERSION}"  # a name, not an address: the file is in the package
 
 
 def recipe_schema() -> dict[str, Any]:
     """Return the schema of a recipe file (JSON Schema 2020-12)."""
+    schema = whole_recipe_schema()
+    required = schema.pop("required")
+    sections: dict[str, Any] = {}
+    for key, field in schema["properties"].items():
+        model = schema["$defs"].get(str(field.get("$ref", "")).rpartition("/")[2], {})
+        if "required" in model:
+            sections[key] = {"required": model.pop("required")}
+    extends = {"required": ["extends"], "properties": {"extends": {"type": "string"}}}
+    return {
+        **schema,
+        "required": ["schema_version"],
+        "if": extends,
+        "else": {"required": required, "properties": sections},
+    }
+
+
+def whole_recipe_schema() -> dict[str, Any]:
+    """Return the schema of a recipe that inherits nothing."""
     generated = Recipe.model_json_schema()
-    schema = {"$schema": _DIALECT, **generated, "title": "GPTQ recipe"}
+    schema = {"$schema": _DIALECT, "$id": _ID, **generated, "title": "GPTQ recipe"}
     for model in (schema, *schema["$defs"].values()):
         for field in model.get("properties", {}).values():
             _describe_optional(field)

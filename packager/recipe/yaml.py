@@ -43,10 +43,14 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")
 
 
 class Position(NamedTuple):
-    """A position in the file, counted from 1 as editors do; columns are characters."""
+    """A position in a file, counted from 1 as editors do; columns are characters.
+
+    `source` is another file than the recipe, or an option of the command line, which has no lines: then line is 0.
+    """
 
     line: int
     column: int
+    source: str = ""
 
 
 class LocatedProblem(NamedTuple):
