@@ -271,6 +271,7 @@ class Receipt(Record):
         peak_memory_bytes: the largest resident size of the building processes, over all stages, without their children;
             a process that builds several recipes counts those before too.
         fused_modules: on CUDA, what ran fused kernels while quantizing; None on a CPU.
+        trial: the settings of the command line that changed the recipe (`--set`): such a variant is never published.
     """
 
     provenance: Provenance
@@ -278,6 +279,7 @@ class Receipt(Record):
     seconds: dict[str, float]
     peak_memory_bytes: int
     fused_modules: FusedRecord | None = None
+    trial: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _has_the_results_of_its_stages(self) -> Self:

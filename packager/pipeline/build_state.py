@@ -4,7 +4,7 @@ Each stage leaves its result in `dist/` with a digest of everything that went in
 unchanged is not run again; that decision needs neither torch nor a network.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,7 +18,7 @@ from packager.model.devices import DeviceChoice, choose_device, device_type, sam
 from packager.model.runtimes import LoaderName
 from packager.pipeline.branch_files import check_small_files
 from packager.pipeline.pack import is_packed
-from packager.pipeline.plan import VariantPlan, make_plan
+from packager.pipeline.plan import VariantPlan, chosen_variants, make_plan
 from packager.pipeline.workspace import Workspace, check_folder
 from packager.prove.environments import RuntimeContext, waits_for_request
 from packager.prove.loaders import ISOLATED, LOADERS
@@ -62,14 +62,28 @@ class Options:
 
 
 class BuildState:
-    """A build in progress: what is done, what is missing, and the values that several stages share."""
+    """A build in progress: what is done, what is missing, and the values that several stages share.
 
-    def __init__(self, recipe_file: RecipeFile, options: Options, terminal: Terminal) -> None:
+    Args:
+        recipe_file: what is built.
+        options: where and how.
+        terminal: gets all messages.
+        only: the branches that are worked on; none are all.
+
+    Attributes:
+        plan: of all branches.
+        wanted: the variants that are worked on.
+    """
+
+    def __init__(
+        self, recipe_file: RecipeFile, options: Options, terminal: Terminal, only: Collection[str] = ()
+    ) -> None:
         self.recipe_file = recipe_file
         self.recipe = recipe_file.recipe
         self.options = options
         self.terminal = terminal
         self.plan = make_plan(recipe_file)
+        self.wanted = chosen_variants(self.plan.variants, only, str(recipe_file.path))
         self.workspace = Workspace(dist=options.dist, repository=self.recipe.repository.id)
         self.keys = {
             variant_plan.variant.branch: stage_keys(recipe_file, variant_plan) for variant_plan in self.plan.variants
@@ -79,11 +93,11 @@ class BuildState:
         self._texts: TextSets | None = None
         self._device: torch.device | None = None
 
-    def missing(self, stage: StageName) -> tuple[VariantPlan, ...]:
-        """Return the variants for which a stage has not been done with the present inputs."""
+    def missing(self, stage: StageName, *, anywhere: bool = False) -> tuple[VariantPlan, ...]:
+        """Return the wanted variants, or all, for which a stage has not been done with the present inputs."""
         return tuple(
             variant_plan
-            for variant_plan in self.plan.variants
+            for variant_plan in (self.plan.variants if anywhere else self.wanted)
             if (receipt := self.receipts.get(variant_plan.variant.branch)) is None
             or receipt.stages.get(stage) != self.keys[variant_plan.variant.branch][stage]
         )
@@ -100,7 +114,7 @@ class BuildState:
             return wanted
         results = [
             {record.loader for record in receipt.provenance.loaders if record.status != "not run"}
-            for receipt in self.receipts.values()
+            for receipt in self.ordered_receipts()
         ]
         left = [name for name in wanted if any(name not in found for found in results)]
         required, options = self.recipe.loaders.required, self.options
@@ -148,8 +162,8 @@ class BuildState:
         return frozenset((README, PROVENANCE, *(name for name in known if not is_packed(name))))
 
     def ordered_receipts(self) -> tuple[Receipt, ...]:
-        """Return the receipts in the recipe's order."""
-        return tuple(self.receipts[variant_plan.variant.branch] for variant_plan in self.plan.variants)
+        """Return the receipts of the wanted variants in the recipe's order."""
+        return tuple(self.receipts[variant_plan.variant.branch] for variant_plan in self.wanted)
 
     def keep(self, receipt: Receipt) -> None:
         """Make a receipt the present one, and write it unless the same receipt is written already."""

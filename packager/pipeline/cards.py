@@ -117,7 +117,9 @@ def _with_provenance(
     records[PROVENANCE] = bytes_record(content)
     listed = provenance.model_copy(update={"files": dict(sorted(records.items()))})
     stages = {**{name: key for name, key in receipt.stages.items() if name != PICTURE_STAGE}, **done}
-    return {**files, PROVENANCE: content}, receipt.model_copy(update={"provenance": listed, "stages": stages})
+    # What a trial left is what the recipe says once every stage has the keys of the recipe alone.
+    present = {"provenance": listed, "stages": stages, "trial": run.recipe_file.trial}
+    return {**files, PROVENANCE: content}, receipt.model_copy(update=present)
 
 
 def refuse_edited_cards(run: BuildState, contents: Mapping[str, Mapping[str, bytes]] = MappingProxyType({})) -> None:

@@ -5,13 +5,14 @@ and run again, on this machine or another.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from packager.errors import LoaderError, PublishError
 from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
 from packager.pipeline.cards import refuse_edited_cards, render_cards
+from packager.pipeline.plan import chosen_variants
 from packager.pipeline.running import shown_while_running
 from packager.pipeline.saved_publish import PlanFile, PlannedPublish
 from packager.pipeline.stages import evaluate, quantize_and_pack, run_loaders
@@ -46,22 +47,29 @@ class BuildResult:
         return not (self.packed or self.measured or self.verified)
 
 
-def build(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> BuildResult:
+def build(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, only: Collection[str] = ()) -> BuildResult:
     """Run every stage up to the card for each variant that needs it.
+
+    Args:
+        recipe_file: what is built.
+        options: where and how.
+        terminal: gets all messages.
+        only: work on these branches alone. Cards name all variants, so they wait until every variant is there, and
+            `publish` refuses what is not complete.
 
     Raises:
         PackagerError: of the stage that failed; everything finished before it is kept.
     """
-    run = BuildState(recipe_file, options, terminal)
+    run = BuildState(recipe_file, options, terminal, only)
     with run.workspace.locked(), shown_while_running(run.workspace.running_path, terminal):
         run.read_receipts()
         quantized, packed = quantize_and_pack(run)
         measured = evaluate(run)
         verified = run_loaders(run)
-        render_cards(run)
-        shutil.rmtree(run.workspace.work, ignore_errors=True)
+        receipts = run.ordered_receipts()
+        _finish(run)
     result = BuildResult(
-        receipts=run.ordered_receipts(),
+        receipts=receipts,
         quantized=quantized,
         packed=packed,
         measured=measured,
@@ -76,6 +84,19 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> Buil
         terminal.log(f"not proven, required loaders did not run: {'; '.join(lacking)}")
     raise_failed(result.receipts)
     return result
+
+
+def _finish(run: BuildState) -> None:
+    """Render the cards if every variant is there, and delete the files of this run's work, not those of other runs."""
+    unfinished = {each.variant.branch: None for stage in STAGES for each in run.missing(stage, anywhere=True)}
+    if unfinished:
+        run.terminal.log(f"no cards and nothing to publish until these are built: {', '.join(unfinished)}")
+        for name in ("verify", *(each.variant.branch for each in run.wanted)):
+            shutil.rmtree(run.workspace.work / name, ignore_errors=True)
+        return
+    run.wanted = run.plan.variants  # a card names every variant
+    render_cards(run)
+    shutil.rmtree(run.workspace.work, ignore_errors=True)
 
 
 def reverify(recipe_file: RecipeFile, options: Options, terminal: Terminal) -> tuple[Receipt, ...]:
@@ -97,11 +118,11 @@ def render(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, bra
     """Render the cards of every built variant again and return one of them.
 
     Raises:
-        PublishError: a variant is not built, measured and proven, or there is no such branch.
+        PlanError: there is no such branch.
+        PublishError: a variant is not built, measured and proven.
     """
     run = BuildState(recipe_file, options, terminal)
-    if branch not in run.keys:
-        raise PublishError(f"the recipe has no branch {branch!r}", hint=f"it has {', '.join(run.keys)}")
+    chosen_variants(run.plan.variants, [branch], str(recipe_file.path))
     with run.workspace.locked():
         run.read_receipts()
         _require_stages(run, *STAGES)
@@ -199,6 +220,7 @@ def publish(
 def _contents(run: BuildState) -> list[BranchContent]:
     """Return the content of each branch; a variant that is not ready, or not fit to be published, is an error."""
     _require_stages(run, *STAGES)
+    _refuse_trials(run.ordered_receipts())
     _require_cards(run)
     refuse_edited_cards(run)
     receipts = run.ordered_receipts()
@@ -239,6 +261,17 @@ def _require_stages(run: BuildState, *stages: StageName) -> None:
                 why=f"the stage {stage!r} has not been done with the present recipe and files",
                 hint="run packager build first",
             )
+
+
+def _refuse_trials(receipts: Sequence[Receipt]) -> None:
+    """Raise PublishError for what was built with settings of the command line, whatever the recipe says now."""
+    if tried := {receipt.provenance.branch: receipt.trial for receipt in receipts if receipt.trial}:
+        raise PublishError(
+            f"built for a trial: {', '.join(tried)}",
+            why=" ".join(f"--set {setting}" for setting in next(iter(tried.values()))),
+            hint="write the settings into the recipe and run packager build without --set; what has the same inputs is "
+            "not built again",
+        )
 
 
 def _require_cards(run: BuildState) -> None:

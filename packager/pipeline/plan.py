@@ -3,7 +3,7 @@
 No network, no torch: exact file sizes, a prediction per loader, memory and disk, and a digest per variant.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from packager.errors import PlanError
@@ -22,6 +22,7 @@ from packager.receipt import CONFIG, TOKENIZER_MODEL, digest_of
 from packager.recipe import Recipe
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
+from packager.recipe.parsed_recipe import suggestion
 from packager.variant import ActOrder, Variant
 
 _CONTEXT_TOKENS = 4096
@@ -134,8 +135,12 @@ class BuildPlan:
         return variant_plan.tensor_bytes + self.context_bytes
 
 
-def make_plan(recipe_file: RecipeFile) -> BuildPlan:
+def make_plan(recipe_file: RecipeFile, only: Collection[str] = ()) -> BuildPlan:
     """Plan a build offline.
+
+    Args:
+        recipe_file: what is built.
+        only: plan these branches alone; none are all.
 
     Raises:
         PlanError: variants cannot be made from this model, a required loader refuses one, or a text of the card cannot
@@ -173,16 +178,31 @@ def make_plan(recipe_file: RecipeFile) -> BuildPlan:
         for variant in variants
     )
     tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
+    chosen = chosen_variants(_described(recipe, planned), only, str(recipe_file.path))
     return BuildPlan(
         recipe=recipe,
         architecture=architecture,
-        variants=_described(recipe, planned),
-        memory=_memory(architecture, recipe, variants),
+        variants=chosen,
+        memory=_memory(architecture, recipe, [variant_plan.variant for variant_plan in chosen]),
         evaluation=_evaluation(architecture, recipe),
-        disk=_disk(recipe, architecture, planned),
+        disk=_disk(recipe, architecture, chosen),
         calibration_tokens=tokens,
         changes=changes,
     )
+
+
+def chosen_variants(planned: Sequence[VariantPlan], only: Collection[str], where: str) -> tuple[VariantPlan, ...]:
+    """Return the variants of some branches, in the recipe's order; all of them if no branch is named.
+
+    Raises:
+        PlanError: the recipe has no such branch.
+    """
+    known = [variant_plan.variant.branch for variant_plan in planned]
+    for branch in only:
+        if branch not in known:
+            hint = suggestion(branch, known) or f"it has {', '.join(known)}"
+            raise PlanError(f"the recipe has no branch {branch!r}", where=where, hint=hint)
+    return tuple(each for each in planned if not only or each.variant.branch in only)
 
 
 def _changes(recipe_file: RecipeFile) -> tuple[str, ...]:

@@ -1,17 +1,15 @@
 """A release run: build and publish every recipe that this machine can build, and report why others are left out."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
-from packager.errors import PATH_REFUSALS, MachineError, PackagerError, PublishError, path_refusal
+from packager.errors import MachineError, PackagerError, PublishError
 from packager.inputs.hub_models import access_problem
 from packager.model.devices import LARGEST_ON_CPU, choose_device
 from packager.pipeline.build_state import STAGES, BuildState, Options, require_build_extra
 from packager.pipeline.flow import build, publish, require_key
+from packager.pipeline.many_recipes import RecipeResult, Results
 from packager.pipeline.plan import BuildPlan
 from packager.publish.plan import PublishPlan
 from packager.publish.sign_release import SigningKeys
@@ -20,29 +18,6 @@ from packager.quantize.memory import USABLE
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
 from packager.system.text import gibibytes
-
-Outcome = Literal["published", "failed", "interrupted", "not built", "not reached"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecipeResult:
-    """What a release run did with one recipe.
-
-    Attributes:
-        path: of the recipe.
-        repository: its id; "" if the recipe cannot be read.
-        outcome: not built: this machine cannot; interrupted: the run ended in it; not reached: the run ended before.
-        why: of what failed, or was not built: one line.
-        exit_code: of what failed, otherwise 0.
-        seconds: it took.
-    """
-
-    path: Path
-    repository: str = ""
-    outcome: Outcome = "not reached"
-    why: str = ""
-    exit_code: int = 0
-    seconds: float = 0.0
 
 
 def release(
@@ -84,92 +59,54 @@ def release(
         PackagerError: `fail_fast`, and a recipe failed.
         MachineError: `strict`, and this machine cannot build some of them, which are right.
     """
-    results = {path: RecipeResult(path=path) for path in recipes}
+    results = Results(terminal, stop=fail_fast, by_path={path: RecipeResult(path=path) for path in recipes})
     try:
-        files = _read_all(results, terminal, keys or SigningKeys(), stop=fail_fast)
+        files = _read_all(results, keys or SigningKeys())
         _require_consent(files, attended=attended)
-        wanted = _that_can_be_built(results, files, options, terminal, stop=fail_fast)
-        if strict and any(result.outcome == "failed" for result in results.values()):
-            return tuple(results.values())
-        skipped = {path: result.why for path, result in results.items() if result.outcome == "not built"}
+        wanted = _that_can_be_built(results, files, options)
+        if strict and any(result.outcome == "failed" for result in results.ordered):
+            return results.ordered
+        skipped = {result.path: result.why for result in results.ordered if result.outcome == "not built"}
         if skipped and strict:
-            error = _skipped_error(skipped)
-            results |= {path: replace(results[path], outcome="failed", exit_code=error.exit_code) for path in skipped}
-            raise error
+            for path in skipped:
+                results.update(path, outcome="failed", exit_code=MachineError.exit_code)
+            raise _skipped_error(skipped)
         for file in wanted:
             terminal.log(str(file.path))
-            with _recorded(results, file.path, terminal, stop=fail_fast, outcome="published"):
+            with results.recorded(file.path, "published"):
                 build(file, options, terminal)
                 publish(file, options, terminal, dry_run=False, show_plan=show_plan, consent=consent, keys=keys)
                 show_status(file, options)
     finally:
-        show_results(tuple(results.values()))
-    return tuple(results.values())
+        show_results(results.ordered)
+    return results.ordered
 
 
-def _read_all(
-    results: dict[Path, RecipeResult], terminal: Terminal, keys: SigningKeys, *, stop: bool
-) -> list[RecipeFile]:
+def _read_all(results: Results, keys: SigningKeys) -> list[RecipeFile]:
     """Return the recipes that can be read; the results get the others."""
     files: list[RecipeFile] = []
-    for path in list(results):
-        with _recorded(results, path, terminal, stop=stop):
+    for path in list(results.by_path):
+        with results.recorded(path):
             file = RecipeFile.load(path)
-            results[path] = replace(results[path], repository=file.recipe.repository.id)
+            results.update(path, repository=file.recipe.repository.id)
             require_key(file, keys)
             files.append(file)
     for file in files:
-        with _recorded(results, file.path, terminal, stop=stop):
+        with results.recorded(file.path):
             _refuse_same_repository(file, files)
-    return [file for file in files if results[file.path].outcome != "failed"]
+    return [file for file in files if results.by_path[file.path].outcome != "failed"]
 
 
-def _that_can_be_built(
-    results: dict[Path, RecipeResult], files: Sequence[RecipeFile], options: Options, terminal: Terminal, *, stop: bool
-) -> list[RecipeFile]:
+def _that_can_be_built(results: Results, files: Sequence[RecipeFile], options: Options) -> list[RecipeFile]:
     """Plan recipes and return those that this machine can build; the results get the others."""
     wanted = []
     for file in files:
-        with _recorded(results, file.path, terminal, stop=stop):
-            if why := _why_not(BuildState(file, options, terminal)):
-                results[file.path] = replace(results[file.path], outcome="not built", why=why)
+        with results.recorded(file.path):
+            if why := _why_not(BuildState(file, options, results.terminal)):
+                results.update(file.path, outcome="not built", why=why)
             else:
                 wanted.append(file)
     return wanted
-
-
-@contextmanager
-def _recorded(
-    results: dict[Path, RecipeResult], path: Path, terminal: Terminal, *, stop: bool, outcome: Outcome | None = None
-) -> Iterator[None]:
-    """Record a recipe's failure in the work inside, or `outcome`; an error is printed here unless it ends the run."""
-    started = time.monotonic()
-
-    def record(outcome: Outcome, *, why: str = "", exit_code: int = 0) -> None:
-        seconds = time.monotonic() - started
-        results[path] = replace(results[path], outcome=outcome, why=why, exit_code=exit_code, seconds=seconds)
-
-    try:
-        try:
-            yield
-        except PATH_REFUSALS as error:
-            if refusal := path_refusal(error):
-                raise refusal from error
-            raise
-    except PackagerError as error:
-        record("failed", why=str(error).splitlines()[0], exit_code=error.exit_code)
-        if stop:
-            raise
-        terminal.error(error)
-    except Exception as error:  # a mistake of ours, which is shown where it was made
-        record("failed", why=f"{type(error).__name__}: {error}".splitlines()[0], exit_code=PackagerError.exit_code)
-        raise
-    except BaseException:
-        record("interrupted")
-        raise
-    else:
-        if outcome is not None:
-            record(outcome)
 
 
 def _require_consent(files: Sequence[RecipeFile], *, attended: bool) -> None:

@@ -72,6 +72,7 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
             peak_memory_bytes=peak_memory_bytes(),
             # auto-gptq quantizes in a process of its own, without our kernels.
             fused_modules=_fused_record(view.fused) if variant_plan.variant.engine == "native" else None,
+            trial=run.recipe_file.trial,
         )
         if before:
             receipt = with_earlier_facts(run, receipt, before.receipt)
@@ -245,7 +246,7 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
     from packager.prove.verify import VerifyJob, checkpoint_of, verify
 
     texts, device = run.texts, run.device
-    branches = [variant_plan.variant.branch for variant_plan in run.plan.variants]
+    branches = [branch for branch in run.keys if branch in run.receipts]
     chosen = {
         "required": tuple(name for name in wanted.required if name in names),
         "if_available": tuple(name for name in wanted.if_available if name in names),
