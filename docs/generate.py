@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +29,8 @@ from packager.prove.locks import read_lock
 from packager.recipe import Defaults, VariantEntry, expand
 from packager.recipe.fields import PATTERN_MEANINGS
 from packager.recipe.lock_file import lock_path, read_recipe_lock
-from packager.recipe.schema import recipe_schema
+from packager.recipe.schema import whole_recipe_schema
+from packager.system.events import EVENT_KEYS, EXAMPLE_STEP, event_line
 from packager.system.files import write_atomic
 from packager.variant import MAIN, ActOrder, Variant
 
@@ -62,7 +64,7 @@ def page(title: str, intro: str, *parts: str) -> str:
 
 def recipe_page() -> str:
     """Return every key of a recipe with type, default and meaning."""
-    schema = recipe_schema()
+    schema = whole_recipe_schema()
     models = {"": schema, **dict(_models(schema, schema, ""))}
     sections = [_section(path, model, schema["$defs"]) for path, model in models.items()]
     intro = (
@@ -221,12 +223,42 @@ def cli_page() -> str:
 
     intro = (
         "Results go to standard output, with `--format json` as JSON and nothing else; the log, progress and errors go "
-        "to standard error. [Exit codes](exit-codes.md) distinguish the kinds of errors."
+        "to standard error. [Exit codes](exit-codes.md) distinguish the kinds of errors.\n\n"
+        "A JSON document is an object with a `schema_version`. Of several recipes, and of any number that `--recipes` "
+        "finds, it has the list `recipes`: for each recipe the `result`, why it failed, the exit code, and the "
+        "`answer` that the command gives for one recipe. A command that fails before it has a result prints "
+        '`{"schema_version": 1, "error": {"code", "exit_code", "what", "where", "why", "hint"}}`; the error of a '
+        "recipe has `problems`, each with `where`, `what` and `hint`. `code` is the class in the table of exit "
+        "codes.\n\n"
+        "`build` and `release` write their log as [events](events.md) with `--log-format json`. In a job of GitHub "
+        "Actions (`GITHUB_STEP_SUMMARY`), `release` adds its table to the job's summary. `packager "
+        "--install-completion` teaches the shell all commands and options."
     )
     commands = [
         str(command.name or command.callback.__name__) for command in app.registered_commands if command.callback
     ]
     return page("Command line", intro, help_of(), *(help_of(command) for command in commands))
+
+
+# events.md
+
+
+def events_page() -> str:
+    """Return the keys of each event of a log."""
+    rows = (
+        (f"`{event}`", f"`{key}`", kind, cell(meaning))
+        for event, keys in EVENT_KEYS.items()
+        for key, (kind, meaning) in keys.items()
+    )
+    intro = (
+        "`packager build --log-format json` and `packager release --log-format json` write their log to standard error "
+        "as one JSON object a line. Each has `schema_version` (1), `time` (UTC, ISO 8601) and `event`, and the keys of "
+        "its event. `packager schema events` prints the JSON schema. A new key or event is another version."
+    )
+    example = event_line("step", EXAMPLE_STEP, datetime(2026, 11, 29, 22, 0, 0, tzinfo=UTC))
+    return page(
+        "Events of a log", intro, table(("event", "key", "type", "meaning"), rows), f"```json\n{example}\n```\n"
+    )
 
 
 # exit-codes.md
@@ -240,7 +272,6 @@ def exit_codes_page() -> str:
             ("", "The reader of the output closed it, or this program has a defect: then it prints a traceback."),
             ("", "`packager lock --check` found a lock that is not what would be written."),
         ],
-        2: [("", "The command line is wrong.")],
         129: [("", "Ended by SIGHUP: the terminal was closed. Finished work is kept.")],
         130: [("", "Interrupted with Ctrl-C. Finished work is kept.")],
         143: [("", "Ended by SIGTERM, as when a CI job is cancelled. Finished work is kept.")],
@@ -469,6 +500,7 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
     "audit-findings.md": findings_page,
     "branch-configs.md": branch_configs_page,
     "cli.md": cli_page,
+    "events.md": events_page,
     "exit-codes.md": exit_codes_page,
     "loaders.md": loaders_page,
     "architectures.md": architectures_page,

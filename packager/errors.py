@@ -79,6 +79,12 @@ class Problem:
         return f"{self.where}: {self.message}{hint}"
 
 
+class UsageError(PackagerError):
+    """The command line is wrong."""
+
+    exit_code = 2
+
+
 class RecipeError(PackagerError):
     """A recipe cannot be used. Holds every problem found, not only the first."""
 

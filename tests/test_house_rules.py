@@ -32,6 +32,7 @@ TERMINAL = {
     "packager/cli/main.py",
     "packager/cli/options.py",
     "packager/cli/publishing.py",
+    "packager/cli/recipe_commands.py",
     "packager/cli/signing.py",
     "packager/cli/consent.py",
     "packager/cli/signals.py",

@@ -150,7 +150,7 @@ def test_the_command_shows_the_model_and_what_is_left(recipe: Path) -> None:
     assert "not quantized: mlp.down_proj: its shape, 100 to 64, is no multiple of 32" in result.stdout
     assert "no digests of files" in result.stdout
     result = run(recipe, "--from", copy, "--format", "json")
-    (shown,) = json.loads(result.stdout)
+    (shown,) = json.loads(result.stdout)["locks"]
     assert (shown["status"], shown["blocks"], shown["base_model"]["revision"]) == ("unchanged", 3, COMMIT)
     assert len(shown["kinds"][0]["linears"]) == 4
     assert shown["tensors"] == 30

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from packager.cli.options import Format, FormatOption, QuietOption, terminal_of
+from packager.cli.options import Format, FormatOption, terminal_of
 from packager.errors import SourceError
 
 if TYPE_CHECKING:
@@ -96,7 +96,6 @@ def init_command(
     force: Annotated[bool, typer.Option("--force", help="Replace a recipe that is there.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing, as where input is no terminal.")] = False,
     format: FormatOption = Format.text,  # noqa: A002 - the option's name
-    quiet: QuietOption = False,
 ) -> None:
     """Write a recipe for a model, and show its plan.
 
@@ -110,7 +109,7 @@ def init_command(
     from packager.pipeline.draft_recipe import Wishes
     from packager.pipeline.init_recipe import init_recipe
 
-    terminal = terminal_of(quiet=quiet)
+    terminal = terminal_of()
     found = find_model(model, terminal.log)
     if sys.stdin.isatty() and not yes:
         model_id, license_id = _ask(found, model_id, license_id)

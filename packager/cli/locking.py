@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from packager.cli.options import Format, FormatOption, QuietOption, terminal_of
-from packager.cli.tables import counted, print_line
+from packager.cli.options import Format, FormatOption, terminal_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +33,6 @@ def lock_command(
         bool, typer.Option("--check", help="Write nothing; exit with 1 if a lock is not what would be written.")
     ] = False,
     format: FormatOption = Format.text,  # noqa: A002 - the option's name
-    quiet: QuietOption = False,
 ) -> None:
     """Write down what the base model says of itself.
 
@@ -45,20 +43,23 @@ def lock_command(
     the error names the module that stands in the way.
     """
     from packager.pipeline.lock_recipes import lock_recipes
+    from packager.pipeline.many_recipes import recipes_among
 
-    terminal = terminal_of(quiet=quiet)
+    terminal = terminal_of()
+    recipes = recipes_among(recipes, (), terminal.log)
     results = []
     for result in lock_recipes(recipes, terminal.log, copy=copy, check=check):
         results.append(result)
         if format is Format.text:
             _print_lock(result, terminal.out)
     if format is Format.json:
-        terminal.result([_lock_json(result) for result in results])
+        terminal.result({"locks": [_lock_json(result) for result in results]})
     if not all(result.is_current for result in results):
         raise typer.Exit(1)
 
 
 def _print_lock(result: "LockResult", console: "Console") -> None:
+    from packager.cli.tables import counted, print_line
     from packager.system.text import format_bytes, printable
 
     lock, facts = result.lock, _facts(result)
@@ -84,6 +85,8 @@ def _print_lock(result: "LockResult", console: "Console") -> None:
 
 
 def _kind_lines(kind: "LockedKind") -> Iterable[str]:
+    from packager.cli.tables import counted
+
     linears = sum(len(group.linears) for group in kind.groups if group.experts is None)
     quantized = f"{counted(linears, 'linear')} quantized in {counted(len(kind.groups), 'group')}"
     yield f"blocks {kind.blocks:<8}{quantized}"

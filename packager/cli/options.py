@@ -1,6 +1,8 @@
 """The options that commands share, and the objects that are made from them."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +22,14 @@ class Format(StrEnum):
     json = "json"
 
 
+class Color(StrEnum):
+    """When output is coloured."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 class Device(StrEnum):
     """The device that computes."""
 
@@ -29,12 +39,31 @@ class Device(StrEnum):
 
 
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before others can see a change.")]
+RecipesArgument = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="RECIPE...", help="Recipe files, e.g. recipes/demo-llama.yaml.", show_default=False),
+]
+GlobOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--recipes", metavar="GLOB", help="Also the recipes that fit, e.g. 'recipes/**/*.yaml'; may be repeated."
+    ),
+]
+OnlyOption = Annotated[
+    list[str] | None, typer.Option("--only", metavar="BRANCH", help="Only this branch; may be repeated.")
+]
+TrialOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="For a trial, e.g. calibration.num_samples=16; in --dist/trial, and never published. May be repeated.",
+    ),
+]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/demo-llama.yaml.")]
 FormatOption = Annotated[
     Format, typer.Option("--format", help="text for people, json for machines (on standard output).")
 ]
-
-
 # Less memory than CUDA itself takes is a mistake: 0, or a size without its unit.
 _LEAST_BYTES = 10**9
 
@@ -78,15 +107,33 @@ CacheOption = Annotated[
         show_default="~/.cache/gptq-packager",
     ),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 DIST = Path("dist")
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+
+
+@dataclass
+class Voice:
+    """How the command that runs speaks."""
+
+    quiet: bool = False
+    verbose: bool = False
+    color: Color = Color.auto
+    as_json: bool = False
+    events: bool = False
+    terminals: "list[Terminal]" = field(default_factory=list)
+
+
+# Of the command that runs; `begin` in voice.py makes it anew for each.
+VOICE = Voice()
 
 
 def terminal_of(*, quiet: bool = False) -> "Terminal":
-    """Return the terminal that a command writes to."""
+    """Return the terminal that the present command writes to."""
     from packager.system.terminal import Terminal
 
-    return Terminal(quiet=quiet)
+    terminal = Terminal(quiet=quiet or VOICE.quiet, verbose=VOICE.verbose, color=VOICE.color.value, events=VOICE.events)
+    VOICE.terminals.append(terminal)
+    return terminal
 
 
 def open_recipe(recipe: Path, *, quiet: bool = False) -> "tuple[Terminal, RecipeFile]":
@@ -94,6 +141,11 @@ def open_recipe(recipe: Path, *, quiet: bool = False) -> "tuple[Terminal, Recipe
     from packager.recipe.file import RecipeFile
 
     return terminal_of(quiet=quiet), RecipeFile.load(recipe)
+
+
+def trial_dist(dist: Path, settings: Sequence[str]) -> Path:
+    """Return the output folder: of a trial, one of its own, so that no build is replaced and nothing is published."""
+    return dist / "trial" if settings else dist
 
 
 def options_of(dist: Path, device: Device, cache: Path | None, gpu_memory: int | None = None) -> "Options":

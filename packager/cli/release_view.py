@@ -1,6 +1,7 @@
 """The results of a release run: a line or a table for people, JSON for machines."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -9,9 +10,11 @@ from rich.text import Text
 from packager.cli.tables import add_row, new_table, print_line
 
 if TYPE_CHECKING:
-    from packager.pipeline.release import RecipeResult
+    from packager.pipeline.many_recipes import RecipeResult
 
 _STYLES = {
+    "done": "green",
+    "built": "green",
     "published": "green",
     "failed": "bold red",
     "interrupted": "bold red",
@@ -35,8 +38,10 @@ def print_results(results: Sequence["RecipeResult"], console: Console) -> None:
     console.print(table)
 
 
-def results_json(results: Sequence["RecipeResult"]) -> list[dict[str, Any]]:
-    """Return the results for machines."""
+def results_json(
+    results: Sequence["RecipeResult"], answers: Mapping[Path, Mapping[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """Return the results for machines, each with what the command answers for a single recipe."""
     return [
         {
             "recipe": str(result.path),
@@ -45,6 +50,31 @@ def results_json(results: Sequence["RecipeResult"]) -> list[dict[str, Any]]:
             "why": result.why,
             "exit_code": result.exit_code,
             "seconds": round(result.seconds, 1),
+            **({} if answers is None else {"answer": answers.get(result.path)}),
         }
         for result in results
     ]
+
+
+def results_markdown(results: Sequence["RecipeResult"]) -> str:
+    """Return the results as a table for the summary of a CI job."""
+    from packager.card.markdown import inline  # 20 ms, for a CI job alone
+    from packager.system.text import printable
+
+    lines = ["## Release", "", "| recipe | repository | result | seconds | why |", "| --- | --- | --- | ---: | --- |"]
+    for result in results:
+        seconds = f"{result.seconds:.1f}" if result.seconds else ""
+        cells = (str(result.path), result.repository, result.outcome, seconds, result.why)
+        lines.append(f"| {' | '.join(inline(printable(text)) for text in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def add_step_summary(results: Sequence["RecipeResult"], environ: Mapping[str, str], log: Callable[[str], None]) -> None:
+    """Append the results to the summary of a GitHub job, if this is one; a file that cannot be written is reported."""
+    if not (name := environ.get("GITHUB_STEP_SUMMARY")):
+        return
+    try:
+        with Path(name).open("a", encoding="utf-8") as stream:
+            stream.write(results_markdown(results))
+    except OSError as error:
+        log(f"the summary of the job cannot be written: {name}: {error.strerror}")

@@ -6,6 +6,8 @@ import sys
 from contextlib import suppress
 from types import FrameType
 
+from packager.cli.options import VOICE
+
 # Windows has no SIGHUP.
 _NUMBERS = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _AGAIN_S = 0.02
@@ -57,12 +59,14 @@ def _raise_again(dropped: "sys.UnraisableHookArgs") -> None:
 
 def end_command(error: KeyboardInterrupt) -> int:
     """End the children that are left, print one sentence, and return the exit status."""
+    from packager.system.events import event_line
     from packager.system.processes import end_children
 
     end_children()
     what, number = "interrupted", signal.SIGINT
     if isinstance(error, EndedBySignal):
         what, number = f"ended by {error.number.name}", error.number
+    text = f"{what}: finished work is kept, run the same command again to continue"
     with suppress(OSError):
-        sys.stderr.write(f"{what}: finished work is kept, run the same command again to continue\n")
+        sys.stderr.write((event_line("message", {"text": text}) if VOICE.events else text) + "\n")
     return 128 + number

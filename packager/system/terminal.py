@@ -4,24 +4,33 @@ On a terminal a long stage shows a progress bar; elsewhere (a log, CI) each step
 one line that has its time.
 """
 
+import io
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from rich.console import Console
 
 from packager.errors import PackagerError, without_secrets
+from packager.system.events import EventName, event_line
 from packager.system.text import printable_lines
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 _LOG_WIDTH = 200
+RESULT_VERSION: Final = 1  # of the JSON documents of commands; another form of one of them is another version
+ColorChoice = Literal["auto", "always", "never"]
+# Not force_terminal for "always": then a log would get bars that overwrite themselves.
+_COLORS: Final[Mapping[ColorChoice, dict[str, Any]]] = {
+    "auto": {}, "always": {"color_system": "standard"}, "never": {"no_color": True, "color_system": None},
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,29 +90,59 @@ class Stage:
     seconds: float = 0.0
 
 
+class _Lines(io.StringIO):
+    """A stream that gives each whole line to a function: the tables of a log become messages."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        super().__init__()
+        self._take, self._rest = take, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            if line.strip():
+                self._take(line.rstrip())
+        return len(text)
+
+
 class Terminal:
     """Receives the messages, the progress and the results of a command.
 
     Args:
         quiet: print nothing but errors.
+        verbose: print the time of each message since the beginning, and where in our code an error was raised.
+        color: "auto" as rich decides, "always" or "never".
+        events: write each message and step to standard error as an event, see `events.py`.
 
     Attributes:
         seconds: the time by the name of the stage, summed over all recipes.
         observe: receives every step, and the beginning of every stage.
+        has_result: whether a result was printed as JSON.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(
+        self, *, quiet: bool = False, verbose: bool = False, color: ColorChoice = "auto", events: bool = False
+    ) -> None:
         # A log has no width: tables get enough for their content. Without emoji=False a name like :tada: is replaced.
-        self.out = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, emoji=False)
-        self.err = Console(stderr=True, quiet=quiet, emoji=False, width=None if sys.stderr.isatty() else _LOG_WIDTH)
-        self._errors = Console(stderr=True, emoji=False)
+        width = {stream: None if stream.isatty() else _LOG_WIDTH for stream in (sys.stdout, sys.stderr)}
+        self.out = Console(width=width[sys.stdout], emoji=False, **_COLORS[color])
+        self._events = events
+        file = _Lines(lambda line: self._event("message", text=line)) if events else None
+        self.err = Console(file=file, stderr=True, quiet=quiet, emoji=False, width=width[sys.stderr], **_COLORS[color])
+        self._errors = Console(stderr=True, emoji=False, **_COLORS[color])
         self.seconds: dict[str, float] = {}
         self.observe: Callable[[Step], None] = lambda _: None
+        self.has_result = False
         self._stage = ""
+        self._started = time.monotonic() if verbose else None
 
     def log(self, text: str) -> None:
         """Print one message."""
-        self.err.print(printable_lines(text), highlight=False, markup=False, soft_wrap=True)
+        if self._events:
+            self._event("message", text=text)
+            return
+        since = f"[{time.monotonic() - self._started:8.1f} s] " if self._started is not None else ""
+        self.err.print(since + printable_lines(text), highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -111,13 +150,18 @@ class Terminal:
         stage, started, outer = Stage(), time.monotonic(), self._stage
         self._stage = name
         self.observe(Step(stage=name))
+        if self._events:
+            self._event("stage_started", stage=name)
         try:
             yield stage
         finally:
             self._stage = outer
         stage.seconds = time.monotonic() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + stage.seconds
-        self.log(f"{name:<10} {stage.seconds:6.1f} s")
+        if self._events:
+            self._event("stage_finished", stage=name, seconds=round(stage.seconds, 3))
+        else:
+            self.log(f"{name:<10} {stage.seconds:6.1f} s")
 
     @contextmanager
     def bar(self, total: int) -> Iterator[Bar]:
@@ -125,7 +169,13 @@ class Terminal:
 
         def report(done: int, text: str, left: float) -> None:
             self.observe(Step(stage=self._stage, done=done, total=total, text=text, seconds_left=left))
+            if self._events:
+                fields = {"done": done, "total": total, "text": text, "seconds_left": round(left, 1)}
+                self._event("step", stage=self._stage, **fields)
 
+        if self._events:
+            yield Bar(progress=None, total=total, console=Console(quiet=True), report=report)
+            return
         if not self.err.is_terminal or self.err.quiet:
             yield Bar(progress=None, total=total, console=self.err, report=report)
             return
@@ -144,9 +194,13 @@ class Terminal:
             progress.add_task("", total=total)
             yield Bar(progress=progress, total=total, console=self.err, report=report)
 
-    def result(self, value: object) -> None:
-        """Print a command's result as JSON on standard output; no address in it has a password."""
-        self.write(without_secrets(json.dumps(value, indent=2)) + "\n")
+    def result(self, value: Mapping[str, object]) -> None:
+        """Print a command's result as JSON on standard output; the first key is the version of its form.
+
+        No address in it has a password.
+        """
+        self.has_result = True
+        self.write(without_secrets(json.dumps({"schema_version": RESULT_VERSION, **value}, indent=2)) + "\n")
 
     def write(self, text: str) -> None:
         """Write a command's result to standard output unchanged; a reader that ends early (`| head`) is no error."""
@@ -156,10 +210,24 @@ class Terminal:
         except BrokenPipeError:
             self.out.on_broken_pipe()
 
+    def _event(self, event: EventName, **fields: object) -> None:
+        if self.err.quiet and event != "error":
+            return
+        with suppress(BrokenPipeError):  # whoever watched has gone; the build goes on
+            sys.stderr.write(event_line(event, fields) + "\n")
+            sys.stderr.flush()
+
     def error(self, error: PackagerError) -> None:
         """Print an error; its first line is marked."""
+        if self._events:
+            facts = {"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}
+            self._event("error", code=type(error).__name__, exit_code=error.exit_code, **facts)
+            return
         first, _, rest = printable_lines(str(error)).partition("\n")
         self._errors.print("error:", style="bold red", end=" ")
         self._errors.print(first, markup=False, highlight=False, soft_wrap=True)
         if rest:
             self._errors.print(rest, markup=False, highlight=False, soft_wrap=True)
+        if self._started is not None:
+            raised = "".join(traceback.format_exception(error)).rstrip()
+            self._errors.print(printable_lines(raised), markup=False, highlight=False, soft_wrap=True, style="dim")

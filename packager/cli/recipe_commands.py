@@ -1,0 +1,261 @@
+"""The commands that work on recipes: `plan`, `build`, `verify`, `card`, `status`, `release`."""
+
+import gc
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from packager.cli.consent import ask_for_consent
+from packager.cli.options import (
+    DIST,
+    CacheOption,
+    Device,
+    DeviceOption,
+    DistOption,
+    Format,
+    FormatOption,
+    GlobOption,
+    GpuMemoryOption,
+    OnlyOption,
+    RecipePath,
+    RecipesArgument,
+    TrialOption,
+    YesOption,
+    open_recipe,
+    options_of,
+    terminal_of,
+    trial_dist,
+)
+from packager.cli.over_recipes import choose, over_recipes
+from packager.cli.signing import SignKeyOption, TrustedKeyOption, signing_keys
+from packager.errors import LoaderError, UsageError
+
+if TYPE_CHECKING:
+    from packager.pipeline.many_recipes import RecipeResult
+    from packager.pipeline.plan import BuildPlan
+    from packager.recipe.file import RecipeFile
+    from packager.system.terminal import Terminal
+
+
+def plan_command(
+    recipes: RecipesArgument = None,
+    glob: GlobOption = None,
+    only: OnlyOption = None,
+    trial: TrialOption = None,
+    resolved: Annotated[
+        bool,
+        typer.Option("--resolved", help="Print the recipe as it holds: with what it inherits, commits and defaults."),
+    ] = False,
+    format: FormatOption = Format.text,  # noqa: A002 - the option's name
+) -> None:
+    """Show what a recipe means: sizes, memory, disk, loaders.
+
+    Reads only the recipe, its lock and a local base model's small files, so it works offline and without torch. Exits
+    with 2 if the recipe is wrong or cannot be built from this model; every problem is printed with its line and column.
+    Of several recipes each is planned, whatever the others have; then the exit code is the highest of all.
+    """
+    from packager.cli.plan_view import build_plan_json, print_build_plan, resolved_json, resolved_text
+    from packager.pipeline.plan import make_plan
+
+    def act(recipe_file: "RecipeFile", _: "Terminal") -> "BuildPlan":
+        return make_plan(recipe_file, only or ())
+
+    def show(plan: "BuildPlan", terminal: "Terminal") -> None:
+        if resolved:
+            terminal.write(resolved_text(plan.recipe))
+        else:
+            print_build_plan(plan, terminal.out)
+
+    gc.disable()  # a plan of 30,000 tensors makes many objects and no circles: looking for them took a fifth of it
+    try:
+        over_recipes(
+            choose(recipes, glob, format, trial),
+            act,
+            show=show,
+            as_json=lambda plan: resolved_json(plan.recipe) if resolved else build_plan_json(plan),
+        )
+    finally:
+        gc.enable()
+
+
+def build_command(
+    recipes: RecipesArgument = None,
+    glob: GlobOption = None,
+    only: OnlyOption = None,
+    trial: TrialOption = None,
+    dist: DistOption = DIST,
+    device: DeviceOption = Device.auto,
+    gpu_memory: GpuMemoryOption = None,
+    cache: CacheOption = None,
+    format: FormatOption = Format.text,  # noqa: A002
+) -> None:
+    """Quantize, measure and verify every variant.
+
+    Writes the model cards, too. Publishes nothing. Finished work is not done again: an interrupted build continues
+    after its last finished block. Exits with 8 if a loader failed or computed other values than our own forward pass;
+    a loader that cannot run on this machine is reported and is no error. Several recipes are built one after the other;
+    one that fails does not stop the others, and the exit code is the highest of all.
+
+    With --only, some variants are built, and the cards wait for the others: nothing is published before. With --set,
+    the recipe is another one for a trial, in a folder of its own below --dist; its receipts hold the settings, and
+    publish refuses them.
+    """
+    from packager.cli.status_view import print_status
+    from packager.pipeline.flow import build
+    from packager.pipeline.status import status_json
+
+    options = options_of(trial_dist(dist, trial or ()), device, cache, gpu_memory)
+
+    def act(recipe_file: "RecipeFile", terminal: "Terminal") -> "RecipeFile":
+        build(recipe_file, options, terminal, only=only or ())
+        return recipe_file
+
+    over_recipes(
+        choose(recipes, glob, format, trial),
+        act,
+        show=lambda recipe_file, terminal: print_status(recipe_file, options, terminal.out),
+        as_json=lambda recipe_file: status_json(recipe_file, options),
+        outcome="built",
+    )
+
+
+def verify_command(
+    recipe: RecipePath,
+    dist: DistOption = DIST,
+    device: DeviceOption = Device.auto,
+    cache: CacheOption = None,
+    format: FormatOption = Format.text,  # noqa: A002
+) -> None:
+    """Run the loaders on the built variants again.
+
+    Each loader opens each variant, and its logits are compared with those of our own float32 forward pass. The results
+    replace those in the receipts and the cards; the result of a loader that cannot run on this machine stays. Exits
+    with 0 if every required loader passed and no other loader failed, otherwise with 8; with 10 if a variant is not
+    built.
+    """
+    from packager.cli.status_view import print_loaders
+    from packager.pipeline.flow import reverify
+
+    terminal, recipe_file = open_recipe(recipe)
+    receipts = reverify(recipe_file, options_of(dist, device, cache), terminal)
+    if format is Format.json:
+        records = {receipt.provenance.branch: receipt.provenance.loaders for receipt in receipts}
+        branches = {branch: [record.model_dump(mode="json") for record in found] for branch, found in records.items()}
+        terminal.result({"repository": recipe_file.recipe.repository.id, "branches": branches})
+    else:
+        print_loaders(receipts, terminal.out)
+    results = [record for receipt in receipts for record in receipt.provenance.loaders]
+    if any(record.status == "failed" or (record.required and record.status != "passed") for record in results):
+        raise typer.Exit(LoaderError.exit_code)
+
+
+def card_command(
+    recipes: RecipesArgument = None,
+    glob: GlobOption = None,
+    branch: Annotated[str, typer.Option(help="The branch whose card is printed.")] = "main",
+    trial: TrialOption = None,
+    dist: DistOption = DIST,
+    format: FormatOption = Format.text,  # noqa: A002
+) -> None:
+    """Render the cards of built variants again and print one.
+
+    Use it after a change of the recipe's texts or of the templates. All figures come from the receipts: no figure
+    changes. Of several recipes the cards are rendered, and none is printed. Exits with 10 if a variant is not built and
+    verified, with 11 if a card was edited by hand.
+    """
+    from packager.pipeline.flow import render
+
+    options, chosen = options_of(trial_dist(dist, trial or ()), Device.cpu, None), choose(recipes, glob, format, trial)
+    over_recipes(
+        chosen,
+        lambda recipe_file, terminal: render(recipe_file, options, terminal, branch=branch),
+        show=lambda text, terminal: None if chosen.several else terminal.write(text),
+        as_json=lambda text: {"branch": branch, "card": text},
+    )
+
+
+def status_command(
+    recipes: RecipesArgument = None,
+    glob: GlobOption = None,
+    trial: TrialOption = None,
+    dist: DistOption = DIST,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the build that is running until it ends.")] = False,
+    format: FormatOption = Format.text,  # noqa: A002
+) -> None:
+    """Show what is built, proven and published.
+
+    Changes nothing. Shows the size, the quality, the loaders' results and the published commit of each variant. Of
+    an interrupted build it counts the finished blocks, with which the next run continues. Exits with 0 even if
+    nothing is built; `--format json` lists the stages that are missing.
+    """
+    from packager.cli.status_view import print_status, watch_status
+    from packager.pipeline.status import status_json
+
+    options, chosen = options_of(trial_dist(dist, trial or ()), Device.cpu, None), choose(recipes, glob, format, trial)
+    if watch and (format is Format.json or chosen.several):
+        raise UsageError("--watch shows one recipe as text", hint="leave out --format json, and name one recipe")
+    over_recipes(
+        chosen,
+        lambda recipe_file, _: recipe_file,
+        show=lambda recipe_file, terminal: (watch_status if watch else print_status)(
+            recipe_file, options, terminal.out
+        ),
+        as_json=lambda recipe_file: status_json(recipe_file, options),
+    )
+
+
+def release_command(
+    recipes: RecipesArgument = None,
+    glob: GlobOption = None,
+    dist: DistOption = DIST,
+    device: DeviceOption = Device.auto,
+    gpu_memory: GpuMemoryOption = None,
+    cache: CacheOption = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Build nothing if a recipe is wrong or this machine cannot build one.")
+    ] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End with the first recipe that fails.")] = False,
+    yes: YesOption = False,
+    sign_key: SignKeyOption = None,
+    trusted_key: TrustedKeyOption = None,
+    format: FormatOption = Format.text,  # noqa: A002
+) -> None:
+    """Build and publish what this machine can build.
+
+    All recipes are read and planned first: nothing is built before that. A recipe that this machine cannot build is
+    left out, and the reason is printed. A recipe that fails does not stop the others; the run ends with a table of all
+    recipes, and exits with the highest exit code of those that failed. Exits with 0 even if recipes were left out. With
+    `--strict` each of the recipes must be right, and one that this machine cannot build is an error (12).
+    """
+    from packager.cli.publish_view import print_publish_plan
+    from packager.cli.release_view import add_step_summary, print_results, results_json
+    from packager.cli.status_view import print_status
+    from packager.pipeline.release import release
+
+    terminal, keys, as_json = terminal_of(), signing_keys(sign_key, trusted_key), format is Format.json
+
+    def show_results(results: "Sequence[RecipeResult]") -> None:
+        add_step_summary(results, os.environ, terminal.log)
+        if as_json:
+            terminal.result({"recipes": results_json(results)})
+        else:
+            print_results(results, terminal.out)
+
+    results = release(
+        choose(recipes, glob, format).paths,
+        options_of(dist, device, cache, gpu_memory),
+        terminal,
+        strict=strict,
+        fail_fast=fail_fast,
+        attended=yes or sys.stdin.isatty(),
+        show_plan=lambda plan: print_publish_plan(plan, terminal.err),
+        show_status=lambda file, options: None if as_json else print_status(file, options, terminal.out),
+        show_results=show_results,
+        consent=ask_for_consent("publish", assume_yes=yes),
+        keys=keys,
+    )
+    if code := max(result.exit_code for result in results):
+        raise typer.Exit(code)
