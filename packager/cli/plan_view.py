@@ -11,13 +11,14 @@ from packager.cli.tables import add_row, fits, new_table, print_line
 from packager.model.architecture import Architecture
 from packager.model.compatibility import Verdict
 from packager.model.runtimes import RUNTIMES
+from packager.pipeline.durations import Duration
 from packager.pipeline.plan import BuildPlan, VariantPlan
 from packager.prove.evaluation_memory import EvaluationMemory
 from packager.quantize.memory import SweepPlan
 from packager.recipe import Recipe
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.text_models import TextSource, WeightedText
-from packager.system.text import gigabytes
+from packager.system.text import gigabytes, rough_time
 
 _LOADERS_TITLE = "What loads them (predicted from parameters and shapes)"
 _BRANCH_COLUMNS = ("Branch", "Bits", "Group\nsize", "Act\norder", "Size,\nGB", "Bytes", "To run,\nGB")
@@ -48,6 +49,41 @@ def print_build_plan(plan: BuildPlan, console: Console) -> None:
     for text in [*_reasons(plan.variants), *_engine_notes(plan), *_proof_notes(plan)]:
         print_line(console, text)
     console.print(_needs_table(plan))
+
+
+def time_lines(found: Sequence[Duration]) -> list[str]:
+    """Return a line for each estimate of a build's time, with where it is from."""
+    lines = [_time_line(duration) for duration in found]
+    return lines or ["Time: not estimated, nothing of about this size was built in this output folder or measured."]
+
+
+def _time_line(duration: Duration) -> str:
+    known = {stage: seconds for stage, seconds in duration.seconds.items() if seconds is not None}
+    stages = ", ".join(f"{stage} {rough_time(seconds)}" for stage, seconds in known.items())
+    lacking = [stage for stage, seconds in duration.seconds.items() if seconds is None]
+    without = f" without {' and '.join(lacking)}, not measured there" if lacking else ""
+    measured = duration.measured
+    source = (
+        f"from what {measured.model} took in this output folder on {measured.machine}"
+        if duration.here
+        else f"on {measured.machine}, a reference and not this machine, from {measured.model}"
+    )
+    return f"Time: about {rough_time(duration.total_s)}{without} ({stages}), {source}."
+
+
+def durations_json(found: Sequence[Duration]) -> list[dict[str, object]]:
+    """Return the estimates for machines: seconds by stage, null for a stage that was not measured."""
+    return [
+        {
+            "machine": duration.measured.machine,
+            "model": duration.measured.model,
+            "measured_here": duration.here,
+            "seconds": {
+                stage: None if seconds is None else round(seconds, 1) for stage, seconds in duration.seconds.items()
+            },
+        }
+        for duration in found
+    ]
 
 
 def resolved_text(recipe: Recipe) -> str:

@@ -3,7 +3,7 @@
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,15 +49,26 @@ def plan_command(
         bool,
         typer.Option("--resolved", help="Print the recipe as it holds: with what it inherits, commits and defaults."),
     ] = False,
+    dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002 - the option's name
 ) -> None:
-    """Show what a recipe means: sizes, memory, disk, loaders.
+    """Show what a recipe means: sizes, memory, time, loaders.
 
-    Reads only the recipe, its lock and a local base model's small files, so it works offline and without torch. Exits
-    with 2 if the recipe is wrong or cannot be built from this model; every problem is printed with its line and column.
-    Of several recipes each is planned, whatever the others have; then the exit code is the highest of all.
+    Reads only the recipe, its lock and a local base model's small files, so it works offline and without torch. The
+    time is that of the builds in --dist, or else of a reference, which the line names. Exits with 2 if the recipe is
+    wrong or cannot be built from this model; every problem is printed with its line and column. Of several recipes each
+    is planned, whatever the others have; then the exit code is the highest of all.
     """
-    from packager.cli.plan_view import build_plan_json, print_build_plan, resolved_json, resolved_text
+    from packager.cli.plan_view import (
+        build_plan_json,
+        durations_json,
+        print_build_plan,
+        resolved_json,
+        resolved_text,
+        time_lines,
+    )
+    from packager.cli.tables import print_line
+    from packager.pipeline.durations import durations
     from packager.pipeline.plan import make_plan
 
     def act(recipe_file: "RecipeFile", _: "Terminal") -> "BuildPlan":
@@ -68,6 +79,13 @@ def plan_command(
             terminal.write(resolved_text(plan.recipe))
         else:
             print_build_plan(plan, terminal.out)
+            for text in time_lines(durations(plan, dist)):
+                print_line(terminal.out, text)
+
+    def as_json(plan: "BuildPlan") -> Mapping[str, object]:
+        if resolved:
+            return resolved_json(plan.recipe)
+        return {**build_plan_json(plan), "time": durations_json(durations(plan, dist))}
 
     gc.disable()  # a plan of 30,000 tensors makes many objects and no circles: looking for them took a fifth of it
     try:
@@ -75,7 +93,7 @@ def plan_command(
             choose(recipes, glob, format, trial),
             act,
             show=show,
-            as_json=lambda plan: resolved_json(plan.recipe) if resolved else build_plan_json(plan),
+            as_json=as_json,
         )
     finally:
         gc.enable()

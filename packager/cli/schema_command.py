@@ -21,10 +21,10 @@ def schema_command(
     ] = SchemaName.recipe,
     format: FormatOption = Format.json,  # noqa: A002, ARG001 - as every command has it; a schema is JSON
 ) -> None:
-    """Print the JSON schema of recipes, for editors and checkers.
+    """Print the JSON schema of recipes or of events.
 
-    The schema of recipes is that of this version (JSON Schema 2020-12, patterns in ECMA-262). Editors that read YAML
-    language servers' comments take it from a file: packager schema > recipe.schema.json.
+    The schema of recipes is that of this version, for editors and checkers (JSON Schema 2020-12, with patterns of
+    ECMA-262). YAML language servers take it from a file: packager schema > recipe.schema.json.
     """
     import json
 

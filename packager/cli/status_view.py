@@ -15,7 +15,7 @@ from packager.pipeline.running import RunningBuild
 from packager.pipeline.status import BranchStatus, read_status, running_build
 from packager.receipt import LoaderRecord, Receipt
 from packager.recipe.file import RecipeFile
-from packager.system.text import format_bytes, printable
+from packager.system.text import format_bytes, printable, rough_time
 
 _MARKS = {"passed": "ok", "failed": "FAILED", "refused": "refused", "not run": "not run"}
 _NUMBERS = {"Size", "Perplexity", "KL", "Seconds", "Relative\nerror", "Top-1", "Tokens\nequal"}
@@ -73,18 +73,11 @@ def running_line(running: RunningBuild, now: float) -> str:
     if running.text:
         parts.append(running.text)
     if running.seconds_left is not None:
-        parts.append(f"about {_duration(running.seconds_left)} left")
+        parts.append(f"about {rough_time(running.seconds_left)} left")
     silent_s = max(0.0, now - running.updated_at)
-    since = f", last step {_duration(silent_s)} ago" if silent_s >= 1 else ""
-    return printable(f"running since {_duration(now - running.started_at)}: {', '.join(parts)}{since} "
+    since = f", last step {rough_time(silent_s)} ago" if silent_s >= 1 else ""
+    return printable(f"running since {rough_time(now - running.started_at)}: {', '.join(parts)}{since} "
                      f"(process {running.pid} on {running.host})")  # fmt: skip
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(max(0.0, seconds)), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _status_table(statuses: Sequence[BranchStatus], *, loaders: bool) -> Table:

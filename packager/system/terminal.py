@@ -179,18 +179,9 @@ class Terminal:
         if not self.err.is_terminal or self.err.quiet:
             yield Bar(progress=None, total=total, console=self.err, report=report)
             return
-        # Imported here: `plan` and `status` show no bar and start faster without it.
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from packager.system.progress_bar import new_progress  # here: `plan` and `status` show no bar and start faster
 
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.description}"), console=self.err, transient=True) as progress:
+        with new_progress(self.err) as progress:
             progress.add_task("", total=total)
             yield Bar(progress=progress, total=total, console=self.err, report=report)
 

@@ -95,3 +95,11 @@ def shown_address(address: str) -> str:
 def has_credentials(url: str) -> bool:
     """Return whether a URL contains a password, or may contain one, and must not be shown or stored."""
     return without_secrets(url) != url
+
+
+def rough_time(seconds: float) -> str:
+    """Return a time as people say it: 12 s, 3 min 20 s, 5 h 10 min."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

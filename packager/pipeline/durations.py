@@ -1,0 +1,181 @@
+"""How long a build will take: from what this machine measured before, else from docs/explanation/measurements.md.
+
+A stage's time grows with the base model's size and with the tokens that it runs. That is near enough for hours or
+minutes, not for seconds: the search for grids, the start of a loader, and other work of the machine are left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import ValidationError
+
+from packager.pipeline.plan import BuildPlan
+from packager.receipt import SAFETENSORS, Receipt
+from packager.system.files import open_regular
+
+TimedStage = Literal["quantize", "pack", "evaluate", "verify"]
+TIMED_STAGES: Final[tuple[TimedStage, ...]] = ("quantize", "pack", "evaluate", "verify")
+_MOST_DISTANCE: Final = 32.0  # between two sizes of base models
+_MOST_BYTES: Final = 4_000_000  # of receipts that are read: `plan` is quick
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The mean time of a variant's stages.
+
+    Attributes:
+        machine: what computed.
+        model: what was built.
+        base_bytes: size of the base model's weights.
+        calibration_tokens: that were calibrated on.
+        evaluation_tokens: that were measured on.
+        seconds: of one variant, by stage; a stage that was not measured is missing.
+    """
+
+    machine: str
+    model: str
+    base_bytes: int
+    calibration_tokens: int
+    evaluation_tokens: int
+    seconds: Mapping[TimedStage, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duration:
+    """The estimated seconds of each stage of a build; a stage that nobody measured is None.
+
+    Attributes:
+        measured: where the figures are from.
+        here: whether it was measured in this output folder.
+        seconds: by stage.
+    """
+
+    measured: Measured
+    here: bool
+    seconds: Mapping[TimedStage, float | None]
+
+    @property
+    def total_s(self) -> float:
+        """The sum of the stages that were measured."""
+        return sum(seconds for seconds in self.seconds.values() if seconds is not None)
+
+
+# docs/explanation/measurements.md: "The demo on a CPU" (four variants; without the 17 s that made an environment),
+# "Real small models" (two variants) and "A 13B shape on a GPU" (four variants).
+REFERENCES: Final = (
+    Measured(
+        machine="2 CPU cores",
+        model="the demo",
+        base_bytes=8_133_120,
+        calibration_tokens=16_384,
+        evaluation_tokens=16_320,
+        seconds={"quantize": 16.2 / 4, "evaluate": 14.1 / 5, "verify": (25.9 - 17) / 4},
+    ),
+    Measured(
+        machine="2 CPU cores",
+        model="SmolLM2-135M",
+        base_bytes=269_030_016,
+        calibration_tokens=64 * 256,
+        evaluation_tokens=8_160,
+        seconds={"quantize": 240 / 2, "pack": 1.3 / 2, "evaluate": 167 / 3, "verify": 430 / 2},
+    ),
+    Measured(
+        machine="one NVIDIA H200",
+        model="the shape of Llama 2 13B",
+        base_bytes=26_031_728_640,
+        calibration_tokens=128 * 2048,
+        evaluation_tokens=0,
+        seconds={"quantize": 84.4 / 4, "pack": 10 / 4},
+    ),
+)
+
+
+def durations(plan: BuildPlan, dist: Path) -> tuple[Duration, ...]:
+    """Return the estimate from what was built in `dist`; without such a build, that from a reference for each machine.
+
+    Of several the one of the nearest size counts, the newest of equal ones; one of quite another size says nothing.
+    """
+    wanted = plan.architecture.base_bytes
+
+    def distance(measured: Measured) -> float:
+        return max(measured.base_bytes / wanted, wanted / measured.base_bytes)
+
+    near = [measured for measured in _measured_in(dist) if distance(measured) <= _MOST_DISTANCE]
+    if near:
+        return (_scaled(plan, min(near, key=distance), here=True),)
+    found: dict[str, Measured] = {}
+    for reference in sorted(REFERENCES, key=distance):
+        if distance(reference) <= _MOST_DISTANCE:
+            found.setdefault(reference.machine, reference)
+    return tuple(_scaled(plan, reference, here=False) for reference in found.values())
+
+
+def _scaled(plan: BuildPlan, measured: Measured, *, here: bool) -> Duration:
+    recipe, count = plan.recipe, len(plan.variants)
+    size = plan.architecture.base_bytes / measured.base_bytes
+    has_loaders = bool(recipe.loaders.required or recipe.loaders.if_available)
+    factors: dict[TimedStage, float] = {
+        "quantize": count * size * plan.calibration_tokens / measured.calibration_tokens,
+        "pack": count * size,
+        # The base model runs as often as a variant, and its time is in no variant's.
+        "evaluate": (count + 1) * size * recipe.evaluation.num_tokens / max(1, measured.evaluation_tokens),
+        # A loader needs its time to start, be the model ever so small.
+        "verify": count * max(1.0, size) if has_loaders else 0.0,
+    }
+    seconds = {
+        stage: measured.seconds[stage] * factor if stage in measured.seconds else None
+        for stage, factor in factors.items()
+    }
+    return Duration(measured=measured, here=here, seconds=seconds)
+
+
+def _measured_in(dist: Path) -> list[Measured]:
+    """Return what the receipts of an output folder say, one entry for each repository and device, the newest first."""
+    groups: dict[tuple[str, str, int], list[Receipt]] = {}
+    for receipt in _newest_receipts(dist / "receipts"):
+        made = receipt.provenance
+        base_bytes = sum(file.size_bytes for name, file in made.base_model.files.items() if name.endswith(SAFETENSORS))
+        if base_bytes > 0 and {"weights", "evaluate"} <= receipt.stages.keys():
+            groups.setdefault((made.repository, made.device, base_bytes), []).append(receipt)
+    return [_mean(group, base_bytes) for (_, _, base_bytes), group in groups.items()]
+
+
+def _mean(receipts: Sequence[Receipt], base_bytes: int) -> Measured:
+    made = receipts[0].provenance
+    seconds: dict[TimedStage, float] = {}
+    for stage in TIMED_STAGES:
+        times = [receipt.seconds[stage] for receipt in receipts if stage in receipt.seconds]
+        if times:
+            seconds[stage] = sum(times) / len(times)
+    return Measured(
+        machine=made.device,
+        model=made.repository,
+        base_bytes=base_bytes,
+        calibration_tokens=made.calibration.num_samples * made.calibration.seq_len,
+        evaluation_tokens=made.evaluation.num_samples * made.evaluation.seq_len,
+        seconds=seconds,
+    )
+
+
+def _newest_receipts(folder: Path) -> list[Receipt]:
+    """Return receipts that can be read, the newest first; `status` and `build` report those that cannot."""
+    found: list[tuple[float, int, Path]] = []
+    for path in folder.glob("*/*/*.json"):
+        try:
+            status = path.lstat()
+        except OSError:
+            continue
+        found.append((status.st_mtime, status.st_size, path))
+    receipts, left = [], _MOST_BYTES
+    for _, size_bytes, path in sorted(found, reverse=True):
+        left -= size_bytes
+        if left < 0:
+            break
+        try:
+            with open_regular(path) as stream:
+                receipts.append(Receipt.model_validate_json(stream.read(_MOST_BYTES)))
+        except (OSError, ValidationError):
+            continue
+    return receipts

@@ -1,0 +1,104 @@
+"""How long a build will take: from receipts of earlier builds, else from the reference."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from packager.cli.plan_view import durations_json, time_lines
+from packager.pipeline.durations import REFERENCES, TIMED_STAGES, durations
+from packager.pipeline.plan import BuildPlan, make_plan
+from packager.recipe.file import RecipeFile
+from packager.system.text import rough_time
+from tests import tiny_recipe
+from tests.test_house_rules import ROOT
+from tests.tiny_recipe import BRANCHES, workspace
+
+
+def plan_of(name: str) -> BuildPlan:
+    return make_plan(RecipeFile.load(ROOT / "recipes" / name))
+
+
+@pytest.fixture
+def tiny(builds: tiny_recipe.Builds, tmp_path: Path) -> Path:
+    builds.copy(tmp_path)
+    return tmp_path
+
+
+def set_seconds(dist: Path, repository: str = tiny_recipe.REPOSITORY, **seconds: float) -> None:
+    for path in (dist / "receipts" / repository).glob("*.json"):
+        receipt = json.loads(path.read_text())
+        receipt["seconds"] = seconds
+        path.write_text(json.dumps(receipt))
+
+
+def test_the_reference_is_chosen_by_size_and_scaled() -> None:
+    plan = plan_of("demo-llama.yaml")
+    (found,) = durations(plan, Path("nowhere"))
+    demo = REFERENCES[0]
+    assert (found.here, found.measured) == (False, demo)
+    assert found.seconds["quantize"] == pytest.approx(4 * demo.seconds["quantize"])
+    assert found.seconds["evaluate"] == pytest.approx(5 * demo.seconds["evaluate"] * 16_384 / 16_320)
+    assert found.seconds["pack"] is None
+    large = durations(plan_of("llama-2-13b-chat.yaml"), Path("nowhere"))
+    assert [each.measured.machine for each in large] == ["one NVIDIA H200"]
+    assert large[0].seconds["quantize"] == pytest.approx(84.4, rel=0.01)
+    (line,) = time_lines(large)
+    assert "without evaluate and verify, not measured there" in line
+    assert "a reference and not this machine" in line
+    (answer,) = durations_json(large)
+    assert answer["seconds"]["verify"] is None  # type: ignore[index]
+    assert answer["measured_here"] is False
+
+
+def test_a_size_far_from_all_is_not_estimated() -> None:
+    plan = plan_of("llama-2-13b-chat.yaml")
+    far = replace(plan, architecture=plan_of("demo-llama.yaml").architecture)
+    assert [each.measured.model for each in durations(far, Path("nowhere"))] == ["the demo"]
+    assert time_lines(()) == [
+        "Time: not estimated, nothing of about this size was built in this output folder or measured."
+    ]
+
+
+def test_what_this_machine_measured_stands_before_the_reference(tiny: Path) -> None:
+    dist, plan = tiny / "dist", make_plan(RecipeFile.load(tiny / "recipe.yaml"))
+    set_seconds(dist, quantize=2.0, pack=1.0, evaluate=3.0, verify=0.5)
+    (found,) = durations(plan, dist)
+    assert (found.here, found.measured.model, found.measured.machine) == (True, tiny_recipe.REPOSITORY, "cpu")
+    assert found.seconds == pytest.approx(
+        {"quantize": 2.0 * 3, "pack": 1.0 * 3, "evaluate": 3.0 * 4, "verify": 0.0}, rel=0.02
+    )
+    assert list(found.seconds) == list(TIMED_STAGES)
+    (line,) = time_lines((found,))
+    assert line.startswith(
+        "Time: about 21 s (quantize 6 s, pack 3 s, evaluate 12 s, verify 0 s), from what tester/tiny"
+    )
+    twice = RecipeFile.load(tiny / "recipe.yaml", trial=["calibration.num_samples=24"])
+    (longer,) = durations(make_plan(twice), dist)
+    assert longer.seconds["quantize"] == pytest.approx(2 * 6.0, rel=0.02)
+    (less,) = durations(make_plan(twice, ["main"]), dist)
+    assert less.seconds["quantize"] == pytest.approx(4.0, rel=0.02)
+
+
+def test_receipts_that_cannot_be_read_are_left_out(tiny: Path) -> None:
+    dist, plan = tiny / "dist", make_plan(RecipeFile.load(tiny / "recipe.yaml"))
+    set_seconds(dist, quantize=2.0, pack=1.0, evaluate=3.0, verify=0.5)
+    first, second, third = (workspace(dist).receipt_path(branch) for branch in BRANCHES)
+    first.write_text("{")
+    second.unlink()
+    os.mkfifo(second)
+    (found,) = durations(plan, dist)
+    assert found.here
+    assert found.measured.seconds["quantize"] == 2.0
+    third.unlink()
+    third.symlink_to("/etc/passwd")
+    assert not any(each.here for each in durations(plan, dist))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (18_600, "5 h 10 min"), (-1, "0 s")]
+)
+def test_a_time_in_words(seconds: float, text: str) -> None:
+    assert rough_time(seconds) == text
