@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 REPOSITORY = "somebody/Model-GPTQ"
 VARIANT = "gptq-4bit-32g-actorder_True"
+IDENTITY = {
+    "GIT_AUTHOR_NAME": "A Person", "GIT_AUTHOR_EMAIL": "person@example.org",
+    "GIT_COMMITTER_NAME": "A Person", "GIT_COMMITTER_EMAIL": "person@example.org",
+}  # fmt: skip
 SHORT_WAITS = GitWaits(publisher_s=0.2, staging_s=2.0, orphan_s=0.1, retries_s=(0.01, 0.02, 0.03, 0.04))
 
 
@@ -48,12 +52,10 @@ def git(*arguments: str, cwd: Path | None = None) -> str:
     """Run git without the user's settings."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     neutral = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
-    identity = {"GIT_AUTHOR_NAME": "A Person", "GIT_AUTHOR_EMAIL": "person@example.org"}
-    committer = {"GIT_COMMITTER_NAME": "A Person", "GIT_COMMITTER_EMAIL": "person@example.org"}
     result = subprocess.run(
         ["git", *arguments],
         cwd=cwd,
-        env={**environment, **neutral, **identity, **committer},
+        env={**environment, **neutral, **IDENTITY},
         capture_output=True,
         text=True,
         check=False,

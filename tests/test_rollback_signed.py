@@ -18,9 +18,10 @@ from packager.publish.sign_release import SigningKeys
 from packager.publish.signing_keys import PlanningSigner, Signer, TrustedKeys
 from packager.publish.statements import ReleaseStatement, read_envelope, read_release_statement
 from packager.publish.targets.git import GitTarget
+from packager.publish.targets.git_process import AUTHOR_EMAIL, AUTHOR_NAME
 from packager.publish.targets.local import LocalTarget
 from packager.receipt import ATTESTATION, RELEASE_ATTESTATION
-from tests.publish_fixtures import SHORT_WAITS, Prepared, git, heads
+from tests.publish_fixtures import IDENTITY, SHORT_WAITS, Prepared, git, heads
 from tests.samples import sampled
 from tests.test_published import MAIN, REPOSITORY, VARIANT, reseal
 from tests.test_rollback import Killable, KilledError
@@ -318,6 +319,26 @@ def test_a_rollback_that_brings_signatures_back_beside_an_unsigned_branch_says_s
     fixture.now += 3600
     (line,) = rollback(fixture.target, RollbackRequest(branches=(MAIN,)), print).plan.warnings
     assert f"{VARIANT} has no {ATTESTATION}" in line
+
+
+@pytest.mark.parametrize("damaged", [b"{}", OTHER_SIGNER.sign(b"{}")])
+def test_a_damaged_release_statement_stops_neither_the_rollback_nor_what_follows(
+    fixture: SignedRollbackFixture, monkeypatch: pytest.MonkeyPatch, damaged: bytes
+) -> None:
+    """Also if somebody commits under this program's name: anybody who may write to a git repository can."""
+    for name in ("COMMITTER", "AUTHOR"):
+        monkeypatch.setitem(IDENTITY, f"GIT_{name}_NAME", AUTHOR_NAME)
+        monkeypatch.setitem(IDENTITY, f"GIT_{name}_EMAIL", AUTHOR_EMAIL)
+    fixture.now += 3600
+    fixture.replace(MAIN, {RELEASE_ATTESTATION: damaged})
+    assert not fixture.target.read_branches()[MAIN].foreign_author
+    with pytest.raises(PublishError, match="release statement is not accepted"):
+        fixture.publish_signed()
+    report = fixture.back(MAIN)
+    assert (actions(report), report.plan.signs) == ({MAIN: "sign"}, 4)
+    fixture.release(VARIANT)
+    assert fixture.current().release == 5
+    assert fixture.rules(Trust(keys=SIGNER.public, min_release=5)) == set()
 
 
 def test_an_unsigned_rollback_names_the_branches_that_lose_their_statements(fixture: SignedRollbackFixture) -> None:

@@ -19,7 +19,7 @@ from packager.publish.statements import (
     read_envelope,
     read_release_statement,
 )
-from packager.publish.targets import BranchState, CommitRecord, Target
+from packager.publish.targets import BranchState, CommitRecord, StoredFile, Target
 from packager.receipt import ATTESTATION, GIT_ATTRIBUTES, RELEASE_ATTESTATION, STATEMENTS
 from packager.system.text import printable
 from packager.variant import MAIN
@@ -58,39 +58,47 @@ class ReleaseHistory:
     unread: int = 0
 
 
-def read_release_history(target: Target, states: States, accepted: TrustedKeys, repository: str = "") -> ReleaseHistory:
+def read_release_history(
+    target: Target, states: States, accepted: TrustedKeys, repository: str = "", *, head_may_be_any: bool = False
+) -> ReleaseHistory:
     """Return the releases of main, from its head back to the newest commit that this program signed as a new release.
+
+    A statement that is not accepted counts as none, so that no commit stops the releases after it; but a change of keys
+    must be said.
 
     Args:
         target: the repository.
         states: its branches.
         accepted: the keys that may have signed.
         repository: the id that the statements must have, "" for any.
+        head_may_be_any: whether that holds for the head's statement, too: a rollback replaces it.
 
     Raises:
-        PublishError: the statement of the head, or of a commit that this program made, is damaged, of another
-            repository, or signed by a key that is not accepted.
+        PublishError: a statement is damaged, of another repository, or signed by a key that is not accepted; and it is
+            the head's, or there is no accepted one and this program made its commit.
     """
     if MAIN not in states:
         return ReleaseHistory()
     present: StoredRelease | None = None
     newest: StoredRelease | None = None
     latest: StoredRelease | None = None
+    refused: PublishError | None = None
     unsigned: list[CommitRecord] = []
     records = target.history(MAIN)
     for record in records[:_SEARCHED]:
+        is_head = record.commit == states[MAIN].commit
         files = target.read_back(record.commit)
-        if RELEASE_ATTESTATION not in files:
+        try:
+            release = _read_release(target, record.commit, files, accepted, repository)
+        except StatementError as error:
+            problem = _refusal(target, record, error)
+            if is_head and not head_may_be_any:
+                raise problem from error
+            refused = refused or (None if record.author else problem)
+            release = None
+        if release is None:
             if newest is None and files.keys() - {GIT_ATTRIBUTES}:
                 unsigned.append(record)
-            continue
-        is_head = record.commit == states[MAIN].commit
-        try:
-            release = _read_release(target, record.commit, accepted, repository)
-        except PublishError:
-            if is_head or not record.author:
-                raise
-            unsigned.append(record)  # somebody else's commit cannot stop the next release, once it is replaced
             continue
         present = release if is_head else present
         newest = newest or release
@@ -98,6 +106,8 @@ def read_release_history(target: Target, states: States, accepted: TrustedKeys, 
             latest = release
         if not record.author and not _ROLLBACK.search(record.message):
             break
+    if newest is None and refused:
+        raise refused
     unread = 0 if newest else max(0, len(records) - _SEARCHED)
     after = tuple(unsigned) if newest else ()
     return ReleaseHistory(present=present, newest=newest, latest=latest, unsigned=after, unread=unread)
@@ -168,19 +178,28 @@ def _unfit(release: ReleaseStatement, name: str, state: BranchState, target: Tar
     return "was changed after it was signed" if state.foreign_author else ""
 
 
-def _read_release(target: Target, commit: str, accepted: TrustedKeys, repository: str) -> StoredRelease:
-    data = target.read_bytes(commit, RELEASE_ATTESTATION, size=MAX_ENVELOPE_BYTES + 1)
-    try:
-        payload, keyid = accepted.opened(data)
-        release = read_release_statement(payload)
-        if release.repository != (repository or release.repository):
-            raise StatementError(f"it is of the repository {release.repository[:100]!r}, not {repository!r}")
-    except StatementError as error:
-        raise PublishError(
-            "the repository's release statement is not accepted, so the next one cannot follow it",
-            where=f"{target.where}: {MAIN}: {RELEASE_ATTESTATION} of {commit[:12]}",
-            why=str(error),
-            hint="after a change of keys, give the old public key with --trusted-key; if others changed the "
-            "repository, put it back with packager rollback first",
-        ) from error
+def _read_release(
+    target: Target, commit: str, files: Mapping[str, StoredFile], accepted: TrustedKeys, repository: str
+) -> StoredRelease | None:
+    """Return the release statement of a commit, None if it has none.
+
+    Raises:
+        StatementError: it is damaged, of another repository, or signed by a key that is not accepted.
+    """
+    if RELEASE_ATTESTATION not in files:
+        return None
+    payload, keyid = accepted.opened(target.read_bytes(commit, RELEASE_ATTESTATION, size=MAX_ENVELOPE_BYTES + 1))
+    release = read_release_statement(payload)
+    if release.repository != (repository or release.repository):
+        raise StatementError(f"it is of the repository {release.repository[:100]!r}, not {repository!r}")
     return StoredRelease(payload=payload, keyid=keyid, content=release)
+
+
+def _refusal(target: Target, record: CommitRecord, error: StatementError) -> PublishError:
+    return PublishError(
+        "the repository's release statement is not accepted, so the next one cannot follow it",
+        where=f"{target.where}: {MAIN}: {RELEASE_ATTESTATION} of {record.commit[:12]}",
+        why=printable(str(error)),
+        hint="after a change of keys, give the old public key with --trusted-key; if others changed the "
+        "repository, put it back with packager rollback first",
+    )

@@ -53,7 +53,7 @@ class RollbackSigner:
             PublishError: the repository or a restored branch is not signed by an accepted key, or a statement is not
                 that of the branch's files.
         """
-        history = read_release_history(target, states, self._accepted)
+        history = read_release_history(target, states, self._accepted, head_may_be_any=True)
         newest, latest = history.newest, history.latest
         if newest is None or latest is None:
             raise PublishError(
