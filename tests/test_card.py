@@ -328,6 +328,21 @@ def test_every_unit_of_the_sizes_is_explained() -> None:
         assert float(number) * factors[unit] == size_bytes
 
 
+def test_a_repository_that_the_page_links_to_itself_is_named_once() -> None:
+    hub = "https://huggingface.co"
+    for base, own in (("meta-llama/Llama-2-13b-chat-hf", True), ("fixture/tiny", False)):
+        recipe = fixtures.llama_recipe() if own else fixtures.minimal_recipe()
+        urls = [f"{hub}/{recipe.repository.id}", f"{hub}/{base}", "https://e.org/other"]
+        linked = tuple({"title": f"Other {url}", "url": url} for url in urls)
+        recipe = (fixtures.llama_recipe if own else fixtures.minimal_recipe)(related_repositories=linked)
+        receipts = fixtures.llama_receipts(recipe) if own else fixtures.minimal_receipts(recipe)
+        text = render_card(recipe, CardTexts(), receipts, "llama", "main")
+        section = text.partition("## Repositories available")[2].partition("\n## ")[0]
+        # A base model that is a folder has no link of its own.
+        assert [section.count(f"({url})") for url in urls] == [1, 1, 1]
+        assert section.count("[Other ") == (1 if own else 2)
+
+
 def test_a_branch_card_says_whose_it_is() -> None:
     text = llama_card(ACT_ORDER)
     lines = [line for line in body(text).split("\n") if line]

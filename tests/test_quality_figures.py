@@ -38,7 +38,7 @@ def figures_of(record: QualityRecord) -> dict[str, float]:
 
 
 def test_an_error_is_the_spread_of_repeated_draws() -> None:
-    """240 draws know a spread to 5 %; predictions taken as independent would be wrong by a factor of 2 and more."""
+    """240 draws know a spread to 5 %."""
     dice = numpy.random.default_rng(0)
     records = [draw(dice) for _ in range(240)]
     errors = [record.errors.model_dump() for record in records if record.errors]

@@ -68,6 +68,7 @@ def render_card(
     prompting: Prompting = Prompting(),
     contexts: Sequence[CachedContext] = (),
     plot: Plot | None = None,
+    is_preview: bool = False,
 ) -> str:
     """Return the README.md of one branch.
 
@@ -81,6 +82,7 @@ def render_card(
         prompting: of the branch's tokenizer; the examples follow it.
         contexts: for which the page says how much memory a branch takes; see `cached_contexts`.
         plot: what the picture shows that lies beside the page; None where there is none.
+        is_preview: nothing is built: the receipts have what a plan knows, and the page says so.
 
     Raises:
         CardError: the receipts are not this recipe's, a text cannot be part of a page, or the templates have a mistake.
@@ -92,6 +94,7 @@ def render_card(
     template = recipe.card.prompt_template.template
     context = {
         **_context(recipe, texts, receipts, branch, expectations, contexts),
+        "is_preview": is_preview,
         "prompting": prompting,
         "picture": PICTURE_FILES if plot is not None else (),
         "picture_in_words": in_words(plot) if plot is not None else "",
@@ -188,6 +191,11 @@ def _context(
         "repository": recipe.repository.id,
         "repository_name": recipe.repository.id.split("/")[1],
         "hub": HUB,
+        # The page links to these itself: a recipe that names them too would have them twice.
+        "own_links": {
+            f"{HUB}/{recipe.repository.id}",
+            *((f"{HUB}/{recipe.base_model.id}",) if recipe.base_model.revision is not None else ()),
+        },
         "loaders": loaders,
         "loader_titles": {name: facts.title_of(name) for name in loaders},
         "expectations": facts.expectation_rows(branches, expectations),

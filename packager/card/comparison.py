@@ -82,10 +82,9 @@ def closest_of(receipts: Sequence[Provenance]) -> tuple[Provenance, ...]:
 
     Empty where one of them was not measured, or where they cannot be compared.
     """
-    measured = [receipt for receipt in receipts if receipt.quality is not None]
-    if not measured or len(measured) < len(receipts):
+    least = min(receipts, key=_kl, default=None)
+    if least is None or least.quality is None:
         return ()
-    least = min(measured, key=_kl)
     differences = [kl_difference(receipt, least) for receipt in receipts if receipt is not least]
     if None in differences:
         return ()

@@ -35,7 +35,7 @@ pre code { background: none; padding: 0 }
 blockquote { border-left: .25em solid var(--line); color: var(--muted); margin: 0; padding: 0 1em }
 a { color: var(--link); text-decoration: none }
 img { max-width: 100% }
-header { color: var(--muted); font-size: 13px; border-bottom: 1px solid var(--line); white-space: pre-wrap }
+header { color: var(--muted); font-size: 12px; border-bottom: 1px solid var(--line); white-space: pre-wrap; columns: 3 }
 """
 
 

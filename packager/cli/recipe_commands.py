@@ -34,6 +34,8 @@ from packager.cli.signing import SignKeyOption, TrustedKeyOption, signing_keys
 from packager.errors import LoaderError, UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from packager.pipeline.many_recipes import RecipeResult
     from packager.pipeline.plan import BuildPlan
     from packager.recipe.file import RecipeFile
@@ -174,19 +176,42 @@ def card_command(
     recipes: RecipesArgument = None,
     glob: GlobOption = None,
     branch: Annotated[str, typer.Option(help="The branch whose card is printed.")] = "main",
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Before a build: write the card as an HTML page, with planned sizes.")
+    ] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Show the preview in the browser.")] = False,
     trial: TrialOption = None,
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Render the cards of built variants again and print one.
+    """Render the cards of built variants again and print one; or preview one before a build.
 
     Use it after a change of the recipe's texts or of the templates. All figures come from the receipts: no figure
-    changes. Of several recipes the cards are rendered, and none is printed. Exits with 10 if a variant is not built and
-    verified, with 11 if a card was edited by hand.
+    changes. Of several recipes the cards are rendered, and none is printed. A preview needs no build, no torch and no
+    network, and cannot be published. Exits with 10 if a variant is not built and verified, with 11 if a card was edited
+    by hand.
     """
     from packager.pipeline.flow import render
+    from packager.pipeline.preview import write_preview
 
-    options, chosen = options_of(trial_dist(dist, trial or ()), Device.cpu, None), choose(recipes, glob, format, trial)
+    if open_page and not preview:
+        raise UsageError("a page is written by --preview alone", hint="give --preview with --open")
+    folder = trial_dist(dist, trial or ())
+    options, chosen = options_of(folder, Device.cpu, None), choose(recipes, glob, format, trial)
+    if preview:
+
+        def show(path: Path, terminal: Terminal) -> None:
+            terminal.write(f"{path}\n")
+            if open_page:
+                typer.launch(path.absolute().as_uri())
+
+        over_recipes(
+            chosen,
+            lambda recipe_file, _: write_preview(recipe_file, folder, branch),
+            show=show,
+            as_json=lambda path: {"branch": branch, "preview": str(path)},
+        )
+        return
     over_recipes(
         chosen,
         lambda recipe_file, terminal: render(recipe_file, options, terminal, branch=branch),
