@@ -24,6 +24,7 @@ from packager.publish.published.signatures import (
     check_statements_present,
 )
 from packager.publish.published.states import published_states
+from packager.publish.release_history import signed_branches
 from packager.publish.targets import BranchState, Target
 from packager.publish.targets.git import GitTarget
 from packager.receipt import PROVENANCE, Provenance
@@ -44,7 +45,8 @@ class PublishedReport:
         signatures_checked: whether a trusted key was given.
         release: the signed release, None if signatures were not checked or main has no valid release statement.
         release_findings: findings about the release statement, and about earlier commits of main.
-        history: how many of main's commits were searched for earlier releases; None if main was not checked.
+        history: how many of main's commits were searched for earlier releases; None if main was not checked, or
+            nothing is signed and no trusted key was given.
     """
 
     where: str
@@ -116,7 +118,9 @@ def verify_published(
     rows = compare_card(target, states, provenances, card) if not branches or MAIN in chosen else None
     signatures = Collector(MAIN)
     release = _check_release(target, states, reports, provenances, trust, signatures) if trust else None
-    history = check_earlier_releases(target, trust, release, signatures) if MAIN in chosen else None
+    # A git remote sends all of main's history: not asked for where nothing is signed and nobody has a key.
+    searched = MAIN in chosen and (trust is not None or bool(signed_branches(states)))
+    history = check_earlier_releases(target, trust, release, signatures) if searched else None
     return PublishedReport(
         where=target.where,
         full=depth.full,
