@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from packager.card.plot import draw, plot_of
+from packager.card.plot import draw_picture, plot_of
 from packager.prove.audit.files import list_folder
 from packager.prove.audit.finding import Findings
 from packager.prove.audit.pictures import check_pictures
@@ -20,7 +20,7 @@ PNG, SVG = "quality-light.png", "quality-dark.svg"
 def drawn() -> dict[str, bytes]:
     plot = plot_of(fixtures.llama_receipts(fixtures.llama_recipe()))
     assert plot is not None
-    return dict(draw(plot))
+    return dict(draw_picture(plot))
 
 
 def problems(folder: Path, files: dict[str, bytes]) -> list[str]:

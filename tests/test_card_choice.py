@@ -9,7 +9,7 @@ from packager.card.choice import CachedContext, GpuChoice, best_branch, cached_c
 from packager.card.numbers import measured, measured_percent, short_size
 from packager.errors import CardError
 from packager.model.architecture import architecture_of
-from packager.receipt import Provenance
+from packager.receipt import LoaderRecord, Provenance
 from tests import card_fixtures as fixtures
 from tests.card_page import tables
 from tests.locks import read_lock_of
@@ -83,6 +83,16 @@ def test_the_page_lists_the_choices_by_card() -> None:
     assert "\n* On a CPU: `gptq-4bit-32g-actorder_True`, proven there in ONNX Runtime.\n" in text
     assert "\n* In vLLM 0.30: `main`.\n" in text
     assert text.count("The only one for vLLM 0.30.") == 1
+
+
+@pytest.mark.parametrize(("status", "words"), [("passed", "`main`"), ("failed", "none"), ("refused", "none")])
+def test_what_ran_in_a_server_stands_before_what_is_expected(status: Any, words: str) -> None:
+    recipe = fixtures.llama_recipe()
+    receipts = list(fixtures.llama_receipts(recipe))
+    ran = LoaderRecord(loader="vllm", required=False, status=status, device="cpu")
+    receipts[0] = receipts[0].model_copy(update={"loaders": (*receipts[0].loaders, ran)})
+    text = render(recipe, receipts, contexts=(SHORT,), expectations=fixtures.llama_expectations(recipe))
+    assert f"\n* In vLLM 0.30: {words}.\n" in text
 
 
 def test_a_server_that_opens_each_branch_needs_no_column() -> None:

@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 
 from packager.card import CardTexts, render_card
 from packager.card import plot as plot_module
-from packager.card.plot import Plot, PlotPoint, draw, in_words, plot_of
+from packager.card.plot import Plot, PlotPoint, draw_picture, in_words, plot_of
 from packager.errors import MachineError, StateError
 from packager.pipeline import cards, flow
 from packager.receipt import PICTURE_FILES, Provenance
@@ -67,7 +67,7 @@ def paths(svg: bytes) -> list[tuple[float, float]]:
 def test_the_points_are_where_their_figures_are() -> None:
     """Sizes and divergences are proportional to the places of the markers; a larger divergence is higher up."""
     plot = llama_plot()
-    places = paths(draw(plot)["quality-light.svg"])  # the ends of each bar, then the markers
+    places = paths(draw_picture(plot)["quality-light.svg"])  # the ends of each bar, then the markers
     points = sorted(plot.points, key=lambda point: -point.kl)
     assert len(places) == 3 * len(points)
     centres = places[2 * len(points) :]
@@ -85,12 +85,12 @@ def test_the_points_are_where_their_figures_are() -> None:
 
 def test_the_same_figures_give_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from tests.test_card_plot import llama_plot, draw\n"
-        "for name, data in draw(llama_plot()).items(): (Path(sys.argv[1]) / name).write_bytes(data)"
+        "import sys; from pathlib import Path; from tests.test_card_plot import llama_plot, draw_picture\n"
+        "for name, data in draw_picture(llama_plot()).items(): (Path(sys.argv[1]) / name).write_bytes(data)"
     )
     (tmp_path / "matplotlibrc").write_text("font.size: 30\nsavefig.dpi: 10\n")  # a user's own, which changes nothing
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True, env=_environ(tmp_path))
-    drawn = draw(llama_plot())
+    drawn = draw_picture(llama_plot())
     assert tuple(drawn) == PICTURE_FILES
     for name, data in drawn.items():
         assert data == (tmp_path / name).read_bytes(), name
@@ -111,7 +111,9 @@ def test_values_of_other_orders_of_magnitude_are_told_apart() -> None:
         points = tuple(
             PlotPoint(branch=str(kl), size_bytes=10**9 + number, kl=kl, error=None) for number, kl in enumerate(values)
         )
-        return [height for _, height in paths(draw(Plot(points=points, base_bytes=10**10))["quality-light.svg"])]
+        return [
+            height for _, height in paths(draw_picture(Plot(points=points, base_bytes=10**10))["quality-light.svg"])
+        ]
 
     steps = heights(0.1, 0.01, 0.001)
     assert steps[1] - steps[0] == pytest.approx(steps[2] - steps[1], rel=1e-3), "a logarithmic axis"
@@ -142,9 +144,9 @@ def test_the_card_shows_its_picture(update_golden: bool) -> None:
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    draw.cache_clear()
+    draw_picture.cache_clear()
     with pytest.raises(MachineError, match="the card's picture cannot be drawn") as caught:
-        draw(llama_plot())
+        draw_picture(llama_plot())
     assert caught.value.hint == "pip install 'gptq-packager[build]'"
 
 
@@ -167,12 +169,12 @@ def test_a_picture_is_drawn_again_only_when_its_figures_change(tmp_path: Path, m
     def refuse(_: Plot) -> None:
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(cards, "draw", refuse)
+    monkeypatch.setattr(cards, "draw_picture", refuse)
     flow.render(recipe, tiny_recipe.options(dist), Terminal(quiet=True), branch="main")
     monkeypatch.setattr(cards, "PLOT_VERSION", plot_module.PLOT_VERSION + 1)
     with pytest.raises(AssertionError, match="drawn again"):
         flow.render(recipe, tiny_recipe.options(dist), Terminal(quiet=True), branch="main")
     (folders[1] / PICTURE_FILES[0]).write_bytes(b"mine")
-    monkeypatch.setattr(cards, "draw", lambda _: pictures[0])
+    monkeypatch.setattr(cards, "draw_picture", lambda _: pictures[0])
     with pytest.raises(StateError, match=r"quality-light\.png was edited by hand"):
         flow.render(recipe, tiny_recipe.options(dist), Terminal(quiet=True), branch="main")

@@ -14,9 +14,8 @@ from packager.pipeline import build_state, pack, stages
 from packager.pipeline.plan import make_plan
 from packager.pipeline.stages import peak_memory_bytes
 from packager.prove import evaluate
-from packager.prove.quality_figures import EVALUATION_VERSION
 from packager.quantize.engines import engine_named
-from packager.receipt import QualityRecord
+from packager.receipt import EVALUATION_VERSION, QualityRecord
 from packager.recipe.file import RecipeFile
 from tests import tiny_recipe
 from tests.import_graph import ROOT

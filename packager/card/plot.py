@@ -85,7 +85,7 @@ def plot_of(receipts: Sequence[Provenance]) -> Plot | None:
 
 
 @cache
-def draw(plot: Plot) -> Mapping[str, bytes]:
+def draw_picture(plot: Plot) -> Mapping[str, bytes]:
     """Return the files of a picture by name: see `PICTURE_FILES`.
 
     Raises:

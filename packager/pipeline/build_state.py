@@ -22,8 +22,7 @@ from packager.pipeline.plan import VariantPlan, chosen_variants, make_plan
 from packager.pipeline.workspace import Workspace, check_folder
 from packager.prove.environments import RuntimeContext, waits_for_request
 from packager.prove.loaders import ISOLATED, LOADERS
-from packager.prove.quality_figures import EVALUATION_VERSION
-from packager.receipt import PROVENANCE, README, Receipt, digest_of
+from packager.receipt import EVALUATION_VERSION, PROVENANCE, README, Receipt, digest_of
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
 from packager.system.files import file_records, sha256_file

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from packager.card import Prompting, render_card
 from packager.card.choice import cached_contexts
-from packager.card.plot import PLOT_VERSION, Plot, draw, plot_of
+from packager.card.plot import PLOT_VERSION, Plot, draw_picture, plot_of
 from packager.errors import StateError
 from packager.model.contract_files import TEMPLATE_FILE
 from packager.model.strict_json import parse_json_object
@@ -92,7 +92,7 @@ def _pictures(run: BuildState, plot: Plot | None) -> Mapping[str, bytes]:
             for name in PICTURE_FILES
         ):
             return {name: (folder / name).read_bytes() for name in PICTURE_FILES}
-    return draw(plot)
+    return draw_picture(plot)
 
 
 def _picture_key(plot: Plot) -> str:

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from packager.receipt import LEAST_ROWS, MOST_ROWS, QualityErrors, QualityRecord, RowQuality, standard_error
 
-# Raise it when figures change, or when a record gets new ones: finished variants are measured again then.
-EVALUATION_VERSION = 2
 _MEDIAN, _P99 = 0.5, 0.99
 
 Figures = NDArray[numpy.float64]
