@@ -25,6 +25,7 @@ from packager.model.vllm_rules import (
     vllm_bits,
     vllm_classes,
     vllm_cpu_bits,
+    vllm_cpu_classes,
     vllm_cpu_heads,
     vllm_cpu_shapes,
     vllm_group_sizes,
@@ -346,7 +347,15 @@ RUNTIME_RULES: Mapping[str, RuntimeRules] = {
         traps=(vllm_tensor_parallel,),
     ),
     "vllm-cpu": RuntimeRules(
-        refuses=(vllm_cpu_bits, *_VLLM, vllm_symmetric, vllm_act_order, vllm_cpu_shapes, vllm_cpu_heads),
+        refuses=(
+            vllm_cpu_bits,
+            vllm_cpu_classes,
+            *_VLLM,
+            vllm_symmetric,
+            vllm_act_order,
+            vllm_cpu_shapes,
+            vllm_cpu_heads,
+        ),
         traps=(_note("computes in float16 or bfloat16"),),
     ),
     "sglang": RuntimeRules(

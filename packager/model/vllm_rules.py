@@ -55,6 +55,22 @@ VLLM_CLASSES = frozenset(
     """.split()  # noqa: SIM905
 )
 
+# Of these, the classes whose checkpoints it opened here on the CPU, and computed as our forward does.
+VLLM_CPU_OPENS = frozenset(
+    """
+    CohereForCausalLM FalconForCausalLM GPT2LMHeadModel Gemma2ForCausalLM Gemma3ForCausalLM GemmaForCausalLM
+    GraniteForCausalLM LlamaForCausalLM MistralForCausalLM NemotronForCausalLM OPTForCausalLM Olmo2ForCausalLM
+    Phi3ForCausalLM PhiForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM SmolLM3ForCausalLM Starcoder2ForCausalLM
+    """.split()  # noqa: SIM905
+)
+# layers.linear, `weight_loader`: "'QKVParallelLinear' object has no attribute 'data'".
+_FUSED_FAILS = "fails while it loads the packed tensors of the linears that it computes as one"
+VLLM_CPU_FAILS: dict[str, str] = {
+    "BloomForCausalLM": "fails: it cuts query_key_value by heads, which does not fit packed weights",
+    "GPTJForCausalLM": _FUSED_FAILS,
+    "StableLmForCausalLM": _FUSED_FAILS,
+}
+
 # auto_gptq, AutoGPTQConfig.TYPE_MAP; kernels.linear.mixed_precision.cpu, CPUWNA16LinearKernel.
 VLLM_BITS = (4, 8)
 VLLM_CPU_BITS = (4,)
@@ -83,6 +99,14 @@ def vllm_classes(_: Variant, architecture: Architecture) -> str:
     """Return that the registry does not list the class; then vLLM may still run it with transformers' code."""
     known = architecture.model_class in VLLM_CLASSES
     return "" if known else f"its registry (0.32) does not list {architecture.model_class}"
+
+
+def vllm_cpu_classes(_: Variant, architecture: Architecture) -> str:
+    """Return why vLLM does not open a class on the CPU, as far as it was run."""
+    name = architecture.model_class
+    if name in VLLM_CPU_FAILS or name not in VLLM_CLASSES:
+        return VLLM_CPU_FAILS.get(name, "")
+    return "" if name in VLLM_CPU_OPENS else f"is not proven with {name}"
 
 
 def vllm_group_sizes(variant: Variant, _: Architecture) -> str:
