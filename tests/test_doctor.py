@@ -4,8 +4,8 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -258,10 +258,36 @@ def test_without_git_the_exit_code_says_so(cache: Path, monkeypatch: pytest.Monk
 
 def test_a_program_that_does_not_run_is_no_program(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise subprocess.TimeoutExpired("git", 10)
+        raise OSError(8, "Exec format error")
 
-    monkeypatch.setattr("packager.pipeline.machine_checks.subprocess.run", fail)
+    monkeypatch.setattr("packager.pipeline.machine_checks.subprocess.Popen", fail)
     assert found(cache)["git"]["state"] == "missing"
+
+
+@pytest.mark.parametrize(
+    ("script", "state", "words"),
+    [
+        ("exec yes git version 9.9", "ok", "git version 9.9"),  # prints without end
+        ("exec tr '\\0' x < /dev/zero", "ok", "x" * 100),  # no line at all
+        ("echo git version 1; exit 3", "missing", "returned non-zero exit status 3"),
+        ("sleep 60 & echo git version 2", "ok", "git version 2"),  # something that outlives it
+        ("exit 1", "missing", "exit status 1"),
+        ("sleep 60", "missing", "timed out"),
+    ],
+)
+def test_a_program_is_heard_for_one_line(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, script: str, state: str, words: str
+) -> None:
+    program = cache / "git"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(checks.shutil, "which", lambda _: str(program))
+    monkeypatch.setattr(checks, "_GIT_TIMEOUT_S", 0.5 if script[-2:] == "60" else 10)
+    monkeypatch.setattr(checks, "_GIT_END_S", 0.2)
+    started = time.monotonic()
+    found_ = checks._git()
+    assert (found_.grade, words in found_.found) == (state, True), found_
+    assert time.monotonic() - started < 20
 
 
 def test_a_base_install_is_told_what_building_needs(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

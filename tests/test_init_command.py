@@ -1,12 +1,17 @@
 """`packager init`: what the recipe of a model says, where each part comes from, and what stops it."""
 
+import gzip
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,9 +19,11 @@ from typer.testing import CliRunner, Result
 
 from packager.cli import init
 from packager.cli.main import app
-from packager.errors import PlanError, RecipeError, SourceError
+from packager.errors import CalibrationError, PlanError, RecipeError, SourceError
 from packager.inputs.named_model import NamedModel, find_model
+from packager.pipeline import init_recipe
 from packager.pipeline.draft_recipe import Wishes, draft_recipe, variants_of
+from packager.pipeline.plan import make_plan
 from packager.recipe.draft import draft_text
 from packager.recipe.file import RecipeFile
 from packager.recipe.lock_file import lock_path
@@ -286,7 +293,6 @@ def test_licence_files_are_known_by_their_names(tmp_path: Path) -> None:
         ({"text": "a" * 9, "url": "b" * 99}, {}),
         ({"id": "1", "content": "long words"}, {"text_field": "content"}),
         ({"id": 1, "conversations": [{"role": "user", "content": "a"}]}, {"messages_field": "conversations"}),
-        ({"tokens": [1, 2]}, {}),
     ],
 )
 def test_the_column_of_a_local_text_is_found(tmp_path: Path, row: Any, fields: dict[str, str]) -> None:
@@ -295,6 +301,121 @@ def test_the_column_of_a_local_text_is_found(tmp_path: Path, row: Any, fields: d
     recipe = draft_recipe(model, wishes(tmp_path, calibration=tmp_path / "texts.jsonl"))
     found = recipe["calibration"]
     assert {key: found[key] for key in found if key.endswith("_field")} == fields
+
+
+CONTENT = "some words of a text that is long enough, "
+
+
+def write_table(path: Path, rows: dict[str, list[Any]]) -> Path:
+    table = pyarrow.table(rows)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        pyarrow.csv.write_csv(table, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+@pytest.mark.parametrize(
+    ("rows", "fields"),
+    [
+        ({"text": [CONTENT] * 9000, "url": ["u" * 99] * 9000}, {}),
+        ({"id": [1] * 9000, "body": [CONTENT] * 9000, "lang": ["en"] * 9000}, {"text_field": "body"}),
+    ],
+)
+def test_the_column_of_a_table_is_found(
+    tmp_path: Path, name: str, rows: dict[str, list[Any]], fields: dict[str, str]
+) -> None:
+    path = write_table(tmp_path / name, rows)
+    found = draft_recipe(model_of(tmp_path / "m", CARD), wishes(tmp_path, calibration=path))["calibration"]
+    assert {key: found[key] for key in found if key.endswith("_field")} == fields
+    assert found["num_samples"] * found["seq_len"] > 9000
+
+
+def gzipped(text: str) -> bytes:
+    return gzip.compress(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "words"),
+    [
+        ("a.txt", b"\n \t\n" * 100_000, RecipeError, "is too short"),
+        ("a.jsonl", b'{"text": "  "}\n' * 50_000, RecipeError, "is too short"),
+        ("a.jsonl", b'{"tokens": [1, 2]}\n' * 50_000, RecipeError, "no column of 'a.jsonl' is a text"),
+        ("a.jsonl", b'["text"]\n' * 50_000, CalibrationError, "a line is not a JSON object"),
+        ("a.csv", b"id,n\n" + b"1,2\n" * 50_000, RecipeError, "no column of 'a.csv' is a text"),
+        ("a.parquet", b"PAR1" + b"x" * 100_000, CalibrationError, "the text cannot be read"),
+        ("a.csv", b"", CalibrationError, "the text cannot be read"),
+        ("a.txt.gz", gzipped("\n" * 10_000_000), RecipeError, "is too short"),
+        ("a.txt.gz", b"no gzip" * 10_000, CalibrationError, "the text cannot be read"),
+        ("a.pdf", b"%PDF" * 10_000, RecipeError, "is of no kind that is read"),
+    ],
+)
+def test_a_text_that_a_build_would_refuse_is_refused_now(
+    tmp_path: Path, name: str, content: bytes, error: type[Exception], words: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=words):
+        draft_recipe(model_of(tmp_path / "m", CARD), wishes(tmp_path, calibration=tmp_path / name))
+
+
+def test_a_packed_text_counts_as_long_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(CONTENT * 9000)
+    (tmp_path / "b.txt.gz").write_bytes(gzipped(CONTENT * 9000))
+    model, rows = model_of(tmp_path / "m", CARD), []
+    for name in ("a.txt", "b.txt.gz"):
+        found = draft_recipe(model, wishes(tmp_path, calibration=tmp_path / name))["calibration"]
+        rows.append((found["num_samples"], found["seq_len"]))
+    assert rows[0] == rows[1]
+
+
+def test_a_licence_file_that_holds_nothing_is_left_out_and_said(folder: Path) -> None:
+    (folder / "model" / "NOTICE").touch()
+    done = run(*LOCAL)
+    assert done.exit_code == 0, done.output
+    license_ = RecipeFile.load(folder / "tiny-1b_chat.yaml").recipe.card.license
+    assert license_.base_files == ("LICENSE.txt",)
+    assert "empty, so no licence file of a branch: NOTICE" in json.loads(done.stdout)["notes"]
+
+
+@pytest.mark.parametrize("name", ["recipe.schema.json", "a.lock.json"])
+def test_a_schema_or_a_lock_is_no_recipe(folder: Path, name: str) -> None:
+    (folder / name).write_text("mine")
+    done = run(*LOCAL, "--output", name, "--force")
+    assert (done.exit_code, f"{name} is the name of a schema or a lock" in done.stderr) == (2, True)
+    assert (folder / name).read_text() == "mine"
+
+
+def test_of_two_runs_at_once_one_writes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run writes its recipe after this one has looked, and before it writes."""
+    path = folder / "tiny-1b_chat.yaml"
+    plan = make_plan
+
+    def meanwhile(*arguments: Any) -> Any:
+        path.write_text("the other's")
+        return plan(*arguments)
+
+    monkeypatch.setattr(init_recipe, "make_plan", meanwhile)
+    done = run(*LOCAL)
+    assert (done.exit_code, "there is a recipe tiny-1b_chat.yaml" in done.stderr) == (2, True)
+    assert path.read_text() == "the other's"
+    assert not lock_path(path).exists()
+
+
+def test_a_run_waits_while_another_writes(tmp_path: Path) -> None:
+    order = []
+    with init_recipe._folder_to_itself(tmp_path / "new"):
+
+        def write() -> None:
+            with init_recipe._folder_to_itself(tmp_path / "new"):
+                order.append("second")
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 def test_conversations_for_a_model_without_a_chat_template_are_refused(folder: Path) -> None:

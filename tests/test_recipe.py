@@ -64,6 +64,17 @@ def test_the_digest_ignores_comments_and_layout(folder):
     assert load_text(folder, GOOD.replace("title: Demo", "title: Other")).digest() != first
 
 
+def test_an_empty_licence_file_is_no_licence(folder):
+    (folder / "model" / "LICENSE").touch()
+    (folder / "NOTICE").touch()
+    text = edited(("license: {id: mit}", "license: {id: mit, files: [NOTICE], base_files: [LICENSE]}"))
+    assert problems_of(folder, text) == [
+        "24:30: card.license.files[0]: the file 'NOTICE' is empty (the audit refuses empty files in a branch)",
+        "24:52: the base model's file 'LICENSE' is empty: no licence (correct the name, or ship the file with the "
+        "recipe and name it in card.license.files)",
+    ]
+
+
 def test_strings_are_never_rendered(folder):
     title = "{{ 7 * 7 }} {% include '/etc/passwd' %} ${HOME} %(x)s"
     assert load_text(folder, edited(("title: Demo", f'title: "{title}"'))).card.title == title

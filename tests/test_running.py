@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from packager.cli.main import app
 from packager.cli.status_view import running_line
+from packager.pipeline.flow import render
 from packager.pipeline.running import RunningBuild, read_running, shown_while_running
+from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
 from tests import tiny_recipe
 from tests.tiny_recipe import BRANCHES, workspace, write_all
@@ -94,7 +96,7 @@ def test_what_a_killed_build_left_is_not_shown_while_something_else_runs(tmp_pat
     found = workspace(tmp_path / "dist")
     found.running_path.parent.mkdir(parents=True)
     found.running_path.write_text(STEP.model_dump_json())
-    with found.locked():  # publishing, which shows no steps
+    with found.locked():
         assert read_running(found.running_path) is None
 
 
@@ -126,6 +128,25 @@ def status(recipe: Path, *options: str) -> str:
     done = CliRunner().invoke(app, ["status", str(recipe), "--dist", str(recipe.parent / "dist"), *options])
     assert done.exit_code == 0, done.output
     return done.stdout
+
+
+def test_publishing_and_rendering_are_seen(
+    builds: tiny_recipe.Builds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, seen = builds.copy(tmp_path), []
+    found = workspace(tmp_path / "dist")
+
+    def look(*_: object, **__: object) -> list[object]:
+        running = read_running(found.running_path)
+        seen.append(running.stage if running else None)
+        return []
+
+    monkeypatch.setattr("packager.pipeline.flow.render_cards", look)
+    render(RecipeFile.load(recipe), tiny_recipe.options(tmp_path / "dist"), Terminal(quiet=True), branch="main")
+    monkeypatch.setattr("packager.pipeline.flow.publish_branches", look)
+    tiny_recipe.publish(recipe, tmp_path / "dist")
+    assert seen == ["", "publish"]
+    assert not found.running_path.parent.exists()
 
 
 def _build(recipe: Path) -> None:

@@ -87,7 +87,7 @@ class _Commands(TyperGroup):
             sys.stderr.write("ended: the question was not answered\n")
             code = 130
         if standalone_mode:
-            sys.exit(code)
+            sys.exit(code or 0)
         return code
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class NamedModel:
         folder: with config.json and the card, and everything else of a local model.
         complete: whether `folder` is a copy of the model: not what was just read from the Hub.
         names: of the files at the model's top level.
+        empty: names of licence files that hold nothing, as far as it is known; the audit refuses them in a branch.
         fields: the front matter of its card; empty if there is none that can be read.
         card_problem: why the card gives nothing, or "".
     """
@@ -45,15 +46,14 @@ class NamedModel:
     folder: Path
     complete: bool
     names: tuple[str, ...]
+    empty: frozenset[str] = frozenset()
     fields: Mapping[str, object] = field(default_factory=dict)
     card_problem: str = ""
 
     @property
     def license_files(self) -> tuple[str, ...]:
         """The names of the licence files and notices, as far as names tell."""
-        return tuple(
-            name for name in sorted(self.names) if _LICENSE_FILE.match(name) and not name.lower().endswith(_CODE)
-        )
+        return tuple(name for name in sorted(self.names) if _is_license(name) and name not in self.empty)
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -66,6 +66,10 @@ class NamedModel:
         """Return the text of a key of the front matter, "" if there is none."""
         value = self.fields.get(key)
         return value.strip() if isinstance(value, str) else ""
+
+
+def _is_license(name: str) -> bool:
+    return bool(_LICENSE_FILE.match(name)) and not name.lower().endswith(_CODE)
 
 
 def find_model(named: str, log: Callable[[str], None]) -> NamedModel:
@@ -111,10 +115,16 @@ def _of_folder(folder: Path) -> NamedModel:
         )  # fmt: skip
     cached = _CACHE_FOLDER.search(folder.resolve().as_posix())
     names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_file()))
-    if cached is None:
-        return _with_card(NamedModel(folder=folder, complete=True, names=names))
-    model_id = f"{cached['owner']}/{cached['name']}"
-    return _with_card(NamedModel(id=model_id, commit=cached["commit"], folder=folder, complete=True, names=names))
+    model = NamedModel(folder=folder, complete=True, names=names, empty=_empty_in(folder, names))
+    if cached is not None:
+        model = replace(model, id=f"{cached['owner']}/{cached['name']}", commit=cached["commit"])
+    return _with_card(model)
+
+
+def _empty_in(folder: Path, names: Iterable[str]) -> frozenset[str]:
+    """Return the licence files of a folder that hold nothing; one that is not there is not known."""
+    licenses = [name for name in names if _is_license(name) and (folder / name).is_file()]
+    return frozenset(name for name in licenses if not (folder / name).stat().st_size)
 
 
 def _on_hub(model_id: str, revision: str, log: Callable[[str], None]) -> NamedModel:
@@ -124,10 +134,11 @@ def _on_hub(model_id: str, revision: str, log: Callable[[str], None]) -> NamedMo
         log(f"reading {model_id} at {commit[:12]} from the Hub cache: HF_HUB_OFFLINE is set")
         names = tuple(sibling.rfilename for sibling in cached_siblings("model", model_id, commit))
         folder = cached_folder("model", model_id, commit, [CONFIG])
+        empty = _empty_in(folder, names)
     else:
         log(f"reading the description of {model_id} at {revision}")
         commit, sizes = list_model(model_id, revision)
-        names = tuple(sizes)
+        names, empty = tuple(sizes), frozenset(name for name in sizes if _is_license(name) and not sizes[name])
         wanted = [name for name in (CONFIG, README) if name in sizes and sizes[name] <= _MOST_CARD_BYTES]
         folder = download_files(model_id, commit, wanted)
         if README in sizes and README not in wanted:
@@ -135,7 +146,7 @@ def _on_hub(model_id: str, revision: str, log: Callable[[str], None]) -> NamedMo
     return _with_card(
         NamedModel(
             id=model_id, requested=requested, commit=commit, folder=folder, complete=is_offline(),
-            names=tuple(name for name in names if "/" not in name), card_problem=problem,
+            names=tuple(name for name in names if "/" not in name), empty=empty, card_problem=problem,
         )
     )  # fmt: skip
 

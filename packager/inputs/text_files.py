@@ -7,7 +7,7 @@ import codecs
 import difflib
 import gzip
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -131,6 +131,39 @@ def json_lines(file: TextFile) -> Iterator[tuple[int, Any]]:
                 raise CalibrationError(
                     "a line is not JSON", where=where, why=str(error), hint="write one JSON object per line"
                 ) from error
+
+
+def first_row(file: TextFile) -> Mapping[str, object]:
+    """Return the first row of a .jsonl, .csv, .tsv or .parquet file by column; empty if there is none.
+
+    Raises:
+        CalibrationError: the file is damaged, or its first line is not a JSON object.
+    """
+    if file.kind not in (".csv", ".tsv", ".parquet"):
+        number, record = next(json_lines(file), (0, {}))
+        if not isinstance(record, dict):
+            raise CalibrationError("a line is not a JSON object", where=f"{file.shown}:{number}")
+        return record
+    with _reading(file):
+        return next(_first_of_table(file), {})
+
+
+def _first_of_table(file: TextFile) -> Iterator[dict[str, object]]:
+    if file.kind == ".parquet":
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(file.path, pre_buffer=False) as table:
+            for batch in table.iter_batches(batch_size=1):
+                yield from batch.to_pylist()
+        return
+    from pyarrow import csv
+
+    delimiter = "\t" if file.kind == ".tsv" else ","
+    with _opened(file) as stream:
+        parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+        with csv.open_csv(stream, csv.ReadOptions(block_size=MOST_ROW_BYTES // 4), parse) as table:
+            for batch in table:
+                yield from batch.slice(0, 1).to_pylist()
 
 
 def no_column(field: str, columns: Sequence[str], where: str) -> CalibrationError:

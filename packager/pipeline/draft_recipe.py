@@ -8,13 +8,13 @@ from typing import Any, Final, Literal
 
 from packager.errors import RecipeError
 from packager.inputs.named_model import NamedModel
-from packager.inputs.text_files import TextFile, json_lines, kind_of
 from packager.model.architecture import Architecture
 from packager.model.checkpoint import fit_problems
 from packager.model.compatibility import verdicts
 from packager.model.devices import LARGEST_ON_CPU
 from packager.model.lock import LockedPrompt
 from packager.model.runtimes import RUNTIMES
+from packager.pipeline.draft_texts import rows_of_text, text_fields
 from packager.recipe import Defaults, Loaders, VariantEntry, expand
 from packager.recipe.fields import REPO_ID, URL
 from packager.recipe.licenses import hub_license, license_name
@@ -40,7 +40,6 @@ _WIKITEXT: Final[Mapping[str, str]] = {
 _SEQ_LENS: Final = (2048, 1024, 512, 256, 128, 64)
 _NUM_SAMPLES: Final = 128
 _NUM_TOKENS: Final = 131_072
-_BYTES_PER_TOKEN: Final = 6  # more than of any text that a model's tokenizer was made for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,50 +132,17 @@ def _calibration(wishes: Wishes, seq_len: int) -> dict[str, Any]:
     if wishes.calibration is None:
         rows, length = _NUM_SAMPLES, min(seq_len, _SEQ_LENS[0])
         return {**_WIKITEXT, "split": "train", "num_samples": rows, "seq_len": length, "seed": 0}
-    rows, length = _rows(wishes.calibration, seq_len, _NUM_SAMPLES)
-    return {**_text(wishes.calibration, wishes.path.parent), "num_samples": rows, "seq_len": length, "seed": 0}
+    fields = text_fields(wishes.calibration, wishes.path.parent)
+    rows, length = rows_of_text(wishes.calibration, fields, _SEQ_LENS, most_tokens=seq_len, wanted=_NUM_SAMPLES)
+    return {**fields, "num_samples": rows, "seq_len": length, "seed": 0}
 
 
 def _evaluation(wishes: Wishes, seq_len: int) -> dict[str, Any]:
     if wishes.evaluation is None:
         return {**_WIKITEXT, "split": "test", "num_tokens": _NUM_TOKENS, "seq_len": min(seq_len, _SEQ_LENS[0])}
-    rows, length = _rows(wishes.evaluation, seq_len, _NUM_TOKENS // _SEQ_LENS[0])
-    return {
-        **_text(wishes.evaluation, wishes.path.parent),
-        "num_tokens": min(_NUM_TOKENS, rows * length),
-        "seq_len": length,
-    }
-
-
-def _rows(file: Path, most_tokens: int, wanted: int) -> tuple[int, int]:
-    """Return how many rows of how many tokens a text surely gives: long rows, if there are as many as wanted."""
-    tokens = file.stat().st_size // _BYTES_PER_TOKEN
-    lengths = [length for length in _SEQ_LENS if length <= most_tokens] or [most_tokens]
-    length = next((length for length in lengths if tokens >= wanted * length), lengths[-1])
-    if tokens < length:
-        raise RecipeError(f"the text {quoted(file.name)} is too short", hint=f"it has to have at least {length} tokens")
-    return min(wanted, tokens // length), length
-
-
-def _text(file: Path, folder: Path) -> dict[str, Any]:
-    """Return a local text as a recipe names it, with the column that its first row has."""
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise RecipeError(
-            f"the text {quoted(str(file))} is not in the recipe's folder",
-            hint=f"copy it into {folder}: a recipe and its texts belong together",
-        )
-    fields: dict[str, Any] = {"path": file.resolve().relative_to(folder.resolve()).as_posix()}
-    if kind_of(file.name) not in (".jsonl", ".json", ".ndjson"):
-        return fields
-    _, row = next(json_lines(TextFile(path=file, shown=str(file))), (0, None))
-    columns = row if isinstance(row, Mapping) else {}
-    for name, value in columns.items():
-        if isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value):
-            return {**fields, "messages_field": name}
-    texts = [name for name, value in columns.items() if isinstance(value, str)]
-    if "text" in texts or not texts:
-        return fields
-    return {**fields, "text_field": max(texts, key=lambda name: len(columns[name]))}
+    fields, wanted = text_fields(wishes.evaluation, wishes.path.parent), _NUM_TOKENS // _SEQ_LENS[0]
+    rows, length = rows_of_text(wishes.evaluation, fields, _SEQ_LENS, most_tokens=seq_len, wanted=wanted)
+    return {**fields, "num_tokens": min(_NUM_TOKENS, rows * length), "seq_len": length}
 
 
 def _refuse_conversations(*texts: Mapping[str, Any]) -> None:
@@ -292,6 +258,8 @@ def notes_on(
         notes.append("no loader that runs on every machine opens this model: nothing but the audit proves its variants")
     if slow := _too_slow(architecture):
         notes.append(f"{', '.join(slow)} computes on a CPU alone, too slowly for this model: loaders does not name it")
+    if model.empty:
+        notes.append(f"empty, so no licence file of a branch: {', '.join(sorted(model.empty))}")
     if not model.languages:
         notes.append("the model's card names no language: the recipe says en")
     return notes

@@ -123,7 +123,7 @@ def render(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, bra
     """
     run = BuildState(recipe_file, options, terminal)
     chosen_variants(run.plan.variants, [branch], str(recipe_file.path))
-    with run.workspace.locked():
+    with run.workspace.locked(), shown_while_running(run.workspace.running_path, terminal):
         run.read_receipts()
         _require_stages(run, *STAGES)
         render_cards(run)
@@ -199,7 +199,7 @@ def publish(
     approved = plan_file.approved if plan_file else None
     tag = approved.subject.tag if approved else tag
     planned = PlannedPublish(run, target, tag, plan_file) if plan_file else None
-    with run.workspace.locked():
+    with run.workspace.locked(), shown_while_running(run.workspace.running_path, terminal):
         run.read_receipts()
         contents = _contents(run)
         with terminal.stage("publish"), ScratchFolder("signed") as scratch:

@@ -1,7 +1,8 @@
 """Write the first recipe of a model, its lock, and the schema for editors."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +20,7 @@ from packager.recipe.draft import draft_text
 from packager.recipe.file import RecipeFile, recipe_from
 from packager.recipe.lock_file import lock_path, lock_text
 from packager.recipe.schema import schema_text
-from packager.system.files import write_atomic
+from packager.system.files import disk_errors, write_atomic
 
 _SCHEMA: Final = "recipe.schema.json"
 _SUFFIXES: Final = (".yaml", ".yml", ".json")
@@ -76,7 +77,9 @@ def init_recipe(model: NamedModel, wishes: Wishes, log: Callable[[str], None], *
     text = draft_text(content, schema=schema or _SCHEMA)
     plan = make_plan(RecipeFile.of(text.encode(), path, lock))
     notes = notes_on(model, wishes, content, architecture, lock.prompt)
-    written = _write(path, text, lock, with_schema=not schema)
+    with _folder_to_itself(path.parent):
+        _check_path(path, replace=replace)  # another run may have written it meanwhile
+        written = _write(path, text, lock, with_schema=not schema)
     return InitResult(recipe=path, written=written, notes=tuple(notes), plan=plan)
 
 
@@ -86,6 +89,8 @@ def _check_path(path: Path, *, replace: bool) -> None:
     A lock without a recipe is what a killed run left, and is replaced.
     """
     other = "name another file with --output"
+    if path.name == _SCHEMA or path.name.endswith(".lock.json"):
+        raise RecipeError(f"{path.name} is the name of a schema or a lock", hint=other)
     try:
         if os.path.lexists(path) and not replace:
             raise RecipeError(f"there is a recipe {path}", hint=f"{other}, or give --force")
@@ -97,6 +102,24 @@ def _check_path(path: Path, *, replace: bool) -> None:
                 raise RecipeError(f"the recipe {twin} would have the same lock, {lock_path(path).name}", hint=other)
     except (OSError, ValueError) as error:  # such as a name that is too long
         raise RecipeError(f"the recipe {path} cannot be written: {error}", hint=other) from error
+
+
+@contextmanager
+def _folder_to_itself(folder: Path) -> Iterator[None]:
+    """Let one run at a time write a recipe with its lock into a folder, which is made if it is not there."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs that end in the same instant are on their own
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write(path: Path, text: str, lock: Lock, *, with_schema: bool) -> tuple[Path, ...]:

@@ -2,12 +2,15 @@
 
 import os
 import platform
+import queue
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,6 +32,8 @@ from packager.system.text import format_bytes, gibibytes, printable
 
 Grade = Literal["ok", "note", "missing"]
 _GIT_TIMEOUT_S = 10
+_GIT_END_S = 2  # after its first line
+_MOST_LINE = 4096
 _ENVIRONMENT = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{12}")  # see `environment_name`
 
 
@@ -117,13 +122,38 @@ def _program(name: str, lacking: Grade, hint: str) -> MachineCheck:
     if path is None:
         return MachineCheck(name=name, grade=lacking, found="not on the PATH", hint=hint)
     try:
-        command = [path, "--version"]
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=True, timeout=_GIT_TIMEOUT_S
-        )
+        line = _first_line([path, "--version"])
     except (OSError, subprocess.SubprocessError) as error:
         return MachineCheck(name=name, grade=lacking, found=printable(f"{path} does not run: {error}"), hint=hint)
-    return MachineCheck(name=name, grade="ok", found=printable(done.stdout.splitlines()[0] if done.stdout else path))
+    return MachineCheck(name=name, grade="ok", found=printable(line or path))
+
+
+def _first_line(command: Sequence[str]) -> str:
+    """Return the first line that a program prints, and end it: it may print without end.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it does not run, prints no line in time, or ends with an error.
+    """
+    lines: queue.Queue[bytes] = queue.Queue()
+    # A session of its own, so that what the program started ends with it: else the thread would read on.
+    quiet, own = subprocess.DEVNULL, os.name == "posix"
+    process = subprocess.Popen(command, stdin=quiet, stdout=subprocess.PIPE, stderr=quiet, start_new_session=own)
+    with process:
+        output = process.stdout
+        try:
+            if output is not None:
+                threading.Thread(target=lambda: lines.put(output.readline(_MOST_LINE)), daemon=True).start()
+            line = lines.get(timeout=_GIT_TIMEOUT_S)
+            with suppress(subprocess.TimeoutExpired):  # it has more to say
+                process.wait(_GIT_END_S)
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, list(command))
+        except queue.Empty as error:
+            raise subprocess.TimeoutExpired(list(command), _GIT_TIMEOUT_S) from error
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL) if own else process.kill()
+    return line.decode("utf-8", "replace").rstrip()
 
 
 def _confinement() -> MachineCheck:

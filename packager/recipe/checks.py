@@ -193,6 +193,8 @@ def _paths(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
         if relative is None:
             continue
         message, hint = path_problem(folder, relative, directory=directory)
+        if not message and loc[:-1] == LICENSE_FILES_FIELD and _is_empty(folder / relative):
+            message, hint = f"the file {quoted(relative)} is empty", "the audit refuses empty files in a branch"
         if message:
             yield LocatedProblem(parsed.at(*loc), f"{name_of(loc)}: {message}", hint)
     base = parsed.text("base_model", "path")
@@ -201,10 +203,21 @@ def _paths(parsed: ParsedRecipe, folder: Path) -> Iterator[LocatedProblem]:
         return
     hint = "correct the name, or ship the file with the recipe and name it in card.license.files"
     for index in range(parsed.count(*BASE_FILES_FIELD)):
-        name = parsed.text(*BASE_FILES_FIELD, index)
+        name, at = parsed.text(*BASE_FILES_FIELD, index), parsed.at(*BASE_FILES_FIELD, index)
+        if name is None:
+            continue
         # Not whether it may be read: in a snapshot of the Hub's cache it is a link, which reading it checks.
-        if name is not None and not os.path.isfile(f"{located}/{name}"):  # noqa: PTH113, False for a name too long
-            yield LocatedProblem(parsed.at(*BASE_FILES_FIELD, index), f"the base model has no file {name!r}", hint)
+        if not os.path.isfile(f"{located}/{name}"):  # noqa: PTH113, False for a name too long
+            yield LocatedProblem(at, f"the base model has no file {name!r}", hint)
+        elif _is_empty(Path(f"{located}/{name}")):
+            yield LocatedProblem(at, f"the base model's file {name!r} is empty: no licence", hint)
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        return path.stat().st_size == 0
+    except OSError:  # it may not be looked at: reading it says so
+        return False
 
 
 def _license_names(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
