@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typer.testing import CliRunner, Result
 from packager.cli import init
 from packager.cli.main import app
 from packager.errors import CalibrationError, PlanError, RecipeError, SourceError
+from packager.inputs import hub_models
 from packager.inputs.named_model import NamedModel, find_model
 from packager.pipeline import init_recipe
 from packager.pipeline.draft_recipe import Wishes, draft_recipe, variants_of
@@ -573,3 +575,13 @@ def test_a_model_that_is_not_there_is_an_error(hub: LoopbackHub) -> None:
         find_model("tester/none", lambda _: None)
     with pytest.raises(SourceError, match="no such revision"):
         find_model("tester/tiny@v9", lambda _: None)
+
+
+def test_a_hub_that_hangs_is_reported_soon(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hub_models._PATIENCE_S <= 20
+    monkeypatch.setattr(hub_models, "_PATIENCE_S", 0.3)
+    hub.fault("GET .*/api/models/tester/tiny", "delay", seconds=3.0)
+    started = time.monotonic()
+    with pytest.raises(SourceError, match="could not be downloaded"):
+        find_model("tester/tiny", lambda _: None)
+    assert time.monotonic() - started < 3

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _FIRST_BYTES = 1 << 18  # the headers of most shards
 _PARTIAL_CONTENT = 206
+_PATIENCE_S = 20.0
 
 
 @contextmanager
@@ -137,7 +138,8 @@ def list_model(base_id: str, revision: str) -> tuple[str, Mapping[str, int]]:
     import huggingface_hub
 
     with hub_errors(f"{base_id} at {revision[:40]}"):
-        found = huggingface_hub.HfApi().model_info(base_id, revision=revision, files_metadata=True)
+        # A person waits for this answer: a Hub that hangs is reported after a third of the time of other requests.
+        found = huggingface_hub.HfApi().model_info(base_id, revision=revision, files_metadata=True, timeout=_PATIENCE_S)
         siblings = checked_siblings(found.siblings)
         return _checked_commit(found.sha), {sibling.rfilename: sibling.size or 0 for sibling in siblings}
 
