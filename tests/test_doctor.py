@@ -281,7 +281,7 @@ def test_a_program_is_heard_for_one_line(
     program = cache / "git"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
-    monkeypatch.setattr(checks.shutil, "which", lambda _: str(program))
+    monkeypatch.setattr(shutil, "which", lambda _: str(program))
     monkeypatch.setattr(checks, "_GIT_TIMEOUT_S", 0.5 if script[-2:] == "60" else 10)
     monkeypatch.setattr(checks, "_GIT_END_S", 0.2)
     started = time.monotonic()

@@ -200,7 +200,7 @@ def card_command(
     options, chosen = options_of(folder, Device.cpu, None), choose(recipes, glob, format, trial)
     if preview:
 
-        def show(path: Path, terminal: Terminal) -> None:
+        def show_page(path: "Path", terminal: "Terminal") -> None:
             terminal.write(f"{path}\n")
             if open_page:
                 typer.launch(path.absolute().as_uri())
@@ -208,7 +208,7 @@ def card_command(
         over_recipes(
             chosen,
             lambda recipe_file, _: write_preview(recipe_file, folder, branch),
-            show=show,
+            show=show_page,
             as_json=lambda path: {"branch": branch, "preview": str(path)},
         )
         return
