@@ -322,6 +322,12 @@ def test_a_long_history_is_searched_in_part_and_that_is_said(
     monkeypatch.setattr("packager.publish.published.earlier_releases._SEARCHED", 1)
     run = CliRunner().invoke(app, ["verify-published", str(signed.repository)])
     assert "the newest 1 of 3 commits of main were searched" in " ".join(run.output.split())
+    monkeypatch.setattr("packager.publish.published.earlier_releases._SEARCHED", 50)
+    monkeypatch.setattr("packager.publish.published.earlier_releases._READ_BYTES", -1)
+    history = signed.verify().history
+    assert history
+    assert history.searched == 0, "the statements are too large"
+    monkeypatch.setattr("packager.publish.published.earlier_releases._READ_BYTES", 10_000)
     monkeypatch.setattr("packager.publish.published.earlier_releases._SEARCH_S", -1.0)
     history = signed.verify().history
     assert history
