@@ -19,13 +19,16 @@ from packager.errors import MachineError, PackagerError, PublishError
 from packager.inputs import hub_session
 from packager.publish.after_publish import ReleaseTag
 from packager.publish.branches import BranchContent, PublishReport, publish_branches
+from packager.publish.sign_release import ReleaseSigner, SigningKeys
+from packager.publish.statements import ReleaseStatement, read_envelope, read_release_statement
 from packager.publish.targets import HeadMovedError, hub_calls, hub_client, read_local_file
 from packager.publish.targets.hub import HubTarget, NewRepository
 from packager.publish.targets.repository_per_variant import RepositoryPerVariant
+from packager.receipt import ATTESTATION, RELEASE_ATTESTATION
 from packager.system.files import sha256_file
 from packager.variant import branch_problem
 from tests.loopback_hub import Account, FaultKind, LoopbackHub
-from tests.publish_fixtures import REPOSITORY, VARIANT, describe, git, log_in, make_content, trees
+from tests.publish_fixtures import REPOSITORY, VARIANT, describe, fixed_signer, git, log_in, make_content, trees
 from tests.samples import sampled
 
 # The client's own upload of raw bytes.
@@ -607,3 +610,29 @@ def test_two_simultaneous_publishers_leave_one_result_per_branch(fixture: HubFix
         maker = fixture if config["by"] == "one" else other
         record = next(content for content in maker.contents if content.branch == branch).files["model.safetensors"]
         assert record.sha256 in git("show", f"{branch}:model.safetensors", cwd=fixture.path)
+
+
+def test_an_unsigned_commit_of_another_account_is_named_and_the_next_release_has_the_next_number(
+    fixture: HubFixture, tmp_path: Path
+) -> None:
+    """`tests/test_signatures.py` has the cases; this one is on the Hub, whose authors are accounts."""
+
+    def publish() -> tuple[PublishReport, ReleaseStatement]:
+        report = publish_branches(
+            fixture.contents, fixture.target(), fixture.lines.append, signer=fixed_signer(tmp_path / "statements")
+        )
+        data = fixture.target().read_bytes(report.head("main"), RELEASE_ATTESTATION)
+        return report, read_release_statement(read_envelope(data)[0])
+
+    assert publish()[1].release == 1
+    head = fixture.hub.commit(REPOSITORY, dict.fromkeys((RELEASE_ATTESTATION, ATTESTATION)), user="rival")
+    with pytest.raises(PublishError, match="no key to sign with"):
+        publish_branches(
+            fixture.contents, fixture.target(), print, signer=ReleaseSigner(REPOSITORY, SigningKeys(), tmp_path)
+        )
+    report, release = publish()
+    assert release.release == 2
+    (line,) = report.plan.warnings
+    assert f"{head[:12]} " in line
+    assert "by rival" in line
+    assert publish()[0].plan.changing == ()
