@@ -10,25 +10,30 @@ from dataclasses import dataclass
 
 # `user:password@` of an address. A password may hold any character but a blank and a quotation mark, so it ends at the
 # last @ of the host's part; also beyond a slash, if what follows the first colon is no port.
-_ADDRESS = re.compile(
+_USER = re.compile(
     r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]{0,19}://)"
-    r"(?P<user>[^\s/?#'\"<>]{0,1000}@|[^\s/?#'\"<>:\[]{0,100}:(?!\d{1,5}(?:[/?#\s'\"<>]|$))[^\s'\"<>]{0,1000}@)?"
-    r"(?P<rest>[^\s'\"<>?]{0,2000})(?P<query>\?[^\s'\"<>]{1,8000})?"
+    r"(?P<user>[^\s/?#'\"<>]{0,1000}@|[^\s/?#'\"<>:\[]{0,100}:(?!\d{1,5}(?:[/?#\s'\"<>]|$))[^\s'\"<>]{0,1000}@)"
 )
+_QUERY = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]{0,19}://[^\s'\"<>?]{0,500})\?[^\s'\"<>]{1,8000}")
 
 
 def without_secrets(text: str) -> str:
-    """Return text whose addresses have no password, and no query, which may be a signature that opens a file.
+    """Return text whose addresses have no password, and no query, which may be a signature that opens a file."""
+    safe = without_passwords(text)
+    return _QUERY.sub(r"\1?...", safe) if "?" in safe else safe
+
+
+def without_passwords(text: str) -> str:
+    """Return text whose addresses have no password; nothing else is changed.
 
     The user's name is left out, too, unless it stands alone before a host that is not asked by HTTP (ssh://git@host).
     """
-    return _ADDRESS.sub(_shown_address, text) if "://" in text else text
+    return _USER.sub(_without_user, text) if "@" in text else text
 
 
-def _shown_address(found: re.Match[str]) -> str:
-    scheme, user, rest, query = (found[name] or "" for name in ("scheme", "user", "rest", "query"))
-    harmless = ":" not in user and not scheme.lower().startswith("http")
-    return f"{scheme}{user if harmless else ''}{rest}{'?...' if query else ''}"
+def _without_user(found: re.Match[str]) -> str:
+    harmless = ":" not in found["user"] and not found["scheme"].lower().startswith("http")
+    return found[0] if harmless else found["scheme"]
 
 
 class PackagerError(Exception):

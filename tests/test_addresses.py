@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from packager.cli.main import app
-from packager.errors import LoaderUnavailableError, PackagerError, PublishError, SourceError, without_secrets
+from packager.errors import (
+    LoaderUnavailableError,
+    PackagerError,
+    PublishError,
+    SourceError,
+    without_passwords,
+    without_secrets,
+)
 from packager.inputs import hub_session
 from packager.inputs.hub_endpoint import require_endpoint
 from packager.inputs.hub_models import hub_errors
@@ -42,6 +49,9 @@ PASSWORD, TOKEN = "s3cret/wørd@x", "hf_addresses_0123456789"
         ("git+https://u:p@host", "git+https://host"),
         ("ssh://git:word@host/x", "ssh://host/x"),
         ("https://s3/x?X-Amz-Signature=abc (id)", "https://s3/x?... (id)"),
+        ("https://a/x,https://u:s3cret@h/y", "https://a/x,https://h/y"),
+        ("https://h?x=https://u:s3cret@c", "https://h?..."),
+        ("http://u:s3cret@a:80,http://v:s3cret@b", "http://a:80,http://b"),
         # no secret
         ("ssh://git@host/x", "ssh://git@host/x"),
         ("https://hub.example/@user/a@b", "https://hub.example/@user/a@b"),
@@ -53,6 +63,12 @@ PASSWORD, TOKEN = "s3cret/wørd@x", "hf_addresses_0123456789"
 def test_an_address_is_shown_without_what_opens_it(text: str, safe: str) -> None:
     assert without_secrets(text) == printable(text) == printable_lines(text) == safe
     assert str(PackagerError(text, where=text, why=text, hint=text)).count(safe) == 4
+
+
+def test_a_query_stays_where_only_passwords_are_left_out() -> None:
+    assert without_passwords("https://h?x=https://u:s3cret@c&y=1 and http://v:s3cret@i?z") == (
+        "https://h?x=https://c&y=1 and http://i?z"
+    )
 
 
 def test_an_address_without_a_scheme_is_shown_without_its_password() -> None:
@@ -73,10 +89,11 @@ def test_no_cut_and_no_neighbour_shows_a_password(before: str, user: str, word: 
 
 
 def test_long_and_hostile_texts_take_no_time() -> None:
-    started = time.monotonic()
-    for text in ("http://a:" * 100_000, "http://" + "a" * 1_000_000, "a://" * 100_000, "http://u:" + "p" * 100_000):
-        without_secrets(text)
-    assert time.monotonic() - started < 10
+    started = time.process_time()
+    for text in ("http://a:" * 3_000, "http://" + "a" * 30_000, "a://" * 5_000, "http://u:" + "p" * 30_000):
+        without_secrets(f"{text} ?@")
+        without_secrets(f"{text}?{text}@")
+    assert time.process_time() - started < 5
 
 
 def test_a_record_of_a_loader_gets_the_reason_without_the_password() -> None:
@@ -88,11 +105,21 @@ def test_a_record_of_a_loader_gets_the_reason_without_the_password() -> None:
 def test_results_and_logs_pass_the_same_gate(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Terminal()
     terminal.log(f"reading https://me:{PASSWORD}@hub/x")
-    terminal.result({"where": f"https://me:{PASSWORD}@hub/x", "rows": [f'a "quoted" https://me:{PASSWORD}@hub']})
+    terminal.result(
+        {
+            "link": "https://hub/x?a=b",
+            "where": f"https://me:{PASSWORD}@hub/x",
+            "rows": [f'a "quoted" https://me:{PASSWORD}@hub'],
+        }
+    )
     terminal.error(PublishError("refused", where=f"https://me:{PASSWORD}@hub/x"))
     done = capsys.readouterr()
     assert PASSWORD not in done.out + done.err
-    assert json.loads(done.out) == {"where": "https://hub/x", "rows": ['a "quoted" https://hub']}
+    assert json.loads(done.out) == {
+        "link": "https://hub/x?a=b",
+        "where": "https://hub/x",
+        "rows": ['a "quoted" https://hub'],
+    }
 
 
 # the Hub's client
@@ -186,6 +213,7 @@ def test_an_endpoint_with_all_its_parts_is_one(address: str) -> None:
     require_endpoint({})
 
 
+@pytest.mark.slow
 def test_no_command_shows_the_password_of_the_endpoint(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +221,6 @@ def test_no_command_shows_the_password_of_the_endpoint(
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     monkeypatch.chdir(tmp_path)
-    assert "s3cret" not in HubTarget("a/b").where
     for command in (
         ["verify-published", "hub:a/b"],
         ["verify-published", "hub:a/b", "--format", "json"],
@@ -229,3 +256,8 @@ def test_no_address_on_the_command_line_is_shown_with_its_password(address: str,
         assert "s3/cret" not in done.output
     with pytest.raises(PublishError):
         resolve_target(address, tmp_path, {}, print)
+
+
+def test_plans_and_saved_plans_name_the_hub_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://me:s3cret@hub.example")
+    assert HubTarget("a/b").where == "https://hub.example/a/b"

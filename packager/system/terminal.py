@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from rich.console import Console
 
-from packager.errors import PackagerError, without_secrets
+from packager.errors import PackagerError, without_passwords
 from packager.system.events import EventName, event_line
 from packager.system.text import printable_lines
 
@@ -191,7 +191,7 @@ class Terminal:
         No address in it has a password.
         """
         self.has_result = True
-        self.write(without_secrets(json.dumps({"schema_version": RESULT_VERSION, **value}, indent=2)) + "\n")
+        self.write(without_passwords(json.dumps({"schema_version": RESULT_VERSION, **value}, indent=2)) + "\n")
 
     def write(self, text: str) -> None:
         """Write a command's result to standard output unchanged; a reader that ends early (`| head`) is no error."""
