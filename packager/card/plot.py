@@ -104,7 +104,7 @@ def draw_picture(plot: Plot) -> Mapping[str, bytes]:
         mode, _, kind = name.removeprefix("quality-").partition(".")
         theme = _THEMES[mode]
         # Whatever the user's own matplotlibrc says.
-        with style.context(["default", _settings(theme)], after_reset=True), mpl.rc_context({"svg.hashsalt": name}):
+        with style.context(_settings(theme), after_reset=True), mpl.rc_context({"svg.hashsalt": name}):
             figure = Figure(figsize=_INCHES, dpi=_DPI, facecolor=theme.page)
             _fill(figure, plot, theme)
             files[name] = _saved(figure, "svg" if kind == "svg" else "png")
