@@ -97,7 +97,8 @@ def test_the_same_figures_give_the_same_small_files() -> None:
 @pytest.mark.slow
 def test_the_same_figures_give_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from packager.card.plot import *; from tests import card_fixtures as made\n"
+        "import sys; from pathlib import Path\n"
+        "from packager.card.plot import *; from tests import card_fixtures as made\n"
         "plot = plot_of(made.llama_receipts(made.llama_recipe()))\n"
         "for name, data in draw_picture(plot).items(): (Path(sys.argv[1]) / name).write_bytes(data)"
     )

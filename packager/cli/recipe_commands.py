@@ -184,12 +184,12 @@ def card_command(
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
-    """Render the cards of built variants again and print one; or preview one before a build.
+    """Render the cards of built variants again and print one.
 
     Use it after a change of the recipe's texts or of the templates. All figures come from the receipts: no figure
-    changes. Of several recipes the cards are rendered, and none is printed. A preview needs no build, no torch and no
-    network, and cannot be published. Exits with 10 if a variant is not built and verified, with 11 if a card was edited
-    by hand.
+    changes. --preview shows a card before a build, without torch and without a network. Of several recipes the cards
+    are rendered, and none is printed. Exits with 10 if a variant is not built and verified, with 11 if a card was
+    edited by hand.
     """
     from packager.pipeline.flow import render
     from packager.pipeline.preview import write_preview
