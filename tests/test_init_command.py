@@ -484,7 +484,7 @@ def test_a_model_too_large_for_a_cpu_needs_no_runtime_that_computes_on_nothing_e
         recipe = draft_recipe(model, wishes(tmp_path), architecture)
         assert recipe["loaders"]["required"] == required
         notes = " ".join(notes_on(model, wishes(tmp_path), recipe, architecture, None))
-        assert ("onnxruntime computes on a CPU alone" in notes) == (layers == 40)
+        assert ("too slowly for this model, compute onnxruntime, vllm-cpu" in notes) == (layers == 40)
 
 
 @given(

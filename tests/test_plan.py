@@ -377,9 +377,12 @@ def test_verdicts_follow_the_format_s_table(parameters: dict[str, Any], refusals
 @pytest.mark.parametrize(
     ("config", "refusals"),
     [
-        (tiny_config("mistral"), {"exllama", "gptq-for-llama", "gptqmodel-marlin"}),
-        (tiny_config("qwen2", intermediate_size=128, num_key_value_heads=4), {"exllama", "gptq-for-llama"}),
-        (tiny_config("qwen3"), {"autogptq", "exllama", "gptq-for-llama", "gptqmodel-marlin", "tgi"}),
+        (tiny_config("mistral"), {"exllama", "gptq-for-llama", "gptqmodel-marlin", "vllm-cpu"}),
+        (
+            tiny_config("qwen2", intermediate_size=128, num_key_value_heads=4),
+            {"exllama", "gptq-for-llama", "vllm-cpu"},  # heads of 16 columns
+        ),
+        (tiny_config("qwen3"), {"autogptq", "exllama", "gptq-for-llama", "gptqmodel-marlin", "vllm-cpu", "tgi"}),
         ({**LLAMA_2_13B, "tie_word_embeddings": True}, {"autogptq", "exllama"}),
         ({**LLAMA_2_13B, "attention_bias": True}, {"exllama"}),
         ({**LLAMA_2_13B, "head_dim": 64}, {"autogptq", "exllama"}),

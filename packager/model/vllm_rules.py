@@ -58,7 +58,8 @@ VLLM_CLASSES = frozenset(
 # Of these, the classes whose checkpoints it opened here on the CPU, and computed as our forward does.
 VLLM_CPU_OPENS = frozenset(
     """
-    CohereForCausalLM FalconForCausalLM GPT2LMHeadModel Gemma2ForCausalLM Gemma3ForCausalLM GemmaForCausalLM
+    CohereForCausalLM Exaone4ForCausalLM FalconForCausalLM GPT2LMHeadModel Gemma2ForCausalLM Gemma3ForCausalLM
+    GemmaForCausalLM
     GraniteForCausalLM LlamaForCausalLM MistralForCausalLM NemotronForCausalLM OPTForCausalLM Olmo2ForCausalLM
     Phi3ForCausalLM PhiForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM SmolLM3ForCausalLM Starcoder2ForCausalLM
     """.split()  # noqa: SIM905
@@ -68,6 +69,7 @@ _FUSED_FAILS = "fails while it loads the packed tensors of the linears that it c
 VLLM_CPU_FAILS: dict[str, str] = {
     "BloomForCausalLM": "fails: it cuts query_key_value by heads, which does not fit packed weights",
     "GPTJForCausalLM": _FUSED_FAILS,
+    "Glm4ForCausalLM": _FUSED_FAILS,
     "StableLmForCausalLM": _FUSED_FAILS,
 }
 

@@ -257,7 +257,9 @@ def notes_on(
     if not recipe["loaders"]["required"]:
         notes.append("no loader that runs on every machine opens this model: nothing but the audit proves its variants")
     if slow := _too_slow(architecture):
-        notes.append(f"{', '.join(slow)} computes on a CPU alone, too slowly for this model: loaders does not name it")
+        notes.append(
+            f"on a CPU alone, too slowly for this model, compute {', '.join(slow)}: loaders names none of them"
+        )
     if model.empty:
         notes.append(f"empty, so no licence file of a branch: {', '.join(sorted(model.empty))}")
     if not model.languages:
