@@ -81,6 +81,20 @@ def test_a_recipe_with_what_it_inherits_is_the_recipe_written_whole(folder: Path
     assert load(folder).digest() == RecipeFile.load(whole).recipe.digest()
 
 
+def test_no_digest_depends_on_the_key_itself(folder: Path) -> None:
+    recipe = load(folder)
+    assert "extends" in Recipe.model_fields
+    assert "extends" not in recipe.model_dump()
+
+
+def test_what_a_section_of_the_other_file_lacks_is_missing_in_the_recipe(folder: Path) -> None:
+    own = changed(OWN, ("card: {title: Demo}\n", ""))
+    (found,) = problems(folder, own)
+    assert found.startswith("recipe.yaml:1:1: card.title is missing")
+    (found,) = problems(folder, own, changed(COMMON, ("  license: {id: mit}\n", "  title: Demo\n  license: {}\n")))
+    assert found.startswith("defaults.yaml:18:3: card.license.id is missing")
+
+
 def test_the_resolved_recipe_is_a_recipe_of_the_same_digest(folder: Path) -> None:
     from packager.cli.plan_view import resolved_json, resolved_text
 

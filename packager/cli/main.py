@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from packager import __version__
+from packager.cli.diff_view import diff_command
 from packager.cli.doctor import doctor_command
 from packager.cli.init import init_command
 from packager.cli.locking import lock_command
@@ -204,6 +205,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "audit": audit_command,
     "verify": verify_command,
     "card": card_command,
+    "diff": diff_command,
     "publish": publish_command,
     "verify-published": verify_published_command,
     "rollback": rollback_command,
