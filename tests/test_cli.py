@@ -156,7 +156,7 @@ def test_no_command_is_help_and_version_is_one_line() -> None:
     [
         (["pln"], ["packager: there is no command pln", "did you mean plan?"]),
         (["plan"], ["RECIPE is missing", "--recipes GLOB"]),
-        (["publish"], ["packager publish: RECIPE is missing", "A recipe file"]),
+        (["publish"], ["packager publish: RECIPE is missing"]),
         (["plan", DEMO, "--fromat", "json"], ["packager plan: there is no option --fromat", "did you mean --format?"]),
         (["plan", DEMO, "--format"], ["--format needs a value"]),
         (["plan", DEMO, "--quiet=3"], ["--quiet takes no value"]),

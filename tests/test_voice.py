@@ -32,7 +32,8 @@ SHARED = ("--dist", "--cache", "--device", "--sign-key", "--quiet", "--color", "
 # One wrong word after each command that makes it fail before it does anything.
 FAILING = {
     "init": ["nowhere/model", "--yes", "--license", "x"], "lock": ["nowhere.yaml"], "plan": ["nowhere.yaml"],
-    "build": ["nowhere.yaml"], "audit": ["nowhere"], "verify": ["nowhere.yaml"], "card": ["nowhere.yaml"], "diff": ["nowhere.yaml"],
+    "build": ["nowhere.yaml"], "audit": ["nowhere"], "verify": ["nowhere.yaml"], "card": ["nowhere.yaml"],
+    "diff": ["nowhere.yaml"],
     "publish": ["nowhere.yaml"], "verify-published": ["./nowhere"], "rollback": ["./nowhere"],
     "status": ["nowhere.yaml"], "release": ["nowhere.yaml", "--fail-fast"], "doctor": ["--cache"],
     "schema": ["nothing"],
