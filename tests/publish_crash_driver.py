@@ -96,9 +96,11 @@ def publish_in_child(contents: list[BranchContent], root: Path, kill: Kill) -> i
 
 def _publish_as_the_command_does(contents: list[BranchContent], root: Path) -> None:
     """Publish; SIGTERM and SIGHUP end the process as they end the command."""
-    raise_on_signals()
     try:
+        raise_on_signals()
         publish(contents, root)
+        for name in ("SIGTERM", "SIGHUP"):
+            signal.signal(signal.Signals[name], signal.SIG_IGN)  # the publish has ended; what follows is this driver's
     except KeyboardInterrupt as error:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - the process ends here
         os._exit(end_command(error))
