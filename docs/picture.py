@@ -17,7 +17,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("card", type=Path, help="README.md of a built variant")
     parser.add_argument("picture", type=Path, help="the PNG file to write")
-    parser.add_argument("--width", type=int, default=CARD_WIDTH, help="pixels (%(default)s): what the Hub gives a card")
+    parser.add_argument(
+        "--width", type=int, default=CARD_WIDTH, help="pixels (%(default)s): the width that cards are made for"
+    )
     parser.add_argument("--height", type=int, default=1500, help="pixels (%(default)s)")
     parser.add_argument("--dark", action="store_true", help="the picture of a browser that asks for a dark page")
     options = parser.parse_args()

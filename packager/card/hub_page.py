@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 
 from packager.model.front_matter import split_front_matter
 
-# What the Hub gives a card on a screen of 1280 pixels.
+# The width that cards are made for; the Hub's pages are about as wide.
 CARD_WIDTH = 800
 _KINDS = {".png": "image/png", ".svg": "image/svg+xml"}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -8,6 +8,7 @@ dist/work/<namespace>/<name>/<branch>/           a checkpoint under construction
 dist/work/<namespace>/<name>/.running.json       what a running build does now; no branch has such a name
 dist/work/<namespace>--<name>.lock               the lock of a running build
 dist/hub/models/<namespace>/<name>               the local publishing target
+dist/previews/<namespace>/<name>/<branch>.html   cards before a build; no other command reads them
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
