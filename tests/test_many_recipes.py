@@ -68,6 +68,18 @@ def test_a_build_of_several_goes_on_after_a_failure(tiny: Path) -> None:
     assert (done.exit_code, results) == (2, {"bad.yaml": "failed", "recipe.yaml": "built"})
 
 
+def test_of_two_recipes_of_one_repository_one_is_built(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    monkeypatch.setattr("packager.pipeline.flow.build", lambda file, *_, **__: built.append(file.path.name))
+    tiny_recipe.write_recipe(tiny, {"repository.id": tiny_recipe.REPOSITORY.upper()}, name="same.yaml")
+    done = packager("build", "recipe.yaml", "same.yaml", "--format", "json")
+    first, second = json.loads(done.stdout)["recipes"]
+    assert (first["result"], second["result"], done.exit_code) == ("built", "failed", 2)
+    assert "recipe.yaml builds TESTER/TINY-GPTQ, too" in second["why"]
+    assert built == ["recipe.yaml"]
+    assert packager("status", "recipe.yaml", "same.yaml").exit_code == 0
+
+
 def test_a_pattern_always_gives_a_list(tiny: Path) -> None:
     (answer,) = json.loads(packager("plan", "--recipes", "rec*.yaml", "--format", "json").stdout)["recipes"]
     assert answer["recipe"] == "recipe.yaml"

@@ -122,6 +122,10 @@ class Voice:
     events: bool = False
     terminals: "list[Terminal]" = field(default_factory=list)
 
+    def begin(self, *, as_json: bool) -> None:
+        """Forget the command before."""
+        vars(self).update(vars(Voice(as_json=as_json)))
+
 
 # Of the command that runs; `begin` in voice.py makes it anew for each.
 VOICE = Voice()

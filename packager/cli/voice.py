@@ -42,7 +42,7 @@ _EVENTS: Final[dict[str, tuple[Any, object]]] = {"log_format": (LogFormatOption,
 def begin(arguments: Sequence[str]) -> None:
     """Forget the command before, and read from the words of this one whether it answers in JSON."""
     pairs = list(itertools.pairwise([*arguments, ""]))
-    VOICE.__init__(as_json=("--format", "json") in pairs or "--format=json" in arguments)  # type: ignore[misc]
+    VOICE.begin(as_json=("--format", "json") in pairs or "--format=json" in arguments)
 
 
 def spoken(command: Callable[..., None], *, with_events: bool) -> Callable[..., None]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from packager.errors import PATH_REFUSALS, PackagerError, RecipeError, path_refusal
+from packager.errors import PATH_REFUSALS, PackagerError, PlanError, RecipeError, path_refusal
 from packager.recipe.file import RecipeFile, extended_files
 from packager.system.terminal import Terminal
 
@@ -108,12 +108,25 @@ def for_each(
         trial: settings that change each recipe.
     """
     results = Results(terminal, by_path={path: RecipeResult(path=path) for path in paths})
+    built: dict[str, Path] = {}
     for path in paths:
         with results.recorded(path, outcome):
             recipe_file = RecipeFile.load(path, trial=trial)
-            results.update(path, repository=recipe_file.recipe.repository.id)
+            repository = recipe_file.recipe.repository.id
+            results.update(path, repository=repository)
+            if outcome == "built" and (other := built.setdefault(repository.lower(), path)) != path:
+                _refuse_same_folder(path, other, repository)
             work(recipe_file)
     return results.ordered
+
+
+def _refuse_same_folder(path: Path, other: Path, repository: str) -> None:
+    raise PlanError(
+        f"{other} builds {repository}, too",
+        where=str(path),
+        why="each would replace the branches of the other",
+        hint="give each a repository.id of its own, or put all variants into one recipe",
+    )
 
 
 def recipes_among(paths: Sequence[Path], patterns: Sequence[str], log: Callable[[str], None]) -> list[Path]:
