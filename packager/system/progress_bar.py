@@ -22,10 +22,8 @@ class _Line:
     def __init__(self, text: str) -> None:
         self._text = text
 
-    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
-        text = Text(self._text, no_wrap=True, overflow="ellipsis", end="")
-        text.truncate(options.max_width, overflow="ellipsis")
-        yield text
+    def __rich_console__(self, _: Console, __: ConsoleOptions) -> RenderResult:
+        yield Text(self._text, no_wrap=True, overflow="ellipsis", end="")
 
 
 class _TextColumn(ProgressColumn):
