@@ -19,7 +19,7 @@ from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
 from packager.system.text import printable
 
-BranchDifference = Literal["same", "changed", "new", "not built", "only published", "unreadable"]
+DifferenceKind = Literal["same", "changed", "new", "not built", "only published", "unreadable"]
 _MOST_RECORD_BYTES: Final = 32_000_000
 _MOST_TEXT_BYTES: Final = 1_000_000
 _MOST_DIFF_LINES: Final = 200
@@ -55,7 +55,7 @@ class BranchDifference:
     """
 
     branch: str
-    standing: BranchDifference
+    standing: DifferenceKind
     why: str = ""
     weights: bool = False
     values: tuple[ValueChange, ...] = ()
