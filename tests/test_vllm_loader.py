@@ -244,7 +244,7 @@ def test_engines_of_one_process_do_not_add_up(context: RuntimeContext, tmp_path:
     for result in run_probes(SPEC, ensure_environment(SPEC, context), jobs, 300, context):
         assert isinstance(result, ProbeResult), result
         peaks.append(result.peak_memory_bytes)
-    assert peaks[-1] - peaks[0] < 64 << 20
+    assert peaks[-1] - peaks[0] < 32 << 20  # 37 MB without the shutdown
 
 
 def test_code_beside_a_checkpoint_is_not_run(context: RuntimeContext, tmp_path: Path) -> None:
