@@ -15,10 +15,18 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from packager.cli.main import app
-from packager.errors import MachineError
+from packager.errors import LoaderUnavailableError, MachineError
 from packager.inputs import hub_account
 from packager.pipeline import machine_checks as checks
-from packager.prove.environments import READY, environment_name
+from packager.prove import probes
+from packager.prove.environments import (
+    READY,
+    RuntimeContext,
+    ensure_environment,
+    environment_in_use,
+    environment_name,
+    is_ready,
+)
 from packager.prove.loaders import LOADERS
 from tests.loopback_hub import Account, LoopbackHub
 from tests.publish_fixtures import log_in
@@ -77,6 +85,74 @@ def test_an_environment_that_is_being_made_stays(cache: Path) -> None:
     assert "in use" in done.stderr
     (left,) = json.loads(done.stdout)["unused_environments"]
     assert left == {"folder": str(cache / "loaders" / "exllamav2-000000000000"), "size_bytes": 3000}
+
+
+def make_ready(cache: Path, name: str) -> Path:
+    """Make an environment complete, as far as is seen from outside, and return its Python."""
+    folder = cache / "loaders" / name
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").touch()
+    (folder / READY).write_text(str(folder))
+    return folder / "bin" / "python"
+
+
+def test_an_environment_in_which_a_loader_runs_stays(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = make_ready(cache, "exllamav2-000000000000")
+    seen: list[str] = []
+
+    def run(*_: object) -> str:
+        done = doctor(cache, "--clean", "--yes", "--format", "json")
+        seen.append(done.stderr)
+        seen.extend(each["folder"] for each in json.loads(done.stdout)["unused_environments"])
+        (job.output_dir / "result.json").write_text("{}")
+        return ""
+
+    monkeypatch.setattr(probes, "_run_script", run)
+    job = probes.ProbeJob(
+        model_dir=cache, device="cpu", input_ids=[], prompts=[], max_new_tokens=1, vocab_size=1,
+        output_dir=cache / "out",
+    )  # fmt: skip
+    context = RuntimeContext(cache=cache, scratch=cache, environ={}, log=print)
+    probes.run_probes(LOADERS["exllamav2"], python, [job], 1.0, context)
+    said, left = seen
+    assert f"not deleted, in use: {python.parent.parent}" in said
+    assert left == str(python.parent.parent)
+    assert python.exists()
+    assert "deleted" in doctor(cache, "--clean", "--yes").stderr
+    assert not python.parent.parent.exists()
+    (outcome,) = probes.run_probes(LOADERS["exllamav2"], python, [job], 1.0, context)
+    assert isinstance(outcome, LoaderUnavailableError)
+    assert "was deleted just now" in str(outcome)
+
+
+def test_loaders_share_an_environment_and_a_second_build_does_not_wait(cache: Path) -> None:
+    name = environment_name(LOADERS["transformers"])
+    python = make_ready(cache, name)
+    context = RuntimeContext(cache=cache, scratch=cache, environ={}, log=print)
+    with environment_in_use(python), environment_in_use(python):
+        assert ensure_environment(LOADERS["transformers"], context) == python
+        (used,) = (each for each in checks.environments(cache) if each.folder.name == name)
+        assert not checks.remove_environment(used)
+    assert checks.remove_environment(used)
+
+
+def test_a_python_of_no_environment_needs_no_lock(tmp_path: Path) -> None:
+    with environment_in_use(tmp_path / "bin" / "python"):
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_clean_leaves_is_no_environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = make_ready(cache, "exllamav2-000000000000")
+    (environment,) = (each for each in checks.environments(cache) if each.folder == python.parent.parent)
+
+    def die(folder: Path) -> None:
+        raise KeyboardInterrupt(folder)
+
+    monkeypatch.setattr("packager.pipeline.machine_checks.shutil.rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        checks.remove_environment(environment)
+    assert python.exists()
+    assert not is_ready(environment.folder)
 
 
 def test_the_lock_of_a_deleted_environment_still_excludes_others(cache: Path) -> None:
