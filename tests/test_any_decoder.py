@@ -41,7 +41,10 @@ def test_loaded_tensors_outlive_the_computing_of_buffers(tmp_path):
 @pytest.mark.pinned
 @pytest.mark.parametrize("name", [name for name in NAMES if name in PROVEN and name not in SAMPLE])
 def test_each_is_as_the_reference_says(name, tmp_path):
-    assert facts_of(name, tmp_path) == PROVEN[name]
+    """Of a refused one the fact counts: the reason quotes errors of transformers and torch, which differ by machine."""
+    facts = facts_of(name, tmp_path)
+    assert ("refused" in facts) is ("refused" in PROVEN[name])
+    assert "refused" in facts or facts == PROVEN[name]
 
 
 def test_a_model_that_changes_its_embeddings_in_place_does_not_change_the_states(tmp_path):

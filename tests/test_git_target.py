@@ -21,6 +21,7 @@ from packager.publish.targets import LARGE_BYTES, HeadMovedError, StoredFile
 from packager.publish.targets.git import GitTarget
 from packager.publish.targets.git_locks import DEFAULT_WAITS, GitWaits
 from packager.publish.targets.git_remote import RemoteGit
+from packager.system.files import TEMPORARY_PREFIX
 from tests.git_servers import Service, serve_git
 from tests.publish_fixtures import SHORT_WAITS, VARIANT, describe, files_in, git, heads, make_content, shim, trees
 from tests.samples import sampled
@@ -388,6 +389,13 @@ def test_something_else_at_the_path_is_not_touched(fixture: GitFixture) -> None:
     (fixture.repository / "thesis.tex").write_text("years of work")
     assert "not a git repository" in fixture.refused()
     assert [path.name for path in fixture.repository.iterdir()] == ["thesis.tex"]
+
+
+def test_a_staging_folder_that_was_being_marked_is_marked(fixture: GitFixture) -> None:
+    fixture.staging.mkdir(parents=True)
+    (fixture.staging / f"{TEMPORARY_PREFIX}abc").write_bytes(b"A cache of a pub")
+    fixture.publish()
+    assert not list(fixture.staging.glob(f"{TEMPORARY_PREFIX}*"))
 
 
 def test_something_else_in_the_staging_folder_is_not_touched(fixture: GitFixture) -> None:

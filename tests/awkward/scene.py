@@ -304,7 +304,7 @@ def made(case: Case, troubles: Sequence[Trouble]) -> bool:
         names, recipe = _names_in(case.model), json.dumps(case.recipe)
         try:
             each.make(case)
-        except (ClashError, FileExistsError, FileNotFoundError, KeyError):
+        except (ClashError, FileExistsError, FileNotFoundError, NotADirectoryError, KeyError):
             return False
         if case.model.is_dir():
             case.touched |= names ^ _names_in(case.model)

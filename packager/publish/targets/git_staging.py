@@ -23,7 +23,7 @@ from packager.publish.targets.git_locks import (
 )
 from packager.publish.targets.git_remote import RemoteGit, is_absent
 from packager.publish.targets.git_view import GitView, require_plain
-from packager.system.files import disk_errors, remove_leftovers, write_atomic
+from packager.system.files import TEMPORARY_PREFIX, disk_errors, remove_leftovers, write_atomic
 from packager.variant import MAIN
 
 VIEW = "packager-remote"  # in the staging folder: a view of a remote that is a folder
@@ -109,7 +109,8 @@ class Staging:
     def _prepare(self) -> list[str]:
         """Make the repository, or repair the traces of a killed publish; return one note per repair."""
         folder, mark, notes = self._git.git_folder, self.folder / _MARK, []
-        if self.folder.exists() and not mark.exists() and any(self.folder.iterdir()):
+        # A publish that was killed while it wrote the mark has left its temporary file, and nothing else.
+        if self.folder.exists() and not mark.exists() and any(map(_is_no_leftover, self.folder.iterdir())):
             hint = "give another folder"
             raise PublishError("the staging folder holds something else", where=str(self.folder), hint=hint)
         write_atomic(mark, b"A cache of a published repository; it may be deleted at any time.\n")
@@ -165,6 +166,10 @@ class Staging:
     def _unlock(self, find_locks: Callable[[], Sequence[Path]]) -> list[str]:
         stale = remove_stale_locks(find_locks, self._waits.orphan_s)
         return [f"removed the stale lock {path} of a killed publish" for path in stale]
+
+
+def _is_no_leftover(path: Path) -> bool:
+    return not path.name.startswith(TEMPORARY_PREFIX)
 
 
 def _remove_others(folder: Path, kept: Collection[str]) -> None:
