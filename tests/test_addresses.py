@@ -116,6 +116,7 @@ def test_results_and_logs_pass_the_same_gate(capsys: pytest.CaptureFixture[str])
     done = capsys.readouterr()
     assert PASSWORD not in done.out + done.err
     assert json.loads(done.out) == {
+        "schema_version": 1,
         "link": "https://hub/x?a=b",
         "where": "https://hub/x",
         "rows": ['a "quoted" https://hub'],

@@ -73,7 +73,7 @@ def test_the_page_lists_the_choices_by_card() -> None:
     )
     by_size = "`gptq-4bit-64g-actorder_True`", "`gptq-4bit-32g-actorder_True`"
     assert tables(text)[0] == [
-        ["GPU memory", "Closest to fp16 at 4k", "Closest to fp16 at 32k", "vLLM 0.30 at 4k"],
+        ["GPU memory", "Closest to fp16 at 4k", "Closest to fp16 at 32k", "vLLM 0.32 at 4k"],
         ["8 GB", "none fits", "none fits", "none fits"],
         ["12 GB", by_size[0], "none fits", "`main`"],
         ["16 GB", by_size[1], "none fits", "`main`"],
@@ -81,8 +81,8 @@ def test_the_page_lists_the_choices_by_card() -> None:
         ["48 GB and more", by_size[1], by_size[1], "`main`"],
     ]
     assert "\n* On a CPU: `gptq-4bit-32g-actorder_True`, proven there in ONNX Runtime.\n" in text
-    assert "\n* In vLLM 0.30: `main`.\n" in text
-    assert text.count("The only one for vLLM 0.30.") == 1
+    assert "\n* In vLLM 0.32: `main`.\n" in text
+    assert text.count("The only one for vLLM 0.32.") == 1
 
 
 @pytest.mark.parametrize(("status", "words"), [("passed", "`main`"), ("failed", "none"), ("refused", "none")])
@@ -92,7 +92,7 @@ def test_what_ran_in_a_server_stands_before_what_is_expected(status: Any, words:
     ran = LoaderRecord(loader="vllm", required=False, status=status, device="cpu")
     receipts[0] = receipts[0].model_copy(update={"loaders": (*receipts[0].loaders, ran)})
     text = render(recipe, receipts, contexts=(SHORT,), expectations=fixtures.llama_expectations(recipe))
-    assert f"\n* In vLLM 0.30: {words}.\n" in text
+    assert f"\n* In vLLM 0.32: {words}.\n" in text
 
 
 def test_a_server_that_opens_each_branch_needs_no_column() -> None:
@@ -101,7 +101,7 @@ def test_a_server_that_opens_each_branch_needs_no_column() -> None:
     given = {variant.branch: verdicts for variant in recipe.expanded_variants()}
     text = render(recipe, fixtures.llama_receipts(recipe), contexts=(SHORT,), expectations=given)
     assert tables(text)[0][0] == ["GPU memory", "Closest to fp16 at 4k"]
-    assert "\n* In vLLM 0.30: each branch.\n" in text
+    assert "\n* In vLLM 0.32: each branch.\n" in text
     assert "The only one for" not in text
 
 
