@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from packager.receipt import PICTURE_FILES
 from tests.tiny_recipe import ACT_ORDER, MAIN, RECIPE, write_inputs, write_recipe
 
 pytestmark = pytest.mark.crash
 ROOT = Path(__file__).resolve().parent.parent
-CARD = {"README.md", "provenance.json", "LICENSE.txt", "questions.jsonl"}
+CARD = {"README.md", "provenance.json", "LICENSE.txt", "questions.jsonl", *PICTURE_FILES}
 BLOCKS = 3
 INTERRUPTED = "interrupted: finished work is kept, run the same command again to continue\n"
 
@@ -138,7 +139,7 @@ def test_the_two_recipes_differ_in_weights_card_and_licence(scene: KilledBuild) 
     for branch in (MAIN, ACT_ORDER):
         old, new = (scene.files[recipe][branch] for recipe in (scene.old, scene.new))
         differing = {name for name in old if old[name] != new.get(name)}
-        assert differing == {"model.safetensors", "README.md", "provenance.json", "LICENSE.txt"}
+        assert differing == {"model.safetensors", "README.md", "provenance.json", "LICENSE.txt", *PICTURE_FILES}
 
 
 @pytest.mark.parametrize("count", [7, pytest.param(20, marks=pytest.mark.long)])
