@@ -200,8 +200,8 @@ def test_lock_and_plan_say_what_a_branch_gets_otherwise(
         done = CliRunner().invoke(app, [command, str(recipe)])
         assert done.exit_code == 0, done.output
         assert "ot as the base model has it: config.json: auto_map is dropped" in done.output
-        (found,) = (json.loads(CliRunner().invoke(app, [command, str(recipe), "--format", "json"]).stdout),)
-        changes = found[0]["changes"] if command == "lock" else found["base_model"]["changes"]
+        found = json.loads(CliRunner().invoke(app, [command, str(recipe), "--format", "json"]).stdout)
+        changes = found["locks"][0]["changes"] if command == "lock" else found["base_model"]["changes"]
         assert changes[0] == "config.json: auto_map is dropped: the Python files that it names are not in a branch"
         assert len(changes) == 1 + OF_TRANSFORMERS_5
 

@@ -252,6 +252,6 @@ def test_a_build_with_both_engines_names_the_engine_of_each_variant(tmp_path, mo
     assert provenances["foreign"]["parameters"]["engine"] == "auto-gptq"
     assert provenances["foreign"]["versions"]["auto-gptq"] == "0.7.1"
     card = (tiny_recipe.workspace(tmp_path / "dist").folder("main") / "README.md").read_text()
-    (row,) = [line for line in card.splitlines() if "tree/foreign" in line]
+    (row,) = [line for line in card.splitlines() if line.startswith("| `foreign` |") and line.endswith("0.7.1 |")]
     assert "| AutoGPTQ 0.7.1 |" in row
     assert "Made with AutoGPTQ 0.7.1 (`foreign`)." in card

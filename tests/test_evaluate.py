@@ -128,14 +128,14 @@ def texts_of(rows: int, seq_len: int, questions: tuple[Question, ...] = ()) -> T
 
 
 def row_error(rows: Tensor) -> float:
-    """The standard error of the mean of rows [rows, anything]."""
-    return float(rows.mean(1).std() / len(rows) ** 0.5)
+    """The standard error of the mean of rows [rows, anything]; of one row there is none."""
+    return float(rows.mean(1).std() / len(rows) ** 0.5) if len(rows) > 1 else math.nan
 
 
 def share_error(figures: Tensor, share: float) -> float | None:
     """Half of what lies between the quantiles one error of the share below and above (Woodruff 1952)."""
     error = row_error((figures <= figures.flatten().quantile(share)).double())
-    if share - error < 0 or share + error > 1:
+    if math.isnan(error) or share - error < 0 or share + error > 1:
         return None
     low, high = (float(figures.flatten().quantile(share + step)) for step in (-error, error))
     return (high - low) / 2
