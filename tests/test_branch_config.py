@@ -206,7 +206,7 @@ def test_lock_and_plan_say_what_a_branch_gets_otherwise(
         assert len(changes) == 1 + OF_TRANSFORMERS_5
 
 
-@pytest.mark.parametrize("command", ["lock", "plan", "build"])
+@pytest.mark.parametrize("command", [pytest.param("lock", marks=pytest.mark.slow), "plan", "build"])
 def test_what_cannot_be_published_is_refused_before_the_first_block(tmp_path: Path, command: str) -> None:
     from packager.errors import SourceError
     from packager.pipeline.lock_recipes import lock_recipes

@@ -125,6 +125,7 @@ CHANGES = (
 )
 
 
+@pytest.mark.slow
 def test_a_lock_names_what_a_branch_gets_otherwise(recipe: Path) -> None:
     (locked,) = lock_recipes([recipe], lambda _: None)
     assert set(CHANGES) <= set(locked.changes)
@@ -146,6 +147,7 @@ def test_a_branch_holds_the_files_that_were_made(
     assert all(f"not as the base model has it: {change}" in said for change in CHANGES)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_cannot_be_written_is_refused_with_the_way_out(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
