@@ -192,7 +192,7 @@ def a_special_tokens_map_beside(case: Case) -> None:
     case.write("special_tokens_map.json", json.dumps({"eos_token": token, "bos_token": "<s>", "unk_token": "<unk>"}))
 
 
-@trouble("either", "special_tokens_map.json", "prompt template")
+@trouble("either", "special_tokens_map.json", "prompt template", "prompt_template")
 def a_special_tokens_map_that_disagrees(case: Case) -> None:
     """https://github.com/OpenRLHF/OpenRLHF/issues/1069: special tokens that a training changed."""
     case.write("special_tokens_map.json", json.dumps({"eos_token": "<|endoftext|>", "bos_token": "<unk>"}))
