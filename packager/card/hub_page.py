@@ -24,9 +24,9 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --page: #0d1117; --line: #3d444d; --muted: #9198a1;
   --link: #4493f8; --even: #151b23; --code: #656c7633 } }
 body { font: 16px/1.5 "DejaVu Sans", Helvetica, Arial, sans-serif; margin: 24px 32px; color: var(--text);
-  background: var(--page) }
+  background: var(--page); overflow-wrap: break-word }
 h1, h2 { border-bottom: 1px solid var(--line); padding-bottom: .3em }
-table { border-collapse: collapse; font-size: 14px }
+table { border-collapse: collapse; font-size: 14px; display: block; max-width: 100%; overflow: auto }
 td, th { border: 1px solid var(--line); padding: 6px 10px }
 tr:nth-child(2n) { background: var(--even) }
 code { background: var(--code); padding: .2em .4em; border-radius: 6px; font-size: 85% }
