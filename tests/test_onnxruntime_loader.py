@@ -36,7 +36,7 @@ pytestmark = pytest.mark.release
 SPEC = LOADERS["onnxruntime"]
 # After a %, what differs from the model's config; after a #, from 4 bits, groups of 32, act order and symmetric grids.
 CHANGES: dict[str, dict[str, Any]] = {
-    "plain": {"desc_act": False}, "asym": {"sym": False}, "row": {"group_size": -1},
+    "plain": {"act_order": "none"}, "asym": {"sym": False}, "row": {"group_size": -1},
     **{f"{bits}bit": {"bits": bits} for bits in (2, 3, 8)},
     **{f"g{size}": {"group_size": size} for size in (8, 16, 64)},
 }  # fmt: skip
