@@ -71,7 +71,7 @@ SPECIAL = """
     llama:tied llama:biased internlm3 qwen2:windowed mistral%wide_window phi3%wide_window granite%linear qwen2%linear
     ernie4_5%linear mistral%no_window,linear llama%llama3 llama%gelu qwen3%gelu llama@*.q_proj mistral@*.down_proj
     llama%linear llama%yarn qwen2%llama3 qwen2%dynamic mistral%no_window,yarn mistral%no_window,dynamic phi3%longrope
-    phi3%half hunyuan_v1_dense%alpha ernie4_5%ratio llama#g8,plain
+    phi3%half hunyuan_v1_dense%alpha hunyuan_v1_dense%linear ernie4_5%ratio llama#g8,plain
 """
 # The rows of 24 tokens are past these windows, and short of the length from which a dynamic embedding differs.
 TRAPPED = "mistral phi3%window".split()  # noqa: SIM905

@@ -105,6 +105,16 @@ def test_the_lengths_that_a_converted_model_does_not_know() -> None:
     assert "past 128 tokens its rotary embedding is not the model's" in dynamic.reason
 
 
+def test_a_dynamic_embedding_with_alpha_is_hunyuan_s_and_of_any_length() -> None:
+    with_alpha = rope("dynamic", factor=1.0, alpha=1000.0)
+    hunyuan = verdict(with_config("HunYuanDenseV1ForCausalLM", max_position_embeddings=128, **with_alpha))
+    assert hunyuan.can_load
+    assert "past" not in hunyuan.reason
+    for other in (rope("dynamic", factor=2.0), rope("linear", factor=2.0)):
+        assert not verdict(with_config("HunYuanDenseV1ForCausalLM", **other)).can_load
+    assert "of type dynamic with alpha" in verdict(with_config("LlamaForCausalLM", **with_alpha)).reason
+
+
 def test_a_model_with_unquantized_linears_in_its_blocks_is_refused() -> None:
     kind = replace(LLAMA.kinds[0], left={"mlp.down_proj": "the recipe skips mlp.down_proj"})
     assert "takes every linear of a block as quantized" in verdict(replace(LLAMA, kinds=(kind,))).reason

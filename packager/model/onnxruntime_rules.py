@@ -45,8 +45,12 @@ ONNXRUNTIME_FAILS: dict[str, str] = {
     "SmolLM3ForCausalLM": "fails: its layers without a rotary embedding ask for position_ids",  # builders.smollm
 }
 
-# Rotary embeddings by class: `make_rope_init` of builders.llama, builders.phi, and builders.base for the others.
+# A dynamic embedding with alpha has one base for rows of any length.
+_DYNAMIC_WITH_ALPHA = "dynamic with alpha"
+# Rotary embeddings by class: builders.hunyuan, `make_rope_init` of builders.llama, builders.phi, and builders.base for
+# the others.
 _ROPE_TYPES = {
+    "HunYuanDenseV1ForCausalLM": ("default", _DYNAMIC_WITH_ALPHA),
     "LlamaForCausalLM": ("default", "llama3", "dynamic"),
     "Phi3ForCausalLM": ("default",),
 }
@@ -97,9 +101,15 @@ def _act_order(variant: Variant, _: Architecture) -> str:
     return "" if variant.sym else "takes every zero for 8 with act order, without an error"
 
 
+def _rope_type(architecture: Architecture) -> str:
+    """Return the type of a rotary embedding, in which a dynamic one with alpha is a type of its own."""
+    kind = architecture.rope_type
+    return _DYNAMIC_WITH_ALPHA if kind == "dynamic" and "alpha" in rope_of(architecture.text_config) else kind
+
+
 def _rope(_: Variant, architecture: Architecture) -> str:
     """Return what of a rotary embedding the model builder does not know, or silently computes as a plain one."""
-    kind, config = architecture.rope_type, architecture.text_config
+    kind, config = _rope_type(architecture), architecture.text_config
     if kind not in _ROPE_TYPES.get(architecture.model_class, _OTHER_ROPE_TYPES):
         return f"computes no rotary embedding of type {kind}"
     # builders.ernie divides the positions by it; transformers 5 does not read it.
@@ -125,6 +135,6 @@ def onnxruntime_lengths(_: Variant, architecture: Architecture) -> str:
     window, name = architecture.sliding_window, architecture.model_class
     if window is not None and name in _WINDOW_IGNORED:
         return f"past {window} tokens it computes without the sliding window"
-    if architecture.rope_type == "dynamic":
+    if _rope_type(architecture) == "dynamic":
         return f"past {architecture.max_position_embeddings} tokens its rotary embedding is not the model's"
     return ""
