@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,30 @@ def test_the_reference_is_chosen_by_size_and_scaled() -> None:
     (answer,) = durations_json(large)
     assert answer["seconds"]["verify"] is None  # type: ignore[index]
     assert answer["measured_here"] is False
+
+
+def test_the_references_are_the_figures_of_the_measurements() -> None:
+    page = (ROOT / "docs/explanation/measurements.md").read_text(encoding="utf-8")
+
+    def figures(pattern: str) -> tuple[float, ...]:
+        (found,) = re.findall(pattern, page)
+        return tuple(map(float, found if isinstance(found, tuple) else (found,)))
+
+    demo, small, large = REFERENCES
+    (quantize,) = figures(r"quantize, four variants, 16,384 calibration tokens, .* ([\d.]+) s \|")
+    (evaluate,) = figures(r"evaluate fp16 and four variants, 16,320 tokens .* ([\d.]+) s \|")
+    environments, verify = figures(r"over four variants, of which (\d+) s made .* ([\d.]+) s \|")
+    assert demo.seconds == pytest.approx(
+        {"quantize": quantize / 4, "evaluate": evaluate / 5, "verify": (verify - environments) / 4}
+    )
+    quantize, pack, evaluate = figures(r"quantize (\d+) s for both variants, pack ([\d.]+) s, evaluate (\d+) s,")
+    (verify,) = figures(r"verify (\d+) s \(two loads")
+    assert small.seconds == pytest.approx(
+        {"quantize": quantize / 2, "pack": pack / 2, "evaluate": evaluate / 3, "verify": verify / 2}
+    )
+    (quantize,) = figures(r"quantize: reading, computing, packing, writing 26.5 GB \| ([\d.]+) \|")
+    (pack,) = figures(r"and audit, four variants in parallel \| about (\d+) \|")
+    assert large.seconds == pytest.approx({"quantize": quantize / 4, "pack": pack / 4})
 
 
 def test_a_size_far_from_all_is_not_estimated() -> None:
