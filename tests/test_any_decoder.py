@@ -121,6 +121,17 @@ def test_experts_that_no_linear_holds_are_left_by_name(tmp_path):
         assert rf"-:^{path}\.\d+\.{re.escape(module)}$" in dynamic
 
 
+def test_experts_that_are_not_understood_are_left_and_the_rest_is_described(tmp_path, monkeypatch):
+    def unknown(name, module):
+        raise SourceError("the experts are not understood", where=name, why="they have another parameter")
+
+    monkeypatch.setattr("packager.model.described_groups.recognised", unknown)
+    locked = describe(tiny_decoder("gemma4_text:experts", tmp_path), None)
+    for kind in locked.kinds:
+        assert kind.left["experts"] == "the experts are not understood: they have another parameter"
+        assert kind.groups
+
+
 def test_a_config_without_a_dtype_needs_the_weights(tmp_path):
     folder = tiny_decoder("llama", tmp_path)
     config = json.loads((folder / "config.json").read_text())

@@ -170,7 +170,7 @@ class GroupDescriber:
         elif merged is not None:
             one, stems = None, dict(self._stems(index, merged))
         else:
-            raise _LeftError("its experts are stored in several tensors that are no linears")
+            raise _LeftError("its experts are stored in several tensors, none of which is the weight of one linear")
         in_features = experts.weight(parameter).shape[2]
         for out_features in stems.values():
             _check_shape(in_features, out_features)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from packager.errors import SourceError
-from packager.model.experts import is_experts, recognised
+from packager.model.experts import is_experts
 from packager.model.skeleton import is_transposed
 
 if TYPE_CHECKING:
@@ -143,14 +143,14 @@ class StoredNames:
         return found if torch.equal(again, made) else None
 
     def merged_in_file(self, parameter: str) -> str | None:
-        """Return the stored tensor that makes a parameter, and nothing else; None where several make it."""
+        """Return the name of the stored tensor that makes this parameter alone; None if several make it."""
         conversion = self.conversions.get(parameter)
         if conversion is None or len(conversion.names) != 1 or len(self._targets(conversion)) != 1:
             return None
         return conversion.names[0]
 
     def linears_of_experts(self, parameter: str) -> tuple[str, ...]:
-        """Return what the linears are called, of each expert, that lie in a parameter of all experts, in order."""
+        """Return the names of an expert's linears whose weights lie in a parameter of all experts, in order."""
         return _linears_in_table(self._converters, parameter) or _linears_of_experts(parameter)
 
     def read(self, parameter: str, read: ReadTensor) -> Tensor:
@@ -221,7 +221,7 @@ def _converters_of_experts(model: nn.Module, known: Sequence[Any]) -> list[Any]:
             continue
         # The module's name in its block; the table has it so, for the first parts differ from block to block.
         tail = ".".join(path.split(".")[-2:])
-        for parameter in recognised(path, module).parameters:
+        for parameter in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
             target, names = f"{tail}.{parameter}", _linears_of_experts(parameter)
             if target in found or _linears_in_table(known, f"{path}.{parameter}"):
                 continue
