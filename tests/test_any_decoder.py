@@ -21,8 +21,9 @@ from tests.tiny_decoders import NAMES, tiny_decoder
 
 README = Path(__file__).parent.parent / "README.md"
 PROVEN = json.loads((Path(__file__).parent.parent / "docs/reference/architectures.json").read_text())
-# Dense; Conv1D; linear attention and experts; a tower that reads images; blocks of several kinds.
-SAMPLE = ("llama", "gpt2", "qwen3_5_text", "llava", "lfm2_moe")
+# Dense; Conv1D; linear attention; a tower that reads images; blocks of several kinds and experts; experts stored as one
+# tensor, which transformers' table of conversions does not name one by one.
+SAMPLE = ("llama", "gpt2", "qwen3_5_text", "llava", "lfm2_moe", "gemma4_text:experts")
 
 
 @pytest.mark.parametrize("name", sampled(SAMPLE, "lfm2_moe"))
