@@ -76,6 +76,7 @@ def test_a_config_that_asks_for_an_attention_that_is_not_installed_is_built(tmp_
     assert describe(folder, None).kinds == before.kinds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "leftovers"),
     [

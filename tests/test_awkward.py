@@ -56,6 +56,7 @@ def test_what_ends_wrong_is_known_by_name() -> None:
     assert KNOWN.keys() <= TROUBLES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", SAMPLE, ids="+".join)
 def test_a_few_troubles(judge: Judge, names: tuple[str, ...]) -> None:
     assert check(judge, names) == ("refused" if any(TROUBLES[name].ends == "refused" for name in names) else "built")

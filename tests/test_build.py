@@ -263,6 +263,7 @@ def test_a_changed_file_repeats_the_affected_stages_only(scene: Scene, tmp_path:
     assert_remade(scene, scene.build(), FILE_CHANGES[change], tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_only_a_new_variant_is_built_and_a_removed_one_repeats_nothing(scene: Scene) -> None:
     untouched = scene.files(MAIN)["model.safetensors"]
     result = scene.build({"variants": [*RECIPE["variants"], {"branch": "eight", "bits": 8}]})

@@ -114,6 +114,7 @@ def _environ(folder: Path) -> dict[str, str]:
     return {**os.environ, "MATPLOTLIBRC": str(folder)}
 
 
+@pytest.mark.slow
 def test_values_of_other_orders_of_magnitude_are_told_apart() -> None:
     def heights(*values: float) -> list[float]:
         points = tuple(
@@ -158,6 +159,7 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.Monkey
     assert caught.value.hint == "pip install 'gptq-packager[build]'"
 
 
+@pytest.mark.slow
 def test_the_card_imports_no_matplotlib() -> None:
     script = "import sys, packager.card, packager.pipeline.flow; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

@@ -58,6 +58,7 @@ def test_a_preview_is_a_page_outside_of_what_is_published(tmp_path: Path, monkey
         tiny_recipe.publish(RecipeFile.load(recipe), dist)
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_torch_and_writes_where_it_says(tmp_path: Path) -> None:
     without = [PACKAGER[0], "-c", f"import sys; sys.modules.update(torch=None, matplotlib=None); {PACKAGER[2]}"]
     arguments = ["card", str(LLAMA), "--preview", "--dist", str(tmp_path), "--format", "json"]

@@ -269,6 +269,7 @@ def test_ctrl_c_gives_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stderr == "interrupted: finished work is kept, run the same command again to continue\n"
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_work_shows_no_traceback() -> None:
     patch = (
         "import signal, time, packager.pipeline.plan\n"
@@ -287,6 +288,7 @@ def test_ctrl_c_in_the_middle_of_work_shows_no_traceback() -> None:
     assert errors == "interrupted: finished work is kept, run the same command again to continue\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     sampled([["plan", DEMO], ["plan", DEMO, "--format", "json"], ["--help"], ["--version"]], ["plan", DEMO]),
@@ -337,6 +339,7 @@ def test_error_texts(tiny: Path, update_golden: bool, name: str) -> None:
 # Results
 
 
+@pytest.mark.slow
 def test_standard_output_holds_only_json(tiny: Path) -> None:
     def result_of(*arguments: object) -> Any:
         result = packager(*arguments, "--format", "json")
@@ -359,6 +362,7 @@ def test_standard_output_holds_only_json(tiny: Path) -> None:
     assert [entry["branch"] for entry in built_again["branches"]] == [*tiny_recipe.BRANCHES]
 
 
+@pytest.mark.slow
 def test_messages_go_to_standard_error_unless_quiet(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("packager.pipeline.build_state._LONG_TO_HASH_BYTES", 1)
     talking = packager("publish", "recipe.yaml")

@@ -156,6 +156,7 @@ DYNAMIC: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 # Releases before 5.23 read values of tensors for Hunyuan's alpha: it cannot be traced there, and is refused.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.pinned) if name == "alpha" else name for name in DYNAMIC]
 )

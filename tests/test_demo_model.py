@@ -187,6 +187,7 @@ def test_perplexity_is_that_of_training_json(model: Any, tokenizer: Any, figures
     assert measured < unigram / 50
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_accuracy_is_that_of_training_json(model: Any, tokenizer: Any, figures: Any) -> None:
     # Every second question: half the time, and every kind is still asked.

@@ -107,6 +107,7 @@ def test_pages_do_not_depend_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> 
     assert not [name for name, text in before.items() if str(Path.home()) in text or str(ROOT) in text]
 
 
+@pytest.mark.slow
 def test_a_stale_page_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,6 +132,7 @@ def test_what_changed_is_updated_and_what_is_gone_is_removed(fixture: GitFixture
     fixture.assert_published()
 
 
+@pytest.mark.slow
 def test_history_is_read_restored_and_tagged(fixture: GitFixture, tmp_path: Path) -> None:
     fixture.publish()
     first = heads(fixture.repository)["main"]
@@ -333,6 +334,7 @@ def test_nothing_is_made_before_the_answer(fixture: GitFixture) -> None:
     assert not fixture.repository.exists()
 
 
+@pytest.mark.slow
 def test_a_branch_that_has_moved_is_done_whatever_becomes_of_the_cache(
     fixture: GitFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -550,6 +550,7 @@ def test_a_model_on_the_hub_is_named_by_its_branch_and_locked_by_its_commit(hub:
     assert all("Range" in request.headers for request in of_weights if request.method == "GET")
 
 
+@pytest.mark.slow
 def test_a_model_in_the_cache_needs_no_hub(hub: LoopbackHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = Path(huggingface_hub.snapshot_download("tester/tiny"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

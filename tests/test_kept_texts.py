@@ -123,6 +123,7 @@ OTHER_INPUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHER_INPUTS)
 def test_other_inputs_are_drawn_again(kept: Kept, name: str) -> None:
     (kept.folder / "model" / "additional_chat_templates").mkdir()
@@ -205,6 +206,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], bool, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_not_used(kept: Kept, name: str) -> None:
     change, stated, why = HOSTILE[name]

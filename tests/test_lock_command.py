@@ -135,6 +135,7 @@ def test_a_lock_of_a_local_folder_plans_and_is_stable(recipe: Path) -> None:
     assert RecipeFile.load(recipe).architecture.num_blocks == 3
 
 
+@pytest.mark.slow
 def test_the_command_shows_the_model_and_what_is_left(recipe: Path) -> None:
     change = {"hidden_size": 64, "intermediate_size": 100}
     config = CONFIGS["llama"]().to_diff_dict() | change
@@ -340,6 +341,7 @@ def test_pickles_and_links_out_of_the_folder_are_refused(recipe: Path) -> None:
     assert "leads out of the folder" in refusal(recipe).why
 
 
+@pytest.mark.slow
 def test_limits_end_the_process_that_describes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     config = json.loads((recipe.parent / "model" / "config.json").read_text())
@@ -454,6 +456,7 @@ def on_hub(recipe: Path, revision: str) -> Path:
     return write_recipe(recipe.parent, {"base_model": {"id": "tester/tiny", "revision": revision}})
 
 
+@pytest.mark.slow
 def test_a_branch_on_the_hub_is_resolved_and_its_files_pinned(recipe: Path, hub: LoopbackHub) -> None:
     local = lock_now(recipe)
     recipe, model = on_hub(recipe, "main"), recipe.parent / "model"
@@ -526,6 +529,7 @@ def test_a_file_that_moved_on_the_hub_is_named_by_the_build(recipe: Path, hub: L
     assert "packager lock" in caught.value.hint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "own"), [(0.0, ()), (0.5, ("lm_head.weight",))])
 def test_a_stored_head_on_the_hub_is_compared_without_a_download_of_the_weights(
     recipe: Path, hub: LoopbackHub, change: float, own: tuple[str, ...]

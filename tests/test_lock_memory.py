@@ -124,6 +124,7 @@ CACHES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sampled(CACHES, "llama", "gemma3_text", "lfm2"))
 def test_the_cache_is_that_of_a_real_forward(name: str, tmp_path: Path) -> None:
     """The windows are of 8 tokens: rows that are shorter, longer, and read token by token."""
@@ -148,6 +149,7 @@ def test_the_cache_is_that_of_a_real_forward(name: str, tmp_path: Path) -> None:
             assert cached(output) == architecture.cache_bytes(41)
 
 
+@pytest.mark.slow
 def test_a_window_longer_than_any_traced_row_is_known(tmp_path: Path) -> None:
     """Gemma 3 1B: of 26 layers every sixth keeps all tokens, the others the last 511 before the present one."""
     config = {

@@ -216,6 +216,7 @@ def test_packages_are_installed_and_compiled_and_run_nothing(files: Path, tmp_pa
     assert not [line for line in lines if "secret" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toy_torch")
 def test_another_file_under_the_name_of_a_wheel_is_not_installed(files: Path, tmp_path: Path) -> None:
     digest = wheel(files)

@@ -36,6 +36,7 @@ def tiny(builds: tiny_recipe.Builds, tmp_path: Path, monkeypatch: pytest.MonkeyP
 # Several recipes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "key"), [("plan", "variants"), ("status", "branches"), ("card", "card")], ids=["plan", "status", "card"]
 )

@@ -489,6 +489,7 @@ RECORDS: Sequence[tuple[str, bytes | Callable[[dict[str, Any]], object]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "content"), sampled(RECORDS, *RECORDS[::4]), ids=range(len(RECORDS)))
 def test_a_hostile_record_is_a_finding(
     fixture: PublishedFixture, rule: str, content: bytes | Callable[[dict[str, Any]], object]

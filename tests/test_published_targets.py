@@ -319,6 +319,7 @@ def test_who_has_no_access_is_told_so_without_a_secret(
     assert "hf_of" not in err
 
 
+@pytest.mark.slow
 def test_the_command_on_a_git_remote(on_git: PublishedFixture, tmp_path: Path) -> None:
     on_git.publish()
     where = f"file://{on_git.bare}"

@@ -50,6 +50,7 @@ def test_a_stored_head_that_is_the_embedding_is_left_out(tied: Path, recipe: Pat
     assert (locked(recipe).model.tied, locked(recipe).model.own) == (("lm_head.weight",), ())
 
 
+@pytest.mark.slow
 def test_a_head_of_its_own_is_kept_as_transformers_keeps_it(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = recipe.parent / "model"
     store_head(model, 0.5)

@@ -145,6 +145,7 @@ def events(text: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["build", "release"])
 def test_the_log_is_one_event_a_line(
     command: str, builds: tiny_recipe.Builds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
