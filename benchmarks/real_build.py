@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from packager.card.markdown import extract_code_blocks
+from packager.errors import PackagerError
 from packager.pipeline.build_state import Options
 from packager.pipeline.flow import build, publish
 from packager.pipeline.plan import BuildPlan, make_plan
@@ -77,7 +78,11 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "gptq-packager", help="of environments")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    report = measure(given.recipe, given.dist, given.cache)
+    try:
+        report = measure(given.recipe, given.dist, given.cache)
+    except PackagerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if given.json:
         write_atomic(given.json.absolute(), json.dumps(report, indent=2).encode() + b"\n")
     return 0

