@@ -32,12 +32,14 @@ class Engine:
         title: in the table.
         script: in peers/.
         loader: our loader whose environment contains the engine, if there is one.
+        best: whether it runs with the options that, by its documentation, give the best weights, not with its defaults.
     """
 
     name: str
     title: str
     script: str
     loader: str | None = None
+    best: bool = False
 
 
 OURS = Engine(name="ours", title="ours", script="ours.py")
@@ -46,6 +48,11 @@ PEERS = {
     for engine in (
         Engine(name="autogptq", title="AutoGPTQ", script="autogptq.py", loader="autogptq"),
         Engine(name="gptqmodel", title="GPTQModel", script="gptqmodel_.py", loader="transformers"),
+        Engine(
+            name="gptqmodel-best", title="GPTQModel, best", script="gptqmodel_.py", loader="transformers", best=True
+        ),
+        Engine(name="autoround", title="AutoRound", script="autoround_.py"),
+        Engine(name="autoround-best", title="AutoRound, best", script="autoround_.py", best=True),
         Engine(name="llmcompressor", title="llm-compressor", script="llmcompressor_.py"),
     )
 }

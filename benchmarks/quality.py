@@ -23,7 +23,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from processes import Engine, EnginePaths, Outcome, add_path_arguments, device_of, engine_paths, peers_of, run_jobs
-from quality_table import Measurement, figures_table, kl_table, order_table
+from quality_table import Measurement, figures_table, kl_table, order_table, peers_table
 from rich.console import Console
 
 from packager.model.packing import CheckpointReader
@@ -92,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(kl_table(measurements))
     console.print(figures_table(measurements))
     console.print(order_table(measurements))
+    if settings.peers:
+        console.print(peers_table(measurements))
     if settings.json is not None:
         calibration = first.texts.calibration.record
         report = {
@@ -155,8 +157,9 @@ def _ours(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Job]:
     for seed, build in builds.items():
         for name in settings.ours:
             for permutation in settings.permutations:
-                folder = build.workspace.folder(_branch(settings, name, permutation))
-                yield name, seed, permutation, Outcome(status="ok"), folder
+                branch = _branch(settings, name, permutation)
+                result = {"seconds": build.receipts[branch].seconds["quantize"], "timed": "a share of the common sweep"}
+                yield name, seed, permutation, Outcome(status="ok", result=result), build.workspace.folder(branch)
 
 
 def _peers(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Job]:
@@ -177,6 +180,7 @@ def _peers(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Job]:
                 "sym": True,
                 "damp_percent": 0.01,
                 "fastest": True,
+                "best": engine.best,
                 "batch_size": settings.batch_size,
                 "device": settings.device,
                 "save_dir": str(folder.absolute()),

@@ -95,6 +95,46 @@ def figures_table(measurements: Sequence[Measurement]) -> Table:
     return table
 
 
+def peers_table(measurements: Sequence[Measurement]) -> Table:
+    """Return our KL over each peer's on the same seed, and the seconds of both.
+
+    An order of ours that leaves g_idx at i // group_size is compared with the peer's checkpoint without act order,
+    which loads in the same runtimes; full order with full order. A ratio has the standard error of its mean over the
+    seeds, and is marked where it is within twice that error of 1.
+    """
+    table = Table(
+        title="Our KL over a peer's on the same seed, mean and standard error over the seeds; ~ means no difference"
+    )
+    for head in ("permutation", "engine"):
+        table.add_column(head)
+    peers = list(dict.fromkeys(each.engine for each in measurements if not each.ours))
+    for head in ("seconds", *(f"over {peer}" for peer in peers)):
+        table.add_column(head, justify="right")
+    found = [each for each in measurements if each.quality is not None]
+    for permutation, engine in dict.fromkeys((each.permutation, each.engine) for each in found if each.ours):
+        own = [each for each in found if (each.permutation, each.engine) == (permutation, engine)]
+        order = "full" if own[0].act_order == "full" else "none"
+        beside = [[each for each in found if each.engine == peer and each.act_order == order] for peer in peers]
+        cells = [_over_peer(own, [each for each in those if each.group_size == own[0].group_size]) for those in beside]
+        table.add_row(permutation, engine, _seconds(own), *cells)
+    return table
+
+
+def _over_peer(own: Sequence[Measurement], peers: Sequence[Measurement]) -> str:
+    """Return the ratio of our KL to that of a peer, seed by seed, and the peer's seconds."""
+    of_peer = {each.seed: each.kl for each in peers}
+    ratios = [each.kl / of_peer[each.seed] for each in own if each.seed in of_peer]
+    if not ratios:
+        return "-"
+    alike = len(ratios) > 1 and abs(mean(ratios) - 1) < 2 * stdev(ratios) / sqrt(len(ratios))
+    return f"{_with_error(ratios, 3)}{' ~' if alike else ''}\n{_seconds(peers)}"
+
+
+def _seconds(measurements: Sequence[Measurement]) -> str:
+    found = [each.outcome.result["seconds"] for each in measurements if "seconds" in each.outcome.result]
+    return f"{mean(found):.1f} s" if found else "-"
+
+
 def order_table(measurements: Sequence[Measurement]) -> Table:
     """Return, by engine and group size, KL of each act order and its ratio to none's of the same seed.
 

@@ -173,6 +173,7 @@ def _run_peer(settings: Settings, engine: Engine, model: Path, small: Path | Non
             "sym": True,
             "damp_percent": 0.01,
             "fastest": kind == FASTEST,
+            "best": engine.best,
             "batch_size": settings.batch_size,
             "device": settings.device,
             "save_dir": None,

@@ -267,6 +267,30 @@ def test_act_orders_stand_side_by_side_with_their_standard_errors(modules: Any) 
     assert "static" not in text
 
 
+def test_ours_is_compared_with_each_peer_seed_by_seed_and_what_is_alike_is_marked(modules: Any) -> None:
+    def measured(engine: str, order: str, seed: int, kl: float, seconds: float, size: int = 64) -> Any:
+        return modules.quality_table.Measurement(
+            engine=engine, group_size=size, act_order=order, seed=seed, ours=engine == "mine",
+            outcome=modules.processes.Outcome(status="ok", result={"seconds": seconds}),
+            quality=SimpleNamespace(kl_divergence=kl),
+        )  # fmt: skip
+
+    mine = [measured("mine", "static", seed, kl, 2.0) for seed, kl in enumerate((0.8, 1.8, 2.4))]
+    full = [measured("mine", "full", seed, 1.0, 3.0) for seed in range(2)]
+    one = [measured("one", "none", seed, kl, 40.0) for seed, kl in enumerate((1.0, 2.0, 3.0))]
+    two = [measured("two", "none", seed, kl, 5.0) for seed, kl in enumerate((1.0, 1.5, 2.4))]
+    others = [measured("one", "none", 0, 9.0, 9.0, size=32), measured("one", "full", 0, 0.5, 9.0)]
+    lines = printed(modules.quality_table.peers_table([*mine, *full, *one, *two, *others])).splitlines()
+    static = next(line for line in lines if "64g static" in line)
+    # Ratios 0.8, 0.9, 0.8 over one's; 0.8, 1.2, 1.0 over two's, whose mean is 1.
+    assert "0.833 +- 0.033 " in static
+    assert "1.000 +- 0.115 ~" in static
+    assert "2.0 s" in static
+    beside = lines[lines.index(static) + 1]
+    assert beside.index("40.0 s") < beside.index("5.0 s")
+    assert "2.000 " in next(line for line in lines if "64g full" in line), "full order with full order, where there is"
+
+
 def test_a_permutation_is_a_group_size_and_an_act_order(modules: Any) -> None:
     found = modules.quality.parse(["--permutations=64,32:static,-1:group"])
     assert found.permutations == ((64, "none"), (32, "static"), (-1, "group"))

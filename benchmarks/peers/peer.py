@@ -6,6 +6,7 @@ Run as `python SCRIPT JOB.json ...` in an environment that has the engine. A job
     rows          a .npy file of token ids [num_samples, seq_len]
     bits, group_size, desc_act, sym, damp_percent
     fastest       whether to set what makes the engine faster on a large GPU; false: its defaults
+    best          whether to set what gives the best weights, as its documentation has it
     batch_size    rows per batch in its fastest settings
     device        "cpu" or "cuda"
     save_dir      where to save the checkpoint (null: nowhere); never part of the time
