@@ -45,11 +45,9 @@ def publish(contents: list[BranchContent], root: Path) -> PublishReport:
     target = LocalTarget(root, REPOSITORY, waits=SHORT_WAITS)
     saved = read_plan(Path(os.environ["TEST_PLAN"])) if os.environ.get("TEST_PLAN") else None
 
-    messages = {content.branch: content.message for content in contents}
-
     def compare(plan: PublishPlan, files: Files) -> None:
         if saved:
-            require_as_planned(saved, saved_plan(saved.subject, plan, files, messages), plan, target)
+            require_as_planned(saved, saved_plan(saved.subject, plan, files), plan, target)
 
     return publish_branches(contents, target, lambda _: None, signer=signer, compare=compare)
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from packager.cli.diff_view import quality_lines
 from packager.cli.main import app
 from packager.pipeline import compare_published as compared
+from packager.pipeline.compare_published import quality_lines
 from packager.publish.targets import StoredFile
 from packager.publish.targets.resolve_target import target_of
 from packager.receipt import PROVENANCE, QualityRecord

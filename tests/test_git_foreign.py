@@ -114,7 +114,7 @@ class Foreign:
         attempt(lambda: rollback(self.target(), RollbackRequest(branches=("main",)), print))
         self.stale()
         attempt(lambda: publish_branches(self.contents, self.target(), print))
-        attempt(lambda: self.target().tag("v1", {"main": head}))
+        attempt(lambda: self.target().tag("v1", {"main": head}, "notes"))
         return errors
 
     def stale(self) -> None:

@@ -159,12 +159,13 @@ def test_history_is_read_restored_and_tagged(fixture: GitFixture, tmp_path: Path
     assert heads(fixture.repository)["main"] == restored
     assert trees(fixture.repository)["main"] == git("rev-parse", f"{first}^{{tree}}", cwd=fixture.repository).strip()
     assert target.read_tag("v1") == {"main": ""}
-    target.tag("v1", {"main": first})
-    fixture.target(staging="fifth").tag("v1", {"main": first})
+    target.tag("v1", {"main": first}, "notes")
+    fixture.target(staging="fifth").tag("v1", {"main": first}, "notes")
     assert target.read_tag("v1") == {"main": first}
     with pytest.raises(PublishError, match="the tag v1 exists and names"):
-        target.tag("v1", {"main": restored})
-    assert git("rev-parse", "v1", cwd=fixture.repository).strip() == first
+        target.tag("v1", {"main": restored}, "notes")
+    assert git("rev-parse", "v1^{commit}", cwd=fixture.repository).strip() == first
+    assert "\n\nnotes\n" in git("cat-file", "tag", "v1", cwd=fixture.repository)
     assert git("fsck", "--full", "--strict", cwd=fixture.repository) == ""
 
 

@@ -396,7 +396,7 @@ def test_headers_without_an_end_are_ended(fixture: HubFixture, monkeypatch: pyte
     target = fixture.target()
     calls: Mapping[str, Callable[[], object]] = {
         "refs": target.read_branches,
-        "tag": lambda: target.tag("v1", {"main": head}),
+        "tag": lambda: target.tag("v1", {"main": head}, "notes"),
         "content": lambda: target.read_bytes(head, "README.md"),
     }
     with pytest.raises(PublishError, match="its headers did not end within"):

@@ -352,17 +352,17 @@ def test_a_tag_names_one_commit_for_good(fixture: HubFixture) -> None:
     first, last = (outcome.commit or "" for outcome in fixture.publish().outcomes)
     target = fixture.target()
     assert target.read_tag("v1") == {"main": ""}
-    target.tag("v1", {"main": first})
-    target.tag("v1", {"main": first})
+    target.tag("v1", {"main": first}, "notes")
+    target.tag("v1", {"main": first}, "notes")
     assert target.read_tag("v1") == {"main": first}
     assert git("rev-parse", "v1^{commit}", cwd=fixture.path).strip() == first
     with pytest.raises(PublishError, match="the tag v1 exists"):
-        fixture.target().tag("v1", {"main": last})
+        fixture.target().tag("v1", {"main": last}, "notes")
 
 
 def test_a_used_or_invalid_tag_stops_a_publish_before_it_begins(fixture: HubFixture) -> None:
     first = fixture.publish().outcomes[-1].commit
-    fixture.target().tag("v1", {"main": first or ""})
+    fixture.target().tag("v1", {"main": first or ""}, "notes")
     before = trees(fixture.path)
     contents = fixture.change("main", README_md=b"---\nlicense: mit\n---\n# Another\n")
     for name, problem in (

@@ -700,7 +700,7 @@ class MemoryTarget:
     def read_tag(self, name: str) -> Mapping[str, str]:
         raise NotImplementedError
 
-    def tag(self, name: str, commits: Mapping[str, str]) -> None:
+    def tag(self, name: str, commits: Mapping[str, str], notes: str) -> None:
         raise NotImplementedError
 
 

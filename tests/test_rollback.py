@@ -528,7 +528,7 @@ def test_json_has_what_the_table_has(fixture: RollbackFixture) -> None:
 
 def test_a_tag_names_the_release_to_go_back_to(fixture: RollbackFixture) -> None:
     fixture.release(A, MAIN, number=1)
-    fixture.target.tag("v1.0", {MAIN: fixture.commits(MAIN)[0]})
+    fixture.target.tag("v1.0", {MAIN: fixture.commits(MAIN)[0]}, "notes")
     fixture.release(A, MAIN, number=2)
     fixture.release(A, MAIN, number=3)
     assert actions(fixture.back(to="v1.0")) == {A: "restore", MAIN: "restore"}

@@ -55,10 +55,6 @@ class PlanFixture:
         ]
 
     @property
-    def messages(self) -> dict[str, str]:
-        return {content.branch: content.message for content in self.contents}
-
-    @property
     def target(self) -> LocalTarget:
         return LocalTarget(self.root, REPOSITORY, waits=SHORT_WAITS)
 
@@ -73,7 +69,7 @@ class PlanFixture:
         """Save the plan and read it again."""
 
         def save(plan: PublishPlan, files: Files) -> None:
-            write_plan(saved_plan(SUBJECT, plan, files, self.messages), self.path)
+            write_plan(saved_plan(SUBJECT, plan, files), self.path)
 
         publish_branches(
             self.contents, self.target, self.lines.append, signer=self.signer, dry_run=True, compare=save,
@@ -87,7 +83,7 @@ class PlanFixture:
 
         def compare(plan: PublishPlan, files: Files) -> None:
             if saved:
-                require_as_planned(saved, saved_plan(SUBJECT, plan, files, self.messages), plan, target)
+                require_as_planned(saved, saved_plan(SUBJECT, plan, files), plan, target)
 
         return publish_branches(self.contents, target, self.lines.append, signer=self.signer, compare=compare)
 

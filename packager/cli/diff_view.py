@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from packager.pipeline.compare_published import BranchDifference
-    from packager.receipt import QualityRecord
 
 TextsOption = Annotated[
     bool, typer.Option("--texts", help="Print the changed lines of cards and configs, too; JSON always has them.")
@@ -57,6 +56,7 @@ def diff_command(
 def print_differences(found: "Sequence[BranchDifference]", console: "Console", *, texts: bool) -> None:
     """Print one line per branch, and below it what differs."""
     from packager.cli.tables import print_line
+    from packager.pipeline.compare_published import quality_lines
     from packager.system.text import printable
 
     for each in found:
@@ -81,18 +81,6 @@ def _headline(difference: "BranchDifference") -> str:
     others = [name for name in difference.files if not name.endswith(".safetensors")]
     parts = ["other weights"] if difference.weights else ["the same weights"]
     return f"changed, {parts[0]}, {counted(len(others), 'other file')}: {', '.join(others)}"
-
-
-def quality_lines(published: "QualityRecord | None", built: "QualityRecord | None") -> list[str]:
-    """Return the figures that differ, before and after."""
-    if published is None or built is None:
-        return []
-    figures = {
-        "perplexity": (f"{published.perplexity:.4f}", f"{built.perplexity:.4f}"),
-        "KL divergence": (f"{published.kl_divergence:#.3g}", f"{built.kl_divergence:#.3g}"),
-        "top-1 agreement": (f"{published.top1_agreement:.2%}", f"{built.top1_agreement:.2%}"),
-    }
-    return [f"{name}: {old} -> {new}" for name, (old, new) in figures.items() if old != new]
 
 
 def difference_json(difference: "BranchDifference") -> Mapping[str, Any]:

@@ -1,8 +1,9 @@
 """A publish plan or report as Markdown, for the summary of a CI job that people read before they approve it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packager.card.markdown import inline
 from packager.publish.branches import BranchOutcome, PublishReport
@@ -11,15 +12,22 @@ from packager.publish.saved_plan import read_plan
 from packager.system.files import sha256_file
 from packager.system.text import format_bytes, printable
 
+if TYPE_CHECKING:
+    from packager.pipeline.compare_published import BranchDifference
+
+_SHOWN_LINES = 60  # of each text
 _SHOWN_FILES = 200  # of each branch: GitHub refuses a summary of more than 1 MiB
 
 
-def publish_report_markdown(report: PublishReport, plan_file: Path | None) -> str:
+def publish_report_markdown(
+    report: PublishReport, plan_file: Path | None, differences: "Sequence[BranchDifference]" = ()
+) -> str:
     """Return the plan of a dry run, or the result of a publish.
 
     Args:
         report: the result.
         plan_file: the saved plan, whose digests are shown, None if there is none.
+        differences: of the build and what is published; shown with the changed lines of cards and configs.
     """
     plan = report.plan
     heading = "Publish plan for" if report.dry_run else "Published in"
@@ -38,6 +46,8 @@ def publish_report_markdown(report: PublishReport, plan_file: Path | None) -> st
         lines += _digests(plan_file)
     for entry in plan.branches:
         lines += _changes(entry)
+    for each in differences:
+        lines += _texts(each)
     return "\n".join(lines) + "\n"
 
 
@@ -75,6 +85,15 @@ def _changes(plan: BranchPlan) -> Iterator[str]:
     if len(changes) > _SHOWN_FILES:
         yield f"| | and {len(changes) - _SHOWN_FILES:,} more | |"
     yield from ("", "</details>")
+
+
+def _texts(difference: "BranchDifference") -> Iterator[str]:
+    """Yield the changed lines of a branch's texts. In an HTML block Markdown is text, and `escape` leaves no tag."""
+    for name, lines in difference.texts.items():
+        shown = lines[:_SHOWN_LINES]
+        more = [f"... and {len(lines) - len(shown)} more lines"] if len(lines) > len(shown) else []
+        yield from ("", f"<details><summary>{escape(printable(f'{difference.branch}: {name}'))}</summary>", "")
+        yield from ("<pre>", *(escape(printable(line)) for line in (*shown, *more)), "</pre>", "", "</details>")
 
 
 def _text(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from packager.cli.consent import ask_for_consent
+from packager.cli.diff_view import difference_json, print_differences
 from packager.cli.options import (
     DIST,
     CacheOption,
@@ -35,8 +36,12 @@ from packager.cli.signing import (
 from packager.errors import AuditError, LoaderError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from packager.pipeline.compare_published import BranchDifference
     from packager.pipeline.saved_publish import PlanFile
     from packager.prove.environments import RuntimeContext
+    from packager.publish.branches import PublishReport
     from packager.system.terminal import Terminal
 
 RepositoryAddress = Annotated[
@@ -64,8 +69,15 @@ PublishFormatOption = Annotated[
     PublishFormat,
     typer.Option("--format", help="text for people, json for machines, markdown for a CI job's summary."),
 ]
+TagOption = Annotated[
+    str, typer.Option("--tag", help="Tag main's commit with this name, such as v1.0, at the end, with release notes.")
+]
 SavePlanOption = Annotated[
     Path | None, typer.Option("--save-plan", metavar="FILE", help="Save the plan of a dry run, with every digest.")
+]
+DiffOption = Annotated[
+    bool,
+    typer.Option("--diff", help="With --dry-run: why branches differ, and the changed lines of cards and configs."),
 ]
 PlanOption = Annotated[
     Path | None, typer.Option("--plan", metavar="FILE", help="Publish exactly this saved plan, without a question.")
@@ -76,8 +88,9 @@ def publish_command(
     recipe: RecipePath,
     dist: DistOption = DIST,
     dry_run: DryRunOption = False,
+    diff: DiffOption = False,
     yes: YesOption = False,
-    tag: Annotated[str, typer.Option(help="Tag main's commit with this name, such as v1.0, at the end.")] = "",
+    tag: TagOption = "",
     save_plan: SavePlanOption = None,
     plan: PlanOption = None,
     sign_key: SignKeyOption = None,
@@ -89,7 +102,8 @@ def publish_command(
     """Publish the built variants, one branch each.
 
     Compares the target with the build and prints the plan: which branches are created, updated or unchanged, and how
-    much is sent. Then makes one commit per changed branch, main last, and reads each commit back. Files that the target
+    much is sent. Then makes one commit per changed branch, main last, and reads each commit back. The commit's message
+    says what changed, by which values of the records, and the quality before and after. Files that the target
     has already are not sent again: after an interruption, run the same command again. It builds nothing.
 
     The token for the Hub comes from HF_TOKEN, from `hf auth login` or from the identity of a CI job, the token for a
@@ -106,17 +120,20 @@ def publish_command(
     Exits with 10 if a variant is not ready, a required loader has not passed or the target refuses, with 11 if a built
     folder or the published files were edited, with 7 if a folder fails the audit.
     """
-    from packager.cli.publish_markdown import publish_report_markdown
-    from packager.cli.publish_view import print_publish_plan, print_publish_report, publish_report_json
+    from packager.cli.publish_view import print_publish_plan
+    from packager.pipeline.compare_published import compare_published
     from packager.pipeline.flow import publish
 
+    if diff and not dry_run:
+        raise typer.BadParameter("--diff is for --dry-run")
     terminal, recipe_file = open_recipe(recipe, quiet=quiet)
     # First: the passphrase leaves the environment.
     keys = signing_keys(sign_key, trusted_key, unsigned=unsigned, dry_run=dry_run)
     plan_file = _plan_file(save_plan, plan, dry_run=dry_run, tag=tag)
+    options = options_of(dist, Device.cpu, None)
     report = publish(
         recipe_file,
-        options_of(dist, Device.cpu, None),
+        options,
         terminal,
         dry_run=dry_run,
         show_plan=lambda plan: print_publish_plan(plan, terminal.err),
@@ -125,12 +142,28 @@ def publish_command(
         keys=keys,
         plan_file=plan_file,
     )
+    differences = compare_published(recipe_file, options, terminal) if diff else None
+    _show_report(report, differences, format, plan or save_plan, terminal)
+
+
+def _show_report(
+    report: "PublishReport",
+    differences: "Sequence[BranchDifference] | None",
+    format: PublishFormat,  # noqa: A002
+    plan_file: Path | None,
+    terminal: "Terminal",
+) -> None:
+    from packager.cli.publish_markdown import publish_report_markdown
+    from packager.cli.publish_view import print_publish_report, publish_report_json
+
     if format is PublishFormat.json:
-        terminal.result(publish_report_json(report))
+        found = {} if differences is None else {"differences": [difference_json(each) for each in differences]}
+        terminal.result(publish_report_json(report) | found)
     elif format is PublishFormat.markdown:
-        terminal.write(publish_report_markdown(report, plan or save_plan))
+        terminal.write(publish_report_markdown(report, plan_file, differences or ()))
     else:
         print_publish_report(report, terminal.out)
+        print_differences(differences or (), terminal.out, texts=True)
 
 
 def _plan_file(save: Path | None, plan: Path | None, *, dry_run: bool, tag: str) -> "PlanFile | None":

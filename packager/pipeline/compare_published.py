@@ -76,12 +76,15 @@ def compare_published(recipe_file: RecipeFile, options: Options, terminal: Termi
     run.read_receipts()
     target = target_of(run.recipe, run.workspace.dist, options.environ, terminal.log)
     published = target.read_branches()
-    found = [_compared(run, target, branch, published.get(branch)) for branch in run.keys]
+    found = [compare_branch(run, target, branch, published.get(branch)) for branch in run.keys]
     others = sorted(published.keys() - run.keys.keys())
     return (*found, *(BranchDifference(branch=name, standing="only published") for name in others))
 
 
-def _compared(run: BuildState, target: Target, branch: str, state: BranchState | None) -> BranchDifference:
+def compare_branch(
+    run: BuildState, target: Target, branch: str, state: BranchState | None, *, texts: bool = True
+) -> BranchDifference:
+    """Compare a variant with its published branch, None if there is none; without `texts`, no lines of texts."""
     receipt = run.receipts.get(branch)
     if receipt is None:
         return BranchDifference(branch=branch, standing="not built")
@@ -99,9 +102,21 @@ def _compared(run: BuildState, target: Target, branch: str, state: BranchState |
         values=tuple(_changes(_facts(old), _facts(built))),
         loaders=tuple(_changes(_loaders(old), _loaders(built))),
         quality=(old.quality, built.quality),
-        texts={name: lines for name in files if (lines := _text_diff(run, target, state, branch, name))},
+        texts={name: lines for name in files if texts and (lines := _text_diff(run, target, state, branch, name))},
         files=files,
     )
+
+
+def quality_lines(published: QualityRecord | None, built: QualityRecord | None) -> list[str]:
+    """Return the figures that differ, before and after."""
+    if published is None or built is None:
+        return []
+    figures = {
+        "perplexity": (f"{published.perplexity:.4f}", f"{built.perplexity:.4f}"),
+        "KL divergence": (f"{published.kl_divergence:#.3g}", f"{built.kl_divergence:#.3g}"),
+        "top-1 agreement": (f"{published.top1_agreement:.2%}", f"{built.top1_agreement:.2%}"),
+    }
+    return [f"{name}: {old} -> {new}" for name, (old, new) in figures.items() if old != new]
 
 
 def _different_files(folder: Path, built: Provenance, state: BranchState) -> Iterator[str]:
@@ -139,7 +154,7 @@ def _facts(record: Provenance) -> dict[str, str]:
         inner: Mapping[str, Any] = value if isinstance(value, dict) else {"": value}
         for name, each in inner.items():
             if name not in _LEFT_OUT and each is not None:
-                facts[f"{key}.{name}".rstrip(".")] = printable(str(each))
+                facts[printable(f"{key}.{name}".rstrip("."))] = printable(str(each))
     return facts
 
 

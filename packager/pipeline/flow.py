@@ -12,6 +12,7 @@ from pathlib import Path
 from packager.errors import LoaderError, PublishError
 from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
 from packager.pipeline.cards import refuse_edited_cards, render_cards
+from packager.pipeline.commit_messages import CommitMessages
 from packager.pipeline.plan import chosen_variants
 from packager.pipeline.running import shown_while_running
 from packager.pipeline.saved_publish import PlanFile, PlannedPublish
@@ -212,7 +213,8 @@ def publish(
                 dry_run=dry_run,
                 show_plan=show_plan,
                 confirm=consent if target.is_public and not approved else lambda _: None,
-                compare=planned.comparison(contents) if planned else None,
+                compare=planned.compare if planned else None,
+                describe=CommitMessages(run, target),
                 may_write=plan_file is None,
             )
 

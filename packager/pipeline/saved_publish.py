@@ -1,12 +1,10 @@
 """Publish in two steps: the first saves a plan, the second publishes exactly that plan."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from packager.card import templates_dir
 from packager.pipeline.build_state import BuildState
-from packager.publish.branches import BranchContent, Compare
 from packager.publish.compare_plan import require_as_planned, require_same_subject
 from packager.publish.plan import PublishPlan
 from packager.publish.saved_plan import PublishSubject, SavedPlan, saved_plan, write_plan
@@ -48,18 +46,17 @@ class PlannedPublish:
         if plan_file.approved:
             require_same_subject(plan_file.approved, self._subject, str(plan_file.path))
 
-    def comparison(self, contents: Sequence[BranchContent]) -> Compare:
-        """Return what saves a plan of these contents, or raises StalePlanError if it is not the approved one."""
-        messages = {content.branch: content.message for content in contents}
+    def compare(self, plan: PublishPlan, files: Files) -> None:
+        """Save a plan, or compare it with the approved one.
 
-        def compare(plan: PublishPlan, files: Files) -> None:
-            now = saved_plan(self._subject, plan, files, messages)
-            if self._file.approved:
-                require_as_planned(self._file.approved, now, plan, self._target)
-            else:
-                write_plan(now, self._file.path)
-
-        return compare
+        Raises:
+            StalePlanError: it is not the approved one.
+        """
+        now = saved_plan(self._subject, plan, files)
+        if self._file.approved:
+            require_as_planned(self._file.approved, now, plan, self._target)
+        else:
+            write_plan(now, self._file.path)
 
 
 def _subject_of(run: BuildState, target: Target, tag: str) -> PublishSubject:

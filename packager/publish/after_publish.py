@@ -3,13 +3,17 @@
 A step that fails when it is applied is an error at the end: the branches are published, and stay so.
 """
 
+import time
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from packager.errors import PackagerError, PublishError
 from packager.publish.plan import PublishPlan
 from packager.publish.targets import Target
-from packager.variant import branch_problem
+from packager.system.text import printable
+from packager.variant import MAIN, branch_problem
+
+_MOST_NOTES: Final = 16_000  # characters
 
 
 class FinalStep(Protocol):
@@ -86,4 +90,32 @@ class ReleaseTag:
     def apply(self, heads: Mapping[str, str]) -> None:
         """Make the tag."""
         if self._lacking:
-            self._target.tag(self._name, {branch: heads[branch] for branch in self._lacking})
+            notes = release_notes(self._name, self._target, heads)
+            self._target.tag(self._name, {branch: heads[branch] for branch in self._lacking}, notes)
+
+
+def release_notes(tag: str, target: Target, heads: Mapping[str, str]) -> str:
+    """Return the message of a tag: what the last commit of each branch changed, `main` first.
+
+    Where that is longer than hosts take, only the first line of each commit is there, and the notes say so.
+
+    Args:
+        tag: its name.
+        target: where the branches are published.
+        heads: the branches of the release, with their head commits.
+    """
+    found = []
+    for branch in sorted(heads, key=lambda name: (name != MAIN, name)):
+        record = next((each for each in target.history(branch) if each.commit == heads[branch]), None)
+        if record is None:  # somebody has moved the branch: the release is still what was published
+            found.append((f"{branch} at {heads[branch][:12]}", ""))
+            continue
+        day = time.strftime("%Y-%m-%d", time.gmtime(record.time_s))
+        title, _, body = record.message.partition("\n")
+        head = f"{branch} at {record.commit[:12]} of {day}: {printable(title.removeprefix(f'{branch}: '))}"
+        found.append((head, "\n".join(printable(line) for line in body.strip().splitlines())))
+    whole = "\n\n".join("\n\n".join(filter(None, entry)) for entry in found)
+    if len(whole) > _MOST_NOTES:
+        titles = "\n".join(head for head, _ in found)
+        whole = f"{titles}\n\nThe messages of the commits say more of each branch."
+    return f"Release {tag}\n\n{whole}"

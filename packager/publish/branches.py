@@ -9,6 +9,7 @@ publish changes nothing, and a killed publish is run again.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from packager.errors import PublishError, StateError
@@ -32,6 +33,7 @@ from packager.system.text import format_bytes
 from packager.variant import MAIN, branch_problem
 
 Compare = Callable[[PublishPlan, Files], None]
+DescribeCommit = Callable[["BranchContent", BranchState | None], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class BranchContent:
         branch: the branch's name.
         folder: the folder of the files.
         files: the manifest: every file of the folder, by name with '/' between folders.
-        message: the message of the commit, if one is made.
+        message: the message of the commit that makes the branch.
     """
 
     branch: str
@@ -89,6 +91,7 @@ def publish_branches(
     show_plan: Callable[[PublishPlan], None] = lambda _: None,
     confirm: Callable[[PublishPlan], None] = lambda _: None,
     compare: Compare | None = None,
+    describe: DescribeCommit = lambda content, _: content.message,
     may_write: bool = True,
 ) -> PublishReport:
     """Publish `branches` to `target`.
@@ -103,6 +106,7 @@ def publish_branches(
         show_plan: gets the plan before the first effect; not called in a dry run, whose report holds the plan.
         confirm: called if anything would change, after `show_plan` and before the first effect; raises to stop.
         compare: gets the plan and the files, before anything is made and again before the first effect; raises to stop.
+        describe: gets a branch that changes and its present state, and returns the commit's message.
         may_write: whether a dry run checks that the target can be written to now.
 
     Raises:
@@ -112,8 +116,10 @@ def publish_branches(
         MachineError: git or disk space is missing.
     """
     files = check_folders(branches, blob_ids=target.identifies_by_blob)
+    contents = {content.branch: content for content in branches}
+    planned = partial(_planned, files, contents, target, signer, final_steps, describe, compare)
     if dry_run:
-        plan, _ = _planned(files, target, signer, final_steps, compare)
+        plan, _ = planned()
         if may_write:
             _check_target(plan, target)
         log(plan_line(plan))
@@ -121,22 +127,17 @@ def publish_branches(
     if signer:
         signer.require_private_key()
     if compare or MAIN not in files:
-        _planned(files, target, signer, final_steps, compare)  # raises before a repository is made
-    messages = {content.branch: content.message for content in branches}
+        planned()  # raises before a repository is made
     with target.exclusive() as notes:
         for note in notes:
             log(note)
-        plan, files = _planned(files, target, signer, final_steps, compare)
+        plan, files = planned()
         show_plan(plan)
         _check_target(plan, target)
         log(plan_line(plan))
         if plan.effects:
             confirm(plan)
-        outcomes = _publish_each(plan, files, target, messages, log)
-        heads = {outcome.plan.branch: outcome.commit or "" for outcome in outcomes}
-        apply_final_steps(final_steps, heads, target.where)
-        for line in plan.final_steps:
-            log(f"done: {line}")
+        outcomes = _publish_each(plan, files, target, final_steps, log)
     return PublishReport(plan=plan, outcomes=tuple(outcomes), notes=tuple(notes), dry_run=False)
 
 
@@ -199,18 +200,23 @@ def outcome_line(outcome: BranchOutcome) -> str:
 
 def _planned(
     files: Files,
+    contents: Mapping[str, BranchContent],
     target: Target,
     signer: ReleaseSigner | None,
     final_steps: Sequence[FinalStep],
+    describe: DescribeCommit,
     compare: Compare | None,
 ) -> tuple[PublishPlan, Files]:
-    """Return the plan, and the files with their signed statements."""
+    """Return the plan with the commits' messages, and the files with their signed statements."""
     remote = target.read_branches()
     warnings: tuple[str, ...] = ()
     if signer:
         signed = signer.signed(files, target, remote)
         files, warnings = signed.files, signed.warnings
     plan = plan_publish(files, remote, where=target.where)
+    messages = {branch: describe(contents[branch], remote.get(branch)) for branch in plan.changing}
+    described = (replace(entry, message=messages.get(entry.branch, "")) for entry in plan.branches)
+    plan = replace(plan, branches=tuple(described))
     plan = replace(plan, warnings=warnings, final_steps=tuple(line for step in final_steps for line in step.plan(plan)))
     if compare:
         compare(plan, files)
@@ -222,21 +228,24 @@ def _check_target(plan: PublishPlan, target: Target) -> None:
 
 
 def _publish_each(
-    plan: PublishPlan, files: Files, target: Target, messages: Mapping[str, str], log: Callable[[str], None]
+    plan: PublishPlan, files: Files, target: Target, final_steps: Sequence[FinalStep], log: Callable[[str], None]
 ) -> list[BranchOutcome]:
     outcomes = []
     for entry in plan.branches:
-        outcomes.append(_publish_branch(entry, files[entry.branch], target, messages[entry.branch]))
+        outcomes.append(_publish_branch(entry, files[entry.branch], target))
         log(outcome_line(outcomes[-1]))
+    apply_final_steps(final_steps, {each.plan.branch: each.commit or "" for each in outcomes}, target.where)
+    for line in plan.final_steps:
+        log(f"done: {line}")
     return outcomes
 
 
-def _publish_branch(plan: BranchPlan, files: Mapping[str, LocalFile], target: Target, message: str) -> BranchOutcome:
+def _publish_branch(plan: BranchPlan, files: Mapping[str, LocalFile], target: Target) -> BranchOutcome:
     if plan.action == "unchanged":
         return BranchOutcome(plan=plan, commit=plan.parent, seconds=0.0)
     started = time.monotonic()
     try:
-        commit = target.commit(plan.branch, files, parent=plan.parent, message=message)
+        commit = target.commit(plan.branch, files, parent=plan.parent, message=plan.message)
     except HeadMovedError as error:
         raise _moved(plan, target, error) from error
     if wrong := list(_not_as_built(target.read_back(commit), files)):
@@ -273,7 +282,7 @@ def _moved(plan: BranchPlan, target: Target, error: HeadMovedError) -> HeadMoved
 
 
 def _changes(before: Mapping[str, StoredFile], now: BranchState) -> list[str]:
-    """Describe the changes that another publisher made to a branch."""
+    """DescribeCommit the changes that another publisher made to a branch."""
     author = f" by {now.foreign_author}" if now.foreign_author else ""
     kinds = {name: _change_kind(before.get(name), now.files.get(name)) for name in before.keys() | now.files.keys()}
     changed = [f"{name} was {kinds[name]}" for name in sorted(kinds) if kinds[name]]

@@ -111,7 +111,8 @@ def _local_changes(planned: PlannedBranch, now: PlannedBranch) -> Iterator[str]:
         before, after = planned.files.get(name), now.files.get(name)
         if before != after:
             yield f"{branch}: {printable(name)}: {_described(after)}, planned: {_described(before)}"
-    if planned.message != now.message:
+    # A branch that a killed publish of this plan has finished gets no commit, so its message is "".
+    if now.action != "unchanged" and planned.message != now.message:
         yield f"{branch}: its message: {printable(now.message)}, planned: {printable(planned.message)}"
     if planned.files == now.files and planned.statement != now.statement:
         yield f"{branch}: its statement: sha256 {now.statement or 'none'}, planned: {planned.statement or 'none'}"

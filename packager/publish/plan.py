@@ -36,6 +36,7 @@ class BranchPlan:
         num_files: files in the manifest.
         total_bytes: size of the manifest's files.
         present_bytes: size of the added and changed files whose content the repository already holds, on any branch.
+        message: the commit's message, "" if none is made.
     """
 
     branch: str
@@ -48,6 +49,7 @@ class BranchPlan:
     num_files: int
     total_bytes: int
     present_bytes: int
+    message: str = ""
 
     @property
     def written_bytes(self) -> int:

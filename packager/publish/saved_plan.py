@@ -72,7 +72,7 @@ class PlannedBranch(_Strict):
         branch: the branch's name.
         action: "create" or "update" make a commit, "unchanged" makes none.
         parent: the head that the build was compared with, None if the branch did not exist.
-        message: the message of the commit, if one is made.
+        message: the message of the commit, "" if none is made.
         files: every file of the branch afterwards, without the signed statements.
         statement: the sha256 of the content of the branch's signed statement, None if the release is not signed.
     """
@@ -134,13 +134,13 @@ class SavedPlan(_Strict):
         return self
 
 
-def saved_plan(subject: PublishSubject, plan: PublishPlan, files: Files, messages: Mapping[str, str]) -> SavedPlan:
+def saved_plan(subject: PublishSubject, plan: PublishPlan, files: Files) -> SavedPlan:
     """Return a plan with the digests of the files and the messages of the commits, to be saved or compared."""
     main = files.get(MAIN, {})
     return SavedPlan(
         subject=subject,
         release=_planned_release(main[RELEASE_ATTESTATION]) if RELEASE_ATTESTATION in main else None,
-        branches=tuple(_planned_branch(entry, files[entry.branch], messages[entry.branch]) for entry in plan.branches),
+        branches=tuple(_planned_branch(entry, files[entry.branch]) for entry in plan.branches),
         left_alone=plan.left_alone,
         final_steps=plan.final_steps,
     )
@@ -193,7 +193,7 @@ def _unreadable(path: Path, why: str) -> PublishError:
     )
 
 
-def _planned_branch(entry: BranchPlan, files: Mapping[str, LocalFile], message: str) -> PlannedBranch:
+def _planned_branch(entry: BranchPlan, files: Mapping[str, LocalFile]) -> PlannedBranch:
     planned = {
         name: PlannedFile(size_bytes=file.size_bytes, sha256=file.sha256)
         for name, file in sorted(files.items())
@@ -204,7 +204,7 @@ def _planned_branch(entry: BranchPlan, files: Mapping[str, LocalFile], message: 
         branch=entry.branch,
         action=entry.action,
         parent=entry.parent,
-        message=message,
+        message=entry.message,
         files=planned,
         statement=statement,
     )

@@ -184,8 +184,8 @@ class Target(Protocol):
         The keys are branches: `main` alone, or every branch if each has its own repository with its own tags.
         """
 
-    def tag(self, name: str, commits: Mapping[str, str]) -> None:
-        """Tag commits, given by branch as in `read_tag`; repeating the call is allowed.
+    def tag(self, name: str, commits: Mapping[str, str], notes: str) -> None:
+        """Tag commits, given by branch as in `read_tag`, with a message; repeating the call is allowed.
 
         Raises:
             PublishError: the tag names another commit.

@@ -40,6 +40,7 @@ from packager.publish.targets.git_lfs import (
 from packager.publish.targets.git_locks import DEFAULT_WAITS, GitWaits
 from packager.publish.targets.git_remote import RemoteGit, create_bare, folder_of, is_absent
 from packager.publish.targets.git_staging import VIEW, Staging
+from packager.publish.targets.git_tags import tag_object
 from packager.receipt import GIT_ATTRIBUTES
 from packager.system.files import TEMPORARY_PREFIX, copy_atomic, disk_errors, remove_leftovers
 from packager.variant import MAIN
@@ -252,13 +253,14 @@ class GitTarget:
         with self._staging.open():
             return {MAIN: self._tagged(f"refs/tags/{name}")}
 
-    def tag(self, name: str, commits: Mapping[str, str]) -> None:
-        """Push a lightweight tag."""
+    def tag(self, name: str, commits: Mapping[str, str], notes: str) -> None:
+        """Push an annotated tag."""
         ref, commit = f"refs/tags/{name}", commits[MAIN]
         with self._staging.open():
             if not self._tagged(ref):
                 self._ensure(commit, self._git)
-                result = self._git.transfer("push", f"--force-with-lease={ref}:", "origin", f"{commit}:{ref}")
+                made = tag_object(self._git, name, commit, notes)
+                result = self._git.transfer("push", f"--force-with-lease={ref}:", "origin", f"{made}:{ref}")
                 if result.status and not self._tagged(ref):
                     raise self._git.refusal("push", result.stderr)
             if (found := self._tagged(ref)) != commit:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 AUTHOR_NAME = "gptq-packager"
 AUTHOR_EMAIL = "gptq-packager@localhost.invalid"  # RFC 2606: no mailbox can have it
 _CHUNK_BYTES = 1 << 20
-_NO_COMMIT = "0" * 40
+NO_COMMIT = "0" * 40
 _ORDINARY_FILE = "100644"
 
 _SETTINGS = {
@@ -264,24 +264,6 @@ class GitProcess:
             records.append(CommitRecord(commit=commit, author=author, title=title, message=body, time_s=int(time_s)))
         return records
 
-    def read_tag(self, name: str) -> str:
-        """Return the commit that a tag names, "" if the tag does not exist."""
-        pattern = "--format=%(refname:lstrip=2) %(objectname) %(*objectname)"
-        lines = self.run("for-each-ref", pattern, f"refs/tags/{name}").splitlines()
-        return next((line.split()[-1] for line in lines if line.split()[0] == name), "")
-
-    def tag(self, name: str, commit: str) -> None:
-        """Make a lightweight tag, unless it exists.
-
-        Raises:
-            PublishError: the tag names another commit.
-        """
-        found = self.read_tag(name)
-        if found and commit != found:
-            raise PublishError(f"the tag {name} exists and names {found[:12]}", where=str(self.worktree))
-        if not found:
-            self.run("update-ref", f"refs/tags/{name}", commit, _NO_COMMIT)
-
     def move_branch(self, branch: str, commit: str, *, parent: str | None) -> None:
         """Move `branch` from `parent` to `commit`; None as parent means that the branch must not exist.
 
@@ -289,7 +271,7 @@ class GitProcess:
             HeadMovedError: the branch's head is not `parent`.
             MachineError: no space or no permission.
         """
-        arguments = ("update-ref", "-m", "publish", f"refs/heads/{branch}", commit, parent or _NO_COMMIT)
+        arguments = ("update-ref", "-m", "publish", f"refs/heads/{branch}", commit, parent or NO_COMMIT)
         result = self.attempt(*arguments)
         if not result.status:
             return

@@ -200,14 +200,17 @@ class HubTarget:
         """Return the commit that a tag names."""
         return {MAIN: self._reader.references().tags.get(name, "")}
 
-    def tag(self, name: str, commits: Mapping[str, str]) -> None:
+    def tag(self, name: str, commits: Mapping[str, str], notes: str) -> None:
         """Make a tag on the Hub."""
         found, commit = self.read_tag(name)[MAIN], commits[MAIN]
         if found and found != commit:
             raise PublishError(f"the tag {name} exists and names {found[:12]}", where=self.where)
         if not found:
-            make = self._api.create_tag
-            self._retry.call(f"tagging {name}", lambda: make(self._id, tag=name, revision=commit, exist_ok=True))
+
+            def make() -> None:
+                self._api.create_tag(self._id, tag=name, revision=commit, tag_message=notes, exist_ok=True)
+
+            self._retry.call(f"tagging {name}", make)
 
     def _whoami(self) -> Mapping[str, Any]:
         """Return the account of the token; nothing if the token may not read it, which does not prevent writing."""

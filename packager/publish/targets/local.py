@@ -29,6 +29,7 @@ from packager.publish.targets.git_locks import (
     remove_stale_locks,
 )
 from packager.publish.targets.git_process import GitProcess
+from packager.publish.targets.git_tags import make_tag, read_tag
 from packager.publish.targets.git_view import ATTRIBUTES, ViewedGit
 from packager.system.files import (
     TEMPORARY_PREFIX,
@@ -188,11 +189,11 @@ class LocalTarget:
 
     def read_tag(self, name: str) -> Mapping[str, str]:
         """Return the commit that a tag names."""
-        return {MAIN: self._git.read_tag(name) if self._exists() else ""}
+        return {MAIN: read_tag(self._git, name) if self._exists() else ""}
 
-    def tag(self, name: str, commits: Mapping[str, str]) -> None:
-        """Make a lightweight tag."""
-        self._git.tag(name, commits[MAIN])
+    def tag(self, name: str, commits: Mapping[str, str], notes: str) -> None:
+        """Make an annotated tag."""
+        make_tag(self._git, name, commits[MAIN], notes)
 
     def _stored(self, commit: str, name: str) -> str:
         """Return the blob id of a commit's file."""

@@ -98,10 +98,10 @@ class RepositoryPerVariant:
         """Return the commit that a tag names in each repository."""
         return {branch: target.read_tag(name)[MAIN] for branch, target in self._targets.items()}
 
-    def tag(self, name: str, commits: Mapping[str, str]) -> None:
+    def tag(self, name: str, commits: Mapping[str, str], notes: str) -> None:
         """Tag repositories."""
         for branch, commit in commits.items():
-            self._targets[branch].tag(name, {MAIN: commit})
+            self._targets[branch].tag(name, {MAIN: commit}, notes)
 
     def _remember(self, branch: str, commit: str) -> str:
         self._holders[commit] = self._targets[branch]
