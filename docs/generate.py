@@ -231,7 +231,7 @@ def cli_page() -> str:
         "recipe has `problems`, each with `where`, `what` and `hint`. `code` is the class in the table of exit "
         "codes.\n\n"
         "`build` and `release` write their log as [events](events.md) with `--log-format json`. In a job of GitHub "
-        "Actions (`GITHUB_STEP_SUMMARY`), `release` adds its table to the job's summary. `packager "
+        "Actions (`GITHUB_STEP_SUMMARY`), `build` and `release` add their tables to the job's summary. `packager "
         "--install-completion` teaches the shell all commands and options."
     )
     commands = [

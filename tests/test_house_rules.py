@@ -33,6 +33,7 @@ TERMINAL = {
     "packager/cli/options.py",
     "packager/cli/publishing.py",
     "packager/cli/recipe_commands.py",
+    "packager/cli/step_summary.py",
     "packager/cli/signing.py",
     "packager/cli/consent.py",
     "packager/cli/signals.py",

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import typer.main
 from typer.testing import CliRunner, Result
 
 from packager.cli.main import app
-from packager.cli.release_view import add_step_summary, results_markdown
+from packager.cli.step_summary import add_step_summary, branches_markdown, results_markdown
 from packager.cli.voice import begin, error_json
 from packager.errors import Problem, RecipeError, SourceError
 from packager.pipeline.many_recipes import RecipeResult
+from packager.pipeline.status import read_status
+from packager.receipt import LoaderRecord
+from packager.recipe.file import RecipeFile
 from packager.recipe.schema import recipe_schema, schema_text
 from packager.system.events import EVENT_KEYS, event_line, event_schema
 from packager.system.terminal import Terminal
@@ -207,20 +211,55 @@ RESULTS = (
 )
 
 
-def test_the_summary_is_a_table_that_no_text_can_change(tmp_path: Path) -> None:
+def test_the_summary_is_a_table_that_no_text_can_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     summary = tmp_path / "summary.md"
     summary.write_text("before\n")
-    add_step_summary(RESULTS, {"GITHUB_STEP_SUMMARY": str(summary)}, said.append)
-    assert summary.read_text() == "before\n" + results_markdown(RESULTS)
-    rows = results_markdown(RESULTS).splitlines()[2:]
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    text = results_markdown("Release", RESULTS)
+    add_step_summary(lambda: text, said.append)
+    assert summary.read_text() == f"before\n{text}"
+    rows = text.splitlines()[2:]
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
     assert "\\<b>" in rows[-1]
     assert rows[-1].isprintable()
-    add_step_summary(RESULTS, {}, said.append)
-    assert said == []
-    add_step_summary(RESULTS, {"GITHUB_STEP_SUMMARY": str(tmp_path)}, said.append)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
+    add_step_summary(lambda: text, said.append)
     assert "cannot be written" in said[0]
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY")
+    add_step_summary(lambda: str(1 // 0), said.append)
+    assert len(said) == 1
+
+
+def test_a_build_adds_its_branches_or_its_failure_to_the_summary(
+    builds: tiny_recipe.Builds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = builds.copy(tmp_path)
+    summary = tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    options = ["--dist", str(tmp_path / "dist"), "--device", "cpu"]
+    assert CliRunner().invoke(app, ["build", str(recipe), *options]).exit_code == 0
+    lines = summary.read_text().splitlines()
+    assert lines[0] == f"## Built: {tiny_recipe.REPOSITORY}"
+    assert [line.split(" | ")[0] for line in lines[4:]] == [
+        f"| {branch.replace('_', chr(92) + '_')}" for branch in tiny_recipe.BRANCHES
+    ]
+    assert re.fullmatch(r"\| main \| \S+ kB \| \d+\.\d{4} \| \S+ \|  \| \d+\.\d \|", lines[4]), lines[4]
+    summary.unlink()
+    recipe.write_text("schema_version: 1\n")
+    assert CliRunner().invoke(app, ["build", str(recipe), *options]).exit_code == 2
+    assert summary.read_text().startswith("## Build\n")
+    assert "| failed |" in summary.read_text()
+
+
+def test_the_branches_of_a_summary_have_the_reasons_below(builds: tiny_recipe.Builds, tmp_path: Path) -> None:
+    recipe_file = RecipeFile.load(builds.built() / "recipe.yaml")
+    (status, *_) = read_status(recipe_file, tiny_recipe.options(builds.built() / "dist"))
+    assert status.receipt is not None
+    record = LoaderRecord(loader="vllm", required=False, status="not run", reason="no | <b>GPU</b>")
+    provenance = status.receipt.provenance.model_copy(update={"loaders": (record,)})
+    failed = replace(status, receipt=status.receipt.model_copy(update={"provenance": provenance}))
+    assert branches_markdown("x", [failed]).endswith("\n\n- vllm not run: no \\| \\<b>GPU\\</b>\n")
 
 
 # Completion

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 from packager.cli.options import Format, terminal_of
-from packager.errors import UsageError
+from packager.errors import PackagerError, UsageError
 
 if TYPE_CHECKING:
-    from packager.pipeline.many_recipes import Outcome
+    from packager.pipeline.many_recipes import Outcome, RecipeResult
     from packager.recipe.file import RecipeFile
     from packager.system.terminal import Terminal
 
@@ -66,6 +66,7 @@ def over_recipes(
     show: "Callable[[Answer, Terminal], None]",
     as_json: Callable[[Answer], Mapping[str, Any]],
     outcome: "Outcome" = "done",
+    show_results: "Callable[[Sequence[RecipeResult]], None]" = lambda _: None,
 ) -> None:
     """Act on each recipe and print the answers.
 
@@ -75,17 +76,24 @@ def over_recipes(
         show: prints an answer as text.
         as_json: returns an answer for machines.
         outcome: the word for a recipe that was acted on.
+        show_results: gets the result of each of several recipes, or that of a single one that failed.
 
     Raises:
         Exit: several recipes, and some failed: with the highest exit code.
     """
     from packager.cli.release_view import print_results, results_json
-    from packager.pipeline.many_recipes import for_each
+    from packager.pipeline.many_recipes import RecipeResult, for_each
     from packager.recipe.file import RecipeFile
 
     terminal, as_text = terminal_of(), chosen.format is Format.text
     if not chosen.several:
-        answer = act(RecipeFile.load(chosen.paths[0], trial=chosen.trial), terminal)
+        (path,) = chosen.paths
+        try:
+            answer = act(RecipeFile.load(path, trial=chosen.trial), terminal)
+        except PackagerError as error:
+            why = str(error).splitlines()[0]
+            show_results([RecipeResult(path=path, outcome="failed", why=why, exit_code=error.exit_code)])
+            raise
         if as_text:
             show(answer, terminal)
         else:
@@ -103,6 +111,7 @@ def over_recipes(
             answers[recipe_file.path] = as_json(answer)
 
     results = for_each(chosen.paths, work, terminal, outcome=outcome, trial=chosen.trial)
+    show_results(results)
     if as_text:
         print_results(results, terminal.out)
     else:

@@ -1,7 +1,6 @@
 """The commands that work on recipes: `plan`, `build`, `verify`, `card`, `status`, `release`."""
 
 import gc
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -124,13 +123,16 @@ def build_command(
     publish refuses them.
     """
     from packager.cli.status_view import print_status
+    from packager.cli.step_summary import add_step_summary, branches_markdown, results_markdown
     from packager.pipeline.flow import build
-    from packager.pipeline.status import status_json
+    from packager.pipeline.status import read_status, status_json
 
     options = options_of(trial_dist(dist, trial or ()), device, cache, gpu_memory)
 
     def act(recipe_file: "RecipeFile", terminal: "Terminal") -> "RecipeFile":
         build(recipe_file, options, terminal, only=only or ())
+        heading = f"Built: {recipe_file.recipe.repository.id}"
+        add_step_summary(lambda: branches_markdown(heading, read_status(recipe_file, options)), terminal.log)
         return recipe_file
 
     over_recipes(
@@ -139,6 +141,7 @@ def build_command(
         show=lambda recipe_file, terminal: print_status(recipe_file, options, terminal.out),
         as_json=lambda recipe_file: status_json(recipe_file, options),
         outcome="built",
+        show_results=lambda results: add_step_summary(lambda: results_markdown("Build", results), terminal_of().log),
     )
 
 
@@ -274,14 +277,15 @@ def release_command(
     `--strict` each of the recipes must be right, and one that this machine cannot build is an error (12).
     """
     from packager.cli.publish_view import print_publish_plan
-    from packager.cli.release_view import add_step_summary, print_results, results_json
+    from packager.cli.release_view import print_results, results_json
     from packager.cli.status_view import print_status
+    from packager.cli.step_summary import add_step_summary, results_markdown
     from packager.pipeline.release import release
 
     terminal, keys, as_json = terminal_of(), signing_keys(sign_key, trusted_key), format is Format.json
 
     def show_results(results: "Sequence[RecipeResult]") -> None:
-        add_step_summary(results, os.environ, terminal.log)
+        add_step_summary(lambda: results_markdown("Release", results), terminal.log)
         if as_json:
             terminal.result({"recipes": results_json(results)})
         else:

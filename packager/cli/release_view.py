@@ -1,6 +1,6 @@
-"""The results of a release run: a line or a table for people, JSON for machines."""
+"""The results of a run over recipes: a line or a table for people, JSON for machines."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,27 +54,3 @@ def results_json(
         }
         for result in results
     ]
-
-
-def results_markdown(results: Sequence["RecipeResult"]) -> str:
-    """Return the results as a table for the summary of a CI job."""
-    from packager.card.markdown import inline  # 20 ms, for a CI job alone
-    from packager.system.text import printable
-
-    lines = ["## Release", "", "| recipe | repository | result | seconds | why |", "| --- | --- | --- | ---: | --- |"]
-    for result in results:
-        seconds = f"{result.seconds:.1f}" if result.seconds else ""
-        cells = (str(result.path), result.repository, result.outcome, seconds, result.why)
-        lines.append(f"| {' | '.join(inline(printable(text)) for text in cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def add_step_summary(results: Sequence["RecipeResult"], environ: Mapping[str, str], log: Callable[[str], None]) -> None:
-    """Append the results to the summary of a GitHub job, if this is one; a file that cannot be written is reported."""
-    if not (name := environ.get("GITHUB_STEP_SUMMARY")):
-        return
-    try:
-        with Path(name).open("a", encoding="utf-8") as stream:
-            stream.write(results_markdown(results))
-    except OSError as error:
-        log(f"the summary of the job cannot be written: {name}: {error.strerror}")

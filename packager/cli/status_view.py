@@ -38,7 +38,7 @@ def print_status(recipe_file: RecipeFile, options: Options, console: Console) ->
         print_line(console, text)
     if running := running_build(recipe_file, options):
         print_line(console, running_line(running, time.time()))
-    for text in dict.fromkeys([*(status.problem for status in statuses if status.problem), *_reasons(statuses)]):
+    for text in dict.fromkeys([*(status.problem for status in statuses if status.problem), *loader_reasons(statuses)]):
         print_line(console, text)
 
 
@@ -80,13 +80,21 @@ def running_line(running: RunningBuild, now: float) -> str:
                      f"(process {running.pid} on {running.host})")  # fmt: skip
 
 
+def branch_cells(status: BranchStatus) -> tuple[str, ...]:
+    """Return a branch, its size, perplexity and KL divergence, its loaders' results and its seconds, as texts."""
+    return (status.branch, *_figures(status), _loaders(status), _seconds(status))
+
+
+def _seconds(status: BranchStatus) -> str:
+    return f"{sum(status.receipt.seconds.values()):.1f}" if status.receipt else ""
+
+
 def _status_table(statuses: Sequence[BranchStatus], *, loaders: bool) -> Table:
     columns = ("Branch", "Size", "Perplexity", "KL", *(["Loaders"] if loaders else []), "Commit", "Seconds")
     table = new_table(columns, numbers=_NUMBERS, folding=_FOLDING)
     for status in statuses:
         cells = [status.branch, *_figures(status), *([_loaders(status)] if loaders else [])]
-        seconds = f"{sum(status.receipt.seconds.values()):.1f}" if status.receipt else ""
-        add_row(table, *cells, _short(status.commit), seconds)
+        add_row(table, *cells, _short(status.commit), _seconds(status))
     return table
 
 
@@ -151,7 +159,7 @@ def _notes(record: LoaderRecord) -> list[str]:
     return [note for note in (used, reason) if note]
 
 
-def _reasons(statuses: Sequence[BranchStatus]) -> list[str]:
+def loader_reasons(statuses: Sequence[BranchStatus]) -> list[str]:
     """Return why loaders did not run or failed, each reason once."""
     found: dict[str, None] = {}
     for status in statuses:

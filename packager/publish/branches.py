@@ -282,7 +282,7 @@ def _moved(plan: BranchPlan, target: Target, error: HeadMovedError) -> HeadMoved
 
 
 def _changes(before: Mapping[str, StoredFile], now: BranchState) -> list[str]:
-    """DescribeCommit the changes that another publisher made to a branch."""
+    """Describe the changes that another publisher made to a branch."""
     author = f" by {now.foreign_author}" if now.foreign_author else ""
     kinds = {name: _change_kind(before.get(name), now.files.get(name)) for name in before.keys() | now.files.keys()}
     changed = [f"{name} was {kinds[name]}" for name in sorted(kinds) if kinds[name]]
