@@ -204,7 +204,7 @@ def _context(
         "unit": numbers.size_unit(
             max(size for each in branches for size in (each.provenance.weights_bytes, *each.contexts))
         ),
-        **_choice(branches, offers, contexts),
+        **_choice(branches, offers, expectations, contexts),
         "examples": facts.examples(here, offers),
         "license_files": tuple(
             Path(name).name for name in (*recipe.card.license.files, *recipe.card.license.base_files)
@@ -216,11 +216,14 @@ def _context(
 
 
 def _choice(
-    branches: Sequence[facts.BranchFacts], offers: Mapping[str, facts.Offer], contexts: Sequence[CachedContext]
+    branches: Sequence[facts.BranchFacts],
+    offers: Mapping[str, facts.Offer],
+    expectations: Mapping[str, Sequence[Verdict]],
+    contexts: Sequence[CachedContext],
 ) -> dict[str, object]:
     """Return what the page says about which branch to take."""
     receipts = [each.provenance for each in branches]
-    served = facts.opens(branches, offers, "vllm")
+    served = facts.opens(branches, expectations, "vllm")
     on_cpu = facts.proven_on_cpu(branches)
     columns = [(context, "") for context in contexts]
     if contexts and 0 < len(served) < len(branches):

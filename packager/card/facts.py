@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
-from packager.card.choice import CachedContext, device_bytes
+from packager.card.choice import CachedContext, cpu_loaders, device_bytes, opened_by
 from packager.card.comparison import Standing, standings
 from packager.card.numbers import PERCENT, measured, measured_percent
 from packager.model.compatibility import Verdict
@@ -301,26 +301,20 @@ def runtimes_of(here: BranchFacts, known: Mapping[str, Offer]) -> Runtimes:
     )
 
 
-def opens(branches: Sequence[BranchFacts], known: Mapping[str, Offer], runtime: str) -> frozenset[str]:
+def opens(
+    branches: Sequence[BranchFacts], expectations: Mapping[str, Sequence[Verdict]], runtime: str
+) -> frozenset[str]:
     """Return the branches that a runtime opens: it passed there, or its checks accept them and it did not run."""
     return frozenset(
         facts.branch
         for facts in branches
-        for status in (facts.record(runtime).status,)
-        if status == "passed" or (status == "not run" and known[runtime].accepts(facts.branch))
+        if opened_by(facts.provenance, expectations.get(facts.branch, ()), runtime).may_be_taken
     )
 
 
 def proven_on_cpu(branches: Sequence[BranchFacts]) -> dict[str, tuple[str, ...]]:
     """Return by branch the loaders that passed on a CPU, for the branches that have one."""
-    found = {
-        facts.branch: tuple(
-            title_of(record.loader)
-            for record in facts.provenance.loaders
-            if record.status == "passed" and record.device == "cpu"
-        )
-        for facts in branches
-    }
+    found = {facts.branch: tuple(map(title_of, cpu_loaders(facts.provenance))) for facts in branches}
     return {branch: names for branch, names in found.items() if names}
 
 

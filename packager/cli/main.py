@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from packager import __version__
+from packager.cli.choosing import choose_command
 from packager.cli.diff_view import diff_command
 from packager.cli.doctor import doctor_command
 from packager.cli.init import init_command
@@ -208,6 +209,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "diff": diff_command,
     "publish": publish_command,
     "verify-published": verify_published_command,
+    "choose": choose_command,
     "rollback": rollback_command,
     "status": status_command,
     "release": release_command,

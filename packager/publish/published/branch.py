@@ -5,49 +5,45 @@ the weights with config.json and the record. The audit checks the headers: a tem
 and the weights files, which are sparse after their headers.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from packager.inputs.describe_in_child import description_by_transformers
 from packager.model.devices import DeviceChoice
-from packager.model.strict_json import most_values_in
 from packager.prove import audit
-from packager.prove.audit.files import MOST_RECORD_VALUES, Listing
+from packager.prove.audit.files import Listing
 from packager.prove.audit.weights import SUFFIX
 from packager.prove.environments import RuntimeContext
 from packager.publish.published.finding import Collector, PublishedFinding
 from packager.publish.published.loaders import check_with_loaders
-from packager.publish.published.reading import Branch, bounded, download, put_header, safe_names
+from packager.publish.published.reading import Branch, bounded, download, put_header
+from packager.publish.published.record import (
+    MAX_DOCUMENT_BYTES,
+    check_place,
+    compare_listing,
+    has_digest,
+    open_branch,
+    read_record,
+)
 from packager.publish.published.signatures import SignedStatement, Trust, check_branch_statement
-from packager.publish.targets import Target, file_name_problem
+from packager.publish.targets import Target
 from packager.receipt import (
     CONFIG,
     INDEX_SUFFIX,
-    PROVENANCE,
     QUANTIZE_CONFIG,
     README,
-    UNLISTED_FILES,
-    FileRecord,
     LoaderRecord,
     Provenance,
 )
 from packager.system.files import sha256_file
 from packager.system.parallel import in_parallel
 from packager.system.scratch import ScratchFolder
-from packager.system.text import format_bytes, shown
-from packager.variant import parsed_branch_name, recorded_act_order
+from packager.system.text import format_bytes
 
-_MAX_FILES = 10_000
-# A 405B model has 4,000 tensors: a header of half a megabyte. Parsed JSON takes many times its size in memory.
-_MAX_DOCUMENT_BYTES = 8_000_000
 _MAX_HEADERS_BYTES = 16_000_000  # of all weights files of a branch
 # Of a branch, without --full. Files without a sha256 on the Hub have less than 10 MB: a tokenizer, texts.
 _MAX_READ_BYTES = 200_000_000
-_MAX_PROBLEMS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,17 +114,13 @@ def verify_branch(
     report = replace(
         report, num_files=len(stored), total_bytes=sum(max(0, file.size_bytes) for file in stored.values())
     )
-    if len(stored) > _MAX_FILES:
-        found.add("files-too-many", "", f"{len(stored):,} files; nothing on this branch was compared")
-        return report, None
-    safe = safe_names(stored, found)
-    branch = Branch(target=target, name=report.branch, commit=report.commit, stored=stored, safe=safe)
-    record = _read_provenance(branch, found)
-    if record is None:
+    branch = open_branch(target, report.branch, report.commit, stored, found)
+    record = read_record(branch, found) if branch else None
+    if branch is None or record is None:
         return report, None
     provenance, sha256 = record
-    _check_place(branch, provenance, found, address_names_repository=depth.address_names_repository)
-    _compare_listing(branch, provenance, found)
+    check_place(branch, provenance, found, address_names_repository=depth.address_names_repository)
+    compare_listing(branch, provenance, found)
     if depth.trust:
         report = replace(report, signed=check_branch_statement(branch, provenance, sha256, depth.trust, found))
     with ScratchFolder("published") as scratch:
@@ -142,57 +134,6 @@ def verify_branch(
             records = check_with_loaders(depth.loaders, depth.device, folder, report.branch, provenance, found, log)
             report = replace(report, loaders=records)
     return report, provenance
-
-
-def _read_provenance(branch: Branch, found: Collector) -> tuple[Provenance, str] | None:
-    """Return the record and the sha256 of its file, read once: a server may send other bytes the next time."""
-    if PROVENANCE not in branch.stored:
-        found.add("provenance-missing", PROVENANCE, "the branch has no record: its files cannot be checked")
-        return None
-    size_bytes = branch.stored[PROVENANCE].size_bytes
-    if size_bytes > _MAX_DOCUMENT_BYTES:
-        found.add("provenance-invalid", PROVENANCE, f"{shown(size_bytes)} bytes are too many for a record")
-        return None
-    data = branch.read(PROVENANCE, _MAX_DOCUMENT_BYTES)
-    if most_values_in(data) > MOST_RECORD_VALUES:
-        found.add("provenance-invalid", PROVENANCE, f"it holds more than {MOST_RECORD_VALUES} values")
-        return None
-    try:
-        return Provenance.model_validate_json(data), hashlib.sha256(data).hexdigest()
-    except ValidationError as error:
-        for problem in error.errors(include_url=False, include_input=False)[:_MAX_PROBLEMS]:
-            place = ".".join(str(part) for part in problem["loc"])
-            found.add("provenance-invalid", f"{PROVENANCE}: {place}" if place else PROVENANCE, problem["msg"])
-    return None
-
-
-def _check_place(branch: Branch, provenance: Provenance, found: Collector, *, address_names_repository: bool) -> None:
-    """Compare the repository, branch and parameters of the record with those of the published branch."""
-    address, place = branch.target.where.replace("\\", "/").rstrip("/").removesuffix(".git"), provenance.place
-    if not address.endswith(f"/{place.repository}"):
-        rule = "repository-differs" if address_names_repository else "address-differs"
-        found.add(rule, PROVENANCE, f"it was built for {shown(place.repository)}, not {address}")
-    if place.revision != branch.name:
-        found.add("branch-differs", PROVENANCE, f"it was built as {shown(place.revision)}, the branch is {branch.name}")
-    used, stated = provenance.parameters, parsed_branch_name(provenance.branch)
-    # Earlier records have no act_order, and a name with static or group in it was the recipe's own.
-    named_by_hand = stated is not None and stated[2] in ("group", "static") and "act_order" not in used
-    if stated and not named_by_hand and stated != (used.get("bits"), used.get("group_size"), recorded_act_order(used)):
-        message = f"its parameters differ from those in the name {provenance.branch}"
-        found.add("branch-differs", f"{PROVENANCE}: parameters", message)
-
-
-def _compare_listing(branch: Branch, provenance: Provenance, found: Collector) -> None:
-    """Compare the names and sizes of the files with the record."""
-    stored, records = branch.stored, provenance.files
-    for name in sorted(stored.keys() - records.keys() - UNLISTED_FILES):
-        found.add("remote-file-unlisted", name, "the record does not list this file")
-    for name in sorted(records.keys() - stored.keys()):
-        found.add("remote-file-missing", name, file_name_problem(name) or "the branch lacks this file of the record")
-    for name in sorted(branch.safe & records.keys()):
-        there, recorded = stored[name].size_bytes, records[name].size_bytes
-        if there != recorded:
-            found.add("remote-file-changed", name, f"{shown(there)} bytes, the record has {shown(recorded)}")
 
 
 def _verify_content(
@@ -236,10 +177,10 @@ def _compare_stated(branch: Branch, provenance: Provenance, found: Collector) ->
         file, record = branch.stored[name], provenance.files[name]
         if file.size_bytes != record.size_bytes:
             continue  # `_compare_listing` has reported it
-        if _is_document(name) and file.size_bytes > _MAX_DOCUMENT_BYTES:
+        if _is_document(name) and file.size_bytes > MAX_DOCUMENT_BYTES:
             found.add("text-damaged", name, f"{file.size_bytes:,} bytes are too many for such a file")
         elif file.sha256 and not _is_document(name):
-            num_stated += _check_digest(name, file.sha256, record, found, "the repository states the sha256")
+            num_stated += has_digest(name, file.sha256, record, found, "the repository states the sha256")
         elif file.size_bytes > left_bytes:
             size = format_bytes(file.size_bytes)
             found.add("digest-unknown", name, f"the repository states no sha256, and {size} more are not read")
@@ -247,12 +188,6 @@ def _compare_stated(branch: Branch, provenance: Provenance, found: Collector) ->
             left_bytes -= file.size_bytes
             wanted.append(name)
     return num_stated, wanted
-
-
-def _check_digest(name: str, sha256: str, record: FileRecord, found: Collector, what: str) -> bool:
-    if sha256 != record.sha256:
-        found.add("remote-file-changed", name, f"{what} {sha256}, the record has {shown(record.sha256)}")
-    return sha256 == record.sha256
 
 
 def _is_document(name: str) -> bool:
@@ -268,7 +203,7 @@ def _compare_read(branch: Branch, provenance: Provenance, folder: Path, names: S
     listed = [name for name in names if name in records and branch.stored[name].size_bytes == records[name].size_bytes]
     digests = in_parallel(lambda name: sha256_file(folder / name), listed)
     equal = [
-        _check_digest(name, digest, records[name], found, "its content has the sha256")
+        has_digest(name, digest, records[name], found, "its content has the sha256")
         for name, digest in zip(listed, digests, strict=True)
     ]
     return sum(equal)
