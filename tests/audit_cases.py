@@ -206,6 +206,7 @@ CASES = [
     case("linear-shape", lambda folder: declare(folder, bits=8), complete=False),
     tensors("linear-shape", lambda found: found.update({f"{Q}.qzeros": found[f"{Q}.qzeros"][:1].copy()})),
     tensors("linear-shape", lambda found: found.update({f"{Q}.qweight": np.zeros((0, 64), np.int32)})),
+    case("group-ragged", lambda _: None, checkpoint=Checkpoint(bits=3, group_size=40, sym=False, desc_act=True)),
     tensors("tensor-missing", lambda found: found.pop("model.norm.weight")),
     tensors(
         "tensor-unexpected",
@@ -232,6 +233,8 @@ CASES = [
     tensors("scale-not-finite", assign(f"{Q}.scales", (1, 1), np.inf)),
     tensors("scale-not-finite", assign(f"{Q}.scales", (1, 1), np.nan)),
     tensors("scale-negative", assign(f"{Q}.scales", (1, 1), -0.01), checkpoint=ASYMMETRIC),
+    tensors("scale-overflow", assign(f"{Q}.scales", (1, 1), 8190)),
+    tensors("scale-overflow", assign(f"{Q}.scales", (1, 1), 4370), checkpoint=ASYMMETRIC),
     tensors("scale-zero", assign(f"{Q}.scales", (1, 1), 0)),
     tensors("g-idx-range", assign(f"{Q}.g_idx", 3, 2)),
     tensors("g-idx-range", assign(f"{Q}.g_idx", 3, -1), checkpoint=ACT_ORDER),

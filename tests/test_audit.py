@@ -29,7 +29,9 @@ from tests.known_models import describe_known, known_architecture
 from tests.samples import sampled
 
 # Codes that need more than a change to a file; each has its own test below.
-CODES_TESTED_ALONE = {"folder-missing", "file-unreadable", "folder-overfull"}
+CODES_TESTED_ALONE = {"folder-missing", "folder-not-a-model", "file-unreadable", "folder-overfull"}
+# Of a repository elsewhere: test_audit_published.py.
+CODES_TESTED_ALONE |= {"file-name", "file-unhashed", "header-too-large", "weights-unread"}
 
 
 # As a foreign folder, whose model is described from its config.json; here without transformers.
@@ -46,7 +48,7 @@ def codes(report: AuditReport) -> set[str]:
         Checkpoint(),
         Checkpoint(bits=2, group_size=-1),
         Checkpoint(bits=3),
-        Checkpoint(bits=3, group_size=40, sym=False, desc_act=True),
+        Checkpoint(bits=3, group_size=16, sym=False, desc_act=True),
         Checkpoint(bits=8, desc_act=True),
         Checkpoint(desc_act=False, static_groups=True),
         Checkpoint(desc_act=True, static_groups=True),  # static order as earlier versions declared it
@@ -180,13 +182,30 @@ def test_a_missing_folder_is_a_finding(tmp_path: Path) -> None:
     assert codes(audit(tmp_path / "file")) == {"folder-missing"}
 
 
-def test_an_empty_folder_lists_all_that_is_missing(tmp_path: Path) -> None:
+def test_a_folder_with_a_config_alone_lists_all_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mystery", "torch_dtype": "float16"}')
     report = audit(tmp_path)
-    assert codes(report) == {"file-missing", "weights-missing"}
-    assert {finding.where for finding in report.findings} == {
-        ".", "config.json", "quantize_config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json",
-        "README.md", "provenance.json",
+    assert codes(report) == {
+        "file-missing", "weights-missing", "quantization-config-missing", "architecture-unknown",
     }  # fmt: skip
+    missing = next(found for found in report.findings if found.code == "file-missing" and "README.md" in found.where)
+    assert missing.message == "there is no README.md: the model card"
+    assert {finding.where for finding in report.findings if finding.code == "file-missing"} == {
+        "quantize_config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "README.md",
+        "provenance.json",
+    }  # fmt: skip
+
+
+def test_a_folder_that_is_no_model_is_refused_before_anything_in_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Checkpoint().write(tmp_path / "models" / "branch")
+    (tmp_path / "models" / "notes.md").write_text(f"token {TOKEN}")
+    monkeypatch.setattr("packager.prove.audit.list_folder", None)
+    for folder, message in ((tmp_path, ""), (tmp_path / "models", '; there is one in "branch"')):
+        (finding,) = audit(folder).findings
+        assert (finding.code, finding.severity) == ("folder-not-a-model", "error")
+        assert finding.message == f"there is neither config.json nor a weights file{message}"
 
 
 def test_an_unreadable_file_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ TERMINAL = {
     "packager/cli/recipe_commands.py",
     "packager/cli/step_summary.py",
     "packager/cli/signing.py",
+    "packager/cli/auditing.py",
     "packager/cli/consent.py",
     "packager/cli/signals.py",
     "packager/system/terminal.py",

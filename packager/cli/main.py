@@ -7,19 +7,19 @@ imports what it needs in its body: `--help` imports nothing heavier than typer.
 import os
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from packager import __version__
+from packager.cli.auditing import audit_command
 from packager.cli.choosing import choose_command
 from packager.cli.diff_view import diff_command
 from packager.cli.doctor import doctor_command
 from packager.cli.init import init_command
 from packager.cli.locking import lock_command
-from packager.cli.options import Format, FormatOption, terminal_of
+from packager.cli.options import terminal_of
 from packager.cli.publishing import publish_command, rollback_command, verify_published_command
 from packager.cli.recipe_commands import (
     build_command,
@@ -33,7 +33,7 @@ from packager.cli.schema_command import schema_command
 from packager.cli.signals import end_command, raise_on_signals
 from packager.cli.usage import UsageMistake, usage_error
 from packager.cli.voice import begin, report, spoken
-from packager.errors import PATH_REFUSALS, AuditError, PackagerError, path_refusal
+from packager.errors import PATH_REFUSALS, PackagerError, path_refusal
 from packager.inputs.hub_endpoint import require_endpoint
 
 # pydantic's search for plugins reads the metadata of every installed package: 25 of 500 ms of `plan`, for no plugin.
@@ -159,43 +159,6 @@ def top(
     verifies the variants and writes their model cards, `publish` makes the branches; `release` builds and publishes.
     Every command can be interrupted and run again.
     """
-
-
-def audit_command(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR",
-            help="A GPTQ checkpoint folder, made by any program.",
-            exists=True,
-            file_okay=False,
-            readable=False,
-        ),
-    ],
-    weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Do not require README.md and provenance.json.")
-    ] = False,
-    format: FormatOption = Format.text,  # noqa: A002
-) -> None:
-    """Check a GPTQ folder for everything that runtimes refuse.
-
-    It reads the headers of the weights and the small tensors, and hashes the files that provenance.json lists. A branch
-    of packager describes its model; the tensors of any other folder are compared with what transformers builds from
-    its config.json, if the build extra is installed. Exits with 0 if there is no error (there may be warnings), with 7
-    if there is one.
-    """
-    from packager.cli.audit_view import audit_json, print_audit
-    from packager.inputs.describe_in_child import description_by_transformers
-    from packager.prove.audit import audit
-
-    terminal = terminal_of()
-    report = audit(folder, complete=not weights_only, describe=description_by_transformers())
-    if format is Format.json:
-        terminal.result(audit_json(report))
-    else:
-        print_audit(report, terminal.out)
-    if not report.passed:
-        raise typer.Exit(AuditError.exit_code)
 
 
 _COMMANDS: Mapping[str, Callable[..., None]] = {

@@ -4,9 +4,11 @@ Links are followed only inside the folder, or from a snapshot of the Hub's cache
 the top belong to the tools that fetched the folder and are ignored.
 """
 
+import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from packager.model.contract_files import CONTENT_RULES
@@ -38,6 +40,11 @@ CARD_FILES: Mapping[str, str] = {
     PROVENANCE: "it records the inputs and the files of the build",
 }
 
+WEIGHTS_SUFFIX = ".safetensors"
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".pkl", ".h5", ".msgpack")
+_WEIGHTS_SUFFIXES = (WEIGHTS_SUFFIX, INDEX_SUFFIX, *OTHER_WEIGHTS)
+_MODEL_FILES = frozenset({CONFIG, QUANTIZE_CONFIG, PROVENANCE})
+_MOST_FOLDERS, _MOST_NAMED = 1000, 3
 _FETCHERS_FOLDERS = (".git", ".cache")
 _OBJECT_FILES = frozenset({*REQUIRED_FILES, PROVENANCE, TOKENIZER, "special_tokens_map.json"})
 # Documents whose content is used by several checks; others are parsed once more where they are needed.
@@ -73,11 +80,14 @@ class Listing:
         folder: the folder.
         sizes: bytes of every file that may be read.
         unread: names that exist but are not followed or not readable; already reported.
+        stated: of files whose content is not, or not whole, in the folder, the sha256 that a repository states; "" if
+            it states none.
     """
 
     folder: Path
     sizes: Mapping[str, int]
     unread: frozenset[str]
+    stated: Mapping[str, str] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         """Return whether the name exists, readable or not."""
@@ -90,6 +100,31 @@ class Listing:
     def top_level(self, suffix: str) -> list[str]:
         """Return the names directly in the folder that end in `suffix`, in any case of letters."""
         return [name for name in self.sizes if "/" not in name and name.lower().endswith(suffix)]
+
+
+def is_of_model(name: str) -> bool:
+    """Return whether a file of this name makes a folder one that may be a model's."""
+    return name in _MODEL_FILES or name.lower().endswith(_WEIGHTS_SUFFIXES)
+
+
+def model_problem(folder: Path) -> str:
+    """Return why a folder is certainly not that of a model, or "": it has neither config.json nor weights.
+
+    Only names are read, and of folders inside at most 1,000: the folder may be a home or a whole disk.
+    """
+    inside: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in islice(entries, _MOST_FILES):
+                if is_of_model(entry.name):
+                    return ""
+                if len(inside) < _MOST_FOLDERS and entry.is_dir(follow_symlinks=False):
+                    inside.append(entry.name)
+        models = [name for name in sorted(inside) if (folder / name / CONFIG).is_file()][:_MOST_NAMED]
+    except OSError as error:
+        return f"the folder cannot be read: {error.strerror or error}"
+    named = f"; there is one in {', '.join(map(shown, models))}" if models else ""
+    return f"there is neither {CONFIG} nor a weights file{named}"
 
 
 def list_folder(folder: Path, findings: Findings) -> Listing:

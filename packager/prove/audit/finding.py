@@ -4,7 +4,7 @@ A code is stable: scripts and CI filter on it. Its severity and its hint live he
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,6 +62,16 @@ class Findings:
             return
         self._places.setdefault((code, printable(message)), {})[printable(where)] = None
 
+    def has(self, code: str) -> bool:
+        """Return whether anything was reported under `code`."""
+        return code in self._counts
+
+    def take(self, findings: Iterable[Finding]) -> None:
+        """Report findings of another audit."""
+        for finding in findings:
+            for where in (finding.where, *finding.also):
+                self.add(finding.code, where, finding.message)
+
     def collected(self) -> tuple[Finding, ...]:
         """Return everything reported so far."""
         found = [_finding(code, message, tuple(places)) for (code, message), places in self._places.items()]
@@ -93,14 +103,17 @@ _FROM_BASE = "copy it from the base model"
 AUDIT_RULES: Mapping[str, Rule] = {
     # The folder
     "folder-missing": _error("give the folder that holds one branch"),
+    "folder-not-a-model": _error("give the folder that holds config.json and the weights; nothing here was read"),
     "folder-overfull": _error("give the folder that holds one branch and nothing else"),
     "leftover-file": _error("delete it: a killed run left it behind"),
     "link-leaves-folder": _error("replace the link by the file itself; its content was not checked"),
     "not-a-regular-file": _error("delete it: only regular files can be published"),
+    "file-name": _error("rename it: the name leads out of the folder, or does not survive a clone"),
     "file-unreadable": _error("make it readable, or copy it again"),
     "empty-file": _error(_COPY_AGAIN),
     "lfs-pointer": _error("install git-lfs (https://git-lfs.com) and run `git lfs install` and `git lfs pull` there"),
     "file-missing": _error("add the file: every branch has it"),
+    "file-unhashed": _warning("run with --full, which reads everything; the repository states no sha256"),
     "json-damaged": _error("write it as UTF-8 JSON, or copy it again"),
     "text-damaged": _error("write it as UTF-8 text of a normal size, or copy it again"),
     # The weights set
@@ -115,6 +128,8 @@ AUDIT_RULES: Mapping[str, Rule] = {
     "index-total-size": _warning("metadata.total_size is the sum of the tensors' bytes"),
     "tensor-duplicate": _error("keep each tensor in one shard"),
     "safetensors-damaged": _error(_COPY_AGAIN),
+    "header-too-large": _error("no model has such a header: " + _COPY_AGAIN),
+    "weights-unread": _warning("run with --full, which downloads every file"),
     "safetensors-metadata": _error('write the file with metadata {"format": "pt"}: transformers refuses it without'),
     # config.json and quantize_config.json
     "config-value": _error("copy it from the base model's config.json"),
@@ -143,6 +158,7 @@ AUDIT_RULES: Mapping[str, Rule] = {
     "linear-shape": _error(
         "the declared bits and group_size are not those of the weights, or the file was packed wrongly"
     ),
+    "group-ragged": _warning("vLLM, SGLang and ExLlama refuse it: take a group_size that divides in_features"),
     "tensor-missing": _error(_FROM_BASE),
     "tensor-unexpected": _warning("leave it out: strict loaders refuse tensors that they do not know"),
     "tensor-shape": _error("config.json and the weights belong to different models"),
@@ -159,6 +175,7 @@ AUDIT_RULES: Mapping[str, Rule] = {
     "zeros-range": _error("v1 stores zero-1 and cannot hold a zero of 0: loaders read this value in different ways"),
     "scale-not-finite": _error(_PACK_AGAIN),
     "scale-negative": _error(_PACK_AGAIN),
+    "scale-overflow": _warning("runtimes that compute in float16 get infinity: compare with the base model"),
     "scale-zero": _warning("every weight of such a group is 0: correct only if the base model's weights are 0 too"),
     "g-idx-range": _error(_PACK_AGAIN),
     "g-idx-order": _error("declare desc_act true, or build this branch again"),

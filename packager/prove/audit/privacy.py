@@ -67,13 +67,19 @@ def check_privacy(
         base = name.rpartition("/")[2]
         if not complete and name in (README, PROVENANCE):
             continue
-        if "." in base and not base.lower().endswith(_TEXT_SUFFIXES):
+        if not is_text(name):
             continue
         for searched in _searched(listing, name, documents):
             _search(searched, findings, vocabulary=base in _VOCABULARIES)
             if private and base not in _VOCABULARIES:
                 for place in dict.fromkeys(searched.place(match.start()) for match in private.finditer(searched.text)):
                     findings.add("host-name", place, "it names this machine or its user")
+
+
+def is_text(name: str) -> bool:
+    """Return whether a file of this name is searched: a text, or a file without a suffix, such as LICENSE."""
+    base = name.rpartition("/")[2].lower()
+    return "." not in base or base.endswith(_TEXT_SUFFIXES)
 
 
 class _Key(NamedTuple):

@@ -56,6 +56,8 @@ def _check_files(listing: Listing, records: Mapping[str, FileRecord], findings: 
     for name, record in sorted(records.items()):
         if not listing.has(name):
             findings.add("provenance-file-missing", name, "provenance.json lists this file, the folder lacks it")
+        elif listing.stated.get(name) == "":
+            findings.add("file-unhashed", name, "only a part of the file was read")
         elif name in listing.sizes and (problem := _file_problem(listing, name, record)):
             findings.add("provenance-file-changed", name, problem)
 
@@ -64,7 +66,7 @@ def _file_problem(listing: Listing, name: str, record: FileRecord) -> str:
     if listing.sizes[name] != record.size_bytes:
         return f"it has {listing.sizes[name]} bytes, provenance.json has {record.size_bytes}"
     try:
-        digest = sha256_file(listing.path(name))
+        digest = listing.stated.get(name) or sha256_file(listing.path(name))
     except OSError as error:
         return f"it cannot be read: {error}"
     return "" if digest == record.sha256 else f"its sha256 is {digest}, provenance.json has {shown(record.sha256)}"

@@ -279,6 +279,8 @@ def _check_shapes(spec: LinearSpec, parts: Parts, layout: _Layout, findings: Fin
     if wrong:
         findings.add("linear-shape", spec.name, f"{sizes}: {'; '.join(wrong)}")
         return None
+    if group_size != -1 and (ragged := spec.in_features % group_size):
+        findings.add("group-ragged", spec.name, f"the last group has {ragged} of {group_size} columns")
     return Linear(
         name=spec.name,
         parts=parts,

@@ -29,6 +29,7 @@ _CHUNK_BYTES = 1 << 20
 _NUMPY_DTYPES = {"I32": "<i4", "F16": "<u2"}
 # IEEE 754 half precision as integers: numpy's own float16 arithmetic is an order of magnitude slower.
 _SIGN, _EXPONENT, _MAGNITUDE = 0x8000, 0x7C00, 0x7FFF
+_MAX_HALF = 65504
 
 
 def unpack_rows(words: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.uint8]:
@@ -153,6 +154,11 @@ def _check_scales(linear: Linear, files: OpenFiles, declared: Declared, findings
             findings.add("scale-negative", linear.name, "some scales are negative, and sym is declared false")
         if (patterns & _MAGNITUDE == 0).any():
             findings.add("scale-zero", linear.name, "some scales are 0")
+        # The largest distance of a code from its zero: 2^(bits-1) on a symmetric grid, else at most 2^bits - 1.
+        distance = 1 << (linear.bits - 1) if declared.sym else (1 << linear.bits) - 1
+        finite = (patterns & _MAGNITUDE)[~_is_special(patterns)]
+        if finite.size and distance * float(finite.max().astype(np.uint16).view(np.float16)) > _MAX_HALF:
+            findings.add("scale-overflow", linear.name, f"a scale times {distance} is beyond float16")
 
 
 def _check_bias(linear: Linear, files: OpenFiles, findings: Findings) -> None:

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 from packager.errors import SourceError
 from packager.model.safetensors_file import METADATA, StoredTensor, read_header, tensors_at
-from packager.prove.audit.files import JsonObject, Listing, as_object
+from packager.prove.audit.files import OTHER_WEIGHTS, WEIGHTS_SUFFIX, JsonObject, Listing, as_object
 from packager.prove.audit.finding import Findings
 from packager.receipt import INDEX_SUFFIX
 from packager.system.text import shown
 
-SUFFIX = ".safetensors"
+SUFFIX = WEIGHTS_SUFFIX
 DEFAULT_STEM = "model"
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".pkl", ".h5", ".msgpack")
 _MOST_TENSORS = 400_000
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors\Z")
 
@@ -99,7 +98,7 @@ def _choose(listing: Listing, weight_map: Mapping[str, str] | None, findings: Fi
 def _check_strays(listing: Listing, chosen: set[str], findings: Findings) -> None:
     for name in listing.sizes:
         lower = name.lower()
-        if name in chosen or not lower.endswith((SUFFIX, INDEX_SUFFIX, *_OTHER_WEIGHTS)):
+        if name in chosen or not lower.endswith((SUFFIX, INDEX_SUFFIX, *OTHER_WEIGHTS)):
             continue
         findings.add("weights-stray", name, "a weights file that is not part of the branch's one weights set")
 

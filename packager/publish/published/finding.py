@@ -27,7 +27,6 @@ PUBLISHED_RULES: Mapping[str, Rule] = {
     **audit.AUDIT_RULES,
     "branch-unreadable": _rule("run again later; if the error remains, the repository has lost files that it lists"),
     "files-too-many": _rule("packager did not publish this branch: restrict the run with --branch"),
-    "file-name": _rule("remove the file: its name leads out of the download folder, or does not survive a clone"),
     "provenance-missing": _rule("publish the branch with packager, or name the other branches with --branch"),
     "repository-differs": _rule("publish from the recipe of this repository; after a renaming, publish again"),
     "address-differs": _warning("a git remote may have any address: check that this is the right one"),
@@ -38,7 +37,6 @@ PUBLISHED_RULES: Mapping[str, Rule] = {
     "remote-file-unlisted": _rule("packager did not publish this file: remove it, or " + _AGAIN),
     "remote-file-changed": _rule(_AGAIN),
     "digest-unknown": _rule("run with --full, which reads everything"),
-    "header-too-large": _rule("no model has such a header: " + _AGAIN),
     "loader-failed": _rule(
         "the loader's users get an error or wrong output: put the branch back with packager rollback"
     ),

@@ -5,16 +5,24 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
-from packager.errors import MachineError
-from packager.publish.published.finding import Collector
+from packager.errors import MachineError, PublishError
 from packager.publish.targets import LARGE_BYTES, StoredFile, Target, file_name_problem
 from packager.system.files import disk_errors
 from packager.system.parallel import in_parallel
 from packager.system.text import format_bytes, printable, shown
 
+MAX_FILES = 10_000
 _HUGE_BYTES = 1 << 63
 _MAX_WEIGHTS_BYTES = 1 << 43  # of one file: what file systems can have as a hole, ext4 included
+
+
+class Reports(Protocol):
+    """Collects findings: those of the audit, or those of a published repository, which have its codes too."""
+
+    def add(self, code: str, where: str, message: str, /) -> None:
+        """Report `message` on a file under `code`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +41,25 @@ class Branch:
             return b""  # HTTP has no empty range and answers with an error
         return self.target.read_bytes(self.commit, name, size=size)[:size]
 
+    def read_part(self, name: str, start: int, size: int) -> bytes:
+        """Return `size` bytes of a file from `start` on.
+
+        Raises:
+            PublishError: the repository sends fewer.
+        """
+        data = self.target.read_bytes(self.commit, name, start=start, size=size) if size else b""
+        if len(data) != size:
+            what = f"{len(data)} bytes came of {name} where {size} were asked for"
+            raise PublishError(what, where=self.target.where, why=f"from byte {start} on")
+        return data
+
 
 def bounded(file: StoredFile) -> StoredFile:
     """Return a file with a limited size: a pointer of git-lfs may state a size of 800 digits."""
     return replace(file, size_bytes=min(file.size_bytes, _HUGE_BYTES))
 
 
-def safe_names(stored: Mapping[str, StoredFile], found: Collector) -> frozenset[str]:
+def safe_names(stored: Mapping[str, StoredFile], found: Reports) -> frozenset[str]:
     """Return the ordinary files whose names are safe to write to disk; report the others."""
     safe = set()
     for name, file in sorted(stored.items()):
@@ -55,7 +75,7 @@ def safe_names(stored: Mapping[str, StoredFile], found: Collector) -> frozenset[
 
 
 def download(
-    branch: Branch, names: Sequence[str], folder: Path, found: Collector, log: Callable[[str], None]
+    branch: Branch, names: Sequence[str], folder: Path, found: Reports, log: Callable[[str], None]
 ) -> list[str]:
     """Write files of the branch into `folder`; return the names of those that were written.
 
@@ -85,7 +105,7 @@ def download(
     return [name for name in names if not problems[name]]
 
 
-def put_header(branch: Branch, name: str, folder: Path, left_bytes: int, found: Collector) -> int | None:
+def put_header(branch: Branch, name: str, folder: Path, left_bytes: int, found: Reports) -> int | None:
     """Write a weights file up to the end of its header, sparse after it; return the number of bytes read.
 
     Returns None after reporting a file that cannot be checked. Bytes that are no header are written, too: the audit

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from packager.model.strict_json import most_values_in
 from packager.prove.audit.files import MOST_RECORD_VALUES
 from packager.publish.published.finding import Collector
-from packager.publish.published.reading import Branch, safe_names
+from packager.publish.published.reading import MAX_FILES, Branch, safe_names
 from packager.publish.targets import StoredFile, Target, file_name_problem
 from packager.receipt import PROVENANCE, UNLISTED_FILES, FileRecord, Provenance
 from packager.system.text import shown
@@ -16,7 +16,6 @@ from packager.variant import parsed_branch_name, recorded_act_order
 
 # A 405B model has 4,000 tensors: a header of half a megabyte. Parsed JSON takes many times its size in memory.
 MAX_DOCUMENT_BYTES = 8_000_000
-_MAX_FILES = 10_000
 _MAX_PROBLEMS = 5
 
 
@@ -24,7 +23,7 @@ def open_branch(
     target: Target, name: str, commit: str, stored: Mapping[str, StoredFile], found: Collector
 ) -> Branch | None:
     """Return a branch with the names that are safe to write; report the others, and a branch of too many files."""
-    if len(stored) > _MAX_FILES:
+    if len(stored) > MAX_FILES:
         found.add("files-too-many", "", f"{len(stored):,} files; nothing on this branch was compared")
         return None
     return Branch(target=target, name=name, commit=commit, stored=stored, safe=safe_names(stored, found))

@@ -56,6 +56,11 @@ def by_attributes(git: GitProcess, files: Mapping[str, LocalFile] | Mapping[str,
     return {name for name, value in zip(answers[0::3], answers[2::3], strict=False) if value == "lfs"}
 
 
+def is_pointer(data: bytes) -> bool:
+    """Return whether a small file's content is a pointer."""
+    return _POINTER.fullmatch(data) is not None
+
+
 def pointer(sha256: str, size_bytes: int) -> bytes:
     """Return the pointer that a tree has instead of a file."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size_bytes}\n".encode()

@@ -3,6 +3,7 @@
 import base64
 import email.utils
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from http import HTTPStatus
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from packager import __version__
-from packager.inputs.hub_session import open_session
+from packager.inputs.hub_session import AnswerError, open_session
 from packager.publish.targets import StoredFile
 from packager.publish.targets.hub_answers import LIBRARY, api_url, commit_id, hub_headers, json_of
 
@@ -32,25 +33,40 @@ def hub_api() -> "HfApi":
     return HfApi(library_name=LIBRARY, library_version=__version__)
 
 
-def read_content(repository_id: str, commit: str, name: str, headers: Mapping[str, str]) -> Iterator[bytes]:
+def read_content(
+    repository_id: str, commit: str, name: str, *, start: int = 0, size: int | None = None
+) -> Iterator[bytes]:
     """Yield a file's content as it arrives.
 
     Args:
         repository_id: namespace/name.
         commit: 40 hex digits.
         name: the file's.
-        headers: more headers, e.g. Range.
+        start: ask for the part from this byte on.
+        size: ask for so many bytes, at least one; a server without ranges sends more.
+
+    Raises:
+        AnswerError: the answer does not begin with byte `start`.
     """
     from huggingface_hub import get_session
     from huggingface_hub.utils import hf_raise_for_status
 
     url = f"{hub_api().endpoint}/{repository_id}/resolve/{quote(commit, safe='')}/{quote(name)}"
-    sent = {**hub_headers(), **headers}
+    end = "" if size is None else str(start + size - 1)
+    sent = {**hub_headers(), **({"Range": f"bytes={start}-{end}"} if start or size is not None else {})}
     with get_session().stream("GET", url, headers=sent, follow_redirects=True) as response:
         if response.is_error:
             response.read()
         hf_raise_for_status(response)
+        if start and not _begins_with(response, start):
+            raise AnswerError("the server does not send the part of the file that was asked for")
         yield from response.iter_bytes(_CHUNK_BYTES)
+
+
+def _begins_with(response: "Response", start: int) -> bool:
+    """Return whether an answer is the part of a file that begins with a byte, by its headers."""
+    stated = re.match(r"bytes (\d{1,20})-", response.headers.get("Content-Range", ""))
+    return response.status_code == HTTPStatus.PARTIAL_CONTENT and stated is not None and int(stated[1]) == start
 
 
 def stored_operation(name: str, file: StoredFile, content: bytes) -> Mapping[str, Any]:

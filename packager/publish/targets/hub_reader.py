@@ -114,13 +114,10 @@ class HubReader:
         """Return a file's content, or a part of it by a ranged request."""
         if size == 0:
             return b""  # HTTP has no empty range
-        with_range = start > 0 or size is not None
-        end = "" if size is None else str(start + size - 1)
-        headers = {"Range": f"bytes={start}-{end}"} if with_range else {}
 
         def read() -> bytes:
             parts: list[bytes] = []
-            for chunk in read_content(self._id, commit, name, headers):
+            for chunk in read_content(self._id, commit, name, start=start, size=size):
                 parts.append(chunk)
                 if size is not None and sum(map(len, parts)) > size:
                     break  # a server without ranges sends the whole file
@@ -146,7 +143,7 @@ class HubReader:
 
         def download() -> None:
             with atomic_file(path) as stream:
-                for chunk in read_content(self._id, commit, name, {}):
+                for chunk in read_content(self._id, commit, name):
                     stream.write(chunk)
 
         self._retry.call(f"downloading {name}", download)

@@ -1,0 +1,63 @@
+"""Addresses that name one branch: hub:namespace/name@BRANCH, a git URL with @BRANCH, a page of the Hub."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+from packager.errors import UsageError
+from packager.system.text import shown_address
+from packager.variant import MAIN
+
+_HUB = "hub:"
+_HUB_URL = "https://huggingface.co"
+# The part before the @ of the branch: git@host:path, and ssh://git@host/path, have one of their own.
+_REMOTE = re.compile(
+    r"(?P<repository>(?:hub:|[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@]*@)?|[\w.-]+@[\w.-]+:)[^@]*)(?:@(?P<branch>.*))?\Z",
+    re.DOTALL,
+)
+_PAGE = re.compile(r"/(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:\.git|/tree/(?P<branch>.+?))?/?\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchAddress:
+    """A repository's address, as `resolve_target` takes it, and the name of one of its branches."""
+
+    repository: str
+    branch: str
+
+
+def branch_address(text: str, environ: Mapping[str, str]) -> BranchAddress | None:
+    """Return the repository and branch that a text names, None if it names no repository elsewhere.
+
+    Args:
+        text: hub:namespace/name, a URL, or user@host:path, each with @BRANCH if it is not main; or the address of a
+            model's page on the Hub, as a browser shows it.
+        environ: HF_ENDPOINT is the address of another Hub.
+
+    Raises:
+        UsageError: the branch after @ is empty, or the page names another branch.
+    """
+    found = _REMOTE.match(text)
+    if found is None:
+        return None
+    repository, branch = found["repository"], found["branch"]
+    if branch == "":
+        raise UsageError("the branch after @ is empty", where=shown_address(text), hint=f"leave out the @ for {MAIN}")
+    if page := _page(repository, environ.get("HF_ENDPOINT") or _HUB_URL):
+        repository = f"{_HUB}{page['id']}"
+        shown = unquote(page["branch"]) if page["branch"] else None
+        if branch and shown and branch != shown:
+            raise UsageError(f"the page is that of {shown}, not of {branch}", where=shown_address(text))
+        branch = branch or shown
+    return BranchAddress(repository=repository, branch=branch or MAIN)
+
+
+def _page(url: str, hub: str) -> re.Match[str] | None:
+    """Return the parts of a model's page if a URL is one of the Hub's."""
+    if "://" not in url:
+        return None
+    base, parts = urlsplit(hub.rstrip("/")), urlsplit(url)
+    if (parts.scheme, parts.netloc) != (base.scheme, base.netloc) or not parts.path.startswith(base.path):
+        return None
+    return _PAGE.fullmatch(parts.path.removeprefix(base.path))
