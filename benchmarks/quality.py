@@ -223,7 +223,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     return Settings(
         recipe=given.recipe,
         seeds=tuple(int(seed) for seed in given.seeds.split(",")),
-        permutations=tuple(_permutation(parser, text) for text in given.permutations.split(",")),
+        permutations=tuple(permutation_of(parser, text) for text in given.permutations.split(",")),
         ours=dict(_own(parser, text) for text in given.ours or OURS),
         peers=peers_of(parser, given.peers),
         paths=engine_paths(parser, given),
@@ -237,7 +237,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     )
 
 
-def _permutation(parser: argparse.ArgumentParser, text: str) -> Permutation:
+def permutation_of(parser: argparse.ArgumentParser, text: str) -> Permutation:
     """Return the group size and the act order of a permutation such as "64:static"."""
     size, _, name = text.partition(":")
     act_order: ActOrder | None = next((known for known in get_args(ActOrder) if known == (name or "none")), None)

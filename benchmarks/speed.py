@@ -42,11 +42,18 @@ from packager.inputs.texts import prepare
 from packager.model.describe import describe
 from packager.recipe.file import RecipeFile
 from packager.system.files import write_atomic
+from packager.variant import ScaleSearch
 
 # Every engine quantizes this model first, unmeasured: that compiles kernels and loads libraries.
 SMALL = Shape(hidden=512, intermediate=1024, heads=4, kv_heads=4, layers=2, vocab=1024)
 FASTEST, DEFAULTS = "fastest", "defaults"
-ONE, FOUR, PLAIN = "recipe-one.yaml", "recipe.yaml", "plain-"
+ONE, FOUR = "recipe-one.yaml", "recipe.yaml"
+# What scale_search can be: the beginning of its recipes' names, and what its rows in the table are called.
+SEARCHES: dict[ScaleSearch, tuple[str, str]] = {
+    True: ("", ""),
+    "signed": ("signed-", ", signed"),
+    False: ("plain-", ", plain"),
+}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -61,7 +68,7 @@ class Settings:
     batch_size: int
     peer_settings: tuple[str, ...]
     desc_act: bool
-    searches: tuple[bool, ...]
+    searches: tuple[ScaleSearch, ...]
     full: bool
     gpu_memory_bytes: int | None
     from_page_cache: bool
@@ -124,12 +131,13 @@ def _run_all(settings: Settings, model: Path, small: Path | None) -> Iterator[Ro
         for recipe, variants in ((ONE, 1), (FOUR, 4)):
             if settings.full and recipe == ONE:
                 continue
+            prefix, title = SEARCHES[search]
             yield Row(
-                title=f"ours, {variants} at once{'' if search else ', plain'}",
+                title=f"ours, {variants} at once{title}",
                 variants=variants,
                 layers=layers,
                 ours=True,
-                outcome=_run_ours(settings, recipe if search else f"{PLAIN}{recipe}", model, small),
+                outcome=_run_ours(settings, f"{prefix}{recipe}", model, small),
             )
     for engine in settings.peers:
         outcomes = _run_peer(settings, engine, model, small)
@@ -202,10 +210,10 @@ def _make(spec: ModelSpec, folder: Path, settings: Settings, console: Console) -
     four = recipe_of(spec)
     one = {**four, "variants": [{"branch": "main", "group_size": 128, "desc_act": settings.desc_act}]}
     described = describe(folder / "model", None)
-    write_recipe(folder / ONE, one, described)
     for name, recipe in ((ONE, one), (FOUR, four)):
-        plain = {**recipe, "defaults": {**recipe["defaults"], "scale_search": False}}
-        write_recipe(folder / f"{PLAIN}{name}", plain, described)
+        for search, (prefix, _) in SEARCHES.items():
+            searched = {**recipe, "defaults": {**recipe["defaults"], "scale_search": search}}
+            write_recipe(folder / f"{prefix}{name}", searched, described)
     if settings.peers:
         recipe_file = RecipeFile.load(folder / FOUR)
         source = open_source(recipe_file, console.print)
@@ -256,6 +264,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     add("--full", action="store_true", help="40 layers, four permutations, ours alone, down to audited checkpoints")
     add("--desc-act", action="store_true", help="the one permutation that all engines make is with desc_act")
     add("--plain", action="store_true", help="ours once more without scale_search, which the peers do not have")
+    add("--signed", action="store_true", help="ours once more with scale_search: signed")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--batch-size", type=int, default=8, help="rows per batch in the peers (default 8)")
     add(
@@ -287,7 +296,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         batch_size=given.batch_size,
         peer_settings=given.peer_settings,
         desc_act=given.desc_act,
-        searches=(True, False) if given.plain else (True,),
+        searches=_searches(given),
         full=given.full,
         gpu_memory_bytes=given.gpu_memory,
         from_page_cache=given.from_page_cache,
@@ -297,6 +306,11 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         dist=given.dist or given.work / "dist",
         json=given.json,
     )  # fmt: skip
+
+
+def _searches(given: argparse.Namespace) -> tuple[ScaleSearch, ...]:
+    wanted: dict[ScaleSearch, bool] = {True: True, "signed": given.signed, False: given.plain}
+    return tuple(search for search in SEARCHES if wanted[search])
 
 
 def _kinds(text: str) -> tuple[str, ...]:

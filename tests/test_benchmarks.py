@@ -151,7 +151,10 @@ def test_speed_runs_our_engine_and_names_peers_that_are_not_installed(
 @pytest.mark.slow
 def test_full_runs_our_engine_alone_to_the_checkpoints(modules: Any, tmp_path: Path, capsys: Any) -> None:
     assert (
-        modules.speed.main([*TINY, "--full", "--plain", f"--work={tmp_path}", f"--json={tmp_path / 'out.json'}"]) == 0
+        modules.speed.main(
+            [*TINY, "--full", "--signed", "--plain", f"--work={tmp_path}", f"--json={tmp_path / 'out.json'}"]
+        )
+        == 0
     )
     search, plain = json.loads((tmp_path / "out.json").read_text())["results"]
     assert search["permutations"] == plain["permutations"] == 4

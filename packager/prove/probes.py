@@ -92,6 +92,8 @@ class ProbeJob:
         max_new_tokens: the most tokens generated after a prompt.
         vocab_size: length of the logits of one token.
         output_dir: folder for the probe's files; what an earlier probe left there is removed.
+        backend: the runtime's own name of the kernel to compute with; None is the probe's choice. GPTQModel,
+            transformers and vLLM have such names.
     """
 
     model_dir: Path
@@ -101,6 +103,7 @@ class ProbeJob:
     max_new_tokens: int
     vocab_size: int
     output_dir: Path
+    backend: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,8 +163,8 @@ def check_loaders(
         refused = job.refused.get(checkpoint.branch, {})
         own = {name: found[checkpoint.branch] for name, found in outcomes.items() if name not in refused}
         results = [result for result in own.values() if isinstance(result, ProbeResult)]
-        gaps = token_gaps(checkpoint, [sequence for result in results for sequence in _sequences(result, job)], job)
-        found = [_judge(name, checkpoint, outcome, references, gaps, job) for name, outcome in own.items()]
+        gaps = token_gaps(checkpoint, [sequence for result in results for sequence in sequences_of(result, job)], job)
+        found = [judge_loader(name, checkpoint, outcome, references, gaps, job) for name, outcome in own.items()]
         found += [
             LoaderRecord(loader=name, required=name in job.loaders.required, status="refused", reason=refused[name])
             for name in outcomes
@@ -233,7 +233,7 @@ def _probe(
 
 # Logits that a loader leaves unset are whatever was in memory: too large to be squared, or NaN. Neither may pass.
 @np.errstate(over="ignore", invalid="ignore")
-def _judge(
+def judge_loader(
     name: str,
     checkpoint: Checkpoint,
     outcome: ProbeResult | LoaderError,
@@ -241,6 +241,16 @@ def _judge(
     gaps: Mapping[Generated, Tensor],
     job: VerifyJob,
 ) -> LoaderRecord:
+    """Return whether a loader passes on a checkpoint, with its figures, or with what differs.
+
+    Args:
+        name: of the loader.
+        checkpoint: which it opened.
+        outcome: what it computed, or why it did not.
+        references: our logits of all checkpoints, by branch.
+        gaps: from `token_gaps`, of what it generated.
+        job: see `VerifyJob`.
+    """
     required = name in job.loaders.required
     if isinstance(outcome, LoaderUnavailableError):
         return LoaderRecord(loader=name, required=required, status="not run", reason=_reason(outcome))
@@ -258,7 +268,7 @@ def _judge(
     tokens = sum(len(generated) for generated in outcome.generated)
     tolerance = _tolerance(name, outcome.dtype)
     allowed = _TIE_TOLERANCES * tolerance
-    equal = sum(int((gaps[sequence] <= allowed).sum()) for sequence in _sequences(outcome, job))
+    equal = sum(int((gaps[sequence] <= allowed).sum()) for sequence in sequences_of(outcome, job))
     problems = _problems(checkpoint, outcome, references, relative_error, tolerance, top1)
     if equal < tokens:
         problems.append(f"{tokens - equal} of {tokens} generated tokens are not what our forward finds most likely")
@@ -317,7 +327,7 @@ def _tolerance(name: str, dtype: str) -> float:
     return TOLERANCE.get(dtype, min(TOLERANCE.values())) if own is None else own
 
 
-def _sequences(outcome: ProbeResult, job: VerifyJob) -> list[Generated]:
+def sequences_of(outcome: ProbeResult, job: VerifyJob) -> list[Generated]:
     """Return each prompt with the tokens that a loader generated after it."""
     pairs = zip(job.prompts, outcome.generated, strict=True)
     return [(tuple(prompt), tuple(generated)) for prompt, generated in pairs if generated]

@@ -31,7 +31,7 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     pcre = isolated.provide_pcre()
     gptqmodel: Any = importlib.import_module("gptqmodel")
     digests = isolated.weights_digests(folder)
-    backend = isolated.gptqmodel_backend(isolated.quantization_config(folder), device)
+    backend = job.get("backend") or isolated.gptqmodel_backend(isolated.quantization_config(folder), device)
     isolated.reset_peak_memory(torch, device)
     started = time.perf_counter()
     model = gptqmodel.GPTQModel.load(

@@ -1,7 +1,8 @@
 """Functions of the scripts that run in the loaders' environments. At import it needs only the standard library.
 
 A script imports this file from its own folder: `packager` is not installed there. A probe's job is a JSON object:
-model_dir, device ("cpu" or "cuda"), input_ids (rows of equal length), prompts (token ids), max_new_tokens, output_dir.
+model_dir, device ("cpu" or "cuda"), input_ids (rows of equal length), prompts (token ids), max_new_tokens, output_dir,
+backend (the kernel by the runtime's own name, or null for the probe's choice).
 Written to output_dir: `logits.npy` float32 [rows, seq_len, vocab], then `result.json`, whose status is "ok" or "error".
 """
 

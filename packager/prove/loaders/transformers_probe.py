@@ -34,7 +34,7 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     dtype = torch.float32 if device == "cpu" else torch.float16
     # These options choose the kernel. The format is still read from the checkpoint.
     quantization = isolated.quantization_config(folder)
-    backend = isolated.gptqmodel_backend(quantization, device)
+    backend = job.get("backend") or isolated.gptqmodel_backend(quantization, device)
     isolated.reset_peak_memory(torch, device)
     started = time.perf_counter()
     model = transformers.AutoModelForCausalLM.from_pretrained(

