@@ -108,10 +108,8 @@ def plan_of(contents: Sequence[BranchContent]) -> SavedPlan:
         repository="somebody/Any", target="hub", address="", recipe="1" * 64, templates="2" * 64, tag=""
     )
 
-    messages = {content.branch: content.message for content in contents}
-
     def save(plan: PublishPlan, files: Files) -> None:
-        found.append(saved_plan(subject, plan, files, messages))
+        found.append(saved_plan(subject, plan, files))
 
     target = HubTarget("somebody/Whole")
     publish_branches(contents, target, lambda _: None, dry_run=True, compare=save, may_write=False)
@@ -128,11 +126,9 @@ def fork(contents: Sequence[BranchContent], repository: str, saved: SavedPlan | 
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process lives
         target = HubTarget(repository)
 
-        messages = {content.branch: content.message for content in contents}
-
         def compare(plan: PublishPlan, files: Files) -> None:
             if saved:
-                require_as_planned(saved, saved_plan(saved.subject, plan, files, messages), plan, target)
+                require_as_planned(saved, saved_plan(saved.subject, plan, files), plan, target)
 
         publish_branches(contents, target, lambda _: None, compare=compare)
         status = 0

@@ -78,10 +78,8 @@ class CrashFixture:
             repository=REPOSITORY, target="local", address="", recipe="1" * 64, templates="2" * 64, tag=""
         )
 
-        messages = {content.branch: content.message for content in self.contents}
-
         def save(plan: PublishPlan, files: Files) -> None:
-            write_plan(saved_plan(subject, plan, files, messages), path)
+            write_plan(saved_plan(subject, plan, files), path)
 
         publish_branches(self.contents, target, print, signer=signer, dry_run=True, compare=save)
 
