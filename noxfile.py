@@ -234,6 +234,9 @@ def tests_base(session: nox.Session) -> None:
     )
     session.run("packager", "plan", "recipes/llama-2-13b-chat.yaml", silent=True)
     session.run("packager", "status", DEMO, silent=True)
+    session.run("packager", "schema", silent=True)
+    preview = str(Path(session.create_tmp()) / "dist")
+    session.run("packager", "card", DEMO, "--preview", "--dist", preview, silent=True)
 
 
 @nox.session(name="build-all")

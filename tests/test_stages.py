@@ -1,7 +1,5 @@
 """The stages of a build where no other test file covers them."""
 
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -18,35 +16,6 @@ from packager.quantize.engines import engine_named
 from packager.receipt import EVALUATION_VERSION, QualityRecord
 from packager.recipe.file import RecipeFile
 from tests import tiny_recipe
-from tests.import_graph import ROOT
-from tests.samples import sampled
-
-# Modules of POSIX systems: the base install plans and checks on systems without them too.
-WITHOUT_POSIX = "import sys; sys.modules.update(fcntl=None, resource=None)\n"
-
-
-def test_loaders_can_be_imported_without_the_modules_of_posix() -> None:
-    script = f"{WITHOUT_POSIX}import packager.pipeline.plan, packager.prove.environments, packager.prove.probes"
-    subprocess.run([sys.executable, "-c", script], check=True)
-
-
-@pytest.mark.slow
-def test_every_stage_of_a_build_can_be_imported_without_the_modules_of_posix() -> None:
-    script = f"{WITHOUT_POSIX}import packager.pipeline.flow, packager.pipeline.stages, packager.pipeline.release"
-    subprocess.run([sys.executable, "-c", script], check=True)
-
-
-WITHOUT = [["--help"], ["plan", "--help"], ["plan", "recipes/llama-2-13b-chat.yaml"]]
-
-
-@pytest.mark.parametrize("arguments", sampled(WITHOUT, WITHOUT[-1]), ids=" ".join)
-def test_plan_and_help_run_without_the_modules_of_posix(arguments: list[str]) -> None:
-    script = f"{WITHOUT_POSIX}from packager.cli.main import main\nmain()"
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
 
 
 @pytest.mark.slow

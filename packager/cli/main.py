@@ -4,6 +4,7 @@ Results go to standard output (`--format json` for machines), progress and error
 imports what it needs in its body: `--help` imports nothing heavier than typer.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -186,6 +187,9 @@ for _name, _command in _COMMANDS.items():
 
 def main() -> None:
     """Entry point of the `packager` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows has 256 characters
+            stream.reconfigure(errors="backslashreplace")
     try:
         raise_on_signals()
         app()

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from packager.system.files import open_regular
+from packager.system.posix import open_flags
 
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FOLDER_FLAGS = open_flags("O_RDONLY", "O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC")
 
 
 def link_problem(folder: Path, link: Path) -> str:
@@ -47,7 +48,8 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
     """Open a regular file of a model's folder.
 
     The path is resolved first; then every part of it is opened relative to the part before, and none may be a link, so
-    that what is swapped for a link in the meantime is not followed.
+    that what is swapped for a link in the meantime is not followed. Windows opens no folders, but makes links only for
+    administrators and developers: there the resolved path is opened as a whole.
 
     Args:
         folder: the model's folder.
@@ -69,6 +71,8 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
     parts = target.relative_to(trusted).parts
     if not parts:
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if os.open not in os.supports_dir_fd:
+        return open_regular(target, shown=path)
     descriptor = os.open(trusted, _FOLDER_FLAGS)
     try:
         for part in parts[:-1]:

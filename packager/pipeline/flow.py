@@ -27,6 +27,7 @@ from packager.publish.targets import Target
 from packager.publish.targets.resolve_target import target_of
 from packager.receipt import PROVENANCE, README, Receipt
 from packager.recipe.file import RecipeFile
+from packager.system.posix import require_posix
 from packager.system.scratch import ScratchFolder
 from packager.system.terminal import Terminal
 from packager.variant import MAIN
@@ -61,6 +62,7 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, only
     Raises:
         PackagerError: of the stage that failed; everything finished before it is kept.
     """
+    require_posix("build")
     run = BuildState(recipe_file, options, terminal, only)
     with run.workspace.locked(), shown_while_running(run.workspace.running_path, terminal):
         run.read_receipts()

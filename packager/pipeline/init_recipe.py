@@ -21,6 +21,7 @@ from packager.recipe.file import RecipeFile, recipe_from
 from packager.recipe.lock_file import lock_path, lock_text
 from packager.recipe.schema import schema_text
 from packager.system.files import disk_errors, write_atomic
+from packager.system.posix import FolderLock
 
 _SCHEMA: Final = "recipe.schema.json"
 _SUFFIXES: Final = (".yaml", ".yml", ".json")
@@ -109,17 +110,8 @@ def _folder_to_itself(folder: Path) -> Iterator[None]:
     """Let one run at a time write a recipe with its lock into a folder, which is made if it is not there."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs that end in the same instant are on their own
+    with FolderLock(folder, wait=True):
         yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _write(path: Path, text: str, lock: Lock, *, with_schema: bool) -> tuple[Path, ...]:

@@ -28,6 +28,7 @@ from packager.prove.loaders import LOADERS
 from packager.system.confinement import confinement, refusal
 from packager.system.files import disk_errors
 from packager.system.host_memory import available_bytes
+from packager.system.posix import require_posix
 from packager.system.text import format_bytes, gibibytes, printable
 
 Grade = Literal["ok", "note", "missing"]
@@ -244,7 +245,8 @@ def remove_environment(environment: Environment) -> bool:
     Raises:
         MachineError: the cache cannot be written.
     """
-    import fcntl  # POSIX only, like the environments
+    require_posix("deleting a loader's environment")
+    import fcntl
 
     with disk_errors(environment.folder), open(f"{environment.folder}.lock", "w", opener=_open_lock) as lock:
         try:

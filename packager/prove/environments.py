@@ -31,6 +31,7 @@ from packager.prove.sources import built_wheels
 from packager.receipt import Confinement
 from packager.system.confinement import child_environ, confinement, private_folder
 from packager.system.files import disk_errors, write_atomic
+from packager.system.posix import require_posix
 from packager.system.processes import Processes
 
 READY = ".ready"
@@ -69,7 +70,8 @@ def ensure_environment(spec: LoaderSpec, context: RuntimeContext) -> Path:
         LoaderUnavailableError: the environment cannot be created on this machine; the message has the reason.
         MachineError: the disk is full or the cache cannot be written.
     """
-    import fcntl  # POSIX only: importing this module works everywhere
+    require_posix("a loader's environment")
+    import fcntl
 
     if problem := spec.python_problem():
         raise LoaderUnavailableError(problem)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from packager.errors import MachineError, PublishError
 from packager.publish.statements import StatementError, envelope, pre_authentication_encoding, read_envelope
+from packager.system.posix import open_flags
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -177,7 +178,7 @@ def _read(path: Path, *, private: bool) -> bytes:
     """Read a small ordinary file; one with a private key must be readable by its owner only."""
     what = "the signing key cannot be used" if private else "the trusted key cannot be used"
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, open_flags("O_RDONLY", "O_NONBLOCK", "O_CLOEXEC"))
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", "") or str(error)
         raise PublishError(what, where=str(path), why=why) from error
@@ -185,7 +186,7 @@ def _read(path: Path, *, private: bool) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_KEY_BYTES:
             raise PublishError(what, where=str(path), why="it is not a small ordinary file")
-        if private and status.st_mode & 0o077:
+        if private and os.name == "posix" and status.st_mode & 0o077:  # Windows has no such modes
             raise PublishError(what, where=str(path), why="other users may read it", hint=f"chmod 600 {path}")
         return os.read(descriptor, _MAX_KEY_BYTES)
     finally:

@@ -19,6 +19,7 @@ from typing import BinaryIO
 from packager.errors import MachineError
 from packager.receipt import FileRecord
 from packager.system.parallel import in_parallel
+from packager.system.posix import open_flags
 from packager.system.text import format_bytes
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -36,7 +37,7 @@ _UNWRITABLE = frozenset(
 )  # fmt: skip
 _CHUNK_BYTES = 1 << 22
 # O_NONBLOCK: a FIFO that took the file's place would block the open until a process writes into it.
-_REGULAR_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_REGULAR_FLAGS = open_flags("O_RDONLY", "O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC")
 # File systems record times with a resolution of milliseconds: a file this young may change without a new time.
 _SETTLED_NS = 2 * 10**9
 _digests: dict[tuple[int, ...], str] = {}
@@ -98,7 +99,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
         undo.callback(Path(temporary).unlink, missing_ok=True)
         with os.fdopen(descriptor, "wb") as stream:
-            os.fchmod(stream.fileno(), 0o644)
+            if hasattr(os, "fchmod"):  # Windows before Python 3.13 has it not, and no such modes
+                os.fchmod(stream.fileno(), 0o644)
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from packager.system.files import open_regular
+from packager.system.posix import require_posix
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _POLL_S = 0.02
@@ -93,6 +94,7 @@ class Processes:
         Raises:
             KeyboardInterrupt: `stop_all` was called.
         """
+        require_posix("this command")
         with self._lock:
             if self._stopping.is_set():
                 raise KeyboardInterrupt
@@ -142,7 +144,13 @@ def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
     """Tell whether a process has ended; it stays a zombie, so that no other process or group gets its number."""
     if process.returncode is not None:
         return True
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    if hasattr(os, "waitid"):
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    if process.poll() is None:  # macOS before Python 3.13
+        return False
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # at once: nobody else can have the number of a group that is not empty
+    return True
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
@@ -161,6 +169,8 @@ def end_children() -> None:
     They are asked first, so that git removes its locks. On Linux only; elsewhere they run to their end.
     """
     running = _descendants(os.getpid())
+    if not running:  # Windows has no SIGKILL
+        return
     for number, patience_s in ((signal.SIGTERM, _PATIENCE_S), (signal.SIGKILL, 0.0)):
         for process in running:
             with suppress(OSError):

@@ -8,14 +8,15 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from packager.system.posix import FolderLock
+
 _SUFFIX = ".locked"
 _NAME = re.compile(rf"packager-[a-z]+-[a-z0-9_]+{re.escape(_SUFFIX)}")
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _searched: set[Path] = set()
 
 
@@ -39,9 +40,7 @@ class ScratchFolder:
     def remove(self) -> None:
         """Remove the folder with its content; what cannot be removed stays."""
         _remove(self.path)
-        if self._lock >= 0:
-            os.close(self._lock)
-        self._lock = -1
+        self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -52,34 +51,25 @@ class ScratchFolder:
         self.remove()
 
 
-def _make(purpose: str, parent: Path) -> tuple[Path, int]:
-    """Make a folder and lock it; return its path and the descriptor that holds the lock."""
-    import fcntl  # POSIX only: importing this module works everywhere
-
+def _make(purpose: str, parent: Path) -> tuple[Path, FolderLock]:
+    """Make a folder and lock it; return its path and the lock."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=f"packager-{purpose}-", suffix=_SUFFIX, dir=parent))
         with suppress(FileNotFoundError):
-            descriptor = os.open(path, _FOLDER_FLAGS)
-            with suppress(OSError):  # a file system without locks: no other process can lock the folder either
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock = FolderLock(path, wait=True)
             if path.exists():
-                return path, descriptor
-            os.close(descriptor)
+                return path, lock
+            lock.release()
         # Another process took the folder for an abandoned one, before it had its lock.
 
 
 def remove_abandoned(parent: Path) -> None:
     """Remove the scratch folders of this user in `parent` whose processes have ended."""
-    import fcntl
-
     with os.scandir(parent) as entries:
         names = [entry.name for entry in entries if _NAME.fullmatch(entry.name)]
     for name in names:
-        with suppress(OSError), ExitStack() as stack:  # of another user, locked, or just removed
-            descriptor = os.open(parent / name, _FOLDER_FLAGS)
-            stack.callback(os.close, descriptor)
-            if os.fstat(descriptor).st_uid == os.getuid():
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError), FolderLock(parent / name, wait=False) as lock:  # of another user, locked, just removed
+            if lock.is_own:
                 _remove(parent / name)
 
 

@@ -80,7 +80,11 @@ class OpenFiles:
         """
         if path not in self._streams:
             self._streams[path] = self._stack.enter_context(open_model_file(path))
-        return os.pread(self._streams[path].fileno(), size, offset)
+        stream = self._streams[path]
+        if hasattr(os, "pread"):
+            return os.pread(stream.fileno(), size, offset)
+        stream.seek(offset)  # Windows
+        return stream.read(size)
 
 
 def read_rows(tensor: StoredTensor, files: OpenFiles) -> Iterator[npt.NDArray[np.integer]]:
