@@ -36,6 +36,7 @@ TERMINAL = {
     "packager/cli/step_summary.py",
     "packager/cli/signing.py",
     "packager/cli/auditing.py",
+    "packager/api.py",
     "packager/cli/consent.py",
     "packager/cli/signals.py",
     "packager/system/terminal.py",

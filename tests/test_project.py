@@ -86,10 +86,28 @@ def test_ci_installs_nothing_but_from_locks() -> None:
         assert command.strip() == "pip install -q -r locks/nox.txt"
 
 
+def test_the_image_installs_by_digest_and_runs_as_a_user() -> None:
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    commands = re.sub(r"\\\n\s*", "", text)
+    installs = re.findall(r"pip install ([^&\n]*)", commands)
+    assert installs
+    assert all("--require-hashes" in each or "--no-index" in each for each in installs)
+    users = re.findall(r"^USER (\S+)", commands, re.MULTILINE)
+    assert users
+    assert users[-1] != "root"
+    copied = [name for line in re.findall(r"^COPY (.*) \S+$", commands, re.MULTILINE) for name in line.split()]
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert ignored[0] == "*"
+    assert {f"!{name}" for name in copied} == {line for line in ignored if line.startswith("!")}
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
+    assert set(extra["wheel"]["force-include"]) <= set(copied)
+
+
 def test_dependabot_renews_actions_and_packages_after_a_week() -> None:
     content: dict[str, Any] = YAML(typ="safe").load((ROOT / ".github" / "dependabot.yml").read_text(encoding="utf-8"))
-    assert [update["package-ecosystem"] for update in content["updates"]] == ["github-actions", "pip"]
-    assert [update["cooldown"]["default-days"] for update in content["updates"]] == [7, 7]
+    assert [update["package-ecosystem"] for update in content["updates"]] == ["github-actions", "pip", "docker"]
+    assert [update["cooldown"]["default-days"] for update in content["updates"]] == [7, 7, 7]
 
 
 @pytest.fixture

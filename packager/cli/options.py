@@ -154,12 +154,11 @@ def trial_dist(dist: Path, settings: Sequence[str]) -> Path:
 
 def options_of(dist: Path, device: Device, cache: Path | None, gpu_memory: int | None = None) -> "Options":
     """Return the options of a command, with the environment of this process."""
-    from packager.pipeline.build_state import Options
+    from packager.pipeline.build_state import Options, default_cache
 
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Options(
         dist=dist,
-        cache=cache or base / "gptq-packager",
+        cache=cache or default_cache(os.environ),
         device=device.value,
         environ=dict(os.environ),
         gpu_memory_bytes=gpu_memory,

@@ -60,6 +60,11 @@ class Options:
     gpu_memory_bytes: int | None = None
 
 
+def default_cache(environ: Mapping[str, str]) -> Path:
+    """Return the folder of the loaders' environments where none is named."""
+    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptq-packager"
+
+
 class BuildState:
     """A build in progress: what is done, what is missing, and the values that several stages share.
 
