@@ -256,6 +256,7 @@ def tests_release(session: nox.Session) -> None:
         "test_release",
         "test_auto_gptq",
         "test_loaders_of_architectures",
+        "test_kernel_rules",
         "test_onnxruntime_loader",
         "test_vllm_loader",
     )

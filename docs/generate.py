@@ -22,7 +22,8 @@ from packager.errors import PackagerError
 from packager.model import compatibility
 from packager.model.architecture import Architecture, architecture_of
 from packager.model.branch_rules import BRANCH_RULES
-from packager.model.runtimes import RUNTIMES
+from packager.model.rules import Check, RuntimeRule
+from packager.model.runtimes import EARLIER_RUNTIMES, RUNTIMES
 from packager.prove.audit.finding import AUDIT_RULES
 from packager.prove.loaders import LOADERS
 from packager.prove.locks import read_lock
@@ -367,7 +368,8 @@ def loaders_page() -> str:
         "of its lock, which shares the torch of the build; what they must prove is in "
         "[how it works](../explanation/how-it-works.md). One that has no CUDA runs on the CPU in a build on CUDA too. "
         'A build makes an environment marked "on request", which is large, only for a recipe that requires the loader. '
-        "`packager verify` makes it too; once made, builds use it."
+        "`packager verify` makes it too; once made, builds use it. What other runtimes load is predicted: "
+        "[runtimes](runtimes.md)."
     )
     proven = f"## In a build\n\n{table(('name in recipes', 'runtime', 'device', 'Python', 'environment'), rows)}"
     loaders_by_lock: dict[Path, list[str]] = {}
@@ -377,7 +379,7 @@ def loaders_page() -> str:
         f"### Packages of {' and '.join(names)}\n\n{table(('package', 'version', 'where', 'how'), _pinned(lock))}"
         for lock, names in loaders_by_lock.items()
     ]
-    return page("Loaders", intro, proven, _CONFINEMENT, _PACKAGES, *locks, _predicted())
+    return page("Loaders", intro, proven, _CONFINEMENT, _PACKAGES, *locks)
 
 
 def _pinned(lock: Path) -> Iterator[tuple[str, str, str, str]]:
@@ -387,29 +389,56 @@ def _pinned(lock: Path) -> Iterator[tuple[str, str, str, str]]:
         yield f"`{package.name}`", package.version, f"`{marker}`" if marker else "", made
 
 
-def _predicted() -> str:
-    """Return the rules of `packager/model/compatibility.py`, each by the sentence that it reports."""
-    rows = (
-        (cell(RUNTIMES[name].label), _sentences(rules.refuses), _sentences(rules.traps))
+# runtimes.md
+
+
+def runtimes_page() -> str:
+    """Return the rules of `packager/model/compatibility.py` by runtime, each by the sentences that it reports."""
+    intro = (
+        "What `packager plan` and the cards predict of each runtime, from parameters and shapes alone. A rule has the "
+        "file of the runtime in which it was read, and the day. The sentences are its answers for variants with 2, 3, "
+        "4 and 8 bits, groups of 32, 48 and 128 columns and whole rows, with and without act order and symmetry, of "
+        "Llama 2 13B and of models that differ from it in one respect. Only a loader that ran is called proven; "
+        "release tests compare rules with what loaders do (`tests/test_loaders_of_decoders.py`) and with what runtimes "
+        "answer about themselves (`tests/test_kernel_rules.py`, `tests/test_vllm_loader.py`)."
+    )
+    kinds = (
+        "| kind | meaning |\n| --- | --- |\n"
+        "| refuses | the runtime does not load such a variant, or computes something else |\n"
+        "| unknown | nobody ran the runtime with such a model, or read its code for it |\n"
+        "| limits | it loads, with a drawback of this variant or model |\n"
+        "| note | it loads, and this holds for every variant |\n"
+    )
+    header, known = ("kind", "what it says", "what to do", "read in", "on"), {**RUNTIMES, **EARLIER_RUNTIMES}
+    sections = [
+        f"## {known[name].label}\n\n{_how_known(name)}\n\n{table(header, _rule_rows(rules))}"
         for name, rules in compatibility.RUNTIME_RULES.items()
-    )
-    text = (
-        "## Predicted by `plan`\n\n"
-        "`packager plan` and the card predict from parameters and shapes alone which runtimes load a variant. The "
-        "sentences below are the rules' answers for variants with 2, 3, 4 and 8 bits, groups of 32, 48 and 128 columns "
-        "and whole rows, with and without act order and symmetry, of Llama 2 13B and of models that differ from it in "
-        "one respect. Only a loader that ran is called proven. [The format](format.md#runtimes) has the sources.\n\n"
-    )
-    return text + table(("runtime", "refuses", "worth knowing"), rows)
+    ]
+    return page("Runtimes", intro, kinds, *sections)
 
 
-def _sentences(checks: Sequence[compatibility.Check]) -> str:
-    """Return each sentence that one of the checks reports for any example."""
+def _how_known(name: str) -> str:
+    if name in EARLIER_RUNTIMES:
+        return "Predicted alone: plans and cards have a later version."
+    if RUNTIMES[name].probe is not None:
+        return f"Builds can run it: the loader [`{name}`](loaders.md#in-a-build)."
+    return "Predicted alone: no build runs it."
+
+
+def _rule_rows(rules: Sequence[RuntimeRule]) -> Iterator[tuple[str, ...]]:
+    for rule in rules:
+        source = rule.source
+        where = f"{source.project} {source.version}: {source.place}"
+        says = _sentences(rule.check) or "(of no example)"
+        yield rule.kind, says, cell(rule.advice), cell(where), source.read
+
+
+def _sentences(check: Check) -> str:
+    """Return each sentence that a check reports for any example."""
     sentences: dict[str, None] = {}
-    for check in checks:
-        for variant, architecture in product(_example_variants(), _example_architectures()):
-            if sentence := check(variant, architecture):
-                sentences[cell(sentence)] = None
+    for variant, architecture in product(_example_variants(), _example_architectures()):
+        if sentence := check(variant, architecture):
+            sentences[cell(sentence)] = None
     return "<br>".join(sentences)
 
 
@@ -441,10 +470,17 @@ def _example_architectures() -> Iterator[Architecture]:
     yield with_config(head_dim=256)
     yield with_first_linear(out_features=llama.example_linears[0].out_features + 32)
     yield with_first_linear(bias=True)
-    yield replace(with_config(sliding_window=2048), model_type="mistral")
+    yield replace(with_config(sliding_window=2048), model_type="mistral", model_class="MistralForCausalLM")
     yield llama.leaving(["*.k_proj"])
     yield replace(llama, model_type="other", model_class="OtherForCausalLM")
     yield replace(with_first_linear(module="attn.c_proj"), model_type="gpt2")
+    yield with_first_linear(in_features=5152)
+    yield replace(llama, model_type="glm")
+    yield replace(llama, model_class="Gemma2ForCausalLM")
+    yield replace(llama, model_class="GPTJForCausalLM")
+    yield replace(llama, model_class="Zamba2ForCausalLM")
+    yield with_config(rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    yield with_config(head_dim=72)
 
 
 # architectures.md
@@ -503,6 +539,7 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
     "events.md": events_page,
     "exit-codes.md": exit_codes_page,
     "loaders.md": loaders_page,
+    "runtimes.md": runtimes_page,
     "architectures.md": architectures_page,
 }
 

@@ -287,7 +287,7 @@ def test_a_server_is_offered_only_for_branches_that_it_accepts() -> None:
         text = llama_card(branch, expectations=expectations)
         assert servers_of(text) == ({"sglang"} if branch in act_order else {"vllm", "sglang"})
         assert f"\nvLLM 0.32 refuses {refused}: reads no act order with groups (0.29 did).\n" in text
-        assert "SGLang refuses" not in text
+        assert "SGLang 0.5 refuses" not in text
 
 
 @pytest.mark.parametrize("vllm", [True, False, None])
@@ -304,7 +304,7 @@ def test_a_command_of_a_server_needs_a_verdict_of_that_server(vllm: bool | None,
     text = llama_card(expectations={"main": own, ACT_ORDER: other})
     assert_well_formed(text)
     assert servers_of(text) == {name for name, can_load in given.items() if can_load}
-    for name, label, title in (("vllm", "vLLM 0.32", "vLLM"), ("sglang", "SGLang", "SGLang")):
+    for name, label, title in (("vllm", "vLLM 0.32", "vLLM"), ("sglang", "SGLang 0.5", "SGLang")):
         assert (f"{label} refuses `main`: of {name} \\| \\`.\n" in text) == (given[name] is False)
         assert (f"{label} refuses `{ACT_ORDER}`: else.\n" in text) == (given[name] is True)
         unknown = re.search(rf"\[{title}\]\([^)]+\): no command, as no prediction was made for this branch\.\n", text)

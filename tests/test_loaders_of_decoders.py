@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from packager.model.architecture import Architecture
+from packager.model.autogptq_rules import AUTOGPTQ_OPENS
 from packager.model.checkpoint import block_keys
-from packager.model.compatibility import AUTOGPTQ_OPENS, GPTQMODEL_GROUP_SIZES, Verdict, verdicts
+from packager.model.compatibility import Verdict, verdicts
+from packager.model.gptqmodel_rules import GPTQMODEL_GROUP_SIZES
 from packager.model.runtime_architectures import GPTQMODEL_FAILS, GPTQMODEL_OPENS, GPTQMODEL_TYPES
 from packager.model.runtimes import LoaderName
 from packager.prove.environments import RuntimeContext, ensure_environment

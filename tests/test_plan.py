@@ -23,7 +23,7 @@ from packager.model.architecture import architecture_of
 from packager.model.compatibility import RUNTIME_RULES, verdicts
 from packager.model.config_values import read_config
 from packager.model.lock import LockedExperts, LockedGroup, LockedLinear, LockedTensors
-from packager.model.runtimes import RUNTIMES, LoaderName
+from packager.model.runtimes import EARLIER_RUNTIMES, RUNTIMES, LoaderName
 from packager.pipeline.plan import BuildPlan, make_plan, variant_description
 from packager.prove.evaluation_memory import evaluation_memory
 from packager.prove.loaders import LOADERS
@@ -343,6 +343,9 @@ def answers(config: dict[str, Any] = LLAMA_2_13B, **parameters: Any) -> dict[str
     return {verdict.loader: (verdict.can_load, verdict.reason) for verdict in found}
 
 
+MARLIN_AND_SERVERS = {"gptqmodel-marlin", "vllm", "vllm-cpu", "sglang"}
+
+
 def refusing(config: dict[str, Any] = LLAMA_2_13B, **parameters: Any) -> set[str]:
     return {loader for loader, (can_load, _) in answers(config, **parameters).items() if not can_load}
 
@@ -356,17 +359,14 @@ def refusing(config: dict[str, Any] = LLAMA_2_13B, **parameters: Any) -> set[str
         ({"act_order": "group", "group_size": 32}, set()),
         ({"group_size": -1, "act_order": "full"}, {"onnxruntime"}),
         ({"bits": 8}, {"exllama", "exllamav2", "vllm-cpu"}),
-        ({"bits": 3}, {"exllama", "exllamav2", "gptqmodel-marlin", "onnxruntime", "vllm", "vllm-cpu", "tgi"}),
-        (
-            {"bits": 3, "act_order": "full"},
-            {"exllama", "exllamav2", "gptq-for-llama", "gptqmodel-marlin", "onnxruntime", "vllm", "vllm-cpu", "tgi"},
-        ),
-        ({"bits": 2}, {"exllama", "exllamav2", "gptqmodel-marlin", "vllm", "vllm-cpu"}),
-        ({"sym": False}, {"gptqmodel", "gptqmodel-marlin", "vllm", "vllm-cpu"}),
-        ({"group_size": 256}, {"gptqmodel-marlin", "vllm", "vllm-cpu"}),
+        ({"bits": 3}, {"exllama", "exllamav2", "onnxruntime", *MARLIN_AND_SERVERS, "tgi"}),
+        ({"bits": 3, "act_order": "full"}, {"exllama", "exllamav2", "onnxruntime", *MARLIN_AND_SERVERS, "tgi"}),
+        ({"bits": 2}, {"exllama", "exllamav2", *MARLIN_AND_SERVERS}),
+        ({"sym": False}, {"gptqmodel", *MARLIN_AND_SERVERS}),
+        ({"group_size": 256}, MARLIN_AND_SERVERS),
         (
             {"group_size": 160},
-            {"exllamav2", "transformers", "gptqmodel", "gptqmodel-marlin", "onnxruntime", "vllm", "vllm-cpu"},
+            {"autogptq", "exllamav2", "transformers", "gptqmodel", "onnxruntime", *MARLIN_AND_SERVERS},
         ),
     ],
 )
@@ -377,12 +377,12 @@ def test_verdicts_follow_the_format_s_table(parameters: dict[str, Any], refusals
 @pytest.mark.parametrize(
     ("config", "refusals"),
     [
-        (tiny_config("mistral"), {"exllama", "gptq-for-llama", "gptqmodel-marlin", "vllm-cpu"}),
+        (tiny_config("mistral"), {"exllama", "gptq-for-llama", "sglang", "vllm-cpu"}),
         (
             tiny_config("qwen2", intermediate_size=128, num_key_value_heads=4),
-            {"exllama", "gptq-for-llama", "vllm-cpu"},  # heads of 16 columns
+            {"exllama", "gptq-for-llama", "sglang", "vllm-cpu"},  # heads of 16 columns
         ),
-        (tiny_config("qwen3"), {"autogptq", "exllama", "gptq-for-llama", "gptqmodel-marlin", "vllm-cpu", "tgi"}),
+        (tiny_config("qwen3"), {"autogptq", "exllama", "gptq-for-llama", "sglang", "vllm-cpu", "tgi"}),
         ({**LLAMA_2_13B, "tie_word_embeddings": True}, {"autogptq", "exllama"}),
         ({**LLAMA_2_13B, "attention_bias": True}, {"exllama"}),
         ({**LLAMA_2_13B, "head_dim": 64}, {"autogptq", "exllama"}),
@@ -424,9 +424,13 @@ def test_every_verdict_has_its_reasons_and_traps() -> None:
     )
     assert answers(group_size=64)["vllm"] == (True, "")
     assert answers(group_size=-1)["vllm"] == (True, "")
-    assert answers(act_order="full")["gptq-for-llama"] == (True, "Triton branch only")
+    assert answers(act_order="full")["gptq-for-llama"] == (True, "not its old-cuda branch, which drops g_idx")
+    assert answers(bits=3, act_order="full")["gptq-for-llama"] == (True, "its cuda branch only")
     assert answers(bits=2)["tgi"] == (True, "neither Marlin nor ExLlama fits: the slower Triton kernel")
-    assert "float16 only" in answers(sym=False)["sglang"][1]
+    assert answers(sym=False)["sglang"] == (False, "reads symmetric checkpoints only")
+    assert answers(act_order="full")["sglang"][0]
+    one = answers({**LLAMA_2_13B, "hidden_size": 128, "intermediate_size": 256, "head_dim": 128}, act_order="full")
+    assert one["sglang"] == (False, "reads no act order of one group, and self_attn.q_proj has 128 columns")
     refused: list[dict[str, Any]] = [{"bits": 3, "act_order": "full"}, {"sym": False, "group_size": 160}]
     for parameters in refused:
         assert all(reason for can_load, reason in answers(**parameters).values() if not can_load)
@@ -435,7 +439,7 @@ def test_every_verdict_has_its_reasons_and_traps() -> None:
 def test_one_table_names_the_runtimes() -> None:
     proven = {name for name, runtime in RUNTIMES.items() if runtime.probe is not None}
     assert set(get_args(LoaderName)) == proven == LOADERS.keys()
-    assert list(RUNTIME_RULES) == list(RUNTIMES)
+    assert list(RUNTIME_RULES) == [*RUNTIMES, *EARLIER_RUNTIMES]
     assert [runtime.name for runtime in RUNTIMES.values()] == list(RUNTIMES)
     assert all(spec.script.is_file() for spec in LOADERS.values())
 

@@ -349,5 +349,8 @@ def _variant_json(plan: BuildPlan, planned: VariantPlan) -> Mapping[str, object]
         "tensor_bytes": planned.tensor_bytes,
         "run_bytes": plan.run_bytes(planned),
         "files": {shard.file_name: shard.size_bytes for shard in planned.shards},
-        "loaders": [asdict(verdict) for verdict in planned.verdicts],
+        "loaders": [
+            {"loader": verdict.loader, "can_load": verdict.can_load, "reason": verdict.reason}
+            for verdict in planned.verdicts
+        ],
     }

