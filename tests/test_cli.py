@@ -42,8 +42,8 @@ from tests.samples import sampled
 from tests.test_house_rules import ROOT
 
 COMMANDS = (
-    "init", "lock", "plan", "build", "audit", "verify", "card", "publish", "verify-published", "rollback", "status",
-    "release", "doctor", "schema", "diff",
+    "init", "lock", "plan", "build", "audit", "fix", "verify", "card", "publish", "verify-published", "rollback",
+    "status", "release", "doctor", "schema", "diff",
 )  # fmt: skip
 TOO_LARGE = re.compile(r"(?m)^.*llama-2-13b-chat\.yaml: not built: needs a CUDA GPU with \d+\.\d GiB\n\Z")
 DEMO = str(ROOT / "recipes" / "demo-llama.yaml")
@@ -113,6 +113,7 @@ def add_loaders(folder: Path) -> None:
         ("plan", ["sizes", "loaders", "offline", "without torch", "Exits with 2"]),
         ("build", ["Publishes nothing", "not done again", "Exits with 8", "--cache", "~/.cache/gptq-"]),
         ("audit", ["Exits with 0", "with 7", "with 10", "describes its model", "build extra", "2 MB", "--full reads"]),
+        ("fix", ["No weight changes", "is left", "--dry-run", "Exits with 0", "with 7", "must not exist"]),
         ("verify", ["logits", "Exits with 0", "with 8"]),
         ("card", ["no figure", "Exits with 10", "with 11"]),
         ("publish", ["main last", "builds nothing", "Exits with 10", "with 11", "with 7", "--dry-run"]),

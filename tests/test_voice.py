@@ -37,6 +37,7 @@ SHARED = ("--dist", "--cache", "--device", "--sign-key", "--quiet", "--color", "
 FAILING = {
     "init": ["nowhere/model", "--yes", "--license", "x"], "lock": ["nowhere.yaml"], "plan": ["nowhere.yaml"],
     "build": ["nowhere.yaml"], "audit": ["nowhere"], "verify": ["nowhere.yaml"], "card": ["nowhere.yaml"],
+    "fix": ["nowhere", "-o", "new"],
     "diff": ["nowhere.yaml"],
     "publish": ["nowhere.yaml"], "verify-published": ["./nowhere"], "rollback": ["./nowhere"],
     "status": ["nowhere.yaml"], "release": ["nowhere.yaml", "--fail-fast"], "doctor": ["--cache"],

@@ -30,6 +30,7 @@ from packager.cli.recipe_commands import (
     status_command,
     verify_command,
 )
+from packager.cli.repairing import fix_command
 from packager.cli.schema_command import schema_command
 from packager.cli.signals import end_command, raise_on_signals
 from packager.cli.usage import UsageMistake, usage_error
@@ -168,6 +169,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "plan": plan_command,
     "build": build_command,
     "audit": audit_command,
+    "fix": fix_command,
     "verify": verify_command,
     "card": card_command,
     "diff": diff_command,

@@ -92,8 +92,12 @@ def _loaded_from(document: Document, _: ModelFacts) -> Document:
 
 
 def _paths(document: Document, _: ModelFacts) -> Document:
-    found = (key for key, value in document.items() if not key.endswith(_TEXT_KEYS) and is_path(value))
-    return dict.fromkeys(found, DROPPED)
+    return dict.fromkeys(path_keys(document), DROPPED)
+
+
+def path_keys(document: Document) -> list[str]:
+    """Return the keys whose value is a path of some machine; tokens and templates may only look like one."""
+    return [key for key, value in document.items() if not key.endswith(_TEXT_KEYS) and is_path(value)]
 
 
 def is_path(value: object) -> bool:

@@ -221,10 +221,12 @@ def tensors_at(path: Path, header: Header) -> dict[str, StoredTensor]:
     }
 
 
-def layout(path: Path, tensors: Iterable[TensorInfo]) -> tuple[bytes, dict[str, StoredTensor]]:
+def layout(
+    path: Path, tensors: Iterable[TensorInfo], metadata: Mapping[str, str] = METADATA
+) -> tuple[bytes, dict[str, StoredTensor]]:
     """Return the header of a file for `tensors`, and the offset of each tensor in it."""
     ordered = file_order(tensors)
-    header = header_bytes(ordered)
+    header = header_bytes(ordered, metadata)
     stored, offset = {}, len(header)
     for info in ordered:
         stored[info.name] = StoredTensor(info=info, path=path, offset=offset)

@@ -80,6 +80,11 @@ _KEYS: Mapping[str, _Key] = {
 _GUESSED_KEYS = frozenset(key for key, rule in _KEYS.items() if rule.is_guessed)
 
 
+def missing_code(key: str) -> str:
+    """Return the finding for a key of quantization_config that is missing."""
+    return "quantization-key-missing" if _KEYS[key].is_guessed else "quantization-key-undeclared"
+
+
 def check_declared(documents: Mapping[str, object], weights: Weights, findings: Findings) -> Declared:
     """Check both files' parameters and return them; config.json wins where they disagree."""
     config, portable = as_object(documents.get(CONFIG)), as_object(documents.get(QUANTIZE_CONFIG))
@@ -98,10 +103,9 @@ def check_declared(documents: Mapping[str, object], weights: Weights, findings: 
 
 def _check_section(section: JsonObject, findings: Findings) -> None:
     place = f"{CONFIG}: quantization_config."
-    for key, rule in _KEYS.items():
+    for key in _KEYS:
         if key not in section:
-            code = "quantization-key-missing" if rule.is_guessed else "quantization-key-undeclared"
-            findings.add(code, f"{place}{key}", f"{key} is missing")
+            findings.add(missing_code(key), f"{place}{key}", f"{key} is missing")
     _check_values(section, place, findings)
     if _overrides(section.get("dynamic")):
         findings.add("quantization-override", f"{place}dynamic", "parameters of single linears are overridden")

@@ -109,6 +109,11 @@ def quantized_modules(weights: Weights) -> frozenset[str]:
     return frozenset(module for module, _, part in pairs if part in PARTS)
 
 
+def split_tensors(weights: Weights) -> Mapping[str, Parts]:
+    """Return the tensors of each quantized module by their parts."""
+    return _split(weights).quantized
+
+
 def _split(weights: Weights) -> _Modules:
     quantized: dict[str, dict[str, StoredTensor]] = {name: {} for name in sorted(quantized_modules(weights))}
     plain = {}

@@ -52,7 +52,7 @@ def read_weights(listing: Listing, documents: Mapping[str, object], findings: Fi
     if index is not None and weight_map is not None:
         _check_index(indexes[0], index, weight_map, shards, findings, is_all_read=is_all_read)
     tensors = _merged(shards.values(), findings)
-    stem = _stem(present[0]) if present else ""
+    stem = shard_stem(present[0]) if present else ""
     if stem not in ("", DEFAULT_STEM):
         findings.add("weights-name", present[0], f"the weights are not called {DEFAULT_STEM}{SUFFIX}")
     size = sum(listing.sizes[name] for name in present)
@@ -72,7 +72,8 @@ def _default_first(name: str) -> tuple[bool, str]:
     return not name.startswith(DEFAULT_STEM + "."), name
 
 
-def _stem(name: str) -> str:
+def shard_stem(name: str) -> str:
+    """Return a weights file's name without the number of its shard and without suffix."""
     shard = _SHARD.match(name)
     return shard[1] if shard else name[: -len(SUFFIX)]
 
@@ -91,8 +92,8 @@ def _choose(listing: Listing, weight_map: Mapping[str, str] | None, findings: Fi
         return ()
     if not any(name.endswith(INDEX_SUFFIX) for name in (*listing.sizes, *listing.unread)):
         findings.add("index-missing", candidates[0], "shards without an index")
-    stem = _stem(candidates[0])
-    return [name for name in candidates if _stem(name) == stem]
+    stem = shard_stem(candidates[0])
+    return [name for name in candidates if shard_stem(name) == stem]
 
 
 def _check_strays(listing: Listing, chosen: set[str], findings: Findings) -> None:
