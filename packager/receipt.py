@@ -11,7 +11,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from packager.variant import Layout, Place, place_of
 
@@ -214,6 +221,15 @@ class QualityRecord(Record):
     rows: RowQuality | None = None
 
 
+class FloorRecord(Record):
+    """The floor that the recipe sets, whether the variant misses it, and whether it is published all the same."""
+
+    max_perplexity_increase: float | None = None
+    max_kl: float | None = None
+    missed: bool = False
+    published_below: bool = False
+
+
 class Provenance(Record):
     """The record that is published with a branch as provenance.json, for readers who want to check the branch.
 
@@ -239,9 +255,16 @@ class Provenance(Record):
     linears: tuple[AnyLinearRecord, ...]
     not_quantized: dict[str, str] = {}
     quality: QualityRecord | None = None
+    floor: FloorRecord | None = None
     loaders: tuple[LoaderRecord, ...] = ()
     weights_bytes: int
     files: dict[str, FileRecord]
+
+    @model_serializer(mode="wrap")
+    def _without_no_floor(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Leave out a floor that is none: a build of a recipe without one has the bytes that it had."""
+        content: dict[str, object] = dump(self)
+        return {key: value for key, value in content.items() if key != "floor" or value is not None}
 
     @property
     def weights_files(self) -> dict[str, FileRecord]:

@@ -16,6 +16,7 @@ from packager.cli import status_view
 from packager.cli.status_view import print_loaders, print_status
 from packager.pipeline.status import BranchStatus, read_status, status_json
 from packager.receipt import LoaderRecord, Provenance, QualityRecord, Receipt
+from packager.recipe import QualityFloor
 from packager.recipe.file import RecipeFile
 from tests import card_fixtures as fixtures
 from tests import tiny_recipe
@@ -34,7 +35,7 @@ def quality_of(index: int = 0, **changes: object) -> QualityRecord:
     quality = QualityRecord(
         num_tokens=1000 + index,
         perplexity=5.43216 + index,
-        base_perplexity=4.11111 + index,
+        base_perplexity=5.11111 + index,
         kl_divergence=0.0123456 / 10**index,
         top1_agreement=0.912 + index / 100,
     )
@@ -91,7 +92,8 @@ def show(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         monkeypatch.setattr(status_view, "read_status", lambda *_: statuses)
         monkeypatch.setattr(status_view, "running_build", lambda *_: None)
         repository = SimpleNamespace(id="someone/model", target=target, url=url)
-        recipe_file: Any = SimpleNamespace(recipe=SimpleNamespace(repository=repository))
+        no_floor = {"quality": QualityFloor(), "variants": (), "expanded_variants": tuple}
+        recipe_file: Any = SimpleNamespace(recipe=SimpleNamespace(repository=repository, **no_floor))
         options: Any = None
         stream = io.StringIO()
         print_status(recipe_file, options, Console(file=stream, width=width))

@@ -1,11 +1,13 @@
 """The figures for the card's templates: all from receipts, grouped as the page shows them."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
 from packager.card.choice import CachedContext, cpu_loaders, device_bytes, opened_by
 from packager.card.comparison import Standing, standings
+from packager.card.floor import floor_problems, is_far
 from packager.card.numbers import PERCENT, measured, measured_percent
 from packager.model.compatibility import Verdict
 from packager.model.runtimes import RUNTIMES
@@ -68,6 +70,18 @@ class BranchFacts:
     def place(self) -> Place:
         """Return the repository and the revision that hold it."""
         return self.provenance.place
+
+    @property
+    def floor_problems(self) -> tuple[str, ...]:
+        """Return which limits of the recipe's floor it misses."""
+        made = self.provenance
+        return floor_problems(made.quality, made.floor) if made.quality is not None and made.floor is not None else ()
+
+    @property
+    def is_far(self) -> bool:
+        """Return whether its perplexity is far above the fp16 model's, where that is a number."""
+        quality = self.provenance.quality
+        return quality is not None and math.isfinite(quality.perplexity) and is_far(self.provenance)
 
     def record(self, loader: str) -> LoaderRecord:
         """Return the record of `loader` on this branch; a loader without a record was not run."""

@@ -2,15 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
+from packager.card.floor import far_lines, floor_lines
+from packager.card.numbers import short_size
 from packager.cli.tables import add_row, fits, new_table, print_line
 from packager.model.architecture import Architecture
 from packager.model.compatibility import Verdict
 from packager.model.runtimes import RUNTIMES
+from packager.pipeline.built_quality import measured_variants
 from packager.pipeline.durations import Duration
 from packager.pipeline.plan import BuildPlan, VariantPlan
 from packager.prove.evaluation_memory import EvaluationMemory
@@ -19,9 +23,10 @@ from packager.recipe import Recipe
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.text_models import TextSource, WeightedText
 from packager.system.text import gigabytes, rough_time
+from packager.variant import MAIN
 
 _LOADERS_TITLE = "What loads them (predicted from parameters and shapes)"
-_BRANCH_COLUMNS = ("Branch", "Bits", "Group\nsize", "Act\norder", "Size,\nGB", "Bytes", "To run,\nGB")
+_BRANCH_COLUMNS = ("Branch", "Bits", "Group\nsize", "Act\norder", "Size", "Bytes", "To run")
 _FP16_BYTES = 2
 _TITLES = {name: runtime.label for name, runtime in RUNTIMES.items()}
 
@@ -86,6 +91,18 @@ def durations_json(found: Sequence[Duration]) -> list[dict[str, object]]:
     ]
 
 
+def floor_warnings(plan: BuildPlan, dist: Path) -> list[str]:
+    """Return the floor, and what earlier builds in the output folder measured that misses it or is far from fp16."""
+    made, floor = measured_variants(plan, dist), plan.recipe.quality
+    limits = [
+        f"{name} {value:g}"
+        for name, value in (("perplexity increase", floor.max_perplexity_increase), ("KL divergence", floor.max_kl))
+        if value is not None
+    ]
+    lines = [f"Floor: {' and '.join(limits)} at most; a variant that misses it is not published."] if limits else []
+    return [*lines, *floor_lines(plan.recipe, made), *far_lines(made, MAIN)]
+
+
 def resolved_text(recipe: Recipe) -> str:
     """Return a whole recipe as YAML: it gives the same digest without what it inherited."""
     from packager.recipe.draft import draft_text  # 70 ms, for this alone
@@ -101,7 +118,7 @@ def resolved_json(recipe: Recipe) -> Mapping[str, object]:
 
 def context_lines(plan: BuildPlan) -> list[str]:
     """Return what is counted to run a variant, and where the lock does not know it."""
-    cached = f"{gigabytes(plan.context_bytes)} GB"
+    cached = _size(plan.context_bytes)
     lines = [f"To run: weights and {cached}, what is cached of {plan.context_tokens} tokens; nothing else."]
     if plan.architecture.kv_cache is None:
         lines.append(
@@ -110,6 +127,11 @@ def context_lines(plan: BuildPlan) -> list[str]:
             "are not counted; make it anew: packager lock RECIPE"
         )
     return lines
+
+
+def _size(size_bytes: int) -> str:
+    """Return a size with three digits: 0.11 GB says nothing of a small model."""
+    return short_size(size_bytes).replace("\u00a0", " ")
 
 
 def text_lines(recipe: Recipe) -> list[str]:
@@ -192,9 +214,9 @@ def _branch_table(plan: BuildPlan) -> Table:
             str(variant.bits),
             str(variant.group_size),
             variant.act_order,
-            gigabytes(planned.weights_bytes),
+            _size(planned.weights_bytes),
             f"{planned.weights_bytes:,}",
-            gigabytes(plan.run_bytes(planned)),
+            _size(plan.run_bytes(planned)),
             *([variant.engine] if has_engines else []),
         )
     return table

@@ -63,6 +63,7 @@ def plan_command(
     from packager.cli.plan_view import (
         build_plan_json,
         durations_json,
+        floor_warnings,
         print_build_plan,
         resolved_json,
         resolved_text,
@@ -80,13 +81,14 @@ def plan_command(
             terminal.write(resolved_text(plan.recipe))
         else:
             print_build_plan(plan, terminal.out)
-            for text in time_lines(durations(plan, dist)):
+            for text in (*time_lines(durations(plan, dist)), *floor_warnings(plan, dist)):
                 print_line(terminal.out, text)
 
     def as_json(plan: "BuildPlan") -> Mapping[str, object]:
         if resolved:
             return resolved_json(plan.recipe)
-        return {**build_plan_json(plan), "time": durations_json(durations(plan, dist))}
+        times = durations_json(durations(plan, dist))
+        return {**build_plan_json(plan), "time": times, "warnings": floor_warnings(plan, dist)}
 
     gc.disable()  # a plan of 30,000 tensors makes many objects and no circles: looking for them took a fifth of it
     try:

@@ -9,6 +9,7 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
+from packager.card.floor import far_lines, floor_lines
 from packager.cli.tables import add_row, fits, new_table, print_line
 from packager.pipeline.build_state import Options
 from packager.pipeline.running import RunningBuild
@@ -16,6 +17,7 @@ from packager.pipeline.status import BranchStatus, read_status, running_build
 from packager.receipt import LoaderRecord, Receipt
 from packager.recipe.file import RecipeFile
 from packager.system.text import format_bytes, printable, rough_time
+from packager.variant import MAIN
 
 _MARKS = {"passed": "ok", "failed": "FAILED", "refused": "refused", "not run": "not run"}
 _NUMBERS = {"Size", "Perplexity", "KL", "Seconds", "Relative\nerror", "Top-1", "Tokens\nequal"}
@@ -38,6 +40,9 @@ def print_status(recipe_file: RecipeFile, options: Options, console: Console) ->
         print_line(console, text)
     if running := running_build(recipe_file, options):
         print_line(console, running_line(running, time.time()))
+    made = [status.receipt.provenance for status in statuses if status.receipt]
+    for text in (*floor_lines(recipe_file.recipe, made), *far_lines(made, MAIN)):
+        print_line(console, text)
     for text in dict.fromkeys([*(status.problem for status in statuses if status.problem), *loader_reasons(statuses)]):
         print_line(console, text)
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from packager.card import Prompting, render_card
 from packager.card.choice import cached_contexts
+from packager.card.floor import floor_record
 from packager.card.plot import PLOT_VERSION, Plot, draw_picture, plot_of
 from packager.errors import StateError
 from packager.model.contract_files import TEMPLATE_FILE
@@ -33,7 +34,10 @@ def render_cards(run: BuildState) -> None:
     """
     texts = read_card_texts(run.recipe_file)
     present = _present(run)
-    provenances = [receipt.provenance.model_copy(update=present) for receipt in run.ordered_receipts()]
+    provenances = [
+        receipt.provenance.model_copy(update={**present, "floor": floor_record(run.recipe, receipt.provenance)})
+        for receipt in run.ordered_receipts()
+    ]
     expectations = {variant_plan.variant.branch: variant_plan.verdicts for variant_plan in run.plan.variants}
     model_type = run.plan.architecture.model_type
     contexts, plot = cached_contexts(run.plan.architecture), plot_of(provenances)
@@ -109,7 +113,8 @@ def _with_provenance(
     receipt = run.receipts[branch]
     packed = {name: record for name, record in receipt.provenance.files.items() if is_packed(name)}
     records = packed | {name: bytes_record(content) for name, content in files.items()}
-    changes = {"files": dict(sorted(records.items())), **_present(run)}
+    floor = floor_record(run.recipe, receipt.provenance)
+    changes = {"files": dict(sorted(records.items())), "floor": floor, **_present(run)}
     if set(run.recipe.card.license.base_files) - receipt.provenance.base_model.files.keys():
         changes["base_model"] = run.source.record  # a licence that the recipe did not name when this was built
     provenance = receipt.provenance.model_copy(update=changes)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from packager.card.floor import allowed_below, far_lines, floor_lines, floor_problems
 from packager.errors import LoaderError, PublishError
 from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
 from packager.pipeline.cards import refuse_edited_cards, render_cards
@@ -26,6 +27,7 @@ from packager.publish.sign_release import ReleaseSigner, SigningKeys
 from packager.publish.targets import Target
 from packager.publish.targets.resolve_target import target_of
 from packager.receipt import PROVENANCE, README, Receipt
+from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
 from packager.system.posix import require_posix
 from packager.system.scratch import ScratchFolder
@@ -78,6 +80,8 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, only
         measured=measured,
         verified=verified,
     )
+    for text in floor_report(recipe_file, result.receipts):
+        terminal.log(text)
     lacking = _loaders_not_run(result.receipts)
     if result.nothing_to_do:
         proven = not lacking and all(map(_is_proven, result.receipts))
@@ -131,6 +135,12 @@ def render(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, bra
         _require_stages(run, *STAGES)
         render_cards(run)
     return (run.workspace.folder(branch) / README).read_text(encoding="utf-8")
+
+
+def floor_report(recipe_file: RecipeFile, receipts: Sequence[Receipt]) -> list[str]:
+    """Return a line for each variant that misses the recipe's floor, and a warning of a `main` far from fp16."""
+    made = [receipt.provenance for receipt in receipts]
+    return [*floor_lines(recipe_file.recipe, made), *far_lines(made, MAIN)]
 
 
 def _is_proven(receipt: Receipt) -> bool:
@@ -229,6 +239,7 @@ def _contents(run: BuildState) -> list[BranchContent]:
     refuse_edited_cards(run)
     receipts = run.ordered_receipts()
     require_loaders(receipts, run.recipe.loaders.required)
+    require_floor(run.recipe, receipts)
     folders = [run.workspace.folder(receipt.provenance.branch) for receipt in receipts]
     audit_or_raise(folders, run.plan.architecture, complete=True)
     return [_branch_content(receipt, folder) for receipt, folder in zip(receipts, folders, strict=True)]
@@ -301,6 +312,23 @@ def _branch_content(receipt: Receipt, folder: Path) -> BranchContent:
         files=provenance.files,
         message=f"{provenance.branch}: GPTQ {provenance.parameters['bits']}-bit, made with {provenance.made_with}",
     )
+
+
+def require_floor(recipe: Recipe, receipts: Sequence[Receipt]) -> None:
+    """Raise PublishError if a variant misses the recipe's floor and the recipe does not publish it all the same."""
+    held = [
+        f"{made.branch}: {'; '.join(found)}"
+        for made in (receipt.provenance for receipt in receipts)
+        if made.quality is not None and made.branch not in allowed_below(recipe)
+        if (found := floor_problems(made.quality, recipe.quality))
+    ]
+    if held:
+        raise PublishError(
+            "a variant misses the floor of the recipe's section quality",
+            why="\n       ".join(held),
+            hint="take it out of the recipe (nothing else is built again), change its parameters, or write "
+            "publish_below_floor: true into the variant, which its record and card then say",
+        )
 
 
 def require_loaders(receipts: Sequence[Receipt], required: Sequence[str]) -> None:

@@ -130,6 +130,9 @@ class VariantEntry(VariantFields):
     description: LineText | None = Field(
         default=None, description="the table's last column; written from the measurements if left out"
     )
+    publish_below_floor: bool = Field(
+        default=False, description="publish this variant although it misses the floor of `quality`; its card says so"
+    )
 
 
 class Defaults(Strict):
@@ -241,6 +244,15 @@ class QuantizeOptions(Strict):
     )
 
 
+class QualityFloor(Strict):
+    """What a variant must reach to be published, measured on the held-out text; without a limit, any will do."""
+
+    max_perplexity_increase: float | None = Field(
+        default=None, gt=0, description="of the fp16 model's, as a fraction: 0.05 allows five per cent more"
+    )
+    max_kl: float | None = Field(default=None, gt=0, description="mean KL divergence from the fp16 model, in nats")
+
+
 class Recipe(Strict):
     """A whole recipe file."""
 
@@ -264,6 +276,7 @@ class Recipe(Strict):
     quantize: QuantizeOptions = QuantizeOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     loaders: Loaders = Loaders()
+    quality: QualityFloor = QualityFloor()
     card: Card
 
     def expanded_variants(self) -> tuple[Variant, ...]:
@@ -274,14 +287,19 @@ class Recipe(Strict):
         """Return the sha256 of the recipe's canonical JSON: comments and layout do not change it."""
         content = self.model_dump(mode="json")
         content["base_model"]["path"] = self.base_model.public_path
+        # A recipe without a floor keeps the digest that it had before there were any.
+        if self.quality == QualityFloor():
+            del content["quality"]
+        for variant in content["variants"]:
+            if not variant["publish_below_floor"]:
+                del variant["publish_below_floor"]
         return digest_of(content)
 
 
 def expand(entry: VariantEntry, defaults: Defaults) -> Variant:
     """Fill `entry` from `defaults` and name its branch."""
-    given = {
-        key: value for key, value in entry.model_dump(exclude={"branch", "description"}).items() if value is not None
-    }
+    own_keys = set(VariantFields.model_fields)
+    given = {key: value for key, value in entry.model_dump(include=own_keys).items() if value is not None}
     fields = {**defaults.model_dump(), **given}
     # A variant's own spelling of its act order stands before that of the defaults, whichever each of them uses.
     own, common = (given_act_order(each.act_order, each.desc_act) for each in (entry, defaults))
