@@ -31,6 +31,7 @@ from packager.cli.recipe_commands import (
     verify_command,
 )
 from packager.cli.repairing import fix_command
+from packager.cli.report_command import report_command
 from packager.cli.schema_command import schema_command
 from packager.cli.signals import end_command, raise_on_signals
 from packager.cli.usage import UsageMistake, usage_error
@@ -173,6 +174,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "verify": verify_command,
     "card": card_command,
     "diff": diff_command,
+    "report": report_command,
     "publish": publish_command,
     "verify-published": verify_published_command,
     "choose": choose_command,
