@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from packager.errors import LoaderError, PackagerError
+from packager.errors import LoaderError, LoaderUnavailableError, PackagerError
 from packager.pipeline.build_state import BuildState, Options
 from packager.pipeline.stages import quantize_and_pack
 from packager.prove.environments import RuntimeContext, ensure_environment
@@ -204,6 +204,8 @@ def _outcomes(
 ) -> list[ProbeResult | LoaderError]:
     """Run one loader over all checkpoints, in one process."""
     try:
+        if problem := spec.machine_problem(job.device.type):
+            raise LoaderUnavailableError(problem)
         python = _python(spec, runtime, vllm_python, job.context)
     except LoaderError as error:
         return [error for _ in job.checkpoints]

@@ -14,10 +14,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from packager.errors import LoaderError
 from packager.inputs.texts import prepare
 from packager.pipeline.lock_recipes import lock_recipes
 from packager.pipeline.plan import make_plan
+from packager.prove.probes import ProbeResult
+from packager.prove.verify import references_of
 from packager.recipe.file import RecipeFile
+from packager.system.files import sha256_file
 from tests import tiny_recipe
 from tests.sources import open_folder
 from tests.tiny_decoders import tiny_decoder
@@ -33,7 +37,7 @@ BRANCHES = ("main", "gptq-4bit-32g-actorder_True", "gptq-4bit-64g-actorder_True"
 @pytest.fixture(scope="module")
 def modules() -> Iterator[Any]:
     """The benchmarks' modules, which are no package: each command runs as a script."""
-    names = ("make_model", "processes", "tables", "quality_table", "speed", "quality", "several_gpus")
+    names = ("make_model", "processes", "tables", "quality_table", "speed", "quality", "several_gpus", "cuda_loaders")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -156,9 +160,15 @@ def test_full_runs_our_engine_alone_to_the_checkpoints(modules: Any, tmp_path: P
         )
         == 0
     )
-    search, plain = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert search["permutations"] == plain["permutations"] == 4
-    assert (search["engine"], plain["engine"]) == ("ours, 4 at once", "ours, 4 at once, plain")
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert {each["permutations"] for each in results} == {4}
+    assert [each["engine"] for each in results] == [
+        "ours, 4 at once",
+        "ours, 4 at once, signed",
+        "ours, 4 at once, plain",
+    ]
+    written = {name: json.loads((tmp_path / "model" / f"{name}recipe.yaml").read_text()) for name in ("", "signed-")}
+    assert [each["defaults"]["scale_search"] for each in written.values()] == [True, "signed"]
     receipts = (tmp_path / "dist" / "model" / "receipts").rglob("*.json")
     parameters = [json.loads(path.read_text())["provenance"]["parameters"] for path in receipts]
     assert [each["scale_search"] for each in parameters] == [False] * 4
@@ -351,3 +361,72 @@ def test_several_gpus_are_compared_by_time_and_bytes(
         ["1", "16.0", "1.00", "25.5", "27.9"], ["3", "5.0", "3.20", "14.5", "27.9"],
     ]  # fmt: skip
     assert ("OTHER BYTES" in printed) == bool(status)
+
+
+def test_loaders_open_each_variant_with_each_kernel(
+    modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loaders answer here what our forward computes; one, with one kernel, cannot open the first variant."""
+    script = modules.cuda_loaders
+    (tmp_path / "recipes").mkdir()
+    recipe = tiny_recipe.write_all(tmp_path / "recipes")
+    seen: list[Any] = []
+    known: dict[str, Any] = {}
+
+    def references(job: Any) -> Any:
+        known.update(references_of(job))
+        return known
+
+    def run_probes(spec: Any, python: Path, jobs: Any, timeout_s: float, context: Any) -> list[Any]:
+        seen.append((spec.name, sorted(spec.devices), str(python), {job.backend for job in jobs}, jobs[0].device))
+        answers: list[Any] = [
+            ProbeResult(
+                logits=known[job.model_dir.name], generated=tuple(() for _ in job.prompts), versions={},
+                device=job.device, dtype="float16", kernel="a.b.Kernel", load_s=1.5, forward_s=0.5,
+                weights_sha256={path.name: sha256_file(path) for path in job.model_dir.glob("*.safetensors")},
+                peak_memory_bytes=10**6,
+            )
+            for job in jobs
+        ]  # fmt: skip
+        return [LoaderError("no such kernel"), *answers[1:]] if jobs[0].backend == "gptq_marlin" else answers
+
+    monkeypatch.setattr(script, "references_of", references)
+    monkeypatch.setattr(script, "run_probes", run_probes)
+    monkeypatch.setattr(script, "ensure_environment", lambda spec, _: Path("/env") / spec.name)
+    options = ["--device=cpu", "--permutations=32,16:full", f"--work={tmp_path / 'work'}", f"--recipe={recipe}"]
+    status = script.main(
+        [*options, "--loaders=gptqmodel,gptqmodel:gptq_marlin,vllm:marlin", "--vllm-python=/vllm/python",
+         f"--json={tmp_path / 'out.json'}"]
+    )  # fmt: skip
+    printed_out = capsys.readouterr().out
+    assert status == 1, "a loader failed"
+    assert seen == [
+        ("gptqmodel", ["cpu", "cuda"], "/env/gptqmodel", {None}, "cpu"),
+        ("gptqmodel", ["cpu", "cuda"], "/env/gptqmodel", {"gptq_marlin"}, "cpu"),
+    ]
+    rows = json.loads((tmp_path / "out.json").read_text())
+    branches = ["32g-none-search", "16g-full-search", "32g-none-signed", "16g-full-signed"]
+    assert [(row["runtime"], row["branch"]) for row in rows] == [
+        (runtime, branch) for runtime in ("gptqmodel", "gptqmodel:gptq_marlin", "vllm:marlin") for branch in branches
+    ]
+    statuses = [row["record"]["status"] for row in rows]
+    assert statuses == [*["passed"] * 4, "failed", *["passed"] * 3, *["not run"] * 4]
+    assert rows[-1]["record"]["reason"].startswith("needs CUDA")
+    assert all(row["negative"] == 0 if row["branch"].endswith("search") else row["negative"] > 0.2 for row in rows)
+    passed = rows[0]
+    assert (passed["record"]["status"], passed["record"]["relative_error"], passed["load_s"]) == ("passed", 0.0, 1.5)
+    assert "failed: no such kernel" in printed_out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loaders=autogptq:triton"], "autogptq has no kernels to choose from"),
+        (["--loaders=llama"], "no such loader: llama"),
+        (["--searches=maybe"], "scale_search is true, signed, false"),
+    ],
+)
+def test_wrong_loaders_are_refused(modules: Any, arguments: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        modules.cuda_loaders.main(arguments)
+    assert message in capsys.readouterr().err

@@ -22,7 +22,7 @@ from packager.pipeline import build_state
 from packager.prove import environments, shared_torch
 from packager.prove.environments import RuntimeContext, ensure_environment, environment_name
 from packager.prove.loaders import ISOLATED, LOADERS, LoaderSpec
-from packager.prove.probes import ProbeJob, ProbeResult, run_probe, run_probes
+from packager.prove.probes import ProbeJob, ProbeResult, run_probe, run_probes, runtime_view
 from packager.quantize.engines import auto_gptq_files
 from packager.system.processes import Processes
 
@@ -156,6 +156,29 @@ def test_probe_sees_neither_secrets_nor_index_nor_proxy(spec: LoaderSpec, tmp_pa
     assert seen["CUDA_HOME"] == "/c"
     assert seen["PATH"].split(":")[0] == str(Path(sys.executable).parent)
     assert not {"HF_TOKEN", "PIP_INDEX_URL", "https_proxy"} & set(seen)
+
+
+def test_a_compiler_that_cc_names_is_seen_in_its_folder_and_in_the_one_that_it_links_to(
+    spec: LoaderSpec, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "toolchain" / "bin" / "x86_64-gcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    (tmp_path / "links" / "bin").mkdir(parents=True)
+    (tmp_path / "links" / "bin" / "gcc").symlink_to(compiler)
+    out = tmp_path / "out"
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    environ = {**ENVIRON, "CC": f"{tmp_path / 'links' / 'bin' / 'gcc'} -O2"}
+    seen = {
+        device: runtime_view(
+            spec, python, tmp_path, context(environ=environ), device=device, readable=[], writable=[out]
+        ).readable
+        for device in ("cpu", "cuda")
+    }
+    assert {tmp_path / "toolchain", tmp_path / "links"} <= set(seen["cuda"])
+    assert not {tmp_path / "toolchain", tmp_path / "links"} & set(seen["cpu"]), "nothing is compiled there"
 
 
 def test_name_is_the_loader_and_twelve_digits(spec: LoaderSpec) -> None:

@@ -155,6 +155,33 @@ def test_what_vllm_reads_from_its_environment(probe: Any, monkeypatch: pytest.Mo
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("device", "backend", "wanted"),
+    [
+        ("cpu", None, {}),
+        ("cuda", None, {"gpu_memory_utilization": 0.01}),
+        ("cuda", "marlin", {"gpu_memory_utilization": 0.01, "linear_backend": "marlin"}),
+    ],
+)
+def test_what_vllm_is_started_with_on_each_device(
+    probe: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    backend: str | None,
+    wanted: dict[str, Any],
+) -> None:
+    """By default it wants 92 % of a GPU's memory to be free, and other loaders run at the same time."""
+    write_checkpoint(tmp_path, [0, 0])
+    monkeypatch.setattr(probe, "dtype_of", lambda _: "float16")
+    started: dict[str, Any] = {}
+    vllm = SimpleNamespace(LLM=lambda **options: started.update(options))
+    probe.start_engine(vllm, tmp_path, 80, device=device, backend=backend)
+    names = ("gpu_memory_utilization", "linear_backend")
+    assert {name: started[name] for name in names if name in started} == wanted
+    assert started["kv_cache_memory_bytes"] == 64 << 20
+
+
 def write_checkpoint(folder: Path, g_idx: list[int], **quantization: Any) -> None:
     given = {"bits": 4, "group_size": 2, "desc_act": False, **quantization}
     (folder / "config.json").write_text(json.dumps({"quantization_config": given}))

@@ -166,9 +166,15 @@ def _kernels(python: Path) -> Path:
 
 
 def _tool_folders(environ: Mapping[str, str]) -> list[Path]:
-    """Return the folders of the compilers on the caller's PATH."""
-    found = [shutil.which(tool, path=environ.get("PATH", os.defpath)) for tool in _COMPILERS]
-    return list(dict.fromkeys(Path(tool).parent for tool in found if tool))
+    """Return the folders of the compilers that CC and CXX name, and of those on the caller's PATH.
+
+    A compiler that is a link to one in another folder has both.
+    """
+    # CC may have arguments, such as "ccache gcc".
+    named = [word for name in ("CC", "CXX") for word in environ.get(name, "").split()]
+    found = [shutil.which(tool, path=environ.get("PATH", os.defpath)) for tool in (*_COMPILERS, *named)]
+    tools = [Path(tool) for tool in found if tool]
+    return list(dict.fromkeys(folder for tool in tools for folder in (tool.parent, tool.resolve().parent)))
 
 
 def _cuda_files(environ: Mapping[str, str]) -> list[Path]:

@@ -42,7 +42,7 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     longest = max(len(row) for row in (*rows, *prompts)) + job["max_new_tokens"]
     isolated.reset_peak_memory(torch, device)
     started = time.perf_counter()
-    engine = start_engine(vllm, folder, longest, job.get("backend"))
+    engine = start_engine(vllm, folder, longest, device=device, backend=job.get("backend"))
     try:
         load_s = time.perf_counter() - started
         config = engine.model_config
@@ -109,17 +109,22 @@ def check_order(folder: Path) -> None:
                     raise ValueError(f"{name} is not i // group_size, and vLLM drops it")
 
 
-def start_engine(vllm: Any, folder: Path, longest: int, backend: str | None) -> Any:
+def start_engine(vllm: Any, folder: Path, longest: int, *, device: str, backend: str | None) -> Any:
     """Return an engine that computes one row of up to `longest` tokens at a time.
 
     Args:
         vllm: the package.
         folder: the checkpoint.
         longest: tokens of the longest row, prompt and generated ones together.
+        device: "cpu" or "cuda".
         backend: vLLM's `linear_backend`, such as "marlin"; None is its own choice.
     """
     gc.collect()  # what is left of the engine of an earlier job
-    options = {"linear_backend": backend} if backend else {}
+    options: dict[str, Any] = {"linear_backend": backend} if backend else {}
+    if device == "cuda":
+        # It starts only if this share of the memory is free, by default 92 %; other loaders compute at the same time.
+        # It takes what the model needs, and kv_cache_memory_bytes.
+        options["gpu_memory_utilization"] = 0.01
     return vllm.LLM(
         model=str(folder),
         tokenizer=str(folder),
