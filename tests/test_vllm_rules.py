@@ -153,6 +153,7 @@ def test_what_vllm_reads_from_its_environment(probe: Any, monkeypatch: pytest.Mo
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert os.environ["VLLM_HOST_IP"] == "127.0.0.1"
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
+    assert os.environ["VLLM_USE_FLASHINFER_SAMPLER"] == "0", "not every environment has FlashInfer"
 
 
 @pytest.mark.parametrize(

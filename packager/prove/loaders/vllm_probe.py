@@ -77,6 +77,8 @@ def prepare() -> None:
         # Otherwise it opens a socket towards 8.8.8.8 to learn its own address.
         VLLM_HOST_IP="127.0.0.1",
         VLLM_NO_USAGE_STATS="1",
+        # Greedy sampling needs neither, and it fails on CUDA where FlashInfer is not installed.
+        VLLM_USE_FLASHINFER_SAMPLER="0",
         DO_NOT_TRACK="1",
         # Activations in float16, not in int8, which it prefers on processors with AMX.
         VLLM_CPU_INT4_W4A8="0",
