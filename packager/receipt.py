@@ -14,6 +14,7 @@ from typing import Literal, Self
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     JsonValue,
     SerializerFunctionWrapHandler,
     model_serializer,
@@ -64,6 +65,10 @@ class FileRecord(Record):
 
     size_bytes: int
     sha256: str
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 class SourceRecord(Record):
@@ -123,11 +128,15 @@ class TextRecord(Record):
 
 
 class LinearRecord(Record):
-    """One quantized linear: its GPTQ loss per output feature and calibration token, and the damping it needed."""
+    """One quantized linear: its GPTQ loss per output feature and calibration token, and the damping it needed.
+
+    `unrefined_loss` is the loss before the refinement. Where there was none, the record does not hold it.
+    """
 
     name: str
     loss: float
     damp_percent: float
+    unrefined_loss: float | None = Field(default=None, exclude_if=_is_none)
 
 
 class ExpertLinearRecord(LinearRecord):

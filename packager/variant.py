@@ -17,7 +17,11 @@ ACT_ORDER_OF_DESC_ACT: Mapping[bool, ActOrder] = {False: "none", True: "full"}
 Layout = Literal["branches", "repos"]
 MAX_REPOSITORY_NAME = 96  # on the Hub, without the namespace
 # Parameters of which engine auto-gptq knows some values only, with these values.
-AUTO_GPTQ_KNOWS: Mapping[str, tuple[object, ...]] = {"scale_search": (False,), "act_order": ("none", "static", "full")}
+AUTO_GPTQ_KNOWS: Mapping[str, tuple[object, ...]] = {
+    "scale_search": (False,),
+    "refine": (False,),
+    "act_order": ("none", "static", "full"),
+}
 
 # What a conventional branch name says of the act order: True and False are desc_act, the others have no older name.
 _NAMES_OF_ACT_ORDERS: Mapping[ActOrder, str] = {"none": "False", "group": "group", "static": "static", "full": "True"}
@@ -44,7 +48,9 @@ class Variant:
         true_sequential: each linear sees inputs made by the already quantized ones before it.
         scale_search: try smaller scales per group and keep the one with the least weighted squared error; "signed":
             negative ones too, of a symmetric grid.
-        engine: what quantizes it; auto-gptq knows neither scale_search nor act order group, nor damp_percent_limit.
+        refine: after the last column, refit scales and choose integers again, from the last column to the first.
+        engine: what quantizes it; auto-gptq knows neither scale_search, refine nor act order group, nor
+            damp_percent_limit.
     """
 
     branch: str
@@ -56,6 +62,7 @@ class Variant:
     damp_percent_limit: float
     true_sequential: bool
     scale_search: ScaleSearch
+    refine: bool
     engine: EngineName
 
     @property

@@ -74,7 +74,7 @@ def test_the_script_gets_exactly_our_rows_and_parameters_and_no_secret(bench):
     assert seen["config"]["torch_dtype"] == "float16"
 
 
-@pytest.mark.parametrize("fields", [{"act_order": "group"}, {"scale_search": True}], ids=str)
+@pytest.mark.parametrize("fields", [{"act_order": "group"}, {"scale_search": True}, {"refine": True}], ids=str)
 def test_a_variant_that_autogptq_cannot_make_is_refused_before_the_script_runs(bench, fields):
     bench.variant = variant(engine="auto-gptq", **fields)
     (name, value), *_ = fields.items()

@@ -18,6 +18,7 @@ from packager.model.traced_forward import Group
 from packager.quantize import block as block_module
 from packager.quantize.activations import Activations
 from packager.quantize.block import BlockJob, QuantizedBlock, quantize_block
+from packager.quantize.suspended_forward import linears_of
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 from tests.sources import open_folder
@@ -135,6 +136,29 @@ def test_unchecked_and_checked_attempts_make_the_same_bytes(tmp_path, attempts_c
     assert again.records == made.records
     assert all(torch.equal(again.tensors[name], made.tensors[name]) for name in made.tensors)
     assert case.outputs_are(outputs)
+
+
+def test_linears_that_saw_enough_tokens_are_refined(tmp_path):
+    """The block's linears have 64 or 96 columns, and a linear needs two tokens for each: 180 are too few for 96."""
+    case = BlockCase(tmp_path, ids=token_rows(6, 30).ids)
+    widths = {case.names[name]: linear.in_features for name, linear in linears_of(case.load()).items()}
+    plain, refined = (case.quantize(variant(refine=refine)) for refine in (False, True))
+    assert all(record.unrefined_loss is None for record in plain.records)
+    assert {"unrefined_loss"} == {*refined.records[0].model_dump()} - {*plain.records[0].model_dump()}
+    assert len(set(widths.values())) > 1
+    for record in refined.records:
+        if widths[record.name] * 2 <= case.ids.numel():
+            assert record.unrefined_loss is not None
+            assert record.loss < record.unrefined_loss
+        else:
+            assert record.unrefined_loss is None
+    # The first linears see the same inputs in both.
+    first, before = refined.records[0], plain.records[0]
+    assert first.name == before.name
+    assert first.unrefined_loss == before.loss
+    name = first.name
+    assert not torch.equal(refined.tensors[f"{name}.qweight"], plain.tensors[f"{name}.qweight"])
+    assert torch.equal(refined.tensors[f"{name}.qzeros"], plain.tensors[f"{name}.qzeros"])
 
 
 @pytest.mark.parametrize("checked", [False, True])

@@ -35,7 +35,9 @@ PARAMETERS: dict[str, tuple[Any, ...]] = {
     "act_order": ("none", "full", "static", "group"),
     "desc_act": (False, True, False, False),
     "scale_search": (False, False, False, True),
+    "refine": (False, False, True, False),
 }
+REFINED = 3  # linears of a variant that refines
 
 
 def changed_text(record: TextRecord, name: str, num_samples: int, seq_len: int) -> TextRecord:
@@ -89,7 +91,12 @@ def changed_receipt(receipt: Provenance, index: int, figures: Mapping[str, Any])
             ),
             "loaders": (*records, *receipt.loaders[2:]),
             "linears": tuple(
-                LinearRecord(name=f"model.layers.{number}.mlp.down_proj", loss=0.5, damp_percent=damp)
+                LinearRecord(
+                    name=f"model.layers.{number}.mlp.down_proj",
+                    loss=0.5,
+                    damp_percent=damp,
+                    unrefined_loss=0.6 if parameters["refine"] and number < REFINED else None,
+                )
                 for number, damp in enumerate(damps)
             ),
             "calibration": changed_text(receipt.calibration, f"calibration {index}", 130 + index, 2050 + index),
@@ -317,6 +324,9 @@ def test_the_table_of_engines(page: str, records: list[dict[str, Any]]) -> None:
         raised = sorted(damp for damp in damps if damp != used["damp_percent"])
         count = f"for {len(raised) or 'none'} of {len(damps)} linears"
         assert row["Damping raised"] == (f"{count}, up to {raised[-1]}" if raised else count)
+        refined = sum("unrefined_loss" in linear for linear in record["linears"])
+        assert row["Refined"] == (f"{refined} of {len(damps)} linears" if used["refine"] else "False")
+        assert refined == (REFINED if used["refine"] else 0)
         for column in ("engine", "sym", "true_sequential", "scale_search"):
             assert row[column.replace("_", " ").capitalize().replace("Sym", "Symmetric")] == str(used[column])
 

@@ -58,6 +58,32 @@ def test_the_kernels_launched_ahead_are_those_that_solving_launches(monkeypatch,
     assert sorted(map(repr, ahead_of_it)) == sorted({repr(key) for key in solved})
 
 
+@pytest.mark.parametrize("act_order", ["full", "static"])
+@pytest.mark.parametrize("group_size", [48, 200])
+def test_the_kernels_of_the_refinement_are_launched_ahead_too(monkeypatch, group_size, act_order):
+    def key(arguments: tuple[Any, ...]) -> tuple[object, ...]:
+        G, H, _, _, rules, inline_group_size, _, _ = arguments
+        assert H.shape == (G.shape[0], G.shape[0])
+        return G.shape[0], rules, inline_group_size
+
+    launched, ahead_of_it = [], []
+
+    class Recording(TorchOps):
+        def refine_columns(self, *arguments: Any) -> None:
+            launched.append(key(arguments))
+            super().refine_columns(*arguments)
+
+    n, width, order = 536, 24, ordered(act_order, group_size)
+    factor = factorize(hessian(inputs(n, 1)), order, damp_percent=0.01)
+    solve([torch.randn(width, n)], factor, RULES, refined=(True,), ops=Recording())
+    monkeypatch.setattr(TritonOps, "round_columns", lambda *_: None)
+    monkeypatch.setattr(TritonOps, "refine_columns", lambda _, *arguments: ahead_of_it.append(key(arguments)))
+    for refine in (False, True):
+        shape = KernelShape(in_features=n, out_features=width, rules=RULES, order=order, refine=refine)
+        compile_for_shapes([shape], CPU, torch.float16)
+        assert sorted(map(repr, ahead_of_it)) == (sorted({repr(each) for each in launched}) if refine else [])
+
+
 def test_four_variants_of_a_13b_take_six_kernels(monkeypatch):
     """Two widths of programs, three group sizes."""
     launched = []
@@ -81,7 +107,7 @@ def test_the_compiled_launches_run(monkeypatch, cases):
     monkeypatch.setattr("packager.quantize.gptq.compile_kernels.os.cpu_count", lambda: 1)
     rules = replace(RULES, scale_search=True)
     shapes = [
-        KernelShape(in_features=72, out_features=8, rules=rules, order=ordered(act_order, size))
+        KernelShape(in_features=72, out_features=8, rules=rules, order=ordered(act_order, size), refine=True)
         for size, act_order in cases
     ]
     assert compile_for_shapes(shapes, CPU, torch.float16) == len(cases)

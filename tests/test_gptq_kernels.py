@@ -237,6 +237,55 @@ def test_the_number_of_features_per_program_changes_nothing(monkeypatch, kernels
     assert torch.allclose(found.delta, expected.delta, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("bits", "sym", "group_size", "act_order"),
+    [
+        (4, True, 40, "none"), (3, False, 32, "full"), (4, True, 48, "static"), (8, False, -1, "group"),
+        (4, True, 200, "none"),
+    ],
+)  # fmt: skip
+def test_refines_as_torch(kernels, device, bits, sym, group_size, act_order):
+    n = COLUMNS_OF[group_size]
+    H, weight = hessian(inputs(n, bits, dead=5)), random(n, 5, seed=7) * 0.02
+    weight[:, 2] = 0
+    factor = factorize(H.to(device), ColumnOrder(act_order=act_order, group_size=group_size), damp_percent=0.01)
+    rules = GridRules(bits=bits, sym=sym, scale_search="signed" if sym else False)
+    expected, found = (
+        solve([weight.to(device, torch.float16).T], factor, rules, refined=(True,), ops=ops) for ops in (TORCH, kernels)
+    )
+    assert (found.q == expected.q).double().mean() > 0.98
+    assert (found.scales == expected.scales).double().mean() > 0.9
+    assert torch.allclose(found.losses, expected.losses, rtol=1e-2)
+    assert (found.losses <= found.unrefined_losses).all()
+    assert found.losses.sum() < 0.99 * found.unrefined_losses.sum()
+
+
+@pytest.mark.parametrize("inline_group_size", [0, 16])
+def test_a_column_block_of_chosen_experts_is_refined_as_torch_refines_it(kernels, device, inline_group_size):
+    experts, n, features, size = 3, 40, 19, inline_group_size or 40
+    x = random(experts, 3 * n, n, seed=1)
+    H, R = x.mT @ x / n, random(experts, n, features, seed=2) * 0.01
+    q = torch.randint(0, 16, (experts, n, features), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    allowed = torch.tensor([True, False, True])
+    rules, results = GridRules(bits=4, sym=True, scale_search=False), []
+    for ops, where in ((TORCH, torch.device("cpu")), (kernels, device)):
+        scales = torch.full((experts, -(-n // size), features), 0.0078125, device=where)
+        groups = (torch.arange(n, device=where) // size).expand(experts, n).contiguous()
+        grids = Grids(scales=scales, zeros=torch.full_like(scales, 8), groups=groups)
+        mine, change = q.to(where, copy=True), torch.full((experts, n, features), torch.nan, device=where)
+        G = (H @ R).to(where, copy=True)
+        ops.refine_columns(G, H.to(where), mine, grids, rules, inline_group_size, allowed.to(where), change)
+        results.append([part.cpu() for part in (mine, scales, change)])
+    (expected_q, expected_scales, expected_change), (found_q, found_scales, change) = results
+    assert (found_q == expected_q).double().mean() > 0.98
+    assert (found_scales == expected_scales).double().mean() > 0.98
+    assert ((change - expected_change).abs() < 1e-6).double().mean() > 0.98
+    assert torch.equal(found_q[1], q[1])
+    assert not change[1].any()
+    assert (found_q[0] != q[0]).any()
+    assert (found_scales != 0.0078125).any() == (inline_group_size > 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("widths", [(70,), (64, 1, 33)])
 @pytest.mark.parametrize("ordered", [False, True])

@@ -174,7 +174,7 @@ def test_variants_of_a_sweep_equal_variants_made_alone(tmp_path):
     first = variant(branch="a", group_size=32)
     second = variant(branch="b", group_size=16, act_order="full", true_sequential=False)
     third = variant(branch="c", bits=3, sym=False, group_size=-1, scale_search=True)
-    others = (variant(branch=order, act_order=order, group_size=16) for order in ("group", "static"))
+    others = (variant(branch=order, act_order=order, group_size=16, refine=True) for order in ("group", "static"))
     variants = (first, second, third, *others)
     run(source, tmp_path / "together", *variants)
     for v in variants:

@@ -68,12 +68,14 @@ class Found:
 
     def solution(self, name: str) -> Solution:
         bits, out = self.variant.bits, self.stored[f"{name}.scales"].shape[1]
+        losses = torch.full((out,), self.records[name].loss)
         return Solution(
             q=unpack(self.stored[f"{name}.qweight"], bits),
             scales=self.stored[f"{name}.scales"],
             zeros=unpack_zeros(self.stored[f"{name}.qzeros"], bits),
             g_idx=self.stored[f"{name}.g_idx"],
-            losses=torch.full((out,), self.records[name].loss),
+            losses=losses,
+            unrefined_losses=losses,
         )
 
 

@@ -115,7 +115,7 @@ def token_rows(num_samples: int = 12, seq_len: int = 32, *, vocab_size: int = 12
 def variant(**fields: Any) -> Variant:
     defaults: dict[str, Any] = {
         "branch": "main", "bits": 4, "group_size": 32, "act_order": "none", "sym": True, "damp_percent": 0.01,
-        "damp_percent_limit": 0.1, "true_sequential": True, "scale_search": False,
+        "damp_percent_limit": 0.1, "true_sequential": True, "scale_search": False, "refine": False,
         "engine": "native",
     }  # fmt: skip
     return Variant(**{**defaults, **fields})

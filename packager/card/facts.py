@@ -49,6 +49,7 @@ class BranchFacts:
         provenance: the branch's receipt.
         description: from the recipe, None if it has none.
         raised: the raised damping of each linear that needed more than the recipe's.
+        refined: how many linears were refined; 0 of a variant that refines where all saw too few tokens, else None.
         experts: of a model with quantized experts, else None.
         standing: how the branch compares with the others.
         contexts: for each context, the bytes of weights and cache.
@@ -57,6 +58,7 @@ class BranchFacts:
     provenance: Provenance
     description: str | None
     raised: tuple[float, ...]
+    refined: int | None
     experts: ExpertFacts | None
     standing: Standing
     contexts: tuple[int, ...]
@@ -167,6 +169,7 @@ def branch_facts(
             provenance=provenance,
             description=recipe.variants[index].description,
             raised=_raised(provenance),
+            refined=_refined(provenance),
             experts=_experts(provenance),
             standing=placed[index],
             contexts=tuple(device_bytes(provenance, context) for context in contexts),
@@ -376,6 +379,12 @@ def _grouped(pairs: Sequence[tuple[BranchFacts, object]], count: int) -> tuple[S
 def _raised(provenance: Provenance) -> tuple[float, ...]:
     asked = float(provenance.parameters["damp_percent"])
     return tuple(linear.damp_percent for linear in provenance.linears if linear.damp_percent > asked)
+
+
+def _refined(provenance: Provenance) -> int | None:
+    if not provenance.parameters.get("refine"):
+        return None
+    return sum(linear.unrefined_loss is not None for linear in provenance.linears)
 
 
 def _experts(provenance: Provenance) -> ExpertFacts | None:

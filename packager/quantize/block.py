@@ -19,6 +19,7 @@ from packager.quantize.gptq.expert_hessians import expert_hessians, pooled_hessi
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Factor, Hessian, factorize, factorize_within
 from packager.quantize.gptq.order import ColumnOrder
+from packager.quantize.gptq.refine import TOKENS_PER_COLUMN
 from packager.quantize.gptq.routing import RoutedInputs
 from packager.quantize.gptq.solve import Solution, solve
 from packager.quantize.memory import experts_at_once
@@ -121,17 +122,28 @@ class _Solved:
     names: tuple[str, ...]
     damp_percents: tuple[float, ...]
     losses: Tensor
+    unrefined_losses: Tensor
+    refined: tuple[bool, ...]
     succeeded: Tensor
     calibrated: tuple[tuple[int, float], ...] = ()
 
     def records(self) -> tuple[LinearRecord, ...]:
         """Return a record for each linear; this waits for the device."""
-        found = zip(self.names, self.losses.tolist(), self.damp_percents, strict=True)
+        before = [
+            loss if refined else None
+            for loss, refined in zip(self.unrefined_losses.tolist(), self.refined, strict=True)
+        ]
+        found = tuple(
+            LinearRecord(name=name, loss=loss, damp_percent=damp, unrefined_loss=unrefined)
+            for name, loss, damp, unrefined in zip(
+                self.names, self.losses.tolist(), self.damp_percents, before, strict=True
+            )
+        )
         if not self.calibrated:
-            return tuple(LinearRecord(name=name, loss=loss, damp_percent=damp) for name, loss, damp in found)
+            return found
         return tuple(
-            ExpertLinearRecord(name=name, loss=loss, damp_percent=damp, tokens=tokens, rho=rho)
-            for (name, loss, damp), (tokens, rho) in zip(found, self.calibrated, strict=True)
+            ExpertLinearRecord(**record.model_dump(), tokens=tokens, rho=rho)
+            for record, (tokens, rho) in zip(found, self.calibrated, strict=True)
         )
 
 
@@ -168,9 +180,10 @@ class _BlockSolver:
         variant = self._job.variant
         names = tuple(self._job.names[module] for module in group)
         weights = [self._linears[name].weight for name in group]
+        refined = self._refined([hessian.num_tokens], weights[0].shape[-1])
         try:
             factor = self._factor(hessian.matrix())
-            solution = self._solution(weights, factor)
+            solution = self._solution(weights, factor, refined)
         except QuantizeError as error:
             error.where = f"{variant.branch}, {', '.join(names)}"
             raise
@@ -183,6 +196,8 @@ class _BlockSolver:
                 names=names,
                 damp_percents=(factor.damp_percent,) * len(names),
                 losses=torch.stack([part.losses.mean() for part in parts]),
+                unrefined_losses=torch.stack([part.unrefined_losses.mean() for part in parts]),
+                refined=refined * len(names),
                 succeeded=factor.succeeded & solution.scales_are_finite(),
             )
         )
@@ -212,7 +227,8 @@ class _BlockSolver:
         del hessians
         factor = self._factor(H)
         del H
-        solution = self._solution([weight], factor)
+        refined = self._refined(tokens, weight.shape[-1])
+        solution = self._solution([weight], factor, refined)
         solution.dequantize_into(weight, self._ops)
         parts = solution.by_linear([linear.out_features for linear in linears[0]])
         for part, specs in zip(parts, zip(*linears, strict=True), strict=True):
@@ -224,13 +240,19 @@ class _BlockSolver:
                 names=tuple(name for name, *_ in each),
                 damp_percents=tuple(damp for *_, damp in each),
                 losses=torch.stack([part.losses.mean(dim=-1) for part in parts], dim=1).reshape(-1),
+                unrefined_losses=torch.stack([part.unrefined_losses.mean(dim=-1) for part in parts], dim=1).reshape(-1),
+                refined=tuple(each for each in refined for _ in parts),
                 succeeded=factor.succeeded.all() & solution.scales_are_finite(),
                 calibrated=tuple((tokens, rho) for _, tokens, rho, _ in each),
             )
         )
 
-    def _solution(self, weights: Sequence[Tensor], factor: Factor) -> Solution:
-        solution = solve(weights, factor, self._rules, ops=self._ops)
+    def _refined(self, tokens: Sequence[int], in_features: int) -> tuple[bool, ...]:
+        """Return whether the variant refines a linear, or each expert, that was calibrated on so many tokens."""
+        return tuple(self._job.variant.refine and seen >= TOKENS_PER_COLUMN * in_features for seen in tokens)
+
+    def _solution(self, weights: Sequence[Tensor], factor: Factor, refined: Sequence[bool]) -> Solution:
+        solution = solve(weights, factor, self._rules, refined=refined, ops=self._ops)
         if self._checked and not bool(solution.scales_are_finite()):
             raise QuantizeError("a scale does not fit float16", why="it would be more than 65504")
         return solution

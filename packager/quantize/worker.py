@@ -102,6 +102,7 @@ class Worker:
                     rules=rules_of(variant),
                     order=order_of(variant),
                     experts=experts,
+                    refine=variant.refine,
                 )
 
     def _sweep(self, variants: Sequence[Variant], check_head_in: ThreadPoolExecutor | None) -> None:

@@ -27,6 +27,7 @@ from packager.recipe.fields import (
     GroupSize,
     LineText,
     ModulePattern,
+    Refine,
     RepoId,
     Revision,
     ScaleSearchField,
@@ -114,6 +115,7 @@ class VariantFields(Strict):
     damp_percent_limit: DampLimit | None = None
     true_sequential: TrueSequential | None = None
     scale_search: ScaleSearchField | None = None
+    refine: Refine | None = None
     engine: EngineField | None = None
 
     @model_validator(mode="after")
@@ -147,6 +149,7 @@ class Defaults(Strict):
     damp_percent_limit: DampLimit = 0.1
     true_sequential: TrueSequential = True
     scale_search: ScaleSearchField | None = None
+    refine: Refine = False
     engine: EngineField = "native"
 
     @model_validator(mode="after")

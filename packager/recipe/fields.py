@@ -119,6 +119,13 @@ ScaleSearchField = Annotated[
         "signed: negative ones too, for sym: true; left out: true, but false for engine auto-gptq, which has none"
     ),
 ]
+Refine = Annotated[
+    bool,
+    _described(
+        "after GPTQ's last column, refit each group's scale and choose each integer again, from the last column to the "
+        "first, in linears that see enough calibration tokens"
+    ),
+]
 EngineField = Annotated[
     EngineName,
     _described("the program that quantizes: our own engine, or AutoGPTQ 0.7.1 in its own environment on CUDA"),

@@ -1,9 +1,9 @@
-"""GPTQ's inner loop: round a column, subtract its error from the columns after it (arXiv:2210.17323, algorithm 1)."""
+"""GPTQ's inner loop, column by column (arXiv:2210.17323, algorithm 1), and that of the refinement after it."""
 
 import torch
 from torch import Tensor
 
-from packager.quantize.gptq.grid import GridRules, find_grids
+from packager.quantize.gptq.grid import LEAST_GAIN, GridRules, find_grids, refitted_by
 from packager.quantize.gptq.tensor_ops import Grids, RoundedColumns
 
 
@@ -39,3 +39,40 @@ def round_columns(
         result.q[i] = q
         result.delta[i] = original[i].float() - quantized
         result.squared_errors.add_(error.square())
+
+
+def refine_columns(
+    G: Tensor, H: Tensor, q: Tensor, grids: Grids, rules: GridRules, inline_group_size: int, change: Tensor
+) -> None:
+    """Lower the loss of the columns of one column block, from the last to the first; `refine` derives the steps.
+
+    Args:
+        G: float32 [columns, out_features], the gradient H (w - q) of these columns; overwritten.
+        H: float32 [columns, columns], the block's part of H.
+        q: uint8 [columns, out_features]; overwritten.
+        grids: groups are those of these columns; scales that are refitted are overwritten.
+        rules: bits.
+        inline_group_size: columns of a group whose scale is refitted before its columns; 0: no scale changes.
+        change: float32 [columns, out_features]; the new quantized values minus the old ones are added.
+    """
+    u = q.float() - grids.zeros[grids.groups]
+    groups, size = grids.groups.tolist(), inline_group_size or len(q)
+    for begin in reversed(range(0, len(q), size)):
+        end = min(begin + size, len(q))
+        if inline_group_size:
+            # Rows of G after the group are not needed any more.
+            Hu = H[:end, begin:end] @ u[begin:end]
+            projection, curvature = ((u[begin:end] * x[begin:end]).sum(0) for x in (G, Hu))
+            step = refitted_by(grids.scales[groups[begin]], projection, curvature)
+            grids.scales[groups[begin]] += step
+            G[:end].addcmul_(Hu, step, value=-1)
+            change[begin:end].addcmul_(u[begin:end], step)
+        for j in reversed(range(begin, end)):
+            scale, zero = grids.scales[groups[j]], grids.zeros[groups[j]]
+            best = torch.clamp(torch.round(u[j] + G[j] / (H[j, j] * scale)), -zero, rules.maxq - zero)
+            step = (best - u[j]) * scale
+            better = step * (2 * G[j] - step * H[j, j]) > LEAST_GAIN * scale.square() * H[j, j]
+            step = torch.where(better, step, 0.0)
+            q[j] = torch.where(better, best + zero, q[j])
+            G[:j].addr_(H[:j, j], step, alpha=-1)
+            change[j] += step

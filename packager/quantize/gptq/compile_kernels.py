@@ -1,4 +1,4 @@
-"""Compile the kernels that round columns in parallel, before they are needed, while the first weights are read.
+"""Compile the kernels that round and refine columns in parallel, ahead, while the first weights are read.
 
 Each bit width, group size and width of a linear has its own kernel, which takes one to two seconds to compile.
 """
@@ -22,7 +22,7 @@ from packager.quantize.gptq.triton_ops import TritonOps, features_per_program
 class KernelShape:
     """The arguments of `solve` that determine its kernels: a variant's, and the shape of a group of linears.
 
-    `experts` is how many are solved as one batch, 0 for a single group of linears.
+    `experts` is how many are solved as one batch, 0 for a single group of linears; `refine` whether refinement follows.
     """
 
     in_features: int
@@ -30,6 +30,7 @@ class KernelShape:
     rules: GridRules
     order: ColumnOrder
     experts: int = 0
+    refine: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +43,14 @@ class _Specialization:
     inline_group_size: int
     in_features: int
     experts: int
+    refine: bool
 
     @property
     def key(self) -> tuple[object, ...]:
         aligned = self.out_features % 16 == 0  # Triton specializes on numbers and addresses that 16 divides
         tile = features_per_program(self.out_features * max(self.experts, 1))
         batch = (self.experts > 0, self.experts > 0 and self.in_features % 16 == 0)
-        return self.columns, tile, aligned, self.rules, self.inline_group_size, batch
+        return self.columns, tile, aligned, self.rules, self.inline_group_size, batch, self.refine
 
 
 def compile_for_shapes(shapes: Iterable[KernelShape], device: torch.device, dtype: torch.dtype) -> int:
@@ -71,6 +73,7 @@ def compile_for_shapes(shapes: Iterable[KernelShape], device: torch.device, dtyp
                 inline_group_size=inline,
                 in_features=shape.in_features,
                 experts=shape.experts,
+                refine=shape.refine,
             )
             found.setdefault(launch.key, launch)
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile") as pool:
@@ -99,3 +102,9 @@ def _launch_once(launch: _Specialization, *, device: torch.device, dtype: torch.
         zeros(columns, features), zeros(columns, features, dtype=dtype), zeros(columns, columns), of_columns(), grids,
         launch.rules, inline, result,
     )  # fmt: skip
+    if launch.refine:
+        allowed = torch.zeros(experts, dtype=torch.bool, device=device)
+        TritonOps().refine_columns(
+            zeros(columns, features), zeros(columns, columns) + 1, result.q, grids, launch.rules, inline, allowed,
+            zeros(columns, features),
+        )  # fmt: skip

@@ -7,7 +7,7 @@ columns' rounding decisions depend on them. On CUDA each is the sum of three flo
 import torch
 from torch import Tensor
 
-from packager.quantize.gptq.tensor_ops import TensorOps
+from packager.quantize.gptq.tensor_ops import TensorOps, rows_of
 
 _HEADROOM = 2.0**9  # float16 ends at 2^16; a delta exceeds the largest weight only where errors accumulate
 _SMALLEST = 2.0**-64  # of a weight times its row of U: keeps the factors finite where all weights are zero
@@ -34,6 +34,15 @@ class Float32Updates:
         """Return U[:until, begin:end]^T delta[:until]."""
         return self._ops.add_product(None, self._U[..., :until, begin:end].mT, self._delta[..., :until, :])
 
+    def gradient(self, begin: int, end: int, errors: Tensor) -> Tensor:
+        """Return U[begin:end, begin:] errors[begin:]; see `LazyUpdates.gradient`."""
+        return self._ops.add_product(None, self._U[..., begin:end, begin:], errors[..., begin:, :])
+
+    def spread(self, columns: slice | Tensor, change: Tensor) -> Tensor:
+        """Return U[columns, :]^T change; see `LazyUpdates.spread`."""
+        first = columns.start if isinstance(columns, slice) else 0
+        return self._ops.add_product(None, rows_of(self._U, columns)[..., first:].mT, change)
+
 
 class SplitUpdates:
     """`LazyUpdates` with each factor split into two float16 numbers; the product of the two low parts is left out.
@@ -56,6 +65,7 @@ class SplitUpdates:
         self._out_scale = torch.exp2(torch.floor(torch.log2(_HEADROOM / largest)))
         high = torch.empty_like(weight, dtype=torch.float16)
         self._delta = high, torch.empty_like(high)
+        self._error_scale: Tensor | None = None
 
     def record(self, begin: int, delta: Tensor) -> None:
         """Split and store deltas; see `LazyUpdates.record`."""
@@ -67,7 +77,30 @@ class SplitUpdates:
         """Return U[:until, begin:end]^T delta[:until]."""
         U_high, U_low = (part[..., :until, begin:end].mT for part in self._U)
         high, low = (part[..., :until, :] for part in self._delta)
-        total = self._ops.add_product(None, U_high, low)
-        total = self._ops.add_product(total, U_low, high)
-        total = self._ops.add_product(total, U_high, high)
-        return total.div_(self._out_scale[..., None, :])
+        return self._sum_of_products(U_high, U_low, high, low).div_(self._out_scale[..., None, :])
+
+    def gradient(self, begin: int, end: int, errors: Tensor) -> Tensor:
+        """Return U[begin:end, begin:] errors[begin:]; see `LazyUpdates.gradient`."""
+        if self._error_scale is None:
+            norm = torch.linalg.vector_norm(errors, dim=-2).clamp(min=_SMALLEST)
+            self._error_scale = torch.exp2(torch.floor(torch.log2(_HEADROOM / norm)))
+        U_high, U_low = (part[..., begin:end, begin:] for part in self._U)
+        # The memory of the deltas, which nothing needs any more, holds the parts of the errors.
+        parts = self._delta[0][..., begin:, :], self._delta[1][..., begin:, :]
+        high, low = self._ops.split(errors[..., begin:, :], None, self._error_scale, parts)
+        total = self._sum_of_products(U_high, U_low, high, low)
+        return total.mul_(self._row_scale[..., begin:end, None]).div_(self._error_scale[..., None, :])
+
+    def spread(self, columns: slice | Tensor, change: Tensor) -> Tensor:
+        """Return U[columns, :]^T change; see `LazyUpdates.spread`."""
+        first = columns.start if isinstance(columns, slice) else 0
+        U_high, U_low = (rows_of(part, columns)[..., first:].mT for part in self._U)
+        row_scale = rows_of(self._row_scale[..., None], columns)[..., 0]
+        high, low = self._ops.split(change, row_scale, self._out_scale)
+        return self._sum_of_products(U_high, U_low, high, low).div_(self._out_scale[..., None, :])
+
+    def _sum_of_products(self, a_high: Tensor, a_low: Tensor, b_high: Tensor, b_low: Tensor) -> Tensor:
+        """Return a b but for the product of the two low parts."""
+        total = self._ops.add_product(None, a_high, b_low)
+        total = self._ops.add_product(total, a_low, b_high)
+        return self._ops.add_product(total, a_high, b_high)

@@ -25,7 +25,8 @@ from torch import Tensor
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Factor
-from packager.quantize.gptq.tensor_ops import Grids, RoundedColumns, TensorOps
+from packager.quantize.gptq.refine import RoundedLinear, refine
+from packager.quantize.gptq.tensor_ops import Grids, RoundedColumns, TensorOps, rows_of
 
 COLUMN_BLOCK = 128
 # Within 4 column blocks (512 columns) updates are applied block by block; those of earlier blocks in one product.
@@ -42,6 +43,7 @@ class Solution:
         zeros: uint8 [n_groups, out_features].
         g_idx: int32 [in_features], the group of each column.
         losses: float32 [out_features], squared output error per calibration token.
+        unrefined_losses: the same before the refinement; `losses` itself where there was none.
     """
 
     q: Tensor
@@ -49,6 +51,7 @@ class Solution:
     zeros: Tensor
     g_idx: Tensor
     losses: Tensor
+    unrefined_losses: Tensor
 
     def dequantize_into(self, weight: Tensor, ops: TensorOps | None = None) -> None:
         """Overwrite a linear's weight, [out_features, in_features], with the weights that a loader reads.
@@ -67,6 +70,7 @@ class Solution:
             zeros=self.zeros[expert],
             g_idx=self.g_idx[expert],
             losses=self.losses[expert],
+            unrefined_losses=self.unrefined_losses[expert],
         )
 
     def dequantized(self, ops: TensorOps | None = None) -> Tensor:
@@ -86,6 +90,7 @@ class Solution:
                 zeros=self.zeros[..., part],
                 g_idx=self.g_idx,
                 losses=self.losses[..., part],
+                unrefined_losses=self.unrefined_losses[..., part],
             )
             for part in parts
         ]
@@ -95,7 +100,10 @@ class Solution:
         return torch.isfinite(self.scales).all()
 
 
-def solve(weights: Sequence[Tensor], factor: Factor, rules: GridRules, *, ops: TensorOps | None = None) -> Solution:
+def solve(
+    weights: Sequence[Tensor], factor: Factor, rules: GridRules, *, refined: Sequence[bool] = (),
+    ops: TensorOps | None = None,
+) -> Solution:  # fmt: skip
     """Quantize linears that see the same input, side by side; or each expert's, all experts of a batch at once.
 
     A group's grid is found from its updated columns when the first of them is reached, but for static order: there all
@@ -106,25 +114,32 @@ def solve(weights: Sequence[Tensor], factor: Factor, rules: GridRules, *, ops: T
             modified.
         factor: of the Hessian of these inputs, or of each expert's, with the order of columns.
         rules: how grids are found.
+        refined: whether the linears are refined when all columns are quantized, or which experts of a batch; empty for
+            none.
         ops: the operations to use; None takes the device's.
     """
     size, perm = factor.order.size(factor.dead.shape[-1]), factor.perm
     ops = ops or ops_for(factor.U.device)
     inverse_perm = None if perm is None else torch.argsort(perm)
     weight = ops.permute_columns(weights, factor.dead, inverse_perm)
-    solver = _ColumnSolver(weight=weight, U=factor.U, rules=rules, group_size=size, ops=ops)
+    solver = _ColumnSolver(weight=weight, U=factor.U, rules=rules, group_size=size, ops=ops, keep_errors=any(refined))
+    del weight
     if factor.order.has_static_grids:
         solver.grids = _static_grids(weights, factor, rules, ops)
     solver.run(find=not factor.order.has_static_grids)
+    unrefined_losses = losses = solver.squared_errors / 2
+    if any(refined):
+        losses = solver.refine(refined, scattered=factor.order.has_static_grids)
     grids = solver.grids
     if factor.order.act_order == "group" and perm is not None:
         grids = _by_stored_group(grids, perm[..., ::size] // size)
     return Solution(
-        q=solver.q if inverse_perm is None else _rows(solver.q, inverse_perm),
+        q=solver.q if inverse_perm is None else rows_of(solver.q, inverse_perm),
         scales=grids.scales.to(torch.float16),
         zeros=grids.zeros.to(torch.uint8),
         g_idx=(grids.groups if inverse_perm is None else grids.groups.gather(-1, inverse_perm)).to(torch.int32),
-        losses=solver.squared_errors / 2,
+        losses=losses,
+        unrefined_losses=unrefined_losses,
     )
 
 
@@ -143,13 +158,8 @@ def _by_stored_group(grids: Grids, stored: Tensor) -> Grids:
     """Return grids by the number of the stored group; `stored`, [..., n_groups], has it of each group as solved."""
     back = torch.argsort(stored)
     return Grids(
-        scales=_rows(grids.scales, back), zeros=_rows(grids.zeros, back), groups=stored.gather(-1, grids.groups)
+        scales=rows_of(grids.scales, back), zeros=rows_of(grids.zeros, back), groups=stored.gather(-1, grids.groups)
     )
-
-
-def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Return rows of x, [..., n, m], in the order of `rows`, [..., n]."""
-    return x[rows] if x.ndim == 2 else x.gather(-2, rows[..., None].expand_as(x))
 
 
 class _ColumnSolver:
@@ -160,9 +170,12 @@ class _ColumnSolver:
         grids: of the groups reached so far.
         q: uint8 [in_features, out_features].
         squared_errors: float32 [out_features].
+        errors: float32 [in_features, out_features], for the refinement; else None.
     """
 
-    def __init__(self, *, weight: Tensor, U: Tensor, rules: GridRules, group_size: int, ops: TensorOps) -> None:
+    def __init__(
+        self, *, weight: Tensor, U: Tensor, rules: GridRules, group_size: int, ops: TensorOps, keep_errors: bool
+    ) -> None:
         *experts, in_features, out_features = weight.shape
         self._weight, self._U, self._rules, self._group_size, self._ops = weight, U, rules, group_size, ops
         self._updates = ops.lazy_updates(U, weight)
@@ -175,14 +188,27 @@ class _ColumnSolver:
         self.grids = Grids(scales=scales, zeros=torch.empty_like(scales), groups=groups)
         self.q = torch.empty_like(weight, dtype=torch.uint8)
         self.squared_errors = torch.zeros(*experts, out_features, dtype=torch.float32, device=weight.device)
+        self.errors = torch.empty_like(weight, dtype=torch.float32) if keep_errors else None
 
     def run(self, *, find: bool) -> None:
         """Quantize every column; find the grids on the way, or use the given ones."""
         blocks = column_blocks(self._weight.shape[-2], self._group_size)
         inverses = inverse_blocks(self._U, blocks)
-        for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
-            some = slice(first, first + _BLOCKS_AT_ONCE)
+        for some in _some_at_once(len(blocks)):
             self._run_some(blocks[some], inverses[some], find=find)
+
+    def refine(self, refined: Sequence[bool], *, scattered: bool) -> Tensor:
+        """Lower the losses of all linears, or of the experts that are True; return the new losses."""
+        assert self.errors is not None, "the errors are kept"  # noqa: S101
+        blocks = column_blocks(self._weight.shape[-2], self._group_size)
+        del self._weight
+        linear = RoundedLinear(errors=self.errors, q=self.q, grids=self.grids, U=self._U, updates=self._updates)
+        allowed = torch.tensor(refined, device=self.q.device).reshape(self.q.shape[:-2])
+        inline = not scattered and inline_group_size(self._group_size) > 0
+        spans = [blocks[some] for some in _some_at_once(len(blocks))]
+        refine(linear, spans, self._group_size, self._rules, allowed, self._ops, inline=inline, scattered=scattered)
+        losses: Tensor = torch.linalg.vector_norm(self.errors, dim=-2).square() / 2
+        return torch.where(allowed[..., None], losses, self.squared_errors / 2)
 
     def _run_some(self, blocks: Sequence[tuple[int, int]], inverses: Sequence[Tensor], *, find: bool) -> None:
         """Quantize consecutive column blocks: w'_B = w_B + pending_B Hinv[B, B] for each block B, then its columns."""
@@ -203,6 +229,11 @@ class _ColumnSolver:
                 updated, self._weight[..., begin:end, :], Hinv, self.diagonal[..., begin:end],
                 self.grids.of(slice(begin, end)), self._rules, inline, result,
             )  # fmt: skip
+            if self.errors is not None:
+                within = self._U[..., begin:end, begin:end].mT
+                self.errors[..., begin:end, :] = self._ops.add_product(
+                    pending[..., here, :], within, delta[..., here, :]
+                )
             if end < stop:
                 self._ops.add_product(pending[..., after, :], self._U[..., begin:end, end:stop].mT, delta[..., here, :])
         self._updates.record(start, delta)
@@ -228,6 +259,11 @@ class _ColumnSolver:
         scales, zeros = self._ops.find_grids(updated, self._group_size, self._rules, column_weight)
         group = slice(begin // self._group_size, begin // self._group_size + 1)
         self.grids.scales[..., group, :], self.grids.zeros[..., group, :] = scales, zeros
+
+
+def _some_at_once(count: int) -> list[slice]:
+    """Cut the column blocks into those whose updates are applied block by block."""
+    return [slice(first, first + _BLOCKS_AT_ONCE) for first in range(0, count, _BLOCKS_AT_ONCE)]
 
 
 def inline_group_size(group_size: int) -> int:

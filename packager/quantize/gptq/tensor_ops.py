@@ -59,14 +59,36 @@ class RoundedColumns:
         return RoundedColumns(q=self.q[expert], delta=self.delta[expert], squared_errors=self.squared_errors[expert])
 
 
+def rows_of(x: Tensor, rows: Tensor | slice) -> Tensor:
+    """Return rows of x, [..., n, m]; a tensor of their numbers, int64 [..., k], may give others for each expert."""
+    if isinstance(rows, slice):
+        return x[..., rows, :]
+    return x[rows] if x.ndim == 2 else x.gather(-2, rows[..., None].expand(*rows.shape, x.shape[-1]))
+
+
 class LazyUpdates(Protocol):
-    """The deltas of the columns quantized so far, and their products with U."""
+    """The deltas of the columns quantized so far, and their products with U; for refinement, other products with it."""
 
     def record(self, begin: int, delta: Tensor) -> None:
         """Store the deltas, float32 [columns, out_features], of the columns from `begin` on."""
 
     def pending_update(self, until: int, begin: int, end: int) -> Tensor:
         """Return U[:until, begin:end]^T delta[:until], float32 [end - begin, out_features]."""
+
+    def gradient(self, begin: int, end: int, errors: Tensor) -> Tensor:
+        """Return U[begin:end, begin:] errors[begin:], float32 [end - begin, out_features]; the deltas are lost.
+
+        Between two calls the norm of no output feature's errors may grow.
+        """
+
+    def spread(self, columns: slice | Tensor, change: Tensor) -> Tensor:
+        """Return U[columns, :]^T change, float32 [in_features, out_features].
+
+        Args:
+            columns: some, as their numbers, int64 [k]; or consecutive ones, of which the rows before the first, all
+                zero, are left out.
+            change: float32 [k, out_features].
+        """
 
 
 class TensorOps(Protocol):
@@ -91,6 +113,15 @@ class TensorOps(Protocol):
         """Quantize the columns of one column block, in order; see `columns.round_columns`.
 
         The tensors of each expert are contiguous.
+        """
+
+    def refine_columns(
+        self, G: Tensor, H: Tensor, q: Tensor, grids: Grids, rules: GridRules, inline_group_size: int, allowed: Tensor,
+        change: Tensor,
+    ) -> None:  # fmt: skip
+        """Lower the loss of one column block's columns; see `columns.refine_columns`.
+
+        The tensors of each expert are contiguous. `allowed`, bool [] or [experts], leaves experts as they are.
         """
 
     def dequantize(self, weight: Tensor, q: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor) -> None:

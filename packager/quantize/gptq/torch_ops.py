@@ -49,6 +49,21 @@ class TorchOps:
                 *alone, grids.of_expert(expert), rules, inline_group_size, result.of_expert(expert)
             )  # fmt: skip
 
+    def refine_columns(
+        self, G: Tensor, H: Tensor, q: Tensor, grids: Grids, rules: GridRules, inline_group_size: int, allowed: Tensor,
+        change: Tensor,
+    ) -> None:  # fmt: skip
+        """Lower the loss of a column block's columns; see `columns.refine_columns`."""
+        change.zero_()
+        if G.ndim == 2:
+            column_loop.refine_columns(G, H, q, grids, rules, inline_group_size, change)
+            return
+        for expert, is_refined in enumerate(allowed.tolist()):
+            if is_refined:
+                column_loop.refine_columns(
+                    G[expert], H[expert], q[expert], grids.of_expert(expert), rules, inline_group_size, change[expert]
+                )
+
     def dequantize(self, weight: Tensor, q: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor) -> None:
         """Overwrite a weight with scale * (q - zero); see `TensorOps.dequantize`."""
         groups = g_idx.long()[..., None].expand_as(q)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _round_between(x, low, high):
+def round_between(x, low, high):
     """Return clamp(round(x), low, high), half to even like torch.round.
 
     In float32, x + 1.5 * 2^23 has no bits left for fractions, which holds for |x| < 2^22. `low` and `high` are small
@@ -39,7 +39,7 @@ def _grid_of(low, high, MAXQ: tl.constexpr, SYM: tl.constexpr, SMALLEST: tl.cons
         scale = _float16(tl.math.div_rn(2 * tl.maximum(-low, high), MAXQ * 1.0), SMALLEST)
         return scale, tl.zeros_like(scale) + (MAXQ + 1) // 2
     scale = _float16(tl.math.div_rn(high - low, MAXQ * 1.0), SMALLEST)
-    zero = _round_between(tl.math.div_rn(-low, scale), 0.0, MAXQ * 1.0)
+    zero = round_between(tl.math.div_rn(-low, scale), 0.0, MAXQ * 1.0)
     no_zero = zero == 0
     scale = tl.where(no_zero, _float16(tl.math.div_rn(high, MAXQ - 1.0), SMALLEST), scale)
     return scale, tl.where(no_zero, 1.0, zero)
@@ -56,7 +56,7 @@ def _negative_scale(low, high, MAXQ: tl.constexpr, SMALLEST: tl.constexpr):
 def _error_of(w, column_weight, scale, zero, MAXQ: tl.constexpr):
     """Return sum_i column_weight_i (w_i - scale (q_i - zero))^2; w and column_weight are 0 beyond the group."""
     inverse = tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale)
-    steps = _round_between(w * inverse[None, :], -zero[None, :], MAXQ - zero[None, :])
+    steps = round_between(w * inverse[None, :], -zero[None, :], MAXQ - zero[None, :])
     wrong = w - steps * scale[None, :]
     return tl.sum(wrong * wrong * column_weight[:, None], 0)
 
@@ -170,7 +170,7 @@ def _round_column(
 
     The error is (x - scale (q - zero)) / Hinv_ii, with `diagonal` = 1 / Hinv_ii.
     """
-    steps = _round_between(x * inverse, -zero, MAXQ - zero)
+    steps = round_between(x * inverse, -zero, MAXQ - zero)
     quantized = steps * scale
     row = tl.cast(i, tl.int64) * features + feature
     tl.store(q_ptr + row, (steps + zero).to(tl.uint8), mask=in_range)

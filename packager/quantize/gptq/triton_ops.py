@@ -9,15 +9,24 @@ from torch import Tensor
 
 from packager.quantize.gptq import triton_kernels as kernels
 from packager.quantize.gptq import triton_matrix_kernels as matrix_kernels
-from packager.quantize.gptq.grid import SEARCH_STEPS, SMALLEST_SCALE, GridRules, search_shrinks
+from packager.quantize.gptq.grid import (
+    LARGEST_SCALE,
+    LEAST_GAIN,
+    SEARCH_STEPS,
+    SMALLEST_SCALE,
+    GridRules,
+    search_shrinks,
+)
 from packager.quantize.gptq.lazy_updates import SplitUpdates
 from packager.quantize.gptq.routing import RoutedInputs
 from packager.quantize.gptq.tensor_ops import Grids, LazyUpdates, RoundedColumns
+from packager.quantize.gptq.triton_refine_kernel import refine_columns_kernel
 
 _TILE = 128
 # Output features of a program: many where there are many, to use each load more often; few else, to use all of the GPU.
 _ROUND_FEATURES, _ROUND_MANY, _ROUND_WARPS = (16, 32), (0, 20000), 1
 _GRID_FEATURES, _GRID_WARPS = 32, 4
+_REFINE_FEATURES, _REFINE_WARPS = 16, 1
 _SPLIT_TILE, _COPY_TILE = 2048, 64
 _PRODUCT_TILE, _PRODUCT_TOKENS = 128, 64  # three stages of two tiles: 98,304 bytes of shared memory
 _TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
@@ -79,6 +88,21 @@ class TritonOps:
                 GROUP_TILE=triton.next_power_of_2(max(inline_group_size, 1)), MAXQ=rules.maxq, SYM=rules.sym,
                 SIGNED=rules.signed, STEPS=SEARCH_STEPS if rules.scale_search else 1, SMALLEST=SMALLEST_SCALE,
                 num_warps=_ROUND_WARPS,
+            )  # fmt: skip
+
+    def refine_columns(
+        self, G: Tensor, H: Tensor, q: Tensor, grids: Grids, rules: GridRules, inline_group_size: int, allowed: Tensor,
+        change: Tensor,
+    ) -> None:  # fmt: skip
+        """Lower the loss of a column block's columns in one launch; see `columns.refine_columns`."""
+        *experts, columns, features = G.shape
+        strides = [tensor.stride(0) if experts else 0 for tensor in (G, q, grids.scales, grids.groups)]
+        with _device_of(G):
+            refine_columns_kernel[(triton.cdiv(features, _REFINE_FEATURES), *experts)](
+                G, H, q, grids.scales, grids.zeros, grids.groups, allowed, change, features, *strides,
+                BATCHED=bool(experts), COLUMNS=columns, TILE=_TILE, FEATURES=_REFINE_FEATURES,
+                INLINE_GROUP_SIZE=inline_group_size, MAXQ=rules.maxq, SMALLEST=SMALLEST_SCALE, LARGEST=LARGEST_SCALE,
+                LEAST_GAIN=LEAST_GAIN, num_warps=_REFINE_WARPS,
             )  # fmt: skip
 
     def dequantize(self, weight: Tensor, q: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor) -> None:
