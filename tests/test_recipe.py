@@ -201,7 +201,7 @@ def test_every_mistake_of_a_file_is_reported_at_once(request, monkeypatch):
         ),
         (
             ("desc_act: true", "refine: true, engine: auto-gptq"),
-            "16:46: engine auto-gptq cannot do refine: true (write refine: false in this variant, or engine: native",
+            "16:44: engine auto-gptq cannot do refine: true (write refine: false in this variant, or engine: native",
         ),
         # damping, rows, loaders
         (("bits: 4", "damp_percent_limit: 0.001"), "12:23: damp_percent_limit 0.001 is less than damp_percent 0.01"),

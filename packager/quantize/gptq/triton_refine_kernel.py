@@ -56,19 +56,25 @@ def refine_columns_kernel(
                 group = tl.load(group_ptr + j)
                 scale = tl.load(scale_ptr + group * features + feature, mask=in_range, other=1.0)
                 zero = tl.load(zero_ptr + group * features + feature, mask=in_range, other=0.0)
-            H = tl.load(H_ptr + j * COLUMNS + column, mask=column < COLUMNS, other=0.0)
-            curvature = tl.load(H_ptr + j * COLUMNS + j)
             at = tl.cast(j, tl.int64) * features + feature
             u = tl.load(q_ptr + at, mask=in_range, other=0).to(tl.float32) - zero
             gradient = tl.sum(tl.where((column == j)[:, None], G, 0.0), 0)
-            best = round_between(u + tl.math.div_rn(gradient, curvature * scale), -zero, MAXQ - zero)
-            step = (best - u) * scale
-            gain = step * (2 * gradient - step * curvature)
-            better = (gain > LEAST_GAIN * (scale * scale) * curvature) & allowed
-            step = tl.where(better, step, 0.0)
-            tl.store(q_ptr + at, (tl.where(better, best, u) + zero).to(tl.uint8), mask=in_range)
+            taken = _taken(u, gradient, tl.load(H_ptr + j * COLUMNS + j), scale, zero, MAXQ, LEAST_GAIN)
+            taken = tl.where(allowed, taken, u)
+            step = (taken - u) * scale
+            tl.store(q_ptr + at, (taken + zero).to(tl.uint8), mask=in_range)
             tl.store(change_ptr + at, u * refit + step, mask=in_range)
+            H = tl.load(H_ptr + j * COLUMNS + column, mask=column < COLUMNS, other=0.0)
             G -= H[:, None] * step[None, :]
+
+
+@triton.jit
+def _taken(u, gradient, curvature, scale, zero, MAXQ: tl.constexpr, LEAST_GAIN: tl.constexpr):
+    """Return a column's integers without the zero: those that are best, or the present ones where little is gained."""
+    best = round_between(u + tl.math.div_rn(gradient, curvature * scale), -zero, MAXQ - zero)
+    step = (best - u) * scale
+    gain = step * (2 * gradient - step * curvature)
+    return tl.where(gain > LEAST_GAIN * (scale * scale) * curvature, best, u)
 
 
 @triton.jit
