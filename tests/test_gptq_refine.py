@@ -74,10 +74,11 @@ def furthest_decision(case: Case) -> tuple[float, float]:
     Returns how far a decision was from the best one in its state: an integer in steps beyond the middle between two,
     and a scale in loss, over scale^2 u H u.
     """
-    damped, q = case.damped[case.order][:, case.order], case.before.q.double()[case.order]
-    new_q, groups = case.after.q.double()[case.order], case.after.g_idx.long()[case.order]
+    order = list(range(len(case.order))) if case.act_order == "static" else case.order
+    damped, q = case.damped[order][:, order], case.before.q.double()[order]
+    new_q, groups = case.after.q.double()[order], case.after.g_idx.long()[order]
     zeros, scales = case.after.zeros.double(), case.before.scales.double().clone()
-    R = (case.weight - values(case.before))[case.order]
+    R = (case.weight - values(case.before))[order]
     furthest = [0.0, 0.0]
 
     def refit(group: int) -> None:
@@ -94,7 +95,7 @@ def furthest_decision(case: Case) -> tuple[float, float]:
         scales[group] = new
         R.sub_(u * (new - old))
 
-    inside = case.size <= 128 and case.act_order != "static"
+    inside = case.size <= 128
     if not inside:
         for group in reversed(range(len(scales))):
             refit(group)

@@ -35,7 +35,10 @@ class KernelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class _Specialization:
-    """The arguments of one launch; launches with equal `key` run the same compiled kernel."""
+    """The arguments of one launch; launches with equal `key` run the same compiled kernels.
+
+    `refine` is the refinement's inline group size, which static order has too; None if there is no refinement.
+    """
 
     columns: int
     out_features: int
@@ -43,7 +46,7 @@ class _Specialization:
     inline_group_size: int
     in_features: int
     experts: int
-    refine: bool
+    refine: int | None
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -73,7 +76,7 @@ def compile_for_shapes(shapes: Iterable[KernelShape], device: torch.device, dtyp
                 inline_group_size=inline,
                 in_features=shape.in_features,
                 experts=shape.experts,
-                refine=shape.refine,
+                refine=inline_group_size(size) if shape.refine else None,
             )
             found.setdefault(launch.key, launch)
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile") as pool:
@@ -102,9 +105,9 @@ def _launch_once(launch: _Specialization, *, device: torch.device, dtype: torch.
         zeros(columns, features), zeros(columns, features, dtype=dtype), zeros(columns, columns), of_columns(), grids,
         launch.rules, inline, result,
     )  # fmt: skip
-    if launch.refine:
+    if launch.refine is not None:
         allowed = torch.zeros(experts, dtype=torch.bool, device=device)
         TritonOps().refine_columns(
-            zeros(columns, features), zeros(columns, columns) + 1, result.q, grids, launch.rules, inline, allowed,
-            zeros(columns, features),
+            zeros(columns, features), zeros(columns, columns) + 1, result.q, grids, launch.rules, launch.refine,
+            allowed, zeros(columns, features),
         )  # fmt: skip

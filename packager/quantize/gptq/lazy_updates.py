@@ -25,6 +25,7 @@ class Float32Updates:
     def __init__(self, U: Tensor, weight: Tensor, ops: TensorOps) -> None:
         self._U, self._ops = U, ops
         self._delta = torch.empty_like(weight, dtype=torch.float32)
+        self._reordered = False
 
     def record(self, begin: int, delta: Tensor) -> None:
         """Store deltas; see `LazyUpdates.record`."""
@@ -34,14 +35,22 @@ class Float32Updates:
         """Return U[:until, begin:end]^T delta[:until]."""
         return self._ops.add_product(None, self._U[..., :until, begin:end].mT, self._delta[..., :until, :])
 
-    def gradient(self, begin: int, end: int, errors: Tensor) -> Tensor:
-        """Return U[begin:end, begin:] errors[begin:]; see `LazyUpdates.gradient`."""
-        return self._ops.add_product(None, self._U[..., begin:end, begin:], errors[..., begin:, :])
+    def reorder(self, columns: Tensor) -> None:
+        """Put the rows of U in another order; see `LazyUpdates.reorder`."""
+        self._U, self._reordered = rows_of(self._U, columns), True
 
-    def spread(self, columns: slice | Tensor, change: Tensor) -> Tensor:
-        """Return U[columns, :]^T change; see `LazyUpdates.spread`."""
-        first = columns.start if isinstance(columns, slice) else 0
-        return self._ops.add_product(None, rows_of(self._U, columns)[..., first:].mT, change)
+    def first_row(self, begin: int) -> int:
+        """Return where rows of U begin; see `LazyUpdates.first_row`."""
+        return 0 if self._reordered else begin
+
+    def gradient(self, begin: int, end: int, errors: Tensor) -> Tensor:
+        """Return U[begin:end, first:] errors[first:]; see `LazyUpdates.gradient`."""
+        first = self.first_row(begin)
+        return self._ops.add_product(None, self._U[..., begin:end, first:], errors[..., first:, :])
+
+    def spread(self, begin: int, end: int, change: Tensor) -> Tensor:
+        """Return U[begin:end, first:]^T change; see `LazyUpdates.spread`."""
+        return self._ops.add_product(None, self._U[..., begin:end, self.first_row(begin) :].mT, change)
 
 
 class SplitUpdates:
@@ -66,6 +75,7 @@ class SplitUpdates:
         high = torch.empty_like(weight, dtype=torch.float16)
         self._delta = high, torch.empty_like(high)
         self._error_scale: Tensor | None = None
+        self._reordered = False
 
     def record(self, begin: int, delta: Tensor) -> None:
         """Split and store deltas; see `LazyUpdates.record`."""
@@ -79,24 +89,33 @@ class SplitUpdates:
         high, low = (part[..., :until, :] for part in self._delta)
         return self._sum_of_products(U_high, U_low, high, low).div_(self._out_scale[..., None, :])
 
+    def reorder(self, columns: Tensor) -> None:
+        """Put the rows of U in another order; see `LazyUpdates.reorder`."""
+        high, low = self._U
+        self._U, self._reordered = (rows_of(high, columns), rows_of(low, columns)), True
+        self._row_scale = self._row_scale.gather(-1, columns)
+
+    def first_row(self, begin: int) -> int:
+        """Return where rows of U begin; see `LazyUpdates.first_row`."""
+        return 0 if self._reordered else begin
+
     def gradient(self, begin: int, end: int, errors: Tensor) -> Tensor:
-        """Return U[begin:end, begin:] errors[begin:]; see `LazyUpdates.gradient`."""
+        """Return U[begin:end, first:] errors[first:]; see `LazyUpdates.gradient`."""
+        first = self.first_row(begin)
         if self._error_scale is None:
             norm = torch.linalg.vector_norm(errors, dim=-2).clamp(min=_SMALLEST)
             self._error_scale = torch.exp2(torch.floor(torch.log2(_HEADROOM / norm)))
-        U_high, U_low = (part[..., begin:end, begin:] for part in self._U)
+        U_high, U_low = (part[..., begin:end, first:] for part in self._U)
         # The memory of the deltas, which nothing needs any more, holds the parts of the errors.
-        parts = self._delta[0][..., begin:, :], self._delta[1][..., begin:, :]
-        high, low = self._ops.split(errors[..., begin:, :], None, self._error_scale, parts)
+        parts = self._delta[0][..., first:, :], self._delta[1][..., first:, :]
+        high, low = self._ops.split(errors[..., first:, :], None, self._error_scale, parts)
         total = self._sum_of_products(U_high, U_low, high, low)
         return total.mul_(self._row_scale[..., begin:end, None]).div_(self._error_scale[..., None, :])
 
-    def spread(self, columns: slice | Tensor, change: Tensor) -> Tensor:
-        """Return U[columns, :]^T change; see `LazyUpdates.spread`."""
-        first = columns.start if isinstance(columns, slice) else 0
-        U_high, U_low = (rows_of(part, columns)[..., first:].mT for part in self._U)
-        row_scale = rows_of(self._row_scale[..., None], columns)[..., 0]
-        high, low = self._ops.split(change, row_scale, self._out_scale)
+    def spread(self, begin: int, end: int, change: Tensor) -> Tensor:
+        """Return U[begin:end, first:]^T change; see `LazyUpdates.spread`."""
+        U_high, U_low = (part[..., begin:end, self.first_row(begin) :].mT for part in self._U)
+        high, low = self._ops.split(change, self._row_scale[..., begin:end], self._out_scale)
         return self._sum_of_products(U_high, U_low, high, low).div_(self._out_scale[..., None, :])
 
     def _sum_of_products(self, a_high: Tensor, a_low: Tensor, b_high: Tensor, b_low: Tensor) -> Tensor:

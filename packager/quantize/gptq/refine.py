@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from packager.quantize.gptq.grid import GridRules, refitted_by
-from packager.quantize.gptq.tensor_ops import Grids, LazyUpdates, TensorOps, rows_of
+from packager.quantize.gptq.tensor_ops import Grids, LazyUpdates, TensorOps
 
 # Linears that were calibrated on fewer tokens are left: on the activations of a real model the loss on other text falls
 # from 3 tokens per column on, and does not at 1.8 (docs/explanation/measurements.md).
@@ -29,14 +29,17 @@ _ROWS_AT_ONCE = 512  # of sums over E: keeps products of its size out of memory
 
 @dataclass(frozen=True, kw_only=True)
 class RoundedLinear:
-    """Linears whose columns were all rounded, in solving order; refinement overwrites `errors`, `q` and the scales.
+    """Linears whose columns were all rounded; refinement overwrites `errors`, `q` and the scales.
+
+    Columns are in an order in which groups are consecutive: the solving order, or that of the checkpoint for static
+    order, for which the rows of U are no longer triangular.
 
     Attributes:
-        errors: float32 [in_features, out_features], E = U^T (w - q).
+        errors: float32 [in_features, out_features], E = U^T (w - q), in solving order.
         q: uint8 [in_features, out_features].
         grids: of all groups.
-        U: upper triangular float32 [in_features, in_features], H = U U^T.
-        updates: multiplies by U; its deltas are lost.
+        U: float32 [in_features, in_features], H = U U^T.
+        updates: multiplies by U, its columns in the same order; its deltas are lost.
     """
 
     errors: Tensor
@@ -48,7 +51,7 @@ class RoundedLinear:
 
 def refine(
     linear: RoundedLinear, spans: Sequence[Sequence[tuple[int, int]]], group_size: int, rules: GridRules,
-    allowed: Tensor, ops: TensorOps, *, inline: bool, scattered: bool,
+    allowed: Tensor, ops: TensorOps, *, inline: bool,
 ) -> None:  # fmt: skip
     """Refit each group's scale once and choose each column's integer once, from the last column to the first.
 
@@ -64,13 +67,12 @@ def refine(
         allowed: bool [], or [experts]: which are refined.
         ops: the operations to use.
         inline: whether column blocks hold whole groups.
-        scattered: whether the columns of a group lie anywhere in the solving order.
     """
     if not inline:
-        _refit_shared_groups(linear, group_size, allowed, scattered=scattered)
+        _refit_shared_groups(linear, group_size, allowed)
     for blocks in reversed(spans):
         start, stop = blocks[0][0], blocks[-1][1]
-        rows = linear.U[..., start:stop, start:]
+        rows = linear.U[..., start:stop, linear.updates.first_row(start) :]
         H = ops.add_product(None, rows, rows.mT)
         G = linear.updates.gradient(start, stop, linear.errors)
         change = torch.empty_like(G)
@@ -82,23 +84,21 @@ def refine(
             )  # fmt: skip
             if begin > start:
                 ops.add_product(G[..., before, :], -H[..., before, here], change[..., here, :])
-        linear.errors[..., start:, :].sub_(linear.updates.spread(slice(start, stop), change))
+        linear.errors[..., linear.updates.first_row(start) :, :].sub_(linear.updates.spread(start, stop, change))
 
 
-def _refit_shared_groups(linear: RoundedLinear, group_size: int, allowed: Tensor, *, scattered: bool) -> None:
+def _refit_shared_groups(linear: RoundedLinear, group_size: int, allowed: Tensor) -> None:
     """Refit the scales of groups whose columns lie in several column blocks, the last group first.
 
     With u scale, the group's quantized columns B, and v = U[B, :]^T u scale: u G scale = v E and u H u scale^2 = v v.
     """
     grids, in_features = linear.grids, linear.q.shape[-2]
-    by_group = torch.argsort(grids.groups, dim=-1, stable=True) if scattered else None
     for group in reversed(range(grids.scales.shape[-2])):
         begin, end = group * group_size, min((group + 1) * group_size, in_features)
-        columns = slice(begin, end) if by_group is None else by_group[..., begin:end]
-        errors = linear.errors[..., begin if by_group is None else 0 :, :]
+        errors = linear.errors[..., linear.updates.first_row(begin) :, :]
         scale = grids.scales[..., group, :].clone()
-        u = rows_of(linear.q, columns).float() - grids.zeros[..., group, None, :]
-        v = linear.updates.spread(columns, u * scale[..., None, :])
+        u = linear.q[..., begin:end, :].float() - grids.zeros[..., group, None, :]
+        v = linear.updates.spread(begin, end, u * scale[..., None, :])
         projection, curvature = _products(v, errors)
         step = refitted_by(scale, projection / scale, curvature / scale.square()) * allowed[..., None]
         grids.scales[..., group, :] += step

@@ -16,7 +16,7 @@ so a batch is computed as one linear is, with the same number of launches.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -129,7 +129,7 @@ def solve(
     solver.run(find=not factor.order.has_static_grids)
     unrefined_losses = losses = solver.squared_errors / 2
     if any(refined):
-        losses = solver.refine(refined, scattered=factor.order.has_static_grids)
+        losses = solver.refine(refined, perm if factor.order.has_static_grids else None)
     grids = solver.grids
     if factor.order.act_order == "group" and perm is not None:
         grids = _by_stored_group(grids, perm[..., ::size] // size)
@@ -197,16 +197,28 @@ class _ColumnSolver:
         for some in _some_at_once(len(blocks)):
             self._run_some(blocks[some], inverses[some], find=find)
 
-    def refine(self, refined: Sequence[bool], *, scattered: bool) -> Tensor:
-        """Lower the losses of all linears, or of the experts that are True; return the new losses."""
+    def refine(self, refined: Sequence[bool], perm: Tensor | None) -> Tensor:
+        """Lower the losses of all linears, or of the experts that are True; return the new losses.
+
+        Args:
+            refined: one value, or one for each expert.
+            perm: of static order, whose groups are consecutive as stored alone: columns are refined in that order.
+        """
         assert self.errors is not None, "the errors are kept"  # noqa: S101
         blocks = column_blocks(self._weight.shape[-2], self._group_size)
         del self._weight
-        linear = RoundedLinear(errors=self.errors, q=self.q, grids=self.grids, U=self._U, updates=self._updates)
-        allowed = torch.tensor(refined, device=self.q.device).reshape(self.q.shape[:-2])
-        inline = not scattered and inline_group_size(self._group_size) > 0
+        q, U, groups = self.q, self._U, self.grids.groups
+        if perm is not None:
+            back = torch.argsort(perm)
+            q, U, groups = rows_of(q, back), rows_of(U, back), groups.gather(-1, back)
+            self._updates.reorder(back)
+        grids = replace(self.grids, groups=groups)
+        linear = RoundedLinear(errors=self.errors, q=q, grids=grids, U=U, updates=self._updates)
+        allowed = torch.tensor(refined, device=q.device).reshape(q.shape[:-2])
         spans = [blocks[some] for some in _some_at_once(len(blocks))]
-        refine(linear, spans, self._group_size, self._rules, allowed, self._ops, inline=inline, scattered=scattered)
+        inline = inline_group_size(self._group_size) > 0
+        refine(linear, spans, self._group_size, self._rules, allowed, self._ops, inline=inline)
+        self.q = q if perm is None else rows_of(q, perm)
         losses: Tensor = torch.linalg.vector_norm(self.errors, dim=-2).square() / 2
         return torch.where(allowed[..., None], losses, self.squared_errors / 2)
 

@@ -59,10 +59,8 @@ class RoundedColumns:
         return RoundedColumns(q=self.q[expert], delta=self.delta[expert], squared_errors=self.squared_errors[expert])
 
 
-def rows_of(x: Tensor, rows: Tensor | slice) -> Tensor:
-    """Return rows of x, [..., n, m]; a tensor of their numbers, int64 [..., k], may give others for each expert."""
-    if isinstance(rows, slice):
-        return x[..., rows, :]
+def rows_of(x: Tensor, rows: Tensor) -> Tensor:
+    """Return rows of x, [..., n, m], by their numbers, int64 [..., k], which may be others for each expert."""
     return x[rows] if x.ndim == 2 else x.gather(-2, rows[..., None].expand(*rows.shape, x.shape[-1]))
 
 
@@ -75,20 +73,20 @@ class LazyUpdates(Protocol):
     def pending_update(self, until: int, begin: int, end: int) -> Tensor:
         """Return U[:until, begin:end]^T delta[:until], float32 [end - begin, out_features]."""
 
+    def reorder(self, columns: Tensor) -> None:
+        """Put the rows of U, one for each column, in another order, int64 [in_features], for the products below."""
+
+    def first_row(self, begin: int) -> int:
+        """Return from where on U[begin:] is not zero: `begin`, or 0 when the rows of U were reordered."""
+
     def gradient(self, begin: int, end: int, errors: Tensor) -> Tensor:
-        """Return U[begin:end, begin:] errors[begin:], float32 [end - begin, out_features]; the deltas are lost.
+        """Return U[begin:end, first:] errors[first:], float32 [end - begin, out_features]; the deltas are lost.
 
-        Between two calls the norm of no output feature's errors may grow.
+        `first` is `first_row(begin)`. Between two calls the norm of no output feature's errors may grow.
         """
 
-    def spread(self, columns: slice | Tensor, change: Tensor) -> Tensor:
-        """Return U[columns, :]^T change, float32 [in_features, out_features].
-
-        Args:
-            columns: some, as their numbers, int64 [k]; or consecutive ones, of which the rows before the first, all
-                zero, are left out.
-            change: float32 [k, out_features].
-        """
+    def spread(self, begin: int, end: int, change: Tensor) -> Tensor:
+        """Return U[begin:end, first:]^T change, float32 [in_features - first, out_features]."""
 
 
 class TensorOps(Protocol):
