@@ -48,18 +48,21 @@ def shared(
     made = [v for share in found for v in share.variants]
     assert sorted(v.branch for v in made) == sorted(v.branch for v in variants)
     for device in devices:
-        here = [share.plan.device_bytes for share in found if share.device == device and device.type == "cuda"]
+        here = [share.plan.device_bytes for share in found if device in share.devices and device.type == "cuda"]
         assert sum(here) <= gpu_gb * GB * USABLE
     assert sum(share.plan.host_bytes for share in found) <= host_gb * GB
     return found
 
 
-def branches_by_gpu(found: list[DeviceShare]) -> list[tuple[int | None, str]]:
-    return [(share.device.index, "".join(v.branch for v in share.variants)) for share in found]
+def branches_by_gpu(found: list[DeviceShare]) -> list[tuple[str, str]]:
+    return [
+        ("".join(str(device.index) for device in share.devices), "".join(v.branch for v in share.variants))
+        for share in found
+    ]
 
 
 @pytest.mark.parametrize(
-    ("gpu_gb", "placement", "suspended"), [(80, "device", 16), (40, "device", 16), (24, "device", 16), (12, "host", 4)]
+    ("gpu_gb", "placement", "suspended"), [(80, "device", 16), (40, "device", 16), (24, "device", 16), (12, "host", 3)]
 )
 def test_a_gpu_gets_the_share_that_fits_it(gpu_gb, placement, suspended):
     (share,) = shared(*FOUR, gpu_gb=gpu_gb)
@@ -74,11 +77,33 @@ def test_variants_calibrated_in_parallel_need_not_wait_for_each_other():
 
 
 def test_devices_share_the_variants():
-    assert branches_by_gpu(shared(*FOUR, devices=GPUS[:2])) == [(0, "ac"), (1, "bd")]
-    assert branches_by_gpu(shared(*FOUR, devices=GPUS[:3])) == [(0, "ad"), (1, "b"), (2, "c")]
-    assert branches_by_gpu(shared(*FOUR[:2], devices=GPUS)) == [(0, "a"), (1, "b")]
+    assert branches_by_gpu(shared(*FOUR, devices=GPUS[:2])) == [("0", "ac"), ("1", "bd")]
+    assert branches_by_gpu(shared(*FOUR, devices=GPUS[:3])) == [("0", "ad"), ("1", "b"), ("2", "c")]
     # Half of the host's 16 GB holds the states of half of the variants.
     assert {share.plan.placement for share in shared(*FOUR, devices=GPUS[:2], gpu_gb=12)} == {"host"}
+
+
+def test_devices_share_the_rows_of_few_variants():
+    assert branches_by_gpu(shared(FOUR[0], devices=GPUS)) == [("0123", "a")]
+    assert branches_by_gpu(shared(*FOUR[:2], devices=GPUS)) == [("02", "a"), ("13", "b")]
+    assert branches_by_gpu(shared(*FOUR[:3], devices=GPUS)) == [("03", "a"), ("1", "b"), ("2", "c")]
+
+
+@pytest.mark.parametrize(("num_samples", "devices"), [(8, "0"), (17, "012"), (32, "0123")])
+def test_a_device_without_a_batch_gets_no_share(num_samples: int, devices: str) -> None:
+    job: Any = Job(
+        stores={FOUR[0]: Path()}, devices=GPUS, device_limit=80 * GB,
+        rows=SimpleNamespace(ids=torch.empty(num_samples, 2048, device="meta")),
+    )  # fmt: skip
+    assert branches_by_gpu(share_variants(job)) == [(devices, "a")]
+
+
+def test_devices_that_share_the_rows_each_need_less() -> None:
+    """Activations are split: 13B's rows in 16 batches, of which each of four GPUs has four."""
+    (alone,), (four,) = shared(FOUR[0]), shared(FOUR[0], devices=GPUS, host_gb=64)
+    states = 2 * 128 * 2048 * 5120
+    assert (alone.plan.num_batches, four.plan.num_batches, four.plan.suspended_batches) == (16, 4, 4)
+    assert alone.plan.device_bytes - four.plan.device_bytes > 3 / 4 * states
 
 
 def test_a_cpu_has_one_share():

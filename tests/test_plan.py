@@ -134,22 +134,25 @@ def test_the_planned_ways_are_those_chosen_for_gpus_of_those_sizes(
 ) -> None:
     plan = plan_of(tmp_path, defaults={"true_sequential": true_sequential})
     work = Workload(
-        architecture=plan.architecture, num_samples=128, seq_len=2048, num_variants=4, true_sequential=true_sequential
-    )
+        architecture=plan.architecture, num_samples=128, seq_len=2048, num_variants=4,
+        true_sequential=true_sequential, all_at_once=not true_sequential,
+    )  # fmt: skip
     way = getattr(plan.memory, name)
     assert choose_sweep(work, "cuda", device_limit=way.device_bytes, host_limit=HOST_LIMIT_BYTES) == way
 
 
 def test_memory_is_planned_for_the_variants_of_our_engine(tmp_path: Path) -> None:
-    """The passes over a block depend on true_sequential of any of them, the rest on their number."""
+    """The passes over a block depend on true_sequential of any of them, the least memory on the others too."""
     sequential = [{"true_sequential": value} for value in (True, False, False)]
 
-    def memory(*chosen: dict[str, Any], other: str = "native") -> object:
+    def memory(*chosen: dict[str, Any], other: str = "native") -> Any:
         entries = [FOUR_VARIANTS[index] | entry for index, entry in enumerate(chosen)]
         return plan_of(tmp_path, variants=[*entries[:-1], entries[-1] | {"engine": other}]).memory
 
     mixed = memory(*sequential)
-    assert mixed == memory(*[{"true_sequential": True}] * 3)
+    in_turn = memory(*[{"true_sequential": True}] * 3)
+    assert (mixed.fastest, mixed.full_speed) == (in_turn.fastest, in_turn.full_speed)
+    assert mixed.least.device_bytes > in_turn.least.device_bytes  # the Hessians of all groups at once
     assert mixed != memory(*[{"true_sequential": False}] * 3)
     assert memory(*sequential, other="auto-gptq") == memory(*sequential[:2])
     only = [{"branch": "main", "engine": "auto-gptq"}]

@@ -172,11 +172,14 @@ def assert_decisions(found: Solution, weight: Tensor, H: Tensor, *, act_order: s
     return reference
 
 
+def four_at_a_time(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(memory_module, "MOST_PARTS", 1)
+    patch.setitem(memory_module._SLICE_BYTES, "cpu", 4 * memory_module._solving_bytes(HIDDEN, 2 * INNER))
+
+
 WAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "one expert at a time": lambda patch: patch.setitem(memory_module._SLICE_BYTES, "cpu", 1),
-    "four experts at a time": lambda patch: patch.setitem(
-        memory_module._SLICE_BYTES, "cpu", 4 * memory_module._solving_bytes(HIDDEN, 2 * INNER)
-    ),
+    "all experts at once": lambda patch: patch.setattr(memory_module, "MOST_PARTS", 1),
+    "four experts at a time": four_at_a_time,
 }
 
 
@@ -190,11 +193,16 @@ def test_slices_of_experts_do_not_change_a_byte(tmp_path, monkeypatch, way):
     assert bytes_of(tmp_path / "slices") == bytes_of(tmp_path / "whole")
 
 
-def test_a_slice_of_experts_is_what_six_gigabytes_hold():
-    """Qwen3-30B-A3B: four float32 matrices of 2048 x 2048 and 16 bytes per weight of gate and up are 117,440,512."""
-    assert memory_module.experts_at_once(2048, 1536, 128, "cuda") == 6_000_000_000 // 117_440_512 == 51
-    assert memory_module.slice_sizes(2048, 1536, 128, "cuda") == (26, 51)  # 51 + 51 + 26
-    assert memory_module.experts_at_once(16384, 16384, 8, "cuda") == 1  # one expert, however large
+def test_experts_are_cut_into_eight_slices_or_more():
+    """Eight for eight devices; more where an eighth would need over six gigabytes while it is solved."""
+    assert memory_module.slice_sizes(2048, 1536, 128, "cuda") == (16,)
+    assert memory_module.slice_sizes(32, 64, 6, "cpu") == (1,)
+    assert memory_module.slice_sizes(768, 2048, 60, "cuda") == (4, 8)  # 7 x 8 + 4
+    # DeepSeek-V3: four float32 matrices of 7168 x 7168 and 16 bytes per weight of gate and up are 1,291,845,632.
+    assert memory_module.slice_sizes(7168, 4096, 256, "cuda") == (4,)
+    assert memory_module.slice_sizes(16384, 16384, 8, "cuda") == (1,)  # one expert, however large
+    slices = memory_module.expert_slices(2048, 1536, 128, "cuda")
+    assert [expert for each in slices for expert in each] == list(range(128))
 
 
 def test_the_plan_holds_the_inputs_of_experts_that_wait(tmp_path):

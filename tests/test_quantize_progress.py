@@ -72,7 +72,7 @@ def test_how_a_device_quantizes_its_share(
     )  # fmt: skip
     with terminal.bar(4) as bar:
         view = QuantizeView(terminal, bar, NAMES)
-        view.report(DeviceShare(device=torch.device("cpu"), variants=variants, plan=plan))
+        view.report(DeviceShare(devices=(torch.device("cpu"),), variants=variants, plan=plan))
     assert shown(terminal) == f"  {NAMES[0]}, {NAMES[1]}: {parts}\n"
 
 
@@ -82,7 +82,7 @@ def test_weights_that_wait_on_the_host_are_mentioned(terminal: Terminal) -> None
         device_bytes=1_500_000_000, host_bytes=0,
     )  # fmt: skip
     variants = tuple(variant(branch=name) for name in NAMES)
-    line = share_line(DeviceShare(device=torch.device("cpu"), variants=variants, plan=plan))
+    line = share_line(DeviceShare(devices=(torch.device("cpu"),), variants=variants, plan=plan))
     assert line.endswith(": activations on cpu, about 1.50 GB of cpu, weights wait in host memory")
 
 

@@ -50,8 +50,12 @@ def share_line(share: DeviceShare) -> str:
     """Return the line that shows how a device will quantize its share."""
     plan, branches = share.plan, ", ".join(variant.branch for variant in share.variants)
     sweeps = len(share.sweeps)
-    ways = {"device": f"on {share.device.type}", "host": "in pinned host memory", "disk": "on disk"}
-    parts = [f"activations {ways[plan.placement]}", f"about {format_bytes(plan.device_bytes)} of {share.device}"]
+    devices = " and ".join(map(str, share.devices))
+    ways = {"device": f"on {share.devices[0].type}", "host": "in pinned host memory", "disk": "on disk"}
+    each = "each of " if len(share.devices) > 1 else ""
+    parts = [f"activations {ways[plan.placement]}", f"about {format_bytes(plan.device_bytes)} of {each}{devices}"]
+    if each:
+        parts.insert(0, "rows shared")
     if sweeps > 1:
         parts.insert(0, f"{sweeps} sweeps")
     if 0 < plan.suspended_batches < plan.num_batches:

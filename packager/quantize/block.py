@@ -1,6 +1,6 @@
 """One block of one variant: calibrate, solve and pack its linears, or restore them from their packed tensors."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -22,7 +22,8 @@ from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.refine import TOKENS_PER_COLUMN
 from packager.quantize.gptq.routing import RoutedInputs
 from packager.quantize.gptq.solve import Solution, solve
-from packager.quantize.memory import experts_at_once
+from packager.quantize.memory import expert_slices
+from packager.quantize.ranks import Owned, SweepRank
 from packager.quantize.suspended_forward import linears_of, sweep_parallel, sweep_sequential
 from packager.receipt import ExpertLinearRecord, LinearRecord
 from packager.variant import Variant
@@ -44,6 +45,8 @@ class BlockJob:
             below another.
         states: the block's inputs; replaced by the quantized block's outputs.
         contexts: the block's other arguments, one per batch.
+        rank: the device's place among those that share the rows.
+        parts: the part of the rows to which each batch belongs, see `row_parts`; None: these are all batches.
         suspended: how many batches are suspended inside the block at once.
         last: the model's last block, whose outputs are not needed.
         on_outputs_needed: called before the states are replaced, when the block's memory begins to be freed.
@@ -56,6 +59,8 @@ class BlockJob:
     experts: ExpertLinears
     states: Activations
     contexts: Sequence[Context]
+    rank: SweepRank
+    parts: Sequence[int] | None = None
     suspended: int
     last: bool
     on_outputs_needed: Callable[[], None]
@@ -63,16 +68,24 @@ class BlockJob:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedBlock:
-    """A block's packed tensors, by their full names, on the device that made them, and one record per linear."""
+    """The linears of a block that this rank solved.
+
+    Attributes:
+        tensors: packed, by their full names, on the device that made them.
+        records: one per linear, by the number of the group, and of the first expert where a slice was solved.
+    """
 
     tensors: Mapping[str, Tensor]
-    records: tuple[LinearRecord, ...]
+    records: Mapping[tuple[int, int], tuple[LinearRecord, ...]]
 
 
 def quantize_block(
     load: Callable[[], nn.Module], job: BlockJob, solved: Callable[[tuple[LinearRecord, ...]], None]
 ) -> QuantizedBlock:
     """Quantize a block and replace the states by its outputs.
+
+    Each of the devices that share the rows calls this with its batches: a Hessian is summed over all of them, a group
+    of linears or a slice of experts is solved by one of them, and the others copy the weights.
 
     On a GPU, all work of a block is queued without checks, and one check follows at the end: a check after each
     Cholesky would leave the GPU idle. If the check fails, the block is quantized again with a check per group of
@@ -116,9 +129,12 @@ class _NeedsChecks(Exception):  # noqa: N818
 class _Solved:
     """Linears that were quantized together; the device may still be computing `losses` and `succeeded`.
 
+    `position` is the key of their records in `QuantizedBlock`.
+
     `calibrated` is what is known of each linear's Hessian, of experts only: the tokens and rho of a record.
     """
 
+    position: tuple[int, int]
     names: tuple[str, ...]
     damp_percents: tuple[float, ...]
     losses: Tensor
@@ -158,8 +174,10 @@ class _BlockSolver:
         self._experts: Mapping[str, Experts] = experts_of(block) if job.experts else {}
         self._ops = ops_for(next(block.parameters()).device)
         self._rules, self._order = rules_of(job.variant), order_of(job.variant)
+        self._number_of = {group: number for number, group in enumerate(job.groups)}
         self._solved: list[_Solved] = []
-        self._records: tuple[LinearRecord, ...] = ()
+        self._owned: list[Owned] = []
+        self._records: dict[tuple[int, int], tuple[LinearRecord, ...]] = {}
         self._tensors: dict[str, Tensor] = {}
 
     def run(self) -> QuantizedBlock:
@@ -167,32 +185,43 @@ class _BlockSolver:
         if job.variant.true_sequential:
             sweep_sequential(
                 self._block, job.groups, job.states, job.contexts, self._solve, solve_experts=self._solve_experts,
-                suspended=job.suspended, last=job.last, on_solved=self._on_solved,
+                parts=job.parts, suspended=job.suspended, last=job.last, on_solved=self._on_solved,
             )  # fmt: skip
         else:
             sweep_parallel(
                 self._block, job.groups, job.states, job.contexts, self._solve, solve_experts=self._solve_experts,
-                last=job.last, on_solved=self._on_solved,
+                parts=job.parts, last=job.last, on_solved=self._on_solved,
             )  # fmt: skip
         return QuantizedBlock(tensors=self._tensors, records=self._records)
 
     def _solve(self, group: Group, hessian: Hessian) -> None:
-        variant = self._job.variant
-        names = tuple(self._job.names[module] for module in group)
-        weights = [self._linears[name].weight for name in group]
-        refined = self._refined([hessian.num_tokens], weights[0].shape[-1])
+        number = self._number_of[group]
+        owner = number % self._job.rank.size
+        tokens = int(self._job.rank.total([hessian.num_tokens]))
         try:
-            factor = self._factor(hessian.matrix())
-            solution = self._solution(weights, factor, refined)
+            H = self._job.rank.hessian(hessian, owner)
+            if H is not None:
+                self._solve_linears(group, number, H, tokens)
         except QuantizeError as error:
-            error.where = f"{variant.branch}, {', '.join(names)}"
+            names = ", ".join(self._job.names[module] for module in group)
+            error.where = f"{self._job.variant.branch}, {names}"
             raise
+        self._share(Owned(tensor=self._linears[module].weight, owner=owner) for module in group)
+
+    def _solve_linears(self, group: Group, number: int, H: Tensor, tokens: int) -> None:
+        names = tuple(self._job.names[module] for module in group)
+        weights = [self._linears[module].weight for module in group]
+        refined = self._refined([tokens], weights[0].shape[-1])
+        factor = self._factor(H)
+        del H
+        solution = self._solution(weights, factor, refined)
         parts = solution.by_linear([weight.shape[0] for weight in weights])
         for module, weight, part in zip(group, weights, parts, strict=True):
             part.dequantize_into(weight, self._ops)
             self._keep(self._job.names[module], part, self._linears[module].bias)
         self._add(
             _Solved(
+                position=(number, 0),
                 names=names,
                 damp_percents=(factor.damp_percent,) * len(names),
                 losses=torch.stack([part.losses.mean() for part in parts]),
@@ -202,25 +231,50 @@ class _BlockSolver:
             )
         )
 
+    def _share(self, owned: Iterable[Owned]) -> None:
+        """Give every rank what the owners of weights made of them: now if later linears of the block need it."""
+        self._owned += owned
+        if self._job.variant.true_sequential:
+            self._share_all()
+
+    def _share_all(self) -> None:
+        owned, self._owned = self._owned, []
+        self._job.rank.copy_from_owners(owned)
+
     def _solve_experts(self, parameter: str, inputs: Sequence[RoutedInputs]) -> None:
-        """Quantize the linears of all experts in a parameter, slice by slice."""
-        linears = self._job.experts[parameter]
+        """Quantize the linears of all experts in a parameter, slice by slice, each slice where its owner is."""
+        job, number = self._job, self._number_of[parameter,]
+        linears = job.experts[parameter]
         module, _, name = parameter.rpartition(".")
         weight = self._experts[module].weight(name)
-        num_experts, out_features, in_features = weight.shape
-        at_once = experts_at_once(in_features, out_features, num_experts, weight.device.type)
-        pooled = pooled_hessian(inputs, self._ops)
-        for begin in range(0, num_experts, at_once):
-            experts = range(begin, min(begin + at_once, num_experts))
+        slices = expert_slices(weight.shape[2], weight.shape[1], weight.shape[0], weight.device.type)
+        owners = [slice_number % job.rank.size for slice_number in range(len(slices))]
+        pooled = pooled_hessian(
+            inputs, self._ops, parts=job.parts, matrix=self._hessian_everywhere, total=job.rank.total
+        )
+        every = job.rank.every_input(inputs)
+        for experts, owner in zip(slices, owners, strict=True):
+            if owner != job.rank.number:
+                continue
+            part = slice(experts.start, experts.stop)
             try:
-                self._solve_slice(weight[begin : experts.stop], linears[begin : experts.stop], inputs, experts, pooled)
+                self._solve_slice(weight[part], linears[part], every, experts, pooled, number)
             except QuantizeError as error:
-                error.where = f"{self._job.variant.branch}, block {self._job.index}, {module}, from expert {begin} on"
+                error.where = f"{job.variant.branch}, block {job.index}, {module}, from expert {experts.start} on"
                 raise
+        self._share(
+            Owned(tensor=weight[experts.start : experts.stop], owner=owner)
+            for experts, owner in zip(slices, owners, strict=True)
+        )
+
+    def _hessian_everywhere(self, hessian: Hessian) -> Tensor:
+        H = self._job.rank.hessian(hessian, None)
+        assert H is not None, "every rank gets it"  # noqa: S101
+        return H
 
     def _solve_slice(
         self, weight: Tensor, linears: Sequence[Sequence[LinearSpec]], inputs: Sequence[RoutedInputs],
-        experts: range, pooled: Tensor,
+        experts: range, pooled: Tensor, number: int,
     ) -> None:  # fmt: skip
         hessians = expert_hessians(inputs, experts, pooled, self._ops)
         tokens, rhos, H = hessians.tokens, hessians.rhos, hessians.H
@@ -237,6 +291,7 @@ class _BlockSolver:
         each = [(spec.name, *known) for specs, known in zip(linears, calibrated, strict=True) for spec in specs]
         self._add(
             _Solved(
+                position=(number, experts.start),
                 names=tuple(name for name, *_ in each),
                 damp_percents=tuple(damp for *_, damp in each),
                 losses=torch.stack([part.losses.mean(dim=-1) for part in parts], dim=1).reshape(-1),
@@ -258,9 +313,11 @@ class _BlockSolver:
         return solution
 
     def _add(self, solved: _Solved) -> None:
-        self._solved.append(solved)
+        # With checks, each step raised an error of its own where it failed.
         if self._checked:
-            self._check()
+            self._report_all([solved])
+        else:
+            self._solved.append(solved)
 
     def _factor(self, H: Tensor) -> Factor:
         variant = self._job.variant
@@ -274,22 +331,26 @@ class _BlockSolver:
         )
 
     def _on_solved(self) -> None:
+        self._share_all()
         self._check()
         self._job.on_outputs_needed()
 
     def _check(self) -> None:
-        """Wait for the device, and report the linears that it solved since the last check.
+        """Wait for the device, and report the linears that it solved; do so on every rank or on none.
 
         Raises:
-            _NeedsChecks: a factorisation failed, or a scale does not fit float16.
+            _NeedsChecks: a factorisation failed, or a scale does not fit float16, on any rank.
         """
         solved, self._solved = self._solved, []
-        if solved and not bool(torch.stack([group.succeeded for group in solved]).all()):
+        failed = bool(solved) and not bool(torch.stack([group.succeeded for group in solved]).all())
+        if self._job.rank.any(failed):
             raise _NeedsChecks
+        self._report_all(solved)
+
+    def _report_all(self, solved: Sequence[_Solved]) -> None:
         for group in solved:
-            records = group.records()
-            self._records = (*self._records, *records)
-            self._report(records)
+            self._records[group.position] = group.records()
+            self._report(self._records[group.position])
 
     def _keep(self, name: str, solution: Solution, bias: Tensor | None) -> None:
         bits = self._job.variant.bits

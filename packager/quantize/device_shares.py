@@ -1,10 +1,12 @@
-"""Share the variants among the devices, plan each device's sweeps, and limit its GPU memory."""
+"""Share the variants, and where they are few the rows, among the devices; plan the sweeps; limit GPU memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
+from packager.model.batches import rows_per_batch
+from packager.quantize.gptq.row_parts import num_parts
 from packager.quantize.job import DeviceShare, QuantizeJob
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, SweepPlan, Workload, choose_sweep
 from packager.system.host_memory import available_bytes
@@ -12,22 +14,23 @@ from packager.variant import Variant
 
 
 def share_variants(job: QuantizeJob) -> list[DeviceShare]:
-    """Distribute the variants over the devices, in turn.
+    """Distribute the variants over the devices, in turn; with fewer variants than devices, several share the rows.
 
     Raises:
         MachineError: a share does not fit into memory.
     """
-    variants = list(job.stores)
-    shares = [variants[number :: len(job.devices)] for number in range(len(job.devices))]
-    return [
-        DeviceShare(device=device, variants=tuple(share), plan=sweep_plan(job, share, device))
-        for device, share in zip(job.devices, shares, strict=True)
-        if share
-    ]
+    variants, count = list(job.stores), min(len(job.stores), len(job.devices))
+    batches = -(-job.rows.ids.shape[0] // rows_per_batch(job.rows.ids.shape[1], job.devices[0].type))
+    shares = []
+    for number in range(count):
+        share, devices = variants[number::count], job.devices[number::count][: num_parts(batches)]
+        plan = sweep_plan(job, share, devices)
+        shares.append(DeviceShare(devices=devices, variants=tuple(share), plan=plan))
+    return shares
 
 
-def sweep_plan(job: QuantizeJob, variants: Sequence[Variant], device: torch.device) -> SweepPlan:
-    """Choose how many variants share one sweep on a device, and where their activations are stored.
+def sweep_plan(job: QuantizeJob, variants: Sequence[Variant], devices: Sequence[torch.device]) -> SweepPlan:
+    """Choose how many variants share one sweep on devices that share the rows, and where activations are stored.
 
     Raises:
         MachineError: it does not fit into memory.
@@ -38,10 +41,12 @@ def sweep_plan(job: QuantizeJob, variants: Sequence[Variant], device: torch.devi
         seq_len=job.rows.ids.shape[1],
         num_variants=len(variants),
         true_sequential=any(variant.true_sequential for variant in variants),
+        all_at_once=not all(variant.true_sequential for variant in variants),
+        ranks=len(devices),
     )
-    if device.type == "cpu":
+    if devices[0].type == "cpu":
         return choose_sweep(work, "cpu", device_limit=None, host_limit=None)
-    limit = job.device_limit or torch.cuda.mem_get_info(device)[0]
+    limit = job.device_limit or min(torch.cuda.mem_get_info(device)[0] for device in devices)
     host_limit = host_limit_bytes() if job.host_limit is None else job.host_limit
     return choose_sweep(work, "cuda", device_limit=int(limit * USABLE), host_limit=host_limit // len(job.devices))
 

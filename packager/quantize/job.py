@@ -25,7 +25,7 @@ class QuantizeJob:
         source: the base model.
         rows: calibration tokens.
         stores: the variants to quantize, each with the open store of its blocks.
-        devices: where to compute; several share the variants.
+        devices: where to compute; several share the variants, or the rows where there are fewer variants.
         device_limit: bytes of each GPU that may be used; None for all that are free.
         host_limit: bytes of host memory beside GPUs, for all of them together; None for most of what is available.
     """
@@ -40,15 +40,15 @@ class QuantizeJob:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceShare:
-    """The variants that one device quantizes, in one sweep or, where memory is short, in several.
+    """The variants that one device quantizes, or several that share the rows; in several sweeps where memory is short.
 
     Attributes:
-        device: the device.
-        variants: its variants.
-        plan: how each sweep fits into memory.
+        devices: the devices; each has some of the rows.
+        variants: their variants.
+        plan: how each sweep fits into the memory of each device.
     """
 
-    device: "torch.device"
+    devices: "tuple[torch.device, ...]"
     variants: tuple[Variant, ...]
     plan: SweepPlan
 

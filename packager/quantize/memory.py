@@ -20,6 +20,7 @@ from packager.model.batches import (
     rows_per_batch,
     running_bytes,
 )
+from packager.quantize.gptq.row_parts import MOST_PARTS, batches_of_rank, most_sums, parts_of_rank
 from packager.system.text import format_bytes
 
 Placement = Literal["device", "host", "disk"]
@@ -34,8 +35,9 @@ _SQUARES = 4
 # Bytes per weight that exist at once while a group of linears is solved: the weights in solving order, their
 # dequantization errors, the integers twice, and float32 products.
 _SOLVE_BYTES = 16
-# Experts are solved in slices of as many as fit these bytes. Products of other numbers of experts may round in other
-# ways, so a slice depends on shapes alone, never on the memory that is free.
+# Experts are solved in slices: in enough for every device that shares the rows, and of as many experts as fit these
+# bytes. Products of other numbers of experts may round in other ways, so a slice depends on shapes alone, never on the
+# memory that is free or the number of devices.
 _SLICE_BYTES = {"cpu": 10**9, "cuda": 6 * 10**9}
 # Batches on the device (prefetched, in use, or being stored) when activations are stored elsewhere.
 _STAGED_BATCHES = 4
@@ -76,6 +78,8 @@ class Workload:
         seq_len: tokens per row.
         num_variants: variants.
         true_sequential: whether any variant calibrates linears on the outputs of the quantized ones before them.
+        all_at_once: whether any variant calibrates all linears of a block at once.
+        ranks: devices that share the rows.
     """
 
     architecture: Architecture
@@ -83,10 +87,22 @@ class Workload:
     seq_len: int
     num_variants: int
     true_sequential: bool = True
+    all_at_once: bool = False
+    ranks: int = 1
 
     def rows_per_batch(self, device_type: str) -> int:
         """Return how many rows make a batch."""
         return rows_per_batch(self.seq_len, device_type)
+
+    def shares(self, device_type: str) -> list[range]:
+        """Return the batches of each device that shares the rows."""
+        batches = -(-self.num_samples // self.rows_per_batch(device_type))
+        return [batches_of_rank(rank, self.ranks, batches) for rank in range(self.ranks)]
+
+    def most_sums(self, device_type: str) -> int:
+        """Return how many partial sums of a Hessian a device holds at most."""
+        batches = -(-self.num_samples // self.rows_per_batch(device_type))
+        return max(most_sums(parts_of_rank(rank, self.ranks, batches)) for rank in range(self.ranks))
 
 
 def choose_sweep(work: Workload, device_type: str, *, device_limit: int | None, host_limit: int | None) -> SweepPlan:
@@ -122,14 +138,16 @@ def sweep_ways(work: Workload, device_type: str) -> Iterator[SweepPlan]:
     off the device do not always arrive in time. Running a batch again costs more. Weights on the host are for blocks
     that are large themselves, such as those with many experts.
     """
-    batches = -(-work.num_samples // work.rows_per_batch(device_type))
+    batches = max(map(len, work.shares(device_type)))
     counts = range(work.num_variants, 0, -1)
     suspended = range(batches, -1, -1) if work.true_sequential else (0,)
     placements: tuple[tuple[Placement, ...], ...] = (("device", "host"), ("disk",))
     weights: tuple[Literal["device", "host"], ...] = ("device", "host")
     if device_type == "cpu":
         placements, suspended, weights = (("device",),), (batches,), ("device",)
-    sizes = _Sizes(work.architecture, device_type, work.seq_len)
+    sizes = _Sizes(
+        work.architecture, device_type, work.seq_len, sums=work.most_sums(device_type), all_at_once=work.all_at_once
+    )
     for wheres, waiting in product(placements, weights):
         for kept, where, count in product(suspended, wheres, counts):
             yield _way(
@@ -149,7 +167,9 @@ def _way(
     placement: Placement,
     weights: Literal["device", "host"],
 ) -> SweepPlan:
-    tokens = work.num_samples * work.seq_len
+    # Of the device that has most batches; `everywhere` counts the rows of all devices.
+    everywhere = work.num_samples * work.seq_len
+    tokens = min(everywhere, num_batches * work.rows_per_batch(device_type) * work.seq_len)
     states = ELEMENT_BYTES[device_type] * tokens * work.architecture.hidden_size
     batch_tokens = min(tokens, work.rows_per_batch(device_type) * work.seq_len)
     staged = min(num_batches, _STAGED_BATCHES) * states * batch_tokens // tokens
@@ -157,7 +177,7 @@ def _way(
     held = count * states if placement == "device" else staged
     # On the device, a suspended batch's input is one of the states already.
     inputs = ELEMENT_BYTES[device_type] * work.architecture.hidden_size if placement == "device" else 0
-    blocks = held + sizes.resident(weights) + sizes.peak(kept_tokens, batch_tokens, tokens, inputs_held=inputs)
+    blocks = held + sizes.resident(weights) + sizes.peak(kept_tokens, batch_tokens, everywhere, inputs_held=inputs)
     # Wherever activations are stored, all are made on the device; the variants' are the same ones before a block ran.
     device = max(blocks, states + sizes.embedding(weights))
     host = 0 if device_type == "cpu" else sizes.host(count) + (count * states if placement == "host" else 0)
@@ -173,13 +193,12 @@ def _way(
 
 
 def slice_sizes(in_features: int, out_features: int, num_experts: int, device_type: str) -> tuple[int, ...]:
-    """Return into slices of which sizes the experts of a layer are cut; see `experts_at_once`."""
-    at_once = experts_at_once(in_features, out_features, num_experts, device_type)
-    return tuple(sorted({at_once, num_experts % at_once or at_once}))
+    """Return into slices of which sizes the experts of a layer are cut; see `expert_slices`."""
+    return tuple(sorted({len(each) for each in expert_slices(in_features, out_features, num_experts, device_type)}))
 
 
-def experts_at_once(in_features: int, out_features: int, num_experts: int, device_type: str) -> int:
-    """Return how many experts of a layer are solved as one batch.
+def expert_slices(in_features: int, out_features: int, num_experts: int, device_type: str) -> list[range]:
+    """Return the slices of a layer's experts, each of which is solved as one batch.
 
     Args:
         in_features: of their linears.
@@ -187,7 +206,9 @@ def experts_at_once(in_features: int, out_features: int, num_experts: int, devic
         num_experts: of the layer.
         device_type: "cpu" or "cuda".
     """
-    return max(1, min(num_experts, _SLICE_BYTES[device_type] // _solving_bytes(in_features, out_features)))
+    fitting = _SLICE_BYTES[device_type] // _solving_bytes(in_features, out_features)
+    at_once = max(1, min(-(-num_experts // MOST_PARTS), fitting))
+    return [range(begin, min(begin + at_once, num_experts)) for begin in range(0, num_experts, at_once)]
 
 
 def _solving_bytes(in_features: int, out_features: int) -> int:
@@ -202,10 +223,14 @@ class _Sizes:
         architecture: of the base model.
         device_type: "cpu" or "cuda", where blocks are computed.
         seq_len: tokens per row.
+        sums: partial sums of a Hessian that a device holds at most.
+        all_at_once: see `Workload`.
     """
 
-    def __init__(self, architecture: Architecture, device_type: str, seq_len: int) -> None:
-        self._architecture, self._seq_len = architecture, seq_len
+    def __init__(
+        self, architecture: Architecture, device_type: str, seq_len: int, *, sums: int = 1, all_at_once: bool = False
+    ) -> None:
+        self._architecture, self._seq_len, self._sums, self._all_at_once = architecture, seq_len, sums, all_at_once
         self._device_type, self._element = device_type, ELEMENT_BYTES[device_type]
         self._embedding = embedding_bytes(architecture, device_type) + converted_bytes(architecture, device_type)
 
@@ -236,7 +261,7 @@ class _Sizes:
         Args:
             suspended_tokens: of the batches that stay inside the block.
             batch_tokens: of the batch that runs.
-            tokens: of all batches.
+            tokens: of all batches of all devices that share the rows.
             inputs_held: bytes of a token's input of the block that are counted elsewhere.
         """
         running = batch_tokens * running_bytes(self._architecture, self._device_type, self._seq_len)
@@ -245,18 +270,30 @@ class _Sizes:
         for group in sizes:
             suspended = suspended_tokens * max(0, self._suspended(group) - inputs_held)
             square = 4 * group.in_features**2
+            sums = self._sums * square
             solving = _solving_bytes(group.in_features, group.out_features)
             if group.experts is None:
-                peaks.append(suspended + max(solving, square + running))
+                peaks.append(suspended + max(solving, sums + running))
             else:
                 experts = group.experts.count
-                at_once = experts_at_once(group.in_features, group.out_features, experts, self._device_type)
+                slices = expert_slices(group.in_features, group.out_features, experts, self._device_type)
                 # The inputs of batches that are not suspended are held too, until the last slice is solved; without
                 # true_sequential no batch is suspended, and the inputs of both groups of experts are held.
                 held = self._routed_inputs(group) if suspended_tokens else sum(map(self._routed_inputs, sizes))
                 suspended += (tokens - suspended_tokens) * held
-                peaks.append(suspended + max(square + at_once * solving, square + running))
-        return max(peaks)
+                peaks.append(suspended + max(square + len(slices[0]) * solving, sums + running))
+        return max(*peaks, self._peak_at_once(running, tokens))
+
+    def _peak_at_once(self, running: int, tokens: int) -> int:
+        """Return the peak of a variant that calibrates all linears of a block at once, and suspends no batch."""
+        if not self._all_at_once:
+            return 0
+        sizes = self._architecture.group_sizes
+        squares = sum(4 * group.in_features**2 for group in sizes)
+        linears = (group for group in sizes if group.experts is None)
+        solving = max((_solving_bytes(group.in_features, group.out_features) for group in linears), default=0)
+        calibrating = (self._sums - 1) * squares + running
+        return tokens * sum(map(self._routed_inputs, sizes)) + squares + max(calibrating, solving)
 
     def _routed_inputs(self, group: GroupWidths) -> int:
         """Return the bytes of a token's inputs of experts, with the int64 index that sorts them; 0 for linears."""

@@ -24,6 +24,7 @@ from packager.quantize.activations import Activations
 from packager.quantize.experts import own_forward
 from packager.quantize.gptq.hessian import Hessian
 from packager.quantize.gptq.routing import RoutedInputs
+from packager.quantize.gptq.row_parts import part_of
 
 SolveGroup = Callable[[Group, Hessian], None]
 SolveExperts = Callable[[str, Sequence[RoutedInputs]], None]
@@ -92,6 +93,7 @@ def sweep_sequential(
     solve: SolveGroup,
     *,
     solve_experts: SolveExperts = _refuse_experts,
+    parts: Sequence[int] | None = None,
     suspended: int | None = None,
     last: bool = False,
     on_solved: Callable[[], None] = lambda: None,
@@ -104,10 +106,10 @@ def sweep_sequential(
         states: the block's inputs, replaced by the quantized block's outputs.
         contexts: the block's other arguments, one per batch.
         solve: quantizes a group given its Hessian.
-        solve_experts: quantizes the experts' linears in a parameter given the inputs of all batches, which are held
-            until it returns.
-        suspended: how many batches stay suspended inside the block; each of the others is abandoned at every group and
-            run again from the block's beginning for the next group, with the same values. None: all of them stay.
+        solve_experts: quantizes the experts' linears in a parameter given the inputs of all batches, held until then.
+        parts: the part of the rows to which each batch belongs, see `row_parts`; None: these are all batches.
+        suspended: how many batches stay suspended inside the block; each of the others runs again from the block's
+            beginning for every group, with the same values. None: all of them stay.
         last: the model's last block, whose outputs are not needed.
         on_solved: called when every group is quantized and the states are still the block's inputs; may raise.
 
@@ -128,10 +130,10 @@ def sweep_sequential(
     hooked = {group[0]: linears[group[0]] for group in groups if group[0] in linears}
     with _hooks(hooked, lambda name: lambda _, args: stop(name, args[0])), _experts_forward(block, groups, stop):
         for group in groups:
-            inputs = _Inputs(group, linears)
+            inputs = _Inputs(group, linears, parts, len(states))
             for index in range(len(states)):
                 run = run_of(index)
-                inputs.add(_input_of(group, run, run.switch()))
+                inputs.add(_input_of(group, run, run.switch()), index)
                 if suspended is None or index < suspended:
                     paused[index] = run
                 else:
@@ -139,9 +141,8 @@ def sweep_sequential(
             inputs.solve(solve, solve_experts)
             done.add(group[0])
         on_solved()
-        for index in range(len(states)):
-            if not last:
-                states.put(index, run_of(index).switch())
+        for index in range(0 if last else len(states)):
+            states.put(index, run_of(index).switch())
         for run in paused.values():
             run.throw()
 
@@ -149,17 +150,25 @@ def sweep_sequential(
 class _Inputs:
     """What a group is solved with: the Hessian of linears, or the inputs of experts."""
 
-    def __init__(self, group: Group, linears: Mapping[str, nn.Linear]) -> None:
+    def __init__(
+        self, group: Group, linears: Mapping[str, nn.Linear], parts: Sequence[int] | None, num_batches: int
+    ) -> None:
         self._group = group
+        self._parts = parts or [part_of(batch, num_batches) for batch in range(num_batches)]
         first = linears.get(group[0])
         self._hessian = None if first is None else Hessian(first.in_features, first.weight.device)
         self._routed: list[RoutedInputs] = []
 
-    def add(self, inputs: Tensor | RoutedInputs) -> None:
+    def add(self, inputs: Tensor | RoutedInputs, batch: int) -> None:
         if isinstance(inputs, RoutedInputs):
             self._routed.append(inputs)
         elif self._hessian is not None:
-            self._hessian.add(inputs)
+            self._hessian.add(inputs, self._parts[batch])
+
+    def join(self) -> None:
+        """Free the memory that only more inputs would need."""
+        if self._hessian is not None:
+            self._hessian.join()
 
     def solve(self, solve: SolveGroup, solve_experts: SolveExperts) -> None:
         if self._hessian is None:
@@ -197,6 +206,7 @@ def sweep_parallel(
     solve: SolveGroup,
     *,
     solve_experts: SolveExperts = _refuse_experts,
+    parts: Sequence[int] | None = None,
     last: bool = False,
     on_solved: Callable[[], None] = lambda: None,
 ) -> None:
@@ -205,29 +215,32 @@ def sweep_parallel(
     Arguments, effect and errors are those of `sweep_sequential`.
     """
     linears = linears_of(block)
-    inputs = {group[0]: _Inputs(group, linears) for group in groups}
+    inputs = {group[0]: _Inputs(group, linears, parts, len(states)) for group in groups}
 
     reached: set[str] = set()
+    batch = 0
 
     def make(name: str) -> Callable[..., None]:
         def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[name].add(args[0])
+            inputs[name].add(args[0], batch)
             reached.add(name)
 
         return add
 
     def add_experts(name: str, routed: RoutedInputs) -> None:
-        inputs[name].add(routed)
+        inputs[name].add(routed, batch)
         reached.add(name)
 
     hooked = {name: linears[name] for name in inputs if name in linears}
     with _hooks(hooked, make), _experts_forward(block, groups, add_experts):
-        for index in range(len(states)):
+        for batch in range(len(states)):  # the hooks read it
             reached.clear()
-            run_block(block, states.get(index), contexts[index])
+            run_block(block, states.get(batch), contexts[batch])
             for group in groups:
                 if group[0] not in reached:
                     raise _unreached(group)
+    for found in inputs.values():
+        found.join()
     for group in groups:
         inputs.pop(group[0]).solve(solve, solve_experts)
     on_solved()

@@ -6,7 +6,7 @@ a crash, the next run reads finished blocks back, only runs them forward, and co
 """
 
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from importlib import metadata
 from threading import Event
@@ -18,6 +18,7 @@ from packager.inputs.rows import TokenRows
 from packager.model.devices import device_name, gpu_memory_errors
 from packager.quantize.device_shares import limit_gpu_memory, load_linear_algebra, share_variants
 from packager.quantize.job import BlockDone, ModulesFused, QuantizeJob, Report
+from packager.quantize.ranks import RankGroup, RankStopped, connect
 from packager.quantize.shared_reader import SharedReader
 from packager.quantize.worker import Worker
 from packager.receipt import LinearRecord
@@ -92,21 +93,31 @@ def _finished(job: QuantizeJob, report: Report) -> dict[str, Sequence[LinearReco
 def _quantize(job: QuantizeJob, report: Report) -> dict[str, Sequence[LinearRecord]]:
     """Start one worker per device, and stop all of them when one fails."""
     shares = share_variants(job)
-    reader = SharedReader(job.source.read, [len(share.sweeps) for share in shares])
+    readers = SharedReader(job.source.read, [len(share.sweeps) for share in shares for _ in share.devices])
     stop = Event()
+    workers: list[Worker] = []
     for share in shares:
-        load_linear_algebra(share.device)
+        for device in share.devices:
+            load_linear_algebra(device)
+        connect(share.devices)
         report(share)
-    workers = [Worker(job, share, reader.for_thread(), report, stop) for share in shares]
-    for worker, share in zip(workers, shares, strict=True):
-        if share.device.type == "cuda":
-            report(ModulesFused(device=share.device, modules=worker.fused))
+        ranks = RankGroup(share.devices).ranks()
+        workers += [Worker(job, share, rank, readers.for_thread(), report, stop) for rank in ranks]
+    for worker in workers:
+        if worker.device.type == "cuda":
+            report(ModulesFused(device=worker.device, modules=worker.fused))
     with ThreadPoolExecutor(len(workers), thread_name_prefix="quantize") as pool:
         runs = [pool.submit(worker.run) for worker in workers]
         try:
             wait(runs, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()
-    for run in runs:
-        run.result()
+    _raise_first(runs)
     return {branch: found for worker in workers for branch, found in worker.records.items()}
+
+
+def _raise_first(runs: Sequence[Future[None]]) -> None:
+    """Raise the error of a worker: not that of one which ended because another one had failed."""
+    errors = [error for error in (run.exception() for run in runs) if error is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, RankStopped)):
+        raise error

@@ -1,4 +1,7 @@
-"""The worker of one device: it quantizes its share of the variants block by block, in one or several sweeps."""
+"""The worker of one device: it quantizes a share of the variants block by block, in one or several sweeps.
+
+Devices that share the rows of a share have a worker each. The first of them reads and writes the variant's store.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +29,7 @@ from packager.quantize.block_store import BlockStore
 from packager.quantize.host_copies import HostCopies
 from packager.quantize.job import BlockDone, DeviceShare, LinearsDone, QuantizeJob, Report
 from packager.quantize.memory import SweepPlan, slice_sizes
+from packager.quantize.ranks import SweepRank, merged
 from packager.quantize.suspended_forward import run_forward
 from packager.receipt import LinearRecord
 from packager.variant import Variant
@@ -40,18 +44,23 @@ class Worker:
     Args:
         job: the whole job.
         share: of this device.
+        rank: the device, and its place among those that share the rows.
         read: returns a named tensor of the base model.
         report: called with progress.
         stop: when it is set, the worker returns before the next block.
 
     Attributes:
-        records: for each branch of the share, one record per linear in model order.
+        device: where it computes.
+        records: for each branch of the share, one record per linear in model order; only the first rank has them.
     """
 
-    def __init__(self, job: QuantizeJob, share: DeviceShare, read: ReadTensor, report: Report, stop: Event) -> None:
-        self._job, self._share, self._report, self._stop = job, share, report, stop
-        dtype = compute_dtype(job.source.record.dtype, share.device)
-        self._decoder = Decoder(job.source.folder, read, names=job.source.tensors, device=share.device, dtype=dtype)
+    def __init__(
+        self, job: QuantizeJob, share: DeviceShare, rank: SweepRank, read: ReadTensor, report: Report, stop: Event
+    ) -> None:
+        self._job, self._share, self._rank, self._report, self._stop = job, share, rank, report, stop
+        self.device = rank.device
+        dtype = compute_dtype(job.source.record.dtype, self.device)
+        self._decoder = Decoder(job.source.folder, read, names=job.source.tensors, device=self.device, dtype=dtype)
         self._names: dict[int, dict[str, str]] = {index: {} for index in range(len(self._decoder))}
         self._experts: dict[int, dict[str, list[tuple[LinearSpec, ...]]]] = {index: {} for index in self._names}
         for (block, parameter, _), linears in groupby(job.source.architecture.linears, key=_owner):
@@ -59,7 +68,7 @@ class Worker:
                 self._experts[block].setdefault(parameter, []).append(tuple(linears))
             else:
                 self._names[block] |= {linear.module: linear.name for linear in linears}
-        self.records: dict[str, list[LinearRecord]] = {variant.branch: [] for variant in share.variants}
+        self.records: dict[str, list[LinearRecord]] = {}
 
     @property
     def fused(self) -> FusedModules:
@@ -73,11 +82,12 @@ class Worker:
         Raises:
             QuantizeError: a linear cannot be quantized.
             SourceError: the base model is damaged.
+            RankStopped: another rank failed.
         """
-        device = self._share.device
         with (
+            self._rank.ending_others(),
             ThreadPoolExecutor(2, thread_name_prefix="prepare") as pool,
-            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+            torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(),
         ):
             # Compile kernels while the first weights are read, and check the head when the embeddings are gone.
             self._prepared = [pool.submit(self._compile)]
@@ -85,10 +95,10 @@ class Worker:
                 self._sweep(variants, pool if number == 0 else None)
 
     def _compile(self) -> None:
-        if self._share.device.type == "cuda":
+        if self.device.type == "cuda":
             from packager.quantize.gptq.compile_kernels import compile_for_shapes
 
-            compile_for_shapes(self._kernel_shapes(), self._share.device, self._decoder.dtype)
+            compile_for_shapes(self._kernel_shapes(), self.device, self._decoder.dtype)
 
     def _kernel_shapes(self) -> "Iterator[KernelShape]":
         from packager.quantize.gptq.compile_kernels import KernelShape
@@ -108,7 +118,11 @@ class Worker:
     def _sweep(self, variants: Sequence[Variant], check_head_in: ThreadPoolExecutor | None) -> None:
         job, plan, decoder = self._job, self._share.plan, self._decoder
         blocks = decoder.stream(on_host=plan.weights == "host")
-        batches = decoder.embed(job.rows.ids, rows=rows_per_batch(job.rows.ids.shape[1], decoder.device.type))
+        num_samples, seq_len = job.rows.ids.shape
+        rows = rows_per_batch(seq_len, decoder.device.type)
+        num_batches = -(-num_samples // rows)
+        mine, parts = self._rank.batches(num_batches), self._rank.parts(num_batches)
+        batches = decoder.embed(job.rows.ids[mine.start * rows : mine.stop * rows], rows=rows)
         decoder.drop_outside_blocks()
         if check_head_in is not None:
             self._prepared.append(check_head_in.submit(decoder.check_head))
@@ -116,10 +130,10 @@ class Worker:
         folder = job.stores[variants[0]].checkpoint.parent
         hidden = [batch.hidden for batch in batches]
         del batches
-        runs = [
-            _VariantRun(variant, job.stores[variant], Activations(hidden, plan.placement, folder), self._report, plan)
-            for variant in variants
-        ]
+        runs = []
+        for variant in variants:
+            states = Activations(hidden, plan.placement, folder)
+            runs.append(_VariantRun(variant, job.stores[variant], states, self._report, plan, self._rank))
         del hidden
         # Blocks pass values to later ones through dicts and lists: every variant has its own.
         own = [[own_contexts(batch) for batch in contexts] for _ in runs]
@@ -129,17 +143,19 @@ class Worker:
                 for prepared in self._prepared:
                     prepared.result()
                 for number, run in enumerate(runs):
-                    if self._stop.is_set():
+                    if self._rank.any(self._stop.is_set()):
                         return
                     context = BlockContext(
                         index=index, num_blocks=len(decoder), groups=self._groups(index), names=self._names[index],
-                        experts=self._experts[index], contexts=[batch[index] for batch in own[number]],
+                        experts=self._experts[index], contexts=[batch[index] for batch in own[number]], parts=parts,
                     )  # fmt: skip
                     following = runs[(number + 1) % len(runs)]
                     run.run(load, context, writers, on_outputs_needed=partial(following.prefetch, run))
                 decoder.drop_block(index)
             for run in runs:
-                self.records[run.variant.branch] = run.finish()
+                found = run.finish()
+                if self._rank.first:
+                    self.records[run.variant.branch] = found
 
     def _groups(self, index: int) -> tuple[Group, ...]:
         """Return the groups of a block that are quantized: of linears, and each parameter of experts by itself."""
@@ -167,6 +183,7 @@ class BlockContext:
         names: of its linears, see `BlockJob`.
         experts: likewise.
         contexts: the block's arguments besides the hidden states, one per batch.
+        parts: of the batches, see `BlockJob`.
     """
 
     index: int
@@ -175,6 +192,7 @@ class BlockContext:
     names: Mapping[str, str]
     experts: ExpertLinears
     contexts: Sequence[Context]
+    parts: Sequence[int]
 
     @property
     def last(self) -> bool:
@@ -186,10 +204,10 @@ class _VariantRun:
     """One variant in one sweep: its activations, its store, and the block that is being written."""
 
     def __init__(
-        self, variant: Variant, store: BlockStore, states: Activations, report: Report, plan: SweepPlan
+        self, variant: Variant, store: BlockStore, states: Activations, report: Report, plan: SweepPlan, rank: SweepRank
     ) -> None:
         self.variant = variant
-        self._store, self._states, self._report, self._plan = store, states, report, plan
+        self._store, self._states, self._report, self._plan, self._rank = store, states, report, plan, rank
         self._records: list[LinearRecord] = []
         self._writing: Future[BlockDone] | None = None
 
@@ -211,27 +229,42 @@ class _VariantRun:
     ) -> None:
         """Quantize or restore a block and replace the activations by its outputs; start writing the finished block."""
         started = time.monotonic()
-        stored, records = self._store.read(context.index), self._store.records(context.index)
-        tensors: Mapping[str, Tensor] = stored or {}
-        if stored is None or records is None:
+        stored = self._stored(context.index)
+        records: Sequence[LinearRecord]
+        if stored is None:
             job = BlockJob(
                 variant=self.variant, index=context.index, groups=context.groups, names=context.names,
-                experts=context.experts, states=self._states, contexts=context.contexts,
-                suspended=self._plan.suspended_batches, last=context.last, on_outputs_needed=on_outputs_needed,
+                experts=context.experts, states=self._states, contexts=context.contexts, rank=self._rank,
+                parts=context.parts, suspended=self._plan.suspended_batches, last=context.last,
+                on_outputs_needed=on_outputs_needed,
             )  # fmt: skip
             quantized = quantize_block(load, job, partial(self._linears_done, context.index))
-            tensors, records = quantized.tensors, quantized.records
-        elif not context.last:
-            block = load()
-            restore_block(block, context.names, context.experts, tensors, self.variant)
-            run_forward(block, context.groups, self._states, context.contexts)
+            everyone = self._rank.exchange((HostCopies(quantized.tensors), quantized.records))
+            records = [record for each in merged([found for _, found in everyone]).values() for record in each]
+            tensors = [copies for copies, _ in everyone]
+        else:
+            restored, records = stored
+            if not context.last:
+                block = load()
+                restore_block(block, context.names, context.experts, restored, self.variant)
+                run_forward(block, context.groups, self._states, context.contexts)
+            tensors = []
+        if not self._rank.first:
+            return
         self._records.extend(records)
         done = BlockDone(
             branch=self.variant.branch, block=context.index, num_blocks=context.num_blocks, resumed=stored is not None,
             loss=sum(record.loss for record in records), seconds=time.monotonic() - started,
         )  # fmt: skip
         self._wait()
-        self._writing = writers.submit(self._write, done, HostCopies(tensors), records)
+        self._writing = writers.submit(self._write, done, tensors, records)
+
+    def _stored(self, index: int) -> tuple[Mapping[str, Tensor], Sequence[LinearRecord]] | None:
+        """Return a finished block's tensors and records; the first rank reads them for all."""
+        tensors = self._store.read(index) if self._rank.first else None
+        records = self._store.records(index) if self._rank.first else None
+        found = None if tensors is None or records is None else (tensors, records)
+        return self._rank.exchange(found)[0]
 
     def _linears_done(self, index: int, records: tuple[LinearRecord, ...]) -> None:
         self._report(LinearsDone(branch=self.variant.branch, block=index, linears=records))
@@ -247,7 +280,7 @@ class _VariantRun:
             self._report(self._writing.result())
             self._writing = None
 
-    def _write(self, done: BlockDone, tensors: HostCopies, records: Sequence[LinearRecord]) -> BlockDone:
+    def _write(self, done: BlockDone, tensors: Sequence[HostCopies], records: Sequence[LinearRecord]) -> BlockDone:
         if not done.resumed:
-            self._store.write(done.block, tensors.wait(), records)
+            self._store.write(done.block, merged([copies.wait() for copies in tensors]), records)
         return done

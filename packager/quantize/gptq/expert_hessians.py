@@ -8,7 +8,7 @@ poor estimate of it. All experts of a layer draw their inputs from one space, wh
 with n columns: half H_all for an expert with as many tokens as columns, H_all alone for one that saw none.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from packager.errors import QuantizeError
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.hessian import Hessian, mirror, panels
 from packager.quantize.gptq.routing import RoutedInputs
+from packager.quantize.gptq.row_parts import part_of
 from packager.quantize.gptq.tensor_ops import TensorOps
 
 
@@ -36,25 +37,33 @@ class ExpertHessians:
     rhos: tuple[float, ...]
 
 
-def pooled_hessian(batches: Iterable[RoutedInputs], ops: TensorOps | None = None) -> Tensor:
+def pooled_hessian(
+    batches: Sequence[RoutedInputs],
+    ops: TensorOps | None = None,
+    *,
+    parts: Sequence[int] | None = None,
+    matrix: Callable[[Hessian], Tensor] = Hessian.matrix,
+    total: Callable[[Sequence[float]], float] = sum,
+) -> Tensor:
     """Return H_all = 2/N sum(x x^T) over all N pairs of a token and an expert that it goes to, float32 [n, n].
 
     Args:
-        batches: inputs of the experts' linears.
+        batches: inputs of the experts' linears, at least one batch.
         ops: the operations to use; None takes the device's.
+        parts: the part of each batch, see `row_parts`; None if these are all batches.
+        matrix: returns H of the accumulated sums, and of those that other devices accumulated.
+        total: returns the sum of a number of each batch, and of those of other devices.
 
     Raises:
         QuantizeError: no token goes to any expert.
     """
-    hessian, weight = None, 0.0
-    for batch in batches:
-        hessian = hessian or Hessian(batch.rows.shape[1], batch.rows.device, ops)
-        hessian.add(batch.once())
-        weight += batch.weight
-    if hessian is None or not weight:
+    hessian = Hessian(batches[0].rows.shape[1], batches[0].rows.device, ops)
+    for number, batch in enumerate(batches):
+        hessian.add(batch.once(), part_of(number, len(batches)) if parts is None else parts[number])
+    num_tokens, weight = total([batch.rows.shape[0] for batch in batches]), total([batch.weight for batch in batches])
+    if not weight:
         raise QuantizeError("no token was routed to any expert")
-    num_tokens = hessian.num_tokens
-    H = hessian.matrix()
+    H = matrix(hessian)
     return H if weight == num_tokens else H.mul_(num_tokens / weight)
 
 

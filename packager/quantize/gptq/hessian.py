@@ -9,6 +9,7 @@ from packager.errors import QuantizeError
 from packager.quantize.gptq.cholesky import blocked_cholesky
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.order import ColumnOrder
+from packager.quantize.gptq.row_parts import PartialSum, add_up, join_pairs
 from packager.quantize.gptq.tensor_ops import TensorOps
 
 # H is symmetric: of each panel of rows only the part right of its diagonal is computed. Five panels or more do some
@@ -19,7 +20,7 @@ _PANEL_MULTIPLE = 128
 
 
 class Hessian:
-    """Accumulate H over batches of inputs.
+    """Accumulate H over batches of inputs, in the order of `packager.quantize.gptq.row_parts`.
 
     Args:
         in_features: columns of the linear.
@@ -32,15 +33,39 @@ class Hessian:
 
     def __init__(self, in_features: int, device: torch.device, ops: TensorOps | None = None) -> None:
         self._ops = ops or ops_for(device)
-        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._in_features, self._device = in_features, device
+        self._sums: dict[PartialSum, Tensor] = {}
         self.num_tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs [..., in_features] of any float dtype; products are accumulated in float32."""
+    def add(self, x: Tensor, part: int = 0) -> None:
+        """Add inputs [..., in_features] of any float dtype; products are accumulated in float32.
+
+        Args:
+            x: the inputs.
+            part: of the rows, see `row_parts.part_of`; a part's inputs are added one after the other.
+        """
         x = x.reshape(-1, x.shape[-1])
+        if (0, part) not in self._sums:
+            self.join()
+            shape = self._in_features, self._in_features
+            self._sums[0, part] = torch.zeros(shape, dtype=torch.float32, device=self._device)
+        total = self._sums[0, part]
         for panel in panels(x.shape[1]):
-            self._ops.add_product(self._sum[panel, panel.start :], x[:, panel].T, x[:, panel.start :])
+            self._ops.add_product(total[panel, panel.start :], x[:, panel].T, x[:, panel.start :])
         self.num_tokens += x.shape[0]
+
+    def join(self) -> None:
+        """Add the sums that can be added now, because no input of theirs follows."""
+        join_pairs(self._sums, _add_panels)
+
+    def take_sums(self) -> dict[PartialSum, Tensor]:
+        """Return the sums of x x^T, each [in_features, in_features]; this object keeps no reference to them.
+
+        Of each of the `panels`, only the part right of the diagonal is computed; the rest is 0.
+        """
+        self.join()
+        sums, self._sums = self._sums, {}
+        return sums
 
     def matrix(self) -> Tensor:
         """Return H, float32 [in_features, in_features], and drop this object's reference: the caller alone owns H.
@@ -48,11 +73,25 @@ class Hessian:
         Raises:
             QuantizeError: no input arrived.
         """
-        if self.num_tokens == 0:
-            raise QuantizeError("a linear never received an input")
-        H = self._sum.mul_(2.0 / self.num_tokens)
-        del self._sum
-        return mirror(H)
+        return hessian_of_sum(add_up(self.take_sums(), _add_panels) if self.num_tokens else None, self.num_tokens)
+
+
+def hessian_of_sum(total: Tensor | None, num_tokens: int) -> Tensor:
+    """Return H of a sum of x x^T whose panels are known, float32 [in_features, in_features]; the sum is overwritten.
+
+    Raises:
+        QuantizeError: there is no input.
+    """
+    if total is None or num_tokens == 0:
+        raise QuantizeError("a linear never received an input")
+    return mirror(total.mul_(2.0 / num_tokens))
+
+
+def _add_panels(total: Tensor, later: Tensor) -> Tensor:
+    """Add the panels of a sum to those of another one, in place."""
+    for panel in panels(total.shape[0]):
+        total[panel, panel.start :] += later[panel, panel.start :]
+    return total
 
 
 def panels(in_features: int) -> list[slice]:
