@@ -70,6 +70,7 @@ class Settings:
     desc_act: bool
     searches: tuple[ScaleSearch, ...]
     full: bool
+    one: bool
     gpu_memory_bytes: int | None
     from_page_cache: bool
     warm_up: bool
@@ -82,7 +83,10 @@ class Settings:
         """Return the settings for the JSON file, without paths, which mean nothing elsewhere."""
         return {
             **asdict(self.spec),
-            **{name: getattr(self, name) for name in ("device", "batch_size", "desc_act", "full", "gpu_memory_bytes")},
+            **{
+                name: getattr(self, name)
+                for name in ("device", "batch_size", "desc_act", "full", "one", "gpu_memory_bytes")
+            },
             "scale_search": list(self.searches),
             "from_page_cache": self.from_page_cache,
             "warm_up": self.warm_up,
@@ -129,7 +133,7 @@ def _run_all(settings: Settings, model: Path, small: Path | None) -> Iterator[Ro
     layers = settings.spec.shape.layers
     for search in settings.searches:
         for recipe, variants in ((ONE, 1), (FOUR, 4)):
-            if settings.full and recipe == ONE:
+            if settings.full and recipe == (FOUR if settings.one else ONE):
                 continue
             prefix, title = SEARCHES[search]
             yield Row(
@@ -262,6 +266,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     add("--seq-len", type=int, default=2048, help="tokens per row (default 2048)")
     add("--seed", type=int, default=0)
     add("--full", action="store_true", help="40 layers, four permutations, ours alone, down to audited checkpoints")
+    add("--one", action="store_true", help="with --full: one permutation, 128g")
     add("--desc-act", action="store_true", help="the one permutation that all engines make is with desc_act")
     add("--plain", action="store_true", help="ours once more without scale_search, which the peers do not have")
     add("--signed", action="store_true", help="ours once more with scale_search: signed")
@@ -298,6 +303,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         desc_act=given.desc_act,
         searches=_searches(given),
         full=given.full,
+        one=given.one,
         gpu_memory_bytes=given.gpu_memory,
         from_page_cache=given.from_page_cache,
         warm_up=not given.no_warm_up,

@@ -340,26 +340,44 @@ def test_the_worst_seed_decides(modules: Any) -> None:
     assert [cell.strip() for cell in line.split("│")][2:6] == ["1.300000", "1.500000", "1.550000", "1.200"]
 
 
-@pytest.mark.parametrize(("other", "status"), [(b"same", 0), (b"others", 1)])
+@pytest.mark.parametrize(
+    ("other", "after_kill", "status"), [(b"same", b"same", 0), (b"others", b"same", 1), (b"same", b"others", 1)]
+)
 def test_several_gpus_are_compared_by_time_and_bytes(
     modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    other: bytes, status: int,
+    other: bytes, after_kill: bytes, status: int,
 ) -> None:  # fmt: skip
     def speed(command: list[str], env: dict[str, str], check: bool) -> None:
-        seen = env["CUDA_VISIBLE_DEVICES"]
-        dist = Path(command[command.index("--dist") + 1])
+        seen, one = env["CUDA_VISIBLE_DEVICES"], "--one" in command
+        dist = Path(command[command.index("--dist") + 1]) / "model"
         dist.mkdir(parents=True)
-        (dist / "model.safetensors").write_bytes(b"same" if seen == "0" else other)
+        (dist / "model.safetensors").write_bytes((b"same" if seen == "0" else other) + bytes([one]))
         seconds = {"0": 16.0, "0,1,2": 5.0}[seen]
-        result = {"seconds": seconds, "disk_to_disk_s": seconds + 9.5, "gpu_allocated_bytes": 27.9e9}
+        result = {
+            "seconds": seconds, "disk_to_disk_s": seconds + 9.5, "each_gpu_allocated_bytes": [27.9e9],
+            "marks": [2.0, 2 + seconds / 4], "host_bytes": 4e9,
+            "ranks": {"cuda:0 rank 0": {"copy": 0.0, "solve": seconds / 2}},
+        }  # fmt: skip
         Path(command[command.index("--json") + 1]).write_text(json.dumps({"results": [{"result": result}]}))
 
-    monkeypatch.setattr(modules.several_gpus.subprocess, "run", speed)
-    assert modules.several_gpus.main(["--gpus", "1,3", "--work", str(tmp_path), "--layers", "2"]) == status
+    module = modules.several_gpus
+    monkeypatch.setattr(module.subprocess, "run", speed)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "model.safetensors").write_bytes(after_kill + b"\1")
+    monkeypatch.setattr(
+        module, "kill_and_resume", lambda gpus, resumed_on, work: module.KilledRun(
+            gpus=gpus, resumed_on=resumed_on, blocks=4, sha256=module.digests_of(killed)
+        ),
+    )  # fmt: skip
+    assert module.main(["--gpus", "1,3", "--work", str(tmp_path), "--layers", "2"]) == status
     printed = capsys.readouterr().out
-    assert [line.split() for line in printed.splitlines()[1:3]] == [
-        ["1", "16.0", "1.00", "25.5", "27.9"], ["3", "5.0", "3.20", "14.5", "27.9"],
-    ]  # fmt: skip
+    rows = [line.split() for line in printed.splitlines() if line.startswith((" 1 ", " 3 "))]
+    assert rows == 2 * [
+        ["1", "16.0", "1.00", "4.000", "1.00", "25.5", "0.0%", "50.0%", "27.9", "4.0"],
+        ["3", "5.0", "3.20", "1.250", "3.20", "14.5", "0.0%", "50.0%", "27.9", "4.0"],
+    ]
+    assert "killed on 3 after 4 blocks, went on with 1" in printed
     assert ("OTHER BYTES" in printed) == bool(status)
 
 
@@ -430,3 +448,13 @@ def test_wrong_loaders_are_refused(modules: Any, arguments: list[str], message: 
     with pytest.raises(SystemExit):
         modules.cuda_loaders.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_killed_run_of_one_permutation_ends_with_the_same_bytes(modules: Any, tmp_path: Path) -> None:
+    module = modules.several_gpus
+    made = module.run("one", 1, tmp_path, [*TINY, "--layers=4"])
+    killed = module.kill_and_resume(1, 1, tmp_path)
+    assert 2 <= killed.blocks < 4
+    assert module.same_bytes([made], killed)
+    ranks = made.result["ranks"]
+    assert ranks["cpu rank 0"]["solve"] > 0

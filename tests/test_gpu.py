@@ -193,6 +193,20 @@ def test_several_devices_make_the_bytes_of_one(tmp_path, large, many):
     assert digests(tmp_path / "several") == digests(tmp_path / "one")
 
 
+@pytest.mark.parametrize("gpus", ["twice the same", "every"])
+@pytest.mark.parametrize("experts", [False, True], ids=["linears", "experts"])
+def test_devices_that_share_the_rows_make_the_bytes_of_one(tmp_path, large, large_experts, gpus, experts):
+    """Eight batches; on a machine with one GPU both cases are that one, used by two threads."""
+    source, rows = large_experts if experts else large, token_rows(ROWS, LENGTH, vocab_size=VOCABULARY)
+    every = tuple(torch.device("cuda", number) for number in range(min(8, torch.cuda.device_count())))
+    devices = every if gpus == "every" and len(every) > 1 else (CUDA, CUDA)
+    limits: dict[str, Any] = {} if devices == every else {"device_limit": 50 * 10**9}
+    expected = run(source, tmp_path / "one", PAIR[1], rows=rows)
+    records = run(source, tmp_path / "shared", PAIR[1], rows=rows, devices=devices, **limits)
+    assert records == expected
+    assert digests(tmp_path / "shared") == digests(tmp_path / "one")
+
+
 def ways_of(source: SourceModel) -> dict[tuple[Any, ...], SweepPlan]:
     work = Workload(architecture=source.architecture, num_samples=ROWS, seq_len=LENGTH, num_variants=2)
     return {way_key(way): way for way in sweep_ways(work, "cuda")}

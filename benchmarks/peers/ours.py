@@ -1,7 +1,8 @@
 """Our engine, through the stages of a real build: from a recipe on disk to audited checkpoint folders.
 
 A job has recipe, dist, device, gpu_memory_bytes (null: all) and result. `seconds` is the stage "quantize" alone: it
-reads weights from disk, solves, packs, and writes to disk. `stages` has the seconds of every stage.
+reads weights from disk, solves, packs, and writes to disk. `stages` has the seconds of every stage, `ranks` what each
+device spent on the parts of `rank_times.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as packager.cli.main does
 
 from peer import Job, Stopwatch, need, run, versions
+from rank_times import RankTimes
 
 if TYPE_CHECKING:
     from packager.pipeline.build_state import BuildState
@@ -26,7 +28,7 @@ def quantize(job: Job) -> dict[str, Any]:
     """Build the weights of every variant of the recipe."""
     terminal = need("packager.system.terminal").Terminal()
     watch = Stopwatch(job["device"])
-    with watch, _layers(watch) as reached:
+    with watch, RankTimes(job["device"]) as times, _layers(watch) as reached:
         build = _build(job, terminal)
         stages = {"plan": time.perf_counter() - watch.started}
         with build.workspace.locked():
@@ -42,6 +44,7 @@ def quantize(job: Job) -> dict[str, Any]:
         "seconds": terminal.seconds["quantize"],
         "marks": [reached[block] for block in sorted(reached)],
         "stages": stages,
+        "ranks": times.seconds(),
         "disk_to_disk_s": watch.seconds,
         "variants": [plan.variant.branch for plan in build.plan.variants],
         "timed": "the stage quantize: reading, solving, packing and writing",

@@ -107,7 +107,7 @@ class Stopwatch:
         return timed
 
     def outcome(self) -> dict[str, Any]:
-        """Return the result's fields of time and memory; a peak is that of the fullest GPU."""
+        """Return the result's fields of time and memory; a peak is that of the fullest GPU, and each GPU's is given."""
         cuda = self._torch.cuda
         devices = range(cuda.device_count()) if self._cuda else ()
         return {
@@ -116,6 +116,7 @@ class Stopwatch:
             "marks": self.marks,
             "gpu_allocated_bytes": max((cuda.max_memory_allocated(device) for device in devices), default=None),
             "gpu_reserved_bytes": max((cuda.max_memory_reserved(device) for device in devices), default=None),
+            "each_gpu_allocated_bytes": [cuda.max_memory_allocated(device) for device in devices],
             "gpus": len(devices),
             "device_name": cuda.get_device_name() if self._cuda else "cpu",
         }

@@ -1,0 +1,76 @@
+"""How long each of the devices that share the calibration rows copies from others, and solves; on a GPU by its events.
+
+`copy` is the time of copies from other devices: sums of Hessians, and weights that another device solved. `reduce` is
+the time from the end of a device's own sums until its part in the Hessian is done: the copies, the additions, and the
+wait for the slowest device. `solve` is the time of factoring and rounding, while the other devices wait.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+_WRAPPED = {
+    "copy": ("packager.quantize.ranks", "SweepRank", "pull"),
+    "reduce": ("packager.quantize.ranks", "SweepRank", "hessian"),
+    "solve": ("packager.quantize.block", "_BlockSolver", "_solve_linears"),
+    "solve experts": ("packager.quantize.block", "_BlockSolver", "_solve_slice"),
+}
+
+
+class RankTimes:
+    """Measures while the context lasts; without a GPU by the clock of the thread that works.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, device: str) -> None:
+        self._cuda: Any = importlib.import_module("torch").cuda if device == "cuda" else None
+        self._spans: dict[tuple[str, str], list[tuple[Any, Any]]] = defaultdict(list)
+        self._undo: list[partial[None]] = []
+
+    def __enter__(self) -> RankTimes:
+        for kind, (module, owner, name) in _WRAPPED.items():
+            found = getattr(importlib.import_module(module), owner)
+            self._undo.append(partial(setattr, found, name, getattr(found, name)))
+            setattr(found, name, self._timed(kind, getattr(found, name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for undo in self._undo:
+            undo()
+
+    def seconds(self) -> dict[str, dict[str, float]]:
+        """Return the seconds of each kind for each device; the devices must have finished."""
+        found: dict[str, dict[str, float]] = {}
+        for (rank, kind), spans in sorted(self._spans.items()):
+            total = sum(begin.elapsed_time(end) / 1000 if self._cuda else end - begin for begin, end in spans)
+            found.setdefault(rank, {})[kind] = total
+        return found
+
+    def _timed(self, kind: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(this: Any, *arguments: Any) -> Any:
+            rank = getattr(this, "_job", this)
+            rank = getattr(rank, "rank", rank)
+            begin = self._now(rank)
+            try:
+                return method(this, *arguments)
+            finally:
+                self._spans[f"{rank.device} rank {rank.number}", kind].append((begin, self._now(rank)))
+
+        return timed
+
+    def _now(self, rank: Any) -> Any:
+        if self._cuda is None:
+            return time.perf_counter()
+        event = self._cuda.Event(enable_timing=True)
+        event.record(self._cuda.current_stream(rank.device))
+        return event
