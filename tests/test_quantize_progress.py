@@ -86,6 +86,15 @@ def test_weights_that_wait_on_the_host_are_mentioned(terminal: Terminal) -> None
     assert line.endswith(": activations on cpu, about 1.50 GB of cpu, weights wait in host memory")
 
 
+def test_devices_that_share_the_rows_are_named() -> None:
+    plan = SweepPlan(
+        num_variants=1, placement="device", num_batches=8, suspended_batches=8, device_bytes=1_500_000_000, host_bytes=0
+    )
+    devices = tuple(torch.device("cuda", number) for number in range(3))
+    line = share_line(DeviceShare(devices=devices, variants=(variant(branch="a"),), plan=plan))
+    assert line == "  a: rows shared, activations on cuda, about 1.50 GB of each of cuda:0, cuda:1, cuda:2"
+
+
 def test_what_runs_fused_kernels_is_kept_and_what_does_not_is_named(terminal: Terminal) -> None:
     modules = FusedModules(fused=("a", "b"), candidates=("a", "b", "c", "d", "e", "f"), triton_installed=True)
     with terminal.bar(1) as bar:

@@ -50,7 +50,7 @@ def share_line(share: DeviceShare) -> str:
     """Return the line that shows how a device will quantize its share."""
     plan, branches = share.plan, ", ".join(variant.branch for variant in share.variants)
     sweeps = len(share.sweeps)
-    devices = " and ".join(map(str, share.devices))
+    devices = ", ".join(map(str, share.devices))
     ways = {"device": f"on {share.devices[0].type}", "host": "in pinned host memory", "disk": "on disk"}
     each = "each of " if len(share.devices) > 1 else ""
     parts = [f"activations {ways[plan.placement]}", f"about {format_bytes(plan.device_bytes)} of {each}{devices}"]
