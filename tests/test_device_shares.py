@@ -62,7 +62,7 @@ def branches_by_gpu(found: list[DeviceShare]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("gpu_gb", "placement", "suspended"), [(80, "device", 16), (40, "device", 16), (24, "device", 16), (12, "host", 3)]
+    ("gpu_gb", "placement", "suspended"), [(80, "device", 16), (40, "device", 16), (24, "device", 16), (12, "host", 4)]
 )
 def test_a_gpu_gets_the_share_that_fits_it(gpu_gb, placement, suspended):
     (share,) = shared(*FOUR, gpu_gb=gpu_gb)

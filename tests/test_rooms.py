@@ -67,7 +67,8 @@ TORCH_FREE_IN_QUANTIZE = {
     "packager.quantize", "packager.quantize.block_store", "packager.quantize.engines",
     "packager.quantize.engines.auto_gptq", "packager.quantize.engines.auto_gptq_files",
     "packager.quantize.engines.legacy_config", "packager.quantize.engines.protocol", "packager.quantize.job",
-    "packager.quantize.memory", "packager.quantize.gptq.row_parts", "packager.quantize.shared_reader",
+    "packager.quantize.gptq.panels", "packager.quantize.gptq.row_parts", "packager.quantize.memory",
+    "packager.quantize.shared_reader",
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from packager.model.batches import (
     rows_per_batch,
     running_bytes,
 )
+from packager.quantize.gptq.panels import panels_bytes
 from packager.quantize.gptq.row_parts import MOST_PARTS, batches_of_rank, most_sums, parts_of_rank
 from packager.system.text import format_bytes
 
@@ -270,7 +271,7 @@ class _Sizes:
         for group in sizes:
             suspended = suspended_tokens * max(0, self._suspended(group) - inputs_held)
             square = 4 * group.in_features**2
-            sums = self._sums * square
+            sums = self._sums * panels_bytes(group.in_features)
             solving = _solving_bytes(group.in_features, group.out_features)
             if group.experts is None:
                 peaks.append(suspended + max(solving, sums + running))
@@ -289,11 +290,11 @@ class _Sizes:
         if not self._all_at_once:
             return 0
         sizes = self._architecture.group_sizes
-        squares = sum(4 * group.in_features**2 for group in sizes)
+        sums = sum(panels_bytes(group.in_features) for group in sizes)
         linears = (group for group in sizes if group.experts is None)
         solving = max((_solving_bytes(group.in_features, group.out_features) for group in linears), default=0)
-        calibrating = (self._sums - 1) * squares + running
-        return tokens * sum(map(self._routed_inputs, sizes)) + squares + max(calibrating, solving)
+        calibrating = (self._sums - 1) * sums + running
+        return tokens * sum(map(self._routed_inputs, sizes)) + sums + max(calibrating, solving)
 
     def _routed_inputs(self, group: GroupWidths) -> int:
         """Return the bytes of a token's inputs of experts, with the int64 index that sorts them; 0 for linears."""

@@ -14,9 +14,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from packager.quantize.gptq.hessian import Hessian, hessian_of_sum
+from packager.quantize.gptq.hessian import Hessian, PanelSum, hessian_of_sum
 from packager.quantize.gptq.routing import RoutedInputs
-from packager.quantize.gptq.row_parts import PartialSum, add_up, batches_of_rank, part_of
+from packager.quantize.gptq.row_parts import add_up, batches_of_rank, part_of
 
 _T = TypeVar("_T")
 
@@ -157,14 +157,21 @@ class SweepRank:
             return hessian.matrix()
         everyone = self.exchange((hessian.take_sums(), hessian.num_tokens))
         num_tokens = sum(tokens for _, tokens in everyone)
-        sums = merged([each for each, _ in everyone])
-        rows = add_up(self._rows_of(sums), torch.add) if sums else None
+        sums = {parts: self._rows_of(total) for parts, total in merged([each for each, _ in everyone]).items()}
+        rows = add_up(sums, _added) if sums else None
         del everyone, sums
-        found = self.exchange(rows)
+        found = [each for each in self.exchange(rows) if each is not None]
         if owner not in (None, self.number):
             return None
-        pieces = [self.pull(each) for each in found if each is not None]
-        return hessian_of_sum(torch.cat(pieces) if pieces else None, num_tokens)
+        panels = [torch.cat([self.pull(each) for each in pieces]) for pieces in zip(*found, strict=True)]
+        del found
+        return hessian_of_sum(panels or None, num_tokens)
+
+    def _rows_of(self, total: PanelSum) -> PanelSum:
+        """Return this rank's piece of the rows of each panel."""
+        rows = [each.shape[0] for each in total]
+        pieces = [slice(n * self.number // self.size, n * (self.number + 1) // self.size) for n in rows]
+        return [self.pull(each[piece]) for each, piece in zip(total, pieces, strict=True)]
 
     def every_input(self, inputs: Sequence[RoutedInputs]) -> list[RoutedInputs]:
         """Return the experts' inputs of all ranks on this rank's device, in the order of the batches."""
@@ -184,12 +191,6 @@ class SweepRank:
             if each.owner != self.number:
                 each.tensor.copy_(self.pull(everyone[each.owner][number]))
 
-    def _rows_of(self, sums: Mapping[PartialSum, Tensor]) -> dict[PartialSum, Tensor]:
-        """Return this rank's piece of the rows of every sum."""
-        n = next(iter(sums.values())).shape[0]
-        piece = slice(n * self.number // self.size, n * (self.number + 1) // self.size)
-        return {parts: self.pull(total[piece]) for parts, total in sums.items()}
-
     def _stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)
 
@@ -200,6 +201,10 @@ class Owned:
 
     tensor: Tensor
     owner: int
+
+
+def _added(total: PanelSum, later: PanelSum) -> PanelSum:
+    return [each + other for each, other in zip(total, later, strict=True)]
 
 
 def alone(device: torch.device) -> SweepRank:

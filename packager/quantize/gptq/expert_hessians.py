@@ -16,7 +16,8 @@ from torch import Tensor
 
 from packager.errors import QuantizeError
 from packager.quantize.gptq.choose_ops import ops_for
-from packager.quantize.gptq.hessian import Hessian, mirror, panels
+from packager.quantize.gptq.hessian import Hessian, mirror
+from packager.quantize.gptq.panels import panels
 from packager.quantize.gptq.routing import RoutedInputs
 from packager.quantize.gptq.row_parts import part_of
 from packager.quantize.gptq.tensor_ops import TensorOps

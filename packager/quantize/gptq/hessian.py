@@ -1,5 +1,6 @@
 """The Hessian of a linear's squared output error, H = 2/N sum(x x^T), and its triangular factor U, H = U U^T."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,14 +10,12 @@ from packager.errors import QuantizeError
 from packager.quantize.gptq.cholesky import blocked_cholesky
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.order import ColumnOrder
+from packager.quantize.gptq.panels import panels
 from packager.quantize.gptq.row_parts import PartialSum, add_up, join_pairs
 from packager.quantize.gptq.tensor_ops import TensorOps
 
-# H is symmetric: of each panel of rows only the part right of its diagonal is computed. Five panels or more do some
-# 60 % of the work and still are large products. Widths that are no multiple of a tile are several times slower.
-_PANELS = 5
-_WIDEST_PANEL = 1024
-_PANEL_MULTIPLE = 128
+# A sum of x x^T: its panels, each [width, in_features - its first row].
+PanelSum = Sequence[Tensor]
 
 
 class Hessian:
@@ -34,7 +33,7 @@ class Hessian:
     def __init__(self, in_features: int, device: torch.device, ops: TensorOps | None = None) -> None:
         self._ops = ops or ops_for(device)
         self._in_features, self._device = in_features, device
-        self._sums: dict[PartialSum, Tensor] = {}
+        self._sums: dict[PartialSum, PanelSum] = {}
         self.num_tokens = 0
 
     def add(self, x: Tensor, part: int = 0) -> None:
@@ -47,22 +46,22 @@ class Hessian:
         x = x.reshape(-1, x.shape[-1])
         if (0, part) not in self._sums:
             self.join()
-            shape = self._in_features, self._in_features
-            self._sums[0, part] = torch.zeros(shape, dtype=torch.float32, device=self._device)
-        total = self._sums[0, part]
-        for panel in panels(x.shape[1]):
-            self._ops.add_product(total[panel, panel.start :], x[:, panel].T, x[:, panel.start :])
+            self._sums[0, part] = self._zeros()
+        for total, panel in zip(self._sums[0, part], panels(self._in_features), strict=True):
+            self._ops.add_product(total, x[:, panel].T, x[:, panel.start :])
         self.num_tokens += x.shape[0]
+
+    def _zeros(self) -> PanelSum:
+        n = self._in_features
+        shapes = [(panel.stop - panel.start, n - panel.start) for panel in panels(n)]
+        return [torch.zeros(shape, dtype=torch.float32, device=self._device) for shape in shapes]
 
     def join(self) -> None:
         """Add the sums that can be added now, because no input of theirs follows."""
         join_pairs(self._sums, _add_panels)
 
-    def take_sums(self) -> dict[PartialSum, Tensor]:
-        """Return the sums of x x^T, each [in_features, in_features]; this object keeps no reference to them.
-
-        Of each of the `panels`, only the part right of the diagonal is computed; the rest is 0.
-        """
+    def take_sums(self) -> dict[PartialSum, PanelSum]:
+        """Return the sums of x x^T; this object keeps no reference to them."""
         self.join()
         sums, self._sums = self._sums, {}
         return sums
@@ -76,28 +75,26 @@ class Hessian:
         return hessian_of_sum(add_up(self.take_sums(), _add_panels) if self.num_tokens else None, self.num_tokens)
 
 
-def hessian_of_sum(total: Tensor | None, num_tokens: int) -> Tensor:
-    """Return H of a sum of x x^T whose panels are known, float32 [in_features, in_features]; the sum is overwritten.
+def hessian_of_sum(total: PanelSum | None, num_tokens: int) -> Tensor:
+    """Return H of a sum of x x^T, float32 [in_features, in_features].
 
     Raises:
         QuantizeError: there is no input.
     """
     if total is None or num_tokens == 0:
         raise QuantizeError("a linear never received an input")
-    return mirror(total.mul_(2.0 / num_tokens))
+    n = total[0].shape[1]
+    H = torch.empty(n, n, dtype=torch.float32, device=total[0].device)
+    for panel, each in zip(panels(n), total, strict=True):
+        torch.mul(each, 2.0 / num_tokens, out=H[panel, panel.start :])
+    return mirror(H)
 
 
-def _add_panels(total: Tensor, later: Tensor) -> Tensor:
+def _add_panels(total: PanelSum, later: PanelSum) -> PanelSum:
     """Add the panels of a sum to those of another one, in place."""
-    for panel in panels(total.shape[0]):
-        total[panel, panel.start :] += later[panel, panel.start :]
+    for each, other in zip(total, later, strict=True):
+        each.add_(other)
     return total
-
-
-def panels(in_features: int) -> list[slice]:
-    """Cut the rows of H into panels of equal width; the last may be narrower."""
-    width = min(-(-in_features // (_PANELS * _PANEL_MULTIPLE)) * _PANEL_MULTIPLE, _WIDEST_PANEL)
-    return [slice(begin, min(begin + width, in_features)) for begin in range(0, in_features, width)]
 
 
 def mirror(H: Tensor) -> Tensor:

@@ -1,0 +1,23 @@
+"""The part of a Hessian's sum that is computed: H is symmetric. No torch.
+
+Of each panel of rows only the part right of its diagonal is computed. Five panels or more do some 60 % of the work and
+still are large products. Widths that are no multiple of a tile are several times slower.
+"""
+
+_PANELS = 5
+_WIDEST_PANEL = 1024
+_PANEL_MULTIPLE = 128
+_FLOAT32_BYTES = 4
+
+
+def panels(in_features: int) -> list[slice]:
+    """Cut the rows of H into panels of equal width; the last may be narrower."""
+    width = min(-(-in_features // (_PANELS * _PANEL_MULTIPLE)) * _PANEL_MULTIPLE, _WIDEST_PANEL)
+    return [slice(begin, min(begin + width, in_features)) for begin in range(0, in_features, width)]
+
+
+def panels_bytes(in_features: int) -> int:
+    """Return the bytes of the panels of a sum: their columns begin at their own first row."""
+    return sum(
+        _FLOAT32_BYTES * (panel.stop - panel.start) * (in_features - panel.start) for panel in panels(in_features)
+    )
