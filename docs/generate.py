@@ -325,10 +325,11 @@ confined by the strongest means that the machine allows. `confinement` in proven
 {table(("confinement", "meaning"), _CONFINEMENTS)}
 
 In every case the process gets a list of variables (locale, CUDA devices, threads) and no others, an empty home, no core
-dumps, and a limit on the size of each file that it writes. On CUDA it also sees NVIDIA's devices and the folders of
-`LD_LIBRARY_PATH`, and it may write to the `kernels` folder of its environment, where compiled kernels are kept. Neither
-memory nor the number of processes is limited: CUDA reserves more address space than any limit would allow, and Linux
-counts all processes of a user together. When memory runs out, the kernel ends the loader before the build.
+dumps, and a limit on the size of each file that it writes. On CUDA it also sees NVIDIA's devices, the folders of
+`LD_LIBRARY_PATH` and of the compilers on the `PATH` and in `CC` and `CXX`, and it may write to the `kernels` folder of
+its environment, where compiled kernels are kept. Neither memory nor the number of processes is limited: CUDA reserves
+more address space than any limit would allow, and Linux counts all processes of a user together. When memory runs out,
+the kernel ends the loader before the build.
 
 Ubuntu 24.04 lets a program make user namespaces only if an AppArmor profile says so. Where bubblewrap has none,
 `sysctl kernel.apparmor_restrict_unprivileged_userns=0` allows it.
