@@ -54,9 +54,9 @@ FACTS = {
     f"conversions]({HUB}/meta-llama/Llama-2-13B-chat-hf)",
     "system prompt": "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
     "while being safe. Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or "
-    "illegal content. Please ensure that your responses are socially unbiased and positive in nature. If a question does not "
-    "make any sense, or is not factually coherent, explain why instead of answering something not correct. If you "
-    "don't know the answer to a question, please don't share false information.",
+    "illegal content. Please ensure that your responses are socially unbiased and positive in nature. If a question "
+    "does not make any sense, or is not factually coherent, explain why instead of answering something not correct. "
+    "If you don't know the answer to a question, please don't share false information.",
     "why several": "Multiple quantisation parameters are provided, to allow you to choose the best one for your "
     "hardware and requirements.",
     "where they are": "Each separate quant is in a different branch. See below for instructions on fetching from "

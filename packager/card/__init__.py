@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from packager.card import facts, markdown, numbers
 from packager.card.choice import GPU_GB, RUNTIME_BYTES, CachedContext, best_branch, gpu_choices
 from packager.card.metadata import metadata
+from packager.card.own_templates import OwnTemplates, TemplateProblem, partials, template_problems, with_own
 from packager.card.plot import Plot, in_words
 from packager.card.raw_text import TextProblem, text_problems
 from packager.errors import CardError
@@ -68,6 +69,7 @@ def render_card(
     prompting: Prompting = Prompting(),
     contexts: Sequence[CachedContext] = (),
     plot: Plot | None = None,
+    own: OwnTemplates | None = None,
     is_preview: bool = False,
 ) -> str:
     """Return the README.md of one branch.
@@ -82,6 +84,7 @@ def render_card(
         prompting: of the branch's tokenizer; the examples follow it.
         contexts: for which the page says how much memory a branch takes; see `cached_contexts`.
         plot: what the picture shows that lies beside the page; None where there is none.
+        own: the recipe's templates, which replace parts of the page.
         is_preview: nothing is built: the receipts have what a plan knows, and the page says so.
 
     Raises:
@@ -100,14 +103,39 @@ def render_card(
         "picture_in_words": in_words(plot) if plot is not None else "",
         "writes_start": bool(prompting.before) and template.lstrip().startswith(prompting.before),
     }
+    body = _rendered(context, own)
+    if own is not None:
+        _check_own_page(_rendered({**context, "header": "", "footer": "", "original_card": ""}, own), own)
+    return front + "\n" + markdown.tidy(body)
+
+
+def _rendered(context: Mapping[str, object], own: OwnTemplates | None) -> str:
     folder = templates_dir()
+    environment = _environment(folder)
     try:
-        body = _environment(folder).get_template(TEMPLATE).render(context)
+        template = (with_own(environment, own) if own is not None else environment).get_template(TEMPLATE)
+        return template.render(context)
     except CardError as error:
         raise CardError(error.what, where=_line_of(error), why=error.why, hint=error.hint) from error
     except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise _translated(error, folder) from error
-    return front + "\n" + markdown.tidy(body)
+
+
+def _check_own_page(page: str, own: OwnTemplates) -> None:
+    """Raise CardError if the recipe's templates made a page that changes itself or the reader's browser."""
+    if found := text_problems(page):
+        raise CardError(
+            "the recipe's templates make a page that cannot be published",
+            where=own.folder,
+            why="\n       ".join(f"line {problem.line} of the page: {problem.message}" for problem in found),
+            hint=found[0].hint,
+        )
+
+
+def own_template_problems(own: OwnTemplates) -> tuple[TemplateProblem, ...]:
+    """Return what is wrong with a recipe's templates as far as it is seen before a page is rendered."""
+    folder = templates_dir()
+    return tuple(template_problems(_environment(folder), own, partials(folder)))
 
 
 def templates_dir() -> Path:
@@ -291,13 +319,14 @@ def _line_of(error: BaseException) -> str:
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
         if name.endswith(".j2"):
-            where = f"{Path(name).name}:{trace.tb_lineno}"
+            # Built-in templates have absolute paths; those of a recipe are named as the recipe names them.
+            where = f"{Path(name).name if Path(name).is_absolute() else name}:{trace.tb_lineno}"
         trace = trace.tb_next
     return where
 
 
 def _translated(error: Exception, folder: Path) -> CardError:
-    hint = "this is a mistake in the template, not in the recipe"
+    hint = "this is a mistake in the template, not in a text or a figure"
     if isinstance(error, TemplateSyntaxError):
         return CardError(
             "a template is malformed", where=f"{error.name}:{error.lineno}", why=str(error.message), hint=hint

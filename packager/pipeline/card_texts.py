@@ -1,12 +1,16 @@
 """The markdown files that a recipe's card names: read once, checked before a build starts."""
 
-from packager.card import CardTexts, texts_problems
+from types import MappingProxyType
+
+from packager.card import CardTexts, own_template_problems, texts_problems
+from packager.card.own_templates import OwnTemplates
 from packager.card.raw_text import MAX_CHARACTERS
 from packager.errors import CardError
 from packager.recipe.file import RecipeFile
 
 _FIELDS = ("header", "footer", "original_card")
 _MAX_BYTES = 4 * MAX_CHARACTERS  # of UTF-8
+_MOST_TEMPLATES = 100
 
 
 def read_card_texts(recipe_file: RecipeFile) -> CardTexts:
@@ -18,6 +22,22 @@ def read_card_texts(recipe_file: RecipeFile) -> CardTexts:
     return CardTexts(**{name: _text(recipe_file, getattr(recipe_file.recipe.card, name)) for name in _FIELDS})
 
 
+def read_own_templates(recipe_file: RecipeFile) -> OwnTemplates | None:
+    """Return the templates of the folder that a recipe's card names, None if it names none.
+
+    Raises:
+        CardError: a file cannot be read, or there are too many.
+    """
+    folder = recipe_file.recipe.card.templates
+    if folder is None:
+        return None
+    names = sorted(path.name for path in recipe_file.resolve(folder).iterdir() if path.suffix == ".j2")
+    if len(names) > _MOST_TEMPLATES:
+        raise CardError("there are too many templates", where=folder, why=f"{len(names)}, at most {_MOST_TEMPLATES}")
+    texts = {name: _text(recipe_file, f"{folder}/{name}") for name in names}
+    return OwnTemplates(folder=folder, texts=MappingProxyType(texts))
+
+
 def card_text_problems(recipe_file: RecipeFile) -> list[str]:
     """Return what is wrong with the card's texts, each with its file and line.
 
@@ -26,9 +46,23 @@ def card_text_problems(recipe_file: RecipeFile) -> list[str]:
     """
     card, folder = recipe_file.recipe.card, recipe_file.folder
     return [
-        f"{folder / getattr(card, name)}:{problem.line}: card.{name}: {problem.message} ({problem.hint})"
-        for name, problem in texts_problems(read_card_texts(recipe_file))
+        *_template_lines(recipe_file),
+        *(
+            f"{folder / getattr(card, name)}:{problem.line}: card.{name}: {problem.message} ({problem.hint})"
+            for name, problem in texts_problems(read_card_texts(recipe_file))
+        ),
     ]
+
+
+def _template_lines(recipe_file: RecipeFile) -> list[str]:
+    own = read_own_templates(recipe_file)
+    if own is None:
+        return []
+    places = [
+        (recipe_file.folder / own.path(problem.name), problem.line, problem.message)
+        for problem in own_template_problems(own)
+    ]
+    return [f"{path}{f':{line}' if line else ''}: card.templates: {message}" for path, line, message in places]
 
 
 def _text(recipe_file: RecipeFile, name: str | None) -> str:

@@ -15,7 +15,7 @@ from packager.model.contract_files import TEMPLATE_FILE
 from packager.model.strict_json import parse_json_object
 from packager.model.tokenizer_file import affixes
 from packager.pipeline.build_state import BuildState
-from packager.pipeline.card_texts import read_card_texts
+from packager.pipeline.card_texts import read_card_texts, read_own_templates
 from packager.pipeline.pack import is_packed
 from packager.pipeline.workspace import audit_or_raise
 from packager.receipt import PICTURE_FILES, PROVENANCE, README, TOKENIZER, TOKENIZER_CONFIG, Receipt, digest_of
@@ -32,7 +32,7 @@ def render_cards(run: BuildState) -> None:
         StateError: a file was edited by hand; such a change belongs in the recipe or the templates.
         AuditError: a folder violates the format.
     """
-    texts = read_card_texts(run.recipe_file)
+    texts, own = read_card_texts(run.recipe_file), read_own_templates(run.recipe_file)
     present = _present(run)
     provenances = [
         receipt.provenance.model_copy(update={**present, "floor": floor_record(run.recipe, receipt.provenance)})
@@ -47,7 +47,7 @@ def render_cards(run: BuildState) -> None:
         prompting = prompting_of(run.workspace.folder(branch))
         readme = render_card(
             run.recipe, texts, provenances, model_type, branch,
-            expectations=expectations, prompting=prompting, contexts=contexts, plot=plot,
+            expectations=expectations, prompting=prompting, contexts=contexts, plot=plot, own=own,
         )  # fmt: skip
         rendered[branch] = {README: readme.encode(), **pictures, **_licenses(run, branch)}
     picture_key = {PICTURE_STAGE: _picture_key(plot)} if plot is not None else {}

@@ -11,7 +11,7 @@ from packager.card import Prompting, render_card
 from packager.card.choice import cached_contexts
 from packager.card.hub_page import hub_page
 from packager.errors import RecipeError
-from packager.pipeline.card_texts import read_card_texts
+from packager.pipeline.card_texts import read_card_texts, read_own_templates
 from packager.pipeline.cards import prompting_of
 from packager.pipeline.plan import BuildPlan, VariantPlan, make_plan
 from packager.receipt import TOKENIZER, TOKENIZER_CONFIG, LoaderRecord, MixedText, Provenance, SourceRecord, TextRecord
@@ -52,6 +52,7 @@ def preview_card(recipe_file: RecipeFile, branch: str) -> str:
         expectations={variant_plan.variant.branch: variant_plan.verdicts for variant_plan in plan.variants},
         prompting=_prompting(recipe_file),
         contexts=cached_contexts(plan.architecture),
+        own=read_own_templates(recipe_file),
         is_preview=True,
     )
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from packager.card import templates_dir
 from packager.pipeline.build_state import BuildState
+from packager.pipeline.card_texts import read_own_templates
 from packager.publish.compare_plan import require_as_planned, require_same_subject
 from packager.publish.plan import PublishPlan
 from packager.publish.saved_plan import PublishSubject, SavedPlan, saved_plan, write_plan
@@ -61,11 +62,13 @@ class PlannedPublish:
 
 def _subject_of(run: BuildState, target: Target, tag: str) -> PublishSubject:
     repository, folder = run.recipe.repository, templates_dir()
+    own = read_own_templates(run.recipe_file)
+    built_in = {name: sha256_file(folder / name) for name in list_files(folder)}
     return PublishSubject(
         repository=repository.id,
         target=repository.target,
         address="" if repository.target == "local" else target.where,
         recipe=run.recipe.digest(),
-        templates=digest_of({name: sha256_file(folder / name) for name in list_files(folder)}),
+        templates=digest_of(built_in if own is None else [built_in, dict(own.texts)]),
         tag=tag,
     )

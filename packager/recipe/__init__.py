@@ -237,6 +237,9 @@ class Card(Strict):
     header: RelativePath | None = Field(default=None, description="markdown placed above the title")
     footer: RelativePath | None = Field(default=None, description="markdown: community, thanks, credits")
     original_card: RelativePath | None = Field(default=None, description="the base model's card, appended")
+    templates: RelativePath | None = Field(
+        default=None, description="a folder with templates that replace the parts of the card of the same names"
+    )
 
 
 class QuantizeOptions(Strict):
@@ -290,9 +293,11 @@ class Recipe(Strict):
         """Return the sha256 of the recipe's canonical JSON: comments and layout do not change it."""
         content = self.model_dump(mode="json")
         content["base_model"]["path"] = self.base_model.public_path
-        # A recipe without a floor keeps the digest that it had before there were any.
+        # A recipe that uses none of these keeps the digest that it had before there were any.
         if self.quality == QualityFloor():
             del content["quality"]
+        if self.card.templates is None:
+            del content["card"]["templates"]
         for variant in content["variants"]:
             if not variant["publish_below_floor"]:
                 del variant["publish_below_floor"]

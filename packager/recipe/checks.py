@@ -38,7 +38,7 @@ FILE_FIELDS: Final[tuple[Loc, ...]] = (
     ("card", "footer"),
     ("card", "original_card"),
 )
-FOLDER_FIELDS: Final[tuple[Loc, ...]] = (("base_model", "path"),)
+FOLDER_FIELDS: Final[tuple[Loc, ...]] = (("base_model", "path"), ("card", "templates"))
 LICENSE_FILES_FIELD: Final[Loc] = ("card", "license", "files")
 BASE_FILES_FIELD: Final[Loc] = ("card", "license", "base_files")
 

@@ -79,7 +79,7 @@ def path_problem(folder: Path, relative: str, *, directory: bool = False) -> tup
     if os.path.isdir(path) if directory else os.path.isfile(path):  # noqa: PTH112, PTH113
         return "", ""
     if os.path.exists(path):  # noqa: PTH110
-        hint = "name the folder that holds the model's config.json" if directory else "name a file in that folder"
+        hint = "name the folder that holds the files" if directory else "name a file in that folder"
         return f"{quoted(relative)} is not a {kind}", hint
     inside = "" if directory and is_elsewhere(relative) else " in the recipe's folder"
     return f"there is no {kind} {quoted(relative)}{inside}", _similar(path)

@@ -1,0 +1,74 @@
+"""The templates of a recipe: files that stand in for parts of the card's own, in the same sandbox.
+
+A recipe is not trusted with code, and its templates get none: the sandbox hides Python's attributes, a template is read
+from these texts and the built-in folder alone, and the finished page must not change itself or the reader's browser.
+A template that computes for ever is not stopped.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from jinja2 import ChoiceLoader, FunctionLoader, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from packager.card.raw_text import MAX_CHARACTERS
+
+_Source = tuple[str, str | None, Callable[[], bool] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTemplates:
+    """The texts of a recipe's templates by name, and the folder as the recipe names it."""
+
+    folder: str
+    texts: Mapping[str, str]
+
+    def path(self, name: str) -> str:
+        """Return a template's path, relative to the recipe's folder."""
+        return str(PurePosixPath(self.folder, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateProblem:
+    """What is wrong in a template of a recipe, and the line, 0 for the whole file."""
+
+    name: str
+    line: int
+    message: str
+
+
+def with_own(environment: ImmutableSandboxedEnvironment, own: OwnTemplates) -> ImmutableSandboxedEnvironment:
+    """Return an environment that takes a recipe's templates before those of `environment`."""
+    built_in = environment.loader
+    assert built_in is not None  # noqa: S101 - it was made with one
+
+    def load(name: str) -> _Source | None:
+        text = own.texts.get(name)
+        return None if text is None else (text, own.path(name), None)
+
+    # A fresh cache comes with the loader: compiled templates of one recipe are no other recipe's.
+    return environment.overlay(loader=ChoiceLoader([FunctionLoader(load), built_in]))
+
+
+def partials(folder: Path) -> frozenset[str]:
+    """Return the names of the built-in templates that a recipe may replace: the parts of the page."""
+    return frozenset(path.name for path in folder.glob("_*.j2"))
+
+
+def template_problems(
+    environment: ImmutableSandboxedEnvironment, own: OwnTemplates, known: frozenset[str]
+) -> Iterator[TemplateProblem]:
+    """Yield which of a recipe's templates are no parts of the page, are too long or are malformed."""
+    for name, text in own.texts.items():
+        if name not in known:
+            yield TemplateProblem(
+                name=name, line=0, message=f"no part of the card has this name; they are {', '.join(sorted(known))}"
+            )
+        elif len(text) > MAX_CHARACTERS:
+            yield TemplateProblem(name=name, line=0, message=f"it has more than {MAX_CHARACTERS} characters")
+        else:
+            try:
+                environment.parse(text)
+            except TemplateSyntaxError as error:
+                yield TemplateProblem(name=name, line=error.lineno, message=str(error.message))
