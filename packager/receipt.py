@@ -294,6 +294,28 @@ class FusedRecord(Record):
     missed: tuple[str, ...] = ()
 
 
+class LoaderRunRecord(Record):
+    """The time and memory of a loader's run, as its process measured them: one forward, without a warm-up.
+
+    Attributes:
+        loader: its name.
+        device: as it reports it.
+        load_s: time to load the checkpoint, imports not counted.
+        forward_s: time for the logits of `num_tokens` tokens, in rows of `seq_len`.
+        peak_memory_bytes: on a GPU of this checkpoint, on a CPU of the process so far.
+        beside: how many loaders ran at the same time, itself counted.
+    """
+
+    loader: str
+    device: str
+    load_s: float
+    forward_s: float
+    num_tokens: int
+    seq_len: int
+    peak_memory_bytes: int
+    beside: int
+
+
 class Receipt(Record):
     """A variant's provenance, and the facts that concern only this machine.
 
@@ -305,6 +327,7 @@ class Receipt(Record):
         peak_memory_bytes: the largest resident size of the building processes, over all stages, without their children;
             a process that builds several recipes counts those before too.
         fused_modules: on CUDA, what ran fused kernels while quantizing; None on a CPU.
+        runs: time and memory of the loaders that ran on this machine.
         trial: the settings of the command line that changed the recipe (`--set`): such a variant is never published.
     """
 
@@ -313,6 +336,7 @@ class Receipt(Record):
     seconds: dict[str, float]
     peak_memory_bytes: int
     fused_modules: FusedRecord | None = None
+    runs: tuple[LoaderRunRecord, ...] = ()
     trial: tuple[str, ...] = ()
 
     @model_validator(mode="after")

@@ -347,7 +347,8 @@ def test_a_required_loader_without_a_result_stops_a_publish(
     tmp_path: Path, loader: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, dist = tiny_recipe.write_all(tmp_path, REQUIRED), tmp_path / "dist"
-    build(recipe, dist, capsys)
+    result, _ = build(recipe, dist, capsys)
+    assert [[run.loader for run in receipt.runs] for receipt in result.receipts] == [["transformers"]] * len(BRANCHES)
     edited_receipt(dist, MAIN, lambda receipt: receipt["provenance"].update(loaders=[]))
     with pytest.raises(PublishError, match=f"{MAIN}: transformers has no result"):
         tiny_recipe.publish(recipe, dist)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from packager.card.report import LEVELS, level_of, place_of_linear, report_page, report_values
 from packager.cli.main import app
-from packager.receipt import ExpertLinearRecord, FloorRecord, LinearRecord, LoaderRecord, Receipt
+from packager.receipt import ExpertLinearRecord, FloorRecord, LinearRecord, LoaderRecord, LoaderRunRecord, Receipt
 from tests import card_fixtures as fixtures
 from tests import tiny_recipe
 from tests.test_card_width import BROWSER
@@ -66,6 +66,18 @@ def receipts(*, hostile: str = "") -> list[Receipt]:
                 stages={},
                 seconds={"quantize": 61.25, "pack": 2.0, f"evaluate{hostile}": 12.5},
                 peak_memory_bytes=3_000_000_000,
+                runs=(
+                    LoaderRunRecord(
+                        loader=f"onnxruntime{hostile}",
+                        device=f"cpu{hostile}",
+                        load_s=4.0,
+                        forward_s=2.0,
+                        num_tokens=512,
+                        seq_len=64,
+                        peak_memory_bytes=7_100_000_000,
+                        beside=3,
+                    ),
+                ),
             )
         )
     return made
@@ -104,13 +116,15 @@ def test_the_page_has_everything_that_the_values_have() -> None:
     for words in (
         "0.0234 ± 0.0011", "+2.855 ± 0.057 %", "171 of 200", "misses the floor",
         "published by choice", "vllm-cpu", "it failed", "61.2",
-        "3.00 GB", "versions.torch", "2.2", fixtures.fixture_sha256("weights main"), "mlp.experts.*.up_proj",
+        "3.00 GB", "7.10 GB", "512 in rows of 64", "decoding was not timed",
+        "versions.torch", "2.2", fixtures.fixture_sha256("weights main"), "mlp.experts.*.up_proj",
         "a router", "model.layers.2.mlp.down_proj",
     ):  # fmt: skip
         assert words in page.text.replace("\u00a0", " "), words
     assert values["loss"]["maps"][0]["worst"][0]["name"] == "model.layers.2.mlp.down_proj"
     (row,) = [row for row in values["loss"]["maps"][0]["rows"] if row["module"] == "mlp.down_proj"]
     assert row["losses"][2] == pytest.approx(0.3)
+    assert [each["loader_runs"][0]["prefill_tokens_per_s"] for each in values["stages"]] == [256.0] * 4
     assert values["experts"][0]["blocks"] == [
         {"block": 7, "linears": 3, "least": 0, "median": 100, "most": 200, "few": 1, "unseen": 1}
     ]

@@ -18,7 +18,7 @@ from packager.prove import verify
 from packager.prove.environments import RuntimeContext
 from packager.prove.probes import ProbeJob, ProbeResult
 from packager.prove.verify import Checkpoint, VerifyJob
-from packager.receipt import LoaderRecord
+from packager.receipt import LoaderRecord, LoaderRunRecord
 from packager.recipe import Loaders
 from tests.tiny_models import save_model, token_rows
 
@@ -68,6 +68,32 @@ def test_agreement_passes(monkeypatch):
     record = record_of(monkeypatch, OWN * np.float32(1.001))
     assert (record.status, record.reason) == ("passed", "")
     assert record.relative_error == pytest.approx(0.001, rel=1e-3)
+
+
+def test_the_time_and_memory_of_what_ran_is_told_and_what_did_not_run_has_none(monkeypatch):
+    results = {"autogptq": result_of(OWN, load_s=2.0, forward_s=0.5, peak_memory_bytes=7), "onnxruntime": None}
+
+    def run_probes(spec, _, jobs, *__):
+        return [results[spec.name] or LoaderError("it did not finish") for _ in jobs]
+
+    replace_loaders(monkeypatch, lambda _: result_of(OWN))
+    monkeypatch.setattr(verify, "run_probes", run_probes)
+    told = []
+    loaders = Loaders(required=("autogptq",), if_available=("onnxruntime",), num_rows=2, seq_len=8)
+    ids = torch.zeros(4, 16, dtype=torch.int64)
+    job = job_of({"main": Path("main")}, ids, loaders=loaders, timed=lambda *each: told.append(each))
+    verify.check_loaders(job, {"main": OWN}, lambda _: None)
+    wanted = LoaderRunRecord(
+        loader="autogptq",
+        device="cpu",
+        load_s=2.0,
+        forward_s=0.5,
+        num_tokens=16,
+        seq_len=8,
+        peak_memory_bytes=7,
+        beside=2,
+    )
+    assert told == [("main", wanted)]
 
 
 @pytest.mark.parametrize("outcome", [None, LoaderError("it did not finish"), LoaderUnavailableError("no GPU")])

@@ -19,7 +19,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from packager.card import numbers, templates_dir
 from packager.card.floor import floor_problems, perplexity_increase
-from packager.receipt import ExpertLinearRecord, LinearRecord, LoaderRecord, Provenance, QualityRecord, Receipt
+from packager.receipt import (
+    ExpertLinearRecord,
+    LinearRecord,
+    LoaderRecord,
+    LoaderRunRecord,
+    Provenance,
+    QualityRecord,
+    Receipt,
+)
 from packager.system.text import format_bytes, printable
 
 TEMPLATE_OF_REPORT: Final = "report.html.j2"
@@ -60,6 +68,7 @@ def report_values(receipts: Sequence[Receipt], changes: Sequence[Mapping[str, An
                 "seconds": dict(receipt.seconds),
                 "peak_memory_bytes": receipt.peak_memory_bytes,
                 "trial": list(receipt.trial),
+                "loader_runs": [_run(made) for made in receipt.runs],
             }
             for receipt in receipts
         ],
@@ -168,6 +177,11 @@ def _loaders(made: Sequence[Provenance]) -> list[Values]:
     """Return a row per loader with its record on each branch, None where there is none."""
     names = dict.fromkeys(record.loader for each in made for record in each.loaders)
     return [{"loader": name, "records": [_record(each.loaders, name) for each in made]} for name in names]
+
+
+def _run(made: LoaderRunRecord) -> Values:
+    speed = made.num_tokens / made.forward_s if made.forward_s > 0 else None
+    return {**made.model_dump(), "prefill_tokens_per_s": speed}
 
 
 def _record(records: Sequence[LoaderRecord], name: str) -> Values | None:

@@ -247,6 +247,7 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
 
     texts, device = run.texts, run.device
     branches = [branch for branch in run.keys if branch in run.receipts]
+    runs = {branch: {made.loader: made for made in run.receipts[branch].runs} for branch in branches}
     chosen = {
         "required": tuple(name for name in wanted.required if name in names),
         "if_available": tuple(name for name in wanted.if_available if name in names),
@@ -264,6 +265,7 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
             }
             for variant_plan in run.plan.variants
         },
+        timed=lambda branch, made: runs[branch].update({made.loader: made}),
         on_request=again,
     )
     with run.terminal.stage("verify") as stage:
@@ -273,7 +275,8 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
         seconds = stage.seconds / len(branches)
         if set(names) != set(every):
             seconds += run.receipts[branch].seconds.get("verify", 0.0)
-        _update(run, branch, "verify", seconds, {"loaders": merged})
+        timed = tuple(runs[branch][name] for name in every if name in runs[branch])
+        _update(run, branch, "verify", seconds, {"loaders": merged}, runs=timed)
     return tuple(branches)
 
 
@@ -288,8 +291,10 @@ def _with_earlier_results(run: BuildState, branch: str, records: Sequence[Loader
     return tuple(found[name] for name in (*loaders.required, *loaders.if_available))
 
 
-def _update(run: BuildState, branch: str, stage: StageName, seconds: float, fields: Mapping[str, object]) -> None:
-    """Write a stage's results into a variant's receipt."""
+def _update(
+    run: BuildState, branch: str, stage: StageName, seconds: float, fields: Mapping[str, object], **beside: object
+) -> None:
+    """Write a stage's results into a variant's receipt; `beside` are fields of the receipt beside its provenance."""
     receipt = run.receipts[branch]
     provenance = receipt.provenance.model_copy(update=fields)
     stages = {**receipt.stages, stage: run.keys[branch][stage]}
@@ -298,6 +303,7 @@ def _update(run: BuildState, branch: str, stage: StageName, seconds: float, fiel
         "stages": stages,
         "seconds": {**receipt.seconds, stage: round(seconds, 3)},
         "peak_memory_bytes": max(receipt.peak_memory_bytes, peak_memory_bytes()),
+        **beside,
     }
     run.keep(receipt.model_copy(update=changes))
 

@@ -28,7 +28,7 @@ from packager.prove.environments import RuntimeContext, ensure_environment, wait
 from packager.prove.evaluation_memory import tokens_per_piece
 from packager.prove.loaders import LOADERS, LoaderSpec
 from packager.prove.probes import ProbeJob, ProbeResult, run_probes
-from packager.receipt import LoaderRecord, Provenance
+from packager.receipt import LoaderRecord, LoaderRunRecord, Provenance
 from packager.recipe import Loaders
 
 # Largest ||loader - reference|| / ||reference|| by the dtype in which the loader computes. Right results measured:
@@ -71,6 +71,7 @@ class VerifyJob:
         device: of our own forward and of the loaders.
         context: folders, environment and processes of the loaders; `scratch` gets jobs and logits.
         refused: by branch, the loaders that are not run because a rule says that they cannot load it, with the reason.
+        timed: gets the time and memory of each loader that ran, with the branch.
         on_request: whether the environments are made that no build makes unless its recipe requires the loader.
     """
 
@@ -81,6 +82,7 @@ class VerifyJob:
     device: torch.device
     context: RuntimeContext
     refused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    timed: Callable[[str, LoaderRunRecord], None] = lambda _branch, _run: None
     on_request: bool = True
 
     @property
@@ -162,7 +164,10 @@ def check_loaders(
     for checkpoint in job.checkpoints:
         refused = job.refused.get(checkpoint.branch, {})
         own = {name: found[checkpoint.branch] for name, found in outcomes.items() if name not in refused}
-        results = [result for result in own.values() if isinstance(result, ProbeResult)]
+        ran = {name: result for name, result in own.items() if isinstance(result, ProbeResult)}
+        for name, result in ran.items():
+            job.timed(checkpoint.branch, _run_record(name, result, job, beside=len(outcomes)))
+        results = list(ran.values())
         gaps = token_gaps(checkpoint, [sequence for result in results for sequence in sequences_of(result, job)], job)
         found = [judge_loader(name, checkpoint, outcome, references, gaps, job) for name, outcome in own.items()]
         found += [
@@ -174,6 +179,19 @@ def check_loaders(
         for record in found:
             log(_line(checkpoint.branch, record))
     return records
+
+
+def _run_record(name: str, result: ProbeResult, job: VerifyJob, *, beside: int) -> LoaderRunRecord:
+    return LoaderRunRecord(
+        loader=name,
+        device=result.device,
+        load_s=round(result.load_s, 3),
+        forward_s=round(result.forward_s, 4),
+        num_tokens=job.rows.numel(),
+        seq_len=job.rows.shape[1],
+        peak_memory_bytes=result.peak_memory_bytes,
+        beside=beside,
+    )
 
 
 def _run_loaders(
