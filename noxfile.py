@@ -259,6 +259,7 @@ def tests_release(session: nox.Session) -> None:
         "test_kernel_rules",
         "test_onnxruntime_loader",
         "test_vllm_loader",
+        "test_foreign_checkpoints",
     )
     session.run("pytest", "-m", "release", *(f"tests/{name}.py" for name in files), *session.posargs)
 

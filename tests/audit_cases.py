@@ -87,6 +87,21 @@ def quantize_head(found: Tensors) -> None:
         found[f"lm_head.{part}"] = found[f"{Q}.{part}"].copy()
 
 
+def other_method(folder: Path) -> None:
+    """Make a checkpoint as llm-compressor writes it: of compressed-tensors."""
+    section = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"]}
+    edit_json(folder, "config.json", lambda config: config.update(quantization_config=section))
+
+    def pack(found: Tensors) -> None:
+        for name in [name for name in found if name.endswith(".g_idx")]:
+            linear = name.removesuffix(".g_idx")
+            found[f"{linear}.weight_packed"] = found.pop(f"{linear}.qweight")
+            found[f"{linear}.weight_scale"] = found.pop(f"{linear}.scales")
+            del found[name], found[f"{linear}.qzeros"]
+
+    edit_tensors(folder, pack)
+
+
 def duplicate_tensor(folder: Path) -> None:
     first, second = sorted(folder.glob("model-*.safetensors"))
     extra = dict(list(load_file(first).items())[:1])
@@ -129,8 +144,8 @@ CASES = [
     case("file-missing", remove("provenance.json"), sealed=False),
     case("file-missing", remove("README.md")),
     case("file-missing", remove("config.json")),
-    case("file-missing", remove("quantize_config.json")),
-    case("file-missing", remove("generation_config.json")),
+    case("quantize-config-missing", remove("quantize_config.json")),
+    case("generation-config-missing", remove("generation_config.json")),
     case("file-missing", remove("tokenizer_config.json")),
     case("file-missing", lambda folder: [(folder / f"tokenizer.{end}").unlink() for end in ("json", "model")]),
     case("json-damaged", write("special_tokens_map.json", b"{")),
@@ -213,11 +228,12 @@ CASES = [
         lambda found: found.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}),
     ),
     tensors("tensor-shape", lambda found: found.update({"model.norm.weight": np.ones(8, np.float16)})),
-    tensors("tensor-dtype", lambda found: found.update({"model.norm.weight": np.ones(HIDDEN, np.float64)})),
+    case("other-quantization", other_method, complete=False),
+    tensors("dtype-disagrees", lambda found: found.update({"model.norm.weight": np.ones(HIDDEN, np.float64)})),
     tensors("lm-head-missing", lambda found: found.pop("lm_head.weight")),
     tensors("lm-head-quantized", quantize_head),
     quantization("lm-head-quantized", lambda section: section.update(lm_head=True)),
-    tensors("bias-unexpected", lambda found: found.update({f"{Q}.bias": np.zeros(HIDDEN, np.float16)})),
+    tensors("bias-needless", lambda found: found.update({f"{Q}.bias": np.zeros(HIDDEN, np.float16)})),
     tensors("bias-missing", lambda found: found.pop(f"{Q}.bias"), checkpoint=QWEN),
     tensors("bias-zero", assign(f"{Q}.bias", slice(None), 0), checkpoint=QWEN),
     tensors("bias-not-finite", assign(f"{Q}.bias", 3, np.nan), checkpoint=QWEN),

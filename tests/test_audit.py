@@ -29,7 +29,14 @@ from tests.known_models import describe_known, known_architecture
 from tests.samples import sampled
 
 # Codes that need more than a change to a file; each has its own test below.
-CODES_TESTED_ALONE = {"folder-missing", "folder-not-a-model", "file-unreadable", "folder-overfull"}
+CODES_TESTED_ALONE = {
+    "bias-unexpected",
+    "tensor-dtype",
+    "folder-missing",
+    "folder-not-a-model",
+    "file-unreadable",
+    "folder-overfull",
+}
 # Of a repository elsewhere: test_audit_published.py.
 CODES_TESTED_ALONE |= {"file-name", "file-unhashed", "header-too-large", "weights-unread"}
 
@@ -96,6 +103,23 @@ def test_negative_scales_of_a_symmetric_grid_are_valid(tmp_path: Path) -> None:
     assert codes(audit(folder, complete=False)) == set()
 
 
+def test_another_dtype_than_the_base_model_s_is_an_error_where_that_is_recorded(tmp_path: Path) -> None:
+    folder = with_description(Checkpoint(), tmp_path / "branch")
+    edit_tensors(folder, lambda found: found.update({"model.norm.weight": np.ones(HIDDEN, np.float64)}))
+    assert "tensor-dtype" in codes(audit_folder(folder))
+
+
+def test_a_bias_that_the_architecture_lacks_is_an_error_only_if_it_adds_something(tmp_path: Path) -> None:
+    """AutoGPTQ, 0.7.1 included, writes biases of 0 everywhere, which change nothing."""
+    folder = Checkpoint().write(tmp_path / "branch")
+    edit_tensors(folder, lambda found: found.update({f"{Q}.bias": np.zeros(HIDDEN, np.float16)}))
+    assert codes(audit(folder, complete=False)) == {"bias-needless"}
+    edit_tensors(folder, lambda found: found[f"{Q}.bias"].__setitem__(3, 0.5))
+    report = audit(folder, complete=False)
+    assert codes(report) == {"bias-needless", "bias-unexpected"}
+    assert [finding.code for finding in report.errors] == ["bias-unexpected"]
+
+
 @pytest.mark.parametrize("declared", [False, None])
 def test_scattered_groups_of_a_foreign_checkpoint_need_desc_act(tmp_path: Path, declared: bool | None) -> None:
     """VLLM drops g_idx, and computes garbage where desc_act does not say true (relative error 0.35)."""
@@ -135,10 +159,10 @@ def test_all_findings_come_at_once(tmp_path: Path) -> None:
     (folder / "model.gguf").write_bytes(b"x")
     (folder / "quantize_config.json").unlink()
     assert codes(audit(folder)) == {
-        "file-missing",
+        "quantize-config-missing",
         "weights-stray",
         "linear-shape",
-        "tensor-dtype",
+        "dtype-disagrees",
         "tokenizer-vocab",
         "card-license-name",
         "provenance-file-missing",
@@ -186,13 +210,13 @@ def test_a_folder_with_a_config_alone_lists_all_that_is_missing(tmp_path: Path) 
     (tmp_path / "config.json").write_text('{"model_type": "mystery", "torch_dtype": "float16"}')
     report = audit(tmp_path)
     assert codes(report) == {
-        "file-missing", "weights-missing", "quantization-config-missing", "architecture-unknown",
+        "file-missing", "quantize-config-missing", "generation-config-missing", "weights-missing",
+        "quantization-config-missing", "architecture-unknown",
     }  # fmt: skip
     missing = next(found for found in report.findings if found.code == "file-missing" and "README.md" in found.where)
     assert missing.message == "there is no README.md: the model card"
     assert {finding.where for finding in report.findings if finding.code == "file-missing"} == {
-        "quantize_config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "README.md",
-        "provenance.json",
+        "tokenizer_config.json", "tokenizer.json", "README.md", "provenance.json",
     }  # fmt: skip
 
 
@@ -239,7 +263,10 @@ def test_weights_without_any_json_are_still_checked(tmp_path: Path) -> None:
     for path in folder.glob("*.json"):
         path.unlink()
     report = audit(folder, complete=False)
-    assert codes(report) == {"file-missing", "scale-not-finite", "g-idx-range", "tokenizer-json-missing"}
+    assert codes(report) == {
+        "file-missing", "quantize-config-missing", "generation-config-missing", "scale-not-finite", "g-idx-range",
+        "tokenizer-json-missing",
+    }  # fmt: skip
     assert report.facts.num_linears == 14
 
 
@@ -279,7 +306,7 @@ def test_a_branch_of_2023_has_the_known_findings(tmp_path: Path) -> None:
         "weights-name",
         "quantization-config-missing",
         "generation-sampling",
-        "bias-unexpected",
+        "bias-needless",
     }
 
 
@@ -441,7 +468,7 @@ def test_a_13b_block_is_audited_in_little_memory(tmp_path: Path) -> None:
     report = audit(tmp_path, complete=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert codes(report) == {"file-missing"}
+    assert codes(report) == {"file-missing", "quantize-config-missing", "generation-config-missing"}
     assert report.facts.num_linears == 7
     assert peak < 16_000_000
 

@@ -34,8 +34,8 @@ def broken(tmp_path: Path, checkpoint: Checkpoint = Checkpoint()) -> AuditReport
     folder = checkpoint.write(tmp_path / "branch")
     edit_text(folder, "README.md", "hf download", "huggingface-cli download")
     edit_json(folder, "config.json", lambda config: config.update(_name_or_path="/srv/models/llama"))
-    edit_json(folder, "tokenizer_config.json", lambda content: content.pop("chat_template"))
-    (folder / "generation_config.json").unlink()
+    edit_json(folder, "generation_config.json", lambda content: content.update(do_sample=False))
+    (folder / "tokenizer_config.json").unlink()
     if checkpoint.shards == 1:
         edit_tensors(folder, lambda found: [found.pop(name) for name in list(found) if name.endswith("q_proj.g_idx")])
     return audit(folder, describe=describe_known)
@@ -60,7 +60,7 @@ def test_a_log_has_each_finding_with_its_file_line_and_tensor(tmp_path: Path) ->
     assert path["physicalLocation"] == {"artifactLocation": {"uri": "config.json"}}
     assert path["logicalLocations"] == [{"fullyQualifiedName": "_name_or_path"}]
     missing = locations(run, "file-missing")
-    assert [place["physicalLocation"]["artifactLocation"]["uri"] for place in missing] == ["generation_config.json"]
+    assert [place["physicalLocation"]["artifactLocation"]["uri"] for place in missing] == ["tokenizer_config.json"]
     tensors = locations(run, "linear-incomplete")
     assert {place["logicalLocations"][0]["fullyQualifiedName"] for place in tensors} == {
         Q, Q.replace(".0.", ".1."),
@@ -101,8 +101,8 @@ def test_junit_counts_its_cases_and_fails_for_errors_alone(tmp_path: Path) -> No
         assert (element.get("tests"), element.get("failures")) == (str(len(cases)), str(len(report.errors)))
     assert len(failed) == len(report.errors)
     assert len(cases) == 1 + len(report.findings)
-    (warned,) = [case for case in cases if case.get("classname") == "packager.audit.chat-template-missing"]
-    assert "hint: add chat_template" in str(warned.findtext("system-out"))
+    (warned,) = [case for case in cases if case.get("classname") == "packager.audit.generation-sampling"]
+    assert "hint: set do_sample true" in str(warned.findtext("system-out"))
     (incomplete,) = [case for case in failed if case.get("classname") == "packager.audit.linear-incomplete"]
     assert incomplete.findtext("failure", "").count("q_proj") == 2
 

@@ -134,8 +134,8 @@ def pad_token(folder: Path) -> None:
 
 
 GALLERY = [
-    Report(issue="ModelCloud/GPTQModel#1080", said="FileNotFoundError: quantize_config.json", code="file-missing",
-           change=without("quantize_config.json")),
+    Report(issue="ModelCloud/GPTQModel#1080", said="FileNotFoundError: quantize_config.json",
+           code="quantize-config-missing", change=without("quantize_config.json")),
     Report(issue="vllm-project/vllm#13612", said="Cannot find the config file for gptq",
            code="quantization-config-missing", change=without_any_config),
     Report(issue="vllm-project/llm-compressor#959", said="KeyError: weight_scale; config.json says nothing",
@@ -170,9 +170,9 @@ GALLERY = [
                found[name].fill(0) for name in found if name.endswith(".g_idx")])),
     Report(issue="lm-sys/FastChat#3520", said="Unexpected key(s): rotary_emb.inv_freq", code="tensor-unexpected",
            change=tensors(lambda found: found.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8)}))),
-    Report(issue="oobabooga/textgen#1959", said="Unexpected key(s): mlp.gate_proj.bias", code="bias-unexpected",
+    Report(issue="oobabooga/textgen#1959", said="Unexpected key(s): mlp.gate_proj.bias", code="bias-needless",
            change=tensors(add_zero_biases)),
-    Report(issue="QwenLM/Qwen3-VL#416", said="weights were not used: mlp.down_proj.bias", code="bias-unexpected",
+    Report(issue="QwenLM/Qwen3-VL#416", said="weights were not used: mlp.down_proj.bias", code="bias-needless",
            made=QWEN, change=tensors(lambda found: found.update(
                {"model.layers.0.mlp.down_proj.bias": np.zeros(HIDDEN, np.float16)}))),
     Report(issue="turboderp/exllama#242", said="HeaderTooLarge; git lfs was not enabled", code="lfs-pointer",
@@ -223,7 +223,7 @@ GALLERY = [
     Report(issue="intel/auto-round#1726", said="Fused module mlp.gate_up_proj is quantized in part",
            code="linear-unquantized", change=tensors(leave_one)),
     Report(issue="vllm-project/vllm#2149", said="the tensors are float16, config.json says bfloat16",
-           code="tensor-dtype", change=config(torch_dtype="bfloat16")),
+           code="dtype-disagrees", change=config(torch_dtype="bfloat16")),
     Report(issue="vllm-project/vllm#28843", said="gptq_marlin_gemm only supports bfloat16 and float16",
            code="linear-dtype", change=tensors(lambda found: found.update(
                {f"{Q}.scales": found[f"{Q}.scales"].astype(np.float32)}))),

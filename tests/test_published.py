@@ -259,7 +259,7 @@ CASES = [
     Case(rule="linear-incomplete", change=damage(
         lambda folder: edit_tensors(folder, lambda found: found.pop(f"{Q}.g_idx"))
     ), words="lacks g_idx"),
-    Case(rule="file-missing", change=damage(lambda folder: (folder / "generation_config.json").unlink())),
+    Case(rule="file-missing", change=damage(lambda folder: (folder / "tokenizer_config.json").unlink())),
     Case(rule="weights-stray", change=damage(lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"))),
     Case(rule="quantize-config-disagrees", change=damage(
         lambda folder: edit_json(folder, "quantize_config.json", lambda found: found.update(damp_percent=0.1))

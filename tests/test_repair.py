@@ -133,7 +133,7 @@ CASES = [
          change=lambda folder: declare(folder, desc_act=True)),
     Case(name="act order declared static", code="g-idx-order", checkpoint=Checkpoint(desc_act=True),
          change=lambda folder: declare(folder, desc_act=False)),
-    Case(name="zero biases", code="bias-unexpected", change=lambda folder: edit_tensors(folder, add_zero_biases)),
+    Case(name="zero biases", code="bias-needless", change=lambda folder: edit_tensors(folder, add_zero_biases)),
     Case(name="old name", code="weights-name", change=old_name),
     Case(name="wrong base name", code="weights-name-disagrees", change=lambda folder: edit_json(
         folder, "quantize_config.json", lambda config: config.update(model_file_base_name="x"))),
@@ -146,7 +146,7 @@ CASES = [
     Case(name="no section", code="quantization-config-missing", same_configs=False,
          left=frozenset({"quantization-key-undeclared"}),
          change=lambda folder: edit_json(folder, "config.json", lambda config: config.pop("quantization_config"))),
-    Case(name="no quantize_config.json", code="file-missing", same_configs=False,
+    Case(name="no quantize_config.json", code="quantize-config-missing", same_configs=False,
          change=lambda folder: (folder / "quantize_config.json").unlink()),
     Case(name="foreign keys", code="quantize-config-key", change=lambda folder: edit_json(
         folder, "quantize_config.json", lambda config: config.update(lm_head=False, static_groups=False))),

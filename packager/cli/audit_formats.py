@@ -17,12 +17,12 @@ from packager.prove.audit import AUDIT_RULES, AuditReport, Finding
 from packager.prove.audit.files import CARD_FILES, REQUIRED_FILES
 from packager.prove.audit.weights import SUFFIX
 from packager.publish.published.audited import AuditedBranch
-from packager.receipt import INDEX_SUFFIX, TOKENIZER
+from packager.receipt import GENERATION_CONFIG, INDEX_SUFFIX, QUANTIZE_CONFIG, TOKENIZER
 
 SARIF_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 _RULES_PAGE = "docs/reference/audit-findings.md"
 # Files that a finding may name though they are missing.
-_KNOWN = frozenset({*REQUIRED_FILES, *CARD_FILES, TOKENIZER})
+_KNOWN = frozenset({*REQUIRED_FILES, *CARD_FILES, QUANTIZE_CONFIG, GENERATION_CONFIG, TOKENIZER})
 # GitHub shows no more of a result's locations, and takes no larger file.
 _MOST_LOCATIONS = 1000
 _LINE = re.compile(r"(?P<file>.+):(?P<line>[1-9]\d{0,8})", re.DOTALL)

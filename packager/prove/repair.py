@@ -165,14 +165,14 @@ def _plan_weights(plan: _Plan, held: Held, declared: Declared, before: AuditRepo
         )
     if dropped:
         why = "all their values are 0, and the architecture has no bias there: strict loaders refuse them"
-        plan.change("bias-unexpected", "weights", f"{len(dropped)} biases are left out", why)
+        plan.change("bias-needless", "weights", f"{len(dropped)} biases are left out", why)
     for name in sorted(unnamed):
         plan.change("safetensors-metadata", name, 'metadata {"format": "pt"}', "transformers refuses the file without")
 
 
 def _zero_biases(weights: Weights, before: AuditReport) -> list[str]:
     """Return the biases that the architecture does not have, and that are zero."""
-    found = [finding for finding in before.findings if finding.code == "bias-unexpected"]
+    found = [finding for finding in before.findings if finding.code == "bias-needless"]
     names = [f"{place}.bias" for finding in found for place in (finding.where, *finding.also)]
     with OpenFiles() as files:
         return [

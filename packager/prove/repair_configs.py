@@ -118,7 +118,9 @@ def _repair_parameters(
     elif not listing.has(QUANTIZE_CONFIG):
         edited[QUANTIZE_CONFIG] = _portable_of(section, stem)
         why = "its keys are those of config.json; AutoGPTQ opens no local folder without it"
-        found.changes.append(Change(code="file-missing", where=QUANTIZE_CONFIG, what="the file is written", why=why))
+        found.changes.append(
+            Change(code="quantize-config-missing", where=QUANTIZE_CONFIG, what="the file is written", why=why)
+        )
 
 
 def _section_of(portable: Mapping[str, object]) -> JsonObject:
@@ -187,11 +189,15 @@ def _repair_name(found: RepairedConfigs, portable: JsonObject, stem: str) -> Non
 
 
 def _drop_paths(found: RepairedConfigs, document: JsonObject, name: str) -> None:
-    inner = as_object(document.get(_SECTION)) if name == CONFIG else None
-    for part, place in ((document, name), (inner, f"{name}: {_SECTION}")):
-        for key in path_keys(part or {}):
+    parts = {name: document}
+    if name == CONFIG and (section := as_object(document.get(_SECTION))) is not None:
+        parts[f"{name}: {_SECTION}"] = section
+    # GPTQModel keeps its settings there, the folder that it swapped to among them.
+    parts |= {f"{place}: meta": meta for place, part in parts.items() if (meta := as_object(part.get("meta")))}
+    for place, part in parts.items():
+        for key in path_keys(part):
             why = "no runtime reads it: files are opened by their names in the folder"
-            found.drop(part or {}, place, key, why, "local-path")
+            found.drop(part, place, key, why, "local-path")
 
 
 def _drop_code(found: RepairedConfigs, document: JsonObject, name: str, listing: Listing) -> None:

@@ -20,6 +20,7 @@ class Declared:
     """The GPTQ parameters a folder declares; None where it declares nothing usable.
 
     `quantized` has the names of modules_in_block_to_quantize: the only linears of the blocks that are quantized.
+    `is_gptq` is False for weights of another method, of which nothing else is declared.
     """
 
     bits: int | None = None
@@ -29,6 +30,7 @@ class Declared:
     static_groups: bool = False
     checkpoint_format: str | None = None
     quantized: frozenset[str] | None = None
+    is_gptq: bool = True
 
     def leaves(self, linear: str) -> bool:
         """Return whether a linear is declared unquantized: no end of its name is one of `quantized`."""
@@ -93,12 +95,24 @@ def check_declared(documents: Mapping[str, object], weights: Weights, findings: 
         section = as_object(config.get("quantization_config"))
         if section is None:
             findings.add("quantization-config-missing", CONFIG, "there is no object called quantization_config")
+        elif (method := _other_method(section, weights)) is not None:
+            message = f"the weights are quantized by {shown(method)}, not by GPTQ"
+            findings.add("other-quantization", f"{CONFIG}: quantization_config.quant_method", message)
+            return Declared(is_gptq=False)
         else:
             inner = section
             _check_section(section, findings)
     if portable is not None:
         _check_portable(portable, inner, weights, findings)
     return _declared({**(portable or {}), **inner})
+
+
+def _other_method(section: JsonObject, weights: Weights) -> str | None:
+    """Return the method that is declared, if it is another one and the tensors are not GPTQ's."""
+    method = section.get("quant_method")
+    if not isinstance(method, str) or method == "gptq" or not weights.is_all_read:
+        return None
+    return None if any(name.endswith(".g_idx") for name in weights.tensors) else method
 
 
 def _check_section(section: JsonObject, findings: Findings) -> None:

@@ -31,8 +31,6 @@ from packager.system.text import shown
 
 REQUIRED_FILES: Mapping[str, str] = {
     CONFIG: "every loader reads the architecture and quantization_config from it",
-    QUANTIZE_CONFIG: "AutoGPTQ does not open a local folder without it",
-    GENERATION_CONFIG: "without it runtimes use other stop tokens and sampling than the base model",
     TOKENIZER_CONFIG: "it holds the special tokens and the chat template",
 }
 CARD_FILES: Mapping[str, str] = {
@@ -46,7 +44,9 @@ _WEIGHTS_SUFFIXES = (WEIGHTS_SUFFIX, INDEX_SUFFIX, *OTHER_WEIGHTS)
 _MODEL_FILES = frozenset({CONFIG, QUANTIZE_CONFIG, PROVENANCE})
 _MOST_FOLDERS, _MOST_NAMED = 1000, 3
 _FETCHERS_FOLDERS = (".git", ".cache")
-_OBJECT_FILES = frozenset({*REQUIRED_FILES, PROVENANCE, TOKENIZER, "special_tokens_map.json"})
+_OBJECT_FILES = frozenset(
+    {*REQUIRED_FILES, QUANTIZE_CONFIG, GENERATION_CONFIG, PROVENANCE, TOKENIZER, "special_tokens_map.json"}
+)
 # Documents whose content is used by several checks; others are parsed once more where they are needed.
 _SHARED_DOCUMENTS = _OBJECT_FILES | {"added_tokens.json"}
 _MOST_FILES = 10_000
@@ -197,6 +197,12 @@ def check_file_set(listing: Listing, findings: Findings, *, complete: bool) -> N
     for name, reason in required.items():
         if not listing.has(name):
             findings.add("file-missing", name, f"there is no {name}: {reason}")
+    if not listing.has(QUANTIZE_CONFIG):
+        why = "AutoGPTQ does not open a local folder without it"
+        findings.add("quantize-config-missing", QUANTIZE_CONFIG, f"there is no {QUANTIZE_CONFIG}: {why}")
+    if not listing.has(GENERATION_CONFIG):
+        why = "runtimes may use other stop tokens and sampling than the base model"
+        findings.add("generation-config-missing", GENERATION_CONFIG, f"there is no {GENERATION_CONFIG}: {why}")
     if listing.has(TOKENIZER):
         return
     if listing.has(TOKENIZER_MODEL):

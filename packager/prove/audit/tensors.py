@@ -44,7 +44,8 @@ class Linear:
         in_features: columns of the weight.
         bits: bits per weight.
         group_size: columns that share a scale; -1 = all.
-        has_bias: it has a bias that the architecture does not rule out.
+        has_bias: it has a bias.
+        needs_bias: it may have one: the architecture has one here, or is not known.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Linear:
     bits: int
     group_size: int
     has_bias: bool
+    needs_bias: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,8 @@ def check_tensors(weights: Weights, expected: Expected, findings: Findings) -> t
     Returns:
         The quantized linears whose values can be read.
     """
+    if not expected.declared.is_gptq:
+        return ()
     modules, architecture = _split(weights), expected.model.architecture
     specs = {spec.name: spec for spec in architecture.linears} if architecture else {}
     if not modules.quantized and weights.is_all_read:
@@ -212,7 +216,7 @@ def _check_dtypes(plain: Parts, expected: Expected, findings: Findings) -> None:
             if found != known:
                 findings.add("tensor-dtype", name, f"it is {found}, the base model's is {known}")
         elif (declared := expected.model.dtype) and found in _FLOATS and found not in (declared, "F32"):
-            findings.add("tensor-dtype", name, f"it is {found}, config.json declares {declared}")
+            findings.add("dtype-disagrees", name, f"it is {found}, config.json declares {declared}")
 
 
 def _layout(quantized: Mapping[str, Parts], declared: Declared) -> _Layout | None:
@@ -252,7 +256,7 @@ def _check_parts(name: str, parts: Parts, findings: Findings, *, is_all_read: bo
 
 def _check_bias(spec: LinearSpec, parts: Parts, findings: Findings, *, is_all_read: bool) -> None:
     if BIAS in parts and not spec.bias:
-        findings.add("bias-unexpected", spec.name, "it has a bias, the architecture has none here")
+        findings.add("bias-needless", spec.name, "it has a bias, the architecture has none here")
     elif BIAS not in parts and spec.bias and is_all_read:
         findings.add("bias-missing", spec.name, "the architecture has a bias here, the weights have none")
 
@@ -292,5 +296,6 @@ def _check_shapes(spec: LinearSpec, parts: Parts, layout: _Layout, findings: Fin
         in_features=spec.in_features,
         bits=bits,
         group_size=group_size,
-        has_bias=spec.bias and BIAS in parts,
+        has_bias=BIAS in parts,
+        needs_bias=spec.bias,
     )

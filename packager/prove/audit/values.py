@@ -171,8 +171,11 @@ def _check_bias(linear: Linear, files: OpenFiles, findings: Findings) -> None:
     slices = list(read_rows(linear.parts["bias"], files))
     if any(_is_special(patterns).any() for patterns in slices):
         findings.add("bias-not-finite", linear.name, "the bias holds NaN or infinity")
-    if not any((patterns & _MAGNITUDE).any() for patterns in slices):
+    is_zero = not any((patterns & _MAGNITUDE).any() for patterns in slices)
+    if is_zero and linear.needs_bias:
         findings.add("bias-zero", linear.name, "every value of the bias is 0")
+    elif not is_zero and not linear.needs_bias:
+        findings.add("bias-unexpected", linear.name, "the architecture has no bias here, and the values are not 0")
 
 
 def _is_special(patterns: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
