@@ -35,10 +35,10 @@ def fix_command(
     """Write a copy of a checkpoint with what can be repaired.
 
     It repairs what is certain, because the tensors or the files themselves decide: the metadata of weights files;
-    missing or wrong parameters in config.json and quantize_config.json; v2 zeros, which become v1; desc_act true over groups in the
-    order of the columns, which vLLM refuses, and desc_act false over groups in act order, which it misreads; groups
-    that are numbered in another order; paths of the machine that made the checkpoint; an auto_map without its files;
-    biases that are zero; the names and the index of weights files.
+    missing or wrong parameters in config.json and quantize_config.json; v2 zeros, which become v1; desc_act true over
+    groups in the order of the columns, which vLLM refuses, and desc_act false over groups in act order, which it
+    misreads; groups that are numbered in another order; paths of the machine that made the checkpoint; an auto_map
+    without its files; biases that are zero; the names and the index of weights files.
 
     No weight changes: after a repair of zeros or groups, every weight of every linear is dequantized before and after,
     and compared, before the new folder gets its name. What needs a choice, another file or the base model is left, and
