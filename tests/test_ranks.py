@@ -109,7 +109,7 @@ def test_the_rows_are_spread_and_every_rank_solves(tmp_path, monkeypatch):
 
     def solving(self, group, *rest):
         solved.append((self._job.rank.number, group[0]))
-        solve_linears(self, group, *rest)
+        return solve_linears(self, group, *rest)
 
     monkeypatch.setattr(block_module._BlockSolver, "_solve_linears", solving)
     run(source, tmp_path / "work", PLAIN, ranks=3)
@@ -210,8 +210,16 @@ def test_a_factorisation_that_fails_on_one_rank_is_repeated_on_all(tmp_path, mon
     assert (records, files(tmp_path)) == (expected, bytes_of_one)
 
 
-def test_a_damaged_block_is_read_once_and_made_again(tmp_path, on_one):
+def test_a_damaged_block_is_read_once_and_made_again(tmp_path, monkeypatch, on_one):
     source, _, expected = on_one("llama", PLAIN)
+    read, read_by_ranks = BlockStore.read, []
+
+    def reading(store, block):
+        if threading.current_thread().name.startswith("quantize"):
+            read_by_ranks.append(block)
+        return read(store, block)
+
+    monkeypatch.setattr(BlockStore, "read", reading)
     run(source, tmp_path, PLAIN, ranks=1)
     logged: list[str] = []
     store = open_store(source, tmp_path, PLAIN)
@@ -221,7 +229,9 @@ def test_a_damaged_block_is_read_once_and_made_again(tmp_path, on_one):
     content[damaged.offset] ^= 1
     damaged.path.write_bytes(content)
     job = QuantizeJob(source=source, rows=token_rows(), stores={PLAIN: store}, devices=(CPU,) * 3)
+    read_by_ranks.clear()
     quantize(job, lambda _: None)
+    assert read_by_ranks == [0, 1, 2]
     assert len(logged) == 1
     assert "is quantized again" in logged[0]
     assert files(tmp_path) == expected

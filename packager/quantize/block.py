@@ -198,17 +198,21 @@ class _BlockSolver:
         number = self._number_of[group]
         owner = number % self._job.rank.size
         tokens = int(self._job.rank.total([hessian.num_tokens]))
+        parts: Sequence[Solution] = ()
         try:
             H = self._job.rank.hessian(hessian, owner)
             if H is not None:
-                self._solve_linears(group, number, H, tokens)
+                parts = self._solve_linears(group, number, H, tokens)
         except QuantizeError as error:
             names = ", ".join(self._job.names[module] for module in group)
             error.where = f"{self._job.variant.branch}, {names}"
             raise
         self._share(Owned(tensor=self._linears[module].weight, owner=owner) for module in group)
+        # The other ranks wait for the weights, not for the packed tensors.
+        for module, part in zip(group, parts, strict=False):
+            self._keep(self._job.names[module], part, self._linears[module].bias)
 
-    def _solve_linears(self, group: Group, number: int, H: Tensor, tokens: int) -> None:
+    def _solve_linears(self, group: Group, number: int, H: Tensor, tokens: int) -> Sequence[Solution]:
         names = tuple(self._job.names[module] for module in group)
         weights = [self._linears[module].weight for module in group]
         refined = self._refined([tokens], weights[0].shape[-1])
@@ -216,9 +220,8 @@ class _BlockSolver:
         del H
         solution = self._solution(weights, factor, refined)
         parts = solution.by_linear([weight.shape[0] for weight in weights])
-        for module, weight, part in zip(group, weights, parts, strict=True):
+        for weight, part in zip(weights, parts, strict=True):
             part.dequantize_into(weight, self._ops)
-            self._keep(self._job.names[module], part, self._linears[module].bias)
         self._add(
             _Solved(
                 position=(number, 0),
@@ -230,6 +233,7 @@ class _BlockSolver:
                 succeeded=factor.succeeded & solution.scales_are_finite(),
             )
         )
+        return parts
 
     def _share(self, owned: Iterable[Owned]) -> None:
         """Give every rank what the owners of weights made of them: now if later linears of the block need it."""
