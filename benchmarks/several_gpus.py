@@ -193,7 +193,7 @@ def show(runs: Sequence[GpuRun], killed: KilledRun | None, *, same: bool) -> Non
         if not those:
             continue
         table = Table("GPUs", "quantize, s", "speed-up", "layer, s", "speed-up", "disk to disk, s",
-                      "copying", "solving", "GPU memory, GB", "host, GB", box=None, title=title)  # fmt: skip
+                      "copying", "solving", "reading", "GPU memory, GB", "host, GB", box=None, title=title)  # fmt: skip
         for each in those:
             table.add_row(*_cells(each, those[0]))
         console.print(table)
@@ -205,11 +205,11 @@ def show(runs: Sequence[GpuRun], killed: KilledRun | None, *, same: bool) -> Non
 
 def _cells(each: GpuRun, first: GpuRun) -> list[str]:
     result = each.result
-    copying, solving = (_share(result, kinds) for kinds in (("copy",), ("solve", "solve experts")))
+    copying, solving, reading = (_share(result, kinds) for kinds in (("copy",), ("solve", "solve experts"), ("read",)))
     peaks = " ".join(f"{peak / 1e9:.1f}" for peak in result.get("each_gpu_allocated_bytes", []))
     return [
         str(each.gpus), f"{each.seconds:.1f}", f"{first.seconds / each.seconds:.2f}", f"{each.layer_seconds:.3f}",
-        f"{first.layer_seconds / each.layer_seconds:.2f}", f"{result['disk_to_disk_s']:.1f}", copying, solving, peaks,
+        f"{first.layer_seconds / each.layer_seconds:.2f}", f"{result['disk_to_disk_s']:.1f}", copying, solving, reading, peaks,
         f"{result.get('host_bytes', 0) / 1e9:.1f}",
     ]  # fmt: skip
 

@@ -4,9 +4,12 @@ import copy
 import dataclasses
 import json
 import shutil
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from packager.errors import SourceError
 from packager.inputs.base_model import SourceModel
+from packager.model import decoder as decoder_module
 from packager.model.decoder import Decoder, forward, run_blocks
 from tests.samples import sampled
 from tests.sources import open_folder
@@ -175,3 +179,37 @@ def test_a_dynamic_embedding_is_that_of_transformers(tmp_path: Path, name: str, 
     whole: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
         assert torch.allclose(found, whole(ids).logits, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_a_block_for_a_gpu_is_read_by_several_threads(source_of: Callable[[str], SourceModel], name: str) -> None:
+    """One thread is slower than two GPUs; the experts' parameters are made of many stored tensors."""
+    source, threads = source_of(name), set[str]()
+
+    def read(stored: str) -> Tensor:
+        threads.add(threading.current_thread().name)
+        time.sleep(0.002)
+        return source.read(stored)
+
+    decoder = Decoder(source.folder, read, names=source.tensors, device=CPU, dtype=torch.float32)
+    expected = decoder._block_weights(1, device=CPU)
+    assert len(threads) == 1
+    vars(decoder)["device"] = SimpleNamespace(type="cuda")
+    found = decoder._block_weights(1, device=CPU)
+    assert len(threads) == 1 + decoder_module._READERS
+    assert list(found) == list(expected)
+    assert all(torch.equal(tensor, expected[each]) for each, tensor in found.items())
+
+
+def test_an_error_of_one_reader_is_raised(source_of: Callable[[str], SourceModel]) -> None:
+    source = source_of("llama")
+
+    def read(stored: str) -> Tensor:
+        tensor = source.read(stored)
+        return tensor * float("nan") if stored.endswith("layers.1.mlp.up_proj.weight") else tensor
+
+    decoder = Decoder(source.folder, read, names=source.tensors, device=CPU, dtype=torch.float32)
+    vars(decoder)["device"] = SimpleNamespace(type="cuda")
+    with pytest.raises(SourceError, match="NaN or Inf") as caught:
+        decoder._block_weights(1, device=CPU)
+    assert caught.value.where == "model.layers.1.mlp.up_proj.weight"

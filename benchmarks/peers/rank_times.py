@@ -2,7 +2,8 @@
 
 `copy` is the time of copies from other devices: sums of Hessians, and weights that another device solved. `reduce` is
 the time from the end of a device's own sums until its part in the Hessian is done: the copies, the additions, and the
-wait for the slowest device. `solve` is the time of factoring and rounding, while the other devices wait.
+wait for the slowest device. `solve` is the time of factoring and rounding, while the other devices wait. `read` is the
+time of reading a block's weights for a device, beside its work: a run cannot be faster.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ _WRAPPED = {
     "reduce": ("packager.quantize.ranks", "SweepRank", "hessian"),
     "solve": ("packager.quantize.block", "_BlockSolver", "_solve_linears"),
     "solve experts": ("packager.quantize.block", "_BlockSolver", "_solve_slice"),
+    "read": ("packager.model.decoder", "Decoder", "_block_weights"),
 }
+_OF_THE_HOST = ("read",)
 
 
 class RankTimes:
@@ -51,26 +54,27 @@ class RankTimes:
     def seconds(self) -> dict[str, dict[str, float]]:
         """Return the seconds of each kind for each device; the devices must have finished."""
         found: dict[str, dict[str, float]] = {}
-        for (rank, kind), spans in sorted(self._spans.items()):
-            total = sum(begin.elapsed_time(end) / 1000 if self._cuda else end - begin for begin, end in spans)
-            found.setdefault(rank, {})[kind] = total
+        for (device, kind), spans in sorted(self._spans.items()):
+            by_clock = self._cuda is None or kind in _OF_THE_HOST
+            total = sum(end - begin if by_clock else begin.elapsed_time(end) / 1000 for begin, end in spans)
+            found.setdefault(device, {})[kind] = total
         return found
 
     def _timed(self, kind: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(this: Any, *arguments: Any) -> Any:
-            rank = getattr(this, "_job", this)
-            rank = getattr(rank, "rank", rank)
-            begin = self._now(rank)
+        def timed(this: Any, *arguments: Any, **options: Any) -> Any:
+            job = getattr(this, "_job", this)
+            device = getattr(job, "rank", job).device
+            begin = self._now(kind, device)
             try:
-                return method(this, *arguments)
+                return method(this, *arguments, **options)
             finally:
-                self._spans[f"{rank.device} rank {rank.number}", kind].append((begin, self._now(rank)))
+                self._spans[str(device), kind].append((begin, self._now(kind, device)))
 
         return timed
 
-    def _now(self, rank: Any) -> Any:
-        if self._cuda is None:
+    def _now(self, kind: str, device: Any) -> Any:
+        if self._cuda is None or kind in _OF_THE_HOST:
             return time.perf_counter()
         event = self._cuda.Event(enable_timing=True)
-        event.record(self._cuda.current_stream(rank.device))
+        event.record(self._cuda.current_stream(device))
         return event

@@ -37,6 +37,10 @@ class Batch:
     contexts: Sequence[Context]
 
 
+# Threads that read a block for a GPU: one reads 13B's block of 634 MB in some 0.5 s, two GPUs compute it in 0.3 s.
+_READERS = 4
+
+
 class _LastBlockReached(Exception):  # noqa: N818
     """Internal signal: the model's forward needs not run further."""
 
@@ -143,15 +147,25 @@ class Decoder:
     def _block_weights(self, index: int, *, device: torch.device) -> dict[str, Tensor]:
         """Read the tensors of a block from disk; to a GPU on a stream of its own, finished on return."""
         prefix = f"{self._path}.{index}."
-        weights = {}
-        with torch.cuda.stream(self._reading) if self._reading is not None else nullcontext():
-            for name, place in self.blocks[index].state_dict().items():
-                source = self._tied.get(prefix + name, prefix + name)  # blocks may share a module
-                tensor = self._read_tensor(source).to(device, self._dtype_of(place))
+        places = self.blocks[index].state_dict()
+        sources = {name: self._tied.get(prefix + name, prefix + name) for name in places}  # blocks may share a module
+
+        def weight(name: str, readers: ThreadPoolExecutor | None = None) -> Tensor:
+            with torch.cuda.stream(self._reading) if self._reading is not None else nullcontext():
+                tensor = self._read_tensor(sources[name], readers).to(device, self._dtype_of(places[name]))
                 if not bool(torch.isfinite(tensor).all()):
                     raise SourceError("the weights contain NaN or Inf", where=prefix + name, hint=self._damaged)
-                weights[name] = tensor
-        return weights
+                return tensor
+
+        if self.device.type != "cuda":
+            return {name: weight(name) for name in places}
+        # Parameters that are made of many stored tensors, such as those of experts, are large: one after the other.
+        large = [name for name in places if self._names.is_converted(sources[name])]
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="read") as readers:
+            alone = [name for name in places if name not in large]
+            found = dict(zip(alone, readers.map(weight, alone), strict=True))
+            found |= {name: weight(name, readers) for name in large}
+        return {name: found[name] for name in places}
 
     def _dtype_of(self, place: Tensor) -> torch.dtype:
         """Return the dtype in which the model computes with a tensor: integers, and what it keeps in float32, stay."""
@@ -281,9 +295,13 @@ class Decoder:
         place = self._model.get_parameter(name) if _is_parameter(self._model, name) else self._model.get_buffer(name)
         return self._read_tensor(source).to(self.device, self._dtype_of(place))
 
-    def _read_tensor(self, name: str) -> Tensor:
+    def _read_tensor(self, name: str, readers: ThreadPoolExecutor | None = None) -> Tensor:
+        """Read a parameter; the stored tensors of which it is made side by side, where readers are given."""
         try:
-            return self._names.read(name, self._read)
+            if readers is None:
+                return self._names.read(name, self._read)
+            stored = self._names.conversions[name].names
+            return self._names.read(name, dict(zip(stored, readers.map(self._read, stored), strict=True)).__getitem__)
         except KeyError as error:
             raise SourceError(
                 "the weights lack a tensor that the model needs",

@@ -179,6 +179,11 @@ class StoredNames:
             )  # fmt: skip
         return tensor
 
+    def is_converted(self, parameter: str) -> bool:
+        """Return whether a parameter is made of stored tensors by a conversion of transformers."""
+        conversion = self.conversions.get(parameter)
+        return conversion is not None and conversion.converter is not None
+
     def _converted(self, conversion: Conversion, parameter: str, read: ReadTensor) -> Tensor:
         if conversion.converter is None:
             return read(conversion.names[0])
