@@ -209,8 +209,8 @@ def _cells(each: GpuRun, first: GpuRun) -> list[str]:
     peaks = " ".join(f"{peak / 1e9:.1f}" for peak in result.get("each_gpu_allocated_bytes", []))
     return [
         str(each.gpus), f"{each.seconds:.1f}", f"{first.seconds / each.seconds:.2f}", f"{each.layer_seconds:.3f}",
-        f"{first.layer_seconds / each.layer_seconds:.2f}", f"{result['disk_to_disk_s']:.1f}", copying, solving, reading, peaks,
-        f"{result.get('host_bytes', 0) / 1e9:.1f}",
+        f"{first.layer_seconds / each.layer_seconds:.2f}", f"{result['disk_to_disk_s']:.1f}", copying, solving, reading,
+        peaks, f"{result.get('host_bytes', 0) / 1e9:.1f}",
     ]  # fmt: skip
 
 
