@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -149,12 +150,14 @@ class Decoder:
         prefix = f"{self._path}.{index}."
         places = self.blocks[index].state_dict()
         sources = {name: self._tied.get(prefix + name, prefix + name) for name in places}  # blocks may share a module
+        checking = Lock()
 
         def weight(name: str, readers: ThreadPoolExecutor | None = None) -> Tensor:
             with torch.cuda.stream(self._reading) if self._reading is not None else nullcontext():
                 tensor = self._read_tensor(sources[name], readers).to(device, self._dtype_of(places[name]))
-                if not bool(torch.isfinite(tensor).all()):
-                    raise SourceError("the weights contain NaN or Inf", where=prefix + name, hint=self._damaged)
+                with checking:  # it takes more memory than the tensor while it runs
+                    if not bool(torch.isfinite(tensor).all()):
+                        raise SourceError("the weights contain NaN or Inf", where=prefix + name, hint=self._damaged)
                 return tensor
 
         if self.device.type != "cuda":

@@ -198,11 +198,9 @@ class _BlockSolver:
         number = self._number_of[group]
         owner = number % self._job.rank.size
         tokens = int(self._job.rank.total([hessian.num_tokens]))
-        parts: Sequence[Solution] = ()
         try:
-            H = self._job.rank.hessian(hessian, owner)
-            if H is not None:
-                parts = self._solve_linears(group, number, H, tokens)
+            # H is not kept here, so that it is freed when it is factored.
+            parts = self._solve_linears(group, number, self._job.rank.hessian(hessian, owner), tokens)
         except QuantizeError as error:
             names = ", ".join(self._job.names[module] for module in group)
             error.where = f"{self._job.variant.branch}, {names}"
@@ -212,7 +210,10 @@ class _BlockSolver:
         for module, part in zip(group, parts, strict=False):
             self._keep(self._job.names[module], part, self._linears[module].bias)
 
-    def _solve_linears(self, group: Group, number: int, H: Tensor, tokens: int) -> Sequence[Solution]:
+    def _solve_linears(self, group: Group, number: int, H: Tensor | None, tokens: int) -> Sequence[Solution]:
+        """Solve a group where H is known, and return the solution of each linear."""
+        if H is None:
+            return ()
         names = tuple(self._job.names[module] for module in group)
         weights = [self._linears[module].weight for module in group]
         refined = self._refined([tokens], weights[0].shape[-1])

@@ -1,5 +1,6 @@
 """The Hessian of a linear's squared output error, H = 2/N sum(x x^T), and its triangular factor U, H = U U^T."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -52,9 +53,12 @@ class Hessian:
         self.num_tokens += x.shape[0]
 
     def _zeros(self) -> PanelSum:
+        """Return panels in one piece of memory: pieces of many sizes would leave gaps that nothing else fits."""
         n = self._in_features
         shapes = [(panel.stop - panel.start, n - panel.start) for panel in panels(n)]
-        return [torch.zeros(shape, dtype=torch.float32, device=self._device) for shape in shapes]
+        flat = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.float32, device=self._device)
+        pieces = torch.split(flat, [math.prod(shape) for shape in shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
     def join(self) -> None:
         """Add the sums that can be added now, because no input of theirs follows."""
