@@ -14,6 +14,7 @@ from packager.model.lock import LockedTensors
 from packager.model.safetensors_file import TensorInfo
 from packager.pipeline.plan import make_plan
 from packager.prove.evaluation_memory import evaluation_memory
+from packager.quantize import memory as memory_module
 from packager.quantize.memory import (
     HOST_LIMIT_BYTES,
     USABLE,
@@ -304,3 +305,31 @@ def test_a_head_of_its_own_and_a_float32_embedding_are_not_converted_beside():
     assert needed - changed([embedding._replace(dtype="F32"), *others], ("lm_head.weight",)) == embedding.size_bytes
     more = embedding._replace(name="model.embed_tokens_per_layer.weight", shape=(262_100, 640))
     assert changed([embedding, more, *others], ("lm_head.weight",)) - needed == 4 * 262_100 * 640
+
+
+def test_the_partial_sums_of_a_hessian_are_planned():
+    """With so many tokens in the running batch that calibrating the widest linear is the peak."""
+    architecture = LARGE.architecture
+
+    def peak(sums: int, *, all_at_once: bool = False) -> int:
+        sizes = memory_module._Sizes(architecture, "cuda", 2048, sums=sums, all_at_once=all_at_once)
+        return sizes.peak(0, 10**6, 10**6, inputs_held=0)
+
+    # 13 panels of 1024 rows and one of 512, each from its own first column on; and 5 panels of 1024 rows.
+    wide = 4 * (sum(1024 * (13824 - 1024 * panel) for panel in range(13)) + 512 * 512)
+    narrow = 4 * sum(1024 * (5120 - 1024 * panel) for panel in range(5))
+    assert peak(4) - peak(1) == 3 * wide
+    assert peak(4, all_at_once=True) - peak(1) == 3 * wide + 4 * narrow * 3
+    assert wide < 0.55 * 4 * 13824**2
+
+
+def test_devices_that_share_the_rows_need_less_each():
+    def needed(ranks: int) -> int:
+        return next(sweep_ways(replace(LARGE, num_variants=1, ranks=ranks), "cuda")).device_bytes
+
+    needs = [needed(ranks) for ranks in (1, 2, 3, 8)]
+    assert needs == sorted(needs, reverse=True)
+    states = 2 * 128 * 2048 * 5120
+    assert needs[0] - needs[1] > states
+    ways = {way.num_batches for way in sweep_ways(replace(LARGE, ranks=3), "cuda")}
+    assert ways == {6}  # 4, 6 and 6 of 16 batches
