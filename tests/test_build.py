@@ -333,10 +333,10 @@ GRID: list[dict[str, Any]] = [
     {"bits": 2, "desc_act": True},
     {"bits": 3, "sym": False, "desc_act": True, "group_size": -1},
     {"bits": 8, "sym": False},
-    {"bits": 4, "act_order": "static"},
+    {"bits": 4, "act_order": "static", "refine": True},
     {"bits": 4, "group_size": 16, "act_order": "group", "scale_search": True},
     {"branch": "parallel", "bits": 4, "group_size": 16, "true_sequential": False, "sym": False},
-    {"branch": "search", "bits": 3, "scale_search": True},
+    {"branch": "search", "bits": 3, "scale_search": "signed", "refine": True},
 ]
 
 
