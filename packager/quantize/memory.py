@@ -34,7 +34,8 @@ USABLE = 0.92
 # Float32 matrices [in_features, in_features] of the widest linear that exist at once while its Hessian is factored.
 _SQUARES = 4
 # Bytes per weight that exist at once while a group of linears is solved: the weights in solving order, their
-# dequantization errors, the integers twice, and float32 products.
+# dequantization errors, the integers twice, and float32 products. A refinement frees the weights, and has the errors of
+# the column loop and a product of their size.
 _SOLVE_BYTES = 16
 # Experts are solved in slices: in enough for every device that shares the rows, and of as many experts as fit these
 # bytes. Products of other numbers of experts may round in other ways, so a slice depends on shapes alone, never on the
