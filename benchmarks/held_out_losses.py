@@ -88,8 +88,8 @@ def hessians(model: Any, names: list[str], rows: Tensor) -> dict[str, Tensor]:
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(add_to(found[name])) for name in names]
     with torch.no_grad():
-        for some in rows.split(ROWS_AT_ONCE):
-            model(some)
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            model(rows[first : first + ROWS_AT_ONCE])
     for hook in hooks:
         hook.remove()
     return {name: hessian.matrix() for name, hessian in found.items()}
