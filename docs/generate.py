@@ -396,12 +396,13 @@ def _pinned(lock: Path) -> Iterator[tuple[str, str, str, str]]:
 def runtimes_page() -> str:
     """Return the rules of `packager/model/compatibility.py` by runtime, each by the sentences that it reports."""
     intro = (
-        "What `packager plan` and the cards predict of each runtime, from parameters and shapes alone. A rule has the "
-        "file of the runtime in which it was read, and the day. The sentences are its answers for variants with 2, 3, "
-        "4 and 8 bits, groups of 32, 48 and 128 columns and whole rows, with and without act order and symmetry, of "
-        "Llama 2 13B and of models that differ from it in one respect. Only a loader that ran is called proven; "
-        "release tests compare rules with what loaders do (`tests/test_loaders_of_decoders.py`) and with what runtimes "
-        "answer about themselves (`tests/test_kernel_rules.py`, `tests/test_vllm_loader.py`)."
+        "What `packager plan`, the cards and [`packager compat`](../how-to/check-compatibility.md) predict of each "
+        "runtime, from parameters and shapes alone. A rule has the file of the runtime in which it was read, and the "
+        "day. The sentences are its answers for variants with 2, 3, 4 and 8 bits, groups of 32, 48 and 128 columns and "
+        "whole rows, with and without act order and symmetry, of Llama 2 13B and of models that differ from it in one "
+        "respect. Only a loader that ran is called proven; release tests compare rules with what loaders do "
+        "(`tests/test_loaders_of_decoders.py`) and with what runtimes answer about themselves "
+        "(`tests/test_kernel_rules.py`, `tests/test_vllm_loader.py`)."
     )
     kinds = (
         "| kind | meaning |\n| --- | --- |\n"
@@ -420,7 +421,7 @@ def runtimes_page() -> str:
 
 def _how_known(name: str) -> str:
     if name in EARLIER_RUNTIMES:
-        return "Predicted alone: plans and cards have a later version."
+        return "Predicted alone, by `packager compat` only: plans and cards have a later version."
     if RUNTIMES[name].probe is not None:
         return f"Builds can run it: the loader [`{name}`](loaders.md#in-a-build)."
     return "Predicted alone: no build runs it."

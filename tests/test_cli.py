@@ -43,7 +43,7 @@ from tests.test_house_rules import ROOT
 
 COMMANDS = (
     "init", "lock", "plan", "build", "audit", "fix", "verify", "card", "publish", "verify-published", "rollback",
-    "status", "release", "doctor", "schema", "diff",
+    "status", "release", "doctor", "schema", "diff", "compat",
 )  # fmt: skip
 TOO_LARGE = re.compile(r"(?m)^.*llama-2-13b-chat\.yaml: not built: needs a CUDA GPU with \d+\.\d GiB\n\Z")
 DEMO = str(ROOT / "recipes" / "demo-llama.yaml")
@@ -114,6 +114,7 @@ def add_loaders(folder: Path) -> None:
         ("build", ["Publishes nothing", "not done again", "Exits with 8", "--cache", "~/.cache/gptq-"]),
         ("audit", ["Exits with 0", "with 7", "with 10", "describes its model", "build extra", "2 MB", "--full reads"]),
         ("fix", ["No weight changes", "is left", "--dry-run", "Exits with 0", "with 7", "must not exist"]),
+        ("compat", ["loads, with a limit", "predictions", "Exits with 0", "with 7", "with 10", "--runtime"]),
         ("verify", ["logits", "Exits with 0", "with 8"]),
         ("card", ["no figure", "Exits with 10", "with 11"]),
         ("publish", ["main last", "builds nothing", "Exits with 10", "with 11", "with 7", "--dry-run"]),

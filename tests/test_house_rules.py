@@ -28,6 +28,7 @@ PROBES = {
     or (name.startswith("packager/prove/loaders/") and not name.endswith("__init__.py"))
 }
 TERMINAL = {
+    "packager/cli/compat.py",
     "packager/cli/init.py",
     "packager/cli/main.py",
     "packager/cli/options.py",

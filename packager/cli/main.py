@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from packager import __version__
 from packager.cli.auditing import audit_command
 from packager.cli.choosing import choose_command
+from packager.cli.compat import compat_command
 from packager.cli.diff_view import diff_command
 from packager.cli.doctor import doctor_command
 from packager.cli.init import init_command
@@ -171,6 +172,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "build": build_command,
     "audit": audit_command,
     "fix": fix_command,
+    "compat": compat_command,
     "verify": verify_command,
     "card": card_command,
     "diff": diff_command,

@@ -1,8 +1,8 @@
 """Predict from parameters and shapes alone which runtimes load a variant.
 
-`RUNTIME_RULES` is the one home of the rules, each with the file in which it was read: `plan`, the card and
-docs/reference/runtimes.md take them from here. A verdict is a prediction: `verify` opens the files, and
-only what it opened is called proven.
+`RUNTIME_RULES` is the one home of the rules, each with the file in which it was read: `plan`, the card, `compat` and
+docs/reference/runtimes.md take them from here. A verdict is a prediction: `verify` opens the files, and only what it
+opened is called proven.
 """
 
 from collections.abc import Mapping

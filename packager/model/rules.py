@@ -107,7 +107,7 @@ class RulesOf:
 TAKE_SYMMETRIC = "take a symmetric branch (sym: true)"
 TAKE_OTHER_RUNTIME = "take one of the runtimes that load it"
 QUANTIZE_ALL_OR_NONE = "skip all of them in the recipe, or none (quantize.skip)"
-TRY_IT = "try it with `packager verify`, or take a runtime that loads it"
+TRY_IT = "take a runtime that loads it; this one may, but nobody tried"
 
 
 def take_bits(known: Sequence[int]) -> str:

@@ -132,7 +132,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         Runtime(name="tgi", title="TGI"),
     )
 }
-# Versions that differ from the later ones above, and are still in use: plans and cards do not show them.
+# Versions that differ from the later ones above, and are still in use: `packager compat` alone shows them.
 EARLIER_RUNTIMES: Mapping[str, Runtime] = {
     runtime.name: runtime for runtime in (Runtime(name="vllm-0.29", title="vLLM", version="0.29"),)
 }

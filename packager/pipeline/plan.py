@@ -151,7 +151,7 @@ def make_plan(recipe_file: RecipeFile, only: Collection[str] = ()) -> BuildPlan:
     recipe = recipe_file.recipe
     architecture = recipe_file.architecture
     variants = recipe.expanded_variants()
-    lacks = _lacks_tokenizer_model(recipe_file)
+    lacks = lacks_tokenizer_model(recipe_file)
     judged = {variant.branch: verdicts(variant, architecture, lacks_tokenizer_model=lacks) for variant in variants}
     problems = [
         *_fit_problems(recipe, architecture, variants),
@@ -217,7 +217,7 @@ def _changes(recipe_file: RecipeFile) -> tuple[str, ...]:
     return normalized(CONFIG, recipe_file.config, ModelFacts.of(recipe_file.config, architecture)).changes
 
 
-def _lacks_tokenizer_model(recipe_file: RecipeFile) -> bool:
+def lacks_tokenizer_model(recipe_file: RecipeFile) -> bool:
     """Return whether the base model is a local folder without tokenizer.model; False where it is not known."""
     folder = recipe_file.recipe.base_model.path
     return folder is not None and not (recipe_file.base_folder(folder) / TOKENIZER_MODEL).is_file()

@@ -62,7 +62,7 @@ def resolve_target(address: str, dist: Path, environ: Mapping[str, str], log: Ca
     folder = Path(address).absolute()
     if _GIT_URL.match(address):
         return _git(address, dist, environ, log)
-    if folder.is_dir() and len(folder.parts) > 3 and folder.parts[-3] == "models" and (folder / ".git").is_dir():
+    if is_local_repository(folder):
         return LocalTarget(folder.parents[2], f"{folder.parts[-2]}/{folder.parts[-1]}")
     if address and folder.is_dir():
         return _git(str(folder), dist, environ, log)
@@ -78,6 +78,12 @@ def resolve_target(address: str, dist: Path, environ: Mapping[str, str], log: Ca
         where=shown_address(address),
         hint="give namespace/name, hub:namespace/name, the URL of a git remote, or a folder",
     )
+
+
+def is_local_repository(folder: Path) -> bool:
+    """Return whether the local target made a folder; the branch that lies in it is one of several."""
+    path = folder.absolute()
+    return len(path.parts) > 3 and path.parts[-3] == "models" and (path / ".git").is_dir()
 
 
 def _git(url: str, dist: Path, environ: Mapping[str, str], log: Callable[[str], None]) -> GitTarget:
