@@ -3,8 +3,9 @@
 olah 0.5.4 serves <root>/models/<namespace>/<name>, an ordinary git repository, without reaching for the Hub. But
 whatever a repository does not have, it refuses with 401 RepoNotFound, while the Hub answers 404: EntryNotFound for a
 file or folder, RevisionNotFound for a branch. transformers asks for files that a model need not have and takes the 401
-for "there is no such model". So a small server in front passes everything on and translates that one answer; every
-byte of a published file is olah's.
+for "there is no such model". And olah ignores `cursor`, so that who asks for pages until one is empty, as
+text-generation-webui does, never ends: it lists all files on the first. So a small server in front passes everything on
+and corrects these two answers; every byte of a published file is olah's.
 """
 
 import http.client
@@ -82,6 +83,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Print nothing: olah writes a log."""
 
     def _pass_on(self) -> None:
+        if "/tree/" in self.path and "cursor=" in self.path.partition("?")[2]:
+            self._answer(HTTPStatus.OK, {"Content-Type": "application/json"}, b"[]")
+            return
         connection = http.client.HTTPConnection(HOST, self.server.olah_port, timeout=60)
         try:
             connection.request(self.command, self.path, headers=dict(self.headers.items()))

@@ -37,6 +37,7 @@ from packager.model.packing import CheckpointReader
 from packager.pipeline.cards import prompting_of
 from packager.pipeline.plan import make_plan
 from packager.prove.audit import audit
+from packager.prove.audit.files import REQUIRED_FILES
 from packager.prove.environments import RuntimeContext, ensure_environment
 from packager.prove.loaders import ISOLATED, LOADERS
 from packager.prove.probes import ProbeJob, ProbeResult, run_probes
@@ -58,6 +59,7 @@ from tests.reader_fixtures import (
     run,
     succeed,
 )
+from tests.webui_download import webui_download
 
 pytestmark = pytest.mark.release
 
@@ -457,6 +459,24 @@ def test_loaders_end_with_the_command(
     assert not [process for process in running if Path(f"/proc/{process}").exists()]
     if number != signal.SIGKILL:
         assert f"ended by {number.name}: finished work" in (tmp_path / "said").read_text()
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_text_generation_webui_downloads_a_branch(
+    hub: str, clones: Mapping[str, Path], branch: str, tmp_path: Path
+) -> None:
+    """Everything that loading needs, byte for byte, into the folder that the card names."""
+    found = webui_download(hub, REPOSITORY if branch == "main" else f"{REPOSITORY}:{branch}", tmp_path)
+    named = REPOSITORY.replace("/", "_") + ("" if branch == "main" else f"_{branch}")
+    assert found.folder == tmp_path / named
+    assert f"choose `{named}`" in (clones[branch] / "README.md").read_text()
+    published = set(published_files(clones[branch]))
+    assert set(found.files) <= published
+    assert {*REQUIRED_FILES, "model.safetensors", "tokenizer.json"} <= set(found.files)
+    for name in found.files:
+        assert (found.folder / name).read_bytes() == (clones[branch] / name).read_bytes()
+    # What it leaves: the pictures, the licence where it has no ending, and a chat template in a file of its own.
+    assert {Path(name).suffix for name in published - set(found.files)} <= {"", ".png", ".svg", ".jinja"}
 
 
 def test_loaders_that_are_confined_compute_the_same(

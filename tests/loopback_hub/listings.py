@@ -1,5 +1,7 @@
 """The files of a commit and the commits of a branch, page by page."""
 
+import base64
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import parse_qs, urlencode
@@ -49,9 +51,22 @@ def list_commits(hub: "LoopbackHub", call: Call) -> Answer:
     return Answer.of_json(values, 200, link)
 
 
+def first_of_page(cursor: str, items: Sequence[object]) -> int:
+    """Return the number of the first item of a page.
+
+    The Hub's own clients follow its links. text-generation-webui makes cursors itself: the base64 of `X:50`, where X is
+    the base64 of `{"file_name": "the last name of the page before"}`.
+    """
+    if cursor.isdecimal():
+        return int(cursor)
+    inner, _, _size = base64.b64decode(cursor).decode().partition(":")
+    name = json.loads(base64.b64decode(inner))["file_name"]
+    return next((number for number, item in enumerate(items, 1) if getattr(item, "path", "") == name), len(items))
+
+
 def _page(hub: "LoopbackHub", call: Call, items: Sequence[_T], size: int) -> tuple[Sequence[_T], dict[str, str]]:
     """Return a page and the Link header that leads to the next."""
-    end = int(call.query.get("cursor", ["0"])[0]) + size
+    end = first_of_page(call.query.get("cursor", ["0"])[0], items) + size
     more = urlencode({**call.query, "cursor": [str(end)]}, doseq=True)
     link = {"Link": f'<{hub.endpoint}{call.path}?{more}>; rel="next"'} if end < len(items) else {}
     return items[end - size : end], link
