@@ -43,6 +43,7 @@ def rope(kind: str, **fields: Any) -> dict[str, Any]:
         ({"act_order": "full"}, ""), ({"group_size": -1}, ""), ({"act_order": "full", "group_size": -1}, ""),
         ({"bits": 3}, "reads 2, 4, 8 bits only"),
         ({"group_size": 8}, "powers of two from 16 on, not 8"), ({"group_size": 48}, "not 48"),
+        ({"group_size": 128}, "self_attn.q_proj has 64 columns, not a multiple of 128"),
         ({"act_order": "full", "sym": False}, "takes every zero for 8 with act order, without an error"),
         ({"act_order": "full", "bits": 8}, "act order with 4 bits only"),
         ({"act_order": "full", "bits": 2}, "act order with 4 bits only"),

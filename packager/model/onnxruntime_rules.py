@@ -6,7 +6,7 @@ onnx 1.23.2 and transformers 5.23.0 on a CPU; `tests/test_onnxruntime_loader.py`
 
 from packager.model.architecture import Architecture
 from packager.model.rope import rope_of
-from packager.model.rules import TAKE_OTHER_RUNTIME, RulesOf, all_quantized, bits_check, take_bits
+from packager.model.rules import TAKE_OTHER_RUNTIME, RulesOf, all_quantized, bits_check, take_bits, whole_groups
 from packager.variant import Variant
 
 # Classes of `builder.create_model` whose checkpoints it converted here into what our forward computes.
@@ -94,6 +94,11 @@ def _blocks(variant: Variant, architecture: Architecture) -> str:
     return ""
 
 
+def onnxruntime_whole_groups(variant: Variant, architecture: Architecture) -> str:
+    """Return a linear whose last group is shorter, where the size itself is one that the kernel takes."""
+    return "" if _blocks(variant, architecture) else whole_groups(variant, architecture)
+
+
 def _act_order(variant: Variant, _: Architecture) -> str:
     """Return what the kernel does not compute with g_idx, which the builder passes on wherever desc_act is true.
 
@@ -155,6 +160,11 @@ ONNXRUNTIME_RULES = (
     _BUILDER.refuses(_fails, "onnxruntime_genai.models.builders", TAKE_OTHER_RUNTIME),
     _BUILDER.refuses(_classes, _LIST, TAKE_OTHER_RUNTIME),
     _RUNTIME.refuses(_blocks, _KERNEL, "take a branch with group size 32, 64 or 128"),
+    _BUILDER.refuses(
+        onnxruntime_whole_groups,
+        "onnxruntime_genai.models.loaders.base, unpack_qzeros",
+        "take a group size that divides all of them",
+    ),
     _RUNTIME.refuses(_act_order, _KERNEL, "take a branch with act order static, group or none"),
     _BUILDER.refuses(_rope, "onnxruntime_genai.models.builders, make_rope_init", TAKE_OTHER_RUNTIME),
     _BUILDER.note("after conversion, which gives head and embeddings 4 bits by default", _LIST),
