@@ -257,6 +257,7 @@ def tests_release(session: nox.Session) -> None:
         "test_auto_gptq",
         "test_loaders_of_architectures",
         "test_kernel_rules",
+        "test_loader_grid",
         "test_onnxruntime_loader",
         "test_vllm_loader",
         "test_foreign_checkpoints",

@@ -401,7 +401,7 @@ def runtimes_page() -> str:
         "day. The sentences are its answers for variants with 2, 3, 4 and 8 bits, groups of 32, 48 and 128 columns and "
         "whole rows, with and without act order and symmetry, of Llama 2 13B and of models that differ from it in one "
         "respect. Only a loader that ran is called proven; release tests compare rules with what loaders do "
-        "(`tests/test_loaders_of_decoders.py`) and with what runtimes answer about themselves "
+        "(`tests/test_loader_grid.py`, `tests/test_loaders_of_decoders.py`) and with what runtimes answer themselves "
         "(`tests/test_kernel_rules.py`, `tests/test_vllm_loader.py`)."
     )
     kinds = (

@@ -72,15 +72,20 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def random_linear(linear: LinearSpec, variant: Variant, dice: torch.Generator, spread: int = 1) -> dict[str, Tensor]:
-    """Return a quantized linear's tensors but for its bias: weights of mean 0, and of a variance of 1 / in_features."""
+    """Return a quantized linear's tensors but for its bias: weights of mean 0, and of a variance of 1 / in_features.
+
+    Half of the scales are negative if the variant's are signed. The last group may be shorter.
+    """
     rows, columns, bits = linear.in_features, linear.out_features, variant.bits
     groups = num_groups(rows, variant.group_size)
-    g_idx = torch.arange(rows) // (rows // groups)
+    g_idx = torch.arange(rows) // (rows if variant.group_size == -1 else variant.group_size)
     if variant.desc_act:
         g_idx = g_idx[torch.randperm(rows, generator=dice)]
     middle = 2 ** (bits - 1)
     zeros = torch.randint(middle - spread, middle + spread + 1, (groups, columns), generator=dice)
     scales = (0.5 + torch.rand(groups, columns, generator=dice)) * 12**0.5 / 2**bits * rows**-0.5
+    if variant.scale_search == "signed":
+        scales *= torch.randint(0, 2, (groups, columns), generator=dice) * 2 - 1
     found = {
         "qweight": pack(torch.randint(0, 2**bits, (rows, columns), generator=dice), bits),
         "qzeros": pack_zeros(zeros, bits),
