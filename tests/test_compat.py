@@ -187,7 +187,7 @@ def test_linears_that_are_not_quantized_in_the_files_count(tmp_path: Path) -> No
 def test_patterns_of_a_checkpoint_are_not_run(tmp_path: Path) -> None:
     """This one takes minutes for a name of 30 letters. The headers say what is quantized; without them nobody does."""
     folder = write_branch(tmp_path / "checkpoint")
-    hostile = {"dynamic": {"-:^(([a-z0-9_.])+)+!$": {}}}
+    hostile: dict[str, Any] = {"dynamic": {"-:^(([a-z0-9_.])+)+!$": {}}}
     edit_json(folder, "config.json", lambda config: config["quantization_config"].update(hostile))
     (branch,) = answer(folder, "--runtime", "exllamav2")["branches"]
     assert branch["runtimes"][0]["verdict"] == "loads"
