@@ -71,6 +71,17 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def _integers(rows: int, columns: int, bits: int, dice: torch.Generator) -> Tensor:
+    """Return the integers of a weight.
+
+    Those of 2 bits are drawn so that their mean is the middle: with equal shares it is half a step below, and a float16
+    forward of our own then differed from float32 by 0.048 on one checkpoint (by 0.0005 on others).
+    """
+    if bits == 2:
+        return torch.tensor([0, 1, 2, 3, 3, 3])[torch.randint(0, 6, (rows, columns), generator=dice)]
+    return torch.randint(0, 2**bits, (rows, columns), generator=dice)
+
+
 def random_linear(linear: LinearSpec, variant: Variant, dice: torch.Generator, spread: int = 1) -> dict[str, Tensor]:
     """Return a quantized linear's tensors but for its bias: weights of mean 0, and of a variance of 1 / in_features.
 
@@ -87,7 +98,7 @@ def random_linear(linear: LinearSpec, variant: Variant, dice: torch.Generator, s
     if variant.scale_search == "signed":
         scales *= torch.randint(0, 2, (groups, columns), generator=dice) * 2 - 1
     found = {
-        "qweight": pack(torch.randint(0, 2**bits, (rows, columns), generator=dice), bits),
+        "qweight": pack(_integers(rows, columns, bits, dice), bits),
         "qzeros": pack_zeros(zeros, bits),
         "scales": scales.half(),
         "g_idx": g_idx.int(),
