@@ -148,8 +148,8 @@ def test_every_loader_of_the_cpu_is_asked() -> None:
 def test_what_is_predicted_is_what_is_seen(loader: LoaderName, packed: Packed, seen: Seen) -> None:
     """Of each checkpoint: opened with the logits of our forward, or refused or computed otherwise.
 
-    transformers opens all 120, with relative errors of at most 0.0019 in float32. Together they pass as predicted 600
-    times (2026-11-30, 2 cores; 10 to 25 minutes for a loader on a busy machine).
+    transformers opens all 120, with relative errors of at most 0.0019 in float32. A loader took 10 to 24 minutes on two
+    cores that others used too (2026-11-30).
     """
     records = seen(loader)
     differing = {
