@@ -42,12 +42,13 @@ def doctor_command(
     if format is Format.json:
         terminal.result(_checks_json(checks, unused))
     else:
-        _print_checks(checks, unused, terminal.out)
+        print_checks(checks, unused, terminal.out)
     if any(check.grade == "missing" for check in checks):
         raise typer.Exit(MachineError.exit_code)
 
 
-def _print_checks(checks: "Sequence[MachineCheck]", unused: "Sequence[Environment]", console: "Console") -> None:
+def print_checks(checks: "Sequence[MachineCheck]", unused: "Sequence[Environment]", console: "Console") -> None:
+    """Print a row for each check, and how much loaders' environments of other versions take."""
     from rich.text import Text
 
     from packager.cli.tables import add_row, counted, new_table, print_line

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from packager.cli.tables import add_row, new_table, print_line
+from packager.cli.tables import add_row, new_table, print_line, width_of
 
 if TYPE_CHECKING:
     from packager.pipeline.many_recipes import RecipeResult
 
+_LEAST_WHY = 24  # columns; with fewer a reason is read more easily below the table
 _STYLES = {
     "done": "green",
     "built": "green",
@@ -30,12 +32,28 @@ def print_results(results: Sequence["RecipeResult"], console: Console) -> None:
         if result.outcome == "not built":
             print_line(console, f"{result.path}: not built: {result.why}")
         return
-    table = new_table(["Recipe", "Repository", "Result", "Seconds", "Why"], numbers=["Seconds"], folding=["Why"])
+    whole = ("Recipe", "Repository", "Result", "Seconds")
+    if width_of(_results_table(results, whole), console) + _LEAST_WHY <= console.width:
+        console.print(_results_table(results, (*whole, "Why")))
+        return
+    console.print(_results_table(results, ("Recipe", "Result", "Seconds")))
     for result in results:
-        seconds = f"{result.seconds:.1f}" if result.seconds else ""
-        outcome = Text(result.outcome, style=_STYLES[result.outcome])
-        add_row(table, str(result.path), result.repository, outcome, seconds, result.why)
-    console.print(table)
+        if result.why:
+            print_line(console, f"{result.path}: {result.why}")
+
+
+def _results_table(results: Sequence["RecipeResult"], columns: Sequence[str]) -> Table:
+    table = new_table(columns, numbers=["Seconds"], folding=["Recipe", "Why"])
+    for result in results:
+        cells: dict[str, str | Text] = {
+            "Recipe": str(result.path),
+            "Repository": result.repository,
+            "Result": Text(result.outcome, style=_STYLES[result.outcome]),
+            "Seconds": f"{result.seconds:.1f}" if result.seconds else "",
+            "Why": result.why,
+        }
+        add_row(table, *(cells[column] for column in columns))
+    return table
 
 
 def results_json(

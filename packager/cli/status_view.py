@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packager.card.floor import far_lines, floor_lines
-from packager.cli.tables import add_row, fits, new_table, print_line
+from packager.cli.tables import add_row, fits, new_table, print_line, width_of
 from packager.pipeline.build_state import Options
 from packager.pipeline.running import RunningBuild
 from packager.pipeline.status import BranchStatus, read_status, running_build
@@ -22,6 +22,12 @@ from packager.variant import MAIN
 _MARKS = {"passed": "ok", "failed": "FAILED", "refused": "refused", "not run": "not run"}
 _NUMBERS = {"Size", "Perplexity", "KL", "Seconds", "Relative\nerror", "Top-1", "Tokens\nequal"}
 _FOLDING = {"Branch", "Loaders"}
+_COLUMNS = (
+    ("Branch", "Size", "Perplexity", "KL", "Loaders", "Commit", "Seconds"),
+    ("Branch", "Size", "Perplexity", "KL", "Commit", "Seconds"),
+    ("Branch", "Size", "Perplexity", "KL"),
+)
+_LEAST_BRANCH = 16  # columns, below which a folded name cannot be read
 _WATCH_S = 1.0
 
 
@@ -33,10 +39,8 @@ def print_status(recipe_file: RecipeFile, options: Options, console: Console) ->
     if repository.target != "local":
         address = repository.url or f"hub:{repository.id}"  # without hub:, one below --dist comes first
         print_line(console, f"to check what is published: packager verify-published {address}")
-    table = _status_table(statuses, loaders=True)
-    wide = fits(table, console)
-    console.print(table if wide else _status_table(statuses, loaders=False))
-    for text in _loader_lines(statuses) if not wide else ():
+    lines = _print_branches(statuses, console)
+    for text in lines:
         print_line(console, text)
     if running := running_build(recipe_file, options):
         print_line(console, running_line(running, time.time()))
@@ -45,6 +49,22 @@ def print_status(recipe_file: RecipeFile, options: Options, console: Console) ->
         print_line(console, text)
     for text in dict.fromkeys([*(status.problem for status in statuses if status.problem), *loader_reasons(statuses)]):
         print_line(console, text)
+
+
+def _print_branches(statuses: Sequence[BranchStatus], console: Console) -> list[str]:
+    """Print the widest table that the terminal has room for, and return as lines what it leaves out."""
+    for columns in _COLUMNS:
+        table = _status_table(statuses, columns)
+        others = width_of(table, console) - max((len(status.branch) for status in statuses), default=0)
+        if fits(table, console) or (columns is not _COLUMNS[0] and others + _LEAST_BRANCH <= console.width):
+            break
+    console.print(table)
+    lines = [] if "Loaders" in columns else _loader_lines(statuses)
+    if "Commit" not in columns:
+        for status in statuses:
+            seconds = f", {_seconds(status)} s" if status.receipt else ""
+            lines.append(f"{status.branch}: commit {_short(status.commit)}{seconds}")
+    return lines
 
 
 def watch_status(recipe_file: RecipeFile, options: Options, console: Console) -> None:
@@ -94,12 +114,20 @@ def _seconds(status: BranchStatus) -> str:
     return f"{sum(status.receipt.seconds.values()):.1f}" if status.receipt else ""
 
 
-def _status_table(statuses: Sequence[BranchStatus], *, loaders: bool) -> Table:
-    columns = ("Branch", "Size", "Perplexity", "KL", *(["Loaders"] if loaders else []), "Commit", "Seconds")
+def _status_table(statuses: Sequence[BranchStatus], columns: Sequence[str]) -> Table:
     table = new_table(columns, numbers=_NUMBERS, folding=_FOLDING)
     for status in statuses:
-        cells = [status.branch, *_figures(status), *([_loaders(status)] if loaders else [])]
-        add_row(table, *cells, _short(status.commit), _seconds(status))
+        size, perplexity, divergence = _figures(status)
+        cells = {
+            "Branch": status.branch,
+            "Size": size,
+            "Perplexity": perplexity,
+            "KL": divergence,
+            "Loaders": _loaders(status),
+            "Commit": _short(status.commit),
+            "Seconds": _seconds(status),
+        }
+        add_row(table, *(cells[column] for column in columns))
     return table
 
 

@@ -42,7 +42,12 @@ def add_row(table: Table, *cells: str | Text) -> None:
 
 def fits(table: Table, console: Console) -> bool:
     """Return whether the terminal is wide enough to print the table without folding a cell."""
-    return console.measure(table, options=console.options.update(width=_WIDEST)).maximum <= console.width
+    return width_of(table, console) <= console.width
+
+
+def width_of(table: Table, console: Console) -> int:
+    """Return the characters that a table takes without folding a cell."""
+    return console.measure(table, options=console.options.update(width=_WIDEST)).maximum
 
 
 def print_line(console: Console, text: str | Text, style: str = "") -> None:
