@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -342,6 +343,19 @@ def test_a_token_that_may_not_write_is_a_note(
     monkeypatch.setattr(checks, "hub_account", lambda: hub_account.HubAccount(name="tester", role=role))
     check = found(cache)["Hub"]
     assert (check["state"], hint in (check["hint"] or "")) == (state, True)
+
+
+def test_a_hub_that_does_not_answer_is_given_up_after_seconds(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(checks, "is_offline", lambda: False)
+    monkeypatch.setattr(checks, "has_token", lambda: True)
+    monkeypatch.setattr(checks, "hub_account", lambda: ended.wait(60))
+    assert checks._ACCOUNT_TIMEOUT_S <= 10
+    monkeypatch.setattr(checks, "_ACCOUNT_TIMEOUT_S", 0.05)
+    check = found(cache)["Hub"]
+    ended.set()
+    assert check["state"] == "note"
+    assert "no answer within 0.05 s" in check["found"]
 
 
 @pytest.mark.parametrize(

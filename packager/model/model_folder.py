@@ -12,6 +12,7 @@ from typing import BinaryIO
 from packager.system.files import open_regular
 from packager.system.posix import open_flags
 
+_OPENS_FOLDERS = os.open in os.supports_dir_fd
 _FOLDER_FLAGS = open_flags("O_RDONLY", "O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC")
 
 
@@ -71,7 +72,7 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
     parts = target.relative_to(trusted).parts
     if not parts:
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if os.open not in os.supports_dir_fd:
+    if not _OPENS_FOLDERS:
         return open_regular(target, shown=path)
     descriptor = os.open(trusted, _FOLDER_FLAGS)
     try:

@@ -15,7 +15,7 @@ from packager.model.devices import LARGEST_ON_CPU
 from packager.model.lock import LockedPrompt
 from packager.model.runtimes import RUNTIMES
 from packager.pipeline.draft_texts import rows_of_text, text_fields
-from packager.recipe import Defaults, Loaders, VariantEntry, expand
+from packager.recipe import Defaults, Loaders, Recipe, VariantEntry, expand
 from packager.recipe.fields import REPO_ID, URL
 from packager.recipe.licenses import hub_license, license_name
 from packager.system.text import quoted
@@ -55,6 +55,7 @@ class Wishes:
         license_id: "" for the one on the model's card.
         calibration: a local text, None for wikitext.
         evaluation: likewise.
+        extends: the name of a file in the recipe's folder, "" for none.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Wishes:
     license_id: str
     calibration: Path | None
     evaluation: Path | None
+    extends: str = ""
 
 
 def draft_recipe(
@@ -238,12 +240,12 @@ def _prompt_template(name: str, prompt: LockedPrompt | None) -> dict[str, str]:
 def notes_on(
     model: NamedModel,
     wishes: Wishes,
-    recipe: Mapping[str, Any],
+    recipe: Recipe,
     architecture: Architecture,
     prompt: LockedPrompt | None,
 ) -> list[str]:
     """Return a sentence for each choice that a person should know of."""
-    sizes = {entry.get("group_size") for entry in recipe["variants"]}
+    sizes = {variant.group_size for variant in recipe.expanded_variants()}
     notes = []
     if _GROUP_SIZES[0] not in sizes:
         notes.append(f"groups of {_GROUP_SIZES[0]} do not divide the model's linears: {_sizes(sizes)}")
@@ -254,7 +256,7 @@ def notes_on(
         )
     if prompt is None:
         notes.append("the model has no chat template, so the card says that it continues text")
-    if not recipe["loaders"]["required"]:
+    if not recipe.loaders.required:
         notes.append("no loader that runs on every machine opens this model: nothing but the audit proves its variants")
     if slow := _too_slow(architecture):
         notes.append(
@@ -267,5 +269,5 @@ def notes_on(
     return notes
 
 
-def _sizes(sizes: set[Any]) -> str:
+def _sizes(sizes: set[int]) -> str:
     return f"the variants have {', '.join(str(size) for size in sorted(sizes))}"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from packager.errors import RecipeError
 from packager.inputs.make_lock import make_lock
@@ -18,6 +18,7 @@ from packager.pipeline.draft_recipe import Wishes, draft_recipe, notes_on
 from packager.pipeline.plan import BuildPlan, make_plan
 from packager.recipe.draft import draft_text
 from packager.recipe.file import RecipeFile, recipe_from
+from packager.recipe.inherit import without_inherited
 from packager.recipe.lock_file import lock_path, lock_text
 from packager.recipe.schema import schema_text
 from packager.system.files import disk_errors, write_atomic
@@ -66,7 +67,7 @@ def init_recipe(model: NamedModel, wishes: Wishes, log: Callable[[str], None], *
     path = wishes.path
     _check_path(path, replace=replace)
     schema = next((each for each in (_SCHEMA, f"../{_SCHEMA}") if (path.parent / each).is_file()), "")
-    first = recipe_from(draft_text(draft_recipe(model, wishes), schema=_SCHEMA).encode(), path)
+    first = recipe_from(draft_text(_shared(draft_recipe(model, wishes), wishes), schema=_SCHEMA).encode(), path)
 
     def check(folder: Path, described: LockedModel) -> None:
         check_small_files(folder, first, architecture_of(described, str(folder)))
@@ -74,14 +75,23 @@ def init_recipe(model: NamedModel, wishes: Wishes, log: Callable[[str], None], *
     copy = model.folder if model.commit is not None and model.complete else None
     lock = make_lock(path, first, log, copy=copy, check=check)
     architecture = architecture_of(lock.model, path.name)
-    content = draft_recipe(model, wishes, architecture, lock.prompt)
+    content = _shared(draft_recipe(model, wishes, architecture, lock.prompt), wishes)
     text = draft_text(content, schema=schema or _SCHEMA)
     plan = make_plan(RecipeFile.of(text.encode(), path, lock))
-    notes = notes_on(model, wishes, content, architecture, lock.prompt)
+    notes = notes_on(model, wishes, plan.recipe, architecture, lock.prompt)
     with _folder_to_itself(path.parent):
         _check_path(path, replace=replace)  # another run may have written it meanwhile
         written = _write(path, text, lock, with_schema=not schema)
     return InitResult(recipe=path, written=written, notes=tuple(notes), plan=plan)
+
+
+def _shared(content: dict[str, Any], wishes: Wishes) -> dict[str, Any]:
+    """Return a recipe without what the file gives that it extends; a text that an option names stays the recipe's."""
+    if not wishes.extends:
+        return content
+    named = {"calibration": wishes.calibration, "evaluation": wishes.evaluation, "base_model": wishes.path}
+    kept = [section for section, given in named.items() if given is not None]
+    return without_inherited(content, wishes.path.parent, wishes.extends, kept=kept)
 
 
 def _check_path(path: Path, *, replace: bool) -> None:

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,7 +19,7 @@ from typing import Literal
 
 from packager import __version__
 from packager.errors import MachineError, SourceError
-from packager.inputs.hub_account import has_token, hub_account
+from packager.inputs.hub_account import HubAccount, has_token, hub_account
 from packager.inputs.hub_cache import is_offline
 from packager.model.devices import choose_device
 from packager.pipeline.build_state import require_build_extra
@@ -33,6 +33,7 @@ from packager.system.text import format_bytes, gibibytes, printable
 
 Grade = Literal["ok", "note", "missing"]
 _GIT_TIMEOUT_S = 10
+_ACCOUNT_TIMEOUT_S = 8
 _GIT_END_S = 2  # after its first line
 _MOST_LINE = 4096
 _ENVIRONMENT = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{12}")  # see `environment_name`
@@ -274,6 +275,34 @@ def _size(folder: Path) -> int:
     return total
 
 
+def _in_time(ask: Callable[[], HubAccount]) -> HubAccount:
+    """Return what the Hub answers; a build waits for a busy Hub for a minute, a person who asks for a table does not.
+
+    Raises:
+        SourceError: there is no answer in time, or not that of a Hub.
+    """
+    answers: queue.Queue[HubAccount | SourceError] = queue.Queue()
+
+    def work() -> None:
+        try:
+            answers.put(ask())
+        except SourceError as error:
+            answers.put(error)
+
+    threading.Thread(target=work, daemon=True).start()  # one that still waits does not keep the command from ending
+    try:
+        answer = answers.get(timeout=_ACCOUNT_TIMEOUT_S)
+    except queue.Empty as error:
+        raise SourceError(
+            "the account is not known",
+            why=f"no answer within {_ACCOUNT_TIMEOUT_S} s",
+            hint="check the network, or HF_ENDPOINT",
+        ) from error
+    if isinstance(answer, SourceError):
+        raise answer
+    return answer
+
+
 def _hub(environ: Mapping[str, str]) -> MachineCheck:
     endpoint = printable(environ.get("HF_ENDPOINT", "https://huggingface.co"))
     login = "`hf auth login`, or set HF_TOKEN; public models need no token"
@@ -282,7 +311,7 @@ def _hub(environ: Mapping[str, str]) -> MachineCheck:
     if not has_token():
         return MachineCheck(name="Hub", grade="note", found=f"no token for {endpoint}", hint=f"to publish: {login}")
     try:
-        account = hub_account()
+        account = _in_time(hub_account)
     except SourceError as error:
         problem = f"{error.what}: {error.why}" if error.why else error.what
         return MachineCheck(name="Hub", grade="note", found=problem, hint=error.hint)

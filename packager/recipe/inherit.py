@@ -5,10 +5,10 @@ extends no other.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from packager.recipe.fields import FILE_NAME, PATTERN_MEANINGS
 from packager.recipe.parsed_recipe import Loc, got, read
@@ -74,6 +74,37 @@ def extended_name(root: Node) -> str:
     """Return the name of the file that a recipe extends, "" for none."""
     node = root.content.get(EXTENDS) if isinstance(root.content, dict) else None
     return node.content if node is not None and isinstance(node.content, str) else ""
+
+
+def without_inherited(
+    content: Mapping[str, Any], folder: Path, name: str, *, kept: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return a recipe's values without those that the file gives which it is to extend, and with the key for it.
+
+    Where that file cannot be read, or has mistakes, the values stay: reading the recipe reports them.
+
+    Args:
+        content: the recipe's sections.
+        folder: of the recipe.
+        name: of the file.
+        kept: sections that the recipe has itself, whatever the file gives.
+    """
+    begin = {"schema_version": content["schema_version"], EXTENDS: name}
+    inherited, problems = _read_extended(folder, name, Position(0, 0)) if re.fullmatch(FILE_NAME, name) else (None, [])
+    if inherited is None or problems:
+        return {**begin, **content}
+    left: dict[str, Any] = {}
+    for section, value in content.items():
+        given = inherited.get(section)
+        if given is None or section in kept:
+            left[section] = value
+        elif isinstance(value, Mapping) and isinstance(given.content, dict):
+            together = _TOGETHER.get(section)
+            replaced = together.keys if together is not None and together.heads & given.content.keys() else frozenset()
+            own = {key: each for key, each in value.items() if key not in given.content and key not in replaced}
+            if own:
+                left[section] = own
+    return {**begin, **left}
 
 
 def _read_extended(folder: Path, name: str, at: Position) -> tuple[Mapping[str, Node] | None, list[LocatedProblem]]:

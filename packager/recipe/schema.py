@@ -1,7 +1,7 @@
 """Generate the JSON schema of recipe files from the models; editors complete, explain and check recipes with it.
 
 A schema describes single values; the rules across fields and files are in `checks.py`. It cannot see what a recipe
-inherits: where a recipe extends a file, no section and no key of a section is required.
+inherits: where a recipe extends a file, no section and no key of a section is required. That file has a schema, too.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from packager.recipe.parsed_recipe import SCHEMA_VERSION
 from packager.system.files import write_atomic
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_DEFAULTS_ID = f"urn:gptq-packager:defaults-schema:{SCHEMA_VERSION}"
 _ID = f"urn:gptq-packager:recipe-schema:{SCHEMA_VERSION}"  # a name, not an address: the file is in the package
 
 
@@ -35,6 +36,15 @@ def recipe_schema() -> dict[str, Any]:
         "if": extends,
         "else": {"required": required, "properties": sections},
     }
+
+
+def defaults_schema() -> dict[str, Any]:
+    """Return the schema of a file that recipes extend: any of a recipe's sections, or some of their keys."""
+    schema = whole_recipe_schema()
+    schema["properties"].pop("extends")
+    for field in schema["properties"].values():
+        schema["$defs"].get(str(field.get("$ref", "")).rpartition("/")[2], {}).pop("required", None)
+    return {**schema, "$id": _DEFAULTS_ID, "title": "What GPTQ recipes have in common", "required": ["schema_version"]}
 
 
 def whole_recipe_schema() -> dict[str, Any]:
