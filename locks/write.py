@@ -51,6 +51,8 @@ LOCKS = (
     Lock(path="locks/nox.txt", names=("nox",), options=_PINNED),
     Lock(path="locks/base.txt", files=("pyproject.toml",), names=_BUILDER, options=(*_PINNED, "--extra", "sign")),
     Lock(path="locks/build.txt", files=("pyproject.toml",), names=_BUILDER, options=(*_PINNED, "--all-extras")),
+    # For the documentation as a site.
+    Lock(path="locks/site.txt", names=("mkdocs-material==9.8.2", "pymdown-extensions==12.3"), options=_PINNED),
     # Servers for tests.
     Lock(path="locks/olah.txt", names=("olah==0.5.4",), options=_PINNED),
     Lock(path="locks/giftless.txt", files=("tests/giftless.txt",), options=("--no-deps",)),

@@ -42,7 +42,15 @@ OUR_FILES = {
 }
 # Folders that a build makes, and files of readers and of other projects.
 FOREIGN_FOLDERS = ("dist/", "work/", "builds/", "receipts/")
-FOREIGN_FILES = {"defaults.yaml", "my-other-recipe.yaml", "my-recipe.yaml", "recipe.yaml", "ruamel.yaml", "model.py"}
+FOREIGN_FILES = {
+    "defaults.yaml",
+    "my-model.yaml",
+    "my-other-recipe.yaml",
+    "my-recipe.yaml",
+    "recipe.yaml",
+    "ruamel.yaml",
+    "model.py",
+}
 SHELL = {"bash", "console", "sh", "shell"}
 
 
