@@ -509,7 +509,7 @@ def test_the_commands_plan_show_and_publish(command: CommandFixture) -> None:
     for _ in range(2):  # the second has nothing to do
         done = command.publish("--plan", command.path, "--sign-key", command.private)
         assert done.exit_code == 0, done.output
-    assert git("rev-parse", "v1", cwd=command.repository) == git("rev-parse", MAIN, cwd=command.repository)
+    assert git("rev-parse", "v1^{commit}", cwd=command.repository) == git("rev-parse", MAIN, cwd=command.repository)
     for arguments in (["--trusted-key", str(command.public)], []):
         checked = CliRunner().invoke(app, ["verify-published", str(command.repository), *arguments])
         assert checked.exit_code == 0, checked.output

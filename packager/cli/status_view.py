@@ -36,7 +36,7 @@ def print_status(recipe_file: RecipeFile, options: Options, console: Console) ->
     statuses = read_status(recipe_file, options)
     repository = recipe_file.recipe.repository
     print_line(console, repository.id)
-    if repository.target != "local":
+    if repository.target in ("hub", "git"):
         address = repository.url or f"hub:{repository.id}"  # without hub:, one below --dist comes first
         print_line(console, f"to check what is published: packager verify-published {address}")
     lines = _print_branches(statuses, console)

@@ -51,7 +51,7 @@ class PublishSubject(_Strict):
     """
 
     repository: _Line
-    target: Literal["hub", "local", "git"]
+    target: Literal["hub", "local", "git", "plugin"]
     address: _Line
     recipe: _Sha256
     templates: _Sha256

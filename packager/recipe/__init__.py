@@ -47,9 +47,13 @@ class Repository(Strict):
     """The repository that the variants are published to."""
 
     id: RepoId
-    target: Literal["local", "hub", "git"] = Field(
+    target: Literal["local", "hub", "git", "plugin"] = Field(
         default="local",
-        description="local: a git repository in dist/hub/models/<id>; hub: the Hugging Face Hub; git: any git remote",
+        description="local: a git repository in dist/hub/models/<id>; hub: the Hugging Face Hub; git: any git remote; "
+        "plugin: what an installed package makes of it",
+    )
+    plugin: FileName | None = Field(
+        default=None, description="of target plugin: the name of the installed package's entry point"
     )
     url: GitUrl | None = Field(default=None, description="the remote of target git, without a password in it")
     layout: Layout = Field(
@@ -67,7 +71,7 @@ class Repository(Strict):
 
     @model_validator(mode="after")
     def _target_and_settings(self) -> "Repository":
-        if problem := repository_problem(self.target, self.layout, url=self.url):
+        if problem := repository_problem(self.target, self.layout, url=self.url, plugin=self.plugin):
             raise ValueError(problem)
         if self.signed and self.layout == "repos":
             raise ValueError("signed needs layout: branches, where one release statement covers all variants")
@@ -296,8 +300,9 @@ class Recipe(Strict):
         # A recipe that uses none of these keeps the digest that it had before there were any.
         if self.quality == QualityFloor():
             del content["quality"]
-        if self.card.templates is None:
-            del content["card"]["templates"]
+        for section, key in (("card", "templates"), ("repository", "plugin")):
+            if content[section][key] is None:
+                del content[section][key]
         for variant in content["variants"]:
             if not variant["publish_below_floor"]:
                 del variant["publish_below_floor"]

@@ -95,7 +95,9 @@ def _sources(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
     repository = parsed.keys("repository")
     target, layout = (parsed.text("repository", key) for key in ("target", "layout"))
     url = (parsed.text("repository", "url") or "") if repository is not None and "url" in repository else None
-    if repository is not None and (problem := repository_problem(target or "local", layout or "branches", url=url)):
+    plugin = (parsed.text("repository", "plugin") or "") if repository is not None and "plugin" in repository else None
+    kinds = (target or "local", layout or "branches")
+    if repository is not None and (problem := repository_problem(*kinds, url=url, plugin=plugin)):
         yield LocatedProblem(parsed.key_at("repository"), f"repository: {problem}")
 
 

@@ -19,13 +19,16 @@ def base_model_problem(given: AbstractSet[str]) -> str:
     return ""
 
 
-def repository_problem(target: str, layout: str, *, url: str | None) -> str:
+def repository_problem(target: str, layout: str, *, url: str | None, plugin: str | None) -> str:
     """Return why these fields together do not name one target, or ""; the text contains no secret."""
     if url is not None and has_credentials(url):
         return "the url has credentials in it: leave them out, and set PACKAGER_GIT_TOKEN where you publish"
     has_url = url is not None
-    if target == "git" and layout == "repos":
-        return "layout repos is for the targets hub and local: target git has one url"
+    if (plugin is not None) != (target == "plugin"):
+        return "plugin belongs to target plugin" if plugin is not None else "target plugin needs the plugin's name"
+    if target in ("git", "plugin") and layout == "repos":
+        has = "one url" if target == "git" else "one repository"
+        return f"layout repos is for the targets hub and local: target {target} has {has}"
     if has_url == (target == "git"):
         return ""
     return "url belongs to target git" if has_url else "target git needs the url of the remote"

@@ -33,7 +33,7 @@ def _one_thing(heads: str, more: str = "") -> _OneThing:
 
 _TEXT: Final = _one_thing("path dataset sources", "config revision split text_field messages_field documents")
 _TOGETHER: Final[Mapping[str, _OneThing]] = {
-    "repository": _one_thing("target", "url"),
+    "repository": _one_thing("target", "url plugin"),
     "base_model": _one_thing("id path revision"),
     "calibration": _TEXT,
     "evaluation": _TEXT,

@@ -10,6 +10,7 @@ from packager.publish.targets import Target
 from packager.publish.targets.git import GitTarget
 from packager.publish.targets.hub import HubTarget, NewRepository
 from packager.publish.targets.local import LocalTarget
+from packager.publish.targets.other_target import open_other_target
 from packager.publish.targets.repository_per_variant import RepositoryPerVariant
 from packager.recipe import Recipe
 from packager.system.text import shown_address
@@ -29,10 +30,15 @@ def target_of(recipe: Recipe, dist: Path, environ: Mapping[str, str], log: Calla
         dist: the output folder; the local target and the staging folders of git remotes are below it.
         environ: the environment, which may hold the token for a git remote.
         log: gets a line per wait.
+
+    Raises:
+        PublishError: the target of another package cannot be opened.
     """
     repository = recipe.repository
     if repository.url is not None:
         return _git(repository.url, dist, environ, log)
+    if repository.plugin is not None:
+        return open_other_target(repository.plugin, repository.id, environ, log)
 
     def open_one(repository_id: str) -> Target:
         if repository.target == "local":
