@@ -69,7 +69,8 @@ def test_a_hostile_record_makes_no_trailer_and_no_endless_message() -> None:
     hostile = replace(OTHER_WEIGHTS, standing="unreadable", why="\u202e" * 5000, files=("a" * 5000,) * 5000)
     for found in (hostile, replace(hostile, standing="changed", values=())):
         text = message_text(f"{MAIN}: {change_title(found)}", change_lines_of(found, "packager 1"))
-        assert len(text) < 20_000
+        assert len(text) < 10_000
+        assert max(len(line) for line in text.splitlines()) == 300
     lines = change_lines_of(replace(OTHER_WEIGHTS, values=values), "packager 1")
     assert "  and 4980 more" in lines
     assert all(line.startswith("  ") or line.endswith(":") for line in lines[:-1])
