@@ -143,22 +143,22 @@ def test_unchecked_and_checked_attempts_make_the_same_bytes(tmp_path, attempts_c
     assert case.outputs_are(outputs)
 
 
-def test_linears_that_saw_enough_tokens_are_refined(tmp_path):
+def test_linears_that_saw_enough_tokens_are_refined(tmp_path: Path) -> None:
     """The block's linears have 64 or 96 columns, and a linear needs two tokens for each: 180 are too few for 96."""
     case = BlockCase(tmp_path, ids=token_rows(6, 30).ids)
     widths = {case.names[name]: linear.in_features for name, linear in linears_of(case.load()).items()}
     plain, refined = (case.quantize(variant(refine=refine)) for refine in (False, True))
-    assert all(record.unrefined_loss is None for record in plain.records)
-    assert {"unrefined_loss"} == {*refined.records[0].model_dump()} - {*plain.records[0].model_dump()}
+    assert all(record.unrefined_loss is None for record in records_of(plain))
+    assert {"unrefined_loss"} == {*records_of(refined)[0].model_dump()} - {*records_of(plain)[0].model_dump()}
     assert len(set(widths.values())) > 1
-    for record in refined.records:
+    for record in records_of(refined):
         if widths[record.name] * 2 <= case.ids.numel():
             assert record.unrefined_loss is not None
             assert record.loss < record.unrefined_loss
         else:
             assert record.unrefined_loss is None
     # The first linears see the same inputs in both.
-    first, before = refined.records[0], plain.records[0]
+    first, before = records_of(refined)[0], records_of(plain)[0]
     assert first.name == before.name
     assert first.unrefined_loss == before.loss
     name = first.name

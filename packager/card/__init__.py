@@ -18,7 +18,7 @@ from jinja2 import (
 )
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from packager.card import facts, markdown, numbers
+from packager.card import facts, markdown, numbers, opening
 from packager.card.choice import GPU_GB, RUNTIME_BYTES, CachedContext, best_branch, gpu_choices
 from packager.card.metadata import metadata
 from packager.card.own_templates import OwnTemplates, TemplateProblem, partials, template_problems, with_own
@@ -251,8 +251,8 @@ def _choice(
 ) -> dict[str, object]:
     """Return what the page says about which branch to take."""
     receipts = [each.provenance for each in branches]
-    served = facts.opens(branches, expectations, "vllm")
-    on_cpu = facts.proven_on_cpu(branches)
+    served = opening.opens(branches, expectations, "vllm")
+    on_cpu = opening.proven_on_cpu(branches)
     columns = [(context, "") for context in contexts]
     if contexts and 0 < len(served) < len(branches):
         columns.append((contexts[0], offers["vllm"].label))
@@ -301,7 +301,7 @@ def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
         percent=numbers.percent,
         digits=numbers.digits,
         figure=facts.figure,
-        runtimes=facts.runtimes_of,
+        runtimes=opening.runtimes_of,
         by_parameter=facts.by_parameter,
         by_base=facts.by_base,
         pinned=facts.pinned,

@@ -1,11 +1,11 @@
 """The figures for the card's templates: all from receipts, grouped as the page shows them."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
-from packager.card.choice import CachedContext, cpu_loaders, device_bytes, opened_by
+from packager.card.choice import CachedContext, device_bytes
 from packager.card.comparison import Standing, standings
 from packager.card.floor import floor_problems, is_far
 from packager.card.numbers import PERCENT, measured, measured_percent
@@ -293,55 +293,9 @@ def examples(here: BranchFacts, known: Mapping[str, Offer]) -> frozenset[str]:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Runtimes:
-    """The runtimes that are expected to open a branch, without versions, and those that do not, with versions."""
-
-    expected: tuple[str, ...]
-    refused: tuple[str, ...]
-
-
-def runtimes_of(here: BranchFacts, known: Mapping[str, Offer]) -> Runtimes:
-    """Return which runtimes should open a branch, beside those that are proven: by what ran, else by their checks."""
-    names = tuple(dict.fromkeys([*RUNTIMES, *(record.loader for record in here.provenance.loaders)]))
-    statuses = {name: here.record(name).status for name in names}
-    verdicts = {name: known[name].accepts(here.branch) for name in known if known[name].is_known(here.branch)}
-    open_ = [name for name in names if statuses[name] == "not run"]
-    refused = {name for name in names if statuses[name] in ("failed", "refused")}
-    return Runtimes(
-        expected=_titles(title_of(name) for name in open_ if verdicts.get(name)),
-        refused=_titles(
-            RUNTIMES[name].label if name in RUNTIMES else name
-            for name in names
-            if name in refused or (name in open_ and verdicts.get(name) is False)
-        ),
-    )
-
-
-def opens(
-    branches: Sequence[BranchFacts], expectations: Mapping[str, Sequence[Verdict]], runtime: str
-) -> frozenset[str]:
-    """Return the branches that a runtime opens: it passed there, or its checks accept them and it did not run."""
-    return frozenset(
-        facts.branch
-        for facts in branches
-        if opened_by(facts.provenance, expectations.get(facts.branch, ()), runtime).may_be_taken
-    )
-
-
-def proven_on_cpu(branches: Sequence[BranchFacts]) -> dict[str, tuple[str, ...]]:
-    """Return by branch the loaders that passed on a CPU, for the branches that have one."""
-    found = {facts.branch: tuple(map(title_of, cpu_loaders(facts.provenance))) for facts in branches}
-    return {branch: names for branch, names in found.items() if names}
-
-
 def title_of(loader: str) -> str:
     """Return a loader's name for people."""
     return RUNTIMES[loader].title if loader in RUNTIMES else loader
-
-
-def _titles(titles: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(titles))
 
 
 def _base_figures(quality: QualityRecord | None) -> BaseFigures | None:

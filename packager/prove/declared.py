@@ -116,6 +116,7 @@ def _variant(branch: str, declared: Declared) -> Variant:
         damp_percent_limit=0.1,
         true_sequential=True,
         scale_search=False,
+        refine=False,
         engine="native",
     )
 

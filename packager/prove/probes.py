@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_PATH = re.compile(r"(?:file://)?(?:/[\w.+~@-]+)+/([\w.+~@-]+)/?")
+_REASON_LENGTH = 400
 TAIL_LINES = 20
 # By name, not by prefix: CUDA_INJECTION64_PATH and OMP_TOOL_LIBRARIES load any library, as LD_PRELOAD does.
 RUNTIME_VARIABLES = frozenset(
@@ -377,3 +380,9 @@ def _read_logits(job: ProbeJob) -> "NDArray[np.float32]":
         if (found, by_columns, dtype, size) != (shape, False, np.dtype(np.float32), wanted_size):
             raise ValueError(f"logits.npy has {dtype} {found} in {size} bytes, float32 {shape} wanted")
         return np.memmap(stream, dtype=np.float32, mode="r", offset=stream.tell(), shape=shape)
+
+
+def published_reason(error: LoaderError) -> str:
+    """Return an error as one line that can be published: of every path only the last name is left."""
+    text = " ".join(part for part in (error.what, error.why) if part).replace("\n", " ")
+    return _PATH.sub(lambda path: f".../{path.group(1)}", text)[:_REASON_LENGTH]

@@ -7,7 +7,6 @@ and each token it generates greedily is the one that our forward finds most like
 
 import gc
 import os
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ from packager.model.packing import CheckpointReader
 from packager.prove.environments import RuntimeContext, ensure_environment, waits_for_request
 from packager.prove.evaluation_memory import tokens_per_piece
 from packager.prove.loaders import LOADERS, LoaderSpec
-from packager.prove.probes import ProbeJob, ProbeResult, run_probes
+from packager.prove.probes import ProbeJob, ProbeResult, published_reason, run_probes
 from packager.receipt import LoaderRecord, LoaderRunRecord, Provenance
 from packager.recipe import Loaders
 
@@ -45,8 +44,6 @@ Generated = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a prompt, an
 
 # Why a build does not run a loader that it could run.
 _ON_REQUEST = "its environment is large, and made on request only: by packager verify"
-_PATH = re.compile(r"(?:file://)?(?:/[\w.+~@-]+)+/([\w.+~@-]+)/?")
-_REASON_LENGTH = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,13 +268,13 @@ def judge_loader(
     """
     required = name in job.loaders.required
     if isinstance(outcome, LoaderUnavailableError):
-        return LoaderRecord(loader=name, required=required, status="not run", reason=_reason(outcome))
+        return LoaderRecord(loader=name, required=required, status="not run", reason=published_reason(outcome))
     if isinstance(outcome, LoaderError):
         return LoaderRecord(
             loader=name,
             required=required,
             status="failed",
-            reason=_reason(outcome),
+            reason=published_reason(outcome),
             confinement=job.context.confinement,
         )
     own = references[checkpoint.branch]
@@ -389,12 +386,6 @@ def token_gaps(checkpoint: Checkpoint, sequences: Collection[Generated], job: Ve
                 gaps[: len(made)] = (logits.amax(-1) - chosen) / logits.square().mean(-1).sqrt()
             found[prompt, generated] = gaps
         return found
-
-
-def _reason(error: LoaderError) -> str:
-    """Return an error as one line that can be published: of every path only the last name is left."""
-    text = " ".join(part for part in (error.what, error.why) if part).replace("\n", " ")
-    return _PATH.sub(lambda path: f".../{path.group(1)}", text)[:_REASON_LENGTH]
 
 
 def _line(branch: str, record: LoaderRecord) -> str:

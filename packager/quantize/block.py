@@ -24,8 +24,9 @@ from packager.quantize.gptq.routing import RoutedInputs
 from packager.quantize.gptq.solve import Solution, solve
 from packager.quantize.memory import expert_slices
 from packager.quantize.ranks import Owned, SweepRank
+from packager.quantize.solved_linears import SolvedLinears
 from packager.quantize.suspended_forward import linears_of, sweep_parallel, sweep_sequential
-from packager.receipt import ExpertLinearRecord, LinearRecord
+from packager.receipt import LinearRecord
 from packager.variant import Variant
 
 # By the parameter of a block: the linears of each expert, in the order of their rows.
@@ -125,44 +126,6 @@ class _NeedsChecks(Exception):  # noqa: N818
     """Internal signal: retry this block with per-linear checks, which raise the precise error."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Solved:
-    """Linears that were quantized together; the device may still be computing `losses` and `succeeded`.
-
-    `position` is the key of their records in `QuantizedBlock`.
-
-    `calibrated` is what is known of each linear's Hessian, of experts only: the tokens and rho of a record.
-    """
-
-    position: tuple[int, int]
-    names: tuple[str, ...]
-    damp_percents: tuple[float, ...]
-    losses: Tensor
-    unrefined_losses: Tensor
-    refined: tuple[bool, ...]
-    succeeded: Tensor
-    calibrated: tuple[tuple[int, float], ...] = ()
-
-    def records(self) -> tuple[LinearRecord, ...]:
-        """Return a record for each linear; this waits for the device."""
-        before = [
-            loss if refined else None
-            for loss, refined in zip(self.unrefined_losses.tolist(), self.refined, strict=True)
-        ]
-        found = tuple(
-            LinearRecord(name=name, loss=loss, damp_percent=damp, unrefined_loss=unrefined)
-            for name, loss, damp, unrefined in zip(
-                self.names, self.losses.tolist(), self.damp_percents, before, strict=True
-            )
-        )
-        if not self.calibrated:
-            return found
-        return tuple(
-            ExpertLinearRecord(**record.model_dump(), tokens=tokens, rho=rho)
-            for record, (tokens, rho) in zip(found, self.calibrated, strict=True)
-        )
-
-
 class _BlockSolver:
     """Quantizes a block once, with checks after each group of linears (`checked`) or with one at the end."""
 
@@ -175,7 +138,7 @@ class _BlockSolver:
         self._ops = ops_for(next(block.parameters()).device)
         self._rules, self._order = rules_of(job.variant), order_of(job.variant)
         self._number_of = {group: number for number, group in enumerate(job.groups)}
-        self._solved: list[_Solved] = []
+        self._solved: list[SolvedLinears] = []
         self._owned: list[Owned] = []
         self._records: dict[tuple[int, int], tuple[LinearRecord, ...]] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -224,7 +187,7 @@ class _BlockSolver:
         for weight, part in zip(weights, parts, strict=True):
             part.dequantize_into(weight, self._ops)
         self._add(
-            _Solved(
+            SolvedLinears(
                 position=(number, 0),
                 names=names,
                 damp_percents=(factor.damp_percent,) * len(names),
@@ -295,7 +258,7 @@ class _BlockSolver:
         calibrated = zip(tokens, rhos, factor.damp_percents, strict=True)
         each = [(spec.name, *known) for specs, known in zip(linears, calibrated, strict=True) for spec in specs]
         self._add(
-            _Solved(
+            SolvedLinears(
                 position=(number, experts.start),
                 names=tuple(name for name, *_ in each),
                 damp_percents=tuple(damp for *_, damp in each),
@@ -317,7 +280,7 @@ class _BlockSolver:
             raise QuantizeError("a scale does not fit float16", why="it would be more than 65504")
         return solution
 
-    def _add(self, solved: _Solved) -> None:
+    def _add(self, solved: SolvedLinears) -> None:
         # With checks, each step raised an error of its own where it failed.
         if self._checked:
             self._report_all([solved])
@@ -352,7 +315,7 @@ class _BlockSolver:
             raise _NeedsChecks
         self._report_all(solved)
 
-    def _report_all(self, solved: Sequence[_Solved]) -> None:
+    def _report_all(self, solved: Sequence[SolvedLinears]) -> None:
         for group in solved:
             self._records[group.position] = group.records()
             self._report(self._records[group.position])
