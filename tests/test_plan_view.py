@@ -27,8 +27,8 @@ CONFIG = json.loads(LARGE.with_suffix(".lock.json").read_bytes())["model"]["conf
 
 
 def three_digits(size_bytes: int) -> str:
-    """Return a size of gigabytes with three digits."""
-    return f"{float(f'{size_bytes / 1e9:.3g}'):.{2 if size_bytes < 9_995_000_000 else 1}f} GB"
+    """Return how many gigabytes a size is, with three digits."""
+    return f"{float(f'{size_bytes / 1e9:.3g}'):.{2 if size_bytes < 9_995_000_000 else 1}f}"
 
 
 def gb(size_bytes: int) -> str:
@@ -150,6 +150,7 @@ def test_the_table_of_branches(plan: BuildPlan, lines: list[str]) -> None:
         row = [variant.branch, variant.bits, variant.group_size, variant.act_order, three_digits(size), f"{size:,}"]
         row.append(three_digits(to_run))
         assert " ".join(map(str, row)) in lines
+    assert "Branch Bits size order GB Bytes GB" in lines
     assert "To run: weights and 3.36 GB, what is cached of 4096 tokens; nothing else." in lines
 
 

@@ -38,7 +38,7 @@ FAILING = {
     "init": ["nowhere/model", "--yes", "--license", "x"], "lock": ["nowhere.yaml"], "plan": ["nowhere.yaml"],
     "build": ["nowhere.yaml"], "audit": ["nowhere"], "verify": ["nowhere.yaml"], "card": ["nowhere.yaml"],
     "fix": ["nowhere", "-o", "new"],
-    "diff": ["nowhere.yaml"], "compat": ["nowhere.yaml"],
+    "diff": ["nowhere.yaml"], "compat": ["nowhere.yaml"], "report": ["nowhere.yaml"], "choose": ["./nowhere"],
     "publish": ["nowhere.yaml"], "verify-published": ["./nowhere"], "rollback": ["./nowhere"],
     "status": ["nowhere.yaml"], "release": ["nowhere.yaml", "--fail-fast"], "doctor": ["--cache"],
     "schema": ["nothing"],

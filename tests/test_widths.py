@@ -33,6 +33,7 @@ from packager.prove.audit import AuditReport, Facts, Finding
 from packager.publish.branches import BranchOutcome, PublishReport
 from packager.publish.plan import BranchPlan, FileChange, PublishPlan
 from packager.recipe.file import RecipeFile
+from tests.card_fixtures import llama_recipe
 from tests.golden_files import check_golden
 from tests.import_graph import ROOT
 from tests.test_status_view import A, B, C, built, quality_of, ran, receipt_of, without_receipt
@@ -79,8 +80,9 @@ def status(console: Console) -> None:
         pid=4711, host="runner-7", started_at=0, stage="quantize", done=8, total=24, text="block 8", seconds_left=780,
         updated_at=4000,
     )  # fmt: skip
-    repository = SimpleNamespace(id="TheBloke/Llama-2-13B-chat-GPTQ", target="hub", url="")
-    recipe_file: Any = SimpleNamespace(recipe=SimpleNamespace(repository=repository))
+    recipe = llama_recipe()
+    published = recipe.repository.model_copy(update={"target": "hub"})
+    recipe_file: Any = SimpleNamespace(recipe=recipe.model_copy(update={"repository": published}))
     options: Any = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(status_view, "read_status", lambda *_: statuses)

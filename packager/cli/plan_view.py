@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from packager.card.floor import far_lines, floor_lines
-from packager.card.numbers import short_size
+from packager.card.numbers import in_unit, short_size, size_unit
 from packager.cli.tables import add_row, fits, new_table, print_line
 from packager.model.architecture import Architecture
 from packager.model.compatibility import Verdict
@@ -26,7 +26,7 @@ from packager.system.text import gigabytes, rough_time
 from packager.variant import MAIN
 
 _LOADERS_TITLE = "What loads them (predicted from parameters and shapes)"
-_BRANCH_COLUMNS = ("Branch", "Bits", "Group\nsize", "Act\norder", "Size", "Bytes", "To run")
+_TEXT_COLUMNS = ("Branch", "Act\norder", "Engine")
 _FP16_BYTES = 2
 _TITLES = {name: runtime.label for name, runtime in RUNTIMES.items()}
 
@@ -200,10 +200,12 @@ def config_change_lines(changes: Sequence[str]) -> list[str]:
 
 def _branch_table(plan: BuildPlan) -> Table:
     has_engines = any(planned.variant.engine != "native" for planned in plan.variants)
+    unit = size_unit(max(plan.run_bytes(planned) for planned in plan.variants))
+    columns = ["Branch", "Bits", "Group\nsize", "Act\norder", f"Size,\n{unit}", "Bytes", f"To run,\n{unit}"]
     table = new_table(
-        (*_BRANCH_COLUMNS, "Engine") if has_engines else _BRANCH_COLUMNS,
+        [*columns, "Engine"] if has_engines else columns,
         title="Branches",
-        numbers=[column for column in _BRANCH_COLUMNS if column not in ("Branch", "Act\norder")],
+        numbers=[column for column in columns if column not in _TEXT_COLUMNS],
         folding=("Branch",),
     )
     for planned in plan.variants:
@@ -214,9 +216,9 @@ def _branch_table(plan: BuildPlan) -> Table:
             str(variant.bits),
             str(variant.group_size),
             variant.act_order,
-            _size(planned.weights_bytes),
+            in_unit(planned.weights_bytes, unit),
             f"{planned.weights_bytes:,}",
-            _size(plan.run_bytes(planned)),
+            in_unit(plan.run_bytes(planned), unit),
             *([variant.engine] if has_engines else []),
         )
     return table

@@ -26,7 +26,7 @@ def schema_command(
     ] = SchemaName.recipe,
     format: FormatOption = Format.json,  # noqa: A002, ARG001 - as every command has it; a schema is JSON
 ) -> None:
-    """Print the JSON schema of recipes, of a file that they extend, or of events.
+    """Print the JSON schema of recipes, their base, or events.
 
     The schema of recipes is that of this version, for editors and checkers (JSON Schema 2020-12, with patterns of
     ECMA-262). YAML language servers take it from a file: packager schema > recipe.schema.json.

@@ -303,9 +303,10 @@ class Recipe(Strict):
         for section, key in (("card", "templates"), ("repository", "plugin")):
             if content[section][key] is None:
                 del content[section][key]
-        for variant in content["variants"]:
-            if not variant["publish_below_floor"]:
-                del variant["publish_below_floor"]
+        for parameters in (content["defaults"], *content["variants"]):
+            for key in ("publish_below_floor", "refine"):
+                if not parameters.get(key, True):
+                    del parameters[key]
         return digest_of(content)
 
 

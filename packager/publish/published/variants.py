@@ -40,6 +40,7 @@ _OF_NO_RULE: Mapping[str, object] = {
     "damp_percent_limit": 0.01,
     "true_sequential": True,
     "scale_search": False,
+    "refine": False,
     "engine": "native",
 }
 _VARIANT = TypeAdapter(Variant)
