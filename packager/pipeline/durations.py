@@ -71,7 +71,7 @@ REFERENCES: Final = (
         base_bytes=8_133_120,
         calibration_tokens=16_384,
         evaluation_tokens=16_320,
-        seconds={"quantize": 18.1 / 4, "evaluate": 15.1 / 5, "verify": (47.4 - 35) / 4},
+        seconds={"quantize": 16.5 / 4, "evaluate": 14.3 / 5, "verify": (49.8 - 38) / 4},
     ),
     Measured(
         machine="2 CPU cores",
