@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from packager.model.checkpoint import checkpoint_tensors
+from packager.model.safetensors_file import file_order, header_bytes
+from packager.variant import Variant
 from tests.checkpoints import HIDDEN, VOCAB, Checkpoint, Tensors, edit_json, edit_tensors, edit_text, write_json
+from tests.known_models import known_architecture
 
 Q = "model.layers.0.self_attn.q_proj"
 WEIGHTS = "model.safetensors"
@@ -351,3 +355,32 @@ CASES = [
         sealed=False,
     ),
 ]
+
+
+def write_13b_block(folder: Path) -> Path:
+    """Write a block of Llama-2-13B's shape: 782 MB of holes, with the small tensors of a sound checkpoint."""
+    folder.mkdir(exist_ok=True)
+    config = Checkpoint().documents()["config.json"]
+    config |= {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 1, "num_attention_heads": 40}
+    config |= {"num_key_value_heads": 40, "vocab_size": 32000, "max_position_embeddings": 4096}
+    declared: Any = config.pop("quantization_config")
+    variant = Variant(
+        branch="main", bits=4, group_size=32, act_order="none", sym=True, damp_percent=0.01, damp_percent_limit=0.1,
+        true_sequential=True, scale_search=False, refine=False, engine="native",
+    )  # fmt: skip
+    infos = file_order(checkpoint_tensors(known_architecture(config, "config.json"), variant))
+    with (folder / WEIGHTS).open("wb") as stream:
+        stream.write(header_bytes(infos))
+        for info in infos:
+            part = info.name.rpartition(".")[2]
+            if part == "qzeros":
+                stream.write(np.full(info.shape, 0x77777777, "<i4").tobytes())
+            elif part == "scales":
+                stream.write(np.full(info.shape, 0.01, "<f2").tobytes())
+            elif part == "g_idx":
+                stream.write((np.arange(info.shape[0]) // 32).astype("<i4").tobytes())
+            else:
+                stream.seek(info.size_bytes, 1)
+        stream.truncate()
+    write_json(folder / "config.json", {**config, "quantization_config": declared})
+    return folder

@@ -15,17 +15,14 @@ from rich.console import Console
 
 from packager.cli.audit_view import audit_json, print_audit
 from packager.inputs.describe_in_child import description_by_transformers
-from packager.model.checkpoint import checkpoint_tensors
-from packager.model.safetensors_file import file_order, header_bytes
 from packager.prove.audit import AUDIT_RULES, AuditReport
 from packager.prove.audit import audit as audit_folder
 from packager.prove.audit.finding import Findings
 from packager.prove.audit.values import unpack_rows, value_counts
 from packager.system.text import format_bytes, printable, shown
-from packager.variant import Variant
-from tests.audit_cases import CASES, TOKEN, WEIGHTS, Case, Q, declare
+from tests.audit_cases import CASES, TOKEN, WEIGHTS, Case, Q, declare, write_13b_block
 from tests.checkpoints import HIDDEN, VOCAB, Checkpoint, edit_json, edit_tensors, edit_text, pack, seal, write_json
-from tests.known_models import describe_known, known_architecture
+from tests.known_models import describe_known
 from tests.samples import sampled
 
 # Codes that need more than a change to a file; each has its own test below.
@@ -441,29 +438,7 @@ def test_symmetric_zeros_are_the_words_of_the_format(bits: int, word: int) -> No
 
 def test_a_13b_block_is_audited_in_little_memory(tmp_path: Path) -> None:
     """One block of Llama-2-13B's shape: 127 MB of qweight and 655 MB of embeddings that are holes, never read."""
-    config = Checkpoint().documents()["config.json"]
-    config |= {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 1, "num_attention_heads": 40}
-    config |= {"num_key_value_heads": 40, "vocab_size": 32000, "max_position_embeddings": 4096}
-    declared: Any = config.pop("quantization_config")
-    variant = Variant(
-        branch="main", bits=4, group_size=32, act_order="none", sym=True, damp_percent=0.01, damp_percent_limit=0.1,
-        true_sequential=True, scale_search=False, refine=False, engine="native",
-    )  # fmt: skip
-    infos = file_order(checkpoint_tensors(known_architecture(config, "config.json"), variant))
-    with (tmp_path / WEIGHTS).open("wb") as stream:
-        stream.write(header_bytes(infos))
-        for info in infos:
-            part = info.name.rpartition(".")[2]
-            if part == "qzeros":
-                stream.write(np.full(info.shape, 0x77777777, "<i4").tobytes())
-            elif part == "scales":
-                stream.write(np.full(info.shape, 0.01, "<f2").tobytes())
-            elif part == "g_idx":
-                stream.write((np.arange(info.shape[0]) // 32).astype("<i4").tobytes())
-            else:
-                stream.seek(info.size_bytes, 1)
-        stream.truncate()
-    write_json(tmp_path / "config.json", {**config, "quantization_config": declared})
+    write_13b_block(tmp_path)
     tracemalloc.start()
     report = audit(tmp_path, complete=False)
     peak = tracemalloc.get_traced_memory()[1]

@@ -17,18 +17,15 @@ from typer.testing import CliRunner
 
 from packager.cli.main import app
 from packager.errors import AuditError, PublishError, UsageError
-from packager.model.checkpoint import checkpoint_tensors
-from packager.model.safetensors_file import file_order, header_bytes
 from packager.prove.audit import AuditReport
 from packager.prove.audit import audit as audit_folder
 from packager.publish.published import audited
 from packager.publish.published.audited import MOST_WEIGHTS_BYTES, AuditedBranch
 from packager.publish.targets import BranchState, StoredFile, Target
 from packager.publish.targets.branch_address import BranchAddress, branch_address
-from packager.variant import Variant
-from tests.audit_cases import WEIGHTS, Q, assign, declare
-from tests.checkpoints import Checkpoint, edit_json, edit_tensors, write_json
-from tests.known_models import describe_known, known_architecture
+from tests.audit_cases import WEIGHTS, Q, assign, declare, write_13b_block
+from tests.checkpoints import Checkpoint, edit_json, edit_tensors
+from tests.known_models import describe_known
 from tests.loopback_hub import Answer, LoopbackHub
 from tests.publish_fixtures import heads
 from tests.test_published import MAIN, REPOSITORY, VARIANT
@@ -167,35 +164,6 @@ def test_a_repository_that_states_no_digests_is_said_to_be_unhashed(tmp_path: Pa
     assert look(target, full=True).report.findings == ()
 
 
-def large_branch(folder: Path) -> Path:
-    """Write a block of Llama-2-13B's shape: 782 MB of holes, with the small tensors of a sound checkpoint."""
-    folder.mkdir()
-    config = Checkpoint().documents()["config.json"]
-    config |= {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 1, "num_attention_heads": 40}
-    config |= {"num_key_value_heads": 40, "vocab_size": 32000, "max_position_embeddings": 4096}
-    declared: Any = config.pop("quantization_config")
-    variant = Variant(
-        branch="main", bits=4, group_size=32, act_order="none", sym=True, damp_percent=0.01, damp_percent_limit=0.1,
-        true_sequential=True, scale_search=False, refine=False, engine="native",
-    )  # fmt: skip
-    infos = file_order(checkpoint_tensors(known_architecture(config, "config.json"), variant))
-    with (folder / WEIGHTS).open("wb") as stream:
-        stream.write(header_bytes(infos))
-        for info in infos:
-            part = info.name.rpartition(".")[2]
-            if part == "qzeros":
-                stream.write(np.full(info.shape, 0x77777777, "<i4").tobytes())
-            elif part == "scales":
-                stream.write(np.full(info.shape, 0.01, "<f2").tobytes())
-            elif part == "g_idx":
-                stream.write((np.arange(info.shape[0]) // 32).astype("<i4").tobytes())
-            else:
-                stream.seek(info.size_bytes, 1)
-        stream.truncate()
-    write_json(folder / "config.json", {**config, "quantization_config": declared})
-    return folder
-
-
 class LargeTarget(FolderTarget):
     """The large branch, without the hashing of its holes."""
 
@@ -207,7 +175,7 @@ class LargeTarget(FolderTarget):
 
 
 def test_less_than_2_mb_of_a_weights_file_travel(tmp_path: Path) -> None:
-    target = LargeTarget(large_branch(tmp_path / "branch"))
+    target = LargeTarget(write_13b_block(tmp_path / "branch"))
     found = look(target, complete=False)
     assert codes(found.report) == {"file-missing", "quantize-config-missing", "generation-config-missing"}
     assert found.report.facts.weights_bytes > 780_000_000
