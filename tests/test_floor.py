@@ -12,7 +12,7 @@ from packager.card.floor import far_lines, floor_problems, is_far
 from packager.cli.main import app
 from packager.errors import PublishError
 from packager.pipeline import flow
-from packager.receipt import Provenance, QualityRecord, digest_of
+from packager.receipt import Provenance, QualityErrors, QualityRecord, digest_of
 from packager.recipe import QualityFloor
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
@@ -131,3 +131,15 @@ def test_a_main_far_from_fp16_is_warned_of(perplexity: float, warned: bool) -> N
     assert lines == ["warning: readers who name no branch get main"] * warned
     text = render(recipe, receipts)
     assert text.count("against fp16: take another branch if you can.**") == int(warned)
+
+
+@pytest.mark.parametrize(("error", "far"), [(0.024, True), (0.026, False)])
+def test_an_increase_within_twice_its_error_of_the_limit_is_not_called_far(error: float, far: bool) -> None:
+    """The perplexity is 15 % above that of fp16, and the limit is 10 %: 0.025 is half of the distance."""
+    receipt = fixtures.llama_receipts(fixtures.llama_recipe())[0]
+    errors = QualityErrors(
+        perplexity=0.1, base_perplexity=0.1, perplexity_change=error, kl_divergence=0.1, kl_median=None, kl_p99=None,
+        top1_agreement=0.1,
+    )  # fmt: skip
+    measured = quality(perplexity=2.3).model_copy(update={"errors": errors})
+    assert is_far(receipt.model_copy(update={"quality": measured})) is far
