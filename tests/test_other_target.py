@@ -74,7 +74,7 @@ def test_what_is_no_target_is_refused(installed: Path, name: str, why: str) -> N
 def test_a_target_that_lacks_something_is_refused(installed: Path) -> None:
     with (installed / "acme_target" / "__init__.py").open("a") as stream:
         stream.write("\n\ndef gone(*_: object) -> object:\n    return object()\n")
-    with pytest.raises(PublishError, match=r"the target broken is none") as caught:
+    with pytest.raises(PublishError, match=r"the target broken lacks methods of a target") as caught:
         open_other_target("broken", "a/b", {}, print)
     assert "it has no where, is_public, " in caught.value.why
 

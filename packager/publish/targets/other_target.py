@@ -37,7 +37,7 @@ def open_other_target(name: str, repository_id: str, environ: Mapping[str, str],
         raise PublishError(f"the target {name} cannot be opened", where=offered[name], why=why, hint=hint) from error
     if lacking := [each for each in _METHODS if not hasattr(target, each)]:
         raise PublishError(
-            f"the target {name} is none",
+            f"the target {name} lacks methods of a target",
             where=offered[name],
             why=f"it has no {', '.join(lacking)}",
             hint="packager.publish.targets.Target says what a target has",
