@@ -256,7 +256,8 @@ def test_refines_as_torch(kernels, device, bits, sym, group_size, act_order):
     assert (found.q == expected.q).double().mean() > 0.98
     assert (found.scales == expected.scales).double().mean() > 0.9
     assert torch.allclose(found.losses, expected.losses, rtol=1e-2)
-    assert (found.losses <= found.unrefined_losses).all()
+    # An integer changed and changed back leaves the rounding of two float32 updates of E.
+    assert (found.losses <= found.unrefined_losses * (1 + 1e-5)).all()
     assert found.losses.sum() < 0.99 * found.unrefined_losses.sum()
 
 

@@ -42,8 +42,6 @@ from packager.inputs.hub_endpoint import require_endpoint
 
 # pydantic's search for plugins reads the metadata of every installed package: 25 of 500 ms of `plan`, for no plugin.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-# Quantizing allocates and frees tensors of many sizes: without this, fragmentation loses a fifth of a GPU's memory.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # Servers other than the Hub's own do not know the Xet protocol, and the client uses it without asking.
 if os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") != "https://huggingface.co":
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
