@@ -42,17 +42,18 @@ from packager.inputs.texts import prepare
 from packager.model.describe import describe
 from packager.recipe.file import RecipeFile
 from packager.system.files import write_atomic
-from packager.variant import ScaleSearch
 
 # Every engine quantizes this model first, unmeasured: that compiles kernels and loads libraries.
 SMALL = Shape(hidden=512, intermediate=1024, heads=4, kv_heads=4, layers=2, vocab=1024)
 FASTEST, DEFAULTS = "fastest", "defaults"
 ONE, FOUR = "recipe-one.yaml", "recipe.yaml"
-# What scale_search can be: the beginning of its recipes' names, and what its rows in the table are called.
-SEARCHES: dict[ScaleSearch, tuple[str, str]] = {
-    True: ("", ""),
-    "signed": ("signed-", ", signed"),
-    False: ("plain-", ", plain"),
+# What our engine runs with beside its defaults: the name in --also and in the table, and the recipe's defaults.
+DEFAULTS_OF_OURS = "defaults"
+WAYS: dict[str, dict[str, Any]] = {
+    DEFAULTS_OF_OURS: {},
+    "plain": {"scale_search": False, "refine": False},
+    "positive": {"scale_search": True, "refine": False},
+    "refine": {"refine": True},
 }
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -68,7 +69,7 @@ class Settings:
     batch_size: int
     peer_settings: tuple[str, ...]
     desc_act: bool
-    searches: tuple[ScaleSearch, ...]
+    ways: tuple[str, ...]
     full: bool
     one: bool
     gpu_memory_bytes: int | None
@@ -87,7 +88,7 @@ class Settings:
                 name: getattr(self, name)
                 for name in ("device", "batch_size", "desc_act", "full", "one", "gpu_memory_bytes")
             },
-            "scale_search": list(self.searches),
+            "ways": list(self.ways),
             "from_page_cache": self.from_page_cache,
             "warm_up": self.warm_up,
         }
@@ -131,17 +132,16 @@ def _write_report(settings: Settings, rows: Sequence[Row]) -> None:
 
 def _run_all(settings: Settings, model: Path, small: Path | None) -> Iterator[Row]:
     layers = settings.spec.shape.layers
-    for search in settings.searches:
+    for way, keys in ((way, WAYS[way]) for way in settings.ways):
         for recipe, variants in ((ONE, 1), (FOUR, 4)):
             if settings.full and recipe == (FOUR if settings.one else ONE):
                 continue
-            prefix, title = SEARCHES[search]
             yield Row(
-                title=f"ours, {variants} at once{title}",
+                title=f"ours, {variants} at once" + (f", {way}" if keys else ""),
                 variants=variants,
                 layers=layers,
                 ours=True,
-                outcome=_run_ours(settings, f"{prefix}{recipe}", model, small),
+                outcome=_run_ours(settings, f"{way}-{recipe}", model, small),
             )
     for engine in settings.peers:
         outcomes = _run_peer(settings, engine, model, small)
@@ -215,11 +215,10 @@ def _make(spec: ModelSpec, folder: Path, settings: Settings, console: Console) -
     one = {**four, "variants": [{"branch": "main", "group_size": 128, "desc_act": settings.desc_act}]}
     described = describe(folder / "model", None)
     for name, recipe in ((ONE, one), (FOUR, four)):
-        for search, (prefix, _) in SEARCHES.items():
-            searched = {**recipe, "defaults": {**recipe["defaults"], "scale_search": search}}
-            write_recipe(folder / f"{prefix}{name}", searched, described)
+        for way, keys in WAYS.items():
+            write_recipe(folder / f"{way}-{name}", {**recipe, "defaults": {**recipe["defaults"], **keys}}, described)
     if settings.peers:
-        recipe_file = RecipeFile.load(folder / FOUR)
+        recipe_file = RecipeFile.load(folder / f"{DEFAULTS_OF_OURS}-{FOUR}")
         source = open_source(recipe_file, console.print)
         np.save(folder / "rows.npy", prepare(recipe_file, source).calibration.ids.numpy())
 
@@ -268,8 +267,13 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     add("--full", action="store_true", help="40 layers, four permutations, ours alone, down to audited checkpoints")
     add("--one", action="store_true", help="with --full: one permutation, 128g")
     add("--desc-act", action="store_true", help="the one permutation that all engines make is with desc_act")
-    add("--plain", action="store_true", help="ours once more without scale_search, which the peers do not have")
-    add("--signed", action="store_true", help="ours once more with scale_search: signed")
+    add(
+        "--also",
+        type=_ways,
+        default=(),
+        metavar="LIST",
+        help=f"ours once more with each of these: {', '.join(list(WAYS)[1:])} (plain: without scale_search and refine)",
+    )
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--batch-size", type=int, default=8, help="rows per batch in the peers (default 8)")
     add(
@@ -301,7 +305,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         batch_size=given.batch_size,
         peer_settings=given.peer_settings,
         desc_act=given.desc_act,
-        searches=_searches(given),
+        ways=(DEFAULTS_OF_OURS, *given.also),
         full=given.full,
         one=given.one,
         gpu_memory_bytes=given.gpu_memory,
@@ -314,9 +318,11 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     )  # fmt: skip
 
 
-def _searches(given: argparse.Namespace) -> tuple[ScaleSearch, ...]:
-    wanted: dict[ScaleSearch, bool] = {True: True, "signed": given.signed, False: given.plain}
-    return tuple(search for search in SEARCHES if wanted[search])
+def _ways(text: str) -> tuple[str, ...]:
+    ways = tuple(text.split(","))
+    if not set(ways) <= set(WAYS) - {DEFAULTS_OF_OURS}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(list(WAYS)[1:])}")
+    return ways
 
 
 def _kinds(text: str) -> tuple[str, ...]:

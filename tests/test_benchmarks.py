@@ -156,7 +156,7 @@ def test_speed_runs_our_engine_and_names_peers_that_are_not_installed(
 def test_full_runs_our_engine_alone_to_the_checkpoints(modules: Any, tmp_path: Path, capsys: Any) -> None:
     assert (
         modules.speed.main(
-            [*TINY, "--full", "--signed", "--plain", f"--work={tmp_path}", f"--json={tmp_path / 'out.json'}"]
+            [*TINY, "--full", "--also=positive,plain", f"--work={tmp_path}", f"--json={tmp_path / 'out.json'}"]
         )
         == 0
     )
@@ -164,11 +164,13 @@ def test_full_runs_our_engine_alone_to_the_checkpoints(modules: Any, tmp_path: P
     assert {each["permutations"] for each in results} == {4}
     assert [each["engine"] for each in results] == [
         "ours, 4 at once",
-        "ours, 4 at once, signed",
+        "ours, 4 at once, positive",
         "ours, 4 at once, plain",
     ]
-    written = {name: json.loads((tmp_path / "model" / f"{name}recipe.yaml").read_text()) for name in ("", "signed-")}
-    assert [each["defaults"]["scale_search"] for each in written.values()] == [True, "signed"]
+    written = {
+        name: json.loads((tmp_path / "model" / f"{name}-recipe.yaml").read_text()) for name in ("defaults", "positive")
+    }
+    assert [each["defaults"].get("scale_search") for each in written.values()] == [None, True]
     receipts = (tmp_path / "dist" / "model" / "receipts").rglob("*.json")
     parameters = [json.loads(path.read_text())["provenance"]["parameters"] for path in receipts]
     assert [each["scale_search"] for each in parameters] == [False] * 4
