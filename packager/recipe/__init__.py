@@ -40,7 +40,7 @@ from packager.recipe.fields import (
 )
 from packager.recipe.paths import FolderPath, RelativePath, is_elsewhere
 from packager.recipe.text_models import Calibration, Evaluation
-from packager.variant import Layout, Place, Variant, branch_name, place_of
+from packager.variant import Layout, Place, ScaleSearch, Variant, branch_name, place_of
 
 
 class Repository(Strict):
@@ -321,6 +321,7 @@ def expand(entry: VariantEntry, defaults: Defaults) -> Variant:
     del fields["desc_act"]
     # Scale search lowers the KL divergence of every permutation: docs/explanation/measurements.md.
     if fields["scale_search"] is None:
-        fields["scale_search"] = fields["engine"] == "native"
+        search: ScaleSearch = "signed" if fields["sym"] else True
+        fields["scale_search"] = search if fields["engine"] == "native" else False
     name = branch_name(bits=fields["bits"], group_size=fields["group_size"], act_order=fields["act_order"])
     return Variant(branch=entry.branch or name, **fields)

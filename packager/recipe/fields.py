@@ -115,8 +115,8 @@ ScaleSearchField = Annotated[
     ScaleSearch,
     BeforeValidator(_scale_search),
     _described(
-        "search a smaller scale per group (41 candidates down to 60 % of max|w|); "
-        "signed: negative ones too, for sym: true; left out: true, but false for engine auto-gptq, which has none"
+        "search a smaller scale per group (41 candidates down to 60 % of max|w|); signed: negative ones too, for "
+        "sym: true; left out: signed, for sym: false true, and for engine auto-gptq, which has none, false"
     ),
 ]
 Refine = Annotated[
