@@ -249,9 +249,13 @@ def tests_base(session: nox.Session) -> None:
 
 @nox.session(name="build-all")
 def build_all(session: nox.Session) -> None:
-    """Build and publish every recipe that this machine can build; `-- --strict` makes a skipped one a failure."""
+    """Build and publish every recipe that this machine can build, or those named after `--`, with release's options.
+
+    `-- --strict` makes a skipped recipe a failure; `-- --no-publish` builds only.
+    """
     _install(session, "-e", ".[build,sign]")
-    session.run("packager", "release", *RECIPES, *session.posargs)
+    named = any(word.endswith((".yaml", ".yml")) or word.startswith("--recipes") for word in session.posargs)
+    session.run("packager", "release", *([] if named else RECIPES), *session.posargs)
 
 
 @nox.session(name="tests-release")

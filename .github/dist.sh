@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Hand the built folders from one job of a release to the next, in one file.
+# Hand the built files of one repository from one job of a release to the next, in one file.
 #
-#   .github/dist.sh pack FILE      write FILE, and its sha256 as an output of the step
-#   .github/dist.sh unpack FILE    compare FILE with DIST_SHA256, then write dist
+#   .github/dist.sh pack FILE DIST REPOSITORY   write FILE, and its sha256 as an output of the step
+#   .github/dist.sh unpack FILE                 compare FILE with DIST_SHA256, then write ./dist
 #
 # Any job of a run can replace the run's artifacts; the output of a job, which names the digest, only that job can set.
 # With ARTIFACT_KEY the file is encrypted: everybody with an account can download the artifacts of a public repository.
@@ -14,10 +14,10 @@ cipher() { openssl enc -aes-256-ctr -pbkdf2 -iter 600000 -pass env:ARTIFACT_KEY 
 case "$1" in
 pack)
   if [ -n "${ARTIFACT_KEY:-}" ]; then
-    tar -C dist -cf - builds receipts | cipher -out "$2"
+    tar -C "$3" -cf - "builds/$4" "receipts/$4" | cipher -out "$2"
   else
     echo "::notice::there is no secret ARTIFACT_KEY: who can read this repository can download the built files for a day"
-    tar -C dist -cf "$2" builds receipts
+    tar -C "$3" -cf "$2" "builds/$4" "receipts/$4"
   fi
   echo "sha256=$(sha256sum "$2" | cut -d ' ' -f 1)" >> "$GITHUB_OUTPUT"
   ;;
@@ -36,7 +36,7 @@ unpack)
   fi
   ;;
 *)
-  echo "usage: $0 pack|unpack FILE" >&2
+  echo "usage: $0 pack FILE DIST REPOSITORY | unpack FILE" >&2
   exit 2
   ;;
 esac

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from packager.errors import PackagerError, PublishError
+from packager.model.devices import GPU_ALLOCATION
 
 if TYPE_CHECKING:
     from packager.pipeline.build_state import Options
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from packager.system.terminal import Terminal
 
 __all__ = ["PackagerError", "build", "card", "plan", "publish", "status"]
+
+os.environ.setdefault(*GPU_ALLOCATION)
 
 
 def plan(recipe: str | Path, *, only: Collection[str] = (), settings: Sequence[str] = ()) -> "BuildPlan":

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import os
 import random
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 from packager.errors import MachineError, QuantizeError
 from packager.inputs.base_model import SourceModel
 from packager.model.decoder import Decoder, forward
+from packager.model.devices import GPU_ALLOCATION
 from packager.model.packing import pack, pack_zeros, unpack
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Hessian, factorize
@@ -32,6 +34,7 @@ from tests.sources import open_folder
 from tests.tiny_models import CONFIGS, WITH_EXPERTS, open_store, save_model, token_rows, variant
 
 pytestmark = pytest.mark.gpu
+os.environ.setdefault(*GPU_ALLOCATION)  # as the command does
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda", 0)
 # Rows of the larger models: eight batches, so that some can wait while others do not.

@@ -210,6 +210,19 @@ def test_a_trial_is_recorded_lies_apart_and_is_never_published(tiny: Path) -> No
     assert packager("publish", "same.yaml", "--dist", trial).exit_code == 0
 
 
+@pytest.mark.slow
+def test_a_release_that_does_not_publish_builds_and_asks_nobody(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow, "publish", lambda *_, **__: pytest.fail("published"))
+    monkeypatch.setattr("packager.pipeline.release.publish", lambda *_, **__: pytest.fail("published"))
+    tiny_recipe.write_recipe(tiny, {"repository.target": "hub"})
+    done = packager("release", "recipe.yaml", "--no-publish", "--format", "json")
+    (result,) = json.loads(done.stdout)["recipes"]
+    assert (done.exit_code, result["result"]) == (0, "built"), done.stderr
+    refused = packager("release", "recipe.yaml", "--format", "json")
+    assert refused.exit_code == PublishError.exit_code
+    assert "run again with --yes" in refused.stderr + refused.stdout
+
+
 @pytest.mark.parametrize("command", ["publish", "release", "verify", "lock"])
 def test_what_publishes_takes_no_settings(command: str) -> None:
     refused = packager(command, "recipe.yaml", "--set", "card.title=x")

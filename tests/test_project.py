@@ -23,7 +23,7 @@ PINNED = re.compile(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
 def test_every_action_is_pinned_by_its_commit_with_the_version_beside_it(workflow: Path) -> None:
-    used = re.findall(r"uses: (.*)", workflow.read_text(encoding="utf-8"))
+    used = re.findall(r"uses: (?!\./)(.*)", workflow.read_text(encoding="utf-8"))  # ours are of this commit
     assert used
     assert [action for action in used if not PINNED.fullmatch(action.strip())] == []
 

@@ -1,6 +1,8 @@
-"""The release workflow: who has which right, what is compared before the publish, and the scripts of its steps."""
+"""The release workflows: who has which right, what is compared before the publish, and the scripts of their steps."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,18 +13,21 @@ import pytest
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+# Releases one recipe; release.yml, EVERY here, calls it for each.
+TEXT = (ROOT / ".github" / "workflows" / "release-recipe.yml").read_text(encoding="utf-8")
 WORKFLOW: dict[str, Any] = YAML(typ="safe").load(TEXT)
 JOBS: dict[str, Any] = WORKFLOW["jobs"]
+EVERY: dict[str, Any] = YAML(typ="safe").load(ROOT / ".github" / "workflows" / "release.yml")
 SECRETS = ("secrets.", "github.token", "GITHUB_TOKEN", "HF_OIDC", "id-token")
 
 # Stands for the command: it notes its arguments and what it finds in its environment, and writes the plan.
 PACKAGER = """#!/bin/bash
+command=$1
 printf '%s\\n' "$*" >> "$RUNNER_TEMP/calls"
 env | cut -d = -f 1 >> "$RUNNER_TEMP/variables"
 [ -e "$RUNNER_TEMP/sign.key" ] && stat -c %a "$RUNNER_TEMP/sign.key" >> "$RUNNER_TEMP/modes"
 while [ $# -gt 0 ]; do [ "$1" = --save-plan ] && echo '{"a": "plan"}' > "$2"; shift; done
-echo '## a summary'
+if [ "$command" = plan ]; then cat "$RUNNER_TEMP/answer"; else echo '## a summary'; fi
 exit ${PACKAGER_FAILS:-0}
 """
 
@@ -36,6 +41,13 @@ def step(job: str, words: str) -> dict[str, Any]:
     """Return the one step of a job whose script has these words."""
     (found,) = [each for each in steps(job) if words in each.get("run", "")]
     return found
+
+
+def artifact_of(step: dict[str, Any]) -> str:
+    """Return the name of a step's artifact without the part that tells the recipes of a run apart, or ""."""
+    name: str = step.get("with", {}).get("name", "")
+    assert not name or name.startswith("${{ inputs.prefix }}")
+    return name.removeprefix("${{ inputs.prefix }}")
 
 
 def texts(value: object) -> Iterator[str]:
@@ -97,7 +109,7 @@ def test_a_secret_is_in_the_environment_of_the_step_that_needs_it_and_nowhere_el
     }
     assert users == {
         **artifact,
-        ("build", build.index(step("build", "packager build"))): ["${{ secrets.HF_READ_TOKEN }}"],
+        ("build", build.index(step("build", "nox -s build-all"))): ["${{ secrets.HF_READ_TOKEN }}"],
         ("publish", publish.index(step("publish", "packager publish"))): [
             "${{ secrets.SIGN_KEY }}",
             "${{ secrets.SIGN_PASSPHRASE }}",
@@ -107,6 +119,24 @@ def test_a_secret_is_in_the_environment_of_the_step_that_needs_it_and_nowhere_el
         assert named({key: value for key, value in job.items() if key not in ("steps", "permissions")}) == set()
     assert TEXT.count("HF_OIDC_RESOURCE") == 1
     assert publish[-1] is step("publish", "packager publish"), "nothing runs after the token was there"
+
+
+def test_the_gpu_job_builds_strictly_beside_the_checkout_and_cannot_publish() -> None:
+    build = step("build", "nox -s build-all")["run"]
+    assert build == 'nox -s build-all -- "$RECIPE" --strict --no-publish --dist "$GITHUB_WORKSPACE/../dist"'
+    assert '"$GITHUB_WORKSPACE/../dist" "$REPOSITORY"' in step("build", "dist.sh pack")["run"]
+
+
+def test_every_recipe_is_released_by_the_workflow_of_one() -> None:
+    caller = EVERY["jobs"]["release"]
+    called = WORKFLOW["on"]["workflow_call"]
+    assert caller["uses"] == "./.github/workflows/release-recipe.yml"
+    assert caller["with"].keys() == called["inputs"].keys()
+    # Secrets that are not passed by name are empty in the called workflow, and no error tells.
+    assert caller["secrets"] == {name: f"${{{{ secrets.{name} }}}}" for name in called["secrets"]}
+    assert called["secrets"].keys() == {word.removeprefix("secrets.") for word in re.findall(r"secrets\.\w+", TEXT)}
+    assert EVERY["permissions"] == {"contents": "read"}
+    assert named(EVERY["jobs"]["recipes"]) == set()
 
 
 def test_exactly_the_approved_plan_is_published() -> None:
@@ -124,7 +154,7 @@ def test_exactly_the_approved_plan_is_published() -> None:
 def test_exactly_what_was_built_is_planned_and_published() -> None:
     assert JOBS["build"]["outputs"] == {"sha256": "${{ steps.pack.outputs.sha256 }}"}
     assert step("build", "dist.sh pack")["id"] == "pack"
-    (packed,) = [each["with"]["path"] for each in steps("build") if each.get("with", {}).get("name") == "dist"]
+    (packed,) = [each["with"]["path"] for each in steps("build") if artifact_of(each) == "dist"]
     assert packed == "${{ runner.temp }}/dist.tar"
     for name in ("plan", "publish"):
         found, unpack = steps(name), step(name, "dist.sh unpack")
@@ -141,8 +171,8 @@ def test_every_job_installs_what_the_locks_name() -> None:
 
 
 def test_every_release_keeps_its_bills_of_materials() -> None:
-    assert "-s sbom" in step("build", "nox")["run"]
-    (kept,) = [each["with"]["path"] for each in steps("build") if each.get("with", {}).get("name") == "sbom"]
+    assert step("build", "-s sbom")
+    (kept,) = [each["with"]["path"] for each in steps("build") if artifact_of(each) == "sbom"]
     assert kept == "dist/sbom"
 
 
@@ -150,7 +180,7 @@ def test_artifacts_are_kept_for_a_day_and_credentials_are_not_kept() -> None:
     for job in JOBS.values():
         for each in job["steps"]:
             if "upload-artifact" in each.get("uses", ""):
-                days = {"dist": 1, "plan": 1, "sbom": None}[each["with"]["name"]]
+                days = {"dist": 1, "plan": 1, "sbom": None}[artifact_of(each)]
                 assert (each["with"].get("retention-days"), each["with"]["if-no-files-found"]) == (days, "error")
             if "checkout" in each.get("uses", ""):
                 assert each["with"]["persist-credentials"] is False
@@ -218,6 +248,19 @@ def test_the_plan_is_saved_shown_and_named_by_its_digest(runner: Runner) -> None
     assert (runner.temp / "sign.pub").read_text() == "PEM\n"
 
 
+def test_the_recipes_become_a_matrix_and_a_wrong_one_ends_the_run(runner: Runner) -> None:
+    (script,) = [each for each in EVERY["jobs"]["recipes"]["steps"] if each.get("id") == "list"]
+    answers = [{"recipe": f"recipes/{name}.yaml", "repository": f"org/{name}", "why": ""} for name in ("a", "b")]
+    (runner.temp / "answer").write_text(json.dumps({"schema_version": 1, "recipes": answers}))
+    assert runner.run(script, RECIPES="recipes/* .yaml") == 0
+    assert runner.noted("calls") == ["plan --recipes recipes/* .yaml --format json"]
+    name, _, matrix = runner.files["GITHUB_OUTPUT"].read_text().strip().partition("=")
+    assert (name, json.loads(matrix)) == ("matrix", [{k: a[k] for k in ("recipe", "repository")} for a in answers])
+    runner.files["GITHUB_OUTPUT"].unlink()
+    assert runner.run(script, PACKAGER_FAILS="2") == 2
+    assert not runner.files["GITHUB_OUTPUT"].exists()
+
+
 def test_a_plan_that_cannot_be_made_fails_the_job(runner: Runner) -> None:
     assert runner.run(step("plan", "packager publish"), PACKAGER_FAILS="10") == 10
     assert not runner.files["GITHUB_OUTPUT"].exists()
@@ -254,11 +297,12 @@ class Handover:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.tar, self.output = folder, folder / "dist.tar", folder / "output"
-        for name in ("builds/.hidden", "builds/main/w.bin", "receipts/main.json"):
+        own = ("builds/org/own/.hidden", "builds/org/own/main/w.bin", "receipts/org/own/main.json")
+        for name in (*own, "builds/org/other/main/w.bin", "receipts/org/own2/main.json", "rows/a"):
             path = folder / "dist" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"the content of {name}")
-        self.files = self.listed()
+        self.files = {name: content for name, content in self.listed().items() if name in own}
 
     def listed(self) -> dict[str, str]:
         dist = self.folder / "dist"
@@ -267,10 +311,11 @@ class Handover:
     def run(self, action: str, **values: str) -> "subprocess.CompletedProcess[str]":
         environ = {"PATH": os.environ["PATH"], "GITHUB_OUTPUT": str(self.output), **values}
         command = [str(ROOT / ".github" / "dist.sh"), action, str(self.tar)]
+        command += [str(self.folder / "dist"), "org/own"] if action == "pack" else []
         return subprocess.run(command, cwd=self.folder, env=environ, capture_output=True, text=True, check=False)
 
     def pack(self, **values: str) -> str:
-        """Pack dist, delete it, and return the digest."""
+        """Pack the repository's part of dist, delete dist, and return the digest."""
         done = self.run("pack", **values)
         assert done.returncode == 0, done.stderr
         shutil.rmtree(self.folder / "dist")
@@ -321,8 +366,8 @@ def test_a_failing_cipher_fails_the_job(handover: Handover) -> None:
 
 
 def test_links_in_an_artifact_are_refused(handover: Handover) -> None:
-    (handover.folder / "dist" / "builds" / "link").symlink_to("/etc/passwd")
+    (handover.folder / "dist" / "builds" / "org" / "own" / "link").symlink_to("/etc/passwd")
     digest = handover.pack()
     done = handover.run("unpack", DIST_SHA256=digest)
     assert done.returncode == 1
-    assert "dist/builds/link is neither a file nor a folder" in done.stdout
+    assert "dist/builds/org/own/link is neither a file nor a folder" in done.stdout

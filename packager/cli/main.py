@@ -39,9 +39,11 @@ from packager.cli.usage import UsageMistake, usage_error
 from packager.cli.voice import begin, report, spoken
 from packager.errors import PATH_REFUSALS, PackagerError, path_refusal
 from packager.inputs.hub_endpoint import require_endpoint
+from packager.model.devices import GPU_ALLOCATION
 
 # pydantic's search for plugins reads the metadata of every installed package: 25 of 500 ms of `plan`, for no plugin.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+os.environ.setdefault(*GPU_ALLOCATION)
 # Servers other than the Hub's own do not know the Xet protocol, and the client uses it without asking.
 if os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") != "https://huggingface.co":
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")

@@ -266,6 +266,9 @@ def release_command(
         bool, typer.Option("--strict", help="Build nothing if a recipe is wrong or this machine cannot build one.")
     ] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End with the first recipe that fails.")] = False,
+    no_publish: Annotated[
+        bool, typer.Option("--no-publish", help="Build only; `publish` does the rest, here or elsewhere.")
+    ] = False,
     yes: YesOption = False,
     sign_key: SignKeyOption = None,
     trusted_key: TrustedKeyOption = None,
@@ -299,6 +302,7 @@ def release_command(
         terminal,
         strict=strict,
         fail_fast=fail_fast,
+        publishing=not no_publish,
         attended=yes or sys.stdin.isatty(),
         show_plan=lambda plan: print_publish_plan(plan, terminal.err),
         show_status=lambda file, options: None if as_json else print_status(file, options, terminal.out),

@@ -1,6 +1,5 @@
 """Choose the device that computes, and name it in receipts. torch is imported only when a function is called."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +16,9 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 # Device files of NVIDIA's driver, of WSL and of AMD's driver; torch calls the GPUs of all three "cuda".
 _GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 
-# Quantizing allocates and frees tensors of many sizes: without this, fragmentation loses a fifth of a GPU's memory.
-# torch reads it when it first allocates on a GPU.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# An environment variable and its value. Quantizing allocates and frees tensors of many sizes: without this,
+# fragmentation loses a fifth of a GPU's memory. torch reads it when it first allocates on a GPU.
+GPU_ALLOCATION = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def choose_device(choice: DeviceChoice) -> "torch.device":

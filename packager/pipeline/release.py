@@ -1,6 +1,6 @@
 """A release run: build and publish every recipe that this machine can build, and report why others are left out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +27,7 @@ def release(
     *,
     strict: bool = False,
     fail_fast: bool = False,
+    publishing: bool = True,
     attended: bool = True,
     show_plan: Callable[[PublishPlan], None] = lambda _: None,
     show_status: Callable[[RecipeFile, Options], None] = lambda *_: None,
@@ -44,9 +45,10 @@ def release(
         terminal: gets all messages.
         strict: nothing is built if a recipe is wrong, or if this machine cannot build one; all of them are reported.
         fail_fast: end with the first recipe that fails.
+        publishing: otherwise the recipes are built only, and no key is needed.
         attended: whether `consent` can ask a person; if not, a target that others can see is refused first.
         show_plan: see `flow.publish`.
-        show_status: called after each recipe is published.
+        show_status: called after each recipe is published, or built.
         show_results: called at the end, whatever ended the run, with a result for each recipe.
         consent: see `flow.publish`.
         keys: see `flow.publish`.
@@ -61,35 +63,34 @@ def release(
     """
     results = Results(terminal, stop=fail_fast, by_path={path: RecipeResult(path=path) for path in recipes})
     try:
-        files = _read_all(results, keys or SigningKeys())
-        _require_consent(files, attended=attended)
+        files = _read_all(results, (keys or SigningKeys()) if publishing else None)
+        _require_consent(files if publishing else (), attended=attended)
         wanted = _that_can_be_built(results, files, options)
         if strict and any(result.outcome == "failed" for result in results.ordered):
             return results.ordered
-        skipped = {result.path: result.why for result in results.ordered if result.outcome == "not built"}
-        if skipped and strict:
-            for path in skipped:
-                results.update(path, outcome="failed", exit_code=MachineError.exit_code)
-            raise _skipped_error(skipped)
+        if strict:
+            _refuse_skipped(results)
         for file in wanted:
             terminal.log(str(file.path))
-            with results.recorded(file.path, "published"):
+            with results.recorded(file.path, "published" if publishing else "built"):
                 build(file, options, terminal)
-                publish(file, options, terminal, dry_run=False, show_plan=show_plan, consent=consent, keys=keys)
+                if publishing:
+                    publish(file, options, terminal, dry_run=False, show_plan=show_plan, consent=consent, keys=keys)
                 show_status(file, options)
     finally:
         show_results(results.ordered)
     return results.ordered
 
 
-def _read_all(results: Results, keys: SigningKeys) -> list[RecipeFile]:
-    """Return the recipes that can be read; the results get the others."""
+def _read_all(results: Results, keys: SigningKeys | None) -> list[RecipeFile]:
+    """Return the recipes that can be read and, with `keys`, signed; the results get the others."""
     files: list[RecipeFile] = []
     for path in list(results.by_path):
         with results.recorded(path):
             file = RecipeFile.load(path)
             results.update(path, repository=file.recipe.repository.id)
-            require_key(file, keys)
+            if keys is not None:
+                require_key(file, keys)
             files.append(file)
     for file in files:
         with results.recorded(file.path):
@@ -129,8 +130,14 @@ def _refuse_same_repository(file: RecipeFile, files: Sequence[RecipeFile]) -> No
         )
 
 
-def _skipped_error(skipped: Mapping[Path, str]) -> MachineError:
-    return MachineError(
+def _refuse_skipped(results: Results) -> None:
+    """Raise MachineError if this machine cannot build some of the recipes; those count as failed."""
+    skipped = {result.path: result.why for result in results.ordered if result.outcome == "not built"}
+    if not skipped:
+        return
+    for path in skipped:
+        results.update(path, outcome="failed", exit_code=MachineError.exit_code)
+    raise MachineError(
         "this machine cannot build every recipe",
         why="\n       ".join(f"{path}: {reason}" for path, reason in skipped.items()),
         hint="build these elsewhere, or leave out --strict",
