@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for engine, seed, permutation, outcome, checkpoint in (*_ours(settings, builds), *_peers(settings, builds)):
         quality = None
         if outcome.status == "ok":
-            quality = quality_of(base, _measured(checkpoint, first), texts)
+            bits = settings.ours.get(engine, {}).get("bits", 4)
+            quality = quality_of(base, _measured(checkpoint, bits, first), texts)
             name = f"{permutation[0]}g {permutation[1]}"
             terminal.log(f"{engine} {name} seed {seed}: KL {quality.kl_divergence:.6f}")
         failed |= outcome.status == "failed"
@@ -192,9 +193,9 @@ def _peers(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Job]:
             yield engine.title, seed, permutation, outcome, folder
 
 
-def _measured(checkpoint: Path, build: BuildState) -> ForwardResult:
+def _measured(checkpoint: Path, bits: int, build: BuildState) -> ForwardResult:
     """Run a checkpoint's tensors in the base model; its own config.json is ignored."""
-    read = CheckpointReader(checkpoint, 4)
+    read = CheckpointReader(checkpoint, bits)
     return run_texts(build.source.folder, read, build.texts, device=build.device, dtype=torch.float32)
 
 

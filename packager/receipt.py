@@ -130,6 +130,7 @@ class TextRecord(Record):
 class LinearRecord(Record):
     """One quantized linear: its GPTQ loss per output feature and calibration token, and the damping it needed.
 
+    Of a variant with a target correction, the loss is that of the corrected weights, which GPTQ was given.
     `unrefined_loss` is the loss before the refinement. Where there was none, the record does not hold it.
     """
 

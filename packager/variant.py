@@ -20,6 +20,7 @@ MAX_REPOSITORY_NAME = 96  # on the Hub, without the namespace
 AUTO_GPTQ_KNOWS: Mapping[str, tuple[object, ...]] = {
     "scale_search": (False,),
     "refine": (False,),
+    "target_correction": (0,),
     "act_order": ("none", "static", "full"),
 }
 
@@ -49,8 +50,10 @@ class Variant:
         scale_search: try smaller scales per group and keep the one with the least weighted squared error; "signed":
             negative ones too, of a symmetric grid.
         refine: after the last column, refit scales and choose integers again, from the last column to the first.
-        engine: what quantizes it; auto-gptq knows neither scale_search, refine nor act order group, nor
-            damp_percent_limit.
+        engine: what quantizes it; auto-gptq knows neither scale_search, refine, target_correction nor act order group,
+            nor damp_percent_limit.
+        target_correction: how much of what the quantized linears before a linear did to its inputs its weights make up
+            for before they are quantized, 0 to 1.
     """
 
     branch: str
@@ -64,6 +67,7 @@ class Variant:
     scale_search: ScaleSearch
     refine: bool
     engine: EngineName
+    target_correction: float = 0.0
 
     @property
     def desc_act(self) -> bool:
@@ -71,8 +75,12 @@ class Variant:
         return self.act_order == "full"
 
     def parameters(self) -> dict[str, bool | int | float | str]:
-        """Return every parameter but the branch, and desc_act, ready for JSON."""
-        return {key: value for key, value in asdict(self).items() if key != "branch"} | {"desc_act": self.desc_act}
+        """Return every parameter but the branch, and desc_act, ready for JSON; target_correction where there is one.
+
+        So the digests and records of variants without a correction are those of before there was any.
+        """
+        left_out = {"branch"} if self.target_correction else {"branch", "target_correction"}
+        return {key: value for key, value in asdict(self).items() if key not in left_out} | {"desc_act": self.desc_act}
 
 
 def branch_name(*, bits: int, group_size: int, act_order: ActOrder) -> str:

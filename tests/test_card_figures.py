@@ -331,6 +331,16 @@ def test_the_table_of_engines(page: str, records: list[dict[str, Any]]) -> None:
             assert row[column.replace("_", " ").capitalize().replace("Sym", "Symmetric")] == str(used[column])
 
 
+def test_a_target_correction_is_named_with_its_branches() -> None:
+    recipe = recipe_of_four()
+    receipts = receipts_of_four(recipe)
+    assert "Target correction" not in render(recipe, receipts)
+    changed = receipts[1].model_copy(update={"parameters": receipts[1].parameters | {"target_correction": 0.25}})
+    page = render(recipe, [receipts[0], changed, *receipts[2:]])
+    assert f"\n* Target correction 0.25 (`{receipts[1].branch}`): before a linear was quantized, its weights " in page
+    assert page.count("Target correction") == 1
+
+
 TOKENS = ((0, 90, 1200, 700, 64, 63), (65, 80, 1300, 900, 64, 2000))
 
 

@@ -14,7 +14,7 @@ from packager.quantize.activations import Activations
 from packager.quantize.experts import own_forward
 from packager.quantize.gptq.expert_hessians import expert_hessians, pooled_hessian
 from packager.quantize.gptq.grid import GridRules
-from packager.quantize.gptq.hessian import Hessian, factorize
+from packager.quantize.gptq.hessian import factorize
 from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.routing import RoutedInputs
 from packager.quantize.gptq.solve import solve
@@ -107,7 +107,7 @@ def test_the_sweep_quantizes_experts_like_repeated_forwards(kind, way):
         run: Any = sweep_parallel if how == "parallel" else sweep_sequential
         more = {"suspended": 1} if how == "one suspended" else {}
 
-        def halve(group: Group, _: Hessian) -> None:
+        def halve(group: Group, *_: object) -> None:
             cast(nn.Linear, block.get_submodule(group[0])).weight.data *= 0.5
 
         run(block, groups, states, [Context(kwargs={})] * 3, halve, solve_experts=solve_experts(block), **more)

@@ -55,9 +55,11 @@ def test_a_limit_is_missed_from_the_next_number_on(
 def test_a_recipe_without_a_floor_keeps_its_digest() -> None:
     recipe = fixtures.llama_recipe()
     content = recipe.model_dump(mode="json")
-    del content["quality"], content["card"]["templates"], content["repository"]["plugin"], content["defaults"]["refine"]
+    del content["quality"], content["card"]["templates"], content["repository"]["plugin"]
+    for parameters in (content["defaults"], *content["variants"]):
+        del parameters["refine"], parameters["target_correction"]
     for variant in content["variants"]:
-        del variant["publish_below_floor"], variant["refine"]
+        del variant["publish_below_floor"]
     assert recipe.digest() == digest_of(content)
     assert recipe.model_copy(update={"quality": QualityFloor(max_kl=1.0)}).digest() != recipe.digest()
     (receipt,) = fixtures.minimal_receipts(fixtures.minimal_recipe())

@@ -52,6 +52,7 @@ WORKS = st.fixed_dictionaries(
         "num_samples": st.sampled_from([1, 8, 100, 128]),
         "num_variants": st.integers(1, 5),
         "true_sequential": st.booleans(),
+        "corrected": st.booleans(),
     }
 )
 # Limits from nothing to plenty, as shares of what the fastest way takes.
@@ -155,7 +156,7 @@ def test_more_tokens_and_variants_need_more_memory(fields, device_type):
         return next(sweep_ways(replace(work, **changes), device_type)).device_bytes
 
     states = {"cpu": 4, "cuda": 2}[device_type] * work.num_samples * work.seq_len * work.architecture.hidden_size
-    assert needed(num_variants=work.num_variants + 1) == needed() + states
+    assert needed(num_variants=work.num_variants + 1) == needed() + states * (2 if work.corrected else 1)
     assert needed(num_samples=2 * work.num_samples) > needed()
 
 

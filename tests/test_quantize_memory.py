@@ -32,7 +32,7 @@ def held(key):
     return int(next(line for line in STATUS.read_text().splitlines() if line.startswith(key)).split()[1]) * 1024
 
 def run(folder, work):
-    source, v = open_folder(Path(folder)), variant(group_size=32)
+    source, v = open_folder(Path(folder)), variant(group_size=32, target_correction=float(sys.argv[5]))
     rows = token_rows(int(sys.argv[3]), int(sys.argv[4]))
     job = QuantizeJob(source=source, rows=rows, stores={v: open_store(source, work, v)}, devices=(torch.device("cpu"),))
     Path("/proc/self/clear_refs").write_text("5")
@@ -46,10 +46,10 @@ print(run(sys.argv[2], Path("second")))
 """
 
 
-def used_by_child(tmp_path: Path, folder: Path) -> int:
+def used_by_child(tmp_path: Path, folder: Path, correction: float) -> int:
     command = [sys.executable, "-c", SCRIPT, str(save_model(tmp_path / "small", "llama")), str(folder)]
     ran = subprocess.run(
-        [*command, str(ROWS), str(LENGTH)], cwd=tmp_path, capture_output=True, text=True, check=False,
+        [*command, str(ROWS), str(LENGTH), str(correction)], cwd=tmp_path, capture_output=True, text=True, check=False,
         env={"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
@@ -67,15 +67,24 @@ SIZES: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("tied", torch.bfloat16), ("untied", torch.bfloat16), ("untied", torch.float32), ("blocks", torch.bfloat16)],
+    ("name", "dtype", "correction"),
+    [
+        ("tied", torch.bfloat16, 0.0),
+        ("untied", torch.bfloat16, 0.0),
+        ("untied", torch.float32, 0.0),
+        ("blocks", torch.bfloat16, 0.0),
+        ("blocks", torch.bfloat16, 0.5),
+    ],
 )
-def test_the_peak_of_a_process_is_the_planned_one(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+def test_the_peak_of_a_process_is_the_planned_one(
+    tmp_path: Path, name: str, dtype: torch.dtype, correction: float
+) -> None:
     config = LlamaConfig(**SIZES[name], num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8)
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path / "model")
     work = Workload(
-        architecture=open_folder(tmp_path / "model").architecture, num_samples=ROWS, seq_len=LENGTH, num_variants=1
-    )
+        architecture=open_folder(tmp_path / "model").architecture, num_samples=ROWS, seq_len=LENGTH, num_variants=1,
+        corrected=correction > 0,
+    )  # fmt: skip
     planned = next(sweep_ways(work, "cpu")).device_bytes
     assert planned > 200e6, "so much that what libraries take does not matter"
-    assert used_by_child(tmp_path, tmp_path / "model") == pytest.approx(planned, rel=0.2)
+    assert used_by_child(tmp_path, tmp_path / "model", correction) == pytest.approx(planned, rel=0.2)

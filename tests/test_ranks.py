@@ -109,10 +109,10 @@ def test_the_rows_are_spread_and_every_rank_solves(tmp_path, monkeypatch):
     embed, solve_linears = Decoder.embed, block_module._BlockSolver._solve_linears
     monkeypatch.setattr(Decoder, "embed", lambda self, ids, *, rows: ran.append(ids) or embed(self, ids, rows=rows))
 
-    def solving(self, group, number, H, tokens):
+    def solving(self, group, number, H, S, tokens):
         if H is not None:
             solved.append((self._job.rank.number, group[0]))
-        return solve_linears(self, group, number, H, tokens)
+        return solve_linears(self, group, number, H, S, tokens)
 
     monkeypatch.setattr(block_module._BlockSolver, "_solve_linears", solving)
     run(source, tmp_path / "work", PLAIN, ranks=3)

@@ -203,6 +203,15 @@ def test_every_mistake_of_a_file_is_reported_at_once(request, monkeypatch):
             ("desc_act: true", "refine: true, engine: auto-gptq"),
             "16:44: engine auto-gptq cannot do refine: true (write refine: false in this variant, or engine: native",
         ),
+        (
+            ("desc_act: true", "target_correction: 0.5, engine: auto-gptq"),
+            "16:54: engine auto-gptq cannot do target_correction: 0.5 (write target_correction: 0 in this variant, ",
+        ),
+        (
+            ("desc_act: true", "target_correction: 0.5, true_sequential: false"),
+            "16:63: target_correction needs true_sequential: true (without it, linears are calibrated on inputs that ",
+        ),
+        (("bits: 4", "target_correction: 1.5"), "12:22: defaults.target_correction must be at most 1, got the number"),
         # damping, rows, loaders
         (("bits: 4", "damp_percent_limit: 0.001"), "12:23: damp_percent_limit 0.001 is less than damp_percent 0.01"),
         (

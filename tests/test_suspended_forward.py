@@ -8,7 +8,6 @@ from packager.errors import QuantizeError
 from packager.model.contexts import Context
 from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
-from packager.quantize.gptq.hessian import Hessian
 from packager.quantize.suspended_forward import sweep_parallel, sweep_sequential
 
 GROUPS: tuple[Group, ...] = (("first",), ("second",))
@@ -31,7 +30,7 @@ class Routed(nn.Module):
 def sweep(block: nn.Module, batches: list[Tensor], *, suspended: int | None) -> list[Group]:
     solved: list[Group] = []
 
-    def solve(group: Group, _: Hessian) -> None:
+    def solve(group: Group, *_: object) -> None:
         solved.append(group)
 
     states = Activations(batches, "device")

@@ -17,15 +17,16 @@ from packager.quantize.activations import Activations
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.expert_hessians import expert_hessians, pooled_hessian
 from packager.quantize.gptq.grid import GridRules
-from packager.quantize.gptq.hessian import Factor, Hessian, factorize, factorize_within
+from packager.quantize.gptq.hessian import OVERFLOW_HINT, Factor, Hessian, factorize, factorize_within
 from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.refine import TOKENS_PER_COLUMN
 from packager.quantize.gptq.routing import RoutedInputs
 from packager.quantize.gptq.solve import Solution, solve
+from packager.quantize.gptq.target_correction import InputShift, corrected_targets
 from packager.quantize.memory import expert_slices
 from packager.quantize.ranks import Owned, SweepRank
 from packager.quantize.solved_linears import SolvedLinears
-from packager.quantize.suspended_forward import linears_of, sweep_parallel, sweep_sequential
+from packager.quantize.suspended_forward import Reference, linears_of, sweep_parallel, sweep_sequential
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 
@@ -46,6 +47,7 @@ class BlockJob:
             below another.
         states: the block's inputs; replaced by the quantized block's outputs.
         contexts: the block's other arguments, one per batch.
+        reference: the fp16 model's activations, of a variant with a target correction.
         rank: the device's place among those that share the rows.
         parts: the part of the rows to which each batch belongs, see `row_parts`; None: these are all batches.
         suspended: how many batches are suspended inside the block at once.
@@ -60,6 +62,7 @@ class BlockJob:
     experts: ExpertLinears
     states: Activations
     contexts: Sequence[Context]
+    reference: Reference | None = None
     rank: SweepRank
     parts: Sequence[int] | None = None
     suspended: int
@@ -148,7 +151,8 @@ class _BlockSolver:
         if job.variant.true_sequential:
             sweep_sequential(
                 self._block, job.groups, job.states, job.contexts, self._solve, solve_experts=self._solve_experts,
-                parts=job.parts, suspended=job.suspended, last=job.last, on_solved=self._on_solved,
+                parts=job.parts, suspended=job.suspended, reference=job.reference, last=job.last,
+                on_solved=self._on_solved,
             )  # fmt: skip
         else:
             sweep_parallel(
@@ -157,13 +161,14 @@ class _BlockSolver:
             )  # fmt: skip
         return QuantizedBlock(tensors=self._tensors, records=self._records)
 
-    def _solve(self, group: Group, hessian: Hessian) -> None:
+    def _solve(self, group: Group, hessian: Hessian, shift: InputShift | None) -> None:
         number = self._number_of[group]
         owner = number % self._job.rank.size
         tokens = int(self._job.rank.total([hessian.num_tokens]))
+        S = None if shift is None else self._job.rank.shift(shift, owner)
         try:
             # H is not kept here, so that it is freed when it is factored.
-            parts = self._solve_linears(group, number, self._job.rank.hessian(hessian, owner), tokens)
+            parts = self._solve_linears(group, number, self._job.rank.hessian(hessian, owner), S, tokens)
         except QuantizeError as error:
             names = ", ".join(self._job.names[module] for module in group)
             error.where = f"{self._job.variant.branch}, {names}"
@@ -173,16 +178,19 @@ class _BlockSolver:
         for module, part in zip(group, parts, strict=False):
             self._keep(self._job.names[module], part, self._linears[module].bias)
 
-    def _solve_linears(self, group: Group, number: int, H: Tensor | None, tokens: int) -> Sequence[Solution]:
+    def _solve_linears(
+        self, group: Group, number: int, H: Tensor | None, S: Tensor | None, tokens: int
+    ) -> Sequence[Solution]:
         """Solve a group where H is known, and return the solution of each linear."""
         if H is None:
             return ()
         names = tuple(self._job.names[module] for module in group)
         weights = [self._linears[module].weight for module in group]
         refined = self._refined([tokens], weights[0].shape[-1])
+        targets, finite = self._targets(weights, H, S)
         factor = self._factor(H)
         del H
-        solution = self._solution(weights, factor, refined)
+        solution = self._solution(targets, factor, refined)
         parts = solution.by_linear([weight.shape[0] for weight in weights])
         for weight, part in zip(weights, parts, strict=True):
             part.dequantize_into(weight, self._ops)
@@ -194,10 +202,19 @@ class _BlockSolver:
                 losses=torch.stack([part.losses.mean() for part in parts]),
                 unrefined_losses=torch.stack([part.unrefined_losses.mean() for part in parts]),
                 refined=refined * len(names),
-                succeeded=factor.succeeded & solution.scales_are_finite(),
+                succeeded=factor.succeeded & finite & solution.scales_are_finite(),
             )
         )
         return parts
+
+    def _targets(self, weights: Sequence[Tensor], H: Tensor, S: Tensor | None) -> tuple[Sequence[Tensor], Tensor]:
+        """Return what is to be quantized, and whether S, if there is one, is finite: bool [] on the device."""
+        finite = H.new_ones((), dtype=torch.bool) if S is None else torch.isfinite(S).all()
+        if S is None:
+            return weights, finite
+        if self._checked and not bool(finite):
+            raise QuantizeError("the activations of the fp16 model contain NaN or Inf", hint=OVERFLOW_HINT)
+        return corrected_targets(weights, H, S, strength=self._job.variant.target_correction), finite
 
     def _share(self, owned: Iterable[Owned]) -> None:
         """Give every rank what the owners of weights made of them: now if later linears of the block need it."""

@@ -42,6 +42,7 @@ def sweep_plan(job: QuantizeJob, variants: Sequence[Variant], devices: Sequence[
         num_variants=len(variants),
         true_sequential=any(variant.true_sequential for variant in variants),
         all_at_once=not all(variant.true_sequential for variant in variants),
+        corrected=any(variant.target_correction > 0 for variant in variants),
         ranks=len(devices),
     )
     if devices[0].type == "cpu":

@@ -33,6 +33,8 @@ USABLE = 0.92
 
 # Float32 matrices [in_features, in_features] of the widest linear that exist at once while its Hessian is factored.
 _SQUARES = 4
+# Those that a target correction adds: S, the damped Hessian, its factor, and the product of both inverses with S.
+_CORRECTION_SQUARES = 3
 # Bytes per weight that exist at once while a group of linears is solved: the weights in solving order, their
 # dequantization errors, the integers twice, and float32 products. A refinement frees the weights, and has the errors of
 # the column loop and a product of their size.
@@ -81,6 +83,7 @@ class Workload:
         num_variants: variants.
         true_sequential: whether any variant calibrates linears on the outputs of the quantized ones before them.
         all_at_once: whether any variant calibrates all linears of a block at once.
+        corrected: whether any variant has a target correction, and so the fp16 model's activations beside its own.
         ranks: devices that share the rows.
     """
 
@@ -90,6 +93,7 @@ class Workload:
     num_variants: int
     true_sequential: bool = True
     all_at_once: bool = False
+    corrected: bool = False
     ranks: int = 1
 
     def rows_per_batch(self, device_type: str) -> int:
@@ -148,8 +152,9 @@ def sweep_ways(work: Workload, device_type: str) -> Iterator[SweepPlan]:
     if device_type == "cpu":
         placements, suspended, weights = (("device",),), (batches,), ("device",)
     sizes = _Sizes(
-        work.architecture, device_type, work.seq_len, sums=work.most_sums(device_type), all_at_once=work.all_at_once
-    )
+        work.architecture, device_type, work.seq_len, sums=work.most_sums(device_type), all_at_once=work.all_at_once,
+        corrected=work.corrected,
+    )  # fmt: skip
     for wheres, waiting in product(placements, weights):
         for kept, where, count in product(suspended, wheres, counts):
             yield _way(
@@ -172,7 +177,9 @@ def _way(
     # Of the device that has most batches; `everywhere` counts the rows of all devices.
     everywhere = work.num_samples * work.seq_len
     tokens = min(everywhere, num_batches * work.rows_per_batch(device_type) * work.seq_len)
-    states = ELEMENT_BYTES[device_type] * tokens * work.architecture.hidden_size
+    once = ELEMENT_BYTES[device_type] * tokens * work.architecture.hidden_size
+    # A variant with a target correction has the fp16 model's too.
+    states = 2 * once if work.corrected else once
     batch_tokens = min(tokens, work.rows_per_batch(device_type) * work.seq_len)
     staged = min(num_batches, _STAGED_BATCHES) * states * batch_tokens // tokens
     kept_tokens = min(tokens, suspended * batch_tokens)
@@ -180,8 +187,10 @@ def _way(
     # On the device, a suspended batch's input is one of the states already.
     inputs = ELEMENT_BYTES[device_type] * work.architecture.hidden_size if placement == "device" else 0
     blocks = held + sizes.resident(weights) + sizes.peak(kept_tokens, batch_tokens, everywhere, inputs_held=inputs)
+    # All batches of the fp16 model stay suspended, whatever those of the variant do.
+    blocks += sizes.suspended_reference(tokens, inputs_held=inputs)
     # Wherever activations are stored, all are made on the device; the variants' are the same ones before a block ran.
-    device = max(blocks, states + sizes.embedding(weights))
+    device = max(blocks, once + sizes.embedding(weights))
     host = 0 if device_type == "cpu" else sizes.host(count) + (count * states if placement == "host" else 0)
     return SweepPlan(
         num_variants=count,
@@ -227,12 +236,21 @@ class _Sizes:
         seq_len: tokens per row.
         sums: partial sums of a Hessian that a device holds at most.
         all_at_once: see `Workload`.
+        corrected: likewise.
     """
 
     def __init__(
-        self, architecture: Architecture, device_type: str, seq_len: int, *, sums: int = 1, all_at_once: bool = False
+        self,
+        architecture: Architecture,
+        device_type: str,
+        seq_len: int,
+        *,
+        sums: int = 1,
+        all_at_once: bool = False,
+        corrected: bool = False,
     ) -> None:
         self._architecture, self._seq_len, self._sums, self._all_at_once = architecture, seq_len, sums, all_at_once
+        self._corrected = corrected
         self._device_type, self._element = device_type, ELEMENT_BYTES[device_type]
         self._embedding = embedding_bytes(architecture, device_type) + converted_bytes(architecture, device_type)
 
@@ -274,6 +292,9 @@ class _Sizes:
             square = 4 * group.in_features**2
             sums = self._sums * panels_bytes(group.in_features)
             solving = _solving_bytes(group.in_features, group.out_features)
+            if self._corrected and group.experts is None:
+                sums += self._sums * square
+                solving += _CORRECTION_SQUARES * square + 4 * group.in_features * group.out_features
             if group.experts is None:
                 peaks.append(suspended + max(solving, sums + running))
             else:
@@ -285,6 +306,17 @@ class _Sizes:
                 suspended += (tokens - suspended_tokens) * held
                 peaks.append(suspended + max(square + len(slices[0]) * solving, sums + running))
         return max(*peaks, self._peak_at_once(running, tokens))
+
+    def suspended_reference(self, tokens: int, *, inputs_held: int) -> int:
+        """Return the bytes of the fp16 model's batches while they are suspended where that takes most.
+
+        Args:
+            tokens: of all batches of this device.
+            inputs_held: see `peak`.
+        """
+        if not self._corrected:
+            return 0
+        return tokens * max(max(0, self._suspended(group) - inputs_held) for group in self._architecture.group_sizes)
 
     def _peak_at_once(self, running: int, tokens: int) -> int:
         """Return the peak of a variant that calibrates all linears of a block at once, and suspends no batch."""

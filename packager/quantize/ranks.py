@@ -14,9 +14,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from packager.quantize.gptq.hessian import Hessian, PanelSum, hessian_of_sum
+from packager.quantize.gptq.hessian import Hessian, PanelSum, ProductSums, hessian_of_sum
 from packager.quantize.gptq.routing import RoutedInputs
 from packager.quantize.gptq.row_parts import add_up, batches_of_rank, part_of
+from packager.quantize.gptq.target_correction import InputShift, shift_of_sum
 
 _T = TypeVar("_T")
 
@@ -153,9 +154,19 @@ class SweepRank:
             QuantizeError: no input arrived.
             RankStopped: a rank has failed.
         """
+        found = self._total(hessian, owner)
+        return None if found is None else hessian_of_sum(*found)
+
+    def shift(self, shift: InputShift, owner: int) -> Tensor | None:
+        """Return S of all ranks' inputs on the rank `owner`, and None on the others; see `hessian`."""
+        found = self._total(shift, owner)
+        return None if found is None else shift_of_sum(*found)
+
+    def _total(self, products: ProductSums, owner: int | None) -> tuple[PanelSum | None, int] | None:
+        """Return the sum over all ranks' inputs, None if there were none, and their number; None where not needed."""
         if self.size == 1:
-            return hessian.matrix()
-        everyone = self.exchange((hessian.take_sums(), hessian.num_tokens))
+            return products.take_total(), products.num_tokens
+        everyone = self.exchange((products.take_sums(), products.num_tokens))
         num_tokens = sum(tokens for _, tokens in everyone)
         sums = {parts: self._rows_of(total) for parts, total in merged([each for each, _ in everyone]).items()}
         rows = add_up(sums, _added) if sums else None
@@ -164,8 +175,7 @@ class SweepRank:
         if owner not in (None, self.number):
             return None
         panels = [torch.cat([self.pull(each) for each in pieces]) for pieces in zip(*found, strict=True)]
-        del found
-        return hessian_of_sum(panels or None, num_tokens)
+        return panels or None, num_tokens
 
     def _rows_of(self, total: PanelSum) -> PanelSum:
         """Return this rank's piece of the rows of each panel."""

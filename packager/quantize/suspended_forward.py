@@ -5,10 +5,14 @@ Once all batches are suspended there, their inputs give the Hessian, the linear 
 Other implementations repeat the block's forward once per group of linears; this one runs it once, in the same order,
 for any block made of `nn.Linear`. The experts of a layer, which are no modules of their own, are suspended by
 `experts.own_forward`: their group is the name of one parameter, and its inputs come with their routing.
+
+The fp16 model's own activations can go through the block at the same time, one group ahead: they pass a linear while it
+still has its original weights. So both inputs of a linear are known, and the block's weights are there once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -25,9 +29,24 @@ from packager.quantize.experts import own_forward
 from packager.quantize.gptq.hessian import Hessian
 from packager.quantize.gptq.routing import RoutedInputs
 from packager.quantize.gptq.row_parts import part_of
+from packager.quantize.gptq.target_correction import InputShift
 
-SolveGroup = Callable[[Group, Hessian], None]
+# Given the Hessian, and S where the fp16 model's activations are known.
+SolveGroup = Callable[[Group, Hessian, InputShift | None], None]
 SolveExperts = Callable[[str, Sequence[RoutedInputs]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The activations of the fp16 model, on which no quantized linear had an effect.
+
+    Attributes:
+        states: the block's inputs; replaced by the outputs of the block with its original weights.
+        contexts: the block's other arguments, one per batch.
+    """
+
+    states: Activations
+    contexts: Sequence[Context]
 
 
 def _refuse_experts(name: str, _: Sequence[RoutedInputs]) -> None:
@@ -86,18 +105,10 @@ def linear_groups(block: nn.Module, hidden: Tensor, context: Context) -> tuple[G
 
 @torch.no_grad()
 def sweep_sequential(
-    block: nn.Module,
-    groups: Sequence[Group],
-    states: Activations,
-    contexts: Sequence[Context],
-    solve: SolveGroup,
-    *,
-    solve_experts: SolveExperts = _refuse_experts,
-    parts: Sequence[int] | None = None,
-    suspended: int | None = None,
-    last: bool = False,
-    on_solved: Callable[[], None] = lambda: None,
-) -> None:
+    block: nn.Module, groups: Sequence[Group], states: Activations, contexts: Sequence[Context], solve: SolveGroup, *,
+    solve_experts: SolveExperts = _refuse_experts, parts: Sequence[int] | None = None, suspended: int | None = None,
+    reference: Reference | None = None, last: bool = False, on_solved: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
     """Quantize group after group while the batches are inside the block.
 
     Args:
@@ -105,11 +116,12 @@ def sweep_sequential(
         groups: from `linear_groups`.
         states: the block's inputs, replaced by the quantized block's outputs.
         contexts: the block's other arguments, one per batch.
-        solve: quantizes a group given its Hessian.
+        solve: quantizes a group given its Hessian, and S if there is a reference.
         solve_experts: quantizes the experts' linears in a parameter given the inputs of all batches, held until then.
         parts: the part of the rows to which each batch belongs, see `row_parts`; None: these are all batches.
         suspended: how many batches stay suspended inside the block; each of the others runs again from the block's
             beginning for every group, with the same values. None: all of them stay.
+        reference: the fp16 model's activations; all of its batches stay suspended inside the block.
         last: the model's last block, whose outputs are not needed.
         on_solved: called when every group is quantized and the states are still the block's inputs; may raise.
 
@@ -129,11 +141,12 @@ def sweep_sequential(
 
     hooked = {group[0]: linears[group[0]] for group in groups if group[0] in linears}
     with _hooks(hooked, lambda name: lambda _, args: stop(name, args[0])), _experts_forward(block, groups, stop):
+        fp16 = _ReferenceRuns(block, reference, last_group=groups[-1] if last else None)
         for group in groups:
-            inputs = _Inputs(group, linears, parts, len(states))
+            inputs = _Inputs(group, linears, parts, len(states), shifted=reference is not None)
             for index in range(len(states)):
                 run = run_of(index)
-                inputs.add(_input_of(group, run, run.switch()), index)
+                inputs.add(_input_of(group, run, run.switch()), index, fp16.next_input(group, index))
                 if suspended is None or index < suspended:
                     paused[index] = run
                 else:
@@ -145,25 +158,71 @@ def sweep_sequential(
             states.put(index, run_of(index).switch())
         for run in paused.values():
             run.throw()
+        fp16.finish()
+
+
+class _ReferenceRuns:
+    """The fp16 model's batches inside the block, each suspended at the group of linears that is quantized next.
+
+    Args:
+        block: with its original weights, at first.
+        reference: None for none.
+        last_group: after which the batches need not run on; None if the block's outputs are needed.
+    """
+
+    def __init__(self, block: nn.Module, reference: Reference | None, *, last_group: Group | None) -> None:
+        self._reference, self._last_group = reference, last_group
+        self._runs: list[greenlet] = []
+        if reference is not None:
+            states = map(reference.states.get, range(len(reference.states)))
+            pairs = zip(states, reference.contexts, strict=True)
+            self._runs = [greenlet(partial(run_block, block, hidden, context)) for hidden, context in pairs]
+        self._reached = [run.switch() for run in self._runs]
+
+    def next_input(self, group: Group, index: int) -> Tensor | RoutedInputs | None:
+        """Return the input of a group's linears for one batch, and run it through them: they are as they were."""
+        if not self._runs:
+            return None
+        found = _input_of(group, self._runs[index], self._reached[index])
+        if group != self._last_group:
+            self._reached[index] = self._runs[index].switch()
+        return found
+
+    def finish(self) -> None:
+        """Replace the states by the block's outputs, if they are needed."""
+        for index, run in enumerate(self._runs):
+            if self._last_group is not None:
+                run.throw()
+            elif self._reference is not None:
+                self._reference.states.put(index, self._reached[index])
 
 
 class _Inputs:
     """What a group is solved with: the Hessian of linears, or the inputs of experts."""
 
     def __init__(
-        self, group: Group, linears: Mapping[str, nn.Linear], parts: Sequence[int] | None, num_batches: int
+        self,
+        group: Group,
+        linears: Mapping[str, nn.Linear],
+        parts: Sequence[int] | None,
+        num_batches: int,
+        *,
+        shifted: bool = False,
     ) -> None:
         self._group = group
         self._parts = parts or [part_of(batch, num_batches) for batch in range(num_batches)]
         first = linears.get(group[0])
         self._hessian = None if first is None else Hessian(first.in_features, first.weight.device)
+        self._shift = InputShift(first.in_features, first.weight.device) if first is not None and shifted else None
         self._routed: list[RoutedInputs] = []
 
-    def add(self, inputs: Tensor | RoutedInputs, batch: int) -> None:
+    def add(self, inputs: Tensor | RoutedInputs, batch: int, reference: Tensor | RoutedInputs | None = None) -> None:
         if isinstance(inputs, RoutedInputs):
             self._routed.append(inputs)
         elif self._hessian is not None:
             self._hessian.add(inputs, self._parts[batch])
+            if self._shift is not None and isinstance(reference, Tensor):
+                self._shift.add(inputs, reference, self._parts[batch])
 
     def join(self) -> None:
         """Free the memory that only more inputs would need."""
@@ -174,7 +233,7 @@ class _Inputs:
         if self._hessian is None:
             solve_experts(self._group[0], self._routed)
         else:
-            solve(self._group, self._hessian)
+            solve(self._group, self._hessian, self._shift)
 
 
 def _input_of(group: Group, run: greenlet, reached: Any) -> Tensor | RoutedInputs:

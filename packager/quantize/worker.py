@@ -30,7 +30,7 @@ from packager.quantize.host_copies import HostCopies
 from packager.quantize.job import BlockDone, DeviceShare, LinearsDone, QuantizeJob, Report
 from packager.quantize.memory import SweepPlan, slice_sizes
 from packager.quantize.ranks import SweepRank, merged
-from packager.quantize.suspended_forward import run_forward
+from packager.quantize.suspended_forward import Reference, run_forward
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 
@@ -98,13 +98,17 @@ class Worker:
         if self.device.type == "cuda":
             from packager.quantize.gptq.compile_kernels import compile_for_shapes
 
-            compile_for_shapes(self._kernel_shapes(), self.device, self._decoder.dtype)
+            compile_for_shapes(self._kernel_shapes(corrected=False), self.device, self._decoder.dtype)
+            compile_for_shapes(self._kernel_shapes(corrected=True), self.device, torch.float32)
 
-    def _kernel_shapes(self) -> "Iterator[KernelShape]":
+    def _kernel_shapes(self, *, corrected: bool) -> "Iterator[KernelShape]":
+        """Yield the shapes of linears that are solved with their own weights, or with corrected ones, in float32."""
         from packager.quantize.gptq.compile_kernels import KernelShape
 
         shapes = self._job.source.architecture.group_shapes
         for variant, (in_features, out_features, num_experts) in product(self._share.variants, shapes):
+            if (variant.target_correction > 0 and not num_experts) != corrected:
+                continue
             for experts in slice_sizes(in_features, out_features, num_experts, "cuda") if num_experts else (0,):
                 yield KernelShape(
                     in_features=in_features,
@@ -133,10 +137,11 @@ class Worker:
         runs = []
         for variant in variants:
             states = Activations(hidden, plan.placement, folder)
-            runs.append(_VariantRun(variant, job.stores[variant], states, self._report, plan, self._rank))
+            reference = Activations(hidden, plan.placement, folder) if variant.target_correction else None
+            runs.append(_VariantRun(variant, job.stores[variant], states, reference, self._report, plan, self._rank))
         del hidden
-        # Blocks pass values to later ones through dicts and lists: every variant has its own.
-        own = [[own_contexts(batch) for batch in contexts] for _ in runs]
+        # Blocks pass values to later ones through dicts and lists: every variant has its own, and its reference too.
+        own, fp16 = ([[own_contexts(batch) for batch in contexts] for _ in runs] for _ in range(2))
         with ThreadPoolExecutor(len(runs), thread_name_prefix="write") as writers:
             for index, weights in enumerate(blocks):
                 load = partial(decoder.load_block, index, weights)
@@ -147,7 +152,8 @@ class Worker:
                         return
                     context = BlockContext(
                         index=index, num_blocks=len(decoder), groups=self._groups(index), names=self._names[index],
-                        experts=self._experts[index], contexts=[batch[index] for batch in own[number]], parts=parts,
+                        experts=self._experts[index], contexts=[batch[index] for batch in own[number]],
+                        reference_contexts=[batch[index] for batch in fp16[number]], parts=parts,
                     )  # fmt: skip
                     following = runs[(number + 1) % len(runs)]
                     run.run(load, context, writers, on_outputs_needed=partial(following.prefetch, run))
@@ -183,6 +189,7 @@ class BlockContext:
         names: of its linears, see `BlockJob`.
         experts: likewise.
         contexts: the block's arguments besides the hidden states, one per batch.
+        reference_contexts: likewise, for the fp16 model's activations.
         parts: of the batches, see `BlockJob`.
     """
 
@@ -192,6 +199,7 @@ class BlockContext:
     names: Mapping[str, str]
     experts: ExpertLinears
     contexts: Sequence[Context]
+    reference_contexts: Sequence[Context]
     parts: Sequence[int]
 
     @property
@@ -204,10 +212,18 @@ class _VariantRun:
     """One variant in one sweep: its activations, its store, and the block that is being written."""
 
     def __init__(
-        self, variant: Variant, store: BlockStore, states: Activations, report: Report, plan: SweepPlan, rank: SweepRank
+        self,
+        variant: Variant,
+        store: BlockStore,
+        states: Activations,
+        reference_states: Activations | None,
+        report: Report,
+        plan: SweepPlan,
+        rank: SweepRank,
     ) -> None:
         self.variant = variant
         self._store, self._states, self._report, self._plan, self._rank = store, states, report, plan, rank
+        self._reference_states = reference_states
         self._records: list[LinearRecord] = []
         self._writing: Future[BlockDone] | None = None
 
@@ -230,12 +246,15 @@ class _VariantRun:
         """Quantize or restore a block and replace the activations by its outputs; start writing the finished block."""
         started = time.monotonic()
         stored = self._stored(context.index)
+        reference = None
+        if self._reference_states is not None:
+            reference = Reference(states=self._reference_states, contexts=context.reference_contexts)
         records: Sequence[LinearRecord]
         if stored is None:
             job = BlockJob(
                 variant=self.variant, index=context.index, groups=context.groups, names=context.names,
-                experts=context.experts, states=self._states, contexts=context.contexts, rank=self._rank,
-                parts=context.parts, suspended=self._plan.suspended_batches, last=context.last,
+                experts=context.experts, states=self._states, contexts=context.contexts, reference=reference,
+                rank=self._rank, parts=context.parts, suspended=self._plan.suspended_batches, last=context.last,
                 on_outputs_needed=on_outputs_needed,
             )  # fmt: skip
             quantized = quantize_block(load, job, partial(self._linears_done, context.index))
@@ -246,6 +265,8 @@ class _VariantRun:
             restored, records = stored
             if not context.last:
                 block = load()
+                if reference is not None:
+                    run_forward(block, context.groups, reference.states, reference.contexts)
                 restore_block(block, context.names, context.experts, restored, self.variant)
                 run_forward(block, context.groups, self._states, context.contexts)
             tensors = []

@@ -33,6 +33,7 @@ from packager.recipe.fields import (
     ScaleSearchField,
     Strict,
     Sym,
+    TargetCorrection,
     TrueSequential,
     Url,
     one_prompt,
@@ -120,6 +121,7 @@ class VariantFields(Strict):
     true_sequential: TrueSequential | None = None
     scale_search: ScaleSearchField | None = None
     refine: Refine | None = None
+    target_correction: TargetCorrection | None = None
     engine: EngineField | None = None
 
     @model_validator(mode="after")
@@ -154,6 +156,7 @@ class Defaults(Strict):
     true_sequential: TrueSequential = True
     scale_search: ScaleSearchField | None = None
     refine: Refine = False
+    target_correction: TargetCorrection = 0.0
     engine: EngineField = "native"
 
     @model_validator(mode="after")
@@ -304,7 +307,7 @@ class Recipe(Strict):
             if content[section][key] is None:
                 del content[section][key]
         for parameters in (content["defaults"], *content["variants"]):
-            for key in ("publish_below_floor", "refine"):
+            for key in ("publish_below_floor", "refine", "target_correction"):
                 if not parameters.get(key, True):
                     del parameters[key]
         return digest_of(content)

@@ -126,6 +126,15 @@ Refine = Annotated[
         "first, in linears that see enough calibration tokens"
     ),
 ]
+TargetCorrection = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="how much of what the quantized linears before a linear did to its inputs its weights make up for "
+        "before they are quantized (QEP, quantization error propagation); 0: nothing; needs true_sequential",
+    ),
+]
 EngineField = Annotated[
     EngineName,
     _described("the program that quantizes: our own engine, or AutoGPTQ 0.7.1 in its own environment on CUDA"),

@@ -33,6 +33,7 @@ def variant_problems(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
     yield from _repositories(parsed)
     yield from _damping(parsed)
     yield from _negative_scales(parsed)
+    yield from _target_corrections(parsed)
     yield from _engines(parsed)
 
 
@@ -151,6 +152,18 @@ def _negative_scales(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
         if search.value == "signed" and sym.value is False:
             hint = "an asymmetric grid needs no negative scale: write scale_search: true, or sym: true"
             yield LocatedProblem(max(search.at, sym.at), "scale_search: signed is for symmetric grids", hint)
+
+
+def _target_corrections(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
+    """Report a target correction in variants that calibrate all linears of a block at once."""
+    for index in range(parsed.count("variants")):
+        parameters = variant_parameters(parsed, index)
+        correction, sequential = parameters["target_correction"], parameters["true_sequential"]
+        if isinstance(correction.value, int | float) and correction.value and sequential.value is False:
+            hint = "without it, linears are calibrated on inputs that the linears of their block did not change"
+            yield LocatedProblem(
+                max(correction.at, sequential.at), "target_correction needs true_sequential: true", hint
+            )
 
 
 def _engines(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:

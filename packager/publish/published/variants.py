@@ -41,6 +41,7 @@ _OF_NO_RULE: Mapping[str, object] = {
     "true_sequential": True,
     "scale_search": False,
     "refine": False,
+    "target_correction": 0.0,
     "engine": "native",
 }
 _VARIANT = TypeAdapter(Variant)

@@ -15,47 +15,46 @@ from packager.quantize.gptq.panels import panels
 from packager.quantize.gptq.row_parts import PartialSum, add_up, join_pairs
 from packager.quantize.gptq.tensor_ops import TensorOps
 
+OVERFLOW_HINT = "the base model overflows in this dtype: check its weights, or choose shorter calibration rows"
+
 # A sum of x x^T: its panels, each [width, in_features - its first row].
 PanelSum = Sequence[Tensor]
 
 
-class Hessian:
-    """Accumulate H over batches of inputs, in the order of `packager.quantize.gptq.row_parts`.
+class ProductSums:
+    """Sums of x y^T over batches of inputs, panel by panel, in the order of `packager.quantize.gptq.row_parts`.
 
     Args:
-        in_features: columns of the linear.
-        device: where H is accumulated.
+        spans: the rows of each panel, whose columns begin at its own first row.
+        in_features: columns.
+        device: where they are accumulated.
         ops: the operations to use; None takes the device's.
 
     Attributes:
         num_tokens: inputs seen so far.
     """
 
-    def __init__(self, in_features: int, device: torch.device, ops: TensorOps | None = None) -> None:
+    def __init__(
+        self, spans: Sequence[slice], in_features: int, device: torch.device, ops: TensorOps | None = None
+    ) -> None:
         self._ops = ops or ops_for(device)
-        self._in_features, self._device = in_features, device
+        self._spans, self._in_features, self._device = spans, in_features, device
         self._sums: dict[PartialSum, PanelSum] = {}
         self.num_tokens = 0
 
-    def add(self, x: Tensor, part: int = 0) -> None:
-        """Add inputs [..., in_features] of any float dtype; products are accumulated in float32.
-
-        Args:
-            x: the inputs.
-            part: of the rows, see `row_parts.part_of`; a part's inputs are added one after the other.
-        """
-        x = x.reshape(-1, x.shape[-1])
+    def add_products(self, x: Tensor, y: Tensor, part: int) -> None:
+        """Add x y^T, of [tokens, in_features] each; products are accumulated in float32."""
         if (0, part) not in self._sums:
             self.join()
             self._sums[0, part] = self._zeros()
-        for total, panel in zip(self._sums[0, part], panels(self._in_features), strict=True):
-            self._ops.add_product(total, x[:, panel].T, x[:, panel.start :])
+        for total, panel in zip(self._sums[0, part], self._spans, strict=True):
+            self._ops.add_product(total, x[:, panel].T, y[:, panel.start :])
         self.num_tokens += x.shape[0]
 
     def _zeros(self) -> PanelSum:
         """Return panels in one piece of memory: pieces of many sizes would leave gaps that nothing else fits."""
         n = self._in_features
-        shapes = [(panel.stop - panel.start, n - panel.start) for panel in panels(n)]
+        shapes = [(panel.stop - panel.start, n - panel.start) for panel in self._spans]
         flat = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.float32, device=self._device)
         pieces = torch.split(flat, [math.prod(shape) for shape in shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
@@ -65,10 +64,37 @@ class Hessian:
         join_pairs(self._sums, _add_panels)
 
     def take_sums(self) -> dict[PartialSum, PanelSum]:
-        """Return the sums of x x^T; this object keeps no reference to them."""
+        """Return the sums; this object keeps no reference to them."""
         self.join()
         sums, self._sums = self._sums, {}
         return sums
+
+    def take_total(self) -> PanelSum | None:
+        """Return the sum over all inputs, None if there were none; this object keeps no reference to it."""
+        return add_up(self.take_sums(), _add_panels) if self.num_tokens else None
+
+
+class Hessian(ProductSums):
+    """Accumulate H over batches of inputs.
+
+    Args:
+        in_features: columns of the linear.
+        device: where H is accumulated.
+        ops: the operations to use; None takes the device's.
+    """
+
+    def __init__(self, in_features: int, device: torch.device, ops: TensorOps | None = None) -> None:
+        super().__init__(panels(in_features), in_features, device, ops)
+
+    def add(self, x: Tensor, part: int = 0) -> None:
+        """Add inputs [..., in_features] of any float dtype; products are accumulated in float32.
+
+        Args:
+            x: the inputs.
+            part: of the rows, see `row_parts.part_of`; a part's inputs are added one after the other.
+        """
+        x = x.reshape(-1, x.shape[-1])
+        self.add_products(x, x, part)
 
     def matrix(self) -> Tensor:
         """Return H, float32 [in_features, in_features], and drop this object's reference: the caller alone owns H.
@@ -76,7 +102,7 @@ class Hessian:
         Raises:
             QuantizeError: no input arrived.
         """
-        return hessian_of_sum(add_up(self.take_sums(), _add_panels) if self.num_tokens else None, self.num_tokens)
+        return hessian_of_sum(self.take_total(), self.num_tokens)
 
 
 def hessian_of_sum(total: PanelSum | None, num_tokens: int) -> Tensor:
@@ -197,7 +223,7 @@ def factorize_within(H: Tensor, order: ColumnOrder, *, damp_percent: float, damp
     if failed := _positions(~torch.isfinite(H.diagonal(dim1=-2, dim2=-1)).all(-1)):
         raise QuantizeError(
             f"the activations{_of_experts(H, failed)} contain NaN or Inf",
-            hint="the base model overflows in this dtype: check its weights, or choose shorter calibration rows",
+            hint=OVERFLOW_HINT,
         )
     factor = factorize(H, order, damp_percent=damp_percent)
     while failed := _positions(~factor.succeeded):

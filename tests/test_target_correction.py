@@ -1,0 +1,272 @@
+"""Target correction: its formula in float64, both inputs of every linear, and what the sweep makes of them."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from packager.errors import QuantizeError
+from packager.inputs.base_model import SourceModel
+from packager.model.batches import TOKENS_PER_BATCH
+from packager.model.packing import dequantize_linear
+from packager.pipeline.plan import make_plan
+from packager.quantize import block as block_module
+from packager.quantize import device_shares as shares_module
+from packager.quantize.block_store import BlockStore
+from packager.quantize.gptq import target_correction as module
+from packager.quantize.gptq.hessian import Hessian
+from packager.quantize.gptq.row_parts import part_of
+from packager.quantize.gptq.target_correction import InputShift, corrected_targets
+from packager.quantize.job import QuantizeJob
+from packager.quantize.memory import SweepPlan, Workload, sweep_ways
+from packager.quantize.ranks import SweepRank
+from packager.quantize.sweep import quantize
+from packager.receipt import ExpertLinearRecord, LinearRecord
+from packager.recipe.file import RecipeFile
+from packager.variant import Variant
+from tests.samples import sampled
+from tests.sources import open_folder
+from tests.test_ranks import each_rank
+from tests.tiny_models import open_store, save_model, token_rows, variant
+
+CPU = torch.device("cpu")
+CORRECTED = variant(bits=3, group_size=16, target_correction=0.5)
+GROUPS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
+          ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))  # fmt: skip
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def run(source: SourceModel, work: Path, *variants: Variant, ranks: int = 1) -> dict[str, tuple[LinearRecord, ...]]:
+    stores = {v: open_store(source, work, v) for v in variants}
+    job = QuantizeJob(source=source, rows=token_rows(), stores=stores, devices=(CPU,) * ranks)
+    return quantize(job, lambda _: None)
+
+
+def files(work: Path) -> dict[str, bytes]:
+    return {path.relative_to(work).as_posix(): path.read_bytes() for path in work.rglob("*") if path.is_file()}
+
+
+def inputs(tokens: int = 40, columns: int = 12, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x, the inputs x0 of the fp16 model, and a weight, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) * torch.linspace(0.5, 2, columns)
+    x0 = x + 0.3 * torch.randn(tokens, columns, generator=generator, dtype=torch.float64) + 0.1 * x.roll(1, 1)
+    return x, x0, torch.randn(5, columns, generator=generator, dtype=torch.float64)
+
+
+def sums(x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+    H, S = Hessian(x.shape[1], CPU), InputShift(x.shape[1], CPU)
+    H.add(x.float())
+    S.add(x.float(), x0.float())
+    return H.matrix(), S.matrix()
+
+
+def test_with_hardly_any_damping_a_target_is_the_least_squares_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights that make the fp16 model's outputs of the quantized model's inputs, by another way than ours."""
+    x, x0, weight = inputs()
+    monkeypatch.setattr(module, "CORRECTION_DAMPING", 1e-7)
+    (found,) = corrected_targets([weight.float()], *sums(x, x0), strength=1.0)
+    fit = torch.linalg.lstsq(x, x0 @ weight.T).solution.T
+    assert torch.allclose(found.double(), fit, atol=1e-4)
+    assert (found - weight).abs().max() > 0.1
+
+    def lost(T: Tensor) -> float:
+        return float((x @ T.T - x0 @ weight.T).square().sum())
+
+    assert lost(found.double()) < 0.8 * lost(weight)
+
+
+@pytest.mark.parametrize("strength", [0.25, 1.0])
+def test_a_target_is_that_of_the_damped_formula(strength: float) -> None:
+    x, x0, weight = inputs(tokens=6)  # fewer tokens than columns: H alone has no inverse
+    H = 2 / 6 * torch.einsum("ti,tj->ij", x, x)
+    S = 2 / 6 * torch.einsum("ti,tj->ij", x, x0 - x)
+    damped = H + torch.eye(12) * H.diagonal().sum() / 12
+    expected = weight + strength * weight @ (torch.linalg.inv(damped) @ S).T
+    first, second = corrected_targets([weight[:2].half(), weight[2:].float()], *sums(x, x0), strength=strength)
+    assert first.dtype == second.dtype == torch.float32
+    assert torch.allclose(second.double(), expected[2:], atol=1e-5)
+    assert torch.allclose(first.double(), expected[:2], atol=5e-3)
+
+
+def test_equal_inputs_leave_the_weights_as_they_are() -> None:
+    x, _, weight = inputs()
+    (found,) = corrected_targets([weight.float()], *sums(x, x), strength=1.0)
+    assert torch.equal(found, weight.float())
+
+
+def test_no_input_is_an_error() -> None:
+    with pytest.raises(QuantizeError, match="never received an input"):
+        InputShift(4, CPU).matrix()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_products_of_several_ranks_are_those_of_one_device_bit_by_bit(size: int) -> None:
+    both = [inputs(tokens=5, columns=200, seed=seed)[:2] for seed in range(7)]
+
+    def of(batches: range) -> InputShift:
+        found = InputShift(200, CPU)
+        for batch in batches:
+            x, x0 = both[batch]
+            found.add(x.float(), x0.float(), part_of(batch, 7))
+        return found
+
+    alone = of(range(7)).matrix()
+    x, x0 = (torch.cat(each) for each in zip(*both, strict=True))
+    assert torch.allclose(alone.double(), 2 / 35 * x.T @ (x0 - x), rtol=1e-4, atol=1e-5)
+
+    def work(rank: SweepRank) -> Tensor | None:
+        return rank.shift(of(rank.batches(7)), size - 1)
+
+    found = each_rank(size, work)
+    assert [S is None for S in found] == [rank != size - 1 for rank in range(size)]
+    assert torch.equal(found[-1], alone)
+
+
+def test_the_targets_of_every_linear_are_those_of_two_whole_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oracle has two unstreamed models: one stays as it is, the other gets each group's weights in turn."""
+    source, taken = open_folder(save_model(tmp_path / "model", "llama")), []
+
+    def recorded(*args: Any, **kwargs: Any) -> list[Tensor]:
+        taken.append(corrected_targets(*args, **kwargs))
+        return taken[-1]
+
+    monkeypatch.setattr(block_module, "corrected_targets", recorded)
+    records = {record.name: record for record in run(source, tmp_path / "work", CORRECTED)["main"]}
+    original, model = (AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32) for _ in range(2))
+    moved = []
+    for number, (index, group) in enumerate(product(range(3), GROUPS)):
+        names = [f"model.layers.{index}.{each}" for each in group]
+        x, x0 = (input_of(each, names[0]) for each in (model, original))
+        H = 2 / len(x) * x.T @ x
+        damped = H + torch.eye(len(H)) * H.diagonal().mean()
+        shift = torch.linalg.solve(damped, 2 / len(x) * x.T @ (x0 - x))
+        for name, target in zip(names, taken[number], strict=True):
+            weight = cast(nn.Linear, model.get_submodule(name)).weight
+            expected = weight.detach().double() + 0.5 * weight.detach().double() @ shift.T
+            assert torch.allclose(target.double(), expected, atol=2e-6), name
+            moved.append(float((target - weight.detach()).norm() / weight.detach().norm()))
+            weight.data.copy_(stored_weight(source, tmp_path / "work", CORRECTED, index, name))
+            # The loss is that of the target: it is what the column loop minimizes.
+            rest = weight.detach().double() - expected
+            with_damp = H + 0.01 * torch.eye(len(H)) * H.diagonal().mean()
+            assert records[name].loss == pytest.approx(float(((rest @ with_damp) * rest).sum(1).mean() / 2), rel=1e-3)
+    assert len(taken) == 3 * len(GROUPS)
+    assert moved[:3] == [0, 0, 0], "no quantized linear precedes the first block's q, k and v"
+    assert min(moved[3:]) > 0.01
+
+
+def input_of(model: Any, name: str) -> Tensor:
+    """Return a linear's inputs in a whole model, float64."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(token_rows().ids)
+    handle.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1]).double()
+
+
+def stored_weight(source: SourceModel, work: Path, v: Variant, block: int, name: str) -> Tensor:
+    stored = open_store(source, work, v).read(block)
+    assert stored is not None
+    return dequantize_linear(lambda part: stored[f"{name}.{part}"], v.bits)
+
+
+def test_variants_of_a_sweep_equal_variants_made_alone(tmp_path: Path) -> None:
+    source = open_folder(save_model(tmp_path / "model", "llama"))
+    variants = (
+        variant(branch="plain", bits=3, group_size=16),
+        variant(branch="half", bits=3, group_size=16, target_correction=0.5),
+        variant(branch="refined", bits=3, group_size=16, act_order="static", target_correction=1.0, refine=True),
+    )
+    run(source, tmp_path / "together", *variants)
+    for v in variants:
+        run(source, tmp_path / "alone", v)
+    assert files(tmp_path / "together") == files(tmp_path / "alone")
+    last = "model.layers.2.mlp.down_proj"
+    plain, half, refined = (stored_weight(source, tmp_path / "alone", v, 2, last) for v in variants)
+    assert not torch.equal(plain, half)
+    assert not torch.equal(half, refined)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_finished_blocks_are_passed_by_both_activations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source = open_folder(save_model(tmp_path / "model", name))
+    records = run(source, tmp_path / "work", CORRECTED)
+    expected, read = files(tmp_path / "work"), BlockStore.read
+    monkeypatch.setattr(BlockStore, "read", lambda store, block: None if block == 2 else read(store, block))
+    assert run(source, tmp_path / "work", CORRECTED) == records
+    assert files(tmp_path / "work") == expected
+
+
+WAYS = [(placement, suspended) for placement in ("device", "host", "disk") for suspended in (0, 2, 3)]
+
+
+@pytest.mark.parametrize(("placement", "suspended"), sampled(WAYS, ("host", 2)))
+def test_memory_is_saved_without_changing_a_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: Any, suspended: int
+) -> None:
+    monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", token_rows().ids.numel() // 3)
+    source = open_folder(save_model(tmp_path / "model", "llama"))
+    expected = run(source, tmp_path / "plenty", CORRECTED)
+    plan = SweepPlan(
+        num_variants=1, placement=placement, num_batches=3, suspended_batches=suspended, device_bytes=0, host_bytes=0
+    )
+    monkeypatch.setattr(shares_module, "sweep_plan", lambda *_, **__: plan)
+    assert run(source, tmp_path / "scarce", CORRECTED) == expected
+    assert files(tmp_path / "scarce") == files(tmp_path / "plenty")
+
+
+@pytest.mark.parametrize("ranks", sampled([2, 3, 8], 3))
+def test_ranks_make_the_bytes_of_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", 32)
+    source = open_folder(save_model(tmp_path / "model", "llama"))
+    assert run(source, tmp_path / "one", CORRECTED) == run(source, tmp_path / "several", CORRECTED, ranks=ranks)
+    assert files(tmp_path / "one") == files(tmp_path / "several")
+
+
+def test_linears_of_experts_keep_their_targets(tmp_path: Path) -> None:
+    """Other tokens reach an expert of the quantized model; the first block's experts see what the attention changed."""
+    source = open_folder(save_model(tmp_path / "model", "qwen3-moe"))
+    records = run(source, tmp_path / "work", CORRECTED)["main"]
+    assert {isinstance(record, ExpertLinearRecord) for record in records} == {True, False}
+    assert all(record.loss > 0 for record in records)
+
+
+def test_a_reference_that_is_not_finite_is_an_error_that_names_the_linears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_folder(save_model(tmp_path / "model", "llama"))
+    add = InputShift.add
+    monkeypatch.setattr(InputShift, "add", lambda self, x, x0, part: add(self, x, x0 / 0, part))
+    with pytest.raises(QuantizeError, match="activations of the fp16 model contain NaN or Inf") as caught:
+        run(source, tmp_path / "work", CORRECTED)
+    assert caught.value.where == ", ".join(["main", *(f"model.layers.0.{name}" for name in GROUPS[0])])
+
+
+def test_the_plan_counts_the_fp16_models_activations() -> None:
+    plan = make_plan(RecipeFile.load(RECIPES / "llama-2-13b-chat.yaml"))
+
+    def ways(*, corrected: bool) -> list[SweepPlan]:
+        work = Workload(
+            architecture=plan.architecture, num_samples=128, seq_len=2048, num_variants=1, corrected=corrected
+        )
+        return [way for way in sweep_ways(work, "cuda") if way.placement == "device" and way.weights == "device"]
+
+    states = 2 * 128 * 2048 * 5120
+    for plain, corrected in zip(ways(corrected=False), ways(corrected=True), strict=True):
+        assert corrected.device_bytes > plain.device_bytes + states
+        assert corrected.host_bytes == plain.host_bytes
+
+
+def test_variants_without_a_correction_keep_their_parameters() -> None:
+    assert "target_correction" not in variant().parameters()
+    assert variant(target_correction=0.5).parameters() == {**variant().parameters(), "target_correction": 0.5}
