@@ -54,6 +54,8 @@ class Variant:
             nor damp_percent_limit.
         target_correction: how much of what the quantized linears before a linear did to its inputs its weights make up
             for before they are quantized, 0 to 1.
+        other_bits: of a checkpoint that another program made, the bits that single linears have instead of `bits`, as
+            `dynamic` says; ours have none.
     """
 
     branch: str
@@ -68,6 +70,12 @@ class Variant:
     refine: bool
     engine: EngineName
     target_correction: float = 0.0
+    other_bits: tuple[Bits, ...] = ()
+
+    @property
+    def all_bits(self) -> tuple[int, ...]:
+        """The bits of all linears, each number once, rising."""
+        return tuple(sorted({self.bits, *self.other_bits}))
 
     @property
     def desc_act(self) -> bool:
@@ -79,7 +87,7 @@ class Variant:
 
         So the digests and records of variants without a correction are those of before there was any.
         """
-        left_out = {"branch"} if self.target_correction else {"branch", "target_correction"}
+        left_out = {"branch", "other_bits", *(() if self.target_correction else ("target_correction",))}
         return {key: value for key, value in asdict(self).items() if key not in left_out} | {"desc_act": self.desc_act}
 
 

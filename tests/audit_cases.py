@@ -14,10 +14,21 @@ from safetensors.numpy import load_file, save_file
 from packager.model.checkpoint import checkpoint_tensors
 from packager.model.safetensors_file import file_order, header_bytes
 from packager.variant import Variant
-from tests.checkpoints import HIDDEN, VOCAB, Checkpoint, Tensors, edit_json, edit_tensors, edit_text, write_json
+from tests.checkpoints import (
+    HIDDEN,
+    VOCAB,
+    Checkpoint,
+    Tensors,
+    edit_json,
+    edit_tensors,
+    edit_text,
+    give_other_bits,
+    write_json,
+)
 from tests.known_models import known_architecture
 
 Q = "model.layers.0.self_attn.q_proj"
+DOWN_PROJ = [f"model.layers.{block}.mlp.down_proj" for block in range(2)]
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FIRST_SHARD = "model-00001-of-00002.safetensors"
@@ -207,6 +218,7 @@ CASES = [
     case("quantization-value", lambda folder: declare(folder, group_size=0), complete=False),
     quantization("quantization-override", lambda section: section.update(dynamic={"x": {"bits": 8}})),
     quantization("quantization-override", lambda section: section.update(pack_dtype="int64")),
+    case("mixed-bits", lambda folder: give_other_bits(folder, 8, DOWN_PROJ)),
     case("checkpoint-format", lambda _: None, checkpoint=V2),
     document("quantize-config-key", "quantize_config.json", lambda config: config.update(static_groups=False)),
     document("quantize-config-disagrees", "quantize_config.json", lambda config: config.update(damp_percent=0.1)),

@@ -239,6 +239,21 @@ def edit_json(folder: Path, name: str, change: Callable[[dict[str, Any]], object
     write_json(folder / name, content)
 
 
+def give_other_bits(folder: Path, bits: int, linears: Sequence[str], *, pattern: str = r"+:.*\.down_proj$") -> Path:
+    """Pack linears of an ordinary branch again, of other bits, as GPTQModel does by `dynamic`; return the folder."""
+    others = Checkpoint(bits=bits).tensors()
+
+    def change(tensors: Tensors) -> None:
+        for name in tensors:
+            if name.rpartition(".")[0] in linears:
+                tensors[name] = others[name]
+
+    edit_tensors(folder, change)
+    dynamic = {pattern: {"bits": bits}}
+    edit_json(folder, "config.json", lambda config: config["quantization_config"].update(dynamic=dynamic))
+    return folder
+
+
 def edit_tensors(folder: Path, change: Callable[[Tensors], object], name: str = "model.safetensors") -> None:
     """Change the tensors of one safetensors file in place."""
     tensors = {key: value.copy() for key, value in load_file(folder / name).items()}

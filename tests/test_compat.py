@@ -13,7 +13,7 @@ from packager.cli.main import app
 from packager.model.compatibility import RUNTIME_RULES, verdicts
 from packager.model.runtimes import EARLIER_RUNTIMES, RUNTIMES
 from packager.recipe.file import RecipeFile
-from tests.checkpoints import Checkpoint, edit_json
+from tests.checkpoints import Checkpoint, edit_json, give_other_bits
 from tests.publish_fixtures import git
 from tests.test_house_rules import ROOT
 
@@ -197,9 +197,36 @@ def test_patterns_of_a_checkpoint_are_not_run(tmp_path: Path) -> None:
     assert (done.exit_code, "by patterns, which are not tried: download the weights" in done.stderr) == (7, True)
 
 
+def test_linears_of_other_bits_are_read_from_the_headers(tmp_path: Path) -> None:
+    """Of a pattern that takes minutes, as above: which linears it means is seen in their shapes."""
+    folder = write_branch(tmp_path / "checkpoint")
+    plain = verdicts_of(answer(folder))
+    give_other_bits(folder, 8, ["model.layers.1.mlp.down_proj"], pattern="+:^(([a-z0-9_.])+)+!$")
+    (branch,) = answer(folder)["branches"]
+    assert branch["parameters"] == {"bits": 4, "other_bits": [8], "group_size": 32, "desc_act": False, "sym": True}
+    says = {each["runtime"]: each["findings"][0]["says"] for each in branch["runtimes"] if each["findings"]}
+    mixed = {each["runtime"]: each["verdict"] for each in branch["runtimes"]}
+    for runtime in ("autogptq", "transformers", "gptq-for-llama", "tgi"):
+        assert says[runtime] == "reads one number of bits, here are 4 and 8"
+        assert (plain["checkpoint", runtime] != "refused", mixed[runtime]) == (True, "refused")
+    assert mixed["gptqmodel"] == plain["checkpoint", "gptqmodel"] == "loads"
+    assert (mixed["vllm"], mixed["onnxruntime"]) == ("unknown", "unknown")
+    for runtime in ("vllm", "sglang", "onnxruntime"):
+        assert "in dynamic, which its patterns may not fit" in says[runtime]
+    assert "reads 4 bits only" in {says[runtime] for runtime in ("exllama", "exllamav2")}
+    assert ", 4 and 8 bits, group size 32, " in compat(folder).stdout
+
+
+def test_three_bits_beside_four_are_read_by_what_reads_both(tmp_path: Path) -> None:
+    folder = give_other_bits(write_branch(tmp_path / "checkpoint"), 3, ["model.layers.1.mlp.down_proj"])
+    mixed = verdicts_of(answer(folder))
+    assert (mixed["checkpoint", "gptqmodel"], mixed["checkpoint", "vllm"]) == ("loads", "refused")
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"dynamic": {"+:.*down_proj.*": {"bits": 8, "sym": False}}}, "dynamic gives single linears other parameters"),
         ({"quant_method": "awq"}, 'quant_method is "awq", not gptq'),
         ({"bits": 5}, "bits is 5"),
         ({"desc_act": "yes"}, 'desc_act is "yes"'),

@@ -233,7 +233,8 @@ def _described(branch: "JudgedBranch") -> str:
     variant = branch.variant
     size = "whole rows" if variant.group_size == -1 else f"group size {variant.group_size}"
     order = "act order" if variant.desc_act else "no act order"
-    return f"{branch.model}, {variant.bits} bits, {size}, {order}, {'' if variant.sym else 'a'}symmetric"
+    bits = " and ".join(map(str, variant.all_bits))
+    return f"{branch.model}, {bits} bits, {size}, {order}, {'' if variant.sym else 'a'}symmetric"
 
 
 def compat_json(found: "Compatibility", runtimes: Mapping[str, str]) -> dict[str, object]:
@@ -265,7 +266,8 @@ def compat_json(found: "Compatibility", runtimes: Mapping[str, str]) -> dict[str
 def _parameters(branch: "JudgedBranch") -> dict[str, object] | None:
     if branch.variant is None:
         return None
-    return {key: getattr(branch.variant, key) for key in ("bits", "group_size", "desc_act", "sym")}
+    keys = ("bits", *(["other_bits"] if branch.variant.other_bits else []), "group_size", "desc_act", "sym")
+    return {key: getattr(branch.variant, key) for key in keys}
 
 
 def compat_markdown(found: "Compatibility", runtimes: Mapping[str, str]) -> str:

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 
 from packager.model.architecture import Architecture
 from packager.model.rope import gpt_neox_keys_lacking, is_old_scaling
-from packager.model.rules import TAKE_OTHER_RUNTIME, RulesOf, all_quantized, bits_check, take_bits, whole_groups
+from packager.model.rules import (
+    TAKE_ONE_WIDTH,
+    TAKE_OTHER_RUNTIME,
+    RulesOf,
+    all_quantized,
+    bits_check,
+    same_bits,
+    take_bits,
+    whole_groups,
+)
 from packager.variant import Variant
 
 # auto_gptq.nn_modules.qlinear.qlinear_cuda and qlinear_cuda_old.
@@ -77,6 +86,7 @@ AUTOGPTQ_RULES = (
     _AUTOGPTQ.refuses(
         bits_check(*AUTOGPTQ_BITS), "auto_gptq.nn_modules.qlinear.qlinear_cuda, QuantLinear", take_bits(AUTOGPTQ_BITS)
     ),
+    _AUTOGPTQ.refuses(same_bits, "auto_gptq.modeling._base, from_quantized, make_quant", TAKE_ONE_WIDTH),
     _AUTOGPTQ.unknown(_families, "auto_gptq.modeling._const, SUPPORTED_MODELS", TAKE_OTHER_RUNTIME),
     _AUTOGPTQ.refuses(
         all_quantized, "auto_gptq.modeling._base, from_quantized", "skip nothing in the recipe (quantize.skip)"

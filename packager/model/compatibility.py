@@ -14,6 +14,7 @@ from packager.model.autogptq_rules import AUTOGPTQ_RULES
 from packager.model.gptqmodel_rules import GPTQMODEL_MARLIN_RULES, GPTQMODEL_RULES, TRANSFORMERS_RULES
 from packager.model.onnxruntime_rules import ONNXRUNTIME_RULES
 from packager.model.rules import (
+    TAKE_ONE_WIDTH,
     TAKE_OTHER_RUNTIME,
     TRY_IT,
     RuleFinding,
@@ -22,6 +23,7 @@ from packager.model.rules import (
     RuntimeRule,
     all_quantized,
     bits_check,
+    same_bits,
     take_bits,
     types_check,
 )
@@ -142,6 +144,7 @@ RUNTIME_RULES: Mapping[str, tuple[RuntimeRule, ...]] = {
     ),
     "gptq-for-llama": (
         _GPTQ_FOR_LLAMA.refuses(bits_check(2, 3, 4, 8), "quant, QuantLinear", take_bits((2, 3, 4, 8))),
+        _GPTQ_FOR_LLAMA.refuses(same_bits, "llama, load_quant; quant, make_quant", TAKE_ONE_WIDTH),
         _GPTQ_FOR_LLAMA.refuses(types_check(("llama",), "knows"), "llama", TAKE_OTHER_RUNTIME),
         _GPTQ_FOR_LLAMA.refuses(all_quantized, "quant, make_quant", _SKIP_NOTHING),
         _GPTQ_FOR_LLAMA.limits(
@@ -159,6 +162,7 @@ RUNTIME_RULES: Mapping[str, tuple[RuntimeRule, ...]] = {
     "sglang": SGLANG_RULES,
     "tgi": (
         _TGI.refuses(bits_check(2, 4, 8), "text_generation_server.layers.gptq", take_bits((2, 4, 8))),
+        _TGI.refuses(same_bits, "text_generation_server.utils.quantization, _get_quantizer_config", TAKE_ONE_WIDTH),
         _TGI.unknown(
             types_check(("llama", "mistral", "qwen2"), "its code was read for"),
             "text_generation_server.models; qwen3: text-generation-inference#3199",

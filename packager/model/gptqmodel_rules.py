@@ -6,6 +6,7 @@
 from packager.model.architecture import Architecture
 from packager.model.kernel_shapes import fits_marlin_tile
 from packager.model.rules import (
+    TAKE_ONE_WIDTH,
     TAKE_OTHER_RUNTIME,
     TAKE_SYMMETRIC,
     TRY_IT,
@@ -13,6 +14,7 @@ from packager.model.rules import (
     RulesOf,
     bits_check,
     group_sizes_check,
+    same_bits,
     symmetric_only,
     take_bits,
     take_group_sizes,
@@ -167,6 +169,7 @@ _KERNEL_GROUPS = _GPTQMODEL.refuses(
 TRANSFORMERS_RULES = (
     _KERNEL_BITS,
     _KERNEL_GROUPS,
+    _OPTIMUM.refuses(same_bits, "optimum.gptq.quantizer, GPTQQuantizer, _replace_by_quant_layers", TAKE_ONE_WIDTH),
     _OPTIMUM.refuses(_no_experts, "optimum.gptq.quantizer, convert_model", TAKE_OTHER_RUNTIME),
     _TRANSFORMERS.refuses(
         _transformers_fails, "transformers.models, _init_weights; optimum.gptq.utils, get_layers", _SKIP

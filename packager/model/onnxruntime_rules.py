@@ -6,7 +6,16 @@ onnx 1.23.2 and transformers 5.23.0 on a CPU; `tests/test_onnxruntime_loader.py`
 
 from packager.model.architecture import Architecture
 from packager.model.rope import rope_of
-from packager.model.rules import TAKE_OTHER_RUNTIME, RulesOf, all_quantized, bits_check, take_bits, whole_groups
+from packager.model.rules import (
+    TAKE_OTHER_RUNTIME,
+    TRY_IT,
+    RulesOf,
+    all_quantized,
+    bits_check,
+    patterns_check,
+    take_bits,
+    whole_groups,
+)
 from packager.variant import Variant
 
 # Classes of `builder.create_model` whose checkpoints it converted here into what our forward computes.
@@ -154,6 +163,11 @@ _LIST = "onnxruntime_genai.models.builder, create_model"
 
 ONNXRUNTIME_RULES = (
     _RUNTIME.refuses(bits_check(*ONNXRUNTIME_BITS), _KERNEL, take_bits(ONNXRUNTIME_BITS)),
+    _BUILDER.unknown(
+        patterns_check("names of tensors, not of linears,"),
+        "onnxruntime_genai.models.loaders.gptq, get_overrides",
+        TRY_IT,
+    ),
     _BUILDER.refuses(
         all_quantized, "onnxruntime_genai.models.loaders.base", "skip nothing in the recipe (quantize.skip)"
     ),

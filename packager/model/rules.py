@@ -107,6 +107,7 @@ class RulesOf:
 TAKE_SYMMETRIC = "take a symmetric branch (sym: true)"
 TAKE_OTHER_RUNTIME = "take one of the runtimes that load it"
 QUANTIZE_ALL_OR_NONE = "skip all of them in the recipe, or none (quantize.skip)"
+TAKE_ONE_WIDTH = "take a branch whose linears all have the same bits, or GPTQModel's own loader"
 TRY_IT = "take a runtime that loads it; this one may, but nobody tried"
 
 
@@ -128,7 +129,7 @@ def _either(values: Sequence[int]) -> str:
 def bits_check(*known: int) -> Check:
     """Return the check for numbers of bits that a runtime does not read."""
     words = ", ".join(map(str, known))
-    return lambda variant, _: "" if variant.bits in known else f"reads {words} bits only"
+    return lambda variant, _: "" if set(variant.all_bits) <= set(known) else f"reads {words} bits only"
 
 
 def group_sizes_check(*known: int) -> Check:
@@ -141,6 +142,25 @@ def types_check(known: Sequence[str], words: str) -> Check:
     """Return the check for model types that are not among those known; `words` begin the sentence."""
     names = ", ".join(known)
     return lambda _, architecture: "" if architecture.model_type in known else f"{words} {names} only"
+
+
+def same_bits(variant: Variant, _: Architecture) -> str:
+    """Return the refusal of checkpoints whose linears have several numbers of bits, of runtimes without `dynamic`."""
+    return f"reads one number of bits, here are {_and(variant.all_bits)}" if variant.other_bits else ""
+
+
+def patterns_check(names: str) -> Check:
+    """Return the check for runtimes that look for other names in `dynamic` than those of modules.
+
+    The patterns are another program's regular expressions, which are not run here.
+    """
+    says = f"looks for {names} in dynamic, which its patterns may not fit"
+    return lambda variant, _: says if variant.other_bits else ""
+
+
+def _and(values: Sequence[int]) -> str:
+    *first, last = map(str, values)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def symmetric_only(variant: Variant, _: Architecture) -> str:

@@ -14,6 +14,7 @@ from packager.model.rules import (
     RulesOf,
     bits_check,
     group_sizes_check,
+    patterns_check,
     symmetric_only,
     take_bits,
     take_group_sizes,
@@ -64,6 +65,9 @@ SGLANG_RULES = (
     _SGLANG.refuses(group_sizes_check(*SGLANG_GROUP_SIZES), _METHOD, take_group_sizes(SGLANG_GROUP_SIZES)),
     _SGLANG.refuses(symmetric_only, _METHOD, TAKE_SYMMETRIC),
     _SGLANG.unknown(types_check(_READ_FOR, "its code was read for"), "sglang.srt.models", TRY_IT),
+    _SGLANG.unknown(
+        patterns_check("qkv_proj and gate_up_proj"), f"{_QUANTIZATION}.utils, get_dynamic_override", TRY_IT
+    ),
     _SGLANG.refuses(fused_alike, f"{_QUANTIZATION}.utils, get_dynamic_override", QUANTIZE_ALL_OR_NONE),
     _SGLANG.refuses(
         sglang_whole_groups,

@@ -16,6 +16,7 @@ from packager.model.rules import (
     RuntimeRule,
     bits_check,
     group_sizes_check,
+    patterns_check,
     symmetric_only,
     take_bits,
     take_group_sizes,
@@ -189,6 +190,9 @@ def _linears(read: RulesOf) -> tuple[RuntimeRule, ...]:
     """Return the rules of the linears that hold on every platform and in both versions."""
     return (
         read.unknown(merged_experts, "vllm.model_executor.models", TRY_IT),
+        read.unknown(
+            patterns_check("qkv_proj and gate_up_proj"), f"{_LAYERS}.utils.gptq_utils, get_dynamic_override", TRY_IT
+        ),
         read.refuses(fused_alike, f"{_LAYERS}.utils.gptq_utils, is_layer_gptq_quantized", QUANTIZE_ALL_OR_NONE),
         read.refuses(
             vllm_group_sizes,

@@ -10,7 +10,7 @@ from typing import cast
 
 from packager.errors import AuditError
 from packager.model.architecture import Architecture
-from packager.prove.audit.config import Declared, check_declared
+from packager.prove.audit.config import Declared, check_declared, overrides, widths_of
 from packager.prove.audit.files import JsonObject, as_object, list_folder, read_documents
 from packager.prove.audit.finding import Findings
 from packager.prove.audit.model import Describe, read_model
@@ -46,8 +46,8 @@ def declared_checkpoint(folder: Path, branch: str, describe: Describe | None) ->
         describe: describes the model of a config.json that no provenance.json describes.
 
     Raises:
-        AuditError: the files declare no GPTQ checkpoint, or one whose linears have not all the same parameters, or a
-            model that is not known.
+        AuditError: the files declare no GPTQ checkpoint, or one whose linears have other parameters than bits of their
+            own, or a model that is not known.
     """
     findings = Findings()
     listing = list_folder(folder, findings)
@@ -69,7 +69,7 @@ def declared_checkpoint(folder: Path, branch: str, describe: Describe | None) ->
         raise _error(folder, "the model of this checkpoint is not known", why)
     quantized = quantized_modules(weights) if weights.is_all_read else None
     return DeclaredCheckpoint(
-        variant=_variant(branch, declared),
+        variant=_variant(branch, declared, widths_of(weights)),
         architecture=_without_left(folder, architecture, declared, quantized),
     )
 
@@ -94,8 +94,9 @@ def _problem(section: JsonObject, declared: Declared, *, are_weights_read: bool)
         problem = f"checkpoint_format is {shown(declared.checkpoint_format)}"
     elif section.get("lm_head") is True:
         problem = "lm_head is quantized"
-    elif not isinstance(dynamic, dict) or any(not name.startswith("-:") for name in dynamic):
+    elif overrides(dynamic) and not declared.has_mixed_bits:
         problem = "dynamic gives single linears other parameters"
+        problem += "" if are_weights_read else " by patterns, which are not tried: download the weights"
     elif dynamic and declared.quantized is None and not are_weights_read:
         problem = "dynamic leaves linears unquantized by patterns, which are not tried: download the weights"
     else:
@@ -103,8 +104,11 @@ def _problem(section: JsonObject, declared: Declared, *, are_weights_read: bool)
     return problem
 
 
-def _variant(branch: str, declared: Declared) -> Variant:
-    """Return the declared variant; runtimes go by desc_act, whatever the order in which columns were quantized."""
+def _variant(branch: str, declared: Declared, widths: Collection[int]) -> Variant:
+    """Return the declared variant; runtimes go by desc_act, whatever the order in which columns were quantized.
+
+    `widths` are the bits that linears have.
+    """
     static: ActOrder = "static" if declared.static_groups else "none"
     return Variant(
         branch=branch,
@@ -118,6 +122,7 @@ def _variant(branch: str, declared: Declared) -> Variant:
         scale_search=False,
         refine=False,
         engine="native",
+        other_bits=tuple(cast(Bits, bits) for bits in widths if declared.has_mixed_bits and bits != declared.bits),
     )
 
 

@@ -1,8 +1,10 @@
 """config.json and quantize_config.json: the GPTQ parameters they declare, and that they agree."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from packager.model.checkpoint import PORTABLE_KEYS
 from packager.prove.audit.files import JsonObject, Listing, as_object
@@ -20,6 +22,7 @@ class Declared:
     """The GPTQ parameters a folder declares; None where it declares nothing usable.
 
     `quantized` has the names of modules_in_block_to_quantize: the only linears of the blocks that are quantized.
+    `has_mixed_bits`: single linears have other bits, by `dynamic` and by the shapes of their tensors.
     `is_gptq` is False for weights of another method, of which nothing else is declared.
     """
 
@@ -30,6 +33,7 @@ class Declared:
     static_groups: bool = False
     checkpoint_format: str | None = None
     quantized: frozenset[str] | None = None
+    has_mixed_bits: bool = False
     is_gptq: bool = True
 
     def leaves(self, linear: str) -> bool:
@@ -101,10 +105,33 @@ def check_declared(documents: Mapping[str, object], weights: Weights, findings: 
             return Declared(is_gptq=False)
         else:
             inner = section
-            _check_section(section, findings)
+            _check_section(section, weights, findings)
     if portable is not None:
         _check_portable(portable, inner, weights, findings)
-    return _declared({**(portable or {}), **inner})
+    declared = _declared({**(portable or {}), **inner})
+    return replace(declared, has_mixed_bits=_gives_other_bits(inner.get("dynamic")) and len(widths_of(weights)) > 1)
+
+
+def widths_of(weights: Weights) -> Mapping[int, int]:
+    """Return how many quantized linears have how many bits, by the shapes of their tensors, rising.
+
+    The patterns of `dynamic` are regular expressions of whoever made the checkpoint: they are not run.
+    """
+    found = Counter(filter(None, map(partial(bits_of, weights), sorted(weights.tensors))))
+    return dict(sorted(found.items()))
+
+
+def bits_of(weights: Weights, name: str) -> int | None:
+    """Return the bits of the linear whose qweight has this name, None for another tensor and for odd shapes."""
+    module, _, part = name.rpartition(".")
+    g_idx = weights.tensors.get(f"{module}.g_idx")
+    shapes = (
+        (weights.tensors[name].info.shape, g_idx.info.shape) if part == "qweight" and g_idx is not None else ((), ())
+    )
+    if len(shapes[0]) != 2 or len(shapes[1]) != 1 or not shapes[1][0]:
+        return None
+    bits, rest = divmod(shapes[0][0] * 32, shapes[1][0])
+    return bits if bits in (2, 3, 4, 8) and not rest else None
 
 
 def _other_method(section: JsonObject, weights: Weights) -> str | None:
@@ -115,13 +142,17 @@ def _other_method(section: JsonObject, weights: Weights) -> str | None:
     return None if any(name.endswith(".g_idx") for name in weights.tensors) else method
 
 
-def _check_section(section: JsonObject, findings: Findings) -> None:
+def _check_section(section: JsonObject, weights: Weights, findings: Findings) -> None:
     place = f"{CONFIG}: quantization_config."
     for key in _KEYS:
         if key not in section:
             findings.add(missing_code(key), f"{place}{key}", f"{key} is missing")
     _check_values(section, place, findings)
-    if _overrides(section.get("dynamic")):
+    dynamic = section.get("dynamic")
+    if _gives_other_bits(dynamic) and len(widths := widths_of(weights)) > 1:
+        counted = ", ".join(f"{count} linears of {bits} bits" for bits, count in widths.items())
+        findings.add("mixed-bits", f"{place}dynamic", counted)
+    elif overrides(dynamic):
         findings.add("quantization-override", f"{place}dynamic", "parameters of single linears are overridden")
     if section.get("pack_dtype", "int32") != "int32":
         message = f"words are {shown(section['pack_dtype'])}, not int32"
@@ -132,18 +163,26 @@ def _check_section(section: JsonObject, findings: Findings) -> None:
         findings.add("checkpoint-format", f"{place}checkpoint_format", "gptq_v2 is declared")
 
 
-def _overrides(dynamic: object) -> bool:
+def overrides(dynamic: object) -> bool:
     """Return whether `dynamic` gives single linears other parameters; leaving some unquantized ("-:") is fine."""
     if not dynamic:
         return False
     return not isinstance(dynamic, dict) or any(not key.startswith("-:") or value for key, value in dynamic.items())
 
 
+def _gives_other_bits(dynamic: object) -> bool:
+    """Return whether `dynamic` gives single linears other bits, and nothing else."""
+    if not overrides(dynamic) or not isinstance(dynamic, dict):
+        return False
+    given = [value for key, value in dynamic.items() if not key.startswith("-:") or value]
+    return all(isinstance(value, dict) and value.keys() == {"bits"} for value in given)
+
+
 def _check_portable(portable: JsonObject, inner: JsonObject, weights: Weights, findings: Findings) -> None:
     place = f"{QUANTIZE_CONFIG}: "
     # GPTQModel reads this file first, so it must say what is left; AutoGPTQ opens no such model anyway.
     left = inner.get("dynamic")
-    if left and not _overrides(left) and portable.get("dynamic") != left:
+    if left and not overrides(left) and portable.get("dynamic") != left:
         message = "it is not config.json's, which says what is not quantized"
         findings.add("quantize-config-disagrees", f"{place}dynamic", message)
     foreign = sorted(portable.keys() - {*PORTABLE_KEYS, *(["dynamic"] if left else [])})

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from packager.model.architecture import Architecture, LinearSpec
 from packager.model.checkpoint import quantized_tensors
 from packager.model.config_values import LARGEST_SIZE
 from packager.model.safetensors_file import StoredTensor
-from packager.prove.audit.config import Declared
+from packager.prove.audit.config import Declared, bits_of
 from packager.prove.audit.finding import Findings
 from packager.prove.audit.model import KnownModel
 from packager.prove.audit.weights import Weights
@@ -101,8 +101,11 @@ def check_tensors(weights: Weights, expected: Expected, findings: Findings) -> t
         sound = _check_parts(name, parts, findings, is_all_read=weights.is_all_read)
         if name in specs:
             _check_bias(specs[name], parts, findings, is_all_read=weights.is_all_read)
-        if layout and parts.keys() >= PARTS.keys():
-            linear = _check_shapes(specs.get(name) or _derived_spec(name, parts, layout), parts, layout, findings)
+        own = layout
+        if layout and expected.declared.has_mixed_bits and (bits := bits_of(weights, f"{name}.qweight")):
+            own = replace(layout, bits=bits)
+        if own and parts.keys() >= PARTS.keys():
+            linear = _check_shapes(specs.get(name) or _derived_spec(name, parts, own), parts, own, findings)
             linears += [linear] if linear and sound else []
     return tuple(linears)
 
