@@ -112,9 +112,24 @@ class Outcome:
 
 
 def run_jobs(
-    engine: Engine, jobs: Sequence[Mapping[str, Any]], paths: EnginePaths, folder: Path, *, timeout_s: float
+    engine: Engine,
+    jobs: Sequence[Mapping[str, Any]],
+    paths: EnginePaths,
+    folder: Path,
+    *,
+    timeout_s: float,
+    environ: Mapping[str, str] | None = None,
 ) -> list[Outcome]:
-    """Run an engine's jobs one after the other in one process; its output goes to a log in `folder`."""
+    """Run an engine's jobs one after the other in one process; its output goes to a log in `folder`.
+
+    Args:
+        engine: whose script runs.
+        jobs: see peers/peer.py.
+        paths: where the engine is.
+        folder: of the jobs, their results and the log.
+        timeout_s: the longest time from one job's end to the next one's.
+        environ: variables of its process, beside those that every engine gets.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files, results = [], []
     for number, job in enumerate(jobs):
@@ -129,7 +144,7 @@ def run_jobs(
         status = Processes().run(
             command,
             folder=folder,
-            environ=paths.environ(engine, os.environ),
+            environ={**paths.environ(engine, os.environ), **(environ or {})},
             out=out,
             err=out,
             timeout_s=timeout_s,

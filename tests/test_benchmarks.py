@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.tiny_decoders import tiny_decoder
 pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+DEMO = BENCHMARKS.parent / "recipes"
 TINY = ["--layers=2", "--hidden=128", "--intermediate=256", "--heads=2", "--kv-heads=1", "--vocab=1024", "--rows=4",
         "--seq-len=32", "--device=cpu", "--no-warm-up"]  # fmt: skip
 BRANCHES = ("main", "gptq-4bit-32g-actorder_True", "gptq-4bit-64g-actorder_True", "gptq-4bit-128g-actorder_True")
@@ -37,7 +39,8 @@ BRANCHES = ("main", "gptq-4bit-32g-actorder_True", "gptq-4bit-64g-actorder_True"
 @pytest.fixture(scope="module")
 def modules() -> Iterator[Any]:
     """The benchmarks' modules, which are no package: each command runs as a script."""
-    names = ("make_model", "processes", "tables", "quality_table", "speed", "quality", "several_gpus", "cuda_loaders")
+    names = ("make_model", "processes", "tables", "quality_table", "speed", "quality", "several_gpus", "cuda_loaders",
+             "longer_demo", "real_models")  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -240,7 +243,10 @@ def test_wrong_options_are_refused(modules: Any, script: str, arguments: list[st
     assert message in capsys.readouterr().err
 
 
-def test_quality_measures_the_checkpoint_of_every_engine(modules: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_quality_measures_the_checkpoint_of_every_engine(
+    modules: Any, tmp_path: Path, parallel: int, capsys: Any
+) -> None:
     (tmp_path / "recipes").mkdir()
     recipe = tiny_recipe.write_all(tmp_path / "recipes")
     options = [
@@ -249,13 +255,22 @@ def test_quality_measures_the_checkpoint_of_every_engine(modules: Any, tmp_path:
         "--device=cpu",
         "--peers=autogptq",
         f"--cache={tmp_path}",
+        f"--parallel={parallel}",
+        "--held-out-tokens=128",
     ]
     paths = [f"--recipe={recipe}", f"--work={tmp_path / 'work'}", f"--json={tmp_path / 'out.json'}"]
     assert (
         modules.quality.main([*options, *paths, "--ours=plain:scale_search=false", "--ours=search:scale_search=true"])
         == 0
     )
-    measurements = json.loads((tmp_path / "out.json").read_text())["measurements"]
+    printed_at_the_end = capsys.readouterr().out
+    assert modules.quality.main([f"--read={tmp_path / 'out.json'}"]) == 0
+    tables = capsys.readouterr().out
+    assert "Act orders" in tables
+    assert printed_at_the_end.endswith(tables), "the file holds everything that the tables show"
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["held_out_tokens"] == 128
+    measurements = report["measurements"]
     keys = ("engine", "group_size", "act_order", "seed")
     found = {tuple(each[key] for key in keys): each["quality"] for each in measurements}
     assert len(found) == len(measurements) == 2 * 3 * 2 + 2 * 2  # AutoGPTQ gets no static order
@@ -287,7 +302,7 @@ def test_ours_is_compared_with_each_peer_seed_by_seed_and_what_is_alike_is_marke
         return modules.quality_table.Measurement(
             engine=engine, group_size=size, act_order=order, seed=seed, ours=engine == "mine",
             outcome=modules.processes.Outcome(status="ok", result={"seconds": seconds}),
-            quality=SimpleNamespace(kl_divergence=kl),
+            quality=SimpleNamespace(kl_divergence=kl, rows=None),
         )  # fmt: skip
 
     mine = [measured("mine", "static", seed, kl, 2.0) for seed, kl in enumerate((0.8, 1.8, 2.4))]
@@ -298,12 +313,110 @@ def test_ours_is_compared_with_each_peer_seed_by_seed_and_what_is_alike_is_marke
     lines = printed(modules.quality_table.peers_table([*mine, *full, *one, *two, *others])).splitlines()
     static = next(line for line in lines if "64g static" in line)
     # Ratios 0.8, 0.9, 0.8 over one's; 0.8, 1.2, 1.0 over two's, whose mean is 1.
-    assert "0.833 +- 0.033 " in static
-    assert "1.000 +- 0.115 ~" in static
+    assert "0.833 +- 0.033, max 0.900" in static
+    assert "1.000 +- 0.115 ~, max 1.200" in static
     assert "2.0 s" in static
     beside = lines[lines.index(static) + 1]
     assert beside.index("40.0 s") < beside.index("5.0 s")
     assert "2.000 " in next(line for line in lines if "64g full" in line), "full order with full order, where there is"
+
+
+def test_the_error_of_a_ratio_is_over_the_held_out_rows_too(modules: Any) -> None:
+    def measured(engine: str, seed: int, rows: tuple[float, ...]) -> Any:
+        return modules.quality_table.Measurement(
+            engine=engine, group_size=64, act_order="none", seed=seed, ours=engine == "mine",
+            outcome=modules.processes.Outcome(status="ok"),
+            quality=SimpleNamespace(kl_divergence=sum(rows) / 4, rows=SimpleNamespace(kl_divergence=rows)),
+        )  # fmt: skip
+
+    def cell(*seeds: tuple[tuple[float, ...], tuple[float, ...]]) -> str:
+        measurements = [
+            measured(engine, seed, rows)
+            for seed, both in enumerate(seeds)
+            for engine, rows in zip(("mine", "one"), both, strict=True)
+        ]
+        lines = printed(modules.quality_table.peers_table(measurements)).splitlines()
+        return next(line for line in lines if "64g" in line)
+
+    # Ratio 0.5; residuals 0.5, 0, -0.5, 0, whose standard deviation over 2 is 0.204, over a mean of 2.
+    one = ((1.5, 1.0, 0.5, 1.0), (2.0, 2.0, 2.0, 2.0))
+    assert "0.500 +- 0.102 " in cell(one)
+    assert "0.500 +- 0.102, max 0.500" in cell(one, one), "seeds share the rows: they are no further draws of text"
+    # Ratios 0.5 and 0.7, an error of 0.1 over the seeds. Mean rows 1.7, 1.2, 0.7, 1.2 over 2: residuals as before.
+    two = ((1.9, 1.4, 0.9, 1.4), (2.0, 2.0, 2.0, 2.0))
+    assert "0.600 +- 0.143, max 0.700" in cell(one, two)
+    # What rows share leaves the ratio's error alone.
+    assert "+-" not in cell(((0.5, 1.0, 1.5, 2.0), (1.0, 2.0, 3.0, 4.0)))
+
+
+def test_the_better_of_the_two_gptq_engines_is_that_of_each_seed(modules: Any) -> None:
+    def measured(engine: str, seed: int, kl: float) -> Any:
+        return modules.quality_table.Measurement(
+            engine=engine, group_size=64, act_order="none", seed=seed, ours=engine == "mine",
+            outcome=modules.processes.Outcome(status="ok", result={"seconds": 7.0}),
+            quality=SimpleNamespace(kl_divergence=kl, rows=None),
+        )  # fmt: skip
+
+    mine = [measured("mine", seed, 1.0) for seed in range(2)]
+    peers = [
+        measured(engine, seed, kl)
+        for engine, each in (("AutoGPTQ", (2.0, 5.0)), ("GPTQModel", (4.0, 2.5)))
+        for seed, kl in enumerate(each)
+    ]
+    text = printed(modules.quality_table.peers_table([*mine, *peers]))
+    # 1 / 2 and 1 / 2.5.
+    assert "0.450 +- 0.050, max 0.500" in next(line for line in text.splitlines() if "64g" in line)
+    alone = printed(modules.quality_table.peers_table([*mine, *peers[:2]]))
+    assert "the better" in " ".join(text.split())
+    assert "the better" not in " ".join(alone.split())
+
+
+def test_the_longer_demo_only_adds_text(modules: Any, tmp_path: Path) -> None:
+    recipe = modules.longer_demo.make(tmp_path / "long", documents=820)
+    whole = (tmp_path / "long" / "assets" / "demo-llama" / "text" / "evaluation.jsonl").read_bytes()
+    shipped = (DEMO / "assets" / "demo-llama" / "text" / "evaluation.jsonl").read_bytes()
+    assert whole.startswith(shipped)
+    assert len(set(whole.splitlines())) == 820
+    assert recipe.read_bytes() == (DEMO / recipe.name).read_bytes()
+
+
+def test_longer_texts_of_a_real_model_share_no_paragraph(modules: Any, tmp_path: Path) -> None:
+    for name, long in (("short", False), ("long", True)):
+        (tmp_path / name).mkdir()
+        modules.real_models.write_texts(tmp_path / name, long=long)
+
+    def paragraphs(folder: str, text: str) -> set[str]:
+        lines = (tmp_path / folder / f"{text}.jsonl").read_text(encoding="utf-8").splitlines()
+        return {" ".join(part.split()) for line in lines for part in json.loads(line)["text"].split("\n\n")}
+
+    assert not paragraphs("long", "calibration") & paragraphs("long", "evaluation")
+    short = paragraphs("short", "calibration") | paragraphs("short", "evaluation")
+    assert len(paragraphs("long", "calibration") | paragraphs("long", "evaluation")) > 2 * len(short)
+
+
+def test_peers_side_by_side_are_spread_over_the_gpus(
+    modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+    both = threading.Barrier(2, timeout=10)
+
+    def run_jobs(engine: Any, jobs: Any, paths: Any, folder: Path, *, timeout_s: float, environ: Any) -> Any:
+        both.wait()  # two at a time, no fewer
+        used.append(environ["CUDA_VISIBLE_DEVICES"])
+        return [modules.processes.Outcome(status="ok", result={"folder": str(folder)})]
+
+    monkeypatch.setattr(modules.quality, "run_jobs", run_jobs)
+    settings = modules.quality.parse(
+        ["--seeds=3,4", "--permutations=32,16:static,16:full", "--parallel=2", "--gpus=5,6", f"--work={tmp_path}",
+         "--peers=autogptq", "--ours=none", "--device=cpu"]
+    )  # fmt: skip
+    build = SimpleNamespace(source=SimpleNamespace(folder=tmp_path))
+    made = list(modules.quality._checkpoints(settings, {3: build, 4: build}))
+    assert {(each.seed, each.permutation) for each in made} == {
+        (seed, permutation) for seed in (3, 4) for permutation in ((32, "none"), (16, "full"))
+    }
+    assert len({each.folder for each in made}) == len({each.outcome.result["folder"] for each in made}) == 4
+    assert sorted(used) == ["5", "5", "6", "6"]
 
 
 def test_a_permutation_is_a_group_size_and_an_act_order(modules: Any) -> None:

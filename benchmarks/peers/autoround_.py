@@ -17,11 +17,11 @@ BATCH_SIZE = 8
 
 def quantize(job: Job) -> dict[str, Any]:
     """Quantize one model and save it if asked to."""
+    if job["desc_act"]:
+        raise UnavailableError("AutoRound has no act order")
     auto_round: Any = need("auto_round")
     transformers: Any = need("transformers")
     torch: Any = need("torch")
-    if job["desc_act"]:
-        raise UnavailableError("AutoRound has no act order")
     on_gpu = job["device"] == "cuda"
     model = transformers.AutoModelForCausalLM.from_pretrained(
         job["model_dir"], dtype=torch.float16 if on_gpu else torch.float32
