@@ -1,10 +1,10 @@
 """Copy the demo's recipe with more held-out text than ships with it, for comparisons that need smaller errors.
 
     python benchmarks/longer_demo.py FOLDER
-    python benchmarks/quality.py --recipe FOLDER/demo-llama.yaml --held-out-tokens 67584
 
-The first 800 documents are those of the recipe; the others come from the same generator and the same split, which
-neither the model nor the calibration text has.
+Then quality.py takes the recipe in FOLDER with `--held-out-tokens 67584`. The first 800 documents are those of the
+recipe; the others come from the same generator and the same split, which neither the model nor the calibration text
+has.
 """
 
 from __future__ import annotations
