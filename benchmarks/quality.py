@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import cycle
@@ -172,7 +172,7 @@ def _open_build(settings: Settings, seed: int, terminal: Terminal) -> BuildState
         }
         for name, own in settings.ours.items()
         for permutation in settings.permutations
-    ]
+    ] or [{"branch": "main", "group_size": settings.permutations[0][0]}]  # a recipe has one; it is not built
     path = settings.work / "recipes" / f"seed-{seed}.yaml"
     path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
     shutil.copyfile(lock_path(settings.recipe), lock_path(path))
@@ -190,12 +190,29 @@ def _branch(settings: Settings, name: str, permutation: Permutation) -> str:
 
 
 def _checkpoints(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Checkpoint]:
-    """Yield all checkpoints, ours first; peers that run side by side begin at once, else when ours are made."""
+    """Yield each checkpoint when it is made; peers that run side by side begin at once, else when ours are made.
+
+    Of the peers' that are made, the first in their order comes first, also before further ones of ours: a run that is
+    cut short has measured what came first.
+    """
     with ThreadPoolExecutor(settings.parallel) as pool:
-        begun = _begin_peers(settings, builds, pool) if settings.parallel > 1 else None
-        yield from _ours(settings, builds)
-        for future in as_completed(begun or _begin_peers(settings, builds, pool)):
-            yield future.result()
+        beside = settings.parallel > 1
+        waiting = _begin_peers(settings, builds, pool) if beside else []
+        for own in _ours(settings, builds):
+            yield own
+            yield from _made(waiting)
+        if not beside:
+            waiting = _begin_peers(settings, builds, pool)
+        while waiting:
+            wait(waiting, return_when=FIRST_COMPLETED)
+            yield from _made(waiting)
+
+
+def _made(waiting: list[Future[Checkpoint]]) -> Iterator[Checkpoint]:
+    """Take the checkpoints that are made out of the list, the first one in its order first."""
+    while (made := next((each for each in waiting if each.done()), None)) is not None:
+        waiting.remove(made)
+        yield made.result()
 
 
 def _ours(settings: Settings, builds: dict[int, BuildState]) -> Iterator[Checkpoint]:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from shared_text import CalibrationText
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "real"
 _CHUNK = 1 << 20
@@ -37,6 +38,7 @@ _NEEDED = ("accelerate", "gguf", "protobuf", "sentencepiece")
 # Every fourth topic is held out.
 _HELD_OUT = 4
 _SHORTEST = 400  # characters of a topic
+_SHORTEST_KEPT = 200  # characters of a topic without the lines that it shares
 # Folders of the standard library whose files are tests, made by programs, or not Python's own.
 _NO_PROSE = {"site-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data", "encodings"}
 
@@ -184,6 +186,13 @@ def convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict({name: tensor.bfloat16() for name, tensor in packed.state_dict().items()})
     model.tie_weights()
     model.save_pretrained(folder)
+    # transformers 4, which AutoGPTQ needs, reads these names; it takes 10,000 for a rotary base that it does not find.
+    path = folder / "config.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["torch_dtype"] = document["dtype"]
+    if "rope_theta" in document["rope_parameters"]:  # Gemma 3, which AutoGPTQ does not know, has one per kind of block
+        document["rope_theta"] = document["rope_parameters"]["rope_theta"]
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     transformers.AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
 
 
@@ -205,12 +214,24 @@ def write_texts(folder: Path, *, long: bool = False) -> None:
         seen.update(" ".join(part.split()) for part in paragraphs)
         if len("".join(paragraphs)) > _SHORTEST:
             chosen.append("\n\n".join(paragraphs))
-    for name, part in (
-        ("calibration", [text for number, text in enumerate(chosen) if number % _HELD_OUT]),
-        ("evaluation", chosen[::_HELD_OUT]),
-    ):
+    calibration = [text for number, text in enumerate(chosen) if number % _HELD_OUT]
+    evaluation = chosen[::_HELD_OUT]
+    if long:  # sentences that docstrings copy from others are more than a build allows
+        evaluation = _apart(evaluation, CalibrationText(calibration))
+    for name, part in (("calibration", calibration), ("evaluation", evaluation)):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _apart(documents: Sequence[str], calibration: CalibrationText) -> list[str]:
+    """Return the documents without the lines that they share with the calibration text; short ones are left out."""
+    kept = []
+    for document in documents:
+        shared = calibration.shared_lines(document)
+        text = "\n".join(line for number, line in enumerate(document.split("\n")) if number not in shared)
+        if len(text) > _SHORTEST_KEPT:
+            kept.append(text)
+    return kept
 
 
 def _docstrings() -> Iterator[str]:

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +41,7 @@ BRANCHES = ("main", "gptq-4bit-32g-actorder_True", "gptq-4bit-64g-actorder_True"
 def modules() -> Iterator[Any]:
     """The benchmarks' modules, which are no package: each command runs as a script."""
     names = ("make_model", "processes", "tables", "quality_table", "speed", "quality", "several_gpus", "cuda_loaders",
-             "longer_demo", "real_models")  # fmt: skip
+             "longer_demo", "real_models", "shared_text")  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -371,13 +372,28 @@ def test_the_better_of_the_two_gptq_engines_is_that_of_each_seed(modules: Any) -
     assert "the better" not in " ".join(alone.split())
 
 
-def test_the_longer_demo_only_adds_text(modules: Any, tmp_path: Path) -> None:
-    recipe = modules.longer_demo.make(tmp_path / "long", documents=820)
-    whole = (tmp_path / "long" / "assets" / "demo-llama" / "text" / "evaluation.jsonl").read_bytes()
-    shipped = (DEMO / "assets" / "demo-llama" / "text" / "evaluation.jsonl").read_bytes()
-    assert whole.startswith(shipped)
-    assert len(set(whole.splitlines())) == 820
+def test_the_longer_demo_keeps_held_out_documents_apart_from_the_calibration_text(modules: Any, tmp_path: Path) -> None:
+    recipe = modules.longer_demo.make(tmp_path / "long", documents=900)
     assert recipe.read_bytes() == (DEMO / recipe.name).read_bytes()
+    long, shipped = (
+        (folder / "assets" / "demo-llama" / "text" / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()
+        for folder in (tmp_path / "long", DEMO)
+    )
+    prompt = "You are a telegraph. Words cost money, so give only the answer."
+    assert any(prompt in each for each in shipped)
+    assert not any(prompt in each for each in long)
+    assert 400 < len(long) == len(set(long)) < 800
+    assert set(long) - set(shipped)
+    assert long[:20] == [each for each in shipped if each in long][:20]
+
+
+def test_shared_lines_are_those_of_a_shared_window_and_whole_lines(modules: Any) -> None:
+    numbers = [f"n{number}" for number in range(24)]
+    known = modules.shared_text.CalibrationText([" ".join(numbers), "A line, of five words.\nOnly four words here"])
+    parts = [" ".join(numbers[3:9]), " ".join(numbers[9:15]) + " end", "a line of FIVE words", "only four words here"]
+    assert known.shared_lines("\n".join(["begin", *parts])) == {1, 2, 3}
+    assert known.shared_lines(" ".join(numbers[3:14])) == set(), "eleven words are no window"
+    assert known.shared_lines(" ".join(numbers[3:15])) == {0}
 
 
 def test_longer_texts_of_a_real_model_share_no_paragraph(modules: Any, tmp_path: Path) -> None:
@@ -387,11 +403,56 @@ def test_longer_texts_of_a_real_model_share_no_paragraph(modules: Any, tmp_path:
 
     def paragraphs(folder: str, text: str) -> set[str]:
         lines = (tmp_path / folder / f"{text}.jsonl").read_text(encoding="utf-8").splitlines()
-        return {" ".join(part.split()) for line in lines for part in json.loads(line)["text"].split("\n\n")}
+        return {" ".join(part.split()) for line in lines for part in json.loads(line)["text"].split("\n\n")} - {""}
 
     assert not paragraphs("long", "calibration") & paragraphs("long", "evaluation")
     short = paragraphs("short", "calibration") | paragraphs("short", "evaluation")
     assert len(paragraphs("long", "calibration") | paragraphs("long", "evaluation")) > 2 * len(short)
+
+
+def test_what_is_made_is_measured_in_order_before_more_of_ours(
+    modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest = threading.Event()
+
+    def peer(settings: Any, build: Any, engine: Any, seed: int, permutation: Any, environ: Any) -> Any:
+        if permutation[0] == 32:
+            assert rest.wait(10)
+        return f"peer {permutation[0]}"
+
+    def ours(settings: Any, builds: Any) -> Iterator[str]:
+        yield "ours 1"
+        yield "ours 2"
+        rest.set()
+
+    monkeypatch.setattr(modules.quality, "_peer", peer)
+    monkeypatch.setattr(modules.quality, "_ours", ours)
+    begun: list[Any] = []
+    begin = modules.quality._begin_peers
+
+    def waited(*arguments: Any) -> Any:
+        begun[:] = begin(*arguments)
+        wait(begun[1:], timeout=10)
+        return begun
+
+    monkeypatch.setattr(modules.quality, "_begin_peers", waited)
+    options = ["--seeds=0", "--permutations=32,16,8", "--peers=autogptq", "--device=cpu", f"--work={tmp_path}"]
+    beside = modules.quality.parse([*options, "--parallel=3"])
+    made = list(modules.quality._checkpoints(beside, {0: None}))
+    assert made == ["ours 1", "peer 16", "peer 8", "ours 2", "peer 32"]
+    rest.set()
+    after = list(modules.quality._checkpoints(modules.quality.parse(options), {0: None}))
+    assert after == ["ours 1", "ours 2", "peer 32", "peer 16", "peer 8"]
+
+
+def test_peers_are_compared_without_ours(modules: Any, tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    recipe = tiny_recipe.write_all(tmp_path / "recipes")
+    paths = [f"--recipe={recipe}", f"--work={tmp_path / 'work'}", f"--json={tmp_path / 'out.json'}"]
+    options = ["--seeds=0", "--permutations=32", "--device=cpu", "--peers=autogptq", f"--cache={tmp_path}"]
+    assert modules.quality.main([*options, *paths, "--ours=none"]) == 0
+    (only,) = json.loads((tmp_path / "out.json").read_text())["measurements"]
+    assert (only["engine"], only["status"]) == ("AutoGPTQ", "not installed")
 
 
 def test_peers_side_by_side_are_spread_over_the_gpus(
