@@ -41,7 +41,7 @@ BRANCHES = ("main", "gptq-4bit-32g-actorder_True", "gptq-4bit-64g-actorder_True"
 def modules() -> Iterator[Any]:
     """The benchmarks' modules, which are no package: each command runs as a script."""
     names = ("make_model", "processes", "tables", "quality_table", "speed", "quality", "several_gpus", "cuda_loaders",
-             "longer_demo", "real_models", "shared_text")  # fmt: skip
+             "longer_demo", "real_models", "shared_text", "block_profile")  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -634,3 +634,31 @@ def test_a_killed_run_of_one_permutation_ends_with_the_same_bytes(modules: Any, 
     assert module.same_bytes([made], killed)
     ranks = made.result["ranks"]
     assert ranks["cpu"]["solve"] > 0
+
+
+def test_the_profile_of_a_block_counts_every_part_once(modules: Any, tmp_path: Path, capsys: Any) -> None:
+    report = tmp_path / "profile.json"
+    shape = [each for each in TINY if not each.startswith(("--layers", "--no-warm-up"))]
+    assert modules.block_profile.main(["--layers=3", *shape, f"--work={tmp_path}", f"--json={report}"]) == 0
+    searched, plain = json.loads(report.read_text())["runs"]
+    assert (searched["search"], plain["search"]) == (True, False)
+    parts = searched["parts"]
+    assert [parts[name]["calls"] for name in ("forward", "Hessians: products", "solve: rest")] == [1, 4, 4]
+    # 128 columns of three groups, and 256 of the last one, which are two column blocks.
+    assert parts["columns: rounding, search"]["calls"] == 5
+    assert all(found["host_s"] >= 0 and found["device_s"] is None for found in parts.values())
+    floor = "columns: rounding, search"
+    assert searched["floors"][floor] > plain["floors"][floor], "the search has a floor of its own"
+    assert "times the floor" in capsys.readouterr().out
+
+
+def test_the_floors_of_a_block_are_those_of_its_arithmetic(modules: Any) -> None:
+    rates = modules.block_profile.Rates(half_flops=1e3, single_flops=1e2, copied_bytes=10.0)
+    floors = modules.block_profile.floors_of([(1024, 8)], 100, 1024, 10, rates, search=False)
+    assert floors["factor: Cholesky"] == pytest.approx(1024**3 / 3 / 1e2)
+    # The second 512 columns get the updates of the first 512: three products of 512 x 512 for 8 output features.
+    assert floors["columns: lazy products"] == pytest.approx(3 * 2 * 512 * 512 * 8 / 1e3)
+    # Each half has four column blocks: 512 + 384 + 256 + 128 columns get updates of 128.
+    assert floors["columns: products within 512"] == pytest.approx(2 * 2 * 128 * 1280 * 8 / 1e2)
+    # H has four panels of 256 rows here: 256 x (1024 + 768 + 512 + 256) products.
+    assert floors["Hessians: products"] == pytest.approx(2 * 100 * 256 * 2560 / 1e3)
