@@ -689,6 +689,7 @@ def test_off_a_terminal_every_step_is_one_line(capsys: pytest.CaptureFixture[str
     assert captured.out == ""
     assert len(lines) == 3
     assert lines[0].startswith("  [1/2] a :smile: [b]name[/b] xxx")
+    assert "left" not in lines[0], "nothing says yet how long a step takes"
     assert lines[1] == "  [2/2] second, 0 s left"
     assert lines[2].startswith("quantize")
     assert stage.seconds > 0

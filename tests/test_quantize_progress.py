@@ -50,6 +50,21 @@ def test_the_seconds_of_a_variant_are_those_of_its_blocks(terminal: Terminal) ->
     assert f"{NAMES[1]} block 2/2 resumed 0.0 s" in lines[3]
 
 
+def test_the_time_that_is_left_follows_from_whole_blocks(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start, which compiles kernels, and blocks that were there already say nothing about the blocks to come."""
+    now = iter([60.0, 60.5, 62.5, 64.5, 68.5])
+    monkeypatch.setattr("packager.system.terminal.time.monotonic", lambda: next(now))
+    blocks = [block_done(NAMES[0], block, 1.0, resumed=block < 2) for block in range(5)]
+    steps: list[float | None] = []
+    terminal.observe = lambda step: steps.append(step.seconds_left)
+    with terminal.bar(10) as bar:
+        view = QuantizeView(terminal, bar, NAMES)
+        for event in blocks:
+            view.report(event)
+    assert steps == [None, None, 2.0 * 7, 2.0 * 6, (8.0 / 3) * 5]
+    assert [", " in line.partition(" 1.0 s")[2] for line in shown(terminal).splitlines()] == [False, False, *[True] * 3]
+
+
 @pytest.mark.parametrize(
     ("placement", "suspended", "sweeps", "parts"),
     [

@@ -43,7 +43,10 @@ class QuantizeView:
         else:
             self.seconds[event.branch] += event.seconds
             result = "resumed" if event.resumed else f"loss {event.loss:.4g}"
-            self._bar.step(f"{event.branch} block {event.block + 1}/{event.num_blocks} {result} {event.seconds:.1f} s")
+            self._bar.step(
+                f"{event.branch} block {event.block + 1}/{event.num_blocks} {result} {event.seconds:.1f} s",
+                typical=not event.resumed,
+            )
 
 
 def share_line(share: DeviceShare) -> str:

@@ -28,7 +28,7 @@ class RunningBuild(Record):
         done: steps of the stage, 0 before the first.
         total: steps of the stage, 0 where it has no steps.
         text: the last step.
-        seconds_left: of the stage, None before its first step.
+        seconds_left: of the stage, None before two of its steps have shown how long one takes.
         updated_at: of this record, in seconds since 1970.
     """
 

@@ -17,7 +17,10 @@ EVENT_KEYS: Final[Mapping[EventName, Mapping[str, tuple[str, str]]]] = {
         "done": ("integer", "finished steps of the stage"),
         "total": ("integer", "all steps of the stage"),
         "text": ("string", "what was done"),
-        "seconds_left": ("number", "for the rest of the stage, from the steps so far"),
+        "seconds_left": (
+            "number or null",
+            "for the rest of the stage; null until two steps have shown how long one takes",
+        ),
     },
     "stage_finished": {"stage": ("string", "its name"), "seconds": ("number", "how long it took")},
     "error": {
@@ -57,7 +60,9 @@ def event_schema() -> dict[str, Any]:
                 "properties": {
                     **common,
                     "event": {"const": event},
-                    **{key: {"type": kind, "description": meaning} for key, (kind, meaning) in keys.items()},
+                    **{
+                        key: {"type": _json_type(kind), "description": meaning} for key, (kind, meaning) in keys.items()
+                    },
                 },
                 "required": [*common, "event", *keys],
                 "additionalProperties": False,
@@ -65,3 +70,8 @@ def event_schema() -> dict[str, Any]:
             for event, keys in EVENT_KEYS.items()
         ],
     }
+
+
+def _json_type(kind: str) -> str | list[str]:
+    kinds = kind.split(" or ")
+    return kinds if len(kinds) > 1 else kind

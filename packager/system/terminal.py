@@ -42,7 +42,7 @@ class Step:
         done: finished steps.
         total: all steps, 0 of a stage without steps.
         text: what was done.
-        seconds_left: for the rest, None at the beginning.
+        seconds_left: for the rest; None until two steps have shown how long one takes.
     """
 
     stage: str
@@ -54,33 +54,53 @@ class Step:
 
 @dataclass
 class Bar:
-    """Counts the steps of a stage; several threads may report at once."""
+    """Counts the steps of a stage; several threads may report at once.
+
+    The time that is left follows from the steps after the first one. The first also has the stage's beginning, such as
+    the compilation of kernels, which took ten times as long as a block of a model on a GPU.
+    """
 
     progress: "Progress | None"
     total: int
     console: Console
-    report: Callable[[int, str, float], None] = lambda *_: None
+    report: Callable[[int, str, float | None], None] = lambda *_: None
     done: int = 0
-    started: float = field(default_factory=time.monotonic)
     lock: Lock = field(default_factory=Lock)
+    _last: float | None = None
+    _measured_s: float = 0.0
+    _measured: int = 0
 
     def note(self, text: str) -> None:
         """Show the activity within a step on a terminal; a log has only whole steps."""
         if self.progress is not None:
             self.progress.update(self.progress.task_ids[0], description=f"  {text}")
 
-    def step(self, text: str) -> None:
-        """Advance by one; off a terminal, print a line with the text, the count and the time that is left."""
+    def step(self, text: str, *, typical: bool = True) -> None:
+        """Advance by one; off a terminal, print a line with the text, the count and the time that is left.
+
+        Args:
+            text: what was done.
+            typical: whether the steps that are left take as long; not, if its result was there already.
+        """
         with self.lock:
             self.done += 1
-            elapsed = time.monotonic() - self.started
-            left = elapsed / self.done * (self.total - self.done)
+            now = time.monotonic()
+            if self._last is not None and typical:
+                self._measured_s, self._measured = self._measured_s + now - self._last, self._measured + 1
+            self._last = now
+            left = self._left()
             self.report(self.done, text, left)
             if self.progress is not None:
                 self.progress.update(self.progress.task_ids[0], advance=1, description=f"  {text}")
                 return
-            line = f"  [{self.done}/{self.total}] {text}, {left:.0f} s left"
+            line = f"  [{self.done}/{self.total}] {text}" + (f", {left:.0f} s left" if left is not None else "")
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _left(self) -> float | None:
+        """Return the seconds for the rest; None while nothing says how long a step takes."""
+        if self.done == self.total:
+            return 0.0
+        return self._measured_s / self._measured * (self.total - self.done) if self._measured else None
 
 
 @dataclass
@@ -167,10 +187,11 @@ class Terminal:
     def bar(self, total: int) -> Iterator[Bar]:
         """Show the progress of `total` steps."""
 
-        def report(done: int, text: str, left: float) -> None:
+        def report(done: int, text: str, left: float | None) -> None:
             self.observe(Step(stage=self._stage, done=done, total=total, text=text, seconds_left=left))
             if self._events:
-                fields = {"done": done, "total": total, "text": text, "seconds_left": round(left, 1)}
+                seconds_left = None if left is None else round(left, 1)
+                fields = {"done": done, "total": total, "text": text, "seconds_left": seconds_left}
                 self._event("step", stage=self._stage, **fields)
 
         if self._events:
