@@ -126,7 +126,7 @@ def open_store(
 ) -> BlockStore:
     """Open a variant's store below `work` for quantizing `token_rows()`."""
     shards = split_shards(checkpoint_tensors(source.architecture, v), max_shard_bytes, "model")
-    parts = fingerprint("f" * 64, source, token_rows(), device or torch.device("cpu"), engine_version=1)
+    parts = fingerprint("f" * 64, source.record.digest, token_rows(), device or torch.device("cpu"), engine_version=1)
     store = BlockStore(work / v.branch, shards, source.architecture, parts, print)
     store.open()
     return store

@@ -5,12 +5,20 @@ It is a local folder, or the Hub at a pinned commit. Only safetensors are read: 
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packager.errors import SourceError
-from packager.inputs.chat_template import chat_template_digest, templates_beside
-from packager.inputs.hub_models import download_model
+from packager.inputs.chat_template import templates_beside
+from packager.inputs.hub_models import check_stated, download_model
+from packager.inputs.lock_check import (
+    LOCK_ANEW,
+    check_locked_config,
+    check_locked_files,
+    check_locked_names,
+    check_locked_template,
+)
 from packager.inputs.source_files import (
     SourceFiles,
     check_contents,
@@ -18,6 +26,7 @@ from packager.inputs.source_files import (
     read_small,
 )
 from packager.inputs.tied_tensors import check_tied
+from packager.inputs.weights_digests import WeightsDigests, replaced_file
 from packager.model.architecture import IGNORED_SUFFIXES, Architecture
 from packager.model.branch_config import branch_file, normalized
 from packager.model.branch_rules import ModelFacts
@@ -33,8 +42,6 @@ if TYPE_CHECKING:
     import torch
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_ABSENT = object()
-_LOCK_ANEW = "where the model has moved on, make the lock anew: packager lock"
 _MOST_DERIVED_BYTES = 1 << 16  # inverse frequencies: one float for each two dimensions of a head
 _MOST_TENSORS = 400_000  # a model of 1000 blocks has 12,000; one with experts many more
 
@@ -49,7 +56,11 @@ class SourceModel:
         config: content of config.json, as a branch gets it.
         facts: what the rules for a branch's configs know of the model.
         architecture: its shapes.
-        record: identity and digests, for the receipts.
+        base_id: what the recipe calls it.
+        revision: its commit, where it is on the Hub.
+        dtype: of its tensors.
+        small: the records of all files that are used but the weights.
+        weights: the digests of the weights files, which may be hashed beside the work on them.
         tensors: position of every tensor's bytes, by name; derived buffers are left out.
     """
 
@@ -58,8 +69,31 @@ class SourceModel:
     config: Mapping[str, object]
     facts: ModelFacts
     architecture: Architecture
-    record: SourceRecord
+    base_id: str
+    revision: str | None
+    dtype: str
+    small: Mapping[str, FileRecord]
+    weights: WeightsDigests
     tensors: Mapping[str, StoredTensor]
+
+    @cached_property
+    def record(self) -> SourceRecord:
+        """Identity and digests, for the receipts; waits until the weights are hashed.
+
+        Raises:
+            SourceError: the weights are not those of the lock, or were replaced meanwhile.
+        """
+        found = {**self.small, **self.weights.records()}
+        files = {name: found[name] for name in sorted(found)}
+        weights = {name: record for name, record in files.items() if name.endswith((".safetensors", CONFIG))}
+        return SourceRecord(
+            id=self.base_id,
+            revision=self.revision,
+            digest=digest_of({name: entry.sha256 for name, entry in weights.items()} | _text_files(files)),
+            files=files,
+            dtype=self.dtype,
+            num_parameters=self.architecture.num_parameters,
+        )
 
     def read(self, name: str) -> "torch.Tensor":
         """Read one tensor from disk into the CPU's memory, in its stored dtype.
@@ -90,8 +124,8 @@ class SourceModel:
             SourceError: the file was replaced since.
         """
         data = read_small(self.folder, name)
-        if bytes_record(data) != self.record.files[name]:
-            raise _replaced(self.folder / name)
+        if bytes_record(data) != self.small[name]:
+            raise replaced_file(self.folder / name)
         return branch_file(name, data, self.facts).data
 
     def check_unchanged(self) -> None:
@@ -103,16 +137,7 @@ class SourceModel:
         list_source_files(self.folder, self.files.licenses)
         for name in (CONFIG, *self.files.weights):
             if not has_record(self.folder / name, self.record.files[name]):
-                raise _replaced(self.folder / name)
-
-
-def _replaced(path: Path) -> SourceError:
-    return SourceError(
-        "a file of the base model changed during the build",
-        where=str(path),
-        why="its sha256 is no longer the one of the file that was checked",
-        hint="run the same command again, and let nothing write into that folder meanwhile",
-    )
+                raise replaced_file(self.folder / name)
 
 
 def open_source(
@@ -130,18 +155,25 @@ def open_source(
             from the recipe's copy of it; or a file does not hold what its name promises, see `list_source_files`.
     """
     base, licenses = recipe_file.recipe.base_model, recipe_file.recipe.card.license.base_files
-    revision = recipe_file.lock.base_model.revision
+    revision, stated = recipe_file.lock.base_model.revision, dict[str, str]()
     if base.path is not None:
         folder = recipe_file.base_folder(base.path)
         check(folder)
     else:
         locked = recipe_file.lock.base_model.files
-        folder = download_model(base.id, str(revision), licenses, log, check, locked)
+        folder, stated = download_model(base.id, str(revision), licenses, log, check, locked)
+
+    def check_weights(found: Mapping[str, FileRecord]) -> None:
+        check_stated(folder, found, stated)
+        check_locked_files(folder, found, recipe_file)
+
     source = read_source(
-        folder, recipe_file.architecture, base_id=base.id, revision=revision, licenses=licenses
+        folder, recipe_file.architecture, base_id=base.id, revision=revision, licenses=licenses,
+        check_weights=check_weights, log=log,
     )  # fmt: skip
-    _check_files(source, recipe_file)
-    _check_chat_template(folder, recipe_file)
+    check_locked_names((*source.small, *source.files.weights), folder, recipe_file)
+    check_locked_files(folder, source.small, recipe_file)
+    check_locked_template(folder, recipe_file)
     if line := source.files.left_out_line:
         log(printable(line))
     return source
@@ -161,10 +193,10 @@ def check_folder_of(recipe_file: RecipeFile) -> None:
     folder = recipe_file.base_folder(base.path)
     files = list_source_files(folder, recipe_file.recipe.card.license.base_files)
     check_contents(files)
-    _check_config(fp16_config(folder), folder, recipe_file.architecture)
+    check_locked_config(fp16_config(folder), folder, recipe_file.architecture)
     if files.weights:
         _read_tensors(files, recipe_file.architecture)
-        _check_chat_template(folder, recipe_file)
+        check_locked_template(folder, recipe_file)
 
 
 def read_source(
@@ -174,39 +206,52 @@ def read_source(
     base_id: str,
     revision: str | None = None,
     licenses: Iterable[str] = (),
+    check_weights: Callable[[Mapping[str, FileRecord]], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> SourceModel:
     """Open a folder as a base model of an architecture: check every file that is used, and hash it.
+
+    Weights that take long to hash are hashed when `SourceModel.record` is asked for, or beside other work from
+    `SourceModel.weights.start` on.
+
+    Args:
+        folder: with the files.
+        architecture: that it must have.
+        base_id: see `SourceModel`.
+        revision: likewise.
+        licenses: names of licence files that the recipe wants.
+        check_weights: gets the records of the weights files; raises SourceError if they are other ones.
+        log: gets a line when hashing beside other work begins and ends.
 
     Raises:
         SourceError: see `open_source`.
     """
     config = fp16_config(folder)
-    _check_config(config, folder, architecture)
+    check_locked_config(config, folder, architecture)
     listed = list_source_files(folder, licenses)
     checked = check_contents(listed)
+    digests = WeightsDigests(folder, listed.weights, check_weights, log)
     tensors = _read_tensors(listed, architecture)
-    files = _records(listed, checked)
-    weights = {name: record for name, record in files.items() if name.endswith((".safetensors", CONFIG))}
-    record = SourceRecord(
-        id=base_id,
-        revision=revision,
-        digest=digest_of({name: entry.sha256 for name, entry in weights.items()} | _text_files(files)),
-        files=files,
-        dtype=_dtype_of(tensors),
-        num_parameters=architecture.num_parameters,
-    )
     facts = ModelFacts.of(config, architecture, template=templates_beside(folder))
-    return SourceModel(
+    source = SourceModel(
         folder=folder, files=listed, config=normalized(CONFIG, config, facts).content, facts=facts,
-        architecture=architecture, record=record, tensors=tensors,
+        architecture=architecture, base_id=base_id, revision=revision, dtype=_dtype_of(tensors),
+        small=_small_records(listed, checked), weights=digests, tensors=tensors,
     )  # fmt: skip
+    if not digests.long_to_hash:
+        digests.records()
+    return source
 
 
-def _records(files: SourceFiles, checked: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-    """Return the records of all files that are used, in the order of their names, those already `checked` included."""
-    left = {path: path.relative_to(files.folder).as_posix() for path in files.paths}
-    hashed = file_records(path for path, name in left.items() if name not in checked)
-    return {name: checked[name] if name in checked else hashed[path] for path, name in left.items()}
+def _small_records(files: SourceFiles, checked: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Return the records of all files that are used but the weights, those already `checked` included."""
+    names = [path.relative_to(files.folder).as_posix() for path in files.paths]
+    hashed = file_records(files.folder / name for name in files.others)
+    return {
+        name: checked[name] if name in checked else hashed[files.folder / name]
+        for name in names
+        if name not in files.weights
+    }
 
 
 def _text_files(files: Mapping[str, FileRecord]) -> dict[str, str]:
@@ -215,77 +260,6 @@ def _text_files(files: Mapping[str, FileRecord]) -> dict[str, str]:
 
 def _dtype_of(tensors: Mapping[str, StoredTensor]) -> str:
     return ", ".join(sorted({stored.info.dtype for stored in tensors.values()}))
-
-
-def _check_config(config: Mapping[str, object], folder: Path, architecture: Architecture) -> None:
-    """Compare a folder's config.json with the lock's.
-
-    Raises:
-        SourceError: they differ; names the keys.
-    """
-    locked = architecture.config
-    keys = sorted({*config, *locked})
-    differ = [key for key in keys if config.get(key, _ABSENT) != locked.get(key, _ABSENT)]
-    if differ:
-        raise SourceError(
-            "the base model's config.json is not the one that the lock was made of",
-            where=str(folder / CONFIG),
-            why="; ".join(f"{key} is {_shown(config, key)}, in the lock {_shown(locked, key)}" for key in differ[:5]),
-            hint=_LOCK_ANEW,
-        )
-
-
-def _shown(config: Mapping[str, object], key: str) -> str:
-    return shortened(config[key]) if key in config else "absent"
-
-
-def _check_files(source: SourceModel, recipe_file: RecipeFile) -> None:
-    """Compare the files of a base model on the Hub with those of the lock; a lock without files has the commit only.
-
-    Raises:
-        SourceError: a file is another one, is not there any more, or is not in the lock.
-    """
-    locked, found = recipe_file.lock.base_model.files, source.record.files
-    if not locked:
-        return
-    moved = [
-        f"{name} has sha256 {record.sha256[:12]} and {record.size_bytes} bytes, "
-        f"in the lock {locked[name].sha256[:12]} and {locked[name].size_bytes}"
-        for name, record in found.items()
-        if name in locked and locked[name] != record
-    ]
-    # A licence may have been added to the recipe since; the commit identifies it.
-    moved += [f"{name} is not in the lock" for name in found if name not in (*locked, *source.files.licenses)]
-    moved += [f"{name} is missing" for name in locked if name.endswith(".safetensors") and name not in found]
-    if moved:
-        raise SourceError(
-            "the base model's files are not those that the lock was made of",
-            where=str(source.folder),
-            why="; ".join(moved[:5]),
-            hint=_LOCK_ANEW,
-        )
-
-
-def _check_chat_template(folder: Path, recipe_file: RecipeFile) -> None:
-    """Compare the chat template with the lock's. A lock of a commit may have none: the commit identifies the template.
-
-    Raises:
-        SourceError: they differ.
-    """
-    lock = recipe_file.lock
-    found, locked = chat_template_digest(folder), lock.chat_template_sha256
-    if found == locked or (locked is None and lock.base_model.revision is not None):
-        return
-    raise SourceError(
-        "the base model's chat template is not the one that the lock was made of",
-        where=str(folder),
-        why=f"its sha256 is {_short(found)}, in the lock {_short(locked)}",
-        hint=_LOCK_ANEW,
-    )
-
-
-def _short(digest: str | None) -> str:
-    return digest[:12] if digest else "absent"
 
 
 def fp16_config(folder: Path) -> Mapping[str, object]:
@@ -387,7 +361,7 @@ def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, fold
             "the weights are not those that the lock describes",
             where=str(folder),
             why="; ".join(listed[:5]) + more,
-            hint=f"a shard may be missing: compare the folder with the model's page; {_LOCK_ANEW}",
+            hint=f"a shard may be missing: compare the folder with the model's page; {LOCK_ANEW}",
         )
     check_tied(tied, found, folder)
     return {name: found[name] for name in expected}

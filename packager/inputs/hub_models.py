@@ -14,7 +14,7 @@ from packager.inputs.model_names import check_names
 from packager.inputs.source_files import INDEX, has_index, safetensors_among, weights_in_index
 from packager.model.contract_files import content_rule
 from packager.model.safetensors_file import Header, header_from
-from packager.receipt import SAFETENSORS
+from packager.receipt import SAFETENSORS, FileRecord
 from packager.recipe.model_fit import is_commit
 from packager.system.files import disk_errors, file_records
 from packager.system.text import printable, shown
@@ -215,8 +215,8 @@ def download_model(
     log: Callable[[str], None],
     check: Callable[[Path], object] = lambda _: None,
     locked: Iterable[str] = (),
-) -> Path:
-    """Download a model at a commit into the Hub's cache and compare its digests with those that the Hub states.
+) -> tuple[Path, dict[str, str]]:
+    """Download a model at a commit into the Hub's cache, and compare digests of small files with what the Hub states.
 
     Only what a build uses is downloaded, and no text that is larger than its kind may be. The small files come first.
     Without a network (HF_HUB_OFFLINE) the files are those in the cache, which must be complete.
@@ -228,6 +228,9 @@ def download_model(
         log: receives a line.
         check: receives the folder when it holds everything but the weights; may raise.
         locked: names of the files in the recipe's lock: what a complete cache holds.
+
+    Returns:
+        The folder, and the digests that the Hub states of the weights, by name, for `check_stated`.
 
     Raises:
         SourceError: see `resolve_model`; or a file is not the one whose digest the Hub states, or the cache lacks it.
@@ -243,8 +246,8 @@ def download_model(
     check(folder)
     weights = weights_among(names, folder)
     download_files(base_id, revision, [name for name in names if name in weights])
-    check_digests(folder, siblings)
-    return folder
+    check_digests(folder, [sibling for sibling in siblings if sibling.rfilename not in weights])
+    return folder, {name: digest for name, digest in _stated(siblings).items() if name in weights}
 
 
 def _cached_siblings(
@@ -287,15 +290,29 @@ def check_digests(folder: Path, siblings: "Iterable[RepoSibling]") -> None:
     Raises:
         SourceError: of the first that differs.
     """
-    stated = {folder / sibling.rfilename: sibling.lfs.sha256 for sibling in siblings if sibling.lfs is not None}
-    for path, record in file_records(path for path in stated if path.exists()).items():
-        if record.sha256 != stated[path]:
+    stated = _stated(siblings)
+    found = file_records(folder / name for name in stated if (folder / name).exists())
+    check_stated(folder, {path.relative_to(folder).as_posix(): record for path, record in found.items()}, stated)
+
+
+def check_stated(folder: Path, found: Mapping[str, FileRecord], stated: Mapping[str, str]) -> None:
+    """Compare downloaded files, by name, with the digests that the Hub states.
+
+    Raises:
+        SourceError: of the first that differs.
+    """
+    for name, record in found.items():
+        if record.sha256 != stated.get(name, record.sha256):
             raise SourceError(
                 "a downloaded file is damaged",
-                where=str(path),
+                where=str(folder / name),
                 why="its sha256 is not the one the Hub states",
                 hint="delete it and run the same command again",
             )
+
+
+def _stated(siblings: "Iterable[RepoSibling]") -> dict[str, str]:
+    return {sibling.rfilename: sibling.lfs.sha256 for sibling in siblings if sibling.lfs is not None}
 
 
 def remote_header(model: HubModel, name: str) -> Header:

@@ -120,7 +120,7 @@ def origin_of(recipe_file: RecipeFile, source: SourceModel) -> dict[str, str]:
         "questions": sha256_file(recipe_file.resolve(questions)) if questions is not None else "",
         # Of the base model; a branch gets them by rules, and the tokenizer is made of those.
         "tokenizer": digest_of(
-            {name: source.record.files[name].sha256 for name in (*source.files.copied, *source.files.templates)}
+            {name: source.small[name].sha256 for name in (*source.files.copied, *source.files.templates)}
         ),
         "config.json": digest_of([source.config, source.architecture.vocab_size, BRANCH_RULES_VERSION]),
         "packager": f"{packager.__version__}, drawing {DRAWING_VERSION}",

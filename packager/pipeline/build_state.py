@@ -7,12 +7,14 @@ unchanged is not run again; that decision needs neither torch nor a network.
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from packager.errors import MachineError
 from packager.inputs.source_files import list_source_files
+from packager.inputs.weights_digests import long_to_hash
 from packager.model.branch_rules import BRANCH_RULES_VERSION
 from packager.model.devices import DeviceChoice, choose_device, device_type, same_devices
 from packager.model.runtimes import LoaderName
@@ -89,13 +91,30 @@ class BuildState:
         self.plan = make_plan(recipe_file)
         self.wanted = chosen_variants(self.plan.variants, only, str(recipe_file.path))
         self.workspace = Workspace(dist=options.dist, repository=self.recipe.repository.id)
-        self.keys = {
-            variant_plan.variant.branch: stage_keys(recipe_file, variant_plan) for variant_plan in self.plan.variants
-        }
         self.receipts: dict[str, Receipt] = {}
         self._source: SourceModel | None = None
         self._texts: TextSets | None = None
         self._device: torch.device | None = None
+        if not self._hashed_later():
+            self.keys  # noqa: B018 - errors of the base model's files are raised now
+
+    @cached_property
+    def keys(self) -> dict[str, dict[str, str]]:
+        """For each branch, the keys of its stages, see `stage_keys`; the files of a local base model are hashed."""
+        return {each.variant.branch: stage_keys(self.recipe_file, each) for each in self.plan.variants}
+
+    def _hashed_later(self) -> bool:
+        """Return whether the keys wait until something needs them: hashing takes long, and a build can begin without.
+
+        Raises:
+            SourceError: a file of a local base model cannot be used.
+        """
+        base = self.recipe.base_model
+        if base.path is None:
+            return False  # nothing is hashed
+        folder = self.recipe_file.base_folder(base.path)
+        paths = list_source_files(folder).paths
+        return long_to_hash(sum(path.stat().st_size for path in paths))
 
     def missing(self, stage: StageName, *, anywhere: bool = False) -> tuple[VariantPlan, ...]:
         """Return the wanted variants, or all, for which a stage has not been done with the present inputs."""

@@ -5,6 +5,7 @@ That build had another repository id, branch name, weights name or shard size.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,13 +39,19 @@ def find_earlier(run: BuildState, missing: Sequence[VariantPlan]) -> dict[str, E
     found = {}
     for variant_plan in missing:
         branch = variant_plan.variant.branch
-        for folder, receipt in run.workspace.receipts_with("quantize", run.keys[branch]["quantize"], run.terminal.log):
+        # The key is computed, and a local base model hashed, only if there is such a receipt.
+        key = partial(_quantize_key, run, branch)
+        for folder, receipt in run.workspace.receipts_with(variant_plan.digest, key, run.terminal.log):
             if {record.name for record in receipt.provenance.linears} == linears:
                 run.terminal.log(f"{branch}: its quantized tensors are taken from {folder}")
                 found[branch] = EarlierBuild(folder=folder, receipt=receipt)
                 break
             run.terminal.log(f"{folder} is not used: its receipt does not have the model's linears")
     return found
+
+
+def _quantize_key(run: BuildState, branch: str) -> str:
+    return run.keys[branch]["quantize"]
 
 
 def copy_blocks(earlier: Mapping[str, EarlierBuild], stores: "Mapping[Variant, BlockStore]") -> None:

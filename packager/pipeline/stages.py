@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from packager.errors import PackError, StateError
 from packager.model.devices import device_name
+from packager.pipeline.base_model_origin import BaseOrigin
 from packager.pipeline.build_state import BuildState, StageName, require_build_extra
 from packager.pipeline.cards import refuse_edited_card
 from packager.pipeline.earlier_builds import copy_blocks, find_earlier, with_earlier_facts
@@ -26,7 +27,7 @@ from packager.system.parallel import in_parallel
 if TYPE_CHECKING:
     from packager.model.fused_blocks import FusedModules
     from packager.quantize.block_store import BlockStore
-    from packager.quantize.job import Report
+    from packager.quantize.job import Event, Report
     from packager.variant import EngineName, Variant
 
 
@@ -54,12 +55,20 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
     source = run.source
     check_description(source, run.recipe_file.lock)
     _check_licenses(run)
-    stores = _open_stores(run, missing)
+    origin = BaseOrigin(run.workspace.work, source, run.terminal.log)
+    stores = _open_stores(run, missing, origin.token)
     copy_blocks(earlier, stores)
     branches = [variant_plan.variant.branch for variant_plan in new]
-    with run.terminal.stage("quantize"), run.terminal.bar(len(new) * source.architecture.num_blocks) as bar:
-        view = QuantizeView(run.terminal, bar, branches)
-        made = _quantize(run, {variant_plan.variant: stores[variant_plan.variant] for variant_plan in new}, view.report)
+    bar = run.terminal.bar(len(new) * source.architecture.num_blocks)
+    with run.terminal.stage("quantize"), bar as blocks, origin.hashed_beside():
+        view = QuantizeView(run.terminal, blocks, branches)
+
+        def report(event: "Event") -> None:
+            origin.watch()
+            view.report(event)
+
+        made = _quantize(run, {variant_plan.variant: stores[variant_plan.variant] for variant_plan in new}, report)
+        origin.wait()
     for variant_plan, files, pack_s in _packed(run, missing, stores):
         branch = variant_plan.variant.branch
         before = earlier.get(branch)
@@ -110,8 +119,11 @@ def _quantize(
     return made
 
 
-def _open_stores(run: BuildState, missing: Sequence[VariantPlan]) -> "dict[Variant, BlockStore]":
-    """Open a store for the blocks of every variant, with the blocks that a killed run finished."""
+def _open_stores(run: BuildState, missing: Sequence[VariantPlan], base_model: str) -> "dict[Variant, BlockStore]":
+    """Open a store for the blocks of every variant, with the blocks that a killed run finished.
+
+    `base_model` is the token of the base model.
+    """
     from packager.quantize.block_store import BlockStore
     from packager.quantize.sweep import fingerprint
 
@@ -119,7 +131,7 @@ def _open_stores(run: BuildState, missing: Sequence[VariantPlan]) -> "dict[Varia
     for variant_plan in missing:
         parts = fingerprint(
             variant_plan.digest,
-            run.source,
+            base_model,
             run.texts.calibration,
             run.device,
             engine_version=engine_version(variant_plan.variant.engine),
@@ -178,7 +190,7 @@ def _needed_bytes(run: BuildState, missing: Sequence[VariantPlan]) -> int:
 def _check_licenses(run: BuildState) -> None:
     """Raise PackError before anything is computed if the base model lacks a licence file that the recipe names."""
     for name in run.recipe.card.license.base_files:
-        if name not in run.source.record.files:
+        if name not in run.source.small:
             raise PackError(
                 f"the base model has no file {name}, which the recipe names for every branch",
                 where=str(run.source.folder),

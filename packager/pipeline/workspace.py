@@ -104,9 +104,12 @@ class Workspace:
             return announced
         return self._read(self.receipt_path(branch))
 
-    def receipts_with(self, stage: str, key: str, log: Callable[[str], None]) -> Iterator[tuple[Path, Receipt]]:
-        """Yield the folder and the receipt of every finished variant, of any repository in `dist`, with a stage's key.
+    def receipts_with(
+        self, variant_digest: str, key: Callable[[], str], log: Callable[[str], None]
+    ) -> Iterator[tuple[Path, Receipt]]:
+        """Yield the folder and the receipt of every finished variant, of any repository in `dist`, that was made alike.
 
+        That is, with the same parameters of the same base model: `key` returns the key of the stage "quantize".
         Damaged receipts, and folders whose weights files are not exactly those of the receipt, are left out; `log`
         receives the reason of each.
         """
@@ -115,7 +118,9 @@ class Workspace:
             other = replace(self, repository=path.parent.relative_to(root).as_posix())
             try:
                 receipt = other.read_receipt(path.stem)
-                if receipt is None or receipt.stages.get(stage) != key:
+                if receipt is None or receipt.provenance.variant_digest != variant_digest:
+                    continue
+                if receipt.stages.get("quantize") != key():
                     continue
                 folder = other.folder(path.stem)
                 stated = {folder / name: record for name, record in receipt.provenance.weights_files.items()}

@@ -152,7 +152,7 @@ def _answered(decoder: Decoder, questions: Sequence[Question], rows: Tensor) -> 
 
 def run_base(source: SourceModel, texts: TextSets, device: torch.device) -> ForwardResult:
     """Run the fp16 base model; see `run_texts`."""
-    dtype = compute_dtype(source.record.dtype, device)
+    dtype = compute_dtype(source.dtype, device)
     return run_texts(source.folder, source.read, texts, names=source.tensors, device=device, dtype=dtype)
 
 
@@ -160,7 +160,7 @@ def run_checkpoint(
     folder: Path, bits: int, source: SourceModel, texts: TextSets, device: torch.device
 ) -> ForwardResult:
     """Run a quantized checkpoint with its weights dequantized; see `run_texts`."""
-    reader, dtype = CheckpointReader(folder, bits), compute_dtype(source.record.dtype, device)
+    reader, dtype = CheckpointReader(folder, bits), compute_dtype(source.dtype, device)
     return run_texts(
         folder, reader, texts, names=reader.names, dequantized=reader.dequantized, device=device, dtype=dtype
     )  # fmt: skip

@@ -13,7 +13,6 @@ from threading import Event
 
 import torch
 
-from packager.inputs.base_model import SourceModel
 from packager.inputs.rows import TokenRows
 from packager.model.devices import device_name, gpu_memory_errors
 from packager.quantize.device_shares import limit_gpu_memory, load_linear_algebra, share_variants
@@ -27,20 +26,20 @@ _SMALLER_LIMIT = "run build again with a smaller --gpu-memory: finished blocks a
 
 
 def fingerprint(
-    variant_digest: str, source: SourceModel, rows: TokenRows, device: torch.device, *, engine_version: int | str
+    variant_digest: str, base_model: str, rows: TokenRows, device: torch.device, *, engine_version: int | str
 ) -> dict[str, str]:
     """Return everything that determines the bytes of a variant's blocks on this kind of device, by name.
 
     Args:
         variant_digest: the plan's digest of what the recipe states about the variant.
-        source: the base model.
+        base_model: what identifies the base model.
         rows: calibration tokens.
         device: where to compute.
         engine_version: of the code.
     """
     parts = {
         "recipe": variant_digest,
-        "base model": source.record.digest,
+        "base model": base_model,
         "calibration": rows.record.digest,
         "engine": str(engine_version),
         "torch": torch.__version__,

@@ -59,7 +59,7 @@ class Worker:
     ) -> None:
         self._job, self._share, self._rank, self._report, self._stop = job, share, rank, report, stop
         self.device = rank.device
-        dtype = compute_dtype(job.source.record.dtype, self.device)
+        dtype = compute_dtype(job.source.dtype, self.device)
         self._decoder = Decoder(job.source.folder, read, names=job.source.tensors, device=self.device, dtype=dtype)
         self._names: dict[int, dict[str, str]] = {index: {} for index in range(len(self._decoder))}
         self._experts: dict[int, dict[str, list[tuple[LinearSpec, ...]]]] = {index: {} for index in self._names}

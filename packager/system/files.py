@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -40,7 +40,9 @@ _CHUNK_BYTES = 1 << 22
 _REGULAR_FLAGS = open_flags("O_RDONLY", "O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC")
 # File systems record times with a resolution of milliseconds: a file this young may change without a new time.
 _SETTLED_NS = 2 * 10**9
-_digests: dict[tuple[int, ...], str] = {}
+# What a file system knows of a file: its device, number, size in bytes, and the times of its content and of its state.
+FileIdentity = tuple[int, ...]
+_digests: dict[FileIdentity, str] = {}
 
 
 @contextmanager
@@ -180,23 +182,48 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     """Return the sha256 of a file's content, read in chunks; an unchanged file is not read again.
 
     A digest is cached only if the file's times are old enough for every later change to alter them.
+
+    Args:
+        path: the file.
+        on_bytes: called with the size of each chunk that was hashed; what it raises ends the reading. The chunks are
+            large, so that a thread beside others seldom asks for the interpreter lock.
     """
     with path.open("rb") as stream:
         identity = _identity(stream.fileno())
         if (known := _digests.get(identity)) is not None:
             return known
         settled = time.time_ns() - max(identity[3:]) > _SETTLED_NS
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = hashlib.file_digest(stream, "sha256") if on_bytes is None else _digest_of(stream, on_bytes)
+        digest = found.hexdigest()
         if settled and _identity(stream.fileno()) == identity:
             _digests[identity] = digest
         return digest
 
 
-def _identity(descriptor: int) -> tuple[int, ...]:
+def _digest_of(stream: BinaryIO, on_bytes: Callable[[int], None]) -> "hashlib._Hash":
+    digest = hashlib.sha256()
+    while chunk := stream.read(_CHUNK_BYTES):
+        digest.update(chunk)
+        on_bytes(len(chunk))
+    return digest
+
+
+def file_identity(path: Path) -> FileIdentity:
+    """Return what the file system knows of a file: another one when the file was replaced or written since."""
+    with path.open("rb") as stream:
+        return _identity(stream.fileno())
+
+
+def known_digest(path: Path) -> str | None:
+    """Return a file's sha256 if this process has computed it, and the file is unchanged."""
+    return _digests.get(file_identity(path))
+
+
+def _identity(descriptor: int) -> FileIdentity:
     status = os.fstat(descriptor)
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
