@@ -273,6 +273,7 @@ def tests_release(session: nox.Session) -> None:
         "test_onnxruntime_loader",
         "test_vllm_loader",
         "test_foreign_checkpoints",
+        "test_tasks_release",
     )
     session.run("pytest", "-m", "release", *(f"tests/{name}.py" for name in files), *session.posargs)
 

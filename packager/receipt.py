@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     SerializerFunctionWrapHandler,
@@ -21,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from packager.records import Record, TaskRecord
 from packager.variant import Layout, Place, place_of
 
 README, PROVENANCE = "README.md", "provenance.json"
@@ -52,12 +51,6 @@ MOST_ROWS = 8192
 LoaderStatus = Literal["passed", "failed", "refused", "not run"]
 # How a loader's process was kept from the network and from files: docs/reference/loaders.md.
 Confinement = Literal["bubblewrap", "namespaces", "none"]
-
-
-class Record(BaseModel):
-    """Base of all parts of a receipt: unknown keys are refused, values are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class FileRecord(Record):
@@ -165,7 +158,7 @@ class LoaderRecord(Record):
     dtype: str = ""
     kernel: str = ""
     confinement: Confinement | Literal[""] = ""
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
     relative_error: float | None = None
     top1_agreement: float | None = None
     tokens_generated: int = 0
@@ -257,24 +250,25 @@ class Provenance(Record):
     parameters: dict[str, bool | int | float | str]
     effective: dict[str, bool | int | float | str]
     base_model: SourceRecord
-    model: dict[str, JsonValue] = {}
+    model: dict[str, JsonValue] = Field(default_factory=dict)
     calibration: TextRecord
     evaluation: TextRecord
     versions: dict[str, str]
     device: str
     linears: tuple[AnyLinearRecord, ...]
-    not_quantized: dict[str, str] = {}
+    not_quantized: dict[str, str] = Field(default_factory=dict)
     quality: QualityRecord | None = None
+    tasks: tuple[TaskRecord, ...] = ()
     floor: FloorRecord | None = None
     loaders: tuple[LoaderRecord, ...] = ()
     weights_bytes: int
     files: dict[str, FileRecord]
 
     @model_serializer(mode="wrap")
-    def _without_no_floor(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """Leave out a floor that is none: a build of a recipe without one has the bytes that it had."""
+    def _without_empty(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Leave out a floor that is none, and no tasks: a build of a recipe without them has the bytes that it had."""
         content: dict[str, object] = dump(self)
-        return {key: value for key, value in content.items() if key != "floor" or value is not None}
+        return {key: value for key, value in content.items() if key not in ("floor", "tasks") or value}
 
     @property
     def weights_files(self) -> dict[str, FileRecord]:
@@ -322,8 +316,8 @@ class Receipt(Record):
 
     Attributes:
         stages: for each finished stage the digest of everything that went into it ("quantize": the
-            tensors, "weights": the files, "evaluate", "verify", "picture": the card's); a stage with an unchanged
-            digest need not run again.
+            tensors, "weights": the files, "evaluate", "verify", "tasks", "picture": the card's); a stage with an
+            unchanged digest need not run again.
         seconds: this variant's share of each stage's time.
         peak_memory_bytes: the largest resident size of the building processes, over all stages, without their children;
             a process that builds several recipes counts those before too.
@@ -344,7 +338,8 @@ class Receipt(Record):
     def _has_the_results_of_its_stages(self) -> Self:
         made = self.provenance
         results = {"weights": bool(made.linears and made.weights_files), "evaluate": made.quality is not None}
-        timed = {"weights": ("quantize", "pack"), "evaluate": ("evaluate",), "verify": ("verify",)}
+        timed = {"weights": ("quantize", "pack"), "evaluate": ("evaluate",)}
+        timed |= {"verify": ("verify",), "tasks": ("tasks",)}
         for stage in self.stages:
             if not results.get(stage, True):
                 raise ValueError(f"the stage {stage} is done and its results are not there")

@@ -41,9 +41,11 @@ OUR_FILES = {
     if path.suffix != ".pyc"
 }
 # Folders that a build makes, and files of readers and of other projects.
-FOREIGN_FOLDERS = ("dist/", "work/", "builds/", "receipts/")
+FOREIGN_FOLDERS = ("dist/", "work/", "builds/", "receipts/", ".eval_results/")
 FOREIGN_FILES = {
+    "capitals.yaml",
     "defaults.yaml",
+    "eval.yaml",
     "my-model.yaml",
     "my-other-recipe.yaml",
     "my-recipe.yaml",

@@ -31,6 +31,7 @@ def _forget() -> Iterator[None]:
 # An import goes to the same room or down this table; rooms on one level do not see each other.
 ORDER = (
     ("errors", "variant"),
+    ("records",),
     ("receipt",),
     ("system",),
     ("model",),
@@ -44,6 +45,7 @@ ORDER = (
 # Scripts that run in environments of their own; the package never imports them.
 PROGRAMS = {
     "packager.quantize.engines.auto_gptq_script", "packager.prove.loaders.packager_isolated",
+    "packager.prove.loaders.lm_eval_script",
     *(f"packager.prove.loaders.{spec.script.stem}" for spec in LOADERS.values()),
 }  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -18,7 +18,7 @@ from jinja2 import (
 )
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from packager.card import facts, markdown, numbers, opening
+from packager.card import facts, markdown, numbers, opening, task_scores
 from packager.card.choice import GPU_GB, RUNTIME_BYTES, CachedContext, best_branch, gpu_choices
 from packager.card.metadata import metadata
 from packager.card.own_templates import OwnTemplates, TemplateProblem, partials, template_problems, with_own
@@ -93,7 +93,11 @@ def render_card(
     _check_receipts(recipe, receipts, branch)
     _check_texts(texts)
     expectations = expectations or {}
-    front = markdown.front_matter(metadata(recipe, receipts, model_type, expectations.get(branch, ())))
+    own_receipt = next(receipt for receipt in receipts if receipt.branch == branch)
+    front = markdown.front_matter(
+        metadata(recipe, receipts, model_type, expectations.get(branch, ())),
+        {"model-index": index} if (index := task_scores.model_index(recipe, own_receipt)) else {},
+    )
     template = recipe.card.prompt_template.template
     context = {
         **_context(recipe, texts, receipts, branch, expectations, contexts),
@@ -307,6 +311,8 @@ def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
         pinned=facts.pinned,
         by_field=facts.by_field,
         by_experts=facts.by_experts,
+        task_figure=task_scores.task_figure,
+        by_task_setting=task_scores.by_task_setting,
         loader_rows=facts.loader_rows,
         loader_runs=facts.loader_runs,
     )

@@ -13,6 +13,7 @@ from packager.model.compatibility import Verdict
 from packager.model.runtimes import RUNTIMES
 from packager.receipt import ExpertLinearRecord, LoaderRecord, Provenance, QualityRecord
 from packager.recipe import Recipe
+from packager.records import TaskRecord
 from packager.variant import Place
 
 # The packages that a reader installs in the versions that AutoGPTQ ran with; torch depends on the reader's hardware.
@@ -91,6 +92,10 @@ class BranchFacts:
             if record.loader == loader:
                 return record
         return LoaderRecord(loader=loader, required=False, status="not run", reason="no record of it in the receipt")
+
+    def task(self, name: str) -> TaskRecord | None:
+        """Return the record of a task, None if it was not measured on this branch."""
+        return next((record for record in self.provenance.tasks if record.name == name), None)
 
     def passed(self) -> tuple[str, ...]:
         """Return the names of the loaders that are proven on this branch."""

@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -110,13 +111,19 @@ def shell_word(text: str) -> str:
     return shlex.quote(text)
 
 
-def front_matter(fields: Mapping[str, str | list[str]]) -> str:
-    """Return the YAML front matter of a card; every value reads as text in YAML 1.1 and 1.2."""
+def front_matter(fields: Mapping[str, str | list[str]], nested: Mapping[str, object] = MappingProxyType({})) -> str:
+    """Return the YAML front matter of a card; every value reads as text in YAML 1.1 and 1.2.
+
+    Args:
+        fields: the keys with a text or a list of texts.
+        nested: keys after them, whose values are lists, mappings, texts and numbers.
+    """
     yaml = YAML()
     yaml.default_flow_style = False
     yaml.width = 4096
     stream = io.StringIO()
-    yaml.dump({key: _yaml_value(value) for key, value in fields.items()}, stream)
+    whole = {key: _yaml_value(value) for key, value in fields.items()} | {k: _nested(v) for k, v in nested.items()}
+    yaml.dump(whole, stream)
     return f"---\n{stream.getvalue()}---\n"
 
 
@@ -218,6 +225,17 @@ def _python_literal(text: str) -> str:
 
 def _yaml_value(value: str | list[str]) -> str | list[str]:
     return [_yaml_text(item) for item in value] if isinstance(value, list) else _yaml_text(value)
+
+
+def _nested(value: object) -> object:
+    match value:
+        case dict():
+            return {key: _nested(item) for key, item in value.items()}
+        case list():
+            return [_nested(item) for item in value]
+        case str():
+            return _yaml_text(value)
+    return value
 
 
 def _yaml_text(value: str) -> str:

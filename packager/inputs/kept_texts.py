@@ -22,11 +22,12 @@ from packager.inputs.rows import TokenRows
 from packager.inputs.texts import TextSets, prepare
 from packager.model.branch_config import BranchFile
 from packager.model.branch_rules import BRANCH_RULES_VERSION
-from packager.receipt import Record, TextRecord, digest_of
+from packager.receipt import TextRecord, digest_of
 from packager.recipe import Recipe
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
 from packager.recipe.text_models import TextSource
+from packager.records import Record
 from packager.system.files import open_regular, sha256_file, write_atomic
 
 # Ids are 4 bytes, of which base64 makes 5.3; what questions, prompts and a tokenizer may take beside the rows.
@@ -113,7 +114,7 @@ def origin_of(recipe_file: RecipeFile, source: SourceModel) -> dict[str, str]:
     questions = evaluation.questions
     return {
         "calibration": digest_of(calibration.model_dump(mode="json")),
-        "evaluation": digest_of(evaluation.model_dump(mode="json")),
+        "evaluation": digest_of(evaluation.text()),
         "prompts": digest_of([list(recipe.loaders.prompts), template]),
         "text of the calibration": digest_of([_content(text, recipe_file) for text in calibration.texts]),
         "text of the evaluation": _content(evaluation, recipe_file),

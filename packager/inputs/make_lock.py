@@ -40,6 +40,8 @@ from packager.receipt import CONFIG, SAFETENSORS, TOKENIZER_FILES, FileRecord
 from packager.recipe import Recipe
 from packager.recipe.model_fit import is_commit
 from packager.recipe.paths import locate_base
+from packager.recipe.task_models import TaskData
+from packager.recipe.text_models import TextSource
 from packager.system.files import file_record
 from packager.system.parallel import in_parallel
 from packager.system.text import printable
@@ -232,9 +234,11 @@ def _check_dtypes(tensors: Mapping[str, TensorInfo], where: str) -> None:
 
 def _datasets(recipe: Recipe) -> dict[str, str]:
     """Return the commits of the datasets that the recipe names by a branch or tag."""
+    texts: list[TextSource | TaskData] = [*recipe.calibration.texts, recipe.evaluation]
+    texts += [data for task in recipe.evaluation.tasks for data in task.sources.values()]
     named = {
         (text.dataset, text.revision)
-        for text in (*recipe.calibration.texts, recipe.evaluation)
+        for text in texts
         if text.dataset is not None and text.revision is not None and not is_commit(text.revision)
     }
     return {dataset_key(dataset, name): resolve_dataset(dataset, name) for dataset, name in sorted(named)}

@@ -11,7 +11,8 @@ from pydantic import Field, JsonValue, StringConstraints, model_validator
 
 from packager.model.config_values import LARGEST_SIZE, MOST_BLOCKS
 from packager.model.name_patterns import MOST_NAMES, read_numbers
-from packager.receipt import FileRecord, Record
+from packager.receipt import FileRecord
+from packager.records import Record
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]

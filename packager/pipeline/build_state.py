@@ -24,6 +24,8 @@ from packager.pipeline.plan import VariantPlan, chosen_variants, make_plan
 from packager.pipeline.workspace import Workspace, check_folder
 from packager.prove.environments import RuntimeContext, waits_for_request
 from packager.prove.loaders import ISOLATED, LOADERS
+from packager.prove.task_figures import TASK_FIGURES_VERSION
+from packager.prove.tasks import TASKS_SPEC
 from packager.receipt import EVALUATION_VERSION, PROVENANCE, README, Receipt, digest_of
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
@@ -38,9 +40,9 @@ if TYPE_CHECKING:
     from packager.inputs.base_model import SourceModel
     from packager.inputs.texts import TextSets
 
-StageName = Literal["weights", "evaluate", "verify"]
+StageName = Literal["weights", "evaluate", "verify", "tasks"]
 _LONG_TO_HASH_BYTES = 2_000_000_000
-STAGES: tuple[StageName, ...] = ("weights", "evaluate", "verify")
+STAGES: tuple[StageName, ...] = ("weights", "evaluate", "verify", "tasks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +119,17 @@ class BuildState:
         return long_to_hash(sum(path.stat().st_size for path in paths))
 
     def missing(self, stage: StageName, *, anywhere: bool = False) -> tuple[VariantPlan, ...]:
-        """Return the wanted variants, or all, for which a stage has not been done with the present inputs."""
+        """Return the wanted variants, or all, for which a stage has not been done with the present inputs.
+
+        A stage that the recipe does not ask for is missing nowhere: the tasks of a recipe without any.
+        """
         return tuple(
             variant_plan
             for variant_plan in (self.plan.variants if anywhere else self.wanted)
-            if (receipt := self.receipts.get(variant_plan.variant.branch)) is None
-            or receipt.stages.get(stage) != self.keys[variant_plan.variant.branch][stage]
+            if (key := self.keys[variant_plan.variant.branch].get(stage)) is not None
+            and (
+                (receipt := self.receipts.get(variant_plan.variant.branch)) is None or receipt.stages.get(stage) != key
+            )
         )
 
     def loaders_to_run(self) -> tuple[LoaderName, ...]:
@@ -262,7 +269,7 @@ def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, 
         [
             quantized,
             DRAWING_VERSION,
-            evaluation.model_dump(mode="json"),
+            evaluation.text(),
             _local_digest(recipe_file, evaluation.path),
             _local_digest(recipe_file, evaluation.questions),
         ]
@@ -272,7 +279,19 @@ def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, 
     verified = digest_of(
         [held_out, weights, recipe.loaders.model_dump(mode="json"), [_loader_digest(name) for name in names]]
     )
-    return {"quantize": quantized, "weights": weights, "evaluate": measured, "verify": verified}
+    keys = {"quantize": quantized, "weights": weights, "evaluate": measured, "verify": verified}
+    return keys | ({"tasks": digest_of([weights, *_task_parts(recipe_file)])} if evaluation.tasks else {})
+
+
+def _task_parts(recipe_file: RecipeFile) -> list[object]:
+    """Return what determines the scores of tasks beside the weights."""
+    tasks = recipe_file.recipe.evaluation.tasks
+    named = [(task.definition, *(data.path for data in task.sources.values())) for task in tasks]
+    files = [[_local_digest(recipe_file, name) for name in names] for names in named]
+    # Where a score is written to does not change it.
+    asked = [task.model_dump(mode="json", exclude={"leaderboard"}) for task in tasks]
+    programs = (TASKS_SPEC.script, ISOLATED, TASKS_SPEC.requirements)
+    return [TASK_FIGURES_VERSION, asked, files, [sha256_file(path) for path in programs]]
 
 
 def _bytes_in(folder: Path) -> int:

@@ -10,6 +10,7 @@ from packager.card import Prompting, render_card
 from packager.card.choice import cached_contexts
 from packager.card.floor import floor_record
 from packager.card.plot import PLOT_VERSION, Plot, draw_picture, plot_of
+from packager.card.task_scores import leaderboard_files
 from packager.errors import StateError
 from packager.model.contract_files import TEMPLATE_FILE
 from packager.model.strict_json import parse_json_object
@@ -49,7 +50,8 @@ def render_cards(run: BuildState) -> None:
             run.recipe, texts, provenances, model_type, branch,
             expectations=expectations, prompting=prompting, contexts=contexts, plot=plot, own=own,
         )  # fmt: skip
-        rendered[branch] = {README: readme.encode(), **pictures, **_licenses(run, branch)}
+        scores = leaderboard_files(run.recipe, run.receipts[branch].provenance)
+        rendered[branch] = {README: readme.encode(), **pictures, **_licenses(run, branch), **scores}
     picture_key = {PICTURE_STAGE: _picture_key(plot)} if plot is not None else {}
     cards = {branch: _with_provenance(run, branch, files, picture_key) for branch, files in rendered.items()}
     refuse_edited_cards(run, {branch: files for branch, (files, _) in cards.items()})
@@ -68,7 +70,8 @@ def prompting_of(folder: Path) -> Prompting:
 
 def _present(run: BuildState) -> dict[str, object]:
     """Return the fields of a record that follow the recipe and may change while the weights stay."""
-    return {"recipe_digest": run.recipe.digest(), "layout": run.recipe.repository.layout}
+    none = {} if run.recipe.evaluation.tasks else {"tasks": ()}
+    return {"recipe_digest": run.recipe.digest(), "layout": run.recipe.repository.layout, **none}
 
 
 def _licenses(run: BuildState, branch: str) -> dict[str, bytes]:
@@ -121,7 +124,9 @@ def _with_provenance(
     content = provenance.model_dump_json(indent=2).encode() + b"\n"
     records[PROVENANCE] = bytes_record(content)
     listed = provenance.model_copy(update={"files": dict(sorted(records.items()))})
-    stages = {**{name: key for name, key in receipt.stages.items() if name != PICTURE_STAGE}, **done}
+    # The tasks too, of a recipe that names none any more: its record has no scores either.
+    dropped = {PICTURE_STAGE} | ({"tasks"} - run.keys[branch].keys())
+    stages = {**{name: key for name, key in receipt.stages.items() if name not in dropped}, **done}
     # What a trial left is what the recipe says once every stage has the keys of the recipe alone.
     present = {"provenance": listed, "stages": stages, "trial": run.recipe_file.trial}
     return {**files, PROVENANCE: content}, receipt.model_copy(update=present)

@@ -18,6 +18,7 @@ from packager.pipeline.plan import chosen_variants
 from packager.pipeline.running import shown_while_running
 from packager.pipeline.saved_publish import PlanFile, PlannedPublish
 from packager.pipeline.stages import evaluate, quantize_and_pack, run_loaders
+from packager.pipeline.task_stage import run_tasks
 from packager.pipeline.workspace import audit_or_raise
 from packager.publish.after_publish import FinalStep, ReleaseTag
 from packager.publish.branches import BranchContent, PublishReport, publish_branches
@@ -44,11 +45,12 @@ class BuildResult:
     packed: tuple[str, ...]
     measured: tuple[str, ...]
     verified: tuple[str, ...]
+    scored: tuple[str, ...]
 
     @property
     def nothing_to_do(self) -> bool:
         """Whether every stage was already done."""
-        return not (self.packed or self.measured or self.verified)
+        return not (self.packed or self.measured or self.verified or self.scored)
 
 
 def build(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, only: Collection[str] = ()) -> BuildResult:
@@ -71,6 +73,7 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, only
         quantized, packed = quantize_and_pack(run)
         measured = evaluate(run)
         verified = run_loaders(run)
+        scored = run_tasks(run)
         receipts = run.ordered_receipts()
         _finish(run)
     result = BuildResult(
@@ -79,6 +82,7 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, only
         packed=packed,
         measured=measured,
         verified=verified,
+        scored=scored,
     )
     for text in floor_report(recipe_file, result.receipts):
         terminal.log(text)
@@ -98,7 +102,7 @@ def _finish(run: BuildState) -> None:
     unfinished = {each.variant.branch: None for stage in STAGES for each in run.missing(stage, anywhere=True)}
     if unfinished:
         run.terminal.log(f"no cards and nothing to publish until these are built: {', '.join(unfinished)}")
-        for name in ("verify", *(each.variant.branch for each in run.wanted)):
+        for name in ("verify", "tasks", *(each.variant.branch for each in run.wanted)):
             shutil.rmtree(run.workspace.work / name, ignore_errors=True)
         return
     run.wanted = run.plan.variants  # a card names every variant

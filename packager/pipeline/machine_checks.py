@@ -25,6 +25,7 @@ from packager.model.devices import choose_device
 from packager.pipeline.build_state import require_build_extra
 from packager.prove.environments import READY, environment_name, environments_folder, is_ready
 from packager.prove.loaders import LOADERS
+from packager.prove.tasks import TASKS_SPEC
 from packager.system.confinement import confinement, refusal
 from packager.system.files import disk_errors
 from packager.system.host_memory import available_bytes
@@ -230,7 +231,7 @@ def environments(cache: Path) -> tuple[Environment, ...]:
 
     A folder whose name is none that `environment_name` gives is somebody else's.
     """
-    used = {environment_name(spec) for spec in LOADERS.values()}
+    used = {environment_name(spec) for spec in (*LOADERS.values(), TASKS_SPEC)}
     found = environments_folder(cache).glob("*/")
     folders = sorted(
         path for path in found if _ENVIRONMENT.fullmatch(path.name) and path.is_dir() and not path.is_symlink()

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import FiniteFloat, ValidationError
 
 from packager.errors import MachineError
-from packager.receipt import Record
+from packager.records import Record
 from packager.system.files import open_regular, write_atomic
 from packager.system.terminal import Step, Terminal
 

@@ -235,7 +235,7 @@ def evaluate(run: BuildState) -> tuple[str, ...]:
             # A name for the result would keep this variant's head while the next variant is run.
             quality = quality_of(base, run_checkpoint(folder, bits, source, texts, device), texts)
             fields = {"quality": quality, "evaluation": texts.evaluation.record}
-            _update(run, branch, "evaluate", time.monotonic() - started, fields)
+            update_receipt(run, branch, "evaluate", time.monotonic() - started, fields)
             bar.step(f"{branch} perplexity {quality.perplexity:.4f}, KL {quality.kl_divergence:#.3g}")
     return tuple(variant_plan.variant.branch for variant_plan in missing)
 
@@ -288,7 +288,7 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
         if set(names) != set(every):
             seconds += run.receipts[branch].seconds.get("verify", 0.0)
         timed = tuple(runs[branch][name] for name in every if name in runs[branch])
-        _update(run, branch, "verify", seconds, {"loaders": merged}, runs=timed)
+        update_receipt(run, branch, "verify", seconds, {"loaders": merged}, runs=timed)
     return tuple(branches)
 
 
@@ -303,7 +303,7 @@ def _with_earlier_results(run: BuildState, branch: str, records: Sequence[Loader
     return tuple(found[name] for name in (*loaders.required, *loaders.if_available))
 
 
-def _update(
+def update_receipt(
     run: BuildState, branch: str, stage: StageName, seconds: float, fields: Mapping[str, object], **beside: object
 ) -> None:
     """Write a stage's results into a variant's receipt; `beside` are fields of the receipt beside its provenance."""

@@ -4,6 +4,7 @@ dist/builds/<namespace>/<name>/<branch>/         checkpoint folders, as they wil
 dist/receipts/<namespace>/<name>/<branch>.json   what was done and measured
 dist/receipts/<namespace>/<name>/unfinished/     receipts of files that a run is putting in place
 dist/rows/<namespace>/<name>/rows.json           the token ids of its texts; may be deleted at any time
+dist/tasks/<namespace>/<name>/base.json          what the fp16 model scores in its tasks; may be deleted at any time
 dist/work/<namespace>/<name>/<branch>/           a checkpoint under construction; may be deleted at any time
 dist/work/<namespace>/<name>/.running.json       what a running build does now; no branch has such a name
 dist/work/<namespace>--<name>.lock               the lock of a running build
@@ -43,6 +44,11 @@ class Workspace:
     def rows(self) -> Path:
         """The file that keeps the token ids of the texts for the next run; unlike `work`, it stays after a build."""
         return self.dist / "rows" / self.repository / "rows.json"
+
+    @property
+    def base_scores(self) -> Path:
+        """The file that keeps what the fp16 model scores in the recipe's tasks."""
+        return self.dist / "tasks" / self.repository / "base.json"
 
     @property
     def hub(self) -> Path:

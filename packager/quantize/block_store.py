@@ -22,7 +22,8 @@ from packager.errors import PackError
 from packager.model.architecture import Architecture
 from packager.model.checkpoint import Shard
 from packager.model.safetensors_file import StoredTensor, copy_tensor, layout, read_tensor, write_at
-from packager.receipt import AnyLinearRecord, LinearRecord, Record
+from packager.receipt import AnyLinearRecord, LinearRecord
+from packager.records import Record
 from packager.system.files import disk_errors, fsync_folder, reserve, write_atomic
 
 if TYPE_CHECKING:

@@ -303,8 +303,8 @@ class Recipe(Strict):
         # A recipe that uses none of these keeps the digest that it had before there were any.
         if self.quality == QualityFloor():
             del content["quality"]
-        for section, key in (("card", "templates"), ("repository", "plugin")):
-            if content[section][key] is None:
+        for section, key in (("card", "templates"), ("repository", "plugin"), ("evaluation", "tasks")):
+            if not content[section][key]:
                 del content[section][key]
         for parameters in (content["defaults"], *content["variants"]):
             for key in ("publish_below_floor", "refine", "target_correction"):

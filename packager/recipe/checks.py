@@ -25,6 +25,7 @@ from packager.recipe.model_fit import LockedBaseModel, misfits
 from packager.recipe.parsed_recipe import Loc, ParsedRecipe, Unreadable, name_of, text_places
 from packager.recipe.paths import locate, locate_base, path_problem
 from packager.recipe.prompt_template import prompt_problems
+from packager.recipe.task_checks import task_problems
 from packager.recipe.variant_checks import variant_parameters, variant_problems
 from packager.recipe.yaml import LocatedProblem, Position
 from packager.system.text import quoted
@@ -68,6 +69,7 @@ def check(parsed: ParsedRecipe, folder: Path, model: LockedBaseModel | LocatedPr
         *_weights(parsed),
         *_held_out(parsed, folder),
         *_paths(parsed, folder),
+        *task_problems(parsed, folder),
         *_license_names(parsed),
         *_license(parsed, folder),
         *_model(parsed, model),

@@ -67,6 +67,7 @@ URL = r"^https://[^\s<>\x22'`|)\]]+$"
 _GIT_URL = r"^(https://|ssh://|file:///|[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:)[^\s<>\x22'`|)\]]+$"
 _LINE = r"^[^\r\n\x00-\x1f]+$"
 LANGUAGE = r"^[a-z]{2,3}$"
+TASK_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}$"
 TAG = r"^[A-Za-z0-9][A-Za-z0-9._:-]*$"
 _MODULE_PATTERN = r"^[A-Za-z0-9_.*]{1,200}$"
 WEIGHTS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,80}$"
@@ -78,6 +79,7 @@ PATTERN_MEANINGS = {
     URL: "an https:// address without spaces, quotes or brackets",
     _GIT_URL: "an address of a git remote: https://, ssh://, file:/// or user@host:path",
     _LINE: "one line of text",
+    TASK_NAME: "a name of letters, digits, '_', '.', '+' and '-'",
     LANGUAGE: "a language code of two or three lower-case letters",
     TAG: "a Hub tag of letters, digits, '.', '_', ':' and '-'",
     _MODULE_PATTERN: "a module's name of letters, digits, '_' and '.', with * for anything",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from packager.errors import PlanError, RecipeError
 from packager.model.architecture import Architecture, architecture_of
@@ -14,10 +14,13 @@ from packager.model.checkpoint import fit_problems, length_problem
 from packager.model.lock import Lock, dataset_key
 from packager.recipe import Recipe
 from packager.recipe.lock_file import lock_path, read_recipe_lock
-from packager.recipe.parsed_recipe import ParsedRecipe, Unreadable, name_of, text_places
+from packager.recipe.parsed_recipe import ParsedRecipe, Unreadable, name_of, task_data_places, text_places
+from packager.recipe.task_models import Task, TaskData
 from packager.recipe.text_models import TextSource
 from packager.recipe.yaml import LocatedProblem, Position, Scalar
 from packager.system.text import quoted
+
+Pinned = TypeVar("Pinned", TextSource, TaskData)
 
 
 class Parameter(NamedTuple):
@@ -75,7 +78,7 @@ def _moved(parsed: ParsedRecipe, lock: Lock, name: str) -> tuple[Position, str] 
         if wanted is not None:
             message = f"base_model.{key} is {quoted(wanted)}, the lock {name} is of {quoted(held)}"
             return parsed.at("base_model", key), message
-    for loc in text_places(parsed):
+    for loc in (*text_places(parsed), *task_data_places(parsed)):
         dataset, wanted = parsed.text(*loc, "dataset"), parsed.text(*loc, "revision")
         if dataset and wanted and not is_commit(wanted) and dataset_key(dataset, wanted) not in lock.datasets:
             message = f"{name_of(loc)}.revision is {quoted(wanted)}, the lock {name} has no commit of it"
@@ -93,11 +96,21 @@ def with_locked_commits(recipe: Recipe, lock: Lock) -> Recipe:
     if recipe.calibration.sources is not None:
         pinned = tuple(_pinned_text(text, lock) for text in recipe.calibration.sources)
         calibration = recipe.calibration.model_copy(update={"sources": pinned})
-    changes |= {"calibration": calibration, "evaluation": _pinned_text(recipe.evaluation, lock)}
+    evaluation = _pinned_text(recipe.evaluation, lock)
+    if recipe.evaluation.tasks:
+        evaluation = evaluation.model_copy(
+            update={"tasks": tuple(_pinned_task(each, lock) for each in recipe.evaluation.tasks)}
+        )
+    changes |= {"calibration": calibration, "evaluation": evaluation}
     return recipe.model_copy(update=changes)
 
 
-def _pinned_text(text: TextSource, lock: Lock) -> TextSource:
+def _pinned_task(task: Task, lock: Lock) -> Task:
+    examples = task.fewshot if task.fewshot is None else _pinned_text(task.fewshot, lock)
+    return task.model_copy(update={"data": _pinned_text(task.data, lock), "fewshot": examples})
+
+
+def _pinned_text(text: Pinned, lock: Lock) -> Pinned:
     if text.dataset is None or text.revision is None or is_commit(text.revision):
         return text
     return text.model_copy(update={"revision": lock.datasets[dataset_key(text.dataset, text.revision)]})

@@ -133,6 +133,13 @@ def text_places(parsed: ParsedRecipe) -> tuple[Loc, ...]:
     return ("calibration",), *sources, ("evaluation",)
 
 
+def task_data_places(parsed: ParsedRecipe) -> tuple[Loc, ...]:
+    """Return where a recipe names the documents of tasks."""
+    tasks = range(parsed.count("evaluation", "tasks"))
+    found: list[Loc] = [("evaluation", "tasks", index, key) for index in tasks for key in ("data", "fewshot")]
+    return tuple(loc for loc in found if parsed.keys(*loc) is not None)
+
+
 def got(node: Node) -> str:
     """Return a value's kind and text, fit for a message."""
     match node.content:

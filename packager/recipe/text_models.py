@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from packager.recipe.field_groups import rows_by_weight, text_source_problem
 from packager.recipe.fields import LineText, RepoId, Revision, SeqLen, Strict
 from packager.recipe.paths import RelativePath
+from packager.recipe.task_models import Tasks
 
 Documents = Literal["joined", "separate"]
 
@@ -94,6 +95,11 @@ class Evaluation(TextSource):
     questions: RelativePath | None = Field(
         default=None, description='JSONL of {"prompt": ..., "answer": ...}, answered greedily'
     )
+    tasks: Tasks = Field(default=(), description="tasks of lm-evaluation-harness")
+
+    def text(self) -> dict[str, object]:
+        """Return the keys that choose the held-out text: no figure of it depends on the tasks."""
+        return self.model_dump(mode="json", exclude={"tasks"})
 
     @property
     def num_rows(self) -> int:
