@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
 )
 SAFETENSORS, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 GIT_ATTRIBUTES = ".gitattributes"
+# The whole recipe of a branch and its lock, and the versions that AutoGPTQ ran with, for pip.
+BRANCH_RECIPE, BRANCH_LOCK, AUTOGPTQ_PINS = "recipe.yaml", "recipe.lock.json", "requirements-autogptq.txt"
 # The card's picture, where two branches or more were measured: it is the same in every branch.
 PICTURE_FILES = ("quality-light.png", "quality-dark.png", "quality-light.svg", "quality-dark.svg")
 # Files that no provenance.json lists: it is written last, then signed, and hosts add attributes.

@@ -19,7 +19,10 @@ from tests.tiny_recipe import ACT_ORDER, MAIN, RECIPE, write_inputs, write_recip
 
 pytestmark = pytest.mark.crash
 ROOT = Path(__file__).resolve().parent.parent
-CARD = {"README.md", "provenance.json", "LICENSE.txt", "questions.jsonl", *PICTURE_FILES}
+CARD = {
+    *("README.md", "provenance.json", "LICENSE.txt", "questions.jsonl", "recipe.yaml", "recipe.lock.json"),
+    *PICTURE_FILES,
+}
 BLOCKS = 3
 INTERRUPTED = "interrupted: finished work is kept, run the same command again to continue\n"
 

@@ -10,9 +10,18 @@ import pytest
 
 from packager.card import CardTexts, render_card
 from packager.card.choice import CachedContext
+from packager.card.facts import autogptq_pins
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
-from packager.receipt import ExpertLinearRecord, LinearRecord, LoaderRecord, MixedText, Provenance, TextRecord
+from packager.receipt import (
+    AUTOGPTQ_PINS,
+    ExpertLinearRecord,
+    LinearRecord,
+    LoaderRecord,
+    MixedText,
+    Provenance,
+    TextRecord,
+)
 from packager.recipe import Recipe
 from tests import card_fixtures as fixtures
 from tests.card_page import tables
@@ -727,11 +736,18 @@ def test_a_branch_has_its_own_description() -> None:
 def test_autogptq_is_installed_in_the_versions_that_ran() -> None:
     recipe = recipe_of_four()
     receipts = receipts_of_four(recipe)
-    (line,) = [
-        line for line in render(recipe, receipts).splitlines() if line.startswith("pip install") and "==" in line
-    ]
     versions = {"auto-gptq": "0.7.1", "transformers": "4.40.2", "accelerate": "0.30.1"}
-    assert line == "pip install " + " ".join(f"{name}=={version}" for name, version in versions.items())
+    header, *lines = autogptq_pins(receipts[0]).splitlines()
+    assert header.startswith("# ")
+    assert lines == [f"{name}=={version}" for name, version in versions.items()]
+    page = render(recipe, receipts)
+    (fetch,) = [line for line in page.splitlines() if line.startswith("hf download") and AUTOGPTQ_PINS in line]
+    assert fetch == f"hf download {recipe.repository.id} {AUTOGPTQ_PINS} --revision main --local-dir ."
+    assert f"\npip install -r {AUTOGPTQ_PINS}\n" in page
+    failed = receipts[0].model_copy(
+        update={"loaders": [each.model_copy(update={"status": "failed"}) for each in receipts[0].loaders]}
+    )
+    assert autogptq_pins(failed) == ""
 
 
 def test_a_figure_that_is_infinite_is_refused() -> None:

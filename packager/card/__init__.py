@@ -27,7 +27,7 @@ from packager.card.raw_text import TextProblem, text_problems
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
 from packager.model.front_matter import split_front_matter
-from packager.receipt import PICTURE_FILES, Provenance
+from packager.receipt import AUTOGPTQ_PINS, PICTURE_FILES, Provenance
 from packager.recipe import Recipe
 from packager.system.text import format_bytes
 from packager.variant import MAIN
@@ -223,6 +223,7 @@ def _context(
         "repository": recipe.repository.id,
         "repository_name": recipe.repository.id.split("/")[1],
         "hub": HUB,
+        "autogptq_pins": AUTOGPTQ_PINS,
         # The page links to these itself: a recipe that names them too would have them twice.
         "own_links": {
             f"{HUB}/{recipe.repository.id}",

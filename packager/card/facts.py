@@ -247,6 +247,14 @@ def pinned(record: LoaderRecord) -> tuple[str, ...]:
     return tuple(f"{name}=={versions[name]}" for name in _LOADER_PACKAGES if name in versions)
 
 
+def autogptq_pins(provenance: Provenance) -> str:
+    """Return the file that pip installs AutoGPTQ's packages from, "" where AutoGPTQ did not pass."""
+    records = [record for record in provenance.loaders if record.loader == "autogptq" and record.status == "passed"]
+    lines = [line for record in records for line in pinned(record)]
+    header = "# The versions that opened these files. torch is not among them: take the build for your hardware.\n"
+    return header + "".join(f"{line}\n" for line in lines) if lines else ""
+
+
 def expectation_rows(
     branches: Sequence[BranchFacts], expectations: Mapping[str, Sequence[Verdict]]
 ) -> tuple[tuple[str, Shared], ...]:

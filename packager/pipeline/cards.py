@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from packager.card import Prompting, render_card
 from packager.card.choice import cached_contexts
+from packager.card.facts import autogptq_pins
 from packager.card.floor import floor_record
 from packager.card.plot import PLOT_VERSION, Plot, draw_picture, plot_of
 from packager.card.task_scores import leaderboard_files
@@ -19,7 +20,19 @@ from packager.pipeline.build_state import BuildState
 from packager.pipeline.card_texts import read_card_texts, read_own_templates
 from packager.pipeline.pack import is_packed
 from packager.pipeline.workspace import audit_or_raise
-from packager.receipt import PICTURE_FILES, PROVENANCE, README, TOKENIZER, TOKENIZER_CONFIG, Receipt, digest_of
+from packager.receipt import (
+    AUTOGPTQ_PINS,
+    BRANCH_LOCK,
+    BRANCH_RECIPE,
+    PICTURE_FILES,
+    PROVENANCE,
+    README,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    Receipt,
+    digest_of,
+)
+from packager.recipe.lock_file import lock_text
 from packager.system.files import bytes_record, disk_errors, has_record, write_atomic
 
 # The key in a receipt's stages of the figures that its picture shows: while they stay, it is not drawn again.
@@ -50,8 +63,7 @@ def render_cards(run: BuildState) -> None:
             run.recipe, texts, provenances, model_type, branch,
             expectations=expectations, prompting=prompting, contexts=contexts, plot=plot, own=own,
         )  # fmt: skip
-        scores = leaderboard_files(run.recipe, run.receipts[branch].provenance)
-        rendered[branch] = {README: readme.encode(), **pictures, **_licenses(run, branch), **scores}
+        rendered[branch] = {README: readme.encode(), **pictures, **_licenses(run, branch), **_texts(run, branch)}
     picture_key = {PICTURE_STAGE: _picture_key(plot)} if plot is not None else {}
     cards = {branch: _with_provenance(run, branch, files, picture_key) for branch, files in rendered.items()}
     refuse_edited_cards(run, {branch: files for branch, (files, _) in cards.items()})
@@ -85,6 +97,20 @@ def _licenses(run: BuildState, branch: str) -> dict[str, bytes]:
         else:
             found[name] = path.read_bytes()
     return found
+
+
+def _texts(run: BuildState, branch: str) -> dict[str, bytes]:
+    """Return the recipe, its lock, what pip installs, and scores for leaderboards, by name."""
+    from packager.recipe.draft import branch_recipe  # 70 ms
+
+    provenance = run.receipts[branch].provenance
+    pins = autogptq_pins(provenance)
+    return {
+        BRANCH_RECIPE: branch_recipe(run.recipe).encode(),
+        BRANCH_LOCK: lock_text(run.recipe_file.lock).encode(),
+        **({AUTOGPTQ_PINS: pins.encode()} if pins else {}),
+        **leaderboard_files(run.recipe, provenance),
+    }
 
 
 def _pictures(run: BuildState, plot: Plot | None) -> Mapping[str, bytes]:

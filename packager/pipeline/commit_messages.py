@@ -11,7 +11,7 @@ from packager.pipeline.build_state import BuildState
 from packager.pipeline.compare_published import BranchDifference, ValueChange, compare_branch, quality_lines
 from packager.publish.branches import BranchContent
 from packager.publish.targets import BranchState, Target
-from packager.receipt import PROVENANCE, README, SAFETENSORS, Provenance
+from packager.receipt import BRANCH_LOCK, BRANCH_RECIPE, PROVENANCE, README, SAFETENSORS, Provenance
 from packager.system.text import printable
 
 _MOST_TITLE: Final = 100  # hosts cut longer ones in lists
@@ -61,7 +61,8 @@ def change_title(found: BranchDifference) -> str:
     """Return what changed in a few words: the weights with the first reason, the card, the other files."""
     if found.standing == "unreadable":
         return "replaces files whose record cannot be read"
-    others = [name for name in found.files if not name.endswith(SAFETENSORS) and name not in (README, PROVENANCE)]
+    records = (PROVENANCE, BRANCH_RECIPE, BRANCH_LOCK)
+    others = [name for name in found.files if not name.endswith(SAFETENSORS) and name not in (README, *records)]
     parts = ["other weights"] if found.weights else []
     parts += ["card"] if README in found.files else []
     if others:

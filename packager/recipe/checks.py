@@ -11,6 +11,9 @@ from typing import Final
 
 from packager.receipt import (
     ATTESTATION,
+    AUTOGPTQ_PINS,
+    BRANCH_LOCK,
+    BRANCH_RECIPE,
     CONFIG,
     INDEX_SUFFIX,
     PROVENANCE,
@@ -46,7 +49,18 @@ BASE_FILES_FIELD: Final[Loc] = ("card", "license", "base_files")
 # A licence file of such a name would replace what the build writes.
 _BRANCH_FILES: Final = frozenset(
     name.casefold()
-    for name in (README, PROVENANCE, ATTESTATION, RELEASE_ATTESTATION, CONFIG, QUANTIZE_CONFIG, *TOKENIZER_FILES)
+    for name in (
+        README,
+        PROVENANCE,
+        ATTESTATION,
+        RELEASE_ATTESTATION,
+        CONFIG,
+        QUANTIZE_CONFIG,
+        BRANCH_RECIPE,
+        BRANCH_LOCK,
+        AUTOGPTQ_PINS,
+        *TOKENIZER_FILES,
+    )
 )
 _MAX_NOTICE: Final = 1_000_000  # bytes
 _WEIGHT_SUFFIXES: Final = (".safetensors", INDEX_SUFFIX, ".bin", ".pt")

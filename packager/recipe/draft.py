@@ -1,4 +1,4 @@
-"""Write a recipe as YAML with comments, for a person to read and change."""
+"""Write a recipe as YAML with comments, for a person to read and change, and the whole recipe that a branch holds."""
 
 import io
 from collections.abc import Mapping
@@ -7,6 +7,8 @@ from typing import Any, Final
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+from packager.recipe import Recipe
 
 _COMMENTS: Final[Mapping[str, str]] = {
     "repository": "Where the variants go: target local is a git repository in dist/; hub is the Hugging Face Hub.",
@@ -17,6 +19,11 @@ _COMMENTS: Final[Mapping[str, str]] = {
     "loaders": "The runtimes that must open every variant, and those that are tried where a machine can run them.",
     "card": "The words of the model card; every figure on it is measured.",
 }
+
+_HEADER: Final = (
+    "# The recipe of these files, as packager read it: defaults and inherited keys are written out, comments are not\n"
+    "# kept. Files that it names lie in the maintainer's folder; recipe.lock.json is its lock.\n"
+)
 
 
 def draft_text(recipe: Mapping[str, Any], *, schema: str = "") -> str:
@@ -41,6 +48,24 @@ def draft_text(recipe: Mapping[str, Any], *, schema: str = "") -> str:
     lines = ["" if line.strip() == "#" else line for line in stream.getvalue().splitlines()]
     editors = [f"# yaml-language-server: $schema={schema}"] if schema else []
     return "\n".join([*editors, *lines, ""])
+
+
+def branch_recipe(recipe: Recipe) -> str:
+    """Return the recipe file of a branch: the whole recipe, with what it inherits and with defaults.
+
+    Its canonical JSON has the digest that provenance.json states. What is one machine's is left out: a base model's
+    folder elsewhere, and the address of a remote in the file system.
+    """
+    content = recipe.model_dump(mode="json", exclude_none=True)
+    if recipe.base_model.path is not None:
+        content["base_model"]["path"] = recipe.base_model.public_path
+    if (recipe.repository.url or "").startswith("file:"):
+        del content["repository"]["url"]
+    for key in ("evaluation", "quality"):
+        content[key] = {name: value for name, value in content[key].items() if value != []}
+        if not content[key]:
+            del content[key]
+    return _HEADER + draft_text(content)
 
 
 def _node(value: Any) -> Any:
