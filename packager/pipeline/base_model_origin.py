@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from packager.inputs.base_model import SourceModel
 from packager.inputs.weights_digests import long_to_hash
-from packager.receipt import Record, digest_of
+from packager.receipt import digest_of
+from packager.records import Record
 from packager.system.files import write_atomic
 
 _FILE_NAME = ".base-model.json"
