@@ -7,6 +7,7 @@ dist/rows/<namespace>/<name>/rows.json           the token ids of its texts; may
 dist/tasks/<namespace>/<name>/base.json          what the fp16 model scores in its tasks; may be deleted at any time
 dist/work/<namespace>/<name>/<branch>/           a checkpoint under construction; may be deleted at any time
 dist/work/<namespace>/<name>/.running.json       what a running build does now; no branch has such a name
+dist/work/<namespace>/<name>/.base-model.json    of which base model a large model's blocks are, see `base_model_origin`
 dist/work/<namespace>--<name>.lock               the lock of a running build
 dist/hub/models/<namespace>/<name>               the local publishing target
 dist/previews/<namespace>/<name>/<branch>.html   cards before a build; no other command reads them
