@@ -12,6 +12,8 @@ EngineName = Literal["native", "auto-gptq"]
 ActOrder = Literal["none", "group", "static", "full"]
 # Whether smaller scales are tried per group, decision 26; "signed" tries negative ones too.
 ScaleSearch = bool | Literal["signed"]
+# The act order of a recipe that names none: static order has less error than none, and loads wherever none does.
+DEFAULT_ACT_ORDERS: Mapping[EngineName, ActOrder] = {"native": "static", "auto-gptq": "none"}
 # The act order that each value of desc_act asks for.
 ACT_ORDER_OF_DESC_ACT: Mapping[bool, ActOrder] = {False: "none", True: "full"}
 Layout = Literal["branches", "repos"]

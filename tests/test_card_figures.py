@@ -451,7 +451,7 @@ def test_a_loader_is_named_as_proven_only_where_it_passed() -> None:
             passed = [row["Branch"] for row in results if row["Loader"] == title and row["Result"] == "passed"]
             assert passed == [f"`{receipts[index].branch}`" for index in ran]
         assert text.count("Proven on this branch") == sum(
-            chosen.get(name) == "passed" for name in ("autogptq", "transformers")
+            chosen.get(name) == "passed" for name in ("autogptq", "transformers", "exllamav2")
         )
         assert text.count("**It failed on this branch:** why.") == sum(
             chosen.get(name) == "failed" for name in ("autogptq", "transformers")
@@ -614,7 +614,7 @@ def test_branches_that_were_measured_on_other_rows_are_not_compared() -> None:
 def test_one_branch_alone_is_no_extreme() -> None:
     recipe = fixtures.minimal_recipe()
     (words,) = descriptions(render(recipe, fixtures.minimal_receipts(recipe)))
-    assert words == "4-bit, without Act Order, one group per row. What you get when no branch is named."
+    assert words == "4-bit, with static Act Order, one group per row. What you get when no branch is named."
 
 
 def test_every_smallest_branch_is_named_with_its_cost() -> None:

@@ -505,14 +505,14 @@ def test_a_text_outside_the_recipes_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("width", "variant_set", "expected"),
     [
-        (256, "classic", ["128 none", "32 full", "64 full", "128 full"]),
+        (256, "classic", ["128 static", "32 full", "64 full", "128 full"]),
         (256, "modern", ["128 group", "64 group", "32 group"]),
-        (576, "classic", ["64 none", "32 full", "64 full"]),
+        (576, "classic", ["64 static", "32 full", "64 full"]),
         (96, "modern", ["32 group"]),
-        (48, "classic", ["-1 none", "-1 full"]),
+        (48, "classic", ["-1 static", "-1 full"]),
         (
             256, "wide",
-            ["128 none", "32 full", "64 full", "128 full", "8-bit 128 none", "8-bit 128 full", "3-bit 128 full"],
+            ["128 static", "32 full", "64 full", "128 full", "8-bit 128 static", "8-bit 128 full", "3-bit 128 full"],
         ),
     ],
 )  # fmt: skip

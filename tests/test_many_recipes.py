@@ -162,7 +162,7 @@ def test_the_rest_of_a_build_is_not_part_of_a_partial_one(tiny: Path) -> None:
     shutil.rmtree(workspace(tiny / "dist").folder(THREE_BITS))
     run = BuildState(file, options(tiny / "dist"), Terminal(quiet=True), [MAIN])
     run.read_receipts()
-    assert [run.missing(stage) for stage in STAGES] == [(), (), ()]
+    assert [run.missing(stage) for stage in STAGES] == [()] * len(STAGES)
     assert [each.variant.branch for each in run.missing("weights", anywhere=True)] == [THREE_BITS]
     assert [receipt.provenance.branch for receipt in run.ordered_receipts()] == [MAIN]
     assert chosen_variants(run.plan.variants, [MAIN], "") == run.wanted

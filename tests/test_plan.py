@@ -253,7 +253,9 @@ def test_every_misfit_is_reported_at_once(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "main: group_size 32 does not divide the 48 in_features of q_proj, k_proj, v_proj, o_proj, " in message
     assert "and the 72 in_features of down_proj" in message
-    assert re.search("gptq-3bit-24g-actorder_False: 3-bit values of .*gate_proj.*down_proj do not fill 32-bit", message)
+    assert re.search(
+        "gptq-3bit-24g-actorder_static: 3-bit values of .*gate_proj.*down_proj do not fill 32-bit", message
+    )
     assert "calibration.seq_len 2048 is more than the 128 positions of the base model" in message
     assert "evaluation.seq_len 2048" in message
     assert message.startswith(str(tmp_path / "recipe.yaml"))
@@ -333,7 +335,7 @@ def test_a_description_is_the_recipes_or_states_facts(tmp_path: Path) -> None:
         "4-bit, group size 32, act order: the largest size, 14 % larger than the smallest.",
         "4-bit, group size 64, act order: 7 % larger than the smallest.",
         "4-bit, group size 128, act order: 3 % larger than the smallest.",
-        "4-bit, one group per row, no act order, asymmetric: the smallest size.",
+        "4-bit, one group per row, static act order, asymmetric: the smallest size.",
     ]
     assert variant_description(variant(), 100, [100]) == "4-bit, group size 128, no act order."
     assert variant_description(variant(act_order="static"), 1, [1]) == "4-bit, group size 128, static act order."
@@ -450,10 +452,10 @@ def test_one_table_names_the_runtimes() -> None:
 def test_the_tables_show_every_figure_and_reason(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, variants=[*FOUR_VARIANTS, {"bits": 8, "sym": False}])
     text = text_of(plan)
-    for word in ("7.26", "8.00", "7.50", f"{plan.variants[0].weights_bytes:,}", "gptq-8bit-128g-actorder_False"):
+    for word in ("7.26", "8.00", "7.50", f"{plan.variants[0].weights_bytes:,}", "gptq-8bit-128g-actorder_static"):
         assert word in text
     assert "someone/model-GPTQ from meta/base: llama, 13,015,864,320 parameters in F16, 40 blocks" in text
-    assert "no: vLLM 0.32 for gptq-8bit-128g-actorder_False: reads symmetric checkpoints only" in text
+    assert "no: vLLM 0.32 for gptq-8bit-128g-actorder_static: reads symmetric checkpoints only" in text
     assert "note: Transformers 5: through gptqmodel and optimum" in text
     assert f"{plan.disk.total_bytes / 1e9:.2f}" in text
     memory = plan.memory
@@ -474,9 +476,9 @@ def test_the_tables_fit_a_narrow_terminal(tmp_path: Path) -> None:
     text = text_of(plan, width=80)
     assert f"{plan.variants[1].weights_bytes:,}" in text
     assert "main: loaded by AutoGPTQ 0.7.1, ExLlama v1, ExLlamaV2 0.3.2, GPTQ-for-LLaMa, " in text
-    assert "gptq-8bit-128g-actorder_False: loaded by AutoGPTQ 0.7.1, GPTQ-for-LLaMa, " in text
+    assert "gptq-8bit-128g-actorder_static: loaded by AutoGPTQ 0.7.1, GPTQ-for-LLaMa, " in text
     assert "; refused by ExLlama v1, ExLlamaV2 0.3.2" in text
-    assert "Weights files: main 2, gptq-8bit-128g-actorder_False 3." in text
+    assert "Weights files: main 2, gptq-8bit-128g-actorder_static 3." in text
 
 
 def test_json_holds_exact_integers(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_every_mistake_of_a_file_is_reported_at_once(request, monkeypatch):
         ),
         (
             ("{group_size: 32, desc_act: true}", "{}\n  - {group_size: 128}"),
-            "17:5: two variants have the branch 'gptq-4bit-128g-actorder_False' (the first is at line 16)",
+            "17:5: two variants have the branch 'gptq-4bit-128g-actorder_static' (the first is at line 16)",
         ),
         (
             ("{group_size: 32,", "{branch: MAIN, group_size: 32,"),

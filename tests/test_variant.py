@@ -17,7 +17,10 @@ ORDERS: tuple[ActOrder, ...] = get_args(ActOrder)
 @pytest.mark.parametrize(
     ("defaults", "entry", "expected"),
     [
-        ({}, {}, "none"),
+        ({}, {}, "static"),
+        ({}, {"engine": "auto-gptq"}, "none"),
+        ({"engine": "auto-gptq"}, {}, "none"),
+        ({"engine": "auto-gptq"}, {"engine": "native"}, "static"),
         ({}, {"desc_act": True}, "full"),
         ({}, {"desc_act": False}, "none"),
         ({}, {"act_order": "group"}, "group"),

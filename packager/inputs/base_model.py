@@ -16,7 +16,6 @@ from packager.inputs.lock_check import (
     LOCK_ANEW,
     check_locked_config,
     check_locked_files,
-    check_locked_names,
     check_locked_template,
 )
 from packager.inputs.source_files import (
@@ -171,8 +170,7 @@ def open_source(
         folder, recipe_file.architecture, base_id=base.id, revision=revision, licenses=licenses,
         check_weights=check_weights, log=log,
     )  # fmt: skip
-    check_locked_names((*source.small, *source.files.weights), folder, recipe_file)
-    check_locked_files(folder, source.small, recipe_file)
+    check_locked_files(folder, source.small, recipe_file, (*source.small, *source.files.weights))
     check_locked_template(folder, recipe_file)
     if line := source.files.left_out_line:
         log(printable(line))

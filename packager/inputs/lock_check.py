@@ -36,38 +36,31 @@ def _shown(config: Mapping[str, object], key: str) -> str:
     return shortened(config[key]) if key in config else "absent"
 
 
-def check_locked_files(folder: Path, found: Mapping[str, FileRecord], recipe_file: RecipeFile) -> None:
+def check_locked_files(
+    folder: Path, found: Mapping[str, FileRecord], recipe_file: RecipeFile, names: Sequence[str] | None = None
+) -> None:
     """Compare files of a base model on the Hub with those of the lock; a lock without files has the commit only.
 
+    Args:
+        folder: of the base model.
+        found: files, by name.
+        recipe_file: the recipe and its lock.
+        names: of all files that are used; None if only `found` is looked at.
+
     Raises:
-        SourceError: a file is another one.
+        SourceError: a file is another one, is not there any more, or is not in the lock.
     """
-    locked = recipe_file.lock.base_model.files
+    locked, licenses = recipe_file.lock.base_model.files, recipe_file.recipe.card.license.base_files
     moved = [
         f"{name} has sha256 {record.sha256[:12]} and {record.size_bytes} bytes, "
         f"in the lock {locked[name].sha256[:12]} and {locked[name].size_bytes}"
         for name, record in found.items()
         if name in locked and locked[name] != record
     ]
-    _raise_moved(folder, moved)
-
-
-def check_locked_names(found: Sequence[str], folder: Path, recipe_file: RecipeFile) -> None:
-    """Compare which files there are with the lock, like `_check_files`.
-
-    Raises:
-        SourceError: a file is not there any more, or is not in the lock.
-    """
-    locked, licenses = recipe_file.lock.base_model.files, recipe_file.recipe.card.license.base_files
-    if not locked:
-        return
-    # A licence may have been added to the recipe since; the commit identifies it.
-    moved = [f"{name} is not in the lock" for name in found if name not in (*locked, *licenses)]
-    moved += [f"{name} is missing" for name in locked if name.endswith(".safetensors") and name not in found]
-    _raise_moved(folder, moved)
-
-
-def _raise_moved(folder: Path, moved: Sequence[str]) -> None:
+    if locked and names is not None:
+        # A licence may have been added to the recipe since; the commit identifies it.
+        moved += [f"{name} is not in the lock" for name in names if name not in (*locked, *licenses)]
+        moved += [f"{name} is missing" for name in locked if name.endswith(".safetensors") and name not in names]
     if moved:
         raise SourceError(
             "the base model's files are not those that the lock was made of",

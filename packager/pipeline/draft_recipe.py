@@ -165,13 +165,13 @@ def variants_of(variant_set: VariantSet, architecture: Architecture | None) -> l
     if variant_set == "modern":
         ordered = [{"group_size": size, "act_order": "group"} for size in sizes]
         return [{"branch": MAIN, **ordered[0]}, *ordered[1:]]
-    main = {"branch": MAIN, "group_size": sizes[0], "act_order": "none"}
+    main = {"branch": MAIN, "group_size": sizes[0], "act_order": "static"}
     ordered = [{"group_size": size, "act_order": "full"} for size in sorted(sizes)]
     if variant_set == "classic":
         return [main, *ordered]
     others = [
         {"bits": bits, "group_size": sizes[0], "act_order": act_order}
-        for bits, act_order in ((8, "none"), (8, "full"), (3, "full"))
+        for bits, act_order in ((8, "static"), (8, "full"), (3, "full"))
         if not any(fit_problems(architecture, bits=bits))
     ]
     return [main, *ordered, *others]

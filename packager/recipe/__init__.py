@@ -41,7 +41,7 @@ from packager.recipe.fields import (
 )
 from packager.recipe.paths import FolderPath, RelativePath, is_elsewhere
 from packager.recipe.text_models import Calibration, Evaluation
-from packager.variant import Layout, Place, ScaleSearch, Variant, branch_name, place_of
+from packager.variant import DEFAULT_ACT_ORDERS, Layout, Place, ScaleSearch, Variant, branch_name, place_of
 
 
 class Repository(Strict):
@@ -144,7 +144,7 @@ class VariantEntry(VariantFields):
 
 
 class Defaults(Strict):
-    """Parameters of every variant that does not give its own; without either spelling of it, act_order is none."""
+    """Parameters of every variant that does not give its own; both may leave out the act order."""
 
     bits: BitsField = 4
     group_size: GroupSize = 128
@@ -320,7 +320,7 @@ def expand(entry: VariantEntry, defaults: Defaults) -> Variant:
     fields = {**defaults.model_dump(), **given}
     # A variant's own spelling of its act order stands before that of the defaults, whichever each of them uses.
     own, common = (given_act_order(each.act_order, each.desc_act) for each in (entry, defaults))
-    fields["act_order"] = own or common or "none"
+    fields["act_order"] = own or common or DEFAULT_ACT_ORDERS[entry.engine or defaults.engine]
     del fields["desc_act"]
     # Scale search lowers the KL divergence of every permutation: docs/explanation/measurements.md.
     if fields["scale_search"] is None:

@@ -107,7 +107,8 @@ ActOrderField = Annotated[
     ActOrder,
     _described(
         "the order in which columns are quantized, by diag(H): none; group: inside groups, then groups; static: all "
-        "columns, grids fixed before; full: all columns, groups scattered, which vLLM refuses since 0.30"
+        "columns, grids fixed before; full: all columns, groups scattered, which vLLM refuses since 0.30; left out: "
+        "static, and for engine auto-gptq none"
     ),
 ]
 DescAct = Annotated[bool, _described("another spelling: true is act_order full, false is act_order none")]

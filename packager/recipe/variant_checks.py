@@ -15,6 +15,7 @@ from packager.recipe.yaml import LocatedProblem
 from packager.variant import (
     ACT_ORDER_OF_DESC_ACT,
     AUTO_GPTQ_KNOWS,
+    DEFAULT_ACT_ORDERS,
     MAIN,
     MAX_REPOSITORY_NAME,
     ActOrder,
@@ -53,19 +54,20 @@ def variant_parameters(parsed: ParsedRecipe, index: int) -> dict[str, Parameter]
         written = value is not Unreadable.ABSENT
         at = parsed.at(*loc) if written else parsed.key_at("variants", index)
         parameters[name] = Parameter(value if written else field.default, at, written=written)
-    parameters["act_order"] = _act_order(parsed, index)
+    parameters["act_order"] = _act_order(parsed, index, parameters["engine"].value)
     return parameters
 
 
-def _act_order(parsed: ParsedRecipe, index: int) -> Parameter:
-    """Return a variant's act order: of its own keys if it has one of the two, else of the defaults'."""
+def _act_order(parsed: ParsedRecipe, index: int, engine: object) -> Parameter:
+    """Return a variant's act order: of its own keys, else of the defaults', else what its engine has without them."""
     for place in (("variants", index), ("defaults",)):
         for key in _ACT_ORDER_KEYS:
             value = parsed.get(*place, key)
             if value is not Unreadable.ABSENT:
                 meant = ACT_ORDER_OF_DESC_ACT[value] if isinstance(value, bool) else value
                 return Parameter(meant, parsed.at(*place, key), written=True)
-    return Parameter("none", parsed.key_at("variants", index), written=False)
+    left_out = next((order for name, order in DEFAULT_ACT_ORDERS.items() if name == engine), "none")
+    return Parameter(left_out, parsed.key_at("variants", index), written=False)
 
 
 def _act_orders(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
