@@ -87,10 +87,10 @@ def test_a_build_that_hashes_beside_makes_the_same_branch(
 ) -> None:
     recipe = tiny_recipe.write_all(tmp_path, ONE)
     messages = build(recipe, tmp_path / "beside", capsys)
-    assert "of the base model beside quantizing" in messages
+    assert "of the base model beside the work" in messages
     assert "the base model is hashed, after" in messages
     monkeypatch.setattr(weights_digests, "_LONG_TO_HASH_BYTES", 10**9)
-    assert "beside quantizing" not in build(recipe, tmp_path / "before", capsys)
+    assert "beside the work" not in build(recipe, tmp_path / "before", capsys)
     found = [tiny_recipe.workspace(tmp_path / name).read_receipt(MAIN) for name in ("beside", "before")]
     assert found[0] is not None
     assert found[1] is not None
@@ -127,6 +127,14 @@ def test_packing_waits_for_the_digests(
     assert "waiting for the digests of the base model: 0 B of" in messages
 
 
+def change_a_byte(path: Path) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(-100, os.SEEK_END)
+        byte = stream.read(1)
+        stream.seek(-100, os.SEEK_END)
+        stream.write(bytes([byte[0] ^ 1]))
+
+
 @pytest.fixture
 def hub_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe of a model on the Hub, one byte of whose weights is not what the Hub states."""
@@ -135,11 +143,7 @@ def hub_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     recipe = tiny_recipe.write_recipe(tmp_path, changes)
     write_lock(recipe, json.loads((folder / "config.json").read_text()), "tester/tiny", REVISION)
     right = sha256_file(folder / WEIGHTS)
-    with (folder / WEIGHTS).open("r+b") as stream:
-        stream.seek(-100, os.SEEK_END)
-        byte = stream.read(1)
-        stream.seek(-100, os.SEEK_END)
-        stream.write(bytes([byte[0] ^ 1]))
+    change_a_byte(folder / WEIGHTS)
 
     def model_info(_: object, repo_id: str, *, revision: str, files_metadata: bool) -> SimpleNamespace:
         names = sorted(path.name for path in folder.iterdir())
@@ -180,6 +184,21 @@ def test_a_wrong_byte_that_is_found_late_ends_the_build_before_it_packs(
     monkeypatch.setattr("packager.pipeline.stages._packed", lambda *_: pytest.fail("packed"))
     with pytest.raises(SourceError, match="a downloaded file is damaged"):
         build(hub_recipe, tmp_path / "dist", capsys)
+
+
+@pytest.mark.slow
+def test_nothing_is_measured_with_weights_that_are_not_those_of_the_hub(
+    hub_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, dist = tmp_path / "model" / WEIGHTS, tmp_path / "dist"
+    change_a_byte(weights)  # back: the build is a good one
+    build(hub_recipe, dist, capsys)
+    before = tiny_recipe.workspace(dist).receipt_path(MAIN).read_bytes()
+    change_a_byte(weights)
+    longer = RecipeFile.load(hub_recipe, trial=["evaluation.num_tokens=128"])
+    with pytest.raises(SourceError, match="a downloaded file is damaged"):
+        flow.build(longer, tiny_recipe.options(dist), Terminal())
+    assert tiny_recipe.workspace(dist).receipt_path(MAIN).read_bytes() == before
 
 
 @pytest.mark.slow
@@ -253,8 +272,7 @@ def test_a_file_that_is_replaced_before_it_is_hashed_is_refused(tmp_path: Path) 
     found = digests(tmp_path)
     (tmp_path / "new").write_bytes(b"a" * 1000)  # the same bytes: blocks may have been read of others in between
     (tmp_path / "new").replace(tmp_path / "a.safetensors")
-    found.start()
-    with pytest.raises(SourceError, match="changed during the build") as caught:
+    with found.hashed_beside(), pytest.raises(SourceError, match="changed during the build") as caught:
         found.records()
     assert caught.value.where == str(tmp_path / "a.safetensors")
 
@@ -264,14 +282,14 @@ def test_digests_are_known_when_every_file_is_hashed(tmp_path: Path, monkeypatch
         (tmp_path / f"{name}.safetensors").write_bytes(name.encode() * 1000)
     checked: list[str] = []
     found, release = digests(tmp_path, checked.extend), hold(monkeypatch)
-    found.start()
-    assert not found.known()
-    release.set()
     expected = {
         f"{name}.safetensors": FileRecord(size_bytes=1000, sha256=sha256_file(tmp_path / f"{name}.safetensors"))
         for name in ("a", "b")
     }
-    assert found.records() == expected
+    with found.hashed_beside():
+        assert not found.known()
+        release.set()
+        assert found.records() == expected
     assert found.known()
     assert sorted(checked) == ["a.safetensors", "b.safetensors"]
 

@@ -209,8 +209,8 @@ def read_source(
 ) -> SourceModel:
     """Open a folder as a base model of an architecture: check every file that is used, and hash it.
 
-    Weights that take long to hash are hashed when `SourceModel.record` is asked for, or beside other work from
-    `SourceModel.weights.start` on.
+    Weights that take long to hash are hashed when `SourceModel.record` is asked for, or before, in the context
+    `SourceModel.weights.hashed_beside`.
 
     Args:
         folder: with the files.

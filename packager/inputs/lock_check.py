@@ -7,7 +7,7 @@ from packager.errors import SourceError
 from packager.inputs.chat_template import chat_template_digest
 from packager.model.architecture import Architecture
 from packager.model.config_values import shortened
-from packager.receipt import CONFIG, FileRecord
+from packager.receipt import CONFIG, SAFETENSORS, FileRecord
 from packager.recipe.file import RecipeFile
 
 LOCK_ANEW = "where the model has moved on, make the lock anew: packager lock"
@@ -39,28 +39,30 @@ def _shown(config: Mapping[str, object], key: str) -> str:
 def check_locked_files(
     folder: Path, found: Mapping[str, FileRecord], recipe_file: RecipeFile, names: Sequence[str] | None = None
 ) -> None:
-    """Compare files of a base model on the Hub with those of the lock; a lock without files has the commit only.
+    """Compare the files of a base model on the Hub with those of the lock; a lock without files has the commit only.
 
     Args:
-        folder: of the base model.
-        found: files, by name.
-        recipe_file: the recipe and its lock.
-        names: of all files that are used; None if only `found` is looked at.
+        folder: of the model.
+        found: the records of some of its files.
+        recipe_file: with the lock.
+        names: of all files that are used, to be compared too; None: those of an earlier call.
 
     Raises:
         SourceError: a file is another one, is not there any more, or is not in the lock.
     """
     locked, licenses = recipe_file.lock.base_model.files, recipe_file.recipe.card.license.base_files
+    if not locked:
+        return
     moved = [
         f"{name} has sha256 {record.sha256[:12]} and {record.size_bytes} bytes, "
         f"in the lock {locked[name].sha256[:12]} and {locked[name].size_bytes}"
         for name, record in found.items()
         if name in locked and locked[name] != record
     ]
-    if locked and names is not None:
+    if names is not None:
         # A licence may have been added to the recipe since; the commit identifies it.
         moved += [f"{name} is not in the lock" for name in names if name not in (*locked, *licenses)]
-        moved += [f"{name} is missing" for name in locked if name.endswith(".safetensors") and name not in names]
+        moved += [f"{name} is missing" for name in locked if name.endswith(SAFETENSORS) and name not in names]
     if moved:
         raise SourceError(
             "the base model's files are not those that the lock was made of",

@@ -5,8 +5,9 @@ the digests are there and are those of the lock.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
 
@@ -44,8 +45,8 @@ class _Stopped(Exception):  # noqa: N818
 class WeightsDigests:
     """Sizes and digests of a model's weights files.
 
-    Files that together are large can be hashed by threads of low priority, from `start` on. Otherwise the first call of
-    `records` hashes them.
+    Files that together are large can be hashed by threads of low priority, in the context
+    `hashed_beside`. Otherwise the first call of `records` hashes them.
 
     Args:
         folder: of the model.
@@ -80,11 +81,18 @@ class WeightsDigests:
         unknown = [name for name in self._names if known_digest(self._folder / name) is None]
         return long_to_hash(sum(self._size_of[name] for name in unknown))
 
-    def start(self) -> None:
-        """Hash beside other work, if the digests are not known yet; call `stop` when nobody needs them any more."""
-        if self._records is not None or self._beside:
-            return
-        self._log(f"hashing {format_bytes(self.size_bytes)} of the base model beside quantizing")
+    @contextmanager
+    def hashed_beside(self) -> Iterator[None]:
+        """Hash beside the work of the body, if the digests are not known yet; stop that with the body."""
+        try:
+            if self._records is None and not self._beside:
+                self._start()
+            yield
+        finally:
+            self._stop.set()
+
+    def _start(self) -> None:
+        self._log(f"hashing {format_bytes(self.size_bytes)} of the base model beside the work")
         started = time.monotonic()
         largest_first = sorted(self._names, key=self._size_of.__getitem__, reverse=True)
         with_priority = ThreadPoolExecutor(_THREADS, thread_name_prefix="hash", initializer=run_at_low_priority)
@@ -146,7 +154,3 @@ class WeightsDigests:
             records = {name: self._beside[name].result() for name in self._names}
         self._records = records
         return records
-
-    def stop(self) -> None:
-        """End the threads soon: nobody asks for the digests any more."""
-        self._stop.set()

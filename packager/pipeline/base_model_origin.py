@@ -5,8 +5,7 @@ is written. So each journal has a token, and this file says to which weights fil
 file system knows by the same times, and, once they are hashed, to all that have the same digest.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -69,15 +68,6 @@ class BaseOrigin:
             self.token = kept.token if digest == kept.digest else digest
         self._written: str | None = None
         self._write(digest)
-
-    @contextmanager
-    def hashed_beside(self) -> Iterator[None]:
-        """Hash the weights while the body runs; end that with the body."""
-        try:
-            self._source.weights.start()
-            yield
-        finally:
-            self._source.weights.stop()
 
     def watch(self) -> None:
         """Keep the digest once it is known; do not wait for it.

@@ -60,7 +60,7 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
     copy_blocks(earlier, stores)
     branches = [variant_plan.variant.branch for variant_plan in new]
     bar = run.terminal.bar(len(new) * source.architecture.num_blocks)
-    with run.terminal.stage("quantize"), bar as blocks, origin.hashed_beside():
+    with run.terminal.stage("quantize"), bar as blocks, source.weights.hashed_beside():
         view = QuantizeView(run.terminal, blocks, branches)
 
         def report(event: "Event") -> None:
@@ -226,8 +226,10 @@ def evaluate(run: BuildState) -> tuple[str, ...]:
 
     _keep_heap_small(run)
     source, texts, device = run.source, run.texts, run.device
-    with run.terminal.stage("evaluate"), run.terminal.bar(len(missing) + 1) as bar:
+    bar_of = run.terminal.bar(len(missing) + 1)
+    with run.terminal.stage("evaluate"), bar_of as bar, source.weights.hashed_beside():
         base = run_base(source, texts, device)
+        source.weights.records()  # nothing is recorded of weights that are not those of the lock
         bar.step("fp16 base model")
         for variant_plan in missing:
             branch, started = variant_plan.variant.branch, time.monotonic()
