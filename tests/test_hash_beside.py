@@ -19,6 +19,7 @@ from packager.errors import SourceError
 from packager.inputs import weights_digests
 from packager.inputs.weights_digests import WeightsDigests
 from packager.pipeline import base_model_origin, flow
+from packager.pipeline.build_state import BuildState
 from packager.pipeline.quantize_progress import QuantizeView
 from packager.quantize.job import BlockDone, Event
 from packager.receipt import FileRecord
@@ -133,6 +134,26 @@ def change_a_byte(path: Path) -> None:
         byte = stream.read(1)
         stream.seek(-100, os.SEEK_END)
         stream.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.slow
+def test_a_text_that_is_edited_during_the_sweep_is_not_the_receipts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keys are made after the sweep, of what the blocks were computed from: the next build begins anew."""
+    recipe, text = tiny_recipe.write_all(tmp_path, ONE), tmp_path / "calibration.txt"
+    wait = base_model_origin.BaseOrigin.wait
+
+    def edit(origin: base_model_origin.BaseOrigin) -> None:
+        text.write_text(tiny_recipe.sentences(60, seed=7))
+        wait(origin)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base_model_origin.BaseOrigin, "wait", edit)
+        build(recipe, tmp_path / "dist", capsys)
+    state = BuildState(RecipeFile.load(recipe), tiny_recipe.options(tmp_path / "dist"), Terminal(quiet=True))
+    state.read_receipts()
+    assert [each.variant.branch for each in state.missing("weights")] == [MAIN]
 
 
 @pytest.fixture

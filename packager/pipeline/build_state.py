@@ -6,7 +6,7 @@ unchanged is not run again; that decision needs neither torch nor a network.
 
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -23,12 +23,13 @@ from packager.pipeline.pack import is_packed
 from packager.pipeline.plan import VariantPlan, chosen_variants, make_plan
 from packager.pipeline.workspace import Workspace, check_folder
 from packager.prove.environments import RuntimeContext, waits_for_request
-from packager.prove.loaders import ISOLATED, LOADERS
+from packager.prove.loaders import ISOLATED, LOADERS, LoaderSpec
 from packager.prove.task_figures import TASK_FIGURES_VERSION
 from packager.prove.tasks import TASKS_SPEC
 from packager.receipt import EVALUATION_VERSION, PROVENANCE, README, Receipt, digest_of
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
+from packager.recipe.task_models import Task
 from packager.system.files import file_records, sha256_file
 from packager.system.parallel import in_parallel
 from packager.system.terminal import Terminal
@@ -97,13 +98,28 @@ class BuildState:
         self._source: SourceModel | None = None
         self._texts: TextSets | None = None
         self._device: torch.device | None = None
+        # All but the base model: a text that is edited while blocks are computed is not the one that they are of.
+        self._inputs = input_digests(recipe_file, {})
         if not self._hashed_later():
             self.keys  # noqa: B018 - errors of the base model's files are raised now
 
     @cached_property
     def keys(self) -> dict[str, dict[str, str]]:
-        """For each branch, the keys of its stages, see `stage_keys`; the files of a local base model are hashed."""
-        return {each.variant.branch: stage_keys(self.recipe_file, each) for each in self.plan.variants}
+        """For each branch, the keys of its stages, see `stage_keys`.
+
+        A local base model is hashed, unless it is open: then it is the one that was opened.
+
+        Raises:
+            SourceError: its weights were replaced since it was opened.
+        """
+        if self._source is not None and self.recipe.base_model.path is not None:
+            files, found = self._source.files, self._source.record.files
+            names = {path.relative_to(files.folder).as_posix(): path.name for path in replace(files, licenses=()).paths}
+            base = {short: found[name].sha256 for name, short in names.items()}
+        else:
+            base = base_digests(self.recipe_file)
+        inputs = replace(self._inputs, base=base)
+        return {each.variant.branch: stage_keys(self.recipe_file, each, inputs) for each in self.plan.variants}
 
     def _hashed_later(self) -> bool:
         """Return whether the keys wait until something needs them: hashing takes long, and a build can begin without.
@@ -114,8 +130,7 @@ class BuildState:
         base = self.recipe.base_model
         if base.path is None:
             return False  # nothing is hashed
-        folder = self.recipe_file.base_folder(base.path)
-        paths = list_source_files(folder).paths
+        paths = list_source_files(self.recipe_file.base_folder(base.path)).paths
         return long_to_hash(sum(path.stat().st_size for path in paths))
 
     def missing(self, stage: StageName, *, anywhere: bool = False) -> tuple[VariantPlan, ...]:
@@ -246,52 +261,88 @@ class BuildState:
         return same_devices(self.device)
 
 
-def stage_keys(recipe_file: RecipeFile, variant_plan: VariantPlan) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class InputDigests:
+    """The digests of the files on this machine that determine the result of a build, for the keys of its stages.
+
+    Attributes:
+        base: of the files of a local base model, without licences: no stage but the card reads them. Files on the Hub
+            are identified by their commit.
+        texts: of the calibration.
+        evaluation: of the text, and of the questions; "" where there is none.
+        loaders: of each loader of the recipe: its script, the module that all scripts share, and its lock.
+        tasks: of each task of the recipe: its definition and its documents.
+        task_programs: what `loaders` has of a loader, of the program that runs the tasks.
+    """
+
+    base: Mapping[str, str]
+    texts: tuple[str, ...]
+    evaluation: tuple[str, str]
+    loaders: tuple[tuple[str, ...], ...]
+    tasks: tuple[tuple[str, ...], ...]
+    task_programs: tuple[str, ...]
+
+
+def input_digests(recipe_file: RecipeFile, base: Mapping[str, str]) -> InputDigests:
+    """Hash the files that a recipe names, but for the base model's, whose digests are given."""
+    recipe = recipe_file.recipe
+    evaluation, loaders = recipe.evaluation, recipe.loaders
+    return InputDigests(
+        base=base,
+        texts=tuple(_local_digest(recipe_file, text.path) for text in recipe.calibration.texts),
+        evaluation=(_local_digest(recipe_file, evaluation.path), _local_digest(recipe_file, evaluation.questions)),
+        loaders=tuple(_program_digests(LOADERS[name]) for name in (*loaders.required, *loaders.if_available)),
+        tasks=tuple(
+            tuple(_local_digest(recipe_file, name) for name in (task.definition, *_documents(task)))
+            for task in evaluation.tasks
+        ),
+        task_programs=_program_digests(TASKS_SPEC) if evaluation.tasks else (),
+    )
+
+
+def _documents(task: Task) -> tuple[str | None, ...]:
+    return tuple(data.path for data in task.sources.values())
+
+
+def base_digests(recipe_file: RecipeFile) -> dict[str, str]:
+    """Hash the files of a local base model; {} for one on the Hub."""
+    base = recipe_file.recipe.base_model
+    if base.path is None:
+        return {}
+    files = list_source_files(recipe_file.base_folder(base.path))
+    return {path.name: record.sha256 for path, record in file_records(files.paths).items()}
+
+
+def stage_keys(
+    recipe_file: RecipeFile, variant_plan: VariantPlan, inputs: InputDigests | None = None
+) -> dict[str, str]:
     """Return, for each stage, the digest of everything that determines its result (no torch, no network).
 
-    "quantize" is the key of the quantized tensors, "weights" that of the packed files. Files on the Hub
-    are identified by their commit; local files are hashed.
+    "quantize" is the key of the quantized tensors, "weights" that of the packed files.
+
+    Args:
+        recipe_file: the recipe.
+        variant_plan: the variant.
+        inputs: the digests of the files that the recipe names; None: they are hashed now.
     """
     recipe = recipe_file.recipe
-    base: dict[str, str] = {}
-    if recipe.base_model.path is not None:
-        folder = recipe_file.base_folder(recipe.base_model.path)
-        files = list_source_files(folder)  # without licences: no stage but the card reads them
-        base = {path.name: record.sha256 for path, record in file_records(files.paths).items()}
-    texts = [_local_digest(recipe_file, text.path) for text in recipe.calibration.texts]
-    quantized = digest_of([variant_plan.digest, base, texts])
+    inputs = inputs or input_digests(recipe_file, base_digests(recipe_file))
+    quantized = digest_of([variant_plan.digest, inputs.base, list(inputs.texts)])
     # Packing adds: the repository's id in quantize_config.json, the names and the sizes of the weights files, and the
     # rules for the branch's configs.
     packed = [recipe.repository.id, recipe.checkpoint.model_dump(mode="json"), BRANCH_RULES_VERSION]
     weights = digest_of([quantized, *packed])
     evaluation = recipe.evaluation
-    held_out = digest_of(
-        [
-            quantized,
-            DRAWING_VERSION,
-            evaluation.text(),
-            _local_digest(recipe_file, evaluation.path),
-            _local_digest(recipe_file, evaluation.questions),
-        ]
-    )
+    held_out = digest_of([quantized, DRAWING_VERSION, evaluation.text(), *inputs.evaluation])
     measured = digest_of([held_out, EVALUATION_VERSION])
-    names = (*recipe.loaders.required, *recipe.loaders.if_available)
-    verified = digest_of(
-        [held_out, weights, recipe.loaders.model_dump(mode="json"), [_loader_digest(name) for name in names]]
-    )
+    verified = digest_of([held_out, weights, recipe.loaders.model_dump(mode="json"), list(map(list, inputs.loaders))])
     keys = {"quantize": quantized, "weights": weights, "evaluate": measured, "verify": verified}
-    return keys | ({"tasks": digest_of([weights, *_task_parts(recipe_file)])} if evaluation.tasks else {})
-
-
-def _task_parts(recipe_file: RecipeFile) -> list[object]:
-    """Return what determines the scores of tasks beside the weights."""
-    tasks = recipe_file.recipe.evaluation.tasks
-    named = [(task.definition, *(data.path for data in task.sources.values())) for task in tasks]
-    files = [[_local_digest(recipe_file, name) for name in names] for names in named]
+    if not evaluation.tasks:
+        return keys
     # Where a score is written to does not change it.
-    asked = [task.model_dump(mode="json", exclude={"leaderboard"}) for task in tasks]
-    programs = (TASKS_SPEC.script, ISOLATED, TASKS_SPEC.requirements)
-    return [TASK_FIGURES_VERSION, asked, files, [sha256_file(path) for path in programs]]
+    asked = [task.model_dump(mode="json", exclude={"leaderboard"}) for task in evaluation.tasks]
+    files, programs = (list(map(list, inputs.tasks)), list(inputs.task_programs))
+    return keys | {"tasks": digest_of([weights, TASK_FIGURES_VERSION, asked, files, programs])}
 
 
 def _bytes_in(folder: Path) -> int:
@@ -303,9 +354,8 @@ def _bytes_in(folder: Path) -> int:
     return size_bytes
 
 
-def _loader_digest(name: str) -> list[str]:
-    """Return the digests of a loader's script, of the module that all scripts share, and of its lock."""
-    return [sha256_file(path) for path in (LOADERS[name].script, ISOLATED, LOADERS[name].requirements)]
+def _program_digests(spec: LoaderSpec) -> tuple[str, ...]:
+    return tuple(sha256_file(path) for path in (spec.script, ISOLATED, spec.requirements))
 
 
 def _local_digest(recipe_file: RecipeFile, name: str | None) -> str:
