@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from packager.cli.plan_view import durations_json, time_lines
-from packager.pipeline.durations import REFERENCES, TIMED_STAGES, durations
+from packager.pipeline.durations import REFERENCES, REFINED_WORK, SIGNED_WORK, TIMED_STAGES, Computer, durations
 from packager.pipeline.plan import BuildPlan, make_plan
 from packager.recipe.file import RecipeFile
 from packager.system.text import rough_time
@@ -76,6 +76,45 @@ def test_the_references_are_the_figures_of_the_measurements() -> None:
     (quantize,) = figures(r"quantize: reading, computing, packing, writing 26.5 GB \| ([\d.]+) \|")
     (pack,) = figures(r"and audit, four variants in parallel \| about (\d+) \|")
     assert large.seconds == pytest.approx({"quantize": quantize / 4, "pack": pack / 4})
+
+
+@pytest.mark.parametrize(("recipe", "computer"), [("demo-llama.yaml", "cpu"), ("llama-2-13b-chat.yaml", "cuda")])
+def test_signed_scales_and_refinement_take_longer(recipe: str, computer: Computer) -> None:
+    def quantize_s(**settings: str) -> float:
+        trial = [f"defaults.{key}={value}" for key, value in settings.items()]
+        (found,) = durations(make_plan(RecipeFile.load(ROOT / "recipes" / recipe, trial=trial)), Path("nowhere"))
+        assert found.seconds["quantize"] is not None
+        return found.seconds["quantize"]
+
+    signed, refined = SIGNED_WORK[computer], REFINED_WORK[computer]
+    plain = quantize_s(scale_search="true")
+    assert signed > 1
+    assert quantize_s(scale_search="signed") == pytest.approx(signed * plain)
+    assert quantize_s(scale_search="true", refine="true") == pytest.approx(refined * plain)
+    assert quantize_s(scale_search="signed", refine="true") == pytest.approx(signed * refined * plain)
+
+
+def test_the_work_of_options_is_that_of_the_measurements() -> None:
+    page = (ROOT / "docs/explanation/measurements.md").read_text(encoding="utf-8")
+    for option, work in (("scale_search: signed", SIGNED_WORK), ("refine: true", REFINED_WORK)):
+        ((cpu, cuda),) = re.findall(rf"\| `{option}` \| ([^|]+) \| ([^|]+) \|", page)
+        measured = {"cpu": cpu, "cuda": cuda}
+        assert work == {on: 1.0 if figure == "not measured" else float(figure) for on, figure in measured.items()}
+
+
+def test_a_measured_build_is_one_of_its_own_settings(tiny: Path) -> None:
+    """What is measured here has the time of its own variants: a plan of the same takes as long."""
+    dist, recipe = tiny / "dist", tiny / "recipe.yaml"
+    set_seconds(dist, quantize=2.0, pack=1.0, evaluate=3.0, verify=0.5)
+    for path in (dist / "receipts" / tiny_recipe.REPOSITORY).glob("*.json"):
+        receipt = json.loads(path.read_text())
+        receipt["provenance"]["parameters"]["refine"] = True
+        path.write_text(json.dumps(receipt))
+    refined = RecipeFile.load(recipe, trial=["defaults.refine=true"])
+    (same,) = durations(make_plan(refined), dist)
+    assert same.seconds["quantize"] == pytest.approx(2.0 * 3, rel=0.02)
+    (without,) = durations(make_plan(RecipeFile.load(recipe)), dist)
+    assert without.seconds["quantize"] == pytest.approx(2.0 * 3 / REFINED_WORK["cpu"], rel=0.02)
 
 
 def test_a_size_far_from_all_is_not_estimated() -> None:

@@ -14,9 +14,11 @@ from pydantic import ValidationError
 from packager.pipeline.plan import BuildPlan
 from packager.receipt import SAFETENSORS, Receipt
 from packager.system.files import open_regular
+from packager.variant import ScaleSearch
 
 TimedStage = Literal["quantize", "pack", "evaluate", "verify"]
 TIMED_STAGES: Final[tuple[TimedStage, ...]] = ("quantize", "pack", "evaluate", "verify")
+Computer = Literal["cpu", "cuda"]
 _MOST_DISTANCE: Final = 32.0  # between two sizes of base models
 _MOST_BYTES: Final = 4_000_000  # of receipts that are read: `plan` is quick
 
@@ -32,14 +34,17 @@ class Measured:
         calibration_tokens: that were calibrated on.
         evaluation_tokens: that were measured on.
         seconds: of one variant, by stage; a stage that was not measured is missing.
+        work: of one variant, see `work_of`: the mean of those that were measured.
     """
 
     machine: str
+    computer: Computer
     model: str
     base_bytes: int
     calibration_tokens: int
     evaluation_tokens: int
     seconds: Mapping[TimedStage, float]
+    work: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,7 @@ class Duration:
 REFERENCES: Final = (
     Measured(
         machine="2 CPU cores",
+        computer="cpu",
         model="the demo",
         base_bytes=8_133_120,
         calibration_tokens=16_384,
@@ -75,6 +81,7 @@ REFERENCES: Final = (
     ),
     Measured(
         machine="2 CPU cores",
+        computer="cpu",
         model="SmolLM2-135M",
         base_bytes=269_030_016,
         calibration_tokens=64 * 256,
@@ -83,6 +90,7 @@ REFERENCES: Final = (
     ),
     Measured(
         machine="one NVIDIA H200",
+        computer="cuda",
         model="the shape of Llama 2 13B",
         base_bytes=26_031_728_640,
         calibration_tokens=128 * 2048,
@@ -90,6 +98,18 @@ REFERENCES: Final = (
         seconds={"quantize": 84.4 / 4, "pack": 10 / 4},
     ),
 )
+
+
+# Of the stage quantize, where a variant without it takes 1: docs/explanation/measurements.md, "What options cost". What
+# was not measured counts as 1.
+SIGNED_WORK: Final[Mapping[Computer, float]] = {"cpu": 1.14, "cuda": 1.01}
+REFINED_WORK: Final[Mapping[Computer, float]] = {"cpu": 1.24, "cuda": 1.0}
+
+
+def work_of(computer: Computer, scale_search: ScaleSearch, *, refine: bool) -> float:
+    """Return how long quantizing takes for a variant, where one with a plain scale search and no refinement takes 1."""
+    signed = SIGNED_WORK[computer] if scale_search == "signed" else 1.0
+    return signed * (REFINED_WORK[computer] if refine else 1.0)
 
 
 def durations(plan: BuildPlan, dist: Path) -> tuple[Duration, ...]:
@@ -116,8 +136,10 @@ def _scaled(plan: BuildPlan, measured: Measured, *, here: bool) -> Duration:
     recipe, count = plan.recipe, len(plan.variants)
     size = plan.architecture.base_bytes / measured.base_bytes
     has_loaders = bool(recipe.loaders.required or recipe.loaders.if_available)
+    variants = [each.variant for each in plan.variants]
+    work = sum(work_of(measured.computer, each.scale_search, refine=each.refine) for each in variants) / measured.work
     factors: dict[TimedStage, float] = {
-        "quantize": count * size * plan.calibration_tokens / measured.calibration_tokens,
+        "quantize": work * size * plan.calibration_tokens / measured.calibration_tokens,
         "pack": count * size,
         # The base model runs as often as a variant, and its time is in no variant's.
         "evaluate": (count + 1) * size * recipe.evaluation.num_tokens / max(1, measured.evaluation_tokens),
@@ -149,14 +171,24 @@ def _mean(receipts: Sequence[Receipt], base_bytes: int) -> Measured:
         times = [receipt.seconds[stage] for receipt in receipts if stage in receipt.seconds]
         if times:
             seconds[stage] = sum(times) / len(times)
+    computer: Computer = "cpu" if made.device == "cpu" else "cuda"
+    works = [_work_of(receipt, computer) for receipt in receipts]
     return Measured(
         machine=made.device,
+        computer=computer,
         model=made.repository,
         base_bytes=base_bytes,
         calibration_tokens=made.calibration.num_samples * made.calibration.seq_len,
         evaluation_tokens=made.evaluation.num_samples * made.evaluation.seq_len,
         seconds=seconds,
+        work=sum(works) / len(works),
     )
+
+
+def _work_of(receipt: Receipt, computer: Computer) -> float:
+    parameters = receipt.provenance.parameters
+    signed = parameters.get("scale_search") == "signed"
+    return work_of(computer, "signed" if signed else True, refine=parameters.get("refine") is True)
 
 
 def _newest_receipts(folder: Path) -> list[Receipt]:
