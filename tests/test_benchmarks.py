@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -41,7 +42,8 @@ BRANCHES = ("main", "gptq-4bit-32g-actorder_True", "gptq-4bit-64g-actorder_True"
 def modules() -> Iterator[Any]:
     """The benchmarks' modules, which are no package: each command runs as a script."""
     names = ("make_model", "processes", "tables", "quality_table", "speed", "quality", "several_gpus", "cuda_loaders",
-             "longer_demo", "real_models", "shared_text", "block_profile")  # fmt: skip
+             "longer_demo", "real_models", "shared_text", "block_profile",
+             "massive_tokens")  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -453,6 +455,25 @@ def test_peers_are_compared_without_ours(modules: Any, tmp_path: Path) -> None:
     assert modules.quality.main([*options, *paths, "--ours=none"]) == 0
     (only,) = json.loads((tmp_path / "out.json").read_text())["measurements"]
     assert (only["engine"], only["status"]) == ("AutoGPTQ", "not installed")
+
+
+def test_massive_tokens_count_as_much_as_the_cap_says_and_others_as_before(modules: Any) -> None:
+    inputs = torch.tensor([[[3.0, 4.0], [0.0, 5.0], [300.0, -400.0]]])
+    found = modules.massive_tokens.capped(inputs, 4.0)
+    assert torch.equal(found[:, :2], inputs[:, :2])
+    torch.testing.assert_close(found[:, 2], torch.tensor([[12.0, -16.0]]))
+    assert modules.massive_tokens.capped(inputs, float("inf")) is inputs
+
+
+def test_massive_tokens_are_in_the_h_of_no_cap_alone(modules: Any) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 16, 8)
+    inputs[:, 0] *= 1000
+    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(8, 8))
+    model.forward = lambda rows: model[1](inputs[: len(rows)])  # type: ignore[method-assign]
+    H, largest = modules.massive_tokens.hessians(model, ["1"], [math.inf, 4.0], torch.zeros(4, 16))
+    assert H["1", math.inf].diagonal().mean() > 1000 * H["1", 4.0].diagonal().mean()
+    assert 100 < largest["1"] < 10_000
 
 
 def test_peers_side_by_side_are_spread_over_the_gpus(
