@@ -15,6 +15,7 @@ from packager.errors import SourceError
 from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
 
 _PERIOD = 32
+_WORD_BITS = 32
 
 
 def values_per_pack(bits: int) -> int:
@@ -116,7 +117,7 @@ class CheckpointReader:
 
     Args:
         folder: the checkpoint.
-        bits: of its quantized linears.
+        bits: of its quantized linears; None where they have several: then the shapes of each linear give its own.
 
     Attributes:
         names: of all tensors that can be read, dequantized ones included.
@@ -126,7 +127,7 @@ class CheckpointReader:
         SourceError: a file is not a safetensors file, or is cut off.
     """
 
-    def __init__(self, folder: Path, bits: int) -> None:
+    def __init__(self, folder: Path, bits: int | None) -> None:
         self._folder, self._bits = folder, bits
         self._tensors: dict[str, StoredTensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
@@ -140,8 +141,12 @@ class CheckpointReader:
         """Read a tensor."""
         linear = name.removesuffix(".weight")
         if name in self.dequantized:
-            return dequantize_linear(lambda part: self._stored(f"{linear}.{part}"), self._bits)
+            return dequantize_linear(lambda part: self._stored(f"{linear}.{part}"), self._bits or self._bits_of(linear))
         return self._stored(name)
+
+    def _bits_of(self, linear: str) -> int:
+        (words, _), (in_features,) = (self._tensors[f"{linear}.{part}"].info.shape for part in ("qweight", "g_idx"))
+        return words * _WORD_BITS // in_features
 
     def _stored(self, name: str) -> Tensor:
         if name not in self._tensors:

@@ -48,11 +48,11 @@ _ON_REQUEST = "its environment is large, and made on request only: by packager v
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A packed variant to check."""
+    """A packed variant to check; `bits` is None where its linears have several."""
 
     branch: str
     folder: Path
-    bits: int
+    bits: int | None
     weights_sha256: Mapping[str, str]
 
 

@@ -143,7 +143,9 @@ AUDIT_RULES: Mapping[str, Rule] = {
     "quantization-key-undeclared": _warning("declare it: readers see then how the weights were made"),
     "quantization-value": _error("write the value that the weights were made with"),
     "quantization-override": _error("remove it: most loaders ignore it and misread the weights"),
-    "mixed-bits": _warning("GPTQModel reads it, vLLM and SGLang read 4 and 8 bits of it; no other runtime does"),
+    "mixed-bits": _warning(
+        "GPTQModel reads it; vLLM, SGLang and ONNX Runtime where its patterns fit their names; others do not"
+    ),
     "checkpoint-format": _warning('store zero-1 and declare "gptq": AutoGPTQ and ExLlama read nothing else'),
     "quantize-config-missing": _warning(
         "write it from config.json, as packager fix does: AutoGPTQ opens no folder without"
