@@ -217,6 +217,15 @@ def test_linears_of_other_bits_are_read_from_the_headers(tmp_path: Path) -> None
     assert ", 4 and 8 bits, group size 32, " in compat(folder).stdout
 
 
+def test_linears_of_other_symmetry_are_not_judged(tmp_path: Path) -> None:
+    """No shape shows it, and its pattern is not run."""
+    folder = give_other_bits(write_branch(tmp_path / "checkpoint"), 8, ["model.layers.1.mlp.down_proj"])
+    more: dict[str, Any] = {"x": {"bits": 8, "sym": False}}
+    edit_json(folder, "config.json", lambda config: config["quantization_config"]["dynamic"].update(more))
+    done = compat(folder)
+    assert (done.exit_code, "dynamic gives single linears other parameters" in done.stderr) == (7, True)
+
+
 def test_three_bits_beside_four_are_read_by_what_reads_both(tmp_path: Path) -> None:
     folder = give_other_bits(write_branch(tmp_path / "checkpoint"), 3, ["model.layers.1.mlp.down_proj"])
     mixed = verdicts_of(answer(folder))
