@@ -34,7 +34,7 @@ class Measurement:
     @property
     def permutation(self) -> str:
         """The permutation's name in the tables."""
-        return f"4-bit {self.group_size}g" + ("" if self.act_order == "none" else f" {self.act_order}")
+        return f"{self.group_size}g" + ("" if self.act_order == "none" else f" {self.act_order}")
 
     @property
     def kl(self) -> float:
