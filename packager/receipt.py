@@ -126,13 +126,17 @@ class LinearRecord(Record):
     """One quantized linear: its GPTQ loss per output feature and calibration token, and the damping it needed.
 
     Of a variant with a target correction, the loss is that of the corrected weights, which GPTQ was given.
-    `unrefined_loss` is the loss before the refinement. Where there was none, the record does not hold it.
+    `unrefined_loss` is the loss before the refinement. `block_error` is the mean squared error of the outputs of the
+    linear's block after the block was tuned, `untuned_block_error` before; `loss` is that before. Where there was no
+    refinement or no tuning, the record does not hold them.
     """
 
     name: str
     loss: float
     damp_percent: float
     unrefined_loss: float | None = Field(default=None, exclude_if=_is_none)
+    block_error: float | None = Field(default=None, exclude_if=_is_none)
+    untuned_block_error: float | None = Field(default=None, exclude_if=_is_none)
 
 
 class ExpertLinearRecord(LinearRecord):

@@ -14,6 +14,8 @@ ActOrder = Literal["none", "group", "static", "full"]
 ScaleSearch = bool | Literal["signed"]
 # The act order of a recipe that names none: static order has less error than none, and loads wherever none does.
 DEFAULT_ACT_ORDERS: Mapping[EngineName, ActOrder] = {"native": "static", "auto-gptq": "none"}
+# What quantizing may take, decision 33; "high" tunes each block after GPTQ.
+Effort = Literal["standard", "high"]
 # The act order that each value of desc_act asks for.
 ACT_ORDER_OF_DESC_ACT: Mapping[bool, ActOrder] = {False: "none", True: "full"}
 Layout = Literal["branches", "repos"]
@@ -23,6 +25,7 @@ AUTO_GPTQ_KNOWS: Mapping[str, tuple[object, ...]] = {
     "scale_search": (False,),
     "refine": (False,),
     "target_correction": (0,),
+    "effort": ("standard",),
     "act_order": ("none", "static", "full"),
 }
 
@@ -52,10 +55,12 @@ class Variant:
         scale_search: try smaller scales per group and keep the one with the least weighted squared error; "signed":
             negative ones too, of a symmetric grid.
         refine: after the last column, refit scales and choose integers again, from the last column to the first.
-        engine: what quantizes it; auto-gptq knows neither scale_search, refine, target_correction nor act order group,
-            nor damp_percent_limit.
         target_correction: how much of what the quantized linears before a linear did to its inputs its weights make up
             for before they are quantized, 0 to 1.
+        effort: "high" tunes the integers and scales of a block's linears together when all are quantized, so that its
+            outputs come nearer to those of the fp16 model.
+        engine: what quantizes it; auto-gptq knows neither scale_search, refine, target_correction, effort nor act order
+            group, nor damp_percent_limit.
         other_bits: of a checkpoint that another program made, the bits that single linears have instead of `bits`, as
             `dynamic` says; ours have none.
     """
@@ -70,6 +75,7 @@ class Variant:
     true_sequential: bool
     scale_search: ScaleSearch
     refine: bool
+    effort: Effort
     engine: EngineName
     target_correction: float = 0.0
     other_bits: tuple[Bits, ...] = ()

@@ -378,7 +378,7 @@ def write_13b_block(folder: Path) -> Path:
     declared: Any = config.pop("quantization_config")
     variant = Variant(
         branch="main", bits=4, group_size=32, act_order="none", sym=True, damp_percent=0.01, damp_percent_limit=0.1,
-        true_sequential=True, scale_search=False, refine=False, engine="native",
+        true_sequential=True, scale_search=False, refine=False, effort="standard", engine="native",
     )  # fmt: skip
     infos = file_order(checkpoint_tensors(known_architecture(config, "config.json"), variant))
     with (folder / WEIGHTS).open("wb") as stream:

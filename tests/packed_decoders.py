@@ -24,7 +24,7 @@ from tests.tiny_decoders import VOCABULARY, tiny_decoder
 
 VARIANT = Variant(
     branch="main", bits=4, group_size=32, act_order="full", sym=False, damp_percent=0.1, damp_percent_limit=0.5,
-    true_sequential=True, scale_search=False, refine=False, engine="native",
+    true_sequential=True, scale_search=False, refine=False, effort="standard", engine="native",
 )  # fmt: skip
 
 

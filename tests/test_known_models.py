@@ -41,7 +41,7 @@ def variant(**changes: Any) -> Variant:
     values: dict[str, Any] = {
         "branch": "main", "bits": 4, "group_size": 128, "act_order": "none", "sym": True, "damp_percent": 0.01,
         "damp_percent_limit": 0.1, "true_sequential": True, "scale_search": False, "refine": False,
-        "engine": "native",
+        "effort": "standard", "engine": "native",
     }  # fmt: skip
     return Variant(**{**values, **changes})
 

@@ -116,7 +116,7 @@ def variant(**fields: Any) -> Variant:
     defaults: dict[str, Any] = {
         "branch": "main", "bits": 4, "group_size": 32, "act_order": "none", "sym": True, "damp_percent": 0.01,
         "damp_percent_limit": 0.1, "true_sequential": True, "scale_search": False, "refine": False,
-        "engine": "native",
+        "effort": "standard", "engine": "native",
     }  # fmt: skip
     return Variant(**{**defaults, **fields})
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median_low
+from statistics import mean, median_low
 
 from packager.card.choice import CachedContext, device_bytes
 from packager.card.comparison import Standing, standings
@@ -51,6 +51,7 @@ class BranchFacts:
         description: from the recipe, None if it has none.
         raised: the raised damping of each linear that needed more than the recipe's.
         refined: how many linears were refined; 0 of a variant that refines where all saw too few tokens, else None.
+        tuned: of a variant whose blocks were tuned, their error after the tuning over that before, the mean; else None.
         experts: of a model with quantized experts, else None.
         standing: how the branch compares with the others.
         contexts: for each context, the bytes of weights and cache.
@@ -60,6 +61,7 @@ class BranchFacts:
     description: str | None
     raised: tuple[float, ...]
     refined: int | None
+    tuned: float | None
     experts: ExpertFacts | None
     standing: Standing
     contexts: tuple[int, ...]
@@ -175,6 +177,7 @@ def branch_facts(
             description=recipe.variants[index].description,
             raised=_raised(provenance),
             refined=_refined(provenance),
+            tuned=_tuned(provenance),
             experts=_experts(provenance),
             standing=placed[index],
             contexts=tuple(device_bytes(provenance, context) for context in contexts),
@@ -352,6 +355,13 @@ def _refined(provenance: Provenance) -> int | None:
     if not provenance.parameters.get("refine"):
         return None
     return sum(linear.unrefined_loss is not None for linear in provenance.linears)
+
+
+def _tuned(provenance: Provenance) -> float | None:
+    """Return the mean over the blocks, each of which has one pair of errors, in the records of its linears."""
+    pairs = dict.fromkeys((linear.untuned_block_error, linear.block_error) for linear in provenance.linears)
+    ratios = [after / before if before else 1.0 for before, after in pairs if before is not None and after is not None]
+    return mean(ratios) if ratios else None
 
 
 def _experts(provenance: Provenance) -> ExpertFacts | None:

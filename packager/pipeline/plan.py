@@ -335,6 +335,7 @@ def _memory(architecture: Architecture, recipe: Recipe, variants: Sequence[Varia
         true_sequential=any(variant.true_sequential for variant in native),
         all_at_once=not all(variant.true_sequential for variant in native),
         corrected=any(variant.target_correction > 0 for variant in native),
+        tuned=any(variant.effort == "high" for variant in native),
     )
     ways = list(sweep_ways(work, "cuda"))
     usual = [way for way in ways if way.host_bytes <= HOST_LIMIT_BYTES] or ways

@@ -121,6 +121,7 @@ def _variant(branch: str, declared: Declared, widths: Collection[int]) -> Varian
         true_sequential=True,
         scale_search=False,
         refine=False,
+        effort="standard",
         engine="native",
         other_bits=tuple(cast(Bits, bits) for bits in widths if declared.has_mixed_bits and bits != declared.bits),
     )

@@ -11,7 +11,7 @@ from packager.errors import QuantizeError
 from packager.model.architecture import LinearSpec
 from packager.model.contexts import Context
 from packager.model.experts import Experts, experts_of
-from packager.model.packing import dequantize_linear, pack, pack_zeros
+from packager.model.packing import pack, pack_zeros
 from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
 from packager.quantize.gptq.choose_ops import ops_for
@@ -26,7 +26,14 @@ from packager.quantize.gptq.target_correction import InputShift, corrected_targe
 from packager.quantize.memory import expert_slices
 from packager.quantize.ranks import Owned, SweepRank
 from packager.quantize.solved_linears import SolvedLinears
-from packager.quantize.suspended_forward import Reference, linears_of, sweep_parallel, sweep_sequential
+from packager.quantize.suspended_forward import (
+    Reference,
+    linears_of,
+    run_forward,
+    sweep_parallel,
+    sweep_sequential,
+)
+from packager.quantize.tune_block import Tuning, tune_block
 from packager.receipt import LinearRecord
 from packager.variant import Variant
 
@@ -46,6 +53,7 @@ class BlockJob:
         experts: for each parameter that holds linears of experts, a group by itself, the linears of each expert, one
             below another.
         states: the block's inputs; replaced by the quantized block's outputs.
+        targets: the outputs of the fp16 model's block, for a variant that is tuned.
         contexts: the block's other arguments, one per batch.
         reference: the fp16 model's activations, of a variant with a target correction.
         rank: the device's place among those that share the rows.
@@ -61,6 +69,7 @@ class BlockJob:
     names: Mapping[str, str]
     experts: ExpertLinears
     states: Activations
+    targets: Activations | None = None
     contexts: Sequence[Context]
     reference: Reference | None = None
     rank: SweepRank
@@ -108,8 +117,8 @@ def quantize_block(
         on_gpu = next(block.parameters()).is_cuda
         # Retry after the `except` block: the exception's traceback references the first attempt's activations.
         with suppress(_NeedsChecks):
-            return _BlockSolver(block, job, solved, checked=not on_gpu).run()
-        return _BlockSolver(load(), job, solved, checked=True).run()
+            return _BlockSolver(block, job, solved, checked=not on_gpu).run(load)
+        return _BlockSolver(load(), job, solved, checked=True).run(load)
     except QuantizeError as error:
         error.where = error.where or f"{job.variant.branch}, block {job.index}"
         raise
@@ -145,20 +154,25 @@ class _BlockSolver:
         self._owned: list[Owned] = []
         self._records: dict[tuple[int, int], tuple[LinearRecord, ...]] = {}
         self._tensors: dict[str, Tensor] = {}
+        self._untuned: dict[str, Solution] = {}
 
-    def run(self) -> QuantizedBlock:
-        job = self._job
+    def run(self, load: Callable[[], nn.Module]) -> QuantizedBlock:
+        """Quantize the block; `load` gives it its original weights again, to be tuned."""
+        job, tuned = self._job, self._job.variant.effort == "high"
+        last = job.last or tuned
         if job.variant.true_sequential:
             sweep_sequential(
                 self._block, job.groups, job.states, job.contexts, self._solve, solve_experts=self._solve_experts,
-                parts=job.parts, suspended=job.suspended, reference=job.reference, last=job.last,
+                parts=job.parts, suspended=job.suspended, reference=job.reference, last=last,
                 on_solved=self._on_solved,
             )  # fmt: skip
         else:
             sweep_parallel(
                 self._block, job.groups, job.states, job.contexts, self._solve, solve_experts=self._solve_experts,
-                parts=job.parts, last=job.last, on_solved=self._on_solved,
+                parts=job.parts, last=last, on_solved=self._on_solved,
             )  # fmt: skip
+        if tuned:
+            self._tune(load)
         return QuantizedBlock(tensors=self._tensors, records=self._records)
 
     def _solve(self, group: Group, hessian: Hessian, shift: InputShift | None) -> None:
@@ -176,7 +190,10 @@ class _BlockSolver:
         self._share(Owned(tensor=self._linears[module].weight, owner=owner) for module in group)
         # The other ranks wait for the weights, not for the packed tensors.
         for module, part in zip(group, parts, strict=False):
-            self._keep(self._job.names[module], part, self._linears[module].bias)
+            if self._job.variant.effort == "high":
+                self._untuned[module] = part
+            else:
+                self._keep(self._job.names[module], part, self._linears[module].bias)
 
     def _solve_linears(
         self, group: Group, number: int, H: Tensor | None, S: Tensor | None, tokens: int
@@ -318,7 +335,24 @@ class _BlockSolver:
     def _on_solved(self) -> None:
         self._share_all()
         self._check()
-        self._job.on_outputs_needed()
+        if self._job.variant.effort != "high":
+            self._job.on_outputs_needed()
+
+    def _tune(self, load: Callable[[], nn.Module]) -> None:
+        """Tune the linears together, pack them, and replace the states by the outputs of the tuned block."""
+        job = self._job
+        assert job.targets is not None, "the fp16 model runs beside"  # noqa: S101
+        tuning = Tuning(states=job.states, targets=job.targets, contexts=job.contexts, bits=job.variant.bits)
+        tuned = tune_block(load(), self._untuned, tuning)
+        self._untuned.clear()
+        for module, solution in tuned.solutions.items():
+            self._keep(job.names[module], solution, self._linears[module].bias)
+        errors = {"block_error": tuned.error, "untuned_block_error": tuned.untuned_error}
+        for position, records in self._records.items():
+            self._records[position] = tuple(record.model_copy(update=errors) for record in records)
+        job.on_outputs_needed()
+        if not job.last:
+            run_forward(self._block, job.groups, job.states, job.contexts)
 
     def _check(self) -> None:
         """Wait for the device, and report the linears that it solved; do so on every rank or on none.
@@ -361,29 +395,3 @@ class _BlockSolver:
                 f"{name}.scales": solution.scales[expert].contiguous(),
                 f"{name}.g_idx": solution.g_idx[expert].clone(),
             }
-
-
-def restore_block(
-    block: nn.Module,
-    names: Mapping[str, str],
-    experts: ExpertLinears,
-    tensors: Mapping[str, Tensor],
-    variant: Variant,
-) -> None:
-    """Overwrite a block's weights with those that its packed tensors represent.
-
-    `names` and `experts` are those of `BlockJob`.
-    """
-    device = next(block.parameters()).device
-
-    def dequantized(name: str) -> Tensor:
-        return dequantize_linear(lambda part: tensors[f"{name}.{part}"].to(device), variant.bits)
-
-    linears = linears_of(block)
-    for module, name in names.items():
-        linears[module].weight.copy_(dequantized(name))
-    modules = experts_of(block) if experts else {}
-    for parameter, each in experts.items():
-        module, _, name = parameter.rpartition(".")
-        for weight, specs in zip(modules[module].weight(name), each, strict=True):
-            weight.copy_(torch.cat([dequantized(spec.name) for spec in specs]))

@@ -16,6 +16,8 @@ from packager.variant import Variant
 def share_variants(job: QuantizeJob) -> list[DeviceShare]:
     """Distribute the variants over the devices, in turn; with fewer variants than devices, several share the rows.
 
+    Tuning a block takes one step after the other, each on one batch: a share with a tuned variant has one device.
+
     Raises:
         MachineError: a share does not fit into memory.
     """
@@ -24,6 +26,8 @@ def share_variants(job: QuantizeJob) -> list[DeviceShare]:
     shares = []
     for number in range(count):
         share, devices = variants[number::count], job.devices[number::count][: num_parts(batches)]
+        if any(variant.effort == "high" for variant in share):
+            devices = devices[:1]
         plan = sweep_plan(job, share, devices)
         shares.append(DeviceShare(devices=devices, variants=tuple(share), plan=plan))
     return shares
@@ -44,6 +48,7 @@ def sweep_plan(job: QuantizeJob, variants: Sequence[Variant], devices: Sequence[
         all_at_once=not all(variant.true_sequential for variant in variants),
         corrected=any(variant.target_correction > 0 for variant in variants),
         ranks=len(devices),
+        tuned=any(variant.effort == "high" for variant in variants),
     )
     if devices[0].type == "cpu":
         return choose_sweep(work, "cpu", device_limit=None, host_limit=None)

@@ -22,6 +22,7 @@ from packager.model.batches import (
 )
 from packager.quantize.gptq.panels import panels_bytes
 from packager.quantize.gptq.row_parts import MOST_PARTS, batches_of_rank, most_sums, parts_of_rank
+from packager.quantize.tuning_memory import tuning_bytes
 from packager.system.text import format_bytes
 
 Placement = Literal["device", "host", "disk"]
@@ -85,6 +86,7 @@ class Workload:
         all_at_once: whether any variant calibrates all linears of a block at once.
         corrected: whether any variant has a target correction, and so the fp16 model's activations beside its own.
         ranks: devices that share the rows.
+        tuned: whether blocks of any variant are tuned (effort: high).
     """
 
     architecture: Architecture
@@ -95,6 +97,7 @@ class Workload:
     all_at_once: bool = False
     corrected: bool = False
     ranks: int = 1
+    tuned: bool = False
 
     def rows_per_batch(self, device_type: str) -> int:
         """Return how many rows make a batch."""
@@ -183,15 +186,20 @@ def _way(
     batch_tokens = min(tokens, work.rows_per_batch(device_type) * work.seq_len)
     staged = min(num_batches, _STAGED_BATCHES) * states * batch_tokens // tokens
     kept_tokens = min(tokens, suspended * batch_tokens)
-    held = count * states if placement == "device" else staged
+    # A tuned block is compared with the fp16 model's, whose outputs are one more set of activations.
+    kept = count * states + work.tuned * once
+    held = kept if placement == "device" else staged * (1 + work.tuned)
     # On the device, a suspended batch's input is one of the states already.
     inputs = ELEMENT_BYTES[device_type] * work.architecture.hidden_size if placement == "device" else 0
-    blocks = held + sizes.resident(weights) + sizes.peak(kept_tokens, batch_tokens, everywhere, inputs_held=inputs)
+    peak = sizes.peak(kept_tokens, batch_tokens, everywhere, inputs_held=inputs)
     # All batches of the fp16 model stay suspended, whatever those of the variant do.
-    blocks += sizes.suspended_reference(tokens, inputs_held=inputs)
+    peak += sizes.suspended_reference(tokens, inputs_held=inputs)
+    if work.tuned:
+        peak = max(peak, tuning_bytes(work.architecture, device_type, batch_tokens, work.seq_len))
+    blocks = held + sizes.resident(weights) + peak
     # Wherever activations are stored, all are made on the device; the variants' are the same ones before a block ran.
     device = max(blocks, once + sizes.embedding(weights))
-    host = 0 if device_type == "cpu" else sizes.host(count) + (count * states if placement == "host" else 0)
+    host = 0 if device_type == "cpu" else sizes.host(count) + (kept if placement == "host" else 0)
     return SweepPlan(
         num_variants=count,
         placement=placement,

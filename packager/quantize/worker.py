@@ -24,12 +24,13 @@ from packager.model.fused_blocks import FusedModules
 from packager.model.stored_names import ReadTensor
 from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
-from packager.quantize.block import BlockJob, ExpertLinears, order_of, quantize_block, restore_block, rules_of
+from packager.quantize.block import BlockJob, ExpertLinears, order_of, quantize_block, rules_of
 from packager.quantize.block_store import BlockStore
 from packager.quantize.host_copies import HostCopies
 from packager.quantize.job import BlockDone, DeviceShare, LinearsDone, QuantizeJob, Report
 from packager.quantize.memory import SweepPlan, slice_sizes
 from packager.quantize.ranks import SweepRank, merged
+from packager.quantize.restore_block import restore_block
 from packager.quantize.suspended_forward import Reference, run_forward
 from packager.receipt import LinearRecord
 from packager.variant import Variant
@@ -134,11 +135,17 @@ class Worker:
         folder = job.stores[variants[0]].checkpoint.parent
         hidden = [batch.hidden for batch in batches]
         del batches
+        # The outputs of the fp16 model's blocks, block by block; before the first one, its inputs.
+        tuned = any(variant.effort == "high" for variant in variants)
+        targets = Activations(hidden, plan.placement, folder) if tuned else None
+        target_contexts = [own_contexts(batch) for batch in contexts] if tuned else []
         runs = []
         for variant in variants:
             states = Activations(hidden, plan.placement, folder)
             reference = Activations(hidden, plan.placement, folder) if variant.target_correction else None
-            runs.append(_VariantRun(variant, job.stores[variant], states, reference, self._report, plan, self._rank))
+            runs.append(
+                _VariantRun(variant, job.stores[variant], states, targets, reference, self._report, plan, self._rank)
+            )
         del hidden
         # Blocks pass values to later ones through dicts and lists: every variant has its own, and its reference too.
         own, fp16 = ([[own_contexts(batch) for batch in contexts] for _ in runs] for _ in range(2))
@@ -147,6 +154,8 @@ class Worker:
                 load = partial(decoder.load_block, index, weights)
                 for prepared in self._prepared:
                     prepared.result()
+                if targets is not None:
+                    run_forward(load(), (), targets, [batch[index] for batch in target_contexts])
                 for number, run in enumerate(runs):
                     if self._rank.any(self._stop.is_set()):
                         return
@@ -212,18 +221,12 @@ class _VariantRun:
     """One variant in one sweep: its activations, its store, and the block that is being written."""
 
     def __init__(
-        self,
-        variant: Variant,
-        store: BlockStore,
-        states: Activations,
-        reference_states: Activations | None,
-        report: Report,
-        plan: SweepPlan,
-        rank: SweepRank,
-    ) -> None:
+        self, variant: Variant, store: BlockStore, states: Activations, targets: Activations | None,
+        reference_states: Activations | None, report: Report, plan: SweepPlan, rank: SweepRank,
+    ) -> None:  # fmt: skip
         self.variant = variant
         self._store, self._states, self._report, self._plan, self._rank = store, states, report, plan, rank
-        self._reference_states = reference_states
+        self._targets, self._reference_states = targets, reference_states
         self._records: list[LinearRecord] = []
         self._writing: Future[BlockDone] | None = None
 
@@ -253,7 +256,8 @@ class _VariantRun:
         if stored is None:
             job = BlockJob(
                 variant=self.variant, index=context.index, groups=context.groups, names=context.names,
-                experts=context.experts, states=self._states, contexts=context.contexts, reference=reference,
+                experts=context.experts, states=self._states, targets=self._targets, contexts=context.contexts,
+                reference=reference,
                 rank=self._rank, parts=context.parts, suspended=self._plan.suspended_batches, last=context.last,
                 on_outputs_needed=on_outputs_needed,
             )  # fmt: skip

@@ -21,6 +21,7 @@ from packager.recipe.fields import (
     DampLimit,
     DampPercent,
     DescAct,
+    EffortField,
     EngineField,
     FileName,
     GitUrl,
@@ -122,6 +123,7 @@ class VariantFields(Strict):
     scale_search: ScaleSearchField | None = None
     refine: Refine | None = None
     target_correction: TargetCorrection | None = None
+    effort: EffortField | None = None
     engine: EngineField | None = None
 
     @model_validator(mode="after")
@@ -157,6 +159,7 @@ class Defaults(Strict):
     scale_search: ScaleSearchField | None = None
     refine: Refine = False
     target_correction: TargetCorrection = 0.0
+    effort: EffortField = "standard"
     engine: EngineField = "native"
 
     @model_validator(mode="after")
@@ -306,9 +309,13 @@ class Recipe(Strict):
         for section, key in (("card", "templates"), ("repository", "plugin"), ("evaluation", "tasks")):
             if not content[section][key]:
                 del content[section][key]
+        unused: dict[str, tuple[object, ...]] = {
+            "publish_below_floor": (False,), "refine": (None, False), "target_correction": (None, 0.0),
+            "effort": (None, "standard"),
+        }  # fmt: skip
         for parameters in (content["defaults"], *content["variants"]):
-            for key in ("publish_below_floor", "refine", "target_correction"):
-                if not parameters.get(key, True):
+            for key, values in unused.items():
+                if key in parameters and parameters[key] in values:
                     del parameters[key]
         return digest_of(content)
 

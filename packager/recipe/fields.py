@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticKnownError
 
-from packager.variant import ActOrder, Bits, EngineName, ScaleSearch, branch_problem
+from packager.variant import ActOrder, Bits, Effort, EngineName, ScaleSearch, branch_problem
 
 
 def whole_number(value: object) -> object:
@@ -136,6 +136,13 @@ TargetCorrection = Annotated[
         le=1,
         description="how much of what the quantized linears before a linear did to its inputs its weights make up for "
         "before they are quantized (QEP, quantization error propagation); 0: nothing; needs true_sequential",
+    ),
+]
+EffortField = Annotated[
+    Effort,
+    _described(
+        "high: when a block is quantized, also tune the integers and scales of its linears together, for block outputs "
+        "nearer to the fp16 model's; takes many times as long; not for models with experts"
     ),
 ]
 EngineField = Annotated[

@@ -42,6 +42,7 @@ _OF_NO_RULE: Mapping[str, object] = {
     "scale_search": False,
     "refine": False,
     "target_correction": 0.0,
+    "effort": "standard",
     "engine": "native",
 }
 _VARIANT = TypeAdapter(Variant)

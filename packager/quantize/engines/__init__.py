@@ -66,9 +66,24 @@ def engine_problems(
         seq_len: tokens per calibration row.
     """
     found = problems(config, architecture, seq_len)
+    experts = [module for module in _modules(architecture) if "experts" in module]
     return [
-        f"{variant.branch}: engine auto-gptq cannot quantize {problem}; use engine: native"
-        for variant in variants
-        if variant.engine == "auto-gptq"
-        for problem in found
+        *(
+            f"{variant.branch}: engine auto-gptq cannot quantize {problem}; use engine: native"
+            for variant in variants
+            if variant.engine == "auto-gptq"
+            for problem in found
+        ),
+        *(
+            f"{variant.branch}: effort high cannot tune blocks with experts ({experts[0]}): which of them a token "
+            "goes to has no gradient, and gradients through them are not the same in each run; use effort: standard"
+            for variant in variants
+            if variant.effort == "high" and experts
+        ),
     ]
+
+
+def _modules(architecture: Architecture) -> list[str]:
+    """Return the modules of the blocks whose weights could be quantized, of experts their module."""
+    quantized = [group.unit or group.modules[0] for kind in architecture.kinds for group in kind.groups]
+    return [*quantized, *architecture.left]
