@@ -43,10 +43,12 @@ class Reference:
     Attributes:
         states: the block's inputs; replaced by the outputs of the block with its original weights.
         contexts: the block's other arguments, one per batch.
+        last: the model's last block, whose outputs are not needed.
     """
 
     states: Activations
     contexts: Sequence[Context]
+    last: bool
 
 
 def _refuse_experts(name: str, _: Sequence[RoutedInputs]) -> None:
@@ -122,7 +124,7 @@ def sweep_sequential(
         suspended: how many batches stay suspended inside the block; each of the others runs again from the block's
             beginning for every group, with the same values. None: all of them stay.
         reference: the fp16 model's activations; all of its batches stay suspended inside the block.
-        last: the model's last block, whose outputs are not needed.
+        last: the quantized block's outputs are not needed, and the states stay its inputs.
         on_solved: called when every group is quantized and the states are still the block's inputs; may raise.
 
     Raises:
@@ -141,7 +143,7 @@ def sweep_sequential(
 
     hooked = {group[0]: linears[group[0]] for group in groups if group[0] in linears}
     with _hooks(hooked, lambda name: lambda _, args: stop(name, args[0])), _experts_forward(block, groups, stop):
-        fp16 = _ReferenceRuns(block, reference, last_group=groups[-1] if last else None)
+        fp16 = _ReferenceRuns(block, reference, groups[-1])
         for group in groups:
             inputs = _Inputs(group, linears, parts, len(states), shifted=reference is not None)
             for index in range(len(states)):
@@ -167,11 +169,13 @@ class _ReferenceRuns:
     Args:
         block: with its original weights, at first.
         reference: None for none.
-        last_group: after which the batches need not run on; None if the block's outputs are needed.
+        last_group: of the block's groups of linears.
     """
 
-    def __init__(self, block: nn.Module, reference: Reference | None, *, last_group: Group | None) -> None:
-        self._reference, self._last_group = reference, last_group
+    def __init__(self, block: nn.Module, reference: Reference | None, last_group: Group) -> None:
+        self._reference = reference
+        # After it the batches need not run on, if the block's outputs are not needed.
+        self._last_group = last_group if reference is not None and reference.last else None
         self._runs: list[greenlet] = []
         if reference is not None:
             states = map(reference.states.get, range(len(reference.states)))

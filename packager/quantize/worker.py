@@ -251,7 +251,7 @@ class _VariantRun:
         stored = self._stored(context.index)
         reference = None
         if self._reference_states is not None:
-            reference = Reference(states=self._reference_states, contexts=context.reference_contexts)
+            reference = Reference(states=self._reference_states, contexts=context.reference_contexts, last=context.last)
         records: Sequence[LinearRecord]
         if stored is None:
             job = BlockJob(
