@@ -1,10 +1,10 @@
-"""Compare ways to tune blocks (effort: high) by held-out KL: other steps, rates and targets, and no tuning.
+"""Compare ways to tune blocks (effort: high) by held-out KL: other steps and rates, and no tuning.
 
     python benchmarks/effort.py --recipe recipes/demo-llama.yaml --recipe FOLDER/recipe.yaml --json effort.json
 
 Each way is a whole build and measurement by quality.py. A way may replace the schedule's values (steps, checks, rate,
-scale_rate), the target (`target=own`: what the fp16 block makes of the quantized model's inputs) and Adam's steps
-by such of one size (`steps_of=sign`). "off" is `effort: standard`. Other options, and peers, are those of quality.py.
+scale_rate), and Adam's steps by such of one size (`steps_of=sign`). "off" is `effort: standard`. Other options, and
+peers, are those of quality.py.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from packager.model.decoder import run_block
 from packager.quantize import block as block_module
 from packager.quantize import tune_block as tuning_module
-from packager.quantize.activations import Activations
 from packager.quantize.gptq.tuned_linear import Moments
 from packager.quantize.tune_block import TunedBlock, Tuning
 from packager.quantize.tuning_schedule import SCHEDULE
@@ -44,7 +42,6 @@ class Way:
 
     name: str
     values: Mapping[str, float]
-    own_target: bool = False
     signs: bool = False
 
     @contextmanager
@@ -54,10 +51,6 @@ class Way:
         real = tuning_module.tune_block
 
         def tune(block: Any, solutions: Any, tuning: Tuning) -> TunedBlock:
-            if self.own_target:
-                batches = range(len(tuning.states))
-                own = [run_block(block, tuning.states.get(batch), tuning.contexts[batch]) for batch in batches]
-                tuning = replace(tuning, targets=Activations(own, "device"))
             found.append(real(block, solutions, tuning))
             return found[-1]
 
@@ -162,9 +155,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 def _way(text: str) -> Way:
     name, _, values = text.partition(":")
     pairs = dict(pair.split("=") for pair in values.split(",") if pair)
-    own, signs = pairs.pop("target", "") == "own", pairs.pop("steps_of", "") == "sign"
+    signs = pairs.pop("steps_of", "") == "sign"
     numbers = {key: int(value) if key in ("steps", "checks") else float(value) for key, value in pairs.items()}
-    return Way(name=name, values=numbers, own_target=own, signs=signs)
+    return Way(name=name, values=numbers, signs=signs)
 
 
 if __name__ == "__main__":

@@ -126,9 +126,9 @@ class LinearRecord(Record):
     """One quantized linear: its GPTQ loss per output feature and calibration token, and the damping it needed.
 
     Of a variant with a target correction, the loss is that of the corrected weights, which GPTQ was given.
-    `unrefined_loss` is the loss before the refinement. `block_error` is the mean squared error of the outputs of the
-    linear's block after the block was tuned, `untuned_block_error` before; `loss` is that before. Where there was no
-    refinement or no tuning, the record does not hold them.
+    `unrefined_loss` is the loss before the refinement. Of a tuned block, `block_error` is the mean squared error of its
+    outputs, against the original block's for the same inputs, and `untuned_block_error` that before the tuning, as is
+    `loss`. Where there was no refinement or no tuning, the record does not hold them.
     """
 
     name: str

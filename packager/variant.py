@@ -58,7 +58,7 @@ class Variant:
         target_correction: how much of what the quantized linears before a linear did to its inputs its weights make up
             for before they are quantized, 0 to 1.
         effort: "high" tunes the integers and scales of a block's linears together when all are quantized, so that its
-            outputs come nearer to those of the fp16 model.
+            outputs come nearer to those of the original block.
         engine: what quantizes it; auto-gptq knows neither scale_search, refine, target_correction, effort nor act order
             group, nor damp_percent_limit.
         other_bits: of a checkpoint that another program made, the bits that single linears have instead of `bits`, as

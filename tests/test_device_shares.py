@@ -89,6 +89,18 @@ def test_devices_share_the_rows_of_few_variants():
     assert branches_by_gpu(shared(*FOUR[:3], devices=GPUS)) == [("03", "a"), ("1", "b"), ("2", "c")]
 
 
+def test_tuned_variants_do_not_share_rows() -> None:
+    """A share that tunes a variant has one device, and one more set of activations; other shares are as they were."""
+    tuned = variant(branch="t", effort="high")
+    assert branches_by_gpu(shared(tuned, devices=GPUS)) == [("0", "t")]
+    assert branches_by_gpu(shared(tuned, FOUR[0], devices=GPUS)) == [("0", "t"), ("13", "a")]
+    (plain,), (high,) = shared(FOUR[0], gpu_gb=140), shared(tuned, gpu_gb=140)
+    states = 2 * 128 * 2048 * 5120
+    assert high.plan.device_bytes - plain.plan.device_bytes >= states
+    (scarce,) = shared(tuned, gpu_gb=24)
+    assert scarce.plan.placement in ("host", "disk")
+
+
 @pytest.mark.parametrize(("num_samples", "devices"), [(8, "0"), (17, "012"), (32, "0123")])
 def test_a_device_without_a_batch_gets_no_share(num_samples: int, devices: str) -> None:
     job: Any = Job(

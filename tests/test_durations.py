@@ -1,5 +1,6 @@
 """How long a build will take: from receipts of earlier builds, else from the reference."""
 
+import io
 import json
 import os
 import re
@@ -7,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from packager.cli.plan_view import durations_json, time_lines
+from packager.cli.plan_view import durations_json, print_build_plan, time_lines
 from packager.pipeline.durations import REFERENCES, REFINED_WORK, SIGNED_WORK, TIMED_STAGES, Computer, durations
 from packager.pipeline.plan import BuildPlan, make_plan
 from packager.recipe.file import RecipeFile
@@ -52,6 +54,35 @@ def test_the_reference_is_chosen_by_size_and_scaled() -> None:
     (answer,) = durations_json(large)
     assert answer["seconds"]["verify"] is None  # type: ignore[index]
     assert answer["measured_here"] is False
+
+
+def test_a_tuned_variant_takes_as_long_as_several(tiny: Path) -> None:
+    """On a GPU a step is of 8 rows of 13B's 128: 100 of them with their backward passes, 4 measurements, and 2 more."""
+    plan = plan_of("llama-2-13b-chat.yaml")
+    (first, *others) = plan.variants
+    tuned = replace(first, variant=replace(first.variant, effort="high"))
+    (before,), (after,) = (
+        durations(each, Path("nowhere")) for each in (plan, replace(plan, variants=(tuned, *others)))
+    )
+    one, four = (each.seconds["quantize"] for each in (before, after))
+    assert one is not None
+    plain = one / 4 / SIGNED_WORK["cuda"]
+    assert four == pytest.approx(one + plain * (3 * 100 * 8 / 128 + 4 + 2) / 2.6)
+    text = io.StringIO()
+    print_build_plan(replace(plan, variants=(tuned, *others)), Console(file=text, width=200))
+    assert "note: effort high tunes each block of main in 100 steps: on a GPU as long as 25 passes" in text.getvalue()
+    # What was measured on tuned variants is divided by the same factor.
+    wanted = make_plan(RecipeFile.load(tiny / "recipe.yaml"))
+    set_seconds(tiny / "dist", quantize=2.0, pack=1.0, evaluate=1.0, verify=0.5)
+    (plain,) = durations(wanted, tiny / "dist")
+    for path in (tiny / "dist" / "receipts" / tiny_recipe.REPOSITORY).glob("*.json"):
+        receipt = json.loads(path.read_text())
+        receipt["provenance"]["parameters"]["effort"] = "high"
+        path.write_text(json.dumps(receipt))
+    (high,) = durations(wanted, tiny / "dist")
+    assert plain.seconds["quantize"] is not None
+    assert high.seconds["quantize"] is not None
+    assert high.seconds["quantize"] < plain.seconds["quantize"] / 10
 
 
 def test_the_references_are_the_figures_of_the_measurements() -> None:

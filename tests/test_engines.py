@@ -147,6 +147,7 @@ def plan_text(recipe: Path) -> str:
         ({"scale_search": True}, "engine auto-gptq cannot do scale_search"),
         ({"act_order": "group"}, "engine auto-gptq cannot do act_order: group"),
         ({"refine": True}, "engine auto-gptq cannot do refine: true"),
+        ({"effort": "high"}, "engine auto-gptq cannot do effort: high"),
         ({"damp_percent_limit": 0.5}, "engine auto-gptq never raises damping: damp_percent_limit has no effect"),
     ],
 )

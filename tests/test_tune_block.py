@@ -9,20 +9,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from packager.model.batches import TOKENS_PER_BATCH
 from packager.model.packing import dequantize_linear
 from packager.quantize.activations import Activations
 from packager.quantize.block import BlockJob, quantize_block
+from packager.quantize.block_store import BlockStore
+from packager.quantize.engines import engine_problems
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import factorize
 from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.solve import Solution, solve
 from packager.quantize.gptq.tuned_linear import TunedLinear
+from packager.quantize.memory import SweepPlan
 from packager.quantize.ranks import alone
 from packager.quantize.repeatable_attention import RepeatableAttention
 from packager.quantize.suspended_forward import linears_of, run_forward
 from packager.quantize.tuning_schedule import TuningSchedule
 from packager.variant import Variant
 from tests.test_block import CPU, BlockCase, records_of
+from tests.test_quantize import files, run, source_of
 from tests.tiny_models import token_rows, variant
 
 ORDERS = pytest.mark.parametrize("act_order", ["none", "group", "static", "full"])
@@ -133,18 +138,17 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TunedCase(BlockCase):
-    """A block of a tiny model that is tuned towards its own outputs on other inputs."""
+    """A block of a tiny model that is tuned."""
 
-    def quantize_towards(self, v: Variant, noise: float = 0.05) -> dict[str, Tensor]:
-        """Quantize the block, and keep its targets."""
-        generator = torch.Generator().manual_seed(5)
-        self.targets = Activations([x + noise * torch.randn(x.shape, generator=generator) for x in self.inputs], "host")
+    def quantize_towards(self, v: Variant) -> dict[str, Tensor]:
+        """Quantize the block."""
+        self.targets = Activations(self.inputs, "host")
         run_forward(self.load(), (), self.targets, self.contexts)
         self.states, self.reported = Activations(self.inputs, "host"), []
         job = BlockJob(
             variant=v, index=1, groups=self.groups, names=self.names, experts={}, states=self.states,
-            targets=self.targets if v.effort == "high" else None, contexts=self.contexts, rank=alone(CPU), suspended=3,
-            last=False, on_outputs_needed=lambda: None,
+            targets=Activations(self.inputs, "host") if v.effort == "high" else None, contexts=self.contexts,
+            rank=alone(CPU), suspended=3, last=False, on_outputs_needed=lambda: None,
         )  # fmt: skip
         made = quantize_block(self.load, job, self.reported.append)
         self.records = records_of(made)
@@ -211,3 +215,41 @@ def test_the_error_of_a_block_never_rises(tmp_path: Path, fields: dict[str, obje
     assert all(torch.equal(states.get(index), outputs[index]) for index in range(3))
     again = case.quantize_towards(replace(v, effort="high"))
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_steps")
+def test_a_tuned_variant_is_the_same_however_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside another variant, after a crash, and with activations off the device; the other variant stays the same."""
+    monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", token_rows().ids.numel() // 3)
+    source, v, other = source_of(tmp_path, "llama"), variant(branch="high", effort="high"), variant(branch="standard")
+    records, _ = run(source, tmp_path / "alone", v)
+    run(source, tmp_path / "alone", other)
+    expected = files(tmp_path / "alone")
+    run(source, tmp_path / "together", other, v)
+    assert files(tmp_path / "together") == expected
+    plan = SweepPlan(
+        num_variants=2, placement="host", num_batches=3, suspended_batches=1, weights="host", device_bytes=0,
+        host_bytes=0,
+    )  # fmt: skip
+    with monkeypatch.context() as scarce:
+        scarce.setattr("packager.quantize.device_shares.sweep_plan", lambda *_, **__: plan)
+        run(source, tmp_path / "scarce", v, other)
+    assert files(tmp_path / "scarce") == expected
+    # The last block's inputs show that the blocks before it were restored as they were.
+    read, last = BlockStore.read, source.architecture.num_blocks - 1
+    with monkeypatch.context() as crashed:
+        crashed.setattr(BlockStore, "read", lambda store, block: None if block == last else read(store, block))
+        again, done = run(source, tmp_path / "alone", v)
+    assert [step.resumed for step in done] == [True] * last + [False]
+    assert (again, files(tmp_path / "alone")) == (records, expected)
+
+
+def test_blocks_with_experts_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    architecture = source_of(tmp_path, "qwen3-moe").architecture
+    skipped = architecture.leaving(["*experts*"])
+    for found in (architecture, skipped):
+        high, standard = variant(branch="high", effort="high"), variant()
+        (problem,) = engine_problems([high, standard], found.config, found, 32)
+        assert problem.startswith("high: effort high cannot tune blocks with experts (mlp.experts)")
+        assert problem.endswith("use effort: standard")

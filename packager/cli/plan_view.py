@@ -19,6 +19,7 @@ from packager.pipeline.durations import Duration
 from packager.pipeline.plan import BuildPlan, VariantPlan
 from packager.prove.evaluation_memory import EvaluationMemory
 from packager.quantize.memory import SweepPlan
+from packager.quantize.tuning_schedule import SCHEDULE
 from packager.recipe import Recipe
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.text_models import TextSource, WeightedText
@@ -51,7 +52,7 @@ def print_build_plan(plan: BuildPlan, console: Console) -> None:
     for text in (*left_lines(plan.architecture), *config_change_lines(plan.changes)):
         print_line(console, text)
     _print_loaders(plan, console)
-    for text in [*_reasons(plan.variants), *_engine_notes(plan), *_proof_notes(plan)]:
+    for text in [*_reasons(plan.variants), *_engine_notes(plan), *_effort_notes(plan), *_proof_notes(plan)]:
         print_line(console, text)
     console.print(_needs_table(plan))
 
@@ -233,6 +234,19 @@ def _engine_notes(plan: BuildPlan) -> list[str]:
     return [
         f"note: engine auto-gptq makes {', '.join(branches)} one after the other, on CUDA only, with the whole model "
         f"in host memory (up to {host} GB while it is read); its GPU memory is not estimated"
+    ]
+
+
+def _effort_notes(plan: BuildPlan) -> list[str]:
+    """Return a line on the variants whose blocks are tuned."""
+    branches = [planned.variant.branch for planned in plan.variants if planned.variant.effort == "high"]
+    if not branches:
+        return []
+    rows = plan.recipe.calibration
+    passes = SCHEDULE.forwards(rows.num_samples, rows.seq_len, "cuda")
+    return [
+        f"note: effort high tunes each block of {', '.join(branches)} in {SCHEDULE.steps} steps: on a GPU as long as "
+        f"{passes:.0f} passes of the calibration rows, where quantizing alone takes about 3; each on one GPU"
     ]
 
 

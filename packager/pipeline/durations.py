@@ -1,7 +1,8 @@
 """How long a build will take: from what this machine measured before, else from docs/explanation/measurements.md.
 
-A stage's time grows with the base model's size and with the tokens that it runs. That is near enough for hours or
-minutes, not for seconds: the search for grids, the start of a loader, and other work of the machine are left out.
+A stage's time grows with the base model's size and with the tokens that it runs. A variant with effort high takes as
+long as several others, by the passes of its rows through the model. That is near enough for hours or minutes, not for
+seconds: the search for grids, the start of a loader, and other work of the machine are left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Final, Literal
 from pydantic import ValidationError
 
 from packager.pipeline.plan import BuildPlan
+from packager.quantize.tuning_schedule import SCHEDULE
 from packager.receipt import SAFETENSORS, Receipt
 from packager.system.files import open_regular
 from packager.variant import ScaleSearch
@@ -21,6 +23,8 @@ TIMED_STAGES: Final[tuple[TimedStage, ...]] = ("quantize", "pack", "evaluate", "
 Computer = Literal["cpu", "cuda"]
 _MOST_DISTANCE: Final = 32.0  # between two sizes of base models
 _MOST_BYTES: Final = 4_000_000  # of receipts that are read: `plan` is quick
+# Quantizing a variant takes as long as so many forward passes of its rows: 0.38 of it are one on an H100, 13B's shape.
+_FORWARDS_OF_QUANTIZING: Final = 2.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +110,17 @@ SIGNED_WORK: Final[Mapping[Computer, float]] = {"cpu": 1.14, "cuda": 1.01}
 REFINED_WORK: Final[Mapping[Computer, float]] = {"cpu": 1.24, "cuda": 1.0}
 
 
-def work_of(computer: Computer, scale_search: ScaleSearch, *, refine: bool) -> float:
-    """Return how long quantizing takes for a variant, where one with a plain scale search and no refinement takes 1."""
+def work_of(computer: Computer, scale_search: ScaleSearch, *, refine: bool, tuning: float = 0.0) -> float:
+    """Return how long quantizing takes for a variant, where one with a plain scale search and nothing else takes 1.
+
+    Args:
+        computer: what computes.
+        scale_search: of the variant.
+        refine: likewise.
+        tuning: forward passes of all calibration rows that tuning its blocks takes.
+    """
     signed = SIGNED_WORK[computer] if scale_search == "signed" else 1.0
-    return signed * (REFINED_WORK[computer] if refine else 1.0)
+    return signed * (REFINED_WORK[computer] if refine else 1.0) + tuning / _FORWARDS_OF_QUANTIZING
 
 
 def durations(plan: BuildPlan, dist: Path) -> tuple[Duration, ...]:
@@ -136,10 +147,16 @@ def _scaled(plan: BuildPlan, measured: Measured, *, here: bool) -> Duration:
     recipe, count = plan.recipe, len(plan.variants)
     size = plan.architecture.base_bytes / measured.base_bytes
     has_loaders = bool(recipe.loaders.required or recipe.loaders.if_available)
-    variants = [each.variant for each in plan.variants]
-    work = sum(work_of(measured.computer, each.scale_search, refine=each.refine) for each in variants) / measured.work
+    rows = recipe.calibration
+    works = [
+        work_of(
+            measured.computer, each.variant.scale_search, refine=each.variant.refine,
+            tuning=_tuning(measured.computer, each.variant.effort, rows.num_samples, rows.seq_len),
+        )
+        for each in plan.variants
+    ]  # fmt: skip
     factors: dict[TimedStage, float] = {
-        "quantize": work * size * plan.calibration_tokens / measured.calibration_tokens,
+        "quantize": sum(works) / measured.work * size * plan.calibration_tokens / measured.calibration_tokens,
         "pack": count * size,
         # The base model runs as often as a variant, and its time is in no variant's.
         "evaluate": (count + 1) * size * recipe.evaluation.num_tokens / max(1, measured.evaluation_tokens),
@@ -151,6 +168,18 @@ def _scaled(plan: BuildPlan, measured: Measured, *, here: bool) -> Duration:
         for stage, factor in factors.items()
     }
     return Duration(measured=measured, here=here, seconds=seconds)
+
+
+def _standard_variants(effort: object, num_samples: int, seq_len: int, device_type: str) -> float:
+    """Return how many variants of effort standard are quantized in the time that one of this effort takes."""
+    if effort != "high":
+        return 1.0
+    return 1 + SCHEDULE.forwards(num_samples, seq_len, device_type) / _FORWARDS_OF_QUANTIZING
+
+
+def _device_type(machine: str) -> str:
+    """Return the type of a device by the name that a receipt or a reference has of it."""
+    return "cpu" if "cpu" in machine.lower() else "cuda"
 
 
 def _measured_in(dist: Path) -> list[Measured]:
@@ -186,9 +215,14 @@ def _mean(receipts: Sequence[Receipt], base_bytes: int) -> Measured:
 
 
 def _work_of(receipt: Receipt, computer: Computer) -> float:
-    parameters = receipt.provenance.parameters
+    parameters, rows = receipt.provenance.parameters, receipt.provenance.calibration
     signed = parameters.get("scale_search") == "signed"
-    return work_of(computer, "signed" if signed else True, refine=parameters.get("refine") is True)
+    tuning = _tuning(computer, parameters.get("effort"), rows.num_samples, rows.seq_len)
+    return work_of(computer, "signed" if signed else True, refine=parameters.get("refine") is True, tuning=tuning)
+
+
+def _tuning(computer: Computer, effort: object, num_samples: int, seq_len: int) -> float:
+    return SCHEDULE.forwards(num_samples, seq_len, computer) if effort == "high" else 0.0
 
 
 def _newest_receipts(folder: Path) -> list[Receipt]:

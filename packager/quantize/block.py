@@ -53,7 +53,7 @@ class BlockJob:
         experts: for each parameter that holds linears of experts, a group by itself, the linears of each expert, one
             below another.
         states: the block's inputs; replaced by the quantized block's outputs.
-        targets: the outputs of the fp16 model's block, for a variant that is tuned.
+        targets: of a variant that is tuned, overwritten with the outputs of the original block.
         contexts: the block's other arguments, one per batch.
         reference: the fp16 model's activations, of a variant with a target correction.
         rank: the device's place among those that share the rows.
@@ -341,7 +341,7 @@ class _BlockSolver:
     def _tune(self, load: Callable[[], nn.Module]) -> None:
         """Tune the linears together, pack them, and replace the states by the outputs of the tuned block."""
         job = self._job
-        assert job.targets is not None, "the fp16 model runs beside"  # noqa: S101
+        assert job.targets is not None, "there is a place for them"  # noqa: S101
         tuning = Tuning(states=job.states, targets=job.targets, contexts=job.contexts, bits=job.variant.bits)
         tuned = tune_block(load(), self._untuned, tuning)
         self._untuned.clear()

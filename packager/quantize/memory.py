@@ -186,7 +186,7 @@ def _way(
     batch_tokens = min(tokens, work.rows_per_batch(device_type) * work.seq_len)
     staged = min(num_batches, _STAGED_BATCHES) * states * batch_tokens // tokens
     kept_tokens = min(tokens, suspended * batch_tokens)
-    # A tuned block is compared with the fp16 model's, whose outputs are one more set of activations.
+    # A tuned block is compared with the original one, whose outputs are one more set of activations.
     kept = count * states + work.tuned * once
     held = kept if placement == "device" else staged * (1 + work.tuned)
     # On the device, a suspended batch's input is one of the states already.

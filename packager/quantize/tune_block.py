@@ -1,9 +1,9 @@
-"""Tune a quantized block (effort: high): integers and scales of all its linears, for outputs nearer to fp16's.
+"""Tune a quantized block (effort: high): integers and scales of all its linears, for outputs nearer to the original's.
 
 The solver quantizes one linear after the other, each for its own output. Here the linears of a block are tuned together
-against the error of the block's output: its inputs are the quantized model's, its target is what the fp16 model's block
-makes of the fp16 model's inputs. Batches take turns. The parameters with the least error over all batches are kept, and
-the solver's are among them, so the error of no block rises.
+against the error of the block's output: what the original block makes of the same inputs, which are those of the
+quantized model. Batches take turns. The parameters with the least error over all batches are kept, and the solver's are
+among them, so the error of no block rises.
 """
 
 import math
@@ -34,7 +34,7 @@ class Tuning:
 
     Attributes:
         states: the block's inputs in the quantized model.
-        targets: the outputs of the fp16 model's block.
+        targets: overwritten with the outputs of the original block for these inputs.
         contexts: the block's other arguments, one per batch.
         bits: of the solutions.
     """
@@ -68,7 +68,7 @@ def tune_block(
     Args:
         block: with its original weights.
         solutions: where the tuning starts, by linear.
-        tuning: the block's inputs and targets.
+        tuning: the block's inputs.
         schedule: how many steps, and how large; None for `SCHEDULE`.
 
     Raises:
@@ -91,6 +91,8 @@ class _Tuner:
 
     def __init__(self, block: nn.Module, solutions: Mapping[str, Solution], tuning: Tuning) -> None:
         self._block, self._tuning, self._linears = block, tuning, linears_of(block)
+        for batch, context in enumerate(tuning.contexts):
+            tuning.targets.put(batch, run_block(block, tuning.states.get(batch), context))
         self._original = {name: self._linears[name].weight.detach() for name in solutions}
         for name, weight in self._original.items():
             self._linears[name].weight = nn.Parameter(torch.empty_like(weight), requires_grad=False)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from packager.model.batches import rows_per_batch
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuningSchedule:
@@ -28,5 +30,14 @@ class TuningSchedule:
         """Return whether the error over all batches is measured after a step."""
         return (step + 1) * self.checks // self.steps > step * self.checks // self.steps
 
+    def forwards(self, num_samples: int, seq_len: int, device_type: str) -> float:
+        """Return how many forward passes of all calibration rows tuning takes.
 
-SCHEDULE = TuningSchedule(steps=200, checks=4, rate=0.001, scale_rate=0.0001)
+        A step is a forward pass of a batch, and a backward pass, which takes twice as long. All rows pass once through
+        the original block, and once for each measurement of the error, of which there is one before the first step.
+        """
+        batch = min(num_samples, rows_per_batch(seq_len, device_type))
+        return 3 * self.steps * batch / num_samples + self.checks + 2
+
+
+SCHEDULE = TuningSchedule(steps=100, checks=4, rate=0.004, scale_rate=0.0001)

@@ -135,10 +135,8 @@ class Worker:
         folder = job.stores[variants[0]].checkpoint.parent
         hidden = [batch.hidden for batch in batches]
         del batches
-        # The outputs of the fp16 model's blocks, block by block; before the first one, its inputs.
         tuned = any(variant.effort == "high" for variant in variants)
         targets = Activations(hidden, plan.placement, folder) if tuned else None
-        target_contexts = [own_contexts(batch) for batch in contexts] if tuned else []
         runs = []
         for variant in variants:
             states = Activations(hidden, plan.placement, folder)
@@ -154,8 +152,6 @@ class Worker:
                 load = partial(decoder.load_block, index, weights)
                 for prepared in self._prepared:
                     prepared.result()
-                if targets is not None:
-                    run_forward(load(), (), targets, [batch[index] for batch in target_contexts])
                 for number, run in enumerate(runs):
                     if self._rank.any(self._stop.is_set()):
                         return

@@ -141,8 +141,8 @@ TargetCorrection = Annotated[
 EffortField = Annotated[
     Effort,
     _described(
-        "high: when a block is quantized, also tune the integers and scales of its linears together, for block outputs "
-        "nearer to the fp16 model's; takes many times as long; not for models with experts"
+        "high: when a block is quantized, also tune the integers and scales of its linears together, for outputs "
+        "nearer to the original block's; takes many times as long; not for models with experts"
     ),
 ]
 EngineField = Annotated[
