@@ -7,7 +7,7 @@ scale = float16(start m). V and m are tuned in float32. The gradient passes the 
     dw/dV = scale                   dw/dm = start ((q - zero) - W / scale)          inside the grid
     dw/dV = 0                       dw/dm = start (q - zero)                        where the clamp holds
 
-Parameters and gradients are those of AutoRound (arXiv:2309.05516; auto-round 0.15, `data_type/int.py`,
+Parameters and gradients are those of AutoRound (arXiv:2309.05516; auto-round 0.15, `auto_round.data_type.int`,
 `quant_tensor_sym`). There V starts at 0 and the scale at max|w|, and each step has one size for all weights. Here both
 start where the solver ended, and steps are Adam's (arXiv:1412.6980): a weight whose gradient changes its sign from one
 batch to the next hardly moves.
