@@ -170,18 +170,6 @@ def _scaled(plan: BuildPlan, measured: Measured, *, here: bool) -> Duration:
     return Duration(measured=measured, here=here, seconds=seconds)
 
 
-def _standard_variants(effort: object, num_samples: int, seq_len: int, device_type: str) -> float:
-    """Return how many variants of effort standard are quantized in the time that one of this effort takes."""
-    if effort != "high":
-        return 1.0
-    return 1 + SCHEDULE.forwards(num_samples, seq_len, device_type) / _FORWARDS_OF_QUANTIZING
-
-
-def _device_type(machine: str) -> str:
-    """Return the type of a device by the name that a receipt or a reference has of it."""
-    return "cpu" if "cpu" in machine.lower() else "cuda"
-
-
 def _measured_in(dist: Path) -> list[Measured]:
     """Return what the receipts of an output folder say, one entry for each repository and device, the newest first."""
     groups: dict[tuple[str, str, int], list[Receipt]] = {}
