@@ -305,6 +305,9 @@ class LoaderRunRecord(Record):
         forward_s: time for the logits of `num_tokens` tokens, in rows of `seq_len`.
         peak_memory_bytes: on a GPU of this checkpoint, on a CPU of the process so far.
         beside: how many loaders ran at the same time, itself counted.
+        decode_tokens: tokens of answers after each answer's first one, and `decode_s` the time for them, one answer
+            at a time; None where the loader does not time them.
+        machine: what it computed on: the GPU's name, or the processor's with the number of its threads.
     """
 
     loader: str
@@ -315,6 +318,9 @@ class LoaderRunRecord(Record):
     seq_len: int
     peak_memory_bytes: int
     beside: int
+    decode_tokens: int = 0
+    decode_s: float | None = None
+    machine: str = ""
 
 
 class Receipt(Record):

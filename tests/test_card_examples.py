@@ -57,8 +57,9 @@ class VllmModule:
             return [SimpleNamespace(outputs=[SimpleNamespace(text="an answer")])]
 
         class Engine:
-            def __init__(self, model: str, *, dtype: str) -> None:
+            def __init__(self, model: str, *, dtype: str, enforce_eager: bool) -> None:
                 assert Path(model).is_dir()
+                assert enforce_eager
                 assert dtype == "float16"
 
             def get_tokenizer(self) -> Any:

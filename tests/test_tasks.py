@@ -460,7 +460,7 @@ def without_tasks(loaded: RecipeFile) -> str:
 
     content = loaded.recipe.model_dump(mode="json")
     del content["quality"], content["card"]["templates"], content["repository"]["plugin"]
-    del content["evaluation"]["tasks"]
+    del content["evaluation"]["tasks"], content["card"]["speed"]
     for each in (content["defaults"], *content["variants"]):
         for key in ("refine", "publish_below_floor"):
             if not each.get(key, True):

@@ -20,6 +20,7 @@ from packager.prove.probes import ProbeJob, ProbeResult
 from packager.prove.verify import Checkpoint, VerifyJob
 from packager.receipt import LoaderRecord, LoaderRunRecord
 from packager.recipe import Loaders
+from packager.system.processor import processor_name
 from tests.tiny_models import save_model, token_rows
 
 SHA256 = {"model.safetensors": "0" * 64}
@@ -92,6 +93,7 @@ def test_the_time_and_memory_of_what_ran_is_told_and_what_did_not_run_has_none(m
         seq_len=8,
         peak_memory_bytes=7,
         beside=2,
+        machine=processor_name(),
     )
     assert told == [("main", wanted)]
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from jinja2 import (
     FileSystemLoader,
@@ -24,10 +25,11 @@ from packager.card.metadata import metadata
 from packager.card.own_templates import OwnTemplates, TemplateProblem, partials, template_problems, with_own
 from packager.card.plot import Plot, in_words
 from packager.card.raw_text import TextProblem, text_problems
+from packager.card.speed import speed_rows
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
 from packager.model.front_matter import split_front_matter
-from packager.receipt import AUTOGPTQ_PINS, PICTURE_FILES, Provenance
+from packager.receipt import AUTOGPTQ_PINS, PICTURE_FILES, LoaderRunRecord, Provenance
 from packager.recipe import Recipe
 from packager.system.text import format_bytes
 from packager.variant import MAIN
@@ -70,6 +72,7 @@ def render_card(
     contexts: Sequence[CachedContext] = (),
     plot: Plot | None = None,
     own: OwnTemplates | None = None,
+    runs: Mapping[str, Sequence[LoaderRunRecord]] = MappingProxyType({}),
     is_preview: bool = False,
 ) -> str:
     """Return the README.md of one branch.
@@ -85,6 +88,7 @@ def render_card(
         contexts: for which the page says how much memory a branch takes; see `cached_contexts`.
         plot: what the picture shows that lies beside the page; None where there is none.
         own: the recipe's templates, which replace parts of the page.
+        runs: time and memory of the loaders by branch; shown where the recipe asks for it.
         is_preview: nothing is built: the receipts have what a plan knows, and the page says so.
 
     Raises:
@@ -102,6 +106,7 @@ def render_card(
     context = {
         **_context(recipe, texts, receipts, branch, expectations, contexts),
         "is_preview": is_preview,
+        "speed": speed_rows(receipts, runs) if recipe.card.speed and not is_preview else (),
         "prompting": prompting,
         "picture": PICTURE_FILES if plot is not None else (),
         "picture_in_words": in_words(plot) if plot is not None else "",

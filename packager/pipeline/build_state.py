@@ -24,8 +24,6 @@ from packager.pipeline.plan import VariantPlan, chosen_variants, make_plan
 from packager.pipeline.workspace import Workspace, check_folder
 from packager.prove.environments import RuntimeContext, waits_for_request
 from packager.prove.loaders import ISOLATED, LOADERS, LoaderSpec
-from packager.prove.task_figures import TASK_FIGURES_VERSION
-from packager.prove.tasks import TASKS_SPEC
 from packager.receipt import EVALUATION_VERSION, PROVENANCE, README, Receipt, digest_of
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
@@ -287,6 +285,12 @@ def input_digests(recipe_file: RecipeFile, base: Mapping[str, str]) -> InputDige
     """Hash the files that a recipe names, but for the base model's, whose digests are given."""
     recipe = recipe_file.recipe
     evaluation, loaders = recipe.evaluation, recipe.loaders
+    if evaluation.tasks:
+        from packager.prove.tasks import TASKS_SPEC  # most recipes have none
+
+        task_programs = _program_digests(TASKS_SPEC)
+    else:
+        task_programs = ()
     return InputDigests(
         base=base,
         texts=tuple(_local_digest(recipe_file, text.path) for text in recipe.calibration.texts),
@@ -296,7 +300,7 @@ def input_digests(recipe_file: RecipeFile, base: Mapping[str, str]) -> InputDige
             tuple(_local_digest(recipe_file, name) for name in (task.definition, *_documents(task)))
             for task in evaluation.tasks
         ),
-        task_programs=_program_digests(TASKS_SPEC) if evaluation.tasks else (),
+        task_programs=task_programs,
     )
 
 
@@ -339,6 +343,8 @@ def stage_keys(
     keys = {"quantize": quantized, "weights": weights, "evaluate": measured, "verify": verified}
     if not evaluation.tasks:
         return keys
+    from packager.prove.task_figures import TASK_FIGURES_VERSION  # most recipes have no task
+
     # Where a score is written to does not change it.
     asked = [task.model_dump(mode="json", exclude={"leaderboard"}) for task in evaluation.tasks]
     files, programs = (list(map(list, inputs.tasks)), list(inputs.task_programs))

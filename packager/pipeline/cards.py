@@ -56,12 +56,14 @@ def render_cards(run: BuildState) -> None:
     model_type = run.plan.architecture.model_type
     contexts, plot = cached_contexts(run.plan.architecture), plot_of(provenances)
     pictures = _pictures(run, plot)
+    runs = {branch: receipt.runs for branch, receipt in run.receipts.items()}
     rendered = {}
     for branch in run.keys:
         prompting = prompting_of(run.workspace.folder(branch))
         readme = render_card(
             run.recipe, texts, provenances, model_type, branch,
             expectations=expectations, prompting=prompting, contexts=contexts, plot=plot, own=own,
+            runs=runs,
         )  # fmt: skip
         rendered[branch] = {README: readme.encode(), **pictures, **_licenses(run, branch), **_texts(run, branch)}
     picture_key = {PICTURE_STAGE: _picture_key(plot)} if plot is not None else {}

@@ -69,6 +69,8 @@ class _Success(_Written):
     load_s: float
     forward_s: float
     peak_memory_bytes: int
+    decode_tokens: Annotated[int, Field(ge=0)] = 0
+    decode_s: float | None = None
 
 
 class _Failure(_Written):
@@ -123,6 +125,7 @@ class ProbeResult:
         load_s: time to load the checkpoint, imports not counted.
         forward_s: time for all rows.
         peak_memory_bytes: on a GPU the peak for this checkpoint, on the CPU the peak of the process so far.
+        decode_tokens: generated tokens that were timed, and `decode_s` the time for them; None where none were.
     """
 
     logits: "NDArray[np.float32]"
@@ -135,6 +138,8 @@ class ProbeResult:
     load_s: float
     forward_s: float
     peak_memory_bytes: int
+    decode_tokens: int = 0
+    decode_s: float | None = None
 
 
 def probe_environ(python: Path, environ: Mapping[str, str], device: str, folder: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from packager.errors import LoaderError, LoaderUnavailableError
 from packager.model.batches import rows_per_batch
 from packager.model.decoder import Decoder, forward
-from packager.model.devices import gpu_memory_errors
+from packager.model.devices import device_name, gpu_memory_errors
 from packager.model.packing import CheckpointReader
 from packager.prove.environments import RuntimeContext, ensure_environment, waits_for_request
 from packager.prove.evaluation_memory import tokens_per_piece
@@ -29,6 +29,7 @@ from packager.prove.loaders import LOADERS, LoaderSpec
 from packager.prove.probes import ProbeJob, ProbeResult, published_reason, run_probes
 from packager.receipt import LoaderRecord, LoaderRunRecord, Provenance
 from packager.recipe import Loaders
+from packager.system.processor import processor_name
 
 # Largest ||loader - reference|| / ||reference|| by the dtype in which the loader computes. Right results measured:
 # 0.0005 to 0.002 in float32 and float16, 0.007 in bfloat16; a wrong g_idx, zero or group order gives 0.3 and more.
@@ -188,6 +189,9 @@ def _run_record(name: str, result: ProbeResult, job: VerifyJob, *, beside: int) 
         seq_len=job.rows.shape[1],
         peak_memory_bytes=result.peak_memory_bytes,
         beside=beside,
+        decode_tokens=result.decode_tokens,
+        decode_s=None if result.decode_s is None else round(result.decode_s, 4),
+        machine=processor_name() if result.device == "cpu" else device_name(job.device),
     )
 
 

@@ -247,6 +247,10 @@ class Card(Strict):
     header: RelativePath | None = Field(default=None, description="markdown placed above the title")
     footer: RelativePath | None = Field(default=None, description="markdown: community, thanks, credits")
     original_card: RelativePath | None = Field(default=None, description="the base model's card, appended")
+    speed: bool = Field(
+        default=False,
+        description="show how fast the loaders were when they proved the files: then no two builds have the same card",
+    )
     templates: RelativePath | None = Field(
         default=None, description="a folder with templates that replace the parts of the card of the same names"
     )
@@ -306,7 +310,12 @@ class Recipe(Strict):
         # A recipe that uses none of these keeps the digest that it had before there were any.
         if self.quality == QualityFloor():
             del content["quality"]
-        for section, key in (("card", "templates"), ("repository", "plugin"), ("evaluation", "tasks")):
+        for section, key in (
+            ("card", "templates"),
+            ("card", "speed"),
+            ("repository", "plugin"),
+            ("evaluation", "tasks"),
+        ):
             if not content[section][key]:
                 del content[section][key]
         unused: dict[str, tuple[object, ...]] = {

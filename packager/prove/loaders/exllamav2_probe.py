@@ -49,8 +49,9 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     rows = (cached_logits(torch, model, cache, row, start=0) for row in job["input_ids"])
     isolated.write_logits(output / "logits.npy", rows, len(job["input_ids"]))
     forward_s = time.perf_counter() - started
+    clock = isolated.DecodeClock()
     generated = [
-        cached_greedy(torch, model, cache, prompt, job["max_new_tokens"], isolated.end_tokens(folder))
+        cached_greedy(torch, model, cache, prompt, job["max_new_tokens"], isolated.end_tokens(folder), clock)
         for prompt in job["prompts"]
     ]
     peak = isolated.peak_memory_bytes(torch, device)
@@ -63,6 +64,7 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
         "kernel": kernel,
         "weights_sha256": digests,
         "generated": generated,
+        **clock.fields(),
         "load_s": load_s,
         "forward_s": forward_s,
         "peak_memory_bytes": peak,
@@ -134,16 +136,18 @@ def cached_logits(torch: Any, model: Any, cache: Any, ids: list[int], *, start: 
 
 
 def cached_greedy(
-    torch: Any, model: Any, cache: Any, prompt: list[int], max_new_tokens: int, ends: list[int]
+    torch: Any, model: Any, cache: Any, prompt: list[int], max_new_tokens: int, ends: list[int], clock: Any
 ) -> list[int]:
     """Return the tokens generated greedily after `prompt`; an end-of-sequence token is the last one."""
     new: list[int] = []
     ids, start = prompt, 0
+    clock.begin()
     while len(new) < max_new_tokens and (not new or new[-1] not in ends):
         logits = cached_logits(torch, model, cache, ids, start=start)
         start += len(ids)
         ids = [int(logits[-1].argmax())]
         new += ids
+        clock.tick()
     return new
 
 

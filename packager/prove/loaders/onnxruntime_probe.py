@@ -82,7 +82,8 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
         isolated.write_logits(output / "logits.npy", rows, len(job["input_ids"]))
         forward_s = time.perf_counter() - started
         ends = isolated.end_tokens(folder)
-        generated = [decoder.greedy(prompt, job["max_new_tokens"], ends) for prompt in job["prompts"]]
+        clock = isolated.DecodeClock()
+        generated = [decoder.greedy(prompt, job["max_new_tokens"], ends, clock) for prompt in job["prompts"]]
     return {
         "versions": isolated.versions(PACKAGES),
         "device": "cpu",
@@ -90,6 +91,7 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
         "kernel": f"com.microsoft.MatMulNBits ({PROVIDER})",
         "weights_sha256": digests,
         "generated": generated,
+        **clock.fields(),
         "load_s": load_s,
         "forward_s": forward_s,
         "peak_memory_bytes": isolated.peak_memory_bytes(torch, "cpu"),
@@ -186,17 +188,19 @@ class OnnxDecoder:
         """Return the logits float32 [len(ids), vocab] of tokens with nothing before them."""
         return self._step(ids, 0, {})["logits"][0]
 
-    def greedy(self, prompt: list[int], max_new_tokens: int, ends: list[int]) -> list[int]:
+    def greedy(self, prompt: list[int], max_new_tokens: int, ends: list[int], clock: Any) -> list[int]:
         """Return the tokens generated greedily after `prompt`; an end-of-sequence token is the last one."""
         new: list[int] = []
         ids, start = prompt, 0
         cache: dict[str, Any] = {}
+        clock.begin()
         while len(new) < max_new_tokens and (not new or new[-1] not in ends):
             found = self._step(ids, start, cache)
             start += len(ids)
             cache = {name.replace("present", "past_key_values", 1): value for name, value in found.items()}
             ids = [int(found["logits"][0, -1].argmax())]
             new += ids
+            clock.tick()
         return new
 
     def _step(self, ids: list[int], start: int, cache: dict[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,39 @@ def row_logits(torch: Any, model: Any, row: list[int]) -> Any:
         return model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0]
 
 
-def greedy(torch: Any, model: Any, folder: Path, prompt: list[int], max_new_tokens: int) -> list[int]:
+class DecodeClock:
+    """Times decoding: the tokens of each answer after its first one, which the prompt is part of.
+
+    Attributes:
+        tokens: that were timed.
+        seconds: for all of them.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+        self._last: float | None = None
+
+    def begin(self) -> None:
+        """Begin an answer."""
+        self._last = None
+
+    def tick(self) -> None:
+        """Take note of a token that was just found."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self.tokens += 1
+            self.seconds += now - self._last
+        self._last = now
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of result.json: `decode_s` is null where no answer has two tokens."""
+        return {"decode_tokens": self.tokens, "decode_s": self.seconds if self.tokens else None}
+
+
+def greedy(
+    torch: Any, model: Any, folder: Path, prompt: list[int], max_new_tokens: int, clock: DecodeClock
+) -> list[int]:
     """Return the tokens generated greedily after `prompt`; an end-of-sequence token is the last one."""
     if max_new_tokens < 1:
         return []
@@ -123,8 +155,15 @@ def greedy(torch: Any, model: Any, folder: Path, prompt: list[int], max_new_toke
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
     )
     ids = torch.tensor([prompt], device=model.device)
+
+    def watch(found: Any, *_: Any, **__: Any) -> Any:
+        clock.tick()
+        return torch.zeros(found.shape[0], dtype=torch.bool, device=found.device)
+
+    clock.begin()
+    criteria = transformers.StoppingCriteriaList([watch])
     with torch.inference_mode():
-        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=criteria)
     return [int(token) for token in made[0, len(prompt) :]]
 
 
@@ -231,15 +270,16 @@ def answers(torch: Any, model: Any, job: Job, output: Path) -> dict[str, Any]:
     """Write the logits of a job's rows, and generate greedily, with a model that computes as transformers' do.
 
     Returns:
-        The fields `generated`, `forward_s` (seconds for all rows) and `peak_memory_bytes` of result.json.
+        The fields `generated`, `forward_s` (seconds for all rows), `peak_memory_bytes`, and those of `DecodeClock`.
     """
     started = time.perf_counter()
     rows = job["input_ids"]
     write_logits(output / "logits.npy", (row_logits(torch, model, row) for row in rows), len(rows))
     forward_s = time.perf_counter() - started
-    folder = Path(job["model_dir"])
+    folder, clock = Path(job["model_dir"]), DecodeClock()
     return {
-        "generated": [greedy(torch, model, folder, prompt, job["max_new_tokens"]) for prompt in job["prompts"]],
+        "generated": [greedy(torch, model, folder, prompt, job["max_new_tokens"], clock) for prompt in job["prompts"]],
+        **clock.fields(),
         "forward_s": forward_s,
         "peak_memory_bytes": peak_memory_bytes(torch, job["device"]),
     }
