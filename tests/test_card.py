@@ -99,11 +99,13 @@ def test_front_matter_has_the_fields_that_the_hub_needs() -> None:
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "model_type": "llama",
+        "model_creator": "Meta",
+        "model_name": "Meta's Llama 2 13B-chat",
         "language": ["en"],
         "license": "llama2",
         "license_link": "https://ai.meta.com/resources/models-and-libraries/llama-downloads/",
         "quantized_by": "TheBloke",
-        "tags": ["gptq", "4-bit", "facebook", "meta", "pytorch", "llama", "llama-2"],
+        "tags": ["gptq", "4-bit", "meta", "facebook", "pytorch", "llama", "llama-2"],
     }
 
 

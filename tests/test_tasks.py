@@ -460,7 +460,9 @@ def without_tasks(loaded: RecipeFile) -> str:
 
     content = loaded.recipe.model_dump(mode="json")
     del content["quality"], content["card"]["templates"], content["repository"]["plugin"]
-    del content["evaluation"]["tasks"], content["card"]["speed"]
+    del content["evaluation"]["tasks"]
+    for key in ("speed", "banner", "style"):
+        del content["card"][key]
     for each in (content["defaults"], *content["variants"]):
         for key in ("refine", "publish_below_floor"):
             if not each.get(key, True):

@@ -30,11 +30,13 @@ from packager.errors import CardError
 from packager.model.compatibility import Verdict
 from packager.model.front_matter import split_front_matter
 from packager.receipt import AUTOGPTQ_PINS, PICTURE_FILES, LoaderRunRecord, Provenance
-from packager.recipe import Recipe
+from packager.recipe import CardStyle, Recipe
 from packager.system.text import format_bytes
 from packager.variant import MAIN
 
 TEMPLATE = "model_card.md.j2"
+# The page of each of the recipe's styles: its parts are the same, but for the order, the opening and the marks.
+PAGES: Mapping[CardStyle, str] = {"plain": TEMPLATE, "late-2023": "model_card_late_2023.md.j2"}
 HUB = "https://huggingface.co"
 
 
@@ -112,17 +114,18 @@ def render_card(
         "picture_in_words": in_words(plot) if plot is not None else "",
         "writes_start": bool(prompting.before) and template.lstrip().startswith(prompting.before),
     }
-    body = _rendered(context, own)
+    page = PAGES[recipe.card.style]
+    body = _rendered(page, context, own)
     if own is not None:
-        _check_own_page(_rendered({**context, "header": "", "footer": "", "original_card": ""}, own), own)
+        _check_own_page(_rendered(page, {**context, "header": "", "footer": "", "original_card": ""}, own), own)
     return front + "\n" + markdown.tidy(body)
 
 
-def _rendered(context: Mapping[str, object], own: OwnTemplates | None) -> str:
+def _rendered(page: str, context: Mapping[str, object], own: OwnTemplates | None) -> str:
     folder = templates_dir()
     environment = _environment(folder)
     try:
-        template = (with_own(environment, own) if own is not None else environment).get_template(TEMPLATE)
+        template = (with_own(environment, own) if own is not None else environment).get_template(page)
         return template.render(context)
     except CardError as error:
         raise CardError(error.what, where=_line_of(error), why=error.why, hint=error.hint) from error
@@ -308,6 +311,7 @@ def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
         short_size=numbers.short_size,
         in_unit=numbers.in_unit,
         attribute=markdown.attribute,
+        html_text=markdown.html_text,
         percent=numbers.percent,
         digits=numbers.digits,
         figure=facts.figure,

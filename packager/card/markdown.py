@@ -72,6 +72,11 @@ def attribute(text: str) -> str:
     return f'"{html.escape(one_line(text))}"'
 
 
+def html_text(text: str) -> str:
+    """Return `text` as the content of an HTML element, on one line, where no markdown is read."""
+    return html.escape(one_line(text))
+
+
 def code_span(text: str) -> str:
     """Return `text` as inline code; in a table use it only for text without `|`."""
     content = one_line(text)

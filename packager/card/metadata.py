@@ -4,6 +4,7 @@ https://huggingface.co/docs/hub/model-cards, read in November 2026. Calibration 
 there it would mean training data.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -36,11 +37,19 @@ def metadata(
         "library_name": _library(verdicts),
         "pipeline_tag": "text-generation",
         "model_type": model_type,
+        "model_creator": card.creator,
+        "model_name": card.title,
         "language": list(card.language),
         **_license(card.license),
         "quantized_by": card.quantized_by,
-        "tags": list(dict.fromkeys(["gptq", *bits, *card.tags])),
+        "tags": list(dict.fromkeys(["gptq", *bits, *_creator_tag(card.creator), *card.tags])),
     }
+
+
+def _creator_tag(creator: str) -> list[str]:
+    """Return the creator as a tag, by which the Hub filters: in lower case, with hyphens between its words."""
+    words = re.findall(r"[a-z0-9]+", creator.lower())
+    return ["-".join(words)] if words else []
 
 
 def _library(verdicts: Sequence[Verdict]) -> str:

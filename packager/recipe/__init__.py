@@ -228,6 +228,18 @@ class Link(Strict):
     url: Url
 
 
+# plain: the page that opens with which branch to take; late-2023: the order, and the marks, of the cards of that time.
+CardStyle = Literal["plain", "late-2023"]
+
+
+class Banner(Strict):
+    """A picture above the title, and centred links below it."""
+
+    image: Url
+    alt: LineText = Field(description="what the picture shows, for readers who do not see it")
+    links: tuple[Link, ...] = Field(default=(), max_length=8, description="centred, in one line")
+
+
 class Card(Strict):
     """The parts of the model card that cannot be measured."""
 
@@ -244,6 +256,11 @@ class Card(Strict):
     system_prompt: str | None = Field(default=None, description="shown in the Python example as the system message")
     example_prompt: LineText = Field(default="Tell me about AI", description="the user's message in the code examples")
     related_repositories: tuple[Link, ...] = Field(default=(), description="the list under Repositories available")
+    style: CardStyle = Field(
+        default="plain",
+        description="plain: opens with which branch to take; late-2023: order and marks of the cards of that time",
+    )
+    banner: Banner | None = Field(default=None, title="Banner", description="a picture above the title, and links")
     header: RelativePath | None = Field(default=None, description="markdown placed above the title")
     footer: RelativePath | None = Field(default=None, description="markdown: community, thanks, credits")
     original_card: RelativePath | None = Field(default=None, description="the base model's card, appended")
@@ -310,9 +327,12 @@ class Recipe(Strict):
         # A recipe that uses none of these keeps the digest that it had before there were any.
         if self.quality == QualityFloor():
             del content["quality"]
+        if self.card.style == "plain":
+            del content["card"]["style"]
         for section, key in (
             ("card", "templates"),
             ("card", "speed"),
+            ("card", "banner"),
             ("repository", "plugin"),
             ("evaluation", "tasks"),
         ):
