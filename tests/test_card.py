@@ -105,7 +105,7 @@ def test_front_matter_has_the_fields_that_the_hub_needs() -> None:
         "license": "llama2",
         "license_link": "https://ai.meta.com/resources/models-and-libraries/llama-downloads/",
         "quantized_by": "TheBloke",
-        "tags": ["gptq", "4-bit", "meta", "facebook", "pytorch", "llama", "llama-2"],
+        "tags": ["gptq", "4-bit", "facebook", "meta", "pytorch", "llama", "llama-2"],
     }
 
 

@@ -97,7 +97,7 @@ def test_the_creator_is_a_name_and_a_tag(creator: str, tag: str | None) -> None:
     recipe = fixtures.minimal_recipe(creator=creator, tags=("llama",))
     fields = metadata(recipe, fixtures.minimal_receipts(fixtures.minimal_recipe()), "llama")
     assert (fields["model_creator"], fields["model_name"]) == (creator, "Tiny")
-    assert fields["tags"] == ["gptq", "4-bit", *([tag] if tag else []), "llama"]
+    assert fields["tags"] == ["gptq", "4-bit", "llama", *([tag] if tag else [])]
 
 
 def test_a_style_changes_the_digest_and_the_plain_one_does_not() -> None:

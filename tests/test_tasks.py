@@ -337,7 +337,8 @@ def test_the_hub_s_client_reads_the_leaderboard_files(tmp_path: Path) -> None:
     )  # fmt: skip
     assert songs.notes == "GPTQ 4-bit, whole rows; lm-evaluation-harness 0.4.13; acc, 0-shot"
     # Documents of a file are no revision of that dataset, and this leaderboard counts from 0 to 1.
-    assert (nests.dataset_id, nests.dataset_revision, nests.value) == ("nobody/nests", None, 0.4)
+    assert (nests.dataset_id, nests.value) == ("nobody/nests", 0.4)
+    assert b"revision" not in files[".eval_results/nests.yaml"]
 
 
 @pytest.mark.usefixtures("toy")

@@ -42,7 +42,7 @@ def metadata(
         "language": list(card.language),
         **_license(card.license),
         "quantized_by": card.quantized_by,
-        "tags": list(dict.fromkeys(["gptq", *bits, *_creator_tag(card.creator), *card.tags])),
+        "tags": list(dict.fromkeys(["gptq", *bits, *card.tags, *_creator_tag(card.creator)])),
     }
 
 
