@@ -26,9 +26,11 @@ from packager.prove.environments import (
     ensure_environment,
     environment_in_use,
     environment_name,
+    environments_folder,
     is_ready,
 )
 from packager.prove.loaders import LOADERS
+from packager.prove.tasks import TASKS_SPEC
 from tests.loopback_hub import Account, LoopbackHub
 from tests.publish_fixtures import log_in
 
@@ -369,3 +371,10 @@ def test_a_hub_that_does_not_answer_is_given_up_after_seconds(cache: Path, monke
 )
 def test_the_role_of_a_token(account: dict[str, Any], role: str) -> None:
     assert hub_account._role(account) == role
+
+
+def test_the_environment_of_tasks_is_in_use(tmp_path: Path) -> None:
+    name = environment_name(TASKS_SPEC)
+    (environments_folder(tmp_path) / name).mkdir(parents=True)
+    (found,) = checks.environments(tmp_path)
+    assert (found.folder.name, found.used) == (name, True)

@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 
 from packager.card import CardTexts, render_card
 from packager.card.task_scores import leaderboard_files
-from packager.errors import LoaderError, RecipeError
+from packager.errors import LoaderError, RecipeError, SourceError
 from packager.pipeline import task_stage
 from packager.pipeline.flow import BuildResult
 from packager.prove import tasks as prove_tasks
@@ -364,6 +364,18 @@ def test_the_card_has_a_row_for_each_task(tmp_path: Path, update_golden: bool) -
     check_golden("cards/tasks.md", section, update=update_golden)
     none = render_card(recipe, CardTexts(), [provenance.model_copy(update={"tasks": ()})], "llama", MAIN)
     assert "birds, songs, nests, eggs: not measured." in none
+
+
+def test_documents_are_fetched_before_anything_is_quantized(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise SourceError("the Hub has no such dataset")
+
+    monkeypatch.setattr(task_stage, "download_split", refuse)
+    data = {"dataset": "nobody/birds", "revision": "0" * 40, "split": "test"}
+    with pytest.raises(SourceError, match="no such dataset"):
+        changed(recipe, {**BIRDS, "data": data})
+    assert not workspace(recipe.parent / "dist").folder(MAIN).exists()
+    assert not list(workspace(recipe.parent / "dist").work.rglob("*.safetensors"))
 
 
 def problems(folder: Path, *tasks: Mapping[str, Any]) -> str:

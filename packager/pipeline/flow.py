@@ -18,7 +18,7 @@ from packager.pipeline.plan import chosen_variants
 from packager.pipeline.running import shown_while_running
 from packager.pipeline.saved_publish import PlanFile, PlannedPublish
 from packager.pipeline.stages import evaluate, quantize_and_pack, run_loaders
-from packager.pipeline.task_stage import run_tasks
+from packager.pipeline.task_stage import check_task_files, run_tasks
 from packager.pipeline.workspace import audit_or_raise
 from packager.publish.after_publish import FinalStep, ReleaseTag
 from packager.publish.branches import BranchContent, PublishReport, publish_branches
@@ -70,6 +70,7 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, only
     run = BuildState(recipe_file, options, terminal, only)
     with run.workspace.locked(), shown_while_running(run.workspace.running_path, terminal):
         run.read_receipts()
+        check_task_files(run)
         quantized, packed = quantize_and_pack(run)
         measured = evaluate(run)
         verified = run_loaders(run)

@@ -73,6 +73,16 @@ def run_tasks(run: BuildState) -> tuple[str, ...]:
     return tuple(variant_plan.variant.branch for variant_plan in missing)
 
 
+def check_task_files(run: BuildState) -> None:
+    """Read the definitions and fetch the documents of tasks that will be measured: before hours of quantizing.
+
+    Raises:
+        CalibrationError, RecipeError, SourceError: see `task_inputs`.
+    """
+    if run.missing("tasks"):
+        task_inputs(run.recipe_file)
+
+
 def _refusal(variant_plan: VariantPlan) -> str:
     """Return why transformers, in which the tasks are measured, does not open a variant, or ""."""
     verdicts = [verdict for verdict in variant_plan.verdicts if verdict.loader == "transformers"]

@@ -156,6 +156,8 @@ def measure_tasks(
         LoaderUnavailableError: the environment cannot be made on this machine.
         LoaderError: the program failed, or wrote something that cannot be used.
     """
+    if context.confinement == "none":
+        context.log(f"{spec.name}: runs unconfined, with this machine's network and files")
     python = ensure_environment(spec, context)
     output = context.scratch / spec.name / model.name
     with disk_errors(output):
