@@ -142,7 +142,14 @@ def test_the_two_recipes_differ_in_weights_card_and_licence(scene: KilledBuild) 
     for branch in (MAIN, ACT_ORDER):
         old, new = (scene.files[recipe][branch] for recipe in (scene.old, scene.new))
         differing = {name for name in old if old[name] != new.get(name)}
-        assert differing == {"model.safetensors", "README.md", "provenance.json", "LICENSE.txt", *PICTURE_FILES}
+        assert differing == {
+            "model.safetensors",
+            "LICENSE.txt",
+            "recipe.yaml",
+            "README.md",
+            "provenance.json",
+            *PICTURE_FILES,
+        }
 
 
 @pytest.mark.parametrize("count", [7, pytest.param(20, marks=pytest.mark.long)])
