@@ -40,6 +40,7 @@ ORDER = (
     ("prove",),
     ("quantize", "publish"),
     ("pipeline",),
+    ("fleet",),
     ("cli", "api"),
 )
 # Scripts that run in environments of their own; the package never imports them.
