@@ -176,7 +176,7 @@ def test_what_this_machine_measured_stands_before_the_reference(tiny: Path) -> N
     (less,) = durations(make_plan(twice, ["main"]), dist)
     # Of the three that were measured, the one of 3 bits is asymmetric, so its scales are positive.
     signed = SIGNED_WORK["cpu"]
-    assert less.seconds["quantize"] == pytest.approx(4.0 * 3 * signed / (2 * signed + 1), rel=0.001)
+    assert less.seconds["quantize"] == pytest.approx(4.0 * 3 * signed / (2 * signed + 1), rel=0.02)
 
 
 def test_receipts_that_cannot_be_read_are_left_out(tiny: Path) -> None:
