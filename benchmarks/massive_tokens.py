@@ -4,7 +4,7 @@
     python benchmarks/massive_tokens.py FOLDER --blocks 11,28
 
 The first tokens of a row reach some linears hundreds of times as large as the others. H adds up squares, so these few
-tokens are nearly all of it, and the solver fits them at the expense of the others. Here a token's inputs are scaled
+tokens are nearly all of it: does the solver fit them at the expense of the others? Here a token's inputs are scaled
 down to at most so many medians of the norms of a batch's tokens before H is computed. Only the down_proj of the blocks
 are quantized, by the engine's own functions with its default search of scales; all other weights are the base model's.
 """
