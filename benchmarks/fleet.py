@@ -20,7 +20,7 @@ from packager.fleet.drive import drive
 from packager.fleet.scheduler import Policy, Scheduler
 from packager.fleet.simulated import SimulatedFleet, World
 from packager.fleet.tasks import BuildRequest, Machine, Task
-from packager.fleet.windows import Limits, Window
+from packager.fleet.windows import Limits, LimitWindow
 
 GB = 10**9
 # Share of models by size of the base model in GB (fp16): 1.1B, 3B, 8B, 13B, 32B, 70B parameters.
@@ -125,7 +125,7 @@ def simulate(scenario: Scenario) -> Result:
         machine_life_s=scenario.machine_life_h and scenario.machine_life_h * 3600,
         seed=scenario.seed,
     )
-    limits = Limits(commits=Window(100, 3600))
+    limits = Limits(commits=LimitWindow(100, 3600))
     scheduler, fleet = Scheduler(wanted, Policy(ahead=scenario.ahead, limits=limits)), SimulatedFleet(world)
     steady = [0.0]
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from packager.fleet.drive import drive
 from packager.fleet.scheduler import Policy, Scheduler
 from packager.fleet.simulated import SimulatedFleet, World
-from packager.fleet.tasks import AT_HOME, TASK_STAGES, BuildRequest, Machine, Outcome, Start, Task
-from packager.fleet.windows import Limits, Window
+from packager.fleet.tasks import AT_HOME, TASK_STAGES, BuildRequest, Machine, Start, Task, TaskEnd
+from packager.fleet.windows import Limits, LimitWindow
 
 GB = 10**9
 
@@ -48,7 +48,7 @@ class ByHand:
         return names
 
     def end(self, name: str, result: str = "done", **fields) -> list[str]:
-        self.scheduler.take(Outcome(task=self.running.pop(name).task, result=result, **fields), self.now)
+        self.scheduler.take(TaskEnd(task=self.running.pop(name).task, result=result, **fields), self.now)
         return self.step()
 
 
@@ -168,7 +168,7 @@ def test_a_lost_machine_is_no_failure_and_its_recipes_get_another_home() -> None
     assert hand.running["a fetch"].machine != home
     assert hand.end("a fetch") == ["a sweep 2"]
     assert hand.running["a sweep 2"].attempt == 2
-    hand.scheduler.take(Outcome(task=hand.running["a sweep 2"].task, result="failed", why="once"), 0.0)
+    hand.scheduler.take(TaskEnd(task=hand.running["a sweep 2"].task, result="failed", why="once"), 0.0)
     assert hand.scheduler.state("a") == "building"
 
 
@@ -189,7 +189,7 @@ def test_a_result_of_a_task_that_was_taken_for_lost_is_not_taken_in() -> None:
     late = hand.running["a fetch"].task
     hand.there = ()
     hand.step()
-    hand.scheduler.take(Outcome(task=late, result="done"), 0.0)
+    hand.scheduler.take(TaskEnd(task=late, result="done"), 0.0)
     hand.there = machines(1)
     assert hand.step() == ["a fetch"]
 
@@ -205,7 +205,7 @@ def test_publishing_needs_a_machine_that_may_publish() -> None:
 
 
 def test_commits_of_all_workers_keep_the_limit_of_the_account() -> None:
-    limits = Limits(account_commits=Window(8, 3600))
+    limits = Limits(account_commits=LimitWindow(8, 3600))
     hand = ByHand([request(name) for name in "abc"], machines(3), Policy(limits=limits))
     hand.step()
     for stage in ("fetch", "sweep", "evaluate", "verify", "card"):
@@ -244,7 +244,7 @@ def test_what_nothing_can_run_is_given_up_after_a_while() -> None:
     ],
 )  # fmt: skip
 def test_a_window(taken: Mapping[float, float], now: float, units: float, wait: float) -> None:
-    window = Window(10, 10)
+    window = LimitWindow(10, 10)
     for at, amount in taken.items():
         window.take(at, amount)
     assert window.wait_s(now, units) == pytest.approx(wait)
@@ -279,7 +279,7 @@ class Checked(SimulatedFleet):
             assert self.fetched[task.recipe] == order.machine
         super().start(order)
 
-    def wait(self, until: float | None) -> Sequence[Outcome]:
+    def wait(self, until: float | None) -> Sequence[TaskEnd]:
         outcomes = super().wait(until)
         for outcome in outcomes:
             del self.now_running[outcome.task]

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 
 from packager.fleet.scheduler import Scheduler
-from packager.fleet.tasks import Executor, Outcome
+from packager.fleet.tasks import Executor, TaskEnd
 
 
 def drive(
     scheduler: Scheduler,
     executor: Executor,
     *,
-    observe: Callable[[Sequence[Outcome]], None] = lambda _: None,
+    observe: Callable[[Sequence[TaskEnd]], None] = lambda _: None,
     patience_s: float = 0.0,
 ) -> None:
     """Run everything that a scheduler has, to its end.

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Final
 
 from packager.fleet.progress import LOCAL_ORDER, Entry, MachineLoad, RecipeProgress
-from packager.fleet.tasks import AT_HOME, BuildRequest, Machine, Outcome, QueueState, Start, Task
+from packager.fleet.tasks import AT_HOME, BuildRequest, Machine, QueueState, Start, Task, TaskEnd
 from packager.fleet.windows import Limits
 
 _UNABLE: Final = "waits: "  # begins the reason of a recipe that no machine can take
@@ -151,7 +151,7 @@ class Scheduler:
             times.append(self._publish_at)
         return min(times, default=None)
 
-    def take(self, outcome: Outcome, now: float) -> None:
+    def take(self, outcome: TaskEnd, now: float) -> None:
         """Take in what became of a task; of a task that is not known to run, nothing is taken in."""
         task = outcome.task
         recipe = self._recipes[task.recipe]
@@ -352,7 +352,7 @@ class Scheduler:
         if recipe.home in self._machines:
             self._machines[str(recipe.home)].computing.discard(recipe.request.recipe)
 
-    def _failed(self, recipe: RecipeProgress, task: Task, outcome: Outcome, now: float) -> None:
+    def _failed(self, recipe: RecipeProgress, task: Task, outcome: TaskEnd, now: float) -> None:
         count = recipe.attempts[task] = recipe.attempts.get(task, 0) + 1
         recipe.why = f"{task.stage}: {outcome.why}"
         if outcome.final or count >= self._policy.attempts:
@@ -374,7 +374,7 @@ class Scheduler:
         del self._machines[name]
         for recipe in self._recipes.values():
             for task in [task for task, where in recipe.running.items() if where == name]:
-                self.take(Outcome(task=task, result="lost"), now)
+                self.take(TaskEnd(task=task, result="lost"), now)
             if recipe.home == name:
                 self._leave_home(recipe)
 

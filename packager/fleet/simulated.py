@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from packager.fleet.tasks import Machine, Outcome, Start, Task
+from packager.fleet.tasks import Machine, Start, Task, TaskEnd
 
 _Direction = Literal["down", "up"]
 _ENOUGH: Final = 1.0  # bytes: a transfer with less left is done; after a day, a float of seconds resolves 0.01 bytes
@@ -85,7 +85,7 @@ class SimulatedFleet:
         self._links: dict[tuple[str, _Direction], _Link] = {}
         self._running: dict[Task, _Run] = {}
         self._homes: dict[str, str] = {}
-        self._outcomes: list[Outcome] = []
+        self._outcomes: list[TaskEnd] = []
         self.busy_s = 0.0
         self.useful_s = 0.0
         self._existing = (0.0, 0.0)  # GPU seconds until a time
@@ -118,7 +118,7 @@ class SimulatedFleet:
         local = task.stage == "publish" and self._homes.get(task.recipe) == order.machine
         self._transfer(run, "down", 0 if local else task.download_bytes)
 
-    def wait(self, until: float | None) -> Sequence[Outcome]:
+    def wait(self, until: float | None) -> Sequence[TaskEnd]:
         """Let time pass until something happens to a task or a machine."""
         machines = self._machines
         while not self._outcomes and self._machines is machines:
@@ -201,12 +201,12 @@ class SimulatedFleet:
     def _end_if_done(self, run: _Run) -> None:
         if run.computed and run.sent and self._is_running(run):
             del self._running[run.order.task]
-            self._outcomes.append(Outcome(task=run.order.task, result="done"))
+            self._outcomes.append(TaskEnd(task=run.order.task, result="done"))
 
     def _fail(self, run: _Run) -> None:
         if self._is_running(run):
             self._waste(run)
-            self._outcomes.append(Outcome(task=run.order.task, result="failed", why="by chance"))
+            self._outcomes.append(TaskEnd(task=run.order.task, result="failed", why="by chance"))
 
     def _waste(self, run: _Run) -> None:
         """End a task whose computing is lost."""

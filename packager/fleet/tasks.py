@@ -109,7 +109,7 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class TaskEnd:
     """What became of a task.
 
     Attributes:
@@ -140,6 +140,6 @@ class Executor(Protocol):
         """Start a task, and return at once."""
         ...
 
-    def wait(self, until: float | None) -> Sequence[Outcome]:
+    def wait(self, until: float | None) -> Sequence[TaskEnd]:
         """Return what became of tasks, once there is something, or at a time; None waits as long as it takes."""
         ...

@@ -8,7 +8,7 @@ _INSTANT_S = 1e-6  # now + (then - now) may be a little less than then
 
 
 @dataclass
-class Window:
+class LimitWindow:
     """At most `amount` units in any `seconds`.
 
     What alone is larger than `amount` is let in when nothing else is, and counts for as much longer, so that the mean
@@ -19,9 +19,9 @@ class Window:
     seconds: float
     _taken: list[tuple[float, float]] = field(default_factory=list)  # when it is over, and units
 
-    def copy(self) -> "Window":
+    def copy(self) -> "LimitWindow":
         """Return a new window of the same size in which nothing is taken."""
-        return Window(self.amount, self.seconds)
+        return LimitWindow(self.amount, self.seconds)
 
     def wait_s(self, now: float, units: float) -> float:
         """Return how long to wait until so many units may be taken: 0 for now."""
@@ -50,11 +50,11 @@ class Limits:
         published: bytes of branches.
     """
 
-    commits: Window | None = None
-    account_commits: Window | None = None
-    fetched: Window | None = None
-    published: Window | None = None
-    _repositories: dict[str, Window] = field(default_factory=dict)
+    commits: LimitWindow | None = None
+    account_commits: LimitWindow | None = None
+    fetched: LimitWindow | None = None
+    published: LimitWindow | None = None
+    _repositories: dict[str, LimitWindow] = field(default_factory=dict)
 
     def wait_s(self, task: Task, now: float) -> float:
         """Return how long a task has to wait for the limits that all share: 0 for now."""
@@ -69,7 +69,7 @@ class Limits:
         for window, units in (*self._shared(task), *self._own(task)):
             window.take(now, units)
 
-    def _shared(self, task: Task) -> list[tuple[Window, int]]:
+    def _shared(self, task: Task) -> list[tuple[LimitWindow, int]]:
         if task.stage == "fetch":
             found = [(self.fetched, task.download_bytes)]
         elif task.stage == "publish":
@@ -78,7 +78,7 @@ class Limits:
             found = []
         return [(window, units) for window, units in found if window is not None]
 
-    def _own(self, task: Task) -> list[tuple[Window, int]]:
+    def _own(self, task: Task) -> list[tuple[LimitWindow, int]]:
         if self.commits is None or task.stage != "publish":
             return []
         return [(self._repositories.setdefault(task.recipe, self.commits.copy()), task.commits)]

@@ -1,0 +1,95 @@
+"""Leases in a store: of several runs one has a recipe, and another takes it over when the first has gone silent.
+
+NAMESPACE/NAME/lease/GENERATION        made by `Store.create`, which one of several writers wins
+NAMESPACE/NAME/lease/GENERATION.beat   a counter that the holder raises
+
+A lease is taken over after its counter was seen unchanged for a while by the clock of the one that looks: the clocks of
+machines are never compared. The holder that was only slow finds a later generation at its next beat, and stops.
+"""
+
+import re
+from dataclasses import dataclass
+
+from packager.errors import StateError
+from packager.fleet.store import Store
+
+SILENT_S = 60.0
+_GENERATION = re.compile(r"(\d{8})")
+
+
+@dataclass
+class Lease:
+    """The lease of one recipe, as one run sees it.
+
+    Args:
+        store: the store.
+        repository: the recipe's repository id.
+        holder: names the run, for people.
+        silent_s: after so long without a beat a lease is taken over.
+    """
+
+    store: Store
+    repository: str
+    holder: str
+    silent_s: float = SILENT_S
+    _generation: int = 0
+    _beats: int = 0
+    _seen: tuple[int, bytes | None, float] = (0, None, 0.0)
+
+    def claim(self, now: float) -> bool:
+        """Take the lease if nobody has it or its holder is silent; call it again later otherwise.
+
+        Args:
+            now: seconds of a clock that never goes back, this machine's.
+        """
+        latest = self._latest()
+        if latest and not self._is_silent(latest, now):
+            return False
+        generation = latest + 1
+        if not self.store.create(self._name(generation), self.holder.encode()):
+            return False  # another run was faster
+        self._generation, self._beats = generation, 0
+        return True
+
+    def beat(self) -> None:
+        """Say that the holder lives.
+
+        Raises:
+            StateError: another run has taken the lease over.
+        """
+        if self._latest() != self._generation:
+            raise StateError(
+                f"another run has taken over {self.repository}",
+                why=f"it saw no sign of this one for {self.silent_s:.0f} s: {self.held_by()}",
+                hint="let that run finish",
+            )
+        self._beats += 1
+        self.store.write(f"{self._name(self._generation)}.beat", str(self._beats).encode())
+
+    def release(self) -> None:
+        """Give the lease up: the next run need not wait."""
+        self.store.write(f"{self._name(self._generation)}.beat", b"released")
+
+    def held_by(self) -> str:
+        """Return the name of the run that has the lease, "" if nobody ever had it."""
+        latest = self._latest()
+        return (self.store.read(self._name(latest)) or b"").decode(errors="replace") if latest else ""
+
+    def _is_silent(self, latest: int, now: float) -> bool:
+        beat = self.store.read(f"{self._name(latest)}.beat")
+        if beat == b"released":
+            return True
+        if self._seen[:2] != (latest, beat):
+            self._seen = (latest, beat, now)
+        return now - self._seen[2] >= self.silent_s
+
+    def _latest(self) -> int:
+        found = (_GENERATION.fullmatch(name.rpartition("/")[2]) for name in self.store.names(self._folder))
+        return max((int(match[1]) for match in found if match), default=0)
+
+    @property
+    def _folder(self) -> str:
+        return f"{self.repository}/lease"
+
+    def _name(self, generation: int) -> str:
+        return f"{self._folder}/{generation:08d}"

@@ -1,0 +1,76 @@
+"""The store that machines share, and the leases in it."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from packager.errors import StateError
+from packager.fleet.leases import Lease
+from packager.fleet.store import Store, open_store
+
+REPOSITORY = "tester/tiny-GPTQ"
+
+
+@pytest.fixture(params=["folder", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store") if request.param == "folder" else f"memory://{tmp_path.name}")
+
+
+def test_a_store_keeps_files_by_name(store: Store, tmp_path: Path) -> None:
+    assert store.read("a/b") is None
+    assert store.size_bytes("a/b") is None
+    assert store.names("a") == []
+    store.write("a/b", b"one")
+    store.write("a/b", b"three")
+    (tmp_path / "file").write_bytes(b"content")
+    store.put(tmp_path / "file", "a/c/d")
+    store.write("e", b"")
+    assert (store.read("a/b"), store.size_bytes("a/c/d")) == (b"three", 7)
+    assert store.names("a") == ["a/b", "a/c/d"]
+    assert store.names("") == ["a/b", "a/c/d", "e"]
+    store.get("a/c/d", tmp_path / "new" / "copy")
+    assert (tmp_path / "new" / "copy").read_bytes() == b"content"
+    with pytest.raises(StateError, match="not in the store"):
+        store.get("a/x", tmp_path / "x")
+    store.delete("a")
+    store.delete("a")
+    assert store.names("") == ["e"]
+
+
+def test_of_several_that_create_a_file_one_does(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        created = list(pool.map(lambda number: store.create("a/b", str(number).encode()), range(32)))
+    assert created.count(True) == 1
+    assert store.read("a/b") == str(created.index(True)).encode()
+
+
+@pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/passwd", "", "a\\b", "a\0"])
+def test_a_name_stays_in_the_store(store: Store, name: str) -> None:
+    for act in (store.read, store.size_bytes, lambda name: store.write(name, b""), store.delete):
+        with pytest.raises(StateError, match="leads out"):
+            act(name)
+
+
+def test_one_run_has_a_recipe_and_another_takes_over_when_it_is_silent(store: Store) -> None:
+    first, second, third = (Lease(store, REPOSITORY, name, silent_s=60) for name in ("first", "second", "third"))
+    assert first.claim(0)
+    assert not second.claim(1000)
+    first.beat()
+    assert not second.claim(1050)  # it saw a new beat
+    assert not second.claim(1109)
+    assert not third.claim(5)
+    assert second.claim(1110)
+    assert third.held_by() == "second"
+    with pytest.raises(StateError, match="another run has taken over"):
+        first.beat()
+    second.beat()
+    assert not third.claim(66)
+    second.release()
+    assert third.claim(67)
+
+
+def test_of_several_runs_one_claims(store: Store) -> None:
+    leases = [Lease(store, REPOSITORY, str(number)) for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda lease: lease.claim(0), leases)).count(True) == 1
