@@ -1,6 +1,6 @@
 """Prove one of tests/tiny_decoders.py from end to end: described, run block by block, quantized, packed, read again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from packager.errors import SourceError
 from packager.inputs.base_model import SourceModel, read_source
@@ -101,8 +101,8 @@ def _meant() -> Iterator[dict[str, Tensor]]:
     meant: dict[str, Tensor] = {}
     run = _BlockSolver.run
 
-    def note(solver: _BlockSolver) -> QuantizedBlock:
-        result = run(solver)
+    def note(solver: _BlockSolver, load: Callable[[], nn.Module]) -> QuantizedBlock:
+        result = run(solver, load)
         block, job = solver._block, solver._job
         meant.update((name, block.get_parameter(f"{module}.weight").clone()) for module, name in job.names.items())
         for parameter, experts in job.experts.items():

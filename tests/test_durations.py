@@ -66,8 +66,8 @@ def test_a_tuned_variant_takes_as_long_as_several(tiny: Path) -> None:
     )
     one, four = (each.seconds["quantize"] for each in (before, after))
     assert one is not None
-    plain = one / 4 / SIGNED_WORK["cuda"]
-    assert four == pytest.approx(one + plain * (3 * 100 * 8 / 128 + 4 + 2) / 2.6)
+    positive = one / 4 / SIGNED_WORK["cuda"]
+    assert four == pytest.approx(one + positive * (3 * 100 * 8 / 128 + 4 + 2) / 2.6)
     text = io.StringIO()
     print_build_plan(replace(plan, variants=(tuned, *others)), Console(file=text, width=200))
     assert "note: effort high tunes each block of main in 100 steps: on a GPU as long as 25 passes" in text.getvalue()

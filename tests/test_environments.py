@@ -531,12 +531,12 @@ def test_functions_of_several_scripts_are_written_once() -> None:
 
 
 def test_the_shared_module_is_part_of_the_scripts_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = build_state._loader_digest("autogptq"), auto_gptq_files.auto_gptq_digest()
+    before = build_state._program_digests(LOADERS["autogptq"]), auto_gptq_files.auto_gptq_digest()
     changed = tmp_path / "packager_isolated.py"
     changed.write_text(ISOLATED.read_text() + "# changed\n")
     monkeypatch.setattr(build_state, "ISOLATED", changed)
     monkeypatch.setattr(auto_gptq_files, "ISOLATED", changed)
-    assert build_state._loader_digest("autogptq") != before[0]
+    assert build_state._program_digests(LOADERS["autogptq"]) != before[0]
     assert auto_gptq_files.auto_gptq_digest() != before[1]
 
 

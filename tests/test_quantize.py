@@ -293,7 +293,7 @@ def test_a_finished_variant_is_not_run_again(tmp_path, monkeypatch):
     done, other = variant(branch="a"), variant(branch="b", group_size=16)
     expected, _ = run(source, tmp_path / "work", done)
     forwarded = []
-    restore = block_module.restore_block
+    restore = worker_module.restore_block
     monkeypatch.setattr(worker_module, "restore_block", lambda *rest: (forwarded.append(rest), restore(*rest)))
     records, steps = run(source, tmp_path / "work", other, done)
     assert list(records) == ["b", "a"]
