@@ -18,6 +18,7 @@ from packager.model.decoder import Decoder, forward
 from packager.model.packing import dequantize_linear
 from packager.quantize import block as block_module
 from packager.quantize import device_shares as shares_module
+from packager.quantize import restore_block as restore_block_module
 from packager.quantize import sweep as sweep_module
 from packager.quantize import worker as worker_module
 from packager.quantize.block import order_of, quantize_block
@@ -293,7 +294,7 @@ def test_a_finished_variant_is_not_run_again(tmp_path, monkeypatch):
     done, other = variant(branch="a"), variant(branch="b", group_size=16)
     expected, _ = run(source, tmp_path / "work", done)
     forwarded = []
-    restore = worker_module.restore_block
+    restore = restore_block_module.restore_block
     monkeypatch.setattr(worker_module, "restore_block", lambda *rest: (forwarded.append(rest), restore(*rest)))
     records, steps = run(source, tmp_path / "work", other, done)
     assert list(records) == ["b", "a"]

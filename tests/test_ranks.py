@@ -202,9 +202,9 @@ def test_a_factorisation_that_fails_on_one_rank_is_repeated_on_all(tmp_path, mon
 
     def first_unchecked(load, job, solved):
         try:
-            return Unchecked(load(), job, solved, checked=False).run()
+            return Unchecked(load(), job, solved, checked=False).run(load)
         except block_module._NeedsChecks:
-            return Unchecked(load(), job, solved, checked=True).run()
+            return Unchecked(load(), job, solved, checked=True).run(load)
 
     monkeypatch.setattr(block_module, "factorize", failing)
     monkeypatch.setattr(worker_module, "quantize_block", first_unchecked)

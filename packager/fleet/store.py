@@ -171,11 +171,12 @@ class RemoteStore:
         try:
             import fsspec
 
-            self._files, self._root = fsspec.core.url_to_fs(url)
+            found = fsspec.core.url_to_fs(url)
         except ImportError as error:
             hint = "pip install 'gptq-packager[fleet]', and s3fs for s3://"
             raise MachineError("the store cannot be opened", where=url, why=str(error), hint=hint) from error
-        self._files: Any
+        self._files: Any = found[0]
+        self._root: str = found[1]
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{_checked(name)}"
