@@ -54,7 +54,8 @@ print(run(sys.argv[2], Path("second")))
 def used_by_child(tmp_path: Path, folder: Path, **fields: Any) -> int:
     command = [sys.executable, "-c", SCRIPT, str(save_model(tmp_path / "small", "llama")), str(folder)]
     ran = subprocess.run(
-        [*command, str(ROWS), str(LENGTH), json.dumps(fields)], cwd=tmp_path, capture_output=True, text=True, check=False,
+        [*command, str(ROWS), str(LENGTH), json.dumps(fields)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
         env={"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
