@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -48,7 +48,7 @@ class ByHand:
         self.started += (names := [str(order.task) for order in starts])
         return names
 
-    def end(self, name: str, result: Any = "done", **fields) -> list[str]:
+    def end(self, name: str, result: Literal["done", "failed", "lost"] = "done", **fields) -> list[str]:
         self.scheduler.take(TaskEnd(task=self.running.pop(name).task, result=result, **fields), self.now)
         return self.step()
 

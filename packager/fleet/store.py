@@ -168,15 +168,14 @@ class RemoteStore:
     """What fsspec opens by a URL. `create` asks the service to refuse an existing object (S3: If-None-Match)."""
 
     def __init__(self, url: str) -> None:
+        self._files: Any
         try:
             import fsspec
 
-            found = fsspec.core.url_to_fs(url)
+            self._files, self._root = fsspec.core.url_to_fs(url)
         except ImportError as error:
-            hint = "pip install 'gptq-packager[fleet]', and s3fs for s3://"
+            hint = "pip install fsspec, and s3fs for s3://"
             raise MachineError("the store cannot be opened", where=url, why=str(error), hint=hint) from error
-        self._files: Any = found[0]
-        self._root: str = found[1]
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{_checked(name)}"

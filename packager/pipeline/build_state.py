@@ -4,7 +4,7 @@ Each stage leaves its result in `dist/` with a digest of everything that went in
 unchanged is not run again; that decision needs neither torch nor a network.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from packager.inputs.base_model import SourceModel
     from packager.inputs.texts import TextSets
+    from packager.quantize.block_store import BlockCopies
 
 StageName = Literal["weights", "evaluate", "verify", "tasks"]
 _LONG_TO_HASH_BYTES = 2_000_000_000
@@ -80,6 +81,7 @@ class BuildState:
     Attributes:
         plan: of all branches.
         wanted: the variants that are worked on.
+        block_copies: returns, for a branch, where copies of its finished blocks are kept; None for nowhere.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class BuildState:
         self.wanted = chosen_variants(self.plan.variants, only, str(recipe_file.path))
         self.workspace = Workspace(dist=options.dist, repository=self.recipe.repository.id)
         self.receipts: dict[str, Receipt] = {}
+        self.block_copies: Callable[[str], BlockCopies] | None = None
         self._source: SourceModel | None = None
         self._texts: TextSets | None = None
         self._device: torch.device | None = None

@@ -136,9 +136,10 @@ def _open_stores(run: BuildState, missing: Sequence[VariantPlan], base_model: st
             run.device,
             engine_version=engine_version(variant_plan.variant.engine),
         )
-        folder = run.workspace.work / variant_plan.variant.branch
+        branch = variant_plan.variant.branch
         stores[variant_plan.variant] = BlockStore(
-            folder, variant_plan.shards, run.plan.architecture, parts, run.terminal.log
+            run.workspace.work / branch, variant_plan.shards, run.plan.architecture, parts, run.terminal.log,
+            run.block_copies(branch) if run.block_copies else None,
         )  # fmt: skip
         stores[variant_plan.variant].open()
     return stores

@@ -6,6 +6,8 @@ block's bytes are durable.
 
 work/<branch>/checkpoint/        the weights files; once complete, this folder is renamed to its final path
 work/<branch>/block-00000.json   one journal per finished block
+
+Copies of finished blocks may be kept elsewhere, see `BlockCopies`: then another machine goes on where this one ended.
 """
 
 import hashlib
@@ -14,7 +16,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import ValidationError
 
@@ -49,6 +51,19 @@ class Journal(Record):
     linears: tuple[AnyLinearRecord, ...]
 
 
+class BlockCopies(Protocol):
+    """Keeps copies of finished blocks of one variant where other machines find them."""
+
+    def save(self, block: int, journal: bytes, data: bytes) -> None:
+        """Keep a finished block: its journal, and the bytes that the journal's sha256 is of."""
+
+    def journal(self, block: int) -> bytes | None:
+        """Return the journal of a block that is kept."""
+
+    def data(self, sha256: str) -> bytes | None:
+        """Return the bytes of a block that is kept, by their digest."""
+
+
 class BlockStore:
     """The weights files of one variant, filled block by block; several threads may use it for different blocks.
 
@@ -58,6 +73,7 @@ class BlockStore:
         shards: the planned weights files.
         fingerprint: everything that determines the blocks' bytes, by name; work of another fingerprint is not resumed.
         log: called with one line when finished work is discarded, with the reason.
+        copies: gets each finished block, and has those that other machines finished; None for none.
 
     Attributes:
         checkpoint: the folder that holds the weights files.
@@ -70,7 +86,9 @@ class BlockStore:
         architecture: Architecture,
         fingerprint: Mapping[str, str],
         log: Callable[[str], None],
+        copies: BlockCopies | None = None,
     ) -> None:
+        self._copies = copies
         self.checkpoint = folder / "checkpoint"
         self._folder = folder
         self._fingerprint = dict(fingerprint)
@@ -105,6 +123,29 @@ class BlockStore:
         self._journals = {} if reason else journals
         if not self._journals:
             self._make_files()
+        if self._copies is not None:
+            self._take_copies(self._copies)
+
+    def _take_copies(self, copies: BlockCopies) -> None:
+        """Write the blocks that other machines finished with the same inputs; copies that are damaged are left out."""
+        taken = 0
+        for block, planned in self._blocks.items():
+            raw = copies.journal(block) if block not in self._journals else None
+            try:
+                journal = Journal.model_validate_json(raw) if raw is not None else None
+            except ValidationError:
+                journal = None
+            if journal is None or journal.fingerprint != self._fingerprint:
+                continue
+            data = copies.data(journal.sha256)
+            if data is None or hashlib.sha256(data).hexdigest() != journal.sha256:
+                self._log(f"{self._folder.name}: the copy of block {block} is damaged and not used")
+                continue
+            self._write_bytes(planned, [memoryview(data)])
+            self._keep(block, journal)
+            taken += 1
+        if taken:
+            self._log(f"{self._folder.name}: {taken} blocks that another machine finished are used")
 
     def records(self, block: int) -> tuple[LinearRecord, ...] | None:
         """Return the records of a finished block's linears, or None when the block is not finished."""
@@ -140,19 +181,41 @@ class BlockStore:
         self._check(block, tensors)
         if self._journals.pop(block, None) is not None:
             self._journal_path(block).unlink()
+        parts = [_bytes_of(tensors[name]) for name in planned]
         digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        self._write_bytes(planned, parts)
+        journal = Journal(fingerprint=self._fingerprint, sha256=digest.hexdigest(), linears=tuple(records))
+        raw = self._keep(block, journal)
+        if self._copies is not None:
+            self._copies.save(block, raw, b"".join(parts))
+
+    def _write_bytes(self, planned: Mapping[str, StoredTensor], parts: Sequence[memoryview]) -> None:
+        """Write the bytes of tensors, given in one piece or a piece for each, and wait until they are durable.
+
+        Raises:
+            MachineError: the disk is full.
+        """
+        whole = memoryview(parts[0]) if len(parts) == 1 else None
         with disk_errors(self.checkpoint), ExitStack() as stack:
             paths = {stored.path for stored in planned.values()}
             streams = {path: stack.enter_context(path.open("rb+")) for path in paths}
-            for name, stored in planned.items():
-                data = _bytes_of(tensors[name])
-                digest.update(data)
+            begin = 0
+            for index, stored in enumerate(planned.values()):
+                size = stored.info.size_bytes
+                data = whole[begin : begin + size] if whole is not None else parts[index]
                 write_at(streams[stored.path].fileno(), data, stored.offset)
+                begin += size
             for stream in streams.values():
                 _sync(stream.fileno())
-        journal = Journal(fingerprint=self._fingerprint, sha256=digest.hexdigest(), linears=tuple(records))
-        write_atomic(self._journal_path(block), journal.model_dump_json(indent=2).encode() + b"\n")
+
+    def _keep(self, block: int, journal: Journal) -> bytes:
+        """Write the journal of a block whose bytes are durable, and return its bytes."""
+        raw = journal.model_dump_json(indent=2).encode() + b"\n"
+        write_atomic(self._journal_path(block), raw)
         self._journals[block] = journal
+        return raw
 
     def write_from(self, tensors: Mapping[str, StoredTensor], linears: Sequence[LinearRecord]) -> None:
         """Write every unfinished block from a checkpoint whose quantized tensors have the same inputs.

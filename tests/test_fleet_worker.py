@@ -1,0 +1,121 @@
+"""Tasks of one recipe on several machines that share a store."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from packager.errors import PlanError
+from packager.fleet.store import FolderStore
+
+if TYPE_CHECKING:
+    from packager.fleet.worker import TaskOrder
+
+REPOSITORY = "tester/tiny-GPTQ"
+
+
+class Fleet:
+    """Machines with a folder each, a store, and a recipe."""
+
+    def __init__(self, root: Path, recipe: Path) -> None:
+        from packager.fleet.worker import inputs_digest
+        from packager.recipe.file import RecipeFile
+
+        self.root, self.recipe = root, recipe
+        self.inputs = inputs_digest(RecipeFile.load(recipe))
+        self.store = FolderStore(root / "store")
+
+    def order(self, stage: str, *branches: str) -> "TaskOrder":
+        from packager.fleet.worker import TaskOrder
+
+        return TaskOrder.model_validate(
+            {"recipe": str(self.recipe), "inputs": self.inputs, "store": str(self.root / "store"), "stage": stage,
+             "branches": branches}
+        )  # fmt: skip
+
+    def run(self, machine: str, stage: str, *branches: str) -> None:
+        from packager.fleet.worker import run_task
+        from packager.system.terminal import Terminal
+        from tests.tiny_recipe import options
+
+        run_task(self.order(stage, *branches), options(self.root / machine), Terminal(quiet=True))
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    from tests.tiny_recipe import write_all
+
+    return Fleet(tmp_path, write_all(tmp_path / "recipe"))
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_machines_that_share_a_recipe_make_the_bytes_of_one(fleet: Fleet, tmp_path: Path) -> None:
+    from packager.pipeline import flow
+    from packager.recipe.file import RecipeFile
+    from packager.system.terminal import Terminal
+    from tests.tiny_recipe import ACT_ORDER, MAIN, THREE_BITS, options
+
+    flow.build(RecipeFile.load(fleet.recipe), options(tmp_path / "alone"), Terminal(quiet=True))
+    fleet.run("one", "fetch")
+    fleet.run("one", "sweep", MAIN)
+    fleet.run("two", "sweep", ACT_ORDER, THREE_BITS)
+    fleet.run("three", "evaluate")
+    fleet.run("one", "verify")
+    fleet.run("two", "card")
+    fleet.run("publisher", "publish")
+    alone, together = (files_below(tmp_path / name / "builds") for name in ("alone", "publisher"))
+    assert together == alone
+    assert (tmp_path / "publisher" / "hub" / "models" / REPOSITORY / "README.md").is_file()
+    before = files_below(tmp_path / "publisher" / "hub")
+    fleet.run("publisher", "publish")  # again, as after a lost answer: nothing is doubled
+    heads = [name for name in before if "/refs/heads/" in name]
+    assert heads
+    assert {name: before[name] for name in heads} == {
+        name: data for name, data in files_below(tmp_path / "publisher" / "hub").items() if name in heads
+    }
+
+
+class MachineLost(BaseException):
+    """The end of a machine, which nothing catches."""
+
+
+@pytest.mark.slow
+def test_a_lost_task_goes_on_after_its_last_block_elsewhere(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from packager.fleet.shared_work import SharedBlocks
+    from tests.tiny_recipe import MAIN
+
+    save: Callable[..., None] = SharedBlocks.save
+    saved: list[int] = []
+
+    def lose(self: SharedBlocks, block: int, journal: bytes, data: bytes) -> None:
+        save(self, block, journal, data)
+        saved.append(block)
+        raise MachineLost
+
+    monkeypatch.setattr(SharedBlocks, "save", lose)
+    with pytest.raises(MachineLost):
+        fleet.run("lost", "sweep", MAIN)
+    assert saved == [0]
+    monkeypatch.setattr(SharedBlocks, "save", lambda self, *rest: (save(self, *rest), saved.append(rest[0])))
+    fleet.run("other", "sweep", MAIN)
+    assert saved[1:] == list(range(1, saved[-1] + 1)), "block 0 is not computed again"
+    fleet.run("undisturbed", "fetch")
+    assert fleet.store.names(f"{REPOSITORY}/blocks") == []
+    fleet.store.delete(REPOSITORY)
+    fleet.run("alone", "sweep", MAIN)
+    alone, other = (files_below(tmp_path / name / "builds") for name in ("alone", "other"))
+    assert alone == other
+
+
+def test_a_machine_with_another_recipe_refuses_the_task(fleet: Fleet) -> None:
+    text = fleet.recipe.read_text()
+    fleet.recipe.write_text(text.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(PlanError, match="would build something else"):
+        fleet.run("one", "fetch")
