@@ -379,7 +379,7 @@ def test_findings_name_the_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent / "golden" / "cards").glob("*.md")), ids=lambda path: path.stem
+    "path", sorted((Path(__file__).parent / "golden" / "cards").glob("fixture_*.md")), ids=lambda path: path.stem
 )
 def test_our_own_cards_pass(tmp_path: Path, path: Path) -> None:
     folder = Checkpoint().write(tmp_path / "branch")

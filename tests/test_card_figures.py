@@ -603,7 +603,7 @@ def test_branches_that_were_measured_on_other_rows_are_not_compared() -> None:
 def test_one_branch_alone_is_no_extreme() -> None:
     recipe = fixtures.minimal_recipe()
     (words,) = descriptions(render(recipe, fixtures.minimal_receipts(recipe)))
-    assert words == "4-bit, without Act Order, one group per row. What you get when no branch is named."
+    assert words == "4-bit, with static Act Order, one group per row. What you get when no branch is named."
 
 
 def test_every_smallest_branch_is_named_with_its_cost() -> None:

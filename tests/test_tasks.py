@@ -30,10 +30,11 @@ from packager.prove.task_figures import mean_with_error, recovery_of
 from packager.receipt import PROVENANCE, Provenance, Receipt
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
-from packager.recipe.task_models import Task, read_definition
+from packager.recipe.task_models import EvaluationTask, read_definition
 from packager.records import TaskDocuments, TaskRecord
 from tests.card_fixtures import minimal_receipts, minimal_recipe
 from tests.card_page import assert_well_formed, front_matter
+from tests.earlier_recipes import earlier_digest
 from tests.golden_files import check_golden
 from tests.tiny_recipe import MAIN, build, workspace, write_all, write_recipe
 
@@ -243,7 +244,7 @@ def toy_inputs(folder: Path) -> tuple[prove_tasks.TaskInput, ...]:
     documents = TaskDocuments(source="birds.jsonl", sha256=("0" * 64,))
     return (
         prove_tasks.TaskInput(
-            task=Task.model_validate(BIRDS), definition=definition, definition_sha256="1" * 64,
+            task=EvaluationTask.model_validate(BIRDS), definition=definition, definition_sha256="1" * 64,
             files={"test": [folder / "birds.jsonl"]}, documents={"test": documents},
         ),
     )  # fmt: skip
@@ -464,23 +465,7 @@ def test_a_dataset_s_branch_is_pinned_by_the_lock(inputs: Path) -> None:
 def test_tasks_do_not_change_the_digests_of_recipes_without_them(inputs: Path) -> None:
     loaded = RecipeFile.load(write_recipe(inputs, TWO))
     assert "tasks" not in json.dumps(loaded.recipe.evaluation.text())
-    assert loaded.recipe.digest() == without_tasks(loaded)
-
-
-def without_tasks(loaded: RecipeFile) -> str:
-    """Return the digest as it was before recipes had tasks, by the content of an older release."""
-    from packager.receipt import digest_of
-
-    content = loaded.recipe.model_dump(mode="json")
-    del content["quality"], content["card"]["templates"], content["repository"]["plugin"]
-    del content["evaluation"]["tasks"]
-    for key in ("speed", "banner", "style"):
-        del content["card"][key]
-    for each in (content["defaults"], *content["variants"]):
-        for key in ("refine", "publish_below_floor"):
-            if not each.get(key, True):
-                del each[key]
-    return digest_of(content)
+    assert loaded.recipe.digest() == earlier_digest(loaded.recipe)
 
 
 @pytest.mark.slow

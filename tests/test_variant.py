@@ -12,6 +12,7 @@ from tests.known_models import known_architecture
 from tests.test_known_models import tiny_config, variant
 
 ORDERS: tuple[ActOrder, ...] = get_args(ActOrder)
+from tests.card_fixtures import llama_recipe
 
 
 @pytest.mark.parametrize(
@@ -90,3 +91,20 @@ def test_a_record_of_an_earlier_version_has_desc_act_alone() -> None:
     assert recorded_act_order({"desc_act": True, "static_groups": True}) == "full"
     assert recorded_act_order({}) is None
     assert recorded_act_order({"desc_act": "yes"}) is None
+
+
+@pytest.mark.parametrize(
+    ("common", "own"),
+    [({"refine": True}, {"refine": False}), ({"effort": "high"}, {"effort": "standard"}),
+     ({"target_correction": 0.5}, {"target_correction": 0.0})],
+    ids=str,
+)  # fmt: skip
+def test_what_a_variant_sets_back_to_the_default_is_part_of_the_digest(
+    common: dict[str, Any], own: dict[str, Any]
+) -> None:
+    recipe = llama_recipe()
+    defaults = recipe.defaults.model_copy(update=common)
+    first, *rest = recipe.variants
+    inherits = recipe.model_copy(update={"defaults": defaults})
+    sets_back = inherits.model_copy(update={"variants": (first.model_copy(update=own), *rest)})
+    assert len({recipe.digest(), inherits.digest(), sets_back.digest()}) == 3

@@ -27,7 +27,7 @@ from packager.prove.loaders import ISOLATED, LOADERS, LoaderSpec
 from packager.receipt import EVALUATION_VERSION, PROVENANCE, README, Receipt, digest_of
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
-from packager.recipe.task_models import Task
+from packager.recipe.task_models import EvaluationTask
 from packager.system.files import file_records, sha256_file
 from packager.system.parallel import in_parallel
 from packager.system.terminal import Terminal
@@ -307,7 +307,7 @@ def input_digests(recipe_file: RecipeFile, base: Mapping[str, str]) -> InputDige
     )
 
 
-def _documents(task: Task) -> tuple[str | None, ...]:
+def _documents(task: EvaluationTask) -> tuple[str | None, ...]:
     return tuple(data.path for data in task.sources.values())
 
 

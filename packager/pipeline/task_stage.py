@@ -22,7 +22,7 @@ from packager.prove.environments import environment_name
 from packager.prove.tasks import TASKS_SPEC, ModelScores, TaskInput, TasksModel, measure_tasks, task_records
 from packager.receipt import CONFIG, INDEX_SUFFIX, TOKENIZER_FILES, digest_of
 from packager.recipe.file import RecipeFile
-from packager.recipe.task_models import TASK_DATA_FORMATS, Task, TaskData, read_definition
+from packager.recipe.task_models import TASK_DATA_FORMATS, EvaluationTask, TaskData, read_definition
 from packager.records import Record, TaskDocuments
 from packager.system.files import disk_errors, open_regular, sha256_file, write_atomic
 
@@ -100,7 +100,7 @@ def task_inputs(recipe_file: RecipeFile) -> tuple[TaskInput, ...]:
     return tuple(_input(recipe_file, task) for task in recipe_file.recipe.evaluation.tasks)
 
 
-def _input(recipe_file: RecipeFile, task: Task) -> TaskInput:
+def _input(recipe_file: RecipeFile, task: EvaluationTask) -> TaskInput:
     found = {key: _files(recipe_file, task, data) for key, data in task.sources.items()}
     formats = {TASK_DATA_FORMATS[path.suffix.lower()] for paths in found.values() for path in paths}
     if len(formats) > 1:
@@ -127,7 +127,7 @@ def _input(recipe_file: RecipeFile, task: Task) -> TaskInput:
     )  # fmt: skip
 
 
-def _files(recipe_file: RecipeFile, task: Task, data: TaskData) -> list[Path]:
+def _files(recipe_file: RecipeFile, task: EvaluationTask, data: TaskData) -> list[Path]:
     if data.path is not None:
         return [recipe_file.resolve(data.path)]
     split = download_split(str(data.dataset), str(data.revision), data.config, str(data.split))

@@ -19,7 +19,7 @@ from packager.prove.environments import RuntimeContext, ensure_environment, envi
 from packager.prove.loaders import LOADERS, LoaderSpec
 from packager.prove.probes import TAIL_LINES, probe_environ, runtime_view
 from packager.prove.task_figures import mean_with_error, recovery_of
-from packager.recipe.task_models import TASK_DATA_FORMATS, Task, TaskDefinition
+from packager.recipe.task_models import TASK_DATA_FORMATS, EvaluationTask, TaskDefinition
 from packager.records import Record, TaskDocuments, TaskRecord
 from packager.system.confinement import confined_command, private_folder
 from packager.system.files import disk_errors, open_regular
@@ -101,7 +101,7 @@ class TaskInput:
         documents: the same for the record.
     """
 
-    task: Task
+    task: EvaluationTask
     definition: TaskDefinition | None
     definition_sha256: str
     files: Mapping[str, Sequence[Path]]

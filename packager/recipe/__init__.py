@@ -338,14 +338,12 @@ class Recipe(Strict):
         ):
             if not content[section][key]:
                 del content[section][key]
-        unused: dict[str, tuple[object, ...]] = {
-            "publish_below_floor": (False,), "refine": (None, False), "target_correction": (None, 0.0),
-            "effort": (None, "standard"),
-        }  # fmt: skip
-        for parameters in (content["defaults"], *content["variants"]):
-            for key, values in unused.items():
-                if key in parameters and parameters[key] in values:
-                    del parameters[key]
+        # A variant that says what is the default all the same may differ from its defaults.
+        own = {"publish_below_floor": False, "refine": None, "target_correction": None, "effort": None}
+        common = {"refine": False, "target_correction": 0.0, "effort": "standard"}
+        for parameters, unused in ((content["defaults"], common), *((entry, own) for entry in content["variants"])):
+            for key in [key for key, value in unused.items() if parameters[key] == value]:
+                del parameters[key]
         return digest_of(content)
 
 

@@ -15,7 +15,7 @@ from packager.model.lock import Lock, dataset_key
 from packager.recipe import Recipe
 from packager.recipe.lock_file import lock_path, read_recipe_lock
 from packager.recipe.parsed_recipe import ParsedRecipe, Unreadable, name_of, task_data_places, text_places
-from packager.recipe.task_models import Task, TaskData
+from packager.recipe.task_models import EvaluationTask, TaskData
 from packager.recipe.text_models import TextSource
 from packager.recipe.yaml import LocatedProblem, Position, Scalar
 from packager.system.text import quoted
@@ -105,7 +105,7 @@ def with_locked_commits(recipe: Recipe, lock: Lock) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def _pinned_task(task: Task, lock: Lock) -> Task:
+def _pinned_task(task: EvaluationTask, lock: Lock) -> EvaluationTask:
     examples = task.fewshot if task.fewshot is None else _pinned_text(task.fewshot, lock)
     return task.model_copy(update={"data": _pinned_text(task.data, lock), "fewshot": examples})
 

@@ -71,7 +71,7 @@ class Leaderboard(Strict):
     percent: bool = Field(default=True, description="whether that leaderboard counts in per cent, and not from 0 to 1")
 
 
-class Task(Strict):
+class EvaluationTask(Strict):
     """A task of lm-evaluation-harness, measured on the fp16 model and on every variant."""
 
     name: TaskName
@@ -99,7 +99,7 @@ class Task(Strict):
         return {"test": self.data, **({"fewshot": self.fewshot} if self.fewshot is not None else {})}
 
 
-Tasks = Annotated[tuple[Task, ...], Field(max_length=_MOST_TASKS)]
+Tasks = Annotated[tuple[EvaluationTask, ...], Field(max_length=_MOST_TASKS)]
 
 
 class _Metric(Strict):
