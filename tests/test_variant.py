@@ -8,11 +8,11 @@ from pydantic import ValidationError
 from packager.pipeline.branch_files import BranchNames, portable_config, quantization_config
 from packager.recipe import Defaults, VariantEntry, expand
 from packager.variant import ActOrder, branch_name, parsed_branch_name, recorded_act_order
+from tests.card_fixtures import llama_recipe
 from tests.known_models import known_architecture
 from tests.test_known_models import tiny_config, variant
 
 ORDERS: tuple[ActOrder, ...] = get_args(ActOrder)
-from tests.card_fixtures import llama_recipe
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from packager.pipeline.plan import make_plan
 from packager.pipeline.running import shown_while_running
 from packager.pipeline.stages import evaluate, quantize_and_pack, run_loaders
 from packager.publish.sign_release import SigningKeys
-from packager.receipt import Record, digest_of
+from packager.receipt import digest_of
 from packager.recipe.file import RecipeFile
+from packager.records import Record
 from packager.system.terminal import Terminal
 
 

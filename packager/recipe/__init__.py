@@ -339,8 +339,13 @@ class Recipe(Strict):
             if not content[section][key]:
                 del content[section][key]
         # A variant that says what is the default all the same may differ from its defaults.
-        own = {"publish_below_floor": False, "refine": None, "target_correction": None, "effort": None}
-        common = {"refine": False, "target_correction": 0.0, "effort": "standard"}
+        own: dict[str, object] = {
+            "publish_below_floor": False,
+            "refine": None,
+            "target_correction": None,
+            "effort": None,
+        }
+        common: dict[str, object] = {"refine": False, "target_correction": 0.0, "effort": "standard"}
         for parameters, unused in ((content["defaults"], common), *((entry, own) for entry in content["variants"])):
             for key in [key for key, value in unused.items() if parameters[key] == value]:
                 del parameters[key]
