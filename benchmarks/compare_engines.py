@@ -129,8 +129,10 @@ def with_both_engines(recipe: Recipe, seed: int) -> Recipe:
     """Return a recipe with each variant twice, once by each engine, calibrated on the rows of a seed; no loaders."""
 
     def entry(index: int, suffix: str, engine: EngineName) -> VariantEntry:
-        branch = recipe.expanded_variants()[index].branch
-        changes = {"scale_search": False, "branch": branch + suffix, "engine": engine}
+        variant = recipe.expanded_variants()[index]
+        # An act order that is left out is another one for each engine.
+        order = {"act_order": variant.act_order, "desc_act": None}
+        changes = {"scale_search": False, "branch": variant.branch + suffix, "engine": engine, **order}
         return recipe.variants[index].model_copy(update=changes)
 
     variants = [entry(index, suffix, engine) for engine, suffix in _ENGINES for index in range(len(recipe.variants))]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from packager.model.branch_config import branch_file, normalized
-from packager.model.branch_rules import BRANCH_RULES, ModelFacts, is_path
+from packager.model.branch_rules import BRANCH_RULES, ModelFacts
+from packager.model.config_values import is_path
 from packager.prove.audit import audit
 from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from tests.test_known_models import tiny_config

@@ -28,7 +28,12 @@ def module() -> Iterator[Any]:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    changes = {"variants": [{"branch": "main", "scale_search": True}, {"group_size": 16, "damp_percent_limit": 0.2}]}
+    changes = {
+        "variants": [
+            {"branch": "main", "scale_search": True},
+            {"group_size": 16, "act_order": "none", "damp_percent_limit": 0.2},
+        ]
+    }
     return tiny_recipe.write_all(tmp_path / "recipe", changes)
 
 

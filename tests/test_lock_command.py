@@ -767,3 +767,19 @@ def test_a_base_model_of_several_dtypes_builds_and_keeps_them(recipe: Path, tmp_
     assert {built[name].dtype for name in tensors if "norm" in name} == {"F32"}
     assert {built[name].dtype for name in ("lm_head.weight", "model.embed_tokens.weight")} == {"F16"}
     assert audit(folder).errors == ()  # of strangers, too, who have no lock
+
+
+def test_a_lock_has_no_path_of_the_machine_that_trained_the_model(recipe: Path) -> None:
+    config_path = recipe.parent / "model" / "config.json"
+    content = json.loads(config_path.read_text())
+    config_path.write_text(json.dumps(content | {"_name_or_path": "/home/someone/run", "note": {"from": "~/data"}}))
+    lock = lock_now(recipe)
+    assert "_name_or_path" not in lock.model.config
+    assert lock.model.config["note"] == {}
+    assert "/home/someone" not in lock_path(recipe).read_text()
+    # The folder is still the one that the lock was made of, and another value elsewhere is seen.
+    open_source(RecipeFile.load(recipe), lambda _: None)
+    config_path.write_text(json.dumps(content | {"_name_or_path": "/home/other", "rms_norm_eps": 0.5, "note": {}}))
+    with pytest.raises(SourceError, match="not the one that the lock was made of") as caught:
+        open_source(RecipeFile.load(recipe), lambda _: None)
+    assert caught.value.why.startswith("rms_norm_eps is 0.5")

@@ -119,7 +119,7 @@ def test_an_edit_is_uploaded_alone_and_rolled_back(fixture: HubReleaseFixture) -
     fixture.run("card", fixture.recipe, "--dist", fixture.dist)
     plan = json.loads(fixture.publish("--dry-run", "--format", "json"))
     changed = [[change["name"] for change in entry["changed"]] for entry in plan["branches"]]
-    assert changed == [["README.md", "provenance.json"]] * 3
+    assert changed == [["README.md", "provenance.json", "recipe.yaml"]] * 3
     fixture.publish("--yes")
     assert len(fixture.hub.uploaded) == sent, "the weights are the same"
     assert trees(fixture.path).keys() == before.keys()

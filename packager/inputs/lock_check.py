@@ -6,7 +6,7 @@ from pathlib import Path
 from packager.errors import SourceError
 from packager.inputs.chat_template import chat_template_digest
 from packager.model.architecture import Architecture
-from packager.model.config_values import shortened
+from packager.model.config_values import shortened, without_paths
 from packager.receipt import CONFIG, SAFETENSORS, FileRecord
 from packager.recipe.file import RecipeFile
 
@@ -15,12 +15,12 @@ _ABSENT = object()
 
 
 def check_locked_config(config: Mapping[str, object], folder: Path, architecture: Architecture) -> None:
-    """Compare a folder's config.json with the lock's.
+    """Compare a folder's config.json with the lock's, which has no paths of machines.
 
     Raises:
         SourceError: they differ; names the keys.
     """
-    locked = architecture.config
+    config, locked = without_paths(config), without_paths(architecture.config)
     keys = sorted({*config, *locked})
     differ = [key for key in keys if config.get(key, _ABSENT) != locked.get(key, _ABSENT)]
     if differ:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from packager.model.architecture import Architecture
-from packager.model.config_values import DTYPES, text_part
+from packager.model.config_values import DTYPES, path_keys, text_part
 from packager.model.contract_files import TOKENIZER_FILE_KEYS, names_other_file
 from packager.model.rope import spelled_for_all
 from packager.model.tokenizer_file import config_for_all, model_with_merges_as_lines
@@ -20,13 +20,10 @@ from packager.receipt import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CON
 BRANCH_RULES_VERSION = 3
 NORMALIZED_FILES = (CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, TOKENIZER)
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-# An absolute path, one below a home folder, a Windows path, an address of a file.
-_PATH = re.compile(r"(?:file://\S|(?:~/|/|[A-Za-z]:[\\/])[\w.+@%-])[^\n]*")
 _LOADED_FROM = re.compile(r".*name_or_path|_?is_local|_commit_hash")
 _CODE_KEYS = ("auto_map", "custom_pipelines")
 _OUTPUT_KEYS = ("output_hidden_states", "output_attentions", "output_router_logits")
 _ATTENTION_KEYS = ("_attn_implementation", "attn_implementation", "_flash_attn_2_enabled")
-_TEXT_KEYS = ("_token", "_tokens", "template")  # tokens and templates are texts, which may look like a path
 DROPPED = object()  # the new value of a key that a branch does not have
 
 Document = Mapping[str, object]
@@ -93,18 +90,6 @@ def _loaded_from(document: Document, _: ModelFacts) -> Document:
 
 def _paths(document: Document, _: ModelFacts) -> Document:
     return dict.fromkeys(path_keys(document), DROPPED)
-
-
-def path_keys(document: Document) -> list[str]:
-    """Return the keys whose value is a path of some machine; tokens and templates may only look like one."""
-    return [key for key, value in document.items() if not key.endswith(_TEXT_KEYS) and is_path(value)]
-
-
-def is_path(value: object) -> bool:
-    """Return whether a value of a config, or an item of a list there, is a path of some machine."""
-    if isinstance(value, list):
-        return any(map(is_path, value))
-    return isinstance(value, str) and _PATH.fullmatch(value) is not None
 
 
 def _code(document: Document, _: ModelFacts) -> Document:

@@ -1,8 +1,10 @@
 """Read a base model's config.json: the file, and its values with their types."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from packager.errors import SourceError
 from packager.model.contract_files import CONTENT_RULES, check_content
@@ -15,12 +17,40 @@ DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 MOST_BLOCKS = 1000  # larger numbers are typing errors, as beyond LARGEST_SIZE, and planning them would never end
 LARGEST_SIZE = 1 << 24
 _MAX_SHORT = 40
+# An absolute path, one below a home folder, a Windows path, an address of a file.
+_PATH = re.compile(r"(?:file://\S|(?:~/|/|[A-Za-z]:[\\/])[\w.+@%-])[^\n]*")
+_TEXT_KEYS = ("_token", "_tokens", "template")  # tokens and templates are texts, which may look like a path
 # Keys of the text part that packager reads, with the names under which config.json may have each.
 READ_KEYS = {
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
     "rope_parameters": ("rope_scaling", "rope_parameters"),
     **{key: (key,) for key in ("sliding_window", "head_dim", "num_attention_heads", "vocab_size")},
 }
+
+
+def path_keys(document: Mapping[str, object]) -> list[str]:
+    """Return the keys whose value is a path of some machine; tokens and templates may only look like one."""
+    return [key for key, value in document.items() if not key.endswith(_TEXT_KEYS) and is_path(value)]
+
+
+def is_path(value: object) -> bool:
+    """Return whether a value of a config, or an item of a list there, is a path of some machine."""
+    if isinstance(value, list):
+        return any(map(is_path, value))
+    return isinstance(value, str) and _PATH.fullmatch(value) is not None
+
+
+def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config, and the objects in it, without the keys whose value is a path of some machine.
+
+    Trainers write the folder that a model was read from into its config.json; it says nothing of the model.
+    """
+    paths = path_keys(config)
+    return {
+        key: without_paths(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in paths
+    }
 
 
 def unusable_config(config: Mapping[str, object], what: str, folder: Path, error: Exception) -> SourceError:

@@ -7,9 +7,9 @@ files before the first block. docs/reference/lock.md describes the file. No torc
 from itertools import islice
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, JsonValue, StringConstraints, model_validator
 
-from packager.model.config_values import LARGEST_SIZE, MOST_BLOCKS
+from packager.model.config_values import LARGEST_SIZE, MOST_BLOCKS, without_paths
 from packager.model.name_patterns import MOST_NAMES, read_numbers
 from packager.receipt import FileRecord
 from packager.records import Record
@@ -185,7 +185,7 @@ class LockedModel(Record):
         tied: stored names of tensors that are another tensor and need not be stored.
         own: stored names of tensors that config.json calls tied, although the files hold values of their own for them.
         tensors: of the base model's files.
-        config: its config.json.
+        config: its config.json, without the paths that trainers leave in it: branches hold the lock.
         resolved: what transformers takes for keys that `config` leaves out in its part about the language model, of
             those that packager reads; None in locks of older releases.
     """
@@ -200,7 +200,7 @@ class LockedModel(Record):
     tied: tuple[Name, ...]
     own: tuple[Name, ...] = ()
     tensors: Annotated[tuple[LockedTensors, ...], Field(min_length=1, max_length=MOST_NAMES)]
-    config: dict[str, JsonValue]
+    config: Annotated[dict[str, JsonValue], AfterValidator(without_paths)]
     resolved: dict[str, JsonValue] | None = None
 
     @model_validator(mode="after")

@@ -4,8 +4,8 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from packager.model.branch_rules import path_keys
 from packager.model.checkpoint import PORTABLE_KEYS, PORTABLE_PARAMETERS
+from packager.model.config_values import path_keys
 from packager.prove.audit.config import missing_code
 from packager.prove.audit.files import JsonObject, Listing, as_object
 from packager.prove.audit.values import V1
