@@ -42,7 +42,7 @@ def test_the_reference_is_chosen_by_size_and_scaled() -> None:
     (found,) = durations(plan, Path("nowhere"))
     demo = REFERENCES[0]
     assert (found.here, found.measured) == (False, demo)
-    assert found.seconds["quantize"] == pytest.approx(4 * SIGNED_WORK["cpu"] * demo.seconds["quantize"])
+    assert found.seconds["quantize"] == pytest.approx(4 * demo.seconds["quantize"])
     assert found.seconds["evaluate"] == pytest.approx(5 * demo.seconds["evaluate"] * 16_384 / 16_320)
     assert found.seconds["pack"] is None
     large = durations(plan_of("llama-2-13b-chat.yaml"), Path("nowhere"))
@@ -93,6 +93,7 @@ def test_the_references_are_the_figures_of_the_measurements() -> None:
         return tuple(map(float, found if isinstance(found, tuple) else (found,)))
 
     demo, small, large = REFERENCES
+    assert [each.work for each in REFERENCES] == [SIGNED_WORK["cpu"], 1.0, 1.0]  # whose scales were positive
     (quantize,) = figures(r"quantize, four variants, 16,384 calibration tokens, .* ([\d.]+) s \|")
     (evaluate,) = figures(r"evaluate fp16 and four variants, 16,320 tokens .* ([\d.]+) s \|")
     environments, verify = figures(r"over four variants, of which (\d+) s made .* ([\d.]+) s \|")
