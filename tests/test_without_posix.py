@@ -8,6 +8,7 @@ numpy needs `os.uname` on Linux, so that stays.
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,11 @@ BASE_COMMANDS = ("plan", "init", "card", "status", "audit", "verify-published", 
 
 def run(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_POSIX + code, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # Its locks are others than those of the tests beside it: of their temporary folder it would remove each scratch
+    # folder as an abandoned one.
+    with tempfile.TemporaryDirectory() as folder:
+        environ = {**os.environ, "TMPDIR": folder}
+        return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
 
 
 def packager(*arguments: str) -> str:
