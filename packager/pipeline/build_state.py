@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from packager.quantize.block_store import BlockCopies
 
 StageName = Literal["weights", "evaluate", "verify", "tasks"]
-_LONG_TO_HASH_BYTES = 2_000_000_000
 STAGES: tuple[StageName, ...] = ("weights", "evaluate", "verify", "tasks")
 
 
@@ -179,7 +178,7 @@ class BuildState:
         """
         branches = [variant_plan.variant.branch for variant_plan in self.plan.variants]
         size_bytes = sum(_bytes_in(self.workspace.folder(branch)) for branch in branches)
-        if size_bytes >= _LONG_TO_HASH_BYTES:
+        if long_to_hash(size_bytes):
             self.terminal.log(f"comparing {format_bytes(size_bytes)} of finished files with their records")
         found = in_parallel(self.read_receipt, branches)
         self.receipts |= {receipt.provenance.branch: receipt for receipt in found if receipt is not None}

@@ -15,12 +15,13 @@ from pydantic import ValidationError
 from packager.errors import CalibrationError, MachineError, RecipeError
 from packager.inputs.base_model import SourceModel
 from packager.inputs.dataset_files import download_split
+from packager.inputs.linked_weights import link_weights
 from packager.pipeline.build_state import BuildState, require_build_extra
 from packager.pipeline.plan import VariantPlan
 from packager.pipeline.stages import update_receipt
 from packager.prove.environments import environment_name
 from packager.prove.tasks import TASKS_SPEC, ModelScores, TaskInput, TasksModel, measure_tasks, task_records
-from packager.receipt import CONFIG, INDEX_SUFFIX, TOKENIZER_FILES, digest_of
+from packager.receipt import CONFIG, TOKENIZER_FILES, digest_of
 from packager.recipe.file import RecipeFile
 from packager.recipe.task_models import TASK_DATA_FORMATS, EvaluationTask, TaskData, read_definition
 from packager.records import Record, TaskDocuments
@@ -189,13 +190,5 @@ def _stage_base(source: SourceModel, folder: Path, tokenizer: Mapping[str, Path]
         (folder / CONFIG).write_text(json.dumps(source.config), encoding="utf-8")
         for name, path in tokenizer.items():
             shutil.copyfile(path, folder / name)
-        names = {path: path.name for path in sorted({stored.path for stored in source.tensors.values()})}
-        if len(names) == 1:
-            names = dict.fromkeys(names, "model.safetensors")
-        else:
-            weight_map = {name: names[stored.path] for name, stored in source.tensors.items()}
-            index = json.dumps({"metadata": {}, "weight_map": weight_map})
-            (folder / f"model{INDEX_SUFFIX}").write_text(index, encoding="utf-8")
-        for path, name in names.items():
-            (folder / name).symlink_to(path.resolve())
+        names = link_weights(source, folder)
     return {name: source.record.files[path.name].sha256 for path, name in names.items()}

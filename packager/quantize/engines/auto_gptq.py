@@ -18,6 +18,7 @@ from typing import Any
 from packager import __version__
 from packager.errors import LoaderUnavailableError, MachineError, PackError, QuantizeError
 from packager.inputs.base_model import SourceModel
+from packager.inputs.linked_weights import link_weights
 from packager.prove.environments import RuntimeContext, ensure_environment, environment_in_use, installed_versions
 from packager.prove.loaders import LOADERS, LoaderSpec
 from packager.prove.probes import probe_environ, runtime_view
@@ -26,7 +27,7 @@ from packager.quantize.engines.auto_gptq_files import AUTO_GPTQ_LOCK, AUTO_GPTQ_
 from packager.quantize.engines.legacy_config import legacy_config
 from packager.quantize.engines.protocol import EngineResult
 from packager.quantize.job import BlockDone, LinearsDone, QuantizeJob, Report
-from packager.receipt import CONFIG, INDEX_SUFFIX, LinearRecord
+from packager.receipt import CONFIG, LinearRecord
 from packager.system.confinement import confined_command, private_folder
 from packager.system.files import TEMPORARY_PREFIX, disk_errors, open_regular
 from packager.system.processes import ending, tail
@@ -129,15 +130,7 @@ def _stage_model(source: SourceModel, folder: Path) -> None:
     folder.mkdir()
     config = json.dumps(legacy_config(source.config), indent=2)
     (folder / CONFIG).write_text(config, encoding="utf-8")
-    names = {path: path.name for path in sorted({stored.path for stored in source.tensors.values()})}
-    if len(names) == 1:
-        names = dict.fromkeys(names, "model.safetensors")
-    else:
-        weight_map = {name: names[stored.path] for name, stored in source.tensors.items()}
-        index = json.dumps({"metadata": {}, "weight_map": weight_map})
-        (folder / f"model{INDEX_SUFFIX}").write_text(index, encoding="utf-8")
-    for path, name in names.items():
-        (folder / name).symlink_to(path.resolve())
+    link_weights(source, folder)
 
 
 def _request(variant: Variant, folder: Path, job: QuantizeJob) -> Path:

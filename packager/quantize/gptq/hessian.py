@@ -105,14 +105,24 @@ class Hessian(ProductSums):
         return hessian_of_sum(self.take_total(), self.num_tokens)
 
 
-def hessian_of_sum(total: PanelSum | None, num_tokens: int) -> Tensor:
-    """Return H of a sum of x x^T, float32 [in_features, in_features].
+def required_sum(total: PanelSum | None, num_tokens: int) -> PanelSum:
+    """Return a sum over tokens.
 
     Raises:
         QuantizeError: there is no input.
     """
     if total is None or num_tokens == 0:
         raise QuantizeError("a linear never received an input")
+    return total
+
+
+def hessian_of_sum(total: PanelSum | None, num_tokens: int) -> Tensor:
+    """Return H of a sum of x x^T, float32 [in_features, in_features].
+
+    Raises:
+        QuantizeError: there is no input.
+    """
+    total = required_sum(total, num_tokens)
     n = total[0].shape[1]
     H = torch.empty(n, n, dtype=torch.float32, device=total[0].device)
     for panel, each in zip(panels(n), total, strict=True):

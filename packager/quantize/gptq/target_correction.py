@@ -16,8 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from packager.errors import QuantizeError
-from packager.quantize.gptq.hessian import PanelSum, ProductSums
+from packager.quantize.gptq.hessian import PanelSum, ProductSums, required_sum
 from packager.quantize.gptq.tensor_ops import TensorOps
 
 # Of mean(diag H), added to H where T is computed; QEP's program takes the same.
@@ -62,9 +61,7 @@ def shift_of_sum(total: PanelSum | None, num_tokens: int) -> Tensor:
     Raises:
         QuantizeError: there is no input.
     """
-    if total is None or num_tokens == 0:
-        raise QuantizeError("a linear never received an input")
-    (only,) = total
+    (only,) = required_sum(total, num_tokens)
     return only.mul_(2.0 / num_tokens)
 
 
