@@ -20,7 +20,7 @@ from packager.quantize.gptq.hessian import factorize
 from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.solve import Solution, solve
 from packager.quantize.gptq.tuned_linear import TunedLinear
-from packager.quantize.memory import SweepPlan
+from packager.quantize.memory import SweepPlan, Workload, sweep_ways
 from packager.quantize.ranks import alone
 from packager.quantize.repeatable_attention import RepeatableAttention
 from packager.quantize.suspended_forward import linears_of, run_forward
@@ -259,6 +259,35 @@ def test_a_tuned_variant_is_the_same_however_it_is_made(tmp_path: Path, monkeypa
         again, done = run(source, tmp_path / "alone", v)
     assert [step.resumed for step in done] == [True] * last + [False]
     assert (again, files(tmp_path / "alone")) == (records, expected)
+
+
+@pytest.mark.slow
+def test_a_correction_goes_on_beside_a_tuned_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no step is better the tuned variant is the untuned one: so both saw the same fp16 model in each block."""
+    schedule = TuningSchedule(steps=2, checks=1, rate=3.0, scale_rate=0.3)
+    monkeypatch.setattr("packager.quantize.tune_block.SCHEDULE", schedule)
+    source = source_of(tmp_path, "llama")
+    plain, tuned = (variant(effort=effort, target_correction=0.5) for effort in ("standard", "high"))
+    losses = []
+    for each in (plain, tuned):
+        records, _ = run(source, tmp_path / each.effort, each)
+        losses.append([record.loss for record in records[each.branch]])
+        assert each is plain or all(record.block_error == record.untuned_block_error for record in records[each.branch])
+    assert losses[0] == losses[1]
+
+
+def test_the_outputs_of_the_original_block_are_planned(tmp_path: Path) -> None:
+    """Where activations are what counts, a tuned variant takes one set more."""
+    architecture = source_of(tmp_path, "llama").architecture
+
+    def planned(num_samples: int, **fields: bool) -> int:
+        work = Workload(architecture=architecture, num_samples=num_samples, seq_len=64, num_variants=1, **fields)
+        return next(sweep_ways(work, "cuda")).device_bytes
+
+    first, second = 200_000, 400_000  # rows; the batch that runs is the same
+    plain = planned(second) - planned(first)
+    one_set = 2 * (second - first) * 64 * architecture.hidden_size
+    assert planned(second, tuned=True) - planned(first, tuned=True) == plain + one_set
 
 
 def test_blocks_with_experts_are_refused_before_anything_is_read(tmp_path: Path) -> None:
