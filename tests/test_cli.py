@@ -368,7 +368,7 @@ def test_standard_output_holds_only_json(tiny: Path) -> None:
 
 @pytest.mark.slow
 def test_messages_go_to_standard_error_unless_quiet(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("packager.pipeline.build_state._LONG_TO_HASH_BYTES", 1)
+    monkeypatch.setattr("packager.inputs.weights_digests._LONG_TO_HASH_BYTES", 1)
     talking = packager("publish", "recipe.yaml")
     assert re.match(r"comparing \d+\.\d\d [kM]B of finished files with their records\n", talking.stderr)
     assert "main: created at" in talking.stderr
