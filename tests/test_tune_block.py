@@ -1,13 +1,15 @@
 """effort: high: gradients against autograd, the start, the error of a block, bytes, and what is refused."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM
 
 from packager.model.batches import TOKENS_PER_BATCH
 from packager.model.packing import dequantize_linear
@@ -23,7 +25,8 @@ from packager.quantize.gptq.tuned_linear import TunedLinear
 from packager.quantize.memory import SweepPlan, Workload, sweep_ways
 from packager.quantize.ranks import alone
 from packager.quantize.repeatable_attention import RepeatableAttention
-from packager.quantize.suspended_forward import linears_of, run_forward
+from packager.quantize.suspended_forward import Reference, linears_of, run_forward
+from packager.quantize.tune_block import TunedBlock, Tuning, tune_block
 from packager.quantize.tuning_schedule import TuningSchedule
 from packager.variant import Variant
 from tests.test_block import CPU, BlockCase, records_of
@@ -145,16 +148,20 @@ class TunedCase(BlockCase):
 
     def quantize_towards(self, v: Variant) -> dict[str, Tensor]:
         """Quantize the block."""
-        self.targets = Activations(self.inputs, "host")
+        self.targets, fp16 = Activations(self.inputs, "host"), Activations([x * 1.25 for x in self.inputs], "host")
         run_forward(self.load(), (), self.targets, self.contexts)
+        reference = Reference(states=fp16, contexts=self.contexts, last=False) if v.target_correction else None
         self.states, self.reported = Activations(self.inputs, "host"), []
         job = BlockJob(
             variant=v, index=1, groups=self.groups, names=self.names, experts={}, states=self.states,
             targets=Activations(self.inputs, "host") if v.effort == "high" else None, contexts=self.contexts,
-            rank=alone(CPU), suspended=3, last=False, on_outputs_needed=lambda: None,
+            reference=reference, rank=alone(CPU), suspended=3, last=False, on_outputs_needed=lambda: None,
         )  # fmt: skip
         made = quantize_block(self.load, job, self.reported.append)
         self.records = records_of(made)
+        for index in range(len(fp16) if v.target_correction else 0):
+            nearer = fp16.get(index) * v.target_correction + self.targets.get(index) * (1 - v.target_correction)
+            self.targets.put(index, nearer)
         return dict(made.tensors)
 
     def error_of(self, tensors: dict[str, Tensor], bits: int) -> float:
@@ -183,7 +190,7 @@ def _double(value: object) -> object:
 CASES = [
     {"act_order": "none", "scale_search": "signed", "refine": True, "group_size": 16},
     {"act_order": "full", "scale_search": True, "bits": 3, "group_size": 32},
-    {"act_order": "static", "sym": False, "bits": 2, "group_size": -1},
+    {"act_order": "static", "sym": False, "bits": 2, "group_size": -1, "target_correction": 0.25},
     {"act_order": "group", "true_sequential": False, "bits": 8, "group_size": 16},
 ]
 
@@ -263,9 +270,20 @@ def test_a_tuned_variant_is_the_same_however_it_is_made(tmp_path: Path, monkeypa
 
 @pytest.mark.slow
 def test_a_correction_goes_on_beside_a_tuned_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no step is better the tuned variant is the untuned one: so both saw the same fp16 model in each block."""
+    """Where no step is better the tuned variant is the untuned one: so both saw the same fp16 model in each block.
+
+    The last block, too, is tuned towards outputs of the fp16 model: transformers computes the same.
+    """
     schedule = TuningSchedule(steps=2, checks=1, rate=3.0, scale_rate=0.3)
     monkeypatch.setattr("packager.quantize.tune_block.SCHEDULE", schedule)
+    outputs: list[Tensor] = []
+
+    def tune(block: nn.Module, solutions: Mapping[str, Solution], tuning: Tuning) -> TunedBlock:
+        assert tuning.fp16_outputs is not None
+        outputs.append(torch.cat([tuning.fp16_outputs.get(batch) for batch in range(len(tuning.states))]))
+        return tune_block(block, solutions, tuning)
+
+    monkeypatch.setattr("packager.quantize.block.tune_block", tune)
     source = source_of(tmp_path, "llama")
     plain, tuned = (variant(effort=effort, target_correction=0.5) for effort in ("standard", "high"))
     losses = []
@@ -274,6 +292,13 @@ def test_a_correction_goes_on_beside_a_tuned_block(tmp_path: Path, monkeypatch: 
         losses.append([record.loss for record in records[each.branch]])
         assert each is plain or all(record.block_error == record.untuned_block_error for record in records[each.branch])
     assert losses[0] == losses[1]
+    base = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    expected: list[Tensor] = []
+    for layer in base.model.layers:
+        layer.register_forward_hook(lambda _module, _args, output: expected.append(output))
+    with torch.no_grad():
+        base(token_rows().ids)
+    torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_outputs_of_the_original_block_are_planned(tmp_path: Path) -> None:

@@ -26,13 +26,7 @@ from packager.quantize.gptq.target_correction import InputShift, corrected_targe
 from packager.quantize.memory import expert_slices
 from packager.quantize.ranks import Owned, SweepRank
 from packager.quantize.solved_linears import SolvedLinears
-from packager.quantize.suspended_forward import (
-    Reference,
-    linears_of,
-    run_forward,
-    sweep_parallel,
-    sweep_sequential,
-)
+from packager.quantize.suspended_forward import Reference, linears_of, run_forward, sweep_parallel, sweep_sequential
 from packager.quantize.tune_block import Tuning, tune_block
 from packager.receipt import LinearRecord
 from packager.variant import Variant
@@ -53,7 +47,7 @@ class BlockJob:
         experts: for each parameter that holds linears of experts, a group by itself, the linears of each expert, one
             below another.
         states: the block's inputs; replaced by the quantized block's outputs.
-        targets: of a variant that is tuned, overwritten with the outputs of the original block.
+        targets: of a variant that is tuned, overwritten with what its outputs are compared with.
         contexts: the block's other arguments, one per batch.
         reference: the fp16 model's activations, of a variant with a target correction.
         rank: the device's place among those that share the rows.
@@ -342,7 +336,11 @@ class _BlockSolver:
         """Tune the linears together, pack them, and replace the states by the outputs of the tuned block."""
         job = self._job
         assert job.targets is not None, "there is a place for them"  # noqa: S101
-        tuning = Tuning(states=job.states, targets=job.targets, contexts=job.contexts, bits=job.variant.bits)
+        tuning = Tuning(
+            states=job.states, targets=job.targets, contexts=job.contexts, bits=job.variant.bits,
+            target_correction=job.variant.target_correction,
+            fp16_outputs=None if job.reference is None else job.reference.states,
+        )  # fmt: skip
         tuned = tune_block(load(), self._untuned, tuning)
         self._untuned.clear()
         for module, solution in tuned.solutions.items():

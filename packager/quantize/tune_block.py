@@ -1,8 +1,9 @@
 """Tune a quantized block (effort: high): integers and scales of all its linears, for outputs nearer to the original's.
 
 The solver quantizes one linear after the other, each for its own output. Here the linears of a block are tuned together
-against the error of the block's output: what the original block makes of the same inputs, which are those of the
-quantized model. Batches take turns. The parameters with the least error over all batches are kept, and the solver's are
+against the error of the block's output. Its target is what the original block makes of the same inputs, which are those
+of the quantized model; with a target correction, so much of the way from there to the fp16 model's own output. Batches
+take turns. The parameters with the least error over all batches are kept, and the solver's are
 among them, so the error of no block rises.
 """
 
@@ -34,15 +35,28 @@ class Tuning:
 
     Attributes:
         states: the block's inputs in the quantized model.
-        targets: overwritten with the outputs of the original block for these inputs.
+        targets: overwritten with what the block's outputs are compared with.
         contexts: the block's other arguments, one per batch.
         bits: of the solutions.
+        target_correction: how far the targets lie from the outputs of the original block for these inputs (0) towards
+            the outputs of the fp16 model (1).
+        fp16_outputs: of the block; None without a target correction.
     """
 
     states: Activations
     targets: Activations
     contexts: Sequence[Context]
     bits: int
+    target_correction: float = 0.0
+    fp16_outputs: Activations | None = None
+
+    def put_targets(self, block: nn.Module) -> None:
+        """Run the original block, and keep what its outputs shall be."""
+        for batch, context in enumerate(self.contexts):
+            target = run_block(block, self.states.get(batch), context)
+            if self.fp16_outputs is not None:
+                target = torch.lerp(target, self.fp16_outputs.get(batch), self.target_correction)
+            self.targets.put(batch, target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +105,7 @@ class _Tuner:
 
     def __init__(self, block: nn.Module, solutions: Mapping[str, Solution], tuning: Tuning) -> None:
         self._block, self._tuning, self._linears = block, tuning, linears_of(block)
-        for batch, context in enumerate(tuning.contexts):
-            tuning.targets.put(batch, run_block(block, tuning.states.get(batch), context))
+        tuning.put_targets(block)
         self._original = {name: self._linears[name].weight.detach() for name in solutions}
         for name, weight in self._original.items():
             self._linears[name].weight = nn.Parameter(torch.empty_like(weight), requires_grad=False)

@@ -247,7 +247,9 @@ class _VariantRun:
         stored = self._stored(context.index)
         reference = None
         if self._reference_states is not None:
-            reference = Reference(states=self._reference_states, contexts=context.reference_contexts, last=context.last)
+            # Tuning needs the outputs of the last block too.
+            last = context.last and self.variant.effort != "high"
+            reference = Reference(states=self._reference_states, contexts=context.reference_contexts, last=last)
         records: Sequence[LinearRecord]
         if stored is None:
             job = BlockJob(
