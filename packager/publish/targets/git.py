@@ -37,6 +37,7 @@ from packager.publish.targets.git_lfs import (
     pointer,
     read_files,
 )
+from packager.publish.targets.git_lfs_objects import LfsObjects
 from packager.publish.targets.git_locks import DEFAULT_WAITS, GitWaits
 from packager.publish.targets.git_remote import RemoteGit, create_bare, folder_of, is_absent
 from packager.publish.targets.git_staging import VIEW, Staging
@@ -86,6 +87,7 @@ class GitTarget:
             staging.absolute(), address, view=view, host=host, token=token, log=log, retries_s=waits.retries_s
         )
         self._staging = Staging(self._git, self._folder, url, waits)
+        self._objects = LfsObjects(self._git, self._folder, url, log)
         self._trees: dict[str, Mapping[str, StoredFile]] = {}
 
     @property
@@ -217,14 +219,12 @@ class GitTarget:
             return {**files, **kept}
 
     def read_bytes(self, commit: str, name: str, *, start: int = 0, size: int | None = None) -> bytes:
-        """Return a file's content, or a part of it; a git-lfs server sends the whole object, once."""
+        """Return a file's content, or a part of it; git-lfs by ssh sends the whole object, once."""
         with self._staging.open():
             stored = self._stored(commit, name)
             if stored.blob_id:
                 return self._git.read_blob(stored.blob_id, start=start, size=size)
-            with self._downloaded(stored).open("rb") as stream:
-                stream.seek(start)
-                return stream.read(-1 if size is None else size)
+            return self._objects.read(stored, start, size)
 
     def export(self, commit: str, name: str, path: Path) -> None:
         """Write a file's content to `path`."""
@@ -233,7 +233,7 @@ class GitTarget:
             if stored.blob_id:
                 self._git.export_blob(stored.blob_id, path)
             else:
-                copy_atomic(self._downloaded(stored), path)
+                copy_atomic(self._objects.whole(stored), path)
 
     def history(self, branch: str) -> Sequence[CommitRecord]:
         """Fetch all of a branch's commits."""
@@ -388,12 +388,3 @@ class GitTarget:
     def _upload(self, sha256s: Iterable[str]) -> None:
         """Upload the objects that the remote's store lacks."""
         self._git.reach("lfs", "push", "--object-id", "origin", *sorted(sha256s))
-
-    def _downloaded(self, stored: StoredFile) -> Path:
-        """Return the path of an object's content, downloaded if necessary."""
-        path = object_path(self._folder or self._staging.folder, stored.sha256)
-        if not path.exists() and not self._folder:
-            self._git.reach("lfs", "smudge", stdin=pointer(stored.sha256, stored.size_bytes), discard=True)
-        if not path.exists() or path.stat().st_size != stored.size_bytes:
-            raise PublishError(f"git-lfs has no object {stored.sha256}", where=self.where)
-        return path

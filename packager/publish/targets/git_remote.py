@@ -76,6 +76,9 @@ class RemoteGit(GitProcess):
         token: a password, or user:password; "" for none.
         log: gets a line per wait.
         retries_s: seconds between tries of a transfer.
+
+    Attributes:
+        authorization: the header that gives the token to its host; "" without a token.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class RemoteGit(GitProcess):
         user, _, password = token.strip().rpartition(":")
         user = user or "x-access-token"  # GitHub's user name for tokens; GitLab, Gitea and the Hub accept any
         basic = base64.b64encode(f"{user}:{password}".encode()).decode()
+        self.authorization = f"Basic {basic}" if password else ""
         self._askpass = worktree.absolute() / "packager-askpass"
         super().__init__(
             worktree,

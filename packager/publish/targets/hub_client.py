@@ -58,12 +58,12 @@ def read_content(
         if response.is_error:
             response.read()
         hf_raise_for_status(response)
-        if start and not _begins_with(response, start):
+        if start and not begins_with(response, start):
             raise AnswerError("the server does not send the part of the file that was asked for")
         yield from response.iter_bytes(_CHUNK_BYTES)
 
 
-def _begins_with(response: "Response", start: int) -> bool:
+def begins_with(response: "Response", start: int) -> bool:
     """Return whether an answer is the part of a file that begins with a byte, by its headers."""
     stated = re.match(r"bytes (\d{1,20})-", response.headers.get("Content-Range", ""))
     return response.status_code == HTTPStatus.PARTIAL_CONTENT and stated is not None and int(stated[1]) == start
