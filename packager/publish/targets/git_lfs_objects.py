@@ -78,13 +78,16 @@ class LfsObjects:
         try:
             return self._part_at_known(stored, start, size) or self._part(self._action(stored), stored, start, size)
         except Exception as error:
-            if not is_of_client(error):
-                raise
-            # The client's own messages show addresses, which are signed.
-            why = printable(str(error)) if isinstance(error, AnswerError) else type(error).__name__
+            if is_of_client(error):
+                self._ask_for_no_more(error)
+                return None
+            raise
+
+    def _ask_for_no_more(self, error: Exception) -> None:
+        # The client's own messages show addresses, which are signed.
+        why = printable(str(error)) if isinstance(error, AnswerError) else type(error).__name__
         self._sends_parts = False
         self._log(f"{self._address}: no part of a git-lfs object can be read ({why}); whole objects are downloaded")
-        return None
 
     def _part_at_known(self, stored: StoredFile, start: int, size: int) -> bytes | None:
         """Return a part from the address of an earlier part; None if there is none, or it has expired."""
