@@ -1,9 +1,6 @@
 """Targets of other packages: the example of docs/, as pip installs it, published to, and what can be wrong with one."""
 
 import re
-import shutil
-import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,28 +11,16 @@ from packager.errors import PublishError, RecipeError
 from packager.publish.targets.other_target import GROUP_OF_TARGETS, open_other_target
 from packager.recipe.file import RecipeFile
 from tests import tiny_recipe
-from tests.import_graph import ROOT
+from tests.installed_example import install_example
 from tests.publish_fixtures import heads
 
-EXAMPLE = ROOT / "docs" / "examples" / "target"
 PLUGGED = {"repository": {"id": tiny_recipe.REPOSITORY, "target": "plugin", "plugin": "acme"}}
 
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The example's package on the path, with the metadata that an installation writes."""
-    site = tmp_path / "site"
-    shutil.copytree(EXAMPLE / "acme_target", site / "acme_target")
-    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    info = site / "acme_target-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    lines = [f"{name} = {value}" for name, value in project["entry-points"][GROUP_OF_TARGETS].items()]
-    lines = [f"[{GROUP_OF_TARGETS}]", *lines, "none = acme_target:Mapping", "broken = acme_target:gone", ""]
-    (info / "entry_points.txt").write_text("\n".join(lines))
-    monkeypatch.syspath_prepend(str(site))
-    monkeypatch.delitem(sys.modules, "acme_target", raising=False)
-    return site
+    more = ["none = acme_target:Mapping", "broken = acme_target:gone"]
+    return install_example("target", GROUP_OF_TARGETS, tmp_path / "site", monkeypatch, more)
 
 
 def test_a_recipe_is_published_to_the_target_of_another_package(
@@ -72,7 +57,7 @@ def test_what_is_no_target_is_refused(installed: Path, name: str, why: str) -> N
 
 
 def test_a_target_that_lacks_something_is_refused(installed: Path) -> None:
-    with (installed / "acme_target" / "__init__.py").open("a") as stream:
+    with (installed / "__init__.py").open("a") as stream:
         stream.write("\n\ndef gone(*_: object) -> object:\n    return object()\n")
     with pytest.raises(PublishError, match=r"the target broken lacks methods of a target") as caught:
         open_other_target("broken", "a/b", {}, print)

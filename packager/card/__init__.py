@@ -29,6 +29,7 @@ from packager.card.speed import speed_rows
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
 from packager.model.front_matter import split_front_matter
+from packager.model.runtimes import title_of
 from packager.receipt import AUTOGPTQ_PINS, PICTURE_FILES, LoaderRunRecord, Provenance
 from packager.recipe import CardStyle, Recipe
 from packager.system.text import format_bytes
@@ -238,7 +239,7 @@ def _context(
             *((f"{HUB}/{recipe.base_model.id}",) if recipe.base_model.revision is not None else ()),
         },
         "loaders": loaders,
-        "loader_titles": {name: facts.title_of(name) for name in loaders},
+        "loader_titles": {name: title_of(name) for name in loaders},
         "expectations": facts.expectation_rows(branches, expectations),
         "offers": offers,
         "contexts": contexts,

@@ -309,11 +309,6 @@ def examples(here: BranchFacts, known: Mapping[str, Offer]) -> frozenset[str]:
     )
 
 
-def title_of(loader: str) -> str:
-    """Return a loader's name for people."""
-    return RUNTIMES[loader].title if loader in RUNTIMES else loader
-
-
 def _base_figures(quality: QualityRecord | None) -> BaseFigures | None:
     if quality is None:
         return None

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from packager.card.choice import cpu_loaders, opened_by
-from packager.card.facts import BranchFacts, Offer, title_of
+from packager.card.facts import BranchFacts, Offer
 from packager.model.compatibility import Verdict
-from packager.model.runtimes import RUNTIMES
+from packager.model.runtimes import RUNTIMES, label_of, title_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,7 @@ def runtimes_of(here: BranchFacts, known: Mapping[str, Offer]) -> Runtimes:
     return Runtimes(
         expected=_titles(title_of(name) for name in open_ if verdicts.get(name)),
         refused=_titles(
-            RUNTIMES[name].label if name in RUNTIMES else name
-            for name in names
-            if name in refused or (name in open_ and verdicts.get(name) is False)
+            label_of(name) for name in names if name in refused or (name in open_ and verdicts.get(name) is False)
         ),
     )
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from packager.card.facts import title_of
 from packager.card.numbers import digits
+from packager.model.runtimes import title_of
 from packager.receipt import LoaderRunRecord, Provenance
 
 _DIGITS = 2

@@ -13,7 +13,7 @@ from packager.card.numbers import in_unit, short_size, size_unit
 from packager.cli.tables import add_row, fits, new_table, print_line
 from packager.model.architecture import Architecture
 from packager.model.compatibility import Verdict
-from packager.model.runtimes import RUNTIMES
+from packager.model.runtimes import label_of
 from packager.pipeline.built_quality import measured_variants
 from packager.pipeline.durations import Duration
 from packager.pipeline.plan import BuildPlan, VariantPlan
@@ -29,7 +29,6 @@ from packager.variant import MAIN
 _LOADERS_TITLE = "What loads them (predicted from parameters and shapes)"
 _TEXT_COLUMNS = ("Branch", "Act\norder", "Engine")
 _FP16_BYTES = 2
-_TITLES = {name: runtime.label for name, runtime in RUNTIMES.items()}
 
 
 def print_build_plan(plan: BuildPlan, console: Console) -> None:
@@ -259,23 +258,29 @@ def _proof_notes(plan: BuildPlan) -> list[str]:
 
 def _print_loaders(plan: BuildPlan, console: Console) -> None:
     """Print which runtime loads which branch: a table if it fits the terminal, else a line per branch."""
-    columns = ("Branch", *(label.replace(" ", "\n") for label in _TITLES.values()))
-    table = new_table(columns, title=_LOADERS_TITLE, folding=("Branch",))
+    labels = [label_of(verdict.loader) for verdict in plan.variants[0].verdicts]
+    table = new_table(
+        ("Branch", *(label.replace(" ", "\n") for label in labels)), title=_LOADERS_TITLE, folding=("Branch",)
+    )
     for planned in plan.variants:
-        answers = ("yes" if verdict.can_load else "no" for verdict in planned.verdicts)
-        add_row(table, planned.variant.branch, *answers)
+        add_row(table, planned.variant.branch, *map(_answer, planned.verdicts))
     if fits(table, console):
         console.print(table)
         return
     print_line(console, _LOADERS_TITLE)
     for planned in plan.variants:
-        lists = [", ".join(_titles(planned, can_load=can_load)) for can_load in (True, False)]
-        refused = f"; refused by {lists[1]}" if lists[1] else ""
-        print_line(console, f"{planned.variant.branch}: loaded by {lists[0] or 'nothing'}{refused}")
+        loaded, refused, unknown = (_titles(planned, answer) for answer in ("yes", "no", "unknown"))
+        more = f"; refused by {refused}" if refused else ""
+        more += f"; tried in {unknown}" if unknown else ""
+        print_line(console, f"{planned.variant.branch}: loaded by {loaded or 'nothing'}{more}")
 
 
-def _titles(planned: VariantPlan, *, can_load: bool) -> list[str]:
-    return [_TITLES[verdict.loader] for verdict in planned.verdicts if verdict.can_load is can_load]
+def _answer(verdict: Verdict) -> str:
+    return "yes" if verdict.can_load else "unknown" if verdict.is_tried else "no"
+
+
+def _titles(planned: VariantPlan, answer: str) -> str:
+    return ", ".join(label_of(verdict.loader) for verdict in planned.verdicts if _answer(verdict) == answer)
 
 
 def _reasons(planned: tuple[VariantPlan, ...]) -> list[str]:
@@ -286,7 +291,7 @@ def _reasons(planned: tuple[VariantPlan, ...]) -> list[str]:
             if verdict.reason:
                 branches.setdefault(verdict, []).append(variant_plan.variant.branch)
     return [
-        f"{'note' if verdict.can_load else 'no'}: {_TITLES[verdict.loader]}"
+        f"{'note' if verdict.can_load else _answer(verdict)}: {label_of(verdict.loader)}"
         f"{'' if len(names) == len(planned) else ' for ' + ', '.join(names)}: {verdict.reason}"
         for verdict, names in sorted(branches.items(), key=lambda item: item[0].can_load)
     ]

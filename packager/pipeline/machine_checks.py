@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Literal
 
 from packager import __version__
-from packager.errors import MachineError, SourceError
+from packager.errors import LoaderError, MachineError, SourceError
 from packager.inputs.hub_account import HubAccount, has_token, hub_account
 from packager.inputs.hub_cache import is_offline
 from packager.model.devices import choose_device
 from packager.pipeline.build_state import require_build_extra
 from packager.prove.environments import READY, environment_name, environments_folder, is_ready
 from packager.prove.loaders import LOADERS
+from packager.prove.other_loader import installed_loaders, loader_spec
 from packager.prove.tasks import TASKS_SPEC
 from packager.system.confinement import confinement, refusal
 from packager.system.files import disk_errors
@@ -215,7 +216,12 @@ def _gpu() -> MachineCheck:
 
 
 def _loaders(cache: Path) -> Iterator[MachineCheck]:
-    for name, spec in LOADERS.items():
+    for name in (*LOADERS, *installed_loaders()):
+        try:
+            spec = loader_spec(name)
+        except LoaderError as error:
+            yield MachineCheck(name=name, grade="note", found=f"{error.what}: {error.why}", hint=error.hint)
+            continue
         if problem := spec.python_problem():
             yield MachineCheck(name=name, grade="note", found=problem)
             continue
@@ -231,7 +237,11 @@ def environments(cache: Path) -> tuple[Environment, ...]:
 
     A folder whose name is none that `environment_name` gives is somebody else's.
     """
-    used = {environment_name(spec) for spec in (*LOADERS.values(), TASKS_SPEC)}
+    others = []
+    for name in installed_loaders():
+        with suppress(LoaderError):  # it has a line of its own
+            others.append(loader_spec(name))
+    used = {environment_name(spec) for spec in (*LOADERS.values(), *others, TASKS_SPEC)}
     found = environments_folder(cache).glob("*/")
     folders = sorted(
         path for path in found if _ENVIRONMENT.fullmatch(path.name) and path.is_dir() and not path.is_symlink()

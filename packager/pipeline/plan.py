@@ -16,6 +16,7 @@ from packager.model.compatibility import Verdict, verdicts
 from packager.pipeline.branch_files import check_small_files
 from packager.pipeline.card_texts import card_text_problems
 from packager.prove.evaluation_memory import EvaluationMemory, evaluation_memory
+from packager.prove.other_loader import other_verdicts
 from packager.quantize.engines import engine_problems, engine_version
 from packager.quantize.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, sweep_ways
 from packager.receipt import CONFIG, TOKENIZER_MODEL, digest_of
@@ -147,12 +148,13 @@ def make_plan(recipe_file: RecipeFile, only: Collection[str] = ()) -> BuildPlan:
             be part of a page; all are named.
         SourceError: a local base model cannot be used.
         CardError: a text of the card cannot be read.
+        LoaderError: a loader of another package is not installed, or broken.
     """
     recipe = recipe_file.recipe
     architecture = recipe_file.architecture
     variants = recipe.expanded_variants()
     lacks = lacks_tokenizer_model(recipe_file)
-    judged = {variant.branch: verdicts(variant, architecture, lacks_tokenizer_model=lacks) for variant in variants}
+    judged = {variant.branch: _verdicts(recipe, variant, architecture, lacks=lacks) for variant in variants}
     problems = [
         *_fit_problems(recipe, architecture, variants),
         *engine_problems(variants, recipe_file.config, architecture, recipe.calibration.seq_len),
@@ -241,13 +243,22 @@ def _fit_problems(recipe: Recipe, architecture: Architecture, variants: Sequence
     ]
 
 
+def _verdicts(recipe: Recipe, variant: Variant, architecture: Architecture, *, lacks: bool) -> tuple[Verdict, ...]:
+    """Return the verdicts of all runtimes that packager knows, and of the other packages' that the recipe names."""
+    named = (*recipe.loaders.required, *recipe.loaders.if_available)
+    return (
+        *verdicts(variant, architecture, lacks_tokenizer_model=lacks),
+        *other_verdicts(named, variant, architecture),
+    )
+
+
 def _loader_problems(recipe: Recipe, judged: Mapping[str, Sequence[Verdict]]) -> list[str]:
     """Return which required loaders are known to refuse a variant: publishing could never succeed."""
     return [
         f"{branch}: the required loader {verdict.loader} {verdict.reason}"
         for branch, found in judged.items()
         for verdict in found
-        if verdict.loader in recipe.loaders.required and not verdict.can_load
+        if verdict.loader in recipe.loaders.required and not verdict.is_tried
     ]
 
 

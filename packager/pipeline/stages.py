@@ -276,7 +276,7 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
         context=run.runtime_context(run.workspace.work / "verify"),
         refused={
             variant_plan.variant.branch: {
-                verdict.loader: verdict.reason for verdict in variant_plan.verdicts if not verdict.can_load
+                verdict.loader: verdict.reason for verdict in variant_plan.verdicts if not verdict.is_tried
             }
             for variant_plan in run.plan.variants
         },

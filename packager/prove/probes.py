@@ -157,6 +157,7 @@ def probe_environ(python: Path, environ: Mapping[str, str], device: str, folder:
         **child_environ(environ, RUNTIME_VARIABLES, folder),
         "PATH": os.pathsep.join(dict.fromkeys(os.pathsep.join(folders).split(os.pathsep))),
         "VIRTUAL_ENV": str(python.parent.parent),
+        "PACKAGER_ISOLATED": str(ISOLATED.parent),  # for the probes of other packages, which lie elsewhere
     }
     if device != "cuda":
         return found

@@ -25,7 +25,8 @@ from packager.model.devices import device_name, gpu_memory_errors
 from packager.model.packing import CheckpointReader
 from packager.prove.environments import RuntimeContext, ensure_environment, waits_for_request
 from packager.prove.evaluation_memory import tokens_per_piece
-from packager.prove.loaders import LOADERS, LoaderSpec
+from packager.prove.loaders import LoaderSpec
+from packager.prove.other_loader import loader_spec
 from packager.prove.probes import ProbeJob, ProbeResult, published_reason, run_probes
 from packager.receipt import LoaderRecord, LoaderRunRecord, Provenance
 from packager.recipe import Loaders
@@ -42,7 +43,6 @@ MIN_TOP1_AGREEMENT = 0.95
 _TIE_TOLERANCES = 4.0
 _HINT = "end other programs on the GPU, or run again with --device cpu"
 Generated = tuple[tuple[int, ...], tuple[int, ...]]  # token ids of a prompt, and of what was generated after it
-
 # Why a build does not run a loader that it could run.
 _ON_REQUEST = "its environment is large, and made on request only: by packager verify"
 
@@ -210,7 +210,7 @@ def _run_loaders(
     environ = {**job.context.environ, "OMP_NUM_THREADS": str(threads)}
     job = replace(job, context=replace(job.context, environ=environ))
     with ThreadPoolExecutor(max_workers=len(names)) as pool:
-        outcomes = {name: pool.submit(_probe, LOADERS[name], job, references) for name in names}
+        outcomes = {name: pool.submit(_probe, loader_spec(name), job, references) for name in names}
         try:
             return {name: outcome.result() for name, outcome in outcomes.items()}
         except BaseException:
@@ -342,7 +342,7 @@ def _relative_error(logits: NDArray[np.float32], expected: NDArray[np.float32]) 
 
 def _tolerance(name: str, dtype: str) -> float:
     """Return the largest relative error that passes: of all loaders in `dtype`, or a smaller one of its own."""
-    own = LOADERS[name].float32_tolerance if dtype == "float32" else None
+    own = loader_spec(name).float32_tolerance if dtype == "float32" else None
     return TOLERANCE.get(dtype, min(TOLERANCE.values())) if own is None else own
 
 

