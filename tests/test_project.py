@@ -86,6 +86,17 @@ def test_ci_installs_nothing_but_from_locks() -> None:
         assert command.strip() == "pip install -q -r locks/nox.txt"
 
 
+def test_a_session_runs_every_file_with_tests_of_a_release() -> None:
+    sessions = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    marked = [
+        path.stem
+        for path in (ROOT / "tests").glob("test_*.py")
+        if re.search(r"^(@|pytestmark = )pytest\.mark\.release", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert len(marked) > 10
+    assert [name for name in marked if not re.search(rf"\b{name}\b", sessions)] == []
+
+
 def test_the_image_installs_by_digest_and_runs_as_a_user() -> None:
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     commands = re.sub(r"\\\n\s*", "", text)

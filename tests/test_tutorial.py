@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +21,7 @@ from tests.import_graph import ROOT
 from tests.publish_fixtures import git
 from tests.tiny_recipe import sentences, write_inputs
 
+Run = Callable[[Sequence[str]], str]
 PAGE = ROOT / "docs" / "tutorial" / "own-model.md"
 MOST_COMMANDS = 10
 CARD = "---\nlicense: apache-2.0\nlanguage: [en]\n---\n# My model\n"
@@ -30,19 +33,28 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for block in blocks for line in block.splitlines()]
 
 
-def type_all(edit: Callable[[Path], None], *more: str) -> dict[str, str]:
-    """Type the page's commands in the present folder; `edit` gets the recipe after `init`, `more` goes to `build`."""
+def type_all(run: Run, edit: Callable[[Path], None], *more: str) -> dict[str, str]:
+    """Type the page's commands in the present folder; `edit` gets the recipe after `init`, `more` goes to `build`.
+
+    Returns:
+        What each command printed, by its name; of `card --preview` by both words.
+    """
     printed = {}
     for program, *words in commands():
-        if program != "packager":  # uv: a test installs nothing
-            continue
         added = more if words[0] == "build" else ()
-        done = CliRunner().invoke(app, [*words, *added], prog_name="packager")
-        assert done.exit_code == 0, f"{words}: {done.output}"
-        printed[" ".join(words[:1] + [word for word in words if word == "--preview"])] = done.stdout
+        printed[" ".join(words[:1] + [word for word in words if word == "--preview"])] = run([program, *words, *added])
         if words[0] == "init":
             edit(Path("my-model.yaml"))
     return printed
+
+
+def in_this_process(line: Sequence[str]) -> str:
+    program, *words = line
+    if program != "packager":  # uv: `test_a_new_user_with_a_real_model` installs
+        return ""
+    done = CliRunner().invoke(app, words, prog_name="packager")
+    assert done.exit_code == 0, f"{words}: {done.output}"
+    return done.stdout
 
 
 def check_end(printed: dict[str, str]) -> None:
@@ -73,13 +85,13 @@ def test_the_tutorial_as_it_is_printed(tmp_path: Path, in_process: None, monkeyp
     monkeypatch.chdir(tmp_path)
 
     def without_loaders(recipe: Path) -> None:
-        """A test makes no environments; `nox -s tests-release` types the page with them."""
+        """A test makes no environments; `nox -s tests-tutorial` types the page with them."""
         text = recipe.read_text()
         changed = re.sub(r"(required|if_available): \[[^\]]*\]", r"\1: []", text)
         assert changed != text
         recipe.write_text(changed)
 
-    check_end(type_all(without_loaders, "--device", "cpu"))
+    check_end(type_all(in_this_process, without_loaders, "--device", "cpu"))
 
 
 @pytest.mark.release
@@ -93,9 +105,88 @@ def test_the_tutorial_with_a_trained_model_and_its_loaders(
         shutil.copyfile(demo / "text" / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     cache = str(Path(request.config.getoption("--cache-folder")).expanduser())
-    printed = type_all(lambda _: None, "--device", "cpu", "--cache", cache)
+    printed = type_all(in_this_process, lambda _: None, "--device", "cpu", "--cache", cache)
     check_end(printed)
     assert "transformers ok" in " ".join(printed["status"].split())
+
+
+# What a machine says of its indexes, certificates and proxies.
+MACHINE = re.compile(r"(UV|PIP|SSL|REQUESTS|CURL)_\w+|(HTTPS?|NO|ALL)_PROXY", re.IGNORECASE)
+
+
+class NewUser:
+    """Types commands as a user of a bare machine: an empty home, no variable but those of the machine, no checkout.
+
+    Args:
+        home: an empty folder.
+    """
+
+    def __init__(self, home: Path) -> None:
+        uv = shutil.which("uv")
+        assert uv is not None, "uv is not on the PATH: nox -s tests-tutorial installs it"
+        folders = [str(home / ".local" / "bin"), str(Path(uv).parent), "/usr/local/bin", "/usr/bin", "/bin"]
+        machine = {name: value for name, value in os.environ.items() if MACHINE.fullmatch(name)}
+        self.environ = {**machine, "HOME": str(home), "PATH": os.pathsep.join(folders), "LANG": "C.UTF-8"}
+
+    def __call__(self, line: Sequence[str]) -> str:
+        folder = ROOT if line[0] == "uv" else Path.cwd()  # the page installs in a checkout
+        program = shutil.which(line[0], path=self.environ["PATH"])
+        assert program is not None, f"{line[0]} is not there"
+        done = subprocess.run(
+            [program, *line[1:]], cwd=folder, env=self.environ, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}: {done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+
+@pytest.fixture
+def real_model(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """The folder that benchmarks/real_models.py writes: model/ and two texts."""
+    if given := request.config.getoption("--real-model"):
+        return Path(given).expanduser().absolute()
+    made = tmp_path / "real"
+    command = [sys.executable, str(ROOT / "benchmarks" / "real_models.py"), "smollm2-135m-instruct", str(made)]
+    subprocess.run(command, check=True)
+    return made
+
+
+def two_small_variants(recipe: Path) -> None:
+    """Leave two variants and few rows: all is as `init` wrote it but how long it takes."""
+    yaml = YAML()
+    content = yaml.load(recipe.read_text(encoding="utf-8"))
+    content["calibration"].update(num_samples=16, seq_len=128)
+    content["evaluation"].update(num_tokens=2048, seq_len=128)
+    del content["variants"][2:]
+    with recipe.open("w", encoding="utf-8") as stream:
+        yaml.dump(content, stream)
+
+
+@pytest.mark.release
+def test_a_new_user_with_a_real_model(
+    tmp_path: Path, real_model: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    home, day = tmp_path / "home", tmp_path / "day"
+    shutil.copytree(real_model / "model", day / "my-model")
+    for name in ("calibration.jsonl", "evaluation.jsonl"):
+        shutil.copyfile(real_model / name, day / name)
+    (home / ".cache").mkdir(parents=True)
+    # The packages of the loaders are large: those of earlier runs are used.
+    (home / ".cache" / "gptq-packager").symlink_to(Path(request.config.getoption("--cache-folder")).expanduser())
+    monkeypatch.chdir(day)
+    printed = type_all(NewUser(home), two_small_variants)
+    check_end(printed)
+    shown = " ".join(printed["status"].split())
+    assert "transformers ok" in shown
+    assert "onnxruntime ok" in shown
+    receipts = [json.loads(path.read_text()) for path in (day / "dist" / "receipts").rglob("*.json")]
+    assert len(receipts) == 2
+    for provenance in (receipt["provenance"] for receipt in receipts):
+        assert 0 < provenance["quality"]["kl_divergence"] < 1
+        required = [record for record in provenance["loaders"] if record["required"]]
+        assert {record["loader"]: record["status"] for record in required} == {
+            "transformers": "passed",
+            "onnxruntime": "passed",
+        }
 
 
 # The site
