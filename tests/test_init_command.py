@@ -322,6 +322,7 @@ def wishes(folder: Path, **changes: Any) -> Wishes:
 def test_the_licence_is_that_of_the_card(tmp_path: Path, front: str, expected: dict[str, Any]) -> None:
     model = model_of(tmp_path / "m", f"---\n{front}\n---\n")
     assert draft_recipe(model, wishes(tmp_path))["card"]["license"] == expected
+    assert draft_recipe(model, wishes(tmp_path))["calibration"]["dataset"] == "Salesforce/wikitext"  # no chat template
 
 
 @pytest.mark.parametrize(
@@ -608,6 +609,12 @@ def test_a_model_on_the_hub_is_named_by_its_branch_and_locked_by_its_commit(hub:
     assert recipe.base_model.revision == commit
     assert recipe.repository.id == "tester/tiny-GPTQ"  # the account that is logged in
     assert recipe.card.license.base_files == ("LICENSE.txt",)
+    # A model with a chat template is calibrated on conversations, and measured on what others are measured on.
+    chats = recipe.calibration
+    assert (chats.dataset, chats.split) == ("HuggingFaceH4/ultrachat_200k", "test_sft")
+    assert (chats.messages_field, len(chats.revision or "")) == ("messages", 40)
+    assert (recipe.evaluation.dataset, recipe.evaluation.split) == ("Salesforce/wikitext", "test")
+    assert "conversations of UltraChat" in done.output
     of_weights = [request for request in hub.requests if "model.safetensors" in request.path]
     assert all("Range" in request.headers for request in of_weights if request.method == "GET")
 

@@ -66,7 +66,7 @@ _CalibrationOption = Annotated[
         exists=True,
         dir_okay=False,
         help="A text, or conversations, in the recipe's folder to calibrate on.",
-        show_default="wikitext-2, train",
+        show_default="UltraChat for a model with a chat template, else wikitext-2, train",
     ),
 ]
 _EvaluationOption = Annotated[

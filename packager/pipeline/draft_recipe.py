@@ -37,6 +37,14 @@ _WIKITEXT: Final[Mapping[str, str]] = {
     "config": "wikitext-2-raw-v1",
     "revision": "b08601e04326c79dfdd32d625aee71d232d685c3",
 }
+# Conversations, for models that have a chat template: one file of 81 MB, 23,110 chats (MIT). Its split train_sft has
+# 208,000 in three files of 244 MB, of which a calibration would draw as few.
+_CHATS: Final[Mapping[str, str]] = {
+    "dataset": "HuggingFaceH4/ultrachat_200k",
+    "revision": "8049631c405ae6576f93f445c6b8166f76f5505a",
+    "split": "test_sft",
+    "messages_field": "messages",
+}
 _SEQ_LENS: Final = (2048, 1024, 512, 256, 128, 64)
 _NUM_SAMPLES: Final = 128
 _NUM_TOKENS: Final = 131_072
@@ -53,8 +61,8 @@ class Wishes:
         target: of the repository.
         model_id: ORG/NAME of a model in a folder, "" if it is known.
         license_id: "" for the one on the model's card.
-        calibration: a local text, None for wikitext.
-        evaluation: likewise.
+        calibration: a local text, None for conversations, or for wikitext where the model has no chat template.
+        evaluation: a local text, None for wikitext.
         extends: the name of a file in the recipe's folder, "" for none.
     """
 
@@ -92,7 +100,8 @@ def draft_recipe(
         raise RecipeError(f"{quoted(model_id)} is no name of a model", hint="give it as on the Hub: --id ORG/NAME")
     name = model_id.partition("/")[2]
     seq_len = (architecture and architecture.max_position_embeddings) or _SEQ_LENS[0]
-    calibration, evaluation = _calibration(wishes, seq_len), _evaluation(wishes, seq_len)
+    calibration = _calibration(wishes, seq_len, chats=prompt is not None)
+    evaluation = _evaluation(wishes, seq_len)
     if architecture is not None and prompt is None:
         _refuse_conversations(calibration, evaluation)
     return {
@@ -130,10 +139,11 @@ def _place(model: NamedModel, folder: Path) -> dict[str, str]:
     return {"path": path.as_posix()}
 
 
-def _calibration(wishes: Wishes, seq_len: int) -> dict[str, Any]:
+def _calibration(wishes: Wishes, seq_len: int, *, chats: bool) -> dict[str, Any]:
     if wishes.calibration is None:
         rows, length = _NUM_SAMPLES, min(seq_len, _SEQ_LENS[0])
-        return {**_WIKITEXT, "split": "train", "num_samples": rows, "seq_len": length, "seed": 0}
+        text = _CHATS if chats else {**_WIKITEXT, "split": "train"}
+        return {**text, "num_samples": rows, "seq_len": length, "seed": 0}
     fields = text_fields(wishes.calibration, wishes.path.parent)
     rows, length = rows_of_text(wishes.calibration, fields, _SEQ_LENS, most_tokens=seq_len, wanted=_NUM_SAMPLES)
     return {**fields, "num_samples": rows, "seq_len": length, "seed": 0}
@@ -239,7 +249,6 @@ def _prompt_template(name: str, prompt: LockedPrompt | None) -> dict[str, str]:
 
 def notes_on(
     model: NamedModel,
-    wishes: Wishes,
     recipe: Recipe,
     architecture: Architecture,
     prompt: LockedPrompt | None,
@@ -249,10 +258,10 @@ def notes_on(
     notes = []
     if _GROUP_SIZES[0] not in sizes:
         notes.append(f"groups of {_GROUP_SIZES[0]} do not divide the model's linears: {_sizes(sizes)}")
-    if prompt is not None and wishes.calibration is None:
+    if prompt is not None and recipe.calibration.dataset == _CHATS["dataset"]:
         notes.append(
-            "a chat model is calibrated best on conversations: --calibration chats.jsonl with a column of messages, "
-            "or calibration.messages_field in the recipe"
+            "the model has a chat template, so it is calibrated on conversations of UltraChat; chats as its users have "
+            "them are better: --calibration chats.jsonl with a column of messages"
         )
     if prompt is None:
         notes.append("the model has no chat template, so the card says that it continues text")

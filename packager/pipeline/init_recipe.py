@@ -78,7 +78,7 @@ def init_recipe(model: NamedModel, wishes: Wishes, log: Callable[[str], None], *
     content = _shared(draft_recipe(model, wishes, architecture, lock.prompt), wishes)
     text = draft_text(content, schema=schema or _SCHEMA)
     plan = make_plan(RecipeFile.of(text.encode(), path, lock))
-    notes = notes_on(model, wishes, plan.recipe, architecture, lock.prompt)
+    notes = notes_on(model, plan.recipe, architecture, lock.prompt)
     with _folder_to_itself(path.parent):
         _check_path(path, replace=replace)  # another run may have written it meanwhile
         written = _write(path, text, lock, with_schema=not schema)
