@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -713,6 +714,38 @@ def test_a_bar_on_a_terminal_moves(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bar.progress.tasks[0].completed == 1
         bar.step("second")
     assert "2/2" in stream.getvalue()
+
+
+def test_a_stage_without_steps_moves_and_gives_way_to_what_is_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    stream = io.StringIO()
+    terminal.err = Console(file=stream, force_terminal=True, width=100)
+
+    def moving(text: str) -> bool:
+        """Return whether a line with the text is drawn, and drawn anew without another step."""
+        drawn = terminal._moving
+        assert drawn is not None
+        (task,) = drawn.tasks
+        before = stream.tell()
+        for _ in range(100):
+            if stream.tell() > before:
+                break
+            time.sleep(0.02)
+        return drawn.live.is_started and task.description == text and text in stream.getvalue()[before:]
+
+    with terminal.stage("verify"):
+        assert moving("verify")
+        terminal.log("autogptq: creating its environment")
+        with terminal.busy("hashing the base model"):
+            assert moving("hashing the base model")
+        assert moving("verify")
+        outer: Any = terminal._moving
+        with terminal.bar(1) as bar:
+            assert not outer.live.is_started, "one line moves at a time"
+            bar.step("first")
+        assert moving("verify")
+    assert not outer.live.is_started
+    assert "creating its environment" in stream.getvalue()
 
 
 @pytest.mark.parametrize("size", ["0", "12", "999MB"])

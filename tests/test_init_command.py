@@ -546,7 +546,7 @@ def test_a_model_too_large_for_a_cpu_needs_no_runtime_that_computes_on_nothing_e
         recipe = draft_recipe(model, wishes(tmp_path), architecture)
         assert recipe["loaders"]["required"] == required
         whole = Recipe.model_validate_json(json.dumps(recipe))
-        notes = " ".join(notes_on(model, wishes(tmp_path), whole, architecture, None))
+        notes = " ".join(notes_on(model, whole, architecture, None))
         assert ("too slowly for this model, compute onnxruntime, vllm-cpu" in notes) == (layers == 40)
 
 

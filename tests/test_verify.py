@@ -98,6 +98,16 @@ def test_the_time_and_memory_of_what_ran_is_told_and_what_did_not_run_has_none(m
     assert told == [("main", wanted)]
 
 
+def test_each_loader_is_told_when_it_has_opened_all(monkeypatch):
+    replace_loaders(monkeypatch, lambda _: LoaderError("it did not finish"))
+    told: list[str] = []
+    loaders = Loaders(required=("autogptq",), if_available=("exllamav2",))
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    job = job_of({"main": Path("main")}, ids, loaders=loaders, finished=told.append)
+    verify.check_loaders(job, {"main": OWN}, lambda _: None)
+    assert sorted(told) == ["autogptq", "exllamav2"]
+
+
 @pytest.mark.parametrize("outcome", [None, LoaderError("it did not finish"), LoaderUnavailableError("no GPU")])
 def test_a_record_says_how_the_process_was_confined_if_there_was_one(monkeypatch, outcome):
     replace_loaders(monkeypatch, lambda _: outcome or result_of(OWN))

@@ -117,7 +117,8 @@ class BuildState:
             names = {path.relative_to(files.folder).as_posix(): path.name for path in replace(files, licenses=()).paths}
             base = {short: found[name].sha256 for name, short in names.items()}
         else:
-            base = base_digests(self.recipe_file)
+            with self.terminal.busy("hashing the base model"):
+                base = base_digests(self.recipe_file)
         inputs = replace(self._inputs, base=base)
         return {each.variant.branch: stage_keys(self.recipe_file, each, inputs) for each in self.plan.variants}
 
@@ -180,7 +181,8 @@ class BuildState:
         size_bytes = sum(_bytes_in(self.workspace.folder(branch)) for branch in branches)
         if long_to_hash(size_bytes):
             self.terminal.log(f"comparing {format_bytes(size_bytes)} of finished files with their records")
-        found = in_parallel(self.read_receipt, branches)
+        with self.terminal.busy("comparing finished files with their records"):
+            found = in_parallel(self.read_receipt, branches)
         self.receipts |= {receipt.provenance.branch: receipt for receipt in found if receipt is not None}
 
     def read_receipt(self, branch: str) -> Receipt | None:

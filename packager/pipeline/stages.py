@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from packager.errors import PackError, StateError
@@ -283,8 +284,14 @@ def run_loaders(run: BuildState, *, again: bool = False) -> tuple[str, ...]:
         timed=lambda branch, made: runs[branch].update({made.loader: made}),
         on_request=again,
     )
-    with run.terminal.stage("verify") as stage:
-        records = verify(job, run.terminal.log)
+    with run.terminal.stage("verify") as stage, run.terminal.bar(len(names)) as bar:
+        under_way = list(names)
+
+        def finished(name: str) -> None:
+            under_way.remove(name)
+            bar.step(f"{name} done" + (f", {', '.join(under_way)} under way" if under_way else ""), typical=False)
+
+        records = verify(replace(job, finished=finished), run.terminal.log)
     for branch in branches:
         merged = _with_earlier_results(run, branch, records[branch])
         seconds = stage.seconds / len(branches)

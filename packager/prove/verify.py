@@ -21,16 +21,16 @@ from torch import Tensor
 from packager.errors import LoaderError, LoaderUnavailableError
 from packager.model.batches import rows_per_batch
 from packager.model.decoder import Decoder, forward
-from packager.model.devices import device_name, gpu_memory_errors
+from packager.model.devices import gpu_memory_errors
 from packager.model.packing import CheckpointReader
 from packager.prove.environments import RuntimeContext, ensure_environment, waits_for_request
 from packager.prove.evaluation_memory import tokens_per_piece
+from packager.prove.loader_runs import result_line, run_record
 from packager.prove.loaders import LoaderSpec
 from packager.prove.other_loader import loader_spec
 from packager.prove.probes import ProbeJob, ProbeResult, published_reason, run_probes
 from packager.receipt import LoaderRecord, LoaderRunRecord, Provenance
 from packager.recipe import Loaders
-from packager.system.processor import processor_name
 
 # Largest ||loader - reference|| / ||reference|| by the dtype in which the loader computes. Right results measured:
 # 0.0005 to 0.002 in float32 and float16, 0.007 in bfloat16; a wrong g_idx, zero or group order gives 0.3 and more.
@@ -70,6 +70,7 @@ class VerifyJob:
         context: folders, environment and processes of the loaders; `scratch` gets jobs and logits.
         refused: by branch, the loaders that are not run because a rule says that they cannot load it, with the reason.
         timed: gets the time and memory of each loader that ran, with the branch.
+        finished: gets the name of each loader when it has opened all checkpoints, in a thread of its own.
         on_request: whether the environments are made that no build makes unless its recipe requires the loader.
     """
 
@@ -81,6 +82,7 @@ class VerifyJob:
     context: RuntimeContext
     refused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     timed: Callable[[str, LoaderRunRecord], None] = lambda _branch, _run: None
+    finished: Callable[[str], None] = lambda _name: None
     on_request: bool = True
 
     @property
@@ -164,7 +166,7 @@ def check_loaders(
         own = {name: found[checkpoint.branch] for name, found in outcomes.items() if name not in refused}
         ran = {name: result for name, result in own.items() if isinstance(result, ProbeResult)}
         for name, result in ran.items():
-            job.timed(checkpoint.branch, _run_record(name, result, job, beside=len(outcomes)))
+            job.timed(checkpoint.branch, run_record(name, result, job.rows, job.device, beside=len(outcomes)))
         results = list(ran.values())
         gaps = token_gaps(checkpoint, [sequence for result in results for sequence in sequences_of(result, job)], job)
         found = [judge_loader(name, checkpoint, outcome, references, gaps, job) for name, outcome in own.items()]
@@ -175,24 +177,8 @@ def check_loaders(
         ]
         records[checkpoint.branch] = tuple(found)
         for record in found:
-            log(_line(checkpoint.branch, record))
+            log(result_line(checkpoint.branch, record))
     return records
-
-
-def _run_record(name: str, result: ProbeResult, job: VerifyJob, *, beside: int) -> LoaderRunRecord:
-    return LoaderRunRecord(
-        loader=name,
-        device=result.device,
-        load_s=round(result.load_s, 3),
-        forward_s=round(result.forward_s, 4),
-        num_tokens=job.rows.numel(),
-        seq_len=job.rows.shape[1],
-        peak_memory_bytes=result.peak_memory_bytes,
-        beside=beside,
-        decode_tokens=result.decode_tokens,
-        decode_s=None if result.decode_s is None else round(result.decode_s, 4),
-        machine=processor_name() if result.device == "cpu" else device_name(job.device),
-    )
 
 
 def _run_loaders(
@@ -210,12 +196,21 @@ def _run_loaders(
     environ = {**job.context.environ, "OMP_NUM_THREADS": str(threads)}
     job = replace(job, context=replace(job.context, environ=environ))
     with ThreadPoolExecutor(max_workers=len(names)) as pool:
-        outcomes = {name: pool.submit(_probe, loader_spec(name), job, references) for name in names}
+        outcomes = {name: pool.submit(_probe_and_tell, loader_spec(name), job, references) for name in names}
         try:
             return {name: outcome.result() for name, outcome in outcomes.items()}
         except BaseException:
             job.context.processes.stop_all()  # Ctrl-C does not reach the threads that wait for the loaders
             raise
+
+
+def _probe_and_tell(
+    spec: LoaderSpec, job: VerifyJob, references: Mapping[str, NDArray[np.float32]]
+) -> dict[str, ProbeResult | LoaderError]:
+    try:
+        return _probe(spec, job, references)
+    finally:
+        job.finished(spec.name)
 
 
 def _probe(
@@ -390,11 +385,3 @@ def token_gaps(checkpoint: Checkpoint, sequences: Collection[Generated], job: Ve
                 gaps[: len(made)] = (logits.amax(-1) - chosen) / logits.square().mean(-1).sqrt()
             found[prompt, generated] = gaps
         return found
-
-
-def _line(branch: str, record: LoaderRecord) -> str:
-    figures = ""
-    if record.relative_error is not None:
-        figures = f", relative error {record.relative_error:.4f}, top-1 {record.top1_agreement:.3f}"
-    reason = f": {record.reason}" if record.reason else ""
-    return f"  {branch}: {record.loader} {record.status}{figures}{reason}"

@@ -6,6 +6,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     Task,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -29,6 +30,14 @@ class _Line:
 class _TextColumn(ProgressColumn):
     def render(self, task: Task) -> _Line:
         return _Line(task.description)
+
+
+def new_spinner(console: Console, text: str) -> Progress:
+    """Return a display of something without steps: it moves and counts the time until it ends, and leaves nothing."""
+    columns = (SpinnerColumn(), TimeElapsedColumn(table_column=Column(no_wrap=True)), _TextColumn())
+    spinner = Progress(*columns, console=console, transient=True)
+    spinner.add_task(text, total=None)
+    return spinner
 
 
 def new_progress(console: Console) -> Progress:

@@ -154,6 +154,7 @@ class Terminal:
         self.observe: Callable[[Step], None] = lambda _: None
         self.has_result = False
         self._stage = ""
+        self._moving: Progress | None = None
         self._started = time.monotonic() if verbose else None
 
     def log(self, text: str) -> None:
@@ -173,7 +174,8 @@ class Terminal:
         if self._events:
             self._event("stage_started", stage=name)
         try:
-            yield stage
+            with self.busy(name):
+                yield stage
         finally:
             self._stage = outer
         stage.seconds = time.monotonic() - started
@@ -182,6 +184,37 @@ class Terminal:
             self._event("stage_finished", stage=name, seconds=round(stage.seconds, 3))
         else:
             self.log(f"{name:<10} {stage.seconds:6.1f} s")
+
+    @contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        """Show on a terminal that something goes on and for how long, until a bar, or something within it, does."""
+        if not self.err.is_terminal or self.err.quiet or self._events:
+            yield
+            return
+        from packager.system.progress_bar import new_spinner
+
+        outer, self._moving = self._moving, new_spinner(self.err, text)
+        if outer is not None:
+            outer.stop()
+        try:
+            with self._moving:
+                yield
+        finally:
+            self._moving = outer
+            if outer is not None:
+                outer.start()
+
+    @contextmanager
+    def _instead(self, progress: "Progress") -> Iterator["Progress"]:
+        """Show a bar in the place of what `busy` shows: one line moves at a time."""
+        if self._moving is not None:
+            self._moving.stop()
+        try:
+            with progress:
+                yield progress
+        finally:
+            if self._moving is not None:
+                self._moving.start()
 
     @contextmanager
     def bar(self, total: int) -> Iterator[Bar]:
@@ -202,7 +235,7 @@ class Terminal:
             return
         from packager.system.progress_bar import new_progress  # here: `plan` and `status` show no bar and start faster
 
-        with new_progress(self.err) as progress:
+        with self._instead(new_progress(self.err)) as progress:
             progress.add_task("", total=total)
             yield Bar(progress=progress, total=total, console=self.err, report=report)
 
