@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 
-from packager.card.choice import CachedContext, GpuChoice, best_branch, cached_contexts, gpu_choices
+from packager.card.choice import (
+    CachedContext,
+    Candidate,
+    MachineChoice,
+    Opened,
+    best_branch,
+    cached_contexts,
+    machine_choices,
+)
 from packager.card.numbers import measured, measured_percent, short_size
 from packager.errors import CardError
 from packager.model.architecture import architecture_of
@@ -34,20 +42,35 @@ def receipts_of(*figures: tuple[int, float]) -> list[Provenance]:
 SHORT, LONG = CachedContext(tokens=4096, cache_bytes=2 * 10**9), CachedContext(tokens=32768, cache_bytes=16 * 10**9)
 
 
-def any_branch(_: str) -> bool:
-    return True
+def asked(receipts: list[Provenance], context: CachedContext, allowed: str = "abcdef") -> list[Candidate]:
+    """Return the branches, of which a runtime is expected to open the allowed ones."""
+    return [
+        Candidate(
+            receipt=receipt,
+            context=context,
+            opened=Opened(opening="expected" if receipt.branch in allowed else "refused"),
+        )
+        for receipt in receipts
+    ]
+
+
+def answers(choices: tuple[MachineChoice, ...]) -> list[tuple[int, int | None, list[str]]]:
+    """Return of each kind of machine its memory and for each question the branch, or why there is none."""
+    return [(each.least_gb, each.most_gb, [one.branch or one.missing for one in each.chosen]) for each in choices]
 
 
 def test_a_card_gets_the_closest_branch_that_fits() -> None:
     """5 GB with 2 GB of cache and 1 GB of a runtime fill 8 GB to the last byte; one more byte does not fit."""
     receipts = receipts_of((5 * 10**9, 0.3), (5 * 10**9 + 1, 0.2), (31 * 10**9, 0.1))
-    questions = [(SHORT, any_branch), (LONG, any_branch), (SHORT, "a".__eq__)]
-    assert gpu_choices(receipts, questions) == (
-        GpuChoice(least_gb=8, most_gb=8, chosen=("a", "", "a")),
-        GpuChoice(least_gb=12, most_gb=16, chosen=("b", "", "a")),
-        GpuChoice(least_gb=24, most_gb=24, chosen=("b", "b", "a")),
-        GpuChoice(least_gb=48, most_gb=None, chosen=("c", "c", "a")),
-    )
+    on_gpu = [asked(receipts, SHORT), asked(receipts, LONG), asked(receipts, SHORT, "a")]
+    on_cpu = [asked(receipts, SHORT, "ab"), asked(receipts, LONG, "ab"), asked(receipts, SHORT, "")]
+    assert answers(machine_choices(on_gpu, on_cpu)) == [
+        (8, 8, ["a", "memory", "a"]),
+        (12, 16, ["b", "memory", "a"]),
+        (24, 24, ["b", "b", "a"]),
+        (48, None, ["c", "c", "a"]),
+        (0, None, ["b", "b", "runtime"]),
+    ]
 
 
 def test_of_branches_that_the_rows_do_not_tell_apart_the_smallest_is_taken() -> None:
@@ -59,8 +82,25 @@ def test_of_branches_that_the_rows_do_not_tell_apart_the_smallest_is_taken() -> 
 def test_branches_that_cannot_be_compared_are_not_chosen_from() -> None:
     receipts = receipts_of((7, 0.1), (5, 0.2))
     receipts[1] = receipts[1].model_copy(update={"quality": None})
-    assert gpu_choices(receipts, [(SHORT, any_branch)]) == ()
+    assert machine_choices([asked(receipts, SHORT)], [asked(receipts, SHORT, "")]) == ()
     assert best_branch(receipts) == ""
+
+
+def test_a_question_with_one_branch_has_an_answer_without_a_measurement() -> None:
+    receipts = [
+        receipt.model_copy(update={"quality": None}) for receipt in receipts_of((7 * 10**9, 0.1), (6 * 10**9, 0.2))
+    ]
+    on_gpu, on_cpu = [asked(receipts, SHORT), asked(receipts, SHORT, "b")], [asked(receipts, SHORT, "")] * 2
+    assert answers(machine_choices(on_gpu[:1], [asked(receipts, SHORT, "a")])) == [
+        (8, 8, ["memory"]),
+        (12, None, ["quality"]),
+        (0, None, ["a"]),
+    ]
+    assert answers(machine_choices(on_gpu, on_cpu)) == [
+        (8, 8, ["memory", "memory"]),
+        (12, None, ["quality", "b"]),
+        (0, None, ["runtime", "runtime"]),
+    ]
 
 
 def test_the_page_lists_the_choices_by_card() -> None:
@@ -73,15 +113,16 @@ def test_the_page_lists_the_choices_by_card() -> None:
     )
     by_size = "`gptq-4bit-64g-actorder_True`", "`gptq-4bit-32g-actorder_True`"
     assert tables(text)[0] == [
-        ["GPU memory", "Closest to fp16 at 4k", "Closest to fp16 at 32k", "vLLM 0.32 at 4k"],
-        ["8 GB", "none fits", "none fits", "none fits"],
-        ["12 GB", by_size[0], "none fits", "`main`"],
-        ["16 GB", by_size[1], "none fits", "`main`"],
-        ["24 GB", by_size[1], by_size[0], "`main`"],
-        ["48 GB and more", by_size[1], by_size[1], "`main`"],
+        ["Machine", "Best quality at 4k", "Best quality at 32k", "Best in vLLM 0.32 at 4k"],
+        ["GPU, 8 GB", "none fits", "none fits", "none fits"],
+        ["GPU, 12 GB", by_size[0], "none fits", "`main`"],
+        ["GPU, 16 GB", by_size[1], "none fits", "`main`"],
+        ["GPU, 24 GB", by_size[1], by_size[0], "`main`"],
+        ["GPU, 48 GB and more", by_size[1], by_size[1], "`main`"],
+        ["CPU, no GPU", by_size[1], by_size[1], "none proven"],
     ]
     assert "\n* On a CPU: `gptq-4bit-32g-actorder_True`, proven there in ONNX Runtime.\n" in text
-    assert "\n* In vLLM 0.32: `main`.\n" in text
+    assert "\n* In vLLM 0.32, as far as its own checks tell: `main`.\n" in text
     assert text.count("The only one for vLLM 0.32.") == 1
 
 
@@ -95,13 +136,14 @@ def test_what_ran_in_a_server_stands_before_what_is_expected(status: Any, words:
     assert f"\n* In vLLM 0.32: {words}.\n" in text
 
 
-def test_a_server_that_opens_each_branch_needs_no_column() -> None:
+def test_a_server_that_opens_each_branch_has_its_column() -> None:
     recipe = fixtures.llama_recipe()
     verdicts = fixtures.llama_expectations(recipe)["main"]
     given = {variant.branch: verdicts for variant in recipe.expanded_variants()}
     text = render(recipe, fixtures.llama_receipts(recipe), contexts=(SHORT,), expectations=given)
-    assert tables(text)[0][0] == ["GPU memory", "Closest to fp16 at 4k"]
-    assert "\n* In vLLM 0.32: each branch.\n" in text
+    assert tables(text)[0][0] == ["Machine", "Best quality at 4k", "Best in vLLM 0.32 at 4k"]
+    assert [row[1] == row[2] for row in tables(text)[0][1:]] == [True, True, False], "all but the CPU"
+    assert "\n* In vLLM 0.32, as far as its own checks tell: each branch.\n" in text
     assert "The only one for" not in text
 
 

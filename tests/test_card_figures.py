@@ -596,7 +596,14 @@ def test_branches_that_were_measured_on_other_rows_are_not_compared() -> None:
     receipts[1] = receipts[1].model_copy(update={"evaluation": other})
     text = render(recipe, receipts, contexts=CONTEXTS)
     assert ONLY not in text
-    assert "| GPU memory |" not in text
+    # 12 GB hold the three that were measured on the same rows.
+    assert [(row["Machine"], row["Best quality at 4k"]) for row in table(text, "Machine")] == [
+        ("GPU, 8 GB", "none fits"),
+        ("GPU, 12 GB", "`gptq-4bit-64g-actorder_True`"),
+        ("GPU, 16 to 24 GB", "not compared"),
+        ("GPU, 48 GB and more", "not compared"),
+        ("CPU, no GPU", "not compared"),
+    ]
     assert "were not measured on the same rows, or on too few of them: by quality, this page recommends none." in text
 
 

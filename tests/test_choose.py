@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from packager.card.choice import GPU_GB, CachedContext, Candidate, Opened, choose_branch, gpu_choices, opened_on_cpu
+from packager.card.choice import GPU_GB, CachedContext, Candidate, choose_branch, machine_choices, opened_on_cpu
 from packager.cli.main import app
 from packager.errors import UsageError
 from packager.receipt import LoaderRecord
 from tests.audit_cases import WEIGHTS
 from tests.card_fixtures import fixture_quality
 from tests.checkpoints import edit_json
-from tests.test_card_choice import LONG, SHORT, receipts_of
+from tests.test_card_choice import LONG, SHORT, asked, receipts_of
 from tests.test_published import MAIN, PROVENANCE, REPOSITORY, VARIANT, PublishedFixture
 
 Change = Callable[[dict[str, Any]], object]
@@ -54,17 +54,12 @@ def rows(answer: dict[str, Any], key: str) -> dict[str, Any]:
 @pytest.mark.parametrize("allowed", ["abc", "a", ""])
 def test_the_answer_is_that_of_the_card(context: CachedContext, allowed: str) -> None:
     receipts = receipts_of((5 * 10**9, 0.3), (5 * 10**9 + 1, 0.2), (31 * 10**9, 0.1))
-    card = gpu_choices(receipts, [(context, allowed.__contains__)])
+    candidates = asked(receipts, context, allowed)
+    card = machine_choices([candidates], [candidates])
     for gigabytes in GPU_GB:
-        (of_card,) = [each.chosen[0] for each in card if each.least_gb <= gigabytes <= (each.most_gb or max(GPU_GB))]
-        candidates = [
-            Candidate(
-                receipt=receipt,
-                context=context,
-                opened=Opened(opening="expected" if receipt.branch in allowed else "refused"),
-            )
-            for receipt in receipts
-        ]
+        (of_card,) = [
+            each.chosen[0].branch for each in card if each.least_gb <= gigabytes <= (each.most_gb or max(GPU_GB))
+        ][:1] or [""]
         assert choose_branch(candidates, gigabytes * 10**9).branch == of_card
 
 

@@ -20,7 +20,7 @@ from jinja2 import (
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from packager.card import facts, markdown, numbers, opening, task_scores
-from packager.card.choice import GPU_GB, RUNTIME_BYTES, CachedContext, best_branch, gpu_choices
+from packager.card.choice import CachedContext
 from packager.card.metadata import metadata
 from packager.card.own_templates import OwnTemplates, TemplateProblem, partials, template_problems, with_own
 from packager.card.plot import Plot, in_words
@@ -246,7 +246,7 @@ def _context(
         "unit": numbers.size_unit(
             max(size for each in branches for size in (each.provenance.weights_bytes, *each.contexts))
         ),
-        **_choice(branches, offers, expectations, contexts),
+        **opening.choice_values(branches, offers, expectations, contexts),
         "examples": facts.examples(here, offers),
         "license_files": tuple(
             Path(name).name for name in (*recipe.card.license.files, *recipe.card.license.base_files)
@@ -255,38 +255,6 @@ def _context(
         "footer": texts.footer.strip("\n"),
         "original_card": split_front_matter(texts.original_card)[1].strip("\n"),
     }
-
-
-def _choice(
-    branches: Sequence[facts.BranchFacts],
-    offers: Mapping[str, facts.Offer],
-    expectations: Mapping[str, Sequence[Verdict]],
-    contexts: Sequence[CachedContext],
-) -> dict[str, object]:
-    """Return what the page says about which branch to take."""
-    receipts = [each.provenance for each in branches]
-    served = opening.opens(branches, expectations, "vllm")
-    on_cpu = opening.proven_on_cpu(branches)
-    columns = [(context, "") for context in contexts]
-    if contexts and 0 < len(served) < len(branches):
-        columns.append((contexts[0], offers["vllm"].label))
-    choices = gpu_choices(
-        receipts, [(context, served.__contains__ if name else _any_branch) for context, name in columns]
-    )
-    cpu = best_branch([receipt for receipt in receipts if receipt.branch in on_cpu])
-    return {
-        "choice_columns": columns,
-        "choices": choices,
-        "gpu_gb": GPU_GB,
-        "runtime_bytes": RUNTIME_BYTES,
-        "served": served,
-        "cpu_choice": cpu,
-        "cpu_loaders": on_cpu.get(cpu, ()),
-    }
-
-
-def _any_branch(_: str) -> bool:
-    return True
 
 
 @cache  # compiling the templates takes longer than rendering a card; an edited template is still read again

