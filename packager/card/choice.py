@@ -72,7 +72,7 @@ class Candidate:
 
 
 # Why no branch is named: none opens, none fits, or those that do were not compared; "" where one is named.
-Missing = Literal["runtime", "memory", "quality", ""]
+NoChoice = Literal["runtime", "memory", "quality", ""]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Choice:
 
     branch: str
     reason: str
-    missing: Missing = ""
+    missing: NoChoice = ""
 
 
 @dataclass(frozen=True, kw_only=True)

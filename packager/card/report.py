@@ -28,6 +28,7 @@ from packager.receipt import (
     QualityRecord,
     Receipt,
 )
+from packager.records import TaskRecord
 from packager.system.text import format_bytes, printable
 
 TEMPLATE_OF_REPORT: Final = "report.html.j2"
@@ -59,6 +60,7 @@ def report_values(receipts: Sequence[Receipt], changes: Sequence[Mapping[str, An
             if each.versions != made[0].versions or each is made[0]
         ],
         "variants": [_variant(each) for each in made],
+        "tasks": _tasks(made),
         "loss": _loss(made),
         "loaders": _loaders(made),
         "experts": [found for each in made if (found := _experts(each))],
@@ -110,6 +112,30 @@ def _quality(quality: QualityRecord) -> Values:
     return {
         **{name: {"value": value, "standard_error": error} for name, (value, error) in figures.items()},
         **quality.model_dump(include={"num_tokens", "questions", "answered", "base_answered"}),
+    }
+
+
+def _tasks(made: Sequence[Provenance]) -> list[Values]:
+    """Return an entry per task with its scores on each branch, None where it was not measured on one."""
+    names = dict.fromkeys(record.name for each in made for record in each.tasks)
+    return [
+        {"task": name, "scores": [{"branch": each.branch, "record": _task(each.tasks, name)} for each in made]}
+        for name in names
+    ]
+
+
+def _task(records: Sequence[TaskRecord], name: str) -> Values | None:
+    record = next((record for record in records if record.name == name), None)
+    if record is None:
+        return None
+    figures = {
+        "score": (record.score, record.score_error),
+        "base_score": (record.base_score, record.base_error),
+        "recovery": (record.recovery, record.recovery_error),
+    }
+    return {
+        **record.model_dump(exclude={"name", *figures, "score_error", "base_error", "recovery_error"}),
+        **{key: {"value": value, "standard_error": error} for key, (value, error) in figures.items()},
     }
 
 
