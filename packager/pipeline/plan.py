@@ -13,10 +13,10 @@ from packager.model.branch_config import normalized
 from packager.model.branch_rules import ModelFacts
 from packager.model.checkpoint import Shard, checkpoint_tensors, fit_problems, length_problem, split_shards
 from packager.model.compatibility import Verdict, verdicts
+from packager.model.runtimes import OTHER_LOADER
 from packager.pipeline.branch_files import check_small_files
 from packager.pipeline.card_texts import card_text_problems
 from packager.prove.evaluation_memory import EvaluationMemory, evaluation_memory
-from packager.prove.other_loader import other_verdicts
 from packager.quantize.engines import engine_problems, engine_version
 from packager.quantize.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, sweep_ways
 from packager.receipt import CONFIG, TOKENIZER_MODEL, digest_of
@@ -245,11 +245,14 @@ def _fit_problems(recipe: Recipe, architecture: Architecture, variants: Sequence
 
 def _verdicts(recipe: Recipe, variant: Variant, architecture: Architecture, *, lacks: bool) -> tuple[Verdict, ...]:
     """Return the verdicts of all runtimes that packager knows, and of the other packages' that the recipe names."""
-    named = (*recipe.loaders.required, *recipe.loaders.if_available)
-    return (
-        *verdicts(variant, architecture, lacks_tokenizer_model=lacks),
-        *other_verdicts(named, variant, architecture),
-    )
+    known = verdicts(variant, architecture, lacks_tokenizer_model=lacks)
+    named = [*recipe.loaders.required, *recipe.loaders.if_available]
+    if not any(name.startswith(OTHER_LOADER) for name in named):
+        return known
+    # Here, because few recipes name one: `plan` starts faster.
+    from packager.prove.other_loader import other_verdicts
+
+    return (*known, *other_verdicts(named, variant, architecture))
 
 
 def _loader_problems(recipe: Recipe, judged: Mapping[str, Sequence[Verdict]]) -> list[str]:

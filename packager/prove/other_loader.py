@@ -20,7 +20,6 @@ from packager.model.compatibility import Verdict, verdict_of
 from packager.model.rules import RulesOf, RuntimeRule
 from packager.model.runtimes import OTHER_LOADER
 from packager.prove.loaders import LOADERS, LoaderSpec
-from packager.prove.locks import read_lock
 from packager.system.text import printable
 from packager.variant import Variant
 
@@ -151,6 +150,8 @@ def _check(made: object) -> None:
         raise ValueError("devices: cpu, cuda or both")
     if not all(isinstance(rule, RuntimeRule) for rule in made.rules):
         raise TypeError("rules: only those of packager.model.rules")
+    from packager.prove.locks import read_lock  # most recipes name no such loader, and `status` starts faster
+
     SpecifierSet(made.requires_python)
     read_lock(made.lock)
 
