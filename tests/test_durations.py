@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from packager.cli.plan_view import durations_json, print_build_plan, time_lines
 from packager.pipeline.durations import REFERENCES, REFINED_WORK, SIGNED_WORK, TIMED_STAGES, Computer, durations
 from packager.pipeline.plan import BuildPlan, make_plan
 from packager.recipe.file import RecipeFile
+from packager.recipe.task_models import EvaluationTask
 from packager.system.text import rough_time
 from tests import tiny_recipe
 from tests.test_house_rules import ROOT
@@ -166,7 +168,7 @@ def test_what_this_machine_measured_stands_before_the_reference(tiny: Path) -> N
     assert found.seconds == pytest.approx(
         {"quantize": 2.0 * 3, "pack": 1.0 * 3, "evaluate": 3.0 * 4, "verify": 0.0}, rel=0.02
     )
-    assert list(found.seconds) == list(TIMED_STAGES)
+    assert list(found.seconds) == [stage for stage in TIMED_STAGES if stage != "tasks"], "the recipe names no task"
     (line,) = time_lines((found,))
     assert line.startswith(
         "Time: about 21 s (quantize 6 s, pack 3 s, evaluate 12 s, verify 0 s), from what tester/tiny"
@@ -178,6 +180,80 @@ def test_what_this_machine_measured_stands_before_the_reference(tiny: Path) -> N
     # Of the three that were measured, the one of 3 bits is asymmetric, so its scales are positive.
     signed = SIGNED_WORK["cpu"]
     assert less.seconds["quantize"] == pytest.approx(4.0 * 3 * signed / (2 * signed + 1), rel=0.02)
+
+
+def with_tasks(plan: BuildPlan, *tasks: Mapping[str, object]) -> BuildPlan:
+    asked = tuple(EvaluationTask.model_validate({"data": {"path": "tasks/birds.jsonl"}, **task}) for task in tasks)
+    evaluation = plan.recipe.evaluation.model_copy(update={"tasks": asked})
+    return replace(plan, recipe=plan.recipe.model_copy(update={"evaluation": evaluation}))
+
+
+def measured_task(name: str, **values: object) -> dict[str, object]:
+    known = {"num_documents": 50, "limit": None, "num_fewshot": 0, "score_error": None, "base_error": None}
+    rest = {"metric": "acc", "filter": "none", "definition_sha256": "", "documents": BIRDS, "examples": None}
+    computed = {"device": "cpu", "dtype": "float32", "base_dtype": "float32", "kernel": "", "versions": {}}
+    scores = {"chat": False, "score": 0.5, "base_score": 0.5, "recovery": 1.0, "recovery_error": None}
+    return {"name": name, **known, **rest, **computed, **scores, **values}
+
+
+BIRDS: dict[str, object] = {"source": "birds.jsonl", "sha256": ["0" * 64]}
+ALL: Mapping[str, object] = {"name": "birds"}
+LIMITED: Mapping[str, object] = {"name": "birds", "limit": 10}
+SHOT: Mapping[str, object] = {"name": "nests", "limit": 5, "num_fewshot": 3}
+
+
+def test_tasks_take_a_time_for_each_document_where_their_number_is_known(tiny: Path) -> None:
+    """100 s for 50 documents and for 25 with one example each: one second for each of these texts."""
+    dist, plan = tiny / "dist", make_plan(RecipeFile.load(tiny / "recipe.yaml"))
+    set_seconds(dist, quantize=2.0, pack=1.0, evaluate=3.0, verify=0.5, tasks=100.0)
+
+    def seconds(*tasks: Mapping[str, object]) -> float | None:
+        (found,) = durations(with_tasks(plan, *tasks), dist)
+        return found.seconds["tasks"]
+
+    assert seconds(ALL) is None, "nobody measured tasks"
+    paths = sorted((dist / "receipts" / tiny_recipe.REPOSITORY).glob("*.json"))
+    for number, path in enumerate(paths):
+        receipt = json.loads(path.read_text())
+        songs = measured_task("songs", num_documents=25, num_fewshot=1, limit=25)
+        # The last variant is one that transformers refused: it has no tasks, and no time was spent on them.
+        receipt["provenance"]["tasks"] = [measured_task("birds"), songs] if number < len(paths) - 1 else []
+        receipt["seconds"]["tasks"] = 100.0 if number < len(paths) - 1 else 0.0
+        path.write_text(json.dumps(receipt))
+    models = len(BRANCHES) + 1
+    known: tuple[tuple[tuple[Mapping[str, object], ...], int], ...] = (
+        ((ALL,), 50),
+        ((LIMITED,), 10),
+        (({"name": "birds", "limit": 400},), 50),
+        ((ALL, SHOT), 50 + 5 * 4),
+        (({"name": "songs", "limit": 5},), 5 * 2),
+        # A limit that was reached says nothing of a larger one; the recipe's own limit is the most that can be asked.
+        (({"name": "songs", "limit": 400},), 400 * 2),
+    )
+    for tasks, texts in known:
+        assert seconds(*tasks) == pytest.approx(models * texts, rel=0.02), tasks
+    unknown: tuple[Mapping[str, object], ...] = (
+        {"name": "nests"},
+        {"name": "nests", "limit": 5},
+        {"name": "songs"},
+        {"name": "birds", "data": {"path": "tasks/others.jsonl"}},
+    )
+    assert [task for task in unknown if seconds(ALL, task) is not None] == []
+    refused = tuple(replace(verdict, can_load=False) for verdict in plan.variants[0].verdicts)
+    some = replace(plan, variants=(replace(plan.variants[0], verdicts=refused), *plan.variants[1:]))
+    (found,) = durations(with_tasks(some, ALL), dist)
+    assert found.seconds["tasks"] == pytest.approx((models - 1) * 50, rel=0.02)
+    (line,) = time_lines(durations(with_tasks(plan, ALL), dist))
+    assert "verify 0 s, tasks 3 min 17 s)" in line
+    (line,) = time_lines(durations(with_tasks(plan, {"name": "nests"}), dist))
+    assert "without tasks, not measured there" in line
+
+
+def test_the_references_have_no_time_of_tasks() -> None:
+    plan = with_tasks(plan_of("demo-llama.yaml"), ALL)
+    found = durations(plan, Path("nowhere"))
+    assert [each.seconds["tasks"] for each in found] == [None]
+    assert "without pack and tasks, not measured there" in time_lines(found)[0]
 
 
 def test_receipts_that_cannot_be_read_are_left_out(tiny: Path) -> None:

@@ -66,7 +66,8 @@ def _time_line(duration: Duration) -> str:
     known = {stage: seconds for stage, seconds in duration.seconds.items() if seconds is not None}
     stages = ", ".join(f"{stage} {rough_time(seconds)}" for stage, seconds in known.items())
     lacking = [stage for stage, seconds in duration.seconds.items() if seconds is None]
-    without = f" without {' and '.join(lacking)}, not measured there" if lacking else ""
+    names = " and ".join(filter(None, (", ".join(lacking[:-1]), *lacking[-1:])))
+    without = f" without {names}, not measured there" if lacking else ""
     measured = duration.measured
     source = (
         f"from what {measured.model} took in this output folder on {measured.machine}"

@@ -1,8 +1,9 @@
 """How long a build will take: from what this machine measured before, else from docs/explanation/measurements.md.
 
 A stage's time grows with the base model's size and with the tokens that it runs. A variant with effort high takes as
-long as several others, by the passes of its rows through the model. That is near enough for hours or minutes, not for
-seconds: the search for grids, the start of a loader, and other work of the machine are left out.
+long as several others, by the passes of its rows through the model. Tasks take a time for each document with the
+examples before it. That is near enough for hours or minutes, not for seconds: the search for grids, the start of a
+loader, the length of a task's documents, and other work of the machine are left out. What cannot be known is said.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +13,16 @@ from typing import Final, Literal
 
 from pydantic import ValidationError
 
-from packager.pipeline.plan import BuildPlan
+from packager.pipeline.plan import BuildPlan, VariantPlan
 from packager.quantize.tuning_schedule import SCHEDULE
 from packager.receipt import SAFETENSORS, Receipt
+from packager.recipe.task_models import EvaluationTask
+from packager.records import TaskRecord
 from packager.system.files import open_regular
 from packager.variant import ScaleSearch
 
-TimedStage = Literal["quantize", "pack", "evaluate", "verify"]
-TIMED_STAGES: Final[tuple[TimedStage, ...]] = ("quantize", "pack", "evaluate", "verify")
+TimedStage = Literal["quantize", "pack", "evaluate", "verify", "tasks"]
+TIMED_STAGES: Final[tuple[TimedStage, ...]] = ("quantize", "pack", "evaluate", "verify", "tasks")
 Computer = Literal["cpu", "cuda"]
 _MOST_DISTANCE: Final = 32.0  # between two sizes of base models
 _MOST_BYTES: Final = 4_000_000  # of receipts that are read: `plan` is quick
@@ -39,6 +42,7 @@ class Measured:
         evaluation_tokens: that were measured on.
         seconds: of one variant, by stage; a stage that was not measured is missing.
         work: of one variant, see `work_of`: the mean of those that were measured.
+        tasks: the records of one variant's tasks, whose time is that of the stage tasks.
     """
 
     machine: str
@@ -49,6 +53,7 @@ class Measured:
     evaluation_tokens: int
     seconds: Mapping[TimedStage, float]
     work: float = 1.0
+    tasks: tuple[TaskRecord, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,7 @@ class Duration:
     Attributes:
         measured: where the figures are from.
         here: whether it was measured in this output folder.
-        seconds: by stage.
+        seconds: by stage; without tasks where the recipe names none.
     """
 
     measured: Measured
@@ -166,7 +171,45 @@ def _scaled(plan: BuildPlan, measured: Measured, *, here: bool) -> Duration:
         stage: measured.seconds[stage] * factor if stage in measured.seconds else None
         for stage, factor in factors.items()
     }
+    if recipe.evaluation.tasks:
+        once = _task_seconds(recipe.evaluation.tasks, measured)
+        # The fp16 model answers, too, and no variant that transformers refuses.
+        asked = 1 + sum(_is_opened(each, "transformers") for each in plan.variants)
+        seconds["tasks"] = None if once is None else asked * size * once
     return Duration(measured=measured, here=here, seconds=seconds)
+
+
+def _is_opened(variant_plan: VariantPlan, runtime: str) -> bool:
+    return all(verdict.can_load for verdict in variant_plan.verdicts if verdict.loader == runtime)
+
+
+def _task_seconds(tasks: Sequence[EvaluationTask], measured: Measured) -> float | None:
+    """Return the seconds of one variant's tasks for a model of the measured size, None where that cannot be known."""
+    prompts = sum(record.num_documents * (1 + record.num_fewshot) for record in measured.tasks)
+    wanted = [_prompts_of(task, measured.tasks) for task in tasks]
+    if not prompts or "tasks" not in measured.seconds or None in wanted:
+        return None
+    return measured.seconds["tasks"] * sum(filter(None, wanted)) / prompts
+
+
+def _prompts_of(task: EvaluationTask, records: Sequence[TaskRecord]) -> int | None:
+    """Return how many documents a task has, each with its examples counted as one more.
+
+    None where neither the recipe nor a record of the same documents says it: `plan` reads no documents.
+    """
+    record = next((each for each in records if each.name == task.name and _same_documents(task, each)), None)
+    num_documents, num_fewshot = task.limit, task.num_fewshot
+    if record is not None:
+        num_fewshot = record.num_fewshot if num_fewshot is None else num_fewshot
+        if record.limit is None or record.num_documents < record.limit:
+            num_documents = min(record.num_documents, task.limit or record.num_documents)
+    return None if num_documents is None or num_fewshot is None else num_documents * (1 + num_fewshot)
+
+
+def _same_documents(task: EvaluationTask, record: TaskRecord) -> bool:
+    data, known = task.data, record.documents
+    source = data.dataset or Path(str(data.path)).name
+    return (source, data.config, data.split) == (known.source, known.config, known.split)
 
 
 def _measured_in(dist: Path) -> list[Measured]:
@@ -182,9 +225,12 @@ def _measured_in(dist: Path) -> list[Measured]:
 
 def _mean(receipts: Sequence[Receipt], base_bytes: int) -> Measured:
     made = receipts[0].provenance
+    scored = [receipt for receipt in receipts if receipt.provenance.tasks]
     seconds: dict[TimedStage, float] = {}
     for stage in TIMED_STAGES:
-        times = [receipt.seconds[stage] for receipt in receipts if stage in receipt.seconds]
+        # A variant that transformers does not open has no tasks, and took no time for them.
+        timed = scored if stage == "tasks" else receipts
+        times = [receipt.seconds[stage] for receipt in timed if stage in receipt.seconds]
         if times:
             seconds[stage] = sum(times) / len(times)
     computer: Computer = "cpu" if made.device == "cpu" else "cuda"
@@ -198,6 +244,7 @@ def _mean(receipts: Sequence[Receipt], base_bytes: int) -> Measured:
         evaluation_tokens=made.evaluation.num_samples * made.evaluation.seq_len,
         seconds=seconds,
         work=sum(works) / len(works),
+        tasks=scored[0].provenance.tasks if scored else (),
     )
 
 
