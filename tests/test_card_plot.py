@@ -1,5 +1,6 @@
 """The card's picture: its bytes, what it shows, where the card shows it, and when it is drawn again."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,30 @@ def test_the_points_are_where_their_figures_are() -> None:
     for point, ((_, low), (_, high)) in zip(points, ends, strict=True):
         assert point.error is not None
         assert low - high == pytest.approx(-scale * 4 * point.error, rel=1e-3), "twice the error, both ways"
+
+
+def ticks(svg: bytes, title: str) -> list[tuple[float, float]]:
+    """Return the place and the value of each tick of the horizontal axis with a title."""
+    _, *axes = re.split(r'<g id="matplotlib\.axis_', svg.decode())
+    (axis,) = [each for each in axes if f"<!-- {title} -->" in each]
+    return [
+        (float(x), float(value))
+        for x, value in re.findall(r'<use [^>]*x="([\d.]+)"[^>]*>.*?<!-- ([\d.]+) -->', axis, re.DOTALL)
+    ]
+
+
+def test_memory_is_a_second_scale_of_the_size() -> None:
+    plot = plot_of(fixtures.llama_receipts(fixtures.llama_recipe()), fixtures.LLAMA_CONTEXTS)
+    assert plot is not None
+    svg = draw_picture(plot)["quality-light.svg"]
+    sizes, memory = ticks(svg, "size of the weights, GB"), ticks(svg, "VRAM at 4k, GB")
+    assert min(len(sizes), len(memory)) >= 4
+    (left, least), (right, most) = sizes[0], sizes[-1]
+    for place, value in memory:
+        size = least + (most - least) * (place - left) / (right - left)
+        assert value == pytest.approx(size + fixtures.LLAMA_CONTEXTS[0].cache_bytes / 1e9, abs=1e-3)
+    assert in_words(plot).replace("\u00a0", " ").endswith("fp16: 26.0 GB. VRAM at 4k is 3.36 GB more than the size.")
+    assert b"VRAM" not in draw_picture(llama_plot())["quality-light.svg"]
 
 
 def test_the_same_figures_give_the_same_small_files() -> None:

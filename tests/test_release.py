@@ -278,6 +278,7 @@ def test_the_card_equals_the_rendering_of_the_published_receipts(branch: str, cl
         if (path := getattr(RECIPE.card, name)) is not None
     }
     plan, receipts = make_plan(RECIPE_FILE), [provenance(clones[name]) for name in BRANCHES]
+    contexts = cached_contexts(plan.architecture)
     expected = render_card(
         RECIPE,
         CardTexts(**texts),
@@ -286,8 +287,8 @@ def test_the_card_equals_the_rendering_of_the_published_receipts(branch: str, cl
         branch,
         expectations={each.variant.branch: each.verdicts for each in plan.variants},
         prompting=prompting_of(clones[branch]),
-        contexts=cached_contexts(plan.architecture),
-        plot=plot_of(receipts),
+        contexts=contexts,
+        plot=plot_of(receipts, contexts),
     )
     assert card(clones, branch) == expected, "published with other templates or another recipe: run nox -s build-all"
 

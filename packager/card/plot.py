@@ -1,15 +1,17 @@
-"""The card's picture: the size of each branch against its KL divergence, as PNG and SVG, on a light and a dark page.
+"""The card's picture: size and memory of each branch against its KL divergence, as PNG and SVG, light and dark.
 
 The same figures give the same bytes: no date, no name of a program, ids from a fixed salt, the font of matplotlib.
 """
 
 import io
+import operator
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from packager.card.choice import CachedContext
 from packager.card.numbers import measured, short_size, size_unit
 from packager.errors import MachineError
 from packager.receipt import PICTURE_FILES, Provenance
@@ -20,11 +22,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Raise it when the picture of the same figures changes: finished cards get the new one then.
-PLOT_VERSION = 1
+PLOT_VERSION = 2
 _INCHES = (8.0, 4.0)
 # Left, bottom, width and height of the axes, as fractions; the legend stands at their right. A layout that matplotlib
 # computes takes twice the time, and a build in the tests draws too.
-_AXES = (0.13, 0.13, 0.52, 0.84)
+_AXES = (0.13, 0.13, 0.52, 0.73)
 _LEGEND_CHARACTERS = 34
 _DPI = 144
 # A logarithmic axis where a linear one would show the small values as one line.
@@ -61,14 +63,18 @@ class PlotPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """What a picture shows: the measured branches, and the bytes of the fp16 model."""
+    """What a picture shows: the measured branches, the bytes of the fp16 model, and a context whose cache is added."""
 
     points: tuple[PlotPoint, ...]
     base_bytes: int
+    context: CachedContext | None = None
 
 
-def plot_of(receipts: Sequence[Provenance]) -> Plot | None:
-    """Return the picture of a repository; None for fewer than two measured branches, which it would not compare."""
+def plot_of(receipts: Sequence[Provenance], contexts: Sequence[CachedContext] = ()) -> Plot | None:
+    """Return the picture of a repository; None for fewer than two measured branches, which it would not compare.
+
+    The first of the contexts is that of the memory's axis.
+    """
     points = tuple(
         PlotPoint(
             branch=receipt.branch,
@@ -81,7 +87,8 @@ def plot_of(receipts: Sequence[Provenance]) -> Plot | None:
     )
     if len(points) < 2:
         return None
-    return Plot(points=points, base_bytes=2 * receipts[0].base_model.num_parameters)
+    context = contexts[0] if contexts else None
+    return Plot(points=points, base_bytes=2 * receipts[0].base_model.num_parameters, context=context)
 
 
 @cache
@@ -145,6 +152,11 @@ def _fill(figure: "Figure", plot: Plot, theme: Theme) -> None:
         f"fp16: {short_size(plot.base_bytes)}, KL 0 \u2192", xy=(1.0, 0.0), xytext=(-8, 8), xycoords="axes fraction",
         textcoords="offset points", ha="right", va="bottom", color=theme.text, fontsize=9,
     )  # fmt: skip
+    if plot.context is not None:
+        # Every branch caches the same: memory is another scale of the same axis.
+        cached = plot.context.cache_bytes / factor
+        above = axes.secondary_xaxis("top", functions=(partial(operator.add, cached), partial(operator.add, -cached)))
+        above.set_xlabel(f"VRAM at {plot.context.title}, {unit}")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=8.5)
 
 
@@ -170,6 +182,9 @@ def in_words(plot: Plot) -> str:
     shown = [
         f"{point.branch}: {short_size(point.size_bytes)}, KL {measured(point.kl, point.error)}" for point in plot.points
     ]
-    return (
+    words = (
         f"Size of the weights against KL divergence from fp16. {'; '.join(shown)}; fp16: {short_size(plot.base_bytes)}."
     )
+    if plot.context is None:
+        return words
+    return f"{words} VRAM at {plot.context.title} is {short_size(plot.context.cache_bytes)} more than the size."

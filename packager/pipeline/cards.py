@@ -54,7 +54,8 @@ def render_cards(run: BuildState) -> None:
     ]
     expectations = {variant_plan.variant.branch: variant_plan.verdicts for variant_plan in run.plan.variants}
     model_type = run.plan.architecture.model_type
-    contexts, plot = cached_contexts(run.plan.architecture), plot_of(provenances)
+    contexts = cached_contexts(run.plan.architecture)
+    plot = plot_of(provenances, contexts)
     pictures = _pictures(run, plot)
     runs = {branch: receipt.runs for branch, receipt in run.receipts.items()}
     rendered = {}
