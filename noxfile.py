@@ -292,6 +292,15 @@ def tests_tutorial(session: nox.Session) -> None:
     session.run("pytest", "-m", "release", "tests/test_tutorial.py", *session.posargs)
 
 
+@nox.session
+def pictures(session: nox.Session) -> None:
+    """Compare cards in a headless Chromium, light and dark, with pictures; `-- --update-golden` takes new ones."""
+    if not any(map(shutil.which, ("chromium", "google-chrome"))):
+        session.error("neither chromium nor google-chrome is on the PATH: apt-get install chromium")
+    _install(session, "-e", ".[build]", "hypothesis", "pytest")
+    session.run("pytest", "-m", "release", "tests/test_card_pictures.py", *session.posargs)
+
+
 @nox.session(name="tests-publish")
 def tests_publish(session: nox.Session) -> None:
     """Publish through git-lfs to real servers, and clone by the cards' commands; without git-lfs it fails."""
