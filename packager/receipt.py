@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     Field,
@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from packager.records import Record, TaskRecord
+from packager.records import FEW_ENTRIES, FIRST_ERROR, Record, TaskRecord
 from packager.variant import Layout, Place, place_of
 
 README, PROVENANCE = "README.md", "provenance.json"
@@ -72,7 +72,7 @@ class SourceRecord(Record):
     id: str
     revision: str | None
     digest: str
-    files: dict[str, FileRecord]
+    files: Annotated[dict[str, FileRecord], FEW_ENTRIES]
     dtype: str
     num_parameters: int
 
@@ -253,22 +253,22 @@ class Provenance(Record):
     made_with: str
     recipe_digest: str
     variant_digest: str
-    parameters: dict[str, bool | int | float | str]
-    effective: dict[str, bool | int | float | str]
+    parameters: Annotated[dict[str, bool | int | float | str], FEW_ENTRIES]
+    effective: Annotated[dict[str, bool | int | float | str], FEW_ENTRIES]
     base_model: SourceRecord
     model: dict[str, JsonValue] = Field(default_factory=dict)
     calibration: TextRecord
     evaluation: TextRecord
     versions: dict[str, str]
     device: str
-    linears: tuple[AnyLinearRecord, ...]
+    linears: Annotated[tuple[AnyLinearRecord, ...], FIRST_ERROR]
     not_quantized: dict[str, str] = Field(default_factory=dict)
     quality: QualityRecord | None = None
-    tasks: tuple[TaskRecord, ...] = ()
+    tasks: Annotated[tuple[TaskRecord, ...], FIRST_ERROR] = ()
     floor: FloorRecord | None = None
-    loaders: tuple[LoaderRecord, ...] = ()
+    loaders: Annotated[tuple[LoaderRecord, ...], FIRST_ERROR] = ()
     weights_bytes: int
-    files: dict[str, FileRecord]
+    files: Annotated[dict[str, FileRecord], FEW_ENTRIES]
 
     @model_serializer(mode="wrap")
     def _without_empty(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:

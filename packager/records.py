@@ -3,7 +3,24 @@
 A module of its own beside `receipt.py`, which imports it.
 """
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Mapping
+from typing import Final
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast
+
+# More than a branch can have files. A record may be hostile, and pydantic takes 1700 bytes to report one wrong value.
+_MOST_ENTRIES = 20_000
+
+
+def _few(value: object) -> object:
+    """Raise ValueError for a mapping of too many entries, before any of them is looked at."""
+    if isinstance(value, Mapping) and len(value) > _MOST_ENTRIES:
+        raise ValueError(f"it has {len(value):,} entries, and {_MOST_ENTRIES:,} are the most")
+    return value
+
+
+FIRST_ERROR: Final = FailFast()  # for a sequence: its validation ends with the first wrong item
+FEW_ENTRIES: Final = BeforeValidator(_few)  # for a mapping
 
 
 class Record(BaseModel):

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from rich.console import Console
 
 from packager.cli.audit_view import audit_json, print_audit
 from packager.prove.audit import audit
+from packager.receipt import Provenance
 from tests.audit_cases import ACT_ORDER, QWEN
 from tests.checkpoints import Checkpoint, edit_text, write_json
 from tests.hypothesis_profiles import examples
@@ -105,3 +107,21 @@ def test_hostile_python_never_raises(tmp_path: Path, code: str) -> None:
     folder = Checkpoint().write(tmp_path / "branch")
     edit_text(folder, "README.md", "from transformers import AutoModelForCausalLM", f"if True:\n    {code}")
     assert_reportable(folder)
+
+
+WRONG: dict[str, object] = {
+    "linears": [1] * 100_000,
+    "loaders": [1] * 100_000,
+    "tasks": [1] * 100_000,
+    "files": dict.fromkeys(map(str, range(100_000)), 1),
+    "parameters": {str(number): () for number in range(100_000)},
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_a_record_of_many_wrong_values_has_few_errors(field: str) -> None:
+    """Each error is 1700 bytes: a record of 32 MB would take 2.6 GB."""
+    with pytest.raises(ValidationError) as caught:
+        Provenance.model_validate({field: WRONG[field]})
+    found = [error for error in caught.value.errors() if error["loc"][0] == field]
+    assert 1 <= len(found) <= 2  # a linear is that of an expert or another

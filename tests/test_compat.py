@@ -299,7 +299,7 @@ def test_a_folder_of_the_local_target_is_a_repository(repository: Path, tmp_path
 
 def test_a_large_document_of_a_repository_is_not_read(repository: Path, tmp_path: Path) -> None:
     git("checkout", "--quiet", ACT_ORDER, cwd=repository)
-    (repository / "provenance.json").write_bytes(b"{" + b" " * 16_000_000 + b"}")
+    (repository / "provenance.json").write_bytes(b"{" + b" " * 32_000_000 + b"}")
     git("commit", "--quiet", "-a", "-m", "large", cwd=repository)
     git("checkout", "--quiet", "notes", cwd=repository)  # what lies in the folder is no checkpoint
     done = compat(repository, "--dist", tmp_path / "dist", "--branch", ACT_ORDER)

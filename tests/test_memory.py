@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packager.errors import MachineError
+from packager.model.architecture import architecture_of
 from packager.model.batches import rows_per_batch
 from packager.model.lock import LockedTensors
 from packager.model.safetensors_file import TensorInfo
@@ -26,7 +27,7 @@ from packager.quantize.memory import (
 from packager.recipe.file import RecipeFile
 from tests.hypothesis_profiles import examples
 from tests.known_models import known_architecture
-from tests.test_known_models import tiny_config
+from tests.test_known_models import LLAMA_2_13B, tiny_config
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 GB = 10**9
@@ -334,3 +335,45 @@ def test_devices_that_share_the_rows_need_less_each():
     assert needs[0] - needs[1] > states
     ways = {way.num_batches for way in sweep_ways(replace(LARGE, ranks=3), "cuda")}
     assert ways == {6}  # 4, 6 and 6 of 16 batches
+
+
+LLAMA_405B = {
+    **LLAMA_2_13B, "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
+    "num_attention_heads": 128, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+}  # fmt: skip
+
+
+def test_405b_fits_a_card_of_80_gib_with_its_weights_on_the_host():
+    """Its down_proj decides: four float32 matrices of [53248, 53248], 45.4 GB, and 14 GB for 16,384 rows of weights.
+
+    `nvidia-smi` shows 81,559 MiB of an H100 with 80 GB, 85.5 x 10^9 bytes. Of 80 x 10^9, 92 % are 0.6 GB too few.
+    """
+    architecture = known_architecture(LLAMA_405B, "config.json")
+    work = Workload(architecture=architecture, num_samples=128, seq_len=2048, num_variants=4)
+    way = chosen(work, 85.5, 128)
+    assert (way.num_variants, way.placement, way.weights) == (4, "host", "host")
+    assert chosen(work, 85.5, 64).num_variants == 3
+    with pytest.raises(MachineError) as caught:
+        chosen(work, 80, 128)
+    assert "it needs 74.22 GB of the device" in str(caught.value)
+
+
+@pytest.mark.long
+def test_a_layer_of_256_experts_fits_a_card_of_80_gb_in_slices(tmp_path, monkeypatch):
+    """DeepSeek-V3: 22.5 GB of experts in a block; its measured peak was 45.6 GB, with all batches run again."""
+    from transformers import DeepseekV3Config
+
+    from packager.model.describe import describe
+
+    DeepseekV3Config(
+        num_hidden_layers=1, first_k_dense_replace=0, dtype="bfloat16", architectures=["DeepseekV3ForCausalLM"]
+    ).save_pretrained(tmp_path)
+    architecture = architecture_of(describe(tmp_path, None), "config.json")
+    work = Workload(architecture=architecture, num_samples=128, seq_len=2048, num_variants=4)
+    experts = [group for group in architecture.group_sizes if group.experts]
+    assert [group.experts.count for group in experts if group.experts] == [256, 256]
+    assert chosen(work, 80, 128).weights == "host"
+    # Without slices all experts of a group are solved at once: 330 GB.
+    monkeypatch.setattr(memory_module, "expert_slices", lambda _i, _o, count, _d: [range(count)])
+    with pytest.raises(MachineError):
+        chosen(work, 200, 128)

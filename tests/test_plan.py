@@ -24,6 +24,7 @@ from packager.model.compatibility import RUNTIME_RULES, verdicts
 from packager.model.config_values import read_config
 from packager.model.lock import LockedExperts, LockedGroup, LockedLinear, LockedTensors
 from packager.model.runtimes import EARLIER_RUNTIMES, RUNTIMES, LoaderName
+from packager.model.safetensors_file import file_order, header_bytes
 from packager.pipeline.plan import BuildPlan, make_plan, variant_description
 from packager.prove.evaluation_memory import evaluation_memory
 from packager.prove.loaders import LOADERS
@@ -584,9 +585,8 @@ def test_variants_of_one_size_share_their_files(tmp_path: Path) -> None:
     assert plan.variants[0].shards is not plan.variants[1].shards
 
 
-def calls_of_a_plan(folder: Path, blocks: int, experts: int) -> Counter[str]:
+def calls_of_a_plan(path: Path) -> Counter[str]:
     """Return how often `make_plan` calls each function of Python, its recipe being read included."""
-    path = recipe_with_experts(folder, blocks, experts)
     calls: Counter[str] = Counter()
 
     def count(frame: FrameType, event: str, _: object) -> None:
@@ -602,10 +602,49 @@ def calls_of_a_plan(folder: Path, blocks: int, experts: int) -> Counter[str]:
     return calls
 
 
+def write_sparse_weights(path: Path, *, shards: int) -> int:
+    """Write a base model's weights as headers and holes, with an index; return how many tensors there are."""
+    folder, tensors = path.parent / "model", RecipeFile.load(path).architecture.tensors
+    size, weight_map = -(-len(tensors) // shards), dict[str, str]()
+    for number in range(shards):
+        name, held = f"model-{number:05d}.safetensors", file_order(tensors[number * size : (number + 1) * size])
+        header = header_bytes(held)
+        with (folder / name).open("wb") as stream:
+            stream.write(header)
+            stream.truncate(len(header) + sum(tensor.size_bytes for tensor in held))
+        weight_map |= dict.fromkeys((tensor.name for tensor in held), name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return len(tensors)
+
+
+def test_tensors_and_shards_of_a_base_model_cost_a_number_of_calls_each(tmp_path: Path) -> None:
+    """Nothing is done for each pair of tensors or files."""
+
+    def calls(name: str, blocks: int, experts: int, shards: int) -> int:
+        path = recipe_with_experts(tmp_path / name, blocks, experts)
+        assert write_sparse_weights(path, shards=shards) == blocks * experts * 3 + 1
+        return sum(calls_of_a_plan(path).values())
+
+    calls("first", 2, 2, 2)  # imports what it needs
+    few = calls("few", 2, 16, 2)
+    assert calls("tensors", 4, 64, 2) - few < 40 * 3 * (4 * 64 - 2 * 16)  # 26 each; a list of them all has 769
+    assert calls("shards", 2, 16, 32) - few < 350 * 30  # 210 each
+
+
+def test_a_model_whose_branches_no_check_would_read_is_not_planned(tmp_path: Path) -> None:
+    """A build of days would end with an audit that refuses the folder."""
+    with pytest.raises(PlanError) as caught:
+        make_plan(RecipeFile.load(recipe_with_experts(tmp_path / "many", 53, 512)))
+    assert "81,408 quantized linears and 325,633 tensors" in caught.value.why
+    assert "its checks read 80,000 and 400,000 at most" in caught.value.why
+    plan = make_plan(RecipeFile.load(recipe_with_experts(tmp_path / "fewer", 52, 512)))
+    assert len(plan.variants[0].shards[0].tree) == 52 * 512 * 3 * 4 + 1
+
+
 def test_the_work_of_a_plan_grows_with_the_kinds_of_blocks_and_not_with_blocks(tmp_path: Path) -> None:
     """Sixteen times as many tensors; each number of a block or an expert costs at most 100 calls for all variants."""
-    calls_of_a_plan(tmp_path / "first", 2, 2)  # imports what it needs
-    few = calls_of_a_plan(tmp_path / "few", 16, 32)
-    many = calls_of_a_plan(tmp_path / "many", 64, 128)
+    calls_of_a_plan(recipe_with_experts(tmp_path / "first", 2, 2))  # imports what it needs
+    few = calls_of_a_plan(recipe_with_experts(tmp_path / "few", 16, 32))
+    many = calls_of_a_plan(recipe_with_experts(tmp_path / "many", 64, 128))
     more = {name: count - few[name] for name, count in many.items() if count > few[name]}
     assert sum(more.values()) < 100 * (64 + 128 - 16 - 32), more

@@ -29,6 +29,7 @@ from packager.inputs.weights_digests import WeightsDigests, replaced_file
 from packager.model.architecture import IGNORED_SUFFIXES, Architecture
 from packager.model.branch_config import branch_file, normalized
 from packager.model.branch_rules import ModelFacts
+from packager.model.checkpoint import MOST_TENSORS
 from packager.model.config_values import read_config, shortened
 from packager.model.contract_files import content_rule
 from packager.model.safetensors_file import StoredTensor, TensorInfo, all_finite, read_tensor, stored_tensors
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MOST_DERIVED_BYTES = 1 << 16  # inverse frequencies: one float for each two dimensions of a head
-_MOST_TENSORS = 400_000  # a model of 1000 blocks has 12,000; one with experts many more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,8 +330,8 @@ def add_tensors(found: dict[str, StoredTensor], more: Mapping[str, StoredTensor]
         if name in found:
             raise SourceError(f"{name} is stored twice", where=f"{found[name].path.name} and {stored.path.name}")
         found[name] = stored
-    if len(found) > _MOST_TENSORS:
-        raise SourceError("the weights hold too many tensors", where=where, why=f"more than {_MOST_TENSORS}")
+    if len(found) > MOST_TENSORS:
+        raise SourceError("the weights hold too many tensors", where=where, why=f"more than {MOST_TENSORS}")
 
 
 def _matched(found: Mapping[str, StoredTensor], architecture: Architecture, folder: Path) -> dict[str, StoredTensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from packager.errors import SourceError
 from packager.inputs.model_names import ADAPTER_PREFIX, check_names, left_out_line
+from packager.model.checkpoint import MOST_INDEX_BYTES
 from packager.model.contract_files import (
     MOST_LICENSE_BYTES,
     TEMPLATE_FILE,
@@ -26,7 +27,6 @@ from packager.system.files import bytes_record
 
 INDEX = f"model{INDEX_SUFFIX}"
 WEIGHTS = "model.safetensors"
-_MOST_INDEX_BYTES = 32_000_000
 _MOST_ENTRIES = 10_000
 _MOST_TEMPLATES = 20
 _MOST_NAME = 200  # characters shown of a name
@@ -183,7 +183,7 @@ def weights_in_index(folder: Path) -> tuple[str, ...]:
     """
     where = str(folder / INDEX)
     try:
-        data = read_inside(folder, INDEX, _MOST_INDEX_BYTES)
+        data = read_inside(folder, INDEX, MOST_INDEX_BYTES)
         weight_map = parse_json_object(data).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("its weight_map is not an object with tensors")

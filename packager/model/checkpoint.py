@@ -24,6 +24,14 @@ from packager.variant import Variant, num_groups
 PORTABLE_PARAMETERS = ("bits", "group_size", "damp_percent", "desc_act", "sym", "true_sequential")
 PORTABLE_KEYS = (*PORTABLE_PARAMETERS, "model_name_or_path", "model_file_base_name")
 WORD_BITS = 32
+# What is read of a branch at most, by all that reads one; `plan` refuses a model whose branches would have more.
+# Kimi K2 (10^12 parameters, 384 experts) has 67,304 linears and 269,579 tensors: headers of 33 MB, an index of 25 MB
+# and a record of 13 MB, of 23 MB with a refinement and effort.
+MOST_TENSORS = 400_000
+MOST_LINEARS = 80_000
+MOST_HEADERS_BYTES = 64_000_000
+MOST_INDEX_BYTES = 64_000_000
+MOST_RECORD_BYTES = 32_000_000
 # Where transformers finds the blocks by itself: optimum.gptq.constants, BLOCK_PATTERNS, of 1.24 and of 2.3.
 OPTIMUM_BLOCK_PATHS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers")
 
@@ -58,6 +66,18 @@ def length_problem(architecture: Architecture, key: str, seq_len: int) -> str:
     if limit is None or seq_len <= limit:
         return ""
     return f"{key} {seq_len} is more than the {limit} positions of the base model"
+
+
+def count_problem(architecture: Architecture) -> str:
+    """Return why a branch of a model would hold more than is read of one, or ""."""
+    linears = sum(len(kind.blocks) * len(group.modules) for kind in architecture.kinds for group in kind.groups)
+    tensors = len(architecture.tree) + 3 * linears  # four for each weight
+    if linears <= MOST_LINEARS and tensors <= MOST_TENSORS:
+        return ""
+    return (
+        f"a branch would hold {linears:,} quantized linears and {tensors:,} tensors; "
+        f"its checks read {MOST_LINEARS:,} and {MOST_TENSORS:,} at most"
+    )
 
 
 def _group_size_message(group_size: int, linears: Sequence[LinearSpec]) -> str:

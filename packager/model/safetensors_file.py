@@ -190,13 +190,14 @@ def _naturals(name: str, values: object, at_most: int) -> tuple[int, ...]:
     """Return a list of at most `at_most` integers from 0 to 2^63 - 1 as a tuple; True and 2.0 are refused."""
     if not isinstance(values, list) or len(values) > at_most:
         raise ValueError(f"{name} has a shape or data_offsets that is not a list of at most {at_most} numbers")
-    if any(type(value) is not int or not 0 <= value < 1 << 63 for value in values):
-        raise ValueError(f"{name} has a shape or data_offsets with a number that is negative, fractional or too large")
+    for value in values:  # a loop: `any` takes twice as long, and an index of 70,000 tensors has 140,000 lists
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            what = "a number that is negative, fractional or too large"
+            raise ValueError(f"{name} has a shape or data_offsets with {what}")
     return tuple(values)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):  # see `TensorInfo`
     """A tensor, and the file and offset of its bytes, which may still have to be written."""
 
     info: TensorInfo

@@ -8,16 +8,18 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # The largest tokenizer.json that is known (Gemma 3, 33 MB) has 2 million commas and brackets. Each can cost
 # 350 bytes of memory.
 MOST_JSON_VALUES = 2_500_000
 _MOST_LEVELS = 64
 _MOST_DIGITS = 64  # transformers writes model_max_length 10^30
-# Hooks for every number cost seconds, so they are used only where the text can need them.
-_LARGE_EXPONENT = re.compile(r"[eE]\+?[0-9]{3}")
+# Hooks for every number cost seconds, so they are used only where the text can need them. What can need them is found
+# in a copy whose digits are all 0: ten times as fast as a search for [0-9]{65} or [eE]\+?[0-9]{3}.
+_DIGITS_ARE_0 = bytes.maketrans(b"123456789E", b"000000000e")
 _MANY_DIGITS = re.compile(rf"[0-9]{{{_MOST_DIGITS + 1}}}")
+_CONTAINERS = frozenset({dict, list})
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -37,14 +39,17 @@ def parse_json(data: bytes, *, most_values: int = MOST_JSON_VALUES) -> object:
     if most_values_in(data) > most_values:
         raise ValueError(f"it holds more than {most_values} values")
     text = data.decode("utf-8")
-    if _MANY_DIGITS.search(text) and any(_MANY_DIGITS.search(part) for part in _outside_strings(text)):
+    zeros = data.translate(_DIGITS_ARE_0)
+    many_digits = b"0" * (_MOST_DIGITS + 1) in zeros
+    large_exponent = b"e000" in zeros or b"e+000" in zeros
+    if many_digits and any(_MANY_DIGITS.search(part) for part in _outside_strings(text)):
         raise ValueError(f"a number has more than {_MOST_DIGITS} digits")
     try:
         value: object = json.loads(
             text,
             object_pairs_hook=_unique_keys,
             parse_constant=_refuse_constant,
-            parse_float=_finite_float if _LARGE_EXPONENT.search(text) else None,
+            parse_float=_finite_float if large_exponent else None,
         )
     except RecursionError:
         raise ValueError(f"it is nested more than {_MOST_LEVELS} levels deep") from None
@@ -103,10 +108,16 @@ def _finite_float(digits: str) -> float:
 
 def _levels(value: object) -> Iterator[list[object]]:
     """Yield the document, then every object and list one level deeper, and so on."""
-    level: list[object] = [value]
+    level: list[Any] = [value]
     while level:
         yield level
-        level = [inner for outer in level for inner in _items(outer) if isinstance(inner, dict | list)]
+        level = [  # by type, not by isinstance, which takes twice as long: the parser makes no other objects and lists
+            inner
+            for outer in level
+            if type(outer) in _CONTAINERS
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) in _CONTAINERS
+        ]
 
 
 def _items(value: object) -> Iterator[object]:

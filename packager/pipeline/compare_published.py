@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
+from packager.model.checkpoint import MOST_RECORD_BYTES
 from packager.pipeline.build_state import BuildState, Options
 from packager.publish.targets import BranchState, Target, read_local_file
 from packager.publish.targets.resolve_target import target_of
@@ -20,7 +21,6 @@ from packager.system.terminal import Terminal
 from packager.system.text import printable
 
 DifferenceKind = Literal["same", "changed", "new", "not built", "only published", "unreadable"]
-_MOST_RECORD_BYTES: Final = 32_000_000
 _MOST_TEXT_BYTES: Final = 1_000_000
 _MOST_DIFF_LINES: Final = 200
 _MOST_SHOWN: Final = 100
@@ -137,10 +137,10 @@ def _published_record(target: Target, state: BranchState) -> Provenance | str:
     file = state.files.get(PROVENANCE)
     if file is None:
         return f"it has no {PROVENANCE}"
-    if not 0 < file.size_bytes <= _MOST_RECORD_BYTES:
+    if not 0 < file.size_bytes <= MOST_RECORD_BYTES:
         return f"its {PROVENANCE} has {printable(str(file.size_bytes))[:20]} bytes"
     try:
-        return Provenance.model_validate_json(target.read_bytes(state.commit, PROVENANCE)[:_MOST_RECORD_BYTES])
+        return Provenance.model_validate_json(target.read_bytes(state.commit, PROVENANCE)[:MOST_RECORD_BYTES])
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         return printable(f"its {PROVENANCE} is not valid: {'.'.join(map(str, first['loc']))}: {first['msg']}")[:300]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from packager.errors import AuditError, PlanError, PublishError
 from packager.inputs.describe_in_child import description_by_transformers
+from packager.model.checkpoint import MOST_RECORD_BYTES
 from packager.model.compatibility import Verdict, verdicts
 from packager.pipeline.plan import lacks_tokenizer_model
 from packager.prove.declared import DECLARING_FILES, declared_checkpoint
@@ -17,8 +18,6 @@ from packager.recipe.parsed_recipe import suggestion
 from packager.system.scratch import ScratchFolder
 from packager.system.text import printable
 from packager.variant import MAIN, Variant
-
-_MOST_BYTES = 16_000_000  # of a document: provenance.json has 150 bytes for each linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +136,10 @@ def _documents(target: Target, branch: str, state: BranchState) -> Mapping[str, 
         file = state.files.get(name)
         if file is None or file.size_bytes <= 0:
             continue
-        if file.size_bytes > _MOST_BYTES:
+        if file.size_bytes > MOST_RECORD_BYTES:
             raise PublishError(
                 f"{name} is too large", where=f"{target.where}@{branch}",
-                why=f"it has more than {_MOST_BYTES:,} bytes",
+                why=f"it has more than {MOST_RECORD_BYTES:,} bytes",
             )  # fmt: skip
         found[name] = target.read_bytes(state.commit, name, size=file.size_bytes)[: file.size_bytes]
     return found

@@ -11,7 +11,14 @@ from packager.inputs.base_model import check_folder_of
 from packager.model.architecture import Architecture
 from packager.model.branch_config import normalized
 from packager.model.branch_rules import ModelFacts
-from packager.model.checkpoint import Shard, checkpoint_tensors, fit_problems, length_problem, split_shards
+from packager.model.checkpoint import (
+    Shard,
+    checkpoint_tensors,
+    count_problem,
+    fit_problems,
+    length_problem,
+    split_shards,
+)
 from packager.model.compatibility import Verdict, verdicts
 from packager.model.runtimes import OTHER_LOADER
 from packager.pipeline.branch_files import check_small_files
@@ -234,6 +241,7 @@ def _fit_problems(recipe: Recipe, architecture: Architecture, variants: Sequence
     }
     return [
         *(() if architecture.example_linears else ("no weight of the model can be quantized, says its lock",)),
+        *filter(None, (count_problem(architecture),)),
         *filter(None, (length_problem(architecture, key, seq_len) for key, seq_len in lengths.items())),
         *(
             f"{variant.branch}: {problem.message}"

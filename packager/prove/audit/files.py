@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from packager.model.checkpoint import MOST_INDEX_BYTES, MOST_RECORD_BYTES
 from packager.model.contract_files import CONTENT_RULES
 from packager.model.model_folder import link_problem, read_inside
 from packager.model.strict_json import MOST_JSON_VALUES, most_values_in, parse_json
@@ -50,14 +51,13 @@ _OBJECT_FILES = frozenset(
 # Documents whose content is used by several checks; others are parsed once more where they are needed.
 _SHARED_DOCUMENTS = _OBJECT_FILES | {"added_tokens.json"}
 _MOST_FILES = 10_000
-_MOST_INDEX_BYTES = 32_000_000
-_MOST_JSON_BYTES = 16_000_000  # provenance.json has 150 bytes for each linear
+_MOST_JSON_BYTES = 16_000_000
 _MOST_TEXT_BYTES = 8_000_000
 _MOST_README_BYTES = 2_000_000
 # Of all documents that are kept: their memory is bounded together.
 _MOST_VALUES = 4_000_000
-# Of provenance.json: a thousand bytes are needed to report a wrong one. 45,000 linears have 180,000.
-MOST_RECORD_VALUES = 500_000
+# Of provenance.json, where a linear has up to 9.
+MOST_RECORD_VALUES = 750_000
 _POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 _MAX_POINTER_BYTES = 1024  # git-lfs looks no further
 
@@ -220,7 +220,9 @@ def most_bytes(name: str) -> int:
     if name == README:
         return _MOST_README_BYTES
     if name.endswith(INDEX_SUFFIX):
-        return _MOST_INDEX_BYTES
+        return MOST_INDEX_BYTES
+    if name == PROVENANCE:
+        return MOST_RECORD_BYTES
     return _MOST_JSON_BYTES if name.endswith(".json") else _MOST_TEXT_BYTES
 
 

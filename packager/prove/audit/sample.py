@@ -64,7 +64,7 @@ def _cut(linear: Linear) -> Linear:
         rows, width = tensor.info.shape
         row_bytes = tensor.info.size_bytes // rows
         kept = min(rows, max(1, _MOST_ROWS_BYTES // row_bytes))
-        parts[name] = replace(tensor, info=tensor.info._replace(shape=(kept, width)))
+        parts[name] = tensor._replace(info=tensor.info._replace(shape=(kept, width)))
     if linear.has_bias:
         parts[BIAS] = linear.parts[BIAS]
     return replace(linear, parts=parts)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from packager.errors import SourceError
+from packager.model.checkpoint import MOST_TENSORS
 from packager.model.safetensors_file import METADATA, StoredTensor, read_header, tensors_at
 from packager.prove.audit.files import OTHER_WEIGHTS, WEIGHTS_SUFFIX, JsonObject, Listing, as_object
 from packager.prove.audit.finding import Findings
@@ -13,7 +14,6 @@ from packager.system.text import shown
 
 SUFFIX = WEIGHTS_SUFFIX
 DEFAULT_STEM = "model"
-_MOST_TENSORS = 400_000
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors\Z")
 
 
@@ -107,10 +107,10 @@ def _check_strays(listing: Listing, chosen: set[str], findings: Findings) -> Non
 def _read_shards(listing: Listing, names: Iterable[str], findings: Findings) -> dict[str, Mapping[str, StoredTensor]]:
     """Return the tensors of every file that can be read, up to a number that no model has."""
     shards: dict[str, Mapping[str, StoredTensor]] = {}
-    left = _MOST_TENSORS
+    left = MOST_TENSORS
     for name in names:
         if left < 0:
-            findings.add("safetensors-damaged", name, f"the files before hold more than {_MOST_TENSORS:,} tensors")
+            findings.add("safetensors-damaged", name, f"the files before hold more than {MOST_TENSORS:,} tensors")
         elif (shard := _read_shard(listing, name, findings)) is not None:
             shards[name] = shard
             left -= len(shard)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from packager.errors import PublishError
+from packager.model.checkpoint import MOST_HEADERS_BYTES
 from packager.model.safetensors_file import StoredTensor
 from packager.prove import audit
 from packager.prove.audit.files import Listing, is_of_model, most_bytes
@@ -27,7 +28,6 @@ from packager.system.scratch import ScratchFolder
 
 # Of each weights file; a header of a model with many experts may be larger, and then no values are read.
 MOST_WEIGHTS_BYTES = 1_900_000
-_MOST_HEADERS_BYTES = 16_000_000  # of all weights files: 45,000 linears have 23 MB in dozens of files
 _MOST_DOCUMENTS_BYTES = 200_000_000
 _POINTER_BYTES = 1024
 
@@ -173,7 +173,7 @@ class _Part:
 
     def _headers(self, names: Sequence[str]) -> set[str]:
         """Read the headers of weights files; return the names of those that could not be read."""
-        left_bytes, unread = _MOST_HEADERS_BYTES, set()
+        left_bytes, unread = MOST_HEADERS_BYTES, set()
         for name in names:
             try:
                 read = put_header(self.branch, name, self.folder, left_bytes, self.findings)

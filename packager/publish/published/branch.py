@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packager.inputs.describe_in_child import description_by_transformers
+from packager.model.checkpoint import MOST_HEADERS_BYTES, MOST_INDEX_BYTES
 from packager.model.devices import DeviceChoice
 from packager.prove import audit
 from packager.prove.audit.files import Listing
@@ -41,7 +42,6 @@ from packager.system.parallel import in_parallel
 from packager.system.scratch import ScratchFolder
 from packager.system.text import format_bytes
 
-_MAX_HEADERS_BYTES = 16_000_000  # of all weights files of a branch
 # Of a branch, without --full. Files without a sha256 on the Hub have less than 10 MB: a tokenizer, texts.
 _MAX_READ_BYTES = 200_000_000
 
@@ -177,7 +177,8 @@ def _compare_stated(branch: Branch, provenance: Provenance, found: Collector) ->
         file, record = branch.stored[name], provenance.files[name]
         if file.size_bytes != record.size_bytes:
             continue  # `_compare_listing` has reported it
-        if _is_document(name) and file.size_bytes > MAX_DOCUMENT_BYTES:
+        most_bytes = MOST_INDEX_BYTES if name.endswith(INDEX_SUFFIX) else MAX_DOCUMENT_BYTES
+        if _is_document(name) and file.size_bytes > most_bytes:
             found.add("text-damaged", name, f"{file.size_bytes:,} bytes are too many for such a file")
         elif file.sha256 and not _is_document(name):
             num_stated += has_digest(name, file.sha256, record, found, "the repository states the sha256")
@@ -223,7 +224,7 @@ def _check_headers(
     """
     weights_files = {name for name in branch.safe if name.endswith(SUFFIX)}
     listed = weights_files & provenance.files.keys()  # other weights files were reported
-    left_bytes, unread = _MAX_HEADERS_BYTES, (set(branch.stored) - branch.safe) | (weights_files - listed)
+    left_bytes, unread = MOST_HEADERS_BYTES, (set(branch.stored) - branch.safe) | (weights_files - listed)
     for name in sorted(listed):
         num_read = put_header(branch, name, folder, left_bytes, found)
         if num_read is None:

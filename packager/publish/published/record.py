@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 
+from packager.model.checkpoint import MOST_RECORD_BYTES
 from packager.model.strict_json import most_values_in
 from packager.prove.audit.files import MOST_RECORD_VALUES
 from packager.publish.published.finding import Collector
@@ -35,10 +36,10 @@ def read_record(branch: Branch, found: Collector) -> tuple[Provenance, str] | No
         found.add("provenance-missing", PROVENANCE, "the branch has no record: its files cannot be checked")
         return None
     size_bytes = branch.stored[PROVENANCE].size_bytes
-    if size_bytes > MAX_DOCUMENT_BYTES:
+    if size_bytes > MOST_RECORD_BYTES:
         found.add("provenance-invalid", PROVENANCE, f"{shown(size_bytes)} bytes are too many for a record")
         return None
-    data = branch.read(PROVENANCE, MAX_DOCUMENT_BYTES)
+    data = branch.read(PROVENANCE, MOST_RECORD_BYTES)
     if most_values_in(data) > MOST_RECORD_VALUES:
         found.add("provenance-invalid", PROVENANCE, f"it holds more than {MOST_RECORD_VALUES} values")
         return None
