@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from packager.records import FEW_ENTRIES, FIRST_ERROR, Record, TaskRecord
-from packager.variant import Layout, Place, place_of
+from packager.variant import Bits, Layout, Place, place_of
 
 README, PROVENANCE = "README.md", "provenance.json"
 # The signed statements: of a branch, and on main of the release.
@@ -128,12 +128,14 @@ class LinearRecord(Record):
     Of a variant with a target correction, the loss is that of the corrected weights, which GPTQ was given.
     `unrefined_loss` is the loss before the refinement. Of a tuned block, `block_error` is the mean squared error of its
     outputs, against the original block's for the same inputs, and `untuned_block_error` that before the tuning, as is
-    `loss`. Where there was no refinement or no tuning, the record does not hold them.
+    `loss`. `bits` are those that were chosen in a mix. Where there was no refinement, no tuning or no mix, the record
+    does not hold them.
     """
 
     name: str
     loss: float
     damp_percent: float
+    bits: Bits | None = Field(default=None, exclude_if=_is_none)
     unrefined_loss: float | None = Field(default=None, exclude_if=_is_none)
     block_error: float | None = Field(default=None, exclude_if=_is_none)
     untuned_block_error: float | None = Field(default=None, exclude_if=_is_none)

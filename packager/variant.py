@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
 
 MAIN = "main"
 Bits = Literal[2, 3, 4, 8]
@@ -32,8 +33,28 @@ AUTO_GPTQ_KNOWS: Mapping[str, tuple[object, ...]] = {
 # What a conventional branch name says of the act order: True and False are desc_act, the others have no older name.
 _NAMES_OF_ACT_ORDERS: Mapping[ActOrder, str] = {"none": "False", "group": "group", "static": "static", "full": "True"}
 _CONVENTIONAL = re.compile(r"gptq-(\d{1,9})bit-(-?\d{1,9})g-actorder_(True|False|group|static)")
+# The fields of a variant that a mix has, with their values where there is none.
+_NO_MIX: Mapping[str, Any] = {"other_bits": (), "own_patterns": False, "mix": None, "linear_bits": ()}
 _HEX = re.compile(r"[0-9a-f]{4,40}\Z")
 _BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsMix:
+    """What the bits of a variant's linears are chosen from: decision 34.
+
+    Attributes:
+        bits: the numbers of bits, rising.
+        mean: the weights files are at most as large as if each linear had so many bits; between two of `bits`, too.
+    """
+
+    bits: tuple[Bits, ...]
+    mean: float
+
+    @property
+    def below(self) -> Bits:
+        """The most bits that all linears could have: what configs and the branch's name say."""
+        return max(bits for bits in self.bits if bits <= self.mean)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +82,12 @@ class Variant:
             outputs come nearer to those of the original block.
         engine: what quantizes it; auto-gptq knows neither scale_search, refine, target_correction, effort nor act order
             group, nor damp_percent_limit.
-        other_bits: of a checkpoint that another program made, the bits that single linears have instead of `bits`, as
-            `dynamic` says; ours have none.
+        other_bits: the bits that single linears have, or may have, instead of `bits`, as `dynamic` says.
+        own_patterns: whether the patterns of `dynamic` are those that we write, and so fit the names that runtimes look
+            for.
+        mix: what the bits of the linears are chosen from; None where all linears have `bits`, and for a checkpoint that
+            was not built from a recipe.
+        linear_bits: the bits of each linear by its stored name, of a mix; () before they are chosen.
     """
 
     branch: str
@@ -79,10 +104,13 @@ class Variant:
     engine: EngineName
     target_correction: float = 0.0
     other_bits: tuple[Bits, ...] = ()
+    own_patterns: bool = False
+    mix: BitsMix | None = None
+    linear_bits: tuple[tuple[str, Bits], ...] = ()
 
     @property
-    def all_bits(self) -> tuple[int, ...]:
-        """The bits of all linears, each number once, rising."""
+    def all_bits(self) -> tuple[Bits, ...]:
+        """The bits of all linears, each number once, rising; of a mix, those that they may have."""
         return tuple(sorted({self.bits, *self.other_bits}))
 
     @property
@@ -90,13 +118,31 @@ class Variant:
         """Whether groups are scattered, as the configs say it to runtimes: g_idx is not column // group_size."""
         return self.act_order == "full"
 
-    def parameters(self) -> dict[str, bool | int | float | str]:
-        """Return every parameter but the branch, and desc_act, ready for JSON; target_correction where there is one.
+    @cached_property
+    def _bits_by_linear(self) -> Mapping[str, Bits]:
+        return dict(self.linear_bits)
 
-        So the digests and records of variants without a correction are those of before there was any.
+    def bits_of(self, linear: str) -> Bits:
+        """Return the bits of a linear, by its stored name; of a mix they are chosen before."""
+        return self._bits_by_linear[linear] if self.mix is not None else self.bits
+
+    def of_width(self, bits: Bits) -> "Variant":
+        """Return the variant whose linears all have a number of bits of the mix, and else the same parameters.
+
+        No branch can have its name.
         """
-        left_out = {"branch", "other_bits", *(() if self.target_correction else ("target_correction",))}
-        return {key: value for key, value in asdict(self).items() if key not in left_out} | {"desc_act": self.desc_act}
+        return replace(self, branch=f"{self.branch} at {bits} bits", bits=bits, **_NO_MIX)
+
+    def parameters(self) -> dict[str, bool | int | float | str]:
+        """Return every parameter but the branch, and desc_act, ready for JSON; those of a correction or a mix if any.
+
+        So the digests and records of variants without them are those of before there were any.
+        """
+        left_out = {"branch", *_NO_MIX, *(() if self.target_correction else ("target_correction",))}
+        found = {key: value for key, value in asdict(self).items() if key not in left_out}
+        if self.mix is not None:
+            found |= {"mix_bits": ", ".join(map(str, self.mix.bits)), "mix_mean": self.mix.mean}
+        return found | {"desc_act": self.desc_act}
 
 
 def branch_name(*, bits: int, group_size: int, act_order: ActOrder) -> str:

@@ -22,5 +22,5 @@ def earlier_digest(recipe: Recipe) -> str:
         for key in LATER_PARAMETERS:
             del parameters[key]
     for variant in content["variants"]:
-        del variant["publish_below_floor"]
+        del variant["publish_below_floor"], variant["mix"]
     return digest_of(content)

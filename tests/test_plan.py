@@ -25,7 +25,8 @@ from packager.model.config_values import read_config
 from packager.model.lock import LockedExperts, LockedGroup, LockedLinear, LockedTensors
 from packager.model.runtimes import EARLIER_RUNTIMES, RUNTIMES, LoaderName
 from packager.model.safetensors_file import file_order, header_bytes
-from packager.pipeline.plan import BuildPlan, make_plan, variant_description
+from packager.pipeline.plan import BuildPlan, make_plan
+from packager.pipeline.variant_plan import variant_description
 from packager.prove.evaluation_memory import evaluation_memory
 from packager.prove.loaders import LOADERS
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, Workload, choose_sweep

@@ -19,7 +19,7 @@ from jinja2 import (
 )
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from packager.card import facts, markdown, numbers, opening, task_scores
+from packager.card import facts, markdown, mixed_bits, numbers, opening, task_scores
 from packager.card.choice import CachedContext
 from packager.card.metadata import metadata
 from packager.card.own_templates import OwnTemplates, TemplateProblem, partials, template_problems, with_own
@@ -284,6 +284,8 @@ def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
         percent=numbers.percent,
         digits=numbers.digits,
         figure=facts.figure,
+        bits_in_words=mixed_bits.bits_in_words,
+        chosen_bits=mixed_bits.chosen_bits,
         runtimes=opening.runtimes_of,
         by_parameter=facts.by_parameter,
         by_base=facts.by_base,

@@ -14,6 +14,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from packager.card.facts import BranchFacts, Shared, shared
+from packager.card.mixed_bits import bits_in_words
 from packager.card.numbers import measured_percent
 from packager.receipt import Provenance
 from packager.recipe import Recipe
@@ -80,7 +81,7 @@ def _notes(record: TaskRecord, provenance: Provenance) -> str:
     used = provenance.parameters
     group = "whole rows" if used["group_size"] == -1 else f"groups of {used['group_size']}"
     parts = [
-        f"GPTQ {used['bits']}-bit, {group}",
+        f"GPTQ {bits_in_words(used)}, {group}",
         f"lm-evaluation-harness {record.versions.get('lm-eval', '')}".strip(),
         f"{record.metric}, {record.num_fewshot}-shot",
     ]

@@ -10,16 +10,17 @@ from rich.table import Table
 
 from packager.card.floor import far_lines, floor_lines
 from packager.card.numbers import in_unit, short_size, size_unit
+from packager.cli.plan_notes import plan_notes
 from packager.cli.tables import add_row, fits, new_table, print_line
 from packager.model.architecture import Architecture
 from packager.model.compatibility import Verdict
 from packager.model.runtimes import label_of
 from packager.pipeline.built_quality import measured_variants
 from packager.pipeline.durations import Duration
-from packager.pipeline.plan import BuildPlan, VariantPlan
+from packager.pipeline.plan import BuildPlan
+from packager.pipeline.variant_plan import VariantPlan
 from packager.prove.evaluation_memory import EvaluationMemory
 from packager.quantize.memory import SweepPlan
-from packager.quantize.tuning_schedule import SCHEDULE
 from packager.recipe import Recipe
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.text_models import TextSource, WeightedText
@@ -28,7 +29,6 @@ from packager.variant import MAIN
 
 _LOADERS_TITLE = "What loads them (predicted from parameters and shapes)"
 _TEXT_COLUMNS = ("Branch", "Act\norder", "Engine")
-_FP16_BYTES = 2
 
 
 def print_build_plan(plan: BuildPlan, console: Console) -> None:
@@ -51,7 +51,7 @@ def print_build_plan(plan: BuildPlan, console: Console) -> None:
     for text in (*left_lines(plan.architecture), *config_change_lines(plan.changes)):
         print_line(console, text)
     _print_loaders(plan, console)
-    for text in [*_reasons(plan.variants), *_engine_notes(plan), *_effort_notes(plan), *_proof_notes(plan)]:
+    for text in [*_reasons(plan.variants), *plan_notes(plan)]:
         print_line(console, text)
     console.print(_needs_table(plan))
 
@@ -214,7 +214,7 @@ def _branch_table(plan: BuildPlan) -> Table:
         add_row(
             table,
             variant.branch,
-            str(variant.bits),
+            str(variant.bits) if variant.mix is None else f"{variant.mix.mean:g}",
             str(variant.group_size),
             variant.act_order,
             in_unit(planned.weights_bytes, unit),
@@ -223,38 +223,6 @@ def _branch_table(plan: BuildPlan) -> Table:
             *([variant.engine] if has_engines else []),
         )
     return table
-
-
-def _engine_notes(plan: BuildPlan) -> list[str]:
-    """Return a line on the memory of engine auto-gptq, which the table of needs does not contain."""
-    branches = [planned.variant.branch for planned in plan.variants if planned.variant.engine == "auto-gptq"]
-    if not branches:
-        return []
-    host = gigabytes(2 * _FP16_BYTES * plan.architecture.num_parameters)
-    return [
-        f"note: engine auto-gptq makes {', '.join(branches)} one after the other, on CUDA only, with the whole model "
-        f"in host memory (up to {host} GB while it is read); its GPU memory is not estimated"
-    ]
-
-
-def _effort_notes(plan: BuildPlan) -> list[str]:
-    """Return a line on the variants whose blocks are tuned."""
-    branches = [planned.variant.branch for planned in plan.variants if planned.variant.effort == "high"]
-    if not branches:
-        return []
-    rows = plan.recipe.calibration
-    passes = SCHEDULE.forwards(rows.num_samples, rows.seq_len, "cuda")
-    return [
-        f"note: effort high tunes each block of {', '.join(branches)} in {SCHEDULE.steps} steps: on a GPU as long as "
-        f"{passes:.0f} passes of the calibration rows, where quantizing alone takes about 3; each on one GPU"
-    ]
-
-
-def _proof_notes(plan: BuildPlan) -> list[str]:
-    """Return a line for a recipe whose variants no loader will open."""
-    if plan.recipe.loaders.required or plan.recipe.loaders.if_available:
-        return []
-    return ["note: the recipe names no loader: no variant will be proven, and publish does not ask for a proof"]
 
 
 def _print_loaders(plan: BuildPlan, console: Console) -> None:
@@ -309,6 +277,7 @@ def _needs_table(plan: BuildPlan) -> Table:
         ("", disk.source_bytes, "download of the base model"),
         ("", disk.builds_bytes, "checkpoint folders, finished blocks included"),
         ("", disk.publish_bytes, "a local publishing target"),
+        *([("", disk.losses_bytes, "measuring losses for mixes")] if disk.losses_bytes else []),
     ):
         add_row(table, where, gigabytes(size_bytes), purpose)
     return table
@@ -393,6 +362,8 @@ def _variant_json(plan: BuildPlan, planned: VariantPlan) -> Mapping[str, object]
         "tensor_bytes": planned.tensor_bytes,
         "run_bytes": plan.run_bytes(planned),
         "files": {shard.file_name: shard.size_bytes for shard in planned.shards},
+        # Of a mix, the sizes are the largest, and its files are not known before its bits are chosen.
+        **({"least_weights_bytes": planned.least_bytes} if planned.variant.mix is not None else {}),
         "loaders": [
             {"loader": verdict.loader, "can_load": verdict.can_load, "reason": verdict.reason}
             for verdict in planned.verdicts

@@ -133,8 +133,10 @@ def checkpoint_tensors(architecture: Architecture, variant: Variant) -> TensorTr
     """Return every tensor of a variant's checkpoint in the base checkpoint's order.
 
     Linears become qweight, qzeros, scales, g_idx (and bias in F16 where the base has one); the rest keeps the base
-    model's dtype; lm_head is not quantized.
+    model's dtype; lm_head is not quantized. Of a mix, the bits of each linear are chosen before.
     """
+    if variant.mix is not None:
+        return _with_own_bits(architecture.tree, "", variant)
     made: dict[int, TensorTree] = {}
 
     def quantized(tree: TensorTree) -> TensorTree:
@@ -142,21 +144,33 @@ def checkpoint_tensors(architecture: Architecture, variant: Variant) -> TensorTr
             members = (
                 Subtree(each.name, quantized(each.tree)) if isinstance(each, Subtree) else each for each in tree.members
             )
-            made[id(tree)] = TensorTree(_replaced(members, tree.linear, variant))
+            made[id(tree)] = TensorTree(_replaced(members, tree.linear, variant.bits, variant.group_size))
         return made[id(tree)]
 
     return quantized(architecture.tree)
 
 
+def _with_own_bits(tree: TensorTree, path: str, variant: Variant) -> TensorTree:
+    """Return what is stored instead of the tensors below a path, by the bits of each linear."""
+    members = [
+        Subtree(each.name, _with_own_bits(each.tree, f"{path}.{each.name}".removeprefix("."), variant))
+        if isinstance(each, Subtree)
+        else each
+        for each in tree.members
+    ]
+    bits = variant.bits if tree.linear is None else variant.bits_of(path)
+    return TensorTree(_replaced(members, tree.linear, bits, variant.group_size))
+
+
 def _replaced(
-    members: Iterable[TensorInfo | Subtree], linear: LockedLinear | None, variant: Variant
+    members: Iterable[TensorInfo | Subtree], linear: LockedLinear | None, bits: int, group_size: int
 ) -> tuple[TensorInfo | Subtree, ...]:
     """Return what is stored instead of a linear's tensors, in the place of the first one; all else as it is."""
     if linear is None:
         return tuple(members)
     found: list[TensorInfo | Subtree] = []
     size = linear.in_features, linear.out_features, linear.bias
-    parts = _quantized_parts(*size, variant.bits, variant.group_size)
+    parts = _quantized_parts(*size, bits, group_size)
     for member in members:
         if isinstance(member, Subtree):
             found.append(member)
@@ -166,8 +180,8 @@ def _replaced(
     return tuple(found)
 
 
-def block_keys(architecture: Architecture) -> dict[str, object]:
-    """Return the keys of quantization_config about the blocks: where they are, and what in them is not quantized.
+def block_keys(architecture: Architecture, variant: Variant | None = None) -> dict[str, object]:
+    """Return the keys of quantization_config about the blocks: where they are, what in them is not quantized or mixed.
 
     transformers looks for the blocks in the places that optimum knows; it reads any other from `block_name_to_quantize`
     (optimum.gptq.utils, `get_block_name_with_pattern`). The other keys are there only if linears are left:
@@ -179,14 +193,50 @@ def block_keys(architecture: Architecture) -> dict[str, object]:
     if architecture.blocks_path not in OPTIMUM_BLOCK_PATHS:
         keys["block_name_to_quantize"] = architecture.blocks_path
     left = _left(architecture)
+    path = re.escape(architecture.blocks_path)
+    dynamic: dict[str, object] = {
+        rf"-:^{path}\.{_blocks_pattern(blocks, architecture.num_blocks)}\.{re.escape(module)}$": {}
+        for module, blocks in left.items()
+    }
+    if variant is not None and variant.mix is not None:
+        dynamic |= bits_patterns(architecture, variant)
+    if dynamic:
+        keys["dynamic"] = dynamic
     if left:
-        path = re.escape(architecture.blocks_path)
-        keys["dynamic"] = {
-            rf"-:^{path}\.{_blocks_pattern(blocks, architecture.num_blocks)}\.{re.escape(module)}$": {}
-            for module, blocks in left.items()
-        }
         keys["modules_in_block_to_quantize"] = _quantized_names(architecture, left)
     return keys
+
+
+def bits_patterns(architecture: Architecture, variant: Variant) -> dict[str, object]:
+    """Return the entries of `dynamic` that give linears other bits than the variant's, of a mix whose bits are chosen.
+
+    GPTQModel looks for the name of a linear, vLLM and SGLang for that of what they compute as one (`FUSED_LINEARS`),
+    the model builder of onnxruntime-genai for names of tensors; all of them match from the name's beginning. So a
+    pattern has all names of linears that see the same input, and ends where the name does or a dot follows. Sources:
+    gptqmodel.quantization.config, `dynamic_get`; vllm.model_executor.layers.quantization.utils.gptq_utils and
+    sglang.srt.layers.quantization.utils, `get_dynamic_override`; onnxruntime_genai.models.loaders.gptq,
+    `get_overrides`.
+    """
+    blocks: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+    names = {(linear.block, linear.module): linear.name for linear in architecture.linears}
+    for kind in architecture.kinds:
+        for block in kind.blocks:
+            for group in kind.groups:
+                bits = variant.bits_of(names[block, group.modules[0]])
+                if bits != variant.bits:
+                    blocks.setdefault((bits, group.modules), []).append(block)
+    path = re.escape(architecture.blocks_path)
+    return {
+        rf"+:^{path}\.{_blocks_pattern(found, architecture.num_blocks)}\.{_modules_pattern(modules)}(?:\.|$)": {
+            "bits": bits
+        }
+        for (bits, modules), found in blocks.items()
+    }
+
+
+def _modules_pattern(modules: Sequence[str]) -> str:
+    names = [re.escape(name) for name in (*modules, *_fused(modules))]
+    return names[0] if len(names) == 1 else f"(?:{'|'.join(names)})"
 
 
 def _left(architecture: Architecture) -> dict[str, list[int]]:

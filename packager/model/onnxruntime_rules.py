@@ -97,7 +97,7 @@ def _blocks(variant: Variant, architecture: Architecture) -> str:
         words = f"whole rows, {linear.module} has {size} columns" if whole else f"{size}"
         if size < _SMALLEST_BLOCK or size & (size - 1):
             return f"reads group sizes that are powers of two from {_SMALLEST_BLOCK} on, not {words}"
-        if size > _LARGEST_BLOCK and (variant.desc_act or variant.bits == 2):
+        if size > _LARGEST_BLOCK and (variant.desc_act or 2 in variant.all_bits):
             case = "with act order" if variant.desc_act else "with 2 bits"
             return f"reads group sizes up to {_LARGEST_BLOCK} {case}, not {words}"
     return ""
@@ -116,7 +116,7 @@ def _act_order(variant: Variant, _: Architecture) -> str:
     """
     if not variant.desc_act:
         return ""
-    if variant.bits != 4:
+    if variant.all_bits != (4,):
         return "reads act order with 4 bits only"
     return "" if variant.sym else "takes every zero for 8 with act order, without an error"
 

@@ -3,7 +3,7 @@
 A rule is code and not a line of a data file, because most of them compute with shapes; decision 29 has the reasons.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -149,13 +149,19 @@ def same_bits(variant: Variant, _: Architecture) -> str:
     return f"reads one number of bits, here are {_and(variant.all_bits)}" if variant.other_bits else ""
 
 
-def patterns_check(names: str) -> Check:
+def patterns_check(names: str, types: Collection[str] | None = None) -> Check:
     """Return the check for runtimes that look for other names in `dynamic` than those of modules.
 
-    The patterns are another program's regular expressions, which are not run here.
+    Our patterns fit them, of the model types for which it was tried; None stands for all types. Patterns of another
+    program are regular expressions that are not run here.
     """
     says = f"looks for {names} in dynamic, which its patterns may not fit"
-    return lambda variant, _: says if variant.other_bits else ""
+
+    def check(variant: Variant, architecture: Architecture) -> str:
+        fit = variant.own_patterns and (types is None or architecture.model_type in types)
+        return says if variant.other_bits and not fit else ""
+
+    return check
 
 
 def _and(values: Sequence[int]) -> str:

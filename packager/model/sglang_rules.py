@@ -66,7 +66,7 @@ SGLANG_RULES = (
     _SGLANG.refuses(symmetric_only, _METHOD, TAKE_SYMMETRIC),
     _SGLANG.unknown(types_check(_READ_FOR, "its code was read for"), "sglang.srt.models", TRY_IT),
     _SGLANG.unknown(
-        patterns_check("qkv_proj and gate_up_proj"), f"{_QUANTIZATION}.utils, get_dynamic_override", TRY_IT
+        patterns_check("qkv_proj and gate_up_proj", _READ_FOR), f"{_QUANTIZATION}.utils, get_dynamic_override", TRY_IT
     ),
     _SGLANG.refuses(fused_alike, f"{_QUANTIZATION}.utils, get_dynamic_override", QUANTIZE_ALL_OR_NONE),
     _SGLANG.refuses(

@@ -181,6 +181,8 @@ def vllm_029_act_order(variant: Variant, architecture: Architecture) -> str:
 _STATIC = "take a branch with act order static, group or none, or vLLM 0.29"
 _LAYERS = "vllm.model_executor.layers.quantization"
 _CPU_KERNEL = "vllm.model_executor.kernels.linear.mixed_precision.cpu, CPUWNA16LinearKernel"
+# Families whose names of linears were read: vllm.model_executor.models.llama, qwen2, qwen3.
+_MIX_READ_FOR = ("llama", "mistral", "qwen2", "qwen3")
 _WHOLE = "take a group size that divides all of them"
 _VLLM = RulesOf(project="vLLM", version="0.32.0", read="2026-11-29")
 _VLLM_029 = RulesOf(project="vLLM", version="0.29.0", read="2026-11-30")
@@ -191,7 +193,9 @@ def _linears(read: RulesOf) -> tuple[RuntimeRule, ...]:
     return (
         read.unknown(merged_experts, "vllm.model_executor.models", TRY_IT),
         read.unknown(
-            patterns_check("qkv_proj and gate_up_proj"), f"{_LAYERS}.utils.gptq_utils, get_dynamic_override", TRY_IT
+            patterns_check("qkv_proj and gate_up_proj", _MIX_READ_FOR),
+            f"{_LAYERS}.utils.gptq_utils, get_dynamic_override",
+            TRY_IT,
         ),
         read.refuses(fused_alike, f"{_LAYERS}.utils.gptq_utils, is_layer_gptq_quantized", QUANTIZE_ALL_OR_NONE),
         read.refuses(

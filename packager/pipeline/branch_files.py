@@ -63,11 +63,11 @@ def small_files(
 
 
 def portable_config(variant: Variant, architecture: Architecture, names: BranchNames) -> dict[str, object]:
-    """Return quantize_config.json: the keys that every AutoGPTQ accepts, and `dynamic` where linears are left.
+    """Return quantize_config.json: the keys that every AutoGPTQ accepts, and `dynamic` where linears are left or mixed.
 
-    GPTQModel reads this file and not config.json if both exist. AutoGPTQ opens no model with linears that are left.
+    GPTQModel reads this file and not config.json if both exist. AutoGPTQ opens no such model.
     """
-    keys = block_keys(architecture)
+    keys = block_keys(architecture, variant)
     return {
         **{key: variant.parameters()[key] for key in PORTABLE_PARAMETERS},
         "model_name_or_path": names.repository,
@@ -85,7 +85,7 @@ def quantization_config(variant: Variant, architecture: Architecture) -> dict[st
         "static_groups": variant.act_order == "static",
         "checkpoint_format": "gptq",
         "lm_head": False,
-        **block_keys(architecture),
+        **block_keys(architecture, variant),
     }
 
 
@@ -94,7 +94,7 @@ def check_small_files(folder: Path, recipe: Recipe, architecture: Architecture) 
 
     Args:
         folder: with config.json and the files that the base model has beside its weights.
-        recipe: one of its variants stands for all.
+        recipe: one of its variants stands for all, without the bits of a mix, which are not chosen yet.
         architecture: of the base model.
 
     Returns:
@@ -113,7 +113,8 @@ def check_small_files(folder: Path, recipe: Recipe, architecture: Architecture) 
     copied = {name: branch_file(name, data, facts) for name, data in given.items()}
     contents = {name: file.data for name, file in copied.items()}
     names = BranchNames(repository=recipe.repository.id, weights_name=recipe.checkpoint.weights_name)
-    files = small_files(own.content, contents, architecture, recipe.expanded_variants()[0], names)
+    first = recipe.expanded_variants()[0]
+    files = small_files(own.content, contents, architecture, first.of_width(first.bits), names)
     with ScratchFolder("audit") as scratch:
         for name, data in files.items():
             path = scratch.path / name

@@ -19,7 +19,8 @@ from packager.model.branch_rules import BRANCH_RULES_VERSION
 from packager.model.devices import DeviceChoice, choose_device, device_type, same_devices
 from packager.pipeline.branch_files import check_small_files
 from packager.pipeline.pack import is_packed
-from packager.pipeline.plan import VariantPlan, chosen_variants, make_plan
+from packager.pipeline.plan import chosen_variants, make_plan
+from packager.pipeline.variant_plan import VariantPlan
 from packager.pipeline.workspace import Workspace, check_folder
 from packager.prove.environments import RuntimeContext, waits_for_request
 from packager.prove.loaders import ISOLATED, LoaderSpec

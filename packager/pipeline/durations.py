@@ -13,7 +13,8 @@ from typing import Final, Literal
 
 from pydantic import ValidationError
 
-from packager.pipeline.plan import BuildPlan, VariantPlan
+from packager.pipeline.plan import BuildPlan
+from packager.pipeline.variant_plan import VariantPlan
 from packager.quantize.tuning_schedule import SCHEDULE
 from packager.receipt import SAFETENSORS, Receipt
 from packager.recipe.task_models import EvaluationTask
@@ -157,7 +158,7 @@ def _scaled(plan: BuildPlan, measured: Measured, *, here: bool) -> Duration:
             measured.computer, each.variant.scale_search, refine=each.variant.refine,
             tuning=_tuning(measured.computer, each.variant.effort, rows.num_samples, rows.seq_len),
         )
-        for each in plan.variants
+        for each in (*plan.variants, *plan.only_measured)
     ]  # fmt: skip
     factors: dict[TimedStage, float] = {
         "quantize": sum(works) / measured.work * size * plan.calibration_tokens / measured.calibration_tokens,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from packager.model.safetensors_file import StoredTensor, stored_tensors
 from packager.pipeline.build_state import BuildState
-from packager.pipeline.plan import VariantPlan
+from packager.pipeline.variant_plan import VariantPlan
 from packager.quantize.engines.protocol import EngineResult
 from packager.receipt import Receipt
 

@@ -11,55 +11,29 @@ from packager.inputs.base_model import check_folder_of
 from packager.model.architecture import Architecture
 from packager.model.branch_config import normalized
 from packager.model.branch_rules import ModelFacts
-from packager.model.checkpoint import (
-    Shard,
-    checkpoint_tensors,
-    count_problem,
-    fit_problems,
-    length_problem,
-    split_shards,
-)
+from packager.model.checkpoint import count_problem, fit_problems, length_problem
 from packager.model.compatibility import Verdict, verdicts
 from packager.model.runtimes import OTHER_LOADER
 from packager.pipeline.branch_files import check_small_files
 from packager.pipeline.card_texts import card_text_problems
+from packager.pipeline.variant_plan import (
+    VariantPlan,
+    VariantPlanner,
+    mix_problems,
+    mix_refusals,
+    only_measured,
+    variant_description,
+)
 from packager.prove.evaluation_memory import EvaluationMemory, evaluation_memory
-from packager.quantize.engines import engine_problems, engine_version
+from packager.quantize.engines import engine_problems
 from packager.quantize.memory import HOST_LIMIT_BYTES, SweepPlan, Workload, sweep_ways
-from packager.receipt import CONFIG, TOKENIZER_MODEL, digest_of
+from packager.receipt import CONFIG, TOKENIZER_MODEL
 from packager.recipe import Recipe
-from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
 from packager.recipe.parsed_recipe import suggestion
-from packager.variant import ActOrder, Variant
+from packager.variant import Variant
 
 _CONTEXT_TOKENS = 4096
-_ACT_ORDERS: Mapping[ActOrder, str] = {
-    "none": "no act order", "group": "group-aware act order", "static": "static act order", "full": "act order",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class VariantPlan:
-    """One branch that a build will make.
-
-    Attributes:
-        digest: sha256 of what determines the weights' bytes: base model, linears that are quantized, calibration,
-            parameters, engine version. The contents of local files are not in it: the build digests them.
-        shards: the weights files with their tensors and exact sizes.
-        weights_bytes: size of all weights files, headers included.
-        tensor_bytes: the tensors alone: what a runtime holds on its device.
-        verdicts: for each runtime, whether it can open the branch.
-        description: the recipe's own, or one that states size, group size and act order.
-    """
-
-    variant: Variant
-    digest: str
-    shards: tuple[Shard, ...]
-    weights_bytes: int
-    tensor_bytes: int
-    verdicts: tuple[Verdict, ...]
-    description: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +73,18 @@ class DiskPlan:
         source_bytes: the base model's download (0 for a local folder).
         builds_bytes: the checkpoint folders, reserved before the first block.
         publish_bytes: the same weights once more in a local publishing target.
+        losses_bytes: what is quantized only to measure losses for mixes, and deleted when their bits are chosen.
     """
 
     source_bytes: int
     builds_bytes: int
     publish_bytes: int
+    losses_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All of them together."""
-        return self.source_bytes + self.builds_bytes + self.publish_bytes
+        return self.source_bytes + self.builds_bytes + self.publish_bytes + self.losses_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +114,11 @@ class BuildPlan:
         """What the model caches of `context_tokens` tokens: keys and values in fp16, and states."""
         return self.architecture.cache_bytes(self.context_tokens)
 
+    @property
+    def only_measured(self) -> tuple[VariantPlan, ...]:
+        """What is quantized only to measure losses for mixes: no variant of the recipe has the same parameters."""
+        return only_measured(self.variants)
+
     def run_bytes(self, variant_plan: VariantPlan) -> int:
         """Return the device memory of using a variant: its tensors and the cache of one row."""
         return variant_plan.tensor_bytes + self.context_bytes
@@ -162,10 +143,13 @@ def make_plan(recipe_file: RecipeFile, only: Collection[str] = ()) -> BuildPlan:
     variants = recipe.expanded_variants()
     lacks = lacks_tokenizer_model(recipe_file)
     judged = {variant.branch: _verdicts(recipe, variant, architecture, lacks=lacks) for variant in variants}
+    by_mixes = mix_refusals(recipe, architecture, variants, judged)
     problems = [
         *_fit_problems(recipe, architecture, variants),
         *engine_problems(variants, recipe_file.config, architecture, recipe.calibration.seq_len),
-        *_loader_problems(recipe, judged),
+        *mix_problems(architecture, variants),
+        *by_mixes.values(),
+        *_loader_problems(recipe, judged, by_mixes),
         *card_text_problems(recipe_file),
     ]
     if problems:
@@ -174,25 +158,15 @@ def make_plan(recipe_file: RecipeFile, only: Collection[str] = ()) -> BuildPlan:
         )
     check_folder_of(recipe_file)
     changes = _changes(recipe_file)
-    revision, linears = recipe_file.lock.base_model.revision, _linears_digest(architecture)
-    shards: dict[tuple[int, int], tuple[Shard, ...]] = {}
-    for variant in variants:  # those of the same bits and group size have the same files
-        if (sizes := (variant.bits, variant.group_size)) not in shards:
-            tree, checkpoint = checkpoint_tensors(architecture, variant), recipe.checkpoint
-            shards[sizes] = split_shards(tree, checkpoint.max_shard_bytes, checkpoint.weights_name)
-    planned = tuple(
-        _plan_variant(
-            variant, recipe, revision, linears, shards[variant.bits, variant.group_size], judged[variant.branch]
-        )
-        for variant in variants
-    )
+    planner = VariantPlanner(recipe, architecture, recipe_file.lock.base_model.revision)
+    planned = tuple(replace(planner.plan(variant), verdicts=judged[variant.branch]) for variant in variants)
     tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
     chosen = chosen_variants(_described(recipe, planned), only, str(recipe_file.path))
     return BuildPlan(
         recipe=recipe,
         architecture=architecture,
         variants=chosen,
-        memory=_memory(architecture, recipe, [variant_plan.variant for variant_plan in chosen]),
+        memory=_memory(architecture, recipe, [each.variant for each in chosen], len(only_measured(chosen))),
         evaluation=_evaluation(architecture, recipe),
         disk=_disk(recipe, architecture, chosen),
         calibration_tokens=tokens,
@@ -246,7 +220,8 @@ def _fit_problems(recipe: Recipe, architecture: Architecture, variants: Sequence
         *(
             f"{variant.branch}: {problem.message}"
             for variant in variants
-            for problem in fit_problems(architecture, bits=variant.bits, group_size=variant.group_size)
+            for bits in variant.all_bits
+            for problem in fit_problems(architecture, bits=bits, group_size=variant.group_size)
         ),
     ]
 
@@ -263,51 +238,17 @@ def _verdicts(recipe: Recipe, variant: Variant, architecture: Architecture, *, l
     return (*known, *other_verdicts(named, variant, architecture))
 
 
-def _loader_problems(recipe: Recipe, judged: Mapping[str, Sequence[Verdict]]) -> list[str]:
+def _loader_problems(
+    recipe: Recipe, judged: Mapping[str, Sequence[Verdict]], reported: Collection[tuple[str, str]]
+) -> list[str]:
     """Return which required loaders are known to refuse a variant: publishing could never succeed."""
     return [
         f"{branch}: the required loader {verdict.loader} {verdict.reason}"
         for branch, found in judged.items()
         for verdict in found
         if verdict.loader in recipe.loaders.required and not verdict.is_tried
+        if (branch, verdict.loader) not in reported
     ]
-
-
-def _linears_digest(architecture: Architecture) -> str:
-    """Return the digest of which linears are quantized, and which of them with one Hessian."""
-    groups = [[kind.blocks, [group.modules for group in kind.groups]] for kind in architecture.kinds]
-    return digest_of([architecture.linear_names, groups])
-
-
-def _plan_variant(
-    variant: Variant,
-    recipe: Recipe,
-    revision: str | None,
-    linears: str,
-    shards: tuple[Shard, ...],
-    judged: tuple[Verdict, ...],
-) -> VariantPlan:
-    base, skip = recipe.base_model, sorted(recipe.quantize.skip)
-    digest = digest_of(
-        {
-            "engine_version": engine_version(variant.engine),
-            "base_model": {"id": base.id, "revision": revision, "path": base.public_path},
-            "linears": linears,
-            "calibration": recipe.calibration.model_dump(mode="json"),
-            "drawing": DRAWING_VERSION,
-            "parameters": variant.parameters(),
-            **({"skip": skip} if skip else {}),
-        }
-    )
-    return VariantPlan(
-        variant=variant,
-        digest=digest,
-        shards=shards,
-        weights_bytes=sum(shard.size_bytes for shard in shards),
-        tensor_bytes=sum(shard.tensor_bytes for shard in shards),
-        verdicts=judged,
-        description="",
-    )
 
 
 def _described(recipe: Recipe, planned: Sequence[VariantPlan]) -> tuple[VariantPlan, ...]:
@@ -322,38 +263,19 @@ def _described(recipe: Recipe, planned: Sequence[VariantPlan]) -> tuple[VariantP
     )
 
 
-def variant_description(variant: Variant, weights_bytes: int, all_sizes: Sequence[int]) -> str:
-    """Describe a variant by facts that need no measurement: bits, group size, act order, size against the others."""
-    facts = [
-        f"{variant.bits}-bit",
-        "one group per row" if variant.group_size == -1 else f"group size {variant.group_size}",
-        _ACT_ORDERS[variant.act_order],
-    ]
-    if not variant.sym:
-        facts.append("asymmetric")
-    smallest, largest = min(all_sizes), max(all_sizes)
-    percent = 100 * (weights_bytes / smallest - 1)
-    larger = f"{percent:.0f} % larger than the smallest" if percent >= 1 else "less than 1 % larger than the smallest"
-    if smallest == largest:
-        relation = ""
-    elif weights_bytes == smallest:
-        relation = ": the smallest size"
-    elif weights_bytes == largest:
-        relation = f": the largest size, {larger}"
-    else:
-        relation = f": {larger}"
-    return f"{', '.join(facts)}{relation}."
-
-
-def _memory(architecture: Architecture, recipe: Recipe, variants: Sequence[Variant]) -> MemoryPlan | None:
+def _memory(
+    architecture: Architecture, recipe: Recipe, variants: Sequence[Variant], measured: int
+) -> MemoryPlan | None:
     native = [variant for variant in variants if variant.engine == "native"]
     if not native:
         return None
+    # What is mixed is quantized when the bits are chosen, after all else.
+    mixed = sum(variant.mix is not None for variant in native)
     work = Workload(
         architecture=architecture,
         num_samples=recipe.calibration.num_samples,
         seq_len=recipe.calibration.seq_len,
-        num_variants=len(native),
+        num_variants=max(len(native) - mixed + measured, mixed),
         true_sequential=any(variant.true_sequential for variant in native),
         all_at_once=not all(variant.true_sequential for variant in native),
         corrected=any(variant.target_correction > 0 for variant in native),
@@ -396,4 +318,5 @@ def _disk(recipe: Recipe, architecture: Architecture, planned: Sequence[VariantP
         source_bytes=architecture.base_bytes if recipe.base_model.path is None else 0,
         builds_bytes=builds,
         publish_bytes=builds,
+        losses_bytes=sum(width.weights_bytes for width in only_measured(planned)),
     )

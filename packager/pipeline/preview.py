@@ -13,7 +13,8 @@ from packager.card.hub_page import hub_page
 from packager.errors import RecipeError
 from packager.pipeline.card_texts import read_card_texts, read_own_templates
 from packager.pipeline.cards import prompting_of
-from packager.pipeline.plan import BuildPlan, VariantPlan, make_plan
+from packager.pipeline.plan import BuildPlan, make_plan
+from packager.pipeline.variant_plan import VariantPlan
 from packager.receipt import TOKENIZER, TOKENIZER_CONFIG, LoaderRecord, MixedText, Provenance, SourceRecord, TextRecord
 from packager.recipe.file import RecipeFile
 from packager.recipe.text_models import TextSource

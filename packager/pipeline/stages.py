@@ -15,10 +15,11 @@ from packager.model.devices import device_name
 from packager.pipeline.base_model_origin import BaseOrigin
 from packager.pipeline.build_state import BuildState, StageName, require_build_extra
 from packager.pipeline.cards import refuse_edited_card
-from packager.pipeline.earlier_builds import copy_blocks, find_earlier, with_earlier_facts
-from packager.pipeline.plan import VariantPlan
+from packager.pipeline.earlier_builds import EarlierBuild, copy_blocks, find_earlier, with_earlier_facts
+from packager.pipeline.mixed_bits import block_fingerprint, keep_losses, widths_to_measure, with_bits
+from packager.pipeline.variant_plan import VariantPlan
 from packager.pipeline.workspace import audit_or_raise, check_folder
-from packager.quantize.engines import engine_named, engine_version, require_engines
+from packager.quantize.engines import engine_named, require_engines
 from packager.quantize.engines.protocol import EngineResult
 from packager.receipt import FileRecord, FusedRecord, LoaderRecord, Provenance, Receipt
 from packager.system.files import check_disk, replace_folder
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Stages 3 to 6 for the variants whose weights are missing.
+    """Stages 3 to 6 for the variants whose weights are missing; mixes come last, when their bits can be chosen.
 
     Returns:
         The branches that were quantized, and those that were packed: also the ones that an earlier build quantized.
@@ -43,7 +44,6 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
         return (), ()
     require_build_extra()
     from packager.inputs.description_check import check_description
-    from packager.pipeline.quantize_progress import QuantizeView
 
     for variant_plan in missing:
         _refuse_edited(run, variant_plan)
@@ -57,12 +57,34 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
     check_description(source, run.recipe_file.lock)
     _check_licenses(run)
     origin = BaseOrigin(run.workspace.work, source, run.terminal.log)
-    stores = _open_stores(run, missing, origin.token)
+    plain = [variant_plan for variant_plan in missing if variant_plan.variant.mix is None]
+    mixed = [variant_plan for variant_plan in missing if variant_plan.variant.mix is not None]
+    measured = widths_to_measure(run, [each for each in mixed if each in new], plain)
+    _make(run, plain, earlier, origin, measured)
+    if mixed:
+        _make(run, [with_bits(run, each, earlier.get(each.variant.branch)) for each in mixed], earlier, origin)
+    return tuple(each.variant.branch for each in new), tuple(each.variant.branch for each in missing)
+
+
+def _make(
+    run: BuildState,
+    variants: Sequence[VariantPlan],
+    earlier: Mapping[str, EarlierBuild],
+    origin: BaseOrigin,
+    measured: Sequence[VariantPlan] = (),
+) -> None:
+    """Quantize and pack variants; `measured` are quantized beside them, for their losses alone."""
+    from packager.pipeline.quantize_progress import QuantizeView
+
+    if not (variants or measured):
+        return
+    source = run.source
+    stores = _open_stores(run, [*variants, *measured], origin.token)
     copy_blocks(earlier, stores)
-    branches = [variant_plan.variant.branch for variant_plan in new]
+    new = [*(variant_plan for variant_plan in variants if variant_plan.variant.branch not in earlier), *measured]
     bar = run.terminal.bar(len(new) * source.architecture.num_blocks)
     with run.terminal.stage("quantize"), bar as blocks, source.weights.hashed_beside():
-        view = QuantizeView(run.terminal, blocks, branches)
+        view = QuantizeView(run.terminal, blocks, [variant_plan.variant.branch for variant_plan in new])
 
         def report(event: "Event") -> None:
             origin.watch()
@@ -70,7 +92,9 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
 
         made = _quantize(run, {variant_plan.variant: stores[variant_plan.variant] for variant_plan in new}, report)
         origin.wait()
-    for variant_plan, files, pack_s in _packed(run, missing, stores):
+    for variant_plan in measured:
+        keep_losses(run, variant_plan, made[variant_plan.variant.engine].records[variant_plan.variant.branch])
+    for variant_plan, files, pack_s in _packed(run, variants, stores):
         branch = variant_plan.variant.branch
         before = earlier.get(branch)
         result = before.result(branch) if before else made[variant_plan.variant.engine]
@@ -90,7 +114,6 @@ def quantize_and_pack(run: BuildState) -> tuple[tuple[str, ...], tuple[str, ...]
         run.workspace.announce(receipt)
         replace_folder(stores[variant_plan.variant].checkpoint, run.workspace.folder(branch))
         run.keep(receipt)
-    return tuple(branches), tuple(variant_plan.variant.branch for variant_plan in missing)
 
 
 def _keep_heap_small(run: BuildState) -> None:
@@ -126,17 +149,10 @@ def _open_stores(run: BuildState, missing: Sequence[VariantPlan], base_model: st
     `base_model` is the token of the base model.
     """
     from packager.quantize.block_store import BlockStore
-    from packager.quantize.sweep import fingerprint
 
     stores = {}
     for variant_plan in missing:
-        parts = fingerprint(
-            variant_plan.digest,
-            base_model,
-            run.texts.calibration,
-            run.device,
-            engine_version=engine_version(variant_plan.variant.engine),
-        )
+        parts = block_fingerprint(run, variant_plan, base_model)
         branch = variant_plan.variant.branch
         stores[variant_plan.variant] = BlockStore(
             run.workspace.work / branch, variant_plan.shards, run.plan.architecture, parts, run.terminal.log,
@@ -183,6 +199,7 @@ def _needed_bytes(run: BuildState, missing: Sequence[VariantPlan]) -> int:
     folders = [run.workspace.work / variant_plan.variant.branch for variant_plan in missing]
     held = sum(path.stat().st_blocks * 512 for folder in folders for path in folder.rglob("*.safetensors"))
     whole = run.plan.disk
+    held -= whole.losses_bytes if any(variant_plan.variant.mix is not None for variant_plan in missing) else 0
     shares = sum(variant_plan.weights_bytes for variant_plan in missing) / sum(
         variant_plan.weights_bytes for variant_plan in run.plan.variants
     )
@@ -235,7 +252,8 @@ def evaluate(run: BuildState) -> tuple[str, ...]:
         bar.step("fp16 base model")
         for variant_plan in missing:
             branch, started = variant_plan.variant.branch, time.monotonic()
-            folder, bits = run.workspace.folder(branch), variant_plan.variant.bits
+            variant, folder = variant_plan.variant, run.workspace.folder(branch)
+            bits = None if variant.mix is not None else variant.bits
             # A name for the result would keep this variant's head while the next variant is run.
             quality = quality_of(base, run_checkpoint(folder, bits, source, texts, device), texts)
             fields = {"quality": quality, "evaluation": texts.evaluation.record}

@@ -17,8 +17,8 @@ from packager.inputs.base_model import SourceModel
 from packager.inputs.dataset_files import download_split
 from packager.inputs.linked_weights import link_weights
 from packager.pipeline.build_state import BuildState, require_build_extra
-from packager.pipeline.plan import VariantPlan
 from packager.pipeline.stages import update_receipt
+from packager.pipeline.variant_plan import VariantPlan
 from packager.prove.environments import environment_name
 from packager.prove.tasks import TASKS_SPEC, ModelScores, TaskInput, TasksModel, measure_tasks, task_records
 from packager.receipt import CONFIG, TOKENIZER_FILES, digest_of

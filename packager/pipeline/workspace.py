@@ -4,6 +4,7 @@ dist/builds/<namespace>/<name>/<branch>/         checkpoint folders, as they wil
 dist/receipts/<namespace>/<name>/<branch>.json   what was done and measured
 dist/receipts/<namespace>/<name>/unfinished/     receipts of files that a run is putting in place
 dist/rows/<namespace>/<name>/rows.json           the token ids of its texts; may be deleted at any time
+dist/losses/<namespace>/<name>/<digest>.json     of variants that were quantized for their losses; may be deleted, too
 dist/tasks/<namespace>/<name>/base.json          what the fp16 model scores in its tasks; may be deleted at any time
 dist/work/<namespace>/<name>/<branch>/           a checkpoint under construction; may be deleted at any time
 dist/work/<namespace>/<name>/.running.json       what a running build does now; no branch has such a name
@@ -45,6 +46,10 @@ class Workspace:
     def rows(self) -> Path:
         """The file that keeps the token ids of the texts for the next run; unlike `work`, it stays after a build."""
         return self.dist / "rows" / self.repository / "rows.json"
+
+    def losses_path(self, digest: str) -> Path:
+        """Return the file that keeps the losses of a variant that is quantized for them alone."""
+        return self.dist / "losses" / self.repository / f"{digest}.json"
 
     @property
     def base_scores(self) -> Path:
@@ -201,7 +206,7 @@ class Workspace:
     def _remove_leftovers(self) -> None:
         self.running_path.unlink(missing_ok=True)
         builds, receipts = self.folder("main").parent, self._receipts
-        for parent in (builds, receipts, self.work, self.rows.parent):
+        for parent in (builds, receipts, self.work, self.rows.parent, self.losses_path("").parent):
             remove_leftovers(parent)
             for folder in parent.glob("*/"):
                 remove_leftovers(folder)

@@ -10,15 +10,16 @@ from typing import cast
 
 from packager.errors import AuditError
 from packager.model.architecture import Architecture
-from packager.prove.audit.config import Declared, check_declared, overrides, widths_of
+from packager.model.checkpoint import block_keys
+from packager.prove.audit.config import Declared, bits_of, check_declared, overrides, widths_of
 from packager.prove.audit.files import JsonObject, as_object, list_folder, read_documents
 from packager.prove.audit.finding import Findings
 from packager.prove.audit.model import Describe, read_model
 from packager.prove.audit.tensors import quantized_modules
-from packager.prove.audit.weights import read_weights
+from packager.prove.audit.weights import Weights, read_weights
 from packager.receipt import CONFIG, INDEX_SUFFIX, PROVENANCE, QUANTIZE_CONFIG
 from packager.system.text import shown
-from packager.variant import ActOrder, Bits, Variant
+from packager.variant import ActOrder, Bits, BitsMix, Variant
 
 # The documents that are read, of those that exist.
 DECLARING_FILES = (CONFIG, QUANTIZE_CONFIG, PROVENANCE)
@@ -68,10 +69,20 @@ def declared_checkpoint(folder: Path, branch: str, describe: Describe | None) ->
         why = "; ".join(each.message for each in findings.collected() if each.code in places)
         raise _error(folder, "the model of this checkpoint is not known", why)
     quantized = quantized_modules(weights) if weights.is_all_read else None
-    return DeclaredCheckpoint(
-        variant=_variant(branch, declared, widths_of(weights)),
-        architecture=_without_left(folder, architecture, declared, quantized),
-    )
+    variant = _variant(branch, declared, widths_of(weights))
+    architecture = _without_left(folder, architecture, declared, quantized)
+    own = bool(variant.other_bits) and section.get("dynamic") == _own_patterns(variant, architecture, weights)
+    return DeclaredCheckpoint(variant=replace(variant, own_patterns=own), architecture=architecture)
+
+
+def _own_patterns(variant: Variant, architecture: Architecture, weights: Weights) -> object:
+    """Return `dynamic` as we write it for linears whose bits are those of their tensors; None where we mix none."""
+    if any(group.unit for kind in architecture.kinds for group in kind.groups):
+        return None
+    held = ((linear.name, bits_of(weights, f"{linear.name}.qweight")) for linear in architecture.linears)
+    linear_bits = tuple((name, cast(Bits, bits)) for name, bits in held)
+    mix = BitsMix(bits=variant.all_bits, mean=variant.bits)
+    return block_keys(architecture, replace(variant, mix=mix, linear_bits=linear_bits)).get("dynamic")
 
 
 def _is_wanted(name: str) -> bool:

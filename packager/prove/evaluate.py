@@ -157,9 +157,9 @@ def run_base(source: SourceModel, texts: TextSets, device: torch.device) -> Forw
 
 
 def run_checkpoint(
-    folder: Path, bits: int, source: SourceModel, texts: TextSets, device: torch.device
+    folder: Path, bits: int | None, source: SourceModel, texts: TextSets, device: torch.device
 ) -> ForwardResult:
-    """Run a quantized checkpoint with its weights dequantized; see `run_texts`."""
+    """Run a checkpoint with its weights dequantized, see `run_texts`; `bits` is None where linears have several."""
     reader, dtype = CheckpointReader(folder, bits), compute_dtype(source.dtype, device)
     return run_texts(
         folder, reader, texts, names=reader.names, dequantized=reader.dequantized, device=device, dtype=dtype

@@ -96,7 +96,7 @@ def checkpoint_of(provenance: Provenance, folder: Path) -> Checkpoint:
     return Checkpoint(
         branch=provenance.branch,
         folder=folder,
-        bits=int(provenance.parameters["bits"]),
+        bits=None if "mix_bits" in provenance.parameters else int(provenance.parameters["bits"]),
         weights_sha256={name: record.sha256 for name, record in provenance.weights_files.items()},
     )
 

@@ -29,7 +29,7 @@ from packager.quantize.solved_linears import SolvedLinears
 from packager.quantize.suspended_forward import Reference, linears_of, run_forward, sweep_parallel, sweep_sequential
 from packager.quantize.tune_block import Tuning, tune_block
 from packager.receipt import LinearRecord
-from packager.variant import Variant
+from packager.variant import Bits, Variant
 
 # By the parameter of a block: the linears of each expert, in the order of their rows.
 ExpertLinears = Mapping[str, Sequence[Sequence[LinearSpec]]]
@@ -118,9 +118,9 @@ def quantize_block(
         raise
 
 
-def rules_of(variant: Variant) -> GridRules:
-    """Return the rules by which a variant's grids are found."""
-    return GridRules(bits=variant.bits, sym=variant.sym, scale_search=variant.scale_search)
+def rules_of(variant: Variant, bits: Bits) -> GridRules:
+    """Return the rules by which the grids of a variant's linears with so many bits are found."""
+    return GridRules(bits=bits, sym=variant.sym, scale_search=variant.scale_search)
 
 
 def order_of(variant: Variant) -> ColumnOrder:
@@ -142,7 +142,7 @@ class _BlockSolver:
         self._linears = linears_of(block)
         self._experts: Mapping[str, Experts] = experts_of(block) if job.experts else {}
         self._ops = ops_for(next(block.parameters()).device)
-        self._rules, self._order = rules_of(job.variant), order_of(job.variant)
+        self._order = order_of(job.variant)
         self._number_of = {group: number for number, group in enumerate(job.groups)}
         self._solved: list[SolvedLinears] = []
         self._owned: list[Owned] = []
@@ -201,7 +201,7 @@ class _BlockSolver:
         targets, finite = self._targets(weights, H, S)
         factor = self._factor(H)
         del H
-        solution = self._solution(targets, factor, refined)
+        solution = self._solution(targets, factor, refined, names[0])
         parts = solution.by_linear([weight.shape[0] for weight in weights])
         for weight, part in zip(weights, parts, strict=True):
             part.dequantize_into(weight, self._ops)
@@ -278,7 +278,7 @@ class _BlockSolver:
         factor = self._factor(H)
         del H
         refined = self._refined(tokens, weight.shape[-1])
-        solution = self._solution([weight], factor, refined)
+        solution = self._solution([weight], factor, refined, linears[0][0].name)
         solution.dequantize_into(weight, self._ops)
         parts = solution.by_linear([linear.out_features for linear in linears[0]])
         for part, specs in zip(parts, zip(*linears, strict=True), strict=True):
@@ -302,8 +302,10 @@ class _BlockSolver:
         """Return whether the variant refines a linear, or each expert, that was calibrated on so many tokens."""
         return tuple(self._job.variant.refine and seen >= TOKENS_PER_COLUMN * in_features for seen in tokens)
 
-    def _solution(self, weights: Sequence[Tensor], factor: Factor, refined: Sequence[bool]) -> Solution:
-        solution = solve(weights, factor, self._rules, refined=refined, ops=self._ops)
+    def _solution(self, weights: Sequence[Tensor], factor: Factor, refined: Sequence[bool], linear: str) -> Solution:
+        """Solve linears that see the same input, and so have the same bits: those of one of them."""
+        rules = rules_of(self._job.variant, self._job.variant.bits_of(linear))
+        solution = solve(weights, factor, rules, refined=refined, ops=self._ops)
         if self._checked and not bool(solution.scales_are_finite()):
             raise QuantizeError("a scale does not fit float16", why="it would be more than 65504")
         return solution
@@ -337,7 +339,8 @@ class _BlockSolver:
         job = self._job
         assert job.targets is not None, "there is a place for them"  # noqa: S101
         tuning = Tuning(
-            states=job.states, targets=job.targets, contexts=job.contexts, bits=job.variant.bits,
+            states=job.states, targets=job.targets, contexts=job.contexts,
+            bits={module: job.variant.bits_of(job.names[module]) for module in self._untuned},
             target_correction=job.variant.target_correction,
             fp16_outputs=None if job.reference is None else job.reference.states,
         )  # fmt: skip
@@ -370,7 +373,7 @@ class _BlockSolver:
             self._report(self._records[group.position])
 
     def _keep(self, name: str, solution: Solution, bias: Tensor | None) -> None:
-        bits = self._job.variant.bits
+        bits = self._job.variant.bits_of(name)
         self._tensors |= {
             f"{name}.qweight": pack(solution.q, bits),
             f"{name}.qzeros": pack_zeros(solution.zeros, bits),
@@ -382,7 +385,7 @@ class _BlockSolver:
 
     def _keep_experts(self, names: Sequence[str], solution: Solution) -> None:
         """Pack the linears of several experts, which have one shape, side by side."""
-        bits, count = self._job.variant.bits, len(names)
+        bits, count = self._job.variant.bits_of(names[0]), len(names)
         q = solution.q.transpose(0, 1).reshape(solution.q.shape[1], -1)
         zeros = solution.zeros.transpose(0, 1).reshape(solution.zeros.shape[1], -1)
         qweights, qzeros = pack(q, bits).chunk(count, dim=1), pack_zeros(zeros, bits).chunk(count, dim=1)

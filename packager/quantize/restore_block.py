@@ -26,7 +26,7 @@ def restore_block(
     device = next(block.parameters()).device
 
     def dequantized(name: str) -> Tensor:
-        return dequantize_linear(lambda part: tensors[f"{name}.{part}"].to(device), variant.bits)
+        return dequantize_linear(lambda part: tensors[f"{name}.{part}"].to(device), variant.bits_of(name))
 
     linears = linears_of(block)
     for module, name in names.items():

@@ -37,7 +37,7 @@ class Tuning:
         states: the block's inputs in the quantized model.
         targets: overwritten with what the block's outputs are compared with.
         contexts: the block's other arguments, one per batch.
-        bits: of the solutions.
+        bits: of the solutions, by linear.
         target_correction: how far the targets lie from the outputs of the original block for these inputs (0) towards
             the outputs of the fp16 model (1).
         fp16_outputs: of the block; None without a target correction.
@@ -46,7 +46,7 @@ class Tuning:
     states: Activations
     targets: Activations
     contexts: Sequence[Context]
-    bits: int
+    bits: Mapping[str, int]
     target_correction: float = 0.0
     fp16_outputs: Activations | None = None
 
@@ -115,8 +115,10 @@ class _Tuner:
 
     def take_steps(self, schedule: TuningSchedule) -> None:
         """Tune all linears by their gradients, one batch after the other."""
-        maxq = 2**self._tuning.bits - 1
-        tuned = {name: TunedLinear(weight, self.best[name], maxq) for name, weight in self._original.items()}
+        tuned = {
+            name: TunedLinear(weight, self.best[name], 2 ** self._tuning.bits[name] - 1)
+            for name, weight in self._original.items()
+        }
         weights = {name: self._linears[name].weight for name in tuned}
         for step in range(schedule.steps if self.untuned_error else 0):
             gradients = self._gradients(step % len(self._tuning.states), list(weights.values()))

@@ -107,14 +107,15 @@ class Worker:
         from packager.quantize.gptq.compile_kernels import KernelShape
 
         shapes = self._job.source.architecture.group_shapes
-        for variant, (in_features, out_features, num_experts) in product(self._share.variants, shapes):
+        widths = [(variant, bits) for variant in self._share.variants for bits in variant.all_bits]
+        for (variant, bits), (in_features, out_features, num_experts) in product(widths, shapes):
             if (variant.target_correction > 0 and not num_experts) != corrected:
                 continue
             for experts in slice_sizes(in_features, out_features, num_experts, "cuda") if num_experts else (0,):
                 yield KernelShape(
                     in_features=in_features,
                     out_features=out_features,
-                    rules=rules_of(variant),
+                    rules=rules_of(variant, bits),
                     order=order_of(variant),
                     experts=experts,
                     refine=variant.refine,
@@ -213,6 +214,13 @@ class BlockContext:
         return self.index + 1 == self.num_blocks
 
 
+def _with_bits(records: Sequence[LinearRecord], variant: Variant) -> list[LinearRecord]:
+    """Return the records of linears, with the bits of each where they are chosen."""
+    if variant.mix is None:
+        return list(records)
+    return [record.model_copy(update={"bits": variant.bits_of(record.name)}) for record in records]
+
+
 class _VariantRun:
     """One variant in one sweep: its activations, its store, and the block that is being written."""
 
@@ -261,7 +269,8 @@ class _VariantRun:
             )  # fmt: skip
             quantized = quantize_block(load, job, partial(self._linears_done, context.index))
             everyone = self._rank.exchange((HostCopies(quantized.tensors), quantized.records))
-            records = [record for each in merged([found for _, found in everyone]).values() for record in each]
+            found = [record for each in merged([found for _, found in everyone]).values() for record in each]
+            records = _with_bits(found, self.variant)
             tensors = [copies for copies, _ in everyone]
         else:
             restored, records = stored

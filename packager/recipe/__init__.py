@@ -9,7 +9,13 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from packager.receipt import digest_of
-from packager.recipe.field_groups import act_order_problem, base_model_problem, given_act_order, repository_problem
+from packager.recipe.field_groups import (
+    BITS_AND_MIX,
+    act_order_problem,
+    base_model_problem,
+    given_act_order,
+    repository_problem,
+)
 from packager.recipe.fields import (
     LANGUAGE,
     TAG,
@@ -27,6 +33,7 @@ from packager.recipe.fields import (
     GroupSize,
     LineText,
     LoaderField,
+    Mix,
     ModulePattern,
     Refine,
     RepoId,
@@ -137,12 +144,21 @@ class VariantEntry(VariantFields):
     """One variant of the list; without `branch` its name follows `branch_name`."""
 
     branch: BranchName | None = None
+    mix: Mix | None = Field(
+        default=None, description="instead of bits: chosen for each group of linears that see the same input, by loss"
+    )
     description: LineText | None = Field(
         default=None, description="the table's last column; written from the measurements if left out"
     )
     publish_below_floor: bool = Field(
         default=False, description="publish this variant although it misses the floor of `quality`; its card says so"
     )
+
+    @model_validator(mode="after")
+    def _one_kind_of_bits(self) -> "VariantEntry":
+        if self.mix is not None and self.bits is not None:
+            raise ValueError(BITS_AND_MIX)
+        return self
 
 
 class Defaults(Strict):
@@ -341,6 +357,7 @@ class Recipe(Strict):
         # A variant that says what is the default all the same may differ from its defaults.
         own: dict[str, object] = {
             "publish_below_floor": False,
+            "mix": None,
             "refine": None,
             "target_correction": None,
             "effort": None,
@@ -359,6 +376,10 @@ def expand(entry: VariantEntry, defaults: Defaults) -> Variant:
     fields = {**defaults.model_dump(), **given}
     # A variant's own spelling of its act order stands before that of the defaults, whichever each of them uses.
     own, common = (given_act_order(each.act_order, each.desc_act) for each in (entry, defaults))
+    if entry.mix is not None:
+        mix = entry.mix.bits_mix()
+        others = tuple(bits for bits in mix.bits if bits != mix.below)
+        fields |= {"bits": mix.below, "mix": mix, "other_bits": others, "own_patterns": True}
     fields["act_order"] = own or common or DEFAULT_ACT_ORDERS[entry.engine or defaults.engine]
     del fields["desc_act"]
     # Scale search lowers the KL divergence of every permutation: docs/explanation/measurements.md.

@@ -29,7 +29,7 @@ from packager.recipe.parsed_recipe import Loc, ParsedRecipe, Unreadable, name_of
 from packager.recipe.paths import locate, locate_base, path_problem
 from packager.recipe.prompt_template import prompt_problems
 from packager.recipe.task_checks import task_problems
-from packager.recipe.variant_checks import variant_parameters, variant_problems
+from packager.recipe.variant_checks import parameters_of_widths, variant_problems
 from packager.recipe.yaml import LocatedProblem, Position
 from packager.system.text import quoted
 
@@ -97,7 +97,8 @@ def _model(parsed: ParsedRecipe, model: LockedBaseModel | LocatedProblem | None)
         yield model
     elif model is not None:
         yield from prompt_problems(parsed, model.lock)
-        variants = [variant_parameters(parsed, index) for index in range(parsed.count("variants"))]
+        each = (parameters_of_widths(parsed, index) for index in range(parsed.count("variants")))
+        variants = [parameters for widths in each for parameters in widths]
         yield from misfits(parsed, model.architecture, variants)
 
 

@@ -7,6 +7,7 @@ from fractions import Fraction
 from packager.system.text import has_credentials
 from packager.variant import ACT_ORDER_OF_DESC_ACT, ActOrder
 
+BITS_AND_MIX = "a variant has bits or mix, not both"
 _OF_A_DATASET = frozenset({"revision", "split", "config"})
 
 
@@ -45,6 +46,15 @@ def act_order_problem(act_order: str | None, desc_act: bool | None) -> str:
 def given_act_order(act_order: ActOrder | None, desc_act: bool | None) -> ActOrder | None:
     """Return the act order that a variant, or the defaults, ask for in either spelling; None for none of them."""
     return act_order if act_order is not None or desc_act is None else ACT_ORDER_OF_DESC_ACT[desc_act]
+
+
+def mix_problem(bits: Sequence[int], mean: float) -> str:
+    """Return why there is nothing to choose in a mix, or ""."""
+    if len(bits) < 2 or len(set(bits)) < len(bits):
+        return "mix.bits names two numbers of bits or more, each once"
+    if not min(bits) < mean < max(bits):
+        return f"mix.mean is between {min(bits)} and {max(bits)}, of mix.bits: else all linears have the same bits"
+    return ""
 
 
 def text_source_problem(given: AbstractSet[str]) -> str:

@@ -3,11 +3,12 @@
 import re
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticKnownError
 
 from packager.model.runtimes import OTHER_LOADER, LoaderName
-from packager.variant import ActOrder, Bits, Effort, EngineName, ScaleSearch, branch_problem
+from packager.recipe.field_groups import mix_problem
+from packager.variant import ActOrder, Bits, BitsMix, Effort, EngineName, ScaleSearch, branch_problem
 
 
 def whole_number(value: object) -> object:
@@ -185,3 +186,22 @@ class Strict(BaseModel):
     def given_fields(self) -> frozenset[str]:
         """Return the names of the fields that hold a value."""
         return frozenset(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
+class Mix(Strict):
+    """Bits that are chosen by measured loss for each group of linears that see the same input."""
+
+    bits: tuple[BitsField, ...] = Field(max_length=4, description="the numbers of bits to choose from")
+    mean: float = Field(
+        description="the size: at most that of linears which all have so many bits; between two of `bits`, too"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_choice(self) -> "Mix":
+        if problem := mix_problem(self.bits, self.mean):
+            raise ValueError(problem)
+        return self
+
+    def bits_mix(self) -> BitsMix:
+        """Return it as variants have it."""
+        return BitsMix(bits=tuple(sorted(self.bits)), mean=self.mean)

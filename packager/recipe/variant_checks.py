@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Final, get_args
 
 from packager.recipe import Defaults
-from packager.recipe.field_groups import act_order_problem
+from packager.recipe.field_groups import BITS_AND_MIX, act_order_problem, mix_problem
 from packager.recipe.model_fit import Parameter
 from packager.recipe.parsed_recipe import Loc, ParsedRecipe, Unreadable, name_of
 from packager.recipe.yaml import LocatedProblem
@@ -19,6 +19,8 @@ from packager.variant import (
     MAIN,
     MAX_REPOSITORY_NAME,
     ActOrder,
+    Bits,
+    BitsMix,
     EngineName,
     branch_name,
     place_of,
@@ -36,6 +38,7 @@ def variant_problems(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
     yield from _negative_scales(parsed)
     yield from _target_corrections(parsed)
     yield from _engines(parsed)
+    yield from _mixes(parsed)
 
 
 def variant_parameters(parsed: ParsedRecipe, index: int) -> dict[str, Parameter]:
@@ -55,7 +58,49 @@ def variant_parameters(parsed: ParsedRecipe, index: int) -> dict[str, Parameter]
         at = parsed.at(*loc) if written else parsed.key_at("variants", index)
         parameters[name] = Parameter(value if written else field.default, at, written=written)
     parameters["act_order"] = _act_order(parsed, index, parameters["engine"].value)
+    place: Loc = ("variants", index, "mix")
+    if "mix" in (parsed.keys("variants", index) or ()):
+        mix = _mix_of(parsed, index)
+        bits = Unreadable.WRONG if mix is None or mix_problem(mix.bits, mix.mean) else mix.below
+        parameters["bits"] = Parameter(bits, parsed.at(*place, "bits"), written=True)
     return parameters
+
+
+def parameters_of_widths(parsed: ParsedRecipe, index: int) -> list[dict[str, Parameter]]:
+    """Return the parameters of a variant for each number of bits that its linears may have."""
+    parameters, mix = variant_parameters(parsed, index), _mix_of(parsed, index)
+    if mix is None:
+        return [parameters]
+    return [{**parameters, "bits": parameters["bits"]._replace(value=bits)} for bits in mix.bits]
+
+
+def _mix_of(parsed: ParsedRecipe, index: int) -> BitsMix | None:
+    """Return a variant's mix as it is written; None for none, and where a value of it is wrong."""
+    place: Loc = ("variants", index, "mix")
+    given = [parsed.get(*place, "bits", each) for each in range(parsed.count(*place, "bits"))]
+    bits = tuple(known for each in given for known in get_args(Bits) if known == each)
+    mean = parsed.get(*place, "mean")
+    if len(bits) < max(1, len(given)) or isinstance(mean, bool) or not isinstance(mean, int | float):
+        return None
+    return BitsMix(bits=bits, mean=float(mean))
+
+
+def _mixes(parsed: ParsedRecipe) -> Iterator[LocatedProblem]:
+    """Report mixes in which there is nothing to choose, that stand beside bits, or that their engine cannot make."""
+    for index in range(parsed.count("variants")):
+        place: Loc = ("variants", index, "mix")
+        keys = parsed.keys("variants", index) or frozenset()
+        if "mix" not in keys:
+            continue
+        mix, engine = _mix_of(parsed, index), variant_parameters(parsed, index)["engine"]
+        if mix is not None and (problem := mix_problem(mix.bits, mix.mean)):
+            yield LocatedProblem(parsed.at(*place), f"{name_of(place[:2])}: {problem}")
+        if "bits" in keys:
+            at = parsed.at("variants", index, "bits")
+            yield LocatedProblem(at, f"{name_of(place[:2])}: {BITS_AND_MIX}", "leave bits out: mix.bits has them")
+        if engine.value == "auto-gptq":
+            hint = "write engine: native, or bits instead of mix"
+            yield LocatedProblem(max(engine.at, parsed.at(*place)), "engine auto-gptq cannot do mix", hint)
 
 
 def _act_order(parsed: ParsedRecipe, index: int, engine: object) -> Parameter:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 
-from packager.prove.audit.config import Declared
+from packager.prove.audit.config import Declared, bits_of
 from packager.prove.audit.files import JsonObject, Listing
 from packager.prove.audit.finding import Findings
 from packager.prove.audit.weights import Weights
@@ -45,9 +45,19 @@ def check_provenance(
     if weights.is_all_read and provenance.weights_bytes != weights.size_bytes:
         message = f"{provenance.weights_bytes}, the weights files have {weights.size_bytes}"
         findings.add("provenance-disagrees", f"{PROVENANCE}: weights_bytes", message)
+    _check_bits(provenance, weights, findings)
     if weights.is_all_read and len(provenance.linears) != num_linears:
         message = f"{len(provenance.linears)} linears, the weights have {num_linears}"
         findings.add("provenance-disagrees", f"{PROVENANCE}: linears", message)
+
+
+def _check_bits(provenance: Provenance, weights: Weights, findings: Findings) -> None:
+    """Check the bits of linears, which the record of a mix has, by the shapes of their tensors."""
+    for record in provenance.linears:
+        held = bits_of(weights, f"{record.name}.qweight") if f"{record.name}.qweight" in weights.tensors else None
+        if record.bits is not None and held is not None and record.bits != held:
+            message = f"{record.bits} bits, the tensors have {held}"
+            findings.add("provenance-disagrees", f"{PROVENANCE}: linears: {record.name}", message)
 
 
 def _check_files(listing: Listing, records: Mapping[str, FileRecord], findings: Findings) -> None:
