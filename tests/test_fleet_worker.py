@@ -20,18 +20,21 @@ class Fleet:
 
     def __init__(self, root: Path, recipe: Path) -> None:
         from packager.fleet.worker import inputs_digest
+        from packager.pipeline.build_state import BuildState
         from packager.recipe.file import RecipeFile
+        from packager.system.terminal import Terminal
+        from tests.tiny_recipe import options
 
         self.root, self.recipe = root, recipe
-        self.inputs = inputs_digest(RecipeFile.load(recipe))
+        self.inputs = inputs_digest(BuildState(RecipeFile.load(recipe), options(root), Terminal(quiet=True)))
         self.store = FolderStore(root / "store")
 
     def order(self, stage: str, *branches: str) -> "TaskOrder":
         from packager.fleet.worker import TaskOrder
 
         return TaskOrder.model_validate(
-            {"recipe": str(self.recipe), "inputs": self.inputs, "store": str(self.root / "store"), "stage": stage,
-             "branches": branches}
+            {"recipe": str(self.recipe), "repository": REPOSITORY, "inputs": self.inputs,
+             "store": str(self.root / "store"), "stage": stage, "branches": branches}
         )  # fmt: skip
 
     def run(self, machine: str, stage: str, *branches: str) -> None:

@@ -33,7 +33,10 @@ TERMINAL = {
     "packager/cli/main.py",
     "packager/cli/options.py",
     "packager/cli/publishing.py",
-    "packager/cli/recipe_commands.py",
+    "packager/cli/fleet_view.py",
+    "packager/cli/ray_process.py",
+    "packager/cli/releasing.py",
+    "packager/cli/task_process.py",
     "packager/cli/step_summary.py",
     "packager/cli/signing.py",
     "packager/cli/auditing.py",
@@ -143,7 +146,7 @@ sys.stderr.write("\\n" + " ".join(foreign))
 """
 _DEMO = "recipes/demo-llama.yaml"
 # On 2026-11-30 with the versions of constraints.txt: 53, 393 and 447.
-MOST_MODULES = [(["--help"], 60), (["plan", _DEMO], 415), (["status", _DEMO], 470)]
+MOST_MODULES = [(["--help"], 64), (["plan", _DEMO], 415), (["status", _DEMO], 470)]
 
 
 @pytest.mark.pinned

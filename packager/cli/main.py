@@ -27,10 +27,10 @@ from packager.cli.recipe_commands import (
     build_command,
     card_command,
     plan_command,
-    release_command,
     status_command,
     verify_command,
 )
+from packager.cli.releasing import release_command
 from packager.cli.repairing import fix_command
 from packager.cli.report_command import report_command
 from packager.cli.schema_command import schema_command

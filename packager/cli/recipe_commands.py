@@ -1,13 +1,11 @@
-"""The commands that work on recipes: `plan`, `build`, `verify`, `card`, `status`, `release`."""
+"""The commands that work on recipes: `plan`, `build`, `verify`, `card`, `status`."""
 
 import gc
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from packager.cli.consent import ask_for_consent
 from packager.cli.options import (
     DIST,
     CacheOption,
@@ -22,20 +20,17 @@ from packager.cli.options import (
     RecipePath,
     RecipesArgument,
     TrialOption,
-    YesOption,
     open_recipe,
     options_of,
     terminal_of,
     trial_dist,
 )
 from packager.cli.over_recipes import choose, over_recipes
-from packager.cli.signing import SignKeyOption, TrustedKeyOption, signing_keys
 from packager.errors import LoaderError, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from packager.pipeline.many_recipes import RecipeResult
     from packager.pipeline.plan import BuildPlan
     from packager.recipe.file import RecipeFile
     from packager.system.terminal import Terminal
@@ -253,62 +248,3 @@ def status_command(
         ),
         as_json=lambda recipe_file: status_json(recipe_file, options),
     )
-
-
-def release_command(
-    recipes: RecipesArgument = None,
-    glob: GlobOption = None,
-    dist: DistOption = DIST,
-    device: DeviceOption = Device.auto,
-    gpu_memory: GpuMemoryOption = None,
-    cache: CacheOption = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Build nothing if a recipe is wrong or this machine cannot build one.")
-    ] = False,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End with the first recipe that fails.")] = False,
-    no_publish: Annotated[
-        bool, typer.Option("--no-publish", help="Build only; `publish` does the rest, here or elsewhere.")
-    ] = False,
-    yes: YesOption = False,
-    sign_key: SignKeyOption = None,
-    trusted_key: TrustedKeyOption = None,
-    format: FormatOption = Format.text,  # noqa: A002
-) -> None:
-    """Build and publish what this machine can build.
-
-    All recipes are read and planned first: nothing is built before that. A recipe that this machine cannot build is
-    left out, and the reason is printed. A recipe that fails does not stop the others; the run ends with a table of all
-    recipes, and exits with the highest exit code of those that failed. Exits with 0 even if recipes were left out. With
-    `--strict` each of the recipes must be right, and one that this machine cannot build is an error (12).
-    """
-    from packager.cli.publish_view import print_publish_plan
-    from packager.cli.release_view import print_results, results_json
-    from packager.cli.status_view import print_status
-    from packager.cli.step_summary import add_step_summary, results_markdown
-    from packager.pipeline.release import release
-
-    terminal, keys, as_json = terminal_of(), signing_keys(sign_key, trusted_key), format is Format.json
-
-    def show_results(results: "Sequence[RecipeResult]") -> None:
-        add_step_summary(lambda: results_markdown("Release", results), terminal.log)
-        if as_json:
-            terminal.result({"recipes": results_json(results)})
-        else:
-            print_results(results, terminal.out)
-
-    results = release(
-        choose(recipes, glob, format).paths,
-        options_of(dist, device, cache, gpu_memory),
-        terminal,
-        strict=strict,
-        fail_fast=fail_fast,
-        publishing=not no_publish,
-        attended=yes or sys.stdin.isatty(),
-        show_plan=lambda plan: print_publish_plan(plan, terminal.err),
-        show_status=lambda file, options: None if as_json else print_status(file, options, terminal.out),
-        show_results=show_results,
-        consent=ask_for_consent("publish", assume_yes=yes),
-        keys=keys,
-    )
-    if code := max(result.exit_code for result in results):
-        raise typer.Exit(code)

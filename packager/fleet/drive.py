@@ -12,6 +12,7 @@ def drive(
     *,
     observe: Callable[[Sequence[TaskEnd]], None] = lambda _: None,
     patience_s: float = 0.0,
+    turn_s: float | None = None,
 ) -> None:
     """Run everything that a scheduler has, to its end.
 
@@ -20,6 +21,7 @@ def drive(
         executor: with the machines.
         observe: called after each change, with what became of tasks.
         patience_s: how long to wait for a machine when nothing can start; then the rest is parked.
+        turn_s: `observe` is called at least this often, too, even if nothing changes; None for never.
     """
     stalled_at: float | None = None
     while not scheduler.is_finished:
@@ -37,9 +39,13 @@ def drive(
             if now >= until:
                 scheduler.give_up()
                 break
+        if turn_s is not None:
+            until = now + turn_s if until is None else min(until, now + turn_s)
+        if starts:
+            observe(())
         outcomes = executor.wait(until)
         for outcome in outcomes:
             scheduler.take(outcome, executor.now())
-        if starts or outcomes:
+        if outcomes or turn_s is not None:
             observe(outcomes)
     observe(())

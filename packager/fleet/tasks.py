@@ -117,12 +117,14 @@ class TaskEnd:
         result: lost: its machine went away, or nothing is known of it.
         why: it failed, one line; "" otherwise.
         final: it would fail again: the recipe or the model is wrong.
+        exit_code: of what failed, otherwise 0.
     """
 
     task: Task
     result: Literal["done", "failed", "lost"]
     why: str = ""
     final: bool = False
+    exit_code: int = 0
 
 
 class Executor(Protocol):

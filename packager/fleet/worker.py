@@ -3,19 +3,22 @@
 A stage is what `build` and `publish` do; whether there is something left of it is decided from receipts and keys.
 """
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from packager.errors import PlanError
 from packager.fleet.shared_work import SharedWork
 from packager.fleet.store import open_store
 from packager.fleet.tasks import TaskStage
-from packager.pipeline.build_state import BuildState, Options, stage_keys
+from packager.model.devices import DeviceChoice
+from packager.pipeline.build_state import STAGES, BuildState, Options
 from packager.pipeline.cards import render_cards
 from packager.pipeline.flow import publish, raise_failed
-from packager.pipeline.plan import make_plan
 from packager.pipeline.running import shown_while_running
 from packager.pipeline.stages import evaluate, quantize_and_pack, run_loaders
+from packager.pipeline.task_stage import check_task_files, run_tasks
+from packager.pipeline.workspace import Workspace
 from packager.publish.sign_release import SigningKeys
 from packager.receipt import digest_of
 from packager.recipe.file import RecipeFile
@@ -28,26 +31,60 @@ class TaskOrder(Record):
 
     Attributes:
         recipe: the path of the recipe, the same on every machine.
+        repository: its repository's id.
         inputs: the digest of everything that determines the recipe's results, see `inputs_digest`.
-        store: the URL of the store.
+        store: the URL of the store; "" for none: then one output folder has all that was made.
         stage: what is done.
         branches: of a sweep; none are all.
+        device: where to compute.
+        gpu_memory_bytes: see `Options`.
+        local_target: the output folder with the local publishing target; "" for that of the machine.
     """
 
     recipe: str
+    repository: str
     inputs: str
     store: str
     stage: TaskStage
     branches: tuple[str, ...] = ()
+    device: DeviceChoice = "auto"
+    gpu_memory_bytes: int | None = None
+    local_target: str = ""
 
 
-def inputs_digest(recipe_file: RecipeFile) -> str:
+class TaskCall(Record):
+    """What the process of a task is told: the order, and what is this machine's.
+
+    Attributes:
+        order: the task.
+        folder: the output folder of this machine.
+        cache: of the loaders' environments; "" for the usual one.
+        drop: recipes whose files are deleted first.
+        own_base_models: files of the Hub are kept in the output folder, by recipe, where they can be deleted.
+    """
+
+    order: TaskOrder
+    folder: str
+    cache: str = ""
+    drop: tuple[str, ...] = ()
+    own_base_models: bool = False
+
+
+class TaskReport(Record):
+    """What became of a task, as its process says on standard output.
+
+    Attributes:
+        why: it failed, one line; "" if it did not.
+        exit_code: of the error; 0 if it did not fail.
+    """
+
+    why: str = ""
+    exit_code: int = 0
+
+
+def inputs_digest(run: BuildState) -> str:
     """Return the digest of everything that determines what is made of a recipe: its stage keys and its texts."""
-    keys: dict[str, Mapping[str, str]] = {
-        variant_plan.variant.branch: stage_keys(recipe_file, variant_plan)
-        for variant_plan in make_plan(recipe_file).variants
-    }
-    return digest_of([recipe_file.recipe.digest(), keys])
+    return digest_of([run.recipe.digest(), run.keys])
 
 
 def run_task(order: TaskOrder, options: Options, terminal: Terminal, *, keys: SigningKeys | None = None) -> None:
@@ -64,17 +101,18 @@ def run_task(order: TaskOrder, options: Options, terminal: Terminal, *, keys: Si
         PackagerError: of the stage.
     """
     recipe_file = RecipeFile.load(Path(order.recipe))
-    if inputs_digest(recipe_file) != order.inputs:
+    run = BuildState(recipe_file, options, terminal, order.branches)
+    if inputs_digest(run) != order.inputs:
         raise PlanError(
             "this machine would build something else",
             where=order.recipe,
             why="its recipe, its local model or texts, or its version of packager is another one",
             hint="give all machines the same files and the same version",
         )
-    run = BuildState(recipe_file, options, terminal, order.branches)
-    shared = SharedWork(open_store(order.store), run.recipe.repository.id)
+    shared = SharedWork(open_store(order.store), run.recipe.repository.id) if order.store else None
     with run.workspace.locked(), shown_while_running(run.workspace.running_path, terminal):
-        shared.pull(run.workspace, run.keys)
+        if shared is not None:
+            shared.pull(run.workspace, run.keys)
         if order.stage != "publish":
             run.read_receipts()
             _do(run, order.stage, shared)
@@ -83,19 +121,40 @@ def run_task(order: TaskOrder, options: Options, terminal: Terminal, *, keys: Si
         publish(recipe_file, options, terminal, dry_run=False, keys=keys)
 
 
-def _do(run: BuildState, stage: TaskStage, shared: SharedWork) -> None:
+def _do(run: BuildState, stage: TaskStage, shared: SharedWork | None) -> None:
     """Do what is left of a stage; what is finished goes to the store even if the stage fails."""
     try:
         if stage == "fetch":
-            _ = run.texts  # opens the base model, too
+            check_task_files(run)
+            if any(map(run.missing, STAGES)) or run.loaders_to_run():
+                _ = run.texts  # opens the base model, too
         elif stage == "sweep":
-            run.block_copies = shared.blocks
+            run.block_copies = shared.blocks if shared else None
             quantize_and_pack(run)
         elif stage == "evaluate":
             evaluate(run)
         elif stage == "verify":
             run_loaders(run)
+            run_tasks(run)
         else:
             render_cards(run)
+            shutil.rmtree(run.workspace.work, ignore_errors=True)
     finally:
-        shared.push(run.workspace, [each.variant.branch for each in run.wanted if each.variant.branch in run.receipts])
+        if shared is not None:
+            made = [each.variant.branch for each in run.wanted if each.variant.branch in run.receipts]
+            shared.push(run.workspace, made)
+
+
+def drop_recipes(folder: Path, repositories: Collection[str]) -> None:
+    """Delete what a machine has of recipes: their builds and receipts, which the store has, and their base models."""
+    for repository in repositories:
+        workspace = Workspace(dist=folder, repository=repository)
+        builds, receipts = workspace.folder("main").parent, workspace.receipt_path("main").parent
+        for path in (builds, receipts, workspace.work, workspace.rows.parent, workspace.base_scores.parent):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(base_model_folder(folder, repository), ignore_errors=True)
+
+
+def base_model_folder(folder: Path, repository: str) -> Path:
+    """Return where a machine with a bounded disk keeps the Hub's files of one recipe, so that they can be deleted."""
+    return folder / "base-models" / repository.replace("/", "--")

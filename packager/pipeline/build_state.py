@@ -55,6 +55,7 @@ class Options:
         device: where to compute.
         environ: the process environment, for the loaders' processes.
         gpu_memory_bytes: how much of each GPU quantizing may use; None for what is free.
+        local_target: the output folder whose `hub` has what is published locally; None for `dist`.
     """
 
     dist: Path
@@ -62,6 +63,7 @@ class Options:
     device: DeviceChoice
     environ: Mapping[str, str]
     gpu_memory_bytes: int | None = None
+    local_target: Path | None = None
 
 
 def default_cache(environ: Mapping[str, str]) -> Path:

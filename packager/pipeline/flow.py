@@ -213,7 +213,7 @@ def publish(
     """
     run, keys = BuildState(recipe_file, options, terminal), keys or SigningKeys()
     require_key(recipe_file, keys)
-    target = target_of(run.recipe, run.workspace.dist, options.environ, terminal.log)
+    target = target_of(run.recipe, options.local_target or options.dist, options.environ, terminal.log)
     approved = plan_file.approved if plan_file else None
     tag = approved.subject.tag if approved else tag
     planned = PlannedPublish(run, target, tag, plan_file) if plan_file else None

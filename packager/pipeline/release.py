@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from packager.errors import MachineError, PackagerError, PublishError
@@ -20,20 +21,36 @@ from packager.system.terminal import Terminal
 from packager.system.text import gibibytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReleaseChecks:
+    """What is checked before the first recipe of a release is built.
+
+    Attributes:
+        strict: nothing is built if a recipe is wrong, or if this machine cannot build one; all of them are reported.
+        publishing: otherwise the recipes are built only, and no key is needed.
+        attended: a person can be asked; if not, a target that others can see is refused first.
+        keys: see `flow.publish`.
+        here: this machine builds.
+    """
+
+    strict: bool = False
+    publishing: bool = True
+    attended: bool = True
+    keys: SigningKeys | None = None
+    here: bool = True
+
+
 def release(
     recipes: Sequence[Path],
     options: Options,
     terminal: Terminal,
+    checks: ReleaseChecks | None = None,
     *,
-    strict: bool = False,
     fail_fast: bool = False,
-    publishing: bool = True,
-    attended: bool = True,
     show_plan: Callable[[PublishPlan], None] = lambda _: None,
     show_status: Callable[[RecipeFile, Options], None] = lambda *_: None,
     show_results: Callable[[Sequence[RecipeResult]], None] = lambda _: None,
     consent: Callable[[PublishPlan], None] = lambda _: None,
-    keys: SigningKeys | None = None,
 ) -> tuple[RecipeResult, ...]:
     """Build and publish the recipes one after the other; a recipe that fails does not stop the others.
 
@@ -43,15 +60,12 @@ def release(
         recipes: their files.
         options: where and how.
         terminal: gets all messages.
-        strict: nothing is built if a recipe is wrong, or if this machine cannot build one; all of them are reported.
+        checks: what is checked first, and whether the recipes are published.
         fail_fast: end with the first recipe that fails.
-        publishing: otherwise the recipes are built only, and no key is needed.
-        attended: whether `consent` can ask a person; if not, a target that others can see is refused first.
         show_plan: see `flow.publish`.
         show_status: called after each recipe is published, or built.
         show_results: called at the end, whatever ended the run, with a result for each recipe.
         consent: see `flow.publish`.
-        keys: see `flow.publish`.
 
     Returns:
         A result for each recipe, in their order.
@@ -61,25 +75,43 @@ def release(
         PackagerError: `fail_fast`, and a recipe failed.
         MachineError: `strict`, and this machine cannot build some of them, which are right.
     """
+    checks = checks or ReleaseChecks()
     results = Results(terminal, stop=fail_fast, by_path={path: RecipeResult(path=path) for path in recipes})
     try:
-        files = _read_all(results, (keys or SigningKeys()) if publishing else None)
-        _require_consent(files if publishing else (), attended=attended)
-        wanted = _that_can_be_built(results, files, options)
-        if strict and any(result.outcome == "failed" for result in results.ordered):
-            return results.ordered
-        if strict:
-            _refuse_skipped(results)
-        for file in wanted:
+        for file in wanted_recipes(results, options, checks):
             terminal.log(str(file.path))
-            with results.recorded(file.path, "published" if publishing else "built"):
+            with results.recorded(file.path, "published" if checks.publishing else "built"):
                 build(file, options, terminal)
-                if publishing:
-                    publish(file, options, terminal, dry_run=False, show_plan=show_plan, consent=consent, keys=keys)
+                if checks.publishing:
+                    publish(
+                        file,
+                        options,
+                        terminal,
+                        dry_run=False,
+                        show_plan=show_plan,
+                        consent=consent,
+                        keys=checks.keys,
+                    )
                 show_status(file, options)
     finally:
         show_results(results.ordered)
     return results.ordered
+
+
+def wanted_recipes(results: Results, options: Options, checks: ReleaseChecks) -> list[RecipeFile]:
+    """Read and plan the recipes of a release, and return those that are built; the results get the others.
+
+    Raises:
+        PublishError, MachineError: see `release`.
+    """
+    files = _read_all(results, (checks.keys or SigningKeys()) if checks.publishing else None)
+    _require_consent(files if checks.publishing else (), attended=checks.attended)
+    wanted = _that_can_be_built(results, files, options) if checks.here else files
+    if checks.strict and any(result.outcome == "failed" for result in results.ordered):
+        return []
+    if checks.strict:
+        _refuse_skipped(results)
+    return wanted
 
 
 def _read_all(results: Results, keys: SigningKeys | None) -> list[RecipeFile]:

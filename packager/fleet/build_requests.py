@@ -1,0 +1,117 @@
+"""A recipe as the scheduler and the machines see it: which tasks are left, what they need, what machines are told."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from packager import __version__
+from packager.fleet.recipe_state import read_recipe_state
+from packager.fleet.shared_work import SharedWork
+from packager.fleet.store import Store
+from packager.fleet.tasks import BuildRequest, Task, TaskStage
+from packager.fleet.worker import TaskOrder, inputs_digest
+from packager.pipeline.build_state import BuildState
+
+LIGHT_CPUS = 0.25  # of a task that mostly waits for a network
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetRecipe:
+    """A recipe in a fleet.
+
+    Attributes:
+        path: of the recipe.
+        request: what the scheduler gets; without tasks if nothing is left.
+        order: what machines are told, whatever the stage.
+    """
+
+    path: Path
+    request: BuildRequest
+    order: TaskOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What tasks take, and where their results go.
+
+    Attributes:
+        gpus: of a task that computes; 0 on machines without any.
+        publishing: otherwise recipes are built only.
+        store: what machines share; None for one machine alone.
+        store_url: its URL, "" for none.
+        local_target: the output folder with the local publishing target.
+        priorities: by recipe; 0 where none is given.
+    """
+
+    gpus: int
+    publishing: bool
+    store: Store | None = None
+    store_url: str = ""
+    local_target: Path
+    priorities: Mapping[Path, int] = field(default_factory=dict)
+
+
+def fleet_recipe(run: BuildState, needs: Needs) -> FleetRecipe:
+    """Return what is left of a recipe, as far as its receipts say; a machine finds out the rest.
+
+    Raises:
+        SourceError: a local base model cannot be read.
+        StateError: a receipt in the store cannot be read.
+    """
+    repository, path = run.recipe.repository.id, run.recipe_file.path
+    order = TaskOrder(
+        recipe=str(path.absolute()),
+        repository=repository,
+        inputs=inputs_digest(run),
+        store=needs.store_url,
+        stage="fetch",
+        device=run.options.device if needs.gpus or run.options.device != "auto" else "cpu",
+        gpu_memory_bytes=run.options.gpu_memory_bytes,
+        local_target=str(needs.local_target.absolute()),
+    )
+    stages = [] if needs.publishing and _is_published(needs.store, repository, order.inputs) else _stages(run, needs)
+    plan = run.plan
+    builds, download = plan.disk.builds_bytes, plan.disk.source_bytes
+    computing = {"gpus": needs.gpus, "cpus": 1.0}
+
+    def task(stage: TaskStage) -> Task:
+        if stage == "fetch":
+            return Task(recipe=repository, stage=stage, cpus=LIGHT_CPUS, download_bytes=download)
+        if stage == "publish":
+            commits = len(plan.variants) + 1
+            return Task(recipe=repository, stage=stage, cpus=LIGHT_CPUS, upload_bytes=builds, commits=commits)
+        if stage == "card":
+            return Task(recipe=repository, stage=stage, cpus=LIGHT_CPUS)
+        return Task(recipe=repository, stage=stage, **computing)  # type: ignore[arg-type]
+
+    request = BuildRequest(
+        recipe=repository,
+        tasks=tuple(map(task, stages)),
+        disk_bytes=builds + download,
+        store_bytes=builds,
+        priority=needs.priorities.get(path, 0),
+    )
+    return FleetRecipe(path=path, request=request, order=order)
+
+
+def _is_published(store: Store | None, repository: str, inputs: str) -> bool:
+    state = read_recipe_state(store, repository) if store is not None else None
+    return state is not None and (state.state, state.inputs, state.version) == ("published", inputs, __version__)
+
+
+def _stages(run: BuildState, needs: Needs) -> list[TaskStage]:
+    """Return the stages that are left: those after the last one that every branch has behind it, but for the cards."""
+    after: list[TaskStage] = ["card", "publish"] if needs.publishing else ["card"]
+    shared = SharedWork(needs.store, run.recipe.repository.id) if needs.store is not None else None
+    read = shared.receipt if shared is not None else run.workspace.read_receipt
+    for branch, keys in run.keys.items():
+        receipt = read(branch)
+        if receipt is not None and receipt.stages.get("weights") == keys["weights"]:
+            run.receipts[branch] = receipt
+    if run.missing("weights"):
+        return ["fetch", "sweep", "evaluate", "verify", *after]
+    if run.missing("evaluate"):
+        return ["fetch", "evaluate", "verify", *after]
+    if run.missing("verify") or run.missing("tasks") or run.loaders_to_run():
+        return ["fetch", "verify", *after]
+    return ["fetch", *after]
