@@ -13,7 +13,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
+from packager.cli.main import app
 from packager.prove.locks import read_lock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +86,29 @@ def test_ci_installs_nothing_but_from_locks() -> None:
     assert set(re.findall(r"pip install .*", text)) == {"pip install -r locks/nox.txt"}
     for command in re.findall(r"pip install[^&\n]*", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert command.strip() == "pip install -q -r locks/nox.txt"
+
+
+def test_the_hook_plans_recipes_and_stops_at_a_mistake(tmp_path: Path) -> None:
+    (hook,) = YAML(typ="safe").load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    program, *words = hook["entry"].split()
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert (program, hook["id"]) == (*scripts, "packager-plan")
+
+    def takes(name: str) -> bool:
+        return bool(re.search(hook["files"], name)) and not re.search(hook["exclude"], name)
+
+    recipes = [path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").glob("*.yaml")]
+    assert all(map(takes, [*recipes, "models/recipes/a.yml"]))
+    others = ["recipes/defaults.yaml", "recipes/demo-llama.lock.json", "mkdocs.yml", "recipes/a/b.yaml"]
+    assert not any(map(takes, others))
+    (tmp_path / "bad.yaml").write_text("schema_version: 1\n")
+    demo = str(ROOT / "recipes" / "demo-llama.yaml")
+    assert CliRunner().invoke(app, [*words, demo]).exit_code == 0
+    assert CliRunner().invoke(app, [*words, demo, str(tmp_path / "bad.yaml")]).exit_code == 2
+    page = (ROOT / "docs" / "how-to" / "release-from-ci.md").read_text(encoding="utf-8")
+    assert page.count(hook["id"]) == 2
+    every = CliRunner().invoke(app, [*words, "--recipes", str(ROOT / "recipes" / "*.yaml")])
+    assert every.exit_code == 0, every.output
 
 
 def test_a_session_runs_every_file_with_tests_of_a_release() -> None:
