@@ -13,25 +13,39 @@ import pytest
 import typer.main
 from rich.console import Console
 
+from packager.card.choice import CachedContext, Candidate, Opened, choose_branch
 from packager.cli import status_view
 from packager.cli.audit_view import print_audit
+from packager.cli.choosing import print_choice
+from packager.cli.compat import known_runtimes, print_compat
 from packager.cli.diff_view import print_differences
 from packager.cli.doctor import print_checks
+from packager.cli.locking import print_lock
 from packager.cli.main import app
 from packager.cli.plan_view import print_build_plan, time_lines
 from packager.cli.publish_view import print_publish_report
+from packager.cli.published_view import print_published
 from packager.cli.release_view import print_results
+from packager.cli.repairing import print_repair
+from packager.cli.rollback_view import print_rollback_report
 from packager.cli.status_view import print_loaders, print_status
 from packager.cli.tables import print_line
 from packager.pipeline.compare_published import BranchDifference, ValueChange
+from packager.pipeline.compat import compatibility_of_recipe
 from packager.pipeline.durations import durations
+from packager.pipeline.lock_recipes import LockResult
 from packager.pipeline.machine_checks import Environment, MachineCheck
 from packager.pipeline.many_recipes import RecipeResult
 from packager.pipeline.plan import make_plan
 from packager.pipeline.running import RunningBuild
 from packager.prove.audit import AuditReport, Facts, Finding
+from packager.prove.repair import RepairReport
+from packager.prove.repair_configs import Change
 from packager.publish.branches import BranchOutcome, PublishReport
 from packager.publish.plan import BranchPlan, FileChange, PublishPlan
+from packager.publish.published import BranchReport, PublishedFinding, PublishedReport
+from packager.publish.rollback import BranchRollback, RollbackOutcome, RollbackPlan, RollbackReport
+from packager.publish.targets import CommitRecord
 from packager.recipe.file import RecipeFile
 from tests.card_fixtures import llama_recipe
 from tests.golden_files import check_golden
@@ -170,7 +184,83 @@ def audit(console: Console) -> None:
     print_audit(AuditReport(findings=findings, facts=facts), console)
 
 
-VIEWS: tuple[Callable[[Console], None], ...] = (plan_view, status, loaders, release, publish, diff, doctor, audit)
+def verify_published(console: Console) -> None:
+    finding = PublishedFinding(
+        branch=B, file="config.json", rule="remote-file-changed", severity="error", message=LONG, hint="publish again"
+    )
+    record = ran("transformers", relative_error=0.00123, top1_agreement=0.998)
+    read = BranchReport(
+        branch=A, commit="a" * 40, num_files=15, total_bytes=7_255_144_864, num_stated=11, num_read=3, num_tensors=902,
+        loaders=(record, ran("exllamav2", status="not run", reason=LONG)),
+    )  # fmt: skip
+    damaged = BranchReport(branch=B, commit="b" * 40, num_files=14, total_bytes=7_255_144_864, findings=(finding,))
+    report = PublishedReport(
+        where="https://huggingface.co/TheBloke/Llama-2-13B-chat-GPTQ", full=True, branches=(read, damaged), card_rows=4,
+        card_findings=(),
+    )  # fmt: skip
+    print_published(report, console)
+
+
+def rollback(console: Console) -> None:
+    def commit(letter: str, title: str) -> CommitRecord:
+        return CommitRecord(commit=letter * 40, author="", title=title, message=title, time_s=1_796_000_000)
+
+    weights = FileChange(name="model-00001-of-00002.safetensors", size_bytes=4_999_000_000)
+    back = BranchRollback(
+        branch=B, action="restore", head=commit("b", f"{B}: other weights: calibration.num_samples 256 (was 128)"),
+        to=commit("a", f"{B}: 4-bit, group size 32"), changed=(weights,),
+    )  # fmt: skip
+    newer = BranchRollback(branch=C, action="left alone", head=commit("c", "x"), reason=LONG, is_newer=True)
+    main = BranchRollback(branch="main", action="restore", head=commit("d", "new card"), to=commit("e", "the card"))
+    plan = RollbackPlan(
+        where="dist/hub/models/demo/demo-llama-GPTQ", release=commit("e", "the card"), branches=(back, newer, main),
+        signs=4, warnings=(LONG,),
+    )  # fmt: skip
+    outcomes = tuple(RollbackOutcome(plan=each, commit="f" * 40, seconds=1.0) for each in plan.branches)
+    for dry_run in (True, False):
+        print_rollback_report(RollbackReport(plan=plan, outcomes=outcomes, notes=(), dry_run=dry_run), console)
+
+
+def compat(console: Console) -> None:
+    found = compatibility_of_recipe(RecipeFile.load(LARGE), ())
+    print_compat(found, known_runtimes(("autogptq", "vllm", "exllamav2")), console)
+
+
+def fix(console: Console) -> None:
+    change = Change(code="zeros-v2", where="model.safetensors", what="v2 zeros become v1 in 280 linears", why=LONG)
+    left = Finding(
+        code="tensor-shape", severity="error", where="model.safetensors: model.layers.0.mlp.down_proj.qweight",
+        message=LONG, hint="build it again", also=("b",),
+    )  # fmt: skip
+    report = RepairReport(
+        folder=Path("old"), output=Path("some/new/folder"), changes=(change,), left=(left,), num_compared=280
+    )
+    print_repair(report, console, dry_run=False)
+
+
+def lock(console: Console) -> None:
+    recipe = RecipeFile.load(LARGE)
+    path = Path("recipes/llama-2-13b-chat.lock.json")
+    changes = (f"config.json: {LONG}",)
+    result = LockResult(recipe=LARGE, path=path, lock=recipe.lock, changes=changes, status="differs", diff=("-a", "+b"))
+    print_lock(result, console)
+
+
+def choose(console: Console) -> None:
+    receipts = [receipt_of(A).provenance, receipt_of(B, 1).provenance]
+    context = CachedContext(tokens=4096, cache_bytes=3_355_443_200)
+    opened = (Opened(opening="proven"), Opened(opening="refused", reason=LONG))
+    candidates = [
+        Candidate(receipt=receipt, context=context, opened=each) for receipt, each in zip(receipts, opened, strict=True)
+    ]
+    published: Any = SimpleNamespace(where="hub:TheBloke/Llama-2-13B-chat-GPTQ", variants=(), findings=())
+    print_choice(published, candidates, choose_branch(candidates, 12 * 10**9), 12 * 10**9, console)
+
+
+VIEWS: tuple[Callable[[Console], None], ...] = (
+    plan_view, status, loaders, release, publish, diff, doctor, audit, verify_published, rollback, compat, fix, lock,
+    choose,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -180,6 +270,15 @@ def test_the_main_views(width: int, update_golden: bool) -> None:
     figures = " ".join(texts).split()
     for shown in ("7,255,144,864", "161.6", "0.00123", "71.2", "published", "5.00", "3.11.7"):
         assert shown in " ".join(figures), f"a table cuts {shown}"
+    for view in (
+        "status",
+        "verify_published",
+        "rollback",
+        "choose",
+    ):  # a column that folds is in one piece, lines joined
+        narrow = next(text for text in texts if text.startswith(f"[{view}]"))
+        assert "actorder_Tr" not in narrow or "ue" in narrow
+        assert "repository states it" in narrow or view != "verify_published"
     assert "".join(LONG.split()) in "".join(next(text for text in texts if text.startswith("[release]")).split())
 
 

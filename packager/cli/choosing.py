@@ -88,7 +88,7 @@ def choose_command(
         asked: dict[str, object] = {"vram_bytes": vram, "runtime": name or None, "cpu": cpu, "context_tokens": context}
         terminal.result(_json(found, candidates, choice, asked, vram))
     else:
-        _print(found, candidates, choice, vram, terminal.out)
+        print_choice(found, candidates, choice, vram, terminal.out)
 
 
 def _runtime(word: str) -> str:
@@ -153,18 +153,25 @@ def _json(
     }
 
 
-def _print(
+def print_choice(
     found: "PublishedVariants",
     candidates: "Sequence[Candidate]",
     choice: "Choice",
     vram: int | None,
     console: "Console",
 ) -> None:
-    from packager.cli.tables import finding_line, print_line
+    """Print a row per branch, what keeps others out, and the branch to take with the reason."""
+    from packager.cli.tables import finding_line, fits, print_line
     from packager.system.text import printable
 
     if candidates:
-        console.print(_table(found, candidates, vram))
+        table = _table(found, candidates, vram, reasons=True)
+        wide = fits(table, console)
+        console.print(table if wide else _table(found, candidates, vram, reasons=False))
+        for candidate in () if wide else candidates:
+            if candidate.opened.reason:
+                branch, opened = candidate.receipt.branch, candidate.opened
+                print_line(console, printable(f"{branch}: {opened.opening}: {opened.reason}"))
     for finding in found.findings:
         where = f"{printable(finding.branch)}: {finding.file}" if finding.file else printable(finding.branch)
         print_line(console, finding_line(finding.severity, finding.rule, where, finding.message, finding.hint))
@@ -175,7 +182,9 @@ def _print(
     print_line(console, f"{taken}: {choice.reason}", style="bold")
 
 
-def _table(found: "PublishedVariants", candidates: "Sequence[Candidate]", vram: int | None) -> "Table":
+def _table(
+    found: "PublishedVariants", candidates: "Sequence[Candidate]", vram: int | None, *, reasons: bool
+) -> "Table":
     from packager.card.numbers import measured, short_size
     from packager.cli.tables import add_row, new_table
     from packager.system.text import printable
@@ -185,7 +194,7 @@ def _table(found: "PublishedVariants", candidates: "Sequence[Candidate]", vram: 
     asks_runtime = any(candidate.opened.opening != "any" for candidate in candidates)
     columns = ["Branch", "Size", memory, *(["Fits"] if vram is not None else ()), "KL divergence"]
     columns += ["Opens"] if asks_runtime else []
-    table = new_table(columns, title=printable(found.where), numbers=("Size", memory), folding=("Opens", "Branch"))
+    table = new_table(columns, title=printable(found.where), numbers=("Size", memory), folding=("Branch",))
     for candidate in candidates:
         receipt, fits = candidate.receipt, candidate.fits(vram)
         quality = receipt.quality
@@ -197,7 +206,7 @@ def _table(found: "PublishedVariants", candidates: "Sequence[Candidate]", vram: 
             *([{True: "yes", False: "no", None: "not known"}[fits]] if vram is not None else ()),
             "not measured" if quality is None else measured(quality.kl_divergence, error),
         ]
-        reason = printable(candidate.opened.reason)
+        reason = printable(candidate.opened.reason) if reasons else ""
         cells += [": ".join(filter(None, (candidate.opened.opening, reason)))] if asks_runtime else []
         add_row(table, *cells)
     return table

@@ -81,7 +81,7 @@ def compat_command(
     checkpoint or its model is not known, with 10 if a repository cannot be read.
     """
     terminal = terminal_of()
-    runtimes = _known_runtimes(runtime or ())
+    runtimes = known_runtimes(runtime or ())
     found = _found(what, branch or (), dist, terminal)
     if format is CompatFormat.json:
         terminal.result(compat_json(found, runtimes))
@@ -93,7 +93,7 @@ def compat_command(
         raise typer.Exit(AuditError.exit_code)
 
 
-def _known_runtimes(names: Sequence[str]) -> Mapping[str, str]:
+def known_runtimes(names: Sequence[str]) -> Mapping[str, str]:
     """Return the labels of the runtimes that are shown.
 
     Raises:

@@ -51,14 +51,15 @@ def lock_command(
     for result in lock_recipes(recipes, terminal.log, copy=copy, check=check):
         results.append(result)
         if format is Format.text:
-            _print_lock(result, terminal.out)
+            print_lock(result, terminal.out)
     if format is Format.json:
         terminal.result({"locks": [_lock_json(result) for result in results]})
     if not all(result.is_current for result in results):
         raise typer.Exit(1)
 
 
-def _print_lock(result: "LockResult", console: "Console") -> None:
+def print_lock(result: "LockResult", console: "Console") -> None:
+    """Print what a lock says of the base model, and where the file differs."""
     from packager.cli.tables import counted, print_line
     from packager.system.text import format_bytes, printable
 

@@ -6,15 +6,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from packager.cli.tables import add_row, counted, finding_line, new_table, print_line, verdict_line
+from packager.cli.tables import add_row, counted, finding_line, fits, new_table, print_line, verdict_line
 from packager.publish.published import BranchReport, PublishedFinding, PublishedReport
 from packager.receipt import LoaderRecord
 from packager.system.text import format_bytes, printable
 
 
 def print_published(report: PublishedReport, console: Console) -> None:
-    """Print one row per branch with what was checked, then one line per finding, then the verdict."""
-    console.print(_branch_table(report))
+    """Print one row per branch with what was checked, then one line per finding, then the verdict.
+
+    On a terminal that is too narrow, what was checked of a branch is a line below the table.
+    """
+    table = _branch_table(report, proven=True)
+    if fits(table, console):
+        console.print(table)
+    else:
+        console.print(_branch_table(report, proven=False))
+        for proof in report.branches:
+            print_line(console, f"{printable(proof.branch)}: {'; '.join(checks_line(proof).splitlines())}")
     for finding in sorted(report.findings, key=lambda finding: finding.severity != "error"):
         print_line(
             console, finding_line(finding.severity, finding.rule, _where(finding), finding.message, finding.hint)
@@ -88,13 +97,14 @@ def _branch_json(proof: BranchReport) -> dict[str, object]:
     return {**asdict(proof), "passed": proof.passed, "loaders": loaders}
 
 
-def _branch_table(report: PublishedReport) -> Table:
-    columns = ("Branch", "Commit", "Files", "Size", "Proven", "Verdict")
+def _branch_table(report: PublishedReport, *, proven: bool) -> Table:
+    columns = ("Branch", "Commit", "Files", "Size", *(("Proven",) if proven else ()), "Verdict")
     title = f"Published in {report.where}"
-    table = new_table(columns, title=title, numbers=("Files", "Size"), folding=("Proven",))
+    table = new_table(columns, title=title, numbers=("Files", "Size"), folding=("Branch",))
     for proof in report.branches:
         size = format_bytes(proof.total_bytes)
-        cells = (printable(proof.branch), proof.commit[:12], f"{proof.num_files:,}", size, checks_line(proof))
+        cells = [printable(proof.branch), proof.commit[:12], f"{proof.num_files:,}", size]
+        cells += [checks_line(proof)] if proven else []
         add_row(table, *cells, _branch_verdict(proof.passed, len(proof.findings)))
     return table
 

@@ -55,7 +55,7 @@ def fix_command(
     if format is Format.json:
         terminal.result(_repair_json(report))
     else:
-        _print_repair(report, terminal.out, dry_run=dry_run)
+        print_repair(report, terminal.out, dry_run=dry_run)
     if not report.passed:
         raise typer.Exit(AuditError.exit_code)
 
@@ -70,7 +70,7 @@ def _repair_json(report: "RepairReport") -> dict[str, object]:
     }
 
 
-def _print_repair(report: "RepairReport", console: "Console", *, dry_run: bool) -> None:
+def print_repair(report: "RepairReport", console: "Console", *, dry_run: bool) -> None:
     """Print a line per change, a line per finding that is left, and what was written."""
     from rich.text import Text
 

@@ -37,7 +37,8 @@ def print_rollback_report(report: RollbackReport, console: Console) -> None:
         print_rollback_plan(report.plan, console)
         print_line(console, "dry run: nothing was written")
         return
-    table = new_table(("Branch", "Result", "Files of", "Commit"), title=f"Put back in {report.plan.where}")
+    title = f"Put back in {report.plan.where}"
+    table = new_table(("Branch", "Result", "Files of", "Commit"), title=title, folding=("Branch",))
     for outcome in report.outcomes:
         entry = outcome.plan
         action = _RESULTS.get(entry.action, entry.action)
