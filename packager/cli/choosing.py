@@ -190,9 +190,9 @@ def _table(
     from packager.system.text import printable
 
     tokens = sorted({candidate.context.tokens for candidate in candidates if candidate.context})
-    memory = f"VRAM at {', '.join(f'{number:,}' for number in tokens)}" if tokens else "VRAM"
+    memory = f"VRAM at\n{', '.join(f'{number:,}' for number in tokens)}" if tokens else "VRAM"
     asks_runtime = any(candidate.opened.opening != "any" for candidate in candidates)
-    columns = ["Branch", "Size", memory, *(["Fits"] if vram is not None else ()), "KL divergence"]
+    columns = ["Branch", "Size", memory, *(["Fits"] if vram is not None else ()), "KL\ndivergence"]
     columns += ["Opens"] if asks_runtime else []
     table = new_table(columns, title=printable(found.where), numbers=("Size", memory), folding=("Branch",))
     for candidate in candidates:
