@@ -137,6 +137,30 @@ COLUMN_DIFFERENCES = {
     "ExLlama Compatible?": ("Proven in", "a column nobody tested: proven is what ran"),
     "Description": ("", "a list below the table, because the table must fit a page"),
 }
+_META, _LLAMA = "https://ai.meta.com", "meta-llama/Llama-2"
+FIRST_LINKS = (
+    f"{HUB}/{_LLAMA}-13b-chat-hf", f"{HUB}/{REPO}", f"{HUB}/TheBloke/Llama-2-13B-chat-GGML",
+    f"{HUB}/{_LLAMA}-13B-chat-hf", "https://github.com/oobabooga/text-generation-webui",
+    "https://github.com/PanQiWei/AutoGPTQ", "https://discord.gg/theblokeai", "https://chirper.ai",
+    "https://patreon.com/TheBlokeAI", "https://ko-fi.com/TheBlokeAI",
+    f"{_META}/resources/models-and-libraries/llama-downloads/", f"{_META}/llama/responsible-use-guide/",
+    "https://github.com/facebookresearch/llama/blob/main/llama/generation.py#L212",
+    f"{_META}/llama/responsible-use-guide", "http://github.com/facebookresearch/llama",
+    "http://developers.facebook.com/llama_output_feedback", "http://facebook.com/whitehat/info",
+    *(f"{HUB}/llamaste/Llama-2-{name}" for name in (
+        "7b", "7b-hf", "7b-chat", "7b-chat-hf", "13b", "13b-hf", "13b-chat", "70b", "70b-hf", "70b-chat",
+    )),
+)  # fmt: skip
+# Where a link leads today, "" for nowhere, and the reason.
+LINK_DIFFERENCES = {
+    f"{HUB}/{_LLAMA}-13B-chat-hf": (f"{HUB}/{_LLAMA}-13b-chat-hf", "the repository's own spelling"),
+    "https://github.com/PanQiWei/AutoGPTQ": ("", "no example before AutoGPTQ is proven; it moved since"),
+    "http://github.com/facebookresearch/llama": ("https://github.com/facebookresearch/llama", "over TLS"),
+    **{
+        link: (link.replace("llamaste", "meta-llama"), "the organisation llamaste is not there")
+        for link in FIRST_LINKS if "/llamaste/" in link
+    },
+}  # fmt: skip
 # What was wrong, as it stood there, and what a page says that does it right.
 MISTAKES = {
     "a missing comma": ("model_basename=model_basename use_safetensors", "AutoTokenizer.from_pretrained(model_id,"),
@@ -182,6 +206,14 @@ def test_the_sections_are_there_in_their_order(preview: str) -> None:
     assert [each for each in found if each not in moved] == [each for each in FIRST_SECTIONS if each not in moved]
     place = {heading: index for index, heading in enumerate(headings(preview))}
     assert place["Provided files"] < place["Repositories available"] < place["How to download from branches"]
+
+
+def test_the_links_lead_where_they_led_but_for_differences_with_a_reason(preview: str) -> None:
+    links = {link.rstrip(".,") for link in re.findall(r"https?://[^\s)\]<>\"|`]+", preview)}
+    assert set(FIRST_LINKS) - links == set(LINK_DIFFERENCES), "a difference without a reason, or the reverse"
+    assert [link for link, (now, reason) in LINK_DIFFERENCES.items() if (now and now not in links) or not reason] == []
+    listed = preview[preview.index("## Repositories available") : preview.index("## Prompt template")]
+    assert len(re.findall(r"\]\((.+?)\)", listed)) == len(set(re.findall(r"\]\((.+?)\)", listed))), "a link twice"
 
 
 def test_the_branches_have_the_parameters_and_the_sizes_of_the_first_card(preview: str) -> None:

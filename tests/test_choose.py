@@ -67,6 +67,8 @@ def test_branches_that_are_not_told_apart_say_so_and_unmeasured_ones_are_not_rec
     def candidates(*receipts: Any) -> list[Candidate]:
         return [Candidate(receipt=receipt, context=SHORT) for receipt in receipts]
 
+    refused = choose_branch(asked(receipts_of((7, 0.1)), SHORT, ""))
+    assert (refused.branch, refused.reason) == ("", "the runtime opens none of these branches")
     equal = choose_branch(candidates(*receipts_of((7, 0.1), (5, 0.1))))
     assert (equal.branch, "not told apart" in equal.reason) == ("b", True)
     first, second = receipts_of((7, 0.1), (5, 0.2))
@@ -99,7 +101,8 @@ def test_the_records_of_a_repository_are_enough(fixture: PublishedFixture) -> No
     assert for_vllm["branch"] == MAIN
     assert rows(for_vllm, "opened") == {MAIN: "expected", VARIANT: "refused"}
     assert choose(fixture, "--vram", "1GB")["branch"] is None, "1 GB is the runtime's"
-    assert choose(fixture, "--cpu")["branch"] is None, "no loader ran"
+    on_cpu = choose(fixture, "--cpu")
+    assert (on_cpu["branch"], on_cpu["reason"]) == (None, "none of these branches is known to open there")
 
 
 def test_a_git_remote_answers_too(fixture: PublishedFixture) -> None:

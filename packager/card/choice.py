@@ -108,7 +108,9 @@ def choose_branch(candidates: Sequence[Candidate], memory_bytes: int | None = No
     """
     open_ = [each for each in candidates if each.opened.may_be_taken]
     if not open_:
-        return Choice(branch="", reason="the runtime is known to open none of these branches", missing="runtime")
+        unknown = any(each.opened.opening == "unknown" for each in candidates)
+        why = "none of these branches is known to open there" if unknown else "the runtime opens none of these branches"
+        return Choice(branch="", reason=why, missing="runtime")
     fitting = [each for each in open_ if each.fits(memory_bytes)]
     if not fitting:
         unknown = any(each.fits(memory_bytes) is None for each in open_)
