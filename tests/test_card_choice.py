@@ -113,7 +113,7 @@ def test_the_page_lists_the_choices_by_card() -> None:
     )
     by_size = "`gptq-4bit-64g-actorder_True`", "`gptq-4bit-32g-actorder_True`"
     assert tables(text)[0] == [
-        ["Machine", "Best quality at 4k", "Best quality at 32k", "Best in vLLM 0.32 at 4k"],
+        ["Machine", "Best quality at 4k tokens", "Best quality at 32k tokens", "Best in vLLM 0.32 at 4k tokens"],
         ["GPU, 8 GB", "none fits", "none fits", "none fits"],
         ["GPU, 12 GB", by_size[0], "none fits", "`main`"],
         ["GPU, 16 GB", by_size[1], "none fits", "`main`"],
@@ -141,7 +141,7 @@ def test_a_server_that_opens_each_branch_has_its_column() -> None:
     verdicts = fixtures.llama_expectations(recipe)["main"]
     given = {variant.branch: verdicts for variant in recipe.expanded_variants()}
     text = render(recipe, fixtures.llama_receipts(recipe), contexts=(SHORT,), expectations=given)
-    assert tables(text)[0][0] == ["Machine", "Best quality at 4k", "Best in vLLM 0.32 at 4k"]
+    assert tables(text)[0][0] == ["Machine", "Best quality at 4k tokens", "Best in vLLM 0.32 at 4k tokens"]
     assert [row[1] == row[2] for row in tables(text)[0][1:]] == [True, True, False], "all but the CPU"
     assert "\n* In vLLM 0.32, as far as its own checks tell: each branch.\n" in text
     assert "The only one for" not in text

@@ -597,7 +597,7 @@ def test_branches_that_were_measured_on_other_rows_are_not_compared() -> None:
     text = render(recipe, receipts, contexts=CONTEXTS)
     assert ONLY not in text
     # 12 GB hold the three that were measured on the same rows.
-    assert [(row["Machine"], row["Best quality at 4k"]) for row in table(text, "Machine")] == [
+    assert [(row["Machine"], row["Best quality at 4k tokens"]) for row in table(text, "Machine")] == [
         ("GPU, 8 GB", "none fits"),
         ("GPU, 12 GB", "`gptq-4bit-64g-actorder_True`"),
         ("GPU, 16 to 24 GB", "not compared"),

@@ -49,7 +49,9 @@ def read_answer(text: str, machine: str, runtime: str = "", context: str = "4k")
         context: of the column.
     """
     (choices,) = tables("---\n---\n" + first_screen(text))
-    column = choices[0].index(f"Best in {runtime} at {context}" if runtime else f"Best quality at {context}")
+    column = choices[0].index(
+        f"Best in {runtime} at {context} tokens" if runtime else f"Best quality at {context} tokens"
+    )
     (row,) = [row for row in choices[1:] if is_of(row[0], machine)]
     found = re.fullmatch(r"`([^`]+)`", row[column])
     return found[1] if found else ""
