@@ -294,7 +294,7 @@ def test_two_recipes_a_killed_process_and_the_bytes_of_one_after_the_other(
             local_target=options.dist,
         ),
         name="test",
-        open_executor=lambda orders: LocalProcesses(
+        open_executor=lambda orders, _: LocalProcesses(
             name="here", folder=options.dist, cache=options.cache, orders=orders, command=forked,
             environ=dict(os.environ), jobs=2,
         ),

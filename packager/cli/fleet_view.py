@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -22,15 +22,13 @@ from packager.errors import UsageError
 
 if TYPE_CHECKING:
     from packager.cli.fleet_options import FleetOptions
+    from packager.fleet.fleet_release import OpenExecutor
     from packager.fleet.fleet_run import FleetRow
-    from packager.fleet.tasks import Executor
-    from packager.fleet.worker import TaskOrder
     from packager.pipeline.build_state import Options
     from packager.pipeline.many_recipes import RecipeResult
     from packager.pipeline.release import ReleaseChecks
     from packager.system.terminal import Terminal
 
-    OpenExecutor = Callable[[Mapping[str, TaskOrder]], AbstractContextManager[Executor]]
 
 _STYLES = {"published": "green", "built": "green", "building": "cyan", "parked": "bold red", "requested": ""}
 _OTHER_LINES = 6  # of the screen: the heading, the counts, the shell's own
@@ -103,7 +101,7 @@ def _local_processes(
     per_task = fleet.gpus if fleet.gpus is not None else min(1, len(gpus))
     if per_task > len(gpus):
         raise UsageError(f"--gpus {per_task}: this machine has {len(gpus)} that --device {options.device} may use")
-    return per_task, lambda orders: LocalProcesses(
+    return per_task, lambda orders, _: LocalProcesses(
         name=platform.node() or "this machine",
         folder=options.dist,
         cache=options.cache,
@@ -132,7 +130,7 @@ def _ray_fleet(
         raise UsageError(f"--ray {address}", why="Ray's client protocol is not used", hint="give HOST:PORT of the head")
     if address != "auto" and host not in _LOOPBACK and environ.get("RAY_AUTH_MODE", "").lower() != "token":
         raise UsageError(f"--ray {address}: whoever reaches it could run code", hint=AUTHENTICATION_HINT)
-    return lambda orders: RayFleet(
+    return lambda orders, needs: RayFleet(
         client=(sys.executable, "-m", ray_process.__name__, address),
         command=("-m", task_process.__name__),
         client_log=options.dist / "logs" / "ray-client.log",
@@ -141,6 +139,7 @@ def _ray_fleet(
         environ=environ,
         log=terminal.log,
         disk_bytes=fleet.disk_bytes,
+        needs=needs,
     )
 
 

@@ -71,6 +71,7 @@ class _Client:
                 why = str(error.cause or error).strip().splitlines()[-1]
                 self.say(RayNews(number=number, text=why, failed=True))
             except self._ray.exceptions.RayError as error:  # its node or its worker process went away
+                self.look_at_nodes()  # first: nothing more is to be started on a node that went away
                 self.say(RayNews(number=number, text=type(error).__name__, killed=True))
             else:
                 self.say(RayNews(number=number, text=text, killed=killed))

@@ -15,6 +15,9 @@ from packager.pipeline.many_recipes import RecipeResult, Results
 from packager.pipeline.release import ReleaseChecks, wanted_recipes
 from packager.system.terminal import Terminal
 
+WaitingNeeds = Callable[[], Sequence[Mapping[str, float]]]
+OpenExecutor = Callable[[Mapping[str, TaskOrder], WaitingNeeds], AbstractContextManager[Executor]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FleetSettings:
@@ -24,7 +27,7 @@ class FleetSettings:
         needs: of tasks.
         policy: the knobs of the scheduler.
         name: of the run, for people.
-        open_executor: gets the orders by recipe.
+        open_executor: gets the orders by recipe, and what returns the needs of tasks that wait for a machine.
         patience_s, turn_s: see `FleetRun`.
         show: see `FleetRun`.
     """
@@ -32,7 +35,7 @@ class FleetSettings:
     needs: Needs
     policy: Policy = field(default_factory=Policy)
     name: str
-    open_executor: Callable[[Mapping[str, TaskOrder]], AbstractContextManager[Executor]]
+    open_executor: OpenExecutor
     patience_s: float = 0.0
     turn_s: float | None = None
     show: Callable[[Sequence[FleetRow]], None] = lambda _: None
@@ -75,7 +78,11 @@ def release_by_fleet(
 def _run(recipes: Sequence[FleetRecipe], terminal: Terminal, settings: FleetSettings, results: Results) -> None:
     orders = {each.request.recipe: each.order for each in recipes}
     on_screen = terminal.err.is_terminal and not terminal.err.quiet
-    with terminal.stage("fleet"), settings.open_executor(orders) as executor:
+    runs: list[FleetRun] = []
+    with (
+        terminal.stage("fleet"),
+        settings.open_executor(orders, lambda: runs[0].waiting_needs() if runs else ()) as executor,
+    ):
         run = FleetRun(
             recipes=recipes,
             executor=executor,
@@ -87,6 +94,7 @@ def _run(recipes: Sequence[FleetRecipe], terminal: Terminal, settings: FleetSett
             patience_s=settings.patience_s,
             turn_s=settings.turn_s,
         )
+        runs.append(run)
         try:
             if on_screen:
                 run.run()

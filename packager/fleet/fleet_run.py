@@ -1,7 +1,7 @@
 """A release by a fleet: the scheduler and an executor, run to the end, with the state of every recipe."""
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -87,6 +87,7 @@ class FleetRun:
     _progress: dict[str, _Progress] = field(default_factory=dict)
     _changed: set[str] = field(default_factory=set)
     _looked_at: float = 0.0
+    _there: Sequence[Machine] = ()
 
     def __post_init__(self) -> None:
         """Let the recipes that have something left wait."""
@@ -117,6 +118,10 @@ class FleetRun:
             self._look(self._progress)
         finally:
             self._give_up_leases()
+
+    def waiting_needs(self) -> Sequence[Mapping[str, float]]:
+        """Return what recipes without a machine need of one."""
+        return self._scheduler.waiting_needs()
 
     @property
     def rows(self) -> tuple[FleetRow, ...]:
@@ -156,6 +161,13 @@ class FleetRun:
             self._changed.add(end.task.recipe)
             if end.result != "done":
                 self.log(f"{end.task}: {end.result}: {end.why or 'its machine went away'}")
+        if (there := self.executor.machines()) is not self._there:
+            before, now_there = ({machine.name for machine in found} for found in (self._there, there))
+            gone, come = sorted(before - now_there), sorted(now_there - before)
+            for names, said in ((gone, "went away: what it ran is done elsewhere"), (come, "is there")):
+                for name in names:
+                    self.log(f"machine {name} {said}")
+            self._there = there
         if (now := self.executor.now()) >= self._looked_at + _LOOK_S:
             self._looked_at = now
             self._look(self._progress)

@@ -26,6 +26,8 @@ AUTHENTICATION_HINT = (
 _AGAIN_S = 1.0
 _MOST_AGAIN_S = 30.0
 _END_S = 5.0
+_NEEDS_S = 10.0
+_MOST_NEEDS = 1000  # that the autoscaler is told of: what it starts meanwhile takes minutes
 _NAME_DIGITS = 8  # of a node's id: the name of a node that comes back is another one
 
 
@@ -57,6 +59,7 @@ class RayFleet:
     needs: Callable[[], Sequence[Mapping[str, float]]] = lambda: ()
     _process: "subprocess.Popen[str] | None" = None
     _news: "queue.Queue[tuple[int, RayNews | None]]" = field(default_factory=queue.Queue)
+    _reader: threading.Thread | None = None
     _generation: int = 0
     _nodes: dict[str, RayNode] = field(default_factory=dict)
     _machines: tuple[Machine, ...] = ()
@@ -65,7 +68,8 @@ class RayFleet:
     _again_s: float = _AGAIN_S
     _again_at: float | None = None
     _away: str = ""
-    _needed: Sequence[Mapping[str, float]] = ()
+    _needed: tuple[dict[str, float], ...] = ()
+    _needs_at: float = 0.0
 
     def __enter__(self) -> "RayFleet":
         """Connect.
@@ -127,10 +131,7 @@ class RayFleet:
 
     def wait(self, until: float | None) -> Sequence[TaskEnd]:
         """Return what became of tasks; nothing also when other nodes are there than before, or at a time."""
-        needed = [dict(need) for need in self.needs()]
-        if needed != self._needed and self._machines:
-            self._needed = needed
-            self._tell(RayOrder(needs=tuple(needed)))
+        self._tell_needs()
         ends: list[TaskEnd] = []
         machines = self._machines
         while not ends and self._machines is machines:
@@ -143,6 +144,16 @@ class RayFleet:
                 break
             ends += self._hear(news)
         return ends
+
+    def _tell_needs(self) -> None:
+        """Tell Ray's autoscaler what waits, now and then."""
+        if not self._machines or self.now() < self._needs_at:
+            return
+        self._needs_at = self.now() + _NEEDS_S
+        needed = tuple(dict(need) for need in self.needs()[:_MOST_NEEDS])
+        if needed != self._needed:
+            self._needed = needed
+            self._tell(RayOrder(needs=needed))
 
     def _next(self, until: float | None) -> "tuple[int, RayNews | None] | None":
         with suppress(queue.Empty):
@@ -176,6 +187,8 @@ class RayFleet:
             self.log("the Ray cluster is back")
         self._away, self._again_s = "", _AGAIN_S
         self._nodes = {f"{node.name}/{node.id[:_NAME_DIGITS]}": node for node in nodes}
+        # The scheduler starts the tasks of nodes that went away elsewhere: what is heard of them later is of the past.
+        self._running = {number: start for number, start in self._running.items() if start.machine in self._nodes}
         self._machines = tuple(
             Machine(
                 name=name, gpus=node.gpus, cpus=node.cpus, disk_bytes=self.disk_bytes, publishes=node.publishes
@@ -185,9 +198,7 @@ class RayFleet:
 
     def _lose_client(self) -> None:
         """The client has ended: nothing is known of any node until it is back."""
-        if self._process is not None:
-            self._process.wait()
-        self._process = None
+        self._close()
         if not self._away:
             self._away = "its client ended"
         if self._machines:
@@ -195,7 +206,7 @@ class RayFleet:
                 f"the Ray cluster is away (see {self.client_log}): what ran is lost, and the connection is tried again"
             )
             self._machines = ()
-        self._nodes, self._needed = {}, ()
+        self._nodes, self._needed, self._needs_at = {}, (), 0.0
         self._running.clear()
         self._again_at = self.now() + self._again_s
         self._again_s = min(_MOST_AGAIN_S, 2 * self._again_s)
@@ -208,11 +219,14 @@ class RayFleet:
                 self.client, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
                 env=dict(self.environ), start_new_session=True,
             )  # fmt: skip
-        threading.Thread(target=self._read, args=(self._process, self._generation), daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(self._process, self._generation), daemon=True)
+        self._reader.start()
 
     def _read(self, process: "subprocess.Popen[str]", generation: int) -> None:
-        for line in process.stdout or ():
-            self._news.put((generation, RayNews.model_validate_json(line)))
+        if process.stdout is not None:
+            with process.stdout:
+                for line in process.stdout:
+                    self._news.put((generation, RayNews.model_validate_json(line)))
         self._news.put((generation, None))
 
     def _tell(self, order: RayOrder) -> None:
@@ -233,3 +247,5 @@ class RayFleet:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if self._reader is not None:
+            self._reader.join()
