@@ -301,6 +301,14 @@ def pictures(session: nox.Session) -> None:
     session.run("pytest", "-m", "release", "tests/test_card_pictures.py", *session.posargs)
 
 
+@nox.session(name="tests-ray")
+def tests_ray(session: nox.Session) -> None:
+    """Release by three nodes of a Ray cluster on this machine, which are killed at random; takes half an hour."""
+    _install(session, "-e", ".[build,sign]", "hypothesis", "pytest")
+    session.install(*HASHED, "-r", "locks/ray.txt")
+    session.run("pytest", "-m", "release", "tests/test_ray_release.py", *session.posargs)
+
+
 @nox.session(name="tests-publish")
 def tests_publish(session: nox.Session) -> None:
     """Publish through git-lfs to real servers, and clone by the cards' commands; without git-lfs it fails."""

@@ -50,7 +50,9 @@ LOCKS = (
     # For `pip install -r`, whole: to start nox, to publish, to build with CUDA.
     Lock(path="locks/nox.txt", names=("nox",), options=_PINNED),
     Lock(path="locks/base.txt", files=("pyproject.toml",), names=_BUILDER, options=(*_PINNED, "--extra", "sign")),
-    Lock(path="locks/build.txt", files=("pyproject.toml",), names=_BUILDER, options=(*_PINNED, "--all-extras")),
+    Lock(path="locks/build.txt", files=("pyproject.toml",), names=_BUILDER, options=(*_PINNED, "--extra", "build", "--extra", "sign")),
+    # For nodes of a Ray cluster, beside build.txt: 240 MB that no single machine needs.
+    Lock(path="locks/ray.txt", names=("ray==2.60.0",), options=_PINNED),
     # For the documentation as a site.
     Lock(path="locks/site.txt", names=("mkdocs-material==9.8.2", "pymdown-extensions==12.3"), options=_PINNED),
     # What benchmarks/real_models.py needs to read a GGUF file; the rest of it has nothing to do with that.
