@@ -362,6 +362,7 @@ def test_a_killed_build_goes_on_and_makes_the_same_bytes(
     assert "mixed at 8 bits block 3/3" in capsys.readouterr().err
     assert kept.read_bytes() == measured
     monkeypatch.undo()
+
     def killed_in_block(load: Any, job: Any, solved: Any) -> QuantizedBlock:
         if job.index == 1:
             raise KeyboardInterrupt

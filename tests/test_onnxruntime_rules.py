@@ -166,6 +166,7 @@ def quantized(block: int, name: str, **fields: Any) -> Any:
     return node_of(f"/model/layers.{block}/{name}/MatMulNBits", **fields)
 
 
+WIDE = {"wide": ["model.layers.1.mlp.down_proj"]}
 RIGHT = [quantized(block, name) for block in (0, 1) for name in NODES] + [node_of("/lm_head/MatMul", op_type="MatMul")]
 
 
@@ -182,13 +183,22 @@ def probe() -> Any:
 
 
 def problem(probe: Any, nodes: list[Any], monkeypatch: pytest.MonkeyPatch, folder: Path, **config: Any) -> str:
-    """Return what the probe says of nodes that were made of two blocks of LINEARS, or ""."""
+    """Return what the probe says of nodes that were made of two blocks of LINEARS, or "".
+
+    `wide` names those that are stored with 8 bits, whatever `bits` are.
+    """
+    wide = config.pop("wide", ())
     given = {"bits": 4, "group_size": 32, "desc_act": True, **config}
     (folder / "config.json").write_text(json.dumps({"quantization_config": given}))
     names = [f"model.layers.{block}.{name}" for block in (0, 1) for name in LINEARS]
-    monkeypatch.setattr(
-        probe, "tensor_names", lambda _: [f"{name}.{part}" for name in names for part in ("qweight", "scales")]
-    )
+    shapes = {
+        f"{name}.{part}": shape
+        for name in names
+        for part, shape in (
+            ("qweight", [2 * (8 if name in wide else given["bits"]), 8]), ("scales", [2, 8]), ("g_idx", [64]),
+        )
+    }  # fmt: skip
+    monkeypatch.setattr(probe, "tensor_shapes", lambda _: shapes)
     graph = SimpleNamespace(graph=SimpleNamespace(node=nodes))
     monkeypatch.setitem(sys.modules, "onnx", SimpleNamespace(load=lambda *_, **__: graph))
     try:
@@ -210,6 +220,8 @@ def problem(probe: Any, nodes: list[Any], monkeypatch: pytest.MonkeyPatch, folde
         ([*RIGHT, quantized(2, "mlp/down_proj")], {}, "block 2 has 1 quantized down_proj, the checkpoint has 0"),
         ([*RIGHT, RIGHT[0]], {}, "block 0 has 2 quantized k_proj, the checkpoint has 1"),
         (RIGHT, {"bits": 8}, "has bits 4, 8 wanted"),
+        (RIGHT, WIDE, "layers.1/mlp/down_proj/MatMulNBits has bits 4, 8 wanted"),
+        ([*RIGHT[:-2], quantized(1, "mlp/down_proj", bits=8), RIGHT[-1]], WIDE, ""),
         (RIGHT, {"group_size": 64}, "has block_size 32, 64 wanted"),
         (RIGHT, {"desc_act": False}, "has a g_idx, desc_act is False"),
         ([quantized(0, NODES[0], ordered=False), *RIGHT[1:]], {}, "has no g_idx, desc_act is True"),

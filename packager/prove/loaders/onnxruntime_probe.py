@@ -117,14 +117,18 @@ def check_nodes(folder: Path, made: Path) -> None:
     problems = [
         f"{node.name} is of type {node.op_type}" for node in nodes if re.search(r"Quant|Integer|MoE|Bnb4", node.op_type)
     ]
+    shapes = tensor_shapes(folder)
+    stored = [(part, name) for name in shapes for part in parts_of(STORED.search(name))]
+    bits = {part: bits_of(shapes, name) for part, name in stored}
     found: Counter[tuple[int, str]] = Counter()
     for node in nodes:
         if node.op_type == "MatMulNBits":
             parts = list(parts_of(NODE.search(node.name)))
             found.update(parts)
             problems += [] if parts else [f"{node.name} is quantized, in the checkpoint it is not"]
-            problems += [f"{node.name} has {each}" for each in differences(node, quantization)]
-    wanted = Counter(part for name in tensor_names(folder) for part in parts_of(STORED.search(name)))
+            wanted_bits = bits.get(parts[0], 0) if parts else 0
+            problems += [f"{node.name} has {each}" for each in differences(node, quantization, wanted_bits)]
+    wanted = Counter(part for part, _ in stored)
     if not wanted:
         problems.append("the checkpoint has no quantized linear")
     problems += [
@@ -144,11 +148,11 @@ def parts_of(match: re.Match[str] | None) -> Iterator[tuple[int, str]]:
             yield int(match[1]), part
 
 
-def differences(node: Any, quantization: dict[str, Any]) -> list[str]:
-    """Return what a MatMulNBits node has that differs from the checkpoint's quantization_config."""
+def differences(node: Any, quantization: dict[str, Any], bits: int) -> list[str]:
+    """Return what a MatMulNBits node has that differs from its linears' bits and the checkpoint's config."""
     has = {attribute.name: attribute.i for attribute in node.attribute}
     group_size = has["K"] if quantization["group_size"] == -1 else quantization["group_size"]
-    wanted = {"bits": quantization["bits"], "block_size": group_size, "accuracy_level": ACCURACY_LEVEL}
+    wanted = {"bits": bits, "block_size": group_size, "accuracy_level": ACCURACY_LEVEL}
     found = [
         f"{name} {has.get(name, 0)}, {value} wanted" for name, value in wanted.items() if has.get(name, 0) != value
     ]
@@ -159,12 +163,19 @@ def differences(node: Any, quantization: dict[str, Any]) -> list[str]:
     return found
 
 
-def tensor_names(folder: Path) -> Iterator[str]:
-    """Yield the names of all tensors of the checkpoint."""
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Return the shapes of all tensors of the checkpoint by their names."""
     safetensors: Any = importlib.import_module("safetensors")
+    shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safetensors.safe_open(str(file), framework="numpy") as stored:
-            yield from stored.keys()
+            shapes |= {name: stored.get_slice(name).get_shape() for name in list(stored.keys())}
+    return shapes
+
+
+def bits_of(shapes: dict[str, list[int]], qweight: str) -> int:
+    """Return the bits of a linear, by its words and its columns: `dynamic` may give it others than the config's."""
+    return 32 * shapes[qweight][0] // shapes[f"{qweight.removesuffix('.qweight')}.g_idx"][0]
 
 
 class OnnxDecoder:

@@ -249,7 +249,8 @@ def gptqmodel_backend(quantization: dict[str, Any], device: str) -> str:
         quantization: quantization_config of config.json.
         device: "cpu" or "cuda".
     """
-    return "gptq_torch" if device == "cpu" or quantization["bits"] == 3 else "gptq_triton"
+    others = (given.get("bits") for given in (quantization.get("dynamic") or {}).values())
+    return "gptq_torch" if device == "cpu" or 3 in (quantization["bits"], *others) else "gptq_triton"
 
 
 def quantization_config(folder: Path) -> dict[str, Any]:
