@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from packager.card.mixed_bits import bits_in_words, chosen_bits
 from packager.errors import PlanError, RecipeError
 from packager.inputs.base_model import SourceModel
 from packager.model.checkpoint import bits_patterns, block_keys
@@ -28,7 +30,7 @@ from packager.quantize.choose_bits import mixed_groups, most_size
 from packager.quantize.job import QuantizeJob
 from packager.quantize.sweep import quantize
 from packager.quantize.tuning_schedule import TuningSchedule
-from packager.receipt import LinearRecord
+from packager.receipt import LinearRecord, Provenance
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
 from packager.variant import Bits, BitsMix, Variant
@@ -318,6 +320,23 @@ def test_a_mix_is_built_and_says_its_bits(builds: Builds, in_process: None) -> N
 
 
 @pytest.mark.slow
+def test_a_record_with_other_bits_than_the_tensors_is_found(tmp_path: Path, builds: Builds) -> None:
+    folder = tmp_path / MIXED
+    shutil.copytree(builds.built(TINY) / "dist" / "builds" / REPOSITORY / MIXED, folder)
+    content = json.loads((folder / "provenance.json").read_text())
+    first = content["linears"][0]
+    first["bits"] = 12 - first["bits"]  # 4 instead of 8, or 8 instead of 4
+    (folder / "provenance.json").write_text(json.dumps(content))
+    found = [each for each in audit(folder, complete=True).findings if each.code == "provenance-disagrees"]
+    assert [each.where for each in found] == [f"provenance.json: linears: {first['name']}"]
+    # GPTQModel reads quantize_config.json, and must find the same bits there.
+    portable = json.loads((folder / "quantize_config.json").read_text())
+    del portable["dynamic"]
+    (folder / "quantize_config.json").write_text(json.dumps(portable))
+    assert "quantize-config-disagrees" in [each.code for each in audit(folder, complete=True).findings]
+
+
+@pytest.mark.slow
 def test_another_mean_measures_nothing_again(
     tmp_path: Path, builds: Builds, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -426,6 +445,24 @@ def test_each_linear_is_solved_on_its_own_grid(effort: str, tmp_path: Path, monk
         assert read_linears(tmp_path / "two" / "main" / "checkpoint").keys() == found.keys()
         for name, weight in read_linears(tmp_path / "two" / "main" / "checkpoint").items():
             assert torch.equal(weight, found[name]), name
+
+
+def test_the_card_says_which_linears_have_which_bits() -> None:
+    """Together those that have them in the same blocks; blocks in a row as a range."""
+    bits: dict[tuple[str, int], Bits] = {(f"self_attn.{name}_proj", block): 4 for name in "qkv" for block in range(6)}
+    bits |= {("mlp.down_proj", block): 8 if block in (0, 1, 2, 5) else 4 for block in range(6)}
+    records = tuple(
+        LinearRecord(name=f"model.layers.{block}.{module}", loss=0.1, damp_percent=0.01, bits=each)
+        for (module, block), each in bits.items()
+    )
+    assert chosen_bits(Provenance.model_construct(linears=records)) == (
+        "4 bits: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj in all blocks; mlp.down_proj in blocks 3 to 4",
+        "8 bits: mlp.down_proj in blocks 0 to 2 and 5",
+    )
+    assert bits_in_words({"bits": 3}) == "3-bit"
+    assert bits_in_words({"bits": 3, "mix_bits": "2, 3, 4", "mix_mean": 3.25}) == (
+        "2, 3 and 4 bits, 3.25 on average at most"
+    )
 
 
 def test_bits_of_a_variant() -> None:
