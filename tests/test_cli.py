@@ -44,7 +44,7 @@ from tests.test_house_rules import ROOT
 
 COMMANDS = (
     "init", "lock", "plan", "build", "audit", "fix", "verify", "card", "publish", "verify-published", "rollback",
-    "status", "release", "doctor", "schema", "diff", "compat", "choose", "report",
+    "status", "release", "doctor", "schema", "diff", "compat", "choose", "report", "queue",
 )  # fmt: skip
 TOO_LARGE = re.compile(r"(?m)^.*llama-2-13b-chat\.yaml: not built: needs a CUDA GPU with \d+\.\d GiB\n\Z")
 DEMO = str(ROOT / "recipes" / "demo-llama.yaml")

@@ -1,4 +1,4 @@
-"""A report on the variants of a build: what was made, how good it is, where the damage is, what it took.
+"""A report on the variants of a build: what was made, how good it is, where the damage is, what it took; its page.
 
 The values come from receipts alone; `report_page` shows them as one HTML page that makes no request. Names of tensors,
 reasons of loaders and texts come from models and runtimes: they are hostile until they are escaped.
@@ -10,6 +10,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -82,12 +83,22 @@ def report_values(receipts: Sequence[Receipt], changes: Sequence[Mapping[str, An
 
 
 def report_page(values: Values) -> str:
-    """Return the page of a report: one file, without a script; its policy lets a browser request nothing."""
+    """Return the page of a report."""
+    return html_page(TEMPLATE_OF_REPORT, values)
+
+
+def html_page(template: str, values: Values) -> str:
+    """Return a page: one file, without a script; its policy lets a browser request nothing.
+
+    Args:
+        template: its name.
+        values: what it shows; texts of others are made safe to print, and escaped.
+    """
     folder = templates_dir()
     style = (folder / "report.css").read_text(encoding="utf-8").strip()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    return _environment(folder).get_template(TEMPLATE_OF_REPORT).render(**values, policy=policy, css=style)
+    return _environment(folder).get_template(template).render(**_safe(values), policy=policy, css=style)
 
 
 def _variant(made: Provenance) -> Values:
@@ -274,8 +285,16 @@ def _environment(folder: Path) -> ImmutableSandboxedEnvironment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(figure=_figure, level=level_of, size=format_bytes, digits=numbers.digits)
+    environment.filters.update(figure=_figure, level=level_of, size=format_bytes, digits=numbers.digits, minute=_minute)
     return environment
+
+
+def _minute(seconds: float) -> str:
+    """Return a time of seconds since 1970."""
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+    except (OverflowError, ValueError, OSError):  # of the year 10^300, which a record may hold
+        return "not known"
 
 
 def _figure(figure: Mapping[str, float | None], kind: str = "") -> str:

@@ -23,6 +23,7 @@ from packager.cli.init import init_command
 from packager.cli.locking import lock_command
 from packager.cli.options import terminal_of
 from packager.cli.publishing import publish_command, rollback_command, verify_published_command
+from packager.cli.queue_command import queue_command
 from packager.cli.recipe_commands import (
     build_command,
     card_command,
@@ -182,6 +183,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "choose": choose_command,
     "rollback": rollback_command,
     "status": status_command,
+    "queue": queue_command,
     "release": release_command,
     "doctor": doctor_command,
     "schema": schema_command,
