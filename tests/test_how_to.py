@@ -214,7 +214,7 @@ def test_publish(folder: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
         publish_to_hub("Zero")
 
     # Nobody sits at a terminal here who could answer "y".
-    monkeypatch.setattr(publishing, "ask_for_consent", lambda _, assume_yes: len if assume_yes else answered.append)
+    monkeypatch.setattr(publishing, "ask_for_consent", lambda _, assume_yes: repr if assume_yes else answered.append)
     # openssl asks a terminal for the passphrase; this one answers for the person who sits there.
     (folder / "bin").mkdir()
     answers = 'case "$1" in genpkey) set -- "$@" -pass env:TYPED;;\n'
