@@ -140,6 +140,7 @@ def test_the_first_screen_answers_as_choose_does(kind: str, monkeypatch: pytest.
         text = render(recipe, receipts, branch, contexts=CONTEXTS, expectations=given)
         read = {question: read_answer(text, *question) for question in QUESTIONS}
         assert tuple(list(read.values())[:4]) == RIGHT[kind]
+        assert ("Proven there on a CPU: `main`." in first_screen(text)) == (kind == "on a CPU in vLLM alone")
         for question, options in QUESTIONS.items():
             assert read[question] == choose(monkeypatch, receipts, given, *options), question
 

@@ -83,6 +83,9 @@ def choice_values(
         "runtime_bytes": RUNTIME_BYTES,
         "served": frozenset(served),
         "served_is_proven": any(opened[branch].opening == "proven" for branch in served),
+        "served_on_cpu": [
+            receipt.branch for receipt in receipts if opened_on_cpu(receipt, _SERVER).opening == "proven"
+        ],
         "cpu_choice": cpu_choice,
         "cpu_loaders": proven.get(cpu_choice, ()),
     }
