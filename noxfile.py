@@ -128,6 +128,19 @@ def workflows(session: nox.Session) -> None:
 
 
 @nox.session
+def launchers(session: nox.Session) -> None:
+    """Check docs/examples/launchers with the validators of their projects: Kubernetes' schemas, SkyPilot's parser.
+
+    Half a gigabyte of packages, so it is no part of CI. Nothing is released with them: none is compared with a digest.
+    """
+    session.install("kubernetes-validate==1.37.0", "skypilot==0.14.1")
+    folder = "docs/examples/launchers"
+    session.run("kubernetes-validate", "--strict", "-k", "1.33", f"{folder}/kubernetes.yaml")
+    code = "import sys, sky; print(sky.Task.from_yaml(sys.argv[1]))"
+    session.run("python", "-c", code, f"{folder}/skypilot.yaml", env={"HOME": session.create_tmp()})
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run every test that needs no GPU, token or network, of the long ones a sample; `--` gives pytest arguments."""
     _install(session, *TEST_PACKAGES)
