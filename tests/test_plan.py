@@ -20,16 +20,26 @@ from packager.cli.plan_view import build_plan_json as plan_json
 from packager.cli.plan_view import print_build_plan as print_plan
 from packager.errors import PlanError, SourceError
 from packager.model.architecture import architecture_of
+from packager.model.checkpoint import (
+    MOST_HEADERS_BYTES,
+    MOST_INDEX_BYTES,
+    MOST_LINEARS,
+    MOST_RECORD_BYTES,
+    MOST_TENSORS,
+)
 from packager.model.compatibility import RUNTIME_RULES, verdicts
 from packager.model.config_values import read_config
 from packager.model.lock import LockedExperts, LockedGroup, LockedLinear, LockedTensors
 from packager.model.runtimes import EARLIER_RUNTIMES, RUNTIMES, LoaderName
 from packager.model.safetensors_file import file_order, header_bytes
+from packager.model.strict_json import most_values_in
 from packager.pipeline.plan import BuildPlan, make_plan
 from packager.pipeline.variant_plan import variant_description
+from packager.prove.audit.files import MOST_RECORD_VALUES
 from packager.prove.evaluation_memory import evaluation_memory
 from packager.prove.loaders import LOADERS
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE, Workload, choose_sweep
+from packager.receipt import ExpertLinearRecord
 from packager.recipe import Recipe
 from packager.recipe.file import RecipeFile
 from packager.recipe.lock_file import lock_path, lock_text
@@ -640,6 +650,21 @@ def test_a_model_whose_branches_no_check_would_read_is_not_planned(tmp_path: Pat
     assert "its checks read 80,000 and 400,000 at most" in caught.value.why
     plan = make_plan(RecipeFile.load(recipe_with_experts(tmp_path / "fewer", 52, 512)))
     assert len(plan.variants[0].shards[0].tree) == 52 * 512 * 3 * 4 + 1
+    assert sum(shard.size_bytes - shard.tensor_bytes for shard in plan.variants[0].shards) < MOST_HEADERS_BYTES
+
+
+def test_the_largest_branch_that_is_planned_is_read() -> None:
+    name, value = "model.language_model.layers.100.mlp.experts.500.down_proj", 0.00012345678901234567
+    made = ExpertLinearRecord(
+        name=name, loss=value, damp_percent=0.01, tokens=262_144, rho=value, unrefined_loss=value, block_error=value,
+        untuned_block_error=value,
+    )  # fmt: skip
+    record = json.dumps([made.model_dump()] * 2, indent=2).replace("\n", "\n  ").encode()
+    assert MOST_LINEARS * len(record) / 2 < MOST_RECORD_BYTES
+    assert MOST_LINEARS * (most_values_in(record) - 1) / 2 < MOST_RECORD_VALUES - 10_000
+    line = json.dumps({f"{name}.qweight": "model-00001-of-00100.safetensors"}, indent=4)
+    assert MOST_TENSORS * len(line) < MOST_INDEX_BYTES
+    assert MOST_LINEARS * 4 < MOST_TENSORS
 
 
 def test_the_work_of_a_plan_grows_with_the_kinds_of_blocks_and_not_with_blocks(tmp_path: Path) -> None:
