@@ -1,6 +1,7 @@
 """The solver against an independent float64 reference."""
 
 from dataclasses import replace
+from itertools import product
 from typing import Any, get_args
 
 import pytest
@@ -164,16 +165,22 @@ def test_with_one_group_per_row_every_act_order_solves_alike():
         assert torch.equal(other.scales, found[0].scales)
 
 
-@pytest.mark.slow
-@OPS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@pytest.mark.parametrize(
-    ("group_size", "act_order"),
-    [
+def column_block_cases():
+    """Yield group sizes and orders, half of them with each pair of a dtype and a kind of products; the rest is long."""
+    groups = [
         *((32, "full"), (48, "none"), (128, "none"), (160, "full"), (200, "none"), (256, "full"), (-1, "full")),
         *((40, "group"), (160, "group"), (256, "group"), (48, "static"), (200, "static")),
-    ],
-)
+    ]
+    pairs = list(product((torch.float32, torch.float16), (TorchOps(), SplitTorchOps())))
+    for number, group in enumerate(groups):
+        for pair, (dtype, ops) in enumerate(pairs):
+            words = (*group, str(dtype).removeprefix("torch."), "split" if isinstance(ops, SplitTorchOps) else "whole")
+            marks = () if number % 2 == (pair in (1, 2)) else pytest.mark.long
+            yield pytest.param(*group, dtype, ops, marks=marks, id="-".join(map(str, words)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("group_size", "act_order", "dtype", "ops"), list(column_block_cases()))
 def test_agrees_over_many_column_blocks(group_size, act_order, dtype, ops):
     """More than 512 columns: some updates of later columns go through `LazyUpdates`."""
     n, out = 648, 8

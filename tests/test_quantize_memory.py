@@ -77,8 +77,8 @@ SIZES: dict[str, dict[str, Any]] = {
     [
         ("tied", torch.bfloat16, 0.0),
         ("untied", torch.bfloat16, 0.0),
-        ("untied", torch.float32, 0.0),
-        ("blocks", torch.bfloat16, 0.0),
+        pytest.param("untied", torch.float32, 0.0, marks=pytest.mark.long),
+        pytest.param("blocks", torch.bfloat16, 0.0, marks=pytest.mark.long),
         ("blocks", torch.bfloat16, 0.5),
     ],
 )
