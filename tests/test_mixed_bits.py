@@ -27,6 +27,8 @@ from packager.prove.audit import audit
 from packager.prove.declared import declared_checkpoint
 from packager.quantize.block import QuantizedBlock, quantize_block
 from packager.quantize.choose_bits import mixed_groups, most_size
+from packager.quantize.gptq.solve import Solution
+from packager.quantize.gptq.tuned_linear import TunedLinear
 from packager.quantize.job import QuantizeJob
 from packager.quantize.sweep import quantize
 from packager.quantize.tuning_schedule import TuningSchedule
@@ -424,8 +426,15 @@ def read_linears(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("effort", ["standard", "high"])
 def test_each_linear_is_solved_on_its_own_grid(effort: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one block, on one device and on two; a tuned linear stays on its grid."""
+    grids: list[int] = []
+
+    def tuned_linear(weight: torch.Tensor, solution: Solution, maxq: int) -> TunedLinear:
+        grids.append(maxq)
+        return TunedLinear(weight, solution, maxq)
+
     schedule = TuningSchedule(steps=2, checks=1, rate=3.0, scale_rate=0.3)
     monkeypatch.setattr("packager.quantize.tune_block.SCHEDULE", schedule)
+    monkeypatch.setattr("packager.quantize.tune_block.TunedLinear", tuned_linear)
     save_model(tmp_path / "base", "llama")
     source = open_folder(tmp_path / "base")
     of_modules: dict[str, Bits] = {"mlp.gate_proj": 2, "mlp.up_proj": 2, "mlp.down_proj": 8}
@@ -433,6 +442,7 @@ def test_each_linear_is_solved_on_its_own_grid(effort: str, tmp_path: Path, monk
     made = variant(bits=3, effort=effort, mix=BitsMix(bits=(2, 3, 8), mean=3.5), linear_bits=bits, other_bits=(2, 8))
     records = quantized(source, tmp_path / "one", made)
     assert {name: record.bits for name, record in records.items()} == dict(bits)
+    assert grids == ([] if effort == "standard" else [7, 7, 7, 7, 3, 3, 255] * 3)
     found = read_linears(tmp_path / "one" / "main" / "checkpoint")
     for name, width in bits:
         packed = CheckpointReader(tmp_path / "one" / "main" / "checkpoint", width)
