@@ -251,6 +251,7 @@ def give_other_bits(folder: Path, bits: int, linears: Sequence[str], *, pattern:
     edit_tensors(folder, change)
     dynamic = {pattern: {"bits": bits}}
     edit_json(folder, "config.json", lambda config: config["quantization_config"].update(dynamic=dynamic))
+    edit_json(folder, "quantize_config.json", lambda config: config.update(dynamic=dynamic))
     return folder
 
 

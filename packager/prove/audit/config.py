@@ -182,7 +182,8 @@ def _check_portable(portable: JsonObject, inner: JsonObject, weights: Weights, f
     place = f"{QUANTIZE_CONFIG}: "
     # GPTQModel reads this file first, so it must say what is left; AutoGPTQ opens no such model anyway.
     left = inner.get("dynamic")
-    if left and portable.get("dynamic") != left and (_gives_other_bits(left) or not overrides(left)):
+    is_mixed = _gives_other_bits(left) and len(widths_of(weights)) > 1
+    if left and portable.get("dynamic") != left and (is_mixed or not overrides(left)):
         message = "it is not config.json's, which says what is not quantized, or has other bits"
         findings.add("quantize-config-disagrees", f"{place}dynamic", message)
     foreign = sorted(portable.keys() - {*PORTABLE_KEYS, *(["dynamic"] if left else [])})
