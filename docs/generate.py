@@ -370,7 +370,7 @@ def loaders_page() -> str:
         "[how it works](../explanation/how-it-works.md). One that has no CUDA runs on the CPU in a build on CUDA too. "
         'A build makes an environment marked "on request", which is large, only for a recipe that requires the loader. '
         "`packager verify` makes it too; once made, builds use it. What other runtimes load is predicted: "
-        "[runtimes](runtimes.md)."
+        "[runtimes](runtimes.md). A package of your own can bring another: [how](../how-to/own-loader.md)."
     )
     proven = f"## In a build\n\n{table(('name in recipes', 'runtime', 'device', 'Python', 'environment'), rows)}"
     loaders_by_lock: dict[Path, list[str]] = {}
