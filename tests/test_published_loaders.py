@@ -332,3 +332,17 @@ def test_without_loaders_it_needs_no_torch(fixture: LoadersFixture, options: lis
     modules, output = loaded_by("verify-published", str(fixture.where), *options)
     assert not modules & {"torch", "transformers", "datasets", "tokenizers", "huggingface_hub"}
     assert "passed" in output
+
+
+def test_a_record_has_no_loader_of_another_package_run(
+    fixture: LoadersFixture, loader: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may have written the record: it imports no package, installed or not."""
+    record = {"loader": "plugin:acme", "required": True, "status": "passed"}
+    fixture.change(MAIN, lambda folder: edit_json(folder, PROVENANCE, lambda found: found.update(loaders=[record])))
+    monkeypatch.setattr("packager.prove.other_loader.entry_points", lambda **_: pytest.fail("packages are searched"))
+    report = fixture.verify(MAIN)
+    ((found,),) = [proof.loaders for proof in report.branches]
+    assert (found.loader, found.status) == ("plugin:acme", "not run")
+    assert found.reason.startswith("it is another package's, which is run for a recipe of yours")
+    assert loader.opened == []
