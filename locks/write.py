@@ -44,13 +44,14 @@ class Lock:
 _LOADERS = "packager/prove/loaders/requirements"
 _PINNED = ("--constraint", "constraints.txt")
 _BUILDER = ("hatchling",)
+_BUILD_EXTRAS = ("--extra", "build", "--extra", "sign")
 LOCKS = (
     # For sessions of nox: pip takes of it what a session names.
     Lock(path="locks/constraints.txt", files=("constraints.txt",)),
     # For `pip install -r`, whole: to start nox, to publish, to build with CUDA.
     Lock(path="locks/nox.txt", names=("nox",), options=_PINNED),
     Lock(path="locks/base.txt", files=("pyproject.toml",), names=_BUILDER, options=(*_PINNED, "--extra", "sign")),
-    Lock(path="locks/build.txt", files=("pyproject.toml",), names=_BUILDER, options=(*_PINNED, "--extra", "build", "--extra", "sign")),
+    Lock(path="locks/build.txt", files=("pyproject.toml",), names=_BUILDER, options=(*_PINNED, *_BUILD_EXTRAS)),
     # For nodes of a Ray cluster, beside build.txt: 240 MB that no single machine needs.
     Lock(path="locks/ray.txt", names=("ray==2.60.0",), options=_PINNED),
     # For the documentation as a site.

@@ -25,6 +25,7 @@ KILL_EVERY_S = float(os.environ.get("RAY_TEST_KILL_EVERY_S", "60"))
 PORT = 6397
 SEED = 18
 MOST_S = 2400
+HEAD_AWAY_S = 15  # longer than RAY_gcs_rpc_server_reconnect_timeout_s
 VARIANTS = [
     {"branch": "main"}, {"group_size": 16}, {"group_size": 16, "desc_act": True},
     {"branch": "three-bits", "bits": 3, "sym": False},
@@ -100,14 +101,16 @@ class Cluster:
         process.wait()
 
     def restart_head(self) -> None:
-        """Lose the head with all that it knows; nodes of before cannot join the new one, and are restarted."""
-        for name in list(self.nodes):
-            if name == "head":
-                self.kill(name)
-        self.start_head()
-        for name in list(self.nodes):
+        """Lose the head with all that it knows; nodes of before cannot join the new one, and are started anew."""
+        names = list(self.nodes)
+        self.kill("head")
+        time.sleep(HEAD_AWAY_S)  # the client ends, and tries again
+        for name in names:
             if name != "head":
-                self.kill(name)
+                self.kill(name)  # a head does not start beside nodes of another one on its machine
+        self.start_head()
+        for name in names:
+            if name != "head":
                 self.start_node(name)
 
     def end(self) -> None:
