@@ -18,7 +18,7 @@ from packager.pipeline import flow, stages
 from packager.pipeline.build_state import BuildState
 from packager.pipeline.flow import BuildResult
 from packager.pipeline.plan import make_plan
-from packager.pipeline.release import cannot_build, release
+from packager.pipeline.release import ReleaseChecks, cannot_build, release
 from packager.prove.evaluation_memory import EvaluationMemory
 from packager.prove.loaders import LOADERS
 from packager.quantize import engines
@@ -222,7 +222,7 @@ def test_the_seconds_of_a_stage_are_those_of_one_recipe(tmp_path: Path) -> None:
     ]
     options = tiny_recipe.options(tmp_path / "dist")
     terminal = Terminal(quiet=True)
-    release(recipes, options, terminal, strict=True)
+    release(recipes, options, terminal, ReleaseChecks(strict=True))
     for recipe, seconds in zip(recipes, (100.0, 10.0), strict=True):
         run = BuildState(RecipeFile.load(recipe), options, terminal)
         run.read_receipts()

@@ -153,7 +153,9 @@ STAGES = ("fetch", "sweep", "card", "publish")
 def recipe_of(repository: str, *, stages: Sequence[str] = STAGES) -> FleetRecipe:
     tasks = tuple(Task(recipe=repository, stage=stage) for stage in stages)  # type: ignore[arg-type]
     path = Path(f"{repository}.yaml")
-    return FleetRecipe(path=path, request=BuildRequest(recipe=repository, tasks=tasks), order=order_of(repository))
+    return FleetRecipe(
+        path=path, request=BuildRequest(recipe=repository, tasks=tasks), order=order_of(repository), recipe_digest=""
+    )
 
 
 def run_of(executor: Instant, store: FolderStore | None, *recipes: FleetRecipe, name: str = "run") -> FleetRun:

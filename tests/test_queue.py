@@ -17,7 +17,6 @@ from packager.fleet.queue import STATES, QueueEntry, queue_values
 from packager.fleet.recipe_state import RecipeState, write_recipe_state
 from packager.fleet.store import Store, open_store
 from packager.fleet.tasks import QueueState
-from packager.fleet.worker import inputs_digest
 from packager.pipeline.running import shown_while_running
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
@@ -47,7 +46,7 @@ def states(*words: object) -> dict[str, tuple[str, str]]:
 def state_of(recipe: Path, named: QueueState, **changes: Any) -> RecipeState:
     values: dict[str, Any] = {
         "state": named, "stage": "sweep", "machine": "node-3", "why": "", "run": "the run", "updated_at": 1e9,
-        "inputs": inputs_digest(RecipeFile.load(recipe)), "version": __version__,
+        "inputs": "", "recipe_digest": RecipeFile.load(recipe).recipe.digest(), "version": __version__,
     }  # fmt: skip
     return RecipeState.model_validate({**values, **changes})
 
@@ -107,7 +106,7 @@ def test_what_was_done_of_another_recipe_is_a_request_again(
 ) -> None:
     recipe, words = requests / "recipe.yaml", (requests, "--store", tmp_path / "store")
     write_recipe_state(store, REPOSITORY, state_of(recipe, named, version="0.0"))
-    again = ("requested", f"its recipe, its inputs or packager changed since it was {named}")
+    again = ("requested", f"its recipe or packager changed since it was {named}")
     assert states(*words) == {"recipe.yaml": again}
     write_recipe_state(store, REPOSITORY, state_of(recipe, named))
     assert states(*words)["recipe.yaml"][0] == named

@@ -23,11 +23,13 @@ class FleetRecipe:
         path: of the recipe.
         request: what the scheduler gets; without tasks if nothing is left.
         order: what machines are told, whatever the stage.
+        recipe_digest: of the recipe's keys, without its inputs.
     """
 
     path: Path
     request: BuildRequest
     order: TaskOrder
+    recipe_digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ def fleet_recipe(run: BuildState, needs: Needs) -> FleetRecipe:
         store_bytes=builds,
         priority=needs.priorities.get(path, 0),
     )
-    return FleetRecipe(path=path, request=request, order=order)
+    return FleetRecipe(path=path, request=request, order=order, recipe_digest=run.recipe.digest())
 
 
 def _is_published(store: Store | None, repository: str, inputs: str) -> bool:

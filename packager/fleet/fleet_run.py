@@ -218,6 +218,7 @@ class FleetRun:
             machine=row.machine,
             why=row.why,
             inputs=progress.recipe.order.inputs,
+            recipe_digest=progress.recipe.recipe_digest,
             version=__version__,
             run=self.name,
             updated_at=time.time(),

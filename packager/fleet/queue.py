@@ -14,7 +14,6 @@ from packager.errors import PackagerError, UsageError
 from packager.fleet.recipe_state import read_recipe_state
 from packager.fleet.store import Store
 from packager.fleet.tasks import QueueState
-from packager.fleet.worker import inputs_digest
 from packager.pipeline.build_state import Options
 from packager.pipeline.compare_published import compare_published
 from packager.pipeline.many_recipes import recipes_among
@@ -132,15 +131,15 @@ def read_queue(
 def _in_store(entry: QueueEntry, file: RecipeFile, store: Store) -> QueueEntry:
     """Return an entry as the run says that has, or had, the recipe's lease.
 
-    What was built, published or parked of another recipe or by another version is a request again.
+    What was built, published or parked of another recipe or by another version is a request again. Its inputs are not
+    read here: `release` compares them.
     """
     known = read_recipe_state(store, entry.repository)
     if known is None:
         return entry
-    if known.state in ("built", "published", "parked") and (known.inputs, known.version) != (
-        inputs_digest(file), __version__,
-    ):  # fmt: skip
-        why = f"its recipe, its inputs or packager changed since it was {known.state}"
+    now = (file.recipe.digest(), __version__)
+    if known.state in ("built", "published", "parked") and (known.recipe_digest, known.version) != now:
+        why = f"its recipe or packager changed since it was {known.state}"
         return replace(entry, why=why, updated_at=known.updated_at)
     return replace(
         entry, state=known.state, stage=known.stage or "", machine=known.machine, why=known.why,

@@ -19,6 +19,7 @@ class RecipeState(Record):
         machine: where that task runs; "" if none does.
         why: it is parked or waits, or how its last task failed; "" if there is nothing to say.
         inputs: the digest of what determines its results, see `inputs_digest`: another one is another build.
+        recipe_digest: of its keys alone, for whoever cannot read its inputs.
         version: of packager.
         run: the run that wrote this, for people.
         updated_at: in seconds since 1970, by the clock of that run.
@@ -29,6 +30,7 @@ class RecipeState(Record):
     machine: str
     why: str
     inputs: str
+    recipe_digest: str
     version: str
     run: str
     updated_at: FiniteFloat
