@@ -94,6 +94,7 @@ def ticks(svg: bytes, title: str) -> list[tuple[float, float]]:
     ]
 
 
+@pytest.mark.slow
 def test_memory_is_a_second_scale_of_the_size() -> None:
     plot = plot_of(fixtures.llama_receipts(fixtures.llama_recipe()), fixtures.LLAMA_CONTEXTS)
     assert plot is not None

@@ -125,7 +125,10 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("kind", RIGHT)
+KINDS = [pytest.param(kind, marks=[pytest.mark.slow] if number else []) for number, kind in enumerate(RIGHT)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_first_screen_answers_as_choose_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = fixtures.llama_recipe()
     receipts = list(fixtures.llama_receipts(recipe))
