@@ -319,6 +319,7 @@ def test_two_recipes_a_killed_process_and_the_bytes_of_one_after_the_other(
 REFUSED = {
     ("--jobs", "2", "--ray", "auto"): "give one of them",
     ("--ray", "auto"): "needs --store",
+    ("--ray", "auto", "--store", "s", "--sign-key", "k"): "for this machine",
     ("--ray", "10.0.0.7:6379", "--store", "s"): "RAY_AUTH_MODE=token",
     ("--ray", "ray://10.0.0.7:1", "--store", "s"): "HOST:PORT",
     ("--store", "s"): "for --jobs",

@@ -109,7 +109,7 @@ class FleetOptions:
         """Whether several recipes are released at a time."""
         return self.jobs is not None or bool(self.ray)
 
-    def check(self, *, fail_fast: bool) -> None:
+    def check(self, *, fail_fast: bool, sign_key: bool) -> None:
         """Refuse options that do not go together.
 
         Raises:
@@ -126,6 +126,11 @@ class FleetOptions:
             return
         if fail_fast:
             raise UsageError("--fail-fast is for one recipe after the other", hint="leave it out")
+        if self.ray and sign_key:
+            raise UsageError(
+                "--sign-key is for this machine, and --ray publishes on others",
+                hint="set PACKAGER_SIGN_KEY and PACKAGER_SIGN_PASSPHRASE for the nodes that publish, and not here",
+            )
         if self.ray and not self.store:
             raise UsageError("--ray needs --store", why="machines share nothing else", hint="name a folder or a URL")
         if (self.disk_bytes or self.store_bytes) and not self.store:

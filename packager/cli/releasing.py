@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,7 +39,21 @@ from packager.cli.over_recipes import choose
 from packager.cli.signing import SignKeyOption, TrustedKeyOption, signing_keys
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from packager.pipeline.build_state import Options
     from packager.pipeline.many_recipes import RecipeResult
+    from packager.pipeline.release import ReleaseChecks
+    from packager.system.terminal import Terminal
+
+
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Build nothing if a recipe is wrong or this machine cannot build one.")
+]
+FailFastOption = Annotated[bool, typer.Option("--fail-fast", help="End with the first recipe that fails.")]
+NoPublishOption = Annotated[
+    bool, typer.Option("--no-publish", help="Build only; `publish` does the rest, here or elsewhere.")
+]
 
 
 def release_command(
@@ -48,13 +63,9 @@ def release_command(
     device: DeviceOption = Device.auto,
     gpu_memory: GpuMemoryOption = None,
     cache: CacheOption = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Build nothing if a recipe is wrong or this machine cannot build one.")
-    ] = False,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End with the first recipe that fails.")] = False,
-    no_publish: Annotated[
-        bool, typer.Option("--no-publish", help="Build only; `publish` does the rest, here or elsewhere.")
-    ] = False,
+    strict: StrictOption = False,
+    fail_fast: FailFastOption = False,
+    no_publish: NoPublishOption = False,
     jobs: JobsOption = None,
     ray: RayOption = "",
     store: StoreOption = "",
@@ -79,59 +90,75 @@ def release_command(
     stage of a recipe is a process, whose log is in --dist/logs. After Ctrl-C or a kill, the same command goes on after
     the last finished block. With --store another machine can go on, too, and no two runs work on the same recipe.
 
-    With --ray the nodes of a Ray cluster do this. Each works in --dist/machines/NAME on its own disk and has the same
-    files and version of packager; recipes and a local target lie where all see them. Publishing is for nodes that were
-    started with --resources '{"publish": 1}', which hold the token and the key (PACKAGER_SIGN_KEY) in their
-    environment; no other task gets them. PACKAGER_READ_TOKEN reads gated models. A cluster that is not of this machine
-    must use token authentication (RAY_AUTH_MODE=token). A node or a head that is lost costs what it computed since its
-    last finished block.
+    With --ray the nodes of a Ray cluster do this, each in --dist/machines/NAME on its own disk, with the same recipes,
+    inputs and version of packager. Only nodes started with --resources '{"publish": 1}' publish, with the token and the
+    key (PACKAGER_SIGN_KEY) of their environment; no other task gets these, and PACKAGER_READ_TOKEN reads gated models.
+    A cluster that is not of this machine must ask for a token (RAY_AUTH_MODE=token).
     """
-    from packager.cli.fleet_view import release_side_by_side
-    from packager.cli.publish_view import print_publish_plan
-    from packager.cli.release_view import print_results, results_json
-    from packager.cli.status_view import print_status
-    from packager.cli.step_summary import add_step_summary, results_markdown
-    from packager.pipeline.release import ReleaseChecks, release
+    from packager.pipeline.release import ReleaseChecks
 
     fleet = FleetOptions(
         jobs=jobs, ray=ray, store=store, disk_bytes=disk, store_bytes=store_size, gpus=gpus, attempts=attempts,
         priorities=tuple(priority or ()),
     )  # fmt: skip
-    fleet.check(fail_fast=fail_fast)
-    terminal, as_json = terminal_of(), format is Format.json
-    environ = dict(os.environ) if fleet.several else {}  # before the passphrase leaves it: the publishing process signs
+    fleet.check(fail_fast=fail_fast, sign_key=sign_key is not None)
+    environ = dict(os.environ)  # before the passphrase leaves it: the process that publishes signs
     if sign_key is not None:
         environ["PACKAGER_SIGN_KEY"] = str(sign_key.absolute())
-    keys, options = signing_keys(sign_key, trusted_key), options_of(dist, device, cache, gpu_memory)
-    checks = ReleaseChecks(
-        strict=strict,
-        publishing=not no_publish,
-        attended=yes or (not fleet.several and sys.stdin.isatty()),
-        keys=keys,
-        here=not ray,
-    )
-
-    def show_results(results: "Sequence[RecipeResult]") -> None:
-        add_step_summary(lambda: results_markdown("Release", results), terminal.log)
-        if as_json:
-            terminal.result({"recipes": results_json(results)})
-        else:
-            print_results(results, terminal.out)
-
-    paths = choose(recipes, glob, format).paths
-    if fleet.several:
-        results = release_side_by_side(paths, options, terminal, checks, fleet, show_results, environ)
-    else:
-        results = release(
-            paths,
-            options,
-            terminal,
-            checks,
-            fail_fast=fail_fast,
-            show_plan=lambda plan: print_publish_plan(plan, terminal.err),
-            show_status=lambda file, options: None if as_json else print_status(file, options, terminal.out),
-            show_results=show_results,
-            consent=ask_for_consent("publish", assume_yes=yes),
-        )
+    keys, attended = signing_keys(sign_key, trusted_key), yes or (not fleet.several and sys.stdin.isatty())
+    checks = ReleaseChecks(strict=strict, publishing=not no_publish, attended=attended, keys=keys, here=not ray)
+    paths, options = choose(recipes, glob, format).paths, options_of(dist, device, cache, gpu_memory)
+    answer = _Answer(terminal=terminal_of(), as_json=format is Format.json, assume_yes=yes, fail_fast=fail_fast)
+    results = _release(paths, options, checks, answer, (fleet, environ) if fleet.several else None)
     if code := max(result.exit_code for result in results):
         raise typer.Exit(code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """How a release speaks with whoever started it."""
+
+    terminal: "Terminal"
+    as_json: bool
+    assume_yes: bool
+    fail_fast: bool
+
+    def show_results(self, results: "Sequence[RecipeResult]") -> None:
+        """Print what became of each recipe, and add it to the summary of a GitHub job."""
+        from packager.cli.release_view import print_results, results_json
+        from packager.cli.step_summary import add_step_summary, results_markdown
+
+        add_step_summary(lambda: results_markdown("Release", results), self.terminal.log)
+        if self.as_json:
+            self.terminal.result({"recipes": results_json(results)})
+        else:
+            print_results(results, self.terminal.out)
+
+
+def _release(
+    paths: "Sequence[Path]",
+    options: "Options",
+    checks: "ReleaseChecks",
+    answer: _Answer,
+    fleet: "tuple[FleetOptions, Mapping[str, str]] | None",
+) -> "Sequence[RecipeResult]":
+    """Release one recipe after the other, or by a fleet, with the variables that its publishing process gets."""
+    from packager.cli.fleet_view import release_side_by_side
+    from packager.cli.publish_view import print_publish_plan
+    from packager.cli.status_view import print_status
+    from packager.pipeline.release import release
+
+    terminal = answer.terminal
+    if fleet is not None:
+        return release_side_by_side(paths, options, terminal, checks, fleet[0], answer.show_results, fleet[1])
+    return release(
+        paths,
+        options,
+        terminal,
+        checks,
+        fail_fast=answer.fail_fast,
+        show_plan=lambda plan: print_publish_plan(plan, terminal.err),
+        show_status=lambda file, options: None if answer.as_json else print_status(file, options, terminal.out),
+        show_results=answer.show_results,
+        consent=ask_for_consent("publish", assume_yes=answer.assume_yes),
+    )

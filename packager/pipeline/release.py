@@ -30,7 +30,7 @@ class ReleaseChecks:
         publishing: otherwise the recipes are built only, and no key is needed.
         attended: a person can be asked; if not, a target that others can see is refused first.
         keys: see `flow.publish`.
-        here: this machine builds.
+        here: this machine builds, and signs.
     """
 
     strict: bool = False
@@ -104,7 +104,8 @@ def wanted_recipes(results: Results, options: Options, checks: ReleaseChecks) ->
     Raises:
         PublishError, MachineError: see `release`.
     """
-    files = _read_all(results, (checks.keys or SigningKeys()) if checks.publishing else None)
+    signs = checks.publishing and checks.here
+    files = _read_all(results, (checks.keys or SigningKeys()) if signs else None)
     _require_consent(files if checks.publishing else (), attended=checks.attended)
     wanted = _that_can_be_built(results, files, options) if checks.here else files
     if checks.strict and any(result.outcome == "failed" for result in results.ordered):
