@@ -1,10 +1,12 @@
-"""The files for Kubernetes and SkyPilot: their shell runs, and its parts are all recipes once.
+"""The files for Kubernetes and SkyPilot: their shell runs, its options exist, and its parts are all recipes once.
 
 `nox -s launchers` compares them with the schemas of their projects.
 """
 
 import json
 import os
+import re
+import shlex
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +14,9 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
+from packager.cli.main import app
 from packager.errors import AuditError, CalibrationError, CardError, QuantizeError, RecipeError
 from tests.test_house_rules import ROOT
 
@@ -71,6 +75,17 @@ def test_the_parts_are_all_recipes_once(name: str, index: str, count: str, tmp_p
         found += [word for word in words if word.endswith(".yaml")]
     assert sorted(found) == sorted(PATHS)
     assert part(script_of(name), {index: "40", count: "41"}, tmp_path) == [], "a machine too many does nothing"
+
+
+@pytest.mark.parametrize("name", ["kubernetes.yaml", "skypilot.yaml"])
+def test_the_options_of_the_launchers_exist(name: str) -> None:
+    calls = re.findall(r"packager ((?:queue|release) [^|\n]+)", script_of(name))
+    assert len(calls) == 2
+    for call in calls:
+        command, *words = shlex.split(call)
+        shown = CliRunner().invoke(app, [command, "--help"], prog_name="packager").stdout
+        known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", shown.partition("Options:")[2]))
+        assert {word for word in words if word.startswith("--")} <= known, call
 
 
 def test_the_job_is_one_part_for_each_pod_and_starts_again_what_was_lost() -> None:
