@@ -145,7 +145,9 @@ class VariantEntry(VariantFields):
 
     branch: BranchName | None = None
     mix: Mix | None = Field(
-        default=None, description="instead of bits: chosen for each group of linears that see the same input, by loss"
+        default=None,
+        title="Mix",
+        description="instead of bits: chosen for each group of linears that see the same input, by loss",
     )
     description: LineText | None = Field(
         default=None, description="the table's last column; written from the measurements if left out"
