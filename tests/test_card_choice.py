@@ -130,7 +130,7 @@ def test_the_page_lists_the_choices_by_card() -> None:
 def test_what_ran_in_a_server_stands_before_what_is_expected(status: Any, words: str) -> None:
     recipe = fixtures.llama_recipe()
     receipts = list(fixtures.llama_receipts(recipe))
-    ran = LoaderRecord(loader="vllm", required=False, status=status, device="cpu")
+    ran = LoaderRecord(loader="vllm", required=False, status=status, device="cuda")
     receipts[0] = receipts[0].model_copy(update={"loaders": (*receipts[0].loaders, ran)})
     text = render(recipe, receipts, contexts=(SHORT,), expectations=fixtures.llama_expectations(recipe))
     assert f"\n* In vLLM 0.32: {words}.\n" in text

@@ -19,6 +19,16 @@ from packager.cli.options import (
 )
 from packager.errors import UsageError
 
+_StoreOption = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        help="The store of the fleet that releases them; see release --store.",
+        show_default="none: what is in --dist counts",
+    ),
+]
+
 
 def queue_command(
     recipes: Annotated[
@@ -26,15 +36,7 @@ def queue_command(
         typer.Argument(metavar="RECIPE|FOLDER...", help="Recipes, and folders of recipes.", show_default=False),
     ] = None,
     glob: GlobOption = None,
-    store: Annotated[
-        str,
-        typer.Option(
-            "--store",
-            metavar="URL",
-            help="The store of the fleet that releases them; see release --store.",
-            show_default="none: what is in --dist counts",
-        ),
-    ] = "",
+    store: _StoreOption = "",
     dist: DistOption = DIST,
     page: Annotated[
         Path | None, typer.Option("--page", metavar="FILE", help="Also write the queue as an HTML page.")
