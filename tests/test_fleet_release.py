@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from packager import __version__
-from packager.cli.fleet_view import counts_of, priorities_of, table_of
+from packager.cli.fleet_view import counts_of, limits_of, priorities_of, table_of
 from packager.cli.main import app
 from packager.errors import UsageError
 from packager.fleet.build_requests import FleetRecipe, Needs
@@ -322,13 +322,35 @@ REFUSED = {
     ("--ray", "auto", "--store", "s", "--sign-key", "k"): "for this machine",
     ("--ray", "10.0.0.7:6379", "--store", "s"): "RAY_AUTH_MODE=token",
     ("--ray", "ray://10.0.0.7:1", "--store", "s"): "HOST:PORT",
-    ("--store", "s"): "for --jobs",
-    ("--attempts", "2"): "for --jobs",
+    ("--store", "s"): "need --jobs",
+    ("--attempts", "2"): "need --jobs",
     ("--jobs", "2", "--fail-fast"): "one recipe after the other",
     ("--jobs", "2", "--disk", "5GB"): "need --store",
     ("--jobs", "1", "--device", "cpu", "--gpus", "1"): "this machine has 0",
     ("--jobs", "1", "--device", "cpu", "--priority", "x"): "not GLOB=N",
+    ("--jobs", "1", "--device", "cpu", "--per-hour", "2TB"): "write download=2TB",
+    ("--jobs", "1", "--device", "cpu", "--per-hour", "download=5"): "1GB or more",
+    ("--jobs", "1", "--device", "cpu", "--per-hour", "commits=0"): "not WHAT=N",
+    ("--per-hour", "commits=5"): "need --jobs",
 }  # fmt: skip
+
+
+def test_what_may_be_done_in_an_hour_is_of_all_recipes_together() -> None:
+    limits = limits_of(("download=3GB", "upload=2GB", "commits=7"))
+    tasks = {
+        stage: Task(recipe="a/b", stage=stage, download_bytes=2 * 10**9, upload_bytes=10**9, commits=5)
+        for stage in ("fetch", "sweep", "publish")
+    }
+    other = {stage: replace(task, recipe="c/d") for stage, task in tasks.items()}
+    for stage, wait_s in (("fetch", 3600.0), ("sweep", 0.0), ("publish", 3600.0)):
+        assert limits.wait_s(tasks[stage], 10.0) == 0
+        limits.take(tasks[stage], 10.0)
+        assert limits.wait_s(other[stage], 10.0) == pytest.approx(wait_s)
+    uploads = limits_of(("upload=2GB",))
+    for number in range(3):
+        assert uploads.wait_s(tasks["publish"], number) == pytest.approx(0 if number < 2 else 3598)
+        uploads.take(tasks["publish"], number)
+    assert limits_of(()).wait_s(other["publish"], 10.0) == 0
 
 
 @pytest.mark.parametrize("words", REFUSED, ids=" ".join)

@@ -89,6 +89,16 @@ PriorityOption = Annotated[
         "May be repeated: the last one that fits counts.",
     ),
 ]
+PerHourOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--per-hour",
+        metavar="WHAT=N",
+        help="With --jobs or --ray: what all machines together may do in an hour: download=2TB of base models, "
+        "upload=1TB of branches, commits=500 of all repositories. May be repeated.",
+        show_default="100 commits of each repository",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +113,7 @@ class FleetOptions:
     gpus: int | None = None
     attempts: int = 4
     priorities: Sequence[str] = ()
+    per_hour: Sequence[str] = ()
 
     @property
     def several(self) -> bool:
@@ -120,7 +131,7 @@ class FleetOptions:
         if not self.several:
             if self != FleetOptions():
                 raise UsageError(
-                    "--store, --disk, --store-size, --gpus, --attempts and --priority are for --jobs and --ray",
+                    "--store, --disk, --store-size, --gpus, --attempts, --priority and --per-hour need --jobs or --ray",
                     hint="give --jobs N or --ray ADDRESS, or leave them out",
                 )
             return

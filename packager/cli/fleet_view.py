@@ -11,12 +11,14 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from packager.cli import ray_process, task_process
+from packager.cli.options import read_size
 from packager.cli.tables import add_row, new_table
 from packager.errors import UsageError
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from packager.cli.fleet_options import FleetOptions
     from packager.fleet.fleet_release import OpenExecutor
     from packager.fleet.fleet_run import FleetRow
+    from packager.fleet.windows import Limits
     from packager.pipeline.build_state import Options
     from packager.pipeline.many_recipes import RecipeResult
     from packager.pipeline.release import ReleaseChecks
@@ -35,6 +38,8 @@ _OTHER_LINES = 6  # of the screen: the heading, the counts, the shell's own
 _REDRAWN_S = 1.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PATIENCE_S = 900.0  # for a machine: Ray's autoscaler or an operator brings one
+_HOUR_S = 3600.0
+_LIMITED = ("download", "upload", "commits")  # by --per-hour
 _COMMITS_AN_HOUR = 100.0  # of one repository: the Hub allows about 128
 
 
@@ -62,8 +67,8 @@ def release_side_by_side(
     from packager.fleet.fleet_release import FleetSettings, release_by_fleet
     from packager.fleet.scheduler import Policy
     from packager.fleet.store import open_store
-    from packager.fleet.windows import Limits, LimitWindow
 
+    limits = limits_of(fleet.per_hour)
     if fleet.ray:
         gpus = fleet.gpus if fleet.gpus is not None else int(options.device != "cpu")
         open_executor = _ray_fleet(options, terminal, fleet, environ)
@@ -77,7 +82,6 @@ def release_side_by_side(
         local_target=options.dist,
         priorities=priorities_of(paths, fleet.priorities),
     )
-    limits = Limits(commits=LimitWindow(_COMMITS_AN_HOUR, 3600))
     with fleet_table(terminal.err) as show:
         settings = FleetSettings(
             needs=needs,
@@ -164,6 +168,37 @@ def priorities_of(paths: "Sequence[Path]", words: Sequence[str]) -> "dict[Path, 
             raise UsageError(f"--priority {word!r}: no recipe fits {pattern!r}")
         found |= dict.fromkeys(fitting, int(number))
     return found
+
+
+def limits_of(words: Sequence[str]) -> "Limits":
+    """Return what a fleet may do in an hour, from words such as 'download=2TB'.
+
+    Raises:
+        UsageError: a word is not WHAT=N.
+    """
+    from packager.fleet.windows import Limits, LimitWindow
+
+    found = {"commits of each": _COMMITS_AN_HOUR}
+    for word in words:
+        what, _, number = word.partition("=")
+        try:
+            if what not in _LIMITED:
+                raise ValueError(what)
+            found[what] = read_size(number) if what != "commits" else int(number)
+            if found[what] < 1:
+                raise ValueError(number)
+        except (ValueError, typer.BadParameter) as error:
+            raise UsageError(
+                f"--per-hour {word!r} is not WHAT=N",
+                hint="write download=2TB or upload=500GB, 1GB or more, or commits=500",
+            ) from error
+    windows = {what: LimitWindow(amount, _HOUR_S) for what, amount in found.items()}
+    return Limits(
+        commits=windows["commits of each"],
+        account_commits=windows.get("commits"),
+        fetched=windows.get("download"),
+        published=windows.get("upload"),
+    )
 
 
 def _gpus(options: "Options", environ: "Mapping[str, str]") -> list[str]:

@@ -15,6 +15,7 @@ from packager.cli.fleet_options import (
     FleetOptions,
     GpusOption,
     JobsOption,
+    PerHourOption,
     PriorityOption,
     RayOption,
     StoreOption,
@@ -74,6 +75,7 @@ def release_command(
     gpus: GpusOption = None,
     attempts: AttemptsOption = 4,
     priority: PriorityOption = None,
+    per_hour: PerHourOption = None,
     yes: YesOption = False,
     sign_key: SignKeyOption = None,
     trusted_key: TrustedKeyOption = None,
@@ -99,7 +101,7 @@ def release_command(
 
     fleet = FleetOptions(
         jobs=jobs, ray=ray, store=store, disk_bytes=disk, store_bytes=store_size, gpus=gpus, attempts=attempts,
-        priorities=tuple(priority or ()),
+        priorities=tuple(priority or ()), per_hour=tuple(per_hour or ()),
     )  # fmt: skip
     fleet.check(fail_fast=fail_fast, sign_key=sign_key is not None)
     environ = dict(os.environ)  # before the passphrase leaves it: the process that publishes signs
