@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from typer.testing import CliRunner
 from packager import __version__
 from packager.card.report import html_page
 from packager.cli.main import app
-from packager.cli.queue_view import print_queue
-from packager.fleet.queue import STATES, QueueEntry, queue_values
+from packager.cli.queue_view import print_queue, watch_queue
+from packager.fleet.queue import STATES, QueueEntry, queue_values, queued_recipes, read_queue
 from packager.fleet.recipe_state import RecipeState, write_recipe_state
 from packager.fleet.store import Store, open_store
 from packager.fleet.tasks import QueueState
@@ -112,6 +114,39 @@ def test_what_was_done_of_another_recipe_is_a_request_again(
     assert states(*words)["recipe.yaml"][0] == named
     tiny_recipe.write_recipe(requests, {"calibration.seed": 7})
     assert states(*words) == {"recipe.yaml": again}
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_watch_follows_what_is_building_to_its_end(
+    on_terminal: bool, requests: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = requests / "recipe.yaml"
+    states = [
+        state_of(recipe, "building", stage="sweep"), state_of(recipe, "building", stage="sweep"),
+        state_of(recipe, "building", stage="publish", machine="node-4"), state_of(recipe, "published", stage="publish", machine=""),
+    ]  # fmt: skip
+    queued = queued_recipes([requests], (), print, dist=requests / "dist")
+    options = tiny_recipe.options(requests / "dist")
+
+    def read() -> Sequence[QueueEntry]:
+        write_recipe_state(store, REPOSITORY, states.pop(0))
+        return read_queue(queued, options, store)
+
+    slept: list[float] = []
+    monkeypatch.setattr("packager.cli.queue_view.time.sleep", slept.append)
+    out = StringIO()
+    console = Console(file=out, width=100, force_terminal=on_terminal, color_system=None)
+    watch_queue(read(), read, console)
+    shown = out.getvalue()
+    assert (states, len(slept)) == ([], 3)
+    assert shown.rstrip().endswith("1 recipe: 1 published")
+    lines = [f"{REPOSITORY}: building, publish, node-4", f"{REPOSITORY}: published, publish"]
+    assert [line for line in shown.splitlines() if line.startswith(f"{REPOSITORY}: ")] == ([] if on_terminal else lines)
+    assert "node-4" in shown
+    assert ("node-3" in shown) is on_terminal
+    assert "published" in shown
+    watch_queue([], read, console)
+    assert len(slept) == 3, "nothing is building"
 
 
 def test_a_running_build_of_this_machine_is_seen(requests: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def queue_command(
         Path | None, typer.Option("--page", metavar="FILE", help="Also write the queue as an HTML page.")
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the recipes that are building to their end.")] = False,
     format: FormatOption = Format.text,  # noqa: A002
 ) -> None:
     """Show how far each recipe of a folder is.
@@ -54,7 +55,7 @@ def queue_command(
     Exits with 0, whatever the states are.
     """
     from packager.card.report import html_page
-    from packager.cli.queue_view import print_queue
+    from packager.cli.queue_view import print_queue, watch_queue
     from packager.fleet.queue import queue_values, queued_recipes, read_queue
     from packager.fleet.store import open_store
     from packager.system.files import write_atomic
@@ -63,6 +64,8 @@ def queue_command(
         raise UsageError("RECIPE or FOLDER is missing", hint="name a folder of recipes, such as recipes")
     if open_page and page is None:
         raise UsageError("a page is written by --page alone", hint="give --page FILE with --open")
+    if watch and (page is not None or format is Format.json):
+        raise UsageError("--watch shows text alone", hint="leave out --page and --format json")
     terminal = terminal_of()
     queued = queued_recipes(recipes or (), glob or (), terminal.log, dist=dist)
     opened = open_store(store) if store else None
@@ -79,6 +82,8 @@ def queue_command(
         terminal.result(queue_values(entries))
     else:
         print_queue(entries, time.time(), terminal.out)
+        if watch:
+            watch_queue(entries, lambda: read_queue(queued, options, opened), terminal.out)
         if page is not None:
             terminal.write(f"{page}\n")
     if open_page and page is not None:

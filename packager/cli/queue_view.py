@@ -1,8 +1,11 @@
 """The table of the queue."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from itertools import chain
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -11,6 +14,7 @@ from packager.fleet.queue import QueueEntry
 from packager.system.text import printable, rough_time
 
 _STYLES = {"published": "green", "built": "green", "building": "cyan", "parked": "bold red", "requested": ""}
+_WATCH_S = 2.0
 _LEAST_WHY = 24  # columns; with fewer a reason is read more easily below the table
 
 
@@ -30,6 +34,44 @@ def print_queue(entries: Sequence[QueueEntry], now: float, console: Console) -> 
     counts = {state: sum(entry.state == state for entry in entries) for state in order}
     shown = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
     print_line(console, f"{len(entries):,} recipe{'s' * (len(entries) != 1)}: {shown}")
+
+
+def watch_queue(entries: Sequence[QueueEntry], read: Callable[[], Sequence[QueueEntry]], console: Console) -> None:
+    """Follow the queue while a recipe is building, and print it at the end.
+
+    On a terminal what is building is a table that changes; elsewhere each change is a line.
+
+    Args:
+        entries: as they were printed.
+        read: gives them as they are.
+        console: of the output.
+    """
+    if not _building(entries):
+        return
+    seen = {entry.name: _line(entry) for entry in entries}
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while building := _building(entries):
+            if console.is_terminal:
+                live.update(
+                    _table(building, ("Repository", "State", "Stage", "Machine", "Seen"), time.time()), refresh=True
+                )
+            time.sleep(_WATCH_S)
+            entries = read()
+            now = {entry.name: _line(entry) for entry in entries}
+            if not console.is_terminal:
+                for line in (line for name, line in now.items() if seen.get(name) != line):
+                    print_line(console, line)
+            seen = now
+    print_queue(entries, time.time(), console)
+
+
+def _building(entries: Sequence[QueueEntry]) -> list[QueueEntry]:
+    return [entry for entry in entries if entry.state == "building"]
+
+
+def _line(entry: QueueEntry) -> str:
+    words = filter(None, (entry.stage, entry.machine, entry.why))
+    return printable(f"{entry.repository or entry.name}: {', '.join(chain([entry.state], words))}")
 
 
 def _table(entries: Sequence[QueueEntry], columns: Sequence[str], now: float) -> Table:
