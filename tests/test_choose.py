@@ -175,6 +175,8 @@ def test_what_a_record_of_before_does_not_say_is_not_known(fixture: PublishedFix
     assert rows(of_memory, "fits") == {MAIN: True, VARIANT: None}
     of_runtime = choose(fixture, "--runtime", "transformers")
     assert rows(of_runtime, "opened") == {MAIN: "expected", VARIANT: "unknown"}
+    of_another_package = choose(fixture, "--runtime", "plugin:Acme")
+    assert rows(of_another_package, "opened") == {MAIN: "unknown", VARIANT: "unknown"}
     assert of_runtime["branch"] == MAIN
 
 

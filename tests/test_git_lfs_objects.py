@@ -19,7 +19,7 @@ from packager.publish.targets.git_lfs import attributes, pointer
 from packager.publish.targets.git_lfs_objects import LfsObjects
 from packager.publish.targets.git_remote import RemoteGit
 from tests.git_servers import Service, serve_git
-from tests.publish_fixtures import git
+from tests.publish_fixtures import SHORT_WAITS, git
 
 TOKEN = "a-token-of-somebody"  # noqa: S105
 DATA = bytes(range(256)) * 400
@@ -132,7 +132,9 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
     monkeypatch.setattr(LfsObjects, "whole", downloaded)  # git-lfs, which not every machine has
     store = Store()
     with serve_objects(store) as port, serve_git(tmp_path / "served", TOKEN, lfs_port=port) as service:
-        target = GitTarget(f"{service.url}/model.git", tmp_path / "staging", token=TOKEN, log=log.append)
+        target = GitTarget(
+            f"{service.url}/model.git", tmp_path / "staging", token=TOKEN, log=log.append, waits=SHORT_WAITS
+        )
         commit = target.read_branches()["main"].commit
         yield Remote(target=target, commit=commit, store=store, service=service, log=log, whole=whole)
 
@@ -164,6 +166,16 @@ def test_an_address_that_expired_is_asked_for_again(remote: Remote) -> None:
     assert remote.log == []
 
 
+def test_a_busy_server_is_asked_again(remote: Remote) -> None:
+    remote.store.statuses = [503, 429, 200]
+    assert remote.read(5, 10) == DATA[5:15]
+    assert remote.read(50, 10) == DATA[50:60]
+    assert remote.whole == []
+    assert [line.partition("model.git: ")[2].partition("; trying")[0] for line in remote.log] == [
+        "the server answers 503", "the server answers 429",
+    ]  # fmt: skip
+
+
 ANSWERS: dict[str, tuple[dict[str, Any], str]] = {
     "no ranges": ({"ranges": False}, "does not send the part"),
     "another part": ({"header": "bytes 0-9/100"}, "does not send the part"),
@@ -193,7 +205,9 @@ def test_without_parts_the_whole_object_is_read_and_said_once(remote: Remote, na
     asked = len(remote.store.asked)
     assert remote.read(70, 10) == DATA[70:80]
     assert (remote.whole, len(remote.store.asked)) == ([SHA256] * 2, asked)
-    (line,) = remote.log
+    *again, line = remote.log
+    assert all("trying again" in each for each in again)
+    assert bool(again) is (name == "nobody")
     assert says in line
     assert line.startswith(f"{remote.service.url}/model.git: no part of a git-lfs object can be read")
     assert "secret" not in line

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from packager.card.mixed_bits import bits_in_words, chosen_bits
+from packager.card.mixed_bits import bits_in_words, bits_of_parameters, chosen_bits
 from packager.errors import PlanError, RecipeError
 from packager.inputs.base_model import SourceModel
 from packager.model.checkpoint import bits_patterns, block_keys
@@ -149,6 +149,7 @@ def test_the_sizes_lie_between_the_bounds_whatever_is_chosen() -> None:
             chosen = with_chosen_bits(
                 planned, some_bits(recipe_file, step=step), recipe_file.recipe, recipe_file.architecture
             )
+            assert planned.description.startswith(f"{bits_in_words(planned.variant.parameters())}, group size 128")
             assert planned.least_bytes <= chosen.weights_bytes <= planned.weights_bytes
             assert chosen.tensor_bytes <= planned.tensor_bytes
             assert (len(chosen.shards) > 1) == (shard == 1_000_000)  # of 1.4 to 2.4 MB
@@ -340,7 +341,7 @@ def test_a_record_with_other_bits_than_the_tensors_is_found(tmp_path: Path, buil
 
 @pytest.mark.slow
 def test_another_mean_measures_nothing_again(
-    tmp_path: Path, builds: Builds, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, builds: Builds, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = builds.copy(tmp_path, TINY)
     result, messages = build(recipe, capsys)
@@ -349,7 +350,10 @@ def test_another_mean_measures_nothing_again(
     content = json.loads(recipe.read_text())
     content["variants"][1]["mix"]["mean"] = 6
     recipe.write_text(json.dumps(content))
+    needed: list[int] = []
+    monkeypatch.setattr(stages, "check_disk", lambda _, needed_bytes: needed.append(needed_bytes))
     result, messages = build(recipe, capsys)
+    assert needed == [mixed_plan(RecipeFile.load(recipe)).weights_bytes], "nothing for losses that are kept"
     assert result.quantized == result.packed == (MIXED,)
     assert "at 8 bits" not in messages
     assert "mixed: bits of 12 groups of linears by loss: " in messages
@@ -470,6 +474,10 @@ def test_the_card_says_which_linears_have_which_bits() -> None:
         "8 bits: mlp.down_proj in blocks 0 to 2 and 5",
     )
     assert bits_in_words({"bits": 3}) == "3-bit"
+    assert (bits_of_parameters({"bits": 3}), bits_of_parameters({"bits": 2, "mix_bits": "2, 8"})) == (
+        ("3",),
+        ("2", "8"),
+    )
     assert bits_in_words({"bits": 3, "mix_bits": "2, 3, 4", "mix_mean": 3.25}) == (
         "2, 3 and 4 bits, 3.25 on average at most"
     )

@@ -114,6 +114,9 @@ def test_a_plan_has_the_verdicts_of_the_package(installed: Path, tmp_path: Path)
     ]
     unknown = found[MAIN]["plugin:bare"]
     assert (unknown.status, unknown.is_tried) == ("unknown", True), "a required loader without rules is run, too"
+    as_json = json.loads(CliRunner().invoke(app, ["plan", str(recipe), "--format", "json"]).stdout)
+    statuses = {each["loader"]: each["status"] for each in as_json["variants"][0]["loaders"]}
+    assert (statuses["plugin:bare"], statuses[ACME]) == ("unknown", "loads")
     shown = CliRunner().invoke(app, ["plan", str(recipe)]).stdout
     words = " ".join(shown.split())
     assert "no: acme (of another package) for three-bits: reads 2, 4, 8 bits only" in words

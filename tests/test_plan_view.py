@@ -223,7 +223,7 @@ def test_json_has_the_same_figures_in_bytes(plan: BuildPlan) -> None:
         assert (entry["weights_bytes"], entry["tensor_bytes"]) == (planned.weights_bytes, planned.tensor_bytes)
         assert entry["description"] == planned.description
         assert entry["loaders"] == [
-            {"loader": verdict.loader, "can_load": verdict.can_load, "reason": verdict.reason}
+            {"loader": verdict.loader, "status": verdict.status, "can_load": verdict.can_load, "reason": verdict.reason}
             for verdict in planned.verdicts
         ]
         assert entry["parameters"] == planned.variant.parameters()

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from packager.card.mixed_bits import bits_of_parameters
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
 from packager.receipt import Provenance
@@ -30,7 +31,7 @@ def metadata(
         CardError: the licence has no name the Hub would accept.
     """
     card = recipe.card
-    bits = dict.fromkeys(f"{provenance.parameters['bits']}-bit" for provenance in receipts)
+    bits = dict.fromkeys(f"{width}-bit" for receipt in receipts for width in bits_of_parameters(receipt.parameters))
     return {
         "base_model": recipe.base_model.id,
         "base_model_relation": "quantized",

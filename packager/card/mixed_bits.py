@@ -12,7 +12,12 @@ def bits_in_words(parameters: Mapping[str, object]) -> str:
     """Return `4-bit`, or of a mix `4 and 8 bits, 4.5 on average at most`."""
     if "mix_bits" not in parameters:
         return f"{parameters['bits']}-bit"
-    return f"{_and(str(parameters['mix_bits']).split(', '))} bits, {parameters['mix_mean']:g} on average at most"
+    return f"{_and(bits_of_parameters(parameters))} bits, {parameters['mix_mean']:g} on average at most"
+
+
+def bits_of_parameters(parameters: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the number of bits of a variant's linears, or those that a mix may have."""
+    return tuple(str(parameters.get("mix_bits", parameters["bits"])).split(", "))
 
 
 def chosen_bits(made: Provenance) -> tuple[str, ...]:

@@ -97,9 +97,11 @@ def _runtime(word: str) -> str:
     Raises:
         UsageError: there is no such runtime.
     """
-    from packager.model.runtimes import RUNTIMES
+    from packager.model.runtimes import OTHER_LOADER, RUNTIMES
     from packager.recipe.parsed_recipe import suggestion
 
+    if word.startswith(OTHER_LOADER):
+        return word  # records say whether it opened a branch
     name = word.casefold()
     if name and name not in RUNTIMES:
         raise UsageError(f"--runtime: there is no runtime {word[:40]!r} here", hint=suggestion(name, tuple(RUNTIMES)))

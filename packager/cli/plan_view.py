@@ -365,7 +365,12 @@ def _variant_json(plan: BuildPlan, planned: VariantPlan) -> Mapping[str, object]
         # Of a mix, the sizes are the largest, and its files are not known before its bits are chosen.
         **({"least_weights_bytes": planned.least_bytes} if planned.variant.mix is not None else {}),
         "loaders": [
-            {"loader": verdict.loader, "can_load": verdict.can_load, "reason": verdict.reason}
+            {
+                "loader": verdict.loader,
+                "status": verdict.status,
+                "can_load": verdict.can_load,
+                "reason": verdict.reason,
+            }
             for verdict in planned.verdicts
         ],
     }

@@ -199,7 +199,13 @@ def _needed_bytes(run: BuildState, missing: Sequence[VariantPlan]) -> int:
     folders = [run.workspace.work / variant_plan.variant.branch for variant_plan in missing]
     held = sum(path.stat().st_blocks * 512 for folder in folders for path in folder.rglob("*.safetensors"))
     whole = run.plan.disk
-    held -= whole.losses_bytes if any(variant_plan.variant.mix is not None for variant_plan in missing) else 0
+    # Losses that are kept are not measured again, unless they are of other texts: that space is not counted.
+    wanted = {width.digest for each in missing for width in each.widths}
+    held -= sum(
+        width.weights_bytes
+        for width in run.plan.only_measured
+        if width.digest in wanted and not run.workspace.losses_path(width.digest).exists()
+    )
     shares = sum(variant_plan.weights_bytes for variant_plan in missing) / sum(
         variant_plan.weights_bytes for variant_plan in run.plan.variants
     )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from packager.card.mixed_bits import bits_in_words
 from packager.model.architecture import Architecture
 from packager.model.checkpoint import Shard, checkpoint_tensors, split_shards
 from packager.model.compatibility import Verdict, verdicts
@@ -147,11 +148,8 @@ def with_chosen_bits(
 
 def variant_description(variant: Variant, weights_bytes: int, all_sizes: Sequence[int]) -> str:
     """Describe a variant by facts that need no measurement: bits, group size, act order, size against the others."""
-    mix = variant.mix
     facts = [
-        f"{variant.bits}-bit"
-        if mix is None
-        else f"bits of {' and '.join(map(str, mix.bits))}, {mix.mean:g} on average",
+        bits_in_words(variant.parameters()),
         "one group per row" if variant.group_size == -1 else f"group size {variant.group_size}",
         _ACT_ORDERS[variant.act_order],
     ]

@@ -5,7 +5,9 @@ git-lfs itself downloads whole objects, and of 7 GB an audit reads 2 MB. So part
 answer a ranged request.
 """
 
+import time
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -75,19 +77,24 @@ class LfsObjects:
         if object_path(self._git.worktree, stored.sha256).exists():
             return None
         open_session()
-        try:
-            return self._part_at_known(stored, start, size) or self._part(self._action(stored), stored, start, size)
-        except Exception as error:
-            if is_of_client(error):
-                self._ask_for_no_more(error)
-                return None
-            raise
+        for wait_s in (*self._git.retries_s, None):
+            try:
+                return self._part_at_known(stored, start, size) or self._part(self._action(stored), stored, start, size)
+            except Exception as error:
+                if is_of_client(error) and _may_pass(error) and wait_s is not None:
+                    self._log(f"{self._address}: {_words(error)}; trying again in {wait_s:g} s")
+                    time.sleep(wait_s)
+                    continue
+                if is_of_client(error):
+                    self._ask_for_no_more(error)
+                    return None
+                raise
+        return None
 
     def _ask_for_no_more(self, error: Exception) -> None:
-        # The client's own messages show addresses, which are signed.
-        why = printable(str(error)) if isinstance(error, AnswerError) else type(error).__name__
         self._sends_parts = False
-        self._log(f"{self._address}: no part of a git-lfs object can be read ({why}); whole objects are downloaded")
+        what = f"no part of a git-lfs object can be read ({_words(error)}); whole objects are downloaded"
+        self._log(f"{self._address}: {what}")
 
     def _part_at_known(self, stored: StoredFile, start: int, size: int) -> bytes | None:
         """Return a part from the address of an earlier part; None if there is none, or it has expired."""
@@ -148,6 +155,23 @@ class LfsObjects:
         return url, headers
 
 
+class _BusyError(AnswerError):
+    """An answer that may be another one later."""
+
+
 def _require_success(response: "Response") -> None:
     if response.is_error:
-        raise AnswerError(f"the server answers {response.status_code}")
+        busy = response.status_code == HTTPStatus.TOO_MANY_REQUESTS or response.is_server_error
+        raise (_BusyError if busy else AnswerError)(f"the server answers {response.status_code}")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether a failed request may succeed later: the network failed, or the server is busy."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return isinstance(error, _BusyError) or not isinstance(error, AnswerError | OfflineModeIsEnabled)
+
+
+def _words(error: Exception) -> str:
+    """Return why a request failed. The client's own messages show addresses, which are signed."""
+    return printable(str(error)) if isinstance(error, AnswerError) else type(error).__name__

@@ -79,6 +79,7 @@ class RemoteGit(GitProcess):
 
     Attributes:
         authorization: the header that gives the token to its host; "" without a token.
+        retries_s: see above.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class RemoteGit(GitProcess):
             },
             secrets={text for text in (token, password, quote(password, safe=""), basic) if password and text},
         )
-        self._address, self._view, self._log, self._retries_s = address, view, log, tuple(retries_s)
+        self._address, self._view, self._log, self.retries_s = address, view, log, tuple(retries_s)
 
     def beside(self, worktree: Path) -> "RemoteGit":
         """Return git for another repository on this machine with the same remote."""
@@ -131,7 +132,7 @@ class RemoteGit(GitProcess):
 
     def transfer(self, *arguments: str, stdin: bytes = b"", discard: bool = False) -> CommandResult:
         """Run a command that needs the remote; retry it after network failures, with growing waits."""
-        for wait_s in self._retries_s:
+        for wait_s in self.retries_s:
             result = self.attempt(*arguments, stdin=stdin, discard=discard)
             if not result.status or not is_transient(result.stderr):
                 return result
