@@ -123,7 +123,8 @@ def test_watch_follows_what_is_building_to_its_end(
     recipe = requests / "recipe.yaml"
     states = [
         state_of(recipe, "building", stage="sweep"), state_of(recipe, "building", stage="sweep"),
-        state_of(recipe, "building", stage="publish", machine="node-4"), state_of(recipe, "published", stage="publish", machine=""),
+        state_of(recipe, "building", stage="publish", machine="node-4"),
+        state_of(recipe, "published", stage="publish", machine=""),
     ]  # fmt: skip
     queued = queued_recipes([requests], (), print, dist=requests / "dist")
     options = tiny_recipe.options(requests / "dist")
