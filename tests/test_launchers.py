@@ -24,7 +24,7 @@ FOLDER = ROOT / "docs" / "examples" / "launchers"
 # A name with spaces and one with a quote; more than the parts, and no multiple of them.
 PATHS = [f"requests/{name}.yaml" for name in ("a", "b c", "d'e", "f", "g", "h", "i", "j", "k", "l")]
 STAND_IN = """#!/bin/bash
-if [ "$1" = queue ]; then cat "$ANSWER"; else printf '%s\\n' "$@" >> "$CALLS"; fi
+if [ "$1" = queue ]; then cat "$ANSWER"; else printf '%s\\n' "$@" >> "$CALLS"; exit "${CODE:-0}"; fi
 """
 
 
@@ -58,7 +58,8 @@ def part(script: str, variables: Mapping[str, str], folder: Path) -> list[str]:
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HOME": str(folder), "STORE": "s3://bucket/fleet",
         "ANSWER": str(folder / "answer.json"), "CALLS": str(calls), **variables,
     }  # fmt: skip
-    subprocess.run(["bash", "-c", script], env=environ, cwd=folder, check=True)
+    done = subprocess.run(["bash", "-c", script], env=environ, cwd=folder, check=False)
+    assert done.returncode == int(variables.get("CODE", 0)), "packager's own exit code is what the Job's rules compare"
     return calls.read_text().splitlines() if calls.exists() else []
 
 
@@ -75,11 +76,12 @@ def test_the_parts_are_all_recipes_once(name: str, index: str, count: str, tmp_p
         found += [word for word in words if word.endswith(".yaml")]
     assert sorted(found) == sorted(PATHS)
     assert part(script_of(name), {index: "40", count: "41"}, tmp_path) == [], "a machine too many does nothing"
+    assert part(script_of(name), {index: "0", count: "1", "CODE": "2"}, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["kubernetes.yaml", "skypilot.yaml"])
 def test_the_options_of_the_launchers_exist(name: str) -> None:
-    calls = re.findall(r"packager ((?:queue|release) [^|\n]+)", script_of(name))
+    calls = re.findall(r"packager ((?:queue|release) [^|#\n]+)", script_of(name))
     assert len(calls) == 2
     for call in calls:
         command, *words = shlex.split(call)
