@@ -1,7 +1,8 @@
 """The options of `release` for many recipes at a time."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -114,6 +115,7 @@ class FleetOptions:
     attempts: int = 4
     priorities: Sequence[str] = ()
     per_hour: Sequence[str] = ()
+    trusted_keys: Sequence[Path] = field(default=(), compare=False)  # of one recipe after the other, too
 
     @property
     def several(self) -> bool:

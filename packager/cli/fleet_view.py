@@ -110,7 +110,7 @@ def _local_processes(
         folder=options.dist,
         cache=options.cache,
         orders=orders,
-        command=(sys.executable, "-m", task_process.__name__),
+        command=(sys.executable, *_task_command(fleet)),
         environ=environ,
         jobs=jobs,
         gpus=gpus[: per_task * jobs],
@@ -136,7 +136,7 @@ def _ray_fleet(
         raise UsageError(f"--ray {address}: whoever reaches it could run code", hint=AUTHENTICATION_HINT)
     return lambda orders, needs: RayFleet(
         client=(sys.executable, "-m", ray_process.__name__, address),
-        command=("-m", task_process.__name__),
+        command=_task_command(fleet),
         client_log=options.dist / "logs" / "ray-client.log",
         folder=PurePosixPath(options.dist.absolute()),
         orders=orders,
@@ -145,6 +145,11 @@ def _ray_fleet(
         disk_bytes=fleet.disk_bytes,
         needs=needs,
     )
+
+
+def _task_command(fleet: "FleetOptions") -> tuple[str, ...]:
+    """Return the arguments of Python that start the process of a task."""
+    return ("-m", task_process.__name__, *(str(path.absolute()) for path in fleet.trusted_keys))
 
 
 def absolute_store(url: str) -> str:

@@ -101,13 +101,14 @@ def release_command(
 
     fleet = FleetOptions(
         jobs=jobs, ray=ray, store=store, disk_bytes=disk, store_bytes=store_size, gpus=gpus, attempts=attempts,
-        priorities=tuple(priority or ()), per_hour=tuple(per_hour or ()),
+        priorities=tuple(priority or ()), per_hour=tuple(per_hour or ()), trusted_keys=tuple(trusted_key or ()),
     )  # fmt: skip
     fleet.check(fail_fast=fail_fast, sign_key=sign_key is not None)
     environ = dict(os.environ)  # before the passphrase leaves it: the process that publishes signs
     if sign_key is not None:
         environ["PACKAGER_SIGN_KEY"] = str(sign_key.absolute())
-    keys, attended = signing_keys(sign_key, trusted_key), yes or (not fleet.several and sys.stdin.isatty())
+    keys = signing_keys(sign_key, trusted_key, ask=not fleet.several)
+    attended = yes or (not fleet.several and sys.stdin.isatty())
     checks = ReleaseChecks(strict=strict, publishing=not no_publish, attended=attended, keys=keys, here=not ray)
     paths, options = choose(recipes, glob, format).paths, options_of(dist, device, cache, gpu_memory)
     answer = _Answer(terminal=terminal_of(), as_json=format is Format.json, assume_yes=yes, fail_fast=fail_fast)

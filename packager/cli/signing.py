@@ -41,10 +41,16 @@ MinReleaseOption = Annotated[
 
 
 def signing_keys(
-    key: Path | None, trusted: list[Path] | None = None, *, unsigned: bool = False, dry_run: bool = False
+    key: Path | None,
+    trusted: list[Path] | None = None,
+    *,
+    unsigned: bool = False,
+    dry_run: bool = False,
+    ask: bool = True,
 ) -> "SigningKeys":
     """Read the keys of a command; in a dry run, `key` may be a public key.
 
+    Unless it may `ask`, the passphrase comes from PACKAGER_SIGN_PASSPHRASE alone: other processes sign, later.
     The passphrase is removed from the environment: no child process gets it.
 
     Raises:
@@ -61,7 +67,7 @@ def signing_keys(
 
     def passphrase() -> bytes:
         text = secret
-        if not text and sys.stdin.isatty():
+        if not text and ask and sys.stdin.isatty():
             text = typer.prompt(f"Passphrase of {key}", hide_input=True, err=True)
         return text.encode()
 

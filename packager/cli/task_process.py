@@ -1,11 +1,12 @@
-"""The process of one task of a fleet: `python -m packager.cli.task_process CALL`, started by an executor.
+"""The process of one task of a fleet: `python -m packager.cli.task_process [TRUSTED...] CALL`, started by an executor.
 
-CALL is a `TaskCall` as JSON. What becomes of the task is one line on standard output, a `TaskReport`; the log goes to
-standard error. Exits with 0 if it could say so.
+TRUSTED are the public keys that may have signed a release before. CALL is a `TaskCall` as JSON. What becomes of the
+task is one line on standard output, a `TaskReport`; the log goes to standard error. Exits with 0 if it could say so.
 """
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,12 @@ def run_one_task() -> None:
     from packager.fleet.worker import TaskCall, TaskReport
     from packager.system.terminal import Terminal
 
-    call, terminal = TaskCall.model_validate_json(sys.argv[1]), Terminal(verbose=True)
+    *trusted, text = sys.argv[1:]
+    call, terminal = TaskCall.model_validate_json(text), Terminal(verbose=True)
     report = TaskReport()
     try:
         try:
-            _run(call, terminal)
+            _run(call, terminal, [Path(path) for path in trusted])
         except PATH_REFUSALS as error:
             raise path_refusal(error) or error from error
     except PackagerError as error:
@@ -36,12 +38,14 @@ def run_one_task() -> None:
     terminal.write(report.model_dump_json() + "\n")
 
 
-def _run(call: "TaskCall", terminal: "Terminal") -> None:
+def _run(call: "TaskCall", terminal: "Terminal", trusted: Sequence[Path]) -> None:
     from packager.fleet.worker import drop_recipes, run_task
     from packager.pipeline.build_state import Options, default_cache
 
     order, folder = call.order, Path(call.folder)
     drop_recipes(folder, call.drop)
+    # First: it takes the passphrase out of the variables, which a target of another package gets.
+    keys = _keys(trusted) if order.stage == "publish" else None
     options = Options(
         dist=folder,
         cache=Path(call.cache) if call.cache else default_cache(os.environ),
@@ -50,15 +54,15 @@ def _run(call: "TaskCall", terminal: "Terminal") -> None:
         gpu_memory_bytes=order.gpu_memory_bytes,
         local_target=Path(order.local_target) if order.local_target else None,
     )
-    run_task(order, options, terminal, keys=_keys() if order.stage == "publish" else None)
+    run_task(order, options, terminal, keys=keys)
 
 
-def _keys() -> "SigningKeys | None":
-    """Return the key of the machine that publishes, as its environment names it."""
+def _keys(trusted: Sequence[Path]) -> "SigningKeys":
+    """Return the key of the machine that publishes, as its environment names it, and those that are trusted."""
     from packager.cli.signing import signing_keys
 
     key = os.environ.get("PACKAGER_SIGN_KEY")
-    return signing_keys(Path(key)) if key else None
+    return signing_keys(Path(key) if key else None, list(trusted), ask=False)
 
 
 if __name__ == "__main__":

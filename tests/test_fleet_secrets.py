@@ -1,0 +1,121 @@
+"""What of this machine's secrets the processes of a fleet get: keys and a passphrase where they publish, a token."""
+
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+from typer.testing import CliRunner, Result
+
+from packager.cli.main import app
+from packager.cli.task_process import run_one_task
+from packager.errors import PublishError
+from packager.fleet.fleet_release import FleetSettings
+from packager.fleet.worker import TaskCall, TaskOrder
+from packager.pipeline.build_state import Options
+from packager.pipeline.many_recipes import RecipeResult
+from packager.publish.sign_release import SigningKeys
+from tests.import_graph import ROOT
+
+PASSPHRASE = "a secret"  # noqa: S105 - of a key made here
+RECIPE = str(ROOT / "recipes" / "demo-llama.yaml")
+
+
+def key_file(folder: Path, passphrase: str = "") -> Path:
+    """Write a private key, encrypted with a passphrase if there is one."""
+    encryption = BestAvailableEncryption(passphrase.encode()) if passphrase else NoEncryption()
+    path = folder / "sign.key"
+    path.write_bytes(Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption))
+    path.chmod(0o600)
+    return path
+
+
+def public_key_file(folder: Path) -> Path:
+    path = folder / "old.pub"
+    public = Ed25519PrivateKey.generate().public_key()
+    path.write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return path
+
+
+def released(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[Result, Sequence[FleetSettings]]:
+    """Run `release` up to its fleet, and return the settings of the fleet, if it came so far."""
+    reached: list[FleetSettings] = []
+
+    def release_by_fleet(paths: Sequence[Path], *rest: Any) -> tuple[RecipeResult, ...]:
+        reached.append(rest[3])
+        return tuple(RecipeResult(path=path, outcome="published") for path in paths)
+
+    monkeypatch.setattr("packager.fleet.fleet_release.release_by_fleet", release_by_fleet)
+    words = ("release", RECIPE, "--dist", str(folder / "dist"), "--device", "cpu", "--yes", *words)
+    return CliRunner().invoke(app, words), reached
+
+
+@pytest.mark.parametrize(
+    "where", [("--jobs", "1"), ("--ray", "127.0.0.1:6379", "--store", "store")], ids=lambda x: x[0]
+)
+def test_trusted_keys_reach_the_processes_of_tasks(
+    where: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    public = public_key_file(tmp_path)
+    done, (settings,) = released(tmp_path, monkeypatch, *where, "--trusted-key", public.name)
+    assert done.exit_code == 0, done.stderr
+    executor: Any = settings.open_executor({}, lambda: ())
+    command = executor.command if where[0] == "--ray" else executor._command
+    assert command[-3:] == ("-m", "packager.cli.task_process", str(public))
+
+
+def test_nobody_is_asked_for_a_passphrase_that_no_task_would_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("packager.cli.signing.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.setattr("typer.prompt", lambda *_, **__: PASSPHRASE)
+    monkeypatch.delenv("PACKAGER_SIGN_PASSPHRASE", raising=False)
+    words = ("--jobs", "1", "--sign-key", str(key_file(tmp_path, PASSPHRASE)))
+    done, reached = released(tmp_path, monkeypatch, *words)
+    assert done.exit_code == PublishError.exit_code
+    assert "PACKAGER_SIGN_PASSPHRASE has the passphrase" in done.stderr
+    assert not reached
+
+
+@pytest.mark.parametrize("stage", ["publish", "sweep"])
+def test_the_process_of_a_task_signs_and_gives_no_target_the_passphrase(
+    stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_task(_: TaskOrder, options: Options, __: object, *, keys: SigningKeys | None) -> None:
+        seen.append((options, keys))
+
+    seen: list[tuple[Options, SigningKeys | None]] = []
+    monkeypatch.setattr("packager.fleet.worker.run_task", run_task)
+    monkeypatch.setenv("PACKAGER_SIGN_KEY", str(key_file(tmp_path, PASSPHRASE)))
+    order = TaskOrder(recipe="a.yaml", repository="tester/a", inputs="i", store="", stage=stage)
+    call = TaskCall(order=order, folder=str(tmp_path))
+    if stage == "publish":
+        monkeypatch.setenv("PACKAGER_SIGN_PASSPHRASE", PASSPHRASE)
+    monkeypatch.setattr(sys, "argv", ["task_process", str(public_key_file(tmp_path)), call.model_dump_json()])
+    with redirect_stdout(io.StringIO()) as out:
+        run_one_task()
+    assert json.loads(out.getvalue())["exit_code"] == 0
+    ((options, keys),) = seen
+    assert "PACKAGER_SIGN_PASSPHRASE" not in options.environ
+    assert "PACKAGER_SIGN_PASSPHRASE" not in os.environ
+    if stage == "publish":
+        assert keys is not None
+        assert keys.signer is not None
+        assert len(keys.trusted.keys) == 1
+    else:
+        assert keys is None
