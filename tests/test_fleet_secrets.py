@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
@@ -19,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from huggingface_hub.errors import GatedRepoError
 from typer.testing import CliRunner, Result
 
 from packager.cli.main import app
@@ -27,9 +29,14 @@ from packager.errors import PublishError
 from packager.fleet.fleet_release import FleetSettings
 from packager.fleet.worker import TaskCall, TaskOrder
 from packager.pipeline.build_state import Options
-from packager.pipeline.many_recipes import RecipeResult
+from packager.pipeline.many_recipes import RecipeResult, Results
+from packager.pipeline.release import ReleaseChecks, wanted_recipes
 from packager.publish.sign_release import SigningKeys
+from packager.system.terminal import Terminal
+from tests.hub_http import httpx
 from tests.import_graph import ROOT
+from tests.locks import write_lock
+from tests.tiny_recipe import options, write_all, write_recipe
 
 PASSPHRASE = "a secret"  # noqa: S105 - of a key made here
 RECIPE = str(ROOT / "recipes" / "demo-llama.yaml")
@@ -51,12 +58,14 @@ def public_key_file(folder: Path) -> Path:
     return path
 
 
-def released(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[Result, Sequence[FleetSettings]]:
-    """Run `release` up to its fleet, and return the settings of the fleet, if it came so far."""
-    reached: list[FleetSettings] = []
+def released(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str
+) -> tuple[Result, Sequence[tuple[FleetSettings, ReleaseChecks]]]:
+    """Run `release` up to its fleet, and return what the fleet gets, if it came so far."""
+    reached: list[tuple[FleetSettings, ReleaseChecks]] = []
 
     def release_by_fleet(paths: Sequence[Path], *rest: Any) -> tuple[RecipeResult, ...]:
-        reached.append(rest[3])
+        reached.append((rest[3], rest[2]))
         return tuple(RecipeResult(path=path, outcome="published") for path in paths)
 
     monkeypatch.setattr("packager.fleet.fleet_release.release_by_fleet", release_by_fleet)
@@ -72,7 +81,7 @@ def test_trusted_keys_reach_the_processes_of_tasks(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     public = public_key_file(tmp_path)
-    done, (settings,) = released(tmp_path, monkeypatch, *where, "--trusted-key", public.name)
+    done, ((settings, _),) = released(tmp_path, monkeypatch, *where, "--trusted-key", public.name)
     assert done.exit_code == 0, done.stderr
     executor: Any = settings.open_executor({}, lambda: ())
     command = executor.command if where[0] == "--ray" else executor._command
@@ -119,3 +128,27 @@ def test_the_process_of_a_task_signs_and_gives_no_target_the_passphrase(
         assert len(keys.trusted.keys) == 1
     else:
         assert keys is None
+
+
+@pytest.mark.parametrize(("read", "token", "why"), [("r", "r", ""), ("", False, "a token: set PACKAGER_READ_TOKEN")])
+def test_a_gated_model_is_asked_for_with_the_token_of_the_processes_that_build(
+    read: str, token: str | bool, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def auth_check(api: huggingface_hub.HfApi, _: str) -> None:
+        asked.append(api.token)
+        if asked[-1] != "r":
+            raise GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "https://hub.test")))
+
+    asked: list[str | bool | None] = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", auth_check)
+    monkeypatch.setenv("HF_TOKEN", "w")
+    monkeypatch.setenv("PACKAGER_READ_TOKEN", read)
+    _, ((_, checks),) = released(tmp_path, monkeypatch, "--jobs", "1")
+    write_all(tmp_path)
+    recipe = write_recipe(tmp_path, {"base_model": {"id": "tester/gated", "revision": "0" * 40}})
+    write_lock(recipe, json.loads((tmp_path / "model" / "config.json").read_text()), "tester/gated", "0" * 40)
+    results = Results(Terminal(quiet=True), by_path={recipe: RecipeResult(path=recipe)})
+    wanted = wanted_recipes(results, options(tmp_path / "dist"), checks)
+    assert asked == [token]
+    assert [file.path for file in wanted] == ([] if why else [recipe])
+    assert why in results.ordered[0].why

@@ -105,12 +105,16 @@ def test_the_job_is_one_part_for_each_pod_and_starts_again_what_was_lost() -> No
 
 
 def test_no_launcher_holds_a_token_and_no_pod_has_rights() -> None:
-    assert file_of("skypilot.yaml")["secrets"] == {"HF_TOKEN": None}
+    assert file_of("skypilot.yaml")["secrets"] == dict.fromkeys(("HF_TOKEN", "PACKAGER_READ_TOKEN"))
     pod = kubernetes_pod()
     assert pod["securityContext"]["runAsNonRoot"]
     assert pod["automountServiceAccountToken"] is False
     (container,) = pod["containers"]
-    (token,) = [each for each in container["env"] if "TOKEN" in each["name"]]
-    assert set(token) == {"name", "valueFrom"}
+    tokens = {each.pop("name"): each for each in container["env"] if "TOKEN" in each["name"]}
+    keys: dict[str, dict[str, Any]] = {
+        "HF_TOKEN": {"key": "token"},
+        "PACKAGER_READ_TOKEN": {"key": "read-token", "optional": True},
+    }
+    assert tokens == {name: {"valueFrom": {"secretKeyRef": {"name": "hub-token", **key}}} for name, key in keys.items()}
     assert "env" not in pod["initContainers"][0], "what fetches the requests sees no token"
     assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}

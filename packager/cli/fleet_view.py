@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -67,7 +68,9 @@ def release_side_by_side(
     from packager.fleet.fleet_release import FleetSettings, release_by_fleet
     from packager.fleet.scheduler import Policy
     from packager.fleet.store import open_store
+    from packager.fleet.task_processes import task_environ
 
+    checks = replace(checks, read_token=task_environ(environ, "fetch").get("HF_TOKEN", ""))
     limits = limits_of(fleet.per_hour)
     if fleet.ray:
         gpus = fleet.gpus if fleet.gpus is not None else int(options.device != "cpu")

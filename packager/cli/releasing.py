@@ -90,12 +90,13 @@ def release_command(
 
     With --jobs recipes do not wait for each other: while some are computed, others are fetched and published. Each
     stage of a recipe is a process, whose log is in --dist/logs. After Ctrl-C or a kill, the same command goes on after
-    the last finished block. With --store another machine can go on, too, and no two runs work on the same recipe.
+    the last finished block. With --store another machine can go on, too, and no two runs work on the same recipe. Only
+    processes that publish get what may write; the others read gated models with PACKAGER_READ_TOKEN, not HF_TOKEN.
 
     With --ray the nodes of a Ray cluster do this, each in --dist/machines/NAME on its own disk, with the same recipes,
     inputs and version of packager. Only nodes started with --resources '{"publish": 1}' publish, with the token and the
-    key (PACKAGER_SIGN_KEY) of their environment; no other task gets these, and PACKAGER_READ_TOKEN reads gated models.
-    A cluster that is not of this machine must ask for a token (RAY_AUTH_MODE=token).
+    key (PACKAGER_SIGN_KEY) of their environment. A cluster of other machines must ask for a token
+    (RAY_AUTH_MODE=token).
     """
     from packager.pipeline.release import ReleaseChecks
 

@@ -45,7 +45,8 @@ def hub_errors(what: str) -> Iterator[None]:
         raise SourceError(
             f"{what} is gated",
             why="the Hub requires an account that has accepted its licence",
-            hint="accept the licence on its page on the Hub, then `hf auth login` or set HF_TOKEN",
+            hint="accept the licence on its page on the Hub, then `hf auth login` or set HF_TOKEN; with "
+            "release --jobs or --ray set PACKAGER_READ_TOKEN",
         ) from error
     except hub.RevisionNotFoundError as error:
         raise SourceError(
@@ -54,7 +55,7 @@ def hub_errors(what: str) -> Iterator[None]:
     except hub.RepositoryNotFoundError as error:
         raise SourceError(
             f"{what} is not on the Hub, or is private and no token that may read it is set",
-            hint="check the id; `hf auth login`",
+            hint="check the id; `hf auth login`; with release --jobs or --ray set PACKAGER_READ_TOKEN",
         ) from error
     except hub.OfflineModeIsEnabled as error:
         raise SourceError(
@@ -77,13 +78,18 @@ def hub_errors(what: str) -> Iterator[None]:
         ) from error
 
 
-def access_problem(base_id: str) -> str:
-    """Return why a model on the Hub cannot be read by this user (gated, private, no network), or "" if it can."""
+def access_problem(base_id: str, token: str | None = None) -> str:
+    """Return why a model on the Hub cannot be read (gated, private, no network), or "" if it can.
+
+    Args:
+        base_id: the model.
+        token: whoever has it reads, "" for anybody; None for this user.
+    """
     import huggingface_hub
 
     try:
         with hub_errors(base_id):
-            huggingface_hub.HfApi().auth_check(base_id)
+            huggingface_hub.HfApi(token=False if token == "" else token).auth_check(base_id)
     except SourceError as error:
         return f"{error.what}: {error.why}" if error.why else error.what
     return ""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from packager.errors import MachineError, PackagerError, PublishError
@@ -31,6 +31,7 @@ class ReleaseChecks:
         attended: a person can be asked; if not, a target that others can see is refused first.
         keys: see `flow.publish`.
         here: this machine builds, and signs.
+        read_token: with which builds read base models on the Hub, "" for none; None for that of this user.
     """
 
     strict: bool = False
@@ -38,6 +39,7 @@ class ReleaseChecks:
     attended: bool = True
     keys: SigningKeys | None = None
     here: bool = True
+    read_token: str | None = field(default=None, repr=False)
 
 
 def release(
@@ -107,7 +109,7 @@ def wanted_recipes(results: Results, options: Options, checks: ReleaseChecks) ->
     signs = checks.publishing and checks.here
     files = _read_all(results, (checks.keys or SigningKeys()) if signs else None)
     _require_consent(files if checks.publishing else (), attended=checks.attended)
-    wanted = _that_can_be_built(results, files, options) if checks.here else files
+    wanted = _that_can_be_built(results, files, options, checks.read_token) if checks.here else files
     if checks.strict and any(result.outcome == "failed" for result in results.ordered):
         return []
     if checks.strict:
@@ -131,12 +133,14 @@ def _read_all(results: Results, keys: SigningKeys | None) -> list[RecipeFile]:
     return [file for file in files if results.by_path[file.path].outcome != "failed"]
 
 
-def _that_can_be_built(results: Results, files: Sequence[RecipeFile], options: Options) -> list[RecipeFile]:
+def _that_can_be_built(
+    results: Results, files: Sequence[RecipeFile], options: Options, read_token: str | None
+) -> list[RecipeFile]:
     """Plan recipes and return those that this machine can build; the results get the others."""
     wanted = []
     for file in files:
         with results.recorded(file.path):
-            if why := _why_not(BuildState(file, options, results.terminal)):
+            if why := _why_not(BuildState(file, options, results.terminal), read_token):
                 results.update(file.path, outcome="not built", why=why)
             else:
                 wanted.append(file)
@@ -177,16 +181,21 @@ def _refuse_skipped(results: Results) -> None:
     )
 
 
-def _why_not(run: BuildState) -> str:
+def _why_not(run: BuildState, read_token: str | None) -> str:
     """Return why this machine cannot continue a build, or ""; a finished build needs nothing of the machine."""
     with suppress(PackagerError):  # the build reports the error
         run.read_receipts()
     unfinished = any(map(run.missing, STAGES)) or run.loaders_to_run()
-    return cannot_build(run.plan, run.options) if unfinished else ""
+    return cannot_build(run.plan, run.options, read_token) if unfinished else ""
 
 
-def cannot_build(plan: BuildPlan, options: Options) -> str:
+def cannot_build(plan: BuildPlan, options: Options, read_token: str | None = None) -> str:
     """Return why this machine cannot build a plan, or "" when it can.
+
+    Args:
+        plan: of the recipe.
+        options: where and how.
+        read_token: see `ReleaseChecks`.
 
     Raises:
         MachineError: the options demand a GPU and there is none.
@@ -196,7 +205,15 @@ def cannot_build(plan: BuildPlan, options: Options) -> str:
     except MachineError as error:
         return f"{error.what} ({error.why})"
     base = plan.recipe.base_model
-    return _lacking_memory(plan, options) or (access_problem(base.id) if base.revision else "")
+    return _lacking_memory(plan, options) or (_unreadable(base.id, read_token) if base.revision else "")
+
+
+def _unreadable(base_id: str, read_token: str | None) -> str:
+    problem = access_problem(base_id, read_token)
+    if not problem or read_token is None:
+        return problem
+    with_what = "with PACKAGER_READ_TOKEN" if read_token else "without a token: set PACKAGER_READ_TOKEN"
+    return f"{problem} (the processes that build do not get HF_TOKEN, they read {with_what})"
 
 
 def _lacking_memory(plan: BuildPlan, options: Options) -> str:
