@@ -85,7 +85,8 @@ def test_what_becomes_of_a_process(name: str, tmp_path: Path) -> None:
 
 def test_only_a_process_that_publishes_gets_what_may_write() -> None:
     secrets = {"HF_TOKEN": "w", "PACKAGER_GIT_TOKEN": "g", "PACKAGER_SIGN_KEY": "k", "PACKAGER_SIGN_PASSPHRASE": "p",
-               "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "o", "HUGGING_FACE_HUB_TOKEN": "w"}  # fmt: skip
+               "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "o", "HUGGING_FACE_HUB_TOKEN": "w", "GITHUB_TOKEN": "h",
+               "GH_TOKEN": "h", "SSH_AUTH_SOCK": "/a"}  # fmt: skip
     environ = {"PATH": "/bin", **secrets, "PACKAGER_READ_TOKEN": "r", "RAY_AUTH_TOKEN": "t"}
     assert task_environ(environ, "publish") == {"PATH": "/bin", **secrets}
     for stage in ("fetch", "sweep", "evaluate", "verify", "card"):
@@ -320,6 +321,8 @@ REFUSED = {
     ("--jobs", "2", "--ray", "auto"): "give one of them",
     ("--ray", "auto"): "needs --store",
     ("--ray", "auto", "--store", "s", "--sign-key", "k"): "for this machine",
+    ("--ray", "auto", "--store", "s", "--cache", "c"): "XDG_CACHE_HOME",
+    ("--jobs", "1", "--store", "sftp://user:pw@host/store"): "leave it out",
     ("--ray", "10.0.0.7:6379", "--store", "s"): "RAY_AUTH_MODE=token",
     ("--ray", "ray://10.0.0.7:1", "--store", "s"): "HOST:PORT",
     ("--store", "s"): "need --jobs",
@@ -359,6 +362,7 @@ def test_options_that_do_not_fit_are_refused(words: tuple[str, ...], tmp_path: P
     done = CliRunner().invoke(app, ["release", recipe, "--dist", str(tmp_path / "dist"), *words])
     assert done.exit_code == UsageError.exit_code
     assert REFUSED[words] in done.stderr
+    assert "user:pw" not in done.stderr
     assert not (tmp_path / "dist").exists()
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,8 +25,9 @@ from typer.testing import CliRunner, Result
 
 from packager.cli.main import app
 from packager.cli.task_process import run_one_task
-from packager.errors import PublishError
+from packager.errors import MachineError, PublishError
 from packager.fleet.fleet_release import FleetSettings
+from packager.fleet.ray_fleet import RayFleet
 from packager.fleet.worker import TaskCall, TaskOrder
 from packager.pipeline.build_state import Options
 from packager.pipeline.many_recipes import RecipeResult, Results
@@ -152,3 +153,16 @@ def test_a_gated_model_is_asked_for_with_the_token_of_the_processes_that_build(
     assert asked == [token]
     assert [file.path for file in wanted] == ([] if why else [recipe])
     assert why in results.ordered[0].why
+
+
+def test_the_client_of_ray_gets_what_opens_the_cluster_and_nothing_that_writes(tmp_path: Path) -> None:
+    program = "import json, os; print(json.dumps({'refused': ' '.join(os.environ)}))"
+    environ = {"PATH": os.environ["PATH"], "HF_TOKEN": "w", "PACKAGER_SIGN_PASSPHRASE": "p", "RAY_AUTH_TOKEN": "t"}
+    fleet = RayFleet(
+        client=(sys.executable, "-c", program), command=(), client_log=tmp_path / "log", folder=PurePosixPath("/data"),
+        orders={}, environ=environ, log=lambda _: None,
+    )  # fmt: skip
+    with pytest.raises(MachineError) as caught, fleet:
+        pass
+    assert {"PATH", "RAY_AUTH_TOKEN", "HF_TOKEN_PATH"} <= set(caught.value.why.split())
+    assert not {"HF_TOKEN", "PACKAGER_SIGN_PASSPHRASE"} & set(caught.value.why.split())

@@ -9,6 +9,7 @@ import typer
 
 from packager.cli.options import read_size
 from packager.errors import UsageError
+from packager.system.text import has_credentials
 
 JobsOption = Annotated[
     int | None,
@@ -122,7 +123,7 @@ class FleetOptions:
         """Whether several recipes are released at a time."""
         return self.jobs is not None or bool(self.ray)
 
-    def check(self, *, fail_fast: bool, sign_key: bool) -> None:
+    def check(self, *, fail_fast: bool, sign_key: bool, cache: bool = False) -> None:
         """Refuse options that do not go together.
 
         Raises:
@@ -143,6 +144,17 @@ class FleetOptions:
             raise UsageError(
                 "--sign-key is for this machine, and --ray publishes on others",
                 hint="set PACKAGER_SIGN_KEY and PACKAGER_SIGN_PASSPHRASE for the nodes that publish, and not here",
+            )
+        if self.ray and cache:
+            raise UsageError(
+                "--cache is for this machine, and --ray makes loaders' environments on others",
+                hint="set XDG_CACHE_HOME for the nodes",
+            )
+        if has_credentials(self.store):
+            raise UsageError(
+                "the address of --store has a password or a key in it",
+                why="the process of each task, also on other machines, gets it on its command line",
+                hint="leave it out: what opens the store finds it in its own files or variables, or in those of fsspec",
             )
         if self.ray and not self.store:
             raise UsageError("--ray needs --store", why="machines share nothing else", hint="name a folder or a URL")

@@ -104,7 +104,7 @@ def release_command(
         jobs=jobs, ray=ray, store=store, disk_bytes=disk, store_bytes=store_size, gpus=gpus, attempts=attempts,
         priorities=tuple(priority or ()), per_hour=tuple(per_hour or ()), trusted_keys=tuple(trusted_key or ()),
     )  # fmt: skip
-    fleet.check(fail_fast=fail_fast, sign_key=sign_key is not None)
+    fleet.check(fail_fast=fail_fast, sign_key=sign_key is not None, cache=cache is not None)
     environ = dict(os.environ)  # before the passphrase leaves it: the process that publishes signs
     if sign_key is not None:
         environ["PACKAGER_SIGN_KEY"] = str(sign_key.absolute())

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from packager.errors import MachineError
 from packager.fleet.ray_messages import RayNews, RayNode, RayOrder
-from packager.fleet.task_processes import task_end
+from packager.fleet.task_processes import environ_without_secrets, task_end
 from packager.fleet.tasks import Machine, Start, TaskEnd
 from packager.fleet.worker import TaskCall, TaskOrder
 
@@ -41,10 +41,9 @@ class RayFleet:
         client_log: what it and Ray's library print.
         folder: the output folder of the nodes: each works in `machines/NAME` below it, on a disk of its own.
         orders: what is done, by recipe.
-        environ: the variables of the client.
+        environ: of this process; the client gets them without what may write.
         log: gets a line when the cluster is away or back.
         disk_bytes: of each node, for base models and builds; None for any.
-        own_base_models: see `TaskCall`.
         needs: returns what waits for machines, for Ray's autoscaler.
     """
 
@@ -217,7 +216,7 @@ class RayFleet:
         with self.client_log.open("ab") as log:
             self._process = subprocess.Popen(
                 self.client, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                env=dict(self.environ), start_new_session=True,
+                env=environ_without_secrets(self.environ), start_new_session=True,
             )  # fmt: skip
         self._reader = threading.Thread(target=self._read, args=(self._process, self._generation), daemon=True)
         self._reader.start()

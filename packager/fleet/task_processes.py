@@ -14,24 +14,32 @@ from packager.system.processes import Processes, ending, tail
 # An error of the recipe or of the model: the next attempt would fail in the same way.
 _FINAL: Final = frozenset({2, 4, 5, 7, 9})
 _MOST_S: Final = 30 * 24 * 3600.0
-# What can write to a target, or sign for it. `ACTIONS_ID_TOKEN_...` is a CI job's identity.
+# What can write to a target that packager knows, or sign for it. `ACTIONS_ID_TOKEN_...` is a CI job's identity. A token
+# of another package's target is not known, and what opens the store is needed.
 _SECRETS: Final = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PACKAGER_GIT_TOKEN", "PACKAGER_READ_TOKEN", "PACKAGER_SIGN_KEY",
     "PACKAGER_SIGN_PASSPHRASE", "ACTIONS_ID_TOKEN_REQUEST_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_URL", "HF_OIDC_RESOURCE",
+    "GITHUB_TOKEN", "GH_TOKEN", "SSH_AUTH_SOCK",
 )  # fmt: skip
+
+
+def environ_without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return variables without those that may write to a target or sign for it, see `_SECRETS`.
+
+    A token that `hf auth login` has written to a file is hidden as well.
+    """
+    return {name: value for name, value in environ.items() if name not in _SECRETS} | {"HF_TOKEN_PATH": os.devnull}
 
 
 def task_environ(environ: Mapping[str, str], stage: TaskStage) -> dict[str, str]:
     """Return the variables of a task's process: only one that publishes keeps what may write.
 
-    The others can read gated models with PACKAGER_READ_TOKEN. A token that `hf auth login` has written to a file is
-    hidden from them as well.
+    The others can read gated models with PACKAGER_READ_TOKEN.
     """
     own = {name: value for name, value in environ.items() if not name.startswith("RAY_")}  # may open the cluster
     if stage == "publish":
         return {name: value for name, value in own.items() if name != "PACKAGER_READ_TOKEN"}
-    kept = {name: value for name, value in own.items() if name not in _SECRETS}
-    kept["HF_TOKEN_PATH"] = os.devnull
+    kept = environ_without_secrets(own)
     if token := own.get("PACKAGER_READ_TOKEN"):
         kept["HF_TOKEN"] = token
     return kept
