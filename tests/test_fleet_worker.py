@@ -1,5 +1,6 @@
 """Tasks of one recipe on several machines that share a store."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from packager.fleet.store import FolderStore
 
 if TYPE_CHECKING:
     from packager.fleet.worker import TaskOrder
+    from tests.tiny_recipe import Builds
 
 REPOSITORY = "tester/tiny-GPTQ"
 
@@ -122,3 +124,68 @@ def test_a_machine_with_another_recipe_refuses_the_task(fleet: Fleet) -> None:
     fleet.recipe.write_text(text.replace('"seed": 0', '"seed": 1'))
     with pytest.raises(PlanError, match="would build something else"):
         fleet.run("one", "fetch")
+
+
+FILES_OF_A_CARD = {
+    "header.md": "card.header", "footer.md": "card.footer", "original.md": "card.original_card",
+    "templates/_banner.md.j2": "card.templates", "LICENSE.txt": "card.license.files", "model/NOTICE": "card.license.base_files",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe_with_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe that names a file of each kind that its cards are made of."""
+    from tests.tiny_recipe import write_inputs, write_recipe
+
+    folder = write_inputs(tmp_path_factory.mktemp("texts"))
+    (folder / "templates").mkdir()
+    for name in FILES_OF_A_CARD:
+        (folder / name).write_text("Before.\n")
+    texts = {key: name for name, key in FILES_OF_A_CARD.items() if name.endswith(".md")}
+    licenses = {"card.license.files": ["LICENSE.txt"], "card.license.base_files": ["NOTICE"]}
+    return write_recipe(folder, {**texts, **licenses, "card.templates": "templates"})
+
+
+@pytest.mark.parametrize("name", FILES_OF_A_CARD)
+def test_a_changed_file_of_the_card_is_another_release(name: str, recipe_with_texts: Path, tmp_path: Path) -> None:
+    """What was published from other texts is not taken for what would be published now."""
+    from packager.fleet.worker import inputs_digest
+    from packager.pipeline.build_state import BuildState
+    from packager.recipe.file import RecipeFile
+    from packager.system.terminal import Terminal
+    from tests.tiny_recipe import options
+
+    def digest() -> str:
+        return inputs_digest(BuildState(RecipeFile.load(recipe_with_texts), options(tmp_path), Terminal(quiet=True)))
+
+    path, before = recipe_with_texts.parent / name, digest()
+    path.write_text("After.\n")
+    changed = digest()
+    path.write_text("Before.\n")
+    assert (changed != before, digest()) == (True, before)
+
+
+def test_what_is_left_is_decided_from_folders_too(tmp_path: Path, builds: "Builds") -> None:
+    """Receipts whose folders were deleted are no builds: neither without a store, nor where a store has them."""
+    from packager.fleet.build_requests import Needs, fleet_recipe
+    from packager.fleet.shared_work import SharedWork
+    from packager.pipeline.build_state import BuildState
+    from packager.recipe.file import RecipeFile
+    from packager.system.terminal import Terminal
+    from tests.tiny_recipe import BRANCHES, MAIN, options, workspace
+
+    recipe, dist, here = builds.copy(tmp_path), tmp_path / "dist", workspace(tmp_path / "dist")
+
+    def stages() -> list[str]:
+        run = BuildState(RecipeFile.load(recipe), options(dist), Terminal(quiet=True))
+        needs = Needs(gpus=0, publishing=True, local_target=dist)
+        return [task.stage for task in fleet_recipe(run, needs).request.tasks]
+
+    shared = SharedWork(FolderStore(tmp_path / "store"), REPOSITORY)
+    shared.push(here, BRANCHES)
+    assert stages() == ["fetch", "card", "publish"]
+    before = files_below(dist / "builds")
+    shutil.rmtree(here.folder(MAIN).parent)
+    assert stages() == ["fetch", "sweep", "evaluate", "verify", "card", "publish"]
+    shared.pull(here, BRANCHES)
+    assert files_below(dist / "builds") == before

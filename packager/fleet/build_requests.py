@@ -58,7 +58,8 @@ def fleet_recipe(run: BuildState, needs: Needs) -> FleetRecipe:
 
     Raises:
         SourceError: a local base model cannot be read.
-        StateError: a receipt in the store cannot be read.
+        CardError: a text of the card cannot be read.
+        StateError: a receipt in the store cannot be read; without a store, a built folder differs from its receipt.
     """
     repository, path = run.recipe.repository.id, run.recipe_file.path
     order = TaskOrder(
@@ -104,12 +105,14 @@ def _is_published(store: Store | None, repository: str, inputs: str) -> bool:
 def _stages(run: BuildState, needs: Needs) -> list[TaskStage]:
     """Return the stages that are left: those after the last one that every branch has behind it, but for the cards."""
     after: list[TaskStage] = ["card", "publish"] if needs.publishing else ["card"]
-    shared = SharedWork(needs.store, run.recipe.repository.id) if needs.store is not None else None
-    read = shared.receipt if shared is not None else run.workspace.read_receipt
-    for branch, keys in run.keys.items():
-        receipt = read(branch)
-        if receipt is not None and receipt.stages.get("weights") == keys["weights"]:
-            run.receipts[branch] = receipt
+    if needs.store is None:
+        run.read_receipts()  # only of folders that are there
+    else:
+        shared = SharedWork(needs.store, run.recipe.repository.id)
+        for branch, keys in run.keys.items():
+            receipt = shared.receipt(branch)
+            if receipt is not None and receipt.stages.get("weights") == keys["weights"]:
+                run.receipts[branch] = receipt
     if run.missing("weights"):
         return ["fetch", "sweep", "evaluate", "verify", *after]
     if run.missing("evaluate"):

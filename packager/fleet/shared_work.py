@@ -55,10 +55,9 @@ class SharedWork:
             StateError: the store is damaged.
         """
         for branch in branches:
-            receipt = self.receipt(branch)
-            if receipt is None or receipt == workspace.read_receipt(branch):
+            receipt, folder = self.receipt(branch), workspace.folder(branch)
+            if receipt is None or (folder.exists() and receipt == workspace.read_receipt(branch)):
                 continue
-            folder = workspace.folder(branch)
             temporary = folder.with_name(f"{TEMPORARY_PREFIX}{branch}")
             shutil.rmtree(temporary, ignore_errors=True)
             for name, record in receipt.provenance.files.items():

@@ -5,14 +5,17 @@ A stage is what `build` and `publish` do; whether there is something left of it 
 
 import shutil
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 
 from packager.errors import PlanError
 from packager.fleet.shared_work import SharedWork
 from packager.fleet.store import open_store
 from packager.fleet.tasks import TaskStage
+from packager.inputs.source_files import list_source_files, read_small
 from packager.model.devices import DeviceChoice
 from packager.pipeline.build_state import STAGES, BuildState, Options
+from packager.pipeline.card_texts import read_card_texts, read_own_templates
 from packager.pipeline.cards import render_cards
 from packager.pipeline.flow import publish, raise_failed
 from packager.pipeline.running import shown_while_running
@@ -22,7 +25,9 @@ from packager.pipeline.workspace import Workspace
 from packager.publish.sign_release import SigningKeys
 from packager.receipt import digest_of
 from packager.recipe.file import RecipeFile
+from packager.recipe.lock_file import lock_text
 from packager.records import Record
+from packager.system.files import bytes_record, sha256_file
 from packager.system.terminal import Terminal
 
 
@@ -83,8 +88,24 @@ class TaskReport(Record):
 
 
 def inputs_digest(run: BuildState) -> str:
-    """Return the digest of everything that determines what is made of a recipe: its stage keys and its texts."""
-    return digest_of([run.recipe.digest(), run.keys])
+    """Return the digest of everything that determines what is published of a recipe.
+
+    That is what determines the weights and the figures (its stage keys), its lock, and the files that its cards are
+    made of: texts, templates and licences, of which no stage key knows.
+
+    Raises:
+        CardError, RecipeError, SourceError: a file cannot be read.
+    """
+    file, card = run.recipe_file, run.recipe.card
+    licenses = {name: sha256_file(file.resolve(name)) for name in card.license.files}
+    if (base := run.recipe.base_model.path) is not None:
+        folder = file.base_folder(base)
+        there = list_source_files(folder, card.license.base_files).licenses
+        licenses |= {f"of the base model: {name}": bytes_record(read_small(folder, name)).sha256 for name in there}
+    own = read_own_templates(file)
+    templates = dict(own.texts) if own is not None else {}
+    texts = [asdict(read_card_texts(file)), templates, licenses, lock_text(file.lock)]
+    return digest_of([run.recipe.digest(), run.keys, texts])
 
 
 def run_task(order: TaskOrder, options: Options, terminal: Terminal, *, keys: SigningKeys | None = None) -> None:
