@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from packager import __version__
 from packager.cli.fleet_view import counts_of, limits_of, priorities_of, table_of
 from packager.cli.main import app
-from packager.errors import UsageError
+from packager.errors import MachineError, UsageError
 from packager.fleet.build_requests import FleetRecipe, Needs
 from packager.fleet.fleet_run import FleetRun
 from packager.fleet.leased import LeasedExecutor
@@ -159,9 +159,12 @@ def recipe_of(repository: str, *, stages: Sequence[str] = STAGES) -> FleetRecipe
     )
 
 
-def run_of(executor: Instant, store: FolderStore | None, *recipes: FleetRecipe, name: str = "run") -> FleetRun:
+def run_of(
+    executor: Instant, store: FolderStore | None, *recipes: FleetRecipe, log: Callable[[str], None] = lambda _: None,
+    attempts: int = 2,
+) -> FleetRun:  # fmt: skip
     return FleetRun(
-        recipes=recipes, executor=executor, policy=Policy(attempts=2), store=store, name=name, log=lambda _: None
+        recipes=recipes, executor=executor, policy=Policy(attempts=attempts), store=store, name="run", log=log
     )
 
 
@@ -201,7 +204,7 @@ def test_an_interrupted_run_says_so_and_leaves_no_lease(tmp_path: Path) -> None:
     assert Lease(store, A, "other").claim(0.0)
     state = read_recipe_state(store, A)
     assert state is not None
-    assert (state.state, state.machine) == ("building", "")
+    assert (state.state, state.machine) == ("requested", "")
 
 
 def test_a_recipe_of_another_run_waits_and_is_taken_over_when_that_is_silent(tmp_path: Path) -> None:
@@ -212,7 +215,7 @@ def test_a_recipe_of_another_run_waits_and_is_taken_over_when_that_is_silent(tmp
     leased = LeasedExecutor(executor, store, "mine", lambda _: None, silent_s=60)
     leased.start(start_of(A))
     (end,) = leased.wait(None)
-    assert (end.result, end.why, end.final, executor.started) == ("failed", "another run has it: other", False, [])
+    assert (end.result, end.why, end.final, executor.started) == ("held", "another run has it: other", False, [])
     executor.clock = 61.0
     leased.start(start_of(A))
     assert executor.started == [f"{A} fetch"]
@@ -227,9 +230,121 @@ def test_a_recipe_of_another_run_waits_and_is_taken_over_when_that_is_silent(tmp
         leased.wait(executor.clock + 15)
     leased.start(start_of(A, "sweep"))
     (end,) = leased.wait(None)
-    assert end.final
+    assert (end.result, end.final) == ("held", True)
     assert end.why.startswith(f"another run has taken over {A}")
     assert executor.started == [f"{A} fetch"]
+
+
+def test_what_another_run_has_is_no_failure(tmp_path: Path) -> None:
+    """Two machines start the same command: the second does what the first has not claimed, and succeeds."""
+    store, executor = FolderStore(tmp_path), Instant()
+    other, logged = Lease(store, A, "other"), list[str]()
+    assert other.claim(0.0)
+    run = run_of(executor, store, recipe_of(A), recipe_of(B), log=logged.append)
+    wait = executor.wait
+
+    def wait_while_the_other_beats(until: float | None) -> Sequence[TaskEnd]:
+        other.beat()
+        return wait(until)
+
+    vars(run._noted)["wait"] = wait_while_the_other_beats
+    run.run()
+    found = [(each.outcome, each.exit_code) for each in run.results().values()]
+    assert found == [("elsewhere", 0), ("published", 0)]
+    assert run.results()[Path(f"{A}.yaml")].why == "fetch: another run has it: other (2 times)"
+    assert run.rows[0].state == "building"
+    assert not [line for line in logged if line.startswith(A) and "started" in line]
+    assert read_recipe_state(store, A) is None
+    other.beat()
+
+
+def test_a_lease_of_a_dead_run_takes_no_attempt(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    assert Lease(store, A, "dead").claim(0.0)
+    failed = TaskEnd(task=Task(recipe=A, stage="fetch"), result="failed", why="net", exit_code=3)
+    executor = Instant({f"{A} fetch": failed})
+    run = run_of(executor, store, recipe_of(A), attempts=4)
+    run.run()
+    assert executor.started == [f"{A} fetch"] * 4
+    (result,) = run.results().values()
+    assert (result.outcome, result.why, result.exit_code) == ("failed", "fetch: net (4 times)", 3)
+
+
+class AwayStore(FolderStore):
+    """A store that cannot be used for a while."""
+
+    away = False
+
+    def _path(self, name: str) -> Path:
+        if self.away:
+            raise MachineError("the store cannot be used now", why="503")
+        return super()._path(name)
+
+
+def test_a_store_that_is_away_for_a_while_ends_nothing(tmp_path: Path) -> None:
+    """Beats and states are missed; a claim is tried again; what was not written is written later."""
+
+    class Long(Instant):
+        """Each task takes a minute; the store is away while the sweep of A runs."""
+
+        def wait(self, until: float | None) -> Sequence[TaskEnd]:
+            store.away = self.started[-1:] == [f"{A} sweep"] and self.clock < 110
+            at = max((self.clocks[str(each.task)] + 60 for each in self.waiting), default=0.0)
+            if self.waiting and until is not None and until < at:
+                self.clock = max(self.clock, until)
+                return []
+            self.clock = max(self.clock, at)
+            return super().wait(until)
+
+        def start(self, order: Start) -> None:
+            self.clocks[str(order.task)] = self.clock
+            super().start(order)
+
+        clocks: dict[str, float] = {}  # noqa: RUF012
+
+    store, logged = AwayStore(tmp_path), list[str]()
+    run = run_of(Long(), store, recipe_of(A), log=logged.append)
+    run.run()
+    assert [each.outcome for each in run.results().values()] == ["published"], logged
+    away = [line for line in logged if "503" in line]
+    assert len(away) == 2, away  # a beat and a state, each said once
+    assert "the store can be used again" in logged
+    state = read_recipe_state(store, A)
+    assert state is not None
+    assert state.state == "published"
+    assert Lease(store, A, "other").claim(0.0)
+
+
+def test_a_claim_that_the_store_does_not_answer_is_tried_again(tmp_path: Path) -> None:
+    store, executor = AwayStore(tmp_path), Instant()
+    leased = LeasedExecutor(executor, store, "mine", lambda _: None)
+    store.away = True
+    leased.start(start_of(A))
+    (end,) = leased.wait(None)
+    assert (end.result, end.final, end.exit_code) == ("failed", False, MachineError.exit_code)
+    store.away = False
+    leased.start(start_of(A))
+    assert (executor.started, leased.has(A)) == ([f"{A} fetch"], True)
+
+
+def test_what_runs_for_hours_is_seen_meanwhile(tmp_path: Path) -> None:
+    class Long(Instant):
+        def wait(self, until: float | None) -> Sequence[TaskEnd]:
+            if until is not None and until < 300:
+                self.clock = max(self.clock, until)
+                return []
+            return super().wait(until)
+
+    class Counting(FolderStore):
+        written = 0
+
+        def write(self, name: str, data: bytes) -> None:
+            self.written += name.endswith("state.json")
+            super().write(name, data)
+
+    store = Counting(tmp_path)
+    run_of(Long(), store, recipe_of(A, stages=("fetch",))).run()
+    assert store.written >= 8, "every half minute of five"
 
 
 def test_the_table_shows_what_runs_first_and_counts_all() -> None:

@@ -1,13 +1,17 @@
 """The store that machines share, and the leases in it."""
 
+import errno
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from packager.errors import StateError
+from packager.errors import MachineError, StateError, UsageError
 from packager.fleet.leases import Lease
-from packager.fleet.store import Store, open_store
+from packager.fleet.store import FolderStore, RemoteStore, Store, open_store
 
 REPOSITORY = "tester/tiny-GPTQ"
 
@@ -74,3 +78,64 @@ def test_of_several_runs_one_claims(store: Store) -> None:
     leases = [Lease(store, REPOSITORY, str(number)) for number in range(8)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda lease: lease.claim(0), leases)).count(True) == 1
+
+
+def calls_of(store: Store, local: Path) -> list[Any]:
+    return [
+        lambda: store.read("a/b"), lambda: store.write("a/b", b""), lambda: store.create("a/b", b""),
+        lambda: store.size_bytes("a/b"), lambda: store.names("a"), lambda: store.put(local, "a/b"),
+        lambda: store.get("a/b", local.with_name("copy")),
+    ]  # fmt: skip
+
+
+def test_what_a_service_answers_is_an_error_that_may_pass(tmp_path: Path) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            def fail(*_: object, **__: object) -> None:
+                raise RuntimeError("503 Slow Down")
+
+            return fail
+
+    store, local = RemoteStore(f"memory://{tmp_path.name}"), tmp_path / "file"
+    vars(store)["_files"] = Broken()
+    local.write_bytes(b"")
+    for call in (*calls_of(store, local), lambda: store.delete("a")):
+        with pytest.raises(MachineError, match="the store cannot be used now") as caught:
+            call()
+        assert caught.value.why == "RuntimeError: 503 Slow Down"
+
+
+def test_a_stale_handle_is_no_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its lease's files a run would believe that another one has taken over."""
+    store, local = FolderStore(tmp_path / "store"), tmp_path / "file"
+    store.write("a/b", b"")
+    local.write_bytes(b"")
+
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    for name in ("read_bytes", "stat", "mkdir"):
+        monkeypatch.setattr(Path, name, stale)
+    monkeypatch.setattr(os, "scandir", stale)
+    for call in calls_of(store, local):
+        with pytest.raises(MachineError, match="the store cannot be used now"):
+            call()
+
+
+def test_a_url_that_nothing_opens_is_refused() -> None:
+    with pytest.raises(UsageError, match="no such URL"):
+        open_store("foo://bar")
+
+
+def test_who_looks_once_goes_by_the_time_of_the_beat(store: Store) -> None:
+    first, looker = Lease(store, REPOSITORY, "first"), Lease(store, REPOSITORY, "")
+    now = time.time()
+    assert not looker.is_held(now)
+    assert first.claim(0)
+    assert looker.is_held(now)
+    first.beat()
+    assert looker.is_held(now + 500)
+    assert not looker.is_held(now + 700)
+    first.beat()
+    first.release()
+    assert not looker.is_held(now)

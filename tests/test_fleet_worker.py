@@ -128,7 +128,8 @@ def test_a_machine_with_another_recipe_refuses_the_task(fleet: Fleet) -> None:
 
 FILES_OF_A_CARD = {
     "header.md": "card.header", "footer.md": "card.footer", "original.md": "card.original_card",
-    "templates/_banner.md.j2": "card.templates", "LICENSE.txt": "card.license.files", "model/NOTICE": "card.license.base_files",
+    "templates/_banner.md.j2": "card.templates", "LICENSE.txt": "card.license.files",
+    "model/NOTICE": "card.license.base_files",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from packager import __version__
 from packager.card.report import html_page
 from packager.cli.main import app
 from packager.cli.queue_view import print_queue, watch_queue
+from packager.fleet.leases import Lease
 from packager.fleet.queue import STATES, QueueEntry, queue_values, queued_recipes, read_queue
 from packager.fleet.recipe_state import RecipeState, write_recipe_state
 from packager.fleet.store import Store, open_store
@@ -93,11 +94,19 @@ def test_of_two_recipes_for_one_repository_the_second_is_parked(requests: Path, 
 def test_the_store_says_what_a_fleet_does(requests: Path, tmp_path: Path, store: Store) -> None:
     recipe, words = requests / "recipe.yaml", (requests, "--store", tmp_path / "store")
     assert states(*words) == {"recipe.yaml": ("requested", "")}
+    lease = Lease(store, REPOSITORY, "the run")
+    assert lease.claim(0.0)
+    lease.beat()
     for named in STATES:
         write_recipe_state(store, REPOSITORY, state_of(recipe, named, why="disk full"))
         (found,) = as_json(*words)
         shown = [found[key] for key in ("state", "why", "machine", "stage", "updated_at")]
         assert shown == [named, "disk full", "node-3", "sweep", 1e9]
+    lease.release()
+    write_recipe_state(store, REPOSITORY, state_of(recipe, "building"))
+    (found,) = as_json(*words)
+    shown = [found[key] for key in ("state", "why", "machine", "stage", "updated_at")]
+    assert shown == ["requested", "begun: its run has ended, and the next one goes on", "", "sweep", 1e9]
     store.write(f"{REPOSITORY}/state.json", b"{}")
     assert states(*words) == {"recipe.yaml": ("requested", "")}
 
@@ -126,6 +135,7 @@ def test_watch_follows_what_is_building_to_its_end(
         state_of(recipe, "building", stage="publish", machine="node-4"),
         state_of(recipe, "published", stage="publish", machine=""),
     ]  # fmt: skip
+    assert Lease(store, REPOSITORY, "the run").claim(0.0)
     queued = queued_recipes([requests], (), print, dist=requests / "dist")
     options = tiny_recipe.options(requests / "dist")
 

@@ -66,6 +66,7 @@ def release_side_by_side(
     """
     from packager.fleet.build_requests import Needs
     from packager.fleet.fleet_release import FleetSettings, release_by_fleet
+    from packager.fleet.fleet_run import LOOK_S
     from packager.fleet.scheduler import Policy
     from packager.fleet.store import open_store
     from packager.fleet.task_processes import task_environ
@@ -92,7 +93,7 @@ def release_side_by_side(
             name=f"{platform.node()} pid {os.getpid()}",
             open_executor=open_executor,
             patience_s=_PATIENCE_S if fleet.ray else 0.0,
-            turn_s=_REDRAWN_S if terminal.err.is_terminal else None,
+            turn_s=_REDRAWN_S if terminal.err.is_terminal else LOOK_S,
             show=show,
         )
         return release_by_fleet(paths, options, terminal, checks, settings, show_results)

@@ -20,6 +20,7 @@ _STYLES = {
     "published": "green",
     "failed": "bold red",
     "interrupted": "bold red",
+    "elsewhere": "yellow",
     "not built": "yellow",
     "not reached": "yellow",
 }
@@ -29,8 +30,8 @@ def print_results(results: Sequence["RecipeResult"], console: Console) -> None:
     """Print what became of each recipe; of a single one only why it was not built, as the rest is printed before."""
     if len(results) == 1:
         (result,) = results
-        if result.outcome == "not built":
-            print_line(console, f"{result.path}: not built: {result.why}")
+        if result.outcome in ("not built", "elsewhere"):
+            print_line(console, f"{result.path}: {result.outcome}: {result.why}")
         return
     whole = ("Recipe", "Repository", "Result", "Seconds")
     if width_of(_results_table(results, whole), console) + _LEAST_WHY <= console.width:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from packager.fleet.build_requests import FleetRecipe, Needs, fleet_recipe
-from packager.fleet.fleet_run import FleetRow, FleetRun
+from packager.fleet.fleet_run import LOOK_S, FleetRow, FleetRun
 from packager.fleet.scheduler import Policy
 from packager.fleet.tasks import Executor
 from packager.fleet.worker import TaskOrder
@@ -37,7 +37,7 @@ class FleetSettings:
     name: str
     open_executor: OpenExecutor
     patience_s: float = 0.0
-    turn_s: float | None = None
+    turn_s: float = LOOK_S
     show: Callable[[Sequence[FleetRow]], None] = lambda _: None
 
 

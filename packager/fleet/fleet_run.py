@@ -20,7 +20,7 @@ from packager.fleet.tasks import Executor, Machine, QueueState, Start, TaskEnd, 
 from packager.pipeline.many_recipes import Outcome, RecipeResult
 
 _OUTCOMES: Final[dict[QueueState, Outcome]] = {"published": "published", "built": "built", "parked": "failed"}
-_LOOK_S: Final = 30.0  # recipes of which nothing ran or ended are looked at so often: why they wait
+LOOK_S: Final = 30.0  # recipes of which nothing ran or ended are looked at so often: why they wait, and when seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,15 @@ class FleetRow:
 
 @dataclass
 class _Progress:
-    """What is known of a recipe beside the scheduler: its row, its last exit code, when it began and when it ended."""
+    """What is known of a recipe beside the scheduler: its row, its last exit code, when it began and when it ended.
+
+    `elsewhere`: its last task was not started, because another run has it.
+    """
 
     recipe: FleetRecipe
     row: FleetRow
     exit_code: int = 0
+    elsewhere: bool = False
     began_at: float | None = None
     ended_at: float | None = None
 
@@ -70,7 +74,7 @@ class FleetRun:
         ended: gets a line for each recipe that is published, built or parked.
         patience_s: how long to wait for a machine when nothing can start.
         silent_s: after so long without a sign another run may take a recipe over.
-        turn_s: see `show`; None for after changes only.
+        turn_s: see `show`.
     """
 
     recipes: Sequence[FleetRecipe]
@@ -83,9 +87,11 @@ class FleetRun:
     ended: Callable[[str], None] = lambda _: None
     patience_s: float = 0.0
     silent_s: float = SILENT_S
-    turn_s: float | None = None
+    turn_s: float = LOOK_S
     _progress: dict[str, _Progress] = field(default_factory=dict)
     _changed: set[str] = field(default_factory=set)
+    _unwritten: set[str] = field(default_factory=set)  # whose states the store did not take
+    _to_drop: list[str] = field(default_factory=list)  # whose builds leave the store
     _looked_at: float = 0.0
     _there: Sequence[Machine] = ()
 
@@ -99,18 +105,18 @@ class FleetRun:
             if not each.request.tasks:
                 done = FleetRow(repository=name, state="published", why="published before, from the same inputs")
                 self._progress[name] = _Progress(each, done, ended_at=self._looked_at)
+        self._noted = _Noted(self.executor, self._started)
         self._leased = (
-            LeasedExecutor(self.executor, self.store, self.name, self.log, self.silent_s) if self.store else None
+            LeasedExecutor(self._noted, self.store, self.name, self.log, self.silent_s) if self.store else None
         )
 
     def run(self) -> None:
         """Run everything to its end; however this ends, no lease is left."""
         self.show(self.rows)
-        inner = self._leased or self.executor
         try:
             drive(
                 self._scheduler,
-                _Noted(inner, self._started),
+                self._leased or self._noted,
                 observe=self._observe,
                 patience_s=self.patience_s,
                 turn_s=self.turn_s,
@@ -137,7 +143,7 @@ class FleetRun:
         outcome: Outcome = "not reached" if began is None else "interrupted"
         ended = progress.ended_at
         if ended is not None:
-            outcome = _OUTCOMES[row.state]
+            outcome = "elsewhere" if progress.elsewhere else _OUTCOMES[row.state]
         return RecipeResult(
             path=progress.recipe.path,
             repository=row.repository,
@@ -150,6 +156,7 @@ class FleetRun:
     def _started(self, start: Start) -> None:
         progress, now = self._progress[start.task.recipe], self.executor.now()
         progress.began_at = now if progress.began_at is None else progress.began_at
+        progress.elsewhere = False
         progress.row = replace(progress.row, stage=start.task.stage, machine=start.machine, began_at=now)
         self._changed.add(start.task.recipe)
         again = f", attempt {start.attempt}" if start.attempt > 1 else ""
@@ -157,7 +164,8 @@ class FleetRun:
 
     def _observe(self, ends: Sequence[TaskEnd]) -> None:
         for end in ends:
-            self._progress[end.task.recipe].exit_code = end.exit_code
+            progress = self._progress[end.task.recipe]
+            progress.exit_code, progress.elsewhere = end.exit_code, end.result == "held"
             self._changed.add(end.task.recipe)
             if end.result != "done":
                 self.log(f"{end.task}: {end.result}: {end.why or 'its machine went away'}")
@@ -168,23 +176,37 @@ class FleetRun:
                 for name in names:
                     self.log(f"machine {name} {said}")
             self._there = there
-        if (now := self.executor.now()) >= self._looked_at + _LOOK_S:
+        if (now := self.executor.now()) >= self._looked_at + LOOK_S:
             self._looked_at = now
             self._look(self._progress)
         self._look(self._changed)
-        if self.store is not None:
-            for name in self._scheduler.store_drops():
-                self.log(f"{name}: published, its builds leave the store")
-                SharedWork(self.store, name).drop_builds()
+        self._write_again()
         self.show(self.rows)
+
+    def _write_again(self) -> None:
+        """Bring to the store what it did not take before, and delete what it need not have; what fails waits."""
+        for name in list(self._unwritten):
+            self._keep(self._progress[name])
+        if self.store is None:
+            return
+        self._to_drop += self._scheduler.store_drops()
+        while self._to_drop:
+            try:
+                SharedWork(self.store, self._to_drop[0]).drop_builds()
+            except MachineError as error:
+                self.log(f"{self._to_drop[0]}: its builds stay in the store for now: {error.what}: {error.why}")
+                return
+            self.log(f"{self._to_drop.pop(0)}: published, its builds have left the store")
 
     def _give_up_leases(self) -> None:
         """Say of what this run leaves unfinished that nothing runs, and let another run have it."""
         if self._leased is None:
             return
-        for progress in self._progress.values():
+        for name, progress in self._progress.items():
             if progress.ended_at is None:
-                progress.row = replace(progress.row, machine="", began_at=None)
+                state = "requested" if progress.row.state == "building" else progress.row.state
+                progress.row = replace(progress.row, state=state, machine="", began_at=None)
+            if progress.ended_at is None or name in self._unwritten:
                 self._keep(progress)
         self._leased.release_all()
 
@@ -197,6 +219,8 @@ class FleetRun:
             state, running = self._scheduler.state(name), self._scheduler.running(name)
             row = replace(progress.row, state=state, why=self._scheduler.why(name))
             row = row if running else replace(row, machine="", began_at=None)
+            if state == "parked" and progress.elsewhere:
+                row = replace(row, state="building")
             publishes = any(task.stage == "publish" for task in progress.recipe.request.tasks)
             if not running and (state in ("published", "parked") or (state == "built" and not publishes)):
                 progress.ended_at = self.executor.now()
@@ -204,13 +228,17 @@ class FleetRun:
             if changed and self.store is not None:
                 self._keep(progress)
             if progress.ended_at is not None:
-                self.ended(f"{name}: {state}" + (f": {row.why}" if row.why else ""))
+                self.ended(f"{name}: {row.state}" + (f": {row.why}" if row.why else ""))
         self._changed.clear()
 
     def _keep(self, progress: _Progress) -> None:
-        """Write the state of a recipe that this run has; with its end its lease ends."""
+        """Write the state of a recipe that this run has, or later if the store does not take it.
+
+        With a recipe's end its lease ends.
+        """
         row, name = progress.row, progress.row.repository
         if self.store is None or self._leased is None or not self._leased.has(name):
+            self._unwritten.discard(name)
             return
         state = RecipeState(
             state=row.state,
@@ -223,7 +251,14 @@ class FleetRun:
             run=self.name,
             updated_at=time.time(),
         )
-        write_recipe_state(self.store, name, state)
+        try:
+            write_recipe_state(self.store, name, state)
+        except MachineError as error:
+            if name not in self._unwritten:
+                self.log(f"{name}: its state is not in the store yet: {error.what}: {error.why}")
+            self._unwritten.add(name)
+            return
+        self._unwritten.discard(name)
         if progress.ended_at is not None:
             self._leased.release(name)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from packager.errors import StateError
+from packager.errors import MachineError, StateError
 from packager.fleet.leases import SILENT_S, Lease
 from packager.fleet.store import Store
 from packager.fleet.tasks import Executor, Machine, Start, TaskEnd
@@ -12,6 +12,9 @@ _BEATS = 4  # within the time after which a lease is taken over
 
 class LeasedExecutor:
     """Claims the lease of a recipe before its first task, and refuses tasks of recipes that another run has.
+
+    A store that cannot be used now ends nothing: what runs goes on, and the next beat tries again. After `silent_s`
+    another run may take the recipes over; the next beat that reaches the store says so.
 
     Args:
         inner: runs the tasks.
@@ -30,6 +33,7 @@ class LeasedExecutor:
         self._taken_over: dict[str, str] = {}
         self._refused: list[TaskEnd] = []
         self._beaten_at = inner.now()
+        self._away = ""  # why the store could not be used by the last beat
         self.turn_s = silent_s / _BEATS
 
     def now(self) -> float:
@@ -41,23 +45,34 @@ class LeasedExecutor:
         return self._inner.machines()
 
     def start(self, order: Start) -> None:
-        """Start a task, or let it fail: for good if the recipe was taken over, for now if another run has it."""
-        repository = order.task.recipe
-        why, final = self._taken_over.get(repository, ""), True
-        if not why and repository not in self._held:
-            lease = self._leases.get(repository)
-            if lease is None:
-                lease = self._leases[repository] = Lease(self._store, repository, self._holder, self._silent_s)
-            if lease.claim(self._inner.now()):
-                lease.beat()
-                self._held.add(repository)
-            else:
-                why, final = f"another run has it: {lease.held_by()}", False
-        if not why:
-            self._inner.start(order)
+        """Start a task, or refuse it: for good if the recipe was taken over, for now if another run has it."""
+        task = order.task
+        if why := self._taken_over.get(task.recipe, ""):
+            self._refused.append(TaskEnd(task=task, result="held", why=why, final=True))
             return
-        code = StateError.exit_code
-        self._refused.append(TaskEnd(task=order.task, result="failed", why=why, final=final, exit_code=code))
+        try:
+            holder = self._other_holder(task.recipe)
+        except MachineError as error:
+            why = f"{error.what}: {error.why}"
+            self._refused.append(TaskEnd(task=task, result="failed", why=why, exit_code=error.exit_code))
+            return
+        if holder is None:
+            self._inner.start(order)
+        else:
+            self._refused.append(TaskEnd(task=task, result="held", why=f"another run has it: {holder}"))
+
+    def _other_holder(self, repository: str) -> str | None:
+        """Claim the lease of a recipe unless this run has it; return who has it instead, None for this run."""
+        if repository in self._held:
+            return None
+        lease = self._leases.get(repository)
+        if lease is None:
+            lease = self._leases[repository] = Lease(self._store, repository, self._holder, self._silent_s)
+        if not lease.claim(self._inner.now()):
+            return lease.held_by()
+        self._held.add(repository)
+        self._beat_one(repository)
+        return None
 
     def wait(self, until: float | None) -> Sequence[TaskEnd]:
         """Return refused tasks at once; otherwise wait, and let the leases live."""
@@ -76,7 +91,10 @@ class LeasedExecutor:
         """Give a lease up, if this run has it: nothing more of the recipe is started."""
         if repository in self._held:
             self._held.discard(repository)
-            self._leases.pop(repository).release()
+            try:
+                self._leases.pop(repository).release()
+            except MachineError as error:
+                self._log(f"{repository}: its lease ends in {self._silent_s:.0f} s, not now: {error.what}: {error.why}")
 
     def release_all(self) -> None:
         """Give all leases up."""
@@ -87,10 +105,21 @@ class LeasedExecutor:
         if self._inner.now() < self._beaten_at + self.turn_s:
             return
         self._beaten_at = self._inner.now()
-        for repository in list(self._held):
-            try:
-                self._leases[repository].beat()
-            except StateError as error:
-                self._held.discard(repository)
-                self._taken_over[repository] = f"{error.what}: {error.why}"
-                self._log(f"{repository}: {error.what}; what runs of it ends by itself")
+        missed = [why for repository in list(self._held) if (why := self._beat_one(repository))]
+        if missed and not self._away:
+            self._log(f"{missed[0]}; what runs goes on, and the store is tried again")
+        if self._away and not missed:
+            self._log("the store can be used again")
+        self._away = missed[0] if missed else ""
+
+    def _beat_one(self, repository: str) -> str:
+        """Let a lease live; return why the store could not be used, "" if it could."""
+        try:
+            self._leases[repository].beat()
+        except StateError as error:
+            self._held.discard(repository)
+            self._taken_over[repository] = f"{error.what}: {error.why}"
+            self._log(f"{repository}: {error.what}; what runs of it ends by itself")
+        except MachineError as error:
+            return f"{error.what}: {error.why}"
+        return ""

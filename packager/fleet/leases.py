@@ -1,13 +1,15 @@
 """Leases in a store: of several runs one has a recipe, and another takes it over when the first has gone silent.
 
 NAMESPACE/NAME/lease/GENERATION        made by `Store.create`, which one of several writers wins
-NAMESPACE/NAME/lease/GENERATION.beat   a counter that the holder raises
+NAMESPACE/NAME/lease/GENERATION.beat   a counter that the holder raises, and its time
 
-A lease is taken over after its counter was seen unchanged for a while by the clock of the one that looks: the clocks of
-machines are never compared. The holder that was only slow finds a later generation at its next beat, and stops.
+A lease is taken over after its beat was seen unchanged for a while by the clock of the one that looks: for that the
+clocks of machines are never compared. The holder that was only slow finds a later generation at its next beat, and
+stops. Whoever looks only once goes by the time in the beat, see `is_held`.
 """
 
 import re
+import time
 from dataclasses import dataclass
 
 from packager.errors import StateError
@@ -15,6 +17,8 @@ from packager.fleet.store import Store
 
 SILENT_S = 60.0
 _GENERATION = re.compile(r"(\d{8})")
+_BEAT = re.compile(rb"\d+ (\d{1,12})")  # the second is in seconds since 1970, by the holder's clock
+_LONG_S = 600.0  # more than clocks differ
 
 
 @dataclass
@@ -64,7 +68,7 @@ class Lease:
                 hint="let that run finish",
             )
         self._beats += 1
-        self.store.write(f"{self._name(self._generation)}.beat", str(self._beats).encode())
+        self.store.write(f"{self._name(self._generation)}.beat", f"{self._beats} {time.time():.0f}".encode())
 
     def release(self) -> None:
         """Give the lease up: the next run need not wait."""
@@ -74,6 +78,19 @@ class Lease:
         """Return the name of the run that has the lease, "" if nobody ever had it."""
         latest = self._latest()
         return (self.store.read(self._name(latest)) or b"").decode(errors="replace") if latest else ""
+
+    def is_held(self, seen_at: float) -> bool:
+        """Return whether a run has the lease and lives, by its last beat: for people, no run goes by it.
+
+        Args:
+            seen_at: in seconds since 1970. The holder's clock may be another one: a beat counts for ten minutes.
+        """
+        latest = self._latest()
+        beat = self.store.read(f"{self._name(latest)}.beat") if latest else b"released"
+        if beat == b"released":
+            return False
+        found = _BEAT.fullmatch(beat or b"")
+        return found is None or seen_at - int(found[1]) < _LONG_S  # none: it is claimed just now
 
     def _is_silent(self, latest: int, now: float) -> bool:
         beat = self.store.read(f"{self._name(latest)}.beat")

@@ -21,6 +21,7 @@ class RecipeProgress:
         home: the machine that has its base model.
         running: its tasks that run, with their machines.
         attempts: failures by task.
+        refusals: by task, how often another run had the recipe.
         losses: of machines by task.
         began: a task was started.
         why: it is parked or waits, or how the last task failed.
@@ -33,6 +34,7 @@ class RecipeProgress:
     home: str | None = None
     running: dict[Task, str] = field(default_factory=dict)
     attempts: dict[Task, int] = field(default_factory=dict)
+    refusals: dict[Task, int] = field(default_factory=dict)
     losses: dict[Task, int] = field(default_factory=dict)
     began: bool = False
     why: str = ""

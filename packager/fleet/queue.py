@@ -3,6 +3,7 @@
 Nothing is changed, and nothing is read from a network but the store.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from packager import __version__
-from packager.errors import PackagerError, UsageError
+from packager.errors import MachineError, PackagerError, UsageError
+from packager.fleet.leases import Lease
 from packager.fleet.recipe_state import read_recipe_state
 from packager.fleet.store import Store
 from packager.fleet.tasks import QueueState
@@ -109,6 +111,9 @@ def read_queue(
         step: gets the name of each recipe that was looked at.
 
     A recipe that cannot be read or planned, or that has the repository of another one, is parked: no run can build it.
+
+    Raises:
+        MachineError: the store cannot be used now.
     """
     taken: dict[str, QueueEntry] = {}
     found = []
@@ -122,6 +127,8 @@ def read_queue(
             else:
                 found.append(_in_store(known, file, store) if store is not None else _in_folder(known, file, options))
         except PackagerError as error:
+            if store is not None and isinstance(error, MachineError):
+                raise  # nothing is known of any recipe
             lines = [line.strip() for line in str(error).splitlines()]
             found.append(replace(entry, state="parked", why=": ".join(lines[:2])))
         step(entry.name)
@@ -132,7 +139,7 @@ def _in_store(entry: QueueEntry, file: RecipeFile, store: Store) -> QueueEntry:
     """Return an entry as the run says that has, or had, the recipe's lease.
 
     What was built, published or parked of another recipe or by another version is a request again. Its inputs are not
-    read here: `release` compares them.
+    read here: `release` compares them. What a run began that has ended, however it did, is a request, too.
     """
     known = read_recipe_state(store, entry.repository)
     if known is None:
@@ -141,6 +148,9 @@ def _in_store(entry: QueueEntry, file: RecipeFile, store: Store) -> QueueEntry:
     if known.state in ("built", "published", "parked") and (known.recipe_digest, known.version) != now:
         why = f"its recipe or packager changed since it was {known.state}"
         return replace(entry, why=why, updated_at=known.updated_at)
+    if known.state == "building" and not Lease(store, entry.repository, "").is_held(time.time()):
+        why = "begun: its run has ended, and the next one goes on"
+        return replace(entry, stage=known.stage or "", why=why, updated_at=known.updated_at)
     return replace(
         entry, state=known.state, stage=known.stage or "", machine=known.machine, why=known.why,
         updated_at=known.updated_at,

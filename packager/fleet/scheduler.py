@@ -25,7 +25,7 @@ class Policy:
         ahead: recipes that a machine fetches ahead for each task that it can compute at a time.
         fetches: base models that a machine fetches at a time.
         store_bytes: that builds may take in the store; None for any number.
-        attempts: after so many failures of a task its recipe is parked.
+        attempts: after so many failures of a task, or refusals because another run has it, its recipe is parked.
         losses: after so many losses of a task's machine its recipe is parked.
         backoff_s: the wait after the first failure; it doubles.
         most_backoff_s: the longest wait.
@@ -64,9 +64,7 @@ class Scheduler:
         self._store_bytes = 0
         self._publish_at = 0.0  # before, a limit that all share lets nothing be published
         self._now = 0.0
-        self._open = 0
-        self._running = 0
-        self._count = 0
+        self._open = self._running = self._count = 0
         for request in requests:
             self.add(request)
 
@@ -164,7 +162,7 @@ class Scheduler:
             self._dirty[machine] = None
         if outcome.result == "done":
             self._done(recipe, task)
-        elif outcome.result == "failed":
+        elif outcome.result in ("failed", "held"):
             self._failed(recipe, task, outcome, now)
         else:
             self._lost(recipe, task, machine, now)
@@ -353,7 +351,11 @@ class Scheduler:
             self._machines[str(recipe.home)].computing.discard(recipe.request.recipe)
 
     def _failed(self, recipe: RecipeProgress, task: Task, outcome: TaskEnd, now: float) -> None:
-        count = recipe.attempts[task] = recipe.attempts.get(task, 0) + 1
+        counts = recipe.attempts
+        if outcome.result == "held":  # which says nothing of the task, and keeps no other recipe waiting
+            counts = recipe.refusals
+            self._stop_computing(recipe)
+        count = counts[task] = counts.get(task, 0) + 1
         recipe.why = f"{task.stage}: {outcome.why}"
         if outcome.final or count >= self._policy.attempts:
             self._park(recipe, recipe.why + ("" if outcome.final else f" ({count} times)"))

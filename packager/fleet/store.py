@@ -1,22 +1,24 @@
 """The store that machines share, addressed by a URL: a folder, or what fsspec opens, such as s3://bucket/folder.
 
 A name is a relative path with '/'. Writing is atomic: a reader sees the old content, the new one or nothing. `create`
-is the one operation that tells two writers apart.
+is the one operation that tells two writers apart. What a file system or a service answers otherwise, such as a stale
+handle or a 503, is a MachineError: it may pass.
 """
 
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from packager.errors import MachineError, StateError
+from packager.errors import MachineError, PackagerError, StateError, UsageError
 from packager.system.files import TEMPORARY_PREFIX, disk_errors, fsync_folder, write_atomic
 
 
 class Store(Protocol):
-    """Files by name."""
+    """Files by name. Each method raises MachineError where the store does not do it now: another time it may."""
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file, None if there is none."""
@@ -51,7 +53,8 @@ def open_store(url: str) -> Store:
     """Open the store at a URL, or in a folder.
 
     Raises:
-        MachineError: a package that the URL needs is not installed.
+        UsageError: no package has stores with such URLs.
+        MachineError: a package that the URL needs is not installed, or the store cannot be opened.
     """
     scheme, separator, rest = url.partition("://")
     if not separator or scheme == "file":
@@ -67,6 +70,22 @@ def _checked(name: str) -> str:
     return name
 
 
+@contextmanager
+def _translated(where: str) -> Iterator[None]:
+    """Translate what a store raises; every service behind fsspec has errors of its own."""
+    try:
+        yield
+    except PackagerError:
+        raise
+    except Exception as error:
+        raise MachineError(
+            "the store cannot be used now",
+            where=where,
+            why=f"{type(error).__name__}: {error}",
+            hint="if it does not pass, check the network, the rights and the URL of the store",
+        ) from error
+
+
 class FolderStore:
     """A folder that all machines mount at the same path: NFS 4, Lustre, a disk of one machine."""
 
@@ -78,70 +97,77 @@ class FolderStore:
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file, None if there is none."""
-        try:
+        with _translated(name), suppress(FileNotFoundError):
             return self._path(name).read_bytes()
-        except FileNotFoundError:
-            return None
+        return None
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, or replace it."""
         path = self._path(name)
-        with disk_errors(path):
+        with _translated(name), disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, data)
+            write_atomic(path, data)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file unless there is one of this name: a hard link is made or refused at once, over NFS too."""
         path = self._path(name)
-        with disk_errors(path):
+        with _translated(name), disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
+            descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
             try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            fsync_folder(path.parent)
-            return True
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+                with os.fdopen(descriptor, "wb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    return False
+                fsync_folder(path.parent)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+        return True
 
     def size_bytes(self, name: str) -> int | None:
         """Return the size of a file, None if there is none."""
-        try:
+        with _translated(name), suppress(FileNotFoundError):
             return self._path(name).stat().st_size
-        except FileNotFoundError:
-            return None
+        return None
 
     def names(self, folder: str) -> list[str]:
         """Return the names of all files below a folder, sorted; unfinished ones are left out."""
         root = self._path(folder) if folder else self._root
-        found = (path for path in root.rglob("*") if not path.name.startswith(TEMPORARY_PREFIX) and path.is_file())
-        return sorted(path.relative_to(self._root).as_posix() for path in found)
+        with _translated(folder):  # rglob leaves out what it cannot read: a lease would seem to be gone
+            found = [Path(at, name) for at, _, names in os.walk(root, onerror=_raise_unless_gone) for name in names]
+        kept = (path for path in found if not path.name.startswith(TEMPORARY_PREFIX))
+        return sorted(path.relative_to(self._root).as_posix() for path in kept)
 
     def put(self, path: Path, name: str) -> None:
         """Copy a local file into the store."""
         target = self._path(name)
-        with disk_errors(target):
+        with _translated(name), disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             _copy(path, target)
 
     def get(self, name: str, path: Path) -> None:
         """Copy a file of the store to a local path."""
-        try:
-            with disk_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _copy(self._path(name), path)
-        except FileNotFoundError as error:
-            raise _missing(name) from error
+        with _translated(name):
+            try:
+                with disk_errors(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    _copy(self._path(name), path)
+            except FileNotFoundError as error:
+                raise _missing(name) from error
 
     def delete(self, folder: str) -> None:
         """Delete all files below a folder."""
         shutil.rmtree(self._path(folder), ignore_errors=True)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """Let a folder be left out that another process deleted meanwhile."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -169,66 +195,70 @@ class RemoteStore:
 
     def __init__(self, url: str) -> None:
         self._files: Any
-        try:
-            import fsspec
+        with _translated(url):
+            try:
+                import fsspec
 
-            self._files, self._root = fsspec.core.url_to_fs(url)
-        except ImportError as error:
-            hint = "pip install fsspec, and s3fs for s3://"
-            raise MachineError("the store cannot be opened", where=url, why=str(error), hint=hint) from error
+                self._files, self._root = fsspec.core.url_to_fs(url)
+            except ImportError as error:
+                hint = "pip install fsspec, and s3fs for s3://"
+                raise MachineError("the store cannot be opened", where=url, why=str(error), hint=hint) from error
+            except ValueError as error:
+                hint = "give a folder, or what fsspec opens, such as s3://bucket/folder"
+                raise UsageError("the store has no such URL", where=url, why=str(error), hint=hint) from error
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{_checked(name)}"
 
     def read(self, name: str) -> bytes | None:
         """Return the content of an object, None if there is none."""
-        try:
+        with _translated(name), suppress(FileNotFoundError):
             return bytes(self._files.cat_file(self._path(name)))
-        except FileNotFoundError:
-            return None
+        return None
 
     def write(self, name: str, data: bytes) -> None:
         """Write an object, or replace it: services make it visible when it is whole."""
-        self._files.pipe_file(self._path(name), data)
+        with _translated(name):
+            self._files.pipe_file(self._path(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object unless there is one of this name; return whether it was written."""
-        try:
+        with _translated(name), suppress(FileExistsError):
             self._files.pipe_file(self._path(name), data, mode="create")
-        except FileExistsError:
-            return False
-        return True
+            return True
+        return False
 
     def size_bytes(self, name: str) -> int | None:
         """Return the size of an object, None if there is none."""
-        self._files.invalidate_cache()
-        try:
+        with _translated(name), suppress(FileNotFoundError):
+            self._files.invalidate_cache()
             return int(self._files.info(self._path(name))["size"])
-        except FileNotFoundError:
-            return None
+        return None
 
     def names(self, folder: str) -> list[str]:
         """Return the names of all objects below a folder, sorted."""
-        self._files.invalidate_cache()
         root = self._root.rstrip("/")
-        with suppress(FileNotFoundError):
+        with _translated(folder), suppress(FileNotFoundError):
+            self._files.invalidate_cache()
             found = self._files.find(f"{root}/{_checked(folder)}" if folder else root)
             return sorted(path[len(root) + 1 :] for path in found)
         return []
 
     def put(self, path: Path, name: str) -> None:
         """Copy a local file into the store."""
-        self._files.put_file(str(path), self._path(name))
+        with _translated(name):
+            self._files.put_file(str(path), self._path(name))
 
     def get(self, name: str, path: Path) -> None:
         """Copy an object to a local path."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._files.get_file(self._path(name), str(path))
-        except FileNotFoundError as error:
-            raise _missing(name) from error
+        with _translated(name), disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._files.get_file(self._path(name), str(path))
+            except FileNotFoundError as error:
+                raise _missing(name) from error
 
     def delete(self, folder: str) -> None:
         """Delete all objects below a folder."""
-        with suppress(FileNotFoundError):
+        with _translated(folder), suppress(FileNotFoundError):
             self._files.rm(self._path(folder), recursive=True)

@@ -114,14 +114,14 @@ class TaskEnd:
 
     Attributes:
         task: that was started.
-        result: lost: its machine went away, or nothing is known of it.
-        why: it failed, one line; "" otherwise.
-        final: it would fail again: the recipe or the model is wrong.
+        result: lost: its machine went away, or nothing is known of it; held: not started, another run has the recipe.
+        why: it failed or is held, one line; "" otherwise.
+        final: it would end so again: the recipe or the model is wrong, or another run has taken the recipe over.
         exit_code: of what failed, otherwise 0.
     """
 
     task: Task
-    result: Literal["done", "failed", "lost"]
+    result: Literal["done", "failed", "lost", "held"]
     why: str = ""
     final: bool = False
     exit_code: int = 0

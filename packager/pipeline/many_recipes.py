@@ -12,7 +12,7 @@ from packager.errors import PATH_REFUSALS, PackagerError, PlanError, RecipeError
 from packager.recipe.file import RecipeFile, extended_files
 from packager.system.terminal import Terminal
 
-Outcome = Literal["done", "built", "published", "failed", "interrupted", "not built", "not reached"]
+Outcome = Literal["done", "built", "published", "elsewhere", "failed", "interrupted", "not built", "not reached"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,9 @@ class RecipeResult:
     Attributes:
         path: of the recipe.
         repository: its id; "" if the recipe cannot be read.
-        outcome: not built: this machine cannot; interrupted: the run ended in it; not reached: the run ended before.
-        why: of what failed, or was not built: one line.
+        outcome: elsewhere: another run has it; not built: this machine cannot; interrupted: the run ended in it; not
+            reached: the run ended before.
+        why: of what failed, or was not built, or is elsewhere: one line.
         exit_code: of what failed, otherwise 0.
         seconds: it took.
     """
