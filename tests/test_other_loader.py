@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,10 @@ def raises(*_: object) -> str:
     raise RuntimeError("the rule's own mistake")
 
 
+def ends(*_: object) -> str:
+    sys.exit(0)
+
+
 HERE = EXAMPLES / "loader" / "acme_loader"
 SPOILED: dict[str, tuple[dict[str, object], str]] = {
     "a script that is not there": ({"script": HERE / "gone.py"}, "script: there is no file"),
@@ -180,7 +185,9 @@ def test_a_lock_that_pins_nothing_by_digest_is_refused(installed: Path, line: st
         loader_spec(ACME)
 
 
-@pytest.mark.parametrize("check", [raises, lambda *_: "\x1b[2J", lambda *_: 7], ids=["raises", "controls", "no text"])
+@pytest.mark.parametrize(
+    "check", [raises, ends, lambda *_: "\x1b[2J", lambda *_: 7], ids=["raises", "ends", "controls", "no text"]
+)
 def test_a_rule_that_fails_is_named(
     installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[..., Any]
 ) -> None:

@@ -419,6 +419,27 @@ def test_the_error_for_a_missing_recipe_names_the_recipes_nearby(folder):
         load_recipe(folder)
 
 
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("{branch: main, bits: 9}", ": variants[0].bits must be 2, 3, 4 or 8, got the number 9"),
+        ("{branch: main, mix: {bits: [4, 8], mean: 4}}", ": variants[0]: mix.mean is between 4 and 8"),
+        (
+            "{branch: main, act_order: full, desc_act: false}",
+            ": variants[0]: act_order: full contradicts desc_act: false",
+        ),
+    ],
+)
+def test_of_an_only_variant_its_own_mistake_is_named(tmp_path, entry, says):
+    """And not that the list is empty, which it is for pydantic when its entry is refused."""
+    write_files(tmp_path)
+    old = "  - branch: main\n    group_size: 128\n  - {group_size: 32, desc_act: true}\n"
+    (problem,) = problems_of(tmp_path, edited((old, f"  - {entry}\n")))
+    assert says in problem
+    (problem,) = problems_of(tmp_path, edited((f"variants:\n{old}", "variants: []\n")))
+    assert "variants must have at least 1 entry" in problem
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads_and_keeps_to_the_schema(path):
     recipe = load_recipe(path)

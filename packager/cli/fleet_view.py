@@ -170,7 +170,7 @@ def priorities_of(paths: "Sequence[Path]", words: Sequence[str]) -> "dict[Path, 
     found: dict[Path, int] = {}
     for word in words:
         pattern, _, number = word.rpartition("=")
-        if not pattern or not number.lstrip("-").isdecimal():
+        if not pattern or not number.removeprefix("-").isdecimal():
             raise UsageError(f"--priority {word!r} is not GLOB=N", hint="write 'recipes/urgent-*=5'")
         fitting = [path for path in paths if fnmatch(str(path), pattern)]
         if not fitting:

@@ -7,8 +7,9 @@ and then deleted; the losses are kept, so another mean needs no other measuremen
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from packager.pipeline.build_state import BuildState
 from packager.pipeline.earlier_builds import EarlierBuild
@@ -17,7 +18,7 @@ from packager.quantize.choose_bits import choose_bits, mixed_groups
 from packager.quantize.engines import engine_version
 from packager.receipt import LinearRecord, digest_of
 from packager.records import Record
-from packager.system.files import write_atomic
+from packager.system.files import open_regular, write_atomic
 
 
 class MeasuredLosses(Record):
@@ -29,7 +30,7 @@ class MeasuredLosses(Record):
     """
 
     fingerprint: dict[str, str]
-    losses: dict[str, float]
+    losses: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
 
 
 def block_fingerprint(run: BuildState, variant_plan: VariantPlan, base_model: str) -> dict[str, str]:
@@ -87,6 +88,10 @@ def with_bits(run: BuildState, variant_plan: VariantPlan, earlier: EarlierBuild 
     counts = Counter(bits_of[group.linears[0]] for group in groups)
     mean = sum(bits_of[group.linears[0]] * group.size for group in groups) / sum(group.size for group in groups)
     parts = ", ".join(f"{count} of {bits}" for bits, count in sorted(counts.items()))
+    if len(counts) == 1:
+        run.terminal.log(
+            f"warning: {variant.branch} mixes nothing: {min(counts)} bits for all linears have the least loss"
+        )
     run.terminal.log(f"{variant.branch}: bits of {len(groups)} groups of linears by loss: {parts}; mean {mean:.3f}")
     return with_chosen_bits(variant_plan, chosen, run.recipe, architecture)
 
@@ -99,8 +104,11 @@ def _losses(run: BuildState, width: VariantPlan) -> Mapping[str, float] | None:
             return {linear.name: linear.loss for linear in receipt.provenance.linears}
     path = run.workspace.losses_path(width.digest)
     try:
-        kept = MeasuredLosses.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
+        with open_regular(path) as stream:
+            kept = MeasuredLosses.model_validate_json(stream.read())
+    except (OSError, ValidationError):  # damaged: they are measured again
+        return None
+    if kept.losses.keys() != {linear.name for linear in run.plan.architecture.linears}:
         return None
     # Only now: of a large base model, this waits until it is hashed.
     return kept.losses if kept.fingerprint == block_fingerprint(run, width, run.source.record.digest) else None

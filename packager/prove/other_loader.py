@@ -96,7 +96,7 @@ def _verdict(name: str, variant: Variant, architecture: Architecture) -> Verdict
     try:
         found = verdict_of(name, installed.rules, variant, architecture)
         _check_lines(**{finding.source.place: finding.says for finding in found.findings})
-    except Exception as error:  # the code of another package raises anything
+    except (Exception, SystemExit) as error:  # the code of another package raises anything
         raise _broken(name, installed.value, "a rule fails", error) from error
     return found
 
@@ -117,7 +117,7 @@ def _installed(name: str) -> _Installed:
     try:
         made = entry.load()()
         _check(made)
-    except Exception as error:  # the code of another package raises anything
+    except (Exception, SystemExit) as error:  # the code of another package raises anything
         raise _broken(name, entry.value, "it cannot be used", error) from error
     spec = LoaderSpec(
         name=name,
@@ -162,7 +162,7 @@ def _check_lines(**texts: object) -> None:
             raise TypeError(f"{key}: no line of text")
 
 
-def _broken(name: str, value: str, what: str, error: Exception) -> LoaderError:
+def _broken(name: str, value: str, what: str, error: BaseException) -> LoaderError:
     said = error.what + (f": {error.why}" if error.why else "") if isinstance(error, PackagerError) else str(error)
     return LoaderError(
         f"the loader {name.removeprefix(OTHER_LOADER)} of another package is broken: {what}",

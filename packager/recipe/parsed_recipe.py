@@ -192,9 +192,15 @@ def _version_problem(node: Node | None) -> LocatedProblem | None:
 
 
 def _concerns_a_field(root: Node, error: ErrorDetails) -> bool:
-    """Return False for values that were refused before, and for rules across fields, which `checks.py` repeats."""
+    """Return False for values that were refused before, and for rules across fields, which `checks.py` repeats.
+
+    A list whose entries were all refused is too short for pydantic alone: that is no problem of its own.
+    """
     found = _nodes_to(root, error["loc"])
     if not all(node.usable for node in found):
+        return False
+    entries = found[-1].content
+    if error["type"] == "too_short" and isinstance(entries, list) and len(entries) >= error["ctx"]["min_length"]:
         return False
     return error["type"] != "value_error" or not isinstance(found[-1].content, dict)
 

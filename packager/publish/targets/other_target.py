@@ -31,7 +31,7 @@ def open_other_target(name: str, repository_id: str, environ: Mapping[str, str],
         target = next(iter(entry_points(group=GROUP_OF_TARGETS, name=name))).load()(repository_id, environ, log)
     except PackagerError:
         raise
-    except Exception as error:  # the code of another package raises anything
+    except (Exception, SystemExit) as error:  # the code of another package raises anything
         why = f"{type(error).__name__}: {error}"
         hint = "ask the author of the package"
         raise PublishError(f"the target {name} cannot be opened", where=offered[name], why=why, hint=hint) from error
