@@ -1,5 +1,6 @@
 """Tasks of one recipe on several machines that share a store."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -190,3 +191,44 @@ def test_what_is_left_is_decided_from_folders_too(tmp_path: Path, builds: "Build
     assert stages() == ["fetch", "sweep", "evaluate", "verify", "card", "publish"]
     shared.pull(here, BRANCHES)
     assert files_below(dist / "builds") == before
+
+
+def test_what_is_quantized_for_losses_takes_disk_and_the_blocks_a_store(tmp_path: Path) -> None:
+    from packager.fleet.build_requests import Needs, fleet_recipe
+    from packager.pipeline.build_state import BuildState
+    from packager.recipe.file import RecipeFile
+    from packager.system.terminal import Terminal
+    from tests.tiny_recipe import options, write_all
+
+    mix = {"branch": "mixed", "mix": {"bits": [4, 8], "mean": 4.5}}
+    recipe = write_all(tmp_path, {"variants": [{"branch": "main", "bits": 3}, mix]})
+    run = BuildState(RecipeFile.load(recipe), options(tmp_path), Terminal(quiet=True))
+    request = fleet_recipe(run, Needs(gpus=0, publishing=True, local_target=tmp_path)).request
+    main, mixed = run.plan.variants
+    builds = main.weights_bytes + mixed.weights_bytes
+    losses = sum(width.weights_bytes for width in mixed.widths)
+    assert losses > builds
+    assert request.disk_bytes == builds + losses
+    assert request.store_bytes == builds + losses + mixed.weights_bytes
+
+
+def test_blocks_leave_the_store_when_they_are_part_of_a_branch(tmp_path: Path, builds: "Builds") -> None:
+    """Those that were made for losses alone leave it when no branch is unfinished; a branch's files stay."""
+    from packager.fleet.shared_work import SharedWork
+    from tests.tiny_recipe import ACT_ORDER, BRANCHES, MAIN, workspace
+
+    fleet = Fleet(tmp_path, builds.copy(tmp_path / "recipe"))
+    (tmp_path / "recipe" / "dist").rename(tmp_path / "one")
+    shared, here = SharedWork(fleet.store, REPOSITORY), workspace(tmp_path / "one")
+    for branch in (MAIN, ACT_ORDER, "mixed at 4 bits"):
+        shared.blocks(branch).save(0, b"{}", branch.encode())
+    assert shared.blocks(MAIN).journal(0) == b"{}"
+    assert shared.blocks(MAIN).data(hashlib.sha256(MAIN.encode()).hexdigest()) == MAIN.encode()
+    shared.push(here, [MAIN])
+    left = {name.split("/")[3] for name in fleet.store.names(f"{REPOSITORY}/blocks")}
+    assert left == {ACT_ORDER, "mixed at 4 bits"}
+    fleet.run("one", "sweep")
+    assert fleet.store.names(f"{REPOSITORY}/blocks") == []
+    receipts = [shared.receipt(branch) for branch in BRANCHES]
+    named = {record.sha256 for receipt in receipts if receipt for record in receipt.provenance.files.values()}
+    assert {name.split("/")[3] for name in fleet.store.names(f"{REPOSITORY}/objects")} == named

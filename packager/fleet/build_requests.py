@@ -74,7 +74,7 @@ def fleet_recipe(run: BuildState, needs: Needs) -> FleetRecipe:
     )
     stages = [] if needs.publishing and _is_published(needs.store, repository, order.inputs) else _stages(run, needs)
     plan = run.plan
-    builds, download = plan.disk.builds_bytes, plan.disk.source_bytes
+    builds, losses, download = plan.disk.builds_bytes, plan.disk.losses_bytes, plan.disk.source_bytes
     computing = {"gpus": needs.gpus, "cpus": 1.0}
 
     def task(stage: TaskStage) -> Task:
@@ -90,8 +90,9 @@ def fleet_recipe(run: BuildState, needs: Needs) -> FleetRecipe:
     request = BuildRequest(
         recipe=repository,
         tasks=tuple(map(task, stages)),
-        disk_bytes=builds + download,
-        store_bytes=builds,
+        disk_bytes=builds + losses + download,
+        # At a sweep's end the store has all blocks, and the files of one branch: the blocks of a branch leave it then.
+        store_bytes=builds + losses + max(variant_plan.weights_bytes for variant_plan in plan.variants),
         priority=needs.priorities.get(path, 0),
     )
     return FleetRecipe(path=path, request=request, order=order, recipe_digest=run.recipe.digest())

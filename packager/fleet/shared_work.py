@@ -1,10 +1,12 @@
-"""What was made of one repository, in the store: objects by digest, receipts that name them, journals of blocks.
+"""What was made of one repository, in the store: objects by digest, receipts that name them, finished blocks.
 
-NAMESPACE/NAME/objects/SHA256          a file of a branch, or the bytes of a finished block; it never changes
+NAMESPACE/NAME/objects/SHA256          a file of a branch; it never changes
 NAMESPACE/NAME/receipts/BRANCH.json    written after the objects that it names
-NAMESPACE/NAME/blocks/BRANCH/BLOCK     the journal of a finished block, written after its object
+NAMESPACE/NAME/blocks/BRANCH/SHA256    the bytes of a finished block of an unfinished branch
+NAMESPACE/NAME/blocks/BRANCH/BLOCK     its journal, written after its bytes
 
-A machine that still works although it was given up can only add objects, or a receipt whose objects are there.
+A machine that still works although it was given up can only add objects and blocks, or a receipt whose objects are
+there.
 """
 
 import hashlib
@@ -46,7 +48,7 @@ class SharedWork:
             folder = workspace.folder(branch)
             in_parallel(lambda entry, at=folder: self._put(at / entry[0], entry[1]), receipt.provenance.files.items())  # type: ignore[misc]
             self._store.write(self._name("receipts", f"{branch}.json"), receipt.model_dump_json(indent=2).encode())
-            self._store.delete(self._name("blocks", branch))  # no journal of a block that is part of a branch
+            self._store.delete(self._name("blocks", branch))  # they are part of the branch
 
     def pull(self, workspace: Workspace, branches: Iterable[str]) -> None:
         """Bring finished branches to an output folder; files that it has are not copied again.
@@ -76,6 +78,10 @@ class SharedWork:
             hint = "delete it there: the branch is built again"
             raise StateError("a receipt in the store cannot be read", where=name, hint=hint) from error
 
+    def drop_blocks(self) -> None:
+        """Delete all blocks: nothing is unfinished. Those that were made for losses alone are of no branch."""
+        self._store.delete(self._name("blocks"))
+
     def drop_builds(self) -> None:
         """Delete the objects and receipts of a repository that is published."""
         for part in ("receipts", "objects", "blocks"):
@@ -83,7 +89,7 @@ class SharedWork:
 
     def blocks(self, branch: str) -> "SharedBlocks":
         """Return the finished blocks of an unfinished branch."""
-        return SharedBlocks(self._store, self._name("blocks", branch), self._name("objects"))
+        return SharedBlocks(self._store, self._name("blocks", branch))
 
     def _name(self, *parts: str) -> str:
         return "/".join((self._repository, *parts))
@@ -117,20 +123,20 @@ class SharedWork:
 class SharedBlocks:
     """The finished blocks of an unfinished branch: what `BlockStore` keeps copies in and takes copies from."""
 
-    def __init__(self, store: Store, journals: str, objects: str) -> None:
-        self._store, self._journals, self._objects = store, journals, objects
+    def __init__(self, store: Store, folder: str) -> None:
+        self._store, self._folder = store, folder
 
     def save(self, block: int, journal: bytes, data: bytes) -> None:
         """Keep a finished block: first its bytes, then its journal."""
-        name = f"{self._objects}/{hashlib.sha256(data).hexdigest()}"
+        name = f"{self._folder}/{hashlib.sha256(data).hexdigest()}"
         if self._store.size_bytes(name) != len(data):
             self._store.write(name, data)
-        self._store.write(f"{self._journals}/{block:05d}.json", journal)
+        self._store.write(f"{self._folder}/{block:05d}.json", journal)
 
     def journal(self, block: int) -> bytes | None:
         """Return the journal of a block, None if it is not finished."""
-        return self._store.read(f"{self._journals}/{block:05d}.json")
+        return self._store.read(f"{self._folder}/{block:05d}.json")
 
     def data(self, sha256: str) -> bytes | None:
         """Return the bytes of a block by their digest."""
-        return self._store.read(f"{self._objects}/{sha256}") if _SHA256.fullmatch(sha256) else None
+        return self._store.read(f"{self._folder}/{sha256}") if _SHA256.fullmatch(sha256) else None

@@ -50,8 +50,8 @@ class BuildRequest:
     Attributes:
         recipe: the id of its repository.
         tasks: in any order; those before the last one that is done are left out, but the fetch.
-        disk_bytes: that its home needs, for the base model and the builds.
-        store_bytes: that its builds take in the store.
+        disk_bytes: that its home needs, for the base model, the builds, and what is quantized for its losses alone.
+        store_bytes: that its blocks and its builds take in the store at most.
         priority: a higher one goes first.
     """
 

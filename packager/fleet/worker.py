@@ -164,6 +164,8 @@ def _do(run: BuildState, stage: TaskStage, shared: SharedWork | None) -> None:
         if shared is not None:
             made = [each.variant.branch for each in run.wanted if each.variant.branch in run.receipts]
             shared.push(run.workspace, made)
+            if not run.missing("weights", anywhere=True):
+                shared.drop_blocks()
 
 
 def drop_recipes(folder: Path, repositories: Collection[str]) -> None:
