@@ -92,6 +92,7 @@ class FleetRun:
     _changed: set[str] = field(default_factory=set)
     _unwritten: set[str] = field(default_factory=set)  # whose states the store did not take
     _to_drop: list[str] = field(default_factory=list)  # whose builds leave the store
+    _drops_wait: bool = False
     _looked_at: float = 0.0
     _there: Sequence[Machine] = ()
 
@@ -194,8 +195,11 @@ class FleetRun:
             try:
                 SharedWork(self.store, self._to_drop[0]).drop_builds()
             except MachineError as error:
-                self.log(f"{self._to_drop[0]}: its builds stay in the store for now: {error.what}: {error.why}")
+                if not self._drops_wait:
+                    self.log(f"{self._to_drop[0]}: its builds stay in the store for now: {error.what}: {error.why}")
+                self._drops_wait = True
                 return
+            self._drops_wait = False
             self.log(f"{self._to_drop.pop(0)}: published, its builds have left the store")
 
     def _give_up_leases(self) -> None:
