@@ -315,6 +315,23 @@ def test_a_store_that_is_away_for_a_while_ends_nothing(tmp_path: Path) -> None:
     assert Lease(store, A, "other").claim(0.0)
 
 
+def test_builds_that_a_store_does_not_delete_are_deleted_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, logged, drops = AwayStore(tmp_path), list[str](), [[A], [], []]
+    run = run_of(Instant(), store, recipe_of(A), log=logged.append)
+    monkeypatch.setattr(run._scheduler, "store_drops", lambda: drops.pop(0))
+    store.write(f"{A}/objects/1", b"")
+    store.away = True
+    for _ in range(2):
+        run._write_again()
+    store.away = False
+    run._write_again()
+    assert store.names("") == []
+    assert logged == [
+        f"{A}: its builds stay in the store for now: the store cannot be used now: 503",
+        f"{A}: published, its builds have left the store",
+    ]
+
+
 def test_a_claim_that_the_store_does_not_answer_is_tried_again(tmp_path: Path) -> None:
     store, executor = AwayStore(tmp_path), Instant()
     leased = LeasedExecutor(executor, store, "mine", lambda _: None)

@@ -1,5 +1,6 @@
 """`packager queue`: recipes as requests, their states from a store or from this machine's output folder, the page."""
 
+import errno
 import json
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from packager import __version__
 from packager.card.report import html_page
 from packager.cli.main import app
 from packager.cli.queue_view import print_queue, watch_queue
+from packager.errors import MachineError
 from packager.fleet.leases import Lease
 from packager.fleet.queue import STATES, QueueEntry, queue_values, queued_recipes, read_queue
 from packager.fleet.recipe_state import RecipeState, write_recipe_state
@@ -109,6 +111,17 @@ def test_the_store_says_what_a_fleet_does(requests: Path, tmp_path: Path, store:
     assert shown == ["requested", "begun: its run has ended, and the next one goes on", "", "sweep", 1e9]
     store.write(f"{REPOSITORY}/state.json", b"{}")
     assert states(*words) == {"recipe.yaml": ("requested", "")}
+
+
+def test_a_store_that_is_away_parks_nothing(requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    path, read = tmp_path / "store" / REPOSITORY / "state.json", Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: fail() if self == path else read(self))
+    shown = queue(requests, "--store", tmp_path / "store", exit_code=MachineError.exit_code)
+    assert "the store cannot be used now" in shown
+    assert "Stale file handle" in shown
 
 
 @pytest.mark.parametrize("named", ["built", "published", "parked"])
