@@ -3,6 +3,7 @@
 import errno
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -114,12 +115,32 @@ def test_a_stale_handle_is_no_empty_folder(tmp_path: Path, monkeypatch: pytest.M
     def stale(*_: object, **__: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    for name in ("read_bytes", "stat", "mkdir"):
+    for name in ("stat", "mkdir"):
         monkeypatch.setattr(Path, name, stale)
+    monkeypatch.setattr("packager.fleet.store.open_regular", stale)
     monkeypatch.setattr(os, "scandir", stale)
     for call in calls_of(store, local):
         with pytest.raises(MachineError, match="the store cannot be used now"):
             call()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_is_no_file_is_not_read(make: Callable[[Path], object], tmp_path: Path) -> None:
+    """A pipe has no end until somebody writes."""
+    store = open_store(str(tmp_path))
+    make(tmp_path / "a")
+    for call in (lambda: store.read("a"), lambda: store.get("a", tmp_path / "b")):
+        with pytest.raises(MachineError, match="cannot be used now"):
+            call()
+
+
+def test_a_lease_of_more_digits_is_taken_over_too(store: Store) -> None:
+    store.create(f"{REPOSITORY}/lease/99999999", b"somebody")
+    store.write(f"{REPOSITORY}/lease/99999999.beat", b"released")
+    lease = Lease(store, REPOSITORY, "first")
+    assert lease.claim(0)
+    lease.beat()
+    assert not Lease(store, REPOSITORY, "second").claim(1)
 
 
 def test_a_url_that_nothing_opens_is_refused() -> None:

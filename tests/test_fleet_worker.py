@@ -1,6 +1,7 @@
 """Tasks of one recipe on several machines that share a store."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from packager.errors import PlanError
+from packager.errors import PlanError, StateError
 from packager.fleet.store import FolderStore
 
 if TYPE_CHECKING:
@@ -191,6 +192,15 @@ def test_what_is_left_is_decided_from_folders_too(tmp_path: Path, builds: "Build
     assert stages() == ["fetch", "sweep", "evaluate", "verify", "card", "publish"]
     shared.pull(here, BRANCHES)
     assert files_below(dist / "builds") == before
+    # A receipt says where it is written: only that of the branch that was asked for is taken.
+    name = f"{REPOSITORY}/receipts/{MAIN}.json"
+    receipt = json.loads((tmp_path / "store" / name).read_bytes())
+    for key, value in (("branch", "../../../outside"), ("repository", "another/one")):
+        changed = {**receipt, "provenance": {**receipt["provenance"], key: value}}
+        (tmp_path / "store" / name).write_text(json.dumps(changed))
+        with pytest.raises(StateError, match="another branch's"):
+            shared.pull(workspace(tmp_path / "other"), [MAIN])
+    assert not list(tmp_path.rglob("*outside*"))
 
 
 def test_what_is_quantized_for_losses_takes_disk_and_the_blocks_a_store(tmp_path: Path) -> None:

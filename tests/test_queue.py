@@ -16,7 +16,7 @@ from packager import __version__
 from packager.card.report import html_page
 from packager.cli.main import app
 from packager.cli.queue_view import print_queue, watch_queue
-from packager.errors import MachineError
+from packager.errors import MachineError, UsageError
 from packager.fleet.leases import Lease
 from packager.fleet.queue import STATES, QueueEntry, queue_values, queued_recipes, read_queue
 from packager.fleet.recipe_state import RecipeState, write_recipe_state
@@ -84,6 +84,19 @@ def test_every_recipe_of_a_folder_is_a_request(requests: Path, tmp_path: Path) -
     assert found["more/same.yml"]["state"] == "parked"
 
 
+def test_a_link_out_of_the_folder_is_not_read(requests: Path, tmp_path: Path) -> None:
+    """Its text would stand in the reason, on a page that anybody may see."""
+    (tmp_path / "token").write_text("a secret: [of this machine")
+    (requests / "link.yaml").symlink_to(tmp_path / "token")
+    (requests / "inside.yaml").symlink_to(requests / "recipe.yaml")
+    page = tmp_path / "page.html"
+    found = states(requests, "--dist", tmp_path / "dist", "--page", page)
+    assert found["link.yaml"] == ("parked", "it is a link out of the folder, and is not read")
+    assert "lock" in found["inside.yaml"][1], "it is read"
+    assert "secret" not in page.read_text() + str(found)
+    assert "neither a recipe nor a folder" in queue(tmp_path / "nowhere", exit_code=UsageError.exit_code)
+
+
 def test_of_two_recipes_for_one_repository_the_second_is_parked(requests: Path, tmp_path: Path) -> None:
     (requests / "second.yaml").write_bytes((requests / "recipe.yaml").read_bytes())
     (requests / "second.lock.json").write_bytes((requests / "recipe.lock.json").read_bytes())
@@ -114,11 +127,11 @@ def test_the_store_says_what_a_fleet_does(requests: Path, tmp_path: Path, store:
 
 
 def test_a_store_that_is_away_parks_nothing(requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> bytes:
+    def fail(path: Path) -> None:
+        assert path == tmp_path / "store" / REPOSITORY / "state.json"
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    path, read = tmp_path / "store" / REPOSITORY / "state.json", Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda self: fail() if self == path else read(self))
+    monkeypatch.setattr("packager.fleet.store.open_regular", fail)
     shown = queue(requests, "--store", tmp_path / "store", exit_code=MachineError.exit_code)
     assert "the store cannot be used now" in shown
     assert "Stale file handle" in shown

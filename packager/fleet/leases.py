@@ -16,7 +16,7 @@ from packager.errors import StateError
 from packager.fleet.store import Store
 
 SILENT_S = 60.0
-_GENERATION = re.compile(r"(\d{8})")
+_GENERATION = re.compile(r"(\d{8,18})")
 _BEAT = re.compile(rb"\d+ (\d{1,12})")  # the second is in seconds since 1970, by the holder's clock
 _LONG_S = 600.0  # more than clocks differ
 

@@ -26,6 +26,7 @@ from packager.system.terminal import Terminal
 STATES: Final[tuple[QueueState, ...]] = get_args(QueueState)
 _SUFFIXES = (".yaml", ".yml")
 _MOST_RECIPES = 100_000
+_LINK = "it is a link out of the folder, and is not read"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +67,30 @@ def queued_recipes(
         dist: the output folder, in which nothing is a request: branches hold their recipes.
 
     Raises:
-        UsageError: a folder has no recipe, or too many.
+        UsageError: a source is not there, or a folder has no recipe, or too many.
         RecipeError: no file fits a pattern.
     """
     names: dict[Path, str] = {}
     for source in sources:
+        if not source.exists():
+            raise UsageError(f"{source} is neither a recipe nor a folder", hint="name recipes, or folders of recipes")
         found = {source: source.name}
         if source.is_dir():
             found = {path: path.relative_to(source).as_posix() for path in _yaml_files(source, dist.absolute())}
             if not found:
                 raise UsageError(f"the folder {source} has no recipe", hint="recipes end with .yaml")
         names = {**found, **names}
-    return tuple(
-        QueueEntry(path=path, name=names.get(path, path.name)) for path in recipes_among(list(names), patterns, log)
+    outside = {path for source in sources if source.is_dir() for path in names if _leads_out(path, source)}
+    read = recipes_among([path for path in names if path not in outside], patterns, log)
+    return (
+        *(QueueEntry(path=path, name=names.get(path, path.name)) for path in read),
+        *(QueueEntry(path=path, name=names[path], state="parked", why=_LINK) for path in names if path in outside),
     )
+
+
+def _leads_out(path: Path, folder: Path) -> bool:
+    """Return whether a file of a folder is a link out of it: whoever may write there may not read everything here."""
+    return path.is_relative_to(folder) and not path.resolve().is_relative_to(folder.resolve())
 
 
 def _yaml_files(folder: Path, dist: Path) -> Iterator[Path]:
@@ -118,6 +129,9 @@ def read_queue(
     taken: dict[str, QueueEntry] = {}
     found = []
     for entry in entries:
+        if entry.state == "parked":
+            found.append(entry)
+            continue
         try:
             file = RecipeFile.load(entry.path)
             known = replace(entry, repository=file.recipe.repository.id)

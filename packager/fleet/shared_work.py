@@ -24,6 +24,7 @@ from packager.publish.targets import file_name_problem
 from packager.receipt import FileRecord, Receipt
 from packager.system.files import TEMPORARY_PREFIX, has_record, replace_folder
 from packager.system.parallel import in_parallel
+from packager.system.text import printable
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -70,13 +71,18 @@ class SharedWork:
 
     def receipt(self, branch: str) -> Receipt | None:
         """Return the receipt of a branch, None if it is not in the store."""
-        name = self._name("receipts", f"{branch}.json")
+        name, hint = self._name("receipts", f"{branch}.json"), "delete it there: the branch is built again"
         data = self._store.read(name)
         try:
-            return None if data is None else Receipt.model_validate_json(data)
+            receipt = None if data is None else Receipt.model_validate_json(data)
         except ValidationError as error:
-            hint = "delete it there: the branch is built again"
             raise StateError("a receipt in the store cannot be read", where=name, hint=hint) from error
+        if receipt is not None:
+            of = (receipt.provenance.repository, receipt.provenance.branch)
+            if of != (self._repository, branch):
+                why = f"it is of {' '.join(map(printable, of))}"
+                raise StateError("a receipt in the store is another branch's", where=name, why=why, hint=hint)
+        return receipt
 
     def drop_blocks(self) -> None:
         """Delete all blocks: nothing is unfinished. Those that were made for losses alone are of no branch."""

@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from packager.errors import MachineError, PackagerError, StateError, UsageError
-from packager.system.files import TEMPORARY_PREFIX, disk_errors, fsync_folder, write_atomic
+from packager.system.files import TEMPORARY_PREFIX, disk_errors, fsync_folder, open_regular, write_atomic
 
 
 class Store(Protocol):
@@ -97,8 +97,8 @@ class FolderStore:
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file, None if there is none."""
-        with _translated(name), suppress(FileNotFoundError):
-            return self._path(name).read_bytes()
+        with _translated(name), suppress(FileNotFoundError), open_regular(self._path(name)) as stream:
+            return stream.read()
         return None
 
     def write(self, name: str, data: bytes) -> None:
@@ -147,17 +147,19 @@ class FolderStore:
         target = self._path(name)
         with _translated(name), disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            _copy(path, target)
+            with open_regular(path) as reader:
+                _copy(reader, target)
 
     def get(self, name: str, path: Path) -> None:
         """Copy a file of the store to a local path."""
         with _translated(name):
             try:
-                with disk_errors(path):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    _copy(self._path(name), path)
+                reader = open_regular(self._path(name))
             except FileNotFoundError as error:
                 raise _missing(name) from error
+            with reader, disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _copy(reader, path)
 
     def delete(self, folder: str) -> None:
         """Delete all files below a folder."""
@@ -170,11 +172,11 @@ def _raise_unless_gone(error: OSError) -> None:
         raise error
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file so that its target is whole or not there."""
+def _copy(reader: BinaryIO, target: Path) -> None:
+    """Write a file that is open so that its copy is whole or not there."""
     descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=target.parent)
     try:
-        with source.open("rb") as reader, os.fdopen(descriptor, "wb") as writer:
+        with os.fdopen(descriptor, "wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 22)
             writer.flush()
             os.fchmod(writer.fileno(), 0o644)
