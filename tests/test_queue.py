@@ -97,6 +97,16 @@ def test_a_link_out_of_the_folder_is_not_read(requests: Path, tmp_path: Path) ->
     assert "neither a recipe nor a folder" in queue(tmp_path / "nowhere", exit_code=UsageError.exit_code)
 
 
+def test_what_cannot_be_planned_is_parked_with_a_store_too(requests: Path, tmp_path: Path) -> None:
+    tiny_recipe.write_recipe(
+        requests, {"loaders": {"required": ["exllamav2"]}, "variants": [{"branch": "main", "bits": 3}]}
+    )
+    for words in (("--store", tmp_path / "store"), ("--dist", tmp_path / "dist")):
+        (found,) = as_json(requests, *words)
+        assert (found["state"], found["repository"]) == ("parked", REPOSITORY)
+        assert found["why"].endswith("from this model: main: the required loader exllamav2 reads 4 bits only")
+
+
 def test_of_two_recipes_for_one_repository_the_second_is_parked(requests: Path, tmp_path: Path) -> None:
     (requests / "second.yaml").write_bytes((requests / "recipe.yaml").read_bytes())
     (requests / "second.lock.json").write_bytes((requests / "recipe.lock.json").read_bytes())

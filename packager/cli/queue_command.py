@@ -49,8 +49,8 @@ def queue_command(
 
     Requested, building, built, published or parked, and why. Every recipe of a folder is a request: add one to it, by a
     pull request if the folder is a git repository. The store of a fleet knows who builds it and why it is parked;
-    without one the output folder of this machine counts. Changes nothing. A state of another recipe, of other inputs or
-    of another version is a request again. A recipe that cannot be read is parked, with the reason. The page is one file
+    without one the output folder of this machine counts. Changes nothing. A state of another recipe or of another
+    version is a request again. A recipe that cannot be read is parked, with the reason. The page is one file
     that makes no request; it shows neither machines nor paths of recipes outside the folders, but reasons as they are.
     Exits with 0, whatever the states are.
     """

@@ -19,6 +19,7 @@ from packager.fleet.tasks import QueueState
 from packager.pipeline.build_state import Options
 from packager.pipeline.compare_published import compare_published
 from packager.pipeline.many_recipes import recipes_among
+from packager.pipeline.plan import make_plan
 from packager.pipeline.status import BranchStatus, read_status, running_build
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
@@ -132,6 +133,7 @@ def read_queue(
         if entry.state == "parked":
             found.append(entry)
             continue
+        known = entry
         try:
             file = RecipeFile.load(entry.path)
             known = replace(entry, repository=file.recipe.repository.id)
@@ -143,8 +145,8 @@ def read_queue(
         except PackagerError as error:
             if store is not None and isinstance(error, MachineError):
                 raise  # nothing is known of any recipe
-            lines = [line.strip() for line in str(error).splitlines()]
-            found.append(replace(entry, state="parked", why=": ".join(lines[:2])))
+            lines = [error.what, error.why] if error.why else [line.strip() for line in str(error).splitlines()]
+            found.append(replace(known, state="parked", why=": ".join(lines[:2])))
         step(entry.name)
     return tuple(found)
 
@@ -154,9 +156,13 @@ def _in_store(entry: QueueEntry, file: RecipeFile, store: Store) -> QueueEntry:
 
     What was built, published or parked of another recipe or by another version is a request again. Its inputs are not
     read here: `release` compares them. What a run began that has ended, however it did, is a request, too.
+
+    Raises:
+        PlanError: nobody has begun, and nobody can.
     """
     known = read_recipe_state(store, entry.repository)
     if known is None:
+        make_plan(file)
         return entry
     now = (file.recipe.digest(), __version__)
     if known.state in ("built", "published", "parked") and (known.recipe_digest, known.version) != now:
