@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from packager.receipt import Provenance
+from packager.system.text import joined_by_and
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -12,7 +13,7 @@ def bits_in_words(parameters: Mapping[str, object]) -> str:
     """Return `4-bit`, or of a mix `4 and 8 bits, 4.5 on average at most`."""
     if "mix_bits" not in parameters:
         return f"{parameters['bits']}-bit"
-    return f"{_and(bits_of_parameters(parameters))} bits, {parameters['mix_mean']:g} on average at most"
+    return f"{joined_by_and(bits_of_parameters(parameters))} bits, {parameters['mix_mean']:g} on average at most"
 
 
 def bits_of_parameters(parameters: Mapping[str, object]) -> tuple[str, ...]:
@@ -63,9 +64,4 @@ def _in_blocks(blocks: Sequence[int]) -> str:
         else:
             runs.append([block])
     parts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
-    return f" in block{'' if len(blocks) == 1 else 's'} {_and(parts)}"
-
-
-def _and(words: Sequence[str]) -> str:
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
+    return f" in block{'' if len(blocks) == 1 else 's'} {joined_by_and(parts)}"

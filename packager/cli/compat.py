@@ -230,10 +230,12 @@ def _described(branch: "JudgedBranch") -> str:
     """Return the parameters that rules ask for, or why the branch cannot be judged."""
     if branch.variant is None:
         return f"cannot be judged: {branch.problem}"
+    from packager.system.text import joined_by_and
+
     variant = branch.variant
     size = "whole rows" if variant.group_size == -1 else f"group size {variant.group_size}"
     order = "act order" if variant.desc_act else "no act order"
-    bits = " and ".join(map(str, variant.all_bits))
+    bits = joined_by_and(variant.all_bits)
     return f"{branch.model}, {bits} bits, {size}, {order}, {'' if variant.sym else 'a'}symmetric"
 
 

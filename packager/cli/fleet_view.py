@@ -20,6 +20,7 @@ from rich.text import Text
 
 from packager.cli import ray_process, task_process
 from packager.cli.options import read_size
+from packager.cli.queue_view import STATE_STYLES
 from packager.cli.tables import add_row, new_table
 from packager.errors import UsageError
 
@@ -34,10 +35,8 @@ if TYPE_CHECKING:
     from packager.system.terminal import Terminal
 
 
-_STYLES = {"published": "green", "built": "green", "building": "cyan", "parked": "bold red", "requested": ""}
 _OTHER_LINES = 6  # of the screen: the heading, the counts, the shell's own
 _REDRAWN_S = 1.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PATIENCE_S = 900.0  # for a machine: Ray's autoscaler or an operator brings one
 _HOUR_S = 3600.0
 _LIMITED = ("download", "upload", "commits")  # by --per-hour
@@ -136,7 +135,7 @@ def _ray_fleet(
     host = address.rpartition(":")[0].strip("[]")
     if "://" in address:
         raise UsageError(f"--ray {address}", why="Ray's client protocol is not used", hint="give HOST:PORT of the head")
-    if address != "auto" and host not in _LOOPBACK and environ.get("RAY_AUTH_MODE", "").lower() != "token":
+    if address != "auto" and host not in ray_process.LOOPBACK and environ.get("RAY_AUTH_MODE", "").lower() != "token":
         raise UsageError(f"--ray {address}: whoever reaches it could run code", hint=AUTHENTICATION_HINT)
     return lambda orders, needs: RayFleet(
         client=(sys.executable, "-m", ray_process.__name__, address),
@@ -245,7 +244,7 @@ def table_of(rows: "Sequence[FleetRow]", now: float, most: int) -> Table:
     table = new_table(("Recipe", "State", "Stage", "Machine", "Seconds", "Why"), numbers=["Seconds"], folding=["Why"])
     for row in shown:
         seconds = "" if row.began_at is None else f"{now - row.began_at:.0f}"
-        state = Text(row.state, style=_STYLES[row.state])
+        state = Text(row.state, style=STATE_STYLES[row.state])
         add_row(table, row.repository, state, row.stage or "", row.machine, seconds, row.why)
     return table
 

@@ -1,10 +1,8 @@
 """The notes of a build plan: what its tables do not show of the recipe's variants."""
 
-from collections.abc import Sequence
-
 from packager.pipeline.plan import BuildPlan
 from packager.quantize.tuning_schedule import SCHEDULE
-from packager.system.text import gigabytes
+from packager.system.text import gigabytes, joined_by_and
 
 _FP16_BYTES = 2
 
@@ -43,8 +41,8 @@ def _mix_notes(plan: BuildPlan) -> list[str]:
     """Return what is known of mixes before their bits are chosen, and what is quantized to choose them."""
     mixed = [planned for planned in plan.variants if planned.variant.mix is not None]
     lines = [
-        f"note: {planned.variant.branch}: bits of {_and(planned.variant.mix.bits)}, chosen by loss for each group of "
-        f"linears that see the same input: {planned.least_bytes:,} to {planned.weights_bytes:,} bytes"
+        f"note: {planned.variant.branch}: bits of {joined_by_and(planned.variant.mix.bits)}, chosen by loss for each "
+        f"group of linears that see the same input: {planned.least_bytes:,} to {planned.weights_bytes:,} bytes"
         for planned in mixed
         if planned.variant.mix is not None
     ]
@@ -55,13 +53,8 @@ def _mix_notes(plan: BuildPlan) -> list[str]:
     measured = sorted({width.variant.bits for width in plan.only_measured})
     sources = [*dict.fromkeys(used)]
     if measured:
-        sources.append(f"variants of {_and(measured)} bits that are quantized for this alone, and not kept")
-    return [*lines, f"note: these losses are of {_and(sources)}"]
-
-
-def _and(values: Sequence[object]) -> str:
-    *first, last = map(str, values)
-    return f"{', '.join(first)} and {last}" if first else last
+        sources.append(f"variants of {joined_by_and(measured)} bits that are quantized for this alone, and not kept")
+    return [*lines, f"note: these losses are of {joined_by_and(sources)}"]
 
 
 def _proof_notes(plan: BuildPlan) -> list[str]:

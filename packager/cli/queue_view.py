@@ -13,7 +13,7 @@ from packager.cli.tables import add_row, new_table, print_line, width_of
 from packager.fleet.queue import QueueEntry
 from packager.system.text import printable, rough_time
 
-_STYLES = {"published": "green", "built": "green", "building": "cyan", "parked": "bold red", "requested": ""}
+STATE_STYLES = {"published": "green", "built": "green", "building": "cyan", "parked": "bold red", "requested": ""}
 _WATCH_S = 2.0
 _LEAST_WHY = 24  # columns; with fewer a reason is read more easily below the table
 
@@ -80,7 +80,7 @@ def _table(entries: Sequence[QueueEntry], columns: Sequence[str], now: float) ->
         seen = "" if entry.updated_at is None else f"{rough_time(max(0.0, now - entry.updated_at))} ago"
         cells: dict[str, str | Text] = {
             "Repository": entry.repository or printable(entry.name),
-            "State": Text(entry.state, style=_STYLES[entry.state]),
+            "State": Text(entry.state, style=STATE_STYLES[entry.state]),
             "Stage": printable(entry.stage),
             "Machine": printable(entry.machine),
             "Seen": seen,

@@ -20,7 +20,7 @@ from packager.system.processes import Processes
 
 _POLL_S = 0.2
 _NODES_S = 1.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _A_TRIFLE = 0.001  # of a resource that a node has or has not
 
 
@@ -111,7 +111,7 @@ def run_ray_client() -> int:
         client.say(RayNews(away=str(error).strip().splitlines()[0]))
         return 0
     head = ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
-    own = (*_LOOPBACK, ray.util.get_node_ip_address())
+    own = (*LOOPBACK, ray.util.get_node_ip_address())
     if head not in own and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         client.say(RayNews(refused=f"the Ray cluster of {head} is not of this machine, and RAY_AUTH_MODE is not token"))
         return 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from packager.model.architecture import Architecture
+from packager.system.text import joined_by_and
 from packager.variant import Variant
 
 # Returns in a few words what it found, or "".
@@ -146,7 +147,7 @@ def types_check(known: Sequence[str], words: str) -> Check:
 
 def same_bits(variant: Variant, _: Architecture) -> str:
     """Return the refusal of checkpoints whose linears have several numbers of bits, of runtimes without `dynamic`."""
-    return f"reads one number of bits, here are {_and(variant.all_bits)}" if variant.other_bits else ""
+    return f"reads one number of bits, here are {joined_by_and(variant.all_bits)}" if variant.other_bits else ""
 
 
 def patterns_check(names: str, types: Collection[str] | None = None) -> Check:
@@ -162,11 +163,6 @@ def patterns_check(names: str, types: Collection[str] | None = None) -> Check:
         return says if variant.other_bits and not fit else ""
 
     return check
-
-
-def _and(values: Sequence[int]) -> str:
-    *first, last = map(str, values)
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def symmetric_only(variant: Variant, _: Architecture) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 
 from packager.errors import without_secrets
 
@@ -103,3 +104,9 @@ def rough_time(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def joined_by_and(words: Iterable[object]) -> str:
+    """Return words as a list in a sentence: `4`, `4 and 8`, `2, 4 and 8`."""
+    *first, last = map(str, words)
+    return f"{', '.join(first)} and {last}" if first else last
