@@ -36,11 +36,12 @@ from packager.receipt import LinearRecord, Provenance
 from packager.recipe.file import RecipeFile
 from packager.system.terminal import Terminal
 from packager.variant import Bits, BitsMix, Variant
-from tests import tiny_recipe
+from tests import card_fixtures, tiny_recipe
 from tests.earlier_recipes import earlier_digest
 from tests.locks import write_lock
 from tests.recipe_fixtures import CONFIG, edited, problems_of, write_files
 from tests.sources import open_folder
+from tests.test_card_figures import render
 from tests.tiny_models import open_store, save_model, token_rows, variant
 from tests.tiny_recipe import REPOSITORY, Builds, built_files
 
@@ -320,6 +321,8 @@ def test_a_mix_is_built_and_says_its_bits(builds: Builds, in_process: None) -> N
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "4 and 8 bits, 5 on average at most, with static Act Order, 32g." in card
     assert "| 4 (4, 8; mean at most 5) |" in card
+    assert "- 4-bit\n- 8-bit\n" in card, "the Hub filters by tags"
+    assert "`mixed` mixes bits: " in card
 
 
 @pytest.mark.slow
@@ -479,6 +482,23 @@ def test_the_card_says_which_linears_have_which_bits() -> None:
     assert bits_in_words({"bits": 3, "mix_bits": "2, 3, 4", "mix_mean": 3.25}) == (
         "2, 3 and 4 bits, 3.25 on average at most"
     )
+
+
+def test_a_mix_in_which_all_linears_have_one_number_of_bits_says_so() -> None:
+    recipe = card_fixtures.llama_recipe()
+    first, *others = card_fixtures.llama_receipts(recipe)
+    cases: list[tuple[tuple[Bits, ...], str]] = [
+        ((4, 4), "`main` may mix bits, and does not: "),
+        ((3, 4), "`main` mixes bits: "),
+    ]
+    for widths, says in cases:
+        linears = tuple(
+            LinearRecord(name=f"model.layers.{block}.mlp.down_proj", loss=0.1, damp_percent=0.01, bits=bits)
+            for block, bits in enumerate(widths)
+        )
+        parameters = {**first.parameters, "mix_bits": "3, 4", "mix_mean": 4}
+        made = first.model_copy(update={"linears": linears, "parameters": parameters})
+        assert says in render(recipe, [made, *others])
 
 
 def test_bits_of_a_variant() -> None:
