@@ -54,6 +54,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain": {"scale_search": False, "refine": False},
     "positive": {"scale_search": True, "refine": False},
     "refine": {"refine": True},
+    "corrected": {"target_correction": 0.5},
 }
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

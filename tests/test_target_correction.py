@@ -50,12 +50,12 @@ def files(work: Path) -> dict[str, bytes]:
     return {path.relative_to(work).as_posix(): path.read_bytes() for path in work.rglob("*") if path.is_file()}
 
 
-def inputs(tokens: int = 40, columns: int = 12, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(tokens: int = 40, columns: int = 12, seed: int = 0, rows: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     """Return x, the inputs x0 of the fp16 model, and a weight, float64."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) * torch.linspace(0.5, 2, columns)
     x0 = x + 0.3 * torch.randn(tokens, columns, generator=generator, dtype=torch.float64) + 0.1 * x.roll(1, 1)
-    return x, x0, torch.randn(5, columns, generator=generator, dtype=torch.float64)
+    return x, x0, torch.randn(rows, columns, generator=generator, dtype=torch.float64)
 
 
 def sums(x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,9 +80,10 @@ def test_with_hardly_any_damping_a_target_is_the_least_squares_fit(monkeypatch: 
     assert lost(found.double()) < 0.8 * lost(weight)
 
 
+@pytest.mark.parametrize("rows", [5, 20], ids=["fewer rows than columns", "more"])
 @pytest.mark.parametrize("strength", [0.25, 1.0])
-def test_a_target_is_that_of_the_damped_formula(strength: float) -> None:
-    x, x0, weight = inputs(tokens=6)  # fewer tokens than columns: H alone has no inverse
+def test_a_target_is_that_of_the_damped_formula(strength: float, rows: int) -> None:
+    x, x0, weight = inputs(tokens=6, rows=rows)  # fewer tokens than columns: H alone has no inverse
     H = 2 / 6 * torch.einsum("ti,tj->ij", x, x)
     S = 2 / 6 * torch.einsum("ti,tj->ij", x, x0 - x)
     damped = H + torch.eye(12) * H.diagonal().sum() / 12

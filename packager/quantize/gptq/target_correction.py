@@ -82,5 +82,12 @@ def corrected_targets(weights: Sequence[Tensor], H: Tensor, S: Tensor, *, streng
     # With this damping H is positive definite, unless a number in it is not finite.
     L, _ = torch.linalg.cholesky_ex(damped)
     del damped, diagonal
+    if sum(weight.shape[0] for weight in weights) < H.shape[0]:  # fewer columns to solve for than S has
+        return [_added(weight, torch.cholesky_solve(S @ weight.float().mT, L), strength) for weight in weights]
     shift = torch.cholesky_solve(S, L).mul_(strength)
     return [torch.addmm(weight.float(), weight.float(), shift.mT) for weight in weights]
+
+
+def _added(weight: Tensor, change: Tensor, strength: float) -> Tensor:
+    """Return a weight, [out_features, in_features], with a part of a change, [in_features, out_features], added."""
+    return torch.add(weight, change.mT, alpha=strength)
