@@ -64,7 +64,7 @@ def build(
         dist: the output folder.
         device: where to compute; "auto" uses a CUDA GPU if there is one.
         only: work on these branches; none are all.
-        gpu_memory_bytes: of each GPU that quantizing may use; None is what is free.
+        gpu_memory_bytes: of each GPU that quantizing and measuring may use; None is what is free.
         cache: the folder of the loaders' environments; None is that of the command line.
         quiet: log nothing.
 

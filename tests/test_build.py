@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from packager.model.packing import CheckpointReader
+from packager.pipeline import flow, stages
 from packager.pipeline.flow import BuildResult
 from packager.pipeline.plan import make_plan
 from packager.prove import evaluate
@@ -29,6 +31,7 @@ from packager.prove.audit import audit
 from packager.quantize import block as block_module
 from packager.quantize.gptq.solve import Solution
 from packager.recipe.file import RecipeFile
+from packager.system.terminal import Terminal
 from tests.publish_fixtures import trees
 from tests.tiny_models import save_model
 from tests.tiny_recipe import (
@@ -41,6 +44,7 @@ from tests.tiny_recipe import (
     built_files,
     hub_folder,
     leftovers,
+    options,
     publish,
     sentences,
     workspace,
@@ -407,12 +411,24 @@ def test_the_cards_example_uses_a_chat_template_if_there_is_one(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_a_variant_is_not_held_while_the_next_one_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its head is as large as the vocabulary, 0.67 GB of Gemma 3 270M."""
+def test_variants_are_measured_within_the_limit_and_none_is_held_while_the_next_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head is as large as the vocabulary, 0.67 GB of Gemma 3 270M."""
     made: list[weakref.ref[Any]] = []
+    limits: list[object] = []
     run_checkpoint = evaluate.run_checkpoint
 
+    @contextmanager
+    def limited(*limit: object) -> Iterator[None]:
+        limits.append(limit)
+        yield
+        limits.clear()
+
+    monkeypatch.setattr(stages, "limit_gpu_memory", limited)
+
     def watched(*args: Any) -> Any:
+        assert limits == [((torch.device("cpu"),), 5 * 10**9)]
         assert [decoder() for decoder in made] == [None] * len(made)
         found = run_checkpoint(*args)
         made.append(weakref.ref(found.decoder))
@@ -420,8 +436,9 @@ def test_a_variant_is_not_held_while_the_next_one_is_measured(tmp_path: Path, mo
 
     monkeypatch.setattr(evaluate, "run_checkpoint", watched)
     gc.disable()  # what only the garbage collector frees stays for long
+    within = replace(options(tmp_path / "dist"), gpu_memory_bytes=5 * 10**9)
     try:
-        build(write_all(tmp_path), tmp_path / "dist")
+        flow.build(RecipeFile.load(write_all(tmp_path)), within, Terminal(quiet=True))
     finally:
         gc.enable()
     assert len(made) == len(BRANCHES)

@@ -267,7 +267,7 @@ def test_a_receipt_records_which_modules_ran_fused_kernels(
         (40, None, ""),
         (40, 9, "needs 10.0 GiB of a CUDA GPU, of this one 8.3 GiB can be used"),
         (20, None, "measuring needs 30.0 GiB of a CUDA GPU, of this one 18.4 GiB can be used"),
-        (40, 12, ""),  # the limit is for quantizing, measuring may use the whole GPU
+        (40, 12, "measuring needs 30.0 GiB of a CUDA GPU, of this one 11.0 GiB can be used"),
     ],
 )
 def test_a_gpu_must_have_the_memory_to_quantize_and_to_measure(

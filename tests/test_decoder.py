@@ -19,7 +19,7 @@ from torch import Tensor
 
 from packager.errors import SourceError
 from packager.inputs.base_model import SourceModel
-from packager.model import decoder as decoder_module
+from packager.model.batches import BLOCK_READERS
 from packager.model.decoder import Decoder, forward, run_blocks
 from tests.samples import sampled
 from tests.sources import open_folder
@@ -196,7 +196,7 @@ def test_a_block_for_a_gpu_is_read_by_several_threads(source_of: Callable[[str],
     assert len(threads) == 1
     vars(decoder)["device"] = SimpleNamespace(type="cuda")
     found = decoder._block_weights(1, device=CPU)
-    assert len(threads) == 1 + decoder_module._READERS
+    assert len(threads) == 1 + BLOCK_READERS
     assert list(found) == list(expected)
     assert all(torch.equal(tensor, expected[each]) for each, tensor in found.items())
 

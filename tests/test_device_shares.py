@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from packager.errors import MachineError
+from packager.model.devices import limit_gpu_memory
 from packager.quantize import device_shares
-from packager.quantize.device_shares import limit_gpu_memory, share_variants
+from packager.quantize.device_shares import share_variants
 from packager.quantize.job import DeviceShare
 from packager.quantize.memory import HOST_LIMIT_BYTES, USABLE
 from packager.variant import Variant

@@ -24,10 +24,13 @@ from packager.errors import MachineError, QuantizeError, SourceError
 from packager.inputs.base_model import SourceModel
 from packager.inputs.chat import Question
 from packager.inputs.texts import TextSets
+from packager.model.packing import dequantize_linear
+from packager.pipeline.plan import make_plan
 from packager.prove import evaluate, evaluation_memory
 from packager.prove.evaluate import quality_of, run_base, run_checkpoint
 from packager.prove.evaluation_memory import tokens_per_piece
 from packager.receipt import QualityRecord
+from packager.recipe.file import RecipeFile
 from tests.known_models import known_architecture
 from tests.samples import sampled
 from tests.sources import open_folder
@@ -378,6 +381,21 @@ def test_the_peak_with_a_large_vocabulary_is_the_estimate(tmp_path: Path) -> Non
     assert counter.peak < 600e6
 
 
+def test_dequantizing_a_large_linear_takes_what_the_estimate_counts() -> None:
+    """Beside the weights: the packed linear, of 8 bits at most, and a part of the weights in float32, twice."""
+    inputs, outputs = 1024, 8192
+    tensors = {
+        "qweight": torch.zeros(inputs // 8, outputs, dtype=torch.int32),
+        "qzeros": torch.zeros(inputs // 128, outputs // 8, dtype=torch.int32),
+        "scales": torch.ones(inputs // 128, outputs).half(),
+        "g_idx": (torch.arange(inputs) // 128).int(),
+    }
+    with PeakBytes() as counter:
+        weight = dequantize_linear(tensors.__getitem__, BITS, torch.float16)
+    assert weight.nbytes == 2 * inputs * outputs
+    assert counter.peak - weight.nbytes < inputs * outputs + 9 * 2**20
+
+
 def test_many_questions_and_one_long_one_stay_below_the_estimate(pair_of: Callable[[str], Pair]) -> None:
     pair = pair_of("llama")
     short = [Question(prompt_ids=(5,) * 10, answer_ids=(6, 7))] * 1000
@@ -423,6 +441,20 @@ def test_the_estimate_grows_with_the_rows_and_counts_the_host_beside_a_gpu() -> 
     assert 0 < many.device_bytes - few.device_bytes <= states
     assert many.host_bytes - few.host_bytes == 2 * states
     assert estimate(2**16, "cpu").host_bytes == 0
+
+
+def test_13b_is_measured_on_a_gpu_of_8_gb() -> None:
+    """Each of the threads that read a block dequantizes a part of a linear beside the blocks."""
+    plan = make_plan(RecipeFile.load(Path(__file__).parents[1] / "recipes" / "llama-2-13b-chat.yaml"))
+    hidden, intermediate, tokens, batch = 5120, 13824, 131_072, 16_384
+    block = 2 * (4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden)
+    one = hidden * intermediate * 2  # gate_proj and up_proj see the same input: they count as one
+    parts = 4 * (one + 9 * 2**24)
+    (kind,) = plan.architecture.kinds
+    states, running = 2 * tokens * hidden, batch * (kind.peak_bytes + 2048 * kind.peak_bytes_per_pair)
+    head = 2 * 32_000 * hidden
+    assert plan.evaluation.gpu.device_bytes == states + 3 * block + running + parts + head
+    assert plan.evaluation.gpu.device_bytes < 8e9
 
 
 def test_the_estimate_needs_no_torch() -> None:

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from packager.errors import MachineError, QuantizeError
 from packager.inputs.base_model import SourceModel
 from packager.model.decoder import Decoder, forward
 from packager.model.devices import GPU_ALLOCATION
-from packager.model.packing import pack, pack_zeros, unpack
+from packager.model.packing import CheckpointReader, pack, pack_zeros, unpack
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Hessian, factorize
 from packager.quantize.gptq.order import ColumnOrder
@@ -366,6 +367,31 @@ def test_streamed_forward_in_float32_equals_the_cpu(tmp_path):
         (state,) = forward(decoder, ids, rows=64)
         logits.append(decoder.logits(state).cpu())
     assert (logits[0] - logits[1]).norm() / logits[0].norm() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_a_checkpoint_is_dequantized_on_the_gpu_to_the_weights_of_the_cpu(tmp_path, name):
+    """By several threads on a stream of their own; experts are put together on the host."""
+    source = open_folder(save_model(tmp_path / "model", name))
+    v = variant(act_order="full")
+    run(source, tmp_path / "work", v)
+    store = open_store(source, tmp_path / "work", v, device=CUDA)
+    packed: dict[str, torch.Tensor] = {}
+    for block in range(source.architecture.num_blocks):
+        packed |= store.read(block) or {}
+    linears = {stored.removesuffix(".qweight") for stored in packed if stored.endswith(".qweight")}
+    rest = {each: source.read(each) for each in source.tensors if each.removesuffix(".weight") not in linears}
+    save_file(packed | rest, tmp_path / "model.safetensors")
+    blocks = []
+    for device, dtype in ((torch.device("cpu"), torch.float32), (CUDA, torch.float32), (CUDA, torch.float16)):
+        read = CheckpointReader(tmp_path, 4, device=device, dtype=dtype)
+        decoder = Decoder(
+            source.folder, read, names=read.names, dequantized=read.dequantized, device=device, dtype=dtype
+        )
+        blocks.append([{key: tensor.cpu() for key, tensor in weights.items()} for weights in decoder.stream()])
+    for on_cpu, on_gpu, half in zip(*blocks, strict=True):
+        assert all(torch.equal(tensor, on_gpu[key]) for key, tensor in on_cpu.items())
+        assert all(torch.equal(tensor.half(), half[key].half()) for key, tensor in on_cpu.items())
 
 
 def test_a_finished_variant_is_not_run_again(tmp_path):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from packager.errors import SourceError
+from packager.model import batches
 from packager.model.packing import (
     CheckpointReader,
     dequantize_linear,
@@ -80,8 +81,11 @@ def packed_linear(bits: int) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("at_once", [2**20, 32 * 32, 1])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_a_linear_is_dequantized_as_the_format_defines(bits):
+def test_a_linear_is_dequantized_as_the_format_defines(bits, at_once, monkeypatch):
+    """At once, in two halves, and 32 of 64 columns (8 for 4 bits) at a time."""
+    monkeypatch.setitem(batches.DEQUANTIZED_AT_ONCE, "cpu", at_once)
     tensors = packed_linear(bits)
     if bits == 8:  # a stored 255 stands for 256, which no grid has and uint8 does not hold
         tensors["qzeros"] &= 0x7F7F7F7F
@@ -90,6 +94,7 @@ def test_a_linear_is_dequantized_as_the_format_defines(bits):
     assert found.shape == (32, 64)
     assert found.is_contiguous()
     assert found.tolist() == torch.tensor(oracle_weight(tensors, bits), dtype=torch.float32).tolist()
+    assert torch.equal(dequantize_linear(tensors.__getitem__, bits, torch.bfloat16), found.bfloat16())
 
 
 @pytest.mark.parametrize("bits", [3, 4])

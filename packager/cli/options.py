@@ -95,7 +95,7 @@ GpuMemoryOption = Annotated[
         "--gpu-memory",
         metavar="SIZE",
         parser=read_size,
-        help="Memory of each GPU that quantizing may use, such as 24GB; less takes longer and makes the same bytes.",
+        help="Memory of each GPU that quantizing and measuring may use, such as 24GB; quantizing in less takes longer.",
         show_default="what is free",
     ),
 ]

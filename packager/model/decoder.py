@@ -6,7 +6,7 @@ The model is built on the meta device, so it takes no memory. The arguments of a
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from packager.errors import SourceError
+from packager.model.batches import BLOCK_READERS
 from packager.model.computed_buffers import compute_buffers
 from packager.model.contexts import Context, OutputOf, shared_contexts
 from packager.model.fused_blocks import fuse
@@ -38,10 +39,6 @@ class Batch:
     contexts: Sequence[Context]
 
 
-# Threads that read a block for a GPU: one reads 13B's block of 634 MB in some 0.5 s, two GPUs compute it in 0.3 s.
-_READERS = 4
-
-
 class _LastBlockReached(Exception):  # noqa: N818
     """Internal signal: the model's forward needs not run further."""
 
@@ -53,7 +50,8 @@ class Decoder:
 
     Args:
         folder: with config.json (a checkpoint's quantization_config is ignored: weights come from `read`).
-        read: returns a named tensor on the CPU, in any float dtype; raises KeyError or SourceError if there is none.
+        read: returns a named tensor, in any float dtype; raises KeyError or SourceError if there is none. On a GPU it
+            may use the current stream.
         names: of the tensors that `read` has; None for those that transformers stores.
         dequantized: see `StoredNames`.
         device: where blocks are computed.
@@ -153,7 +151,7 @@ class Decoder:
         checking = Lock()
 
         def weight(name: str, readers: ThreadPoolExecutor | None = None) -> Tensor:
-            with torch.cuda.stream(self._reading) if self._reading is not None else nullcontext():
+            with self._on_reading_stream():
                 tensor = self._read_tensor(sources[name], readers).to(device, self._dtype_of(places[name]))
                 with checking:  # it takes more memory than the tensor while it runs
                     if not bool(torch.isfinite(tensor).all()):
@@ -164,11 +162,15 @@ class Decoder:
             return {name: weight(name) for name in places}
         # Parameters that are made of many stored tensors, such as those of experts, are large: one after the other.
         large = [name for name in places if self._names.is_converted(sources[name])]
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="read") as readers:
+        with ThreadPoolExecutor(BLOCK_READERS, thread_name_prefix="read") as readers:
             alone = [name for name in places if name not in large]
             found = dict(zip(alone, readers.map(weight, alone), strict=True))
             found |= {name: weight(name, readers) for name in large}
         return {name: found[name] for name in places}
+
+    def _on_reading_stream(self) -> AbstractContextManager[Any]:
+        """Return a context in which this thread's GPU work waits for no block, and no block for it."""
+        return torch.cuda.stream(self._reading) if self._reading is not None else nullcontext()
 
     def _dtype_of(self, place: Tensor) -> torch.dtype:
         """Return the dtype in which the model computes with a tensor: integers, and what it keeps in float32, stay."""
@@ -299,12 +301,20 @@ class Decoder:
         return self._read_tensor(source).to(self.device, self._dtype_of(place))
 
     def _read_tensor(self, name: str, readers: ThreadPoolExecutor | None = None) -> Tensor:
-        """Read a parameter; the stored tensors of which it is made side by side, where readers are given."""
+        """Read a parameter; the stored tensors of which it is made side by side, where readers are given.
+
+        They are put together in host memory: several copies of a layer's experts would not fit on a GPU.
+        """
+
+        def on_host(stored: str) -> Tensor:
+            with self._on_reading_stream():
+                return self._read(stored).cpu()
+
         try:
             if readers is None:
                 return self._names.read(name, self._read)
             stored = self._names.conversions[name].names
-            return self._names.read(name, dict(zip(stored, readers.map(self._read, stored), strict=True)).__getitem__)
+            return self._names.read(name, dict(zip(stored, readers.map(on_host, stored), strict=True)).__getitem__)
         except KeyError as error:
             raise SourceError(
                 "the weights lack a tensor that the model needs",

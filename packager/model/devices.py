@@ -1,6 +1,6 @@
 """Choose the device that computes, and name it in receipts. torch is imported only when a function is called."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -84,3 +84,24 @@ def gpu_memory_errors(hint: str) -> Iterator[None]:
         raise MachineError(
             "the GPU's memory is exhausted", why=str(error).partition(".")[0], hint=hint
         ) from error  # fmt: skip
+
+
+@contextmanager
+def limit_gpu_memory(devices: "Sequence[torch.device]", limit: int | None) -> Iterator[None]:
+    """Let torch allocate at most `limit` bytes of each GPU in the body, and all of it again afterwards.
+
+    Args:
+        devices: CPUs are ignored.
+        limit: bytes per GPU; None for no limit.
+    """
+    import torch
+
+    gpus = [device for device in devices if device.type == "cuda"] if limit is not None else []
+    try:
+        for device in gpus:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or 0) / total), device)
+        yield
+    finally:
+        for device in gpus:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from packager.errors import SourceError
+from packager.model.batches import DEQUANTIZED_AT_ONCE
 from packager.model.safetensors_file import StoredTensor, read_tensor, stored_tensors
 
 _PERIOD = 32
@@ -97,27 +98,42 @@ def unpack_zeros(words: Tensor, bits: int) -> Tensor:
     return unpack(words.T.contiguous(), bits).T + 1
 
 
-def dequantize_linear(read: Callable[[str], Tensor], bits: int) -> Tensor:
-    """Return the float32 weight [out_features, in_features] that a linear's packed tensors represent.
+def dequantize_linear(read: Callable[[str], Tensor], bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the weight [out_features, in_features] that a linear's packed tensors represent, on their device.
 
     The formula is this module's own: a checkpoint is read without the solver's code, so reading checks the solver.
+    In float32 every product is exact: a difference of two integers has 9 bits, a float16 scale 11. So a weight has the
+    same bytes on every device, in any dtype.
 
     Args:
         read: returns the tensor "qweight", "qzeros", "scales" or "g_idx" of the linear.
         bits: 2, 3, 4 or 8.
+        dtype: of the result.
     """
-    q, zeros, groups = unpack(read("qweight"), bits), unpack_zeros(read("qzeros"), bits), read("g_idx").long()
-    return ((q.float() - zeros.float()[groups]) * read("scales").float()[groups]).T.contiguous()
+    words, zeros, scales, groups = read("qweight"), unpack_zeros(read("qzeros"), bits), read("scales"), read("g_idx")
+    zeros, scales, groups = zeros.float(), scales.float(), groups.long()
+    per = values_per_pack(bits)
+    packs, outputs = words.shape[0] * _WORD_BITS // bits // per, words.shape[1]
+    weight = torch.empty(outputs, packs * per, dtype=dtype, device=words.device)
+    step = max(1, DEQUANTIZED_AT_ONCE[words.device.type] // (per * outputs))
+    for first in range(0, packs, step):
+        last = min(first + step, packs)
+        q = unpack(words[first * per * bits // _WORD_BITS : last * per * bits // _WORD_BITS], bits).float()
+        own = groups[first * per : last * per] if step < packs else groups
+        weight[:, first * per : last * per] = q.sub_(zeros[own]).mul_(scales[own]).T
+    return weight
 
 
 class CheckpointReader:
-    """Reads a checkpoint's tensors by name; "<linear>.weight" is dequantized to float32 [out_features, in_features].
+    """Reads a checkpoint's tensors by name; "<linear>.weight" is dequantized [out_features, in_features].
 
     Calling it raises SourceError for a tensor that the checkpoint does not have.
 
     Args:
         folder: the checkpoint.
         bits: of its quantized linears; None where they have several: then the shapes of each linear give its own.
+        device: where weights are dequantized; all other tensors stay on the CPU.
+        dtype: of dequantized weights.
 
     Attributes:
         names: of all tensors that can be read, dequantized ones included.
@@ -127,8 +143,15 @@ class CheckpointReader:
         SourceError: a file is not a safetensors file, or is cut off.
     """
 
-    def __init__(self, folder: Path, bits: int | None) -> None:
-        self._folder, self._bits = folder, bits
+    def __init__(
+        self,
+        folder: Path,
+        bits: int | None,
+        *,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._folder, self._bits, self._device, self._dtype = folder, bits, device, dtype
         self._tensors: dict[str, StoredTensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
             self._tensors |= stored_tensors(path)
@@ -139,10 +162,14 @@ class CheckpointReader:
 
     def __call__(self, name: str) -> Tensor:
         """Read a tensor."""
+        if name not in self.dequantized:
+            return self._stored(name)
         linear = name.removesuffix(".weight")
-        if name in self.dequantized:
-            return dequantize_linear(lambda part: self._stored(f"{linear}.{part}"), self._bits or self._bits_of(linear))
-        return self._stored(name)
+
+        def read(part: str) -> Tensor:
+            return self._stored(f"{linear}.{part}").to(self._device)
+
+        return dequantize_linear(read, self._bits or self._bits_of(linear), self._dtype)
 
     def _bits_of(self, linear: str) -> int:
         (words, _), (in_features,) = (self._tensors[f"{linear}.{part}"].info.shape for part in ("qweight", "g_idx"))

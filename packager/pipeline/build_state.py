@@ -54,7 +54,7 @@ class Options:
         cache: where loader environments are kept.
         device: where to compute.
         environ: the process environment, for the loaders' processes.
-        gpu_memory_bytes: how much of each GPU quantizing may use; None for what is free.
+        gpu_memory_bytes: how much of each GPU quantizing and measuring may use; None for what is free.
         local_target: the output folder whose `hub` has what is published locally; None for `dist`.
     """
 

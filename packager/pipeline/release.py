@@ -231,6 +231,8 @@ def _lacking_memory(plan: BuildPlan, options: Options) -> str:
     limited = round(USABLE * options.gpu_memory_bytes) if options.gpu_memory_bytes else whole
     if quantizing > limited:
         return f"needs {gibibytes(quantizing)} GiB of a CUDA GPU, of this one {gibibytes(limited)} GiB can be used"
-    if needed > whole:
-        return f"measuring needs {gibibytes(needed)} GiB of a CUDA GPU, of this one {gibibytes(whole)} GiB can be used"
+    if needed > limited:
+        return (
+            f"measuring needs {gibibytes(needed)} GiB of a CUDA GPU, of this one {gibibytes(limited)} GiB can be used"
+        )
     return ""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from packager.errors import PackError, StateError
-from packager.model.devices import device_name
+from packager.model.devices import device_name, limit_gpu_memory
 from packager.pipeline.base_model_origin import BaseOrigin
 from packager.pipeline.build_state import BuildState, StageName, require_build_extra
 from packager.pipeline.cards import refuse_edited_card
@@ -252,7 +252,8 @@ def evaluate(run: BuildState) -> tuple[str, ...]:
     _keep_heap_small(run)
     source, texts, device = run.source, run.texts, run.device
     bar_of = run.terminal.bar(len(missing) + 1)
-    with run.terminal.stage("evaluate"), bar_of as bar, source.weights.hashed_beside():
+    limited = limit_gpu_memory((device,), run.options.gpu_memory_bytes)
+    with run.terminal.stage("evaluate"), bar_of as bar, source.weights.hashed_beside(), limited:
         base = run_base(source, texts, device)
         source.weights.records()  # nothing is recorded of weights that are not those of the lock
         bar.step("fp16 base model")

@@ -25,7 +25,10 @@ from packager.prove.evaluation_memory import question_tokens, tokens_per_piece
 from packager.prove.quality_figures import quality_record
 from packager.receipt import QualityRecord
 
-_HINT = "end other programs on the GPU, or run build again with --device cpu: the quantized variants are kept"
+_HINT = (
+    "raise --gpu-memory if it was given, end other programs on the GPU, or run build again with --device cpu: "
+    "the quantized variants are kept"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +163,8 @@ def run_checkpoint(
     folder: Path, bits: int | None, source: SourceModel, texts: TextSets, device: torch.device
 ) -> ForwardResult:
     """Run a checkpoint with its weights dequantized, see `run_texts`; `bits` is None where linears have several."""
-    reader, dtype = CheckpointReader(folder, bits), compute_dtype(source.dtype, device)
+    dtype = compute_dtype(source.dtype, device)
+    reader = CheckpointReader(folder, bits, device=device, dtype=dtype)
     return run_texts(
         folder, reader, texts, names=reader.names, dequantized=reader.dequantized, device=device, dtype=dtype
     )  # fmt: skip
@@ -180,7 +184,8 @@ def quality_of(base: ForwardResult, quantized: ForwardResult, texts: TextSets) -
     """
     with gpu_memory_errors(_HINT):
         pieces = _pieces(base, quantized, texts.evaluation.ids)
-        compared = torch.cat([_compare(base.decoder, quantized.decoder, *piece) for piece in pieces], dim=1)
+        # On the GPU until all are there: a copy to the host would wait for each piece.
+        compared = torch.cat([_compare(base.decoder, quantized.decoder, *piece) for piece in pieces], dim=1).cpu()
     figures = compared.view(len(compared), len(texts.evaluation.ids), -1).numpy()
     record = quality_record(*figures)
     _check_finite(record)
@@ -194,17 +199,21 @@ def quality_of(base: ForwardResult, quantized: ForwardResult, texts: TextSets) -
 
 
 def _pieces(base: ForwardResult, quantized: ForwardResult, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield both models' states [tokens, hidden_size] and the next token ids [tokens] of some hundred predictions."""
+    """Yield both models' states [tokens, hidden_size] and the next token ids [tokens] of some hundred predictions.
+
+    The states of a batch are on the device, so that the host can start the next pieces while one is computed.
+    """
     size, begin = _piece(base.decoder), 0
     for base_states, states in zip(base.states, quantized.states, strict=True):
         following = ids[begin : begin + len(states), 1:].flatten()
         begin += len(states)
-        own = (torch.split(found[:, :-1].flatten(0, 1), size) for found in (base_states, states))
+        device = base.decoder.device
+        own = (torch.split(found.to(device)[:, :-1].flatten(0, 1), size) for found in (base_states, states))
         yield from zip(*own, torch.split(following, size), strict=True)
 
 
 def _compare(base: Decoder, quantized: Decoder, p_states: Tensor, q_states: Tensor, ids: Tensor) -> Tensor:
-    """Return the figures of a piece's predictions on the CPU, float64 [4, tokens].
+    """Return the figures of a piece's predictions on the device, float64 [4, tokens].
 
     These are the losses of the quantized and the base model, KL(base || quantized), and 1 where both find the same
     token most likely. Three float64 tensors [tokens, vocab] exist at most: `evaluation_memory` counts them.
@@ -215,7 +224,7 @@ def _compare(base: Decoder, quantized: Decoder, p_states: Tensor, q_states: Tens
     equal = (p.argmax(-1) == q.argmax(-1)).double()
     difference = q.neg_().add_(p)
     kl = p.exp_().mul_(difference).sum(-1)
-    return torch.stack([loss, base_loss, kl, equal]).cpu()
+    return torch.stack([loss, base_loss, kl, equal])
 
 
 def _log_probabilities(decoder: Decoder, states: Tensor) -> Tensor:

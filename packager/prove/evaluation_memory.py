@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from packager.model.architecture import Architecture
 from packager.model.batches import (
+    BLOCK_READERS,
+    DEQUANTIZED_AT_ONCE,
+    DEQUANTIZING_BYTES,
     ELEMENT_BYTES,
     TOKENS_PER_BATCH,
     WEIGHT_COPIES,
@@ -21,8 +24,6 @@ _MAX_PIECE_TOKENS = 1024
 # Float64 tensors [tokens, vocab] that exist at once: the base model's log-probabilities, the quantized model's, and the
 # exponentials that they are computed with.
 _PIECES = 3
-# Bytes per weight of the linear that is being dequantized on the host: integers, zeros, scales and weights, float32.
-_DEQUANTIZE_BYTES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +70,12 @@ def evaluation_memory(
     question_logits = 2 * 4 * architecture.vocab_size * tokens_per_piece(architecture.vocab_size) if questions else 0
     weights = element * max(kind.weight_elements for kind in architecture.kinds)
     batch_tokens = min(num_tokens, rows_per_batch(seq_len, device_type) * seq_len)
+    # Of a batch, both models' states, which are made contiguous without each row's last one; and four figures a token.
+    compared = 3 * element * batch_tokens * hidden + 4 * 8 * num_tokens
     if questions:
         batch_tokens = max(batch_tokens, TOKENS_PER_BATCH[device_type])
     blocks = WEIGHT_COPIES * weights + batch_tokens * running_bytes(architecture, device_type, seq_len)
-    dequantizing = _DEQUANTIZE_BYTES * max(
-        (inputs * outputs for inputs, outputs, _experts in architecture.group_shapes), default=0
-    )
+    dequantizing = _dequantizing_bytes(architecture, device_type)
     embedding = embedding_bytes(architecture, device_type)
     # The base model's head stays on the device while the quantized model's blocks run, and both heads make logits.
     if device_type == "cpu":
@@ -85,6 +86,13 @@ def evaluation_memory(
         return EvaluationMemory(device_bytes=2 * states + head + peak, host_bytes=0)
     return EvaluationMemory(
         device_bytes=head
-        + max(states + asked + embedding, states + asked + blocks, head + max(logits, question_logits)),
-        host_bytes=2 * states + asked + 2 * weights + dequantizing + 2 * architecture.largest_tensor_bytes,
+        + max(states + asked + max(embedding, blocks + dequantizing), head + max(compared + logits, question_logits)),
+        host_bytes=2 * states + asked + 2 * weights + 2 * architecture.largest_tensor_bytes,
     )
+
+
+def _dequantizing_bytes(architecture: Architecture, device_type: str) -> int:
+    """Return what dequantizing takes beside the weights that it makes: the packed linear, and a part of its weights."""
+    largest = max((inputs * outputs for inputs, outputs, _experts in architecture.group_shapes), default=0)
+    one = largest + DEQUANTIZING_BYTES * min(largest, DEQUANTIZED_AT_ONCE[device_type])  # 8 bits at most
+    return one * (1 if device_type == "cpu" else BLOCK_READERS)

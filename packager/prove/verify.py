@@ -134,7 +134,7 @@ def reference(checkpoint: Checkpoint, job: VerifyJob) -> NDArray[np.float32]:
 
 
 def _decoder(checkpoint: Checkpoint, job: VerifyJob) -> Decoder:
-    read = CheckpointReader(checkpoint.folder, checkpoint.bits)
+    read = CheckpointReader(checkpoint.folder, checkpoint.bits, device=job.device)
     return Decoder(
         checkpoint.folder, read, names=read.names, dequantized=read.dequantized, device=job.device, dtype=torch.float32
     )  # fmt: skip

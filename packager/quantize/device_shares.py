@@ -1,7 +1,6 @@
-"""Share the variants, and where they are few the rows, among the devices; plan the sweeps; limit GPU memory."""
+"""Share the variants, and where they are few the rows, among the devices; plan the sweeps."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 
@@ -70,22 +69,3 @@ def load_linear_algebra(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.linalg.cholesky_ex(torch.eye(2, dtype=torch.float32, device=device))
-
-
-@contextmanager
-def limit_gpu_memory(devices: Sequence[torch.device], limit: int | None) -> Iterator[None]:
-    """Let torch allocate at most `limit` bytes of each GPU in the body, and all of it again afterwards.
-
-    Args:
-        devices: CPUs are ignored.
-        limit: bytes per GPU; None for no limit.
-    """
-    gpus = [device for device in devices if device.type == "cuda"] if limit is not None else []
-    try:
-        for device in gpus:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or 0) / total), device)
-        yield
-    finally:
-        for device in gpus:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)

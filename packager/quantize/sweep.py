@@ -14,8 +14,8 @@ from threading import Event
 import torch
 
 from packager.inputs.rows import TokenRows
-from packager.model.devices import device_name, gpu_memory_errors
-from packager.quantize.device_shares import limit_gpu_memory, load_linear_algebra, share_variants
+from packager.model.devices import device_name, gpu_memory_errors, limit_gpu_memory
+from packager.quantize.device_shares import load_linear_algebra, share_variants
 from packager.quantize.job import BlockDone, ModulesFused, QuantizeJob, Report
 from packager.quantize.ranks import RankGroup, RankStopped, connect
 from packager.quantize.shared_reader import SharedReader
