@@ -69,7 +69,10 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Everything that determines what `make` writes; stored beside the model, so that it is written once."""
+    """Everything that determines what `make` writes; stored beside the model, so that it is written once.
+
+    Without held_out_tokens there are four rows of them, more where rows are short.
+    """
 
     shape: Shape
     rows: int
@@ -77,6 +80,7 @@ class ModelSpec:
     seed: int
     shard_bytes: int
     on_gpu: bool
+    held_out_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +295,7 @@ def _documents(
 
 
 def _evaluation_rows(spec: ModelSpec) -> int:
-    return max(4, -(-64 // spec.seq_len))
+    return spec.held_out_tokens // spec.seq_len or max(4, -(-64 // spec.seq_len))
 
 
 def recipe_of(spec: ModelSpec) -> dict[str, Any]:
@@ -329,6 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=128, help="calibration rows the text must be enough for")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held-out-tokens", type=int, default=0, help="of the evaluation text (default four rows)")
     parser.add_argument("--shard-bytes", type=int, default=5_000_000_000)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where values are made")
     given = parser.parse_args(arguments)
@@ -338,6 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seq_len=given.seq_len,
         seed=given.seed,
         shard_bytes=given.shard_bytes,
+        held_out_tokens=given.held_out_tokens,
         on_gpu=given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available()),
     )
     seconds = make(given.folder, spec)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Engine:
 
 
 OURS = Engine(name="ours", title="ours", script="ours.py")
+OUR_EVALUATION = replace(OURS, script="our_evaluation.py")
 PEERS = {
     engine.name: engine
     for engine in (
@@ -90,7 +91,7 @@ class EnginePaths:
         own = [str(path.absolute()) for path in self.paths.get(engine.name, ())]
         # Another interpreter must not import the packages of this one.
         inherited = environ.get("PYTHONPATH", "") if self.python(engine) == Path(sys.executable) else ""
-        root = [str(ROOT)] if engine is OURS else []
+        root = [str(ROOT)] if engine.name == OURS.name else []
         path = os.pathsep.join(filter(None, [*own, *root, inherited]))
         kept = {name: text for name, text in environ.items() if name in _KEPT}
         return {**kept, **_OFFLINE, **_OTHERS, **({"PYTHONPATH": path} if path else {})}

@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py --layers 4 --peers autogptq,gptqmodel,llmcompressor --json out.json
     python benchmarks/speed.py --full --json full.json
+    python benchmarks/speed.py --full --evaluate --gpu-memory 24GB --json full.json
 
 benchmarks/README.md describes what is timed and how to read the table.
 """
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 from make_model import ModelSpec, Shape, add_shape_arguments, make, recipe_of, shape_of, write_recipe
 from processes import (
+    OUR_EVALUATION,
     OURS,
     Engine,
     EnginePaths,
@@ -35,12 +37,13 @@ from processes import (
     run_jobs,
 )
 from rich.console import Console
-from tables import Row, speed_table, stages_table
+from tables import Row, evaluation_table, speed_table, stages_table
 
 from packager.inputs.base_model import open_source
 from packager.inputs.texts import prepare
 from packager.model.describe import describe
 from packager.recipe.file import RecipeFile
+from packager.recipe.text_models import Evaluation
 from packager.system.files import write_atomic
 
 # Every engine quantizes this model first, unmeasured: that compiles kernels and loads libraries.
@@ -56,6 +59,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "refine": {"refine": True},
     "corrected": {"target_correction": 0.5},
 }
+HELD_OUT_TOKENS: int = Evaluation.model_fields["num_tokens"].default
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -72,6 +76,7 @@ class Settings:
     desc_act: bool
     ways: tuple[str, ...]
     full: bool
+    evaluate: bool
     one: bool
     gpu_memory_bytes: int | None
     from_page_cache: bool
@@ -87,7 +92,7 @@ class Settings:
             **asdict(self.spec),
             **{
                 name: getattr(self, name)
-                for name in ("device", "batch_size", "desc_act", "full", "one", "gpu_memory_bytes")
+                for name in ("device", "batch_size", "desc_act", "full", "evaluate", "one", "gpu_memory_bytes")
             },
             "ways": list(self.ways),
             "from_page_cache": self.from_page_cache,
@@ -104,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     small = settings.work / "small" if settings.warm_up else None
     if small is not None:
         shape = replace(SMALL, experts=min(settings.spec.shape.experts, 16), expert_intermediate=256)
-        _make(replace(settings.spec, shape=shape, rows=8, seq_len=128), small, settings, progress)
+        _make(replace(settings.spec, shape=shape, rows=8, seq_len=128, held_out_tokens=0), small, settings, progress)
     rows: list[Row] = []
     for row in _run_all(settings, model, small):
         rows.append(row)
@@ -117,7 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in rows:
         if row.variants == 4 and row.seconds is not None:
             console.print(stages_table(row.outcome.result))
-    return int(any(row.outcome.status == "failed" for row in rows))
+        if row.evaluation is not None and row.evaluation.status == "ok":
+            console.print(evaluation_table(row.title, row.evaluation.result))
+        elif row.evaluation is not None:
+            console.print(f"{row.title}: evaluation {row.evaluation.status}: {row.evaluation.reason}", markup=False)
+    outcomes = [row.outcome for row in rows] + [row.evaluation for row in rows if row.evaluation is not None]
+    return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
 def _write_report(settings: Settings, rows: Sequence[Row]) -> None:
@@ -142,7 +152,10 @@ def _run_all(settings: Settings, model: Path, small: Path | None) -> Iterator[Ro
                 variants=variants,
                 layers=layers,
                 ours=True,
-                outcome=_run_ours(settings, f"{way}-{recipe}", model, small),
+                outcome=(outcome := _run_ours(settings, f"{way}-{recipe}", model, small)),
+                evaluation=_evaluate(settings, f"{way}-{recipe}", model, small)
+                if settings.evaluate and outcome.status == "ok"
+                else None,
             )
     for engine in settings.peers:
         outcomes = _run_peer(settings, engine, model, small)
@@ -154,7 +167,23 @@ def _run_all(settings: Settings, model: Path, small: Path | None) -> Iterator[Ro
 def _run_ours(settings: Settings, recipe: str, model: Path, small: Path | None) -> Outcome:
     """Run our engine; its files are deleted afterwards, except the checkpoints of a full run."""
     shutil.rmtree(settings.dist, ignore_errors=True)
-    jobs = [
+    jobs = _jobs_of_ours(settings, recipe, model, small)
+    if not settings.from_page_cache:
+        _drop_page_cache(model / "model")
+    outcome = run_jobs(OURS, jobs, settings.paths, settings.work / "jobs", timeout_s=settings.timeout_s)[-1]
+    if not settings.full:
+        shutil.rmtree(settings.dist, ignore_errors=True)
+    return outcome
+
+
+def _evaluate(settings: Settings, recipe: str, model: Path, small: Path | None) -> Outcome:
+    """Measure the quality of the checkpoints that `_run_ours` made, in another process."""
+    jobs, folder = _jobs_of_ours(settings, recipe, model, small), settings.work / "evaluation-jobs"
+    return run_jobs(OUR_EVALUATION, jobs, settings.paths, folder, timeout_s=settings.timeout_s)[-1]
+
+
+def _jobs_of_ours(settings: Settings, recipe: str, model: Path, small: Path | None) -> list[dict[str, Any]]:
+    return [
         {
             "recipe": str((folder / recipe).absolute()),
             "dist": str((settings.dist / folder.name).absolute()),
@@ -164,12 +193,6 @@ def _run_ours(settings: Settings, recipe: str, model: Path, small: Path | None) 
         for folder in (small, model)
         if folder is not None
     ]
-    if not settings.from_page_cache:
-        _drop_page_cache(model / "model")
-    outcome = run_jobs(OURS, jobs, settings.paths, settings.work / "jobs", timeout_s=settings.timeout_s)[-1]
-    if not settings.full:
-        shutil.rmtree(settings.dist, ignore_errors=True)
-    return outcome
 
 
 def _run_peer(settings: Settings, engine: Engine, model: Path, small: Path | None) -> list[Outcome]:
@@ -201,7 +224,7 @@ def _make(spec: ModelSpec, folder: Path, settings: Settings, console: Console) -
     """Make a model and the engines' inputs; on a GPU in a process of its own, so that no GPU memory stays allocated."""
     if spec.on_gpu:
         options = {**asdict(spec.shape), "rows": spec.rows, "seq_len": spec.seq_len, "seed": spec.seed}
-        options |= {"shard_bytes": spec.shard_bytes, "device": "cuda"}
+        options |= {"shard_bytes": spec.shard_bytes, "held_out_tokens": spec.held_out_tokens, "device": "cuda"}
         if config := options.pop("config"):
             options["config"] = settings.work.absolute() / "shape.json"
             write_atomic(options["config"], config.encode())
@@ -266,6 +289,13 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     add("--seq-len", type=int, default=2048, help="tokens per row (default 2048)")
     add("--seed", type=int, default=0)
     add("--full", action="store_true", help="40 layers, four permutations, ours alone, down to audited checkpoints")
+    add("--evaluate", action="store_true", help="with --full: then the stage evaluate, fp16 and every variant")
+    add(
+        "--held-out-tokens",
+        type=int,
+        default=HELD_OUT_TOKENS,
+        help=f"with --evaluate: tokens that are measured on (default {HELD_OUT_TOKENS}, a recipe's default)",
+    )
     add("--one", action="store_true", help="with --full: one permutation, 128g")
     add("--desc-act", action="store_true", help="the one permutation that all engines make is with desc_act")
     add(
@@ -284,7 +314,12 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         metavar="LIST",
         help="the settings each peer runs with (default fastest,defaults)",
     )
-    add("--gpu-memory", type=_bytes, metavar="SIZE", help="the GPU memory our engine may use, such as 24GB")
+    add(
+        "--gpu-memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="the GPU memory that ours may use, to quantize and to measure, such as 24GB",
+    )
     add("--from-page-cache", action="store_true", help="do not make our engine read the weights from disk again")
     add("--no-warm-up", action="store_true", help="do not quantize a small model first")
     add("--work", type=Path, default=Path("build/benchmark"), help="where the model is made (default build/benchmark)")
@@ -293,12 +328,15 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     add("--json", type=Path, help="write all measurements here")
     add_path_arguments(parser, peers="autogptq,gptqmodel,llmcompressor")
     given = parser.parse_args(arguments)
+    if given.evaluate and not given.full:
+        parser.error("--evaluate measures the checkpoints of --full")
     given.layers = given.layers if given.layers is not None else (40 if given.full else 4)
     device = device_of(given.device)
     return Settings(
         spec=ModelSpec(
             shape=shape_of(given), rows=given.rows, seq_len=given.seq_len, seed=given.seed,
             shard_bytes=5_000_000_000, on_gpu=device == "cuda",
+            held_out_tokens=given.held_out_tokens if given.evaluate else 0,
         ),
         peers=() if given.full else peers_of(parser, given.peers),
         paths=engine_paths(parser, given),
@@ -308,6 +346,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         desc_act=given.desc_act,
         ways=(DEFAULTS_OF_OURS, *given.also),
         full=given.full,
+        evaluate=given.evaluate,
         one=given.one,
         gpu_memory_bytes=given.gpu_memory,
         from_page_cache=given.from_page_cache,

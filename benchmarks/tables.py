@@ -22,6 +22,7 @@ class Row:
         layers: of the model.
         ours: whether the engine is ours.
         outcome: of the engine's process.
+        evaluation: of measuring the quality of what was made, where that was asked for.
     """
 
     title: str
@@ -29,6 +30,7 @@ class Row:
     layers: int
     ours: bool
     outcome: Outcome
+    evaluation: Outcome | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -62,6 +64,7 @@ class Row:
             "seconds_per_layer_and_permutation": self.per_layer,
             "seconds_per_later_layer_and_permutation": self.later_layers,
             "result": dict(self.outcome.result),
+            "evaluation": None if self.evaluation is None else _plain(self.evaluation),
         }
 
 
@@ -105,6 +108,34 @@ def stages_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def evaluation_table(title: str, result: Mapping[str, Any]) -> Table:
+    """Return the seconds and peaks of the stage evaluate, and the seconds that 40 layers take by those of one."""
+    layers, limit = result["layers"], result["settings"]["gpu_memory_bytes"]
+    tokens = f"{result['held_out_tokens']:,} tokens in rows of {result['seq_len']:,}"
+    table = Table(title=f"Quality, {title}: {tokens}, {layers} layers")
+    for head in ("model", "forward", "per layer", "beside the layers", "comparison with fp16", "40 layers"):
+        table.add_column(head, justify="left" if head == "model" else "right")
+    whole = 0.0
+    for model in result["models"]:
+        beside, layer = model["forward_s"] - model["blocks_s"], model["blocks_s"] / layers
+        forty = 40 * layer + beside + model["compare_s"]
+        whole += forty
+        cells = (model["forward_s"], layer, beside, model["compare_s"], forty)
+        table.add_row(model["name"], *(seconds(each, digits=3) for each in cells))
+    spent = sum(model["forward_s"] + model["compare_s"] for model in result["models"])
+    rest = result["seconds"] - spent
+    table.add_row("stage", seconds(result["seconds"]), "", seconds(rest, digits=3), "", seconds(whole + rest))
+    host, before = result["host_bytes"], result["host_before_bytes"]
+    plan = (result["planned_device_bytes"], result["planned_host_bytes"])
+    table.caption = (
+        f"GPU peak beyond what was held: {gigabytes(result['gpu_allocated_beyond_bytes'])} allocated, "
+        f"{gigabytes(result['gpu_reserved_beyond_bytes'])} reserved; planned {gigabytes(plan[0])}; "
+        f"limit {gigabytes(limit)}. Host peak {gigabytes(host)}, "
+        f"beyond the start {gigabytes(None if before is None else host - before)}; planned {gigabytes(plan[1])}."
+    )
+    return table
+
+
 def seconds(value: float | None, *, digits: int = 1) -> str:
     """Return seconds as a cell."""
     return _NOTHING if value is None else f"{value:.{digits}f}"
@@ -117,6 +148,10 @@ def gigabytes(value: int | None) -> str:
 
 def _ratio(value: float | None, ours: float | None) -> str:
     return _NOTHING if value is None or ours is None else f"{value / ours:.2f}"
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    return {"status": outcome.status, "reason": outcome.reason, "result": dict(outcome.result)}
 
 
 def _versions(result: Mapping[str, Any]) -> str:

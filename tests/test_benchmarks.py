@@ -21,6 +21,7 @@ from packager.errors import LoaderError
 from packager.inputs.texts import prepare
 from packager.pipeline.lock_recipes import lock_recipes
 from packager.pipeline.plan import make_plan
+from packager.prove import evaluate
 from packager.prove.probes import ProbeResult
 from packager.prove.verify import references_of
 from packager.recipe.file import RecipeFile
@@ -185,6 +186,88 @@ def test_full_runs_our_engine_alone_to_the_checkpoints(modules: Any, tmp_path: P
     assert {path.name for path in builds.iterdir() if not path.name.startswith(".")} == set(BRANCHES)
 
 
+def evaluated(name: str, forward: float, blocks: float, compare: float) -> dict[str, Any]:
+    return {"name": name, "forward_s": forward, "blocks_s": blocks, "compare_s": compare}
+
+
+@pytest.mark.parametrize("status", ["ok", "failed"])
+def test_evaluate_measures_what_full_made_and_computes_the_time_of_40_layers(
+    modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, status: str
+) -> None:
+    asked: list[Any] = []
+    specs: dict[str, Any] = {}
+    result = {
+        "seconds": 10.0, "layers": 8, "held_out_tokens": 131_072, "seq_len": 2048,
+        "models": [evaluated("fp16", 3.0, 2.0, 0.0), evaluated("main", 4.0, 1.0, 1.5)],
+        "settings": {"gpu_memory_bytes": 24 * 10**9}, "planned_device_bytes": 6_400_000_000,
+        "planned_host_bytes": 4_600_000_000, "host_bytes": 5 * 10**9, "host_before_bytes": 10**9,
+        "gpu_allocated_beyond_bytes": 6_300_000_000, "gpu_reserved_beyond_bytes": 7_100_000_000,
+    }  # fmt: skip
+    quantized = {"seconds": 8.0, "versions": {"transformers": "5", "torch": "2"}, "stages": {}, "disk_to_disk_s": 9.0}
+
+    def run_jobs(engine: Any, jobs: Any, paths: Any, folder: Path, *, timeout_s: float) -> Any:
+        asked.append((engine.script, jobs))
+        if engine.script == "ours.py":
+            return [modules.processes.Outcome(status="ok", result={**quantized, "host_bytes": 1})]
+        return [modules.processes.Outcome(status=status, reason="no memory", result=result)]
+
+    monkeypatch.setattr(modules.speed, "run_jobs", run_jobs)
+    monkeypatch.setattr(modules.speed, "_make", lambda spec, folder, *_: specs.update({folder.name: spec}))
+    arguments = [*TINY, "--layers=8", "--full", "--evaluate", "--gpu-memory=24GB", f"--work={tmp_path}"]
+    made = modules.speed.main([*arguments, "--held-out-tokens=96", f"--json={tmp_path / 'out.json'}"])
+    (first, jobs), (second, same) = asked
+    assert (first, second, made) == ("ours.py", "our_evaluation.py", int(status == "failed"))
+    assert jobs == same
+    assert jobs[0]["gpu_memory_bytes"] == 24 * 10**9
+    text = modules.make_model.recipe_of(specs["model"])["evaluation"]
+    assert (text["num_tokens"], text["seq_len"]) == (96, 32)
+    (row,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert row["evaluation"] == {"status": status, "reason": "no memory", "result": result}
+    shown = capsys.readouterr().out
+    if status == "failed":
+        assert "ours, 4 at once: evaluation failed: no memory" in shown
+        return
+    lines = [[cell.strip() for cell in line.split("│")] for line in shown.splitlines() if line.startswith("│")]
+    assert lines[-3][1:-1] == ["fp16", "3.000", "0.250", "1.000", "0.000", "11.000"]
+    assert lines[-2][1:-1] == ["main", "4.000", "0.125", "3.000", "1.500", "9.500"]
+    assert lines[-1][1:-1] == ["stage", "10.0", "", "1.500", "", "22.0"]
+    caption = " ".join(shown.split())
+    assert "held: 6.3 GB allocated, 7.1 GB reserved; planned 6.4 GB; limit 24.0 GB." in caption
+    assert "Host peak 5.0 GB, beyond the start 4.0 GB; planned 4.6 GB." in caption
+
+
+def test_the_default_is_to_measure_on_the_tokens_of_a_recipe(modules: Any) -> None:
+    assert modules.speed.parse(["--full", "--evaluate"]).spec.held_out_tokens == 131_072
+    assert modules.speed.parse(["--full"]).spec.held_out_tokens == 0
+
+
+def test_the_stage_evaluate_is_timed_model_by_model(
+    modules: Any, tmp_path: Path, builds: tiny_recipe.Builds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builds.copy(tmp_path)
+    receipts = [tiny_recipe.workspace(tmp_path / "dist").receipt_path(branch) for branch in tiny_recipe.BRANCHES]
+    for path in receipts:
+        receipt = json.loads(path.read_text())
+        del receipt["stages"]["evaluate"]
+        path.write_text(json.dumps(receipt))
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
+    script = importlib.import_module("our_evaluation")
+    job = {"recipe": str(tmp_path / "recipe.yaml"), "dist": str(tmp_path / "dist"), "device": "cpu",
+           "gpu_memory_bytes": None}  # fmt: skip
+    original = evaluate.run_base
+    result = script.evaluate(job)
+    assert evaluate.run_base is original
+    assert [model["name"] for model in result["models"]] == ["fp16", *tiny_recipe.BRANCHES]
+    for model in result["models"]:
+        assert 0 < model["blocks_s"] < model["forward_s"]
+        assert (model["compare_s"] > 0) == (model["name"] != "fp16")
+    assert sum(model["forward_s"] + model["compare_s"] for model in result["models"]) < result["seconds"]
+    assert (result["layers"], result["held_out_tokens"]) == (3, 256)
+    plan = make_plan(RecipeFile.load(tmp_path / "recipe.yaml")).evaluation.cpu
+    assert (result["planned_device_bytes"], result["planned_host_bytes"]) == (plan.device_bytes, plan.host_bytes)
+    assert all("evaluate" in json.loads(path.read_text())["stages"] for path in receipts)
+
+
 def test_an_engine_that_takes_too_long_fails_the_run(modules: Any, tmp_path: Path, capsys: Any) -> None:
     assert modules.speed.main([*TINY, f"--work={tmp_path}", "--peers=", "--timeout=0.2"]) == 1
     assert "failed: it took over 0.2 s" in capsys.readouterr().out
@@ -235,6 +318,7 @@ def test_sizes_are_parsed(modules: Any, text: str, size: int) -> None:
         ("speed", ["--gpu-memory=much"], "is not a size such as 24GB"),
         ("speed", ["--peers=autogptq,other"], "no such peer: other"),
         ("speed", ["--peer-path=autogptq=/does/not/exist"], "a path that exists"),
+        ("speed", ["--evaluate"], "--evaluate measures the checkpoints of --full"),
         ("quality", ["--ours=Search"], "expected a name"),
         ("quality", ["--ours=search:scale_search=yes"], "expected a name"),
     ],

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -199,6 +199,25 @@ def test_a_block_for_a_gpu_is_read_by_several_threads(source_of: Callable[[str],
     assert len(threads) == 1 + BLOCK_READERS
     assert list(found) == list(expected)
     assert all(torch.equal(tensor, expected[each]) for each, tensor in found.items())
+
+
+def test_a_gpu_finishes_each_block_before_the_next_but_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is slower than the page cache: blocks that wait for it would fill its memory."""
+    steps: list[str] = []
+
+    def stream() -> Iterator[str]:
+        for index in range(3):
+            steps.append(f"read {index + 1}")  # the next one, while this one is computed
+            yield f"weights {index}"
+
+    decoder: Any = SimpleNamespace(
+        device=SimpleNamespace(type="cuda"), stream=stream, drop_block=lambda _: None,
+        load_block=lambda index, _: steps.append(f"compute {index}"),
+    )  # fmt: skip
+    waits = SimpleNamespace(synchronize=lambda: steps.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: waits)
+    run_blocks(decoder, [])
+    assert steps == [step for index in range(3) for step in (f"read {index + 1}", f"compute {index}", "wait")]
 
 
 def test_an_error_of_one_reader_is_raised(source_of: Callable[[str], SourceModel]) -> None:

@@ -2,8 +2,10 @@
 
 import copy
 import hashlib
+import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -18,9 +20,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from packager.errors import MachineError, QuantizeError
 from packager.inputs.base_model import SourceModel
+from packager.inputs.texts import TextSets
 from packager.model.decoder import Decoder, forward
 from packager.model.devices import GPU_ALLOCATION
 from packager.model.packing import CheckpointReader, pack, pack_zeros, unpack
+from packager.prove.evaluate import quality_of, run_base, run_checkpoint
+from packager.prove.evaluation_memory import evaluation_memory
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Hessian, factorize
 from packager.quantize.gptq.order import ColumnOrder
@@ -392,6 +397,27 @@ def test_a_checkpoint_is_dequantized_on_the_gpu_to_the_weights_of_the_cpu(tmp_pa
     for on_cpu, on_gpu, half in zip(*blocks, strict=True):
         assert all(torch.equal(tensor, on_gpu[key]) for key, tensor in on_cpu.items())
         assert all(torch.equal(tensor.half(), half[key].half()) for key, tensor in on_cpu.items())
+
+
+def test_measuring_takes_the_planned_memory_at_most_however_many_blocks(tmp_path):
+    """Packed blocks are read sooner than they are computed: they do not gather on the GPU."""
+    source = open_folder(save_larger(tmp_path / "base", hidden=2048, intermediate=5632, blocks=12))
+    v, rows = variant(group_size=128), token_rows(ROWS, LENGTH, vocab_size=VOCABULARY)
+    run(source, tmp_path / "work", v)
+    folder = open_store(source, tmp_path / "work", v, device=CUDA).checkpoint
+    shutil.copyfile(source.folder / "config.json", folder / "config.json")
+    rest = {name: source.read(name) for name in source.tensors if ".proj" not in name and "_proj" not in name}
+    save_file(rest, folder / "rest.safetensors")
+    texts = TextSets(calibration=rows, evaluation=rows, questions=(), prompts=())
+    planned = evaluation_memory(source.architecture, num_tokens=ROWS * LENGTH, seq_len=LENGTH, device_type="cuda")
+    quality_of(run_base(source, texts, CUDA), run_base(source, texts, CUDA), texts)  # loads what libraries load
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    base = run_base(source, texts, CUDA)
+    quality = quality_of(base, run_checkpoint(folder, 4, source, texts, CUDA), texts)
+    assert math.isfinite(quality.kl_divergence)
+    assert 0.5 * planned.device_bytes < torch.cuda.max_memory_allocated() - before < 1.1 * planned.device_bytes
 
 
 def test_a_finished_variant_is_not_run_again(tmp_path):

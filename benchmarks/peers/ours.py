@@ -29,7 +29,7 @@ def quantize(job: Job) -> dict[str, Any]:
     terminal = need("packager.system.terminal").Terminal()
     watch = Stopwatch(job["device"])
     with watch, RankTimes(job["device"]) as times, _layers(watch) as reached:
-        build = _build(job, terminal)
+        build = build_of(job, terminal)
         stages = {"plan": time.perf_counter() - watch.started}
         with build.workspace.locked():
             build.read_receipts()
@@ -53,7 +53,8 @@ def quantize(job: Job) -> dict[str, Any]:
     }
 
 
-def _build(job: Job, terminal: Any) -> BuildState:
+def build_of(job: Job, terminal: Any) -> BuildState:
+    """Return the build of a job's recipe, nothing of it done or read."""
     state: Any = need("packager.pipeline.build_state")
     recipe_file = need("packager.recipe.file").RecipeFile.load(Path(job["recipe"]))
     limit = {} if job["gpu_memory_bytes"] is None else {"gpu_memory_bytes": job["gpu_memory_bytes"]}

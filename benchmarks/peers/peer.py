@@ -62,6 +62,7 @@ class Stopwatch:
         seconds: wall time, the GPU's work finished.
         marks: seconds from the start at which the engine reached the same point of each layer.
         packing_s: the seconds of packing weights into words, where the engine packs separately.
+        held: what torch held of each GPU when it was entered, allocated and reserved bytes.
     """
 
     def __init__(self, device: str) -> None:
@@ -71,6 +72,7 @@ class Stopwatch:
         self.seconds = 0.0
         self.marks: list[float] = []
         self.packing_s: float | None = None
+        self.held: list[tuple[int, int]] = []
 
     def __enter__(self) -> Stopwatch:
         gc.collect()
@@ -79,6 +81,8 @@ class Stopwatch:
             for device in range(self._torch.cuda.device_count()):
                 self._torch.cuda.synchronize(device)
                 self._torch.cuda.reset_peak_memory_stats(device)
+                memory = self._torch.cuda
+                self.held.append((memory.memory_allocated(device), memory.memory_reserved(device)))
         self.started = time.perf_counter()
         return self
 
@@ -119,6 +123,16 @@ class Stopwatch:
             "each_gpu_allocated_bytes": [cuda.max_memory_allocated(device) for device in devices],
             "gpus": len(devices),
             "device_name": cuda.get_device_name() if self._cuda else "cpu",
+        }
+
+    def beyond(self) -> dict[str, int | None]:
+        """Return the peaks of the fullest GPU beyond what torch held of it before."""
+        cuda, held = self._torch.cuda, list(enumerate(self.held))
+        allocated = [cuda.max_memory_allocated(device) - before for device, (before, _) in held]
+        reserved = [cuda.max_memory_reserved(device) - before for device, (_, before) in held]
+        return {
+            "gpu_allocated_beyond_bytes": max(allocated, default=None),
+            "gpu_reserved_beyond_bytes": max(reserved, default=None),
         }
 
 

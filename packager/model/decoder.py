@@ -351,6 +351,8 @@ def compute_dtype(base_dtype: str, device: torch.device) -> torch.dtype:
 def run_blocks(decoder: Decoder, batches: list[Batch]) -> list[Tensor]:
     """Run batches through every block, each block's weights read once; return the last hidden states of each batch.
 
+    The next block is read beside each one, and no further one: a GPU that is slower than the disk would fill up.
+
     Args:
         decoder: whose blocks.
         batches: from `Decoder.embed`; the list is emptied, so that their inputs are freed as the first block runs.
@@ -362,6 +364,8 @@ def run_blocks(decoder: Decoder, batches: list[Batch]) -> list[Tensor]:
         block = decoder.load_block(index, weights)
         for number, context in enumerate(contexts):
             states[number] = run_block(block, states[number], context[index])
+        if decoder.device.type == "cuda":
+            torch.cuda.current_stream(decoder.device).synchronize()
         decoder.drop_block(index)
     return states
 
