@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from packager.cli.main import app
 from packager.errors import CalibrationError, PlanError, RecipeError, SourceError
 from packager.inputs import hub_models
 from packager.inputs.named_model import NamedModel, find_model
+from packager.model.lock import LockedExperts
 from packager.pipeline import init_recipe
 from packager.pipeline.draft_recipe import Wishes, draft_recipe, variants_of
 from packager.pipeline.plan import make_plan
@@ -655,3 +657,29 @@ def test_a_hub_that_hangs_is_reported_soon(hub: LoopbackHub, monkeypatch: pytest
     with pytest.raises(SourceError, match="could not be downloaded"):
         find_model("tester/tiny", lambda _: None)
     assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize(
+    ("positions", "experts", "given"),
+    [
+        (12, False, True),  # 128 rows of 12 tokens: 16 tokens for each of 96 columns
+        (11, False, False),
+        (12, True, False),
+    ],
+)
+def test_a_text_that_is_long_enough_gives_a_target_correction(
+    tmp_path: Path, positions: int, experts: bool, given: bool
+) -> None:
+    from packager.model.architecture import architecture_of
+
+    config = {**json.loads(CONFIGS["llama"]().to_json_string()), "max_position_embeddings": positions}
+    architecture = architecture_of(lock_of(config, "a/b").model, "a/b")
+    assert max(group.in_features for group in architecture.group_sizes) == 96
+    if experts:
+        routed = LockedExperts(parameter="mlp.experts.down_proj", count=4, top_k=2, per_token=True)
+        groups = [group.model_copy(update={"experts": routed}) for group in architecture.kinds[0].groups]
+        architecture = replace(architecture, kinds=(replace(architecture.kinds[0], groups=tuple(groups)),))
+    recipe = draft_recipe(model_of(tmp_path / "m", CARD), wishes(tmp_path), architecture)
+    assert recipe.get("defaults") == ({"target_correction": 0.5} if given else None)
+    whole = Recipe.model_validate_json(json.dumps(recipe))
+    assert whole.expanded_variants()[0].target_correction == (0.5 if given else 0)

@@ -15,6 +15,7 @@ _COMMENTS: Final[Mapping[str, str]] = {
     "base_model": "The model that is quantized. The lock beside this file holds what it says of itself.",
     "calibration": "The text that the quantizer is calibrated on: the nearer to the model's later use, the better.",
     "evaluation": "Held-out text, on which the figures of the card are measured.",
+    "defaults": "Parameters of every variant that does not give its own.",
     "variants": "One branch each, named by its parameters unless it gives `branch`; `packager plan` shows the names.",
     "loaders": "The runtimes that must open every variant, and those that are tried where a machine can run them.",
     "card": "The words of the model card; every figure on it is measured.",
