@@ -192,8 +192,9 @@ def _way(
     # On the device, a suspended batch's input is one of the states already.
     inputs = ELEMENT_BYTES[device_type] * work.architecture.hidden_size if placement == "device" else 0
     peak = sizes.peak(kept_tokens, batch_tokens, everywhere, inputs_held=inputs)
-    # All batches of the fp16 model stay suspended, whatever those of the variant do.
-    peak += sizes.suspended_reference(tokens, inputs_held=inputs)
+    peak += sizes.suspended_reference(kept_tokens, inputs_held=inputs)
+    if work.corrected and suspended < num_batches:  # those that run again need the original weights
+        peak += sizes.weights
     if work.tuned:
         peak = max(peak, tuning_bytes(work.architecture, device_type, batch_tokens, work.seq_len))
     blocks = held + sizes.resident(weights) + peak
@@ -319,7 +320,7 @@ class _Sizes:
         """Return the bytes of the fp16 model's batches while they are suspended where that takes most.
 
         Args:
-            tokens: of all batches of this device.
+            tokens: of the batches that stay suspended.
             inputs_held: see `peak`.
         """
         if not self._corrected:

@@ -7,7 +7,8 @@ for any block made of `nn.Linear`. The experts of a layer, which are no modules 
 `experts.own_forward`: their group is the name of one parameter, and its inputs come with their routing.
 
 The fp16 model's own activations can go through the block at the same time, one group ahead: they pass a linear while it
-still has its original weights. So both inputs of a linear are known, and the block's weights are there once.
+still has its original weights. So both inputs of a linear are known, and the block's weights are there once. Where not
+all batches stay suspended, the original weights are kept for those that run again.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,7 +124,7 @@ def sweep_sequential(
         parts: the part of the rows to which each batch belongs, see `row_parts`; None: these are all batches.
         suspended: how many batches stay suspended inside the block; each of the others runs again from the block's
             beginning for every group, with the same values. None: all of them stay.
-        reference: the fp16 model's activations; all of its batches stay suspended inside the block.
+        reference: the fp16 model's activations; as many of its batches stay suspended inside the block.
         last: the quantized block's outputs are not needed, and the states stay its inputs.
         on_solved: called when every group is quantized and the states are still the block's inputs; may raise.
 
@@ -143,7 +144,7 @@ def sweep_sequential(
 
     hooked = {group[0]: linears[group[0]] for group in groups if group[0] in linears}
     with _hooks(hooked, lambda name: lambda _, args: stop(name, args[0])), _experts_forward(block, groups, stop):
-        fp16 = _ReferenceRuns(block, reference, groups[-1])
+        fp16 = _ReferenceRuns(block, reference, groups[-1], suspended)
         for group in groups:
             inputs = _Inputs(group, linears, parts, len(states), shifted=reference is not None)
             for index in range(len(states)):
@@ -153,6 +154,7 @@ def sweep_sequential(
                     paused[index] = run
                 else:
                     run.throw()
+            fp16.keep_weights(group)
             inputs.solve(solve, solve_experts)
             done.add(group[0])
         on_solved()
@@ -166,39 +168,78 @@ def sweep_sequential(
 class _ReferenceRuns:
     """The fp16 model's batches inside the block, each suspended at the group of linears that is quantized next.
 
+    Batches that do not stay suspended run again for every group, through the original weights of the groups before it.
+
     Args:
         block: with its original weights, at first.
         reference: None for none.
         last_group: of the block's groups of linears.
+        suspended: how many batches stay suspended; None: all of them.
     """
 
-    def __init__(self, block: nn.Module, reference: Reference | None, last_group: Group) -> None:
-        self._reference = reference
-        # After it the batches need not run on, if the block's outputs are not needed.
-        self._last_group = last_group if reference is not None and reference.last else None
-        self._runs: list[greenlet] = []
-        if reference is not None:
-            states = map(reference.states.get, range(len(reference.states)))
-            pairs = zip(states, reference.contexts, strict=True)
-            self._runs = [greenlet(partial(run_block, block, hidden, context)) for hidden, context in pairs]
+    def __init__(self, block: nn.Module, reference: Reference | None, last_group: Group, suspended: int | None) -> None:
+        self._block, self._reference, self._last_group = block, reference, last_group
+        # After the last group the batches need not run on, if the block's outputs are not needed.
+        self._outputs_needed = reference is not None and not reference.last
+        self._originals: list[tuple[Tensor, Tensor]] = []
+        count = len(reference.states) if reference is not None else 0
+        self._runs = [self._run_of(index) for index in range(count if suspended is None else min(suspended, count))]
+        self._rerun = range(len(self._runs), count)
         self._reached = [run.switch() for run in self._runs]
+
+    def _run_of(self, index: int) -> greenlet:
+        reference = self._reference
+        assert reference is not None, "there are batches"  # noqa: S101
+        return greenlet(partial(run_block, self._block, reference.states.get(index), reference.contexts[index]))
 
     def next_input(self, group: Group, index: int) -> Tensor | RoutedInputs | None:
         """Return the input of a group's linears for one batch, and run it through them: they are as they were."""
-        if not self._runs:
+        if self._reference is None:
             return None
+        if index in self._rerun:
+            with self._original_weights():
+                run = self._run_of(index)
+                found = _input_of(group, run, run.switch())
+                run.throw()
+            return found
         found = _input_of(group, self._runs[index], self._reached[index])
-        if group != self._last_group:
+        if self._outputs_needed or group != self._last_group:
             self._reached[index] = self._runs[index].switch()
         return found
+
+    def keep_weights(self, group: Group) -> None:
+        """Keep the weights of a group before it is quantized, if a batch runs through them again."""
+        if not self._rerun or (group == self._last_group and not self._outputs_needed):
+            return
+        linears = linears_of(self._block)
+        for name in group:
+            weight = linears[name].weight if name in linears else self._block.get_parameter(name)
+            self._originals.append((weight, weight.detach().clone()))
+
+    @contextmanager
+    def _original_weights(self) -> Iterator[None]:
+        """Give the quantized linears their original weights in the body."""
+        quantized = [weight.data for weight, _ in self._originals]
+        for weight, original in self._originals:
+            weight.data = original
+        try:
+            yield
+        finally:
+            for (weight, _), data in zip(self._originals, quantized, strict=True):
+                weight.data = data
 
     def finish(self) -> None:
         """Replace the states by the block's outputs, if they are needed."""
         for index, run in enumerate(self._runs):
-            if self._last_group is not None:
+            if not self._outputs_needed:
                 run.throw()
             elif self._reference is not None:
                 self._reference.states.put(index, self._reached[index])
+        if self._outputs_needed and self._reference is not None:
+            with self._original_weights():
+                for index in self._rerun:
+                    self._reference.states.put(index, self._run_of(index).switch())
+        self._originals.clear()
 
 
 class _Inputs:
