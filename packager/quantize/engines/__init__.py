@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from packager.quantize.engines.protocol import Engine
 
 # Raise it whenever our own engine makes other bytes from the same inputs: finished work is then quantized again.
-ENGINE_VERSION = 5
+ENGINE_VERSION = 6
 # Raise it when the files beside the weights of an auto-gptq variant change; ENGINE_VERSION covers those of our engine.
 _FILES_VERSION = 2
 

@@ -147,13 +147,14 @@ class TensorOps(Protocol):
             out: float16 [n, m] each, of equal strides, rows dense, to be filled in; None allocates them.
         """
 
-    def add_product(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        """Return total + a b, float32, accumulated in float32; `total` is overwritten, None stands for 0.
+    def add_product(self, total: Tensor | None, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
+        """Return total + alpha a b, float32, accumulated in float32; `total` is overwritten, None stands for 0.
 
         Args:
             total: float32 [n, m].
             a: [n, k], float16, bfloat16 or float32.
             b: [k, m], of a's dtype.
+            alpha: 1 where there is no total.
         """
 
     def add_routed_products(self, total: Tensor, inputs: RoutedInputs, experts: range, panel: int) -> None:

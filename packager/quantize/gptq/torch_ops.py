@@ -80,14 +80,14 @@ class TorchOps:
         low.copy_(scaled - high)
         return high, low
 
-    def add_product(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    def add_product(self, total: Tensor | None, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
         """Add a matrix product in float32; see `TensorOps.add_product`."""
         if a.ndim == 2:
-            return a.float() @ b.float() if total is None else total.addmm_(a.float(), b.float())
+            return a.float() @ b.float() if total is None else total.addmm_(a.float(), b.float(), alpha=alpha)
         if total is None:
             return torch.stack([self.add_product(None, *alone) for alone in zip(a, b, strict=True)])
         for alone in zip(total, a, b, strict=True):
-            self.add_product(*alone)
+            self.add_product(*alone, alpha)
         return total
 
     def add_routed_products(self, total: Tensor, inputs: RoutedInputs, experts: range, panel: int) -> None:

@@ -134,15 +134,15 @@ class TritonOps:
             )  # fmt: skip
         return high, low
 
-    def add_product(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    def add_product(self, total: Tensor | None, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
         """Add a matrix product on the tensor cores, float32 for float32 inputs; see `TensorOps.add_product`."""
         if a.ndim > 2:
-            return _add_batched(total, a, b)
+            return _add_batched(total, a, b, alpha)
         if a.dtype not in _TENSOR_CORE_DTYPES:
-            return a @ b if total is None else total.addmm_(a, b)
+            return a @ b if total is None else total.addmm_(a, b, alpha=alpha)
         if total is None:
             return torch.mm(a, b, out_dtype=torch.float32)
-        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        return torch.addmm(total, a, b, out_dtype=torch.float32, alpha=alpha, out=total)
 
     def add_routed_products(self, total: Tensor, inputs: RoutedInputs, experts: range, panel: int) -> None:
         """Add all experts' products in one launch; see `TensorOps.add_routed_products`.
@@ -166,13 +166,13 @@ class TritonOps:
         return SplitUpdates(U, weight, self)
 
 
-def _add_batched(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return total + a b for each expert, float32."""
+def _add_batched(total: Tensor | None, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """Return total + alpha a b for each expert, float32."""
     if a.dtype not in _TENSOR_CORE_DTYPES:
-        return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
+        return torch.bmm(a, b) if total is None else total.baddbmm_(a, b, alpha=alpha)
     if total is None:
         return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.baddbmm(total, a, b, out_dtype=torch.float32, out=total)
+    return torch.baddbmm(total, a, b, out_dtype=torch.float32, alpha=alpha, out=total)
 
 
 def _experts(tensor: Tensor) -> tuple[int, ...]:

@@ -1,0 +1,201 @@
+"""The factorisation of one wide matrix, whose products are split into float16 parts, against float64; on a GPU too."""
+
+import math
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from packager.quantize import memory
+from packager.quantize.gptq import cholesky as cholesky_module
+from packager.quantize.gptq import hessian as hessian_module
+from packager.quantize.gptq.cholesky import SPLIT_PANEL, SPLIT_WIDTH, split_cholesky
+from packager.quantize.gptq.choose_ops import ops_for
+from packager.quantize.gptq.grid import GridRules
+from packager.quantize.gptq.hessian import Factor, factorize, factorize_within
+from packager.quantize.gptq.order import ColumnOrder
+from packager.quantize.gptq.solve import solve
+from packager.variant import ActOrder
+
+PANEL = 64
+STORED = ColumnOrder(act_order="none", group_size=32)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    assert request.param == "cpu" or torch.cuda.is_available(), "this test needs a CUDA GPU"
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `factorize` split narrow matrices, too, in narrow panels."""
+    monkeypatch.setattr(hessian_module, "_cholesky", lambda A: split_cholesky(A, ops_for(A.device), PANEL))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def hessian(n: int, *, tokens: int, outliers: float = 1, damp: float = 0.01) -> Tensor:
+    """Return a damped Hessian of correlated inputs; every 61st column is larger by a factor."""
+    x = random(tokens, n, seed=n)
+    x += x.roll(1, 1) + x[:, :1]
+    x[:, 7::61] *= outliers
+    H = (x.double().T @ x.double() / tokens).float()
+    return H + damp * H.diagonal().mean() * torch.eye(n)
+
+
+def largest_error(L: Tensor, A: Tensor) -> float:
+    """Return the error of L L^T in units of sqrt(A_ii A_jj), which a backward stable factorisation bounds."""
+    size = A.diagonal().double().sqrt()
+    return float(((L.double() @ L.double().T - A.double()) / size / size[:, None]).abs().max())
+
+
+# A panel's multiple and others; fewer tokens than columns; massive outliers; damped so little that it just succeeds.
+HESSIANS: dict[str, Callable[[], Tensor]] = {
+    "one panel": lambda: hessian(40, tokens=80),
+    "three panels": lambda: hessian(192, tokens=400),
+    "a column more": lambda: hessian(193, tokens=400),
+    "few tokens": lambda: hessian(350, tokens=120),
+    "outliers": lambda: hessian(350, tokens=1400, outliers=1000),
+    "outliers, few tokens": lambda: hessian(350, tokens=120, outliers=1000, damp=1e-4),
+    # Here the product with a block's inverse, instead of the triangular solve, makes the rest indefinite.
+    "nearly singular": lambda: hessian(350, tokens=35, outliers=30, damp=2e-6),
+}
+
+
+@pytest.mark.parametrize("name", HESSIANS)
+@pytest.mark.parametrize("update_columns", [2048, 96])
+def test_the_error_is_of_the_size_of_the_library_s(device, name, update_columns, monkeypatch):
+    monkeypatch.setattr(cholesky_module, "_UPDATE_COLUMNS", update_columns)
+    A = HESSIANS[name]().to(device)
+    L, failed = split_cholesky(A.clone(), ops_for(device), PANEL)
+    assert not bool(failed)
+    assert torch.equal(L, L.tril())
+    assert bool((L.diagonal() > 0).all())
+    library = torch.linalg.cholesky(A)
+    assert largest_error(L, A) < 4 * max(largest_error(library, A), 2.0**-24)
+    exact = torch.linalg.cholesky(A.double())
+    assert (L - exact).norm() < 4 * (library - exact).norm() + 2.0**-22 * exact.norm()
+
+
+def test_many_small_entries_keep_their_digits(device):
+    """As float16 numbers the low parts of 0.0293 have no more than 10 bits; over 1024 columns that is 1.6e-6."""
+    n, columns, entry = 1088, 1024, 0.0293
+    A = torch.eye(n)
+    A[columns:, :columns], A[:columns, columns:] = entry, entry
+    A[columns:, columns:] = columns * entry**2
+    A.fill_diagonal_(1)
+    A = A.to(device)
+    L, failed = split_cholesky(A.clone(), ops_for(device), 512)
+    assert not bool(failed)
+    assert largest_error(L, A) < 6e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("experts", [(), (3,)], ids=["linear", "experts"])
+def test_a_product_is_subtracted_from_part_of_a_matrix(device, dtype, experts):
+    """Its rows are farther apart than they are long."""
+    a, b = (random(*experts, *shape, seed=seed).to(device, dtype) for seed, shape in ((1, (24, 40)), (2, (40, 16))))
+    whole = random(*experts, 24, 64, seed=3).to(device)
+    expected = whole.double()
+    expected[..., 8:24] -= a.double() @ b.double()
+    part = whole[..., 8:24]
+    assert ops_for(device).add_product(part, a, b, alpha=-1) is part
+    torch.testing.assert_close(whole, expected.float(), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_matrices_of_any_size_are_factored(device, size):
+    A = hessian(200, tokens=100, outliers=1000).to(device) * size
+    L, failed = split_cholesky(A.clone(), ops_for(device), PANEL)
+    assert not bool(failed)
+    assert largest_error(L, A) < 1e-6
+
+
+@pytest.mark.usefixtures("in_panels")
+@pytest.mark.parametrize("act_order", get_args(ActOrder))
+def test_the_factor_is_that_of_the_reordered_hessian(device, act_order):
+    H = hessian(200, tokens=400).to(device)
+    before = H.clone()
+    factor = factorize(H, ColumnOrder(act_order=act_order, group_size=32), damp_percent=0)
+    assert torch.equal(H, before)
+    assert bool(factor.succeeded)
+    order = torch.arange(200, device=device) if factor.perm is None else factor.perm
+    assert torch.equal(factor.U, factor.U.triu())
+    assert largest_error(factor.U, H[order][:, order]) < 1e-6
+
+
+@pytest.mark.usefixtures("in_panels")
+@pytest.mark.parametrize("factor", [0.5, -2.0, math.nan, math.inf])
+@pytest.mark.parametrize("column", [0, 70, 199])
+def test_a_diagonal_that_is_too_small_or_not_finite_does_not_succeed(device, factor, column):
+    H = hessian(200, tokens=400).to(device)
+    H[column, column] *= factor
+    assert not bool(factorize(H, STORED, damp_percent=0).succeeded)
+
+
+@pytest.mark.usefixtures("in_panels")
+@pytest.mark.parametrize("entry", [1.5, math.nan, -math.inf])
+@pytest.mark.parametrize(("row", "column"), [(150, 20), (199, 190), (3, 2)])
+def test_an_entry_that_is_too_large_or_not_finite_does_not_succeed(device, entry, row, column):
+    H = torch.eye(200, device=device)
+    H[row, column] = H[column, row] = entry
+    assert not bool(factorize(H, STORED, damp_percent=0).succeeded)
+
+
+@pytest.mark.usefixtures("in_panels")
+def test_damping_is_doubled_as_with_the_library(device, monkeypatch):
+    x = random(40, 200)
+    H = (x.T @ x).to(device)
+    shifted = H - 0.05 * H.diagonal().mean() * torch.eye(200, device=device)
+    split = factorize_within(shifted, STORED, damp_percent=0.01, damp_percent_limit=0.5)
+    monkeypatch.undo()
+    library = factorize_within(shifted, STORED, damp_percent=0.01, damp_percent_limit=0.5)
+    assert split.damp_percent == library.damp_percent > 0.01
+
+
+def losses(weight: Tensor, factor: Factor) -> Tensor:
+    return solve([weight], factor, GridRules(bits=4, sym=True, scale_search=False)).losses
+
+
+@pytest.mark.parametrize("outliers", [1, 1000])
+def test_losses_are_those_with_the_library_s_factor(device, outliers, monkeypatch):
+    H, weight = hessian(320, tokens=640, outliers=outliers).to(device), random(48, 320).to(device)
+    expected = losses(weight, factorize(H, STORED, damp_percent=0.01))
+    monkeypatch.setattr(hessian_module, "_cholesky", lambda A: split_cholesky(A, ops_for(A.device), PANEL))
+    found = losses(weight, factorize(H, STORED, damp_percent=0.01))
+    # A weight that is rounded the other way moves the loss of one output by some percent, up or down.
+    assert float((found.sum() / expected.sum()).log().abs()) < 0.002
+
+
+def test_what_is_beside_the_matrix_takes_no_more_than_it():
+    """16 bytes for each row and column of a panel; H, the matrix and these are within what a plan counts."""
+    assert 16 * SPLIT_PANEL <= 4 * SPLIT_WIDTH
+    assert memory._SQUARES >= 3
+
+
+@pytest.mark.gpu
+def test_a_wide_hessian_is_split_on_cuda_within_the_planned_memory():
+    n = SPLIT_WIDTH + 40
+    x = torch.randn(n + 1000, n, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    x[:, ::500] *= 1000
+    H = x.T @ x / x.shape[0]
+    del x
+    H.diagonal().add_(0.01 * H.diagonal().mean())
+    backwards = H.flip(0, 1)
+    expected, failed = split_cholesky(backwards, ops_for(H.device))
+    assert not bool(failed)
+    assert largest_error(expected, H.flip(0, 1)) < 4e-6
+    del backwards
+    expected = expected.flip(0, 1)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    factor = factorize(H, STORED, damp_percent=0)
+    beside = torch.cuda.max_memory_allocated() - before
+    assert bool(factor.succeeded)
+    assert torch.equal(factor.U, expected)
+    assert beside <= (memory._SQUARES - 1) * 4 * n**2
