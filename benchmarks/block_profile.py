@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from packager.model.describe import describe
+from packager.quantize.gptq.cholesky import SPLIT_WIDTH
 from packager.quantize.gptq.grid import SEARCH_STEPS
 from packager.quantize.gptq.panels import panels, panels_bytes
 from packager.quantize.gptq.solve import COLUMN_BLOCK
@@ -161,7 +162,8 @@ def floors_of(
         computed = sum((panel.stop - panel.start) * (n - panel.start) for panel in panels(n))
         add("Hessians: products", 2 * tokens * computed / rates.half_flops)
         add("Hessians: sum of the parts", (panels_bytes(n) + 4 * n * n) / rates.copied_bytes)
-        add("factor: Cholesky", n**3 / 3 / rates.single_flops)
+        per_product = _SPLIT_PRODUCTS / rates.half_flops if n >= SPLIT_WIDTH else 1 / rates.single_flops
+        add("factor: Cholesky", n**3 / 3 * per_product)
         add("solve: permuted weights", 4 * weights / rates.copied_bytes)
         add("columns: lazy products", _SPLIT_PRODUCTS * 2 * _lazy_products(n) * features / rates.half_flops)
         add("columns: products within 512", 2 * _products_within(n) * features / rates.single_flops)
