@@ -111,3 +111,78 @@ def add_routed_products_kernel(
         out = total_ptr + (expert * columns + left[:, None]) * columns + right[None, :]
         shown = (left < columns)[:, None] & (right < columns)[None, :]
         tl.store(out, tl.load(out, mask=shown, other=0.0) + sums, mask=shown)
+
+
+@triton.jit(do_not_specialize=["rows", "terms", "row_tiles"])
+def multiply_split_kernel(
+    a_high_ptr, a_low_ptr, b_high_ptr, b_low_ptr, row_scale_ptr, feature_scale_ptr, out_ptr, rows, features, terms,
+    a_row_stride, a_term_stride, b_stride, a_batch_stride, b_batch_stride, row_batch_stride, row_tiles,
+    BATCHED: tl.constexpr, ROW_SCALED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
+    TERMS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Store (a b - a_low b_low) r / s, with r the row's factor and s the feature's: or without them, of one part.
+
+    A program computes one tile, of PART terms of the sum in the order of the terms, so an entry depends on its own row
+    and feature alone. With several parts (not WHOLE), out is [experts, parts, rows, features], for `add_parts_kernel`.
+    """
+    row_tile, part = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
+    parts = tl.num_programs(0) // row_tiles
+    out_number = part
+    if BATCHED:
+        expert = tl.program_id(2).to(tl.int64)
+        a_high_ptr += expert * a_batch_stride
+        a_low_ptr += expert * a_batch_stride
+        b_high_ptr += expert * b_batch_stride
+        b_low_ptr += expert * b_batch_stride
+        row_scale_ptr += expert * row_batch_stride
+        feature_scale_ptr += expert * features
+        out_number = expert * parts + part
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    has_row, has_feature = row < rows, feature < features
+    total = tl.zeros([ROWS, FEATURES], tl.float32)
+    for start in range(part * PART, tl.minimum(part * PART + PART, terms), TERMS):
+        term = start + tl.arange(0, TERMS)
+        in_a = has_row[:, None] & (term < terms)[None, :]
+        in_b = (term < terms)[:, None] & has_feature[None, :]
+        at_a = row[:, None].to(tl.int64) * a_row_stride + term[None, :].to(tl.int64) * a_term_stride
+        at_b = term[:, None].to(tl.int64) * b_stride + feature[None, :]
+        a_high = tl.load(a_high_ptr + at_a, mask=in_a, other=0.0)
+        a_low = tl.load(a_low_ptr + at_a, mask=in_a, other=0.0)
+        b_high = tl.load(b_high_ptr + at_b, mask=in_b, other=0.0)
+        b_low = tl.load(b_low_ptr + at_b, mask=in_b, other=0.0)
+        total = tl.dot(a_high, b_low, total)
+        total = tl.dot(a_low, b_high, total)
+        total = tl.dot(a_high, b_high, total)
+    if WHOLE:
+        if ROW_SCALED:
+            total *= tl.load(row_scale_ptr + row, mask=has_row, other=1.0)[:, None]
+        total /= tl.load(feature_scale_ptr + feature, mask=has_feature, other=1.0)[None, :]  # a power of two: exact
+    out = out_ptr + (tl.cast(out_number, tl.int64) * rows + row[:, None]) * features + feature[None, :]
+    tl.store(out, total, mask=has_row[:, None] & has_feature[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
+def add_parts_kernel(
+    part_ptr, row_scale_ptr, feature_scale_ptr, out_ptr, rows, features, parts, row_batch_stride,
+    BATCHED: tl.constexpr, ROW_SCALED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Store sum_p part[p] r / s, the parts added in their order; r and s as in `multiply_split_kernel`."""
+    row = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = feature < features
+    size = tl.cast(rows, tl.int64) * features
+    if BATCHED:
+        expert = tl.program_id(2).to(tl.int64)
+        part_ptr += expert * parts * size
+        row_scale_ptr += expert * row_batch_stride
+        feature_scale_ptr += expert * features
+        out_ptr += expert * size
+    at = row * features + feature
+    total = tl.load(part_ptr + at, mask=inside, other=0.0)
+    for part in range(1, parts):
+        total += tl.load(part_ptr + part * size + at, mask=inside, other=0.0)
+    if ROW_SCALED:
+        total *= tl.load(row_scale_ptr + row)
+    total /= tl.load(feature_scale_ptr + feature, mask=inside, other=1.0)
+    tl.store(out_ptr + at, total, mask=inside)
