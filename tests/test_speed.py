@@ -36,16 +36,16 @@ def isolated() -> ModuleType:
     return module
 
 
-def test_the_first_token_of_an_answer_is_not_timed(isolated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_has_a_time_of_its_own(isolated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two answers: a prompt of 10 s and two tokens of 1 s and 2 s; a prompt of 20 s and one token of 4 s.
-    times = iter([10.0, 11.0, 13.0, 33.0, 37.0])
+    times = iter([0.0, 10.0, 11.0, 13.0, 100.0, 120.0, 124.0])
     monkeypatch.setattr(isolated.time, "perf_counter", lambda: next(times))
     clock = isolated.DecodeClock()
-    for tokens in (3, 2):
-        clock.begin()
+    for prompt, tokens in ((5, 3), (7, 2)):
+        clock.begin(prompt)
         for _ in range(tokens):
             clock.tick()
-    assert clock.fields() == {"decode_tokens": 3, "decode_s": 7.0}
+    assert clock.fields() == {"decode_tokens": 3, "decode_s": 7.0, "prefill_tokens": 12, "prefill_s": 30.0}
 
 
 def test_answers_of_one_token_have_no_time(isolated: ModuleType) -> None:
@@ -53,7 +53,7 @@ def test_answers_of_one_token_have_no_time(isolated: ModuleType) -> None:
     for _ in range(3):
         clock.begin()
         clock.tick()
-    assert clock.fields() == {"decode_tokens": 0, "decode_s": None}
+    assert clock.fields() == {"decode_tokens": 0, "decode_s": None, "prefill_tokens": 0, "prefill_s": None}
 
 
 def test_a_timed_answer_is_the_answer(isolated: ModuleType, tmp_path: Any) -> None:
@@ -69,8 +69,8 @@ def test_a_timed_answer_is_the_answer(isolated: ModuleType, tmp_path: Any) -> No
     clock = isolated.DecodeClock()
     made = isolated.greedy(torch, model, tmp_path, ids[:3], 6, clock)
     assert made == ids[3 : 3 + len(made)]
-    assert clock.tokens == len(made) - 1
-    assert clock.seconds > 0
+    assert (clock.tokens, clock.prompt_tokens) == (len(made) - 1, 3)
+    assert min(clock.seconds, clock.prompt_seconds) > 0
 
 
 def llama(*, speed: bool) -> tuple[Recipe, Any]:

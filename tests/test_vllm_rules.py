@@ -265,13 +265,19 @@ def test_a_logit_that_vllm_leaves_out_is_an_error(probe: Any, prompt: Any, after
         probe.engine_logits(torch, VLLM, Engine(prompt, after), [4, 2], 3)
 
 
-def test_greedy_tokens_end_where_the_checkpoint_says(probe: Any) -> None:
+def test_greedy_tokens_end_where_the_checkpoint_says(probe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(None, None)
-    assert probe.engine_greedy(VLLM, engine, [[1], [3]], 5, [2]) == [[7, 2], [7, 2]]
-    ((_, params),) = engine.given
-    assert (params.temperature, params.max_tokens, params.stop_token_ids) == (0.0, 5, [2])
-    assert probe.engine_greedy(VLLM, engine, [[1], [3]], 0, [2]) == [[], []]
-    assert len(engine.given) == 1
+    # Each prompt: 1 s with one token, then 3 s and 1.5 s with two.
+    ticks = iter([0.0, 1.0, 10.0, 13.0, 20.0, 21.0, 30.0, 31.5])
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: next(ticks))
+    found, times = probe.engine_greedy(VLLM, engine, [[1], [3, 4]], 5, [2])
+    assert found == [[7, 2], [7, 2]]
+    assert times == {"decode_tokens": 2, "decode_s": 2.5, "prefill_tokens": 3, "prefill_s": 2.0}
+    assert [(params.max_tokens, params.temperature) for _, params in engine.given] == [(1, 0.0), (5, 0.0)] * 2
+    assert {tuple(params.stop_token_ids) for _, params in engine.given} == {(2,)}
+    nothing = {"decode_tokens": 0, "decode_s": None, "prefill_tokens": 0, "prefill_s": None}
+    assert probe.engine_greedy(VLLM, engine, [[1], [3]], 0, [2]) == ([[], []], nothing)
+    assert len(engine.given) == 4
 
 
 def test_a_model_without_a_quantized_linear_is_an_error(probe: Any) -> None:

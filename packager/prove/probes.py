@@ -71,6 +71,8 @@ class _Success(_Written):
     peak_memory_bytes: int
     decode_tokens: Annotated[int, Field(ge=0)] = 0
     decode_s: float | None = None
+    prefill_tokens: Annotated[int, Field(ge=0)] = 0
+    prefill_s: float | None = None
 
 
 class _Failure(_Written):
@@ -98,7 +100,7 @@ class ProbeJob:
         vocab_size: length of the logits of one token.
         output_dir: folder for the probe's files; what an earlier probe left there is removed.
         backend: the runtime's own name of the kernel to compute with; None is the probe's choice. GPTQModel,
-            transformers and vLLM have such names.
+            transformers and vLLM have such names; for AutoGPTQ they are the last words of its modules qlinear_*.
     """
 
     model_dir: Path
@@ -126,6 +128,7 @@ class ProbeResult:
         forward_s: time for all rows.
         peak_memory_bytes: on a GPU the peak for this checkpoint, on the CPU the peak of the process so far.
         decode_tokens: generated tokens that were timed, and `decode_s` the time for them; None where none were.
+        prefill_tokens: tokens of prompts that were timed until the first generated token, and `prefill_s` likewise.
     """
 
     logits: "NDArray[np.float32]"
@@ -140,6 +143,8 @@ class ProbeResult:
     peak_memory_bytes: int
     decode_tokens: int = 0
     decode_s: float | None = None
+    prefill_tokens: int = 0
+    prefill_s: float | None = None
 
 
 def probe_environ(python: Path, environ: Mapping[str, str], device: str, folder: Path) -> dict[str, str]:

@@ -19,6 +19,14 @@ PACKAGES = (
     *("numpy", "pandas", "pyarrow", "torch"),
 )
 KERNELS = "auto_gptq.nn_modules.qlinear."
+# By the last word of its module qlinear_*: what from_quantized gets, so that it takes the kernel. What it lacks it
+# replaces with a warning: without its extensions it computes on CUDA with torch, in qlinear_cuda or qlinear_cuda_old.
+OPTIONS = {
+    "cuda": {"use_triton": False, "disable_exllama": True, "disable_exllamav2": True},
+    "exllama": {"use_triton": False, "disable_exllama": False, "disable_exllamav2": True},
+    "exllamav2": {"use_triton": False, "disable_exllama": True, "disable_exllamav2": False},
+    "triton": {"use_triton": True, "disable_exllama": True, "disable_exllamav2": True},
+}
 
 
 def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -26,6 +34,9 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
 
     Returns:
         The fields of result.json for a job that succeeded.
+
+    Raises:
+        RuntimeError: it computes with another kernel than the job names.
     """
     torch: Any = importlib.import_module("torch")
     auto_gptq: Any = importlib.import_module("auto_gptq")
@@ -33,6 +44,8 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     digests = isolated.weights_digests(folder)
     # AutoGPTQ has no float16 products on the CPU: "Unexpected floating ScalarType in at::autocast::prioritize".
     dtype = torch.float32 if device == "cpu" else torch.float16
+    backend = job.get("backend")
+    options = kernel_options(backend)
     isolated.reset_peak_memory(torch, device)
     started = time.perf_counter()
     wrapper = auto_gptq.AutoGPTQForCausalLM.from_quantized(
@@ -43,11 +56,13 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
         model_basename=weights_basename(folder),
         inject_fused_attention=False,
         inject_fused_mlp=False,
+        **options,
     )
     load_s = time.perf_counter() - started
     # The wrapper's own generate() turns autocast on, which computes in bfloat16 on the CPU.
     model = wrapper.model.eval()
     kernel = isolated.kernel_name(model, KERNELS)
+    check_kernel(kernel, backend)
     return {
         **isolated.answers(torch, model, job, output),
         "versions": isolated.versions(PACKAGES),
@@ -57,6 +72,34 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
         "weights_sha256": digests,
         "load_s": load_s,
     }
+
+
+def kernel_options(backend: str | None) -> dict[str, bool]:
+    """Return the options of from_quantized that choose a kernel; none for AutoGPTQ's own choice.
+
+    Raises:
+        ValueError: there is no such kernel.
+    """
+    if backend is None:
+        return {}
+    if backend not in OPTIONS:
+        raise ValueError(f"AutoGPTQ has no kernel {backend!r}; there are {', '.join(OPTIONS)}")
+    return OPTIONS[backend]
+
+
+def check_kernel(kernel: str, backend: str | None) -> None:
+    """Check that the kernel is the named one.
+
+    Args:
+        kernel: full name of the class.
+        backend: as in OPTIONS; None for any.
+
+    Raises:
+        RuntimeError: it is another one.
+    """
+    module = kernel.rpartition(".")[0].removeprefix(KERNELS)
+    if backend is not None and module not in (f"qlinear_{backend}", f"qlinear_{backend}_old"):
+        raise RuntimeError(f"AutoGPTQ computes with {module}: qlinear_{backend} needs what is not installed here")
 
 
 def weights_basename(folder: Path) -> str:

@@ -141,7 +141,7 @@ def cached_greedy(
     """Return the tokens generated greedily after `prompt`; an end-of-sequence token is the last one."""
     new: list[int] = []
     ids, start = prompt, 0
-    clock.begin()
+    clock.begin(len(prompt))
     while len(new) < max_new_tokens and (not new or new[-1] not in ends):
         logits = cached_logits(torch, model, cache, ids, start=start)
         start += len(ids)

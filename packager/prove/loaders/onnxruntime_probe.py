@@ -204,7 +204,7 @@ class OnnxDecoder:
         new: list[int] = []
         ids, start = prompt, 0
         cache: dict[str, Any] = {}
-        clock.begin()
+        clock.begin(len(prompt))
         while len(new) < max_new_tokens and (not new or new[-1] not in ends):
             found = self._step(ids, start, cache)
             start += len(ids)

@@ -113,21 +113,28 @@ def row_logits(torch: Any, model: Any, row: list[int]) -> Any:
 
 
 class DecodeClock:
-    """Times decoding: the tokens of each answer after its first one, which the prompt is part of.
+    """Times answers: each prompt until the first token of its answer, and decoding, the tokens after that one.
 
     Attributes:
-        tokens: that were timed.
+        tokens: that were decoded.
         seconds: for all of them.
+        prompt_tokens: of the prompts.
+        prompt_seconds: for all of them, each with the first token of its answer.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
         self.seconds = 0.0
+        self.prompt_tokens = 0
+        self.prompt_seconds = 0.0
+        self._begun: float | None = None
         self._last: float | None = None
+        self._length = 0
 
-    def begin(self) -> None:
-        """Begin an answer."""
-        self._last = None
+    def begin(self, prompt_tokens: int = 0) -> None:
+        """Begin the answer to a prompt of so many tokens; 0 leaves the prompt untimed."""
+        self._last, self._length = None, prompt_tokens
+        self._begun = time.perf_counter() if prompt_tokens else None
 
     def tick(self) -> None:
         """Take note of a token that was just found."""
@@ -135,11 +142,19 @@ class DecodeClock:
         if self._last is not None:
             self.tokens += 1
             self.seconds += now - self._last
+        elif self._begun is not None:
+            self.prompt_tokens += self._length
+            self.prompt_seconds += now - self._begun
         self._last = now
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields of result.json: `decode_s` is null where no answer has two tokens."""
-        return {"decode_tokens": self.tokens, "decode_s": self.seconds if self.tokens else None}
+        """Return the fields of result.json: a time is null where nothing was timed."""
+        return {
+            "decode_tokens": self.tokens,
+            "decode_s": self.seconds if self.tokens else None,
+            "prefill_tokens": self.prompt_tokens,
+            "prefill_s": self.prompt_seconds if self.prompt_tokens else None,
+        }
 
 
 def greedy(
@@ -157,10 +172,11 @@ def greedy(
     ids = torch.tensor([prompt], device=model.device)
 
     def watch(found: Any, *_: Any, **__: Any) -> Any:
+        int(found[0, -1])  # waits for the GPU, which computes while Python goes on
         clock.tick()
         return torch.zeros(found.shape[0], dtype=torch.bool, device=found.device)
 
-    clock.begin()
+    clock.begin(len(prompt))
     criteria = transformers.StoppingCriteriaList([watch])
     with torch.inference_mode():
         made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=criteria)

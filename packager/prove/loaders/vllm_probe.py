@@ -51,7 +51,8 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
         found = (engine_logits(torch, vllm, engine, row, config.get_vocab_size()) for row in rows)
         isolated.write_logits(output / "logits.npy", found, len(rows))
         forward_s = time.perf_counter() - started
-        generated = engine_greedy(vllm, engine, prompts, job["max_new_tokens"], isolated.end_tokens(folder))
+        ends = isolated.end_tokens(folder)
+        generated, times = engine_greedy(vllm, engine, prompts, job["max_new_tokens"], ends)
     finally:
         # Otherwise its weights, keys and values stay in memory until another engine has been loaded.
         engine.llm_engine.engine_core.shutdown()
@@ -62,6 +63,7 @@ def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
         "kernel": "+".join(kernels),
         "weights_sha256": digests,
         "generated": generated,
+        **times,
         "load_s": load_s,
         "forward_s": forward_s,
         "peak_memory_bytes": isolated.peak_memory_bytes(torch, device),
@@ -225,13 +227,39 @@ def scatter(torch: Any, logits: Any, entries: Any, *, offset: int) -> None:
 
 def engine_greedy(
     vllm: Any, engine: Any, prompts: list[list[int]], max_new_tokens: int, ends: list[int]
-) -> list[list[int]]:
-    """Return the tokens generated greedily after each prompt; an end-of-sequence token is the last one."""
-    if max_new_tokens < 1 or not prompts:
-        return [[] for _ in prompts]
-    params = vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=ends, detokenize=False)
-    made = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-    return [[int(token) for token in each.outputs[0].token_ids] for each in made]
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Generate greedily after each prompt; an end-of-sequence token is the last one.
+
+    vLLM answers in one call, whose steps are not seen from here. So each prompt is answered with one token first, which
+    is the time of its prompt, and then in full; the rest of the second call is the time of the other tokens.
+
+    Returns:
+        The new tokens after each prompt, and the times as in `DecodeClock.fields`.
+    """
+    answers: list[list[int]] = []
+    decoded, decode_s, prefilled, prefill_s = 0, 0.0, 0, 0.0
+    for prompt in prompts if max_new_tokens > 0 else ():
+        _, first_s = answer(vllm, engine, prompt, 1, ends)
+        new, all_s = answer(vllm, engine, prompt, max_new_tokens, ends)
+        answers.append(new)
+        prefilled, prefill_s = prefilled + len(prompt), prefill_s + first_s
+        if len(new) > 1:
+            decoded, decode_s = decoded + len(new) - 1, decode_s + max(0.0, all_s - first_s)
+    times = {
+        "decode_tokens": decoded,
+        "decode_s": decode_s if decoded else None,
+        "prefill_tokens": prefilled,
+        "prefill_s": prefill_s if prefilled else None,
+    }
+    return answers or [[] for _ in prompts], times
+
+
+def answer(vllm: Any, engine: Any, prompt: list[int], tokens: int, ends: list[int]) -> tuple[list[int], float]:
+    """Return up to `tokens` tokens generated greedily after a prompt, and the seconds that they took."""
+    params = vllm.SamplingParams(temperature=0.0, max_tokens=tokens, stop_token_ids=ends, detokenize=False)
+    started = time.perf_counter()
+    (made,) = engine.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    return [int(token) for token in made.outputs[0].token_ids], time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class Llama:
 def greedy(model: Llama, prompt: list[int], count: int, ends: list[int], clock: Any) -> list[int]:
     """Return up to `count` tokens after a prompt; an end-of-sequence token is the last one."""
     made: list[int] = []
-    clock.begin()
+    clock.begin(len(prompt))
     while len(made) < count and not (made and made[-1] in ends):
         made.append(int(model.logits([*prompt, *made])[-1].argmax()))
         clock.tick()
