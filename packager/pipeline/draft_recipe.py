@@ -48,8 +48,8 @@ _CHATS: Final[Mapping[str, str]] = {
 _SEQ_LENS: Final = (2048, 1024, 512, 256, 128, 64)
 _NUM_SAMPLES: Final = 128
 _NUM_TOKENS: Final = 131_072
-# Where the calibration text has this many tokens for each column of the widest linear: on fewer, the correction fits the
-# text's noise (docs/explanation/measurements.md, "Target correction").
+# Where the calibration text has this many tokens for each column of the widest linear: fewer, and the correction fits
+# the text's noise (docs/explanation/measurements.md, "Target correction").
 _TARGET_CORRECTION: Final = 0.5
 _TOKENS_PER_COLUMN: Final = 16
 
