@@ -32,7 +32,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `factorize` split narrow matrices, too, in narrow panels."""
-    monkeypatch.setattr(hessian_module, "_cholesky", lambda A: split_cholesky(A, ops_for(A.device), PANEL))
+    monkeypatch.setattr(hessian_module, "cholesky", lambda A: split_cholesky(A, ops_for(A.device), PANEL))
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -166,7 +166,7 @@ def losses(weight: Tensor, factor: Factor) -> Tensor:
 def test_losses_are_those_with_the_library_s_factor(device, outliers, monkeypatch):
     H, weight = hessian(320, tokens=640, outliers=outliers).to(device), random(48, 320).to(device)
     expected = losses(weight, factorize(H, STORED, damp_percent=0.01))
-    monkeypatch.setattr(hessian_module, "_cholesky", lambda A: split_cholesky(A, ops_for(A.device), PANEL))
+    monkeypatch.setattr(hessian_module, "cholesky", lambda A: split_cholesky(A, ops_for(A.device), PANEL))
     found = losses(weight, factorize(H, STORED, damp_percent=0.01))
     # A weight that is rounded the other way moves the loss of one output by some percent, up or down.
     assert float((found.sum() / expected.sum()).log().abs()) < 0.002

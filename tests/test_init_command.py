@@ -659,27 +659,16 @@ def test_a_hub_that_hangs_is_reported_soon(hub: LoopbackHub, monkeypatch: pytest
     assert time.monotonic() - started < 3
 
 
-@pytest.mark.parametrize(
-    ("positions", "experts", "given"),
-    [
-        (12, False, True),  # 128 rows of 12 tokens: 16 tokens for each of 96 columns
-        (11, False, False),
-        (12, True, False),
-    ],
-)
-def test_a_text_that_is_long_enough_gives_a_target_correction(
-    tmp_path: Path, positions: int, experts: bool, given: bool
-) -> None:
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_model_without_experts_gets_a_target_correction(tmp_path: Path, experts: bool) -> None:
     from packager.model.architecture import architecture_of
 
-    config = {**json.loads(CONFIGS["llama"]().to_json_string()), "max_position_embeddings": positions}
-    architecture = architecture_of(lock_of(config, "a/b").model, "a/b")
-    assert max(group.in_features for group in architecture.group_sizes) == 96
+    architecture = architecture_of(lock_of(json.loads(CONFIGS["llama"]().to_json_string()), "a/b").model, "a/b")
     if experts:
         routed = LockedExperts(parameter="mlp.experts.down_proj", count=4, top_k=2, per_token=True)
         groups = [group.model_copy(update={"experts": routed}) for group in architecture.kinds[0].groups]
         architecture = replace(architecture, kinds=(replace(architecture.kinds[0], groups=tuple(groups)),))
     recipe = draft_recipe(model_of(tmp_path / "m", CARD), wishes(tmp_path), architecture)
-    assert recipe.get("defaults") == ({"target_correction": 0.5} if given else None)
+    assert recipe.get("defaults") == (None if experts else {"target_correction": 0.5})
     whole = Recipe.model_validate_json(json.dumps(recipe))
-    assert whole.expanded_variants()[0].target_correction == (0.5 if given else 0)
+    assert whole.expanded_variants()[0].target_correction == (0 if experts else 0.5)

@@ -48,10 +48,9 @@ _CHATS: Final[Mapping[str, str]] = {
 _SEQ_LENS: Final = (2048, 1024, 512, 256, 128, 64)
 _NUM_SAMPLES: Final = 128
 _NUM_TOKENS: Final = 131_072
-# Where the calibration text has this many tokens for each column of the widest linear: fewer, and the correction fits
-# the text's noise (docs/explanation/measurements.md, "Target correction").
+# Of a real model it takes half of the KL divergence and more, on little text and on much, and of no model it costs any:
+# docs/explanation/measurements.md, "Target correction".
 _TARGET_CORRECTION: Final = 0.5
-_TOKENS_PER_COLUMN: Final = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +113,7 @@ def draft_recipe(
         "base_model": {"id": model_id, **_place(model, wishes.path.parent)},
         "calibration": calibration,
         "evaluation": evaluation,
-        **_defaults(architecture, calibration["num_samples"] * calibration["seq_len"]),
+        **_defaults(architecture),
         "variants": variants_of(wishes.variant_set, architecture),
         "loaders": _loaders(wishes.variant_set, architecture, chats=prompt is not None),
         "card": {
@@ -172,16 +171,15 @@ def _refuse_conversations(*texts: Mapping[str, Any]) -> None:
             )
 
 
-def _defaults(architecture: Architecture | None, tokens: int) -> dict[str, Any]:
-    """Return the parameters of all variants: a target correction, for a model without experts and text enough for it.
+def _defaults(architecture: Architecture | None) -> dict[str, Any]:
+    """Return the parameters of all variants: a target correction, but for a model with experts.
 
-    What it gains for a model with experts, whose own linears are not corrected, was not measured.
+    What it gains there, where the linears of experts are not corrected, was not measured.
     """
     groups = architecture.group_sizes if architecture else ()
     if not groups or any(group.experts for group in groups):
         return {}
-    enough = tokens >= _TOKENS_PER_COLUMN * max(group.in_features for group in groups)
-    return {"defaults": {"target_correction": _TARGET_CORRECTION}} if enough else {}
+    return {"defaults": {"target_correction": _TARGET_CORRECTION}}
 
 
 def variants_of(variant_set: VariantSet, architecture: Architecture | None) -> list[dict[str, Any]]:

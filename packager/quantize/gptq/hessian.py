@@ -194,7 +194,7 @@ def factorize(H: Tensor, order: ColumnOrder, *, damp_percent: float) -> Factor:
     damped = H.flip(-2, -1) if perm is None else _reordered(H, backwards)
     damped.diagonal(dim1=-2, dim2=-1).copy_(diagonal.gather(-1, backwards.expand_as(diagonal)))
     del H
-    L, failed = _cholesky(damped)
+    L, failed = cholesky(damped)
     del damped
     succeeded = ~failed & L.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
     return Factor(
@@ -212,7 +212,7 @@ def _reordered(H: Tensor, order: Tensor) -> Tensor:
     return found
 
 
-def _cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
+def cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
     """Return L with A = L L^T, and bool [...], whether that failed; A may be overwritten."""
     if A.is_cuda and A.ndim == 3:
         return blocked_cholesky(A)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from packager.quantize.gptq.hessian import PanelSum, ProductSums, required_sum
+from packager.quantize.gptq.hessian import PanelSum, ProductSums, cholesky, required_sum
 from packager.quantize.gptq.tensor_ops import TensorOps
 
 # Of mean(diag H), added to H where T is computed; QEP's program takes the same.
@@ -80,7 +80,7 @@ def corrected_targets(weights: Sequence[Tensor], H: Tensor, S: Tensor, *, streng
     diagonal = damped.diagonal()
     diagonal += CORRECTION_DAMPING * diagonal.mean()
     # With this damping H is positive definite, unless a number in it is not finite.
-    L, _ = torch.linalg.cholesky_ex(damped)
+    L, _ = cholesky(damped)
     del damped, diagonal
     if sum(weight.shape[0] for weight in weights) < H.shape[0]:  # fewer columns to solve for than S has
         return [_added(weight, torch.cholesky_solve(S @ weight.float().mT, L), strength) for weight in weights]
