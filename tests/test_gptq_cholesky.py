@@ -17,6 +17,7 @@ from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Factor, factorize, factorize_within
 from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.solve import solve
+from packager.quantize.gptq.torch_ops import TorchOps
 from packager.variant import ActOrder
 
 PANEL = 64
@@ -77,22 +78,45 @@ def test_the_error_is_of_the_size_of_the_library_s(device, name, update_columns,
     assert torch.equal(L, L.tril())
     assert bool((L.diagonal() > 0).all())
     library = torch.linalg.cholesky(A)
-    assert largest_error(L, A) < 4 * max(largest_error(library, A), 2.0**-24)
+    # Where the library is better than the 22 bits of two float16 parts, these are the measure.
+    assert largest_error(L, A) < 4 * max(largest_error(library, A), 2.0**-22)
     exact = torch.linalg.cholesky(A.double())
     assert (L - exact).norm() < 4 * (library - exact).norm() + 2.0**-22 * exact.norm()
 
 
 def test_many_small_entries_keep_their_digits(device):
-    """As float16 numbers the low parts of 0.0293 have no more than 10 bits; over 1024 columns that is 1.6e-6."""
-    n, columns, entry = 1088, 1024, 0.0293
-    A = torch.eye(n)
-    A[columns:, :columns], A[:columns, columns:] = entry, entry
-    A[columns:, columns:] = columns * entry**2
-    A.fill_diagonal_(1)
-    A = A.to(device)
+    """Without a larger scale each would lose a little the same way, as its low part is too small for 11 bits."""
+    wide, narrow, shuffled = 1024, 64, torch.Generator().manual_seed(0)
+    entries = 0.03 + random(2**16).abs() * 1e-4
+    high, low = TorchOps().split(entries[None], None, None)
+    lost = entries - (high.float() + low.float())[0]
+    entries = entries[lost.argsort(descending=True)[torch.randperm(wide, generator=shuffled)]]
+    A = torch.eye(wide + narrow)
+    A[wide:, :wide], A[:wide, wide:] = entries, entries[:, None]
+    A[wide:, wide:] = entries.double().square().sum()
+    A = A.fill_diagonal_(1).to(device)
     L, failed = split_cholesky(A.clone(), ops_for(device), 512)
     assert not bool(failed)
-    assert largest_error(L, A) < 6e-7
+    assert largest_error(L, A) < 1e-6
+
+
+class CutOffOps(TorchOps):
+    """Sums as in tensor cores, cut off to 24 bits after every 16 products."""
+
+    def add_product(self, total, a, b, alpha=1):
+        parts = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float64)
+        for some in range(0, a.shape[1], 16):
+            mantissa, exponent = torch.frexp(parts + a[:, some : some + 16].double() @ b[some : some + 16].double())
+            parts = torch.ldexp(torch.trunc(mantissa * 2**24) / 2**24, exponent)
+        return total.copy_(total.double() + alpha * parts)
+
+
+def test_small_products_are_not_added_to_a_large_sum():
+    """With the large products first the error is 4.0e-6, here 1.3e-6; the library has 8e-7."""
+    A = hessian(640, tokens=1300)
+    L, failed = split_cholesky(A.clone(), CutOffOps(), 512)
+    assert not bool(failed)
+    assert largest_error(L, A) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
