@@ -49,10 +49,9 @@ def gptqmodel_kernels(isolated: Any) -> dict[str, Ask]:
 
 
 def autogptq_kernels(_: Any) -> dict[str, Ask]:
-    """Return what asks the kernel that AutoGPTQ takes on a CPU, by a product, and its ExLlamaV2 kernel."""
+    """Return what asks the kernel that AutoGPTQ takes on a CPU, by a product, and those it makes on CUDA only."""
     torch: Any = importlib.import_module("torch")
     choose: Any = importlib.import_module("auto_gptq.utils.import_utils").dynamically_import_QuantLinear
-    exllama: Any = importlib.import_module("auto_gptq.nn_modules.qlinear.qlinear_exllamav2").QuantLinear
 
     def plain(bits: int, group_size: int, desc_act: bool, _sym: bool, rows: int, columns: int) -> str:
         kernel = choose(use_triton=False, desc_act=desc_act, group_size=group_size, bits=bits)
@@ -63,14 +62,19 @@ def autogptq_kernels(_: Any) -> dict[str, Ask]:
             return str(error)
         return ""
 
-    def by_exllama(bits: int, group_size: int, _desc_act: bool, _sym: bool, rows: int, columns: int) -> str:
-        try:
-            exllama(bits, group_size, rows, columns, False)
-        except (ValueError, AssertionError) as error:
-            return str(error) or "an assertion of the shape"
-        return ""
+    def made(name: str) -> Ask:
+        kernel: Any = importlib.import_module(f"auto_gptq.nn_modules.qlinear.qlinear_{name}").QuantLinear
 
-    return {"plain": plain, "exllamav2": by_exllama}
+        def by(bits: int, group_size: int, _desc_act: bool, _sym: bool, rows: int, columns: int) -> str:
+            try:
+                kernel(bits, group_size, rows, columns, False)
+            except (NotImplementedError, ValueError, AssertionError) as error:
+                return str(error) or "an assertion of the shape"
+            return ""
+
+        return by
+
+    return {"plain": plain, **{name: made(name) for name in ("exllama", "exllamav2", "triton")}}
 
 
 def main(program: str, probes: str, path: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from packager.model.autogptq_rules import AUTOGPTQ_BITS, AUTOGPTQ_RULES, autogptq_whole_groups
+from packager.model.autogptq_rules import AUTOGPTQ_BITS, AUTOGPTQ_RULES, autogptq_triton, autogptq_whole_groups
 from packager.model.gptqmodel_rules import (
     GPTQMODEL_BITS,
     GPTQMODEL_MARLIN_RULES,
@@ -96,17 +96,19 @@ def test_the_rules_answer_as_gptqmodel_s_kernels_do(context: RuntimeContext, tmp
 
 @pytest.mark.release
 def test_the_rules_answer_as_autogptq_s_kernels_do(context: RuntimeContext, tmp_path: Path) -> None:
-    """Its kernel for a CPU computes a product; the one for 4 bits on CUDA is made, and would compute there only."""
+    """Its kernel for a CPU computes a product; those for CUDA are made, and would compute there only."""
     found = ask("autogptq", "autogptq", context, tmp_path)
     assert differing(found["plain"], (bits_check(*AUTOGPTQ_BITS), autogptq_whole_groups)) == []
-    assert differing(found["exllamav2"], (bits_check(4), whole_groups)) == []
+    for name in ("exllama", "exllamav2"):
+        assert differing(found[name], (bits_check(4), whole_groups)) == []
+    assert differing(found["triton"], (autogptq_triton,)) == []
     assert 0 < len([reason for reason in found["exllamav2"] if not reason]) < len(QUESTIONS)
 
 
 def test_the_compared_checks_are_those_of_the_verdicts() -> None:
     assert {*MARLIN_CHECKS[1:], marlin_padding} <= {rule.check for rule in GPTQMODEL_MARLIN_RULES}
     assert gptqmodel_group_sizes in {rule.check for rule in TRANSFORMERS_RULES}
-    assert autogptq_whole_groups in {rule.check for rule in AUTOGPTQ_RULES}
+    assert {autogptq_whole_groups, autogptq_triton} <= {rule.check for rule in AUTOGPTQ_RULES}
 
 
 @pytest.mark.parametrize(

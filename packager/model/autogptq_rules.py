@@ -21,6 +21,8 @@ from packager.variant import Variant
 
 # auto_gptq.nn_modules.qlinear.qlinear_cuda and qlinear_cuda_old.
 AUTOGPTQ_BITS = (2, 3, 4, 8)
+# auto_gptq.nn_modules.qlinear.qlinear_triton; it takes features that are multiples of 32, as the packed format does.
+AUTOGPTQ_TRITON_BITS = (2, 4, 8)
 # The families that AutoGPTQ 0.7.1 and transformers 4.40.2 both know, with the types of rotary embedding known there.
 LEGACY_ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
     "llama": ("default", "linear", "dynamic"),
@@ -79,6 +81,12 @@ def _exllama_groups(variant: Variant, architecture: Architecture) -> str:
     return f"only with disable_exllamav2=True: {found}" if found else ""
 
 
+def autogptq_triton(variant: Variant, architecture: Architecture) -> str:
+    """Return why its Triton mode does not take a variant that its other kernels take."""
+    found = bits_check(*AUTOGPTQ_TRITON_BITS)(variant, architecture)
+    return f"only without use_triton=True, which {found}" if found else ""
+
+
 _AUTOGPTQ = RulesOf(project="AutoGPTQ", version="0.7.1", read="2026-11-30")
 _TRANSFORMERS = RulesOf(project="transformers", version="4.40.2", read="2026-11-23")
 
@@ -100,5 +108,13 @@ AUTOGPTQ_RULES = (
     ),
     _AUTOGPTQ.note("needs transformers 4.40; its import breaks on later ones", "auto_gptq.modeling._base"),
     _TRANSFORMERS.limits(_window, "transformers.modeling_attn_mask_utils, AttentionMaskConverter"),
+    # PyPI's source lacks the headers, its wheels (Python 3.8 to 3.11) need CUDA 12.1 and what torch 2.2 exports. The
+    # sources of the tag v0.7.1, which have the headers, compile unchanged for torch 2.11 and CUDA 13.0.
+    _AUTOGPTQ.note(
+        "PyPI has its ExLlama kernels for torch 2.2 only; a later torch needs a build from its repository, and without "
+        "one it computes slowly",
+        "autogptq_extension, in the source distribution",
+    ),
+    _AUTOGPTQ.limits(autogptq_triton, "auto_gptq.nn_modules.qlinear.qlinear_triton, QuantLinear"),
     _AUTOGPTQ.limits(_exllama_groups, "auto_gptq.nn_modules.qlinear.qlinear_exllamav2, QuantLinear"),
 )
