@@ -25,6 +25,7 @@ from packager.card.metadata import metadata
 from packager.card.own_templates import OwnTemplates, TemplateProblem, partials, template_problems, with_own
 from packager.card.plot import Plot, in_words
 from packager.card.raw_text import TextProblem, text_problems
+from packager.card.sections import SECTIONS, section_block, section_text, split_page
 from packager.card.speed import speed_rows
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
@@ -90,7 +91,7 @@ def render_card(
         prompting: of the branch's tokenizer; the examples follow it.
         contexts: for which the page says how much memory a branch takes; see `cached_contexts`.
         plot: what the picture shows that lies beside the page; None where there is none.
-        own: the recipe's templates, which replace parts of the page.
+        own: the recipe's templates, which replace parts of the page, and the words of its sections.
         runs: time and memory of the loaders by branch; shown where the recipe asks for it.
         is_preview: nothing is built: the receipts have what a plan knows, and the page says so.
 
@@ -115,11 +116,18 @@ def render_card(
         "picture_in_words": in_words(plot) if plot is not None else "",
         "writes_start": bool(prompting.before) and template.lstrip().startswith(prompting.before),
     }
-    page = PAGES[recipe.card.style]
-    body = _rendered(page, context, own)
+    name, written = PAGES[recipe.card.style], own.sections if own is not None else {}
+    body = _rendered(name, context | {"sections": _sections(written)}, own)
     if own is not None:
-        _check_own_page(_rendered(page, {**context, "header": "", "footer": "", "original_card": ""}, own), own)
-    return front + "\n" + markdown.tidy(body)
+        none = {"header": "", "footer": "", "original_card": "", "sections": _sections({})}
+        _check_own_page(_rendered(name, {**context, **none}, own), own)
+    page = front + "\n" + markdown.tidy(body)
+    split_page(page, f"the card of {branch}")  # raises: a text has a marker
+    return page
+
+
+def _sections(written: Mapping[str, str]) -> dict[str, str]:
+    return {name: section_block(name, section_text(written.get(name, ""))) for name in SECTIONS}
 
 
 def _rendered(page: str, context: Mapping[str, object], own: OwnTemplates | None) -> str:

@@ -6,23 +6,36 @@ A template that computes for ever is not stopped.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from jinja2 import ChoiceLoader, FunctionLoader, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from packager.card.raw_text import MAX_CHARACTERS
+from packager.card.sections import SECTION_FILES, SECTIONS, section_problems
 
 _Source = tuple[str, str | None, Callable[[], bool] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnTemplates:
-    """The texts of a recipe's templates by name, and the folder as the recipe names it."""
+    """The files of the folder that a recipe names for its cards.
+
+    Attributes:
+        folder: as the recipe names it.
+        texts: the templates by name.
+        sections: the words of sections by name, see `sections`: never templates.
+    """
 
     folder: str
     texts: Mapping[str, str]
+    sections: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The texts of all files by their names."""
+        return {**self.texts, **{SECTION_FILES.get(name, name): text for name, text in self.sections.items()}}
 
     def path(self, name: str) -> str:
         """Return a template's path, relative to the recipe's folder."""
@@ -59,7 +72,17 @@ def partials(folder: Path) -> frozenset[str]:
 def template_problems(
     environment: ImmutableSandboxedEnvironment, own: OwnTemplates, known: frozenset[str]
 ) -> Iterator[TemplateProblem]:
-    """Yield which of a recipe's templates are no parts of the page, are too long or are malformed."""
+    """Yield which of a recipe's templates and sections are no parts of the page, are too long or are malformed."""
+    for name, text in own.sections.items():
+        if name not in SECTIONS:
+            known_files = ", ".join(SECTION_FILES.values())
+            yield TemplateProblem(
+                name=name, line=0, message=f"no section of the card has this name; they are {known_files}"
+            )
+            continue
+        for problem in section_problems(text):
+            message = f"{problem.message} ({problem.hint})"
+            yield TemplateProblem(name=SECTION_FILES[name], line=problem.line, message=message)
     for name, text in own.texts.items():
         if name not in known:
             yield TemplateProblem(

@@ -25,7 +25,7 @@ from packager.cli.options import (
     terminal_of,
     trial_dist,
 )
-from packager.cli.over_recipes import choose, over_recipes
+from packager.cli.over_recipes import Chosen, choose, over_recipes
 from packager.errors import LoaderError, UsageError
 
 if TYPE_CHECKING:
@@ -180,6 +180,15 @@ def card_command(
         bool, typer.Option("--preview", help="Before a build: write the card as an HTML page, with planned sizes.")
     ] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Show the preview in the browser.")] = False,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            "--keep",
+            metavar="published|README.md",
+            help="Take the sections that somebody wrote on this card of --branch into the recipe's templates folder.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --keep: only show what would be written.")] = False,
     trial: TrialOption = None,
     dist: DistOption = DIST,
     format: FormatOption = Format.text,  # noqa: A002
@@ -187,36 +196,50 @@ def card_command(
     """Render the cards of built variants again and print one.
 
     Use it after a change of the recipe's texts or of the templates. All figures come from the receipts: no figure
-    changes. --preview shows a card before a build, without torch and without a network. Of several recipes the cards
-    are rendered, and none is printed. Exits with 10 if a variant is not built and verified, with 11 if a card was
-    edited by hand.
+    changes. --preview shows a card before a build, without torch and without a network. --keep renders nothing: it
+    reads an edited card (`published`: the one in the recipe's repository), and writes what stands between its section
+    markers into files of the recipe. Of several recipes the cards are rendered, and none is printed. Exits with 10 if
+    a variant is not built and verified, with 11 if a card was edited by hand, with 9 if --keep would lose a line.
     """
     from packager.pipeline.flow import render
-    from packager.pipeline.preview import write_preview
 
     if open_page and not preview:
         raise UsageError("a page is written by --preview alone", hint="give --preview with --open")
+    if keep is not None:
+        from packager.cli.keeping import keep_card
+
+        if preview or trial:
+            raise UsageError("--keep reads one card", hint="leave out --preview and --set")
+        keep_card(choose(recipes, glob, format), options_of(dist, Device.cpu, None), keep, branch, dry_run=dry_run)
+        return
+    if dry_run:
+        raise UsageError("--dry-run belongs to --keep", hint="packager card writes the cards of the output folder")
     folder = trial_dist(dist, trial or ())
     options, chosen = options_of(folder, Device.cpu, None), choose(recipes, glob, format, trial)
     if preview:
-
-        def show_page(path: "Path", terminal: "Terminal") -> None:
-            terminal.write(f"{path}\n")
-            if open_page:
-                typer.launch(path.absolute().as_uri())
-
-        over_recipes(
-            chosen,
-            lambda recipe_file, _: write_preview(recipe_file, folder, branch),
-            show=show_page,
-            as_json=lambda path: {"branch": branch, "preview": str(path)},
-        )
+        _preview(chosen, folder, branch, open_page=open_page)
         return
     over_recipes(
         chosen,
         lambda recipe_file, terminal: render(recipe_file, options, terminal, branch=branch),
         show=lambda text, terminal: None if chosen.several else terminal.write(text),
         as_json=lambda text: {"branch": branch, "card": text},
+    )
+
+
+def _preview(chosen: Chosen, folder: "Path", branch: str, *, open_page: bool) -> None:
+    from packager.pipeline.preview import write_preview
+
+    def show_page(path: "Path", terminal: "Terminal") -> None:
+        terminal.write(f"{path}\n")
+        if open_page:
+            typer.launch(path.absolute().as_uri())
+
+    over_recipes(
+        chosen,
+        lambda recipe_file, _: write_preview(recipe_file, folder, branch),
+        show=show_page,
+        as_json=lambda path: {"branch": branch, "preview": str(path)},
     )
 
 

@@ -103,7 +103,7 @@ def inputs_digest(run: BuildState) -> str:
         there = list_source_files(folder, card.license.base_files).licenses
         licenses |= {f"of the base model: {name}": bytes_record(read_small(folder, name)).sha256 for name in there}
     own = read_own_templates(file)
-    templates = dict(own.texts) if own is not None else {}
+    templates = own.files if own is not None else {}
     texts = [asdict(read_card_texts(file)), templates, licenses, lock_text(file.lock)]
     return digest_of([run.recipe.digest(), run.keys, texts])
 

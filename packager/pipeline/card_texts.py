@@ -5,6 +5,7 @@ from types import MappingProxyType
 from packager.card import CardTexts, own_template_problems, texts_problems
 from packager.card.own_templates import OwnTemplates
 from packager.card.raw_text import MAX_CHARACTERS
+from packager.card.sections import SECTION_FILES
 from packager.errors import CardError
 from packager.recipe.file import RecipeFile
 
@@ -23,7 +24,7 @@ def read_card_texts(recipe_file: RecipeFile) -> CardTexts:
 
 
 def read_own_templates(recipe_file: RecipeFile) -> OwnTemplates | None:
-    """Return the templates of the folder that a recipe's card names, None if it names none.
+    """Return the templates and sections of the folder that a recipe's card names, None if it names none.
 
     Raises:
         CardError: a file cannot be read, or there are too many.
@@ -31,11 +32,19 @@ def read_own_templates(recipe_file: RecipeFile) -> OwnTemplates | None:
     folder = recipe_file.recipe.card.templates
     if folder is None:
         return None
-    names = sorted(path.name for path in recipe_file.resolve(folder).iterdir() if path.suffix == ".j2")
+    found = sorted(path.name for path in recipe_file.resolve(folder).iterdir())
+    names = [name for name in found if name.endswith(".j2") or (name.startswith("section-") and name.endswith(".md"))]
     if len(names) > _MOST_TEMPLATES:
         raise CardError("there are too many templates", where=folder, why=f"{len(names)}, at most {_MOST_TEMPLATES}")
     texts = {name: _text(recipe_file, f"{folder}/{name}") for name in names}
-    return OwnTemplates(folder=folder, texts=MappingProxyType(texts))
+    section_of = {file: section for section, file in SECTION_FILES.items()}
+    return OwnTemplates(
+        folder=folder,
+        texts=MappingProxyType({name: text for name, text in texts.items() if name.endswith(".j2")}),
+        sections=MappingProxyType(
+            {section_of.get(name, name): text for name, text in texts.items() if not name.endswith(".j2")}
+        ),
+    )
 
 
 def card_text_problems(recipe_file: RecipeFile) -> list[str]:

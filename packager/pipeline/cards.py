@@ -1,7 +1,8 @@
 """Stage 9, card: README.md, licence files and provenance.json of every variant, from the receipts."""
 
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -11,12 +12,13 @@ from packager.card.choice import cached_contexts
 from packager.card.facts import autogptq_pins
 from packager.card.floor import floor_record
 from packager.card.plot import PLOT_VERSION, Plot, draw_picture, plot_of
+from packager.card.sections import SECTIONS, SplitPage, section_text, split_page
 from packager.card.task_scores import leaderboard_files
-from packager.errors import StateError
+from packager.errors import CardError, StateError
 from packager.model.contract_files import TEMPLATE_FILE
 from packager.model.strict_json import parse_json_object
 from packager.model.tokenizer_file import affixes
-from packager.pipeline.build_state import BuildState
+from packager.pipeline.build_state import BuildState, Options
 from packager.pipeline.card_texts import read_card_texts, read_own_templates
 from packager.pipeline.pack import is_packed
 from packager.pipeline.workspace import audit_or_raise
@@ -32,11 +34,13 @@ from packager.receipt import (
     Receipt,
     digest_of,
 )
+from packager.recipe.file import RecipeFile
 from packager.recipe.lock_file import lock_text
 from packager.system.files import bytes_record, disk_errors, has_record, write_atomic
 
 # The key in a receipt's stages of the figures that its picture shows: while they stay, it is not drawn again.
 PICTURE_STAGE = "picture"
+MOST_PAGE_BYTES = 1_000_000  # of a card that somebody edited
 
 
 def render_cards(run: BuildState) -> None:
@@ -46,33 +50,60 @@ def render_cards(run: BuildState) -> None:
         StateError: a file was edited by hand; such a change belongs in the recipe or the templates.
         AuditError: a folder violates the format.
     """
-    texts, own = read_card_texts(run.recipe_file), read_own_templates(run.recipe_file)
-    present = _present(run)
-    provenances = [
-        receipt.provenance.model_copy(update={**present, "floor": floor_record(run.recipe, receipt.provenance)})
-        for receipt in run.ordered_receipts()
-    ]
-    expectations = {variant_plan.variant.branch: variant_plan.verdicts for variant_plan in run.plan.variants}
-    model_type = run.plan.architecture.model_type
-    contexts = cached_contexts(run.plan.architecture)
-    plot = plot_of(provenances, contexts)
+    pages, plot = _pages(run, run.keys)
     pictures = _pictures(run, plot)
-    runs = {branch: receipt.runs for branch, receipt in run.receipts.items()}
-    rendered = {}
-    for branch in run.keys:
-        prompting = prompting_of(run.workspace.folder(branch))
-        readme = render_card(
-            run.recipe, texts, provenances, model_type, branch,
-            expectations=expectations, prompting=prompting, contexts=contexts, plot=plot, own=own,
-            runs=runs,
-        )  # fmt: skip
-        rendered[branch] = {README: readme.encode(), **pictures, **_licenses(run, branch), **_texts(run, branch)}
+    rendered = {
+        branch: {README: page.encode(), **pictures, **_licenses(run, branch), **_texts(run, branch)}
+        for branch, page in pages.items()
+    }
     picture_key = {PICTURE_STAGE: _picture_key(plot)} if plot is not None else {}
     cards = {branch: _with_provenance(run, branch, files, picture_key) for branch, files in rendered.items()}
     refuse_edited_cards(run, {branch: files for branch, (files, _) in cards.items()})
     for branch, (files, receipt) in cards.items():
         _write_card(run, branch, files, receipt)
     audit_or_raise([run.workspace.folder(branch) for branch in cards], run.plan.architecture, complete=True)
+
+
+def card_page(run: BuildState, branch: str) -> str:
+    """Return the README.md of a branch as it is rendered now; write nothing.
+
+    Raises:
+        CardError: a variant is not built, or the page cannot be rendered.
+    """
+    if lacking := [each for each in run.keys if each not in run.receipts]:
+        hint = "run packager build first"
+        raise CardError(f"the card of {branch} cannot be rendered", why=f"not built: {', '.join(lacking)}", hint=hint)
+    pages, _ = _pages(run, [branch])
+    return pages[branch]
+
+
+def _pages(run: BuildState, branches: Iterable[str]) -> tuple[dict[str, str], Plot | None]:
+    """Return README.md by branch, and what the picture beside it shows."""
+    texts, own = read_card_texts(run.recipe_file), read_own_templates(run.recipe_file)
+    present = _present(run)
+    provenances = [
+        receipt.provenance.model_copy(update={**present, "floor": floor_record(run.recipe, receipt.provenance)})
+        for receipt in run.ordered_receipts()
+    ]
+    contexts = cached_contexts(run.plan.architecture)
+    plot = plot_of(provenances, contexts)
+    pages = {
+        branch: render_card(
+            run.recipe,
+            texts,
+            provenances,
+            run.plan.architecture.model_type,
+            branch,
+            expectations={variant_plan.variant.branch: variant_plan.verdicts for variant_plan in run.plan.variants},
+            prompting=prompting_of(run.workspace.folder(branch)),
+            contexts=contexts,
+            plot=plot,
+            own=own,
+            runs={made: receipt.runs for made, receipt in run.receipts.items()},
+        )
+        for branch in branches
+    }
+    return pages, plot
 
 
 def prompting_of(folder: Path) -> Prompting:
@@ -186,13 +217,70 @@ def refuse_edited_card(run: BuildState, branch: str, name: str, content: bytes |
     known = {receipt.provenance.files.get(name) for receipt in receipts if receipt is not None}
     if content is not None:
         known.add(bytes_record(content))
-    if not path.is_file() or not any(record is not None and has_record(path, record) for record in known):
-        raise StateError(
-            f"{name} was edited by hand",
-            where=str(path),
-            why="it follows from the recipe, the templates and the receipts, and would be overwritten",
-            hint="put the change into the recipe or templates/, then delete the file and run the command again",
+    if path.is_file() and any(record is not None and has_record(path, record) for record in known):
+        return
+    command = ""
+    if name == README and (page := _edited_page(path)) is not None:
+        records = [record for record in known if record is not None]
+        before = next(
+            filter(None, (page.as_rendered(record, [written_sections(run.recipe_file)]) for record in records)), None
         )
+        new = read_page(content, str(path)).sections if content is not None else None
+        if before is not None and new is not None and all(page.sections[n] in (before[n], new[n]) for n in SECTIONS):
+            return  # its words are in the new card, too
+        if before is not None:
+            command = keep_command(run.recipe_file, run.options, str(path), branch)
+    raise StateError(
+        f"{name} was edited by hand",
+        where=str(path),
+        why="it follows from the recipe, the templates and the receipts, and would be overwritten",
+        hint=f"only its sections were edited; keep them with: {command}"
+        if command
+        else "put the change into the recipe or templates/, then delete the file and run the command again",
+    )
+
+
+def _edited_page(path: Path) -> SplitPage | None:
+    """Return an edited card taken apart, None if it cannot be."""
+    try:
+        with path.open("rb") as stream:
+            return read_page(stream.read(MOST_PAGE_BYTES + 1), str(path))
+    except (OSError, CardError):
+        return None  # the error about the edited file follows
+
+
+def written_sections(recipe_file: RecipeFile) -> dict[str, str]:
+    """Return the words of the sections in the recipe's files, as a page has them.
+
+    Raises:
+        CardError: a file cannot be read.
+    """
+    own = read_own_templates(recipe_file)
+    return {name: section_text(own.sections.get(name, "") if own is not None else "") for name in SECTIONS}
+
+
+def read_page(data: bytes, where: str) -> SplitPage:
+    """Take a page apart that anybody may have written.
+
+    Args:
+        data: at most `MOST_PAGE_BYTES`, and one more where there are more.
+        where: it is, for errors.
+
+    Raises:
+        CardError: it is too large, no UTF-8, or its markers are damaged.
+    """
+    if len(data) > MOST_PAGE_BYTES:
+        raise CardError("the card is too large", where=where, why=f"it has more than {MOST_PAGE_BYTES:,} bytes")
+    try:
+        return split_page(data.decode("utf-8-sig"), where)
+    except UnicodeDecodeError as error:
+        raise CardError("the card is not UTF-8", where=where, why=str(error)) from error
+
+
+def keep_command(recipe_file: RecipeFile, options: Options, source: str, branch: str) -> str:
+    """Return the command that keeps the sections of an edited card."""
+    dist = ["--dist", str(options.dist)] if options.dist != Path("dist") else []
+    return shlex.join(["packager", "card", str(recipe_file.path), "--keep", source, "--branch", branch, *dist])
 
 
 def _write_card(run: BuildState, branch: str, files: Mapping[str, bytes], receipt: Receipt) -> None:

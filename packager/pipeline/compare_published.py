@@ -92,7 +92,7 @@ def compare_branch(
         return BranchDifference(branch=branch, standing="new", quality=(None, receipt.provenance.quality))
     built = receipt.provenance
     files = tuple(_different_files(run.workspace.folder(branch), built, state))
-    old = _published_record(target, state)
+    old = published_record(target, state)
     if isinstance(old, str):
         return BranchDifference(branch=branch, standing="unreadable", why=old, files=files)
     return BranchDifference(
@@ -132,7 +132,7 @@ def _different_files(folder: Path, built: Provenance, state: BranchState) -> Ite
             yield name
 
 
-def _published_record(target: Target, state: BranchState) -> Provenance | str:
+def published_record(target: Target, state: BranchState) -> Provenance | str:
     """Return the record of a published branch, or why it cannot be read."""
     file = state.files.get(PROVENANCE)
     if file is None:

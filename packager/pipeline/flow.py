@@ -7,6 +7,7 @@ and run again, on this machine or another.
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from packager.card.floor import allowed_below, far_lines, floor_lines, floor_problems
@@ -14,6 +15,7 @@ from packager.errors import LoaderError, PublishError
 from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
 from packager.pipeline.cards import refuse_edited_cards, render_cards
 from packager.pipeline.commit_messages import CommitMessages
+from packager.pipeline.keep_sections import refuse_lost_sections
 from packager.pipeline.plan import chosen_variants
 from packager.pipeline.running import shown_while_running
 from packager.pipeline.saved_publish import PlanFile, PlannedPublish
@@ -232,6 +234,7 @@ def publish(
                 confirm=consent if target.is_public and not approved else lambda _: None,
                 compare=planned.compare if planned else None,
                 describe=CommitMessages(run, target),
+                inspect=partial(refuse_lost_sections, run, target),
                 may_write=plan_file is None,
             )
 

@@ -69,6 +69,6 @@ def _subject_of(run: BuildState, target: Target, tag: str) -> PublishSubject:
         target=repository.target,
         address="" if repository.target == "local" else target.where,
         recipe=run.recipe.digest(),
-        templates=digest_of(built_in if own is None else [built_in, dict(own.texts)]),
+        templates=digest_of(built_in if own is None else [built_in, own.files]),
         tag=tag,
     )

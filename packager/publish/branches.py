@@ -33,6 +33,7 @@ from packager.system.text import format_bytes
 from packager.variant import MAIN, branch_problem
 
 Compare = Callable[[PublishPlan, Files], None]
+Inspect = Callable[["BranchContent", BranchState], None]
 DescribeCommit = Callable[["BranchContent", BranchState | None], str]
 
 
@@ -92,6 +93,7 @@ def publish_branches(
     confirm: Callable[[PublishPlan], None] = lambda _: None,
     compare: Compare | None = None,
     describe: DescribeCommit = lambda content, _: content.message,
+    inspect: Inspect = lambda *_: None,
     may_write: bool = True,
 ) -> PublishReport:
     """Publish `branches` to `target`.
@@ -107,6 +109,7 @@ def publish_branches(
         confirm: called if anything would change, after `show_plan` and before the first effect; raises to stop.
         compare: gets the plan and the files, before anything is made and again before the first effect; raises to stop.
         describe: gets a branch that changes and its present state, and returns the commit's message.
+        inspect: gets a branch that changes and its present state before; raises to stop.
         may_write: whether a dry run checks that the target can be written to now.
 
     Raises:
@@ -116,8 +119,7 @@ def publish_branches(
         MachineError: git or disk space is missing.
     """
     files = check_folders(branches, blob_ids=target.identifies_by_blob)
-    contents = {content.branch: content for content in branches}
-    planned = partial(_planned, files, contents, target, signer, final_steps, describe, compare)
+    planned = partial(_planned, files, branches, target, signer, final_steps, describe, inspect, compare)
     if dry_run:
         plan, _ = planned()
         if may_write:
@@ -200,11 +202,12 @@ def outcome_line(outcome: BranchOutcome) -> str:
 
 def _planned(
     files: Files,
-    contents: Mapping[str, BranchContent],
+    branches: Sequence[BranchContent],
     target: Target,
     signer: ReleaseSigner | None,
     final_steps: Sequence[FinalStep],
     describe: DescribeCommit,
+    inspect: Inspect,
     compare: Compare | None,
 ) -> tuple[PublishPlan, Files]:
     """Return the plan with the commits' messages, and the files with their signed statements."""
@@ -214,6 +217,10 @@ def _planned(
         signed = signer.signed(files, target, remote)
         files, warnings = signed.files, signed.warnings
     plan = plan_publish(files, remote, where=target.where)
+    contents = {content.branch: content for content in branches}
+    for branch in plan.changing:
+        if branch in remote:
+            inspect(contents[branch], remote[branch])
     messages = {branch: describe(contents[branch], remote.get(branch)) for branch in plan.changing}
     described = (replace(entry, message=messages.get(entry.branch, "")) for entry in plan.branches)
     plan = replace(plan, branches=tuple(described))
