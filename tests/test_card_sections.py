@@ -56,7 +56,8 @@ def test_words_stand_in_their_places_and_change_nothing_else(style: str) -> None
     assert split.outside == usual.outside
     places = [text.index(f"Words of {name}.") for name in SECTIONS]
     assert places == sorted(places)
-    assert text.index("* Quantized by:") < places[0] if style == "plain" else "Quantized by:" in text[: places[0]]
+    above = "## Which branch to take" if style == "plain" else "## Description"
+    assert text.index(above) < places[0] < text.index("## Prompt template")
     assert places[1] < text.index("## Provided files") < text.index("## Licence") < places[2]
 
 

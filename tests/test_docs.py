@@ -51,6 +51,9 @@ FOREIGN_FILES = {
     "my-recipe.yaml",
     "recipe.yaml",
     "ruamel.yaml",
+    "section-closing.md",
+    "section-files.md",
+    "section-introduction.md",
     "model.py",
 }
 SHELL = {"bash", "console", "sh", "shell"}

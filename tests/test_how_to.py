@@ -55,6 +55,7 @@ NOT_TYPED: Mapping[str, str] = {
     "pip install 'gptq-packager[fleet]'": INSTALLS,
     "packager release --recipes '/shared/recipes/*.yaml' --ray 10.0.0.7:6379 --store s3://bucket/fleet "
     "--dist /data/packager --disk 2TB --yes": "test_ray_release.py has a cluster",
+    "packager card recipes/demo-llama.yaml --keep published --dry-run": "test_card_sections.py keeps words",
     "packager queue recipes --store /mnt/store": "test_queue.py has a store",
     "packager queue recipes --store s3://bucket/fleet --format json": "test_queue.py has a store",
     "sky jobs launch --secret HF_TOKEN --secret PACKAGER_READ_TOKEN docs/examples/launchers/skypilot.yaml": (

@@ -19,9 +19,13 @@ from packager.model.front_matter import split_front_matter
 from packager.receipt import FileRecord
 from packager.system.files import bytes_record
 
-# By name, where a section stands in the page.
+# By name, where a section stands in the page. Nothing is above the choice of a branch: the first screen answers.
 SECTIONS: Mapping[str, str] = MappingProxyType(
-    {"introduction": "after the introduction", "files": "before the provided files", "closing": "before the footer"}
+    {
+        "introduction": "after the choice of a branch; after the description in style late-2023",
+        "files": "before the provided files",
+        "closing": "after the licence, before the footer",
+    }
 )
 SECTION_FILES: Mapping[str, str] = MappingProxyType({name: f"section-{name}.md" for name in SECTIONS})
 MAX_SECTION_CHARACTERS = 20_000

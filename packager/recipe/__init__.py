@@ -287,7 +287,9 @@ class Card(Strict):
         description="show how fast the loaders were when they proved the files: then no two builds have the same card",
     )
     templates: RelativePath | None = Field(
-        default=None, description="a folder with templates that replace the parts of the card of the same names"
+        default=None,
+        description="a folder with templates that replace the parts of the card of the same names, and the words of "
+        "its sections (section-introduction.md and so on)",
     )
 
 
