@@ -66,7 +66,7 @@ def _request(name: str, size_gb: float, scenario: Scenario) -> BuildRequest:
     base, builds = round(size_gb * GB), round(size_gb * GB * BUILDS_PER_BASE)
     tasks = [
         Task(recipe=name, stage="fetch", download_bytes=base),
-        Task(recipe=name, stage="sweep", gpus=1, upload_bytes=builds),
+        Task(recipe=name, stage="sweep", gpus=1, upload_bytes=2 * builds),  # its blocks, and then the branches
         Task(recipe=name, stage="card"),
         Task(recipe=name, stage="publish", download_bytes=builds, upload_bytes=builds, commits=VARIANTS),
     ]
@@ -120,6 +120,7 @@ def simulate(scenario: Scenario) -> Result:
     world = World(
         machines=machines,
         seconds=lambda task: seconds_of(task, base_gb[task.recipe]),
+        beside_bytes=lambda task: task.upload_bytes // 2 if task.stage == "sweep" else 0,
         bytes_per_s=scenario.gbit_per_s * 1e9 / 8,
         failing=scenario.failing,
         machine_life_s=scenario.machine_life_h and scenario.machine_life_h * 3600,

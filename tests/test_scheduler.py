@@ -251,6 +251,15 @@ def test_a_window(taken: Mapping[float, float], now: float, units: float, wait: 
     assert window.wait_s(now, units) == pytest.approx(wait)
 
 
+@pytest.mark.parametrize(("beside", "ends"), [(0, 2 + 10 + 15), (500, 2 + 10 + 10), (1200, 2 + 12 + 3), (1500, 2 + 15)])
+def test_what_a_task_sends_goes_beside_its_computing_or_after_it(beside: int, ends: float) -> None:
+    task = Task(recipe="a", stage="fetch", download_bytes=200, upload_bytes=1500)
+    world = World(machines=machines(), seconds=lambda _: 10.0, bytes_per_s=100, beside_bytes=lambda _: beside)
+    fleet = SimulatedFleet(world)
+    drive(Scheduler([BuildRequest(recipe="a", tasks=(task,))]), fleet)
+    assert fleet.now() == pytest.approx(ends)
+
+
 class Checked(SimulatedFleet):
     """A simulated fleet that looks at each order: nothing runs twice, out of turn, away from home or without room."""
 

@@ -1,6 +1,6 @@
 """An executor with a simulated clock: the scheduler's decisions for a fleet that nobody has.
 
-A task receives, then computes and sends at the same time: finished blocks are sent while the next ones are computed.
+A task receives, then computes, then sends. A part of what it sends goes while it computes: copies of finished blocks.
 Transfers share the link of their machine evenly, each direction by itself. Tasks fail and machines go away by chance,
 with a seed.
 """
@@ -25,6 +25,7 @@ class World:
         machines: of the fleet.
         seconds: the time of a task without its transfers.
         bytes_per_s: of a machine's link, in each direction.
+        beside_bytes: of what a task sends, the part that it sends while it computes.
         failing: the share of tasks that fail.
         machine_life_s: the mean time until a machine goes away; it is replaced. None for never.
         replaced_s: after which a machine is replaced.
@@ -34,6 +35,7 @@ class World:
     machines: tuple[Machine, ...]
     seconds: Callable[[Task], float]
     bytes_per_s: float
+    beside_bytes: Callable[[Task], int] = lambda _: 0
     failing: float = 0.0
     machine_life_s: float | None = None
     replaced_s: float = 300.0
@@ -48,12 +50,16 @@ class _Transfer:
 
 @dataclass
 class _Run:
-    """A task that runs: the time at which it began to compute, -1 before, and whether it has computed and sent."""
+    """A task that runs: the time at which it began to compute, -1 before, and what it has done since.
+
+    `sent` is of what it sends now, `to_send` the bytes that it sends when it has computed.
+    """
 
     order: Start
     began: float = -1.0
     computed: bool = False
     sent: bool = False
+    to_send: int = 0
 
 
 @dataclass
@@ -108,7 +114,7 @@ class SimulatedFleet:
         return self._machines
 
     def start(self, order: Start) -> None:
-        """Start a task: it receives, then computes, then sends."""
+        """Start a task: first it receives."""
         self.started += 1
         task, run = order.task, _Run(order)
         self._running[task] = run
@@ -181,7 +187,7 @@ class SimulatedFleet:
     def _transferred(self, run: _Run, direction: _Direction) -> None:
         if direction == "up":
             run.sent = True
-            self._end_if_done(run)
+            self._go_on(run)
             return
         run.began = self._now
         seconds = self._world.seconds(run.order.task)
@@ -189,17 +195,25 @@ class SimulatedFleet:
             self._at(self._now + seconds * self._chance.random(), lambda: self._fail(run))
             return
         self._at(self._now + seconds, lambda: self._compute(run, seconds))
-        self._transfer(run, "up", run.order.task.upload_bytes)
+        beside = self._world.beside_bytes(run.order.task)
+        run.to_send = run.order.task.upload_bytes - beside
+        self._transfer(run, "up", beside)
 
     def _compute(self, run: _Run, seconds: float) -> None:
         if self._is_running(run):
             run.computed = True
             self.busy_s += seconds * run.order.task.gpus
             self.useful_s += seconds * run.order.task.gpus
-            self._end_if_done(run)
+            self._go_on(run)
 
-    def _end_if_done(self, run: _Run) -> None:
-        if run.computed and run.sent and self._is_running(run):
+    def _go_on(self, run: _Run) -> None:
+        """Let a task that has computed send the rest, or end."""
+        if not (run.computed and run.sent and self._is_running(run)):
+            return
+        if run.to_send:
+            size, run.to_send, run.sent = run.to_send, 0, False
+            self._transfer(run, "up", size)
+        else:
             del self._running[run.order.task]
             self._outcomes.append(TaskEnd(task=run.order.task, result="done"))
 
