@@ -322,6 +322,17 @@ def tests_ray(session: nox.Session) -> None:
     session.run("pytest", "-m", "release", "tests/test_ray_release.py", *session.posargs)
 
 
+@nox.session(name="tests-s3")
+def tests_s3(session: nox.Session) -> None:
+    """Keep a fleet's store on an S3 server on this machine: leases, blocks, a release that is killed in between."""
+    _install(session, "-e", ".[build,sign]", "hypothesis", "pytest")
+    session.install(*HASHED, "-r", "locks/s3.txt")
+    python = _python_of(session, "moto")
+    session.run(
+        "pytest", "-m", "release", "tests/test_s3_release.py", *session.posargs, env={"MOTO_PYTHON": str(python)}
+    )
+
+
 @nox.session(name="tests-publish")
 def tests_publish(session: nox.Session) -> None:
     """Publish through git-lfs to real servers, and clone by the cards' commands; without git-lfs it fails."""
@@ -331,15 +342,15 @@ def tests_publish(session: nox.Session) -> None:
         )
     _install(session, "-e", ".[build,sign]", "hypothesis", "pytest")
     files = ("test_git_lfs", "test_card_commands")
-    python = _giftless(session)
+    python = _python_of(session, "giftless")
     command = ("pytest", "-m", "release", *(f"tests/{name}.py" for name in files), *session.posargs)
     session.run(*command, env={"GIFTLESS_PYTHON": str(python)})
 
 
-def _giftless(session: nox.Session) -> Path:
-    """Return the Python of giftless, an LFS server that needs packages older than ours."""
-    wanted = HERE / "locks" / "giftless.txt"
-    folder = Path(session.virtualenv.location).absolute() / "giftless"
+def _python_of(session: nox.Session, server: str) -> Path:
+    """Return the Python of a server for tests, which needs other packages than ours: giftless for LFS, moto for S3."""
+    wanted = HERE / "locks" / f"{server}.txt"
+    folder = Path(session.virtualenv.location).absolute() / server
     python, stamp = folder / "bin" / "python", folder / "installed.txt"
     if not stamp.exists() or stamp.read_text() != wanted.read_text():
         session.run("python", "-m", "venv", "--clear", str(folder))

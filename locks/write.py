@@ -54,6 +54,8 @@ LOCKS = (
     Lock(path="locks/build.txt", files=("pyproject.toml",), names=_BUILDER, options=(*_PINNED, *_BUILD_EXTRAS)),
     # For nodes of a Ray cluster, beside build.txt: 240 MB that no single machine needs.
     Lock(path="locks/ray.txt", names=("ray==2.60.0",), options=_PINNED),
+    # For a store on S3, after build.txt: not with its versions, as botocore wants an older python-dateutil.
+    Lock(path="locks/s3.txt", names=("s3fs==2026.9.0",)),
     # For the documentation as a site.
     Lock(path="locks/site.txt", names=("mkdocs-material==9.8.2", "pymdown-extensions==12.3"), options=_PINNED),
     # What benchmarks/real_models.py needs to read a GGUF file; the rest of it has nothing to do with that.
@@ -64,6 +66,7 @@ LOCKS = (
     ),
     # Servers for tests.
     Lock(path="locks/olah.txt", names=("olah==0.5.4",), options=_PINNED),
+    Lock(path="locks/moto.txt", names=("moto[server]==5.2.5",)),
     Lock(path="locks/giftless.txt", files=("tests/giftless.txt",), options=("--no-deps",)),
     # The loaders declare dependencies that they work without, and another torch: the inputs name all that is needed.
     *(

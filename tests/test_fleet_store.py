@@ -1,7 +1,9 @@
 """The store that machines share, and the leases in it."""
 
 import errno
+import importlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ import pytest
 
 from packager.errors import MachineError, StateError, UsageError
 from packager.fleet.leases import Lease
-from packager.fleet.store import FolderStore, RemoteStore, Store, open_store
+from packager.fleet.store import FolderStore, RemoteStore, Store, check_creates, open_store
 
 REPOSITORY = "tester/tiny-GPTQ"
 
@@ -143,9 +145,57 @@ def test_a_lease_of_more_digits_is_taken_over_too(store: Store) -> None:
     assert not Lease(store, REPOSITORY, "second").claim(1)
 
 
-def test_a_url_that_nothing_opens_is_refused() -> None:
-    with pytest.raises(UsageError, match="no such URL"):
-        open_store("foo://bar")
+@pytest.mark.parametrize("url", ["foo://bar", "sftp://host/folder", "gs://bucket/folder"])
+def test_a_url_where_two_writers_may_create_the_same_file_is_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="no such URL") as caught:
+        open_store(url)
+    assert "both would have it" in caught.value.why
+
+
+def test_without_s3fs_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(vars(importlib.import_module("fsspec.registry"))["_registry"], "s3", raising=False)
+    with pytest.raises(MachineError) as caught:
+        open_store("s3://bucket/folder")
+    assert "gptq-packager[s3]" in caught.value.hint
+
+
+class Refusing:
+    """An fsspec file system whose service refuses as botocore tells it, without the word that s3fs looks for."""
+
+    def __init__(self, status: int) -> None:
+        self._status = status
+
+    def pipe_file(self, _: str, __: bytes, *, mode: str) -> None:
+        assert mode == "create"
+        error = OSError(errno.EINVAL, "At least one of the preconditions did not hold")
+        error.__cause__ = RuntimeError("ClientError")
+        vars(error.__cause__)["response"] = {"ResponseMetadata": {"HTTPStatusCode": self._status}}
+        raise error
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_refused_creation_is_no_error_of_the_store(status: int, tmp_path: Path) -> None:
+    store = RemoteStore(f"memory://{tmp_path.name}")
+    vars(store)["_files"] = Refusing(status)
+    assert not store.create("a/b", b"")
+    vars(store)["_files"] = Refusing(400)
+    with pytest.raises(MachineError, match="cannot be used now"):
+        store.create("a/b", b"")
+
+
+def test_a_store_that_lets_a_file_be_created_twice_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_creates(store)
+    assert store.names("") == []
+
+    def create(name: str, data: bytes) -> bool:  # as s3fs does before 2024.12
+        store.write(name, data)
+        return True
+
+    monkeypatch.setattr(store, "create", create)
+    with pytest.raises(UsageError, match="does not tell two writers apart"):
+        check_creates(store)
+    assert store.names("") == []
 
 
 def test_who_looks_once_goes_by_the_time_of_the_beat(store: Store) -> None:

@@ -67,7 +67,7 @@ def release_side_by_side(
     from packager.fleet.fleet_release import FleetSettings, release_by_fleet
     from packager.fleet.fleet_run import LOOK_S
     from packager.fleet.scheduler import Policy
-    from packager.fleet.store import open_store
+    from packager.fleet.store import check_creates, open_store
     from packager.fleet.task_processes import task_environ
 
     checks = replace(checks, read_token=task_environ(environ, "fetch").get("HF_TOKEN", ""))
@@ -77,10 +77,13 @@ def release_side_by_side(
         open_executor = _ray_fleet(options, terminal, fleet, environ)
     else:
         gpus, open_executor = _local_processes(options, fleet, environ)
+    store = open_store(fleet.store) if fleet.store else None
+    if store is not None:
+        check_creates(store)
     needs = Needs(
         gpus=gpus,
         publishing=checks.publishing,
-        store=open_store(fleet.store) if fleet.store else None,
+        store=store,
         store_url=absolute_store(fleet.store),
         local_target=options.dist,
         priorities=priorities_of(paths, fleet.priorities),

@@ -1,4 +1,4 @@
-"""The store that machines share, addressed by a URL: a folder, or what fsspec opens, such as s3://bucket/folder.
+"""The store that machines share, addressed by a URL: a folder, or s3://bucket/folder, which fsspec opens.
 
 A name is a relative path with '/'. Writing is atomic: a reader sees the old content, the new one or nothing. `create`
 is the one operation that tells two writers apart. What a file system or a service answers otherwise, such as a stale
@@ -6,15 +6,21 @@ handle or a 503, is a MachineError: it may pass.
 """
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Final, Protocol
 
 from packager.errors import MachineError, PackagerError, StateError, UsageError
 from packager.system.files import TEMPORARY_PREFIX, disk_errors, fsync_folder, open_regular, write_atomic
+
+# Whose `create` is one request, which the service refuses where the object is: s3fs 2024.12 and later (core.py, by
+# If-None-Match), and fsspec's dictionary of one process. Elsewhere fsspec itself looks first and then writes.
+_CREATING: Final = ("s3", "s3a", "memory")
+_REFUSED: Final = (409, 412)  # S3: somebody writes this object just now; the object is there
 
 
 class Store(Protocol):
@@ -53,13 +59,42 @@ def open_store(url: str) -> Store:
     """Open the store at a URL, or in a folder.
 
     Raises:
-        UsageError: no package has stores with such URLs.
+        UsageError: there are no stores with such URLs.
         MachineError: a package that the URL needs is not installed, or the store cannot be opened.
     """
     scheme, separator, rest = url.partition("://")
     if not separator or scheme == "file":
         return FolderStore(Path(rest if separator else url).absolute())
+    if scheme not in _CREATING:
+        raise UsageError(
+            "the store has no such URL",
+            where=f"{scheme}://",
+            why="of two runs that claim a recipe at once both would have it",
+            hint="give a folder that all machines share, or s3://bucket/folder",
+        )
     return RemoteStore(url)
+
+
+def check_creates(store: Store) -> None:
+    """Refuse a store that lets two writers create the same file: two runs would have one recipe.
+
+    Services that speak S3 without If-None-Match do so, and s3fs before 2024.12, which does not send it.
+
+    Raises:
+        UsageError: this is such a store.
+        MachineError: it cannot be used now.
+    """
+    folder = f".probe-{secrets.token_hex(8)}"
+    try:
+        created = [store.create(f"{folder}/file", data) for data in (b"first", b"second")]
+    finally:
+        store.delete(folder)
+    if created != [True, False]:
+        raise UsageError(
+            "the store does not tell two writers apart",
+            why="it let a file be created that was there: of two runs that claim a recipe at once both would have it",
+            hint="use s3fs 2024.12 or later, and a service with conditional writes (S3: If-None-Match), or a folder",
+        )
 
 
 def _checked(name: str) -> str:
@@ -201,13 +236,11 @@ class RemoteStore:
             try:
                 import fsspec
 
-                self._files, self._root = fsspec.core.url_to_fs(url)
+                # What another machine writes or deletes is seen at once.
+                self._files, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
             except ImportError as error:
-                hint = "pip install fsspec, and s3fs for s3://"
+                hint = "pip install 'gptq-packager[s3]', on every machine"
                 raise MachineError("the store cannot be opened", where=url, why=str(error), hint=hint) from error
-            except ValueError as error:
-                hint = "give a folder, or what fsspec opens, such as s3://bucket/folder"
-                raise UsageError("the store has no such URL", where=url, why=str(error), hint=hint) from error
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{_checked(name)}"
@@ -224,16 +257,27 @@ class RemoteStore:
             self._files.pipe_file(self._path(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write an object unless there is one of this name; return whether it was written."""
-        with _translated(name), suppress(FileExistsError):
-            self._files.pipe_file(self._path(name), data, mode="create")
-            return True
-        return False
+        """Write an object unless there is one of this name; return whether it was written.
+
+        Of a request whose answer was lost, the second try is refused: the object is there, and nobody was told. A lease
+        that begins so is taken over like that of a run which has gone silent.
+        """
+        with _translated(name):
+            try:
+                self._files.pipe_file(self._path(name), data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                # s3fs knows the refusal of AWS by a word that other services leave out.
+                answer = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {})
+                if answer.get("HTTPStatusCode") in _REFUSED:
+                    return False
+                raise
+        return True
 
     def size_bytes(self, name: str) -> int | None:
         """Return the size of an object, None if there is none."""
         with _translated(name), suppress(FileNotFoundError):
-            self._files.invalidate_cache()
             return int(self._files.info(self._path(name))["size"])
         return None
 
@@ -241,7 +285,6 @@ class RemoteStore:
         """Return the names of all objects below a folder, sorted."""
         root = self._root.rstrip("/")
         with _translated(folder), suppress(FileNotFoundError):
-            self._files.invalidate_cache()
             found = self._files.find(f"{root}/{_checked(folder)}" if folder else root)
             return sorted(path[len(root) + 1 :] for path in found)
         return []
