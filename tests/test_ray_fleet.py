@@ -154,3 +154,21 @@ def test_a_cluster_that_cannot_be_used_is_an_error(began: dict[str, Any], why: s
         pass
     assert raised.value.why == why
     assert raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("before", "said", "what"),
+    [
+        ("", "Unauthenticated: RPC error: InvalidAuthToken: missing or incorrect", "cannot be used"),
+        ("InvalidAuthToken\n", "no route to host", "cannot be reached"),
+    ],
+)
+def test_a_head_that_refuses_the_token_is_not_taken_for_one_that_is_away(
+    before: str, said: str, what: str, tmp_path: Path
+) -> None:
+    (tmp_path / "log").write_text(before)
+    away = news(away="Failed to connect to Ray cluster at 10.0.0.7:6379")
+    program = f"import sys; print({said!r}, file=sys.stderr); print({json.dumps(away)!r}, flush=True); sys.stdin.read()"
+    with pytest.raises(MachineError, match=what) as raised, fleet(tmp_path, client=(sys.executable, "-c", program)):
+        pass
+    assert ("RAY_AUTH_MODE=token" in raised.value.hint) == (what == "cannot be used")

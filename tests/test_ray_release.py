@@ -1,4 +1,4 @@
-"""A release by three nodes of a Ray cluster on this machine: nodes are killed at random, the head is restarted once."""
+"""Releases by nodes of a Ray cluster on this machine: killed at random, with a head that is lost; and with a token."""
 
 import os
 import random
@@ -9,13 +9,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from packager.cli.main import app
+from packager.errors import MachineError
 from tests import tiny_recipe
 from tests.import_graph import ROOT
 from tests.publish_fixtures import git
@@ -61,11 +62,11 @@ def published_of(dist: Path) -> Mapping[str, tuple[str, int]]:
 class Cluster:
     """A head without CPUs, and three nodes with two CPUs and a GPU that is none; the first may publish."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **environ: str) -> None:
         self.folder, self.nodes = folder, dict[str, subprocess.Popen[bytes]]()
         self.environ = {
             **os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "10", "RAY_DEDUP_LOGS": "0",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "10", "RAY_DEDUP_LOGS": "0", **environ,
         }  # fmt: skip
 
     def start(self, name: str, *words: str) -> None:
@@ -118,18 +119,25 @@ class Cluster:
             self.kill(name)
 
 
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
+@contextmanager
+def running(*names: str, **environ: str) -> Iterator[Cluster]:
+    """Run a head and nodes, with more variables."""
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
-    cluster = Cluster(folder)
+    cluster = Cluster(folder, **environ)
     try:
         cluster.start_head()
-        for name in ("n1", "n2", "n3"):
+        for name in names:
             cluster.start_node(name)
         yield cluster
     finally:
         cluster.end()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with running("n1", "n2", "n3") as cluster:
+        yield cluster
 
 
 def disturb(cluster: Cluster, run: "subprocess.Popen[bytes]", dist: Path) -> list[str]:
@@ -181,3 +189,52 @@ def test_nodes_that_are_killed_and_a_head_that_is_restarted_change_nothing(tmp_p
     assert published_of(dist) == expected
     assert {count for _, count in expected.values()} == {1}
     assert len(expected) == RECIPES * len(VARIANTS)
+
+
+def home_with(folder: Path, token: str) -> dict[str, str]:
+    """Return the variables of a machine whose user has a token, or none."""
+    (folder / ".ray").mkdir(parents=True)
+    if token:
+        (folder / ".ray" / "auth_token").write_text(token)
+    return {"HOME": str(folder), "RAY_AUTH_MODE": "token"}
+
+
+@pytest.mark.release
+def test_a_cluster_with_a_token_releases_and_refuses_who_has_none(tmp_path: Path) -> None:
+    generate = "from ray.scripts.scripts import main; main()"
+    home = {"HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    command = [sys.executable, "-c", generate, "get-auth-token", "--generate"]
+    subprocess.run(command, env={**os.environ, **home}, capture_output=True, check=True)
+    token = (tmp_path / "home" / ".ray" / "auth_token").read_text()
+    assert len(token) > 30
+    tiny_recipe.write_inputs(tmp_path / "recipes")
+    recipe = tiny_recipe.write_recipe(tmp_path / "recipes", {"evaluation.num_tokens": 64})
+    dist, store = tmp_path / "dist", tmp_path / "store"
+    with running("n1", **home, RAY_AUTH_MODE="token") as cluster:
+
+        def release(environ: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+            program = [sys.executable, "-c", "from packager.cli.main import main; main()"]
+            words = ["release", str(recipe), "--ray", f"127.0.0.1:{PORT}", "--store", str(store), "--dist", str(dist)]
+            variables = {**cluster.environ, **environ}
+            return subprocess.run(
+                [*program, *words], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
+            )  # fmt: skip
+
+        refused = {
+            "none": release(home_with(tmp_path / "none", "")),
+            "another": release(home_with(tmp_path / "another", "0" * 64)),
+            "not asked for": release({**home, "RAY_AUTH_MODE": "disabled"}),
+        }
+        for name, done in refused.items():
+            assert done.returncode == MachineError.exit_code, (name, done.stderr)
+            assert "the Ray cluster cannot be used" in done.stderr, (name, done.stderr)
+            assert "ray get-auth-token --generate" in " ".join(done.stderr.split()), (name, done.stderr)
+        assert not (dist / "hub").exists()
+        done = release(home)
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert len(published_of(dist)) == len(tiny_recipe.BRANCHES)
+    kept = [path for folder in (dist, store) for path in folder.rglob("*") if path.is_file()]
+    assert len(kept) > 20
+    assert not [path for path in kept if token.encode() in path.read_bytes()]
+    assert token not in done.stderr + done.stdout

@@ -107,6 +107,9 @@ def run_ray_client() -> int:
     client = _Client(ray, out)
     try:
         ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False, namespace="packager")
+    except ray.exceptions.AuthenticationError as error:
+        client.say(RayNews(refused=str(error).strip().splitlines()[0]))
+        return 0
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         client.say(RayNews(away=str(error).strip().splitlines()[0]))
         return 0

@@ -28,6 +28,7 @@ _MOST_AGAIN_S = 30.0
 _END_S = 5.0
 _NEEDS_S = 10.0
 _MOST_NEEDS = 1000  # that the autoscaler is told of: what it starts meanwhile takes minutes
+_REFUSED = b"InvalidAuthToken"  # ray 2.60, gcs_client.cc, in what its library logs
 _NAME_DIGITS = 8  # of a node's id: the name of a node that comes back is another one
 
 
@@ -69,6 +70,7 @@ class RayFleet:
     _away: str = ""
     _needed: tuple[dict[str, float], ...] = ()
     _needs_at: float = 0.0
+    _logged: int = 0  # bytes in the client's log before this client
 
     def __enter__(self) -> "RayFleet":
         """Connect.
@@ -80,6 +82,9 @@ class RayFleet:
         try:
             while not self._machines:
                 self._hear(self._next(None))
+                if self._away and self._lacks_token():
+                    why = "it asks for a token, and this command has none, or another one"
+                    raise MachineError("the Ray cluster cannot be used", why=why, hint=AUTHENTICATION_HINT)
                 if self._away:
                     hint = "start it with ray start --head, or give another address"
                     raise MachineError("the Ray cluster cannot be reached", why=self._away, hint=hint)
@@ -210,10 +215,17 @@ class RayFleet:
         self._again_at = self.now() + self._again_s
         self._again_s = min(_MOST_AGAIN_S, 2 * self._again_s)
 
+    def _lacks_token(self) -> bool:
+        """Whether the head refused the client: Ray raises nothing that tells this from a head that is away."""
+        with self.client_log.open("rb") as log:
+            log.seek(self._logged)
+            return _REFUSED in log.read()
+
     def _connect(self) -> None:
         self._generation += 1
         self.client_log.parent.mkdir(parents=True, exist_ok=True)
         with self.client_log.open("ab") as log:
+            self._logged = log.tell()
             self._process = subprocess.Popen(
                 self.client, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
                 env=environ_without_secrets(self.environ), start_new_session=True,
