@@ -91,6 +91,8 @@ BLOCKS = [section_block(name, "") for name in SECTIONS]
         ("\n".join(BLOCKS).replace("<!-- end: files -->", "<!-- end: closing -->"), "closing ends, and files is open"),
         ("\n".join(BLOCKS).replace("<!-- end: files -->", "x <!-- end: files -->"), "not alone on its line"),
         ("", "missing"),
+        ("\n".join(BLOCKS).replace("<!-- end: files -->", "x" * 20_001 + "\n<!-- end: files -->"), "files is too long"),
+        ("a\n" * 20_001, "more than 20,000 lines"),
     ],
 )
 def test_damaged_markers_are_named(lines: str, problem: str) -> None:
@@ -205,6 +207,7 @@ def test_a_line_outside_of_the_sections_is_named_and_nothing_is_kept(recipe: Pat
     assert "--keep" not in edited.value.hint
 
 
+@pytest.mark.slow
 def test_two_edits_do_not_replace_each_other(recipe: Path, readme: Path) -> None:
     other = readme.parent.with_name(ACT_ORDER) / "README.md"
     edit(readme, "Of main.")
@@ -276,6 +279,7 @@ def commit(recipe: Path, branch: str, text: str) -> None:
         git("reset", "-q", "--hard", cwd=repository)
 
 
+@pytest.mark.slow
 def test_words_in_the_repository_hold_a_publish_until_they_are_kept(builds: Builds, tmp_path: Path) -> None:
     recipe = builds.copy(tmp_path, published=True)
     dist = recipe.parent / "dist"
@@ -304,10 +308,13 @@ def test_words_in_the_repository_hold_a_publish_until_they_are_kept(builds: Buil
     assert {entry.branch: entry.action for entry in report.plan.branches} == dict.fromkeys(BRANCHES, "update")
     text = git("show", f"{MAIN}:README.md", cwd=hub_folder(dist))
     assert split_page(text, "card").sections["introduction"] == "From the Hub, twice."
-    kept(recipe, "published")
+    commit(recipe, MAIN, text.replace("<!-- end: introduction -->", "Lost its end."))
+    with pytest.raises(PublishError, match=r"its words would be lost.*\n.*begins inside introduction"):
+        tiny_recipe.publish(recipe, dist)
+    commit(recipe, MAIN, text)
     (recipe.parent / "recipe-card" / "section-introduction.md").write_text("Ours again.\n")
     card(recipe)
-    tiny_recipe.publish(recipe, dist)  # the head is ours: nobody wrote into it
+    tiny_recipe.publish(recipe, dist)  # the page is as its record lists it: nobody wrote into it
 
 
 def test_a_line_outside_in_the_repository_is_no_word_of_a_section(builds: Builds, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ SECTIONS: Mapping[str, str] = MappingProxyType(
 )
 SECTION_FILES: Mapping[str, str] = MappingProxyType({name: f"section-{name}.md" for name in SECTIONS})
 MAX_SECTION_CHARACTERS = 20_000
+# Of a page, which is compared line by line; cards have some hundred.
+MAX_LINES = 20_000
 _MARKER = re.compile(rf"<!--[ \t]*(begin|end):[ \t]*({'|'.join(SECTIONS)})[ \t]*-->")
 # Comments that mean something to us: a marker, and the environment in which our tests run the code block below.
 _RESERVED = re.compile(r"<!--\s*(?:begin|end|run)\s*:")
@@ -88,12 +90,16 @@ def split_page(page: str, where: str) -> SplitPage:
         where: it is, for errors.
 
     Raises:
-        CardError: a marker is missing, doubled, inside another section, or not alone on its line.
+        CardError: a marker is missing, doubled, inside another section, or not alone on its line; a section or the
+            page is too long.
     """
+    lines = page.replace("\r\n", "\n").replace("\r", "\n").strip("\n").split("\n")
+    if len(lines) > MAX_LINES:
+        raise CardError("the card is too large", where=where, why=f"it has more than {MAX_LINES:,} lines")
     outside: list[str] = []
     found: dict[str, list[str]] = {}
     name = ""
-    for number, line in enumerate(page.replace("\r\n", "\n").replace("\r", "\n").strip("\n").split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         marker = _MARKER.search(line)
         if marker is None:
             (found[name] if name else outside).append(line)
@@ -114,8 +120,14 @@ def split_page(page: str, where: str) -> SplitPage:
             why=", ".join(lacking),
             hint="put each pair of markers back, each on a line of its own; packager card prints a page that has them",
         )
+    texts = {each: "\n".join(found[each]) for each in SECTIONS}
+    for each, text in texts.items():
+        if len(text) > MAX_SECTION_CHARACTERS:
+            why = f"it has {len(text)} characters, at most {MAX_SECTION_CHARACTERS} are read"
+            hint = "shorten the text, and link to the rest"
+            raise CardError(f"the section {each} is too long", where=where, why=why, hint=hint)
     return SplitPage(
-        sections=MappingProxyType({each: section_text("\n".join(found[each])) for each in SECTIONS}),
+        sections=MappingProxyType({each: section_text(text) for each, text in texts.items()}),
         outside=tuple(outside),
     )
 

@@ -114,7 +114,7 @@ def refuse_lost_sections(run: BuildState, target: Target, content: BranchContent
     """Refuse to publish over a card whose sections somebody has written into since packager published it.
 
     Raises:
-        PublishError: words would leave the page.
+        PublishError: words would leave the page, or its sections are damaged.
     """
     stored = state.files.get(README)
     if stored is None or not state.foreign_author or not 0 < stored.size_bytes <= MOST_PAGE_BYTES:
@@ -124,8 +124,15 @@ def refuse_lost_sections(run: BuildState, target: Target, content: BranchContent
     ours = (content.folder / README).read_bytes()
     try:
         edited = read_page(data, where)
-    except CardError:
-        return  # a page without sections: the plan lists it among the changed files
+    except CardError as error:
+        if b"<!-- begin: " not in data:
+            return  # a page without sections: the plan lists it among the changed files
+        raise PublishError(
+            f"the card of {content.branch} was edited in the repository, and its words would be lost",
+            where=target.where,
+            why=f"{error.what}: {printable(error.why)}",
+            hint="repair the page in the repository, or take the edit off it, then publish again",
+        ) from error
     new = read_page(ours, where).sections
     changed = [name for name in SECTIONS if edited.sections[name] != new[name]]
     if not changed:
