@@ -66,12 +66,13 @@ def _request(name: str, size_gb: float, scenario: Scenario) -> BuildRequest:
     base, builds = round(size_gb * GB), round(size_gb * GB * BUILDS_PER_BASE)
     tasks = [
         Task(recipe=name, stage="fetch", download_bytes=base),
-        Task(recipe=name, stage="sweep", gpus=1, upload_bytes=2 * builds),  # its blocks, and then the branches
+        Task(recipe=name, stage="sweep", gpus=1, upload_bytes=builds),  # the blocks
         Task(recipe=name, stage="card"),
         Task(recipe=name, stage="publish", download_bytes=builds, upload_bytes=builds, commits=VARIANTS),
     ]
     if scenario.proving:
-        tasks += [Task(recipe=name, stage="evaluate", gpus=1), Task(recipe=name, stage="verify", gpus=1)]
+        tasks.append(Task(recipe=name, stage="evaluate", gpus=1, upload_bytes=builds))  # the branches
+        tasks.append(Task(recipe=name, stage="verify", gpus=1))
     return BuildRequest(recipe=name, tasks=tuple(tasks), disk_bytes=base + builds, store_bytes=builds)
 
 
@@ -120,7 +121,7 @@ def simulate(scenario: Scenario) -> Result:
     world = World(
         machines=machines,
         seconds=lambda task: seconds_of(task, base_gb[task.recipe]),
-        beside_bytes=lambda task: task.upload_bytes // 2 if task.stage == "sweep" else 0,
+        beside_bytes=lambda task: task.upload_bytes if task.gpus else 0,
         bytes_per_s=scenario.gbit_per_s * 1e9 / 8,
         failing=scenario.failing,
         machine_life_s=scenario.machine_life_h and scenario.machine_life_h * 3600,
@@ -159,7 +160,7 @@ def scenarios(base: Scenario) -> list[Scenario]:
         replace(base, name="nothing fails", failing=0.0, machine_life_h=None),
         replace(base, name="5 % of tasks fail", failing=0.05),
         replace(base, name="a machine lives 4 h", machine_life_h=4.0),
-        replace(base, name="no evaluation, no loaders", proving=False),
+        replace(base, name="no evaluation, no loaders, no copies of branches", proving=False),
     ]
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,12 +114,35 @@ def test_a_lost_task_goes_on_after_its_last_block_elsewhere(
     monkeypatch.setattr(SharedBlocks, "save", lambda self, *rest: (save(self, *rest), saved.append(rest[0])))
     fleet.run("other", "sweep", MAIN)
     assert saved[1:] == list(range(1, saved[-1] + 1)), "block 0 is not computed again"
-    fleet.run("undisturbed", "fetch")
-    assert fleet.store.names(f"{REPOSITORY}/blocks") == []
+    fleet.run("third", "evaluate", MAIN)  # the other one was lost, too, before it had sent what it made
+    assert saved[-1] == len(saved) - 1, "nothing is computed again"
+    assert fleet.store.names(f"{REPOSITORY}/blocks/{MAIN}") == []
     fleet.store.delete(REPOSITORY)
     fleet.run("alone", "sweep", MAIN)
-    alone, other = (files_below(tmp_path / name / "builds") for name in ("alone", "other"))
-    assert alone == other
+    alone, *others = (files_below(tmp_path / name / "builds") for name in ("alone", "other", "third"))
+    assert others == [alone, alone]
+
+
+def test_branches_are_sent_while_they_are_evaluated(
+    builds: "Builds", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from packager.fleet.shared_work import SharedWork
+    from tests.tiny_recipe import BRANCHES
+
+    fleet = Fleet(tmp_path, builds.copy(tmp_path / "recipe"))
+    (tmp_path / "recipe" / "dist").rename(tmp_path / "one")
+    shared = SharedWork(fleet.store, REPOSITORY)
+    fleet.run("one", "sweep")
+    assert fleet.store.names(REPOSITORY) == [], "a GPU would wait for it"
+
+    def evaluate(_: object) -> None:
+        deadline = time.monotonic() + 60
+        while not all(map(shared.receipt, BRANCHES)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    monkeypatch.setattr("packager.fleet.worker.evaluate", evaluate)
+    fleet.run("one", "evaluate")
 
 
 def test_a_machine_with_another_recipe_refuses_the_task(fleet: Fleet) -> None:
@@ -237,7 +261,7 @@ def test_blocks_leave_the_store_when_they_are_part_of_a_branch(tmp_path: Path, b
     shared.push(here, [MAIN])
     left = {name.split("/")[3] for name in fleet.store.names(f"{REPOSITORY}/blocks")}
     assert left == {ACT_ORDER, "mixed at 4 bits"}
-    fleet.run("one", "sweep")
+    fleet.run("one", "evaluate")
     assert fleet.store.names(f"{REPOSITORY}/blocks") == []
     receipts = [shared.receipt(branch) for branch in BRANCHES]
     named = {record.sha256 for receipt in receipts if receipt for record in receipt.provenance.files.values()}

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -181,6 +180,8 @@ def test_another_machine_goes_on_after_the_last_finished_block_and_no_credential
     assert "another run has it" in output
     log = (two / "logs" / REPOSITORIES[0] / "sweep.log").read_text()
     assert "blocks that another machine finished are used" in log
+    assert f"{REPOSITORIES[1]} publish: started" in output
+    assert "started" not in ended(release(*recipes, "--dist", str(two), *words)), "nothing is published again"
     ended(release(*recipes, "--dist", str(alone)))
     assert end_of(two) == end_of(alone)
 
@@ -197,13 +198,3 @@ def test_another_machine_goes_on_after_the_last_finished_block_and_no_credential
     assert with_credentials(on_disk) == []
     assert with_credentials(in_store) == []
     assert SECRET not in output
-
-
-def test_a_second_run_publishes_nothing_again(server: Server, tmp_path: Path) -> None:
-    (recipe, _), words = (
-        write_recipes(tmp_path / "recipes"),
-        ("--jobs", "1", "--store", f"s3://{BUCKET}/{tmp_path.name}"),
-    )
-    for why in ("", "published before, from the same inputs"):
-        output: Any = ended(release(recipe, "--dist", str(tmp_path / "dist"), *words))
-        assert why in " ".join(output.split())

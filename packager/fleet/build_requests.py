@@ -91,7 +91,7 @@ def fleet_recipe(run: BuildState, needs: Needs) -> FleetRecipe:
         recipe=repository,
         tasks=tuple(map(task, stages)),
         disk_bytes=builds + losses + download,
-        # At a sweep's end the store has all blocks, and the files of one branch: the blocks of a branch leave it then.
+        # When branches are sent the store has all blocks, and the files of one: the blocks of a branch leave it then.
         store_bytes=builds + losses + max(variant_plan.weights_bytes for variant_plan in plan.variants),
         priority=needs.priorities.get(path, 0),
     )

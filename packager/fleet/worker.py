@@ -5,6 +5,7 @@ A stage is what `build` and `publish` do; whether there is something left of it 
 
 import shutil
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -143,29 +144,46 @@ def run_task(order: TaskOrder, options: Options, terminal: Terminal, *, keys: Si
 
 
 def _do(run: BuildState, stage: TaskStage, shared: SharedWork | None) -> None:
-    """Do what is left of a stage; what is finished goes to the store even if the stage fails."""
-    try:
-        if stage == "fetch":
-            check_task_files(run)
-            if any(map(run.missing, STAGES)) or run.loaders_to_run():
-                _ = run.texts  # opens the base model, too
-        elif stage == "sweep":
-            run.block_copies = shared.blocks if shared else None
-            quantize_and_pack(run)
-        elif stage == "evaluate":
+    """Do what is left of a stage; what is finished goes to the store even if the stage fails.
+
+    A sweep leaves only its blocks in the store. The branches are sent while they are evaluated: a GPU that waited for
+    them would compute nothing. If the machine is lost before, another one makes them of the blocks.
+    """
+    run.block_copies = shared.blocks if shared else None
+    with ThreadPoolExecutor(1) as sender:
+        sent = sender.submit(_send, run, shared) if shared is not None and stage == "evaluate" else None
+        try:
+            _do_stage(run, stage)
+        finally:
+            if sent is not None:
+                sent.result()
+            if shared is not None and stage not in ("fetch", "sweep"):
+                _send(run, shared)
+
+
+def _do_stage(run: BuildState, stage: TaskStage) -> None:
+    """Do what is left of a stage; where it computes, also what a lost machine had not sent of earlier ones."""
+    if stage == "fetch":
+        check_task_files(run)
+        if any(map(run.missing, STAGES)) or run.loaders_to_run():
+            _ = run.texts  # opens the base model, too
+    elif stage == "card":
+        render_cards(run)
+        shutil.rmtree(run.workspace.work, ignore_errors=True)
+    else:
+        quantize_and_pack(run)
+        if stage != "sweep":
             evaluate(run)
-        elif stage == "verify":
+        if stage == "verify":
             run_loaders(run)
             run_tasks(run)
-        else:
-            render_cards(run)
-            shutil.rmtree(run.workspace.work, ignore_errors=True)
-    finally:
-        if shared is not None:
-            made = [each.variant.branch for each in run.wanted if each.variant.branch in run.receipts]
-            shared.push(run.workspace, made)
-            if not run.missing("weights", anywhere=True):
-                shared.drop_blocks()
+
+
+def _send(run: BuildState, shared: SharedWork) -> None:
+    """Bring to the store what is finished and is not there."""
+    shared.push(run.workspace, [each.variant.branch for each in run.wanted if each.variant.branch in run.receipts])
+    if not run.missing("weights", anywhere=True):
+        shared.drop_blocks()
 
 
 def drop_recipes(folder: Path, repositories: Collection[str]) -> None:
