@@ -12,7 +12,15 @@ import pytest
 from rich.console import Console
 
 from packager.cli.plan_view import durations_json, print_build_plan, time_lines
-from packager.pipeline.durations import REFERENCES, REFINED_WORK, SIGNED_WORK, TIMED_STAGES, Computer, durations
+from packager.pipeline.durations import (
+    CORRECTED_WORK,
+    REFERENCES,
+    REFINED_WORK,
+    SIGNED_WORK,
+    TIMED_STAGES,
+    Computer,
+    durations,
+)
 from packager.pipeline.plan import BuildPlan, make_plan
 from packager.recipe.file import RecipeFile
 from packager.recipe.task_models import EvaluationTask
@@ -113,9 +121,9 @@ def test_the_references_are_the_figures_of_the_measurements() -> None:
 
 
 @pytest.mark.parametrize(("recipe", "computer"), [("demo-llama.yaml", "cpu"), ("llama-2-13b-chat.yaml", "cuda")])
-def test_signed_scales_and_refinement_take_longer(recipe: str, computer: Computer) -> None:
-    def quantize_s(**settings: str) -> float:
-        trial = [f"defaults.{key}={value}" for key, value in settings.items()]
+def test_signed_scales_refinement_and_a_correction_take_longer(recipe: str, computer: Computer) -> None:
+    def quantize_s(**settings: str | float) -> float:
+        trial = [f"defaults.{key}={value}" for key, value in {"target_correction": 0, **settings}.items()]
         (found,) = durations(make_plan(RecipeFile.load(ROOT / "recipes" / recipe, trial=trial)), Path("nowhere"))
         assert found.seconds["quantize"] is not None
         return found.seconds["quantize"]
@@ -126,11 +134,14 @@ def test_signed_scales_and_refinement_take_longer(recipe: str, computer: Compute
     assert quantize_s(scale_search="signed") == pytest.approx(signed * plain)
     assert quantize_s(scale_search="true", refine="true") == pytest.approx(refined * plain)
     assert quantize_s(scale_search="signed", refine="true") == pytest.approx(signed * refined * plain)
+    corrected = quantize_s(scale_search="signed", target_correction=0.5)
+    assert corrected == pytest.approx(signed * CORRECTED_WORK[computer] * plain)
 
 
 def test_the_work_of_options_is_that_of_the_measurements() -> None:
     page = (ROOT / "docs/explanation/measurements.md").read_text(encoding="utf-8")
-    for option, work in (("scale_search: signed", SIGNED_WORK), ("refine: true", REFINED_WORK)):
+    options = {"scale_search: signed": SIGNED_WORK, "refine: true": REFINED_WORK, "target_correction": CORRECTED_WORK}
+    for option, work in options.items():
         ((cpu, cuda),) = re.findall(rf"\| `{option}` \| ([^|]+) \| ([^|]+) \|", page)
         measured = {"cpu": cpu, "cuda": cuda}
         assert work == {on: 1.0 if figure == "not measured" else float(figure) for on, figure in measured.items()}
@@ -142,13 +153,13 @@ def test_a_measured_build_is_one_of_its_own_settings(tiny: Path) -> None:
     set_seconds(dist, quantize=2.0, pack=1.0, evaluate=3.0, verify=0.5)
     for path in (dist / "receipts" / tiny_recipe.REPOSITORY).glob("*.json"):
         receipt = json.loads(path.read_text())
-        receipt["provenance"]["parameters"]["refine"] = True
+        receipt["provenance"]["parameters"] |= {"refine": True, "target_correction": 0.5}
         path.write_text(json.dumps(receipt))
-    refined = RecipeFile.load(recipe, trial=["defaults.refine=true"])
+    refined = RecipeFile.load(recipe, trial=["defaults.refine=true", "defaults.target_correction=0.5"])
     (same,) = durations(make_plan(refined), dist)
     assert same.seconds["quantize"] == pytest.approx(2.0 * 3, rel=0.02)
     (without,) = durations(make_plan(RecipeFile.load(recipe)), dist)
-    assert without.seconds["quantize"] == pytest.approx(2.0 * 3 / REFINED_WORK["cpu"], rel=0.02)
+    assert without.seconds["quantize"] == pytest.approx(2.0 * 3 / REFINED_WORK["cpu"] / CORRECTED_WORK["cpu"], rel=0.02)
 
 
 def test_a_size_far_from_all_is_not_estimated() -> None:

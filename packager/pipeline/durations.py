@@ -81,6 +81,7 @@ class Duration:
 # was not measured counts as 1.
 SIGNED_WORK: Final[Mapping[Computer, float]] = {"cpu": 1.14, "cuda": 1.01}
 REFINED_WORK: Final[Mapping[Computer, float]] = {"cpu": 1.24, "cuda": 1.0}
+CORRECTED_WORK: Final[Mapping[Computer, float]] = {"cpu": 1.49, "cuda": 2.0}
 # docs/explanation/measurements.md: "The demo on a CPU" (four variants; without the 35 s that made environments),
 # "Real small models" (two variants) and "A 13B shape on a GPU" (four variants).
 REFERENCES: Final = (
@@ -115,17 +116,21 @@ REFERENCES: Final = (
 )
 
 
-def work_of(computer: Computer, scale_search: ScaleSearch, *, refine: bool, tuning: float = 0.0) -> float:
+def work_of(
+    computer: Computer, scale_search: ScaleSearch, *, refine: bool, corrected: bool = False, tuning: float = 0.0
+) -> float:
     """Return how long quantizing takes for a variant, where one with a plain scale search and nothing else takes 1.
 
     Args:
         computer: what computes.
         scale_search: of the variant.
         refine: likewise.
+        corrected: whether it has a target correction.
         tuning: forward passes of all calibration rows that tuning its blocks takes.
     """
     signed = SIGNED_WORK[computer] if scale_search == "signed" else 1.0
-    return signed * (REFINED_WORK[computer] if refine else 1.0) + tuning / _FORWARDS_OF_QUANTIZING
+    refined = REFINED_WORK[computer] if refine else 1.0
+    return signed * refined * (CORRECTED_WORK[computer] if corrected else 1.0) + tuning / _FORWARDS_OF_QUANTIZING
 
 
 def durations(plan: BuildPlan, dist: Path) -> tuple[Duration, ...]:
@@ -156,6 +161,7 @@ def _scaled(plan: BuildPlan, measured: Measured, *, here: bool) -> Duration:
     works = [
         work_of(
             measured.computer, each.variant.scale_search, refine=each.variant.refine,
+            corrected=each.variant.target_correction > 0,
             tuning=_tuning(measured.computer, each.variant.effort, rows.num_samples, rows.seq_len),
         )
         for each in (*plan.variants, *plan.only_measured)
@@ -253,7 +259,10 @@ def _work_of(receipt: Receipt, computer: Computer) -> float:
     parameters, rows = receipt.provenance.parameters, receipt.provenance.calibration
     signed = parameters.get("scale_search") == "signed"
     tuning = _tuning(computer, parameters.get("effort"), rows.num_samples, rows.seq_len)
-    return work_of(computer, "signed" if signed else True, refine=parameters.get("refine") is True, tuning=tuning)
+    return work_of(
+        computer, "signed" if signed else True, refine=parameters.get("refine") is True,
+        corrected=bool(parameters.get("target_correction")), tuning=tuning,
+    )  # fmt: skip
 
 
 def _tuning(computer: Computer, effort: object, num_samples: int, seq_len: int) -> float:
