@@ -16,7 +16,7 @@ from tests.samples import sampled
 from tests.test_gptq import hessian, inputs
 
 pytest.importorskip("triton", reason="Triton is not made for this system")
-from packager.quantize.gptq import triton_matrix_kernels, triton_ops, triton_round_kernel
+from packager.quantize.gptq import triton_kernels, triton_matrix_kernels, triton_ops
 from packager.quantize.gptq.compile_kernels import KernelShape, _Products, _Rounding, compile_for_shapes
 from packager.quantize.gptq.triton_ops import TritonOps
 
@@ -30,8 +30,8 @@ def ordered(act_order: ActOrder, group_size: int) -> ColumnOrder:
 
 def key_of(arguments: tuple[Any, ...]) -> tuple[object, ...]:
     """Return what distinguishes the kernels of two calls of `round_columns`."""
-    span, _, inverses, _, rules, inline_group_size, _ = arguments
-    return inverses.Hinv.shape[-1], span.weight.shape[1] % 16 == 0, rules, inline_group_size
+    span, _, Hinv, _, rules, inline_group_size, _ = arguments
+    return Hinv.shape[-1], span.weight.shape[1] % 16 == 0, rules, inline_group_size
 
 
 @pytest.mark.parametrize("act_order", ["full", "static", "group"])
@@ -123,12 +123,12 @@ def test_nothing_is_left_to_compile(monkeypatch):
     shape = KernelShape(in_features=288, out_features=48, rules=rules, order=ordered("full", 96))
     weight = (torch.randn(48, 288) * 0.02).half().cuda()
     assert compile_for_shapes([shape], torch.device("cuda"), torch.float16) == 2
-    kernel = type(triton_round_kernel.round_columns_kernel)
+    kernel = type(triton_kernels.round_columns_kernel)
     compiled: list[object] = []
     compile_one = kernel._do_compile
     monkeypatch.setattr(kernel, "_do_compile", lambda self, *rest: compiled.append(self) or compile_one(self, *rest))
     factor = factorize(hessian(inputs(288, 1)).cuda(), shape.order, damp_percent=0.01)
     solve([weight], factor, shape.rules)
-    assert triton_round_kernel.round_columns_kernel not in compiled
+    assert triton_kernels.round_columns_kernel not in compiled
     assert triton_matrix_kernels.multiply_split_kernel not in compiled
     assert compiled  # the others are still compiled when they are needed: the check can fail

@@ -1,6 +1,5 @@
 """The Triton kernels against torch and the float64 reference: in Triton's interpreter, natively under -m gpu."""
 
-from dataclasses import dataclass
 from itertools import product
 from typing import get_args
 
@@ -14,7 +13,7 @@ from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import factorize
 from packager.quantize.gptq.lazy_updates import Float32Updates, SplitUpdates
 from packager.quantize.gptq.order import ColumnOrder
-from packager.quantize.gptq.solve import inverse_blocks, solve
+from packager.quantize.gptq.solve import solve
 from packager.quantize.gptq.tensor_ops import ColumnSpan, Grids, RoundedColumns, TensorOps
 from packager.quantize.gptq.torch_ops import TorchOps
 from packager.variant import ActOrder, ScaleSearch
@@ -180,21 +179,12 @@ def test_grids_of_groups_that_divide_nothing(kernels, device, n, group_size, sym
         assert min(same) >= (0.98 if search else 1.0)
 
 
-@dataclass
-class Rounded:
-    """What rounding a span makes; `delta` is read back from its float16 parts."""
-
-    result: RoundedColumns
-    grids: Grids
-    delta: Tensor
-
-
 def rounded_by(
-    ops: TensorOps, weight: Tensor, pending: Tensor, U: Tensor, width: int, rules: GridRules, inline_group_size: int,
-    device: torch.device, calls: tuple[int, ...] = (1,),
-) -> Rounded:  # fmt: skip
+    ops: TensorOps, span: ColumnSpan, width: int, rules: GridRules, inline_group_size: int, device: torch.device,
+    calls: tuple[int, ...] = (1,),
+) -> tuple[RoundedColumns, Grids]:  # fmt: skip
     """Round a span in blocks of `width` columns, so many blocks with each call."""
-    n, features = weight.shape
+    n, features = span.weight.shape
     size = inline_group_size or 16
     scales = torch.full((-(-n // size), features), 0.004, device=device)
     grids = Grids(
@@ -204,45 +194,43 @@ def rounded_by(
     )
     result = RoundedColumns(
         q=torch.empty(n, features, dtype=torch.uint8, device=device),
+        delta=torch.full((n, features), torch.nan, device=device),
         squared_errors=torch.full((features,), 0.5, device=device),
         errors=torch.full((n, features), torch.nan, device=device),
     )
-    weight, U = weight.to(device), U.to(device)
-    updates = ops.lazy_updates(U, weight)
-    span = ColumnSpan(
-        weight=weight, pending=pending.to(device, copy=True), U=U, diagonal=U.diagonal().clone(), begin=0,
-        updates=updates,
-    )  # fmt: skip
-    inverses = ops.inverse_parts(inverse_blocks(U, [(begin, begin + width) for begin in range(0, n, width)])[width])
+    there = ColumnSpan(
+        **{name: getattr(span, name).to(device, copy=True) for name in ("weight", "pending", "U", "diagonal")}
+    )
+    blocks = [slice(begin, begin + width) for begin in range(0, n, width)]
+    Hinv = torch.stack([torch.linalg.inv(span.U[block, block]) for block in blocks]).to(device)
     done = 0
     for count in calls:
-        these = inverses.of(slice(done, done + count))
-        ops.round_columns(span, done * width, these, grids, rules, inline_group_size, result)
+        ops.round_columns(
+            there, done * width, Hinv[done : done + count], grids, rules, inline_group_size, result
+        )  # fmt: skip
         done += count
-    assert done * width == n
-    if isinstance(updates, SplitUpdates):
-        split = updates.of_span(0, n)
-        delta = (split.delta[0].float() + split.delta[1].float()) / split.row_scale[:, None] / split.out_scale
-    else:
-        assert isinstance(updates, Float32Updates)
-        delta = updates._delta
-    return Rounded(result=result, grids=grids, delta=delta)
+    assert done == len(blocks)
+    return result, grids
 
 
-def a_span(n: int, features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weights, pending updates and U of so many columns."""
+def span_of(n: int, features: int, *, by_columns: bool = False) -> ColumnSpan:
     U = (torch.eye(n) + 0.05 * random(n, n, seed=2)).triu()
     U.diagonal().abs_().clamp_(min=0.5)
-    return (random(n, features, seed=n) * 0.02).half(), random(n, features, seed=n + 1) * 0.002, U
+    return ColumnSpan(
+        weight=(random(n, features, seed=n) * 0.02).half(),
+        pending=random(n, features, seed=n + 1) * 0.002,
+        U=U.T.contiguous().T if by_columns else U,
+        diagonal=U.diagonal().clone(),
+    )
 
 
-def assert_rounded_alike(found: Rounded, expected: Rounded) -> None:
-    """Check all that is exact but for the order of sums, and the 22 bits of what lies in two float16 numbers."""
-    mine, plain = found.result, expected.result
-    same = (mine.q.cpu() == plain.q).all(0) & (found.grids.scales.cpu() == expected.grids.scales).all(0)
+def assert_rounded_alike(found: tuple[RoundedColumns, Grids], expected: tuple[RoundedColumns, Grids]) -> None:
+    """Check all that is exact but for the order of float32 sums."""
+    (mine, grids), (plain, plain_grids) = found, expected
+    same = (mine.q.cpu() == plain.q).all(0) & (grids.scales.cpu() == plain_grids.scales).all(0)
     assert same.double().mean() >= 0.95  # of a feature that meets no tie nothing differs
-    assert torch.equal(found.grids.zeros.cpu()[:, same], expected.grids.zeros[:, same])
-    assert torch.allclose(found.delta.cpu()[:, same], expected.delta[:, same], rtol=1e-5, atol=1e-7)
+    assert torch.equal(grids.zeros.cpu()[:, same], plain_grids.zeros[:, same])
+    assert torch.allclose(mine.delta.cpu()[:, same], plain.delta[:, same], rtol=1e-5, atol=1e-7)
     assert mine.errors is not None
     assert plain.errors is not None
     assert torch.allclose(mine.errors.cpu()[:, same], plain.errors[:, same], rtol=1e-4, atol=1e-6)
@@ -254,9 +242,12 @@ def assert_rounded_alike(found: Rounded, expected: Rounded) -> None:
     ("n", "inline_group_size"), [(128, 0), (128, 16), (128, 128), (96, 48), (72, 128), (1, 32), (80, 40)]
 )
 def test_a_column_block_is_rounded_as_torch_rounds_it(kernels, device, n, inline_group_size, features):
-    rules = GridRules(bits=4, sym=inline_group_size != 48, scale_search=inline_group_size == 40)
-    case = (*a_span(n, features), n, rules, inline_group_size)
-    assert_rounded_alike(rounded_by(kernels, *case, device), rounded_by(TORCH, *case, torch.device("cpu")))
+    span, rules = (
+        span_of(n, features),
+        GridRules(bits=4, sym=inline_group_size != 48, scale_search=inline_group_size == 40),
+    )
+    expected = rounded_by(TORCH, span, n, rules, inline_group_size, torch.device("cpu"))
+    assert_rounded_alike(rounded_by(kernels, span, n, rules, inline_group_size, device), expected)
 
 
 @pytest.mark.parametrize(
@@ -270,27 +261,28 @@ def test_a_column_block_is_rounded_as_torch_rounds_it(kernels, device, n, inline
 )
 def test_column_blocks_update_each_other_as_in_torch(kernels, device, width, calls, by_columns):
     """Some blocks in one launch or in several; U may lie column by column."""
-    weight, pending, U = a_span(width * sum(calls), 21)
+    span = span_of(width * sum(calls), 21, by_columns=by_columns)
     rules = GridRules(bits=4, sym=True, scale_search=False)
-    case = (weight, pending, U.T.contiguous().T if by_columns else U, width, rules, 0)
-    expected = rounded_by(TORCH, *case, torch.device("cpu"), calls)
-    assert_rounded_alike(rounded_by(kernels, *case, device, calls), expected)
+    expected = rounded_by(TORCH, span, width, rules, 0, torch.device("cpu"), calls)
+    assert_rounded_alike(rounded_by(kernels, span, width, rules, 0, device, calls), expected)
 
 
 @pytest.mark.parametrize("search", [False, True])
 def test_an_output_feature_depends_on_no_other_one(kernels, device, search):
     """Bit by bit, whatever is computed beside it: what devices that share a linear's output features rely on."""
     features = 96 if device.type == "cuda" else 48
-    weight, pending, U = a_span(48, features)
-    rules = GridRules(bits=4, sym=True, scale_search=search)
-    whole = rounded_by(kernels, weight, pending, U, 24, rules, 24, device, (2,))
+    span, rules = span_of(48, features), GridRules(bits=4, sym=True, scale_search=search)
+    whole, whole_grids = rounded_by(kernels, span, 24, rules, 24, device, (2,))
     for part in (slice(0, 16), slice(16, features)):
-        some = weight[:, part].contiguous(), pending[:, part].contiguous(), U
-        found = rounded_by(kernels, *some, 24, rules, 24, device, (2,))
-        assert torch.equal(found.result.q, whole.result.q[:, part])
+        some = ColumnSpan(
+            weight=span.weight[:, part].contiguous(), pending=span.pending[:, part].contiguous(), U=span.U,
+            diagonal=span.diagonal,
+        )  # fmt: skip
+        found, grids = rounded_by(kernels, some, 24, rules, 24, device, (2,))
+        assert torch.equal(found.q, whole.q[:, part])
         assert torch.equal(found.delta, whole.delta[:, part])
-        assert torch.equal(found.result.squared_errors, whole.result.squared_errors[part])
-        assert torch.equal(found.grids.scales, whole.grids.scales[:, part])
+        assert torch.equal(found.squared_errors, whole.squared_errors[part])
+        assert torch.equal(grids.scales, whole_grids.scales[:, part])
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from packager.quantize.gptq.tensor_ops import Grids, RoundedColumns
 def round_columns(
     w: Tensor, original: Tensor, Hinv: Tensor, diagonal: Tensor, grids: Grids, rules: GridRules, inline_group_size: int,
     result: RoundedColumns,
-) -> Tensor:  # fmt: skip
-    """Quantize the columns of one column block, in order; return their deltas.
+) -> None:  # fmt: skip
+    """Quantize the columns of one column block, in order.
 
     For each column i: q_i = clamp(round(w_i / scale) + zero, 0, 2^bits - 1), e_i = (w_i - scale (q_i - zero)) /
     Hinv_ii, and w_k -= Hinv_ik e_i for every later column k. The column's squared output error is e_i^2.
@@ -25,12 +25,7 @@ def round_columns(
         rules: bits, symmetry and search.
         inline_group_size: columns of a group whose grid is found when its first column is reached; 0: all are known.
         result: filled in.
-
-    Returns:
-        float32 [columns, out_features], W - Q: the original weight minus its quantized value. The paper's error divides
-        the updated weight's by Hinv_ii; this one is neither updated nor divided.
     """
-    delta = torch.empty_like(w)
     for i, group in enumerate(grids.groups.tolist()):
         if inline_group_size and i % inline_group_size == 0:
             members = slice(i, i + inline_group_size)
@@ -42,11 +37,10 @@ def round_columns(
         error = (w[i] - quantized) * diagonal[i]
         w[i + 1 :].addr_(Hinv[i, i + 1 :], error, alpha=-1)
         result.q[i] = q
-        delta[i] = original[i].float() - quantized
+        result.delta[i] = original[i].float() - quantized
         result.squared_errors.add_(error.square())
         if result.errors is not None:
             result.errors[i] = error
-    return delta
 
 
 def refine_columns(

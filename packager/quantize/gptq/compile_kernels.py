@@ -13,7 +13,6 @@ from itertools import chain
 import torch
 
 from packager.quantize.gptq.grid import GridRules
-from packager.quantize.gptq.lazy_updates import SplitUpdates
 from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.solve import COLUMN_BLOCK, column_blocks, inline_group_size
 from packager.quantize.gptq.tensor_ops import ColumnSpan, Grids, RoundedColumns
@@ -67,16 +66,14 @@ class _Rounding:
         groups = -(-columns // inline) if inline else 1
         grids = Grids(scales=zeros(groups, features) + 1, zeros=zeros(groups, features), groups=of_columns(torch.int64))
         result = RoundedColumns(
-            q=zeros(columns, features, dtype=torch.uint8), squared_errors=zeros(features),
-            errors=None if self.refine is None else zeros(columns, features),
+            q=zeros(columns, features, dtype=torch.uint8), delta=zeros(columns, features),
+            squared_errors=zeros(features), errors=None if self.refine is None else zeros(columns, features),
         )  # fmt: skip
-        ops, weight, U = TritonOps(), zeros(columns, features, dtype=dtype), zeros(self.in_features, columns) + 1
         span = ColumnSpan(
-            weight=weight, pending=zeros(columns, features), U=U[..., :columns, :], diagonal=of_columns(), begin=0,
-            updates=SplitUpdates(U.mT, weight, ops),
+            weight=zeros(columns, features, dtype=dtype), pending=zeros(columns, features),
+            U=zeros(columns, self.in_features)[..., :columns], diagonal=of_columns(),
         )  # fmt: skip
-        inverses = ops.inverse_parts(zeros(1, columns, columns) + 1)
-        ops.round_columns(span, 0, inverses, grids, self.rules, inline, result)
+        TritonOps().round_columns(span, 0, zeros(1, columns, columns), grids, self.rules, inline, result)
         if self.refine is not None:
             allowed = torch.zeros((self.experts,) if self.experts else (), dtype=torch.bool, device=device)
             TritonOps().refine_columns(
@@ -102,12 +99,12 @@ class _Products:
     def launch(self, device: torch.device, _dtype: torch.dtype) -> None:
         """Multiply zeros: a sum of one part, and one of two where these linears have any."""
         zeros = partial(_zeros, self.experts, device=device)
-        for terms in (COLUMN_BLOCK, PART + COLUMN_BLOCK)[: 1 + (self.in_features > PART)]:
-            U = zeros(COLUMN_BLOCK, max(terms, self.in_features), dtype=torch.float16)[..., :terms]
+        for terms in (COLUMN_BLOCK, PART + 1)[: 1 + (self.in_features > PART)]:
+            U = zeros(terms, self.in_features, dtype=torch.float16)[..., :COLUMN_BLOCK].mT
             delta = zeros(terms, self.out_features, dtype=torch.float16)
             TritonOps().multiply_split((U, U), (delta, delta), None, zeros(self.out_features) + 1)
             if self.refine:
-                rows = zeros(terms, self.in_features, dtype=torch.float16)[..., :COLUMN_BLOCK].mT
+                rows = zeros(COLUMN_BLOCK, max(terms, self.in_features), dtype=torch.float16)[..., :terms]
                 scales = zeros(COLUMN_BLOCK) + 1, zeros(self.out_features) + 1
                 TritonOps().multiply_split((rows, rows), (delta, delta), *scales)
 

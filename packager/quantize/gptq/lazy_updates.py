@@ -4,8 +4,6 @@
 columns' rounding decisions depend on them. On CUDA each is the sum of three float16 products, in one launch.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -55,28 +53,6 @@ class Float32Updates:
         return self._ops.add_product(None, self._U[..., begin:end, self.first_row(begin) :].mT, change)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitSpan:
-    """What `SplitUpdates` holds of consecutive columns.
-
-    Attributes:
-        U: float16 [columns, columns] each, the two parts of U^T, its columns divided by `row_scale`.
-        delta: float16 [columns, out_features] each, to be filled in with deltas times both scales.
-        row_scale: float32 [columns], powers of two.
-        out_scale: float32 [out_features], likewise.
-    """
-
-    U: tuple[Tensor, Tensor]
-    delta: tuple[Tensor, Tensor]
-    row_scale: Tensor
-    out_scale: Tensor
-
-
-def scale_of_rows(U: Tensor) -> Tensor:
-    """Return for each row of a matrix the power of two at or above its norm."""
-    return torch.exp2(torch.ceil(torch.log2(torch.linalg.vector_norm(U, dim=-1))))
-
-
 class SplitUpdates:
     """`LazyUpdates` with each factor split into two float16 numbers; the product of the two low parts is left out.
 
@@ -91,9 +67,8 @@ class SplitUpdates:
 
     def __init__(self, U: Tensor, weight: Tensor, ops: TensorOps) -> None:
         self._ops = ops
-        self._row_scale = scale_of_rows(U)
-        # Transposed: the terms of a pending update's sums lie side by side.
-        self._U = ops.split(U.mT, None, 1 / self._row_scale)
+        self._row_scale = torch.exp2(torch.ceil(torch.log2(torch.linalg.vector_norm(U, dim=-1))))
+        self._U = ops.split(U, 1 / self._row_scale, None)
         scaled = weight * self._row_scale[..., None]
         largest = torch.linalg.vector_norm(scaled, torch.inf, dim=-2).clamp(min=_SMALLEST)
         self._out_scale = torch.exp2(torch.floor(torch.log2(_HEADROOM / largest)))
@@ -108,23 +83,16 @@ class SplitUpdates:
         high, low = (part[..., rows, :] for part in self._delta)
         self._ops.split(delta, self._row_scale[..., rows], self._out_scale, (high, low))
 
-    def of_span(self, begin: int, end: int) -> "SplitSpan":
-        """Return what belongs to some columns."""
-        U_high, U_low = (part[..., begin:end, begin:end] for part in self._U)
-        high, low = (part[..., begin:end, :] for part in self._delta)
-        row_scale = self._row_scale[..., begin:end]
-        return SplitSpan(U=(U_high, U_low), delta=(high, low), row_scale=row_scale, out_scale=self._out_scale)
-
     def pending_update(self, until: int, begin: int, end: int) -> Tensor:
         """Return U[:until, begin:end]^T delta[:until]."""
-        U_high, U_low = (part[..., begin:end, :until] for part in self._U)
+        U_high, U_low = (part[..., :until, begin:end].mT for part in self._U)
         high, low = (part[..., :until, :] for part in self._delta)
         return self._ops.multiply_split((U_high, U_low), (high, low), None, self._out_scale)
 
     def reorder(self, columns: Tensor) -> None:
         """Put the rows of U in another order; see `LazyUpdates.reorder`."""
         high, low = self._U
-        self._U, self._reordered = (rows_of(high.mT, columns).mT, rows_of(low.mT, columns).mT), True
+        self._U, self._reordered = (rows_of(high, columns), rows_of(low, columns)), True
         self._row_scale = self._row_scale.gather(-1, columns)
 
     def first_row(self, begin: int) -> int:
@@ -137,7 +105,7 @@ class SplitUpdates:
         if self._error_scale is None:
             norm = sum_of_products(errors, errors, self._ops).sqrt().clamp(min=_SMALLEST)
             self._error_scale = torch.exp2(torch.floor(torch.log2(_HEADROOM / norm)))
-        U_high, U_low = (part[..., first:, begin:end].mT for part in self._U)
+        U_high, U_low = (part[..., begin:end, first:] for part in self._U)
         # The memory of the deltas, which nothing needs any more, holds the parts of the errors.
         parts = self._delta[0][..., first:, :], self._delta[1][..., first:, :]
         high, low = self._ops.split(errors[..., first:, :], None, self._error_scale, parts)
@@ -147,6 +115,6 @@ class SplitUpdates:
 
     def spread(self, begin: int, end: int, change: Tensor) -> Tensor:
         """Return U[begin:end, first:]^T change; see `LazyUpdates.spread`."""
-        U_high, U_low = (part[..., self.first_row(begin) :, begin:end] for part in self._U)
+        U_high, U_low = (part[..., begin:end, self.first_row(begin) :].mT for part in self._U)
         high, low = self._ops.split(change, self._row_scale[..., begin:end], self._out_scale)
         return self._ops.multiply_split((U_high, U_low), (high, low), None, self._out_scale)

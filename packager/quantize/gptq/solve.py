@@ -26,15 +26,7 @@ from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Factor
 from packager.quantize.gptq.refine import RoundedLinear, refine
-from packager.quantize.gptq.tensor_ops import (
-    ColumnSpan,
-    Grids,
-    InverseBlocks,
-    RoundedColumns,
-    TensorOps,
-    rows_of,
-    sum_of_products,
-)
+from packager.quantize.gptq.tensor_ops import ColumnSpan, Grids, RoundedColumns, TensorOps, rows_of, sum_of_products
 
 COLUMN_BLOCK = 128
 # Within 4 column blocks (512 columns) updates are applied block by block; those of earlier blocks in one product.
@@ -201,7 +193,7 @@ class _ColumnSolver:
     def run(self, *, find: bool) -> None:
         """Quantize every column; find the grids on the way, or use the given ones."""
         blocks = column_blocks(self._weight.shape[-2], self._group_size)
-        inverses = {width: self._ops.inverse_parts(Hinv) for width, Hinv in inverse_blocks(self._U, blocks).items()}
+        inverses = inverse_blocks(self._U, blocks)
         taken = dict.fromkeys(inverses, 0)
         for some in _some_at_once(len(blocks)):
             self._run_span(blocks[some], inverses, taken, find=find)
@@ -232,18 +224,13 @@ class _ColumnSolver:
         return torch.where(allowed[..., None], losses, self.squared_errors / 2)
 
     def _run_span(
-        self,
-        blocks: Sequence[tuple[int, int]],
-        inverses: Mapping[int, InverseBlocks],
-        taken: dict[int, int],
-        *,
-        find: bool,
+        self, blocks: Sequence[tuple[int, int]], inverses: Mapping[int, Tensor], taken: dict[int, int], *, find: bool
     ) -> None:
         """Quantize consecutive column blocks: those of one width in one call, but for grids to be found between them.
 
         Args:
             blocks: of the span.
-            inverses: of all column blocks by their width.
+            inverses: see `inverse_blocks`.
             taken: by width, how many blocks came before; overwritten.
             find: see `run`.
         """
@@ -257,11 +244,10 @@ class _ColumnSolver:
             pending=pending,
             U=self._U[..., start:stop, start:stop],
             diagonal=self.diagonal[..., start:stop],
-            begin=start,
-            updates=self._updates,
         )
         result = RoundedColumns(
             q=self.q[..., start:stop, :],
+            delta=torch.empty_like(pending),
             squared_errors=self.squared_errors,
             errors=None if self.errors is None else self.errors[..., start:stop, :],
         )
@@ -272,11 +258,14 @@ class _ColumnSolver:
         ):
             begins = [begin for begin, _ in found]
             if between and begins[0] % self._group_size == 0:
+                if begins[0] > start:
+                    self._updates.record(start, result.delta[..., : begins[0] - start, :])
                 self._find_grid(begins[0])
-            these = inverses[width].of(slice(taken[width], taken[width] + len(begins)))
+            Hinv = inverses[width][..., taken[width] : taken[width] + len(begins), :, :]
             taken[width] += len(begins)
             grids = self.grids.of(slice(start, stop))
-            self._ops.round_columns(span, begins[0] - start, these, grids, self._rules, inline, result)
+            self._ops.round_columns(span, begins[0] - start, Hinv, grids, self._rules, inline, result)
+        self._updates.record(start, result.delta)
 
     def _find_grid(self, begin: int) -> None:
         """Find the grid of the group at `begin`, from its columns with all updates of earlier columns applied."""

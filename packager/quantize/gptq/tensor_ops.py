@@ -50,40 +50,12 @@ class ColumnSpan:
         pending: float32 [columns, out_features], the pending updates from all columns before the span; overwritten.
         U: float32 [columns, columns], the span's part of U.
         diagonal: float32 [columns], of U, which is 1 / Hinv_ii.
-        begin: the first column.
-        updates: of the whole linear, in which the deltas of these columns are recorded.
     """
 
     weight: Tensor
     pending: Tensor
     U: Tensor
     diagonal: Tensor
-    begin: int
-    updates: "LazyUpdates"
-
-
-@dataclass(frozen=True, kw_only=True)
-class InverseBlocks:
-    """Hinv[B, B] of column blocks of one width.
-
-    Attributes:
-        Hinv: float32 [blocks, columns, columns], upper triangular.
-        parts: for products on the tensor cores float16 [blocks, columns, columns] each: Hinv with its rows divided by
-            `row_scale`, transposed, as `TensorOps.split` splits it; None elsewhere.
-        row_scale: float32 [blocks, columns], powers of two; None likewise.
-    """
-
-    Hinv: Tensor
-    parts: tuple[Tensor, Tensor] | None = None
-    row_scale: Tensor | None = None
-
-    def of(self, blocks: slice) -> "InverseBlocks":
-        """Return some of the blocks."""
-        return InverseBlocks(
-            Hinv=self.Hinv[..., blocks, :, :],
-            parts=self.parts and (self.parts[0][..., blocks, :, :], self.parts[1][..., blocks, :, :]),
-            row_scale=None if self.row_scale is None else self.row_scale[..., blocks, :],
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +64,14 @@ class RoundedColumns:
 
     Attributes:
         q: uint8 [columns, out_features].
+        delta: float32 [columns, out_features], W - Q: the original weight minus its quantized value. The paper's error
+            divides the updated weight's by Hinv_ii; this one is neither updated nor divided.
         squared_errors: float32 [out_features], to which the columns' squared output errors are added.
         errors: float32 [columns, out_features], the paper's error of each column; None where nothing needs them.
     """
 
     q: Tensor
+    delta: Tensor
     squared_errors: Tensor
     errors: Tensor | None = None
 
@@ -104,6 +79,7 @@ class RoundedColumns:
         """Return the output for some of the columns."""
         return RoundedColumns(
             q=self.q[..., columns, :],
+            delta=self.delta[..., columns, :],
             squared_errors=self.squared_errors,
             errors=None if self.errors is None else self.errors[..., columns, :],
         )
@@ -112,6 +88,7 @@ class RoundedColumns:
         """Return the output for one expert of a batch."""
         return RoundedColumns(
             q=self.q[expert],
+            delta=self.delta[expert],
             squared_errors=self.squared_errors[expert],
             errors=None if self.errors is None else self.errors[expert],
         )
@@ -163,18 +140,18 @@ class TensorOps(Protocol):
         """Choose the grids of consecutive groups of columns; see `grid.find_grids`."""
 
     def round_columns(
-        self, span: ColumnSpan, first: int, inverses: InverseBlocks, grids: Grids, rules: GridRules,
-        inline_group_size: int, result: RoundedColumns,
+        self, span: ColumnSpan, first: int, Hinv: Tensor, grids: Grids, rules: GridRules, inline_group_size: int,
+        result: RoundedColumns,
     ) -> None:  # fmt: skip
         """Quantize column blocks of one width, in order: w'_B = w_B + pending_B Hinv[B, B], then the block's columns.
 
-        The columns of a block are rounded as by `columns.round_columns`, and their deltas are recorded. What an output
-        feature becomes depends on no other one, nor on their number. The tensors of each expert are contiguous, but U.
+        The columns of a block are rounded as by `columns.round_columns`. What an output feature becomes depends on no
+        other one, nor on their number. The tensors of each expert are contiguous, but for U.
 
         Args:
             span: with these blocks; the blocks of a span are rounded in order, in one call or in several.
             first: the columns of the span before these blocks.
-            inverses: Hinv[B, B] of each block.
+            Hinv: float32 [blocks, columns of a block, columns of a block], Hinv[B, B] of each block.
             grids: groups are those of the span's columns; grids found here are filled in.
             rules: bits, symmetry and search.
             inline_group_size: see `columns.round_columns`.
@@ -214,9 +191,6 @@ class TensorOps(Protocol):
             columns: float32 [m], likewise.
             out: float16 [n, m] each, of equal strides, rows dense, to be filled in; None allocates them.
         """
-
-    def inverse_parts(self, Hinv: Tensor) -> InverseBlocks:
-        """Return column blocks' Hinv[B, B], float32 [blocks, columns, columns], with what products with it need."""
 
     def multiply_split(
         self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], rows: Tensor | None, features: Tensor

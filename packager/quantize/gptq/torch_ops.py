@@ -13,7 +13,7 @@ from packager.quantize.gptq import grid
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.lazy_updates import Float32Updates
 from packager.quantize.gptq.routing import RoutedInputs
-from packager.quantize.gptq.tensor_ops import ColumnSpan, Grids, InverseBlocks, LazyUpdates, RoundedColumns
+from packager.quantize.gptq.tensor_ops import ColumnSpan, Grids, LazyUpdates, RoundedColumns
 
 
 class TorchOps:
@@ -37,41 +37,35 @@ class TorchOps:
         return torch.stack([scales for scales, _ in found]), torch.stack([zeros for _, zeros in found])
 
     def round_columns(
-        self, span: ColumnSpan, first: int, inverses: InverseBlocks, grids: Grids, rules: GridRules,
-        inline_group_size: int, result: RoundedColumns,
+        self, span: ColumnSpan, first: int, Hinv: Tensor, grids: Grids, rules: GridRules, inline_group_size: int,
+        result: RoundedColumns,
     ) -> None:  # fmt: skip
-        """Quantize column blocks; each updates the pending ones of later columns. See `TensorOps.round_columns`."""
-        for Hinv in inverses.Hinv.unbind(-3):
-            here, after = slice(first, first + Hinv.shape[-1]), slice(first + Hinv.shape[-1], None)
-            weight = span.weight[..., here, :]
-            w = self.add_product(weight.to(torch.float32, copy=True), Hinv.mT, span.pending[..., here, :])
-            block = w, weight, Hinv, span.diagonal[..., here]
-            where = grids.of(here), rules, inline_group_size, result.of(here)
-            delta = self._round_block(*block, *where)
-            span.updates.record(span.begin + first, delta)
-            if here.stop < span.weight.shape[-2]:
-                self.add_product(span.pending[..., after, :], span.U[..., here, after].mT, delta)
-            first = here.stop
+        """Quantize column blocks; see `TensorOps.round_columns`."""
+        if Hinv.ndim == 3:
+            self._round_columns(span, first, Hinv, grids, rules, inline_group_size, result)
+            return
+        for expert, alone in enumerate(zip(span.weight, span.pending, span.U, span.diagonal, strict=True)):
+            weight, pending, U, diagonal = alone
+            self._round_columns(
+                ColumnSpan(weight=weight, pending=pending, U=U, diagonal=diagonal), first, Hinv[expert],
+                grids.of_expert(expert), rules, inline_group_size, result.of_expert(expert),
+            )  # fmt: skip
 
-    def _round_block(
-        self, w: Tensor, original: Tensor, Hinv: Tensor, diagonal: Tensor, grids: Grids, rules: GridRules,
-        inline_group_size: int, result: RoundedColumns,
-    ) -> Tensor:  # fmt: skip
-        """Quantize the columns of a column block; return their deltas."""
-        if w.ndim == 2:
-            return column_loop.round_columns(w, original, Hinv, diagonal, grids, rules, inline_group_size, result)
-        return torch.stack(
-            [
-                column_loop.round_columns(
-                    *alone, grids.of_expert(expert), rules, inline_group_size, result.of_expert(expert)
-                )
-                for expert, alone in enumerate(zip(w, original, Hinv, diagonal, strict=True))
-            ]
-        )
-
-    def inverse_parts(self, Hinv: Tensor) -> InverseBlocks:
-        """Return the blocks alone: float32 products need nothing else."""
-        return InverseBlocks(Hinv=Hinv)
+    def _round_columns(
+        self, span: ColumnSpan, first: int, Hinv: Tensor, grids: Grids, rules: GridRules, inline_group_size: int,
+        result: RoundedColumns,
+    ) -> None:  # fmt: skip
+        """Quantize column blocks of one linear; each updates the pending ones of later columns."""
+        for number, inverse in enumerate(Hinv):
+            begin = first + number * len(inverse)
+            here, after = slice(begin, begin + len(inverse)), slice(begin + len(inverse), None)
+            weight, mine = span.weight[here], result.of(here)
+            updated = self.add_product(weight.to(torch.float32, copy=True), inverse.mT, span.pending[here])
+            column_loop.round_columns(
+                updated, weight, inverse, span.diagonal[here], grids.of(here), rules, inline_group_size, mine
+            )
+            if here.stop < len(span.weight):
+                self.add_product(span.pending[after], span.U[here, after].mT, mine.delta)
 
     def refine_columns(
         self, G: Tensor, H: Tensor, q: Tensor, grids: Grids, rules: GridRules, inline_group_size: int, allowed: Tensor,

@@ -1,4 +1,4 @@
-"""The Triton kernel that finds grids, and what that of the rounding shares with it; `triton_ops` launches them.
+"""The Triton kernels that find grids and round columns; `triton_ops` launches them.
 
 A program takes a few output features and all columns of a group or column block, because columns depend on each other
 and output features do not: programs never wait for each other. The same code runs in Triton's interpreter on a CPU.
@@ -17,12 +17,6 @@ def round_between(x, low, high):
     """
     x = tl.minimum(tl.maximum(x, low), high)
     return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def inverse_of(scale):
-    """Return 1 / scale, which is exact for powers of two."""
-    return tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale)
 
 
 @triton.jit
@@ -68,7 +62,7 @@ def _error_of(w, column_weight, scale, zero, MAXQ: tl.constexpr):
 
 
 @triton.jit
-def best_grid(
+def _best_grid(
     w, inside, column_weight, shrink_ptr, MAXQ: tl.constexpr, SYM: tl.constexpr, SIGNED: tl.constexpr,
     STEPS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
@@ -147,3 +141,222 @@ def find_grids_kernel(
     out = group.to(tl.int64) * features + feature
     tl.store(scale_ptr + out, scale, mask=in_range)
     tl.store(zero_ptr + out, zero, mask=in_range)
+
+
+@triton.jit
+def _shared_inputs(i, Hinv_ptr, diagonal_ptr, group_ptr, column, COLUMNS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
+    """Return the inputs to column i that all programs share: Hinv[i, :] in two tiles, 1 / Hinv_ii, and the group."""
+    exists = i < COLUMNS
+    row = Hinv_ptr + i * COLUMNS + column
+    first = tl.load(row, mask=(column > i) & (column < COLUMNS) & exists, other=0.0)
+    later = column + TILE_COLUMNS
+    second = tl.load(row + TILE_COLUMNS, mask=(later > i) & (later < COLUMNS) & exists, other=0.0)
+    diagonal = tl.load(diagonal_ptr + i, mask=exists, other=0.0)
+    group = tl.load(group_ptr + i, mask=exists, other=0)
+    return first, second, diagonal, group
+
+
+@triton.jit
+def _original_weights(i, original_ptr, feature, features, in_range, COLUMNS: tl.constexpr):
+    weights = original_ptr + tl.cast(i, tl.int64) * features + feature
+    return tl.load(weights, mask=in_range & (i < COLUMNS), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _round_column(
+    i, x, scale, inverse, zero, diagonal, original, q_ptr, delta_ptr, feature, features, in_range, MAXQ: tl.constexpr
+):
+    """Store q = clamp(round(x / scale) + zero) and delta = original - scale (q - zero); return the error.
+
+    The error is (x - scale (q - zero)) / Hinv_ii, with `diagonal` = 1 / Hinv_ii.
+    """
+    steps = round_between(x * inverse, -zero, MAXQ - zero)
+    quantized = steps * scale
+    row = tl.cast(i, tl.int64) * features + feature
+    tl.store(q_ptr + row, (steps + zero).to(tl.uint8), mask=in_range)
+    tl.store(delta_ptr + row, original - quantized, mask=in_range)
+    return (x - quantized) * diagonal
+
+
+@triton.jit
+def _tile(w_ptr, column, feature, features, in_range, COLUMNS: tl.constexpr):
+    """Return the addresses, the mask and the values of some columns.
+
+    A program keeps its columns in two tiles: the first needs no updates once all its columns are rounded.
+    """
+    inside = (column < COLUMNS)[:, None] & in_range[None, :]
+    address = w_ptr + column[:, None].to(tl.int64) * features + feature[None, :]
+    return address, inside, tl.load(address, mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["first", "blocks"])
+def round_columns_kernel(
+    weight_ptr, pending_ptr, U_ptr, Hinv_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, q_ptr,
+    delta_ptr, error_ptr, loss_ptr, features, first, blocks, U_row_stride, weight_stride, pending_stride, U_stride,
+    Hinv_stride, diagonal_stride, grid_stride, group_stride, q_stride, delta_stride, error_stride,
+    BATCHED: tl.constexpr, COLUMNS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
+    PRODUCT_ROWS: tl.constexpr, KEEP_ERRORS: tl.constexpr, INLINE_GROUP_SIZE: tl.constexpr, GROUP_TILE: tl.constexpr,
+    MAXQ: tl.constexpr, SYM: tl.constexpr, SIGNED: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """Quantize column blocks of a span of one linear, or those of the expert that is the program's second number.
+
+    For each block: its pending update, its columns with that update, then each column in order. A program reads what it
+    stored, after a barrier. Strides but U_row_stride lead from one expert to the next.
+    """
+    if BATCHED:
+        expert = tl.program_id(1).to(tl.int64)
+        weight_ptr += expert * weight_stride
+        pending_ptr += expert * pending_stride
+        U_ptr += expert * U_stride
+        Hinv_ptr += expert * Hinv_stride
+        diagonal_ptr += expert * diagonal_stride
+        scale_ptr += expert * grid_stride
+        zero_ptr += expert * grid_stride
+        group_ptr += expert * group_stride
+        q_ptr += expert * q_stride
+        delta_ptr += expert * delta_stride
+        error_ptr += expert * error_stride
+        loss_ptr += expert * features
+    for block in range(blocks):
+        begin = first + block * COLUMNS
+        at = tl.cast(begin, tl.int64) * features
+        Hinv = Hinv_ptr + block * COLUMNS * COLUMNS
+        _update_columns(
+            weight_ptr + at, pending_ptr + at, U_ptr + begin, U_row_stride, delta_ptr, begin, Hinv, features, COLUMNS,
+            2 * TILE_COLUMNS, FEATURES, PRODUCT_ROWS,
+        )  # fmt: skip
+        _round_columns(
+            pending_ptr + at, weight_ptr + at, Hinv, diagonal_ptr + begin, shrink_ptr, scale_ptr, zero_ptr,
+            group_ptr + begin, q_ptr + at, delta_ptr + at, error_ptr + at, loss_ptr, features, COLUMNS, TILE_COLUMNS,
+            FEATURES, KEEP_ERRORS, INLINE_GROUP_SIZE, GROUP_TILE, MAXQ, SYM, SIGNED, STEPS, SMALLEST,
+        )  # fmt: skip
+        tl.debug_barrier()
+
+
+@triton.jit
+def _update_columns(
+    weight_ptr, pending_ptr, U_ptr, U_row_stride, delta_ptr, before, Hinv_ptr, features, COLUMNS: tl.constexpr,
+    TILE: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Overwrite the pending update of a block, p, by its updated columns.
+
+    They are w + (p + delta_< U[<, B]) Hinv[B, B], with < for the `before` columns of the span before the block.
+    """
+    feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    in_range = feature < features
+    column = tl.arange(0, TILE)
+    inside = (column < COLUMNS)[:, None] & in_range[None, :]
+    at = column[:, None].to(tl.int64) * features + feature[None, :]
+    pending = tl.load(pending_ptr + at, mask=inside, other=0.0)
+    pending = _add_product(
+        pending, U_ptr, U_row_stride, delta_ptr, before, column, feature, features, in_range, COLUMNS, ROWS
+    )
+    tl.store(pending_ptr + at, pending, mask=inside)
+    tl.debug_barrier()
+    w = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    w = _add_product(w, Hinv_ptr, COLUMNS, pending_ptr, COLUMNS, column, feature, features, in_range, COLUMNS, ROWS)
+    tl.debug_barrier()
+    tl.store(pending_ptr + at, w, mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _add_product(
+    total, a_ptr, a_stride, b_ptr, rows, column, feature, features, in_range, COLUMNS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Return total + a^T b, of a [rows, columns] and b [rows, features]: in float32, row by row."""
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        exists = (row < rows)[:, None]
+        a = tl.load(
+            a_ptr + row[:, None] * a_stride + column[None, :], mask=exists & (column < COLUMNS)[None, :], other=0.0
+        )
+        b = tl.load(
+            b_ptr + row[:, None].to(tl.int64) * features + feature[None, :], mask=exists & in_range[None, :], other=0.0
+        )
+        total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _round_columns(
+    w_ptr, original_ptr, Hinv_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, q_ptr, delta_ptr,
+    error_ptr, loss_ptr, features, COLUMNS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
+    KEEP_ERRORS: tl.constexpr, INLINE_GROUP_SIZE: tl.constexpr, GROUP_TILE: tl.constexpr, MAXQ: tl.constexpr,
+    SYM: tl.constexpr, SIGNED: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """Quantize up to 128 columns in order: store q_i and delta_i, then w_k -= Hinv_ik e_i for every column k > i.
+
+    e_i = (w_i - scale (q_i - zero)) / Hinv_ii; with INLINE_GROUP_SIZE, a group's first column finds the group's grid.
+    """
+    feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    in_range = feature < features
+    scale = tl.zeros([FEATURES], tl.float32) + 1.0
+    inverse, zero = scale, tl.zeros([FEATURES], tl.float32)
+    if INLINE_GROUP_SIZE > 0:  # the first group's grid, before the tiles fill the registers
+        scale, inverse, zero = _inline_grid(
+            0, w_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, feature, features, in_range, COLUMNS,
+            INLINE_GROUP_SIZE, GROUP_TILE, MAXQ, SYM, SIGNED, STEPS, SMALLEST,
+        )  # fmt: skip
+    column = tl.arange(0, TILE_COLUMNS)
+    first_ptr, in_first, first = _tile(w_ptr, column, feature, features, in_range, COLUMNS)
+    second_ptr, in_second, second = _tile(w_ptr, column + TILE_COLUMNS, feature, features, in_range, COLUMNS)
+    loss = tl.load(loss_ptr + feature, mask=in_range, other=0.0)
+    # Inputs of column i are prefetched: those that programs share, which are in the cache, one column ahead; the
+    # original weights, which come from device memory, four columns ahead.
+    prefetched = _shared_inputs(0, Hinv_ptr, diagonal_ptr, group_ptr, column, COLUMNS, TILE_COLUMNS)
+    original_0 = _original_weights(0, original_ptr, feature, features, in_range, COLUMNS)
+    original_1 = _original_weights(1, original_ptr, feature, features, in_range, COLUMNS)
+    original_2 = _original_weights(2, original_ptr, feature, features, in_range, COLUMNS)
+    original_3 = _original_weights(3, original_ptr, feature, features, in_range, COLUMNS)
+    for tile in tl.static_range(2):
+        for i in range(tile * TILE_COLUMNS, TILE_COLUMNS if tile == 0 and COLUMNS > TILE_COLUMNS else COLUMNS):
+            Hinv_first, Hinv_second, diagonal, group = prefetched
+            prefetched = _shared_inputs(i + 1, Hinv_ptr, diagonal_ptr, group_ptr, column, COLUMNS, TILE_COLUMNS)
+            original, original_0, original_1, original_2 = original_0, original_1, original_2, original_3
+            original_3 = _original_weights(i + 4, original_ptr, feature, features, in_range, COLUMNS)
+            if INLINE_GROUP_SIZE == 0:
+                scale = tl.load(scale_ptr + group * features + feature, mask=in_range, other=1.0)
+                zero = tl.load(zero_ptr + group * features + feature, mask=in_range, other=0.0)
+                inverse = tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale)
+            elif (tile + 1) * TILE_COLUMNS > INLINE_GROUP_SIZE and i % INLINE_GROUP_SIZE == 0 and i > 0:
+                # Through memory, so that the search reads the group's columns only: masking made 32g twice as slow.
+                if tile == 0:
+                    tl.store(first_ptr, first, mask=in_first)
+                tl.store(second_ptr, second, mask=in_second)
+                tl.debug_barrier()
+                scale, inverse, zero = _inline_grid(
+                    i, w_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, feature, features, in_range,
+                    COLUMNS, INLINE_GROUP_SIZE, GROUP_TILE, MAXQ, SYM, SIGNED, STEPS, SMALLEST,
+                )  # fmt: skip
+            here = first if tile == 0 else second
+            x = tl.sum(tl.where((column + tile * TILE_COLUMNS == i)[:, None], here, 0.0), 0)
+            error = _round_column(
+                i, x, scale, inverse, zero, diagonal, original, q_ptr, delta_ptr, feature, features, in_range, MAXQ
+            )
+            if KEEP_ERRORS:
+                tl.store(error_ptr + tl.cast(i, tl.int64) * features + feature, error, mask=in_range)
+            if tile == 0:
+                first -= Hinv_first[:, None] * error[None, :]
+            second -= Hinv_second[:, None] * error[None, :]
+            loss += error * error
+    tl.store(loss_ptr + feature, loss, mask=in_range)
+
+
+@triton.jit
+def _inline_grid(
+    i, w_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, feature, features, in_range,
+    COLUMNS: tl.constexpr, INLINE_GROUP_SIZE: tl.constexpr, GROUP_TILE: tl.constexpr, MAXQ: tl.constexpr,
+    SYM: tl.constexpr, SIGNED: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """Find and store the grid of the group that begins at column i, read from memory; return scale, 1 / scale, zero."""
+    column = i + tl.arange(0, GROUP_TILE)
+    exists = column < tl.minimum(i + INLINE_GROUP_SIZE, COLUMNS)
+    inside = exists[:, None] & in_range[None, :]
+    w = tl.load(w_ptr + column[:, None].to(tl.int64) * features + feature[None, :], mask=inside, other=0.0)
+    diagonal = tl.load(diagonal_ptr + column, mask=exists, other=0.0)
+    scale, zero = _best_grid(w, inside, diagonal * diagonal, shrink_ptr, MAXQ, SYM, SIGNED, STEPS, SMALLEST)
+    grid = tl.load(group_ptr + i) * features + feature
+    tl.store(scale_ptr + grid, scale, mask=in_range)
+    tl.store(zero_ptr + grid, zero, mask=in_range)
+    return scale, tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale), zero

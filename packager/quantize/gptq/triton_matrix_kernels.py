@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-from packager.quantize.gptq.triton_kernels import inverse_of
-
 
 @triton.jit
 def split_kernel(
@@ -119,14 +117,13 @@ def add_routed_products_kernel(
 def multiply_split_kernel(
     a_high_ptr, a_low_ptr, b_high_ptr, b_low_ptr, row_scale_ptr, feature_scale_ptr, out_ptr, rows, features, terms,
     a_row_stride, a_term_stride, b_stride, a_batch_stride, b_batch_stride, row_batch_stride, row_tiles,
-    BATCHED: tl.constexpr, ROW_SCALED: tl.constexpr, WHOLE: tl.constexpr, WHOLE_TERMS: tl.constexpr, ROWS: tl.constexpr,
-    FEATURES: tl.constexpr, TERMS: tl.constexpr, PART: tl.constexpr,
+    BATCHED: tl.constexpr, ROW_SCALED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
+    TERMS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Store (a b - a_low b_low) r / s, with r the row's factor and s the feature's: or without them, of one part.
 
-    A program computes one tile: of PART terms a_high b_low, then a_low b_high, then a_high b_high, each in the order of
-    the terms. So an entry depends on its own row and feature alone. With several parts (not WHOLE), out is [experts,
-    parts, rows, features], for `add_parts_kernel`.
+    A program computes one tile, of PART terms of the sum in the order of the terms, so an entry depends on its own row
+    and feature alone. With several parts (not WHOLE), out is [experts, parts, rows, features], for `add_parts_kernel`.
     """
     row_tile, part = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
     parts = tl.num_programs(0) // row_tiles
@@ -140,40 +137,27 @@ def multiply_split_kernel(
         row_scale_ptr += expert * row_batch_stride
         feature_scale_ptr += expert * features
         out_number = expert * parts + part
-    begin = part * PART
-    # Offsets inside a tile, and inside a part, have 32 bits.
-    first = tl.cast(row_tile * ROWS, tl.int64) * a_row_stride + tl.cast(begin, tl.int64) * a_term_stride
-    a_high_ptr, a_low_ptr = a_high_ptr + first, a_low_ptr + first
-    b_high_ptr += tl.cast(begin, tl.int64) * b_stride
-    b_low_ptr += tl.cast(begin, tl.int64) * b_stride
-    row = tl.arange(0, ROWS)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    has_row, has_feature = row < rows - row_tile * ROWS, feature < features
+    has_row, has_feature = row < rows, feature < features
     total = tl.zeros([ROWS, FEATURES], tl.float32)
-    count = tl.minimum(PART, terms - begin)
-    steps = (count + TERMS - 1) // TERMS
-    for step in range(3 * steps):
-        # One product a step, so that the next one's loads run beside it: with three, each waited for the one before.
-        product = step // steps
-        a_ptr, b_ptr = a_high_ptr, b_high_ptr
-        if product == 1:
-            a_ptr = a_low_ptr
-        if product == 0:
-            b_ptr = b_low_ptr
-        term = (step - product * steps) * TERMS + tl.arange(0, TERMS)
-        in_a, in_b = has_row[:, None] & (term >= 0)[None, :], (term >= 0)[:, None] & has_feature[None, :]
-        if not WHOLE_TERMS:  # such masks keep loads from being wide
-            in_a &= (term < count)[None, :]
-            in_b &= (term < count)[:, None]
-        a = tl.load(a_ptr + row[:, None] * a_row_stride + term[None, :] * a_term_stride, mask=in_a, other=0.0)
-        b = tl.load(b_ptr + term[:, None] * b_stride + feature[None, :], mask=in_b, other=0.0)
-        total = tl.dot(a, b, total)
-    row += row_tile * ROWS
-    has_row = row < rows
+    for start in range(part * PART, tl.minimum(part * PART + PART, terms), TERMS):
+        term = start + tl.arange(0, TERMS)
+        in_a = has_row[:, None] & (term < terms)[None, :]
+        in_b = (term < terms)[:, None] & has_feature[None, :]
+        at_a = row[:, None].to(tl.int64) * a_row_stride + term[None, :].to(tl.int64) * a_term_stride
+        at_b = term[:, None].to(tl.int64) * b_stride + feature[None, :]
+        a_high = tl.load(a_high_ptr + at_a, mask=in_a, other=0.0)
+        a_low = tl.load(a_low_ptr + at_a, mask=in_a, other=0.0)
+        b_high = tl.load(b_high_ptr + at_b, mask=in_b, other=0.0)
+        b_low = tl.load(b_low_ptr + at_b, mask=in_b, other=0.0)
+        total = tl.dot(a_high, b_low, total)
+        total = tl.dot(a_low, b_high, total)
+        total = tl.dot(a_high, b_high, total)
     if WHOLE:
         if ROW_SCALED:
             total *= tl.load(row_scale_ptr + row, mask=has_row, other=1.0)[:, None]
-        total *= inverse_of(tl.load(feature_scale_ptr + feature, mask=has_feature, other=1.0))[None, :]
+        total /= tl.load(feature_scale_ptr + feature, mask=has_feature, other=1.0)[None, :]  # a power of two: exact
     out = out_ptr + (tl.cast(out_number, tl.int64) * rows + row[:, None]) * features + feature[None, :]
     tl.store(out, total, mask=has_row[:, None] & has_feature[None, :])
 
@@ -200,7 +184,7 @@ def add_parts_kernel(
         total += tl.load(part_ptr + part * size + at, mask=inside, other=0.0)
     if ROW_SCALED:
         total *= tl.load(row_scale_ptr + row)
-    total *= inverse_of(tl.load(feature_scale_ptr + feature, mask=inside, other=1.0))
+    total /= tl.load(feature_scale_ptr + feature, mask=inside, other=1.0)
     tl.store(out_ptr + at, total, mask=inside)
 
 

@@ -16,11 +16,10 @@ from packager.quantize.gptq.grid import (
     GridRules,
     search_shrinks,
 )
-from packager.quantize.gptq.lazy_updates import SplitUpdates, scale_of_rows
+from packager.quantize.gptq.lazy_updates import SplitUpdates
 from packager.quantize.gptq.routing import RoutedInputs
-from packager.quantize.gptq.tensor_ops import ColumnSpan, Grids, InverseBlocks, LazyUpdates, RoundedColumns
+from packager.quantize.gptq.tensor_ops import ColumnSpan, Grids, LazyUpdates, RoundedColumns
 from packager.quantize.gptq.triton_refine_kernel import refine_columns_kernel
-from packager.quantize.gptq.triton_round_kernel import round_columns_kernel
 
 _TILE = 128
 # Output features of a program, rows of its products at once, stages of their loads.
@@ -29,11 +28,10 @@ _GRID_FEATURES, _GRID_WARPS = 32, 4
 _REFINE_FEATURES, _REFINE_WARPS = 16, 1
 _SPLIT_TILE, _COPY_TILE = 2048, 64
 _PRODUCT_TILE, _PRODUCT_TOKENS = 128, 64  # three stages of two tiles: 98,304 bytes of shared memory
-# Rows, output features and terms of a tile, warps and stages: two tiles a stage, 196,608 bytes.
-_SPLIT_PRODUCT = (128, 256, 64, 8, 4)
-# Terms of a sum that one program adds: a wide linear has few tiles and long sums. Longer parts are less exact, too: the
-# tensor cores cut what they add off at the last bits of the sum (3.6e-6 of 6656 terms' norm, 7.0e-6 with 2048; H200).
-PART = 1024
+# Rows, output features and terms of a tile, warps and stages: four tiles a stage, 131,072 bytes.
+_SPLIT_PRODUCT = (128, 128, 32, 8, 4)
+# Terms of a sum that one program adds: a wide linear has few tiles and long sums.
+PART = 2048
 _ADD_TILE, _ADD_TERMS = 64, 16
 _TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -77,40 +75,29 @@ class TritonOps:
         return scales, zeros
 
     def round_columns(
-        self, span: ColumnSpan, first: int, inverses: InverseBlocks, grids: Grids, rules: GridRules,
-        inline_group_size: int, result: RoundedColumns,
+        self, span: ColumnSpan, first: int, Hinv: Tensor, grids: Grids, rules: GridRules, inline_group_size: int,
+        result: RoundedColumns,
     ) -> None:  # fmt: skip
         """Quantize column blocks in one launch; see `TensorOps.round_columns`."""
-        *experts, blocks, columns, _ = inverses.Hinv.shape
+        *experts, blocks, columns, _ = Hinv.shape
         features = span.weight.shape[-1]
-        assert isinstance(span.updates, SplitUpdates), "those of lazy_updates"  # noqa: S101
-        assert inverses.parts is not None and inverses.row_scale is not None, "those of inverse_parts"  # noqa: S101, PT018
-        split = span.updates.of_span(span.begin, span.begin + span.weight.shape[-2])
-        errors = span.pending if result.errors is None else result.errors
+        U = span.U if span.U.stride(-1) == 1 else span.U.contiguous()
+        errors = result.delta if result.errors is None else result.errors
         moving = (
-            span.weight, span.pending, split.U[0], split.row_scale, inverses.Hinv, inverses.row_scale, span.diagonal,
-            grids.scales, grids.groups, result.q, split.delta[0], errors,
+            span.weight, span.pending, U, Hinv, span.diagonal, grids.scales, grids.groups, result.q, result.delta,
+            errors,
         )  # fmt: skip
         strides = [tensor.stride(0) if experts else 0 for tensor in moving]
-        with _device_of(span.weight):
-            round_columns_kernel[(triton.cdiv(features, ROUND_FEATURES), *experts)](
-                span.weight, span.pending, *split.U, split.row_scale, split.out_scale, inverses.Hinv, *inverses.parts,
-                inverses.row_scale, span.diagonal, search_shrinks(span.weight.device), grids.scales, grids.zeros,
-                grids.groups, result.q, *split.delta, errors, result.squared_errors, features, first, blocks, columns,
-                split.U[0].stride(-2), *strides, BATCHED=bool(experts), COLUMNS=columns, TILE_COLUMNS=_TILE // 2,
-                FEATURES=ROUND_FEATURES, PRODUCT_ROWS=_ROUND_ROWS,
-                WHOLE_TILES=first % _ROUND_ROWS == 0 and columns % _ROUND_ROWS == 0,
-                KEEP_ERRORS=result.errors is not None, INLINE_GROUP_SIZE=inline_group_size,
-                GROUP_TILE=triton.next_power_of_2(max(inline_group_size, 1)), MAXQ=rules.maxq, SYM=rules.sym,
-                SIGNED=rules.signed, STEPS=SEARCH_STEPS if rules.scale_search else 1, SMALLEST=SMALLEST_SCALE,
-                num_warps=_ROUND_WARPS, num_stages=_ROUND_STAGES,
+        with _device_of(U):
+            kernels.round_columns_kernel[(triton.cdiv(features, ROUND_FEATURES), *experts)](
+                span.weight, span.pending, U, Hinv, span.diagonal, search_shrinks(U.device), grids.scales, grids.zeros,
+                grids.groups, result.q, result.delta, errors, result.squared_errors, features, first, blocks,
+                U.stride(-2), *strides, BATCHED=bool(experts), COLUMNS=columns, TILE_COLUMNS=_TILE // 2,
+                FEATURES=ROUND_FEATURES, PRODUCT_ROWS=_ROUND_ROWS, KEEP_ERRORS=result.errors is not None,
+                INLINE_GROUP_SIZE=inline_group_size, GROUP_TILE=triton.next_power_of_2(max(inline_group_size, 1)),
+                MAXQ=rules.maxq, SYM=rules.sym, SIGNED=rules.signed, STEPS=SEARCH_STEPS if rules.scale_search else 1,
+                SMALLEST=SMALLEST_SCALE, num_warps=_ROUND_WARPS, num_stages=_ROUND_STAGES,
             )  # fmt: skip
-
-    def inverse_parts(self, Hinv: Tensor) -> InverseBlocks:
-        """Return the blocks with their float16 parts; see `TensorOps.inverse_parts`."""
-        row_scale = scale_of_rows(Hinv)
-        high, low = self.split(Hinv.flatten(0, -3).mT, None, (1 / row_scale).flatten(0, -2))
-        return InverseBlocks(Hinv=Hinv, parts=(high.view_as(Hinv), low.view_as(Hinv)), row_scale=row_scale)
 
     def refine_columns(
         self, G: Tensor, H: Tensor, q: Tensor, grids: Grids, rules: GridRules, inline_group_size: int, allowed: Tensor,
@@ -174,8 +161,7 @@ class TritonOps:
             ](
                 high, low, *b, factors, features, sums, n, width, terms, high.stride(-2), high.stride(-1),
                 b[0].stride(-2), *strides, row_tiles, WHOLE=parts == 1, ROWS=tile_rows, FEATURES=tile_features,
-                TERMS=tile_terms, PART=PART, WHOLE_TERMS=terms % tile_terms == 0, num_warps=warps, num_stages=stages,
-                **scaled,
+                TERMS=tile_terms, PART=PART, num_warps=warps, num_stages=stages, **scaled,
             )  # fmt: skip
             if parts == 1:
                 return sums[..., 0, :, :]
