@@ -109,9 +109,11 @@ class FeatureShares:
         if factored is not None:
             return factored
         pull, factor = self._rank.pull, found.factor
-        U = torch.zeros(factor.U.shape, dtype=factor.U.dtype, device=self._rank.device)
-        for panel, each in zip(panels(len(U)), rows, strict=True):
-            U[panel, panel.start :] = pull(each)
+        U = factor.U
+        if U.device != self._rank.device:
+            U = torch.zeros(U.shape, dtype=U.dtype, device=self._rank.device)
+            for panel, each in zip(panels(len(U)), rows, strict=True):
+                U[panel, panel.start :] = pull(each)
         perm = None if factor.perm is None else pull(factor.perm)
         return replace(found, factor=replace(factor, U=U, perm=perm, dead=pull(factor.dead)))
 
