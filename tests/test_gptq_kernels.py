@@ -251,16 +251,12 @@ def test_a_column_block_is_rounded_as_torch_rounds_it(kernels, device, n, inline
 
 
 @pytest.mark.parametrize(
-    ("width", "calls", "by_columns"),
-    [
-        (24, (4,), False),
-        (24, (1, 2, 1), True),
-        (40, (2,), True),
-        pytest.param(128, (4,), False, marks=NATIVE),  # the interpreter would take ten seconds
-    ],
+    ("width", "calls", "by_columns"), [(24, (4,), False), (24, (1, 2, 1), True), (40, (2,), True), (128, (4,), False)]
 )
 def test_column_blocks_update_each_other_as_in_torch(kernels, device, width, calls, by_columns):
     """Some blocks in one launch or in several; U may lie column by column."""
+    if width == 128 and device.type == "cpu":
+        pytest.skip("the interpreter takes ten seconds")
     span = span_of(width * sum(calls), 21, by_columns=by_columns)
     rules = GridRules(bits=4, sym=True, scale_search=False)
     expected = rounded_by(TORCH, span, width, rules, 0, torch.device("cpu"), calls)
@@ -389,24 +385,6 @@ def test_split_matrices_are_multiplied_as_by_torch(kernels, device, rows, terms,
         by_row.to(device) if scaled else None, factors[:16].to(device),
     )  # fmt: skip
     assert torch.equal(some, found[:, :16])
-
-
-@pytest.mark.parametrize(("rows", "terms", "features"), [(1, 70, 19), (130, 40, 80)])
-def test_products_are_added_as_by_torch(kernels, device, rows, terms, features):
-    """Parts of wider matrices, and of two experts; an output feature depends on no other one."""
-    total, a, b = (
-        random(2, rows, features + 3),
-        random(2, terms + 2, rows, seed=1),
-        random(2, terms, features + 5, seed=2),
-    )
-    a, b = a[:, 1 : terms + 1].mT, b[..., :features]
-    expected = total[..., :features] + a @ b
-    found, some = total.to(device, copy=True), total.to(device, copy=True)
-    kernels.add_in_order(found[..., :features], a.to(device), b.to(device))
-    assert torch.allclose(found[..., :features].cpu(), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(found[..., features:].cpu(), total[..., features:])
-    kernels.add_in_order(some[1, :, :16], a[1].to(device), b[1, :, :16].to(device))
-    assert torch.equal(some[1, :, :16], found[1, :, :16])
 
 
 @pytest.mark.parametrize("scaled", [(False, False), (True, False), (True, True)])

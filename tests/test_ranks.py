@@ -21,7 +21,6 @@ from packager.inputs.rows import TokenRows
 from packager.model.batches import TOKENS_PER_BATCH
 from packager.model.decoder import Decoder
 from packager.quantize import block as block_module
-from packager.quantize import feature_shares
 from packager.quantize import worker as worker_module
 from packager.quantize.block import quantize_block
 from packager.quantize.block_store import BlockStore
@@ -47,12 +46,6 @@ DRIVER = Path(__file__).with_name("ranks_crash_driver.py")
 @pytest.fixture(autouse=True)
 def _a_row_is_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", 32)
-
-
-@pytest.fixture(autouse=True)
-def _small_linears_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of these models have 64 to 192 output features together."""
-    monkeypatch.setattr(feature_shares, "FEATURES_TOGETHER", 16)
 
 
 @pytest.fixture(autouse=True)
@@ -116,10 +109,10 @@ def test_the_rows_are_spread_and_every_rank_solves(tmp_path, monkeypatch):
     embed, solve_linears = Decoder.embed, block_module._BlockSolver._solve_linears
     monkeypatch.setattr(Decoder, "embed", lambda self, ids, *, rows: ran.append(ids) or embed(self, ids, rows=rows))
 
-    def solving(self, group, number, H, S, tokens, shares):
+    def solving(self, group, number, H, S, tokens):
         if H is not None:
             solved.append((self._job.rank.number, group[0]))
-        return solve_linears(self, group, number, H, S, tokens, shares)
+        return solve_linears(self, group, number, H, S, tokens)
 
     monkeypatch.setattr(block_module._BlockSolver, "_solve_linears", solving)
     run(source, tmp_path / "work", PLAIN, ranks=3)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from packager.model.experts import Experts, experts_of
 from packager.model.packing import pack, pack_zeros
 from packager.model.traced_forward import Group
 from packager.quantize.activations import Activations
-from packager.quantize.feature_shares import FactoredGroup, FeatureShares
 from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.expert_hessians import expert_hessians, pooled_hessian
 from packager.quantize.gptq.grid import GridRules
@@ -93,8 +91,8 @@ def quantize_block(
 ) -> QuantizedBlock:
     """Quantize a block and replace the states by its outputs.
 
-    Each device that shares the rows calls this with its batches. A Hessian is summed over all of them and factored by
-    one; each rounds some output features and copies the others' weights. A slice of experts is solved by one of them.
+    Each of the devices that share the rows calls this with its batches: a Hessian is summed over all of them, a group
+    of linears or a slice of experts is solved by one of them, and the others copy the weights.
 
     On a GPU, all work of a block is queued without checks, and one check follows at the end: a check after each
     Cholesky would leave the GPU idle. If the check fails, the block is quantized again with a check per group of
@@ -172,21 +170,18 @@ class _BlockSolver:
         return QuantizedBlock(tensors=self._tensors, records=self._records)
 
     def _solve(self, group: Group, hessian: Hessian, shift: InputShift | None) -> None:
-        number, rank = self._number_of[group], self._job.rank
-        owner = number % rank.size
-        tokens = int(rank.total([hessian.num_tokens]))
-        S = None if shift is None else rank.shift(shift, owner)
-        weights = [self._linears[module].weight for module in group]
-        # Groups that are all calibrated at once are solved at once, by their owners.
-        shares = FeatureShares(rank, owner, weights, spread=self._job.variant.true_sequential)
+        number = self._number_of[group]
+        owner = number % self._job.rank.size
+        tokens = int(self._job.rank.total([hessian.num_tokens]))
+        S = None if shift is None else self._job.rank.shift(shift, owner)
         try:
             # H is not kept here, so that it is freed when it is factored.
-            parts = self._solve_linears(group, number, rank.hessian(hessian, owner), S, tokens, shares)
+            parts = self._solve_linears(group, number, self._job.rank.hessian(hessian, owner), S, tokens)
         except QuantizeError as error:
             names = ", ".join(self._job.names[module] for module in group)
             error.where = f"{self._job.variant.branch}, {names}"
             raise
-        self._share(shares.owned())
+        self._share(Owned(tensor=self._linears[module].weight, owner=owner) for module in group)
         # The other ranks wait for the weights, not for the packed tensors.
         for module, part in zip(group, parts, strict=False):
             if self._job.variant.effort == "high":
@@ -195,39 +190,42 @@ class _BlockSolver:
                 self._keep(self._job.names[module], part, self._linears[module].bias)
 
     def _solve_linears(
-        self, group: Group, number: int, H: Tensor | None, S: Tensor | None, tokens: int, shares: FeatureShares
+        self, group: Group, number: int, H: Tensor | None, S: Tensor | None, tokens: int
     ) -> Sequence[Solution]:
-        """Solve this rank's share of a group; return each linear's solution where H is known."""
-        names = tuple(self._job.names[module] for module in group)
-        refined = self._refined([tokens], shares.weights[0].shape[-1])
-        factored = None if H is None else self._factored(shares.weights, H, S)
-        del H
-        solution = shares.solve(factored, partial(self._solution, refined=refined, linear=names[0]), self._ops)
-        if factored is None or solution is None:
+        """Solve a group where H is known, and return the solution of each linear."""
+        if H is None:
             return ()
-        parts = solution.by_linear([weight.shape[0] for weight in shares.weights])
+        names = tuple(self._job.names[module] for module in group)
+        weights = [self._linears[module].weight for module in group]
+        refined = self._refined([tokens], weights[0].shape[-1])
+        targets, finite = self._targets(weights, H, S)
+        factor = self._factor(H)
+        del H
+        solution = self._solution(targets, factor, refined, names[0])
+        parts = solution.by_linear([weight.shape[0] for weight in weights])
+        for weight, part in zip(weights, parts, strict=True):
+            part.dequantize_into(weight, self._ops)
         self._add(
             SolvedLinears(
                 position=(number, 0),
                 names=names,
-                damp_percents=(factored.factor.damp_percent,) * len(names),
+                damp_percents=(factor.damp_percent,) * len(names),
                 losses=torch.stack([part.losses.mean() for part in parts]),
                 unrefined_losses=torch.stack([part.unrefined_losses.mean() for part in parts]),
                 refined=refined * len(names),
-                succeeded=factored.factor.succeeded & factored.finite & solution.scales_are_finite(),
+                succeeded=factor.succeeded & finite & solution.scales_are_finite(),
             )
         )
         return parts
 
-    def _factored(self, weights: Sequence[Tensor], H: Tensor, S: Tensor | None) -> FactoredGroup:
-        """Factor H, and correct the targets by S if there is one."""
+    def _targets(self, weights: Sequence[Tensor], H: Tensor, S: Tensor | None) -> tuple[Sequence[Tensor], Tensor]:
+        """Return what is to be quantized, and whether S, if there is one, is finite: bool [] on the device."""
+        finite = H.new_ones((), dtype=torch.bool) if S is None else torch.isfinite(S).all()
         if S is None:
-            return FactoredGroup(factor=self._factor(H), targets=None, finite=H.new_ones((), dtype=torch.bool))
-        finite = torch.isfinite(S).all()
+            return weights, finite
         if self._checked and not bool(finite):
             raise QuantizeError("the activations of the fp16 model contain NaN or Inf", hint=OVERFLOW_HINT)
-        targets = corrected_targets(weights, H, S, strength=self._job.variant.target_correction)
-        return FactoredGroup(factor=self._factor(H), targets=targets, finite=finite)
+        return corrected_targets(weights, H, S, strength=self._job.variant.target_correction), finite
 
     def _share(self, owned: Iterable[Owned]) -> None:
         """Give every rank what the owners of weights made of them: now if later linears of the block need it."""

@@ -7,7 +7,7 @@ columns' rounding decisions depend on them. On CUDA each is the sum of three flo
 import torch
 from torch import Tensor
 
-from packager.quantize.gptq.tensor_ops import TensorOps, rows_of, sum_of_products
+from packager.quantize.gptq.tensor_ops import TensorOps, rows_of
 
 _HEADROOM = 2.0**9  # float16 ends at 2^16; a delta exceeds the largest weight only where errors accumulate
 _SMALLEST = 2.0**-64  # of a weight times its row of U: keeps the factors finite where all weights are zero
@@ -103,7 +103,7 @@ class SplitUpdates:
         """Return U[begin:end, first:] errors[first:]; see `LazyUpdates.gradient`."""
         first = self.first_row(begin)
         if self._error_scale is None:
-            norm = sum_of_products(errors, errors, self._ops).sqrt().clamp(min=_SMALLEST)
+            norm = torch.linalg.vector_norm(errors, dim=-2).clamp(min=_SMALLEST)
             self._error_scale = torch.exp2(torch.floor(torch.log2(_HEADROOM / norm)))
         U_high, U_low = (part[..., begin:end, first:] for part in self._U)
         # The memory of the deltas, which nothing needs any more, holds the parts of the errors.

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from packager.quantize.gptq.grid import GridRules, refitted_by
-from packager.quantize.gptq.tensor_ops import Grids, LazyUpdates, TensorOps, sum_of_products
+from packager.quantize.gptq.tensor_ops import Grids, LazyUpdates, TensorOps
 
 # Linears that were calibrated on fewer tokens are left: on the activations of a real model the loss on other text falls
 # from 3 tokens per column on, and does not at 1.8 (docs/explanation/measurements.md).
 TOKENS_PER_COLUMN = 2
+_ROWS_AT_ONCE = 512  # of sums over E: keeps products of its size out of memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +69,10 @@ def refine(
         inline: whether column blocks hold whole groups.
     """
     if not inline:
-        _refit_shared_groups(linear, group_size, allowed, ops)
+        _refit_shared_groups(linear, group_size, allowed)
     for blocks in reversed(spans):
         start, stop = blocks[0][0], blocks[-1][1]
-        # Contiguous: the library's products of other layouts round in other ways.
-        rows = linear.U[..., start:stop, linear.updates.first_row(start) :].contiguous()
+        rows = linear.U[..., start:stop, linear.updates.first_row(start) :]
         H = ops.add_product(None, rows, rows.mT)
         G = linear.updates.gradient(start, stop, linear.errors)
         change = torch.empty_like(G)
@@ -83,11 +83,11 @@ def refine(
                 linear.grids.of(slice(begin, end)), rules, group_size if inline else 0, allowed, change[..., here, :],
             )  # fmt: skip
             if begin > start:
-                ops.add_in_order(G[..., before, :], -H[..., before, here], change[..., here, :])
+                ops.add_product(G[..., before, :], -H[..., before, here], change[..., here, :])
         linear.errors[..., linear.updates.first_row(start) :, :].sub_(linear.updates.spread(start, stop, change))
 
 
-def _refit_shared_groups(linear: RoundedLinear, group_size: int, allowed: Tensor, ops: TensorOps) -> None:
+def _refit_shared_groups(linear: RoundedLinear, group_size: int, allowed: Tensor) -> None:
     """Refit the scales of groups whose columns lie in several column blocks, the last group first.
 
     With u scale, the group's quantized columns B, and v = U[B, :]^T u scale: u G scale = v E and u H u scale^2 = v v.
@@ -99,7 +99,17 @@ def _refit_shared_groups(linear: RoundedLinear, group_size: int, allowed: Tensor
         scale = grids.scales[..., group, :].clone()
         u = linear.q[..., begin:end, :].float() - grids.zeros[..., group, None, :]
         v = linear.updates.spread(begin, end, u * scale[..., None, :])
-        projection, curvature = sum_of_products(v, errors, ops), sum_of_products(v, v, ops)
+        projection, curvature = _products(v, errors)
         step = refitted_by(scale, projection / scale, curvature / scale.square()) * allowed[..., None]
         grids.scales[..., group, :] += step
         errors.addcmul_(v, (step / scale)[..., None, :], value=-1)
+
+
+def _products(v: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of v E and v v over the rows, [..., out_features]."""
+    parts = [slice(begin, begin + _ROWS_AT_ONCE) for begin in range(0, v.shape[-2], _ROWS_AT_ONCE)]
+    both = [(v[..., part, :], errors[..., part, :]) for part in parts]
+    return (
+        torch.stack([(a * b).sum(-2) for a, b in both]).sum(0),
+        torch.stack([a.square().sum(-2) for a, _ in both]).sum(0),
+    )

@@ -26,7 +26,7 @@ from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Factor
 from packager.quantize.gptq.refine import RoundedLinear, refine
-from packager.quantize.gptq.tensor_ops import ColumnSpan, Grids, RoundedColumns, TensorOps, rows_of, sum_of_products
+from packager.quantize.gptq.tensor_ops import ColumnSpan, Grids, RoundedColumns, TensorOps, rows_of
 
 COLUMN_BLOCK = 128
 # Within 4 column blocks (512 columns) updates are applied block by block; those of earlier blocks in one product.
@@ -220,7 +220,7 @@ class _ColumnSolver:
         inline = inline_group_size(self._group_size) > 0
         refine(linear, spans, self._group_size, self._rules, allowed, self._ops, inline=inline)
         self.q = q if perm is None else rows_of(q, perm)
-        losses = sum_of_products(self.errors, self.errors, self._ops) / 2
+        losses: Tensor = torch.linalg.vector_norm(self.errors, dim=-2).square() / 2
         return torch.where(allowed[..., None], losses, self.squared_errors / 2)
 
     def _run_span(
@@ -258,27 +258,30 @@ class _ColumnSolver:
         ):
             begins = [begin for begin, _ in found]
             if between and begins[0] % self._group_size == 0:
-                if begins[0] > start:
-                    self._updates.record(start, result.delta[..., : begins[0] - start, :])
-                self._find_grid(begins[0])
+                self._find_grid(begins[0], result.delta[..., : begins[0] - start, :])
             Hinv = inverses[width][..., taken[width] : taken[width] + len(begins), :, :]
             taken[width] += len(begins)
             grids = self.grids.of(slice(start, stop))
             self._ops.round_columns(span, begins[0] - start, Hinv, grids, self._rules, inline, result)
         self._updates.record(start, result.delta)
 
-    def _find_grid(self, begin: int) -> None:
-        """Find the grid of the group at `begin`, from its columns with all updates of earlier columns applied."""
+    def _find_grid(self, begin: int, delta: Tensor) -> None:
+        """Find the grid of the group at `begin`, from its columns with all updates of earlier columns applied.
+
+        Args:
+            begin: the group's first column.
+            delta: of the columns just before `begin` that are not recorded yet.
+        """
         end = min(begin + self._group_size, self._weight.shape[-2])
         updated = self._weight[..., begin:end, :].float()
         if begin:
-            pending = self._updates.pending_update(begin, begin, end)
-            Hinv = inverse_blocks(self._U, [(begin, end)])[end - begin][..., 0, :, :]
-            # The update is Hinv^T pending, a product of the same kind as the pending update.
-            inside = self._ops.lazy_updates(Hinv, pending)
-            inside.record(0, pending)
+            recorded = begin - delta.shape[-2]
+            pending = self._ops.add_product(None, self._U[..., recorded:begin, begin:end].mT, delta)
+            if recorded:
+                pending += self._updates.pending_update(recorded, begin, end)
             # Not in place: `updated` is a view of the given weights where they are float32.
-            updated = updated + inside.pending_update(end - begin, 0, end - begin)
+            lower = self._U[..., begin:end, begin:end].mT
+            updated = updated + torch.linalg.solve_triangular(lower, pending, upper=False)
         column_weight = self.diagonal[..., begin:end].square()
         scales, zeros = self._ops.find_grids(updated, self._group_size, self._rules, column_weight)
         group = slice(begin // self._group_size, begin // self._group_size + 1)

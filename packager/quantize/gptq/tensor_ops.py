@@ -15,8 +15,6 @@ from torch import Tensor
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.routing import RoutedInputs
 
-_ROWS_AT_ONCE = 512  # of sums over columns: keeps products of the size of a linear out of memory
-
 
 @dataclass(frozen=True, kw_only=True)
 class Grids:
@@ -207,17 +205,6 @@ class TensorOps(Protocol):
             features: float32 [out_features].
         """
 
-    def add_in_order(self, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return total + a b, all float32; `total` is overwritten.
-
-        What an output feature becomes depends on no other one, nor on their number, unlike in `add_product`.
-
-        Args:
-            total: [n, out_features], rows dense.
-            a: [n, k].
-            b: [k, out_features], rows dense.
-        """
-
     def add_product(self, total: Tensor | None, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
         """Return total + alpha a b, float32, accumulated in float32; `total` is overwritten, None stands for 0.
 
@@ -240,12 +227,3 @@ class TensorOps(Protocol):
 
     def lazy_updates(self, U: Tensor, weight: Tensor) -> LazyUpdates:
         """Return the store of deltas for a factor, float32 [in_features, in_features], and the weights to quantize."""
-
-
-def sum_of_products(v: Tensor, w: Tensor, ops: TensorOps) -> Tensor:
-    """Return the sum of v w over the rows, [..., out_features]; torch's sum over them depends on their number."""
-    total = v.new_zeros(*v.shape[:-2], 1, v.shape[-1])
-    for begin in range(0, v.shape[-2], _ROWS_AT_ONCE):
-        product = v[..., begin : begin + _ROWS_AT_ONCE, :] * w[..., begin : begin + _ROWS_AT_ONCE, :]
-        ops.add_in_order(total, product.new_ones(*v.shape[:-2], 1, product.shape[-2]), product)
-    return total[..., 0, :]

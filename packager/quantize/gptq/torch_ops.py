@@ -106,10 +106,6 @@ class TorchOps:
         total = self.add_product(self.add_product(total, a[1], b[0]), a[0], b[0])
         return (total if rows is None else total.mul_(rows[..., None])).div_(features[..., None, :])
 
-    def add_in_order(self, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Add a matrix product; see `TensorOps.add_in_order`."""
-        return self.add_product(total, a, b)
-
     def add_product(self, total: Tensor | None, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
         """Add a matrix product in float32; see `TensorOps.add_product`."""
         if a.ndim == 2:

@@ -186,29 +186,3 @@ def add_parts_kernel(
         total *= tl.load(row_scale_ptr + row)
     total /= tl.load(feature_scale_ptr + feature, mask=inside, other=1.0)
     tl.store(out_ptr + at, total, mask=inside)
-
-
-@triton.jit(do_not_specialize=["rows", "terms"])
-def add_product_kernel(
-    total_ptr, a_ptr, b_ptr, rows, features, terms, total_stride, a_row_stride, a_term_stride, b_stride,
-    total_batch_stride, a_batch_stride, b_batch_stride, BATCHED: tl.constexpr, TILE: tl.constexpr, TERMS: tl.constexpr,
-):  # fmt: skip
-    """Add a b to total, in float32: a program computes one tile, in the order of the terms."""
-    if BATCHED:
-        expert = tl.program_id(2).to(tl.int64)
-        total_ptr += expert * total_batch_stride
-        a_ptr += expert * a_batch_stride
-        b_ptr += expert * b_batch_stride
-    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    feature = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    has_row, has_feature = (row < rows)[:, None], (feature < features)[None, :]
-    out = total_ptr + row[:, None].to(tl.int64) * total_stride + feature[None, :]
-    total = tl.load(out, mask=has_row & has_feature, other=0.0)
-    for start in range(0, terms, TERMS):
-        term = start + tl.arange(0, TERMS)
-        at_a = row[:, None].to(tl.int64) * a_row_stride + term[None, :].to(tl.int64) * a_term_stride
-        a = tl.load(a_ptr + at_a, mask=has_row & (term < terms)[None, :], other=0.0)
-        at_b = term[:, None].to(tl.int64) * b_stride + feature[None, :]
-        b = tl.load(b_ptr + at_b, mask=(term < terms)[:, None] & has_feature, other=0.0)
-        total = tl.dot(a, b, total, input_precision="ieee")
-    tl.store(out, total, mask=has_row & has_feature)

@@ -32,7 +32,6 @@ _PRODUCT_TILE, _PRODUCT_TOKENS = 128, 64  # three stages of two tiles: 98,304 by
 _SPLIT_PRODUCT = (128, 128, 32, 8, 4)
 # Terms of a sum that one program adds: a wide linear has few tiles and long sums.
 PART = 2048
-_ADD_TILE, _ADD_TERMS = 64, 16
 _TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -170,18 +169,6 @@ class TritonOps:
                 sums, factors, features, out, n, width, parts, strides[-1], TILE=_SPLIT_TILE, **scaled
             )
         return out
-
-    def add_in_order(self, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Add a matrix product, each entry summed in the order of its terms; see `TensorOps.add_in_order`."""
-        *experts, n, features = total.shape
-        strides = [tensor.stride(0) if experts else 0 for tensor in (total, a, b)]
-        tiles = triton.cdiv(n, _ADD_TILE), triton.cdiv(features, _ADD_TILE), *experts
-        with _device_of(total):
-            matrix_kernels.add_product_kernel[tiles](
-                total, a, b, n, features, a.shape[-1], total.stride(-2), a.stride(-2), a.stride(-1), b.stride(-2),
-                *strides, BATCHED=bool(experts), TILE=_ADD_TILE, TERMS=_ADD_TERMS, num_warps=4,
-            )  # fmt: skip
-        return total
 
     def add_product(self, total: Tensor | None, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
         """Add a matrix product on the tensor cores, float32 for float32 inputs; see `TensorOps.add_product`."""
