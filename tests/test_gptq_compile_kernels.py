@@ -16,9 +16,10 @@ from tests.samples import sampled
 from tests.test_gptq import hessian, inputs
 
 pytest.importorskip("triton", reason="Triton is not made for this system")
-from packager.quantize.gptq import triton_kernels, triton_matrix_kernels, triton_ops
-from packager.quantize.gptq.compile_kernels import KernelShape, _Products, _Rounding, compile_for_shapes
-from packager.quantize.gptq.triton_ops import TritonOps
+from packager.quantize.gptq import compile_kernels as compile_kernels_module
+from packager.quantize.gptq import triton_kernels
+from packager.quantize.gptq.compile_kernels import KernelShape, compile_for_shapes
+from packager.quantize.gptq.triton_ops import TritonOps, features_per_program
 
 CPU = torch.device("cpu")
 RULES = GridRules(bits=4, sym=True, scale_search=False)
@@ -30,8 +31,9 @@ def ordered(act_order: ActOrder, group_size: int) -> ColumnOrder:
 
 def key_of(arguments: tuple[Any, ...]) -> tuple[object, ...]:
     """Return what distinguishes the kernels of two calls of `round_columns`."""
-    span, _, Hinv, _, rules, inline_group_size, _ = arguments
-    return Hinv.shape[-1], span.weight.shape[1] % 16 == 0, rules, inline_group_size
+    w, _, Hinv, _, _, rules, inline_group_size, _ = arguments
+    assert Hinv.shape == (w.shape[0], w.shape[0])
+    return w.shape[0], features_per_program(w.shape[1]), w.shape[1] % 16 == 0, rules, inline_group_size
 
 
 @pytest.mark.parametrize("act_order", ["full", "static", "group"])
@@ -51,9 +53,8 @@ def test_the_kernels_launched_ahead_are_those_that_solving_launches(monkeypatch,
         weights = [torch.randn(width, n)]
         solve(weights, factor, RULES, ops=Recording())
     monkeypatch.setattr(TritonOps, "round_columns", lambda _, *arguments: ahead_of_it.append(key_of(arguments)))
-    monkeypatch.setattr(TritonOps, "multiply_split", lambda *_: None)
     shapes = [KernelShape(in_features=n, out_features=width, rules=RULES, order=order) for width in widths]
-    assert compile_for_shapes(shapes, CPU, torch.float16) == len(ahead_of_it) + len({width % 16 for width in widths})
+    assert compile_for_shapes(shapes, CPU, torch.float16) == len(ahead_of_it)
     assert sorted(map(repr, ahead_of_it)) == sorted({repr(key) for key in solved})
 
 
@@ -76,7 +77,6 @@ def test_the_kernels_of_the_refinement_are_launched_ahead_too(monkeypatch, group
     factor = factorize(hessian(inputs(n, 1)), order, damp_percent=0.01)
     solve([torch.randn(width, n)], factor, RULES, refined=(True,), ops=Recording())
     monkeypatch.setattr(TritonOps, "round_columns", lambda *_: None)
-    monkeypatch.setattr(TritonOps, "multiply_split", lambda *_: None)
     monkeypatch.setattr(TritonOps, "refine_columns", lambda _, *arguments: ahead_of_it.append(key(arguments)))
     for refine in (False, True):
         shape = KernelShape(in_features=n, out_features=width, rules=RULES, order=order, refine=refine)
@@ -84,22 +84,18 @@ def test_the_kernels_of_the_refinement_are_launched_ahead_too(monkeypatch, group
         assert sorted(map(repr, ahead_of_it)) == (sorted({repr(each) for each in launched}) if refine else [])
 
 
-def test_four_variants_of_a_13b_take_few_kernels(monkeypatch):
-    """Three group sizes, and products of one part and of several."""
-    launched: list[Any] = []
-    for kind in (_Rounding, _Products):
-        monkeypatch.setattr(kind, "launch", lambda launch, *_: launched.append(launch))
+def test_four_variants_of_a_13b_take_six_kernels(monkeypatch):
+    """Two widths of programs, three group sizes."""
+    launched = []
+    monkeypatch.setattr(compile_kernels_module, "_launch_once", lambda launch, **_: launched.append(launch))
     linears = ((5120, 15360), (5120, 5120), (5120, 27648), (13824, 5120))
     shapes = [
         KernelShape(in_features=rows, out_features=width, rules=RULES, order=ordered("full", size))
         for size in (128, 32, 64, 128)
         for rows, width in linears
     ]
-    assert compile_for_shapes(shapes, CPU, torch.float16) == 4
-    rounding = [launch for launch in launched if isinstance(launch, _Rounding)]
-    assert {(launch.columns, launch.inline_group_size) for launch in rounding} == {(128, 128), (128, 32), (128, 64)}
-    (products,) = [launch for launch in launched if isinstance(launch, _Products)]
-    assert products.in_features > triton_ops.PART
+    assert compile_for_shapes(shapes, CPU, torch.float16) == 6
+    assert {(launch.columns, launch.inline_group_size) for launch in launched} == {(128, 128), (128, 32), (128, 64)}
 
 
 EVERY_CASE: tuple[tuple[int, ActOrder], ...] = ((32, "none"), (32, "static"), (-1, "none"))
@@ -114,7 +110,7 @@ def test_the_compiled_launches_run(monkeypatch, cases):
         KernelShape(in_features=72, out_features=8, rules=rules, order=ordered(act_order, size), refine=True)
         for size, act_order in cases
     ]
-    assert compile_for_shapes(shapes, CPU, torch.float16) == len(cases) + 1
+    assert compile_for_shapes(shapes, CPU, torch.float16) == len(cases)
 
 
 @pytest.mark.gpu
@@ -122,7 +118,7 @@ def test_nothing_is_left_to_compile(monkeypatch):
     rules = replace(RULES, scale_search=True)
     shape = KernelShape(in_features=288, out_features=48, rules=rules, order=ordered("full", 96))
     weight = (torch.randn(48, 288) * 0.02).half().cuda()
-    assert compile_for_shapes([shape], torch.device("cuda"), torch.float16) == 2
+    assert compile_for_shapes([shape], torch.device("cuda"), torch.float16) == 1
     kernel = type(triton_kernels.round_columns_kernel)
     compiled: list[object] = []
     compile_one = kernel._do_compile
@@ -130,5 +126,4 @@ def test_nothing_is_left_to_compile(monkeypatch):
     factor = factorize(hessian(inputs(288, 1)).cuda(), shape.order, damp_percent=0.01)
     solve([weight], factor, shape.rules)
     assert triton_kernels.round_columns_kernel not in compiled
-    assert triton_matrix_kernels.multiply_split_kernel not in compiled
     assert compiled  # the others are still compiled when they are needed: the check can fail

@@ -14,14 +14,15 @@ from packager.quantize.gptq.hessian import factorize
 from packager.quantize.gptq.lazy_updates import Float32Updates, SplitUpdates
 from packager.quantize.gptq.order import ColumnOrder
 from packager.quantize.gptq.solve import solve
-from packager.quantize.gptq.tensor_ops import ColumnSpan, Grids, RoundedColumns, TensorOps
+from packager.quantize.gptq.tensor_ops import Grids, RoundedColumns, TensorOps
 from packager.quantize.gptq.torch_ops import TorchOps
 from packager.variant import ActOrder, ScaleSearch
 from tests.gptq_reference import assert_agrees
 from tests.test_gptq import hessian, inputs
 
 triton = pytest.importorskip("triton", reason="Triton is not made for this system")
-from packager.quantize.gptq.triton_ops import TritonOps  # noqa: E402 - imports Triton
+from packager.quantize.gptq import triton_ops as triton_ops_module  # noqa: E402 - imports Triton
+from packager.quantize.gptq.triton_ops import TritonOps, features_per_program  # noqa: E402
 
 # The interpreter computes with numpy, which warns where float32 or float16 overflows to infinity, as it should here.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -180,11 +181,9 @@ def test_grids_of_groups_that_divide_nothing(kernels, device, n, group_size, sym
 
 
 def rounded_by(
-    ops: TensorOps, span: ColumnSpan, width: int, rules: GridRules, inline_group_size: int, device: torch.device,
-    calls: tuple[int, ...] = (1,),
-) -> tuple[RoundedColumns, Grids]:  # fmt: skip
-    """Round a span in blocks of `width` columns, so many blocks with each call."""
-    n, features = span.weight.shape
+    ops: TensorOps, w: Tensor, Hinv: Tensor, rules: GridRules, inline_group_size: int, device: torch.device
+) -> tuple[RoundedColumns, Grids]:
+    n, features = w.shape
     size = inline_group_size or 16
     scales = torch.full((-(-n // size), features), 0.004, device=device)
     grids = Grids(
@@ -194,47 +193,15 @@ def rounded_by(
     )
     result = RoundedColumns(
         q=torch.empty(n, features, dtype=torch.uint8, device=device),
-        delta=torch.full((n, features), torch.nan, device=device),
+        delta=torch.empty(n, features, device=device),
         squared_errors=torch.full((features,), 0.5, device=device),
-        errors=torch.full((n, features), torch.nan, device=device),
     )
-    there = ColumnSpan(
-        **{name: getattr(span, name).to(device, copy=True) for name in ("weight", "pending", "U", "diagonal")}
-    )
-    blocks = [slice(begin, begin + width) for begin in range(0, n, width)]
-    Hinv = torch.stack([torch.linalg.inv(span.U[block, block]) for block in blocks]).to(device)
-    done = 0
-    for count in calls:
-        ops.round_columns(
-            there, done * width, Hinv[done : done + count], grids, rules, inline_group_size, result
-        )  # fmt: skip
-        done += count
-    assert done == len(blocks)
+    Hinv = Hinv.to(device)
+    ops.round_columns(
+        w.to(device, copy=True), (w * 1.01).to(device, torch.float16), Hinv, Hinv.diagonal().reciprocal(), grids, rules,
+        inline_group_size, result,
+    )  # fmt: skip
     return result, grids
-
-
-def span_of(n: int, features: int, *, by_columns: bool = False) -> ColumnSpan:
-    U = (torch.eye(n) + 0.05 * random(n, n, seed=2)).triu()
-    U.diagonal().abs_().clamp_(min=0.5)
-    return ColumnSpan(
-        weight=(random(n, features, seed=n) * 0.02).half(),
-        pending=random(n, features, seed=n + 1) * 0.002,
-        U=U.T.contiguous().T if by_columns else U,
-        diagonal=U.diagonal().clone(),
-    )
-
-
-def assert_rounded_alike(found: tuple[RoundedColumns, Grids], expected: tuple[RoundedColumns, Grids]) -> None:
-    """Check all that is exact but for the order of float32 sums."""
-    (mine, grids), (plain, plain_grids) = found, expected
-    same = (mine.q.cpu() == plain.q).all(0) & (grids.scales.cpu() == plain_grids.scales).all(0)
-    assert same.double().mean() >= 0.95  # of a feature that meets no tie nothing differs
-    assert torch.equal(grids.zeros.cpu()[:, same], plain_grids.zeros[:, same])
-    assert torch.allclose(mine.delta.cpu()[:, same], plain.delta[:, same], rtol=1e-5, atol=1e-7)
-    assert mine.errors is not None
-    assert plain.errors is not None
-    assert torch.allclose(mine.errors.cpu()[:, same], plain.errors[:, same], rtol=1e-4, atol=1e-6)
-    assert torch.allclose(mine.squared_errors.cpu()[same], plain.squared_errors[same], rtol=1e-5)
 
 
 @pytest.mark.parametrize("features", [3, 13, *(pytest.param(many, marks=NATIVE) for many in (20_011,))])
@@ -242,43 +209,32 @@ def assert_rounded_alike(found: tuple[RoundedColumns, Grids], expected: tuple[Ro
     ("n", "inline_group_size"), [(128, 0), (128, 16), (128, 128), (96, 48), (72, 128), (1, 32), (80, 40)]
 )
 def test_a_column_block_is_rounded_as_torch_rounds_it(kernels, device, n, inline_group_size, features):
-    span, rules = (
-        span_of(n, features),
-        GridRules(bits=4, sym=inline_group_size != 48, scale_search=inline_group_size == 40),
-    )
-    expected = rounded_by(TORCH, span, n, rules, inline_group_size, torch.device("cpu"))
-    assert_rounded_alike(rounded_by(kernels, span, n, rules, inline_group_size, device), expected)
+    w = random(n, features, seed=n) * 0.02
+    Hinv = (torch.eye(n) + 0.05 * random(n, n, seed=2)).triu()
+    Hinv.diagonal().abs_().clamp_(min=0.5)
+    rules = GridRules(bits=4, sym=inline_group_size != 48, scale_search=inline_group_size == 40)
+    expected, expected_grids = rounded_by(TORCH, w, Hinv, rules, inline_group_size, torch.device("cpu"))
+    found, grids = rounded_by(kernels, w, Hinv, rules, inline_group_size, device)
+    same = (found.q.cpu() == expected.q).all(0) & (grids.scales.cpu() == expected_grids.scales).all(0)
+    assert same.double().mean() >= 0.95  # of a feature that meets no tie nothing differs
+    assert torch.equal(grids.zeros.cpu()[:, same], expected_grids.zeros[:, same])
+    assert torch.allclose(found.delta.cpu()[:, same], expected.delta[:, same], rtol=1e-5, atol=1e-7)
+    assert torch.allclose(found.squared_errors.cpu()[same], expected.squared_errors[same], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("width", "calls", "by_columns"), [(24, (4,), False), (24, (1, 2, 1), True), (40, (2,), True), (128, (4,), False)]
-)
-def test_column_blocks_update_each_other_as_in_torch(kernels, device, width, calls, by_columns):
-    """Some blocks in one launch or in several; U may lie column by column."""
-    if width == 128 and device.type == "cpu":
-        pytest.skip("the interpreter takes ten seconds")
-    span = span_of(width * sum(calls), 21, by_columns=by_columns)
-    rules = GridRules(bits=4, sym=True, scale_search=False)
-    expected = rounded_by(TORCH, span, width, rules, 0, torch.device("cpu"), calls)
-    assert_rounded_alike(rounded_by(kernels, span, width, rules, 0, device, calls), expected)
-
-
-@pytest.mark.parametrize("search", [False, True])
-def test_an_output_feature_depends_on_no_other_one(kernels, device, search):
-    """Bit by bit, whatever is computed beside it: what devices that share a linear's output features rely on."""
-    features = 96 if device.type == "cuda" else 48
-    span, rules = span_of(48, features), GridRules(bits=4, sym=True, scale_search=search)
-    whole, whole_grids = rounded_by(kernels, span, 24, rules, 24, device, (2,))
-    for part in (slice(0, 16), slice(16, features)):
-        some = ColumnSpan(
-            weight=span.weight[:, part].contiguous(), pending=span.pending[:, part].contiguous(), U=span.U,
-            diagonal=span.diagonal,
-        )  # fmt: skip
-        found, grids = rounded_by(kernels, some, 24, rules, 24, device, (2,))
-        assert torch.equal(found.q, whole.q[:, part])
-        assert torch.equal(found.delta, whole.delta[:, part])
-        assert torch.equal(found.squared_errors, whole.squared_errors[part])
-        assert torch.equal(grids.scales, whole_grids.scales[:, part])
+@pytest.mark.parametrize("at_once", [8, 32])
+def test_the_number_of_features_per_program_changes_nothing(monkeypatch, kernels, device, at_once):
+    n, features, group_size = 40, 2 * at_once - 3, 16  # the last program is not full, nor is the last group
+    w, Hinv = random(n, features, seed=1) * 0.02, torch.eye(n) + 0.05 * random(n, n, seed=2).triu(1)
+    rules = GridRules(bits=4, sym=True, scale_search=True)
+    expected, expected_grids = rounded_by(kernels, w, Hinv, rules, group_size, device)
+    monkeypatch.setattr(triton_ops_module, "_ROUND_FEATURES", (at_once,))
+    monkeypatch.setattr(triton_ops_module, "_ROUND_MANY", (0,))
+    found, grids = rounded_by(kernels, w, Hinv, rules, group_size, device)
+    assert features_per_program(features) == at_once
+    assert torch.equal(found.q, expected.q)
+    assert torch.equal(grids.scales, expected_grids.scales)
+    assert torch.allclose(found.delta, expected.delta, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -363,28 +319,6 @@ def test_dequantizes_as_torch(kernels, device, dtype, n, out):
     kernels.dequantize(found, q, zeros, scales, g_idx)
     assert torch.equal(found, expected)
     assert not found.isnan().any()
-
-
-@pytest.mark.parametrize(("rows", "terms", "features"), [(5, 70, 19), (130, 40, 150), (64, 2080, 16)])
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("by_columns", [False, True])
-def test_split_matrices_are_multiplied_as_by_torch(kernels, device, rows, terms, features, scaled, by_columns):
-    """Sums of one part and of two; tiles that are not full; a as rows and as columns of U."""
-    a, b = random(rows, terms, seed=1), random(terms, features, seed=2)
-    factors, by_row = 2.0 ** (torch.arange(features) % 5 - 2), 2.0 ** (torch.arange(rows) % 3 - 1)
-    exact = (a.double() @ b.double()) * (by_row.double()[:, None] if scaled else 1) / factors.double()
-    (high, low), parts = TORCH.split(a.T.contiguous() if by_columns else a, None, None), TORCH.split(b, None, None)
-    a_parts = (high.T, low.T) if by_columns else (high, low)
-    found = kernels.multiply_split(
-        (a_parts[0].to(device), a_parts[1].to(device)), (parts[0].to(device), parts[1].to(device)),
-        by_row.to(device) if scaled else None, factors.to(device),
-    )  # fmt: skip
-    assert (found.cpu().double() - exact).norm() < 2e-6 * exact.norm()
-    some = kernels.multiply_split(
-        (a_parts[0].to(device), a_parts[1].to(device)), tuple(part[:, :16].contiguous().to(device) for part in parts),
-        by_row.to(device) if scaled else None, factors[:16].to(device),
-    )  # fmt: skip
-    assert torch.equal(some, found[:, :16])
 
 
 @pytest.mark.parametrize("scaled", [(False, False), (True, False), (True, True)])

@@ -39,8 +39,6 @@ def round_columns(
         result.q[i] = q
         result.delta[i] = original[i].float() - quantized
         result.squared_errors.add_(error.square())
-        if result.errors is not None:
-            result.errors[i] = error
 
 
 def refine_columns(

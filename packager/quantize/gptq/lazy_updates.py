@@ -1,7 +1,7 @@
 """Lazy updates (arXiv:2210.17323, step 2): the product U[:k, B]^T (W - Q)[:k] that updates the later columns B.
 
 `solve` derives the update. Its products are most of the solver's arithmetic and need float32's precision, because the
-columns' rounding decisions depend on them. On CUDA each is the sum of three float16 products, in one launch.
+columns' rounding decisions depend on them. On CUDA each is the sum of three float16 products.
 """
 
 import torch
@@ -87,7 +87,7 @@ class SplitUpdates:
         """Return U[:until, begin:end]^T delta[:until]."""
         U_high, U_low = (part[..., :until, begin:end].mT for part in self._U)
         high, low = (part[..., :until, :] for part in self._delta)
-        return self._ops.multiply_split((U_high, U_low), (high, low), None, self._out_scale)
+        return self._sum_of_products(U_high, U_low, high, low).div_(self._out_scale[..., None, :])
 
     def reorder(self, columns: Tensor) -> None:
         """Put the rows of U in another order; see `LazyUpdates.reorder`."""
@@ -109,12 +109,17 @@ class SplitUpdates:
         # The memory of the deltas, which nothing needs any more, holds the parts of the errors.
         parts = self._delta[0][..., first:, :], self._delta[1][..., first:, :]
         high, low = self._ops.split(errors[..., first:, :], None, self._error_scale, parts)
-        return self._ops.multiply_split(
-            (U_high, U_low), (high, low), self._row_scale[..., begin:end], self._error_scale
-        )  # fmt: skip
+        total = self._sum_of_products(U_high, U_low, high, low)
+        return total.mul_(self._row_scale[..., begin:end, None]).div_(self._error_scale[..., None, :])
 
     def spread(self, begin: int, end: int, change: Tensor) -> Tensor:
         """Return U[begin:end, first:]^T change; see `LazyUpdates.spread`."""
         U_high, U_low = (part[..., begin:end, self.first_row(begin) :].mT for part in self._U)
         high, low = self._ops.split(change, self._row_scale[..., begin:end], self._out_scale)
-        return self._ops.multiply_split((U_high, U_low), (high, low), None, self._out_scale)
+        return self._sum_of_products(U_high, U_low, high, low).div_(self._out_scale[..., None, :])
+
+    def _sum_of_products(self, a_high: Tensor, a_low: Tensor, b_high: Tensor, b_low: Tensor) -> Tensor:
+        """Return a b but for the product of the two low parts."""
+        total = self._ops.add_product(None, a_high, b_low)
+        total = self._ops.add_product(total, a_low, b_high)
+        return self._ops.add_product(total, a_high, b_high)

@@ -15,9 +15,9 @@ The experts of a layer are one batch: every tensor of theirs has one more dimens
 so a batch is computed as one linear is, with the same number of launches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from packager.quantize.gptq.choose_ops import ops_for
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.hessian import Factor
 from packager.quantize.gptq.refine import RoundedLinear, refine
-from packager.quantize.gptq.tensor_ops import ColumnSpan, Grids, RoundedColumns, TensorOps, rows_of
+from packager.quantize.gptq.tensor_ops import Grids, RoundedColumns, TensorOps, rows_of
 
 COLUMN_BLOCK = 128
 # Within 4 column blocks (512 columns) updates are applied block by block; those of earlier blocks in one product.
@@ -194,9 +194,8 @@ class _ColumnSolver:
         """Quantize every column; find the grids on the way, or use the given ones."""
         blocks = column_blocks(self._weight.shape[-2], self._group_size)
         inverses = inverse_blocks(self._U, blocks)
-        taken = dict.fromkeys(inverses, 0)
         for some in _some_at_once(len(blocks)):
-            self._run_span(blocks[some], inverses, taken, find=find)
+            self._run_some(blocks[some], inverses[some], find=find)
 
     def refine(self, refined: Sequence[bool], perm: Tensor | None) -> Tensor:
         """Lower the losses of all linears, or of the experts that are True; return the new losses.
@@ -223,47 +222,33 @@ class _ColumnSolver:
         losses: Tensor = torch.linalg.vector_norm(self.errors, dim=-2).square() / 2
         return torch.where(allowed[..., None], losses, self.squared_errors / 2)
 
-    def _run_span(
-        self, blocks: Sequence[tuple[int, int]], inverses: Mapping[int, Tensor], taken: dict[int, int], *, find: bool
-    ) -> None:
-        """Quantize consecutive column blocks: those of one width in one call, but for grids to be found between them.
-
-        Args:
-            blocks: of the span.
-            inverses: see `inverse_blocks`.
-            taken: by width, how many blocks came before; overwritten.
-            find: see `run`.
-        """
+    def _run_some(self, blocks: Sequence[tuple[int, int]], inverses: Sequence[Tensor], *, find: bool) -> None:
+        """Quantize consecutive column blocks: w'_B = w_B + pending_B Hinv[B, B] for each block B, then its columns."""
         start, stop = blocks[0][0], blocks[-1][1]
-        weight = self._weight[..., start:stop, :]
-        pending = (
-            self._updates.pending_update(start, start, stop) if start else torch.zeros_like(weight, dtype=torch.float32)
-        )
-        span = ColumnSpan(
-            weight=weight,
-            pending=pending,
-            U=self._U[..., start:stop, start:stop],
-            diagonal=self.diagonal[..., start:stop],
-        )
-        result = RoundedColumns(
-            q=self.q[..., start:stop, :],
-            delta=torch.empty_like(pending),
-            squared_errors=self.squared_errors,
-            errors=None if self.errors is None else self.errors[..., start:stop, :],
-        )
+        weight = self._weight[..., start:stop, :].to(torch.float32, copy=True)
+        pending = self._updates.pending_update(start, start, stop) if start else torch.zeros_like(weight)
+        delta = torch.empty_like(weight)
         inline = inline_group_size(self._group_size) if find else 0
-        between = find and not inline
-        for (width, _), found in groupby(
-            blocks, lambda block: (block[1] - block[0], block[0] // self._group_size if between else 0)
-        ):
-            begins = [begin for begin, _ in found]
-            if between and begins[0] % self._group_size == 0:
-                self._find_grid(begins[0], result.delta[..., : begins[0] - start, :])
-            Hinv = inverses[width][..., taken[width] : taken[width] + len(begins), :, :]
-            taken[width] += len(begins)
-            grids = self.grids.of(slice(start, stop))
-            self._ops.round_columns(span, begins[0] - start, Hinv, grids, self._rules, inline, result)
-        self._updates.record(start, result.delta)
+        for (begin, end), Hinv in zip(blocks, inverses, strict=True):
+            here, after = slice(begin - start, end - start), slice(end - start, None)
+            updated = self._ops.add_product(weight[..., here, :], Hinv.mT, pending[..., here, :])
+            if find and not inline and begin % self._group_size == 0:
+                self._find_grid(begin, delta[..., : begin - start, :])
+            result = RoundedColumns(
+                q=self.q[..., begin:end, :], delta=delta[..., here, :], squared_errors=self.squared_errors
+            )
+            self._ops.round_columns(
+                updated, self._weight[..., begin:end, :], Hinv, self.diagonal[..., begin:end],
+                self.grids.of(slice(begin, end)), self._rules, inline, result,
+            )  # fmt: skip
+            if self.errors is not None:
+                within = self._U[..., begin:end, begin:end].mT
+                self.errors[..., begin:end, :] = self._ops.add_product(
+                    pending[..., here, :], within, delta[..., here, :]
+                )
+            if end < stop:
+                self._ops.add_product(pending[..., after, :], self._U[..., begin:end, end:stop].mT, delta[..., here, :])
+        self._updates.record(start, delta)
 
     def _find_grid(self, begin: int, delta: Tensor) -> None:
         """Find the grid of the group at `begin`, from its columns with all updates of earlier columns applied.
@@ -312,12 +297,14 @@ def column_blocks(in_features: int, group_size: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], in_features], strict=True))
 
 
-def inverse_blocks(U: Tensor, blocks: Sequence[tuple[int, int]]) -> dict[int, Tensor]:
-    """Return the inverses of U's diagonal blocks by their width, [..., blocks of that width, width, width]."""
+def inverse_blocks(U: Tensor, blocks: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return the inverses of U's diagonal blocks, upper triangular; blocks of one width are inverted in one call."""
     inverses: dict[int, Tensor] = {}
     for width in {end - begin for begin, end in blocks}:
-        chosen = [slice(begin, end) for begin, end in blocks if end - begin == width]
-        squares = torch.stack([U[..., block, block] for block in chosen], -3)
+        chosen = [number for number, (begin, end) in enumerate(blocks) if end - begin == width]
+        squares = torch.stack([U[..., slice(*blocks[number]), slice(*blocks[number])] for number in chosen])
         identity = torch.eye(width, dtype=U.dtype, device=U.device).expand_as(squares)
-        inverses[width] = torch.linalg.solve_triangular(squares, identity, upper=True).contiguous()
-    return inverses
+        inverses |= dict(
+            zip(chosen, torch.linalg.solve_triangular(squares, identity, upper=True).contiguous(), strict=True)
+        )
+    return [inverses[number] for number in range(len(blocks))]

@@ -40,23 +40,6 @@ class Grids:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColumnSpan:
-    """Consecutive columns in which updates are applied column block by column block.
-
-    Attributes:
-        weight: float [columns, out_features], before any update.
-        pending: float32 [columns, out_features], the pending updates from all columns before the span; overwritten.
-        U: float32 [columns, columns], the span's part of U.
-        diagonal: float32 [columns], of U, which is 1 / Hinv_ii.
-    """
-
-    weight: Tensor
-    pending: Tensor
-    U: Tensor
-    diagonal: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
 class RoundedColumns:
     """The output of `TensorOps.round_columns`; the tensors are written in place.
 
@@ -65,31 +48,15 @@ class RoundedColumns:
         delta: float32 [columns, out_features], W - Q: the original weight minus its quantized value. The paper's error
             divides the updated weight's by Hinv_ii; this one is neither updated nor divided.
         squared_errors: float32 [out_features], to which the columns' squared output errors are added.
-        errors: float32 [columns, out_features], the paper's error of each column; None where nothing needs them.
     """
 
     q: Tensor
     delta: Tensor
     squared_errors: Tensor
-    errors: Tensor | None = None
-
-    def of(self, columns: slice) -> "RoundedColumns":
-        """Return the output for some of the columns."""
-        return RoundedColumns(
-            q=self.q[..., columns, :],
-            delta=self.delta[..., columns, :],
-            squared_errors=self.squared_errors,
-            errors=None if self.errors is None else self.errors[..., columns, :],
-        )
 
     def of_expert(self, expert: int) -> "RoundedColumns":
         """Return the output for one expert of a batch."""
-        return RoundedColumns(
-            q=self.q[expert],
-            delta=self.delta[expert],
-            squared_errors=self.squared_errors[expert],
-            errors=None if self.errors is None else self.errors[expert],
-        )
+        return RoundedColumns(q=self.q[expert], delta=self.delta[expert], squared_errors=self.squared_errors[expert])
 
 
 def rows_of(x: Tensor, rows: Tensor) -> Tensor:
@@ -138,22 +105,12 @@ class TensorOps(Protocol):
         """Choose the grids of consecutive groups of columns; see `grid.find_grids`."""
 
     def round_columns(
-        self, span: ColumnSpan, first: int, Hinv: Tensor, grids: Grids, rules: GridRules, inline_group_size: int,
-        result: RoundedColumns,
+        self, w: Tensor, original: Tensor, Hinv: Tensor, diagonal: Tensor, grids: Grids, rules: GridRules,
+        inline_group_size: int, result: RoundedColumns,
     ) -> None:  # fmt: skip
-        """Quantize column blocks of one width, in order: w'_B = w_B + pending_B Hinv[B, B], then the block's columns.
+        """Quantize the columns of one column block, in order; see `columns.round_columns`.
 
-        The columns of a block are rounded as by `columns.round_columns`. What an output feature becomes depends on no
-        other one, nor on their number. The tensors of each expert are contiguous, but for U.
-
-        Args:
-            span: with these blocks; the blocks of a span are rounded in order, in one call or in several.
-            first: the columns of the span before these blocks.
-            Hinv: float32 [blocks, columns of a block, columns of a block], Hinv[B, B] of each block.
-            grids: groups are those of the span's columns; grids found here are filled in.
-            rules: bits, symmetry and search.
-            inline_group_size: see `columns.round_columns`.
-            result: of the span; filled in.
+        The tensors of each expert are contiguous.
         """
 
     def refine_columns(
@@ -188,21 +145,6 @@ class TensorOps(Protocol):
             rows: float32 [n], the factor of each row; None for 1.
             columns: float32 [m], likewise.
             out: float16 [n, m] each, of equal strides, rows dense, to be filled in; None allocates them.
-        """
-
-    def multiply_split(
-        self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], rows: Tensor | None, features: Tensor
-    ) -> Tensor:
-        """Return a b, its rows multiplied and its output features divided by powers of two, float32.
-
-        Both are given as `split` returns them; the product of the low parts is left out. What an output feature
-        becomes depends on no other one, nor on their number.
-
-        Args:
-            a: float16 [n, k] each.
-            b: float16 [k, out_features] each, rows dense.
-            rows: float32 [n]; None for 1.
-            features: float32 [out_features].
         """
 
     def add_product(self, total: Tensor | None, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:

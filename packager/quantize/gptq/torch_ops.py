@@ -13,7 +13,7 @@ from packager.quantize.gptq import grid
 from packager.quantize.gptq.grid import GridRules
 from packager.quantize.gptq.lazy_updates import Float32Updates
 from packager.quantize.gptq.routing import RoutedInputs
-from packager.quantize.gptq.tensor_ops import ColumnSpan, Grids, LazyUpdates, RoundedColumns
+from packager.quantize.gptq.tensor_ops import Grids, LazyUpdates, RoundedColumns
 
 
 class TorchOps:
@@ -37,35 +37,17 @@ class TorchOps:
         return torch.stack([scales for scales, _ in found]), torch.stack([zeros for _, zeros in found])
 
     def round_columns(
-        self, span: ColumnSpan, first: int, Hinv: Tensor, grids: Grids, rules: GridRules, inline_group_size: int,
-        result: RoundedColumns,
+        self, w: Tensor, original: Tensor, Hinv: Tensor, diagonal: Tensor, grids: Grids, rules: GridRules,
+        inline_group_size: int, result: RoundedColumns,
     ) -> None:  # fmt: skip
-        """Quantize column blocks; see `TensorOps.round_columns`."""
-        if Hinv.ndim == 3:
-            self._round_columns(span, first, Hinv, grids, rules, inline_group_size, result)
+        """Quantize the columns of a column block; see `columns.round_columns`."""
+        if w.ndim == 2:
+            column_loop.round_columns(w, original, Hinv, diagonal, grids, rules, inline_group_size, result)
             return
-        for expert, alone in enumerate(zip(span.weight, span.pending, span.U, span.diagonal, strict=True)):
-            weight, pending, U, diagonal = alone
-            self._round_columns(
-                ColumnSpan(weight=weight, pending=pending, U=U, diagonal=diagonal), first, Hinv[expert],
-                grids.of_expert(expert), rules, inline_group_size, result.of_expert(expert),
-            )  # fmt: skip
-
-    def _round_columns(
-        self, span: ColumnSpan, first: int, Hinv: Tensor, grids: Grids, rules: GridRules, inline_group_size: int,
-        result: RoundedColumns,
-    ) -> None:  # fmt: skip
-        """Quantize column blocks of one linear; each updates the pending ones of later columns."""
-        for number, inverse in enumerate(Hinv):
-            begin = first + number * len(inverse)
-            here, after = slice(begin, begin + len(inverse)), slice(begin + len(inverse), None)
-            weight, mine = span.weight[here], result.of(here)
-            updated = self.add_product(weight.to(torch.float32, copy=True), inverse.mT, span.pending[here])
+        for expert, alone in enumerate(zip(w, original, Hinv, diagonal, strict=True)):
             column_loop.round_columns(
-                updated, weight, inverse, span.diagonal[here], grids.of(here), rules, inline_group_size, mine
-            )
-            if here.stop < len(span.weight):
-                self.add_product(span.pending[after], span.U[here, after].mT, mine.delta)
+                *alone, grids.of_expert(expert), rules, inline_group_size, result.of_expert(expert)
+            )  # fmt: skip
 
     def refine_columns(
         self, G: Tensor, H: Tensor, q: Tensor, grids: Grids, rules: GridRules, inline_group_size: int, allowed: Tensor,
@@ -97,14 +79,6 @@ class TorchOps:
         high.copy_(scaled)
         low.copy_(scaled - high)
         return high, low
-
-    def multiply_split(
-        self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], rows: Tensor | None, features: Tensor
-    ) -> Tensor:
-        """Multiply split matrices in float32; see `TensorOps.multiply_split`."""
-        total = self.add_product(None, a[0], b[1])
-        total = self.add_product(self.add_product(total, a[1], b[0]), a[0], b[0])
-        return (total if rows is None else total.mul_(rows[..., None])).div_(features[..., None, :])
 
     def add_product(self, total: Tensor | None, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
         """Add a matrix product in float32; see `TensorOps.add_product`."""

@@ -189,101 +189,43 @@ def _tile(w_ptr, column, feature, features, in_range, COLUMNS: tl.constexpr):
     return address, inside, tl.load(address, mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["first", "blocks"])
+@triton.jit
 def round_columns_kernel(
-    weight_ptr, pending_ptr, U_ptr, Hinv_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, q_ptr,
-    delta_ptr, error_ptr, loss_ptr, features, first, blocks, U_row_stride, weight_stride, pending_stride, U_stride,
-    Hinv_stride, diagonal_stride, grid_stride, group_stride, q_stride, delta_stride, error_stride,
+    w_ptr, original_ptr, Hinv_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, q_ptr, delta_ptr,
+    error_ptr, features, w_stride, original_stride, diagonal_stride, grid_stride, group_stride, q_stride, delta_stride,
     BATCHED: tl.constexpr, COLUMNS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
-    PRODUCT_ROWS: tl.constexpr, KEEP_ERRORS: tl.constexpr, INLINE_GROUP_SIZE: tl.constexpr, GROUP_TILE: tl.constexpr,
-    MAXQ: tl.constexpr, SYM: tl.constexpr, SIGNED: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr,
+    INLINE_GROUP_SIZE: tl.constexpr, GROUP_TILE: tl.constexpr, MAXQ: tl.constexpr, SYM: tl.constexpr,
+    SIGNED: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """Quantize column blocks of a span of one linear, or those of the expert that is the program's second number.
+    """Quantize the columns of one linear, or those of the expert that is the program's second number.
 
-    For each block: its pending update, its columns with that update, then each column in order. A program reads what it
-    stored, after a barrier. Strides but U_row_stride lead from one expert to the next.
+    Strides lead from one expert to the next.
     """
     if BATCHED:
         expert = tl.program_id(1).to(tl.int64)
-        weight_ptr += expert * weight_stride
-        pending_ptr += expert * pending_stride
-        U_ptr += expert * U_stride
-        Hinv_ptr += expert * Hinv_stride
+        w_ptr += expert * w_stride
+        original_ptr += expert * original_stride
+        Hinv_ptr += expert * COLUMNS * COLUMNS
         diagonal_ptr += expert * diagonal_stride
         scale_ptr += expert * grid_stride
         zero_ptr += expert * grid_stride
         group_ptr += expert * group_stride
         q_ptr += expert * q_stride
         delta_ptr += expert * delta_stride
-        error_ptr += expert * error_stride
-        loss_ptr += expert * features
-    for block in range(blocks):
-        begin = first + block * COLUMNS
-        at = tl.cast(begin, tl.int64) * features
-        Hinv = Hinv_ptr + block * COLUMNS * COLUMNS
-        _update_columns(
-            weight_ptr + at, pending_ptr + at, U_ptr + begin, U_row_stride, delta_ptr, begin, Hinv, features, COLUMNS,
-            2 * TILE_COLUMNS, FEATURES, PRODUCT_ROWS,
-        )  # fmt: skip
-        _round_columns(
-            pending_ptr + at, weight_ptr + at, Hinv, diagonal_ptr + begin, shrink_ptr, scale_ptr, zero_ptr,
-            group_ptr + begin, q_ptr + at, delta_ptr + at, error_ptr + at, loss_ptr, features, COLUMNS, TILE_COLUMNS,
-            FEATURES, KEEP_ERRORS, INLINE_GROUP_SIZE, GROUP_TILE, MAXQ, SYM, SIGNED, STEPS, SMALLEST,
-        )  # fmt: skip
-        tl.debug_barrier()
-
-
-@triton.jit
-def _update_columns(
-    weight_ptr, pending_ptr, U_ptr, U_row_stride, delta_ptr, before, Hinv_ptr, features, COLUMNS: tl.constexpr,
-    TILE: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Overwrite the pending update of a block, p, by its updated columns.
-
-    They are w + (p + delta_< U[<, B]) Hinv[B, B], with < for the `before` columns of the span before the block.
-    """
-    feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
-    in_range = feature < features
-    column = tl.arange(0, TILE)
-    inside = (column < COLUMNS)[:, None] & in_range[None, :]
-    at = column[:, None].to(tl.int64) * features + feature[None, :]
-    pending = tl.load(pending_ptr + at, mask=inside, other=0.0)
-    pending = _add_product(
-        pending, U_ptr, U_row_stride, delta_ptr, before, column, feature, features, in_range, COLUMNS, ROWS
-    )
-    tl.store(pending_ptr + at, pending, mask=inside)
-    tl.debug_barrier()
-    w = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    w = _add_product(w, Hinv_ptr, COLUMNS, pending_ptr, COLUMNS, column, feature, features, in_range, COLUMNS, ROWS)
-    tl.debug_barrier()
-    tl.store(pending_ptr + at, w, mask=inside)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _add_product(
-    total, a_ptr, a_stride, b_ptr, rows, column, feature, features, in_range, COLUMNS: tl.constexpr, ROWS: tl.constexpr
-):
-    """Return total + a^T b, of a [rows, columns] and b [rows, features]: in float32, row by row."""
-    for start in range(0, rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        exists = (row < rows)[:, None]
-        a = tl.load(
-            a_ptr + row[:, None] * a_stride + column[None, :], mask=exists & (column < COLUMNS)[None, :], other=0.0
-        )
-        b = tl.load(
-            b_ptr + row[:, None].to(tl.int64) * features + feature[None, :], mask=exists & in_range[None, :], other=0.0
-        )
-        total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
-    return total
+        error_ptr += expert * features
+    _round_columns(
+        w_ptr, original_ptr, Hinv_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, q_ptr, delta_ptr,
+        error_ptr, features, COLUMNS, TILE_COLUMNS, FEATURES, INLINE_GROUP_SIZE, GROUP_TILE, MAXQ, SYM, SIGNED, STEPS,
+        SMALLEST,
+    )  # fmt: skip
 
 
 @triton.jit
 def _round_columns(
     w_ptr, original_ptr, Hinv_ptr, diagonal_ptr, shrink_ptr, scale_ptr, zero_ptr, group_ptr, q_ptr, delta_ptr,
-    error_ptr, loss_ptr, features, COLUMNS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
-    KEEP_ERRORS: tl.constexpr, INLINE_GROUP_SIZE: tl.constexpr, GROUP_TILE: tl.constexpr, MAXQ: tl.constexpr,
-    SYM: tl.constexpr, SIGNED: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr,
+    error_ptr, features, COLUMNS: tl.constexpr, TILE_COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
+    INLINE_GROUP_SIZE: tl.constexpr, GROUP_TILE: tl.constexpr, MAXQ: tl.constexpr, SYM: tl.constexpr,
+    SIGNED: tl.constexpr, STEPS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Quantize up to 128 columns in order: store q_i and delta_i, then w_k -= Hinv_ik e_i for every column k > i.
 
@@ -301,7 +243,7 @@ def _round_columns(
     column = tl.arange(0, TILE_COLUMNS)
     first_ptr, in_first, first = _tile(w_ptr, column, feature, features, in_range, COLUMNS)
     second_ptr, in_second, second = _tile(w_ptr, column + TILE_COLUMNS, feature, features, in_range, COLUMNS)
-    loss = tl.load(loss_ptr + feature, mask=in_range, other=0.0)
+    squared_error = tl.load(error_ptr + feature, mask=in_range, other=0.0)
     # Inputs of column i are prefetched: those that programs share, which are in the cache, one column ahead; the
     # original weights, which come from device memory, four columns ahead.
     prefetched = _shared_inputs(0, Hinv_ptr, diagonal_ptr, group_ptr, column, COLUMNS, TILE_COLUMNS)
@@ -334,13 +276,11 @@ def _round_columns(
             error = _round_column(
                 i, x, scale, inverse, zero, diagonal, original, q_ptr, delta_ptr, feature, features, in_range, MAXQ
             )
-            if KEEP_ERRORS:
-                tl.store(error_ptr + tl.cast(i, tl.int64) * features + feature, error, mask=in_range)
             if tile == 0:
                 first -= Hinv_first[:, None] * error[None, :]
             second -= Hinv_second[:, None] * error[None, :]
-            loss += error * error
-    tl.store(loss_ptr + feature, loss, mask=in_range)
+            squared_error += error * error
+    tl.store(error_ptr + feature, squared_error, mask=in_range)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """The solver's operations on CUDA: Triton kernels, and float16 products on the tensor cores."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,20 +19,16 @@ from packager.quantize.gptq.grid import (
 )
 from packager.quantize.gptq.lazy_updates import SplitUpdates
 from packager.quantize.gptq.routing import RoutedInputs
-from packager.quantize.gptq.tensor_ops import ColumnSpan, Grids, LazyUpdates, RoundedColumns
+from packager.quantize.gptq.tensor_ops import Grids, LazyUpdates, RoundedColumns
 from packager.quantize.gptq.triton_refine_kernel import refine_columns_kernel
 
 _TILE = 128
-# Output features of a program, rows of its products at once, stages of their loads.
-ROUND_FEATURES, _ROUND_ROWS, _ROUND_STAGES, _ROUND_WARPS = 16, 16, 3, 1
+# Output features of a program: many where there are many, to use each load more often; few else, to use all of the GPU.
+_ROUND_FEATURES, _ROUND_MANY, _ROUND_WARPS = (16, 32), (0, 20000), 1
 _GRID_FEATURES, _GRID_WARPS = 32, 4
 _REFINE_FEATURES, _REFINE_WARPS = 16, 1
 _SPLIT_TILE, _COPY_TILE = 2048, 64
 _PRODUCT_TILE, _PRODUCT_TOKENS = 128, 64  # three stages of two tiles: 98,304 bytes of shared memory
-# Rows, output features and terms of a tile, warps and stages: four tiles a stage, 131,072 bytes.
-_SPLIT_PRODUCT = (128, 128, 32, 8, 4)
-# Terms of a sum that one program adds: a wide linear has few tiles and long sums.
-PART = 2048
 _TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -74,28 +71,23 @@ class TritonOps:
         return scales, zeros
 
     def round_columns(
-        self, span: ColumnSpan, first: int, Hinv: Tensor, grids: Grids, rules: GridRules, inline_group_size: int,
-        result: RoundedColumns,
+        self, w: Tensor, original: Tensor, Hinv: Tensor, diagonal: Tensor, grids: Grids, rules: GridRules,
+        inline_group_size: int, result: RoundedColumns,
     ) -> None:  # fmt: skip
-        """Quantize column blocks in one launch; see `TensorOps.round_columns`."""
-        *experts, blocks, columns, _ = Hinv.shape
-        features = span.weight.shape[-1]
-        U = span.U if span.U.stride(-1) == 1 else span.U.contiguous()
-        errors = result.delta if result.errors is None else result.errors
-        moving = (
-            span.weight, span.pending, U, Hinv, span.diagonal, grids.scales, grids.groups, result.q, result.delta,
-            errors,
-        )  # fmt: skip
+        """Quantize the columns of a column block in one launch; see `columns.round_columns`."""
+        *experts, columns, features = w.shape
+        tile = features_per_program(features * math.prod(experts))
+        moving = (w, original, diagonal, grids.scales, grids.groups, result.q, result.delta)
         strides = [tensor.stride(0) if experts else 0 for tensor in moving]
-        with _device_of(U):
-            kernels.round_columns_kernel[(triton.cdiv(features, ROUND_FEATURES), *experts)](
-                span.weight, span.pending, U, Hinv, span.diagonal, search_shrinks(U.device), grids.scales, grids.zeros,
-                grids.groups, result.q, result.delta, errors, result.squared_errors, features, first, blocks,
-                U.stride(-2), *strides, BATCHED=bool(experts), COLUMNS=columns, TILE_COLUMNS=_TILE // 2,
-                FEATURES=ROUND_FEATURES, PRODUCT_ROWS=_ROUND_ROWS, KEEP_ERRORS=result.errors is not None,
-                INLINE_GROUP_SIZE=inline_group_size, GROUP_TILE=triton.next_power_of_2(max(inline_group_size, 1)),
-                MAXQ=rules.maxq, SYM=rules.sym, SIGNED=rules.signed, STEPS=SEARCH_STEPS if rules.scale_search else 1,
-                SMALLEST=SMALLEST_SCALE, num_warps=_ROUND_WARPS, num_stages=_ROUND_STAGES,
+        with _device_of(w):
+            kernels.round_columns_kernel[(triton.cdiv(features, tile), *experts)](
+                w, original, Hinv, diagonal, search_shrinks(w.device), grids.scales, grids.zeros, grids.groups,
+                result.q, result.delta, result.squared_errors, features, *strides, BATCHED=bool(experts),
+                COLUMNS=columns, TILE_COLUMNS=_TILE // 2,
+                FEATURES=tile, INLINE_GROUP_SIZE=inline_group_size,
+                GROUP_TILE=triton.next_power_of_2(max(inline_group_size, 1)), MAXQ=rules.maxq, SYM=rules.sym,
+                SIGNED=rules.signed, STEPS=SEARCH_STEPS if rules.scale_search else 1, SMALLEST=SMALLEST_SCALE,
+                num_warps=_ROUND_WARPS,
             )  # fmt: skip
 
     def refine_columns(
@@ -142,34 +134,6 @@ class TritonOps:
             )  # fmt: skip
         return high, low
 
-    def multiply_split(
-        self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], rows: Tensor | None, features: Tensor
-    ) -> Tensor:
-        """Multiply split matrices in one launch, or two where sums are long; see `TensorOps.multiply_split`."""
-        (high, low), width = a, b[0].shape[-1]
-        *experts, n, terms = high.shape
-        tile_rows, tile_features, tile_terms, warps, stages = _SPLIT_PRODUCT
-        parts, row_tiles = triton.cdiv(terms, PART), triton.cdiv(n, tile_rows)
-        sums = torch.empty(*experts, parts, n, width, dtype=torch.float32, device=high.device)
-        factors = features if rows is None else rows
-        scaled: dict[str, bool] = {"BATCHED": bool(experts), "ROW_SCALED": rows is not None}
-        strides = [tensor.stride(0) if experts else 0 for tensor in (high, b[0], factors)]
-        with _device_of(high):
-            matrix_kernels.multiply_split_kernel[
-                (row_tiles * parts, triton.cdiv(width, tile_features), *(experts or (1,)))
-            ](
-                high, low, *b, factors, features, sums, n, width, terms, high.stride(-2), high.stride(-1),
-                b[0].stride(-2), *strides, row_tiles, WHOLE=parts == 1, ROWS=tile_rows, FEATURES=tile_features,
-                TERMS=tile_terms, PART=PART, num_warps=warps, num_stages=stages, **scaled,
-            )  # fmt: skip
-            if parts == 1:
-                return sums[..., 0, :, :]
-            out = torch.empty(*experts, n, width, dtype=torch.float32, device=high.device)
-            matrix_kernels.add_parts_kernel[(n, triton.cdiv(width, _SPLIT_TILE), *experts)](
-                sums, factors, features, out, n, width, parts, strides[-1], TILE=_SPLIT_TILE, **scaled
-            )
-        return out
-
     def add_product(self, total: Tensor | None, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
         """Add a matrix product on the tensor cores, float32 for float32 inputs; see `TensorOps.add_product`."""
         if a.ndim > 2:
@@ -214,6 +178,11 @@ def _add_batched(total: Tensor | None, a: Tensor, b: Tensor, alpha: float) -> Te
 def _experts(tensor: Tensor) -> tuple[int, ...]:
     """Return the launch's dimension of experts: none for a single linear."""
     return tuple(tensor.shape[:-2])
+
+
+def features_per_program(features: int) -> int:
+    """Return how many output features a program of `round_columns` takes."""
+    return max(size for size, many in zip(_ROUND_FEATURES, _ROUND_MANY, strict=True) if features >= many)
 
 
 def _device_of(tensor: Tensor) -> torch.cuda.device_of:
