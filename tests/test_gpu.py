@@ -417,7 +417,8 @@ def test_measuring_takes_the_planned_memory_at_most_however_many_blocks(tmp_path
     base = run_base(source, texts, CUDA)
     quality = quality_of(base, run_checkpoint(folder, 4, source, texts, CUDA), texts)
     assert math.isfinite(quality.kl_divergence)
-    assert 0.5 * planned.device_bytes < torch.cuda.max_memory_allocated() - before < 1.1 * planned.device_bytes
+    # All readers seldom dequantize a part of the largest linear at once, as the plan counts.
+    assert 0.3 * planned.device_bytes < torch.cuda.max_memory_allocated() - before < 1.1 * planned.device_bytes
 
 
 def test_a_finished_variant_is_not_run_again(tmp_path):
