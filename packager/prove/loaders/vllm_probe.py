@@ -27,15 +27,24 @@ SMALLEST_CACHE_BYTES = 64 << 20
 BLOCK_TOKENS = 128
 
 
+class UnavailableError(Exception):
+    """This machine lacks something that the runtime needs for every checkpoint."""
+
+
 def probe(job: dict[str, Any], output: Path) -> dict[str, Any]:
     """Load the checkpoint, compute the rows' logits, generate greedily.
 
     Returns:
         The fields of result.json for a job that succeeded.
+
+    Raises:
+        UnavailableError: vLLM cannot be imported here.
+        RuntimeError: it left logits out, or nothing in the model is quantized.
+        ValueError: the order of columns is one that it would not read.
     """
     prepare()
     torch: Any = importlib.import_module("torch")
-    vllm: Any = importlib.import_module("vllm")
+    vllm = import_vllm()
     folder, rows, prompts, device = Path(job["model_dir"]), job["input_ids"], job["prompts"], job["device"]
     check_order(folder)
     digests = isolated.weights_digests(folder)
@@ -88,6 +97,20 @@ def prepare() -> None:
         VLLM_CPU_OMP_THREADS_BIND="nobind",
         VLLM_LOGGING_LEVEL="ERROR",
     )
+
+
+def import_vllm() -> Any:
+    """Import vLLM with its engine, and return the package: a library that does not fit says nothing of a checkpoint.
+
+    Raises:
+        UnavailableError: an import failed.
+    """
+    try:
+        package: Any = importlib.import_module("vllm")
+        importlib.import_module("vllm.entrypoints.llm")
+    except (ImportError, OSError) as error:
+        raise UnavailableError(f"vLLM cannot be imported: {type(error).__name__}: {error}") from error
+    return package
 
 
 def check_order(folder: Path) -> None:
