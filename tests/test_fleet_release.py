@@ -498,6 +498,21 @@ def test_options_that_do_not_fit_are_refused(words: tuple[str, ...], tmp_path: P
     assert not (tmp_path / "dist").exists()
 
 
+def test_a_store_that_nothing_here_opens_ends_the_command_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def url_to_fs(*_: object, **__: object) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", url_to_fs)
+    recipe, words = str(ROOT / "recipes" / "demo-llama.yaml"), ("--jobs", "1", "--device", "cpu")
+    where = ("--dist", str(tmp_path / "dist"), "--store", "s3://bucket/folder")
+    done = CliRunner().invoke(app, ["release", recipe, *words, *where])
+    assert done.exit_code == MachineError.exit_code
+    assert "pip install 'gptq-packager[s3]'" in done.stderr
+    assert not (tmp_path / "dist").exists()
+
+
 def test_priorities_are_of_the_last_pattern_that_fits() -> None:
     paths = [Path("recipes/a.yaml"), Path("recipes/urgent/b.yaml"), Path("recipes/urgent/c.yaml")]
     assert priorities_of(paths, ["recipes/urgent/*=5", "*c.yaml=-1"]) == {paths[1]: 5, paths[2]: -1}

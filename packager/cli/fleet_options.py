@@ -37,7 +37,7 @@ StoreOption = Annotated[
         "--store",
         metavar="URL",
         help="With --jobs or --ray: where builds, finished blocks, states and leases are kept for other machines and "
-        "runs: a folder that all share, or what fsspec opens, such as s3://bucket/folder.",
+        "runs: a folder that all share, or s3://bucket/folder, with the extra s3.",
         show_default="none",
     ),
 ]
@@ -154,7 +154,7 @@ class FleetOptions:
             raise UsageError(
                 "the address of --store has a password or a key in it",
                 why="the process of each task, also on other machines, gets it on its command line",
-                hint="leave it out: what opens the store finds it in its own files or variables, or in those of fsspec",
+                hint="leave it out: what opens the store finds it in its own files or variables, such as AWS_PROFILE",
             )
         if self.ray and not self.store:
             raise UsageError("--ray needs --store", why="machines share nothing else", hint="name a folder or a URL")

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Final, Protocol
 from packager.errors import MachineError, PackagerError, StateError, UsageError
 from packager.system.files import TEMPORARY_PREFIX, disk_errors, fsync_folder, open_regular, write_atomic
 
-# Whose `create` is one request, which the service refuses where the object is: s3fs 2024.12 and later (s3fs.core, by
+# Whose `create` is one request, which the service refuses where the object is: s3fs 2024.12 and later (PUT with
 # If-None-Match), and fsspec's dictionary of one process. Elsewhere fsspec itself looks first and then writes.
 _CREATING: Final = ("s3", "s3a", "memory")
 _REFUSED: Final = (409, 412)  # S3: somebody writes this object just now; the object is there
