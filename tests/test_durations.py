@@ -57,7 +57,7 @@ def test_the_reference_is_chosen_by_size_and_scaled() -> None:
     assert found.seconds["pack"] is None
     large = durations(plan_of("llama-2-13b-chat.yaml"), Path("nowhere"))
     assert [each.measured.machine for each in large] == ["one NVIDIA H200"]
-    assert large[0].seconds["quantize"] == pytest.approx(84.4 * SIGNED_WORK["cuda"], rel=0.001)
+    assert large[0].seconds["quantize"] == pytest.approx(84.4 * SIGNED_WORK["cuda"] * CORRECTED_WORK["cuda"], rel=0.001)
     (line,) = time_lines(large)
     assert "without evaluate and verify, not measured there" in line
     assert "a reference and not this machine" in line
@@ -76,7 +76,7 @@ def test_a_tuned_variant_takes_as_long_as_several(tiny: Path) -> None:
     )
     one, four = (each.seconds["quantize"] for each in (before, after))
     assert one is not None
-    positive = one / 4 / SIGNED_WORK["cuda"]
+    positive = one / 4 / SIGNED_WORK["cuda"] / CORRECTED_WORK["cuda"]
     assert four == pytest.approx(one + positive * (3 * 100 * 8 / 128 + 4 + 2) / 2.6)
     text = io.StringIO()
     print_build_plan(replace(plan, variants=(tuned, *others)), Console(file=text, width=200))

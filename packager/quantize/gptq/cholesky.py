@@ -15,8 +15,8 @@ from packager.quantize.gptq.tensor_ops import TensorOps
 _PANEL = 128
 # From this width on, `split_cholesky` is used on CUDA. With at least 4 panels, what it holds beside A takes no more
 # than A: 16 bytes for each row and column of a panel. `packager.quantize.memory` plans two matrices of A's size for it.
-SPLIT_WIDTH = 8192
-SPLIT_PANEL = 512
+SPLIT_WIDTH = 11008
+SPLIT_PANEL = 256
 _UPDATE_COLUMNS = 2048  # of one product; right of the diagonal it computes what nothing reads
 _HEADROOM = 2.0**9  # bounds the float16 parts: entries far below the largest of their row keep their bits, too
 
