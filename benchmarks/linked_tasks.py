@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +33,8 @@ from packager.recipe.file import RecipeFile  # noqa: E402
 from packager.system.terminal import Terminal  # noqa: E402
 from tests import fork_server  # noqa: E402
 
-# Seconds of what computes with a model of hidden size 128, by the function of packager.fleet.worker that does it.
-PACE = {"quantize_and_pack": 6.0, "evaluate": 3.0, "run_loaders": 3.0}
+# Seconds of the stages that compute, with a model of hidden size 128, and the functions of packager.fleet.worker.
+PACE = {"sweep": ("quantize_and_pack", 6.0), "evaluate": ("evaluate", 3.0), "verify": ("run_loaders", 3.0)}
 _PACED_SIZE = 128
 _CHUNKS_PER_S = 50  # of a link: who shares it waits for no more than the chunks of the others
 Direction = Literal["down", "up"]
@@ -139,15 +140,19 @@ def serve(socket: str, link: Link, work: Path, pace: float) -> None:
     vars(worker)["open_store"] = lambda url: LinkedStore(open_store(url), link)
     setattr(GitProcess, "store", store_over_link)  # noqa: B010 - a method
     vars(task_process)["run_one_task"] = run_and_note
-    for name, seconds in PACE.items():
-        vars(worker)[name] = paced(vars(worker)[name], seconds * pace)
+    for own, (name, seconds) in PACE.items():
+        vars(worker)[name] = paced(vars(worker)[name], seconds * pace, partial(stage.__eq__, [own]))
     fork_server.serve(socket)
 
 
-def paced(work: Callable[[BuildState], Any], seconds: float) -> Callable[[BuildState], Any]:
-    """Return work that takes at least so long, for a model of hidden size 128."""
+def paced(
+    work: Callable[[BuildState], Any], seconds: float, in_its_stage: Callable[[], bool]
+) -> Callable[[BuildState], Any]:
+    """Return work that takes at least so long for a model of hidden size 128; in later stages there is none left."""
 
     def longer(run: BuildState) -> Any:
+        if not in_its_stage():
+            return work(run)
         ends = time.monotonic() + seconds * run.plan.architecture.hidden_size / _PACED_SIZE
         done = work(run)
         time.sleep(max(0.0, ends - time.monotonic()))
