@@ -1,5 +1,6 @@
 """Target correction: its formula in float64, both inputs of every linear, and what the sweep makes of them."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -7,29 +8,33 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from packager.errors import QuantizeError
 from packager.inputs.base_model import SourceModel
 from packager.model.batches import TOKENS_PER_BATCH
+from packager.model.decoder import Decoder
 from packager.model.packing import dequantize_linear
 from packager.pipeline.plan import make_plan
 from packager.quantize import block as block_module
 from packager.quantize import device_shares as shares_module
+from packager.quantize.activations import Activations
 from packager.quantize.block_store import BlockStore
 from packager.quantize.gptq import target_correction as module
 from packager.quantize.gptq.hessian import Hessian
 from packager.quantize.gptq.row_parts import part_of
 from packager.quantize.gptq.target_correction import InputShift, corrected_targets
 from packager.quantize.job import QuantizeJob
-from packager.quantize.memory import SweepPlan, Workload, sweep_ways
+from packager.quantize.memory import SweepPlan, Workload, _Sizes, _way, sweep_ways
 from packager.quantize.ranks import SweepRank
+from packager.quantize.suspended_forward import Reference, sweep_sequential
 from packager.quantize.sweep import quantize
 from packager.receipt import ExpertLinearRecord, LinearRecord
 from packager.recipe.file import RecipeFile
 from packager.variant import Variant
 from tests.samples import sampled
 from tests.sources import open_folder
+from tests.test_evaluate import PeakBytes
 from tests.test_ranks import each_rank
 from tests.tiny_models import open_store, save_model, token_rows, variant
 
@@ -276,6 +281,52 @@ def test_the_plan_counts_the_fp16_models_activations() -> None:
         assert corrected.device_bytes > plain.device_bytes + on_device + suspended
         assert corrected.host_bytes == plain.host_bytes + (states if plain.placement == "host" else 0)
     assert min(way.device_bytes for way in ways(corrected=True)) < 12e9
+
+
+@pytest.mark.parametrize("suspended", range(4))
+def test_what_a_correction_takes_beside_a_variant_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suspended: int
+) -> None:
+    """Where a batch of the fp16 model runs again, two batches are inside the block: the variant's own waits."""
+    rows, length = 16, 64
+    monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", rows * length)
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=128, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path)
+    source = open_folder(tmp_path)
+    decoder = Decoder(source.folder, source.read, device=CPU, dtype=torch.float32)
+    (weights,) = decoder.stream()
+    batches = decoder.embed(torch.zeros(3 * rows, length, dtype=torch.int64), rows=rows)
+    contexts = [batch.contexts[0] for batch in batches]
+
+    def measured(*, corrected: bool) -> int:
+        block = decoder.load_block(0, weights)
+        own, fp16 = (Activations([batch.hidden.clone() for batch in batches], "device") for _ in range(2))
+        reference = Reference(states=fp16, contexts=contexts, last=False) if corrected else None
+        counter = PeakBytes()
+        with counter:
+            for tensor in (*block.parameters(), *(each.get(index) for each in (own, fp16) for index in range(3))):
+                tensor.view(-1)  # is counted before
+            before = counter.live
+            sweep_sequential(
+                block, GROUPS, own, contexts, lambda *_: None, suspended=suspended, reference=reference
+            )  # fmt: skip
+        return counter.peak - before
+
+    work = Workload(
+        architecture=source.architecture, num_samples=3 * rows, seq_len=length, num_variants=1, corrected=True
+    )
+
+    def planned(*, corrected: bool) -> int:
+        sizes = _Sizes(source.architecture, "cpu", length, sums=work.most_sums("cpu"), corrected=corrected)
+        way = _way(
+            replace(work, corrected=corrected), sizes, "cpu", num_batches=3, suspended=suspended, count=1,
+            placement="device", weights="device",
+        )  # fmt: skip
+        return way.device_bytes - corrected * 4 * 3 * rows * length * 32  # without the fp16 model's states
+
+    taken = measured(corrected=True) - measured(corrected=False)
+    assert 0 < taken <= planned(corrected=True) - planned(corrected=False)
 
 
 def test_variants_without_a_correction_keep_their_parameters() -> None:

@@ -192,7 +192,8 @@ def _way(
     # On the device, a suspended batch's input is one of the states already.
     inputs = ELEMENT_BYTES[device_type] * work.architecture.hidden_size if placement == "device" else 0
     peak = sizes.peak(kept_tokens, batch_tokens, everywhere, inputs_held=inputs)
-    peak += sizes.suspended_reference(kept_tokens, inputs_held=inputs)
+    # While a batch of the fp16 model runs again, the variant's own waits at the same linears.
+    peak += sizes.suspended_reference(min(tokens, kept_tokens + batch_tokens), inputs_held=inputs)
     if work.corrected and suspended < num_batches:  # those that run again need the original weights
         peak += sizes.weights
     if work.tuned:
@@ -317,10 +318,10 @@ class _Sizes:
         return max(*peaks, self._peak_at_once(running, tokens))
 
     def suspended_reference(self, tokens: int, *, inputs_held: int) -> int:
-        """Return the bytes of the fp16 model's batches while they are suspended where that takes most.
+        """Return what batches take for a target correction while they are suspended where that takes most.
 
         Args:
-            tokens: of the batches that stay suspended.
+            tokens: of these batches.
             inputs_held: see `peak`.
         """
         if not self._corrected:
