@@ -6,7 +6,8 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -143,6 +144,28 @@ def test_branches_are_sent_while_they_are_evaluated(
 
     monkeypatch.setattr("packager.fleet.worker.evaluate", evaluate)
     fleet.run("one", "evaluate")
+
+
+def test_blocks_of_a_branch_that_is_finished_while_others_are_sent_stay() -> None:
+    from packager.fleet.worker import _send
+
+    done: list[object] = []
+    finished = {"main": None}
+
+    def push(_: object, branches: list[str]) -> None:
+        done.append(branches)
+        finished["other"] = None  # a sweep beside it ends now
+
+    variants = [SimpleNamespace(variant=SimpleNamespace(branch=branch)) for branch in ("main", "other")]
+    run: Any = SimpleNamespace(
+        wanted=variants, receipts=finished, workspace=None,
+        missing=lambda _, **__: [each for each in variants if each.variant.branch not in finished],
+    )  # fmt: skip
+    shared: Any = SimpleNamespace(push=push, drop_blocks=lambda: done.append("dropped"))
+    _send(run, shared)
+    assert done == [["main"]]
+    _send(run, shared)
+    assert done[1:] == [["main", "other"], "dropped"]
 
 
 def test_a_machine_with_another_recipe_refuses_the_task(fleet: Fleet) -> None:

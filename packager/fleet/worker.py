@@ -180,9 +180,13 @@ def _do_stage(run: BuildState, stage: TaskStage) -> None:
 
 
 def _send(run: BuildState, shared: SharedWork) -> None:
-    """Bring to the store what is finished and is not there."""
+    """Bring to the store what is finished and is not there.
+
+    Beside it a sweep may finish other branches, whose blocks stay until these branches are sent, too.
+    """
+    none_unfinished = not run.missing("weights", anywhere=True)
     shared.push(run.workspace, [each.variant.branch for each in run.wanted if each.variant.branch in run.receipts])
-    if not run.missing("weights", anywhere=True):
+    if none_unfinished:
         shared.drop_blocks()
 
 
