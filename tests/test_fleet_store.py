@@ -147,7 +147,7 @@ def test_a_lease_of_more_digits_is_taken_over_too(store: Store) -> None:
 
 @pytest.mark.parametrize("url", ["foo://bar", "sftp://host/folder", "gs://bucket/folder"])
 def test_a_url_where_two_writers_may_create_the_same_file_is_refused(url: str) -> None:
-    with pytest.raises(UsageError, match="no such URL") as caught:
+    with pytest.raises(UsageError, match="this kind of store cannot be shared") as caught:
         open_store(url)
     assert "both would have it" in caught.value.why
 
@@ -196,6 +196,12 @@ def test_a_store_that_lets_a_file_be_created_twice_is_refused(store: Store, monk
     with pytest.raises(UsageError, match="does not tell two writers apart"):
         check_creates(store)
     assert store.names("") == []
+
+
+def test_a_store_whose_first_answer_is_lost_is_not_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = store.create
+    monkeypatch.setattr(store, "create", lambda name, data: create(name, data) and create(name, data))
+    check_creates(store)
 
 
 def test_who_looks_once_goes_by_the_time_of_the_beat(store: Store) -> None:
