@@ -71,10 +71,21 @@ def test_jinja_in_words_is_text() -> None:
         render_card(recipe, CardTexts(), fixtures.llama_receipts(recipe), "llama", "main", own=own)
 
 
-def test_a_text_of_the_card_with_a_marker_is_refused() -> None:
+def test_a_text_or_a_template_of_the_card_with_a_marker_is_refused(recipe: Path) -> None:
+    markers = "<!-- begin: introduction -->\n<!-- end: introduction -->\n"
+    with pytest.raises(CardError, match=r"card\.header, line 3: <!-- begin: introduction --> marks a section"):
+        page(header=f"a\n\n{markers}\nb")
+    assert "<!-- begin: other -->" in page(header="<!-- begin: other -->\n")
+    own = OwnTemplates(folder="card", texts={"_license.md.j2": markers}, sections={})
+    of = fixtures.llama_recipe()
     with pytest.raises(CardError, match="introduction begins twice"):
-        page(header="a\n\n<!-- begin: introduction -->\n<!-- end: introduction -->\n\nb", footer="", original_card="")
-    assert "<!-- begin: other -->" in page(header="<!-- begin: other -->\n", footer="", original_card="")
+        render_card(of, CardTexts(), fixtures.llama_receipts(of), "llama", "main", own=own)
+    content = json.loads(recipe.read_text())
+    content["card"]["original_card"] = "base.md"
+    recipe.write_text(json.dumps(content))
+    (recipe.parent / "base.md").write_text(f"---\nlicense: mit\n---\n\n# Base\n\n{markers}")
+    with pytest.raises(PlanError, match=r"base\.md:7: card\.original_card: <!-- begin: introduction --> marks"):
+        make_plan(RecipeFile.load(recipe))
 
 
 BLOCKS = [section_block(name, "") for name in SECTIONS]
@@ -311,8 +322,13 @@ def test_words_in_the_repository_hold_a_publish_until_they_are_kept(builds: Buil
     commit(recipe, MAIN, text.replace("<!-- end: introduction -->", "Lost its end."))
     with pytest.raises(PublishError, match=r"its words would be lost.*\n.*begins inside introduction"):
         tiny_recipe.publish(recipe, dist)
+    commit(recipe, MAIN, with_words(text, "Long.\n" * 200_000))
+    with pytest.raises(PublishError, match=r"its words would be lost.*\n.*too large"):
+        tiny_recipe.publish(recipe, dist)
     commit(recipe, MAIN, text)
     (recipe.parent / "recipe-card" / "section-introduction.md").write_text("Ours again.\n")
+    same = kept(recipe, "published")
+    assert (same.texts, same.unchanged) == ({}, ()), "the recipe's words are newer than those of the page"
     card(recipe)
     tiny_recipe.publish(recipe, dist)  # the page is as its record lists it: nobody wrote into it
 

@@ -25,7 +25,7 @@ from packager.card.metadata import metadata
 from packager.card.own_templates import OwnTemplates, TemplateProblem, partials, template_problems, with_own
 from packager.card.plot import Plot, in_words
 from packager.card.raw_text import TextProblem, text_problems
-from packager.card.sections import SECTIONS, section_block, section_text, split_page
+from packager.card.sections import SECTIONS, marker_problems, section_block, section_text, split_page
 from packager.card.speed import speed_rows
 from packager.errors import CardError
 from packager.model.compatibility import Verdict
@@ -122,7 +122,7 @@ def render_card(
         none = {"header": "", "footer": "", "original_card": "", "sections": _sections({})}
         _check_own_page(_rendered(name, {**context, **none}, own), own)
     page = front + "\n" + markdown.tidy(body)
-    split_page(page, f"the card of {branch}")  # raises: a text has a marker
+    split_page(page, f"the card of {branch}")  # raises: a template has a marker
     return page
 
 
@@ -200,7 +200,7 @@ def texts_problems(texts: CardTexts) -> Iterator[tuple[str, TextProblem]]:
         # The front matter of the original card is not part of the page; its lines count.
         body = split_front_matter(text)[1] if name == "original_card" else text
         above = text.count("\n") - body.count("\n")
-        for problem in text_problems(body):
+        for problem in (*text_problems(body), *marker_problems(body)):
             yield name, replace(problem, line=problem.line + above)
 
 

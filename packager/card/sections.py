@@ -143,6 +143,13 @@ def _marker_problem(line: str, marker: str, edge: str, marked: str, inside: str,
     return "" if marked == inside else f"{marked} ends, and {inside or 'no section'} is open"
 
 
+def marker_problems(text: str) -> Iterator[TextProblem]:
+    """Yield the markers in a text of the card that is no section: the page would have them twice."""
+    for match in _MARKER.finditer(text):
+        message = f"{match[0]} marks a section of the card"
+        yield TextProblem(line=text.count("\n", 0, match.start()) + 1, message=message, hint="delete it")
+
+
 def section_problems(text: str) -> Iterator[TextProblem]:
     """Yield why a text cannot be a section of a card."""
     if len(text) > MAX_SECTION_CHARACTERS:

@@ -117,10 +117,10 @@ def refuse_lost_sections(run: BuildState, target: Target, content: BranchContent
         PublishError: words would leave the page, or its sections are damaged.
     """
     stored = state.files.get(README)
-    if stored is None or not state.foreign_author or not 0 < stored.size_bytes <= MOST_PAGE_BYTES:
+    if stored is None or not state.foreign_author or not stored.size_bytes:
         return
     where = f"{README} of {content.branch}"
-    data = target.read_bytes(state.commit, README, size=MOST_PAGE_BYTES)
+    data = target.read_bytes(state.commit, README, size=MOST_PAGE_BYTES + 1)
     ours = (content.folder / README).read_bytes()
     try:
         edited = read_page(data, where)
@@ -252,7 +252,7 @@ def _kept(recipe_file: RecipeFile, branch: str, edit: _Edit) -> KeptSections:
         folder=folder,
         is_new=recipe_file.recipe.card.templates is None,
         texts=texts,
-        unchanged=tuple(name for name in SECTIONS if edited[name] and name not in texts),
+        unchanged=tuple(name for name in SECTIONS if edited[name] and edited[name] == written[name]),
     )
 
 
