@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from packager.card import CardTexts, own_template_problems, render_card
 from packager.card.own_templates import OwnTemplates
-from packager.card.sections import SECTION_FILES, SECTIONS, section_block, section_problems, split_page
+from packager.card.sections import SECTION_FILES, SECTIONS, section_block, section_problems, section_text, split_page
 from packager.cli.main import app
 from packager.errors import CardError, PlanError, PublishError, RecipeError, StateError
 from packager.pipeline import flow
@@ -141,6 +141,12 @@ def test_hostile_words_are_refused_in_the_recipe_and_on_a_page(text: str, proble
     assert re.search(problem, found.message)
     own = OwnTemplates(folder="card", texts={}, sections={"closing": text})
     assert SECTION_FILES["closing"] in {each.name for each in own_template_problems(own)}
+
+
+@pytest.mark.parametrize("text", ["# One\r\n\r\ntwo\r\n", "---\r\n\r\nbelow a rule\r\n", "one\rtwo"])
+def test_words_with_the_line_ends_of_another_system_are_words(text: str) -> None:
+    assert not list(section_problems(text))
+    assert split_page(page({"closing": text}), "page").sections["closing"] == section_text(text)
 
 
 def test_a_file_of_no_section_is_named(tmp_path: Path, builds: Builds) -> None:

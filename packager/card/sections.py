@@ -156,7 +156,7 @@ def section_problems(text: str) -> Iterator[TextProblem]:
         message = f"{len(text)} characters are too many for a section, at most {MAX_SECTION_CHARACTERS} are read"
         yield TextProblem(line=1, message=message, hint="shorten the text, and link to the rest")
         return
-    if split_front_matter(text)[1] != text:
+    if split_front_matter(text)[0]:
         yield TextProblem(line=1, message="it has front matter", hint="the recipe makes the card's: write only text")
     for match in _RESERVED.finditer(text):
         line = text.count("\n", 0, match.start()) + 1
