@@ -152,6 +152,14 @@ def test_a_url_where_two_writers_may_create_the_same_file_is_refused(url: str) -
     assert "both would have it" in caught.value.why
 
 
+@pytest.mark.parametrize("url", ["s3:/bucket/a", "s3:bucket", "s3//bucket/a", "file:/srv/fleet", "host:/srv/fleet"])
+def test_a_url_with_a_character_too_few_is_no_folder_of_this_machine(url: str) -> None:
+    with pytest.raises(UsageError, match="neither a URL nor surely a folder"):
+        open_store(url)
+    open_store(f"./{url}")
+    open_store("C:/fleet")
+
+
 def test_without_s3fs_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(vars(importlib.import_module("fsspec.registry"))["_registry"], "s3", raising=False)

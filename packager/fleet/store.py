@@ -6,6 +6,7 @@ handle or a 503, is a MachineError: it may pass.
 """
 
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -20,6 +21,8 @@ from packager.system.files import TEMPORARY_PREFIX, disk_errors, fsync_folder, o
 # Whose `create` is one request, which the service refuses where the object is: s3fs 2024.12 and later (PUT with
 # If-None-Match), and fsspec's dictionary of one process. Elsewhere fsspec itself looks first and then writes.
 _CREATING: Final = ("s3", "s3a", "memory")
+# A URL with a character too few, s3:/bucket for example. A single letter before the colon is a disk of Windows.
+_MISTYPED: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:|s3a?//")
 _REFUSED: Final = (409, 412)  # S3: somebody writes this object just now; the object is there
 
 
@@ -63,6 +66,13 @@ def open_store(url: str) -> Store:
         MachineError: a package that the URL needs is not installed, or the store cannot be opened.
     """
     scheme, separator, rest = url.partition("://")
+    if not separator and _MISTYPED.match(url):
+        raise UsageError(
+            "the store is neither a URL nor surely a folder",
+            where=url,
+            why="as a folder it would lie in the working folder, and each machine would have one of its own",
+            hint=f"write s3://bucket/folder, or ./{url} for a folder of this name",
+        )
     if not separator or scheme == "file":
         return FolderStore(Path(rest if separator else url).absolute())
     if scheme not in _CREATING:
