@@ -12,7 +12,15 @@ from typer.testing import CliRunner
 
 from packager.card import CardTexts, own_template_problems, render_card
 from packager.card.own_templates import OwnTemplates
-from packager.card.sections import SECTION_FILES, SECTIONS, section_block, section_problems, section_text, split_page
+from packager.card.sections import (
+    SECTION_FILES,
+    SECTIONS,
+    has_section_marker,
+    section_block,
+    section_problems,
+    section_text,
+    split_page,
+)
 from packager.cli.main import app
 from packager.errors import CardError, PlanError, PublishError, RecipeError, StateError
 from packager.pipeline import flow
@@ -117,6 +125,13 @@ def test_a_page_of_another_editor_is_the_same_page() -> None:
     assert split_page(text.replace("\n", "\r\n"), "page") == split_page(text, "page")
     changed = with_words(text, "\n\n\nOne  \r\ntwo\n\n    code   \n\n")
     assert split_page(changed, "page") == split_page(text, "page")
+    assert split_page(re.sub("<!-- (begin: .*) -->", r"  <!--\1-->", text), "page") == split_page(text, "page")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32-be"])
+def test_a_marker_is_seen_in_every_encoding(encoding: str) -> None:
+    assert has_section_marker("\u00e9\n<!--begin: files-->\n".encode(encoding))
+    assert not has_section_marker("\u00e9\n<!-- begin: others -->\n".encode(encoding))
 
 
 @pytest.mark.parametrize(
@@ -328,8 +343,8 @@ def test_words_in_the_repository_hold_a_publish_until_they_are_kept(builds: Buil
     commit(recipe, MAIN, text.replace("<!-- end: introduction -->", "Lost its end."))
     with pytest.raises(PublishError, match=r"its words would be lost.*\n.*begins inside introduction"):
         tiny_recipe.publish(recipe, dist)
-    commit(recipe, MAIN, with_words(text, "Long.\n" * 200_000))
-    with pytest.raises(PublishError, match=r"its words would be lost.*\n.*too large"):
+    commit(recipe, MAIN, with_words(text, "From the Hub.") + "long\n" * 200_000)
+    with pytest.raises(PublishError, match=r"(?s)its words would be lost.*too large"):
         tiny_recipe.publish(recipe, dist)
     commit(recipe, MAIN, text)
     (recipe.parent / "recipe-card" / "section-introduction.md").write_text("Ours again.\n")

@@ -82,6 +82,11 @@ def section_text(text: str) -> str:
     return tidy(text).strip("\n")
 
 
+def has_section_marker(data: bytes) -> bool:
+    """Return whether a page in any encoding, of which the beginning is enough, has a marker of a section."""
+    return _MARKER.search(data.replace(b"\0", b"").decode("ascii", "replace")) is not None
+
+
 def split_page(page: str, where: str) -> SplitPage:
     """Take a page apart.
 
@@ -107,7 +112,7 @@ def split_page(page: str, where: str) -> SplitPage:
         edge, marked = marker[1], marker[2]
         if problem := _marker_problem(line, marker[0], edge, marked, name, found):
             raise CardError("the markers of a card's sections are damaged", where=f"{where}:{number}", why=problem)
-        outside.append(line.strip())
+        outside.append(f"<!-- {edge}: {marked} -->")  # other spaces in a marker are no edit
         if edge == "begin":
             found[marked] = []
         name = marked if edge == "begin" else ""

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from packager.card.sections import SECTION_FILES, SECTIONS, SplitPage, differing_lines, section_problems
+from packager.card.sections import (
+    SECTION_FILES,
+    SECTIONS,
+    SplitPage,
+    differing_lines,
+    has_section_marker,
+    section_problems,
+)
 from packager.errors import CardError, PublishError, RecipeError, StateError
 from packager.pipeline.build_state import BuildState, Options
 from packager.pipeline.cards import MOST_PAGE_BYTES, card_page, keep_command, read_page, written_sections
@@ -125,12 +132,12 @@ def refuse_lost_sections(run: BuildState, target: Target, content: BranchContent
     try:
         edited = read_page(data, where)
     except CardError as error:
-        if b"<!-- begin: " not in data:
+        if not has_section_marker(data):
             return  # a page without sections: the plan lists it among the changed files
         raise PublishError(
             f"the card of {content.branch} was edited in the repository, and its words would be lost",
             where=target.where,
-            why=f"{error.what}: {printable(error.why)}",
+            why=f"{error.where}: {error.what}: {printable(error.why)}",
             hint="repair the page in the repository, or take the edit off it, then publish again",
         ) from error
     new = read_page(ours, where).sections
