@@ -300,10 +300,10 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Pe
     add("--permutations", default=_PERMUTATIONS, help=f"GROUP_SIZE[:ACT_ORDER],... (default {_PERMUTATIONS})")
     add("--searches", default="true,signed", help="values of scale_search (default true,signed)")
     add("--loaders", default=_LOADERS, help=f"LOADER[:KERNEL],... (default {_LOADERS})")
-    add("--openings", type=int, default=1, help="times that a loader opens each variant (default 1)")
-    add("--seq-len", type=int, help="tokens per compared row (default: the recipe's)")
+    add("--openings", type=_count, default=1, help="times that a loader opens each variant (default 1)")
+    add("--seq-len", type=_count, help="tokens per compared row (default: the recipe's)")
     add("--prompts", type=_prompts, metavar="COUNT:TOKENS", help="prompts from held-out text (default: the recipe's)")
-    add("--new-tokens", type=int, help="tokens generated per prompt (default: the recipe's)")
+    add("--new-tokens", type=_count, help="tokens generated per prompt (default: the recipe's)")
     add("--vllm-python", type=lambda text: Path(text).absolute(), metavar="PATH", help="an interpreter that has vLLM")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--confinement", choices=get_args(Confinement), help="of the loaders (default: the strongest that works)")
@@ -322,6 +322,12 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Pe
     if unknown := set(given.searches.split(",")) - set(_SEARCHES):
         parser.error(f"{', '.join(sorted(unknown))}: scale_search is {', '.join(_SEARCHES)}")
     return given, [permutation_of(parser, text) for text in given.permutations.split(",")]
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number, 1 or more")
+    return int(text)
 
 
 def _prompts(text: str) -> tuple[int, int]:

@@ -330,6 +330,8 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     given = parser.parse_args(arguments)
     if given.evaluate and not given.full:
         parser.error("--evaluate measures the checkpoints of --full")
+    if given.evaluate and given.held_out_tokens < given.seq_len:
+        parser.error(f"--held-out-tokens {given.held_out_tokens} are no row of --seq-len {given.seq_len}")
     given.layers = given.layers if given.layers is not None else (40 if given.full else 4)
     device = device_of(given.device)
     return Settings(
