@@ -239,6 +239,15 @@ def test_a_line_outside_of_the_sections_is_named_and_nothing_is_kept(recipe: Pat
     assert "--keep" not in edited.value.hint
 
 
+def test_the_card_of_another_branch_is_named(recipe: Path, readme: Path) -> None:
+    other = readme.parent.with_name(ACT_ORDER) / "README.md"
+    edit(other, "Mine.")
+    with pytest.raises(CardError, match=f"the card of {ACT_ORDER}, not of {MAIN}") as caught:
+        kept(recipe, other)
+    assert caught.value.hint == f"give --branch {ACT_ORDER}"
+    assert kept(recipe, other, ACT_ORDER).texts == {"introduction": "Mine."}
+
+
 @pytest.mark.slow
 def test_two_edits_do_not_replace_each_other(recipe: Path, readme: Path) -> None:
     other = readme.parent.with_name(ACT_ORDER) / "README.md"

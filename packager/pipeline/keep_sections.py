@@ -219,11 +219,13 @@ def _in_file(recipe_file: RecipeFile, options: Options, terminal: Terminal, path
     page = read_page(data, str(path))
     run = BuildState(recipe_file, options, terminal)
     run.read_receipts()
-    receipt = run.receipts.get(branch)
-    listed = receipt.provenance.files.get(README) if receipt is not None else None
-    before = page.as_rendered(listed, [written_sections(recipe_file)]) if listed is not None else None
-    if before is not None:
-        return _Edit(where=str(path), page=page, before=before)
+    written = written_sections(recipe_file)
+    listed = {made: receipt.provenance.files.get(README) for made, receipt in run.receipts.items()}
+    before = {made: page.as_rendered(record, [written]) for made, record in listed.items() if record is not None}
+    if (found := before.get(branch)) is not None:
+        return _Edit(where=str(path), page=page, before=found)
+    if of := [made for made, sections in before.items() if sections is not None]:
+        raise CardError(f"this is the card of {of[0]}, not of {branch}", where=str(path), hint=f"give --branch {of[0]}")
     rendered = read_page(card_page(run, branch).encode(), f"the card of {branch}")
     return _Edit(where=str(path), page=page, before=None, lost=differing_lines(rendered, page))
 
