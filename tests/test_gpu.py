@@ -251,6 +251,23 @@ def test_scarce_memory_is_enough_and_changes_no_byte(tmp_path, large, undisturbe
     assert digests(tmp_path) == undisturbed
 
 
+@pytest.mark.parametrize("suspended", [3, 0])
+def test_the_planned_memory_is_enough_for_a_target_correction(tmp_path, large, suspended):
+    """Where a batch of the fp16 model runs again, the variant's own waits inside the block."""
+    corrected, rows = variant(group_size=128, target_correction=0.5), token_rows(ROWS, LENGTH, vocab_size=VOCABULARY)
+    work = Workload(architecture=large.architecture, num_samples=ROWS, seq_len=LENGTH, num_variants=1, corrected=True)
+    key = ("host", 1, suspended, "device")
+    way = {way_key(each): each for each in sweep_ways(work, "cuda")}[key]
+    run(large, tmp_path / "plenty", corrected, rows=rows)
+    seen: list[Any] = []
+    run(
+        large, tmp_path / "scarce", corrected, rows=rows, report=seen.append,
+        device_limit=int(way.device_bytes / USABLE) + 1,
+    )  # fmt: skip
+    assert [way_key(step.plan) for step in seen if hasattr(step, "plan")] == [key]
+    assert digests(tmp_path / "scarce") == digests(tmp_path / "plenty")
+
+
 @pytest.mark.parametrize("key", [("device", 2, 8, "device"), ("device", 1, 8, "device"), "host"])
 def test_the_planned_memory_is_enough_for_experts(tmp_path, large_experts, key):
     ways = ways_of(large_experts)
