@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from packager.errors import MachineError
 from packager.model.packing import CheckpointReader
 from packager.pipeline import flow, stages
+from packager.pipeline.build_state import BuildState
 from packager.pipeline.flow import BuildResult
 from packager.pipeline.plan import make_plan
 from packager.prove import evaluate
@@ -442,3 +445,17 @@ def test_variants_are_measured_within_the_limit_and_none_is_held_while_the_next_
     finally:
         gc.enable()
     assert len(made) == len(BRANCHES)
+
+
+def test_a_limit_that_is_too_small_to_measure_is_refused_before_anything_is_quantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BuildState, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(flow, "quantize_and_pack", lambda _: pytest.fail("quantized"))
+    recipe = RecipeFile.load(write_all(tmp_path))
+    needed = make_plan(recipe).evaluation.gpu.device_bytes
+    small = replace(options(tmp_path / "dist"), gpu_memory_bytes=needed - 1)
+    with pytest.raises(MachineError, match="measuring does not fit into --gpu-memory"):
+        flow.build(recipe, small, Terminal(quiet=True))
+    with pytest.raises(pytest.fail.Exception, match="quantized"):
+        flow.build(recipe, replace(small, gpu_memory_bytes=needed), Terminal(quiet=True))

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from packager.errors import PlanError, StateError
+from packager.errors import MachineError, PlanError, QuantizeError, StateError
+from packager.fleet import worker
 from packager.fleet.store import FolderStore
 
 if TYPE_CHECKING:
@@ -289,3 +290,23 @@ def test_blocks_leave_the_store_when_they_are_part_of_a_branch(tmp_path: Path, b
     receipts = [shared.receipt(branch) for branch in BRANCHES]
     named = {record.sha256 for receipt in receipts if receipt for record in receipt.provenance.files.values()}
     assert {name.split("/")[3] for name in fleet.store.names(f"{REPOSITORY}/objects")} == named
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "verify"])
+def test_the_error_of_a_stage_is_told_where_the_store_fails_too(monkeypatch: pytest.MonkeyPatch, stage: Any) -> None:
+    def fail(error: Exception) -> Any:
+        def failing(*_: object) -> None:
+            raise error
+
+        return failing
+
+    said: list[str] = []
+    run: Any = SimpleNamespace(block_copies=None, terminal=SimpleNamespace(log=said.append))
+    monkeypatch.setattr(worker, "_send", fail(MachineError("the store is away")))
+    monkeypatch.setattr(worker, "_do_stage", fail(QuantizeError("the model is broken")))
+    with pytest.raises(QuantizeError, match="the model is broken"):
+        worker._do(run, stage, SimpleNamespace(blocks=None))  # type: ignore[arg-type]
+    assert said == ["what was finished did not get to the store: the store is away"]
+    monkeypatch.setattr(worker, "_do_stage", lambda *_: None)
+    with pytest.raises(MachineError, match="the store is away"):
+        worker._do(run, stage, SimpleNamespace(blocks=None))  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from packager.errors import PlanError
+from packager.errors import PackagerError, PlanError
 from packager.fleet.shared_work import SharedWork
 from packager.fleet.store import open_store
 from packager.fleet.tasks import TaskStage
@@ -152,13 +152,22 @@ def _do(run: BuildState, stage: TaskStage, shared: SharedWork | None) -> None:
     run.block_copies = shared.blocks if shared else None
     with ThreadPoolExecutor(1) as sender:
         sent = sender.submit(_send, run, shared) if shared is not None and stage == "evaluate" else None
-        try:
-            _do_stage(run, stage)
-        finally:
+
+        def send_rest() -> None:
             if sent is not None:
                 sent.result()
             if shared is not None and stage not in ("fetch", "sweep"):
                 _send(run, shared)
+
+        try:
+            _do_stage(run, stage)
+        except BaseException:
+            try:
+                send_rest()
+            except PackagerError as error:  # the stage's own error is the one to tell
+                run.terminal.log(f"what was finished did not get to the store: {error}")
+            raise
+        send_rest()
 
 
 def _do_stage(run: BuildState, stage: TaskStage) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from packager.card.floor import allowed_below, far_lines, floor_lines, floor_problems
-from packager.errors import LoaderError, PublishError
+from packager.errors import LoaderError, MachineError, PublishError
 from packager.pipeline.build_state import STAGES, BuildState, Options, StageName
 from packager.pipeline.cards import refuse_edited_cards, render_cards
 from packager.pipeline.commit_messages import CommitMessages
@@ -35,6 +35,7 @@ from packager.recipe.file import RecipeFile
 from packager.system.posix import require_posix
 from packager.system.scratch import ScratchFolder
 from packager.system.terminal import Terminal
+from packager.system.text import gibibytes
 from packager.variant import MAIN
 
 
@@ -73,6 +74,7 @@ def build(recipe_file: RecipeFile, options: Options, terminal: Terminal, *, only
     with run.workspace.locked(), shown_while_running(run.workspace.running_path, terminal):
         run.read_receipts()
         check_task_files(run)
+        _check_measuring_memory(run)
         quantized, packed = quantize_and_pack(run)
         measured = evaluate(run)
         verified = run_loaders(run)
@@ -153,6 +155,23 @@ def floor_report(recipe_file: RecipeFile, receipts: Sequence[Receipt]) -> list[s
 def _is_proven(receipt: Receipt) -> bool:
     """Return whether a loader opened a variant and computed the right values."""
     return any(record.status == "passed" for record in receipt.provenance.loaders)
+
+
+def _check_measuring_memory(run: BuildState) -> None:
+    """Refuse, before anything is quantized, a limit of GPU memory that measuring is planned to exceed.
+
+    Raises:
+        MachineError: it is.
+    """
+    limit = run.options.gpu_memory_bytes
+    if limit is None or not run.missing("evaluate") or run.device.type == "cpu":
+        return
+    if (needed := run.plan.evaluation.gpu.device_bytes) > limit:
+        raise MachineError(
+            "measuring does not fit into --gpu-memory",
+            why=f"it is planned to need {gibibytes(needed)} GiB, the limit is {gibibytes(limit)} GiB",
+            hint="give a higher --gpu-memory, or none",
+        )
 
 
 def _loaders_not_run(receipts: Sequence[Receipt]) -> list[str]:
