@@ -212,6 +212,20 @@ def test_a_store_whose_first_answer_is_lost_is_not_refused(store: Store, monkeyp
     check_creates(store)
 
 
+def test_a_store_that_does_not_answer_the_first_question_is_asked_no_other(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    asked: list[str] = []
+    monkeypatch.setattr(store, "create", interrupted)
+    monkeypatch.setattr(store, "delete", asked.append)
+    with pytest.raises(KeyboardInterrupt):
+        check_creates(store)
+    assert asked == []
+
+
 def test_who_looks_once_goes_by_the_time_of_the_beat(store: Store) -> None:
     first, looker = Lease(store, REPOSITORY, "first"), Lease(store, REPOSITORY, "")
     now = time.time()

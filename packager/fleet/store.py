@@ -96,10 +96,13 @@ def check_creates(store: Store) -> None:
         MachineError: it cannot be used now.
     """
     folder = f".probe-{secrets.token_hex(8)}"
+    created: list[bool] = []
     try:
-        created = [store.create(f"{folder}/file", data) for data in (b"first", b"second")]
+        for data in (b"first", b"second"):
+            created.append(store.create(f"{folder}/file", data))  # noqa: PERF401 - the first counts where the second fails
     finally:
-        store.delete(folder)
+        if created:  # a store that does not answer is not asked again, which would hold up a Ctrl-C for minutes
+            store.delete(folder)
     if created[1]:  # the first one may be refused, after an answer that was lost: see `RemoteStore.create`
         raise UsageError(
             "the store does not tell two writers apart",
