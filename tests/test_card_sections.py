@@ -1,6 +1,7 @@
 """Sections of a card: hand-written words between markers, kept in the recipe's files, never lost and never run."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -170,6 +171,38 @@ def test_a_file_of_no_section_is_named(tmp_path: Path, builds: Builds) -> None:
     (tmp_path / "card" / "section-intro.md").write_text("words")
     named(recipe)
     with pytest.raises(PlanError, match=r"section-intro\.md.*they are section-introduction\.md"):
+        make_plan(RecipeFile.load(recipe))
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("one\n\nof {{ 7 * 7 }}", r":3: .*a template expression was not rendered"),
+        ("huggingface-cli download", r":1: .*huggingface-cli is gone"),
+    ],
+)
+def test_words_that_the_audit_of_a_card_refuses_are_refused_before_a_build(
+    recipe: Path, readme: Path, words: str, problem: str
+) -> None:
+    edit(readme, words)
+    with pytest.raises(CardError, match="a section cannot be part of a card"):
+        kept(recipe, readme)
+    named(recipe)
+    (recipe.parent / "card").mkdir()
+    file = recipe.parent / "card" / "section-closing.md"
+    file.write_text(words)
+    with pytest.raises(PlanError, match=rf"section-closing\.md{problem}"):
+        make_plan(RecipeFile.load(recipe))
+    file.write_text("of `{{ 7 * 7 }}`")
+    make_plan(RecipeFile.load(recipe))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_is_no_file_of_a_section(recipe: Path) -> None:
+    named(recipe)
+    (recipe.parent / "card").mkdir()
+    os.mkfifo(recipe.parent / "card" / "section-closing.md")
+    with pytest.raises(CardError, match="a text of the card cannot be read"):
         make_plan(RecipeFile.load(recipe))
 
 

@@ -7,7 +7,9 @@ from packager.card.own_templates import OwnTemplates
 from packager.card.raw_text import MAX_CHARACTERS
 from packager.card.sections import SECTION_FILES
 from packager.errors import CardError
+from packager.prove.audit.card import words_problems
 from packager.recipe.file import RecipeFile
+from packager.system.files import open_regular
 
 _FIELDS = ("header", "footer", "original_card")
 _MAX_BYTES = 4 * MAX_CHARACTERS  # of UTF-8
@@ -71,6 +73,12 @@ def _template_lines(recipe_file: RecipeFile) -> list[str]:
         (recipe_file.folder / own.path(problem.name), problem.line, problem.message)
         for problem in own_template_problems(own)
     ]
+    if not places:  # what the audit of the finished card refuses: found here, not after a build
+        places = [
+            (recipe_file.folder / own.path(SECTION_FILES[section]), problem.line, f"{problem.message} ({problem.hint})")
+            for section, text in own.sections.items()
+            for problem in words_problems(text)
+        ]
     return [f"{path}{f':{line}' if line else ''}: card.templates: {message}" for path, line, message in places]
 
 
@@ -79,7 +87,7 @@ def _text(recipe_file: RecipeFile, name: str | None) -> str:
         return ""
     path = recipe_file.resolve(name)
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:  # a pipe would never end
             # A longer file is cut in the middle of a character, perhaps; it is refused by its length.
             data = stream.read(_MAX_BYTES + 1)
         return data.decode("utf-8-sig", "strict" if len(data) <= _MAX_BYTES else "replace")

@@ -23,6 +23,7 @@ from packager.errors import CardError, PublishError, RecipeError, StateError
 from packager.pipeline.build_state import BuildState, Options
 from packager.pipeline.cards import MOST_PAGE_BYTES, card_page, keep_command, read_page, written_sections
 from packager.pipeline.compare_published import published_record
+from packager.prove.audit.card import words_problems
 from packager.publish.branches import BranchContent
 from packager.publish.targets import BranchState, Target
 from packager.publish.targets.resolve_target import target_of
@@ -244,7 +245,7 @@ def _kept(recipe_file: RecipeFile, branch: str, edit: _Edit) -> KeptSections:
     problems = [
         f"{name}, line {problem.line}: {problem.message} ({problem.hint})"
         for name, text in texts.items()
-        for problem in section_problems(text)
+        for problem in [*section_problems(text)] or words_problems(text)
     ]
     if problems:
         raise CardError("a section cannot be part of a card", where=where, why="\n       ".join(problems))

@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 from packager.card.markdown import CodeBlock, extract_code_blocks, unclosed
+from packager.card.raw_text import TextProblem
 from packager.model.front_matter import front_matter_fields
 from packager.prove.audit.files import JsonObject, Listing, as_object, read_text
 from packager.prove.audit.finding import Findings
@@ -51,6 +52,22 @@ def check_readme(listing: Listing, documents: Mapping[str, object], findings: Fi
     # The front matter's lines stay, empty, so that line numbers are the file's.
     body = [""] * (end + 1) + lines[end + 1 :]
     _check_body(body, findings, remote_code="auto_map" in (as_object(documents.get(CONFIG)) or {}))
+
+
+def words_problems(text: str) -> list[TextProblem]:
+    """Return what the audit of a finished card will refuse in words that become part of it.
+
+    Whether the model needs remote code is not known here: what the card says of it is left to the audit.
+    """
+    findings = Findings()
+    _check_body(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), findings, remote_code=True)
+    problems = []
+    for finding in findings.collected():
+        for where in (finding.where, *finding.also):
+            line = where.rpartition(":")[2]
+            number = int(line) if line.isdecimal() else 1
+            problems.append(TextProblem(line=number, message=finding.message, hint="change the words, or write `code`"))
+    return problems
 
 
 def _check_body(lines: Sequence[str], findings: Findings, *, remote_code: bool) -> None:
