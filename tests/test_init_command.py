@@ -85,6 +85,18 @@ def test_a_local_model_becomes_a_recipe_with_a_green_plan(folder: Path) -> None:
     assert recipe.loaders.if_available == ("exllamav2",)
 
 
+@pytest.mark.parametrize("shared", [{"engine": "auto-gptq"}, {"true_sequential": False}, {"damp_percent": 0.05}, None])
+def test_shared_defaults_are_the_defaults(folder: Path, shared: dict[str, Any] | None) -> None:
+    content = {"schema_version": 1, **({"defaults": shared} if shared else {"repository": {"target": "hub"}})}
+    (folder / "defaults.yaml").write_text(json.dumps(content))
+    texts = ("--calibration", "calibration.txt", "--evaluation", "evaluation.txt")
+    done = run(*LOCAL, *texts, "--set", "classic", "--extends", "defaults.yaml")
+    assert done.exit_code == 0, done.output
+    found = RecipeFile.load(folder / "tiny-1b_chat.yaml").recipe.defaults
+    assert found.target_correction == (0 if shared else 0.5)
+    assert {key: getattr(found, key) for key in shared or {}} == (shared or {})
+
+
 def test_what_a_shared_file_gives_is_not_in_the_recipe(folder: Path) -> None:
     shared = {
         "schema_version": 1,

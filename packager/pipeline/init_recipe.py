@@ -91,7 +91,8 @@ def _shared(content: dict[str, Any], wishes: Wishes) -> dict[str, Any]:
         return content
     named = {"calibration": wishes.calibration, "evaluation": wishes.evaluation, "base_model": wishes.path}
     kept = [section for section, given in named.items() if given is not None]
-    return without_inherited(content, wishes.path.parent, wishes.extends, kept=kept)
+    # Who shares defaults has decided on them, an engine that corrects no target among others.
+    return without_inherited(content, wishes.path.parent, wishes.extends, kept=kept, left_out=("defaults",))
 
 
 def _check_path(path: Path, *, replace: bool) -> None:

@@ -77,7 +77,7 @@ def extended_name(root: Node) -> str:
 
 
 def without_inherited(
-    content: Mapping[str, Any], folder: Path, name: str, *, kept: Collection[str] = ()
+    content: Mapping[str, Any], folder: Path, name: str, *, kept: Collection[str] = (), left_out: Collection[str] = ()
 ) -> dict[str, Any]:
     """Return a recipe's values without those that the file gives which it is to extend, and with the key for it.
 
@@ -88,6 +88,7 @@ def without_inherited(
         folder: of the recipe.
         name: of the file.
         kept: sections that the recipe has itself, whatever the file gives.
+        left_out: sections that the recipe does not have where the file gives a part of them.
     """
     begin = {"schema_version": content["schema_version"], EXTENDS: name}
     inherited, problems = _read_extended(folder, name, Position(0, 0)) if re.fullmatch(FILE_NAME, name) else (None, [])
@@ -98,7 +99,7 @@ def without_inherited(
         given = inherited.get(section)
         if given is None or section in kept:
             left[section] = value
-        elif isinstance(value, Mapping) and isinstance(given.content, dict):
+        elif section not in left_out and isinstance(value, Mapping) and isinstance(given.content, dict):
             together = _TOGETHER.get(section)
             replaced = together.keys if together is not None and together.heads & given.content.keys() else frozenset()
             own = {key: each for key, each in value.items() if key not in given.content and key not in replaced}
