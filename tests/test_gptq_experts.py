@@ -270,8 +270,8 @@ from packager.quantize.gptq.triton_ops import TritonOps  # noqa: E402 - imports 
 class InterpretedOps(TritonOps):
     """The kernels on the CPU, which has no float16 products with float32 results."""
 
-    def add_product(self, total, a, b):
-        return TorchOps().add_product(total, a, b)
+    def add_product(self, total, a, b, alpha=1):
+        return TorchOps().add_product(total, a, b, alpha)
 
 
 @pytest.fixture(

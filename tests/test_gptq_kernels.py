@@ -42,8 +42,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 class InterpretedOps(TritonOps):
     """The kernels on the CPU, which has no float16 products with float32 results."""
 
-    def add_product(self, total, a, b):
-        return TORCH.add_product(total, a, b)
+    def add_product(self, total, a, b, alpha=1):
+        return TORCH.add_product(total, a, b, alpha)
 
 
 @pytest.fixture
