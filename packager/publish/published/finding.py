@@ -35,7 +35,9 @@ PUBLISHED_RULES: Mapping[str, Rule] = {
     "branch-copied": _rule("variants never have the same weights: one of the records is wrong; " + _AGAIN),
     "remote-file-missing": _rule(_AGAIN),
     "remote-file-unlisted": _rule("packager did not publish this file: remove it, or " + _AGAIN),
-    "remote-file-changed": _rule(_AGAIN),
+    "remote-file-changed": _rule(
+        f"{_AGAIN}; what people wrote into a card's sections is kept by packager card RECIPE --keep published, before"
+    ),
     "digest-unknown": _rule("run with --full, which reads everything"),
     "loader-failed": _rule(
         "the loader's users get an error or wrong output: put the branch back with packager rollback"
