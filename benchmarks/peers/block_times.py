@@ -25,7 +25,7 @@ _PARTS = (
     ("Hessians: sum of the parts!", "packager.quantize.ranks", "SweepRank.hessian"),
     ("factor: order of columns", "packager.quantize.block", "factorize"),
     ("factor: order of columns", "packager.quantize.block", "factorize_within"),
-    ("factor: Cholesky!", "packager.quantize.gptq.hessian", "_cholesky"),
+    ("factor: Cholesky!", "packager.quantize.gptq.hessian", "cholesky"),
     ("solve: rest", "packager.quantize.block", "solve"),
     ("solve: inverse blocks of U!", "packager.quantize.gptq.solve", "inverse_blocks"),
     ("solve: refinement!", "packager.quantize.gptq.solve", "refine"),
