@@ -791,6 +791,7 @@ def test_wrong_loaders_are_refused(modules: Any, arguments: list[str], message: 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_killed_run_of_one_permutation_ends_with_the_same_bytes(modules: Any, tmp_path: Path) -> None:
     module = modules.several_gpus
     made = module.run("one", 1, tmp_path, [*TINY, "--layers=4"])
