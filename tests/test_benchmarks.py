@@ -333,6 +333,7 @@ def test_wrong_options_are_refused(modules: Any, script: str, arguments: list[st
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_quality_measures_the_checkpoint_of_every_engine(
     modules: Any, tmp_path: Path, parallel: int, capsys: Any
@@ -485,6 +486,7 @@ def test_shared_lines_are_those_of_a_shared_window_and_whole_lines(modules: Any)
     assert known.shared_lines(" ".join(numbers[3:15])) == {0}
 
 
+@pytest.mark.slow
 def test_longer_texts_of_a_real_model_share_no_paragraph(modules: Any, tmp_path: Path) -> None:
     for name, long in (("short", False), ("long", True)):
         (tmp_path / name).mkdir()

@@ -237,6 +237,7 @@ def card(recipe: Path) -> str:
     return flow.render(RecipeFile.load(recipe), options(recipe.parent / "dist"), QUIET, branch=MAIN)
 
 
+@pytest.mark.slow
 def test_words_on_a_built_card_come_back_on_every_card(recipe: Path, readme: Path) -> None:
     edit(readme, f"\n\n{WORDS}\n")
     command = f"packager card {recipe} --keep {readme} --branch main --dist {recipe.parent / 'dist'}"
