@@ -11,10 +11,10 @@ import importlib
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from types import TracebackType
 from typing import Any
+from unittest.mock import patch
 
 FORWARD = "forward"
 # The name of each part, and its functions: where a name ends with "!", the functions inside it are not parts.
@@ -72,7 +72,7 @@ class PartTime:
     calls: float
 
 
-class BlockTimes:
+class BlockTimes(ExitStack):
     """Measures while the context lasts.
 
     Args:
@@ -83,11 +83,11 @@ class BlockTimes:
     """
 
     def __init__(self, device: str) -> None:
+        super().__init__()
         self._cuda: Any = importlib.import_module("torch").cuda if device == "cuda" else None
         self._local: Any = importlib.import_module("threading").local()
         self._spans: list[_Span] = []
         self._shapes: dict[tuple[int, str], list[tuple[int, int]]] = defaultdict(list)
-        self._undo: list[partial[None]] = []
         (module, ops), updates = _OPS[device]
         self._parts = [
             *_PARTS,
@@ -101,15 +101,9 @@ class BlockTimes:
             *classes, name = path.split(".")
             for each in classes:
                 owner = getattr(owner, each)
-            self._undo.append(partial(setattr, owner, name, getattr(owner, name)))
-            setattr(owner, name, self._timed(part.rstrip("!"), part.endswith("!"), getattr(owner, name)))
+            timed = self._timed(part.rstrip("!"), part.endswith("!"), getattr(owner, name))
+            self.enter_context(patch.object(owner, name, timed))
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for undo in self._undo:
-            undo()
 
     def seconds(self) -> dict[str, dict[str, PartTime]]:
         """Return the time of each part in a block, for each device; the devices must have finished."""

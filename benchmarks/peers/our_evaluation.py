@@ -11,10 +11,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as packager.cli.main does
 
@@ -22,7 +22,7 @@ from ours import build_of
 from peer import Job, Stopwatch, need, run, versions
 
 
-class ModelTimes:
+class ModelTimes(ExitStack):
     """The seconds of each model, measured while the context lasts; every part ends with the GPU's work done.
 
     Attributes:
@@ -31,8 +31,8 @@ class ModelTimes:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.models: list[dict[str, Any]] = []
-        self._undo: list[partial[None]] = []
         self._first = self._last = 0.0
 
     def __enter__(self) -> ModelTimes:
@@ -44,20 +44,13 @@ class ModelTimes:
         self._replace(decoder, "load_block", self._load)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for undo in self._undo:
-            undo()
-
     def _replace(self, owner: Any, name: str, timed: Callable[..., Any]) -> None:
         function = getattr(owner, name)
-        self._undo.append(partial(setattr, owner, name, function))
 
         def replaced(*arguments: Any, **options: Any) -> Any:
             return timed(function, *arguments, **options)
 
-        setattr(owner, name, replaced)
+        self.enter_context(patch.object(owner, name, replaced))
 
     def _model(self, function: Callable[..., Any], first: Any, *rest: Any) -> Any:
         started = time.perf_counter()

@@ -12,9 +12,9 @@ import importlib
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
-from types import TracebackType
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 _WRAPPED = {
     "copy": ("packager.quantize.ranks", "SweepRank", "pull"),
@@ -26,7 +26,7 @@ _WRAPPED = {
 _OF_THE_HOST = ("read",)
 
 
-class RankTimes:
+class RankTimes(ExitStack):
     """Measures while the context lasts; without a GPU by the clock of the thread that works.
 
     Args:
@@ -34,22 +34,15 @@ class RankTimes:
     """
 
     def __init__(self, device: str) -> None:
+        super().__init__()
         self._cuda: Any = importlib.import_module("torch").cuda if device == "cuda" else None
         self._spans: dict[tuple[str, str], list[tuple[Any, Any]]] = defaultdict(list)
-        self._undo: list[partial[None]] = []
 
     def __enter__(self) -> RankTimes:
         for kind, (module, owner, name) in _WRAPPED.items():
             found = getattr(importlib.import_module(module), owner)
-            self._undo.append(partial(setattr, found, name, getattr(found, name)))
-            setattr(found, name, self._timed(kind, getattr(found, name)))
+            self.enter_context(patch.object(found, name, self._timed(kind, getattr(found, name))))
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for undo in self._undo:
-            undo()
 
     def seconds(self) -> dict[str, dict[str, float]]:
         """Return the seconds of each kind for each device; the devices must have finished."""
