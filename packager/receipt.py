@@ -156,7 +156,10 @@ AnyLinearRecord = ExpertLinearRecord | LinearRecord
 
 
 class LoaderRecord(Record):
-    """One runtime's verdict on the checkpoint; `confinement` is "" in older records and where no process ran."""
+    """One runtime's verdict on the checkpoint; `confinement` is "" in older records and where no process ran.
+
+    `rounding_error` is the relative error of our own forward in `dtype`, where it decided what passes.
+    """
 
     loader: str
     required: bool
@@ -168,6 +171,7 @@ class LoaderRecord(Record):
     confinement: Confinement | Literal[""] = ""
     versions: dict[str, str] = Field(default_factory=dict)
     relative_error: float | None = None
+    rounding_error: float | None = None
     top1_agreement: float | None = None
     tokens_generated: int = 0
     tokens_equal: int = 0

@@ -262,16 +262,23 @@ def test_the_format_page_agrees_with_the_code() -> None:
 
 
 def test_the_documented_tolerances_are_those_of_the_code() -> None:
+    modules = [(ROOT / "packager" / "prove" / name).read_bytes() for name in ("verify.py", "tolerances.py")]
     constants = {
         target.id: ast.literal_eval(node.value)
-        for node in ast.parse((ROOT / "packager" / "prove" / "verify.py").read_bytes()).body
+        for module in modules
+        for node in ast.parse(module).body
         if isinstance(node, ast.Assign)
         for target in node.targets
-        if isinstance(target, ast.Name) and target.id in {"TOLERANCE", "MIN_TOP1_AGREEMENT"}
-    }
+        if isinstance(target, ast.Name) and target.id in {
+            "TOLERANCE", "MIN_TOP1_AGREEMENT", "LARGEST_TOLERANCE", "ROUNDING_FACTOR",
+        }
+    }  # fmt: skip
     page = " ".join((ROOT / "docs" / "explanation" / "how-it-works.md").read_text(encoding="utf-8").split())
     assert [f"{value:g} in {dtype}" in page for dtype, value in constants["TOLERANCE"].items()] == [True] * 3
     assert f"at {constants['MIN_TOP1_AGREEMENT']:.0%} of".replace("%", " %") in page
+    factors = constants["ROUNDING_FACTOR"]
+    assert f"with {factors['float16']:g} times (in bfloat16 {factors['bfloat16']:g} times) the difference" in page
+    assert f"never more than {constants['LARGEST_TOLERANCE']:g}" in page
 
 
 def test_the_checks_above_find_mistakes() -> None:

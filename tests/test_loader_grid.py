@@ -19,7 +19,8 @@ from packager.model.compatibility import Verdict, verdicts
 from packager.model.runtimes import LoaderName
 from packager.prove.environments import RuntimeContext
 from packager.prove.loaders import LOADERS
-from packager.prove.verify import TOLERANCE, Checkpoint, VerifyJob, check_loaders, references_of
+from packager.prove.tolerances import TOLERANCE
+from packager.prove.verify import Checkpoint, VerifyJob, check_loaders, references_of
 from packager.receipt import LoaderRecord
 from packager.recipe import Loaders
 from packager.system.files import sha256_file

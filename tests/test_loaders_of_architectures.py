@@ -22,7 +22,8 @@ from packager.model.runtimes import LoaderName
 from packager.pipeline.build_state import BuildState
 from packager.pipeline.plan import BuildPlan, make_plan
 from packager.prove.environments import RuntimeContext
-from packager.prove.verify import TOLERANCE, VerifyJob, checkpoint_of, verify
+from packager.prove.tolerances import TOLERANCE
+from packager.prove.verify import VerifyJob, checkpoint_of, verify
 from packager.receipt import LoaderRecord
 from packager.recipe import Loaders
 from packager.recipe.file import RecipeFile

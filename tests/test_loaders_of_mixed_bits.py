@@ -26,7 +26,8 @@ from packager.pipeline.build_state import Options
 from packager.prove.declared import declared_checkpoint
 from packager.prove.environments import RuntimeContext, ensure_environment
 from packager.prove.loaders import LOADERS
-from packager.prove.verify import TOLERANCE, Checkpoint, VerifyJob, check_loaders, references_of
+from packager.prove.tolerances import TOLERANCE
+from packager.prove.verify import Checkpoint, VerifyJob, check_loaders, references_of
 from packager.receipt import LoaderRecord, Receipt
 from packager.recipe import Loaders
 from packager.recipe.file import RecipeFile

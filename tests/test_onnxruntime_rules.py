@@ -16,7 +16,7 @@ from packager.model.compatibility import Verdict, verdicts
 from packager.model.onnxruntime_rules import ONNXRUNTIME_FAILS, ONNXRUNTIME_OPENS
 from packager.prove.loaders import LOADERS
 from packager.prove.probes import ProbeJob, _largest_file_bytes
-from packager.prove.verify import TOLERANCE, _tolerance
+from packager.prove.tolerances import TOLERANCE, tolerance_of
 from tests.known_models import known_architecture
 from tests.test_known_models import LLAMA_2_13B, tiny_config, variant
 
@@ -133,9 +133,9 @@ def test_it_computes_on_the_cpu_of_every_machine() -> None:
 
 
 def test_its_logits_must_be_closer_than_those_of_others() -> None:
-    assert _tolerance("onnxruntime", "float32") == 0.0001
-    assert _tolerance("onnxruntime", "float16") == TOLERANCE["float16"]
-    assert _tolerance("transformers", "float32") == TOLERANCE["float32"]
+    assert tolerance_of("onnxruntime", "float32") == 0.0001
+    assert tolerance_of("onnxruntime", "float16") == TOLERANCE["float16"]
+    assert tolerance_of("transformers", "float32") == TOLERANCE["float32"]
 
 
 def test_a_probe_may_write_the_checkpoint_in_float32(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import gc
 import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from packager.model.decoder import Decoder, forward
 from packager.prove import verify
 from packager.prove.environments import RuntimeContext
 from packager.prove.probes import ProbeJob, ProbeResult
+from packager.prove.tolerances import TOLERANCE, tolerance_of_model
 from packager.prove.verify import Checkpoint, VerifyJob
 from packager.receipt import LoaderRecord, LoaderRunRecord
 from packager.recipe import Loaders
@@ -316,6 +318,72 @@ def test_greedy_tokens_of_the_whole_model_are_equal(checked: Checked, monkeypatc
     record = checked.record(monkeypatch)
     assert (record.status, record.reason) == ("passed", "")
     assert (record.tokens_generated, record.tokens_equal) == (18, 18)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "times", "status"),
+    [
+        (torch.float16, 6.5, "passed"),
+        (torch.float16, 9.5, "failed"),
+        (torch.bfloat16, 2.4, "passed"),
+        (torch.bfloat16, 3.6, "failed"),
+    ],
+)
+def test_a_model_in_whose_dtype_rounding_costs_more_may_differ_more(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, times: float, status: str
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    monkeypatch.setitem(TOLERANCE, name, 1e-5)
+    with torch.no_grad():
+        rounded = deepcopy(checked.model).to(dtype)(checked.ids).logits.float().numpy()
+    rounding = float(np.linalg.norm(rounded - checked.logits) / np.linalg.norm(checked.logits))
+    logits = checked.logits + times * (rounded - checked.logits)
+    record = checked.record(monkeypatch, logits=logits, dtype=name)
+    assert record.rounding_error == pytest.approx(rounding, rel=0.15)
+    assert record.relative_error == pytest.approx(times * rounding, rel=0.02)
+    assert (record.status, "relative, allowed" in record.reason) == (status, status == "failed")
+
+
+def test_a_token_within_what_rounding_costs_the_model_is_equal(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generated = tuple((*made[:-1], (made[-1] + 1) % 128) for made in checked.generated)
+    gap = max(
+        0.01 * number
+        for number in range(1, 400)
+        if checked.equal(generated, allowed=0.01 * number) < sum(map(len, generated))
+    )
+    for rounding, equal in ((gap / 4 + 0.01, True), (gap / 4 - 0.01, False)):
+        monkeypatch.setattr(verify, "_rounding_error", lambda *_: 1.0)
+        monkeypatch.setattr(verify, "tolerance_of_model", lambda *_, rounding=rounding: rounding)
+        record = checked.record(monkeypatch, generated=generated, dtype="float16")
+        assert (record.tokens_equal == record.tokens_generated) == equal
+
+
+@pytest.mark.parametrize(
+    ("probe", "measured"),
+    [
+        ({"dtype": "float16"}, True),
+        ({"dtype": "float32"}, False),
+        ({"dtype": "float16", "times": 1.2}, False),
+        ({"dtype": "float16", "times": np.nan}, False),
+        ({"dtype": "float16", "times": 1.001}, False),
+    ],
+)
+def test_rounding_is_measured_where_it_can_decide(
+    monkeypatch: pytest.MonkeyPatch, probe: dict[str, Any], measured: bool
+) -> None:
+    monkeypatch.setattr(verify, "_rounding_error", lambda *_: 0.003)
+    times = np.float32(probe.get("times", 1.02))
+    record = record_of(monkeypatch, OWN * times, dtype=probe["dtype"])
+    assert record.rounding_error == (0.003 if measured else None)
+    assert record.status == ("passed" if measured or times == np.float32(1.001) else "failed")
+
+
+def test_the_tolerance_of_a_model_is_bounded_both_ways() -> None:
+    assert [tolerance_of_model(0.01, "float16", error) for error in (0.001, 0.0028, 0.05, np.inf, np.nan)] == [
+        0.01, pytest.approx(0.0224), 0.1, 0.01, 0.01,
+    ]  # fmt: skip
 
 
 def shifted(tokens: Sequence[int]) -> tuple[int, ...]:
