@@ -24,7 +24,8 @@ sys.path[:0] = [str(ROOT)]  # tests/fork_server.py: a process of a task without 
 
 from packager.cli import task_process  # noqa: E402
 from packager.fleet import worker  # noqa: E402
-from packager.fleet.store import Store, open_store  # noqa: E402
+from packager.fleet.open_store import open_store  # noqa: E402
+from packager.fleet.store import Store  # noqa: E402
 from packager.fleet.tasks import TASK_STAGES  # noqa: E402
 from packager.inputs import base_model  # noqa: E402
 from packager.pipeline.build_state import BuildState, Options  # noqa: E402
@@ -85,7 +86,7 @@ class LinkedStore:
     """A store behind a link: a file passes it, whichever way it goes. To ask whether a file is there weighs nothing."""
 
     def __init__(self, inner: Store, link: Link) -> None:
-        self._inner, self._link = inner, link
+        self._inner, self._link, self.url, self.without_looking = inner, link, inner.url, inner.without_looking
         self.create, self.size_bytes, self.names, self.delete = (
             inner.create, inner.size_bytes, inner.names, inner.delete
         )  # fmt: skip
@@ -137,7 +138,7 @@ def serve(socket: str, link: Link, work: Path, pace: float) -> None:
             file.write(json.dumps(line) + "\n")
 
     vars(base_model)["open_source"] = open_over_link
-    vars(worker)["open_store"] = lambda url: LinkedStore(open_store(url), link)
+    vars(worker)["open_store"] = lambda url, log: LinkedStore(open_store(url, log), link)
     setattr(GitProcess, "store", store_over_link)  # noqa: B010 - a method
     vars(task_process)["run_one_task"] = run_and_note
     for own, (name, seconds) in PACE.items():

@@ -4,24 +4,46 @@ import errno
 import importlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from packager.errors import MachineError, StateError, UsageError
+from packager.fleet import remote_store
 from packager.fleet.leases import Lease
-from packager.fleet.store import FolderStore, RemoteStore, Store, check_creates, open_store
+from packager.fleet.open_store import check_creates, open_store
+from packager.fleet.remote_store import RemoteStore
+from packager.fleet.store import FolderStore, Store
 
 REPOSITORY = "tester/tiny-GPTQ"
 
 
-@pytest.fixture(params=["folder", "memory"])
+class Service(MemoryFileSystem):  # type: ignore[misc]
+    """A service with conditional writes: it refuses what is there, whatever its client believes."""
+
+    protocol = "service"
+    lock = threading.Lock()
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: object) -> None:
+        with self.lock:
+            if mode == "create" and path in self.store:
+                raise FileExistsError(path)
+            super().pipe_file(path, value)
+
+
+fsspec.register_implementation("service", Service, clobber=True)
+
+
+@pytest.fixture(params=["folder", "service"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store") if request.param == "folder" else f"memory://{tmp_path.name}")
+    return open_store(str(tmp_path / "store") if request.param == "folder" else f"service://{tmp_path.name}")
 
 
 def test_a_store_keeps_files_by_name(store: Store, tmp_path: Path) -> None:
@@ -99,7 +121,7 @@ def test_what_a_service_answers_is_an_error_that_may_pass(tmp_path: Path) -> Non
 
             return fail
 
-    store, local = RemoteStore(f"memory://{tmp_path.name}"), tmp_path / "file"
+    store, local = RemoteStore(f"service://{tmp_path.name}"), tmp_path / "file"
     vars(store)["_files"] = Broken()
     local.write_bytes(b"")
     for call in (*calls_of(store, local), lambda: store.delete("a")):
@@ -145,11 +167,110 @@ def test_a_lease_of_more_digits_is_taken_over_too(store: Store) -> None:
     assert not Lease(store, REPOSITORY, "second").claim(1)
 
 
-@pytest.mark.parametrize("url", ["foo://bar", "sftp://host/folder", "gs://bucket/folder"])
-def test_a_url_where_two_writers_may_create_the_same_file_is_refused(url: str) -> None:
-    with pytest.raises(UsageError, match="this kind of store cannot be shared") as caught:
-        open_store(url)
+def test_a_store_whose_client_looks_itself_is_refused(tmp_path: Path) -> None:
+    """fsspec's own `create`: it looks for the file, and writes if there was none."""
+    url = f"memory://{tmp_path.name}"
+    store = open_store(url)
+    assert store.create("a", b"")
+    assert not store.create("a", b""), "one writer after the other is told the truth"
+    with pytest.raises(UsageError, match="does not tell two writers apart") as caught:
+        check_creates(store)
+    assert caught.value.where == url
     assert "both would have it" in caught.value.why
+    assert store.names("") == ["a"]
+
+
+def test_a_service_that_looks_itself_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client cannot tell; of writers at the same time several win."""
+    together = threading.Barrier(8)
+
+    def pipe_file(service: Service, path: str, value: bytes, mode: str = "overwrite", **_: object) -> None:
+        there = path in service.store
+        if path.endswith("/raced"):
+            together.wait(timeout=20)
+        if mode == "create" and there:
+            raise FileExistsError(path)
+        MemoryFileSystem.pipe_file(service, path, value)
+
+    monkeypatch.setattr(Service, "pipe_file", pipe_file)
+    with pytest.raises(UsageError, match="does not tell two writers apart"):
+        check_creates(open_store(f"service://{tmp_path.name}"))
+
+
+def test_a_store_that_keeps_what_it_once_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, bytes] = {}
+    read = Service.cat_file
+    monkeypatch.setattr(Service, "cat_file", lambda service, path: kept.setdefault(path, read(service, path)))
+    with pytest.raises(UsageError, match="shows what another writer has replaced"):
+        check_creates(open_store(f"service://{tmp_path.name}"))
+
+
+@pytest.mark.parametrize(
+    ("url", "what"),
+    [("foo://bar", "cannot be opened"), ("dir::memory://a", "a chain"), ("simplecache::s3://bucket/a", "a chain")],
+)
+def test_a_url_that_opens_no_store_is_refused(url: str, what: str) -> None:
+    with pytest.raises(UsageError, match=what) as caught:
+        open_store(url)
+    assert caught.value.where == url
+
+
+class Silent:
+    """An fsspec file system whose service never answers."""
+
+    def __init__(self) -> None:
+        self.answers = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self.answers.wait()
+
+
+def test_a_service_that_never_answers_is_waited_for_in_words_and_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s3fs itself gives up after six minutes."""
+    url, lines, service = f"service://{tmp_path.name}", list[str](), Silent()
+    monkeypatch.setattr(remote_store, "_NOTICE_S", 0.01)
+    monkeypatch.setattr(remote_store, "_LIMIT_S", 0.03)
+    monkeypatch.setattr(Service, "pipe_file", service.pipe_file)
+    store = open_store(url, lines.append)
+    began = time.monotonic()
+    with pytest.raises(MachineError, match="the store does not answer") as caught:
+        check_creates(store)
+    assert time.monotonic() - began < 5
+    assert (caught.value.where, caught.value.why) == (url, "no answer within 0.03 s")
+    assert "AWS_ENDPOINT_URL" in caught.value.hint
+    assert lines == [f"waiting for the store {url}: no answer for 0.01 s, the limit is 0.03 s"]
+    with pytest.raises(MachineError):
+        store.write("a", b"")
+    assert len(lines) == 1, "it is said once"
+    service.answers.set()
+    assert store.read("a") is None  # an answer
+    service.answers.clear()
+    with pytest.raises(MachineError):
+        store.write("a", b"")
+    assert len(lines) == 2
+    service.answers.set()
+
+
+def test_an_error_names_the_store_and_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError("https://user:secret@host/a?X-Amz-Signature=secret says no")
+
+    monkeypatch.setattr(Service, "pipe_file", refused)
+    store = open_store(f"service://user:secret@{tmp_path.name}/fleet")
+    with pytest.raises(MachineError) as caught:
+        store.write("a/b", b"")
+    assert caught.value.where == f"service://{tmp_path.name}/fleet/a/b"
+    assert "secret" not in str(caught.value)
+    with pytest.raises(MachineError) as caught:
+        check_creates(store)
+    assert caught.value.where == f"service://{tmp_path.name}/fleet", "the probe's file is nobody's"
+    assert "secret" not in str(caught.value)
+    (tmp_path / "file").touch()
+    with pytest.raises(MachineError) as caught:
+        check_creates(open_store(str(tmp_path / "file" / "store")))
+    assert caught.value.where == str(tmp_path / "file" / "store")
 
 
 @pytest.mark.parametrize("url", ["s3:/bucket/a", "s3:bucket", "s3//bucket/a", "file:/srv/fleet", "host:/srv/fleet"])
@@ -184,7 +305,7 @@ class Refusing:
 
 @pytest.mark.parametrize("status", [409, 412])
 def test_a_refused_creation_is_no_error_of_the_store(status: int, tmp_path: Path) -> None:
-    store = RemoteStore(f"memory://{tmp_path.name}")
+    store = RemoteStore(f"service://{tmp_path.name}")
     vars(store)["_files"] = Refusing(status)
     assert not store.create("a/b", b"")
     vars(store)["_files"] = Refusing(400)
@@ -196,11 +317,11 @@ def test_a_store_that_lets_a_file_be_created_twice_is_refused(store: Store, monk
     check_creates(store)
     assert store.names("") == []
 
-    def create(name: str, data: bytes) -> bool:  # as s3fs does before 2024.12
+    def create(store: Store, name: str, data: bytes) -> bool:  # as s3fs does before 2024.12
         store.write(name, data)
         return True
 
-    monkeypatch.setattr(store, "create", create)
+    monkeypatch.setattr(type(store), "create", create)
     with pytest.raises(UsageError, match="does not tell two writers apart"):
         check_creates(store)
     assert store.names("") == []

@@ -18,9 +18,10 @@ from packager.cli.main import app
 from packager.cli.queue_view import print_queue, watch_queue
 from packager.errors import MachineError, UsageError
 from packager.fleet.leases import Lease
+from packager.fleet.open_store import open_store
 from packager.fleet.queue import STATES, QueueEntry, queue_values, queued_recipes, read_queue
 from packager.fleet.recipe_state import RecipeState, write_recipe_state
-from packager.fleet.store import Store, open_store
+from packager.fleet.store import Store
 from packager.fleet.tasks import QueueState
 from packager.pipeline.running import shown_while_running
 from packager.recipe.file import RecipeFile
@@ -134,6 +135,15 @@ def test_the_store_says_what_a_fleet_does(requests: Path, tmp_path: Path, store:
     assert shown == ["requested", "begun: its run has ended, and the next one goes on", "", "sweep", 1e9]
     store.write(f"{REPOSITORY}/state.json", b"{}")
     assert states(*words) == {"recipe.yaml": ("requested", "")}
+
+
+def test_a_store_that_knows_none_of_the_recipes_is_named(requests: Path, store: Store) -> None:
+    """It may be another store than that of the release, such as memory://, which nobody else can write."""
+    words = ["queue", str(requests), "--store", store.url]
+    shown = CliRunner().invoke(app, words, prog_name="packager")
+    assert f"the store {store.url} knows none of these recipes" in shown.stderr
+    write_recipe_state(store, REPOSITORY, state_of(requests / "recipe.yaml", "building"))
+    assert "knows none" not in CliRunner().invoke(app, words, prog_name="packager").stderr
 
 
 def test_a_store_that_is_away_parks_nothing(requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

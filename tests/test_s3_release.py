@@ -16,7 +16,8 @@ import pytest
 
 from packager.errors import MachineError
 from packager.fleet.leases import SILENT_S
-from packager.fleet.store import Store, check_creates, open_store
+from packager.fleet.open_store import check_creates, open_store
+from packager.fleet.store import Store
 from tests import test_fleet_store as stores
 from tests import tiny_recipe
 from tests.import_graph import ROOT
@@ -90,7 +91,7 @@ def store(server: Server, tmp_path: Path) -> Store:
 CLAIM = """
 import sys, time
 from packager.fleet.leases import Lease
-from packager.fleet.store import open_store
+from packager.fleet.open_store import open_store
 store = open_store(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
@@ -118,6 +119,7 @@ def test_two_processes_that_compete_for_leases_never_both_have_one(server: Serve
 def test_a_bucket_that_is_not_there_is_said_before_anything_is_built(server: Server) -> None:
     with pytest.raises(MachineError) as caught:
         check_creates(open_store("s3://no-such-bucket/fleet"))
+    assert caught.value.where == "s3://no-such-bucket/fleet"
     assert "bucket does not exist" in caught.value.why
 
 

@@ -37,7 +37,8 @@ StoreOption = Annotated[
         "--store",
         metavar="URL",
         help="With --jobs or --ray: where builds, finished blocks, states and leases are kept for other machines and "
-        "runs: a folder that all share, or s3://bucket/folder, with the extra s3.",
+        "runs: a folder that all share, s3://bucket/folder with the extra s3, or another service that fsspec opens and "
+        "that can create a file only if there is none.",
         show_default="none",
     ),
 ]

@@ -66,8 +66,8 @@ def release_side_by_side(
     from packager.fleet.build_requests import Needs
     from packager.fleet.fleet_release import FleetSettings, release_by_fleet
     from packager.fleet.fleet_run import LOOK_S
+    from packager.fleet.open_store import check_creates, open_store
     from packager.fleet.scheduler import Policy
-    from packager.fleet.store import check_creates, open_store
     from packager.fleet.task_processes import task_environ
 
     checks = replace(checks, read_token=task_environ(environ, "fetch").get("HF_TOKEN", ""))
@@ -77,7 +77,7 @@ def release_side_by_side(
         open_executor = _ray_fleet(options, terminal, fleet, environ)
     else:
         gpus, open_executor = _local_processes(options, fleet, environ)
-    store = open_store(fleet.store) if fleet.store else None
+    store = open_store(fleet.store, terminal.log) if fleet.store else None
     if store is not None:
         check_creates(store)
     needs = Needs(

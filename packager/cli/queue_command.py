@@ -56,8 +56,8 @@ def queue_command(
     """
     from packager.card.report import html_page
     from packager.cli.queue_view import print_queue, watch_queue
+    from packager.fleet.open_store import open_store
     from packager.fleet.queue import queue_values, queued_recipes, read_queue
-    from packager.fleet.store import open_store
     from packager.system.files import write_atomic
 
     if not recipes and not glob:
@@ -68,13 +68,15 @@ def queue_command(
         raise UsageError("--watch shows text alone", hint="leave out --page and --format json")
     terminal = terminal_of()
     queued = queued_recipes(recipes or (), glob or (), terminal.log, dist=dist)
-    opened = open_store(store) if store else None
+    opened = open_store(store, terminal.log) if store else None
     options = options_of(dist, Device.cpu, None)
     if terminal.err.is_terminal:
         with terminal.bar(len(queued)) as bar:
             entries = read_queue(queued, options, opened, bar.step)
     else:
         entries = read_queue(queued, options, opened)
+    if opened is not None and all(entry.updated_at is None for entry in entries):
+        terminal.log(f"the store {opened.url} knows none of these recipes: no release with it has begun one")
     if page is not None:
         made_at = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         write_atomic(page, html_page("queue.html.j2", {**queue_values(entries), "made_at": made_at}).encode())

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from packager.errors import PackagerError, PlanError
+from packager.fleet.open_store import open_store
 from packager.fleet.shared_work import SharedWork
-from packager.fleet.store import open_store
 from packager.fleet.tasks import TaskStage
 from packager.inputs.source_files import list_source_files, read_small
 from packager.model.devices import DeviceChoice
@@ -131,7 +131,7 @@ def run_task(order: TaskOrder, options: Options, terminal: Terminal, *, keys: Si
             why="its recipe, its local model or texts, or its version of packager is another one",
             hint="give all machines the same files and the same version",
         )
-    shared = SharedWork(open_store(order.store), run.recipe.repository.id) if order.store else None
+    shared = SharedWork(open_store(order.store, terminal.log), run.recipe.repository.id) if order.store else None
     with run.workspace.locked(), shown_while_running(run.workspace.running_path, terminal):
         if shared is not None:
             shared.pull(run.workspace, run.keys)

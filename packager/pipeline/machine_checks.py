@@ -30,6 +30,7 @@ from packager.prove.tasks import TASKS_SPEC
 from packager.system.confinement import confinement, refusal
 from packager.system.files import disk_errors
 from packager.system.host_memory import available_bytes
+from packager.system.parallel import AnswerTimeoutError, in_time
 from packager.system.posix import require_posix
 from packager.system.text import format_bytes, gibibytes, printable
 
@@ -292,26 +293,12 @@ def _in_time(ask: Callable[[], HubAccount]) -> HubAccount:
     Raises:
         SourceError: there is no answer in time, or not that of a Hub.
     """
-    answers: queue.Queue[HubAccount | SourceError] = queue.Queue()
-
-    def work() -> None:
-        try:
-            answers.put(ask())
-        except SourceError as error:
-            answers.put(error)
-
-    threading.Thread(target=work, daemon=True).start()  # one that still waits does not keep the command from ending
     try:
-        answer = answers.get(timeout=_ACCOUNT_TIMEOUT_S)
-    except queue.Empty as error:
+        return in_time(ask, _ACCOUNT_TIMEOUT_S)
+    except AnswerTimeoutError as error:
         raise SourceError(
-            "the account is not known",
-            why=f"no answer within {_ACCOUNT_TIMEOUT_S} s",
-            hint="check the network, or HF_ENDPOINT",
+            "the account is not known", why=str(error), hint="check the network, or HF_ENDPOINT"
         ) from error
-    if isinstance(answer, SourceError):
-        raise answer
-    return answer
 
 
 def _hub(environ: Mapping[str, str]) -> MachineCheck:
