@@ -259,6 +259,25 @@ def test_a_plan_refuses_a_text_with_its_file_and_line(tmp_path: Path, text: str)
     assert make_plan(replace(recipe_file))
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["{{ model }}", "{% if a %}", "run huggingface-cli login", "```python\nprint(\n```", "set trust_remote_code=True"],
+)
+@pytest.mark.parametrize("name", ["header", "footer", "original_card"])
+def test_a_plan_refuses_what_the_audit_of_the_finished_card_will(tmp_path: Path, name: str, text: str) -> None:
+    """After the build it would be too late."""
+    write_files(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(edited(("  title: Demo", f"  {name}: text.md\n  title: Demo")))
+    front = "---\nlicense: mit\n---\n" if name == "original_card" else ""
+    (tmp_path / "text.md").write_text(f"{front}good\n\n{text}\n")
+    recipe_file = RecipeFile.load(tmp_path / "recipe.yaml")
+    with pytest.raises(PlanError) as raised:
+        make_plan(recipe_file)
+    assert f"{tmp_path}/text.md:{6 if front else 3}: card.{name}: " in str(raised.value)
+    (tmp_path / "text.md").write_text(f"{front}good\n\n`{{{{ model }}}}` and\n\n    {{% if a %}}\n")
+    assert make_plan(recipe_file)
+
+
 def test_a_huge_text_is_read_in_part(tmp_path: Path) -> None:
     write_files(tmp_path)
     (tmp_path / "recipe.yaml").write_text(edited(("  title: Demo", "  footer: footer.md\n  title: Demo")))

@@ -196,12 +196,16 @@ def _check_receipts(recipe: Recipe, receipts: Sequence[Provenance], branch: str)
 
 def texts_problems(texts: CardTexts) -> Iterator[tuple[str, TextProblem]]:
     """Yield why a text cannot be part of a card: the text's name and the problem, with the line of the file."""
-    for name, text in asdict(texts).items():
-        # The front matter of the original card is not part of the page; its lines count.
-        body = split_front_matter(text)[1] if name == "original_card" else text
-        above = text.count("\n") - body.count("\n")
+    for name, body, above in texts_of_page(texts):
         for problem in (*text_problems(body), *marker_problems(body)):
             yield name, replace(problem, line=problem.line + above)
+
+
+def texts_of_page(texts: CardTexts) -> Iterator[tuple[str, str, int]]:
+    """Yield the name of each text, what of it the page has, and the lines above that: front matter of a base model."""
+    for name, text in asdict(texts).items():
+        body = split_front_matter(text)[1] if name == "original_card" else text
+        yield name, body, text.count("\n") - body.count("\n")
 
 
 def _check_texts(texts: CardTexts) -> None:

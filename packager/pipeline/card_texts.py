@@ -1,8 +1,9 @@
 """The markdown files that a recipe's card names: read once, checked before a build starts."""
 
+from dataclasses import replace
 from types import MappingProxyType
 
-from packager.card import CardTexts, own_template_problems, texts_problems
+from packager.card import CardTexts, own_template_problems, texts_of_page, texts_problems
 from packager.card.own_templates import OwnTemplates
 from packager.card.raw_text import MAX_CHARACTERS
 from packager.card.sections import SECTION_FILES
@@ -55,12 +56,19 @@ def card_text_problems(recipe_file: RecipeFile) -> list[str]:
     Raises:
         CardError: a file cannot be read, or is not UTF-8.
     """
-    card, folder = recipe_file.recipe.card, recipe_file.folder
+    card, folder, texts = recipe_file.recipe.card, recipe_file.folder, read_card_texts(recipe_file)
+    found = list(texts_problems(texts))
+    if not found:  # what the audit of the finished card refuses: found here, not after a build
+        found = [
+            (name, replace(problem, line=problem.line + above))
+            for name, body, above in texts_of_page(texts)
+            for problem in words_problems(body)
+        ]
     return [
         *_template_lines(recipe_file),
         *(
             f"{folder / getattr(card, name)}:{problem.line}: card.{name}: {problem.message} ({problem.hint})"
-            for name, problem in texts_problems(read_card_texts(recipe_file))
+            for name, problem in found
         ),
     ]
 
@@ -73,7 +81,7 @@ def _template_lines(recipe_file: RecipeFile) -> list[str]:
         (recipe_file.folder / own.path(problem.name), problem.line, problem.message)
         for problem in own_template_problems(own)
     ]
-    if not places:  # what the audit of the finished card refuses: found here, not after a build
+    if not places:  # likewise
         places = [
             (recipe_file.folder / own.path(SECTION_FILES[section]), problem.line, f"{problem.message} ({problem.hint})")
             for section, text in own.sections.items()

@@ -57,10 +57,10 @@ def check_readme(listing: Listing, documents: Mapping[str, object], findings: Fi
 def words_problems(text: str) -> list[TextProblem]:
     """Return what the audit of a finished card will refuse in words that become part of it.
 
-    Whether the model needs remote code is not known here: what the card says of it is left to the audit.
+    That includes remote code: no branch has an auto_map, see `branch_rules`.
     """
     findings = Findings()
-    _check_body(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), findings, remote_code=True)
+    _check_body(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), findings, remote_code=False)
     problems = []
     for finding in findings.collected():
         for where in (finding.where, *finding.also):
