@@ -304,6 +304,27 @@ def test_two_edits_do_not_replace_each_other(recipe: Path, readme: Path) -> None
     assert not (recipe.parent / "card" / "section-closing.md").exists()
 
 
+def test_what_was_kept_before_the_recipe_names_the_folder_is_not_replaced(recipe: Path, readme: Path) -> None:
+    edit(readme, "Mine.")
+    kept(recipe, readme)
+    again = kept(recipe, readme)
+    assert (again.texts, again.unchanged, again.is_new) == ({}, ("introduction",), True)
+    file = recipe.parent / "recipe-card" / "section-introduction.md"
+    file.write_text("Mine, and more.\n")
+    for dry_run in (True, False):
+        with pytest.raises(StateError, match="introduction were changed in the recipe's files") as caught:
+            kept(recipe, readme, dry_run=dry_run)
+        assert "recipe-card/section-introduction.md: its words are neither" in caught.value.why
+        assert "if the page is right, delete the file first" in caught.value.hint
+        assert file.read_text() == "Mine, and more.\n"
+    edit(readme, "The end.", "closing")
+    with pytest.raises(StateError):
+        kept(recipe, readme)
+    assert not file.with_name("section-closing.md").exists(), "all or nothing"
+    file.unlink()
+    assert kept(recipe, readme).texts == {"introduction": "Mine.", "closing": "The end."}
+
+
 @pytest.mark.parametrize("link", [True, False])
 def test_the_words_stay_in_the_recipes_folder(recipe: Path, readme: Path, tmp_path: Path, link: bool) -> None:
     edit(readme, "Mine.")
@@ -317,7 +338,8 @@ def test_the_words_stay_in_the_recipes_folder(recipe: Path, readme: Path, tmp_pa
         (recipe.parent / "recipe-card").mkdir()
         (outside / "secret").write_text("secret")
         (recipe.parent / "recipe-card" / "section-introduction.md").symlink_to(outside / "secret")
-        kept(recipe, readme)
+        with pytest.raises(RecipeError):
+            kept(recipe, readme)
         assert (outside / "secret").read_text() == "secret"
     assert not list(outside.glob("section*"))
     shutil.rmtree(outside)
@@ -417,3 +439,30 @@ def test_a_line_outside_in_the_repository_is_no_word_of_a_section(builds: Builds
 def test_options_that_do_not_fit_are_refused(recipe: Path, arguments: list[str]) -> None:
     done = CliRunner().invoke(app, ["card", str(recipe), *arguments])
     assert done.exit_code == 2
+
+
+def test_the_help_names_what_the_exit_codes_mean(recipe: Path, readme: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 is more than an edited card; see `test_two_edits_do_not_replace_each_other` for a section's file."""
+    runner, arguments = CliRunner(), ["card", str(recipe), "--dist", str(recipe.parent / "dist")]
+    helped = " ".join(runner.invoke(app, ["card", "--help"], prog_name="packager").stdout.split())
+    receipt = tiny_recipe.workspace(recipe.parent / "dist").receipt_path(MAIN)
+    monkeypatch.setattr("packager.pipeline.workspace.LOCK_WAIT_S", 0)
+    with tiny_recipe.workspace(recipe.parent / "dist").locked():
+        running = runner.invoke(app, arguments)
+    unpublished = runner.invoke(app, [*arguments, "--keep", "published"])
+    edit(readme, "{{ no }}")
+    refused = runner.invoke(app, [*arguments, "--keep", str(readme)])
+    kept_receipt = receipt.read_text()
+    receipt.write_text("{}")
+    damaged = runner.invoke(app, arguments)
+    receipt.write_text(kept_receipt)
+    receipt.unlink()
+    lacking = runner.invoke(app, arguments)
+    for done, code, words in (
+        (running, StateError.exit_code, "another build of the recipe is running"),
+        (damaged, StateError.exit_code, "a receipt cannot be read"),
+        (lacking, PublishError.exit_code, "a variant is not built and verified"),
+        (unpublished, PublishError.exit_code, "no card is published"),
+        (refused, CardError.exit_code, "a section cannot be part of a card"),
+    ):
+        assert (done.exit_code, words in helped) == (code, True), (words, done.stderr)

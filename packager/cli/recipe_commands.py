@@ -199,7 +199,10 @@ def card_command(
     changes. --preview shows a card before a build, without torch and without a network. --keep renders nothing: it
     reads an edited card (`published`: the one in the recipe's repository), and writes what stands between its section
     markers into files of the recipe. Of several recipes the cards are rendered, and none is printed. Exits with 10 if
-    a variant is not built and verified, with 11 if a card was edited by hand, with 9 if --keep would lose a line.
+    a variant is not built and verified, with 11 if a file of a card was edited by hand, a receipt cannot be read or
+    another build of the recipe is running, with 7 if a folder fails the audit. --keep exits with 10 if no card is
+    published, with 9 if a line outside of the sections would be lost or a section cannot be part of a card, with 11 if
+    a section's file has other words than the page.
     """
     from packager.pipeline.flow import render
 

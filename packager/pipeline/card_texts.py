@@ -26,13 +26,17 @@ def read_card_texts(recipe_file: RecipeFile) -> CardTexts:
     return CardTexts(**{name: _text(recipe_file, getattr(recipe_file.recipe.card, name)) for name in _FIELDS})
 
 
-def read_own_templates(recipe_file: RecipeFile) -> OwnTemplates | None:
+def read_own_templates(recipe_file: RecipeFile, folder: str | None = None) -> OwnTemplates | None:
     """Return the templates and sections of the folder that a recipe's card names, None if it names none.
+
+    Args:
+        recipe_file: the recipe.
+        folder: another one in the recipe's folder.
 
     Raises:
         CardError: a file cannot be read, or there are too many.
     """
-    folder = recipe_file.recipe.card.templates
+    folder = folder or recipe_file.recipe.card.templates
     if folder is None:
         return None
     found = sorted(path.name for path in recipe_file.resolve(folder).iterdir())

@@ -249,13 +249,13 @@ def _edited_page(path: Path) -> SplitPage | None:
         return None  # the error about the edited file follows
 
 
-def written_sections(recipe_file: RecipeFile) -> dict[str, str]:
-    """Return the words of the sections in the recipe's files, as a page has them.
+def written_sections(recipe_file: RecipeFile, folder: str | None = None) -> dict[str, str]:
+    """Return the words of the sections in the recipe's files, or in another folder's, as a page has them.
 
     Raises:
         CardError: a file cannot be read.
     """
-    own = read_own_templates(recipe_file)
+    own = read_own_templates(recipe_file, folder)
     return {name: section_text(own.sections.get(name, "") if own is not None else "") for name in SECTIONS}
 
 

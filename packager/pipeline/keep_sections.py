@@ -238,9 +238,13 @@ def _kept(recipe_file: RecipeFile, branch: str, edit: _Edit) -> KeptSections:
         CardError: a section cannot be part of a card.
         StateError: a file has other words than the page had before it was edited.
     """
-    written, edited, where = written_sections(recipe_file), edit.page.sections, edit.where
-    before = edit.before or dict.fromkeys(SECTIONS, "")
-    folder = recipe_file.recipe.card.templates or f"{recipe_file.path.stem}-card"
+    edited, where, before = edit.page.sections, edit.where, edit.before or dict.fromkeys(SECTIONS, "")
+    folder, is_new = recipe_file.recipe.card.templates, recipe_file.recipe.card.templates is None
+    if folder is None:
+        folder = f"{recipe_file.path.stem}-card"
+    # What an earlier run kept may have been edited before the recipe names the folder.
+    is_there = not is_new or (recipe_file.folder / folder).exists() or (recipe_file.folder / folder).is_symlink()
+    written = written_sections(recipe_file, folder) if is_there else dict.fromkeys(SECTIONS, "")
     texts = {name: edited[name] for name in SECTIONS if edited[name] not in (before[name], written[name])}
     problems = [
         f"{name}, line {problem.line}: {problem.message} ({problem.hint})"
@@ -255,12 +259,13 @@ def _kept(recipe_file: RecipeFile, branch: str, edit: _Edit) -> KeptSections:
             f"the words of {', '.join(conflicts)} were changed in the recipe's files and on the page",
             where=where,
             why=f"{files}: its words are neither those of the page nor those that the page had before",
-            hint="put both together in the file and on the page, then run the command again",
+            hint="put both together in the file and on the page, then run the command again"
+            + "; if the page is right, delete the file first" * is_new,
         )
     return KeptSections(
         branch=branch,
         folder=folder,
-        is_new=recipe_file.recipe.card.templates is None,
+        is_new=is_new,
         texts=texts,
         unchanged=tuple(name for name in SECTIONS if edited[name] and edited[name] == written[name]),
     )
