@@ -30,6 +30,7 @@ from packager.publish.targets import (
     read_local_file,
 )
 from packager.publish.targets.git_process import AUTHOR_EMAIL, AUTHOR_NAME
+from packager.publish.targets.git_view import PUSHES
 from packager.publish.targets.local import LocalTarget
 from packager.receipt import FileRecord
 from tests.publish_fixtures import (
@@ -369,6 +370,81 @@ def test_a_commit_of_another_person_stays_in_the_history(fixture: LocalFixture, 
     console = Console(width=160, record=True)
     print_plan(report.plan, console)
     assert f"on top of {theirs[:12]} by A Person <person@example.org>" in console.export_text()
+
+
+def pushed(fixture: LocalFixture, folder: Path, branch: str, words: bytes) -> str:
+    """Clone, edit and push as a person does; return what git says of a refusal, "" if the push is taken."""
+    git("clone", "--quiet", "--branch", branch, str(fixture.repository), str(folder))
+    (folder / "README.md").write_bytes(words)
+    git("commit", "--quiet", "--all", "--message", "words", cwd=folder)
+    try:
+        git("push", "--quiet", cwd=folder)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("by_an_earlier_version", [False, True])
+def test_a_person_pushes_to_any_branch(fixture: LocalFixture, tmp_path: Path, by_an_earlier_version: bool) -> None:
+    fixture.publish()
+    config = fixture.repository / ".git" / "config"
+    if by_an_earlier_version:
+        config.write_bytes(config.read_bytes().removesuffix(PUSHES))
+        assert "branch is currently checked out" in pushed(fixture, tmp_path / "refused", "main", b"words\n")
+        assert fixture.publish().notes == ("a push to main changes its files from now on; it was refused before",)
+    assert fixture.publish().notes == ()
+    for branch in ("main", VARIANT):
+        assert not pushed(fixture, tmp_path / branch, branch, f"of {branch}\n".encode())
+        assert git("show", f"{branch}:README.md", cwd=fixture.repository) == f"of {branch}\n"
+    assert (fixture.repository / "README.md").read_bytes() == b"of main\n"
+    assert git("status", "--porcelain", cwd=fixture.repository) == ""
+    theirs = heads(fixture.repository)
+    report = fixture.publish()
+    assert {outcome.plan.foreign_author for outcome in report.outcomes} == {"A Person <person@example.org>"}
+    assert git("rev-parse", "main^", f"{VARIANT}^", cwd=fixture.repository).split() == [theirs["main"], theirs[VARIANT]]
+    assert_published(fixture.contents, fixture.repository, tmp_path / "published")
+    assert git("status", "--porcelain", cwd=fixture.repository) == ""
+
+
+def test_a_setting_of_the_owner_stays(fixture: LocalFixture) -> None:
+    fixture.publish()
+    config = fixture.repository / ".git" / "config"
+    config.write_bytes(config.read_bytes().replace(b"updateInstead", b"refuse"))
+    before = config.read_bytes()
+    fixture.publish()
+    assert config.read_bytes() == before
+    git("init", "--quiet", str(fixture.root / "own"))
+    own = (fixture.root / "own" / ".git" / "config").read_bytes()
+    config.write_bytes(own)
+    fixture.publish()
+    assert config.read_bytes() == own, "nobody asked for a change of another repository's configuration"
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_push_replaces_no_file_of_a_worktree_that_is_not_its_head(
+    fixture: LocalFixture, tmp_path: Path, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the files of a person, nor a checkout that a killed publish left between two commits."""
+    fixture.publish()
+    if killed:
+        (fixture.dist / "main" / "README.md").write_bytes(b"new card\n")
+        fixture.contents[0] = describe(fixture.dist / "main", "main")
+
+        def die(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalTarget, "_check_out", die)
+            with pytest.raises(KeyboardInterrupt):
+                fixture.publish()
+    else:
+        (fixture.repository / "w.bin").write_bytes(b"mine")
+    before, files = heads(fixture.repository), files_in(fixture.repository)
+    assert "Working directory has" in pushed(fixture, tmp_path / "clone", "main", b"words\n")
+    assert (heads(fixture.repository), files_in(fixture.repository)) == (before, files)
+    if killed:
+        assert any("finished its checkout" in note for note in fixture.publish().notes)
+        assert (fixture.repository / "README.md").read_bytes() == b"new card\n"
 
 
 def test_executables_and_links_are_replaced_by_plain_files(fixture: LocalFixture) -> None:

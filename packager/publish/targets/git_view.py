@@ -65,8 +65,11 @@ _EXTENSIONS = {
     "extensions.submodulepathconfig",
     "extensions.worktreeconfig",
 }
-# The configuration that `git init` writes: it needs no process of git's to be read.
-_AS_MADE = re.compile(rb"(\[core\]\n(\t[A-Za-z]+ = [a-z0-9]+\n)*)?")
+# Of the repositories that we make: a push to the branch that is checked out changes its files, or is refused if they
+# are not those of its head. The owner's git obeys it; a view, which has no worktree, does not take it over.
+PUSHES = b"[receive]\n\tdenyCurrentBranch = updateInstead\n"
+# The configuration that `git init` writes, and ours: it needs no process of git's to be read.
+_AS_MADE = re.compile(rb"(\[core\]\n(\t[A-Za-z]+ = [a-z0-9]+\n)*)?(" + re.escape(PUSHES) + rb")?")
 _PUSH_HOOKS = (
     "pre-receive",
     "update",
@@ -276,7 +279,7 @@ def _read_bounded(path: Path, max_bytes: int) -> bytes:
 def _read_entries(git: GitProcess, path: Path, data: bytes) -> Mapping[str, str]:
     """Return the entries of a configuration file; the last one of a key counts, includes are not followed."""
     if _AS_MADE.fullmatch(data):
-        lines = data.decode().splitlines()[1:]
+        lines = data.removesuffix(PUSHES).decode().splitlines()[1:]
         return {f"core.{key.strip().lower()}": value.strip() for key, value in (line.split("=") for line in lines)}
     result = git.attempt("config", "--file", "-", "--no-includes", "--null", "--list", stdin=data)
     if result.status:

@@ -4,7 +4,10 @@ A branch moves by compare-and-swap: a killed publish leaves every branch at its 
 of `main` takes several steps: a journal in `.git` names both commits, and the next run finishes the checkout. The
 journal exists from the first effect to the last, so lock files found beside it belong to no living process.
 
-A head that another author made becomes the parent of the new commit: it stays in the history, and the plan names it.
+People push to it as to any repository, to `main`, too: git then changes the files of its checkout, and refuses the push
+where they differ from its head, as those of an unfinished publish do (git 2.39, builtin/receive-pack.c,
+`push_to_deploy`). A head that another author made becomes the parent of the new commit: it stays in the history, and
+the plan names it.
 """
 
 import json
@@ -30,7 +33,7 @@ from packager.publish.targets.git_locks import (
 )
 from packager.publish.targets.git_process import GitProcess
 from packager.publish.targets.git_tags import make_tag, read_tag
-from packager.publish.targets.git_view import ATTRIBUTES, ViewedGit
+from packager.publish.targets.git_view import ATTRIBUTES, PUSHES, ViewedGit
 from packager.system.files import (
     TEMPORARY_PREFIX,
     disk_errors,
@@ -43,6 +46,8 @@ from packager.variant import MAIN
 
 _MAX_JOURNAL_BYTES = 4096
 _STATUS_COMMAND = ("status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames", "--ignore-submodules=all")
+# What `_create` has set in every version: nobody else has changed a configuration that has it and no other section.
+_MADE_HERE = re.compile(rb"\[core\]\n(\t[A-Za-z]+ = [a-z0-9]+\n)*\tautocrlf = false\n")
 _STATUS = {"??": "untracked", " D": "deleted", "D ": "deleted"}
 
 
@@ -221,6 +226,8 @@ class LocalTarget:
         temporary.mkdir()
         git.run("init", "--quiet", "--template=", f"--initial-branch={MAIN}")
         git.run("config", "core.autocrlf", "false")
+        config = git.git_folder / "config"
+        write_atomic(config, config.read_bytes() + PUSHES)
         write_atomic(git.git_folder / "info" / "attributes", ATTRIBUTES)
         temporary.rename(self._folder)
         fsync_folder(self._folder.parent)
@@ -232,9 +239,14 @@ class LocalTarget:
         if not attributes.exists():
             write_atomic(attributes, ATTRIBUTES)
         remove_leftovers(self._git.git_folder)
+        notes = []
+        config = self._git.git_folder / "config"
+        if _MADE_HERE.fullmatch(data := config.read_bytes()):  # by an earlier version
+            write_atomic(config, data + PUSHES)
+            notes.append(f"a push to {MAIN} changes its files from now on; it was refused before")
         if not self._journal.exists():
-            return []
-        notes = ["an earlier publish did not finish"]
+            return notes
+        notes.append("an earlier publish did not finish")
         stale = remove_stale_locks(lambda: git_locks(self._git.git_folder), self._waits.orphan_s)
         notes += [f"removed its stale lock {path.relative_to(self._folder)}" for path in stale]
         remove_partial_objects(self._git.git_folder)
