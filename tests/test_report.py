@@ -159,7 +159,7 @@ def test_the_page_has_everything_that_the_values_have() -> None:
     assert values["loss"]["maps"][0]["worst"][0]["name"] == "model.layers.2.mlp.down_proj"
     (row,) = [row for row in values["loss"]["maps"][0]["rows"] if row["module"] == "mlp.down_proj"]
     assert row["losses"][2] == pytest.approx(0.3)
-    assert [each["loader_runs"][0]["prefill_tokens_per_s"] for each in values["stages"]] == [256.0] * 4
+    assert [each["loader_runs"][0]["forward_tokens_per_s"] for each in values["stages"]] == [256.0] * 4
     assert [each["loader_runs"][0]["decode_tokens_per_s"] for each in values["stages"]] == [None] * 4
     assert values["experts"][0]["blocks"] == [
         {"block": 7, "linears": 3, "least": 0, "median": 100, "most": 200, "few": 1, "unseen": 1}

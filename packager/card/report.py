@@ -219,7 +219,7 @@ def _loaders(made: Sequence[Provenance]) -> list[Values]:
 def _run(made: LoaderRunRecord) -> Values:
     speed = made.num_tokens / made.forward_s if made.forward_s > 0 else None
     decode = made.decode_tokens / made.decode_s if made.decode_s else None
-    return {**made.model_dump(), "prefill_tokens_per_s": speed, "decode_tokens_per_s": decode}
+    return {**made.model_dump(), "forward_tokens_per_s": speed, "decode_tokens_per_s": decode}
 
 
 def _record(records: Sequence[LoaderRecord], name: str) -> Values | None:

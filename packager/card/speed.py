@@ -13,12 +13,19 @@ _NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedRow:
-    """A loader's run on a branch; figures are texts, "not measured" where there is none."""
+    """A loader's run on a branch; figures are texts, "not measured" where there is none.
+
+    Attributes:
+        forward: tokens per second of one forward over whole rows, with the logits of every token. A prefill ends with
+            the first token of an answer: see `ProbeResult`.
+        decode: tokens per second of answers, after the first one of each.
+        beside: loaders that ran at once.
+    """
 
     branch: str
     loader: str
     machine: str
-    prefill: str
+    forward: str
     decode: str
     peak_memory_bytes: int | None
     beside: int | None
@@ -44,7 +51,7 @@ def _row(branch: str, loader: str, run: LoaderRunRecord | None) -> SpeedRow:
         branch=branch,
         loader=title_of(loader),
         machine=run.machine or run.device if run is not None else _NOT_MEASURED,
-        prefill=_rate(run.num_tokens, run.forward_s) if run is not None else _NOT_MEASURED,
+        forward=_rate(run.num_tokens, run.forward_s) if run is not None else _NOT_MEASURED,
         decode=_rate(run.decode_tokens, run.decode_s) if run is not None else _NOT_MEASURED,
         peak_memory_bytes=None if run is None else run.peak_memory_bytes,
         beside=None if run is None else run.beside,

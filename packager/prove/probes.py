@@ -125,7 +125,7 @@ class ProbeResult:
         kernel: class that computes the quantized linears.
         weights_sha256: by file name, as the runtime's own process saw the files.
         load_s: time to load the checkpoint, imports not counted.
-        forward_s: time for all rows.
+        forward_s: time for the logits of every token of all rows.
         peak_memory_bytes: on a GPU the peak for this checkpoint, on the CPU the peak of the process so far.
         decode_tokens: generated tokens that were timed, and `decode_s` the time for them; None where none were.
         prefill_tokens: tokens of prompts that were timed until the first generated token, and `prefill_s` likewise.
