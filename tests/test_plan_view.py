@@ -17,6 +17,7 @@ from packager.model.lock import LockedCache, LockedWindow
 from packager.model.runtimes import RUNTIMES
 from packager.pipeline.plan import BuildPlan, DiskPlan, EvaluationPlan, MemoryPlan, make_plan
 from packager.prove.evaluation_memory import EvaluationMemory
+from packager.quantize.memory import SweepPlan
 from packager.recipe.fields import DRAWING_VERSION
 from packager.recipe.file import RecipeFile
 from tests.test_house_rules import ROOT
@@ -172,12 +173,30 @@ def test_windows_are_counted_and_an_older_lock_is_named(plan: BuildPlan) -> None
     assert "make it anew: packager lock RECIPE" in " ".join(printed(older))
 
 
+def test_what_the_least_memory_costs_is_what_the_plan_does_and_no_factor(plan: BuildPlan) -> None:
+    assert plan.memory is not None
+    least, fastest = plan.memory.least, plan.memory.fastest
+
+    def row(fastest: SweepPlan = fastest, **changes: Any) -> str:
+        memory = replace(plan.memory, fastest=fastest, least=replace(least, **changes))
+        (found,) = [line for line in printed(replace(plan, memory=memory)) if line.startswith("30.33 least")]
+        return found.removeprefix("30.33 least").removesuffix(", with 9.99 GB of host memory")
+
+    usual: dict[str, Any] = {"suspended_batches": 16, "weights": "device", "placement": "host"}
+    assert row(**usual) == ""
+    assert row(**usual | {"suspended_batches": 4}) == ", slower (12 of 16 batches run again for each group of linears)"
+    assert row(**usual | {"placement": "disk"}) == ", slower (activations are on disk)"
+    none_suspended = replace(fastest, suspended_batches=0)  # as without true_sequential
+    assert row(none_suspended, **usual | {"suspended_batches": 0}) == ""
+
+
 def test_the_table_of_needs(lines: list[str]) -> None:
     rows = lines[lines.index("What a build needs") + 3 :]
     assert rows == [
         "GPU memory 10.11 everything on the GPU (estimated, without the CUDA context)",
         "20.22 as fast, with 6.66 GB of host memory",
-        "30.33 least, up to twice as long, with 9.99 GB of host memory",
+        "30.33 least, slower (16 of 16 batches run again for each group of linears, weights wait on the host), "
+        "with 9.99 GB of host memory",
         "host memory 40.44 without a GPU",
         "GPU memory 5.55 measuring quality, with 7.77 GB of host memory",
         "host memory 8.88 measuring quality without a GPU",

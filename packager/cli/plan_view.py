@@ -297,9 +297,24 @@ def _memory_rows(plan: BuildPlan) -> list[tuple[str, int, str]]:
             f"{engine}everything on the GPU (estimated, without the CUDA context)",
         ),
         ("", memory.full_speed.device_bytes, f"{engine}as fast, with {_host(memory.full_speed)}"),
-        ("", memory.least.device_bytes, f"{engine}least, up to twice as long, with {_host(memory.least)}"),
+        (
+            "",
+            memory.least.device_bytes,
+            f"{engine}least{_costs(memory.least, memory.fastest)}, with {_host(memory.least)}",
+        ),
         ("host memory", memory.cpu.device_bytes, f"{engine}without a GPU"),
     ]
+
+
+def _costs(way: SweepPlan, fastest: SweepPlan) -> str:
+    """Return what a way does for its memory that takes time; how much is known of one model and GPU alone."""
+    again = fastest.suspended_batches - way.suspended_batches  # without true_sequential none is ever suspended
+    costs = [
+        *([f"{again} of {way.num_batches} batches run again for each group of linears"] if again else []),
+        *(["weights wait on the host"] if way.weights == "host" else []),
+        *(["activations are on disk"] if way.placement == "disk" else []),
+    ]
+    return f", slower ({', '.join(costs)})" if costs else ""
 
 
 def _host(needed: SweepPlan | EvaluationMemory) -> str:

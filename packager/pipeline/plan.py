@@ -45,7 +45,7 @@ class MemoryPlan:
     Attributes:
         fastest: on a GPU, all variants in one sweep, everything in its memory.
         full_speed: on the smallest GPU that is as fast, if it reads the weights several times.
-        least: on the smallest GPU of all, about half as fast.
+        least: on the smallest GPU of all, slower where batches run again or weights wait on the host.
         cpu: in host memory when there is no GPU (float32).
     """
 
