@@ -174,11 +174,12 @@ def test_windows_are_counted_and_an_older_lock_is_named(plan: BuildPlan) -> None
 
 
 def test_what_the_least_memory_costs_is_what_the_plan_does_and_no_factor(plan: BuildPlan) -> None:
-    assert plan.memory is not None
-    least, fastest = plan.memory.least, plan.memory.fastest
+    planned = plan.memory
+    assert planned is not None
+    least, fastest = planned.least, planned.fastest
 
     def row(fastest: SweepPlan = fastest, **changes: Any) -> str:
-        memory = replace(plan.memory, fastest=fastest, least=replace(least, **changes))
+        memory = replace(planned, fastest=fastest, least=replace(least, **changes))
         (found,) = [line for line in printed(replace(plan, memory=memory)) if line.startswith("30.33 least")]
         return found.removeprefix("30.33 least").removesuffix(", with 9.99 GB of host memory")
 
