@@ -224,7 +224,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], Mapping[str, Any], tuple[s
         (
             "model/config.json: the base model's config.json is not the one that the lock was made of",
             "intermediate_size is 128, in the lock 96; rope_theta is 500000.0, in the lock absent",
-            "make the lock anew: packager lock",
+            "make the lock anew: packager lock RECIPE",
         ),
     ),
 }

@@ -10,7 +10,7 @@ from packager.model.config_values import shortened, without_paths
 from packager.receipt import CONFIG, SAFETENSORS, FileRecord
 from packager.recipe.file import RecipeFile
 
-LOCK_ANEW = "where the model has moved on, make the lock anew: packager lock"
+LOCK_ANEW = "if these files of the model are the right ones now, make the lock anew: packager lock RECIPE"
 _ABSENT = object()
 
 
