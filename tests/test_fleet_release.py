@@ -188,6 +188,13 @@ def test_each_recipe_has_a_result_and_a_state_in_the_store(tmp_path: Path) -> No
     assert (parked.state, parked.why, state.version, state.run) == ("parked", "sweep: NaN", __version__, "run")
 
 
+def test_a_machine_is_named_before_what_starts_on_it() -> None:
+    logged: list[str] = []
+    run_of(Instant(), None, recipe_of(A), log=logged.append).run()
+    assert logged[:2] == ["machine here is there", f"{A} fetch: started on here"]
+    assert logged.count("machine here is there") == 1
+
+
 def test_an_interrupted_run_says_so_and_leaves_no_lease(tmp_path: Path) -> None:
     class Interrupted(Instant):
         def wait(self, until: float | None) -> Sequence[TaskEnd]:

@@ -155,6 +155,7 @@ class FleetRun:
         )
 
     def _started(self, start: Start) -> None:
+        self._note_machines()
         progress, now = self._progress[start.task.recipe], self.executor.now()
         progress.began_at = now if progress.began_at is None else progress.began_at
         progress.elsewhere = False
@@ -170,19 +171,24 @@ class FleetRun:
             self._changed.add(end.task.recipe)
             if end.result != "done":
                 self.log(f"{end.task}: {end.result}: {end.why or 'its machine went away'}")
-        if (there := self.executor.machines()) is not self._there:
-            before, now_there = ({machine.name for machine in found} for found in (self._there, there))
-            gone, come = sorted(before - now_there), sorted(now_there - before)
-            for names, said in ((gone, "went away: what it ran is done elsewhere"), (come, "is there")):
-                for name in names:
-                    self.log(f"machine {name} {said}")
-            self._there = there
+        self._note_machines()
         if (now := self.executor.now()) >= self._looked_at + LOOK_S:
             self._looked_at = now
             self._look(self._progress)
         self._look(self._changed)
         self._write_again()
         self.show(self.rows)
+
+    def _note_machines(self) -> None:
+        """Say which machines came and went since the last time, each before a task starts on it."""
+        if (there := self.executor.machines()) is self._there:
+            return
+        before, now_there = ({machine.name for machine in found} for found in (self._there, there))
+        gone, come = sorted(before - now_there), sorted(now_there - before)
+        for names, said in ((gone, "went away: what it ran is done elsewhere"), (come, "is there")):
+            for name in names:
+                self.log(f"machine {name} {said}")
+        self._there = there
 
     def _write_again(self) -> None:
         """Bring to the store what it did not take before, and delete what it need not have; what fails waits."""
